@@ -1,0 +1,25 @@
+"""The errors a user may meet. Each is one line: what is wrong, where, and what to do."""
+
+
+class Dsv3Error(Exception):
+    """A failure that is told in one line; `exit_code` is what the program ends with."""
+
+    exit_code = 2
+
+
+class ConfigError(Dsv3Error, ValueError):
+    """A flag, a config field or a layout that cannot be honoured."""
+
+
+class CheckpointError(Dsv3Error):
+    """A checkpoint directory, file or tensor that is missing, damaged or unknown."""
+
+
+class RequestError(Dsv3Error, ValueError):
+    """A single request that cannot be served (a 4xx of the OpenAI format); others go on."""
+
+
+class RankError(Dsv3Error):
+    """A rank or a device failed."""
+
+    exit_code = 3

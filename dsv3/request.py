@@ -1,0 +1,112 @@
+"""What is asked and what is answered: plain data that every room may use.
+
+`Request` goes into the engine, `RequestOutput` comes out after every step, `Completion` when the
+request is done. Nothing here knows how tokens are made.
+"""
+
+from dataclasses import dataclass, field
+
+from dsv3.errors import RequestError
+
+MAX_LOGPROBS = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to choose the tokens of one answer.
+
+    Attributes:
+        max_tokens: tokens to generate at most; 0 only scores the prompt.
+        temperature: 0 is greedy.
+        top_k: keep the k likeliest tokens; 0 keeps all.
+        top_p: keep the smallest set of likeliest tokens with this probability; 1 keeps all.
+        seed: names the random numbers; the same seed gives the same tokens in any batch, at any
+            world size.
+        stop: texts that end the answer (not part of it).
+        stop_token_ids: tokens that end the answer, beside the model's own end tokens.
+        ignore_eos: go on after the model's end tokens.
+        logprobs: number of likeliest alternatives reported per generated token; None reports none.
+        prompt_logprobs: the same for the tokens of the prompt.
+    """
+
+    max_tokens: int = 200
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range, naming field and value."""
+        rules = (
+            ("max_tokens", self.max_tokens >= 0, "at least 0"),
+            ("temperature", 0.0 <= self.temperature <= 100.0, "between 0 and 100"),
+            ("top_k", self.top_k >= 0, "at least 0 (0 keeps all tokens)"),
+            ("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
+            ("seed", -(2**63) <= self.seed < 2**63, "a 64-bit integer"),
+            ("stop", all(self.stop), "without empty strings"),
+            ("logprobs", self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "0 to 20"),
+            (
+                "prompt_logprobs",
+                self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= MAX_LOGPROBS,
+                "0 to 20",
+            ),
+        )
+        for name, holds, rule in rules:
+            if not holds:
+                raise RequestError(f"{name}={getattr(self, name)!r} must be {rule}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One prompt and how to continue it. `request_id` is unique among the unfinished requests."""
+
+    request_id: str
+    prompt_ids: list[int]
+    params: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural-log probability of one token, and of the likeliest tokens at its place."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(slots=True, kw_only=True)
+class Completion:
+    """The finished answer to one request.
+
+    Attributes:
+        token_ids: generated tokens, the end token not included.
+        text: their text, cut before a stop string.
+        finish_reason: "stop" (end token or stop string) or "length".
+        logprobs: one entry per generated token when asked for.
+        prompt_logprobs: one entry per prompt token but the first, when asked for.
+        cached_tokens: prompt tokens whose cache entries were reused, not computed.
+    """
+
+    request_id: str
+    prompt_ids: list[int]
+    token_ids: list[int]
+    text: str
+    finish_reason: str
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    cached_tokens: int = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class RequestOutput:
+    """What one step added to one request; `completion` is set by the last one."""
+
+    request_id: str
+    new_token_ids: list[int] = field(default_factory=list)
+    new_text: str = ""
+    completion: Completion | None = None
