@@ -1,0 +1,329 @@
+"""What a model is and how it is spread over ranks: frozen, validated once, free of torch.
+
+Field names are those of Hugging Face's `config.json`. Reading files is `dsv3.config_files`.
+"""
+
+import difflib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from dsv3.errors import ConfigError
+
+MODEL_TYPES = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2")
+TORCH_DTYPES = ("bfloat16", "float32", "float16")
+ROUTING = {
+    "greedy": "softmax",
+    "group_limited_greedy": "softmax",
+    "noaux_tc": "sigmoid",
+}
+_INDEX_FIELDS = ("index_n_heads", "index_head_dim", "index_topk")
+_POSITIVE_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_hidden_layers",
+    "moe_layer_freq",
+    "num_attention_heads",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "n_group",
+    "topk_group",
+    "max_position_embeddings",
+)
+
+
+def refuse_unknown(keys: Iterable[str], known: Iterable[str], where: str) -> None:
+    """Raise ConfigError for the first key that is not known, with the nearest known name."""
+    known = list(known)
+    for key in sorted(set(keys) - set(known)):
+        near = difflib.get_close_matches(key, known, n=1)
+        raise ConfigError(
+            f"{where}: unknown field {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+        )
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors of a positive number, ascending."""
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def split_range(size: int, parts: int, index: int) -> tuple[int, int]:
+    """The contiguous (start, stop) of part `index`: ceil(size / parts) each, the last ones less."""
+    chunk = -(-size // parts)
+    return min(index * chunk, size), min((index + 1) * chunk, size)
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """0.1 * mscale * ln(factor) + 1; 1 where nothing is extended."""
+    return 1.0 if factor <= 1.0 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeScaling:
+    """YaRN: how rotary frequencies are stretched beyond the original context length."""
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse what YaRN cannot compute."""
+        if not self.factor >= 1.0:
+            raise ConfigError(f"rope_scaling.factor={self.factor} must be at least 1")
+        if self.original_max_position_embeddings < 1:
+            raise ConfigError(
+                "rope_scaling.original_max_position_embeddings="
+                f"{self.original_max_position_embeddings} must be at least 1"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizationConfig:
+    """FP8 (e4m3) weights with one inverse scale per block, `weight_scale_inv`.
+
+    Attributes:
+        block: rows and columns that share a scale.
+        scale_fmt: "ue8m0" where scales are meant to be powers of two (not every stored scale is).
+    """
+
+    block: tuple[int, int] = (128, 128)
+    scale_fmt: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse other block sizes and scale formats."""
+        if self.block != (128, 128):
+            raise ConfigError(f"weight_block_size={list(self.block)} must be [128, 128]")
+        if self.scale_fmt not in (None, "ue8m0"):
+            raise ConfigError(f"scale_fmt={self.scale_fmt!r} must be 'ue8m0' or absent")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """The shape of a DeepSeek-V2/V3-family model, as Hugging Face names it.
+
+    `q_lora_rank` None: queries have no low-rank path (`q_proj`). `rope_scaling` None: plain RoPE.
+    `rope_interleave` False: weights were permuted to half-split rotary order. `quantization` None:
+    weights are stored in `torch_dtype`. `bos_token_id` None and `eos_token_ids` () leave the
+    answer to the tokenizer. The `index_*` fields are V3.2's sparse attention, else None.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    moe_intermediate_size: int
+    num_hidden_layers: int
+    first_k_dense_replace: int
+    moe_layer_freq: int = 1
+    num_attention_heads: int
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    n_routed_experts: int
+    n_shared_experts: int
+    num_experts_per_tok: int
+    n_group: int = 1
+    topk_group: int = 1
+    scoring_func: str
+    topk_method: str
+    norm_topk_prob: bool
+    routed_scaling_factor: float
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    rope_interleave: bool = True
+    max_position_embeddings: int
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    num_nextn_predict_layers: int = 0
+    index_n_heads: int | None = None
+    index_head_dim: int | None = None
+    index_topk: int | None = None
+    quantization: QuantizationConfig | None = None
+    torch_dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        """Refuse fields that are out of range or contradict each other."""
+        self._check_values()
+        self._check_routing()
+        self._check_indexer()
+
+    def _check_values(self) -> None:
+        if self.model_type not in MODEL_TYPES:
+            raise ConfigError(
+                f"model_type={self.model_type!r} is not supported; only the DeepSeek V2/V3 family "
+                f"is ({', '.join(MODEL_TYPES)}), not other models or distills"
+            )
+        for name in _POSITIVE_FIELDS:
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ConfigError(f"{name}={value!r} must be a positive integer")
+        for name in ("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 0:
+                raise ConfigError(f"{name}={value!r} must be an integer, at least 0")
+        if self.q_lora_rank is not None and (
+            type(self.q_lora_rank) is not int or self.q_lora_rank < 1
+        ):
+            raise ConfigError(f"q_lora_rank={self.q_lora_rank!r} must be positive or null")
+        if self.qk_rope_head_dim % 2:
+            raise ConfigError(f"qk_rope_head_dim={self.qk_rope_head_dim} must be even")
+        if self.torch_dtype not in TORCH_DTYPES:
+            raise ConfigError(f"torch_dtype={self.torch_dtype!r} must be one of {TORCH_DTYPES}")
+        if not self.rms_norm_eps > 0 or not self.rope_theta > 1:
+            raise ConfigError(
+                f"rms_norm_eps={self.rms_norm_eps} must be above 0, rope_theta={self.rope_theta} "
+                "above 1"
+            )
+
+    def _check_routing(self) -> None:
+        experts, groups = self.n_routed_experts, self.n_group
+        if ROUTING.get(self.topk_method) != self.scoring_func:
+            pairs = ", ".join(f"{method} with {score}" for method, score in ROUTING.items())
+            raise ConfigError(
+                f"topk_method={self.topk_method!r} with scoring_func={self.scoring_func!r} is not "
+                f"supported; use one of {pairs}"
+            )
+        if experts % groups:
+            raise ConfigError(f"n_group={groups} does not divide n_routed_experts={experts}")
+        if self.topk_group > groups:
+            raise ConfigError(f"topk_group={self.topk_group} is more than n_group={groups}")
+        if self.topk_method == "noaux_tc" and groups > 1 and experts // groups < 2:
+            raise ConfigError(f"n_group={groups} leaves fewer than two experts a group")
+        reach = experts
+        if self.topk_method != "greedy":
+            reach = experts // groups * self.topk_group
+        if self.num_experts_per_tok > reach:
+            raise ConfigError(
+                f"num_experts_per_tok={self.num_experts_per_tok} is more than the {reach} experts "
+                "that routing can reach"
+            )
+
+    def _check_indexer(self) -> None:
+        given = [name for name in _INDEX_FIELDS if getattr(self, name) is not None]
+        if self.model_type != "deepseek_v32":
+            if given:
+                raise ConfigError(f"{given[0]} belongs to deepseek_v32, not to {self.model_type}")
+            return
+        for name in _INDEX_FIELDS:
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ConfigError(f"{name}={value!r} must be a positive integer for deepseek_v32")
+        if self.q_lora_rank is None:
+            raise ConfigError("q_lora_rank is null, but deepseek_v32's indexer needs it")
+        assert self.index_head_dim is not None
+        if self.index_head_dim < self.qk_rope_head_dim:
+            raise ConfigError(
+                f"index_head_dim={self.index_head_dim} is less than "
+                f"qk_rope_head_dim={self.qk_rope_head_dim}"
+            )
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Length of one head's query."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def has_indexer(self) -> bool:
+        """Whether attention is sparse (V3.2)."""
+        return self.index_topk is not None
+
+    @property
+    def shared_intermediate_size(self) -> int:
+        """Width of the one MLP that holds all shared experts."""
+        return self.n_shared_experts * self.moe_intermediate_size
+
+    @property
+    def softmax_scale(self) -> float:
+        """What attention scores are multiplied by, YaRN's correction included."""
+        scale = 1.0 / math.sqrt(self.qk_head_dim)
+        rope = self.rope_scaling
+        if rope is not None and rope.mscale_all_dim:
+            scale *= yarn_mscale(rope.factor, rope.mscale_all_dim) ** 2
+        return scale
+
+    @property
+    def cos_sin_mscale(self) -> float:
+        """What the rotary cosines and sines are multiplied by; 1 for all published models."""
+        rope = self.rope_scaling
+        if rope is None:
+            return 1.0
+        return yarn_mscale(rope.factor, rope.mscale) / yarn_mscale(rope.factor, rope.mscale_all_dim)
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether a layer (MTP layers count on from num_hidden_layers) has routed experts."""
+        return layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelConfig:
+    """World = dp x tp, tp fastest; routed experts are spread over the whole world.
+
+    `tp` left out (0) is world_size / dp.
+    """
+
+    world_size: int = 1
+    rank: int = 0
+    tp: int = 0
+    dp: int = 1
+
+    def __post_init__(self) -> None:
+        """Fill in tp; refuse a layout that does not add up."""
+        if self.world_size < 1 or self.dp < 1 or (self.tp or 1) < 1:
+            raise ConfigError(
+                f"world_size={self.world_size}, dp={self.dp}, tp={self.tp} must be at least 1"
+            )
+        if not self.tp:
+            object.__setattr__(self, "tp", max(self.world_size // self.dp, 1))
+        if self.tp * self.dp != self.world_size:
+            raise ConfigError(f"tp={self.tp} x dp={self.dp} is not world_size={self.world_size}")
+        if not 0 <= self.rank < self.world_size:
+            raise ConfigError(f"rank={self.rank} is not in 0..{self.world_size - 1}")
+
+    @property
+    def tp_rank(self) -> int:
+        """This rank's place in its tensor-parallel group."""
+        return self.rank % self.tp
+
+    @property
+    def dp_rank(self) -> int:
+        """Which tensor-parallel group this rank is in."""
+        return self.rank // self.tp
+
+    @property
+    def ep(self) -> int:
+        """Number of ranks that routed experts are spread over."""
+        return self.world_size
+
+    @property
+    def ep_rank(self) -> int:
+        """This rank's place among them."""
+        return self.rank
+
+    def check(self, model: ModelConfig) -> None:
+        """Raise ConfigError where tp does not divide the heads, or the world the experts."""
+        heads, experts = model.num_attention_heads, model.n_routed_experts
+        if heads % self.tp:
+            usable = heads if self.dp > 1 else math.gcd(heads, experts)
+            raise ConfigError(
+                f"tp={self.tp} does not divide num_attention_heads={heads}; "
+                f"use one of {divisors(usable)}"
+            )
+        if experts % self.ep:
+            usable = experts if self.dp > 1 else math.gcd(heads, experts)
+            raise ConfigError(
+                f"world_size={self.ep} does not divide n_routed_experts={experts}; "
+                f"use one of {divisors(usable)}"
+            )
