@@ -1,0 +1,120 @@
+"""Kimi-K2's vocabulary: `tiktoken.model`, read with the optional `tiktoken` library.
+
+The pattern, the 256 reserved places and the pieces very long texts are cut into are those of
+Moonshot's published `tokenization_kimi.py`; other pieces would give other tokens.
+"""
+
+import base64
+import re
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from dsv3.errors import CheckpointError
+
+RESERVED_TOKENS = 256
+MAX_PIECE = 400_000  # characters; tiktoken overflows its stack on longer ones
+MAX_RUN = 25_000  # characters of one kind, blank or not
+
+_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+_SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+PATTERN = "|".join(
+    (
+        r"[\p{Han}]+",
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_SUFFIX}",
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_SUFFIX}",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
+)
+
+
+class TiktokenVocabulary:
+    """`tiktoken.model` and the special tokens that `tokenizer_config.json` lists."""
+
+    def __init__(self, path: Path, config: dict[str, Any]) -> None:
+        try:
+            import tiktoken
+        except ImportError:
+            raise CheckpointError(
+                f"{path}: this vocabulary needs the tiktoken library: pip install 'dsv3[kimi]'"
+            ) from None
+        ranks = _read_ranks(path)
+        added = {int(i): entry for i, entry in config.get("added_tokens_decoder", {}).items()}
+        names = {i: f"<|reserved_token_{i}|>" for i in _reserved_ids(ranks)}
+        names |= {i: entry["content"] for i, entry in added.items()}
+        self._names = names
+        self._special = {i for i, entry in added.items() if entry.get("special", True)}
+        self._encoding = tiktoken.Encoding(
+            name=path.name,
+            pat_str=PATTERN,
+            mergeable_ranks=ranks,
+            special_tokens={name: i for i, name in names.items()},
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the highest token id."""
+        return int(self._encoding.n_vocab)
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Split `text` into tokens; this vocabulary adds none of its own."""
+        return [
+            token_id
+            for piece in _pieces(text)
+            for token_id in self._encoding.encode(piece, allowed_special="all")
+        ]
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        """Join tokens into text."""
+        skipped = self._special if skip_special_tokens else ()
+        return b"".join(self.token_bytes(i) for i in ids if i not in skipped).decode(
+            "utf-8", "replace"
+        )
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes that this token stands for; an unknown one stands for none."""
+        try:
+            return bytes(self._encoding.decode_single_token_bytes(token_id))
+        except KeyError:
+            return b""
+
+    def id_of(self, token: str) -> int | None:
+        """Return the id of a token by its name."""
+        try:
+            return int(self._encoding.encode_single_token(token))
+        except KeyError:
+            return None
+
+
+def _read_ranks(path: Path) -> dict[bytes, int]:
+    """Read lines of `base64 rank`."""
+    ranks = {}
+    try:
+        for line in path.read_bytes().splitlines():
+            token, rank = line.split()
+            ranks[base64.b64decode(token)] = int(rank)
+    except ValueError:
+        raise CheckpointError(f"{path}: line {len(ranks) + 1} is not 'base64 rank'") from None
+    return ranks
+
+
+def _reserved_ids(ranks: dict[bytes, int]) -> range:
+    return range(len(ranks), len(ranks) + RESERVED_TOKENS)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cut overlong texts, and overlong runs of blanks or non-blanks within them."""
+    for start in range(0, len(text), MAX_PIECE):
+        part = text[start : start + MAX_PIECE]
+        cuts = [
+            cut
+            for run in re.finditer(r"\s+|\S+", part)
+            for cut in range(run.start() + MAX_RUN, run.end(), MAX_RUN)
+        ]
+        yield from (part[a:b] for a, b in pairwise([0, *cuts, len(part)]))

@@ -1,0 +1,219 @@
+"""Text to token ids and back, from the tokenizer files of a checkpoint.
+
+Reads `tokenizer.json` through the `tokenizers` library, or Kimi-K2's `tiktoken.model`
+(`dsv3/text/kimi.py`). Which special tokens there are, and the chat template, are told by
+`tokenizer_config.json` and its companions. No remote code is run.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import tokenizers
+from tokenizers import decoders
+
+from dsv3.errors import CheckpointError, RequestError
+
+log = logging.getLogger(__name__)
+
+
+class Vocabulary(Protocol):
+    """What a tokenizer library must offer; ids it does not know decode to nothing."""
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the highest token id."""
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Split `text` into tokens; the names of special tokens in it become those tokens."""
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        """Join tokens into text; bytes that are not UTF-8 become U+FFFD."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes that this token stands for."""
+
+    def id_of(self, token: str) -> int | None:
+        """Return the id of a token by its name."""
+
+
+class Tokenizer:
+    """The tokenizer of one checkpoint.
+
+    Attributes:
+        special_tokens: `bos_token`, `eos_token`, ... as the chat template wants to see them.
+        chat_template: the checkpoint's Jinja source; None where it ships none.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        config: dict[str, Any] | None = None,
+        chat_template: str | None = None,
+    ) -> None:
+        config = config or {}
+        self._vocabulary = vocabulary
+        self._add_bos = bool(config.get("add_bos_token", False))
+        self.chat_template = chat_template
+        self.special_tokens = {
+            name: text
+            for name in ("bos_token", "eos_token", "pad_token", "unk_token")
+            if (text := _token_text(config.get(name)))
+        }
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Tokenizer":
+        """Read the tokenizer of a checkpoint directory."""
+        folder = Path(folder)
+        config = _read_json(folder / "tokenizer_config.json")
+        return cls(_vocabulary(folder, config), config, _chat_template(folder, config))
+
+    @classmethod
+    def load_optional(cls, folder: str | Path) -> "Tokenizer | None":
+        """Read the tokenizer if that is possible: prompts given as token ids need none."""
+        try:
+            return cls.load(folder)
+        except CheckpointError as error:
+            log.warning("%s: only token ids can be served", error)
+            return None
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids the tokenizer knows; the model's vocabulary may be larger."""
+        return self._vocabulary.vocab_size
+
+    @cached_property
+    def bos_id(self) -> int | None:
+        """The token that begins a sequence."""
+        return self.id_of(self.special_tokens.get("bos_token", ""))
+
+    @cached_property
+    def eos_id(self) -> int | None:
+        """The token that ends an answer; the model's configuration may name more."""
+        return self.id_of(self.special_tokens.get("eos_token", ""))
+
+    def id_of(self, token: str) -> int | None:
+        """Return the id of a token by its name, None if there is no such token."""
+        return self._vocabulary.id_of(token)
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Split `text` into token ids; text that already went through a template adds none."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"the text holds half of a surrogate pair (character {error.start + 1}), "
+                "which is not a character"
+            ) from None
+        return self._vocabulary.encode(text, add_special_tokens)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Encode a raw prompt the way the model was trained: with one BOS if it wants one."""
+        ids = self.encode(text, add_special_tokens=True)
+        if self._add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
+            ids.insert(0, self.bos_id)
+        return ids[1:] if ids[:2] == [self.bos_id, self.bos_id] else ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Join tokens into text. Unfinished characters become U+FFFD."""
+        return self._vocabulary.decode(ids, skip_special_tokens)
+
+    def token_text(self, token_id: int) -> str:
+        """Return the text of one token, special ones by their name."""
+        return self.decode([token_id], skip_special_tokens=False)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes of one token; unlike its text they are whole in half a character."""
+        return self._vocabulary.token_bytes(token_id)
+
+
+class _BytePairs:
+    """`tokenizer.json` through the tokenizers library."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise CheckpointError(f"{path}: not a tokenizer file: {error}") from None
+        self._added = self._tokenizer.get_added_tokens_decoder()
+        byte_level = isinstance(self._tokenizer.decoder, decoders.ByteLevel)
+        self._alphabet = _byte_alphabet() if byte_level else {}
+
+    @cached_property
+    def vocab_size(self) -> int:
+        return max(self._tokenizer.get_vocab().values(), default=-1) + 1
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        token = self._tokenizer.id_to_token(token_id) or ""
+        if token_id in self._added or not self._alphabet:
+            return self.decode([token_id], skip_special_tokens=False).encode()
+        return bytes(self._alphabet[char] for char in token)
+
+    def id_of(self, token: str) -> int | None:
+        return self._tokenizer.token_to_id(token)
+
+
+def _vocabulary(folder: Path, config: dict[str, Any]) -> Vocabulary:
+    if (folder / "tokenizer.json").is_file():
+        return _BytePairs(folder / "tokenizer.json")
+    if (folder / "tiktoken.model").is_file():
+        from dsv3.text.kimi import TiktokenVocabulary  # the library is an optional extra
+
+        return TiktokenVocabulary(folder / "tiktoken.model", config)
+    raise CheckpointError(f"{folder}: no tokenizer.json or tiktoken.model here")
+
+
+def _token_text(token: Any) -> str:
+    """Return the text of a special token, written as a string or as an AddedToken."""
+    return str(token.get("content", "")) if isinstance(token, dict) else token or ""
+
+
+def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+    """Find the template: its own file first, as in transformers, then the configuration."""
+    own_file = folder / "chat_template.jinja"
+    if own_file.is_file():
+        return own_file.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if template is None:
+        template = _read_json(folder / "chat_template.json").get("chat_template")
+    if isinstance(template, list):  # several, by name
+        named = {entry["name"]: entry["template"] for entry in template}
+        if "default" not in named:
+            raise CheckpointError(f"{folder}: chat templates {sorted(named)}, none is 'default'")
+        template = named["default"]
+    return template
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; an absent file is an empty one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds no JSON object")
+    return value
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Return which byte each character of a byte-level vocabulary stands for.
+
+    Printable Latin-1 stands for itself; the other bytes, in order, for U+0100 and up.
+    Source: GPT-2's `bytes_to_unicode`.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(0x100 + i): byte for i, byte in enumerate(others)
+    }

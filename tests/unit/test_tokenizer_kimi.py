@@ -1,0 +1,86 @@
+import base64
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from dsv3.errors import CheckpointError
+from dsv3.text.kimi import MAX_PIECE, MAX_RUN, _pieces
+from dsv3.text.tokenizer import Tokenizer
+
+pytest.importorskip("tiktoken")
+MERGES = [b"th", b"the", b" the", "胡".encode()[:2], "胡".encode(), b"'s", b"  ", b"12", b"123"]
+BASE = 256 + len(MERGES)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tokens = [bytes([i]) for i in range(256)] + MERGES
+    lines = [f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(tokens)]
+    (tmp_path / "tiktoken.model").write_text("\n".join(lines) + "\n")
+    added = {
+        BASE: {"content": "[BOS]", "special": True},
+        BASE + 1: {"content": "[EOS]", "special": True},
+        BASE + 2: {"content": "<think>", "special": False},
+    }
+    config = {"bos_token": "[BOS]", "eos_token": "[EOS]", "added_tokens_decoder": added}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def test_special_and_reserved_tokens(folder: Path) -> None:
+    kimi = Tokenizer.load(folder)
+    assert (kimi.bos_id, kimi.eos_id, kimi.vocab_size) == (BASE, BASE + 1, BASE + 256)
+    assert kimi.id_of(f"<|reserved_token_{BASE + 9}|>") == BASE + 9
+    assert kimi.encode("[BOS]the", add_special_tokens=True) == [BASE, 257]
+    assert kimi.decode([BASE, 257, BASE + 2, BASE + 1]) == "the<think>"
+    assert kimi.decode([BASE, 257], skip_special_tokens=False) == "[BOS]the"
+
+
+@pytest.mark.parametrize("text", ["", "the cat's 1234\r\n  胡胡b the", "🙂é ​", "\t\t x"])
+def test_decoding_returns_the_encoded_text(folder: Path, text: str) -> None:
+    kimi = Tokenizer.load(folder)
+    ids = kimi.encode(text, add_special_tokens=False)
+    assert kimi.decode(ids) == text
+    assert b"".join(map(kimi.token_bytes, ids)) == text.encode()
+
+
+def test_words_numbers_and_han_are_split_before_merging(folder: Path) -> None:
+    kimi = Tokenizer.load(folder)
+    ids = kimi.encode("1234胡the's", add_special_tokens=False)
+    assert [kimi.token_text(i) for i in ids] == ["123", "4", "胡", "the", "'s"]
+
+
+def test_half_characters_and_unknown_ids_decode(folder: Path) -> None:
+    kimi = Tokenizer.load(folder)
+    assert kimi.token_text("胡".encode()[0]) == "\ufffd"
+    assert kimi.token_bytes("胡".encode()[0]) == "胡".encode()[:1]
+    assert kimi.decode([BASE + 4000]) == ""
+
+
+def test_overlong_runs_are_cut_where_moonshot_cuts() -> None:
+    text = "a" * (MAX_RUN + 5) + " " + "b" * 3 * MAX_RUN + " " * (2 * MAX_RUN + 1) + "c d"
+    text += "e f " * (MAX_PIECE // 4)
+    pieces = list(_pieces(text))
+    assert "".join(pieces) == text
+    assert pieces[0] == "a" * MAX_RUN
+    assert max(len(run) for piece in pieces for run in re.findall(r"\s+|\S+", piece)) == MAX_RUN
+    assert max(map(len, pieces)) <= MAX_PIECE
+    assert list(_pieces("short text")) == ["short text"]
+
+
+def test_without_the_library_one_line_says_what_to_install(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    with pytest.raises(CheckpointError, match=r"pip install 'dsv3\[kimi\]'"):
+        Tokenizer.load(folder)
+    assert Tokenizer.load_optional(folder) is None
+
+
+def test_damaged_vocabulary_names_its_line(folder: Path) -> None:
+    (folder / "tiktoken.model").write_text("IQ== 0\nIg==\n")
+    with pytest.raises(CheckpointError, match="line 2 is not"):
+        Tokenizer.load(folder)

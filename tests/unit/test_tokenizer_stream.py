@@ -1,0 +1,135 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsv3.text.detokenize import (
+    HALF_CHARACTER,
+    REPLACEMENT,
+    WINDOW,
+    IncrementalDetokenizer,
+    StopChecker,
+    TextStream,
+)
+from dsv3.text.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer.load(Path(__file__).parents[2] / "checkpoints" / "demo-v3")
+BYTE = {
+    TOKENIZER.token_bytes(i)[0]: i
+    for i in range(TOKENIZER.vocab_size)
+    if len(TOKENIZER.token_bytes(i)) == 1
+}
+token_ids = st.lists(st.integers(0, TOKENIZER.vocab_size - 1), max_size=200)
+
+
+def encode(text: str) -> list[int]:
+    return TOKENIZER.encode(text, add_special_tokens=False)
+
+
+def byte_tokens(data: bytes) -> list[int]:
+    return [BYTE[byte] for byte in data]
+
+
+@given(token_ids, st.data())
+def test_pieces_join_to_the_decoding_of_all_tokens(ids: list[int], data: st.DataObject) -> None:
+    detokenizer, shown, at = IncrementalDetokenizer(TOKENIZER), "", 0
+    while at < len(ids):
+        num = data.draw(st.integers(1, 5))
+        shown += detokenizer.push(ids[at : at + num])
+        at += num
+    assert shown + detokenizer.finish() == TOKENIZER.decode(ids)
+
+
+@given(st.text(alphabet="aé胡🙂👩‍🚀 \n", max_size=120))
+def test_streamed_text_never_shows_half_a_character(text: str) -> None:
+    detokenizer, shown = IncrementalDetokenizer(TOKENIZER), ""
+    for token_id in byte_tokens(text.encode()):
+        shown += detokenizer.push([token_id])
+        assert text.startswith(shown)
+    assert shown == text  # nothing of a whole text is held back
+
+
+@given(st.binary(max_size=400))
+def test_bytes_that_are_no_text_come_out_as_they_decode(data: bytes) -> None:
+    detokenizer = IncrementalDetokenizer(TOKENIZER)
+    ids = byte_tokens(data)
+    shown = "".join(detokenizer.push([i]) for i in ids)
+    assert shown + detokenizer.finish() == TOKENIZER.decode(ids)
+    assert len(TOKENIZER.decode(ids)) - len(shown) <= HALF_CHARACTER
+
+
+def test_work_per_token_does_not_grow_with_the_answer() -> None:
+    decoded: list[int] = []
+
+    class Counting(Tokenizer):
+        def decode(self, ids, skip_special_tokens=True):  # type: ignore[no-untyped-def]
+            decoded.append(len(ids))
+            return super().decode(ids, skip_special_tokens)
+
+    counting = Counting(TOKENIZER._vocabulary)
+    for ids in (encode("word " * 1000), byte_tokens(b"\xff" * 1000)):
+        stream = TextStream(counting, ids)
+        for token_id in ids:
+            stream.push(token_id)
+    assert max(decoded) <= 4 * WINDOW + 1
+    assert len(decoded) < 2500
+
+
+def test_text_goes_on_from_the_prompt() -> None:
+    half, rest = byte_tokens("🙂".encode()[:2]), byte_tokens("🙂".encode()[2:])
+    stream = TextStream(TOKENIZER, encode("Say ") + half)
+    for token_id in rest + encode("!"):
+        stream.push(token_id)
+    stream.finish()
+    assert stream.text == TOKENIZER.decode(rest + encode("!"))
+
+
+def run(stream: TextStream, ids: list[int]) -> tuple[list[str], bool]:
+    shown = []
+    for token_id in ids:
+        new, stopped = stream.push(token_id)
+        shown.append(new)
+        if stopped:
+            return shown, True
+    shown.append(stream.finish())
+    return shown, False
+
+
+@given(st.text(alphabet="ab\n é", max_size=60), st.lists(st.text("ab\n é", min_size=1, max_size=4)))
+def test_stop_strings_cut_wherever_tokens_begin_and_end(text: str, stop: list[str]) -> None:
+    stream = TextStream(TOKENIZER, [], tuple(stop))
+    shown, stopped = run(stream, byte_tokens(text.encode()))
+    ends = [text.find(s) + len(s) for s in stop if s in text]
+    if not ends:
+        assert (stream.text, stopped) == (text, False)
+    else:  # the stop string that is complete first; of several, the one that begins first
+        first = min(ends)
+        begin = min(text[:first].find(s) for s in stop if s in text[:first])
+        assert (stream.text, stopped) == (text[:begin], True)
+    assert "".join(shown) == stream.text
+
+
+@pytest.mark.parametrize(
+    ("pieces", "stop", "want"),
+    [
+        (["ab", "c", "d"], ("bcd",), ["a", "", ""]),  # spans pieces
+        (["ab", "x"], ("bcd",), ["a", "bx"]),  # held back, then released
+        (["aab", "aac"], ("aabaac",), ["", ""]),
+        (["aabaab", "aac"], ("aabaac",), ["aab", ""]),  # overlaps itself
+        (["stop"], ("op", "sto"), [""]),
+        (["plain"], (), ["plain"]),
+    ],
+)
+def test_what_may_become_a_stop_string_waits(
+    pieces: list[str], stop: tuple[str, ...], want: list[str]
+) -> None:
+    checker = StopChecker(stop)
+    assert [checker.push(piece)[0] for piece in pieces] == want
+
+
+def test_an_answer_that_ends_within_a_character_shows_it() -> None:
+    stream = TextStream(TOKENIZER, [])
+    shown, _ = run(stream, encode("so ") + byte_tokens("🙂".encode()[:3]))
+    assert shown[-1] == REPLACEMENT
+    assert stream.text == "so " + REPLACEMENT
