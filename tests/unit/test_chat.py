@@ -1,0 +1,255 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsv3.errors import CheckpointError, RequestError
+from dsv3.text.chat import ChatFormat, opens_thought, split_reasoning
+from dsv3.text.tokenizer import Tokenizer
+
+DEMO = Path(__file__).parents[2] / "checkpoints" / "demo-v3"
+BOS, EOS, U, A = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"
+SHORT = [{"role": "user", "content": "Hi"}]
+LONG = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "1+1?"},
+    {"role": "assistant", "content": "<think>easy</think>2"},
+    {"role": "user", "content": "Sure?"},
+]
+TWO_SYSTEMS = [{"role": "system", "content": s} for s in ("One.", "Two.")] + SHORT
+
+# Exercises what transformers' environment offers beyond plain Jinja.
+RICH_TEMPLATE = """
+{%- set seen = namespace(count=0) %}
+{{ bos_token }}
+{%- for m in messages %}
+    {%- if m['role'] == 'assistant' and 'skip' in m['content'] %}{% continue %}{% endif %}
+    {% if m['role'] == 'user' %}
+    {{ U ~ m['content'] | trim }}
+    {% else %}
+<{{ m['role'] }}>{{ m | tojson }}
+    {% endif %}
+    {%- set seen.count = seen.count + 1 %}
+{%- endfor %}
+{{ tools | tojson(indent=1) if tools }} {{ seen.count }} {{ strftime_now('%Y') }}
+{% if add_generation_prompt %}{{ '<think>' if enable_thinking else eos_token }}{% endif %}
+"""
+ROLE_TEMPLATE = """\
+{%- for m in messages %}
+{%- if m.role == 'user' %}{{ m.content + suffix }}
+{%- elif m.role == 'system' %}{{ raise_exception('No system\n  messages, please.') }}
+{%- endif %}{% endfor %}"""
+
+
+@pytest.fixture(scope="module")
+def demo() -> Tokenizer:
+    return Tokenizer.load(DEMO)
+
+
+def chat(demo: Tokenizer, template: str | None, model_type: str = "", name: str = "") -> ChatFormat:
+    """A checkpoint with the demo's vocabulary and another template, or none."""
+    tokenizer = Tokenizer(demo._vocabulary, {}, template)
+    tokenizer.special_tokens = demo.special_tokens
+    return ChatFormat(tokenizer, model_type, name)
+
+
+PUBLISHED = [
+    ("deepseek_v2", "DeepSeek-V2-Lite-Chat", False, SHORT, f"{BOS}User: Hi\n\nAssistant:"),
+    (
+        "deepseek_v2",
+        "DeepSeek-V2-Chat",
+        False,
+        LONG,
+        f"{BOS}Be brief.\n\nUser: 1+1?\n\nAssistant: <think>easy</think>2{EOS}"
+        "User: Sure?\n\nAssistant:",
+    ),
+    ("deepseek_v2", "DeepSeek-V2.5", False, SHORT, f"{BOS}{U}Hi{A}"),
+    ("deepseek_v3", "DeepSeek-V3", False, SHORT, f"{BOS}{U}Hi{A}"),
+    (
+        "deepseek_v3",
+        "DeepSeek-V3-0324",
+        False,
+        LONG,
+        f"{BOS}Be brief.{U}1+1?{A}<think>easy</think>2{EOS}{U}Sure?{A}",
+    ),
+    ("deepseek_v3", "DeepSeek-V3", False, TWO_SYSTEMS, f"{BOS}One.\n\nTwo.{U}Hi{A}"),
+    ("deepseek_v3", "DeepSeek-R1", False, SHORT, f"{BOS}{U}Hi{A}<think>\n"),
+    (
+        "deepseek_v3",
+        "DeepSeek-R1-0528",
+        True,
+        LONG,
+        f"{BOS}Be brief.{U}1+1?{A}2{EOS}{U}Sure?{A}<think>\n",
+    ),
+    ("deepseek_v3", "DeepSeek-V3.1", False, SHORT, f"{BOS}{U}Hi{A}</think>"),
+    (
+        "deepseek_v3",
+        "DeepSeek-V3.1-Terminus",
+        True,
+        LONG,
+        f"{BOS}Be brief.{U}1+1?{A}</think>2{EOS}{U}Sure?{A}<think>",
+    ),
+    (
+        "deepseek_v3",
+        "DeepSeek-V3.1",
+        False,
+        LONG[:3],  # nothing to answer: no generation prompt
+        f"{BOS}Be brief.{U}1+1?{A}</think>2{EOS}",
+    ),
+    ("deepseek_v32", "DeepSeek-V3.2-Exp", False, SHORT, f"{BOS}{U}Hi{A}</think>"),
+    (
+        "deepseek_v32",
+        "DeepSeek-V3.2",
+        True,
+        [*SHORT, {"role": "assistant", "content": "Yes?", "reasoning_content": "hm"}, *SHORT],
+        f"{BOS}{U}Hi{A}</think>Yes?{EOS}{U}Hi{A}<think>",
+    ),
+    (
+        "deepseek_v32",
+        "DeepSeek-V3.2",
+        True,
+        [*SHORT, {"role": "assistant", "content": "Yes?", "reasoning_content": "hm"}],
+        f"{BOS}{U}Hi{A}<think>hm</think>Yes?{EOS}",
+    ),
+    (
+        "deepseek_v32",
+        "DeepSeek-V3.2",
+        False,
+        [{"role": "developer", "content": "Do it."}],
+        f"{BOS}{U}\n\n# The user's message is: Do it.{A}</think>",
+    ),
+]
+
+
+@pytest.mark.parametrize(("model_type", "name", "thinking", "messages", "want"), PUBLISHED)
+def test_published_formats(
+    demo: Tokenizer,
+    model_type: str,
+    name: str,
+    thinking: bool,
+    messages: list[dict[str, Any]],
+    want: str,
+) -> None:
+    assert chat(demo, None, model_type, name).render(messages, thinking) == want
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v2", "deepseek_v3"])
+def test_without_generation_prompt_the_conversation_just_ends(
+    demo: Tokenizer, model_type: str
+) -> None:
+    text = chat(demo, None, model_type).render(LONG[:3], add_generation_prompt=False)
+    assert text.endswith("2" + EOS)
+
+
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+@pytest.mark.parametrize("thinking", [True, False])
+@pytest.mark.parametrize("template", ["demo", RICH_TEMPLATE])
+def test_same_text_as_transformers(
+    demo: Tokenizer, template: str, thinking: bool, add_generation_prompt: bool
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(DEMO)
+    source = demo.chat_template if template == "demo" else template.replace("U ~", f"'{U}' ~")
+    assert source is not None
+    tools = [{"type": "function", "function": {"name": "Ü"}}] if template != "demo" else None
+    messages = [*LONG, {"role": "assistant", "content": "skip & <b>"}, *SHORT]
+    want = theirs.apply_chat_template(
+        messages,
+        chat_template=source,
+        tools=tools,
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt,
+        thinking=thinking,
+        enable_thinking=thinking,
+    )
+    ours = chat(demo, source)
+    got = ours.render(messages, thinking, tools, add_generation_prompt)
+    assert got == want
+    assert ours.encode(got) == theirs(want, add_special_tokens=False)["input_ids"]
+
+
+def test_content_may_be_a_list_of_text_parts(demo: Tokenizer) -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    text = ChatFormat(demo).render([{"role": "user", "content": parts}])
+    assert text == f"{BOS}{U}a\nb{A}"
+
+
+def test_developer_is_the_newer_name_of_system(demo: Tokenizer) -> None:
+    text = ChatFormat(demo).render([{"role": "developer", "content": "Be brief."}, *SHORT])
+    assert text == f"{BOS}Be brief.{U}Hi{A}"
+
+
+@pytest.mark.parametrize(
+    ("messages", "error"),
+    [
+        ([], "messages is empty; give at least one message"),
+        (["hi"], "messages[0] must be an object with role and content"),
+        ([{"content": "hi"}], "messages[0].role=None is unknown; use one of system, developer, "),
+        ([{"role": "robot", "content": "hi"}], "messages[0].role='robot' is unknown; use one of"),
+        ([{"role": ["user"], "content": "hi"}], "messages[0].role=['user'] is unknown"),
+        ([*SHORT, {"role": "user"}], "messages[1].content is missing"),
+        ([{"role": "user", "content": None}], "messages[0].content is missing"),
+        ([{"role": "user", "content": 5}], "messages[0].content must be a text or a list of text"),
+        ([{"role": "user", "content": ["a"]}], "messages[0].content[0] must be an object like"),
+        (
+            [{"role": "user", "content": [{"type": "image_url"}]}],
+            "messages[0].content[0].type='image_url' is not supported, only 'text'",
+        ),
+        (
+            [{"role": "user", "content": [{"type": "text"}]}],
+            "messages[0].content[0].text must be a text",
+        ),
+        ([{"role": "user", "content": "a", "weight": 1}], "messages[0].weight is not supported"),
+        (
+            [{"role": "tool", "content": "4"}],
+            "messages[0].role='tool' is unknown to this model's chat format",
+        ),
+    ],
+)
+def test_a_bad_message_is_named(demo: Tokenizer, messages: list[Any], error: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        ChatFormat(demo).render(messages)
+    assert str(caught.value).startswith(error)
+
+
+def test_a_template_that_refuses_is_one_line(demo: Tokenizer) -> None:
+    picky = chat(demo, ROLE_TEMPLATE)
+    for messages, reason in (
+        (LONG, "No system messages, please."),
+        (SHORT, "'suffix' is undefined"),
+    ):
+        with pytest.raises(RequestError) as caught:
+            picky.render(messages)
+        assert str(caught.value) == f"the chat template refuses these messages: {reason}"
+
+
+def test_templates_run_in_a_sandbox(demo: Tokenizer) -> None:
+    for source in ("{{ messages.clear() }}", "{{ ''.__class__.__mro__ }}"):
+        with pytest.raises(RequestError, match=r"refuses these messages: .*unsafe"):
+            chat(demo, source).render(SHORT)
+
+
+def test_a_template_with_a_syntax_error_names_its_line(demo: Tokenizer) -> None:
+    with pytest.raises(CheckpointError, match="chat template, line 2: "):
+        chat(demo, "fine\n{% if %}")
+
+
+def test_no_template_and_no_known_format(demo: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(CheckpointError, match="no known format for model type 'kimi_k2'"):
+        chat(demo, None, "kimi_k2")
+    bare = Tokenizer(demo._vocabulary)
+    assert ChatFormat.load_optional(bare, "kimi_k2") is None
+    assert "no conversations can be served" in caplog.text
+    assert ChatFormat.load_optional(None) is None
+
+
+def test_published_formats_refuse_tools(demo: Tokenizer) -> None:
+    with pytest.raises(RequestError, match="tools need a chat template"):
+        chat(demo, None, "deepseek_v3").render(SHORT, tools=[{"type": "function"}])
+
+
+def test_an_answer_that_begins_within_a_thought_is_split(demo: Tokenizer) -> None:
+    assert opens_thought(chat(demo, None, "deepseek_v3", "DeepSeek-R1").render(SHORT))
+    assert not opens_thought(ChatFormat(demo).render(SHORT))
+    assert split_reasoning("hm\n</think>\n\nYes.") == ("hm", "Yes.")
+    assert split_reasoning("still thinking") == ("still thinking", "")
