@@ -36,6 +36,16 @@ _POSITIVE_FIELDS = (
     "topk_group",
     "max_position_embeddings",
 )
+_COUNT_FIELDS = ("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers")
+_REAL_FIELDS = ("routed_scaling_factor", "rms_norm_eps", "rope_theta")
+_FLAG_FIELDS = ("norm_topk_prob", "rope_interleave", "tie_word_embeddings")
+# Field names, types, least value, and the rule in words.
+_RULES: tuple[tuple[tuple[str, ...], tuple[type, ...], float, str], ...] = (
+    (_POSITIVE_FIELDS, (int,), 1, "a positive integer"),
+    (_COUNT_FIELDS, (int,), 0, "an integer, at least 0"),
+    (_REAL_FIELDS, (int, float), 1e-30, "a number above 0"),
+    (_FLAG_FIELDS, (bool,), 0, "true or false"),
+)
 
 
 def refuse_unknown(keys: Iterable[str], known: Iterable[str], where: str) -> None:
@@ -166,27 +176,17 @@ class ModelConfig:
                 f"model_type={self.model_type!r} is not supported; only the DeepSeek V2/V3 family "
                 f"is ({', '.join(MODEL_TYPES)}), not other models or distills"
             )
-        for name in _POSITIVE_FIELDS:
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ConfigError(f"{name}={value!r} must be a positive integer")
-        for name in ("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 0:
-                raise ConfigError(f"{name}={value!r} must be an integer, at least 0")
-        if self.q_lora_rank is not None and (
-            type(self.q_lora_rank) is not int or self.q_lora_rank < 1
-        ):
+        for names, kinds, least, rule in _RULES:
+            for name in names:
+                value = getattr(self, name)
+                if type(value) not in kinds or value < least:
+                    raise ConfigError(f"{name}={value!r} must be {rule}")
+        if self.q_lora_rank is not None and self.q_lora_rank < 1:
             raise ConfigError(f"q_lora_rank={self.q_lora_rank!r} must be positive or null")
         if self.qk_rope_head_dim % 2:
             raise ConfigError(f"qk_rope_head_dim={self.qk_rope_head_dim} must be even")
         if self.torch_dtype not in TORCH_DTYPES:
             raise ConfigError(f"torch_dtype={self.torch_dtype!r} must be one of {TORCH_DTYPES}")
-        if not self.rms_norm_eps > 0 or not self.rope_theta > 1:
-            raise ConfigError(
-                f"rms_norm_eps={self.rms_norm_eps} must be above 0, rope_theta={self.rope_theta} "
-                "above 1"
-            )
 
     def _check_routing(self) -> None:
         experts, groups = self.n_routed_experts, self.n_group

@@ -1,0 +1,173 @@
+"""One reader for every kind of checkpoint directory: `Source.read(name, region)`.
+
+Files are read with `preadv` straight into the caller's memory. Nothing is mapped: pages of a
+mapped file count as resident memory until it is unmapped.
+"""
+
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from dsv3.checkpoint.region import Box, Region, region_shape, whole
+from dsv3.checkpoint.safetensors_file import DTYPE_BYTES, tensor_bytes
+from dsv3.config import ModelConfig
+from dsv3.errors import CheckpointError
+
+_STAGING = 8 << 20  # bytes read at once where columns must be cut out of rows
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A contiguous run of bytes in a file that holds one region, row-major."""
+
+    file: Path
+    offset: int
+    region: Region
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """A tensor and the pieces it can be read from; `dtype` as safetensors spells it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return tensor_bytes(self.dtype, self.shape)
+
+
+class Source:
+    """A checkpoint directory that can be read slice by slice, from any number of threads.
+
+    Attributes:
+        path: the directory.
+        config: what the model is.
+        tensors: every tensor by its Hugging Face name.
+    """
+
+    def __init__(self, path: Path, config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> None:
+        self.path = path
+        self.config = config
+        self.tensors = tensors
+        self._files: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all files."""
+        with self._lock:
+            for descriptor in self._files.values():
+                os.close(descriptor)
+            self._files.clear()
+
+    def where(self, name: str) -> Path:
+        """The (first) file that holds a tensor."""
+        return self.tensors[name].pieces[0].file
+
+    def read(
+        self, name: str, region: Region | None = None, out: memoryview | None = None
+    ) -> memoryview:
+        """Read a region of a tensor, row-major and contiguous.
+
+        Args:
+            name: Hugging Face name.
+            region: the whole tensor if left out.
+            out: writable memory of exactly the region's bytes, such as a tensor's own; made anew
+                if left out.
+
+        Returns:
+            `out`, as bytes.
+
+        Raises:
+            CheckpointError: no such tensor, or a file that cannot be read.
+        """
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.path}: tensor {name} is missing")
+        info = self.tensors[name]
+        region = whole(info.shape) if region is None else region
+        size = tensor_bytes(info.dtype, region_shape(region))
+        buffer = memoryview(bytearray(size)) if out is None else out.cast("B")
+        assert len(buffer) == size, f"{name}: {len(buffer)=} {size=} {region=}"
+        if size:
+            self._fill(info, region, buffer)
+        return buffer
+
+    def _fill(self, info: TensorInfo, region: Region, buffer: memoryview) -> None:
+        itemsize = DTYPE_BYTES[info.dtype]
+        box = Box.of(region, itemsize)
+        target = np.frombuffer(buffer, np.uint8).reshape(-1, box.col_stop - box.col)
+        missing = [box]
+        for piece in info.pieces:
+            if not missing:
+                return
+            held, rest = Box.of(piece.region, itemsize), []
+            for want in missing:
+                part = want.meet(held)
+                if part.empty:
+                    rest.append(want)
+                    continue
+                rest += want.minus(part)
+                view = target[
+                    part.row - box.row : part.row_stop - box.row,
+                    part.col - box.col : part.col_stop - box.col,
+                ]
+                self._read_box(piece, held, part, view)
+            missing = rest
+        if missing:
+            raise CheckpointError(f"{self.path}: tensor {info.name} lacks {list(missing[0])}")
+
+    def _read_box(self, piece: Piece, held: Box, part: Box, view: npt.NDArray[np.uint8]) -> None:
+        width = held.col_stop - held.col
+        first = piece.offset + (part.row - held.row) * width
+        if view.shape[1] == width and view.flags.c_contiguous:
+            self._read_bytes(piece.file, first, view.data.cast("B"))
+            return
+        rows = max(1, _STAGING // width)
+        staging = np.empty((min(rows, len(view)), width), np.uint8)
+        left = part.col - held.col
+        for row in range(0, len(view), rows):
+            block = staging[: len(view) - row]
+            self._read_bytes(piece.file, first + row * width, block.data.cast("B"))
+            view[row : row + rows] = block[:, left : left + view.shape[1]]
+
+    def _read_bytes(self, file: Path, offset: int, out: memoryview) -> None:
+        descriptor = self._descriptor(file)
+        done = 0
+        while done < len(out):
+            try:
+                count = os.preadv(descriptor, [out[done:]], offset + done)
+            except OSError as error:
+                raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
+            if not count:
+                raise CheckpointError(f"{file}: ends at byte {offset + done}; fetch it again")
+            done += count
+
+    def _descriptor(self, file: Path) -> int:
+        with self._lock:
+            if file not in self._files:
+                try:
+                    self._files[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+                except OSError as error:
+                    raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
+            return self._files[file]

@@ -1,0 +1,119 @@
+"""The safetensors format: eight bytes of header length, a JSON header, then the tensors' bytes."""
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsv3.errors import CheckpointError
+
+DTYPE_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
+}
+MAX_HEADER = 100_000_000  # what the reference implementation accepts
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of a file; `offset` counts bytes from the start of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensor."""
+        return tensor_bytes(self.dtype, self.shape)
+
+
+def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
+    """Bytes of a contiguous tensor."""
+    return math.prod(shape) * DTYPE_BYTES[dtype]
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """Read where each tensor of a file lies.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, or no safetensors file.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, MAX_HEADER):
+                raise CheckpointError(
+                    f"{path}: not a safetensors file, or truncated within its header "
+                    f"({size} bytes); fetch it again"
+                )
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise CheckpointError(f"{path}: its safetensors header is not JSON") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: its safetensors header is not a JSON object")
+    header.pop("__metadata__", None)
+    entries = {name: _entry(path, name, item, 8 + length) for name, item in header.items()}
+    end = max((entry.offset + entry.num_bytes for entry in entries.values()), default=8 + length)
+    if end > size:
+        raise CheckpointError(
+            f"{path}: truncated: {size} bytes, its header tells of {end}; fetch it again"
+        )
+    return entries
+
+
+def _entry(path: Path, name: str, item: object, base: int) -> Entry:
+    try:
+        assert isinstance(item, dict)
+        start, stop = item["data_offsets"]
+        entry = Entry(item["dtype"], tuple(item["shape"]), base + start)
+        if entry.num_bytes == stop - start and start >= 0:
+            return entry
+    except (AssertionError, KeyError, TypeError, ValueError):
+        pass
+    raise CheckpointError(f"{path}: the header's entry for tensor {name} is damaged: {item}")
+
+
+def make_header(
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]],
+) -> tuple[bytes, dict[str, int]]:
+    """Lay out a file.
+
+    Wide elements come first, so that each tensor is aligned; otherwise the order given is kept.
+
+    Args:
+        tensors: (name, dtype, shape) of each.
+
+    Returns:
+        the bytes the file begins with, and each tensor's offset in the file, in file order.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    starts: dict[str, int] = {}
+    end = 0
+    for name, dtype, shape in sorted(tensors, key=lambda tensor: -DTYPE_BYTES[tensor[1]]):
+        start, end = end, end + tensor_bytes(dtype, shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+        starts[name] = start
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER:
+        raise CheckpointError(f"a file of {len(starts)} tensors needs too large a header")
+    base = 8 + len(text)
+    prefix = len(text).to_bytes(8, "little") + text
+    return prefix, {name: base + start for name, start in starts.items()}

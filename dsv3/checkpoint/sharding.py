@@ -1,0 +1,269 @@
+"""The one truth about which tensors a model has and which slice of each a rank owns.
+
+Converter and loader both ask here. Weights are named as Hugging Face names them; an FP8 weight is
+accompanied by `weight_scale_inv`, one inverse scale per 128x128 block, sliced so that it covers
+the weight's slice. Where a slice begins inside a block, the block offset is
+`region.start % 128` and the two neighbouring ranks both hold that block's scale.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+from dsv3.checkpoint.names import scale_name, weight_name
+from dsv3.checkpoint.reader import Source, TensorInfo
+from dsv3.checkpoint.region import Region, whole
+from dsv3.config import ModelConfig, ParallelConfig, split_range
+from dsv3.errors import CheckpointError
+
+FLOAT_DTYPES = ("F32", "BF16", "F16")
+FP8_DTYPE = "F8_E4M3"
+
+
+class Split(Enum):
+    """How ranks share a tensor: rows or columns over tp, whole experts over ep, or all of it."""
+
+    NONE = "none"
+    ROWS = "rows"
+    COLS = "cols"
+    EXPERT = "expert"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A weight the model must have.
+
+    Attributes:
+        expert: which of `num_experts` routed experts it belongs to, else None.
+        quantizable: whether FP8 checkpoints may store it in blocks with scales.
+        mtp: whether it belongs to a multi-token-prediction layer.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    split: Split = Split.NONE
+    expert: int | None = None
+    num_experts: int = 0
+    quantizable: bool = False
+    mtp: bool = False
+
+
+def tensor_specs(config: ModelConfig) -> dict[str, TensorSpec]:
+    """Every weight of the model in canonical order, MTP and indexer included, scales not."""
+    hidden, vocab = config.hidden_size, config.vocab_size
+    specs = [TensorSpec("model.embed_tokens.weight", (vocab, hidden), Split.ROWS)]
+    for layer in range(config.num_hidden_layers + config.num_nextn_predict_layers):
+        specs.extend(_layer_specs(config, layer))
+    specs.append(TensorSpec("model.norm.weight", (hidden,)))
+    specs.append(TensorSpec("lm_head.weight", (vocab, hidden), Split.ROWS))
+    return {spec.name: spec for spec in specs}
+
+
+def _layer_specs(config: ModelConfig, layer: int) -> Iterator[TensorSpec]:
+    prefix = f"model.layers.{layer}."
+    mtp = layer >= config.num_hidden_layers
+    hidden, vocab = config.hidden_size, config.vocab_size
+
+    def norm(name: str, size: int) -> TensorSpec:
+        return TensorSpec(f"{prefix}{name}.weight", (size,), mtp=mtp)
+
+    def plain(name: str, rows: int, cols: int, split: Split = Split.NONE) -> TensorSpec:
+        return TensorSpec(f"{prefix}{name}.weight", (rows, cols), split, mtp=mtp)
+
+    if mtp:
+        yield plain("embed_tokens", vocab, hidden, Split.ROWS)
+        yield norm("enorm", hidden)
+        yield norm("hnorm", hidden)
+        yield plain("eh_proj", hidden, 2 * hidden)
+    yield norm("input_layernorm", hidden)
+    yield from _attention_specs(config, f"{prefix}self_attn.", mtp)
+    yield norm("post_attention_layernorm", hidden)
+    if config.is_moe_layer(layer):
+        yield from _moe_specs(config, f"{prefix}mlp.", mtp)
+    else:
+        yield from _mlp_specs(f"{prefix}mlp.", hidden, config.intermediate_size, mtp)
+    if mtp:
+        yield norm("shared_head.norm", hidden)
+        yield plain("shared_head.head", vocab, hidden, Split.ROWS)
+
+
+def _attention_specs(config: ModelConfig, prefix: str, mtp: bool) -> Iterator[TensorSpec]:
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    q_rank, kv_rank = config.q_lora_rank, config.kv_lora_rank
+
+    def norm(name: str, size: int, kind: str = "weight") -> TensorSpec:
+        return TensorSpec(f"{prefix}{name}.{kind}", (size,), mtp=mtp)
+
+    def linear(name: str, rows: int, cols: int, split: Split = Split.NONE) -> TensorSpec:
+        return TensorSpec(f"{prefix}{name}.weight", (rows, cols), split, quantizable=True, mtp=mtp)
+
+    if q_rank is None:
+        yield linear("q_proj", heads * config.qk_head_dim, hidden, Split.ROWS)
+    else:
+        yield linear("q_a_proj", q_rank, hidden)
+        yield norm("q_a_layernorm", q_rank)
+        yield linear("q_b_proj", heads * config.qk_head_dim, q_rank, Split.ROWS)
+    yield linear("kv_a_proj_with_mqa", kv_rank + config.qk_rope_head_dim, hidden)
+    yield norm("kv_a_layernorm", kv_rank)
+    kv_rows = heads * (config.qk_nope_head_dim + config.v_head_dim)
+    yield linear("kv_b_proj", kv_rows, kv_rank, Split.ROWS)
+    yield linear("o_proj", hidden, heads * config.v_head_dim, Split.COLS)
+    if config.index_n_heads is not None and config.index_head_dim is not None:
+        assert q_rank is not None
+        index_heads, index_dim = config.index_n_heads, config.index_head_dim
+        yield linear("indexer.wq_b", index_heads * index_dim, q_rank)
+        yield linear("indexer.wk", index_dim, hidden)
+        yield norm("indexer.k_norm", index_dim)
+        yield norm("indexer.k_norm", index_dim, "bias")
+        name = f"{prefix}indexer.weights_proj.weight"
+        yield TensorSpec(name, (index_heads, hidden), mtp=mtp)
+
+
+def _moe_specs(config: ModelConfig, prefix: str, mtp: bool) -> Iterator[TensorSpec]:
+    hidden, experts = config.hidden_size, config.n_routed_experts
+    yield TensorSpec(f"{prefix}gate.weight", (experts, hidden), mtp=mtp)
+    if config.topk_method == "noaux_tc":
+        yield TensorSpec(f"{prefix}gate.e_score_correction_bias", (experts,), mtp=mtp)
+    if config.n_shared_experts:
+        width = config.shared_intermediate_size
+        yield from _mlp_specs(f"{prefix}shared_experts.", hidden, width, mtp)
+    width = config.moe_intermediate_size
+    for e in range(experts):
+        for name, shape in _mlp_shapes(hidden, width):
+            full = f"{prefix}experts.{e}.{name}.weight"
+            yield TensorSpec(full, shape, Split.EXPERT, e, experts, quantizable=True, mtp=mtp)
+
+
+def _mlp_shapes(hidden: int, width: int) -> tuple[tuple[str, tuple[int, int]], ...]:
+    wide, narrow = (width, hidden), (hidden, width)
+    return ("gate_proj", wide), ("up_proj", wide), ("down_proj", narrow)
+
+
+def _mlp_specs(prefix: str, hidden: int, width: int, mtp: bool) -> Iterator[TensorSpec]:
+    for name, shape in _mlp_shapes(hidden, width):
+        split = Split.COLS if name == "down_proj" else Split.ROWS
+        yield TensorSpec(f"{prefix}{name}.weight", shape, split, quantizable=True, mtp=mtp)
+
+
+def shard_region(spec: TensorSpec, layout: ParallelConfig) -> Region | None:
+    """The slice of a weight that a rank holds (possibly empty); None if it holds nothing of it."""
+    if spec.split is Split.EXPERT:
+        assert spec.expert is not None
+        start, stop = split_range(spec.num_experts, layout.ep, layout.ep_rank)
+        return whole(spec.shape) if start <= spec.expert < stop else None
+    region = whole(spec.shape)
+    if spec.split is Split.NONE:
+        return region
+    dim = 0 if spec.split is Split.ROWS else 1
+    part = split_range(spec.shape[dim], layout.tp, layout.tp_rank)
+    return (*region[:dim], part, *region[dim + 1 :])
+
+
+def scale_region(weight_region: Region, block: tuple[int, int] = (128, 128)) -> Region:
+    """The blocks that cover a slice of a weight."""
+    return tuple(
+        (start // size, -(-stop // size) if stop > start else start // size)
+        for (start, stop), size in zip(weight_region, block, strict=True)
+    )
+
+
+def scale_shape(shape: tuple[int, ...], block: tuple[int, int] = (128, 128)) -> tuple[int, ...]:
+    """Shape of the scales of a whole weight."""
+    return tuple(-(-size // b) for size, b in zip(shape, block, strict=True))
+
+
+def tensor_region(
+    specs: Mapping[str, TensorSpec], name: str, layout: ParallelConfig
+) -> Region | None:
+    """`shard_region` by name, for a weight or for its scales."""
+    if name in specs:
+        return shard_region(specs[name], layout)
+    weight = weight_name(name)
+    assert weight is not None, name
+    region = shard_region(specs[weight], layout)
+    return None if region is None else scale_region(region)
+
+
+def check_tensors(source: Source) -> tuple[str, ...]:
+    """Hold a checkpoint to its config: nothing missing, unknown or misshapen.
+
+    Returns:
+        the weights that are rightly absent: MTP layers (some copies of the published models drop
+        them), the copies of embedding and head inside them, and a head tied to the embedding.
+
+    Raises:
+        CheckpointError: naming the first tensor at fault.
+    """
+    specs = tensor_specs(source.config)
+    for name in source.tensors:
+        _check_known(source, specs, name)
+    for spec in specs.values():
+        if spec.name in source.tensors:
+            _check_weight(source, spec)
+    absent = tuple(name for name in specs if name not in source.tensors)
+    for name in absent:
+        if not _may_be_absent(source, specs[name]):
+            raise CheckpointError(f"{source.path}: tensor {name} is missing")
+    return absent
+
+
+def _may_be_absent(source: Source, spec: TensorSpec) -> bool:
+    if spec.name == "lm_head.weight":
+        return source.config.tie_word_embeddings
+    if not spec.mtp:
+        return False
+    if spec.name.endswith((".embed_tokens.weight", ".shared_head.head.weight")):
+        return True
+    layer = ".".join(spec.name.split(".")[:3])
+    return f"{layer}.eh_proj.weight" not in source.tensors
+
+
+def _check_known(source: Source, specs: Mapping[str, TensorSpec], name: str) -> None:
+    weight = weight_name(name)
+    if name in specs or (weight in specs and weight in source.tensors):
+        return
+    hint = ""
+    if weight in specs:
+        hint = ": it scales a weight that is absent"
+    elif name.endswith(("weight_packed", "weight_shape", ".weight_scale", "qweight")):
+        hint = ": packed int4 weights are not supported"
+    elif name.startswith(f"model.layers.{source.config.num_hidden_layers}."):
+        count = source.config.num_nextn_predict_layers
+        hint = f": config.json says num_nextn_predict_layers={count}"
+    raise CheckpointError(f"{source.where(name)}: tensor {name} is not part of this model{hint}")
+
+
+def _check_weight(source: Source, spec: TensorSpec) -> None:
+    info = source.tensors[spec.name]
+    where, scale = source.where(spec.name), scale_name(spec.name)
+    _check_shape(where, info, spec.shape)
+    quantization = source.config.quantization
+    if info.dtype in FLOAT_DTYPES:
+        if spec.name.endswith(".weight") and scale in source.tensors:
+            raise CheckpointError(f"{where}: tensor {spec.name} is {info.dtype} but has scales")
+        return
+    if info.dtype != FP8_DTYPE or not spec.quantizable:
+        raise CheckpointError(f"{where}: tensor {spec.name} cannot be of type {info.dtype}")
+    if quantization is None:
+        raise CheckpointError(
+            f"{where}: tensor {spec.name} is {info.dtype}, but the config has no "
+            "quantization_config"
+        )
+    if scale not in source.tensors:
+        raise CheckpointError(
+            f"{where}: tensor {spec.name} is {info.dtype}, but {scale} is missing"
+        )
+    _check_shape(source.where(scale), source.tensors[scale], scale_shape(spec.shape))
+    if source.tensors[scale].dtype != "F32":
+        raise CheckpointError(
+            f"{source.where(scale)}: tensor {scale} is {source.tensors[scale].dtype}, not F32"
+        )
+
+
+def _check_shape(where: object, info: TensorInfo, wanted: tuple[int, ...]) -> None:
+    if info.shape != wanted:
+        raise CheckpointError(
+            f"{where}: tensor {info.name} is {list(info.shape)}, the config makes it "
+            f"{list(wanted)} ({math.prod(wanted)} values)"
+        )

@@ -1,0 +1,167 @@
+"""Open a checkpoint directory of any kind as a `Source`.
+
+Known are Hugging Face's (an index over several files, or one file) and those that DeepSeek's own
+converter writes (a file per rank, its own tensor names, equal slices).
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from dsv3.checkpoint.names import from_deepseek, weight_name
+from dsv3.checkpoint.reader import Piece, Source, TensorInfo
+from dsv3.checkpoint.region import Region, region_shape, whole
+from dsv3.checkpoint.safetensors_file import Entry, read_header
+from dsv3.checkpoint.sharding import Split, TensorSpec, tensor_specs
+from dsv3.config import ModelConfig
+from dsv3.config_files import load_model_config
+from dsv3.errors import CheckpointError, ConfigError
+
+__all__ = ["Piece", "Region", "Source", "TensorInfo", "open_source", "region_shape", "whole"]
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_RANK_FILE = re.compile(r"model(\d+)-mp(\d+)\.safetensors")
+_CHECKED_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_hidden_layers",
+    "first_k_dense_replace",
+    "num_attention_heads",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "n_routed_experts",
+    "n_shared_experts",
+    "num_experts_per_tok",
+)
+
+
+def open_source(path: str | Path, config: ModelConfig | None = None) -> Source:
+    """Open a checkpoint directory; read its headers, but no tensor.
+
+    Args:
+        path: the directory.
+        config: what the model is. Needed where the directory has no config.json; elsewhere held
+            against it.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or of unknown kind.
+        ConfigError: the model is not supported, or `config` contradicts config.json.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such directory")
+    config = _config(path, config)
+    if (path / INDEX).is_file():
+        return Source(path, config, _indexed(path))
+    if (path / SINGLE).is_file():
+        return Source(path, config, _whole_tensors(path / SINGLE))
+    if any(_RANK_FILE.fullmatch(file.name) for file in path.iterdir()):
+        return Source(path, config, _deepseek(path, config))
+    if any(path.glob("*.safetensors")):
+        raise CheckpointError(f"{path}: {INDEX} is missing; without it a lost file goes unseen")
+    raise CheckpointError(f"{path}: no .safetensors files here (other formats are not read)")
+
+
+def _config(path: Path, given: ModelConfig | None) -> ModelConfig:
+    """The directory's own config, which `given` may not contradict."""
+    if given is not None and not (path / "config.json").is_file():
+        return given
+    own = load_model_config(path)
+    if given is None:
+        return own
+    for name in _CHECKED_FIELDS:
+        have, want = getattr(own, name), getattr(given, name)
+        if have != want:
+            raise ConfigError(f"{path / 'config.json'}: {name}={have}, but --config says {want}")
+    return own
+
+
+def _whole_tensor(name: str, entry: Entry, file: Path) -> TensorInfo:
+    piece = Piece(file, entry.offset, whole(entry.shape))
+    return TensorInfo(name, entry.dtype, entry.shape, (piece,))
+
+
+def _whole_tensors(file: Path) -> dict[str, TensorInfo]:
+    return {name: _whole_tensor(name, entry, file) for name, entry in read_header(file).items()}
+
+
+def _indexed(path: Path) -> dict[str, TensorInfo]:
+    weight_map = _read_index(path / INDEX)
+    headers: dict[str, dict[str, Entry]] = {}
+    tensors = {}
+    for name, file_name in weight_map.items():
+        file = path / file_name
+        if file_name not in headers:
+            if not file.is_file():
+                raise CheckpointError(f"{file}: missing, but {INDEX} names it (tensor {name})")
+            headers[file_name] = read_header(file)
+        entry = headers[file_name].get(name)
+        if entry is None:
+            raise CheckpointError(f"{file}: tensor {name} is missing, but {INDEX} names it")
+        tensors[name] = _whole_tensor(name, entry, file)
+    return tensors
+
+
+def _read_index(file: Path) -> dict[str, str]:
+    data: Any = None
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        weight_map = data["weight_map"]
+        if all(Path(name).name == name for name in weight_map.values()):
+            return dict(weight_map)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        pass
+    raise CheckpointError(f"{file}: not an index of tensor names to file names; fetch it again")
+
+
+def _deepseek(path: Path, config: ModelConfig) -> dict[str, TensorInfo]:
+    """A directory made by DeepSeek's converter: slices lie end to end in rank order."""
+    files = _rank_files(path)
+    specs = tensor_specs(config)
+    held: dict[str, list[tuple[Path, Entry]]] = {}
+    for file in files:
+        for theirs, entry in read_header(file).items():
+            if theirs.startswith(("model.", "lm_head.")):
+                raise CheckpointError(
+                    f"{path}: an unfinished conversion (no manifest.json); run convert.py again"
+                )
+            held.setdefault(from_deepseek(theirs), []).append((file, entry))
+    return {name: _join(name, specs, entries) for name, entries in held.items()}
+
+
+def _rank_files(path: Path) -> list[Path]:
+    matches = [m for file in sorted(path.iterdir()) if (m := _RANK_FILE.fullmatch(file.name))]
+    worlds = {int(match[2]) for match in matches}
+    if len(worlds) > 1:
+        raise CheckpointError(f"{path}: files of several conversions (mp {sorted(worlds)})")
+    world = worlds.pop()
+    files = [path / f"model{rank}-mp{world}.safetensors" for rank in range(world)]
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(f"{file}: missing; the directory needs {world} rank files")
+    return files
+
+
+def _join(name: str, specs: dict[str, TensorSpec], entries: list[tuple[Path, Entry]]) -> TensorInfo:
+    """One tensor from the slices in the rank files."""
+    spec = specs.get(name) or specs.get(weight_name(name) or "")
+    first = entries[0][1]
+    if spec is None or spec.split not in (Split.ROWS, Split.COLS):
+        pieces = tuple(Piece(file, entry.offset, whole(entry.shape)) for file, entry in entries)
+        return TensorInfo(name, first.dtype, first.shape, pieces)
+    dim = 0 if spec.split is Split.ROWS else 1
+    joined, start = [], 0
+    for file, entry in entries:
+        region = list(whole(entry.shape))
+        region[dim] = (start, start + entry.shape[dim])
+        start = region[dim][1]
+        joined.append(Piece(file, entry.offset, tuple(region)))
+    shape = (*first.shape[:dim], start, *first.shape[dim + 1 :])
+    return TensorInfo(name, first.dtype, shape, tuple(joined))

@@ -1,0 +1,104 @@
+"""Configurations: what is derived, and what is refused with which words."""
+
+import dataclasses
+
+import pytest
+
+from dsv3.config import ModelConfig, ParallelConfig, RopeScaling, split_range
+from dsv3.config_files import load_model_config
+from dsv3.errors import ConfigError
+from tests.checkpoint_files import TINY
+
+PRESET_SCALES = {
+    "v2-lite-16b": 0.114721,
+    "v2-236b": 0.114721,
+    "v2.5-236b": 0.135234,
+    "v3-671b": 0.135234,
+    "v3.2-671b": 0.135234,
+    "kimi-k2-1t": 0.130861,
+    "kimi-k2-0905-1t": 0.144680,
+}
+
+
+@pytest.mark.parametrize(("preset", "scale"), PRESET_SCALES.items())
+def test_softmax_scale_of_published_models(preset: str, scale: float) -> None:
+    config = load_model_config(preset)
+    assert config.softmax_scale == pytest.approx(scale, abs=1e-6)
+    assert config.cos_sin_mscale == 1.0
+
+
+def test_softmax_scale_without_yarn() -> None:
+    config = dataclasses.replace(TINY, rope_scaling=None)
+    assert config.softmax_scale == pytest.approx(48**-0.5)
+
+
+def test_moe_layers() -> None:
+    config = load_model_config("v3-671b")
+    assert [config.is_moe_layer(i) for i in (0, 2, 3, 60, 61)] == [False, False, True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model_type": "qwen2"}, "only the DeepSeek V2/V3 family"),
+        ({"hidden_size": 0}, "hidden_size=0 must be a positive integer"),
+        ({"qk_rope_head_dim": 15}, "qk_rope_head_dim=15 must be even"),
+        ({"n_group": 3}, "n_group=3 does not divide n_routed_experts=8"),
+        ({"topk_group": 3}, "topk_group=3 is more than n_group=2"),
+        ({"num_experts_per_tok": 5}, "more than the 4 experts that routing can reach"),
+        ({"scoring_func": "softmax"}, "noaux_tc' with scoring_func='softmax' is not supported"),
+        ({"index_topk": 32}, "index_topk belongs to deepseek_v32"),
+        ({"model_type": "deepseek_v32"}, "index_n_heads=None must be a positive integer"),
+        ({"torch_dtype": "int8"}, "torch_dtype='int8'"),
+    ],
+)
+def test_bad_fields(change: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words.replace("(", r"\(")):
+        dataclasses.replace(TINY, **change)
+
+
+def test_yarn_factor_below_one() -> None:
+    with pytest.raises(ConfigError, match=r"rope_scaling.factor=0.5"):
+        RopeScaling(factor=0.5, original_max_position_embeddings=4096)
+
+
+def test_layout_is_tp_fastest() -> None:
+    layout = ParallelConfig(world_size=8, rank=6, dp=2)
+    assert (layout.tp, layout.tp_rank, layout.dp_rank, layout.ep, layout.ep_rank) == (4, 2, 1, 8, 6)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"world_size": 4, "tp": 3}, "tp=3 x dp=1 is not world_size=4"),
+        ({"world_size": 3, "dp": 2}, "tp=1 x dp=2 is not world_size=3"),
+        ({"world_size": 2, "rank": 2}, "rank=2 is not in 0..1"),
+        ({"world_size": 0}, "world_size=0"),
+    ],
+)
+def test_bad_layouts(kwargs: dict[str, int], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        ParallelConfig(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("model", "world_size", "words"),
+    [
+        (TINY, 3, r"tp=3 does not divide num_attention_heads=8; use one of \[1, 2, 4, 8\]"),
+        (
+            dataclasses.replace(TINY, num_attention_heads=12, n_group=1, topk_group=1),
+            12,
+            r"world_size=12 does not divide n_routed_experts=8; use one of \[1, 2, 4\]",
+        ),
+    ],
+)
+def test_layout_that_does_not_fit(model: ModelConfig, world_size: int, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        ParallelConfig(world_size=world_size).check(model)
+
+
+@pytest.mark.parametrize(("size", "parts"), [(8, 4), (331, 8), (5, 4), (3, 8), (0, 2)])
+def test_split_range_tiles(size: int, parts: int) -> None:
+    ranges = [split_range(size, parts, i) for i in range(parts)]
+    assert [i for start, stop in ranges for i in range(start, stop)] == list(range(size))
+    assert max(stop - start for start, stop in ranges) == -(-size // parts)
