@@ -135,7 +135,7 @@ def test_refused_elsewhere(tmp_path: Path) -> None:
         load_model_config(tmp_path / "broken.json")
     with pytest.raises(ConfigError, match=r"no preset of that name \(.*v3-671b"):
         load_model_config("v4-1t")
-    with pytest.raises(ConfigError, match=r"no config\\.json"):
+    with pytest.raises(ConfigError, match=r"no config\.json"):
         load_model_config(tmp_path / "..")
 
 
