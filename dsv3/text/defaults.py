@@ -1,0 +1,75 @@
+"""What a request gets where it is silent: from flags, from the checkpoint, from its format."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from dsv3.errors import CheckpointError
+
+ALL_THERE_IS_ROOM_FOR = 2**31 - 1  # tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """Sampling values of one source; None where the source says nothing."""
+
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+
+    @classmethod
+    def from_generation_config(cls, config: Mapping[str, Any]) -> "Sampling":
+        """Take what `generation_config.json` says; `do_sample: false` means greedy."""
+        values = {field: config.get(field) for field in ("temperature", "top_p", "top_k")}
+        values["max_tokens"] = config.get("max_new_tokens")
+        if config.get("do_sample") is False:
+            values["temperature"] = 0.0
+        for field, value in values.items():
+            if not isinstance(value, int | float | None) or isinstance(value, bool):
+                raise CheckpointError(f"generation_config.json: {field}={value!r} is not a number")
+        return cls(**values)
+
+
+CHAT_DEFAULTS = Sampling(max_tokens=ALL_THERE_IS_ROOM_FOR, temperature=1.0, top_p=1.0, top_k=0)
+COMPLETION_DEFAULTS = replace(CHAT_DEFAULTS, max_tokens=16)
+LINE_DEFAULTS = replace(CHAT_DEFAULTS, max_tokens=200, temperature=0.2)  # DeepSeek's generate.py
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Defaults:
+    """What holds where a body is silent.
+
+    Attributes:
+        flags: given on the command line; they go before `model`.
+        model: from generation_config.json; it goes before the format's own defaults.
+        seed: makes, with the name of a request, the seed of one that gives none.
+        thinking: whether chats think.
+        system: system message of chats that have none.
+    """
+
+    flags: Sampling = Sampling()
+    model: Sampling = Sampling()
+    seed: int = 0
+    thinking: bool = False
+    system: str | None = None
+
+    def sampling(self, asked: Sampling, otherwise: Sampling) -> dict[str, Any]:
+        """Take each value from the first source that has it; `otherwise` has them all."""
+        sources = (asked, self.flags, self.model, otherwise)
+        return {
+            field.name: next(
+                value for source in sources if (value := getattr(source, field.name)) is not None
+            )
+            for field in fields(Sampling)
+        }
+
+    def with_system(self, messages: list[Any]) -> list[Any]:
+        """Put the default system message in front of a chat that has none."""
+        has_one = any(
+            isinstance(message, dict) and message.get("role") in ("system", "developer")
+            for message in messages
+        )
+        if self.system is None or has_one:
+            return messages
+        return [{"role": "system", "content": self.system}, *messages]

@@ -1,0 +1,243 @@
+"""Requests in the OpenAI format: a body in, a checked `TextRequest` out.
+
+Everything a body may hold is either honoured or refused by name; the few fields that change
+nothing here are listed below. Fields beyond OpenAI's: `top_k`, `ignore_eos`, `stop_token_ids`,
+`return_token_ids`, and `chat_template_kwargs` with `thinking`.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from dsv3.errors import RequestError
+from dsv3.request import MAX_LOGPROBS, SamplingParams
+from dsv3.text.defaults import (
+    CHAT_DEFAULTS,
+    COMPLETION_DEFAULTS,
+    LINE_DEFAULTS,
+    Defaults,
+    Sampling,
+)
+from dsv3.text.text_request import TextRequest, digest
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+MAX_CHOICES = 128
+
+# Change nothing in the answer.
+IGNORED = {
+    "metadata",
+    "prompt_cache_key",
+    "safety_identifier",
+    "service_tier",
+    "store",
+    "user",
+}
+# Not supported, but harmless with these values.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+    "parallel_tool_calls": (True, False),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "response_format": ({"type": "text"},),
+    "stream": (False,),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+}
+
+
+def parse_request(url: str, body: Any, name: str, defaults: Defaults) -> TextRequest:
+    """Check the body of a request; `name` makes its seed where it gives none."""
+    if url not in (CHAT, COMPLETIONS):
+        raise RequestError(f"url={show(url)} is not served; use {CHAT} or {COMPLETIONS}")
+    if not isinstance(body, dict):
+        raise RequestError("body must be an object")
+    fields = Fields(body)
+    asked = Sampling(
+        max_tokens=_max_tokens(fields),
+        temperature=fields.number("temperature"),
+        top_p=fields.number("top_p"),
+        top_k=_top_k(fields),
+    )
+    if url == CHAT:
+        specific = _chat_fields(fields, defaults)
+        sampling = defaults.sampling(asked, CHAT_DEFAULTS)
+    else:
+        specific = _completion_fields(fields)
+        sampling = defaults.sampling(asked, COMPLETION_DEFAULTS)
+    logprobs = specific.pop("logprobs")
+    stop = fields.take("stop", _is_stop, "a text or a list of texts") or ()
+    seed = fields.integer("seed", -(2**63), 2**63 - 1)
+    request = TextRequest(
+        params=SamplingParams(
+            **sampling,
+            seed=_seed_of(name, defaults) if seed is None else seed,
+            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            stop_token_ids=tuple(fields.take("stop_token_ids", _is_ids, "a list of ids") or ()),
+            ignore_eos=fields.truth("ignore_eos") or False,
+            logprobs=logprobs,
+            prompt_logprobs=logprobs if specific.get("echo") else None,
+        ),
+        n=fields.integer("n", 1, MAX_CHOICES) or 1,
+        limit_is_default=asked.max_tokens is None,
+        return_token_ids=fields.truth("return_token_ids") or False,
+        model=fields.text("model") or "",
+        **specific,
+    )
+    _refuse(fields.rest())
+    return request
+
+
+def line_request(text: str, name: str, defaults: Defaults) -> TextRequest:
+    """Make the request of a bare prompt: one user message, as in DeepSeek's generate.py."""
+    return TextRequest(
+        messages=defaults.with_system([{"role": "user", "content": text}]),
+        params=SamplingParams(
+            **defaults.sampling(Sampling(), LINE_DEFAULTS), seed=_seed_of(name, defaults)
+        ),
+        limit_is_default=True,
+        thinking=defaults.thinking,
+    )
+
+
+class Fields:
+    """Takes fields out of an object one by one, checking types; null is as if not given."""
+
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        self._left = {name: value for name, value in fields.items() if value is not None}
+
+    def take(self, name: str, holds: Callable[[Any], bool], rule: str) -> Any:
+        """Return the value of a field, None if it is not given."""
+        value = self._left.pop(name, None)
+        if value is not None and not holds(value):
+            raise RequestError(f"{name}={show(value)} must be {rule}")
+        return value
+
+    def integer(self, name: str, least: int, most: int) -> int | None:
+        """Take a whole number."""
+        value: int | None = self.take(
+            name,
+            lambda value: _is_integer(value) and least <= value <= most,
+            f"a whole number from {least} to {most}",
+        )
+        return value
+
+    def number(self, name: str) -> float | None:
+        """Take a number; its range is checked where it is used."""
+        value: float | None = self.take(
+            name, lambda value: _is_integer(value) or isinstance(value, float), "a number"
+        )
+        return value
+
+    def truth(self, name: str) -> bool | None:
+        """Take a truth value."""
+        value: bool | None = self.take(name, lambda v: isinstance(v, bool), "true or false")
+        return value
+
+    def text(self, name: str) -> str | None:
+        """Take a text."""
+        value: str | None = self.take(name, lambda v: isinstance(v, str), "a text")
+        return value
+
+    def rest(self) -> dict[str, Any]:
+        """Return the fields that nobody took."""
+        return self._left
+
+
+def show(value: Any) -> str:
+    """Write a value as in JSON, short enough for a message."""
+    text = json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _refuse(rest: Mapping[str, Any]) -> None:
+    """Refuse fields that are not supported, unless they make no difference."""
+    for name, value in rest.items():
+        if name in NEUTRAL and value not in NEUTRAL[name]:
+            only = " or ".join(map(show, NEUTRAL[name]))
+            raise RequestError(f"{name}={show(value)} is not supported, only {only}")
+        if name not in NEUTRAL and name not in IGNORED:
+            raise RequestError(f"{name} is not a supported field")
+
+
+def _chat_fields(fields: Fields, defaults: Defaults) -> dict[str, Any]:
+    messages = fields.take("messages", lambda v: isinstance(v, list), "a list of messages")
+    if messages is None:
+        raise RequestError("messages is missing")
+    logprobs, top = fields.truth("logprobs"), fields.integer("top_logprobs", 0, MAX_LOGPROBS)
+    if top is not None and not logprobs:
+        raise RequestError("top_logprobs needs logprobs=true")
+    return {
+        "messages": defaults.with_system(messages),
+        "thinking": _thinking(fields, defaults),
+        "logprobs": (top or 0) if logprobs else None,
+    }
+
+
+def _thinking(fields: Fields, defaults: Defaults) -> bool:
+    """Read `chat_template_kwargs`: templates know the switch under two names."""
+    options = fields.take("chat_template_kwargs", lambda v: isinstance(v, dict), "an object")
+    switch = Fields(options or {})
+    thinking, alias = switch.truth("thinking"), switch.truth("enable_thinking")
+    for name in switch.rest():
+        raise RequestError(f"chat_template_kwargs.{name} is not supported, only thinking")
+    return next(v for v in (thinking, alias, defaults.thinking) if v is not None)
+
+
+def _completion_fields(fields: Fields) -> dict[str, Any]:
+    rule = "a text or a list of token ids (one prompt a row)"
+    prompt = fields.take("prompt", lambda value: _is_prompt(_unwrap(value)), rule)
+    if prompt is None:
+        raise RequestError("prompt is missing")
+    prompt = _unwrap(prompt)
+    if not prompt:
+        raise RequestError("prompt is empty")
+    return {
+        "prompt": prompt,
+        "echo": fields.truth("echo") or False,
+        "logprobs": fields.integer("logprobs", 0, MAX_LOGPROBS),
+    }
+
+
+def _unwrap(prompt: Any) -> Any:
+    """Take the one prompt out of a list of prompts."""
+    is_list = isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list)
+    return prompt[0] if is_list else prompt
+
+
+def _max_tokens(fields: Fields) -> int | None:
+    older = fields.integer("max_tokens", 0, 2**31 - 1)
+    newer = fields.integer("max_completion_tokens", 0, 2**31 - 1)
+    if older is not None and newer is not None:
+        raise RequestError("max_tokens and max_completion_tokens mean the same: give one of them")
+    return newer if older is None else older
+
+
+def _top_k(fields: Fields) -> int | None:
+    top_k = fields.integer("top_k", -1, 2**31 - 1)
+    return 0 if top_k == -1 else top_k  # both are in use for "keep all"
+
+
+def _seed_of(name: str, defaults: Defaults) -> int:
+    """Make a seed that does not depend on other requests or on their order."""
+    return int(digest(f"{defaults.seed}:{name}")[:15], 16)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_integer, value))
+
+
+def _is_prompt(value: Any) -> bool:
+    return isinstance(value, str) or _is_ids(value)
+
+
+def _is_stop(value: Any) -> bool:
+    return isinstance(value, str) or (
+        isinstance(value, list) and all(isinstance(text, str) for text in value)
+    )

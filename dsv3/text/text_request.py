@@ -1,0 +1,97 @@
+"""A request as text, and how it becomes the engine's requests in tokens."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from dsv3.errors import CheckpointError, RequestError
+from dsv3.request import Request, SamplingParams
+from dsv3.text.chat import ChatFormat
+from dsv3.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextRequest:
+    """A request before it becomes tokens, with all defaults filled in.
+
+    Attributes:
+        messages, prompt: what to continue, one of the two.
+        params: of the first answer; the others differ in the seed.
+        n: number of answers.
+        limit_is_default: max_tokens was not asked for: it is cut to the room in the context.
+        echo: the answer's text begins with the prompt.
+        return_token_ids: the answer also tells its tokens and those of the prompt.
+        model: name to answer under.
+    """
+
+    messages: list[dict[str, Any]] | None = None
+    prompt: str | list[int] | None = None
+    params: SamplingParams
+    n: int = 1
+    limit_is_default: bool = False
+    thinking: bool = False
+    echo: bool = False
+    return_token_ids: bool = False
+    model: str = ""
+
+    def digest(self) -> str:
+        """Name this request by its content."""
+        return digest(json.dumps(asdict(self), sort_keys=True, separators=(",", ":")))
+
+
+def digest(data: str | bytes) -> str:
+    """Return 32 hexadecimal digits that name `data`."""
+    if isinstance(data, str):
+        data = data.encode("utf-8", "surrogatepass")
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+def encode_prompt(
+    request: TextRequest, tokenizer: Tokenizer | None, chat: ChatFormat | None
+) -> list[int]:
+    """Make the tokens of a request's prompt."""
+    if tokenizer is None and (request.params.stop or not isinstance(request.prompt, list)):
+        raise CheckpointError(
+            "this checkpoint has no tokenizer: give the prompt as token ids, and no stop strings"
+        )
+    if request.messages is not None:
+        if chat is None:
+            raise CheckpointError("this checkpoint has no chat template: use /v1/completions")
+        ids = chat.encode(chat.render(request.messages, request.thinking))
+    elif isinstance(request.prompt, list):
+        ids = request.prompt
+    else:
+        assert tokenizer is not None
+        ids = tokenizer.encode_prompt(request.prompt or "")
+    if not ids:
+        raise RequestError("prompt is empty: it has no tokens")
+    return ids
+
+
+def token_requests(
+    request: TextRequest, prompt_ids: list[int], name: str, max_seq_len: int, vocab_size: int
+) -> list[Request]:
+    """Make the engine's requests, `name/0` and on: each answer has random numbers of its own."""
+    params = request.params
+    for field, ids in (("prompt", prompt_ids), ("stop_token_ids", params.stop_token_ids)):
+        for i, token_id in enumerate(ids):
+            if not 0 <= token_id < vocab_size:
+                raise RequestError(
+                    f"{field}[{i}]={token_id} is no token of this model (0 to {vocab_size - 1})"
+                )
+    if request.limit_is_default:
+        room = max(1, max_seq_len - len(prompt_ids))
+        params = replace(params, max_tokens=min(params.max_tokens, room))
+    return [
+        Request(
+            request_id=f"{name}/{i}",
+            prompt_ids=prompt_ids,
+            params=replace(params, seed=_to_64_bits(params.seed + i)),
+        )
+        for i in range(request.n)
+    ]
+
+
+def _to_64_bits(seed: int) -> int:
+    return (seed + 2**63) % 2**64 - 2**63

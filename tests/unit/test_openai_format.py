@@ -1,0 +1,202 @@
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsv3.errors import CheckpointError, RequestError
+from dsv3.text.chat import ChatFormat
+from dsv3.text.defaults import ALL_THERE_IS_ROOM_FOR, Defaults, Sampling
+from dsv3.text.openai_format import CHAT, COMPLETIONS, line_request, parse_request
+from dsv3.text.text_request import TextRequest, encode_prompt, token_requests
+from dsv3.text.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer.load(Path(__file__).parents[2] / "checkpoints" / "demo-v3")
+CHAT_FORMAT = ChatFormat(TOKENIZER)
+HI = [{"role": "user", "content": "Hi"}]
+NONE = Defaults()
+
+
+def chat(defaults: Defaults = NONE, **body: Any) -> TextRequest:
+    return parse_request(CHAT, {"messages": HI} | body, "row", defaults)
+
+
+def complete(defaults: Defaults = NONE, **body: Any) -> TextRequest:
+    return parse_request(COMPLETIONS, {"prompt": "Hi"} | body, "row", defaults)
+
+
+def test_every_field_arrives() -> None:
+    request = complete(
+        model="m",
+        prompt=[5, 6],
+        max_tokens=3,
+        temperature=0.5,
+        top_p=0.9,
+        top_k=7,
+        seed=-1,
+        stop="a",
+        stop_token_ids=[8],
+        ignore_eos=True,
+        logprobs=2,
+        echo=True,
+        n=2,
+        return_token_ids=True,
+        user=None,
+    )
+    params = request.params
+    assert (request.prompt, request.messages, request.model) == ([5, 6], None, "m")
+    assert (request.n, request.echo, request.return_token_ids) == (2, True, True)
+    assert (params.max_tokens, params.temperature, params.top_p) == (3, 0.5, 0.9)
+    assert (params.top_k, params.seed, params.ignore_eos) == (7, -1, True)
+    assert (params.stop, params.stop_token_ids) == (("a",), (8,))
+    assert (params.logprobs, params.prompt_logprobs) == (2, 2)
+
+
+def test_harmless_fields_are_accepted() -> None:
+    body = {"stream": False, "presence_penalty": 0.0, "logit_bias": {}, "tools": [], "user": "u"}
+    assert chat(metadata={"a": 1}, response_format={"type": "text"}, **body) == chat()
+
+
+@pytest.mark.parametrize(
+    ("asked", "want"),
+    [
+        ({}, None),
+        ({"logprobs": False}, None),
+        ({"logprobs": True}, 0),
+        ({"logprobs": True, "top_logprobs": 5}, 5),
+    ],
+)
+def test_logprobs_of_a_chat(asked: dict[str, Any], want: int | None) -> None:
+    assert chat(**asked).params.logprobs == want
+
+
+def test_a_prompt_may_be_the_only_one_of_a_list() -> None:
+    assert complete(prompt=["Hi"]) == complete()
+    assert complete(prompt=[[5, 6]]) == complete(prompt=[5, 6])
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "temperature", "top_p", "top_k"])
+def test_body_goes_before_flag_before_model_before_format(name: str) -> None:
+    number = {"max_tokens": 7, "temperature": 0.5, "top_p": 0.5, "top_k": 7}[name]
+    other, third = number / 2 if number < 1 else 8, number / 4 if number < 1 else 9
+
+    def value(request: TextRequest) -> Any:
+        return getattr(request.params, name)
+
+    flags, model = Sampling(**{name: other}), Sampling(**{name: third})
+    assert value(complete(Defaults(flags=flags, model=model), **{name: number})) == number
+    assert value(complete(Defaults(flags=flags, model=model))) == other
+    assert value(complete(Defaults(model=model))) == third
+    assert value(line_request("Hi", "row", Defaults(model=model))) == third
+
+
+def test_zero_is_a_value() -> None:
+    greedy = Defaults(flags=Sampling(temperature=0.0), model=Sampling(temperature=0.6))
+    assert chat(greedy).params.temperature == 0
+    assert complete(max_tokens=0, echo=True).params.max_tokens == 0
+
+
+def test_defaults_of_the_formats() -> None:
+    line = line_request("Hi", "row", Defaults())
+    assert (line.params.max_tokens, line.params.temperature) == (200, 0.2)
+    assert (complete().params.max_tokens, complete().params.temperature) == (16, 1.0)
+    assert (chat().params.max_tokens, chat().params.temperature) == (ALL_THERE_IS_ROOM_FOR, 1.0)
+
+
+def test_generation_config() -> None:
+    config = {"do_sample": False, "temperature": 0.6, "top_p": 0.95, "max_new_tokens": 128}
+    assert Sampling.from_generation_config(config) == Sampling(
+        max_tokens=128, temperature=0.0, top_p=0.95
+    )
+    assert Sampling.from_generation_config({"do_sample": True, "temperature": 0.6}) == Sampling(
+        temperature=0.6
+    )
+    assert Sampling.from_generation_config({}) == Sampling()
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: top_p='high' is not"):
+        Sampling.from_generation_config({"top_p": "high"})
+
+
+def test_a_seed_not_given_depends_on_the_flag_and_the_name_only() -> None:
+    def seed(name: str, flag: int, **body: Any) -> int:
+        defaults = Defaults(seed=flag)
+        return parse_request(CHAT, {"messages": HI} | body, name, defaults).params.seed
+
+    assert seed("a", 0) == seed("a", 0, temperature=0.5)
+    assert len({seed("a", 0), seed("b", 0), seed("a", 1), seed("\ud800", 0)}) == 4
+    assert seed("a", 5, seed=17) == 17
+
+
+def test_thinking_and_system_come_from_the_row_or_from_the_flags() -> None:
+    defaults = Defaults(thinking=True, system="Be brief.")
+    assert chat(defaults).thinking
+    assert not chat(defaults, chat_template_kwargs={"thinking": False}).thinking
+    assert chat(chat_template_kwargs={"enable_thinking": True}).thinking
+    assert chat(defaults).messages == [{"role": "system", "content": "Be brief."}, *HI]
+    own = [{"role": "system", "content": "Sing."}, *HI]
+    assert chat(defaults, messages=own).messages == own
+
+
+def test_digest_names_the_effective_request() -> None:
+    assert chat().digest() == chat(user="someone", temperature=1.0).digest()
+    others = [
+        chat(temperature=0.9),
+        chat(messages=[{"role": "user", "content": "Ho"}]),
+        chat(Defaults(flags=Sampling(temperature=0.9)), n=2),
+        chat(Defaults(seed=1)),
+        chat(Defaults(system="Be brief.")),
+        chat(max_tokens=ALL_THERE_IS_ROOM_FOR),
+        complete(),
+    ]
+    assert len({request.digest() for request in [chat(), *others]}) == len(others) + 1
+
+
+def tokens(request: TextRequest, max_seq_len: int = 100) -> list[Any]:
+    ids = encode_prompt(request, TOKENIZER, CHAT_FORMAT)
+    return token_requests(request, ids, "row", max_seq_len, TOKENIZER.vocab_size)
+
+
+def test_prompts_become_tokens() -> None:
+    assert tokens(chat())[0].prompt_ids == [0, 3, *TOKENIZER.encode("Hi", False), 4]
+    assert tokens(complete())[0].prompt_ids == TOKENIZER.encode("Hi", False)
+    assert tokens(complete(prompt=[9, 9]))[0].prompt_ids == [9, 9]
+
+
+def test_only_a_limit_that_nobody_asked_for_is_cut_to_the_context() -> None:
+    prompt = [5] * 90
+    flags = Defaults(flags=Sampling(max_tokens=50))
+    assert tokens(complete(prompt=prompt))[0].params.max_tokens == 10
+    assert tokens(complete(flags, prompt=prompt))[0].params.max_tokens == 10
+    assert tokens(complete(prompt=prompt, max_tokens=50))[0].params.max_tokens == 50
+    assert tokens(complete(prompt=[5] * 100))[0].params.max_tokens == 1  # the engine refuses
+
+
+def test_n_answers_draw_from_streams_of_their_own() -> None:
+    top = 2**63 - 1
+    answers = tokens(complete(n=3, seed=top))
+    assert [request.request_id for request in answers] == ["row/0", "row/1", "row/2"]
+    assert [request.params.seed for request in answers] == [top, -(2**63), -(2**63) + 1]
+    assert len({replace(request.params, seed=0) for request in answers}) == 1
+
+
+def test_token_ids_need_no_tokenizer_and_text_says_that_it_does() -> None:
+    assert encode_prompt(complete(prompt=[5, 6]), None, None) == [5, 6]
+    for request in (chat(), complete(), complete(prompt=[5], stop="a")):
+        with pytest.raises(CheckpointError, match="this checkpoint has no tokenizer"):
+            encode_prompt(request, None, None)
+    with pytest.raises(CheckpointError, match="no chat template: use /v1/completions"):
+        encode_prompt(chat(), TOKENIZER, None)
+
+
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        ({"prompt": [5, 2048]}, "prompt[1]=2048 is no token of this model (0 to 2047)"),
+        ({"prompt": [-1]}, "prompt[0]=-1 is no token of this model (0 to 2047)"),
+        ({"stop_token_ids": [2**40]}, "stop_token_ids[0]=1099511627776 is no token of this"),
+        ({"prompt": "a\udfff"}, "the text holds half of a surrogate pair (character 2)"),
+    ],
+)
+def test_what_only_tokens_show(body: dict[str, Any], error: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        tokens(complete(**body))
+    assert str(caught.value).startswith(error)
