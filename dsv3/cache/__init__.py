@@ -1,1 +1,1 @@
-
+"""The paged KV cache: geometry, bookkeeping, memory."""

@@ -1,1 +1,1 @@
-
+"""Requests to steps to tokens: scheduling, step plans, execution, sampling."""

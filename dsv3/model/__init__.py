@@ -1,1 +1,1 @@
-
+"""The decoder on a flat batch of tokens."""

@@ -1,1 +1,1 @@
-
+"""Metrics and profiles."""

@@ -1,0 +1,31 @@
+"""The numerics of dsv3: one file per operation, each with the reference that defines it.
+
+Knows nothing of models, ranks or requests. Shape letters: see `dsv3/__init__.py`.
+"""
+
+from dsv3_kernels.merge_lse import merge_lse
+from dsv3_kernels.mha_decode import mha_decode
+from dsv3_kernels.mla_decode import mla_decode
+from dsv3_kernels.mla_prefill import mla_prefill
+from dsv3_kernels.moe import experts
+from dsv3_kernels.rmsnorm import rmsnorm
+from dsv3_kernels.rope import apply_rope
+from dsv3_kernels.route import Routing, route
+from dsv3_kernels.sample import sample
+from dsv3_kernels.silu_mul import silu_mul
+from dsv3_kernels.weight_dequant import weight_dequant
+
+__all__ = [
+    "Routing",
+    "apply_rope",
+    "experts",
+    "merge_lse",
+    "mha_decode",
+    "mla_decode",
+    "mla_prefill",
+    "rmsnorm",
+    "route",
+    "sample",
+    "silu_mul",
+    "weight_dequant",
+]

@@ -1,0 +1,70 @@
+"""Geometry of the paged KV cache: what a page is, and which rank holds which position.
+
+A page is `page_size` consecutive positions of one sequence, whatever the world. With tokens
+sharded, rank r of tp holds the page's slots for positions p with p mod tp = r; with heads sharded
+or nothing sharded, every rank holds a slot for each position. So page tables, the allocator and
+prefix hashes are one host-side structure, the same for every rank and layout.
+"""
+
+import math
+from dataclasses import dataclass
+
+from dsv3.config import ModelConfig
+
+# Page 0 belongs to nobody: its slots pad index rows and are never written.
+NULL_PAGE = 0
+_PAGE_UNIT = 64
+
+
+@dataclass(frozen=True, slots=True)
+class CacheLayout:
+    """One rank's view of the cache.
+
+    Attributes:
+        form: "latent" (normalized latent + rotated key) or "heads" (expanded keys and values).
+        width: values of one entry on this rank.
+        page_size: positions of a page, a multiple of 64 and of the token shards.
+        shards: ranks that a sequence's positions are dealt to; 1 if they are not.
+        shard: this rank's index among them.
+    """
+
+    form: str
+    width: int
+    page_size: int
+    shards: int
+    shard: int
+
+    @classmethod
+    def make(
+        cls, config: ModelConfig, form: str, kv_shard: str, tp: int, tp_rank: int
+    ) -> "CacheLayout":
+        """Lay out the cache of `config` for rank `tp_rank` of `tp`.
+
+        Args:
+            config: the model.
+            form: "latent" or "heads".
+            kv_shard: "tokens" or "none"; a "heads" cache is sharded by heads in any case.
+            tp: ranks of the tensor-parallel group.
+            tp_rank: this rank's index in it.
+        """
+        page_size = math.lcm(_PAGE_UNIT, tp)
+        if form == "heads":
+            width = (config.num_attention_heads // tp) * (config.qk_head_dim + config.v_head_dim)
+            return cls(form, width, page_size, 1, 0)
+        width = config.kv_lora_rank + config.qk_rope_head_dim
+        if kv_shard == "tokens":
+            return cls(form, width, page_size, tp, tp_rank)
+        return cls(form, width, page_size, 1, 0)
+
+    @property
+    def slots_per_page(self) -> int:
+        """Slots of a page on this rank."""
+        return self.page_size // self.shards
+
+    def pages_for(self, num_tokens: int) -> int:
+        """Return the pages that `num_tokens` positions of one sequence need."""
+        return -(-num_tokens // self.page_size)
+
+    def local_len(self, num_tokens: int) -> int:
+        """Return how many of a sequence's first `num_tokens` positions this rank holds."""
+        return (num_tokens - self.shard + self.shards - 1) // self.shards

@@ -1,0 +1,75 @@
+"""The cache's memory on one rank: a tensor of slots per layer, written by slot, read by slot."""
+
+import torch
+from torch import Tensor
+
+from dsv3.cache.layout import CacheLayout
+from dsv3.parallel.collectives import Collectives
+
+
+class CachePool:
+    """[layers, num_pages * slots_per_page, width] in the cache's storage dtype.
+
+    Zeroed, so that memory nobody has written yet is finite and, on a CPU, not even resident.
+    """
+
+    def __init__(
+        self,
+        layout: CacheLayout,
+        num_layers: int,
+        num_pages: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        tp: Collectives,
+    ) -> None:
+        self.layout, self.num_pages, self.tp = layout, num_pages, tp
+        shape = (num_layers, num_pages * layout.slots_per_page, layout.width)
+        self.slots = torch.zeros(shape, dtype=dtype, device=device)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes allocated on this rank."""
+        return self.slots.numel() * self.slots.element_size()
+
+    def layer(self, index: int) -> "LayerCache":
+        """Return the part of one layer."""
+        return LayerCache(self.layout, self.slots[index], self.tp)
+
+
+class LayerCache:
+    """One layer's slots, [slots, width]."""
+
+    def __init__(self, layout: CacheLayout, slots: Tensor, tp: Collectives) -> None:
+        self.layout, self.slots, self.tp = layout, slots, tp
+
+    def write(self, slot_M: Tensor, entry_MX: Tensor) -> None:
+        """Store entries, rounded to the storage dtype, in this rank's slots."""
+        self.slots.index_copy_(0, slot_M, entry_MX.to(self.slots.dtype))
+
+    def round(self, entry_TX: Tensor) -> Tensor:
+        """Return entries as they will be read back, in their own dtype.
+
+        A chunk attends to its own keys through the cache format, so that its output does not
+        depend on where chunks were cut.
+        """
+        if entry_TX.dtype == self.slots.dtype:
+            return entry_TX
+        return entry_TX.to(self.slots.dtype).to(entry_TX.dtype)
+
+    def gather(self, page_G: Tensor, num_tokens: int) -> Tensor:
+        """Return a sequence's entries in position order, all ranks' shards together.
+
+        Args:
+            page_G: [G] int64 consecutive pages of the sequence.
+            num_tokens: positions wanted, from the first of the first page on.
+
+        Returns:
+            [num_tokens, width] in the storage dtype. A collective if positions are sharded.
+        """
+        layout = self.layout
+        pages = self.slots.view(-1, layout.slots_per_page, layout.width)[page_G]
+        local = pages.flatten(0, 1)
+        if layout.shards > 1:
+            # Local slot j of rank r is position j * shards + r.
+            local = self.tp.all_gather(local).transpose(0, 1).flatten(0, 1)
+        return local[:num_tokens]

@@ -1,0 +1,130 @@
+"""Fills a rank's model from a checkpoint: only its slices, straight into memory already allocated.
+
+Where the stored type is the held type, bytes are read into the parameter itself. Else rows pass
+through a bounded buffer, converted or dequantized on the way. So loading needs the rank's shard
+and a few buffers, whatever the model's size.
+"""
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dsv3.checkpoint.names import scale_name
+from dsv3.checkpoint.reader import Source
+from dsv3.checkpoint.region import Region, region_shape
+from dsv3.checkpoint.sharding import (
+    FP8_DTYPE,
+    TensorSpec,
+    scale_region,
+    shard_region,
+    tensor_specs,
+)
+from dsv3.config import ParallelConfig
+from dsv3.parallel.weights import FP8, BlockScale, Target
+from dsv3_kernels import weight_dequant
+
+DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    FP8_DTYPE: FP8,
+}
+# Bytes read at a time by each worker where values are converted on the way.
+_BUFFER = 16 << 20
+_WORKERS = 4
+
+
+def fp8_weights(source: Source) -> frozenset[str]:
+    """Return the names of the weights stored in FP8."""
+    return frozenset(n for n, info in source.tensors.items() if info.dtype == FP8_DTYPE)
+
+
+def load_weights(
+    source: Source,
+    targets: Iterable[Target],
+    layout: ParallelConfig,
+    progress: Callable[[int], None] = lambda num_bytes: None,
+) -> None:
+    """Read this rank's part of every target.
+
+    Args:
+        source: an open, checked checkpoint.
+        targets: memory to fill; all of it is filled.
+        layout: this rank's place.
+        progress: told the bytes done, now and then, from any thread.
+
+    Raises:
+        CheckpointError: a file is missing or cut short.
+    """
+    specs = tensor_specs(source.config)
+
+    def load(target: Target) -> None:
+        _load_target(source, target, specs[target.name], layout)
+        progress(target.dest.numel() * target.dest.element_size())
+
+    with ThreadPoolExecutor(_WORKERS) as pool:
+        for _ in pool.map(load, targets):
+            pass
+
+
+def _load_target(source: Source, target: Target, spec: TensorSpec, layout: ParallelConfig) -> None:
+    region = shard_region(spec, layout)
+    assert region is not None, f"{target.name} is not held by rank {layout.rank}"
+    assert region_shape(region) == tuple(target.dest.shape), f"{target.name} {region=}"
+    if not target.dest.numel():
+        return
+    stored = DTYPES[source.tensors[target.name].dtype]
+    if stored == FP8:
+        _load_fp8(source, target, region)
+    elif stored == target.dest.dtype and target.dest.device.type == "cpu":
+        source.read(target.name, region, _memory(target.dest))
+    else:
+        for rows, part in _row_blocks(region, stored.itemsize):
+            target.dest[rows].copy_(_read(source, target.name, part, stored))
+
+
+def _load_fp8(source: Source, target: Target, region: Region) -> None:
+    """Keep FP8 rows with their covering scales, or dequantize them into the compute dtype."""
+    block = (128, 128) if source.config.quantization is None else source.config.quantization.block
+    name = scale_name(target.name)
+    scale = _read(source, name, scale_region(region, block), torch.float32)
+    row_offset, col_offset = region[0][0] % block[0], region[1][0] % block[1]
+    if target.dest.dtype == FP8:
+        for rows, part in _row_blocks(region, 1):
+            target.dest[rows].copy_(_read(source, target.name, part, FP8))
+        kept = scale.to(target.dest.device)
+        target.keep_scale(BlockScale(kept, row_offset, col_offset))
+        return
+    for rows, part in _row_blocks(region, 1):
+        first = part[0][0] // block[0] - region[0][0] // block[0]
+        last = -(-part[0][1] // block[0]) - region[0][0] // block[0]
+        stored = _read(source, target.name, part, FP8)
+        offset = part[0][0] % block[0]
+        target.dest[rows].copy_(
+            weight_dequant(stored, scale[first:last], target.dest.dtype, offset, col_offset, block)
+        )
+
+
+def _row_blocks(region: Region, itemsize: int) -> Iterable[tuple[slice, Region]]:
+    """Cut a region into runs of rows of at most `_BUFFER` bytes (at least one row)."""
+    (start, stop), rest = region[0], region[1:]
+    row_bytes = itemsize * int(np.prod(region_shape(rest), dtype=np.int64))
+    step = max(1, _BUFFER // row_bytes)
+    for row in range(start, stop, step):
+        part = (row, min(row + step, stop))
+        yield slice(part[0] - start, part[1] - start), (part, *rest)
+
+
+def _read(source: Source, name: str, region: Region, dtype: torch.dtype) -> Tensor:
+    """Return a region as a CPU tensor."""
+    out = torch.empty(region_shape(region), dtype=dtype)
+    source.read(name, region, _memory(out))
+    return out
+
+
+def _memory(tensor: Tensor) -> memoryview:
+    """Return the bytes of a contiguous CPU tensor."""
+    return memoryview(tensor.view(torch.uint8).numpy().data).cast("B")

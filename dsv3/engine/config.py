@@ -1,0 +1,91 @@
+"""How to run a model: everything a user may choose that is neither the model nor the layout."""
+
+import re
+from dataclasses import dataclass
+
+from dsv3.errors import ConfigError
+
+_UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSize:
+    """`auto`, bytes on every rank, or tokens of the whole tp group."""
+
+    num_bytes: int | None = None
+    num_tokens: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "CacheSize":
+        """Read `auto`, `N`, `NKiB`, `NMiB`, `NGiB` or `Ntok`."""
+        if text == "auto":
+            return cls()
+        match = re.fullmatch(r"(\d+)(tok|[KMG]iB|)", text, re.IGNORECASE)
+        if match is None or int(match[1]) == 0:
+            raise ConfigError(
+                f"--kv-cache-size={text} is not a size; use auto, bytes (4GiB) or tokens (65536tok)"
+            )
+        if match[2].lower() == "tok":
+            return cls(num_tokens=int(match[1]))
+        return cls(num_bytes=int(match[1]) * _UNITS[match[2].upper()])
+
+
+def _one_of(flag: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"--{flag}={value} is unknown; use one of {', '.join(choices)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Settings of an engine; the names are those of the flags (DeepSeek's and ours).
+
+    Attributes:
+        attn_impl: "naive" caches expanded heads; "absorb" caches latents and always attends to
+            them directly; "auto" caches latents and expands them where queries are many.
+        kv_shard: a latent cache's positions are dealt to the tp ranks ("tokens") or replicated.
+        kv_dtype: storage of the cache: "auto" (as the activations), "fp32" or "bf16".
+        kv_cache_size: see `CacheSize.parse`.
+        max_seq_len: longest context, prompt and answer; 0 takes the model's own.
+        max_batch_tokens: new tokens of one step.
+        max_running: sequences in progress at a time.
+        dtype: activations: "auto" (float32 on CPU, the checkpoint's on CUDA), "float32" or
+            "bfloat16".
+        weights: "auto" holds weights in the activations' dtype; "fp8" keeps FP8 tensors as they
+            are stored and dequantizes them at every use.
+    """
+
+    attn_impl: str = "auto"
+    kv_shard: str = "tokens"
+    kv_dtype: str = "auto"
+    kv_cache_size: str = "auto"
+    max_seq_len: int = 0
+    max_batch_tokens: int = 2048
+    max_running: int = 64
+    dtype: str = "auto"
+    weights: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Refuse unknown words and impossible numbers."""
+        _one_of("attn-impl", self.attn_impl, ("naive", "absorb", "auto"))
+        _one_of("kv-shard", self.kv_shard, ("tokens", "none"))
+        _one_of("kv-dtype", self.kv_dtype, ("auto", "fp32", "bf16"))
+        _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        _one_of("weights", self.weights, ("auto", "fp8"))
+        CacheSize.parse(self.kv_cache_size)
+        for flag, value, least in (
+            ("max-seq-len", self.max_seq_len, 0),
+            ("max-batch-tokens", self.max_batch_tokens, 1),
+            ("max-running", self.max_running, 1),
+        ):
+            if value < least:
+                raise ConfigError(f"--{flag}={value} must be at least {least}")
+        if self.max_running > self.max_batch_tokens:
+            raise ConfigError(
+                f"--max-running={self.max_running} needs as many --max-batch-tokens "
+                f"(now {self.max_batch_tokens}): every running sequence adds a token each step"
+            )
+
+    @property
+    def cache_form(self) -> str:
+        """Return what the cache stores: "heads" or "latent"."""
+        return "heads" if self.attn_impl == "naive" else "latent"

@@ -1,0 +1,217 @@
+"""The engine of rank 0: requests in, tokens out, one step at a time.
+
+`add` puts a request in line, `step` plans, runs on all ranks and commits. The other ranks sit in
+`follow`, executing plans until rank 0 stops them.
+"""
+
+import time
+from dataclasses import dataclass
+
+from dsv3.cache.pages import PageAllocator
+from dsv3.cache.pool import CachePool
+from dsv3.config import ModelConfig
+from dsv3.engine.config import EngineConfig
+from dsv3.engine.plan import PlanChannel
+from dsv3.engine.runner import Runner
+from dsv3.engine.sampler import Sampled
+from dsv3.engine.scheduler import Scheduler, Work
+from dsv3.engine.sequence import Sequence
+from dsv3.errors import RequestError
+from dsv3.request import Completion, Request, RequestOutput, TokenLogprobs
+from dsv3.text.detokenize import TextStream
+from dsv3.text.tokenizer import Tokenizer
+
+
+@dataclass
+class Counters:
+    """What the engine has done so far."""
+
+    steps: int = 0
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    run_seconds: float = 0.0
+
+
+class Engine:
+    """Continuous batching over all ranks. Lives on rank 0.
+
+    Args:
+        config: the model.
+        settings: limits of a step.
+        runner: this rank's model and cache.
+        cache: the cache, for its geometry and size.
+        channel: carries plans to the other ranks.
+        tokenizer: None serves token ids only.
+        max_seq_len: longest context a request may reach.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        settings: EngineConfig,
+        runner: Runner,
+        cache: CachePool,
+        channel: PlanChannel,
+        tokenizer: Tokenizer | None,
+        max_seq_len: int,
+    ) -> None:
+        self.tokenizer, self.max_seq_len = tokenizer, max_seq_len
+        self.vocab_size, self.max_running = config.vocab_size, settings.max_running
+        self.counters = Counters()
+        self._runner, self._layout, self._channel = runner, cache.layout, channel
+        self._eos = frozenset(config.eos_token_ids)
+        self._pages = PageAllocator(cache.num_pages)
+        self._scheduler = Scheduler(
+            cache.layout, self._pages, settings.max_batch_tokens, settings.max_running
+        )
+        self._sequences: dict[str, Sequence] = {}
+
+    @property
+    def cache_tokens(self) -> int:
+        """Positions the cache of the tp group holds."""
+        return self._pages.num_pages * self._layout.page_size
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests waiting or running."""
+        return len(self._sequences)
+
+    def has_work(self) -> bool:
+        """Tell whether a step would do anything."""
+        return bool(self._sequences)
+
+    def add(self, request: Request) -> None:
+        """Put a request in line.
+
+        Raises:
+            RequestError: it can never be served; the message says why and what would do.
+        """
+        if request.request_id in self._sequences:
+            raise RequestError(f"request_id {request.request_id!r} is already in progress")
+        self._check_tokens(request)
+        params = request.params
+        if params.stop and self.tokenizer is None:
+            raise RequestError("stop strings need a tokenizer; this checkpoint has none")
+        # The last token is never fed back, so it needs no place in the cache.
+        longest = len(request.prompt_ids) + max(0, params.max_tokens - 1)
+        pages = self._layout.pages_for(longest)
+        if pages > self._pages.num_pages:
+            raise RequestError(
+                f"prompt of {len(request.prompt_ids)} tokens and max_tokens={params.max_tokens} "
+                f"need {longest} cached tokens, the cache holds {self.cache_tokens}; "
+                "raise --kv-cache-size or lower max_tokens"
+            )
+        stream = None
+        if self.tokenizer is not None:
+            stream = TextStream(self.tokenizer, request.prompt_ids, params.stop)
+        seq = Sequence(request, pages, stream)
+        self._sequences[request.request_id] = seq
+        self._scheduler.add(seq)
+
+    def _check_tokens(self, request: Request) -> None:
+        prompt, params = request.prompt_ids, request.params
+        if not prompt:
+            raise RequestError("the prompt is empty; give at least one token")
+        if min(prompt) < 0 or max(prompt) >= self.vocab_size:
+            bad = next(t for t in prompt if not 0 <= t < self.vocab_size)
+            raise RequestError(f"prompt token {bad} is not in 0..{self.vocab_size - 1}")
+        room = self.max_seq_len - len(prompt)
+        if room < min(1, params.max_tokens):
+            most = self.max_seq_len - min(1, params.max_tokens)
+            raise RequestError(f"the prompt has {len(prompt)} tokens, it may have {most}")
+        if params.max_tokens > room:
+            raise RequestError(
+                f"prompt of {len(prompt)} tokens + max_tokens={params.max_tokens} exceed the "
+                f"context of {self.max_seq_len}; max_tokens may be {room}"
+            )
+
+    def cancel(self, request_id: str) -> None:
+        """Drop a request without an answer; unknown ids are ignored."""
+        seq = self._sequences.pop(request_id, None)
+        if seq is not None:
+            self._scheduler.remove(seq)
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step on all ranks; return what it added, request by request."""
+        planned = self._scheduler.plan()
+        if planned is None:
+            return []
+        plan, work = planned
+        start = time.perf_counter()
+        self._channel.send(plan)
+        sampled = self._runner.run(plan)
+        self.counters.run_seconds += time.perf_counter() - start
+        self.counters.steps += 1
+        return [out for w in work if (out := self._commit(w, sampled)) is not None]
+
+    def stop(self) -> None:
+        """Let the other ranks leave `follow`."""
+        self._channel.send(None)
+
+    def _commit(self, work: Work, sampled: Sampled) -> RequestOutput | None:
+        """Record a step's results for one sequence."""
+        seq = work.seq
+        new_prompt = min(work.num_tokens, max(0, seq.prompt_len - seq.num_computed))
+        self.counters.prefill_tokens += new_prompt
+        self.counters.decode_tokens += work.num_tokens - new_prompt
+        seq.num_computed += work.num_tokens
+        for row in range(work.first_row, work.first_row + work.num_scored):
+            top = seq.request.params.prompt_logprobs or 0
+            seq.prompt_logprobs.append(_token_logprobs(sampled, row, top))
+        if work.samples:
+            return self._append(seq, sampled, work.first_row + work.num_scored)
+        if seq.num_computed == seq.prompt_len and seq.request.params.max_tokens == 0:
+            return self._finish(seq, "length", RequestOutput(request_id=seq.request.request_id))
+        return None
+
+    def _append(self, seq: Sequence, sampled: Sampled, row: int) -> RequestOutput:
+        """Add a sampled token; finish the sequence if it was the last."""
+        out = RequestOutput(request_id=seq.request.request_id)
+        token, params = int(sampled.token[row]), seq.request.params
+        is_end = token in params.stop_token_ids or (token in self._eos and not params.ignore_eos)
+        if is_end:
+            return self._finish(seq, "stop", out)
+        seq.token_ids.append(token)
+        out.new_token_ids.append(token)
+        if params.logprobs is not None:
+            seq.logprobs.append(_token_logprobs(sampled, row, params.logprobs))
+        stopped = False
+        if seq.stream is not None:
+            out.new_text, stopped = seq.stream.push(token)
+        if stopped:
+            return self._finish(seq, "stop", out, flush=False)
+        if seq.num_generated >= params.max_tokens:
+            return self._finish(seq, "length", out)
+        return out
+
+    def _finish(
+        self, seq: Sequence, reason: str, out: RequestOutput, flush: bool = True
+    ) -> RequestOutput:
+        if flush and seq.stream is not None:
+            out.new_text += seq.stream.finish()
+        params = seq.request.params
+        out.completion = Completion(
+            request_id=seq.request.request_id,
+            prompt_ids=seq.request.prompt_ids,
+            token_ids=seq.token_ids[seq.prompt_len :],
+            text="" if seq.stream is None else seq.stream.text,
+            finish_reason=reason,
+            logprobs=None if params.logprobs is None else seq.logprobs,
+            prompt_logprobs=None if params.prompt_logprobs is None else seq.prompt_logprobs,
+        )
+        del self._sequences[seq.request.request_id]
+        self._scheduler.remove(seq)
+        return out
+
+
+def follow(runner: Runner, channel: PlanChannel) -> None:
+    """Execute rank 0's plans until it stops; the whole life of every other rank."""
+    while (plan := channel.receive()) is not None:
+        runner.run(plan)
+
+
+def _token_logprobs(sampled: Sampled, row: int, top: int) -> TokenLogprobs:
+    alternatives = zip(
+        sampled.top_token[row, :top].tolist(), sampled.top_logprob[row, :top].tolist(), strict=True
+    )
+    return TokenLogprobs(int(sampled.token[row]), float(sampled.logprob[row]), tuple(alternatives))

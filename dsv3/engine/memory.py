@@ -1,0 +1,143 @@
+"""The memory plan: what a rank will hold, known before anything is loaded."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dsv3.cache.layout import CacheLayout
+from dsv3.checkpoint.region import region_shape
+from dsv3.checkpoint.sharding import scale_region, shard_region, tensor_specs
+from dsv3.config import ModelConfig, ParallelConfig
+from dsv3.engine.config import CacheSize, EngineConfig
+from dsv3.errors import ConfigError
+
+# Share of the memory left after the weights that `auto` gives to the cache; the rest is for
+# activations and for other programs.
+_CACHE_SHARE = {"cpu": 0.25, "cuda": 0.85}
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes of one rank.
+
+    Attributes:
+        weight_bytes: the weights it will hold.
+        bytes_per_token: cache bytes of a token of context on this rank, averaged over a page.
+        num_pages: pages of the cache, the null page not counted.
+        cache_tokens: positions they hold, for the whole tp group.
+        free_bytes: memory there was before loading.
+    """
+
+    weight_bytes: int
+    bytes_per_token: float
+    num_pages: int
+    cache_tokens: int
+    free_bytes: int
+
+    def describe(self) -> str:
+        """Return the budget in one line."""
+        cache = self.cache_tokens * self.bytes_per_token
+        return (
+            f"memory per rank: weights {_size(self.weight_bytes)}, "
+            f"cache {_size(cache)} ({self.bytes_per_token:,.0f} bytes a token; "
+            f"{self.cache_tokens:,} tokens fit in the group), free {_size(self.free_bytes)}"
+        )
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.4g} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.4g} GiB"
+
+
+def weight_bytes(
+    config: ModelConfig, layout: ParallelConfig, itemsize: int, fp8_names: frozenset[str]
+) -> int:
+    """Return the bytes of this rank's weights as the model will hold them.
+
+    Args:
+        config: the model; its MTP layers are not loaded.
+        layout: this rank's place.
+        itemsize: bytes of a weight in the compute dtype.
+        fp8_names: weights kept in FP8.
+    """
+    total = 0
+    for spec in tensor_specs(config).values():
+        region = None if spec.mtp else shard_region(spec, layout)
+        if region is None or (spec.name == "lm_head.weight" and config.tie_word_embeddings):
+            continue
+        values = 1
+        for size in region_shape(region):
+            values *= size
+        if len(region) == 1 or spec.name.endswith("mlp.gate.weight"):
+            total += 4 * values
+        elif spec.name in fp8_names and "kv_b_proj" not in spec.name:
+            rows, cols = region_shape(scale_region(region))
+            total += values + 4 * rows * cols
+        else:
+            total += itemsize * values
+    return total
+
+
+def free_memory(device: torch.device, ranks_on_host: int) -> int:
+    """Return the bytes this rank may use: its share of the device, or of the host's memory."""
+    if device.type == "cuda":
+        sharing = max(1, ranks_on_host // torch.cuda.device_count())
+        return torch.cuda.mem_get_info(device)[0] // sharing
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        fields = dict(line.split(":") for line in meminfo.read_text().splitlines() if ":" in line)
+        available = int(fields["MemAvailable"].split()[0]) * 1024
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and (text := limit.read_text().strip()).isdigit():
+        available = min(available, int(text))
+    return available // ranks_on_host
+
+
+def plan_memory(
+    config: ModelConfig,
+    settings: EngineConfig,
+    cache: CacheLayout,
+    weights: int,
+    cache_itemsize: int,
+    max_seq_len: int,
+    free: int,
+    device: torch.device,
+) -> MemoryPlan:
+    """Decide the cache's size.
+
+    `auto` takes what the most running sequences could use, but no more than a share of the
+    memory that the weights leave.
+
+    Raises:
+        ConfigError: not even one page fits.
+    """
+    page_bytes = config.num_hidden_layers * cache.slots_per_page * cache.width * cache_itemsize
+    size = CacheSize.parse(settings.kv_cache_size)
+    if size.num_tokens is not None:
+        num_pages = cache.pages_for(size.num_tokens)
+    elif size.num_bytes is not None:
+        num_pages = size.num_bytes // page_bytes
+    else:
+        wanted = settings.max_running * cache.pages_for(max_seq_len)
+        share = _CACHE_SHARE[device.type] * max(0, free - weights)
+        num_pages = min(wanted, int(share) // page_bytes)
+    # One more page is allocated that no sequence uses.
+    needed = weights + (num_pages + 1) * page_bytes
+    if num_pages < 1 or needed > free:
+        raise ConfigError(
+            f"weights need {_size(weights)} and the cache {_size(needed - weights)} on each rank, "
+            f"{_size(free)} are free; use more ranks, --weights fp8 or a smaller --kv-cache-size"
+        )
+    return MemoryPlan(
+        weight_bytes=weights,
+        bytes_per_token=page_bytes / cache.page_size,
+        num_pages=num_pages,
+        cache_tokens=num_pages * cache.page_size,
+        free_bytes=free,
+    )

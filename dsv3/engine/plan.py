@@ -1,0 +1,115 @@
+"""The step plan: everything the ranks must know to run one step, in one small integer buffer.
+
+Rank 0 makes it, every rank executes it. Floats travel as their bits.
+"""
+
+from dataclasses import dataclass, field, fields
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dsv3.parallel.collectives import Collectives
+
+Ints = NDArray[np.int32]
+Floats = NDArray[np.float32]
+
+# One broadcast carries this many words; longer plans need a second one.
+_FIRST_WORDS = 4096
+
+NO_TARGET = -1
+
+
+def _ints() -> Ints:
+    return np.zeros(0, np.int32)
+
+
+def _floats() -> Floats:
+    return np.zeros(0, np.float32)
+
+
+@dataclass
+class StepPlan:
+    """A flat batch. Sequences with a single new token come first.
+
+    Attributes:
+        token_ids: [T] new tokens of all sequences, one after the other.
+        query_len: [B] new tokens of each sequence.
+        context_len: [B] positions already cached before this step.
+        page_count: [B] pages of each sequence, covering context and new tokens.
+        pages: their page tables, one after the other.
+        row: [M] rows of the batch whose logits are wanted.
+        position: [M] position of the token that those logits predict.
+        target: [M] the token to score there, or NO_TARGET to sample one.
+        top_logprobs: [M] likeliest tokens to report; -1 reports no probabilities at all.
+        temperature, top_k, top_p: [M] as in SamplingParams.
+        seed_low, seed_high: [M] the two halves of the request's seed.
+    """
+
+    token_ids: Ints = field(default_factory=_ints)
+    query_len: Ints = field(default_factory=_ints)
+    context_len: Ints = field(default_factory=_ints)
+    page_count: Ints = field(default_factory=_ints)
+    pages: Ints = field(default_factory=_ints)
+    row: Ints = field(default_factory=_ints)
+    position: Ints = field(default_factory=_ints)
+    target: Ints = field(default_factory=_ints)
+    top_logprobs: Ints = field(default_factory=_ints)
+    top_k: Ints = field(default_factory=_ints)
+    seed_low: Ints = field(default_factory=_ints)
+    seed_high: Ints = field(default_factory=_ints)
+    temperature: Floats = field(default_factory=_floats)
+    top_p: Floats = field(default_factory=_floats)
+
+    def pack(self) -> Ints:
+        """Return all arrays as one int32 buffer: their lengths, then their words."""
+        arrays = [getattr(self, f.name) for f in fields(self)]
+        lengths = np.array([len(a) for a in arrays], np.int32)
+        return np.concatenate([lengths, *(a.view(np.int32) for a in arrays)])
+
+    @classmethod
+    def unpack(cls, words: Ints) -> "StepPlan":
+        """Undo `pack`."""
+        plan, at = cls(), len(fields(cls))
+        for f, length in zip(fields(cls), words[:at].tolist(), strict=True):
+            setattr(plan, f.name, words[at : at + length].view(getattr(plan, f.name).dtype))
+            at += length
+        return plan
+
+
+class PlanChannel:
+    """Rank 0's plans to all ranks; None tells them to stop."""
+
+    def __init__(self, world: Collectives, device: torch.device) -> None:
+        # NCCL sends device memory only; Gloo sends from the host without a detour.
+        self._world = world
+        self._device = device
+
+    def _broadcast(self, words: Ints) -> Ints:
+        sent = torch.from_numpy(words).to(self._device)
+        return self._world.broadcast(sent).cpu().numpy()
+
+    def send(self, plan: StepPlan | None) -> None:
+        """Send from rank 0."""
+        if self._world.size == 1:
+            return
+        words = np.zeros(0, np.int32) if plan is None else plan.pack()
+        first = np.zeros(_FIRST_WORDS, np.int32)
+        first[0] = -1 if plan is None else len(words)
+        head = words[: _FIRST_WORDS - 1]
+        first[1 : 1 + len(head)] = head
+        self._broadcast(first)
+        if len(words) > len(head):
+            self._broadcast(np.ascontiguousarray(words[len(head) :]))
+
+    def receive(self) -> StepPlan | None:
+        """Receive on the other ranks."""
+        first = self._broadcast(np.zeros(_FIRST_WORDS, np.int32))
+        length = int(first[0])
+        if length < 0:
+            return None
+        words = first[1 : 1 + length]
+        if length > len(words):
+            rest = self._broadcast(np.zeros(length - len(words), np.int32))
+            words = np.concatenate([words, rest])
+        return StepPlan.unpack(words)

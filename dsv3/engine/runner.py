@@ -1,0 +1,125 @@
+"""Executes step plans on one rank: plan -> device batch -> model -> sampled tokens."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dsv3.cache.layout import NULL_PAGE, CacheLayout
+from dsv3.cache.pool import CachePool
+from dsv3.engine.plan import StepPlan
+from dsv3.engine.sampler import Sampled, Sampler
+from dsv3.model.batch import Batch, Chunk, DecodeGroup
+from dsv3.model.transformer import Transformer
+
+_PADDING = np.iinfo(np.int64).max
+Longs = NDArray[np.int64]
+
+
+class Runner:
+    """One rank's model and cache. Every rank runs the same plan.
+
+    Args:
+        model: this rank's shard, loaded.
+        cache: this rank's cache.
+        decode_limit: sequences with at most this many new tokens attend straight to the cache;
+            longer ones in expanded form.
+    """
+
+    def __init__(self, model: Transformer, cache: CachePool, decode_limit: int) -> None:
+        self._model, self._cache, self._decode_limit = model, cache, decode_limit
+        self._device = cache.slots.device
+        self._sampler = Sampler(model, cache.tp, self._device)
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> Sampled:
+        """Run one step. A collective; every rank returns the same."""
+        batch = BatchBuilder(plan, self._cache.layout, self._device, self._decode_limit).build()
+        return self._sampler(self._model(batch, self._cache), plan)
+
+
+class BatchBuilder:
+    """Turns a plan into a rank's batch; plain numpy on the host, then one copy per array."""
+
+    def __init__(
+        self, plan: StepPlan, layout: CacheLayout, device: torch.device, decode_limit: int
+    ) -> None:
+        self._plan, self._layout, self._device = plan, layout, device
+        self._limit = decode_limit
+        self._row_start = np.concatenate([[0], plan.query_len.cumsum()])
+        self._page_start = np.concatenate([[0], plan.page_count.cumsum()])
+
+    def _tensor(self, values: Longs) -> Tensor:
+        return torch.from_numpy(values).to(self._device)
+
+    def _pages(self, seq: int) -> Longs:
+        pages = self._plan.pages[self._page_start[seq] : self._page_start[seq + 1]]
+        return pages.astype(np.int64)
+
+    def build(self) -> Batch:
+        """Return the batch."""
+        plan, layout = self._plan, self._layout
+        num_seqs = len(plan.query_len)
+        row_seq = np.repeat(np.arange(num_seqs), plan.query_len)
+        in_seq = np.arange(len(row_seq)) - self._row_start[row_seq]
+        position = (plan.context_len[row_seq] + in_seq).astype(np.int64)
+        own, slot = self._own_slots(row_seq, position)
+        # The scheduler orders sequences by their new tokens, so the short ones are in front.
+        num_short = int(np.searchsorted(plan.query_len, self._limit, side="right"))
+        batch = Batch(
+            token_T=self._tensor(plan.token_ids.astype(np.int64)),
+            position_T=self._tensor(position),
+            own_row=None if layout.shards == 1 else self._tensor(own),
+            own_slot=self._tensor(slot),
+            num_decode_rows=int(self._row_start[num_short]),
+        )
+        batch.groups = [self._group(a, b) for a, b in self._group_bounds(num_short)]
+        for seq in range(num_short, num_seqs):
+            context = int(plan.context_len[seq])
+            pages = self._pages(seq)[: layout.pages_for(context)]
+            start, stop = (int(i) for i in self._row_start[seq : seq + 2])
+            batch.chunks.append(Chunk(start, stop, context, self._tensor(pages)))
+        return batch
+
+    def _own_slots(self, row_seq: Longs, position: Longs) -> tuple[Longs, Longs]:
+        """Return the rows whose entries this rank holds, and their slots."""
+        layout = self._layout
+        own = np.flatnonzero(position % layout.shards == layout.shard)
+        at = position[own]
+        page = self._plan.pages[self._page_start[row_seq[own]] + at // layout.page_size]
+        slot = page * layout.slots_per_page + at % layout.page_size // layout.shards
+        return own, slot.astype(np.int64)
+
+    def _group_bounds(self, num_short: int) -> list[tuple[int, int]]:
+        """Split the short sequences where padding them to one length would waste too much."""
+        plan, bounds, start = self._plan, [], 0
+        for seq in range(1, num_short + 1):
+            if seq < num_short and plan.query_len[seq] == plan.query_len[start] == 1:
+                shortest = plan.context_len[start]
+                if plan.context_len[seq] <= 2 * shortest + self._layout.page_size:
+                    continue
+            bounds.append((start, seq))
+            start = seq
+        return bounds
+
+    def _group(self, first: int, last: int) -> DecodeGroup:
+        plan, layout = self._plan, self._layout
+        queries = int(plan.query_len[first])
+        context = plan.context_len[first:last].astype(np.int64)
+        longest = int(context.max()) + queries
+        table = np.full((last - first, layout.pages_for(longest)), NULL_PAGE, np.int64)
+        for i, seq in enumerate(range(first, last)):
+            pages = self._pages(seq)[: table.shape[1]]
+            table[i, : len(pages)] = pages
+        slots = table[:, :, None] * layout.slots_per_page + np.arange(layout.slots_per_page)
+        width = max(1, layout.local_len(longest))
+        slots = slots.reshape(last - first, -1)[:, :width]
+        key_pos = np.arange(width) * layout.shards + layout.shard
+        hidden = key_pos >= (context + queries)[:, None]
+        return DecodeGroup(
+            start=int(self._row_start[first]),
+            stop=int(self._row_start[last]),
+            slot_BS=self._tensor(np.where(hidden, 0, slots)),
+            key_pos_BS=self._tensor(np.where(hidden, _PADDING, key_pos)),
+            query_pos_BQ=self._tensor(context[:, None] + np.arange(queries)),
+        )

@@ -1,0 +1,130 @@
+"""From hidden states to tokens over a vocabulary that is split over ranks.
+
+Greedy rows need no gathered logits: every rank offers its best, the best of them wins. Rows that
+are sampled or scored are dealt to the ranks (all-to-all), so that each sees whole rows of 1/tp of
+them; the small results are gathered. Every rank returns the same.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dsv3.engine.plan import NO_TARGET, StepPlan
+from dsv3.model.transformer import Transformer
+from dsv3.parallel.collectives import Collectives
+from dsv3_kernels import sample
+
+# Rows of logits held at a time: 512 rows of a 129,280 vocabulary are 256 MiB over tp ranks.
+_ROWS = 512
+
+
+@dataclass
+class Sampled:
+    """What the planned rows gave, in their order.
+
+    Attributes:
+        token: [M] the sampled token, or the scored target.
+        logprob: [M] its log-probability under the model; 0 where none was asked for.
+        top_token, top_logprob: [M, L] the likeliest tokens, best first.
+    """
+
+    token: NDArray[np.int64]
+    logprob: NDArray[np.float32]
+    top_token: NDArray[np.int64]
+    top_logprob: NDArray[np.float32]
+
+
+class Sampler:
+    """Chooses or scores the rows of a plan."""
+
+    def __init__(self, model: Transformer, tp: Collectives, device: torch.device) -> None:
+        self._model, self._tp, self._device = model, tp, device
+        self._vocab = model.config.vocab_size
+
+    def __call__(self, hidden_TD: Tensor, plan: StepPlan) -> Sampled:
+        """Return tokens and probabilities of the plan's rows. A collective."""
+        rows = torch.from_numpy(plan.row.astype(np.int64)).to(self._device)
+        count = len(plan.row)
+        plain = (plan.temperature <= 0) & (plan.target == NO_TARGET) & (plan.top_logprobs < 0)
+        width = int(max(0, plan.top_logprobs.max(initial=0)))
+        out = Sampled(
+            np.zeros(count, np.int64),
+            np.zeros(count, np.float32),
+            np.zeros((count, width), np.int64),
+            np.zeros((count, width), np.float32),
+        )
+        for chosen, method in ((plain, self._greedy), (~plain, self._whole_rows)):
+            where = np.flatnonzero(chosen)
+            for start in range(0, len(where), _ROWS):
+                index = where[start : start + _ROWS]
+                logits = self._model.logits(hidden_TD[rows[torch.from_numpy(index)]])
+                method(logits, index, plan, out)
+        return out
+
+    def _greedy(
+        self, logits_MW: Tensor, index: NDArray[np.int64], plan: StepPlan, out: Sampled
+    ) -> None:
+        """Best of the ranks' best; equal logits go to the lowest id."""
+        best = logits_MW.max(-1)
+        if self._tp.size == 1:
+            out.token[index] = best.indices.cpu().numpy()
+            return
+        ids = best.indices + self._model.lm_head.start
+        # One exchange: ids below 2^24 are exact in float32.
+        offers = self._tp.all_gather(torch.stack((best.values, ids.float())))
+        # argmax takes the first of equals: the lowest rank, so the lowest ids.
+        winner = offers[:, 0].argmax(0, keepdim=True)
+        out.token[index] = offers[:, 1].gather(0, winner)[0].long().cpu().numpy()
+
+    def _whole_rows(
+        self, logits_MW: Tensor, index: NDArray[np.int64], plan: StepPlan, out: Sampled
+    ) -> None:
+        """Deal whole rows to the ranks, let each do its share, gather the results."""
+        size = self._tp.size
+        share = -(-len(index) // size)
+        padded = torch.nn.functional.pad(logits_MW, (0, 0, 0, share * size - len(index)))
+        parts = self._tp.all_to_all(padded.view(size, share, -1))
+        whole = parts.transpose(0, 1).flatten(1)[:, : self._vocab]
+        mine = index[self._tp.rank * share : (self._tp.rank + 1) * share]
+        width = out.top_token.shape[1]
+        result = torch.zeros(share, 2 + 2 * width, dtype=torch.float64, device=self._device)
+        if len(mine):
+            self._choose(whole[: len(mine)], mine, plan, result)
+        gathered = self._tp.all_gather(result).flatten(0, 1)[: len(index)].cpu().numpy()
+        out.token[index] = gathered[:, 0].astype(np.int64)
+        out.logprob[index] = gathered[:, 1]
+        out.top_token[index] = gathered[:, 2 : 2 + width].astype(np.int64)
+        out.top_logprob[index] = gathered[:, 2 + width :]
+
+    def _choose(
+        self, logits_BW: Tensor, index: NDArray[np.int64], plan: StepPlan, result: Tensor
+    ) -> None:
+        """Fill result rows: token, log-probability, likeliest tokens, their log-probabilities."""
+        seed = plan.seed_high[index].astype(np.int64) << 32
+        seed |= plan.seed_low[index].view(np.uint32).astype(np.int64)
+
+        def on_device(values: NDArray[np.generic]) -> Tensor:
+            return torch.from_numpy(values).to(self._device)
+
+        target = on_device(plan.target[index].astype(np.int64))
+        token = sample(
+            logits_BW,
+            on_device(plan.temperature[index]),
+            on_device(plan.top_k[index].astype(np.int64)),
+            on_device(plan.top_p[index]),
+            on_device(seed),
+            on_device(plan.position[index].astype(np.int64)),
+        )
+        token = torch.where(target == NO_TARGET, token, target)
+        result[: len(index), 0] = token
+        if int(plan.top_logprobs[index].max()) < 0:
+            return
+        logprob_BW = logits_BW.log_softmax(-1)
+        result[: len(index), 1] = logprob_BW.gather(1, token[:, None])[:, 0]
+        width = (result.shape[1] - 2) // 2
+        top = logprob_BW.topk(min(width, self._vocab), -1)
+        result[: len(index), 2 : 2 + top.indices.shape[1]] = top.indices
+        result[: len(index), 2 + width : 2 + width + top.indices.shape[1]] = top.values

@@ -1,0 +1,213 @@
+"""Start-up: checkpoint directory + settings + mesh -> an engine, phase by phase."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dsv3.cache.layout import CacheLayout
+from dsv3.cache.pool import CachePool
+from dsv3.checkpoint.load import fp8_weights, load_weights
+from dsv3.checkpoint.reader import Source
+from dsv3.checkpoint.sharding import check_tensors
+from dsv3.checkpoint.source import open_source
+from dsv3.config import ModelConfig
+from dsv3.engine.config import EngineConfig
+from dsv3.engine.engine import Engine
+from dsv3.engine.memory import MemoryPlan, free_memory, plan_memory, weight_bytes
+from dsv3.engine.plan import PlanChannel, StepPlan
+from dsv3.engine.runner import Runner
+from dsv3.errors import ConfigError
+from dsv3.model.attention import absorb_limit
+from dsv3.model.transformer import Transformer
+from dsv3.parallel.mesh import Mesh
+from dsv3.parallel.together import fail_together
+from dsv3.parallel.weights import WeightFormat
+from dsv3.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+_TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_CACHE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Started:
+    """One rank, ready to run.
+
+    Attributes:
+        engine: on rank 0; None on the others, which call `follow(runner, channel)`.
+        plan: the memory plan.
+        seconds: of each start-up phase.
+    """
+
+    mesh: Mesh
+    config: ModelConfig
+    runner: Runner
+    channel: PlanChannel
+    cache: CachePool
+    plan: MemoryPlan
+    engine: Engine | None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@contextmanager
+def _phase(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - start
+
+
+def activation_dtype(settings: EngineConfig, config: ModelConfig, device: str) -> torch.dtype:
+    """Return the dtype of activations; `auto` is float32 on CPU, the checkpoint's on CUDA."""
+    if settings.dtype != "auto":
+        return _TORCH_DTYPES[settings.dtype]
+    if device == "cpu":
+        return torch.float32
+    return _TORCH_DTYPES.get(config.torch_dtype, torch.bfloat16)
+
+
+def context_limit(settings: EngineConfig, config: ModelConfig) -> int:
+    """Return the longest context: the user's, the model's, or what dense attention covers."""
+    limit = settings.max_seq_len or config.max_position_embeddings
+    if limit > config.max_position_embeddings:
+        raise ConfigError(
+            f"--max-seq-len={limit} exceeds max_position_embeddings="
+            f"{config.max_position_embeddings} of the model"
+        )
+    if config.index_topk is not None and limit > config.index_topk:
+        if settings.max_seq_len:
+            raise ConfigError(
+                f"--max-seq-len={limit} exceeds index_topk={config.index_topk}: sparse attention "
+                "is not available yet, and below index_topk the model is exactly dense"
+            )
+        log.warning(
+            "context limited to index_topk=%d tokens: sparse attention is not available yet, "
+            "and up to there the model is exactly dense",
+            config.index_topk,
+        )
+        limit = config.index_topk
+    return limit
+
+
+def start(
+    path: Path,
+    settings: EngineConfig,
+    mesh: Mesh,
+    config: ModelConfig | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Started:
+    """Load a checkpoint on every rank and make it ready to run.
+
+    Args:
+        path: a checkpoint directory.
+        settings: how to run it.
+        mesh: this rank and its peers.
+        config: the model, where the directory does not say.
+        progress: told (bytes loaded, all bytes) of this rank, from any thread.
+
+    Raises:
+        ConfigError, CheckpointError: the model, the layout and the files do not fit together.
+        RankError: another rank failed.
+    """
+    seconds: dict[str, float] = {}
+    with _phase(seconds, "load"), fail_together(mesh, "loading"):
+        source = open_source(path, config)
+        with source:
+            config = source.config
+            mesh.layout.check(config)
+            check_tensors(source)
+            limit = context_limit(settings, config)
+            dtype = activation_dtype(settings, config, mesh.device.type)
+            fp8_names = fp8_weights(source) if settings.weights == "fp8" else frozenset()
+            fmt = WeightFormat(dtype, mesh.device, fp8_names)
+            layout = CacheLayout.make(
+                config,
+                settings.cache_form,
+                settings.kv_shard,
+                mesh.layout.tp,
+                mesh.layout.tp_rank,
+            )
+            kept = _CACHE_DTYPES.get(settings.kv_dtype, dtype)
+            plan = plan_memory(
+                config,
+                settings,
+                layout,
+                weight_bytes(config, mesh.layout, dtype.itemsize, fp8_names),
+                kept.itemsize,
+                limit,
+                free_memory(mesh.device, mesh.ranks_on_host),
+                mesh.device,
+            )
+            if mesh.layout.rank == 0:
+                log.info("%s", plan.describe())
+            model = _load_model(source, mesh, fmt, progress)
+            tokenizer = Tokenizer.load_optional(path) if mesh.layout.rank == 0 else None
+        # All ranks of the group must agree on the pages; each has planned with its own memory.
+    num_pages = _agree_on_pages(mesh, plan.num_pages)
+    cache = CachePool(layout, config.num_hidden_layers, num_pages + 1, kept, mesh.device, mesh.tp)
+    runner = Runner(model, cache, _decode_limit(settings, config))
+    channel = PlanChannel(mesh.world, mesh.device)
+    with _phase(seconds, "warmup"):
+        runner.run(_warm_up_plan())
+    engine = None
+    if mesh.layout.rank == 0:
+        engine = Engine(config, settings, runner, cache, channel, tokenizer, limit)
+    return Started(mesh, config, runner, channel, cache, plan, engine, seconds)
+
+
+def _load_model(
+    source: Source, mesh: Mesh, fmt: WeightFormat, progress: Callable[[int, int], None]
+) -> Transformer:
+    model = Transformer(source.config, mesh, fmt)
+    targets = list(model.targets())
+    total = sum(t.dest.numel() * t.dest.element_size() for t in targets)
+    done = 0
+
+    def add(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        progress(done, total)
+
+    load_weights(source, targets, mesh.layout, add)
+    return model.eval()
+
+
+def _agree_on_pages(mesh: Mesh, num_pages: int) -> int:
+    """Return the fewest pages that any rank planned. A collective."""
+    mine = torch.tensor([num_pages], dtype=torch.int64, device=mesh.device)
+    return int(mesh.world.all_gather(mine).min())
+
+
+def _decode_limit(settings: EngineConfig, config: ModelConfig) -> int:
+    if settings.attn_impl == "naive":
+        return 1
+    if settings.attn_impl == "absorb":
+        return config.max_position_embeddings
+    return absorb_limit(config)
+
+
+def _warm_up_plan() -> StepPlan:
+    """One token in page 1: opens the connections between ranks and the libraries' thread pools."""
+    one, zero = np.ones(1, np.int32), np.zeros(1, np.int32)
+    return StepPlan(
+        token_ids=zero,
+        query_len=one,
+        context_len=zero,
+        page_count=one,
+        pages=one,
+        row=zero,
+        position=one,
+        target=-one,
+        top_logprobs=-one,
+        top_k=zero,
+        seed_low=zero,
+        seed_high=zero,
+        temperature=np.zeros(1, np.float32),
+        top_p=np.ones(1, np.float32),
+    )

@@ -1,0 +1,53 @@
+"""Rotary frequencies with YaRN, applied at every length.
+
+DeepSeek's demo ties YaRN to max_seq_len > 4096, which silently changes the model; the weights were
+trained with it.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from dsv3.config import ModelConfig, RopeScaling
+
+
+def _yarn_ramp(dim: int, theta: float, s: RopeScaling) -> Tensor:
+    """Return how far each frequency is interpolated: 0 not at all, 1 by the whole factor."""
+
+    def pair_at(rotations: float) -> float:
+        """Pair index that turns `rotations` times over the original context."""
+        length = s.original_max_position_embeddings / (rotations * 2 * math.pi)
+        return dim * math.log(length) / (2 * math.log(theta))
+
+    low = max(math.floor(pair_at(s.beta_fast)), 0)
+    high = min(math.ceil(pair_at(s.beta_slow)), dim - 1)
+    span = max(high - low, 0.001)
+    return ((torch.arange(dim // 2, dtype=torch.float32) - low) / span).clamp(0, 1)
+
+
+def inverse_frequencies(config: ModelConfig) -> Tensor:
+    """Return the angle per position of each rotary pair, [R / 2] float32.
+
+    Source: YaRN (arXiv 2309.00071), section 3.
+    """
+    dim = config.qk_rope_head_dim
+    powers = torch.arange(0, dim, 2, dtype=torch.float32) / dim
+    frequency = 1.0 / (config.rope_theta**powers)
+    if config.rope_scaling is None:
+        return frequency
+    ramp = _yarn_ramp(dim, config.rope_theta, config.rope_scaling)
+    return frequency * (1 - ramp) + frequency / config.rope_scaling.factor * ramp
+
+
+class Rotary:
+    """Cosines and sines of a step's positions, computed once for all layers."""
+
+    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+        self._frequency = inverse_frequencies(config).to(device)
+        self._mscale = config.cos_sin_mscale
+
+    def __call__(self, position_T: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (cos, sin), each [T, R / 2] float32."""
+        angle = position_T[:, None].float() * self._frequency
+        return angle.cos() * self._mscale, angle.sin() * self._mscale

@@ -1,0 +1,81 @@
+"""The decoder: embedding, layers, final norm, head, on a flat batch of tokens."""
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from dsv3.cache.pool import CachePool, LayerCache
+from dsv3.config import ModelConfig
+from dsv3.model.attention import MLA
+from dsv3.model.batch import Batch
+from dsv3.model.indexer import Indexer
+from dsv3.model.moe import feed_forward
+from dsv3.model.rotary import Rotary
+from dsv3.parallel.linear import VocabParallelEmbedding, VocabParallelHead
+from dsv3.parallel.mesh import Mesh
+from dsv3.parallel.weights import Matrix, Target, Vector, WeightFormat
+from dsv3_kernels import rmsnorm
+
+
+class DecoderLayer(nn.Module):
+    """x += attention(norm(x)); x += feed_forward(norm(x))."""
+
+    def __init__(self, config: ModelConfig, layer: int, mesh: Mesh, fmt: WeightFormat) -> None:
+        super().__init__()
+        prefix, shape = f"model.layers.{layer}.", (config.hidden_size,)
+        self.eps, self.tp = config.rms_norm_eps, mesh.tp
+        self.input_layernorm = Vector(f"{prefix}input_layernorm.weight", shape, fmt)
+        self.self_attn = MLA(config, f"{prefix}self_attn.", mesh.layout, mesh.tp, fmt)
+        self.indexer: Indexer | None = None
+        if config.has_indexer:
+            self.indexer = Indexer(config, f"{prefix}self_attn.indexer.", fmt)
+        self.post_attention_layernorm = Vector(
+            f"{prefix}post_attention_layernorm.weight", shape, fmt
+        )
+        self.mlp = feed_forward(config, layer, f"{prefix}mlp.", mesh.layout, fmt)
+
+    def forward(
+        self, x_TD: Tensor, rope: tuple[Tensor, Tensor], batch: Batch, cache: LayerCache
+    ) -> Tensor:
+        """Return the residual stream after this layer, [T, D]."""
+        h_TD = rmsnorm(x_TD, self.input_layernorm.weight, self.eps)
+        x_TD = x_TD + self.tp.all_reduce(self.self_attn(h_TD, rope, batch, cache))
+        h_TD = rmsnorm(x_TD, self.post_attention_layernorm.weight, self.eps)
+        return x_TD + self.tp.all_reduce(self.mlp(h_TD)).to(x_TD.dtype)
+
+
+class Transformer(nn.Module):
+    """The main model of one rank. MTP layers stay in the checkpoint."""
+
+    def __init__(self, config: ModelConfig, mesh: Mesh, fmt: WeightFormat) -> None:
+        super().__init__()
+        self.config = config
+        embed, head = "model.embed_tokens.weight", "lm_head.weight"
+        vocab, hidden = config.vocab_size, config.hidden_size
+        self.embed_tokens = VocabParallelEmbedding(embed, vocab, hidden, mesh.layout, mesh.tp, fmt)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, i, mesh, fmt) for i in range(config.num_hidden_layers)
+        )
+        self.norm = Vector("model.norm.weight", (hidden,), fmt)
+        self.lm_head = VocabParallelHead(
+            embed if config.tie_word_embeddings else head, vocab, hidden, mesh.layout, fmt
+        )
+        self.rotary = Rotary(config, fmt.device)
+
+    def forward(self, batch: Batch, cache: CachePool) -> Tensor:
+        """Run the new tokens through all layers; return the normalized hidden states, [T, D]."""
+        x_TD = self.embed_tokens(batch.token_T)
+        rope = self.rotary(batch.position_T)
+        for i, layer in enumerate(self.layers):
+            x_TD = layer(x_TD, rope, batch, cache.layer(i))
+        return rmsnorm(x_TD, self.norm.weight, self.config.rms_norm_eps)
+
+    def logits(self, x_MD: Tensor) -> Tensor:
+        """Return this rank's columns of the logits, [M, ceil(W / tp)] float32."""
+        return self.lm_head(x_MD)
+
+    def targets(self) -> Iterator[Target]:
+        """Yield every piece of memory to be filled from the checkpoint."""
+        for module in self.modules():
+            if isinstance(module, Matrix | Vector):
+                yield from module.targets()

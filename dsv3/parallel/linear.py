@@ -1,0 +1,128 @@
+"""Column-, row- and vocabulary-parallel layers.
+
+Column: output features are split, nothing is exchanged. Row: input features are split, the partial
+products are summed over tp. Vocabulary: rows of the embedding or the head are split; ids outside a
+rank's range contribute zero.
+"""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dsv3.config import ParallelConfig, split_range
+from dsv3.parallel.collectives import Collectives
+from dsv3.parallel.weights import Matrix, WeightFormat
+
+
+class Linear(Matrix):
+    """y = x W^T with W packed from the named parts; every rank computes what it holds.
+
+    Args:
+        prefix: checkpoint name of the owning layer, with its final dot.
+        parts: projection name -> rows that this rank holds.
+        in_features: columns that this rank holds.
+        fmt: dtype and device.
+    """
+
+    def __init__(
+        self, prefix: str, parts: dict[str, int], in_features: int, fmt: WeightFormat
+    ) -> None:
+        names = [f"{prefix}{part}.weight" for part in parts]
+        super().__init__([names], list(parts.values()), in_features, fmt)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """Return [T, sum of rows]."""
+        return F.linear(x_TD, self.matrix())
+
+
+class ColumnParallelLinear(Linear):
+    """`Linear` whose parts, of the given full sizes, are split by rows over tp."""
+
+    def __init__(
+        self,
+        prefix: str,
+        parts: dict[str, int],
+        in_features: int,
+        layout: ParallelConfig,
+        fmt: WeightFormat,
+    ) -> None:
+        local = {}
+        for part, size in parts.items():
+            start, stop = split_range(size, layout.tp, layout.tp_rank)
+            local[part] = stop - start
+        super().__init__(prefix, local, in_features, fmt)
+
+
+class RowParallelLinear(Linear):
+    """`Linear` whose input features are split over tp.
+
+    `forward` returns this rank's partial product; the caller sums it over tp, together with
+    whatever else is partial there (one all-reduce instead of two).
+    """
+
+    def __init__(
+        self,
+        prefix: str,
+        part: str,
+        out_features: int,
+        in_features: int,
+        layout: ParallelConfig,
+        fmt: WeightFormat,
+    ) -> None:
+        start, stop = split_range(in_features, layout.tp, layout.tp_rank)
+        super().__init__(prefix, {part: out_features}, stop - start, fmt)
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Embedding rows split over tp."""
+
+    def __init__(
+        self,
+        name: str,
+        vocab: int,
+        dim: int,
+        layout: ParallelConfig,
+        tp: Collectives,
+        fmt: WeightFormat,
+    ) -> None:
+        super().__init__()
+        self.start, stop = split_range(vocab, layout.tp, layout.tp_rank)
+        self.rows = stop - self.start
+        self.table = Matrix([[name]], [self.rows], dim, fmt)
+        self.tp = tp
+
+    def forward(self, ids_T: Tensor) -> Tensor:
+        """Return [T, D], the same on every rank."""
+        if self.tp.size == 1:
+            return F.embedding(ids_T, self.table.matrix())
+        local_T = ids_T - self.start
+        outside = (local_T < 0) | (local_T >= self.rows)
+        if self.rows == 0:
+            x_TD = self.table.weight.new_zeros(ids_T.shape[0], self.table.weight.shape[-1])
+        else:
+            x_TD = F.embedding(local_T.masked_fill(outside, 0), self.table.matrix())
+            x_TD = x_TD.masked_fill(outside[:, None], 0.0)
+        return self.tp.all_reduce(x_TD)
+
+
+class VocabParallelHead(nn.Module):
+    """LM head: this rank's columns of the logits.
+
+    Every rank returns the same number of columns; where the vocabulary does not divide, the last
+    ones are -inf.
+    """
+
+    def __init__(
+        self, name: str, vocab: int, dim: int, layout: ParallelConfig, fmt: WeightFormat
+    ) -> None:
+        super().__init__()
+        self.start, stop = split_range(vocab, layout.tp, layout.tp_rank)
+        self.width = -(-vocab // layout.tp)
+        self.table = Matrix([[name]], [stop - self.start], dim, fmt)
+
+    def forward(self, x_MD: Tensor) -> Tensor:
+        """Return [M, ceil(W / tp)] float32 logits of ids start, start + 1, ..."""
+        logits = F.linear(x_MD, self.table.matrix()).float()
+        missing = self.width - logits.shape[1]
+        if missing:
+            logits = F.pad(logits, (0, missing), value=float("-inf"))
+        return logits

@@ -1,0 +1,100 @@
+"""Process groups of the world: one mesh of dp x tp ranks, tp fastest.
+
+`join_world` reads torchrun's environment (without it, a world of one), picks device and backend,
+and hands out the groups. Nothing else in the project reads a rank from the environment.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from dsv3.config import ParallelConfig
+from dsv3.errors import ConfigError, RankError
+from dsv3.parallel.collectives import Collectives, ProcessGroup, SingleRank
+
+# Rank 0 may wait for a user's next line for days while the others wait for its plan. A dead rank
+# is noticed by its closed connection, and torchrun ends the rest.
+_IDLE = timedelta(days=365)
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place: its layout, its device and the groups it exchanges with."""
+
+    layout: ParallelConfig
+    device: torch.device
+    world: Collectives
+    tp: Collectives
+    ranks_on_host: int
+
+
+def _pick_device(name: str, local_rank: int) -> torch.device:
+    """Return the device of this rank; more ranks than GPUs on a host share them."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    if name != "cuda":
+        raise ConfigError(f"--device={name} is unknown; use auto, cpu or cuda")
+    if not torch.cuda.is_available():
+        raise ConfigError("--device=cuda but torch finds no CUDA device; use --device cpu")
+    return torch.device("cuda", local_rank % torch.cuda.device_count())
+
+
+def _tp_group(layout: ParallelConfig, backend: str, via_host: bool) -> Collectives:
+    """Return this rank's tp group in a world of several."""
+    if layout.tp == 1:
+        return SingleRank()
+    device = "cuda" if backend == "nccl" else "cpu"
+    mesh = init_device_mesh(device, (layout.dp, layout.tp), mesh_dim_names=("dp", "tp"))
+    return ProcessGroup(mesh.get_group("tp"), via_host=via_host)
+
+
+@contextmanager
+def join_world(device: str = "auto", tp: int = 0, dp: int = 1) -> Iterator[Mesh]:
+    """Meet the other ranks; leave them cleanly at the end.
+
+    Args:
+        device: "auto" (CUDA where present), "cpu" or "cuda".
+        tp: tensor-parallel ranks; 0 takes all that dp leaves.
+        dp: data-parallel groups.
+
+    Raises:
+        ConfigError: the layout does not fit the world, or there is no such device.
+        RankError: the other ranks cannot be reached.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    ranks_on_host = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
+    layout = ParallelConfig(world_size=world_size, rank=rank, tp=tp, dp=dp)
+    place = _pick_device(device, local_rank)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    else:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_on_host))
+    if world_size == 1:
+        yield Mesh(layout, place, SingleRank(), SingleRank(), 1)
+        return
+    shared_gpu = place.type == "cuda" and ranks_on_host > torch.cuda.device_count()
+    backend = "nccl" if place.type == "cuda" and not shared_gpu else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=_IDLE)
+    except (RuntimeError, ValueError) as error:
+        raise RankError(f"rank {rank} cannot join the world of {world_size}: {error}") from error
+    assert dist.group.WORLD is not None
+    world = ProcessGroup(dist.group.WORLD, via_host=shared_gpu)
+    tp_ranks = world if layout.dp == 1 else _tp_group(layout, backend, shared_gpu)
+    try:
+        yield Mesh(layout, place, world, tp_ranks, ranks_on_host)
+    finally:
+        for group in (world, tp_ranks):
+            if isinstance(group, ProcessGroup):
+                group.close()
+        dist.destroy_process_group()

@@ -1,0 +1,110 @@
+"""Weight matrices as the layers hold them: rows of several checkpoint tensors packed into one.
+
+Packing is told once, where the layer is built (`{"q_a_proj": 1536, "kv_a_proj_with_mqa": 576}`);
+the loader walks `targets()` and fills the memory in place. A matrix is held in the compute dtype,
+or, where the checkpoint stores FP8 and the user asked to keep it, as e4m3 with its block scales.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from dsv3_kernels import weight_dequant
+
+FP8 = torch.float8_e4m3fn
+
+
+@dataclass
+class BlockScale:
+    """Scales of one FP8 rectangle: the covering blocks and where in the first one it begins."""
+
+    scale: Tensor
+    row_offset: int
+    col_offset: int
+
+
+@dataclass
+class Target:
+    """One checkpoint tensor and the memory that this rank's part of it goes to.
+
+    `dest` is a view of a parameter. `keep_scale` is called with the block scales when `dest` is
+    FP8; otherwise the loader dequantizes.
+    """
+
+    name: str
+    dest: Tensor
+    matrix: "Matrix | None" = None
+    part: tuple[int, int] = (0, 0)
+
+    def keep_scale(self, scale: BlockScale) -> None:
+        """Store the scales beside the FP8 rows."""
+        assert self.matrix is not None, f"{self.name} has no place for scales"
+        self.matrix.scales[self.part] = scale
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How weights are held: compute dtype, device, and the names kept in FP8."""
+
+    dtype: torch.dtype
+    device: torch.device
+    fp8_names: frozenset[str] = field(default_factory=frozenset)
+
+
+class Matrix(nn.Module):
+    """[rows, cols], or [E, rows, cols] for stacked experts, packed from named parts.
+
+    Args:
+        names: checkpoint names of the parts, one list per stacked matrix.
+        rows: rows of each part, in order.
+        cols: columns.
+        fmt: dtype and device; FP8 when every part is in `fmt.fp8_names`.
+    """
+
+    def __init__(
+        self, names: list[list[str]], rows: list[int], cols: int, fmt: WeightFormat
+    ) -> None:
+        super().__init__()
+        fp8 = bool(fmt.fp8_names) and all(n in fmt.fp8_names for part in names for n in part)
+        self.dtype = fmt.dtype
+        self.names, self.rows = names, rows
+        data = torch.empty(
+            (len(names), sum(rows), cols), dtype=FP8 if fp8 else fmt.dtype, device=fmt.device
+        )
+        self.weight = nn.Parameter(data, requires_grad=False)
+        self.scales: dict[tuple[int, int], BlockScale] = {}
+
+    def targets(self) -> Iterator[Target]:
+        """Yield a view for every part of every stacked matrix."""
+        for e, parts in enumerate(self.names):
+            for i, (name, view) in enumerate(
+                zip(parts, self.weight[e].split(self.rows), strict=True)
+            ):
+                yield Target(name, view.detach(), self, (e, i))
+
+    def matrix(self, e: int = 0) -> Tensor:
+        """Return matrix `e` in the compute dtype, [rows, cols]."""
+        weight = self.weight[e]
+        if weight.dtype != FP8:
+            return weight
+        parts = []
+        for i, rows in enumerate(weight.split(self.rows)):
+            s = self.scales[e, i]
+            parts.append(weight_dequant(rows, s.scale, self.dtype, s.row_offset, s.col_offset))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class Vector(nn.Module):
+    """A replicated small tensor held in float32 (norms, router bias), whatever is stored."""
+
+    def __init__(self, name: str, shape: tuple[int, ...], fmt: WeightFormat) -> None:
+        super().__init__()
+        self.name = name
+        data = torch.empty(shape, dtype=torch.float32, device=fmt.device)
+        self.weight = nn.Parameter(data, requires_grad=False)
+
+    def targets(self) -> Iterator[Target]:
+        """Yield the whole tensor."""
+        yield Target(self.name, self.weight.detach())

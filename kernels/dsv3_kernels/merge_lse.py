@@ -1,0 +1,36 @@
+"""Softmax with its log-sum-exp, and the exact merge of attention over disjoint sets of keys."""
+
+import torch
+from torch import Tensor
+
+
+def softmax_lse(score: Tensor) -> tuple[Tensor, Tensor]:
+    """Return softmax and log-sum-exp over the last dim; rows of only -inf give (0, -inf)."""
+    top = score.amax(-1, keepdim=True)
+    top = top.masked_fill(top == float("-inf"), 0.0)
+    p = (score - top).exp_()
+    total = p.sum(-1, keepdim=True)
+    lse = (total.log() + top).squeeze(-1)
+    return p.div_(total.clamp_min(1e-38)), lse
+
+
+def merge_lse_ref(o_NTHV: Tensor, lse_NTH: Tensor) -> tuple[Tensor, Tensor]:
+    """Define `merge_lse`."""
+    lse_TH = torch.logsumexp(lse_NTH, 0)
+    # A row without any key has lse -inf everywhere: weigh it by 0, not by exp(-inf + inf).
+    weight = torch.exp(lse_NTH - lse_TH.masked_fill(lse_TH == float("-inf"), 0.0))
+    return (o_NTHV * weight.unsqueeze(-1)).sum(0), lse_TH
+
+
+def merge_lse(o_NTHV: Tensor, lse_NTH: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge N partial attention results: o = sum_n exp(lse_n - lse) o_n.
+
+    Args:
+        o_NTHV: [N, T, H, V] float32, each a softmax average over its own keys.
+        lse_NTH: [N, T, H] float32 log-sum-exp of its scores; -inf (with o = 0) for no key.
+
+    Returns:
+        o_THV: [T, H, V]; 0 where no part had a key.
+        lse_TH: [T, H].
+    """
+    return merge_lse_ref(o_NTHV, lse_NTH)

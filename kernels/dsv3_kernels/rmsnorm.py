@@ -1,0 +1,25 @@
+"""Root-mean-square normalization. Bound by bytes: every value is read and written once."""
+
+import torch
+from torch import Tensor
+
+
+def rmsnorm_ref(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """Define `rmsnorm`: all in float32, rounded once at the end."""
+    x = x_TD.float()
+    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return (x * weight_D).to(x_TD.dtype)
+
+
+def rmsnorm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """Return weight * x / sqrt(mean(x^2) + eps).
+
+    Args:
+        x_TD: [..., D], any float dtype.
+        weight_D: [D] float32.
+        eps: added to the mean square.
+
+    Returns:
+        Same shape and dtype as `x_TD`.
+    """
+    return rmsnorm_ref(x_TD, weight_D, eps)
