@@ -5,6 +5,8 @@ class Dsv3Error(Exception):
     """A failure that is told in one line; `exit_code` is what the program ends with."""
 
     exit_code = 2
+    # Set where rank 0 has the same error to tell.
+    told_elsewhere = False
 
 
 class ConfigError(Dsv3Error, ValueError):
@@ -17,6 +19,10 @@ class CheckpointError(Dsv3Error):
 
 class RequestError(Dsv3Error, ValueError):
     """A single request that cannot be served (a 4xx of the OpenAI format); others go on."""
+
+
+class OutputError(Dsv3Error):
+    """Results that cannot be written."""
 
 
 class RankError(Dsv3Error):

@@ -1,5 +1,8 @@
 """The cache's memory on one rank: a tensor of slots per layer, written by slot, read by slot."""
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,16 +27,29 @@ class CachePool:
     ) -> None:
         self.layout, self.num_pages, self.tp = layout, num_pages, tp
         shape = (num_layers, num_pages * layout.slots_per_page, layout.width)
-        self.slots = torch.zeros(shape, dtype=dtype, device=device)
+        self.slots = _zeros(shape, dtype, device)
 
     @property
     def num_bytes(self) -> int:
         """Bytes allocated on this rank."""
         return self.slots.numel() * self.slots.element_size()
 
+    @property
+    def num_usable_pages(self) -> int:
+        """Pages that sequences can hold: all but the null page."""
+        return self.num_pages - 1
+
     def layer(self, index: int) -> "LayerCache":
         """Return the part of one layer."""
         return LayerCache(self.layout, self.slots[index], self.tp)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return zeros; on a CPU, memory that becomes resident only where it is written."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    untouched = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
+    return torch.from_numpy(untouched).view(dtype).view(shape)
 
 
 class LayerCache:

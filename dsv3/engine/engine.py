@@ -55,7 +55,7 @@ class Engine:
         tokenizer: Tokenizer | None,
         max_seq_len: int,
     ) -> None:
-        self.tokenizer, self.max_seq_len = tokenizer, max_seq_len
+        self.tokenizer, self._context_limit = tokenizer, max_seq_len
         self.vocab_size, self.max_running = config.vocab_size, settings.max_running
         self.counters = Counters()
         self._runner, self._layout, self._channel = runner, cache.layout, channel
@@ -65,6 +65,7 @@ class Engine:
             cache.layout, self._pages, settings.max_batch_tokens, settings.max_running
         )
         self._sequences: dict[str, Sequence] = {}
+        self.max_seq_len = min(max_seq_len, self.cache_tokens)
 
     @property
     def cache_tokens(self) -> int:
@@ -115,14 +116,14 @@ class Engine:
         if min(prompt) < 0 or max(prompt) >= self.vocab_size:
             bad = next(t for t in prompt if not 0 <= t < self.vocab_size)
             raise RequestError(f"prompt token {bad} is not in 0..{self.vocab_size - 1}")
-        room = self.max_seq_len - len(prompt)
+        room = self._context_limit - len(prompt)
         if room < min(1, params.max_tokens):
-            most = self.max_seq_len - min(1, params.max_tokens)
+            most = self._context_limit - min(1, params.max_tokens)
             raise RequestError(f"the prompt has {len(prompt)} tokens, it may have {most}")
         if params.max_tokens > room:
             raise RequestError(
                 f"prompt of {len(prompt)} tokens + max_tokens={params.max_tokens} exceed the "
-                f"context of {self.max_seq_len}; max_tokens may be {room}"
+                f"context of {self._context_limit}; max_tokens may be {room}"
             )
 
     def cancel(self, request_id: str) -> None:

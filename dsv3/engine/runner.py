@@ -31,6 +31,16 @@ class Runner:
         self._device = cache.slots.device
         self._sampler = Sampler(model, cache.tp, self._device)
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights this rank holds."""
+        return self._model.num_bytes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the activations."""
+        return self._model.dtype
+
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> Sampled:
         """Run one step. A collective; every rank returns the same."""

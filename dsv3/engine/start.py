@@ -100,6 +100,7 @@ def start(
     settings: EngineConfig,
     mesh: Mesh,
     config: ModelConfig | None = None,
+    n_experts: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Started:
     """Load a checkpoint on every rank and make it ready to run.
@@ -109,6 +110,7 @@ def start(
         settings: how to run it.
         mesh: this rank and its peers.
         config: the model, where the directory does not say.
+        n_experts: routed experts the user expects, checked if given.
         progress: told (bytes loaded, all bytes) of this rank, from any thread.
 
     Raises:
@@ -121,6 +123,10 @@ def start(
         with source:
             config = source.config
             mesh.layout.check(config)
+            if n_experts not in (None, config.n_routed_experts):
+                raise ConfigError(
+                    f"--n-experts={n_experts} but the model has {config.n_routed_experts}"
+                )
             check_tensors(source)
             limit = context_limit(settings, config)
             dtype = activation_dtype(settings, config, mesh.device.type)

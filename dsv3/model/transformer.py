@@ -49,7 +49,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig, mesh: Mesh, fmt: WeightFormat) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.dtype = config, fmt.dtype
         embed, head = "model.embed_tokens.weight", "lm_head.weight"
         vocab, hidden = config.vocab_size, config.hidden_size
         self.embed_tokens = VocabParallelEmbedding(embed, vocab, hidden, mesh.layout, mesh.tp, fmt)
@@ -73,6 +73,14 @@ class Transformer(nn.Module):
     def logits(self, x_MD: Tensor) -> Tensor:
         """Return this rank's columns of the logits, [M, ceil(W / tp)] float32."""
         return self.lm_head(x_MD)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of this rank's weights, FP8 scales included."""
+        scales = (
+            s.scale for m in self.modules() if isinstance(m, Matrix) for s in m.scales.values()
+        )
+        return sum(t.numel() * t.element_size() for t in (*self.parameters(), *scales))
 
     def targets(self) -> Iterator[Target]:
         """Yield every piece of memory to be filled from the checkpoint."""

@@ -34,6 +34,11 @@ class Mesh:
     ranks_on_host: int
 
 
+def environment_rank() -> int:
+    """Return this process's rank as torchrun set it; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def _pick_device(name: str, local_rank: int) -> torch.device:
     """Return the device of this rank; more ranks than GPUs on a host share them."""
     if name == "auto":
@@ -69,7 +74,7 @@ def join_world(device: str = "auto", tp: int = 0, dp: int = 1) -> Iterator[Mesh]
         ConfigError: the layout does not fit the world, or there is no such device.
         RankError: the other ranks cannot be reached.
     """
-    rank = int(os.environ.get("RANK", "0"))
+    rank = environment_rank()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     ranks_on_host = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))

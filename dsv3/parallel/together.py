@@ -39,10 +39,12 @@ def fail_together(mesh: Mesh, stage: str) -> Iterator[None]:
         mine[0] = code
         mine[1 : 1 + len(message)] = torch.frombuffer(bytearray(message), dtype=torch.uint8)
     told = mesh.world.all_gather(mine.to(mesh.device)).cpu()
-    if error is not None:
-        raise error
     failed = told[:, 0].nonzero().flatten().tolist()
-    if failed:
-        text = bytes(told[failed[0], 1:].tolist()).rstrip(b"\0").decode(errors="replace")
-        fault = Dsv3Error if int(told[failed[0], 0]) == Dsv3Error.exit_code else RankError
-        raise fault(f"rank {failed[0]}: {text}")
+    if not failed:
+        return
+    first = failed[0]
+    text = bytes(told[first, 1:].tolist()).rstrip(b"\0").decode(errors="replace")
+    fault = Dsv3Error if int(told[first, 0]) == Dsv3Error.exit_code else RankError
+    shared = fault(text if first == 0 else f"rank {first}: {text}")
+    shared.told_elsewhere = mesh.layout.rank != 0
+    raise shared from error

@@ -1,0 +1,53 @@
+"""What a run used and did, as one JSON object."""
+
+import resource
+from typing import Any
+
+import torch
+
+from dsv3.engine.start import Started
+
+
+def collect_stats(started: Started, seconds: dict[str, float]) -> dict[str, Any]:
+    """Gather every rank's figures. A collective; the result is complete on rank 0.
+
+    Args:
+        started: this rank.
+        seconds: of the phases, in the order they ran.
+    """
+    mesh, engine = started.mesh, started.engine
+    cache_tokens = started.cache.num_usable_pages * started.cache.layout.page_size
+    mine = [
+        started.runner.weight_bytes,
+        started.cache.num_bytes,
+        cache_tokens,
+        _peak_memory(mesh.device),
+    ]
+    figures = torch.tensor(mine, dtype=torch.int64, device=mesh.device)
+    names = ("weight_bytes", "cache_bytes", "cache_tokens", "peak_memory_bytes")
+    ranks = [
+        {"rank": rank, **dict(zip(names, values, strict=True))}
+        for rank, values in enumerate(mesh.world.all_gather(figures).tolist())
+    ]
+    done = engine.counters if engine is not None else None
+    return {
+        "world_size": mesh.layout.world_size,
+        "dtype": str(started.runner.dtype).removeprefix("torch."),
+        "ranks": ranks,
+        "tokens": {
+            "prefill": done.prefill_tokens if done else 0,
+            "reused": 0,
+            "decode": done.decode_tokens if done else 0,
+            "drafted": 0,
+            "accepted": 0,
+        },
+        "events": {"steps": done.steps if done else 0, "preemptions": 0, "evictions": 0},
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+    }
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Return the most bytes this process held: on the GPU, or resident on the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
