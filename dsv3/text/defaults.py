@@ -1,10 +1,11 @@
 """What a request gets where it is silent: from flags, from the checkpoint, from its format."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from dsv3.errors import CheckpointError
+from dsv3.errors import CheckpointError, ConfigError, RequestError
+from dsv3.request import SamplingParams
 
 ALL_THERE_IS_ROOM_FOR = 2**31 - 1  # tokens
 
@@ -53,6 +54,15 @@ class Defaults:
     seed: int = 0
     thinking: bool = False
     system: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range here, where every row would fail for them."""
+        for source, values in (("flag", self.flags), ("generation_config.json:", self.model)):
+            given = {field: value for field, value in asdict(values).items() if value is not None}
+            try:
+                SamplingParams(**given)
+            except RequestError as error:
+                raise ConfigError(f"{source} {error}") from None
 
     def sampling(self, asked: Sampling, otherwise: Sampling) -> dict[str, Any]:
         """Take each value from the first source that has it; `otherwise` has them all."""

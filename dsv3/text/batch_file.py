@@ -1,0 +1,224 @@
+"""Batch files: rows of requests in, lines of results out, in the format of OpenAI's Batch API.
+
+Input is read row by row as it is needed. A row that cannot be understood is still a row: it
+carries its error, and goes to the output like any other.
+"""
+
+import codecs
+import json
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, groupby
+from pathlib import Path
+from typing import Any
+
+from dsv3.errors import ConfigError, RequestError
+from dsv3.text.defaults import Defaults
+from dsv3.text.openai_format import Fields, line_request, parse_request, show
+from dsv3.text.text_request import TextRequest, digest
+
+SEPARATORS = ("line", "blank-line")
+
+# Codes of the errors of rows that have no id of their own.
+NO_ID, REPEATED_ID = "no_custom_id", "repeated_custom_id"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One row of the input: a request, or why it is none.
+
+    Attributes:
+        number: line of the file where the row begins, from 1.
+        custom_id: its name; `line-NUMBER` where it has none.
+        digest: names its content: in the output, it tells whether the row was changed since.
+        error, code: what is wrong with it, in one line, and of which kind that is.
+    """
+
+    number: int
+    custom_id: str
+    digest: str
+    request: TextRequest | None = None
+    error: str | None = None
+    code: str | None = None
+
+    @property
+    def key(self) -> "RowKey":
+        """What tells this row from all others of the file."""
+        return row_key(self.custom_id, self.digest, self.code)
+
+
+RowKey = str | tuple[str, str]
+
+
+def row_key(custom_id: str, digest: str, code: str | None) -> RowKey:
+    """Tell rows apart: by their id, and those without one of their own by their content."""
+    return (custom_id, digest) if code in (NO_ID, REPEATED_ID) else custom_id
+
+
+@dataclass(frozen=True)
+class BatchInput:
+    """An input file; each iteration reads its rows anew.
+
+    JSONL if it is named so or if its first line looks like a row, else one prompt a line
+    (separator "line") or several lines up to a blank one ("blank-line"). Blank lines are no
+    rows.
+    """
+
+    path: Path
+    defaults: Defaults
+    separator: str = "line"
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be read, before anything is done with it."""
+        if self.separator not in SEPARATORS:
+            raise ConfigError(
+                f"--prompt-separator={self.separator} is unknown; use {' or '.join(SEPARATORS)}"
+            )
+        try:
+            with self.path.open("rb"):
+                regular = stat.S_ISREG(self.path.stat().st_mode)
+        except OSError as error:
+            raise ConfigError(f"--input-file {self.path}: {error.strerror}") from None
+        if not regular:
+            raise ConfigError(f"--input-file {self.path}: not a regular file")
+
+    def __iter__(self) -> Iterator[Row]:
+        numbers: dict[str, int] = {}  # of the rows seen, by id
+        for number, raw, is_json in self._records():
+            yield _read_row(number, raw, is_json, self.defaults, numbers)
+
+    def count(self) -> int:
+        """Count the rows without reading into them."""
+        return sum(1 for _ in self._records())
+
+    def _records(self) -> Iterator[tuple[int, bytes, bool]]:
+        """Yield the line number and bytes of each row, and whether it is JSON."""
+        with self.path.open("rb") as file:
+            lines = (
+                (number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)
+                for number, line in enumerate(file, 1)
+            )
+            first = next((entry for entry in lines if entry[1].strip()), None)
+            if first is None:
+                return
+            is_json = self.path.suffix == ".jsonl" or _looks_like_a_row(first[1])
+            for is_blank, group in groupby(
+                chain((first,), lines), key=lambda entry: not entry[1].strip()
+            ):
+                if is_blank:
+                    continue
+                if is_json or self.separator == "line":
+                    yield from ((number, line, is_json) for number, line in group)
+                else:
+                    paragraph = list(group)
+                    yield paragraph[0][0], b"".join(line for _, line in paragraph), False
+
+
+def result_line(row: Row, status: int, body: dict[str, Any]) -> bytes:
+    """Write the output line of a row."""
+    response = {"status_code": status, "request_id": row.digest, "body": body}
+    line = {
+        "id": f"batch_req_{row.digest}",
+        "custom_id": row.custom_id,
+        "response": response,
+        "error": None,
+    }
+    try:
+        return json.dumps(line, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError:  # half a surrogate pair: only escapes can write it
+        return json.dumps(line, allow_nan=False).encode()
+
+
+def _looks_like_a_row(line: bytes) -> bool:
+    """Tell JSONL by its first line, even if that very line is broken."""
+    return line.lstrip().startswith(b"{") and (b'"custom_id"' in line or b'"body"' in line)
+
+
+def _read_row(
+    number: int, raw: bytes, is_json: bool, defaults: Defaults, numbers: dict[str, int]
+) -> Row:
+    """Understand a row, or tell why it cannot be understood."""
+    custom_id, code, request, error = f"line-{number}", NO_ID, None, None
+    try:
+        text = _decode(raw)
+        value = _row_object(text) if is_json else {}
+        custom_id = _custom_id(value) if is_json else custom_id
+        if custom_id in numbers:
+            code = REPEATED_ID
+            raise RequestError(
+                f"custom_id={show(custom_id)} was used before, in row {numbers[custom_id]}"
+            )
+        numbers[custom_id] = number
+        code = "invalid_request"
+        if is_json:
+            request = _parse(value, custom_id, defaults)
+        else:
+            request = line_request(text.strip(), custom_id, defaults)
+        return Row(number=number, custom_id=custom_id, request=request, digest=request.digest())
+    except RequestError as reason:
+        error = str(reason)
+    except RecursionError:
+        error = "nested too deeply"
+    # Repeated rows may look alike; rows with an id may move within the file.
+    content = raw.strip() if code not in (NO_ID, REPEATED_ID) else b"%d:%b" % (number, raw.strip())
+    return Row(number=number, custom_id=custom_id, digest=digest(content), error=error, code=code)
+
+
+def _decode(raw: bytes) -> str:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            f"byte {error.start + 1} (0x{raw[error.start]:02x}) is not UTF-8"
+        ) from None
+
+
+def _row_object(text: str) -> dict[str, Any]:
+    """Parse a row strictly: no NaN, no field twice, no numbers beyond reason."""
+    try:
+        value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_repeats)
+    except RequestError:
+        raise
+    except json.JSONDecodeError as error:
+        raise RequestError(f"not JSON: {error.msg} (character {error.pos + 1})") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise RequestError(f"not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise RequestError("not a JSON object")
+    return value
+
+
+def _custom_id(value: dict[str, Any]) -> str:
+    custom_id = value.get("custom_id")
+    if custom_id is None:
+        raise RequestError("custom_id is missing")
+    if not isinstance(custom_id, str) or not custom_id:
+        raise RequestError(f"custom_id={show(custom_id)} must be a text, and not empty")
+    return custom_id
+
+
+def _parse(value: dict[str, Any], custom_id: str, defaults: Defaults) -> TextRequest:
+    fields = Fields(value)
+    fields.text("custom_id")
+    fields.take("method", lambda method: method == "POST", '"POST"')
+    url, body = fields.text("url"), fields.take("body", lambda v: isinstance(v, dict), "an object")
+    for name, given in (("url", url), ("body", body)):
+        if given is None:
+            raise RequestError(f"{name} is missing")
+    for name in fields.rest():
+        raise RequestError(f"{name} is not a field of a row, only custom_id, method, url and body")
+    return parse_request(url or "", body, custom_id, defaults)
+
+
+def _no_constant(name: str) -> None:
+    raise RequestError(f"not JSON: {name} is no number")
+
+
+def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise RequestError(f"{repeated} is given twice")
+    return fields

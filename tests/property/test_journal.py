@@ -1,0 +1,254 @@
+"""Whatever happens to the output file, a start makes it good and every row is in it once."""
+
+import json
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dsv3.errors import ConfigError, OutputError
+from dsv3.text.batch_file import BatchInput, Row, result_line
+from dsv3.text.defaults import Defaults, Sampling
+from dsv3.text.journal import LINE_START, Journal
+from dsv3.text.openai_answer import error_body
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_disks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+def batch(path: Path, *rows: str, **flags: int) -> BatchInput:
+    path.write_text("\n".join(rows), errors="surrogateescape")
+    return BatchInput(path, Defaults(flags=Sampling(**flags)))
+
+
+def row(custom_id: str, prompt: str = "hi") -> str:
+    body = {"prompt": prompt}
+    return json.dumps({"custom_id": custom_id, "url": "/v1/completions", "body": body})
+
+
+GOOD = [row("a"), row("b", "胡萝卜"), row("c")]
+BAD = [row("a"), row("a"), '{"custom_id": "d"}', "{broken", "{broken", '"custom_id"', row("")]
+ALL = [*GOOD, *BAD, row("e", "last")]
+
+
+def result(row: Row, status: int = 200) -> bytes:
+    if row.request is None:
+        return result_line(row, 400, error_body(f"row {row.number}: {row.error}", "x", row.code))
+    if status != 200:
+        return result_line(row, status, error_body("of ours", "server_error", None))
+    return result_line(row, 200, {"text": f"answer\n to {row.custom_id} 胡"})
+
+
+def run(path: Path, rows: BatchInput, stop_after: int = 10**9) -> list[bytes]:
+    """A batch job that may end early; returns the lines it wrote."""
+    written = []
+    with Journal(path) as journal:
+        journal.resume(rows)
+        for row in rows:
+            if row not in journal and len(written) < stop_after:
+                written.append(result(row))
+                journal.write(written[-1])
+    return written
+
+
+def whole_lines(path: Path) -> list[bytes]:
+    return [line for line in path.read_bytes().split(b"\n")[:-1] if line]
+
+
+def assert_every_row_once(path: Path, rows: BatchInput) -> None:
+    lines = [json.loads(line) for line in path.read_bytes().splitlines(keepends=True)]
+    done = [(line["custom_id"], line["response"]["request_id"]) for line in lines]
+    assert sorted(done) == sorted((row.custom_id, row.digest) for row in rows)
+    assert all(line["response"]["status_code"] < 500 for line in lines)
+
+
+def test_any_prefix_resumes(tmp_path: Path) -> None:
+    rows = batch(tmp_path / "in.jsonl", *ALL)
+    out = tmp_path / "out.jsonl"
+    assert len(run(out, rows)) == len(ALL)
+    full = out.read_bytes()
+    for cut in range(len(full) + 1):
+        out.write_bytes(full[:cut])
+        kept = whole_lines(out)
+        written = run(out, rows)
+        assert len(written) + len(kept) in (len(ALL), len(ALL) - 1)  # a line may lack but its \n
+        assert out.read_bytes() == full
+
+
+events = st.lists(
+    st.one_of(
+        st.tuples(st.just("run"), st.integers(0, 6)),
+        st.tuples(st.just("cut"), st.integers(1, 400)),
+        st.tuples(st.just("zeros"), st.integers(1, 300)),
+        st.tuples(st.just("ours"), st.integers(0, len(GOOD) - 1)),
+        st.tuples(st.just("twice"), st.integers(0, 5)),
+        st.tuples(st.just("move"), st.integers(0, len(ALL))),
+    ),
+    max_size=12,
+)
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(events)
+def test_any_history_ends_with_every_row_once(
+    tmp_path: Path, history: list[tuple[str, int]]
+) -> None:
+    out = tmp_path / "out.jsonl"
+    out.unlink(missing_ok=True)
+    # Rows without an id carry their place in their digest, so they keep it.
+    rows = batch(tmp_path / "in.jsonl", *ALL)
+    for event, number in history:
+        data = out.read_bytes() if out.exists() else b""
+        if event == "run":
+            run(out, rows, stop_after=number)
+        elif event == "cut":  # killed, or a power cut
+            out.write_bytes(data[:-number])
+        elif event == "zeros":  # a power cut: the file has its length, not yet its contents
+            out.write_bytes(data[:-number] + b"\0" * min(number, len(data)))
+        elif event == "ours":  # a failure that is tried again
+            failed = result(list(rows)[number], 500)
+            out.write_bytes(data[: data.rfind(b"\n") + 1] + failed + b"\n")
+        elif event == "twice":  # as if two jobs had written
+            lines = whole_lines(out) if out.exists() else []
+            out.write_bytes(b"".join(line + b"\n" for line in [*lines, *lines[number:]]))
+        else:
+            shuffled = [*GOOD[number % 3 :], *GOOD[: number % 3]]
+            rows = batch(tmp_path / "in.jsonl", *shuffled, *ALL[len(GOOD) :])
+    run(out, rows)
+    assert_every_row_once(out, rows)
+    assert run(out, rows) == []
+
+
+def test_done_rows_keep_their_bytes(tmp_path: Path) -> None:
+    rows = batch(tmp_path / "in.jsonl", *ALL)
+    out = tmp_path / "out.jsonl"
+    first, second, *_ = list(rows)
+    out.write_bytes(result(first) + b"\n" + result(second, 500) + b"\n" + result(first)[:50])
+    with Journal(out) as journal:
+        journal.resume(rows)
+        assert out.read_bytes() == result(first) + b"\n"
+        assert first in journal
+        assert second not in journal
+        assert (journal.num_done, journal.num_failed) == (1, 0)
+
+
+def test_bad_requests_are_final_until_they_are_changed(tmp_path: Path) -> None:
+    bad = '{"custom_id": "d", "url": "/nowhere", "body": {}}'
+    out = tmp_path / "out.jsonl"
+    run(out, batch(tmp_path / "in.jsonl", row("a"), bad, "{broken"))
+    assert run(out, batch(tmp_path / "in.jsonl", row("a"), bad, "{broken")) == []
+    mended = batch(tmp_path / "in.jsonl", row("a"), row("d"), row("f"))
+    assert len(run(out, mended)) == 2
+    assert_every_row_once(out, mended)
+
+
+@pytest.mark.parametrize(
+    ("changed", "flags", "reason"),
+    [
+        ([row("a"), row("b", "other")], {}, "row 2 was changed"),
+        ([row("b")], {}, "custom_id='a', but the input has no such row"),
+        ([row("a"), row("b")], {"max_tokens": 5}, "row 1 was changed"),
+    ],
+)
+def test_answers_to_other_requests_stop_the_start(
+    tmp_path: Path, changed: list[str], flags: dict[str, int], reason: str
+) -> None:
+    out = tmp_path / "out.jsonl"
+    run(out, batch(tmp_path / "in.jsonl", row("a"), row("b")))
+    before = out.read_bytes()
+    rows = batch(tmp_path / "in.jsonl", *changed, **flags)
+    with pytest.raises(ConfigError, match=reason), Journal(out) as journal:
+        journal.resume(rows)
+    assert out.read_bytes() == before
+    with Journal(out, overwrite=True) as journal:
+        journal.resume(rows)
+        assert journal.num_done == 0
+    assert out.read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    "text", ["notes\n", "no line end", '{"a": 1}\n', "[1]\n", "\n", LINE_START.decode() + "\nx"]
+)
+def test_other_files_are_left_alone(tmp_path: Path, text: str) -> None:
+    out = tmp_path / "out.jsonl"
+    out.write_text(text)
+    with pytest.raises(ConfigError, match=r"line [12]: not a line of results; is this the right"):
+        Journal(out)
+    assert out.read_text() == text
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A place for files of at most 1000 bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    yield tmp_path
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_harms_no_row_that_is_done(full_disk: Path) -> None:
+    out = full_disk / "out.jsonl"
+    rows = list(batch(full_disk / "in.txt", "one", "two"))
+    with Journal(out) as journal:
+        journal.resume(rows)
+        journal.write(result(rows[0]))
+        before = out.read_bytes()
+        with pytest.raises(OutputError, match=r"cannot write \(File too large\); the rows written"):
+            journal.write(result_line(rows[1], 200, {"text": "x" * 1000}))
+    assert out.read_bytes() == before == result(rows[0]) + b"\n"
+
+
+def test_a_disk_too_full_to_repair_changes_nothing_that_counts(full_disk: Path) -> None:
+    out = full_disk / "out.jsonl"
+    rows = list(batch(full_disk / "in.txt", "one", *(f"more {i}" for i in range(9))))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, resource.RLIM_INFINITY))
+    failed, *done = [result(rows[0], 500), *map(result, rows[1:])]
+    out.write_bytes(b"".join(line + b"\n" for line in (done[0], failed, *done[1:])))
+    before = out.read_bytes()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    with pytest.raises(OutputError, match="cannot be repaired"), Journal(out) as journal:
+        journal.resume(rows)
+    assert out.read_bytes() == before
+    assert list(full_disk.glob("*.part")) == []
+
+
+def test_two_jobs_cannot_write_one_file(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    with Journal(out), pytest.raises(ConfigError, match="another process is writing it"):
+        Journal(out)
+    Journal(out).close()
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("none/out.jsonl", "there is no directory .*/none"), (".", "Is a directory")],
+)
+def test_output_that_cannot_be_written(tmp_path: Path, name: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        Journal(tmp_path / name)
+
+
+def test_a_device_is_written_without_looking_back(tmp_path: Path) -> None:
+    rows = batch(tmp_path / "in.jsonl", *GOOD)
+    assert len(run(Path("/dev/null"), rows)) == len(GOOD)
+
+
+def test_links_and_permissions_survive_a_repair(tmp_path: Path) -> None:
+    rows = batch(tmp_path / "in.jsonl", *GOOD)
+    out, link = tmp_path / "out.jsonl", tmp_path / "link.jsonl"
+    link.symlink_to(out)
+    first, second, _ = list(rows)
+    out.write_bytes(result(first, 500) + b"\n" + result(second) + b"\n")
+    out.chmod(0o640)
+    run(link, rows)
+    assert link.is_symlink()
+    assert out.stat().st_mode & 0o777 == 0o640
+    assert_every_row_once(out, rows)

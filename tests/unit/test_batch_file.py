@@ -1,0 +1,150 @@
+import json
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsv3.errors import ConfigError
+from dsv3.text.batch_file import BatchInput, Row, result_line
+from dsv3.text.defaults import Defaults, Sampling
+
+
+def row(custom_id: str, **body: Any) -> str:
+    body = {"messages": [{"role": "user", "content": "Hi"}]} | body
+    url = "/v1/completions" if "prompt" in body else "/v1/chat/completions"
+    if "prompt" in body:
+        del body["messages"]
+    return json.dumps({"custom_id": custom_id, "method": "POST", "url": url, "body": body})
+
+
+def read(path: Path, text: str | bytes, separator: str = "line") -> list[Row]:
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    batch = BatchInput(path, Defaults(), separator)
+    rows = list(batch)
+    assert batch.count() == len(rows)
+    return rows
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "rows.txt"
+
+
+def prompts(rows: list[Row]) -> list[tuple[str, Any]]:
+    return [
+        (
+            row.custom_id,
+            row.request and row.request.messages and row.request.messages[-1]["content"],
+        )
+        for row in rows
+    ]
+
+
+def test_one_prompt_a_line(path: Path) -> None:
+    rows = read(path, "\n  What?  \r\n\n{not json}\nlast")
+    assert prompts(rows) == [("line-2", "What?"), ("line-4", "{not json}"), ("line-5", "last")]
+
+
+def test_prompts_separated_by_blank_lines(path: Path) -> None:
+    rows = read(path, "\n\none\n  two\n \t\n\nthree\n", "blank-line")
+    assert prompts(rows) == [("line-3", "one\n  two"), ("line-7", "three")]
+
+
+@pytest.mark.parametrize("separator", ["line", "blank-line"])
+def test_jsonl_is_told_by_its_first_line(path: Path, separator: str) -> None:
+    rows = read(path, f"\n{row('a')}\n\n{row('b', prompt=[1, 2])}\n", separator)
+    assert [(r.custom_id, r.number, r.error) for r in rows] == [("a", 2, None), ("b", 4, None)]
+    assert rows[1].request and rows[1].request.prompt == [1, 2]
+
+
+def test_a_broken_first_row_does_not_make_rows_prompts(path: Path) -> None:
+    rows = read(path, f'{{"custom_id": "a", "body": \n{row("b")}\n')
+    assert [(r.custom_id, r.error is None) for r in rows] == [("line-1", False), ("b", True)]
+    named = read(path.with_suffix(".jsonl"), f"oops\n{row('b')}\n")
+    assert [r.error is None for r in named] == [False, True]
+
+
+def test_a_byte_order_mark_is_no_text(path: Path) -> None:
+    assert prompts(read(path, b"\xef\xbb\xbfHi\n")) == [("line-1", "Hi")]
+    assert read(path, b"\xef\xbb\xbf" + row("a").encode())[0].custom_id == "a"
+
+
+def test_an_empty_file_has_no_rows(path: Path) -> None:
+    assert read(path, "\n \n") == []
+
+
+def test_rows_are_read_as_they_are_needed(path: Path) -> None:
+    num_rows, size = 500, 10_000
+    path.write_text("".join(f"{row(f'r{i}', prompt='x' * size)}\n" for i in range(num_rows)))
+    tracemalloc.start()
+    assert sum(1 for r in BatchInput(path, Defaults()) if r.request) == num_rows
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < num_rows * size / 10
+
+
+def test_a_repeated_id_is_that_rows_error(path: Path) -> None:
+    rows = read(path, f"{row('a')}\n{row('a')}\n{row('a')}\n")
+    assert [r.error for r in rows] == [None, *['custom_id="a" was used before, in row 1'] * 2]
+    assert len({r.key for r in rows}) == 3
+
+
+def test_an_id_is_used_up_even_by_a_bad_row(path: Path) -> None:
+    rows = read(path, f"{row('a', n=0)}\n{row('a')}\n")
+    assert rows[0].error == "n=0 must be a whole number from 1 to 128"
+    assert rows[1].error == 'custom_id="a" was used before, in row 1'
+
+
+def test_a_row_without_an_id_never_passes_for_another(path: Path) -> None:
+    rows = read(path, f"{row('line-2')}\n{{broken\n{row('c')}\n")
+    assert [r.custom_id for r in rows] == ["line-2", "line-2", "c"]
+    assert len({r.key for r in rows}) == 3
+
+
+def test_digests_tell_content_not_place_or_spelling(path: Path) -> None:
+    a, b = row("a", max_tokens=5), row("b", max_tokens="x")
+    first = {r.custom_id: r.digest for r in read(path, f"{a}\n{b}\n")}
+    spelled = json.dumps(json.loads(a), indent=None, sort_keys=True, separators=(" ,", ":  "))
+    moved = {r.custom_id: r.digest for r in read(path, f"{b} \n\n{spelled}\n")}
+    assert first == moved
+    assert read(path, row("a", max_tokens=6))[0].digest != first["a"]
+
+
+def test_result_lines_hold_any_text(path: Path) -> None:
+    for custom_id in ("a", "胡\u2028\n", "\ud800"):
+        rows = read(path, row(custom_id))
+        line = result_line(rows[0], 200, {"text": custom_id})
+        assert b"\n" not in line
+        assert json.loads(line) == {
+            "id": f"batch_req_{rows[0].digest}",
+            "custom_id": custom_id,
+            "response": {
+                "status_code": 200,
+                "request_id": rows[0].digest,
+                "body": {"text": custom_id},
+            },
+            "error": None,
+        }
+
+
+@pytest.mark.parametrize(
+    ("name", "separator", "error"),
+    [
+        ("none.txt", "line", r"--input-file .*none\.txt: No such file"),
+        (".", "line", r"--input-file .*: Is a directory"),
+        ("/dev/null", "line", "--input-file /dev/null: not a regular file"),
+        ("rows.txt", "tab", "--prompt-separator=tab is unknown; use line or blank-line"),
+    ],
+)
+def test_input_that_cannot_be_read(tmp_path: Path, name: str, separator: str, error: str) -> None:
+    (tmp_path / "rows.txt").touch()
+    with pytest.raises(ConfigError, match=error):
+        BatchInput(tmp_path / name, Defaults(), separator)
+
+
+def test_flags_out_of_range_are_not_left_to_the_rows() -> None:
+    with pytest.raises(ConfigError, match="flag temperature=1000 must be between 0 and 100"):
+        Defaults(flags=Sampling(temperature=1000))
+    with pytest.raises(ConfigError, match=r"generation_config\.json: top_p=2 must be above 0"):
+        Defaults(model=Sampling(top_p=2))
