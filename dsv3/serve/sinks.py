@@ -1,0 +1,113 @@
+"""Where the results of a batch job go: result lines in a journal, or text on standard output."""
+
+import time
+from collections.abc import Sequence
+from typing import Protocol, TextIO
+
+from dsv3.errors import OutputError
+from dsv3.request import Completion
+from dsv3.text.batch_file import Row, result_line
+from dsv3.text.journal import Journal
+from dsv3.text.openai_answer import error_body, response_body
+from dsv3.text.tokenizer import Tokenizer
+
+BAD_REQUEST, OUR_FAULT = 400, 500
+
+
+class Sink(Protocol):
+    """Where results go.
+
+    Attributes:
+        failed_before: rows that earlier runs found to be bad requests.
+    """
+
+    failed_before: int
+
+    def __contains__(self, row: Row) -> bool:
+        """Tell whether an earlier run has answered this row."""
+
+    def begin(self, row: Row) -> None:
+        """Hear of a row, in input order, before its result."""
+
+    def answer(self, row: Row, completions: Sequence[Completion]) -> None:
+        """Take the answers to a row."""
+
+    def fail(self, row: Row, status: int, message: str, code: str | None) -> None:
+        """Take the reason why a row has no answer."""
+
+
+class JournalSink:
+    """Writes one result line per row into a journal."""
+
+    def __init__(self, journal: Journal, tokenizer: Tokenizer | None) -> None:
+        self._journal, self._tokenizer = journal, tokenizer
+        self.failed_before = journal.num_failed
+
+    def __contains__(self, row: Row) -> bool:
+        return row in self._journal
+
+    def begin(self, row: Row) -> None:
+        """Do nothing: lines are written in the order in which rows finish."""
+
+    def answer(self, row: Row, completions: Sequence[Completion]) -> None:
+        """Write the answers as a response with status 200."""
+        assert row.request is not None
+        now = int(time.time())
+        body = response_body(row.request, completions, self._tokenizer, row.digest, now)
+        self._journal.write(result_line(row, 200, body))
+
+    def fail(self, row: Row, status: int, message: str, code: str | None) -> None:
+        """Write the error as a response with its status."""
+        kind = "invalid_request_error" if status < OUR_FAULT else "server_error"
+        self._journal.write(result_line(row, status, error_body(message, kind, code)))
+
+
+class TextSink:
+    """Writes `Prompt:` and `Completion:` in input order, as DeepSeek's generate.py does."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.failed_before = 0
+        self._texts: dict[int, str | None] = {}  # by row, in input order; None: not there yet
+
+    def __contains__(self, row: Row) -> bool:
+        return False
+
+    def begin(self, row: Row) -> None:
+        """Keep the row's place in the order."""
+        self._texts[row.number] = None
+
+    def answer(self, row: Row, completions: Sequence[Completion]) -> None:
+        """Write the prompt and each answer."""
+        texts = [f"Completion: {completion.text}" for completion in completions]
+        self._write(row, "\n".join(texts))
+
+    def fail(self, row: Row, status: int, message: str, code: str | None) -> None:
+        """Write the prompt and the error in the place of the answer."""
+        self._write(row, f"Error: {message}")
+
+    def _write(self, row: Row, text: str) -> None:
+        self._texts[row.number] = f"Prompt: {_prompt_text(row)}\n{text}\n\n"
+        while self._texts:
+            number, ready = next(iter(self._texts.items()))
+            if ready is None:
+                break
+            del self._texts[number]
+            try:
+                self._stream.write(ready)
+            except UnicodeEncodeError:
+                encoding = self._stream.encoding or "ascii"
+                self._stream.write(ready.encode(encoding, "backslashreplace").decode(encoding))
+            except OSError as error:
+                raise OutputError(f"standard output: cannot write ({error.strerror})") from None
+        self._stream.flush()
+
+
+def _prompt_text(row: Row) -> str:
+    """Return what a row asks, as far as it is text."""
+    if row.request is None:
+        return ""
+    if row.request.messages:
+        last = row.request.messages[-1]
+        return str(last.get("content")) if isinstance(last, dict) else str(last)
+    return str(row.request.prompt)
