@@ -1,6 +1,5 @@
 """Softmax with its log-sum-exp, and the exact merge of attention over disjoint sets of keys."""
 
-import torch
 from torch import Tensor
 
 
@@ -16,10 +15,8 @@ def softmax_lse(score: Tensor) -> tuple[Tensor, Tensor]:
 
 def merge_lse_ref(o_NTHV: Tensor, lse_NTH: Tensor) -> tuple[Tensor, Tensor]:
     """Define `merge_lse`."""
-    lse_TH = torch.logsumexp(lse_NTH, 0)
-    # A row without any key has lse -inf everywhere: weigh it by 0, not by exp(-inf + inf).
-    weight = torch.exp(lse_NTH - lse_TH.masked_fill(lse_TH == float("-inf"), 0.0))
-    return (o_NTHV * weight.unsqueeze(-1)).sum(0), lse_TH
+    weight_THN, lse_TH = softmax_lse(lse_NTH.movedim(0, -1))
+    return (o_NTHV * weight_THN.movedim(-1, 0).unsqueeze(-1)).sum(0), lse_TH
 
 
 def merge_lse(o_NTHV: Tensor, lse_NTH: Tensor) -> tuple[Tensor, Tensor]:

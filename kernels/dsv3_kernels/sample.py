@@ -61,8 +61,10 @@ def _keep_likeliest(logits_BW: Tensor, top_k_B: Tensor, top_p_B: Tensor) -> Tens
     limit_B = torch.where(top_k_B > 0, top_k_B, logits_BW.shape[1])
     ranked = order.values.masked_fill(rank_W >= limit_B[:, None], float("-inf"))
     p = ranked.softmax(-1)
-    # A token stays while the likelier ones before it do not yet reach top_p; the first always.
-    ranked.masked_fill_((p.cumsum(-1) - p >= top_p_B[:, None]) & (rank_W > 0), float("-inf"))
+    # A token stays while the likelier ones before it do not yet reach top_p; the first always,
+    # and all of them at top_p = 1, which the rounded sum may reach early.
+    reach_B = torch.where(top_p_B < 1, top_p_B, 2.0)
+    ranked.masked_fill_((p.cumsum(-1) - p >= reach_B[:, None]) & (rank_W > 0), float("-inf"))
     return torch.empty_like(ranked).scatter_(1, order.indices, ranked)
 
 
@@ -79,7 +81,9 @@ def sample_ref(
     drawn = temperature_B > 0
     if not bool(drawn.any()):
         return chosen
-    scaled = logits_BW[drawn] / temperature_B[drawn, None]
+    scaled = logits_BW[drawn]
+    # The best one becomes 0, so that a tiny temperature cannot overflow it.
+    scaled = (scaled - scaled.amax(-1, keepdim=True)) / temperature_B[drawn, None]
     top_k, top_p = top_k_B[drawn], top_p_B[drawn]
     if bool(((top_k > 0) | (top_p < 1)).any()):
         scaled = _keep_likeliest(scaled, top_k, top_p)
