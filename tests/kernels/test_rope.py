@@ -1,0 +1,48 @@
+import pytest
+import torch
+from torch import Tensor
+
+from dsv3_kernels import apply_rope
+from dsv3_kernels.testing import assert_bitwise_equal, assert_close
+
+
+def rotated(x: Tensor, angle: Tensor, interleaved: bool) -> Tensor:
+    """Turn the plane of every pair: multiply by exp(i angle)."""
+    half = x.shape[-1] // 2
+    first = range(0, 2 * half, 2) if interleaved else range(half)
+    second = [i + 1 for i in first] if interleaved else [i + half for i in first]
+    turned = torch.complex(x[..., list(first)].double(), x[..., second].double())
+    turned = turned * torch.polar(torch.ones_like(angle), angle)
+    out = torch.empty(x.shape, dtype=torch.float64)
+    out[..., list(first)], out[..., second] = turned.real, turned.imag
+    return out
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("heads", [None, 1, 5])
+def test_rope(interleaved: bool, heads: int | None) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(9, 16) if heads is None else torch.randn(9, heads, 16)
+    angle = torch.rand(9, 8, dtype=torch.float64) * 50
+    shown = angle if heads is None else angle[:, None]
+    cos, sin = shown.cos().float(), shown.sin().float()
+    got = apply_rope(x, cos, sin, interleaved)
+    assert_close("rope", got, rotated(x, shown, interleaved), 1e-6)
+    half = apply_rope(x.bfloat16(), cos, sin, interleaved)
+    assert half.dtype == torch.bfloat16
+    want = apply_rope(x.bfloat16().float(), cos, sin, interleaved).bfloat16()
+    assert_bitwise_equal("bf16", half, want)
+
+
+def test_scores_depend_on_distance_only() -> None:
+    torch.manual_seed(1)
+    q, k = torch.randn(2, 1, 16)
+    frequency = 1.0 / 100.0 ** (torch.arange(8) / 8)
+
+    def score(at: int, key_at: int) -> Tensor:
+        angles = torch.tensor([[at], [key_at]]) * frequency
+        q2 = apply_rope(q, angles[:1].cos(), angles[:1].sin(), True)
+        return (q2 * apply_rope(k, angles[1:].cos(), angles[1:].sin(), True)).sum()
+
+    assert_close("shifted", score(105, 101), score(7, 3), 1e-5)
+    assert abs(score(105, 101) - score(105, 100)) > 1e-3

@@ -1,0 +1,170 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsv3_kernels import sample
+from dsv3_kernels.sample import _keep_likeliest, gumbel, philox
+
+EULER = 0.5772156649
+
+
+def draw(
+    logits: Tensor,
+    seeds: Tensor,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    position: int | Tensor = 0,
+) -> Tensor:
+    """Sample once per seed from the same logits."""
+    B = len(seeds)
+    return sample(
+        logits.expand(B, -1).contiguous(),
+        torch.full((B,), temperature),
+        torch.full((B,), top_k),
+        torch.full((B,), top_p),
+        seeds,
+        torch.as_tensor(position).expand(B),
+    )
+
+
+def kept(logits: list[float], temperature: float, top_k: int, top_p: float) -> dict[int, float]:
+    """The tokens that may be drawn, with their probabilities: temperature, top-k, then top-p."""
+    scaled = [x / temperature for x in logits]
+    order = sorted(range(len(scaled)), key=lambda i: (-scaled[i], i))
+    order = order[: top_k or None]
+    p = {i: math.exp(scaled[i]) for i in order}
+    p = {i: x / sum(p.values()) for i, x in p.items()}
+    chosen, total = {}, 0.0
+    for i in order:
+        if total >= top_p:
+            break
+        chosen[i] = p[i]
+        total += p[i]
+    return {i: x / sum(chosen.values()) for i, x in chosen.items()}
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [
+        ((0, 0), 0, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        # Random123's two other vectors need counter words that ours leaves at zero; these two
+        # hold all 32 bits of both counter words, both key words and the carries of the products.
+        ((0xFFFFFFFF, 0xFFFFFFFF), -1, None),
+        ((0x243F6A88, 0x85A308D3), 0x299F31D0A4093822, None),
+    ],
+)
+def test_philox(counter: tuple[int, int], key: int, words: str | None) -> None:
+    got = philox(torch.tensor([key]), torch.tensor([counter[1]]), torch.tensor([counter[0]]))
+    want = philox_by_hand((*counter, 0, 0), (key & 0xFFFFFFFF, key >> 32 & 0xFFFFFFFF))
+    assert [f"{w:08x}" for w in got[0, 0].tolist()] == [f"{w:08x}" for w in want]
+    assert words is None or [f"{w:08x}" for w in want] == words.split()
+
+
+def philox_by_hand(c: tuple[int, ...], k: tuple[int, int]) -> tuple[int, ...]:
+    """Philox4x32-10 in Python integers."""
+    for _ in range(10):
+        p0, p1 = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = (p1 >> 32 ^ c[1] ^ k[0], p1 & 2**32 - 1, p0 >> 32 ^ c[3] ^ k[1], p0 & 2**32 - 1)
+        k = ((k[0] + 0x9E3779B9) % 2**32, (k[1] + 0xBB67AE85) % 2**32)
+    return c
+
+
+def test_philox_by_hand_has_the_published_answers() -> None:
+    """The known-answer vectors of Random123."""
+    ones = philox_by_hand((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2)
+    assert ones == (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)
+    pi = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
+    digits = philox_by_hand(pi, (0xA4093822, 0x299F31D0))
+    assert digits == (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)
+
+
+def test_gumbel_noise() -> None:
+    noise = gumbel(torch.arange(64), torch.zeros(64, dtype=torch.int64), 1001).double()
+    assert bool(noise.isfinite().all())
+    assert noise.mean() == pytest.approx(EULER, abs=0.02)
+    assert noise.var() == pytest.approx(math.pi**2 / 6, rel=0.03)
+    middle = noise.flatten().median()
+    assert middle == pytest.approx(-math.log(math.log(2)), abs=0.02)
+
+
+def test_every_part_of_the_counter_counts() -> None:
+    """Seeds that differ in one bit, positions and ids all get their own noise."""
+    seeds = torch.tensor([5, 4, 5 + 2**32, 5 - 2**63, -5])
+    noise = gumbel(seeds, torch.zeros(5, dtype=torch.int64), 64)
+    later = gumbel(seeds, torch.ones(5, dtype=torch.int64), 64)
+    everything = torch.cat((noise, later)).flatten()
+    assert len(everything.unique()) == len(everything)
+    # The noise of an id does not depend on the vocabulary's size.
+    assert torch.equal(gumbel(seeds, torch.zeros(5, dtype=torch.int64), 13), noise[:, :13])
+
+
+CASES = [(1.0, 0, 1.0), (0.7, 0, 0.9), (1.3, 5, 1.0), (1.0, 7, 0.8), (2.0, 1, 1.0), (1.0, 0, 1e-9)]
+
+
+@pytest.mark.parametrize("along", ["seeds", "positions"])
+@pytest.mark.parametrize(("temperature", "top_k", "top_p"), CASES)
+def test_distribution(temperature: float, top_k: int, top_p: float, along: str) -> None:
+    torch.manual_seed(0)
+    logits, draws = torch.randn(12), 8000
+    many, one = torch.arange(draws), torch.full((draws,), 77)
+    seeds, positions = (many, one) if along == "seeds" else (one, many)
+    token = draw(logits, seeds, temperature, top_k, top_p, positions)
+    seen = token.bincount(minlength=12).tolist()
+    p = kept(logits.tolist(), temperature, top_k, top_p)
+    assert {i for i, n in enumerate(seen) if n} == set(p)
+    # Chi-square: mean df, variance 2 df; six standard deviations above is never by chance.
+    chi2 = sum((seen[i] - draws * x) ** 2 / (draws * x) for i, x in p.items())
+    df = len(p) - 1
+    assert chi2 <= df + 6 * math.sqrt(2 * df)
+
+
+def test_ties_at_the_cut_keep_the_lowest_ids() -> None:
+    logits = torch.tensor([0.0, 2.0, 1.0, 2.0, 1.0, 2.0, 1.0])
+    seeds = torch.arange(2000)
+    assert set(draw(logits, seeds, top_k=2).tolist()) == {1, 3}
+    assert set(draw(logits, seeds, top_k=5).tolist()) == {1, 2, 3, 4, 5}
+    assert set(draw(torch.zeros(9), seeds, top_p=0.3).tolist()) == {0, 1, 2}
+
+
+def test_greedy_ties_go_to_the_lowest_id() -> None:
+    logits = torch.zeros(1, 1000)
+    logits[0, [300, 700, 999]] = 5.0
+    args = torch.zeros(1), torch.zeros(1, dtype=torch.int64), torch.ones(1)
+    seed = torch.zeros(1, dtype=torch.int64)
+    assert sample(logits, *args, seed, seed).item() == 300
+
+
+def test_tiny_temperatures_are_greedy() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(100) * 20
+    for temperature in (1e-3, 1e-30, 1e-38):
+        token = draw(logits, torch.arange(50), temperature, 0, 1.0)
+        assert bool((token == logits.argmax()).all()), temperature
+        assert torch.equal(draw(logits, torch.arange(50), temperature, 50, 0.9), token)
+
+
+def test_a_row_does_not_see_its_neighbours() -> None:
+    """Whatever else is in the batch, and wherever a row lies in it."""
+    torch.manual_seed(0)
+    B, W = 60, 331
+    logits = torch.randn(B, W) * 2
+    temperature = torch.tensor([0.0, 0.6, 1.0, 1.5]).repeat(15)
+    top_k = torch.tensor([0, 0, 3, 50, 400]).repeat(12)
+    top_p = torch.tensor([1.0, 0.9, 0.5]).repeat(20)
+    seed, position = torch.randint(-(2**62), 2**62, (B,)), torch.arange(B) % 7
+    rows = (logits, temperature, top_k, top_p, seed, position)
+    together = sample(*rows)
+    alone = torch.cat([sample(*(r[i : i + 1] for r in rows)) for i in range(B)])
+    assert torch.equal(together, alone)
+    order = torch.randperm(B)
+    assert torch.equal(sample(*(r[order] for r in rows)), together[order])
+
+
+def test_a_row_that_keeps_all_keeps_all_beside_one_that_does_not() -> None:
+    """The first token's probability rounds to 1; the others stay possible."""
+    logits = torch.tensor([[30.0, 0.0, -1.0]]).expand(2, -1)
+    got = _keep_likeliest(logits, torch.tensor([0, 2]), torch.tensor([1.0, 1.0]))
+    assert got.tolist() == [[30.0, 0.0, -1.0], [30.0, 0.0, -math.inf]]
