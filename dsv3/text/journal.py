@@ -153,7 +153,8 @@ class Journal:
     def _remember(self, number: int, raw: bytes, where: Range) -> None:
         known = _read_line(raw)
         if known is None:
-            if not raw.startswith((LINE_START[: len(raw)], b"\0")):
+            begun = raw[: len(LINE_START)].split(b"\0")[0]  # a power cut leaves zeros behind
+            if not LINE_START.startswith(begun):
                 raise ConfigError(
                     f"--output-file {self._path}, line {number}: not a line of results; "
                     "is this the right file? --overwrite replaces it"

@@ -68,7 +68,7 @@ def parse_request(url: str, body: Any, name: str, defaults: Defaults) -> TextReq
         specific = _completion_fields(fields)
         sampling = defaults.sampling(asked, COMPLETION_DEFAULTS)
     logprobs = specific.pop("logprobs")
-    stop = fields.take("stop", _is_stop, "a text or a list of texts") or ()
+    stop = fields.take("stop", _is_stop, "a text or a list of texts, none empty") or ()
     seed = fields.integer("seed", -(2**63), 2**63 - 1)
     request = TextRequest(
         params=SamplingParams(
@@ -238,6 +238,5 @@ def _is_prompt(value: Any) -> bool:
 
 
 def _is_stop(value: Any) -> bool:
-    return isinstance(value, str) or (
-        isinstance(value, list) and all(isinstance(text, str) for text in value)
-    )
+    texts = value if isinstance(value, list) else [value]
+    return all(isinstance(text, str) and text for text in texts)

@@ -69,15 +69,15 @@ def assert_every_row_once(path: Path, rows: BatchInput) -> None:
 
 
 def test_any_prefix_resumes(tmp_path: Path) -> None:
-    rows = batch(tmp_path / "in.jsonl", *ALL)
+    rows = batch(tmp_path / "in.jsonl", row("b", "胡萝卜"), "{broken", row("b"), row("e"))
     out = tmp_path / "out.jsonl"
-    assert len(run(out, rows)) == len(ALL)
+    assert len(run(out, rows)) == 4
     full = out.read_bytes()
     for cut in range(len(full) + 1):
         out.write_bytes(full[:cut])
         kept = whole_lines(out)
         written = run(out, rows)
-        assert len(written) + len(kept) in (len(ALL), len(ALL) - 1)  # a line may lack but its \n
+        assert len(written) + len(kept) in (4, 3)  # 3: one line lacked only its end
         assert out.read_bytes() == full
 
 
@@ -95,7 +95,7 @@ events = st.lists(
 
 
 @settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(events)
 def test_any_history_ends_with_every_row_once(
