@@ -154,9 +154,9 @@ class _BytePairs:
 
     def token_bytes(self, token_id: int) -> bytes:
         token = self._tokenizer.id_to_token(token_id) or ""
-        if token_id in self._added or not self._alphabet:
-            return self.decode([token_id], skip_special_tokens=False).encode()
-        return bytes(self._alphabet[char] for char in token)
+        if token_id not in self._added and all(char in self._alphabet for char in token):
+            return bytes(self._alphabet[char] for char in token)
+        return self.decode([token_id], skip_special_tokens=False).encode()
 
     def id_of(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
