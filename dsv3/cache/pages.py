@@ -1,21 +1,44 @@
-"""Host-side bookkeeping of pages: who holds them. Pages are numbers; nothing here touches data."""
+"""Host-side bookkeeping of pages: who holds them. Pages are numbers; nothing here touches data.
+
+A page is free (nobody holds it), in use (a sequence holds it), or idle: only the prefix tree holds
+it, so its contents can be reused but nobody would miss it.
+"""
+
+from collections.abc import Callable, Iterable
 
 from dsv3.cache.layout import NULL_PAGE
 
 
 class PageAllocator:
-    """Hands out pages 1 .. num_pages - 1, each shared by as many holders as retain it."""
+    """Hands out pages 1 .. num_pages - 1, each shared by as many holders as retain it.
+
+    Attributes:
+        num_pages: pages there are to hand out.
+        num_idle: pages that only the prefix tree holds.
+        on_idle: called with a page whenever it has become idle.
+    """
 
     def __init__(self, num_pages: int) -> None:
         # Popped from the end: low page numbers first, so that a lightly used pool stays compact.
         self._free = list(range(num_pages - 1, NULL_PAGE, -1))
         self._holders = [0] * num_pages
+        self._cached = bytearray(num_pages)
         self.num_pages = num_pages - 1
+        self.num_idle = 0
+        self.on_idle: Callable[[int], None] | None = None
 
     @property
     def num_free(self) -> int:
         """Pages that nobody holds."""
         return len(self._free)
+
+    def num_holders(self, page: int) -> int:
+        """Return how many hold a page, the prefix tree included."""
+        return self._holders[page]
+
+    def is_idle(self, page: int) -> bool:
+        """Tell whether only the prefix tree holds a page."""
+        return self._holders[page] == 1 and self._cached[page] == 1
 
     def allocate(self, count: int) -> list[int]:
         """Take `count` free pages, each with one holder. The caller checks `num_free` first."""
@@ -25,16 +48,36 @@ class PageAllocator:
             self._holders[page] = 1
         return pages
 
-    def retain(self, pages: list[int]) -> None:
-        """Add a holder to pages that are in use."""
+    def retain(self, pages: Iterable[int]) -> None:
+        """Add a holder to pages that are not free."""
         for page in pages:
             assert self._holders[page] > 0, f"page {page} is free"
+            if self._holders[page] == self._cached[page]:
+                self.num_idle -= 1
             self._holders[page] += 1
 
-    def release(self, pages: list[int]) -> None:
+    def release(self, pages: Iterable[int]) -> None:
         """Drop one holder of each page; pages without holders become free."""
         for page in pages:
-            assert self._holders[page] > 0, f"page {page} released twice"
+            assert self._holders[page] > self._cached[page], f"page {page} released twice"
             self._holders[page] -= 1
             if self._holders[page] == 0:
                 self._free.append(page)
+            elif self._holders[page] == self._cached[page]:
+                self.num_idle += 1
+                if self.on_idle is not None:
+                    self.on_idle(page)
+
+    def cache(self, page: int) -> None:
+        """Make the prefix tree a holder of a page that a sequence holds."""
+        assert self._holders[page] > 0 and not self._cached[page], f"page {page}"
+        self._cached[page] = 1
+        self._holders[page] += 1
+
+    def uncache(self, page: int) -> None:
+        """Take the prefix tree's hold off a page; an idle one becomes free."""
+        assert self._cached[page], f"page {page} is not in the prefix tree"
+        if self._holders[page] == 1:
+            self.num_idle -= 1
+        self._cached[page] = 0
+        self.release([page])

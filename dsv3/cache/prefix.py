@@ -1,0 +1,344 @@
+"""A tree over token ids whose nodes are cached pages: finds, shares and evicts prefixes.
+
+A node stands for one page and the tokens cached in it. A path from the root spells a prefix; only
+full pages have children, and a leaf may be a partial page, the tail of some sequence. A new
+sequence shares the full pages of the longest prefix it has in common with the tree, and copies the
+page after them if that one agrees with it in its first tokens.
+
+Whoever holds a page of the tree holds the pages above it too. So an idle page (one that only the
+tree holds) has only idle pages below it, and all idle pages can be evicted, leaves first.
+"""
+
+from array import array
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as Ids
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import count
+from sys import byteorder
+
+from dsv3.cache.eviction import CacheEntry, EvictionPolicy
+from dsv3.cache.layout import NULL_PAGE
+from dsv3.cache.pages import PageAllocator
+
+_TOKEN_BYTES = 4
+# Hashes are chained over units of this many positions, so that they do not depend on page_size.
+_HASH_UNIT = 64
+
+
+def encode(token_ids: Ids[int]) -> bytes:
+    """Return token ids as big-endian 32-bit integers."""
+    words = array("i", token_ids)
+    if byteorder == "little":
+        words.byteswap()
+    return words.tobytes()
+
+
+def chain_hash(parent: bytes, tokens: bytes) -> bytes:
+    """Return the hash of a prefix from the hash of its beginning and the encoded tokens added."""
+    step = _HASH_UNIT * _TOKEN_BYTES
+    for start in range(0, len(tokens), step):
+        parent = blake2b(parent + tokens[start : start + step], digest_size=16).digest()
+    return parent
+
+
+def _num_common(a: bytes, b: bytes) -> int:
+    """Return how many leading tokens two encodings share."""
+    length = min(len(a), len(b))
+    differing = int.from_bytes(a[:length], "big") ^ int.from_bytes(b[:length], "big")
+    return (length - (differing.bit_length() + 7) // 8) // _TOKEN_BYTES
+
+
+class _Node(CacheEntry):
+    """A cached page: its tokens (encoded), its place in the tree, the group that owns it alone."""
+
+    __slots__ = ("children", "digest", "group", "keys", "page", "parent", "tokens")
+
+    def __init__(self, parent: "_Node | None", tokens: bytes, page: int, group: str | None) -> None:
+        super().__init__(0 if parent is None else parent.depth + 1)
+        self.parent, self.tokens, self.page, self.group = parent, tokens, page, group
+        self.digest: bytes | None = None
+        # The children's tokens in ascending order, and the children in the same order.
+        self.keys: list[bytes] = []
+        self.children: list[_Node] = []
+
+    def find(self, tokens: bytes) -> "_Node | None":
+        """Return the child with exactly these tokens."""
+        at = bisect_left(self.keys, tokens)
+        return self.children[at] if at < len(self.keys) and self.keys[at] == tokens else None
+
+    def nearest(self, tokens: bytes) -> tuple["_Node | None", int]:
+        """Return the child that shares most leading tokens with `tokens`, and how many."""
+        at = bisect_left(self.keys, tokens)
+        best, most = None, 0
+        for i in range(max(0, at - 1), min(at + 1, len(self.keys))):
+            common = _num_common(self.keys[i], tokens)
+            if common > most:
+                best, most = self.children[i], common
+        return best, most
+
+    def add(self, child: "_Node") -> None:
+        """Put a child in its place."""
+        at = bisect_left(self.keys, child.tokens)
+        self.keys.insert(at, child.tokens)
+        self.children.insert(at, child)
+
+    def remove(self, child: "_Node") -> None:
+        """Take a child out."""
+        at = bisect_left(self.keys, child.tokens)
+        assert self.children[at] is child, f"page {child.page} is not below page {self.page}"
+        del self.keys[at], self.children[at]
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The part of a query that is cached.
+
+    Attributes:
+        pages: full pages to share, in order.
+        num_tokens: all tokens found, those in the partial page included.
+        partial_page: page whose first `partial_tokens` positions hold the next tokens; to be
+            copied before it is continued. None if there is no such page.
+    """
+
+    pages: list[int]
+    num_tokens: int
+    partial_page: int | None = None
+    partial_tokens: int = 0
+
+    @property
+    def held_pages(self) -> list[int]:
+        """The pages that `PrefixTree.use` retains for the caller."""
+        return self.pages if self.partial_page is None else [*self.pages, self.partial_page]
+
+
+class PrefixTree:
+    """The prefixes whose pages are cached.
+
+    Args:
+        pages: the allocator the pages come from.
+        page_size: positions of a page.
+        policy: decides which idle page is evicted first.
+        clock: time as the policy shall see it; None counts the calls of `use` and `insert`.
+        on_evict: called before an evicted page is freed with the page, the hash of the prefix
+            before it, and its encoded tokens.
+    """
+
+    def __init__(
+        self,
+        pages: PageAllocator,
+        page_size: int,
+        policy: EvictionPolicy,
+        clock: Callable[[], float] | None = None,
+        on_evict: Callable[[int, bytes, bytes], None] | None = None,
+    ) -> None:
+        self._pages, self._page_size, self._policy = pages, page_size, policy
+        self._clock: Callable[[], float] = count(1).__next__ if clock is None else clock
+        self._now = 0.0
+        self._on_evict = on_evict
+        self._root = _Node(None, b"", NULL_PAGE, None)
+        self._root.depth, self._root.digest = -1, b""
+        self._nodes: list[_Node | None] = [None] * (pages.num_pages + 1)
+        self._groups: dict[str, set[_Node]] = {}
+        self._pinned: dict[bytes, list[int]] = {}
+        self.num_evicted = 0
+        pages.on_idle = self._offer
+
+    @property
+    def num_evictable(self) -> int:
+        """Pages that `make_room` could free."""
+        return self._pages.num_idle
+
+    def match(self, token_ids: Ids[int], limit: int | None = None) -> Match:
+        """Find the longest cached prefix of `token_ids`, of at most `limit` tokens.
+
+        A pure look-up. Its result is good until pages are evicted: `use` it before making room.
+        """
+        stop = len(token_ids) if limit is None else min(limit, len(token_ids))
+        node, pages, start = self._root, [], 0
+        while True:
+            rest = encode(token_ids[start : min(start + self._page_size, stop)])
+            child = node.find(rest) if len(rest) == self._page_size * _TOKEN_BYTES else None
+            if child is None:
+                break
+            node, start = child, start + self._page_size
+            pages.append(node.page)
+        partial, common = node.nearest(rest)
+        if partial is None:
+            return Match(pages, start)
+        return Match(pages, start + common, partial.page, common)
+
+    def use(self, match: Match, group: str | None = None) -> None:
+        """Take a match: retain its pages for the caller, and count the reuse.
+
+        The caller releases the partial page once its copy is planned, the full ones when it is
+        done with them.
+        """
+        held = match.held_pages
+        self._pages.retain(held)
+        path = [node for page in held if (node := self._nodes[page]) is not None]
+        assert len(path) == len(held), "the match was evicted before it was used"
+        self._share(path, group)
+        self._now = self._clock()
+        self._policy.hit(path, self._now)
+
+    def insert(
+        self, token_ids: Ids[int], num_computed: int, pages: list[int], *, group: str | None = None
+    ) -> None:
+        """Register a sequence's pages for its first `num_computed` tokens.
+
+        May be called as often as the sequence grows; only what is new is looked at. A full page
+        whose tokens are in the tree under another page is replaced by that one in `pages`, and
+        released: equal prefixes are stored once. The sequence may go on writing to its last page
+        behind the tokens registered.
+        """
+        num_full = num_computed // self._page_size
+        self._now = self._clock()
+        node, first = self._deepest(pages, num_full)
+        for i in range(first, num_full):
+            start = i * self._page_size
+            tokens = encode(token_ids[start : start + self._page_size])
+            child = node.find(tokens)
+            if child is None:
+                child = self._attach(node, tokens, pages[i], group)
+            elif child.page != pages[i]:
+                self._pages.retain([child.page])
+                self._pages.release([pages[i]])
+                pages[i] = child.page
+                self._share([child], group)
+            node = child
+        tail = encode(token_ids[num_full * self._page_size : num_computed])
+        if tail and node.nearest(tail)[1] * _TOKEN_BYTES < len(tail):
+            self._attach(node, tail, pages[num_full], group)
+
+    def make_room(self, num_pages: int) -> bool:
+        """Evict until `num_pages` pages are free; return False, evicting none, if that is too many.
+
+        Pages that a sequence holds and pinned ones are never touched.
+        """
+        if self._pages.num_free + self._pages.num_idle < num_pages:
+            return False
+        while self._pages.num_free < num_pages:
+            node = self._policy.take()
+            assert isinstance(node, _Node)
+            # Rows of pages that are held again or have got children wait until their next offer.
+            if self._is_evictable(node):
+                self._evict(node)
+        return True
+
+    def pin(self, token_ids: Ids[int]) -> int:
+        """Keep the cached part of a prefix from eviction until `unpin`; return its tokens."""
+        key, match = encode(token_ids), self.match(token_ids)
+        if key not in self._pinned:
+            self._pages.retain(match.held_pages)
+            self._pinned[key] = match.held_pages
+            self._share([node for page in match.held_pages if (node := self._nodes[page])], None)
+        return match.num_tokens
+
+    def unpin(self, token_ids: Ids[int]) -> None:
+        """Undo `pin` of the same tokens."""
+        self._pages.release(self._pinned.pop(encode(token_ids)))
+
+    def drop_group(self, group: str) -> int:
+        """Forget the pages that only this group has used; return how many.
+
+        Those that a running sequence holds stay its own until it releases them.
+        """
+        nodes = sorted(self._groups.get(group, ()), key=lambda node: -node.depth)
+        for node in nodes:
+            self._remove(node)
+        return len(nodes)
+
+    def page_hash(self, page: int) -> bytes:
+        """Return the hash of the prefix that ends with a page of the tree."""
+        node = self._nodes[page]
+        assert node is not None, f"page {page} is not in the tree"
+        return self._digest(node)
+
+    def __iter__(self) -> Iterator[tuple[int, bytes]]:
+        """Iterate over (page, encoded tokens)."""
+        return ((node.page, node.tokens) for node in self._nodes if node is not None)
+
+    def _deepest(self, pages: list[int], num_full: int) -> tuple[_Node, int]:
+        """Return the last node of a sequence's full pages, and how many it accounts for."""
+        full = self._page_size * _TOKEN_BYTES
+        for i in range(num_full, 0, -1):
+            node = self._nodes[pages[i - 1]]
+            if node is not None and len(node.tokens) == full:
+                return node, i
+        return self._root, 0
+
+    def _attach(self, parent: _Node, tokens: bytes, page: int, group: str | None) -> _Node:
+        """Add a page below `parent`; it takes the place of a tail that it continues."""
+        at = bisect_left(parent.keys, tokens)
+        tail = self._nodes[page]
+        if tail is None and at and tokens.startswith(parent.keys[at - 1]):
+            tail = parent.children[at - 1]
+        node = _Node(parent, tokens, page, group)
+        if tail is not None and (tail.page == page or not self._ends_pin(tail)):
+            self._policy.replaced(tail, node)
+            self._remove(tail)
+        parent.add(node)
+        self._policy.withdraw(parent)
+        self._nodes[page] = node
+        self._pages.cache(page)
+        if group is not None:
+            self._groups.setdefault(group, set()).add(node)
+        self._policy.inserted(node, self._now)
+        return node
+
+    def _remove(self, node: _Node) -> None:
+        """Take a leaf out of the tree."""
+        assert node.parent is not None and not node.children
+        self._policy.withdraw(node)
+        node.parent.remove(node)
+        self._nodes[node.page] = None
+        self._disown(node)
+        self._pages.uncache(node.page)
+        if node.parent is not self._root and self._is_evictable(node.parent):
+            self._policy.offer(node.parent)
+
+    def _evict(self, node: _Node) -> None:
+        if self._on_evict is not None:
+            assert node.parent is not None
+            self._on_evict(node.page, self._digest(node.parent), node.tokens)
+        self._remove(node)
+        self.num_evicted += 1
+
+    def _offer(self, page: int) -> None:
+        node = self._nodes[page]
+        if node is not None and self._is_evictable(node):
+            self._policy.offer(node)
+
+    def _is_evictable(self, node: _Node) -> bool:
+        return not node.children and self._pages.is_idle(node.page)
+
+    def _ends_pin(self, node: _Node) -> bool:
+        return any(pages[-1:] == [node.page] for pages in self._pinned.values())
+
+    def _share(self, nodes: Iterable[_Node], group: str | None) -> None:
+        """Note that a group uses nodes: they no longer belong to another one alone."""
+        for node in nodes:
+            if node.group != group:
+                self._disown(node)
+
+    def _disown(self, node: _Node) -> None:
+        if node.group is not None:
+            members = self._groups[node.group]
+            members.remove(node)
+            if not members:
+                del self._groups[node.group]
+            node.group = None
+
+    def _digest(self, node: _Node) -> bytes:
+        """Return the hash of the prefix that ends with a node, kept for the next time."""
+        missing = []
+        while node.digest is None:
+            missing.append(node)
+            assert node.parent is not None
+            node = node.parent
+        digest = node.digest
+        for node in reversed(missing):
+            digest = node.digest = chain_hash(digest, node.tokens)
+        return digest

@@ -1,0 +1,143 @@
+"""The prefix tree under any history: contents match, counts are exact, nothing leaks."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from dsv3.cache.eviction import POLICIES, make_policy
+from dsv3.cache.pages import PageAllocator
+from dsv3.cache.prefix import PrefixTree, encode
+
+PAGE_SIZE, NUM_PAGES = 4, 24
+# Few distinct tokens, so that prefixes meet, part in the middle of a page, and meet again.
+TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=14)
+GROUPS = st.sampled_from([None, "a", "b"])
+
+
+@dataclass(eq=False)
+class Running:
+    """A sequence that holds pages; all its tokens are computed."""
+
+    tokens: list[int]
+    group: str | None
+    pages: list[int] = field(default_factory=list)
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Sequences come, grow, are cached and go, on far too few pages, beside a plain model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pages = PageAllocator(NUM_PAGES + 1)
+        self.running: list[Running] = []
+        self.pinned: list[tuple[list[int], int, list[int]]] = []
+        # What the pages hold: written by sequences, never cleared, as on a device.
+        self.memory = [[-1] * PAGE_SIZE for _ in range(NUM_PAGES + 1)]
+
+    @initialize(policy=st.sampled_from(sorted(POLICIES)))
+    def build(self, policy: str) -> None:
+        self.tree = PrefixTree(self.pages, PAGE_SIZE, make_policy(policy))
+
+    def content(self, pages: list[int]) -> list[int]:
+        return [token for page in pages for token in self.memory[page]]
+
+    def extend(self, seq: Running, tokens: list[int]) -> bool:
+        """Compute more tokens of a sequence; False if there are no pages for them."""
+        wanted = -(-(len(seq.tokens) + len(tokens)) // PAGE_SIZE) - len(seq.pages)
+        if not self.tree.make_room(wanted):
+            return False
+        seq.pages += self.pages.allocate(wanted)
+        for token in tokens:
+            page, slot = divmod(len(seq.tokens), PAGE_SIZE)
+            self.memory[seq.pages[page]][slot] = token
+            seq.tokens.append(token)
+        return True
+
+    @rule(prompt=TOKENS, group=GROUPS, limit=st.integers(0, 14))
+    def start(self, prompt: list[int], group: str | None, limit: int) -> None:
+        match = self.tree.match(prompt, limit)
+        assert match.num_tokens == len(match.pages) * PAGE_SIZE + match.partial_tokens <= limit
+        assert self.content(match.held_pages)[: match.num_tokens] == prompt[: match.num_tokens]
+        self.tree.use(match, group)
+        seq = Running(prompt[: len(match.pages) * PAGE_SIZE], group, list(match.pages))
+        self.running.append(seq)
+        # Computing the tokens of the partial page again is what its copy amounts to.
+        fits = self.extend(seq, prompt[len(seq.tokens) :])
+        if match.partial_page is not None:
+            self.pages.release([match.partial_page])
+        if not fits:
+            self.finish(len(self.running) - 1)
+
+    @precondition(lambda self: self.running)
+    @rule(which=st.integers(0), more=TOKENS)
+    def grow(self, which: int, more: list[int]) -> None:
+        self.extend(self.running[which % len(self.running)], more)
+
+    @precondition(lambda self: self.running)
+    @rule(which=st.integers(0))
+    def insert(self, which: int) -> None:
+        seq = self.running[which % len(self.running)]
+        self.tree.insert(seq.tokens, len(seq.tokens), seq.pages, group=seq.group)
+        assert self.tree.match(seq.tokens).num_tokens == len(seq.tokens)
+        assert self.content(seq.pages)[: len(seq.tokens)] == seq.tokens
+
+    @precondition(lambda self: self.running)
+    @rule(which=st.integers(0))
+    def finish(self, which: int) -> None:
+        self.pages.release(self.running.pop(which % len(self.running)).pages)
+
+    @rule(count=st.integers(0, NUM_PAGES))
+    def make_room(self, count: int) -> None:
+        free, evictable = self.pages.num_free, self.tree.num_evictable
+        assert self.tree.make_room(count) == (count <= free + evictable)
+        assert self.pages.num_free == (max(free, count) if count <= free + evictable else free)
+
+    @precondition(lambda self: len(self.pinned) < 2)
+    @rule(tokens=TOKENS)
+    def pin(self, tokens: list[int]) -> None:
+        if any(tokens == pinned for pinned, _, _ in self.pinned):
+            return
+        match = self.tree.match(tokens)
+        assert self.tree.pin(tokens) == match.num_tokens
+        self.pinned.append((tokens, match.num_tokens, match.held_pages))
+
+    @precondition(lambda self: self.pinned)
+    @rule(which=st.integers(0))
+    def unpin(self, which: int) -> None:
+        self.tree.unpin(self.pinned.pop(which % len(self.pinned))[0])
+
+    @rule(group=st.sampled_from(["a", "b"]))
+    def drop_group(self, group: str) -> None:
+        self.tree.drop_group(group)
+
+    @invariant()
+    def holders_are_exact(self) -> None:
+        holders = Counter(page for page, _ in self.tree)
+        assert max(holders.values(), default=0) <= 1, "a page is in two places of the tree"
+        idle = set(holders)
+        for held in [*(seq.pages for seq in self.running), *(pages for _, _, pages in self.pinned)]:
+            holders.update(held)
+            idle -= set(held)
+        pages = range(1, NUM_PAGES + 1)
+        assert [self.pages.num_holders(page) for page in pages] == [holders[p] for p in pages]
+        assert self.pages.num_free + len(holders) == self.pages.num_pages == NUM_PAGES
+        assert self.tree.num_evictable == len(idle)
+
+    @invariant()
+    def tree_pages_hold_their_tokens(self) -> None:
+        for page, tokens in self.tree:
+            assert encode(self.memory[page]).startswith(tokens)
+
+    @invariant()
+    def pinned_prefixes_stay(self) -> None:
+        for tokens, num_tokens, _ in self.pinned:
+            assert self.tree.match(tokens).num_tokens >= num_tokens
+
+
+CacheMachine.TestCase.settings = settings(
+    max_examples=150, stateful_step_count=40, deadline=None, derandomize=True
+)
+TestCache = CacheMachine.TestCase
