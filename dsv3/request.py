@@ -63,11 +63,19 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One prompt and how to continue it. `request_id` is unique among the unfinished requests."""
+    """One prompt and how to continue it.
+
+    Attributes:
+        request_id: unique among the unfinished requests.
+        priority: of two waiting requests the one with the higher number goes first.
+        conversation_id: requests that share it are turns of one dialogue.
+    """
 
     request_id: str
     prompt_ids: list[int]
     params: SamplingParams
+    priority: int = 0
+    conversation_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
