@@ -68,7 +68,7 @@ def weight_bytes(
     total = 0
     for spec in tensor_specs(config).values():
         region = None if spec.mtp else shard_region(spec, layout)
-        if region is None or (spec.name == "lm_head.weight" and config.tie_word_embeddings):
+        if region is None:
             continue
         values = 1
         for size in region_shape(region):

@@ -89,6 +89,8 @@ class Matrix(nn.Module):
         weight = self.weight[e]
         if weight.dtype != FP8:
             return weight
+        if not weight.numel():  # nothing of it is this rank's, so it has no scales
+            return weight.to(self.dtype)
         parts = []
         for i, rows in enumerate(weight.split(self.rows)):
             s = self.scales[e, i]
