@@ -1,0 +1,110 @@
+"""A stand-in for the model: the cache is a table of numbers, the next token a hash of the text.
+
+It reads every sequence back through its page table before it says what comes next. So a page that
+two sequences shared, a token computed twice or never, or a wrong position changes the answer.
+"""
+
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from dsv3.cache.layout import NULL_PAGE, CacheLayout
+from dsv3.cache.pool import CachePool
+from dsv3.engine.config import EngineConfig
+from dsv3.engine.engine import Engine
+from dsv3.engine.plan import NO_TARGET, PlanChannel, StepPlan
+from dsv3.engine.sampler import Sampled
+from dsv3.parallel.collectives import SingleRank
+from dsv3.request import Completion, Request
+from tests.checkpoint_files import TINY
+
+CPU = torch.device("cpu")
+EOS = TINY.eos_token_ids[0]
+
+
+def next_token(tokens: Sequence[int], seed: int) -> int:
+    """Return what follows; about one in sixteen is the end token."""
+    digest = zlib.crc32(np.array([seed, *tokens], np.int64).tobytes())
+    return EOS if digest % 16 == 0 else 2 + (digest >> 4) % (TINY.vocab_size - 2)
+
+
+def answer(request: Request) -> tuple[list[int], str]:
+    """Return the tokens and finish reason that a request must get, whatever else is running."""
+    params, out = request.params, []
+    ends = set(params.stop_token_ids) | (set() if params.ignore_eos else {EOS})
+    while len(out) < params.max_tokens:
+        token = next_token([*request.prompt_ids, *out], params.seed)
+        if token in ends:
+            return out, "stop"
+        out.append(token)
+    return out, "length"
+
+
+class PaperRunner:
+    """Executes plans on paper and holds them to their contract."""
+
+    def __init__(self, layout: CacheLayout, num_pages: int, settings: EngineConfig) -> None:
+        self.page_size, self.settings = layout.page_size, settings
+        self.memory = np.full((num_pages, layout.page_size), -1)
+        self.plans: list[StepPlan] = []
+
+    def run(self, plan: StepPlan) -> Sampled:
+        self.plans.append(plan)
+        lengths = plan.query_len.tolist()
+        assert 0 < sum(lengths) == len(plan.token_ids) <= self.settings.max_batch_tokens
+        assert min(lengths) > 0 and lengths == sorted(lengths)
+        assert len(lengths) <= self.settings.max_running
+        assert len(set(plan.pages.tolist())) == len(plan.pages) == plan.page_count.sum()
+        assert NULL_PAGE not in plan.pages
+        tables = np.split(plan.pages, plan.page_count.cumsum()[:-1])
+        texts, row_seq = [], np.repeat(np.arange(len(lengths)), lengths)
+        new = np.split(plan.token_ids, plan.query_len.cumsum()[:-1])
+        for table, start, tokens in zip(tables, plan.context_len.tolist(), new, strict=True):
+            stop = start + len(tokens)
+            assert len(table) * self.page_size >= stop
+            for at, token in enumerate(tokens.tolist(), start):
+                self.memory[table[at // self.page_size], at % self.page_size] = token
+            texts.append(self.memory[table].flatten()[:stop].tolist())
+        starts = plan.query_len.cumsum() - plan.query_len
+        chosen = []
+        for m, row in enumerate(plan.row.tolist()):
+            seq = row_seq[row]
+            position = int(plan.context_len[seq] + row - starts[seq]) + 1
+            assert plan.position[m] == position
+            seed = (int(plan.seed_high[m]) << 32) | (int(plan.seed_low[m]) & 0xFFFFFFFF)
+            guess = next_token(texts[seq][:position], seed)
+            chosen.append(guess if plan.target[m] == NO_TARGET else int(plan.target[m]))
+        width = max(0, int(plan.top_logprobs.max(initial=0)))
+        shape = (len(chosen), width)
+        return Sampled(
+            np.array(chosen, np.int64),
+            -plan.position.astype(np.float32),
+            np.zeros(shape, np.int64),
+            np.zeros(shape, np.float32),
+        )
+
+
+def paper_engine(
+    num_pages: int, page_size: int = 4, max_seq_len: int = 10**6, **settings: int
+) -> tuple[Engine, PaperRunner]:
+    """Return an engine over a cache of `num_pages` usable pages, and its runner."""
+    config = EngineConfig(**settings)
+    layout = CacheLayout("latent", 1, page_size, 1, 0)
+    cache = CachePool(layout, 1, num_pages + 1, torch.float32, CPU, SingleRank())
+    runner = PaperRunner(layout, num_pages + 1, config)
+    channel = PlanChannel(SingleRank(), CPU)
+    return Engine(TINY, config, runner, cache, channel, None, max_seq_len), runner
+
+
+def finish(engine: Engine, max_steps: int = 10_000) -> dict[str, Completion]:
+    """Step until nothing is left; return the answers by request."""
+    done = {}
+    for _ in range(max_steps):
+        if not engine.has_work():
+            return done
+        for out in engine.step():
+            if out.completion is not None:
+                done[out.request_id] = out.completion
+    raise AssertionError(f"{engine.num_unfinished} requests still unfinished")

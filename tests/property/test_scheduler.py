@@ -1,0 +1,123 @@
+"""Any history of requests: nothing is lost, nothing is shared, everybody gets the right answer."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsv3.errors import RequestError
+from dsv3.request import Completion, Request, SamplingParams
+from tests.paper_runner import answer, finish, paper_engine
+
+requests = st.builds(
+    lambda n, start, tokens, seed, scored, ignore: (
+        [(start + 7 * i) % 300 + 2 for i in range(n)],
+        SamplingParams(
+            max_tokens=tokens,
+            seed=seed,
+            ignore_eos=ignore,
+            prompt_logprobs=0 if scored else None,
+        ),
+    ),
+    st.integers(1, 40),
+    st.integers(0, 3),
+    st.integers(0, 12),
+    st.integers(0, 2),
+    st.booleans(),
+    st.booleans(),
+)
+events = st.lists(
+    st.one_of(
+        requests.map(lambda r: ("add", r)),
+        st.integers(0, 20).map(lambda i: ("cancel", i)),
+        st.integers(1, 4).map(lambda n: ("step", n)),
+    ),
+    max_size=40,
+)
+
+
+class History:
+    """What was asked, what came back so far, and what must hold at any time."""
+
+    def __init__(self, num_pages: int, page_size: int, budget: int, running: int) -> None:
+        self.engine, self.runner = paper_engine(
+            num_pages, page_size, max_batch_tokens=budget, max_running=running
+        )
+        self.num_pages, self.capacity = num_pages, num_pages * page_size
+        self.expected: dict[str, Request] = {}
+        self.done: dict[str, Completion] = {}
+        self.streamed: dict[str, list[int]] = {}
+
+    def add(self, name: str, asked: tuple[list[int], SamplingParams]) -> None:
+        request = Request(request_id=name, prompt_ids=asked[0], params=asked[1])
+        longest = len(asked[0]) + max(0, asked[1].max_tokens - 1)
+        try:
+            self.engine.add(request)
+        except RequestError:
+            assert longest > self.capacity
+        else:
+            self.expected[name] = request
+
+    def cancel(self, index: int) -> None:
+        names = list(self.expected)
+        if names:
+            name = names[index % len(names)]
+            self.engine.cancel(name)
+            if name not in self.done:
+                del self.expected[name]
+
+    def step(self) -> None:
+        before, busy = len(self.runner.plans), self.engine.has_work()
+        for out in self.engine.step():
+            self.streamed.setdefault(out.request_id, []).extend(out.new_token_ids)
+            if out.completion is not None:
+                self.done[out.request_id] = out.completion
+        # As long as anybody is left, a step does something.
+        assert len(self.runner.plans) == before + busy
+
+    def check_pages(self) -> None:
+        """Every page has one owner or is free; what is promised can be kept."""
+        scheduler = self.engine._scheduler
+        owned = [page for seq in scheduler.running for page in seq.pages]
+        free = self.engine._pages._free
+        assert sorted([*owned, *free]) == list(range(1, self.num_pages + 1))
+        promised = sum(seq.reserved_pages for seq in scheduler.running)
+        assert promised + scheduler._unreserved == self.num_pages
+        assert all(len(seq.pages) <= seq.reserved_pages for seq in scheduler.running)
+
+    def finish(self) -> None:
+        self.done |= finish(self.engine)
+        self.check_pages()
+        assert self.engine._pages.num_free == self.num_pages
+        assert self.done.keys() == self.expected.keys()
+        for name, request in self.expected.items():
+            tokens, reason = answer(request)
+            got = self.done[name]
+            assert (got.token_ids, got.finish_reason) == (tokens, reason)
+            part = self.streamed.get(name, [])
+            assert tokens[: len(part)] == part
+            if request.params.prompt_logprobs is not None:
+                scored = [t.token_id for t in got.prompt_logprobs]
+                assert scored == request.prompt_ids[1:]
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    events=events,
+    num_pages=st.integers(1, 20),
+    page_size=st.sampled_from([1, 4, 16]),
+    budget=st.integers(3, 60),
+    running=st.integers(1, 3),
+)
+def test_any_history(
+    events: list[tuple[str, object]], num_pages: int, page_size: int, budget: int, running: int
+) -> None:
+    history = History(num_pages, page_size, budget, running)
+    for number, (kind, value) in enumerate(events):
+        if kind == "add":
+            history.add(str(number), value)
+        elif kind == "cancel":
+            history.cancel(value)
+        else:
+            for _ in range(value):
+                history.step()
+        history.check_pages()
+    history.finish()

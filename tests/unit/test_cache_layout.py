@@ -1,0 +1,85 @@
+import dataclasses
+
+import pytest
+import torch
+
+from dsv3.cache.layout import CacheLayout
+from dsv3.cache.pool import CachePool
+from dsv3.config_files import load_model_config
+from dsv3.parallel.collectives import SingleRank
+from tests.checkpoint_files import TINY
+
+WORLDS = (1, 2, 3, 4, 8, 48)
+
+
+def layouts(form: str, kv_shard: str, tp: int) -> list[CacheLayout]:
+    config = dataclasses.replace(TINY, num_attention_heads=48, n_routed_experts=48)
+    return [CacheLayout.make(config, form, kv_shard, tp, r) for r in range(tp)]
+
+
+@pytest.mark.parametrize("tp", WORLDS)
+def test_a_page_is_the_same_positions_everywhere(tp: int) -> None:
+    every = [
+        layout
+        for form, shard in (("latent", "tokens"), ("latent", "none"), ("heads", "tokens"))
+        for layout in layouts(form, shard, tp)
+    ]
+    sizes = {layout.page_size for layout in every}
+    assert len(sizes) == 1
+    size = sizes.pop()
+    assert size % 64 == 0 and size % tp == 0
+    assert [every[0].pages_for(n) for n in (0, 1, size, size + 1)] == [0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("tp", WORLDS)
+def test_tokens_are_dealt_evenly(tp: int) -> None:
+    ranks = layouts("latent", "tokens", tp)
+    assert [r.slots_per_page * tp for r in ranks] == [r.page_size for r in ranks]
+    for n in (0, 1, tp - 1, tp, tp + 1, 1000):
+        held = [[p for p in range(n) if p % tp == r.shard] for r in ranks]
+        assert [r.local_len(n) for r in ranks] == [len(h) for h in held], n
+
+
+@pytest.mark.parametrize("tp", WORLDS)
+def test_bytes_per_rank_are_one_nth(tp: int) -> None:
+    """For heads and for tokens; without sharding every rank holds everything."""
+
+    def page_bytes(layout: CacheLayout) -> float:
+        pool = CachePool(layout, 2, 3, torch.bfloat16, torch.device("cpu"), SingleRank())
+        assert pool.num_bytes == pool.slots.untyped_storage().nbytes()
+        return pool.num_bytes / layout.page_size
+
+    for form, shard, parts in (("latent", "tokens", tp), ("heads", "tokens", tp)):
+        whole = page_bytes(layouts(form, shard, 1)[0])
+        assert [page_bytes(r) * parts for r in layouts(form, shard, tp)] == [whole] * tp
+    whole = page_bytes(layouts("latent", "none", 1)[0])
+    assert [page_bytes(r) for r in layouts("latent", "none", tp)] == [whole] * tp
+
+
+def test_published_sizes() -> None:
+    """V3: 70,272 bytes of bf16 latents a token over 61 layers; expanded heads are 57 times that."""
+    config = load_model_config("v3-671b")
+    latent = CacheLayout.make(config, "latent", "tokens", 8, 3)
+    assert latent.width * 2 * config.num_hidden_layers == 70_272
+    heads = CacheLayout.make(config, "heads", "tokens", 8, 3)
+    assert heads.width * 2 * config.num_hidden_layers == 624_640
+
+
+def test_gather_returns_position_order() -> None:
+    pool = CachePool(
+        layouts("latent", "none", 1)[0], 1, 4, torch.float32, torch.device("cpu"), SingleRank()
+    )
+    cache = pool.layer(0)
+    cache.slots.copy_(torch.arange(4 * 64.0)[:, None].expand(-1, cache.slots.shape[1]))
+    got = cache.gather(torch.tensor([3, 1]), 70)[:, 0]
+    assert got.tolist() == [*range(192, 256), *range(64, 70)]
+
+
+def test_rounding_is_what_storage_does() -> None:
+    layout = layouts("latent", "none", 1)[0]
+    pool = CachePool(layout, 1, 2, torch.bfloat16, torch.device("cpu"), SingleRank())
+    cache, entry = pool.layer(0), torch.randn(5, layout.width)
+    cache.write(torch.arange(64, 69), entry)
+    read = cache.gather(torch.tensor([1]), 5).to(entry.dtype)
+    assert torch.equal(cache.round(entry), read) and not torch.equal(read, entry)
+    assert bool((cache.slots[:64] == 0).all())

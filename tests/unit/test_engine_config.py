@@ -1,0 +1,49 @@
+import pytest
+
+from dsv3.engine.config import CacheSize, EngineConfig
+from dsv3.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("auto", CacheSize()),
+        ("4096", CacheSize(num_bytes=4096)),
+        ("3KiB", CacheSize(num_bytes=3072)),
+        ("5mib", CacheSize(num_bytes=5 * 2**20)),
+        ("2GiB", CacheSize(num_bytes=2**31)),
+        ("65536tok", CacheSize(num_tokens=65536)),
+    ],
+)
+def test_cache_size(text: str, size: CacheSize) -> None:
+    assert CacheSize.parse(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "0", "0tok", "-1", "1.5GiB", "4GB", "tok", "4 GiB", "all"])
+def test_wrong_cache_size(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"--kv-cache-size=.* use auto, bytes \(4GiB\)"):
+        EngineConfig(kv_cache_size=text)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("attn_impl", "flash", "--attn-impl=flash is unknown; use one of naive, absorb, auto"),
+        ("kv_shard", "heads", "--kv-shard=heads is unknown; use one of tokens, none"),
+        ("kv_dtype", "int4", "--kv-dtype=int4"),
+        ("dtype", "float16", "--dtype=float16"),
+        ("weights", "int8", "--weights=int8"),
+        ("max_seq_len", -1, "--max-seq-len=-1 must be at least 0"),
+        ("max_batch_tokens", 0, "--max-batch-tokens=0 must be at least 1"),
+        ("max_running", 0, "--max-running=0 must be at least 1"),
+        ("max_running", 3000, "--max-running=3000 needs as many --max-batch-tokens"),
+    ],
+)
+def test_refused(field: str, value: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EngineConfig(**{field: value})
+
+
+def test_cache_form() -> None:
+    forms = [EngineConfig(attn_impl=a).cache_form for a in ("naive", "absorb", "auto")]
+    assert forms == ["heads", "latent", "latent"]

@@ -1,0 +1,156 @@
+"""Who may import whom: the direction of the architecture, held by reading the imports."""
+
+import ast
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+# A room imports from rooms below its own level, and within its level without going in circles.
+LEVELS = {
+    "dsv3_kernels": 0,
+    "dsv3.cache": 1,
+    "dsv3.parallel": 1,
+    "dsv3.checkpoint": 2,
+    "dsv3.model": 2,
+    "dsv3.text": 2,
+    "dsv3.engine": 3,
+    "dsv3.serve": 4,
+    "launch": 5,
+}
+FOR_ALL = {"dsv3", "dsv3.config", "dsv3.config_files", "dsv3.errors", "dsv3.request"}
+FOR_ALL |= {"dsv3.observe"}
+
+
+def sources() -> dict[str, Path]:
+    """Every module of ours by its dotted name."""
+    found = {}
+    for top, folder in ((ROOT, "dsv3"), (ROOT / "kernels", "dsv3_kernels"), (ROOT, "launch")):
+        for path in sorted((top / folder).rglob("*.py")):
+            parts = path.relative_to(top).with_suffix("").parts
+            found[".".join(parts).removesuffix(".__init__")] = path
+    return found
+
+
+MODULES = sources()
+
+
+def imported(path: Path) -> set[str]:
+    """The full names a file imports: modules, and the names taken out of them."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def module_of(name: str) -> str | None:
+    """The longest of our modules that a full name begins with."""
+    while name and name not in MODULES:
+        name = name.rpartition(".")[0]
+    return name or None
+
+
+def room(module: str) -> str:
+    parts = module.split(".")
+    return ".".join(parts[:2]) if parts[0] == "dsv3" else parts[0]
+
+
+def edges() -> list[tuple[str, str]]:
+    return [
+        (name, target)
+        for name, path in MODULES.items()
+        for full in sorted(imported(path))
+        if (target := module_of(full)) is not None
+    ]
+
+
+def test_the_rooms_are_those_of_the_plan() -> None:
+    assert {room(name) for name in MODULES} <= LEVELS.keys() | FOR_ALL
+    assert len(edges()) > 100
+
+
+def test_imports_point_down() -> None:
+    wrong = []
+    for source, target in edges():
+        a, b = room(source), room(target)
+        if b in FOR_ALL or a == b:
+            continue
+        if a in FOR_ALL or LEVELS[b] > LEVELS[a]:
+            wrong.append(f"{source} imports {target}")
+    assert not wrong
+
+
+def test_rooms_of_one_level_do_not_go_in_circles() -> None:
+    graph: dict[str, set[str]] = {}
+    for source, target in edges():
+        a, b = room(source), room(target)
+        if a != b and b not in FOR_ALL:
+            graph.setdefault(a, set()).add(b)
+    TopologicalSorter(graph).prepare()
+
+
+def test_modules_do_not_go_in_circles() -> None:
+    graph: dict[str, set[str]] = {}
+    for source, target in edges():
+        if source != target:
+            graph.setdefault(source, set()).add(target)
+    TopologicalSorter(graph).prepare()
+
+
+def test_ranks_are_met_in_one_room_only() -> None:
+    """No layer calls torch.distributed: collectives are handed to it."""
+    users = {
+        name
+        for name, path in MODULES.items()
+        for full in imported(path)
+        # elastic: how a program tells torchrun what went wrong.
+        if full.startswith("torch.distributed") and ".elastic." not in full
+    }
+    assert {room(name) for name in users} == {"dsv3.parallel"}
+
+
+def test_the_runtime_does_not_import_transformers() -> None:
+    for name, path in MODULES.items():
+        assert not any(full.startswith("transformers") for full in imported(path)), name
+
+
+def torch_free() -> list[str]:
+    """What works on a machine without torch: configs, text, everything about files but loading."""
+    rooms = ("dsv3.checkpoint", "dsv3.text")
+    names = [n for n in MODULES if n in FOR_ALL or room(n) in rooms]
+    return [n for n in names if n != "dsv3.checkpoint.load"]
+
+
+def test_reading_and_converting_need_no_torch() -> None:
+    code = f"""
+import importlib, sys
+for name in {torch_free()!r}:
+    importlib.import_module(name)
+    heavy = {{"torch", "transformers", "triton"}} & sys.modules.keys()
+    assert not heavy, f"{{name}} imports {{heavy}}"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        ("from dsv3.engine import engine", "dsv3.engine.engine"),
+        ("import dsv3.engine.engine as e", "dsv3.engine.engine"),
+        ("from dsv3.engine.engine import Engine", "dsv3.engine.engine"),
+        ("from dsv3_kernels import rmsnorm", "dsv3_kernels.rmsnorm"),
+        ("from dsv3_kernels.route import Routing", "dsv3_kernels.route"),
+        ("import torch", None),
+    ],
+)
+def test_imports_are_understood(tmp_path: Path, line: str, wanted: str | None) -> None:
+    file = tmp_path / "some.py"
+    file.write_text(f"def f():\n    {line}\n")
+    assert {module_of(full) for full in imported(file)} == {wanted}

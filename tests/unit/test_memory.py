@@ -1,0 +1,163 @@
+"""The memory plan is what the model and the cache really allocate."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsv3.cache.layout import CacheLayout
+from dsv3.cache.pool import CachePool
+from dsv3.checkpoint.load import fp8_weights, load_weights
+from dsv3.checkpoint.source import open_source
+from dsv3.config import ModelConfig, ParallelConfig
+from dsv3.config_files import PRESETS, load_model_config
+from dsv3.engine.config import EngineConfig
+from dsv3.engine.memory import free_memory, plan_memory, weight_bytes
+from dsv3.errors import ConfigError
+from dsv3.model.transformer import Transformer
+from dsv3.parallel.collectives import SingleRank
+from dsv3.parallel.mesh import Mesh
+from dsv3.parallel.weights import Matrix, WeightFormat
+from tests.checkpoint_files import FP8, TINY, random_tensors, write_hf
+
+CPU = torch.device("cpu")
+NO_FP8: frozenset[str] = frozenset()
+SPARSE = dataclasses.replace(
+    TINY, model_type="deepseek_v32", index_n_heads=4, index_head_dim=32, index_topk=16
+)
+LITE = dataclasses.replace(
+    TINY,
+    model_type="deepseek_v2",
+    q_lora_rank=None,
+    scoring_func="softmax",
+    topk_method="greedy",
+    n_group=1,
+)
+FAMILIES = {
+    "v3": TINY,
+    "v3-fp8": dataclasses.replace(TINY, quantization=FP8),
+    "v3-fp8, narrow": dataclasses.replace(
+        TINY, quantization=FP8, intermediate_size=9, moe_intermediate_size=5
+    ),
+    "v3 with mtp": dataclasses.replace(TINY, num_nextn_predict_layers=1),
+    "v3.2-fp8": dataclasses.replace(SPARSE, quantization=FP8),
+    "v2-lite": LITE,
+    "no shared experts": dataclasses.replace(TINY, n_shared_experts=0),
+    "tied": dataclasses.replace(TINY, tie_word_embeddings=True),
+}
+
+
+def model_of(config: ModelConfig, layout: ParallelConfig, fmt: WeightFormat) -> Transformer:
+    mesh = Mesh(layout, fmt.device, SingleRank(), SingleRank(), 1)
+    return Transformer(config, mesh, fmt)
+
+
+def held(model: Transformer) -> int:
+    """Bytes behind every tensor of the model, counted once per storage."""
+    tensors = [*model.parameters(), *model.buffers()]
+    for module in model.modules():
+        if isinstance(module, Matrix):
+            tensors += [s.scale for s in module.scales.values()]
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("preset", sorted(p.stem for p in PRESETS.glob("*.yaml")))
+@pytest.mark.parametrize("world_size", [1, 8])
+def test_published_models(preset: str, world_size: int) -> None:
+    config = load_model_config(preset)
+    # One layer with experts is like the next.
+    config = dataclasses.replace(config, num_hidden_layers=config.first_k_dense_replace + 1)
+    layout = ParallelConfig(world_size=world_size, rank=world_size - 1)
+    layout.check(config)
+    model = model_of(config, layout, WeightFormat(torch.bfloat16, torch.device("meta")))
+    assert weight_bytes(config, layout, 2, NO_FP8) == held_on_meta(model)
+
+
+def held_on_meta(model: Transformer) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("family", "keep_fp8"),
+    [*((f, False) for f in FAMILIES), *((f, True) for f in FAMILIES if "fp8" in f)],
+)
+def test_every_family_and_world(family: str, keep_fp8: bool, tmp_path: Path) -> None:
+    config = FAMILIES[family]
+    tensors = random_tensors(config)
+    if config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    with open_source(write_hf(tmp_path / "hf", config, tensors)) as source:
+        names = fp8_weights(source) if keep_fp8 else NO_FP8
+        assert bool(names) == keep_fp8
+        for world_size in (1, 2, 4, 8):
+            for rank in range(world_size):
+                layout = ParallelConfig(world_size=world_size, rank=rank)
+                model = model_of(config, layout, WeightFormat(torch.float32, CPU, names))
+                load_weights(source, model.targets(), layout)
+                planned = weight_bytes(config, layout, 4, names)
+                assert planned == held(model) == model.num_bytes, (world_size, rank)
+                for module in model.modules():
+                    if isinstance(module, Matrix):
+                        for e in range(len(module.names)):
+                            assert module.matrix(e).dtype == torch.float32
+
+
+def test_keeping_fp8_takes_a_quarter() -> None:
+    config = load_model_config("v3-671b")
+    names = frozenset(
+        f"model.layers.{i}.mlp.experts.{e}.{p}_proj.weight"
+        for i in range(3, 61)
+        for e in range(256)
+        for p in ("gate", "up", "down")
+    )
+    layout = ParallelConfig(world_size=8, rank=0)
+    saved = weight_bytes(config, layout, 2, NO_FP8) - weight_bytes(config, layout, 2, names)
+    experts = 58 * 32 * 3 * 7168 * 2048
+    assert saved == experts - 4 * experts // 128**2
+
+
+def plan(settings: EngineConfig, free: int, tp: int = 1, weights: int = 10_000_000):
+    layout = CacheLayout.make(TINY, settings.cache_form, settings.kv_shard, tp, 0)
+    return layout, plan_memory(TINY, settings, layout, weights, 4, 256, free, CPU)
+
+
+@pytest.mark.parametrize("tp", [1, 4])
+@pytest.mark.parametrize("size", ["auto", "1000tok", "500KiB"])
+def test_the_cache_is_what_was_planned(tp: int, size: str) -> None:
+    layout, planned = plan(EngineConfig(kv_cache_size=size, max_running=8), 10**9, tp)
+    pool = CachePool(
+        layout, TINY.num_hidden_layers, planned.num_pages, torch.float32, CPU, SingleRank()
+    )
+    assert planned.cache_tokens * planned.bytes_per_token == pool.num_bytes
+    # 144 values of 4 bytes in two layers, dealt to tp ranks.
+    assert planned.bytes_per_token == 144 * 4 * 2 / tp
+    pages = {"auto": 8 * 256 // 64, "1000tok": 16, "500KiB": 500 * 1024 * tp // (64 * 1152)}
+    assert planned.num_pages == pages[size]
+    assert str(planned.cache_tokens) in planned.describe().replace(",", "")
+
+
+def test_auto_leaves_memory_for_others() -> None:
+    """A quarter of what the weights leave, on a CPU."""
+    page = 64 * 1152
+    _, planned = plan(EngineConfig(), 10_000_000 + 100 * page)
+    assert planned.num_pages == 25
+
+
+@pytest.mark.parametrize(
+    ("size", "free"),
+    [
+        ("auto", 10_000_000),  # the weights alone
+        ("auto", 10_000_000 + 3 * 64 * 1152),  # a quarter of it is no page
+        ("1KiB", 10**9),  # less than a page
+        ("1000tok", 10_000_000 + 16 * 64 * 1152),  # one page short: the null page counts
+    ],
+)
+def test_too_little(size: str, free: int) -> None:
+    with pytest.raises(ConfigError, match="use more ranks, --weights fp8 or a smaller"):
+        plan(EngineConfig(kv_cache_size=size), free)
+
+
+def test_free_memory_is_shared_by_the_ranks_of_a_host() -> None:
+    assert 0 < free_memory(CPU, 1000) < free_memory(CPU, 1)

@@ -1,0 +1,118 @@
+"""From a plan to a rank's batch: every position is stored once and read where it was stored."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from dsv3.cache.layout import NULL_PAGE, CacheLayout
+from dsv3.engine.plan import StepPlan
+from dsv3.engine.runner import BatchBuilder
+from dsv3.model.batch import Batch
+
+CPU = torch.device("cpu")
+PAGE = 12
+# (context, new tokens) of each sequence; single tokens first, as the scheduler orders them.
+STEPS = [
+    [(0, 1)],
+    [(0, 1), (1, 1), (2, 1), (11, 1), (12, 1), (100, 1)],
+    [(3, 1), (90, 1), (0, 2), (30, 2), (7, 5), (0, 30), (25, 40)],
+    [(24, 12), (0, 13)],
+]
+
+
+def plan_of(step: list[tuple[int, int]]) -> StepPlan:
+    """Sequences on scattered pages, with a page or two more than they need."""
+    rng = np.random.default_rng(0)
+    counts = [-(-(c + n) // PAGE) + i % 3 for i, (c, n) in enumerate(step)]
+    new = sum(n for _, n in step)
+    return StepPlan(
+        token_ids=rng.integers(0, 1000, new).astype(np.int32),
+        query_len=np.array([n for _, n in step], np.int32),
+        context_len=np.array([c for c, _ in step], np.int32),
+        page_count=np.array(counts, np.int32),
+        pages=(rng.permutation(sum(counts)) + 1).astype(np.int32),
+    )
+
+
+def stored(plan: StepPlan, layout: CacheLayout) -> dict[int, tuple[int, int]]:
+    """Slot -> (sequence, position) of all that this rank holds after the step, by definition."""
+    slots = {}
+    tables = np.split(plan.pages, plan.page_count.cumsum()[:-1])
+    for seq, table in enumerate(tables):
+        for p in range(int(plan.context_len[seq] + plan.query_len[seq])):
+            if p % layout.shards == layout.shard:
+                in_page = p % PAGE // layout.shards
+                slot = int(table[p // PAGE]) * layout.slots_per_page + in_page
+                assert slot not in slots
+                slots[slot] = seq, p
+    return slots
+
+
+def build(plan: StepPlan, shards: int, shard: int, limit: int = 1) -> tuple[Batch, CacheLayout]:
+    layout = CacheLayout("latent", 1, PAGE, shards, shard)
+    return BatchBuilder(plan, layout, CPU, limit).build(), layout
+
+
+@pytest.mark.parametrize("step", STEPS, ids=str)
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_writes(step: list[tuple[int, int]], shards: int) -> None:
+    plan = plan_of(step)
+    rows = [(seq, c + i) for seq, (c, n) in enumerate(step) for i in range(n)]
+    written = []
+    for shard in range(shards):
+        batch, layout = build(plan, shards, shard)
+        assert batch.token_T.tolist() == plan.token_ids.tolist()
+        assert batch.position_T.tolist() == [p for _, p in rows]
+        own = range(len(rows)) if batch.own_row is None else batch.own_row.tolist()
+        slots = stored(plan, layout)
+        assert [slots[s] for s in batch.own_slot.tolist()] == [rows[r] for r in own]
+        written += own
+    assert sorted(written) == list(range(len(rows)))
+
+
+@pytest.mark.parametrize("step", STEPS, ids=str)
+@pytest.mark.parametrize("shards", [1, 2, 4])
+@pytest.mark.parametrize("limit", [1, 2, 100])
+def test_reads(step: list[tuple[int, int]], shards: int, limit: int) -> None:
+    plan = plan_of(step)
+    starts = np.concatenate([[0], plan.query_len.cumsum()]).tolist()
+    for shard in range(shards):
+        batch, layout = build(plan, shards, shard, limit)
+        slots, seq = stored(plan, layout), 0
+        for group in batch.groups:
+            assert group.start == starts[seq]
+            for slot, key_pos, query_pos in zip(
+                group.slot_BS, group.key_pos_BS, group.query_pos_BQ, strict=True
+            ):
+                context, new = step[seq]
+                assert query_pos.tolist() == list(range(context, context + new))
+                seen = [
+                    (slots[s], p)
+                    for s, p in zip(slot.tolist(), key_pos.tolist(), strict=True)
+                    if p < 2**31
+                ]
+                wanted = [p for p in range(context + new) if p % shards == shard]
+                assert seen == [((seq, p), p) for p in wanted]
+                # Slot 0 is in the null page.
+                assert bool((slot[key_pos >= 2**31] == NULL_PAGE).all())
+                seq += 1
+            assert group.stop == starts[seq]
+        assert batch.num_decode_rows == starts[seq]
+        assert all(n <= limit for _, n in step[:seq]) and all(n > limit for _, n in step[seq:])
+        for chunk, (context, new) in zip(batch.chunks, step[seq:], strict=True):
+            assert (chunk.start, chunk.stop) == (starts[seq], starts[seq + 1])
+            assert chunk.context_len == context and chunk.stop - chunk.start == new
+            pages = plan.pages[plan.page_count[:seq].sum() :][: -(-context // PAGE)]
+            assert chunk.page_G.tolist() == pages.tolist()
+            seq += 1
+
+
+def test_short_sequences_are_not_padded_to_long_ones() -> None:
+    contexts = [0, 5, 30, 40, 200, 210, 5000]
+    plan = plan_of([(c, 1) for c in contexts])
+    batch, _ = build(plan, 1, 0)
+    for group, (a, b) in zip(batch.groups, pairwise((0, 2, 4, 6, 7)), strict=True):
+        assert (group.start, group.stop) == (a, b)
+        assert group.slot_BS.shape == (b - a, contexts[b - 1] + 1)

@@ -1,0 +1,108 @@
+"""From hidden states to tokens on one rank; tests/distributed holds other worlds to this."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dsv3.engine import sampler
+from dsv3.engine.plan import NO_TARGET, StepPlan
+from dsv3.engine.sampler import Sampler
+from dsv3.parallel.collectives import SingleRank
+from dsv3_kernels import sample
+
+W, D, T, M = 331, 16, 40, 60
+
+
+@pytest.fixture
+def model() -> SimpleNamespace:
+    torch.manual_seed(0)
+    head = torch.randn(W, D)
+    return SimpleNamespace(
+        config=SimpleNamespace(vocab_size=W),
+        lm_head=SimpleNamespace(start=0),
+        logits=lambda x: x @ head.T,
+        head=head,
+    )
+
+
+def mixed_plan() -> StepPlan:
+    """Greedy, sampled and scored rows in any order, some with alternatives."""
+    rng = np.random.default_rng(0)
+    target = np.where(rng.random(M) < 0.3, rng.integers(0, W, M), NO_TARGET)
+    top = rng.choice([-1, 0, 3, 20], M)
+    return StepPlan(
+        row=rng.integers(0, T, M).astype(np.int32),
+        position=rng.integers(0, 1000, M).astype(np.int32),
+        target=target.astype(np.int32),
+        top_logprobs=np.where(target >= 0, np.maximum(top, 0), top).astype(np.int32),
+        top_k=rng.choice([0, 3, 2**31 - 1], M).astype(np.int32),
+        seed_low=rng.integers(-(2**31), 2**31, M).astype(np.int32),
+        seed_high=rng.integers(-(2**31), 2**31, M).astype(np.int32),
+        temperature=rng.choice([0.0, 1.0, 2.0], M).astype(np.float32),
+        top_p=rng.choice([1.0, 0.9], M).astype(np.float32),
+    )
+
+
+@pytest.mark.parametrize("rows_at_a_time", [7, 512])
+def test_a_mixed_plan(
+    model: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, rows_at_a_time: int
+) -> None:
+    monkeypatch.setattr(sampler, "_ROWS", rows_at_a_time)
+    torch.manual_seed(1)
+    hidden, plan = torch.randn(T, D), mixed_plan()
+    out = Sampler(model, SingleRank(), torch.device("cpu"))(hidden, plan)
+    assert out.top_token.shape == out.top_logprob.shape == (M, 20)
+    for m in range(M):
+        logits = hidden[plan.row[m]] @ model.head.T
+        logprob = logits.log_softmax(-1)
+        assert out.token[m] == expected(logits, plan, m), m
+        top = int(plan.top_logprobs[m])
+        if top < 0:
+            continue
+        assert out.logprob[m] == pytest.approx(logprob[out.token[m]].item(), abs=1e-5)
+        best = logprob.topk(top)
+        assert out.top_token[m, :top].tolist() == best.indices.tolist()
+        assert out.top_logprob[m, :top].tolist() == pytest.approx(best.values.tolist(), abs=1e-5)
+
+
+def expected(logits: Tensor, plan: StepPlan, m: int) -> int:
+    if plan.target[m] != NO_TARGET:
+        return int(plan.target[m])
+    seed = (int(plan.seed_high[m]) << 32) + (int(plan.seed_low[m]) & 0xFFFFFFFF)
+    one = sample(
+        logits[None],
+        torch.tensor([float(plan.temperature[m])]),
+        torch.tensor([int(plan.top_k[m])]),
+        torch.tensor([float(plan.top_p[m])]),
+        torch.tensor([seed]),
+        torch.tensor([int(plan.position[m])]),
+    )
+    return int(one)
+
+
+def test_a_vocabulary_smaller_than_the_alternatives(model: SimpleNamespace) -> None:
+    """Twenty likeliest of five."""
+    model.config.vocab_size = 5
+    model.logits = lambda x: x @ model.head[:5].T
+    plan = StepPlan(
+        row=np.zeros(1, np.int32),
+        position=np.ones(1, np.int32),
+        target=-np.ones(1, np.int32),
+        top_logprobs=np.full(1, 20, np.int32),
+        top_k=np.zeros(1, np.int32),
+        seed_low=np.zeros(1, np.int32),
+        seed_high=np.zeros(1, np.int32),
+        temperature=np.zeros(1, np.float32),
+        top_p=np.ones(1, np.float32),
+    )
+    out = Sampler(model, SingleRank(), torch.device("cpu"))(torch.randn(1, D), plan)
+    assert sorted(out.top_token[0, :5].tolist()) == [0, 1, 2, 3, 4]
+    assert np.exp(out.top_logprob[0, :5]).sum() == pytest.approx(1)
+
+
+def test_no_rows(model: SimpleNamespace) -> None:
+    out = Sampler(model, SingleRank(), torch.device("cpu"))(torch.randn(3, D), StepPlan())
+    assert len(out.token) == 0

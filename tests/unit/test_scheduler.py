@@ -1,0 +1,172 @@
+"""What runs when, on paper: `tests/paper_runner.py` checks every plan and every answer."""
+
+import pytest
+
+from dsv3.errors import RequestError
+from dsv3.request import Request, SamplingParams
+from tests.paper_runner import EOS, answer, finish, next_token, paper_engine
+
+
+def ask(name: str, length: int, **params: object) -> Request:
+    base = {"max_tokens": 8, "ignore_eos": True} | params
+    prompt = [(sum(map(ord, name)) + 7 * i) % 300 + 2 for i in range(length)]
+    return Request(request_id=name, prompt_ids=prompt, params=SamplingParams(**base))
+
+
+def check(done: dict, *requests: Request) -> None:
+    assert done.keys() == {r.request_id for r in requests}
+    for r in requests:
+        assert (done[r.request_id].token_ids, done[r.request_id].finish_reason) == answer(r)
+
+
+@pytest.mark.parametrize("budget", [4, 5, 17, 1000])
+def test_answers_do_not_depend_on_chunks(budget: int) -> None:
+    engine, runner = paper_engine(40, max_batch_tokens=budget, max_running=4)
+    requests = [ask(f"r{i}", n) for i, n in enumerate((1, 30, 3, 17, 4, 9))]
+    for r in requests:
+        engine.add(r)
+    check(finish(engine), *requests)
+    prompts = sum(len(r.prompt_ids) for r in requests)
+    assert engine.counters.prefill_tokens == prompts
+    # The last token of an answer is never fed back.
+    assert engine.counters.decode_tokens == 6 * 7
+    assert engine.counters.steps == len(runner.plans)
+
+
+def test_decoding_goes_on_while_a_long_prompt_comes_in() -> None:
+    engine, runner = paper_engine(100, max_batch_tokens=16, max_running=4)
+    engine.add(ask("short", 2, max_tokens=12))
+    engine.step()
+    engine.add(ask("long", 150))
+    engine.step()
+    for _ in range(8):
+        engine.step()
+        assert runner.plans[-1].query_len.tolist() == [1, 15]
+    check(finish(engine), ask("short", 2, max_tokens=12), ask("long", 150))
+
+
+def test_sequences_join_and_leave_between_steps() -> None:
+    engine, runner = paper_engine(100, max_batch_tokens=100, max_running=2)
+    for name, tokens in (("a", 2), ("b", 5), ("c", 3)):
+        engine.add(ask(name, 3, max_tokens=tokens))
+    finish(engine)
+    # a and b together; a leaves after two tokens and c takes its place in the next step.
+    assert [p.query_len.tolist() for p in runner.plans] == [[3, 3], [1, 1], [1, 3], [1, 1], [1, 1]]
+
+
+def test_first_come_first_served() -> None:
+    """The cache is full: the next in line waits, and nobody overtakes it."""
+    engine, runner = paper_engine(10, max_batch_tokens=100, max_running=4)
+    first, big, small = ask("first", 13), ask("big", 20), ask("small", 1, max_tokens=1)
+    for r in (first, big, small):
+        engine.add(r)
+    engine.step()
+    assert runner.plans[-1].query_len.tolist() == [13]
+    done = finish(engine)
+    check(done, first, big, small)
+    assert [p.query_len.tolist() for p in runner.plans].index([1, 20]) == 8
+
+
+def test_exactly_full_cache() -> None:
+    engine, _ = paper_engine(5, max_batch_tokens=64, max_running=4)
+    fits = ask("fits", 13, max_tokens=8)  # 13 + 7 cached positions are five pages of four
+    engine.add(fits)
+    with pytest.raises(RequestError, match="need 21 cached tokens, the cache holds 20"):
+        engine.add(ask("not", 14, max_tokens=8))
+    check(finish(engine), fits)
+
+
+def test_cancel() -> None:
+    engine, runner = paper_engine(10, max_batch_tokens=100, max_running=2)
+    running, waiting, kept = ask("running", 20), ask("waiting", 9), ask("kept", 5)
+    for r in (running, waiting, kept):
+        engine.add(r)
+    engine.step()
+    engine.cancel("running")
+    engine.cancel("waiting")
+    engine.cancel("waiting")
+    engine.cancel("never heard of")
+    check(finish(engine), kept)
+    assert runner.plans[1].query_len.tolist() == [5]
+    engine.add(running)  # the name is free again
+    check(finish(engine), running)
+
+
+def test_ends() -> None:
+    prompt = next(
+        [n, 5] for n in range(2, 300) if next_token([n, 5], 0) == EOS and n not in (EOS, 5)
+    )
+    second = next_token([*prompt, EOS], 0)
+    for params, tokens, reason in (
+        (SamplingParams(max_tokens=3), [], "stop"),
+        (SamplingParams(max_tokens=1, ignore_eos=True), [EOS], "length"),
+        (SamplingParams(max_tokens=9, ignore_eos=True, stop_token_ids=(second,)), [EOS], "stop"),
+        (SamplingParams(max_tokens=0), [], "length"),
+    ):
+        engine, _ = paper_engine(10)
+        engine.add(Request(request_id="r", prompt_ids=prompt, params=params))
+        done = finish(engine)["r"]
+        assert (done.token_ids, done.finish_reason) == (tokens, reason), params
+        assert done.prompt_ids == prompt
+
+
+@pytest.mark.parametrize("budget", [2, 3, 100])
+def test_scored_prompts(budget: int) -> None:
+    """Every prompt token but the first, at its own position, however the prompt is cut."""
+    engine, _ = paper_engine(40, max_batch_tokens=budget, max_running=2)
+    scored = ask("scored", 11, max_tokens=0, prompt_logprobs=0)
+    both = ask("both", 6, max_tokens=2, prompt_logprobs=0, logprobs=0)
+    engine.add(scored)
+    engine.add(both)
+    done = finish(engine)
+    for r in (scored, both):
+        got = done[r.request_id].prompt_logprobs
+        assert [t.token_id for t in got] == r.prompt_ids[1:]
+        assert [t.logprob for t in got] == [-float(p) for p in range(1, len(r.prompt_ids))]
+    assert done["scored"].logprobs is None
+    assert [t.token_id for t in done["both"].logprobs] == answer(both)[0]
+    assert [t.logprob for t in done["both"].logprobs] == [-6.0, -7.0]
+
+
+def test_seeds_reach_the_sampler_whole() -> None:
+    engine, _ = paper_engine(50)
+    requests = [ask(f"s{i}", 3, seed=s) for i, s in enumerate((0, -1, 2**63 - 1, -(2**63), 2**32))]
+    for r in requests:
+        engine.add(r)
+    check(finish(engine), *requests)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (ask("r", 0), "the prompt is empty"),
+        (ask("r", 101), "the prompt has 101 tokens, it may have 99"),
+        (ask("r", 100), "the prompt has 100 tokens, it may have 99"),
+        (ask("r", 101, max_tokens=0), "it may have 100"),
+        (ask("r", 95), r"max_tokens=8 exceed the context of 100; max_tokens may be 5"),
+        (ask("r", 3, stop=("x",)), "stop strings need a tokenizer"),
+        (Request(request_id="r", prompt_ids=[3, 331], params=SamplingParams()), "token 331 is not"),
+        (Request(request_id="r", prompt_ids=[-1], params=SamplingParams()), "token -1 is not in"),
+        (ask("twice", 3), "'twice' is already in progress"),
+    ],
+)
+def test_refused(request_: Request, message: str) -> None:
+    engine, _ = paper_engine(1000, max_seq_len=100)
+    engine.add(ask("twice", 3))
+    with pytest.raises(RequestError, match=message):
+        engine.add(request_)
+    check(finish(engine), ask("twice", 3))  # the others go on
+
+
+def test_the_longest_request_is_served() -> None:
+    engine, _ = paper_engine(1000, max_seq_len=100)
+    longest = [ask("answer", 92), ask("one", 99, max_tokens=1), ask("score", 100, max_tokens=0)]
+    for r in longest:
+        engine.add(r)
+    check(finish(engine), *longest)
+
+
+def test_nothing_to_do() -> None:
+    engine, runner = paper_engine(4)
+    assert not engine.has_work()
+    assert engine.step() == [] and runner.plans == []
