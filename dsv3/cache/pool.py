@@ -39,6 +39,11 @@ class CachePool:
         """Pages that sequences can hold: all but the null page."""
         return self.num_pages - 1
 
+    def copy_pages(self, source_N: Tensor, target_N: Tensor) -> None:
+        """Copy whole pages in all layers; all sources are read before any target is written."""
+        pages = self.slots.view(self.slots.shape[0], self.num_pages, -1)
+        pages[:, target_N] = pages[:, source_N]
+
     def layer(self, index: int) -> "LayerCache":
         """Return the part of one layer."""
         return LayerCache(self.layout, self.slots[index], self.tp)

@@ -52,6 +52,10 @@ class EngineConfig:
             "bfloat16".
         weights: "auto" holds weights in the activations' dtype; "fp8" keeps FP8 tensors as they
             are stored and dequantizes them at every use.
+        prefix_reuse: keep computed prefixes and reuse them.
+        eviction: which idle cached page goes first: "cost" or "lru".
+        pipeline_depth: steps launched before the results of the last one are looked at: 0 or 1;
+            -1 is 1 on CUDA, where steps run asynchronously, and 0 on a CPU.
     """
 
     attn_impl: str = "auto"
@@ -63,6 +67,9 @@ class EngineConfig:
     max_running: int = 64
     dtype: str = "auto"
     weights: str = "auto"
+    prefix_reuse: bool = True
+    eviction: str = "cost"
+    pipeline_depth: int = -1
 
     def __post_init__(self) -> None:
         """Refuse unknown words and impossible numbers."""
@@ -71,7 +78,10 @@ class EngineConfig:
         _one_of("kv-dtype", self.kv_dtype, ("auto", "fp32", "bf16"))
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16"))
         _one_of("weights", self.weights, ("auto", "fp8"))
+        _one_of("eviction", self.eviction, ("cost", "lru"))
         CacheSize.parse(self.kv_cache_size)
+        if self.pipeline_depth not in (-1, 0, 1):
+            raise ConfigError(f"--pipeline-depth={self.pipeline_depth} must be -1, 0 or 1")
         for flag, value, least in (
             ("max-seq-len", self.max_seq_len, 0),
             ("max-batch-tokens", self.max_batch_tokens, 1),
@@ -89,3 +99,7 @@ class EngineConfig:
     def cache_form(self) -> str:
         """Return what the cache stores: "heads" or "latent"."""
         return "heads" if self.attn_impl == "naive" else "latent"
+
+    def is_pipelined(self, device_type: str) -> bool:
+        """Tell whether a step is launched before the results of the last one are looked at."""
+        return self.pipeline_depth == 1 or (self.pipeline_depth < 0 and device_type == "cuda")

@@ -7,14 +7,17 @@
 import time
 from dataclasses import dataclass
 
+from dsv3.cache.eviction import make_policy
 from dsv3.cache.pages import PageAllocator
 from dsv3.cache.pool import CachePool
+from dsv3.cache.prefix import PrefixTree
 from dsv3.config import ModelConfig
 from dsv3.engine.config import EngineConfig
 from dsv3.engine.plan import PlanChannel
+from dsv3.engine.planner import Work, write_plan
 from dsv3.engine.runner import Runner
-from dsv3.engine.sampler import Sampled
-from dsv3.engine.scheduler import Scheduler, Work
+from dsv3.engine.sampler import Sampled, SampledOnDevice
+from dsv3.engine.scheduler import Scheduler
 from dsv3.engine.sequence import Sequence
 from dsv3.errors import RequestError
 from dsv3.request import Completion, Request, RequestOutput, TokenLogprobs
@@ -28,8 +31,20 @@ class Counters:
 
     steps: int = 0
     prefill_tokens: int = 0
+    reused_tokens: int = 0
     decode_tokens: int = 0
+    preemptions: int = 0
+    evictions: int = 0
     run_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """A step whose results have not been looked at."""
+
+    number: int
+    work: list[Work]
+    sampled: SampledOnDevice
 
 
 class Engine:
@@ -61,10 +76,21 @@ class Engine:
         self._runner, self._layout, self._channel = runner, cache.layout, channel
         self._eos = frozenset(config.eos_token_ids)
         self._pages = PageAllocator(cache.num_pages)
+        self._tree: PrefixTree | None = None
+        if settings.prefix_reuse:
+            policy = make_policy(settings.eviction)
+            self._tree = PrefixTree(self._pages, cache.layout.page_size, policy)
         self._scheduler = Scheduler(
-            cache.layout, self._pages, settings.max_batch_tokens, settings.max_running
+            cache.layout,
+            self._pages,
+            self._tree,
+            settings.max_batch_tokens,
+            settings.max_running,
         )
+        self._pipelined = settings.is_pipelined(cache.slots.device.type)
+        self._in_flight: _Launched | None = None
         self._sequences: dict[str, Sequence] = {}
+        self._num_added = self._num_launched = 0
         self.max_seq_len = min(max_seq_len, self.cache_tokens)
 
     @property
@@ -79,7 +105,7 @@ class Engine:
 
     def has_work(self) -> bool:
         """Tell whether a step would do anything."""
-        return bool(self._sequences)
+        return bool(self._sequences) or self._in_flight is not None
 
     def add(self, request: Request) -> None:
         """Put a request in line.
@@ -105,7 +131,10 @@ class Engine:
         stream = None
         if self.tokenizer is not None:
             stream = TextStream(self.tokenizer, request.prompt_ids, params.stop)
-        seq = Sequence(request, pages, stream)
+        seq = Sequence(request, self._num_added, stream)
+        self._num_added += 1
+        if request.deadline is not None:
+            seq.expires = time.monotonic() + request.deadline
         self._sequences[request.request_id] = seq
         self._scheduler.add(seq)
 
@@ -132,36 +161,79 @@ class Engine:
         if seq is not None:
             self._scheduler.remove(seq)
 
+    def drop_conversation(self, conversation_id: str) -> None:
+        """Forget the cached prefixes that only this conversation has used."""
+        if self._tree is not None:
+            self._tree.drop_group(conversation_id)
+
     def step(self) -> list[RequestOutput]:
-        """Run one step on all ranks; return what it added, request by request."""
-        planned = self._scheduler.plan()
-        if planned is None:
-            return []
-        plan, work = planned
+        """Run one step on all ranks; return what came out, request by request.
+
+        Where steps run asynchronously (CUDA), this launches a step and returns the results of
+        the one before: planning, sending and detokenizing overlap with the device's work.
+        """
         start = time.perf_counter()
-        self._channel.send(plan)
-        sampled = self._runner.run(plan)
+        outputs = self._expire()
+        launched = self._launch()
+        if self._pipelined:
+            launched, self._in_flight = self._in_flight, launched
+        if launched is not None:
+            sampled = launched.sampled.to_host()
+            for work in launched.work:
+                out = self._commit(work, launched.number, sampled)
+                if out is not None:
+                    outputs.append(out)
         self.counters.run_seconds += time.perf_counter() - start
-        self.counters.steps += 1
-        return [out for w in work if (out := self._commit(w, sampled)) is not None]
+        return outputs
 
     def stop(self) -> None:
         """Let the other ranks leave `follow`."""
         self._channel.send(None)
 
-    def _commit(self, work: Work, sampled: Sampled) -> RequestOutput | None:
+    def _expire(self) -> list[RequestOutput]:
+        now = time.monotonic()
+        expired = [s for s in self._sequences.values() if s.expires and s.expires <= now]
+        return [
+            self._finish(seq, "deadline", RequestOutput(request_id=seq.request.request_id))
+            for seq in expired
+        ]
+
+    def _launch(self) -> _Launched | None:
+        """Plan a step and start it on all ranks."""
+        step = self._scheduler.schedule()
+        if not step.chosen:
+            return None
+        self._num_launched += 1
+        plan, work = write_plan(step, self._num_launched)
+        self._channel.send(plan)
+        sampled = self._runner.run(plan)
+        self.counters.steps += 1
+        self.counters.reused_tokens = self._scheduler.num_reused
+        self.counters.preemptions = self._scheduler.num_preemptions
+        self.counters.evictions = 0 if self._tree is None else self._tree.num_evicted
+        return _Launched(self._num_launched, work, sampled)
+
+    def _commit(self, work: Work, number: int, sampled: Sampled) -> RequestOutput | None:
         """Record a step's results for one sequence."""
         seq = work.seq
-        new_prompt = min(work.num_tokens, max(0, seq.prompt_len - seq.num_computed))
-        self.counters.prefill_tokens += new_prompt
-        self.counters.decode_tokens += work.num_tokens - new_prompt
-        seq.num_computed += work.num_tokens
+        if seq.is_done:
+            return None
+        start = work.stop - work.num_tokens
+        num_decoded = 1 if start >= seq.prompt_len and work.num_tokens == 1 else 0
+        self.counters.prefill_tokens += work.num_tokens - num_decoded
+        self.counters.decode_tokens += num_decoded
+        if seq.num_preempted == work.num_preempted and seq.is_running:
+            seq.num_committed = work.stop
+            if work.num_tokens > 1 or work.stop % self._layout.page_size == 0:
+                self._scheduler.register(seq)
+        top = seq.request.params.prompt_logprobs or 0
         for row in range(work.first_row, work.first_row + work.num_scored):
-            top = seq.request.params.prompt_logprobs or 0
             seq.prompt_logprobs.append(_token_logprobs(sampled, row, top))
         if work.samples:
+            if seq.pending is not None and seq.pending[0] == number:
+                seq.pending = None
             return self._append(seq, sampled, work.first_row + work.num_scored)
-        if seq.num_computed == seq.prompt_len and seq.request.params.max_tokens == 0:
+        if work.stop == seq.prompt_len and seq.request.params.max_tokens == 0:
             return self._finish(seq, "length", RequestOutput(request_id=seq.request.request_id))
         return None
 
@@ -199,6 +271,7 @@ class Engine:
             finish_reason=reason,
             logprobs=None if params.logprobs is None else seq.logprobs,
             prompt_logprobs=None if params.prompt_logprobs is None else seq.prompt_logprobs,
+            cached_tokens=seq.num_cached or 0,
         )
         del self._sequences[seq.request.request_id]
         self._scheduler.remove(seq)

@@ -33,7 +33,10 @@ class StepPlan:
     """A flat batch. Sequences with a single new token come first.
 
     Attributes:
-        token_ids: [T] new tokens of all sequences, one after the other.
+        copies: [2 N] pages to copy before anything is written: all sources, then all
+            destinations.
+        token_ids: [T] new tokens of all sequences, one after the other; -1 - m stands for the
+            token that row m of the step before has sampled.
         query_len: [B] new tokens of each sequence.
         context_len: [B] positions already cached before this step.
         page_count: [B] pages of each sequence, covering context and new tokens.
@@ -46,6 +49,7 @@ class StepPlan:
         seed_low, seed_high: [M] the two halves of the request's seed.
     """
 
+    copies: Ints = field(default_factory=_ints)
     token_ids: Ints = field(default_factory=_ints)
     query_len: Ints = field(default_factory=_ints)
     context_len: Ints = field(default_factory=_ints)

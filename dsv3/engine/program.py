@@ -47,9 +47,14 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     cache.add_argument(
         "--max-seq-len", type=int, default=0, help="longest context (0: the model's)"
     )
+    cache.add_argument(
+        "--no-prefix-reuse", dest="prefix_reuse", action="store_false", help="reuse no prefixes"
+    )
+    cache.add_argument("--eviction", default="cost", help="cost or lru")
     steps = parser.add_argument_group("steps")
     steps.add_argument("--max-batch-tokens", type=int, default=2048, help="new tokens of a step")
     steps.add_argument("--max-running", type=int, default=64, help="sequences at a time")
+    steps.add_argument("--pipeline-depth", type=int, default=-1, help="0, 1 or -1: as the device")
     parser.add_argument("--debug", action="store_true", help="log more; tracebacks with errors")
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from dsv3.cache.layout import NULL_PAGE, CacheLayout
 from dsv3.cache.pool import CachePool
 from dsv3.engine.plan import StepPlan
-from dsv3.engine.sampler import Sampled, Sampler
+from dsv3.engine.sampler import SampledOnDevice, Sampler
 from dsv3.model.batch import Batch, Chunk, DecodeGroup
 from dsv3.model.transformer import Transformer
 
@@ -30,6 +30,7 @@ class Runner:
         self._model, self._cache, self._decode_limit = model, cache, decode_limit
         self._device = cache.slots.device
         self._sampler = Sampler(model, cache.tp, self._device)
+        self._last_token_M = torch.zeros(0, dtype=torch.int64, device=self._device)
 
     @property
     def weight_bytes(self) -> int:
@@ -42,10 +43,19 @@ class Runner:
         return self._model.dtype
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> Sampled:
+    def run(self, plan: StepPlan) -> SampledOnDevice:
         """Run one step. A collective; every rank returns the same."""
+        if len(plan.copies):
+            pages = torch.from_numpy(plan.copies.astype(np.int64)).to(self._device)
+            self._cache.copy_pages(*pages.view(2, -1))
         batch = BatchBuilder(plan, self._cache.layout, self._device, self._decode_limit).build()
-        return self._sampler(self._model(batch, self._cache), plan)
+        if plan.token_ids.min() < 0:
+            known = batch.token_T.clamp_min(0)
+            fed = self._last_token_M[(-1 - batch.token_T).clamp_min(0)]
+            batch.token_T = torch.where(batch.token_T < 0, fed, known)
+        sampled = self._sampler(self._model(batch, self._cache), plan)
+        self._last_token_M = sampled.token_M
+        return sampled
 
 
 class BatchBuilder:

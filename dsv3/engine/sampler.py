@@ -6,11 +6,13 @@ them; the small results are gathered. Every rank returns the same.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from dsv3.engine.plan import NO_TARGET, StepPlan
 from dsv3.model.transformer import Transformer
@@ -32,9 +34,34 @@ class Sampled:
     """
 
     token: NDArray[np.int64]
-    logprob: NDArray[np.float32]
+    logprob: NDArray[np.float64]
     top_token: NDArray[np.int64]
-    top_logprob: NDArray[np.float32]
+    top_logprob: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class SampledOnDevice:
+    """The same on the device, where the next step may already use it.
+
+    Attributes:
+        token_M: [M] int64.
+        scores: [M, 1 + 2 L] float64: log-probability, likeliest tokens, theirs; None if no row
+            asked for any.
+    """
+
+    token_M: Tensor
+    scores: Tensor | None
+
+    def to_host(self) -> Sampled:
+        """Wait for the step and fetch its results."""
+        token = self.token_M.cpu().numpy()
+        if self.scores is None:
+            none = np.zeros((len(token), 0))
+            return Sampled(token, np.zeros(len(token)), none.astype(np.int64), none)
+        scores = self.scores.cpu().numpy()
+        width = (scores.shape[1] - 1) // 2
+        top_token = scores[:, 1 : 1 + width].astype(np.int64)
+        return Sampled(token, scores[:, 0], top_token, scores[:, 1 + width :])
 
 
 class Sampler:
@@ -44,69 +71,78 @@ class Sampler:
         self._model, self._tp, self._device = model, tp, device
         self._vocab = model.config.vocab_size
 
-    def __call__(self, hidden_TD: Tensor, plan: StepPlan) -> Sampled:
+    def __call__(self, hidden_TD: Tensor, plan: StepPlan) -> SampledOnDevice:
         """Return tokens and probabilities of the plan's rows. A collective."""
         rows = torch.from_numpy(plan.row.astype(np.int64)).to(self._device)
-        count = len(plan.row)
+        token_M = torch.zeros(len(plan.row), dtype=torch.int64, device=self._device)
         plain = (plan.temperature <= 0) & (plan.target == NO_TARGET) & (plan.top_logprobs < 0)
-        width = int(max(0, plan.top_logprobs.max(initial=0)))
-        out = Sampled(
-            np.zeros(count, np.int64),
-            np.zeros(count, np.float32),
-            np.zeros((count, width), np.int64),
-            np.zeros((count, width), np.float32),
-        )
+        scores = None
+        width = int(plan.top_logprobs.max(initial=-1))
+        if width >= 0:
+            scores = token_M.new_zeros((len(plan.row), 1 + 2 * width), dtype=torch.float64)
         for chosen, method in ((plain, self._greedy), (~plain, self._whole_rows)):
             where = np.flatnonzero(chosen)
             for start in range(0, len(where), _ROWS):
                 index = where[start : start + _ROWS]
-                logits = self._model.logits(hidden_TD[rows[torch.from_numpy(index)]])
-                method(logits, index, plan, out)
-        return out
+                at = torch.from_numpy(index).to(self._device)
+                logits = self._model.logits(hidden_TD[rows[at]])
+                method(logits, index, at, plan, token_M, scores)
+        return SampledOnDevice(token_M, scores)
 
     def _greedy(
-        self, logits_MW: Tensor, index: NDArray[np.int64], plan: StepPlan, out: Sampled
+        self,
+        logits_MW: Tensor,
+        index: NDArray[np.int64],
+        at: Tensor,
+        plan: StepPlan,
+        token_M: Tensor,
+        scores: Tensor | None,
     ) -> None:
         """Best of the ranks' best; equal logits go to the lowest id."""
         best = logits_MW.max(-1)
         if self._tp.size == 1:
-            out.token[index] = best.indices.cpu().numpy()
+            token_M[at] = best.indices
             return
         ids = best.indices + self._model.lm_head.start
-        # One exchange: ids below 2^24 are exact in float32.
+        # One exchange for both: ids below 2^24 are exact in float32.
         offers = self._tp.all_gather(torch.stack((best.values, ids.float())))
         # argmax takes the first of equals: the lowest rank, so the lowest ids.
         winner = offers[:, 0].argmax(0, keepdim=True)
-        out.token[index] = offers[:, 1].gather(0, winner)[0].long().cpu().numpy()
+        token_M[at] = offers[:, 1].gather(0, winner)[0].long()
 
     def _whole_rows(
-        self, logits_MW: Tensor, index: NDArray[np.int64], plan: StepPlan, out: Sampled
+        self,
+        logits_MW: Tensor,
+        index: NDArray[np.int64],
+        at: Tensor,
+        plan: StepPlan,
+        token_M: Tensor,
+        scores: Tensor | None,
     ) -> None:
         """Deal whole rows to the ranks, let each do its share, gather the results."""
         size = self._tp.size
         share = -(-len(index) // size)
-        padded = torch.nn.functional.pad(logits_MW, (0, 0, 0, share * size - len(index)))
+        padded = F.pad(logits_MW, (0, 0, 0, share * size - len(index)))
         parts = self._tp.all_to_all(padded.view(size, share, -1))
         whole = parts.transpose(0, 1).flatten(1)[:, : self._vocab]
         mine = index[self._tp.rank * share : (self._tp.rank + 1) * share]
-        width = out.top_token.shape[1]
-        result = torch.zeros(share, 2 + 2 * width, dtype=torch.float64, device=self._device)
+        columns = 1 if scores is None else 1 + scores.shape[1]
+        result = torch.zeros(share, columns, dtype=torch.float64, device=self._device)
         if len(mine):
-            self._choose(whole[: len(mine)], mine, plan, result)
-        gathered = self._tp.all_gather(result).flatten(0, 1)[: len(index)].cpu().numpy()
-        out.token[index] = gathered[:, 0].astype(np.int64)
-        out.logprob[index] = gathered[:, 1]
-        out.top_token[index] = gathered[:, 2 : 2 + width].astype(np.int64)
-        out.top_logprob[index] = gathered[:, 2 + width :]
+            self._choose(whole[: len(mine)], mine, plan, result[: len(mine)])
+        gathered = self._tp.all_gather(result).flatten(0, 1)[: len(index)]
+        token_M[at] = gathered[:, 0].long()
+        if scores is not None:
+            scores[at] = gathered[:, 1:]
 
     def _choose(
         self, logits_BW: Tensor, index: NDArray[np.int64], plan: StepPlan, result: Tensor
     ) -> None:
-        """Fill result rows: token, log-probability, likeliest tokens, their log-probabilities."""
+        """Fill result rows: token, then the columns of `SampledOnDevice.scores`."""
         seed = plan.seed_high[index].astype(np.int64) << 32
         seed |= plan.seed_low[index].view(np.uint32).astype(np.int64)
 
-        def on_device(values: NDArray[np.generic]) -> Tensor:
+        def on_device(values: NDArray[Any]) -> Tensor:
             return torch.from_numpy(values).to(self._device)
 
         target = on_device(plan.target[index].astype(np.int64))
@@ -119,12 +155,13 @@ class Sampler:
             on_device(plan.position[index].astype(np.int64)),
         )
         token = torch.where(target == NO_TARGET, token, target)
-        result[: len(index), 0] = token
-        if int(plan.top_logprobs[index].max()) < 0:
+        result[:, 0] = token
+        if result.shape[1] == 1:
             return
         logprob_BW = logits_BW.log_softmax(-1)
-        result[: len(index), 1] = logprob_BW.gather(1, token[:, None])[:, 0]
+        result[:, 1] = logprob_BW.gather(1, token[:, None])[:, 0]
         width = (result.shape[1] - 2) // 2
         top = logprob_BW.topk(min(width, self._vocab), -1)
-        result[: len(index), 2 : 2 + top.indices.shape[1]] = top.indices
-        result[: len(index), 2 + width : 2 + width + top.indices.shape[1]] = top.values
+        found = top.indices.shape[1]
+        result[:, 2 : 2 + found] = top.indices
+        result[:, 2 + width : 2 + width + found] = top.values

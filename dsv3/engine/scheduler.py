@@ -1,168 +1,229 @@
 """Which tokens run in the next step. Rank 0 only; plain numbers, no tensors.
 
-First come, first served. A request is admitted when the pages it may come to need (prompt and
-longest answer) are free, so a running request never runs out of cache. Each step takes one token
-of every sequence that is generating, then fills the token budget with prompt chunks.
+Every step takes one token of each sequence that is generating, then fills the token budget with
+prompt chunks, then admits waiting requests. Pages are taken as sequences grow. When none is left,
+idle cached ones are evicted; after those, the running request that came last gives up its pages
+and resumes later, from whatever of its prefix is still cached.
 """
 
-from collections import deque
-from dataclasses import dataclass
+from bisect import insort
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from dsv3.cache.layout import CacheLayout
 from dsv3.cache.pages import PageAllocator
-from dsv3.engine.plan import NO_TARGET, StepPlan
+from dsv3.cache.prefix import Match, PrefixTree
 from dsv3.engine.sequence import Sequence
 
+# Waiting requests looked at for the longest cached prefix, and how often one may be passed over.
+_WINDOW = 32
+_MAX_OVERTAKEN = 16
+# A request waits for a running one to compute their common prefix if that saves this many tokens.
+_WORTH_WAITING = 32
 
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What one step does for one sequence.
+
+@dataclass
+class Step:
+    """What the next step computes: (sequence, new tokens), ordered as `StepPlan` demands.
 
     Attributes:
-        num_tokens: new tokens to compute.
-        first_row: index of its first planned logits row.
-        num_scored: rows that score prompt tokens.
-        samples: whether one more row samples the next token.
+        copies: pages to copy first, (from, to): partial pages that are continued.
     """
 
-    seq: Sequence
-    num_tokens: int
-    first_row: int
-    num_scored: int
-    samples: bool
+    chosen: list[tuple[Sequence, int]] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
 
 
 class Scheduler:
-    """Waiting and running sequences, and the pages they hold."""
+    """Waiting and running sequences, and the pages they hold.
+
+    Args:
+        layout: geometry of the pages.
+        pages: the allocator.
+        tree: cached prefixes; None reuses nothing.
+        max_batch_tokens: new tokens of a step.
+        max_running: sequences in progress at a time.
+    """
 
     def __init__(
-        self, layout: CacheLayout, pages: PageAllocator, max_batch_tokens: int, max_running: int
+        self,
+        layout: CacheLayout,
+        pages: PageAllocator,
+        tree: PrefixTree | None,
+        max_batch_tokens: int,
+        max_running: int,
     ) -> None:
-        self._layout, self._pages = layout, pages
+        self._layout, self._pages, self._tree = layout, pages, tree
         self._max_batch_tokens, self._max_running = max_batch_tokens, max_running
-        self._unreserved = pages.num_pages
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        # Set when the best waiting request found no room; nothing changes until pages come free.
+        self._is_full = False
+        self.num_preemptions = 0
+        self.num_reused = 0
 
     def add(self, seq: Sequence) -> None:
         """Put a sequence in line."""
-        assert seq.reserved_pages <= self._pages.num_pages, "refused by Engine.add"
-        self.waiting.append(seq)
+        self._is_full = False
+        insort(self.waiting, seq, key=lambda s: s.order)
 
     def remove(self, seq: Sequence) -> None:
-        """Forget a sequence that is done or cancelled; its pages become free."""
-        if seq in self.running:
-            self.running.remove(seq)
-            self._pages.release(seq.pages)
-            self._unreserved += seq.reserved_pages
-        else:
+        """Forget a sequence that is done or cancelled; its computed prefix stays cached."""
+        seq.is_done = True
+        self._is_full = False
+        if not seq.is_running:
             self.waiting.remove(seq)
+            return
+        self.register(seq)
+        self.running.remove(seq)
+        self._pages.release(seq.pages)
+        seq.rewind()
 
-    def _admit(self) -> None:
-        while self.waiting and len(self.running) < self._max_running:
-            if self.waiting[0].reserved_pages > self._unreserved:
-                return
-            seq = self.waiting.popleft()
-            self._unreserved -= seq.reserved_pages
-            self.running.append(seq)
+    def register(self, seq: Sequence) -> None:
+        """Offer a running sequence's computed prefix for reuse."""
+        if self._tree is not None and seq.is_running:
+            group = seq.request.conversation_id
+            self._tree.insert(seq.token_ids, seq.num_committed, seq.pages, group=group)
 
-    def _choose(self) -> list[tuple[Sequence, int]]:
-        """Return (sequence, new tokens) of the next step, ordered as `StepPlan` demands."""
-        left = [(seq, len(seq.token_ids) - seq.num_computed) for seq in self.running]
-        chosen = [(seq, count) for seq, count in left if count == 1]
-        budget = self._max_batch_tokens - len(chosen)
-        for seq, count in left:
-            if count > 1 and budget > 0:
-                chosen.append((seq, min(count, budget)))
-                budget -= chosen[-1][1]
-        return sorted(chosen, key=lambda work: (work[1], work[0].num_computed))
+    def schedule(self) -> Step:
+        """Choose the next step's work; pages are allocated, `num_computed` is not yet advanced."""
+        step = Step()
+        budget = self._max_batch_tokens - sum(seq.num_left == 1 for seq in self.running)
+        for seq in self._until_preempted():
+            count = seq.num_left if seq.num_left <= 1 else min(seq.num_left, budget)
+            if count > 0 and self._grow(seq, count):
+                step.chosen.append((seq, count))
+                budget -= count if seq.num_left > 1 else 0
+        while budget > 0 and len(self.running) < self._max_running and not self._is_full:
+            admitted = self._admit(budget, step)
+            if admitted is None:
+                break
+            step.chosen.append((admitted, min(admitted.num_left, budget)))
+            budget -= step.chosen[-1][1]
+        step.chosen.sort(key=lambda work: (work[1], work[0].num_computed))
+        return step
 
-    def plan(self) -> tuple[StepPlan, list[Work]] | None:
-        """Plan the next step, or return None when there is nothing to do."""
-        self._admit()
-        chosen = self._choose()
-        if not chosen:
+    def _until_preempted(self) -> Iterator[Sequence]:
+        """Iterate over the running sequences, of which the last may go on the way."""
+        i = 0
+        while i < len(self.running):
+            yield self.running[i]
+            i += 1
+
+    # Pages ------------------------------------------------------------------------------------
+
+    def _make_room(self, num_pages: int) -> bool:
+        if self._tree is not None:
+            return self._tree.make_room(num_pages)
+        return self._pages.num_free >= num_pages
+
+    def _grow(self, seq: Sequence, count: int) -> bool:
+        """Give a sequence the pages for `count` more tokens, at the cost of later ones."""
+        missing = self._layout.pages_for(seq.num_computed + count) - len(seq.pages)
+        if missing <= 0:
+            return True
+        while not self._make_room(missing):
+            if self.running[-1] is seq:
+                return False
+            self._preempt(self.running[-1])
+        seq.pages += self._pages.allocate(missing)
+        return True
+
+    def _preempt(self, seq: Sequence) -> None:
+        self.num_preemptions += 1
+        self.register(seq)
+        self.running.remove(seq)
+        self._pages.release(seq.pages)
+        seq.rewind()
+        self.add(seq)
+
+    # Admission --------------------------------------------------------------------------------
+
+    def _admit(self, budget: int, step: Step) -> Sequence | None:
+        """Move the best waiting sequence to the running ones, if there is room for its prompt."""
+        candidate = self._best_waiting()
+        if candidate is None:
             return None
-        rows, work, start = _Rows(), [], 0
-        for seq, count in chosen:
-            missing = self._layout.pages_for(seq.num_computed + count) - len(seq.pages)
-            if missing > 0:
-                seq.pages += self._pages.allocate(missing)
-            first_row = len(rows.row)
-            num_scored = rows.add_scored(seq, count, start)
-            samples = seq.num_computed + count == len(seq.token_ids) and seq_samples(seq)
-            if samples:
-                rows.add_sampled(seq, start + count - 1)
-            work.append(Work(seq, count, first_row, num_scored, samples))
-            start += count
-        plan = StepPlan(
-            token_ids=_ints(
-                t for s, n in chosen for t in s.token_ids[s.num_computed : s.num_computed + n]
-            ),
-            query_len=_ints(n for _, n in chosen),
-            context_len=_ints(s.num_computed for s, _ in chosen),
-            page_count=_ints(len(s.pages) for s, _ in chosen),
-            pages=_ints(p for s, _ in chosen for p in s.pages),
-        )
-        rows.fill(plan)
-        return plan, work
+        seq, match = candidate
+        if not self._take(seq, match, step):
+            self._is_full = True
+            return None
+        for other in self.waiting:
+            if other.order >= seq.order:
+                break
+            other.overtaken += 1
+        self.waiting.remove(seq)
+        insort(self.running, seq, key=lambda s: s.order)
+        seq.is_running = True
+        grown = self._grow(seq, min(seq.num_left, budget))
+        assert grown, "room was made for the whole prompt"
+        return seq
+
+    def _best_waiting(self) -> tuple[Sequence, Match] | None:
+        """Return the waiting sequence with the longest cached prefix, within fairness.
+
+        Only sequences of the best priority compete, and one that was passed over too often wins.
+        """
+        best: tuple[Sequence, Match] | None = None
+        for seq in self.waiting[:_WINDOW]:
+            if best is not None and seq.request.priority != best[0].request.priority:
+                break
+            match = self._match(seq)
+            if self._worth_waiting(seq, match):
+                continue
+            if seq.overtaken >= _MAX_OVERTAKEN:
+                return seq, match
+            if best is None or match.num_tokens > best[1].num_tokens:
+                best = seq, match
+        return best
+
+    def _match(self, seq: Sequence) -> Match:
+        if self._tree is None or seq.reuse_limit <= 0:
+            return Match([], 0)
+        return self._tree.match(seq.token_ids, seq.reuse_limit)
+
+    def _worth_waiting(self, seq: Sequence, match: Match) -> bool:
+        """Tell whether a running sequence is about to compute much of this one's prefix."""
+        if self._tree is None:
+            return False
+        for other in self.running:
+            if other.num_committed >= other.prompt_len:
+                continue
+            common = _num_common(seq.token_ids[: seq.reuse_limit], other.request.prompt_ids)
+            if common - match.num_tokens >= _WORTH_WAITING:
+                return True
+        return False
+
+    def _take(self, seq: Sequence, match: Match, step: Step) -> bool:
+        """Take the matched pages, and see that the rest of the prompt will find room."""
+        assert not seq.pages
+        if self._tree is not None:
+            self._tree.use(match, seq.request.conversation_id)
+        # One spare page for each running sequence, or the newcomer would soon be preempted.
+        missing = self._layout.pages_for(len(seq.token_ids)) - len(match.pages)
+        wanted = missing + len(self.running)
+        if not self._make_room(min(wanted, self._pages.num_pages - len(match.held_pages))):
+            self._pages.release(match.held_pages)
+            return False
+        seq.pages = list(match.pages)
+        found = len(match.pages) * self._layout.page_size
+        if match.partial_page is not None:
+            self._pages.release([match.partial_page])
+            if self._pages.num_free:
+                seq.pages += self._pages.allocate(1)
+                step.copies.append((match.partial_page, seq.pages[-1]))
+                found = match.num_tokens
+        seq.num_computed = seq.num_committed = found
+        self.num_reused += found
+        if seq.num_cached is None:
+            seq.num_cached = found
+        return True
 
 
-def seq_samples(seq: Sequence) -> bool:
-    """Tell whether a sequence generates at all; a scored prompt does not."""
-    return seq.request.params.max_tokens > 0
-
-
-def _ints(values: object) -> np.ndarray:  # type: ignore[type-arg]
-    return np.fromiter(values, np.int32)  # type: ignore[call-overload,no-any-return]
-
-
-class _Rows:
-    """Collects the logits rows of a plan."""
-
-    def __init__(self) -> None:
-        self.row: list[int] = []
-        self.position: list[int] = []
-        self.target: list[int] = []
-        self.seqs: list[Sequence] = []
-        self.top_logprobs: list[int] = []
-
-    def _add(self, seq: Sequence, row: int, position: int, target: int, top: int | None) -> None:
-        self.row.append(row)
-        self.position.append(position)
-        self.target.append(target)
-        self.seqs.append(seq)
-        self.top_logprobs.append(-1 if top is None else top)
-
-    def add_scored(self, seq: Sequence, count: int, start: int) -> int:
-        """Score the prompt tokens that follow the step's tokens; return how many."""
-        top = seq.request.params.prompt_logprobs
-        if top is None:
-            return 0
-        first = seq.num_computed
-        last = min(first + count, seq.prompt_len - 1)
-        for position in range(first, last):
-            target = seq.token_ids[position + 1]
-            self._add(seq, start + position - first, position + 1, target, top)
-        return max(0, last - first)
-
-    def add_sampled(self, seq: Sequence, row: int) -> None:
-        """Sample the token after the last one."""
-        position, params = len(seq.token_ids), seq.request.params
-        self._add(seq, row, position, NO_TARGET, params.logprobs)
-
-    def fill(self, plan: StepPlan) -> None:
-        """Write the rows into a plan."""
-        params = [seq.request.params for seq in self.seqs]
-        seeds = np.array([p.seed for p in params], np.int64).view(np.int32).reshape(-1, 2)
-        plan.row = _ints(self.row)
-        plan.position = _ints(self.position)
-        plan.target = _ints(self.target)
-        plan.top_logprobs = _ints(self.top_logprobs)
-        plan.top_k = _ints(min(p.top_k, 2**31 - 1) for p in params)
-        plan.seed_low = np.ascontiguousarray(seeds[:, 0])
-        plan.seed_high = np.ascontiguousarray(seeds[:, 1])
-        plan.temperature = np.array([p.temperature for p in params], np.float32)
-        plan.top_p = np.array([p.top_p for p in params], np.float32)
+def _num_common(a: list[int], b: list[int]) -> int:
+    """Return how many leading tokens two lists share."""
+    length = min(len(a), len(b))
+    differs = np.flatnonzero(np.array(a[:length]) != np.array(b[:length]))
+    return int(differs[0]) if len(differs) else length

@@ -10,26 +10,48 @@ from dsv3.text.detokenize import TextStream
 class Sequence:
     """State of one request between steps.
 
+    Planning runs ahead of results by at most one step: `num_computed` counts what has been
+    planned, `num_committed` what has come back. `pending` tells which (step, row) in flight
+    samples the token after `token_ids`.
+
     Attributes:
-        token_ids: the prompt, then what was generated.
-        num_computed: leading tokens whose cache entries exist.
-        pages: its page table.
-        reserved_pages: pages it may come to need; admission has set them aside.
+        arrival: order of coming; with the request's priority it decides who goes first.
         stream: turns tokens into text; None where there is no tokenizer.
+        token_ids: the prompt, then what was generated.
+        pages: its page table.
+        num_cached: prompt tokens whose entries were found in the cache.
+        num_scored: prompt tokens, from the second on, whose scores have been planned.
+        num_preempted: how often it lost its pages.
+        overtaken: how often a later request was admitted before it.
+        expires: `time.monotonic()` at which it ends as it is.
     """
 
     request: Request
-    reserved_pages: int
+    arrival: int
     stream: TextStream | None
     token_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
+    num_committed: int = 0
+    pending: tuple[int, int] | None = None
     pages: list[int] = field(default_factory=list)
+    num_cached: int | None = None
+    num_scored: int = 0
+    num_preempted: int = 0
+    overtaken: int = 0
+    expires: float | None = None
+    is_running: bool = False
+    is_done: bool = False
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Start from the prompt."""
         self.token_ids = list(self.request.prompt_ids)
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Sort key: lower goes first."""
+        return self.request.priority, self.arrival
 
     @property
     def prompt_len(self) -> int:
@@ -40,3 +62,28 @@ class Sequence:
     def num_generated(self) -> int:
         """Tokens generated so far."""
         return len(self.token_ids) - self.prompt_len
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that could be computed next; 0 when the step in flight may be the last."""
+        waiting = 0 if self.pending is None else 1
+        if waiting and self.num_generated + waiting >= self.request.params.max_tokens:
+            return 0
+        return len(self.token_ids) + waiting - self.num_computed
+
+    @property
+    def reuse_limit(self) -> int:
+        """Leading tokens that may be taken from the cache.
+
+        The last token is always computed, for its logits; a prompt that is scored needs the
+        logits of all its tokens.
+        """
+        if self.request.params.prompt_logprobs is not None:
+            return min(self.num_scored, len(self.token_ids) - 1)
+        return len(self.token_ids) - 1
+
+    def rewind(self) -> None:
+        """Forget what is computed (its pages are gone); the tokens stay."""
+        self.pages, self.num_computed, self.num_committed = [], 0, 0
+        self.is_running = False
+        self.num_preempted += 1

@@ -36,12 +36,16 @@ def collect_stats(started: Started, seconds: dict[str, float]) -> dict[str, Any]
         "ranks": ranks,
         "tokens": {
             "prefill": done.prefill_tokens if done else 0,
-            "reused": 0,
+            "reused": done.reused_tokens if done else 0,
             "decode": done.decode_tokens if done else 0,
             "drafted": 0,
             "accepted": 0,
         },
-        "events": {"steps": done.steps if done else 0, "preemptions": 0, "evictions": 0},
+        "events": {
+            "steps": done.steps if done else 0,
+            "preemptions": done.preemptions if done else 0,
+            "evictions": done.evictions if done else 0,
+        },
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
     }
 

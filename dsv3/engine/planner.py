@@ -1,0 +1,118 @@
+"""Writes a scheduled step down as a `StepPlan`, and remembers what its rows are for."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from dsv3.engine.plan import NO_TARGET, Ints, StepPlan
+from dsv3.engine.scheduler import Step
+from dsv3.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a planned step does for one sequence.
+
+    Attributes:
+        num_tokens: new tokens it computes.
+        stop: positions computed after it.
+        first_row: its first row among the planned logits.
+        num_scored: rows that score prompt tokens.
+        samples: whether one more row samples the next token.
+        num_preempted: how often the sequence had lost its pages when this was planned.
+    """
+
+    seq: Sequence
+    num_tokens: int
+    stop: int
+    first_row: int
+    num_scored: int
+    samples: bool
+    num_preempted: int
+
+
+def write_plan(step: Step, number: int) -> tuple[StepPlan, list[Work]]:
+    """Return the plan of step `number`, and advance its sequences past it."""
+    rows, work, tokens, start = _Rows(), [], [], 0
+    context = [seq.num_computed for seq, _ in step.chosen]
+    for seq, count in step.chosen:
+        stop = seq.num_computed + count
+        first_row = len(rows.row)
+        num_scored = rows.add_scored(seq, stop, start)
+        tokens += seq.token_ids[seq.num_computed : stop]
+        if stop > len(seq.token_ids):
+            assert seq.pending is not None and seq.pending[0] == number - 1, f"{seq.pending=}"
+            tokens.append(-1 - seq.pending[1])
+        samples = seq.request.params.max_tokens > 0 and seq.num_left == count
+        if samples:
+            rows.add_sampled(seq, stop, start + count - 1)
+            seq.pending = number, len(rows.row) - 1
+        seq.num_computed = stop
+        work.append(
+            Work(seq, count, stop, first_row, num_scored, samples, seq.num_preempted)
+        )
+        start += count
+    plan = StepPlan(
+        copies=_ints([a for a, _ in step.copies] + [b for _, b in step.copies]),
+        token_ids=_ints(tokens),
+        query_len=_ints(count for _, count in step.chosen),
+        context_len=_ints(context),
+        page_count=_ints(len(seq.pages) for seq, _ in step.chosen),
+        pages=_ints([page for seq, _ in step.chosen for page in seq.pages]),
+    )
+    rows.fill(plan)
+    return plan, work
+
+
+def _ints(values: Iterable[int]) -> Ints:
+    return np.array(values if isinstance(values, list) else list(values), np.int32)
+
+
+class _Rows:
+    """Collects the logits rows of a plan."""
+
+    def __init__(self) -> None:
+        self.row: list[int] = []
+        self.position: list[int] = []
+        self.target: list[int] = []
+        self.top_logprobs: list[int] = []
+        self.seqs: list[Sequence] = []
+
+    def _add(self, seq: Sequence, row: int, position: int, target: int, top: int | None) -> None:
+        self.row.append(row)
+        self.position.append(position)
+        self.target.append(target)
+        self.top_logprobs.append(-1 if top is None else top)
+        self.seqs.append(seq)
+
+    def add_scored(self, seq: Sequence, stop: int, start: int) -> int:
+        """Score the prompt tokens after the step's, unless that was done; return how many."""
+        top = seq.request.params.prompt_logprobs
+        if top is None:
+            return 0
+        first = max(seq.num_computed, seq.num_scored)
+        last = min(stop, seq.prompt_len - 1)
+        seq.num_scored = max(seq.num_scored, last)
+        for position in range(first, last):
+            row = start + position - seq.num_computed
+            self._add(seq, row, position + 1, seq.token_ids[position + 1], top)
+        return max(0, last - first)
+
+    def add_sampled(self, seq: Sequence, position: int, row: int) -> None:
+        """Sample the token of `position`."""
+        self._add(seq, row, position, NO_TARGET, seq.request.params.logprobs)
+
+    def fill(self, plan: StepPlan) -> None:
+        """Write the rows into a plan."""
+        params = [seq.request.params for seq in self.seqs]
+        seeds = np.array([p.seed for p in params], np.int64).view(np.int32).reshape(-1, 2)
+        plan.row = _ints(self.row)
+        plan.position = _ints(self.position)
+        plan.target = _ints(self.target)
+        plan.top_logprobs = _ints(self.top_logprobs)
+        plan.top_k = _ints(min(p.top_k, 2**31 - 1) for p in params)
+        plan.seed_low = np.ascontiguousarray(seeds[:, 0])
+        plan.seed_high = np.ascontiguousarray(seeds[:, 1])
+        plan.temperature = np.array([p.temperature for p in params], np.float32)
+        plan.top_p = np.array([p.top_p for p in params], np.float32)
