@@ -1,0 +1,80 @@
+"""How large the house is: lines per room and file, and the longest functions.
+
+python scripts/sizes.py
+"""
+
+import ast
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+BUDGET = 10_000
+FILE_LIMIT = 400
+FUNCTION_LIMIT = 50
+_FOLDERS = ("dsv3", "kernels", "launch", "scripts", "tests")
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function's place and length in lines, decorators and docstring included."""
+
+    name: str
+    file: str
+    lines: int
+
+
+def count_lines(root: Path, folder: str) -> dict[str, int]:
+    """Return the lines of every Python file below a folder, by path relative to `root`."""
+    files = sorted((root / folder).rglob("*.py"))
+    return {str(f.relative_to(root)): len(f.read_text("utf-8").splitlines()) for f in files}
+
+
+def functions(root: Path, file: str) -> list[Function]:
+    """Return the functions of a file. A method's length counts; its class's does not."""
+    found = []
+    for node in ast.walk(ast.parse((root / file).read_text("utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+            assert node.end_lineno is not None
+            found.append(Function(node.name, file, node.end_lineno - first + 1))
+    return found
+
+
+def rooms(files: dict[str, int]) -> dict[str, int]:
+    """Return the lines of every room: the folder below the top one, or the top one itself."""
+    total: dict[str, int] = {}
+    for file, lines in files.items():
+        room = "/".join(Path(file).parts[:-1][:2])
+        total[room] = total.get(room, 0) + lines
+    return total
+
+
+def main() -> None:
+    """Print the report."""
+    every = {}
+    for folder in _FOLDERS:
+        files = count_lines(ROOT, folder)
+        every |= files
+        print(f"{sum(files.values()):6,}  {folder}/")
+        for room, lines in rooms(files).items():
+            print(f"{lines:6,}    {room}/")
+            if folder in ("dsv3", "kernels"):
+                for file, size in files.items():
+                    if str(Path(file).parent) == room:
+                        print(f"{size:6,}      {Path(file).name}")
+    print(f"\nfiles over {FILE_LIMIT} lines:")
+    for file, lines in every.items():
+        if lines > FILE_LIMIT:
+            print(f"{lines:6,}  {file}")
+    print(f"\nlongest functions of dsv3/ and kernels/ (aim: {FUNCTION_LIMIT}):")
+    ours = [
+        f for file in every if file.startswith(("dsv3", "kernels")) for f in functions(ROOT, file)
+    ]
+    for function in sorted(ours, key=lambda f: -f.lines)[:10]:
+        print(f"{function.lines:6,}  {function.file}: {function.name}")
+    total = sum(count_lines(ROOT, "dsv3").values())
+    print(f"\ndsv3/: {total:,} of {BUDGET:,} lines")
+
+
+if __name__ == "__main__":
+    main()

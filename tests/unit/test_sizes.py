@@ -1,0 +1,29 @@
+"""The budget of STYLE: dsv3 stays small enough to be read."""
+
+from pathlib import Path
+
+from scripts.sizes import BUDGET, ROOT, count_lines, functions, main, rooms
+
+
+def test_the_budget_holds() -> None:
+    assert sum(count_lines(ROOT, "dsv3").values()) <= BUDGET == 10_000
+
+
+def test_no_function_grows_out_of_hand() -> None:
+    """50 lines is the aim; 100 is a kernel's limit, and nothing may be longer."""
+    files = [f for folder in ("dsv3", "kernels") for f in count_lines(ROOT, folder)]
+    long = [f for file in files for f in functions(ROOT, file) if f.lines > 100]
+    assert len(files) > 40 and not long
+
+
+def test_counting(tmp_path: Path, capsys) -> None:
+    room = tmp_path / "pkg" / "room" / "inner"
+    room.mkdir(parents=True)
+    (tmp_path / "pkg" / "top.py").write_text("a = 1\n")
+    (room / "x.py").write_text("import os\n\n\n@property\ndef f():\n    return 1\n\n\nb = 2")
+    files = count_lines(tmp_path, "pkg")
+    assert files == {"pkg/room/inner/x.py": 9, "pkg/top.py": 1}
+    assert rooms(files) == {"pkg/room": 9, "pkg": 1}
+    assert [(f.name, f.lines) for f in functions(tmp_path, "pkg/room/inner/x.py")] == [("f", 3)]
+    main()
+    assert "dsv3/engine/" in capsys.readouterr().out
