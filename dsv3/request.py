@@ -67,8 +67,9 @@ class Request:
 
     Attributes:
         request_id: unique among the unfinished requests.
-        priority: of two waiting requests the one with the higher number goes first.
+        priority: lower goes first, equal ones in order of arrival.
         conversation_id: requests that share it are turns of one dialogue.
+        deadline: seconds after `Engine.add` at which the answer ends as it is; None waits.
     """
 
     request_id: str
@@ -76,6 +77,7 @@ class Request:
     params: SamplingParams
     priority: int = 0
     conversation_id: str | None = None
+    deadline: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,7 @@ class Completion:
     Attributes:
         token_ids: generated tokens, the end token not included.
         text: their text, cut before a stop string.
-        finish_reason: "stop" (end token or stop string) or "length".
+        finish_reason: "stop" (end token or stop string), "length" or "deadline".
         logprobs: one entry per generated token when asked for.
         prompt_logprobs: one entry per prompt token but the first, when asked for.
         cached_tokens: prompt tokens whose cache entries were reused, not computed.

@@ -49,9 +49,7 @@ def write_plan(step: Step, number: int) -> tuple[StepPlan, list[Work]]:
             rows.add_sampled(seq, stop, start + count - 1)
             seq.pending = number, len(rows.row) - 1
         seq.num_computed = stop
-        work.append(
-            Work(seq, count, stop, first_row, num_scored, samples, seq.num_preempted)
-        )
+        work.append(Work(seq, count, stop, first_row, num_scored, samples, seq.num_preempted))
         start += count
     plan = StepPlan(
         copies=_ints([a for a, _ in step.copies] + [b for _, b in step.copies]),
