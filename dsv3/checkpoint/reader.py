@@ -6,7 +6,7 @@ mapped file count as resident memory until it is unmapped.
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +15,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
+from dsv3.checkpoint.digest import digest_of
 from dsv3.checkpoint.region import Box, Region, region_shape, whole
 from dsv3.checkpoint.safetensors_file import DTYPE_BYTES, tensor_bytes
 from dsv3.config import ModelConfig
@@ -25,11 +26,15 @@ _STAGING = 8 << 20  # bytes read at once where columns must be cut out of rows
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A contiguous run of bytes in a file that holds one region, row-major."""
+    """A contiguous run of bytes in a file that holds one region, row-major.
+
+    `digest` is of those bytes where a manifest tells it, else empty.
+    """
 
     file: Path
     offset: int
     region: Region
+    digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +45,7 @@ class TensorInfo:
     dtype: str
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
+    digest: str = ""
 
     @property
     def num_bytes(self) -> int:
@@ -47,8 +53,19 @@ class TensorInfo:
         return tensor_bytes(self.dtype, self.shape)
 
 
+def check_digest(piece: Piece, data: memoryview) -> None:
+    """Raise CheckpointError if the bytes of a whole piece are not those that were written."""
+    if digest_of(data) != piece.digest:
+        raise CheckpointError(
+            f"{piece.file}: bytes {piece.offset} to {piece.offset + len(data)} do not match their "
+            "digest in manifest.json; copy or convert the file again"
+        )
+
+
 class Source:
     """A checkpoint directory that can be read slice by slice, from any number of threads.
+
+    Where a manifest tells digests, a piece that is read whole in one call is held to its own.
 
     Attributes:
         path: the directory.
@@ -80,6 +97,11 @@ class Source:
             for descriptor in self._files.values():
                 os.close(descriptor)
             self._files.clear()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors, each counted once."""
+        return sum(info.num_bytes for info in self.tensors.values())
 
     def where(self, name: str) -> Path:
         """The (first) file that holds a tensor."""
@@ -113,6 +135,18 @@ class Source:
             self._fill(info, region, buffer)
         return buffer
 
+    def stream(self, info: TensorInfo, piece: Piece, block_bytes: int) -> Iterator[memoryview]:
+        """Yield the bytes of one piece as they are stored, a block at a time.
+
+        A block is valid until the next one is asked for.
+        """
+        size = tensor_bytes(info.dtype, region_shape(piece.region))
+        buffer = memoryview(bytearray(min(block_bytes, size)))
+        for start in range(0, size, block_bytes):
+            block = buffer[: size - start]
+            self._read_bytes(piece.file, piece.offset + start, block)
+            yield block
+
     def _fill(self, info: TensorInfo, region: Region, buffer: memoryview) -> None:
         itemsize = DTYPE_BYTES[info.dtype]
         box = Box.of(region, itemsize)
@@ -142,6 +176,8 @@ class Source:
         first = piece.offset + (part.row - held.row) * width
         if view.shape[1] == width and view.flags.c_contiguous:
             self._read_bytes(piece.file, first, view.data.cast("B"))
+            if piece.digest and part == held:
+                check_digest(piece, view.data.cast("B"))
             return
         rows = max(1, _STAGING // width)
         staging = np.empty((min(rows, len(view)), width), np.uint8)

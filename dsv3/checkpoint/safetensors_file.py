@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +46,17 @@ def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
     return math.prod(shape) * DTYPE_BYTES[dtype]
 
 
-def read_header(path: Path) -> dict[str, Entry]:
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a file says of itself: `prefix` is all its bytes before the tensors."""
+
+    entries: dict[str, Entry]
+    metadata: dict[str, str]
+    prefix: bytes
+    file_bytes: int
+
+
+def read_header(path: Path) -> Header:
     """Read where each tensor of a file lies.
 
     Raises:
@@ -61,21 +71,23 @@ def read_header(path: Path) -> dict[str, Entry]:
                     f"{path}: not a safetensors file, or truncated within its header "
                     f"({size} bytes); fetch it again"
                 )
-            header = json.loads(file.read(length))
+            text = file.read(length)
+            header = json.loads(text)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError:
         raise CheckpointError(f"{path}: its safetensors header is not JSON") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: its safetensors header is not a JSON object")
-    header.pop("__metadata__", None)
-    entries = {name: _entry(path, name, item, 8 + length) for name, item in header.items()}
-    end = max((entry.offset + entry.num_bytes for entry in entries.values()), default=8 + length)
+    metadata = header.pop("__metadata__", {})
+    prefix = length.to_bytes(8, "little") + text
+    entries = {name: _entry(path, name, item, len(prefix)) for name, item in header.items()}
+    end = max((entry.offset + entry.num_bytes for entry in entries.values()), default=0)
     if end > size:
         raise CheckpointError(
             f"{path}: truncated: {size} bytes, its header tells of {end}; fetch it again"
         )
-    return entries
+    return Header(entries, metadata, prefix, size)
 
 
 def _entry(path: Path, name: str, item: object, base: int) -> Entry:
@@ -91,7 +103,7 @@ def _entry(path: Path, name: str, item: object, base: int) -> Entry:
 
 
 def make_header(
-    tensors: Iterable[tuple[str, str, tuple[int, ...]]],
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
 ) -> tuple[bytes, dict[str, int]]:
     """Lay out a file.
 
@@ -99,11 +111,12 @@ def make_header(
 
     Args:
         tensors: (name, dtype, shape) of each.
+        metadata: the file's own notes, beside the "format" that loaders look for.
 
     Returns:
         the bytes the file begins with, and each tensor's offset in the file, in file order.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     starts: dict[str, int] = {}
     end = 0
     for name, dtype, shape in sorted(tensors, key=lambda tensor: -DTYPE_BYTES[tensor[1]]):
@@ -114,6 +127,5 @@ def make_header(
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER:
         raise CheckpointError(f"a file of {len(starts)} tensors needs too large a header")
-    base = 8 + len(text)
     prefix = len(text).to_bytes(8, "little") + text
-    return prefix, {name: base + start for name, start in starts.items()}
+    return prefix, {name: len(prefix) + start for name, start in starts.items()}

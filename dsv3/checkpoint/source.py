@@ -1,7 +1,8 @@
 """Open a checkpoint directory of any kind as a `Source`.
 
-Known are Hugging Face's (an index over several files, or one file) and those that DeepSeek's own
-converter writes (a file per rank, its own tensor names, equal slices).
+Known are Hugging Face's (an index over several files, or one file), those that our converter
+writes (a file per rank and a manifest), and those that DeepSeek's own converter writes (a file per
+rank, its own tensor names, equal slices).
 """
 
 import json
@@ -9,6 +10,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from dsv3.checkpoint.digest import file_digest
+from dsv3.checkpoint.manifest import DIGEST_KEY, MANIFEST, read_manifest
 from dsv3.checkpoint.names import from_deepseek, weight_name
 from dsv3.checkpoint.reader import Piece, Source, TensorInfo
 from dsv3.checkpoint.region import Region, region_shape, whole
@@ -58,6 +61,8 @@ def open_source(path: str | Path, config: ModelConfig | None = None) -> Source:
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such directory")
     config = _config(path, config)
+    if (path / MANIFEST).is_file():
+        return Source(path, config, _converted(path))
     if (path / INDEX).is_file():
         return Source(path, config, _indexed(path))
     if (path / SINGLE).is_file():
@@ -89,7 +94,9 @@ def _whole_tensor(name: str, entry: Entry, file: Path) -> TensorInfo:
 
 
 def _whole_tensors(file: Path) -> dict[str, TensorInfo]:
-    return {name: _whole_tensor(name, entry, file) for name, entry in read_header(file).items()}
+    return {
+        name: _whole_tensor(name, entry, file) for name, entry in read_header(file).entries.items()
+    }
 
 
 def _indexed(path: Path) -> dict[str, TensorInfo]:
@@ -101,7 +108,7 @@ def _indexed(path: Path) -> dict[str, TensorInfo]:
         if file_name not in headers:
             if not file.is_file():
                 raise CheckpointError(f"{file}: missing, but {INDEX} names it (tensor {name})")
-            headers[file_name] = read_header(file)
+            headers[file_name] = read_header(file).entries
         entry = headers[file_name].get(name)
         if entry is None:
             raise CheckpointError(f"{file}: tensor {name} is missing, but {INDEX} names it")
@@ -121,13 +128,42 @@ def _read_index(file: Path) -> dict[str, str]:
     raise CheckpointError(f"{file}: not an index of tensor names to file names; fetch it again")
 
 
+def _converted(path: Path) -> dict[str, TensorInfo]:
+    """A directory of ours; each file must be the one that the manifest was written for."""
+    manifest = read_manifest(path)
+    shards = {(name, s.rank): s for name, r in manifest.tensors.items() for s in r.shards}
+    pieces: dict[str, list[Piece]] = {name: [] for name in manifest.tensors}
+    for rank, record in enumerate(manifest.files):
+        file = path / record.name
+        if not file.is_file():
+            raise CheckpointError(f"{file}: missing, but {MANIFEST} names it")
+        header = read_header(file)
+        digests = []
+        for name, entry in header.entries.items():
+            shard = shards.get((name, rank))
+            if shard is None or region_shape(shard.region) != entry.shape:
+                raise CheckpointError(f"{file}: tensor {name} is not as {MANIFEST} tells")
+            digests.append(shard.digest)
+            pieces[name].append(Piece(file, entry.offset, shard.region, shard.digest))
+        if (
+            header.metadata.get(DIGEST_KEY) != manifest.model_digest
+            or header.file_bytes != record.num_bytes
+            or file_digest(header.prefix, digests) != record.digest
+        ):
+            raise CheckpointError(f"{file}: not the file that {MANIFEST} was written for")
+    return {
+        name: TensorInfo(name, r.dtype, r.shape, tuple(pieces[name]), r.digest)
+        for name, r in manifest.tensors.items()
+    }
+
+
 def _deepseek(path: Path, config: ModelConfig) -> dict[str, TensorInfo]:
     """A directory made by DeepSeek's converter: slices lie end to end in rank order."""
     files = _rank_files(path)
     specs = tensor_specs(config)
     held: dict[str, list[tuple[Path, Entry]]] = {}
     for file in files:
-        for theirs, entry in read_header(file).items():
+        for theirs, entry in read_header(file).entries.items():
             if theirs.startswith(("model.", "lm_head.")):
                 raise CheckpointError(
                     f"{path}: an unfinished conversion (no manifest.json); run convert.py again"

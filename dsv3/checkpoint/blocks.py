@@ -1,0 +1,81 @@
+"""A conversion's tensors as streams of bounded row blocks, cast on the way."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from dsv3.checkpoint.names import scale_name
+from dsv3.checkpoint.plan import Cast, Job, Plan
+from dsv3.checkpoint.quantize import BLOCK, dequantize, from_bf16, quantize
+from dsv3.checkpoint.reader import Source
+from dsv3.checkpoint.safetensors_file import DTYPE_BYTES
+
+BLOCK_BYTES = 2 << 20
+Bytes = npt.NDArray[np.uint8]
+
+
+class BlockReader:
+    """Reads jobs one after the other through one buffer; each thread has its own reader."""
+
+    def __init__(self, source: Source, plan: Plan) -> None:
+        self._source = source
+        quantization = plan.config.quantization
+        self._scale_fmt = quantization.scale_fmt if quantization else None
+        self._buffer = np.empty(BLOCK_BYTES, np.uint8)
+
+    def blocks(self, job: Job) -> Iterator[tuple[str, int, Bytes]]:
+        """Yield (output name, first row, [rows, bytes of a row]), each output's rows in order.
+
+        A block is valid until the next one is asked for.
+        """
+        if job.cast is Cast.NONE:
+            yield from self._copied(job)
+        elif job.cast is Cast.BF16:
+            yield from self._dequantized(job)
+        else:
+            yield from self._quantized(job)
+
+    def _copied(self, job: Job) -> Iterator[tuple[str, int, Bytes]]:
+        for row, block in self._rows(job.name, 1):
+            yield job.name, row, block
+
+    def _dequantized(self, job: Job) -> Iterator[tuple[str, int, Bytes]]:
+        scale = scale_name(job.name)
+        for row, w_FD in self._rows(job.name, BLOCK):
+            first, last = row // BLOCK, -(-(row + len(w_FD)) // BLOCK)
+            cols = (0, self._source.tensors[scale].shape[1])
+            scales = self._source.read(scale, ((first, last), cols))
+            scale_fd = np.frombuffer(scales, np.float32).reshape(last - first, -1)
+            yield job.name, row, dequantize(w_FD, scale_fd).view(np.uint8)
+
+    def _quantized(self, job: Job) -> Iterator[tuple[str, int, Bytes]]:
+        dtype = self._source.tensors[job.name].dtype
+        weight, scale = job.outputs
+        for row, block in self._rows(job.name, BLOCK):
+            if dtype == "BF16":
+                x_FD = from_bf16(block.view(np.uint16))
+            else:
+                x_FD = block.view({"F32": np.float32, "F16": np.float16}[dtype]).astype(np.float32)
+            w_FD, scale_fd = quantize(x_FD, self._scale_fmt)
+            yield weight, row, w_FD
+            yield scale, row // BLOCK, scale_fd.view(np.uint8)
+
+    def _rows(self, name: str, step: int) -> Iterator[tuple[int, Bytes]]:
+        """Blocks of a stored tensor, of a multiple of `step` rows each."""
+        info = self._source.tensors[name]
+        rows, cols = info.shape if len(info.shape) == 2 else (1, *info.shape)
+        width = cols * DTYPE_BYTES[info.dtype]
+        count = max(step, BLOCK_BYTES // width // step * step)
+        for row in range(0, rows, count):
+            stop = min(row + count, rows)
+            block = self._memory((stop - row) * width).reshape(stop - row, width)
+            region = ((row, stop), (0, cols))
+            self._source.read(name, region[-len(info.shape) :], block.data)
+            yield row, block
+
+    def _memory(self, num_bytes: int) -> Bytes:
+        """Memory for one block; the buffer grows for tensors whose block rows are longer."""
+        if len(self._buffer) < num_bytes:
+            self._buffer = np.empty(num_bytes, np.uint8)
+        return self._buffer[:num_bytes]

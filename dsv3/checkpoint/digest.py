@@ -1,0 +1,35 @@
+"""What tells damaged or foreign bytes from the right ones."""
+
+import hashlib
+import zlib
+from collections.abc import Iterable
+
+
+class Digest:
+    """CRC-32 of a stream of bytes: finds damage (not forgery) at several times SHA-256's speed."""
+
+    def __init__(self) -> None:
+        self._value = 0
+
+    def update(self, data: bytes | memoryview) -> None:
+        """Take the next bytes."""
+        self._value = zlib.crc32(data, self._value)
+
+    def __str__(self) -> str:
+        return f"{self._value:08x}"
+
+
+def digest_of(data: bytes | memoryview) -> str:
+    """Digest of bytes that are all there."""
+    return f"{zlib.crc32(data):08x}"
+
+
+def model_digest(tensors: Iterable[tuple[str, str, tuple[int, ...], str]]) -> str:
+    """SHA-256 over (name, dtype, shape, digest) of every tensor, sorted by name."""
+    lines = sorted(f"{name} {dtype} {list(shape)} {d}\n" for name, dtype, shape, d in tensors)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def file_digest(prefix: bytes, digests: Iterable[str]) -> str:
+    """SHA-256 over a file's header and the digests of its slices in file order."""
+    return hashlib.sha256(prefix + "".join(digests).encode()).hexdigest()

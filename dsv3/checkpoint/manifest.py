@@ -1,0 +1,133 @@
+"""`manifest.json`: what a converted directory holds. Its presence says that nothing is missing.
+
+It names the layout, every file with its size and digest, and every tensor with its type, shape,
+digest and slices. The digest of a tensor is over its bytes as one row-major whole, and
+`model_digest` is made of those, so both are the same in every layout. No paths and no dates: the
+same weights in the same layout make the same manifest.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsv3.checkpoint.region import Region, whole
+from dsv3.config import ParallelConfig
+from dsv3.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+DIGEST_KEY = "model_digest"  # in the metadata of every file, so that files cannot be mixed
+_KIND = {"format": "dsv3-checkpoint", "version": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """The slice of a tensor that one rank's file holds."""
+
+    rank: int
+    region: Region
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A tensor of the model and where its slices are."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    digest: str
+    shards: tuple[Shard, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """One rank's file."""
+
+    name: str
+    num_bytes: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A converted directory; files in rank order, tensors in canonical order."""
+
+    layout: ParallelConfig
+    files: tuple[FileRecord, ...]
+    tensors: Mapping[str, Record]
+    model_digest: str
+
+    def to_json(self) -> str:
+        """The text of the file, one line a tensor."""
+        layout = {name: getattr(self.layout, name) for name in ("world_size", "tp", "dp")}
+        head = {**_KIND, "layout": layout, DIGEST_KEY: self.model_digest}
+        files = [
+            json.dumps({"name": file.name, "bytes": file.num_bytes, "digest": file.digest})
+            for file in self.files
+        ]
+        tensors = [
+            f"{json.dumps(name)}: {json.dumps(_record_json(record))}"
+            for name, record in self.tensors.items()
+        ]
+        return (
+            json.dumps(head, indent=1)[:-2]
+            + ',\n "files": [\n  '
+            + ",\n  ".join(files)
+            + '\n ],\n "tensors": {\n  '
+            + ",\n  ".join(tensors)
+            + "\n }\n}\n"
+        )
+
+
+def rank_file(rank: int, world_size: int) -> str:
+    """The name of a rank's file, as DeepSeek's converter has it."""
+    return f"model{rank}-mp{world_size}.safetensors"
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read a directory's manifest.
+
+    Raises:
+        CheckpointError: it is damaged, or of another program or version.
+    """
+    file = path / MANIFEST
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        kind = {key: data.get(key) for key in _KIND}
+        if kind != _KIND:
+            raise CheckpointError(f"{file}: not a manifest that this version reads ({kind})")
+        layout = ParallelConfig(**data["layout"])
+        files = tuple(FileRecord(f["name"], f["bytes"], f["digest"]) for f in data["files"])
+        tensors = {name: _record(item) for name, item in data["tensors"].items()}
+        manifest = Manifest(layout, files, tensors, data[DIGEST_KEY])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"{file}: damaged ({error!r}); convert again") from None
+    if [f.name for f in files] != [rank_file(r, len(files)) for r in range(layout.world_size)]:
+        raise CheckpointError(f"{file}: its files are not those of {layout.world_size} ranks")
+    return manifest
+
+
+def _record_json(record: Record) -> dict[str, Any]:
+    """A shard is [rank] where it is the whole tensor, else [rank, region, digest]."""
+    everything = whole(record.shape)
+    shards = [
+        [s.rank] if s.region == everything else [s.rank, s.region, s.digest] for s in record.shards
+    ]
+    return {
+        "dtype": record.dtype,
+        "shape": record.shape,
+        "digest": record.digest,
+        "shards": shards,
+    }
+
+
+def _record(item: Mapping[str, Any]) -> Record:
+    shape, digest = tuple(item["shape"]), item["digest"]
+    shards = tuple(
+        Shard(s[0], whole(shape), digest)
+        if len(s) == 1
+        else Shard(s[0], tuple((start, stop) for start, stop in s[1]), s[2])
+        for s in item["shards"]
+    )
+    return Record(item["dtype"], shape, digest, shards)

@@ -1,0 +1,275 @@
+"""What a conversion will write: every output file to the byte, and where each tensor goes.
+
+All of it follows from names, types and shapes; no tensor is read to make a plan.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+from dsv3.checkpoint.manifest import DIGEST_KEY, rank_file
+from dsv3.checkpoint.names import scale_name
+from dsv3.checkpoint.reader import Source
+from dsv3.checkpoint.region import Region, region_shape, whole
+from dsv3.checkpoint.safetensors_file import make_header, tensor_bytes
+from dsv3.checkpoint.sharding import (
+    FP8_DTYPE,
+    check_tensors,
+    scale_shape,
+    tensor_region,
+    tensor_specs,
+)
+from dsv3.config import ModelConfig, ParallelConfig, QuantizationConfig
+from dsv3.errors import ConfigError
+
+HF_FILE_BYTES = 5_000_000_000  # where Hugging Face splits files too
+_NO_DIGEST = "0" * 64
+_LARGE = 64 << 20
+
+
+class Cast(Enum):
+    """What happens to weights on the way."""
+
+    NONE = "none"
+    BF16 = "bf16"
+    FP8 = "fp8"
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where one slice of an output tensor goes."""
+
+    file: int
+    region: Region
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A tensor to be written and its slices, one per file that holds some of it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    slots: tuple[Slot, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return tensor_bytes(self.dtype, self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFile:
+    """A file to be written: its header, and where in it each tensor's slice begins."""
+
+    name: str
+    prefix: bytes
+    offsets: Mapping[str, int]
+    num_bytes: int
+
+    def signed(self, model_digest: str) -> bytes:
+        """The header with the model's digest in the place kept for it (rank files have one)."""
+        return self.prefix.replace(_NO_DIGEST.encode(), model_digest.encode(), 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One tensor to be read, perhaps cast, and the tensors that come of it."""
+
+    name: str
+    cast: Cast
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole conversion. `layout` is None for a Hugging Face directory.
+
+    Attributes:
+        config: of the model as it will be stored.
+        absent: weights that the source rightly lacks.
+        fingerprint: changes with anything that would change an output byte, or with the source.
+    """
+
+    layout: ParallelConfig | None
+    config: ModelConfig
+    files: tuple[OutputFile, ...]
+    tensors: Mapping[str, Output]
+    jobs: tuple[Job, ...]
+    absent: tuple[str, ...]
+    fingerprint: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all output files."""
+        return sum(file.num_bytes for file in self.files)
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all output tensors, each counted once."""
+        return sum(output.num_bytes for output in self.tensors.values())
+
+    @property
+    def is_cast(self) -> bool:
+        """Whether any weight changes its type."""
+        return any(job.cast is not Cast.NONE for job in self.jobs)
+
+
+def make_plan(
+    source: Source,
+    layout: ParallelConfig | None,
+    cast: Cast = Cast.NONE,
+    scale_fmt: str | None = None,
+) -> Plan:
+    """Plan a conversion.
+
+    Args:
+        source: an open checkpoint; it is held to its config first.
+        layout: whose rank files to write (its own rank does not matter); None writes a Hugging
+            Face directory.
+        cast: FP8 weights to BF16, or all weights that FP8 checkpoints quantize to FP8.
+        scale_fmt: "ue8m0" makes the scales of a cast to FP8 powers of two.
+
+    Raises:
+        CheckpointError: a tensor is missing, unknown or misshapen.
+        ConfigError: the layout does not fit the model, or there is nothing to cast.
+    """
+    if layout is not None:
+        layout.check(source.config)
+    absent = check_tensors(source)
+    jobs = tuple(_jobs(source, cast))
+    if cast is not Cast.NONE and not any(job.cast is cast for job in jobs):
+        has = "no FP8 weights" if cast is Cast.BF16 else "no weights that are not FP8 already"
+        raise ConfigError(f"{source.path}: has {has}; nothing to cast")
+    kinds = _output_kinds(source, jobs)
+    if layout is None:
+        files, regions = _hf_files(kinds)
+    else:
+        files, regions = _rank_files(source, layout, kinds)
+    quantization = source.config.quantization
+    if cast is not Cast.NONE:
+        quantization = QuantizationConfig(scale_fmt=scale_fmt) if cast is Cast.FP8 else None
+    return Plan(
+        layout=layout,
+        config=dataclasses.replace(source.config, quantization=quantization),
+        files=files,
+        tensors=_outputs(kinds, files, regions),
+        jobs=_reading_order(source, jobs),
+        absent=absent,
+        fingerprint=_fingerprint(source, files),
+    )
+
+
+def _jobs(source: Source, cast: Cast) -> Iterator[Job]:
+    """In canonical order, scales after their weights."""
+    for spec in tensor_specs(source.config).values():
+        if spec.name not in source.tensors:
+            continue
+        scale = scale_name(spec.name)
+        is_fp8 = source.tensors[spec.name].dtype == FP8_DTYPE
+        if is_fp8 and cast is Cast.BF16:
+            yield Job(spec.name, Cast.BF16, (spec.name,))
+        elif spec.quantizable and not is_fp8 and cast is Cast.FP8:
+            yield Job(spec.name, Cast.FP8, (spec.name, scale))
+        else:
+            yield Job(spec.name, Cast.NONE, (spec.name,))
+            if is_fp8:
+                yield Job(scale, Cast.NONE, (scale,))
+
+
+Kinds = dict[str, tuple[str, tuple[int, ...]]]
+Layout = tuple[tuple[OutputFile, ...], list[dict[str, Region]]]
+
+
+def _output_kinds(source: Source, jobs: tuple[Job, ...]) -> Kinds:
+    """Type and shape of every output tensor, in canonical order."""
+    kinds: Kinds = {}
+    for job in jobs:
+        info = source.tensors[job.name]
+        dtype = {Cast.NONE: info.dtype, Cast.BF16: "BF16", Cast.FP8: FP8_DTYPE}[job.cast]
+        kinds[job.name] = dtype, info.shape
+        if job.cast is Cast.FP8:
+            kinds[job.outputs[1]] = "F32", scale_shape(info.shape)
+    return kinds
+
+
+def _rank_files(source: Source, layout: ParallelConfig, kinds: Kinds) -> Layout:
+    specs = tensor_specs(source.config)
+    files, regions = [], []
+    for rank in range(layout.world_size):
+        place = dataclasses.replace(layout, rank=rank)
+        held = {
+            name: region
+            for name in kinds
+            if (region := tensor_region(specs, name, place)) is not None
+        }
+        tensors = [(name, kinds[name][0], region_shape(region)) for name, region in held.items()]
+        name = rank_file(rank, layout.world_size)
+        files.append(_file(name, tensors, {DIGEST_KEY: _NO_DIGEST}))
+        regions.append(held)
+    return tuple(files), regions
+
+
+def _hf_files(kinds: Kinds) -> Layout:
+    groups: list[list[str]] = [[]]
+    room = HF_FILE_BYTES
+    for name, kind in kinds.items():
+        size = tensor_bytes(*kind)
+        if groups[-1] and size > room:
+            groups.append([])
+            room = HF_FILE_BYTES
+        groups[-1].append(name)
+        room -= size
+    files = tuple(
+        _file(
+            f"model-{index + 1:05d}-of-{len(groups):05d}.safetensors",
+            [(name, *kinds[name]) for name in group],
+            {},
+        )
+        for index, group in enumerate(groups)
+    )
+    return files, [{name: whole(kinds[name][1]) for name in group} for group in groups]
+
+
+def _file(
+    name: str, tensors: list[tuple[str, str, tuple[int, ...]]], notes: Mapping[str, str]
+) -> OutputFile:
+    prefix, offsets = make_header(tensors, notes)
+    size = sum(tensor_bytes(dtype, shape) for _, dtype, shape in tensors)
+    return OutputFile(name, prefix, offsets, len(prefix) + size)
+
+
+def _outputs(
+    kinds: Kinds, files: tuple[OutputFile, ...], regions: list[dict[str, Region]]
+) -> dict[str, Output]:
+    slots: dict[str, list[Slot]] = {name: [] for name in kinds}
+    for index, (file, held) in enumerate(zip(files, regions, strict=True)):
+        for name, offset in file.offsets.items():
+            slots[name].append(Slot(index, held[name], offset))
+    return {name: Output(*kinds[name], tuple(slots[name])) for name in kinds}
+
+
+def _reading_order(source: Source, jobs: tuple[Job, ...]) -> tuple[Job, ...]:
+    """The largest tensors first, since one worker does each; the rest as they lie on disk."""
+
+    def key(job: Job) -> tuple[int, str, int]:
+        info = source.tensors[job.name]
+        large = info.num_bytes if info.num_bytes >= _LARGE else 0
+        return -large, str(info.pieces[0].file), info.pieces[0].offset
+
+    return tuple(sorted(jobs, key=key))
+
+
+def _fingerprint(source: Source, files: tuple[OutputFile, ...]) -> str:
+    """Changes when a source file is replaced, or the plan is another."""
+    total = hashlib.sha256()
+    for name, info in source.tensors.items():
+        total.update(f"{name} {info.dtype} {info.shape} {info.pieces}\n".encode())
+    for path in sorted({piece.file for t in source.tensors.values() for piece in t.pieces}):
+        status = path.stat()
+        total.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    for file in files:
+        total.update(file.name.encode() + file.prefix)
+    return total.hexdigest()

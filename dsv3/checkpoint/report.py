@@ -1,0 +1,65 @@
+"""A conversion plan in words, for `--dry-run`."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+from dsv3.checkpoint.plan import Cast, Plan
+from dsv3.checkpoint.reader import Source
+from dsv3.checkpoint.region import region_shape, whole
+from dsv3.checkpoint.safetensors_file import tensor_bytes
+from dsv3.checkpoint.sharding import FP8_DTYPE
+
+
+def in_units(num_bytes: float) -> str:
+    """Bytes in decimal units, as disks and published checkpoints are measured."""
+    for unit in ("B", "kB", "MB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.2f} GB"
+
+
+def describe(source: Source, plan: Plan, needed: int, free: int) -> Iterator[str]:
+    """Yield the lines that `--dry-run` prints."""
+    read = _tensors(len(source.tensors), source.num_bytes)
+    yield f"from: {source.path}: {source.config.model_type}, {read}"
+    kinds = Counter(output.dtype for output in plan.tensors.values())
+    what = ", ".join(f"{count} {dtype}" for dtype, count in sorted(kinds.items()))
+    yield f"to:   {_tensors(len(plan.tensors), plan.num_bytes)} in {len(plan.files)} files ({what})"
+    for file in plan.files:
+        yield f"      {file.name}: {_tensors(len(file.offsets), file.num_bytes)}"
+    yield from _shared(plan)
+    cast = [job.name for job in plan.jobs if job.cast is not Cast.NONE]
+    if cast:
+        to = "BF16" if plan.config.quantization is None else "FP8"
+        yield f"cast to {to}: {len(cast)} weights ({cast[0]}, ...)"
+    if plan.absent:
+        yield f"absent from the source: {len(plan.absent)} tensors ({plan.absent[0]}, ...)"
+    yield f"disk: {in_units(needed)} needed, {in_units(free)} free"
+
+
+def _shared(plan: Plan) -> Iterator[str]:
+    """What is held more than once, and where FP8 blocks are cut."""
+    copies, extra, cut = [], 0, []
+    for name, output in plan.tensors.items():
+        held = [tensor_bytes(output.dtype, region_shape(slot.region)) for slot in output.slots]
+        if len(held) > 1 and output.slots[0].region == whole(output.shape):
+            copies.append(name)
+            extra += sum(held) - output.num_bytes
+        starts = (start for slot in output.slots for start, _ in slot.region)
+        if output.dtype == FP8_DTYPE and any(start % 128 for start in starts):
+            cut.append(name)
+    if copies:
+        yield (
+            f"replicated on every rank: {len(copies)} tensors, {in_units(extra)} beyond one "
+            f"copy ({copies[0]}, ...)"
+        )
+    if cut:
+        yield (
+            f"slices that begin inside a 128-block: {len(cut)} FP8 weights ({cut[0]}, ...); rows "
+            "are kept as they are, with all scales that cover them"
+        )
+
+
+def _tensors(count: int, num_bytes: int) -> str:
+    return f"{count} tensors, {in_units(num_bytes)}"

@@ -1,0 +1,75 @@
+"""Everything of a checkpoint directory that is not weights: tokenizer, templates, configs."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dsv3.checkpoint.manifest import MANIFEST
+from dsv3.checkpoint.plan import Plan
+from dsv3.checkpoint.source import INDEX
+from dsv3.config_files import hf_config_dict, hf_quantization_dict
+
+_WEIGHTS = {".safetensors", ".partial", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"}
+_FOLDERS = ("encoding",)  # V3.2's conversation format is Python code, kept as documentation
+_TOKENIZERS = ("tokenizer.json", "tiktoken.model", "tokenizer.model")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a directory holds any tokenizer that is read."""
+    return any((folder / name).is_file() for name in _TOKENIZERS)
+
+
+def copy_side_files(source: Path, target: Path, plan: Plan) -> None:
+    """Copy every file that is not weights; config.json is adjusted where weights are cast."""
+    for file in _side_files(source):
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
+    config = source / "config.json"
+    if not config.is_file():
+        _write_json(target / "config.json", hf_config_dict(plan.config))
+    elif plan.is_cast:
+        data = json.loads(config.read_text(encoding="utf-8"))
+        data.pop("quantization_config", None)
+        if plan.config.quantization is not None:
+            data["quantization_config"] = hf_quantization_dict(plan.config.quantization)
+        _write_json(target / "config.json", data)
+
+
+def _side_files(source: Path) -> Iterator[Path]:
+    folders = [source, *(source / name for name in _FOLDERS if (source / name).is_dir())]
+    for folder in folders:
+        for file in sorted(folder.iterdir()):
+            weights = file.suffix in _WEIGHTS or file.name.endswith(".index.json")
+            if file.is_file() and not weights and file.name[0] != "." and file.name != MANIFEST:
+                yield file
+
+
+def write_index(target: Path, plan: Plan) -> None:
+    """Write the index of a Hugging Face directory; with it the directory is complete."""
+    total = sum(output.num_bytes for output in plan.tensors.values())
+    files = {name: plan.files[output.slots[0].file].name for name, output in plan.tensors.items()}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
+    write_atomically(target / INDEX, json.dumps(index, indent=2) + "\n")
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Write a file that is either wholly there, on disk, or not at all."""
+    partial = file.with_name(file.name + ".partial")
+    with partial.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(file)
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _write_json(file: Path, data: dict[str, Any]) -> None:
+    file.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

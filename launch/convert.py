@@ -1,0 +1,161 @@
+"""Convert a checkpoint: into one file per rank, back to Hugging Face, or to another weight type.
+
+    convert.py --hf-ckpt-path DIR --save-path OUT --model-parallel 8      a file for each of 8 ranks
+    convert.py --hf-ckpt-path DIR --save-path OUT --to hf                 Hugging Face again
+    convert.py --hf-ckpt-path DIR --save-path OUT --to bf16               FP8 weights to BF16
+    convert.py --hf-ckpt-path DIR --save-path OUT --to fp8                BF16 weights to FP8
+    convert.py --hf-ckpt-path OUT --verify                                check against its digests
+
+DIR may be a Hugging Face directory, one that this program made for any number of ranks, or one
+that DeepSeek's convert.py made (give --config then). `--to bf16` and `--to fp8` write a Hugging
+Face directory, or rank files where --model-parallel is given. A conversion that was stopped goes on
+when the same command is given again.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tqdm import tqdm
+
+from dsv3.checkpoint.convert import check_space, clear, convert, disk_space, finish, is_complete
+from dsv3.checkpoint.plan import Cast, Plan, make_plan
+from dsv3.checkpoint.reader import Source
+from dsv3.checkpoint.report import describe, in_units
+from dsv3.checkpoint.side_files import has_tokenizer
+from dsv3.checkpoint.source import open_source
+from dsv3.checkpoint.verify import verify_against, verify_digests
+from dsv3.checkpoint.workers import default_workers
+from dsv3.config import ParallelConfig
+from dsv3.config_files import load_model_config
+from dsv3.errors import ConfigError, Dsv3Error
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; DeepSeek's own flags keep their names and meaning."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--hf-ckpt-path", type=Path, required=True, metavar="DIR", help="checkpoint to read")
+    add("--save-path", type=Path, metavar="OUT", help="directory to write; empty, or resumed")
+    add("--model-parallel", type=int, metavar="N", help="number of ranks to write files for")
+    add("--n-experts", type=int, metavar="E", help="checked against the checkpoint when given")
+    add(
+        "--to",
+        choices=("layout", "hf", "bf16", "fp8"),
+        default="layout",
+        help="rank files (default), a Hugging Face directory, or weights cast to another type",
+    )
+    add("--scale-fmt", choices=("ue8m0",), help="with --to fp8: scales that are powers of two")
+    add("--config", metavar="FILE", help="config.json, DeepSeek's JSON, YAML or a preset's name")
+    add("--workers", type=int, default=default_workers(), help="threads (default: %(default)s)")
+    add("--dry-run", action="store_true", help="print what would be written, write nothing")
+    add("--verify", action="store_true", help="read the result back and compare every byte")
+    add("--overwrite", action="store_true", help="remove a checkpoint that is in the way")
+    add("--debug", action="store_true", help="show tracebacks")
+    args = parser.parse_args(argv)
+    _check_args(parser, args)
+    return args
+
+
+def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse combinations that have no meaning."""
+    if args.save_path is None:
+        if not args.verify:
+            parser.error("give --save-path (or --verify alone, to check a converted directory)")
+        return
+    if args.to == "layout" and args.model_parallel is None:
+        parser.error("give --model-parallel N, or --to hf|bf16|fp8")
+    if args.to == "hf" and args.model_parallel is not None:
+        parser.error("--to hf writes one whole checkpoint; leave --model-parallel out")
+    if args.scale_fmt and args.to != "fp8":
+        parser.error("--scale-fmt goes with --to fp8")
+    if args.workers < 1:
+        parser.error("--workers must be at least 1")
+    if args.save_path.resolve() == args.hf_ckpt_path.resolve():
+        parser.error("--save-path must not be the directory that is read")
+
+
+def main() -> int:
+    """Run the command; tell failures in one line."""
+    args = parse_args()
+    try:
+        run(args)
+    except (Dsv3Error, OSError) as error:
+        if args.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code if isinstance(error, Dsv3Error) else 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    """Open the source and do what was asked for."""
+    config = None if args.config is None else load_model_config(args.config)
+    with open_source(args.hf_ckpt_path, config) as source:
+        experts = source.config.n_routed_experts
+        if args.n_experts not in (None, experts):
+            raise ConfigError(f"--n-experts {args.n_experts}: the checkpoint has {experts} experts")
+        if args.save_path is None:
+            with progress_bar(source.num_bytes, "verify") as advance:
+                verify_digests(source, args.workers, advance)
+            print(f"verified: {source.path} matches the digests of its manifest")
+            return
+        layout = None
+        if args.model_parallel is not None:
+            layout = ParallelConfig(world_size=args.model_parallel)
+        cast = {"bf16": Cast.BF16, "fp8": Cast.FP8}.get(args.to, Cast.NONE)
+        plan = make_plan(source, layout, cast, args.scale_fmt)
+        if args.dry_run:
+            print(*describe(source, plan, *disk_space(plan, args.save_path)), sep="\n")
+            check_space(plan, args.save_path)
+        else:
+            write(args, source, plan)
+
+
+def write(args: argparse.Namespace, source: Source, plan: Plan) -> None:
+    """Convert, or hold what is already there to the source; then tell what was done."""
+    if not has_tokenizer(source.path):
+        print(f"warning: {source.path} has no tokenizer files", file=sys.stderr)
+    if args.overwrite:
+        clear(args.save_path)
+    ready, start = is_complete(args.save_path), time.monotonic()
+    if not ready:
+        with progress_bar(plan.tensor_bytes, "convert") as advance:
+            outcome = convert(source, plan, args.save_path, args.workers, advance)
+        seconds = time.monotonic() - start
+        again = f" ({in_units(outcome.resumed)} were there)" if outcome.resumed else ""
+        print(
+            f"{args.save_path}: {len(plan.files)} files, {in_units(plan.num_bytes)}{again} in "
+            f"{seconds:.1f} s, {in_units(outcome.written / seconds)}/s"
+        )
+    if ready or args.verify:
+        with (
+            progress_bar(plan.tensor_bytes, "verify") as advance,
+            open_source(args.save_path) as result,
+        ):
+            verify_against(source, plan, result, args.workers, advance)
+        finish(args.save_path)
+        print(f"verified: {args.save_path} is {source.path}, bit for bit")
+
+
+@contextmanager
+def progress_bar(num_bytes: int, title: str) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, nothing elsewhere."""
+    with tqdm(total=num_bytes, desc=title, unit="B", unit_scale=True, disable=None) as bar:
+
+        def advance(count: int) -> None:
+            bar.update(count)
+
+        yield advance
+
+
+if __name__ == "__main__":
+    sys.exit(main())
