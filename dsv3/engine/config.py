@@ -68,7 +68,7 @@ class EngineConfig:
     dtype: str = "auto"
     weights: str = "auto"
     prefix_reuse: bool = True
-    eviction: str = "cost"
+    eviction: str = "lru"
     pipeline_depth: int = -1
 
     def __post_init__(self) -> None:

@@ -53,7 +53,7 @@ def test_a_mixed_plan(
     monkeypatch.setattr(sampler, "_ROWS", rows_at_a_time)
     torch.manual_seed(1)
     hidden, plan = torch.randn(T, D), mixed_plan()
-    out = Sampler(model, SingleRank(), torch.device("cpu"))(hidden, plan)
+    out = Sampler(model, SingleRank(), torch.device("cpu"))(hidden, plan).to_host()
     assert out.top_token.shape == out.top_logprob.shape == (M, 20)
     for m in range(M):
         logits = hidden[plan.row[m]] @ model.head.T
