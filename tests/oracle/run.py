@@ -1,0 +1,65 @@
+"""Our model on one rank: its logits at every position, and its greedy answers."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dsv3.config import ParallelConfig
+from dsv3.engine.config import EngineConfig
+from dsv3.engine.plan import StepPlan
+from dsv3.engine.runner import BatchBuilder
+from dsv3.engine.start import Started, start
+from dsv3.parallel.collectives import SingleRank
+from dsv3.parallel.mesh import Mesh
+from dsv3.request import Completion, Request, SamplingParams
+
+CPU = torch.device("cpu")
+
+
+def start_alone(path: Path, **settings: object) -> Started:
+    """Load a checkpoint in this process."""
+    mesh = Mesh(ParallelConfig(), CPU, SingleRank(), SingleRank(), 1)
+    return start(path, EngineConfig(**{"kv_cache_size": "2048tok"} | settings), mesh)
+
+
+def all_logits(started: Started, texts: list[list[int]], chunk: int) -> list[Tensor]:
+    """Feed all texts together, `chunk` tokens of each a step; return each one's [L, W] logits."""
+    runner = started.runner
+    model, cache, limit = runner._model, runner._cache, runner._decode_limit
+    pages = cache.layout.pages_for(max(map(len, texts)))
+    found: list[list[Tensor]] = [[] for _ in texts]
+    for start_at in range(0, max(map(len, texts)), chunk):
+        # Shorter sequences leave; the rest are ordered by their new tokens, as plans demand.
+        step = [(i, t[start_at : start_at + chunk]) for i, t in enumerate(texts)]
+        step = sorted((s for s in step if s[1]), key=lambda s: len(s[1]))
+        plan = StepPlan(
+            token_ids=np.concatenate([np.array(new, np.int32) for _, new in step]),
+            query_len=np.array([len(new) for _, new in step], np.int32),
+            context_len=np.full(len(step), start_at, np.int32),
+            page_count=np.full(len(step), pages, np.int32),
+            # Pages of different sequences interleave.
+            pages=np.array(
+                [1 + i + p * len(texts) for i, _ in step for p in range(pages)], np.int32
+            ),
+        )
+        with torch.inference_mode():
+            batch = BatchBuilder(plan, cache.layout, CPU, limit).build()
+            logits = model.logits(model(batch, cache))
+        for (i, _), part in zip(step, logits.split([len(new) for _, new in step]), strict=True):
+            found[i].append(part)
+    return [torch.cat(parts) for parts in found]
+
+
+def answers(started: Started, prompts: list[list[int]], params: SamplingParams) -> list[Completion]:
+    """Run all prompts as one batch."""
+    engine = started.engine
+    for i, prompt in enumerate(prompts):
+        engine.add(Request(request_id=str(i), prompt_ids=prompt, params=params))
+    done = {}
+    while engine.has_work():
+        for out in engine.step():
+            if out.completion is not None:
+                done[out.request_id] = out.completion
+    return [done[str(i)] for i in range(len(prompts))]

@@ -1,0 +1,110 @@
+"""Random checkpoints of every family agree with Hugging Face transformers, in float32."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from dsv3.errors import ConfigError, RequestError
+from dsv3.request import SamplingParams
+from tests.oracle.families import CONFIGS, Oracle
+from tests.oracle.run import all_logits, answers, start_alone
+
+# The demand is 2e-3 of the logits' standard deviation; float32 gives about 1e-5.
+TOLERANCE = 1e-4
+MAKE = Callable[[str], Oracle]
+DENSE = [family for family in CONFIGS if family != "v3.2"]
+
+
+def check_logits(got: list[torch.Tensor], oracle: Oracle, texts: list[list[int]]) -> None:
+    for text, ours in zip(texts, got, strict=True):
+        want = oracle.logits(text)
+        error = (ours - want).abs().max() / want.std()
+        assert error < TOLERANCE, f"prompt of {len(text)} tokens: {error:.1e} of the spread"
+
+
+@pytest.mark.parametrize(
+    ("attn_impl", "chunk"), [("auto", 200), ("auto", 7), ("naive", 7), ("absorb", 16), ("auto", 1)]
+)
+@pytest.mark.parametrize("family", DENSE)
+def test_logits(oracle: MAKE, family: str, attn_impl: str, chunk: int) -> None:
+    """At every position, prompts of all lengths together, whole, in chunks and one by one."""
+    made = oracle(family)
+    started = start_alone(made.path, attn_impl=attn_impl)
+    check_logits(all_logits(started, made.prompts, chunk), made, made.prompts)
+
+
+@pytest.mark.parametrize("family", ["v3-fp8", "v3.1-ue8m0"])
+def test_weights_kept_in_fp8(oracle: MAKE, family: str) -> None:
+    made = oracle(family)
+    started = start_alone(made.path, weights="fp8")
+    check_logits(all_logits(started, made.prompts, 200), made, made.prompts)
+
+
+def check_greedy(oracle: Oracle, prompts: list[list[int]], **settings: object) -> None:
+    """Each token is transformers' first choice after the prompt and the tokens before it."""
+    started = start_alone(oracle.path, **settings)
+    params = SamplingParams(max_tokens=32, ignore_eos=True)
+    for prompt, done in zip(prompts, answers(started, prompts, params), strict=True):
+        assert len(done.token_ids) == 32
+        want = oracle.logits([*prompt, *done.token_ids])[len(prompt) - 1 : -1]
+        assert done.token_ids == want.argmax(-1).tolist(), f"prompt of {len(prompt)} tokens"
+
+
+@pytest.mark.parametrize("family", DENSE)
+def test_greedy_answers(oracle: MAKE, family: str) -> None:
+    made = oracle(family)
+    check_greedy(made, made.prompts, max_batch_tokens=40, max_running=4)
+
+
+def test_no_family_answers_the_same_thing_forever(oracle: MAKE) -> None:
+    """A model that repeats one token would make the test above easy to pass."""
+    for family in DENSE:
+        made = oracle(family)
+        started = start_alone(made.path)
+        done = answers(started, made.prompts, SamplingParams(max_tokens=32, ignore_eos=True))
+        assert len({tuple(d.token_ids) for d in done}) == len(done)
+        assert sum(len(set(d.token_ids)) > 3 for d in done) >= 3, family
+
+
+def test_probabilities(oracle: MAKE) -> None:
+    """Of the prompt, of the answer and of what else was likely."""
+    made = oracle("v3-bf16")
+    params = SamplingParams(max_tokens=3, ignore_eos=True, logprobs=4, prompt_logprobs=2)
+    for prompt, done in zip(
+        made.prompts, answers(start_alone(made.path), made.prompts, params), strict=True
+    ):
+        text = [*prompt, *done.token_ids]
+        want = made.logits(text).log_softmax(-1)
+        assert [t.token_id for t in done.prompt_logprobs] == prompt[1:]
+        for i, got in enumerate([*done.prompt_logprobs, *done.logprobs]):
+            top = want[i].topk(len(got.top))
+            assert len(got.top) == (2 if i < len(prompt) - 1 else 4)
+            assert got.logprob == pytest.approx(float(want[i, text[i + 1]]), abs=1e-3)
+            assert [t for t, _ in got.top] == top.indices.tolist()
+            assert [p for _, p in got.top] == pytest.approx(top.values.tolist(), abs=1e-3)
+
+
+def test_sparse_model_below_its_threshold(oracle: MAKE) -> None:
+    """V3.2 up to index_topk tokens: every key is chosen, so attention is dense."""
+    made = oracle("v3.2")
+    short = [p[:48] for p in made.prompts]
+    started = start_alone(made.path)
+    check_logits(all_logits(started, short, 16), made, short)
+    check_greedy(made, [p[:16] for p in made.prompts])
+
+
+def test_sparse_model_above_its_threshold(oracle: MAKE) -> None:
+    """There the published model drops keys, and dense attention would be wrong: refused."""
+    made = oracle("v3.2")
+    started = start_alone(made.path)
+    (dense,) = all_logits(started, made.prompts[-1:], 200)
+    want = made.logits(made.prompts[-1])
+    error = (dense - want).abs().amax(-1) / want.std()
+    assert error[:48].max() < TOLERANCE and error[48:].max() > 100 * TOLERANCE
+    with pytest.raises(RequestError, match="it may have 47"):
+        answers(started, [made.prompts[-1]], SamplingParams(max_tokens=1))
+    with pytest.raises(RequestError, match="max_tokens may be 8"):
+        answers(started, [made.prompts[-1][:40]], SamplingParams(max_tokens=9))
+    with pytest.raises(ConfigError, match="--max-seq-len=49 exceeds index_topk=48"):
+        start_alone(made.path, max_seq_len=49)
