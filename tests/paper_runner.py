@@ -15,7 +15,7 @@ from dsv3.cache.pool import CachePool
 from dsv3.engine.config import EngineConfig
 from dsv3.engine.engine import Engine
 from dsv3.engine.plan import NO_TARGET, PlanChannel, StepPlan
-from dsv3.engine.sampler import Sampled
+from dsv3.engine.sampler import SampledOnDevice
 from dsv3.parallel.collectives import SingleRank
 from dsv3.request import Completion, Request
 from tests.checkpoint_files import TINY
@@ -49,23 +49,33 @@ class PaperRunner:
         self.page_size, self.settings = layout.page_size, settings
         self.memory = np.full((num_pages, layout.page_size), -1)
         self.plans: list[StepPlan] = []
+        self.last: list[int] = []
 
-    def run(self, plan: StepPlan) -> Sampled:
+    def run(self, plan: StepPlan) -> SampledOnDevice:
         self.plans.append(plan)
+        source, target = plan.copies.reshape(2, -1)
+        assert NULL_PAGE not in target and len(set(target.tolist())) == len(target)
+        self.memory[target] = self.memory[source]
         lengths = plan.query_len.tolist()
         assert 0 < sum(lengths) == len(plan.token_ids) <= self.settings.max_batch_tokens
         assert min(lengths) > 0 and lengths == sorted(lengths)
         assert len(lengths) <= self.settings.max_running
-        assert len(set(plan.pages.tolist())) == len(plan.pages) == plan.page_count.sum()
+        assert len(plan.pages) == plan.page_count.sum()
         assert NULL_PAGE not in plan.pages
         tables = np.split(plan.pages, plan.page_count.cumsum()[:-1])
         texts, row_seq = [], np.repeat(np.arange(len(lengths)), lengths)
         new = np.split(plan.token_ids, plan.query_len.cumsum()[:-1])
+        written = set()
         for table, start, tokens in zip(tables, plan.context_len.tolist(), new, strict=True):
             stop = start + len(tokens)
-            assert len(table) * self.page_size >= stop
+            assert len(set(table.tolist())) == len(table) >= -(-stop // self.page_size)
             for at, token in enumerate(tokens.tolist(), start):
-                self.memory[table[at // self.page_size], at % self.page_size] = token
+                slot = table[at // self.page_size], at % self.page_size
+                assert slot not in written, "two sequences write to one slot"
+                written.add(slot)
+                self.memory[slot] = token if token >= 0 else self.last[-1 - token]
+        for table, start, tokens in zip(tables, plan.context_len.tolist(), new, strict=True):
+            stop = start + len(tokens)
             texts.append(self.memory[table].flatten()[:stop].tolist())
         starts = plan.query_len.cumsum() - plan.query_len
         chosen = []
@@ -76,14 +86,11 @@ class PaperRunner:
             seed = (int(plan.seed_high[m]) << 32) | (int(plan.seed_low[m]) & 0xFFFFFFFF)
             guess = next_token(texts[seq][:position], seed)
             chosen.append(guess if plan.target[m] == NO_TARGET else int(plan.target[m]))
+        self.last = chosen
         width = max(0, int(plan.top_logprobs.max(initial=0)))
-        shape = (len(chosen), width)
-        return Sampled(
-            np.array(chosen, np.int64),
-            -plan.position.astype(np.float32),
-            np.zeros(shape, np.int64),
-            np.zeros(shape, np.float32),
-        )
+        scores = torch.zeros(len(chosen), 1 + 2 * width, dtype=torch.float64)
+        scores[:, 0] = -torch.from_numpy(plan.position)
+        return SampledOnDevice(torch.tensor(chosen, dtype=torch.int64), scores)
 
 
 def paper_engine(

@@ -20,7 +20,7 @@ from dsv3.engine.sequence import Sequence
 # Waiting requests looked at for the longest cached prefix, and how often one may be passed over.
 _WINDOW = 32
 _MAX_OVERTAKEN = 16
-# A request waits for a running one to compute their common prefix if that saves this many tokens.
+# A request waits for a running one to compute their common prefix if it has this many tokens.
 _WORTH_WAITING = 32
 
 
@@ -192,7 +192,7 @@ class Scheduler:
             if other.num_committed >= other.prompt_len:
                 continue
             common = _num_common(seq.token_ids[: seq.reuse_limit], other.request.prompt_ids)
-            if common - match.num_tokens >= _WORTH_WAITING:
+            if common >= _WORTH_WAITING and common > match.num_tokens:
                 return True
         return False
 

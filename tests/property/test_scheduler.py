@@ -1,5 +1,7 @@
 """Any history of requests: nothing is lost, nothing is shared, everybody gets the right answer."""
 
+from collections import Counter
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -37,9 +39,16 @@ events = st.lists(
 class History:
     """What was asked, what came back so far, and what must hold at any time."""
 
-    def __init__(self, num_pages: int, page_size: int, budget: int, running: int) -> None:
+    def __init__(
+        self, num_pages: int, page_size: int, budget: int, running: int, depth: int, reuse: bool
+    ) -> None:
         self.engine, self.runner = paper_engine(
-            num_pages, page_size, max_batch_tokens=budget, max_running=running
+            num_pages,
+            page_size,
+            max_batch_tokens=budget,
+            max_running=running,
+            pipeline_depth=depth,
+            prefix_reuse=reuse,
         )
         self.num_pages, self.capacity = num_pages, num_pages * page_size
         self.expected: dict[str, Request] = {}
@@ -66,27 +75,29 @@ class History:
 
     def step(self) -> None:
         before, busy = len(self.runner.plans), self.engine.has_work()
+        in_flight = self.engine._in_flight is not None
         for out in self.engine.step():
             self.streamed.setdefault(out.request_id, []).extend(out.new_token_ids)
             if out.completion is not None:
                 self.done[out.request_id] = out.completion
         # As long as anybody is left, a step does something.
-        assert len(self.runner.plans) == before + busy
+        assert len(self.runner.plans) == before + busy or in_flight
 
     def check_pages(self) -> None:
-        """Every page has one owner or is free; what is promised can be kept."""
-        scheduler = self.engine._scheduler
-        owned = [page for seq in scheduler.running for page in seq.pages]
-        free = self.engine._pages._free
-        assert sorted([*owned, *free]) == list(range(1, self.num_pages + 1))
-        promised = sum(seq.reserved_pages for seq in scheduler.running)
-        assert promised + scheduler._unreserved == self.num_pages
-        assert all(len(seq.pages) <= seq.reserved_pages for seq in scheduler.running)
+        """A page has as many holders as sequences list it, and one more if the tree does."""
+        running, pages = self.engine._scheduler.running, self.engine._pages
+        owned = Counter(page for seq in running for page in seq.pages)
+        cached = [] if self.engine._tree is None else [page for page, _ in self.engine._tree]
+        assert len(set(cached)) == len(cached)
+        owned.update(cached)
+        for page in range(1, self.num_pages + 1):
+            assert pages.num_holders(page) == owned[page]
+        assert pages.num_free == self.num_pages - len(owned)
 
     def finish(self) -> None:
         self.done |= finish(self.engine)
         self.check_pages()
-        assert self.engine._pages.num_free == self.num_pages
+        assert self.engine._pages.num_free + self.engine._pages.num_idle == self.num_pages
         assert self.done.keys() == self.expected.keys()
         for name, request in self.expected.items():
             tokens, reason = answer(request)
@@ -106,11 +117,19 @@ class History:
     page_size=st.sampled_from([1, 4, 16]),
     budget=st.integers(3, 60),
     running=st.integers(1, 3),
+    depth=st.integers(0, 1),
+    reuse=st.booleans(),
 )
 def test_any_history(
-    events: list[tuple[str, object]], num_pages: int, page_size: int, budget: int, running: int
+    events: list[tuple[str, object]],
+    num_pages: int,
+    page_size: int,
+    budget: int,
+    running: int,
+    depth: int,
+    reuse: bool,
 ) -> None:
-    history = History(num_pages, page_size, budget, running)
+    history = History(num_pages, page_size, budget, running, depth, reuse)
     for number, (kind, value) in enumerate(events):
         if kind == "add":
             history.add(str(number), value)

@@ -98,11 +98,11 @@ def test_a_vocabulary_smaller_than_the_alternatives(model: SimpleNamespace) -> N
         temperature=np.zeros(1, np.float32),
         top_p=np.ones(1, np.float32),
     )
-    out = Sampler(model, SingleRank(), torch.device("cpu"))(torch.randn(1, D), plan)
+    out = Sampler(model, SingleRank(), torch.device("cpu"))(torch.randn(1, D), plan).to_host()
     assert sorted(out.top_token[0, :5].tolist()) == [0, 1, 2, 3, 4]
     assert np.exp(out.top_logprob[0, :5]).sum() == pytest.approx(1)
 
 
 def test_no_rows(model: SimpleNamespace) -> None:
-    out = Sampler(model, SingleRank(), torch.device("cpu"))(torch.randn(3, D), StepPlan())
+    out = Sampler(model, SingleRank(), torch.device("cpu"))(torch.randn(3, D), StepPlan()).to_host()
     assert len(out.token) == 0

@@ -57,14 +57,134 @@ def test_sequences_join_and_leave_between_steps() -> None:
 def test_first_come_first_served() -> None:
     """The cache is full: the next in line waits, and nobody overtakes it."""
     engine, runner = paper_engine(10, max_batch_tokens=100, max_running=4)
-    first, big, small = ask("first", 13), ask("big", 20), ask("small", 1, max_tokens=1)
+    first, big, small = ask("first", 26), ask("big", 20), ask("small", 1, max_tokens=1)
     for r in (first, big, small):
         engine.add(r)
     engine.step()
-    assert runner.plans[-1].query_len.tolist() == [13]
+    assert runner.plans[-1].query_len.tolist() == [26]
     done = finish(engine)
     check(done, first, big, small)
     assert [p.query_len.tolist() for p in runner.plans].index([1, 20]) == 8
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_the_last_to_come_gives_way_and_resumes(depth: int) -> None:
+    engine, runner = paper_engine(9, max_batch_tokens=100, max_running=2, pipeline_depth=depth)
+    first, last = ask("first", 9, max_tokens=20), ask("second", 9, max_tokens=20)
+    engine.add(first)
+    engine.add(last)
+    check(finish(engine), first, last)
+    assert engine.counters.preemptions == 1
+    # The first never stops; the other goes on afterwards, from what was left of its prefix.
+    contexts = [p.context_len.max() for p in runner.plans]
+    assert sorted(contexts[: 20 - 1]) == contexts[: 20 - 1]
+
+
+def test_priority_goes_first() -> None:
+    engine, runner = paper_engine(50, max_batch_tokens=100, max_running=1)
+    plain = ask("plain", 5)
+    urgent = Request(request_id="urgent", prompt_ids=[9] * 6, params=plain.params, priority=-1)
+    engine.add(plain)
+    engine.add(urgent)
+    engine.step()
+    assert runner.plans[0].query_len.tolist() == [6]
+    check(finish(engine), plain, urgent)
+
+
+def shared(name: str, length: int, own: int, **params: object) -> Request:
+    """Return a request whose first `length` tokens are the same for all of them."""
+    tail = [(sum(map(ord, name)) + 11 * i) % 300 + 2 for i in range(own)]
+    base = {"max_tokens": 4, "ignore_eos": True} | params
+    prompt = [3 + i % 290 for i in range(length)] + tail
+    return Request(request_id=name, prompt_ids=prompt, params=SamplingParams(**base))
+
+
+def test_a_second_turn_computes_its_new_tokens_only() -> None:
+    engine, _ = paper_engine(100, max_batch_tokens=1000, max_running=4)
+    first = ask("first", 61)
+    engine.add(first)
+    done = finish(engine)
+    turn = [*first.prompt_ids, *done["first"].token_ids, 5, 6, 7]
+    second = Request(request_id="second", prompt_ids=turn, params=first.params)
+    before = engine.counters.prefill_tokens
+    engine.add(second)
+    done = finish(engine)
+    check(done, second)
+    # All but the last token of the answer, which was never fed back, and the three new ones.
+    assert done["second"].cached_tokens == len(turn) - 4
+    assert engine.counters.prefill_tokens - before == 4
+
+
+def test_the_last_token_is_computed_again() -> None:
+    engine, _ = paper_engine(100, max_batch_tokens=1000, max_running=4)
+    for name in ("one", "two"):
+        engine.add(shared(name, 30, 0))
+        done = finish(engine)
+    assert done["two"].cached_tokens == 29
+
+
+def test_a_common_prefix_is_computed_once() -> None:
+    """Requests that come together wait for the first to compute what they share."""
+    engine, runner = paper_engine(200, max_batch_tokens=50, max_running=8)
+    requests = [shared(f"r{i}", 120, 5) for i in range(6)]
+    for r in requests:
+        engine.add(r)
+    done = finish(engine)
+    check(done, *requests)
+    assert engine.counters.prefill_tokens == 120 + 6 * 5
+    assert sorted(done[r.request_id].cached_tokens for r in requests) == [0] + [120] * 5
+    assert runner.plans[0].query_len.tolist() == [50]
+
+
+def test_nobody_is_overtaken_forever() -> None:
+    engine, _ = paper_engine(400, max_batch_tokens=100, max_running=1)
+    engine.add(shared("warm", 80, 1))
+    finish(engine)
+    patient = ask("patient", 30)
+    engine.add(patient)
+    order = []
+    for i in range(40):
+        engine.add(shared(f"r{i}", 80, 1, max_tokens=1))
+    while engine.has_work():
+        order += [o.request_id for o in engine.step() if o.completion]
+    assert 1 <= order.index("patient") <= 16
+    assert len(order) == 41
+
+
+def test_a_scored_prompt_reuses_nothing() -> None:
+    engine, _ = paper_engine(100, max_batch_tokens=100, max_running=4)
+    engine.add(shared("first", 40, 0))
+    finish(engine)
+    scored = shared("scored", 40, 0, prompt_logprobs=0)
+    engine.add(scored)
+    done = finish(engine)["scored"]
+    assert done.cached_tokens == 0 and len(done.prompt_logprobs) == 39
+
+
+def test_a_deadline_ends_an_answer() -> None:
+    engine, _ = paper_engine(100, max_batch_tokens=100, max_running=4)
+    late = Request(
+        request_id="late", prompt_ids=[4, 5], params=SamplingParams(max_tokens=50), deadline=0.0
+    )
+    engine.add(late)
+    assert finish(engine)["late"].finish_reason == "deadline"
+
+
+def test_a_dropped_conversation_is_forgotten() -> None:
+    engine, _ = paper_engine(100, max_batch_tokens=100, max_running=4)
+    asked = shared("a", 40, 0)
+    for name, drop in (("a", True), ("b", False), ("c", False)):
+        request = Request(
+            request_id=name,
+            prompt_ids=asked.prompt_ids,
+            params=asked.params,
+            conversation_id="chat",
+        )
+        engine.add(request)
+        cached = finish(engine)[name].cached_tokens
+        assert cached == (39 if name == "c" else 0)
+        if drop:
+            engine.drop_conversation("chat")
 
 
 def test_exactly_full_cache() -> None:
