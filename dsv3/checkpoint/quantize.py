@@ -91,4 +91,4 @@ def quantize(x_FD: F32, scale_fmt: str | None = None) -> tuple[U8, F32]:
         mantissa, exponent = np.frexp(scale)  # scale = mantissa * 2^exponent, mantissa in [0.5, 1)
         scale = np.exp2(exponent - (mantissa == 0.5)).astype(np.float32)
     blocks /= scale[:, None, :, None]
-    return to_fp8(padded)[: x_FD.shape[0], : x_FD.shape[1]], scale
+    return to_fp8(np.ascontiguousarray(padded[: x_FD.shape[0], : x_FD.shape[1]])), scale
