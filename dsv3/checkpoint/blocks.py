@@ -5,11 +5,14 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
+from dsv3.checkpoint.digest import Digest
+from dsv3.checkpoint.manifest import MANIFEST
 from dsv3.checkpoint.names import scale_name
 from dsv3.checkpoint.plan import Cast, Job, Plan
 from dsv3.checkpoint.quantize import BLOCK, dequantize, from_bf16, quantize
 from dsv3.checkpoint.reader import Source
 from dsv3.checkpoint.safetensors_file import DTYPE_BYTES
+from dsv3.errors import CheckpointError
 
 BLOCK_BYTES = 2 << 20
 Bytes = npt.NDArray[np.uint8]
@@ -62,17 +65,28 @@ class BlockReader:
             yield scale, row // BLOCK, scale_fd.view(np.uint8)
 
     def _rows(self, name: str, step: int) -> Iterator[tuple[int, Bytes]]:
-        """Blocks of a stored tensor, of a multiple of `step` rows each."""
+        """Blocks of a stored tensor, of a multiple of `step` rows each.
+
+        Where the source is a converted directory, the whole tensor is held to its digest.
+        """
         info = self._source.tensors[name]
         rows, cols = info.shape if len(info.shape) == 2 else (1, *info.shape)
         width = cols * DTYPE_BYTES[info.dtype]
         count = max(step, BLOCK_BYTES // width // step * step)
+        digest = Digest()
         for row in range(0, rows, count):
             stop = min(row + count, rows)
             block = self._memory((stop - row) * width).reshape(stop - row, width)
             region = ((row, stop), (0, cols))
             self._source.read(name, region[-len(info.shape) :], block.data)
+            if info.digest:
+                digest.update(block.data.cast("B"))
             yield row, block
+        if info.digest and str(digest) != info.digest:
+            raise CheckpointError(
+                f"{self._source.where(name)}: tensor {name} does not match its digest in "
+                f"{MANIFEST}; copy or convert the directory again"
+            )
 
     def _memory(self, num_bytes: int) -> Bytes:
         """Memory for one block; the buffer grows for tensors whose block rows are longer."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from dsv3.checkpoint.blocks import BlockReader
 from dsv3.checkpoint.digest import file_digest, model_digest
 from dsv3.checkpoint.manifest import MANIFEST, FileRecord, Manifest, Record, Shard
-from dsv3.checkpoint.plan import Cast, Job, Plan
+from dsv3.checkpoint.plan import Job, Plan
 from dsv3.checkpoint.reader import Source
 from dsv3.checkpoint.report import in_units
 from dsv3.checkpoint.side_files import copy_side_files, write_atomically, write_index
@@ -127,25 +127,13 @@ def _write_tensors(
             spread = {name: Spreader(plan.tensors[name], files) for name in job.outputs}
             for name, row, block in reader.blocks(job):
                 spread[name].put(row, block)
-            digests = {name: spreader.digests() for name, spreader in spread.items()}
-            _check_source(source, job, digests)
-            return digests
+            return {name: spreader.digests() for name, spreader in spread.items()}
 
         return work
 
     jobs = [job for job in plan.jobs if not finished.keys() >= set(job.outputs)]
     for _, results in run_jobs(jobs, make_worker, workers):
         yield from results.items()
-
-
-def _check_source(source: Source, job: Job, digests: Mapping[str, Digests]) -> None:
-    """Hold what was read of a converted directory to its manifest, at no further cost."""
-    told = source.tensors[job.name].digest
-    if told and job.cast is Cast.NONE and digests[job.name][0] != told:
-        raise CheckpointError(
-            f"{source.where(job.name)}: tensor {job.name} does not match its digest in "
-            f"{MANIFEST}; copy or convert the directory again"
-        )
 
 
 def _publish(plan: Plan, folder: Path, files: OutputFiles, finished: Mapping[str, Digests]) -> None:

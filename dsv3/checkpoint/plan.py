@@ -151,14 +151,15 @@ def make_plan(
     quantization = source.config.quantization
     if cast is not Cast.NONE:
         quantization = QuantizationConfig(scale_fmt=scale_fmt) if cast is Cast.FP8 else None
+    config = dataclasses.replace(source.config, quantization=quantization)
     return Plan(
         layout=layout,
-        config=dataclasses.replace(source.config, quantization=quantization),
+        config=config,
         files=files,
         tensors=_outputs(kinds, files, regions),
         jobs=_reading_order(source, jobs),
         absent=absent,
-        fingerprint=_fingerprint(source, files),
+        fingerprint=_fingerprint(source, config, files),
     )
 
 
@@ -180,7 +181,7 @@ def _jobs(source: Source, cast: Cast) -> Iterator[Job]:
 
 
 Kinds = dict[str, tuple[str, tuple[int, ...]]]
-Layout = tuple[tuple[OutputFile, ...], list[dict[str, Region]]]
+Files = tuple[tuple[OutputFile, ...], list[dict[str, Region]]]
 
 
 def _output_kinds(source: Source, jobs: tuple[Job, ...]) -> Kinds:
@@ -195,7 +196,7 @@ def _output_kinds(source: Source, jobs: tuple[Job, ...]) -> Kinds:
     return kinds
 
 
-def _rank_files(source: Source, layout: ParallelConfig, kinds: Kinds) -> Layout:
+def _rank_files(source: Source, layout: ParallelConfig, kinds: Kinds) -> Files:
     specs = tensor_specs(source.config)
     files, regions = [], []
     for rank in range(layout.world_size):
@@ -212,7 +213,7 @@ def _rank_files(source: Source, layout: ParallelConfig, kinds: Kinds) -> Layout:
     return tuple(files), regions
 
 
-def _hf_files(kinds: Kinds) -> Layout:
+def _hf_files(kinds: Kinds) -> Files:
     groups: list[list[str]] = [[]]
     room = HF_FILE_BYTES
     for name, kind in kinds.items():
@@ -262,11 +263,9 @@ def _reading_order(source: Source, jobs: tuple[Job, ...]) -> tuple[Job, ...]:
     return tuple(sorted(jobs, key=key))
 
 
-def _fingerprint(source: Source, files: tuple[OutputFile, ...]) -> str:
+def _fingerprint(source: Source, config: ModelConfig, files: tuple[OutputFile, ...]) -> str:
     """Changes when a source file is replaced, or the plan is another."""
-    total = hashlib.sha256()
-    for name, info in source.tensors.items():
-        total.update(f"{name} {info.dtype} {info.shape} {info.pieces}\n".encode())
+    total = hashlib.sha256(f"{config}\n".encode())
     for path in sorted({piece.file for t in source.tensors.values() for piece in t.pieces}):
         status = path.stat()
         total.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())

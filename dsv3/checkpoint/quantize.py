@@ -3,6 +3,8 @@
 FP8 and BF16 values are raw bytes here (uint8, uint16); numpy has neither type.
 """
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
@@ -43,12 +45,13 @@ def to_fp8(x: F32) -> U8:
     """Round to the nearest e4m3, ties to even; beyond +-448 is +-448, NaN is NaN."""
     size = np.minimum(np.abs(x), np.float32(FP8_MAX))
     bits = size.view(np.uint32)
-    normal = ((bits + (0x7FFFF + ((bits >> 20) & 1))) >> 20) - (120 << 3)
-    subnormal = np.rint(size * np.float32(512))
-    code = np.where(size < _SMALLEST_NORMAL, subnormal, normal).astype(np.uint8)
+    code = (bits + (0x7FFFF + ((bits >> 20) & 1))) >> 20
+    code -= 120 << 3  # the difference of the exponents' biases, 127 - 7
+    small = size < _SMALLEST_NORMAL
+    code[small] = np.rint(size[small] * np.float32(512))
     code[np.isnan(x)] = 0x7F
-    code |= np.signbit(x).astype(np.uint8) * np.uint8(0x80)
-    return code
+    code |= np.signbit(x).astype(np.uint32) << 7
+    return code.astype(np.uint8)
 
 
 def dequantize(w_FD: U8, scale_fd: F32) -> U16:
@@ -80,15 +83,20 @@ def quantize(x_FD: F32, scale_fmt: str | None = None) -> tuple[U8, F32]:
     Returns:
         [F, D] e4m3 codes and scale_fd [ceil(F / 128), ceil(D / 128)]; x is about q * scale.
     """
-    rows, cols = -(-x_FD.shape[0] // BLOCK), -(-x_FD.shape[1] // BLOCK)
-    padded = np.zeros((rows * BLOCK, cols * BLOCK), np.float32)
-    padded[: x_FD.shape[0], : x_FD.shape[1]] = x_FD
-    blocks = padded.reshape(rows, BLOCK, cols, BLOCK)
-    largest = np.abs(blocks).max(axis=(1, 3))
-    scale = np.where(largest > 0, largest / np.float32(FP8_MAX), np.float32(1)).astype(np.float32)
-    scale = np.maximum(scale, np.finfo(np.float32).tiny)
+    w_FD = np.empty(x_FD.shape, np.uint8)
+    scale_fd = np.empty((-(-x_FD.shape[0] // BLOCK), -(-x_FD.shape[1] // BLOCK)), np.float32)
+    for f, d in np.ndindex(scale_fd.shape):
+        block = np.s_[f * BLOCK : (f + 1) * BLOCK, d * BLOCK : (d + 1) * BLOCK]
+        scale_fd[f, d] = _scale(float(np.abs(x_FD[block]).max()), scale_fmt)
+        w_FD[block] = to_fp8(np.divide(x_FD[block], scale_fd[f, d], dtype=np.float32))
+    return w_FD, scale_fd
+
+
+def _scale(largest: float, scale_fmt: str | None) -> float:
+    if not largest > 0:
+        return 1.0
+    scale = max(largest / FP8_MAX, float(np.finfo(np.float32).tiny))
     if scale_fmt == "ue8m0":
-        mantissa, exponent = np.frexp(scale)  # scale = mantissa * 2^exponent, mantissa in [0.5, 1)
-        scale = np.exp2(exponent - (mantissa == 0.5)).astype(np.float32)
-    blocks /= scale[:, None, :, None]
-    return to_fp8(np.ascontiguousarray(padded[: x_FD.shape[0], : x_FD.shape[1]])), scale
+        mantissa, exponent = math.frexp(scale)  # scale = mantissa * 2^exponent, 0.5 <= mantissa < 1
+        scale = math.ldexp(1.0, exponent - (mantissa == 0.5))
+    return scale

@@ -72,13 +72,16 @@ def verify_digests(source: Source, workers: int, progress: Progress = lambda _: 
 
 
 def _check_kinds(plan: Plan, result: Source) -> None:
-    if plan.layout is not None:
-        layout = read_manifest(result.path).layout
-        if layout != plan.layout:
-            raise CheckpointError(
-                f"{result.path}: was converted for {layout.world_size} ranks, not for "
-                f"{plan.layout.world_size}; give --overwrite to convert it again"
-            )
+    layout = read_manifest(result.path).layout if (result.path / MANIFEST).is_file() else None
+    if layout != plan.layout:
+        kinds = [
+            "Hugging Face" if it is None else f"{it.world_size} ranks"
+            for it in (layout, plan.layout)
+        ]
+        raise CheckpointError(
+            f"{result.path}: holds a conversion for {kinds[0]}, not for {kinds[1]}; give "
+            "--overwrite to replace it"
+        )
     have = {name: (info.dtype, info.shape) for name, info in result.tensors.items()}
     want = {name: (output.dtype, output.shape) for name, output in plan.tensors.items()}
     for name in sorted(have.keys() | want.keys()):

@@ -5,7 +5,6 @@ tensors with their digests; a line is written only after the tensor's bytes are 
 conversion killed at any moment goes on from its journal.
 """
 
-import contextlib
 import fcntl
 import json
 import os
@@ -173,15 +172,13 @@ class Journal:
     def read(self) -> dict[str, Digests] | None:
         """Finished tensors; None if there is no journal of this very plan."""
         self._file.seek(0)
-        lines = self._file.read().splitlines()
+        text = self._file.read()
+        lines = text[: text.rfind("\n") + 1].splitlines()
         if not lines or lines[0] != self._head:
             return None
-        done = {}
-        for line in lines[1:]:
-            with contextlib.suppress(ValueError):  # the last line may be torn
-                name, digests = json.loads(line)
-                done[name] = tuple(digests)
-        return done
+        if not text.endswith("\n"):  # torn while it was written
+            self._file.truncate(text.rfind("\n") + 1)
+        return {name: tuple(digests) for name, digests in map(json.loads, lines[1:])}
 
     def restart(self) -> None:
         """Forget everything; begin with this plan."""
