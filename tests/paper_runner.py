@@ -98,8 +98,8 @@ def paper_engine(
 ) -> tuple[Engine, PaperRunner]:
     """Return an engine over a cache of `num_pages` usable pages, and its runner."""
     config = EngineConfig(**settings)
-    layout = CacheLayout("latent", 1, page_size, 1, 0)
-    cache = CachePool(layout, 1, num_pages + 1, torch.float32, CPU, SingleRank())
+    layout = CacheLayout("latent", 1, 1, "fp32", page_size, 1, 0)
+    cache = CachePool(layout, 1, num_pages + 1, CPU, SingleRank())
     runner = PaperRunner(layout, num_pages + 1, config)
     channel = PlanChannel(SingleRank(), CPU)
     return Engine(TINY, config, runner, cache, channel, None, max_seq_len), runner

@@ -14,6 +14,8 @@ from dsv3.config import ModelConfig
 # Page 0 belongs to nobody: its slots pad index rows and are never written.
 NULL_PAGE = 0
 _PAGE_UNIT = 64
+# Latents that share a scale in the FP8 form.
+FP8_BLOCK = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,8 @@ class CacheLayout:
     Attributes:
         form: "latent" (normalized latent + rotated key) or "heads" (expanded keys and values).
         width: values of one entry on this rank.
+        value_dim: for a latent, how many of them come before the rotated key.
+        dtype: how they are stored: "fp32", "bf16" or, for latents, "fp8" (packed with scales).
         page_size: positions of a page, a multiple of 64 and of the token shards.
         shards: ranks that a sequence's positions are dealt to; 1 if they are not.
         shard: this rank's index among them.
@@ -30,13 +34,15 @@ class CacheLayout:
 
     form: str
     width: int
+    value_dim: int
+    dtype: str
     page_size: int
     shards: int
     shard: int
 
     @classmethod
     def make(
-        cls, config: ModelConfig, form: str, kv_shard: str, tp: int, tp_rank: int
+        cls, config: ModelConfig, form: str, kv_shard: str, dtype: str, tp: int, tp_rank: int
     ) -> "CacheLayout":
         """Lay out the cache of `config` for rank `tp_rank` of `tp`.
 
@@ -44,17 +50,26 @@ class CacheLayout:
             config: the model.
             form: "latent" or "heads".
             kv_shard: "tokens" or "none"; a "heads" cache is sharded by heads in any case.
+            dtype: "fp32", "bf16" or "fp8".
             tp: ranks of the tensor-parallel group.
             tp_rank: this rank's index in it.
         """
         page_size = math.lcm(_PAGE_UNIT, tp)
         if form == "heads":
             width = (config.num_attention_heads // tp) * (config.qk_head_dim + config.v_head_dim)
-            return cls(form, width, page_size, 1, 0)
-        width = config.kv_lora_rank + config.qk_rope_head_dim
-        if kv_shard == "tokens":
-            return cls(form, width, page_size, tp, tp_rank)
-        return cls(form, width, page_size, 1, 0)
+            return cls(form, width, width, dtype, page_size, 1, 0)
+        latent = config.kv_lora_rank
+        shards, shard = (tp, tp_rank) if kv_shard == "tokens" else (1, 0)
+        width = latent + config.qk_rope_head_dim
+        return cls(form, width, latent, dtype, page_size, shards, shard)
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of one entry on this rank."""
+        if self.dtype == "fp8":
+            scales = -(-self.value_dim // FP8_BLOCK)
+            return self.value_dim + 4 * scales + 2 * (self.width - self.value_dim)
+        return self.width * (4 if self.dtype == "fp32" else 2)
 
     @property
     def slots_per_page(self) -> int:

@@ -8,10 +8,13 @@ from torch import Tensor
 
 from dsv3.cache.layout import CacheLayout
 from dsv3.parallel.collectives import Collectives
+from dsv3_kernels import pack_latent, unpack_latent
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.uint8}
 
 
 class CachePool:
-    """[layers, num_pages * slots_per_page, width] in the cache's storage dtype.
+    """[layers, num_pages * slots_per_page, width] in the storage dtype; bytes for packed FP8.
 
     Zeroed, so that memory nobody has written yet is finite and, on a CPU, not even resident.
     """
@@ -21,12 +24,16 @@ class CachePool:
         layout: CacheLayout,
         num_layers: int,
         num_pages: int,
-        dtype: torch.dtype,
         device: torch.device,
         tp: Collectives,
     ) -> None:
         self.layout, self.num_pages, self.tp = layout, num_pages, tp
-        shape = (num_layers, num_pages * layout.slots_per_page, layout.width)
+        dtype = _DTYPES[layout.dtype]
+        shape = (
+            num_layers,
+            num_pages * layout.slots_per_page,
+            layout.entry_bytes // dtype.itemsize,
+        )
         self.slots = _zeros(shape, dtype, device)
 
     @property
@@ -63,9 +70,19 @@ class LayerCache:
     def __init__(self, layout: CacheLayout, slots: Tensor, tp: Collectives) -> None:
         self.layout, self.slots, self.tp = layout, slots, tp
 
+    def _store(self, entry_TX: Tensor) -> Tensor:
+        if self.layout.dtype == "fp8":
+            return pack_latent(entry_TX, self.layout.value_dim)
+        return entry_TX.to(self.slots.dtype)
+
+    def _load(self, stored_TY: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.layout.dtype == "fp8":
+            return unpack_latent(stored_TY, self.layout.value_dim, dtype)
+        return stored_TY.to(dtype)
+
     def write(self, slot_M: Tensor, entry_MX: Tensor) -> None:
-        """Store entries, rounded to the storage dtype, in this rank's slots."""
-        self.slots.index_copy_(0, slot_M, entry_MX.to(self.slots.dtype))
+        """Store entries, rounded to the storage format, in this rank's slots."""
+        self.slots.index_copy_(0, slot_M, self._store(entry_MX))
 
     def round(self, entry_TX: Tensor) -> Tensor:
         """Return entries as they will be read back, in their own dtype.
@@ -75,22 +92,23 @@ class LayerCache:
         """
         if entry_TX.dtype == self.slots.dtype:
             return entry_TX
-        return entry_TX.to(self.slots.dtype).to(entry_TX.dtype)
+        return self._load(self._store(entry_TX), entry_TX.dtype)
 
-    def gather(self, page_G: Tensor, num_tokens: int) -> Tensor:
+    def gather(self, page_G: Tensor, num_tokens: int, dtype: torch.dtype) -> Tensor:
         """Return a sequence's entries in position order, all ranks' shards together.
 
         Args:
             page_G: [G] int64 consecutive pages of the sequence.
             num_tokens: positions wanted, from the first of the first page on.
+            dtype: of the result.
 
         Returns:
-            [num_tokens, width] in the storage dtype. A collective if positions are sharded.
+            [num_tokens, width]. A collective if positions are sharded; entries travel as stored.
         """
         layout = self.layout
-        pages = self.slots.view(-1, layout.slots_per_page, layout.width)[page_G]
+        pages = self.slots.view(-1, layout.slots_per_page, self.slots.shape[-1])[page_G]
         local = pages.flatten(0, 1)
         if layout.shards > 1:
             # Local slot j of rank r is position j * shards + r.
             local = self.tp.all_gather(local).transpose(0, 1).flatten(0, 1)
-        return local[:num_tokens]
+        return self._load(local[:num_tokens], dtype)

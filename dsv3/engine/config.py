@@ -43,7 +43,8 @@ class EngineConfig:
         attn_impl: "naive" caches expanded heads; "absorb" caches latents and always attends to
             them directly; "auto" caches latents and expands them where queries are many.
         kv_shard: a latent cache's positions are dealt to the tp ranks ("tokens") or replicated.
-        kv_dtype: storage of the cache: "auto" (as the activations), "fp32" or "bf16".
+        kv_dtype: storage of the cache: "auto" (as the activations), "fp32", "bf16" or "fp8"
+            (latents in e4m3 with a scale per 128, rotated keys in bf16).
         kv_cache_size: see `CacheSize.parse`.
         max_seq_len: longest context, prompt and answer; 0 takes the model's own.
         max_batch_tokens: new tokens of one step.
@@ -75,10 +76,15 @@ class EngineConfig:
         """Refuse unknown words and impossible numbers."""
         _one_of("attn-impl", self.attn_impl, ("naive", "absorb", "auto"))
         _one_of("kv-shard", self.kv_shard, ("tokens", "none"))
-        _one_of("kv-dtype", self.kv_dtype, ("auto", "fp32", "bf16"))
+        _one_of("kv-dtype", self.kv_dtype, ("auto", "fp32", "bf16", "fp8"))
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16"))
         _one_of("weights", self.weights, ("auto", "fp8"))
         _one_of("eviction", self.eviction, ("cost", "lru"))
+        if self.attn_impl == "naive" and self.kv_dtype == "fp8":
+            raise ConfigError(
+                "--kv-dtype=fp8 packs latents, --attn-impl=naive caches expanded heads; "
+                "use --attn-impl auto"
+            )
         CacheSize.parse(self.kv_cache_size)
         if self.pipeline_depth not in (-1, 0, 1):
             raise ConfigError(f"--pipeline-depth={self.pipeline_depth} must be -1, 0 or 1")

@@ -104,7 +104,6 @@ def plan_memory(
     settings: EngineConfig,
     cache: CacheLayout,
     weights: int,
-    cache_itemsize: int,
     max_seq_len: int,
     free: int,
     device: torch.device,
@@ -117,7 +116,7 @@ def plan_memory(
     Raises:
         ConfigError: not even one page fits.
     """
-    page_bytes = config.num_hidden_layers * cache.slots_per_page * cache.width * cache_itemsize
+    page_bytes = config.num_hidden_layers * cache.slots_per_page * cache.entry_bytes
     size = CacheSize.parse(settings.kv_cache_size)
     if size.num_tokens is not None:
         num_pages = cache.pages_for(size.num_tokens)

@@ -33,7 +33,7 @@ from dsv3.text.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 _TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_CACHE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_CACHE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 @dataclass
@@ -136,16 +136,15 @@ def start(
                 config,
                 settings.cache_form,
                 settings.kv_shard,
+                _CACHE_NAMES[dtype] if settings.kv_dtype == "auto" else settings.kv_dtype,
                 mesh.layout.tp,
                 mesh.layout.tp_rank,
             )
-            kept = _CACHE_DTYPES.get(settings.kv_dtype, dtype)
             plan = plan_memory(
                 config,
                 settings,
                 layout,
                 weight_bytes(config, mesh.layout, dtype.itemsize, fp8_names),
-                kept.itemsize,
                 limit,
                 free_memory(mesh.device, mesh.ranks_on_host),
                 mesh.device,
@@ -156,7 +155,7 @@ def start(
             tokenizer = Tokenizer.load_optional(path) if mesh.layout.rank == 0 else None
         # All ranks of the group must agree on the pages; each has planned with its own memory.
     num_pages = _agree_on_pages(mesh, plan.num_pages)
-    cache = CachePool(layout, config.num_hidden_layers, num_pages + 1, kept, mesh.device, mesh.tp)
+    cache = CachePool(layout, config.num_hidden_layers, num_pages + 1, mesh.device, mesh.tp)
     runner = Runner(model, cache, _decode_limit(settings, config))
     channel = PlanChannel(mesh.world, mesh.device)
     with _phase(seconds, "warmup"):

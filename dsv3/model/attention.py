@@ -191,7 +191,7 @@ class MLA(nn.Module):
             first = first_page * cache.layout.page_size
             page_G = chunk.page_G[first_page : first_page + pages_per_block]
             length = min(context - first, len(page_G) * cache.layout.page_size)
-            block = cache.gather(page_G, length).to(entry_QX.dtype)
+            block = cache.gather(page_G, length, entry_QX.dtype)
             parts.append(mla_prefill(q_QHX, *self._expand(block), first, context, scale))
         parts.append(mla_prefill(q_QHX, *self._expand(entry_QX), context, context, scale))
         if len(parts) == 1:
@@ -218,7 +218,7 @@ class MLA(nn.Module):
         kv_THY = cache.round(kv_THY)
         for chunk in batch.chunks:
             rows = slice(chunk.start, chunk.stop)
-            earlier = cache.gather(chunk.page_G, chunk.context_len).to(kv_THY.dtype)
+            earlier = cache.gather(chunk.page_G, chunk.context_len, kv_THY.dtype)
             kv = torch.cat((earlier.unflatten(1, (self.heads, -1)), kv_THY[rows]))
             k, v = kv.split(split, -1)
             o_THV[rows] = mla_prefill(q_THX[rows], k, v, 0, chunk.context_len, scale)[0]

@@ -3,6 +3,7 @@
 Knows nothing of models, ranks or requests. Shape letters: see `dsv3/__init__.py`.
 """
 
+from dsv3_kernels.kv_fp8 import pack_latent, packed_bytes, unpack_latent
 from dsv3_kernels.merge_lse import merge_lse
 from dsv3_kernels.mha_decode import mha_decode
 from dsv3_kernels.mla_decode import mla_decode
@@ -23,9 +24,12 @@ __all__ = [
     "mha_decode",
     "mla_decode",
     "mla_prefill",
+    "pack_latent",
+    "packed_bytes",
     "rmsnorm",
     "route",
     "sample",
     "silu_mul",
+    "unpack_latent",
     "weight_dequant",
 ]

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from dsv3_kernels.kv_fp8 import unpack_latent
 from dsv3_kernels.merge_lse import softmax_lse
 
 # Values held at a time by the reference: 64 MiB of float32.
@@ -26,7 +27,10 @@ def mla_decode_ref(
     step = max(1, _SCORES // max(1, S * max(Q * H, X)))
     for b in range(0, B, step):
         rows = slice(b, b + step)
-        kv = cache_SX.index_select(0, slot_BS[rows].flatten()).view(-1, S, X).float()
+        kv = cache_SX.index_select(0, slot_BS[rows].flatten())
+        if kv.dtype == torch.uint8:
+            kv = unpack_latent(kv, value_dim, torch.float32)
+        kv = kv.view(-1, S, X).float()
         hidden = key_pos_BS[rows, None, :] > query_pos_BQ[rows, :, None]
         q = q_BQHX[rows].float().flatten(1, 2) * scale
         score = torch.bmm(q, kv.transpose(1, 2)).view(-1, Q, H, S)
@@ -53,7 +57,7 @@ def mla_decode(
 
     Args:
         q_BQHX: [B, Q, H, C + R] absorbed queries of B sequences.
-        cache_SX: [slots, C + R], one layer of this rank's cache.
+        cache_SX: [slots, C + R], one layer of this rank's cache; uint8 for the packed FP8 form.
         slot_BS: [B, S] int64 slots to attend to; slot 0 is never written and pads rows.
         key_pos_BS: [B, S] position of each slot's token; padding has one above every query.
         query_pos_BQ: [B, Q] positions of the queries; a query sees keys up to its own.

@@ -12,9 +12,9 @@ from tests.checkpoint_files import TINY
 WORLDS = (1, 2, 3, 4, 8, 48)
 
 
-def layouts(form: str, kv_shard: str, tp: int) -> list[CacheLayout]:
+def layouts(form: str, kv_shard: str, tp: int, dtype: str = "bf16") -> list[CacheLayout]:
     config = dataclasses.replace(TINY, num_attention_heads=48, n_routed_experts=48)
-    return [CacheLayout.make(config, form, kv_shard, tp, r) for r in range(tp)]
+    return [CacheLayout.make(config, form, kv_shard, dtype, tp, r) for r in range(tp)]
 
 
 @pytest.mark.parametrize("tp", WORLDS)
@@ -45,7 +45,7 @@ def test_bytes_per_rank_are_one_nth(tp: int) -> None:
     """For heads and for tokens; without sharding every rank holds everything."""
 
     def page_bytes(layout: CacheLayout) -> float:
-        pool = CachePool(layout, 2, 3, torch.bfloat16, torch.device("cpu"), SingleRank())
+        pool = CachePool(layout, 2, 3, torch.device("cpu"), SingleRank())
         assert pool.num_bytes == pool.slots.untyped_storage().nbytes()
         return pool.num_bytes / layout.page_size
 
@@ -59,27 +59,30 @@ def test_bytes_per_rank_are_one_nth(tp: int) -> None:
 def test_published_sizes() -> None:
     """V3: 70,272 bytes of bf16 latents a token over 61 layers; expanded heads are 57 times that."""
     config = load_model_config("v3-671b")
-    latent = CacheLayout.make(config, "latent", "tokens", 8, 3)
-    assert latent.width * 2 * config.num_hidden_layers == 70_272
-    heads = CacheLayout.make(config, "heads", "tokens", 8, 3)
-    assert heads.width * 2 * config.num_hidden_layers == 624_640
+    latent = CacheLayout.make(config, "latent", "tokens", "bf16", 8, 3)
+    assert latent.entry_bytes * config.num_hidden_layers == 70_272
+    heads = CacheLayout.make(config, "heads", "tokens", "bf16", 8, 3)
+    assert heads.entry_bytes * config.num_hidden_layers == 624_640
+    packed = CacheLayout.make(config, "latent", "tokens", "fp8", 8, 3)
+    assert packed.entry_bytes == 656
 
 
 def test_gather_returns_position_order() -> None:
     pool = CachePool(
-        layouts("latent", "none", 1)[0], 1, 4, torch.float32, torch.device("cpu"), SingleRank()
+        layouts("latent", "none", 1, "fp32")[0], 1, 4, torch.device("cpu"), SingleRank()
     )
     cache = pool.layer(0)
     cache.slots.copy_(torch.arange(4 * 64.0)[:, None].expand(-1, cache.slots.shape[1]))
-    got = cache.gather(torch.tensor([3, 1]), 70)[:, 0]
+    got = cache.gather(torch.tensor([3, 1]), 70, torch.float32)[:, 0]
     assert got.tolist() == [*range(192, 256), *range(64, 70)]
 
 
-def test_rounding_is_what_storage_does() -> None:
-    layout = layouts("latent", "none", 1)[0]
-    pool = CachePool(layout, 1, 2, torch.bfloat16, torch.device("cpu"), SingleRank())
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+def test_rounding_is_what_storage_does(dtype: str) -> None:
+    layout = layouts("latent", "none", 1, dtype)[0]
+    pool = CachePool(layout, 1, 2, torch.device("cpu"), SingleRank())
     cache, entry = pool.layer(0), torch.randn(5, layout.width)
     cache.write(torch.arange(64, 69), entry)
-    read = cache.gather(torch.tensor([1]), 5).to(entry.dtype)
+    read = cache.gather(torch.tensor([1]), 5, entry.dtype)
     assert torch.equal(cache.round(entry), read) and not torch.equal(read, entry)
     assert bool((cache.slots[:64] == 0).all())

@@ -119,17 +119,15 @@ def test_keeping_fp8_takes_a_quarter() -> None:
 
 
 def plan(settings: EngineConfig, free: int, tp: int = 1, weights: int = 10_000_000):
-    layout = CacheLayout.make(TINY, settings.cache_form, settings.kv_shard, tp, 0)
-    return layout, plan_memory(TINY, settings, layout, weights, 4, 256, free, CPU)
+    layout = CacheLayout.make(TINY, settings.cache_form, settings.kv_shard, "fp32", tp, 0)
+    return layout, plan_memory(TINY, settings, layout, weights, 256, free, CPU)
 
 
 @pytest.mark.parametrize("tp", [1, 4])
 @pytest.mark.parametrize("size", ["auto", "1000tok", "500KiB"])
 def test_the_cache_is_what_was_planned(tp: int, size: str) -> None:
     layout, planned = plan(EngineConfig(kv_cache_size=size, max_running=8), 10**9, tp)
-    pool = CachePool(
-        layout, TINY.num_hidden_layers, planned.num_pages, torch.float32, CPU, SingleRank()
-    )
+    pool = CachePool(layout, TINY.num_hidden_layers, planned.num_pages, CPU, SingleRank())
     assert planned.cache_tokens * planned.bytes_per_token == pool.num_bytes
     # 144 values of 4 bytes in two layers, dealt to tp ranks.
     assert planned.bytes_per_token == 144 * 4 * 2 / tp

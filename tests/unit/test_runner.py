@@ -51,7 +51,7 @@ def stored(plan: StepPlan, layout: CacheLayout) -> dict[int, tuple[int, int]]:
 
 
 def build(plan: StepPlan, shards: int, shard: int, limit: int = 1) -> tuple[Batch, CacheLayout]:
-    layout = CacheLayout("latent", 1, PAGE, shards, shard)
+    layout = CacheLayout("latent", 1, 1, "fp32", PAGE, shards, shard)
     return BatchBuilder(plan, layout, CPU, limit).build(), layout
 
 

@@ -98,7 +98,7 @@ def test_headers_are_aligned_and_read_back(tmp_path: Path) -> None:
         "c": ("F32", (1,), b"defg"),
     }
     write_file(tmp_path / "x.safetensors", tensors)
-    entries = read_header(tmp_path / "x.safetensors")
+    entries = read_header(tmp_path / "x.safetensors").entries
     assert {name: e.shape for name, e in entries.items()} == {"a": (3,), "b": (2, 0), "c": (1,)}
     assert all(entry.offset % DTYPE_BYTES[entry.dtype] == 0 for entry in entries.values())
     assert list(make_header([(n, t[0], t[1]) for n, t in tensors.items()])[1]) == ["c", "b", "a"]

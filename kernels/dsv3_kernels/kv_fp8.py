@@ -1,0 +1,62 @@
+"""The FP8 form of a latent cache entry: C e4m3 values, a float32 scale per 128, R bf16 values.
+
+For V3 these are 512 + 16 + 128 = 656 bytes, in the order that V3.2's sparse kernels read. The
+rotated key stays bf16: it is small, and its errors would grow with position. Bound by bytes.
+"""
+
+import torch
+from torch import Tensor
+
+BLOCK = 128
+_MAX = 448.0
+
+
+def packed_bytes(value_dim: int, rope_dim: int) -> int:
+    """Return the bytes of an entry of C = `value_dim` and R = `rope_dim` values."""
+    return value_dim + 4 * -(-value_dim // BLOCK) + 2 * rope_dim
+
+
+def pack_latent_ref(entry_TX: Tensor, value_dim: int) -> Tensor:
+    """Define `pack_latent`."""
+    x_TC, k_TR = entry_TX[..., :value_dim].float(), entry_TX[..., value_dim:]
+    blocks = -(-value_dim // BLOCK)
+    padded = torch.nn.functional.pad(x_TC, (0, blocks * BLOCK - value_dim))
+    # An all-zero block gets the scale of a tiny one, not 0 / 0.
+    scale_Tc = padded.unflatten(-1, (blocks, BLOCK)).abs().amax(-1).clamp_min(1e-4) / _MAX
+    by_value = scale_Tc.repeat_interleave(BLOCK, -1)[..., :value_dim]
+    q_TC = (x_TC / by_value).clamp(-_MAX, _MAX).to(torch.float8_e4m3fn)
+    parts = (q_TC, scale_Tc, k_TR.to(torch.bfloat16))
+    return torch.cat([part.contiguous().view(torch.uint8) for part in parts], -1)
+
+
+def unpack_latent_ref(packed_TY: Tensor, value_dim: int, dtype: torch.dtype) -> Tensor:
+    """Define `unpack_latent`."""
+    blocks = -(-value_dim // BLOCK)
+    q, scale, key = packed_TY.split(
+        [value_dim, 4 * blocks, packed_TY.shape[-1] - value_dim - 4 * blocks], -1
+    )
+    q_TC = q.contiguous().view(torch.float8_e4m3fn).float()
+    scale_Tc = scale.contiguous().view(torch.float32)
+    k_TR = key.contiguous().view(torch.bfloat16)
+    by_value = scale_Tc.repeat_interleave(BLOCK, -1)[..., :value_dim]
+    return torch.cat(((q_TC * by_value).to(dtype), k_TR.to(dtype)), -1)
+
+
+def pack_latent(entry_TX: Tensor, value_dim: int) -> Tensor:
+    """Quantize cache entries.
+
+    scale = max|x| / 448 per block of 128 latents, at least 1e-4 / 448; q = x / scale.
+
+    Args:
+        entry_TX: [..., C + R] float: latent, then rotated key.
+        value_dim: C; its last block may be short.
+
+    Returns:
+        [..., packed_bytes(C, R)] uint8.
+    """
+    return pack_latent_ref(entry_TX, value_dim)
+
+
+def unpack_latent(packed_TY: Tensor, value_dim: int, dtype: torch.dtype) -> Tensor:
+    """Undo `pack_latent` but for its rounding; [..., C + R] in `dtype`."""
+    return unpack_latent_ref(packed_TY, value_dim, dtype)

@@ -1,0 +1,297 @@
+"""What every rank checks: a layer split over the ranks computes what it computes on one.
+
+Both are made from the same whole weights, drawn from their names, so nothing has to be sent.
+"""
+
+import dataclasses
+import zlib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dsv3.cache.layout import CacheLayout
+from dsv3.cache.pool import CachePool
+from dsv3.checkpoint.sharding import shard_region, tensor_specs
+from dsv3.config import ModelConfig
+from dsv3.engine.plan import NO_TARGET, PlanChannel, StepPlan
+from dsv3.engine.runner import BatchBuilder
+from dsv3.engine.sampler import Sampled, Sampler
+from dsv3.errors import ConfigError, Dsv3Error
+from dsv3.model.attention import MLA
+from dsv3.model.moe import MLP, MoE
+from dsv3.model.rotary import Rotary
+from dsv3.parallel.linear import VocabParallelEmbedding, VocabParallelHead
+from dsv3.parallel.mesh import Mesh
+from dsv3.parallel.together import fail_together
+from dsv3.parallel.weights import Matrix, Vector, WeightFormat
+from dsv3_kernels.testing import assert_bitwise_equal, assert_close
+from tests.checkpoint_files import TINY
+from tests.distributed.ranks import CPU, alone
+
+# Twelve heads and experts for two, three and four ranks; the rest does not divide.
+CONFIG = dataclasses.replace(
+    TINY,
+    vocab_size=331,
+    hidden_size=40,
+    intermediate_size=50,
+    moe_intermediate_size=10,
+    num_attention_heads=12,
+    q_lora_rank=24,
+    kv_lora_rank=32,
+    qk_nope_head_dim=12,
+    qk_rope_head_dim=8,
+    v_head_dim=10,
+    n_routed_experts=12,
+    n_group=3,
+    topk_group=2,
+    num_experts_per_tok=3,
+)
+FORMAT = WeightFormat(torch.float32, CPU)
+
+
+def whole(name: str, shape: tuple[int, ...]) -> Tensor:
+    """Return a weight that depends on its name only."""
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    return torch.randn(shape, generator=generator) / (shape[-1] ** 0.5 if len(shape) > 1 else 1)
+
+
+def filled(module: nn.Module, mesh: Mesh, config: ModelConfig = CONFIG) -> nn.Module:
+    """Give every matrix its slice of the whole weights."""
+    specs = tensor_specs(config)
+    for part in module.modules():
+        if isinstance(part, Matrix | Vector):
+            for target in part.targets():
+                region = shard_region(specs[target.name], mesh.layout)
+                weight = whole(target.name, specs[target.name].shape)
+                target.dest.copy_(weight[tuple(slice(*bounds) for bounds in region)])
+    return module
+
+
+def check_all(mesh: Mesh) -> None:
+    with torch.inference_mode():
+        check_collectives(mesh)
+        check_plan_channel(mesh)
+        check_fail_together(mesh)
+        check_vocabulary(mesh)
+        check_mlp(mesh)
+        check_moe(mesh)
+        check_sampler(mesh)
+        check_attention(mesh)
+
+
+def check_collectives(mesh: Mesh) -> None:
+    tp, rank, size = mesh.tp, mesh.tp.rank, mesh.tp.size
+    mine = torch.arange(6.0).view(2, 3) + 100 * rank
+    every = torch.stack([torch.arange(6.0).view(2, 3) + 100 * r for r in range(size)])
+    assert_bitwise_equal("gather", tp.all_gather(mine), every)
+    assert_bitwise_equal("reduce", tp.all_reduce(mine.clone()), every.sum(0))
+    # Strided views are sent as what they show.
+    assert_bitwise_equal("gather of a view", tp.all_gather(mine.T), every.transpose(1, 2))
+    sent = torch.stack([torch.full((2,), 10.0 * rank + to) for to in range(size)])
+    received = torch.stack([torch.full((2,), 10.0 * sender + rank) for sender in range(size)])
+    assert_bitwise_equal("all to all", tp.all_to_all(sent), received)
+    assert_bitwise_equal("broadcast", tp.broadcast(mine.clone()), every[0])
+
+
+def check_plan_channel(mesh: Mesh) -> None:
+    """Plans that fit one broadcast, just do, just do not, and much longer ones."""
+    channel = PlanChannel(mesh.world, CPU)
+    empty = len(StepPlan().pack())
+    for words in (0, 1, 4094 - empty, 4095 - empty, 4096 - empty, 4097 - empty, 50_000):
+        rng = np.random.default_rng(words)
+        plan = StepPlan(token_ids=rng.integers(-(2**31), 2**31, words).astype(np.int32))
+        plan.temperature = rng.random(3, np.float32)
+        if mesh.world.rank == 0:
+            channel.send(plan)
+        else:
+            got = channel.receive()
+            assert got is not None and got.pack().tobytes() == plan.pack().tobytes(), words
+    if mesh.world.rank == 0:
+        channel.send(None)
+    else:
+        assert channel.receive() is None
+
+
+def check_fail_together(mesh: Mesh) -> None:
+    """One rank's error stops every rank, with its words."""
+    last = mesh.world.size - 1
+    with fail_together(mesh, "nothing"):
+        pass
+
+    def fail() -> None:
+        with fail_together(mesh, "trying"):
+            if mesh.world.rank == last:
+                raise ConfigError("the flag is wrong")
+
+    with pytest.raises(Dsv3Error) as caught:
+        fail()
+    assert caught.value.exit_code == 2
+    assert str(caught.value) == f"rank {last}: the flag is wrong"
+
+
+def check_vocabulary(mesh: Mesh) -> None:
+    """331 rows do not divide; of 5 rows over 4 ranks the last rank has none."""
+    for vocab in (331, 5):
+        config = dataclasses.replace(CONFIG, vocab_size=vocab)
+        name, dim = "model.embed_tokens.weight", config.hidden_size
+        table = whole(name, (vocab, dim))
+        embedding = VocabParallelEmbedding(name, vocab, dim, mesh.layout, mesh.tp, FORMAT)
+        ids = torch.arange(vocab).flip(0)
+        got = filled(embedding, mesh, config)(ids)
+        assert_bitwise_equal("embedding", got, table[ids])
+
+        x = torch.randn(7, dim, generator=torch.Generator().manual_seed(0))
+        head = filled(VocabParallelHead(name, vocab, dim, mesh.layout, FORMAT), mesh, config)
+        columns = mesh.tp.all_gather(head(x)).transpose(0, 1).flatten(1)
+        assert_close("logits", columns[:, :vocab], x @ table.T, 1e-6)
+        assert bool((columns[:, vocab:] == -torch.inf).all())
+
+
+def check_mlp(mesh: Mesh) -> None:
+    """Fifty columns over the ranks: column-parallel, then row-parallel, then one sum."""
+    x = torch.randn(5, CONFIG.hidden_size, generator=torch.Generator().manual_seed(1))
+
+    def make(where: Mesh) -> MLP:
+        sizes = CONFIG.hidden_size, CONFIG.intermediate_size
+        return filled(MLP("model.layers.0.mlp.", *sizes, where.layout, FORMAT), where)
+
+    part = make(mesh)(x)
+    want = make(alone())(x)
+    assert (part - want).abs().max() > 0.01  # a part is not the whole
+    assert_close("mlp", mesh.tp.all_reduce(part), want, 1e-5)
+
+
+def check_moe(mesh: Mesh) -> None:
+    """Experts over the ranks, the shared expert's columns over the ranks, one sum."""
+
+    def make(where: Mesh) -> MoE:
+        return filled(MoE(CONFIG, "model.layers.1.mlp.", where.layout, FORMAT), where)
+
+    layer, single = make(mesh), make(alone())
+    assert layer.num_local * mesh.world.size == CONFIG.n_routed_experts
+    for tokens in (1, 33):
+        x = torch.randn(tokens, CONFIG.hidden_size, generator=torch.Generator().manual_seed(tokens))
+        assert_close(f"moe {tokens}", mesh.tp.all_reduce(layer(x)), single(x), 1e-5)
+
+
+def check_attention(mesh: Mesh) -> None:
+    for form, kv_shard, limit in (
+        ("latent", "tokens", 1),
+        ("latent", "tokens", 100),
+        ("latent", "none", 1),
+        ("latent", "none", 4),
+        ("heads", "tokens", 1),
+    ):
+        run_attention(mesh, form, kv_shard, limit)
+
+
+# (context, new tokens) of four sequences over five steps: prompts in chunks beside single tokens,
+# contexts of 0, 1 and 2 tokens, shorter than the number of ranks.
+STEPS = [
+    {0: (0, 1), 1: (0, 200)},
+    {0: (1, 1), 2: (0, 3), 1: (200, 70)},
+    {0: (2, 1), 1: (270, 1), 3: (0, 2), 2: (3, 4)},
+    {0: (3, 1), 3: (2, 1), 2: (7, 1), 1: (271, 1)},
+    {0: (4, 2), 1: (272, 130)},
+]
+
+
+def run_attention(mesh: Mesh, form: str, kv_shard: str, limit: int) -> None:
+    places = []
+    for where in (mesh, alone()):
+        prefix = "model.layers.0.self_attn."
+        layer = filled(MLA(CONFIG, prefix, where.layout, where.tp, FORMAT), where)
+        tp = where.layout.tp, where.layout.tp_rank
+        layout = CacheLayout.make(CONFIG, form, kv_shard, "fp32", *tp)
+        pool = CachePool(layout, 1, 60, CPU, where.tp)
+        # Whatever nobody wrote must not be seen; slot 0 pads rows and stays as it is.
+        pool.slots[:, layout.slots_per_page :] = torch.nan
+        places.append((where, layer, pool))
+    sharded, single = (pool.slots.nbytes / pool.layout.page_size for *_, pool in places)
+    assert sharded * (1 if kv_shard == "none" else mesh.tp.size) == single
+    rotary = Rotary(CONFIG, CPU)
+    for number, step in enumerate(STEPS):
+        plan_tokens = sum(n for _, n in step.values())
+        generator = torch.Generator().manual_seed(number)
+        x = torch.randn(plan_tokens, CONFIG.hidden_size, generator=generator)
+        results = []
+        for where, layer, pool in places:
+            plan = attention_plan(step, pool.layout)
+            batch = BatchBuilder(plan, pool.layout, CPU, limit).build()
+            part = layer(x, rotary(batch.position_T), batch, pool.layer(0))
+            results.append(where.tp.all_reduce(part))
+        assert_close(f"{form} {kv_shard} {limit} step {number}", *results, 1e-5)
+
+
+def attention_plan(step: dict[int, tuple[int, int]], layout: CacheLayout) -> StepPlan:
+    """Every sequence owns seven pages; they interleave."""
+    return StepPlan(
+        token_ids=np.zeros(sum(n for _, n in step.values()), np.int32),
+        query_len=np.array([n for _, n in step.values()], np.int32),
+        context_len=np.array([c for c, _ in step.values()], np.int32),
+        page_count=np.array([layout.pages_for(c + n) for c, n in step.values()], np.int32),
+        pages=np.array(
+            [
+                1 + seq + 4 * i
+                for seq, (c, n) in step.items()
+                for i in range(layout.pages_for(c + n))
+            ],
+            np.int32,
+        ),
+    )
+
+
+def check_sampler(mesh: Mesh) -> None:
+    """The same logits, split over the ranks or not: the same tokens and probabilities."""
+    vocab, rows = 331, 41
+    table = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(2)) * 3
+    table[:9, 300] = table[:9, 17] = 50.0  # equal bests on different ranks
+    plan = sampler_plan(rows, vocab)
+    results = [sampled(where, table, plan) for where in (mesh, alone())]
+    for name in ("token", "top_token"):
+        assert np.array_equal(getattr(results[0], name), getattr(results[1], name)), name
+    for name in ("logprob", "top_logprob"):
+        got, want = (torch.from_numpy(getattr(r, name)) for r in results)
+        assert_close(name, got, want, 1e-6)
+    greedy = (plan.temperature == 0) & (plan.target == NO_TARGET) & (plan.row < 9)
+    assert greedy.sum() > 2 and set(results[0].token[greedy]) == {17}
+
+
+def sampled(mesh: Mesh, table: Tensor, plan: StepPlan) -> Sampled:
+    width = -(-table.shape[1] // mesh.tp.size)
+    start = width * mesh.tp.rank
+    padded = nn.functional.pad(table, (0, width * mesh.tp.size), value=-torch.inf)
+    model = SimpleNamespace(
+        config=SimpleNamespace(vocab_size=table.shape[1]),
+        lm_head=SimpleNamespace(start=start),
+        logits=lambda x: padded[x[:, 0].long(), start : start + width],
+    )
+    hidden = torch.arange(float(len(table)))[:, None]
+    return Sampler(model, mesh.tp, CPU)(hidden, plan).to_host()
+
+
+def sampler_plan(rows: int, vocab: int) -> StepPlan:
+    rng = np.random.default_rng(0)
+    count = 3 * rows
+    target = np.where(rng.random(count) < 0.2, rng.integers(0, vocab, count), NO_TARGET)
+    top = rng.choice([-1, -1, 0, 5], count)
+    return StepPlan(
+        row=np.tile(np.arange(rows), 3).astype(np.int32),
+        position=rng.integers(0, 1000, count).astype(np.int32),
+        target=target.astype(np.int32),
+        top_logprobs=np.where(target >= 0, np.maximum(top, 0), top).astype(np.int32),
+        top_k=rng.choice([0, 3, 50], count).astype(np.int32),
+        seed_low=rng.integers(-(2**31), 2**31, count).astype(np.int32),
+        seed_high=rng.integers(-(2**31), 2**31, count).astype(np.int32),
+        temperature=rng.choice([0.0, 1.0], count).astype(np.float32),
+        top_p=rng.choice([1.0, 0.9], count).astype(np.float32),
+    )
+
+
+def fail_on_rank_1(mesh: Mesh) -> None:
+    if mesh.world.rank == 1:
+        raise RuntimeError("rank 1 says no")
+    mesh.world.all_reduce(torch.ones(1))  # waits for rank 1
