@@ -1,0 +1,85 @@
+"""Every way to run a model at one world size, inside one torchrun.
+
+torchrun --standalone --nproc-per-node N tests/distributed/matrix.py JOB.json RESULT.json
+
+JOB.json: {"cases": {name: [checkpoint directory, engine settings]}, "prompts": {directory: [...]}}.
+RESULT.json: {name: {"answers": {request: tokens}, "stats": as --stats-file}}.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from dsv3.engine.config import EngineConfig
+from dsv3.engine.engine import Engine, follow
+from dsv3.engine.start import start
+from dsv3.engine.stats import collect_stats
+from dsv3.parallel.mesh import Mesh, join_world
+from dsv3.request import Request, SamplingParams
+
+
+def requests(prompts: list[list[int]], max_tokens: int) -> list[Request]:
+    """Ask for greedy and sampled continuations of every prompt, and score the longest."""
+    greedy = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+    found = [
+        Request(request_id=f"greedy {i}", prompt_ids=prompt, params=greedy)
+        for i, prompt in enumerate(prompts)
+    ]
+    for i, prompt in enumerate(prompts):
+        params = SamplingParams(
+            max_tokens=max_tokens,
+            ignore_eos=True,
+            temperature=1.0,
+            top_p=0.9,
+            top_k=50,
+            seed=(i - 1) << 40,
+        )
+        found.append(Request(request_id=f"sampled {i}", prompt_ids=prompt, params=params))
+    scoring = SamplingParams(max_tokens=0, prompt_logprobs=3)
+    found.append(Request(request_id="scored", prompt_ids=prompts[-1], params=scoring))
+    return found
+
+
+def answer(engine: Engine, asked: list[Request]) -> dict[str, list[int] | list[float]]:
+    """Return the tokens of every answer, and the log-probabilities of the scored prompt."""
+    for request in asked:
+        engine.add(request)
+    answers: dict[str, list[int] | list[float]] = {}
+    while engine.has_work():
+        for out in engine.step():
+            if (done := out.completion) is None:
+                continue
+            answers[out.request_id] = done.token_ids
+            if done.prompt_logprobs is not None:
+                answers[out.request_id] = [t.logprob for t in done.prompt_logprobs]
+    return answers
+
+
+def run_case(mesh: Mesh, path: str, settings: dict, prompts: list[list[int]], max_tokens: int):
+    """Run one case on all ranks; the result is rank 0's."""
+    started = start(Path(path), EngineConfig(**settings), mesh)
+    answers = {}
+    if started.engine is None:
+        follow(started.runner, started.channel)
+    else:
+        answers = answer(started.engine, requests(prompts, max_tokens))
+        started.engine.stop()
+    return {"answers": answers, "stats": collect_stats(started, {})}
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    results = {}
+    with join_world("cpu") as mesh:
+        torch.set_num_threads(1)  # the models are tiny: more threads only wait
+        for name, (path, settings) in job["cases"].items():
+            prompts = job["prompts"][path]
+            results[name] = run_case(mesh, path, settings, prompts, job["max_tokens"])
+        if mesh.layout.rank == 0:
+            Path(sys.argv[2]).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""The same answers at every world size, in every layout, whatever the chunks and the batch.
+
+One torchrun per world size runs all cases (`matrix.py`); everything is held to the plainest case
+on one rank, which tests/oracle holds to transformers. All of it is float32.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.oracle.families import Oracle
+
+ROOT = Path(__file__).resolve().parents[2]
+CACHE = {"kv_cache_size": "2048tok"}
+SMALL = CACHE | {"max_batch_tokens": 16, "max_running": 4}
+# Name of the case -> checkpoint, settings. The first of each checkpoint is the plainest.
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "fp8": ("v3-fp8", CACHE),
+    "fp8, small steps": ("v3-fp8", SMALL),
+    "fp8, kept": ("v3-fp8", SMALL | {"weights": "fp8"}),
+    "fp8, absorb": ("v3-fp8", CACHE | {"attn_impl": "absorb"}),
+    "fp8, absorb, replicated": ("v3-fp8", SMALL | {"attn_impl": "absorb", "kv_shard": "none"}),
+    "fp8, replicated": ("v3-fp8", CACHE | {"kv_shard": "none"}),
+    "fp8, naive": ("v3-fp8", CACHE | {"attn_impl": "naive"}),
+    "fp8, naive, small steps": ("v3-fp8", SMALL | {"attn_impl": "naive"}),
+    "fp8, small cache": ("v3-fp8", {"kv_cache_size": "256tok", "max_batch_tokens": 64}),
+    "fp8, no reuse": ("v3-fp8", SMALL | {"prefix_reuse": False}),
+    "fp8, pipelined": ("v3-fp8", CACHE | {"pipeline_depth": 1}),
+    "lite": ("v2-lite", CACHE),
+    "lite, small steps": ("v2-lite", SMALL),
+    "lite, naive": ("v2-lite", SMALL | {"attn_impl": "naive"}),
+    "demo": ("demo", CACHE),
+    "demo, absorb": ("demo", CACHE | {"max_batch_tokens": 100, "attn_impl": "absorb"}),
+    "demo, naive, kept": ("demo", CACHE | {"attn_impl": "naive", "weights": "fp8"}),
+}
+# Eight processes on two cores: a handful of steps.
+FEW = ("fp8", "fp8, naive", "lite, small steps")
+PLAINEST = {"v3-fp8": "fp8", "v2-lite": "lite", "demo": "demo"}
+# Contexts shorter than the number of ranks, one that crosses a page, one of two pages.
+LENGTHS = {"v3-fp8": (1, 2, 3, 7, 60, 100), "v2-lite": (1, 5, 90), "demo": (2, 3, 640)}
+VOCABULARY = {"v3-fp8": 331, "v2-lite": 331, "demo": 2048}
+Run = Callable[[int], dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def run(oracle: Callable[[str], Oracle], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Return a function from a world size to its results, run once."""
+    folder = tmp_path_factory.mktemp("matrix")
+    paths = {family: str(oracle(family).path) for family in ("v3-fp8", "v2-lite")}
+    paths["demo"] = str(ROOT / "checkpoints" / "demo-v3")
+    draw = random.Random(0)
+    prompts = {
+        paths[name]: [[draw.randrange(2, VOCABULARY[name]) for _ in range(n)] for n in lengths]
+        for name, lengths in LENGTHS.items()
+    }
+
+    @cache
+    def run(world_size: int) -> dict[str, Any]:
+        few = world_size == 8
+        names = FEW if few else tuple(CASES)
+        job = {
+            "cases": {n: (paths[CASES[n][0]], CASES[n][1]) for n in names},
+            "prompts": prompts,
+            "max_tokens": 4 if few else 12,
+        }
+        job_file, result = folder / f"job{world_size}.json", folder / f"result{world_size}.json"
+        job_file.write_text(json.dumps(job))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", str(world_size), str(ROOT / "tests/distributed/matrix.py")]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [*command, str(job_file), str(result)],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-8000:]
+        return json.loads(result.read_text())
+
+    return run
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+def test_answers(run: Run, world_size: int) -> None:
+    wanted, got = run(1), run(world_size)
+    for name, result in got.items():
+        plain = wanted[PLAINEST[CASES[name][0]]]["answers"]
+        assert result["answers"].keys() == plain.keys()
+        for request, tokens in result["answers"].items():
+            want = plain[request]
+            if request == "scored":
+                assert tokens == pytest.approx(want, abs=1e-3), name
+            else:
+                assert tokens == want[: len(tokens)] and len(tokens) in (4, 12), (name, request)
+
+
+def test_the_answers_say_something(run: Run) -> None:
+    """Sampled answers differ from greedy ones, and prompts from each other."""
+    for name in PLAINEST.values():
+        answers = {k: v for k, v in run(1)[name]["answers"].items() if k != "scored"}
+        different = {tuple(tokens) for tokens in answers.values()}
+        assert len(different) >= len(answers) - 1, name
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+def test_cache_bytes(run: Run, world_size: int) -> None:
+    """Every rank really allocates one Nth, unless asked to replicate; the tokens stay the same."""
+    for name, result in run(world_size).items():
+        parts = 1 if "replicated" in name else world_size
+        one = run(1)[name]["stats"]["ranks"][0]
+        ranks = result["stats"]["ranks"]
+        assert [r["rank"] for r in ranks] == list(range(world_size))
+        assert [r["cache_bytes"] * parts for r in ranks] == [one["cache_bytes"]] * world_size, name
+        assert {r["cache_tokens"] for r in ranks} == {one["cache_tokens"]}
+        assert all(r["weight_bytes"] <= one["weight_bytes"] for r in ranks)
+
+
+def test_weight_bytes(run: Run) -> None:
+    """Experts are spread and dense layers split: four ranks hold little more than one does."""
+    for name in ("fp8", "demo"):
+        one = run(1)[name]["stats"]["ranks"][0]["weight_bytes"]
+        four = [r["weight_bytes"] for r in run(4)[name]["stats"]["ranks"]]
+        assert one <= sum(four) < 1.6 * one and max(four) < 0.4 * one
+    kept, plain = (run(1)[n]["stats"]["ranks"][0]["weight_bytes"] for n in ("fp8, kept", "fp8"))
+    assert kept < 0.5 * plain
+
+
+def test_small_steps_and_small_caches_were_just_that(run: Run) -> None:
+    """The cases do what their names say."""
+    steps = {name: result["stats"]["events"]["steps"] for name, result in run(1).items()}
+    assert steps["fp8, small steps"] > 1.5 * steps["fp8"]
+    assert steps["fp8, small cache"] > steps["fp8"]
+    assert run(1)["fp8"]["stats"]["tokens"]["reused"] > 0
+    assert run(1)["fp8, no reuse"]["stats"]["tokens"]["reused"] == 0
