@@ -15,6 +15,7 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from dsv3.errors import CheckpointError, RequestError
+from dsv3.text.detokenize import StopChecker
 from dsv3.text.published_formats import END_THINK, THINK, published_format
 from dsv3.text.tokenizer import Tokenizer
 
@@ -115,6 +116,35 @@ def split_reasoning(text: str) -> tuple[str, str]:
     """Split an answer that began within a thought into the thought and what follows it."""
     reasoning, _, answer = text.partition(END_THINK)
     return reasoning.strip(), answer.lstrip("\n")
+
+
+class ThoughtStream:
+    """`split_reasoning` of an answer while it comes.
+
+    Args:
+        inside: whether the answer begins within a thought.
+    """
+
+    def __init__(self, inside: bool) -> None:
+        self._end = StopChecker((END_THINK,)) if inside else None
+        self._begun = not inside  # the blank lines after a thought are not part of the answer
+
+    def push(self, text: str) -> tuple[str, str]:
+        """Take more text; return what it adds to the thought and to the answer."""
+        thought = ""
+        if self._end is not None:
+            thought, ended = self._end.push(text)
+            if not ended:
+                return thought, ""
+            text, self._end = self._end.rest, None
+        if not self._begun:
+            text = text.lstrip("\n")
+            self._begun = bool(text)
+        return thought, text
+
+    def finish(self) -> str:
+        """Return the end of a thought that never ended."""
+        return "" if self._end is None else self._end.finish()
 
 
 def _text(where: str, content: Any) -> str:

@@ -1,7 +1,9 @@
 """What a request gets where it is silent: from flags, from the checkpoint, from its format."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from dsv3.errors import CheckpointError, ConfigError, RequestError
@@ -20,6 +22,20 @@ class Sampling:
     top_k: int | None = None
 
     @classmethod
+    def of_checkpoint(cls, folder: Path) -> "Sampling":
+        """Take what a directory's `generation_config.json` says, if it has one."""
+        path = folder / "generation_config.json"
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return cls()
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: cannot be read: {error}") from None
+        if not isinstance(config, dict):
+            raise CheckpointError(f"{path}: holds no JSON object")
+        return cls.from_generation_config(config)
+
+    @classmethod
     def from_generation_config(cls, config: Mapping[str, Any]) -> "Sampling":
         """Take what `generation_config.json` says; `do_sample: false` means greedy."""
         values = {field: config.get(field) for field in ("temperature", "top_p", "top_k")}
@@ -35,6 +51,7 @@ class Sampling:
 CHAT_DEFAULTS = Sampling(max_tokens=ALL_THERE_IS_ROOM_FOR, temperature=1.0, top_p=1.0, top_k=0)
 COMPLETION_DEFAULTS = replace(CHAT_DEFAULTS, max_tokens=16)
 LINE_DEFAULTS = replace(CHAT_DEFAULTS, max_tokens=200, temperature=0.2)  # DeepSeek's generate.py
+TURN_DEFAULTS = replace(LINE_DEFAULTS, max_tokens=ALL_THERE_IS_ROOM_FOR)  # Ctrl-C stops an answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

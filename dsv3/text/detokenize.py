@@ -57,19 +57,24 @@ class StopChecker:
     """Cut text before the first stop string, also one that comes in several pieces.
 
     Text that may be the beginning of a stop string is held back until it is known not to be.
+
+    Attributes:
+        rest: what came after the stop string together with it.
     """
 
     def __init__(self, stop: tuple[str, ...]) -> None:
         self._stop = stop
         self._held = ""
+        self.rest = ""
 
     def push(self, text: str) -> tuple[str, bool]:
         """Take more text; return what is safe to show, and whether a stop string came."""
         text = self._held + text
-        found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+        found = [(at, len(stop)) for stop in self._stop if (at := text.find(stop)) >= 0]
         if found:
-            self._held = ""
-            return text[: min(found)], True
+            at, length = min(found)
+            self._held, self.rest = "", text[at + length :]
+            return text[:at], True
         num_held = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held], False

@@ -15,6 +15,7 @@ from dsv3.text.defaults import (
     CHAT_DEFAULTS,
     COMPLETION_DEFAULTS,
     LINE_DEFAULTS,
+    TURN_DEFAULTS,
     Defaults,
     Sampling,
 )
@@ -92,10 +93,21 @@ def parse_request(url: str, body: Any, name: str, defaults: Defaults) -> TextReq
 
 def line_request(text: str, name: str, defaults: Defaults) -> TextRequest:
     """Make the request of a bare prompt: one user message, as in DeepSeek's generate.py."""
+    return _plain_request([{"role": "user", "content": text}], name, defaults, LINE_DEFAULTS)
+
+
+def turn_request(messages: list[dict[str, Any]], name: str, defaults: Defaults) -> TextRequest:
+    """Make the request of a turn of a chat on the terminal."""
+    return _plain_request(messages, name, defaults, TURN_DEFAULTS)
+
+
+def _plain_request(
+    messages: list[dict[str, Any]], name: str, defaults: Defaults, otherwise: Sampling
+) -> TextRequest:
     return TextRequest(
-        messages=defaults.with_system([{"role": "user", "content": text}]),
+        messages=defaults.with_system(messages),
         params=SamplingParams(
-            **defaults.sampling(Sampling(), LINE_DEFAULTS), seed=_seed_of(name, defaults)
+            **defaults.sampling(Sampling(), otherwise), seed=_seed_of(name, defaults)
         ),
         limit_is_default=True,
         thinking=defaults.thinking,
