@@ -21,7 +21,9 @@ from dsv3.config import (
 )
 from dsv3.errors import ConfigError
 
-PRESETS = Path(__file__).resolve().parents[1] / "configs"
+_ROOT = Path(__file__).resolve().parents[1]
+PRESETS = _ROOT / "configs"
+DEMO = _ROOT / "checkpoints" / "demo-v3"
 
 _HF_FIELDS = {f.name for f in dataclasses.fields(ModelConfig)} - {
     "eos_token_ids",

@@ -1,19 +1,20 @@
 """Answer prompts with a DeepSeek-V3-family model split over ranks.
 
+    torchrun --nproc-per-node 8 launch/generate.py --ckpt-path DIR --interactive
     torchrun --nproc-per-node 8 launch/generate.py --ckpt-path DIR --input-file FILE
 
 The file holds one prompt a line, or OpenAI Batch rows (JSONL). Without torchrun: one rank.
 """
 
 import argparse
-import json
 import logging
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
-from dsv3.config_files import load_model_config
+from dsv3.config_files import DEMO, load_model_config
 from dsv3.engine.engine import Engine, follow
 from dsv3.engine.program import (
     Parser,
@@ -23,20 +24,22 @@ from dsv3.engine.program import (
     set_up_logging,
 )
 from dsv3.engine.start import Started, start
-from dsv3.engine.stats import collect_stats
+from dsv3.engine.stats import check_stats_file, collect_stats, write_stats_file
 from dsv3.errors import ConfigError
 from dsv3.parallel.mesh import Mesh, join_world
 from dsv3.parallel.together import fail_together
 from dsv3.serve.batch import BatchSummary, run_batch
+from dsv3.serve.chat import Chat
 from dsv3.serve.progress import Progress
 from dsv3.serve.sinks import JournalSink, TextSink
+from dsv3.serve.terminal import open_console
 from dsv3.text.batch_file import BatchInput
 from dsv3.text.chat import ChatFormat
 from dsv3.text.defaults import Defaults, Sampling
 from dsv3.text.journal import Journal
+from dsv3.text.tokenizer import Tokenizer
 
 log = logging.getLogger("dsv3")
-DEMO = Path(__file__).resolve().parent.parent / "checkpoints" / "demo-v3"
 
 
 def parse_args() -> argparse.Namespace:
@@ -51,7 +54,9 @@ def parse_args() -> argparse.Namespace:
     what.add_argument("--strict", action="store_true", help="exit with 1 if any row failed")
     what.add_argument("--stats-file", help="write what the run used and did, as JSON")
     sampling = parser.add_argument_group("sampling, where a row does not say")
-    sampling.add_argument("--max-new-tokens", type=int, help="tokens of an answer (200)")
+    sampling.add_argument(
+        "--max-new-tokens", type=int, help="tokens of an answer (200; chat: no limit)"
+    )
     sampling.add_argument("--temperature", type=float, help="0 is greedy (0.2)")
     sampling.add_argument("--top-p", type=float, help="keep the likeliest tokens up to this sum")
     sampling.add_argument("--top-k", type=int, help="keep this many likeliest tokens")
@@ -60,17 +65,24 @@ def parse_args() -> argparse.Namespace:
     sampling.add_argument("--system", help="system message of chats that have none")
     add_engine_flags(parser)
     args = parser.parse_args()
-    if args.interactive:
-        raise ConfigError("--interactive is not there yet; use --input-file")
-    if not args.input_file:
-        raise ConfigError("nothing to answer: give --input-file FILE")
+    if args.interactive and args.output_file:
+        raise ConfigError("--output-file is for the answers to an --input-file, not for a chat")
+    if not args.interactive and not args.input_file:
+        raise ConfigError("nothing to answer: give --interactive or --input-file FILE")
     return args
 
 
-def read_input(args: argparse.Namespace, checkpoint: Path) -> BatchInput:
-    """Open the input with the defaults that hold where a row is silent."""
-    generation = checkpoint / "generation_config.json"
-    told = json.loads(generation.read_text()) if generation.is_file() else {}
+@dataclass(frozen=True)
+class Job:
+    """What rank 0 is to do; a chat has no rows."""
+
+    defaults: Defaults
+    rows: BatchInput | None = None
+    journal: Journal | None = None
+
+
+def prepare(args: argparse.Namespace, checkpoint: Path, files: ExitStack) -> Job:
+    """Open and check all files of a job, before a model is loaded for it."""
     flags = Sampling(
         max_tokens=args.max_new_tokens,
         temperature=args.temperature,
@@ -79,23 +91,54 @@ def read_input(args: argparse.Namespace, checkpoint: Path) -> BatchInput:
     )
     defaults = Defaults(
         flags=flags,
-        model=Sampling.from_generation_config(told),
+        model=Sampling.of_checkpoint(checkpoint),
         seed=args.seed,
         thinking=args.thinking,
         system=args.system,
     )
-    return BatchInput(Path(args.input_file), defaults, args.prompt_separator)
+    if args.stats_file:
+        check_stats_file(Path(args.stats_file))
+    if args.interactive:
+        Tokenizer.load(checkpoint)
+        return Job(defaults)
+    rows, journal = BatchInput(Path(args.input_file), defaults, args.prompt_separator), None
+    if args.output_file:
+        journal = files.enter_context(Journal(Path(args.output_file), args.overwrite))
+        journal.resume(rows)
+    return Job(defaults, rows, journal)
 
 
-def answer(
-    started: Started, engine: Engine, rows: BatchInput, journal: Journal | None, name: str
-) -> BatchSummary:
+def chat(job: Job, started: Started, engine: Engine, name: str) -> None:
+    """Talk until the user leaves."""
+    assert engine.tokenizer is not None
+    chat_format = ChatFormat(engine.tokenizer, started.config.model_type, name)
+    with open_console() as console:
+        Chat(engine, chat_format, job.defaults, console).run(name)
+
+
+def answer(job: Job, started: Started, engine: Engine, name: str) -> BatchSummary:
     """Answer all rows into the journal, or as text on standard output."""
-    chat = ChatFormat.load_optional(engine.tokenizer, started.config.model_type, name)
-    if journal is None:
-        return run_batch(engine, rows, TextSink(sys.stdout), chat, Progress(rows.count(), 0))
-    sink = JournalSink(journal, engine.tokenizer)
-    return run_batch(engine, rows, sink, chat, Progress(rows.count(), journal.num_done))
+    assert job.rows is not None
+    chat_format = ChatFormat.load_optional(engine.tokenizer, started.config.model_type, name)
+    if job.journal is None:
+        sink, done = TextSink(sys.stdout), 0
+    else:
+        sink, done = JournalSink(job.journal, engine.tokenizer), job.journal.num_done
+    return run_batch(engine, job.rows, sink, chat_format, Progress(job.rows.count(), done))
+
+
+def work(job: Job, started: Started, name: str) -> BatchSummary:
+    """Do the job on rank 0; run its steps on the others."""
+    if started.engine is None:
+        follow(started.runner, started.channel)
+        return BatchSummary()
+    try:
+        if job.rows is not None:
+            return answer(job, started, started.engine, name)
+        chat(job, started, started.engine, name)
+        return BatchSummary(seconds=started.engine.counters.run_seconds)
+    finally:
+        started.engine.stop()
 
 
 def run(args: argparse.Namespace, mesh: Mesh, files: ExitStack, begin: float) -> int:
@@ -105,30 +148,24 @@ def run(args: argparse.Namespace, mesh: Mesh, files: ExitStack, begin: float) ->
     is_first = mesh.layout.rank == 0
     if is_first and not args.ckpt_path:
         log.info("no --ckpt-path: using the demo model in %s", DEMO)
-    journal = None
     with fail_together(mesh, "reading the input"):
         config = load_model_config(args.config) if args.config else None
         settings = engine_config(args)
-        if is_first:
-            rows = read_input(args, checkpoint)
-            if args.output_file:
-                journal = files.enter_context(Journal(Path(args.output_file), args.overwrite))
-                journal.resume(rows)
+        job = prepare(args, checkpoint, files) if is_first else Job(Defaults())
     started = start(checkpoint, settings, mesh, config, args.n_experts)
     seconds.update(started.seconds)
-    if started.engine is None:
-        follow(started.runner, started.channel)
-        collect_stats(started, seconds)
-        return 0
     log.info("start-up: %s", ", ".join(f"{k} {v:.1f} s" for k, v in seconds.items()))
-    summary = answer(started, started.engine, rows, journal, checkpoint.name)
-    started.engine.stop()
+    with fail_together(mesh, "answering"):
+        summary = work(job, started, checkpoint.name)
     seconds["run"] = summary.seconds
     stats = collect_stats(started, seconds)
-    log.info("%s", summary)
+    if not is_first:
+        return 0
     if args.stats_file:
-        text = json.dumps({**stats, "rows": summary.rows, "failed": summary.failed}, indent=1)
-        Path(args.stats_file).write_text(text + "\n")
+        rows = {"rows": summary.rows, "failed": summary.failed}
+        write_stats_file(Path(args.stats_file), {**stats, **rows})
+    if job.rows is not None:
+        log.info("%s", summary)
     return 1 if args.strict and summary.failed else 0
 
 

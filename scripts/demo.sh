@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Answers a prompt with the demo model, split over two ranks. Installs what is needed first.
+# Chats with the demo model, split over two ranks; with a question, answers that and ends.
+# Installs what is needed first.
 #
 #   scripts/demo.sh ["Your question"]
 set -euo pipefail
@@ -7,9 +8,17 @@ cd "$(dirname "$0")/.."
 source scripts/venv.sh
 install_dsv3 ""
 
-question=${1:-"My name is Anna and I live in Amsterdam. What is my name?"}
-prompts=$(mktemp)
-trap 'rm -f "$prompts"' EXIT
-printf '%s\n' "$question" >"$prompts"
-OMP_NUM_THREADS=1 .venv/bin/torchrun --standalone --nproc-per-node 2 launch/generate.py \
-    --input-file "$prompts"
+generate() {
+    OMP_NUM_THREADS=1 .venv/bin/torchrun --standalone --nproc-per-node 2 launch/generate.py "$@"
+}
+
+if [ $# -eq 0 ] && [ -t 0 ] && [ -t 1 ]; then
+    echo "The demo model remembers what you tell it. Try: My name is Anna. -- What is my name?" >&2
+    generate --interactive
+else
+    question=${1:-"My name is Anna and I live in Amsterdam. What is my name?"}
+    prompts=$(mktemp)
+    trap 'rm -f "$prompts"' EXIT
+    printf '%s\n' "$question" >"$prompts"
+    generate --input-file "$prompts"
+fi

@@ -1,19 +1,26 @@
 """What the programs in `launch/` share: flags, logging, one-line errors, exit codes."""
 
 import argparse
+import contextlib
+import json
 import logging
+import os
 import sys
+import time
+import traceback
 from collections.abc import Callable
 from dataclasses import fields
-from typing import NoReturn
-
-from torch.distributed.elastic.multiprocessing.errors import record
+from pathlib import Path
+from typing import Any, NoReturn
 
 from dsv3.engine.config import EngineConfig
 from dsv3.errors import ConfigError, Dsv3Error, RankError
 from dsv3.parallel.mesh import environment_rank
 
 _INTERRUPTED = 130
+# torchrun ends all ranks as soon as one has failed. A rank that has nothing to tell waits so long
+# for the one that has.
+_TELL_SECONDS = 2.0
 
 
 class Parser(argparse.ArgumentParser):
@@ -22,6 +29,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise instead of exiting."""
         raise ConfigError(f"{message}; see --help")
+
+    def print_help(self, file: Any = None) -> None:
+        """Print the help once, not once a rank."""
+        if environment_rank() == 0:
+            super().print_help(file)
 
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +50,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     cache = parser.add_argument_group("cache and attention")
     cache.add_argument("--attn-impl", default="auto", help="auto, naive or absorb")
     cache.add_argument("--kv-shard", default="tokens", help="tokens (sharded) or none (replicated)")
-    cache.add_argument("--kv-dtype", default="auto", help="auto, fp32 or bf16")
+    cache.add_argument("--kv-dtype", default="auto", help="auto, fp32, bf16 or fp8")
     cache.add_argument(
         "--kv-cache-size",
         default="auto",
@@ -78,29 +90,60 @@ def set_up_logging(debug: bool) -> None:
 def run_program(main: Callable[[], int]) -> NoReturn:
     """Run `main` and exit: 0 done, 2 wrong usage or checkpoint, 3 a rank or device failed.
 
-    Our one line goes to stderr before torchrun's report; `record` names the cause in that report.
+    Our one line goes to stderr, and into the report that torchrun prints after it.
     """
-    debug = "--debug" in sys.argv
     try:
-        code = record(main)() or 0
-    except Dsv3Error as error:
-        if debug:
-            raise
-        if not error.told_elsewhere:
-            rank = environment_rank()
-            if rank == 0:
-                sys.stderr.write(f"error: {error}" + "\n")
-            elif isinstance(error, RankError):
-                sys.stderr.write(f"error: rank {rank}: {error}" + "\n")
-        code = error.exit_code
+        code = main() or 0
     except KeyboardInterrupt:
         code = _INTERRUPTED
     except Exception as error:
-        if debug:
-            raise
-        text = str(error).strip().split("\n")[0]
-        where = f"rank {environment_rank()}: {type(error).__name__}: {text}"
-        sys.stderr.write(f"error: {where} (--debug shows more)" + "\n")
-        code = RankError.exit_code
-    sys.stdout.flush()
+        code = error.exit_code if isinstance(error, Dsv3Error) else RankError.exit_code
+        _tell(error, "--debug" in sys.argv)
+    try:
+        sys.stdout.flush()
+    except OSError:  # nobody reads any more; the interpreter would complain of it once again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
+
+
+def _tell(error: Exception, debug: bool) -> None:
+    """Write the line of an error; the whole story with --debug."""
+    rank = environment_rank()
+    line = f"error: {_line_of(error, rank)}"
+    _tell_torchrun(line, traceback.format_exc() if debug else line)
+    if debug:
+        traceback.print_exception(error)
+    is_everyones = isinstance(error, Dsv3Error) and not isinstance(error, RankError)
+    told_elsewhere = getattr(error, "told_elsewhere", False) or is_everyones or _is_lost(error)
+    if rank == 0 or not told_elsewhere:
+        sys.stderr.write(line + "\n")
+    else:
+        time.sleep(_TELL_SECONDS)
+
+
+def _line_of(error: Exception, rank: int) -> str:
+    if isinstance(error, Dsv3Error):
+        is_ours = rank == 0 or not isinstance(error, RankError) or error.told_elsewhere
+        return str(error) if is_ours else f"rank {rank}: {error}"
+    if _is_lost(error):
+        return (
+            f"rank {rank} lost its connection to another rank, which has ended or cannot be reached"
+        )
+    text = str(error).strip().split("\n")[0]
+    return f"rank {rank}: {type(error).__name__}: {text} (--debug shows more)"
+
+
+def _is_lost(error: Exception) -> bool:
+    """Tell whether an exchange failed because another rank is gone."""
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("gloo/transport" in text or "NCCL" in text)
+
+
+def _tell_torchrun(line: str, story: str) -> None:
+    """Leave what happened where torchrun looks for it. Its own `record` would print stacks."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        extra = {"py_callstack": story, "timestamp": str(int(time.time()))}
+        message = {"message": {"message": line, "extraInfo": extra}}
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps(message))

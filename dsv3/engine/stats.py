@@ -1,11 +1,14 @@
 """What a run used and did, as one JSON object."""
 
+import json
 import resource
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from dsv3.engine.start import Started
+from dsv3.errors import ConfigError, OutputError
 
 
 def collect_stats(started: Started, seconds: dict[str, float]) -> dict[str, Any]:
@@ -48,6 +51,22 @@ def collect_stats(started: Started, seconds: dict[str, float]) -> dict[str, Any]
         },
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
     }
+
+
+def check_stats_file(path: Path) -> None:
+    """Refuse a file that cannot be written before the work is done, not after."""
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise ConfigError(f"--stats-file {path}: {error.strerror}") from None
+
+
+def write_stats_file(path: Path, stats: dict[str, Any]) -> None:
+    """Write the figures of a run."""
+    try:
+        path.write_text(json.dumps(stats, indent=1) + "\n")
+    except OSError as error:
+        raise OutputError(f"--stats-file {path}: cannot write ({error.strerror})") from None
 
 
 def _peak_memory(device: torch.device) -> int:
