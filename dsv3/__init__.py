@@ -14,4 +14,21 @@ A lower-case letter counts the 128-wide quantization blocks of that dimension: `
 `scale_fd`.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dsv3.llm import LLM
+    from dsv3.request import SamplingParams
+
+__all__ = ["LLM", "SamplingParams"]
 __version__ = "0.1.0"
+
+_HOMES = {"LLM": "dsv3.llm", "SamplingParams": "dsv3.request"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for only then: most of dsv3 works without torch."""
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,6 +19,7 @@ LEVELS = {
     "dsv3.text": 2,
     "dsv3.engine": 3,
     "dsv3.serve": 4,
+    "dsv3.llm": 4,
     "launch": 5,
 }
 FOR_ALL = {"dsv3", "dsv3.config", "dsv3.config_files", "dsv3.errors", "dsv3.request"}
@@ -80,7 +81,7 @@ def test_imports_point_down() -> None:
     wrong = []
     for source, target in edges():
         a, b = room(source), room(target)
-        if b in FOR_ALL or a == b:
+        if b in FOR_ALL or a == b or source == "dsv3":  # it hands out doors, when asked for
             continue
         if a in FOR_ALL or LEVELS[b] > LEVELS[a]:
             wrong.append(f"{source} imports {target}")

@@ -1,0 +1,216 @@
+"""The library: a model for a script of the user's own, under torchrun or alone.
+
+Every rank runs the same script and so makes the same calls in the same order; rank 0 reads the
+arguments and gets the results, the other ranks help and get empty ones.
+"""
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from dsv3.config_files import DEMO
+from dsv3.engine.config import EngineConfig
+from dsv3.engine.engine import Engine, follow
+from dsv3.engine.start import Started, start
+from dsv3.errors import RequestError
+from dsv3.parallel.mesh import join_world
+from dsv3.parallel.together import fail_together
+from dsv3.request import Completion, Request, RequestOutput, SamplingParams
+from dsv3.text.chat import ChatFormat
+from dsv3.text.text_request import TextRequest, encode_prompt, token_requests
+
+Prompt = str | list[int]
+Messages = Sequence[Mapping[str, Any]]  # {"role": ..., "content": ...}
+Params = SamplingParams | Sequence[SamplingParams] | None
+
+
+class LLM:
+    """A model on all ranks of the world, ready to answer.
+
+    Args:
+        path: a checkpoint directory; the demo model if left out.
+        tp: tensor-parallel ranks; 0 takes them all.
+        device: "auto" (CUDA where present), "cpu" or "cuda".
+        settings: fields of `EngineConfig`, such as `max_seq_len` or `kv_cache_size`.
+
+    Raises:
+        ConfigError, CheckpointError: the model, the settings and the world do not fit together.
+        RankError: another rank failed.
+    """
+
+    def __init__(
+        self, path: str | Path | None = None, *, tp: int = 0, device: str = "auto", **settings: Any
+    ) -> None:
+        config, path = EngineConfig(**settings), Path(path or DEMO)
+        with ExitStack() as stack:
+            mesh = stack.enter_context(join_world(device, tp))
+            self._started: Started = start(path, config, mesh)
+            self._chat: ChatFormat | None = None
+            if self._started.engine is not None:
+                tokenizer, model_type = (
+                    self._started.engine.tokenizer,
+                    self._started.config.model_type,
+                )
+                self._chat = ChatFormat.load_optional(tokenizer, model_type, path.name)
+            self._stack = stack.pop_all()
+        self._outputs: Generator[RequestOutput, None, None] | None = None
+        self._num_requests = 0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which gets the results."""
+        return self._started.engine is not None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the other ranks."""
+        self._end_stream()
+        self._stack.close()
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: Params = None
+    ) -> list[Completion]:
+        """Continue prompts, texts or lists of token ids, all at once.
+
+        Args:
+            prompts: one or several.
+            params: for all prompts or one for each; left out, they are greedy answers of at most
+                200 tokens.
+
+        Returns:
+            The completions in the order of the prompts; on other ranks than 0 an empty list.
+
+        Raises:
+            RequestError: on every rank, if a prompt cannot be served; none is then.
+        """
+        several = _several(prompts, _is_prompt)
+        return self._complete([{"prompt": prompt} for prompt in several], params)
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        params: Params = None,
+        thinking: bool = False,
+    ) -> list[Completion]:
+        """Answer conversations through the model's chat format; else as `generate`.
+
+        Args:
+            messages: one conversation or several.
+            params: for all or one for each.
+            thinking: let the model think first, where its format knows of that. The thought
+                comes first in the text, up to `</think>`.
+        """
+        several = _several(messages, _is_conversation)
+        asked = [{"messages": list(each), "thinking": thinking} for each in several]
+        return self._complete(asked, params)
+
+    def stream(
+        self,
+        prompt: Prompt | Messages,
+        params: SamplingParams | None = None,
+        thinking: bool = False,
+    ) -> Iterator[str]:
+        """Answer one prompt or conversation, piece by piece; other ranks than 0 get no pieces.
+
+        Every rank has to run through the pieces. Leaving the loop early stops the answer.
+        """
+        what = {"messages": prompt, "thinking": thinking}
+        asked = what if _is_conversation(prompt) else {"prompt": prompt}
+        self._outputs = self._run(self._submit([asked], params))
+        return (output.new_text for output in self._outputs if output.new_text)
+
+    def _complete(self, asked: list[dict[str, Any]], params: Params) -> list[Completion]:
+        requests = self._submit(asked, params)
+        done: dict[str, Completion] = {}
+        for output in self._run(requests):
+            if output.completion is not None:
+                done[output.request_id] = output.completion
+        return [done[request.request_id] for request in requests]
+
+    def _submit(self, asked: list[dict[str, Any]], params: Params) -> list[Request]:
+        """Put requests in line on rank 0; if one cannot be served, all ranks hear of it."""
+        self._end_stream()
+        requests: list[Request] = []
+        engine = self._started.engine
+        with fail_together(self._started.mesh, "reading the prompts"):
+            if engine is not None:
+                try:
+                    for request in self._requests(engine, asked, params):
+                        engine.add(request)
+                        requests.append(request)
+                except Exception as error:
+                    for request in requests:
+                        engine.cancel(request.request_id)
+                    if isinstance(error, RequestError) and len(asked) > 1:
+                        raise RequestError(f"prompt {len(requests)} (from 0): {error}") from None
+                    raise
+        return requests
+
+    def _requests(
+        self, engine: Engine, asked: list[dict[str, Any]], params: Params
+    ) -> Iterator[Request]:
+        every = [params] * len(asked) if isinstance(params, SamplingParams | None) else params
+        if len(every) != len(asked):
+            raise RequestError(f"{len(every)} params for {len(asked)} prompts")
+        for what, chosen in zip(asked, every, strict=True):
+            request = TextRequest(
+                **what, params=chosen or SamplingParams(), limit_is_default=chosen is None
+            )
+            if request.messages is None and not _is_prompt(request.prompt):
+                raise RequestError(f"a prompt is a text or token ids, not {request.prompt!r:.60}")
+            self._num_requests += 1
+            ids = encode_prompt(request, engine.tokenizer, self._chat)
+            name, limit = f"llm-{self._num_requests}", engine.max_seq_len
+            yield from token_requests(request, ids, name, limit, engine.vocab_size)
+
+    def _run(self, requests: list[Request]) -> Generator[RequestOutput, None, None]:
+        """Run steps on all ranks until the requests are done, or nobody wants more of them."""
+        engine = self._started.engine
+        if engine is None:
+            follow(self._started.runner, self._started.channel)
+            return
+        unfinished = {request.request_id for request in requests}
+        try:
+            while unfinished:
+                for output in engine.step():
+                    if output.completion is not None:
+                        unfinished.discard(output.request_id)
+                    yield output
+        finally:
+            for request_id in unfinished:
+                engine.cancel(request_id)
+            engine.stop()
+
+    def _end_stream(self) -> None:
+        """Stop an answer that was not read to its end."""
+        if self._outputs is not None:
+            next(self._outputs, None)  # one that was never begun could not be ended
+            self._outputs.close()
+            self._outputs = None
+
+
+def _is_prompt(value: Any) -> bool:
+    return isinstance(value, str) or (bool(value) and all(isinstance(i, int) for i in value))
+
+
+def _is_conversation(value: Any) -> bool:
+    return bool(value) and all(isinstance(message, Mapping) for message in value)
+
+
+def _several(value: Any, is_one: Callable[[Any], bool]) -> list[Any]:
+    """Make a list of one thing or of several; other ranks than 0 may have none."""
+    if value is None:
+        return []
+    return [value] if is_one(value) else list(value)
