@@ -19,11 +19,6 @@ class Digest:
         return f"{self._value:08x}"
 
 
-def digest_of(data: bytes | memoryview) -> str:
-    """Digest of bytes that are all there."""
-    return f"{zlib.crc32(data):08x}"
-
-
 def model_digest(tensors: Iterable[tuple[str, str, tuple[int, ...], str]]) -> str:
     """SHA-256 over (name, dtype, shape, digest) of every tensor, sorted by name."""
     lines = sorted(f"{name} {dtype} {list(shape)} {d}\n" for name, dtype, shape, d in tensors)

@@ -15,7 +15,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from dsv3.checkpoint.digest import digest_of
+from dsv3.checkpoint.digest import Digest
 from dsv3.checkpoint.region import Box, Region, region_shape, whole
 from dsv3.checkpoint.safetensors_file import DTYPE_BYTES, tensor_bytes
 from dsv3.config import ModelConfig
@@ -51,15 +51,6 @@ class TensorInfo:
     def num_bytes(self) -> int:
         """Bytes of the whole tensor."""
         return tensor_bytes(self.dtype, self.shape)
-
-
-def check_digest(piece: Piece, data: memoryview) -> None:
-    """Raise CheckpointError if the bytes of a whole piece are not those that were written."""
-    if digest_of(data) != piece.digest:
-        raise CheckpointError(
-            f"{piece.file}: bytes {piece.offset} to {piece.offset + len(data)} do not match their "
-            "digest in manifest.json; copy or convert the file again"
-        )
 
 
 class Source:
@@ -166,26 +157,37 @@ class Source:
                     part.row - box.row : part.row_stop - box.row,
                     part.col - box.col : part.col_stop - box.col,
                 ]
-                self._read_box(piece, held, part, view)
+                self._read_box(info.name, piece, held, part, view)
             missing = rest
         if missing:
             raise CheckpointError(f"{self.path}: tensor {info.name} lacks {list(missing[0])}")
 
-    def _read_box(self, piece: Piece, held: Box, part: Box, view: npt.NDArray[np.uint8]) -> None:
+    def _read_box(
+        self, name: str, piece: Piece, held: Box, part: Box, view: npt.NDArray[np.uint8]
+    ) -> None:
+        """Read a part of what a piece holds into `view`; all of it is held to its digest."""
         width = held.col_stop - held.col
         first = piece.offset + (part.row - held.row) * width
+        digest = Digest() if piece.digest and part == held else None
         if view.shape[1] == width and view.flags.c_contiguous:
             self._read_bytes(piece.file, first, view.data.cast("B"))
-            if piece.digest and part == held:
-                check_digest(piece, view.data.cast("B"))
-            return
-        rows = max(1, _STAGING // width)
-        staging = np.empty((min(rows, len(view)), width), np.uint8)
-        left = part.col - held.col
-        for row in range(0, len(view), rows):
-            block = staging[: len(view) - row]
-            self._read_bytes(piece.file, first + row * width, block.data.cast("B"))
-            view[row : row + rows] = block[:, left : left + view.shape[1]]
+            if digest:
+                digest.update(view.data.cast("B"))
+        else:
+            rows = max(1, _STAGING // width)
+            staging = np.empty((min(rows, len(view)), width), np.uint8)
+            left = part.col - held.col
+            for row in range(0, len(view), rows):
+                block = staging[: len(view) - row]
+                self._read_bytes(piece.file, first + row * width, block.data.cast("B"))
+                view[row : row + rows] = block[:, left : left + view.shape[1]]
+                if digest:
+                    digest.update(block.data.cast("B"))
+        if digest and str(digest) != piece.digest:
+            raise CheckpointError(
+                f"{piece.file}: tensor {name} does not match its digest in manifest.json; copy or "
+                "convert the file again"
+            )
 
     def _read_bytes(self, file: Path, offset: int, out: memoryview) -> None:
         descriptor = self._descriptor(file)

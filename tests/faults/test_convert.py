@@ -1,0 +1,414 @@
+"""convert.py as a user meets it: kills, damage, wrong flags, each told in one line."""
+
+import contextlib
+import dataclasses
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dsv3.checkpoint import convert as conversion
+from dsv3.checkpoint.source import open_source
+from dsv3.config_files import hf_config_dict
+from dsv3.errors import CheckpointError
+from launch import convert as cli
+from tests.checkpoint_files import FP8, TINY, random_tensors, write_hf, write_sparse
+from tests.unit.test_source import EVEN, write_deepseek
+
+CONFIG = dataclasses.replace(TINY, quantization=FP8, num_nextn_predict_layers=1)
+INDEX = "model.safetensors.index.json"
+SECOND = "model-00002-of-00003.safetensors"
+Q_B = "model.layers.0.self_attn.q_b_proj.weight"
+
+
+@pytest.fixture
+def hf(tmp_path: Path) -> Path:
+    return write_hf(tmp_path / "hf", CONFIG, random_tensors(CONFIG))
+
+
+class Convert:
+    """Runs the program in this process: exit code, output, error output."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._monkeypatch = monkeypatch
+        self._capsys = capsys
+
+    def __call__(self, source: Path, target: Path | None, *flags: object) -> tuple[int, str, str]:
+        argv = ["convert.py", "--hf-ckpt-path", source]
+        argv += ["--save-path", target, *flags] if target else flags
+        self._monkeypatch.setattr(sys, "argv", [str(arg) for arg in argv])
+        try:
+            code = cli.main()
+        except SystemExit as error:
+            code = int(str(error.code))
+        out, err = self._capsys.readouterr()
+        return code, out, err
+
+
+@pytest.fixture
+def convert(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Convert:
+    return Convert(monkeypatch, capsys)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def looks_whole(folder: Path) -> bool:
+    with contextlib.suppress(CheckpointError):
+        open_source(folder, CONFIG).close()
+        return True
+    return False
+
+
+def test_convert_verify_and_again(hf: Path, tmp_path: Path, convert: Convert) -> None:
+    target = tmp_path / "mp2"
+    code, out, err = convert(hf, target, "--model-parallel", 2, "--n-experts", 8, "--verify")
+    assert (code, err) == (0, "")
+    assert "bit for bit" in out
+    first = contents(target)
+    assert sorted(first) == [
+        "config.json",
+        "manifest.json",
+        "model0-mp2.safetensors",
+        "model1-mp2.safetensors",
+        "tokenizer.json",
+    ]
+    code, out, _ = convert(hf, target, "--model-parallel", 2)
+    assert code == 0
+    assert "bit for bit" in out
+    assert contents(target) == first
+    assert convert(target, None, "--verify")[0] == 0
+
+
+def test_another_checkpoint_is_in_the_way(hf: Path, tmp_path: Path, convert: Convert) -> None:
+    target = tmp_path / "out"
+    assert convert(hf, target, "--model-parallel", 2)[0] == 0
+    first = contents(target)
+    code, _, err = convert(hf, target, "--model-parallel", 4)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "holds a conversion for 2 ranks, not for 4 ranks; give --overwrite" in err
+    code, _, err = convert(hf, target, "--to", "hf")
+    assert code == 2
+    assert "for 2 ranks, not for Hugging Face" in err
+    other = write_hf(tmp_path / "other", CONFIG, random_tensors(CONFIG, seed=1))
+    code, _, err = convert(other, target, "--model-parallel", 2)
+    assert code == 2
+    assert "differs from" in err
+    assert contents(target) == first
+    assert convert(other, target, "--model-parallel", 4, "--overwrite", "--verify")[0] == 0
+    assert not (target / "model0-mp2.safetensors").exists()
+    code, _, err = convert(other, hf, "--to", "hf")
+    assert code == 2
+    assert contents(hf)
+
+
+def fault_missing_file(hf: Path) -> str:
+    (hf / SECOND).unlink()
+    return SECOND
+
+
+def fault_truncated(hf: Path) -> str:
+    with (hf / SECOND).open("r+b") as file:
+        file.truncate((hf / SECOND).stat().st_size - 1)
+    return f"{SECOND}: truncated"
+
+
+def fault_index(hf: Path) -> str:
+    index = json.loads((hf / INDEX).read_text())
+    index["weight_map"]["model.norm2.weight"] = SECOND
+    (hf / INDEX).write_text(json.dumps(index))
+    return f"{SECOND}: tensor model.norm2.weight is missing"
+
+
+def fault_missing_scale(hf: Path) -> str:
+    index = json.loads((hf / INDEX).read_text())
+    del index["weight_map"][Q_B + "_scale_inv"]
+    (hf / INDEX).write_text(json.dumps(index))
+    return f"{Q_B}_scale_inv is missing"
+
+
+def fault_config(hf: Path, **change: object) -> None:
+    (hf / "config.json").write_text(json.dumps(hf_config_dict(CONFIG) | change))
+
+
+def fault_wrong_shape(hf: Path) -> str:
+    fault_config(hf, v_head_dim=32)
+    return "the config makes it"
+
+
+def fault_unknown_tensor(hf: Path) -> str:
+    fault_config(hf, num_nextn_predict_layers=0)
+    return "config.json says num_nextn_predict_layers=0"
+
+
+def fault_distill(hf: Path) -> str:
+    fault_config(hf, model_type="qwen2", architectures=["Qwen2ForCausalLM"])
+    return "model_type='qwen2' (Qwen2ForCausalLM) is not supported"
+
+
+def fault_int4(hf: Path) -> str:
+    fault_config(hf, quantization_config={"quant_method": "compressed-tensors"})
+    return "no int4"
+
+
+FAULTS = [
+    fault_missing_file,
+    fault_truncated,
+    fault_index,
+    fault_missing_scale,
+    fault_wrong_shape,
+    fault_unknown_tensor,
+    fault_distill,
+    fault_int4,
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_bad_input(fault: object, hf: Path, tmp_path: Path, convert: Convert) -> None:
+    words = fault(hf)  # type: ignore[operator]
+    code, _, err = convert(hf, tmp_path / "out", "--model-parallel", 2)
+    assert code == 2
+    assert words in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--model-parallel", 3], "does not divide num_attention_heads=8"),
+        (["--model-parallel", 0], "must be at least 1"),
+        (["--model-parallel", 2, "--n-experts", 9], "the checkpoint has 8 experts"),
+        (["--model-parallel", 2, "--config", "v3-671b"], "but --config says 129280"),
+        (["--to", "fp8"], "no weights that are not FP8 already"),
+        ([], "give --model-parallel N"),
+        (["--to", "hf", "--model-parallel", 2], "leave --model-parallel out"),
+        (["--to", "bf16", "--scale-fmt", "ue8m0"], "goes with --to fp8"),
+    ],
+)
+def test_bad_flags(
+    flags: list[object], words: str, hf: Path, tmp_path: Path, convert: Convert
+) -> None:
+    code, _, err = convert(hf, tmp_path / "out", *flags)
+    assert code == 2
+    assert words in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_disk_too_small(
+    hf: Path, tmp_path: Path, convert: Convert, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    code, _, err = convert(hf, tmp_path / "out", "--model-parallel", 2)
+    assert code == 2
+    assert "the disk has 1 MB free" in err
+    code, out, err = convert(hf, tmp_path / "out", "--model-parallel", 2, "--dry-run")
+    assert code == 2
+    assert "begin inside a 128-block" in out
+    assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_writes_nothing(hf: Path, tmp_path: Path, convert: Convert) -> None:
+    code, out, _ = convert(hf, tmp_path / "out", "--to", "bf16", "--dry-run")
+    assert code == 0
+    assert "cast to BF16" in out
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_tokenizer_is_a_warning(hf: Path, tmp_path: Path, convert: Convert) -> None:
+    (hf / "tokenizer.json").unlink()
+    code, _, err = convert(hf, tmp_path / "out", "--model-parallel", 2)
+    assert code == 0
+    assert "warning: " in err
+    assert "no tokenizer files" in err
+
+
+def test_side_files(hf: Path, tmp_path: Path, convert: Convert) -> None:
+    (hf / "chat_template.jinja").write_text("x")
+    (hf / "encoding").mkdir()
+    (hf / "encoding" / "encode.py").write_text("y")
+    (hf / "pytorch_model.bin").write_text("z")
+    assert convert(hf, tmp_path / "out", "--to", "hf")[0] == 0
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "x"
+    assert (tmp_path / "out" / "encoding" / "encode.py").read_text() == "y"
+    assert not (tmp_path / "out" / "pytorch_model.bin").exists()
+    assert (tmp_path / "out" / "config.json").read_bytes() == (hf / "config.json").read_bytes()
+
+
+def flip_byte(file: Path, offset: int = -1) -> None:
+    data = bytearray(file.read_bytes())
+    data[offset] ^= 1
+    file.write_bytes(data)
+
+
+def read_pieces(folder: Path) -> None:
+    """What loading does at the world size that a directory was converted for."""
+    with open_source(folder) as source:
+        for info in source.tensors.values():
+            for piece in info.pieces:
+                source.read(info.name, piece.region)
+
+
+def test_damaged_results_are_found(hf: Path, tmp_path: Path, convert: Convert) -> None:
+    target = tmp_path / "mp2"
+    assert convert(hf, target, "--model-parallel", 2)[0] == 0
+    flip_byte(target / "model1-mp2.safetensors")  # in the last expert
+    for arguments in (
+        (hf, target, "--model-parallel", 2, "--verify"),
+        (target, None, "--verify"),
+        (target, tmp_path / "again", "--model-parallel", 2),
+        (target, tmp_path / "bf16", "--to", "bf16"),
+    ):
+        code, _, err = convert(*arguments)
+        assert (code, err.count("\n")) == (2, 1)
+        assert "model1-mp2.safetensors" in err
+    with pytest.raises(CheckpointError, match="does not match its digest"):
+        read_pieces(target)
+
+
+def test_files_of_other_conversions_are_refused(hf: Path, tmp_path: Path, convert: Convert) -> None:
+    mp2, other = tmp_path / "mp2", tmp_path / "other2"
+    assert convert(hf, mp2, "--model-parallel", 2)[0] == 0
+    other_hf = write_hf(tmp_path / "other", CONFIG, random_tensors(CONFIG, seed=1))
+    assert convert(other_hf, other, "--model-parallel", 2)[0] == 0
+    shutil.copy(other / "model1-mp2.safetensors", mp2)
+    with pytest.raises(CheckpointError, match=r"model1-mp2.safetensors: not the file"):
+        open_source(mp2)
+    (mp2 / "model1-mp2.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model1-mp2.safetensors: missing"):
+        open_source(mp2)
+    (mp2 / "manifest.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"manifest.json: not a manifest"):
+        open_source(mp2)
+
+
+def test_deepseek_directory(tmp_path: Path, convert: Convert) -> None:
+    tensors = random_tensors(EVEN)
+    theirs = write_deepseek(tmp_path / "theirs", tensors, 2)
+    (tmp_path / "config.json").write_text(json.dumps(hf_config_dict(EVEN)))
+    flags = ("--model-parallel", 4, "--config", tmp_path / "config.json")
+    assert convert(theirs, tmp_path / "a", *flags)[0] == 0
+    hf = write_hf(tmp_path / "hf", EVEN, tensors)
+    assert convert(hf, tmp_path / "b", "--model-parallel", 4)[0] == 0
+    a, b = contents(tmp_path / "a"), contents(tmp_path / "b")
+    assert {name: a[name] for name in a if name[:5] in ("model", "manif")} == {
+        name: b[name] for name in b if name[:5] in ("model", "manif")
+    }
+    code, _, err = convert(theirs, tmp_path / "c", "--model-parallel", 2)
+    assert code == 2
+    assert "give the model's configuration with --config" in err
+
+
+def test_one_writer_at_a_time(hf: Path, tmp_path: Path, convert: Convert) -> None:
+    (tmp_path / "out").mkdir()
+    with conversion.Journal(tmp_path / "out", "x"):
+        code, _, err = convert(hf, tmp_path / "out", "--model-parallel", 2)
+    assert code == 2
+    assert "another conversion is writing here" in err
+
+
+@pytest.mark.parametrize("stage", ["copy_side_files", "_publish", "write_atomically"])
+def test_stopped_at_the_end(
+    stage: str, hf: Path, tmp_path: Path, convert: Convert, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All tensors are written, even renamed, but it is not whole until the manifest is there."""
+    monkeypatch.setattr(conversion, stage, lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        convert(hf, tmp_path / "out", "--model-parallel", 4)
+    monkeypatch.undo()
+    assert not looks_whole(tmp_path / "out")
+    _, out, _ = convert(hf, tmp_path / "out", "--model-parallel", 4)
+    assert "were there" in out
+    assert convert(hf, tmp_path / "direct", "--model-parallel", 4)[0] == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "direct")
+
+
+def test_abandoned_conversion_gives_way(
+    hf: Path, tmp_path: Path, convert: Convert, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Partial files of another plan are replaced; the result is the usual one."""
+    monkeypatch.setattr(conversion, "_publish", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        convert(hf, tmp_path / "out", "--model-parallel", 4)
+    monkeypatch.undo()
+    assert list((tmp_path / "out").glob("*.partial"))
+    assert not looks_whole(tmp_path / "out")
+    assert convert(hf, tmp_path / "out", "--model-parallel", 2)[0] == 0
+    assert convert(hf, tmp_path / "direct", "--model-parallel", 2)[0] == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "direct")
+
+
+SLOW = """
+import runpy, sys, time
+from dsv3.checkpoint import writer
+put = writer.Spreader.put
+writer.Spreader.put = lambda *args: (time.sleep(0.004), put(*args))
+writer.COMMIT_BYTES = 50_000
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_killed_twenty_times(hf: Path, tmp_path: Path, convert: Convert) -> None:
+    """kill -9 at random moments, then the same command again: the same bytes, whenever."""
+    assert convert(hf, tmp_path / "direct", "--model-parallel", 4)[0] == 0
+    want, rng, kills, resumed = contents(tmp_path / "direct"), random.Random(0), 0, 0
+    script = Path(cli.__file__)
+    target = tmp_path / "out"
+    command = [sys.executable, "-c", SLOW, str(script), "--hf-ckpt-path", str(hf)]
+    command += ["--save-path", str(target), "--model-parallel", "4"]
+    while kills < 20:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        time.sleep(rng.uniform(0.2, 0.8))
+        process.send_signal(signal.SIGKILL)
+        out, err = process.communicate()
+        kills += 1
+        assert process.returncode in (0, -signal.SIGKILL), err
+        if (target / "manifest.json").exists():
+            resumed += b"were there" in out
+            assert subprocess.run(command, check=False).returncode == 0
+            assert contents(target) == want
+            shutil.rmtree(target)
+        elif target.exists():
+            assert not looks_whole(target)
+    done = subprocess.run(command, check=True, capture_output=True)
+    assert contents(target) == want
+    assert resumed or b"were there" in done.stdout
+
+
+MEMORY = """
+import os, runpy, sys
+from pathlib import Path
+os.pwrite = lambda descriptor, data, offset: len(data)
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    assert "torch" not in sys.modules
+    status = Path("/proc/self/status").read_text()
+    print("peak KiB", status.split("VmHWM:")[1].split()[0])
+"""
+
+
+@pytest.mark.slow
+def test_memory_is_bounded(tmp_path: Path) -> None:
+    """One sparse source file of over 5 GB, read whole (writes are left out); no torch."""
+    config = dataclasses.replace(
+        TINY, hidden_size=4096, intermediate_size=142_000, moe_intermediate_size=8192
+    )
+    hf = write_sparse(tmp_path / "hf", config)
+    assert (hf / "model.safetensors").stat().st_size > 5e9
+    script = [str(cli.__file__), "--hf-ckpt-path", str(hf), "--save-path", str(tmp_path / "out")]
+    command = [sys.executable, "-c", MEMORY, *script, "--model-parallel", "8", "--workers", "4"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert int(done.stdout.split()[-1]) < 128 << 10
