@@ -25,7 +25,7 @@ from dsv3.errors import CheckpointError
 
 PARTIAL = ".partial"
 JOURNAL = ".convert.journal"
-COMMIT_BYTES = 1 << 30  # work that a kill may cost
+COMMIT_BYTES = 256 << 20  # work that a kill may cost
 
 Digests = tuple[str, ...]
 """Of a whole output tensor, then of each of its slots."""

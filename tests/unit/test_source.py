@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from dsv3.checkpoint import reader
+from dsv3.checkpoint.convert import convert
 from dsv3.checkpoint.names import to_deepseek, weight_name
+from dsv3.checkpoint.plan import make_plan
 from dsv3.checkpoint.safetensors_file import DTYPE_BYTES, make_header, read_header
 from dsv3.checkpoint.sharding import Split, check_tensors, tensor_specs
 from dsv3.checkpoint.source import Source, open_source
-from dsv3.config import split_range
+from dsv3.config import ParallelConfig, split_range
 from dsv3.errors import CheckpointError, ConfigError
 from tests.checkpoint_files import FP8, TINY, Tensors, random_tensors, write_file, write_hf
 
@@ -88,6 +90,18 @@ def test_deepseek_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (path / "model1-mp2.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"model1-mp2.safetensors: missing"):
         open_source(path, EVEN)
+
+
+def test_converted_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slices of any other layout, out of pieces that cut blocks and share scales."""
+    monkeypatch.setattr(reader, "_STAGING", 1000)
+    tensors = random_tensors(CONFIG)
+    with open_source(write_hf(tmp_path / "hf", CONFIG, tensors)) as source:
+        plan = make_plan(source, ParallelConfig(world_size=8, dp=2))
+        convert(source, plan, tmp_path / "mp8", workers=1)
+    with open_source(tmp_path / "mp8") as source:
+        assert check_tensors(source) == ()
+        assert_slices_equal(source, tensors)
 
 
 def test_headers_are_aligned_and_read_back(tmp_path: Path) -> None:
