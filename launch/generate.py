@@ -23,7 +23,7 @@ from dsv3.engine.program import (
     run_program,
     set_up_logging,
 )
-from dsv3.engine.start import Started, start
+from dsv3.engine.start import Started, identify, start
 from dsv3.engine.stats import check_stats_file, collect_stats, write_stats_file
 from dsv3.errors import ConfigError
 from dsv3.parallel.mesh import Mesh, join_world
@@ -81,7 +81,7 @@ class Job:
     journal: Journal | None = None
 
 
-def prepare(args: argparse.Namespace, checkpoint: Path, files: ExitStack) -> Job:
+def prepare(args: argparse.Namespace, checkpoint: Path, model: str, files: ExitStack) -> Job:
     """Open and check all files of a job, before a model is loaded for it."""
     flags = Sampling(
         max_tokens=args.max_new_tokens,
@@ -103,8 +103,8 @@ def prepare(args: argparse.Namespace, checkpoint: Path, files: ExitStack) -> Job
         return Job(defaults)
     rows, journal = BatchInput(Path(args.input_file), defaults, args.prompt_separator), None
     if args.output_file:
-        journal = files.enter_context(Journal(Path(args.output_file), args.overwrite))
-        journal.resume(rows)
+        journal = Journal(Path(args.output_file), args.overwrite, model)
+        files.enter_context(journal).resume(rows)
     return Job(defaults, rows, journal)
 
 
@@ -151,7 +151,10 @@ def run(args: argparse.Namespace, mesh: Mesh, files: ExitStack, begin: float) ->
     with fail_together(mesh, "reading the input"):
         config = load_model_config(args.config) if args.config else None
         settings = engine_config(args)
-        job = prepare(args, checkpoint, files) if is_first else Job(Defaults())
+        job = Job(Defaults())
+        if is_first:
+            model = identify(checkpoint, settings, mesh, config) if args.output_file else ""
+            job = prepare(args, checkpoint, model, files)
     started = start(checkpoint, settings, mesh, config, args.n_experts)
     seconds.update(started.seconds)
     log.info("start-up: %s", ", ".join(f"{k} {v:.1f} s" for k, v in seconds.items()))

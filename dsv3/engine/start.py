@@ -12,6 +12,7 @@ import torch
 
 from dsv3.cache.layout import CacheLayout
 from dsv3.cache.pool import CachePool
+from dsv3.checkpoint.fingerprint import fingerprint
 from dsv3.checkpoint.load import fp8_weights, load_weights
 from dsv3.checkpoint.reader import Source
 from dsv3.checkpoint.sharding import check_tensors
@@ -70,6 +71,13 @@ def activation_dtype(settings: EngineConfig, config: ModelConfig, device: str) -
     if device == "cpu":
         return torch.float32
     return _TORCH_DTYPES.get(config.torch_dtype, torch.bfloat16)
+
+
+def identify(path: Path, settings: EngineConfig, mesh: Mesh, config: ModelConfig | None) -> str:
+    """Name a model and the dtype it computes in, without loading it."""
+    with open_source(path, config) as source:
+        dtype = activation_dtype(settings, source.config, mesh.device.type)
+        return fingerprint(source, str(dtype))
 
 
 def context_limit(settings: EngineConfig, config: ModelConfig) -> int:

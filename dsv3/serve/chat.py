@@ -110,7 +110,8 @@ class Chat:
     def run(self, name: str) -> None:
         """Answer until the user leaves. `name` is the model's."""
         self.console.note(
-            f"{name}, context of {self.engine.max_seq_len:,} tokens; /help lists the commands"
+            f"{name}, context of {self.engine.max_seq_len:,} tokens; /help lists the commands, "
+            "Ctrl-D leaves"
         )
         probe: list[dict[str, Any]] = [{"role": "user", "content": ""}]
         if self.defaults.thinking and not opens_thought(self.format.render(probe, True)):

@@ -54,6 +54,7 @@ class JournalSink:
         assert row.request is not None
         now = int(time.time())
         body = response_body(row.request, completions, self._tokenizer, row.digest, now)
+        body["system_fingerprint"] = self._journal.fingerprint
         self._journal.write(result_line(row, 200, body))
 
     def fail(self, row: Row, status: int, message: str, code: str | None) -> None:

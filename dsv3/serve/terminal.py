@@ -61,6 +61,8 @@ class Lines:
 
     def read(self) -> str | None:
         """Read a line."""
+        if sys.stdin is None:  # closed
+            return None
         if sys.stdin.isatty():
             _write(sys.stderr.fileno(), PROMPT)
         line = sys.stdin.buffer.readline()
@@ -233,7 +235,8 @@ class Terminal:
 def open_console() -> Terminal | Lines:
     """Return the terminal if input and output are one, and it can do more than print."""
     able = os.environ.get("TERM", "dumb") != "dumb"
-    return Terminal() if able and sys.stdin.isatty() and sys.stdout.isatty() else Lines()
+    ends = (sys.stdin, sys.stdout)  # None where they were closed
+    return Terminal() if able and all(end and end.isatty() for end in ends) else Lines()
 
 
 def _guard(terminal: int) -> subprocess.Popen[bytes] | None:

@@ -25,6 +25,8 @@ LINE_START = b'{"id": "batch_req_'  # of every line of ours, whole or torn
 SYNC_SECONDS = 5.0
 COPY_BYTES = 2**20
 
+_WAYS_OUT = "--overwrite starts afresh, another --output-file keeps this one"
+
 Range = tuple[int, int]  # first byte and the one after the last
 
 
@@ -42,13 +44,16 @@ class Journal:
     Attributes:
         num_done: rows that an earlier run answered or found to be bad requests.
         num_failed: those of them that are bad requests.
+        fingerprint: of the model that answers.
     """
 
-    def __init__(self, path: Path, overwrite: bool = False) -> None:
+    def __init__(self, path: Path, overwrite: bool = False, fingerprint: str = "") -> None:
         """Open the file (made if it is not there) and read what it holds; `resume` is next.
 
-        With `overwrite`, what it holds does not count and goes.
+        With `overwrite`, what it holds does not count and goes. Else, answers of a model with
+        another fingerprint are an error.
         """
+        self.fingerprint = fingerprint
         self._path = Path(os.path.realpath(path))
         self._done: dict[RowKey, _Line] = {}
         self._dropped: list[Range] = []
@@ -96,7 +101,8 @@ class Journal:
             for row in rows:
                 line = unmatched.pop(row.key, None)
                 if line is not None and line.digest != _short(row.digest):
-                    self._drop_changed(row.key, line, f"row {row.number} was changed")
+                    reason = f"row {row.number} was changed, or a flag that it depends on"
+                    self._drop_changed(row.key, line, reason)
             for key, line in unmatched.items():
                 self._drop_changed(key, line, "the input has no such row")
         self._repair()
@@ -161,7 +167,12 @@ class Journal:
                 )
             self._dropped.append(where)  # torn
             return
-        key, digest, status = known
+        key, digest, status, model = known
+        if self.fingerprint and model not in ("", self.fingerprint):
+            raise ConfigError(
+                f"--output-file {self._path}, line {number}: an answer of another model or dtype "
+                f"({model}, this one is {self.fingerprint}); {_WAYS_OUT}"
+            )
         if status >= 500 or key in self._done:
             self._dropped.append(where)
         else:
@@ -172,7 +183,7 @@ class Journal:
             name = key if isinstance(key, str) else key[0]
             raise ConfigError(
                 f"--output-file {self._path} holds the answer to custom_id={name!r}, but {reason}; "
-                "--overwrite starts afresh, another --output-file keeps this one"
+                f"{_WAYS_OUT}"
             )
         self._dropped.append(line.failed_at)
         del self._done[key]
@@ -218,15 +229,16 @@ class Journal:
             self._size = size
 
 
-def _read_line(raw: bytes) -> tuple[RowKey, str, int] | None:
-    """Return key, digest and status of a line of ours, None if it is none or is torn."""
+def _read_line(raw: bytes) -> tuple[RowKey, str, int, str] | None:
+    """Return key, digest, status and model of a line of ours, None if it is none or is torn."""
     try:
         line = json.loads(raw)
         custom_id, response = line["custom_id"], line["response"]
         digest, status = response["request_id"], response["status_code"]
         _short(digest)
         code = response["body"]["error"]["code"] if status >= 400 else None
-        return row_key(custom_id, digest, code), digest, status
+        model = response["body"].get("system_fingerprint", "")
+        return row_key(custom_id, digest, code), digest, status, model
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return None
 
