@@ -1,0 +1,267 @@
+"""The chat, on an engine that says what it is told to and a console that is a list."""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dsv3.engine.engine import Counters
+from dsv3.request import Completion, Request, RequestOutput
+from dsv3.serve.chat import Chat
+from dsv3.text.chat import ChatFormat, ThoughtStream
+from dsv3.text.defaults import Defaults, Sampling
+from dsv3.text.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer.load(Path(__file__).parents[2] / "checkpoints" / "demo-v3")
+THINKS = (
+    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+    "[assistant]{{ '<think>' if thinking else '' }}"
+)
+INTERRUPT = "^C"  # among the pieces of an answer: here the user presses it
+
+
+class ToldEngine:
+    """Answers with the pieces of text it is told to, a step each."""
+
+    def __init__(self, answers: Sequence[Sequence[str]], max_seq_len: int = 1000) -> None:
+        self.max_seq_len, self.vocab_size = max_seq_len, TOKENIZER.vocab_size
+        self.cache_tokens, self.counters = 4096, Counters()
+        self.requests: list[Request] = []
+        self.dropped: list[str] = []
+        self.interrupted = False
+        self._answers, self._left, self._said = deque(answers), deque[str](), ""
+
+    @property
+    def prompts(self) -> list[str]:
+        return [TOKENIZER.decode(r.prompt_ids, False) for r in self.requests]
+
+    def add(self, request: Request) -> None:
+        self.requests.append(request)
+        self._left, self._said = deque(self._answers.popleft()), ""
+
+    def cancel(self, request_id: str) -> None:
+        assert request_id == self.requests[-1].request_id
+        self._left.clear()
+
+    def drop_conversation(self, conversation_id: str) -> None:
+        self.dropped.append(conversation_id)
+
+    def has_work(self) -> bool:
+        return bool(self._left)
+
+    def step(self) -> list[RequestOutput]:
+        if self._left[0] == INTERRUPT:
+            self.interrupted = True
+            return []
+        request, text = self.requests[-1], self._left.popleft()
+        if not self._said:
+            self.counters.prefill_tokens += 3
+            self.counters.reused_tokens += len(request.prompt_ids) - 3
+        self._said += text
+        output = RequestOutput(request_id=request.request_id, new_text=text)
+        output.new_token_ids = TOKENIZER.encode(text, False)
+        if not self._left:
+            ids = TOKENIZER.encode(self._said, False)
+            room = self.max_seq_len - len(request.prompt_ids)
+            full = len(ids) >= min(room, request.params.max_tokens)
+            output.completion = Completion(
+                request_id=request.request_id,
+                prompt_ids=request.prompt_ids,
+                token_ids=ids,
+                text=self._said,
+                finish_reason="length" if full else "stop",
+            )
+        return [RequestOutput(request_id="another"), output]
+
+
+class ListConsole:
+    """Says the lines of a list, and notes all that it is shown."""
+
+    def __init__(self, engine: ToldEngine, lines: Sequence[str]) -> None:
+        self._engine, self._lines = engine, deque(lines)
+        self.answers: list[str] = [""]
+        self.thoughts, self.shown = "", list[str]()
+
+    def read(self) -> str | None:
+        return self._lines.popleft() if self._lines else None
+
+    def show(self, text: str) -> None:
+        self.shown.append(text)
+
+    def note(self, text: str) -> None:
+        self.shown.append(text)
+
+    def answer(self, text: str) -> None:
+        self.answers[-1] += text
+
+    def thought(self, text: str) -> None:
+        self.thoughts += text
+
+    def end_answer(self, remark: str) -> None:
+        self.answers.append("")
+        self.shown += [remark] if remark else []
+
+    def interrupted(self) -> bool:
+        found, self._engine.interrupted = self._engine.interrupted, False
+        return found
+
+
+def talk(
+    lines: Sequence[str],
+    answers: Sequence[Sequence[str]] = (),
+    template: str | None = None,
+    max_seq_len: int = 1000,
+    **defaults: object,
+) -> tuple[ToldEngine, ListConsole]:
+    """Have a chat; return what the engine heard and what the user saw."""
+    tokenizer = Tokenizer.load(Path(__file__).parents[2] / "checkpoints" / "demo-v3")
+    tokenizer.chat_template = template or tokenizer.chat_template
+    engine = ToldEngine(answers, max_seq_len)
+    console = ListConsole(engine, lines)
+    settings = replace(Defaults(flags=Sampling(temperature=0.0)), **defaults)
+    Chat(engine, ChatFormat(tokenizer), settings, console).run("demo")
+    return engine, console
+
+
+def test_a_conversation_grows_turn_by_turn() -> None:
+    engine, console = talk(["I am Anna.", "", "Who am I?"], [["Not", "ed."], ["Anna."]])
+    assert console.answers == ["Noted.", "Anna.", ""]
+    user, assistant, end = "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"
+    assert engine.prompts[1] == f"{engine.prompts[0]}Noted.{end}{user}Who am I?{assistant}"
+    assert {r.conversation_id for r in engine.requests} == {"chat-1"}
+    assert engine.requests[0].params.max_tokens == 1000 - len(engine.requests[0].prompt_ids)
+    assert engine.requests[0].params.seed != engine.requests[1].params.seed
+
+
+def test_the_tokens_of_an_answer_stay_those_that_the_model_chose() -> None:
+    """Its text might be cut into tokens otherwise; the cache holds the chosen ones."""
+    chosen = [TOKENIZER.encode(letter, False)[0] for letter in "Noted"]
+    assert TOKENIZER.encode("Noted", False) != chosen
+
+    class Spelling(ToldEngine):
+        def step(self) -> list[RequestOutput]:
+            outputs = super().step()
+            assert outputs[-1].completion is not None
+            outputs[-1].completion.token_ids = chosen
+            return outputs
+
+    engine = Spelling([["Noted"], ["Yes."]])
+    Chat(
+        engine, ChatFormat(TOKENIZER), Defaults(), ListConsole(engine, ["I am Anna.", "Really?"])
+    ).run("demo")
+    first, second = (request.prompt_ids for request in engine.requests)
+    assert second[: len(first) + len(chosen)] == first + chosen
+
+
+def test_ctrl_c_keeps_what_was_said() -> None:
+    engine, console = talk(["Tell!", "Go on."], [["Once ", INTERRUPT, "never"], ["upon"]])
+    assert console.answers == ["Once ", "upon", ""]
+    assert "Once <｜end" in engine.prompts[1]
+    assert "stopped" in console.shown
+
+
+@pytest.mark.parametrize("answer", [[INTERRUPT], ["Let me", INTERRUPT]])
+def test_a_question_without_an_answer_is_forgotten(answer: list[str]) -> None:
+    engine, console = talk(["Tell!", "Who am I?"], [answer, ["You."]], THINKS, thinking=True)
+    assert "Tell!" not in engine.prompts[1]
+    assert "stopped; without an answer the question is forgotten, too" in console.shown
+
+
+def test_thoughts_are_shown_apart_and_not_said_again() -> None:
+    pieces = ["Hm", "m.</th", "ink>\n", "\nYes."]
+    engine, console = talk(["Well?", "Sure?"], [pieces, ["</think>No."]], THINKS, thinking=True)
+    assert console.thoughts == "Hmm."
+    assert console.answers[:2] == ["\n\nYes.", "No."]
+    assert engine.prompts[1].endswith("[user]Well?[assistant]Yes.[user]Sure?[assistant]<think>")
+
+
+def test_a_format_without_thoughts_says_so() -> None:
+    _, console = talk([], thinking=True)
+    assert "--thinking changes nothing: this model's chat format has no thoughts" in console.shown
+
+
+def test_clear_begins_a_new_conversation() -> None:
+    engine, _ = talk(["I am Anna.", "/clear", "Who am I?"], [["Noted."], ["Who?"]])
+    assert "Anna" not in engine.prompts[1]
+    assert [r.conversation_id for r in engine.requests] == ["chat-1", "chat-2"]
+    assert engine.dropped == ["chat-1"]
+
+
+def test_the_system_message_can_be_changed() -> None:
+    lines = ["/system", "a", "/system Be\nkind.", "b", "/clear", "c", "/system -", "d"]
+    engine, console = talk(lines, [["1"], ["2"], ["3"], ["4"]], system="Be brief.")
+    told = ["Be brief.", "Be\nkind.", "Be\nkind.", ""]
+    begin = "<｜begin▁of▁sentence｜>"
+    for prompt, system in zip(engine.prompts, told, strict=True):
+        assert prompt.startswith(f"{begin}{system}<｜User｜>")
+    assert console.shown[1:] == [
+        "system message: Be brief.",
+        "system message: Be\nkind.",
+        "a new conversation",
+        "no system message",
+    ]
+
+
+def test_a_full_context_is_said_in_words() -> None:
+    engine, console = talk(
+        ["I am Anna.", "Who am I?", "/clear", "Hi.", "long " * 40],
+        [["word " * 60], ["Hello."]],
+        max_seq_len=40,
+    )
+    assert len(engine.requests) == 2
+    full, refused, _, too_long = console.shown[1:]
+    assert full == "the context of 40 tokens is full; /clear begins a new conversation"
+    assert refused.startswith("not sent: the conversation with it has ")
+    assert refused.endswith(
+        "the context holds 40, question and answer together; /clear begins a new one"
+    )
+    assert too_long.endswith("; /clear begins a new one")
+
+
+def test_a_message_longer_than_the_context_must_be_shorter() -> None:
+    engine, console = talk(["long " * 60], max_seq_len=40)
+    assert not engine.requests
+    assert console.shown[-1].startswith("not sent: it has ")
+    assert console.shown[-1].endswith("it must be shorter")
+
+
+def test_an_answer_cut_short_says_which_flag_allows_more() -> None:
+    flags = Sampling(max_tokens=2)
+    _, console = talk(["Tell!"], [["one two"]], flags=flags)
+    assert console.shown[-1].endswith("--max-new-tokens allows more")
+
+
+def test_what_is_no_command_is_not_sent_unless_it_looks_like_text() -> None:
+    lines = ["/foo bar", "/usr/bin is what?", " /clear", "/exit", "never"]
+    engine, console = talk(lines, [["A folder."], ["Nothing."]])
+    assert console.shown[1:] == ["/foo is not a command; /help lists them"]
+    assert [p.count("/clear") for p in engine.prompts] == [0, 1]
+
+
+def test_stats_count_prompts_and_answers() -> None:
+    _, console = talk(["/stats", "I am Anna.", "Who am I?", "/stats"], [["Noted."], ["Anna."]])
+    assert console.shown[1] == "no answers yet"
+    lines = console.shown[2].splitlines()
+    assert "3 computed" in lines[0]
+    assert "first token after" in lines[1] and "tok/s" in lines[1]
+    assert lines[2].startswith("all 2") and "6 computed" in lines[2]
+    assert lines[3].endswith("the context holds 1,000, the cache 4,096")
+
+
+@pytest.mark.parametrize("cut", range(1, 22))
+def test_a_thought_is_told_from_the_answer_wherever_the_text_is_cut(cut: int) -> None:
+    text = "so <b> it is</think>\n\nYes. </think>"
+    stream = ThoughtStream(inside=True)
+    parts = [stream.push(part) for part in (text[:cut], text[cut : cut + 3], text[cut + 3 :])]
+    assert "".join(thought for thought, _ in parts) == "so <b> it is"
+    assert "".join(answer for _, answer in parts) == "Yes. </think>"
+    assert stream.finish() == ""
+
+
+def test_a_thought_that_never_ends_is_all_shown() -> None:
+    stream = ThoughtStream(inside=True)
+    assert stream.push("so</thi") == ("so", "")
+    assert stream.finish() == "</thi"
+    assert ThoughtStream(inside=False).push("</think>\n") == ("", "</think>\n")
