@@ -10,7 +10,7 @@ import argparse
 import logging
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from dsv3.engine.program import (
 from dsv3.engine.start import Started, identify, start
 from dsv3.engine.stats import check_stats_file, collect_stats, write_stats_file
 from dsv3.errors import ConfigError
+from dsv3.observe.exporter import serve_metrics
 from dsv3.parallel.mesh import Mesh, join_world
 from dsv3.parallel.together import fail_together
 from dsv3.serve.batch import BatchSummary, run_batch
@@ -53,6 +54,7 @@ def parse_args() -> argparse.Namespace:
     what.add_argument("--overwrite", action="store_true", help="start --output-file anew")
     what.add_argument("--strict", action="store_true", help="exit with 1 if any row failed")
     what.add_argument("--stats-file", help="write what the run used and did, as JSON")
+    what.add_argument("--metrics-port", type=int, help="serve /metrics for Prometheus here")
     sampling = parser.add_argument_group("sampling, where a row does not say")
     sampling.add_argument(
         "--max-new-tokens", type=int, help="tokens of an answer (200; chat: no limit)"
@@ -79,6 +81,7 @@ class Job:
     defaults: Defaults
     rows: BatchInput | None = None
     journal: Journal | None = None
+    metrics_port: int | None = None
 
 
 def prepare(args: argparse.Namespace, checkpoint: Path, model: str, files: ExitStack) -> Job:
@@ -100,12 +103,12 @@ def prepare(args: argparse.Namespace, checkpoint: Path, model: str, files: ExitS
         check_stats_file(Path(args.stats_file))
     if args.interactive:
         Tokenizer.load(checkpoint)
-        return Job(defaults)
+        return Job(defaults, metrics_port=args.metrics_port)
     rows, journal = BatchInput(Path(args.input_file), defaults, args.prompt_separator), None
     if args.output_file:
         journal = Journal(Path(args.output_file), args.overwrite, model)
         files.enter_context(journal).resume(rows)
-    return Job(defaults, rows, journal)
+    return Job(defaults, rows, journal, args.metrics_port)
 
 
 def chat(job: Job, started: Started, engine: Engine, name: str) -> None:
@@ -132,11 +135,16 @@ def work(job: Job, started: Started, name: str) -> BatchSummary:
     if started.engine is None:
         follow(started.runner, started.channel)
         return BatchSummary()
+    metrics = started.engine.metrics
+    serving = (
+        nullcontext() if job.metrics_port is None else serve_metrics(metrics, job.metrics_port)
+    )
     try:
-        if job.rows is not None:
-            return answer(job, started, started.engine, name)
-        chat(job, started, started.engine, name)
-        return BatchSummary(seconds=started.engine.counters.run_seconds)
+        with serving:
+            if job.rows is not None:
+                return answer(job, started, started.engine, name)
+            chat(job, started, started.engine, name)
+            return BatchSummary(seconds=metrics.run_seconds)
     finally:
         started.engine.stop()
 
@@ -162,13 +170,13 @@ def run(args: argparse.Namespace, mesh: Mesh, files: ExitStack, begin: float) ->
         summary = work(job, started, checkpoint.name)
     seconds["run"] = summary.seconds
     stats = collect_stats(started, seconds)
-    if not is_first:
+    if started.engine is None:
         return 0
     if args.stats_file:
         rows = {"rows": summary.rows, "failed": summary.failed}
         write_stats_file(Path(args.stats_file), {**stats, **rows})
     if job.rows is not None:
-        log.info("%s", summary)
+        log.info("%s\n%s", summary, started.engine.metrics.summary())
     return 1 if args.strict and summary.failed else 0
 
 

@@ -13,29 +13,17 @@ from dsv3.cache.pool import CachePool
 from dsv3.cache.prefix import PrefixTree
 from dsv3.config import ModelConfig
 from dsv3.engine.config import EngineConfig
-from dsv3.engine.plan import PlanChannel
+from dsv3.engine.plan import PlanChannel, StepPlan
 from dsv3.engine.planner import Work, write_plan
 from dsv3.engine.runner import Runner
 from dsv3.engine.sampler import Sampled, SampledOnDevice
 from dsv3.engine.scheduler import Scheduler
 from dsv3.engine.sequence import Sequence
 from dsv3.errors import RequestError
+from dsv3.observe.metrics import Metrics
 from dsv3.request import Completion, Request, RequestOutput, TokenLogprobs
 from dsv3.text.detokenize import TextStream
 from dsv3.text.tokenizer import Tokenizer
-
-
-@dataclass
-class Counters:
-    """What the engine has done so far."""
-
-    steps: int = 0
-    prefill_tokens: int = 0
-    reused_tokens: int = 0
-    decode_tokens: int = 0
-    preemptions: int = 0
-    evictions: int = 0
-    run_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +60,7 @@ class Engine:
     ) -> None:
         self.tokenizer, self._context_limit = tokenizer, max_seq_len
         self.vocab_size, self.max_running = config.vocab_size, settings.max_running
-        self.counters = Counters()
+        self.metrics = Metrics()
         self._runner, self._layout, self._channel = runner, cache.layout, channel
         self._eos = frozenset(config.eos_token_ids)
         self._pages = PageAllocator(cache.num_pages)
@@ -86,11 +74,13 @@ class Engine:
             self._tree,
             settings.max_batch_tokens,
             settings.max_running,
+            self.metrics,
         )
         self._pipelined = settings.is_pipelined(cache.slots.device.type)
         self._in_flight: _Launched | None = None
         self._sequences: dict[str, Sequence] = {}
         self._num_added = self._num_launched = 0
+        self._now = time.monotonic()
         self.max_seq_len = min(max_seq_len, self.cache_tokens)
 
     @property
@@ -131,10 +121,10 @@ class Engine:
         stream = None
         if self.tokenizer is not None:
             stream = TextStream(self.tokenizer, request.prompt_ids, params.stop)
-        seq = Sequence(request, self._num_added, stream)
+        seq = Sequence(request, self._num_added, time.monotonic(), stream)
         self._num_added += 1
         if request.deadline is not None:
-            seq.expires = time.monotonic() + request.deadline
+            seq.expires = seq.added_at + request.deadline
         self._sequences[request.request_id] = seq
         self._scheduler.add(seq)
 
@@ -172,46 +162,61 @@ class Engine:
         Where steps run asynchronously (CUDA), this launches a step and returns the results of
         the one before: planning, sending and detokenizing overlap with the device's work.
         """
-        start = time.perf_counter()
-        outputs = self._expire()
-        launched = self._launch()
+        begin = time.monotonic()
+        outputs = self._expire(begin)
+        planned = self._plan()
+        planned_at = time.monotonic()
+        launched = None if planned is None else self._launch(*planned)
         if self._pipelined:
             launched, self._in_flight = self._in_flight, launched
-        if launched is not None:
-            sampled = launched.sampled.to_host()
-            for work in launched.work:
-                out = self._commit(work, launched.number, sampled)
-                if out is not None:
-                    outputs.append(out)
-        self.counters.run_seconds += time.perf_counter() - start
+        if launched is None:
+            return outputs
+        sampled = launched.sampled.to_host()
+        self._now = time.monotonic()
+        for work in launched.work:
+            out = self._commit(work, launched.number, sampled)
+            if out is not None:
+                outputs.append(out)
+        self._measure(launched.work, begin, planned_at)
         return outputs
 
     def stop(self) -> None:
         """Let the other ranks leave `follow`."""
         self._channel.send(None)
 
-    def _expire(self) -> list[RequestOutput]:
-        now = time.monotonic()
+    def _expire(self, now: float) -> list[RequestOutput]:
         expired = [s for s in self._sequences.values() if s.expires and s.expires <= now]
         return [
             self._finish(seq, "deadline", RequestOutput(request_id=seq.request.request_id))
             for seq in expired
         ]
 
-    def _launch(self) -> _Launched | None:
-        """Plan a step and start it on all ranks."""
+    def _plan(self) -> tuple[StepPlan, list[Work]] | None:
+        """Choose the next step's work and write it down; None if there is nothing to do."""
         step = self._scheduler.schedule()
         if not step.chosen:
             return None
         self._num_launched += 1
-        plan, work = write_plan(step, self._num_launched)
+        return write_plan(step, self._num_launched)
+
+    def _launch(self, plan: StepPlan, work: list[Work]) -> _Launched:
+        """Start a step on all ranks."""
         self._channel.send(plan)
-        sampled = self._runner.run(plan)
-        self.counters.steps += 1
-        self.counters.reused_tokens = self._scheduler.num_reused
-        self.counters.preemptions = self._scheduler.num_preemptions
-        self.counters.evictions = 0 if self._tree is None else self._tree.num_evicted
-        return _Launched(self._num_launched, work, sampled)
+        return _Launched(self._num_launched, work, self._runner.run(plan))
+
+    def _measure(self, work: list[Work], begin: float, planned_at: float) -> None:
+        """Note what a step took, and how things are after it."""
+        m, pages, now = self.metrics, self._pages, time.monotonic()
+        m.steps += 1
+        m.run_seconds += now - begin
+        # Without sending the plan, running it and waiting for the results.
+        m.host_seconds.observe(planned_at - begin + now - self._now)
+        m.step_sequences.observe(len(work))
+        m.step_tokens.observe(sum(w.num_tokens for w in work))
+        m.waiting, m.running = len(self._scheduler.waiting), len(self._scheduler.running)
+        m.pages_free, m.pages_idle = pages.num_free, pages.num_idle
+        m.pages_used = pages.num_pages - pages.num_free - pages.num_idle
+        m.evictions = 0 if self._tree is None else self._tree.num_evicted
 
     def _commit(self, work: Work, number: int, sampled: Sampled) -> RequestOutput | None:
         """Record a step's results for one sequence."""
@@ -220,8 +225,8 @@ class Engine:
             return None
         start = work.stop - work.num_tokens
         num_decoded = 1 if start >= seq.prompt_len and work.num_tokens == 1 else 0
-        self.counters.prefill_tokens += work.num_tokens - num_decoded
-        self.counters.decode_tokens += num_decoded
+        self.metrics.prefill_tokens += work.num_tokens - num_decoded
+        self.metrics.decode_tokens += num_decoded
         if seq.num_preempted == work.num_preempted and seq.is_running:
             seq.num_committed = work.stop
             if work.num_tokens > 1 or work.stop % self._layout.page_size == 0:
@@ -241,6 +246,9 @@ class Engine:
         """Add a sampled token; finish the sequence if it was the last."""
         out = RequestOutput(request_id=seq.request.request_id)
         token, params = int(sampled.token[row]), seq.request.params
+        if seq.first_token_at is None:
+            seq.first_token_at = self._now
+            self.metrics.first_token_seconds.observe(self._now - seq.added_at)
         is_end = token in params.stop_token_ids or (token in self._eos and not params.ignore_eos)
         if is_end:
             return self._finish(seq, "stop", out)
@@ -275,6 +283,10 @@ class Engine:
         )
         del self._sequences[seq.request.request_id]
         self._scheduler.remove(seq)
+        self.metrics.requests += 1
+        if seq.first_token_at is not None and seq.num_generated > 1:
+            seconds = self._now - seq.first_token_at
+            self.metrics.token_seconds.observe(seconds / (seq.num_generated - 1))
         return out
 
 

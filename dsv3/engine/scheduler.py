@@ -6,16 +6,16 @@ idle cached ones are evicted; after those, the running request that came last gi
 and resumes later, from whatever of its prefix is still cached.
 """
 
+import time
 from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-
-import numpy as np
 
 from dsv3.cache.layout import CacheLayout
 from dsv3.cache.pages import PageAllocator
 from dsv3.cache.prefix import Match, PrefixTree
 from dsv3.engine.sequence import Sequence
+from dsv3.observe.metrics import Metrics
 
 # Waiting requests looked at for the longest cached prefix, and how often one may be passed over.
 _WINDOW = 32
@@ -45,6 +45,7 @@ class Scheduler:
         tree: cached prefixes; None reuses nothing.
         max_batch_tokens: new tokens of a step.
         max_running: sequences in progress at a time.
+        metrics: told of admissions, reuse and preemptions.
     """
 
     def __init__(
@@ -54,15 +55,15 @@ class Scheduler:
         tree: PrefixTree | None,
         max_batch_tokens: int,
         max_running: int,
+        metrics: Metrics,
     ) -> None:
         self._layout, self._pages, self._tree = layout, pages, tree
+        self._metrics = metrics
         self._max_batch_tokens, self._max_running = max_batch_tokens, max_running
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         # Set when the best waiting request found no room; nothing changes until pages come free.
         self._is_full = False
-        self.num_preemptions = 0
-        self.num_reused = 0
 
     def add(self, seq: Sequence) -> None:
         """Put a sequence in line."""
@@ -132,7 +133,7 @@ class Scheduler:
         return True
 
     def _preempt(self, seq: Sequence) -> None:
-        self.num_preemptions += 1
+        self._metrics.preemptions += 1
         self.register(seq)
         self.running.remove(seq)
         self._pages.release(seq.pages)
@@ -186,15 +187,15 @@ class Scheduler:
 
     def _worth_waiting(self, seq: Sequence, match: Match) -> bool:
         """Tell whether a running sequence is about to compute much of this one's prefix."""
-        if self._tree is None:
+        num_common = max(_WORTH_WAITING, match.num_tokens + 1)
+        if self._tree is None or num_common > seq.reuse_limit:
             return False
-        for other in self.running:
-            if other.num_committed >= other.prompt_len:
-                continue
-            common = _num_common(seq.token_ids[: seq.reuse_limit], other.request.prompt_ids)
-            if common >= _WORTH_WAITING and common > match.num_tokens:
-                return True
-        return False
+        common = seq.token_ids[:num_common]
+        return any(
+            other.num_committed < other.prompt_len
+            and other.request.prompt_ids[:num_common] == common
+            for other in self.running
+        )
 
     def _take(self, seq: Sequence, match: Match, step: Step) -> bool:
         """Take the matched pages, and see that the rest of the prompt will find room."""
@@ -216,14 +217,8 @@ class Scheduler:
                 step.copies.append((match.partial_page, seq.pages[-1]))
                 found = match.num_tokens
         seq.num_computed = seq.num_committed = found
-        self.num_reused += found
+        self._metrics.reused_tokens += found
         if seq.num_cached is None:
             seq.num_cached = found
+            self._metrics.queue_seconds.observe(time.monotonic() - seq.added_at)
         return True
-
-
-def _num_common(a: list[int], b: list[int]) -> int:
-    """Return how many leading tokens two lists share."""
-    length = min(len(a), len(b))
-    differs = np.flatnonzero(np.array(a[:length]) != np.array(b[:length]))
-    return int(differs[0]) if len(differs) else length

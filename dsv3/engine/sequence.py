@@ -16,6 +16,7 @@ class Sequence:
 
     Attributes:
         arrival: order of coming; with the request's priority it decides who goes first.
+        added_at, first_token_at: `time.monotonic()` when it came, and when its first token did.
         stream: turns tokens into text; None where there is no tokenizer.
         token_ids: the prompt, then what was generated.
         pages: its page table.
@@ -28,6 +29,7 @@ class Sequence:
 
     request: Request
     arrival: int
+    added_at: float
     stream: TextStream | None
     token_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
@@ -38,6 +40,7 @@ class Sequence:
     num_scored: int = 0
     num_preempted: int = 0
     overtaken: int = 0
+    first_token_at: float | None = None
     expires: float | None = None
     is_running: bool = False
     is_done: bool = False

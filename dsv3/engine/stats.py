@@ -32,7 +32,7 @@ def collect_stats(started: Started, seconds: dict[str, float]) -> dict[str, Any]
         {"rank": rank, **dict(zip(names, values, strict=True))}
         for rank, values in enumerate(mesh.world.all_gather(figures).tolist())
     ]
-    done = engine.counters if engine is not None else None
+    done = engine.metrics if engine is not None else None
     return {
         "world_size": mesh.layout.world_size,
         "dtype": str(started.runner.dtype).removeprefix("torch."),

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from dsv3.engine.engine import Counters
 from dsv3.errors import RequestError
+from dsv3.observe.metrics import Metrics
 from dsv3.request import Completion, Request, RequestOutput
 from dsv3.serve.terminal import Console
 from dsv3.text.chat import ChatFormat, ThoughtStream, opens_thought
@@ -29,7 +29,7 @@ class ChatEngine(Protocol):
 
     max_seq_len: int
     vocab_size: int
-    counters: Counters
+    metrics: Metrics
 
     @property
     def cache_tokens(self) -> int:
@@ -199,7 +199,7 @@ class Chat:
     def _stream(self, request: Request, in_thought: bool) -> _Answer:
         """Show the answer as it is made, until it ends or the user has enough."""
         answer, thoughts = _Answer(prompt_len=len(request.prompt_ids)), ThoughtStream(in_thought)
-        before, start = replace(self.engine.counters), time.perf_counter()
+        before, start = replace(self.engine.metrics), time.perf_counter()
         while answer.completion is None and self.engine.has_work():
             for output in self.engine.step():
                 if output.request_id == request.request_id:
@@ -208,8 +208,8 @@ class Chat:
                 self.engine.cancel(request.request_id)
                 break
         answer.seconds = time.perf_counter() - start
-        answer.computed = self.engine.counters.prefill_tokens - before.prefill_tokens
-        answer.reused = self.engine.counters.reused_tokens - before.reused_tokens
+        answer.computed = self.engine.metrics.prefill_tokens - before.prefill_tokens
+        answer.reused = self.engine.metrics.reused_tokens - before.reused_tokens
         unended = thoughts.finish()
         answer.thought += unended
         self.console.thought(unended)

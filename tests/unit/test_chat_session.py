@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dsv3.engine.engine import Counters
+from dsv3.observe.metrics import Metrics
 from dsv3.request import Completion, Request, RequestOutput
 from dsv3.serve.chat import Chat
 from dsv3.text.chat import ChatFormat, ThoughtStream
@@ -27,7 +27,7 @@ class ToldEngine:
 
     def __init__(self, answers: Sequence[Sequence[str]], max_seq_len: int = 1000) -> None:
         self.max_seq_len, self.vocab_size = max_seq_len, TOKENIZER.vocab_size
-        self.cache_tokens, self.counters = 4096, Counters()
+        self.cache_tokens, self.metrics = 4096, Metrics()
         self.requests: list[Request] = []
         self.dropped: list[str] = []
         self.interrupted = False
@@ -57,8 +57,8 @@ class ToldEngine:
             return []
         request, text = self.requests[-1], self._left.popleft()
         if not self._said:
-            self.counters.prefill_tokens += 3
-            self.counters.reused_tokens += len(request.prompt_ids) - 3
+            self.metrics.prefill_tokens += 3
+            self.metrics.reused_tokens += len(request.prompt_ids) - 3
         self._said += text
         output = RequestOutput(request_id=request.request_id, new_text=text)
         output.new_token_ids = TOKENIZER.encode(text, False)

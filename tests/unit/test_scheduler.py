@@ -27,10 +27,10 @@ def test_answers_do_not_depend_on_chunks(budget: int) -> None:
         engine.add(r)
     check(finish(engine), *requests)
     prompts = sum(len(r.prompt_ids) for r in requests)
-    assert engine.counters.prefill_tokens == prompts
+    assert engine.metrics.prefill_tokens == prompts
     # The last token of an answer is never fed back.
-    assert engine.counters.decode_tokens == 6 * 7
-    assert engine.counters.steps == len(runner.plans)
+    assert engine.metrics.decode_tokens == 6 * 7
+    assert engine.metrics.steps == len(runner.plans)
 
 
 def test_decoding_goes_on_while_a_long_prompt_comes_in() -> None:
@@ -74,7 +74,7 @@ def test_the_last_to_come_gives_way_and_resumes(depth: int) -> None:
     engine.add(first)
     engine.add(last)
     check(finish(engine), first, last)
-    assert engine.counters.preemptions == 1
+    assert engine.metrics.preemptions == 1
     # The first never stops; the other goes on afterwards, from what was left of its prefix.
     contexts = [p.context_len.max() for p in runner.plans]
     assert sorted(contexts[: 20 - 1]) == contexts[: 20 - 1]
@@ -106,13 +106,13 @@ def test_a_second_turn_computes_its_new_tokens_only() -> None:
     done = finish(engine)
     turn = [*first.prompt_ids, *done["first"].token_ids, 5, 6, 7]
     second = Request(request_id="second", prompt_ids=turn, params=first.params)
-    before = engine.counters.prefill_tokens
+    before = engine.metrics.prefill_tokens
     engine.add(second)
     done = finish(engine)
     check(done, second)
     # All but the last token of the answer, which was never fed back, and the three new ones.
     assert done["second"].cached_tokens == len(turn) - 4
-    assert engine.counters.prefill_tokens - before == 4
+    assert engine.metrics.prefill_tokens - before == 4
 
 
 def test_the_last_token_is_computed_again() -> None:
@@ -131,7 +131,7 @@ def test_a_common_prefix_is_computed_once() -> None:
         engine.add(r)
     done = finish(engine)
     check(done, *requests)
-    assert engine.counters.prefill_tokens == 120 + 6 * 5
+    assert engine.metrics.prefill_tokens == 120 + 6 * 5
     assert sorted(done[r.request_id].cached_tokens for r in requests) == [0] + [120] * 5
     assert runner.plans[0].query_len.tolist() == [50]
 
