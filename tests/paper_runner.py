@@ -12,6 +12,7 @@ import torch
 
 from dsv3.cache.layout import NULL_PAGE, CacheLayout
 from dsv3.cache.pool import CachePool
+from dsv3.cache.tiers import Tiers
 from dsv3.engine.config import EngineConfig
 from dsv3.engine.engine import Engine
 from dsv3.engine.plan import NO_TARGET, PlanChannel, StepPlan
@@ -45,17 +46,20 @@ def answer(request: Request) -> tuple[list[int], str]:
 class PaperRunner:
     """Executes plans on paper and holds them to their contract."""
 
-    def __init__(self, layout: CacheLayout, num_pages: int, settings: EngineConfig) -> None:
+    def __init__(
+        self, layout: CacheLayout, num_pages: int, settings: EngineConfig, num_slots: int = 0
+    ) -> None:
         self.page_size, self.settings = layout.page_size, settings
         self.memory = np.full((num_pages, layout.page_size), -1)
+        self.host = np.full((num_slots, layout.page_size), -1)
         self.plans: list[StepPlan] = []
         self.last: list[int] = []
 
     def run(self, plan: StepPlan) -> SampledOnDevice:
         self.plans.append(plan)
-        source, target = plan.copies.reshape(2, -1)
-        assert NULL_PAGE not in target and len(set(target.tolist())) == len(target)
-        self.memory[target] = self.memory[source]
+        self.move_pages(plan)
+        if not len(plan.token_ids):
+            return SampledOnDevice(torch.zeros(0, dtype=torch.int64), None)
         lengths = plan.query_len.tolist()
         assert 0 < sum(lengths) == len(plan.token_ids) <= self.settings.max_batch_tokens
         assert min(lengths) > 0 and lengths == sorted(lengths)
@@ -92,17 +96,37 @@ class PaperRunner:
         scores[:, 0] = -torch.from_numpy(plan.position)
         return SampledOnDevice(torch.tensor(chosen, dtype=torch.int64), scores)
 
+    def move_pages(self, plan: StepPlan) -> None:
+        """Offload, copy, restore: each is one whole, so the order within it does not matter."""
+        (leaving, kept), (brought, target) = (
+            plan.offload.reshape(2, -1),
+            plan.restore.reshape(2, -1),
+        )
+        slots = [*kept.tolist(), *set(brought.tolist())]
+        assert len(set(slots)) == len(slots), "a slot is read and written, or written twice"
+        copied_from, copied_to = plan.copies.reshape(2, -1)
+        targets = [*copied_to.tolist(), *target.tolist()]
+        assert NULL_PAGE not in targets and len(set(targets)) == len(targets)
+        self.host[kept] = self.memory[leaving]
+        self.memory[copied_to] = self.memory[copied_from]
+        self.memory[target] = self.host[brought]
+
 
 def paper_engine(
-    num_pages: int, page_size: int = 4, max_seq_len: int = 10**6, **settings: int
+    num_pages: int,
+    page_size: int = 4,
+    max_seq_len: int = 10**6,
+    num_slots: int = 0,
+    **settings: int,
 ) -> tuple[Engine, PaperRunner]:
-    """Return an engine over a cache of `num_pages` usable pages, and its runner."""
+    """Return an engine over `num_pages` pages, with `num_slots` of host memory, and its runner."""
     config = EngineConfig(**settings)
     layout = CacheLayout("latent", 1, 1, "fp32", page_size, 1, 0)
     cache = CachePool(layout, 1, num_pages + 1, CPU, SingleRank())
-    runner = PaperRunner(layout, num_pages + 1, config)
+    runner = PaperRunner(layout, num_pages + 1, config, num_slots)
+    tiers = Tiers(num_slots, page_size) if num_slots else None
     channel = PlanChannel(SingleRank(), CPU)
-    return Engine(TINY, config, runner, cache, channel, None, max_seq_len), runner
+    return Engine(TINY, config, runner, cache, channel, None, max_seq_len, tiers), runner
 
 
 def finish(engine: Engine, max_steps: int = 10_000) -> dict[str, Completion]:

@@ -51,6 +51,16 @@ class CachePool:
         pages = self.slots.view(self.slots.shape[0], self.num_pages, -1)
         pages[:, target_N] = pages[:, source_N]
 
+    def read_pages(self, page_N: Tensor) -> Tensor:
+        """Return a copy of whole pages, [N, layers, slots_per_page * width] as stored."""
+        pages = self.slots.view(self.slots.shape[0], self.num_pages, -1)
+        return pages[:, page_N].transpose(0, 1)
+
+    def write_pages(self, page_N: Tensor, data_NLX: Tensor) -> None:
+        """Undo `read_pages`."""
+        pages = self.slots.view(self.slots.shape[0], self.num_pages, -1)
+        pages[:, page_N] = data_NLX.transpose(0, 1)
+
     def layer(self, index: int) -> "LayerCache":
         """Return the part of one layer."""
         return LayerCache(self.layout, self.slots[index], self.tp)

@@ -35,12 +35,18 @@ def encode(token_ids: Ids[int]) -> bytes:
     return words.tobytes()
 
 
-def chain_hash(parent: bytes, tokens: bytes) -> bytes:
-    """Return the hash of a prefix from the hash of its beginning and the encoded tokens added."""
-    step = _HASH_UNIT * _TOKEN_BYTES
+def chain_hashes(parent: bytes, tokens: bytes) -> list[bytes]:
+    """Return the hashes of the prefixes that end with each unit of the encoded tokens added."""
+    step, hashes = _HASH_UNIT * _TOKEN_BYTES, []
     for start in range(0, len(tokens), step):
         parent = blake2b(parent + tokens[start : start + step], digest_size=16).digest()
-    return parent
+        hashes.append(parent)
+    return hashes
+
+
+def chain_hash(parent: bytes, tokens: bytes) -> bytes:
+    """Return the hash of a prefix from the hash of its beginning and the encoded tokens added."""
+    return chain_hashes(parent, tokens)[-1] if tokens else parent
 
 
 def _num_common(a: bytes, b: bytes) -> int:
@@ -100,12 +106,14 @@ class Match:
         num_tokens: all tokens found, those in the partial page included.
         partial_page: page whose first `partial_tokens` positions hold the next tokens; to be
             copied before it is continued. None if there is no such page.
+        host_slots: slots of host memory with the full pages after `pages`; see tiers.py.
     """
 
     pages: list[int]
     num_tokens: int
     partial_page: int | None = None
     partial_tokens: int = 0
+    host_slots: tuple[int, ...] = ()
 
     @property
     def held_pages(self) -> list[int]:

@@ -30,6 +30,14 @@ class CacheSize:
         return cls(num_bytes=int(match[1]) * _UNITS[match[2].upper()])
 
 
+def parse_bytes(flag: str, text: str) -> int:
+    """Read `off`, `N`, `NKiB`, `NMiB` or `NGiB`."""
+    match = re.fullmatch(r"(\d+)([KMG]iB|)", "0" if text == "off" else text, re.IGNORECASE)
+    if match is None:
+        raise ConfigError(f"--{flag}={text} is not a size; use bytes (4GiB), or off")
+    return int(match[1]) * _UNITS[match[2].upper()]
+
+
 def _one_of(flag: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ConfigError(f"--{flag}={value} is unknown; use one of {', '.join(choices)}")
@@ -46,6 +54,7 @@ class EngineConfig:
         kv_dtype: storage of the cache: "auto" (as the activations), "fp32", "bf16" or "fp8"
             (latents in e4m3 with a scale per 128, rotated keys in bf16).
         kv_cache_size: see `CacheSize.parse`.
+        kv_host_cache: bytes of host memory on every rank for pages evicted from the device.
         max_seq_len: longest context, prompt and answer; 0 takes the model's own.
         max_batch_tokens: new tokens of one step.
         max_running: sequences in progress at a time.
@@ -63,6 +72,7 @@ class EngineConfig:
     kv_shard: str = "tokens"
     kv_dtype: str = "auto"
     kv_cache_size: str = "auto"
+    kv_host_cache: str = "off"
     max_seq_len: int = 0
     max_batch_tokens: int = 2048
     max_running: int = 64
@@ -86,6 +96,7 @@ class EngineConfig:
                 "use --attn-impl auto"
             )
         CacheSize.parse(self.kv_cache_size)
+        self._check_tiers()
         if self.pipeline_depth not in (-1, 0, 1):
             raise ConfigError(f"--pipeline-depth={self.pipeline_depth} must be -1, 0 or 1")
         for flag, value, least in (
@@ -100,6 +111,10 @@ class EngineConfig:
                 f"--max-running={self.max_running} needs as many --max-batch-tokens "
                 f"(now {self.max_batch_tokens}): every running sequence adds a token each step"
             )
+
+    def _check_tiers(self) -> None:
+        if parse_bytes("kv-host-cache", self.kv_host_cache) and not self.prefix_reuse:
+            raise ConfigError("--kv-host-cache keeps prefixes, --no-prefix-reuse uses none of them")
 
     @property
     def cache_form(self) -> str:

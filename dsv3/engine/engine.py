@@ -11,6 +11,7 @@ from dsv3.cache.eviction import make_policy
 from dsv3.cache.pages import PageAllocator
 from dsv3.cache.pool import CachePool
 from dsv3.cache.prefix import PrefixTree
+from dsv3.cache.tiers import Tiers
 from dsv3.config import ModelConfig
 from dsv3.engine.config import EngineConfig
 from dsv3.engine.plan import PlanChannel, StepPlan
@@ -46,6 +47,7 @@ class Engine:
         channel: carries plans to the other ranks.
         tokenizer: None serves token ids only.
         max_seq_len: longest context a request may reach.
+        tiers: what is kept of the cache outside the device; None keeps nothing.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Engine:
         channel: PlanChannel,
         tokenizer: Tokenizer | None,
         max_seq_len: int,
+        tiers: Tiers | None = None,
     ) -> None:
         self.tokenizer, self._context_limit = tokenizer, max_seq_len
         self.vocab_size, self.max_running = config.vocab_size, settings.max_running
@@ -65,13 +68,17 @@ class Engine:
         self._eos = frozenset(config.eos_token_ids)
         self._pages = PageAllocator(cache.num_pages)
         self._tree: PrefixTree | None = None
+        self._tiers = tiers
         if settings.prefix_reuse:
             policy = make_policy(settings.eviction)
-            self._tree = PrefixTree(self._pages, cache.layout.page_size, policy)
+            on_evict = None if tiers is None else tiers.offload
+            page_size = cache.layout.page_size
+            self._tree = PrefixTree(self._pages, page_size, policy, on_evict=on_evict)
         self._scheduler = Scheduler(
             cache.layout,
             self._pages,
             self._tree,
+            tiers,
             settings.max_batch_tokens,
             settings.max_running,
             self.metrics,
@@ -169,7 +176,7 @@ class Engine:
         launched = None if planned is None else self._launch(*planned)
         if self._pipelined:
             launched, self._in_flight = self._in_flight, launched
-        if launched is None:
+        if launched is None or not launched.work:
             return outputs
         sampled = launched.sampled.to_host()
         self._now = time.monotonic()
@@ -194,9 +201,9 @@ class Engine:
     def _plan(self) -> tuple[StepPlan, list[Work]] | None:
         """Choose the next step's work and write it down; None if there is nothing to do."""
         step = self._scheduler.schedule()
-        if not step.chosen:
+        if not step.chosen and not step.moves:
             return None
-        self._num_launched += 1
+        self._num_launched += bool(step.chosen)
         return write_plan(step, self._num_launched)
 
     def _launch(self, plan: StepPlan, work: list[Work]) -> _Launched:
@@ -217,6 +224,8 @@ class Engine:
         m.pages_free, m.pages_idle = pages.num_free, pages.num_idle
         m.pages_used = pages.num_pages - pages.num_free - pages.num_idle
         m.evictions = 0 if self._tree is None else self._tree.num_evicted
+        if self._tiers is not None:
+            m.offloads, m.host_hits = self._tiers.num_offloaded, self._tiers.num_restored
 
     def _commit(self, work: Work, number: int, sampled: Sampled) -> RequestOutput | None:
         """Record a step's results for one sequence."""

@@ -10,7 +10,7 @@ from dsv3.cache.layout import CacheLayout
 from dsv3.checkpoint.region import region_shape
 from dsv3.checkpoint.sharding import scale_region, shard_region, tensor_specs
 from dsv3.config import ModelConfig, ParallelConfig
-from dsv3.engine.config import CacheSize, EngineConfig
+from dsv3.engine.config import CacheSize, EngineConfig, parse_bytes
 from dsv3.errors import ConfigError
 
 # Share of the memory left after the weights that `auto` gives to the cache; the rest is for
@@ -28,6 +28,7 @@ class MemoryPlan:
         num_pages: pages of the cache, the null page not counted.
         cache_tokens: positions they hold, for the whole tp group.
         free_bytes: memory there was before loading.
+        host_pages: pages of the host cache.
     """
 
     weight_bytes: int
@@ -35,14 +36,18 @@ class MemoryPlan:
     num_pages: int
     cache_tokens: int
     free_bytes: int
+    host_pages: int = 0
 
     def describe(self) -> str:
         """Return the budget in one line."""
         cache = self.cache_tokens * self.bytes_per_token
+        kept = self.host_pages * self.cache_tokens // self.num_pages
+        host = f", host cache {_size(kept * self.bytes_per_token)} ({kept:,} tokens)"
         return (
             f"memory per rank: weights {_size(self.weight_bytes)}, "
             f"cache {_size(cache)} ({self.bytes_per_token:,.0f} bytes a token; "
-            f"{self.cache_tokens:,} tokens fit in the group), free {_size(self.free_bytes)}"
+            f"{self.cache_tokens:,} tokens fit in the group)"
+            f"{host if kept else ''}, free {_size(self.free_bytes)}"
         )
 
 
@@ -114,9 +119,12 @@ def plan_memory(
     memory that the weights leave.
 
     Raises:
-        ConfigError: not even one page fits.
+        ConfigError: not even one page fits, or not all that was asked for.
     """
     page_bytes = config.num_hidden_layers * cache.slots_per_page * cache.entry_bytes
+    host_pages = _host_pages(settings, page_bytes)
+    # On a CPU the host cache takes from the same memory.
+    fixed = weights + (host_pages * page_bytes if device.type == "cpu" else 0)
     size = CacheSize.parse(settings.kv_cache_size)
     if size.num_tokens is not None:
         num_pages = cache.pages_for(size.num_tokens)
@@ -124,10 +132,10 @@ def plan_memory(
         num_pages = size.num_bytes // page_bytes
     else:
         wanted = settings.max_running * cache.pages_for(max_seq_len)
-        share = _CACHE_SHARE[device.type] * max(0, free - weights)
+        share = _CACHE_SHARE[device.type] * max(0, free - fixed)
         num_pages = min(wanted, int(share) // page_bytes)
     # One more page is allocated that no sequence uses.
-    needed = weights + (num_pages + 1) * page_bytes
+    needed = fixed + (num_pages + 1) * page_bytes
     if num_pages < 1 or needed > free:
         raise ConfigError(
             f"weights need {_size(weights)} and the cache {_size(needed - weights)} on each rank, "
@@ -139,4 +147,14 @@ def plan_memory(
         num_pages=num_pages,
         cache_tokens=num_pages * cache.page_size,
         free_bytes=free,
+        host_pages=host_pages,
     )
+
+
+def _host_pages(settings: EngineConfig, page_bytes: int) -> int:
+    num_bytes = parse_bytes("kv-host-cache", settings.kv_host_cache)
+    if 0 < num_bytes < page_bytes:
+        raise ConfigError(
+            f"--kv-host-cache={settings.kv_host_cache} holds no page of {_size(page_bytes)}"
+        )
+    return num_bytes // page_bytes

@@ -35,6 +35,8 @@ class StepPlan:
     Attributes:
         copies: [2 N] pages to copy before anything is written: all sources, then all
             destinations.
+        offload: [2 N] pages to keep in host memory before that: all pages, then their slots.
+        restore: [2 N] pages to bring back from there after it: all slots, then their pages.
         token_ids: [T] new tokens of all sequences, one after the other; -1 - m stands for the
             token that row m of the step before has sampled.
         query_len: [B] new tokens of each sequence.
@@ -50,6 +52,8 @@ class StepPlan:
     """
 
     copies: Ints = field(default_factory=_ints)
+    offload: Ints = field(default_factory=_ints)
+    restore: Ints = field(default_factory=_ints)
     token_ids: Ints = field(default_factory=_ints)
     query_len: Ints = field(default_factory=_ints)
     context_len: Ints = field(default_factory=_ints)

@@ -52,7 +52,9 @@ def write_plan(step: Step, number: int) -> tuple[StepPlan, list[Work]]:
         work.append(Work(seq, count, stop, first_row, num_scored, samples, seq.num_preempted))
         start += count
     plan = StepPlan(
-        copies=_ints([a for a, _ in step.copies] + [b for _, b in step.copies]),
+        copies=_pairs(step.copies),
+        offload=_pairs(step.moves.offload),
+        restore=_pairs(step.moves.restore),
         token_ids=_ints(tokens),
         query_len=_ints(count for _, count in step.chosen),
         context_len=_ints(context),
@@ -65,6 +67,11 @@ def write_plan(step: Step, number: int) -> tuple[StepPlan, list[Work]]:
 
 def _ints(values: Iterable[int]) -> Ints:
     return np.array(values if isinstance(values, list) else list(values), np.int32)
+
+
+def _pairs(pairs: list[tuple[int, int]]) -> Ints:
+    """Write all first elements, then all second ones."""
+    return _ints([a for a, _ in pairs] + [b for _, b in pairs])
 
 
 class _Rows:

@@ -57,6 +57,12 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         help="auto, bytes per rank (4GiB) or tokens of the whole group (65536tok)",
     )
     cache.add_argument(
+        "--kv-host-cache",
+        default="off",
+        metavar="BYTES",
+        help="host memory per rank for pages evicted from the device (4GiB)",
+    )
+    cache.add_argument(
         "--max-seq-len", type=int, default=0, help="longest context (0: the model's)"
     )
     cache.add_argument(

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dsv3.cache.layout import NULL_PAGE, CacheLayout
 from dsv3.cache.pool import CachePool
+from dsv3.engine.mover import Mover
 from dsv3.engine.plan import StepPlan
 from dsv3.engine.sampler import SampledOnDevice, Sampler
 from dsv3.model.batch import Batch, Chunk, DecodeGroup
@@ -24,10 +25,14 @@ class Runner:
         cache: this rank's cache.
         decode_limit: sequences with at most this many new tokens attend straight to the cache;
             longer ones in expanded form.
+        mover: moves pages to and from host memory; None where the plans never ask for it.
     """
 
-    def __init__(self, model: Transformer, cache: CachePool, decode_limit: int) -> None:
+    def __init__(
+        self, model: Transformer, cache: CachePool, decode_limit: int, mover: Mover | None = None
+    ) -> None:
         self._model, self._cache, self._decode_limit = model, cache, decode_limit
+        self._mover = mover
         self._device = cache.slots.device
         self._sampler = Sampler(model, cache.tp, self._device)
         self._last_token_M = torch.zeros(0, dtype=torch.int64, device=self._device)
@@ -38,6 +43,11 @@ class Runner:
         return self._model.num_bytes
 
     @property
+    def host_cache_bytes(self) -> int:
+        """Bytes of host memory this rank keeps pages in."""
+        return 0 if self._mover is None else self._mover.host.num_bytes
+
+    @property
     def dtype(self) -> torch.dtype:
         """Dtype of the activations."""
         return self._model.dtype
@@ -45,9 +55,9 @@ class Runner:
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> SampledOnDevice:
         """Run one step. A collective; every rank returns the same."""
-        if len(plan.copies):
-            pages = torch.from_numpy(plan.copies.astype(np.int64)).to(self._device)
-            self._cache.copy_pages(*pages.view(2, -1))
+        self._move_pages(plan)
+        if not len(plan.token_ids):
+            return SampledOnDevice(self._last_token_M[:0], None)
         batch = BatchBuilder(plan, self._cache.layout, self._device, self._decode_limit).build()
         if plan.token_ids.min() < 0:
             known = batch.token_T.clamp_min(0)
@@ -56,6 +66,16 @@ class Runner:
         sampled = self._sampler(self._model(batch, self._cache), plan)
         self._last_token_M = sampled.token_M
         return sampled
+
+    def _move_pages(self, plan: StepPlan) -> None:
+        """Bring every page to where the step looks for it."""
+        if self._mover is not None:
+            self._mover.before_copies(plan)
+        if len(plan.copies):
+            pages = torch.from_numpy(plan.copies.astype(np.int64)).to(self._device)
+            self._cache.copy_pages(*pages.view(2, -1))
+        if self._mover is not None:
+            self._mover.after_copies(plan)
 
 
 class BatchBuilder:

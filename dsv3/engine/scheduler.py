@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from dsv3.cache.layout import CacheLayout
 from dsv3.cache.pages import PageAllocator
 from dsv3.cache.prefix import Match, PrefixTree
+from dsv3.cache.tiers import Moves, Tiers, extend_keys
 from dsv3.engine.sequence import Sequence
 from dsv3.observe.metrics import Metrics
 
@@ -30,10 +31,12 @@ class Step:
 
     Attributes:
         copies: pages to copy first, (from, to): partial pages that are continued.
+        moves: pages to move between the cache's tiers.
     """
 
     chosen: list[tuple[Sequence, int]] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
+    moves: Moves = field(default_factory=Moves)
 
 
 class Scheduler:
@@ -43,6 +46,7 @@ class Scheduler:
         layout: geometry of the pages.
         pages: the allocator.
         tree: cached prefixes; None reuses nothing.
+        tiers: prefixes kept outside the device; None keeps none.
         max_batch_tokens: new tokens of a step.
         max_running: sequences in progress at a time.
         metrics: told of admissions, reuse and preemptions.
@@ -53,11 +57,12 @@ class Scheduler:
         layout: CacheLayout,
         pages: PageAllocator,
         tree: PrefixTree | None,
+        tiers: Tiers | None,
         max_batch_tokens: int,
         max_running: int,
         metrics: Metrics,
     ) -> None:
-        self._layout, self._pages, self._tree = layout, pages, tree
+        self._layout, self._pages, self._tree, self._tiers = layout, pages, tree, tiers
         self._metrics = metrics
         self._max_batch_tokens, self._max_running = max_batch_tokens, max_running
         self.waiting: list[Sequence] = []
@@ -104,6 +109,8 @@ class Scheduler:
             step.chosen.append((admitted, min(admitted.num_left, budget)))
             budget -= step.chosen[-1][1]
         step.chosen.sort(key=lambda work: (work[1], work[0].num_computed))
+        if self._tiers is not None:
+            step.moves = self._tiers.draw()
         return step
 
     def _until_preempted(self) -> Iterator[Sequence]:
@@ -183,7 +190,12 @@ class Scheduler:
     def _match(self, seq: Sequence) -> Match:
         if self._tree is None or seq.reuse_limit <= 0:
             return Match([], 0)
-        return self._tree.match(seq.token_ids, seq.reuse_limit)
+        match = self._tree.match(seq.token_ids, seq.reuse_limit)
+        if self._tiers is None:
+            return match
+        num_full = seq.reuse_limit // self._layout.page_size
+        extend_keys(seq.page_keys, seq.token_ids, num_full, self._layout.page_size)
+        return self._tiers.extend(match, seq.page_keys[:num_full])
 
     def _worth_waiting(self, seq: Sequence, match: Match) -> bool:
         """Tell whether a running sequence is about to compute much of this one's prefix."""
@@ -202,6 +214,8 @@ class Scheduler:
         assert not seq.pages
         if self._tree is not None:
             self._tree.use(match, seq.request.conversation_id)
+        if self._tiers is not None:
+            self._tiers.hold(match.host_slots)
         # One spare page for each running sequence, or the newcomer would soon be preempted.
         missing = self._layout.pages_for(len(seq.token_ids)) - len(match.pages)
         wanted = missing + len(self.running)
@@ -216,6 +230,9 @@ class Scheduler:
                 seq.pages += self._pages.allocate(1)
                 step.copies.append((match.partial_page, seq.pages[-1]))
                 found = match.num_tokens
+        if self._tiers is not None and match.host_slots:
+            seq.pages += self._tiers.restore(match.host_slots, self._pages)
+            found = match.num_tokens
         seq.num_computed = seq.num_committed = found
         self._metrics.reused_tokens += found
         if seq.num_cached is None:

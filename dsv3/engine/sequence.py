@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from dsv3.cache.tiers import PageKey
 from dsv3.request import Request, TokenLogprobs
 from dsv3.text.detokenize import TextStream
 
@@ -25,6 +26,7 @@ class Sequence:
         num_preempted: how often it lost its pages.
         overtaken: how often a later request was admitted before it.
         expires: `time.monotonic()` at which it ends as it is.
+        page_keys: names of its full pages in the cache's lower tiers, as far as asked for.
     """
 
     request: Request
@@ -44,6 +46,7 @@ class Sequence:
     expires: float | None = None
     is_running: bool = False
     is_done: bool = False
+    page_keys: list[PageKey] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 

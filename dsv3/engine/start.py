@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dsv3.cache.host import HostPool
 from dsv3.cache.layout import CacheLayout
 from dsv3.cache.pool import CachePool
+from dsv3.cache.tiers import Tiers
 from dsv3.checkpoint.fingerprint import fingerprint
 from dsv3.checkpoint.load import fp8_weights, load_weights
 from dsv3.checkpoint.reader import Source
@@ -21,6 +23,7 @@ from dsv3.config import ModelConfig
 from dsv3.engine.config import EngineConfig
 from dsv3.engine.engine import Engine
 from dsv3.engine.memory import MemoryPlan, free_memory, plan_memory, weight_bytes
+from dsv3.engine.mover import Mover
 from dsv3.engine.plan import PlanChannel, StepPlan
 from dsv3.engine.runner import Runner
 from dsv3.errors import ConfigError
@@ -164,13 +167,15 @@ def start(
         # All ranks of the group must agree on the pages; each has planned with its own memory.
     num_pages = _agree_on_pages(mesh, plan.num_pages)
     cache = CachePool(layout, config.num_hidden_layers, num_pages + 1, mesh.device, mesh.tp)
-    runner = Runner(model, cache, _decode_limit(settings, config))
+    mover = Mover(HostPool(cache, plan.host_pages)) if plan.host_pages else None
+    runner = Runner(model, cache, _decode_limit(settings, config), mover)
     channel = PlanChannel(mesh.world, mesh.device)
     with _phase(seconds, "warmup"):
         runner.run(_warm_up_plan())
     engine = None
     if mesh.layout.rank == 0:
-        engine = Engine(config, settings, runner, cache, channel, tokenizer, limit)
+        tiers = Tiers(plan.host_pages, layout.page_size) if plan.host_pages else None
+        engine = Engine(config, settings, runner, cache, channel, tokenizer, limit, tiers)
     return Started(mesh, config, runner, channel, cache, plan, engine, seconds)
 
 

@@ -23,11 +23,18 @@ def collect_stats(started: Started, seconds: dict[str, float]) -> dict[str, Any]
     mine = [
         started.runner.weight_bytes,
         started.cache.num_bytes,
+        started.runner.host_cache_bytes,
         cache_tokens,
         _peak_memory(mesh.device),
     ]
     figures = torch.tensor(mine, dtype=torch.int64, device=mesh.device)
-    names = ("weight_bytes", "cache_bytes", "cache_tokens", "peak_memory_bytes")
+    names = (
+        "weight_bytes",
+        "cache_bytes",
+        "host_cache_bytes",
+        "cache_tokens",
+        "peak_memory_bytes",
+    )
     ranks = [
         {"rank": rank, **dict(zip(names, values, strict=True))}
         for rank, values in enumerate(mesh.world.all_gather(figures).tolist())
@@ -48,6 +55,8 @@ def collect_stats(started: Started, seconds: dict[str, float]) -> dict[str, Any]
             "steps": done.steps if done else 0,
             "preemptions": done.preemptions if done else 0,
             "evictions": done.evictions if done else 0,
+            "offloads": done.offloads if done else 0,
+            "host_hits": done.host_hits if done else 0,
         },
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
     }

@@ -74,6 +74,8 @@ class Metrics:
     decode_tokens: int = 0
     preemptions: int = 0
     evictions: int = 0
+    offloads: int = 0
+    host_hits: int = 0
     run_seconds: float = 0.0
 
     waiting: int = 0
@@ -127,6 +129,8 @@ COUNTERS = {
     "decode_tokens": "generated tokens computed, one at a time",
     "preemptions": "times a running request lost its pages to an earlier one",
     "evictions": "cached pages dropped for want of room",
+    "offloads": "evicted pages kept in host memory",
+    "host_hits": "pages copied back from host memory",
     "run_seconds": "time spent in steps",
 }
 GAUGES = {

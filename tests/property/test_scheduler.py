@@ -5,6 +5,7 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsv3.cache.tiers import extend_keys
 from dsv3.errors import RequestError
 from dsv3.request import Completion, Request, SamplingParams
 from tests.paper_runner import answer, finish, paper_engine
@@ -40,7 +41,14 @@ class History:
     """What was asked, what came back so far, and what must hold at any time."""
 
     def __init__(
-        self, num_pages: int, page_size: int, budget: int, running: int, depth: int, reuse: bool
+        self,
+        num_pages: int,
+        page_size: int,
+        budget: int,
+        running: int,
+        depth: int,
+        reuse: bool,
+        num_slots: int,
     ) -> None:
         self.engine, self.runner = paper_engine(
             num_pages,
@@ -49,6 +57,7 @@ class History:
             max_running=running,
             pipeline_depth=depth,
             prefix_reuse=reuse,
+            num_slots=num_slots,
         )
         self.num_pages, self.capacity = num_pages, num_pages * page_size
         self.expected: dict[str, Request] = {}
@@ -93,6 +102,26 @@ class History:
         for page in range(1, self.num_pages + 1):
             assert pages.num_holders(page) == owned[page]
         assert pages.num_free == self.num_pages - len(owned)
+        self.check_slots()
+
+    def check_slots(self) -> None:
+        """A slot is free or holds one full page; what a name stands for lies in its slot."""
+        tiers = self.engine._tiers
+        if tiers is None:
+            return
+        slots = [*tiers._free, *tiers._slots.values()]
+        assert sorted(slots) == list(range(len(tiers._keys)))
+        texts: dict[tuple[bytes, ...], list[int]] = {}
+        for request in self.expected.values():
+            keys: list[tuple[bytes, ...]] = []
+            tokens = [*request.prompt_ids, *answer(request)[0]]
+            size = self.runner.page_size
+            extend_keys(keys, tokens, len(tokens) // size, size)
+            for i, key in enumerate(keys):
+                texts[key] = tokens[i * size : (i + 1) * size]
+        for key, slot in tiers._slots.items():
+            if key in texts:
+                assert self.runner.host[slot].tolist() == texts[key]
 
     def finish(self) -> None:
         self.done |= finish(self.engine)
@@ -119,6 +148,7 @@ class History:
     running=st.integers(1, 3),
     depth=st.integers(0, 1),
     reuse=st.booleans(),
+    num_slots=st.integers(0, 6),
 )
 def test_any_history(
     events: list[tuple[str, object]],
@@ -128,8 +158,9 @@ def test_any_history(
     running: int,
     depth: int,
     reuse: bool,
+    num_slots: int,
 ) -> None:
-    history = History(num_pages, page_size, budget, running, depth, reuse)
+    history = History(num_pages, page_size, budget, running, depth, reuse, num_slots * reuse)
     for number, (kind, value) in enumerate(events):
         if kind == "add":
             history.add(str(number), value)

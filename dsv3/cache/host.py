@@ -1,0 +1,56 @@
+"""Host memory for cached pages, on one rank: its own shard of every page."""
+
+import torch
+from torch import Tensor
+
+from dsv3.cache.pool import CachePool
+
+
+class HostPool:
+    """[slots, layers, slots_per_page * width]: pages as the device stores them.
+
+    With CUDA the memory is pinned and moves on a stream of its own. Pages on their way out are
+    first gathered on the compute stream, so that the step that overwrites them does not wait for
+    the bus; pages on their way in are waited for by the compute stream, not by the host.
+
+    Args:
+        cache: the device's pages.
+        num_slots: pages that fit.
+    """
+
+    def __init__(self, cache: CachePool, num_slots: int) -> None:
+        self._cache, self._device = cache, cache.slots.device
+        is_cuda = self._device.type == "cuda"
+        shape = (num_slots, *cache.read_pages(torch.zeros(1, dtype=torch.int64)).shape[1:])
+        self.slots = torch.empty(shape, dtype=cache.slots.dtype, pin_memory=is_cuda)
+        self._stream = torch.cuda.Stream(self._device) if is_cuda else None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes allocated on this rank."""
+        return self.slots.numel() * self.slots.element_size()
+
+    def offload(self, page_N: Tensor, slot_N: Tensor) -> None:
+        """Copy pages to host memory."""
+        data_NLX = self._cache.read_pages(page_N.to(self._device))
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream())
+            data_NLX.record_stream(self._stream)
+        with torch.cuda.stream(self._stream):
+            for data_LX, slot in zip(data_NLX, slot_N.tolist(), strict=True):
+                self.slots[slot].copy_(data_LX, non_blocking=True)
+
+    def restore(self, slot_N: Tensor, page_N: Tensor) -> None:
+        """Copy pages back to the device."""
+        with torch.cuda.stream(self._stream):
+            data = [self.slots[i].to(self._device, non_blocking=True) for i in slot_N.tolist()]
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+            for data_LX in data:
+                data_LX.record_stream(torch.cuda.current_stream())
+        self._cache.write_pages(page_N.to(self._device), torch.stack(data))
+
+    def synchronize(self) -> None:
+        """Wait until everything that was asked for has moved."""
+        if self._stream is not None:
+            self._stream.synchronize()

@@ -1,0 +1,43 @@
+"""Pages in host memory: every byte of every layer goes out and comes back."""
+
+import pytest
+import torch
+
+from dsv3.cache.host import HostPool
+from dsv3.cache.layout import CacheLayout
+from dsv3.cache.pool import CachePool
+from dsv3.parallel.collectives import SingleRank
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        CacheLayout("latent", 8, 6, "fp32", 64, 4, 1),
+        CacheLayout("latent", 8, 6, "bf16", 64, 1, 0),
+        CacheLayout("latent", 144, 128, "fp8", 64, 2, 0),
+        CacheLayout("heads", 20, 20, "fp32", 64, 1, 0),
+    ],
+    ids=lambda layout: f"{layout.form} {layout.dtype}",
+)
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)],
+)
+def test_pages_come_back_as_they_went(layout: CacheLayout, device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    cache = CachePool(layout, 3, 9, torch.device(device), SingleRank())
+    cache.slots.view(torch.uint8).random_(0, 255)
+    before = cache.slots.clone()
+    host = HostPool(cache, 5)
+    assert host.num_bytes * 9 == cache.num_bytes * 5
+    pages, slots = torch.tensor([2, 7, 4]), torch.tensor([3, 0, 4])
+    host.offload(pages, slots)
+    # What follows at once must not change what is kept.
+    cache.slots.zero_()
+    host.restore(slots, torch.tensor([1, 2, 3]))
+    after, before = (x.view(3, 9, -1).view(torch.uint8) for x in (cache.slots, before))
+    assert torch.equal(after[:, [1, 2, 3]], before[:, pages])
+    assert not after[:, [0, 4, 5, 6, 7, 8]].any()

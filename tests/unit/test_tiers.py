@@ -1,0 +1,114 @@
+"""Host memory on paper: what goes there, what comes back, what is forgotten first."""
+
+import pytest
+
+from dsv3.cache.pages import PageAllocator
+from dsv3.cache.prefix import Match, chain_hash, chain_hashes, encode
+from dsv3.cache.tiers import Moves, PageKey, Tiers, extend_keys
+from dsv3.request import Request, SamplingParams
+from tests.paper_runner import answer, finish, paper_engine
+
+PAGE = 4
+
+
+def keys_of(tokens: list[int], page_size: int = PAGE) -> list[PageKey]:
+    keys: list[PageKey] = []
+    extend_keys(keys, tokens, len(tokens) // page_size, page_size)
+    return keys
+
+
+def evict(tiers: Tiers, tokens: list[int], first_page: int = 1) -> None:
+    """Offload the full pages of a sequence as the tree does: from the end."""
+    for i in reversed(range(len(tokens) // PAGE)):
+        parent = chain_hash(b"", encode(tokens[: i * PAGE]))
+        tiers.offload(first_page + i, parent, encode(tokens[i * PAGE : (i + 1) * PAGE]))
+
+
+def found(tiers: Tiers, tokens: list[int], on_device: int = 0) -> int:
+    match = Match(list(range(100, 100 + on_device)), on_device * PAGE)
+    return len(tiers.extend(match, keys_of(tokens)).host_slots)
+
+
+def test_keys_do_not_depend_on_the_page_size() -> None:
+    tokens = list(range(192 * 2))
+    flat = [key[0] for key in keys_of(tokens, 64)]
+    assert [h for key in keys_of(tokens, 192) for h in key] == flat
+    assert flat == chain_hashes(b"", encode(tokens))
+    assert keys_of(tokens[:64] + [5] * 64, 64)[0] == keys_of(tokens, 64)[0]
+    assert keys_of([5, *tokens], 64)[1] != keys_of(tokens, 64)[1]
+
+
+def test_what_goes_out_is_found_from_the_next_plan_on() -> None:
+    tiers, tokens = Tiers(4, PAGE), list(range(10))
+    evict(tiers, tokens)
+    assert found(tiers, tokens) == 0
+    moves = tiers.draw()
+    assert [page for page, _ in moves.offload] == [2, 1] and not moves.restore
+    assert found(tiers, tokens) == 2 and found(tiers, tokens, on_device=1) == 1
+    assert found(tiers, [*tokens[:4], 99, *tokens[5:]]) == 1
+    evict(tiers, tokens)
+    assert not tiers.draw() and tiers.num_offloaded == 2
+
+
+def test_partial_pages_are_not_kept() -> None:
+    tiers = Tiers(4, PAGE)
+    tiers.offload(1, b"", encode([1, 2, 3]))
+    assert not tiers.draw()
+
+
+def test_restoring() -> None:
+    tiers, tokens, pages = Tiers(4, PAGE), list(range(8)), PageAllocator(5)
+    evict(tiers, tokens)
+    tiers.draw()
+    match = tiers.extend(Match([], 3, partial_page=9, partial_tokens=3), keys_of(tokens))
+    assert (match.num_tokens, match.held_pages) == (8, [])
+    tiers.hold(match.host_slots)
+    taken = tiers.restore(match.host_slots, pages)
+    assert tiers.draw() == Moves([], list(zip(match.host_slots, taken, strict=True)))
+    assert pages.num_free == 2 and found(tiers, tokens) == 2
+
+
+def test_the_least_recently_used_goes_first_the_end_before_the_beginning() -> None:
+    tiers, old, new = Tiers(4, PAGE), list(range(8)), list(range(50, 58))
+    for tokens in (old, new):
+        evict(tiers, tokens)
+        tiers.draw()
+    tiers.hold(tiers.extend(Match([], 0), keys_of(old)).host_slots)
+    tiers.draw()
+    evict(tiers, list(range(90, 94)))
+    tiers.draw()
+    assert (found(tiers, old), found(tiers, new)) == (2, 1)
+
+
+def test_a_slot_is_not_written_while_it_is_read() -> None:
+    tiers, old, new = Tiers(2, PAGE), list(range(8)), list(range(50, 62))
+    evict(tiers, old)
+    tiers.draw()
+    tiers.hold(tiers.extend(Match([], 0), keys_of(old)).host_slots)
+    evict(tiers, new)
+    assert not tiers.draw() and found(tiers, old) == 2
+    evict(tiers, new)
+    assert len(tiers.draw().offload) == 2 and found(tiers, old) == 0
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("num_slots", [0, 40])
+def test_an_evicted_prefix_comes_back_without_being_computed(depth: int, num_slots: int) -> None:
+    engine, _ = paper_engine(
+        12, max_batch_tokens=64, max_running=2, pipeline_depth=depth, num_slots=num_slots
+    )
+    params = SamplingParams(max_tokens=3, ignore_eos=True)
+    prompts = [[100 + i] * 30 for i in range(3)]
+    for turn in range(3):
+        for i, prompt in enumerate(prompts):
+            request = Request(request_id=f"{turn} {i}", prompt_ids=prompt, params=params)
+            engine.add(request)
+            done = finish(engine)[request.request_id]
+            assert done.token_ids == answer(request)[0]
+            # Seven full pages; and where the tail is still on the device, some tokens of it.
+            assert done.cached_tokens >= (28 if turn and num_slots else 0)
+    if num_slots:
+        assert engine.metrics.host_hits >= 2 * 7 and engine.metrics.offloads >= 3 * 7
+        assert engine.metrics.prefill_tokens <= 3 * 30 + 6 * 2
+    else:
+        assert engine.metrics.host_hits == 0 and engine.metrics.prefill_tokens > 200
