@@ -1,8 +1,11 @@
-"""Before anything imports triton: its kernels run in the interpreter, on a CPU, in every test."""
+"""What must be set before anything imports torch or triton, and what many tests share."""
 
 import os
 
+# Kernels run in triton's interpreter, on a CPU, in every test.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# The models are tiny: a second thread would only wait, most of all on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable
 from functools import cache

@@ -148,8 +148,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "torch_dtype": "float32",
     },
 }
-# Mean and spread of the router's bias: V3.1's is far above the scores and must stay float32.
-BIAS = {"v3.1-ue8m0": (10.0, 0.2), "kimi-k2": (-0.3, 0.2)}
+# Mean and spread of the router's bias. V3.1's is far above the scores and must stay float32; with
+# v3-fp8's every biased score is negative, so that groups masked by 0 would win.
+BIAS = {"v3.1-ue8m0": (10.0, 0.2), "kimi-k2": (-0.3, 0.2), "v3-fp8": (-1.5, 0.2)}
 PROMPT_LENGTHS = (1, 2, 7, 45, 90)
 
 

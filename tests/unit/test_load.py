@@ -1,0 +1,99 @@
+"""A rank's model holds its slices of the stored values, however they were read and split."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dsv3.checkpoint import load
+from dsv3.checkpoint.names import scale_name
+from dsv3.checkpoint.sharding import shard_region, tensor_specs
+from dsv3.checkpoint.source import open_source
+from dsv3.config import ModelConfig, ParallelConfig
+from dsv3.model.transformer import Transformer
+from dsv3.parallel.collectives import SingleRank
+from dsv3.parallel.mesh import Mesh
+from dsv3.parallel.weights import Matrix, Target, Vector, WeightFormat
+from dsv3_kernels.testing import assert_bitwise_equal
+from tests.checkpoint_files import FP8, TINY, Tensors, random_tensors, write_hf
+
+CPU = torch.device("cpu")
+QUANTIZED = dataclasses.replace(TINY, quantization=FP8)
+TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn}
+
+
+def value(tensors: Tensors, name: str) -> Tensor:
+    """Return a whole stored tensor in float32, dequantized value by value."""
+    dtype, shape, data = tensors[name]
+    x = torch.frombuffer(bytearray(data), dtype=TYPES[dtype]).view(shape).float()
+    if scale_name(name) in tensors and dtype == "F8_E4M3":
+        scale = value(tensors, scale_name(name))
+        rows, cols = np.indices(shape) // 128
+        x = x * scale[torch.from_numpy(rows), torch.from_numpy(cols)]
+    return x
+
+
+def targets(module: torch.nn.Module) -> list[tuple[Target, Tensor]]:
+    """Return every target with the values that its layer computes with."""
+    found = []
+    for part in module.modules():
+        if isinstance(part, Vector):
+            found += [(t, part.weight) for t in part.targets()]
+        elif isinstance(part, Matrix):
+            whole = [part.matrix(e).split(part.rows) for e in range(len(part.names))]
+            found += [(t, whole[t.part[0]][t.part[1]]) for t in part.targets()]
+    return found
+
+
+@pytest.fixture(scope="module", params=[TINY, QUANTIZED], ids=["bf16", "fp8"])
+def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    """A checkpoint, its config, and what each of its weights stands for."""
+    config, tensors = request.param, random_tensors(request.param)
+    path = write_hf(tmp_path_factory.mktemp("load") / "hf", config, tensors)
+    return path, config, {name: value(tensors, name) for name in tensor_specs(config)}
+
+
+@pytest.mark.parametrize("buffer", [700, 1 << 20])
+@pytest.mark.parametrize("keep_fp8", [False, True])
+def test_every_rank_gets_its_slices(
+    stored: tuple[Path, ModelConfig, dict[str, Tensor]],
+    monkeypatch: pytest.MonkeyPatch,
+    keep_fp8: bool,
+    buffer: int,
+) -> None:
+    """A buffer of 700 bytes cuts every tensor within its FP8 blocks."""
+    monkeypatch.setattr(load, "_BUFFER", buffer)
+    path, config, values = stored
+    specs = tensor_specs(config)
+    with open_source(path) as source:
+        names = load.fp8_weights(source) if keep_fp8 else frozenset()
+        for world_size, rank in ((1, 0), (2, 1), (4, 2), (8, 0), (8, 3), (8, 7)):
+            layout = ParallelConfig(world_size=world_size, rank=rank)
+            mesh = Mesh(layout, CPU, SingleRank(), SingleRank(), 1)
+            model = Transformer(config, mesh, WeightFormat(torch.float32, CPU, names))
+            done: list[int] = []
+            load.load_weights(source, model.targets(), layout, done.append)
+            assert sum(done) == sum(t.dest.nbytes for t in model.targets())
+            for target, held in targets(model):
+                region = shard_region(specs[target.name], layout)
+                want = values[target.name][tuple(slice(*bounds) for bounds in region)]
+                assert_bitwise_equal(f"{target.name} on {rank}", held.detach(), want.contiguous())
+
+
+def test_bfloat16_is_what_was_stored(tmp_path: Path) -> None:
+    """Nothing passes through another type; norms and the router stay float32."""
+    tensors = random_tensors(TINY)
+    with open_source(write_hf(tmp_path / "hf", TINY, tensors)) as source:
+        mesh = Mesh(ParallelConfig(), CPU, SingleRank(), SingleRank(), 1)
+        model = Transformer(TINY, mesh, WeightFormat(torch.bfloat16, CPU))
+        load.load_weights(source, model.targets(), mesh.layout)
+    kinds = set()
+    for target, held in targets(model):
+        kinds.add((held.dtype, target.name.rsplit(".", 2)[-2]))
+        assert_bitwise_equal(target.name, held.detach().float(), value(tensors, target.name))
+    float32 = {part for dtype, part in kinds if dtype == torch.float32}
+    assert float32 >= {"gate", "norm", "input_layernorm", "kv_a_layernorm"}
+    assert not float32 & {"embed_tokens", "lm_head", "o_proj", "kv_b_proj", "down_proj"}
