@@ -11,7 +11,7 @@ tree holds) has only idle pages below it, and all idle pages can be evicted, lea
 
 from array import array
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableSequence
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -192,7 +192,12 @@ class PrefixTree:
         self._policy.hit(path, self._now)
 
     def insert(
-        self, token_ids: Ids[int], num_computed: int, pages: list[int], *, group: str | None = None
+        self,
+        token_ids: Ids[int],
+        num_computed: int,
+        pages: MutableSequence[int],
+        *,
+        group: str | None = None,
     ) -> None:
         """Register a sequence's pages for its first `num_computed` tokens.
 
@@ -268,7 +273,7 @@ class PrefixTree:
         """Iterate over (page, encoded tokens)."""
         return ((node.page, node.tokens) for node in self._nodes if node is not None)
 
-    def _deepest(self, pages: list[int], num_full: int) -> tuple[_Node, int]:
+    def _deepest(self, pages: Ids[int], num_full: int) -> tuple[_Node, int]:
         """Return the last node of a sequence's full pages, and how many it accounts for."""
         full = self._page_size * _TOKEN_BYTES
         for i in range(num_full, 0, -1):

@@ -10,7 +10,7 @@ from dsv3.engine.scheduler import Step
 from dsv3.engine.sequence import Sequence
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Work:
     """What a planned step does for one sequence.
 
@@ -59,7 +59,7 @@ def write_plan(step: Step, number: int) -> tuple[StepPlan, list[Work]]:
         query_len=_ints(count for _, count in step.chosen),
         context_len=_ints(context),
         page_count=_ints(len(seq.pages) for seq, _ in step.chosen),
-        pages=_ints([page for seq, _ in step.chosen for page in seq.pages]),
+        pages=np.frombuffer(b"".join(seq.pages for seq, _ in step.chosen), np.int32),
     )
     rows.fill(plan)
     return plan, work

@@ -13,7 +13,6 @@ from dsv3.engine.sampler import SampledOnDevice, Sampler
 from dsv3.model.batch import Batch, Chunk, DecodeGroup
 from dsv3.model.transformer import Transformer
 
-_PADDING = np.iinfo(np.int64).max
 Longs = NDArray[np.int64]
 
 
@@ -134,7 +133,7 @@ class BatchBuilder:
         """Split the short sequences where padding them to one length would waste too much."""
         plan, bounds, start = self._plan, [], 0
         for seq in range(1, num_short + 1):
-            if seq < num_short and plan.query_len[seq] == plan.query_len[start] == 1:
+            if seq < num_short and plan.query_len[seq] == plan.query_len[start]:
                 shortest = plan.context_len[start]
                 if plan.context_len[seq] <= 2 * shortest + self._layout.page_size:
                     continue
@@ -147,19 +146,24 @@ class BatchBuilder:
         queries = int(plan.query_len[first])
         context = plan.context_len[first:last].astype(np.int64)
         longest = int(context.max()) + queries
-        table = np.full((last - first, layout.pages_for(longest)), NULL_PAGE, np.int64)
-        for i, seq in enumerate(range(first, last)):
-            pages = self._pages(seq)[: table.shape[1]]
-            table[i, : len(pages)] = pages
-        slots = table[:, :, None] * layout.slots_per_page + np.arange(layout.slots_per_page)
-        width = max(1, layout.local_len(longest))
-        slots = slots.reshape(last - first, -1)[:, :width]
-        key_pos = np.arange(width) * layout.shards + layout.shard
-        hidden = key_pos >= (context + queries)[:, None]
+        page_BG = self._tensor(self._page_table(first, last, layout.pages_for(longest)))
+        width, context_B1 = max(1, layout.local_len(longest)), self._tensor(context[:, None])
+        # From here on the device's work: the host's does not grow with the positions.
+        slot_P = torch.arange(layout.slots_per_page, device=self._device)
+        slot_BGP = page_BG[..., None] * layout.slots_per_page + slot_P
+        key_pos_S = torch.arange(width, device=self._device) * layout.shards + layout.shard
+        is_padding_BS = key_pos_S >= context_B1 + queries
         return DecodeGroup(
             start=int(self._row_start[first]),
             stop=int(self._row_start[last]),
-            slot_BS=self._tensor(np.where(hidden, 0, slots)),
-            key_pos_BS=self._tensor(np.where(hidden, _PADDING, key_pos)),
-            query_pos_BQ=self._tensor(context[:, None] + np.arange(queries)),
+            slot_BS=slot_BGP.flatten(1)[:, :width].masked_fill(is_padding_BS, 0),
+            key_pos_BS=key_pos_S.expand(last - first, -1),
+            query_pos_BQ=context_B1 + torch.arange(queries, device=self._device),
         )
+
+    def _page_table(self, first: int, last: int, width: int) -> Longs:
+        """Return the first `width` pages of some sequences, rows filled up with the null page."""
+        column = np.arange(width)
+        at = np.minimum(self._page_start[first:last, None] + column, len(self._plan.pages) - 1)
+        is_held = column < self._plan.page_count[first:last, None]
+        return np.where(is_held, self._plan.pages[at], NULL_PAGE).astype(np.int64)

@@ -7,6 +7,7 @@ and resumes later, from whatever of its prefix is still cached.
 """
 
 import time
+from array import array
 from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -98,10 +99,11 @@ class Scheduler:
         step = Step()
         budget = self._max_batch_tokens - sum(seq.num_left == 1 for seq in self.running)
         for seq in self._until_preempted():
-            count = seq.num_left if seq.num_left <= 1 else min(seq.num_left, budget)
+            left = seq.num_left
+            count = left if left <= 1 else min(left, budget)
             if count > 0 and self._grow(seq, count):
                 step.chosen.append((seq, count))
-                budget -= count if seq.num_left > 1 else 0
+                budget -= count if left > 1 else 0
         while budget > 0 and len(self.running) < self._max_running and not self._is_full:
             admitted = self._admit(budget, step)
             if admitted is None:
@@ -136,7 +138,7 @@ class Scheduler:
             if self.running[-1] is seq:
                 return False
             self._preempt(self.running[-1])
-        seq.pages += self._pages.allocate(missing)
+        seq.pages.extend(self._pages.allocate(missing))
         return True
 
     def _preempt(self, seq: Sequence) -> None:
@@ -222,16 +224,16 @@ class Scheduler:
         if not self._make_room(min(wanted, self._pages.num_pages - len(match.held_pages))):
             self._pages.release(match.held_pages)
             return False
-        seq.pages = list(match.pages)
+        seq.pages = array("i", match.pages)
         found = len(match.pages) * self._layout.page_size
         if match.partial_page is not None:
             self._pages.release([match.partial_page])
             if self._pages.num_free:
-                seq.pages += self._pages.allocate(1)
+                seq.pages.extend(self._pages.allocate(1))
                 step.copies.append((match.partial_page, seq.pages[-1]))
                 found = match.num_tokens
         if self._tiers is not None and match.host_slots:
-            seq.pages += self._tiers.restore(match.host_slots, self._pages)
+            seq.pages.extend(self._tiers.restore(match.host_slots, self._pages))
             found = match.num_tokens
         seq.num_computed = seq.num_committed = found
         self._metrics.reused_tokens += found

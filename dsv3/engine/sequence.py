@@ -1,5 +1,6 @@
 """A request in progress: its tokens, how far it is computed, the pages it holds."""
 
+from array import array
 from dataclasses import dataclass, field
 
 from dsv3.cache.tiers import PageKey
@@ -20,7 +21,7 @@ class Sequence:
         added_at, first_token_at: `time.monotonic()` when it came, and when its first token did.
         stream: turns tokens into text; None where there is no tokenizer.
         token_ids: the prompt, then what was generated.
-        pages: its page table.
+        pages: its page table, as the 32-bit words that plans are made of.
         num_cached: prompt tokens whose entries were found in the cache.
         num_scored: prompt tokens, from the second on, whose scores have been planned.
         num_preempted: how often it lost its pages.
@@ -37,7 +38,7 @@ class Sequence:
     num_computed: int = 0
     num_committed: int = 0
     pending: tuple[int, int] | None = None
-    pages: list[int] = field(default_factory=list)
+    pages: "array[int]" = field(default_factory=lambda: array("i"))
     num_cached: int | None = None
     num_scored: int = 0
     num_preempted: int = 0
@@ -90,6 +91,6 @@ class Sequence:
 
     def rewind(self) -> None:
         """Forget what is computed (its pages are gone); the tokens stay."""
-        self.pages, self.num_computed, self.num_committed = [], 0, 0
+        self.pages, self.num_computed, self.num_committed = array("i"), 0, 0
         self.is_running = False
         self.num_preempted += 1
