@@ -20,6 +20,7 @@ from dsv3.engine.plan import NO_TARGET, PlanChannel, StepPlan
 from dsv3.engine.runner import BatchBuilder
 from dsv3.engine.sampler import Sampled, Sampler
 from dsv3.errors import ConfigError, Dsv3Error
+from dsv3.model import attention
 from dsv3.model.attention import MLA
 from dsv3.model.moe import MLP, MoE
 from dsv3.model.rotary import Rotary
@@ -178,6 +179,7 @@ def check_moe(mesh: Mesh) -> None:
 
 
 def check_attention(mesh: Mesh) -> None:
+    attention._BLOCK = 64  # contexts of several blocks, merged
     for form, kv_shard, limit in (
         ("latent", "tokens", 1),
         ("latent", "tokens", 100),

@@ -24,10 +24,17 @@ def start_alone(path: Path, **settings: object) -> Started:
     return start(path, EngineConfig(**{"kv_cache_size": "2048tok"} | settings), mesh)
 
 
-def all_logits(started: Started, texts: list[list[int]], chunk: int) -> list[Tensor]:
-    """Feed all texts together, `chunk` tokens of each a step; return each one's [L, W] logits."""
+def all_logits(
+    started: Started, texts: list[list[int]], chunk: int, limit: int | None = None
+) -> list[Tensor]:
+    """Feed all texts together, `chunk` tokens of each a step; return each one's [L, W] logits.
+
+    Sequences with more than `limit` new tokens are attended in expanded form; by default as many
+    as the engine would.
+    """
     runner = started.runner
-    model, cache, limit = runner._model, runner._cache, runner._decode_limit
+    model, cache = runner._model, runner._cache
+    limit = runner._decode_limit if limit is None else limit
     pages = cache.layout.pages_for(max(map(len, texts)))
     found: list[list[Tensor]] = [[] for _ in texts]
     for start_at in range(0, max(map(len, texts)), chunk):

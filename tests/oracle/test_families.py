@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dsv3.errors import ConfigError, RequestError
+from dsv3.model import attention
 from dsv3.request import SamplingParams
 from tests.oracle.families import CONFIGS, Oracle
 from tests.oracle.run import all_logits, answers, start_alone
@@ -24,14 +25,31 @@ def check_logits(got: list[torch.Tensor], oracle: Oracle, texts: list[list[int]]
 
 
 @pytest.mark.parametrize(
-    ("attn_impl", "chunk"), [("auto", 200), ("auto", 7), ("naive", 7), ("absorb", 16), ("auto", 1)]
+    ("attn_impl", "chunk", "limit"),
+    [
+        ("auto", 200, None),
+        ("auto", 7, 1),  # chunks expanded, however short
+        ("naive", 7, None),
+        ("absorb", 16, None),
+        ("auto", 1, None),
+    ],
 )
 @pytest.mark.parametrize("family", DENSE)
-def test_logits(oracle: MAKE, family: str, attn_impl: str, chunk: int) -> None:
+def test_logits(oracle: MAKE, family: str, attn_impl: str, chunk: int, limit: int | None) -> None:
     """At every position, prompts of all lengths together, whole, in chunks and one by one."""
     made = oracle(family)
     started = start_alone(made.path, attn_impl=attn_impl)
-    check_logits(all_logits(started, made.prompts, chunk), made, made.prompts)
+    check_logits(all_logits(started, made.prompts, chunk, limit), made, made.prompts)
+
+
+@pytest.mark.parametrize("block", [64, 2048])
+def test_long_contexts_are_expanded_block_by_block(
+    oracle: MAKE, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    monkeypatch.setattr(attention, "_BLOCK", block)
+    made = oracle("v3-bf16")
+    started = start_alone(made.path)
+    check_logits(all_logits(started, made.prompts, 9, limit=1), made, made.prompts)
 
 
 @pytest.mark.parametrize("family", ["v3-fp8", "v3.1-ue8m0"])
