@@ -64,7 +64,11 @@ class Journal:
         if overwrite:
             self._dropped.append((0, self._size))
         elif self._is_file:
-            self._scan()
+            try:
+                self._scan()
+            except ConfigError:
+                self.close()
+                raise
 
     def __enter__(self) -> "Journal":
         return self

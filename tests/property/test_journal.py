@@ -174,6 +174,21 @@ def test_answers_to_other_requests_stop_the_start(
     assert out.read_bytes() == b""
 
 
+def test_answers_of_another_model_stop_the_start(tmp_path: Path) -> None:
+    out, rows = tmp_path / "out.jsonl", batch(tmp_path / "in.jsonl", row("a"), row("b"))
+    first, second = rows
+    line = result_line(first, 200, {"text": "answer", "system_fingerprint": "dsv3-one"})
+    out.write_bytes(line + b"\n" + result(second, 500) + b"\n")
+    with pytest.raises(ConfigError, match=r"line 1: an answer of another model .*dsv3-one.*-two"):
+        Journal(out, fingerprint="dsv3-two")
+    with Journal(out, fingerprint="dsv3-one") as journal:
+        journal.resume(rows)
+        assert (first in journal, second in journal) == (True, False)
+    with Journal(out, overwrite=True, fingerprint="dsv3-two") as journal:
+        journal.resume(rows)
+        assert journal.num_done == 0
+
+
 @pytest.mark.parametrize(
     "text", ["notes\n", "no line end", '{"a": 1}\n', "[1]\n", "\n", LINE_START.decode() + "\nx"]
 )
