@@ -7,7 +7,7 @@ arguments and gets the results, the other ranks help and get empty ones.
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
+from types import NoneType, TracebackType
 from typing import Any, Self
 
 from dsv3.config_files import DEMO
@@ -22,8 +22,9 @@ from dsv3.text.chat import ChatFormat
 from dsv3.text.text_request import TextRequest, encode_prompt, token_requests
 
 Prompt = str | list[int]
-Messages = Sequence[Mapping[str, Any]]  # {"role": ..., "content": ...}
+Messages = list[dict[str, Any]]  # {"role": ..., "content": ...}
 Params = SamplingParams | Sequence[SamplingParams] | None
+_ONE_FOR_ALL = (SamplingParams, NoneType)
 
 
 class LLM:
@@ -80,7 +81,7 @@ class LLM:
         self._stack.close()
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: Params = None
+        self, prompts: Prompt | Sequence[Prompt] | None, params: Params = None
     ) -> list[Completion]:
         """Continue prompts, texts or lists of token ids, all at once.
 
@@ -100,7 +101,7 @@ class LLM:
 
     def chat(
         self,
-        messages: Messages | Sequence[Messages],
+        messages: Messages | Sequence[Messages] | None,
         params: Params = None,
         thinking: bool = False,
     ) -> list[Completion]:
@@ -113,12 +114,12 @@ class LLM:
                 comes first in the text, up to `</think>`.
         """
         several = _several(messages, _is_conversation)
-        asked = [{"messages": list(each), "thinking": thinking} for each in several]
+        asked = [{"messages": each, "thinking": thinking} for each in several]
         return self._complete(asked, params)
 
     def stream(
         self,
-        prompt: Prompt | Messages,
+        prompt: Prompt | Messages | None,
         params: SamplingParams | None = None,
         thinking: bool = False,
     ) -> Iterator[str]:
@@ -146,34 +147,34 @@ class LLM:
         engine = self._started.engine
         with fail_together(self._started.mesh, "reading the prompts"):
             if engine is not None:
+                each = [params] * len(asked) if isinstance(params, _ONE_FOR_ALL) else params
+                if len(each) != len(asked):
+                    raise RequestError(f"{len(each)} params for {len(asked)} prompts")
                 try:
-                    for request in self._requests(engine, asked, params):
+                    for what, chosen in zip(asked, each, strict=True):
+                        request = self._request(engine, what, chosen)
                         engine.add(request)
                         requests.append(request)
                 except Exception as error:
                     for request in requests:
                         engine.cancel(request.request_id)
                     if isinstance(error, RequestError) and len(asked) > 1:
-                        raise RequestError(f"prompt {len(requests)} (from 0): {error}") from None
+                        raise RequestError(f"prompts[{len(requests)}]: {error}") from None
                     raise
         return requests
 
-    def _requests(
-        self, engine: Engine, asked: list[dict[str, Any]], params: Params
-    ) -> Iterator[Request]:
-        every = [params] * len(asked) if isinstance(params, SamplingParams | None) else params
-        if len(every) != len(asked):
-            raise RequestError(f"{len(every)} params for {len(asked)} prompts")
-        for what, chosen in zip(asked, every, strict=True):
-            request = TextRequest(
-                **what, params=chosen or SamplingParams(), limit_is_default=chosen is None
-            )
-            if request.messages is None and not _is_prompt(request.prompt):
-                raise RequestError(f"a prompt is a text or token ids, not {request.prompt!r:.60}")
-            self._num_requests += 1
-            ids = encode_prompt(request, engine.tokenizer, self._chat)
-            name, limit = f"llm-{self._num_requests}", engine.max_seq_len
-            yield from token_requests(request, ids, name, limit, engine.vocab_size)
+    def _request(
+        self, engine: Engine, what: dict[str, Any], params: SamplingParams | None
+    ) -> Request:
+        asked = TextRequest(
+            **what, params=params or SamplingParams(), limit_is_default=params is None
+        )
+        if asked.messages is None and not _is_prompt(asked.prompt) and asked.prompt != []:
+            raise RequestError(f"a prompt is a text or token ids, not {asked.prompt!r:.60}")
+        self._num_requests += 1
+        ids = encode_prompt(asked, engine.tokenizer, self._chat)
+        name, limit = f"llm-{self._num_requests}", engine.max_seq_len
+        return token_requests(asked, ids, name, limit, engine.vocab_size)[0]
 
     def _run(self, requests: list[Request]) -> Generator[RequestOutput, None, None]:
         """Run steps on all ranks until the requests are done, or nobody wants more of them."""
@@ -202,15 +203,20 @@ class LLM:
 
 
 def _is_prompt(value: Any) -> bool:
-    return isinstance(value, str) or (bool(value) and all(isinstance(i, int) for i in value))
+    return isinstance(value, str) or _is_list_of(int, value)
 
 
 def _is_conversation(value: Any) -> bool:
-    return bool(value) and all(isinstance(message, Mapping) for message in value)
+    return _is_list_of(Mapping, value)
+
+
+def _is_list_of(kind: type, value: Any) -> bool:
+    is_list = isinstance(value, list | tuple) and bool(value)
+    return is_list and all(isinstance(item, kind) for item in value)
 
 
 def _several(value: Any, is_one: Callable[[Any], bool]) -> list[Any]:
     """Make a list of one thing or of several; other ranks than 0 may have none."""
     if value is None:
         return []
-    return [value] if is_one(value) else list(value)
+    return list(value) if isinstance(value, list | tuple) and not is_one(value) else [value]
