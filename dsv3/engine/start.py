@@ -134,6 +134,11 @@ def start(
         with source:
             config = source.config
             mesh.layout.check(config)
+            if mesh.layout.dp > 1:
+                raise ConfigError(
+                    f"dp={mesh.layout.dp}: experts are not yet exchanged between data-parallel "
+                    "groups; use tp for all ranks"
+                )
             if n_experts not in (None, config.n_routed_experts):
                 raise ConfigError(
                     f"--n-experts={n_experts} but the model has {config.n_routed_experts}"

@@ -13,6 +13,9 @@ from dsv3.checkpoint.names import scale_name
 from dsv3.checkpoint.sharding import shard_region, tensor_specs
 from dsv3.checkpoint.source import open_source
 from dsv3.config import ModelConfig, ParallelConfig
+from dsv3.engine.config import EngineConfig
+from dsv3.engine.start import start
+from dsv3.errors import ConfigError
 from dsv3.model.transformer import Transformer
 from dsv3.parallel.collectives import SingleRank
 from dsv3.parallel.mesh import Mesh
@@ -97,3 +100,11 @@ def test_bfloat16_is_what_was_stored(tmp_path: Path) -> None:
     float32 = {part for dtype, part in kinds if dtype == torch.float32}
     assert float32 >= {"gate", "norm", "input_layernorm", "kv_a_layernorm"}
     assert not float32 & {"embed_tokens", "lm_head", "o_proj", "kv_b_proj", "down_proj"}
+
+
+def test_groups_that_would_miss_experts_are_refused(tmp_path: Path) -> None:
+    """Two data-parallel groups each hold half of the experts; nothing exchanges them yet."""
+    path = write_hf(tmp_path / "hf", TINY, random_tensors(TINY))
+    mesh = Mesh(ParallelConfig(world_size=2, dp=2), CPU, SingleRank(), SingleRank(), 1)
+    with pytest.raises(ConfigError, match="dp=2: experts are not yet exchanged"):
+        start(path, EngineConfig(), mesh)
