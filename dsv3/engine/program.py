@@ -2,9 +2,11 @@
 
 import argparse
 import contextlib
+import ctypes
 import json
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
@@ -18,6 +20,7 @@ from dsv3.errors import ConfigError, Dsv3Error, RankError
 from dsv3.parallel.mesh import environment_rank
 
 _INTERRUPTED = 130
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 # torchrun ends all ranks as soon as one has failed. A rank that has nothing to tell waits so long
 # for the one that has.
 _TELL_SECONDS = 2.0
@@ -98,6 +101,7 @@ def run_program(main: Callable[[], int]) -> NoReturn:
 
     Our one line goes to stderr, and into the report that torchrun prints after it.
     """
+    _end_with_torchrun()
     try:
         code = main() or 0
     except KeyboardInterrupt:
@@ -110,6 +114,12 @@ def run_program(main: Callable[[], int]) -> NoReturn:
     except OSError:  # nobody reads any more; the interpreter would complain of it once again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
+
+
+def _end_with_torchrun() -> None:
+    """Have this rank ended if torchrun is killed: it would keep its GPU and the terminal."""
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _tell(error: Exception, debug: bool) -> None:
