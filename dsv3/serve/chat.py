@@ -2,7 +2,6 @@
 
 import re
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -107,33 +106,37 @@ class Chat:
     # A prompt with its answer, as text and as tokens: the beginning of the next prompt.
     _known: tuple[str, list[int]] = ("", [])
 
-    def run(self, name: str) -> None:
-        """Answer until the user leaves. `name` is the model's."""
+    def run(self, model: str) -> None:
+        """Greet in the name of the model; answer until the user leaves."""
         self.console.note(
-            f"{name}, context of {self.engine.max_seq_len:,} tokens; /help lists the commands, "
+            f"{model}, context of {self.engine.max_seq_len:,} tokens; /help lists the commands, "
             "Ctrl-D leaves"
         )
-        probe: list[dict[str, Any]] = [{"role": "user", "content": ""}]
+        probe = [{"role": "user", "content": "Hello"}]
         if self.defaults.thinking and not opens_thought(self.format.render(probe, True)):
             self.console.note(
                 "--thinking changes nothing: this model's chat format has no thoughts"
             )
-        commands: dict[str, Callable[[str], None]] = {
-            "/clear": self._clear,
-            "/system": self._system,
-            "/stats": self._stats,
-            "/help": lambda _: self.console.show(HELP),
-        }
         while (line := self.console.read()) is not None:
-            command = re.fullmatch(r"(/[a-z]*)(?:\s+(.*))?", line.rstrip(), re.DOTALL)
+            command = re.fullmatch(r"(/[a-zA-Z]*)(?:\s+(.*))?", line.rstrip(), re.DOTALL)
             if command is None:
                 self._turn(line.strip())
-            elif command[1] == "/exit":
+            elif not self._obey(command[1].lower(), command[2] or ""):
                 return
-            elif command[1] in commands:
-                commands[command[1]]((command[2] or "").strip())
-            else:
-                self.console.note(f"{command[1]} is not a command; /help lists them")
+
+    def _obey(self, command: str, text: str) -> bool:
+        """Do what a command says; return whether the chat goes on."""
+        if command == "/clear":
+            self._clear()
+        elif command == "/system":
+            self._system(text.strip())
+        elif command == "/stats":
+            self._stats()
+        elif command == "/help":
+            self.console.show(HELP)
+        elif command != "/exit":
+            self.console.note(f"{command} is not a command; /help lists them")
+        return command != "/exit"
 
     @property
     def _conversation(self) -> str:
@@ -242,7 +245,7 @@ class Chat:
             return f"the context of {limit:,} tokens is full; /clear begins a new conversation"
         return f"cut at {answer.num_tokens:,} tokens; --max-new-tokens allows more"
 
-    def _clear(self, _: str) -> None:
+    def _clear(self) -> None:
         self.engine.drop_conversation(self._conversation)
         self._messages, self._known = [], ("", [])
         self._num_conversations += 1
@@ -254,7 +257,7 @@ class Chat:
         system = self.defaults.system
         self.console.note(f"system message: {system}" if system else "no system message")
 
-    def _stats(self, _: str) -> None:
+    def _stats(self) -> None:
         if not self._answers:
             self.console.note("no answers yet")
             return
