@@ -73,9 +73,10 @@ class _Answer:
     completion: Completion | None = None
 
     @property
-    def rate(self) -> float:
-        """Tokens a second after the first."""
-        return max(0, self.num_tokens - 1) / max(self.seconds - self.first_seconds, 1e-9)
+    def pace(self) -> str:
+        """How fast further tokens came, if any did."""
+        rate = (self.num_tokens - 1) / max(self.seconds - self.first_seconds, 1e-9)
+        return f", then {rate:.1f} tok/s" if rate > 0 else ""
 
     def __str__(self) -> str:
         return (
@@ -261,23 +262,17 @@ class Chat:
         if not self._answers:
             self.console.note("no answers yet")
             return
-        last = self._answers[-1]
-        used = last.prompt_len + last.num_tokens if self._messages else 0
-        total = _Answer(
-            **{
-                name: sum(getattr(answer, name) for answer in self._answers)
-                for name in ("prompt_len", "computed", "reused", "num_tokens", "seconds")
-            }
+        last, metrics = self._answers[-1], self.engine.metrics
+        context = last.prompt_len + last.num_tokens if self._messages else 0
+        filled = metrics.pages_used + metrics.pages_idle
+        cached = self.engine.cache_tokens * filled // max(1, filled + metrics.pages_free)
+        summed = ("prompt_len", "computed", "reused", "num_tokens", "seconds")
+        every = _Answer(**{name: sum(getattr(a, name) for a in self._answers) for name in summed})
+        lines = (
+            f"last answer    {last}",
+            f"{'':14} first token after {last.first_seconds:.2f} s{last.pace}",
+            f"all {len(self._answers):<10,} {every}",
+            f"context        {context:,} of {self.engine.max_seq_len:,} tokens",
+            f"cache          {cached:,} of {self.engine.cache_tokens:,} tokens",
         )
-        self.console.show(
-            "\n".join(
-                (
-                    f"last answer    {last}",
-                    f"               first token after {last.first_seconds:.2f} s, "
-                    f"then {last.rate:.1f} tok/s",
-                    f"all {len(self._answers):<10,} {total}",
-                    f"conversation   {used:,} tokens; the context holds "
-                    f"{self.engine.max_seq_len:,}, the cache {self.engine.cache_tokens:,}",
-                )
-            )
-        )
+        self.console.show("\n".join(lines))

@@ -49,7 +49,7 @@ def test_a_chat_from_greeting_to_goodbye(tmp_path: Path) -> None:
         chat.wait_for("Your name is Anna.\n\n>>> ")
 
         chat.type("/stats\r")
-        assert " reused, " in chat.wait_for("the cache ")
+        assert " reused, " in chat.wait_for("\ncache ")
         chat.type("/clear\r")
         chat.wait_for("(a new conversation)")
         chat.type(UP + UP + UP + "\r")
@@ -75,7 +75,7 @@ def test_answers_are_stopped_and_a_full_context_is_said_in_words() -> None:
         chat.type("/st")  # typed ahead
         chat.type("\x03ats\r")
         assert len(chat.wait_for("(stopped)\n\n>>> /stats\n")) < 2000
-        assert "last answer" in chat.wait_for("the cache ")
+        assert "last answer" in chat.wait_for("\ncache ")
 
         chat.type("/clear\r")
         chat.wait_for("(a new conversation)\n>>> ")

@@ -57,6 +57,7 @@ class ToldEngine:
             return []
         request, text = self.requests[-1], self._left.popleft()
         if not self._said:
+            self.metrics.pages_used, self.metrics.pages_idle, self.metrics.pages_free = 1, 1, 6
             self.metrics.prefill_tokens += 3
             self.metrics.reused_tokens += len(request.prompt_ids) - 3
         self._said += text
@@ -247,7 +248,8 @@ def test_stats_count_prompts_and_answers() -> None:
     assert "3 computed" in lines[0]
     assert "first token after" in lines[1] and "tok/s" in lines[1]
     assert lines[2].startswith("all 2") and "6 computed" in lines[2]
-    assert lines[3].endswith("the context holds 1,000, the cache 4,096")
+    assert lines[3].startswith("context ") and lines[3].endswith(" of 1,000 tokens")
+    assert lines[4] == "cache          1,024 of 4,096 tokens"
 
 
 @pytest.mark.parametrize("cut", range(1, 22))
