@@ -26,7 +26,9 @@ def pack_latent_ref(entry_TX: Tensor, value_dim: int) -> Tensor:
     by_value = scale_Tc.repeat_interleave(BLOCK, -1)[..., :value_dim]
     q_TC = (x_TC / by_value).clamp(-_MAX, _MAX).to(torch.float8_e4m3fn)
     parts = (q_TC, scale_Tc, k_TR.to(torch.bfloat16))
-    return torch.cat([part.contiguous().view(torch.uint8) for part in parts], -1)
+    # A reduction over no rows leaves strides that `contiguous` keeps and `view` refuses.
+    dense = [part.clone(memory_format=torch.contiguous_format) for part in parts]
+    return torch.cat([part.view(torch.uint8) for part in dense], -1)
 
 
 def unpack_latent_ref(packed_TY: Tensor, value_dim: int, dtype: torch.dtype) -> Tensor:

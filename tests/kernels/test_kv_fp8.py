@@ -55,3 +55,8 @@ def test_decode_reads_the_packed_form() -> None:
     got = mla_decode(query, packed, slots, key_pos, query_pos, 128, 0.1)
     want = mla_decode(query, plain, slots, key_pos, query_pos, 128, 0.1)
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+def test_no_entries() -> None:
+    """A rank may hold none of a step's positions."""
+    assert pack_latent(torch.zeros(0, 144), 128).shape == (0, 164)
