@@ -4,6 +4,7 @@ It reads every sequence back through its page table before it says what comes ne
 two sequences shared, a token computed twice or never, or a wrong position changes the answer.
 """
 
+import random
 import zlib
 from collections.abc import Sequence
 
@@ -12,10 +13,10 @@ import torch
 
 from dsv3.cache.layout import NULL_PAGE, CacheLayout
 from dsv3.cache.pool import CachePool
-from dsv3.cache.tiers import Tiers
+from dsv3.cache.tiers import PageKey, Tiers
 from dsv3.engine.config import EngineConfig
 from dsv3.engine.engine import Engine
-from dsv3.engine.plan import NO_TARGET, PlanChannel, StepPlan
+from dsv3.engine.plan import NO_TARGET, PlanChannel, StepPlan, unpack_pages
 from dsv3.engine.sampler import SampledOnDevice
 from dsv3.parallel.collectives import SingleRank
 from dsv3.request import Completion, Request
@@ -43,12 +44,70 @@ def answer(request: Request) -> tuple[list[int], str]:
     return out, "length"
 
 
+class PaperDisk:
+    """A disk and its index, on which pages come late and one in four is damaged."""
+
+    def __init__(self) -> None:
+        self.rng = random.Random(0)
+        self.files: dict[PageKey, np.ndarray] = {}
+        # By slot: the page's name, and how often it is still asked for in vain.
+        self.reads: dict[int, tuple[PageKey, int]] = {}
+        self.num_bytes = self.num_written = 0
+
+    def __contains__(self, key: PageKey) -> bool:
+        return key in self.files
+
+    def accept(self, key: PageKey) -> bool:
+        return key not in self.files and self.rng.random() < 0.8
+
+    def touch(self, key: PageKey) -> None:
+        assert key in self.files
+
+    def discard(self, key: PageKey) -> None:
+        del self.files[key]
+
+    def note_written(self) -> None:
+        self.num_written = len(self.files)
+
+    def catch_up(self) -> None:
+        pass
+
+    def is_read(self, slot: int) -> bool:
+        return slot in self.reads and self.rng.random() < 0.5
+
+    def run(self, plan: StepPlan, host: np.ndarray) -> dict[int, bool]:
+        """Do what a plan asks for; return which reads are settled, and how."""
+        for slot, key in unpack_pages(plan.store):
+            self.files[key] = host[slot].copy()
+        for slot, key in unpack_pages(plan.fetch):
+            assert slot not in self.reads
+            self.reads[slot] = key, self.rng.randrange(3)
+            host[slot] = -2
+        settled = {}
+        for slot in plan.settle[1:].tolist():
+            key, delay = self.reads[slot]
+            self.reads[slot] = key, delay - 1
+            if delay <= 0:
+                del self.reads[slot]
+                settled[slot] = self.rng.random() < 0.75
+                if settled[slot]:
+                    host[slot] = self.files[key]
+        return settled
+
+
 class PaperRunner:
     """Executes plans on paper and holds them to their contract."""
 
     def __init__(
-        self, layout: CacheLayout, num_pages: int, settings: EngineConfig, num_slots: int = 0
+        self,
+        layout: CacheLayout,
+        num_pages: int,
+        settings: EngineConfig,
+        num_slots: int = 0,
+        disk: PaperDisk | None = None,
     ) -> None:
+        self.disk = disk
+        self.settled: dict[int, bool] = {}
         self.page_size, self.settings = layout.page_size, settings
         self.memory = np.full((num_pages, layout.page_size), -1)
         self.host = np.full((num_slots, layout.page_size), -1)
@@ -102,11 +161,15 @@ class PaperRunner:
             plan.offload.reshape(2, -1),
             plan.restore.reshape(2, -1),
         )
-        slots = [*kept.tolist(), *set(brought.tolist())]
+        busy = [] if self.disk is None else [*self.disk.reads]
+        busy += [slot for slot, _ in unpack_pages(plan.fetch)]
+        slots = [*kept.tolist(), *set(brought.tolist()), *busy]
         assert len(set(slots)) == len(slots), "a slot is read and written, or written twice"
         copied_from, copied_to = plan.copies.reshape(2, -1)
         targets = [*copied_to.tolist(), *target.tolist()]
         assert NULL_PAGE not in targets and len(set(targets)) == len(targets)
+        if self.disk is not None:
+            self.settled = self.disk.run(plan, self.host)
         self.host[kept] = self.memory[leaving]
         self.memory[copied_to] = self.memory[copied_from]
         self.memory[target] = self.host[brought]
@@ -117,14 +180,15 @@ def paper_engine(
     page_size: int = 4,
     max_seq_len: int = 10**6,
     num_slots: int = 0,
+    disk: PaperDisk | None = None,
     **settings: int,
 ) -> tuple[Engine, PaperRunner]:
     """Return an engine over `num_pages` pages, with `num_slots` of host memory, and its runner."""
     config = EngineConfig(**settings)
     layout = CacheLayout("latent", 1, 1, "fp32", page_size, 1, 0)
     cache = CachePool(layout, 1, num_pages + 1, CPU, SingleRank())
-    runner = PaperRunner(layout, num_pages + 1, config, num_slots)
-    tiers = Tiers(num_slots, page_size) if num_slots else None
+    runner = PaperRunner(layout, num_pages + 1, config, num_slots, disk)
+    tiers = Tiers(num_slots, page_size, disk) if num_slots else None
     channel = PlanChannel(SingleRank(), CPU)
     return Engine(TINY, config, runner, cache, channel, None, max_seq_len, tiers), runner
 

@@ -1,6 +1,8 @@
 """Host memory for cached pages, on one rank: its own shard of every page."""
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dsv3.cache.pool import CachePool
@@ -19,20 +21,25 @@ class HostPool:
     """
 
     def __init__(self, cache: CachePool, num_slots: int) -> None:
-        self._cache, self._device = cache, cache.slots.device
-        is_cuda = self._device.type == "cuda"
+        self._cache, self.device = cache, cache.slots.device
+        is_cuda = self.device.type == "cuda"
         shape = (num_slots, *cache.read_pages(torch.zeros(1, dtype=torch.int64)).shape[1:])
         self.slots = torch.empty(shape, dtype=cache.slots.dtype, pin_memory=is_cuda)
-        self._stream = torch.cuda.Stream(self._device) if is_cuda else None
+        self._stream = torch.cuda.Stream(self.device) if is_cuda else None
 
     @property
     def num_bytes(self) -> int:
         """Bytes allocated on this rank."""
         return self.slots.numel() * self.slots.element_size()
 
+    def by_entry(self) -> NDArray[np.uint8]:
+        """Return the memory itself as [slots, layers, slots of a page, entry bytes]."""
+        entry_bytes = self._cache.layout.entry_bytes
+        return self.slots.view(torch.uint8).unflatten(-1, (-1, entry_bytes)).numpy()
+
     def offload(self, page_N: Tensor, slot_N: Tensor) -> None:
         """Copy pages to host memory."""
-        data_NLX = self._cache.read_pages(page_N.to(self._device))
+        data_NLX = self._cache.read_pages(page_N.to(self.device))
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream())
             data_NLX.record_stream(self._stream)
@@ -43,12 +50,12 @@ class HostPool:
     def restore(self, slot_N: Tensor, page_N: Tensor) -> None:
         """Copy pages back to the device."""
         with torch.cuda.stream(self._stream):
-            data = [self.slots[i].to(self._device, non_blocking=True) for i in slot_N.tolist()]
+            data = [self.slots[i].to(self.device, non_blocking=True) for i in slot_N.tolist()]
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
             for data_LX in data:
                 data_LX.record_stream(torch.cuda.current_stream())
-        self._cache.write_pages(page_N.to(self._device), torch.stack(data))
+        self._cache.write_pages(page_N.to(self.device), torch.stack(data))
 
     def synchronize(self) -> None:
         """Wait until everything that was asked for has moved."""

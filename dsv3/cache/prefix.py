@@ -107,6 +107,7 @@ class Match:
         partial_page: page whose first `partial_tokens` positions hold the next tokens; to be
             copied before it is continued. None if there is no such page.
         host_slots: slots of host memory with the full pages after `pages`; see tiers.py.
+        on_disk: names of full pages after those that are on disk.
     """
 
     pages: list[int]
@@ -114,6 +115,7 @@ class Match:
     partial_page: int | None = None
     partial_tokens: int = 0
     host_slots: tuple[int, ...] = ()
+    on_disk: tuple[tuple[bytes, ...], ...] = ()
 
     @property
     def held_pages(self) -> list[int]:
@@ -268,6 +270,12 @@ class PrefixTree:
         node = self._nodes[page]
         assert node is not None, f"page {page} is not in the tree"
         return self._digest(node)
+
+    def deepest_first(self) -> Iterator[tuple[int, bytes, bytes]]:
+        """Iterate over what `on_evict` would be told if all pages were evicted."""
+        for node in sorted(filter(None, self._nodes), key=lambda node: -node.depth):
+            assert node.parent is not None
+            yield node.page, self._digest(node.parent), node.tokens
 
     def __iter__(self) -> Iterator[tuple[int, bytes]]:
         """Iterate over (page, encoded tokens)."""

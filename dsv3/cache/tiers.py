@@ -1,4 +1,4 @@
-"""Below the device: which prefixes lie in host memory, and which pages move in a step.
+"""Below the device: which prefixes lie in host memory or on disk, and what moves in a step.
 
 Rank 0 only, and bookkeeping only. A page that is evicted from the device gets a slot of host
 memory, and is copied back when a request begins with its prefix. The ranks move the data, each its
@@ -6,19 +6,28 @@ own shard, as the step plan tells them: pages out to slots, then copies between 
 back to pages, then the model. Two rules make that order right: a page that goes out can come back
 with the next plan at the earliest, and a slot that is read in a plan is not written in it.
 
+What gives way in host memory may go on to disk. A page comes back from there into a slot that is
+nobody's until all ranks have read their part of it; a rank may find its part damaged.
+
 Only full pages are kept; the partial page at the end of a sequence is cheap to compute again.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from dsv3.cache.pages import PageAllocator
-from dsv3.cache.prefix import Match, chain_hashes, encode
+from dsv3.cache.prefix import Match, PrefixTree, chain_hashes, encode
+from dsv3.observe.metrics import Metrics
 
 # Hashes of the prefixes that end with each of a page's units of 64 positions: they do not depend
 # on the page size, and so not on the world. The last one names the page.
 PageKey = tuple[bytes, ...]
+# How long a plan that computes nothing waits for the disk, so that idling costs little.
+_IDLE_MS = 20
+# Pages that one plan saves at the end.
+_SAVE_BATCH = 16
 
 
 def extend_keys(keys: list[PageKey], token_ids: list[int], num_pages: int, page_size: int) -> None:
@@ -35,13 +44,57 @@ class Moves:
     Attributes:
         offload: (page, host slot).
         restore: (host slot, page).
+        store: (host slot, name) of a page to write to disk.
+        fetch: (host slot, name) of a page to read from disk.
+        settle: milliseconds to wait, and slots of fetched pages to agree on; or nothing.
     """
 
     offload: list[tuple[int, int]] = field(default_factory=list)
     restore: list[tuple[int, int]] = field(default_factory=list)
+    store: list[tuple[int, PageKey]] = field(default_factory=list)
+    fetch: list[tuple[int, PageKey]] = field(default_factory=list)
+    settle: list[int] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.offload or self.restore)
+        return bool(self.offload or self.restore or self.store or self.fetch or self.settle)
+
+
+class Disk(Protocol):
+    """What is on disk, as `Tiers` needs to know it.
+
+    Attributes:
+        num_bytes: of all files.
+        num_written: files written.
+    """
+
+    num_bytes: int
+    num_written: int
+
+    def __contains__(self, key: PageKey) -> bool: ...
+
+    def accept(self, key: PageKey) -> bool:
+        """Tell whether to write a page, and expect it."""
+        ...
+
+    def touch(self, key: PageKey) -> None:
+        """Note that a page was used."""
+        ...
+
+    def discard(self, key: PageKey) -> None:
+        """Forget a page that could not be read."""
+        ...
+
+    def note_written(self) -> None:
+        """Find from now on what has been written meanwhile."""
+        ...
+
+    def catch_up(self) -> None:
+        """Wait until what is to be written is on disk, or too long."""
+        ...
+
+    def is_read(self, slot: int) -> bool:
+        """Tell whether a page has come, or failed to, on this rank."""
+        ...
 
 
 class Tiers:
@@ -50,19 +103,22 @@ class Tiers:
     Args:
         num_slots: pages that fit.
         page_size: positions of a page.
+        disk: takes what gives way; None loses it.
     """
 
-    def __init__(self, num_slots: int, page_size: int) -> None:
-        self._page_size = page_size
+    def __init__(self, num_slots: int, page_size: int, disk: Disk | None = None) -> None:
+        self._page_size, self._disk = page_size, disk
         self._free = list(range(num_slots - 1, -1, -1))
         # Oldest first. The ends of prefixes are older than their beginnings, and go first.
         self._slots: OrderedDict[PageKey, int] = OrderedDict()
         self._keys: list[PageKey] = [()] * num_slots
+        # Being read from disk: nobody's until the ranks agree that they have it.
+        self._fetching: dict[PageKey, int] = {}
         # What the plan in the making writes to host memory, and what it reads from there.
         self._leaving: dict[PageKey, int] = {}
         self._held: set[int] = set()
         self._moves = Moves()
-        self.num_offloaded = self.num_restored = 0
+        self.num_offloaded = self.num_restored = self.num_fetched = 0
 
     def offload(self, page: int, parent: bytes, tokens: bytes) -> None:
         """Keep a page that the device is about to lose; an `on_evict` of the prefix tree."""
@@ -80,21 +136,51 @@ class Tiers:
         self.num_offloaded += 1
 
     def extend(self, match: Match, keys: Sequence[PageKey]) -> Match:
-        """Continue a match of the tree in host memory.
+        """Continue a match of the tree in host memory, and look for what follows on disk.
 
         Args:
             match: what the device holds.
             keys: the full pages that may be reused.
         """
-        slots = []
-        for key in keys[len(match.pages) :]:
-            if key not in self._slots:
+        first = last = len(match.pages)
+        while last < len(keys) and keys[last] in self._slots:
+            last += 1
+        slots = tuple(self._slots[key] for key in keys[first:last])
+        stop = last
+        while stop < len(keys) and self._is_on_disk(keys[stop]):
+            stop += 1
+        on_disk = tuple(keys[last:stop])
+        if slots:
+            match = Match(match.pages, last * self._page_size)
+        return replace(match, host_slots=slots, on_disk=on_disk) if slots or on_disk else match
+
+    def fetch(self, match: Match) -> bool:
+        """Send for the pages of a match that are on disk; tell whether the first is on its way."""
+        self.hold(match.host_slots)
+        for key in match.on_disk:
+            if key in self._fetching:
+                continue
+            slot = self._take_slot()
+            if slot is None:
                 break
-            slots.append(self._slots[key])
-        if not slots:
-            return match
-        num_tokens = (len(match.pages) + len(slots)) * self._page_size
-        return Match(match.pages, num_tokens, host_slots=tuple(slots))
+            self._fetching[key], self._keys[slot] = slot, key
+            self._moves.fetch.append((slot, key))
+        return match.on_disk[0] in self._fetching
+
+    def settle(self, outcomes: dict[int, bool]) -> None:
+        """Note which fetched slots all ranks have (True), and which some rank could not read."""
+        for slot, is_good in reversed(outcomes.items()):
+            key = self._keys[slot]
+            del self._fetching[key]
+            assert self._disk is not None
+            if is_good and key not in self._slots:
+                self._slots[key] = slot
+                self._disk.touch(key)
+                self.num_fetched += 1
+                continue
+            self._free.append(slot)
+            if not is_good:
+                self._disk.discard(key)
 
     def hold(self, slots: Sequence[int]) -> None:
         """Keep slots as they are until the plan is drawn, and count the use."""
@@ -109,17 +195,66 @@ class Tiers:
         self.num_restored += len(taken)
         return taken
 
-    def draw(self) -> Moves:
-        """Return what the plan in the making moves, and begin the next one."""
+    def draw(self, is_idle: bool = False) -> Moves:
+        """Return what the plan in the making moves, and begin the next one.
+
+        Args:
+            is_idle: the plan computes nothing, so it may wait a little for the disk.
+        """
         moves, self._moves = self._moves, Moves()
+        if self._disk is not None:
+            self._disk.note_written()
+            slots = self._fetching.values()
+            wanted = [slot for slot in slots if is_idle or self._disk.is_read(slot)]
+            if wanted:
+                moves.settle = [_IDLE_MS if is_idle else 0, *wanted]
         self._slots.update(self._leaving)
         self._leaving.clear()
         self._held.clear()
         return moves
+
+    def save(self, tree: PrefixTree) -> Iterator[Moves]:
+        """Write what is cached to disk; yields what must move, plan by plan."""
+        if self._disk is None:
+            return
+        batch = min(_SAVE_BATCH, len(self._keys))
+        for page, parent, tokens in tree.deepest_first():
+            if tuple(chain_hashes(parent, tokens)) not in self._disk:
+                self.offload(page, parent, tokens)
+            if len(self._moves.offload) == batch:
+                yield self.draw()
+                self._disk.catch_up()
+        yield self.draw()
+        for key, slot in list(self._slots.items()):
+            self._spill(key, slot)
+            if len(self._moves.store) == batch:
+                yield self.draw()
+                self._disk.catch_up()
+        yield self.draw()
+        self._disk.catch_up()
+
+    def report(self, metrics: Metrics) -> None:
+        """Write down what has moved so far."""
+        metrics.offloads, metrics.host_hits = self.num_offloaded, self.num_restored
+        metrics.disk_hits = self.num_fetched
+        if self._disk is not None:
+            metrics.disk_writes, metrics.disk_bytes = self._disk.num_written, self._disk.num_bytes
+
+    def _is_on_disk(self, key: PageKey) -> bool:
+        return key in self._fetching or (self._disk is not None and key in self._disk)
+
+    def _spill(self, key: PageKey, slot: int) -> None:
+        """Write a page to disk unless it is there."""
+        if self._disk is not None and self._disk.accept(key):
+            self._moves.store.append((slot, key))
 
     def _take_slot(self) -> int | None:
         """Return a slot to write to; None if the plan reads them all."""
         if self._free:
             return self._free.pop()
         oldest = next((key for key, slot in self._slots.items() if slot not in self._held), None)
-        return None if oldest is None else self._slots.pop(oldest)
+        if oldest is None:
+            return None
+        slot = self._slots.pop(oldest)
+        self._spill(oldest, slot)
+        return slot

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from dsv3.errors import ConfigError
 
@@ -55,6 +56,8 @@ class EngineConfig:
             (latents in e4m3 with a scale per 128, rotated keys in bf16).
         kv_cache_size: see `CacheSize.parse`.
         kv_host_cache: bytes of host memory on every rank for pages evicted from the device.
+        kv_disk_cache: DIR:BYTES, a directory for pages evicted from there and what it may take.
+            Without a host cache, room for one longest sequence is made in host memory.
         max_seq_len: longest context, prompt and answer; 0 takes the model's own.
         max_batch_tokens: new tokens of one step.
         max_running: sequences in progress at a time.
@@ -73,6 +76,7 @@ class EngineConfig:
     kv_dtype: str = "auto"
     kv_cache_size: str = "auto"
     kv_host_cache: str = "off"
+    kv_disk_cache: str = "off"
     max_seq_len: int = 0
     max_batch_tokens: int = 2048
     max_running: int = 64
@@ -113,8 +117,22 @@ class EngineConfig:
             )
 
     def _check_tiers(self) -> None:
-        if parse_bytes("kv-host-cache", self.kv_host_cache) and not self.prefix_reuse:
-            raise ConfigError("--kv-host-cache keeps prefixes, --no-prefix-reuse uses none of them")
+        has_tiers = parse_bytes("kv-host-cache", self.kv_host_cache) or self.disk_cache
+        if has_tiers and not self.prefix_reuse:
+            raise ConfigError(
+                "--kv-host-cache and --kv-disk-cache keep prefixes, --no-prefix-reuse uses none"
+            )
+
+    @property
+    def disk_cache(self) -> tuple[Path, int] | None:
+        """Directory and bytes of the disk cache; None if it is off."""
+        if self.kv_disk_cache == "off":
+            return None
+        folder, colon, size = self.kv_disk_cache.rpartition(":")
+        if not (folder and colon):
+            raise ConfigError(f"--kv-disk-cache={self.kv_disk_cache} is not DIR:BYTES (or off)")
+        num_bytes = parse_bytes("kv-disk-cache", size)
+        return (Path(folder), num_bytes) if num_bytes else None
 
     @property
     def cache_form(self) -> str:

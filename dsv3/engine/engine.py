@@ -18,7 +18,7 @@ from dsv3.engine.plan import PlanChannel, StepPlan
 from dsv3.engine.planner import Work, write_plan
 from dsv3.engine.runner import Runner
 from dsv3.engine.sampler import Sampled, SampledOnDevice
-from dsv3.engine.scheduler import Scheduler
+from dsv3.engine.scheduler import Scheduler, Step
 from dsv3.engine.sequence import Sequence
 from dsv3.errors import RequestError
 from dsv3.observe.metrics import Metrics
@@ -66,6 +66,9 @@ class Engine:
         self.metrics = Metrics()
         self._runner, self._layout, self._channel = runner, cache.layout, channel
         self._eos = frozenset(config.eos_token_ids)
+        if not self._eos and tokenizer is not None and tokenizer.eos_id is not None:
+            # DeepSeek's own config files do not name the end token.
+            self._eos = frozenset({tokenizer.eos_id})
         self._pages = PageAllocator(cache.num_pages)
         self._tree: PrefixTree | None = None
         self._tiers = tiers
@@ -85,6 +88,7 @@ class Engine:
         )
         self._pipelined = settings.is_pipelined(cache.slots.device.type)
         self._in_flight: _Launched | None = None
+        self._is_stepping = False
         self._sequences: dict[str, Sequence] = {}
         self._num_added = self._num_launched = 0
         self._now = time.monotonic()
@@ -170,25 +174,34 @@ class Engine:
         the one before: planning, sending and detokenizing overlap with the device's work.
         """
         begin = time.monotonic()
+        self._is_stepping = True
         outputs = self._expire(begin)
         planned = self._plan()
         planned_at = time.monotonic()
         launched = None if planned is None else self._launch(*planned)
         if self._pipelined:
             launched, self._in_flight = self._in_flight, launched
-        if launched is None or not launched.work:
-            return outputs
-        sampled = launched.sampled.to_host()
-        self._now = time.monotonic()
-        for work in launched.work:
-            out = self._commit(work, launched.number, sampled)
-            if out is not None:
-                outputs.append(out)
-        self._measure(launched.work, begin, planned_at)
+        if launched is not None and launched.work:
+            sampled = launched.sampled.to_host()
+            self._now = time.monotonic()
+            for work in launched.work:
+                out = self._commit(work, launched.number, sampled)
+                if out is not None:
+                    outputs.append(out)
+            self._measure(launched.work, begin, planned_at)
+        self._is_stepping = False
         return outputs
 
     def stop(self) -> None:
-        """Let the other ranks leave `follow`."""
+        """Let the other ranks leave `follow`; what is cached goes to disk first, if there is one.
+
+        Not after a step that failed: the other ranks may be anywhere, or gone.
+        """
+        if self._tiers is not None and self._tree is not None and not self._is_stepping:
+            for moves in self._tiers.save(self._tree):
+                if moves:
+                    self._launch(*write_plan(Step(moves=moves), self._num_launched))
+            self._tiers.report(self.metrics)
         self._channel.send(None)
 
     def _expire(self, now: float) -> list[RequestOutput]:
@@ -209,7 +222,10 @@ class Engine:
     def _launch(self, plan: StepPlan, work: list[Work]) -> _Launched:
         """Start a step on all ranks."""
         self._channel.send(plan)
-        return _Launched(self._num_launched, work, self._runner.run(plan))
+        sampled = self._runner.run(plan)
+        if self._tiers is not None:
+            self._tiers.settle(self._runner.settled)
+        return _Launched(self._num_launched, work, sampled)
 
     def _measure(self, work: list[Work], begin: float, planned_at: float) -> None:
         """Note what a step took, and how things are after it."""
@@ -225,7 +241,7 @@ class Engine:
         m.pages_used = pages.num_pages - pages.num_free - pages.num_idle
         m.evictions = 0 if self._tree is None else self._tree.num_evicted
         if self._tiers is not None:
-            m.offloads, m.host_hits = self._tiers.num_offloaded, self._tiers.num_restored
+            self._tiers.report(m)
 
     def _commit(self, work: Work, number: int, sampled: Sampled) -> RequestOutput | None:
         """Record a step's results for one sequence."""

@@ -122,7 +122,7 @@ def plan_memory(
         ConfigError: not even one page fits, or not all that was asked for.
     """
     page_bytes = config.num_hidden_layers * cache.slots_per_page * cache.entry_bytes
-    host_pages = _host_pages(settings, page_bytes)
+    host_pages = _host_pages(settings, page_bytes, cache.pages_for(max_seq_len))
     # On a CPU the host cache takes from the same memory.
     fixed = weights + (host_pages * page_bytes if device.type == "cpu" else 0)
     size = CacheSize.parse(settings.kv_cache_size)
@@ -151,10 +151,11 @@ def plan_memory(
     )
 
 
-def _host_pages(settings: EngineConfig, page_bytes: int) -> int:
+def _host_pages(settings: EngineConfig, page_bytes: int, longest: int) -> int:
+    """Return what was asked for; pages on their way to and from disk need some in any case."""
     num_bytes = parse_bytes("kv-host-cache", settings.kv_host_cache)
     if 0 < num_bytes < page_bytes:
         raise ConfigError(
             f"--kv-host-cache={settings.kv_host_cache} holds no page of {_size(page_bytes)}"
         )
-    return num_bytes // page_bytes
+    return num_bytes // page_bytes or (longest if settings.disk_cache else 0)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dsv3.cache.tiers import PageKey
 from dsv3.parallel.collectives import Collectives
 
 Ints = NDArray[np.int32]
@@ -18,6 +19,7 @@ Floats = NDArray[np.float32]
 _FIRST_WORDS = 4096
 
 NO_TARGET = -1
+_HASH_WORDS = 4
 
 
 def _ints() -> Ints:
@@ -37,6 +39,11 @@ class StepPlan:
             destinations.
         offload: [2 N] pages to keep in host memory before that: all pages, then their slots.
         restore: [2 N] pages to bring back from there after it: all slots, then their pages.
+        store: pages to write from host memory to disk, as `pack_pages` has them. They are read
+            before anything is written.
+        fetch: pages to read from disk into host memory, in the background.
+        settle: [1 + N] milliseconds to wait, and slots of fetched pages: the ranks tell each
+            other which of them they have.
         token_ids: [T] new tokens of all sequences, one after the other; -1 - m stands for the
             token that row m of the step before has sampled.
         query_len: [B] new tokens of each sequence.
@@ -54,6 +61,9 @@ class StepPlan:
     copies: Ints = field(default_factory=_ints)
     offload: Ints = field(default_factory=_ints)
     restore: Ints = field(default_factory=_ints)
+    store: Ints = field(default_factory=_ints)
+    fetch: Ints = field(default_factory=_ints)
+    settle: Ints = field(default_factory=_ints)
     token_ids: Ints = field(default_factory=_ints)
     query_len: Ints = field(default_factory=_ints)
     context_len: Ints = field(default_factory=_ints)
@@ -83,6 +93,25 @@ class StepPlan:
             setattr(plan, f.name, words[at : at + length].view(getattr(plan, f.name).dtype))
             at += length
         return plan
+
+
+def pack_pages(pages: list[tuple[int, PageKey]]) -> Ints:
+    """Write (host slot, name) of pages down: their number, the slots, the words of the names."""
+    if not pages:
+        return _ints()
+    slots = np.array([len(pages), *(slot for slot, _ in pages)], np.int32)
+    names = b"".join(unit for _, key in pages for unit in key)
+    return np.concatenate([slots, np.frombuffer(names, np.int32)])
+
+
+def unpack_pages(words: Ints) -> list[tuple[int, PageKey]]:
+    """Undo `pack_pages`."""
+    if not len(words):
+        return []
+    count = int(words[0])
+    names = words[1 + count :].reshape(count, -1, _HASH_WORDS)
+    keys = (tuple(unit.tobytes() for unit in name) for name in names)
+    return list(zip(words[1 : 1 + count].tolist(), keys, strict=True))
 
 
 class PlanChannel:

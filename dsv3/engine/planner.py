@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dsv3.engine.plan import NO_TARGET, Ints, StepPlan
+from dsv3.engine.plan import NO_TARGET, Ints, StepPlan, pack_pages
 from dsv3.engine.scheduler import Step
 from dsv3.engine.sequence import Sequence
 
@@ -55,6 +55,9 @@ def write_plan(step: Step, number: int) -> tuple[StepPlan, list[Work]]:
         copies=_pairs(step.copies),
         offload=_pairs(step.moves.offload),
         restore=_pairs(step.moves.restore),
+        store=pack_pages(step.moves.store),
+        fetch=pack_pages(step.moves.fetch),
+        settle=_ints(step.moves.settle),
         token_ids=_ints(tokens),
         query_len=_ints(count for _, count in step.chosen),
         context_len=_ints(context),

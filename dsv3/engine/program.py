@@ -66,6 +66,12 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         help="host memory per rank for pages evicted from the device (4GiB)",
     )
     cache.add_argument(
+        "--kv-disk-cache",
+        default="off",
+        metavar="DIR:BYTES",
+        help="directory for pages evicted from there; later runs find them (cache:100GiB)",
+    )
+    cache.add_argument(
         "--max-seq-len", type=int, default=0, help="longest context (0: the model's)"
     )
     cache.add_argument(

@@ -24,6 +24,8 @@ _WINDOW = 32
 _MAX_OVERTAKEN = 16
 # A request waits for a running one to compute their common prefix if it has this many tokens.
 _WORTH_WAITING = 32
+# A request waits so many seconds at most, all in all, for its prefix to come from disk.
+_DISK_PATIENCE = 10.0
 
 
 @dataclass
@@ -112,7 +114,7 @@ class Scheduler:
             budget -= step.chosen[-1][1]
         step.chosen.sort(key=lambda work: (work[1], work[0].num_computed))
         if self._tiers is not None:
-            step.moves = self._tiers.draw()
+            step.moves = self._tiers.draw(is_idle=not step.chosen)
         return step
 
     def _until_preempted(self) -> Iterator[Sequence]:
@@ -181,12 +183,15 @@ class Scheduler:
             if best is not None and seq.request.priority != best[0].request.priority:
                 break
             match = self._match(seq)
-            if self._worth_waiting(seq, match):
+            if self._worth_waiting(seq, match) or self._is_coming(seq, match):
                 continue
-            if seq.overtaken >= _MAX_OVERTAKEN:
-                return seq, match
-            if best is None or match.num_tokens > best[1].num_tokens:
+            is_due = seq.overtaken >= _MAX_OVERTAKEN
+            if is_due or best is None or match.num_tokens > best[1].num_tokens:
                 best = seq, match
+                if self._tiers is not None:
+                    self._tiers.hold(match.host_slots)
+            if is_due:
+                break
         return best
 
     def _match(self, seq: Sequence) -> Match:
@@ -198,6 +203,15 @@ class Scheduler:
         num_full = seq.reuse_limit // self._layout.page_size
         extend_keys(seq.page_keys, seq.token_ids, num_full, self._layout.page_size)
         return self._tiers.extend(match, seq.page_keys[:num_full])
+
+    def _is_coming(self, seq: Sequence, match: Match) -> bool:
+        """Tell whether to wait for more of a sequence's prefix to come from disk; send for it."""
+        if self._tiers is None or not match.on_disk:
+            return False
+        now = time.monotonic()
+        if seq.patience_ends is None:
+            seq.patience_ends = now + _DISK_PATIENCE
+        return now < seq.patience_ends and self._tiers.fetch(match)
 
     def _worth_waiting(self, seq: Sequence, match: Match) -> bool:
         """Tell whether a running sequence is about to compute much of this one's prefix."""
@@ -216,8 +230,6 @@ class Scheduler:
         assert not seq.pages
         if self._tree is not None:
             self._tree.use(match, seq.request.conversation_id)
-        if self._tiers is not None:
-            self._tiers.hold(match.host_slots)
         # One spare page for each running sequence, or the newcomer would soon be preempted.
         missing = self._layout.pages_for(len(seq.token_ids)) - len(match.pages)
         wanted = missing + len(self.running)

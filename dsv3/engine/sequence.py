@@ -27,6 +27,7 @@ class Sequence:
         num_preempted: how often it lost its pages.
         overtaken: how often a later request was admitted before it.
         expires: `time.monotonic()` at which it ends as it is.
+        patience_ends: when it stops waiting for its prefix to come from disk.
         page_keys: names of its full pages in the cache's lower tiers, as far as asked for.
     """
 
@@ -45,6 +46,7 @@ class Sequence:
     overtaken: int = 0
     first_token_at: float | None = None
     expires: float | None = None
+    patience_ends: float | None = None
     is_running: bool = False
     is_done: bool = False
     page_keys: list[PageKey] = field(default_factory=list)

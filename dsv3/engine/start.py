@@ -10,11 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dsv3.cache.host import HostPool
 from dsv3.cache.layout import CacheLayout
 from dsv3.cache.pool import CachePool
-from dsv3.cache.tiers import Tiers
-from dsv3.checkpoint.fingerprint import fingerprint
+from dsv3.checkpoint.fingerprint import digest_share, fingerprint
 from dsv3.checkpoint.load import fp8_weights, load_weights
 from dsv3.checkpoint.reader import Source
 from dsv3.checkpoint.sharding import check_tensors
@@ -22,8 +20,8 @@ from dsv3.checkpoint.source import open_source
 from dsv3.config import ModelConfig
 from dsv3.engine.config import EngineConfig
 from dsv3.engine.engine import Engine
+from dsv3.engine.lower_tiers import make_tiers
 from dsv3.engine.memory import MemoryPlan, free_memory, plan_memory, weight_bytes
-from dsv3.engine.mover import Mover
 from dsv3.engine.plan import PlanChannel, StepPlan
 from dsv3.engine.runner import Runner
 from dsv3.errors import ConfigError
@@ -168,18 +166,21 @@ def start(
             if mesh.layout.rank == 0:
                 log.info("%s", plan.describe())
             model = _load_model(source, mesh, fmt, progress)
+            weights = b""
+            if settings.disk_cache:
+                weights = digest_share(source, mesh.layout.rank, mesh.layout.world_size)
             tokenizer = Tokenizer.load_optional(path) if mesh.layout.rank == 0 else None
         # All ranks of the group must agree on the pages; each has planned with its own memory.
     num_pages = _agree_on_pages(mesh, plan.num_pages)
     cache = CachePool(layout, config.num_hidden_layers, num_pages + 1, mesh.device, mesh.tp)
-    mover = Mover(HostPool(cache, plan.host_pages)) if plan.host_pages else None
+    numerics = f"{dtype} {settings.weights}"
+    mover, tiers = make_tiers(mesh, settings, config, cache, plan.host_pages, weights, numerics)
     runner = Runner(model, cache, _decode_limit(settings, config), mover)
     channel = PlanChannel(mesh.world, mesh.device)
     with _phase(seconds, "warmup"):
         runner.run(_warm_up_plan())
     engine = None
     if mesh.layout.rank == 0:
-        tiers = Tiers(plan.host_pages, layout.page_size) if plan.host_pages else None
         engine = Engine(config, settings, runner, cache, channel, tokenizer, limit, tiers)
     return Started(mesh, config, runner, channel, cache, plan, engine, seconds)
 

@@ -44,6 +44,7 @@ def collect_stats(started: Started, seconds: dict[str, float]) -> dict[str, Any]
         "world_size": mesh.layout.world_size,
         "dtype": str(started.runner.dtype).removeprefix("torch."),
         "ranks": ranks,
+        "disk_cache_bytes": done.disk_bytes if done else 0,
         "tokens": {
             "prefill": done.prefill_tokens if done else 0,
             "reused": done.reused_tokens if done else 0,
@@ -57,6 +58,8 @@ def collect_stats(started: Started, seconds: dict[str, float]) -> dict[str, Any]
             "evictions": done.evictions if done else 0,
             "offloads": done.offloads if done else 0,
             "host_hits": done.host_hits if done else 0,
+            "disk_hits": done.disk_hits if done else 0,
+            "disk_writes": done.disk_writes if done else 0,
         },
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
     }

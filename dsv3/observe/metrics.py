@@ -76,6 +76,8 @@ class Metrics:
     evictions: int = 0
     offloads: int = 0
     host_hits: int = 0
+    disk_hits: int = 0
+    disk_writes: int = 0
     run_seconds: float = 0.0
 
     waiting: int = 0
@@ -83,6 +85,7 @@ class Metrics:
     pages_used: int = 0
     pages_idle: int = 0
     pages_free: int = 0
+    disk_bytes: int = 0
 
     queue_seconds: Histogram = field(default_factory=_seconds)
     first_token_seconds: Histogram = field(default_factory=_seconds)
@@ -131,6 +134,8 @@ COUNTERS = {
     "evictions": "cached pages dropped for want of room",
     "offloads": "evicted pages kept in host memory",
     "host_hits": "pages copied back from host memory",
+    "disk_hits": "pages read from disk into host memory",
+    "disk_writes": "files written to the disk cache",
     "run_seconds": "time spent in steps",
 }
 GAUGES = {
@@ -139,6 +144,7 @@ GAUGES = {
     "pages_used": "pages that requests hold",
     "pages_idle": "cached pages that nobody holds",
     "pages_free": "empty pages",
+    "disk_bytes": "bytes of the disk cache, of all models and runs",
 }
 HISTOGRAMS = {
     "queue_seconds": "time from a request's arrival to its first step",

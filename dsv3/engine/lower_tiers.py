@@ -1,0 +1,92 @@
+"""Sets up what lies below the device's cache: host memory on every rank, a directory on disk."""
+
+import logging
+import os
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dsv3.cache.disk import DiskFiles, UnitFormat, UnitShard
+from dsv3.cache.disk_index import DiskIndex
+from dsv3.cache.host import HostPool
+from dsv3.cache.pool import CachePool
+from dsv3.cache.tiers import Tiers
+from dsv3.config import ModelConfig
+from dsv3.engine.config import EngineConfig
+from dsv3.engine.mover import Mover
+from dsv3.errors import ConfigError
+from dsv3.parallel.mesh import Mesh
+from dsv3.parallel.together import fail_together
+
+log = logging.getLogger(__name__)
+
+
+def make_tiers(
+    mesh: Mesh,
+    settings: EngineConfig,
+    config: ModelConfig,
+    cache: CachePool,
+    num_slots: int,
+    weights: bytes,
+    numerics: str,
+) -> tuple[Mover | None, Tiers | None]:
+    """Return what moves pages on this rank, and rank 0's books; None for what is not used.
+
+    Args:
+        mesh: this rank and its peers. With a disk cache this is a collective.
+        settings: where the disk cache is.
+        config: the model.
+        cache: the device's pages.
+        num_slots: pages of host memory.
+        weights: this rank's share of the digest of the weights, if there is a disk cache.
+        numerics: how they are computed with.
+    """
+    if not num_slots:
+        return None, None
+    host, page_size = HostPool(cache, num_slots), cache.layout.page_size
+    is_first = mesh.layout.rank == 0
+    if settings.disk_cache is None:
+        return Mover(host, None, mesh.tp), Tiers(num_slots, page_size) if is_first else None
+    root, limit = settings.disk_cache
+    model, session = _agree(mesh, weights)
+    about = f"{numerics} {config}".encode()
+    fmt = UnitFormat.make(blake2b(model + about).digest(), config, cache.layout)
+    folder = root / fmt.key.hex()
+    with fail_together(mesh, f"--kv-disk-cache {root}"):
+        if limit < fmt.file_bytes:
+            raise ConfigError(
+                f"--kv-disk-cache={settings.kv_disk_cache}: {fmt.file_bytes} bytes "
+                "are the least, for one file"
+            )
+    _open_folder(mesh, folder, session)
+    shard = UnitShard(config, cache.layout, mesh.layout.tp_rank)
+    files = DiskFiles(folder, session, fmt, shard, host.by_entry())
+    tiers = None
+    if is_first:
+        index = DiskIndex(root, limit, fmt, files)
+        tiers = Tiers(num_slots, page_size, index)
+        log.info("%s", index.describe())
+    return Mover(host, files, mesh.tp), tiers
+
+
+def _agree(mesh: Mesh, share: bytes) -> tuple[bytes, str]:
+    """Return the digest of all weights, and a name for this run. A collective."""
+    mine = np.frombuffer(share + os.urandom(8), np.uint8).copy()
+    every = mesh.world.all_gather(torch.from_numpy(mine).to(mesh.device)).cpu().numpy()
+    return np.bitwise_xor.reduce(every[:, :-8]).tobytes(), every[0, -8:].tobytes().hex()
+
+
+def _open_folder(mesh: Mesh, folder: Path, session: str) -> None:
+    """Make a folder, and see that all ranks mean the same one. A collective."""
+    probe = folder / f"{session}.tmp"
+    with fail_together(mesh, f"--kv-disk-cache {folder.parent}"):
+        if mesh.layout.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+    with fail_together(mesh, f"--kv-disk-cache {folder.parent}"):
+        if not probe.exists():
+            raise ConfigError(f"--kv-disk-cache: {folder.parent} is not shared by all hosts")
+    if mesh.layout.rank == 0:
+        probe.unlink()

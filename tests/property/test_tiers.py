@@ -1,0 +1,62 @@
+"""Conversations that return to a cache far too small for them, with host memory and disk below."""
+
+import random
+
+import pytest
+
+from dsv3.request import SamplingParams
+from tests.property.test_scheduler import History
+
+
+def turn_of(draw: random.Random, documents: list[list[int]]) -> tuple[list[int], SamplingParams]:
+    """Ask about the beginning of some document."""
+    document = draw.choice(documents)
+    prompt = document[: draw.randrange(len(document) // 2, len(document) + 1)]
+    scored = 0 if draw.random() < 0.1 else None
+    params = SamplingParams(
+        max_tokens=draw.randrange(6), seed=draw.randrange(2), prompt_logprobs=scored
+    )
+    return [*prompt, *(draw.randrange(2, 300) for _ in range(draw.randrange(3)))], params
+
+
+def run(seed: int, depth: int, with_disk: bool) -> History:
+    draw = random.Random(seed)
+    history = History(
+        num_pages=draw.randrange(12, 30),
+        page_size=4,
+        budget=draw.randrange(4, 60),
+        running=draw.randrange(1, 5 if depth == 0 else 4),
+        depth=depth,
+        reuse=True,
+        num_slots=draw.randrange(1, 24),
+        disk=with_disk,
+    )
+    shared = [draw.randrange(2, 300) for _ in range(9)]
+    documents = [
+        [*shared[: draw.randrange(10)], *(draw.randrange(2, 300) for _ in range(30))]
+        for _ in range(5)
+    ]
+    for number in range(50):
+        history.add(str(number), turn_of(draw, documents))
+        for _ in range(draw.randrange(8)):
+            history.step()
+            history.check_pages()
+        if draw.random() < 0.1:
+            history.cancel(draw.randrange(50))
+    history.finish()
+    return history
+
+
+@pytest.mark.parametrize("with_disk", [False, True], ids=["host", "disk"])
+@pytest.mark.parametrize("depth", [0, 1])
+def test_answers_survive_every_move(depth: int, with_disk: bool) -> None:
+    offloads = host_hits = disk_hits = 0
+    for seed in range(6):
+        history = run(seed, depth, with_disk)
+        metrics = history.engine.metrics
+        offloads += metrics.offloads
+        host_hits += metrics.host_hits
+        disk_hits += metrics.disk_hits
+    # The cases are what they are meant to be.
+    assert offloads > 400 and host_hits > 200
+    assert (disk_hits > 80) == with_disk
