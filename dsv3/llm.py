@@ -48,14 +48,11 @@ class LLM:
         with ExitStack() as stack:
             mesh = stack.enter_context(join_world(device, tp))
             self._started: Started = start(path, config, mesh)
-            self._chat: ChatFormat | None = None
-            if self._started.engine is not None:
-                tokenizer, model_type = (
-                    self._started.engine.tokenizer,
-                    self._started.config.model_type,
-                )
-                self._chat = ChatFormat.load_optional(tokenizer, model_type, path.name)
             self._stack = stack.pop_all()
+        engine, model_type = self._started.engine, self._started.config.model_type
+        self._chat: ChatFormat | None = None
+        if engine is not None:
+            self._chat = ChatFormat.load_optional(engine.tokenizer, model_type, path.name)
         self._outputs: Generator[RequestOutput, None, None] | None = None
         self._num_requests = 0
 
@@ -125,7 +122,7 @@ class LLM:
     ) -> Iterator[str]:
         """Answer one prompt or conversation, piece by piece; other ranks than 0 get no pieces.
 
-        Every rank has to run through the pieces. Leaving the loop early stops the answer.
+        A loop over the pieces that is left early stops the answer, at the next call.
         """
         what = {"messages": prompt, "thinking": thinking}
         asked = what if _is_conversation(prompt) else {"prompt": prompt}
@@ -169,7 +166,7 @@ class LLM:
         asked = TextRequest(
             **what, params=params or SamplingParams(), limit_is_default=params is None
         )
-        if asked.messages is None and not _is_prompt(asked.prompt) and asked.prompt != []:
+        if asked.messages is None and asked.prompt != [] and not _is_prompt(asked.prompt):
             raise RequestError(f"a prompt is a text or token ids, not {asked.prompt!r:.60}")
         self._num_requests += 1
         ids = encode_prompt(asked, engine.tokenizer, self._chat)
@@ -211,8 +208,7 @@ def _is_conversation(value: Any) -> bool:
 
 
 def _is_list_of(kind: type, value: Any) -> bool:
-    is_list = isinstance(value, list | tuple) and bool(value)
-    return is_list and all(isinstance(item, kind) for item in value)
+    return isinstance(value, list) and value != [] and all(isinstance(i, kind) for i in value)
 
 
 def _several(value: Any, is_one: Callable[[Any], bool]) -> list[Any]:
