@@ -1,0 +1,280 @@
+"""Files of the disk cache: any world writes, any other reads, and nothing damaged is believed."""
+
+import dataclasses
+import errno
+import logging
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dsv3.cache import disk
+from dsv3.cache.disk import BAD, GOOD, UNIT, DiskFiles, UnitFormat, UnitShard
+from dsv3.cache.disk_index import DiskIndex
+from dsv3.cache.layout import CacheLayout
+from tests.checkpoint_files import TINY
+
+SMALL = dataclasses.replace(
+    TINY, num_hidden_layers=2, kv_lora_rank=6, qk_rope_head_dim=2, qk_nope_head_dim=2, v_head_dim=2
+)
+KINDS = {
+    "sharded": ("latent", "tokens", "fp32"),
+    "replicated": ("latent", "none", "bf16"),
+    "fp8": ("latent", "tokens", "fp8"),
+    "heads": ("heads", "tokens", "fp32"),
+}
+MODEL = b"model".ljust(16)
+
+
+def unit(number: int) -> bytes:
+    return bytes([number]) * 16
+
+
+class Ranks:
+    """All ranks of a world over one folder; slot 0 holds a page, slot 1 is empty."""
+
+    def __init__(self, root: Path, kind: str, tp: int, model: bytes = MODEL, seed: int = 0) -> None:
+        form, shard, dtype = KINDS[kind]
+        layouts = [CacheLayout.make(SMALL, form, shard, dtype, tp, r) for r in range(tp)]
+        self.fmt = UnitFormat.make(model, SMALL, layouts[0])
+        folder = root / self.fmt.key.hex()
+        folder.mkdir(exist_ok=True)
+        self.truth = [self.page(layout, r, tp, seed) for r, layout in enumerate(layouts)]
+        self.pages = [np.stack([page, np.zeros_like(page)]) for page in self.truth]
+        self.files = [
+            DiskFiles(folder, f"run{tp}", self.fmt, UnitShard(SMALL, layout, r), pages)
+            for r, (layout, pages) in enumerate(zip(layouts, self.pages, strict=True))
+        ]
+        self.units = tuple(unit(i) for i in range(layouts[0].page_size // UNIT))
+
+    @staticmethod
+    def page(layout: CacheLayout, rank: int, tp: int, seed: int) -> np.ndarray:
+        """A rank's part of a page of which every byte is known by layer, position and place."""
+        width = layout.entry_bytes * (tp if layout.form == "heads" else 1)
+        shape = (SMALL.num_hidden_layers, layout.page_size, width)
+        layer, position, byte = np.indices(shape)
+        whole = np.random.default_rng(seed).integers(0, 256, 9973, np.uint8)
+        whole = whole[(layer * 4001 + position * 1009 + byte * 7) % 9973]
+        if layout.form == "heads":
+            return whole[..., rank * layout.entry_bytes : (rank + 1) * layout.entry_bytes]
+        return whole[:, layout.shard :: layout.shards]
+
+    def store(self) -> bool:
+        for files in self.files:
+            files.store(0, self.units)
+        return all(done.result() for _, done in self.files[0].writes)
+
+    def fetch(self, units: tuple[bytes, ...] | None = None) -> list[int]:
+        outcomes = []
+        for files in self.files:
+            files.fetch(1, units or self.units)
+            outcomes += files.outcomes([1], 10.0)
+            files.forget(1)
+        return outcomes
+
+    def has_fetched(self) -> bool:
+        pairs = zip(self.pages, self.truth, strict=True)
+        return all(np.array_equal(pages[1], truth) for pages, truth in pairs)
+
+    def path(self, number: int = 0) -> Path:
+        return self.files[0].path(unit(number))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("writers", [1, 4])
+def test_any_world_finds_what_another_wrote(tmp_path: Path, kind: str, writers: int) -> None:
+    written = Ranks(tmp_path, kind, writers)
+    assert written.store()
+    assert written.path().stat().st_size == written.fmt.file_bytes
+    assert [path.name for path in tmp_path.glob("*/*")] == [f"{unit(0).hex()}.kv"]
+    for readers in (1, 2, 4, 8):
+        found = Ranks(tmp_path, kind, readers)
+        assert found.fmt == written.fmt
+        assert found.fetch() == [GOOD] * readers and found.has_fetched()
+
+
+def test_pages_of_several_units(tmp_path: Path) -> None:
+    """Three ranks have pages of 192 positions; one rank has pages of 64."""
+    assert Ranks(tmp_path, "sharded", 3).store()
+    assert len(list(tmp_path.glob("*/*.kv"))) == 3
+    one, many = Ranks(tmp_path, "sharded", 1), Ranks(tmp_path, "sharded", 6)
+    assert one.fetch() == [GOOD] and one.has_fetched()
+    assert many.fetch() == [GOOD] * 6 and many.has_fetched()
+    Ranks(tmp_path, "sharded", 3).path(1).unlink()
+    assert many.fetch() == [BAD] * 6
+
+
+def test_a_stored_slot_may_be_overwritten_at_once(tmp_path: Path) -> None:
+    ranks = Ranks(tmp_path, "sharded", 2)
+    for files, pages in zip(ranks.files, ranks.pages, strict=True):
+        files.store(0, ranks.units)
+        pages[0] = 0
+    assert ranks.files[0].writes[0][1].result()
+    assert ranks.fetch() == [GOOD] * 2 and ranks.has_fetched()
+
+
+@pytest.mark.parametrize("kind", ["sharded", "heads"])
+def test_damage_anywhere_is_seen(tmp_path: Path, kind: str) -> None:
+    ranks = Ranks(tmp_path, kind, 2)
+    assert ranks.store()
+    whole = ranks.path().read_bytes()
+    lanes_at, seals_at = ranks.fmt.lane_at(0), ranks.fmt.seal_at(0)
+    places = [*range(lanes_at), *range(lanes_at, seals_at, 211), *range(seals_at, len(whole), 5)]
+    for at in [*places, seals_at - 1, len(whole) - 1]:
+        ranks.path().write_bytes(whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :])
+        assert BAD in ranks.fetch(), at
+    for length in (0, 1, lanes_at, seals_at - 1, seals_at, len(whole) - 1):
+        ranks.path().write_bytes(whole[:length])
+        assert ranks.fetch() == [BAD] * 2, length
+    ranks.path().write_bytes(whole + b"\0")
+    assert ranks.fetch() == [BAD] * 2
+    ranks.path().write_bytes(whole)
+    assert ranks.fetch() == [GOOD] * 2
+
+
+def test_foreign_files_are_not_believed(tmp_path: Path) -> None:
+    ours, theirs = (Ranks(tmp_path, "sharded", 1, m.ljust(16)) for m in (b"ours", b"theirs"))
+    assert ours.fmt.key != theirs.fmt.key != Ranks(tmp_path, "fp8", 1).fmt.key
+    assert theirs.store() and ours.fetch() == [BAD]
+    # The same weights' name, the same tokens, another model; then other tokens of ours.
+    ours.path().write_bytes(theirs.path().read_bytes())
+    assert ours.fetch() == [BAD]
+    assert ours.store() and ours.fetch() == [GOOD]
+    ours.path().rename(ours.path(1))
+    assert ours.fetch((unit(1),)) == [BAD]
+
+
+def test_a_file_that_a_rank_did_not_finish_is_never_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(disk, "_SEAL_SECONDS", 0.05)
+    ranks = Ranks(tmp_path, "sharded", 2)
+    ranks.files[0].store(0, (unit(1),))
+    ranks.files[0].store(0, (unit(2),))
+    assert [done.result() for _, done in ranks.files[0].writes] == [False, False]
+    assert not ranks.files[0].is_writable
+    assert len(caplog.messages) == 1 and "another rank has not written" in caplog.text
+    assert not list(tmp_path.glob("*/*"))
+
+
+def test_a_full_disk_stops_the_writing_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ranks = Ranks(tmp_path, "sharded", 1)
+    assert ranks.store()
+
+    def full(file: int, data: bytes, offset: int) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    for number in (1, 2):
+        ranks.files[0].store(0, (unit(number),))
+        assert not ranks.files[0].writes[-1][1].result()
+    assert caplog.text.count("No space left") == 1
+    assert [path.name for path in tmp_path.glob("*/*")] == [f"{unit(0).hex()}.kv"]
+    assert ranks.fetch() == [GOOD]
+
+
+def index_of(ranks: Ranks, root: Path, num_files: int) -> DiskIndex:
+    return DiskIndex(root, num_files * ranks.fmt.file_bytes, ranks.fmt, ranks.files[0])
+
+
+def keep(index: DiskIndex, ranks: Ranks, number: int) -> bool:
+    """Offer a page; write it if it is wanted."""
+    if not index.accept((unit(number),)):
+        return False
+    for files in ranks.files:
+        files.store(0, (unit(number),))
+    index.catch_up()
+    return (unit(number),) in index
+
+
+def on_disk(root: Path) -> set[int]:
+    return {bytes.fromhex(path.stem)[0] for path in root.glob("*/*.kv")}
+
+
+def settle(ranks: Ranks) -> None:
+    """Wait for the files that are being deleted."""
+    ranks.files[0]._writer.submit(int).result()
+
+
+def test_the_directory_is_bounded(tmp_path: Path) -> None:
+    ranks = Ranks(tmp_path, "sharded", 2)
+    index = index_of(ranks, tmp_path, 3)
+    assert all(keep(index, ranks, number) for number in range(3))
+    index.touch((unit(0),))
+    assert not index.accept((unit(0),)) and keep(index, ranks, 3)
+    settle(ranks)
+    assert on_disk(tmp_path) == {0, 2, 3} and (unit(1),) not in index
+    assert index.num_bytes == 3 * ranks.fmt.file_bytes and index.num_written == 4
+
+
+def test_a_restart_finds_the_files_in_order_of_their_use(tmp_path: Path) -> None:
+    ranks = Ranks(tmp_path, "sharded", 2)
+    index = index_of(ranks, tmp_path, 4)
+    for number in range(3):
+        assert keep(index, ranks, number)
+        os.utime(ranks.path(number), (0, 1000 + number))
+    assert ranks.fetch((unit(0),)) == [GOOD] * 2
+    again = Ranks(tmp_path, "sharded", 1)
+    smaller = index_of(again, tmp_path, 2)
+    settle(again)
+    assert on_disk(tmp_path) == {0, 2}
+    assert (unit(0),) in smaller and (unit(1),) not in smaller
+    assert "2 pages of this model" in smaller.describe()
+
+
+def test_other_models_share_the_space(tmp_path: Path) -> None:
+    ours, theirs = Ranks(tmp_path, "sharded", 1), Ranks(tmp_path, "sharded", 1, b"other".ljust(16))
+    assert theirs.store()
+    index = index_of(ours, tmp_path, 2)
+    assert (unit(0),) not in index and index.num_bytes == ours.fmt.file_bytes
+    assert keep(index, ours, 1) and keep(index, ours, 2)
+    settle(ours)
+    assert on_disk(tmp_path) == {1, 2}
+
+
+def test_what_does_not_belong_there(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ranks = Ranks(tmp_path, "sharded", 1)
+    folder = ranks.path().parent
+    ranks.path(1).write_bytes(b"torn")
+    (folder / "notes.txt").write_text("somebody's own")
+    for name, age in (("old", 10_000), ("new", 0)):
+        file = folder / f"{unit(2).hex()}.{name}.tmp"
+        file.touch()
+        os.utime(file, (0, time.time() - age))
+    index = index_of(ranks, tmp_path, 2)
+    settle(ranks)
+    assert {path.suffix for path in folder.iterdir()} == {".txt", ".tmp"}
+    assert len(list(folder.glob("*.tmp"))) == 1 and index.num_bytes == 0
+    assert len(caplog.messages) == 1 and "ignored and deleted" in caplog.text
+
+
+def test_a_damaged_file_is_deleted_with_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ranks = Ranks(tmp_path, "sharded", 1)
+    index = index_of(ranks, tmp_path, 2)
+    assert keep(index, ranks, 0)
+    with caplog.at_level(logging.WARNING):
+        index.discard((unit(0),))
+        index.discard((unit(0),))
+    settle(ranks)
+    assert len(caplog.messages) == 1 and not ranks.path().exists() and index.num_bytes == 0
+    assert keep(index, ranks, 0)
+
+
+def test_writing_that_does_not_keep_up_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks = Ranks(tmp_path, "sharded", 2)
+    monkeypatch.setattr("dsv3.cache.disk_index._BACKLOG_BYTES", 2 * ranks.fmt.file_bytes)
+    index = index_of(ranks, tmp_path, 9)
+    assert [index.accept((unit(n),)) for n in range(3)] == [True, True, False]
+    for number in range(2):
+        for files in ranks.files:
+            files.store(0, (unit(number),))
+    index.catch_up()
+    assert index.accept((unit(2),)) and index.num_bytes == 3 * ranks.fmt.file_bytes
