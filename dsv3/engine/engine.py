@@ -6,6 +6,7 @@
 
 import time
 from dataclasses import dataclass
+from typing import Protocol
 
 from dsv3.cache.eviction import make_policy
 from dsv3.cache.pages import PageAllocator
@@ -25,6 +26,13 @@ from dsv3.observe.metrics import Metrics
 from dsv3.request import Completion, Request, RequestOutput, TokenLogprobs
 from dsv3.text.detokenize import TextStream
 from dsv3.text.tokenizer import Tokenizer
+
+
+class StepRunner(Protocol):
+    """What the engine needs of a rank's model."""
+
+    def run(self, plan: StepPlan) -> SampledOnDevice:
+        """Run one step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +62,7 @@ class Engine:
         self,
         config: ModelConfig,
         settings: EngineConfig,
-        runner: Runner,
+        runner: StepRunner,
         cache: CachePool,
         channel: PlanChannel,
         tokenizer: Tokenizer | None,

@@ -1,0 +1,1 @@
+"""Measures the engine, beside a named peer in the same run."""

@@ -1,0 +1,106 @@
+"""Contenders, what is measured of them, and the contest: all in one run, taking turns.
+
+A machine is never quite idle and never quite the same: contenders run A B A B, and medians are
+compared. CPU time is told beside the time by the clock, since others' load changes it less.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Protocol
+
+from dsv3.bench.workload import Job
+from dsv3.engine.engine import Engine
+from dsv3.request import Request, SamplingParams
+
+
+@dataclass(slots=True, kw_only=True)
+class Measured:
+    """What one run of some jobs took.
+
+    Attributes:
+        seconds: by the clock, for all jobs.
+        cpu_seconds: of this process, all threads.
+        first_token: seconds from the start to the first token of each job.
+        between_tokens: seconds between neighbouring tokens, of all jobs.
+        host_step: mean seconds a step spent outside the model; None where that is not known.
+        answers: the tokens of each job.
+    """
+
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    first_token: list[float] = field(default_factory=list)
+    between_tokens: list[float] = field(default_factory=list)
+    host_step: float | None = None
+    answers: list[list[int]] = field(default_factory=list)
+
+
+class Contender(Protocol):
+    """Something that can run jobs."""
+
+    name: str
+
+    def reset(self) -> None:
+        """Forget everything about earlier jobs."""
+
+    def run(self, jobs: Sequence[Job]) -> Measured:
+        """Answer all jobs, greedily and at full length."""
+
+
+class EngineContender:
+    """Our engine.
+
+    Args:
+        name: what to call it.
+        make: returns a new engine, whose cache holds nothing.
+    """
+
+    def __init__(self, name: str, make: Callable[[], Engine]) -> None:
+        self.name, self._make = name, make
+        self._engine = make()
+
+    def reset(self) -> None:
+        """Begin with an empty cache."""
+        self._engine = self._make()
+
+    def run(self, jobs: Sequence[Job]) -> Measured:
+        """Hand all jobs to the engine at once; it runs as many together as it may."""
+        out, engine = Measured(answers=[[] for _ in jobs]), self._engine
+        host, steps = engine.metrics.host_seconds.total, engine.metrics.steps
+        latest = [0.0] * len(jobs)
+        cpu, start = time.process_time(), time.perf_counter()
+        for i, job in enumerate(jobs):
+            params = SamplingParams(max_tokens=job.num_tokens, ignore_eos=True)
+            engine.add(Request(request_id=str(i), prompt_ids=job.prompt_ids, params=params))
+        while engine.has_work():
+            outputs, now = engine.step(), time.perf_counter() - start
+            for output in outputs:
+                i = int(output.request_id)
+                (out.between_tokens if out.answers[i] else out.first_token).append(now - latest[i])
+                out.answers[i] += output.new_token_ids
+                latest[i] = now
+        out.seconds, out.cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
+        num_steps = engine.metrics.steps - steps
+        out.host_step = (engine.metrics.host_seconds.total - host) / max(1, num_steps)
+        return out
+
+
+def compete(
+    contenders: Sequence[Contender], jobs: Sequence[Job], repeats: int
+) -> dict[str, list[Measured]]:
+    """Let every contender run the jobs `repeats` times, in turns, after a run to warm up."""
+    runs: dict[str, list[Measured]] = defaultdict(list)
+    for number in range(repeats + 1):
+        for contender in contenders:
+            contender.reset()
+            measured = contender.run(jobs[:1] if number == 0 else jobs)
+            if number:
+                runs[contender.name].append(measured)
+    return runs
+
+
+def middle(runs: Sequence[Measured], figure: Callable[[Measured], float]) -> float:
+    """Return the median of a figure over several runs."""
+    return median(figure(run) for run in runs)

@@ -1,0 +1,88 @@
+"""The host's share of a step: planning and committing many sequences, with no model behind them."""
+
+import time
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from dsv3.bench.report import Report
+from dsv3.cache.layout import CacheLayout
+from dsv3.cache.pool import CachePool
+from dsv3.config import ModelConfig
+from dsv3.engine.config import EngineConfig
+from dsv3.engine.engine import Engine
+from dsv3.engine.plan import PlanChannel, StepPlan
+from dsv3.engine.runner import BatchBuilder
+from dsv3.engine.sampler import SampledOnDevice
+from dsv3.parallel.collectives import SingleRank
+from dsv3.request import Request, SamplingParams
+from dsv3.text.tokenizer import Tokenizer
+
+_CPU = torch.device("cpu")
+
+
+class NoModel:
+    """Builds every batch and answers token 7 to everything; counts the time it takes for that."""
+
+    def __init__(self, layout: CacheLayout) -> None:
+        self._layout = layout
+        self.seconds = 0.0
+
+    def run(self, plan: StepPlan) -> SampledOnDevice:
+        """Pretend to run a step."""
+        start = time.perf_counter()
+        BatchBuilder(plan, self._layout, _CPU, decode_limit=1).build()
+        sampled = SampledOnDevice(torch.full((len(plan.row),), 7), None)
+        self.seconds += time.perf_counter() - start
+        return sampled
+
+
+def host_time(
+    config: ModelConfig,
+    settings: EngineConfig,
+    tokenizer: Tokenizer | None,
+    context: int,
+    steps: int,
+) -> Report:
+    """Time `steps` decode steps of as many sequences as may run, none of which ends.
+
+    Args:
+        config: any model; its size does not matter.
+        settings: `max_running` is the number of sequences.
+        tokenizer: None leaves out making text of the answers.
+        context: length of every prompt.
+        steps: how many.
+    """
+    count = settings.max_running
+    layout = CacheLayout.make(config, "latent", "none", "fp32", 1, 0)
+    num_pages = count * (layout.pages_for(context + steps + 2) + 1)
+    cache = CachePool(layout, 1, num_pages + 1, _CPU, SingleRank())
+    runner, channel = NoModel(layout), PlanChannel(SingleRank(), _CPU)
+    settings = replace(settings, max_batch_tokens=count * context)
+    engine = Engine(config, settings, runner, cache, channel, tokenizer, context + steps + 2)
+    rng = np.random.default_rng(0)
+    params = SamplingParams(max_tokens=steps + 2, ignore_eos=True)
+    for i in range(count):
+        prompt = rng.integers(0, config.vocab_size, context).tolist()
+        engine.add(Request(request_id=str(i), prompt_ids=prompt, params=params))
+    engine.step()  # all the prompts
+    whole, batch = [], []
+    for _ in range(steps):
+        before, start = runner.seconds, time.perf_counter()
+        engine.step()
+        whole.append(time.perf_counter() - start)
+        batch.append(runner.seconds - before)
+    host = 1e3 * (np.array(whole) - np.array(batch))
+    report = Report("host")
+    for name, ms in (
+        ("planning and committing", host),
+        ("building batches", 1e3 * np.array(batch)),
+    ):
+        p10, p50, p95 = np.percentile(ms, [10, 50, 95]).tolist()
+        report.rows.append({"ms a step": name, "p10": p10, "median": p50, "p95": p95})
+    report.notes.append(
+        f"{count} sequences of {context} tokens and more, {steps} steps, "
+        f"{'without' if tokenizer is None else 'with'} text"
+    )
+    return report

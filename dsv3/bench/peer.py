@@ -1,0 +1,111 @@
+"""The peer: Hugging Face transformers' `generate` with the same weights, for a fair comparison."""
+
+import importlib
+import importlib.util
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from dsv3.bench.contest import Measured
+from dsv3.bench.workload import Job
+from dsv3.checkpoint.load import load_weights
+from dsv3.checkpoint.sharding import tensor_specs
+from dsv3.checkpoint.source import open_source
+from dsv3.config import ModelConfig, ParallelConfig
+from dsv3.config_files import hf_config_dict
+from dsv3.errors import ConfigError
+from dsv3.parallel.weights import Target
+
+
+class TransformersPeer:
+    """Static batches: padded to one length in front, run until the longest answer is complete.
+
+    Args:
+        path: a checkpoint directory; weights become float32, FP8 ones dequantized.
+        batch: jobs of a batch.
+        config: the model, where the directory does not say.
+    """
+
+    name = "transformers"
+
+    def __init__(self, path: Path, batch: int, config: ModelConfig | None = None) -> None:
+        if importlib.util.find_spec("transformers") is None:
+            raise ConfigError("--peer=transformers: it is not installed; pip install transformers")
+        transformers = importlib.import_module("transformers")
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        self._batch = batch
+        with tempfile.TemporaryDirectory() as folder:
+            _write_float32(path, Path(folder), config)
+            self._model = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32
+            ).eval()
+        self._model.generation_config.eos_token_id = None
+        self._model.generation_config.pad_token_id = 0
+
+    def reset(self) -> None:
+        """Do nothing: it remembers nothing."""
+
+    def run(self, jobs: Sequence[Job]) -> Measured:
+        """Answer the jobs batch by batch."""
+        out = Measured()
+        cpu, start = time.process_time(), time.perf_counter()
+        for first in range(0, len(jobs), self._batch):
+            self._run_batch(jobs[first : first + self._batch], start, out)
+        out.seconds, out.cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
+        return out
+
+    @torch.inference_mode()
+    def _run_batch(self, jobs: Sequence[Job], start: float, out: Measured) -> None:
+        longest = max(len(job.prompt_ids) for job in jobs)
+        padding = [longest - len(job.prompt_ids) for job in jobs]
+        rows = [[0] * pad + job.prompt_ids for job, pad in zip(jobs, padding, strict=True)]
+        mask = torch.arange(longest) >= torch.tensor(padding)[:, None]
+        clock = _Clock()
+        answer = self._model.generate(
+            torch.tensor(rows),
+            attention_mask=mask.long(),
+            max_new_tokens=max(job.num_tokens for job in jobs),
+            do_sample=False,
+            streamer=clock,
+        )
+        first, *_ = times = [moment - start for moment in clock.moments[1:]]
+        gaps = [later - earlier for earlier, later in pairwise(times)]
+        for job, row in zip(jobs, answer[:, longest:].tolist(), strict=True):
+            out.first_token.append(first)
+            out.between_tokens += gaps[: job.num_tokens - 1]
+            out.answers.append(row[: job.num_tokens])
+
+
+class _Clock:
+    """A streamer that notes when tokens come: first the prompt, then one for each step."""
+
+    def __init__(self) -> None:
+        self.moments: list[float] = []
+
+    def put(self, _: Any) -> None:
+        """Note the time."""
+        self.moments.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Do nothing."""
+
+
+def _write_float32(path: Path, folder: Path, config: ModelConfig | None) -> None:
+    """Write the main model as a plain float32 checkpoint, as `load_weights` reads it."""
+    with open_source(path, config) as source:
+        specs = [spec for spec in tensor_specs(source.config).values() if not spec.mtp]
+        tensors = {spec.name: torch.empty(spec.shape) for spec in specs}
+        targets = (Target(name, tensor) for name, tensor in tensors.items())
+        load_weights(source, targets, ParallelConfig())
+        plain = replace(source.config, quantization=None, num_nextn_predict_layers=0)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(hf_config_dict(plain)))

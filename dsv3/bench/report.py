@@ -1,0 +1,108 @@
+"""What a benchmark found: a table, a JSON file, a picture."""
+
+import importlib
+import importlib.util
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dsv3.errors import ConfigError, OutputError
+
+Row = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Report:
+    """The result of one benchmark.
+
+    Attributes:
+        rows: of the table, all with the same columns.
+        notes: lines below the table: ratios and what they were taken from.
+        series: name -> (xs, ys), the curves of the picture; bars where there is one point each.
+        setting: what was run, and where.
+    """
+
+    benchmark: str
+    x_label: str = ""
+    y_label: str = ""
+    rows: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    series: dict[str, tuple[Sequence[Any], Sequence[float]]] = field(default_factory=dict)
+    setting: Row = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        setting = ", ".join(f"{name} {value}" for name, value in self.setting.items())
+        return "\n".join([setting, "", *_table(self.rows), "", *self.notes])
+
+    def write_json(self, path: Path) -> None:
+        """Write everything as one JSON object."""
+        try:
+            path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"--json={path}: cannot be written: {error.strerror}") from None
+
+    def plot(self, path: Path) -> None:
+        """Draw the series."""
+        matplotlib = importlib.import_module("matplotlib")
+        matplotlib.use("agg")
+        figure, axes = importlib.import_module("matplotlib.pyplot").subplots(layout="constrained")
+        for name, (xs, ys) in self.series.items():
+            if len(xs) == 1:
+                axes.bar(xs, ys, label=name)
+            else:
+                axes.plot(xs, ys, marker="o", label=name)
+        axes.set(title=self.benchmark, xlabel=self.x_label, ylabel=self.y_label, ylim=(0, None))
+        axes.legend()
+        try:
+            figure.savefig(path)
+        except (OSError, ValueError) as error:
+            raise OutputError(f"--plot={path}: cannot be written: {error}") from None
+
+
+def check_plot() -> None:
+    """Refuse --plot where there is nothing to draw with."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("--plot: matplotlib is not installed; pip install 'dsv3[plot]'")
+
+
+def machine(world_size: int) -> Row:
+    """Return what the figures depend on beside the flags."""
+    return {
+        "ranks": world_size,
+        "threads": torch.get_num_threads(),
+        "processors": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _table(rows: Sequence[Row]) -> list[str]:
+    """Return lines with aligned columns, text to the left and numbers to the right."""
+    if not rows:
+        return []
+    cells = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
+    widths = np.max([[len(cell) for cell in line] for line in cells], axis=0)
+    is_text = [isinstance(value, str) for value in rows[0].values()]
+    return [
+        "  ".join(
+            cell.ljust(width) if text else cell.rjust(width)
+            for cell, width, text in zip(line, widths, is_text, strict=True)
+        ).rstrip()
+        for line in cells
+    ]
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

@@ -1,0 +1,58 @@
+"""Offline batches: how many requests and tokens a second, and what a request feels of it."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from dsv3.bench.contest import Contender, Measured, compete, middle
+from dsv3.bench.report import Report
+from dsv3.bench.workload import Job
+
+
+def throughput(contenders: Sequence[Contender], jobs: Sequence[Job], repeats: int) -> Report:
+    """Run the jobs on every contender; the first one is compared with the others."""
+    runs = compete(contenders, jobs, repeats)
+    num_prompt, num_answer = (sum(len(j.prompt_ids) for j in jobs), sum(j.num_tokens for j in jobs))
+    report = Report("throughput", x_label="contender", y_label="answer tokens a second")
+    for name, done in runs.items():
+        seconds = middle(done, lambda run: run.seconds)
+        report.rows.append(
+            {
+                "contender": name,
+                "requests/s": len(jobs) / seconds,
+                "prompt tok/s": num_prompt / seconds,
+                "answer tok/s": num_answer / seconds,
+                "first token s": middle(done, lambda run: _quantile(run.first_token, 50)),
+                "p95": middle(done, lambda run: _quantile(run.first_token, 95)),
+                "next token ms": 1e3 * middle(done, lambda run: _quantile(run.between_tokens, 50)),
+                "p95 ms": 1e3 * middle(done, lambda run: _quantile(run.between_tokens, 95)),
+                "host ms/step": _host_ms(done),
+                "CPU s": middle(done, lambda run: run.cpu_seconds),
+            }
+        )
+        report.series[name] = ([name], [num_answer / seconds])
+    first, *others = runs
+    for other in others:
+        report.notes.append(_compare(first, runs[first], other, runs[other]))
+    return report
+
+
+def _quantile(values: Sequence[float], percent: float) -> float:
+    return float(np.percentile(values, percent)) if values else 0.0
+
+
+def _host_ms(runs: Sequence[Measured]) -> float | None:
+    known = [1e3 * run.host_step for run in runs if run.host_step is not None]
+    return float(np.median(known)) if known else None
+
+
+def _compare(name: str, ours: Sequence[Measured], other: str, theirs: Sequence[Measured]) -> str:
+    by_clock = middle(theirs, lambda r: r.seconds) / middle(ours, lambda r: r.seconds)
+    by_cpu = middle(theirs, lambda r: r.cpu_seconds) / middle(ours, lambda r: r.cpu_seconds)
+    answers = list(zip(ours[0].answers, theirs[0].answers, strict=True))
+    same = sum(a == b for a, b in answers)
+    return (
+        f"{name} is {by_clock:.2f} times as fast as {other} by the clock, {by_cpu:.2f} times by "
+        f"CPU time (medians of {len(ours)} runs each, in turns); {same} of {len(answers)} answers "
+        "are the same"
+    )

@@ -1,0 +1,82 @@
+"""Requests to measure with: random tokens, lengths drawn from a distribution, all from one seed."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dsv3.errors import ConfigError
+
+Rng = np.random.Generator
+_SIZES = {"fixed": 1, "uniform": 2, "lognormal": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """A distribution of lengths.
+
+    Attributes:
+        kind: "fixed", "uniform" or "lognormal".
+        numbers: the length; the least and the greatest; the median and the sigma of the logarithm.
+    """
+
+    kind: str
+    numbers: tuple[float, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> "Lengths":
+        """Read `N`, `uniform:LOW:HIGH` or `lognormal:MEDIAN:SIGMA`."""
+        kind, *parts = text.split(":") if ":" in text else ("fixed", text)
+        try:
+            numbers = tuple(float(part) for part in parts)
+        except ValueError:
+            numbers = ()
+        if len(numbers) != _SIZES.get(kind) or not (1 <= numbers[0] < np.inf and min(numbers) >= 0):
+            raise ConfigError(
+                f"{text!r} is no distribution of lengths; use N, uniform:LOW:HIGH or "
+                "lognormal:MEDIAN:SIGMA, with lengths of 1 and more"
+            )
+        return cls(kind, numbers)
+
+    def __str__(self) -> str:
+        numbers = ":".join(f"{number:g}" for number in self.numbers)
+        return numbers if self.kind == "fixed" else f"{self.kind}:{numbers}"
+
+    def draw(self, rng: Rng, count: int) -> list[int]:
+        """Return `count` lengths, each at least 1."""
+        if self.kind == "fixed":
+            return [int(self.numbers[0])] * count
+        low, high = self.numbers
+        if self.kind == "uniform":
+            drawn = rng.integers(int(low), int(max(low, high)) + 1, count)
+        else:
+            drawn = np.rint(rng.lognormal(np.log(low), high, count)).astype(np.int64)
+        return [max(1, int(length)) for length in drawn]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A prompt, and how many tokens to answer with."""
+
+    prompt_ids: list[int]
+    num_tokens: int
+
+
+def draw_jobs(
+    count: int, prompts: Lengths, answers: Lengths, vocab_size: int, limit: int, seed: int
+) -> list[Job]:
+    """Return random jobs, the same for the same seed.
+
+    Args:
+        count: how many.
+        prompts: lengths of the prompts.
+        answers: lengths of the answers.
+        vocab_size: tokens are drawn from all of it.
+        limit: prompt and answer together are cut to this many tokens.
+        seed: of all random numbers.
+    """
+    rng = np.random.default_rng(seed)
+    jobs = []
+    for length, num_tokens in zip(prompts.draw(rng, count), answers.draw(rng, count), strict=True):
+        tokens = rng.integers(0, vocab_size, min(length, limit - 1)).tolist()
+        jobs.append(Job(tokens, min(num_tokens, limit - len(tokens))))
+    return jobs

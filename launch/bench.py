@@ -1,0 +1,229 @@
+"""Measure the engine: offline throughput, dialogues, the host's share of a step, the cache.
+
+    torchrun --nproc-per-node 2 launch/bench.py throughput --requests 64
+    python launch/bench.py throughput --requests 64 --threads 1 --peer transformers
+    python launch/bench.py chat --turns 8
+    python launch/bench.py host --max-running 256
+    python launch/bench.py cache TRACE --capacity 3000 10000
+
+Without --ckpt-path: the demo model.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from dsv3.bench.contest import Contender, EngineContender
+from dsv3.bench.dialogue import Dialogue, dialogue
+from dsv3.bench.host import host_time
+from dsv3.bench.peer import TransformersPeer
+from dsv3.bench.report import Report, check_plot, machine
+from dsv3.bench.throughput import throughput
+from dsv3.bench.workload import Lengths, draw_jobs
+from dsv3.config_files import DEMO, load_model_config
+from dsv3.engine.config import EngineConfig
+from dsv3.engine.engine import Engine, follow
+from dsv3.engine.program import (
+    Parser,
+    add_engine_flags,
+    engine_config,
+    run_program,
+    set_up_logging,
+)
+from dsv3.engine.start import Started, start
+from dsv3.errors import ConfigError
+from dsv3.parallel.mesh import join_world
+from dsv3.text.tokenizer import Tokenizer
+
+REPLAY = Path(__file__).resolve().parent.parent / "scripts" / "replay_trace.py"
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Return a reader of whole numbers."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of {least} or more")
+        return int(text)
+
+    return number
+
+
+def lengths(text: str) -> Lengths:
+    """Read a distribution of lengths."""
+    try:
+        return Lengths.parse(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line; `measure` is what to do."""
+    parser = Parser(description=(__doc__ or "").split("\n")[0])
+    commands = parser.add_subparsers(dest="benchmark", required=True)
+
+    def add(name: str, measure: Callable[..., Report], text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(measure=measure)
+        command.add_argument("--json", type=Path, help="write the result here")
+        command.add_argument("--plot", type=Path, help="draw it, as PNG")
+        return command
+
+    batch = add("throughput", run_throughput, "an offline batch")
+    forms = "N, uniform:LOW:HIGH or lognormal:MEDIAN:SIGMA"
+    batch.add_argument("--requests", type=at_least(1), default=64)
+    batch.add_argument("--prompt-len", type=lengths, default="32", help=forms)
+    batch.add_argument("--answer-len", type=lengths, default="32", help=forms)
+    batch.add_argument("--concurrency", type=at_least(1), default=64, help="requests at a time")
+    batch.add_argument("--seed", type=int, default=0)
+    talk = add("chat", run_chat, "a dialogue of many turns, with and without reuse")
+    talk.add_argument("--turns", type=at_least(1), default=8)
+    talk.add_argument("--user-len", type=at_least(1), default=64, help="new tokens of a turn")
+    talk.add_argument("--answer-len", type=at_least(1), default=32)
+    for command in (batch, talk):
+        command.add_argument("--peer", choices=["transformers"], help="measured in turns with us")
+        command.add_argument("--repeats", type=at_least(1), default=5)
+    host = add("host", run_host, "planning and committing, without a model")
+    host.add_argument("--context", type=at_least(1), default=512, help="tokens of every prompt")
+    host.add_argument("--steps", type=at_least(1), default=200)
+    host.add_argument("--text", action="store_true", help="make text of the answers, too")
+    for command in (batch, talk, host):
+        command.add_argument(
+            "--threads", type=at_least(1), help="of each rank's model (default: its share)"
+        )
+        add_engine_flags(command)
+    trace = add("cache", run_cache, "the hit rate of a trace of requests")
+    trace.add_argument("trace", type=Path, help="JSON Lines with hash_ids")
+    trace.add_argument(
+        "--capacity", type=at_least(0), nargs="+", default=[1000, 3000, 10000, 30000]
+    )
+    trace.add_argument("--policy", nargs="+", default=["lru", "cost"])
+    return parser.parse_args()
+
+
+def run_throughput(args: argparse.Namespace, started: Started) -> Report:
+    """Our engine beside static batches of the peer."""
+    assert started.engine is not None
+    settings = replace(engine_config(args), max_running=args.concurrency)
+    jobs = draw_jobs(
+        args.requests,
+        args.prompt_len,
+        args.answer_len,
+        started.config.vocab_size,
+        started.engine.max_seq_len,
+        args.seed,
+    )
+    contenders: list[Contender] = [EngineContender("dsv3", lambda: new_engine(started, settings))]
+    if args.peer:
+        contenders.append(TransformersPeer(checkpoint(args), args.concurrency, started.config))
+    report = throughput(contenders, jobs, args.repeats)
+    what = ("requests", "prompt_len", "answer_len", "concurrency", "seed")
+    report.setting = {name: str(getattr(args, name)) for name in what}
+    return report
+
+
+def run_chat(args: argparse.Namespace, started: Started) -> Report:
+    """Our engine with reuse and without, and the peer."""
+    assert started.engine is not None
+    settings, shape = engine_config(args), Dialogue(args.turns, args.user_len, args.answer_len)
+    if shape.num_tokens > started.engine.max_seq_len:
+        raise ConfigError(
+            f"a dialogue of {shape.num_tokens} tokens does not fit the context of "
+            f"{started.engine.max_seq_len}; use fewer --turns"
+        )
+    without = replace(settings, prefix_reuse=False)
+    contenders: list[Contender] = [
+        EngineContender("reuse", lambda: new_engine(started, settings)),
+        EngineContender("no reuse", lambda: new_engine(started, without)),
+    ]
+    if args.peer:
+        contenders.append(TransformersPeer(checkpoint(args), 1, started.config))
+    report = dialogue(contenders, shape, started.config.vocab_size, args.repeats)
+    report.setting = {name: getattr(args, name) for name in ("turns", "user_len", "answer_len")}
+    return report
+
+
+def run_host(args: argparse.Namespace) -> Report:
+    """No model, no ranks."""
+    tokenizer = Tokenizer.load(checkpoint(args)) if args.text else None
+    config = load_model_config(args.config or checkpoint(args))
+    return host_time(config, engine_config(args), tokenizer, args.context, args.steps)
+
+
+def run_cache(args: argparse.Namespace) -> Report:
+    """Replay the trace with every policy at every capacity."""
+    report = Report("cache", x_label="capacity in blocks", y_label="hit rate in %")
+    for policy in args.policy:
+        rates = []
+        for capacity in args.capacity:
+            command = [sys.executable, REPLAY, args.trace, "--capacity", str(capacity)]
+            done = subprocess.run(
+                [*command, "--policy", policy, "--json"], stdout=subprocess.PIPE, check=True
+            )
+            rates.append(100 * json.loads(done.stdout)["hit_rate"])
+            report.rows.append({"policy": policy, "capacity": capacity, "hit rate %": rates[-1]})
+        report.series[policy] = (args.capacity, rates)
+    report.setting = {"trace": str(args.trace)}
+    return report
+
+
+def checkpoint(args: argparse.Namespace) -> Path:
+    """Return the checkpoint's directory."""
+    return Path(args.ckpt_path or DEMO)
+
+
+def new_engine(started: Started, settings: EngineConfig) -> Engine:
+    """Return an engine with an empty cache, on the model that is loaded."""
+    assert started.engine is not None
+    engine, tokenizer = started.engine, started.engine.tokenizer
+    runner, cache, channel = started.runner, started.cache, started.channel
+    limit = engine.max_seq_len
+    return Engine(started.config, settings, runner, cache, channel, tokenizer, limit)
+
+
+def main() -> int:
+    """Load what is to be measured, measure, report."""
+    args = parse_args()
+    set_up_logging(getattr(args, "debug", False))
+    if args.plot:
+        check_plot()
+    if args.benchmark in ("throughput", "chat"):
+        report = measure_model(args)
+    else:
+        report = args.measure(args)
+        report.setting |= machine(1)
+    if report is not None:
+        print(report)
+        if args.json:
+            report.write_json(args.json)
+        if args.plot:
+            report.plot(args.plot)
+    return 0
+
+
+def measure_model(args: argparse.Namespace) -> Report | None:
+    """Measure on all ranks of the world; the report is rank 0's."""
+    with join_world(args.device, args.tp) as mesh:
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        config = load_model_config(args.config) if args.config else None
+        started = start(checkpoint(args), engine_config(args), mesh, config, args.n_experts)
+        if started.engine is None:
+            follow(started.runner, started.channel)
+            return None
+        try:
+            report: Report = args.measure(args, started)
+        finally:
+            started.engine.stop()
+        report.setting |= machine(mesh.layout.world_size)
+        return report
+
+
+if __name__ == "__main__":
+    run_program(main)

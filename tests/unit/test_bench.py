@@ -1,0 +1,175 @@
+"""Benchmarks measure what they say, on paper: workloads, contests, dialogues, reports."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dsv3.bench.contest import EngineContender, Measured, compete, middle
+from dsv3.bench.dialogue import Dialogue, dialogue
+from dsv3.bench.host import host_time
+from dsv3.bench.report import Report, machine
+from dsv3.bench.throughput import throughput
+from dsv3.bench.workload import Job, Lengths, draw_jobs
+from dsv3.engine.config import EngineConfig
+from dsv3.errors import ConfigError, OutputError
+from tests.checkpoint_files import TINY
+from tests.paper_runner import paper_engine
+
+
+@pytest.mark.parametrize(
+    ("text", "low", "high"), [("7", 7, 7), ("uniform:3:9", 3, 9), ("lognormal:40:0.5", 4, 400)]
+)
+def test_lengths(text: str, low: int, high: int) -> None:
+    lengths = Lengths.parse(text)
+    assert str(lengths) == text
+    drawn = lengths.draw(np.random.default_rng(0), 1000)
+    assert low <= min(drawn) and max(drawn) <= high
+    if text.startswith("uniform"):
+        assert set(drawn) == set(range(3, 10))
+    if text.startswith("lognormal"):
+        assert 36 < np.median(drawn) < 44
+
+
+@pytest.mark.parametrize(
+    "text", ["", "0", "x", "-3", "nan", "inf", "uniform:3", "uniform:0:4", "normal:1:2", "fixed:"]
+)
+def test_no_lengths(text: str) -> None:
+    with pytest.raises(ConfigError, match="no distribution of lengths"):
+        Lengths.parse(text)
+
+
+def test_jobs_come_from_the_seed_and_fit_the_context() -> None:
+    wide = Lengths.parse("uniform:1:90"), Lengths.parse("lognormal:30:1")
+    jobs = draw_jobs(200, *wide, vocab_size=50, limit=64, seed=1)
+    assert jobs == draw_jobs(200, *wide, vocab_size=50, limit=64, seed=1)
+    assert jobs != draw_jobs(200, *wide, vocab_size=50, limit=64, seed=2)
+    assert all(1 <= len(job.prompt_ids) <= 63 and job.num_tokens >= 1 for job in jobs)
+    assert max(len(job.prompt_ids) + job.num_tokens for job in jobs) == 64
+    assert {token for job in jobs for token in job.prompt_ids} == set(range(50))
+
+
+class Clockwork:
+    """A contender that takes as long as it is told."""
+
+    def __init__(self, name: str, seconds: Sequence[float], log: list[tuple[str, int]]) -> None:
+        self.name, self._seconds, self._log = name, list(seconds), log
+
+    def reset(self) -> None:
+        self._log.append((self.name, 0))
+
+    def run(self, jobs: Sequence[Job]) -> Measured:
+        self._log.append((self.name, len(jobs)))
+        seconds = self._seconds.pop(0)
+        return Measured(
+            seconds=seconds,
+            cpu_seconds=seconds / 2,
+            first_token=[seconds / 10] * len(jobs),
+            between_tokens=[seconds / 100] * len(jobs),
+            answers=[[1, 2, 3] for _ in jobs],
+        )
+
+
+JOBS = [Job([1, 2, 3], 4), Job([5], 2)]
+
+
+def test_contenders_take_turns() -> None:
+    log: list[tuple[str, int]] = []
+    a, b = Clockwork("a", [9, 1, 2, 6], log), Clockwork("b", [9, 5, 5, 5], log)
+    runs = compete([a, b], JOBS, 3)
+    assert log == [("a", 0), ("a", 1), ("b", 0), ("b", 1)] + 3 * [
+        ("a", 0), ("a", 2), ("b", 0), ("b", 2)
+    ]  # fmt: skip
+    assert [run.seconds for run in runs["a"]] == [1, 2, 6]
+    assert middle(runs["a"], lambda run: run.seconds) == 2
+
+
+def test_throughput() -> None:
+    log: list[tuple[str, int]] = []
+    contenders = [Clockwork("ours", [9, 1, 2, 6], log), Clockwork("theirs", [9, 5, 5, 5], log)]
+    report = throughput(contenders, JOBS, 3)
+    ours, theirs = report.rows
+    assert (ours["requests/s"], ours["prompt tok/s"], ours["answer tok/s"]) == (1.0, 2.0, 3.0)
+    assert theirs["first token s"] == theirs["p95"] == 0.5 and ours["host ms/step"] is None
+    assert report.notes == [
+        "ours is 2.50 times as fast as theirs by the clock, 2.50 times by CPU time "
+        "(medians of 3 runs each, in turns); 2 of 2 answers are the same"
+    ]
+    assert report.series["ours"] == (["ours"], [3.0])
+
+
+def test_the_engine_competes() -> None:
+    contender = EngineContender("dsv3", lambda: paper_engine(50, max_running=2)[0])
+    jobs = [Job([3, 4, 5], 4), Job([6], 2), Job([7, 8], 1)]
+    first, again = contender.run(jobs), contender.run(jobs)
+    assert [len(answer) for answer in first.answers] == [4, 2, 1]
+    assert first.answers == again.answers
+    assert len(first.first_token) == 3 and len(first.between_tokens) == 3 + 1
+    assert min(first.first_token) > 0 and max(first.first_token) <= first.seconds
+    assert first.host_step is not None and 0 < first.host_step < first.seconds
+
+
+def test_a_dialogue_computes_new_tokens_only() -> None:
+    engines = []
+
+    def make(reuse: bool):
+        engines.append(paper_engine(200, max_batch_tokens=500, prefix_reuse=reuse)[0])
+        return engines[-1]
+
+    shape = Dialogue(turns=4, user=10, answer=5)
+    contenders = [
+        EngineContender("reuse", lambda: make(True)),
+        EngineContender("no reuse", lambda: make(False)),
+    ]
+    report = dialogue(contenders, shape, vocab_size=300, repeats=2)
+    assert shape.num_tokens == 60
+    assert [row["context"] for row in report.rows] == [0, 15, 30, 45]
+    assert [row["new"] for row in report.rows] == [10, 11, 11, 11]
+    assert all(row["reuse: ms"] > 0 and row["no reuse: ms"] > 0 for row in report.rows)
+    assert len(report.notes) == 2 and report.notes[0].startswith("reuse: turn 4 takes ")
+    # Two engines to begin with, then one for each of three dialogues of both contenders.
+    prefilled = [engine.metrics.prefill_tokens for engine in engines]
+    assert prefilled[2:] == [43, 10 + 25 + 40 + 55] * 3
+
+
+def test_host_time() -> None:
+    settings = EngineConfig(max_running=5)
+    report = host_time(TINY, settings, None, context=70, steps=6)
+    planning, building = report.rows
+    assert planning["ms a step"] == "planning and committing"
+    for row in (planning, building):
+        assert 0 < row["p10"] <= row["median"] <= row["p95"]
+    assert report.notes == ["5 sequences of 70 tokens and more, 6 steps, without text"]
+
+
+def test_reports(tmp_path: Path) -> None:
+    report = Report("chat", setting={"turns": 3} | machine(2))
+    report.rows = [
+        {"name": "a", "count": 5, "ms": 1234.5, "host": None},
+        {"name": "long", "count": 50, "ms": 0.01234, "host": 2.0},
+    ]
+    report.notes = ["a note"]
+    lines = str(report).splitlines()
+    assert lines[0].startswith("turns 3, ranks 2, threads ")
+    assert lines[2:] == [
+        "name  count      ms  host",
+        "a         5   1,234     -",
+        "long     50  0.0123     2",
+        "",
+        "a note",
+    ]
+    report.write_json(tmp_path / "report.json")
+    assert json.loads((tmp_path / "report.json").read_text())["rows"] == report.rows
+    with pytest.raises(OutputError, match=r"--json=.*: cannot be written"):
+        report.write_json(tmp_path / "no" / "report.json")
+
+
+def test_pictures(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    report = Report("cache", series={"lru": ([1, 2], [3.0, 4.0]), "one": (["x"], [1.0])})
+    report.plot(tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(OutputError, match=r"--plot=.*: cannot be written"):
+        report.plot(tmp_path / "no" / "a.png")
