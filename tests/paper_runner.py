@@ -106,8 +106,10 @@ class PaperRunner:
         num_slots: int = 0,
         disk: PaperDisk | None = None,
     ) -> None:
-        self.disk = disk
-        self.settled: dict[int, bool] = {}
+        self.disk, self.tiers = (
+            disk,
+            Tiers(num_slots, layout.page_size, disk) if num_slots else None,
+        )
         self.page_size, self.settings = layout.page_size, settings
         self.memory = np.full((num_pages, layout.page_size), -1)
         self.host = np.full((num_slots, layout.page_size), -1)
@@ -169,7 +171,7 @@ class PaperRunner:
         targets = [*copied_to.tolist(), *target.tolist()]
         assert NULL_PAGE not in targets and len(set(targets)) == len(targets)
         if self.disk is not None:
-            self.settled = self.disk.run(plan, self.host)
+            self.tiers.settle(self.disk.run(plan, self.host))
         self.host[kept] = self.memory[leaving]
         self.memory[copied_to] = self.memory[copied_from]
         self.memory[target] = self.host[brought]
@@ -188,9 +190,8 @@ def paper_engine(
     layout = CacheLayout("latent", 1, 1, "fp32", page_size, 1, 0)
     cache = CachePool(layout, 1, num_pages + 1, CPU, SingleRank())
     runner = PaperRunner(layout, num_pages + 1, config, num_slots, disk)
-    tiers = Tiers(num_slots, page_size, disk) if num_slots else None
-    channel = PlanChannel(SingleRank(), CPU)
-    return Engine(TINY, config, runner, cache, channel, None, max_seq_len, tiers), runner
+    channel = PlanChannel(SingleRank())
+    return Engine(TINY, config, runner, cache, channel, None, max_seq_len, runner.tiers), runner
 
 
 def finish(engine: Engine, max_steps: int = 10_000) -> dict[str, Completion]:

@@ -163,7 +163,8 @@ class DiskFiles:
             return
         for index, unit in enumerate(units):
             lanes = self._shard.lanes(index)
-            rows = self._shard.view(self._pages[slot], index).copy().reshape(len(lanes), -1)
+            rows = self._shard.view(self._pages[slot], index).copy()
+            rows = rows.reshape(len(lanes), self._fmt.lane_bytes)
             done = self._writer.submit(self._write, unit, lanes, rows)
             if self._shard.is_first:
                 self.writes.append((unit, done))

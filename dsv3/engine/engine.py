@@ -4,6 +4,7 @@
 `follow`, executing plans until rank 0 stops them.
 """
 
+import logging
 import time
 from dataclasses import dataclass
 from typing import Protocol
@@ -26,6 +27,11 @@ from dsv3.observe.metrics import Metrics
 from dsv3.request import Completion, Request, RequestOutput, TokenLogprobs
 from dsv3.text.detokenize import TextStream
 from dsv3.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+# For writing the cache to disk at the end.
+_SAVE_SECONDS = 60.0
 
 
 class StepRunner(Protocol):
@@ -206,11 +212,18 @@ class Engine:
         Not after a step that failed: the other ranks may be anywhere, or gone.
         """
         if self._tiers is not None and self._tree is not None and not self._is_stepping:
-            for moves in self._tiers.save(self._tree):
-                if moves:
-                    self._launch(*write_plan(Step(moves=moves), self._num_launched))
-            self._tiers.report(self.metrics)
+            self._save(self._tiers, self._tree)
         self._channel.send(None)
+
+    def _save(self, tiers: Tiers, tree: PrefixTree) -> None:
+        deadline = time.monotonic() + _SAVE_SECONDS
+        for moves in tiers.save(tree):
+            if moves:
+                self._launch(*write_plan(Step(moves=moves), self._num_launched))
+            if time.monotonic() > deadline:
+                log.warning("the disk is slow: not all of the cache is saved")
+                break
+        tiers.report(self.metrics)
 
     def _expire(self, now: float) -> list[RequestOutput]:
         expired = [s for s in self._sequences.values() if s.expires and s.expires <= now]
@@ -230,10 +243,7 @@ class Engine:
     def _launch(self, plan: StepPlan, work: list[Work]) -> _Launched:
         """Start a step on all ranks."""
         self._channel.send(plan)
-        sampled = self._runner.run(plan)
-        if self._tiers is not None:
-            self._tiers.settle(self._runner.settled)
-        return _Launched(self._num_launched, work, sampled)
+        return _Launched(self._num_launched, work, self._runner.run(plan))
 
     def _measure(self, work: list[Work], begin: float, planned_at: float) -> None:
         """Note what a step took, and how things are after it."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dsv3.cache.disk import DiskFiles, UnitFormat, UnitShard
+from dsv3.cache.disk import UNIT, DiskFiles, UnitFormat, UnitShard
 from dsv3.cache.disk_index import DiskIndex
 from dsv3.cache.host import HostPool
 from dsv3.cache.pool import CachePool
@@ -48,18 +48,18 @@ def make_tiers(
     host, page_size = HostPool(cache, num_slots), cache.layout.page_size
     is_first = mesh.layout.rank == 0
     if settings.disk_cache is None:
-        return Mover(host, None, mesh.tp), Tiers(num_slots, page_size) if is_first else None
+        tiers = Tiers(num_slots, page_size) if is_first else None
+        return Mover(host, None, mesh.tp, tiers), tiers
     root, limit = settings.disk_cache
     model, session = _agree(mesh, weights)
     about = f"{numerics} {config}".encode()
     fmt = UnitFormat.make(blake2b(model + about).digest(), config, cache.layout)
     folder = root / fmt.key.hex()
-    with fail_together(mesh, f"--kv-disk-cache {root}"):
-        if limit < fmt.file_bytes:
-            raise ConfigError(
-                f"--kv-disk-cache={settings.kv_disk_cache}: {fmt.file_bytes} bytes "
-                "are the least, for one file"
-            )
+    if limit < fmt.file_bytes:
+        raise ConfigError(
+            f"--kv-disk-cache={settings.kv_disk_cache} is too small: a file of {UNIT} tokens takes "
+            f"{fmt.file_bytes} bytes"
+        )
     _open_folder(mesh, folder, session)
     shard = UnitShard(config, cache.layout, mesh.layout.tp_rank)
     files = DiskFiles(folder, session, fmt, shard, host.by_entry())
@@ -68,7 +68,7 @@ def make_tiers(
         index = DiskIndex(root, limit, fmt, files)
         tiers = Tiers(num_slots, page_size, index)
         log.info("%s", index.describe())
-    return Mover(host, files, mesh.tp), tiers
+    return Mover(host, files, mesh.tp, tiers), tiers
 
 
 def _agree(mesh: Mesh, share: bytes) -> tuple[bytes, str]:
@@ -81,11 +81,14 @@ def _agree(mesh: Mesh, share: bytes) -> tuple[bytes, str]:
 def _open_folder(mesh: Mesh, folder: Path, session: str) -> None:
     """Make a folder, and see that all ranks mean the same one. A collective."""
     probe = folder / f"{session}.tmp"
-    with fail_together(mesh, f"--kv-disk-cache {folder.parent}"):
+    with fail_together(mesh, "opening the disk cache"):
         if mesh.layout.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            probe.touch()
-    with fail_together(mesh, f"--kv-disk-cache {folder.parent}"):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                probe.touch()
+            except OSError as error:
+                raise ConfigError(f"--kv-disk-cache: {folder}: {error.strerror}") from None
+    with fail_together(mesh, "opening the disk cache"):
         if not probe.exists():
             raise ConfigError(f"--kv-disk-cache: {folder.parent} is not shared by all hosts")
     if mesh.layout.rank == 0:

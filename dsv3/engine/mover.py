@@ -6,6 +6,7 @@ from torch import Tensor
 
 from dsv3.cache.disk import GOOD, PENDING, DiskFiles
 from dsv3.cache.host import HostPool
+from dsv3.cache.tiers import Tiers
 from dsv3.engine.plan import Ints, StepPlan, unpack_pages
 from dsv3.parallel.collectives import Collectives
 
@@ -17,15 +18,13 @@ class Mover:
         host: this rank's host memory.
         files: this rank's way to the disk; None where the plans never ask for it.
         ranks: those that hold parts of the same pages.
-
-    Attributes:
-        settled: fetched slots on which the ranks have agreed in the last plan, and whether all of
-            them could read their part.
+        tiers: rank 0's books, told which pages have come from disk.
     """
 
-    def __init__(self, host: HostPool, files: DiskFiles | None, ranks: Collectives) -> None:
-        self.host, self._files, self._ranks = host, files, ranks
-        self.settled: dict[int, bool] = {}
+    def __init__(
+        self, host: HostPool, files: DiskFiles | None, ranks: Collectives, tiers: Tiers | None
+    ) -> None:
+        self.host, self._files, self._ranks, self._tiers = host, files, ranks, tiers
 
     def before_copies(self, plan: StepPlan) -> None:
         """Save what the step is going to overwrite."""
@@ -46,20 +45,24 @@ class Mover:
             files.store(slot, key)
         for slot, key in unpack_pages(plan.fetch):
             files.fetch(slot, key)
-        self.settled = {}
         if len(plan.settle):
             milliseconds, *slots = plan.settle.tolist()
-            self._agree(files, slots, milliseconds / 1000)
+            settled = self._agree(files, slots, milliseconds / 1000)
+            if self._tiers is not None:
+                self._tiers.settle(settled)
 
-    def _agree(self, files: DiskFiles, slots: list[int], seconds: float) -> None:
-        """Tell the other ranks what came from disk. A slot is settled when no rank still reads."""
+    def _agree(self, files: DiskFiles, slots: list[int], seconds: float) -> dict[int, bool]:
+        """Return the fetched slots that no rank is still reading, and whether all ranks could."""
         mine = torch.tensor(files.outcomes(slots, seconds), device=self.host.device)
-        outcomes = self._ranks.all_gather(mine).cpu()
-        is_done, is_good = (outcomes != PENDING).all(0).tolist(), (outcomes == GOOD).all(0).tolist()
+        outcomes = self._ranks.all_gather(mine)
+        is_done = (outcomes != PENDING).all(0).tolist()
+        is_good = (outcomes == GOOD).all(0).tolist()
+        settled = {}
         for slot, done, good in zip(slots, is_done, is_good, strict=True):
             if done:
-                self.settled[slot] = good
+                settled[slot] = good
                 files.forget(slot)
+        return settled
 
 
 def _halves(pairs: Ints) -> tuple[Tensor, Tensor]:

@@ -47,11 +47,6 @@ class Runner:
         return 0 if self._mover is None else self._mover.host.num_bytes
 
     @property
-    def settled(self) -> dict[int, bool]:
-        """Pages on whose arrival from disk the ranks agreed in the last step; see `Mover`."""
-        return {} if self._mover is None else self._mover.settled
-
-    @property
     def dtype(self) -> torch.dtype:
         """Dtype of the activations."""
         return self._model.dtype

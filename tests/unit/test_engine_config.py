@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from dsv3.engine.config import CacheSize, EngineConfig
@@ -42,6 +44,29 @@ def test_wrong_cache_size(text: str) -> None:
 def test_refused(field: str, value: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         EngineConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kv_host_cache": "4GB"}, "--kv-host-cache=4GB is not a size; use bytes .4GiB., or off"),
+        ({"kv_host_cache": "64tok"}, "--kv-host-cache=64tok is not a size"),
+        ({"kv_disk_cache": "1GiB"}, "--kv-disk-cache=1GiB is not DIR:BYTES"),
+        ({"kv_disk_cache": ":1GiB"}, "--kv-disk-cache=:1GiB is not DIR:BYTES"),
+        ({"kv_disk_cache": "dir:much"}, "--kv-disk-cache=much is not a size"),
+        ({"kv_host_cache": "1GiB", "prefix_reuse": False}, "--no-prefix-reuse uses none"),
+        ({"kv_disk_cache": "dir:1GiB", "prefix_reuse": False}, "--no-prefix-reuse uses none"),
+    ],
+)
+def test_refused_tiers(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EngineConfig(**settings)
+
+
+def test_tiers() -> None:
+    assert EngineConfig().disk_cache is EngineConfig(kv_disk_cache="dir:0").disk_cache is None
+    assert EngineConfig(kv_disk_cache="a:b:2KiB").disk_cache == (Path("a:b"), 2048)
+    assert EngineConfig(kv_host_cache="0", kv_disk_cache="off", prefix_reuse=False)
 
 
 def test_cache_form() -> None:

@@ -49,7 +49,7 @@ FAMILIES = {
 
 
 def model_of(config: ModelConfig, layout: ParallelConfig, fmt: WeightFormat) -> Transformer:
-    mesh = Mesh(layout, fmt.device, SingleRank(), SingleRank(), 1)
+    mesh = Mesh(layout, fmt.device, SingleRank(), SingleRank(), SingleRank(), 1)
     return Transformer(config, mesh, fmt)
 
 
@@ -155,6 +155,21 @@ def test_auto_leaves_memory_for_others() -> None:
 def test_too_little(size: str, free: int) -> None:
     with pytest.raises(ConfigError, match="use more ranks, --weights fp8 or a smaller"):
         plan(EngineConfig(kv_cache_size=size), free)
+
+
+def test_the_host_cache_takes_from_the_same_memory_on_a_cpu() -> None:
+    page = 64 * 1152
+    settings = EngineConfig(kv_host_cache=str(40 * page + 1), kv_cache_size="640tok")
+    free = 10_000_000 + (40 + 10 + 1) * page
+    _, planned = plan(settings, free)
+    assert planned.host_pages == 40 and "host cache 2.812 MiB (2,560 tokens)" in planned.describe()
+    with pytest.raises(ConfigError, match="a smaller --kv-cache-size"):
+        plan(settings, free - 1)
+    with pytest.raises(ConfigError, match="--kv-host-cache=1KiB holds no page of 72 KiB"):
+        plan(EngineConfig(kv_host_cache="1KiB"), free)
+    # Pages on their way to and from disk need room too: that of a longest sequence.
+    _, planned = plan(EngineConfig(kv_disk_cache="dir:1GiB"), 10**9)
+    assert planned.host_pages == 256 // 64
 
 
 def test_free_memory_is_shared_by_the_ranks_of_a_host() -> None:
