@@ -58,7 +58,7 @@ def host_time(
     layout = CacheLayout.make(config, "latent", "none", "fp32", 1, 0)
     num_pages = count * (layout.pages_for(context + steps + 2) + 1)
     cache = CachePool(layout, 1, num_pages + 1, _CPU, SingleRank())
-    runner, channel = NoModel(layout), PlanChannel(SingleRank(), _CPU)
+    runner, channel = NoModel(layout), PlanChannel(SingleRank())
     settings = replace(settings, max_batch_tokens=count * context)
     engine = Engine(config, settings, runner, cache, channel, tokenizer, context + steps + 2)
     rng = np.random.default_rng(0)

@@ -117,18 +117,15 @@ def unpack_pages(words: Ints) -> list[tuple[int, PageKey]]:
 class PlanChannel:
     """Rank 0's plans to all ranks; None tells them to stop."""
 
-    def __init__(self, world: Collectives, device: torch.device) -> None:
-        # NCCL sends device memory only; Gloo sends from the host without a detour.
-        self._world = world
-        self._device = device
+    def __init__(self, control: Collectives) -> None:
+        self._control = control
 
     def _broadcast(self, words: Ints) -> Ints:
-        sent = torch.from_numpy(words).to(self._device)
-        return self._world.broadcast(sent).cpu().numpy()
+        return self._control.broadcast(torch.from_numpy(words)).numpy()
 
     def send(self, plan: StepPlan | None) -> None:
         """Send from rank 0."""
-        if self._world.size == 1:
+        if self._control.size == 1:
             return
         words = np.zeros(0, np.int32) if plan is None else plan.pack()
         first = np.zeros(_FIRST_WORDS, np.int32)

@@ -176,7 +176,7 @@ def start(
     numerics = f"{dtype} {settings.weights}"
     mover, tiers = make_tiers(mesh, settings, config, cache, plan.host_pages, weights, numerics)
     runner = Runner(model, cache, _decode_limit(settings, config), mover)
-    channel = PlanChannel(mesh.world, mesh.device)
+    channel = PlanChannel(mesh.control)
     with _phase(seconds, "warmup"):
         runner.run(_warm_up_plan())
     engine = None

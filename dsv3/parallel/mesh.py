@@ -25,12 +25,17 @@ _IDLE = timedelta(days=365)
 
 @dataclass(frozen=True)
 class Mesh:
-    """This rank's place: its layout, its device and the groups it exchanges with."""
+    """This rank's place: its layout, its device and the groups it exchanges with.
+
+    `control` reaches the whole world from host memory: plans travel on it. Ranks wait on it
+    without work to do, which over NCCL would keep a core and a kernel of every rank busy.
+    """
 
     layout: ParallelConfig
     device: torch.device
     world: Collectives
     tp: Collectives
+    control: Collectives
     ranks_on_host: int
 
 
@@ -85,7 +90,7 @@ def join_world(device: str = "auto", tp: int = 0, dp: int = 1) -> Iterator[Mesh]
     else:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_on_host))
     if world_size == 1:
-        yield Mesh(layout, place, SingleRank(), SingleRank(), 1)
+        yield Mesh(layout, place, SingleRank(), SingleRank(), SingleRank(), 1)
         return
     shared_gpu = place.type == "cuda" and ranks_on_host > torch.cuda.device_count()
     backend = "nccl" if place.type == "cuda" and not shared_gpu else "gloo"
@@ -96,10 +101,13 @@ def join_world(device: str = "auto", tp: int = 0, dp: int = 1) -> Iterator[Mesh]
     assert dist.group.WORLD is not None
     world = ProcessGroup(dist.group.WORLD, via_host=shared_gpu)
     tp_ranks = world if layout.dp == 1 else _tp_group(layout, backend, shared_gpu)
+    control = world
+    if backend == "nccl":
+        control = ProcessGroup(dist.new_group(backend="gloo", timeout=_IDLE))
     try:
-        yield Mesh(layout, place, world, tp_ranks, ranks_on_host)
+        yield Mesh(layout, place, world, tp_ranks, control, ranks_on_host)
     finally:
-        for group in (world, tp_ranks):
+        for group in (world, tp_ranks, control):
             if isinstance(group, ProcessGroup):
                 group.close()
         dist.destroy_process_group()

@@ -99,7 +99,7 @@ def check_collectives(mesh: Mesh) -> None:
 
 def check_plan_channel(mesh: Mesh) -> None:
     """Plans that fit one broadcast, just do, just do not, and much longer ones."""
-    channel = PlanChannel(mesh.world, CPU)
+    channel = PlanChannel(mesh.control)
     empty = len(StepPlan().pack())
     for words in (0, 1, 4094 - empty, 4095 - empty, 4096 - empty, 4097 - empty, 50_000):
         rng = np.random.default_rng(words)

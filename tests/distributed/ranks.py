@@ -22,7 +22,7 @@ def _rank_main(
     group = ProcessGroup(dist.group.WORLD)
     try:
         layout = ParallelConfig(world_size=world_size, rank=rank)
-        fn(Mesh(layout, CPU, group, group, world_size), *args)
+        fn(Mesh(layout, CPU, group, group, group, world_size), *args)
     finally:
         group.close()
         dist.destroy_process_group()
@@ -37,4 +37,4 @@ def run_ranks(fn: Callable[..., None], world_size: int, *args: object) -> None:
 
 def alone() -> Mesh:
     """Return the mesh of a world of one."""
-    return Mesh(ParallelConfig(), CPU, SingleRank(), SingleRank(), 1)
+    return Mesh(ParallelConfig(), CPU, SingleRank(), SingleRank(), SingleRank(), 1)

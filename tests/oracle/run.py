@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 def start_alone(path: Path, **settings: object) -> Started:
     """Load a checkpoint in this process."""
-    mesh = Mesh(ParallelConfig(), CPU, SingleRank(), SingleRank(), 1)
+    mesh = Mesh(ParallelConfig(), CPU, SingleRank(), SingleRank(), SingleRank(), 1)
     return start(path, EngineConfig(**{"kv_cache_size": "2048tok"} | settings), mesh)
 
 

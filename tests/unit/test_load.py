@@ -75,7 +75,7 @@ def test_every_rank_gets_its_slices(
         names = load.fp8_weights(source) if keep_fp8 else frozenset()
         for world_size, rank in ((1, 0), (2, 1), (4, 2), (8, 0), (8, 3), (8, 7)):
             layout = ParallelConfig(world_size=world_size, rank=rank)
-            mesh = Mesh(layout, CPU, SingleRank(), SingleRank(), 1)
+            mesh = Mesh(layout, CPU, SingleRank(), SingleRank(), SingleRank(), 1)
             model = Transformer(config, mesh, WeightFormat(torch.float32, CPU, names))
             done: list[int] = []
             load.load_weights(source, model.targets(), layout, done.append)
@@ -90,7 +90,7 @@ def test_bfloat16_is_what_was_stored(tmp_path: Path) -> None:
     """Nothing passes through another type; norms and the router stay float32."""
     tensors = random_tensors(TINY)
     with open_source(write_hf(tmp_path / "hf", TINY, tensors)) as source:
-        mesh = Mesh(ParallelConfig(), CPU, SingleRank(), SingleRank(), 1)
+        mesh = Mesh(ParallelConfig(), CPU, SingleRank(), SingleRank(), SingleRank(), 1)
         model = Transformer(TINY, mesh, WeightFormat(torch.bfloat16, CPU))
         load.load_weights(source, model.targets(), mesh.layout)
     kinds = set()
@@ -105,6 +105,8 @@ def test_bfloat16_is_what_was_stored(tmp_path: Path) -> None:
 def test_groups_that_would_miss_experts_are_refused(tmp_path: Path) -> None:
     """Two data-parallel groups each hold half of the experts; nothing exchanges them yet."""
     path = write_hf(tmp_path / "hf", TINY, random_tensors(TINY))
-    mesh = Mesh(ParallelConfig(world_size=2, dp=2), CPU, SingleRank(), SingleRank(), 1)
+    mesh = Mesh(
+        ParallelConfig(world_size=2, dp=2), CPU, SingleRank(), SingleRank(), SingleRank(), 1
+    )
     with pytest.raises(ConfigError, match="dp=2: experts are not yet exchanged"):
         start(path, EngineConfig(), mesh)

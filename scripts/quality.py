@@ -1,0 +1,91 @@
+"""Measure what a cache format or numerics mode costs in answers.
+
+    python scripts/quality.py --eval EVAL.jsonl --tokens HELDOUT.npz --kv-dtype fp8
+
+EVAL has dialogues {messages, expected}; the answer must match exactly, greedy. HELDOUT has
+`tokens`, `offsets` (where each text begins) and `answer` (1 where the tokens count as answers).
+Prints one JSON line: accuracy, perplexity of all tokens and of answers. Any engine flag works.
+"""
+
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from dsv3.engine.engine import Engine
+from dsv3.engine.program import Parser, add_engine_flags, engine_config, run_program
+from dsv3.engine.start import start
+from dsv3.parallel.mesh import join_world
+from dsv3.request import Completion, Request, SamplingParams
+from dsv3.text.chat import ChatFormat
+
+DEMO = Path(__file__).resolve().parent.parent / "checkpoints" / "demo-v3"
+
+
+def finish(engine: Engine) -> dict[str, Completion]:
+    """Step until all requests are answered."""
+    done = {}
+    while engine.has_work():
+        for out in engine.step():
+            if out.completion is not None:
+                done[out.request_id] = out.completion
+    return done
+
+
+def accuracy(engine: Engine, path: str, model_type: str, longest: int) -> float:
+    """Return the share of dialogues of up to `longest` tokens whose answer is as expected."""
+    chat = ChatFormat(engine.tokenizer, model_type)
+    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    rows = [row for row in rows if row["n_tokens"] <= longest]
+    params = SamplingParams(max_tokens=96)
+    for i, row in enumerate(rows):
+        ids = chat.encode(chat.render(row["messages"]))
+        engine.add(Request(request_id=str(i), prompt_ids=ids, params=params))
+    done = finish(engine)
+    right = [done[str(i)].text.strip() == row["expected"].strip() for i, row in enumerate(rows)]
+    return sum(right) / len(right)
+
+
+def perplexity(engine: Engine, path: str) -> tuple[float, float]:
+    """Return the perplexity of all tokens and of the answers'."""
+    data = np.load(path)
+    bounds = [*data["offsets"].tolist(), len(data["tokens"])]
+    texts = [(a, b) for a, b in pairwise(bounds) if b - a > 1]
+    params = SamplingParams(max_tokens=0, prompt_logprobs=0)
+    for a, b in texts:
+        ids = data["tokens"][a:b].tolist()
+        engine.add(Request(request_id=str(a), prompt_ids=ids, params=params))
+    done = finish(engine)
+    scores = np.array([t.logprob for a, _ in texts for t in done[str(a)].prompt_logprobs or []])
+    is_answer = np.concatenate([data["answer"][a + 1 : b] for a, b in texts]).astype(bool)
+    return math.exp(-scores.mean()), math.exp(-scores[is_answer].mean())
+
+
+def main() -> int:
+    """Measure what was asked for."""
+    parser = Parser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--eval", help="dialogues with expected answers, JSONL")
+    parser.add_argument("--longest", type=int, default=10**9, help="skip longer dialogues")
+    parser.add_argument("--tokens", help="texts to score, npz")
+    add_engine_flags(parser)
+    args = parser.parse_args()
+    with join_world("cpu" if args.device == "auto" else args.device) as mesh:
+        started = start(Path(args.ckpt_path or DEMO), engine_config(args), mesh)
+        assert started.engine is not None, "run it on one rank"
+        result: dict[str, object] = {"dtype": args.dtype, "kv_dtype": args.kv_dtype}
+        if args.eval:
+            model_type = started.config.model_type
+            result["accuracy"] = round(
+                accuracy(started.engine, args.eval, model_type, args.longest), 4
+            )
+        if args.tokens:
+            every, answers = perplexity(started.engine, args.tokens)
+            result |= {"perplexity": round(every, 5), "answer_perplexity": round(answers, 6)}
+        print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    run_program(main)
