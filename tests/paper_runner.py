@@ -47,6 +47,8 @@ def answer(request: Request) -> tuple[list[int], str]:
 class PaperDisk:
     """A disk and its index, on which pages come late and one in four is damaged."""
 
+    damaged = 0.25
+
     def __init__(self) -> None:
         self.rng = random.Random(0)
         self.files: dict[PageKey, np.ndarray] = {}
@@ -89,7 +91,7 @@ class PaperDisk:
             self.reads[slot] = key, delay - 1
             if delay <= 0:
                 del self.reads[slot]
-                settled[slot] = self.rng.random() < 0.75
+                settled[slot] = self.rng.random() >= self.damaged
                 if settled[slot]:
                     host[slot] = self.files[key]
         return settled

@@ -1,11 +1,16 @@
 """Host memory for cached pages, on one rank: its own shard of every page."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from dsv3.cache.pool import CachePool
+
+# Pages that move at once; a long prompt may evict or bring back thousands.
+_BLOCK = 64
 
 
 class HostPool:
@@ -39,6 +44,23 @@ class HostPool:
 
     def offload(self, page_N: Tensor, slot_N: Tensor) -> None:
         """Copy pages to host memory."""
+        for pages, slots in self._blocks(page_N, slot_N):
+            self._offload(pages, slots)
+
+    def restore(self, slot_N: Tensor, page_N: Tensor) -> None:
+        """Copy pages back to the device."""
+        for slots, pages in self._blocks(slot_N, page_N):
+            self._restore(slots, pages)
+
+    def _blocks(self, source_N: Tensor, target_N: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Split a move that would take much memory of the device on its way."""
+        blocks = zip(source_N.split(_BLOCK), target_N.split(_BLOCK), strict=True)
+        for number, block in enumerate(blocks):
+            if number and self._stream is not None:
+                torch.cuda.synchronize(self.device)
+            yield block
+
+    def _offload(self, page_N: Tensor, slot_N: Tensor) -> None:
         data_NLX = self._cache.read_pages(page_N.to(self.device))
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream())
@@ -47,8 +69,7 @@ class HostPool:
             for data_LX, slot in zip(data_NLX, slot_N.tolist(), strict=True):
                 self.slots[slot].copy_(data_LX, non_blocking=True)
 
-    def restore(self, slot_N: Tensor, page_N: Tensor) -> None:
-        """Copy pages back to the device."""
+    def _restore(self, slot_N: Tensor, page_N: Tensor) -> None:
         with torch.cuda.stream(self._stream):
             data = [self.slots[i].to(self.device, non_blocking=True) for i in slot_N.tolist()]
         if self._stream is not None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dsv3.cache import host
 from dsv3.cache.host import HostPool
 from dsv3.cache.layout import CacheLayout
 from dsv3.cache.pool import CachePool
@@ -21,23 +22,27 @@ CPU = torch.device("cpu")
     ],
     ids=lambda layout: f"{layout.form} {layout.dtype}",
 )
+@pytest.mark.parametrize("block", [2, 64])
 @pytest.mark.parametrize(
     "device",
     ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)],
 )
-def test_pages_come_back_as_they_went(layout: CacheLayout, device: str) -> None:
+def test_pages_come_back_as_they_went(
+    layout: CacheLayout, device: str, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host, "_BLOCK", block)
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     cache = CachePool(layout, 3, 9, torch.device(device), SingleRank())
     cache.slots.view(torch.uint8).random_(0, 255)
     before = cache.slots.clone()
-    host = HostPool(cache, 5)
-    assert host.num_bytes * 9 == cache.num_bytes * 5
+    pool = HostPool(cache, 5)
+    assert pool.num_bytes * 9 == cache.num_bytes * 5
     pages, slots = torch.tensor([2, 7, 4]), torch.tensor([3, 0, 4])
-    host.offload(pages, slots)
+    pool.offload(pages, slots)
     # What follows at once must not change what is kept.
     cache.slots.zero_()
-    host.restore(slots, torch.tensor([1, 2, 3]))
+    pool.restore(slots, torch.tensor([1, 2, 3]))
     after, before = (x.view(3, 9, -1).view(torch.uint8) for x in (cache.slots, before))
     assert torch.equal(after[:, [1, 2, 3]], before[:, pages])
     assert not after[:, [0, 4, 5, 6, 7, 8]].any()

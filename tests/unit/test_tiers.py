@@ -1,12 +1,16 @@
 """Host memory on paper: what goes there, what comes back, what is forgotten first."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 
 from dsv3.cache.pages import PageAllocator
 from dsv3.cache.prefix import Match, chain_hash, chain_hashes, encode
 from dsv3.cache.tiers import Moves, PageKey, Tiers, extend_keys
+from dsv3.engine.plan import StepPlan
 from dsv3.request import Request, SamplingParams
-from tests.paper_runner import answer, finish, paper_engine
+from tests.paper_runner import PaperDisk, answer, finish, paper_engine
 
 PAGE = 4
 
@@ -112,3 +116,61 @@ def test_an_evicted_prefix_comes_back_without_being_computed(depth: int, num_slo
         assert engine.metrics.prefill_tokens <= 3 * 30 + 6 * 2
     else:
         assert engine.metrics.host_hits == 0 and engine.metrics.prefill_tokens > 200
+
+
+class StuckDisk(PaperDisk):
+    """A disk that keeps everything and gives nothing back before `gives` is set."""
+
+    gives, damaged = False, 0.0
+
+    def accept(self, key: PageKey) -> bool:
+        return key not in self.files
+
+    def run(self, plan: StepPlan, host: np.ndarray) -> dict[int, bool]:
+        if self.gives:
+            return super().run(plan, host)
+        return super().run(dataclasses.replace(plan, settle=plan.settle[:0]), host)
+
+
+def ask(name: str, token: int, max_tokens: int = 3) -> Request:
+    params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+    return Request(request_id=name, prompt_ids=[token] * 30, params=params)
+
+
+@pytest.mark.parametrize("patience", [0.05, 60.0])
+def test_waiting_for_the_disk(patience: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others go on meanwhile; whoever waited long enough computes its prefix after all."""
+    monkeypatch.setattr("dsv3.engine.scheduler._DISK_PATIENCE", patience)
+    disk = StuckDisk()
+    engine, _ = paper_engine(12, max_batch_tokens=64, max_running=2, num_slots=8, disk=disk)
+    for i in range(4):
+        engine.add(ask(f"first {i}", 100 + i))
+        finish(engine)
+    assert disk.files
+    waiting, other = ask("waiting", 100), ask("other", 200, max_tokens=8)
+    engine.add(waiting)
+    engine.add(other)
+    done = {}
+    while "other" not in done:
+        done |= {o.request_id: o.completion for o in engine.step() if o.completion is not None}
+    assert done["other"].token_ids == answer(other)[0]
+    if patience == 60.0:
+        assert "waiting" not in done and disk.reads
+        disk.gives = True
+    done |= finish(engine, max_steps=10**6)
+    assert done["waiting"].token_ids == answer(waiting)[0]
+    assert (done["waiting"].cached_tokens > 0) == disk.gives
+
+
+def test_saving() -> None:
+    """Everything cached goes to disk, however little host memory there is, and once."""
+    disk = StuckDisk()
+    engine, _ = paper_engine(40, max_batch_tokens=64, max_running=2, num_slots=3, disk=disk)
+    for i in range(3):
+        engine.add(ask(f"{i}", 100 + i))
+        finish(engine)
+    engine.stop()
+    assert {key for i in range(3) for key in keys_of([100 + i] * 30)} <= disk.files.keys()
+    num_offloaded = engine.metrics.offloads
+    engine.stop()
+    assert engine.metrics.offloads == num_offloaded
