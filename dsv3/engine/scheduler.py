@@ -16,14 +16,10 @@ from dsv3.cache.layout import CacheLayout
 from dsv3.cache.pages import PageAllocator
 from dsv3.cache.prefix import Match, PrefixTree
 from dsv3.cache.tiers import Moves, Tiers, extend_keys
+from dsv3.engine.admission import Admission
 from dsv3.engine.sequence import Sequence
 from dsv3.observe.metrics import Metrics
 
-# Waiting requests looked at for the longest cached prefix, and how often one may be passed over.
-_WINDOW = 32
-_MAX_OVERTAKEN = 16
-# A request waits for a running one to compute their common prefix if it has this many tokens.
-_WORTH_WAITING = 32
 # A request waits so many seconds at most, all in all, for its prefix to come from disk.
 _DISK_PATIENCE = 10.0
 
@@ -106,12 +102,8 @@ class Scheduler:
             if count > 0 and self._grow(seq, count):
                 step.chosen.append((seq, count))
                 budget -= count if left > 1 else 0
-        while budget > 0 and len(self.running) < self._max_running and not self._is_full:
-            admitted = self._admit(budget, step)
-            if admitted is None:
-                break
-            step.chosen.append((admitted, min(admitted.num_left, budget)))
-            budget -= step.chosen[-1][1]
+        if self.waiting and len(self.running) < self._max_running and not self._is_full:
+            self._admit(budget, step)
         step.chosen.sort(key=lambda work: (work[1], work[0].num_computed))
         if self._tiers is not None:
             step.moves = self._tiers.draw(is_idle=not step.chosen)
@@ -153,46 +145,27 @@ class Scheduler:
 
     # Admission --------------------------------------------------------------------------------
 
-    def _admit(self, budget: int, step: Step) -> Sequence | None:
-        """Move the best waiting sequence to the running ones, if there is room for its prompt."""
-        candidate = self._best_waiting()
-        if candidate is None:
-            return None
-        seq, match = candidate
-        if not self._take(seq, match, step):
-            self._is_full = True
-            return None
-        for other in self.waiting:
-            if other.order >= seq.order:
-                break
-            other.overtaken += 1
-        self.waiting.remove(seq)
-        insort(self.running, seq, key=lambda s: s.order)
-        seq.is_running = True
-        grown = self._grow(seq, min(seq.num_left, budget))
-        assert grown, "room was made for the whole prompt"
-        return seq
-
-    def _best_waiting(self) -> tuple[Sequence, Match] | None:
-        """Return the waiting sequence with the longest cached prefix, within fairness.
-
-        Only sequences of the best priority compete, and one that was passed over too often wins.
-        """
-        best: tuple[Sequence, Match] | None = None
-        for seq in self.waiting[:_WINDOW]:
-            if best is not None and seq.request.priority != best[0].request.priority:
-                break
-            match = self._match(seq)
-            if self._worth_waiting(seq, match) or self._is_coming(seq, match):
-                continue
-            is_due = seq.overtaken >= _MAX_OVERTAKEN
-            if is_due or best is None or match.num_tokens > best[1].num_tokens:
-                best = seq, match
-                if self._tiers is not None:
-                    self._tiers.hold(match.host_slots)
-            if is_due:
-                break
-        return best
+    def _admit(self, budget: int, step: Step) -> None:
+        """Let waiting sequences join the running ones, as long as their prompts find room."""
+        admission = Admission(
+            self._match, self._is_coming, None if self._tree is None else self.running
+        )
+        while budget > 0 and len(self.running) < self._max_running:
+            seq = admission.choose(self.waiting)
+            if seq is None:
+                return
+            if not self._take(seq, step):
+                self._is_full = True
+                return
+            admission.admitted(seq, self.waiting)
+            self.waiting.remove(seq)
+            insort(self.running, seq, key=lambda s: s.order)
+            seq.is_running = True
+            count = min(seq.num_left, budget)
+            grown = self._grow(seq, count)
+            assert grown, "room was made for the whole prompt"
+            step.chosen.append((seq, count))
+            budget -= count
 
     def _match(self, seq: Sequence) -> Match:
         if self._tree is None or seq.reuse_limit <= 0:
@@ -213,23 +186,14 @@ class Scheduler:
             seq.patience_ends = now + _DISK_PATIENCE
         return now < seq.patience_ends and self._tiers.fetch(match)
 
-    def _worth_waiting(self, seq: Sequence, match: Match) -> bool:
-        """Tell whether a running sequence is about to compute much of this one's prefix."""
-        num_common = max(_WORTH_WAITING, match.num_tokens + 1)
-        if self._tree is None or num_common > seq.reuse_limit:
-            return False
-        common = seq.token_ids[:num_common]
-        return any(
-            other.num_committed < other.prompt_len
-            and other.request.prompt_ids[:num_common] == common
-            for other in self.running
-        )
-
-    def _take(self, seq: Sequence, match: Match, step: Step) -> bool:
-        """Take the matched pages, and see that the rest of the prompt will find room."""
+    def _take(self, seq: Sequence, step: Step) -> bool:
+        """Take the pages of a cached prefix, and see that the rest of the prompt finds room."""
         assert not seq.pages
+        match = self._match(seq)
         if self._tree is not None:
             self._tree.use(match, seq.request.conversation_id)
+        if self._tiers is not None:
+            self._tiers.hold(match.host_slots)
         # One spare page for each running sequence, or the newcomer would soon be preempted.
         missing = self._layout.pages_for(len(seq.token_ids)) - len(match.pages)
         wanted = missing + len(self.running)

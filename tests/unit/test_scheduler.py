@@ -136,6 +136,25 @@ def test_a_common_prefix_is_computed_once() -> None:
     assert runner.plans[0].query_len.tolist() == [50]
 
 
+def test_without_reuse_nobody_waits() -> None:
+    engine, runner = paper_engine(200, max_batch_tokens=500, max_running=8, prefix_reuse=False)
+    requests = [shared(f"r{i}", 120, 5) for i in range(3)]
+    for r in requests:
+        engine.add(r)
+    check(finish(engine), *requests)
+    assert runner.plans[0].query_len.tolist() == [125] * 3
+
+
+def test_those_admitted_together_share_too() -> None:
+    """A common prefix that is computed in this very step is waited for."""
+    engine, runner = paper_engine(200, max_batch_tokens=500, max_running=8)
+    requests = [shared(f"r{i}", 120, 5) for i in range(3)] + [ask("other", 50)]
+    for r in requests:
+        engine.add(r)
+    check(finish(engine), *requests)
+    assert [p.query_len.tolist() for p in runner.plans[:2]] == [[50, 125], [1, 1, 5, 5]]
+
+
 def test_nobody_is_overtaken_forever() -> None:
     engine, _ = paper_engine(400, max_batch_tokens=100, max_running=1)
     engine.add(shared("warm", 80, 1))

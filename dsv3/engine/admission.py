@@ -1,0 +1,105 @@
+"""Which waiting sequence is admitted next: the one with the longest cached prefix, within fairness.
+
+A sequence waits while a running one is about to compute much of its prefix, or while much of it is
+on its way from disk; and it is passed over by others only so often.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import islice
+
+from dsv3.cache.prefix import Match
+from dsv3.engine.sequence import Sequence
+
+# Waiting sequences looked at, and how often one may be passed over.
+_WINDOW = 32
+_MAX_OVERTAKEN = 16
+# Tokens in common with a running sequence that are worth waiting for.
+_WORTH_WAITING = 32
+
+
+@dataclass(slots=True)
+class _Candidate:
+    """What is known of a waiting sequence.
+
+    Attributes:
+        num_compared: prefilling sequences that it was compared with.
+        waits: more of its prefix than is cached will be there soon.
+    """
+
+    match: Match
+    num_compared: int = 0
+    waits: bool = False
+
+
+class Admission:
+    """The choices of one step. Every candidate is looked up and compared once, not once a choice.
+
+    Args:
+        look_up: finds the cached prefix of a sequence.
+        is_coming: tells whether to wait for more of it than was found.
+        running: the sequences whose prefixes may be worth waiting for; None if none ever is.
+    """
+
+    def __init__(
+        self,
+        look_up: Callable[[Sequence], Match],
+        is_coming: Callable[[Sequence, Match], bool],
+        running: Iterable[Sequence] | None,
+    ) -> None:
+        self._look_up, self._is_coming, self._never_waits = look_up, is_coming, running is None
+        # Those whose prefixes are not all cached yet.
+        self._prefilling = [seq for seq in running or () if seq.num_committed < seq.prompt_len]
+        self._candidates: dict[Sequence, _Candidate] = {}
+
+    def choose(self, waiting: list[Sequence]) -> Sequence | None:
+        """Return the best of the waiting sequences, which are in order; None if all should wait.
+
+        Only sequences of the best priority compete, and one that was passed over too often wins.
+        """
+        best, longest = None, -1
+        for seq in islice(waiting, _WINDOW):
+            if best is not None and seq.request.priority != best.request.priority:
+                break
+            candidate = self._candidate(seq)
+            if candidate.waits:
+                continue
+            if seq.overtaken >= _MAX_OVERTAKEN:
+                return seq
+            if candidate.match.num_tokens > longest:
+                best, longest = seq, candidate.match.num_tokens
+        return best
+
+    def admitted(self, seq: Sequence, waiting: list[Sequence]) -> None:
+        """Note that a sequence has left the line and is about to be prefilled."""
+        if not self._never_waits:
+            self._prefilling.append(seq)
+        for other in waiting:
+            if other.order >= seq.order:
+                break
+            other.overtaken += 1
+
+    def _candidate(self, seq: Sequence) -> _Candidate:
+        """Return what is known of a sequence, after a look at those that prefill by now."""
+        known = self._candidates.get(seq)
+        candidate = known or _Candidate(self._look_up(seq))
+        while not candidate.waits and candidate.num_compared < len(self._prefilling):
+            other = self._prefilling[candidate.num_compared]
+            candidate.waits = _shares_more(seq, other, candidate.match.num_tokens)
+            candidate.num_compared += 1
+        if known is None:
+            self._candidates[seq] = candidate
+            candidate.waits = candidate.waits or self._is_coming(seq, candidate.match)
+        return candidate
+
+
+def _shares_more(seq: Sequence, other: Sequence, num_cached: int) -> bool:
+    """Tell whether the prompt of `other` has much of a sequence's prefix, more than is cached."""
+    length = max(_WORTH_WAITING, num_cached + 1)
+    prompt = other.request.prompt_ids
+    if length > min(seq.reuse_limit, len(prompt)):
+        return False
+    # The last token first: it tells most of them apart.
+    return prompt[length - 1] == seq.token_ids[length - 1] and (
+        prompt[:length] == seq.token_ids[:length]
+    )
