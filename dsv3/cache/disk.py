@@ -14,6 +14,7 @@ how far they are, an unfinished file is never found, and damage is always in som
 covers. The hash stands for the token ids, which are not written: a cache is no copy of the chats.
 """
 
+import contextlib
 import logging
 import os
 import time
@@ -248,7 +249,8 @@ class DiskFiles:
                     if done != len(row) or seal != fmt.seal(unit, lane, row.data):
                         return False
                 if self._shard.is_first:
-                    os.utime(number)
+                    with contextlib.suppress(PermissionError):  # another user's file
+                        os.utime(number)
         except OSError:
             return False
         view = self._shard.view(self._pages[slot], index)

@@ -22,6 +22,9 @@ _CATCH_UP_SECONDS = 30
 class DiskIndex:
     """The files of a directory, shared by all models and formats, least recently used first.
 
+    Several runs may use it at once: each keeps the limit by what it found and what it writes, and
+    takes a file that another one has deleted for an unreadable one.
+
     Args:
         root: the directory.
         limit: bytes that all files together may take.

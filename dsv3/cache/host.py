@@ -61,7 +61,7 @@ class HostPool:
             yield block
 
     def _offload(self, page_N: Tensor, slot_N: Tensor) -> None:
-        data_NLX = self._cache.read_pages(page_N.to(self.device))
+        data_NLX = self._cache.read_pages(page_N.to(self.device)).contiguous()
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream())
             data_NLX.record_stream(self._stream)

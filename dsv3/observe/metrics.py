@@ -102,6 +102,7 @@ class Metrics:
     def summary(self) -> str:
         """Return what tells how it went, in two lines."""
         first, computed = self.first_token_seconds, self.prefill_tokens + self.decode_tokens
+        tiers = f"; {self.host_hits:,} pages back from host memory, {self.disk_hits:,} from disk"
         return (
             f"{self.prefill_tokens:,} tokens prefilled, {self.reused_tokens:,} reused "
             f"({self.hit_rate:.0%} hit rate), {self.decode_tokens:,} decoded, "
@@ -110,6 +111,7 @@ class Metrics:
             f"{1e3 * self.token_seconds.mean:.3g} ms a further one; {self.steps:,} steps of "
             f"{self.step_sequences.mean:.1f} sequences, {1e3 * self.host_seconds.mean:.2g} ms of "
             f"each on the host; {self.preemptions:,} preemptions, {self.evictions:,} evictions"
+            f"{tiers if self.offloads or self.disk_hits else ''}"
         )
 
     def prometheus(self) -> str:
