@@ -49,7 +49,7 @@ def make_tiers(
     is_first = mesh.layout.rank == 0
     if settings.disk_cache is None:
         tiers = Tiers(num_slots, page_size) if is_first else None
-        return Mover(host, None, mesh.tp, tiers), tiers
+        return Mover(host, None, mesh.control, tiers), tiers
     root, limit = settings.disk_cache
     model, session = _agree(mesh, weights)
     about = f"{numerics} {config}".encode()
@@ -68,7 +68,7 @@ def make_tiers(
         index = DiskIndex(root, limit, fmt, files)
         tiers = Tiers(num_slots, page_size, index)
         log.info("%s", index.describe())
-    return Mover(host, files, mesh.tp, tiers), tiers
+    return Mover(host, files, mesh.control, tiers), tiers
 
 
 def _agree(mesh: Mesh, share: bytes) -> tuple[bytes, str]:

@@ -17,7 +17,7 @@ class Mover:
     Args:
         host: this rank's host memory.
         files: this rank's way to the disk; None where the plans never ask for it.
-        ranks: those that hold parts of the same pages.
+        ranks: all of them, over host memory.
         tiers: rank 0's books, told which pages have come from disk.
     """
 
@@ -53,7 +53,7 @@ class Mover:
 
     def _agree(self, files: DiskFiles, slots: list[int], seconds: float) -> dict[int, bool]:
         """Return the fetched slots that no rank is still reading, and whether all ranks could."""
-        mine = torch.tensor(files.outcomes(slots, seconds), device=self.host.device)
+        mine = torch.tensor(files.outcomes(slots, seconds))
         outcomes = self._ranks.all_gather(mine)
         is_done = (outcomes != PENDING).all(0).tolist()
         is_good = (outcomes == GOOD).all(0).tolist()
