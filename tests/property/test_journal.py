@@ -4,6 +4,7 @@ import json
 import os
 import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -200,19 +201,21 @@ def test_other_files_are_left_alone(tmp_path: Path, text: str) -> None:
     assert out.read_text() == text
 
 
-@pytest.fixture
-def full_disk(tmp_path: Path) -> Iterator[Path]:
-    """A place for files of at most 1000 bytes."""
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """Let no file grow beyond 1000 bytes; only while needed, or pytest's own log is cut too."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    yield tmp_path
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_harms_no_row_that_is_done(full_disk: Path) -> None:
-    out = full_disk / "out.jsonl"
-    rows = list(batch(full_disk / "in.txt", "one", "two"))
-    with Journal(out) as journal:
+def test_a_full_disk_harms_no_row_that_is_done(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    rows = list(batch(tmp_path / "in.txt", "one", "two"))
+    with full_disk(), Journal(out) as journal:
         journal.resume(rows)
         journal.write(result(rows[0]))
         before = out.read_bytes()
@@ -221,18 +224,16 @@ def test_a_full_disk_harms_no_row_that_is_done(full_disk: Path) -> None:
     assert out.read_bytes() == before == result(rows[0]) + b"\n"
 
 
-def test_a_disk_too_full_to_repair_changes_nothing_that_counts(full_disk: Path) -> None:
-    out = full_disk / "out.jsonl"
-    rows = list(batch(full_disk / "in.txt", "one", *(f"more {i}" for i in range(9))))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, resource.RLIM_INFINITY))
+def test_a_disk_too_full_to_repair_changes_nothing_that_counts(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    rows = list(batch(tmp_path / "in.txt", "one", *(f"more {i}" for i in range(9))))
     failed, *done = [result(rows[0], 500), *map(result, rows[1:])]
     out.write_bytes(b"".join(line + b"\n" for line in (done[0], failed, *done[1:])))
     before = out.read_bytes()
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
-    with pytest.raises(OutputError, match="cannot be repaired"), Journal(out) as journal:
+    with full_disk(), Journal(out) as journal, pytest.raises(OutputError, match="be repaired"):
         journal.resume(rows)
     assert out.read_bytes() == before
-    assert list(full_disk.glob("*.part")) == []
+    assert list(tmp_path.glob("*.part")) == []
 
 
 def test_two_jobs_cannot_write_one_file(tmp_path: Path) -> None:
