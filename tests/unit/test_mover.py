@@ -1,0 +1,65 @@
+"""What ranks agree on when pages come from disk at different times, and not to all of them."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dsv3.cache.disk import BAD, GOOD, PENDING
+from dsv3.engine.mover import Mover
+from dsv3.engine.plan import StepPlan
+from dsv3.parallel.collectives import SingleRank
+
+
+class Files:
+    """This rank's reads."""
+
+    def __init__(self, outcomes: dict[int, int]) -> None:
+        self.reads, self.waited = outcomes, -1.0
+
+    def outcomes(self, slots: list[int], seconds: float) -> list[int]:
+        self.waited = seconds
+        return [self.reads[slot] for slot in slots]
+
+    def forget(self, slot: int) -> None:
+        del self.reads[slot]
+
+
+class Peers(SingleRank):
+    """The other ranks' reads."""
+
+    def __init__(self, others: list[list[int]]) -> None:
+        self.others = others
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        return torch.stack([x, *map(torch.tensor, self.others)])
+
+
+class Books:
+    settled: dict[int, bool] | None = None
+
+    def settle(self, outcomes: dict[int, bool]) -> None:
+        self.settled = outcomes
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "settled"),
+    [
+        (GOOD, GOOD, True),
+        (GOOD, BAD, False),
+        (BAD, GOOD, False),
+        # A rank that still reads will write to the slot, whatever the others know already.
+        (GOOD, PENDING, None),
+        (BAD, PENDING, None),
+        (PENDING, BAD, None),
+    ],
+)
+def test_a_slot_is_settled_when_no_rank_reads_it(
+    mine: int, theirs: int, settled: bool | None
+) -> None:
+    files, books = Files({7: mine, 3: GOOD}), Books()
+    mover = Mover(None, files, Peers([[theirs, GOOD], [GOOD, GOOD]]), books)
+    mover.before_copies(StepPlan(settle=np.array([20, 7, 3], np.int32)))
+    assert books.settled == {3: True} | ({} if settled is None else {7: settled})
+    assert files.reads == ({7: mine} if settled is None else {})
+    assert files.waited == 0.02
