@@ -5,12 +5,12 @@ from torch import Tensor
 
 def softmax_lse(score: Tensor) -> tuple[Tensor, Tensor]:
     """Return softmax and log-sum-exp over the last dim; rows of only -inf give (0, -inf)."""
-    top = score.amax(-1, keepdim=True)
-    top = top.masked_fill(top == float("-inf"), 0.0)
-    p = (score - top).exp_()
-    total = p.sum(-1, keepdim=True)
-    lse = (total.log() + top).squeeze(-1)
-    return p.div_(total.clamp_min(1e-38)), lse
+    top = score.amax(-1)
+    has_none = top == float("-inf")
+    p = score.softmax(-1)
+    # The likeliest one has p = exp(top - lse).
+    lse = (top - p.amax(-1).log()).masked_fill_(has_none, float("-inf"))
+    return p.masked_fill_(has_none.unsqueeze(-1), 0.0), lse
 
 
 def merge_lse_ref(o_NTHV: Tensor, lse_NTH: Tensor) -> tuple[Tensor, Tensor]:

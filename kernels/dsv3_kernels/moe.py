@@ -21,22 +21,27 @@ def experts_ref(
     gate_up: Callable[[int], Tensor],
     down: Callable[[int], Tensor],
 ) -> Tensor:
-    """Define `experts`: the assignments sorted by expert, one pair of products per expert hit."""
+    """Define `experts`: rows sorted by expert, two products for each, summed in that order."""
     y_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
-    local_M = ids_TK.flatten() - first_expert
-    order_M = local_M.argsort(stable=True)
-    counts = torch.bincount(local_M.clamp(-1, num_local) + 1, minlength=num_local + 2).tolist()
-    start = counts[0]
-    for expert, count in enumerate(counts[1:-1]):
-        if count == 0:
-            continue
-        chosen = order_M[start : start + count]
-        start += count
-        row = chosen // ids_TK.shape[1]
-        h = silu_mul(F.linear(x_TD[row], gate_up(expert)))
-        y = F.linear(h, down(expert)).float() * weight_TK.flatten()[chosen, None]
-        y_TD.index_add_(0, row, y)
-    return y_TD
+    local = ids_TK.flatten() - first_expert
+    order = local.argsort(stable=True)
+    # Those of other ranks' experts are in front and behind.
+    before, *counts, after = torch.bincount(
+        local.clamp(-1, num_local) + 1, minlength=num_local + 2
+    ).tolist()
+    order_M = order[before : len(order) - after]
+    if not len(order_M):
+        return y_TD
+    row_M = order_M // ids_TK.shape[1]
+    h_MF = silu_mul(_grouped_linear(x_TD[row_M], counts, gate_up))
+    y_MD = _grouped_linear(h_MF, counts, down).float() * weight_TK.flatten()[order_M, None]
+    return y_TD.index_add_(0, row_M, y_MD)
+
+
+def _grouped_linear(x_MD: Tensor, counts: list[int], weight: Callable[[int], Tensor]) -> Tensor:
+    """Return x W_e^T, where the first counts[0] rows belong to expert 0, and so on."""
+    groups = enumerate(x_MD.split(counts))
+    return torch.cat([F.linear(x, weight(expert)) for expert, x in groups if counts[expert]])
 
 
 def experts(

@@ -5,12 +5,12 @@ from torch import Tensor
 
 
 def apply_rope_ref(x_TR: Tensor, cos_Tr: Tensor, sin_Tr: Tensor, interleaved: bool) -> Tensor:
-    """Define `apply_rope` with complex rotation written out."""
+    """Define `apply_rope`: a pair is a complex number, multiplied by cos + i sin."""
     x = x_TR.float()
     if interleaved:
-        a, b = x[..., 0::2], x[..., 1::2]
-        pair = torch.stack((a * cos_Tr - b * sin_Tr, a * sin_Tr + b * cos_Tr), -1)
-        return pair.flatten(-2).to(x_TR.dtype)
+        pair = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+        pair = pair * torch.complex(cos_Tr, sin_Tr)
+        return torch.view_as_real(pair).flatten(-2).to(x_TR.dtype)
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos_Tr - b * sin_Tr, a * sin_Tr + b * cos_Tr), -1).to(x_TR.dtype)
 
