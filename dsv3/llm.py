@@ -70,11 +70,18 @@ class LLM:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        if error is None:
+            self.close()
+        else:  # the other ranks may be anywhere
+            self._stack.close()
 
     def close(self) -> None:
-        """Leave the other ranks."""
+        """Leave the other ranks; what is cached goes to disk, if there is a disk cache."""
         self._end_stream()
+        if self._started.engine is None:
+            follow(self._started.runner, self._started.channel)
+        else:
+            self._started.engine.stop()
         self._stack.close()
 
     def generate(
@@ -189,7 +196,7 @@ class LLM:
         finally:
             for request_id in unfinished:
                 engine.cancel(request_id)
-            engine.stop()
+            engine.pause()
 
     def _end_stream(self) -> None:
         """Stop an answer that was not read to its end."""

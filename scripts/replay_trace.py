@@ -42,7 +42,7 @@ def replay(requests: Iterable[list[int]], capacity: int, policy: str) -> dict[st
     longest = max(map(len, requests), default=0)
     # A request is cached whole before anything is evicted, so its blocks need room beside the rest.
     pages = PageAllocator(1 + capacity + longest)
-    tree = PrefixTree(pages, 1, make_policy(policy))
+    tree = PrefixTree(pages, 1, make_policy(policy, capacity))
     num_hits = num_blocks = 0
     for blocks in requests:
         match = tree.match(blocks)

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, MutableSequence
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import count
 from sys import byteorder
 
 from dsv3.cache.eviction import CacheEntry, EvictionPolicy
@@ -96,6 +95,18 @@ class _Node(CacheEntry):
         assert self.children[at] is child, f"page {child.page} is not below page {self.page}"
         del self.keys[at], self.children[at]
 
+    def prefix_hash(self) -> bytes:
+        """Return the hash of the prefix that ends with this page, kept for the next time."""
+        missing, node = [], self
+        while node.digest is None:
+            missing.append(node)
+            assert node.parent is not None
+            node = node.parent
+        digest = node.digest
+        for node in reversed(missing):
+            digest = node.digest = chain_hash(digest, node.tokens)
+        return digest
+
 
 @dataclass(frozen=True, slots=True)
 class Match:
@@ -130,7 +141,6 @@ class PrefixTree:
         pages: the allocator the pages come from.
         page_size: positions of a page.
         policy: decides which idle page is evicted first.
-        clock: time as the policy shall see it; None counts the calls of `use` and `insert`.
         on_evict: called before an evicted page is freed with the page, the hash of the prefix
             before it, and its encoded tokens.
     """
@@ -140,12 +150,9 @@ class PrefixTree:
         pages: PageAllocator,
         page_size: int,
         policy: EvictionPolicy,
-        clock: Callable[[], float] | None = None,
         on_evict: Callable[[int, bytes, bytes], None] | None = None,
     ) -> None:
         self._pages, self._page_size, self._policy = pages, page_size, policy
-        self._clock: Callable[[], float] = count(1).__next__ if clock is None else clock
-        self._now = 0.0
         self._on_evict = on_evict
         self._root = _Node(None, b"", NULL_PAGE, None)
         self._root.depth, self._root.digest = -1, b""
@@ -185,13 +192,11 @@ class PrefixTree:
         The caller releases the partial page once its copy is planned, the full ones when it is
         done with them.
         """
-        held = match.held_pages
-        self._pages.retain(held)
-        path = [node for page in held if (node := self._nodes[page]) is not None]
-        assert len(path) == len(held), "the match was evicted before it was used"
-        self._share(path, group)
-        self._now = self._clock()
-        self._policy.hit(path, self._now)
+        self._pages.retain(match.held_pages)
+        path = [self._node(page) for page in match.pages]
+        partial = None if match.partial_page is None else self._node(match.partial_page)
+        self._share(path if partial is None else [*path, partial], group)
+        self._policy.hit([self._root, *path], partial)
 
     def insert(
         self,
@@ -209,7 +214,6 @@ class PrefixTree:
         behind the tokens registered.
         """
         num_full = num_computed // self._page_size
-        self._now = self._clock()
         node, first = self._deepest(pages, num_full)
         for i in range(first, num_full):
             start = i * self._page_size
@@ -237,9 +241,9 @@ class PrefixTree:
         while self._pages.num_free < num_pages:
             node = self._policy.take()
             assert isinstance(node, _Node)
-            # Rows of pages that are held again or have got children wait until their next offer.
+            # A page that is held again is offered again when that ends.
             if self._is_evictable(node):
-                self._evict(node)
+                self._evict_run(node, num_pages)
         return True
 
     def pin(self, token_ids: Ids[int]) -> int:
@@ -248,7 +252,7 @@ class PrefixTree:
         if key not in self._pinned:
             self._pages.retain(match.held_pages)
             self._pinned[key] = match.held_pages
-            self._share([node for page in match.held_pages if (node := self._nodes[page])], None)
+            self._share(map(self._node, match.held_pages), None)
         return match.num_tokens
 
     def unpin(self, token_ids: Ids[int]) -> None:
@@ -267,19 +271,22 @@ class PrefixTree:
 
     def page_hash(self, page: int) -> bytes:
         """Return the hash of the prefix that ends with a page of the tree."""
-        node = self._nodes[page]
-        assert node is not None, f"page {page} is not in the tree"
-        return self._digest(node)
+        return self._node(page).prefix_hash()
 
     def deepest_first(self) -> Iterator[tuple[int, bytes, bytes]]:
         """Iterate over what `on_evict` would be told if all pages were evicted."""
         for node in sorted(filter(None, self._nodes), key=lambda node: -node.depth):
             assert node.parent is not None
-            yield node.page, self._digest(node.parent), node.tokens
+            yield node.page, node.parent.prefix_hash(), node.tokens
 
     def __iter__(self) -> Iterator[tuple[int, bytes]]:
         """Iterate over (page, encoded tokens)."""
         return ((node.page, node.tokens) for node in self._nodes if node is not None)
+
+    def _node(self, page: int) -> _Node:
+        node = self._nodes[page]
+        assert node is not None, f"page {page} is not in the tree"
+        return node
 
     def _deepest(self, pages: Ids[int], num_full: int) -> tuple[_Node, int]:
         """Return the last node of a sequence's full pages, and how many it accounts for."""
@@ -298,34 +305,41 @@ class PrefixTree:
             tail = parent.children[at - 1]
         node = _Node(parent, tokens, page, group)
         if tail is not None and (tail.page == page or not self._ends_pin(tail)):
-            self._policy.replaced(tail, node)
+            self._policy.replaced(tail, node, parent)
             self._remove(tail)
+        else:
+            self._policy.inserted(node, parent)
         parent.add(node)
         self._policy.withdraw(parent)
         self._nodes[page] = node
         self._pages.cache(page)
         if group is not None:
             self._groups.setdefault(group, set()).add(node)
-        self._policy.inserted(node, self._now)
         return node
 
     def _remove(self, node: _Node) -> None:
         """Take a leaf out of the tree."""
         assert node.parent is not None and not node.children
-        self._policy.withdraw(node)
+        self._policy.removed(node)
         node.parent.remove(node)
         self._nodes[node.page] = None
         self._disown(node)
         self._pages.uncache(node.page)
-        if node.parent is not self._root and self._is_evictable(node.parent):
-            self._policy.offer(node.parent)
+        self._offer(node.parent.page)
 
-    def _evict(self, node: _Node) -> None:
-        if self._on_evict is not None:
+    def _evict_run(self, node: _Node, num_pages: int) -> None:
+        """Evict the page of lowest rating, and those above it as long as they rate no higher."""
+        lowest = node.rating
+        while True:
             assert node.parent is not None
-            self._on_evict(node.page, self._digest(node.parent), node.tokens)
-        self._remove(node)
-        self.num_evicted += 1
+            if self._on_evict is not None:
+                self._on_evict(node.page, node.parent.prefix_hash(), node.tokens)
+            self._policy.evicted(node)
+            self._remove(node)
+            self.num_evicted += 1
+            node = node.parent
+            if node.slot < 0 or node.rating > lowest or self._pages.num_free >= num_pages:
+                return
 
     def _offer(self, page: int) -> None:
         node = self._nodes[page]
@@ -351,15 +365,3 @@ class PrefixTree:
             if not members:
                 del self._groups[node.group]
             node.group = None
-
-    def _digest(self, node: _Node) -> bytes:
-        """Return the hash of the prefix that ends with a node, kept for the next time."""
-        missing = []
-        while node.digest is None:
-            missing.append(node)
-            assert node.parent is not None
-            node = node.parent
-        digest = node.digest
-        for node in reversed(missing):
-            digest = node.digest = chain_hash(digest, node.tokens)
-        return digest

@@ -83,7 +83,7 @@ class EngineConfig:
     dtype: str = "auto"
     weights: str = "auto"
     prefix_reuse: bool = True
-    eviction: str = "lru"
+    eviction: str = "cost"
     pipeline_depth: int = -1
 
     def __post_init__(self) -> None:

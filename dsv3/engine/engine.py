@@ -87,7 +87,7 @@ class Engine:
         self._tree: PrefixTree | None = None
         self._tiers = tiers
         if settings.prefix_reuse:
-            policy = make_policy(settings.eviction)
+            policy = make_policy(settings.eviction, self._pages.num_pages)
             on_evict = None if tiers is None else tiers.offload
             page_size = cache.layout.page_size
             self._tree = PrefixTree(self._pages, page_size, policy, on_evict=on_evict)
@@ -206,6 +206,10 @@ class Engine:
         self._is_stepping = False
         return outputs
 
+    def pause(self) -> None:
+        """Let the other ranks leave `follow`, until they come back for more."""
+        self._channel.send(None)
+
     def stop(self) -> None:
         """Let the other ranks leave `follow`; what is cached goes to disk first, if there is one.
 
@@ -213,7 +217,7 @@ class Engine:
         """
         if self._tiers is not None and self._tree is not None and not self._is_stepping:
             self._save(self._tiers, self._tree)
-        self._channel.send(None)
+        self.pause()
 
     def _save(self, tiers: Tiers, tree: PrefixTree) -> None:
         deadline = time.monotonic() + _SAVE_SECONDS

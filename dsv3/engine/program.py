@@ -77,7 +77,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     cache.add_argument(
         "--no-prefix-reuse", dest="prefix_reuse", action="store_false", help="reuse no prefixes"
     )
-    cache.add_argument("--eviction", default="lru", help="cost or lru")
+    cache.add_argument("--eviction", default="cost", help="cost or lru")
     steps = parser.add_argument_group("steps")
     steps.add_argument("--max-batch-tokens", type=int, default=2048, help="new tokens of a step")
     steps.add_argument("--max-running", type=int, default=64, help="sequences at a time")

@@ -39,7 +39,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @initialize(policy=st.sampled_from(sorted(POLICIES)))
     def build(self, policy: str) -> None:
-        self.tree = PrefixTree(self.pages, PAGE_SIZE, make_policy(policy))
+        self.tree = PrefixTree(self.pages, PAGE_SIZE, make_policy(policy, self.pages.num_pages))
 
     def content(self, pages: list[int]) -> list[int]:
         return [token for page in pages for token in self.memory[page]]
