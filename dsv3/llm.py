@@ -108,6 +108,7 @@ class LLM:
         messages: Messages | Sequence[Messages] | None,
         params: Params = None,
         thinking: bool = False,
+        conversation_id: str | None = None,
     ) -> list[Completion]:
         """Answer conversations through the model's chat format; else as `generate`.
 
@@ -116,10 +117,16 @@ class LLM:
             params: for all or one for each.
             thinking: let the model think first, where its format knows of that. The thought
                 comes first in the text, up to `</think>`.
+            conversation_id: names the dialogue, for `drop_conversation`.
         """
         several = _several(messages, _is_conversation)
-        asked = [{"messages": each, "thinking": thinking} for each in several]
-        return self._complete(asked, params)
+        common = {"thinking": thinking, "conversation_id": conversation_id}
+        return self._complete([{"messages": each, **common} for each in several], params)
+
+    def drop_conversation(self, conversation_id: str) -> None:
+        """Forget the cached prefixes that only this conversation has used."""
+        if self._started.engine is not None:
+            self._started.engine.drop_conversation(conversation_id)
 
     def stream(
         self,

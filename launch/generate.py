@@ -29,7 +29,7 @@ from dsv3.errors import ConfigError
 from dsv3.observe.exporter import serve_metrics
 from dsv3.parallel.mesh import Mesh, join_world
 from dsv3.parallel.together import fail_together
-from dsv3.serve.batch import BatchSummary, run_batch
+from dsv3.serve.batch import BatchSummary, prewarm_prompts, run_batch
 from dsv3.serve.chat import Chat
 from dsv3.serve.progress import Progress
 from dsv3.serve.sinks import JournalSink, TextSink
@@ -50,6 +50,7 @@ def parse_args() -> argparse.Namespace:
     what.add_argument("--interactive", action="store_true", help="chat on the terminal")
     what.add_argument("--input-file", help="prompts, one a line, or OpenAI Batch JSONL")
     what.add_argument("--prompt-separator", default="line", help="line or blank-line")
+    what.add_argument("--prewarm", help="prompts to compute first and keep in the cache")
     what.add_argument("--output-file", help="OpenAI Batch results; a second start resumes")
     what.add_argument("--overwrite", action="store_true", help="start --output-file anew")
     what.add_argument("--strict", action="store_true", help="exit with 1 if any row failed")
@@ -80,6 +81,7 @@ class Job:
 
     defaults: Defaults
     rows: BatchInput | None = None
+    prewarm: BatchInput | None = None
     journal: Journal | None = None
     metrics_port: int | None = None
 
@@ -101,14 +103,17 @@ def prepare(args: argparse.Namespace, checkpoint: Path, model: str, files: ExitS
     )
     if args.stats_file:
         check_stats_file(Path(args.stats_file))
+    prewarm = None
+    if args.prewarm:
+        prewarm = BatchInput(Path(args.prewarm), defaults, args.prompt_separator)
     if args.interactive:
         Tokenizer.load(checkpoint)
-        return Job(defaults, metrics_port=args.metrics_port)
+        return Job(defaults, prewarm=prewarm, metrics_port=args.metrics_port)
     rows, journal = BatchInput(Path(args.input_file), defaults, args.prompt_separator), None
     if args.output_file:
         journal = Journal(Path(args.output_file), args.overwrite, model)
         files.enter_context(journal).resume(rows)
-    return Job(defaults, rows, journal, args.metrics_port)
+    return Job(defaults, rows, prewarm, journal, args.metrics_port)
 
 
 def chat(job: Job, started: Started, engine: Engine, name: str) -> None:
@@ -130,6 +135,13 @@ def answer(job: Job, started: Started, engine: Engine, name: str) -> BatchSummar
     return run_batch(engine, job.rows, sink, chat_format, Progress(job.rows.count(), done))
 
 
+def prewarm(rows: BatchInput, started: Started, engine: Engine, name: str) -> None:
+    """Compute the prompts of a file and keep them cached."""
+    chat_format = ChatFormat.load_optional(engine.tokenizer, started.config.model_type, name)
+    num_tokens = engine.prewarm(prewarm_prompts(rows, engine.tokenizer, chat_format))
+    log.info("prewarmed: %d tokens are cached and stay so", num_tokens)
+
+
 def work(job: Job, started: Started, name: str) -> BatchSummary:
     """Do the job on rank 0; run its steps on the others."""
     if started.engine is None:
@@ -141,6 +153,8 @@ def work(job: Job, started: Started, name: str) -> BatchSummary:
     )
     try:
         with serving:
+            if job.prewarm is not None:
+                prewarm(job.prewarm, started, started.engine, name)
             if job.rows is not None:
                 return answer(job, started, started.engine, name)
             chat(job, started, started.engine, name)

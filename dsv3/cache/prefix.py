@@ -246,6 +246,11 @@ class PrefixTree:
                 self._evict_run(node, num_pages)
         return True
 
+    @property
+    def num_pinned(self) -> int:
+        """Pages kept by `pin`."""
+        return len({page for pages in self._pinned.values() for page in pages})
+
     def pin(self, token_ids: Ids[int]) -> int:
         """Keep the cached part of a prefix from eviction until `unpin`; return its tokens."""
         key, match = encode(token_ids), self.match(token_ids)

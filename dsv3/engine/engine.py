@@ -22,9 +22,9 @@ from dsv3.engine.runner import Runner
 from dsv3.engine.sampler import Sampled, SampledOnDevice
 from dsv3.engine.scheduler import Scheduler, Step
 from dsv3.engine.sequence import Sequence
-from dsv3.errors import RequestError
+from dsv3.errors import ConfigError, RequestError
 from dsv3.observe.metrics import Metrics
-from dsv3.request import Completion, Request, RequestOutput, TokenLogprobs
+from dsv3.request import Completion, Request, RequestOutput, SamplingParams, TokenLogprobs
 from dsv3.text.detokenize import TextStream
 from dsv3.text.tokenizer import Tokenizer
 
@@ -107,6 +107,7 @@ class Engine:
         self._num_added = self._num_launched = 0
         self._now = time.monotonic()
         self.max_seq_len = min(max_seq_len, self.cache_tokens)
+        self._num_pinned = 0
 
     @property
     def cache_tokens(self) -> int:
@@ -137,10 +138,11 @@ class Engine:
         # The last token is never fed back, so it needs no place in the cache.
         longest = len(request.prompt_ids) + max(0, params.max_tokens - 1)
         pages = self._layout.pages_for(longest)
-        if pages > self._pages.num_pages:
+        if pages > self._pages.num_pages - self._num_pinned:
+            room = (self._pages.num_pages - self._num_pinned) * self._layout.page_size
             raise RequestError(
                 f"prompt of {len(request.prompt_ids)} tokens and max_tokens={params.max_tokens} "
-                f"need {longest} cached tokens, the cache holds {self.cache_tokens}; "
+                f"need {longest} cached tokens, the cache holds {room}; "
                 "raise --kv-cache-size or lower max_tokens"
             )
         stream = None
@@ -175,6 +177,31 @@ class Engine:
         seq = self._sequences.pop(request_id, None)
         if seq is not None:
             self._scheduler.remove(seq)
+
+    def prewarm(self, prompts: list[list[int]]) -> int:
+        """Compute prompts before the first request and keep them cached; return their tokens.
+
+        Raises:
+            RequestError: one cannot be served.
+            ConfigError: they leave too little of the cache.
+        """
+        if self._tree is None:
+            raise ConfigError("--prewarm keeps prefixes for reuse; drop --no-prefix-reuse")
+        for i, ids in enumerate(prompts):
+            params = SamplingParams(max_tokens=0)
+            self.add(Request(request_id=f"prewarm-{i}", prompt_ids=ids, params=params))
+        while self.has_work():
+            self.step()
+        total = sum(self._tree.pin(ids) for ids in prompts)
+        self._num_pinned = self._tree.num_pinned
+        room = (self._pages.num_pages - self._num_pinned) * self._layout.page_size
+        if 2 * room < self.cache_tokens:
+            raise ConfigError(
+                f"--prewarm pins {self._num_pinned * self._layout.page_size} of "
+                f"{self.cache_tokens} cached tokens, more than half; raise --kv-cache-size"
+            )
+        self.max_seq_len = min(self.max_seq_len, room)
+        return total
 
     def drop_conversation(self, conversation_id: str) -> None:
         """Forget the cached prefixes that only this conversation has used."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from dsv3.errors import Dsv3Error, OutputError, RequestError
+from dsv3.errors import ConfigError, Dsv3Error, OutputError, RequestError
 from dsv3.request import Completion, Request, RequestOutput
 from dsv3.serve.progress import Progress
 from dsv3.serve.sinks import BAD_REQUEST, OUR_FAULT, Sink
@@ -67,6 +67,21 @@ class BatchSummary:
             text += f"; {self.resumed} were done before"
         rate = self.generated_tokens / max(self.seconds, 1e-9)
         return f"{text}; {self.generated_tokens} tokens in {self.seconds:.1f} s, {rate:.0f} tok/s"
+
+
+def prewarm_prompts(
+    rows: Iterable[Row], tokenizer: Tokenizer | None, chat: ChatFormat | None
+) -> list[list[int]]:
+    """Return the tokens of the prompts in a `--prewarm` file; any bad row refuses the file."""
+    prompts = []
+    for row in rows:
+        if row.request is None:
+            raise ConfigError(f"--prewarm, row {row.number}: {row.error}")
+        try:
+            prompts.append(encode_prompt(row.request, tokenizer, chat))
+        except RequestError as error:
+            raise ConfigError(f"--prewarm, row {row.number}: {error}") from None
+    return prompts
 
 
 def run_batch(

@@ -84,6 +84,8 @@ def parse_request(url: str, body: Any, name: str, defaults: Defaults) -> TextReq
         n=fields.integer("n", 1, MAX_CHOICES) or 1,
         limit_is_default=asked.max_tokens is None,
         return_token_ids=fields.truth("return_token_ids") or False,
+        priority=fields.integer("priority", -(2**31), 2**31 - 1) or 0,
+        conversation_id=fields.text("conversation_id"),
         model=fields.text("model") or "",
         **specific,
     )

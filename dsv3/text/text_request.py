@@ -22,6 +22,7 @@ class TextRequest:
         limit_is_default: max_tokens was not asked for: it is cut to the room in the context.
         echo: the answer's text begins with the prompt.
         return_token_ids: the answer also tells its tokens and those of the prompt.
+        priority, conversation_id: as in `Request`.
         model: name to answer under.
     """
 
@@ -33,6 +34,8 @@ class TextRequest:
     thinking: bool = False
     echo: bool = False
     return_token_ids: bool = False
+    priority: int = 0
+    conversation_id: str | None = None
     model: str = ""
 
     def digest(self) -> str:
@@ -88,6 +91,8 @@ def token_requests(
             request_id=f"{name}/{i}",
             prompt_ids=prompt_ids,
             params=replace(params, seed=_to_64_bits(params.seed + i)),
+            priority=request.priority,
+            conversation_id=request.conversation_id,
         )
         for i in range(request.n)
     ]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dsv3.errors import RequestError
+from dsv3.errors import ConfigError, RequestError
 from dsv3.request import Request, SamplingParams
 from tests.paper_runner import EOS, answer, finish, next_token, paper_engine
 
@@ -178,6 +178,22 @@ def test_a_scored_prompt_reuses_nothing() -> None:
     engine.add(scored)
     done = finish(engine)["scored"]
     assert done.cached_tokens == 0 and len(done.prompt_logprobs) == 39
+
+
+def test_prewarmed_prompts_stay() -> None:
+    engine, _ = paper_engine(20, max_batch_tokens=100, max_running=2)
+    kept = shared("kept", 30, 0)
+    assert engine.prewarm([kept.prompt_ids]) == 30
+    for i in range(30):  # far more than the cache holds
+        engine.add(ask(f"other {i}", 40))
+    finish(engine)
+    engine.add(shared("user", 30, 9))
+    assert finish(engine)["user"].cached_tokens == 30
+    # What is pinned is not there for others: they are refused, not left waiting.
+    with pytest.raises(RequestError, match="need 60 cached tokens, the cache holds 48"):
+        engine.add(ask("big", 53))
+    with pytest.raises(ConfigError, match="more than half; raise --kv-cache-size"):
+        engine.prewarm([ask("much", 40).prompt_ids])
 
 
 def test_a_deadline_ends_an_answer() -> None:
