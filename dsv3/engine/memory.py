@@ -112,11 +112,13 @@ def plan_memory(
     max_seq_len: int,
     free: int,
     device: torch.device,
+    activations: int | None = None,
 ) -> MemoryPlan:
     """Decide the cache's size.
 
-    `auto` takes what the most running sequences could use, but no more than a share of the
-    memory that the weights leave.
+    `auto` takes what the most running sequences could use, but no more than the memory that
+    weights and activations leave; while the bytes of activations are not measured (None), a share
+    of what the weights leave.
 
     Raises:
         ConfigError: not even one page fits, or not all that was asked for.
@@ -132,8 +134,13 @@ def plan_memory(
         num_pages = size.num_bytes // page_bytes
     else:
         wanted = settings.max_running * cache.pages_for(max_seq_len)
-        share = _CACHE_SHARE[device.type] * max(0, free - fixed)
-        num_pages = min(wanted, int(share) // page_bytes)
+        room = max(0, free - fixed)
+        if activations is None:
+            room = int(_CACHE_SHARE[device.type] * room)
+        else:
+            # Allocators lose some to fragments.
+            room -= activations + activations // 8 + page_bytes
+        num_pages = min(wanted, room // page_bytes)
     # One more page is allocated that no sequence uses.
     needed = fixed + (num_pages + 1) * page_bytes
     if num_pages < 1 or needed > free:

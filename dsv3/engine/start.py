@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -127,62 +128,91 @@ def start(
         RankError: another rank failed.
     """
     seconds: dict[str, float] = {}
-    with _phase(seconds, "load"), fail_together(mesh, "loading"):
-        source = open_source(path, config)
-        with source:
-            config = source.config
-            mesh.layout.check(config)
-            if mesh.layout.dp > 1:
-                raise ConfigError(
-                    f"dp={mesh.layout.dp}: experts are not yet exchanged between data-parallel "
-                    "groups; use tp for all ranks"
-                )
-            if n_experts not in (None, config.n_routed_experts):
-                raise ConfigError(
-                    f"--n-experts={n_experts} but the model has {config.n_routed_experts}"
-                )
-            check_tensors(source)
-            limit = context_limit(settings, config)
-            dtype = activation_dtype(settings, config, mesh.device.type)
-            fp8_names = fp8_weights(source) if settings.weights == "fp8" else frozenset()
-            fmt = WeightFormat(dtype, mesh.device, fp8_names)
-            layout = CacheLayout.make(
-                config,
-                settings.cache_form,
-                settings.kv_shard,
-                _CACHE_NAMES[dtype] if settings.kv_dtype == "auto" else settings.kv_dtype,
-                mesh.layout.tp,
-                mesh.layout.tp_rank,
-            )
-            plan = plan_memory(
-                config,
-                settings,
-                layout,
-                weight_bytes(config, mesh.layout, dtype.itemsize, fp8_names),
-                limit,
-                free_memory(mesh.device, mesh.ranks_on_host),
-                mesh.device,
-            )
-            if mesh.layout.rank == 0:
-                log.info("%s", plan.describe())
-            model = _load_model(source, mesh, fmt, progress)
-            weights = b""
-            if settings.disk_cache:
-                weights = digest_share(source, mesh.layout.rank, mesh.layout.world_size)
-            tokenizer = Tokenizer.load_optional(path) if mesh.layout.rank == 0 else None
-        # All ranks of the group must agree on the pages; each has planned with its own memory.
+    with (
+        _phase(seconds, "load"),
+        fail_together(mesh, "loading"),
+        open_source(path, config) as source,
+    ):
+        setup = _set_up(source, settings, mesh, n_experts)
+        if mesh.layout.rank == 0:
+            log.info("%s", setup.plan.describe())
+        model = _load_model(source, mesh, setup.fmt, progress)
+        weights = b""
+        if settings.disk_cache:
+            weights = digest_share(source, mesh.layout.rank, mesh.layout.world_size)
+        tokenizer = Tokenizer.load_optional(path) if mesh.layout.rank == 0 else None
+    config, plan = source.config, _measured_plan(setup, settings, mesh, model)
     num_pages = _agree_on_pages(mesh, plan.num_pages)
-    cache = CachePool(layout, config.num_hidden_layers, num_pages + 1, mesh.device, mesh.tp)
-    numerics = f"{dtype} {settings.weights}"
+    cache = CachePool(setup.layout, config.num_hidden_layers, num_pages + 1, mesh.device, mesh.tp)
+    numerics = f"{setup.fmt.dtype} {settings.weights}"
     mover, tiers = make_tiers(mesh, settings, config, cache, plan.host_pages, weights, numerics)
     runner = Runner(model, cache, _decode_limit(settings, config), mover)
     channel = PlanChannel(mesh.control)
     with _phase(seconds, "warmup"):
-        runner.run(_warm_up_plan())
+        runner.run(_one_sequence(1))
     engine = None
     if mesh.layout.rank == 0:
+        limit = setup.context_limit
         engine = Engine(config, settings, runner, cache, channel, tokenizer, limit, tiers)
     return Started(mesh, config, runner, channel, cache, plan, engine, seconds)
+
+
+@dataclass(frozen=True)
+class _SetUp:
+    """What is decided before loading. `plan_for(free, device, activations)` makes memory plans."""
+
+    fmt: WeightFormat
+    layout: CacheLayout
+    context_limit: int
+    plan: MemoryPlan
+    plan_for: Callable[..., MemoryPlan]
+
+
+def _set_up(source: Source, settings: EngineConfig, mesh: Mesh, n_experts: int | None) -> _SetUp:
+    """Hold model, files, layout and settings to each other, and plan the memory."""
+    config = source.config
+    mesh.layout.check(config)
+    if mesh.layout.dp > 1:
+        raise ConfigError(
+            f"dp={mesh.layout.dp}: experts are not yet exchanged between data-parallel "
+            "groups; use tp for all ranks"
+        )
+    if n_experts not in (None, config.n_routed_experts):
+        raise ConfigError(f"--n-experts={n_experts} but the model has {config.n_routed_experts}")
+    check_tensors(source)
+    limit = context_limit(settings, config)
+    dtype = activation_dtype(settings, config, mesh.device.type)
+    fp8_names = fp8_weights(source) if settings.weights == "fp8" else frozenset()
+    stored = _CACHE_NAMES[dtype] if settings.kv_dtype == "auto" else settings.kv_dtype
+    tp, tp_rank = mesh.layout.tp, mesh.layout.tp_rank
+    layout = CacheLayout.make(config, settings.cache_form, settings.kv_shard, stored, tp, tp_rank)
+    weights = weight_bytes(config, mesh.layout, dtype.itemsize, fp8_names)
+    plan_for = partial(plan_memory, config, settings, layout, weights, limit)
+    plan = plan_for(free_memory(mesh.device, mesh.ranks_on_host), mesh.device)
+    return _SetUp(WeightFormat(dtype, mesh.device, fp8_names), layout, limit, plan, plan_for)
+
+
+def _measured_plan(
+    setup: _SetUp, settings: EngineConfig, mesh: Mesh, model: Transformer
+) -> MemoryPlan:
+    """Return the plan with `auto` made exact by running a full step; on CUDA only. A collective.
+
+    A CPU's cache becomes resident only where it is written, so there the estimate is enough.
+    """
+    if mesh.device.type != "cuda" or settings.kv_cache_size != "auto":
+        return setup.plan
+    count = min(settings.max_batch_tokens, setup.context_limit)
+    pages = setup.layout.pages_for(count) + 1
+    cache = CachePool(setup.layout, model.config.num_hidden_layers, pages, mesh.device, mesh.tp)
+    before = torch.cuda.memory_allocated(mesh.device)
+    torch.cuda.reset_peak_memory_stats(mesh.device)
+    plan = _one_sequence(count, setup.layout.page_size)
+    Runner(model, cache, _decode_limit(settings, model.config)).run(plan)
+    peak = torch.cuda.max_memory_allocated(mesh.device) - before
+    del cache
+    torch.cuda.empty_cache()
+    free = free_memory(mesh.device, mesh.ranks_on_host) + setup.plan.weight_bytes
+    return setup.plan_for(free, mesh.device, peak)
 
 
 def _load_model(
@@ -216,17 +246,21 @@ def _decode_limit(settings: EngineConfig, config: ModelConfig) -> int:
     return absorb_limit(config)
 
 
-def _warm_up_plan() -> StepPlan:
-    """One token in page 1: opens the connections between ranks and the libraries' thread pools."""
+def _one_sequence(count: int, page_size: int = 64) -> StepPlan:
+    """Return a step of `count` tokens in pages 1, 2, ...
+
+    One token opens the connections between ranks and the libraries' thread pools.
+    """
     one, zero = np.ones(1, np.int32), np.zeros(1, np.int32)
+    pages = np.arange(1, 1 + -(-count // page_size), dtype=np.int32)
     return StepPlan(
-        token_ids=zero,
-        query_len=one,
+        token_ids=np.zeros(count, np.int32),
+        query_len=count * one,
         context_len=zero,
-        page_count=one,
-        pages=one,
-        row=zero,
-        position=one,
+        page_count=len(pages) * one,
+        pages=pages,
+        row=(count - 1) * one,
+        position=count * one,
         target=-one,
         top_logprobs=-one,
         top_k=zero,

@@ -174,3 +174,12 @@ def test_the_host_cache_takes_from_the_same_memory_on_a_cpu() -> None:
 
 def test_free_memory_is_shared_by_the_ranks_of_a_host() -> None:
     assert 0 < free_memory(CPU, 1000) < free_memory(CPU, 1)
+
+
+def test_auto_leaves_what_a_step_was_measured_to_need() -> None:
+    settings = EngineConfig(max_running=10**6, max_batch_tokens=10**6)
+    layout, _ = plan(settings, 10**9)
+    measured = plan_memory(TINY, settings, layout, 10**7, 256, 10**9, CPU, activations=8 * 10**7)
+    page_bytes = 64 * 1152
+    left = 10**9 - 10**7 - 9 * 10**7 - (measured.num_pages + 1) * page_bytes
+    assert 0 <= left < page_bytes
