@@ -129,6 +129,8 @@ class MLA(nn.Module):
     def _latent(self, q_THX: Tensor, entry_TX: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
         own = entry_TX if batch.own_row is None else entry_TX[batch.own_row]
         cache.write(batch.own_slot, own)
+        if not batch.chunks:
+            return self._absorbed(q_THX, batch, cache)
         o_THV = q_THX.new_empty((*q_THX.shape[:2], self.config.v_head_dim), dtype=torch.float32)
         decode = batch.num_decode_rows
         if decode:

@@ -74,6 +74,7 @@ class Matrix(nn.Module):
             (len(names), sum(rows), cols), dtype=FP8 if fp8 else fmt.dtype, device=fmt.device
         )
         self.weight = nn.Parameter(data, requires_grad=False)
+        self._weights = self.weight.unbind()  # a view of each, made once and not at every use
         self.scales: dict[tuple[int, int], BlockScale] = {}
 
     def targets(self) -> Iterator[Target]:
@@ -86,7 +87,7 @@ class Matrix(nn.Module):
 
     def matrix(self, e: int = 0) -> Tensor:
         """Return matrix `e` in the compute dtype, [rows, cols]."""
-        weight = self.weight[e]
+        weight = self._weights[e]
         if weight.dtype != FP8:
             return weight
         if not weight.numel():  # nothing of it is this rank's, so it has no scales

@@ -20,13 +20,13 @@ def mla_decode_ref(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Define `mla_decode`."""
-    _, Q, H, X = q_BQHX.shape
-    S = slot_BS.shape[1]
-    step = max(1, _SCORES // max(1, S * max(Q * H, X)))
-    blocks = zip(*(x.split(step) for x in (q_BQHX, slot_BS, key_pos_BS, query_pos_BQ)), strict=True)
+    B, Q, H, X = q_BQHX.shape
+    sequences = q_BQHX, slot_BS, key_pos_BS, query_pos_BQ
+    step = max(1, _SCORES // max(1, slot_BS.shape[1] * max(Q * H, X)))
+    if step >= B:
+        return _attend(cache_SX, value_dim, scale, *sequences)
+    blocks = zip(*(x.split(step) for x in sequences), strict=True)
     parts = [_attend(cache_SX, value_dim, scale, *block) for block in blocks]
-    if len(parts) == 1:
-        return parts[0]
     return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
 
 
