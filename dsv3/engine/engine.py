@@ -288,6 +288,7 @@ class Engine:
         m.waiting, m.running = len(self._scheduler.waiting), len(self._scheduler.running)
         m.pages_free, m.pages_idle = pages.num_free, pages.num_idle
         m.pages_used = pages.num_pages - pages.num_free - pages.num_idle
+        m.pages_pinned = self._num_pinned
         m.evictions = 0 if self._tree is None else self._tree.num_evicted
         if self._tiers is not None:
             self._tiers.report(m)

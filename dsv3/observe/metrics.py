@@ -83,6 +83,7 @@ class Metrics:
     waiting: int = 0
     running: int = 0
     pages_used: int = 0
+    pages_pinned: int = 0
     pages_idle: int = 0
     pages_free: int = 0
     disk_bytes: int = 0
@@ -143,7 +144,8 @@ COUNTERS = {
 GAUGES = {
     "waiting": "requests in line",
     "running": "requests in progress",
-    "pages_used": "pages that requests hold",
+    "pages_used": "pages that requests hold, and pinned ones",
+    "pages_pinned": "cached pages that are never evicted",
     "pages_idle": "cached pages that nobody holds",
     "pages_free": "empty pages",
     "disk_bytes": "bytes of the disk cache, of all models and runs",

@@ -93,6 +93,15 @@ def test_an_engine_counts() -> None:
     assert second.endswith(" on the host; 0 preemptions, 0 evictions")
 
 
+def test_pinned_pages() -> None:
+    engine, _ = paper_engine(100, page_size=4, max_batch_tokens=20, max_running=2)
+    engine.prewarm([list(range(2, 12))])
+    params = SamplingParams(max_tokens=2, ignore_eos=True)
+    engine.add(Request(request_id="a", prompt_ids=[2, 3, 50], params=params))
+    finish(engine)
+    assert engine.metrics.pages_pinned == engine.metrics.pages_used == 3
+
+
 def test_served_over_http() -> None:
     metrics = Metrics(steps=1)
     with serve_metrics(metrics, 0) as port:
