@@ -62,11 +62,8 @@ class EvictionPolicy(ABC):
     def replaced(self, old: CacheEntry, new: CacheEntry, parent: CacheEntry) -> None:
         """Note that a page with more tokens takes the place of `old`."""
 
-    def evicted(self, entry: CacheEntry) -> None:  # noqa: B027
-        """Note that a page is about to be evicted; `removed` follows."""
-
-    def removed(self, entry: CacheEntry) -> None:
-        """Note that a page is no longer in the tree."""
+    def removed(self, entry: CacheEntry, *, evicted: bool) -> None:
+        """Note that a page leaves the tree: evicted, or because nobody will ask for it again."""
         self.withdraw(entry)
 
     def offer(self, entry: CacheEntry) -> None:
@@ -132,11 +129,11 @@ class LeastRecentlyUsed(EvictionPolicy):
         self.inserted(new, parent)
 
 
-# Ranks of a page: how often it was reused (by powers of two, from _NUM_RANKS - 1 up all the same),
-# or that it is where its latest request ends. Such pages mostly differ from request to request.
-_NUM_RANKS = 8
-_END = _NUM_RANKS
-_RANKS_IN = [[r for r in range(_END + 1) if mask >> r & 1] for mask in range(2 << _END)]
+# The rank of a page: 0 if it was never reused, k if it was 2^(k - 1) times or more; _END if its
+# latest request ends there, for where a request ends is mostly the concern of no other one.
+_TOP_RANK = 7
+_END = 8
+_RANKS_IN = [[rank for rank in range(_END + 1) if mask >> rank & 1] for mask in range(2 << _END)]
 
 
 class _Visit:
@@ -166,7 +163,7 @@ class _Visit:
 
 
 def _reuse_rank(entry: CacheEntry) -> int:
-    return min(entry.num_hits.bit_length(), _NUM_RANKS - 1)
+    return min(entry.num_hits.bit_length(), _TOP_RANK)
 
 
 def _rank(entry: CacheEntry) -> int:
@@ -192,17 +189,17 @@ class CostAware(EvictionPolicy):
     def __init__(self, num_pages: int, depth_cost: float = 0.0) -> None:
         super().__init__()
         self._depth_cost = depth_cost
-        # Evicted pages: the visit they were last used in, their rank, and how often they were
-        # reused. Four times what the cache holds shows what keeping more would have yielded.
+        # Evicted pages: the visit that used them last, their rank, and how often they were reused.
+        # Four caches full of them show what would have come of keeping more.
         self._ghosts: dict[bytes, tuple[_Visit, int, int]] = {}
-        self._max_ghosts = max(1 << 15, 4 * num_pages)
+        self._max_ghosts = max(1 << 14, 4 * num_pages)
         num_buckets = age_bucket(2 * (num_pages + self._max_ghosts)) + 1
         # Visits by age, oldest first, until they outgrow the last bucket.
         self._visits: list[deque[_Visit]] = [deque() for _ in range(num_buckets)]
         self._outgrown = [bucket_start(k + 1) for k in range(num_buckets)]
         # Each rank resembles the one below it.
         self._of_rank = [ReuseCurve(num_buckets)]
-        for _ in range(1, _NUM_RANKS):
+        for _ in range(_TOP_RANK):
             self._of_rank.append(ReuseCurve(num_buckets, self._of_rank[-1]))
         self._of_rank.append(ReuseCurve(num_buckets))
         self._of_kind: dict[tuple[int, int], ReuseCurve] = {}
@@ -255,22 +252,21 @@ class CostAware(EvictionPolicy):
         elif visit is not None and visit.end is parent:
             visit.extend(new)
 
-    def evicted(self, entry: CacheEntry) -> None:
-        """Remember the page."""
-        assert entry.visit is not None
-        self._ghosts[entry.prefix_hash()] = entry.visit, _rank(entry), entry.num_hits
-        if len(self._ghosts) > self._max_ghosts:
-            del self._ghosts[next(iter(self._ghosts))]
-
-    def removed(self, entry: CacheEntry) -> None:
-        """Let go of the page."""
-        super().removed(entry)
-        if entry.visit is not None and entry.visit.end is entry:
-            entry.visit.end = None
+    def removed(self, entry: CacheEntry, *, evicted: bool) -> None:
+        """Let go of a page, and remember it if it may be asked for again."""
+        super().removed(entry, evicted=evicted)
+        visit = entry.visit
+        assert visit is not None
+        if evicted:
+            self._ghosts[entry.prefix_hash()] = visit, _rank(entry), entry.num_hits
+            if len(self._ghosts) > self._max_ghosts:
+                del self._ghosts[next(iter(self._ghosts))]
+        if visit.end is entry:
+            visit.end = None
 
     def take(self) -> CacheEntry:
         """Rate some pages afresh, going round, as their worth changes with age; then choose."""
-        for _ in range(8):
+        for _ in range(4):
             self._hand = (self._hand + 1) % len(self._heap)
             self.offer(self._heap[self._hand])
         return super().take()

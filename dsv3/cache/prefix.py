@@ -160,7 +160,7 @@ class PrefixTree:
         self._groups: dict[str, set[_Node]] = {}
         self._pinned: dict[bytes, list[int]] = {}
         self.num_evicted = 0
-        pages.on_idle = self._offer
+        pages.on_idle = self._on_idle
 
     @property
     def num_evictable(self) -> int:
@@ -241,7 +241,7 @@ class PrefixTree:
         while self._pages.num_free < num_pages:
             node = self._policy.take()
             assert isinstance(node, _Node)
-            # A page that is held again is offered again when that ends.
+            # One that is held again or continued again is offered again when that ends.
             if self._is_evictable(node):
                 self._evict_run(node, num_pages)
         return True
@@ -272,6 +272,8 @@ class PrefixTree:
         nodes = sorted(self._groups.get(group, ()), key=lambda node: -node.depth)
         for node in nodes:
             self._remove(node)
+            assert node.parent is not None
+            self._offer(node.parent)
         return len(nodes)
 
     def page_hash(self, page: int) -> bytes:
@@ -315,22 +317,20 @@ class PrefixTree:
         else:
             self._policy.inserted(node, parent)
         parent.add(node)
-        self._policy.withdraw(parent)
         self._nodes[page] = node
         self._pages.cache(page)
         if group is not None:
             self._groups.setdefault(group, set()).add(node)
         return node
 
-    def _remove(self, node: _Node) -> None:
+    def _remove(self, node: _Node, *, evicted: bool = False) -> None:
         """Take a leaf out of the tree."""
         assert node.parent is not None and not node.children
-        self._policy.removed(node)
+        self._policy.removed(node, evicted=evicted)
         node.parent.remove(node)
         self._nodes[node.page] = None
         self._disown(node)
         self._pages.uncache(node.page)
-        self._offer(node.parent.page)
 
     def _evict_run(self, node: _Node, num_pages: int) -> None:
         """Evict the page of lowest rating, and those above it as long as they rate no higher."""
@@ -339,16 +339,22 @@ class PrefixTree:
             assert node.parent is not None
             if self._on_evict is not None:
                 self._on_evict(node.page, node.parent.prefix_hash(), node.tokens)
-            self._policy.evicted(node)
-            self._remove(node)
+            self._remove(node, evicted=True)
             self.num_evicted += 1
             node = node.parent
-            if node.slot < 0 or node.rating > lowest or self._pages.num_free >= num_pages:
+            if not self._is_evictable(node):
+                return
+            if self._pages.num_free >= num_pages or self._policy.rate(node) > lowest:
+                self._policy.offer(node)
                 return
 
-    def _offer(self, page: int) -> None:
+    def _on_idle(self, page: int) -> None:
         node = self._nodes[page]
-        if node is not None and self._is_evictable(node):
+        if node is not None:
+            self._offer(node)
+
+    def _offer(self, node: _Node) -> None:
+        if self._is_evictable(node):
             self._policy.offer(node)
 
     def _is_evictable(self, node: _Node) -> bool:

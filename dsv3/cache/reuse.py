@@ -11,7 +11,7 @@ from math import isqrt
 # reused in it, so that the rate of reuse falls as 1 / age and the oldest page is worth least.
 _PRIOR_HAZARD = 0.05
 # The prior, or the parent curve, counts for so many observations.
-_PRIOR_WEIGHT = 10.0
+_PRIOR_WEIGHT = 20.0
 # A curve that has seen so many lives counts each of them half from then on, and forgets in time.
 _MEMORY = 4096.0
 

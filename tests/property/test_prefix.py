@@ -1,5 +1,6 @@
 """The prefix tree under any history: contents match, counts are exact, nothing leaks."""
 
+import random
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -24,6 +25,8 @@ class Running:
     tokens: list[int]
     group: str | None
     pages: list[int] = field(default_factory=list)
+    # Full pages that must be in the tree as long as the sequence runs.
+    num_cached: int = 0
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -62,7 +65,8 @@ class CacheMachine(RuleBasedStateMachine):
         assert match.num_tokens == len(match.pages) * PAGE_SIZE + match.partial_tokens <= limit
         assert self.content(match.held_pages)[: match.num_tokens] == prompt[: match.num_tokens]
         self.tree.use(match, group)
-        seq = Running(prompt[: len(match.pages) * PAGE_SIZE], group, list(match.pages))
+        num_full = len(match.pages)
+        seq = Running(prompt[: num_full * PAGE_SIZE], group, list(match.pages), num_full)
         self.running.append(seq)
         # Computing the tokens of the partial page again is what its copy amounts to.
         fits = self.extend(seq, prompt[len(seq.tokens) :])
@@ -81,6 +85,7 @@ class CacheMachine(RuleBasedStateMachine):
     def insert(self, which: int) -> None:
         seq = self.running[which % len(self.running)]
         self.tree.insert(seq.tokens, len(seq.tokens), seq.pages, group=seq.group)
+        seq.num_cached = len(seq.tokens) // PAGE_SIZE
         assert self.tree.match(seq.tokens).num_tokens == len(seq.tokens)
         assert self.content(seq.pages)[: len(seq.tokens)] == seq.tokens
 
@@ -112,6 +117,9 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(group=st.sampled_from(["a", "b"]))
     def drop_group(self, group: str) -> None:
         self.tree.drop_group(group)
+        for seq in self.running:
+            if seq.group == group:
+                seq.num_cached = 0
 
     @invariant()
     def holders_are_exact(self) -> None:
@@ -132,6 +140,13 @@ class CacheMachine(RuleBasedStateMachine):
             assert encode(self.memory[page]).startswith(tokens)
 
     @invariant()
+    def pages_in_use_stay(self) -> None:
+        for seq in self.running:
+            assert (
+                self.tree.match(seq.tokens).pages[: seq.num_cached] == seq.pages[: seq.num_cached]
+            )
+
+    @invariant()
     def pinned_prefixes_stay(self) -> None:
         for tokens, num_tokens, _ in self.pinned:
             assert self.tree.match(tokens).num_tokens >= num_tokens
@@ -141,3 +156,35 @@ CacheMachine.TestCase.settings = settings(
     max_examples=150, stateful_step_count=40, deadline=None, derandomize=True
 )
 TestCache = CacheMachine.TestCase
+
+
+def test_a_million_operations_leave_nothing_behind() -> None:
+    """Allocate, fork and free at random: counts stay exact, and no page becomes unreachable."""
+    num_pages, rng = 500, random.Random(11)
+    pages = PageAllocator(num_pages + 1)
+    holders = [0] * (num_pages + 1)
+    held: list[list[int]] = []
+    for step in range(1_000_000):
+        action = rng.random()
+        if held and (action < 0.45 or pages.num_free < 4):
+            own = held.pop(rng.randrange(len(held)))
+            pages.release(own)
+            change = -1
+        elif held and action < 0.6:
+            own = held[rng.randrange(len(held))]
+            pages.retain(own)
+            held.append(list(own))
+            change = 1
+        else:
+            own = pages.allocate(rng.randrange(1, 5))
+            assert not any(holders[page] for page in own)
+            held.append(own)
+            change = 1
+        for page in own:
+            holders[page] += change
+        if step % 50_000 == 0:
+            assert holders == [pages.num_holders(page) for page in range(num_pages + 1)]
+            assert pages.num_free == holders[1:].count(0)
+    for own in held:
+        pages.release(own)
+    assert sorted(pages.allocate(num_pages)) == list(range(1, num_pages + 1))

@@ -1,0 +1,285 @@
+"""The prefix tree: what is shared, copied, kept and evicted."""
+
+import gc
+from array import array
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from dsv3.cache.eviction import CacheEntry, make_policy
+from dsv3.cache.pages import PageAllocator
+from dsv3.cache.prefix import Match, PrefixTree, chain_hash, chain_hashes, encode
+
+P = 4
+
+
+class Cache:
+    """A tree of pages of four tokens, and requests that run to their end at once."""
+
+    def __init__(self, num_pages: int = 16, policy: str = "lru", page_size: int = P) -> None:
+        self.pages = PageAllocator(num_pages + 1)
+        self.evicted: list[tuple[int, bytes, bytes]] = []
+        self.size = page_size
+        policy_ = make_policy(policy, num_pages)
+        self.tree = PrefixTree(
+            self.pages, page_size, policy_, on_evict=lambda *page: self.evicted.append(page)
+        )
+
+    def start(self, tokens: Sequence[int], group: str | None = None) -> list[int]:
+        """Compute and register a sequence; return the pages it still holds."""
+        match = self.tree.match(tokens)
+        self.tree.use(match, group)
+        missing = -(-len(tokens) // self.size) - len(match.pages)
+        assert self.tree.make_room(missing)
+        held = match.pages + self.pages.allocate(missing)
+        if match.partial_page is not None:
+            self.pages.release([match.partial_page])
+        self.tree.insert(tokens, len(tokens), held, group=group)
+        return held
+
+    def run(self, tokens: Sequence[int], group: str | None = None) -> list[int]:
+        """Start a sequence and let go of its pages; return them."""
+        held = self.start(tokens, group)
+        self.pages.release(held)
+        return held
+
+    def cached(self, tokens: Sequence[int]) -> int:
+        return self.tree.match(tokens).num_tokens
+
+
+@pytest.fixture
+def cache() -> Cache:
+    return Cache()
+
+
+def ids(first: int, count: int) -> list[int]:
+    return list(range(first, first + count))
+
+
+def test_an_empty_tree_matches_nothing(cache: Cache) -> None:
+    assert cache.tree.match(ids(0, 9)) == cache.tree.match([]) == Match([], 0)
+    assert cache.tree.num_evictable == 0
+
+
+def test_full_pages_are_shared(cache: Cache) -> None:
+    first = cache.start(ids(0, 8))
+    second = cache.start([*ids(0, 8), 90, 91])
+    assert second[:2] == first
+    assert [cache.pages.num_holders(page) for page in second] == [3, 3, 2]
+    cache.pages.release(first + second)
+    assert cache.tree.num_evictable == 3
+
+
+@pytest.mark.parametrize("tokens", [ids(0, 7), array("i", ids(0, 7)), np.arange(7)])
+def test_tokens_of_any_kind(cache: Cache, tokens: Sequence[int]) -> None:
+    cache.run(tokens)
+    assert cache.cached(tokens) == cache.cached(ids(0, 7)) == 7
+
+
+@pytest.mark.parametrize("common", range(1, 11))
+def test_a_partial_page_matches_token_by_token(cache: Cache, common: int) -> None:
+    pages = cache.run(ids(0, 10))
+    match = cache.tree.match([*ids(0, common), 90, 91, 92, 93, 94])
+    full, rest = divmod(common, P)
+    assert match.pages == pages[:full] and match.num_tokens == common
+    assert match.partial_tokens == rest
+    assert match.partial_page == (pages[full] if rest else None)
+
+
+def test_the_best_of_many_siblings_is_found(cache: Cache) -> None:
+    tails = [[5, 5], [5, 6, 1], [5, 6, 7, 1], [5, 7], [2**31 - 1, 0]]
+    page = {tuple(tail): cache.run([*ids(0, 4), *tail])[1] for tail in tails}
+    for query, tail, common in (
+        ([5, 6, 7, 9], (5, 6, 7, 1), 3),
+        ([5, 6, 2], (5, 6, 1), 2),
+        ([5, 7, 0], (5, 7), 2),
+        ([2**31 - 1, 1], (2**31 - 1, 0), 1),
+    ):
+        match = cache.tree.match([*ids(0, 4), *query])
+        assert (match.partial_page, match.partial_tokens) == (page[tail], common)
+
+
+def test_the_limit_cuts_inside_a_full_page(cache: Cache) -> None:
+    pages = cache.run(ids(0, 8))
+    assert cache.tree.match(ids(0, 8), 7) == Match(pages[:1], 7, pages[1], 3)
+    assert cache.tree.match(ids(0, 8), 4) == Match(pages[:1], 4)
+    assert cache.tree.match(ids(0, 8), 0) == Match([], 0)
+
+
+def test_use_holds_what_it_takes_until_released(cache: Cache) -> None:
+    pages = cache.run(ids(0, 10))
+    match = cache.tree.match(ids(0, 10))
+    cache.tree.use(match)
+    assert match.held_pages == pages and cache.tree.num_evictable == 0
+    assert not cache.tree.make_room(14)
+    cache.pages.release(match.held_pages)
+    assert cache.tree.make_room(16)
+
+
+def test_a_tail_grows_with_its_sequence(cache: Cache) -> None:
+    tokens = ids(0, 30)
+    held = cache.pages.allocate(8)
+    for num_computed in (2, 3, 4, 5, 9, 9, 12, 30):
+        cache.tree.insert(tokens, num_computed, held)
+        assert cache.cached(tokens) == num_computed
+        in_tree = [page for page, _ in cache.tree]
+        assert sorted(in_tree) == sorted(held[: -(-num_computed // P)])
+
+
+def test_a_longer_tail_replaces_the_one_it_continues(cache: Cache) -> None:
+    old = cache.run(ids(0, 6))
+    new = cache.run(ids(0, 7))
+    assert new[0] == old[0] and new[1] != old[1]
+    assert {page for page, _ in cache.tree} == set(new)
+    assert cache.pages.num_free == 14
+
+
+def test_what_is_cached_already_is_not_stored_again(cache: Cache) -> None:
+    cache.run(ids(0, 11))
+    own = cache.pages.allocate(2)
+    cache.tree.insert(ids(0, 6), 6, own)
+    cache.pages.release(own)
+    assert len(list(cache.tree)) == 3 and cache.pages.num_free == 13
+
+
+def test_equal_pages_computed_twice_are_stored_once(cache: Cache) -> None:
+    first, second = cache.pages.allocate(2), cache.pages.allocate(3)
+    own = list(second)
+    cache.tree.insert(ids(0, 8), 8, first)
+    cache.tree.insert(ids(0, 10), 10, second)
+    assert second == [*first, own[2]]
+    assert [cache.pages.num_holders(page) for page in first] == [3, 3]
+    assert [cache.pages.num_holders(page) for page in own] == [0, 0, 2]
+
+
+def test_leaves_go_before_what_they_continue() -> None:
+    for policy in ("lru", "cost"):
+        cache = Cache(policy=policy)
+        pages = cache.run(ids(0, 16))
+        while cache.tree.num_evictable:
+            assert cache.tree.make_room(cache.pages.num_free + 1)
+        assert [page for page, _, _ in cache.evicted] == pages[::-1]
+        assert cache.tree.num_evicted == 4
+
+
+def test_pages_in_use_are_never_evicted(cache: Cache) -> None:
+    held = cache.start(ids(0, 12))
+    cache.run([*ids(0, 4), *ids(50, 8)])
+    assert cache.tree.num_evictable == 2
+    assert not cache.tree.make_room(14) and not cache.evicted
+    assert cache.tree.make_room(13)
+    assert cache.cached(ids(0, 12)) == 12
+    cache.pages.release(held)
+    assert cache.tree.make_room(16)
+
+
+@pytest.mark.parametrize("policy", ["lru", "cost"])
+def test_a_page_that_is_used_again_is_no_longer_on_offer(policy: str) -> None:
+    cache = Cache(policy=policy)
+    cache.run(ids(0, 8))
+    held = cache.start(ids(0, 8))
+    cache.run(ids(50, 8))
+    assert cache.tree.make_room(14) and cache.cached(ids(0, 8)) == 8
+    cache.pages.release(held)
+    assert cache.tree.make_room(16)
+
+
+def count_entries() -> int:
+    gc.collect()
+    return sum(issubclass(type(thing), CacheEntry) for thing in gc.get_objects())
+
+
+def test_nothing_is_left_of_evicted_pages() -> None:
+    before = count_entries()
+    cache = Cache(policy="cost")
+    for start in range(0, 4000, 20):
+        cache.run(ids(start, 20))
+    cache.tree.make_room(16)
+    assert count_entries() - before < 10
+
+
+def test_evicted_pages_name_their_prefix(cache: Cache) -> None:
+    tokens = ids(0, 10)
+    pages = cache.run(tokens)
+    root = chain_hash(b"", encode(tokens[:4]))
+    assert cache.tree.page_hash(pages[0]) == root
+    expected = [
+        (pages[2], chain_hash(root, encode(tokens[4:8])), encode(tokens[8:])),
+        (pages[1], root, encode(tokens[4:8])),
+        (pages[0], b"", encode(tokens[:4])),
+    ]
+    assert list(cache.tree.deepest_first()) == expected
+    cache.tree.make_room(16)
+    assert cache.evicted == expected
+
+
+@pytest.mark.parametrize("page_size", [64, 128, 192])
+def test_hashes_do_not_depend_on_the_page_size(page_size: int) -> None:
+    cache = Cache(page_size=page_size)
+    pages = cache.run(ids(7, 384))
+    units = chain_hashes(b"", encode(ids(7, 384)))
+    assert len(set(units)) == 6
+    step = page_size // 64
+    assert [cache.tree.page_hash(page) for page in pages] == units[step - 1 :: step]
+
+
+@pytest.mark.parametrize("policy", ["lru", "cost"])
+def test_pinned_prefixes_stay(policy: str) -> None:
+    cache = Cache(8, policy)
+    template = ids(0, 6)
+    cache.run(template)
+    assert cache.tree.pin(template) == cache.tree.pin(template) == 6
+    for start in range(100, 200, 10):
+        cache.run([*template, *ids(start, 9)])
+    assert cache.tree.make_room(6) and not cache.tree.make_room(7)
+    assert cache.cached(template) == 6
+    cache.tree.unpin(template)
+    assert cache.tree.make_room(8) and cache.cached(template) == 0
+
+
+def test_a_group_takes_along_only_what_it_alone_has_used(cache: Cache) -> None:
+    system = ids(0, 4)
+    cache.run(system)
+    cache.run([*system, *ids(10, 6)], "mine")
+    cache.run([*system, *ids(20, 6)], "mine")
+    cache.run([*system, *ids(20, 4), 99], "yours")
+    assert cache.tree.drop_group("mine") == 3
+    assert cache.cached([*system, *ids(10, 6)]) == 4
+    assert cache.cached([*system, *ids(20, 6)]) == 8
+    assert cache.tree.drop_group("mine") == 0
+    assert cache.tree.drop_group("yours") == 1
+    assert cache.tree.num_evictable == 2 and cache.tree.make_room(16)
+
+
+def test_what_two_groups_computed_belongs_to_neither(cache: Cache) -> None:
+    for group in ("mine", "yours"):
+        held = cache.pages.allocate(1)
+        cache.tree.insert(ids(0, 4), 4, held, group=group)
+        cache.pages.release(held)
+    assert cache.tree.drop_group("mine") == 0
+
+
+def test_a_dropped_group_may_still_be_running(cache: Cache) -> None:
+    held = cache.start(ids(0, 10), "chat")
+    assert cache.tree.drop_group("chat") == 3
+    assert cache.cached(ids(0, 10)) == 0 and cache.pages.num_free == 13
+    cache.tree.insert(ids(0, 12), 12, held, group="chat")
+    assert cache.cached(ids(0, 12)) == 12
+    cache.pages.release(held)
+    assert cache.tree.drop_group("chat") == 3 and cache.pages.num_free == 16
+
+
+def test_pinning_takes_a_prefix_from_its_group(cache: Cache) -> None:
+    cache.run(ids(0, 8), "chat")
+    cache.tree.pin(ids(0, 4))
+    assert cache.tree.drop_group("chat") == 1
+    assert cache.cached(ids(0, 8)) == 4
+
+
+def test_a_stale_match_is_refused(cache: Cache) -> None:
+    cache.run(ids(0, 4))
+    match = cache.tree.match(ids(0, 4))
+    cache.tree.make_room(16)
+    with pytest.raises(AssertionError, match="is free"):
+        cache.tree.use(match)
