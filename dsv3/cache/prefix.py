@@ -13,7 +13,7 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, MutableSequence
 from collections.abc import Sequence as Ids
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from sys import byteorder
 
@@ -117,6 +117,7 @@ class Match:
         num_tokens: all tokens found, those in the partial page included.
         partial_page: page whose first `partial_tokens` positions hold the next tokens; to be
             copied before it is continued. None if there is no such page.
+        last: the node of the last of `pages`, from which a later look-up goes on.
         host_slots: slots of host memory with the full pages after `pages`; see tiers.py.
         on_disk: names of full pages after those that are on disk.
     """
@@ -125,6 +126,7 @@ class Match:
     num_tokens: int
     partial_page: int | None = None
     partial_tokens: int = 0
+    last: _Node | None = field(default=None, repr=False)
     host_slots: tuple[int, ...] = ()
     on_disk: tuple[tuple[bytes, ...], ...] = ()
 
@@ -167,13 +169,17 @@ class PrefixTree:
         """Pages that `make_room` could free."""
         return self._pages.num_idle
 
-    def match(self, token_ids: Ids[int], limit: int | None = None) -> Match:
+    def match(
+        self, token_ids: Ids[int], limit: int | None = None, known: Match | None = None
+    ) -> Match:
         """Find the longest cached prefix of `token_ids`, of at most `limit` tokens.
 
         A pure look-up. Its result is good until pages are evicted: `use` it before making room.
+        `known` may be an earlier match of the same tokens: it saves finding its pages again.
         """
         stop = len(token_ids) if limit is None else min(limit, len(token_ids))
-        node, pages, start = self._root, [], 0
+        node, pages = self._resume(known, stop)
+        start = len(pages) * self._page_size
         while True:
             rest = encode(token_ids[start : min(start + self._page_size, stop)])
             child = node.find(rest) if len(rest) == self._page_size * _TOKEN_BYTES else None
@@ -183,8 +189,16 @@ class PrefixTree:
             pages.append(node.page)
         partial, common = node.nearest(rest)
         if partial is None:
-            return Match(pages, start)
-        return Match(pages, start + common, partial.page, common)
+            return Match(pages, start, last=node)
+        return Match(pages, start + common, partial.page, common, last=node)
+
+    def _resume(self, known: Match | None, stop: int) -> tuple[_Node, list[int]]:
+        """Return where an earlier match ended, and its pages, if they are still cached."""
+        if known is None or known.last is None or self._nodes[known.last.page] is not known.last:
+            return self._root, []
+        if len(known.pages) * self._page_size > stop:
+            return self._root, []
+        return known.last, [*known.pages]
 
     def use(self, match: Match, group: str | None = None) -> None:
         """Take a match: retain its pages for the caller, and count the reuse.

@@ -170,7 +170,7 @@ class Scheduler:
     def _match(self, seq: Sequence) -> Match:
         if self._tree is None or seq.reuse_limit <= 0:
             return Match([], 0)
-        match = self._tree.match(seq.token_ids, seq.reuse_limit)
+        match = seq.match = self._tree.match(seq.token_ids, seq.reuse_limit, seq.match)
         if self._tiers is None:
             return match
         num_full = seq.reuse_limit // self._layout.page_size
@@ -212,6 +212,7 @@ class Scheduler:
             seq.pages.extend(self._tiers.restore(match.host_slots, self._pages))
             found = match.num_tokens
         seq.num_computed = seq.num_committed = found
+        seq.match = None
         self._metrics.reused_tokens += found
         if seq.num_cached is None:
             seq.num_cached = found

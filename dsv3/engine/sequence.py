@@ -3,6 +3,7 @@
 from array import array
 from dataclasses import dataclass, field
 
+from dsv3.cache.prefix import Match
 from dsv3.cache.tiers import PageKey
 from dsv3.request import Request, TokenLogprobs
 from dsv3.text.detokenize import TextStream
@@ -22,6 +23,7 @@ class Sequence:
         stream: turns tokens into text; None where there is no tokenizer.
         token_ids: the prompt, then what was generated.
         pages: its page table, as the 32-bit words that plans are made of.
+        match: what was cached of it when it was last looked up in line.
         num_cached: prompt tokens whose entries were found in the cache.
         num_scored: prompt tokens, from the second on, whose scores have been planned.
         num_preempted: how often it lost its pages.
@@ -40,6 +42,7 @@ class Sequence:
     num_committed: int = 0
     pending: tuple[int, int] | None = None
     pages: "array[int]" = field(default_factory=lambda: array("i"))
+    match: Match | None = None
     num_cached: int | None = None
     num_scored: int = 0
     num_preempted: int = 0
