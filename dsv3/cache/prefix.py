@@ -126,7 +126,7 @@ class Match:
     num_tokens: int
     partial_page: int | None = None
     partial_tokens: int = 0
-    last: _Node | None = field(default=None, repr=False)
+    last: _Node | None = field(default=None, repr=False, compare=False)
     host_slots: tuple[int, ...] = ()
     on_disk: tuple[tuple[bytes, ...], ...] = ()
 
