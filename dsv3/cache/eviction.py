@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dsv3.cache.reuse import ReuseCurve, age_bucket, bucket_start
 
 
-class CacheEntry:
+class CacheEntry(ABC):
     """What policies know about a cached page.
 
     Attributes:
@@ -34,9 +34,9 @@ class CacheEntry:
         self.rating = (0.0, 0)
         self.slot = -1
 
+    @abstractmethod
     def prefix_hash(self) -> bytes:
         """Return the hash of the prefix that ends with this page."""
-        raise NotImplementedError
 
 
 class EvictionPolicy(ABC):
