@@ -24,7 +24,7 @@ def test_unknown_policies_are_refused() -> None:
 def test_the_lowest_rating_is_taken_first() -> None:
     """The heap under random offers, changes of mind and withdrawals, beside a plain dictionary."""
     rng, policy = random.Random(3), LeastRecentlyUsed()
-    entries = [CacheEntry(0) for _ in range(50)]
+    entries = [Page(str(i)) for i in range(50)]
     offered: dict[CacheEntry, int] = {}
     for _ in range(20_000):
         entry = rng.choice(entries)
