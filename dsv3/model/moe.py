@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from dsv3.config import ModelConfig, ParallelConfig
 from dsv3.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from dsv3.parallel.weights import Matrix, Vector, WeightFormat
-from dsv3_kernels import Routing, experts, route, silu_mul
+from dsv3_kernels import Quantized, Routing, experts, route, silu_mul, silu_mul_quant
 
 
 class MLP(nn.Module):
@@ -26,9 +26,12 @@ class MLP(nn.Module):
         self.gate_up_proj = ColumnParallelLinear(prefix, both, hidden, layout, fmt)
         self.down_proj = RowParallelLinear(prefix, "down_proj", hidden, inner, layout, fmt)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """Return this rank's part, [T, D]."""
-        return self.down_proj(silu_mul(self.gate_up_proj(x_TD)))
+    def forward(self, x_TD: Tensor, x_q: Quantized | None = None) -> Tensor:
+        """Return this rank's part, [T, D]; `x_q` is x in FP8."""
+        gate_up_TF = self.gate_up_proj(x_TD, x_q)
+        if self.down_proj.quantizes:
+            return self.down_proj.product(silu_mul_quant(gate_up_TF, self.down_proj.ue8m0))
+        return self.down_proj(silu_mul(gate_up_TF))
 
 
 class Router(nn.Module):
@@ -78,7 +81,7 @@ class MoE(nn.Module):
             width = config.shared_intermediate_size
             self.shared_experts = MLP(f"{prefix}shared_experts.", hidden, width, layout, fmt)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
+    def forward(self, x_TD: Tensor, x_q: Quantized | None = None) -> Tensor:
         """Return this rank's part, [T, D] float32: its experts' and its share of the shared."""
         ids_TK, weight_TK = self.router(x_TD)
         y_TD = experts(
@@ -91,7 +94,7 @@ class MoE(nn.Module):
             self.down_proj.matrix,
         )
         if self.shared_experts is not None:
-            y_TD += self.shared_experts(x_TD)
+            y_TD += self.shared_experts(x_TD, x_q)
         return y_TD
 
 

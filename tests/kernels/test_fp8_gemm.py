@@ -97,7 +97,7 @@ def test_rows_do_not_see_each_other() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(("N", "K"), [(2112, 7168), (7168, 2048), (512, 7168), (100, 1024)])
 def test_on_a_gpu(N: int, K: int) -> None:
-    """Both forms, and that a row's bits do not depend on how many there are (TRITON_INTERPRET=0)."""
+    """A row has the same bits however many there are. Run with TRITON_INTERPRET=0."""
     x, w, scale = (t.cuda() if isinstance(t, Tensor) else t for t in matrices(2051, N, K))
     x = Quantized(x.q.cuda(), x.scale.cuda())
     want = fp8_gemm_ref(x, w, scale, torch.float32)
