@@ -80,7 +80,7 @@ def _tile(M: int, N: int, tiles: tuple[Tile, ...]) -> Tile:
     return tiles[-1]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _small_kernel(
     x_ptr,
     x_scale_ptr,
@@ -139,7 +139,7 @@ def _small_kernel(
                 tl.store(lock_at, 0)  # as the next launch expects it
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _sum_parts_kernel(part_ptr, y_ptr, size, SPLITS: tl.constexpr, B: tl.constexpr):
     """Add up the splits, in their order."""
     at = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
@@ -168,7 +168,7 @@ def _store_tile(y_ptr, acc, row, col, M, N, BM: tl.constexpr):
     tl.store(start + m[:, None] * N + n[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _large_kernel(
     x,
     x_scale_ptr,
