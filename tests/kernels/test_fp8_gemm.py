@@ -14,6 +14,7 @@ from dsv3_kernels.fp8_gemm import (
     fp8_gemm_triton,
     is_small,
     splits_of,
+    tile_of,
 )
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 
@@ -128,3 +129,6 @@ def test_forms_of_published_shapes() -> None:
         programs = -(-N // 64) * splits_of(N, K)
         assert 100 <= programs <= 400
         assert is_small(1, N) and is_small(128, N) and not is_small(2048, N)
+    assert tile_of(4096, 24576) == tile_of(1024, 4096) == TILES[0]
+    assert tile_of(256, 7168) == TILES[1]  # 112 programs, not 56
+    assert tile_of(256, 3072) == TILES[2]
