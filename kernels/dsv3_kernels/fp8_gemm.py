@@ -318,7 +318,8 @@ def fp8_gemm_triton(
     if is_small(len(flat.q), N):
         _launch_small(flat, w_FD, scale_fd, y.view(-1, N), locks)
     else:
-        tma = y.is_cuda and torch.cuda.get_device_capability(y.device) >= (9, 0)
+        # Of GPUs with TMA, those for data centers also have the shared memory that TILES need.
+        tma = y.is_cuda and torch.cuda.get_device_capability(y.device)[0] in (9, 10)
         tile = tile_of(len(flat.q), N, TILES if tma else OLD_TILES)
         _launch_large(flat, w_FD, scale_fd, y.view(-1, N), tile, tma)
     return y

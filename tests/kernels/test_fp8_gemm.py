@@ -1,5 +1,7 @@
 """Both forms against the product of the dequantized matrices, in the interpreter."""
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -65,6 +67,16 @@ def test_many_rows(M: int, N: int, K: int, tile: Tile) -> None:
     assert_close("y", pointers, fp8_gemm_ref(x, w, scale, torch.float32), 1e-5)
     if tile in TILES:
         assert_bitwise_equal("descriptors", large(x, w, scale, tile, tma=True), pointers)
+
+
+def test_native_operands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on GPUs whose e4m3 Triton knows, the interpreter multiplies e4m3 itself."""
+    x, w, scale = matrices(17, 200, 512)
+    few, many = (fp8_gemm_triton(x, w, scale, torch.float32), large(x, w, scale, TILES[0], True))
+    for module in (sys.modules["dsv3_kernels._e4m3"], sys.modules["dsv3_kernels.fp8_gemm"]):
+        monkeypatch.setattr(module, "is_native", lambda x: True)
+    assert_bitwise_equal("few", fp8_gemm_triton(x, w, scale, torch.float32), few)
+    assert_bitwise_equal("many", large(x, w, scale, TILES[0], True), many)
 
 
 def test_tiles_in_groups() -> None:
