@@ -147,8 +147,7 @@ class MLA(nn.Module):
     # Latent cache ---------------------------------------------------------------------------
 
     def _latent(self, q_THX: Tensor, entry_TX: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
-        own = entry_TX if batch.own_row is None else entry_TX[batch.own_row]
-        cache.write(batch.own_slot, own)
+        cache.write(batch.own_slot, entry_TX)
         if not batch.chunks:
             return self._absorbed(q_THX, batch, cache)
         o_THV = q_THX.new_empty((*q_THX.shape[:2], self.config.v_head_dim), dtype=torch.float32)
@@ -185,11 +184,12 @@ class MLA(nn.Module):
             out, lse = mla_decode(
                 q_THX[g.start : g.stop].view(B, Q, *q_THX.shape[1:]),
                 cache.slots,
-                g.slot_BS,
-                g.key_pos_BS,
+                g.page_BG,
                 g.query_pos_BQ,
+                cache.layout.paging,
                 self.config.kv_lora_rank,
                 self.config.softmax_scale,
+                g.keys,
             )
             outs.append(out.flatten(0, 1))
             lses.append(lse.flatten(0, 1))
@@ -232,10 +232,11 @@ class MLA(nn.Module):
             o_THV[g.start : g.stop] = mha_decode(
                 q_THX[g.start : g.stop],
                 cache.slots,
-                g.slot_BS,
-                g.key_pos_BS,
+                g.page_BG,
                 g.query_pos_BQ[:, 0],
+                cache.layout.paging,
                 scale,
+                g.keys,
             )
         kv_THY = cache.round(kv_THY)
         for chunk in batch.chunks:

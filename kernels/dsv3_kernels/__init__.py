@@ -11,14 +11,18 @@ from dsv3_kernels.mha_decode import mha_decode
 from dsv3_kernels.mla_decode import mla_decode
 from dsv3_kernels.mla_prefill import mla_prefill
 from dsv3_kernels.moe import experts
+from dsv3_kernels.paging import Keys, Paging
 from dsv3_kernels.rmsnorm import add_rmsnorm, rmsnorm, rmsnorm_quant
 from dsv3_kernels.rope import apply_rope
 from dsv3_kernels.route import Routing, route
 from dsv3_kernels.sample import sample
 from dsv3_kernels.silu_mul import silu_mul, silu_mul_quant
 from dsv3_kernels.weight_dequant import weight_dequant
+from dsv3_kernels.write_slots import write_slots
 
 __all__ = [
+    "Keys",
+    "Paging",
     "Quantized",
     "Routing",
     "act_quant",
@@ -41,4 +45,5 @@ __all__ = [
     "silu_mul_quant",
     "unpack_latent",
     "weight_dequant",
+    "write_slots",
 ]
