@@ -9,8 +9,8 @@ _BLOCK = 4096  # bytes that a program moves
 
 def write_slots_ref(cache_SY: Tensor, slot_T: Tensor, row_TY: Tensor) -> None:
     """Define `write_slots`."""
-    is_own = slot_T >= 0
-    if not bool(is_own.all()):
+    if len(slot_T) and slot_T.min().item() < 0:
+        is_own = slot_T >= 0
         slot_T, row_TY = slot_T[is_own], row_TY[is_own]
     cache_SY.index_copy_(0, slot_T, row_TY.to(cache_SY.dtype))
 
