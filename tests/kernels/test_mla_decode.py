@@ -4,7 +4,8 @@ import sys
 import pytest
 import torch
 
-from dsv3_kernels import Paging, merge_lse, mla_decode
+from dsv3_kernels import Paging, merge_lse, mla_decode, pack_latent
+from dsv3_kernels.mla_decode import Tile, mla_decode_ref, mla_decode_triton
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 from tests.kernels.definitions import attend
 from tests.kernels.paged import scatter
@@ -83,3 +84,88 @@ def test_many_sequences_go_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["dsv3_kernels.mla_decode"], "_SCORES", 80 * (C + R) * 2)
     for got, want in zip(mla_decode(*args), whole, strict=True):
         assert_bitwise_equal("two sequences at a time", got, want)
+
+
+def run(args, tile: Tile):
+    return mla_decode_triton(*args, tile=tile)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "queries", "heads", "dims", "tile"),
+    [
+        ([1, 63, 129, 300, 17], 1, 16, (64, 16), Tile(16, 16, 128, 4, 2)),
+        ([300, 5], 1, 20, (64, 16), Tile(32, 32, 64, 4, 2)),
+        ([63, 2, 129], 3, 5, (24, 8), Tile(16, 16, 64, 4, 2)),
+        ([300], 2, 1, (64, 16), Tile(16, 32, 512, 4, 2)),
+        ([70], 1, 20, (512, 64), Tile(16, 32, 64, 4, 2)),
+    ],
+)
+@pytest.mark.parametrize("shards", [1, 4])
+def test_kernel(
+    lengths: list[int],
+    queries: int,
+    heads: int,
+    dims: tuple[int, int],
+    tile: Tile,
+    shards: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in zip("HCR", (heads, *dims), strict=True):
+        monkeypatch.setitem(globals(), name, value)
+    for shard in {0, shards - 1}:
+        _, (q, cache, page, pos, paging, _, scale) = make(
+            lengths, queries, Paging(16, shards, shard)
+        )
+        pos[-1, -1] = -1 if queries > 1 else pos[-1, -1]
+        args = q, cache, page, pos, paging, dims[0], scale
+        (o, lse), (want_o, want_lse) = run(args, tile), mla_decode_ref(*args)
+        assert_close("o", o, want_o, 2e-6)
+        assert_close("lse", lse, want_lse, 2e-6)
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+def test_kernel_of_no_position(shards: int) -> None:
+    """Padding, and sequences of which this rank holds nothing."""
+    _, (q, cache, page, pos, *rest) = make([3, 3, 40], 2, Paging(PAGE, shards, shards - 1))
+    pos[1], page[1] = -1, 0
+    args = q, cache, page, pos, *rest
+    o, lse = run(args, Tile(16, 16, 16, 4, 2))
+    want_o, want_lse = mla_decode_ref(*args)
+    assert bool((lse[1] == -math.inf).all()) and bool((o[1] == 0).all())
+    assert_close("o", o, want_o, 2e-6)
+    assert_close("lse", lse, want_lse, 2e-6)
+
+
+@pytest.mark.parametrize("dims", [(256, 16), (24, 8)])
+def test_kernel_reads_the_packed_form(dims: tuple[int, int], monkeypatch) -> None:
+    for name, value in zip("CR", dims, strict=True):
+        monkeypatch.setitem(globals(), name, value)
+    lengths = [63, 5]
+    _, (q, cache, page, pos, paging, _, scale) = make(lengths, 1)
+    packed = pack_latent(cache.nan_to_num(0.5) * 3, C)
+    written = ~cache.isnan().any(1)
+    packed[~written] = 0x7F  # NaN in all three parts
+    args = q, packed, page, pos, paging, C, scale
+    (o, lse), (want_o, want_lse) = run(args, Tile(16, 16, 32, 4, 2)), mla_decode_ref(*args)
+    assert_close("o", o, want_o, 2e-6)
+    assert_close("lse", lse, want_lse, 2e-6)
+
+
+def test_kernel_of_bfloat16() -> None:
+    _, (q, cache, *rest) = make([129, 40], 2)
+    args = q.bfloat16(), cache.bfloat16(), *rest
+    (o, lse), (want_o, want_lse) = mla_decode_triton(*args), mla_decode_ref(*args)
+    assert_close("o", o, want_o, 2e-6)
+    assert_close("lse", lse, want_lse, 2e-6)
+
+
+def test_a_sequence_does_not_depend_on_the_batch() -> None:
+    """Nor on the width of the tables, nor on the queries beside it."""
+    tile = Tile(16, 16, 64, 4, 2)
+    _, (q, cache, page, pos, *rest) = make([129, 300, 1, 64], 2)
+    o, lse = run((q, cache, page, pos, *rest), tile)
+    for b in range(4):
+        width = -(-(int(pos[b, 1]) + 1) // PAGE)
+        alone = run((q[b : b + 1], cache, page[b : b + 1, :width], pos[b : b + 1], *rest), tile)
+        assert_bitwise_equal("o", alone[0], o[b : b + 1])
+        assert_bitwise_equal("lse", alone[1], lse[b : b + 1])
