@@ -113,6 +113,8 @@ class BatchBuilder:
             num_decode_rows=int(self._row_start[num_short]),
         )
         batch.groups = [self._group(a, b) for a, b in self._group_bounds(num_short)]
+        start_L = (self._row_start[num_short:] - batch.num_decode_rows).astype(np.int32)
+        batch.chunk_start_L = self._tensor(start_L) if num_short < num_seqs else None
         for seq in range(num_short, num_seqs):
             context = int(plan.context_len[seq])
             pages = self._pages(seq)[: layout.pages_for(context)]

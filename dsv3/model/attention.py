@@ -30,6 +30,7 @@ from dsv3_kernels import (
     mha_decode,
     mla_decode,
     mla_prefill,
+    mla_prefill_packed,
     rmsnorm,
 )
 
@@ -129,14 +130,13 @@ class MLA(nn.Module):
         latent_TC = rmsnorm(latent_TC, self.kv_a_layernorm.weight, _LATENT_NORM_EPS)
         return torch.cat((q_THN, q_THR), -1), torch.cat((latent_TC, k_TR), -1)
 
-    def _expand(self, entry_SX: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys [S, H, N + R] and values [S, H, V] of the local heads."""
+    def _expand(self, entry_SX: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return keys [S, H, N] with [S, H, R] and values [S, H, V] of the local heads."""
         c = self.config
         latent_SC, k_SR = entry_SX.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
         kv = self.kv_b_proj(latent_SC).view(-1, self.heads, c.qk_nope_head_dim + c.v_head_dim)
         k_SHN, v_SHV = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)
-        k_SHR = k_SR[:, None].expand(-1, self.heads, -1)
-        return torch.cat((k_SHN, k_SHR), -1), v_SHV
+        return k_SHN, k_SR[:, None].expand(-1, self.heads, -1), v_SHV
 
     def _absorption(self) -> tuple[Tensor, Tensor]:
         """Return W_UK [H, N, C] and W_UV [H, V, C] of the local heads."""
@@ -154,10 +154,8 @@ class MLA(nn.Module):
         decode = batch.num_decode_rows
         if decode:
             o_THV[:decode] = self._absorbed(q_THX[:decode], batch, cache)
-        entry_TX = cache.round(entry_TX)
-        for chunk in batch.chunks:
-            rows = slice(chunk.start, chunk.stop)
-            o_THV[rows] = self._expanded(q_THX[rows], entry_TX[rows], chunk, cache)
+        entry_TX = cache.round(entry_TX[decode:])
+        o_THV[decode:] = self._expanded(q_THX[decode:], entry_TX, batch, cache)
         return o_THV
 
     def _absorbed(self, q_THX: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
@@ -204,30 +202,49 @@ class MLA(nn.Module):
         parts = self.tp.all_to_all(by_owner.contiguous())
         return merge_lse(parts[..., :-1], parts[..., -1])[0]
 
-    def _expanded(self, q_QHX: Tensor, entry_QX: Tensor, chunk: Chunk, cache: LayerCache) -> Tensor:
-        """Attend from a chunk to its context, block by block, and to itself; [Q, H, V]."""
-        context, scale = chunk.context_len, self.config.softmax_scale
-        parts = []
+    def _expanded(self, q_THX: Tensor, entry_TX: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
+        """Attend from the chunks to themselves and to their contexts; [T, H, V] of their rows."""
+        assert batch.chunk_start_L is not None
+        longest = max(chunk.stop - chunk.start for chunk in batch.chunks)
+        o_THV, lse_TH = mla_prefill_packed(
+            q_THX,
+            *self._expand(entry_TX),
+            batch.chunk_start_L,
+            longest,
+            self.config.softmax_scale,
+        )
+        for chunk in batch.chunks:
+            if chunk.context_len:
+                rows = slice(
+                    chunk.start - batch.num_decode_rows, chunk.stop - batch.num_decode_rows
+                )
+                parts = self._context_parts(q_THX[rows], chunk, cache)
+                outs, lses = zip(*parts, (o_THV[rows], lse_TH[rows]), strict=True)
+                o_THV[rows] = merge_lse(torch.stack(outs), torch.stack(lses))[0]
+        return o_THV
+
+    def _context_parts(
+        self, q_QHX: Tensor, chunk: Chunk, cache: LayerCache
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Attend from a chunk to what is cached before it, block by block."""
+        context, dtype, parts = chunk.context_len, q_QHX.dtype, []
         pages_per_block = max(1, _BLOCK // cache.layout.page_size)
         for first_page in range(0, cache.layout.pages_for(context), pages_per_block):
             first = first_page * cache.layout.page_size
             page_G = chunk.page_G[first_page : first_page + pages_per_block]
             length = min(context - first, len(page_G) * cache.layout.page_size)
-            block = cache.gather(page_G, length, entry_QX.dtype)
-            parts.append(mla_prefill(q_QHX, *self._expand(block), first, context, scale))
-        parts.append(mla_prefill(q_QHX, *self._expand(entry_QX), context, context, scale))
-        if len(parts) == 1:
-            return parts[0][0]
-        return merge_lse(torch.stack([o for o, _ in parts]), torch.stack([s for _, s in parts]))[0]
+            keys = self._expand(cache.gather(page_G, length, dtype))
+            parts.append(mla_prefill(q_QHX, *keys, first, context, self.config.softmax_scale))
+        return parts
 
     # Cache of expanded heads ----------------------------------------------------------------
 
     def _naive(self, q_THX: Tensor, entry_TX: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
-        k_THX, v_THV = self._expand(entry_TX)
-        kv_THY = torch.cat((k_THX, v_THV), -1)
+        parts = self._expand(entry_TX)
+        kv_THY = torch.cat(parts, -1)
         cache.write(batch.own_slot, kv_THY.flatten(1))
-        scale, split = self.config.softmax_scale, [k_THX.shape[-1], v_THV.shape[-1]]
-        o_THV = torch.empty_like(v_THV, dtype=torch.float32)
+        scale, split = self.config.softmax_scale, [part.shape[-1] for part in parts]
+        o_THV = torch.empty_like(parts[-1], dtype=torch.float32)
         for g in batch.groups:
             o_THV[g.start : g.stop] = mha_decode(
                 q_THX[g.start : g.stop],
@@ -243,6 +260,6 @@ class MLA(nn.Module):
             rows = slice(chunk.start, chunk.stop)
             earlier = cache.gather(chunk.page_G, chunk.context_len, kv_THY.dtype)
             kv = torch.cat((earlier.unflatten(1, (self.heads, -1)), kv_THY[rows]))
-            k, v = kv.split(split, -1)
-            o_THV[rows] = mla_prefill(q_THX[rows], k, v, 0, chunk.context_len, scale)[0]
+            k_n, k_r, v = kv.split(split, -1)
+            o_THV[rows] = mla_prefill(q_THX[rows], k_n, k_r, v, 0, chunk.context_len, scale)[0]
         return o_THV

@@ -50,6 +50,9 @@ class Batch:
         position_T: [T] int64 positions in their sequences.
         own_slot: [T] int64 slots the cache entries go to; -1 where another rank holds the entry.
         num_decode_rows: rows covered by `groups`.
+        groups, chunks: how the rows attend.
+        chunk_start_L: [L + 1] int32 first row of each of L chunks and their end, counted from
+            the first chunk's; None without any.
     """
 
     token_T: Tensor
@@ -58,3 +61,4 @@ class Batch:
     num_decode_rows: int
     groups: list[DecodeGroup] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
+    chunk_start_L: Tensor | None = None

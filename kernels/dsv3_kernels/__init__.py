@@ -9,7 +9,7 @@ from dsv3_kernels.kv_fp8 import pack_latent, packed_bytes, unpack_latent
 from dsv3_kernels.merge_lse import merge_lse
 from dsv3_kernels.mha_decode import mha_decode
 from dsv3_kernels.mla_decode import mla_decode
-from dsv3_kernels.mla_prefill import mla_prefill
+from dsv3_kernels.mla_prefill import mla_prefill, mla_prefill_packed
 from dsv3_kernels.moe import experts
 from dsv3_kernels.paging import Keys, Paging
 from dsv3_kernels.rmsnorm import add_rmsnorm, rmsnorm, rmsnorm_quant
@@ -35,6 +35,7 @@ __all__ = [
     "mha_decode",
     "mla_decode",
     "mla_prefill",
+    "mla_prefill_packed",
     "pack_latent",
     "packed_bytes",
     "rmsnorm",

@@ -108,6 +108,10 @@ def test_reads(step: list[tuple[int, int]], shards: int, limit: int) -> None:
             assert group.stop == starts[seq]
         assert batch.num_decode_rows == starts[seq]
         assert all(n <= limit for _, n in step[:seq]) and all(n > limit for _, n in step[seq:])
+        if batch.chunks:
+            assert batch.chunk_start_L is not None and batch.chunk_start_L.dtype == torch.int32
+            bounds = [c.start for c in batch.chunks] + [batch.chunks[-1].stop]
+            assert batch.chunk_start_L.tolist() == [b - batch.num_decode_rows for b in bounds]
         for chunk, (context, new) in zip(batch.chunks, step[seq:], strict=True):
             assert (chunk.start, chunk.stop) == (starts[seq], starts[seq + 1])
             assert chunk.context_len == context and chunk.stop - chunk.start == new
