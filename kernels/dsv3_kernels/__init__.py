@@ -13,7 +13,8 @@ from dsv3_kernels.mla_prefill import mla_prefill, mla_prefill_packed
 from dsv3_kernels.moe import experts
 from dsv3_kernels.paging import Keys, Paging
 from dsv3_kernels.rmsnorm import add_rmsnorm, rmsnorm, rmsnorm_quant
-from dsv3_kernels.rope import apply_rope
+from dsv3_kernels.rope import apply_rope, rotate
+from dsv3_kernels.rope_and_cache import latent_entries, rope_and_cache
 from dsv3_kernels.route import Routing, route
 from dsv3_kernels.sample import sample
 from dsv3_kernels.silu_mul import silu_mul, silu_mul_quant
@@ -30,6 +31,7 @@ __all__ = [
     "apply_rope",
     "experts",
     "fp8_gemm",
+    "latent_entries",
     "make_locks",
     "merge_lse",
     "mha_decode",
@@ -40,6 +42,8 @@ __all__ = [
     "packed_bytes",
     "rmsnorm",
     "rmsnorm_quant",
+    "rope_and_cache",
+    "rotate",
     "route",
     "sample",
     "silu_mul",
