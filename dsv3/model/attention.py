@@ -25,13 +25,14 @@ from dsv3.parallel.weights import Vector, WeightFormat
 from dsv3_kernels import (
     Quantized,
     add_rmsnorm,
-    apply_rope,
+    latent_entries,
     merge_lse,
     mha_decode,
     mla_decode,
     mla_prefill,
     mla_prefill_packed,
-    rmsnorm,
+    rope_and_cache,
+    rotate,
 )
 
 # transformers and DeepSeek's own code leave the two inner norms at this value, whatever the
@@ -101,20 +102,24 @@ class MLA(nn.Module):
         x_q: Quantized | None = None,
     ) -> Tensor:
         """Return this rank's part of the attention output, [T, D]; `x_q` is x in FP8."""
-        q_THX, entry_TX = self._project(x_TD, rope, x_q)
+        q_THX, kv_TX = self._project(x_TD, rope, x_q)
+        norm = self.kv_a_layernorm.weight, _LATENT_NORM_EPS, *rope, self.config.rope_interleave
         if cache.layout.form == "heads":
-            o_THV = self._naive(q_THX, entry_TX, batch, cache)
+            o_THV = self._naive(q_THX, latent_entries(kv_TX, *norm), batch, cache)
         else:
-            o_THV = self._latent(q_THX, entry_TX, batch, cache)
+            keep_from = batch.num_decode_rows
+            slots = cache.slots, batch.own_slot
+            chunk_TX = rope_and_cache(kv_TX, *norm, *slots, keep_from)
+            o_THV = self._latent(q_THX, chunk_TX, batch, cache)
         return self.o_proj(o_THV.flatten(1))
 
     def _project(
         self, x_TD: Tensor, rope: tuple[Tensor, Tensor], x_q: Quantized | None
     ) -> tuple[Tensor, Tensor]:
-        """Return queries [T, H, N + R] and cache entries [T, C + R], both rotated."""
+        """Return rotated queries [T, H, N + R], and latents with keys [T, C + R] as they come."""
         c = self.config
-        first, latent_TC, k_TR = self.in_proj(x_TD, x_q).split(
-            [self.first_rows, c.kv_lora_rank, c.qk_rope_head_dim], -1
+        first, kv_TX = self.in_proj(x_TD, x_q).split(
+            [self.first_rows, c.kv_lora_rank + c.qk_rope_head_dim], -1
         )
         if c.q_lora_rank is not None:
             up, norm = self.q_b_proj, self.q_a_layernorm.weight
@@ -123,12 +128,8 @@ class MLA(nn.Module):
             )
             first = up(query_TA, query_q)
         q_THX = first.view(-1, self.heads, c.qk_head_dim)
-        q_THN, q_THR = q_THX.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
-        cos, sin = rope
-        q_THR = apply_rope(q_THR, cos[:, None], sin[:, None], c.rope_interleave)
-        k_TR = apply_rope(k_TR, cos, sin, c.rope_interleave)
-        latent_TC = rmsnorm(latent_TC, self.kv_a_layernorm.weight, _LATENT_NORM_EPS)
-        return torch.cat((q_THN, q_THR), -1), torch.cat((latent_TC, k_TR), -1)
+        rotate(q_THX[..., c.qk_nope_head_dim :], *rope, c.rope_interleave)
+        return q_THX, kv_TX
 
     def _expand(self, entry_SX: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return keys [S, H, N] with [S, H, R] and values [S, H, V] of the local heads."""
@@ -146,16 +147,19 @@ class MLA(nn.Module):
 
     # Latent cache ---------------------------------------------------------------------------
 
-    def _latent(self, q_THX: Tensor, entry_TX: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
-        cache.write(batch.own_slot, entry_TX)
+    def _latent(self, q_THX: Tensor, chunk_TX: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
+        """Attend to the cache, and from the chunks to `chunk_TX`, their entries, as well.
+
+        A chunk's keys come as the cache will return them, so that its output does not depend on
+        where chunks were cut.
+        """
         if not batch.chunks:
             return self._absorbed(q_THX, batch, cache)
         o_THV = q_THX.new_empty((*q_THX.shape[:2], self.config.v_head_dim), dtype=torch.float32)
         decode = batch.num_decode_rows
         if decode:
             o_THV[:decode] = self._absorbed(q_THX[:decode], batch, cache)
-        entry_TX = cache.round(entry_TX[decode:])
-        o_THV[decode:] = self._expanded(q_THX[decode:], entry_TX, batch, cache)
+        o_THV[decode:] = self._expanded(q_THX[decode:], chunk_TX, batch, cache)
         return o_THV
 
     def _absorbed(self, q_THX: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
