@@ -16,6 +16,7 @@ from tests.distributed.ranks import alone
 
 KERNELS = (
     "merge_lse",
+    "mha_decode",
     "mla_decode",
     "mla_prefill",
     "rope",

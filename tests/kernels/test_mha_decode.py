@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from dsv3_kernels import Paging, mha_decode
-from dsv3_kernels.testing import assert_close
+from dsv3_kernels.mha_decode import mha_decode_ref, mha_decode_triton
+from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 from tests.kernels.definitions import attend
 from tests.kernels.paged import scatter
 
@@ -51,3 +52,17 @@ def test_many_sequences_go_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         sys.modules["dsv3_kernels.mha_decode"], "_SCORES", 2 * 80 * args[1].shape[1]
     )
     assert_close("two at a time", mha_decode(*args, query_pos, PAGING, 0.25), whole, 1e-6)
+
+
+@pytest.mark.parametrize("lengths", [[1], [3, 63, 130], [300, 16]])
+def test_kernel(lengths: list[int]) -> None:
+    """With a padding row; the first sequence alone is bit for bit the same."""
+    _, (q, cache, page) = make([*lengths, 5])
+    query_pos = torch.tensor([*lengths, 0]) - 1
+    args = q, cache, page, query_pos
+    got, want = mha_decode_triton(*args, PAGING, 0.25, 64), mha_decode_ref(*args, PAGING, 0.25)
+    assert_close("kernel", got, want, 2e-6)
+    assert bool((got[-1] == 0).all())
+    width = -(-lengths[0] // PAGING.page_size)
+    alone = mha_decode_triton(q[:1], cache, page[:1, :width], query_pos[:1], PAGING, 0.25, 64)
+    assert_bitwise_equal("alone", alone, got[:1])
