@@ -3,6 +3,7 @@
 Knows nothing of models, ranks or requests. Shape letters: see `dsv3/__init__.py`.
 """
 
+from dsv3_kernels.act_quant import Quantized, act_quant
 from dsv3_kernels.kv_fp8 import pack_latent, packed_bytes, unpack_latent
 from dsv3_kernels.merge_lse import merge_lse
 from dsv3_kernels.mha_decode import mha_decode
@@ -17,7 +18,9 @@ from dsv3_kernels.silu_mul import silu_mul
 from dsv3_kernels.weight_dequant import weight_dequant
 
 __all__ = [
+    "Quantized",
     "Routing",
+    "act_quant",
     "apply_rope",
     "experts",
     "merge_lse",
