@@ -36,13 +36,7 @@ def decode_e4m3(code):
 
 
 @triton.jit
-def encode_e4m3(x, NATIVE: tl.constexpr):
-    """Return e4m3 of a float32 block: Triton's type if NATIVE, else uint8 codes.
-
-    Rounds to the nearest, ties to even. `x` must lie within [-464, 464] or be NaN.
-    """
-    if NATIVE:
-        return x.to(tl.float8e4nv)
+def _encode_bits(x):
     bits = x.to(tl.int32, bitcast=True)
     mag = bits & 0x7FFFFFFF
     normal = ((mag + 0x7FFFF + ((mag >> 20) & 1)) >> 20) - (120 << 3)
@@ -54,8 +48,21 @@ def encode_e4m3(x, NATIVE: tl.constexpr):
 
 
 @triton.jit
+def encode_e4m3(x, NATIVE: tl.constexpr):
+    """Return e4m3 of a float32 block: Triton's type if NATIVE, else uint8 codes.
+
+    Rounds to the nearest, ties to even. `x` must lie within [-464, 464] or be NaN.
+    """
+    if NATIVE:
+        return x.to(tl.float8e4nv)
+    else:  # noqa: RET505 - Triton drops a constant condition's other branch only so
+        return _encode_bits(x)
+
+
+@triton.jit
 def load_e4m3(pointers, mask, NATIVE: tl.constexpr):
     """Load a block for `tl.dot`: e4m3 if NATIVE, else its exact bfloat16 values; 0 if masked."""
     if NATIVE:
         return tl.load(pointers, mask=mask, other=0.0)
-    return decode_e4m3(tl.load(pointers, mask=mask, other=0)).to(tl.bfloat16)
+    else:  # noqa: RET505
+        return decode_e4m3(tl.load(pointers, mask=mask, other=0)).to(tl.bfloat16)
