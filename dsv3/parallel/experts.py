@@ -10,6 +10,8 @@ ranks, and the caller sums over tp. Two forms of the same sum:
 
 Between hosts a token is sent once to every host that it needs (to the rank at the same place
 there), which spreads it inside: two levels of the same exchange.
+
+Letters: W members of a group, R rows at hand on this one, S those of them that it may send.
 """
 
 import math
@@ -40,14 +42,17 @@ class DispatchSettings:
 
     Attributes:
         form: "allreduce", "alltoall", or "auto", by the number of tokens.
-        fp8: hidden states travel in e4m3 with a scale per 128, not in the activations' dtype.
+        dtype: hidden states travel in this one, e4m3 with a scale per 128; None: as they are.
+            Sums come back in the dtype of the activations.
         capacity_factor: rows for a destination in steps of static shape, as a multiple of what
             an even distribution needs.
+        groups: groups of neighbouring experts, and how many of them a token chooses from.
     """
 
     form: str = "auto"
-    fp8: bool = False
+    dtype: torch.dtype | None = None
     capacity_factor: float = 2.0
+    groups: tuple[int, int] = (1, 1)
 
 
 def _bytes(*parts: Tensor) -> Tensor:
@@ -57,23 +62,24 @@ def _bytes(*parts: Tensor) -> Tensor:
     return torch.cat([part.view(torch.uint8) for part in dense], dim=1)
 
 
-def pack(rows: Rows, fp8: bool) -> Tensor:
+def pack(rows: Rows, dtype: torch.dtype | None) -> Tensor:
     """Return hidden state, ids and weights as the bytes of one row each, [M, ...] uint8."""
     x_MD, ids_MK, weight_MK = rows
-    x_parts = act_quant(x_MD.contiguous()) if fp8 else (x_MD,)
+    x_parts = act_quant(x_MD.contiguous()) if dtype == FP8 else (x_MD.to(dtype or x_MD.dtype),)
     return _bytes(*x_parts, ids_MK.int(), weight_MK)
 
 
-def unpack(packed: Tensor, like: Rows, fp8: bool) -> Rows:
+def unpack(packed: Tensor, like: Rows, dtype: torch.dtype | None) -> Rows:
     """Return what was packed, in the dtypes and widths of `like`."""
     x_RD, ids_RK, weight_RK = like
-    (dim, top_k), dtype = (x_RD.shape[1], ids_RK.shape[1]), FP8 if fp8 else x_RD.dtype
-    widths = [dim * dtype.itemsize, 4 * (dim // BLOCK) * fp8, 4 * top_k, 4 * top_k]
+    dim, top_k, dtype = x_RD.shape[1], ids_RK.shape[1], dtype or x_RD.dtype
+    scales = 4 * (dim // BLOCK) if dtype == FP8 else 0
+    widths = [dim * dtype.itemsize, scales, 4 * top_k, 4 * top_k]
     x, scale, ids, weight = (part.contiguous() for part in packed.split(widths, dim=1))
     x = x.view(dtype)
-    if fp8:
+    if dtype == FP8:
         x = weight_dequant(x, scale.view(torch.float32), x_RD.dtype, block=(1, BLOCK))
-    return x, ids.view(torch.int32).to(ids_RK.dtype), weight.view(weight_RK.dtype)
+    return x.to(x_RD.dtype), ids.view(torch.int32).to(ids_RK.dtype), weight.view(weight_RK.dtype)
 
 
 @dataclass(frozen=True)
@@ -83,28 +89,26 @@ class _Level:
     Attributes:
         group: its members hold `per_member` experts each, from `first` on.
         same: the members that hold the same own rows as this rank, this one among them.
-        only_own: no row but own ones is ever sent.
         settings: the capacity, and how rows travel.
-        groups: of all experts, and how many of them a token chooses from.
+        is_inner: it passes on what came from other hosts, beside sending own rows.
     """
 
     group: Collectives
     first: int
     per_member: int
     same: range
-    only_own: bool
     settings: DispatchSettings
-    groups: tuple[int, int] = (1, 1)
+    is_inner: bool = False
 
     @property
     def silent(self) -> range:
         """The members that no row is sent to."""
-        return self.same if self.only_own else range(self.group.rank, self.group.rank + 1)
+        return range(self.group.rank, self.group.rank + 1) if self.is_inner else self.same
 
     def reach(self, top_k: int) -> int:
         """Return how many members a token can need: a group of experts lies on few of them."""
-        size, (groups, chosen) = self.group.size, self.groups
-        return min(top_k, size, chosen * -(-size // groups))
+        size, (groups, chosen) = self.group.size, self.settings.groups
+        return min(top_k, size, size if self.is_inner else chosen * -(-size // groups))
 
     def capacity(self, max_rows: int, top_k: int) -> int:
         """Return the rows of static shapes for each member, if none sends more than `max_rows`."""
@@ -154,11 +158,11 @@ class _Level:
         source_M = torch.full((sum(send) + 1,), len(index_R), device=index_R.device)
         source_M.scatter_(0, row_SK.flatten(), mine_S.repeat_interleave(top_k))
         x, ids, weight = (F.pad(part, (0, 0, 0, 1), value=-1)[source_M[:-1]] for part in rows_R)
-        packed = pack((x, ids, weight), self.settings.fp8)
+        packed = pack((x, ids, weight), self.settings.dtype)
         pending = self.group.start_all_to_all(packed, send, receive, "dispatch")
 
         def finish() -> Tensor:
-            arrived = unpack(pending.wait(), rows_R, self.settings.fp8)
+            arrived = unpack(pending.wait(), rows_R, self.settings.dtype)
             x, ids, weight = (torch.cat(pair) for pair in zip(rows_R, arrived, strict=True))
             y_RD, y_MD = run(x, ids, weight).split([len(index_R), sum(receive)])
             y_MD = y_MD.to(x.dtype)
@@ -205,15 +209,10 @@ class ExpertDispatch:
         mesh: the ranks.
         num_slots: experts, or physical slots for them and their copies, over the whole world.
         settings: which form, and how tokens travel.
-        groups: groups of neighbouring experts, and how many of them a token chooses from.
     """
 
     def __init__(
-        self,
-        mesh: Mesh,
-        num_slots: int,
-        settings: DispatchSettings | None = None,
-        groups: tuple[int, int] = (1, 1),
+        self, mesh: Mesh, num_slots: int, settings: DispatchSettings | None = None
     ) -> None:
         self.settings = settings = settings or DispatchSettings()
         self._mesh, self._layout = mesh, mesh.layout
@@ -223,15 +222,14 @@ class ExpertDispatch:
         tp, hosts, host = mesh.layout.tp, mesh.hosts, mesh.host
         each, first = num_slots // mesh.layout.ep, mesh.layout.dp_rank * tp
         # Outermost first: hosts, then ranks. One level where a tp group spans hosts.
-        self._levels = [
-            _Level(mesh.world, 0, each, range(first, first + tp), True, settings, groups)
-        ]
+        own = range(first, first + tp)
+        self._levels = [_Level(mesh.world, 0, each, own, settings)]
         if min(hosts.size, host.size) > 1 and host.size % tp == 0:
             here, first_rank = range(hosts.rank, hosts.rank + 1), hosts.rank * host.size
-            own = range(first - first_rank, first - first_rank + tp)
+            own = range(own.start - first_rank, own.stop - first_rank)
             self._levels = [
-                _Level(hosts, 0, each * host.size, here, True, settings, groups),
-                _Level(host, first_rank * each, each, own, False, settings),
+                _Level(hosts, 0, each * host.size, here, settings),
+                _Level(host, first_rank * each, each, own, settings, is_inner=True),
             ]
 
     def begin_step(
@@ -294,12 +292,12 @@ class ExpertDispatch:
 
     def _gather(self, rows: Rows, run: Run, tokens: Sequence[int]) -> Finish:
         """Run on the tokens of all dp groups; each gets its partial sums back."""
-        count, dp, fp8 = len(rows[0]), self._mesh.dp, self.settings.fp8
-        packed = F.pad(pack(rows, fp8), (0, 0, 0, max(tokens) - count))
+        count, dp, dtype = len(rows[0]), self._mesh.dp, self.settings.dtype
+        packed = F.pad(pack(rows, dtype), (0, 0, 0, max(tokens) - count))
         every = torch.cat([g[:n] for g, n in zip(dp.all_gather(packed), tokens, strict=True)])
 
         def finish() -> Tensor:
-            y_MD = run(*unpack(every, rows, fp8)).to(rows[0].dtype)
+            y_MD = run(*unpack(every, rows, dtype)).to(rows[0].dtype)
             counts = [count] * dp.size
             back = dp.start_all_to_all(y_MD, list(tokens), counts, "combine").wait()
             y_TD = torch.zeros(rows[0].shape, dtype=torch.float32, device=y_MD.device)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dsv3.config import ParallelConfig, split_range
 from dsv3.model.moe import MoE
-from dsv3.parallel.experts import DispatchSettings, ExpertDispatch
+from dsv3.parallel.experts import FP8, DispatchSettings, ExpertDispatch
 from dsv3.parallel.mesh import Mesh, make_mesh
 from dsv3_kernels import act_quant, weight_dequant
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
@@ -182,7 +182,7 @@ def check_bytes(mesh: Mesh, is_one_level: bool) -> None:
     start, stop = split_range(counts[layout.dp_rank], layout.tp, layout.tp_rank)
     mine = [set(ranks) - set(own) for ranks in rank_of[layout.dp_rank][start:stop]]
     for fp8, row in ((False, 2 * DIM + 8 * TOP_K), (True, DIM + 4 + 8 * TOP_K)):
-        settings = DispatchSettings("alltoall", fp8)
+        settings = DispatchSettings("alltoall", FP8 if fp8 else None)
         dispatch = ExpertDispatch(mesh, EXPERTS, settings)
         dispatch.begin_step(counts)
         before = [sent(mesh, name) for name in ("dispatch", "combine")]
@@ -233,13 +233,13 @@ def check_fp8(mesh: Mesh) -> None:
     is_own = torch.isin(ids // experts.num_local, own_ranks)
     rounded = weight_dequant(*act_quant(x), torch.float32, block=(1, 128))
     want = experts.all(x, ids, weight * is_own) + experts.all(rounded, ids, weight * ~is_own)
-    dispatch = ExpertDispatch(mesh, EXPERTS, DispatchSettings("alltoall", fp8=True))
+    dispatch = ExpertDispatch(mesh, EXPERTS, DispatchSettings("alltoall", FP8))
     got = mesh.tp.all_reduce(dispatch(x, ids, weight, experts.run)())
     # What is on its way over two levels is rounded twice, to the same e4m3.
     assert_close("fp8", got, want, 1e-5)
     assert (got - experts.all(x, ids, weight)).abs().max() > 1e-3
     got = mesh.tp.all_reduce(
-        ExpertDispatch(mesh, EXPERTS, DispatchSettings("allreduce", fp8=True))(
+        ExpertDispatch(mesh, EXPERTS, DispatchSettings("allreduce", FP8))(
             x, ids, weight, experts.run
         )()
     )
