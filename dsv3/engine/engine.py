@@ -37,6 +37,10 @@ _SAVE_SECONDS = 60.0
 class StepRunner(Protocol):
     """What the engine needs of a rank's model."""
 
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes that this rank sent to others so far."""
+
     def run(self, plan: StepPlan) -> SampledOnDevice:
         """Run one step."""
 
@@ -281,6 +285,7 @@ class Engine:
         m, pages, now = self.metrics, self._pages, time.monotonic()
         m.steps += 1
         m.run_seconds += now - begin
+        m.sent_bytes = self._runner.sent_bytes
         # Without sending the plan, running it and waiting for the results.
         m.host_seconds.observe(planned_at - begin + now - self._now)
         m.step_sequences.observe(len(work))

@@ -47,6 +47,11 @@ class Runner:
         return 0 if self._mover is None else self._mover.host.num_bytes
 
     @property
+    def sent_bytes(self) -> int:
+        """Bytes that this rank sent to others so far, but for replays of CUDA graphs."""
+        return self._model.dispatch.mesh.sent_bytes
+
+    @property
     def dtype(self) -> torch.dtype:
         """Dtype of the activations."""
         return self._model.dtype

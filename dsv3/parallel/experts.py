@@ -32,8 +32,9 @@ Rows = tuple[Tensor, Tensor, Tensor]
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 Finish = Callable[[], Tensor]
 # By device: an all-to-all of exact sizes has to save so many bytes a rank to be worth its exchange
-# of counts. Measured over Gloo on two cores; for NCCL, 60 us at 300 GB/s.
-_WORTH_BYTES = {"cpu": 1 << 20, "cuda": 18 << 20}
+# of counts. Gloo: measured, eight ranks of V3's width on two cores change between 16 and 64 tokens
+# (1.4 and 5.5 MB). NCCL: not measured, 60 us at 300 GB/s.
+_WORTH_BYTES = {"cpu": 4 << 20, "cuda": 18 << 20}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +52,15 @@ class DispatchSettings:
 
     form: str = "auto"
     dtype: torch.dtype | None = None
-    capacity_factor: float = 2.0
+    capacity_factor: float = 1.5
     groups: tuple[int, int] = (1, 1)
 
 
 def _bytes(*parts: Tensor) -> Tensor:
     """Return the bytes of the parts' rows side by side, [M, ...] uint8."""
-    # A reduction over no rows leaves strides that `contiguous` keeps and `view` refuses.
-    dense = (part.clone(memory_format=torch.contiguous_format) for part in parts)
-    return torch.cat([part.view(torch.uint8) for part in dense], dim=1)
+    if not len(parts[0]):  # a reduction over no rows leaves strides that `view` refuses
+        parts = tuple(part.new_empty(part.shape) for part in parts)
+    return torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=1)
 
 
 def pack(rows: Rows, dtype: torch.dtype | None) -> Tensor:
@@ -75,7 +76,7 @@ def unpack(packed: Tensor, like: Rows, dtype: torch.dtype | None) -> Rows:
     dim, top_k, dtype = x_RD.shape[1], ids_RK.shape[1], dtype or x_RD.dtype
     scales = 4 * (dim // BLOCK) if dtype == FP8 else 0
     widths = [dim * dtype.itemsize, scales, 4 * top_k, 4 * top_k]
-    x, scale, ids, weight = (part.contiguous() for part in packed.split(widths, dim=1))
+    x, scale, ids, weight = packed.split(widths, dim=1)
     x = x.view(dtype)
     if dtype == FP8:
         x = weight_dequant(x, scale.view(torch.float32), x_RD.dtype, block=(1, BLOCK))
@@ -140,24 +141,13 @@ class _Level:
         index_R = torch.arange(len(rows_R[0]), device=rows_R[0].device)
         mine_S = torch.cat([index_R[own.start : own.stop], index_R[num_own:]])
         member_SK = self._members(rows_R[1], num_own)[mine_S]
-        size, top_k = self.group.size, member_SK.shape[1]
-        is_sent_SW = member_SK.new_zeros(len(mine_S), size + 1).scatter_(1, member_SK, 1)
-        count_W, capacity = is_sent_SW.sum(0), self.capacity(max_rows, top_k)
-        if capacity < max_rows and spill((count_W[:-1] > capacity).any()):
-            capacity = 0
-        if capacity:
-            send = receive = [0 if w in self.silent else capacity for w in range(size)]
-            w = torch.arange(size + 1, device=count_W.device)
-            count_W = capacity * ((w < self.silent.start) | (w >= self.silent.stop))
-        else:
-            both = torch.stack([count_W[:-1], self.group.all_to_all(count_W[:-1])])
-            send, receive = both.tolist()
-        count_W[-1] = 0
-        row_SK = _row_numbers(member_SK, is_sent_SW, count_W, sum(send))
-        # Room that nothing takes is filled with a row past the end, which has no experts.
+        row_SK, send, receive = self._arrange(member_SK, max_rows, spill)
         source_M = torch.full((sum(send) + 1,), len(index_R), device=index_R.device)
-        source_M.scatter_(0, row_SK.flatten(), mine_S.repeat_interleave(top_k))
-        x, ids, weight = (F.pad(part, (0, 0, 0, 1), value=-1)[source_M[:-1]] for part in rows_R)
+        source_M.scatter_(0, row_SK.flatten(), mine_S.repeat_interleave(row_SK.shape[1]))
+        # Room that nothing takes is filled with a row past the end, which has no experts.
+        pad = (0, 0, 0, 1)
+        padded_R = [F.pad(part, pad, value=-1) if max_rows else part for part in rows_R]
+        x, ids, weight = (part[source_M[:-1]] for part in padded_R)
         packed = pack((x, ids, weight), self.settings.dtype)
         pending = self.group.start_all_to_all(packed, send, receive, "dispatch")
 
@@ -172,6 +162,30 @@ class _Level:
 
         return finish
 
+    def _arrange(
+        self, member_SK: Tensor, max_rows: int, spill: Callable[[Tensor], bool]
+    ) -> tuple[Tensor, list[int], list[int]]:
+        """Return where each row goes in the send buffer, and the rows for and from each member.
+
+        A row that goes nowhere has the number of all rows.
+        """
+        size, capacity = self.group.size, self.capacity(max_rows, member_SK.shape[1])
+        is_sent_SW = member_SK.new_zeros(len(member_SK), size + 1).scatter_(1, member_SK, 1)
+        count_W = is_sent_SW.sum(0)
+        if capacity < max_rows and spill((count_W[:-1] > capacity).any()):
+            capacity = 0
+        if capacity:
+            send = receive = [0 if w in self.silent else capacity for w in range(size)]
+            w = torch.arange(size + 1, device=count_W.device)
+            count_W = capacity * ((w < self.silent.start) | (w >= self.silent.stop))
+        else:
+            both = torch.stack([count_W[:-1], self.group.all_to_all(count_W[:-1])])
+            send, receive = both.tolist()
+        count_W[-1] = 0
+        place_SK = (is_sent_SW.cumsum(0) - 1).gather(1, member_SK)
+        row_SK = (count_W.cumsum(0) - count_W)[member_SK] + place_SK
+        return row_SK.masked_fill(place_SK >= count_W[member_SK], sum(send)), send, receive
+
     def _members(self, ids_RK: Tensor, num_own: int) -> Tensor:
         """Return the members that the rows go to, each once and ascending; size for no more."""
         nobody = self.group.size
@@ -185,21 +199,12 @@ class _Level:
         return member_RK
 
 
-def _row_numbers(member_SK: Tensor, is_sent_SW: Tensor, count_W: Tensor, total: int) -> Tensor:
-    """Return where each row goes in a send buffer of so many rows; `total` for nowhere."""
-    place_SK = (is_sent_SW.cumsum(0) - 1).gather(1, member_SK)
-    start_W = count_W.cumsum(0) - count_W
-    is_out = place_SK >= count_W[member_SK]
-    return (start_W[member_SK] + place_SK).masked_fill(is_out, total)
-
-
 def _add_up(back_MD: Tensor, row_SK: Tensor) -> Tensor:
     """Return the sums of the rows that came back, in float32 and in the order of their ranks."""
-    back_MD = F.pad(back_MD, (0, 0, 0, 1))
-    y_SD = torch.zeros(len(row_SK), back_MD.shape[1], device=back_MD.device)
-    for k in range(row_SK.shape[1]):
-        y_SD += back_MD[row_SK[:, k]]
-    return y_SD
+    rows, dim = back_MD.shape
+    table_MD = torch.zeros(rows + 1, dim, device=back_MD.device)
+    table_MD[:rows] = back_MD
+    return F.embedding_bag(row_SK, table_MD, mode="sum", padding_idx=rows)
 
 
 class ExpertDispatch:
@@ -215,7 +220,7 @@ class ExpertDispatch:
         self, mesh: Mesh, num_slots: int, settings: DispatchSettings | None = None
     ) -> None:
         self.settings = settings = settings or DispatchSettings()
-        self._mesh, self._layout = mesh, mesh.layout
+        self.mesh, self._layout = mesh, mesh.layout
         self._tokens: list[int] | None = None
         self._is_fixed = self._is_deferred = False
         self._overflow = torch.zeros((), dtype=torch.bool, device=mesh.device)
@@ -250,7 +255,7 @@ class ExpertDispatch:
 
     def overflowed(self) -> bool:
         """Tell whether any rank met more tokens than fit since the last call. A collective."""
-        count = self._mesh.world.all_reduce(self._overflow.int())
+        count = self.mesh.world.all_reduce(self._overflow.int())
         self._overflow.zero_()
         return bool(count.item())
 
@@ -273,7 +278,7 @@ class ExpertDispatch:
         tokens = self._tokens
         if tokens is None:
             mine = torch.tensor([len(x_TD)], device=x_TD.device)
-            tokens = self._mesh.dp.all_gather(mine).flatten().tolist()
+            tokens = self.mesh.dp.all_gather(mine).flatten().tolist()
         assert tokens[self._layout.dp_rank] == len(x_TD), f"{tokens=} but {len(x_TD)} here"
         if self.form(tokens, rows) == "allreduce":
             return self._gather(rows, run, tokens)
@@ -283,16 +288,19 @@ class ExpertDispatch:
         """Return the form of a step of so many tokens in every dp group, `rows` in this one."""
         if self.settings.form != "auto":
             return self.settings.form
-        layout, top_k = self._layout, rows[1].shape[1]
-        others = layout.ep - layout.tp
-        needed = min(others * (1 - (1 - 1 / layout.ep) ** top_k), self._levels[0].reach(top_k))
-        saved = 2 * max(tokens) * (layout.dp - 1 - needed / layout.tp)
-        worth = 0 if self._is_fixed else _WORTH_BYTES[rows[0].device.type]
+        layout, top_k, outer = self._layout, rows[1].shape[1], self._levels[0]
+        share, others, worth = max(tokens) / layout.tp, layout.ep - layout.tp, 0
+        if self._is_fixed:
+            needed = others / layout.ep * outer.group.size * outer.capacity(math.ceil(share), top_k)
+        else:
+            worth = _WORTH_BYTES[rows[0].device.type]
+            needed = share * min(others * (1 - (1 - 1 / layout.ep) ** top_k), outer.reach(top_k))
+        saved = 2 * (max(tokens) * (layout.dp - 1) - needed)
         return "alltoall" if saved * rows[0].shape[1] * rows[0].itemsize > worth else "allreduce"
 
     def _gather(self, rows: Rows, run: Run, tokens: Sequence[int]) -> Finish:
         """Run on the tokens of all dp groups; each gets its partial sums back."""
-        count, dp, dtype = len(rows[0]), self._mesh.dp, self.settings.dtype
+        count, dp, dtype = len(rows[0]), self.mesh.dp, self.settings.dtype
         packed = F.pad(pack(rows, dtype), (0, 0, 0, max(tokens) - count))
         every = torch.cat([g[:n] for g, n in zip(dp.all_gather(packed), tokens, strict=True)])
 
@@ -319,7 +327,7 @@ class ExpertDispatch:
             if self._is_deferred:
                 self._overflow |= is_over
                 return False
-            if not self._mesh.world.all_reduce(is_over.int()).item():
+            if not self.mesh.world.all_reduce(is_over.int()).item():
                 return False
             limits[1] = 0  # what comes in from other hosts no longer has a limit
             return True
