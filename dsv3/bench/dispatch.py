@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from dsv3.bench.report import Report
+from dsv3.bench.report import Report, Row
 from dsv3.config import ModelConfig
 from dsv3.model.moe import MoE
 from dsv3.parallel.experts import FP8, DispatchSettings, ExpertDispatch
@@ -19,11 +19,13 @@ from dsv3.parallel.weights import WeightFormat
 # What a form is called, its settings, and whether shapes are static.
 _FORMS = (
     ("allreduce", DispatchSettings("allreduce"), False),
-    ("allreduce fp8", DispatchSettings("allreduce", FP8), False),
     ("alltoall", DispatchSettings("alltoall"), False),
+    ("allreduce fp8", DispatchSettings("allreduce", FP8), False),
     ("alltoall fp8", DispatchSettings("alltoall", FP8), False),
     ("alltoall fp8 fixed", DispatchSettings("alltoall", FP8), True),
 )
+# What bytes are sent for, and how they are counted.
+_PURPOSES = {"out": ("dispatch", "all_gather"), "back": ("combine",), "sum": ("all_reduce",)}
 
 
 @torch.inference_mode()
@@ -31,8 +33,6 @@ def dispatch_time(
     mesh: Mesh, config: ModelConfig, dtype: torch.dtype, tokens: Sequence[int], repeats: int
 ) -> Report:
     """Time a layer of random weights in all forms, the sum over tp included. A collective.
-
-    Bytes are those that all ranks together sent to others, for every token.
 
     Args:
         mesh: the ranks.
@@ -45,17 +45,24 @@ def dispatch_time(
     moe = MoE(config, "", mesh.layout, fmt, ExpertDispatch(mesh, num_experts))
     _fill(moe, 1 + mesh.layout.rank)
     _fill(moe.router, 0)
-    forms, groups = {}, (config.n_group, config.topk_group)
-    # Where all ranks have all tokens, there is only one form.
-    for name, settings, fixed in _FORMS[: None if mesh.layout.dp > 1 else 1]:
-        forms[name] = ExpertDispatch(mesh, num_experts, replace(settings, groups=groups)), fixed
+    forms: dict[str, tuple[ExpertDispatch, bool]] = {}
+    groups = config.n_group, config.topk_group
+    for name, settings, fixed in _FORMS:
+        # Where all ranks have all tokens, there is only one form.
+        if not forms or (
+            mesh.layout.dp > 1 and (not settings.dtype or not config.hidden_size % 128)
+        ):
+            forms[name] = ExpertDispatch(mesh, num_experts, replace(settings, groups=groups)), fixed
     report = Report("dispatch", x_label="tokens of a dp group", y_label="ms a layer")
+    generator = torch.Generator(mesh.device).manual_seed(mesh.layout.dp_rank)
     for count in tokens:
-        for name, (ms, sent) in _measure(moe, mesh, forms, count, repeats).items():
-            report.rows.append({"form": name, "tokens": count, "ms": ms} | sent)
+        x_TD = torch.randn(count, config.hidden_size, device=mesh.device, generator=generator)
+        for name, figures in _measure(moe, mesh, forms, x_TD.to(dtype), repeats).items():
+            report.rows.append({"form": name, "tokens": count} | figures)
     for name in forms:
         report.series[name] = (tokens, [row["ms"] for row in report.rows if row["form"] == name])
     report.setting = {"tp": mesh.layout.tp, "dp": mesh.layout.dp, "dtype": str(dtype)}
+    report.notes.append("B/token: sent to other ranks, by all ranks together, for every token")
     return report
 
 
@@ -69,41 +76,32 @@ def _measure(
     moe: MoE,
     mesh: Mesh,
     forms: dict[str, tuple[ExpertDispatch, bool]],
-    count: int,
+    x_TD: Tensor,
     repeats: int,
-) -> dict[str, tuple[float, dict[str, int]]]:
+) -> dict[str, Row]:
     """Return milliseconds of a layer and bytes of a token, by form; all forms take turns."""
-    device, hidden = mesh.device, moe.down_proj.weight.shape[1]
-    generator = torch.Generator(device).manual_seed(mesh.layout.dp_rank)
-    x_TD = torch.randn(count, hidden, device=device, generator=generator).to(moe.down_proj.dtype)
     seconds: dict[str, list[float]] = {name: [] for name in forms}
-    sent = {}
+    sent: dict[str, Counter[str]] = {}
     for _ in range(1 + repeats):  # the first round warms up
-        for name, (moe.dispatch, fixed) in forms.items():
-            moe.dispatch.begin_step([count] * mesh.layout.dp, fixed)
-            mesh.world.all_gather(torch.zeros(1, device=device)).sum().item()  # start together
+        for name, (dispatch, fixed) in forms.items():
+            moe.dispatch = dispatch
+            dispatch.begin_step([len(x_TD)] * mesh.layout.dp, fixed)
+            mesh.world.all_gather(torch.zeros(1, device=mesh.device)).sum().item()  # start together
             before, begin = _sent(mesh), time.perf_counter()
             mesh.tp.all_reduce(moe(x_TD)).sum().item()
             seconds[name].append(time.perf_counter() - begin)
             sent[name] = _sent(mesh) - before
-    found = {}
+    found: dict[str, Row] = {}
     for name in forms:
-        figures = [np.median(seconds[name][1:]), *_by_purpose(sent[name]).values()]
-        every = mesh.world.all_gather(torch.tensor(figures, dtype=torch.float64, device=device))
-        per_token = (every[:, 1:].sum(0) / (count * mesh.layout.dp)).round().int().tolist()
-        names = _by_purpose(sent[name])
-        found[name] = 1e3 * float(every[:, 0].max()), dict(zip(names, per_token, strict=True))
+        mine = [sum(sent[name][each] for each in counted) for counted in _PURPOSES.values()]
+        figures = torch.tensor([np.median(seconds[name][1:]), *mine, sent[name].total()])
+        every = mesh.world.all_gather(figures.double().to(mesh.device))
+        found[name] = {"ms": 1e3 * float(every[:, 0].max())}
+        per_token = every[:, 1:].sum(0) / (len(x_TD) * mesh.layout.dp)
+        for purpose, num_bytes in zip([*_PURPOSES, "all"], per_token.tolist(), strict=True):
+            found[name][f"{purpose} B/token"] = round(num_bytes)
     return found
 
 
 def _sent(mesh: Mesh) -> Counter[str]:
     return sum((group.sent for group in mesh.groups), Counter())
-
-
-def _by_purpose(sent: Counter[str]) -> dict[str, int]:
-    return {
-        "dispatch, B/token": sent["dispatch"] + sent["all_gather"],
-        "combine, B/token": sent["combine"],
-        "sum over tp, B/token": sent["all_reduce"],
-        "all, B/token": sent.total(),
-    }

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from dsv3.bench.dispatch import dispatch_time
 from dsv3.config import ParallelConfig, split_range
 from dsv3.model.moe import MoE
 from dsv3.parallel.experts import FP8, DispatchSettings, ExpertDispatch
@@ -102,6 +103,8 @@ def check_all(world: Mesh) -> None:
                     check_auto(mesh)
                 if CONFIG.n_routed_experts % size == 0:
                     check_moe(mesh)
+                if (tp, hosts, size) == (2, 1, 4):
+                    check_bench(mesh)
 
 
 def check_one_rank() -> None:
@@ -156,6 +159,11 @@ def check_capacity(mesh: Mesh) -> None:
     is_sent = dp > 1 and 5 // Experts(mesh.layout).num_local < (dp - 1) * mesh.layout.tp
     assert dispatch.overflowed() == is_sent
     assert not dispatch.overflowed()
+    # Where hosts exchange exact sizes after all, more comes in than there would have been room for.
+    settings = DispatchSettings("alltoall", capacity_factor=1, groups=(mesh.hosts.size, 1))
+    dispatch = ExpertDispatch(mesh, EXPERTS, settings)
+    dispatch.begin_step([40] * dp, fixed=True)
+    check_step(dispatch, mesh, draw("last rank", [40] * dp), "falls back between hosts")
     counts = [9] * dp
     x, ids, weight = draw("random", counts)[mesh.layout.dp_rank]
     dispatch = ExpertDispatch(mesh, EXPERTS, DispatchSettings("alltoall", capacity_factor=100))
@@ -277,3 +285,19 @@ def check_moe(mesh: Mesh) -> None:
     want = make(alone(), "auto")(x)
     for form in ("allreduce", "alltoall"):
         assert_close(f"moe {form}", mesh.tp.all_reduce(make(mesh, form)(x)), want, 1e-5)
+
+
+def check_bench(mesh: Mesh) -> None:
+    """Two groups of two: a token is gathered by two ranks, or sent to at most two."""
+    config = dataclasses.replace(CONFIG, hidden_size=DIM, topk_group=3)
+    report = dispatch_time(mesh, config, torch.bfloat16, [3, 8], repeats=1)
+    rows = {(row["form"], row["tokens"]): row for row in report.rows}
+    assert [len(report.series), len(rows)] == [5, 10] and all(r["ms"] > 0 for r in report.rows)
+    row_bytes = 2 * DIM + 8 * config.num_experts_per_tok
+    for tokens in (3, 8):
+        gathered, sent = rows["allreduce", tokens], rows["alltoall", tokens]
+        assert (gathered["out B/token"], gathered["back B/token"]) == (2 * row_bytes, 4 * DIM)
+        assert 0 < sent["out B/token"] <= 2 * row_bytes
+        assert gathered["sum B/token"] == sent["sum B/token"] == 2 * 4 * DIM
+        in_fp8 = rows["alltoall fp8", tokens]["out B/token"]
+        assert in_fp8 < 0.6 * sent["out B/token"]
