@@ -91,9 +91,10 @@ class Engine:
         self._tree: PrefixTree | None = None
         self._tiers = tiers
         if settings.prefix_reuse:
-            policy = make_policy(settings.eviction, self._pages.num_pages)
-            on_evict = None if tiers is None else tiers.offload
             page_size = cache.layout.page_size
+            depth_cost = page_size * config.attention_share
+            policy = make_policy(settings.eviction, self._pages.num_pages, depth_cost)
+            on_evict = None if tiers is None else tiers.offload
             self._tree = PrefixTree(self._pages, page_size, policy, on_evict=on_evict)
         self._scheduler = Scheduler(
             cache.layout,
