@@ -58,6 +58,10 @@ class EngineConfig:
         kv_host_cache: bytes of host memory on every rank for pages evicted from the device.
         kv_disk_cache: DIR:BYTES, a directory for pages evicted from there and what it may take.
             Without a host cache, room for one longest sequence is made in host memory.
+        moe_dispatch: how tokens of several dp groups come to their experts: every rank sees all of
+            them ("allreduce"), they are sent where they are needed ("alltoall"), or "auto".
+        dispatch_dtype: of hidden states on that way: "auto" (FP8 where matrices are), "bf16" or
+            "fp8".
         max_seq_len: longest context, prompt and answer; 0 takes the model's own.
         max_batch_tokens: new tokens of one step.
         max_running: sequences in progress at a time.
@@ -65,10 +69,6 @@ class EngineConfig:
             "bfloat16".
         weights: "auto" holds weights in the activations' dtype; "fp8" keeps FP8 tensors as they
             are stored and dequantizes them at every use.
-        moe_dispatch: how tokens of several dp groups come to their experts: every rank sees all of
-            them ("allreduce"), they are sent where they are needed ("alltoall"), or "auto".
-        dispatch_dtype: of hidden states on that way: "auto" (FP8 where matrices are), "bf16" or
-            "fp8".
         prefix_reuse: keep computed prefixes and reuse them.
         eviction: which idle cached page goes first: "cost" or "lru".
         pipeline_depth: steps launched before the results of the last one are looked at: 0 or 1;
@@ -81,13 +81,13 @@ class EngineConfig:
     kv_cache_size: str = "auto"
     kv_host_cache: str = "off"
     kv_disk_cache: str = "off"
+    moe_dispatch: str = "auto"
+    dispatch_dtype: str = "auto"
     max_seq_len: int = 0
     max_batch_tokens: int = 2048
     max_running: int = 64
     dtype: str = "auto"
     weights: str = "auto"
-    moe_dispatch: str = "auto"
-    dispatch_dtype: str = "auto"
     prefix_reuse: bool = True
     eviction: str = "cost"
     pipeline_depth: int = -1

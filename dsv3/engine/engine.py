@@ -286,9 +286,9 @@ class Engine:
         m, pages, now = self.metrics, self._pages, time.monotonic()
         m.steps += 1
         m.run_seconds += now - begin
-        m.sent_bytes = self._runner.sent_bytes
         # Without sending the plan, running it and waiting for the results.
         m.host_seconds.observe(planned_at - begin + now - self._now)
+        m.sent_bytes = self._runner.sent_bytes
         m.step_sequences.observe(len(work))
         m.step_tokens.observe(sum(w.num_tokens for w in work))
         m.waiting, m.running = len(self._scheduler.waiting), len(self._scheduler.running)

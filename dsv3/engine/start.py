@@ -233,10 +233,12 @@ def _dispatch(settings: EngineConfig, config: ModelConfig, fmt: WeightFormat) ->
             "is no multiple of them; use bf16"
         )
     dtypes = {"auto": FP8 if is_fp8 else None, "bf16": torch.bfloat16, "fp8": FP8}
+    quantization = config.quantization
     return DispatchSettings(
         settings.moe_dispatch,
         dtypes[settings.dispatch_dtype],
         groups=(config.n_group, config.topk_group) if is_limited else (1, 1),
+        ue8m0=quantization is not None and quantization.scale_fmt == "ue8m0",
     )
 
 

@@ -48,32 +48,35 @@ class DispatchSettings:
         capacity_factor: rows for a destination in steps of static shape, as a multiple of what
             an even distribution needs.
         groups: groups of neighbouring experts, and how many of them a token chooses from.
+        ue8m0: scales are powers of two, as the experts' products have them: quantizing again what
+            came in FP8 then gives the same values.
     """
 
     form: str = "auto"
     dtype: torch.dtype | None = None
     capacity_factor: float = 1.5
     groups: tuple[int, int] = (1, 1)
+    ue8m0: bool = False
 
 
-def _bytes(*parts: Tensor) -> Tensor:
-    """Return the bytes of the parts' rows side by side, [M, ...] uint8."""
-    if not len(parts[0]):  # a reduction over no rows leaves strides that `view` refuses
+def pack(rows: Rows, settings: DispatchSettings) -> Tensor:
+    """Return hidden state, ids and weights as the bytes of one row each, [M, ...] uint8."""
+    x_MD, ids_MK, weight_MK = rows
+    x_parts: tuple[Tensor, ...]
+    if settings.dtype == FP8:
+        x_parts = act_quant(x_MD.contiguous(), settings.ue8m0)
+    else:
+        x_parts = (x_MD.to(settings.dtype or x_MD.dtype),)
+    parts = (*x_parts, ids_MK.int(), weight_MK)
+    if not len(x_MD):  # a reduction over no rows leaves strides that `view` refuses
         parts = tuple(part.new_empty(part.shape) for part in parts)
     return torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=1)
 
 
-def pack(rows: Rows, dtype: torch.dtype | None) -> Tensor:
-    """Return hidden state, ids and weights as the bytes of one row each, [M, ...] uint8."""
-    x_MD, ids_MK, weight_MK = rows
-    x_parts = act_quant(x_MD.contiguous()) if dtype == FP8 else (x_MD.to(dtype or x_MD.dtype),)
-    return _bytes(*x_parts, ids_MK.int(), weight_MK)
-
-
-def unpack(packed: Tensor, like: Rows, dtype: torch.dtype | None) -> Rows:
+def unpack(packed: Tensor, like: Rows, settings: DispatchSettings) -> Rows:
     """Return what was packed, in the dtypes and widths of `like`."""
     x_RD, ids_RK, weight_RK = like
-    dim, top_k, dtype = x_RD.shape[1], ids_RK.shape[1], dtype or x_RD.dtype
+    dim, top_k, dtype = x_RD.shape[1], ids_RK.shape[1], settings.dtype or x_RD.dtype
     scales = 4 * (dim // BLOCK) if dtype == FP8 else 0
     widths = [dim * dtype.itemsize, scales, 4 * top_k, 4 * top_k]
     x, scale, ids, weight = packed.split(widths, dim=1)
@@ -148,11 +151,11 @@ class _Level:
         pad = (0, 0, 0, 1)
         padded_R = [F.pad(part, pad, value=-1) if max_rows else part for part in rows_R]
         x, ids, weight = (part[source_M[:-1]] for part in padded_R)
-        packed = pack((x, ids, weight), self.settings.dtype)
+        packed = pack((x, ids, weight), self.settings)
         pending = self.group.start_all_to_all(packed, send, receive, "dispatch")
 
         def finish() -> Tensor:
-            arrived = unpack(pending.wait(), rows_R, self.settings.dtype)
+            arrived = unpack(pending.wait(), rows_R, self.settings)
             x, ids, weight = (torch.cat(pair) for pair in zip(rows_R, arrived, strict=True))
             y_RD, y_MD = run(x, ids, weight).split([len(index_R), sum(receive)])
             y_MD = y_MD.to(x.dtype)
@@ -300,12 +303,12 @@ class ExpertDispatch:
 
     def _gather(self, rows: Rows, run: Run, tokens: Sequence[int]) -> Finish:
         """Run on the tokens of all dp groups; each gets its partial sums back."""
-        count, dp, dtype = len(rows[0]), self.mesh.dp, self.settings.dtype
-        packed = F.pad(pack(rows, dtype), (0, 0, 0, max(tokens) - count))
+        count, dp, settings = len(rows[0]), self.mesh.dp, self.settings
+        packed = F.pad(pack(rows, settings), (0, 0, 0, max(tokens) - count))
         every = torch.cat([g[:n] for g, n in zip(dp.all_gather(packed), tokens, strict=True)])
 
         def finish() -> Tensor:
-            y_MD = run(*unpack(every, rows, dtype)).to(rows[0].dtype)
+            y_MD = run(*unpack(every, rows, settings)).to(rows[0].dtype)
             counts = [count] * dp.size
             back = dp.start_all_to_all(y_MD, list(tokens), counts, "combine").wait()
             y_TD = torch.zeros(rows[0].shape, dtype=torch.float32, device=y_MD.device)
