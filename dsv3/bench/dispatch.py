@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dsv3.bench.report import Report, Row
 from dsv3.config import ModelConfig
@@ -16,6 +16,7 @@ from dsv3.parallel.experts import FP8, DispatchSettings, ExpertDispatch
 from dsv3.parallel.mesh import Mesh
 from dsv3.parallel.weights import WeightFormat
 
+Forms = dict[str, tuple[ExpertDispatch, bool]]
 # What a form is called, its settings, and whether shapes are static.
 _FORMS = (
     ("allreduce", DispatchSettings("allreduce"), False),
@@ -41,18 +42,19 @@ def dispatch_time(
         tokens: numbers of tokens of every dp group.
         repeats: their median counts, on the slowest rank.
     """
-    fmt, num_experts = WeightFormat(dtype, mesh.device), config.n_routed_experts
-    moe = MoE(config, "", mesh.layout, fmt, ExpertDispatch(mesh, num_experts))
-    _fill(moe, 1 + mesh.layout.rank)
-    _fill(moe.router, 0)
-    forms: dict[str, tuple[ExpertDispatch, bool]] = {}
+    forms: Forms = {}
     groups = config.n_group, config.topk_group
     for name, settings, fixed in _FORMS:
-        # Where all ranks have all tokens, there is only one form.
-        if not forms or (
-            mesh.layout.dp > 1 and (not settings.dtype or not config.hidden_size % 128)
-        ):
-            forms[name] = ExpertDispatch(mesh, num_experts, replace(settings, groups=groups)), fixed
+        dispatch = ExpertDispatch(mesh, config.n_routed_experts, replace(settings, groups=groups))
+        if settings.dtype is None or config.hidden_size % 128 == 0:
+            forms[name] = dispatch, fixed
+        if mesh.layout.dp == 1:
+            break  # all ranks have all tokens: there is only one form
+    moe = MoE(config, "", mesh.layout, WeightFormat(dtype, mesh.device), dispatch)
+    for module, seed in ((moe, 1 + mesh.layout.rank), (moe.router, 0)):
+        generator = torch.Generator(mesh.device).manual_seed(seed)
+        for weight in module.parameters():
+            weight.normal_(std=weight.shape[-1] ** -0.5, generator=generator)
     report = Report("dispatch", x_label="tokens of a dp group", y_label="ms a layer")
     generator = torch.Generator(mesh.device).manual_seed(mesh.layout.dp_rank)
     for count in tokens:
@@ -66,19 +68,7 @@ def dispatch_time(
     return report
 
 
-def _fill(module: nn.Module, seed: int) -> None:
-    generator = torch.Generator(next(module.parameters()).device).manual_seed(seed)
-    for weight in module.parameters():
-        weight.normal_(std=weight.shape[-1] ** -0.5, generator=generator)
-
-
-def _measure(
-    moe: MoE,
-    mesh: Mesh,
-    forms: dict[str, tuple[ExpertDispatch, bool]],
-    x_TD: Tensor,
-    repeats: int,
-) -> dict[str, Row]:
+def _measure(moe: MoE, mesh: Mesh, forms: Forms, x_TD: Tensor, repeats: int) -> dict[str, Row]:
     """Return milliseconds of a layer and bytes of a token, by form; all forms take turns."""
     seconds: dict[str, list[float]] = {name: [] for name in forms}
     sent: dict[str, Counter[str]] = {}
@@ -94,8 +84,8 @@ def _measure(
     found: dict[str, Row] = {}
     for name in forms:
         mine = [sum(sent[name][each] for each in counted) for counted in _PURPOSES.values()]
-        figures = torch.tensor([np.median(seconds[name][1:]), *mine, sent[name].total()])
-        every = mesh.world.all_gather(figures.double().to(mesh.device))
+        figures = [np.median(seconds[name][1:]), *mine, sent[name].total()]
+        every = mesh.world.all_gather(torch.tensor(np.array(figures), device=mesh.device))
         found[name] = {"ms": 1e3 * float(every[:, 0].max())}
         per_token = every[:, 1:].sum(0) / (len(x_TD) * mesh.layout.dp)
         for purpose, num_bytes in zip([*_PURPOSES, "all"], per_token.tolist(), strict=True):

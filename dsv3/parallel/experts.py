@@ -31,6 +31,7 @@ FP8, BLOCK = torch.float8_e4m3fn, 128
 Rows = tuple[Tensor, Tensor, Tensor]
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 Finish = Callable[[], Tensor]
+Spill = Callable[[Tensor], bool]
 # By device: an all-to-all of exact sizes has to save so many bytes a rank to be worth its exchange
 # of counts. Gloo: measured, eight ranks of V3's width on two cores change between 16 and 64 tokens
 # (1.4 and 5.5 MB). NCCL: not measured, 60 us at 300 GB/s.
@@ -92,7 +93,8 @@ class _Level:
 
     Attributes:
         group: its members hold `per_member` experts each, from `first` on.
-        same: the members that hold the same own rows as this rank, this one among them.
+        same: the members that need not be sent own rows, this one among them.
+        share: in so many parts ranks divide own rows, and the one that is this rank's.
         settings: the capacity, and how rows travel.
         is_inner: it passes on what came from other hosts, beside sending own rows.
     """
@@ -101,6 +103,7 @@ class _Level:
     first: int
     per_member: int
     same: range
+    share: tuple[int, int]
     settings: DispatchSettings
     is_inner: bool = False
 
@@ -119,21 +122,12 @@ class _Level:
         even = max_rows * self.reach(top_k) / self.group.size
         return min(max_rows, math.ceil(self.settings.capacity_factor * even))
 
-    def start(
-        self,
-        rows_R: Rows,
-        num_own: int,
-        own: range,
-        run: Run,
-        max_rows: int,
-        spill: Callable[[Tensor], bool],
-    ) -> Finish:
+    def start(self, rows_R: Rows, num_own: int, run: Run, max_rows: int, spill: Spill) -> Finish:
         """Send rows to the members that hold their experts.
 
         Args:
             rows_R: hidden states, ids (those of nobody here are skipped) and weights.
-            num_own: so many of them, the first ones, are on all members of `same`.
-            own: those of the first that this rank sends.
+            num_own: so many of them, the first ones, are those of the dp group.
             run: called with all rows for this member; returns their partial sums, in float32.
             max_rows: the most that any member sends, for static shapes; 0 for exact ones.
             spill: told whether the capacity is too small; says whether to use exact shapes.
@@ -142,7 +136,8 @@ class _Level:
             A function that completes the exchange and returns this rank's part of the sums.
         """
         index_R = torch.arange(len(rows_R[0]), device=rows_R[0].device)
-        mine_S = torch.cat([index_R[own.start : own.stop], index_R[num_own:]])
+        start, stop = split_range(num_own, *self.share)
+        mine_S = torch.cat([index_R[start:stop], index_R[num_own:]])
         member_SK = self._members(rows_R[1], num_own)[mine_S]
         row_SK, send, receive = self._arrange(member_SK, max_rows, spill)
         source_M = torch.full((sum(send) + 1,), len(index_R), device=index_R.device)
@@ -152,21 +147,23 @@ class _Level:
         padded_R = [F.pad(part, pad, value=-1) if max_rows else part for part in rows_R]
         x, ids, weight = (part[source_M[:-1]] for part in padded_R)
         packed = pack((x, ids, weight), self.settings)
-        pending = self.group.start_all_to_all(packed, send, receive, "dispatch")
+        pending = self.group.start_exchange(packed, send, receive, "dispatch")
 
         def finish() -> Tensor:
             arrived = unpack(pending.wait(), rows_R, self.settings)
             x, ids, weight = (torch.cat(pair) for pair in zip(rows_R, arrived, strict=True))
             y_RD, y_MD = run(x, ids, weight).split([len(index_R), sum(receive)])
             y_MD = y_MD.to(x.dtype)
-            back_MD = self.group.start_all_to_all(y_MD, receive, send, "combine").wait()
-            y_RD[mine_S] += _add_up(back_MD, row_SK)
+            back_MD = self.group.start_exchange(y_MD, receive, send, "combine").wait()
+            # In the order of the members; what went nowhere looks at a row past the end.
+            table_MD = F.pad(back_MD.float(), (0, 0, 0, 1))
+            y_RD[mine_S] += F.embedding_bag(row_SK, table_MD, mode="sum", padding_idx=len(back_MD))
             return y_RD
 
         return finish
 
     def _arrange(
-        self, member_SK: Tensor, max_rows: int, spill: Callable[[Tensor], bool]
+        self, member_SK: Tensor, max_rows: int, spill: Spill
     ) -> tuple[Tensor, list[int], list[int]]:
         """Return where each row goes in the send buffer, and the rows for and from each member.
 
@@ -202,14 +199,6 @@ class _Level:
         return member_RK
 
 
-def _add_up(back_MD: Tensor, row_SK: Tensor) -> Tensor:
-    """Return the sums of the rows that came back, in float32 and in the order of their ranks."""
-    rows, dim = back_MD.shape
-    table_MD = torch.zeros(rows + 1, dim, device=back_MD.device)
-    table_MD[:rows] = back_MD
-    return F.embedding_bag(row_SK, table_MD, mode="sum", padding_idx=rows)
-
-
 class ExpertDispatch:
     """Brings the tokens of a step to their experts, in all MoE layers of a model.
 
@@ -230,14 +219,14 @@ class ExpertDispatch:
         tp, hosts, host = mesh.layout.tp, mesh.hosts, mesh.host
         each, first = num_slots // mesh.layout.ep, mesh.layout.dp_rank * tp
         # Outermost first: hosts, then ranks. One level where a tp group spans hosts.
-        own = range(first, first + tp)
-        self._levels = [_Level(mesh.world, 0, each, own, settings)]
+        own, share = range(first, first + tp), (tp, mesh.layout.tp_rank)
+        self._levels = [_Level(mesh.world, 0, each, own, share, settings)]
         if min(hosts.size, host.size) > 1 and host.size % tp == 0:
             here, first_rank = range(hosts.rank, hosts.rank + 1), hosts.rank * host.size
             own = range(own.start - first_rank, own.stop - first_rank)
             self._levels = [
-                _Level(hosts, 0, each * host.size, here, settings),
-                _Level(host, first_rank * each, each, own, settings, is_inner=True),
+                _Level(hosts, 0, each * host.size, here, share, settings),
+                _Level(host, first_rank * each, each, own, share, settings, is_inner=True),
             ]
 
     def begin_step(
@@ -310,7 +299,7 @@ class ExpertDispatch:
         def finish() -> Tensor:
             y_MD = run(*unpack(every, rows, settings)).to(rows[0].dtype)
             counts = [count] * dp.size
-            back = dp.start_all_to_all(y_MD, list(tokens), counts, "combine").wait()
+            back = dp.start_exchange(y_MD, list(tokens), counts, "combine").wait()
             y_TD = torch.zeros(rows[0].shape, dtype=torch.float32, device=y_MD.device)
             for part in back.split(counts):
                 y_TD += part
@@ -335,12 +324,9 @@ class ExpertDispatch:
             limits[1] = 0  # what comes in from other hosts no longer has a limit
             return True
 
-        def at(level: int, run: Run, *rows: Tensor) -> Finish:
-            x, ids, weight = rows
-            own = range(*split_range(count, layout.tp, layout.tp_rank))
-            start = self._levels[level].start
-            return start((x, ids, weight), count, own, run, limits[level], spill)
+        def at(level: int, run: Run, rows: Rows) -> Finish:
+            return self._levels[level].start(rows, count, run, limits[level], spill)
 
-        if len(self._levels) > 1:
-            return at(0, lambda *rows: at(1, run, *rows)(), *rows)
-        return at(0, run, *rows)
+        if len(self._levels) == 1:
+            return at(0, run, rows)
+        return at(0, lambda *joined: at(1, run, joined)(), rows)
