@@ -33,9 +33,9 @@ Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 Finish = Callable[[], Tensor]
 Spill = Callable[[Tensor], bool]
 # By device: an all-to-all of exact sizes has to save so many bytes a rank to be worth its exchange
-# of counts. Gloo: measured, eight ranks of V3's width on two cores change between 16 and 64 tokens
-# (1.4 and 5.5 MB). NCCL: not measured, 60 us at 300 GB/s.
-_WORTH_BYTES = {"cpu": 4 << 20, "cuda": 18 << 20}
+# of counts. Gloo: measured, eight ranks of V3's width on two cores change between 16 and 32 tokens
+# a dp group (1.4 and 2.8 MB). NCCL: not measured, 60 us at 300 GB/s.
+_WORTH_BYTES = {"cpu": 2 << 20, "cuda": 18 << 20}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class DispatchSettings:
 
     form: str = "auto"
     dtype: torch.dtype | None = None
-    capacity_factor: float = 1.5
+    capacity_factor: float = 2.0
     groups: tuple[int, int] = (1, 1)
     ue8m0: bool = False
 

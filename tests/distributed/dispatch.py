@@ -5,10 +5,11 @@ An expert multiplies by a matrix of its own; the reference applies all of them t
 
 import dataclasses
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv3.bench.dispatch import dispatch_time
 from dsv3.config import ParallelConfig, split_range
@@ -37,9 +38,12 @@ class Experts:
     def run(self, x_MD: Tensor, ids_MK: Tensor, weight_MK: Tensor) -> Tensor:
         """Only this rank's experts."""
         assert len(x_MD) == len(ids_MK) == len(weight_MK)
-        is_local = (ids_MK >= self.first) & (ids_MK < self.first + self.num_local)
+        is_local = self.is_local(ids_MK)
         self.num_rows += int(is_local.any(1).sum())
         return self.all(x_MD, ids_MK, weight_MK * is_local)
+
+    def is_local(self, ids_MK: Tensor) -> Tensor:
+        return (ids_MK >= self.first) & (ids_MK < self.first + self.num_local)
 
     def all(self, x_MD: Tensor, ids_MK: Tensor, weight_MK: Tensor) -> Tensor:
         """The definition."""
@@ -137,8 +141,8 @@ def check_step(dispatch: ExpertDispatch, mesh: Mesh, drawn: Drawn, what: str) ->
     assert y.dtype == torch.float32 and y.shape == x.shape, name
     assert_close(name, y, experts.all(x, ids, weight), 1e-5)
     # Every token was run here exactly once if it chose an expert of this rank.
-    chosen = [((i >= experts.first) & (i < experts.first + experts.num_local)) for _, i, _ in drawn]
-    assert experts.num_rows == sum(int(c.any(1).sum()) for c in chosen), name
+    chosen = [experts.is_local(ids).any(1) for _, ids, _ in drawn]
+    assert experts.num_rows == sum(int(c.sum()) for c in chosen), name
 
 
 def check_capacity(mesh: Mesh) -> None:
@@ -166,13 +170,33 @@ def check_capacity(mesh: Mesh) -> None:
     check_step(dispatch, mesh, draw("last rank", [40] * dp), "falls back between hosts")
     counts = [9] * dp
     x, ids, weight = draw("random", counts)[mesh.layout.dp_rank]
+    experts = Experts(mesh.layout)
+
+    def local(x_MD: Tensor, ids_MK: Tensor, weight_MK: Tensor) -> Tensor:
+        return experts.all(x_MD, ids_MK, weight_MK * experts.is_local(ids_MK))
+
     dispatch = ExpertDispatch(mesh, EXPERTS, DispatchSettings("alltoall", capacity_factor=100))
     parts = []
     for fixed in (True, False):
         dispatch.begin_step(counts, fixed, deferred=fixed)
-        parts.append(dispatch(x, ids, weight, run)())
+        before = [sent(mesh, name) for name in ("all_to_all", "all_reduce", "all_gather")]
+        with NoHost() if fixed else nullcontext():
+            parts.append(dispatch(x, ids, weight, local)())
+        after = [sent(mesh, name) for name in ("all_to_all", "all_reduce", "all_gather")]
+        assert (before == after) == (fixed or dp == 1)  # no counts, no agreement
         assert not dispatch.overflowed()
     assert_bitwise_equal("fixed and exact", *parts)
+
+
+class NoHost(TorchDispatchMode):
+    """Refuses what a CUDA graph cannot hold: the host looking at values."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket not in HOST_LOOKS, func
+        return func(*args, **(kwargs or {}))
+
+
+HOST_LOOKS = {torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal}
 
 
 def sent(mesh: Mesh, name: str) -> list[int]:
