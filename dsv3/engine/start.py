@@ -142,6 +142,8 @@ def start(
             log.info("%s", setup.plan.describe())
         _limit_threads(source.config, mesh)
         dispatch = _dispatch(settings, source.config, setup.fmt)
+        if settings.moe_dispatch == "alltoall" and mesh.layout.dp == 1 and mesh.layout.rank == 0:
+            log.info("--moe-dispatch=alltoall: without --dp every rank has all tokens already")
         model = _load_model(source, mesh, setup.fmt, dispatch, progress)
         weights = b""
         if settings.disk_cache:

@@ -7,8 +7,12 @@ import torch
 
 from dsv3.config import ParallelConfig
 from dsv3.engine import start
+from dsv3.engine.config import EngineConfig
+from dsv3.errors import ConfigError
 from dsv3.parallel.collectives import SingleRank
+from dsv3.parallel.experts import FP8
 from dsv3.parallel.mesh import Mesh
+from dsv3.parallel.weights import WeightFormat
 from tests.checkpoint_files import TINY
 
 
@@ -29,3 +33,30 @@ def test_threads_that_a_model_keeps_busy(
     mesh = Mesh(ParallelConfig(world_size=1, rank=0), torch.device("cpu"), one, one, one, 1)
     start._limit_threads(dataclasses.replace(TINY, hidden_size=hidden), mesh)
     assert asked[-1] == threads
+
+
+def test_what_tokens_travel_in() -> None:
+    """FP8 where matrices are and activations are rounded anyway, or where the user says so."""
+    wide, cpu = dataclasses.replace(TINY, hidden_size=256), torch.device("cpu")
+    names = frozenset(["some"])
+    for asked, dtype, fp8_names, travels in (
+        ("auto", torch.float32, names, None),
+        ("auto", torch.bfloat16, names, FP8),
+        ("auto", torch.bfloat16, frozenset[str](), None),
+        ("bf16", torch.float32, names, torch.bfloat16),
+        ("fp8", torch.float32, frozenset[str](), FP8),
+    ):
+        settings = EngineConfig(dispatch_dtype=asked, moe_dispatch="alltoall")
+        chosen = start._dispatch(settings, wide, WeightFormat(dtype, cpu, fp8_names))
+        assert (chosen.form, chosen.dtype) == ("alltoall", travels)
+        assert chosen.groups == (TINY.n_group, TINY.topk_group) and not chosen.ue8m0
+    ragged = WeightFormat(torch.bfloat16, cpu, names)
+    assert start._dispatch(EngineConfig(), TINY, ragged).dtype is None
+    with pytest.raises(
+        ConfigError, match=r"--dispatch-dtype=fp8 .* hidden_size=320 is no multiple"
+    ):
+        start._dispatch(EngineConfig(dispatch_dtype="fp8"), TINY, ragged)
+    with pytest.raises(ConfigError, match="--dispatch-dtype=int8 is unknown"):
+        EngineConfig(dispatch_dtype="int8")
+    with pytest.raises(ConfigError, match="--moe-dispatch=some is unknown"):
+        EngineConfig(moe_dispatch="some")
