@@ -44,7 +44,7 @@ def collect_stats(started: Started, seconds: dict[str, float]) -> dict[str, Any]
     done = engine.metrics if engine is not None else None
     return {
         "world_size": mesh.layout.world_size,
-        "dtype": str(started.runner.dtype).removeprefix("torch."),
+        "dtype": started.runner.numerics,
         "ranks": ranks,
         "disk_cache_bytes": done.disk_bytes if done else 0,
         "tokens": {

@@ -13,7 +13,7 @@ from dsv3.config import ModelConfig, ParallelConfig
 from dsv3.parallel.experts import ExpertDispatch
 from dsv3.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from dsv3.parallel.weights import Matrix, Vector, WeightFormat
-from dsv3_kernels import Routing, experts, route, silu_mul
+from dsv3_kernels import Quantized, Routing, experts, route, silu_mul, silu_mul_quant
 
 
 class MLP(nn.Module):
@@ -27,9 +27,12 @@ class MLP(nn.Module):
         self.gate_up_proj = ColumnParallelLinear(prefix, both, hidden, layout, fmt)
         self.down_proj = RowParallelLinear(prefix, "down_proj", hidden, inner, layout, fmt)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """Return this rank's part, [T, D]."""
-        return self.down_proj(silu_mul(self.gate_up_proj(x_TD)))
+    def forward(self, x_TD: Tensor, x_q: Quantized | None = None) -> Tensor:
+        """Return this rank's part, [T, D]; `x_q` is x in FP8."""
+        gate_up_TF = self.gate_up_proj(x_TD, x_q)
+        if self.down_proj.quantizes:
+            return self.down_proj.product(silu_mul_quant(gate_up_TF, self.down_proj.ue8m0))
+        return self.down_proj(silu_mul(gate_up_TF))
 
 
 class Router(nn.Module):
@@ -85,11 +88,11 @@ class MoE(nn.Module):
             width = config.shared_intermediate_size
             self.shared_experts = MLP(f"{prefix}shared_experts.", hidden, width, layout, fmt)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
+    def forward(self, x_TD: Tensor, x_q: Quantized | None = None) -> Tensor:
         """Return this rank's part, [T, D] float32: its experts' and its share of the shared."""
         ids_TK, weight_TK = self.router(x_TD)
         combine = self.dispatch(x_TD, ids_TK, weight_TK, self.run_experts)
-        shared_TD = None if self.shared_experts is None else self.shared_experts(x_TD)
+        shared_TD = None if self.shared_experts is None else self.shared_experts(x_TD, x_q)
         y_TD = combine()
         return y_TD if shared_TD is None else y_TD.add_(shared_TD)
 

@@ -15,11 +15,14 @@ from dsv3.parallel.experts import DispatchSettings, ExpertDispatch
 from dsv3.parallel.linear import VocabParallelEmbedding, VocabParallelHead
 from dsv3.parallel.mesh import Mesh
 from dsv3.parallel.weights import Matrix, Target, Vector, WeightFormat
-from dsv3_kernels import rmsnorm
+from dsv3_kernels import Quantized, add_rmsnorm
 
 
 class DecoderLayer(nn.Module):
-    """x += attention(norm(x)); x += feed_forward(norm(x))."""
+    """x += attention(norm(x)); x += feed_forward(norm(x)).
+
+    What a layer adds last is left to the next one, which adds, normalizes and quantizes at once.
+    """
 
     def __init__(
         self,
@@ -43,13 +46,26 @@ class DecoderLayer(nn.Module):
         self.mlp = feed_forward(config, layer, f"{prefix}mlp.", mesh.layout, fmt, dispatch)
 
     def forward(
-        self, x_TD: Tensor, rope: tuple[Tensor, Tensor], batch: Batch, cache: LayerCache
-    ) -> Tensor:
-        """Return the residual stream after this layer, [T, D]."""
-        h_TD = rmsnorm(x_TD, self.input_layernorm.weight, self.eps)
-        x_TD = x_TD + self.tp.all_reduce(self.self_attn(h_TD, rope, batch, cache))
-        h_TD = rmsnorm(x_TD, self.post_attention_layernorm.weight, self.eps)
-        return x_TD + self.tp.all_reduce(self.mlp(h_TD)).to(x_TD.dtype)
+        self,
+        x_TD: Tensor,
+        y_TD: Tensor | None,
+        rope: tuple[Tensor, Tensor],
+        batch: Batch,
+        cache: LayerCache,
+    ) -> tuple[Tensor, Tensor]:
+        """Take and return the residual stream [T, D] and what is still to be added to it."""
+        norm_D = self.input_layernorm.weight
+        x_TD, h_TD, h_q = self._add_norm(x_TD, y_TD, norm_D, self.self_attn.in_proj)
+        y_TD = self.tp.all_reduce(self.self_attn(h_TD, rope, batch, cache, h_q))
+        norm_D = self.post_attention_layernorm.weight
+        x_TD, h_TD, h_q = self._add_norm(x_TD, y_TD, norm_D, self.mlp.gate_up_proj)
+        return x_TD, self.tp.all_reduce(self.mlp(h_TD, h_q))
+
+    def _add_norm(
+        self, x_TD: Tensor, y_TD: Tensor | None, norm_D: Tensor, reader: Matrix
+    ) -> tuple[Tensor, Tensor, Quantized | None]:
+        """Return x + y, its norm, and that in FP8 if the matrix it goes to wants it."""
+        return add_rmsnorm(x_TD, y_TD, norm_D, self.eps, reader.quantizes, reader.ue8m0)
 
 
 class Transformer(nn.Module):
@@ -64,7 +80,8 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.dispatch = ExpertDispatch(mesh, config.n_routed_experts, settings)
-        self.config, self.dtype = config, fmt.dtype
+        self.config = config
+        self.numerics = "fp8" if fmt.fp8_products else str(fmt.dtype).removeprefix("torch.")
         embed, head = "model.embed_tokens.weight", "lm_head.weight"
         vocab, hidden = config.vocab_size, config.hidden_size
         self.embed_tokens = VocabParallelEmbedding(embed, vocab, hidden, mesh.layout, mesh.tp, fmt)
@@ -80,11 +97,11 @@ class Transformer(nn.Module):
 
     def forward(self, batch: Batch, cache: CachePool) -> Tensor:
         """Run the new tokens through all layers; return the normalized hidden states, [T, D]."""
-        x_TD = self.embed_tokens(batch.token_T)
+        x_TD, y_TD = self.embed_tokens(batch.token_T), None
         rope = self.rotary(batch.position_T)
         for i, layer in enumerate(self.layers):
-            x_TD = layer(x_TD, rope, batch, cache.layer(i))
-        return rmsnorm(x_TD, self.norm.weight, self.config.rms_norm_eps)
+            x_TD, y_TD = layer(x_TD, y_TD, rope, batch, cache.layer(i))
+        return add_rmsnorm(x_TD, y_TD, self.norm.weight, self.config.rms_norm_eps)[1]
 
     def logits(self, x_MD: Tensor) -> Tensor:
         """Return this rank's columns of the logits, [M, ceil(W / tp)] float32."""
@@ -96,7 +113,8 @@ class Transformer(nn.Module):
         scales = (
             s.scale for m in self.modules() if isinstance(m, Matrix) for s in m.scales.values()
         )
-        return sum(t.numel() * t.element_size() for t in (*self.parameters(), *scales))
+        held = (*self.parameters(), *self.buffers(), *scales)
+        return sum(t.numel() * t.element_size() for t in held)
 
     def targets(self) -> Iterator[Target]:
         """Yield every piece of memory to be filled from the checkpoint."""

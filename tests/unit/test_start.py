@@ -36,21 +36,21 @@ def test_threads_that_a_model_keeps_busy(
 
 
 def test_what_tokens_travel_in() -> None:
-    """FP8 where matrices are and activations are rounded anyway, or where the user says so."""
+    """FP8 where they are multiplied in it, or where the user says so."""
     wide, cpu = dataclasses.replace(TINY, hidden_size=256), torch.device("cpu")
     names = frozenset(["some"])
-    for asked, dtype, fp8_names, travels in (
-        ("auto", torch.float32, names, None),
-        ("auto", torch.bfloat16, names, FP8),
-        ("auto", torch.bfloat16, frozenset[str](), None),
-        ("bf16", torch.float32, names, torch.bfloat16),
-        ("fp8", torch.float32, frozenset[str](), FP8),
+    for asked, products, travels in (
+        ("auto", False, None),
+        ("auto", True, FP8),
+        ("bf16", True, torch.bfloat16),
+        ("fp8", False, FP8),
     ):
         settings = EngineConfig(dispatch_dtype=asked, moe_dispatch="alltoall")
-        chosen = start._dispatch(settings, wide, WeightFormat(dtype, cpu, fp8_names))
-        assert (chosen.form, chosen.dtype) == ("alltoall", travels)
-        assert chosen.groups == (TINY.n_group, TINY.topk_group) and not chosen.ue8m0
-    ragged = WeightFormat(torch.bfloat16, cpu, names)
+        fmt = WeightFormat(torch.bfloat16, cpu, names, products, products)
+        chosen = start._dispatch(settings, wide, fmt)
+        assert (chosen.form, chosen.dtype, chosen.ue8m0) == ("alltoall", travels, products)
+        assert chosen.groups == (TINY.n_group, TINY.topk_group)
+    ragged = WeightFormat(torch.bfloat16, cpu, names, True)
     assert start._dispatch(EngineConfig(), TINY, ragged).dtype is None
     with pytest.raises(
         ConfigError, match=r"--dispatch-dtype=fp8 .* hidden_size=320 is no multiple"
