@@ -100,6 +100,8 @@ class PaperDisk:
 class PaperRunner:
     """Executes plans on paper and holds them to their contract."""
 
+    sent_bytes = 0
+
     def __init__(
         self,
         layout: CacheLayout,

@@ -58,6 +58,10 @@ class EngineConfig:
         kv_host_cache: bytes of host memory on every rank for pages evicted from the device.
         kv_disk_cache: DIR:BYTES, a directory for pages evicted from there and what it may take.
             Without a host cache, room for one longest sequence is made in host memory.
+        moe_dispatch: how tokens of several dp groups come to their experts: every rank sees all of
+            them ("allreduce"), they are sent where they are needed ("alltoall"), or "auto".
+        dispatch_dtype: of hidden states on that way: "auto" (FP8 in fp8 numerics, else as they
+            are), "bf16" or "fp8".
         max_seq_len: longest context, prompt and answer; 0 takes the model's own.
         max_batch_tokens: new tokens of one step.
         max_running: sequences in progress at a time.
@@ -77,6 +81,8 @@ class EngineConfig:
     kv_cache_size: str = "auto"
     kv_host_cache: str = "off"
     kv_disk_cache: str = "off"
+    moe_dispatch: str = "auto"
+    dispatch_dtype: str = "auto"
     max_seq_len: int = 0
     max_batch_tokens: int = 2048
     max_running: int = 64
@@ -93,6 +99,8 @@ class EngineConfig:
         _one_of("kv-dtype", self.kv_dtype, ("auto", "fp32", "bf16", "fp8"))
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "fp8"))
         _one_of("weights", self.weights, ("auto", "fp8"))
+        _one_of("moe-dispatch", self.moe_dispatch, ("auto", "allreduce", "alltoall"))
+        _one_of("dispatch-dtype", self.dispatch_dtype, ("auto", "bf16", "fp8"))
         _one_of("eviction", self.eviction, ("cost", "lru"))
         if self.attn_impl == "naive" and self.kv_dtype == "fp8":
             raise ConfigError(

@@ -37,6 +37,10 @@ _SAVE_SECONDS = 60.0
 class StepRunner(Protocol):
     """What the engine needs of a rank's model."""
 
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes that this rank sent to others so far."""
+
     def run(self, plan: StepPlan) -> SampledOnDevice:
         """Run one step."""
 
@@ -284,6 +288,7 @@ class Engine:
         m.run_seconds += now - begin
         # Without sending the plan, running it and waiting for the results.
         m.host_seconds.observe(planned_at - begin + now - self._now)
+        m.sent_bytes = self._runner.sent_bytes
         m.step_sequences.observe(len(work))
         m.step_tokens.observe(sum(w.num_tokens for w in work))
         m.waiting, m.running = len(self._scheduler.waiting), len(self._scheduler.running)

@@ -50,6 +50,10 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     layout = parser.add_argument_group("layout")
     layout.add_argument("--device", default="auto", help="auto, cpu or cuda")
     layout.add_argument("--tp", type=int, default=0, help="tensor-parallel ranks (default: all)")
+    layout.add_argument(
+        "--moe-dispatch", default="auto", help="tokens to experts: auto, allreduce or alltoall"
+    )
+    layout.add_argument("--dispatch-dtype", default="auto", help="there: auto, bf16 or fp8")
     cache = parser.add_argument_group("cache and attention")
     cache.add_argument("--attn-impl", default="auto", help="auto, naive or absorb")
     cache.add_argument("--kv-shard", default="tokens", help="tokens (sharded) or none (replicated)")
