@@ -1,7 +1,7 @@
 """Routed experts over the tokens that chose them: gate_up, silu * up, down, weighted sum.
 
-On a GPU five or six launches, the same whatever was chosen and none of them after a count on the
-host: `permute`, two grouped products (in FP8 a quantization before each, the second one fused for
+On a GPU four or five launches, the same whatever was chosen and none of them after a count on the
+host: `permute`, two grouped products (in FP8 a quantization between them, fused into the first for
 many tokens), `unpermute`. On a CPU a loop over the experts that are hit.
 
 Bound by reading the weights of the experts that are hit, up to about 64 tokens an expert.
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dsv3_kernels._triton import use_triton
-from dsv3_kernels.act_quant import act_quant, act_quant_ref
+from dsv3_kernels.act_quant import Quantized, act_quant_ref
 from dsv3_kernels.grouped_gemm import (
     Stack,
     dequantize,
@@ -24,17 +24,16 @@ from dsv3_kernels.silu_mul import silu_mul_ref
 
 
 def experts_ref(
-    x_TD: Tensor,
+    x: Tensor | Quantized,
     ids_TK: Tensor,
     weight_TK: Tensor,
     first_expert: int,
     gate_up: Stack,
     down: Stack,
-    quantized: bool = False,
     ue8m0: bool = False,
 ) -> Tensor:
     """Define `experts`: rows sorted by expert, two products for each, summed in that order."""
-    num_local = len(gate_up.weight)
+    num_local, x_TD = len(gate_up.weight), dequantize(x)
     y_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
     local = ids_TK.flatten() - first_expert
     order = local.argsort(stable=True)
@@ -46,11 +45,8 @@ def experts_ref(
     if not len(order_M):
         return y_TD
     row_M = order_M // ids_TK.shape[1]
-    x_MD = x_TD[row_M]
-    if quantized:
-        x_MD = dequantize(act_quant_ref(x_MD, ue8m0))
-    h_MF = silu_mul_ref(_grouped_linear(x_MD, counts, gate_up))
-    if quantized:
+    h_MF = silu_mul_ref(_grouped_linear(x_TD[row_M], counts, gate_up))
+    if isinstance(x, Quantized):
         h_MF = dequantize(act_quant_ref(h_MF, ue8m0))
     y_MD = _grouped_linear(h_MF, counts, down).float() * weight_TK.flatten()[order_M, None]
     return y_TD.index_add_(0, row_M, y_MD)
@@ -63,50 +59,47 @@ def _grouped_linear(x_MD: Tensor, counts: list[int], w: Stack) -> Tensor:
 
 
 def experts_triton(
-    x_TD: Tensor,
+    x: Tensor | Quantized,
     ids_TK: Tensor,
     weight_TK: Tensor,
     first_expert: int,
     gate_up: Stack,
     down: Stack,
-    quantized: bool = False,
     ue8m0: bool = False,
     spread: int = 1,
 ) -> Tensor:
-    """Launch `experts`; the weighted rows are held in the dtype of `x_TD`."""
+    """Launch `experts`; the weighted rows are held in the dtype of `x`, or in bfloat16."""
     num_local = len(gate_up.weight)
     groups = permute_triton(ids_TK.contiguous(), first_expert, num_local)
     assert groups.slot_TK is not None
     rows = -(-ids_TK.numel() // (num_local * spread))
-    x = act_quant(x_TD.contiguous(), ue8m0) if quantized else x_TD.contiguous()
+    dtype = x.dtype if isinstance(x, Tensor) else torch.bfloat16
     h = grouped_gate_up_triton(x, gate_up, groups, rows, ue8m0)
-    y_MD = grouped_down_triton(h, down, groups, rows, x_TD.dtype, weight_TK)
+    y_MD = grouped_down_triton(h, down, groups, rows, dtype, weight_TK)
     return unpermute_triton(y_MD, groups.slot_TK)
 
 
 def experts(
-    x_TD: Tensor,
+    x: Tensor | Quantized,
     ids_TK: Tensor,
     weight_TK: Tensor,
     first_expert: int,
     gate_up: Stack,
     down: Stack,
-    quantized: bool = False,
     ue8m0: bool = False,
     spread: int = 1,
 ) -> Tensor:
     """Return this rank's part of sum_k weight_k * expert_k(x).
 
     Args:
-        x_TD: [T, D] hidden states.
+        x: [T, D] hidden states, or those quantized 1x128: then the products are in FP8 (both
+            matrices are, D and F are multiples of 128) and what lies between is quantized, too.
         ids_TK: [T, K] int64 global expert ids; -1 and those of other ranks are skipped.
         weight_TK: [T, K] float32.
         first_expert: global id of this rank's first expert.
-        gate_up: [E, 2F, D] of the experts that this rank holds, in the dtype of `x_TD` or FP8 (then
-            F is a multiple of 128).
+        gate_up: [E, 2F, D] of the experts that this rank holds, in the dtype of `x` or FP8 (then F
+            is a multiple of 128).
         down: [E, D, F].
-        quantized: multiply in FP8: `x_TD` and the hidden activations are quantized 1x128. Both
-            matrices must be FP8, D and F multiples of 128.
         ue8m0: scales of activations are powers of two.
         spread: `ids_TK` are spread over that many times the experts held here; it decides the
             speed alone.
@@ -114,5 +107,5 @@ def experts(
     Returns:
         [T, D] float32; the sum over ranks is the layer's output.
     """
-    form = (x_TD, ids_TK, weight_TK, first_expert, gate_up, down, quantized, ue8m0)
-    return experts_triton(*form, spread) if use_triton(x_TD) else experts_ref(*form)
+    form = (x, ids_TK, weight_TK, first_expert, gate_up, down, ue8m0)
+    return experts_triton(*form, spread) if use_triton(ids_TK) else experts_ref(*form)
