@@ -121,20 +121,11 @@ class MoE(nn.Module):
         self, x_MD: Tensor, ids_MK: Tensor, weight_MK: Tensor, x_q: Quantized | None = None
     ) -> Tensor:
         """Return the sums over this rank's experts, [M, D] float32; `x_q` is x in FP8."""
-        gate_up, down = self.gate_up_proj, self.down_proj
+        ue8m0, stacks = self.gate_up_proj.ue8m0, (self.gate_up_proj.stack(), self.down_proj.stack())
         x: Tensor | Quantized = x_MD
-        if gate_up.quantizes:
-            x = act_quant(x_MD, gate_up.ue8m0) if x_q is None else x_q
-        return experts(
-            x,
-            ids_MK,
-            weight_MK,
-            self.first_expert,
-            gate_up.stack(),
-            down.stack(),
-            gate_up.ue8m0,
-            self.spread,
-        )
+        if self.gate_up_proj.quantizes:
+            x = act_quant(x_MD, ue8m0) if x_q is None else x_q
+        return experts(x, ids_MK, weight_MK, self.first_expert, *stacks, ue8m0, self.spread)
 
 
 def feed_forward(
