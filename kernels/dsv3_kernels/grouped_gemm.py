@@ -2,9 +2,12 @@
 
 Rows lie sorted by expert, or in a box of equal capacity for each (`permute.Groups`). A persistent
 grid shares out the tiles that the counts on the device ask for: experts without rows cost nothing
-and the host knows no count. A tile computes W x^T, features down and rows across (operands
-swapped): matrix units take at least 64 features but as few as 16 rows, and the same instructions,
-in the same order along D, serve every tile size, so a row's result depends on nothing else.
+and the host knows no count. For few rows operands are swapped (a tile is W x^T): matrix units take
+at least 64 of what stands first, and as few as 16 of the other. Tiles of many rows are x W^T, W
+through TMA where there is one. In either case an element is the same chain of sums of 128 bytes
+along D, so a row's result depends on no other row. (That the chains give the same bits swapped and
+not holds wherever matrix units treat both operands alike; `tests/kernels/test_grouped_gemm.py`
+asserts it on a GPU.)
 
 Three kinds of numbers: float (one type, float32 sums; float32 itself without TF32), float rows with
 FP8 matrices (dequantized in registers, as `weight_dequant` would), and FP8 rows quantized 1x128
@@ -15,7 +18,7 @@ Bound: reading the matrices that are hit up to about 64 rows an expert, then mat
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -169,7 +172,27 @@ def _load_tile(pointers, inside, across, WHOLE: tl.constexpr):
     if WHOLE:
         return tl.load(pointers)
     else:  # noqa: RET505 - Triton drops a constant condition's other branch only so
-        return tl.load(pointers, mask=inside & across, other=0)
+        return tl.load(pointers, mask=inside & across, other=0.0)
+
+
+@triton.jit
+def _load_matrix(
+    w,
+    row,
+    first,
+    present,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Load [BLOCK_K, BLOCK_N]: `present` rows of W from `row`, transposed, from column `first`."""
+    if TMA:
+        return tl.trans(w.load([row.to(tl.int32), first]))
+    else:  # noqa: RET505
+        n = tl.arange(0, BLOCK_N)[None, :]
+        k = first + tl.arange(0, BLOCK_K)[:, None]
+        return tl.load(w + row * D + n * D + k, mask=(n < present) & (k < D), other=0.0)
 
 
 @triton.jit
@@ -232,6 +255,7 @@ def _multiply_many(
     w,
     w_scale,
     rows,
+    first_row,
     low,
     N: tl.constexpr,
     D: tl.constexpr,
@@ -240,35 +264,33 @@ def _multiply_many(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     KIND: tl.constexpr,
+    TMA: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Return x W^T of features low.. of N, and if GATED of N + low.. too, both [rows, features]."""
+    """Return x W^T of features low.. of N, and if GATED of N + low.. too, both [rows, features].
+
+    With TMA `w` is a descriptor of tiles, else a pointer; `first_row` of it is the expert's.
+    """
     EVEN_D: tl.constexpr = D % BLOCK_K == 0
-    WHOLE: tl.constexpr = EVEN_D and N % BLOCK_N == 0
-    SCALED: tl.constexpr = KIND > 0
     d: tl.constexpr = (D + 127) // 128
-    feature = (low + tl.arange(0, BLOCK_N))[None, :]
     k = tl.arange(0, BLOCK_K)
-    w_at = w + feature.to(tl.int64) * D + k[:, None]
     x_at = x + rows[:, None] * D + k[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for first in range(0, D, BLOCK_K):
-        inside = k < D - first
-        x_tile = _load_tile(x_at, inside[None, :], True, EVEN_D)
-        at = w_scale + first // 128
+        x_tile = _load_tile(x_at, (k < D - first)[None, :], True, EVEN_D)
+        x_at += BLOCK_K
         row_scale = rows
         if KIND == 2 or KIND == 4:
             row_scale = tl.load(x_scale + rows * d + first // 128)
-        w_tile = _load_tile(w_at, inside[:, None], feature < N, WHOLE)
-        scale = tl.load(at + low // 128 * d) if SCALED else 1.0
+        at = w_scale + first // 128
+        scale = tl.load(at + low // 128 * d) if KIND > 0 else 1.0
+        w_tile = _load_matrix(w, first_row + low, first, N - low, D, BLOCK_N, BLOCK_K, TMA)
         acc = _accumulate(acc, x_tile, w_tile, scale, row_scale, KIND, False, INTERPRETED)
         if GATED:
-            w_tile = _load_tile(w_at + N * D, inside[:, None], feature < N, WHOLE)
-            scale = tl.load(at + (N + low) // 128 * d) if SCALED else 1.0
+            scale = tl.load(at + (N + low) // 128 * d) if KIND > 0 else 1.0
+            w_tile = _load_matrix(w, first_row + N + low, first, N - low, D, BLOCK_N, BLOCK_K, TMA)
             up = _accumulate(up, x_tile, w_tile, scale, row_scale, KIND, False, INTERPRETED)
-        w_at += BLOCK_K
-        x_at += BLOCK_K
     return acc, up
 
 
@@ -288,6 +310,7 @@ def _gate_up_kernel(
     D: tl.constexpr,
     TOP_K: tl.constexpr,
     KIND: tl.constexpr,
+    TMA: tl.constexpr,
     QUANT: tl.constexpr,
     UE8M0: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -306,20 +329,19 @@ def _gate_up_kernel(
         token = row
         if TOP_K > 0:
             token = (tl.load(entries + row) // TOP_K).to(tl.int64)
-        at_w = w + e * 2 * F * D
         at_scale = w_scale + e * blocks_f * blocks_d
         # fmt: off
         if BLOCK_M < 64:
             both = _multiply_few(
-                x, x_scale, at_w, at_scale, token, low, F, D, True,
+                x, x_scale, w + e * 2 * F * D, at_scale, token, low, F, D, True,
                 BLOCK_M, BLOCK_N, BLOCK_K, KIND, INTERPRETED,
             )
             both = tl.permute(tl.reshape(both, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1))
             gate, up = tl.split(both)
         else:
             gate, up = _multiply_many(
-                x, x_scale, at_w, at_scale, token, low, F, D, True,
-                BLOCK_M, BLOCK_N, BLOCK_K, KIND, INTERPRETED,
+                x, x_scale, w, at_scale, token, e * 2 * F, low, F, D, True,
+                BLOCK_M, BLOCK_N, BLOCK_K, KIND, TMA, INTERPRETED,
             )
         # fmt: on
         value = gate / (1.0 + tl.exp(-gate)) * up
@@ -350,6 +372,7 @@ def _down_kernel(
     F: tl.constexpr,
     WEIGHTED: tl.constexpr,
     KIND: tl.constexpr,
+    TMA: tl.constexpr,
     INTERPRETED: tl.constexpr,
     E_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -363,18 +386,17 @@ def _down_kernel(
     for tile in range(tl.program_id(0), tl.sum(tiles_E, 0), tl.num_programs(0)):
         e, block, row, real = _place(tile, tiles_E, counts, starts, E_PAD, BLOCK_M)
         low = block * BLOCK_N
-        at_w = w + e * D * F
         at_scale = w_scale + e * blocks_d * blocks_f
         # fmt: off
         if BLOCK_M < 64:
             acc = _multiply_few(
-                h, h_scale, at_w, at_scale, row, low, D, F, False,
+                h, h_scale, w + e * D * F, at_scale, row, low, D, F, False,
                 BLOCK_M, BLOCK_N, BLOCK_K, KIND, INTERPRETED,
             )
         else:
             acc, _ = _multiply_many(
-                h, h_scale, at_w, at_scale, row, low, D, F, False,
-                BLOCK_M, BLOCK_N, BLOCK_K, KIND, INTERPRETED,
+                h, h_scale, w, at_scale, row, e * D, low, D, F, False,
+                BLOCK_M, BLOCK_N, BLOCK_K, KIND, TMA, INTERPRETED,
             )
         # fmt: on
         if WEIGHTED:
@@ -437,6 +459,26 @@ def _operands(x: Tensor | Quantized, w: Stack) -> _Operands:
     return _Operands(x_rows, x_scale, weight, w_scale, kind)
 
 
+def _uses_tma(ops: _Operands, tile: _Tile, gated: bool) -> bool:
+    """Tell whether tiles of the matrices come through TMA: many rows, on Hopper or later."""
+    if tile.rows < 64 or ops.x.element_size() == 4 or ops.w.device.type == "cpu":
+        return False
+    if gated and ops.kind == 2 and tile.features == BLOCK:
+        return False  # no registers are left for it: the loop would spill
+    aligned = ops.w.shape[2] * ops.w.element_size() % 16 == 0 and ops.w.data_ptr() % 16 == 0
+    return aligned and torch.cuda.get_device_capability(ops.w.device) >= (9, 0)
+
+
+def _matrices(ops: _Operands, tile: _Tile, gated: bool) -> Any:
+    """Return the matrices as a descriptor of tiles, or as they are."""
+    if not _uses_tma(ops, tile, gated):
+        return ops.w
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    shape = [tile.features, BLOCK // ops.x.element_size()]
+    return TensorDescriptor.from_tensor(ops.w.flatten(0, 1), shape)
+
+
 def _meta(ops: _Operands, tile: _Tile, gated: bool) -> dict[str, int]:
     """Return the constants of a launch."""
     stages = tile.stages
@@ -447,6 +489,7 @@ def _meta(ops: _Operands, tile: _Tile, gated: bool) -> dict[str, int]:
         stages = max(2, min(stages, room // step))
     return {
         "KIND": ops.kind,
+        "TMA": _uses_tma(ops, tile, gated),
         "INTERPRETED": not ops.w.is_cuda,
         "E_PAD": triton.next_power_of_2(len(ops.w)),
         "BLOCK_M": tile.rows,
@@ -483,7 +526,10 @@ def grouped_gate_up_triton(
     h = e4m3_view(out.q) if out else ops.x.new_empty((num_rows, inner), dtype=dtype)
     if num_rows:
         _gate_up_kernel[_grid(ops, tile, inner, num_rows)](
-            *ops[:4],
+            ops.x,
+            ops.x_scale,
+            _matrices(ops, tile, True),
+            ops.w_scale,
             h,
             out.scale if out else h,
             groups.count_E if groups.entry_M is None else groups.entry_M,
@@ -519,7 +565,10 @@ def grouped_down_triton(
     if num_rows:
         tile = _tile(ops.kind, ops.x.element_size(), False, rows)
         _down_kernel[_grid(ops, tile, hidden, num_rows)](
-            *ops[:4],
+            ops.x,
+            ops.x_scale,
+            _matrices(ops, tile, False),
+            ops.w_scale,
             y_MD,
             groups.count_E if groups.entry_M is None else groups.entry_M,
             ops.x_scale if weight_TK is None else weight_TK.contiguous(),

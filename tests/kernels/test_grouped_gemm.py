@@ -76,6 +76,24 @@ def test_products(kind: str, tile, monkeypatch) -> None:
     assert_close("y", y[rows], want_y[rows], TOLERANCE[kind])
 
 
+@pytest.mark.parametrize("kind", ["bf16", "bf16 fp8", "fp8"])
+def test_matrices_through_descriptors(kind: str, monkeypatch) -> None:
+    """As on Hopper; a tile may reach into the next expert's rows, or behind the last."""
+    torch.manual_seed(6)
+    monkeypatch.setattr(grouped_gemm, "_tile", lambda *args: TILES[6])
+    groups = routed(9)
+    rows = rows_of(groups)
+    x, gate_up = activations(9, D, kind), stack(2 * F, D, kind)
+    h, down = activations(27, F, kind), stack(200, F, kind)
+    pointers = grouped_gate_up_triton(x, gate_up, groups, 1)
+    pointers_y = grouped_down_triton(h, down, groups, 1, torch.float32)
+    monkeypatch.setattr(grouped_gemm, "_uses_tma", lambda *args: True)
+    got = grouped_gate_up_triton(x, gate_up, groups, 1)
+    assert_bitwise_equal("h", dequantize(got)[rows], dequantize(pointers)[rows])
+    got = grouped_down_triton(h, down, groups, 1, torch.float32)
+    assert_bitwise_equal("y", got[rows], pointers_y[rows])
+
+
 @pytest.mark.parametrize("kind", ["float32", "bf16"])
 @pytest.mark.parametrize(("hidden", "inner"), [(24, 10), (100, 72)])
 def test_ragged_matrices(kind: str, hidden: int, inner: int, monkeypatch) -> None:
