@@ -8,7 +8,6 @@ from dataclasses import replace
 from functools import partial
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dsv3.config import ModelConfig, ParallelConfig
 from dsv3.model.side_stream import SideStream
@@ -21,6 +20,7 @@ from dsv3_kernels import (
     act_quant,
     experts,
     route,
+    router_logits,
     silu_mul,
     silu_mul_quant,
 )
@@ -72,8 +72,8 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Return (ids [T, K] int64, weights [T, K] float32)."""
-        logits_TE = F.linear(x_TD.float(), self.gate.weight)
-        return route(logits_TE, None if self.bias is None else self.bias.weight, self.rule)
+        logits_STE = router_logits(x_TD, self.gate.weight)
+        return route(logits_STE, None if self.bias is None else self.bias.weight, self.rule)
 
 
 class MoE(nn.Module):

@@ -18,6 +18,7 @@ from dsv3_kernels.rmsnorm import add_rmsnorm, rmsnorm, rmsnorm_quant
 from dsv3_kernels.rope import apply_rope, rotate
 from dsv3_kernels.rope_and_cache import latent_entries, rope_and_cache
 from dsv3_kernels.route import Routing, route
+from dsv3_kernels.router_logits import router_logits
 from dsv3_kernels.sample import sample
 from dsv3_kernels.silu_mul import silu_mul, silu_mul_quant
 from dsv3_kernels.weight_dequant import weight_dequant
@@ -53,6 +54,7 @@ __all__ = [
     "rope_and_cache",
     "rotate",
     "route",
+    "router_logits",
     "sample",
     "silu_mul",
     "silu_mul_quant",

@@ -49,9 +49,9 @@ def _limit_to_groups(choice_TE: Tensor, r: Routing) -> Tensor:
     return groups_TgE.masked_fill(dropped.unsqueeze(-1), float("-inf")).flatten(1)
 
 
-def route_ref(logits_TE: Tensor, bias_E: Tensor | None, r: Routing) -> tuple[Tensor, Tensor]:
+def route_ref(logits_STE: Tensor, bias_E: Tensor | None, r: Routing) -> tuple[Tensor, Tensor]:
     """Define `route`."""
-    logits = logits_TE.float()
+    logits = logits_STE[0] if len(logits_STE) == 1 else logits_STE.sum(0)
     score_TE = logits.softmax(-1) if r.scoring_func == "softmax" else logits.sigmoid()
     choice_TE = score_TE if bias_E is None else score_TE + bias_E
     if r.is_grouped:
@@ -79,6 +79,8 @@ def _route_kernel(
     ids,
     weights,
     scaling,
+    T,
+    S: tl.constexpr,
     E: tl.constexpr,
     G: tl.constexpr,
     TOPK_GROUP: tl.constexpr,
@@ -88,18 +90,21 @@ def _route_kernel(
     BEST_TWO: tl.constexpr,
     NORMALIZE: tl.constexpr,
     G_PAD: tl.constexpr,
-    S_PAD: tl.constexpr,
+    M_PAD: tl.constexpr,
     K_PAD: tl.constexpr,
 ):
-    """Route one token. Its experts lie in registers as [G_PAD, S_PAD]: groups, members."""
-    S: tl.constexpr = E // G
+    """Route one token. Its experts lie in registers as [G_PAD, M_PAD]: groups, members."""
+    MEMBERS: tl.constexpr = E // G
     LOWEST: tl.constexpr = -(1 << 63)
     token = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, G_PAD)
-    member = tl.arange(0, S_PAD)
-    expert = group[:, None] * S + member[None, :]
-    real = (group[:, None] < G) & (member[None, :] < S)
-    x = tl.load(logits + token * E + expert, mask=real, other=float("-inf")).to(tl.float32)
+    member = tl.arange(0, M_PAD)
+    expert = group[:, None] * MEMBERS + member[None, :]
+    real = (group[:, None] < G) & (member[None, :] < MEMBERS)
+    x = tl.zeros([G_PAD, M_PAD], tl.float32)
+    for part in tl.static_range(S):
+        at = logits + (part * T + token) * E + expert
+        x += tl.load(at, mask=real, other=float("-inf"))
     if SOFTMAX:
         score = tl.exp(x - tl.max(tl.max(x, 1), 0))
         score = score / tl.sum(tl.sum(score, 1), 0)
@@ -109,10 +114,10 @@ def _route_kernel(
     if BIASED:
         choice += tl.load(bias + expert, mask=real, other=0.0)
     choice = tl.where(real, choice, float("-inf"))
-    position = group[:, None] * S_PAD + member[None, :]
+    position = group[:, None] * M_PAD + member[None, :]
     if TOPK_GROUP < G:
         value = tl.max(choice, 1)
-        if BEST_TWO and S > 1:
+        if BEST_TWO and MEMBERS > 1:
             order = _rank_key(choice, position)
             first = order == tl.max(order, 1)[:, None]
             value += tl.max(tl.where(first, float("-inf"), choice), 1)
@@ -138,21 +143,23 @@ def _route_kernel(
     tl.store(weights + token * K + k, weight * scaling, mask=k < K)
 
 
-def route_triton(logits_TE: Tensor, bias_E: Tensor | None, r: Routing) -> tuple[Tensor, Tensor]:
+def route_triton(logits_STE: Tensor, bias_E: Tensor | None, r: Routing) -> tuple[Tensor, Tensor]:
     """Launch one program per token."""
-    T, E = logits_TE.shape
+    S, T, E = logits_STE.shape
     K, G = r.num_experts_per_tok, r.n_group if r.is_grouped else 1
     assert E <= 512 and min(16, E) >= K and E % G == 0, f"{E=} {K=} {G=}"
-    logits_TE = logits_TE.contiguous()
-    ids_TK = torch.empty((T, K), dtype=torch.int64, device=logits_TE.device)
-    weight_TK = torch.empty((T, K), dtype=torch.float32, device=logits_TE.device)
+    assert logits_STE.dtype == torch.float32 and logits_STE.is_contiguous()
+    ids_TK = torch.empty((T, K), dtype=torch.int64, device=logits_STE.device)
+    weight_TK = torch.empty((T, K), dtype=torch.float32, device=logits_STE.device)
     if T:
         _route_kernel[(T,)](
-            logits_TE,
-            logits_TE if bias_E is None else bias_E,
+            logits_STE,
+            logits_STE if bias_E is None else bias_E,
             ids_TK,
             weight_TK,
             r.routed_scaling_factor,
+            T,
+            S=S,
             E=E,
             G=G,
             TOPK_GROUP=r.topk_group if r.is_grouped else G,
@@ -162,14 +169,14 @@ def route_triton(logits_TE: Tensor, bias_E: Tensor | None, r: Routing) -> tuple[
             BEST_TWO=r.topk_method == "noaux_tc",
             NORMALIZE=r.norm_topk_prob,
             G_PAD=triton.next_power_of_2(G),
-            S_PAD=triton.next_power_of_2(E // G),
+            M_PAD=triton.next_power_of_2(E // G),
             K_PAD=triton.next_power_of_2(K),
             num_warps=1,
         )
     return ids_TK, weight_TK
 
 
-def route(logits_TE: Tensor, bias_E: Tensor | None, r: Routing) -> tuple[Tensor, Tensor]:
+def route(logits_STE: Tensor, bias_E: Tensor | None, r: Routing) -> tuple[Tensor, Tensor]:
     """Choose each token's experts and their weights.
 
     scores = sigmoid or softmax of the logits; the choice is by score + bias, limited to the best
@@ -178,7 +185,7 @@ def route(logits_TE: Tensor, bias_E: Tensor | None, r: Routing) -> tuple[Tensor,
     times routed_scaling_factor. Ties go to the lowest id, of groups as of experts.
 
     Args:
-        logits_TE: [T, E] router logits, float32.
+        logits_STE: [S, T, E] float32, contiguous; the router's logits are the sum over S.
         bias_E: [E] float32 `e_score_correction_bias`, or None.
         r: the model's routing rule.
 
@@ -188,6 +195,6 @@ def route(logits_TE: Tensor, bias_E: Tensor | None, r: Routing) -> tuple[Tensor,
 
     Source: DeepSeek-V2 paper 2.2.2 (softmax forms), DeepSeek-V3 report eq. 12-16 (noaux_tc).
     """
-    if use_triton(logits_TE):
-        return route_triton(logits_TE, bias_E, r)
-    return route_ref(logits_TE, bias_E, r)
+    if use_triton(logits_STE):
+        return route_triton(logits_STE, bias_E, r)
+    return route_ref(logits_STE, bias_E, r)

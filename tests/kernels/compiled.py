@@ -18,6 +18,7 @@ from triton.compiler import ASTSource
 from dsv3_kernels.grouped_gemm import _down_kernel, _gate_up_kernel, _tile
 from dsv3_kernels.permute import _permute_kernel, _unpermute_kernel
 from dsv3_kernels.route import _route_kernel
+from dsv3_kernels.router_logits import _router_logits_kernel
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 FP8, BYTES, BF16, F32 = "fp8e4nv", "u8", "bf16", "fp32"
@@ -90,9 +91,9 @@ def small() -> dict[str, dict[str, int]]:
     """Compile what goes before and after the products."""
     ids = {"ids": "*i64", "entries": "*i32", "slots": "*i32", "starts": "*i32", "counts": "*i32"}
     sizes = dict.fromkeys(("first_expert", "E", "num_entries", "D"), "i32")
-    v3 = {"E": 256, "G": 8, "TOPK_GROUP": 4, "K": 8, "G_PAD": 8, "S_PAD": 32, "K_PAD": 8}
-    v3 |= {"SOFTMAX": False, "BIASED": True, "BEST_TWO": True, "NORMALIZE": True}
-    rows = dict.fromkeys(("logits", "bias", "weights"), "*fp32") | {"scaling": "fp32"}
+    v3 = {"E": 256, "G": 8, "TOPK_GROUP": 4, "K": 8, "G_PAD": 8, "M_PAD": 32, "K_PAD": 8}
+    v3 |= {"S": 16, "SOFTMAX": False, "BIASED": True, "BEST_TWO": True, "NORMALIZE": True}
+    rows = dict.fromkeys(("logits", "bias", "weights"), "*fp32") | {"scaling": "fp32", "T": "i32"}
     back = {"y_rows": "*bf16", "slots": "*i32", "weights": "*fp32", "y": "*fp32"}
     return {
         "route": compile_for(90, _route_kernel, ids | rows, v3, num_warps=1),
@@ -106,9 +107,21 @@ def small() -> dict[str, dict[str, int]]:
     }
 
 
+def router(x: str, apart: bool) -> dict[str, int]:
+    """Compile the router's product for few tokens, and for many."""
+    arguments = {"x": f"*{x}", "w": "*fp32", "logits": "*fp32", "T": "i32"}
+    sizes = {"E": 256, "D": 7168, "PARTS": 16, "APART": apart, "INTERPRETED": False}
+    sizes |= {"BLOCK_T": 16 if apart else 64, "BLOCK_E": 64, "BLOCK_D": 64 if x == BF16 else 32}
+    kernel = _router_logits_kernel
+    return compile_for(90, kernel, arguments, sizes, num_warps=4, num_stages=4)
+
+
 def products() -> dict[str, dict[str, int]]:
     """Compile both products for few and many rows, in every kind of numbers."""
     return {
+        "bf16 router 1": router(BF16, True),
+        "bf16 router 300": router(BF16, False),
+        "fp32 router 1": router(F32, True),
         "fp8 gate_up 1": grouped(90, 2, True, 1, FP8, FP8),
         "fp8 gate_up 64": grouped(90, 2, True, 64, FP8, FP8, tma=True),
         "fp8 gate_up 256": grouped(90, 2, True, 256, FP8, FP8),

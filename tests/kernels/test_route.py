@@ -67,7 +67,7 @@ def test_route(r: Routing, bias: float | None) -> None:
     torch.manual_seed(0)
     logits = torch.randn(129, 16) * 2
     bias_E = None if bias is None else bias + torch.randn(16) * 0.3
-    ids, weight = route(logits, bias_E, r)
+    ids, weight = route(logits[None], bias_E, r)
     assert ids.dtype == torch.int64 and weight.dtype == torch.float32
     for t in range(len(logits)):
         got = dict(zip(ids[t].tolist(), weight[t].tolist(), strict=True))
@@ -78,7 +78,7 @@ def test_route(r: Routing, bias: float | None) -> None:
 def test_weights_survive_a_bias_that_swallows_the_scores() -> None:
     """(score + bias) - bias would be 0 or a coarse step."""
     logits = torch.tensor([[-12.0, -11.0, -13.0, -14.0]])
-    ids, weight = route(logits, torch.full((4,), 100.0), rule("noaux_tc", (1, 1), k=4))
+    ids, weight = route(logits[None], torch.full((4,), 100.0), rule("noaux_tc", (1, 1), k=4))
     want = {e: 2.5 / (1 + math.exp(-x)) for e, x in enumerate(logits[0].tolist())}
     assert dict(zip(ids[0].tolist(), weight[0].tolist(), strict=True)) == pytest.approx(want)
 
@@ -86,7 +86,9 @@ def test_weights_survive_a_bias_that_swallows_the_scores() -> None:
 def test_rows_do_not_see_each_other() -> None:
     torch.manual_seed(1)
     logits, bias, r = torch.randn(130, 32), torch.randn(32), rule("noaux_tc", (8, 4), 8, True)
-    for got, want in zip(route(logits[40:43], bias, r), route(logits, bias, r), strict=True):
+    for got, want in zip(
+        route(logits[None, 40:43], bias, r), route(logits[None], bias, r), strict=True
+    ):
         assert_bitwise_equal("slice", got, want[40:43])
 
 
@@ -117,8 +119,8 @@ def v3_like(
 def test_kernel(method: str, groups: tuple[int, int], k: int, norm: bool, experts: int) -> None:
     torch.manual_seed(2)
     r, logits, bias = v3_like(method, groups, k, norm, experts)
-    ids, weight = route_triton(logits, bias, r)
-    want_ids, want_weight = route_ref(logits, bias, r)
+    ids, weight = route_triton(logits[None], bias, r)
+    want_ids, want_weight = route_ref(logits[None], bias, r)
     assert_bitwise_equal("ids", ids, want_ids)
     assert_close("weights", weight, want_weight, 1e-6)
 
@@ -126,21 +128,31 @@ def test_kernel(method: str, groups: tuple[int, int], k: int, norm: bool, expert
 def test_ties_go_to_the_lowest_id() -> None:
     r = rule("noaux_tc", (4, 2), 3)
     for form in (route_ref, route_triton):
-        ids, _ = form(torch.zeros(2, 16), torch.zeros(16), r)
+        ids, _ = form(torch.zeros(1, 2, 16), torch.zeros(16), r)
         assert ids.tolist() == [[0, 1, 2]] * 2
 
 
 def test_kernel_rows_do_not_see_each_other() -> None:
     torch.manual_seed(3)
     r, logits, bias = v3_like("noaux_tc", (8, 4), 8, True, 64)
-    whole = route_triton(logits, bias, r)
-    for got, want in zip(route_triton(logits[4:5], bias, r), whole, strict=True):
+    whole = route_triton(logits[None], bias, r)
+    for got, want in zip(route_triton(logits[None, 4:5], bias, r), whole, strict=True):
         assert_bitwise_equal("slice", got, want[4:5])
-    assert [t.shape for t in route_triton(logits[:0], bias, r)] == [(0, 8), (0, 8)]
+    assert [t.shape for t in route_triton(logits[None, :0], bias, r)] == [(0, 8), (0, 8)]
+
+
+def test_parts_are_added_up() -> None:
+    torch.manual_seed(4)
+    r, logits, bias = v3_like("noaux_tc", (8, 4), 8, True, 64)
+    parts = torch.randint(-4, 5, (3, *logits.shape)).float()
+    for form in (route_ref, route_triton):
+        got, want = form(parts, bias, r), form(parts.sum(0, keepdim=True), bias, r)
+        assert_bitwise_equal("ids", got[0], want[0])
+        assert_bitwise_equal("weights", got[1], want[1])
 
 
 def test_garbage_rows_still_name_experts() -> None:
     """Unused rows of a CUDA graph may hold anything; what they choose must stay in range."""
     r = rule("noaux_tc", (8, 4), 8, True)
-    ids, _ = route_triton(torch.full((1, 32), float("nan")), torch.zeros(32), r)
+    ids, _ = route_triton(torch.full((1, 1, 32), float("nan")), torch.zeros(32), r)
     assert len(set(ids[0].tolist())) == 8 and int(ids.min()) >= 0 and int(ids.max()) < 32
