@@ -25,7 +25,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dsv3_kernels._e4m3 import decode_e4m3, e4m3_view, is_native
-from dsv3_kernels._triton import tl, triton, use_triton
+from dsv3_kernels._triton import (
+    has_tma,
+    is_interpreted,
+    multiprocessors,
+    tl,
+    triton,
+    use_triton,
+)
 from dsv3_kernels.act_quant import BLOCK, Quantized, act_quant, quantize_block
 from dsv3_kernels.permute import Groups
 from dsv3_kernels.silu_mul import silu_mul_ref
@@ -424,7 +431,8 @@ def _tile(kind: int, itemsize: int, gated: bool, rows: int) -> _Tile:
     Compiled for Hopper none spills more than a few registers.
     """
     if itemsize == 4 or kind == 4:  # no matrix unit, or bytes decoded in registers
-        return _Tile(16 if rows <= 16 else 64, 64 if itemsize == 1 and not gated else 32, 4, 3, 2)
+        features = 64 if itemsize == 1 and not gated else 32
+        return _Tile(16, features, 4, 3, 2) if rows <= 16 else _Tile(64, features, 8, 3, 2)
     if rows <= 8:
         return _Tile(16, 32 if gated else 64, 4, 6, 2)
     if rows <= 24:
@@ -461,12 +469,12 @@ def _operands(x: Tensor | Quantized, w: Stack) -> _Operands:
 
 def _uses_tma(ops: _Operands, tile: _Tile, gated: bool) -> bool:
     """Tell whether tiles of the matrices come through TMA: many rows, on Hopper or later."""
-    if tile.rows < 64 or ops.x.element_size() == 4 or ops.w.device.type == "cpu":
+    if tile.rows < 64 or ops.x.element_size() == 4:
         return False
     if gated and ops.kind == 2 and tile.features == BLOCK:
         return False  # no registers are left for it: the loop would spill
     aligned = ops.w.shape[2] * ops.w.element_size() % 16 == 0 and ops.w.data_ptr() % 16 == 0
-    return aligned and torch.cuda.get_device_capability(ops.w.device) >= (9, 0)
+    return aligned and has_tma(ops.w)
 
 
 def _matrices(ops: _Operands, tile: _Tile, gated: bool) -> Any:
@@ -481,32 +489,25 @@ def _matrices(ops: _Operands, tile: _Tile, gated: bool) -> Any:
 
 def _meta(ops: _Operands, tile: _Tile, gated: bool) -> dict[str, int]:
     """Return the constants of a launch."""
-    stages = tile.stages
-    if ops.w.is_cuda:
-        gpu = torch.cuda.get_device_properties(ops.w.device)
-        room = gpu.shared_memory_per_multiprocessor // tile.per_sm - 5120  # scales, reserved
-        step = BLOCK * (tile.rows + tile.features * (2 if gated else 1))
-        stages = max(2, min(stages, room // step))
+    room = multiprocessors(ops.w)[1] // tile.per_sm - 5120  # less scales, and what is reserved
+    step = BLOCK * (tile.rows + tile.features * (2 if gated else 1))
     return {
         "KIND": ops.kind,
         "TMA": _uses_tma(ops, tile, gated),
-        "INTERPRETED": not ops.w.is_cuda,
+        "INTERPRETED": is_interpreted(ops.w),
         "E_PAD": triton.next_power_of_2(len(ops.w)),
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.features,
         "BLOCK_K": BLOCK // ops.x.element_size(),
         "num_warps": tile.warps,
-        "num_stages": stages,
+        "num_stages": max(2, min(tile.stages, room // step)),
     }
 
 
 def _grid(ops: _Operands, tile: _Tile, features: int, num_rows: int) -> tuple[int]:
     """Return as many programs as the GPU holds at once, or as there may be tiles, if fewer."""
     most = num_rows // tile.rows + min(len(ops.w), num_rows)
-    held = 3
-    if ops.w.is_cuda:
-        gpu = torch.cuda.get_device_properties(ops.w.device)
-        held = gpu.multi_processor_count * tile.per_sm
+    held = multiprocessors(ops.w)[0] * tile.per_sm
     return (min(held, most * triton.cdiv(features, tile.features)),)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dsv3_kernels._triton import tl, triton, use_triton
+from dsv3_kernels._triton import is_interpreted, tl, triton, use_triton
 
 # Parts of the sum, and up to how many tokens they have programs of their own.
 _PARTS = 16
@@ -105,7 +105,7 @@ def router_logits_triton(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
             D=D,
             PARTS=_PARTS,
             APART=apart,
-            INTERPRETED=not x_TD.is_cuda,
+            INTERPRETED=is_interpreted(x_TD),
             BLOCK_T=tokens,
             BLOCK_E=64,
             BLOCK_D=32 if x_TD.dtype == torch.float32 else 64,
