@@ -192,25 +192,3 @@ def test_nothing_to_do() -> None:
     assert grouped_gate_up_triton(torch.empty(0, D), w, groups, 1).shape == (0, F)
     none = grouped_down_triton(torch.empty(0, D), w, groups, 1, torch.bfloat16)
     assert none.shape == (0, 2 * F) and none.dtype == torch.bfloat16
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("kind", TOLERANCE)
-def test_on_a_gpu(kind: str) -> None:
-    """Every choice of tile, at V3's widths: right, and the same bits."""
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    torch.manual_seed(5)
-    moved = [t.cuda() for t in stack(4096, 7168, kind) if t is not None]
-    w = Stack(*moved)
-    x = activations(300, 7168, kind)
-    x = Quantized(x.q.cuda(), x.scale.cuda()) if isinstance(x, Quantized) else x.cuda()
-    groups = permute(torch.randint(0, E, (300, 2)).cuda(), 0, E)
-    want = dequantize(grouped_gate_up_ref(x, w, groups))
-    results = [grouped_gate_up_triton(x, w, groups, rows) for rows in (1, 16, 64, 256)]
-    for got in results:
-        assert_close("h", dequantize(got), want, 0.07 if kind == "fp8" else TOLERANCE[kind])
-        for a, b in (
-            zip(got, results[0], strict=True) if isinstance(got, Quantized) else [(got, results[0])]
-        ):
-            assert_bitwise_equal("bits", a, b)
