@@ -269,7 +269,7 @@ def _routing(small: bool) -> Iterator[Case]:
         for T in (3,) if small else (1, 8, 128, 1024):
 
             def logits(d: torch.device, T: int = T) -> Args:
-                return torch.randn(T, 256, device=d), torch.randn(256, device=d) / 8, rule
+                return torch.randn(1, T, 256, device=d), torch.randn(256, device=d) / 8, rule
 
             num_bytes = T * (4 * 256 + 12 * K)
             yield Case("route", f"{T} x 256", logits, *found, num_bytes, tol=1e-5, view=_sorted)
