@@ -210,7 +210,7 @@ def _tile(rows: int, is_exact: bool, device: torch.device) -> Tile:
     if rows <= 16:
         return Tile(16, 32, 512, 4, 5)
     # The larger tiles fill the shared memory of a multiprocessor of these.
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] not in (9, 10):
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return Tile(16, 32, 512, 4, 3)
     return Tile(32, 32, 512, 8, 5) if rows <= 32 else Tile(64, 64, 1024, 8, 3)
 

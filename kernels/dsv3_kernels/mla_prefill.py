@@ -200,7 +200,7 @@ class Tile(NamedTuple):
 def _tile(is_exact: bool, device: torch.device) -> Tile:
     if is_exact:
         return Tile(32, 32, 8, 1)
-    is_large = torch.cuda.get_device_capability(device)[0] in (9, 10)
+    is_large = torch.cuda.get_device_capability(device)[0] == 9
     return Tile(128, 128, 8, 2) if is_large else Tile(64, 32, 4, 2)
 
 
