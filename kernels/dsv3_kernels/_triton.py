@@ -49,3 +49,8 @@ def multiprocessors(x: Tensor) -> tuple[int, int]:
         return 3, 228 << 10
     gpu = torch.cuda.get_device_properties(x.device)
     return gpu.multi_processor_count, gpu.shared_memory_per_multiprocessor
+
+
+def is_hopper(x: Tensor) -> bool:
+    """Return whether `x` is on a GPU of compute capability 9."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9

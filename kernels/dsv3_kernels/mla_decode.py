@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dsv3_kernels._e4m3 import decode_e4m3, is_native
-from dsv3_kernels._triton import tl, triton, use_triton
+from dsv3_kernels._triton import is_hopper, is_interpreted, tl, triton, use_triton
 from dsv3_kernels.kv_fp8 import BLOCK, unpack_latent
 from dsv3_kernels.merge_lse import merge_splits_triton, softmax_lse
 from dsv3_kernels.paging import Keys, Paging
@@ -204,14 +204,12 @@ class Tile(NamedTuple):
     stages: int
 
 
-def _tile(rows: int, is_exact: bool, device: torch.device) -> Tile:
+def tile_for(rows: int, is_exact: bool, is_hopper: bool) -> Tile:
+    """Return the tile of so many rows; the larger ones fill a Hopper's shared memory."""
     if is_exact:
         return Tile(16, 16, 512, 4, 2)
-    if rows <= 16:
-        return Tile(16, 32, 512, 4, 5)
-    # The larger tiles fill the shared memory of a multiprocessor of these.
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
-        return Tile(16, 32, 512, 4, 3)
+    if rows <= 16 or not is_hopper:
+        return Tile(16, 32, 512, 4, 5 if is_hopper else 3)
     return Tile(32, 32, 512, 8, 5) if rows <= 32 else Tile(64, 64, 1024, 8, 3)
 
 
@@ -236,9 +234,9 @@ def mla_decode_triton(
         blocks = 4 * -(-C // BLOCK)
         scale_Sc = cache_SX[:, C : C + blocks].view(torch.float32)
         rope_SR = cache_SX[:, C + blocks :].view(torch.bfloat16)
-    # The interpreter multiplies the bit patterns of bfloat16.
-    is_exact = torch.float32 in (q_BQHX.dtype, cache_SX.dtype) or not q_BQHX.is_cuda
-    tile = tile or _tile(rows, is_exact, q_BQHX.device)
+    is_exact = torch.float32 in (q_BQHX.dtype, cache_SX.dtype)
+    is_exact = is_exact or is_interpreted(cache_SX)
+    tile = tile or tile_for(rows, is_exact, is_hopper(q_BQHX))
     splits = triton.cdiv(G * paging.slots_per_page, tile.split)
     o = torch.empty(B, splits, rows, C, dtype=torch.float32, device=q_BQHX.device)
     lse = o.new_empty(B, splits, rows)

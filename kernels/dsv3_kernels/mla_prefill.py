@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dsv3_kernels._triton import tl, triton, use_triton
+from dsv3_kernels._triton import is_hopper, is_interpreted, tl, triton, use_triton
 from dsv3_kernels.merge_lse import softmax_lse
 
 # Scores held at a time by the reference: 1 MiB of float32, which a processor's cache holds.
@@ -197,11 +197,11 @@ class Tile(NamedTuple):
     stages: int
 
 
-def _tile(is_exact: bool, device: torch.device) -> Tile:
+def tile_for(is_exact: bool, is_hopper: bool) -> Tile:
+    """Return the tile; the largest takes most of a Hopper's shared memory."""
     if is_exact:
         return Tile(32, 32, 8, 1)
-    is_large = torch.cuda.get_device_capability(device)[0] == 9
-    return Tile(128, 128, 8, 2) if is_large else Tile(64, 32, 4, 2)
+    return Tile(128, 128, 8, 2) if is_hopper else Tile(64, 32, 4, 2)
 
 
 def _launch(
@@ -218,9 +218,8 @@ def _launch(
     (T, H, X), N, V = q.shape, k_n.shape[-1], v.shape[-1]
     assert k_n.shape[1] == k_r.shape[1] == v.shape[1] == H, f"{k_n.shape=} {k_r.shape=} {v.shape=}"
     assert all(t.stride(-1) == 1 for t in (q, k_n, k_r, v)), "last dimensions must be dense"
-    # The interpreter multiplies the bit patterns of bfloat16.
-    is_exact = q.dtype == torch.float32 or not q.is_cuda
-    tile = tile or _tile(is_exact, q.device)
+    is_exact = q.dtype == torch.float32 or is_interpreted(q)
+    tile = tile or tile_for(is_exact, is_hopper(q))
     o = torch.empty(T, H, V, dtype=torch.float32, device=q.device)
     lse = o.new_empty(T, H)
     sequences = 1 if start_L is None else len(start_L) - 1
@@ -252,6 +251,20 @@ def mla_prefill_triton(
     """Launch a program per block of queries and head."""
     ahead = first_query - first_key
     return _launch(q_QHX, k_SHN, k_SHR, v_SHV, None, len(q_QHX), ahead, scale, tile)
+
+
+def mla_prefill_packed_triton(
+    q_THX: Tensor,
+    k_THN: Tensor,
+    k_THR: Tensor,
+    v_THV: Tensor,
+    start_L: Tensor,
+    longest: int,
+    scale: float,
+    tile: Tile | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Launch a program per block of queries, head and sequence."""
+    return _launch(q_THX, k_THN, k_THR, v_THV, start_L, longest, 0, scale, tile)
 
 
 def mla_prefill(
@@ -308,5 +321,5 @@ def mla_prefill_packed(
     """
     tensors = q_THX, k_THN, k_THR, v_THV
     if use_triton(q_THX):
-        return _launch(*tensors, start_L, longest, 0, scale, None)
+        return mla_prefill_packed_triton(*tensors, start_L, longest, scale)
     return mla_prefill_packed_ref(*tensors, start_L, scale)

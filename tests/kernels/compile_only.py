@@ -25,12 +25,24 @@ import dsv3_kernels  # noqa: F401 - all of its modules are looked through below
 from dsv3_kernels.act_quant import Quantized, act_quant_triton
 from dsv3_kernels.fp8_gemm import OLD_TILES, TILES, _launch_large, fp8_gemm_triton, make_locks
 from dsv3_kernels.grouped_gemm import Stack, grouped_down_triton, grouped_gate_up_triton
+from dsv3_kernels.kv_fp8 import packed_bytes
+from dsv3_kernels.merge_lse import merge_lse_triton
+from dsv3_kernels.mha_decode import mha_decode_triton
+from dsv3_kernels.mla_decode import mla_decode_triton
+from dsv3_kernels.mla_decode import tile_for as decode_tile
+from dsv3_kernels.mla_prefill import mla_prefill_packed_triton, mla_prefill_triton
+from dsv3_kernels.mla_prefill import tile_for as prefill_tile
+from dsv3_kernels.paging import Paging
 from dsv3_kernels.permute import permute_triton, unpermute_triton
 from dsv3_kernels.rmsnorm import add_rmsnorm_triton
+from dsv3_kernels.rope import rotate_triton
+from dsv3_kernels.rope_and_cache import rope_and_cache_triton
 from dsv3_kernels.route import Routing, route_triton
 from dsv3_kernels.router_logits import router_logits_triton
+from dsv3_kernels.sample import sample_triton
 from dsv3_kernels.silu_mul import silu_mul_quant_triton
 from dsv3_kernels.weight_dequant import weight_dequant_triton
+from dsv3_kernels.write_slots import write_slots_triton
 
 
 def launches(capability: int) -> None:
@@ -49,6 +61,7 @@ def launches(capability: int) -> None:
     _launch_large(q, w, scale, y, tile, tma=is_hopper)
     routing()
     experts(is_hopper)
+    attention(is_hopper)
 
 
 def routing() -> None:
@@ -94,6 +107,33 @@ def stack_of(cubin: bytes) -> int:
     found = re.search(r"STACK:(\d+)", usage)
     assert found is not None, usage
     return int(found[1])
+
+
+def attention(is_hopper: bool) -> None:
+    """The kernels of the attention layer at V3's shapes, over every form of the cache."""
+    page, pos = torch.zeros(2, 40, dtype=torch.int32), torch.zeros(2, 1, dtype=torch.int64)
+    packed = torch.zeros(64, packed_bytes(512, 64), dtype=torch.uint8)
+    trig, slot = torch.zeros(4, 32), torch.zeros(4, dtype=torch.int64)
+    plain, kv = (torch.zeros(64, width, dtype=torch.bfloat16) for width in (576, 16 * 320))
+    forms = (plain, 16), (packed, 16), (plain, 32), (plain, 128), (packed, 128), (plain.float(), 16)
+    for cache, heads in forms:
+        q = torch.zeros(2, 1, heads, 576, dtype=torch.bfloat16)
+        tile = decode_tile(heads, cache.dtype == torch.float32, is_hopper)
+        mla_decode_triton(q, cache, page, pos, Paging(64, 8, 1), 512, 0.1, tile)
+    for cache in (plain, packed):
+        latent = kv[:4, 1536:2112]
+        rope_and_cache_triton(latent, torch.ones(512), 1e-6, trig, trig, True, cache, slot, 2)
+    write_slots_triton(plain, slot, plain[:4])
+    q = torch.zeros(4, 16, 192, dtype=torch.bfloat16)
+    rotate_triton(q[..., 128:], trig, trig, True)
+    k_r, start = kv[:4, None, :64].expand(-1, 16, -1), torch.tensor([0, 1, 4], dtype=torch.int32)
+    keys = q[..., :128], k_r, q[..., :128]
+    mla_prefill_packed_triton(q, *keys, start, 3, 0.1, prefill_tile(False, is_hopper))
+    exact = (x.float() for x in (q, *keys))
+    mla_prefill_triton(*exact, 0, 9, 0.1, prefill_tile(True, is_hopper))
+    mha_decode_triton(q[:2], kv, page, pos[:, 0], Paging(64), 0.1)
+    merge_lse_triton(torch.zeros(8, 4, 16, 513)[..., :-1], torch.zeros(8, 4, 16))
+    sample_triton(torch.zeros(2, 129280), torch.ones(2), *torch.zeros(4, 2, dtype=torch.int64))
 
 
 class NoDevice:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from dsv3_kernels import merge_lse, mla_prefill_packed
 from dsv3_kernels.mla_prefill import (
     Tile,
-    _launch,
+    mla_prefill_packed_triton,
     mla_prefill_ref,
     mla_prefill_triton,
 )
@@ -98,7 +98,7 @@ def test_sequences_one_behind_the_other() -> None:
     k_n, v = kv.split([N, V], -1)
     start_L = torch.tensor(starts, dtype=torch.int32)
     got = mla_prefill_packed(q, k_n, k_r, v, start_L, 63, 0.3)
-    kernel = _launch(q, k_n, k_r, v, start_L, 63, 0, 0.3, Tile(16, 16, 4, 1))
+    kernel = mla_prefill_packed_triton(q, k_n, k_r, v, start_L, 63, 0.3, Tile(16, 16, 4, 1))
     for a, b in pairwise(starts):
         one = mla_prefill_ref(q[a:b], k_n[a:b], k_r[a:b], v[a:b], 0, 0, 0.3)
         alone = mla_prefill_triton(

@@ -1,0 +1,118 @@
+"""The attention layer's kernels on a real GPU (TRITON_INTERPRET=0), at V3's shapes."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from dsv3_kernels import Paging, pack_latent, rope_and_cache, rotate, sample
+from dsv3_kernels.mha_decode import mha_decode_ref, mha_decode_triton
+from dsv3_kernels.mla_decode import mla_decode_ref, mla_decode_triton
+from dsv3_kernels.mla_prefill import mla_prefill_packed, mla_prefill_ref
+from dsv3_kernels.rope import rotate_ref
+from dsv3_kernels.rope_and_cache import rope_and_cache_ref
+from dsv3_kernels.sample import sample_ref
+from dsv3_kernels.testing import assert_bitwise_equal, assert_close
+from tests.kernels.paged import scatter
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+# bfloat16 products: probabilities and queries of eight bits. float32: another order of sums.
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 2e-5}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize(("heads", "queries"), [(1, 1), (16, 1), (20, 1), (16, 3), (128, 1)])
+@pytest.mark.parametrize("shards", [1, 8])
+def test_mla_decode(
+    dtype: torch.dtype, is_packed: bool, heads: int, queries: int, shards: int
+) -> None:
+    torch.manual_seed(0)
+    lengths, paging = [3, 63, 2500, 129], Paging(64, shards, shards - 1)
+    cache, page = scatter([torch.randn(n, 576) for n in lengths], paging)
+    if is_packed:
+        nobodys = cache.isnan().any(1)
+        cache = pack_latent(cache.nan_to_num(0), 512)
+        cache[nobodys] = 0x7F
+    else:
+        cache = cache.to(dtype)
+    q = torch.randn(4, queries, heads, 576).to(dtype)
+    pos = torch.tensor(lengths)[:, None] - queries + torch.arange(queries)
+    pos[1], page[1] = -1, 0
+    args = [t.cuda() for t in (q, cache, page, pos)]
+    got = mla_decode_triton(*args, paging, 512, 0.05)
+    want = mla_decode_ref(q, cache, page, pos, paging, 512, 0.05)
+    for name, x, y in zip(("o", "lse"), got, want, strict=True):
+        assert_close(name, x.cpu(), y, TOLERANCE[dtype])
+    for b in range(4):
+        one = mla_decode_triton(
+            args[0][b : b + 1], args[1], args[2][b : b + 1], args[3][b : b + 1], paging, 512, 0.05
+        )
+        assert_bitwise_equal("alone", one[0][0], got[0][b])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_mla_prefill(dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    starts = [0, 1, 64, 200, 1000]
+    q, kv = torch.randn(1000, 16, 192).to(dtype), torch.randn(1000, 16, 256).to(dtype)
+    k_r, start = torch.randn(1000, 1, 64).to(dtype), torch.tensor(starts, dtype=torch.int32)
+    args = q, kv[..., :128], k_r.expand(-1, 16, -1), kv[..., 128:]
+    got = mla_prefill_packed(*(t.cuda() for t in args), start.cuda(), 800, 0.07)
+    for a, b in pairwise(starts):
+        want = mla_prefill_ref(*(t[a:b] for t in args), 0, 0, 0.07)
+        for x, y in zip(got, want, strict=True):
+            assert_close(f"rows {a} to {b}", x[a:b].cpu(), y, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_mha_decode(dtype: torch.dtype) -> None:
+    torch.manual_seed(2)
+    lengths = [3, 63, 1500]
+    cache, page = scatter([torch.randn(n, 16 * 320) for n in lengths], Paging(64))
+    q, pos = torch.randn(3, 16, 192).to(dtype), torch.tensor(lengths) - 1
+    args = [t.cuda() for t in (q, cache.to(dtype), page, pos)]
+    got = mha_decode_triton(*args, Paging(64), 0.07).cpu()
+    want = mha_decode_ref(q, cache.to(dtype), page, pos, Paging(64), 0.07)
+    assert_close("o", got, want, 2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_rope_and_cache(dtype: torch.dtype, is_packed: bool) -> None:
+    torch.manual_seed(3)
+    kv, angle = torch.randn(50, 2112).to(dtype)[:, 1536:], torch.rand(50, 32) * 50
+    slot = torch.randperm(60)[:50].where(torch.rand(50) < 0.7, torch.tensor(-1))
+    cache = torch.zeros(60, 656, dtype=torch.uint8) if is_packed else torch.zeros(60, 576)
+    args = kv, torch.rand(512) + 0.5, 1e-6, angle.cos(), angle.sin(), True, cache, slot, 20
+    moved = [x.cuda() if isinstance(x, torch.Tensor) else x for x in args]
+    got, want = rope_and_cache(*moved), rope_and_cache_ref(*args)
+    # A last place of e4m3 where a quotient falls to the other side.
+    assert_close("kept", got.float().cpu(), want.float(), 2**-3 if is_packed else 2**-7)
+    unwritten = cache.float().abs().sum(1) == 0
+    assert bool((moved[6].cpu()[unwritten] == 0).all())
+    x = torch.randn(50, 16, 192).to(dtype)
+    y = x.cuda()
+    rotate(y[..., 128:], moved[3], moved[4], True)
+    rotate_ref(x[..., 128:], args[3], args[4], True)
+    assert_close("rotated", y.cpu().float(), x.float(), 2**-7)
+
+
+def test_sample() -> None:
+    """The same tokens as on a CPU, but where a logarithm's last bit decides."""
+    torch.manual_seed(4)
+    B = 200
+    rows = torch.arange(B)
+    args = (
+        torch.randn(B, 129_280) * 3,
+        torch.tensor([0.0, 0.7, 1.3])[rows % 3],
+        torch.tensor([0, 5, 0, 50, 1000])[rows % 5],
+        torch.tensor([1.0, 0.9, 0.3, 0.999])[rows % 4],
+        rows * 0x1234567_89ABCDEF - 2**62,
+        rows * 1_000_003,
+    )
+    got, want = sample(*(x.cuda() for x in args)).cpu(), sample_ref(*args)
+    assert int((got != want).sum()) <= 1
