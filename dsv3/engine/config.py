@@ -11,7 +11,7 @@ _UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 @dataclass(frozen=True, slots=True)
 class CacheSize:
-    """`auto`, bytes on every rank, or tokens of the whole tp group."""
+    """`auto`, bytes on every rank, or tokens of each tp group."""
 
     num_bytes: int | None = None
     num_tokens: int | None = None
@@ -59,8 +59,8 @@ class EngineConfig:
         kv_disk_cache: DIR:BYTES, a directory for pages evicted from there and what it may take.
             Without a host cache, room for one longest sequence is made in host memory.
         max_seq_len: longest context, prompt and answer; 0 takes the model's own.
-        max_batch_tokens: new tokens of one step.
-        max_running: sequences in progress at a time.
+        max_batch_tokens: new tokens of one step, in each data-parallel group.
+        max_running: sequences in progress at a time, in each data-parallel group.
         dtype: activations: "auto" (float32 on CPU, the checkpoint's on CUDA), "float32" or
             "bfloat16".
         weights: "auto" holds weights in the activations' dtype; "fp8" keeps FP8 tensors as they

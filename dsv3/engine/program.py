@@ -49,7 +49,12 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--weights", default="auto", help="auto, or fp8: keep FP8 as stored")
     layout = parser.add_argument_group("layout")
     layout.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    layout.add_argument("--tp", type=int, default=0, help="tensor-parallel ranks (default: all)")
+    layout.add_argument(
+        "--tp", type=int, default=0, help="tensor-parallel ranks (default: all that --dp leaves)"
+    )
+    layout.add_argument(
+        "--dp", type=int, default=1, help="groups of them that answer different requests (1)"
+    )
     cache = parser.add_argument_group("cache and attention")
     cache.add_argument("--attn-impl", default="auto", help="auto, naive or absorb")
     cache.add_argument("--kv-shard", default="tokens", help="tokens (sharded) or none (replicated)")
@@ -57,7 +62,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     cache.add_argument(
         "--kv-cache-size",
         default="auto",
-        help="auto, bytes per rank (4GiB) or tokens of the whole group (65536tok)",
+        help="auto, bytes per rank (4GiB) or tokens of a tp group (65536tok)",
     )
     cache.add_argument(
         "--kv-host-cache",

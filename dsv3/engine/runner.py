@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from dsv3.cache.layout import NULL_PAGE, CacheLayout
 from dsv3.cache.pool import CachePool
@@ -12,26 +13,33 @@ from dsv3.engine.plan import StepPlan
 from dsv3.engine.sampler import SampledOnDevice, Sampler
 from dsv3.model.batch import Batch, Chunk, DecodeGroup
 from dsv3.model.transformer import Transformer
+from dsv3.parallel.mesh import Mesh
 
 Longs = NDArray[np.int64]
 
 
 class Runner:
-    """One rank's model and cache. Every rank runs the same plan.
+    """One rank's model and cache. Every rank runs its group's part of the same step.
 
     Args:
         model: this rank's shard, loaded.
         cache: this rank's cache.
+        mesh: this rank and its peers.
         decode_limit: sequences with at most this many new tokens attend straight to the cache;
             longer ones in expanded form.
         mover: moves pages to and from host memory; None where the plans never ask for it.
     """
 
     def __init__(
-        self, model: Transformer, cache: CachePool, decode_limit: int, mover: Mover | None = None
+        self,
+        model: Transformer,
+        cache: CachePool,
+        mesh: Mesh,
+        decode_limit: int,
+        mover: Mover | None = None,
     ) -> None:
         self._model, self._cache, self._decode_limit = model, cache, decode_limit
-        self._mover = mover
+        self._mesh, self._mover = mesh, mover
         self._device = cache.slots.device
         self._sampler = Sampler(model, cache.tp, self._device)
         self._last_token_M = torch.zeros(0, dtype=torch.int64, device=self._device)
@@ -52,19 +60,38 @@ class Runner:
         return self._model.dtype
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> SampledOnDevice:
-        """Run one step. A collective; every rank returns the same."""
+    def run(self, plans: list[StepPlan]) -> SampledOnDevice:
+        """Run one step: its group's plan, beside the other groups. A collective.
+
+        Returns:
+            the results of all groups, one after the other; the same on every rank.
+        """
+        plan = plans[self._mesh.layout.dp_rank]
         self._move_pages(plan)
-        if not len(plan.token_ids):
+        if not any(len(each.token_ids) for each in plans):
             return SampledOnDevice(self._last_token_M[:0], None)
         batch = BatchBuilder(plan, self._cache.layout, self._device, self._decode_limit).build()
-        if plan.token_ids.min() < 0:
+        if plan.token_ids.min(initial=0) < 0:
             known = batch.token_T.clamp_min(0)
             fed = self._last_token_M[(-1 - batch.token_T).clamp_min(0)]
             batch.token_T = torch.where(batch.token_T < 0, fed, known)
-        sampled = self._sampler(self._model(batch, self._cache), plan)
+        width = max(int(each.top_logprobs.max(initial=-1)) for each in plans)
+        sampled = self._sampler(self._model(batch, self._cache), plan, width)
         self._last_token_M = sampled.token_M
-        return sampled
+        return self._gather(sampled, [len(each.row) for each in plans])
+
+    def _gather(self, mine: SampledOnDevice, num_rows: list[int]) -> SampledOnDevice:
+        """Put the results of all groups together; each rank has those of its own."""
+        longest = max(num_rows)
+        if len(num_rows) == 1 or not longest:
+            return mine
+        packed = mine.token_M[:, None]
+        if mine.scores is not None:
+            packed = torch.cat((packed.double(), mine.scores), 1)  # ids are exact in float64
+        padded = F.pad(packed, (0, 0, 0, longest - len(packed)))
+        every = self._mesh.world.all_gather(padded)[:: self._mesh.layout.tp]
+        rows = torch.cat([part[:count] for part, count in zip(every, num_rows, strict=True)])
+        return SampledOnDevice(rows[:, 0].long(), None if mine.scores is None else rows[:, 1:])
 
     def _move_pages(self, plan: StepPlan) -> None:
         """Bring every page to where the step looks for it."""

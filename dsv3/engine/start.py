@@ -146,10 +146,10 @@ def start(
     cache = CachePool(setup.layout, config.num_hidden_layers, num_pages + 1, mesh.device, mesh.tp)
     numerics = f"{setup.fmt.dtype} {settings.weights}"
     mover, tiers = make_tiers(mesh, settings, config, cache, plan.host_pages, weights, numerics)
-    runner = Runner(model, cache, _decode_limit(settings, config), mover)
+    runner = Runner(model, cache, mesh, _decode_limit(settings, config), mover)
     channel = PlanChannel(mesh.control)
     with _phase(seconds, "warmup"):
-        runner.run(_one_sequence(1))
+        runner.run([_one_sequence(1)] * mesh.layout.dp)
     engine = None
     if mesh.layout.rank == 0:
         limit = setup.context_limit
@@ -172,10 +172,10 @@ def _set_up(source: Source, settings: EngineConfig, mesh: Mesh, n_experts: int |
     """Hold model, files, layout and settings to each other, and plan the memory."""
     config = source.config
     mesh.layout.check(config)
-    if mesh.layout.dp > 1:
+    if mesh.layout.dp > 1 and settings.disk_cache:
         raise ConfigError(
-            f"dp={mesh.layout.dp}: experts are not yet exchanged between data-parallel "
-            "groups; use tp for all ranks"
+            f"--kv-disk-cache serves one data-parallel group, dp={mesh.layout.dp} has more; "
+            "use --kv-host-cache, or --dp 1"
         )
     if n_experts not in (None, config.n_routed_experts):
         raise ConfigError(f"--n-experts={n_experts} but the model has {config.n_routed_experts}")
@@ -207,7 +207,7 @@ def _measured_plan(
     before = torch.cuda.memory_allocated(mesh.device)
     torch.cuda.reset_peak_memory_stats(mesh.device)
     plan = _one_sequence(count, setup.layout.page_size)
-    Runner(model, cache, _decode_limit(settings, model.config)).run(plan)
+    Runner(model, cache, mesh, _decode_limit(settings, model.config)).run([plan] * mesh.layout.dp)
     peak = torch.cuda.max_memory_allocated(mesh.device) - before
     del cache
     torch.cuda.empty_cache()

@@ -16,7 +16,7 @@ from dsv3.cache.layout import CacheLayout
 from dsv3.cache.pool import CachePool
 from dsv3.checkpoint.sharding import shard_region, tensor_specs
 from dsv3.config import ModelConfig
-from dsv3.engine.plan import NO_TARGET, PlanChannel, StepPlan
+from dsv3.engine.plan import NO_TARGET, PlanChannel, StepPlan, pack_plans
 from dsv3.engine.runner import BatchBuilder
 from dsv3.engine.sampler import Sampled, Sampler
 from dsv3.errors import ConfigError, Dsv3Error
@@ -100,16 +100,17 @@ def check_collectives(mesh: Mesh) -> None:
 def check_plan_channel(mesh: Mesh) -> None:
     """Plans that fit one broadcast, just do, just do not, and much longer ones."""
     channel = PlanChannel(mesh.control)
-    empty = len(StepPlan().pack())
+    empty = len(pack_plans([StepPlan(), StepPlan(temperature=np.zeros(3, np.float32))]))
     for words in (0, 1, 4094 - empty, 4095 - empty, 4096 - empty, 4097 - empty, 50_000):
         rng = np.random.default_rng(words)
         plan = StepPlan(token_ids=rng.integers(-(2**31), 2**31, words).astype(np.int32))
         plan.temperature = rng.random(3, np.float32)
         if mesh.world.rank == 0:
-            channel.send(plan)
+            channel.send([StepPlan(), plan])
         else:
             got = channel.receive()
-            assert got is not None and got.pack().tobytes() == plan.pack().tobytes(), words
+            assert got is not None and len(got) == 2 and not len(got[0].token_ids)
+            assert got[1].pack().tobytes() == plan.pack().tobytes(), words
     if mesh.world.rank == 0:
         channel.send(None)
     else:
