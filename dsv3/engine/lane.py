@@ -68,10 +68,13 @@ class Lane:
 
 
 def choose_lane(lanes: Ordered[Lane], seq: Sequence) -> int:
-    """Return the group in which a new sequence is computed soonest."""
+    """Return the group in which a new sequence is computed soonest; of equals the emptiest."""
     if len(lanes) == 1:
         return 0
-    costs = [lane.scheduler.load - lane.scheduler.num_cached(seq) for lane in lanes]
+    costs = [
+        (lane.scheduler.load - lane.scheduler.num_cached(seq), -lane.pages.num_free)
+        for lane in lanes
+    ]
     return costs.index(min(costs))
 
 
