@@ -292,6 +292,9 @@ class ParallelConfig:
         if not 0 <= self.rank < self.world_size:
             raise ConfigError(f"rank={self.rank} is not in 0..{self.world_size - 1}")
 
+    def __str__(self) -> str:
+        return f"{self.tp * self.dp} ranks" + (f" ({self.tp} x {self.dp})" if self.dp > 1 else "")
+
     @property
     def tp_rank(self) -> int:
         """This rank's place in its tensor-parallel group."""

@@ -73,8 +73,15 @@ def test_every_rank_gets_its_slices(
     specs = tensor_specs(config)
     with open_source(path) as source:
         names = load.fp8_weights(source) if keep_fp8 else frozenset()
-        for world_size, rank in ((1, 0), (2, 1), (4, 2), (8, 0), (8, 3), (8, 7)):
-            layout = ParallelConfig(world_size=world_size, rank=rank)
+        for world_size, rank, dp in (
+            (1, 0, 1),
+            (2, 1, 1),
+            (4, 2, 2),
+            (8, 0, 1),
+            (8, 3, 4),
+            (8, 7, 1),
+        ):
+            layout = ParallelConfig(world_size=world_size, rank=rank, dp=dp)
             mesh = Mesh(layout, CPU, SingleRank(), SingleRank(), SingleRank(), 1)
             model = Transformer(config, mesh, WeightFormat(torch.float32, CPU, names))
             done: list[int] = []
