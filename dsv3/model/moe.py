@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dsv3.config import ModelConfig, ParallelConfig
+from dsv3.parallel.experts import ExpertDispatch
 from dsv3.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from dsv3.parallel.weights import Matrix, Vector, WeightFormat
 from dsv3_kernels import Routing, experts, route, silu_mul
@@ -62,9 +63,15 @@ class MoE(nn.Module):
     """Routed experts in contiguous ranges over the world, shared experts split over tp."""
 
     def __init__(
-        self, config: ModelConfig, prefix: str, layout: ParallelConfig, fmt: WeightFormat
+        self,
+        config: ModelConfig,
+        prefix: str,
+        layout: ParallelConfig,
+        fmt: WeightFormat,
+        dispatch: ExpertDispatch,
     ) -> None:
         super().__init__()
+        self.dispatch = dispatch
         self.router = Router(config, prefix, replace(fmt, fp8_names=frozenset()))
         self.num_local = config.n_routed_experts // layout.ep
         self.first_expert = layout.ep_rank * self.num_local
@@ -81,24 +88,33 @@ class MoE(nn.Module):
     def forward(self, x_TD: Tensor) -> Tensor:
         """Return this rank's part, [T, D] float32: its experts' and its share of the shared."""
         ids_TK, weight_TK = self.router(x_TD)
-        y_TD = experts(
-            x_TD,
-            ids_TK,
-            weight_TK,
+        combine = self.dispatch(x_TD, ids_TK, weight_TK, self.run_experts)
+        shared_TD = None if self.shared_experts is None else self.shared_experts(x_TD)
+        y_TD = combine()
+        return y_TD if shared_TD is None else y_TD.add_(shared_TD)
+
+    def run_experts(self, x_MD: Tensor, ids_MK: Tensor, weight_MK: Tensor) -> Tensor:
+        """Return the sums over this rank's experts, [M, D] float32."""
+        return experts(
+            x_MD,
+            ids_MK,
+            weight_MK,
             self.first_expert,
             self.num_local,
             self.gate_up_proj.matrix,
             self.down_proj.matrix,
         )
-        if self.shared_experts is not None:
-            y_TD += self.shared_experts(x_TD)
-        return y_TD
 
 
 def feed_forward(
-    config: ModelConfig, layer: int, prefix: str, layout: ParallelConfig, fmt: WeightFormat
+    config: ModelConfig,
+    layer: int,
+    prefix: str,
+    layout: ParallelConfig,
+    fmt: WeightFormat,
+    dispatch: ExpertDispatch,
 ) -> MLP | MoE:
     """Return the feed-forward part of decoder layer `layer`; the first ones are dense."""
     if config.is_moe_layer(layer):
-        return MoE(config, prefix, layout, fmt)
+        return MoE(config, prefix, layout, fmt, dispatch)
     return MLP(prefix, config.hidden_size, config.intermediate_size, layout, fmt)

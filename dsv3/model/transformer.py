@@ -11,6 +11,7 @@ from dsv3.model.batch import Batch
 from dsv3.model.indexer import Indexer
 from dsv3.model.moe import feed_forward
 from dsv3.model.rotary import Rotary
+from dsv3.parallel.experts import DispatchSettings, ExpertDispatch
 from dsv3.parallel.linear import VocabParallelEmbedding, VocabParallelHead
 from dsv3.parallel.mesh import Mesh
 from dsv3.parallel.weights import Matrix, Target, Vector, WeightFormat
@@ -20,7 +21,14 @@ from dsv3_kernels import rmsnorm
 class DecoderLayer(nn.Module):
     """x += attention(norm(x)); x += feed_forward(norm(x))."""
 
-    def __init__(self, config: ModelConfig, layer: int, mesh: Mesh, fmt: WeightFormat) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        mesh: Mesh,
+        fmt: WeightFormat,
+        dispatch: ExpertDispatch,
+    ) -> None:
         super().__init__()
         prefix, shape = f"model.layers.{layer}.", (config.hidden_size,)
         self.eps, self.tp = config.rms_norm_eps, mesh.tp
@@ -32,7 +40,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = Vector(
             f"{prefix}post_attention_layernorm.weight", shape, fmt
         )
-        self.mlp = feed_forward(config, layer, f"{prefix}mlp.", mesh.layout, fmt)
+        self.mlp = feed_forward(config, layer, f"{prefix}mlp.", mesh.layout, fmt, dispatch)
 
     def forward(
         self, x_TD: Tensor, rope: tuple[Tensor, Tensor], batch: Batch, cache: LayerCache
@@ -47,14 +55,22 @@ class DecoderLayer(nn.Module):
 class Transformer(nn.Module):
     """The main model of one rank. MTP layers stay in the checkpoint."""
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, fmt: WeightFormat) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: Mesh,
+        fmt: WeightFormat,
+        settings: DispatchSettings | None = None,
+    ) -> None:
         super().__init__()
+        self.dispatch = ExpertDispatch(mesh, config.n_routed_experts, settings)
         self.config, self.dtype = config, fmt.dtype
         embed, head = "model.embed_tokens.weight", "lm_head.weight"
         vocab, hidden = config.vocab_size, config.hidden_size
         self.embed_tokens = VocabParallelEmbedding(embed, vocab, hidden, mesh.layout, mesh.tp, fmt)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, i, mesh, fmt) for i in range(config.num_hidden_layers)
+            DecoderLayer(config, i, mesh, fmt, self.dispatch)
+            for i in range(config.num_hidden_layers)
         )
         self.norm = Vector("model.norm.weight", (hidden,), fmt)
         self.lm_head = VocabParallelHead(

@@ -3,6 +3,7 @@
 Two forms: over a process group, and a world of one in which nothing moves.
 """
 
+from collections import Counter
 from typing import Protocol
 
 import torch
@@ -13,11 +14,36 @@ from torch import Tensor
 _all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
+class Pending:
+    """An exchange under way. The tensors that are sent stay alive until it is waited for."""
+
+    def __init__(
+        self,
+        received: Tensor,
+        device: torch.device,
+        work: dist.Work | None = None,
+        sent: Tensor | None = None,
+    ) -> None:
+        self._received, self._device, self._work, self._sent = received, device, work, sent
+
+    def wait(self) -> Tensor:
+        """Return what was received. On CUDA only the current stream waits, not the host."""
+        if self._work is not None:
+            self._work.wait()
+        self._work = self._sent = None
+        return self._received.to(self._device)
+
+
 class Collectives(Protocol):
-    """Exchanges among the `size` ranks of one group. All ranks must call in the same order."""
+    """Exchanges among the `size` ranks of one group. All ranks must call in the same order.
+
+    `sent` counts the bytes that this rank had to send to others, by operation, as calls are made
+    (a CUDA graph's replays are not seen): for an all-reduce, what a ring sends.
+    """
 
     rank: int
     size: int
+    sent: Counter[str]
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Return the sum over ranks; `x` may be overwritten."""
@@ -31,6 +57,10 @@ class Collectives(Protocol):
         """Send x[r] to rank r; return the received parts in rank order, same shape."""
         ...
 
+    def start_all_to_all(self, x: Tensor, send: list[int], receive: list[int]) -> Pending:
+        """Send the first send[0] rows to rank 0, and so on; get receive[r] rows from rank r."""
+        ...
+
     def broadcast(self, x: Tensor) -> Tensor:
         """Return rank 0's tensor; `x` is overwritten elsewhere."""
         ...
@@ -41,6 +71,9 @@ class SingleRank:
 
     rank = 0
     size = 1
+
+    def __init__(self) -> None:
+        self.sent: Counter[str] = Counter()
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Return `x`."""
@@ -53,6 +86,11 @@ class SingleRank:
     def all_to_all(self, x: Tensor) -> Tensor:
         """Return `x`."""
         return x
+
+    def start_all_to_all(self, x: Tensor, send: list[int], receive: list[int]) -> Pending:
+        """Return `x`, which is all for this rank."""
+        assert send == receive == [len(x)], f"{send=} {receive=} {len(x)=}"
+        return Pending(x, x.device)
 
     def broadcast(self, x: Tensor) -> Tensor:
         """Return `x`."""
@@ -71,6 +109,7 @@ class ProcessGroup:
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self._via_host = via_host
+        self.sent: Counter[str] = Counter()
 
     def close(self) -> None:
         """Let go of the group before it is destroyed.
@@ -80,31 +119,43 @@ class ProcessGroup:
         """
         self.group = None
 
-    def _out(self, x: Tensor) -> Tensor:
+    def _out(self, operation: str, x: Tensor, parts: float) -> Tensor:
+        """Return what is handed to the backend; this rank sends `parts` times its bytes."""
+        self.sent[operation] += round(parts * x.nbytes)
         return (x.cpu() if self._via_host else x).contiguous()
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum over ranks, in place where possible."""
-        sent = self._out(x)
+        sent = self._out("all_reduce", x, 2 - 2 / self.size)
         dist.all_reduce(sent, group=self.group)
         return sent.to(x.device)
 
     def all_gather(self, x: Tensor) -> Tensor:
         """Stack the ranks' tensors."""
-        sent = self._out(x)
+        sent = self._out("all_gather", x, self.size - 1)
         received = sent.new_empty((self.size * sent.shape[0], *sent.shape[1:]))
         _all_gather_single(received, sent, group=self.group)
         return received.view(self.size, *x.shape).to(x.device)
 
     def all_to_all(self, x: Tensor) -> Tensor:
         """Exchange equal parts along dim 0."""
-        sent = self._out(x)
+        sent = self._out("all_to_all", x, 1 - 1 / self.size)
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent, group=self.group)
         return received.to(x.device)
 
+    def start_all_to_all(self, x: Tensor, send: list[int], receive: list[int]) -> Pending:
+        """Exchange rows along dim 0, uneven parts in rank order, while other work goes on."""
+        assert len(x) == sum(send) and send[self.rank] == receive[self.rank], f"{send=} {receive=}"
+        sent = self._out("all_to_all", x, 1 - send[self.rank] / max(1, len(x)))
+        received = sent.new_empty((sum(receive), *sent.shape[1:]))
+        work = dist.all_to_all_single(
+            received, sent, receive, send, group=self.group, async_op=True
+        )
+        return Pending(received, x.device, work, sent)
+
     def broadcast(self, x: Tensor) -> Tensor:
         """Send from rank 0 of the group."""
-        sent = self._out(x)
+        sent = self._out("broadcast", x, self.size - 1 if self.rank == 0 else 0)
         dist.broadcast(sent, group=self.group, group_src=0)
         return sent.to(x.device)

@@ -8,7 +8,7 @@ import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -32,6 +32,8 @@ class Mesh:
 
     `control` reaches the whole world from host memory: plans travel on it. Ranks wait on it
     without work to do, which over NCCL would keep a core and a kernel of every rank busy.
+    `dp` holds the ranks at the same place of every tp group. Where hosts of equal size hold several
+    ranks each, `host` holds the ranks of this one and `hosts` those at the same place of every one.
     """
 
     layout: ParallelConfig
@@ -40,6 +42,15 @@ class Mesh:
     tp: Collectives
     control: Collectives
     ranks_on_host: int
+    dp: Collectives = field(default_factory=SingleRank)
+    host: Collectives = field(default_factory=SingleRank)
+    hosts: Collectives = field(default_factory=SingleRank)
+
+    def close(self) -> None:
+        """Let go of all groups."""
+        for group in (self.world, self.tp, self.control, self.dp, self.host, self.hosts):
+            if isinstance(group, ProcessGroup):
+                group.close()
 
 
 def environment_rank() -> int:
@@ -72,13 +83,33 @@ def _keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 1 << 30)
 
 
-def _tp_group(layout: ParallelConfig, backend: str, via_host: bool) -> Collectives:
-    """Return this rank's tp group in a world of several."""
-    if layout.tp == 1:
-        return SingleRank()
-    device = "cuda" if backend == "nccl" else "cpu"
-    mesh = init_device_mesh(device, (layout.dp, layout.tp), mesh_dim_names=("dp", "tp"))
-    return ProcessGroup(mesh.get_group("tp"), via_host=via_host)
+def make_mesh(
+    layout: ParallelConfig, device: torch.device, backend: str, via_host: bool, ranks_on_host: int
+) -> Mesh:
+    """Make the groups of a world of several that has met. A collective."""
+    assert dist.group.WORLD is not None
+    world = ProcessGroup(dist.group.WORLD, via_host=via_host)
+    control = world
+    if backend == "nccl":
+        control = ProcessGroup(dist.new_group(backend="gloo", timeout=_IDLE))
+    kind = "cuda" if backend == "nccl" else "cpu"
+
+    def grid(*axes: tuple[str, int]) -> list[Collectives]:
+        """Return this rank's group along each axis."""
+        names, sizes = zip(*axes, strict=True)
+        if max(sizes) == world.size:
+            return [world if size > 1 else SingleRank() for size in sizes]
+        mesh = init_device_mesh(kind, sizes, mesh_dim_names=names)
+        return [ProcessGroup(mesh.get_group(name), via_host=via_host) for name in names]
+
+    dp, tp = grid(("dp", layout.dp), ("tp", layout.tp))
+    host: Collectives = SingleRank()
+    hosts: Collectives = SingleRank()
+    here = torch.tensor([ranks_on_host], device=device)
+    everywhere = set(world.all_gather(here).flatten().tolist())
+    if layout.dp > 1 and len(everywhere) == 1 and world.size % ranks_on_host == 0:
+        hosts, host = grid(("hosts", world.size // ranks_on_host), ("host", ranks_on_host))
+    return Mesh(layout, device, world, tp, control, ranks_on_host, dp, host, hosts)
 
 
 @contextmanager
@@ -114,16 +145,9 @@ def join_world(device: str = "auto", tp: int = 0, dp: int = 1) -> Iterator[Mesh]
         dist.init_process_group(backend, timeout=_IDLE)
     except (RuntimeError, ValueError) as error:
         raise RankError(f"rank {rank} cannot join the world of {world_size}: {error}") from error
-    assert dist.group.WORLD is not None
-    world = ProcessGroup(dist.group.WORLD, via_host=shared_gpu)
-    tp_ranks = world if layout.dp == 1 else _tp_group(layout, backend, shared_gpu)
-    control = world
-    if backend == "nccl":
-        control = ProcessGroup(dist.new_group(backend="gloo", timeout=_IDLE))
+    mesh = make_mesh(layout, place, backend, shared_gpu, ranks_on_host)
     try:
-        yield Mesh(layout, place, world, tp_ranks, control, ranks_on_host)
+        yield mesh
     finally:
-        for group in (world, tp_ranks, control):
-            if isinstance(group, ProcessGroup):
-                group.close()
+        mesh.close()
         dist.destroy_process_group()

@@ -24,6 +24,7 @@ from dsv3.model import attention
 from dsv3.model.attention import MLA
 from dsv3.model.moe import MLP, MoE
 from dsv3.model.rotary import Rotary
+from dsv3.parallel.experts import ExpertDispatch
 from dsv3.parallel.linear import VocabParallelEmbedding, VocabParallelHead
 from dsv3.parallel.mesh import Mesh
 from dsv3.parallel.together import fail_together
@@ -170,7 +171,8 @@ def check_moe(mesh: Mesh) -> None:
     """Experts over the ranks, the shared expert's columns over the ranks, one sum."""
 
     def make(where: Mesh) -> MoE:
-        return filled(MoE(CONFIG, "model.layers.1.mlp.", where.layout, FORMAT), where)
+        dispatch = ExpertDispatch(where, CONFIG.n_routed_experts)
+        return filled(MoE(CONFIG, "model.layers.1.mlp.", where.layout, FORMAT, dispatch), where)
 
     layer, single = make(mesh), make(alone())
     assert layer.num_local * mesh.world.size == CONFIG.n_routed_experts
