@@ -68,8 +68,10 @@ class Runner:
         """
         plan = plans[self._mesh.layout.dp_rank]
         self._move_pages(plan)
-        if not any(len(each.token_ids) for each in plans):
+        num_tokens = [len(each.token_ids) for each in plans]
+        if not any(num_tokens):
             return SampledOnDevice(self._last_token_M[:0], None)
+        self._model.dispatch.begin_step(num_tokens)
         batch = BatchBuilder(plan, self._cache.layout, self._device, self._decode_limit).build()
         if plan.token_ids.min(initial=0) < 0:
             known = batch.token_T.clamp_min(0)
@@ -89,7 +91,7 @@ class Runner:
         if mine.scores is not None:
             packed = torch.cat((packed.double(), mine.scores), 1)  # ids are exact in float64
         padded = F.pad(packed, (0, 0, 0, longest - len(packed)))
-        every = self._mesh.world.all_gather(padded)[:: self._mesh.layout.tp]
+        every = self._mesh.dp.all_gather(padded)
         rows = torch.cat([part[:count] for part, count in zip(every, num_rows, strict=True)])
         return SampledOnDevice(rows[:, 0].long(), None if mine.scores is None else rows[:, 1:])
 

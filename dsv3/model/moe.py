@@ -6,6 +6,7 @@ decoder layer sums it over ranks, routed and shared experts in one all-reduce.
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -73,6 +74,7 @@ class MoE(nn.Module):
         super().__init__()
         self.dispatch = dispatch
         self.router = Router(config, prefix, replace(fmt, fp8_names=frozenset()))
+        self.top_k = config.num_experts_per_tok
         self.num_local = config.n_routed_experts // layout.ep
         self.first_expert = layout.ep_rank * self.num_local
         hidden, inner = config.hidden_size, config.moe_intermediate_size
@@ -87,6 +89,9 @@ class MoE(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Return this rank's part, [T, D] float32: its experts' and its share of the shared."""
+        if not len(x_TD):  # an idle group's experts serve the others
+            ids_TK = torch.zeros((0, self.top_k), dtype=torch.int64, device=x_TD.device)
+            return self.dispatch(x_TD, ids_TK, ids_TK.float(), self.run_experts)()
         ids_TK, weight_TK = self.router(x_TD)
         combine = self.dispatch(x_TD, ids_TK, weight_TK, self.run_experts)
         shared_TD = None if self.shared_experts is None else self.shared_experts(x_TD)

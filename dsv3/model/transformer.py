@@ -9,7 +9,7 @@ from dsv3.config import ModelConfig
 from dsv3.model.attention import MLA
 from dsv3.model.batch import Batch
 from dsv3.model.indexer import Indexer
-from dsv3.model.moe import feed_forward
+from dsv3.model.moe import MoE, feed_forward
 from dsv3.model.rotary import Rotary
 from dsv3.parallel.experts import DispatchSettings, ExpertDispatch
 from dsv3.parallel.linear import VocabParallelEmbedding, VocabParallelHead
@@ -79,12 +79,25 @@ class Transformer(nn.Module):
         self.rotary = Rotary(config, fmt.device)
 
     def forward(self, batch: Batch, cache: CachePool) -> Tensor:
-        """Run the new tokens through all layers; return the normalized hidden states, [T, D]."""
+        """Run the new tokens through all layers; return the normalized hidden states, [T, D].
+
+        A group without tokens takes part in what the whole world does: its experts serve others.
+        """
+        if not len(batch.token_T):
+            return self._serve_others()
         x_TD = self.embed_tokens(batch.token_T)
         rope = self.rotary(batch.position_T)
         for i, layer in enumerate(self.layers):
             x_TD = layer(x_TD, rope, batch, cache.layer(i))
         return rmsnorm(x_TD, self.norm.weight, self.config.rms_norm_eps)
+
+    def _serve_others(self) -> Tensor:
+        x_TD = self.norm.weight.new_empty((0, self.config.hidden_size), dtype=self.dtype)
+        for layer in self.layers:
+            assert isinstance(layer, DecoderLayer)
+            if isinstance(layer.mlp, MoE):
+                layer.mlp(x_TD)
+        return x_TD
 
     def logits(self, x_MD: Tensor) -> Tensor:
         """Return this rank's columns of the logits, [M, ceil(W / tp)] float32."""
