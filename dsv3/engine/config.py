@@ -65,6 +65,10 @@ class EngineConfig:
             "bfloat16".
         weights: "auto" holds weights in the activations' dtype; "fp8" keeps FP8 tensors as they
             are stored and dequantizes them at every use.
+        moe_dispatch: how tokens of several dp groups come to their experts: every rank sees all of
+            them ("allreduce"), they are sent where they are needed ("alltoall"), or "auto".
+        dispatch_dtype: of hidden states on that way: "auto" (FP8 where matrices are), "bf16" or
+            "fp8".
         prefix_reuse: keep computed prefixes and reuse them.
         eviction: which idle cached page goes first: "cost" or "lru".
         pipeline_depth: steps launched before the results of the last one are looked at: 0 or 1;
@@ -82,6 +86,8 @@ class EngineConfig:
     max_running: int = 64
     dtype: str = "auto"
     weights: str = "auto"
+    moe_dispatch: str = "auto"
+    dispatch_dtype: str = "auto"
     prefix_reuse: bool = True
     eviction: str = "cost"
     pipeline_depth: int = -1
@@ -93,6 +99,8 @@ class EngineConfig:
         _one_of("kv-dtype", self.kv_dtype, ("auto", "fp32", "bf16", "fp8"))
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16"))
         _one_of("weights", self.weights, ("auto", "fp8"))
+        _one_of("moe-dispatch", self.moe_dispatch, ("auto", "allreduce", "alltoall"))
+        _one_of("dispatch-dtype", self.dispatch_dtype, ("auto", "bf16", "fp8"))
         _one_of("eviction", self.eviction, ("cost", "lru"))
         if self.attn_impl == "naive" and self.kv_dtype == "fp8":
             raise ConfigError(

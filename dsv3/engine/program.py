@@ -55,6 +55,10 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     layout.add_argument(
         "--dp", type=int, default=1, help="groups of them that answer different requests (1)"
     )
+    layout.add_argument(
+        "--moe-dispatch", default="auto", help="tokens to experts: auto, allreduce or alltoall"
+    )
+    layout.add_argument("--dispatch-dtype", default="auto", help="there: auto, bf16 or fp8")
     cache = parser.add_argument_group("cache and attention")
     cache.add_argument("--attn-impl", default="auto", help="auto, naive or absorb")
     cache.add_argument("--kv-shard", default="tokens", help="tokens (sharded) or none (replicated)")

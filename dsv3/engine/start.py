@@ -28,9 +28,10 @@ from dsv3.engine.runner import Runner
 from dsv3.errors import ConfigError
 from dsv3.model.attention import absorb_limit
 from dsv3.model.transformer import Transformer
+from dsv3.parallel.experts import DispatchSettings
 from dsv3.parallel.mesh import Mesh
 from dsv3.parallel.together import fail_together
-from dsv3.parallel.weights import WeightFormat
+from dsv3.parallel.weights import FP8, WeightFormat
 from dsv3.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -136,7 +137,8 @@ def start(
         setup = _set_up(source, settings, mesh, n_experts)
         if mesh.layout.rank == 0:
             log.info("%s", setup.plan.describe())
-        model = _load_model(source, mesh, setup.fmt, progress)
+        dispatch = _dispatch(settings, source.config, setup.fmt)
+        model = _load_model(source, mesh, setup.fmt, dispatch, progress)
         weights = b""
         if settings.disk_cache:
             weights = digest_share(source, mesh.layout.rank, mesh.layout.world_size)
@@ -215,10 +217,31 @@ def _measured_plan(
     return setup.plan_for(free, mesh.device, peak)
 
 
+def _dispatch(settings: EngineConfig, config: ModelConfig, fmt: WeightFormat) -> DispatchSettings:
+    """Return how tokens come to their experts."""
+    fits, is_limited = config.hidden_size % 128 == 0, config.topk_method != "greedy"
+    is_fp8 = bool(fmt.fp8_names) and fmt.dtype != torch.float32 and fits
+    if settings.dispatch_dtype == "fp8" and not fits:
+        raise ConfigError(
+            f"--dispatch-dtype=fp8 has a scale per 128 values, hidden_size={config.hidden_size} "
+            "is no multiple of them; use bf16"
+        )
+    dtypes = {"auto": FP8 if is_fp8 else None, "bf16": torch.bfloat16, "fp8": FP8}
+    return DispatchSettings(
+        settings.moe_dispatch,
+        dtypes[settings.dispatch_dtype],
+        groups=(config.n_group, config.topk_group) if is_limited else (1, 1),
+    )
+
+
 def _load_model(
-    source: Source, mesh: Mesh, fmt: WeightFormat, progress: Callable[[int, int], None]
+    source: Source,
+    mesh: Mesh,
+    fmt: WeightFormat,
+    dispatch: DispatchSettings,
+    progress: Callable[[int, int], None],
 ) -> Transformer:
-    model = Transformer(source.config, mesh, fmt)
+    model = Transformer(source.config, mesh, fmt, dispatch)
     targets = list(model.targets())
     total = sum(t.dest.numel() * t.dest.element_size() for t in targets)
     done = 0

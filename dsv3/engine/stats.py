@@ -26,6 +26,7 @@ def collect_stats(started: Started, seconds: dict[str, float]) -> dict[str, Any]
         started.runner.host_cache_bytes,
         mesh.layout.dp * group_tokens,
         _peak_memory(mesh.device),
+        mesh.sent_bytes,
     ]
     figures = torch.tensor(mine, dtype=torch.int64, device=mesh.device)
     names = (
@@ -34,6 +35,7 @@ def collect_stats(started: Started, seconds: dict[str, float]) -> dict[str, Any]
         "host_cache_bytes",
         "cache_tokens",
         "peak_memory_bytes",
+        "sent_bytes",
     )
     ranks = [
         {"rank": rank, **dict(zip(names, values, strict=True))}

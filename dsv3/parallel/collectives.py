@@ -57,8 +57,13 @@ class Collectives(Protocol):
         """Send x[r] to rank r; return the received parts in rank order, same shape."""
         ...
 
-    def start_all_to_all(self, x: Tensor, send: list[int], receive: list[int]) -> Pending:
-        """Send the first send[0] rows to rank 0, and so on; get receive[r] rows from rank r."""
+    def start_all_to_all(
+        self, x: Tensor, send: list[int], receive: list[int], name: str = "all_to_all"
+    ) -> Pending:
+        """Send the first send[0] rows to rank 0, and so on; get receive[r] rows from rank r.
+
+        The bytes are counted under `name`.
+        """
         ...
 
     def broadcast(self, x: Tensor) -> Tensor:
@@ -87,7 +92,9 @@ class SingleRank:
         """Return `x`."""
         return x
 
-    def start_all_to_all(self, x: Tensor, send: list[int], receive: list[int]) -> Pending:
+    def start_all_to_all(
+        self, x: Tensor, send: list[int], receive: list[int], name: str = "all_to_all"
+    ) -> Pending:
         """Return `x`, which is all for this rank."""
         assert send == receive == [len(x)], f"{send=} {receive=} {len(x)=}"
         return Pending(x, x.device)
@@ -144,10 +151,12 @@ class ProcessGroup:
         dist.all_to_all_single(received, sent, group=self.group)
         return received.to(x.device)
 
-    def start_all_to_all(self, x: Tensor, send: list[int], receive: list[int]) -> Pending:
+    def start_all_to_all(
+        self, x: Tensor, send: list[int], receive: list[int], name: str = "all_to_all"
+    ) -> Pending:
         """Exchange rows along dim 0, uneven parts in rank order, while other work goes on."""
         assert len(x) == sum(send) and send[self.rank] == receive[self.rank], f"{send=} {receive=}"
-        sent = self._out("all_to_all", x, 1 - send[self.rank] / max(1, len(x)))
+        sent = self._out(name, x, 1 - send[self.rank] / max(1, len(x)))
         received = sent.new_empty((sum(receive), *sent.shape[1:]))
         work = dist.all_to_all_single(
             received, sent, receive, send, group=self.group, async_op=True

@@ -10,6 +10,8 @@ ranks, and the caller sums over tp. Two forms of the same sum:
 
 Between hosts a token is sent once to every host that it needs (to the rank at the same place
 there), which spreads it inside: two levels of the same exchange.
+
+Letters: W members of a group, R rows at hand on this one, S those of them that it may send.
 """
 
 import math
@@ -23,10 +25,15 @@ from torch.nn import functional as F
 from dsv3.config import split_range
 from dsv3.parallel.collectives import Collectives
 from dsv3.parallel.mesh import Mesh
+from dsv3_kernels import act_quant, weight_dequant
 
+FP8, BLOCK = torch.float8_e4m3fn, 128
+Rows = tuple[Tensor, Tensor, Tensor]
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 Finish = Callable[[], Tensor]
-Rows = tuple[Tensor, Tensor, Tensor]
+# By device: an all-to-all of exact sizes has to save so many bytes a rank to be worth its exchange
+# of counts. Measured over Gloo on two cores; for NCCL, 60 us at 300 GB/s.
+_WORTH_BYTES = {"cpu": 1 << 20, "cuda": 18 << 20}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,187 +42,147 @@ class DispatchSettings:
 
     Attributes:
         form: "allreduce", "alltoall", or "auto", by the number of tokens.
-        fp8: hidden states travel in e4m3 with a scale per 128, not in the activations' dtype.
+        dtype: hidden states travel in this one, e4m3 with a scale per 128; None: as they are.
+            Sums come back in the dtype of the activations.
         capacity_factor: rows for a destination in steps of static shape, as a multiple of what
             an even distribution needs.
+        groups: groups of neighbouring experts, and how many of them a token chooses from.
     """
 
     form: str = "auto"
-    fp8: bool = False
+    dtype: torch.dtype | None = None
     capacity_factor: float = 2.0
+    groups: tuple[int, int] = (1, 1)
 
 
-class ExpertPlacement:
-    """Where copies of experts are: slot_EC holds physical slots, copies_E how many are valid."""
-
-    def __init__(self, slot_EC: Tensor, copies_E: Tensor, dp_rank: int = 0) -> None:
-        self._slot_EC, self._copies_E, self._dp_rank = slot_EC, copies_E, dp_rank
-
-    def __call__(self, ids_TK: Tensor) -> Tensor:
-        """Return the slots that serve the tokens: copies take turns, in an order that is fixed."""
-        turn_T1 = torch.arange(len(ids_TK), device=ids_TK.device)[:, None] + self._dp_rank
-        return self._slot_EC[ids_TK, turn_T1 % self._copies_E[ids_TK]]
+def _bytes(*parts: Tensor) -> Tensor:
+    """Return the bytes of the parts' rows side by side, [M, ...] uint8."""
+    # A reduction over no rows leaves strides that `contiguous` keeps and `view` refuses.
+    dense = (part.clone(memory_format=torch.contiguous_format) for part in parts)
+    return torch.cat([part.view(torch.uint8) for part in dense], dim=1)
 
 
-class RowFormat:
-    """How tokens travel: hidden state, expert ids and weights as the bytes of one row each."""
-
-    def __init__(self, fp8: bool) -> None:
-        self._fp8 = fp8
-
-    def pack(self, x_MD: Tensor, ids_MK: Tensor, weight_MK: Tensor) -> Tensor:
-        """Return the bytes, [M, ...] uint8."""
-        parts = (x_MD, ids_MK.int(), weight_MK.float())
-        return torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=1)
-
-    def unpack(self, rows: Tensor, like: Rows) -> Rows:
-        """Return what was packed, in the dtypes and widths of `like`."""
-        x_RD, ids_RK, weight_RK = like
-        dim, top_k = x_RD.shape[1], ids_RK.shape[1]
-        x, ids, weight = rows.split([dim * x_RD.itemsize, 4 * top_k, 4 * top_k], dim=1)
-        return (
-            x.contiguous().view(x_RD.dtype),
-            ids.contiguous().view(torch.int32).to(ids_RK.dtype),
-            weight.contiguous().view(torch.float32).to(weight_RK.dtype),
-        )
+def pack(rows: Rows, dtype: torch.dtype | None) -> Tensor:
+    """Return hidden state, ids and weights as the bytes of one row each, [M, ...] uint8."""
+    x_MD, ids_MK, weight_MK = rows
+    x_parts = act_quant(x_MD.contiguous()) if dtype == FP8 else (x_MD.to(dtype or x_MD.dtype),)
+    return _bytes(*x_parts, ids_MK.int(), weight_MK)
 
 
-@dataclass(frozen=True, slots=True)
-class _Own:
-    """The first `count` rows are the tp group's own; this rank dispatches start to stop of them."""
-
-    count: int
-    start: int
-    stop: int
-
-    def chosen(self, x_R: Tensor) -> Tensor:
-        """Return the rows that this rank may have to send: its share, and what is not own."""
-        return torch.cat([x_R[self.start : self.stop], x_R[self.count :]])
-
-
-@dataclass(frozen=True, slots=True)
-class _Room:
-    """Rows for every member, whether more may be needed, and how many come in at a member."""
-
-    capacity: int
-    may_overflow: bool
-    received: int
+def unpack(packed: Tensor, like: Rows, dtype: torch.dtype | None) -> Rows:
+    """Return what was packed, in the dtypes and widths of `like`."""
+    x_RD, ids_RK, weight_RK = like
+    dim, top_k, dtype = x_RD.shape[1], ids_RK.shape[1], dtype or x_RD.dtype
+    scales = 4 * (dim // BLOCK) if dtype == FP8 else 0
+    widths = [dim * dtype.itemsize, scales, 4 * top_k, 4 * top_k]
+    x, scale, ids, weight = (part.contiguous() for part in packed.split(widths, dim=1))
+    x = x.view(dtype)
+    if dtype == FP8:
+        x = weight_dequant(x, scale.view(torch.float32), x_RD.dtype, block=(1, BLOCK))
+    return x.to(x_RD.dtype), ids.view(torch.int32).to(ids_RK.dtype), weight.view(weight_RK.dtype)
 
 
+@dataclass(frozen=True)
 class _Level:
     """An exchange among the members of one group.
 
-    Args:
+    Attributes:
         group: its members hold `per_member` experts each, from `first` on.
         same: the members that hold the same own rows as this rank, this one among them.
-        only_own: no row but own ones is ever dispatched.
-        rows: how they travel.
-        device: of the rows.
+        settings: the capacity, and how rows travel.
+        is_inner: it passes on what came from other hosts, beside sending own rows.
     """
 
-    def __init__(
-        self,
-        group: Collectives,
-        first: int,
-        per_member: int,
-        same: range,
-        only_own: bool,
-        rows: RowFormat,
-        device: torch.device,
-    ) -> None:
-        self._group, self._first, self._per_member = group, first, per_member
-        self._same, self._rows = same, rows
-        silent = same if only_own else range(group.rank, group.rank + 1)
-        self._is_heard = [w not in silent for w in range(group.size)]
-        self._is_heard_W = torch.tensor([*self._is_heard, False], device=device)
+    group: Collectives
+    first: int
+    per_member: int
+    same: range
+    settings: DispatchSettings
+    is_inner: bool = False
 
-    def room(self, num_rows: int, top_k: int, factor: float) -> _Room:
-        """Return a fixed capacity for up to `num_rows` that a member may have to send."""
-        share = factor * min(top_k, self._group.size) / self._group.size
-        capacity = min(num_rows, math.ceil(share * num_rows))
-        return _Room(capacity, capacity < num_rows, sum(self._is_heard) * capacity)
+    @property
+    def silent(self) -> range:
+        """The members that no row is sent to."""
+        return range(self.group.rank, self.group.rank + 1) if self.is_inner else self.same
+
+    def reach(self, top_k: int) -> int:
+        """Return how many members a token can need: a group of experts lies on few of them."""
+        size, (groups, chosen) = self.group.size, self.settings.groups
+        return min(top_k, size, size if self.is_inner else chosen * -(-size // groups))
+
+    def capacity(self, max_rows: int, top_k: int) -> int:
+        """Return the rows of static shapes for each member, if none sends more than `max_rows`."""
+        even = max_rows * self.reach(top_k) / self.group.size
+        return min(max_rows, math.ceil(self.settings.capacity_factor * even))
 
     def start(
         self,
         rows_R: Rows,
-        own: _Own,
+        num_own: int,
+        own: range,
         run: Run,
-        room: _Room | None = None,
-        overflow: Tensor | None = None,
+        max_rows: int,
+        spill: Callable[[Tensor], bool],
     ) -> Finish:
         """Send rows to the members that hold their experts.
 
         Args:
             rows_R: hidden states, ids (those of nobody here are skipped) and weights.
-            own: which of them other members hold, too.
+            num_own: so many of them, the first ones, are on all members of `same`.
+            own: those of the first that this rank sends.
             run: called with all rows for this member; returns their partial sums, in float32.
-            room: a fixed capacity, the same for all members; None exchanges exact counts.
-            overflow: set where the room is too small (what comes out is then wrong). Without it
-                the members agree to exchange exact counts instead.
+            max_rows: the most that any member sends, for static shapes; 0 for exact ones.
+            spill: told whether the capacity is too small; says whether to use exact shapes.
 
         Returns:
             A function that completes the exchange and returns this rank's part of the sums.
         """
-        x_RD, ids_RK, _ = rows_R
-        member_SK = self._members(own, ids_RK)
-        is_sent_SW = torch.zeros(
-            len(member_SK), self._group.size + 1, dtype=torch.int64, device=x_RD.device
-        ).scatter_(1, member_SK, 1)
-        count_W = is_sent_SW.sum(0)
-        if room is not None and room.may_overflow:
-            is_over = (count_W[:-1] > room.capacity).any()
-            if overflow is not None:
-                overflow |= is_over
-            elif self._group.all_reduce(is_over.int()).item():
-                room = None
-        if room is None:
-            count_W = count_W.masked_fill(~self._is_heard_W, 0)
-            both = torch.stack([count_W[:-1], self._group.all_to_all(count_W[:-1])])
-            send, receive = both.tolist()
+        index_R = torch.arange(len(rows_R[0]), device=rows_R[0].device)
+        mine_S = torch.cat([index_R[own.start : own.stop], index_R[num_own:]])
+        member_SK = self._members(rows_R[1], num_own)[mine_S]
+        size, top_k = self.group.size, member_SK.shape[1]
+        is_sent_SW = member_SK.new_zeros(len(mine_S), size + 1).scatter_(1, member_SK, 1)
+        count_W, capacity = is_sent_SW.sum(0), self.capacity(max_rows, top_k)
+        if capacity < max_rows and spill((count_W[:-1] > capacity).any()):
+            capacity = 0
+        if capacity:
+            send = receive = [0 if w in self.silent else capacity for w in range(size)]
+            w = torch.arange(size + 1, device=count_W.device)
+            count_W = capacity * ((w < self.silent.start) | (w >= self.silent.stop))
         else:
-            count_W = self._is_heard_W * room.capacity
-            send = receive = [heard * room.capacity for heard in self._is_heard]
+            both = torch.stack([count_W[:-1], self.group.all_to_all(count_W[:-1])])
+            send, receive = both.tolist()
+        count_W[-1] = 0
         row_SK = _row_numbers(member_SK, is_sent_SW, count_W, sum(send))
-        x, ids, weight = (own.chosen(part) for part in rows_R)
-        packed = self._pack((x, ids, weight), row_SK, sum(send), is_padded=room is not None)
-        pending = self._group.start_all_to_all(packed, send, receive)
+        # Room that nothing takes is filled with a row past the end, which has no experts.
+        source_M = torch.full((sum(send) + 1,), len(index_R), device=index_R.device)
+        source_M.scatter_(0, row_SK.flatten(), mine_S.repeat_interleave(top_k))
+        x, ids, weight = (F.pad(part, (0, 0, 0, 1), value=-1)[source_M[:-1]] for part in rows_R)
+        packed = pack((x, ids, weight), self.settings.dtype)
+        pending = self.group.start_all_to_all(packed, send, receive, "dispatch")
 
         def finish() -> Tensor:
-            arrived = self._rows.unpack(pending.wait(), rows_R)
-            joined = (torch.cat(pair) for pair in zip(rows_R, arrived, strict=True))
-            y_RD, y_MD = run(*joined).split([len(x_RD), sum(receive)])
-            back = self._group.start_all_to_all(y_MD.to(x_RD.dtype), receive, send).wait()
-            y_SD = _add_up(back, row_SK)
-            num_own = own.stop - own.start
-            y_RD[own.start : own.stop] += y_SD[:num_own]
-            y_RD[own.count :] += y_SD[num_own:]
+            arrived = unpack(pending.wait(), rows_R, self.settings.dtype)
+            x, ids, weight = (torch.cat(pair) for pair in zip(rows_R, arrived, strict=True))
+            y_RD, y_MD = run(x, ids, weight).split([len(index_R), sum(receive)])
+            y_MD = y_MD.to(x.dtype)
+            back_MD = self.group.start_all_to_all(y_MD, receive, send, "combine").wait()
+            y_RD[mine_S] += _add_up(back_MD, row_SK)
             return y_RD
 
         return finish
 
-    def _members(self, own: _Own, ids_RK: Tensor) -> Tensor:
+    def _members(self, ids_RK: Tensor, num_own: int) -> Tensor:
         """Return the members that the rows go to, each once and ascending; size for no more."""
-        nobody = self._group.size
-        member_RK = (ids_RK - self._first).div(self._per_member, rounding_mode="floor")
-        is_silent_RK = (member_RK < 0) | (member_RK >= nobody) | (member_RK == self._group.rank)
-        is_same = (member_RK >= self._same.start) & (member_RK < self._same.stop)
-        is_silent_RK[: own.count] |= is_same[: own.count]
-        member_SK = own.chosen(member_RK.masked_fill(is_silent_RK, nobody)).sort(dim=1).values
-        is_repeated = member_SK[:, 1:] == member_SK[:, :-1]
-        member_SK[:, 1:].masked_fill_(is_repeated, nobody)
-        return member_SK
-
-    def _pack(self, rows_S: Rows, row_SK: Tensor, total: int, is_padded: bool) -> Tensor:
-        """Return the send buffer."""
-        num_rows, top_k = row_SK.shape
-        if is_padded:  # empty rows carry the ids of a row past the end
-            x, ids, weight = (F.pad(part, (0, 0, 0, 1)) for part in rows_S)
-            ids[num_rows] = -1
-            rows_S = x, ids, weight
-        source_S = torch.arange(num_rows, device=row_SK.device).repeat_interleave(top_k)
-        source_M = torch.full((total + 1,), num_rows, device=row_SK.device)
-        source_M = source_M.scatter_(0, row_SK.flatten(), source_S)[:total]
-        return self._rows.pack(*(part[source_M] for part in rows_S))
+        nobody = self.group.size
+        member_RK = (ids_RK - self.first).div(self.per_member, rounding_mode="floor")
+        is_silent_RK = (member_RK < 0) | (member_RK >= nobody) | (member_RK == self.group.rank)
+        is_same = (member_RK >= self.same.start) & (member_RK < self.same.stop)
+        is_silent_RK[:num_own] |= is_same[:num_own]
+        member_RK = member_RK.masked_fill(is_silent_RK, nobody).sort(dim=1).values
+        is_repeated = member_RK[:, 1:] == member_RK[:, :-1]
+        member_RK[:, 1:].masked_fill_(is_repeated, nobody)
+        return member_RK
 
 
 def _row_numbers(member_SK: Tensor, is_sent_SW: Tensor, count_W: Tensor, total: int) -> Tensor:
@@ -247,24 +214,22 @@ class ExpertDispatch:
     def __init__(
         self, mesh: Mesh, num_slots: int, settings: DispatchSettings | None = None
     ) -> None:
-        self.settings = settings or DispatchSettings()
+        self.settings = settings = settings or DispatchSettings()
         self._mesh, self._layout = mesh, mesh.layout
-        self._rows = RowFormat(self.settings.fp8)
         self._tokens: list[int] | None = None
         self._is_fixed = self._is_deferred = False
         self._overflow = torch.zeros((), dtype=torch.bool, device=mesh.device)
-        tp, rank = mesh.layout.tp, mesh.layout.rank
-        own = range(rank // tp * tp, rank // tp * tp + tp)
-        hosts, host = mesh.hosts, mesh.host
-        each = num_slots // mesh.layout.ep
+        tp, hosts, host = mesh.layout.tp, mesh.hosts, mesh.host
+        each, first = num_slots // mesh.layout.ep, mesh.layout.dp_rank * tp
         # Outermost first: hosts, then ranks. One level where a tp group spans hosts.
-        self._levels = [_Level(mesh.world, 0, each, own, True, self._rows, mesh.device)]
-        if hosts.size > 1 and host.size % tp == 0:
+        own = range(first, first + tp)
+        self._levels = [_Level(mesh.world, 0, each, own, settings)]
+        if min(hosts.size, host.size) > 1 and host.size % tp == 0:
             here, first_rank = range(hosts.rank, hosts.rank + 1), hosts.rank * host.size
             own = range(own.start - first_rank, own.stop - first_rank)
             self._levels = [
-                _Level(hosts, 0, each * host.size, here, True, self._rows, mesh.device),
-                _Level(host, first_rank * each, each, own, False, self._rows, mesh.device),
+                _Level(hosts, 0, each * host.size, here, settings),
+                _Level(host, first_rank * each, each, own, settings, is_inner=True),
             ]
 
     def begin_step(
@@ -274,8 +239,8 @@ class ExpertDispatch:
 
         Args:
             tokens: by dp group; None has them exchanged in every layer.
-            fixed: shapes depend on `tokens` only, not on the routing. Where the room is too small
-                the ranks agree, layer by layer, to exchange exact sizes.
+            fixed: shapes depend on `tokens` only, not on the routing. Where the capacity is too
+                small the ranks agree, layer by layer, to exchange exact sizes.
             deferred: do not even look whether it is (CUDA graphs): ask `overflowed` after the
                 step, and if so run it again without.
         """
@@ -305,34 +270,38 @@ class ExpertDispatch:
         rows = x_TD, ids_TK, weight_TK
         if self._layout.dp == 1:
             return lambda: run(*rows)
-        tokens = self._tokens or self._exchange_counts(len(x_TD))
+        tokens = self._tokens
+        if tokens is None:
+            mine = torch.tensor([len(x_TD)], device=x_TD.device)
+            tokens = self._mesh.dp.all_gather(mine).flatten().tolist()
         assert tokens[self._layout.dp_rank] == len(x_TD), f"{tokens=} but {len(x_TD)} here"
-        if self.form(tokens) == "allreduce":
+        if self.form(tokens, rows) == "allreduce":
             return self._gather(rows, run, tokens)
         return self._send(rows, run, tokens)
 
-    def form(self, tokens: Sequence[int]) -> str:
-        """Return the form of a step of so many tokens in every dp group."""
+    def form(self, tokens: Sequence[int], rows: Rows) -> str:
+        """Return the form of a step of so many tokens in every dp group, `rows` in this one."""
         if self.settings.form != "auto":
             return self.settings.form
-        return "alltoall"
-
-    def _exchange_counts(self, count: int) -> list[int]:
-        mine = torch.tensor([count], device=self._mesh.device)
-        counts: list[int] = self._mesh.dp.all_gather(mine).flatten().tolist()
-        return counts
+        layout, top_k = self._layout, rows[1].shape[1]
+        others = layout.ep - layout.tp
+        needed = min(others * (1 - (1 - 1 / layout.ep) ** top_k), self._levels[0].reach(top_k))
+        saved = 2 * max(tokens) * (layout.dp - 1 - needed / layout.tp)
+        worth = 0 if self._is_fixed else _WORTH_BYTES[rows[0].device.type]
+        return "alltoall" if saved * rows[0].shape[1] * rows[0].itemsize > worth else "allreduce"
 
     def _gather(self, rows: Rows, run: Run, tokens: Sequence[int]) -> Finish:
         """Run on the tokens of all dp groups; each gets its partial sums back."""
-        count, dp = len(rows[0]), self._mesh.dp
-        packed = F.pad(self._rows.pack(*rows), (0, 0, 0, max(tokens) - count))
-        gathered = torch.cat([g[:n] for g, n in zip(dp.all_gather(packed), tokens, strict=True)])
+        count, dp, dtype = len(rows[0]), self._mesh.dp, self.settings.dtype
+        packed = F.pad(pack(rows, dtype), (0, 0, 0, max(tokens) - count))
+        every = torch.cat([g[:n] for g, n in zip(dp.all_gather(packed), tokens, strict=True)])
 
         def finish() -> Tensor:
-            y_MD = run(*self._rows.unpack(gathered, rows)).to(rows[0].dtype)
-            back = dp.start_all_to_all(y_MD, list(tokens), [count] * dp.size).wait()
+            y_MD = run(*unpack(every, rows, dtype)).to(rows[0].dtype)
+            counts = [count] * dp.size
+            back = dp.start_all_to_all(y_MD, list(tokens), counts, "combine").wait()
             y_TD = torch.zeros(rows[0].shape, dtype=torch.float32, device=y_MD.device)
-            for part in back.split([count] * dp.size):
+            for part in back.split(counts):
                 y_TD += part
             return y_TD
 
@@ -340,19 +309,27 @@ class ExpertDispatch:
 
     def _send(self, rows: Rows, run: Run, tokens: Sequence[int]) -> Finish:
         """Run on the tokens that chose this rank's experts, wherever they are."""
-        layout, top_k = self._layout, rows[1].shape[1]
-        own = _Own(len(rows[0]), *split_range(len(rows[0]), layout.tp, layout.tp_rank))
-        rooms: list[_Room | None] = [None, None]
+        layout, (count, top_k), limits = self._layout, rows[1].shape, [0, 0]
         if self._is_fixed:
-            num_rows = -(-max(tokens) // layout.tp)
-            for i, level in enumerate(self._levels):
-                room = level.room(num_rows, top_k, self.settings.capacity_factor)
-                rooms[i], num_rows = room, num_rows + room.received
-        overflow = self._overflow if self._is_deferred else None
+            limits[0] = -(-max(tokens) // layout.tp)
+            outer = self._levels[0]
+            limits[1] = limits[0] + (outer.group.size - 1) * outer.capacity(limits[0], top_k)
 
-        def spread(x_MD: Tensor, ids_MK: Tensor, weight_MK: Tensor) -> Tensor:
-            inside = self._levels[1]
-            return inside.start((x_MD, ids_MK, weight_MK), own, run, rooms[1], overflow)()
+        def spill(is_over: Tensor) -> bool:
+            if self._is_deferred:
+                self._overflow |= is_over
+                return False
+            if not self._mesh.world.all_reduce(is_over.int()).item():
+                return False
+            limits[1] = 0  # what comes in from other hosts no longer has a limit
+            return True
 
-        next_run = spread if len(self._levels) > 1 else run
-        return self._levels[0].start(rows, own, next_run, rooms[0], overflow)
+        def at(level: int, run: Run, *rows: Tensor) -> Finish:
+            x, ids, weight = rows
+            own = range(*split_range(count, layout.tp, layout.tp_rank))
+            start = self._levels[level].start
+            return start((x, ids, weight), count, own, run, limits[level], spill)
+
+        if len(self._levels) > 1:
+            return at(0, lambda *rows: at(1, run, *rows)(), *rows)
+        return at(0, run, *rows)

@@ -46,9 +46,20 @@ class Mesh:
     host: Collectives = field(default_factory=SingleRank)
     hosts: Collectives = field(default_factory=SingleRank)
 
+    @property
+    def groups(self) -> list[Collectives]:
+        """The groups, each once."""
+        every = (self.world, self.tp, self.control, self.dp, self.host, self.hosts)
+        return list({id(group): group for group in every}.values())
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes that this rank had to send to others so far, plans included."""
+        return sum(group.sent.total() for group in self.groups)
+
     def close(self) -> None:
         """Let go of all groups."""
-        for group in (self.world, self.tp, self.control, self.dp, self.host, self.hosts):
+        for group in self.groups:
             if isinstance(group, ProcessGroup):
                 group.close()
 

@@ -3,21 +3,25 @@
 Knows nothing of models, ranks or requests. Shape letters: see `dsv3/__init__.py`.
 """
 
+from dsv3_kernels.act_quant import Quantized, act_quant
 from dsv3_kernels.kv_fp8 import pack_latent, packed_bytes, unpack_latent
 from dsv3_kernels.merge_lse import merge_lse
 from dsv3_kernels.mha_decode import mha_decode
 from dsv3_kernels.mla_decode import mla_decode
 from dsv3_kernels.mla_prefill import mla_prefill
 from dsv3_kernels.moe import experts
-from dsv3_kernels.rmsnorm import rmsnorm
+from dsv3_kernels.rmsnorm import add_rmsnorm, rmsnorm, rmsnorm_quant
 from dsv3_kernels.rope import apply_rope
 from dsv3_kernels.route import Routing, route
 from dsv3_kernels.sample import sample
-from dsv3_kernels.silu_mul import silu_mul
+from dsv3_kernels.silu_mul import silu_mul, silu_mul_quant
 from dsv3_kernels.weight_dequant import weight_dequant
 
 __all__ = [
+    "Quantized",
     "Routing",
+    "act_quant",
+    "add_rmsnorm",
     "apply_rope",
     "experts",
     "merge_lse",
@@ -27,9 +31,11 @@ __all__ = [
     "pack_latent",
     "packed_bytes",
     "rmsnorm",
+    "rmsnorm_quant",
     "route",
     "sample",
     "silu_mul",
+    "silu_mul_quant",
     "unpack_latent",
     "weight_dequant",
 ]

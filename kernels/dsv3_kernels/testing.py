@@ -1,5 +1,6 @@
 """Comparisons for tests and benchmarks, with messages that say where and by how much."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +17,7 @@ def assert_close(name: str, got: Tensor, want: Tensor, tol: float) -> None:
     error = (got - want).abs().masked_fill(~finite, 0.0)
     scale = float(want[finite].abs().max()) or 1.0
     worst = int(error.argmax())
-    where = [int(i) for i in torch.unravel_index(torch.tensor(worst), error.shape)]
+    where = [int(i) for i in np.unravel_index(worst, error.shape)]
     assert float(error.max()) <= tol * scale, (
         f"{name}: off by {float(error.max()):.3e} at {where} (got {float(got.flatten()[worst]):.6g}"
         f", want {float(want.flatten()[worst]):.6g}), allowed {tol:g} of {scale:.4g}; relative "

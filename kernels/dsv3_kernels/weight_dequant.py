@@ -1,9 +1,13 @@
-"""Block-scaled FP8 weights back to a float dtype."""
+"""Block-scaled FP8 weights back to a float dtype. Bound by bytes."""
 
 import torch
 from torch import Tensor
 
+from dsv3_kernels._e4m3 import decode_e4m3, e4m3_view, is_native
+from dsv3_kernels._triton import tl, triton, use_triton
+
 BLOCK = 128
+_TILE = (16, 128)
 
 
 def _expand(scale: Tensor, dim: int, size: int, offset: int, block: int) -> Tensor:
@@ -23,6 +27,74 @@ def weight_dequant_ref(
     rows, cols = w_FD.shape[-2:]
     by_row = _expand(scale_fd.float(), -2, rows, row_offset, block[0])
     return (w_FD.float() * _expand(by_row, -1, cols, col_offset, block[1])).to(dtype)
+
+
+@triton.jit
+def _weight_dequant_kernel(
+    w_ptr,
+    scale_ptr,
+    out_ptr,
+    rows,
+    cols,
+    scale_rows,
+    scale_cols,
+    row_offset,
+    col_offset,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    """Dequantize R rows and C columns of one of the stacked matrices."""
+    e = tl.program_id(2).to(tl.int64)
+    row = tl.program_id(0) * R + tl.arange(0, R).to(tl.int64)[:, None]
+    col = tl.program_id(1) * C + tl.arange(0, C)[None, :]
+    mask = (row < rows) & (col < cols)
+    at = (e * rows + row) * cols + col
+    if NATIVE:
+        w = tl.load(w_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    else:
+        w = decode_e4m3(tl.load(w_ptr + at, mask=mask, other=0))
+    scale_row = (row + row_offset) // BLOCK_R
+    scale_col = (col + col_offset) // BLOCK_C
+    scale_at = (e * scale_rows + scale_row) * scale_cols + scale_col
+    scale = tl.load(scale_ptr + scale_at, mask=mask, other=0.0)
+    tl.store(out_ptr + at, (w * scale).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def weight_dequant_triton(
+    w_FD: Tensor,
+    scale_fd: Tensor,
+    dtype: torch.dtype,
+    row_offset: int = 0,
+    col_offset: int = 0,
+    block: tuple[int, int] = (BLOCK, BLOCK),
+) -> Tensor:
+    """Launch `weight_dequant`."""
+    rows, cols = w_FD.shape[-2:]
+    scale_rows, scale_cols = scale_fd.shape[-2:]
+    assert scale_rows * block[0] >= row_offset + rows, f"{w_FD.shape=} {scale_fd.shape=}"
+    assert scale_cols * block[1] >= col_offset + cols, f"{w_FD.shape=} {scale_fd.shape=}"
+    out = torch.empty(w_FD.shape, dtype=dtype, device=w_FD.device)
+    if out.numel():
+        stacked = out.numel() // (rows * cols)
+        grid = (triton.cdiv(rows, _TILE[0]), triton.cdiv(cols, _TILE[1]), stacked)
+        _weight_dequant_kernel[grid](
+            e4m3_view(w_FD.contiguous()),
+            scale_fd.float().contiguous(),
+            out,
+            rows,
+            cols,
+            scale_rows,
+            scale_cols,
+            row_offset,
+            col_offset,
+            *block,
+            *_TILE,
+            NATIVE=is_native(w_FD),
+        )
+    return out
 
 
 def weight_dequant(
@@ -49,4 +121,5 @@ def weight_dequant(
 
     Source: deepseek-ai/DeepSeek-V3 README_WEIGHTS.md.
     """
-    return weight_dequant_ref(w_FD, scale_fd, dtype, row_offset, col_offset, block)
+    op = weight_dequant_triton if use_triton(w_FD) else weight_dequant_ref
+    return op(w_FD, scale_fd, dtype, row_offset, col_offset, block)

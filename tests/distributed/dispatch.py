@@ -3,19 +3,24 @@
 An expert multiplies by a matrix of its own; the reference applies all of them to all tokens.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from dsv3.config import ParallelConfig
-from dsv3.parallel.experts import DispatchSettings, ExpertDispatch
+from dsv3.config import ParallelConfig, split_range
+from dsv3.model.moe import MoE
+from dsv3.parallel.experts import FP8, DispatchSettings, ExpertDispatch
 from dsv3.parallel.mesh import Mesh, make_mesh
-from dsv3_kernels.testing import assert_close
+from dsv3_kernels import act_quant, weight_dequant
+from dsv3_kernels.testing import assert_bitwise_equal, assert_close
+from tests.distributed.layers import CONFIG, FORMAT, filled
 from tests.distributed.ranks import CPU, alone
 
 DIM, EXPERTS, TOP_K = 128, 16, 4
+Drawn = list[tuple[Tensor, Tensor, Tensor]]
 
 
 class Experts:
@@ -46,7 +51,7 @@ class Experts:
 
 def routing(kind: str, tokens: int, generator: torch.Generator) -> Tensor:
     """Return [T, K] ids, some of them adversarial."""
-    if kind == "one expert":  # and nobody else: the others are -1
+    if kind == "one expert":  # and nobody else
         ids = torch.full((tokens, TOP_K), -1)
         ids[:, 2] = 5
         return ids
@@ -58,10 +63,7 @@ def routing(kind: str, tokens: int, generator: torch.Generator) -> Tensor:
     return scores.topk(TOP_K).indices
 
 
-KINDS = ("random", "skewed", "one expert", "last rank")
-
-
-def draw(kind: str, counts: list[int], dtype: torch.dtype = torch.float32) -> list[tuple]:
+def draw(kind: str, counts: list[int], dtype: torch.dtype = torch.float32) -> Drawn:
     """Return hidden states, ids and weights of every dp group, the same on every rank."""
     generator = torch.Generator().manual_seed(sum(counts) + len(kind))
     return [
@@ -85,47 +87,193 @@ def meshes(world: Mesh, tp: int, ranks_on_host: int) -> Iterator[Mesh]:
         mesh.close()
 
 
-def token_counts(dp: int) -> list[list[int]]:
-    """Even, ragged, groups without a token."""
-    return [[8] * dp, [(5 * g) % 7 for g in range(dp)], [0] * (dp - 1) + [33]]
-
-
 def check_all(world: Mesh) -> None:
     size = world.world.size
-    for tp in (1, 2, 4, 8):
-        for ranks_on_host in (size, size // 2):
-            if tp <= size:
-                with meshes(world, tp, ranks_on_host) as mesh:
-                    check_layout(mesh)
+    for tp, hosts in ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (4, 1), (4, 2), (8, 1)):
+        if tp <= size and hosts < size and (hosts == 1 or tp < size):
+            with meshes(world, tp, size // hosts) as mesh:
+                is_one_level = hosts == 1 or tp > size // hosts
+                assert (mesh.hosts.size == 1) == (hosts == 1)
+                check_routings(mesh)
+                check_capacity(mesh)
+                if tp < size:
+                    check_bytes(mesh, is_one_level)
+                    check_fp8(mesh)
+                    check_auto(mesh)
+                if CONFIG.n_routed_experts % size == 0:
+                    check_moe(mesh)
 
 
 def check_one_rank() -> None:
-    check_layout(alone())
+    check_routings(alone())
+    check_capacity(alone())
+    check_moe(alone())
 
 
-def check_layout(mesh: Mesh) -> None:
-    """All forms, at all routings and numbers of tokens."""
+def check_routings(mesh: Mesh) -> None:
+    """All forms; groups without a token, all tokens to one expert, ranks that get none."""
+    dp = mesh.layout.dp
+    even, ragged, last = [8] * dp, [(5 * g) % 7 for g in range(dp)], [0] * (dp - 1) + [33]
+    cases = [(even, "random"), (even, "one expert"), (ragged, "skewed"), (ragged, "last rank")]
+    cases += [(last, "one expert"), (last, "random"), ([0] * dp, "random")]
     for form, steps in (("allreduce", ["known"]), ("alltoall", ["known", "fixed", "unknown"])):
-        dispatch = ExpertDispatch(mesh, EXPERTS, DispatchSettings(form=form, capacity_factor=1))
-        for counts in token_counts(mesh.layout.dp):
-            for kind in KINDS:
-                for step in steps:
-                    dispatch.begin_step(None if step == "unknown" else counts, step == "fixed")
-                    check_step(dispatch, mesh, kind, counts, f"{form} {step}")
+        dispatch = ExpertDispatch(mesh, EXPERTS, DispatchSettings(form, capacity_factor=1))
+        for counts, kind in cases:
+            for step in steps:
+                dispatch.begin_step(None if step == "unknown" else counts, step == "fixed")
+                check_step(dispatch, mesh, draw(kind, counts), f"{form} {step} {kind} {counts}")
 
 
-def check_step(
-    dispatch: ExpertDispatch, mesh: Mesh, kind: str, counts: list[int], what: str
-) -> None:
+def check_step(dispatch: ExpertDispatch, mesh: Mesh, drawn: Drawn, what: str) -> None:
     experts = Experts(mesh.layout)
-    drawn = draw(kind, counts)
     x, ids, weight = drawn[mesh.layout.dp_rank]
     given = x.clone(), ids.clone(), weight.clone()
     y = mesh.tp.all_reduce(dispatch(x, ids, weight, experts.run)())
     assert all(torch.equal(a, b) for a, b in zip(given, (x, ids, weight), strict=True))
-    name = f"{what} {kind} {counts} tp {mesh.layout.tp} hosts {mesh.hosts.size}"
+    name = f"{what} tp {mesh.layout.tp} hosts {mesh.hosts.size}"
     assert y.dtype == torch.float32 and y.shape == x.shape, name
     assert_close(name, y, experts.all(x, ids, weight), 1e-5)
     # Every token was run here exactly once if it chose an expert of this rank.
     chosen = [((i >= experts.first) & (i < experts.first + experts.num_local)) for _, i, _ in drawn]
     assert experts.num_rows == sum(int(c.any(1).sum()) for c in chosen), name
+
+
+def check_capacity(mesh: Mesh) -> None:
+    """More tokens than fit are noticed by all; enough room gives the same bits as exact sizes."""
+    dp = mesh.layout.dp
+    counts = [0] * (dp - 1) + [40]
+    drawn = draw("one expert", counts)
+    x, ids, weight = drawn[mesh.layout.dp_rank]
+    run = Experts(mesh.layout).run
+    settings = DispatchSettings("alltoall", capacity_factor=0.2)
+    dispatch = ExpertDispatch(mesh, EXPERTS, settings)
+    dispatch.begin_step(counts, fixed=True)
+    check_step(dispatch, mesh, drawn, "falls back")
+    assert not dispatch.overflowed()
+    dispatch.begin_step(counts, fixed=True, deferred=True)
+    dispatch(x, ids, weight, run)()
+    # Expert 5 is in the last group's own ranks where there are so few.
+    is_sent = dp > 1 and 5 // Experts(mesh.layout).num_local < (dp - 1) * mesh.layout.tp
+    assert dispatch.overflowed() == is_sent
+    assert not dispatch.overflowed()
+    counts = [9] * dp
+    x, ids, weight = draw("random", counts)[mesh.layout.dp_rank]
+    dispatch = ExpertDispatch(mesh, EXPERTS, DispatchSettings("alltoall", capacity_factor=100))
+    parts = []
+    for fixed in (True, False):
+        dispatch.begin_step(counts, fixed, deferred=fixed)
+        parts.append(dispatch(x, ids, weight, run)())
+        assert not dispatch.overflowed()
+    assert_bitwise_equal("fixed and exact", *parts)
+
+
+def sent(mesh: Mesh, name: str) -> list[int]:
+    """Return the bytes sent by this rank over the world and its parts."""
+    return [group.sent[name] for group in (mesh.world, mesh.dp, mesh.hosts, mesh.host)]
+
+
+def check_bytes(mesh: Mesh, is_one_level: bool) -> None:
+    """A token goes to every destination once, and in FP8 in little more than half the bytes."""
+    layout, world = mesh.layout, mesh.world.size
+    counts = [3 + 2 * g for g in range(layout.dp)]
+    own = range(layout.dp_rank * layout.tp, (layout.dp_rank + 1) * layout.tp)
+    drawn = draw("random", counts, torch.bfloat16)
+    rank_of = [(ids // (EXPERTS // world)).tolist() for _, ids, _ in drawn]
+    start, stop = split_range(counts[layout.dp_rank], layout.tp, layout.tp_rank)
+    mine = [set(ranks) - set(own) for ranks in rank_of[layout.dp_rank][start:stop]]
+    for fp8, row in ((False, 2 * DIM + 8 * TOP_K), (True, DIM + 4 + 8 * TOP_K)):
+        settings = DispatchSettings("alltoall", FP8 if fp8 else None)
+        dispatch = ExpertDispatch(mesh, EXPERTS, settings)
+        dispatch.begin_step(counts)
+        before = [sent(mesh, name) for name in ("dispatch", "combine")]
+        dispatch(*drawn[layout.dp_rank], Experts(layout).run)()
+        after = [sent(mesh, name) for name in ("dispatch", "combine")]
+        (flat, _, hosts, host), (flat_back, *_) = (
+            [b - a for a, b in zip(*pair, strict=True)] for pair in zip(before, after, strict=True)
+        )
+        if is_one_level:
+            assert flat == row * sum(map(len, mine))
+            total = torch.tensor([flat // row, flat_back // (2 * DIM)])
+            rows, back = mesh.world.all_reduce(total).tolist()
+            assert rows == back > 0
+        else:
+            on_host, here = mesh.host.size, mesh.hosts.rank
+            away = [{r // on_host for r in ranks} - {here} for ranks in mine]
+            got = spread(mesh, rank_of, counts) + [
+                {r for r in ranks if r // on_host == here} for ranks in mine
+            ]
+            assert hosts == row * sum(map(len, away))
+            assert host == row * sum(map(len, got))
+
+
+def spread(mesh: Mesh, rank_of: list[list[list[int]]], counts: list[int]) -> list[set[int]]:
+    """Return where this rank passes on the tokens that came from other hosts to this place."""
+    layout, on_host = mesh.layout, mesh.host.size
+    found = []
+    for host in range(mesh.hosts.size):
+        sender = host * on_host + mesh.host.rank
+        if host == mesh.hosts.rank:
+            continue
+        group = sender // layout.tp
+        for ranks in rank_of[group][
+            slice(*split_range(counts[group], layout.tp, sender % layout.tp))
+        ]:
+            here = {r for r in ranks if r // on_host == mesh.hosts.rank}
+            found.append(here - {layout.rank})
+    return found
+
+
+def check_fp8(mesh: Mesh) -> None:
+    """Experts elsewhere see the rounded hidden states, those of the own tp group exact ones."""
+    layout = mesh.layout
+    own_ranks = torch.arange(layout.dp_rank * layout.tp, (layout.dp_rank + 1) * layout.tp)
+    counts = [6 + g for g in range(layout.dp)]
+    x, ids, weight = draw("random", counts)[layout.dp_rank]
+    experts = Experts(layout)
+    is_own = torch.isin(ids // experts.num_local, own_ranks)
+    rounded = weight_dequant(*act_quant(x), torch.float32, block=(1, 128))
+    want = experts.all(x, ids, weight * is_own) + experts.all(rounded, ids, weight * ~is_own)
+    dispatch = ExpertDispatch(mesh, EXPERTS, DispatchSettings("alltoall", FP8))
+    got = mesh.tp.all_reduce(dispatch(x, ids, weight, experts.run)())
+    # What is on its way over two levels is rounded twice, to the same e4m3.
+    assert_close("fp8", got, want, 1e-5)
+    assert (got - experts.all(x, ids, weight)).abs().max() > 1e-3
+    got = mesh.tp.all_reduce(
+        ExpertDispatch(mesh, EXPERTS, DispatchSettings("allreduce", FP8))(
+            x, ids, weight, experts.run
+        )()
+    )
+    assert_close("fp8 gathered", got, experts.all(rounded, ids, weight), 1e-5)
+    halved = draw("random", counts, torch.bfloat16)[layout.dp_rank]
+    for form in ("allreduce", "alltoall"):
+        dispatch = ExpertDispatch(mesh, EXPERTS, DispatchSettings(form))
+        got = mesh.tp.all_reduce(dispatch(*halved, experts.run)())
+        assert_close(f"bfloat16 {form}", got, experts.all(*halved), 2e-2)
+
+
+def check_auto(mesh: Mesh) -> None:
+    """All ranks take the same form: gathering for few tokens, all-to-all if that saves bytes."""
+    dispatch = ExpertDispatch(mesh, EXPERTS)
+    one = draw("random", [1])[0]
+    wide = torch.empty(0, 1 << 20), one[1], one[2]
+    dp = mesh.layout.dp
+    few, many = dispatch.form([1] * dp, one), dispatch.form([1 << 20] * dp, wide)
+    assert few == "allreduce"
+    assert many == "alltoall"
+
+
+def check_moe(mesh: Mesh) -> None:
+    """The layer with its shared expert: every dp group gets what one rank would compute."""
+    config = dataclasses.replace(CONFIG, topk_group=3)
+
+    def make(where: Mesh, form: str) -> MoE:
+        dispatch = ExpertDispatch(where, config.n_routed_experts, DispatchSettings(form))
+        moe = MoE(config, "model.layers.1.mlp.", where.layout, FORMAT, dispatch)
+        return filled(moe, where, config)
+
+    count = 4 + mesh.layout.dp_rank
+    generator = torch.Generator().manual_seed(count)
+    x = torch.randn(count, CONFIG.hidden_size, generator=generator)
+    want = make(alone(), "auto")(x)
+    for form in ("allreduce", "alltoall"):
+        assert_close(f"moe {form}", mesh.tp.all_reduce(make(mesh, form)(x)), want, 1e-5)

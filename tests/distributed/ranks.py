@@ -1,5 +1,6 @@
 """Several ranks on one machine, without torchrun and without a port."""
 
+import multiprocessing
 import tempfile
 from collections.abc import Callable
 
@@ -32,7 +33,14 @@ def run_ranks(fn: Callable[..., None], world_size: int, *args: object) -> None:
     """Run `fn(mesh, *args)` in `world_size` processes over gloo; raise the first failure."""
     with tempfile.TemporaryDirectory() as folder:
         init = f"file://{folder}/rendezvous"
-        mp.spawn(_rank_main, args=(fn, world_size, init, args), nprocs=world_size)
+        # The server imports once what every rank of every test needs.
+        multiprocessing.set_forkserver_preload(["dsv3.engine.start"])
+        mp.start_processes(
+            _rank_main,
+            args=(fn, world_size, init, args),
+            nprocs=world_size,
+            start_method="forkserver",
+        )
 
 
 def alone() -> Mesh:

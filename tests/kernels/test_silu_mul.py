@@ -1,6 +1,9 @@
+import pytest
 import torch
 
-from dsv3_kernels import silu_mul
+from dsv3_kernels import act_quant, silu_mul, silu_mul_quant
+from dsv3_kernels.act_quant import act_quant_ref
+from dsv3_kernels.silu_mul import silu_mul_quant_triton, silu_mul_triton
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 
 
@@ -12,3 +15,28 @@ def test_silu_mul() -> None:
     half = x.bfloat16()
     assert_bitwise_equal("bf16", silu_mul(half), silu_mul(half.float()).bfloat16())
     assert silu_mul(x[:0]).shape == (0, 40)
+
+
+def test_silu_mul_quant() -> None:
+    torch.manual_seed(1)
+    x = torch.randn(7, 2 * 256).bfloat16()
+    got, want = silu_mul_quant(x, ue8m0=True), act_quant(silu_mul(x), ue8m0=True)
+    assert_bitwise_equal("q", got.q, want.q)
+    assert_bitwise_equal("scale", got.scale, want.scale)
+
+
+@pytest.mark.parametrize("shape", [(1, 256), (3, 40), (5, 1408), (2, 3, 128)])
+def test_triton(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(2)
+    x = torch.randn(*shape[:-1], 2 * shape[-1]) * 8
+    y = silu_mul_triton(x)
+    assert_close("silu_mul", y, silu_mul(x), 1e-6)
+    assert_close("bf16", silu_mul_triton(x.bfloat16()), silu_mul(x.bfloat16()), 2**-7)
+    assert silu_mul_triton(x[:0]).shape == (0, *shape[1:])
+    if shape[-1] % 128 == 0:
+        for ue8m0 in (False, True):
+            got, want = silu_mul_quant_triton(x, ue8m0), act_quant_ref(y, ue8m0)
+            assert_bitwise_equal("q", got.q, want.q)
+            assert_bitwise_equal("scale", got.scale, want.scale)
+        part = silu_mul_quant_triton(x[-1:])
+        assert_bitwise_equal("slice", part.q, silu_mul_quant_triton(x).q[-1:])

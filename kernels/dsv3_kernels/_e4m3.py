@@ -1,0 +1,68 @@
+"""float8_e4m3fn inside kernels, also on GPUs for which Triton has no such type.
+
+From compute capability 8.9 on, Triton knows e4m3. Below it, and in the interpreter (whose own
+conversion rounds wrongly), kernels are handed bytes and compute the format: a sign, four bits of
+exponent with bias 7, three of mantissa; 0x7f and 0xff are NaN, there is no infinity.
+"""
+
+import torch
+from torch import Tensor
+
+from dsv3_kernels._triton import tl, triton
+
+_NATIVE_FROM = (8, 9)
+
+
+def is_native(x: Tensor) -> bool:
+    """Tell whether kernels on the device of `x` may use Triton's own e4m3."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= _NATIVE_FROM
+
+
+def e4m3_view(x: Tensor) -> Tensor:
+    """Return float8_e4m3fn `x` as kernels take it: as it is, or as bytes."""
+    return x if is_native(x) else x.view(torch.uint8)
+
+
+@triton.jit
+def decode_e4m3(code):
+    """Return the float32 values of a block of e4m3 bytes (uint8); exact."""
+    byte = code.to(tl.int32)
+    mag = byte & 0x7F
+    normal = ((mag << 20) + (120 << 23)).to(tl.float32, bitcast=True)
+    value = tl.where(mag < 8, mag.to(tl.float32) * 0.001953125, normal)
+    value = tl.where(mag == 0x7F, float("nan"), value)
+    signed = value.to(tl.int32, bitcast=True) | ((byte & 0x80) << 24)  # a minus loses that of -0
+    return signed.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _encode_bits(x):
+    bits = x.to(tl.int32, bitcast=True)
+    mag = bits & 0x7FFFFFFF
+    normal = ((mag + 0x7FFFF + ((mag >> 20) & 1)) >> 20) - (120 << 3)
+    # Below 2^-6 codes are multiples of 2^-9, which is the last place of floats around 2^14.
+    shifted = (mag.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True)
+    code = tl.where(mag < (121 << 23), shifted - 0x46800000, normal)
+    code = tl.where(mag > 0x7F800000, 0x7F, code)
+    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def encode_e4m3(x, NATIVE: tl.constexpr):
+    """Return e4m3 of a float32 block: Triton's type if NATIVE, else uint8 codes.
+
+    Rounds to the nearest, ties to even. `x` must lie within [-464, 464] or be NaN.
+    """
+    if NATIVE:
+        return x.to(tl.float8e4nv)
+    else:  # noqa: RET505 - Triton drops a constant condition's other branch only so
+        return _encode_bits(x)
+
+
+@triton.jit
+def load_e4m3(pointers, mask, NATIVE: tl.constexpr):
+    """Load a block for `tl.dot`: e4m3 if NATIVE, else its exact bfloat16 values; 0 if masked."""
+    if NATIVE:
+        return tl.load(pointers, mask=mask, other=0.0)
+    else:  # noqa: RET505
+        return decode_e4m3(tl.load(pointers, mask=mask, other=0)).to(tl.bfloat16)

@@ -1,0 +1,103 @@
+"""Activations to FP8, with a scale for every 128 values of a token. Bound by bytes.
+
+The arithmetic of a block is `quantize_block`, which the fused forms (`rmsnorm_quant`,
+`silu_mul_quant`, the experts) share, so that fused and unfused give the same bits.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dsv3_kernels._e4m3 import e4m3_view, encode_e4m3, is_native
+from dsv3_kernels._triton import tl, triton, use_triton
+
+BLOCK = 128
+FP8 = torch.float8_e4m3fn
+_MAX = 448.0
+_MIN_AMAX = 1e-4
+
+
+class Quantized(NamedTuple):
+    """Activations in FP8: x is about q * scale.
+
+    Attributes:
+        q: [..., D] float8_e4m3fn.
+        scale: [..., D / 128] float32.
+    """
+
+    q: Tensor
+    scale: Tensor
+
+    @classmethod
+    def empty(cls, shape: torch.Size | tuple[int, ...], device: torch.device) -> "Quantized":
+        """Return memory for activations of this shape."""
+        blocks = (*shape[:-1], shape[-1] // BLOCK)
+        return cls(
+            torch.empty(shape, dtype=FP8, device=device),
+            torch.empty(blocks, dtype=torch.float32, device=device),
+        )
+
+
+def act_quant_ref(x_TD: Tensor, ue8m0: bool = False) -> Quantized:
+    """Define `act_quant`."""
+    x = x_TD.float().unflatten(-1, (-1, BLOCK))
+    scale = x.abs().amax(-1).clamp_min(_MIN_AMAX) / _MAX
+    if ue8m0:  # the next power of two: all mantissa bits carry into the exponent
+        scale = ((scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
+    return Quantized((x / scale.unsqueeze(-1)).to(FP8).flatten(-2), scale)
+
+
+@triton.jit
+def quantize_block(x, UE8M0: tl.constexpr, NATIVE: tl.constexpr):
+    """Quantize rows of float32 `x` [R, 128]: return e4m3 (see `encode_e4m3`) and scales [R]."""
+    # An all-zero block gets the scale of a tiny one, not 0 / 0.
+    amax = tl.maximum(tl.max(tl.abs(x), 1), 1e-4)
+    scale = tl.div_rn(amax, 448.0)
+    if UE8M0:
+        bits = scale.to(tl.int32, bitcast=True)
+        scale = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+    by_value = tl.broadcast_to(scale[:, None], x.shape)
+    return encode_e4m3(tl.div_rn(x, by_value), NATIVE), scale
+
+
+@triton.jit
+def _act_quant_kernel(
+    x_ptr, q_ptr, scale_ptr, blocks, R: tl.constexpr, UE8M0: tl.constexpr, NATIVE: tl.constexpr
+):
+    """Every program takes R blocks of 128; where they lie in a row does not matter."""
+    rows = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    at = rows[:, None] * 128 + tl.arange(0, 128)[None, :]
+    mask = (rows < blocks)[:, None]
+    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    q, scale = quantize_block(x, UE8M0, NATIVE)
+    tl.store(q_ptr + at, q, mask=mask)
+    tl.store(scale_ptr + rows, scale, mask=rows < blocks)
+
+
+def act_quant_triton(x_TD: Tensor, ue8m0: bool = False) -> Quantized:
+    """Launch `act_quant`."""
+    assert x_TD.shape[-1] % BLOCK == 0 and x_TD.is_contiguous(), f"{x_TD.shape=}"
+    out = Quantized.empty(x_TD.shape, x_TD.device)
+    blocks = out.scale.numel()
+    if blocks:
+        grid = (triton.cdiv(blocks, 8),)
+        native = is_native(x_TD)
+        _act_quant_kernel[grid](
+            x_TD, e4m3_view(out.q), out.scale, blocks, 8, ue8m0, native, num_warps=2
+        )
+    return out
+
+
+def act_quant(x_TD: Tensor, ue8m0: bool = False) -> Quantized:
+    """Quantize activations to FP8 in blocks of 128 along the last dimension.
+
+    scale = max|x| / 448 per block, at least 1e-4 / 448; q = x / scale.
+
+    Args:
+        x_TD: [..., D], any float dtype, contiguous, D a multiple of 128.
+        ue8m0: round scales up to powers of two.
+
+    Source: DeepSeek-V3 report, section 3.3.2.
+    """
+    return act_quant_triton(x_TD, ue8m0) if use_triton(x_TD) else act_quant_ref(x_TD, ue8m0)
