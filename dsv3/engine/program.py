@@ -58,6 +58,13 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     layout.add_argument(
         "--moe-dispatch", default="auto", help="tokens to experts: auto, allreduce or alltoall"
     )
+    layout.add_argument(
+        "--sequence-parallel",
+        type=int,
+        default=-1,
+        metavar="TOKENS",
+        help="split norms over tp in steps of so many tokens (0: never; -1: as the device)",
+    )
     layout.add_argument("--dispatch-dtype", default="auto", help="there: auto, bf16 or fp8")
     cache = parser.add_argument_group("cache and attention")
     cache.add_argument("--attn-impl", default="auto", help="auto, naive or absorb")

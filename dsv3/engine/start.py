@@ -138,7 +138,8 @@ def start(
         if mesh.layout.rank == 0:
             log.info("%s", setup.plan.describe())
         dispatch = _dispatch(settings, source.config, setup.fmt)
-        model = _load_model(source, mesh, setup.fmt, dispatch, progress)
+        split_from = settings.split_from(mesh.device.type)
+        model = _load_model(source, mesh, setup.fmt, dispatch, split_from, progress)
         weights = b""
         if settings.disk_cache:
             weights = digest_share(source, mesh.layout.rank, mesh.layout.world_size)
@@ -239,9 +240,10 @@ def _load_model(
     mesh: Mesh,
     fmt: WeightFormat,
     dispatch: DispatchSettings,
+    split_from: int,
     progress: Callable[[int, int], None],
 ) -> Transformer:
-    model = Transformer(source.config, mesh, fmt, dispatch)
+    model = Transformer(source.config, mesh, fmt, dispatch, split_from)
     targets = list(model.targets())
     total = sum(t.dest.numel() * t.dest.element_size() for t in targets)
     done = 0

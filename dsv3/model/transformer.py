@@ -14,6 +14,7 @@ from dsv3.model.rotary import Rotary
 from dsv3.parallel.experts import DispatchSettings, ExpertDispatch
 from dsv3.parallel.linear import VocabParallelEmbedding, VocabParallelHead
 from dsv3.parallel.mesh import Mesh
+from dsv3.parallel.rows import StreamRows
 from dsv3.parallel.weights import Matrix, Target, Vector, WeightFormat
 from dsv3_kernels import rmsnorm
 
@@ -31,7 +32,7 @@ class DecoderLayer(nn.Module):
     ) -> None:
         super().__init__()
         prefix, shape = f"model.layers.{layer}.", (config.hidden_size,)
-        self.eps, self.tp = config.rms_norm_eps, mesh.tp
+        self.eps = config.rms_norm_eps
         self.input_layernorm = Vector(f"{prefix}input_layernorm.weight", shape, fmt)
         self.self_attn = MLA(config, f"{prefix}self_attn.", mesh.layout, mesh.tp, fmt)
         self.indexer: Indexer | None = None
@@ -43,17 +44,30 @@ class DecoderLayer(nn.Module):
         self.mlp = feed_forward(config, layer, f"{prefix}mlp.", mesh.layout, fmt, dispatch)
 
     def forward(
-        self, x_TD: Tensor, rope: tuple[Tensor, Tensor], batch: Batch, cache: LayerCache
+        self,
+        x_TD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        batch: Batch,
+        cache: LayerCache,
+        rows: StreamRows,
     ) -> Tensor:
-        """Return the residual stream after this layer, [T, D]."""
-        h_TD = rmsnorm(x_TD, self.input_layernorm.weight, self.eps)
-        x_TD = x_TD + self.tp.all_reduce(self.self_attn(h_TD, rope, batch, cache))
-        h_TD = rmsnorm(x_TD, self.post_attention_layernorm.weight, self.eps)
-        return x_TD + self.tp.all_reduce(self.mlp(h_TD)).to(x_TD.dtype)
+        """Return the residual stream after this layer: all rows of it, or this rank's."""
+        h_TD = rows.gather(rmsnorm(x_TD, self.input_layernorm.weight, self.eps))
+        x_TD = x_TD + rows.sum(self.self_attn(h_TD, rope, batch, cache))
+        h_TD = rows.gather(rmsnorm(x_TD, self.post_attention_layernorm.weight, self.eps))
+        return x_TD + rows.sum(self.mlp(h_TD)).to(x_TD.dtype)
 
 
 class Transformer(nn.Module):
-    """The main model of one rank. MTP layers stay in the checkpoint."""
+    """The main model of one rank. MTP layers stay in the checkpoint.
+
+    Args:
+        config: its shape.
+        mesh: this rank and its peers.
+        fmt: how weights are held.
+        settings: how tokens come to their experts.
+        split_from: steps of so many tokens split the residual stream over tp; 0 never does.
+    """
 
     def __init__(
         self,
@@ -61,10 +75,11 @@ class Transformer(nn.Module):
         mesh: Mesh,
         fmt: WeightFormat,
         settings: DispatchSettings | None = None,
+        split_from: int = 0,
     ) -> None:
         super().__init__()
         self.dispatch = ExpertDispatch(mesh, config.n_routed_experts, settings)
-        self.config, self.dtype = config, fmt.dtype
+        self.config, self.dtype, self.tp, self.split_from = config, fmt.dtype, mesh.tp, split_from
         embed, head = "model.embed_tokens.weight", "lm_head.weight"
         vocab, hidden = config.vocab_size, config.hidden_size
         self.embed_tokens = VocabParallelEmbedding(embed, vocab, hidden, mesh.layout, mesh.tp, fmt)
@@ -85,11 +100,13 @@ class Transformer(nn.Module):
         """
         if not len(batch.token_T):
             return self._serve_others()
-        x_TD = self.embed_tokens(batch.token_T)
+        count = len(batch.token_T)
+        rows = StreamRows(self.tp, count, 0 < self.split_from <= count and self.tp.size > 1)
+        x_TD = rows.own(self.embed_tokens(batch.token_T))
         rope = self.rotary(batch.position_T)
         for i, layer in enumerate(self.layers):
-            x_TD = layer(x_TD, rope, batch, cache.layer(i))
-        return rmsnorm(x_TD, self.norm.weight, self.config.rms_norm_eps)
+            x_TD = layer(x_TD, rope, batch, cache.layer(i), rows)
+        return rows.gather(rmsnorm(x_TD, self.norm.weight, self.config.rms_norm_eps))
 
     def _serve_others(self) -> Tensor:
         x_TD = self.norm.weight.new_empty((0, self.config.hidden_size), dtype=self.dtype)

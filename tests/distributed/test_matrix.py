@@ -34,6 +34,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "fp8, small cache": ("v3-fp8", {"kv_cache_size": "256tok", "max_batch_tokens": 64}),
     "fp8, no reuse": ("v3-fp8", SMALL | {"prefix_reuse": False}),
     "fp8, pipelined": ("v3-fp8", CACHE | {"pipeline_depth": 1}),
+    "fp8, split rows": ("v3-fp8", SMALL | {"sequence_parallel": 3}),
     "lite": ("v2-lite", CACHE),
     "lite, small steps": ("v2-lite", SMALL),
     "lite, naive": ("v2-lite", SMALL | {"attn_impl": "naive"}),
@@ -48,9 +49,9 @@ CROWDED = {"kv_cache_size": "320tok", "max_batch_tokens": 200, "max_running": 3}
 GROUPS: dict[int, dict[str, tuple[str, dict[str, Any]]]] = {
     2: {
         "fp8, absorb, replicated": ("v3-fp8", SMALL | {"attn_impl": "absorb", "kv_shard": "none"}),
-        "fp8, naive": ("v3-fp8", CACHE | {"attn_impl": "naive"}),
-        "crowd": ("crowd", CROWDED | {"pipeline_depth": 1}),
-        "demo": ("demo", CACHE),
+        "fp8, naive": ("v3-fp8", CACHE | {"attn_impl": "naive", "moe_dispatch": "allreduce"}),
+        "crowd": ("crowd", CROWDED | {"pipeline_depth": 1, "moe_dispatch": "alltoall"}),
+        "demo": ("demo", CACHE | {"sequence_parallel": 64, "moe_dispatch": "alltoall"}),
     },
     4: {
         "fp8, small steps": ("v3-fp8", SMALL),
