@@ -63,9 +63,12 @@ def divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
-def split_range(size: int, parts: int, index: int) -> tuple[int, int]:
-    """The contiguous (start, stop) of part `index`: ceil(size / parts) each, the last ones less."""
-    chunk = -(-size // parts)
+def split_range(size: int, parts: int, index: int, unit: int = 1) -> tuple[int, int]:
+    """The contiguous (start, stop) of part `index`: ceil(size / parts) each, the last ones less.
+
+    Parts begin at multiples of `unit`, so the last ones may be empty.
+    """
+    chunk = -(-size // (parts * unit)) * unit
     return min(index * chunk, size), min((index + 1) * chunk, size)
 
 
@@ -244,6 +247,15 @@ class ModelConfig:
     def shared_intermediate_size(self) -> int:
         """Width of the one MLP that holds all shared experts."""
         return self.n_shared_experts * self.moe_intermediate_size
+
+    @property
+    def mlp_unit(self) -> int:
+        """What the inner dims of dense MLPs and shared experts are split in.
+
+        Whole FP8 blocks where there are any: a part that cuts them could not be multiplied in FP8.
+        On 32 ranks half of them hold a block of V3's shared expert, and half hold nothing.
+        """
+        return 1 if self.quantization is None else self.quantization.block[0]
 
     @property
     def softmax_scale(self) -> float:

@@ -18,18 +18,27 @@ from dsv3_kernels import Routing, experts, route, silu_mul
 
 
 class MLP(nn.Module):
-    """W_down (silu(W_gate x) * W_up x), the inner dimension split over tp."""
+    """W_down (silu(W_gate x) * W_up x), the inner dimension split over tp, in whole units."""
 
     def __init__(
-        self, prefix: str, hidden: int, inner: int, layout: ParallelConfig, fmt: WeightFormat
+        self,
+        prefix: str,
+        hidden: int,
+        inner: int,
+        layout: ParallelConfig,
+        fmt: WeightFormat,
+        unit: int = 1,
     ) -> None:
         super().__init__()
         both = {"gate_proj": inner, "up_proj": inner}
-        self.gate_up_proj = ColumnParallelLinear(prefix, both, hidden, layout, fmt)
-        self.down_proj = RowParallelLinear(prefix, "down_proj", hidden, inner, layout, fmt)
+        self.gate_up_proj = ColumnParallelLinear(prefix, both, hidden, layout, fmt, unit)
+        self.down_proj = RowParallelLinear(prefix, "down_proj", hidden, inner, layout, fmt, unit)
+        self.is_empty = not any(self.gate_up_proj.rows)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Return this rank's part, [T, D]."""
+        if self.is_empty:
+            return torch.zeros_like(x_TD)
         return self.down_proj(silu_mul(self.gate_up_proj(x_TD)))
 
 
@@ -85,7 +94,8 @@ class MoE(nn.Module):
         self.shared_experts: MLP | None = None
         if config.n_shared_experts:
             width = config.shared_intermediate_size
-            self.shared_experts = MLP(f"{prefix}shared_experts.", hidden, width, layout, fmt)
+            name, unit = f"{prefix}shared_experts.", config.mlp_unit
+            self.shared_experts = MLP(name, hidden, width, layout, fmt, unit)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Return this rank's part, [T, D] float32: its experts' and its share of the shared."""
@@ -122,4 +132,5 @@ def feed_forward(
     """Return the feed-forward part of decoder layer `layer`; the first ones are dense."""
     if config.is_moe_layer(layer):
         return MoE(config, prefix, layout, fmt, dispatch)
-    return MLP(prefix, config.hidden_size, config.intermediate_size, layout, fmt)
+    hidden, inner = config.hidden_size, config.intermediate_size
+    return MLP(prefix, hidden, inner, layout, fmt, config.mlp_unit)
