@@ -83,7 +83,8 @@ class Engine:
         if not self._eos and tokenizer is not None and tokenizer.eos_id is not None:
             # DeepSeek's own config files do not name the end token.
             self._eos = frozenset({tokenizer.eos_id})
-        self._lanes = [Lane(cache, settings, each, self.metrics) for each in tiers]
+        is_only = len(tiers) == 1
+        self._lanes = [Lane(cache, settings, each, self.metrics, is_only) for each in tiers]
         self._pipelined = settings.is_pipelined(cache.slots.device.type)
         self._in_flight: _Launched | None = None
         self._is_stepping = self._is_prewarming = False
@@ -140,7 +141,7 @@ class Engine:
             seq.expires = seq.added_at + request.deadline
         self._sequences[request.request_id] = seq
         seq.lane = choose_lane(self._lanes, seq) if lane is None else lane
-        self._lanes[seq.lane].scheduler.add(seq)
+        self._lanes[seq.lane].add(seq)
 
     def _check_tokens(self, request: Request) -> None:
         prompt, params = request.prompt_ids, request.params
@@ -163,7 +164,7 @@ class Engine:
         """Drop a request without an answer; unknown ids are ignored."""
         seq = self._sequences.pop(request_id, None)
         if seq is not None:
-            self._lanes[seq.lane].scheduler.remove(seq)
+            self._lanes[seq.lane].remove(seq)
 
     def prewarm(self, prompts: list[list[int]]) -> int:
         """Compute prompts before the first request, in every group, and keep them cached.
@@ -348,7 +349,7 @@ class Engine:
             cached_tokens=seq.num_cached or 0,
         )
         del self._sequences[seq.request.request_id]
-        self._lanes[seq.lane].scheduler.remove(seq)
+        self._lanes[seq.lane].remove(seq)
         self.metrics.requests += 1
         if seq.first_token_at is not None and seq.num_generated > 1:
             seconds = self._now - seq.first_token_at

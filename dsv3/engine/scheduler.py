@@ -79,6 +79,11 @@ class Scheduler:
         return num_left + _SEQUENCE_LOAD * (len(self.waiting) + len(self.running))
 
     @property
+    def is_full(self) -> bool:
+        """Whether what waits is kept from running by what runs."""
+        return self._is_full or len(self.running) >= self._max_running
+
+    @property
     def num_spare(self) -> int:
         """Sequences that could run beyond those there are."""
         return self._max_running - len(self.running) - len(self.waiting)
@@ -90,13 +95,13 @@ class Scheduler:
     def add(self, seq: Sequence) -> None:
         """Put a sequence in line."""
         self._is_full = False
-        self._num_waiting_tokens += seq.prompt_len
+        self._num_waiting_tokens += seq.burden
         insort(self.waiting, seq, key=lambda s: s.order)
 
     def hand_over(self) -> Sequence:
         """Return the last sequence in line, which is no longer in this one."""
         seq = self.waiting.pop()
-        self._num_waiting_tokens -= seq.prompt_len
+        self._num_waiting_tokens -= seq.burden
         return seq
 
     def remove(self, seq: Sequence) -> None:
@@ -105,7 +110,7 @@ class Scheduler:
         self._is_full = False
         if not seq.is_running:
             self.waiting.remove(seq)
-            self._num_waiting_tokens -= seq.prompt_len
+            self._num_waiting_tokens -= seq.burden
             return
         self.register(seq)
         self.running.remove(seq)
@@ -185,7 +190,7 @@ class Scheduler:
                 return
             admission.admitted(seq, self.waiting)
             self.waiting.remove(seq)
-            self._num_waiting_tokens -= seq.prompt_len
+            self._num_waiting_tokens -= seq.burden
             insort(self.running, seq, key=lambda s: s.order)
             seq.is_running = True
             count = min(seq.num_left, budget)

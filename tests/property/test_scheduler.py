@@ -109,7 +109,7 @@ class History:
             for page in range(1, self.num_pages + 1):
                 assert pages.num_holders(page) == owned[page]
             assert pages.num_free == self.num_pages - len(owned)
-            waiting = sum(len(seq.request.prompt_ids) for seq in lane.scheduler.waiting)
+            waiting = sum(seq.burden for seq in lane.scheduler.waiting)
             assert lane.scheduler._num_waiting_tokens == waiting
             if lane.tiers is not None:
                 self.check_slots(lane.tiers, runner)

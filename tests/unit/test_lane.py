@@ -69,6 +69,23 @@ def test_a_long_line_counts_more_than_a_short_prefix() -> None:
     finish(engine)
 
 
+@pytest.mark.parametrize("shared", [0, 150])
+def test_requests_about_one_text_go_where_it_is_computed(shared: int) -> None:
+    """Three texts, six questions to each, all at once: every text is computed in one group."""
+    engine, _ = paper_world(3, 600, max_batch_tokens=100, max_running=8)
+    texts = [text(0, shared) + text(100 + i, 600) for i in range(3)]
+    requests = [ask(f"{q} {i}", texts[i] + text(q, 5)) for i in range(3) for q in range(6)]
+    lanes = {}
+    for r in requests:
+        engine.add(r)
+        lanes.setdefault(r.request_id[2:], set()).add(engine._sequences[r.request_id].lane)
+    assert sorted(lanes.values(), key=min) == [{0}, {1}, {2}]
+    done = finish(engine)
+    check(done, *requests)
+    assert engine.metrics.prefill_tokens == sum(len(t) for t in texts) + 18 * 5
+    assert not any(lane._coming for lane in engine._lanes)
+
+
 def test_a_group_that_has_run_dry_helps_the_others() -> None:
     """Long answers in one group, short ones in the other: the line moves over."""
     engine, world = paper_world(2, 400, max_batch_tokens=100, max_running=1)
