@@ -244,6 +244,31 @@ class ModelConfig:
         return self.index_topk is not None
 
     @property
+    def active_params(self) -> int:
+        """Weights that a token meets on its way, without embedding and head."""
+        hidden, heads = self.hidden_size, self.num_attention_heads
+        queries = heads * self.qk_head_dim
+        if self.q_lora_rank is None:
+            attention = hidden * queries
+        else:
+            attention = self.q_lora_rank * (hidden + queries)
+        attention += hidden * (self.kv_lora_rank + self.qk_rope_head_dim)
+        attention += heads * self.kv_lora_rank * (self.qk_nope_head_dim + self.v_head_dim)
+        attention += heads * self.v_head_dim * hidden
+        inner = self.num_experts_per_tok * self.moe_intermediate_size
+        moe = hidden * (3 * (inner + self.shared_intermediate_size) + self.n_routed_experts)
+        sparse = sum(map(self.is_moe_layer, range(self.num_hidden_layers)))
+        dense = self.num_hidden_layers - sparse
+        feed_forward = sparse * moe + dense * 3 * hidden * self.intermediate_size
+        return self.num_hidden_layers * attention + feed_forward
+
+    @property
+    def attention_share(self) -> float:
+        """FLOPs of attending to one position, relative to all that do not depend on positions."""
+        pair = self.num_attention_heads * (self.qk_head_dim + self.v_head_dim)
+        return self.num_hidden_layers * pair / self.active_params
+
+    @property
     def shared_intermediate_size(self) -> int:
         """Width of the one MLP that holds all shared experts."""
         return self.n_shared_experts * self.moe_intermediate_size

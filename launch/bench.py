@@ -1,10 +1,11 @@
-"""Measure the engine: offline throughput, dialogues, the host's share of a step, the cache.
+"""Measure the engine: throughput, dialogues, the host's share of a step, the cache, experts.
 
     torchrun --nproc-per-node 2 launch/bench.py throughput --requests 64
     python launch/bench.py throughput --requests 64 --threads 1 --peer transformers
     python launch/bench.py chat --turns 8
     python launch/bench.py host --max-running 256
     python launch/bench.py cache TRACE --capacity 3000 10000
+    torchrun --nproc-per-node 8 launch/bench.py dispatch --config v3-671b --inner 32 --dp 8
 
 Without --ckpt-path: the demo model.
 """
@@ -21,6 +22,7 @@ import torch
 
 from dsv3.bench.contest import Contender, EngineContender
 from dsv3.bench.dialogue import Dialogue, dialogue
+from dsv3.bench.dispatch import dispatch_time
 from dsv3.bench.host import host_time
 from dsv3.bench.peer import TransformersPeer
 from dsv3.bench.report import Report, check_plot, machine
@@ -98,6 +100,15 @@ def parse_args() -> argparse.Namespace:
             "--threads", type=at_least(1), help="of each rank's model (default: its share)"
         )
         add_engine_flags(command)
+    moe = add("dispatch", run_dispatch, "a MoE layer: how tokens come to their experts")
+    moe.add_argument("--tokens", type=at_least(1), nargs="+", default=[1, 8, 64, 512])
+    moe.add_argument("--config", help="of the layer's sizes (default: the demo model)")
+    moe.add_argument("--inner", type=at_least(1), help="of an expert, to fit the memory")
+    moe.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    moe.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    moe.add_argument("--tp", type=int, default=0, help="(default: all that --dp leaves)")
+    moe.add_argument("--dp", type=int, default=1, help="groups of ranks with different tokens")
+    moe.add_argument("--repeats", type=at_least(1), default=9)
     trace = add("cache", run_cache, "the hit rate of a trace of requests")
     trace.add_argument("trace", type=Path, help="JSON Lines with hash_ids")
     trace.add_argument(
@@ -173,6 +184,18 @@ def run_cache(args: argparse.Namespace) -> Report:
     return report
 
 
+def run_dispatch(args: argparse.Namespace) -> Report | None:
+    """One layer on all ranks, no engine; the report is rank 0's."""
+    config = load_model_config(args.config or DEMO)
+    if args.inner:
+        config = replace(config, moe_intermediate_size=args.inner)
+    with join_world(args.device, args.tp, args.dp) as mesh:
+        mesh.layout.check(config)
+        report = dispatch_time(mesh, config, getattr(torch, args.dtype), args.tokens, args.repeats)
+        report.setting |= {"config": args.config or "demo", "ranks": mesh.layout.world_size}
+        return report if mesh.layout.rank == 0 else None
+
+
 def checkpoint(args: argparse.Namespace) -> Path:
     """Return the checkpoint's directory."""
     return Path(args.ckpt_path or DEMO)
@@ -197,7 +220,8 @@ def main() -> int:
         report = measure_model(args)
     else:
         report = args.measure(args)
-        report.setting |= machine(1)
+        if report is not None:
+            report.setting |= machine(report.setting.get("ranks", 1))
     if report is not None:
         print(report)
         if args.json:

@@ -121,6 +121,8 @@ def main() -> None:
     parser.add_argument("--reference", type=Path, metavar="FILE", help="DeepSeek's convert.py")
     args = parser.parse_args()
     source, target = args.folder / "source", args.folder / "target"
+    if args.folder.exists():  # it is removed in the end, with whatever is in it
+        sys.exit(f"--folder={args.folder} is there already; name a new one on the disk to measure")
     try:
         start = time.monotonic()
         size = write_checkpoint(source, synthetic_config(args.experts), args.file_gb * 1e9)

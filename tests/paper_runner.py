@@ -190,6 +190,8 @@ class PaperRunner:
 class PaperWorld:
     """Data-parallel groups, each on its own paper; plans take the way of the wire."""
 
+    sent_bytes = 0
+
     def __init__(self, groups: list[PaperRunner]) -> None:
         self.groups = groups
         self.num_steps = 0

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dsv3.cache.reuse import ReuseCurve, age_bucket, bucket_start
 
 
-class CacheEntry(ABC):
+class CacheEntry:
     """What policies know about a cached page.
 
     Attributes:
+        key: names the prefix that ends with this page, in this process.
         depth: its index in the prefix, in pages: 0 for the first page, -1 for the root.
         last_use: time of its latest reuse, or of its insertion.
         num_hits: how often it was reused.
@@ -24,19 +25,16 @@ class CacheEntry(ABC):
         slot: its place in the heap; -1 while it is not on offer.
     """
 
-    __slots__ = ("depth", "last_use", "num_hits", "rating", "slot", "visit")
+    __slots__ = ("depth", "key", "last_use", "num_hits", "rating", "slot", "visit")
 
-    def __init__(self, depth: int) -> None:
-        self.depth = depth
+    def __init__(self, parent: "CacheEntry | None", tokens: bytes) -> None:
+        self.key: int = 0 if parent is None else hash((parent.key, tokens))
+        self.depth: int = -1 if parent is None else parent.depth + 1
         self.last_use = 0
         self.num_hits = 0
         self.visit: _Visit | None = None
         self.rating = (0.0, 0)
         self.slot = -1
-
-    @abstractmethod
-    def prefix_hash(self) -> bytes:
-        """Return the hash of the prefix that ends with this page."""
 
 
 class EvictionPolicy(ABC):
@@ -133,6 +131,8 @@ class LeastRecentlyUsed(EvictionPolicy):
 # latest request ends there, for where a request ends is mostly the concern of no other one.
 _TOP_RANK = 7
 _END = 8
+# A kind of page is rank * _SIZES + the bit length of the number of pages its request added.
+_SIZES = 64
 _RANKS_IN = [[rank for rank in range(_END + 1) if mask >> rank & 1] for mask in range(2 << _END)]
 
 
@@ -168,7 +168,9 @@ def _reuse_rank(entry: CacheEntry) -> int:
 
 def _rank(entry: CacheEntry) -> int:
     assert entry.visit is not None
-    return _END if entry.visit.end is entry else _reuse_rank(entry)
+    if entry.visit.end is entry:
+        return _END
+    return min(entry.num_hits.bit_length(), _TOP_RANK)
 
 
 class CostAware(EvictionPolicy):
@@ -191,9 +193,10 @@ class CostAware(EvictionPolicy):
         self._depth_cost = depth_cost
         # Evicted pages: the visit that used them last, their rank, and how often they were reused.
         # Four caches full of them show what would have come of keeping more.
-        self._ghosts: dict[bytes, tuple[_Visit, int, int]] = {}
+        self._ghosts: dict[int, tuple[_Visit, int, int]] = {}
         self._max_ghosts = max(1 << 14, 4 * num_pages)
         num_buckets = age_bucket(2 * (num_pages + self._max_ghosts)) + 1
+        self._last_bucket = num_buckets - 1
         # Visits by age, oldest first, until they outgrow the last bucket.
         self._visits: list[deque[_Visit]] = [deque() for _ in range(num_buckets)]
         self._outgrown = [bucket_start(k + 1) for k in range(num_buckets)]
@@ -202,14 +205,19 @@ class CostAware(EvictionPolicy):
         for _ in range(_TOP_RANK):
             self._of_rank.append(ReuseCurve(num_buckets, self._of_rank[-1]))
         self._of_rank.append(ReuseCurve(num_buckets))
-        self._of_kind: dict[tuple[int, int], ReuseCurve] = {}
+        self._of_kind: dict[int, ReuseCurve] = {}
         self._hand = 0
 
     def rate(self, entry: CacheEntry) -> tuple[float, int]:
         """Return the page's worth, and its time to settle ties."""
         visit = entry.visit
         assert visit is not None
-        worth = self._curve(visit, _rank(entry)).worth[self._bucket(visit)]
+        # Written out: it runs several times for every page that goes.
+        kind = _rank(entry) * _SIZES + visit.num_new.bit_length()
+        curve = self._of_kind.get(kind) or self._curve(kind)
+        age = self._now - visit.time + 1
+        bucket = (age * age).bit_length() - 1
+        worth = curve.worth[bucket] if bucket <= self._last_bucket else curve.worth[-1]
         return worth * (1 + self._depth_cost * entry.depth), visit.time
 
     def hit(self, path: Sequence[CacheEntry], partial: CacheEntry | None = None) -> None:
@@ -234,7 +242,7 @@ class CostAware(EvictionPolicy):
         if visit is None or visit.end is not parent:
             visit = self._open()
         self._now += 1
-        ghost = self._ghosts.pop(entry.prefix_hash(), None)
+        ghost = self._ghosts.pop(entry.key, None)
         if ghost is None:
             visit.num_new += 1
         else:
@@ -258,7 +266,7 @@ class CostAware(EvictionPolicy):
         visit = entry.visit
         assert visit is not None
         if evicted:
-            self._ghosts[entry.prefix_hash()] = visit, _rank(entry), entry.num_hits
+            self._ghosts[entry.key] = visit, _rank(entry), entry.num_hits
             if len(self._ghosts) > self._max_ghosts:
                 del self._ghosts[next(iter(self._ghosts))]
         if visit.end is entry:
@@ -271,26 +279,25 @@ class CostAware(EvictionPolicy):
             self.offer(self._heap[self._hand])
         return super().take()
 
-    def _curve(self, visit: _Visit, rank: int) -> ReuseCurve:
-        kind = rank, visit.num_new.bit_length()
+    def _curve(self, kind: int) -> ReuseCurve:
+        """Return the curve of a kind: its rank and the bit length of its visit's new pages."""
         curve = self._of_kind.get(kind)
         if curve is None:
-            parent = self._of_rank[rank]
+            parent = self._of_rank[kind // _SIZES]
             curve = self._of_kind[kind] = ReuseCurve(len(self._visits), parent)
         return curve
 
-    def _bucket(self, visit: _Visit) -> int:
-        return min(age_bucket(self._now - visit.time + 1), len(self._visits) - 1)
-
     def _observe(self, visit: _Visit, rank: int, bucket: int, *, reused: bool) -> None:
         self._of_rank[rank].observe(bucket, reused=reused)
-        self._curve(visit, rank).observe(bucket, reused=reused)
+        kind = rank * _SIZES + visit.num_new.bit_length()
+        self._curve(kind).observe(bucket, reused=reused)
 
     def _reused(self, visit: _Visit, rank: int) -> None:
         """Learn from a reuse; of the many pages that a visit reuses together, the first counts."""
         if visit.waiting >> rank & 1:
             visit.waiting ^= 1 << rank
-            self._observe(visit, rank, self._bucket(visit), reused=True)
+            bucket = min(age_bucket(self._now - visit.time + 1), self._last_bucket)
+            self._observe(visit, rank, bucket, reused=True)
 
     def _open(self) -> _Visit:
         """Begin a visit; learn from those that have come of age unused since the last one."""

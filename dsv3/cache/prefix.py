@@ -9,34 +9,23 @@ Whoever holds a page of the tree holds the pages above it too. So an idle page (
 tree holds) has only idle pages below it, and all idle pages can be evicted, leaves first.
 """
 
-from array import array
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, MutableSequence
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from sys import byteorder
 
+from dsv3.cache.children import TOKEN_BYTES, Children, encode
 from dsv3.cache.eviction import CacheEntry, EvictionPolicy
 from dsv3.cache.layout import NULL_PAGE
 from dsv3.cache.pages import PageAllocator
 
-_TOKEN_BYTES = 4
 # Hashes are chained over units of this many positions, so that they do not depend on page_size.
 _HASH_UNIT = 64
 
 
-def encode(token_ids: Ids[int]) -> bytes:
-    """Return token ids as big-endian 32-bit integers."""
-    words = array("i", token_ids)
-    if byteorder == "little":
-        words.byteswap()
-    return words.tobytes()
-
-
 def chain_hashes(parent: bytes, tokens: bytes) -> list[bytes]:
     """Return the hashes of the prefixes that end with each unit of the encoded tokens added."""
-    step, hashes = _HASH_UNIT * _TOKEN_BYTES, []
+    step, hashes = _HASH_UNIT * TOKEN_BYTES, []
     for start in range(0, len(tokens), step):
         parent = blake2b(parent + tokens[start : start + step], digest_size=16).digest()
         hashes.append(parent)
@@ -48,52 +37,16 @@ def chain_hash(parent: bytes, tokens: bytes) -> bytes:
     return chain_hashes(parent, tokens)[-1] if tokens else parent
 
 
-def _num_common(a: bytes, b: bytes) -> int:
-    """Return how many leading tokens two encodings share."""
-    length = min(len(a), len(b))
-    differing = int.from_bytes(a[:length], "big") ^ int.from_bytes(b[:length], "big")
-    return (length - (differing.bit_length() + 7) // 8) // _TOKEN_BYTES
-
-
 class _Node(CacheEntry):
     """A cached page: its tokens (encoded), its place in the tree, the group that owns it alone."""
 
-    __slots__ = ("children", "digest", "group", "keys", "page", "parent", "tokens")
+    __slots__ = ("children", "digest", "group", "page", "parent", "tokens")
 
     def __init__(self, parent: "_Node | None", tokens: bytes, page: int, group: str | None) -> None:
-        super().__init__(0 if parent is None else parent.depth + 1)
+        super().__init__(parent, tokens)
         self.parent, self.tokens, self.page, self.group = parent, tokens, page, group
         self.digest: bytes | None = None
-        # The children's tokens in ascending order, and the children in the same order.
-        self.keys: list[bytes] = []
-        self.children: list[_Node] = []
-
-    def find(self, tokens: bytes) -> "_Node | None":
-        """Return the child with exactly these tokens."""
-        at = bisect_left(self.keys, tokens)
-        return self.children[at] if at < len(self.keys) and self.keys[at] == tokens else None
-
-    def nearest(self, tokens: bytes) -> tuple["_Node | None", int]:
-        """Return the child that shares most leading tokens with `tokens`, and how many."""
-        at = bisect_left(self.keys, tokens)
-        best, most = None, 0
-        for i in range(max(0, at - 1), min(at + 1, len(self.keys))):
-            common = _num_common(self.keys[i], tokens)
-            if common > most:
-                best, most = self.children[i], common
-        return best, most
-
-    def add(self, child: "_Node") -> None:
-        """Put a child in its place."""
-        at = bisect_left(self.keys, child.tokens)
-        self.keys.insert(at, child.tokens)
-        self.children.insert(at, child)
-
-    def remove(self, child: "_Node") -> None:
-        """Take a child out."""
-        at = bisect_left(self.keys, child.tokens)
-        assert self.children[at] is child, f"page {child.page} is not below page {self.page}"
-        del self.keys[at], self.children[at]
+        self.children = Children[_Node]()
 
     def prefix_hash(self) -> bytes:
         """Return the hash of the prefix that ends with this page, kept for the next time."""
@@ -157,7 +110,7 @@ class PrefixTree:
         self._pages, self._page_size, self._policy = pages, page_size, policy
         self._on_evict = on_evict
         self._root = _Node(None, b"", NULL_PAGE, None)
-        self._root.depth, self._root.digest = -1, b""
+        self._root.digest = b""
         self._nodes: list[_Node | None] = [None] * (pages.num_pages + 1)
         self._groups: dict[str, set[_Node]] = {}
         self._pinned: dict[bytes, list[int]] = {}
@@ -182,12 +135,12 @@ class PrefixTree:
         start = len(pages) * self._page_size
         while True:
             rest = encode(token_ids[start : min(start + self._page_size, stop)])
-            child = node.find(rest) if len(rest) == self._page_size * _TOKEN_BYTES else None
+            child = node.children.find(rest) if len(rest) == self._page_size * TOKEN_BYTES else None
             if child is None:
                 break
             node, start = child, start + self._page_size
             pages.append(node.page)
-        partial, common = node.nearest(rest)
+        partial, common = node.children.nearest(rest)
         if partial is None:
             return Match(pages, start, last=node)
         return Match(pages, start + common, partial.page, common, last=node)
@@ -201,16 +154,28 @@ class PrefixTree:
         return known.last, [*known.pages]
 
     def use(self, match: Match, group: str | None = None) -> None:
-        """Take a match: retain its pages for the caller, and count the reuse.
+        """Take a match: `hold` its pages and `count` the reuse."""
+        self.hold(match)
+        self.count(match, group)
+
+    def hold(self, match: Match) -> None:
+        """Retain a match's pages for the caller.
 
         The caller releases the partial page once its copy is planned, the full ones when it is
         done with them.
         """
         self._pages.retain(match.held_pages)
+
+    def count(self, match: Match, group: str | None = None, *, is_resumed: bool = False) -> None:
+        """Note that a request of a group goes on from a match it holds.
+
+        One that was preempted and resumes has used these pages before: that is no reuse.
+        """
         path = [self._node(page) for page in match.pages]
         partial = None if match.partial_page is None else self._node(match.partial_page)
         self._share(path if partial is None else [*path, partial], group)
-        self._policy.hit([self._root, *path], partial)
+        if not is_resumed:
+            self._policy.hit([self._root, *path], partial)
 
     def insert(
         self,
@@ -232,7 +197,7 @@ class PrefixTree:
         for i in range(first, num_full):
             start = i * self._page_size
             tokens = encode(token_ids[start : start + self._page_size])
-            child = node.find(tokens)
+            child = node.children.find(tokens)
             if child is None:
                 child = self._attach(node, tokens, pages[i], group)
             elif child.page != pages[i]:
@@ -242,7 +207,7 @@ class PrefixTree:
                 self._share([child], group)
             node = child
         tail = encode(token_ids[num_full * self._page_size : num_computed])
-        if tail and node.nearest(tail)[1] * _TOKEN_BYTES < len(tail):
+        if tail and node.children.nearest(tail)[1] * TOKEN_BYTES < len(tail):
             self._attach(node, tail, pages[num_full], group)
 
     def make_room(self, num_pages: int) -> bool:
@@ -311,7 +276,7 @@ class PrefixTree:
 
     def _deepest(self, pages: Ids[int], num_full: int) -> tuple[_Node, int]:
         """Return the last node of a sequence's full pages, and how many it accounts for."""
-        full = self._page_size * _TOKEN_BYTES
+        full = self._page_size * TOKEN_BYTES
         for i in range(num_full, 0, -1):
             node = self._nodes[pages[i - 1]]
             if node is not None and len(node.tokens) == full:
@@ -320,17 +285,17 @@ class PrefixTree:
 
     def _attach(self, parent: _Node, tokens: bytes, page: int, group: str | None) -> _Node:
         """Add a page below `parent`; it takes the place of a tail that it continues."""
-        at = bisect_left(parent.keys, tokens)
         tail = self._nodes[page]
-        if tail is None and at and tokens.startswith(parent.keys[at - 1]):
-            tail = parent.children[at - 1]
+        if tail is None:
+            before = parent.children.before(tokens)
+            tail = before if before is not None and tokens.startswith(before.tokens) else None
         node = _Node(parent, tokens, page, group)
         if tail is not None and (tail.page == page or not self._ends_pin(tail)):
             self._policy.replaced(tail, node, parent)
             self._remove(tail)
         else:
             self._policy.inserted(node, parent)
-        parent.add(node)
+        parent.children.add(node)
         self._nodes[page] = node
         self._pages.cache(page)
         if group is not None:
@@ -341,7 +306,7 @@ class PrefixTree:
         """Take a leaf out of the tree."""
         assert node.parent is not None and not node.children
         self._policy.removed(node, evicted=evicted)
-        node.parent.remove(node)
+        node.parent.children.remove(node)
         self._nodes[node.page] = None
         self._disown(node)
         self._pages.uncache(node.page)

@@ -61,6 +61,10 @@ class EngineConfig:
         kv_host_cache: bytes of host memory on every rank for pages evicted from the device.
         kv_disk_cache: DIR:BYTES, a directory for pages evicted from there and what it may take.
             Without a host cache, room for one longest sequence is made in host memory.
+        moe_dispatch: how tokens of several dp groups come to their experts: every rank sees all of
+            them ("allreduce"), they are sent where they are needed ("alltoall"), or "auto".
+        dispatch_dtype: of hidden states on that way: "auto" (FP8 where matrices are), "bf16" or
+            "fp8".
         max_seq_len: longest context, prompt and answer; 0 takes the model's own.
         max_batch_tokens: new tokens of one step, in each data-parallel group.
         max_running: sequences in progress at a time, in each data-parallel group.
@@ -68,10 +72,6 @@ class EngineConfig:
             "bfloat16".
         weights: "auto" holds weights in the activations' dtype; "fp8" keeps FP8 tensors as they
             are stored and dequantizes them at every use.
-        moe_dispatch: how tokens of several dp groups come to their experts: every rank sees all of
-            them ("allreduce"), they are sent where they are needed ("alltoall"), or "auto".
-        dispatch_dtype: of hidden states on that way: "auto" (FP8 where matrices are), "bf16" or
-            "fp8".
         sequence_parallel: steps of so many tokens split the residual stream over tp; 0 never
             does, -1 leaves it to the device.
         prefix_reuse: keep computed prefixes and reuse them.
@@ -86,13 +86,13 @@ class EngineConfig:
     kv_cache_size: str = "auto"
     kv_host_cache: str = "off"
     kv_disk_cache: str = "off"
+    moe_dispatch: str = "auto"
+    dispatch_dtype: str = "auto"
     max_seq_len: int = 0
     max_batch_tokens: int = 2048
     max_running: int = 64
     dtype: str = "auto"
     weights: str = "auto"
-    moe_dispatch: str = "auto"
-    dispatch_dtype: str = "auto"
     sequence_parallel: int = -1
     prefix_reuse: bool = True
     eviction: str = "cost"

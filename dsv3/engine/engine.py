@@ -36,6 +36,10 @@ _SAVE_SECONDS = 60.0
 class StepRunner(Protocol):
     """What the engine needs of a rank's model."""
 
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes that this rank sent to others so far."""
+
     def run(self, plans: list[StepPlan]) -> SampledOnDevice:
         """Run one step; return the results of all groups, one after the other."""
 
@@ -84,7 +88,7 @@ class Engine:
             # DeepSeek's own config files do not name the end token.
             self._eos = frozenset({tokenizer.eos_id})
         is_only = len(tiers) == 1
-        self._lanes = [Lane(cache, settings, each, self.metrics, is_only) for each in tiers]
+        self._lanes = [Lane(config, cache, settings, each, self.metrics, is_only) for each in tiers]
         self._pipelined = settings.is_pipelined(cache.slots.device.type)
         self._in_flight: _Launched | None = None
         self._is_stepping = self._is_prewarming = False
@@ -281,6 +285,7 @@ class Engine:
         m.run_seconds += now - begin
         # Without sending the plan, running it and waiting for the results.
         m.host_seconds.observe(planned_at - begin + now - self._now)
+        m.sent_bytes = self._runner.sent_bytes
         m.step_sequences.observe(len(work))
         m.step_tokens.observe(sum(w.num_tokens for w in work))
         report(self._lanes, m)

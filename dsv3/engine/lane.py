@@ -13,6 +13,7 @@ from dsv3.cache.pages import PageAllocator
 from dsv3.cache.pool import CachePool
 from dsv3.cache.prefix import PrefixTree
 from dsv3.cache.tiers import Moves, PageKey, Tiers, extend_keys
+from dsv3.config import ModelConfig
 from dsv3.engine.config import EngineConfig
 from dsv3.engine.scheduler import Scheduler
 from dsv3.engine.sequence import Sequence
@@ -27,6 +28,7 @@ class Lane:
     """What one group holds and does; the groups share nothing but the steps.
 
     Args:
+        config: the model.
         cache: the cache of any rank, for its geometry and size.
         settings: limits of a step.
         tiers: what is kept of the group's cache outside the device; None keeps nothing.
@@ -36,6 +38,7 @@ class Lane:
 
     def __init__(
         self,
+        config: ModelConfig,
         cache: CachePool,
         settings: EngineConfig,
         tiers: Tiers | None,
@@ -49,7 +52,8 @@ class Lane:
         self._coming: Counter[PageKey] = Counter()
         self.tree: PrefixTree | None = None
         if settings.prefix_reuse:
-            policy = make_policy(settings.eviction, self.pages.num_pages)
+            depth_cost = self._page_size * config.attention_share
+            policy = make_policy(settings.eviction, self.pages.num_pages, depth_cost)
             on_evict = None if tiers is None else tiers.offload
             self.tree = PrefixTree(self.pages, self._page_size, policy, on_evict=on_evict)
         self.scheduler = Scheduler(

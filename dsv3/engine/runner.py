@@ -45,6 +45,11 @@ class Runner:
         self._last_token_M = torch.zeros(0, dtype=torch.int64, device=self._device)
 
     @property
+    def sent_bytes(self) -> int:
+        """Bytes that this rank sent to others so far, but for replays of CUDA graphs."""
+        return self._model.dispatch.mesh.sent_bytes
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of the weights this rank holds."""
         return self._model.num_bytes

@@ -223,7 +223,7 @@ class Scheduler:
         assert not seq.pages
         match = self._match(seq)
         if self._tree is not None:
-            self._tree.use(match, seq.request.conversation_id)
+            self._tree.hold(match)
         if self._tiers is not None:
             self._tiers.hold(match.host_slots)
         # One spare page for each running sequence, or the newcomer would soon be preempted.
@@ -232,6 +232,9 @@ class Scheduler:
         if not self._make_room(min(wanted, self._pages.num_pages - len(match.held_pages))):
             self._pages.release(match.held_pages)
             return False
+        if self._tree is not None:
+            is_resumed = seq.num_preempted > 0
+            self._tree.count(match, seq.request.conversation_id, is_resumed=is_resumed)
         seq.pages = array("i", match.pages)
         found = len(match.pages) * self._layout.page_size
         if match.partial_page is not None:

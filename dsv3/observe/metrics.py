@@ -79,6 +79,7 @@ class Metrics:
     disk_hits: int = 0
     disk_writes: int = 0
     run_seconds: float = 0.0
+    sent_bytes: int = 0
 
     waiting: int = 0
     running: int = 0
@@ -140,6 +141,7 @@ COUNTERS = {
     "disk_hits": "pages read from disk into host memory",
     "disk_writes": "files written to the disk cache",
     "run_seconds": "time spent in steps",
+    "sent_bytes": "bytes that rank 0 sent to other ranks",
 }
 GAUGES = {
     "waiting": "requests in line",

@@ -62,9 +62,7 @@ class Collectives(Protocol):
         """Send x[r] to rank r; return the received parts in rank order, same shape."""
         ...
 
-    def start_all_to_all(
-        self, x: Tensor, send: list[int], receive: list[int], name: str = "all_to_all"
-    ) -> Pending:
+    def start_exchange(self, x: Tensor, send: list[int], receive: list[int], name: str) -> Pending:
         """Send the first send[0] rows to rank 0, and so on; get receive[r] rows from rank r.
 
         The bytes are counted under `name`.
@@ -101,9 +99,7 @@ class SingleRank:
         """Return `x`."""
         return x
 
-    def start_all_to_all(
-        self, x: Tensor, send: list[int], receive: list[int], name: str = "all_to_all"
-    ) -> Pending:
+    def start_exchange(self, x: Tensor, send: list[int], receive: list[int], name: str) -> Pending:
         """Return `x`, which is all for this rank."""
         assert send == receive == [len(x)], f"{send=} {receive=} {len(x)=}"
         return Pending(x, x.device)
@@ -169,9 +165,7 @@ class ProcessGroup:
         dist.all_to_all_single(received, sent, group=self.group)
         return received.to(x.device)
 
-    def start_all_to_all(
-        self, x: Tensor, send: list[int], receive: list[int], name: str = "all_to_all"
-    ) -> Pending:
+    def start_exchange(self, x: Tensor, send: list[int], receive: list[int], name: str) -> Pending:
         """Exchange rows along dim 0, uneven parts in rank order, while other work goes on."""
         assert len(x) == sum(send) and send[self.rank] == receive[self.rank], f"{send=} {receive=}"
         sent = self._out(name, x, 1 - send[self.rank] / max(1, len(x)))

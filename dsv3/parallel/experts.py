@@ -31,9 +31,11 @@ FP8, BLOCK = torch.float8_e4m3fn, 128
 Rows = tuple[Tensor, Tensor, Tensor]
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 Finish = Callable[[], Tensor]
+Spill = Callable[[Tensor], bool]
 # By device: an all-to-all of exact sizes has to save so many bytes a rank to be worth its exchange
-# of counts. Measured over Gloo on two cores; for NCCL, 60 us at 300 GB/s.
-_WORTH_BYTES = {"cpu": 1 << 20, "cuda": 18 << 20}
+# of counts. Gloo: measured, eight ranks of V3's width on two cores change between 16 and 32 tokens
+# a dp group (1.4 and 2.8 MB). NCCL: not measured, 60 us at 300 GB/s.
+_WORTH_BYTES = {"cpu": 2 << 20, "cuda": 18 << 20}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,35 +49,38 @@ class DispatchSettings:
         capacity_factor: rows for a destination in steps of static shape, as a multiple of what
             an even distribution needs.
         groups: groups of neighbouring experts, and how many of them a token chooses from.
+        ue8m0: scales are powers of two, as the experts' products have them: quantizing again what
+            came in FP8 then gives the same values.
     """
 
     form: str = "auto"
     dtype: torch.dtype | None = None
     capacity_factor: float = 2.0
     groups: tuple[int, int] = (1, 1)
+    ue8m0: bool = False
 
 
-def _bytes(*parts: Tensor) -> Tensor:
-    """Return the bytes of the parts' rows side by side, [M, ...] uint8."""
-    # A reduction over no rows leaves strides that `contiguous` keeps and `view` refuses.
-    dense = (part.clone(memory_format=torch.contiguous_format) for part in parts)
-    return torch.cat([part.view(torch.uint8) for part in dense], dim=1)
-
-
-def pack(rows: Rows, dtype: torch.dtype | None) -> Tensor:
+def pack(rows: Rows, settings: DispatchSettings) -> Tensor:
     """Return hidden state, ids and weights as the bytes of one row each, [M, ...] uint8."""
     x_MD, ids_MK, weight_MK = rows
-    x_parts = act_quant(x_MD.contiguous()) if dtype == FP8 else (x_MD.to(dtype or x_MD.dtype),)
-    return _bytes(*x_parts, ids_MK.int(), weight_MK)
+    x_parts: tuple[Tensor, ...]
+    if settings.dtype == FP8:
+        x_parts = act_quant(x_MD.contiguous(), settings.ue8m0)
+    else:
+        x_parts = (x_MD.to(settings.dtype or x_MD.dtype),)
+    parts = (*x_parts, ids_MK.int(), weight_MK)
+    if not len(x_MD):  # a reduction over no rows leaves strides that `view` refuses
+        parts = tuple(part.new_empty(part.shape) for part in parts)
+    return torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=1)
 
 
-def unpack(packed: Tensor, like: Rows, dtype: torch.dtype | None) -> Rows:
+def unpack(packed: Tensor, like: Rows, settings: DispatchSettings) -> Rows:
     """Return what was packed, in the dtypes and widths of `like`."""
     x_RD, ids_RK, weight_RK = like
-    dim, top_k, dtype = x_RD.shape[1], ids_RK.shape[1], dtype or x_RD.dtype
+    dim, top_k, dtype = x_RD.shape[1], ids_RK.shape[1], settings.dtype or x_RD.dtype
     scales = 4 * (dim // BLOCK) if dtype == FP8 else 0
     widths = [dim * dtype.itemsize, scales, 4 * top_k, 4 * top_k]
-    x, scale, ids, weight = (part.contiguous() for part in packed.split(widths, dim=1))
+    x, scale, ids, weight = packed.split(widths, dim=1)
     x = x.view(dtype)
     if dtype == FP8:
         x = weight_dequant(x, scale.view(torch.float32), x_RD.dtype, block=(1, BLOCK))
@@ -88,7 +93,8 @@ class _Level:
 
     Attributes:
         group: its members hold `per_member` experts each, from `first` on.
-        same: the members that hold the same own rows as this rank, this one among them.
+        same: the members that need not be sent own rows, this one among them.
+        share: in so many parts ranks divide own rows, and the one that is this rank's.
         settings: the capacity, and how rows travel.
         is_inner: it passes on what came from other hosts, beside sending own rows.
     """
@@ -97,6 +103,7 @@ class _Level:
     first: int
     per_member: int
     same: range
+    share: tuple[int, int]
     settings: DispatchSettings
     is_inner: bool = False
 
@@ -115,21 +122,12 @@ class _Level:
         even = max_rows * self.reach(top_k) / self.group.size
         return min(max_rows, math.ceil(self.settings.capacity_factor * even))
 
-    def start(
-        self,
-        rows_R: Rows,
-        num_own: int,
-        own: range,
-        run: Run,
-        max_rows: int,
-        spill: Callable[[Tensor], bool],
-    ) -> Finish:
+    def start(self, rows_R: Rows, num_own: int, run: Run, max_rows: int, spill: Spill) -> Finish:
         """Send rows to the members that hold their experts.
 
         Args:
             rows_R: hidden states, ids (those of nobody here are skipped) and weights.
-            num_own: so many of them, the first ones, are on all members of `same`.
-            own: those of the first that this rank sends.
+            num_own: so many of them, the first ones, are those of the dp group.
             run: called with all rows for this member; returns their partial sums, in float32.
             max_rows: the most that any member sends, for static shapes; 0 for exact ones.
             spill: told whether the capacity is too small; says whether to use exact shapes.
@@ -138,11 +136,42 @@ class _Level:
             A function that completes the exchange and returns this rank's part of the sums.
         """
         index_R = torch.arange(len(rows_R[0]), device=rows_R[0].device)
-        mine_S = torch.cat([index_R[own.start : own.stop], index_R[num_own:]])
+        start, stop = split_range(num_own, *self.share)
+        mine_S = torch.cat([index_R[start:stop], index_R[num_own:]])
         member_SK = self._members(rows_R[1], num_own)[mine_S]
-        size, top_k = self.group.size, member_SK.shape[1]
-        is_sent_SW = member_SK.new_zeros(len(mine_S), size + 1).scatter_(1, member_SK, 1)
-        count_W, capacity = is_sent_SW.sum(0), self.capacity(max_rows, top_k)
+        row_SK, send, receive = self._arrange(member_SK, max_rows, spill)
+        source_M = torch.full((sum(send) + 1,), len(index_R), device=index_R.device)
+        source_M.scatter_(0, row_SK.flatten(), mine_S.repeat_interleave(row_SK.shape[1]))
+        # Room that nothing takes is filled with a row past the end, which has no experts.
+        pad = (0, 0, 0, 1)
+        padded_R = [F.pad(part, pad, value=-1) if max_rows else part for part in rows_R]
+        x, ids, weight = (part[source_M[:-1]] for part in padded_R)
+        packed = pack((x, ids, weight), self.settings)
+        pending = self.group.start_exchange(packed, send, receive, "dispatch")
+
+        def finish() -> Tensor:
+            arrived = unpack(pending.wait(), rows_R, self.settings)
+            x, ids, weight = (torch.cat(pair) for pair in zip(rows_R, arrived, strict=True))
+            y_RD, y_MD = run(x, ids, weight).split([len(index_R), sum(receive)])
+            y_MD = y_MD.to(x.dtype)
+            back_MD = self.group.start_exchange(y_MD, receive, send, "combine").wait()
+            # In the order of the members; what went nowhere looks at a row past the end.
+            table_MD = F.pad(back_MD.float(), (0, 0, 0, 1))
+            y_RD[mine_S] += F.embedding_bag(row_SK, table_MD, mode="sum", padding_idx=len(back_MD))
+            return y_RD
+
+        return finish
+
+    def _arrange(
+        self, member_SK: Tensor, max_rows: int, spill: Spill
+    ) -> tuple[Tensor, list[int], list[int]]:
+        """Return where each row goes in the send buffer, and the rows for and from each member.
+
+        A row that goes nowhere has the number of all rows.
+        """
+        size, capacity = self.group.size, self.capacity(max_rows, member_SK.shape[1])
+        is_sent_SW = member_SK.new_zeros(len(member_SK), size + 1).scatter_(1, member_SK, 1)
+        count_W = is_sent_SW.sum(0)
         if capacity < max_rows and spill((count_W[:-1] > capacity).any()):
             capacity = 0
         if capacity:
@@ -153,24 +182,9 @@ class _Level:
             both = torch.stack([count_W[:-1], self.group.all_to_all(count_W[:-1])])
             send, receive = both.tolist()
         count_W[-1] = 0
-        row_SK = _row_numbers(member_SK, is_sent_SW, count_W, sum(send))
-        # Room that nothing takes is filled with a row past the end, which has no experts.
-        source_M = torch.full((sum(send) + 1,), len(index_R), device=index_R.device)
-        source_M.scatter_(0, row_SK.flatten(), mine_S.repeat_interleave(top_k))
-        x, ids, weight = (F.pad(part, (0, 0, 0, 1), value=-1)[source_M[:-1]] for part in rows_R)
-        packed = pack((x, ids, weight), self.settings.dtype)
-        pending = self.group.start_all_to_all(packed, send, receive, "dispatch")
-
-        def finish() -> Tensor:
-            arrived = unpack(pending.wait(), rows_R, self.settings.dtype)
-            x, ids, weight = (torch.cat(pair) for pair in zip(rows_R, arrived, strict=True))
-            y_RD, y_MD = run(x, ids, weight).split([len(index_R), sum(receive)])
-            y_MD = y_MD.to(x.dtype)
-            back_MD = self.group.start_all_to_all(y_MD, receive, send, "combine").wait()
-            y_RD[mine_S] += _add_up(back_MD, row_SK)
-            return y_RD
-
-        return finish
+        place_SK = (is_sent_SW.cumsum(0) - 1).gather(1, member_SK)
+        row_SK = (count_W.cumsum(0) - count_W)[member_SK] + place_SK
+        return row_SK.masked_fill(place_SK >= count_W[member_SK], sum(send)), send, receive
 
     def _members(self, ids_RK: Tensor, num_own: int) -> Tensor:
         """Return the members that the rows go to, each once and ascending; size for no more."""
@@ -183,23 +197,6 @@ class _Level:
         is_repeated = member_RK[:, 1:] == member_RK[:, :-1]
         member_RK[:, 1:].masked_fill_(is_repeated, nobody)
         return member_RK
-
-
-def _row_numbers(member_SK: Tensor, is_sent_SW: Tensor, count_W: Tensor, total: int) -> Tensor:
-    """Return where each row goes in a send buffer of so many rows; `total` for nowhere."""
-    place_SK = (is_sent_SW.cumsum(0) - 1).gather(1, member_SK)
-    start_W = count_W.cumsum(0) - count_W
-    is_out = place_SK >= count_W[member_SK]
-    return (start_W[member_SK] + place_SK).masked_fill(is_out, total)
-
-
-def _add_up(back_MD: Tensor, row_SK: Tensor) -> Tensor:
-    """Return the sums of the rows that came back, in float32 and in the order of their ranks."""
-    back_MD = F.pad(back_MD, (0, 0, 0, 1))
-    y_SD = torch.zeros(len(row_SK), back_MD.shape[1], device=back_MD.device)
-    for k in range(row_SK.shape[1]):
-        y_SD += back_MD[row_SK[:, k]]
-    return y_SD
 
 
 class ExpertDispatch:
@@ -215,21 +212,21 @@ class ExpertDispatch:
         self, mesh: Mesh, num_slots: int, settings: DispatchSettings | None = None
     ) -> None:
         self.settings = settings = settings or DispatchSettings()
-        self._mesh, self._layout = mesh, mesh.layout
+        self.mesh, self._layout = mesh, mesh.layout
         self._tokens: list[int] | None = None
         self._is_fixed = self._is_deferred = False
         self._overflow = torch.zeros((), dtype=torch.bool, device=mesh.device)
         tp, hosts, host = mesh.layout.tp, mesh.hosts, mesh.host
         each, first = num_slots // mesh.layout.ep, mesh.layout.dp_rank * tp
         # Outermost first: hosts, then ranks. One level where a tp group spans hosts.
-        own = range(first, first + tp)
-        self._levels = [_Level(mesh.world, 0, each, own, settings)]
+        own, share = range(first, first + tp), (tp, mesh.layout.tp_rank)
+        self._levels = [_Level(mesh.world, 0, each, own, share, settings)]
         if min(hosts.size, host.size) > 1 and host.size % tp == 0:
             here, first_rank = range(hosts.rank, hosts.rank + 1), hosts.rank * host.size
             own = range(own.start - first_rank, own.stop - first_rank)
             self._levels = [
-                _Level(hosts, 0, each * host.size, here, settings),
-                _Level(host, first_rank * each, each, own, settings, is_inner=True),
+                _Level(hosts, 0, each * host.size, here, share, settings),
+                _Level(host, first_rank * each, each, own, share, settings, is_inner=True),
             ]
 
     def begin_step(
@@ -250,7 +247,7 @@ class ExpertDispatch:
 
     def overflowed(self) -> bool:
         """Tell whether any rank met more tokens than fit since the last call. A collective."""
-        count = self._mesh.world.all_reduce(self._overflow.int())
+        count = self.mesh.world.all_reduce(self._overflow.int())
         self._overflow.zero_()
         return bool(count.item())
 
@@ -273,7 +270,7 @@ class ExpertDispatch:
         tokens = self._tokens
         if tokens is None:
             mine = torch.tensor([len(x_TD)], device=x_TD.device)
-            tokens = self._mesh.dp.all_gather(mine).flatten().tolist()
+            tokens = self.mesh.dp.all_gather(mine).flatten().tolist()
         assert tokens[self._layout.dp_rank] == len(x_TD), f"{tokens=} but {len(x_TD)} here"
         if self.form(tokens, rows) == "allreduce":
             return self._gather(rows, run, tokens)
@@ -283,23 +280,26 @@ class ExpertDispatch:
         """Return the form of a step of so many tokens in every dp group, `rows` in this one."""
         if self.settings.form != "auto":
             return self.settings.form
-        layout, top_k = self._layout, rows[1].shape[1]
-        others = layout.ep - layout.tp
-        needed = min(others * (1 - (1 - 1 / layout.ep) ** top_k), self._levels[0].reach(top_k))
-        saved = 2 * max(tokens) * (layout.dp - 1 - needed / layout.tp)
-        worth = 0 if self._is_fixed else _WORTH_BYTES[rows[0].device.type]
+        layout, top_k, outer = self._layout, rows[1].shape[1], self._levels[0]
+        share, others, worth = max(tokens) / layout.tp, layout.ep - layout.tp, 0
+        if self._is_fixed:
+            needed = others / layout.ep * outer.group.size * outer.capacity(math.ceil(share), top_k)
+        else:
+            worth = _WORTH_BYTES[rows[0].device.type]
+            needed = share * min(others * (1 - (1 - 1 / layout.ep) ** top_k), outer.reach(top_k))
+        saved = 2 * (max(tokens) * (layout.dp - 1) - needed)
         return "alltoall" if saved * rows[0].shape[1] * rows[0].itemsize > worth else "allreduce"
 
     def _gather(self, rows: Rows, run: Run, tokens: Sequence[int]) -> Finish:
         """Run on the tokens of all dp groups; each gets its partial sums back."""
-        count, dp, dtype = len(rows[0]), self._mesh.dp, self.settings.dtype
-        packed = F.pad(pack(rows, dtype), (0, 0, 0, max(tokens) - count))
+        count, dp, settings = len(rows[0]), self.mesh.dp, self.settings
+        packed = F.pad(pack(rows, settings), (0, 0, 0, max(tokens) - count))
         every = torch.cat([g[:n] for g, n in zip(dp.all_gather(packed), tokens, strict=True)])
 
         def finish() -> Tensor:
-            y_MD = run(*unpack(every, rows, dtype)).to(rows[0].dtype)
+            y_MD = run(*unpack(every, rows, settings)).to(rows[0].dtype)
             counts = [count] * dp.size
-            back = dp.start_all_to_all(y_MD, list(tokens), counts, "combine").wait()
+            back = dp.start_exchange(y_MD, list(tokens), counts, "combine").wait()
             y_TD = torch.zeros(rows[0].shape, dtype=torch.float32, device=y_MD.device)
             for part in back.split(counts):
                 y_TD += part
@@ -319,17 +319,14 @@ class ExpertDispatch:
             if self._is_deferred:
                 self._overflow |= is_over
                 return False
-            if not self._mesh.world.all_reduce(is_over.int()).item():
+            if not self.mesh.world.all_reduce(is_over.int()).item():
                 return False
             limits[1] = 0  # what comes in from other hosts no longer has a limit
             return True
 
-        def at(level: int, run: Run, *rows: Tensor) -> Finish:
-            x, ids, weight = rows
-            own = range(*split_range(count, layout.tp, layout.tp_rank))
-            start = self._levels[level].start
-            return start((x, ids, weight), count, own, run, limits[level], spill)
+        def at(level: int, run: Run, rows: Rows) -> Finish:
+            return self._levels[level].start(rows, count, run, limits[level], spill)
 
-        if len(self._levels) > 1:
-            return at(0, lambda *rows: at(1, run, *rows)(), *rows)
-        return at(0, run, *rows)
+        if len(self._levels) == 1:
+            return at(0, run, rows)
+        return at(0, lambda *joined: at(1, run, joined)(), rows)

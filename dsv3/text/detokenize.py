@@ -1,9 +1,11 @@
 """Text of an answer while it is being made: whole characters only, and nothing past a stop.
 
-`TextStream` is what the engine keeps per request; it joins the other two.
+`TextStream` is what the engine keeps per request; it joins a detokenizer and a `StopChecker`.
 """
 
+import codecs
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 from dsv3.text.tokenizer import Tokenizer
 
@@ -13,12 +15,45 @@ CONTEXT = 8  # tokens kept in front of the next one
 WINDOW = 32  # tokens decoded at once
 
 
-class IncrementalDetokenizer:
-    """Turn token ids into text as they come, never showing half a character.
+class Detokenizer(Protocol):
+    """Turns token ids into text as they come, never showing half a character."""
 
-    It decodes the latest few tokens and gives out what was not there before. Single tokens
-    would not do: a character's bytes may lie in several of them, and some decoders drop the
-    blank in front of the first. All tokens, every time, would cost O(n^2).
+    def push(self, ids: Iterable[int]) -> str:
+        """Take more tokens; return the text that is settled now and was not before."""
+
+    def finish(self) -> str:
+        """Return what was held back: bytes that became no character."""
+
+
+def make_detokenizer(tokenizer: Tokenizer, context: Sequence[int] = ()) -> Detokenizer:
+    """Begin after `context`, the tokens in front, whose text is not given out again."""
+    # A vocabulary of bytes is one throughout; any token of it tells.
+    if tokenizer.piece(0) is None:
+        return WindowDetokenizer(tokenizer, context)
+    return ByteDetokenizer(tokenizer)
+
+
+class ByteDetokenizer:
+    """For vocabularies whose tokens are bytes, whatever stands around them."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._piece = tokenizer.piece
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, ids: Iterable[int]) -> str:
+        """Take more tokens; return the text that is settled now and was not before."""
+        return self._decoder.decode(b"".join(self._piece(i) or b"" for i in ids))
+
+    def finish(self) -> str:
+        """Return what was held back: bytes that became no character."""
+        return self._decoder.decode(b"", final=True)
+
+
+class WindowDetokenizer:
+    """For any vocabulary: decodes the latest few tokens, and gives out what was not there before.
+
+    Single tokens would not do: a character's bytes may lie in several of them, and some decoders
+    drop the blank in front of the first. All tokens, every time, would cost O(n^2).
     """
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
@@ -101,7 +136,7 @@ class TextStream:
         # decoding of its own tokens, as anywhere else.
         tail = prompt_ids[-CONTEXT:]
         whole = not tokenizer.decode(tail).endswith(REPLACEMENT)
-        self._detokenizer = IncrementalDetokenizer(tokenizer, tail if whole else ())
+        self._detokenizer = make_detokenizer(tokenizer, tail if whole else ())
         self._stop = StopChecker(stop)
         self._parts: list[str] = []
 

@@ -84,6 +84,10 @@ class TiktokenVocabulary:
         except KeyError:
             return b""
 
+    def piece(self, token_id: int) -> bytes | None:
+        """Return the bytes that a token adds to a text, special tokens none."""
+        return b"" if token_id in self._special else self.token_bytes(token_id)
+
     def id_of(self, token: str) -> int | None:
         """Return the id of a token by its name."""
         try:

@@ -5,7 +5,7 @@ from typing import Any
 
 from dsv3.request import Completion, TokenLogprobs
 from dsv3.text.chat import opens_thought, split_reasoning
-from dsv3.text.detokenize import IncrementalDetokenizer
+from dsv3.text.detokenize import make_detokenizer
 from dsv3.text.text_request import TextRequest
 from dsv3.text.tokenizer import Tokenizer
 
@@ -138,7 +138,7 @@ def _text_offsets(ids: Sequence[int], tokenizer: Tokenizer | None) -> list[int]:
     """Tell where in the text each token begins, in characters."""
     if tokenizer is None:
         return [0] * len(ids)
-    detokenizer, offsets, num_chars = IncrementalDetokenizer(tokenizer), [], 0
+    detokenizer, offsets, num_chars = make_detokenizer(tokenizer), [], 0
     for token_id in ids:
         offsets.append(num_chars)
         num_chars += len(detokenizer.push((token_id,)))

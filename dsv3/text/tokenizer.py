@@ -36,6 +36,9 @@ class Vocabulary(Protocol):
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes that this token stands for."""
 
+    def piece(self, token_id: int) -> bytes | None:
+        """Return the bytes that a token adds to a text; None if that depends on its neighbours."""
+
     def id_of(self, token: str) -> int | None:
         """Return the id of a token by its name."""
 
@@ -56,6 +59,7 @@ class Tokenizer:
     ) -> None:
         config = config or {}
         self._vocabulary = vocabulary
+        self._pieces: dict[int, bytes | None] = {}
         self._add_bos = bool(config.get("add_bos_token", False))
         self.chat_template = chat_template
         self.special_tokens = {
@@ -129,6 +133,15 @@ class Tokenizer:
         """Return the bytes of one token; unlike its text they are whole in half a character."""
         return self._vocabulary.token_bytes(token_id)
 
+    def piece(self, token_id: int) -> bytes | None:
+        """Return the bytes that a token adds to a text, special tokens none.
+
+        None if that depends on the tokens around it, as it does in some vocabularies.
+        """
+        if token_id not in self._pieces:
+            self._pieces[token_id] = self._vocabulary.piece(token_id)
+        return self._pieces[token_id]
+
 
 class _BytePairs:
     """`tokenizer.json` through the tokenizers library."""
@@ -157,6 +170,13 @@ class _BytePairs:
         if token_id not in self._added and all(char in self._alphabet for char in token):
             return bytes(self._alphabet[char] for char in token)
         return self.decode([token_id], skip_special_tokens=False).encode()
+
+    def piece(self, token_id: int) -> bytes | None:
+        if not self._alphabet:
+            return None
+        if token_id in self._added:
+            return self.decode([token_id], skip_special_tokens=True).encode()
+        return self.token_bytes(token_id)
 
     def id_of(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)

@@ -5,11 +5,13 @@ An expert multiplies by a matrix of its own; the reference applies all of them t
 
 import dataclasses
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from dsv3.bench.dispatch import dispatch_time
 from dsv3.config import ParallelConfig, split_range
 from dsv3.model.moe import MoE
 from dsv3.parallel.experts import FP8, DispatchSettings, ExpertDispatch
@@ -36,9 +38,12 @@ class Experts:
     def run(self, x_MD: Tensor, ids_MK: Tensor, weight_MK: Tensor) -> Tensor:
         """Only this rank's experts."""
         assert len(x_MD) == len(ids_MK) == len(weight_MK)
-        is_local = (ids_MK >= self.first) & (ids_MK < self.first + self.num_local)
+        is_local = self.is_local(ids_MK)
         self.num_rows += int(is_local.any(1).sum())
         return self.all(x_MD, ids_MK, weight_MK * is_local)
+
+    def is_local(self, ids_MK: Tensor) -> Tensor:
+        return (ids_MK >= self.first) & (ids_MK < self.first + self.num_local)
 
     def all(self, x_MD: Tensor, ids_MK: Tensor, weight_MK: Tensor) -> Tensor:
         """The definition."""
@@ -102,6 +107,8 @@ def check_all(world: Mesh) -> None:
                     check_auto(mesh)
                 if CONFIG.n_routed_experts % size == 0:
                     check_moe(mesh)
+                if (tp, hosts, size) == (2, 1, 4):
+                    check_bench(mesh)
 
 
 def check_one_rank() -> None:
@@ -134,8 +141,8 @@ def check_step(dispatch: ExpertDispatch, mesh: Mesh, drawn: Drawn, what: str) ->
     assert y.dtype == torch.float32 and y.shape == x.shape, name
     assert_close(name, y, experts.all(x, ids, weight), 1e-5)
     # Every token was run here exactly once if it chose an expert of this rank.
-    chosen = [((i >= experts.first) & (i < experts.first + experts.num_local)) for _, i, _ in drawn]
-    assert experts.num_rows == sum(int(c.any(1).sum()) for c in chosen), name
+    chosen = [experts.is_local(ids).any(1) for _, ids, _ in drawn]
+    assert experts.num_rows == sum(int(c.sum()) for c in chosen), name
 
 
 def check_capacity(mesh: Mesh) -> None:
@@ -156,15 +163,40 @@ def check_capacity(mesh: Mesh) -> None:
     is_sent = dp > 1 and 5 // Experts(mesh.layout).num_local < (dp - 1) * mesh.layout.tp
     assert dispatch.overflowed() == is_sent
     assert not dispatch.overflowed()
+    # Where hosts exchange exact sizes after all, more comes in than there would have been room for.
+    settings = DispatchSettings("alltoall", capacity_factor=1, groups=(mesh.hosts.size, 1))
+    dispatch = ExpertDispatch(mesh, EXPERTS, settings)
+    dispatch.begin_step([40] * dp, fixed=True)
+    check_step(dispatch, mesh, draw("last rank", [40] * dp), "falls back between hosts")
     counts = [9] * dp
     x, ids, weight = draw("random", counts)[mesh.layout.dp_rank]
+    experts = Experts(mesh.layout)
+
+    def local(x_MD: Tensor, ids_MK: Tensor, weight_MK: Tensor) -> Tensor:
+        return experts.all(x_MD, ids_MK, weight_MK * experts.is_local(ids_MK))
+
     dispatch = ExpertDispatch(mesh, EXPERTS, DispatchSettings("alltoall", capacity_factor=100))
     parts = []
     for fixed in (True, False):
         dispatch.begin_step(counts, fixed, deferred=fixed)
-        parts.append(dispatch(x, ids, weight, run)())
+        before = [sent(mesh, name) for name in ("all_to_all", "all_reduce", "all_gather")]
+        with NoHost() if fixed else nullcontext():
+            parts.append(dispatch(x, ids, weight, local)())
+        after = [sent(mesh, name) for name in ("all_to_all", "all_reduce", "all_gather")]
+        assert (before == after) == (fixed or dp == 1)  # no counts, no agreement
         assert not dispatch.overflowed()
     assert_bitwise_equal("fixed and exact", *parts)
+
+
+class NoHost(TorchDispatchMode):
+    """Refuses what a CUDA graph cannot hold: the host looking at values."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket not in HOST_LOOKS, func
+        return func(*args, **(kwargs or {}))
+
+
+HOST_LOOKS = {torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal}
 
 
 def sent(mesh: Mesh, name: str) -> list[int]:
@@ -277,3 +309,19 @@ def check_moe(mesh: Mesh) -> None:
     want = make(alone(), "auto")(x)
     for form in ("allreduce", "alltoall"):
         assert_close(f"moe {form}", mesh.tp.all_reduce(make(mesh, form)(x)), want, 1e-5)
+
+
+def check_bench(mesh: Mesh) -> None:
+    """Two groups of two: a token is gathered by two ranks, or sent to at most two."""
+    config = dataclasses.replace(CONFIG, hidden_size=DIM, topk_group=3)
+    report = dispatch_time(mesh, config, torch.bfloat16, [3, 8], repeats=1)
+    rows = {(row["form"], row["tokens"]): row for row in report.rows}
+    assert [len(report.series), len(rows)] == [5, 10] and all(r["ms"] > 0 for r in report.rows)
+    row_bytes = 2 * DIM + 8 * config.num_experts_per_tok
+    for tokens in (3, 8):
+        gathered, sent = rows["allreduce", tokens], rows["alltoall", tokens]
+        assert (gathered["out B/token"], gathered["back B/token"]) == (2 * row_bytes, 4 * DIM)
+        assert 0 < sent["out B/token"] <= 2 * row_bytes
+        assert gathered["sum B/token"] == sent["sum B/token"] == 2 * 4 * DIM
+        in_fp8 = rows["alltoall fp8", tokens]["out B/token"]
+        assert in_fp8 < 0.6 * sent["out B/token"]

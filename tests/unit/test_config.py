@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from dsv3.checkpoint.sharding import tensor_specs
 from dsv3.config import ModelConfig, ParallelConfig, RopeScaling, split_range
 from dsv3.config_files import load_model_config
 from dsv3.errors import ConfigError
@@ -36,6 +37,24 @@ def test_softmax_scale_without_yarn() -> None:
 def test_moe_layers() -> None:
     config = load_model_config("v3-671b")
     assert [config.is_moe_layer(i) for i in (0, 2, 3, 60, 61)] == [False, False, True, True, True]
+
+
+@pytest.mark.parametrize("preset", [*PRESET_SCALES, None])
+def test_active_params_are_those_of_the_tensors(preset: str | None) -> None:
+    config = load_model_config(preset) if preset else TINY
+    config = dataclasses.replace(config, num_nextn_predict_layers=0)
+    total = 0.0
+    for spec in tensor_specs(config).values():
+        is_matrix = "proj" in spec.name or spec.name.endswith("mlp.gate.weight")
+        if is_matrix and ".indexer." not in spec.name:
+            share = config.num_experts_per_tok / config.n_routed_experts
+            total += math.prod(spec.shape) * (share if ".mlp.experts." in spec.name else 1)
+    assert config.active_params == pytest.approx(total)
+
+
+def test_attention_share_of_v3() -> None:
+    """Attending to 15 thousand positions costs as many FLOPs as everything else."""
+    assert 1 / load_model_config("v3-671b").attention_share == pytest.approx(14_500, rel=0.03)
 
 
 @pytest.mark.parametrize(

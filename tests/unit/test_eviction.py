@@ -66,17 +66,15 @@ def test_lru_is_lru(capacity: int) -> None:
 class Page(CacheEntry):
     """An entry without a tree."""
 
-    def __init__(self, name: str, depth: int = 0) -> None:
-        super().__init__(depth)
+    def __init__(self, name: str, parent: CacheEntry | None = None) -> None:
+        super().__init__(parent, name.encode())
         self.name = name
-
-    def prefix_hash(self) -> bytes:
-        return self.name.encode()
 
 
 @pytest.fixture
 def pages() -> dict[str, Page]:
-    return {name: Page(name, -1 if name == "root" else 0) for name in ["root", *"abcdefg"]}
+    root = Page("root")
+    return {"root": root, **{name: Page(name, root) for name in "abcdefg"}}
 
 
 def test_pages_share_the_visit_that_brought_them(pages: dict[str, Page]) -> None:

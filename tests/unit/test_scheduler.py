@@ -2,6 +2,7 @@
 
 import pytest
 
+from dsv3.cache.eviction import CostAware
 from dsv3.errors import ConfigError, RequestError
 from dsv3.request import Request, SamplingParams
 from tests.paper_runner import EOS, answer, finish, next_token, paper_engine
@@ -78,6 +79,24 @@ def test_the_last_to_come_gives_way_and_resumes(depth: int) -> None:
     # The first never stops; the other goes on afterwards, from what was left of its prefix.
     contexts = [p.context_len.max() for p in runner.plans]
     assert sorted(contexts[: 20 - 1]) == contexts[: 20 - 1]
+
+
+def test_only_what_is_admitted_first_counts_as_a_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither one that finds no room yet nor one that resumes tells the policy of a reuse."""
+    hits = []
+    count = CostAware.hit
+
+    def hit(policy: CostAware, *path: object) -> None:
+        hits.append(path)
+        count(policy, *path)
+
+    monkeypatch.setattr(CostAware, "hit", hit)
+    engine, _ = paper_engine(9, max_batch_tokens=100, max_running=3)
+    requests = [ask(name, 9, max_tokens=20) for name in ("first", "second", "third")]
+    for r in requests:
+        engine.add(r)
+    check(finish(engine), *requests)
+    assert engine.metrics.preemptions and len(hits) == 3
 
 
 def test_priority_goes_first() -> None:

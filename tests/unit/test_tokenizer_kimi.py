@@ -37,6 +37,12 @@ def test_special_and_reserved_tokens(folder: Path) -> None:
     assert kimi.encode("[BOS]the", add_special_tokens=True) == [BASE, 257]
     assert kimi.decode([BASE, 257, BASE + 2, BASE + 1]) == "the<think>"
     assert kimi.decode([BASE, 257], skip_special_tokens=False) == "[BOS]the"
+    assert [kimi.piece(i) for i in (BASE, 257, BASE + 2, BASE + 4000)] == [
+        b"",
+        b"the",
+        b"<think>",
+        b"",
+    ]
 
 
 @pytest.mark.parametrize("text", ["", "the cat's 1234\r\n  胡胡b the", "🙂é ​", "\t\t x"])

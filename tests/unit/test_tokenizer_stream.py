@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,12 @@ from dsv3.text.detokenize import (
     HALF_CHARACTER,
     REPLACEMENT,
     WINDOW,
-    IncrementalDetokenizer,
+    ByteDetokenizer,
+    Detokenizer,
     StopChecker,
     TextStream,
+    WindowDetokenizer,
+    make_detokenizer,
 )
 from dsv3.text.tokenizer import Tokenizer
 
@@ -31,9 +35,28 @@ def byte_tokens(data: bytes) -> list[int]:
     return [BYTE[byte] for byte in data]
 
 
+both_kinds = pytest.mark.parametrize("kind", [ByteDetokenizer, WindowDetokenizer])
+Kind = Callable[[Tokenizer], Detokenizer]
+
+
+class NotOfBytes(Tokenizer):
+    """The same vocabulary, as if a token's text depended on its neighbours."""
+
+    def piece(self, token_id: int) -> None:
+        return None
+
+
+def test_bytes_are_decoded_alone_where_tokens_are_bytes() -> None:
+    assert type(make_detokenizer(TOKENIZER)) is ByteDetokenizer
+    assert type(make_detokenizer(NotOfBytes(TOKENIZER._vocabulary))) is WindowDetokenizer
+
+
+@both_kinds
 @given(token_ids, st.data())
-def test_pieces_join_to_the_decoding_of_all_tokens(ids: list[int], data: st.DataObject) -> None:
-    detokenizer, shown, at = IncrementalDetokenizer(TOKENIZER), "", 0
+def test_pieces_join_to_the_decoding_of_all_tokens(
+    kind: Kind, ids: list[int], data: st.DataObject
+) -> None:
+    detokenizer, shown, at = kind(TOKENIZER), "", 0
     while at < len(ids):
         num = data.draw(st.integers(1, 5))
         shown += detokenizer.push(ids[at : at + num])
@@ -41,18 +64,20 @@ def test_pieces_join_to_the_decoding_of_all_tokens(ids: list[int], data: st.Data
     assert shown + detokenizer.finish() == TOKENIZER.decode(ids)
 
 
+@both_kinds
 @given(st.text(alphabet="aé胡🙂👩‍🚀 \n", max_size=120))
-def test_streamed_text_never_shows_half_a_character(text: str) -> None:
-    detokenizer, shown = IncrementalDetokenizer(TOKENIZER), ""
+def test_streamed_text_never_shows_half_a_character(kind: Kind, text: str) -> None:
+    detokenizer, shown = kind(TOKENIZER), ""
     for token_id in byte_tokens(text.encode()):
         shown += detokenizer.push([token_id])
         assert text.startswith(shown)
     assert shown == text  # nothing of a whole text is held back
 
 
+@both_kinds
 @given(st.binary(max_size=400))
-def test_bytes_that_are_no_text_come_out_as_they_decode(data: bytes) -> None:
-    detokenizer = IncrementalDetokenizer(TOKENIZER)
+def test_bytes_that_are_no_text_come_out_as_they_decode(kind: Kind, data: bytes) -> None:
+    detokenizer = kind(TOKENIZER)
     ids = byte_tokens(data)
     shown = "".join(detokenizer.push([i]) for i in ids)
     assert shown + detokenizer.finish() == TOKENIZER.decode(ids)
@@ -62,7 +87,7 @@ def test_bytes_that_are_no_text_come_out_as_they_decode(data: bytes) -> None:
 def test_work_per_token_does_not_grow_with_the_answer() -> None:
     decoded: list[int] = []
 
-    class Counting(Tokenizer):
+    class Counting(NotOfBytes):
         def decode(self, ids, skip_special_tokens=True):  # type: ignore[no-untyped-def]
             decoded.append(len(ids))
             return super().decode(ids, skip_special_tokens)
