@@ -16,6 +16,11 @@ from typing import Any
 
 import pytest
 
+from dsv3.checkpoint.convert import convert
+from dsv3.checkpoint.plan import make_plan
+from dsv3.checkpoint.source import open_source
+from dsv3.config import ParallelConfig
+from dsv3.config_files import DEMO
 from tests.oracle.families import Oracle
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,7 +56,7 @@ GROUPS: dict[int, dict[str, tuple[str, dict[str, Any]]]] = {
         "fp8, absorb, replicated": ("v3-fp8", SMALL | {"attn_impl": "absorb", "kv_shard": "none"}),
         "fp8, naive": ("v3-fp8", CACHE | {"attn_impl": "naive", "moe_dispatch": "allreduce"}),
         "crowd": ("crowd", CROWDED | {"pipeline_depth": 1, "moe_dispatch": "alltoall"}),
-        "demo": ("demo", CACHE | {"sequence_parallel": 64, "moe_dispatch": "alltoall"}),
+        "demo": ("converted", CACHE | {"sequence_parallel": 64, "moe_dispatch": "alltoall"}),
     },
     4: {
         "fp8, small steps": ("v3-fp8", SMALL),
@@ -64,6 +69,7 @@ CASES |= {
 # Eight processes on two cores: a handful of steps.
 FEW = ("fp8", "fp8, naive", "lite, small steps", "crowd, in 2")
 PLAINEST = {"v3-fp8": "fp8", "v2-lite": "lite", "demo": "demo", "crowd": "crowd"}
+PLAINEST["converted"] = "demo"
 # Contexts shorter than the number of ranks, one that crosses a page, one of two pages.
 LENGTHS = {"v3-fp8": (1, 2, 3, 7, 60, 100), "v2-lite": (1, 5, 90), "demo": (2, 3, 640)}
 LENGTHS["crowd"] = (54, 54, 54, 54, 60, 60)
@@ -81,12 +87,16 @@ def run(oracle: Callable[[str], Oracle], tmp_path_factory: pytest.TempPathFactor
     """Return a function from a world size to its results, run once."""
     folder = tmp_path_factory.mktemp("matrix")
     paths = {family: str(oracle(family).path) for family in ("v3-fp8", "v2-lite")}
-    paths |= {"demo": str(ROOT / "checkpoints" / "demo-v3"), "crowd": paths["v3-fp8"]}
+    paths |= {"demo": str(DEMO), "crowd": paths["v3-fp8"], "converted": str(folder / "tp2dp2")}
+    with open_source(DEMO) as source:
+        plan = make_plan(source, ParallelConfig(world_size=4, tp=2, dp=2))
+        convert(source, plan, folder / "tp2dp2", workers=2)
     draw = random.Random(0)
     prompts = {
         name: [[draw.randrange(2, VOCABULARY[name]) for _ in range(n)] for n in lengths]
         for name, lengths in LENGTHS.items()
     }
+    prompts["converted"] = prompts["demo"]
 
     @cache
     def run(world_size: int) -> dict[str, Any]:
