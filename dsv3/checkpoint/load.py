@@ -5,6 +5,8 @@ through a bounded buffer, converted or dequantized on the way. So loading needs 
 and a few buffers, whatever the model's size.
 """
 
+import logging
+import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -23,8 +25,10 @@ from dsv3.checkpoint.sharding import (
     tensor_specs,
 )
 from dsv3.config import ParallelConfig
-from dsv3.parallel.weights import FP8, BlockScale, Target
+from dsv3.parallel.weights import BLOCK, FP8, BlockScale, Target
 from dsv3_kernels import weight_dequant
+
+log = logging.getLogger(__name__)
 
 DTYPES = {
     "F32": torch.float32,
@@ -40,6 +44,36 @@ _WORKERS = 4
 def fp8_weights(source: Source) -> frozenset[str]:
     """Return the names of the weights stored in FP8."""
     return frozenset(n for n, info in source.tensors.items() if info.dtype == FP8_DTYPE)
+
+
+def fp8_products(source: Source, layout: ParallelConfig) -> frozenset[str]:
+    """Return those of which this rank holds whole 128 x 128 blocks, as `fp8_gemm` wants them.
+
+    Only the last block of rows may be short, and only where no other weight is packed behind it;
+    packed weights are taken or left together.
+    """
+    specs, stored, cut = tensor_specs(source.config), fp8_weights(source), set()
+    for name in stored & specs.keys():
+        region = shard_region(specs[name], layout)
+        if region is None:
+            continue
+        (row, row_stop), (col, col_stop) = region
+        followed = name.endswith((".gate_proj.weight", ".q_a_proj.weight", ".q_proj.weight"))
+        edges = (row, col, col_stop - col, row_stop - row if followed else 0)
+        if any(edge % BLOCK for edge in edges) or col == col_stop:
+            cut |= {name, *_packed_with(name)}
+    if cut:
+        kinds = sorted({re.sub(r"\.\d+", "", name) for name in cut & stored})
+        log.info("FP8 weights whose shards cut blocks run dequantized: %s", ", ".join(kinds))
+    return stored - cut
+
+
+def _packed_with(name: str) -> Iterable[str]:
+    """Yield what a layer may pack into the same matrix."""
+    for pack in (("gate_proj", "up_proj"), ("q_proj", "q_a_proj", "kv_a_proj_with_mqa")):
+        for one in pack:
+            if name.endswith(f".{one}.weight"):
+                yield from (name.replace(f".{one}.", f".{other}.") for other in pack)
 
 
 def load_weights(

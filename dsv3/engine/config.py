@@ -63,15 +63,15 @@ class EngineConfig:
             Without a host cache, room for one longest sequence is made in host memory.
         moe_dispatch: how tokens of several dp groups come to their experts: every rank sees all of
             them ("allreduce"), they are sent where they are needed ("alltoall"), or "auto".
-        dispatch_dtype: of hidden states on that way: "auto" (FP8 where matrices are), "bf16" or
-            "fp8".
+        dispatch_dtype: of hidden states on that way: "auto" (FP8 in fp8 numerics, else as they
+            are), "bf16" or "fp8".
         max_seq_len: longest context, prompt and answer; 0 takes the model's own.
         max_batch_tokens: new tokens of one step, in each data-parallel group.
         max_running: sequences in progress at a time, in each data-parallel group.
-        dtype: activations: "auto" (float32 on CPU, the checkpoint's on CUDA), "float32" or
-            "bfloat16".
+        dtype: numerics: "auto" (float32 on CPU, as the checkpoint on CUDA), "float32", "bfloat16"
+            or "fp8": bfloat16 with FP8 weights multiplied by activations quantized per 128.
         weights: "auto" holds weights in the activations' dtype; "fp8" keeps FP8 tensors as they
-            are stored and dequantizes them at every use.
+            are stored and dequantizes them at every use (fp8 numerics keep them anyway).
         sequence_parallel: steps of so many tokens split the residual stream over tp; 0 never
             does, -1 leaves it to the device.
         prefix_reuse: keep computed prefixes and reuse them.
@@ -103,7 +103,7 @@ class EngineConfig:
         _one_of("attn-impl", self.attn_impl, ("naive", "absorb", "auto"))
         _one_of("kv-shard", self.kv_shard, ("tokens", "none"))
         _one_of("kv-dtype", self.kv_dtype, ("auto", "fp32", "bf16", "fp8"))
-        _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "fp8"))
         _one_of("weights", self.weights, ("auto", "fp8"))
         _one_of("moe-dispatch", self.moe_dispatch, ("auto", "allreduce", "alltoall"))
         _one_of("dispatch-dtype", self.dispatch_dtype, ("auto", "bf16", "fp8"))

@@ -45,7 +45,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--ckpt-path", help="checkpoint directory (default: the demo model)")
     model.add_argument("--config", help="config.json, DeepSeek's JSON, YAML or a preset's name")
     model.add_argument("--n-experts", type=int, help="checked against the model when given")
-    model.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
+    model.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or fp8")
     model.add_argument("--weights", default="auto", help="auto, or fp8: keep FP8 as stored")
     layout = parser.add_argument_group("layout")
     layout.add_argument("--device", default="auto", help="auto, cpu or cuda")

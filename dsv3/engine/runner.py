@@ -60,9 +60,9 @@ class Runner:
         return 0 if self._mover is None else self._mover.host.num_bytes
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the activations."""
-        return self._model.dtype
+    def numerics(self) -> str:
+        """How it computes: float32, bfloat16 or fp8."""
+        return self._model.numerics
 
     @torch.inference_mode()
     def run(self, plans: list[StepPlan]) -> SampledOnDevice:

@@ -16,7 +16,7 @@ import torch
 from dsv3.cache.layout import CacheLayout
 from dsv3.cache.pool import CachePool
 from dsv3.checkpoint.fingerprint import digest_share, fingerprint
-from dsv3.checkpoint.load import fp8_weights, load_weights
+from dsv3.checkpoint.load import fp8_products, fp8_weights, load_weights
 from dsv3.checkpoint.reader import Source
 from dsv3.checkpoint.sharding import check_tensors
 from dsv3.checkpoint.source import open_source
@@ -70,20 +70,26 @@ def _phase(seconds: dict[str, float], name: str) -> Iterator[None]:
     seconds[name] = time.perf_counter() - start
 
 
-def activation_dtype(settings: EngineConfig, config: ModelConfig, device: str) -> torch.dtype:
-    """Return the dtype of activations; `auto` is float32 on CPU, the checkpoint's on CUDA."""
+def numerics_mode(settings: EngineConfig, config: ModelConfig, device: str) -> str:
+    """Return float32, bfloat16 or fp8; `auto` is float32 on CPU, as the checkpoint on CUDA."""
+    stored = "bfloat16" if config.quantization is None else "fp8"
+    if settings.dtype == "fp8" and stored != "fp8":
+        raise ConfigError(
+            "--dtype=fp8 multiplies FP8 weights and the checkpoint has none; "
+            "make some with convert.py --to fp8, or use --dtype bfloat16"
+        )
     if settings.dtype != "auto":
-        return _TORCH_DTYPES[settings.dtype]
-    if device == "cpu":
-        return torch.float32
-    return _TORCH_DTYPES.get(config.torch_dtype, torch.bfloat16)
+        return settings.dtype
+    if device == "cpu" or (stored == "bfloat16" and config.torch_dtype == "float32"):
+        return "float32"
+    return stored
 
 
 def identify(path: Path, settings: EngineConfig, mesh: Mesh, config: ModelConfig | None) -> str:
     """Name a model and the dtype it computes in, without loading it."""
     with open_source(path, config) as source:
-        dtype = activation_dtype(settings, source.config, mesh.device.type)
-        return fingerprint(source, str(dtype))
+        mode = numerics_mode(settings, source.config, mesh.device.type)
+        return fingerprint(source, str(_TORCH_DTYPES.get(mode, mode)))
 
 
 def context_limit(settings: EngineConfig, config: ModelConfig) -> int:
@@ -142,6 +148,8 @@ def start(
             log.info("%s", setup.plan.describe())
         _limit_threads(source.config, mesh)
         dispatch = _dispatch(settings, source.config, setup.fmt)
+        if settings.moe_dispatch == "alltoall" and mesh.layout.dp == 1 and mesh.layout.rank == 0:
+            log.info("--moe-dispatch=alltoall: without --dp every rank has all tokens already")
         split_from = settings.split_from(mesh.device.type)
         model = _load_model(source, mesh, setup.fmt, dispatch, split_from, progress)
         weights = b""
@@ -151,7 +159,8 @@ def start(
     config, plan = source.config, _measured_plan(setup, settings, mesh, model)
     num_pages = _agree_on_pages(mesh, plan.num_pages)
     cache = CachePool(setup.layout, config.num_hidden_layers, num_pages + 1, mesh.device, mesh.tp)
-    numerics = f"{setup.fmt.dtype} {settings.weights}"
+    fmt = setup.fmt
+    numerics = f"{fmt.dtype} {'fp8 products' if fmt.fp8_products else settings.weights}"
     mover, tiers = make_tiers(mesh, settings, config, cache, plan.host_pages, weights, numerics)
     runner = Runner(model, cache, mesh, _decode_limit(settings, config), mover)
     channel = PlanChannel(mesh.control)
@@ -190,15 +199,27 @@ def _set_up(source: Source, settings: EngineConfig, mesh: Mesh, n_experts: int |
         raise ConfigError(f"--n-experts={n_experts} but the model has {config.n_routed_experts}")
     check_tensors(source)
     limit = context_limit(settings, config)
-    dtype = activation_dtype(settings, config, mesh.device.type)
-    fp8_names = fp8_weights(source) if settings.weights == "fp8" else frozenset()
+    fmt = _weight_format(source, settings, mesh)
+    dtype = fmt.dtype
     stored = _CACHE_NAMES[dtype] if settings.kv_dtype == "auto" else settings.kv_dtype
     tp, tp_rank = mesh.layout.tp, mesh.layout.tp_rank
     layout = CacheLayout.make(config, settings.cache_form, settings.kv_shard, stored, tp, tp_rank)
-    weights = weight_bytes(config, mesh.layout, dtype.itemsize, fp8_names)
+    weights = weight_bytes(config, mesh.layout, dtype.itemsize, fmt.fp8_names)
     plan_for = partial(plan_memory, config, settings, layout, weights, limit)
     plan = plan_for(free_memory(mesh.device, mesh.ranks_on_host), mesh.device)
-    return _SetUp(WeightFormat(dtype, mesh.device, fp8_names), layout, limit, plan, plan_for)
+    return _SetUp(fmt, layout, limit, plan, plan_for)
+
+
+def _weight_format(source: Source, settings: EngineConfig, mesh: Mesh) -> WeightFormat:
+    """Decide what weights are held in, and which of them in FP8."""
+    mode = numerics_mode(settings, source.config, mesh.device.type)
+    dtype = _TORCH_DTYPES.get(mode, torch.bfloat16)
+    if mode != "fp8":
+        kept = fp8_weights(source) if settings.weights == "fp8" else frozenset()
+        return WeightFormat(dtype, mesh.device, kept)
+    quantization = source.config.quantization
+    ue8m0 = quantization is not None and quantization.scale_fmt == "ue8m0"
+    return WeightFormat(dtype, mesh.device, fp8_products(source, mesh.layout), True, ue8m0)
 
 
 def _measured_plan(
@@ -227,19 +248,18 @@ def _measured_plan(
 def _dispatch(settings: EngineConfig, config: ModelConfig, fmt: WeightFormat) -> DispatchSettings:
     """Return how tokens come to their experts."""
     fits, is_limited = config.hidden_size % 128 == 0, config.topk_method != "greedy"
-    is_fp8 = bool(fmt.fp8_names) and fmt.dtype != torch.float32 and fits
     if settings.dispatch_dtype == "fp8" and not fits:
         raise ConfigError(
             f"--dispatch-dtype=fp8 has a scale per 128 values, hidden_size={config.hidden_size} "
             "is no multiple of them; use bf16"
         )
-    dtypes = {"auto": FP8 if is_fp8 else None, "bf16": torch.bfloat16, "fp8": FP8}
-    quantization = config.quantization
+    numerics = FP8 if fmt.fp8_products and fits else None
+    dtypes = {"auto": numerics, "bf16": torch.bfloat16, "fp8": FP8}
     return DispatchSettings(
         settings.moe_dispatch,
         dtypes[settings.dispatch_dtype],
         groups=(config.n_group, config.topk_group) if is_limited else (1, 1),
-        ue8m0=quantization is not None and quantization.scale_fmt == "ue8m0",
+        ue8m0=fmt.ue8m0,
     )
 
 

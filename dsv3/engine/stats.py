@@ -46,7 +46,7 @@ def collect_stats(started: Started, seconds: dict[str, float]) -> dict[str, Any]
         "world_size": mesh.layout.world_size,
         "tp": mesh.layout.tp,
         "dp": mesh.layout.dp,
-        "dtype": str(started.runner.dtype).removeprefix("torch."),
+        "dtype": started.runner.numerics,
         "ranks": ranks,
         "disk_cache_bytes": done.disk_bytes if done else 0,
         "tokens": {

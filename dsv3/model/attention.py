@@ -22,7 +22,16 @@ from dsv3.model.batch import Batch, Chunk
 from dsv3.parallel.collectives import Collectives
 from dsv3.parallel.linear import ColumnParallelLinear, Linear, RowParallelLinear
 from dsv3.parallel.weights import Vector, WeightFormat
-from dsv3_kernels import apply_rope, merge_lse, mha_decode, mla_decode, mla_prefill, rmsnorm
+from dsv3_kernels import (
+    Quantized,
+    add_rmsnorm,
+    apply_rope,
+    merge_lse,
+    mha_decode,
+    mla_decode,
+    mla_prefill,
+    rmsnorm,
+)
 
 # transformers and DeepSeek's own code leave the two inner norms at this value, whatever the
 # config's rms_norm_eps says.
@@ -83,24 +92,35 @@ class MLA(nn.Module):
         self.o_proj = RowParallelLinear(prefix, "o_proj", hidden, values, layout, fmt)
 
     def forward(
-        self, x_TD: Tensor, rope: tuple[Tensor, Tensor], batch: Batch, cache: LayerCache
+        self,
+        x_TD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        batch: Batch,
+        cache: LayerCache,
+        x_q: Quantized | None = None,
     ) -> Tensor:
-        """Return this rank's part of the attention output, [T, D]."""
-        q_THX, entry_TX = self._project(x_TD, rope)
+        """Return this rank's part of the attention output, [T, D]; `x_q` is x in FP8."""
+        q_THX, entry_TX = self._project(x_TD, rope, x_q)
         if cache.layout.form == "heads":
             o_THV = self._naive(q_THX, entry_TX, batch, cache)
         else:
             o_THV = self._latent(q_THX, entry_TX, batch, cache)
-        return self.o_proj(o_THV.flatten(1).to(x_TD.dtype))
+        return self.o_proj(o_THV.flatten(1))
 
-    def _project(self, x_TD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _project(
+        self, x_TD: Tensor, rope: tuple[Tensor, Tensor], x_q: Quantized | None
+    ) -> tuple[Tensor, Tensor]:
         """Return queries [T, H, N + R] and cache entries [T, C + R], both rotated."""
         c = self.config
-        first, latent_TC, k_TR = self.in_proj(x_TD).split(
+        first, latent_TC, k_TR = self.in_proj(x_TD, x_q).split(
             [self.first_rows, c.kv_lora_rank, c.qk_rope_head_dim], -1
         )
         if c.q_lora_rank is not None:
-            first = self.q_b_proj(rmsnorm(first, self.q_a_layernorm.weight, _LATENT_NORM_EPS))
+            up, norm = self.q_b_proj, self.q_a_layernorm.weight
+            _, query_TA, query_q = add_rmsnorm(
+                first, None, norm, _LATENT_NORM_EPS, up.quantizes, up.ue8m0
+            )
+            first = up(query_TA, query_q)
         q_THX = first.view(-1, self.heads, c.qk_head_dim)
         q_THN, q_THR = q_THX.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         cos, sin = rope

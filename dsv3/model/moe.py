@@ -14,7 +14,7 @@ from dsv3.config import ModelConfig, ParallelConfig
 from dsv3.parallel.experts import ExpertDispatch
 from dsv3.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from dsv3.parallel.weights import Matrix, Vector, WeightFormat
-from dsv3_kernels import Routing, experts, route, silu_mul
+from dsv3_kernels import Quantized, Routing, experts, route, silu_mul, silu_mul_quant
 
 
 class MLP(nn.Module):
@@ -35,11 +35,14 @@ class MLP(nn.Module):
         self.down_proj = RowParallelLinear(prefix, "down_proj", hidden, inner, layout, fmt, unit)
         self.is_empty = not any(self.gate_up_proj.rows)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """Return this rank's part, [T, D]."""
+    def forward(self, x_TD: Tensor, x_q: Quantized | None = None) -> Tensor:
+        """Return this rank's part, [T, D]; `x_q` is x in FP8."""
         if self.is_empty:
             return torch.zeros_like(x_TD)
-        return self.down_proj(silu_mul(self.gate_up_proj(x_TD)))
+        gate_up_TF = self.gate_up_proj(x_TD, x_q)
+        if self.down_proj.quantizes:
+            return self.down_proj.product(silu_mul_quant(gate_up_TF, self.down_proj.ue8m0))
+        return self.down_proj(silu_mul(gate_up_TF))
 
 
 class Router(nn.Module):
@@ -97,14 +100,14 @@ class MoE(nn.Module):
             name, unit = f"{prefix}shared_experts.", config.mlp_unit
             self.shared_experts = MLP(name, hidden, width, layout, fmt, unit)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
+    def forward(self, x_TD: Tensor, x_q: Quantized | None = None) -> Tensor:
         """Return this rank's part, [T, D] float32: its experts' and its share of the shared."""
         if not len(x_TD):  # an idle group's experts serve the others
             ids_TK = torch.zeros((0, self.top_k), dtype=torch.int64, device=x_TD.device)
             return self.dispatch(x_TD, ids_TK, ids_TK.float(), self.run_experts)()
         ids_TK, weight_TK = self.router(x_TD)
         combine = self.dispatch(x_TD, ids_TK, weight_TK, self.run_experts)
-        shared_TD = None if self.shared_experts is None else self.shared_experts(x_TD)
+        shared_TD = None if self.shared_experts is None else self.shared_experts(x_TD, x_q)
         y_TD = combine()
         return y_TD if shared_TD is None else y_TD.add_(shared_TD)
 

@@ -16,11 +16,14 @@ from dsv3.parallel.linear import VocabParallelEmbedding, VocabParallelHead
 from dsv3.parallel.mesh import Mesh
 from dsv3.parallel.rows import StreamRows
 from dsv3.parallel.weights import Matrix, Target, Vector, WeightFormat
-from dsv3_kernels import rmsnorm
+from dsv3_kernels import Quantized, add_rmsnorm
 
 
 class DecoderLayer(nn.Module):
-    """x += attention(norm(x)); x += feed_forward(norm(x))."""
+    """x += attention(norm(x)); x += feed_forward(norm(x)).
+
+    What a layer adds last is left to the next one, which adds, normalizes and quantizes at once.
+    """
 
     def __init__(
         self,
@@ -46,16 +49,38 @@ class DecoderLayer(nn.Module):
     def forward(
         self,
         x_TD: Tensor,
+        y_TD: Tensor | None,
         rope: tuple[Tensor, Tensor],
         batch: Batch,
         cache: LayerCache,
         rows: StreamRows,
-    ) -> Tensor:
-        """Return the residual stream after this layer: all rows of it, or this rank's."""
-        h_TD = rows.gather(rmsnorm(x_TD, self.input_layernorm.weight, self.eps))
-        x_TD = x_TD + rows.sum(self.self_attn(h_TD, rope, batch, cache))
-        h_TD = rows.gather(rmsnorm(x_TD, self.post_attention_layernorm.weight, self.eps))
-        return x_TD + rows.sum(self.mlp(h_TD)).to(x_TD.dtype)
+    ) -> tuple[Tensor, Tensor]:
+        """Take and return the residual stream and what is still to be added to it, [T, D].
+
+        Both are all rows, or this rank's.
+        """
+        norm_D = self.input_layernorm.weight
+        x_TD, h_TD, h_q = self._add_norm(x_TD, y_TD, norm_D, self.self_attn.in_proj, rows)
+        y_TD = rows.sum(self.self_attn(h_TD, rope, batch, cache, h_q))
+        norm_D = self.post_attention_layernorm.weight
+        x_TD, h_TD, h_q = self._add_norm(x_TD, y_TD, norm_D, self.mlp.gate_up_proj, rows)
+        return x_TD, rows.sum(self.mlp(h_TD, h_q))
+
+    def _add_norm(
+        self,
+        x_TD: Tensor,
+        y_TD: Tensor | None,
+        norm_D: Tensor,
+        reader: Matrix,
+        rows: StreamRows,
+    ) -> tuple[Tensor, Tensor, Quantized | None]:
+        """Return x + y, all rows of its norm, and those in FP8 if the matrix they go to wants it.
+
+        Rows that are gathered are quantized after that, where they are read.
+        """
+        quant = reader.quantizes and not rows.is_split
+        x_TD, h_TD, h_q = add_rmsnorm(x_TD, y_TD, norm_D, self.eps, quant, reader.ue8m0)
+        return x_TD, rows.gather(h_TD), h_q
 
 
 class Transformer(nn.Module):
@@ -79,7 +104,8 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.dispatch = ExpertDispatch(mesh, config.n_routed_experts, settings)
-        self.config, self.dtype, self.tp, self.split_from = config, fmt.dtype, mesh.tp, split_from
+        self.config, self.tp, self.split_from = config, mesh.tp, split_from
+        self.numerics = "fp8" if fmt.fp8_products else str(fmt.dtype).removeprefix("torch.")
         embed, head = "model.embed_tokens.weight", "lm_head.weight"
         vocab, hidden = config.vocab_size, config.hidden_size
         self.embed_tokens = VocabParallelEmbedding(embed, vocab, hidden, mesh.layout, mesh.tp, fmt)
@@ -102,14 +128,16 @@ class Transformer(nn.Module):
             return self._serve_others()
         count = len(batch.token_T)
         rows = StreamRows(self.tp, count, 0 < self.split_from <= count and self.tp.size > 1)
-        x_TD = rows.own(self.embed_tokens(batch.token_T))
+        x_TD, y_TD = rows.own(self.embed_tokens(batch.token_T)), None
         rope = self.rotary(batch.position_T)
         for i, layer in enumerate(self.layers):
-            x_TD = layer(x_TD, rope, batch, cache.layer(i), rows)
-        return rows.gather(rmsnorm(x_TD, self.norm.weight, self.config.rms_norm_eps))
+            x_TD, y_TD = layer(x_TD, y_TD, rope, batch, cache.layer(i), rows)
+        return rows.gather(add_rmsnorm(x_TD, y_TD, self.norm.weight, self.config.rms_norm_eps)[1])
 
     def _serve_others(self) -> Tensor:
-        x_TD = self.norm.weight.new_empty((0, self.config.hidden_size), dtype=self.dtype)
+        x_TD = self.norm.weight.new_empty(
+            (0, self.config.hidden_size), dtype=self.embed_tokens.table.dtype
+        )
         for layer in self.layers:
             assert isinstance(layer, DecoderLayer)
             if isinstance(layer.mlp, MoE):
@@ -126,7 +154,8 @@ class Transformer(nn.Module):
         scales = (
             s.scale for m in self.modules() if isinstance(m, Matrix) for s in m.scales.values()
         )
-        return sum(t.numel() * t.element_size() for t in (*self.parameters(), *scales))
+        held = (*self.parameters(), *self.buffers(), *scales)
+        return sum(t.numel() * t.element_size() for t in held)
 
     def targets(self) -> Iterator[Target]:
         """Yield every piece of memory to be filled from the checkpoint."""

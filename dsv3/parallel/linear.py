@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from dsv3.config import ParallelConfig, split_range
 from dsv3.parallel.collectives import Collectives
 from dsv3.parallel.weights import Matrix, WeightFormat
+from dsv3_kernels import Quantized, act_quant, fp8_gemm, make_locks
 
 
 class Linear(Matrix):
@@ -28,10 +29,18 @@ class Linear(Matrix):
     ) -> None:
         names = [f"{prefix}{part}.weight" for part in parts]
         super().__init__([names], list(parts.values()), in_features, fmt)
+        self.locks = make_locks(self.weight[0]) if self.quantizes else None
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """Return [T, sum of rows]."""
-        return F.linear(x_TD, self.matrix())
+    def forward(self, x_TD: Tensor, x_q: Quantized | None = None) -> Tensor:
+        """Return [T, sum of rows]; `x_q` is x in FP8, where someone has it."""
+        if self.block_scale is None:
+            return F.linear(x_TD.to(self.dtype), self.matrix())
+        return self.product(act_quant(x_TD, self.ue8m0) if x_q is None else x_q)
+
+    def product(self, x: Quantized) -> Tensor:
+        """Return [T, sum of rows] of FP8 activations."""
+        assert self.block_scale is not None
+        return fp8_gemm(x, self._weights[0], self.block_scale[0], self.dtype, self.locks)
 
 
 class ColumnParallelLinear(Linear):

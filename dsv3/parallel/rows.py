@@ -21,7 +21,7 @@ class StreamRows:
     """
 
     def __init__(self, tp: Collectives, count: int, is_split: bool) -> None:
-        self._tp, self._count, self._is_split = tp, count, is_split
+        self._tp, self._count, self.is_split = tp, count, is_split
         self._share = -(-count // tp.size)
 
     def _filled(self, x_TD: Tensor) -> Tensor:
@@ -29,14 +29,14 @@ class StreamRows:
 
     def own(self, x_TD: Tensor) -> Tensor:
         """Return this rank's rows of all."""
-        return self._filled(x_TD).chunk(self._tp.size)[self._tp.rank] if self._is_split else x_TD
+        return self._filled(x_TD).chunk(self._tp.size)[self._tp.rank] if self.is_split else x_TD
 
     def gather(self, x_SD: Tensor) -> Tensor:
         """Return all rows. A collective if they are split."""
-        return self._tp.all_gather(x_SD).flatten(0, 1)[: self._count] if self._is_split else x_SD
+        return self._tp.all_gather(x_SD).flatten(0, 1)[: self._count] if self.is_split else x_SD
 
     def sum(self, y_TD: Tensor) -> Tensor:
         """Return the sum over ranks of this rank's rows. A collective."""
-        if not self._is_split:
+        if not self.is_split:
             return self._tp.all_reduce(y_TD)
         return self._tp.reduce_scatter(self._filled(y_TD))

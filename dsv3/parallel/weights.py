@@ -2,7 +2,9 @@
 
 Packing is told once, where the layer is built (`{"q_a_proj": 1536, "kv_a_proj_with_mqa": 576}`);
 the loader walks `targets()` and fills the memory in place. A matrix is held in the compute dtype,
-or, where the checkpoint stores FP8 and the user asked to keep it, as e4m3 with its block scales.
+or, where the checkpoint stores FP8 and the user asked to keep it, as e4m3 with its block scales:
+any rectangle, to be dequantized at every use, or whole blocks with their scales in one tensor, to
+be multiplied as they are (`fp8_gemm`).
 """
 
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from dsv3_kernels import weight_dequant
 
 FP8 = torch.float8_e4m3fn
+BLOCK = 128
 
 
 @dataclass
@@ -41,16 +44,25 @@ class Target:
     def keep_scale(self, scale: BlockScale) -> None:
         """Store the scales beside the FP8 rows."""
         assert self.matrix is not None, f"{self.name} has no place for scales"
-        self.matrix.scales[self.part] = scale
+        self.matrix.keep_scale(self.part, scale)
 
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How weights are held: compute dtype, device, and the names kept in FP8."""
+    """How weights are held.
+
+    Attributes:
+        dtype: of activations, and of weights not kept in FP8.
+        fp8_names: weights kept in FP8.
+        fp8_products: those are whole blocks, to be multiplied by activations in FP8.
+        ue8m0: whose scales are then powers of two.
+    """
 
     dtype: torch.dtype
     device: torch.device
     fp8_names: frozenset[str] = field(default_factory=frozenset)
+    fp8_products: bool = False
+    ue8m0: bool = False
 
 
 class Matrix(nn.Module):
@@ -61,14 +73,20 @@ class Matrix(nn.Module):
         rows: rows of each part, in order.
         cols: columns.
         fmt: dtype and device; FP8 when every part is in `fmt.fp8_names`.
+
+    Attributes:
+        block_scale: [E, ceil(rows / 128), cols / 128] float32 where FP8 products are to be made;
+            parts but the last end with a block.
     """
+
+    block_scale: Tensor | None
 
     def __init__(
         self, names: list[list[str]], rows: list[int], cols: int, fmt: WeightFormat
     ) -> None:
         super().__init__()
         fp8 = bool(fmt.fp8_names) and all(n in fmt.fp8_names for part in names for n in part)
-        self.dtype = fmt.dtype
+        self.dtype, self.ue8m0 = fmt.dtype, fmt.ue8m0
         self.names, self.rows = names, rows
         data = torch.empty(
             (len(names), sum(rows), cols), dtype=FP8 if fp8 else fmt.dtype, device=fmt.device
@@ -76,6 +94,12 @@ class Matrix(nn.Module):
         self.weight = nn.Parameter(data, requires_grad=False)
         self._weights = self.weight.unbind()  # a view of each, made once and not at every use
         self.scales: dict[tuple[int, int], BlockScale] = {}
+        blocks = None
+        if fp8 and fmt.fp8_products:
+            assert not any(n % BLOCK for n in (*rows[:-1], cols)), f"{names[0]} {rows=} {cols=}"
+            shape = (len(names), -(-sum(rows) // BLOCK), cols // BLOCK)
+            blocks = torch.empty(shape, dtype=torch.float32, device=fmt.device)
+        self.register_buffer("block_scale", blocks, persistent=False)
 
     def targets(self) -> Iterator[Target]:
         """Yield a view for every part of every stacked matrix."""
@@ -85,11 +109,27 @@ class Matrix(nn.Module):
             ):
                 yield Target(name, view.detach(), self, (e, i))
 
+    @property
+    def quantizes(self) -> bool:
+        """Whether it is multiplied in FP8, so that its input is best made in FP8 at once."""
+        return self.block_scale is not None
+
+    def keep_scale(self, part: tuple[int, int], scale: BlockScale) -> None:
+        """Store the scales of part `part[1]` of matrix `part[0]`."""
+        if self.block_scale is None:
+            self.scales[part] = scale
+            return
+        assert scale.row_offset == scale.col_offset == 0, f"{self.names[part[0]]}: {scale}"
+        first = sum(self.rows[: part[1]]) // BLOCK
+        self.block_scale[part[0], first : first + len(scale.scale)] = scale.scale
+
     def matrix(self, e: int = 0) -> Tensor:
         """Return matrix `e` in the compute dtype, [rows, cols]."""
         weight = self._weights[e]
         if weight.dtype != FP8:
             return weight
+        if self.block_scale is not None:
+            return weight_dequant(weight, self.block_scale[e], self.dtype)
         if not weight.numel():  # nothing of it is this rank's, so it has no scales
             return weight.to(self.dtype)
         parts = []

@@ -4,6 +4,7 @@ Knows nothing of models, ranks or requests. Shape letters: see `dsv3/__init__.py
 """
 
 from dsv3_kernels.act_quant import Quantized, act_quant
+from dsv3_kernels.fp8_gemm import fp8_gemm, make_locks
 from dsv3_kernels.kv_fp8 import pack_latent, packed_bytes, unpack_latent
 from dsv3_kernels.merge_lse import merge_lse
 from dsv3_kernels.mha_decode import mha_decode
@@ -24,6 +25,8 @@ __all__ = [
     "add_rmsnorm",
     "apply_rope",
     "experts",
+    "fp8_gemm",
+    "make_locks",
     "merge_lse",
     "mha_decode",
     "mla_decode",

@@ -61,7 +61,7 @@ def quantize_block(x, UE8M0: tl.constexpr, NATIVE: tl.constexpr):
     return encode_e4m3(tl.div_rn(x, by_value), NATIVE), scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _act_quant_kernel(
     x_ptr, q_ptr, scale_ptr, blocks, R: tl.constexpr, UE8M0: tl.constexpr, NATIVE: tl.constexpr
 ):
@@ -77,7 +77,8 @@ def _act_quant_kernel(
 
 def act_quant_triton(x_TD: Tensor, ue8m0: bool = False) -> Quantized:
     """Launch `act_quant`."""
-    assert x_TD.shape[-1] % BLOCK == 0 and x_TD.is_contiguous(), f"{x_TD.shape=}"
+    assert x_TD.shape[-1] % BLOCK == 0, f"{x_TD.shape=}"
+    x_TD = x_TD.contiguous()
     out = Quantized.empty(x_TD.shape, x_TD.device)
     blocks = out.scale.numel()
     if blocks:

@@ -74,7 +74,7 @@ def test_triton_takes_any_dtype_and_rows_apart() -> None:
     assert total.dtype == h.dtype == torch.bfloat16
     # The interpreter rounds to bfloat16 wrongly, by one unit in the last place.
     assert_close("sum", total, want[0], 2**-7)
-    assert_close("norm", h, want[1], 2**-7)
+    assert_close("norm", h, want[1], 2**-6)
     got = add_rmsnorm_triton(wide.float()[:, 100:484], None, w, 1e-6)[1]
     assert_close("strided", got, rmsnorm(wide.float()[:, 100:484], w, 1e-6), 1e-6)
     assert add_rmsnorm_triton(x[:0], y[:0], w, 1e-6)[1].shape == (0, 384)

@@ -121,6 +121,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "v2": V2 | {"rope_scaling": YARN | {"mscale": 1.3, "mscale_all_dim": 0.7}},
     "v3-bf16": V3,
     "v3-fp8": V3_FP8,
+    # Every shard of one and of two ranks but the narrow experts' is whole blocks.
+    "v3-fp8-whole": V3_FP8
+    | {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "moe_intermediate_size": 128,
+        "q_lora_rank": 256,
+        "v_head_dim": 32,
+    },
     "v3.1-ue8m0": V3_FP8 | {"quantization_config": FP8 | {"scale_fmt": "ue8m0"}},
     "v3.2": V3_FP8 | SPARSE | {"quantization_config": FP8 | {"scale_fmt": "ue8m0"}},
     "kimi-k2": V3

@@ -50,3 +50,7 @@ def test_float32_is_exact() -> None:
 def test_bfloat16_is_as_accurate(attn_impl: str) -> None:
     """The card's bfloat16 figure is 238 of 238; one of 24 may be lost to rounding."""
     assert len(wrong_answers(dtype="bfloat16", attn_impl=attn_impl)) <= 1
+
+
+def test_fp8_is_as_accurate() -> None:
+    assert len(wrong_answers(dtype="fp8")) <= 1

@@ -14,7 +14,7 @@ from tests.oracle.run import all_logits, answers, start_alone
 # The demand is 2e-3 of the logits' standard deviation; float32 gives about 1e-5.
 TOLERANCE = 1e-4
 MAKE = Callable[[str], Oracle]
-DENSE = [family for family in CONFIGS if family != "v3.2"]
+DENSE = [family for family in CONFIGS if family not in ("v3.2", "v3-fp8-whole")]
 
 
 def check_logits(got: list[torch.Tensor], oracle: Oracle, texts: list[list[int]]) -> None:

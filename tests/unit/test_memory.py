@@ -8,7 +8,7 @@ import torch
 
 from dsv3.cache.layout import CacheLayout
 from dsv3.cache.pool import CachePool
-from dsv3.checkpoint.load import fp8_weights, load_weights
+from dsv3.checkpoint.load import fp8_products, fp8_weights, load_weights
 from dsv3.checkpoint.source import open_source
 from dsv3.config import ModelConfig, ParallelConfig
 from dsv3.config_files import PRESETS, load_model_config
@@ -19,6 +19,7 @@ from dsv3.model.transformer import Transformer
 from dsv3.parallel.collectives import SingleRank
 from dsv3.parallel.mesh import Mesh
 from dsv3.parallel.weights import Matrix, WeightFormat
+from dsv3_kernels.testing import assert_bitwise_equal
 from tests.checkpoint_files import FP8, TINY, random_tensors, write_hf
 
 CPU = torch.device("cpu")
@@ -102,6 +103,45 @@ def test_every_family_and_world(family: str, keep_fp8: bool, tmp_path: Path) -> 
                     if isinstance(module, Matrix):
                         for e in range(len(module.names)):
                             assert module.matrix(e).dtype == torch.float32
+
+
+# The more ranks, the more shards cut blocks.
+WHOLE = dataclasses.replace(
+    TINY,
+    quantization=FP8,
+    hidden_size=256,
+    intermediate_size=512,
+    moe_intermediate_size=384,
+    q_lora_rank=256,
+)
+
+
+def test_fp8_products(tmp_path: Path) -> None:
+    """Whole blocks stay FP8 with packed scales, the rest is dequantized: planned to the byte."""
+    kept = set()
+    with open_source(write_hf(tmp_path / "hf", WHOLE, random_tensors(WHOLE))) as source:
+        for world_size in (1, 2, 4, 8):
+            layout = ParallelConfig(world_size=world_size, rank=world_size - 1)
+            names = fp8_products(source, layout)
+            fmt = WeightFormat(torch.bfloat16, CPU, names, fp8_products=True)
+            model = model_of(WHOLE, layout, fmt)
+            plain = model_of(WHOLE, layout, WeightFormat(torch.bfloat16, CPU))
+            load_weights(source, model.targets(), layout)
+            load_weights(source, plain.targets(), layout)
+            assert weight_bytes(WHOLE, layout, 2, names) == held(model) == model.num_bytes
+            for (name, got), want in zip(model.named_modules(), plain.modules(), strict=True):
+                if not isinstance(got, Matrix):
+                    continue
+                assert got.quantizes == (got.weight.dtype == torch.float8_e4m3fn)
+                if got.quantizes and got.weight.numel():
+                    kept.add((world_size, name.split(".", 3)[-1]))
+                for e in range(len(got.names)):
+                    assert_bitwise_equal(name, got.matrix(e), want.matrix(e))
+    both = {"in_proj", "q_b_proj", "o_proj", "gate_up_proj", "down_proj"}
+    shared = {"shared_experts.gate_up_proj", "shared_experts.down_proj"}
+    assert {n for w, n in kept if w == 1} == both | shared
+    assert {n for w, n in kept if w == 2} == (both | shared) - {"q_b_proj"}  # 192 rows
+    assert {n for w, n in kept if w == 8} == {"in_proj", "gate_up_proj", "down_proj"}
 
 
 def test_keeping_fp8_takes_a_quarter() -> None:

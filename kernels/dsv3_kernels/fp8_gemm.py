@@ -1,0 +1,359 @@
+"""Products of FP8 activations and FP8 weights, both scaled in blocks: 1x128 and 128x128.
+
+    y[m, n] = sum over blocks b of K of sx[m, b] * sw[n // 128, b] * (sum over b of x * w)
+
+Tensor cores of Hopper keep about 14 bits inside an FP8 product, so every 128 of K is summed there
+and added, scaled, to a float32 accumulator outside.
+
+Two forms. **Few rows** (`_small_kernel`; decode): bound by reading the weights. Operands are
+swapped, so that 64 rows of W fill the tensor core's M and the tokens its narrow N; K is split over
+programs, as many as (N, K) asks for, until all multiprocessors read. The parts are summed in the
+order of the splits, by the program that ends last, or for many rows by a second launch.
+**Many rows** (`_large_kernel`; prefill): bound by FLOPs. Persistent programs walk the tiles in an
+order that keeps operands in L2; on Hopper tiles come through TMA descriptors.
+
+Within a form a row's result does not depend on how many rows there are, nor on the tile: every
+element is the same chain of additions, block after block. Between the forms only the order differs
+(few rows: split by split, then the splits), so results agree to float32 rounding, not bit by bit.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dsv3_kernels._e4m3 import e4m3_operand, e4m3_view, is_native
+from dsv3_kernels._triton import tl, triton, use_triton
+from dsv3_kernels.act_quant import BLOCK, Quantized
+from dsv3_kernels.weight_dequant import weight_dequant_ref
+
+# Rows of W that a program of the small form takes.
+_ROWS = 64
+# Programs of the small form that keep a large GPU's memory busy.
+_WANTED = 132
+
+
+def fp8_gemm_ref(
+    x: Quantized, w_FD: Tensor, scale_fd: Tensor, dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    """Define `fp8_gemm`: dequantize both, multiply in float32, round once."""
+    x_TD = (x.q.float().unflatten(-1, (-1, BLOCK)) * x.scale.unsqueeze(-1)).flatten(-2)
+    return F.linear(x_TD, weight_dequant_ref(w_FD, scale_fd, torch.float32)).to(dtype)
+
+
+def splits_of(N: int, K: int) -> int:
+    """Return how many programs share a row of W in the small form."""
+    tiles, blocks = -(-N // _ROWS), K // BLOCK
+    # At least two blocks for each, and where there are tiles enough one split saves the summing.
+    return max(1, min(round(_WANTED / tiles), blocks // 2, 16))
+
+
+def is_small(M: int, N: int) -> bool:
+    """Tell whether M rows take the small form: they are few, or all of y is."""
+    return M <= 128 or M * N <= 2**18
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """How the large form cuts y: into BM x (HALVES * 128).
+
+    Attributes:
+        per_sm: programs on a multiprocessor.
+        speed: of such tiles, relative to the largest, where all multiprocessors have some; an
+            estimate from the bytes they read and the products that overlap with scaling.
+    """
+
+    BM: int
+    HALVES: int
+    num_warps: int
+    stages: int
+    per_sm: int
+    speed: float
+
+    def seconds(self, M: int, N: int) -> float:
+        """Return the time of a product in some unit: rounds of tiles times that of a tile."""
+        tiles = -(-M // self.BM) * -(-N // (128 * self.HALVES))
+        return -(-tiles // _WANTED) * self.BM * self.HALVES / self.speed
+
+
+# Two products of 128 x 128 at a time read L2 least, and one is scaled while the next begins (255
+# registers, none spilled in the loop). Smaller tiles waste less of the last round.
+TILES = (Tile(128, 2, 8, 4, 1, 1.0), Tile(128, 1, 8, 4, 1, 0.85), Tile(64, 1, 4, 4, 2, 0.7))
+# Without Hopper's tensor cores operands take registers too.
+OLD_TILES = (Tile(128, 1, 8, 3, 1, 1.0), Tile(64, 1, 8, 3, 1, 0.8))
+
+
+def tile_of(M: int, N: int, tiles: tuple[Tile, ...] = TILES) -> Tile:
+    """Return the tile that is expected to take least time."""
+    return min(tiles, key=lambda tile: tile.seconds(M, N))
+
+
+@triton.jit(do_not_specialize=["M"])
+def _small_kernel(
+    x_ptr,
+    x_scale_ptr,
+    w_ptr,
+    w_scale_ptr,
+    y_ptr,
+    part_ptr,
+    lock_ptr,
+    M,
+    N,
+    K,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    SPLITS: tl.constexpr,
+    LOCKED: tl.constexpr,
+    NATIVE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Multiply BN rows of W by BM rows of x over one split of K."""
+    tile, split, m_tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    blocks = K // 128
+    n = tile * BN + tl.arange(0, BN)
+    m = m_tile * BM + tl.arange(0, BM)
+    k = tl.arange(0, 128)
+    # Rows beyond the end repeat the last one; what they give is not stored.
+    n_row, m_row = tl.minimum(n, N - 1).to(tl.int64), tl.minimum(m, M - 1).to(tl.int64)
+    w_at = w_ptr + n_row[:, None] * K + k[None, :]
+    x_at = x_ptr + m_row[:, None] * K + k[None, :]
+    w_scale_at = w_scale_ptr + (tile * BN // 128) * blocks
+    x_scale_at = x_scale_ptr + m_row * blocks
+    acc = tl.zeros((BN, BM), tl.float32)
+    first, last = split * blocks // SPLITS, (split + 1) * blocks // SPLITS
+    for b in tl.range(first, last, num_stages=STAGES):
+        w = e4m3_operand(tl.load(w_at + b * 128), NATIVE)
+        x = e4m3_operand(tl.load(x_at + b * 128), NATIVE)
+        scale = tl.load(x_scale_at + b) * tl.load(w_scale_at + b)
+        acc += tl.dot(w, tl.trans(x)) * scale[None, :]
+    y = tl.trans(acc)
+    at = m.to(tl.int64)[:, None] * N + n[None, :]
+    mask = (m < M)[:, None] & (n < N)[None, :]
+    if SPLITS == 1:
+        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
+    else:
+        size = M.to(tl.int64) * N
+        tl.store(part_ptr + split * size + at, y, mask=mask)
+        if LOCKED:
+            # All threads' stores come before the count, the count before the loads.
+            tl.debug_barrier()
+            lock_at = lock_ptr + m_tile * tl.num_programs(0) + tile
+            if tl.atomic_add(lock_at, 1, sem="acq_rel") == SPLITS - 1:
+                total = tl.zeros((BM, BN), tl.float32)
+                for s in range(SPLITS):
+                    part_at = part_ptr + s * size + at
+                    total += tl.load(part_at, mask=mask, other=0.0, cache_modifier=".cg")
+                tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=mask)
+                tl.store(lock_at, 0)  # as the next launch expects it
+
+
+@triton.jit(do_not_specialize=["size"])
+def _sum_parts_kernel(part_ptr, y_ptr, size, SPLITS: tl.constexpr, B: tl.constexpr):
+    """Add up the splits, in their order."""
+    at = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
+    total = tl.zeros((B,), tl.float32)
+    for s in tl.static_range(SPLITS):
+        total += tl.load(part_ptr + s * size + at, mask=at < size, other=0.0)
+    tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=at < size)
+
+
+@triton.jit
+def _load_tile(source, row, col, rows, K, B: tl.constexpr, TMA: tl.constexpr):
+    """Load B rows of 128 from a descriptor or from a pointer to rows of K."""
+    if TMA:
+        return source.load([row, col])
+    else:  # noqa: RET505 - Triton drops a constant condition's other branch only so
+        r = tl.minimum(row + tl.arange(0, B), rows - 1).to(tl.int64)
+        return tl.load(source + r[:, None] * K + col + tl.arange(0, 128)[None, :])
+
+
+@triton.jit
+def _store_tile(y_ptr, acc, row, col, M, N, BM: tl.constexpr):
+    m, n = tl.arange(0, BM), tl.arange(0, 128)
+    # Inside a tile 32 bits are enough, and take half of the registers.
+    start = y_ptr + row.to(tl.int64) * N + col
+    mask = (m < M - row)[:, None] & (n < N - col)[None, :]
+    tl.store(start + m[:, None] * N + n[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _large_kernel(
+    x,
+    x_scale_ptr,
+    w,
+    w_scale_ptr,
+    y_ptr,
+    M,
+    N,
+    K,
+    BM: tl.constexpr,
+    HALVES: tl.constexpr,
+    GROUP: tl.constexpr,
+    TMA: tl.constexpr,
+    NATIVE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Compute tiles of BM x (HALVES * 128); `x` and `w` are descriptors (TMA) or pointers."""
+    blocks = K // 128
+    m_tiles, n_tiles = tl.cdiv(M, BM), tl.cdiv(N, HALVES * 128)
+    for tile in tl.range(tl.program_id(0), m_tiles * n_tiles, tl.num_programs(0)):
+        # GROUP tiles of rows go through all columns together, so that they share W in L2.
+        group = tile // (GROUP * n_tiles)
+        height = tl.minimum(m_tiles - group * GROUP, GROUP)
+        inside = tile - group * GROUP * n_tiles
+        row = (group * GROUP + inside % height) * BM
+        col = inside // height * HALVES * 128
+        x_scale_at = x_scale_ptr + row.to(tl.int64) * blocks
+        x_scale_row = tl.minimum(tl.arange(0, BM), M - row - 1) * blocks
+        w_scale_at = w_scale_ptr + col // 128 * blocks
+        # A half that lies behind the last row of W reads the scales of the one before.
+        other_at = w_scale_ptr + tl.minimum(col + 128, N - 1) // 128 * blocks
+        acc = tl.zeros((BM, 128), tl.float32)
+        other = tl.zeros((BM, 128), tl.float32)
+        for b in tl.range(0, blocks, num_stages=STAGES):
+            x_scale = tl.load(x_scale_at + x_scale_row + b)
+            a = e4m3_operand(_load_tile(x, row, b * 128, M, K, BM, TMA), NATIVE)
+            c = e4m3_operand(_load_tile(w, col, b * 128, N, K, 128, TMA), NATIVE)
+            scale = x_scale * tl.load(w_scale_at + b)
+            acc += tl.dot(a, tl.trans(c)) * scale[:, None]
+            if HALVES == 2:
+                c = e4m3_operand(_load_tile(w, col + 128, b * 128, N, K, 128, TMA), NATIVE)
+                scale = x_scale * tl.load(other_at + b)
+                other += tl.dot(a, tl.trans(c)) * scale[:, None]
+        _store_tile(y_ptr, acc, row, col, M, N, BM)
+        if HALVES == 2:
+            _store_tile(y_ptr, other, row, col + 128, M, N, BM)
+
+
+def _launch_small(
+    x: Quantized, w_FD: Tensor, scale_fd: Tensor, y: Tensor, locks: Tensor | None
+) -> None:
+    (M, N), K = y.shape, w_FD.shape[1]
+    rows = min(128, max(16, triton.next_power_of_2(M)))
+    splits = splits_of(N, K)
+    grid = (triton.cdiv(N, _ROWS), splits, triton.cdiv(M, rows))
+    # One program sums all splits of its tile: quick only while the tile is small.
+    locked = splits > 1 and rows <= 32 and locks is not None
+    part = torch.empty((splits, M, N) if splits > 1 else 0, dtype=torch.float32, device=y.device)
+    _small_kernel[grid](
+        e4m3_view(x.q),
+        x.scale,
+        e4m3_view(w_FD),
+        scale_fd,
+        y,
+        part,
+        locks if locked else part,
+        M,
+        N,
+        K,
+        BM=rows,
+        BN=_ROWS,
+        SPLITS=splits,
+        LOCKED=locked,
+        NATIVE=is_native(y),
+        STAGES={16: 8, 32: 7, 64: 6, 128: 4}[rows],
+        num_warps=4,
+    )
+    if splits > 1 and not locked:
+        _sum_parts_kernel[(triton.cdiv(M * N, 1024),)](part, y, M * N, SPLITS=splits, B=1024)
+
+
+def _launch_large(
+    x: Quantized, w_FD: Tensor, scale_fd: Tensor, y: Tensor, tile: Tile, tma: bool
+) -> None:
+    (M, N), K = y.shape, w_FD.shape[1]
+    programs = 2
+    if y.is_cuda:
+        device = torch.cuda.get_device_properties(y.device)
+        programs = device.multi_processor_count * tile.per_sm
+    tiles = triton.cdiv(M, tile.BM) * triton.cdiv(N, 128 * tile.HALVES)
+    _large_kernel[(min(tiles, programs),)](
+        _tiles_of(x.q, tile.BM, tma),
+        x.scale,
+        _tiles_of(w_FD, 128, tma),
+        scale_fd,
+        y,
+        M,
+        N,
+        K,
+        BM=tile.BM,
+        HALVES=tile.HALVES,
+        GROUP=8,
+        TMA=tma,
+        NATIVE=is_native(y),
+        STAGES=tile.stages,
+        num_warps=tile.num_warps,
+    )
+
+
+def _tiles_of(matrix: Tensor, rows: int, tma: bool) -> Any:
+    """Return a descriptor of tiles of `rows` x 128, or the matrix itself."""
+    view = e4m3_view(matrix)
+    if not tma:
+        return view
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(view, [rows, BLOCK])
+
+
+def fp8_gemm_triton(
+    x: Quantized,
+    w_FD: Tensor,
+    scale_fd: Tensor,
+    dtype: torch.dtype = torch.bfloat16,
+    locks: Tensor | None = None,
+) -> Tensor:
+    """Launch `fp8_gemm`."""
+    N, K = w_FD.shape
+    assert K % BLOCK == 0 and x.q.shape[-1] == K, f"{x.q.shape=} {w_FD.shape=}"
+    assert scale_fd.shape == (-(-N // BLOCK), K // BLOCK), f"{w_FD.shape=} {scale_fd.shape=}"
+    for t in (*x, w_FD, scale_fd):
+        assert t.is_contiguous(), f"{t.shape=} {t.stride()=}"
+    y = torch.empty((*x.q.shape[:-1], N), dtype=dtype, device=w_FD.device)
+    flat = Quantized(x.q.view(-1, K), x.scale.view(-1, K // BLOCK))
+    if not y.numel():
+        return y
+    if is_small(len(flat.q), N):
+        _launch_small(flat, w_FD, scale_fd, y.view(-1, N), locks)
+    else:
+        # Of GPUs with TMA, those for data centers also have the shared memory that TILES need.
+        tma = y.is_cuda and torch.cuda.get_device_capability(y.device)[0] in (9, 10)
+        tile = tile_of(len(flat.q), N, TILES if tma else OLD_TILES)
+        _launch_large(flat, w_FD, scale_fd, y.view(-1, N), tile, tma)
+    return y
+
+
+def make_locks(w_FD: Tensor) -> Tensor:
+    """Return the counters with which `fp8_gemm` sums the splits of few rows in one launch.
+
+    They belong to one weight; launches that share them must follow one another.
+    """
+    return torch.zeros(-(-w_FD.shape[0] // _ROWS), dtype=torch.int32, device=w_FD.device)
+
+
+def fp8_gemm(
+    x: Quantized,
+    w_FD: Tensor,
+    scale_fd: Tensor,
+    dtype: torch.dtype = torch.bfloat16,
+    locks: Tensor | None = None,
+) -> Tensor:
+    """Return x W^T of FP8 values with block scales.
+
+    Args:
+        x: [..., D] with a scale per 128, D a multiple of 128.
+        w_FD: [F, D] float8_e4m3fn, contiguous; F may end inside a block.
+        scale_fd: [ceil(F / 128), D / 128] float32, contiguous.
+        dtype: of the result: bfloat16 or float32.
+        locks: `make_locks(w_FD)`: saves a launch where K is split.
+
+    Returns:
+        [..., F].
+
+    Source: DeepSeek-V3 report, section 3.3.2.
+    """
+    if use_triton(w_FD):
+        return fp8_gemm_triton(x, w_FD, scale_fd, dtype, locks)
+    return fp8_gemm_ref(x, w_FD, scale_fd, dtype)
