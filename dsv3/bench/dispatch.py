@@ -12,6 +12,7 @@ from torch import Tensor
 from dsv3.bench.report import Report, Row
 from dsv3.config import ModelConfig
 from dsv3.model.moe import MoE
+from dsv3.model.side_stream import SideStream
 from dsv3.parallel.experts import FP8, DispatchSettings, ExpertDispatch
 from dsv3.parallel.mesh import Mesh
 from dsv3.parallel.weights import WeightFormat
@@ -50,7 +51,8 @@ def dispatch_time(
             forms[name] = dispatch, fixed
         if mesh.layout.dp == 1:
             break  # all ranks have all tokens: there is only one form
-    moe = MoE(config, "", mesh.layout, WeightFormat(dtype, mesh.device), dispatch)
+    side, fmt = SideStream(mesh.device), WeightFormat(dtype, mesh.device)
+    moe = MoE(config, "", mesh.layout, fmt, dispatch, side)
     for module, seed in ((moe, 1 + mesh.layout.rank), (moe.router, 0)):
         generator = torch.Generator(mesh.device).manual_seed(seed)
         for weight in module.parameters():

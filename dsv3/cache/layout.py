@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from dsv3.config import ModelConfig
+from dsv3_kernels import Paging
 
 # Page 0 belongs to nobody: its slots pad index rows and are never written.
 NULL_PAGE = 0
@@ -76,10 +77,11 @@ class CacheLayout:
         """Slots of a page on this rank."""
         return self.page_size // self.shards
 
+    @property
+    def paging(self) -> Paging:
+        """Where this rank finds a sequence's positions."""
+        return Paging(self.page_size, self.shards, self.shard)
+
     def pages_for(self, num_tokens: int) -> int:
         """Return the pages that `num_tokens` positions of one sequence need."""
         return -(-num_tokens // self.page_size)
-
-    def local_len(self, num_tokens: int) -> int:
-        """Return how many of a sequence's first `num_tokens` positions this rank holds."""
-        return (num_tokens - self.shard + self.shards - 1) // self.shards

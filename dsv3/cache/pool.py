@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dsv3.cache.layout import CacheLayout
 from dsv3.parallel.collectives import Collectives
-from dsv3_kernels import pack_latent, unpack_latent
+from dsv3_kernels import pack_latent, unpack_latent, write_slots
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.uint8}
 
@@ -90,9 +90,9 @@ class LayerCache:
             return unpack_latent(stored_TY, self.layout.value_dim, dtype)
         return stored_TY.to(dtype)
 
-    def write(self, slot_M: Tensor, entry_MX: Tensor) -> None:
-        """Store entries, rounded to the storage format, in this rank's slots."""
-        self.slots.index_copy_(0, slot_M, self._store(entry_MX))
+    def write(self, slot_T: Tensor, entry_TX: Tensor) -> None:
+        """Store entries, rounded to the storage format, in this rank's slots; none at slot -1."""
+        write_slots(self.slots, slot_T, self._store(entry_TX))
 
     def round(self, entry_TX: Tensor) -> Tensor:
         """Return entries as they will be read back, in their own dtype.

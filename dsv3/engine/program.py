@@ -49,21 +49,13 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--weights", default="auto", help="auto, or fp8: keep FP8 as stored")
     layout = parser.add_argument_group("layout")
     layout.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    layout.add_argument(
-        "--tp", type=int, default=0, help="tensor-parallel ranks (default: all that --dp leaves)"
-    )
-    layout.add_argument(
-        "--dp", type=int, default=1, help="groups of them that answer different requests (1)"
-    )
+    layout.add_argument("--tp", type=int, default=0, help="tensor-parallel ranks (0: all)")
+    layout.add_argument("--dp", type=int, default=1, help="data-parallel groups of them (1)")
     layout.add_argument(
         "--moe-dispatch", default="auto", help="tokens to experts: auto, allreduce or alltoall"
     )
     layout.add_argument(
-        "--sequence-parallel",
-        type=int,
-        default=-1,
-        metavar="TOKENS",
-        help="split norms over tp in steps of so many tokens (0: never; -1: as the device)",
+        "--sequence-parallel", type=int, default=-1, help="split norms in steps of so many tokens"
     )
     layout.add_argument("--dispatch-dtype", default="auto", help="there: auto, bf16 or fp8")
     cache = parser.add_argument_group("cache and attention")

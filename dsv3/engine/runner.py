@@ -1,5 +1,7 @@
 """Executes step plans on one rank: plan -> device batch -> model -> sampled tokens."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -13,7 +15,6 @@ from dsv3.engine.plan import StepPlan
 from dsv3.engine.sampler import SampledOnDevice, Sampler
 from dsv3.model.batch import Batch, Chunk, DecodeGroup
 from dsv3.model.transformer import Transformer
-from dsv3.parallel.mesh import Mesh
 
 Longs = NDArray[np.int64]
 
@@ -24,22 +25,16 @@ class Runner:
     Args:
         model: this rank's shard, loaded.
         cache: this rank's cache.
-        mesh: this rank and its peers.
         decode_limit: sequences with at most this many new tokens attend straight to the cache;
             longer ones in expanded form.
         mover: moves pages to and from host memory; None where the plans never ask for it.
     """
 
     def __init__(
-        self,
-        model: Transformer,
-        cache: CachePool,
-        mesh: Mesh,
-        decode_limit: int,
-        mover: Mover | None = None,
+        self, model: Transformer, cache: CachePool, decode_limit: int, mover: Mover | None = None
     ) -> None:
         self._model, self._cache, self._decode_limit = model, cache, decode_limit
-        self._mesh, self._mover = mesh, mover
+        self._mesh, self._mover = model.dispatch.mesh, mover
         self._device = cache.slots.device
         self._sampler = Sampler(model, cache.tp, self._device)
         self._last_token_M = torch.zeros(0, dtype=torch.int64, device=self._device)
@@ -47,7 +42,7 @@ class Runner:
     @property
     def sent_bytes(self) -> int:
         """Bytes that this rank sent to others so far, but for replays of CUDA graphs."""
-        return self._model.dispatch.mesh.sent_bytes
+        return self._mesh.sent_bytes
 
     @property
     def weight_bytes(self) -> int:
@@ -122,7 +117,7 @@ class BatchBuilder:
         self._row_start = np.concatenate([[0], plan.query_len.cumsum()])
         self._page_start = np.concatenate([[0], plan.page_count.cumsum()])
 
-    def _tensor(self, values: Longs) -> Tensor:
+    def _tensor(self, values: NDArray[Any]) -> Tensor:
         return torch.from_numpy(values).to(self._device)
 
     def _pages(self, seq: int) -> Longs:
@@ -136,17 +131,17 @@ class BatchBuilder:
         row_seq = np.repeat(np.arange(num_seqs), plan.query_len)
         in_seq = np.arange(len(row_seq)) - self._row_start[row_seq]
         position = (plan.context_len[row_seq] + in_seq).astype(np.int64)
-        own, slot = self._own_slots(row_seq, position)
         # The scheduler orders sequences by their new tokens, so the short ones are in front.
         num_short = int(np.searchsorted(plan.query_len, self._limit, side="right"))
         batch = Batch(
             token_T=self._tensor(plan.token_ids.astype(np.int64)),
             position_T=self._tensor(position),
-            own_row=None if layout.shards == 1 else self._tensor(own),
-            own_slot=self._tensor(slot),
+            own_slot=self._tensor(self._own_slots(row_seq, position)),
             num_decode_rows=int(self._row_start[num_short]),
         )
         batch.groups = [self._group(a, b) for a, b in self._group_bounds(num_short)]
+        start_L = (self._row_start[num_short:] - batch.num_decode_rows).astype(np.int32)
+        batch.chunk_start_L = self._tensor(start_L) if num_short < num_seqs else None
         for seq in range(num_short, num_seqs):
             context = int(plan.context_len[seq])
             pages = self._pages(seq)[: layout.pages_for(context)]
@@ -154,22 +149,23 @@ class BatchBuilder:
             batch.chunks.append(Chunk(start, stop, context, self._tensor(pages)))
         return batch
 
-    def _own_slots(self, row_seq: Longs, position: Longs) -> tuple[Longs, Longs]:
-        """Return the rows whose entries this rank holds, and their slots."""
+    def _own_slots(self, row_seq: Longs, position: Longs) -> Longs:
+        """Return the slots of the new entries; -1 for those of other ranks."""
         layout = self._layout
-        own = np.flatnonzero(position % layout.shards == layout.shard)
-        at = position[own]
-        page = self._plan.pages[self._page_start[row_seq[own]] + at // layout.page_size]
-        slot = page * layout.slots_per_page + at % layout.page_size // layout.shards
-        return own, slot.astype(np.int64)
+        page = self._plan.pages[self._page_start[row_seq] + position // layout.page_size]
+        slot = page * layout.slots_per_page + position % layout.page_size // layout.shards
+        return np.where(position % layout.shards == layout.shard, slot, -1).astype(np.int64)
 
     def _group_bounds(self, num_short: int) -> list[tuple[int, int]]:
-        """Split the short sequences where padding them to one length would waste too much."""
-        plan, bounds, start = self._plan, [], 0
+        """Split the short sequences where their new tokens differ.
+
+        On a CPU also where padding them to one length would waste too much; kernels skip padding.
+        """
+        plan, bounds, start, on_cpu = self._plan, [], 0, self._device.type == "cpu"
         for seq in range(1, num_short + 1):
             if seq < num_short and plan.query_len[seq] == plan.query_len[start]:
-                shortest = plan.context_len[start]
-                if plan.context_len[seq] <= 2 * shortest + self._layout.page_size:
+                wasteful = 2 * plan.context_len[start] + self._layout.page_size
+                if not on_cpu or plan.context_len[seq] <= wasteful:
                     continue
             bounds.append((start, seq))
             start = seq
@@ -181,23 +177,19 @@ class BatchBuilder:
         context = plan.context_len[first:last].astype(np.int64)
         longest = int(context.max()) + queries
         page_BG = self._tensor(self._page_table(first, last, layout.pages_for(longest)))
-        width, context_B1 = max(1, layout.local_len(longest)), self._tensor(context[:, None])
-        # From here on the device's work: the host's does not grow with the positions.
-        slot_P = torch.arange(layout.slots_per_page, device=self._device)
-        slot_BGP = page_BG[..., None] * layout.slots_per_page + slot_P
-        key_pos_S = torch.arange(width, device=self._device) * layout.shards + layout.shard
-        is_padding_BS = key_pos_S >= context_B1 + queries
+        query_pos_BQ = self._tensor(context[:, None] + np.arange(queries))
+        on_cpu = self._device.type == "cpu"
         return DecodeGroup(
             start=int(self._row_start[first]),
             stop=int(self._row_start[last]),
-            slot_BS=slot_BGP.flatten(1)[:, :width].masked_fill(is_padding_BS, 0),
-            key_pos_BS=key_pos_S.expand(last - first, -1),
-            query_pos_BQ=context_B1 + torch.arange(queries, device=self._device),
+            page_BG=page_BG,
+            query_pos_BQ=query_pos_BQ,
+            keys=layout.paging.keys(page_BG, query_pos_BQ, longest) if on_cpu else None,
         )
 
-    def _page_table(self, first: int, last: int, width: int) -> Longs:
+    def _page_table(self, first: int, last: int, width: int) -> NDArray[np.int32]:
         """Return the first `width` pages of some sequences, rows filled up with the null page."""
         column = np.arange(width)
         at = np.minimum(self._page_start[first:last, None] + column, len(self._plan.pages) - 1)
         is_held = column < self._plan.page_count[first:last, None]
-        return np.where(is_held, self._plan.pages[at], NULL_PAGE).astype(np.int64)
+        return np.where(is_held, self._plan.pages[at], NULL_PAGE).astype(np.int32)

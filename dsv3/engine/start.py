@@ -162,7 +162,7 @@ def start(
     fmt = setup.fmt
     numerics = f"{fmt.dtype} {'fp8 products' if fmt.fp8_products else settings.weights}"
     mover, tiers = make_tiers(mesh, settings, config, cache, plan.host_pages, weights, numerics)
-    runner = Runner(model, cache, mesh, _decode_limit(settings, config), mover)
+    runner = Runner(model, cache, _decode_limit(settings, config), mover)
     channel = PlanChannel(mesh.control)
     with _phase(seconds, "warmup"):
         runner.run([_one_sequence(1)] * mesh.layout.dp)
@@ -237,7 +237,7 @@ def _measured_plan(
     before = torch.cuda.memory_allocated(mesh.device)
     torch.cuda.reset_peak_memory_stats(mesh.device)
     plan = _one_sequence(count, setup.layout.page_size)
-    Runner(model, cache, mesh, _decode_limit(settings, model.config)).run([plan] * mesh.layout.dp)
+    Runner(model, cache, _decode_limit(settings, model.config)).run([plan] * mesh.layout.dp)
     peak = torch.cuda.max_memory_allocated(mesh.device) - before
     del cache
     torch.cuda.empty_cache()

@@ -25,12 +25,14 @@ from dsv3.parallel.weights import Vector, WeightFormat
 from dsv3_kernels import (
     Quantized,
     add_rmsnorm,
-    apply_rope,
+    latent_entries,
     merge_lse,
     mha_decode,
     mla_decode,
     mla_prefill,
-    rmsnorm,
+    mla_prefill_packed,
+    rope_and_cache,
+    rotate,
 )
 
 # transformers and DeepSeek's own code leave the two inner norms at this value, whatever the
@@ -100,20 +102,24 @@ class MLA(nn.Module):
         x_q: Quantized | None = None,
     ) -> Tensor:
         """Return this rank's part of the attention output, [T, D]; `x_q` is x in FP8."""
-        q_THX, entry_TX = self._project(x_TD, rope, x_q)
+        q_THX, kv_TX = self._project(x_TD, rope, x_q)
+        norm = self.kv_a_layernorm.weight, _LATENT_NORM_EPS, *rope, self.config.rope_interleave
         if cache.layout.form == "heads":
-            o_THV = self._naive(q_THX, entry_TX, batch, cache)
+            o_THV = self._naive(q_THX, latent_entries(kv_TX, *norm), batch, cache)
         else:
-            o_THV = self._latent(q_THX, entry_TX, batch, cache)
+            keep_from = batch.num_decode_rows
+            slots = cache.slots, batch.own_slot
+            chunk_TX = rope_and_cache(kv_TX, *norm, *slots, keep_from)
+            o_THV = self._latent(q_THX, chunk_TX, batch, cache)
         return self.o_proj(o_THV.flatten(1))
 
     def _project(
         self, x_TD: Tensor, rope: tuple[Tensor, Tensor], x_q: Quantized | None
     ) -> tuple[Tensor, Tensor]:
-        """Return queries [T, H, N + R] and cache entries [T, C + R], both rotated."""
+        """Return rotated queries [T, H, N + R], and latents with keys [T, C + R] as they come."""
         c = self.config
-        first, latent_TC, k_TR = self.in_proj(x_TD, x_q).split(
-            [self.first_rows, c.kv_lora_rank, c.qk_rope_head_dim], -1
+        first, kv_TX = self.in_proj(x_TD, x_q).split(
+            [self.first_rows, c.kv_lora_rank + c.qk_rope_head_dim], -1
         )
         if c.q_lora_rank is not None:
             up, norm = self.q_b_proj, self.q_a_layernorm.weight
@@ -122,21 +128,16 @@ class MLA(nn.Module):
             )
             first = up(query_TA, query_q)
         q_THX = first.view(-1, self.heads, c.qk_head_dim)
-        q_THN, q_THR = q_THX.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
-        cos, sin = rope
-        q_THR = apply_rope(q_THR, cos[:, None], sin[:, None], c.rope_interleave)
-        k_TR = apply_rope(k_TR, cos, sin, c.rope_interleave)
-        latent_TC = rmsnorm(latent_TC, self.kv_a_layernorm.weight, _LATENT_NORM_EPS)
-        return torch.cat((q_THN, q_THR), -1), torch.cat((latent_TC, k_TR), -1)
+        rotate(q_THX[..., c.qk_nope_head_dim :], *rope, c.rope_interleave)
+        return q_THX, kv_TX
 
-    def _expand(self, entry_SX: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys [S, H, N + R] and values [S, H, V] of the local heads."""
+    def _expand(self, entry_SX: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return keys [S, H, N] with [S, H, R] and values [S, H, V] of the local heads."""
         c = self.config
         latent_SC, k_SR = entry_SX.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
         kv = self.kv_b_proj(latent_SC).view(-1, self.heads, c.qk_nope_head_dim + c.v_head_dim)
         k_SHN, v_SHV = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)
-        k_SHR = k_SR[:, None].expand(-1, self.heads, -1)
-        return torch.cat((k_SHN, k_SHR), -1), v_SHV
+        return k_SHN, k_SR[:, None].expand(-1, self.heads, -1), v_SHV
 
     def _absorption(self) -> tuple[Tensor, Tensor]:
         """Return W_UK [H, N, C] and W_UV [H, V, C] of the local heads."""
@@ -146,19 +147,19 @@ class MLA(nn.Module):
 
     # Latent cache ---------------------------------------------------------------------------
 
-    def _latent(self, q_THX: Tensor, entry_TX: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
-        own = entry_TX if batch.own_row is None else entry_TX[batch.own_row]
-        cache.write(batch.own_slot, own)
+    def _latent(self, q_THX: Tensor, chunk_TX: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
+        """Attend to the cache, and from the chunks to `chunk_TX`, their entries, as well.
+
+        A chunk's keys come as the cache will return them, so that its output does not depend on
+        where chunks were cut.
+        """
         if not batch.chunks:
             return self._absorbed(q_THX, batch, cache)
         o_THV = q_THX.new_empty((*q_THX.shape[:2], self.config.v_head_dim), dtype=torch.float32)
         decode = batch.num_decode_rows
         if decode:
             o_THV[:decode] = self._absorbed(q_THX[:decode], batch, cache)
-        entry_TX = cache.round(entry_TX)
-        for chunk in batch.chunks:
-            rows = slice(chunk.start, chunk.stop)
-            o_THV[rows] = self._expanded(q_THX[rows], entry_TX[rows], chunk, cache)
+        o_THV[decode:] = self._expanded(q_THX[decode:], chunk_TX, batch, cache)
         return o_THV
 
     def _absorbed(self, q_THX: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
@@ -185,11 +186,12 @@ class MLA(nn.Module):
             out, lse = mla_decode(
                 q_THX[g.start : g.stop].view(B, Q, *q_THX.shape[1:]),
                 cache.slots,
-                g.slot_BS,
-                g.key_pos_BS,
+                g.page_BG,
                 g.query_pos_BQ,
+                cache.layout.paging,
                 self.config.kv_lora_rank,
                 self.config.softmax_scale,
+                g.keys,
             )
             outs.append(out.flatten(0, 1))
             lses.append(lse.flatten(0, 1))
@@ -204,44 +206,64 @@ class MLA(nn.Module):
         parts = self.tp.all_to_all(by_owner.contiguous())
         return merge_lse(parts[..., :-1], parts[..., -1])[0]
 
-    def _expanded(self, q_QHX: Tensor, entry_QX: Tensor, chunk: Chunk, cache: LayerCache) -> Tensor:
-        """Attend from a chunk to its context, block by block, and to itself; [Q, H, V]."""
-        context, scale = chunk.context_len, self.config.softmax_scale
-        parts = []
+    def _expanded(self, q_THX: Tensor, entry_TX: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
+        """Attend from the chunks to themselves and to their contexts; [T, H, V] of their rows."""
+        assert batch.chunk_start_L is not None
+        longest = max(chunk.stop - chunk.start for chunk in batch.chunks)
+        o_THV, lse_TH = mla_prefill_packed(
+            q_THX,
+            *self._expand(entry_TX),
+            batch.chunk_start_L,
+            longest,
+            self.config.softmax_scale,
+        )
+        for chunk in batch.chunks:
+            if chunk.context_len:
+                rows = slice(
+                    chunk.start - batch.num_decode_rows, chunk.stop - batch.num_decode_rows
+                )
+                parts = self._context_parts(q_THX[rows], chunk, cache)
+                outs, lses = zip(*parts, (o_THV[rows], lse_TH[rows]), strict=True)
+                o_THV[rows] = merge_lse(torch.stack(outs), torch.stack(lses))[0]
+        return o_THV
+
+    def _context_parts(
+        self, q_QHX: Tensor, chunk: Chunk, cache: LayerCache
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Attend from a chunk to what is cached before it, block by block."""
+        context, dtype, parts = chunk.context_len, q_QHX.dtype, []
         pages_per_block = max(1, _BLOCK // cache.layout.page_size)
         for first_page in range(0, cache.layout.pages_for(context), pages_per_block):
             first = first_page * cache.layout.page_size
             page_G = chunk.page_G[first_page : first_page + pages_per_block]
             length = min(context - first, len(page_G) * cache.layout.page_size)
-            block = cache.gather(page_G, length, entry_QX.dtype)
-            parts.append(mla_prefill(q_QHX, *self._expand(block), first, context, scale))
-        parts.append(mla_prefill(q_QHX, *self._expand(entry_QX), context, context, scale))
-        if len(parts) == 1:
-            return parts[0][0]
-        return merge_lse(torch.stack([o for o, _ in parts]), torch.stack([s for _, s in parts]))[0]
+            keys = self._expand(cache.gather(page_G, length, dtype))
+            parts.append(mla_prefill(q_QHX, *keys, first, context, self.config.softmax_scale))
+        return parts
 
     # Cache of expanded heads ----------------------------------------------------------------
 
     def _naive(self, q_THX: Tensor, entry_TX: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
-        k_THX, v_THV = self._expand(entry_TX)
-        kv_THY = torch.cat((k_THX, v_THV), -1)
+        parts = self._expand(entry_TX)
+        kv_THY = torch.cat(parts, -1)
         cache.write(batch.own_slot, kv_THY.flatten(1))
-        scale, split = self.config.softmax_scale, [k_THX.shape[-1], v_THV.shape[-1]]
-        o_THV = torch.empty_like(v_THV, dtype=torch.float32)
+        scale, split = self.config.softmax_scale, [part.shape[-1] for part in parts]
+        o_THV = torch.empty_like(parts[-1], dtype=torch.float32)
         for g in batch.groups:
             o_THV[g.start : g.stop] = mha_decode(
                 q_THX[g.start : g.stop],
                 cache.slots,
-                g.slot_BS,
-                g.key_pos_BS,
+                g.page_BG,
                 g.query_pos_BQ[:, 0],
+                cache.layout.paging,
                 scale,
+                g.keys,
             )
         kv_THY = cache.round(kv_THY)
         for chunk in batch.chunks:
             rows = slice(chunk.start, chunk.stop)
             earlier = cache.gather(chunk.page_G, chunk.context_len, kv_THY.dtype)
             kv = torch.cat((earlier.unflatten(1, (self.heads, -1)), kv_THY[rows]))
-            k, v = kv.split(split, -1)
-            o_THV[rows] = mla_prefill(q_THX[rows], k, v, 0, chunk.context_len, scale)[0]
+            k_n, k_r, v = kv.split(split, -1)
+            o_THV[rows] = mla_prefill(q_THX[rows], k_n, k_r, v, 0, chunk.context_len, scale)[0]
         return o_THV

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from dsv3_kernels import Keys
+
 
 @dataclass(frozen=True, slots=True)
 class DecodeGroup:
@@ -11,16 +13,16 @@ class DecodeGroup:
 
     Attributes:
         start, stop: their rows of the batch, B * Q of them.
-        slot_BS: [B, S] this rank's slots of each sequence, padded with slot 0.
-        key_pos_BS: [B, S] their positions; padding lies above every query.
-        query_pos_BQ: [B, Q].
+        page_BG: [B, G] int32 pages of each sequence, filled up with the null page.
+        query_pos_BQ: [B, Q] int64; -1 for a row that pads the batch.
+        keys: on a CPU, the tables spelled out once for all layers.
     """
 
     start: int
     stop: int
-    slot_BS: Tensor
-    key_pos_BS: Tensor
+    page_BG: Tensor
     query_pos_BQ: Tensor
+    keys: Keys | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +48,17 @@ class Batch:
     Attributes:
         token_T: [T] int64 ids.
         position_T: [T] int64 positions in their sequences.
-        own_row: [O] rows whose cache entries this rank holds; None for all rows.
-        own_slot: [O] the slots they go to.
+        own_slot: [T] int64 slots the cache entries go to; -1 where another rank holds the entry.
         num_decode_rows: rows covered by `groups`.
+        groups, chunks: how the rows attend.
+        chunk_start_L: [L + 1] int32 first row of each of L chunks and their end, counted from
+            the first chunk's; None without any.
     """
 
     token_T: Tensor
     position_T: Tensor
-    own_row: Tensor | None
     own_slot: Tensor
     num_decode_rows: int
     groups: list[DecodeGroup] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
+    chunk_start_L: Tensor | None = None

@@ -5,16 +5,30 @@ decoder layer sums it over ranks, routed and shared experts in one all-reduce.
 """
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dsv3.config import ModelConfig, ParallelConfig
-from dsv3.parallel.experts import ExpertDispatch
+from dsv3.model.side_stream import SideStream
+from dsv3.parallel.experts import ExpertDispatch, Run
 from dsv3.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from dsv3.parallel.weights import Matrix, Vector, WeightFormat
-from dsv3_kernels import Quantized, Routing, experts, route, silu_mul, silu_mul_quant
+from dsv3_kernels import (
+    Quantized,
+    Routing,
+    act_quant,
+    experts,
+    route,
+    router_logits,
+    silu_mul,
+    silu_mul_quant,
+)
+
+# The shared experts run beside the routed ones up to this many tokens: more keep a GPU busy anyway.
+# The threshold that vLLM ships (VLLM_SHARED_EXPERTS_STREAM_TOKEN_THRESHOLD).
+_OVERLAP_TOKENS = 256
 
 
 class MLP(nn.Module):
@@ -68,8 +82,8 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Return (ids [T, K] int64, weights [T, K] float32)."""
-        logits_TE = F.linear(x_TD.float(), self.gate.weight)
-        return route(logits_TE, None if self.bias is None else self.bias.weight, self.rule)
+        logits_STE = router_logits(x_TD, self.gate.weight)
+        return route(logits_STE, None if self.bias is None else self.bias.weight, self.rule)
 
 
 class MoE(nn.Module):
@@ -82,9 +96,10 @@ class MoE(nn.Module):
         layout: ParallelConfig,
         fmt: WeightFormat,
         dispatch: ExpertDispatch,
+        side: SideStream,
     ) -> None:
         super().__init__()
-        self.dispatch = dispatch
+        self.dispatch, self.side, self.spread = dispatch, side, layout.ep
         self.router = Router(config, prefix, replace(fmt, fp8_names=frozenset()))
         self.top_k = config.num_experts_per_tok
         self.num_local = config.n_routed_experts // layout.ep
@@ -92,8 +107,9 @@ class MoE(nn.Module):
         hidden, inner = config.hidden_size, config.moe_intermediate_size
         paths = [f"{prefix}experts.{self.first_expert + e}." for e in range(self.num_local)]
         pairs = [[f"{p}gate_proj.weight", f"{p}up_proj.weight"] for p in paths]
-        self.gate_up_proj = Matrix(pairs, [inner, inner], hidden, fmt)
-        self.down_proj = Matrix([[f"{p}down_proj.weight"] for p in paths], [hidden], inner, fmt)
+        self.gate_up_proj = Matrix(pairs, [inner, inner], hidden, fmt, uncut=True)
+        downs = [[f"{p}down_proj.weight"] for p in paths]
+        self.down_proj = Matrix(downs, [hidden], inner, fmt, uncut=True)
         self.shared_experts: MLP | None = None
         if config.n_shared_experts:
             width = config.shared_intermediate_size
@@ -106,22 +122,25 @@ class MoE(nn.Module):
             ids_TK = torch.zeros((0, self.top_k), dtype=torch.int64, device=x_TD.device)
             return self.dispatch(x_TD, ids_TK, ids_TK.float(), self.run_experts)()
         ids_TK, weight_TK = self.router(x_TD)
-        combine = self.dispatch(x_TD, ids_TK, weight_TK, self.run_experts)
-        shared_TD = None if self.shared_experts is None else self.shared_experts(x_TD, x_q)
-        y_TD = combine()
-        return y_TD if shared_TD is None else y_TD.add_(shared_TD)
+        run: Run = self.run_experts
+        if self.dispatch.mesh.layout.dp == 1:  # the tokens stay where they are, so x_q is theirs
+            run = partial(self.run_experts, x_q=x_q)
+        combine = self.dispatch(x_TD, ids_TK, weight_TK, run)
+        if self.shared_experts is None:
+            return combine()
+        work = partial(self.shared_experts, x_TD, x_q)
+        shared = self.side.start(work, len(x_TD) <= _OVERLAP_TOKENS)
+        return combine().add_(shared())
 
-    def run_experts(self, x_MD: Tensor, ids_MK: Tensor, weight_MK: Tensor) -> Tensor:
-        """Return the sums over this rank's experts, [M, D] float32."""
-        return experts(
-            x_MD,
-            ids_MK,
-            weight_MK,
-            self.first_expert,
-            self.num_local,
-            self.gate_up_proj.matrix,
-            self.down_proj.matrix,
-        )
+    def run_experts(
+        self, x_MD: Tensor, ids_MK: Tensor, weight_MK: Tensor, x_q: Quantized | None = None
+    ) -> Tensor:
+        """Return the sums over this rank's experts, [M, D] float32; `x_q` is x in FP8."""
+        ue8m0, stacks = self.gate_up_proj.ue8m0, (self.gate_up_proj.stack(), self.down_proj.stack())
+        x: Tensor | Quantized = x_MD
+        if self.gate_up_proj.quantizes:
+            x = act_quant(x_MD, ue8m0) if x_q is None else x_q
+        return experts(x, ids_MK, weight_MK, self.first_expert, *stacks, ue8m0, self.spread)
 
 
 def feed_forward(
@@ -131,9 +150,10 @@ def feed_forward(
     layout: ParallelConfig,
     fmt: WeightFormat,
     dispatch: ExpertDispatch,
+    side: SideStream,
 ) -> MLP | MoE:
     """Return the feed-forward part of decoder layer `layer`; the first ones are dense."""
     if config.is_moe_layer(layer):
-        return MoE(config, prefix, layout, fmt, dispatch)
+        return MoE(config, prefix, layout, fmt, dispatch, side)
     hidden, inner = config.hidden_size, config.intermediate_size
     return MLP(prefix, hidden, inner, layout, fmt, config.mlp_unit)

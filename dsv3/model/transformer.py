@@ -11,6 +11,7 @@ from dsv3.model.batch import Batch
 from dsv3.model.indexer import Indexer
 from dsv3.model.moe import MoE, feed_forward
 from dsv3.model.rotary import Rotary
+from dsv3.model.side_stream import SideStream
 from dsv3.parallel.experts import DispatchSettings, ExpertDispatch
 from dsv3.parallel.linear import VocabParallelEmbedding, VocabParallelHead
 from dsv3.parallel.mesh import Mesh
@@ -32,6 +33,7 @@ class DecoderLayer(nn.Module):
         mesh: Mesh,
         fmt: WeightFormat,
         dispatch: ExpertDispatch,
+        side: SideStream,
     ) -> None:
         super().__init__()
         prefix, shape = f"model.layers.{layer}.", (config.hidden_size,)
@@ -44,7 +46,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = Vector(
             f"{prefix}post_attention_layernorm.weight", shape, fmt
         )
-        self.mlp = feed_forward(config, layer, f"{prefix}mlp.", mesh.layout, fmt, dispatch)
+        self.mlp = feed_forward(config, layer, f"{prefix}mlp.", mesh.layout, fmt, dispatch, side)
 
     def forward(
         self,
@@ -109,8 +111,9 @@ class Transformer(nn.Module):
         embed, head = "model.embed_tokens.weight", "lm_head.weight"
         vocab, hidden = config.vocab_size, config.hidden_size
         self.embed_tokens = VocabParallelEmbedding(embed, vocab, hidden, mesh.layout, mesh.tp, fmt)
+        side = SideStream(fmt.device)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, i, mesh, fmt, self.dispatch)
+            DecoderLayer(config, i, mesh, fmt, self.dispatch, side)
             for i in range(config.num_hidden_layers)
         )
         self.norm = Vector("model.norm.weight", (hidden,), fmt)
@@ -135,13 +138,10 @@ class Transformer(nn.Module):
         return rows.gather(add_rmsnorm(x_TD, y_TD, self.norm.weight, self.config.rms_norm_eps)[1])
 
     def _serve_others(self) -> Tensor:
-        x_TD = self.norm.weight.new_empty(
-            (0, self.config.hidden_size), dtype=self.embed_tokens.table.dtype
-        )
-        for layer in self.layers:
-            assert isinstance(layer, DecoderLayer)
-            if isinstance(layer.mlp, MoE):
-                layer.mlp(x_TD)
+        x_TD = self.embed_tokens.table.weight.new_empty(0, self.config.hidden_size)
+        for layer in self.modules():
+            if isinstance(layer, MoE):
+                layer(x_TD)
         return x_TD
 
     def logits(self, x_MD: Tensor) -> Tensor:

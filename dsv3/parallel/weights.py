@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from dsv3_kernels import weight_dequant
+from dsv3_kernels import Stack, weight_dequant
 
 FP8 = torch.float8_e4m3fn
 BLOCK = 128
@@ -73,16 +73,23 @@ class Matrix(nn.Module):
         rows: rows of each part, in order.
         cols: columns.
         fmt: dtype and device; FP8 when every part is in `fmt.fp8_names`.
+        uncut: the parts are whole checkpoint tensors, so that none begins inside a block.
 
     Attributes:
-        block_scale: [E, ceil(rows / 128), cols / 128] float32 where FP8 products are to be made;
-            parts but the last end with a block.
+        block_scale: [E, ceil(rows / 128), ceil(cols / 128)] float32 where FP8 parts lie in whole
+            blocks: for FP8 products, and of uncut parts if all but the last end with a block.
+        quantizes: whether it is multiplied in FP8, so that its input is best made in FP8 at once.
     """
 
     block_scale: Tensor | None
 
     def __init__(
-        self, names: list[list[str]], rows: list[int], cols: int, fmt: WeightFormat
+        self,
+        names: list[list[str]],
+        rows: list[int],
+        cols: int,
+        fmt: WeightFormat,
+        uncut: bool = False,
     ) -> None:
         super().__init__()
         fp8 = bool(fmt.fp8_names) and all(n in fmt.fp8_names for part in names for n in part)
@@ -95,9 +102,11 @@ class Matrix(nn.Module):
         self._weights = self.weight.unbind()  # a view of each, made once and not at every use
         self.scales: dict[tuple[int, int], BlockScale] = {}
         blocks = None
-        if fp8 and fmt.fp8_products:
+        self.quantizes = fp8 and fmt.fp8_products
+        if self.quantizes:
             assert not any(n % BLOCK for n in (*rows[:-1], cols)), f"{names[0]} {rows=} {cols=}"
-            shape = (len(names), -(-sum(rows) // BLOCK), cols // BLOCK)
+        if self.quantizes or (fp8 and uncut and not any(n % BLOCK for n in rows[:-1])):
+            shape = (len(names), -(-sum(rows) // BLOCK), -(-cols // BLOCK))
             blocks = torch.empty(shape, dtype=torch.float32, device=fmt.device)
         self.register_buffer("block_scale", blocks, persistent=False)
 
@@ -108,11 +117,6 @@ class Matrix(nn.Module):
                 zip(parts, self.weight[e].split(self.rows), strict=True)
             ):
                 yield Target(name, view.detach(), self, (e, i))
-
-    @property
-    def quantizes(self) -> bool:
-        """Whether it is multiplied in FP8, so that its input is best made in FP8 at once."""
-        return self.block_scale is not None
 
     def keep_scale(self, part: tuple[int, int], scale: BlockScale) -> None:
         """Store the scales of part `part[1]` of matrix `part[0]`."""
@@ -137,6 +141,12 @@ class Matrix(nn.Module):
             s = self.scales[e, i]
             parts.append(weight_dequant(rows, s.scale, self.dtype, s.row_offset, s.col_offset))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def stack(self) -> Stack:
+        """Return all matrices as `experts` takes them; dequantized where blocks are cut."""
+        if self.weight.dtype != FP8 or self.block_scale is not None:
+            return Stack(self.weight, self.block_scale)
+        return Stack(torch.stack([self.matrix(e) for e in range(len(self.names))]))
 
 
 class Vector(nn.Module):

@@ -5,40 +5,61 @@ Knows nothing of models, ranks or requests. Shape letters: see `dsv3/__init__.py
 
 from dsv3_kernels.act_quant import Quantized, act_quant
 from dsv3_kernels.fp8_gemm import fp8_gemm, make_locks
+from dsv3_kernels.grouped_gemm import Stack, grouped_down, grouped_gate_up
 from dsv3_kernels.kv_fp8 import pack_latent, packed_bytes, unpack_latent
 from dsv3_kernels.merge_lse import merge_lse
 from dsv3_kernels.mha_decode import mha_decode
 from dsv3_kernels.mla_decode import mla_decode
-from dsv3_kernels.mla_prefill import mla_prefill
+from dsv3_kernels.mla_prefill import mla_prefill, mla_prefill_packed
 from dsv3_kernels.moe import experts
+from dsv3_kernels.paging import Keys, Paging
+from dsv3_kernels.permute import Groups, masked_groups, permute, unpermute
 from dsv3_kernels.rmsnorm import add_rmsnorm, rmsnorm, rmsnorm_quant
-from dsv3_kernels.rope import apply_rope
+from dsv3_kernels.rope import apply_rope, rotate
+from dsv3_kernels.rope_and_cache import latent_entries, rope_and_cache
 from dsv3_kernels.route import Routing, route
+from dsv3_kernels.router_logits import router_logits
 from dsv3_kernels.sample import sample
 from dsv3_kernels.silu_mul import silu_mul, silu_mul_quant
 from dsv3_kernels.weight_dequant import weight_dequant
+from dsv3_kernels.write_slots import write_slots
 
 __all__ = [
+    "Groups",
+    "Keys",
+    "Paging",
     "Quantized",
     "Routing",
+    "Stack",
     "act_quant",
     "add_rmsnorm",
     "apply_rope",
     "experts",
     "fp8_gemm",
+    "grouped_down",
+    "grouped_gate_up",
+    "latent_entries",
     "make_locks",
+    "masked_groups",
     "merge_lse",
     "mha_decode",
     "mla_decode",
     "mla_prefill",
+    "mla_prefill_packed",
     "pack_latent",
     "packed_bytes",
+    "permute",
     "rmsnorm",
     "rmsnorm_quant",
+    "rope_and_cache",
+    "rotate",
     "route",
+    "router_logits",
     "sample",
     "silu_mul",
     "silu_mul_quant",
     "unpack_latent",
+    "unpermute",
     "weight_dequant",
+    "write_slots",
 ]

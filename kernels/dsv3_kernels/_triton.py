@@ -7,6 +7,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -30,3 +31,21 @@ tl: Any = import_module("triton.language") if HAS_TRITON else _Absent()
 def use_triton(x: Tensor) -> bool:
     """Return whether `x` lives where Triton's kernels run."""
     return HAS_TRITON and x.is_cuda
+
+
+def is_interpreted(x: Tensor) -> bool:
+    """Tell whether launches on `x` are interpreted: bits of bfloat16 are multiplied as integers."""
+    return not x.is_cuda
+
+
+def has_tma(x: Tensor) -> bool:
+    """Tell whether tiles can come through descriptors where `x` lives: Hopper and later."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+
+
+def multiprocessors(x: Tensor) -> tuple[int, int]:
+    """Return how many there are where `x` lives, and the bytes of shared memory of each."""
+    if not x.is_cuda:
+        return 3, 228 << 10
+    gpu = torch.cuda.get_device_properties(x.device)
+    return gpu.multi_processor_count, gpu.shared_memory_per_multiprocessor

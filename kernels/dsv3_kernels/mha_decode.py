@@ -1,22 +1,33 @@
 """Decode attention over expanded keys and values (the naive cache). Bound by cache bytes."""
 
+import math
+
 import torch
 from torch import Tensor
 
+from dsv3_kernels._triton import tl, triton, use_triton
+from dsv3_kernels.merge_lse import merge_splits_triton, softmax_lse
+from dsv3_kernels.paging import Keys, Paging
+
 # Values held at a time by the reference: 64 MiB of float32.
 _SCORES = 1 << 24
+# Positions of a program of the kernel, and at a time.
+_SPLIT, _KEYS = 512, 32
 
 
 def mha_decode_ref(
     q_BHX: Tensor,
     cache_SY: Tensor,
-    slot_BS: Tensor,
-    key_pos_BS: Tensor,
+    page_BG: Tensor,
     query_pos_B: Tensor,
+    paging: Paging,
     scale: float,
+    keys: Keys | None = None,
 ) -> Tensor:
     """Define `mha_decode`."""
     B, H, X = q_BHX.shape
+    keys = keys or paging.keys(page_BG, query_pos_B[:, None])
+    slot_BS = keys.slot_BS
     S = slot_BS.shape[1]
     V = cache_SY.shape[1] // H - X
     out = torch.empty(B, H, V, dtype=torch.float32, device=q_BHX.device)
@@ -25,31 +36,120 @@ def mha_decode_ref(
         rows = slice(b, b + step)
         kv = cache_SY.index_select(0, slot_BS[rows].flatten()).view(-1, S, H, X + V).float()
         score = torch.einsum("bhx,bshx->bhs", q_BHX[rows].float() * scale, kv[..., :X])
-        hidden = key_pos_BS[rows] > query_pos_B[rows, None]
-        score.masked_fill_(hidden.unsqueeze(1), float("-inf"))
-        out[rows] = torch.einsum("bhs,bshv->bhv", score.softmax(-1), kv[..., X:])
+        hidden = keys.key_pos_S > query_pos_B[rows, None]
+        p, _ = softmax_lse(score.masked_fill_(hidden.unsqueeze(1), float("-inf")))
+        out[rows] = torch.einsum("bhs,bshv->bhv", p, kv[..., X:])
     return out
+
+
+@triton.jit(do_not_specialize=["pages"])
+def _mha_decode_kernel(
+    q_ptr,
+    cache_ptr,
+    page_ptr,
+    pos_ptr,
+    o_ptr,
+    lse_ptr,
+    stride_slot,
+    pages,
+    scale_log2,
+    H: tl.constexpr,
+    X: tl.constexpr,
+    V: tl.constexpr,
+    X_PAD: tl.constexpr,
+    V_PAD: tl.constexpr,
+    PAGE: tl.constexpr,
+    SHARDS: tl.constexpr,
+    SHARD: tl.constexpr,
+    KEYS: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """One program: a head of a sequence and SPLIT of the positions held here."""
+    head, split, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    seen = (tl.load(pos_ptr + b).to(tl.int32) + SHARDS - SHARD) // SHARDS
+    first = split * SPLIT
+    if (first < seen) | (split == 0):
+        x, v = tl.arange(0, X_PAD), tl.arange(0, V_PAD)
+        is_x, is_v = x < X, v < V
+        q = tl.load(q_ptr + (b * H + head) * X + x, mask=is_x, other=0.0).to(tl.float32)
+        top = tl.full((1,), float("-inf"), tl.float32)
+        total, acc = tl.zeros((1,), tl.float32), tl.zeros((V_PAD,), tl.float32)
+        for start in range(first, min(first + SPLIT, seen), KEYS):
+            at = start + tl.arange(0, KEYS)
+            held = at < seen
+            page = tl.load(page_ptr + b * pages + at // PAGE, mask=held, other=0).to(tl.int64)
+            entry = ((page * PAGE + at % PAGE) * stride_slot + head * (X + V))[:, None]
+            k_mask, v_mask = held[:, None] & is_x[None, :], held[:, None] & is_v[None, :]
+            k = tl.load(cache_ptr + entry + x[None, :], mask=k_mask, other=0.0)
+            value = tl.load(cache_ptr + entry + X + v[None, :], mask=v_mask, other=0.0)
+            score = tl.sum(k.to(tl.float32) * q[None, :], 1) * scale_log2
+            score = tl.where(held, score, float("-inf"))
+            best = tl.maximum(top, tl.max(score, 0))  # finite: the first key is always seen
+            p, decay = tl.exp2(score - best), tl.exp2(top - best)
+            total = total * decay + tl.sum(p, 0)
+            acc = acc * decay + tl.sum(p[:, None] * value.to(tl.float32), 0)
+            top = best
+        divisor = tl.where(total == 0.0, 1.0, total)
+        out = (b * tl.num_programs(1) + split) * H + head
+        tl.store(o_ptr + out * V + v, acc / divisor, mask=is_v)
+        lse = (top + tl.log2(divisor)) * 0.6931471805599453
+        tl.store(lse_ptr + out + tl.arange(0, 1), lse)
+
+
+def mha_decode_triton(
+    q_BHX: Tensor,
+    cache_SY: Tensor,
+    page_BG: Tensor,
+    query_pos_B: Tensor,
+    paging: Paging,
+    scale: float,
+    split: int = _SPLIT,
+) -> Tensor:
+    """Launch a program per head, split and sequence; merge the splits."""
+    (B, H, X), G = q_BHX.shape, page_BG.shape[1]
+    V = cache_SY.shape[1] // H - X
+    assert cache_SY.stride(1) == 1, f"{cache_SY.stride()=}"
+    q_BHX, page_BG, query_pos_B = (t.contiguous() for t in (q_BHX, page_BG, query_pos_B))
+    splits = triton.cdiv(G * paging.slots_per_page, split)
+    o = torch.empty(B, splits, H, V, dtype=torch.float32, device=q_BHX.device)
+    lse = o.new_empty(B, splits, H)
+    if B:
+        _mha_decode_kernel[(H, splits, B)](
+            *(q_BHX, cache_SY, page_BG, query_pos_B, o, lse, cache_SY.stride(0), G),
+            *(scale * math.log2(math.e), H, X, V),
+            *(triton.next_power_of_2(X), triton.next_power_of_2(V)),
+            *(paging.slots_per_page, paging.shards, paging.shard, _KEYS, split),
+            num_warps=4,
+            num_stages=2,
+        )
+    if splits > 1:
+        pos_BQ = query_pos_B[:, None]
+        o, _ = merge_splits_triton(o, lse, pos_BQ, paging.shards, paging.shard, split)
+    return o.view(B, H, V)
 
 
 def mha_decode(
     q_BHX: Tensor,
     cache_SY: Tensor,
-    slot_BS: Tensor,
-    key_pos_BS: Tensor,
+    page_BG: Tensor,
     query_pos_B: Tensor,
+    paging: Paging,
     scale: float,
+    keys: Keys | None = None,
 ) -> Tensor:
     """Attend to cached expanded keys and values, one query token per sequence (naive form).
 
     Args:
         q_BHX: [B, H, N + R].
         cache_SY: [slots, H * (N + R + V)]: per head its key, then its value.
-        slot_BS: [B, S] int64 slots, padded with slot 0.
-        key_pos_BS: [B, S] positions; padding has one above every query.
-        query_pos_B: [B] positions; every query sees at least one key.
+        page_BG: [B, G] int32 pages of each sequence, filled up with page 0.
+        query_pos_B: [B] int64 positions; a query sees keys up to its own, so none at -1.
+        paging: which of the positions this rank holds, and where.
         scale: multiplies the scores.
+        keys: `paging.keys` of these tables, if the caller has them already.
 
     Returns:
-        [B, H, V] float32.
+        [B, H, V] float32, 0 where a query sees no key.
     """
-    return mha_decode_ref(q_BHX, cache_SY, slot_BS, key_pos_BS, query_pos_B, scale)
+    args = q_BHX, cache_SY, page_BG, query_pos_B, paging, scale
+    return mha_decode_triton(*args) if use_triton(q_BHX) else mha_decode_ref(*args, keys)

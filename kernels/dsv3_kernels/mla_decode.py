@@ -1,10 +1,29 @@
-"""MLA in its absorbed form: attention to the cached latents themselves. Bound by cache bytes."""
+"""MLA in its absorbed form: attention to the cached latents themselves.
+
+All heads and new tokens of a sequence share its keys, so they are the rows of one tile: the cache
+is read once for up to 16, 32 or 64 of them. A program takes one tile, one sequence and one split
+of the positions held here; splits are of fixed length and merged in their order, so a sequence's
+result depends on nothing else in the batch.
+
+What bounds it, on an H100: with 16 heads (30 FLOPs a byte) cache bytes; a split of 512 positions
+writes 5.5 % of what it reads, and one program runs it at its multiprocessor's share of bandwidth.
+With 64 rows and more FLOPs: 64 rows of float32 output are half of a multiprocessor's registers,
+their queries and two blocks of 64 keys all of its shared memory, so 128 heads are two programs
+side by side that find each other's keys in L2, and one block's softmax waits for its product.
+Loads come a page table's entry ahead, as asynchronous copies.
+"""
+
+import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dsv3_kernels.kv_fp8 import unpack_latent
-from dsv3_kernels.merge_lse import softmax_lse
+from dsv3_kernels._e4m3 import decode_e4m3, is_native
+from dsv3_kernels._triton import tl, triton, use_triton
+from dsv3_kernels.kv_fp8 import BLOCK, unpack_latent
+from dsv3_kernels.merge_lse import merge_splits_triton, softmax_lse
+from dsv3_kernels.paging import Keys, Paging
 
 # Values held at a time by the reference: 4 MiB of float32, which a processor's cache holds.
 _SCORES = 1 << 20
@@ -13,30 +32,32 @@ _SCORES = 1 << 20
 def mla_decode_ref(
     q_BQHX: Tensor,
     cache_SX: Tensor,
-    slot_BS: Tensor,
-    key_pos_BS: Tensor,
+    page_BG: Tensor,
     query_pos_BQ: Tensor,
+    paging: Paging,
     value_dim: int,
     scale: float,
+    keys: Keys | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Define `mla_decode`."""
     B, Q, H, X = q_BQHX.shape
-    sequences = q_BQHX, slot_BS, key_pos_BS, query_pos_BQ
-    step = max(1, _SCORES // max(1, slot_BS.shape[1] * max(Q * H, X)))
+    keys = keys or paging.keys(page_BG, query_pos_BQ)
+    sequences, width = (q_BQHX, keys.slot_BS, query_pos_BQ), len(keys.key_pos_S)
+    step = max(1, _SCORES // max(1, width * max(Q * H, X)))
     if step >= B:
-        return _attend(cache_SX, value_dim, scale, *sequences)
+        return _attend(cache_SX, keys.key_pos_S, value_dim, scale, *sequences)
     blocks = zip(*(x.split(step) for x in sequences), strict=True)
-    parts = [_attend(cache_SX, value_dim, scale, *block) for block in blocks]
+    parts = [_attend(cache_SX, keys.key_pos_S, value_dim, scale, *block) for block in blocks]
     return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
 
 
 def _attend(
     cache_SX: Tensor,
+    key_pos_S: Tensor,
     value_dim: int,
     scale: float,
     q_BQHX: Tensor,
     slot_BS: Tensor,
-    key_pos_BS: Tensor,
     query_pos_BQ: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Do the same for so few sequences that all they look at is held at once."""
@@ -47,34 +68,230 @@ def _attend(
     kv_BSX = kv.float().view(B, -1, kv.shape[-1])
     q = q_BQHX.flatten(1, 2).float() * scale
     score_BQHS = torch.bmm(q, kv_BSX.transpose(1, 2)).view(B, Q, H, -1)
-    hidden_BQS = key_pos_BS.unsqueeze(1) > query_pos_BQ.unsqueeze(2)
+    hidden_BQS = key_pos_S > query_pos_BQ.unsqueeze(2)
     p, lse = softmax_lse(score_BQHS.masked_fill_(hidden_BQS.unsqueeze(2), float("-inf")))
     out = torch.bmm(p.flatten(1, 2), kv_BSX[..., :value_dim])
     return out.view(B, Q, H, -1), lse
 
 
+@triton.jit
+def _unpack(code, scale_at, held, blocks, NATIVE: tl.constexpr, DTYPE: tl.constexpr):
+    """Return packed latents [KEYS, C] as numbers: e4m3 times the scale of each block of 128."""
+    if NATIVE:
+        value = code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    else:
+        value = decode_e4m3(code)
+    KEYS: tl.constexpr = code.shape[0]
+    BLOCK: tl.constexpr = min(code.shape[1], 128)
+    BLOCKS: tl.constexpr = code.shape[1] // BLOCK
+    block = tl.arange(0, BLOCKS)
+    known = held[:, None] & (block < blocks)[None, :]
+    scale = tl.load(scale_at[:, None] + block[None, :], mask=known, other=0.0)
+    value = tl.reshape(value, (KEYS, BLOCKS, BLOCK)) * scale[:, :, None]
+    return tl.reshape(value, code.shape).to(DTYPE)
+
+
+@triton.jit(do_not_specialize=["pages", "queries", "num_rows"])
+def _mla_decode_kernel(
+    q_ptr,
+    latent_ptr,
+    scale_ptr,
+    rope_ptr,
+    page_ptr,
+    pos_ptr,
+    o_ptr,
+    lse_ptr,
+    stride_latent,
+    stride_scale,
+    stride_rope,
+    pages,
+    queries,
+    num_rows,
+    scale_log2,
+    H: tl.constexpr,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    C_PAD: tl.constexpr,
+    R_PAD: tl.constexpr,
+    PAGE: tl.constexpr,
+    SHARDS: tl.constexpr,
+    SHARD: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PACKED: tl.constexpr,
+    NATIVE: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """One program: ROWS of a sequence's Q * H queries and SPLIT of the positions held here."""
+    split, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    c, r = tl.arange(0, C_PAD), tl.arange(0, R_PAD)
+    is_c, is_r, is_row = c < C, r < R, row < num_rows
+    query_pos = tl.load(pos_ptr + b * queries + row // H, mask=is_row, other=-1).to(tl.int32)
+    # Positions held here that some row of the program sees.
+    seen = (tl.max(query_pos, 0) + SHARDS - SHARD) // SHARDS
+    first = split * SPLIT
+    if (first < seen) | (split == 0):
+        q_row = q_ptr + (b * num_rows + row)[:, None] * (C + R)
+        q_c = tl.load(q_row + c[None, :], mask=is_row[:, None] & is_c[None, :], other=0.0)
+        q_r = tl.load(q_row + C + r[None, :], mask=is_row[:, None] & is_r[None, :], other=0.0)
+        q_c, q_r = q_c.to(DTYPE), q_r.to(DTYPE)
+        top = tl.full((ROWS,), float("-inf"), tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
+        acc = tl.zeros((ROWS, C_PAD), tl.float32)
+        table = page_ptr + b * pages
+        for start in range(first, min(first + SPLIT, seen), KEYS):
+            at = start + tl.arange(0, KEYS)
+            held = at < seen
+            page = tl.load(table + at // PAGE, mask=held, other=0).to(tl.int64)
+            slot = page * PAGE + at % PAGE
+            latent = tl.load(
+                latent_ptr + (slot * stride_latent)[:, None] + c[None, :],
+                mask=held[:, None] & is_c[None, :],
+                other=0,
+            )
+            if PACKED:
+                scale_at = scale_ptr + slot * stride_scale
+                latent = _unpack(latent, scale_at, held, (C + 127) // 128, NATIVE, DTYPE)
+            else:
+                latent = latent.to(DTYPE)
+            rope = tl.load(
+                rope_ptr + (slot * stride_rope)[:, None] + r[None, :],
+                mask=held[:, None] & is_r[None, :],
+                other=0.0,
+            ).to(DTYPE)
+            score = tl.dot(q_c, tl.trans(latent), input_precision="ieee")
+            score_r = tl.dot(q_r, tl.trans(rope), input_precision="ieee")
+            # Always so. What an `if` hands out hides from the compiler that these scores feed the
+            # next product, for the sake of which two warp groups would compute all of them twice.
+            if pages > 0:
+                is_seen = (at * SHARDS + SHARD)[None, :] <= query_pos[:, None]
+                score = score * scale_log2 + score_r * scale_log2
+                score = tl.where(is_seen, score, float("-inf"))
+                best = tl.maximum(top, tl.max(score, 1))
+                shift = tl.where(best == float("-inf"), 0.0, best)
+                p = tl.exp2(score - shift[:, None])
+                decay = tl.exp2(top - shift)
+                total = total * decay + tl.sum(p, 1)
+                top = best
+            else:
+                p = score
+                decay = total
+            acc = acc * decay[:, None]
+            acc = tl.dot(p.to(DTYPE), latent, acc, input_precision="ieee")
+        divisor = tl.where(total == 0.0, 1.0, total)
+        out = (b * tl.num_programs(1) + split) * num_rows + row
+        o_at = o_ptr + out[:, None] * C + c[None, :]
+        tl.store(o_at, acc / divisor[:, None], mask=is_row[:, None] & is_c[None, :])
+        tl.store(lse_ptr + out, (top + tl.log2(divisor)) * 0.6931471805599453, mask=is_row)
+
+
+class Tile(NamedTuple):
+    """What one program does, by the shape of the queries alone.
+
+    Attributes:
+        rows: queries times heads of a sequence.
+        keys: positions at a time.
+        split: positions in all.
+        warps, stages: of the launch.
+    """
+
+    rows: int
+    keys: int
+    split: int
+    warps: int
+    stages: int
+
+
+def _tile(rows: int, is_exact: bool, device: torch.device) -> Tile:
+    if is_exact:
+        return Tile(16, 16, 512, 4, 2)
+    if rows <= 16:
+        return Tile(16, 32, 512, 4, 5)
+    # The larger tiles fill the shared memory of a multiprocessor of these.
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] not in (9, 10):
+        return Tile(16, 32, 512, 4, 3)
+    return Tile(32, 32, 512, 8, 5) if rows <= 32 else Tile(64, 64, 1024, 8, 3)
+
+
+def mla_decode_triton(
+    q_BQHX: Tensor,
+    cache_SX: Tensor,
+    page_BG: Tensor,
+    query_pos_BQ: Tensor,
+    paging: Paging,
+    value_dim: int,
+    scale: float,
+    tile: Tile | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Launch a program per tile of rows, split and sequence; merge the splits."""
+    (B, Q, H, X), C, G = q_BQHX.shape, value_dim, page_BG.shape[1]
+    rows, is_packed = Q * H, cache_SX.dtype == torch.uint8
+    assert cache_SX.stride(1) == 1, f"{cache_SX.stride()=}"
+    assert C % 4 == 0 or not is_packed, f"{C=}"
+    q_BQHX, page_BG, query_pos_BQ = (t.contiguous() for t in (q_BQHX, page_BG, query_pos_BQ))
+    scale_Sc, rope_SR = cache_SX, cache_SX[:, C:]
+    if is_packed:
+        blocks = 4 * -(-C // BLOCK)
+        scale_Sc = cache_SX[:, C : C + blocks].view(torch.float32)
+        rope_SR = cache_SX[:, C + blocks :].view(torch.bfloat16)
+    # The interpreter multiplies the bit patterns of bfloat16.
+    is_exact = torch.float32 in (q_BQHX.dtype, cache_SX.dtype) or not q_BQHX.is_cuda
+    tile = tile or _tile(rows, is_exact, q_BQHX.device)
+    splits = triton.cdiv(G * paging.slots_per_page, tile.split)
+    o = torch.empty(B, splits, rows, C, dtype=torch.float32, device=q_BQHX.device)
+    lse = o.new_empty(B, splits, rows)
+    tensors = q_BQHX, cache_SX, scale_Sc, rope_SR, page_BG, query_pos_BQ, o, lse
+    sizes = *(t.stride(0) for t in tensors[1:4]), G, Q, rows, scale * math.log2(math.e)
+    if B:
+        _mla_decode_kernel[(triton.cdiv(rows, tile.rows), splits, B)](
+            *tensors,
+            *sizes,
+            H,
+            C,
+            X - C,
+            max(16, triton.next_power_of_2(C)),
+            max(16, triton.next_power_of_2(X - C)),
+            paging.slots_per_page,
+            paging.shards,
+            paging.shard,
+            *tile[:3],
+            is_packed,
+            is_native(cache_SX),
+            tl.float32 if is_exact else tl.bfloat16,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+    if splits > 1:
+        o, lse = merge_splits_triton(o, lse, query_pos_BQ, paging.shards, paging.shard, tile.split)
+    return o.view(B, Q, H, C), lse.view(B, Q, H)
+
+
 def mla_decode(
     q_BQHX: Tensor,
     cache_SX: Tensor,
-    slot_BS: Tensor,
-    key_pos_BS: Tensor,
+    page_BG: Tensor,
     query_pos_BQ: Tensor,
+    paging: Paging,
     value_dim: int,
     scale: float,
+    keys: Keys | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend to cached latents, all heads sharing one key (the absorbed form).
 
-    A key is a whole cache entry (latent, then rotated key), its value the latent in front. The
-    slots may be any subset of a sequence's positions in any order: a rank's shard of them, say.
+    A key is a whole cache entry (latent, then rotated key), its value the latent in front.
 
     Args:
         q_BQHX: [B, Q, H, C + R] absorbed queries of B sequences.
         cache_SX: [slots, C + R], one layer of this rank's cache; uint8 for the packed FP8 form.
-        slot_BS: [B, S] int64 slots to attend to; slot 0 is never written and pads rows.
-        key_pos_BS: [B, S] position of each slot's token; padding has one above every query.
-        query_pos_BQ: [B, Q] positions of the queries; a query sees keys up to its own.
+        page_BG: [B, G] int32 pages of each sequence, filled up with page 0.
+        query_pos_BQ: [B, Q] int64 positions; a query sees keys up to its own, so none at -1.
+        paging: which of the positions this rank holds, and where.
         value_dim: C.
         scale: multiplies the scores.
+        keys: `paging.keys` of these tables, if the caller has them already; saves the reference
+            spelling them out in every layer.
 
     Returns:
         o_BQHC: [B, Q, H, C] float32, 0 where a query sees no key.
@@ -82,4 +299,5 @@ def mla_decode(
 
     Source: DeepSeek-V2 paper, 2.1.2 and appendix C (absorption of W_UK and W_UV).
     """
-    return mla_decode_ref(q_BQHX, cache_SX, slot_BS, key_pos_BS, query_pos_BQ, value_dim, scale)
+    args = q_BQHX, cache_SX, page_BG, query_pos_BQ, paging, value_dim, scale
+    return mla_decode_triton(*args) if use_triton(q_BQHX) else mla_decode_ref(*args, keys)

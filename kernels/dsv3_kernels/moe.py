@@ -1,27 +1,39 @@
 """Routed experts over the tokens that chose them: gate_up, silu * up, down, weighted sum.
 
+On a GPU four or five launches, the same whatever was chosen and none of them after a count on the
+host: `permute`, two grouped products (in FP8 a quantization between them, fused into the first for
+many tokens), `unpermute`. On a CPU a loop over the experts that are hit.
+
 Bound by reading the weights of the experts that are hit, up to about 64 tokens an expert.
 """
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dsv3_kernels.silu_mul import silu_mul
+from dsv3_kernels._triton import use_triton
+from dsv3_kernels.act_quant import Quantized, act_quant_ref
+from dsv3_kernels.grouped_gemm import (
+    Stack,
+    dequantize,
+    grouped_down_triton,
+    grouped_gate_up_triton,
+)
+from dsv3_kernels.permute import permute_triton, unpermute_triton
+from dsv3_kernels.silu_mul import silu_mul_ref
 
 
 def experts_ref(
-    x_TD: Tensor,
+    x: Tensor | Quantized,
     ids_TK: Tensor,
     weight_TK: Tensor,
     first_expert: int,
-    num_local: int,
-    gate_up: Callable[[int], Tensor],
-    down: Callable[[int], Tensor],
+    gate_up: Stack,
+    down: Stack,
+    ue8m0: bool = False,
 ) -> Tensor:
     """Define `experts`: rows sorted by expert, two products for each, summed in that order."""
+    num_local, x_TD = len(gate_up.weight), dequantize(x)
     y_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
     local = ids_TK.flatten() - first_expert
     order = local.argsort(stable=True)
@@ -33,38 +45,67 @@ def experts_ref(
     if not len(order_M):
         return y_TD
     row_M = order_M // ids_TK.shape[1]
-    h_MF = silu_mul(_grouped_linear(x_TD[row_M], counts, gate_up))
+    h_MF = silu_mul_ref(_grouped_linear(x_TD[row_M], counts, gate_up))
+    if isinstance(x, Quantized):
+        h_MF = dequantize(act_quant_ref(h_MF, ue8m0))
     y_MD = _grouped_linear(h_MF, counts, down).float() * weight_TK.flatten()[order_M, None]
     return y_TD.index_add_(0, row_M, y_MD)
 
 
-def _grouped_linear(x_MD: Tensor, counts: list[int], weight: Callable[[int], Tensor]) -> Tensor:
+def _grouped_linear(x_MD: Tensor, counts: list[int], w: Stack) -> Tensor:
     """Return x W_e^T, where the first counts[0] rows belong to expert 0, and so on."""
     groups = enumerate(x_MD.split(counts))
-    return torch.cat([F.linear(x, weight(expert)) for expert, x in groups if counts[expert]])
+    return torch.cat([F.linear(x, w.matrix(e, x.dtype)) for e, x in groups if counts[e]])
 
 
-def experts(
-    x_TD: Tensor,
+def experts_triton(
+    x: Tensor | Quantized,
     ids_TK: Tensor,
     weight_TK: Tensor,
     first_expert: int,
-    num_local: int,
-    gate_up: Callable[[int], Tensor],
-    down: Callable[[int], Tensor],
+    gate_up: Stack,
+    down: Stack,
+    ue8m0: bool = False,
+    spread: int = 1,
+) -> Tensor:
+    """Launch `experts`; the weighted rows are held in the dtype of `x`, or in bfloat16."""
+    num_local = len(gate_up.weight)
+    groups = permute_triton(ids_TK.contiguous(), first_expert, num_local)
+    assert groups.slot_TK is not None
+    rows = -(-ids_TK.numel() // (num_local * spread))
+    dtype = x.dtype if isinstance(x, Tensor) else torch.bfloat16
+    h = grouped_gate_up_triton(x, gate_up, groups, rows, ue8m0)
+    y_MD = grouped_down_triton(h, down, groups, rows, dtype, weight_TK)
+    return unpermute_triton(y_MD, groups.slot_TK)
+
+
+def experts(
+    x: Tensor | Quantized,
+    ids_TK: Tensor,
+    weight_TK: Tensor,
+    first_expert: int,
+    gate_up: Stack,
+    down: Stack,
+    ue8m0: bool = False,
+    spread: int = 1,
 ) -> Tensor:
     """Return this rank's part of sum_k weight_k * expert_k(x).
 
     Args:
-        x_TD: [T, D] hidden states.
-        ids_TK: [T, K] int64 global expert ids; those of other ranks are skipped.
+        x: [T, D] hidden states, or those quantized 1x128: then the products are in FP8 (both
+            matrices are, D and F are multiples of 128) and what lies between is quantized, too.
+        ids_TK: [T, K] int64 global expert ids; -1 and those of other ranks are skipped.
         weight_TK: [T, K] float32.
         first_expert: global id of this rank's first expert.
-        num_local: experts this rank holds.
-        gate_up: local expert -> [2F, D] matrix in the dtype of `x_TD`.
-        down: local expert -> [D, F] matrix.
+        gate_up: [E, 2F, D] of the experts that this rank holds, in the dtype of `x` or FP8 (then F
+            is a multiple of 128).
+        down: [E, D, F].
+        ue8m0: scales of activations are powers of two.
+        spread: `ids_TK` are spread over that many times the experts held here; it decides the
+            speed alone.
 
     Returns:
         [T, D] float32; the sum over ranks is the layer's output.
     """
-    return experts_ref(x_TD, ids_TK, weight_TK, first_expert, num_local, gate_up, down)
+    form = (x, ids_TK, weight_TK, first_expert, gate_up, down, ue8m0)
+    return experts_triton(*form, spread) if use_triton(ids_TK) else experts_ref(*form)

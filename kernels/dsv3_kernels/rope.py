@@ -3,6 +3,10 @@
 import torch
 from torch import Tensor
 
+from dsv3_kernels._triton import tl, triton, use_triton
+
+_HEADS = 16  # that a program rotates
+
 
 def apply_rope_ref(x_TR: Tensor, cos_Tr: Tensor, sin_Tr: Tensor, interleaved: bool) -> Tensor:
     """Define `apply_rope`: a pair is a complex number, multiplied by cos + i sin."""
@@ -30,3 +34,62 @@ def apply_rope(x_TR: Tensor, cos_Tr: Tensor, sin_Tr: Tensor, interleaved: bool) 
     Source: RoFormer (arXiv 2104.09864), eq. 34; DeepSeek's checkpoints are interleaved.
     """
     return apply_rope_ref(x_TR, cos_Tr, sin_Tr, interleaved)
+
+
+def rotate_ref(x_THR: Tensor, cos_Tr: Tensor, sin_Tr: Tensor, interleaved: bool) -> None:
+    """Define `rotate`."""
+    x_THR.copy_(apply_rope_ref(x_THR, cos_Tr[:, None], sin_Tr[:, None], interleaved))
+
+
+@triton.jit
+def _rotate_kernel(
+    x_ptr,
+    cos_ptr,
+    sin_ptr,
+    stride_t,
+    stride_h,
+    H: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_PAD: tl.constexpr,
+    HEADS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
+    """One program: HEADS heads of a token."""
+    t = tl.program_id(0).to(tl.int64)
+    h, r = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, HALF_PAD)
+    is_r = r < HALF
+    mask = (h < H)[:, None] & is_r[None, :]
+    cos = tl.load(cos_ptr + t * HALF + r, mask=is_r, other=0.0)[None, :]
+    sin = tl.load(sin_ptr + t * HALF + r, mask=is_r, other=0.0)[None, :]
+    first = 2 * r if INTERLEAVED else r
+    second = 2 * r + 1 if INTERLEAVED else r + HALF
+    row = x_ptr + t * stride_t + (h * stride_h)[:, None]
+    a = tl.load(row + first[None, :], mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(row + second[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(row + first[None, :], (a * cos - b * sin).to(x_ptr.dtype.element_ty), mask=mask)
+    tl.store(row + second[None, :], (a * sin + b * cos).to(x_ptr.dtype.element_ty), mask=mask)
+
+
+def rotate_triton(x_THR: Tensor, cos_Tr: Tensor, sin_Tr: Tensor, interleaved: bool) -> None:
+    """Launch a program per token and block of heads."""
+    (T, H, R), stride = x_THR.shape, x_THR.stride()
+    assert stride[2] == 1 and cos_Tr.is_contiguous() and sin_Tr.is_contiguous(), f"{stride=}"
+    half = R // 2
+    if T:
+        _rotate_kernel[(T, triton.cdiv(H, _HEADS))](
+            *(x_THR, cos_Tr, sin_Tr, *stride[:2], H, half),
+            *(triton.next_power_of_2(half), _HEADS, interleaved),
+            num_warps=2,
+        )
+
+
+def rotate(x_THR: Tensor, cos_Tr: Tensor, sin_Tr: Tensor, interleaved: bool) -> None:
+    """Do `apply_rope` in place.
+
+    Args:
+        x_THR: [T, H, R], any float dtype; heads and tokens may be strided.
+        cos_Tr: [T, R / 2] float32.
+        sin_Tr: [T, R / 2] float32.
+        interleaved: see `apply_rope`.
+    """
+    (rotate_triton if use_triton(x_THR) else rotate_ref)(x_THR, cos_Tr, sin_Tr, interleaved)

@@ -1,9 +1,14 @@
-"""Expert routing: scores, group-limited top-k, weights. One small row per token."""
+"""Expert routing: scores, group-limited top-k, weights. One small row per token.
+
+Bound by latency: a program (one warp) holds a token's row in registers from logits to weights.
+"""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from dsv3_kernels._triton import tl, triton, use_triton
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +23,16 @@ class Routing:
     norm_topk_prob: bool
     routed_scaling_factor: float
 
+    @property
+    def is_grouped(self) -> bool:
+        """Whether the choice is limited to the best groups."""
+        return self.topk_method != "greedy" and self.n_group > 1
+
+
+def _largest(x: Tensor, k: int) -> Tensor:
+    """Return where the k largest of each row are, best first, ties to the lowest index."""
+    return x.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+
 
 def _limit_to_groups(choice_TE: Tensor, r: Routing) -> Tensor:
     """Set the experts outside the best `topk_group` groups to -inf.
@@ -29,19 +44,19 @@ def _limit_to_groups(choice_TE: Tensor, r: Routing) -> Tensor:
         group_score = groups_TgE.topk(min(2, groups_TgE.shape[-1]), dim=-1).values.sum(-1)
     else:
         group_score = groups_TgE.amax(-1)
-    kept = group_score.topk(r.topk_group, dim=-1, sorted=False).indices
+    kept = _largest(group_score, r.topk_group)
     dropped = torch.ones_like(group_score, dtype=torch.bool).scatter_(1, kept, False)
     return groups_TgE.masked_fill(dropped.unsqueeze(-1), float("-inf")).flatten(1)
 
 
-def route_ref(logits_TE: Tensor, bias_E: Tensor | None, r: Routing) -> tuple[Tensor, Tensor]:
+def route_ref(logits_STE: Tensor, bias_E: Tensor | None, r: Routing) -> tuple[Tensor, Tensor]:
     """Define `route`."""
-    logits = logits_TE.float()
+    logits = logits_STE[0] if len(logits_STE) == 1 else logits_STE.sum(0)
     score_TE = logits.softmax(-1) if r.scoring_func == "softmax" else logits.sigmoid()
     choice_TE = score_TE if bias_E is None else score_TE + bias_E
-    if r.topk_method != "greedy" and r.n_group > 1:
+    if r.is_grouped:
         choice_TE = _limit_to_groups(choice_TE, r)
-    ids_TK = choice_TE.topk(r.num_experts_per_tok, dim=-1, sorted=False).indices
+    ids_TK = _largest(choice_TE, r.num_experts_per_tok)
     # The weights are the unbiased scores; never recovered as (biased - bias), which cancels.
     weight_TK = score_TE.gather(1, ids_TK)
     if r.norm_topk_prob:
@@ -49,23 +64,137 @@ def route_ref(logits_TE: Tensor, bias_E: Tensor | None, r: Routing) -> tuple[Ten
     return ids_TK, weight_TK * r.routed_scaling_factor
 
 
-def route(logits_TE: Tensor, bias_E: Tensor | None, r: Routing) -> tuple[Tensor, Tensor]:
+@triton.jit
+def _rank_key(x, index):
+    """Return int64 keys, all different, in the order of x; of equal ones the lowest index leads."""
+    bits = x.to(tl.int32, bitcast=True)
+    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - index).to(tl.int64)
+
+
+@triton.jit
+def _route_kernel(
+    logits,
+    bias,
+    ids,
+    weights,
+    scaling,
+    T,
+    S: tl.constexpr,
+    E: tl.constexpr,
+    G: tl.constexpr,
+    TOPK_GROUP: tl.constexpr,
+    K: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    BIASED: tl.constexpr,
+    BEST_TWO: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    G_PAD: tl.constexpr,
+    M_PAD: tl.constexpr,
+    K_PAD: tl.constexpr,
+):
+    """Route one token. Its experts lie in registers as [G_PAD, M_PAD]: groups, members."""
+    MEMBERS: tl.constexpr = E // G
+    LOWEST: tl.constexpr = -(1 << 63)
+    token = tl.program_id(0).to(tl.int64)
+    group = tl.arange(0, G_PAD)
+    member = tl.arange(0, M_PAD)
+    expert = group[:, None] * MEMBERS + member[None, :]
+    real = (group[:, None] < G) & (member[None, :] < MEMBERS)
+    x = tl.zeros([G_PAD, M_PAD], tl.float32)
+    for part in tl.static_range(S):
+        at = logits + (part * T + token) * E + expert
+        x += tl.load(at, mask=real, other=float("-inf"))
+    if SOFTMAX:
+        score = tl.exp(x - tl.max(tl.max(x, 1), 0))
+        score = score / tl.sum(tl.sum(score, 1), 0)
+    else:
+        score = 1.0 / (1.0 + tl.exp(-x))
+    choice = score
+    if BIASED:
+        choice += tl.load(bias + expert, mask=real, other=0.0)
+    choice = tl.where(real, choice, float("-inf"))
+    position = group[:, None] * M_PAD + member[None, :]
+    if TOPK_GROUP < G:
+        value = tl.max(choice, 1)
+        if BEST_TWO and MEMBERS > 1:
+            order = _rank_key(choice, position)
+            first = order == tl.max(order, 1)[:, None]
+            value += tl.max(tl.where(first, float("-inf"), choice), 1)
+        key = tl.where(group < G, _rank_key(value, group), LOWEST)
+        kept = tl.zeros([G_PAD], tl.int32)
+        for _ in tl.static_range(TOPK_GROUP):
+            best = key == tl.max(key, 0)
+            kept = tl.where(best, 1, kept)
+            key = tl.where(best, LOWEST, key)
+        choice = tl.where(kept[:, None] > 0, choice, float("-inf"))
+    key = tl.where(real, _rank_key(choice, position), LOWEST)
+    k = tl.arange(0, K_PAD)
+    chosen = tl.zeros([K_PAD], tl.int64)
+    weight = tl.zeros([K_PAD], tl.float32)
+    for i in tl.static_range(K):
+        best = key == tl.max(tl.max(key, 1), 0)
+        chosen = tl.where(k == i, tl.sum(tl.sum(tl.where(best, expert, 0), 1), 0), chosen)
+        weight = tl.where(k == i, tl.sum(tl.sum(tl.where(best, score, 0.0), 1), 0), weight)
+        key = tl.where(best, LOWEST, key)
+    if NORMALIZE:
+        weight = weight / (tl.sum(weight, 0) + 1e-20)
+    tl.store(ids + token * K + k, chosen, mask=k < K)
+    tl.store(weights + token * K + k, weight * scaling, mask=k < K)
+
+
+def route_triton(logits_STE: Tensor, bias_E: Tensor | None, r: Routing) -> tuple[Tensor, Tensor]:
+    """Launch one program per token."""
+    S, T, E = logits_STE.shape
+    K, G = r.num_experts_per_tok, r.n_group if r.is_grouped else 1
+    assert E <= 512 and min(16, E) >= K and E % G == 0, f"{E=} {K=} {G=}"
+    assert logits_STE.dtype == torch.float32 and logits_STE.is_contiguous()
+    ids_TK = torch.empty((T, K), dtype=torch.int64, device=logits_STE.device)
+    weight_TK = torch.empty((T, K), dtype=torch.float32, device=logits_STE.device)
+    if T:
+        _route_kernel[(T,)](
+            logits_STE,
+            logits_STE if bias_E is None else bias_E,
+            ids_TK,
+            weight_TK,
+            r.routed_scaling_factor,
+            T,
+            S=S,
+            E=E,
+            G=G,
+            TOPK_GROUP=r.topk_group if r.is_grouped else G,
+            K=K,
+            SOFTMAX=r.scoring_func == "softmax",
+            BIASED=bias_E is not None,
+            BEST_TWO=r.topk_method == "noaux_tc",
+            NORMALIZE=r.norm_topk_prob,
+            G_PAD=triton.next_power_of_2(G),
+            M_PAD=triton.next_power_of_2(E // G),
+            K_PAD=triton.next_power_of_2(K),
+            num_warps=1,
+        )
+    return ids_TK, weight_TK
+
+
+def route(logits_STE: Tensor, bias_E: Tensor | None, r: Routing) -> tuple[Tensor, Tensor]:
     """Choose each token's experts and their weights.
 
     scores = sigmoid or softmax of the logits; the choice is by score + bias, limited to the best
     groups (a group's score: the sum of its two best for noaux_tc, its best for
     group_limited_greedy); the weights are the chosen scores, normalized where the model does so,
-    times routed_scaling_factor.
+    times routed_scaling_factor. Ties go to the lowest id, of groups as of experts.
 
     Args:
-        logits_TE: [T, E] router logits, float32.
+        logits_STE: [S, T, E] float32, contiguous; the router's logits are the sum over S.
         bias_E: [E] float32 `e_score_correction_bias`, or None.
         r: the model's routing rule.
 
     Returns:
-        ids_TK: [T, K] int64 expert ids, in no particular order.
+        ids_TK: [T, K] int64 expert ids, the best choice first.
         weight_TK: [T, K] float32.
 
     Source: DeepSeek-V2 paper 2.2.2 (softmax forms), DeepSeek-V3 report eq. 12-16 (noaux_tc).
     """
-    return route_ref(logits_TE, bias_E, r)
+    if use_triton(logits_STE):
+        return route_triton(logits_STE, bias_E, r)
+    return route_ref(logits_STE, bias_E, r)

@@ -3,10 +3,15 @@
 Token = argmax over the kept vocabulary of logit / temperature + g(seed, position, id), where g is
 Gumbel noise computed from a counter, not drawn from a stream. So the choice does not depend on
 batch, world size or what was sampled before. Ties go to the lowest id.
+
+The kernel gives a row to one program, which reads it twice (from L2), and eight times more for
+each of top-k and top-p: it finds the cut by four bits of a float at a time, and never sorts.
 """
 
 import torch
 from torch import Tensor
+
+from dsv3_kernels._triton import tl, triton, use_triton
 
 _MASK = 0xFFFFFFFF
 _ROUND = (0xD2511F53, 0xCD9E8D57)
@@ -45,13 +50,16 @@ def philox(seed_B: Tensor, position_B: Tensor, block_W: Tensor) -> Tensor:
     return torch.stack((c0, c1, c2, c3), -1)
 
 
+def to_uniform(words: Tensor) -> Tensor:
+    """Return 23 bits and a half: strictly inside (0, 1), so that both logarithms are finite."""
+    return ((words >> 9).float() + 0.5) * 2.0**-23
+
+
 def gumbel(seed_B: Tensor, position_B: Tensor, vocab: int) -> Tensor:
     """Return standard Gumbel noise for ids 0 .. vocab - 1, [B, vocab] float32."""
     blocks = torch.arange(-(-vocab // 4), device=seed_B.device)
     words = philox(seed_B, position_B, blocks).flatten(1)[:, :vocab]
-    # 23 bits and a half: strictly inside (0, 1), so that both logarithms are finite.
-    uniform = ((words >> 9).float() + 0.5) * 2.0**-23
-    return -torch.log(-torch.log(uniform))
+    return -torch.log(-torch.log(to_uniform(words)))
 
 
 def _keep_likeliest(logits_BW: Tensor, top_k_B: Tensor, top_p_B: Tensor) -> Tensor:
@@ -92,6 +100,159 @@ def sample_ref(
     return chosen
 
 
+@triton.jit
+def _distance(row_ptr, ids, W, best, temperature):
+    """Return scaled logits, and integers that grow as they fall: 0 for the best."""
+    x = tl.load(row_ptr + ids, mask=ids < W, other=float("-inf"))
+    scaled = tl.div_rn(x - best, tl.broadcast_to(temperature, ids.shape))
+    return scaled, scaled.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _cut(row_ptr, W, best, temperature, limit, reach, BLOCK: tl.constexpr):
+    """Find the tokens of a row that may be kept, likeliest first, by their distances.
+
+    Returns:
+        The largest distance before which fewer than `limit` tokens lie, of less mass than `reach`;
+        the number and the mass of these tokens.
+    """
+    j = tl.arange(0, 16)
+    cut = tl.zeros((1,), tl.int32)
+    before_count, before_mass = tl.zeros((16,), tl.int32), tl.zeros((16,), tl.float32)
+    chosen = j == 0
+    for digit in range(8):  # of four bits, the highest first; that one has three
+        bound = cut + (j << (28 - 4 * digit))
+        is_bound = bound >= cut
+        before_count, before_mass = tl.zeros((16,), tl.int32), tl.zeros((16,), tl.float32)
+        for start in range(0, W, BLOCK):
+            ids = start + tl.arange(0, BLOCK)
+            scaled, distance = _distance(row_ptr, ids, W, best, temperature)
+            before = distance[:, None] < bound[None, :]
+            before_count += tl.sum(before.to(tl.int32), 0)
+            before_mass += tl.sum(tl.where(before, tl.exp(scaled)[:, None], 0.0), 0)
+        # Bounds grow, so those that fit come first.
+        fits = is_bound & (before_count < limit) & (before_mass < reach)
+        last = tl.sum(fits.to(tl.int32), 0) - 1
+        chosen = j == last
+        cut += last << (28 - 4 * digit)
+    count = tl.sum(tl.where(chosen, before_count, 0), 0)
+    mass = tl.sum(tl.where(chosen, before_mass, 0.0), 0)
+    return tl.sum(cut, 0), count, mass
+
+
+@triton.jit
+def uniform_block(seed, position, first, BLOCK: tl.constexpr):
+    """Return the uniform numbers of `gumbel` for the ids from `first`, a multiple of 4, on."""
+    counter = (first // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
+    zero = counter * 0
+    w0, w1, w2, w3 = tl.philox(seed, counter, zero + position.to(tl.uint32), zero, zero)
+    word = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+    return ((word >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
+
+
+@triton.jit
+def _mass(row_ptr, W, best, temperature, BLOCK: tl.constexpr):
+    """Return the mass of a whole row."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, W, BLOCK):
+        scaled, _ = _distance(row_ptr, start + tl.arange(0, BLOCK), W, best, temperature)
+        total += tl.exp(scaled)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _lowest_best(value, ids, W):
+    """Return the lowest id of the greatest value."""
+    at = tl.min(tl.where(value == tl.max(value, 0), ids, W), 0)
+    return tl.minimum(at, W - 1)  # of NaN only, none is the greatest
+
+
+@triton.jit(do_not_specialize=["W"])
+def _sample_kernel(
+    logits_ptr,
+    temperature_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    seed_ptr,
+    position_ptr,
+    out_ptr,
+    stride,
+    W,
+    BLOCK: tl.constexpr,
+    CUT_BLOCK: tl.constexpr,
+):
+    """One program per row: its best, what is kept, the best of that with noise."""
+    b = tl.program_id(0).to(tl.int64)
+    row_ptr, lane = logits_ptr + b * stride, tl.arange(0, BLOCK)
+    top, where = tl.full((BLOCK,), float("-inf"), tl.float32), lane
+    for start in range(0, W, BLOCK):
+        x = tl.load(row_ptr + start + lane, mask=start + lane < W, other=float("-inf"))
+        where = tl.where(x > top, start + lane, where)
+        top = tl.maximum(top, x)
+    best, chosen = tl.max(top, 0), _lowest_best(top, where, W)
+    temperature = tl.load(temperature_ptr + b)
+    if temperature > 0:
+        top_k, top_p = tl.load(top_k_ptr + b).to(tl.int32), tl.load(top_p_ptr + b)
+        # Kept: all that are closer than `cut`, and so many at this distance.
+        cut = tl.sum(tl.full((1,), 0x7FFFFFFF, tl.int32), 0)
+        equals, total = cut, tl.sum(tl.full((1,), float("inf"), tl.float32), 0)
+        if (top_k > 0) & (top_k < W):
+            cut, count, mass = _cut(row_ptr, W, best, temperature, top_k, total, CUT_BLOCK)
+            equals = top_k - count
+            total = mass + equals.to(tl.float32) * tl.exp(-cut.to(tl.float32, bitcast=True))
+        if top_p < 1:
+            if total == float("inf"):
+                total = _mass(row_ptr, W, best, temperature, BLOCK)
+            reach = top_p * total
+            nearer, _, mass = _cut(row_ptr, W, best, temperature, W + 1, reach, CUT_BLOCK)
+            needed = (reach - mass) / tl.exp(-nearer.to(tl.float32, bitcast=True))
+            some = tl.minimum(tl.ceil(needed), W.to(tl.float32)).to(tl.int32)
+            some = tl.where(nearer == cut, tl.minimum(some, equals), some)
+            equals = tl.where(nearer <= cut, some, equals)
+            cut = tl.minimum(cut, nearer)
+        seed, position = tl.load(seed_ptr + b), tl.load(position_ptr + b)
+        top, where = tl.full((BLOCK,), float("-inf"), tl.float32), lane
+        taken = tl.sum(tl.zeros((1,), tl.int32), 0)
+        for start in range(0, W, BLOCK):
+            ids = start + lane
+            scaled, distance = _distance(row_ptr, ids, W, best, temperature)
+            is_equal = (distance == cut).to(tl.int32)
+            is_kept = (distance < cut) | (
+                (is_equal > 0) & (taken + tl.cumsum(is_equal, 0) <= equals)
+            )
+            taken += tl.sum(is_equal, 0)
+            noise = -tl.log(-tl.log(uniform_block(seed, position, start, BLOCK)))
+            value = tl.where(is_kept & (ids < W), scaled + noise, float("-inf"))
+            where = tl.where(value > top, ids, where)
+            top = tl.maximum(top, value)
+        chosen = _lowest_best(top, where, W)
+    tl.store(out_ptr + b, chosen.to(tl.int64))
+
+
+def sample_triton(
+    logits_BW: Tensor,
+    temperature_B: Tensor,
+    top_k_B: Tensor,
+    top_p_B: Tensor,
+    seed_B: Tensor,
+    position_B: Tensor,
+    block: int = 4096,
+) -> Tensor:
+    """Launch one program per row."""
+    B, W = logits_BW.shape
+    vectors = temperature_B, top_k_B, top_p_B, seed_B, position_B
+    assert logits_BW.stride(1) == 1 and logits_BW.dtype == torch.float32, f"{logits_BW.stride()=}"
+    out = torch.empty(B, dtype=torch.int64, device=logits_BW.device)
+    if B:
+        _sample_kernel[(B,)](
+            logits_BW,
+            *(v.contiguous() for v in vectors),
+            *(out, logits_BW.stride(0), W, block, block // 2),
+            num_warps=16,
+        )
+    return out
+
+
 def sample(
     logits_BW: Tensor,
     temperature_B: Tensor,
@@ -115,4 +276,5 @@ def sample(
 
     Source: Gumbel-max trick (Gumbel 1954); counters as in `philox`.
     """
-    return sample_ref(logits_BW, temperature_B, top_k_B, top_p_B, seed_B, position_B)
+    op = sample_triton if use_triton(logits_BW) else sample_ref
+    return op(logits_BW, temperature_B, top_k_B, top_p_B, seed_B, position_B)

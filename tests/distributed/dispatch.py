@@ -14,6 +14,7 @@ from torch import Tensor
 from dsv3.bench.dispatch import dispatch_time
 from dsv3.config import ParallelConfig, split_range
 from dsv3.model.moe import MoE
+from dsv3.model.side_stream import SideStream
 from dsv3.parallel.experts import FP8, DispatchSettings, ExpertDispatch
 from dsv3.parallel.mesh import Mesh, make_mesh
 from dsv3_kernels import act_quant, weight_dequant
@@ -296,7 +297,8 @@ def check_moe(mesh: Mesh) -> None:
 
     def make(where: Mesh, form: str) -> MoE:
         dispatch = ExpertDispatch(where, config.n_routed_experts, DispatchSettings(form))
-        moe = MoE(config, "model.layers.1.mlp.", where.layout, FORMAT, dispatch)
+        side = SideStream(FORMAT.device)
+        moe = MoE(config, "model.layers.1.mlp.", where.layout, FORMAT, dispatch, side)
         return filled(moe, where, config)
 
     count = 4 + mesh.layout.dp_rank

@@ -24,6 +24,7 @@ from dsv3.model import attention
 from dsv3.model.attention import MLA
 from dsv3.model.moe import MLP, MoE
 from dsv3.model.rotary import Rotary
+from dsv3.model.side_stream import SideStream
 from dsv3.parallel.experts import ExpertDispatch
 from dsv3.parallel.linear import VocabParallelEmbedding, VocabParallelHead
 from dsv3.parallel.mesh import Mesh
@@ -190,7 +191,9 @@ def check_moe(mesh: Mesh) -> None:
 
     def make(where: Mesh) -> MoE:
         dispatch = ExpertDispatch(where, CONFIG.n_routed_experts)
-        return filled(MoE(CONFIG, "model.layers.1.mlp.", where.layout, FORMAT, dispatch), where)
+        side = SideStream(FORMAT.device)
+        moe = MoE(CONFIG, "model.layers.1.mlp.", where.layout, FORMAT, dispatch, side)
+        return filled(moe, where)
 
     layer, single = make(mesh), make(alone())
     assert layer.num_local * mesh.world.size == CONFIG.n_routed_experts

@@ -3,13 +3,20 @@
 TRITON_INTERPRET=0 python tests/kernels/compile_only.py 90
 
 The interpreter runs kernels as Python: it forgives branches of different types, and never makes a
-constant of an integer argument that is 1. The compiler does not. Prints a line for each kernel.
+constant of an integer argument that is 1. The compiler does not. Prints a line for each kernel: its
+name, bytes of shared memory, bytes of a thread's stack (registers that did not suffice), and how
+many instructions it has for Hopper's matrix units and for tiles through TMA.
 """
 
+import re
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -17,7 +24,11 @@ from triton.runtime.jit import JITFunction
 import dsv3_kernels  # noqa: F401 - all of its modules are looked through below
 from dsv3_kernels.act_quant import Quantized, act_quant_triton
 from dsv3_kernels.fp8_gemm import OLD_TILES, TILES, _launch_large, fp8_gemm_triton, make_locks
+from dsv3_kernels.grouped_gemm import Stack, grouped_down_triton, grouped_gate_up_triton
+from dsv3_kernels.permute import permute_triton, unpermute_triton
 from dsv3_kernels.rmsnorm import add_rmsnorm_triton
+from dsv3_kernels.route import Routing, route_triton
+from dsv3_kernels.router_logits import router_logits_triton
 from dsv3_kernels.silu_mul import silu_mul_quant_triton
 from dsv3_kernels.weight_dequant import weight_dequant_triton
 
@@ -36,6 +47,53 @@ def launches(capability: int) -> None:
     is_hopper = capability >= 90
     tile = TILES[0] if is_hopper else OLD_TILES[-1]
     _launch_large(q, w, scale, y, tile, tma=is_hopper)
+    routing()
+    experts(is_hopper)
+
+
+def routing() -> None:
+    """From hidden states to the rows of experts, and back."""
+    rule = Routing("sigmoid", "noaux_tc", 8, 8, 4, True, 2.5)
+    for tokens, dtype in ((1, torch.bfloat16), (300, torch.bfloat16), (2, torch.float32)):
+        logits = router_logits_triton(torch.zeros(tokens, 512, dtype=dtype), torch.zeros(256, 512))
+    route_triton(torch.zeros(16, 1, 256), torch.zeros(256), rule)
+    ids, weight = route_triton(logits[:, :1].contiguous(), None, rule)
+    for num_local in (1, 256):
+        groups = permute_triton(ids, 0, num_local)
+    unpermute_triton(torch.zeros(8, 512, dtype=torch.bfloat16), groups.slot_TK, weight)
+
+
+def experts(is_hopper: bool) -> None:
+    """Both products, for few rows and for many, in every kind of numbers."""
+    groups = permute_triton(torch.zeros(3, 2, dtype=torch.int64), 0, 4)
+    gate_up, down = torch.zeros(4, 512, 512), torch.zeros(4, 512, 256)
+    fp8 = [
+        Stack(w.to(torch.float8_e4m3fn), torch.ones(4, 4, w.shape[2] // 128))
+        for w in (gate_up, down)
+    ]
+    quantized = [act_quant_triton(torch.zeros(m, k)) for m, k in ((3, 512), (6, 256))]
+    cases = [(quantized, fp8, rows) for rows in ((1, 64, 256) if is_hopper else (256,))]
+    few_and_many = (1, 256) if is_hopper else (256,)
+    for dtype in (torch.bfloat16, torch.float32):
+        x = [torch.zeros(3, 512, dtype=dtype), torch.zeros(6, 256, dtype=dtype)]
+        held = [Stack(w.to(dtype)) for w in (gate_up, down)]
+        cases += [(x, w, rows) for w in (held, fp8) for rows in few_and_many]
+    for x, w, rows in cases:
+        grouped_gate_up_triton(x[0], w[0], groups, rows)
+        grouped_down_triton(x[1], w[1], groups, rows, torch.bfloat16, torch.zeros(3, 2))
+
+
+def stack_of(cubin: bytes) -> int:
+    """Return the bytes of memory that a thread needs beside its registers."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"STACK:(\d+)", usage)
+    assert found is not None, usage
+    return int(found[1])
 
 
 class NoDevice:
@@ -61,12 +119,23 @@ def main() -> None:
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        sys.stdout.write(f"{self.__name__} {kernel.metadata.shared}\n")
+        ptx, stack = kernel.asm["ptx"], stack_of(kernel.asm["cubin"])
+        hopper = [ptx.count(name) for name in ("wgmma.mma_async", "cp.async.bulk.tensor")]
+        sys.stdout.write(
+            f"{self.__name__} {kernel.metadata.shared} {stack} {hopper[0]} {hopper[1]}\n"
+        )
 
     JITFunction.run = compile_only
+    gpu = {
+        "is_native": lambda x: capability >= 89,
+        "is_interpreted": lambda x: False,
+        "has_tma": lambda x: capability >= 90,
+        "multiprocessors": lambda x: (132, (228 if capability == 90 else 100) << 10),
+    }
     for name, module in list(sys.modules.items()):
-        if name.startswith("dsv3_kernels.") and hasattr(module, "is_native"):
-            module.is_native = lambda x: capability >= 89
+        for function, answer in gpu.items():
+            if name.startswith("dsv3_kernels.") and hasattr(module, function):
+                setattr(module, function, answer)
     launches(capability)
 
 

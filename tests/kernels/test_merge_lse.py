@@ -1,14 +1,17 @@
 import math
 
+import pytest
 import torch
 
-from dsv3_kernels import merge_lse
-from dsv3_kernels.merge_lse import softmax_lse
+from dsv3_kernels.merge_lse import merge_lse_ref, merge_lse_triton, softmax_lse
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 from tests.kernels.definitions import attend
 
+both = pytest.mark.parametrize("merge_lse", [merge_lse_ref, merge_lse_triton])
 
-def test_parts_of_any_size_merge_to_the_whole() -> None:
+
+@both
+def test_parts_of_any_size_merge_to_the_whole(merge_lse) -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 3, 16) * 4, torch.randn(40, 16), torch.randn(40, 8)
     cuts = [0, 1, 1, 30, 40, 40]  # parts of 1, 0, 29, 10 and 0 keys
@@ -27,7 +30,8 @@ def test_parts_of_any_size_merge_to_the_whole() -> None:
             assert_close("lse", got_lse[t, h], torch.tensor(total), 1e-6)
 
 
-def test_rows_without_any_key() -> None:
+@both
+def test_rows_without_any_key(merge_lse) -> None:
     o, lse = torch.zeros(4, 3, 2, 5), torch.full((4, 3, 2), -math.inf)
     o[1, 0], lse[1, 0] = 7.0, -200.0  # one row has a key, and a very small score
     got_o, got_lse = merge_lse(o, lse)
@@ -36,7 +40,8 @@ def test_rows_without_any_key() -> None:
     assert bool((got_lse[1:] == -math.inf).all())
 
 
-def test_large_scores_do_not_overflow() -> None:
+@both
+def test_large_scores_do_not_overflow(merge_lse) -> None:
     lse = torch.tensor([[[300.0]], [[299.0]]])
     got_o, got_lse = merge_lse(torch.tensor([[[[1.0]]], [[[0.0]]]]), lse)
     assert_close("o", got_o, torch.tensor([[[1 / (1 + math.exp(-1))]]]), 1e-6)
@@ -52,6 +57,20 @@ def test_softmax_lse() -> None:
     assert_close("lse", lse, want, 1e-6)
 
 
-def test_a_single_part_is_itself() -> None:
+@both
+def test_a_single_part_is_itself(merge_lse) -> None:
     o, lse = torch.randn(1, 4, 2, 8), torch.randn(1, 4, 2)
     assert_bitwise_equal("o", merge_lse(o, lse)[0], o[0])
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 3, 130), (17, 2, 4, 64), (40, 1, 2, 7), (3, 0, 2, 8)])
+def test_kernel(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    o, lse = torch.randn(shape), torch.randn(shape[:3]) * 10
+    lse[torch.rand(shape[:3]) < 0.3] = -math.inf
+    o[lse == -math.inf] = 0
+    # As they come from an all-to-all: the log-sum-exp behind the values.
+    packed = torch.cat((o, lse.unsqueeze(-1)), -1)
+    got = merge_lse_triton(packed[..., :-1], packed[..., -1])
+    for name, x, y in zip(("o", "lse"), got, merge_lse_ref(o, lse), strict=True):
+        assert x.numel() == 0 or assert_close(name, x, y, 2e-6) is None

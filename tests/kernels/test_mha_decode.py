@@ -1,29 +1,23 @@
-import math
 import sys
 
 import pytest
 import torch
 
-from dsv3_kernels import mha_decode
-from dsv3_kernels.testing import assert_close
+from dsv3_kernels import Paging, mha_decode
+from dsv3_kernels.mha_decode import mha_decode_ref, mha_decode_triton
+from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 from tests.kernels.definitions import attend
+from tests.kernels.paged import scatter
 
 H, X, V = 3, 12, 7
+PAGING = Paging(16)
 
 
 def make(lengths: list[int]):
-    """Keys and values in scattered slots of a cache whose other slots are NaN."""
+    """Keys with values of each sequence, then queries, cache and page tables."""
     torch.manual_seed(0)
     kv = [torch.randn(n, H, X + V) for n in lengths]
-    cache = torch.full((200, H * (X + V)), math.nan)
-    cache[0] = 0.0
-    free = (torch.randperm(199) + 1).tolist()
-    slot = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
-    key_pos = torch.full((len(lengths), max(lengths)), 2**62)
-    for b, n in enumerate(lengths):
-        slot[b, :n], key_pos[b, :n] = torch.tensor([free.pop() for _ in range(n)]), torch.arange(n)
-        cache[slot[b, :n]] = kv[b].flatten(1)
-    return kv, (torch.randn(len(lengths), H, X), cache, slot, key_pos)
+    return kv, (torch.randn(len(lengths), H, X), *scatter([e.flatten(1) for e in kv], PAGING))
 
 
 @pytest.mark.parametrize("ahead", [0, 2])
@@ -32,7 +26,7 @@ def test_mha_decode(ahead: int) -> None:
     lengths = [3, 64, 33]
     kv, args = make(lengths)
     query_pos = torch.tensor(lengths) - 1 - ahead
-    got = mha_decode(*args, query_pos, 0.25)
+    got = mha_decode(*args, query_pos, PAGING, 0.25)
     assert got.dtype == torch.float32
     for b, n in enumerate(lengths):
         for h in range(H):
@@ -41,12 +35,34 @@ def test_mha_decode(ahead: int) -> None:
             assert_close(f"{b} {h}", got[b, h], want, 1e-5)
 
 
+def test_padding_rows_see_nothing() -> None:
+    _, args = make([20, 3])
+    want = mha_decode(*args, torch.tensor([19, 2]), PAGING, 0.25)
+    got = mha_decode(*args, torch.tensor([19, -1]), PAGING, 0.25)
+    assert_close("the other row", got[0], want[0], 1e-6)
+    assert bool((got[1] == 0).all())
+
+
 def test_many_sequences_go_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = [5, 64, 33, 7, 1]
     _, args = make(lengths)
     query_pos = torch.tensor(lengths) - 1
-    whole = mha_decode(*args, query_pos, 0.25)
+    whole = mha_decode(*args, query_pos, PAGING, 0.25)
     monkeypatch.setattr(
-        sys.modules["dsv3_kernels.mha_decode"], "_SCORES", 2 * 64 * args[1].shape[1]
+        sys.modules["dsv3_kernels.mha_decode"], "_SCORES", 2 * 80 * args[1].shape[1]
     )
-    assert_close("two at a time", mha_decode(*args, query_pos, 0.25), whole, 1e-6)
+    assert_close("two at a time", mha_decode(*args, query_pos, PAGING, 0.25), whole, 1e-6)
+
+
+@pytest.mark.parametrize("lengths", [[1], [3, 63, 130], [300, 16]])
+def test_kernel(lengths: list[int]) -> None:
+    """With a padding row; the first sequence alone is bit for bit the same."""
+    _, (q, cache, page) = make([*lengths, 5])
+    query_pos = torch.tensor([*lengths, 0]) - 1
+    args = q, cache, page, query_pos
+    got, want = mha_decode_triton(*args, PAGING, 0.25, 64), mha_decode_ref(*args, PAGING, 0.25)
+    assert_close("kernel", got, want, 2e-6)
+    assert bool((got[-1] == 0).all())
+    width = -(-lengths[0] // PAGING.page_size)
+    alone = mha_decode_triton(q[:1], cache, page[:1, :width], query_pos[:1], PAGING, 0.25, 64)
+    assert_bitwise_equal("alone", alone, got[:1])

@@ -4,39 +4,31 @@ import sys
 import pytest
 import torch
 
-from dsv3_kernels import merge_lse, mla_decode
+from dsv3_kernels import Paging, merge_lse, mla_decode, pack_latent
+from dsv3_kernels.mla_decode import Tile, mla_decode_ref, mla_decode_triton
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 from tests.kernels.definitions import attend
+from tests.kernels.paged import scatter
 
-H, C, R = 3, 16, 8
-PADDING = 2**62
+H, C, R, PAGE = 3, 16, 8, 16
+WHOLE = Paging(PAGE)
 
 
-def make(lengths: list[int], queries: int, shards: int = 1, shard: int = 0):
-    """Sequences in scattered slots of a cache whose other slots are NaN; slot 0 pads rows."""
+def make(lengths: list[int], queries: int, paging: Paging = WHOLE):
+    """Keys, then the arguments of `mla_decode`; the queries are the last positions."""
     torch.manual_seed(0)
     keys = [torch.randn(n, C + R) for n in lengths]
     q = torch.randn(len(lengths), queries, H, C + R)
-    cache = torch.full((200, C + R), math.nan)
-    cache[0] = 0.0
-    free = (torch.randperm(199) + 1).tolist()
-    held = [list(range(shard, n, shards)) for n in lengths]
-    width = max(1, *map(len, held))
-    slot = torch.zeros(len(lengths), width, dtype=torch.int64)
-    key_pos = torch.full((len(lengths), width), PADDING)
-    for b, positions in enumerate(held):
-        for j, p in enumerate(positions):
-            slot[b, j], key_pos[b, j] = free.pop(), p
-            cache[slot[b, j]] = keys[b][p]
     query_pos = torch.tensor([[n - queries + i for i in range(queries)] for n in lengths])
-    return keys, q, cache, slot, key_pos, query_pos
+    return keys, (q, *scatter(keys, paging), query_pos, paging, C, 0.25)
 
 
 @pytest.mark.parametrize("queries", [1, 2, 5])
 def test_mla_decode(queries: int) -> None:
     lengths = [5, 64, 33]
-    keys, q, cache, slot, key_pos, query_pos = make(lengths, queries)
-    o, lse = mla_decode(q, cache, slot, key_pos, query_pos, C, 0.25)
+    keys, args = make(lengths, queries)
+    q, query_pos = args[0], args[3]
+    o, lse = mla_decode(*args)
     assert o.dtype == lse.dtype == torch.float32 and o.shape == (3, queries, H, C)
     for b in range(len(lengths)):
         for i in range(queries):
@@ -51,12 +43,10 @@ def test_mla_decode(queries: int) -> None:
 def test_shards_merge_to_the_whole(shards: int) -> None:
     """Sequences shorter than the number of shards leave some without a key."""
     lengths = [1, 3, 40]
-    _, *args = make(lengths, 1)
-    whole_o, whole_lse = mla_decode(*args, C, 0.25)
+    whole_o, whole_lse = mla_decode(*make(lengths, 1)[1])
     parts = []
     for shard in range(shards):
-        _, *args = make(lengths, 1, shards, shard)
-        o, lse = mla_decode(*args, C, 0.25)
+        o, lse = mla_decode(*make(lengths, 1, Paging(PAGE, shards, shard))[1])
         empty = torch.tensor([n <= shard for n in lengths])
         assert bool((lse[empty] == -math.inf).all()) and bool((o[empty] == 0).all())
         assert bool(lse[~empty].isfinite().all())
@@ -66,17 +56,116 @@ def test_shards_merge_to_the_whole(shards: int) -> None:
     assert_close("lse", lse, whole_lse.flatten(0, 1), 1e-6)
 
 
-def test_keys_in_any_order() -> None:
-    _, q, cache, slot, key_pos, query_pos = make([17, 17], 2)
-    want, _ = mla_decode(q, cache, slot, key_pos, query_pos, C, 0.25)
-    order = torch.randperm(17)
-    got, _ = mla_decode(q, cache, slot[:, order], key_pos[:, order], query_pos, C, 0.25)
-    assert_close("shuffled", got, want, 1e-5)
+@pytest.mark.parametrize("shards", [1, 4])
+def test_padding_queries_see_nothing(shards: int) -> None:
+    _, (q, cache, page, query_pos, *rest) = make([40, 17, 3], 2, Paging(PAGE, shards, 0))
+    want_o, want_lse = mla_decode(q, cache, page, query_pos, *rest)
+    query_pos[1], query_pos[2, 1] = -1, -1
+    page[1] = 0
+    o, lse = mla_decode(q, cache, page, query_pos, *rest)
+    hidden = query_pos < 0
+    assert bool((o[hidden] == 0).all()) and bool((lse[hidden] == -math.inf).all())
+    assert_close("o", o[~hidden], want_o[~hidden], 1e-6)
+    assert_close("lse", lse[~hidden], want_lse[~hidden], 1e-6)
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+def test_tables_spelled_out_before_are_the_same(shards: int) -> None:
+    _, args = make([17, 30], 2, Paging(PAGE, shards, shards - 1))
+    keys = args[4].keys(args[2], args[3], longest=30)
+    assert keys.slot_BS.shape == (2, args[4].local_len(30))
+    for got, want in zip(mla_decode(*args, keys), mla_decode(*args), strict=True):
+        assert_close("spelled out", got, want, 1e-6)
 
 
 def test_many_sequences_go_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, *args = make([5, 64, 33, 7, 1], 1)
-    whole = mla_decode(*args, C, 0.25)
-    monkeypatch.setattr(sys.modules["dsv3_kernels.mla_decode"], "_SCORES", 64 * (C + R) * 2)
-    for got, want in zip(mla_decode(*args, C, 0.25), whole, strict=True):
+    _, args = make([5, 64, 33, 7, 1], 1)
+    whole = mla_decode(*args)
+    monkeypatch.setattr(sys.modules["dsv3_kernels.mla_decode"], "_SCORES", 80 * (C + R) * 2)
+    for got, want in zip(mla_decode(*args), whole, strict=True):
         assert_bitwise_equal("two sequences at a time", got, want)
+
+
+def run(args, tile: Tile):
+    return mla_decode_triton(*args, tile=tile)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "queries", "heads", "dims", "tile"),
+    [
+        ([1, 63, 129, 300, 17], 1, 16, (64, 16), Tile(16, 16, 128, 4, 2)),
+        ([300, 5], 1, 20, (64, 16), Tile(32, 32, 64, 4, 2)),
+        ([63, 2, 129], 3, 5, (24, 8), Tile(16, 16, 64, 4, 2)),
+        ([300], 2, 1, (64, 16), Tile(16, 32, 512, 4, 2)),
+        ([70], 1, 20, (512, 64), Tile(16, 32, 64, 4, 2)),
+    ],
+)
+@pytest.mark.parametrize("shards", [1, 4])
+def test_kernel(
+    lengths: list[int],
+    queries: int,
+    heads: int,
+    dims: tuple[int, int],
+    tile: Tile,
+    shards: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in zip("HCR", (heads, *dims), strict=True):
+        monkeypatch.setitem(globals(), name, value)
+    for shard in {0, shards - 1}:
+        _, (q, cache, page, pos, paging, _, scale) = make(
+            lengths, queries, Paging(16, shards, shard)
+        )
+        pos[-1, -1] = -1 if queries > 1 else pos[-1, -1]
+        args = q, cache, page, pos, paging, dims[0], scale
+        (o, lse), (want_o, want_lse) = run(args, tile), mla_decode_ref(*args)
+        assert_close("o", o, want_o, 2e-6)
+        assert_close("lse", lse, want_lse, 2e-6)
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+def test_kernel_of_no_position(shards: int) -> None:
+    """Padding, and sequences of which this rank holds nothing."""
+    _, (q, cache, page, pos, *rest) = make([3, 3, 40], 2, Paging(PAGE, shards, shards - 1))
+    pos[1], page[1] = -1, 0
+    args = q, cache, page, pos, *rest
+    o, lse = run(args, Tile(16, 16, 16, 4, 2))
+    want_o, want_lse = mla_decode_ref(*args)
+    assert bool((lse[1] == -math.inf).all()) and bool((o[1] == 0).all())
+    assert_close("o", o, want_o, 2e-6)
+    assert_close("lse", lse, want_lse, 2e-6)
+
+
+@pytest.mark.parametrize("dims", [(256, 16), (24, 8)])
+def test_kernel_reads_the_packed_form(dims: tuple[int, int], monkeypatch) -> None:
+    for name, value in zip("CR", dims, strict=True):
+        monkeypatch.setitem(globals(), name, value)
+    lengths = [63, 5]
+    _, (q, cache, page, pos, paging, _, scale) = make(lengths, 1)
+    packed = pack_latent(cache.nan_to_num(0.5) * 3, C)
+    written = ~cache.isnan().any(1)
+    packed[~written] = 0x7F  # NaN in all three parts
+    args = q, packed, page, pos, paging, C, scale
+    (o, lse), (want_o, want_lse) = run(args, Tile(16, 16, 32, 4, 2)), mla_decode_ref(*args)
+    assert_close("o", o, want_o, 2e-6)
+    assert_close("lse", lse, want_lse, 2e-6)
+
+
+def test_kernel_of_bfloat16() -> None:
+    _, (q, cache, *rest) = make([129, 40], 2)
+    args = q.bfloat16(), cache.bfloat16(), *rest
+    (o, lse), (want_o, want_lse) = mla_decode_triton(*args), mla_decode_ref(*args)
+    assert_close("o", o, want_o, 2e-6)
+    assert_close("lse", lse, want_lse, 2e-6)
+
+
+def test_a_sequence_does_not_depend_on_the_batch() -> None:
+    """Nor on the width of the tables, nor on the queries beside it."""
+    tile = Tile(16, 16, 64, 4, 2)
+    _, (q, cache, page, pos, *rest) = make([129, 300, 1, 64], 2)
+    o, lse = run((q, cache, page, pos, *rest), tile)
+    for b in range(4):
+        width = -(-(int(pos[b, 1]) + 1) // PAGE)
+        alone = run((q[b : b + 1], cache, page[b : b + 1, :width], pos[b : b + 1], *rest), tile)
+        assert_bitwise_equal("o", alone[0], o[b : b + 1])
+        assert_bitwise_equal("lse", alone[1], lse[b : b + 1])

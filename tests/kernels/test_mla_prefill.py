@@ -1,16 +1,37 @@
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from dsv3_kernels import merge_lse, mla_prefill
-from dsv3_kernels.testing import assert_close
+from dsv3_kernels import merge_lse, mla_prefill_packed
+from dsv3_kernels.mla_prefill import (
+    Tile,
+    _launch,
+    mla_prefill_ref,
+    mla_prefill_triton,
+)
+from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 from tests.kernels.definitions import attend
 
-H, X, V = 3, 24, 10
+H, N, R, V = 3, 16, 8, 10
+X = N + R
 
 
+def by_kernel(*args):
+    return mla_prefill_triton(*args, tile=Tile(16, 16, 4, 1))
+
+
+def parts(k):
+    """Keys as the op takes them."""
+    return k[..., :N], k[..., N:]
+
+
+both = pytest.mark.parametrize("mla_prefill", [mla_prefill_ref, by_kernel])
+
+
+@both
 @pytest.mark.parametrize(
     ("queries", "keys", "first_query", "first_key"),
     [
@@ -23,10 +44,12 @@ H, X, V = 3, 24, 10
         (4, 5, 0, 10),  # none does
     ],
 )
-def test_mla_prefill(queries: int, keys: int, first_query: int, first_key: int) -> None:
+def test_mla_prefill(
+    mla_prefill, queries: int, keys: int, first_query: int, first_key: int
+) -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(queries, H, X), torch.randn(keys, H, X), torch.randn(keys, H, V)
-    got_o, got_lse = mla_prefill(q, k, v, first_key, first_query, 0.3)
+    got_o, got_lse = mla_prefill(q, *parts(k), v, first_key, first_query, 0.3)
     assert got_o.dtype == got_lse.dtype == torch.float32
     for i in range(queries):
         seen = min(max(first_query + i - first_key + 1, 0), keys)
@@ -36,21 +59,23 @@ def test_mla_prefill(queries: int, keys: int, first_query: int, first_key: int) 
             assert_close(f"lse {i} {h}", got_lse[i, h], torch.tensor(lse), 1e-5)
 
 
-def test_it_is_scaled_dot_product_attention() -> None:
+@both
+def test_it_is_scaled_dot_product_attention(mla_prefill) -> None:
     torch.manual_seed(1)
     q, k, v = torch.randn(129, H, X), torch.randn(129, H, X), torch.randn(129, H, V)
     want = F.scaled_dot_product_attention(
         *(t.transpose(0, 1) for t in (q, k, v)), is_causal=True, scale=0.2
     ).transpose(0, 1)
-    assert_close("sdpa", mla_prefill(q, k, v, 0, 0, 0.2)[0], want, 1e-5)
+    assert_close("sdpa", mla_prefill(q, *parts(k), v, 0, 0, 0.2)[0], want, 1e-5)
 
 
-def test_blocks_of_keys_merge_to_the_whole() -> None:
+@both
+def test_blocks_of_keys_merge_to_the_whole(mla_prefill) -> None:
     torch.manual_seed(2)
     q, k, v = torch.randn(20, H, X), torch.randn(70, H, X), torch.randn(70, H, V)
-    want, want_lse = mla_prefill(q, k, v, 0, 50, 0.3)
-    parts = [mla_prefill(q, k[a:b], v[a:b], a, 50, 0.3) for a, b in ((0, 64), (64, 70))]
-    o, lse = merge_lse(torch.stack([p[0] for p in parts]), torch.stack([p[1] for p in parts]))
+    want, want_lse = mla_prefill(q, *parts(k), v, 0, 50, 0.3)
+    merged = [mla_prefill(q, *parts(k[a:b]), v[a:b], a, 50, 0.3) for a, b in ((0, 64), (64, 70))]
+    o, lse = merge_lse(torch.stack([p[0] for p in merged]), torch.stack([p[1] for p in merged]))
     assert_close("o", o, want, 1e-5)
     assert_close("lse", lse, want_lse, 1e-6)
 
@@ -58,7 +83,38 @@ def test_blocks_of_keys_merge_to_the_whole() -> None:
 def test_long_prompts_go_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(3)
     q, k, v = torch.randn(40, H, X), torch.randn(40, H, X), torch.randn(40, H, V)
-    whole = mla_prefill(q, k, v, 0, 0, 0.3)
+    whole = mla_prefill_ref(q, *parts(k), v, 0, 0, 0.3)
     monkeypatch.setattr(sys.modules["dsv3_kernels.mla_prefill"], "_SCORES", 7 * H * 40)
-    for got, want in zip(mla_prefill(q, k, v, 0, 0, 0.3), whole, strict=True):
+    for got, want in zip(mla_prefill_ref(q, *parts(k), v, 0, 0, 0.3), whole, strict=True):
         assert_close("seven queries at a time", got, want, 1e-6)
+
+
+def test_sequences_one_behind_the_other() -> None:
+    """By the reference and the kernel, from strided views; the rotated keys are all heads' own."""
+    torch.manual_seed(4)
+    starts = [0, 1, 64, 64, 100]
+    q, kv = torch.randn(100, H, X + 5)[..., :X], torch.randn(100, H, N + V)
+    k_r = torch.randn(100, 1, R).expand(-1, H, -1)
+    k_n, v = kv.split([N, V], -1)
+    start_L = torch.tensor(starts, dtype=torch.int32)
+    got = mla_prefill_packed(q, k_n, k_r, v, start_L, 63, 0.3)
+    kernel = _launch(q, k_n, k_r, v, start_L, 63, 0, 0.3, Tile(16, 16, 4, 1))
+    for a, b in pairwise(starts):
+        one = mla_prefill_ref(q[a:b], k_n[a:b], k_r[a:b], v[a:b], 0, 0, 0.3)
+        alone = mla_prefill_triton(
+            q[a:b], k_n[a:b], k_r[a:b], v[a:b], 0, 0, 0.3, Tile(16, 16, 4, 1)
+        )
+        if b == a:
+            continue
+        for i in range(2):
+            assert_close("reference", got[i][a:b], one[i], 1e-6)
+            assert_close("kernel", kernel[i][a:b], one[i], 2e-6)
+            assert_bitwise_equal("alone", kernel[i][a:b], alone[i])
+
+
+def test_kernel_at_published_dims() -> None:
+    torch.manual_seed(5)
+    q, k_n, v = torch.randn(40, 1, 192), torch.randn(70, 1, 128), torch.randn(70, 1, 128)
+    args = q, k_n, torch.randn(70, 1, 64), v, 0, 30, 0.07
+    for got, want in zip(mla_prefill_triton(*args), mla_prefill_ref(*args), strict=True):
+        assert_close("published", got, want, 2e-6)

@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv3_kernels import experts
-from dsv3_kernels.testing import assert_close
+from dsv3_kernels import Stack, act_quant, experts
+from dsv3_kernels.moe import experts_ref, experts_triton
+from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 
 T, D, F, E, K = 19, 24, 10, 8, 3
 
@@ -18,41 +19,91 @@ def layer():
 def dense(layer: tuple[Tensor, ...], held: range) -> Tensor:
     """Sum weight * down(silu(gate) * up), token by token, expert by expert."""
     x, ids, weight, gate_up, down = (t.double() if t.is_floating_point() else t for t in layer)
-    y = torch.zeros(T, D, dtype=torch.float64)
-    for t in range(T):
+    inner = down.shape[2]
+    y = torch.zeros(x.shape, dtype=torch.float64)
+    for t in range(len(x)):
         for e, w in zip(ids[t].tolist(), weight[t], strict=True):
             if e in held:
-                gate, up = gate_up[e, :F] @ x[t], gate_up[e, F:] @ x[t]
+                gate, up = gate_up[e, :inner] @ x[t], gate_up[e, inner:] @ x[t]
                 y[t] += w * (down[e] @ (gate * torch.sigmoid(gate) * up))
     return y
 
 
-@pytest.mark.parametrize("held", [range(8), range(4), range(4, 8), range(6, 7)], ids=str)
-def test_local_experts(layer, held: range) -> None:
+def run(layer: tuple[Tensor, ...], held: range, form=experts) -> Tensor:
     x, ids, weight, gate_up, down = layer
-    first = held.start
-    got = experts(
-        x, ids, weight, first, len(held), lambda e: gate_up[first + e], lambda e: down[first + e]
-    )
+    part = slice(held.start, held.stop)
+    return form(x, ids, weight, held.start, Stack(gate_up[part]), Stack(down[part]))
+
+
+@pytest.mark.parametrize("form", [experts, experts_triton])
+@pytest.mark.parametrize("held", [range(8), range(4), range(4, 8), range(6, 7)], ids=str)
+def test_local_experts(layer, held: range, form) -> None:
+    got = run(layer, held, form)
     assert got.dtype == torch.float32
     assert_close("experts", got, dense(layer, held), 1e-5)
 
 
-def test_no_local_expert_hit(layer) -> None:
-    x, _, weight, *_ = layer
-
-    def never(e: int) -> Tensor:
-        raise AssertionError(f"expert {e} was not chosen")
-
-    far = torch.tensor([[0, 1, 7]]).expand(T, K)
-    assert torch.equal(experts(x, far, weight, 2, 5, never, never), torch.zeros(T, D))
-    empty = experts(x[:0], far[:0], weight[:0], 0, E, never, never)
-    assert empty.shape == (0, D)
+@pytest.mark.parametrize("form", [experts, experts_triton])
+def test_no_local_expert_hit(layer, form) -> None:
+    x, ids, weight, gate_up, down = layer
+    never = gate_up * float("nan"), down * float("nan")
+    for far in (torch.tensor([[0, 1, 7]]).expand(T, K), torch.full((T, K), -1)):
+        assert torch.equal(run((x, far, weight, *never), range(2, 7), form), torch.zeros(T, D))
+    assert run((x[:0], ids[:0], weight[:0], *never), range(E), form).shape == (0, D)
 
 
-def test_one_expert_for_all_tokens(layer) -> None:
+@pytest.mark.parametrize("form", [experts, experts_triton])
+@pytest.mark.parametrize("tokens", [1, 19, 63])
+def test_one_expert_for_all_tokens(layer, tokens: int, form) -> None:
     """Whatever the imbalance, nothing is dropped."""
-    x, _, weight, gate_up, down = layer
-    ids = torch.tensor([[5, 1, 2]]).expand(T, K)
-    got = experts(x, ids, weight, 0, E, lambda e: gate_up[e], lambda e: down[e])
-    assert_close("experts", got, dense((x, ids, weight, gate_up, down), range(E)), 1e-5)
+    *_, gate_up, down = layer
+    torch.manual_seed(1)
+    ids = torch.tensor([[5, 1, 2]]).expand(tokens, K)
+    uneven = torch.randn(tokens, D), ids, torch.rand(tokens, K), gate_up, down
+    assert_close("experts", run(uneven, range(E), form), dense(uneven, range(E)), 1e-5)
+
+
+def fp8_layer(tokens: int) -> tuple[Tensor, Tensor, Tensor, Stack, Stack]:
+    """The demo model's experts: D 256, F 128."""
+    torch.manual_seed(2)
+
+    def stack(rows: int, cols: int) -> Stack:
+        scale = torch.rand(E, -(-rows // 128), -(-cols // 128)) * 0.01 + 1e-3
+        return Stack(torch.randn(E, rows, cols).mul(20).to(torch.float8_e4m3fn), scale)
+
+    ids = torch.randint(-1, 2 * E, (tokens, 4))
+    return torch.randn(tokens, 256), ids, torch.rand(tokens, 4), stack(256, 256), stack(256, 128)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("ue8m0", [False, True])
+def test_fp8_matrices(quantized: bool, ue8m0: bool) -> None:
+    x, ids, weight, gate_up, down = fp8_layer(11)
+    given = (act_quant(x, ue8m0) if quantized else x, ids, weight, 3, gate_up, down, ue8m0)
+    want, got = experts_ref(*given), experts_triton(*given)
+    # Quantized, rows are added up in bfloat16 and a value may lie one step of FP8 away.
+    assert_close("kernels", got, want, 0.01 if quantized else 1e-5)
+    exact = [torch.stack([w.matrix(e, torch.float32) for e in range(E)]) for w in (gate_up, down)]
+    plain = dense((x, ids - 3, weight, *exact), range(E))
+    assert_close("definition", want, plain, 0.1 if quantized else 1e-5)
+    rough = float((want - plain).abs().max() / plain.abs().max())
+    assert (rough > 1e-3) == quantized, "quantized if and only if asked for"
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_tokens_do_not_see_each_other(quantized: bool) -> None:
+    x, ids, weight, gate_up, down = fp8_layer(40)
+    matrices = (0, gate_up, down, False, 4)  # the same tiles for 3 tokens as for 40
+    given = act_quant if quantized else torch.clone
+    whole = experts_triton(given(x), ids, weight, *matrices)
+    some = slice(17, 20)
+    part = experts_triton(given(x[some]), ids[some], weight[some], *matrices)
+    assert_bitwise_equal("slice", part, whole[some])
+
+
+def test_bfloat16(layer) -> None:
+    x, ids, weight, gate_up, down = (
+        t.bfloat16() if t.dim() > 2 or t.shape == (T, D) else t for t in layer
+    )
+    small = (x, ids, weight, gate_up, down)
+    assert_close("experts", run(small, range(E), experts_triton), dense(small, range(E)), 0.02)

@@ -3,6 +3,7 @@ import torch
 from torch import Tensor
 
 from dsv3_kernels import apply_rope
+from dsv3_kernels.rope import rotate_ref, rotate_triton
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 
 
@@ -46,3 +47,18 @@ def test_scores_depend_on_distance_only() -> None:
 
     assert_close("shifted", score(105, 101), score(7, 3), 1e-5)
     assert abs(score(105, 101) - score(105, 100)) > 1e-3
+
+
+@pytest.mark.parametrize("rotate", [rotate_ref, rotate_triton])
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1, 16), (5, 20, 8), (3, 16, 64), (2, 3, 12)])
+def test_in_place(rotate, interleaved: bool, shape: tuple[int, int, int]) -> None:
+    """The last part of longer rows; what is before it stays."""
+    torch.manual_seed(2)
+    (T, H, R), angle = shape, torch.rand(shape[0], shape[2] // 2) * 50
+    x = torch.randn(T, H, R + 6)
+    want = apply_rope(x[..., 6:], angle.cos()[:, None], angle.sin()[:, None], interleaved)
+    before = x.clone()
+    rotate(x[..., 6:], angle.cos(), angle.sin(), interleaved)
+    assert_bitwise_equal("the rest", x[..., :6], before[..., :6])
+    assert_close("rotated", x[..., 6:], want, 1e-6)

@@ -5,7 +5,17 @@ import torch
 from torch import Tensor
 
 from dsv3_kernels import sample
-from dsv3_kernels.sample import _keep_likeliest, gumbel, philox
+from dsv3_kernels._triton import tl, triton
+from dsv3_kernels.sample import (
+    _keep_likeliest,
+    gumbel,
+    philox,
+    sample_ref,
+    sample_triton,
+    to_uniform,
+    uniform_block,
+)
+from dsv3_kernels.testing import assert_bitwise_equal
 
 EULER = 0.5772156649
 
@@ -168,3 +178,72 @@ def test_a_row_that_keeps_all_keeps_all_beside_one_that_does_not() -> None:
     logits = torch.tensor([[30.0, 0.0, -1.0]]).expand(2, -1)
     got = _keep_likeliest(logits, torch.tensor([0, 2]), torch.tensor([1.0, 1.0]))
     assert got.tolist() == [[30.0, 0.0, -1.0], [30.0, 0.0, -math.inf]]
+
+
+def both(logits: Tensor, temperature: list[float], top_k: list[int], top_p: list[float]):
+    """Tokens of the reference and of the kernel, rows with these parameters in turn."""
+    B = len(logits)
+    rows = torch.arange(B)
+    args = (
+        logits,
+        torch.tensor(temperature)[rows % len(temperature)],
+        torch.tensor(top_k)[rows % len(top_k)],
+        torch.tensor(top_p)[rows % len(top_p)],
+        rows * 0x1234567_89ABCDEF - 2**62,
+        rows * 1_000_003,
+    )
+    return sample_ref(*args), sample_triton(*args, block=1024), args
+
+
+@pytest.mark.parametrize(("vocab", "rows"), [(1, 3), (331, 15), (1100, 3)])
+def test_kernel_chooses_as_the_reference(vocab: int, rows: int) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(rows, vocab + 2)[:, :vocab] * 4
+    want, got, _ = both(logits, [0.7, 0.0, 1.5], [0, 5, 0, 1, 331], [1.0, 0.9, 0.3, 1e-9])
+    assert got.tolist() == want.tolist()
+    assert vocab == 1 or len(set(want.tolist())) > rows // 2
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(4, 0.6), (30, 1.0), (250, 1.0), (0, 0.6)])
+def test_kernel_keeps_the_lowest_of_equal_logits(top_k: int, top_p: float) -> None:
+    """Logits of few values; two tokens in five are impossible."""
+    torch.manual_seed(1)
+    logits = torch.randint(0, 3, (6, 300)).float()
+    logits[:, torch.randperm(300)[:120]] = -math.inf
+    want, got, _ = both(logits, [1.0], [top_k], [top_p])
+    assert got.tolist() == want.tolist()
+    assert len(set(want.tolist())) > 1
+
+
+def test_kernel_rows_do_not_see_each_other() -> None:
+    torch.manual_seed(2)
+    logits = torch.randn(3, 331)
+    _, got, args = both(logits, [0.9], [0, 7], [0.8, 1.0])
+    for b in range(3):
+        alone = sample_triton(*(x[b : b + 1] for x in args), block=1024)
+        assert alone.tolist() == got[b : b + 1].tolist()
+
+
+def test_kernel_greedy_ties_and_empty_batches() -> None:
+    logits = torch.zeros(2, 1000)
+    logits[0, [300, 700, 999]] = 5.0
+    _, got, args = both(logits, [0.0], [0], [1.0])
+    assert got.tolist() == [300, 0]
+    assert sample_triton(*(x[:0] for x in args)).shape == (0,)
+
+
+@triton.jit
+def _uniform_kernel(out_ptr, seed_ptr, position_ptr, BLOCK: tl.constexpr):
+    b, first = tl.program_id(0), tl.program_id(1) * BLOCK
+    seed, position = tl.load(seed_ptr + b), tl.load(position_ptr + b)
+    at = out_ptr + b * tl.num_programs(1) * BLOCK + first + tl.arange(0, BLOCK)
+    tl.store(at, uniform_block(seed, position, first, BLOCK))
+
+
+def test_kernel_draws_the_same_numbers() -> None:
+    seed = torch.tensor([0, -1, 0x299F31D0A4093822, 5 - 2**63])
+    position = torch.tensor([0, 163_839, 7, 2**31])
+    out = torch.empty(4, 512)
+    _uniform_kernel[(4, 4)](out, seed, position, 128)
+    want = to_uniform(philox(seed, position, torch.arange(128)).flatten(1))
+    assert_bitwise_equal("uniform", out, want)

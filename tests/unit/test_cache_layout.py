@@ -37,7 +37,7 @@ def test_tokens_are_dealt_evenly(tp: int) -> None:
     assert [r.slots_per_page * tp for r in ranks] == [r.page_size for r in ranks]
     for n in (0, 1, tp - 1, tp, tp + 1, 1000):
         held = [[p for p in range(n) if p % tp == r.shard] for r in ranks]
-        assert [r.local_len(n) for r in ranks] == [len(h) for h in held], n
+        assert [r.paging.local_len(n) for r in ranks] == [len(h) for h in held], n
 
 
 @pytest.mark.parametrize("tp", WORLDS)

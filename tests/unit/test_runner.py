@@ -65,11 +65,12 @@ def test_writes(step: list[tuple[int, int]], shards: int) -> None:
         batch, layout = build(plan, shards, shard)
         assert batch.token_T.tolist() == plan.token_ids.tolist()
         assert batch.position_T.tolist() == [p for _, p in rows]
-        own = range(len(rows)) if batch.own_row is None else batch.own_row.tolist()
+        assert len(batch.own_slot) == len(rows)
         slots = stored(plan, layout)
-        assert [slots[s] for s in batch.own_slot.tolist()] == [rows[r] for r in own]
+        own = {rows[t]: s for t, s in enumerate(batch.own_slot.tolist()) if s >= 0}
+        assert all(slots[s] == row for row, s in own.items())
         written += own
-    assert sorted(written) == list(range(len(rows)))
+    assert sorted(written) == sorted(rows)
 
 
 @pytest.mark.parametrize("step", STEPS, ids=str)
@@ -83,10 +84,16 @@ def test_reads(step: list[tuple[int, int]], shards: int, limit: int) -> None:
         slots, seq = stored(plan, layout), 0
         for group in batch.groups:
             assert group.start == starts[seq]
-            for slot, key_pos, query_pos in zip(
-                group.slot_BS, group.key_pos_BS, group.query_pos_BQ, strict=True
+            assert group.page_BG.dtype == torch.int32 and group.keys is not None
+            key_pos = group.keys.key_pos_S
+            for table, slot, query_pos in zip(
+                group.page_BG, group.keys.slot_BS, group.query_pos_BQ, strict=True
             ):
                 context, new = step[seq]
+                pages = plan.pages[plan.page_count[:seq].sum() :][: plan.page_count[seq]].tolist()
+                padded = pages + [NULL_PAGE] * (len(table) - len(pages))
+                assert len(table) * PAGE >= context + new
+                assert table.tolist() == padded[: len(table)]
                 assert query_pos.tolist() == list(range(context, context + new))
                 seen = [
                     (slots[s], p)
@@ -101,6 +108,10 @@ def test_reads(step: list[tuple[int, int]], shards: int, limit: int) -> None:
             assert group.stop == starts[seq]
         assert batch.num_decode_rows == starts[seq]
         assert all(n <= limit for _, n in step[:seq]) and all(n > limit for _, n in step[seq:])
+        if batch.chunks:
+            assert batch.chunk_start_L is not None and batch.chunk_start_L.dtype == torch.int32
+            bounds = [c.start for c in batch.chunks] + [batch.chunks[-1].stop]
+            assert batch.chunk_start_L.tolist() == [b - batch.num_decode_rows for b in bounds]
         for chunk, (context, new) in zip(batch.chunks, step[seq:], strict=True):
             assert (chunk.start, chunk.stop) == (starts[seq], starts[seq + 1])
             assert chunk.context_len == context and chunk.stop - chunk.start == new
@@ -115,4 +126,5 @@ def test_short_sequences_are_not_padded_to_long_ones() -> None:
     batch, _ = build(plan, 1, 0)
     for group, (a, b) in zip(batch.groups, pairwise((0, 2, 4, 6, 7)), strict=True):
         assert (group.start, group.stop) == (a, b)
-        assert group.slot_BS.shape == (b - a, contexts[b - 1] + 1)
+        assert group.keys is not None
+        assert group.keys.slot_BS.shape == (b - a, contexts[b - 1] + 1)

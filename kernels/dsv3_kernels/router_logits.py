@@ -1,0 +1,131 @@
+"""The router's product: every expert's logit for every token, as exact as float32 is.
+
+Activations in bfloat16 meet weights in float32: each weight is cut into three bfloat16 numbers that
+add up to it, so matrix units can be used and no bit of either is lost. Float32 activations are
+multiplied without matrix units.
+
+The sum over D is made in parts, always the same ones and added in the same order, so that a token's
+logits, and with them its experts, do not depend on how many tokens there are. For few tokens every
+part has a program of its own (a few experts' rows alone would not keep a GPU's memory busy) and
+`route` adds the parts up; for many tokens a program walks through all of them.
+
+Bound by reading the weights for few tokens.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dsv3_kernels._triton import is_interpreted, tl, triton, use_triton
+
+# Parts of the sum, and up to how many tokens they have programs of their own.
+_PARTS = 16
+_FEW = 256
+
+
+def router_logits_ref(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """Define `router_logits`."""
+    return F.linear(x_TD.float(), weight_ED).unsqueeze(0)
+
+
+@triton.jit
+def _add_exact(acc, w, x, INTERPRETED: tl.constexpr):
+    """Add W x of float32 W and bfloat16 or float32 x."""
+    if x.dtype == tl.float32:
+        return tl.dot(w, x, acc, input_precision="ieee")
+    elif INTERPRETED:  # noqa: RET505 - it multiplies the bits of bfloat16 as integers
+        return tl.dot(w, x.to(tl.float32), acc, input_precision="ieee")
+    else:
+        high = w.to(tl.bfloat16)
+        rest = w - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        acc = tl.dot(low, x, acc)
+        acc = tl.dot(middle, x, acc)
+        return tl.dot(high, x, acc)
+
+
+@triton.jit
+def _router_logits_kernel(
+    x,
+    w,
+    logits,
+    T,
+    E: tl.constexpr,
+    D: tl.constexpr,
+    PARTS: tl.constexpr,
+    APART: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Compute BLOCK_E logits of BLOCK_T tokens: of one part if APART, else of all of them."""
+    STEPS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    expert = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    token = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    # Those behind the last repeat it; what they give is not stored.
+    w_at = w + tl.minimum(expert, E - 1)[:, None] * D
+    x_at = x + tl.minimum(token, T - 1).to(tl.int64)[None, :] * D
+    total = tl.zeros([BLOCK_E, BLOCK_T], tl.float32)
+    first = tl.program_id(2) if APART else 0
+    for part in range(first, first + 1 if APART else PARTS):
+        acc = tl.zeros([BLOCK_E, BLOCK_T], tl.float32)
+        for step in range(part * STEPS // PARTS, (part + 1) * STEPS // PARTS):
+            d = step * BLOCK_D + tl.arange(0, BLOCK_D)
+            if D % BLOCK_D == 0:
+                w_tile = tl.load(w_at + d[None, :])
+                x_tile = tl.load(x_at + d[:, None])
+            else:
+                w_tile = tl.load(w_at + d[None, :], mask=d[None, :] < D, other=0.0)
+                x_tile = tl.load(x_at + d[:, None], mask=d[:, None] < D, other=0.0)
+            acc = _add_exact(acc, w_tile, x_tile, INTERPRETED)
+        total += acc
+    at = (first * T + token).to(tl.int64)[:, None] * E + expert[None, :]
+    mask = (token < T)[:, None] & (expert < E)[None, :]
+    tl.store(logits + at, tl.trans(total), mask=mask)
+
+
+def router_logits_triton(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """Launch a program per 64 experts, block of tokens and, for few tokens, part."""
+    (T, D), E = x_TD.shape, weight_ED.shape[0]
+    assert x_TD.is_contiguous() and weight_ED.is_contiguous() and weight_ED.shape[1] == D
+    assert weight_ED.dtype == torch.float32 and x_TD.dtype in (torch.float32, torch.bfloat16)
+    apart = T <= _FEW
+    logits = x_TD.new_empty((_PARTS if apart else 1, T, E), dtype=torch.float32)
+    tokens = 16 if T <= 16 else 64
+    grid = (triton.cdiv(E, 64), triton.cdiv(T, tokens), _PARTS if apart else 1)
+    if T:
+        _router_logits_kernel[grid](
+            x_TD,
+            weight_ED,
+            logits,
+            T,
+            E=E,
+            D=D,
+            PARTS=_PARTS,
+            APART=apart,
+            INTERPRETED=is_interpreted(x_TD),
+            BLOCK_T=tokens,
+            BLOCK_E=64,
+            BLOCK_D=32 if x_TD.dtype == torch.float32 else 64,
+            num_warps=4,
+            num_stages=4,
+        )
+    return logits
+
+
+def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """Return x W^T in parts.
+
+    Args:
+        x_TD: [T, D] bfloat16 or float32, contiguous.
+        weight_ED: [E, D] float32, contiguous.
+
+    Returns:
+        logits_STE: [S, T, E] float32; their sum over the first dimension, in order, is the product
+            (`route` does it). S depends on T, the sum does not.
+    """
+    if use_triton(x_TD):
+        return router_logits_triton(x_TD, weight_ED)
+    return router_logits_ref(x_TD, weight_ED)

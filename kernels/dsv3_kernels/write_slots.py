@@ -1,0 +1,49 @@
+"""Storing rows in the slots of a cache. Bound by bytes: every row is read and written once."""
+
+from torch import Tensor
+
+from dsv3_kernels._triton import tl, triton, use_triton
+
+_BLOCK = 4096  # bytes that a program moves
+
+
+def write_slots_ref(cache_SY: Tensor, slot_T: Tensor, row_TY: Tensor) -> None:
+    """Define `write_slots`."""
+    if len(slot_T) and slot_T.min().item() < 0:
+        is_own = slot_T >= 0
+        slot_T, row_TY = slot_T[is_own], row_TY[is_own]
+    cache_SY.index_copy_(0, slot_T, row_TY.to(cache_SY.dtype))
+
+
+@triton.jit
+def _write_slots_kernel(
+    cache_SY, slot_T, row_TY, stride_s, stride_t, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):
+    t = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slot_T + t).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = (at < WIDTH) & (slot >= 0)
+    row = tl.load(row_TY + t * stride_t + at, mask=mask, other=0)
+    tl.store(cache_SY + slot * stride_s + at, row.to(cache_SY.dtype.element_ty), mask=mask)
+
+
+def write_slots_triton(cache_SY: Tensor, slot_T: Tensor, row_TY: Tensor) -> None:
+    """Launch one program per row and block of its values."""
+    assert cache_SY.stride(1) == row_TY.stride(1) == 1, f"{cache_SY.stride()}, {row_TY.stride()}"
+    T, width = row_TY.shape
+    block = min(_BLOCK // cache_SY.element_size(), triton.next_power_of_2(width))
+    if T:
+        _write_slots_kernel[(T, triton.cdiv(width, block))](
+            cache_SY, slot_T, row_TY, cache_SY.stride(0), row_TY.stride(0), width, block
+        )
+
+
+def write_slots(cache_SY: Tensor, slot_T: Tensor, row_TY: Tensor) -> None:
+    """Store row t in slot slot_T[t], cast to the cache's dtype; nowhere where that is -1.
+
+    Args:
+        cache_SY: [slots, Y], written in place.
+        slot_T: [T] int64, distinct but for -1.
+        row_TY: [T, Y].
+    """
+    (write_slots_triton if use_triton(cache_SY) else write_slots_ref)(cache_SY, slot_T, row_TY)

@@ -1,0 +1,194 @@
+import pytest
+import torch
+from torch import Tensor
+
+from dsv3_kernels import grouped_gemm
+from dsv3_kernels.act_quant import Quantized, act_quant
+from dsv3_kernels.grouped_gemm import (
+    Stack,
+    dequantize,
+    grouped_down_ref,
+    grouped_down_triton,
+    grouped_gate_up_ref,
+    grouped_gate_up_triton,
+)
+from dsv3_kernels.permute import Groups, masked_groups, permute
+from dsv3_kernels.testing import assert_bitwise_equal, assert_close
+
+E, D, F = 6, 256, 128
+FP8 = torch.float8_e4m3fn
+# Everything that `_tile` returns for some numbers of rows, and for either product.
+TILES = [
+    grouped_gemm._Tile(*shape, 4, 3, 1)
+    for shape in ((16, 32), (16, 64), (32, 32), (64, 32), (64, 64), (64, 128), (128, 128))
+]
+
+
+def stack(rows: int, cols: int, kind: str) -> Stack:
+    w = torch.randn(E, rows, cols)
+    if kind.endswith("fp8"):
+        scale = torch.rand(E, -(-rows // 128), -(-cols // 128)) * 0.01 + 1e-3
+        return Stack((w * 20).to(FP8), scale)
+    return Stack(w.to(torch.bfloat16) if kind == "bf16" else w)
+
+
+def activations(rows: int, cols: int, kind: str) -> Tensor | Quantized:
+    x = torch.randn(rows, cols)
+    return act_quant(x) if kind == "fp8" else x.bfloat16() if kind.startswith("bf16") else x
+
+
+def routed(tokens: int, k: int = 3) -> Groups:
+    """Entries of ten experts, the middle six of them here; the first has none."""
+    ids = torch.stack([torch.randperm(7)[:k] + 3 for _ in range(tokens)])
+    return permute(ids, 2, E)
+
+
+def rows_of(groups: Groups) -> Tensor:
+    pairs = zip(groups.start_E.tolist(), groups.count_E.tolist(), strict=True)
+    return torch.cat([torch.arange(start, start + count) for start, count in pairs])
+
+
+TOLERANCE = {"float32": 1e-6, "float32 fp8": 1e-6, "bf16": 0.02, "bf16 fp8": 0.02, "fp8": 1e-6}
+
+
+CASES = [(kind, tile) for kind in TOLERANCE for tile in (TILES[1], TILES[4])]
+
+
+@pytest.mark.parametrize(("kind", "tile"), [*CASES, ("fp8", TILES[0]), ("fp8", TILES[6])], ids=str)
+def test_products(kind: str, tile, monkeypatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(grouped_gemm, "_tile", lambda *args: tile)
+    groups = routed(9)
+    rows = rows_of(groups)
+    assert 0 < len(rows) < 27 and int(groups.count_E[0]) == 0
+    x, gate_up, down = activations(9, D, kind), stack(2 * F, D, kind), stack(D, F, kind)
+    h = grouped_gate_up_triton(x, gate_up, groups, 1)
+    want = grouped_gate_up_ref(x, gate_up, groups)
+    assert type(h) is type(want)
+    # A quantized value may be one step off where its float32 lies at the edge of two.
+    assert_close(
+        "h", dequantize(h)[rows], dequantize(want)[rows], 0.03 if kind == "fp8" else TOLERANCE[kind]
+    )
+    weight = torch.rand(9, 3)
+    y = grouped_down_triton(want, down, groups, 1, torch.float32, weight)
+    want_y = grouped_down_ref(want, down, groups, torch.float32, weight)
+    assert y.shape == (27, D) and y.dtype == torch.float32
+    assert_close("y", y[rows], want_y[rows], TOLERANCE[kind])
+
+
+@pytest.mark.parametrize("kind", ["bf16", "bf16 fp8", "fp8"])
+def test_matrices_through_descriptors(kind: str, monkeypatch) -> None:
+    """As on Hopper; a tile may reach into the next expert's rows, or behind the last."""
+    torch.manual_seed(6)
+    monkeypatch.setattr(grouped_gemm, "_tile", lambda *args: TILES[6])
+    groups = routed(9)
+    rows = rows_of(groups)
+    x, gate_up = activations(9, D, kind), stack(2 * F, D, kind)
+    h, down = activations(27, F, kind), stack(200, F, kind)
+    pointers = grouped_gate_up_triton(x, gate_up, groups, 1)
+    pointers_y = grouped_down_triton(h, down, groups, 1, torch.float32)
+    monkeypatch.setattr(grouped_gemm, "_uses_tma", lambda *args: True)
+    got = grouped_gate_up_triton(x, gate_up, groups, 1)
+    assert_bitwise_equal("h", dequantize(got)[rows], dequantize(pointers)[rows])
+    got = grouped_down_triton(h, down, groups, 1, torch.float32)
+    assert_bitwise_equal("y", got[rows], pointers_y[rows])
+
+
+@pytest.mark.parametrize("kind", ["float32", "bf16"])
+@pytest.mark.parametrize(("hidden", "inner"), [(24, 10), (100, 72)])
+def test_ragged_matrices(kind: str, hidden: int, inner: int, monkeypatch) -> None:
+    """Neither side need be a multiple of anything where matrices are float."""
+    torch.manual_seed(1)
+    groups = routed(5)
+    rows = rows_of(groups)
+    x, gate_up, down = (
+        activations(5, hidden, kind),
+        stack(2 * inner, hidden, kind),
+        stack(hidden, inner, kind),
+    )
+    want = grouped_gate_up_ref(x, gate_up, groups)
+    for tile in (TILES[0], TILES[4]):
+        monkeypatch.setattr(grouped_gemm, "_tile", lambda *args, tile=tile: tile)
+        h = grouped_gate_up_triton(x, gate_up, groups, 1)
+        assert_close("h", h[rows], want[rows], TOLERANCE[kind])
+        y = grouped_down_triton(want, down, groups, 1, torch.float32)
+        want_y = grouped_down_ref(want, down, groups, torch.float32)
+        assert_close("y", y[rows], want_y[rows], TOLERANCE[kind])
+
+
+@pytest.mark.parametrize("kind", ["float32", "fp8"])
+def test_masked_layout(kind: str) -> None:
+    """Boxes of equal capacity: one full, one empty; what lies behind the rows is not read."""
+    torch.manual_seed(2)
+    groups = masked_groups(torch.tensor([5, 0, 18, 1, 17, 3]), 18)
+    rows = rows_of(groups)
+    x, gate_up, down = activations(6 * 18, D, kind), stack(2 * F, D, kind), stack(D, F, kind)
+    unused = torch.ones(6 * 18, dtype=torch.bool)
+    unused[rows] = False
+    if isinstance(x, Quantized):
+        x.q.view(torch.uint8)[unused] = 0x7F
+        x.scale[unused] = float("nan")
+    else:
+        x[unused] = float("nan")
+    h = grouped_gate_up_triton(x, gate_up, groups, 3)
+    assert_close(
+        "h", dequantize(h)[rows], dequantize(grouped_gate_up_ref(x, gate_up, groups))[rows], 0.03
+    )
+    y = grouped_down_triton(h, down, groups, 3, torch.float32)
+    want = grouped_down_ref(h, down, groups, torch.float32)
+    assert_close("y", y[rows], want[rows], 1e-6)
+
+
+def whole_numbers(rows: int, cols: int, experts: int) -> tuple[Quantized, Stack]:
+    """FP8 numbers whose products are added without rounding, in whatever order, inside a block."""
+    x = torch.randint(-8, 9, (rows, cols)).to(FP8)
+    w = torch.randint(-8, 9, (experts, 2 * F, cols)).to(FP8)
+    scale = torch.rand(experts, 2 * F // 128, cols // 128) + 0.5
+    return Quantized(x, torch.rand(rows, cols // 128) + 0.5), Stack(w, scale)
+
+
+def test_a_row_depends_on_nothing_but_itself(monkeypatch) -> None:
+    """Not on the tile, its place in it, the other rows, or how many there are."""
+    torch.manual_seed(3)
+    x, w = whole_numbers(40, 384, 2)
+    groups = permute(torch.randint(0, 2, (40, 1)), 0, 2)
+    results = []
+    for tile in TILES:
+        monkeypatch.setattr(grouped_gemm, "_tile", lambda *args, tile=tile: tile)
+        results.append(grouped_down_triton(x, w, groups, 1, torch.float32))
+        assert_bitwise_equal(f"{tile}", results[-1], results[0])
+        alone = masked_groups(torch.tensor([1, 0]), 1)
+        for expert in (0, 1):
+            row = int(groups.start_E[expert]) + 9
+            one = Quantized(x.q[row : row + 1], x.scale[row : row + 1])
+            mine = Stack(
+                w.weight[expert].expand(2, -1, -1).contiguous(), w.block_scale[[expert] * 2]
+            )
+            got = grouped_down_triton(one, mine, alone, 1, torch.float32)
+            assert_bitwise_equal("alone", got, results[0][row : row + 1])
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_the_quantized_bits_do_not_depend_on_the_tile(tile, monkeypatch) -> None:
+    """Fused into a wide tile, or done by a second launch."""
+    torch.manual_seed(4)
+    x, w = whole_numbers(9, D, E)
+    x.scale.mul_(0.01)
+    groups = routed(9, 1)
+    rows = rows_of(groups)
+    first = grouped_gate_up_triton(x, w, groups, 1)
+    monkeypatch.setattr(grouped_gemm, "_tile", lambda *args: tile)
+    other = grouped_gate_up_triton(x, w, groups, 1)
+    assert isinstance(first, Quantized) and isinstance(other, Quantized)
+    assert_bitwise_equal("q", other.q[rows], first.q[rows])
+    assert_bitwise_equal("scale", other.scale[rows], first.scale[rows])
+
+
+def test_nothing_to_do() -> None:
+    groups = permute(torch.full((4, 2), -1), 0, E)
+    w = stack(2 * F, D, "float32")
+    assert grouped_gate_up_triton(torch.randn(4, D), w, groups, 1).shape == (8, F)
+    groups = permute(torch.empty((0, 2), dtype=torch.int64), 0, E)
+    assert grouped_gate_up_triton(torch.empty(0, D), w, groups, 1).shape == (0, F)
+    none = grouped_down_triton(torch.empty(0, D), w, groups, 1, torch.bfloat16)
+    assert none.shape == (0, 2 * F) and none.dtype == torch.bfloat16

@@ -1,0 +1,60 @@
+"""The MoE layer of a loaded model over its kernels: what it computes over the references."""
+
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from dsv3.model.moe import MoE
+from dsv3_kernels import Quantized, act_quant
+from dsv3_kernels.testing import assert_close
+from tests.oracle.families import Oracle
+from tests.oracle.run import start_alone
+
+KERNELS = ("moe", "permute", "route", "router_logits")
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("v3-fp8-whole", {"dtype": "float32"}),
+        ("v3-fp8-whole", {"dtype": "float32", "weights": "fp8"}),
+        ("v3-fp8-whole", {"dtype": "fp8"}),
+        ("v3-fp8", {"dtype": "float32", "weights": "fp8"}),  # blocks that no kernel can use
+        ("kimi-k2", {"dtype": "float32"}),
+    ],
+)
+def test_layer(
+    oracle: Callable[[str], Oracle],
+    family: str,
+    settings: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = start_alone(oracle(family).path, **settings).runner._model
+    layer = model.layers[-1].mlp
+    assert isinstance(layer, MoE)
+    torch.manual_seed(0)
+    x = torch.randn(7, model.config.hidden_size).to(layer.gate_up_proj.dtype)
+    x_q = act_quant(x) if settings["dtype"] == "fp8" else None
+    outs = []
+    for by_kernel in (False, True):
+        for name in KERNELS:
+            module = sys.modules[f"dsv3_kernels.{name}"]
+            monkeypatch.setattr(module, "use_triton", lambda _, yes=by_kernel: yes)
+        with torch.inference_mode():
+            outs.append(layer(x, x_q))
+    # With FP8 products rows are added up in bfloat16.
+    assert_close("layer", outs[1], outs[0], 1e-5 if x_q is None else 0.01)
+
+
+def test_without_quantized_input_it_is_quantized(oracle: Callable[[str], Oracle]) -> None:
+    """As rows come in that another rank sent."""
+    model = start_alone(oracle("v3-fp8-whole").path, dtype="fp8").runner._model
+    layer, x = model.layers[-1].mlp, torch.randn(5, model.config.hidden_size).bfloat16()
+    with torch.inference_mode():
+        ids, weight = layer.router(x)
+        got = layer.run_experts(x, ids, weight)
+        q = act_quant(x)
+        assert torch.equal(got, layer.run_experts(x, ids, weight, Quantized(q.q, q.scale)))
+        assert not torch.equal(got, layer.run_experts(x, ids.roll(1, 0), weight))

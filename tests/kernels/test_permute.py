@@ -1,0 +1,85 @@
+import pytest
+import torch
+from torch import Tensor
+
+from dsv3_kernels.permute import (
+    masked_groups,
+    permute,
+    permute_ref,
+    permute_triton,
+    unpermute_ref,
+    unpermute_triton,
+)
+from dsv3_kernels.testing import assert_bitwise_equal, assert_close
+
+
+def routing(tokens: int, k: int, experts: int) -> Tensor:
+    ids = [torch.randperm(experts)[:k] for _ in range(tokens)]
+    return torch.stack(ids) if ids else torch.empty((0, k), dtype=torch.int64)
+
+
+CASES = {
+    "decode": (routing(1, 8, 32), 8, 8),
+    "ragged": (routing(63, 6, 20), 4, 7),
+    "several blocks": (routing(700, 8, 16), 0, 16),
+    "nothing": (routing(0, 4, 8), 0, 4),
+    "all to one": (torch.full((9, 1), 3), 2, 4),
+    "none held here": (torch.full((9, 2), 3), 4, 4),
+    "nobody's": (torch.full((5, 3), -1), 0, 2),
+    "twice the same": (torch.tensor([[1, 1, 0], [0, -1, 1]]), 0, 2),
+}
+
+
+@pytest.mark.parametrize("form", [permute_ref, permute_triton])
+@pytest.mark.parametrize("case", CASES)
+def test_permute(case: str, form) -> None:
+    ids, first, held = CASES[case]
+    groups = form(ids, first, held)
+    flat = ids.flatten().tolist()
+    entries = [i for e in range(first, first + held) for i, x in enumerate(flat) if x == e]
+    assert groups.entry_M.tolist() == entries + [-1] * (len(flat) - len(entries))
+    assert groups.slot_TK.shape == ids.shape
+    slots = {i: row for row, i in enumerate(entries)}
+    assert groups.slot_TK.flatten().tolist() == [slots.get(i, -1) for i in range(len(flat))]
+    counts = [flat.count(e) for e in range(first, first + held)]
+    assert groups.count_E.tolist() == counts
+    assert groups.start_E.tolist() == [sum(counts[:e]) for e in range(held)]
+    parts = (groups.entry_M, groups.slot_TK, groups.count_E, groups.start_E)
+    assert {t.dtype for t in parts} == {torch.int32}
+
+
+@pytest.mark.parametrize("form", [unpermute_ref, unpermute_triton])
+@pytest.mark.parametrize(("tokens", "columns"), [(0, 8), (1, 7), (63, 130), (5, 1100)])
+def test_unpermute(tokens: int, columns: int, form) -> None:
+    torch.manual_seed(0)
+    ids = routing(tokens, 4, 12)
+    slots = permute(ids, 3, 6).slot_TK
+    weight = torch.rand(tokens, 4)
+    y = torch.full((4 * tokens, columns), float("nan"))  # rows that nobody wrote
+    y[slots[slots >= 0].long()] = torch.randn(int((slots >= 0).sum()), columns)
+    want = torch.zeros(tokens, columns, dtype=torch.float64)
+    for t in range(tokens):
+        for k in range(4):
+            if 3 <= ids[t, k] < 9:
+                want[t] += weight[t, k].double() * y[slots[t, k]].double()
+    got = form(y, slots, weight)
+    assert got.dtype == torch.float32
+    assert_close("weighted", got, want, 1e-6)
+    ones = form(y, slots, torch.ones(tokens, 4))
+    assert_bitwise_equal("not weighted", form(y, slots), ones)
+    part = slice(tokens // 2, tokens // 2 + 2)
+    assert_bitwise_equal("slice", form(y, slots[part], weight[part]), got[part])
+
+
+def test_there_and_back() -> None:
+    torch.manual_seed(1)
+    ids, x = routing(33, 3, 9), torch.randn(33, 5)
+    groups = permute_triton(ids, 0, 9)
+    rows = x[groups.entry_M.long() // 3]
+    weight = torch.tensor([0.5, 0.25, 0.25]).expand(33, 3)
+    assert_bitwise_equal("rows", unpermute_triton(rows, groups.slot_TK, weight), x)
+
+
+def test_masked_groups() -> None:
+    groups = masked_groups(torch.tensor([2, 0, 5]), 6)
+    assert groups.start_E.tolist() == [0, 6, 12] and groups.count_E.tolist() == [2, 0, 5]

@@ -1,0 +1,91 @@
+import pytest
+import torch
+
+from dsv3_kernels import apply_rope, pack_latent, packed_bytes, rmsnorm, unpack_latent
+from dsv3_kernels.rope_and_cache import rope_and_cache_ref, rope_and_cache_triton
+from dsv3_kernels.testing import assert_bitwise_equal, assert_close
+
+both = pytest.mark.parametrize("op", [rope_and_cache_ref, rope_and_cache_triton])
+EPS = 1e-6
+
+
+def make(T: int, C: int, R: int):
+    """What is projected, as a part of wider rows, with all that goes with it."""
+    torch.manual_seed(0)
+    kv = torch.randn(T, 7 + C + R)[:, 7:] * 3
+    angle = torch.rand(T, R // 2) * 50
+    return kv, torch.rand(C) + 0.5, EPS, angle.cos(), angle.sin()
+
+
+def entries(kv, weight, eps, cos, sin, interleaved):
+    C = len(weight)
+    return torch.cat(
+        (rmsnorm(kv[:, :C], weight, eps), apply_rope(kv[:, C:], cos, sin, interleaved)), -1
+    )
+
+
+@both
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize(("C", "R"), [(512, 64), (24, 12), (192, 8)])
+@pytest.mark.parametrize("slots", [[2], [4, -1, 0, 3, -1, 7]])
+def test_float32(op, interleaved: bool, C: int, R: int, slots: list[int]) -> None:
+    args = make(len(slots), C, R)
+    want = entries(*args, interleaved)
+    cache = torch.full((9, C + R), 5.0)
+    keep = len(slots) // 2
+    kept = op(*args, interleaved, cache, torch.tensor(slots), keep)
+    assert_close("kept", kept, want[keep:], 1e-6)
+    for t, slot in enumerate(slots):
+        if slot >= 0:
+            assert_close(f"slot {slot}", cache[slot], want[t], 1e-6)
+    others = [s for s in range(9) if s not in slots]
+    assert bool((cache[others] == 5.0).all())
+
+
+@both
+@pytest.mark.parametrize(("C", "R"), [(512, 64), (192, 8), (24, 12)])
+def test_packed(op, C: int, R: int) -> None:
+    slots = [4, -1, 0]
+    args = make(3, C, R)
+    want = entries(*args, True)
+    cache = torch.full((6, packed_bytes(C, R)), 9, dtype=torch.uint8)
+    kept = op(*args, True, cache, torch.tensor(slots), 0)
+    assert bool((cache[[1, 2, 3, 5]] == 9).all())
+    for t in range(3):
+        # Half a last place of e4m3 is a 16th, of bfloat16 (which the interpreter cuts) a 128th.
+        latent_error = (kept[t, :C] - want[t, :C]).abs()
+        assert bool((latent_error <= want[t, :C].abs() / 15 + 1e-2).all())
+        assert_close("rope", kept[t, C:], want[t, C:], 2**-7)
+    for t, slot in ((0, 4), (2, 0)):
+        assert_bitwise_equal("kept", kept[t], unpack_latent(cache[slot], C, torch.float32))
+        exact = pack_latent(want[t], C)
+        blocks = slice(C, C + 4 * -(-C // 128))
+        got_scale, want_scale = (x[blocks].view(torch.float32) for x in (cache[slot], exact))
+        assert_close("scale", got_scale, want_scale, 1e-6)
+        # A quotient on the border of two codes may fall to either side.
+        codes = (cache[slot, :C].int() - exact[:C].int()).abs()
+        assert int(codes.max()) <= 1 and float((codes > 0).float().mean()) < 0.02
+
+
+@both
+def test_rounded_to_the_storage_format(op) -> None:
+    args = make(4, 64, 16)
+    cache = torch.zeros(4, 80, dtype=torch.float16)
+    kept = op(*args, True, cache, torch.arange(4), 2)
+    assert_close("stored", cache, entries(*args, True), 1e-3)
+    assert_bitwise_equal("kept", kept, cache[2:].float())
+
+
+@both
+def test_nothing_is_kept(op) -> None:
+    args = make(3, 64, 16)
+    assert op(*args, True, torch.zeros(4, 80), torch.arange(3), 3).shape == (0, 80)
+
+
+def test_tokens_do_not_see_each_other() -> None:
+    args = make(5, 64, 16)
+    kept = rope_and_cache_triton(*args, True, torch.zeros(9, 80), torch.arange(5), 0)
+    kv, weight, eps, cos, sin = args
+    alone = kv[3:4], weight, eps, cos[3:4], sin[3:4]
+    got = rope_and_cache_triton(*alone, True, torch.zeros(9, 80), torch.tensor([7]), 0)
+    assert_bitwise_equal("one", got, kept[3:4])
