@@ -4,6 +4,8 @@
     python launch/bench.py throughput --requests 64 --threads 1 --peer transformers
     python launch/bench.py chat --turns 8
     python launch/bench.py host --max-running 256
+    python launch/bench.py rank --config v3-671b --world 8 --layers 4 --batch 1 8 128
+    python launch/bench.py kernels --check
     python launch/bench.py cache TRACE --capacity 3000 10000
     torchrun --nproc-per-node 8 launch/bench.py dispatch --config v3-671b --inner 32 --dp 8
 
@@ -12,6 +14,7 @@ Without --ckpt-path: the demo model.
 
 import argparse
 import json
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from dsv3.bench.bound import Profile
 from dsv3.bench.contest import Contender, EngineContender
 from dsv3.bench.dialogue import Dialogue, dialogue
 from dsv3.bench.dispatch import dispatch_time
@@ -43,7 +47,13 @@ from dsv3.errors import ConfigError
 from dsv3.parallel.mesh import join_world
 from dsv3.text.tokenizer import Tokenizer
 
-REPLAY = Path(__file__).resolve().parent.parent / "scripts" / "replay_trace.py"
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+REPLAY = SCRIPTS / "replay_trace.py"
+# Programs of their own, with flags of their own.
+ALONE = {
+    "rank": ("bench_rank.py", "one rank's share of a large model, on one device"),
+    "kernels": ("bench_kernels.py", "every Triton kernel, once it is right, beside its roof"),
+}
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -109,6 +119,8 @@ def parse_args() -> argparse.Namespace:
     moe.add_argument("--tp", type=int, default=0, help="(default: all that --dp leaves)")
     moe.add_argument("--dp", type=int, default=1, help="groups of ranks with different tokens")
     moe.add_argument("--repeats", type=at_least(1), default=9)
+    for name, (_, text) in ALONE.items():
+        commands.add_parser(name, help=text)
     trace = add("cache", run_cache, "the hit rate of a trace of requests")
     trace.add_argument("trace", type=Path, help="JSON Lines with hash_ids")
     trace.add_argument(
@@ -212,6 +224,10 @@ def new_engine(started: Started, settings: EngineConfig) -> Engine:
 
 def main() -> int:
     """Load what is to be measured, measure, report."""
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in ALONE:
+        sys.argv[:2] = [f"{sys.argv[0]} {name}"]
+        runpy.run_path(str(SCRIPTS / ALONE[name][0]), run_name="__main__")
     args = parse_args()
     set_up_logging(getattr(args, "debug", False))
     if args.plot:
@@ -238,6 +254,7 @@ def measure_model(args: argparse.Namespace) -> Report | None:
             torch.set_num_threads(args.threads)
         config = load_model_config(args.config) if args.config else None
         started = start(checkpoint(args), engine_config(args), mesh, config, args.n_experts)
+        profile = Profile(args.hardware, started) if args.profile else None
         if started.engine is None:
             follow(started.runner, started.channel)
             return None
@@ -245,6 +262,8 @@ def measure_model(args: argparse.Namespace) -> Report | None:
             report: Report = args.measure(args, started)
         finally:
             started.engine.stop()
+        if profile is not None:
+            report.notes.append(f"\n{profile.report()}")
         report.setting |= machine(mesh.layout.world_size)
         return report
 

@@ -14,6 +14,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from dsv3.bench.bound import Profile
 from dsv3.config_files import DEMO, load_model_config
 from dsv3.engine.engine import Engine, follow
 from dsv3.engine.program import (
@@ -180,6 +181,7 @@ def run(args: argparse.Namespace, mesh: Mesh, files: ExitStack, begin: float) ->
     started = start(checkpoint, settings, mesh, config, args.n_experts)
     seconds.update(started.seconds)
     log.info("start-up: %s", ", ".join(f"{k} {v:.1f} s" for k, v in seconds.items()))
+    profile = Profile(args.hardware, started) if args.profile else None
     with fail_together(mesh, "answering"):
         summary = work(job, started, checkpoint.name)
     seconds["run"] = summary.seconds
@@ -191,6 +193,8 @@ def run(args: argparse.Namespace, mesh: Mesh, files: ExitStack, begin: float) ->
         write_stats_file(Path(args.stats_file), {**stats, **rows})
     if job.rows is not None:
         log.info("%s\n%s", summary, started.engine.metrics.summary())
+    if profile is not None:
+        log.info("\n%s", profile.report(started.engine.metrics.run_seconds))
     return 1 if args.strict and summary.failed else 0
 
 

@@ -78,6 +78,7 @@ class EngineConfig:
         eviction: which idle cached page goes first: "cost" or "lru".
         pipeline_depth: steps launched before the results of the last one are looked at: 0 or 1;
             -1 is 1 on CUDA, where steps run asynchronously, and 0 on a CPU.
+        enforce_eager: launch every kernel of a decode step, also where a CUDA graph could hold it.
     """
 
     attn_impl: str = "auto"
@@ -97,6 +98,7 @@ class EngineConfig:
     prefix_reuse: bool = True
     eviction: str = "cost"
     pipeline_depth: int = -1
+    enforce_eager: bool = False
 
     def __post_init__(self) -> None:
         """Refuse unknown words and impossible numbers."""

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from dsv3.cache.tiers import PageKey
+from dsv3.observe.roofline import Load
 from dsv3.parallel.collectives import Collectives
 
 Ints = NDArray[np.int32]
@@ -79,6 +80,43 @@ class StepPlan:
     seed_high: Ints = field(default_factory=_ints)
     temperature: Floats = field(default_factory=_floats)
     top_p: Floats = field(default_factory=_floats)
+
+    @classmethod
+    def greedy(cls, token_ids: Ints, context_len: Ints, pages_BG: Ints) -> "StepPlan":
+        """Return a step that samples the likeliest token after equally many new ones of each."""
+        count, none = len(context_len), np.zeros(len(context_len), np.int32)
+        new = len(token_ids) // count
+        return cls(
+            token_ids=token_ids,
+            query_len=none + np.int32(new),
+            context_len=context_len,
+            page_count=none + np.int32(pages_BG.shape[1]),
+            pages=pages_BG.ravel(),
+            row=np.arange(1, count + 1, dtype=np.int32) * new - 1,
+            position=context_len + np.int32(new),
+            target=none + NO_TARGET,
+            top_logprobs=none - 1,
+            **dict.fromkeys(("top_k", "seed_low", "seed_high"), none),
+            temperature=none.astype(np.float32),
+            top_p=np.ones(count, np.float32),
+        )
+
+    def load(self, decode_limit: int) -> Load:
+        """Return what the step computes; contexts as their mean."""
+        is_short = self.query_len <= decode_limit
+        (short, long), (after, behind) = (
+            (lengths[is_short], lengths[~is_short])
+            for lengths in (self.query_len, self.context_len)
+        )
+        return Load(
+            decode=len(short),
+            context=int(after.sum()) // max(1, len(short)),
+            queries=max(1, round(int(short.sum()) / max(1, len(short)))),
+            prefill=int(long.sum()),
+            prompts=max(1, len(long)),
+            cached=int(behind.sum()) // max(1, len(long)),
+            rows=len(self.row),
+        )
 
     def pack(self) -> Ints:
         """Return all arrays as one int32 buffer: their lengths, then their words."""

@@ -90,6 +90,13 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     steps.add_argument("--max-batch-tokens", type=int, default=2048, help="new tokens of a step")
     steps.add_argument("--max-running", type=int, default=64, help="sequences at a time")
     steps.add_argument("--pipeline-depth", type=int, default=-1, help="0, 1 or -1: as the device")
+    steps.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
+    steps.add_argument(
+        "--profile", action="store_true", help="measure every operation: what bounds a step"
+    )
+    steps.add_argument(
+        "--hardware", default="measure", help="its ceilings: measure, h100, h200 or h800"
+    )
     parser.add_argument("--debug", action="store_true", help="log more; tracebacks with errors")
 
 

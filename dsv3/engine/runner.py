@@ -1,5 +1,6 @@
 """Executes step plans on one rank: plan -> device batch -> model -> sampled tokens."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,11 @@ from dsv3.cache.pool import CachePool
 from dsv3.engine.mover import Mover
 from dsv3.engine.plan import StepPlan
 from dsv3.engine.sampler import SampledOnDevice, Sampler
+from dsv3.engine.static import StaticSteps
 from dsv3.model.batch import Batch, Chunk, DecodeGroup
 from dsv3.model.transformer import Transformer
+from dsv3.observe.profile import Profiler
+from dsv3.parallel.weights import FP8
 
 Longs = NDArray[np.int64]
 
@@ -28,15 +32,24 @@ class Runner:
         decode_limit: sequences with at most this many new tokens attend straight to the cache;
             longer ones in expanded form.
         mover: moves pages to and from host memory; None where the plans never ask for it.
+        static: run decode steps on static buffers; on CUDA as graphs.
     """
 
     def __init__(
-        self, model: Transformer, cache: CachePool, decode_limit: int, mover: Mover | None = None
+        self,
+        model: Transformer,
+        cache: CachePool,
+        decode_limit: int,
+        mover: Mover | None = None,
+        static: bool = False,
     ) -> None:
         self._model, self._cache, self._decode_limit = model, cache, decode_limit
         self._mesh, self._mover = model.dispatch.mesh, mover
         self._device = cache.slots.device
-        self._sampler = Sampler(model, cache.tp, self._device)
+        sampler = Sampler(model, cache.tp, self._device)
+        self._sampler: Callable[[Tensor, StepPlan, int], SampledOnDevice] = sampler
+        self._static = StaticSteps(model, cache, sampler) if static else None
+        self._profiler: Profiler | None = None
         self._last_token_M = torch.zeros(0, dtype=torch.int64, device=self._device)
 
     @property
@@ -59,26 +72,61 @@ class Runner:
         """How it computes: float32, bfloat16 or fp8."""
         return self._model.numerics
 
-    @torch.inference_mode()
+    @property
+    def capture_seconds(self) -> float:
+        """Seconds spent on capturing CUDA graphs so far."""
+        return 0.0 if self._static is None else self._static.seconds
+
+    @property
+    def weight_format(self) -> str:
+        """What the matrices are held in: "fp8", "bf16" or "fp32"."""
+        if any(p.dtype == FP8 for p in self._model.parameters()):
+            return "fp8"
+        plain = self._model.embed_tokens.table.weight.dtype
+        return "fp32" if plain == torch.float32 else "bf16"
+
+    def profile(self) -> Profiler:
+        """Measure every step from now on, operation by operation; they run eagerly."""
+        profiler, self._static = Profiler(self._device), None
+        self._profiler = profiler
+        profiler.attach(self._model, self._sampler, self._cache)
+        self._sampler = profiler.wrap("sampler", self._sampler)
+        return profiler
+
     def run(self, plans: list[StepPlan]) -> SampledOnDevice:
         """Run one step: its group's plan, beside the other groups. A collective.
 
         Returns:
             the results of all groups, one after the other; the same on every rank.
         """
+        if self._profiler is None:
+            return self._run(plans)
+        plan = plans[self._mesh.layout.dp_rank]
+        with self._profiler.step(plan.load(self._decode_limit)):
+            return self._run(plans)
+
+    @torch.inference_mode()
+    def _run(self, plans: list[StepPlan]) -> SampledOnDevice:
         plan = plans[self._mesh.layout.dp_rank]
         self._move_pages(plan)
         num_tokens = [len(each.token_ids) for each in plans]
         if not any(num_tokens):
             return SampledOnDevice(self._last_token_M[:0], None)
         self._model.dispatch.begin_step(num_tokens)
-        batch = BatchBuilder(plan, self._cache.layout, self._device, self._decode_limit).build()
-        if plan.token_ids.min(initial=0) < 0:
-            known = batch.token_T.clamp_min(0)
-            fed = self._last_token_M[(-1 - batch.token_T).clamp_min(0)]
-            batch.token_T = torch.where(batch.token_T < 0, fed, known)
-        width = max(int(each.top_logprobs.max(initial=-1)) for each in plans)
-        sampled = self._sampler(self._model(batch, self._cache), plan, width)
+        builder = BatchBuilder(plan, self._cache.layout, self._device, self._decode_limit)
+        sampled = None
+        if self._static is not None and self._static.bucket(plan) is not None:
+            sampled = self._static.run(plan, *builder.decode_tables())
+        if sampled is None:
+            batch = builder.build()
+            if plan.token_ids.min(initial=0) < 0:
+                known = batch.token_T.clamp_min(0)
+                fed = self._last_token_M[(-1 - batch.token_T).clamp_min(0)]
+                batch.token_T = torch.where(batch.token_T < 0, fed, known)
+            width = max(int(each.top_logprobs.max(initial=-1)) for each in plans)
+            sampled = self._sampler(self._model(batch, self._cache), plan, width)
+            if self._static is not None:
+                self._static.feed(sampled.token_M)
         self._last_token_M = sampled.token_M
         return self._gather(sampled, [len(each.row) for each in plans])
 
@@ -148,6 +196,13 @@ class BatchBuilder:
             start, stop = (int(i) for i in self._row_start[seq : seq + 2])
             batch.chunks.append(Chunk(start, stop, context, self._tensor(pages)))
         return batch
+
+    def decode_tables(self) -> tuple[NDArray[np.int32], Longs]:
+        """Return pages and slots of a step with one new token in every sequence."""
+        position = self._plan.context_len.astype(np.int64)
+        width = self._layout.pages_for(int(position.max()) + 1)
+        count = len(position)
+        return self._page_table(0, count, width), self._own_slots(np.arange(count), position)
 
     def _own_slots(self, row_seq: Longs, position: Longs) -> Longs:
         """Return the slots of the new entries; -1 for those of other ranks."""

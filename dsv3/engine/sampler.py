@@ -5,8 +5,7 @@ are sampled or scored are dealt to the ranks (all-to-all), so that each sees who
 them; the small results are gathered. Every rank returns the same.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -64,6 +63,37 @@ class SampledOnDevice:
         return Sampled(token, scores[:, 0], top_token, scores[:, 1 + width :])
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How M rows are sampled, or scored: the arrays of `StepPlan` on the device, int64 or float32.
+
+    Attributes:
+        seed: both halves in one.
+    """
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    seed: Tensor
+    position: Tensor
+    target: Tensor
+
+    @classmethod
+    def of(cls, plan: StepPlan, index: NDArray[np.int64], device: torch.device) -> "Choice":
+        """Return some of a plan's rows."""
+        seed = plan.seed_high[index].astype(np.int64) << 32
+        seed |= plan.seed_low[index].view(np.uint32).astype(np.int64)
+        longs = (plan.top_k, plan.position, plan.target)
+        top_k, position, target = (a[index].astype(np.int64) for a in longs)
+        floats = plan.temperature[index], plan.top_p[index]
+        arrays = (floats[0], top_k, floats[1], seed, position, target)
+        return cls(*(torch.from_numpy(a).to(device) for a in arrays))
+
+    def part(self, start: int, stop: int) -> "Choice":
+        """Return rows start to stop, as far as there are any."""
+        return Choice(*(getattr(self, f.name)[start:stop] for f in fields(self)))
+
+
 class Sampler:
     """Chooses or scores the rows of a plan."""
 
@@ -90,81 +120,63 @@ class Sampler:
         scores = None
         if width >= 0:
             scores = token_M.new_zeros((len(plan.row), 1 + 2 * width), dtype=torch.float64)
-        for chosen, method in ((plain, self._greedy), (~plain, self._whole_rows)):
+        for chosen in (plain, ~plain):
             where = np.flatnonzero(chosen)
             for start in range(0, len(where), _ROWS):
                 index = where[start : start + _ROWS]
                 at = torch.from_numpy(index).to(self._device)
                 logits = self._model.logits(hidden_TD[rows[at]])
-                method(logits, index, at, plan, token_M, scores)
+                if chosen is plain:
+                    token_M[at] = self.greedy(logits)
+                    continue
+                columns = 1 if scores is None else 1 + scores.shape[1]
+                result = self.whole_rows(logits, Choice.of(plan, index, self._device), columns)
+                token_M[at] = result[:, 0].long()
+                if scores is not None:
+                    scores[at] = result[:, 1:]
         return SampledOnDevice(token_M, scores)
 
-    def _greedy(
-        self,
-        logits_MW: Tensor,
-        index: NDArray[np.int64],
-        at: Tensor,
-        plan: StepPlan,
-        token_M: Tensor,
-        scores: Tensor | None,
-    ) -> None:
-        """Best of the ranks' best; equal logits go to the lowest id."""
+    def greedy(self, logits_MW: Tensor) -> Tensor:
+        """Return the best of the ranks' best, [M]; equal logits go to the lowest id."""
         best = logits_MW.max(-1)
         if self._tp.size == 1:
-            token_M[at] = best.indices
-            return
+            return best.indices
         ids = best.indices + self._model.lm_head.start
         # One exchange for both: ids below 2^24 are exact in float32.
         offers = self._tp.all_gather(torch.stack((best.values, ids.float())))
         # argmax takes the first of equals: the lowest rank, so the lowest ids.
         winner = offers[:, 0].argmax(0, keepdim=True)
-        token_M[at] = offers[:, 1].gather(0, winner)[0].long()
+        return offers[:, 1].gather(0, winner)[0].long()
 
-    def _whole_rows(
-        self,
-        logits_MW: Tensor,
-        index: NDArray[np.int64],
-        at: Tensor,
-        plan: StepPlan,
-        token_M: Tensor,
-        scores: Tensor | None,
-    ) -> None:
-        """Deal whole rows to the ranks, let each do its share, gather the results."""
-        size = self._tp.size
-        share = -(-len(index) // size)
-        padded = F.pad(logits_MW, (0, 0, 0, share * size - len(index)))
+    def whole_rows(self, logits_MW: Tensor, choice: Choice, columns: int) -> Tensor:
+        """Deal whole rows to the ranks, let each do its share, gather the results.
+
+        Returns:
+            [M, columns] float64: token, then the columns of `SampledOnDevice.scores`.
+        """
+        size, count = self._tp.size, len(logits_MW)
+        share = -(-count // size)
+        padded = F.pad(logits_MW, (0, 0, 0, share * size - count))
         parts = self._tp.all_to_all(padded.view(size, share, -1))
         whole = parts.transpose(0, 1).flatten(1)[:, : self._vocab]
-        mine = index[self._tp.rank * share : (self._tp.rank + 1) * share]
-        columns = 1 if scores is None else 1 + scores.shape[1]
+        mine = choice.part(self._tp.rank * share, (self._tp.rank + 1) * share)
         result = torch.zeros(share, columns, dtype=torch.float64, device=self._device)
-        if len(mine):
-            self._choose(whole[: len(mine)], mine, plan, result[: len(mine)])
-        gathered = self._tp.all_gather(result).flatten(0, 1)[: len(index)]
-        token_M[at] = gathered[:, 0].long()
-        if scores is not None:
-            scores[at] = gathered[:, 1:]
+        held = len(mine.target)
+        if held:
+            self._choose(whole[:held], mine, result[:held])
+        return self._tp.all_gather(result).flatten(0, 1)[:count]
 
-    def _choose(
-        self, logits_BW: Tensor, index: NDArray[np.int64], plan: StepPlan, result: Tensor
-    ) -> None:
+    def _choose(self, logits_BW: Tensor, choice: Choice, result: Tensor) -> None:
         """Fill result rows: token, then the columns of `SampledOnDevice.scores`."""
-        seed = plan.seed_high[index].astype(np.int64) << 32
-        seed |= plan.seed_low[index].view(np.uint32).astype(np.int64)
-
-        def on_device(values: NDArray[Any]) -> Tensor:
-            return torch.from_numpy(values).to(self._device)
-
-        target = on_device(plan.target[index].astype(np.int64))
         token = sample(
             logits_BW,
-            on_device(plan.temperature[index]),
-            on_device(plan.top_k[index].astype(np.int64)),
-            on_device(plan.top_p[index]),
-            on_device(seed),
-            on_device(plan.position[index].astype(np.int64)),
+            choice.temperature,
+            choice.top_k,
+            choice.top_p,
+            choice.seed,
+            choice.position,
         )
-        token = torch.where(target == NO_TARGET, token, target)
+        token = torch.where(choice.target == NO_TARGET, token, choice.target)
         result[:, 0] = token
         if result.shape[1] == 1:
             return

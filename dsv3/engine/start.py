@@ -162,10 +162,10 @@ def start(
     fmt = setup.fmt
     numerics = f"{fmt.dtype} {'fp8 products' if fmt.fp8_products else settings.weights}"
     mover, tiers = make_tiers(mesh, settings, config, cache, plan.host_pages, weights, numerics)
-    runner = Runner(model, cache, _decode_limit(settings, config), mover)
+    static = mesh.is_capturable and not settings.enforce_eager
+    runner = Runner(model, cache, _decode_limit(settings, config), mover, static)
     channel = PlanChannel(mesh.control)
-    with _phase(seconds, "warmup"):
-        runner.run([_one_sequence(1)] * mesh.layout.dp)
+    _warm_up(runner, static, mesh.layout.dp, seconds)
     engine = None
     if mesh.layout.rank == 0:
         limit = setup.context_limit
@@ -296,6 +296,15 @@ def _limit_threads(config: ModelConfig, mesh: Mesh) -> None:
         torch.set_num_threads(min(torch.get_num_threads(), useful))
 
 
+def _warm_up(runner: Runner, static: bool, dp: int, seconds: dict[str, float]) -> None:
+    """Run a first step; capture the graph of one sequence, others when they are needed."""
+    with _phase(seconds, "warmup"):
+        runner.run([_one_sequence(2 if static else 1)] * dp)
+    if static:
+        with _phase(seconds, "capture"):
+            runner.run([_one_sequence(1)] * dp)
+
+
 def _agree_on_pages(mesh: Mesh, num_pages: int) -> int:
     """Return the fewest pages that any rank planned. A collective."""
     mine = torch.tensor([num_pages], dtype=torch.int64, device=mesh.device)
@@ -315,21 +324,5 @@ def _one_sequence(count: int, page_size: int = 64) -> StepPlan:
 
     One token opens the connections between ranks and the libraries' thread pools.
     """
-    one, zero = np.ones(1, np.int32), np.zeros(1, np.int32)
-    pages = np.arange(1, 1 + -(-count // page_size), dtype=np.int32)
-    return StepPlan(
-        token_ids=np.zeros(count, np.int32),
-        query_len=count * one,
-        context_len=zero,
-        page_count=len(pages) * one,
-        pages=pages,
-        row=(count - 1) * one,
-        position=count * one,
-        target=-one,
-        top_logprobs=-one,
-        top_k=zero,
-        seed_low=zero,
-        seed_high=zero,
-        temperature=np.zeros(1, np.float32),
-        top_p=np.ones(1, np.float32),
-    )
+    pages_BG = np.arange(1, 1 + -(-count // page_size), dtype=np.int32)[None]
+    return StepPlan.greedy(np.zeros(count, np.int32), np.zeros(1, np.int32), pages_BG)

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from dsv3.config import ParallelConfig
 from dsv3.errors import ConfigError, RankError
-from dsv3.parallel.collectives import Collectives, ProcessGroup, SingleRank
+from dsv3.parallel.collectives import Collectives, ProcessGroup, SingleRank, connect
 
 # Rank 0 may wait for a user's next line for days while the others wait for its plan. A dead rank
 # is noticed by its closed connection, and torchrun ends the rest.
@@ -63,6 +63,11 @@ class Mesh:
             if isinstance(group, ProcessGroup):
                 group.close()
 
+    @property
+    def is_capturable(self) -> bool:
+        """Whether CUDA graphs can hold a step of one group, its exchanges included."""
+        return self.device.type == "cuda" and self.tp.is_capturable and self.layout.dp == 1
+
 
 def environment_rank() -> int:
     """Return this process's rank as torchrun set it; 0 without torchrun."""
@@ -99,7 +104,8 @@ def make_mesh(
 ) -> Mesh:
     """Make the groups of a world of several that has met. A collective."""
     assert dist.group.WORLD is not None
-    world = ProcessGroup(dist.group.WORLD, via_host=via_host)
+    is_one_host = ranks_on_host == layout.world_size
+    world = connect(dist.group.WORLD, device, via_host, is_one_host)
     control = world
     if backend == "nccl":
         control = ProcessGroup(dist.new_group(backend="gloo", timeout=_IDLE))
@@ -111,7 +117,7 @@ def make_mesh(
         if max(sizes) == world.size:
             return [world if size > 1 else SingleRank() for size in sizes]
         mesh = init_device_mesh(kind, sizes, mesh_dim_names=names)
-        return [ProcessGroup(mesh.get_group(name), via_host=via_host) for name in names]
+        return [connect(mesh.get_group(name), device, via_host, is_one_host) for name in names]
 
     dp, tp = grid(("dp", layout.dp), ("tp", layout.tp))
     host: Collectives = SingleRank()

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dsv3.cache.layout import CacheLayout
@@ -25,6 +26,7 @@ from dsv3.model.attention import MLA
 from dsv3.model.moe import MLP, MoE
 from dsv3.model.rotary import Rotary
 from dsv3.model.side_stream import SideStream
+from dsv3.parallel.collectives import OneShotGroup, ProcessGroup
 from dsv3.parallel.experts import ExpertDispatch
 from dsv3.parallel.linear import VocabParallelEmbedding, VocabParallelHead
 from dsv3.parallel.mesh import Mesh
@@ -78,6 +80,7 @@ def check_all(mesh: Mesh) -> None:
     with torch.inference_mode():
         check_collectives(mesh)
         check_rows(mesh)
+        check_one_shot(mesh)
         check_plan_channel(mesh)
         check_fail_together(mesh)
         check_vocabulary(mesh)
@@ -115,6 +118,35 @@ def check_rows(mesh: Mesh) -> None:
             assert_bitwise_equal("gather", rows.gather(own), x)
             total = rows.gather(rows.sum(x * (mesh.tp.rank + 1)))
             assert_bitwise_equal("sum", total, x * sum(range(1, mesh.tp.size + 1)))
+
+
+class OneShotOnPaper(OneShotGroup):
+    """Its kernel is Gloo."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        ProcessGroup.__init__(self, group)
+        self._shared, self.calls = torch.full((512 << 10,), 255, dtype=torch.uint8), 0
+
+    def _sum(self, shared: Tensor, x: Tensor) -> Tensor:
+        assert shared.dtype == x.dtype and shared.data_ptr() == self._shared.data_ptr()
+        self.calls += 1
+        dist.all_reduce(shared.copy_(x), group=self.group)
+        return shared.clone()
+
+
+def check_one_shot(mesh: Mesh) -> None:
+    group = OneShotOnPaper(mesh.world.group)
+    cases = [((3, 8), torch.bfloat16, 1), ((128, 1024), torch.float32, 1), ((5,), torch.float32, 0)]
+    cases += [((129, 1024), torch.float32, 0), ((4, 4), torch.int64, 0)]
+    for shape, dtype, calls in cases:
+        group.calls = 0
+        x = (torch.arange(4).repeat(*shape)[..., : shape[-1]] + mesh.world.rank).to(dtype)
+        want = mesh.world.all_reduce(x.clone())
+        # What comes out is not overwritten by the next exchange.
+        got = [group.all_reduce(x.clone()) for _ in range(2)]
+        assert_bitwise_equal("sum", got[0], want)
+        assert_bitwise_equal("sum of a transposed one", group.all_reduce(x.t()), want.t())
+        assert group.calls == 3 * calls, f"{shape} {dtype}"
 
 
 def check_plan_channel(mesh: Mesh) -> None:

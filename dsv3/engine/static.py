@@ -1,0 +1,228 @@
+"""Decode steps on buffers that never move, so that one CUDA graph holds a whole step.
+
+A step of new tokens one per sequence is padded to a bucket of sequences and pages. Its inputs are
+written into one block of memory, then everything from the embedding to the sampled tokens runs on
+it: replayed from a graph on CUDA, captured when the bucket is first used, or called as it is.
+"""
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dsv3.cache.layout import NULL_PAGE
+from dsv3.cache.pool import CachePool
+from dsv3.engine.plan import NO_TARGET, StepPlan
+from dsv3.engine.sampler import Choice, SampledOnDevice, Sampler
+from dsv3.model.batch import Batch, DecodeGroup
+from dsv3.model.transformer import Transformer
+
+log = logging.getLogger(__name__)
+
+MAX_ROWS = 256
+_FEWEST_PAGES = 16
+# Arrays of a step, one value a row; all but the last two are integers.
+_ARRAYS = ("token", "position", "slot", "seed", "top_k", "temperature", "top_p")
+
+
+def row_bucket(count: int) -> int:
+    """Return the rows that `count` are padded to: at most a quarter more, or up to three."""
+    if count <= 2:
+        return count
+    step = max(4, (1 << (count - 1).bit_length()) >> 3)
+    return -(-count // step) * step
+
+
+def page_bucket(count: int) -> int:
+    """Return the pages of a row that `count` are padded to: a power of two."""
+    return max(_FEWEST_PAGES, 1 << (count - 1).bit_length())
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """What graphs differ in.
+
+    Attributes:
+        rows, pages: sizes of the buffers.
+        draws: tokens are drawn from whole rows of logits, not the local best ones compared.
+    """
+
+    rows: int
+    pages: int
+    draws: bool
+
+
+class Inputs:
+    """Inputs of one bucket: arrays of rows as int64 (or float64 in their place) and page tables.
+
+    The host has two of each: it writes one while the other may still be on its way.
+    """
+
+    def __init__(self, bucket: Bucket, device: torch.device) -> None:
+        shapes = (len(_ARRAYS), bucket.rows), (bucket.rows, bucket.pages)
+        kinds = tuple(zip(shapes, (torch.int64, torch.int32), strict=True))
+        on_gpu = device.type == "cuda"
+        self._hosts = [
+            [torch.zeros(shape, dtype=dtype, pin_memory=on_gpu) for shape, dtype in kinds]
+            for _ in range(2)
+        ]
+        self._sent = [torch.cuda.Event() for _ in range(2)] if on_gpu else []
+        self._device = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in kinds]
+        self._turn = 0
+
+    @property
+    def page_BG(self) -> Tensor:
+        """Page tables, [rows, pages] int32."""
+        return self._device[1]
+
+    def row(self, name: str) -> Tensor:
+        """Return an array, [rows] int64 or float32."""
+        values = self._device[0][_ARRAYS.index(name)]
+        return values.view(torch.float64).float() if name in _ARRAYS[-2:] else values
+
+    def fill(self, table_BG: NDArray[np.int32], arrays: tuple[NDArray[Any], ...]) -> None:
+        """Write a step's page tables and arrays, and send them; does not wait for the device.
+
+        Rows that pad repeat the shortest sequence, whose experts are hit anyway, but write nothing.
+        """
+        self._turn ^= 1
+        if self._sent:
+            self._sent[self._turn].synchronize()
+        rows, table = (host.numpy() for host in self._hosts[self._turn])
+        (count, width), pad = table_BG.shape, int(arrays[1].argmin())
+        table[:count, :width], table[count:, :width] = table_BG, table_BG[pad]
+        table[:, width:] = NULL_PAGE
+        for name, row, values in zip(_ARRAYS, rows, arrays, strict=True):
+            target = row.view(np.float64) if name in _ARRAYS[-2:] else row
+            target[:count], target[count:] = values, -1 if name == "slot" else values[pad]
+        for device, host in zip(self._device, self._hosts[self._turn], strict=True):
+            device.copy_(host, non_blocking=True)
+        if self._sent:
+            self._sent[self._turn].record()
+
+
+class StaticSteps:
+    """Runs the decode steps of one rank on static buffers.
+
+    Args:
+        model, cache, sampler: of the rank.
+        max_feed: rows of a step that the next one can be fed from.
+
+    Attributes:
+        seconds: spent on capturing.
+    """
+
+    def __init__(
+        self, model: Transformer, cache: CachePool, sampler: Sampler, max_feed: int = 4096
+    ) -> None:
+        self._model, self._cache, self._sampler = model, cache, sampler
+        self._device = cache.slots.device
+        self._feed = torch.zeros(max_feed, dtype=torch.int64, device=self._device)
+        self._inputs: dict[Bucket, Inputs] = {}
+        self._graphs: dict[Bucket, torch.cuda.CUDAGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
+        self._cannot: set[bool] = set()  # capture steps that draw, or that do not
+        self.seconds = 0.0
+
+    def bucket(self, plan: StepPlan) -> Bucket | None:
+        """Return the bucket of a plan; None if it does anything but decode."""
+        count, layout = len(plan.query_len), self._cache.layout
+        if not 0 < count <= MAX_ROWS or not len(plan.token_ids) == len(plan.row) == count:
+            return None
+        if (plan.target != NO_TARGET).any() or (plan.top_logprobs >= 0).any():
+            return None
+        draws = bool((plan.temperature > 0).any())
+        if draws in self._cannot or -int(plan.token_ids.min()) > len(self._feed):
+            return None
+        pages = layout.pages_for(int(plan.context_len.max()) + 1)
+        return Bucket(row_bucket(count), page_bucket(pages), draws)
+
+    def feed(self, token_M: Tensor) -> None:
+        """Take over the tokens of a step that ran elsewhere."""
+        count = min(len(token_M), len(self._feed))
+        self._feed[:count] = token_M[:count]
+
+    def run(
+        self, plan: StepPlan, table_BG: NDArray[np.int32], slot_B: NDArray[np.int64]
+    ) -> SampledOnDevice | None:
+        """Run a step. A collective.
+
+        Args:
+            plan: of one new token a sequence; `bucket` has one for it.
+            table_BG: [B, G] pages of the sequences, as many as the longest needs.
+            slot_B: [B] slots of the new entries; -1 for those of other ranks.
+
+        Returns:
+            the tokens; None if the step cannot be captured and did not run.
+        """
+        bucket = self.bucket(plan)
+        assert bucket is not None, "not a decode step"
+        inputs = self._inputs.get(bucket)
+        if inputs is None:
+            inputs = self._inputs[bucket] = Inputs(bucket, self._device)
+        seed = plan.seed_high.astype(np.int64) << 32 | plan.seed_low.view(np.uint32)
+        longs = (plan.token_ids, plan.context_len, slot_B, seed, plan.top_k)
+        inputs.fill(table_BG, (*longs, plan.temperature, plan.top_p))
+        if self._pool is None:
+            self._compute(bucket, inputs)
+        elif not self._replay(bucket, inputs):
+            return None
+        # The next step overwrites what this one left.
+        return SampledOnDevice(self._feed[: len(plan.row)].clone(), None)
+
+    def _compute(self, bucket: Bucket, inputs: Inputs) -> None:
+        """Run the step on what the buffers hold; nothing here asks the device for anything."""
+        token_T, position_T = inputs.row("token"), inputs.row("position")
+        fed_T = self._feed[(-1 - token_T).clamp_min(0)]
+        batch = Batch(
+            token_T=torch.where(token_T < 0, fed_T, token_T),
+            position_T=position_T,
+            own_slot=inputs.row("slot"),
+            num_decode_rows=bucket.rows,
+            groups=[DecodeGroup(0, bucket.rows, inputs.page_BG, position_T[:, None])],
+        )
+        logits_MW = self._model.logits(self._model(batch, self._cache))
+        if bucket.draws:
+            arrays = [inputs.row(name) for name in ("temperature", "top_k", "top_p", "seed")]
+            arrays += [position_T + 1, torch.full_like(position_T, NO_TARGET)]
+            choice = Choice(*arrays)
+            token_M = self._sampler.whole_rows(logits_MW, choice, 1)[:, 0].long()
+        else:
+            token_M = self._sampler.greedy(logits_MW)
+        self._feed[: bucket.rows] = token_M
+
+    def _replay(self, bucket: Bucket, inputs: Inputs) -> bool:
+        """Replay the bucket's graph, captured at its first use; False if it cannot be."""
+        if bucket not in self._graphs:
+            try:
+                self._graphs[bucket] = self._capture(bucket, inputs)
+            except RuntimeError as error:
+                # All ranks capture the same and fail alike.
+                self._cannot.add(bucket.draws)
+                log.warning("steps run without CUDA graphs: %s", str(error).split("\n")[0])
+                return False
+        self._graphs[bucket].replay()
+        return True
+
+    def _capture(self, bucket: Bucket, inputs: Inputs) -> torch.cuda.CUDAGraph:
+        begin = time.perf_counter()
+        fed = self._feed.clone()
+        side, main = torch.cuda.Stream(), torch.cuda.current_stream()
+        side.wait_stream(main)
+        with torch.cuda.stream(
+            side
+        ):  # compiles kernels, opens connections; writes what replay does
+            self._compute(bucket, inputs)
+        main.wait_stream(side)
+        self._feed.copy_(fed)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads (NCCL's) may ask the device for something meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            self._compute(bucket, inputs)
+        self.seconds += time.perf_counter() - begin
+        return graph

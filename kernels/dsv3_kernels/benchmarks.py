@@ -1,0 +1,104 @@
+"""How long an operation takes, and how long it would have to take.
+
+On a GPU a time is the median over replays of a CUDA graph that holds many calls on rotated
+operands, so that what streams from memory is not found in the L2 cache and launches cost what they
+cost in a graph. On a CPU it is the median of single calls.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+FP8 = torch.float8_e4m3fn
+# Six times the L2 cache of an H100.
+ROTATED_BYTES = 300 << 20
+_CALLS = 64
+_REPLAYS = 11
+
+
+def median_seconds(calls: Sequence[Callable[[], object]], device: torch.device) -> float:
+    """Return the seconds of a call, taken over calls that do the same on different memory."""
+    if device.type == "cuda":
+        return _median_on_gpu(calls)
+    for call in calls:
+        call()
+    seconds = []
+    for _ in range(_REPLAYS):
+        begin = time.perf_counter()
+        for call in calls:
+            call()
+        seconds.append((time.perf_counter() - begin) / len(calls))
+    return statistics.median(seconds)
+
+
+def _median_on_gpu(calls: Sequence[Callable[[], object]]) -> float:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiles, and whatever else only a first call does
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    rounds = max(1, _CALLS // len(calls))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(rounds):
+            for call in calls:
+                call()
+    seconds = []
+    for _ in range(_REPLAYS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        seconds.append(begin.elapsed_time(end) / 1e3 / (rounds * len(calls)))
+    return statistics.median(seconds)
+
+
+def kernel_intervals(run: Callable[[], object]) -> list[tuple[float, float]]:
+    """Return begin and end, in seconds, of every kernel and copy of a call on a GPU."""
+    profiler = torch.profiler
+    with profiler.profile(activities=[profiler.ProfilerActivity.CUDA]) as trace:
+        run()
+        torch.cuda.synchronize()
+    ranges = [e.time_range for e in trace.events() if e.device_type.name == "CUDA"]
+    return [(r.start / 1e6, r.end / 1e6) for r in ranges]
+
+
+def busy_and_idle(intervals: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Return the time that any of some intervals covers, and that none does in between."""
+    busy, end = 0.0, -float("inf")
+    for first, last in sorted(intervals):
+        busy += max(0.0, last - max(first, end))
+        end = max(end, last)
+    return busy, end - min(first for first, _ in intervals) - busy if intervals else 0.0
+
+
+def copies_needed(num_bytes: float) -> int:
+    """Return how many sets of operands, each of so many bytes, do not fit the L2 cache."""
+    return max(2, min(_CALLS, -int(-ROTATED_BYTES // max(num_bytes, 1))))
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """Return the bytes a second of reading memory, by a sum over what no cache holds."""
+    size = ROTATED_BYTES if device.type == "cpu" else 8 * ROTATED_BYTES
+    data = torch.zeros(size // 4, device=device)
+    return size / median_seconds([lambda: data.sum()], device)
+
+
+def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the FLOPs a second of a large product; of FP8 by `torch._scaled_mm`."""
+    size, one = 1024 if device.type == "cpu" else 8192, torch.ones((), device=device)
+    a = torch.randn(size, size, device=device).to(dtype)
+    b = torch.randn(size, size, device=device).to(dtype)
+
+    def product() -> Tensor:
+        if dtype != FP8:
+            return F.linear(a, b)
+        return torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+    return 2.0 * size**3 / median_seconds([product], device)

@@ -1,0 +1,97 @@
+"""Every Triton kernel at DeepSeek-V3's shapes: first whether it is right, then how fast it is.
+
+    python launch/bench.py kernels --ops fp8_gemm mla_decode --json kernels.json
+    python launch/bench.py kernels --check
+
+A wrong kernel is not timed. Operands that stream from memory are rotated, so that the L2 cache does
+not hold them; times are medians of CUDA graphs with many calls. Without a GPU `--check` compares
+small shapes in Triton's interpreter.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from dsv3.bench.hardware import hardware
+from dsv3.bench.report import Report, machine
+from dsv3.engine.program import Parser, run_program, set_up_logging
+from dsv3.errors import ConfigError, RankError
+from dsv3.observe.roofline import Hardware, Op
+from dsv3_kernels.registry import Case, cases, check, measure
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = Parser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--ops", nargs="+", help="only these (default: all)")
+    parser.add_argument(
+        "--check", action="store_true", help="only compare; without a GPU in the interpreter"
+    )
+    parser.add_argument("--hardware", default="measure", help="ceilings: measure, h100 or h200")
+    parser.add_argument("--json", type=Path, help="write the result here")
+    parser.add_argument("--debug", action="store_true", help="tracebacks with errors")
+    return parser.parse_args()
+
+
+def compare_and_time(args: argparse.Namespace) -> Report:
+    """Measure what is right; the check of what is not says why."""
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu and not args.check:
+        raise ConfigError("kernels are timed on a GPU, there is none; --check compares them anyway")
+    if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
+        # Triton looks at it while it is imported.
+        os.execve(sys.executable, sys.orig_argv, os.environ | {"TRITON_INTERPRET": "1"})
+    device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+    known = [case for case in cases(small=not on_gpu) if not args.ops or case.op in args.ops]
+    if not known:
+        every = sorted({case.op for case in cases(small=True)})
+        raise ConfigError(f"--ops={' '.join(args.ops or [])}: no such kernel; there are {every}")
+    ceilings = None if args.check else hardware(args.hardware, device)
+    torch.manual_seed(0)
+    report = Report(
+        "kernels", setting={"device": torch.cuda.get_device_name() if on_gpu else "cpu"}
+    )
+    report.rows = [kernel_row(case, device, ceilings) for case in known]
+    wrong = [f"{row['kernel']}, {row['shape']}" for row in report.rows if row["check"] != "right"]
+    report.notes = [f"{len(report.rows) - len(wrong)} of {len(report.rows)} are right"]
+    return report
+
+
+def kernel_row(case: Case, device: torch.device, ceilings: Hardware | None) -> dict[str, object]:
+    """Compare, then measure."""
+    wrong = check(case, device)
+    row: dict[str, object] = {"kernel": case.op, "shape": case.shape, "check": wrong or "right"}
+    if ceilings is None:
+        return row
+    keys = ("us", "GB/s", "TFLOP/s", "floor us", "% of roof", "library us", "x library")
+    if wrong:
+        return row | dict.fromkeys(keys)
+    seconds, library = measure(case, device)
+    op = Op(case.op, case.flops, case.bytes, case.dtype)
+    floor = op.seconds(ceilings)
+    rates = case.bytes / seconds / 1e9, case.flops / seconds / 1e12
+    beside = (None, None) if library is None else (1e6 * library, library / seconds)
+    values = (1e6 * seconds, *rates, 1e6 * floor, 100 * floor / seconds, *beside)
+    return row | dict(zip(keys, values, strict=True))
+
+
+def main() -> int:
+    """Compare, time, report; wrong kernels are an error."""
+    args = parse_args()
+    set_up_logging(args.debug)
+    report = compare_and_time(args)
+    report.setting |= machine(1)
+    print(report)
+    if args.json:
+        report.write_json(args.json)
+    wrong = [f"{row['kernel']}, {row['shape']}" for row in report.rows if row["check"] != "right"]
+    if wrong:
+        raise RankError(f"kernels are wrong and were not timed: {'; '.join(wrong)}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_program(main)

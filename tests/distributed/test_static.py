@@ -1,0 +1,160 @@
+"""Decode steps on static buffers give the tokens that other batches give, over several steps."""
+
+import numpy as np
+import pytest
+import torch
+
+from dsv3.config_files import DEMO
+from dsv3.engine.config import EngineConfig
+from dsv3.engine.plan import NO_TARGET, StepPlan
+from dsv3.engine.runner import Runner
+from dsv3.engine.start import Started, start
+from dsv3.engine.static import (
+    _ARRAYS,
+    MAX_ROWS,
+    Bucket,
+    Inputs,
+    StaticSteps,
+    page_bucket,
+    row_bucket,
+)
+from dsv3.parallel.mesh import Mesh
+from tests.distributed.ranks import CPU, alone, run_ranks
+
+PROMPTS = (30, 7, 100, 1, 64)
+STEPS = 6
+
+
+def plan(context: list[int], new: list[list[int]], pages_each: int, **sampling: object) -> StepPlan:
+    """Sequence b holds pages b * pages_each + 1 and on."""
+    count, zeros = len(context), np.zeros(len(context), np.int32)
+    lengths = np.array([len(n) for n in new], np.int32)
+    drawn = {
+        "temperature": np.zeros(count, np.float32),
+        "top_p": np.ones(count, np.float32),
+        "top_k": zeros,
+    }
+    return StepPlan(
+        token_ids=np.concatenate(new).astype(np.int32),
+        query_len=lengths,
+        context_len=np.array(context, np.int32),
+        page_count=zeros + pages_each,
+        pages=np.arange(1, 1 + count * pages_each, dtype=np.int32),
+        row=lengths.cumsum(dtype=np.int32) - 1,
+        position=np.array(context, np.int32) + lengths,
+        target=zeros + NO_TARGET,
+        top_logprobs=zeros - 1,
+        seed_low=np.arange(count, dtype=np.int32) - 2,
+        seed_high=zeros + 5,
+        **{**drawn, **sampling},
+    )
+
+
+def answers(runner: Runner, sampling: dict[str, object]) -> list[list[int]]:
+    """Prefill, then decode: fed on the device, from the host, and with sequences leaving."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 2000, n).tolist() for n in sorted(PROMPTS)]
+    count = len(prompts)
+    context = [0] * count
+    found = [runner.run([plan(context, prompts, 3, **sampling)]).token_M.tolist()]
+    context = [len(p) for p in prompts]
+    for step in range(STEPS):
+        # The last two sequences leave after two steps.
+        left = count if step < 2 else count - 2
+        fed = [[-1 - b] if step % 3 else [found[-1][b]] for b in range(left)]
+        some = {name: value[:left] for name, value in sampling.items()}  # type: ignore[index]
+        found.append(runner.run([plan(context[:left], fed, 3, **some)]).token_M.tolist())
+        context = [c + 1 for c in context]
+    return found
+
+
+DRAWN = {
+    "temperature": np.array([0.0, 0.7, 1.5, 1.0, 0.3], np.float32),
+    "top_p": np.array([1.0, 0.9, 1.0, 0.5, 1.0], np.float32),
+    "top_k": np.array([0, 0, 40, 7, 1], np.int32),
+}
+
+
+def static_is_as_other(mesh: Mesh, settings: EngineConfig) -> None:
+    started = start(DEMO, settings, mesh)
+    limit = started.config.max_position_embeddings
+    for sampling in ({}, DRAWN):
+        eager = Runner(started.runner._model, started.cache, limit)
+        static = Runner(started.runner._model, started.cache, limit, static=True)
+        assert answers(static, sampling) == answers(eager, sampling)
+        steps = static._static
+        assert steps is not None
+        used = {(b.rows, b.draws) for b in steps._inputs}
+        assert used == {(8, bool(sampling)), (4, bool(sampling))}
+
+
+@pytest.mark.parametrize("kv", ["tokens", "none", "naive"])
+def test_static_steps_of_one_rank(kv: str) -> None:
+    impl = {"attn_impl": "naive"} if kv == "naive" else {"kv_shard": kv}
+    static_is_as_other(alone(), EngineConfig(kv_cache_size="2048tok", **impl))
+
+
+def both_caches(mesh: Mesh) -> None:
+    for kv_shard in ("tokens", "none"):
+        static_is_as_other(mesh, EngineConfig(kv_cache_size="2048tok", kv_shard=kv_shard))
+
+
+def test_static_steps_of_two_ranks() -> None:
+    run_ranks(both_caches, 2)
+
+
+def test_padding_writes_nothing_and_hits_no_other_experts() -> None:
+    bucket = Bucket(rows=4, pages=16, draws=False)
+    inputs = Inputs(bucket, CPU)
+    table = np.array([[5, 6], [7, 0], [9, 1]], np.int32)
+    longs = [
+        np.array(v) for v in ([11, -2, 13], [70, 3, 65], [100, -1, 102], [1, -2, 3], [0, 0, 4])
+    ]
+    floats = [np.array(v, np.float32) for v in ([0, 0.5, 1], [1, 0.9, 1])]
+    for _ in range(3):
+        inputs.fill(table, (*longs, *floats))
+        found = {name: inputs.row(name).tolist() for name in _ARRAYS}
+        assert found == {
+            "token": [11, -2, 13, -2],
+            "position": [70, 3, 65, 3],
+            "slot": [100, -1, 102, -1],
+            "seed": [1, -2, 3, -2],
+            "top_k": [0, 0, 4, 0],
+            "temperature": [0, 0.5, 1, 0.5],
+            "top_p": [1, np.float32(0.9), 1, np.float32(0.9)],
+        }
+        assert inputs.page_BG[:, :2].tolist() == [[5, 6], [7, 0], [9, 1], [7, 0]]
+        assert not inputs.page_BG[:, 2:].any()
+
+
+def test_buckets() -> None:
+    rows = [row_bucket(n) for n in range(1, MAX_ROWS + 1)]
+    assert all(n <= b for n, b in enumerate(rows, 1)) and rows == sorted(rows)
+    assert all(b - n <= max(3, n / 4) for n, b in enumerate(rows, 1))
+    assert len(set(rows)) <= 24 and rows[0] == 1 and rows[7] == 8 and rows[-1] == MAX_ROWS
+    assert [page_bucket(n) for n in (1, 16, 17, 64, 65, 2560)] == [16, 16, 32, 64, 128, 4096]
+
+
+@pytest.fixture(scope="module")
+def started() -> Started:
+    return start(DEMO, EngineConfig(kv_cache_size="2048tok"), alone())
+
+
+def test_what_is_not_a_decode_step(started: Started) -> None:
+    runner = Runner(started.runner._model, started.cache, 1, static=True)
+    steps = runner._static
+    assert isinstance(steps, StaticSteps)
+    assert steps.bucket(plan([3, 70], [[1], [2]], 2)) == Bucket(2, 16, False)
+    scored, likeliest = np.array([-1, 7], np.int32), np.array([-1, 0], np.int32)
+    assert steps.bucket(plan([3, 0], [[1], [2, 3]], 2)) is None
+    for name, values in (("target", scored), ("top_logprobs", likeliest)):
+        other = plan([3, 70], [[1], [2]], 2)
+        setattr(other, name, values)
+        assert steps.bucket(other) is None
+    many = plan([0] * (MAX_ROWS + 1), [[1]] * (MAX_ROWS + 1), 1)
+    assert steps.bucket(many) is None
+    far = plan([3, 70], [[1], [-5000]], 2)
+    assert steps.bucket(far) is None
+    with pytest.raises(AssertionError, match="not a decode step"):
+        runner._static.run(far, *np.zeros((2, 2, 1), np.int32))  # type: ignore[union-attr]
+    assert torch.equal(steps._feed, torch.zeros_like(steps._feed))

@@ -1,0 +1,88 @@
+"""One rank alone: it holds what that rank of the world would, and its times are accounted for."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dsv3.bench.hardware import hardware
+from dsv3.config import ParallelConfig
+from dsv3.config_files import DEMO, load_model_config
+from dsv3.engine.memory import weight_bytes
+from dsv3.errors import ConfigError
+from dsv3.observe.roofline import HARDWARE
+from dsv3.parallel.collectives import StandIn
+from dsv3.parallel.weights import Matrix
+from scripts.bench_rank import Rank, RankShape, rank_report
+from tests.checkpoint_files import TINY
+from tests.distributed.ranks import CPU
+
+DEMO_CONFIG = load_model_config(DEMO)
+
+
+def shape(world: int = 2, rank: int = 1, **more: object) -> RankShape:
+    plain = replace(DEMO_CONFIG, quantization=None)
+    return RankShape(config=plain, world=world, rank=rank, weights="fp32", cache="fp32", **more)
+
+
+def test_a_stand_in_has_the_shapes_of_a_group() -> None:
+    x = torch.arange(6.0).view(3, 2)
+    for moves in (True, False):
+        group = StandIn(1, 3, moves)
+        assert torch.equal(group.all_reduce(x), x) and torch.equal(group.all_to_all(x), x)
+        assert torch.equal(group.all_gather(x), torch.stack((x, x, x)))
+        # What was moved is new memory; nothing else is.
+        results = group.all_reduce(x), group.all_gather(x), group.all_to_all(x)
+        assert [y.data_ptr() != x.data_ptr() for y in results] == [moves] * 3
+
+
+def test_the_share_is_that_of_the_rank() -> None:
+    whole = replace(DEMO_CONFIG, num_hidden_layers=3)
+    for world, rank in ((1, 0), (2, 1), (4, 3)):
+        made = Rank(replace(shape(world, rank, layers=3), config=whole, weights="fp8"), CPU, 64)
+        layout = ParallelConfig(world_size=world, rank=rank)
+        matrices = [m for m in made.model.modules() if isinstance(m, Matrix)]
+        in_fp8 = [m for m in matrices if m.weight.dtype == torch.float8_e4m3fn]
+        names = frozenset(n for m in in_fp8 for part in m.names for n in part)
+        assert any("experts.0." in n or "experts.15." in n for n in names)
+        assert made.model.num_bytes == weight_bytes(whole, layout, 2, names)
+        assert all(torch.isfinite(p.float()).all() for p in made.model.parameters())
+    first = [p.clone() for p in Rank(shape(seed=1), CPU, 64).model.parameters()]
+    again = Rank(shape(seed=1), CPU, 64).model.parameters()
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("kv_shard", ["tokens", "none"])
+def test_a_rank_is_measured(kv_shard: str) -> None:
+    rank = shape(layers=2, kv_shard=kv_shard)
+    report = rank_report(rank, CPU, HARDWARE["h100"], [1, 3], context=70, prefill=200, steps=2)
+    kinds = {row["step"] for row in report.rows}
+    assert kinds == {"decode 1 at 70", "decode 3 at 70", "prefill 200"}
+    for kind in kinds:
+        rows = {row["operation"]: row for row in report.rows if row["step"] == kind}
+        assert {"self_attn", "moe", "mlp.down_proj", "lm_head", "layers.all_reduce"} <= rows.keys()
+        assert rows["layers.all_reduce"]["calls"] == 4 and rows["layers"]["calls"] == 2
+        assert sum(row["share %"] for row in rows.values()) == pytest.approx(100)
+        is_gathered = kv_shard == "tokens" and kind.startswith("decode")
+        assert ("self_attn.all_gather" in rows) == is_gathered
+        # The floor of what was measured: nothing of it is lost.
+        assert all(row["floor ms"] > 0 for n, row in rows.items() if n in ("moe", "self_attn"))
+    assert len(report.notes) == 6
+    assert "all 4 layers at the same rates" in report.notes[1]
+
+
+def test_experts_are_hit_evenly_unless_some_are_popular() -> None:
+    ranks = [Rank(shape(rank=r, skew=s, seed=3), CPU, 64 * 64) for s in (0, 20) for r in (0, 1)]
+    hits = [rank.count_hits(rank.plan(batch=64, context=0, new=1)) for rank in ranks]
+    entries = 64 * DEMO_CONFIG.num_experts_per_tok
+    assert sum(rows for _, rows in hits[:2]) == pytest.approx(entries, rel=0.1)
+    assert hits[0][1] == pytest.approx(entries / 2, rel=0.25)
+    assert hits[2][0] + hits[3][0] < hits[0][0] + hits[1][0]
+
+
+def test_no_such_rank() -> None:
+    with pytest.raises(ConfigError, match="--weights=fp8 but the model is not stored in FP8"):
+        Rank(replace(shape(), config=TINY, weights="fp8"), CPU, 64)
+    with pytest.raises(ConfigError, match="does not divide"):
+        Rank(shape(world=3, rank=0), CPU, 64)
+    assert hardware("h800", CPU).link == 160e9

@@ -1,0 +1,101 @@
+"""Measured times add up to the step, and lie beside the floors of the same operations."""
+
+import time
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dsv3.bench.bound import Profile, lay_beside
+from dsv3.bench.hardware import hardware
+from dsv3.config_files import DEMO
+from dsv3.engine.config import EngineConfig
+from dsv3.engine.start import start
+from dsv3.errors import ConfigError
+from dsv3.observe.profile import Profiler
+from dsv3.observe.roofline import HARDWARE, Load, Op
+from dsv3.parallel.collectives import SingleRank
+from dsv3.request import Request, SamplingParams
+from tests.distributed.ranks import CPU, alone
+
+SLOW, FAST = 0.02, 0.005
+
+
+class Slow(nn.Module):
+    """Waits, before and after its child does."""
+
+    def __init__(self, child: nn.Module | None = None) -> None:
+        super().__init__()
+        self.tp = SingleRank()
+        self.child = child
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(SLOW)
+        return self.tp.all_reduce(x if self.child is None else self.child(x))
+
+
+def test_spans_hold_their_own_time_only() -> None:
+    profiler, model = Profiler(CPU), Slow(Slow())
+    profiler.attach(model)
+    after = profiler.wrap("after", lambda: time.sleep(FAST))
+    for _ in range(2):
+        with profiler.step(Load(decode=1)):
+            model(torch.zeros(1))
+            after()
+    found = profiler.measured
+    assert found.keys() == {
+        "step", "model", "child", "after", "model.all_reduce", "child.all_reduce"
+    }  # fmt: skip
+    assert found["model"].count == found["after"].count == profiler.steps == 2
+    for name, seconds in (("model", SLOW), ("child", SLOW), ("after", FAST)):
+        assert seconds <= found[name].seconds / 2 < seconds + 0.01
+    assert found["step"].seconds < 0.01 and found["child.all_reduce"].seconds < 0.01
+    total = sum(each.seconds for each in found.values())
+    assert total == pytest.approx(profiler.step_seconds) == pytest.approx(4 * SLOW + 2 * FAST, 0.2)
+    assert profiler.loads == {Load(decode=1): 2}
+
+
+def test_floors_go_to_the_longest_name() -> None:
+    names = ["self_attn.o_proj", "self_attn.mla_decode", "moe.shared_experts.down_proj", "norm"]
+    ops = [Op(name, bytes=3.211e9) for name in names]
+    found = lay_beside({"self_attn", "self_attn.o_proj", "moe", "step"}, [(ops, 3), (ops[:1], 1)])
+    assert found == {
+        "self_attn.o_proj": [(ops[0], 3), (ops[0], 1)],
+        "self_attn": [(ops[1], 3)],
+        "moe": [(ops[2], 3)],
+        "step": [(ops[3], 3)],
+    }
+
+
+def test_the_demo_models_step_is_accounted_for() -> None:
+    started = start(DEMO, EngineConfig(kv_cache_size="4096tok"), alone())
+    engine = started.engine
+    assert engine is not None
+    profile = Profile("measure", started)
+    for i in range(4):
+        params = SamplingParams(max_tokens=12, ignore_eos=True)
+        engine.add(Request(request_id=str(i), prompt_ids=[1, 2, 3 + i] * 20, params=params))
+    begin, before = time.perf_counter(), engine.metrics.run_seconds
+    while engine.has_work():
+        engine.step()
+    seconds = time.perf_counter() - begin
+    ran = engine.metrics.run_seconds - before
+    report = profile.report(ran)
+    rows = {row["operation"]: row for row in report.rows}
+    total = report.setting["steps"] * sum(row["ms"] for row in report.rows) / 1e3
+    assert total == pytest.approx(seconds, rel=0.05)
+    assert sum(row["share %"] for row in report.rows) == pytest.approx(100)
+    for name in ("self_attn", "self_attn.in_proj", "self_attn.o_proj", "moe", "lm_head", "host"):
+        assert rows[name]["ms"] > 0
+    layers = started.config.num_hidden_layers
+    assert rows["self_attn"]["calls"] == layers and rows["moe.router"]["calls"] <= layers
+    # Small weights come out of the processor's cache, so single floors may be undercut.
+    assert sum(row["floor ms"] for row in report.rows) < sum(row["ms"] for row in report.rows)
+    assert {"self_attn", "moe", "lm_head"} <= {n for n, row in rows.items() if row["floor ms"]}
+    assert report.notes[0].startswith("operations add up to ")
+
+
+def test_hardware() -> None:
+    assert hardware("h200", CPU) is HARDWARE["h200"]
+    with pytest.raises(ConfigError, match="--hardware=b200 is unknown; use measure, h100"):
+        hardware("b200", CPU)

@@ -1,0 +1,150 @@
+"""The floor of a step: held to figures computed elsewhere, and to what must hold between them."""
+
+from dataclasses import replace
+
+import pytest
+
+from dsv3.config import ParallelConfig
+from dsv3.config_files import load_model_config
+from dsv3.errors import ConfigError
+from dsv3.observe.roofline import (
+    HARDWARE,
+    Load,
+    Op,
+    Setup,
+    experts_hit,
+    floor_seconds,
+    step_ops,
+)
+from tests.checkpoint_files import TINY
+
+V3 = load_model_config("v3-671b")
+EIGHT = ParallelConfig(world_size=8)
+REPLICATED = Setup(config=V3, layout=EIGHT, kv_shard="none")
+
+
+def without_links(setup: Setup, load: Load, hardware: str) -> float:
+    """Milliseconds of a step."""
+    ops = [op for op in step_ops(setup, load) if not op.span]
+    return 1e3 * floor_seconds(ops, HARDWARE[hardware])
+
+
+@pytest.mark.parametrize(
+    ("batch", "context", "mean", "busiest", "h200"),
+    [
+        (1, 1024, 1.80, 3.43, 2.39),
+        (1, 65536, 3.21, 4.84, 3.38),
+        (8, 1024, 6.90, 10.28, 7.18),
+        (8, 65536, 18.20, 21.58, 15.06),
+        (32, 8192, 23.07, 26.44, 18.46),
+        (128, 1024, 29.26, 29.71, 20.74),
+        (128, 65536, 209.99, 210.45, 146.88),
+    ],
+)
+def test_a_decode_step_of_v3(
+    batch: int, context: int, mean: float, busiest: float, h200: float
+) -> None:
+    """Rank 0 of 8, the cache replicated, no links: a table made independently of this code."""
+    load = Load(decode=batch, context=context)
+    most = replace(load, busiest=True)
+    assert without_links(REPLICATED, load, "h100") == pytest.approx(mean, rel=0.02)
+    assert without_links(REPLICATED, most, "h100") == pytest.approx(busiest, rel=0.02)
+    assert without_links(REPLICATED, most, "h200") == pytest.approx(h200, rel=0.02)
+
+
+def test_packed_latents_cost_less() -> None:
+    load = Load(decode=128, context=65536, busiest=True)
+    packed = replace(REPLICATED, cache="fp8")
+    assert without_links(packed, load, "h100") == pytest.approx(131.40, rel=0.02)
+
+
+def total(setup: Setup, load: Load, prefix: str) -> tuple[float, float]:
+    """FLOPs and bytes of the operations below a name, all layers together."""
+    ops = [op for op in step_ops(setup, load) if op.name.startswith(prefix)]
+    assert ops, prefix
+    return sum(op.count * op.flops for op in ops), sum(op.count * op.bytes for op in ops)
+
+
+def test_dealt_positions_are_read_once_by_all_ranks_together() -> None:
+    load = Load(decode=64, context=65536)
+    dealt = Setup(config=V3, layout=EIGHT)
+    flops, moved = total(dealt, load, "self_attn.mla_decode")
+    all_flops, all_moved = total(REPLICATED, load, "self_attn.mla_decode")
+    # As many FLOPs on a rank: all heads to an eighth of the positions.
+    assert flops == pytest.approx(all_flops)
+    assert moved == pytest.approx(all_moved / 8, rel=0.05)
+    # Per head and token 576 values are gathered and 512 with their log-sum-exp returned.
+    ops = {op.name: op for op in step_ops(dealt, load)}
+    assert ops["self_attn.all_gather"].wire == 64 * 16 * 576 * 2 * 7
+    assert ops["self_attn.all_to_all"].wire == 64 * 128 * 513 * 4 * 7 / 8
+
+
+def test_prefill_is_the_causal_triangle() -> None:
+    load = Load(prefill=4096)
+    flops, _ = total(REPLICATED, load, "self_attn.mla_prefill")
+    assert flops == pytest.approx(61 * 2 * 16 * (192 + 128) * 4096 * 4097 / 2)
+    # Two halves one after the other attend to as many pairs as the whole.
+    half = Load(prefill=2048), Load(prefill=2048, cached=2048)
+    assert flops == sum(total(REPLICATED, h, "self_attn.mla_prefill")[0] for h in half)
+    # Every token passes every weight that it activates: 2 FLOPs each.
+    matrices, _ = total(Setup(config=V3, layout=ParallelConfig()), load, "")
+    attention, _ = total(Setup(config=V3, layout=ParallelConfig()), load, "self_attn.mla_prefill")
+    head = 2 * V3.vocab_size * V3.hidden_size
+    active = (matrices - attention - head) / 4096 / 2
+    assert active == pytest.approx(37.6e9 - V3.vocab_size * V3.hidden_size * 2, rel=0.02)
+
+
+def test_data_parallel_groups_exchange_tokens() -> None:
+    layout = ParallelConfig(world_size=8, dp=8)
+    wide = Setup(config=V3, layout=layout)
+    ops = {op.name: op for op in step_ops(wide, Load(decode=16, context=1024))}
+    # All 128 tokens reach the experts of this rank as they would over tp.
+    tp = {op.name: op for op in step_ops(REPLICATED, Load(decode=128, context=1024))}
+    assert ops["moe.experts.down"] == tp["moe.experts.down"]
+    assert "layers.all_reduce" not in ops and "moe.dispatch" not in tp
+    # A token goes to at most 4 of 8 ranks, one of which may be its own: e4m3 and scales there.
+    assert ops["moe.dispatch"].wire == 16 * 4 * 7 / 8 * (7168 + 4 * 56)
+    assert ops["moe.combine"].wire == 16 * 4 * 7 / 8 * 7168 * 2
+
+
+def test_experts_hit() -> None:
+    assert experts_hit(V3, 8, 1) == (1.0, 1.0)
+    mean, rows = experts_hit(V3, 8, 8)
+    most, most_rows = experts_hit(V3, 8, 8, busiest=True)
+    assert (round(mean, 1), rows) == (7.2, 8.0)
+    assert most == pytest.approx(11.4, abs=0.3) and most_rows > rows
+    few, _ = experts_hit(V3, 8, 64, skew=1.0)
+    assert few < experts_hit(V3, 8, 64)[0]
+    assert experts_hit(V3, 1, 10_000, skew=1.0)[1] == pytest.approx(80_000)
+
+
+def test_what_bounds_an_operation() -> None:
+    h100 = HARDWARE["h100"]
+    assert Op("a", flops=1473e12, bytes=1.0, dtype="fp8", count=2).seconds(h100) == pytest.approx(
+        2.0
+    )
+    assert Op("a", flops=1.0, bytes=1e9).bound(h100) == "bytes"
+    assert Op("a", flops=1e15).bound(h100) == "flops"
+    near, far = (Op("a", wire=450e6, span=span) for span in (8, 16))
+    assert near.bound(h100) == "link" and near.seconds(h100) == pytest.approx(1e-3 + 5e-6)
+    assert far.seconds(h100) == pytest.approx(9e-3 + 20e-6)
+
+
+@pytest.mark.parametrize("form", ["latent", "heads"])
+@pytest.mark.parametrize("world", [1, 2])
+def test_every_family_has_a_floor(form: str, world: int) -> None:
+    for name in ("v2-lite-16b", "v2-236b", "v3.2-671b", "kimi-k2-1t"):
+        config = load_model_config(name)
+        layout = ParallelConfig(world_size=world)
+        setup = Setup(config=config, layout=layout, weights="bf16", form=form)
+        load = Load(decode=4, context=5000, prefill=100, prompts=2, cached=7)
+        ops = step_ops(setup, load)
+        assert all(op.seconds(HARDWARE["h800"]) > 0 for op in ops)
+        assert any(op.span for op in ops) == (world > 1)
+
+
+def test_setups_are_checked() -> None:
+    with pytest.raises(ConfigError, match="weights='int3' must be one of fp8, bf16, fp32"):
+        Setup(config=V3, layout=EIGHT, weights="int3")
+    with pytest.raises(ConfigError, match="does not divide"):
+        Setup(config=TINY, layout=ParallelConfig(world_size=7))
