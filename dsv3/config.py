@@ -63,9 +63,12 @@ def divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
-def split_range(size: int, parts: int, index: int) -> tuple[int, int]:
-    """The contiguous (start, stop) of part `index`: ceil(size / parts) each, the last ones less."""
-    chunk = -(-size // parts)
+def split_range(size: int, parts: int, index: int, unit: int = 1) -> tuple[int, int]:
+    """The contiguous (start, stop) of part `index`: ceil(size / parts) each, the last ones less.
+
+    Parts begin at multiples of `unit`, so the last ones may be empty.
+    """
+    chunk = -(-size // (parts * unit)) * unit
     return min(index * chunk, size), min((index + 1) * chunk, size)
 
 
@@ -271,6 +274,15 @@ class ModelConfig:
         return self.n_shared_experts * self.moe_intermediate_size
 
     @property
+    def mlp_unit(self) -> int:
+        """What the inner dims of dense MLPs and shared experts are split in.
+
+        Whole FP8 blocks where there are any: a part that cuts them could not be multiplied in FP8.
+        On 32 ranks half of them hold a block of V3's shared expert, and half hold nothing.
+        """
+        return 1 if self.quantization is None else self.quantization.block[0]
+
+    @property
     def softmax_scale(self) -> float:
         """What attention scores are multiplied by, YaRN's correction included."""
         scale = 1.0 / math.sqrt(self.qk_head_dim)
@@ -316,6 +328,9 @@ class ParallelConfig:
             raise ConfigError(f"tp={self.tp} x dp={self.dp} is not world_size={self.world_size}")
         if not 0 <= self.rank < self.world_size:
             raise ConfigError(f"rank={self.rank} is not in 0..{self.world_size - 1}")
+
+    def __str__(self) -> str:
+        return f"{self.tp * self.dp} ranks" + (f" ({self.tp} x {self.dp})" if self.dp > 1 else "")
 
     @property
     def tp_rank(self) -> int:

@@ -32,7 +32,8 @@ class LLM:
 
     Args:
         path: a checkpoint directory; the demo model if left out.
-        tp: tensor-parallel ranks; 0 takes them all.
+        tp: tensor-parallel ranks; 0 takes all that dp leaves.
+        dp: data-parallel groups of them, which answer different prompts.
         device: "auto" (CUDA where present), "cpu" or "cuda".
         settings: fields of `EngineConfig`, such as `max_seq_len` or `kv_cache_size`.
 
@@ -42,11 +43,17 @@ class LLM:
     """
 
     def __init__(
-        self, path: str | Path | None = None, *, tp: int = 0, device: str = "auto", **settings: Any
+        self,
+        path: str | Path | None = None,
+        *,
+        tp: int = 0,
+        dp: int = 1,
+        device: str = "auto",
+        **settings: Any,
     ) -> None:
         config, path = EngineConfig(**settings), Path(path or DEMO)
         with ExitStack() as stack:
-            mesh = stack.enter_context(join_world(device, tp))
+            mesh = stack.enter_context(join_world(device, tp, dp))
             self._started: Started = start(path, config, mesh)
             self._stack = stack.pop_all()
         engine, model_type = self._started.engine, self._started.config.model_type

@@ -218,8 +218,8 @@ def new_engine(started: Started, settings: EngineConfig) -> Engine:
     assert started.engine is not None
     engine, tokenizer = started.engine, started.engine.tokenizer
     runner, cache, channel = started.runner, started.cache, started.channel
-    limit = engine.max_seq_len
-    return Engine(started.config, settings, runner, cache, channel, tokenizer, limit)
+    limit, tiers = engine.max_seq_len, [None] * started.mesh.layout.dp
+    return Engine(started.config, settings, runner, cache, channel, tokenizer, limit, tiers)
 
 
 def main() -> int:
@@ -249,7 +249,7 @@ def main() -> int:
 
 def measure_model(args: argparse.Namespace) -> Report | None:
     """Measure on all ranks of the world; the report is rank 0's."""
-    with join_world(args.device, args.tp) as mesh:
+    with join_world(args.device, args.tp, args.dp) as mesh:
         if args.threads:
             torch.set_num_threads(args.threads)
         config = load_model_config(args.config) if args.config else None

@@ -1,6 +1,7 @@
 """Convert a checkpoint: into one file per rank, back to Hugging Face, or to another weight type.
 
     convert.py --hf-ckpt-path DIR --save-path OUT --model-parallel 8      a file for each of 8 ranks
+    convert.py --hf-ckpt-path DIR --save-path OUT --tp 4 --dp 8           ... of 4 x 8 ranks
     convert.py --hf-ckpt-path DIR --save-path OUT --to hf                 Hugging Face again
     convert.py --hf-ckpt-path DIR --save-path OUT --to bf16               FP8 weights to BF16
     convert.py --hf-ckpt-path DIR --save-path OUT --to fp8                BF16 weights to FP8
@@ -8,8 +9,12 @@
 
 DIR may be a Hugging Face directory, one that this program made for any number of ranks, or one
 that DeepSeek's convert.py made (give --config then). `--to bf16` and `--to fp8` write a Hugging
-Face directory, or rank files where --model-parallel is given. A conversion that was stopped goes on
-when the same command is given again.
+Face directory, or rank files where a layout is given. A conversion that was stopped goes on when
+the same command is given again.
+
+A layout is tp ranks times dp data-parallel groups: dense layers are split over tp, routed experts
+over all ranks. A rank's file holds all that the rank needs, so that a host may have just the files
+of its own ranks; what every group needs is therefore written dp times (--dry-run shows the bytes).
 """
 
 import argparse
@@ -42,7 +47,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--hf-ckpt-path", type=Path, required=True, metavar="DIR", help="checkpoint to read")
     add("--save-path", type=Path, metavar="OUT", help="directory to write; empty, or resumed")
-    add("--model-parallel", type=int, metavar="N", help="number of ranks to write files for")
+    add("--model-parallel", type=int, metavar="N", help="the same as --tp N")
+    add("--tp", type=int, metavar="T", help="write files for this many tensor-parallel ranks")
+    add("--dp", type=int, metavar="D", help="for this many groups of them (default: 1)")
+    add("--ep", type=int, metavar="E", help="ranks that share the routed experts: always T x D")
     add("--n-experts", type=int, metavar="E", help="checked against the checkpoint when given")
     add(
         "--to",
@@ -68,10 +76,14 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         if not args.verify:
             parser.error("give --save-path (or --verify alone, to check a converted directory)")
         return
-    if args.to == "layout" and args.model_parallel is None:
-        parser.error("give --model-parallel N, or --to hf|bf16|fp8")
-    if args.to == "hf" and args.model_parallel is not None:
-        parser.error("--to hf writes one whole checkpoint; leave --model-parallel out")
+    has_layout = [args.tp, args.dp, args.ep] != [None] * 3
+    if args.model_parallel is not None and has_layout:
+        parser.error("--model-parallel N is --tp N; give --tp, --dp and --ep without it")
+    has_layout = has_layout or args.model_parallel is not None
+    if args.to == "layout" and not has_layout:
+        parser.error("give --model-parallel N, or --tp T --dp D, or --to hf|bf16|fp8")
+    if args.to == "hf" and has_layout:
+        parser.error("--to hf writes one whole checkpoint; leave --model-parallel out, --tp, --dp")
     if args.scale_fmt and args.to != "fp8":
         parser.error("--scale-fmt goes with --to fp8")
     if args.workers < 1:
@@ -108,9 +120,7 @@ def run(args: argparse.Namespace) -> None:
                 verify_digests(source, args.workers, advance)
             print(f"verified: {source.path} matches the digests of its manifest")
             return
-        layout = None
-        if args.model_parallel is not None:
-            layout = ParallelConfig(world_size=args.model_parallel)
+        layout = read_layout(args)
         cast = {"bf16": Cast.BF16, "fp8": Cast.FP8}.get(args.to, Cast.NONE)
         plan = make_plan(source, layout, cast, args.scale_fmt)
         if args.dry_run:
@@ -118,6 +128,19 @@ def run(args: argparse.Namespace) -> None:
             check_space(plan, args.save_path)
         else:
             write(args, source, plan)
+
+
+def read_layout(args: argparse.Namespace) -> ParallelConfig | None:
+    """The ranks to write files for; None for a Hugging Face directory."""
+    if args.model_parallel is not None:
+        return ParallelConfig(world_size=args.model_parallel)
+    if args.tp is None and args.dp is None and args.ep is None:
+        return None
+    dp = 1 if args.dp is None else args.dp
+    tp = args.tp if args.tp is not None else (args.ep or dp) // max(dp, 1)
+    if args.ep not in (None, tp * dp):
+        raise ConfigError(f"--ep={args.ep} must be tp={tp} x dp={dp} = {tp * dp}, or left out")
+    return ParallelConfig(world_size=tp * dp, tp=tp, dp=dp)
 
 
 def write(args: argparse.Namespace, source: Source, plan: Plan) -> None:

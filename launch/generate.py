@@ -203,7 +203,7 @@ def main() -> int:
     args = parse_args()
     set_up_logging(args.debug)
     begin = time.perf_counter()
-    with join_world(args.device, args.tp) as mesh, ExitStack() as files:
+    with join_world(args.device, args.tp, args.dp) as mesh, ExitStack() as files:
         return run(args, mesh, files, begin)
 
 

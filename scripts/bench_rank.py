@@ -180,7 +180,7 @@ class Rank:
         for moe in self.model.modules():
             if isinstance(moe, MoE):
                 hooks.append(moe.router.register_forward_hook(partial(look, moe.first_expert)))
-        Runner(self.model, self.cache, absorb_limit(self.config)).run(plan)
+        Runner(self.model, self.cache, absorb_limit(self.config)).run([plan])
         for hook in hooks:
             hook.remove()
         experts, entries = np.mean(hits or [(0, 0)], axis=0)
@@ -204,7 +204,10 @@ def _fill(weight: Tensor, name: str) -> None:
 
 
 def time_steps(
-    run: Callable[[StepPlan], object], plans: list[StepPlan], device: torch.device, rounds: int
+    run: Callable[[list[StepPlan]], object],
+    plans: list[list[StepPlan]],
+    device: torch.device,
+    rounds: int,
 ) -> tuple[float, float]:
     """Return medians of a step's seconds, one after the other, and of those to launch one."""
     clock, whole, host = Clock(device), [], []
@@ -229,7 +232,7 @@ def profile_steps(rank: Rank, plans: Callable[[], StepPlan], steps: int) -> Prof
             profiler.clear()
         if rank.device.type == "cuda":
             torch.cuda._sleep(_HOLD_CYCLES)
-        runner.run(plans())
+        runner.run([plans()])
     profiler.detach()
     return profiler
 
@@ -258,7 +261,7 @@ def measure_step(
     hits, served = rank.count_hits(plans()), rank.new_runner(eager)
     on_gpu, profiler = rank.device.type == "cuda", profile_steps(rank, plans, steps)
     # Several in a row, as they are served: the host launches one while the device runs another.
-    ready = [plans() for _ in range(4 if on_gpu else 1)]
+    ready = [[plans()] for _ in range(4 if on_gpu else 1)]
     seconds, launch = time_steps(served.run, ready, rank.device, steps)
     load = replace(next(iter(profiler.loads)), hit=hits)
     profiler.loads = Counter({load: profiler.steps})
@@ -275,7 +278,7 @@ def measure_step(
         f"{hits[0]:.1f} local experts hit by {hits[1]:.1f} entries"
     )
     if on_gpu:
-        kernels = kernel_intervals(lambda: served.run(plans()))
+        kernels = kernel_intervals(lambda: served.run([plans()]))
         busy, idle = busy_and_idle(kernels)
         note += f"; {len(kernels)} kernels busy {1e3 * busy:.4g} ms, gaps {1e3 * idle:.4g} ms"
     factor, layers = whole_model(rank, rows), rank.shape.config.num_hidden_layers

@@ -7,6 +7,7 @@ two sequences shared, a token computed twice or never, or a wrong position chang
 import random
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,14 @@ from dsv3.cache.pool import CachePool
 from dsv3.cache.tiers import PageKey, Tiers
 from dsv3.engine.config import EngineConfig
 from dsv3.engine.engine import Engine
-from dsv3.engine.plan import NO_TARGET, PlanChannel, StepPlan, unpack_pages
+from dsv3.engine.plan import (
+    NO_TARGET,
+    PlanChannel,
+    StepPlan,
+    pack_plans,
+    unpack_pages,
+    unpack_plans,
+)
 from dsv3.engine.sampler import SampledOnDevice
 from dsv3.parallel.collectives import SingleRank
 from dsv3.request import Completion, Request
@@ -100,8 +108,6 @@ class PaperDisk:
 class PaperRunner:
     """Executes plans on paper and holds them to their contract."""
 
-    sent_bytes = 0
-
     def __init__(
         self,
         layout: CacheLayout,
@@ -120,11 +126,12 @@ class PaperRunner:
         self.plans: list[StepPlan] = []
         self.last: list[int] = []
 
-    def run(self, plan: StepPlan) -> SampledOnDevice:
+    def run(self, plan: StepPlan, width: int) -> SampledOnDevice:
         self.plans.append(plan)
         self.move_pages(plan)
         if not len(plan.token_ids):
-            return SampledOnDevice(torch.zeros(0, dtype=torch.int64), None)
+            self.last = []
+            return SampledOnDevice(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 1 + 2 * width))
         lengths = plan.query_len.tolist()
         assert 0 < sum(lengths) == len(plan.token_ids) <= self.settings.max_batch_tokens
         assert min(lengths) > 0 and lengths == sorted(lengths)
@@ -156,7 +163,6 @@ class PaperRunner:
             guess = next_token(texts[seq][:position], seed)
             chosen.append(guess if plan.target[m] == NO_TARGET else int(plan.target[m]))
         self.last = chosen
-        width = max(0, int(plan.top_logprobs.max(initial=0)))
         scores = torch.zeros(len(chosen), 1 + 2 * width, dtype=torch.float64)
         scores[:, 0] = -torch.from_numpy(plan.position)
         return SampledOnDevice(torch.tensor(chosen, dtype=torch.int64), scores)
@@ -181,21 +187,49 @@ class PaperRunner:
         self.memory[target] = self.host[brought]
 
 
-def paper_engine(
+class PaperWorld:
+    """Data-parallel groups, each on its own paper; plans take the way of the wire."""
+
+    sent_bytes = 0
+
+    def __init__(self, groups: list[PaperRunner]) -> None:
+        self.groups = groups
+        self.num_steps = 0
+
+    def run(self, plans: list[StepPlan]) -> SampledOnDevice:
+        self.num_steps += 1
+        plans = unpack_plans(pack_plans(plans))
+        width = max(0, *(int(plan.top_logprobs.max(initial=0)) for plan in plans))
+        results = [group.run(plan, width) for group, plan in zip(self.groups, plans, strict=True)]
+        return SampledOnDevice(
+            torch.cat([r.token_M for r in results]), torch.cat([r.scores for r in results])
+        )
+
+
+def paper_engine(num_pages: int, page_size: int = 4, **more: Any) -> tuple[Engine, PaperRunner]:
+    """Return an engine of one group, and its runner; see `paper_world`."""
+    engine, world = paper_world(1, num_pages, page_size, **more)
+    return engine, world.groups[0]
+
+
+def paper_world(
+    num_groups: int,
     num_pages: int,
     page_size: int = 4,
     max_seq_len: int = 10**6,
     num_slots: int = 0,
     disk: PaperDisk | None = None,
     **settings: int,
-) -> tuple[Engine, PaperRunner]:
-    """Return an engine over `num_pages` pages, with `num_slots` of host memory, and its runner."""
+) -> tuple[Engine, PaperWorld]:
+    """Return an engine over groups of `num_pages` pages and `num_slots` of host memory."""
     config = EngineConfig(**settings)
     layout = CacheLayout("latent", 1, 1, "fp32", page_size, 1, 0)
     cache = CachePool(layout, 1, num_pages + 1, CPU, SingleRank())
-    runner = PaperRunner(layout, num_pages + 1, config, num_slots, disk)
-    channel = PlanChannel(SingleRank())
-    return Engine(TINY, config, runner, cache, channel, None, max_seq_len, runner.tiers), runner
+    groups = [
+        PaperRunner(layout, num_pages + 1, config, num_slots, disk) for _ in range(num_groups)
+    ]
+    world, channel, tiers = PaperWorld(groups), PlanChannel(SingleRank()), [g.tiers for g in groups]
+    return Engine(TINY, config, world, cache, channel, None, max_seq_len, tiers), world
 
 
 def finish(engine: Engine, max_steps: int = 10_000) -> dict[str, Completion]:

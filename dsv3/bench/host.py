@@ -31,9 +31,9 @@ class NoModel:
         self._layout = layout
         self.seconds = 0.0
 
-    def run(self, plan: StepPlan) -> SampledOnDevice:
-        """Pretend to run a step."""
-        start = time.perf_counter()
+    def run(self, plans: list[StepPlan]) -> SampledOnDevice:
+        """Pretend to run a step of the only group."""
+        start, (plan,) = time.perf_counter(), plans
         BatchBuilder(plan, self._layout, _CPU, decode_limit=1).build()
         sampled = SampledOnDevice(torch.full((len(plan.row),), 7), None)
         self.seconds += time.perf_counter() - start

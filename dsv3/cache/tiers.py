@@ -19,7 +19,6 @@ from typing import Protocol
 
 from dsv3.cache.pages import PageAllocator
 from dsv3.cache.prefix import Match, PrefixTree, chain_hashes, encode
-from dsv3.observe.metrics import Metrics
 
 # Hashes of the prefixes that end with each of a page's units of 64 positions: they do not depend
 # on the page size, and so not on the world. The last one names the page.
@@ -233,12 +232,12 @@ class Tiers:
         yield self.draw()
         self._disk.catch_up()
 
-    def report(self, metrics: Metrics) -> None:
-        """Write down what has moved so far."""
-        metrics.offloads, metrics.host_hits = self.num_offloaded, self.num_restored
-        metrics.disk_hits = self.num_fetched
+    def counts(self) -> tuple[int, int, int, int, int]:
+        """Return pages offloaded, restored and fetched so far, files written, bytes on disk."""
+        written, size = 0, 0
         if self._disk is not None:
-            metrics.disk_writes, metrics.disk_bytes = self._disk.num_written, self._disk.num_bytes
+            written, size = self._disk.num_written, self._disk.num_bytes
+        return self.num_offloaded, self.num_restored, self.num_fetched, written, size
 
     def _is_on_disk(self, key: PageKey) -> bool:
         return key in self._fetching or (self._disk is not None and key in self._disk)

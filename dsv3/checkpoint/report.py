@@ -26,6 +26,8 @@ def describe(source: Source, plan: Plan, needed: int, free: int) -> Iterator[str
     kinds = Counter(output.dtype for output in plan.tensors.values())
     what = ", ".join(f"{count} {dtype}" for dtype, count in sorted(kinds.items()))
     yield f"to:   {_tensors(len(plan.tensors), plan.num_bytes)} in {len(plan.files)} files ({what})"
+    if plan.layout is not None and plan.layout.dp > 1:
+        yield f"for:  tp={plan.layout.tp} x dp={plan.layout.dp}, experts over all ranks"
     for file in plan.files:
         yield f"      {file.name}: {_tensors(len(file.offsets), file.num_bytes)}"
     yield from _shared(plan)
@@ -40,20 +42,23 @@ def describe(source: Source, plan: Plan, needed: int, free: int) -> Iterator[str
 
 def _shared(plan: Plan) -> Iterator[str]:
     """What is held more than once, and where FP8 blocks are cut."""
-    copies, extra, cut = [], 0, []
+    cut: list[str] = []
+    copies: dict[str, list[str]] = {"on every rank": [], "in every group": []}
+    extra: Counter[str] = Counter()
     for name, output in plan.tensors.items():
         held = [tensor_bytes(output.dtype, region_shape(slot.region)) for slot in output.slots]
-        if len(held) > 1 and output.slots[0].region == whole(output.shape):
-            copies.append(name)
-            extra += sum(held) - output.num_bytes
+        is_whole = output.slots[0].region == whole(output.shape)
+        if len(held) > 1 and (is_whole or (plan.layout is not None and plan.layout.dp > 1)):
+            where = "on every rank" if is_whole else "in every group"
+            copies[where].append(name)
+            extra[where] += sum(held) - output.num_bytes
         starts = (start for slot in output.slots for start, _ in slot.region)
         if output.dtype == FP8_DTYPE and any(start % 128 for start in starts):
             cut.append(name)
-    if copies:
-        yield (
-            f"replicated on every rank: {len(copies)} tensors, {in_units(extra)} beyond one "
-            f"copy ({copies[0]}, ...)"
-        )
+    for where, names in copies.items():
+        if names:
+            more = f"{in_units(extra[where])} beyond one copy ({names[0]}, ...)"
+            yield f"replicated {where}: {len(names)} tensors, {more}"
     if cut:
         yield (
             f"slices that begin inside a 128-block: {len(cut)} FP8 weights ({cut[0]}, ...); rows "

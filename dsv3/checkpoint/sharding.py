@@ -38,6 +38,7 @@ class TensorSpec:
         expert: which of `num_experts` routed experts it belongs to, else None.
         quantizable: whether FP8 checkpoints may store it in blocks with scales.
         mtp: whether it belongs to a multi-token-prediction layer.
+        unit: its slices begin at multiples of so many rows or columns.
     """
 
     name: str
@@ -47,6 +48,7 @@ class TensorSpec:
     num_experts: int = 0
     quantizable: bool = False
     mtp: bool = False
+    unit: int = 1
 
 
 def tensor_specs(config: ModelConfig) -> dict[str, TensorSpec]:
@@ -82,7 +84,7 @@ def _layer_specs(config: ModelConfig, layer: int) -> Iterator[TensorSpec]:
     if config.is_moe_layer(layer):
         yield from _moe_specs(config, f"{prefix}mlp.", mtp)
     else:
-        yield from _mlp_specs(f"{prefix}mlp.", hidden, config.intermediate_size, mtp)
+        yield from _mlp_specs(config, f"{prefix}mlp.", config.intermediate_size, mtp)
     if mtp:
         yield norm("shared_head.norm", hidden)
         yield plain("shared_head.head", vocab, hidden, Split.ROWS)
@@ -127,7 +129,7 @@ def _moe_specs(config: ModelConfig, prefix: str, mtp: bool) -> Iterator[TensorSp
         yield TensorSpec(f"{prefix}gate.e_score_correction_bias", (experts,), mtp=mtp)
     if config.n_shared_experts:
         width = config.shared_intermediate_size
-        yield from _mlp_specs(f"{prefix}shared_experts.", hidden, width, mtp)
+        yield from _mlp_specs(config, f"{prefix}shared_experts.", width, mtp)
     width = config.moe_intermediate_size
     for e in range(experts):
         for name, shape in _mlp_shapes(hidden, width):
@@ -140,10 +142,11 @@ def _mlp_shapes(hidden: int, width: int) -> tuple[tuple[str, tuple[int, int]], .
     return ("gate_proj", wide), ("up_proj", wide), ("down_proj", narrow)
 
 
-def _mlp_specs(prefix: str, hidden: int, width: int, mtp: bool) -> Iterator[TensorSpec]:
-    for name, shape in _mlp_shapes(hidden, width):
-        split = Split.COLS if name == "down_proj" else Split.ROWS
-        yield TensorSpec(f"{prefix}{name}.weight", shape, split, quantizable=True, mtp=mtp)
+def _mlp_specs(config: ModelConfig, prefix: str, width: int, mtp: bool) -> Iterator[TensorSpec]:
+    unit = config.mlp_unit
+    for name, shape in _mlp_shapes(config.hidden_size, width):
+        split, full = Split.COLS if name == "down_proj" else Split.ROWS, f"{prefix}{name}.weight"
+        yield TensorSpec(full, shape, split, quantizable=True, mtp=mtp, unit=unit)
 
 
 def shard_region(spec: TensorSpec, layout: ParallelConfig) -> Region | None:
@@ -156,7 +159,7 @@ def shard_region(spec: TensorSpec, layout: ParallelConfig) -> Region | None:
     if spec.split is Split.NONE:
         return region
     dim = 0 if spec.split is Split.ROWS else 1
-    part = split_range(spec.shape[dim], layout.tp, layout.tp_rank)
+    part = split_range(spec.shape[dim], layout.tp, layout.tp_rank, spec.unit)
     return (*region[:dim], part, *region[dim + 1 :])
 
 

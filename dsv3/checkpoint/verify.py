@@ -74,10 +74,7 @@ def verify_digests(source: Source, workers: int, progress: Progress = lambda _: 
 def _check_kinds(plan: Plan, result: Source) -> None:
     layout = read_manifest(result.path).layout if (result.path / MANIFEST).is_file() else None
     if layout != plan.layout:
-        kinds = [
-            "Hugging Face" if it is None else f"{it.world_size} ranks"
-            for it in (layout, plan.layout)
-        ]
+        kinds = ["Hugging Face" if it is None else str(it) for it in (layout, plan.layout)]
         raise CheckpointError(
             f"{result.path}: holds a conversion for {kinds[0]}, not for {kinds[1]}; give "
             "--overwrite to replace it"

@@ -18,7 +18,7 @@ import numpy as np
 
 from dsv3.checkpoint.blocks import Bytes
 from dsv3.checkpoint.digest import Digest
-from dsv3.checkpoint.plan import Output, OutputFile
+from dsv3.checkpoint.plan import Output, OutputFile, Slot
 from dsv3.checkpoint.region import Box, whole
 from dsv3.checkpoint.safetensors_file import DTYPE_BYTES
 from dsv3.errors import CheckpointError
@@ -110,34 +110,35 @@ class OutputFiles:
 
 
 class Spreader:
-    """Cuts the row blocks of one output tensor into its slots."""
+    """Cuts the row blocks of one output tensor into its slots; equal ones are digested once."""
 
     def __init__(self, output: Output, files: OutputFiles) -> None:
         itemsize = DTYPE_BYTES[output.dtype]
         self._files = files
         self._whole = Box.of(whole(output.shape), itemsize)
-        self._slots = [(slot, Box.of(slot.region, itemsize)) for slot in output.slots]
-        self._digest = Digest()
-        self._slot_digests = [
-            self._digest if box == self._whole else Digest() for _, box in self._slots
-        ]
+        self._boxes = [Box.of(slot.region, itemsize) for slot in output.slots]
+        self._digests = {box: Digest() for box in (self._whole, *self._boxes)}
+        self._slots: dict[Box, list[Slot]] = {}
+        for slot, box in zip(output.slots, self._boxes, strict=True):
+            self._slots.setdefault(box, []).append(slot)
 
     def put(self, row: int, block: Bytes) -> None:
         """Take the rows that begin at `row`; they come in order."""
-        self._digest.update(block.data.cast("B"))
-        for (slot, box), digest in zip(self._slots, self._slot_digests, strict=True):
+        self._digests[self._whole].update(block.data.cast("B"))
+        for box, slots in self._slots.items():
             start, stop = max(row, box.row), min(row + len(block), box.row_stop)
             if start >= stop or box.empty:
                 continue
             part = np.ascontiguousarray(block[start - row : stop - row, box.col : box.col_stop])
             data = part.data.cast("B")
-            if digest is not self._digest:
-                digest.update(data)
-            self._files.write(slot.file, slot.offset + (start - box.row) * part.shape[1], data)
+            if box != self._whole:
+                self._digests[box].update(data)
+            for slot in slots:
+                self._files.write(slot.file, slot.offset + (start - box.row) * part.shape[1], data)
 
     def digests(self) -> Digests:
         """Of the tensor and of each slot, after the last row."""
-        return (str(self._digest), *map(str, self._slot_digests))
+        return tuple(str(self._digests[box]) for box in (self._whole, *self._boxes))
 
 
 class Journal:

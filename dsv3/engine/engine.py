@@ -6,21 +6,20 @@
 
 import logging
 import time
+from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
 from typing import Protocol
 
-from dsv3.cache.eviction import make_policy
-from dsv3.cache.pages import PageAllocator
 from dsv3.cache.pool import CachePool
-from dsv3.cache.prefix import PrefixTree
 from dsv3.cache.tiers import Tiers
 from dsv3.config import ModelConfig
 from dsv3.engine.config import EngineConfig
+from dsv3.engine.lane import Lane, balance, choose_lane, report
 from dsv3.engine.plan import PlanChannel, StepPlan
-from dsv3.engine.planner import Work, write_plan
+from dsv3.engine.planner import Work, write_plans
 from dsv3.engine.runner import Runner
 from dsv3.engine.sampler import Sampled, SampledOnDevice
-from dsv3.engine.scheduler import Scheduler, Step
+from dsv3.engine.scheduler import Step
 from dsv3.engine.sequence import Sequence
 from dsv3.errors import ConfigError, RequestError
 from dsv3.observe.metrics import Metrics
@@ -41,8 +40,8 @@ class StepRunner(Protocol):
     def sent_bytes(self) -> int:
         """Bytes that this rank sent to others so far."""
 
-    def run(self, plan: StepPlan) -> SampledOnDevice:
-        """Run one step."""
+    def run(self, plans: list[StepPlan]) -> SampledOnDevice:
+        """Run one step; return the results of all groups, one after the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +64,8 @@ class Engine:
         channel: carries plans to the other ranks.
         tokenizer: None serves token ids only.
         max_seq_len: longest context a request may reach.
-        tiers: what is kept of the cache outside the device; None keeps nothing.
+        tiers: for each data-parallel group, what is kept of its cache outside the device; None
+            keeps nothing.
     """
 
     def __init__(
@@ -77,47 +77,35 @@ class Engine:
         channel: PlanChannel,
         tokenizer: Tokenizer | None,
         max_seq_len: int,
-        tiers: Tiers | None = None,
+        tiers: Ordered[Tiers | None] = (None,),
     ) -> None:
         self.tokenizer, self._context_limit = tokenizer, max_seq_len
-        self.vocab_size, self.max_running = config.vocab_size, settings.max_running
+        self.vocab_size, self.max_running = config.vocab_size, settings.max_running * len(tiers)
         self.metrics = Metrics()
         self._runner, self._layout, self._channel = runner, cache.layout, channel
         self._eos = frozenset(config.eos_token_ids)
         if not self._eos and tokenizer is not None and tokenizer.eos_id is not None:
             # DeepSeek's own config files do not name the end token.
             self._eos = frozenset({tokenizer.eos_id})
-        self._pages = PageAllocator(cache.num_pages)
-        self._tree: PrefixTree | None = None
-        self._tiers = tiers
-        if settings.prefix_reuse:
-            page_size = cache.layout.page_size
-            depth_cost = page_size * config.attention_share
-            policy = make_policy(settings.eviction, self._pages.num_pages, depth_cost)
-            on_evict = None if tiers is None else tiers.offload
-            self._tree = PrefixTree(self._pages, page_size, policy, on_evict=on_evict)
-        self._scheduler = Scheduler(
-            cache.layout,
-            self._pages,
-            self._tree,
-            tiers,
-            settings.max_batch_tokens,
-            settings.max_running,
-            self.metrics,
-        )
+        is_only = len(tiers) == 1
+        self._lanes = [Lane(config, cache, settings, each, self.metrics, is_only) for each in tiers]
         self._pipelined = settings.is_pipelined(cache.slots.device.type)
         self._in_flight: _Launched | None = None
-        self._is_stepping = False
+        self._is_stepping = self._is_prewarming = False
         self._sequences: dict[str, Sequence] = {}
         self._num_added = self._num_launched = 0
         self._now = time.monotonic()
-        self.max_seq_len = min(max_seq_len, self.cache_tokens)
-        self._num_pinned = 0
+        self.max_seq_len = min(max_seq_len, self._room)
 
     @property
     def cache_tokens(self) -> int:
-        """Positions the cache of the tp group holds."""
-        return self._pages.num_pages * self._layout.page_size
+        """Positions the caches of all groups hold."""
+        return sum(lane.pages.num_pages for lane in self._lanes) * self._layout.page_size
+
+    @property
+    def _room(self) -> int:
+        """Positions that one group has for requests."""
+        return min(lane.num_usable for lane in self._lanes) * self._layout.page_size
 
     @property
     def num_unfinished(self) -> int:
@@ -128,8 +116,8 @@ class Engine:
         """Tell whether a step would do anything."""
         return bool(self._sequences) or self._in_flight is not None
 
-    def add(self, request: Request) -> None:
-        """Put a request in line.
+    def add(self, request: Request, lane: int | None = None) -> None:
+        """Put a request in line: in the group that suits it best, or in one that is given.
 
         Raises:
             RequestError: it can never be served; the message says why and what would do.
@@ -142,12 +130,10 @@ class Engine:
             raise RequestError("stop strings need a tokenizer; this checkpoint has none")
         # The last token is never fed back, so it needs no place in the cache.
         longest = len(request.prompt_ids) + max(0, params.max_tokens - 1)
-        pages = self._layout.pages_for(longest)
-        if pages > self._pages.num_pages - self._num_pinned:
-            room = (self._pages.num_pages - self._num_pinned) * self._layout.page_size
+        if longest > self._room:
             raise RequestError(
                 f"prompt of {len(request.prompt_ids)} tokens and max_tokens={params.max_tokens} "
-                f"need {longest} cached tokens, the cache holds {room}; "
+                f"need {longest} cached tokens, the cache holds {self._room}; "
                 "raise --kv-cache-size or lower max_tokens"
             )
         stream = None
@@ -158,7 +144,8 @@ class Engine:
         if request.deadline is not None:
             seq.expires = seq.added_at + request.deadline
         self._sequences[request.request_id] = seq
-        self._scheduler.add(seq)
+        seq.lane = choose_lane(self._lanes, seq) if lane is None else lane
+        self._lanes[seq.lane].add(seq)
 
     def _check_tokens(self, request: Request) -> None:
         prompt, params = request.prompt_ids, request.params
@@ -181,37 +168,43 @@ class Engine:
         """Drop a request without an answer; unknown ids are ignored."""
         seq = self._sequences.pop(request_id, None)
         if seq is not None:
-            self._scheduler.remove(seq)
+            self._lanes[seq.lane].remove(seq)
 
     def prewarm(self, prompts: list[list[int]]) -> int:
-        """Compute prompts before the first request and keep them cached; return their tokens.
+        """Compute prompts before the first request, in every group, and keep them cached.
+
+        Returns:
+            their tokens, in one group.
 
         Raises:
             RequestError: one cannot be served.
             ConfigError: they leave too little of the cache.
         """
-        if self._tree is None:
+        if any(lane.tree is None for lane in self._lanes):
             raise ConfigError("--prewarm keeps prefixes for reuse; drop --no-prefix-reuse")
-        for i, ids in enumerate(prompts):
-            params = SamplingParams(max_tokens=0)
-            self.add(Request(request_id=f"prewarm-{i}", prompt_ids=ids, params=params))
+        all_room, params = self._room, SamplingParams(max_tokens=0)
+        self._is_prewarming = True
+        for number in range(len(self._lanes)):
+            for i, ids in enumerate(prompts):
+                name = f"prewarm-{number}-{i}"
+                self.add(Request(request_id=name, prompt_ids=ids, params=params), number)
         while self.has_work():
             self.step()
-        total = sum(self._tree.pin(ids) for ids in prompts)
-        self._num_pinned = self._tree.num_pinned
-        room = (self._pages.num_pages - self._num_pinned) * self._layout.page_size
-        if 2 * room < self.cache_tokens:
+        self._is_prewarming = False
+        total = min(lane.pin(prompts) for lane in self._lanes)
+        if 2 * self._room < all_room:
             raise ConfigError(
-                f"--prewarm pins {self._num_pinned * self._layout.page_size} of "
-                f"{self.cache_tokens} cached tokens, more than half; raise --kv-cache-size"
+                f"--prewarm pins {all_room - self._room} of {all_room} cached tokens, more than "
+                "half; raise --kv-cache-size"
             )
-        self.max_seq_len = min(self.max_seq_len, room)
+        self.max_seq_len = min(self.max_seq_len, self._room)
         return total
 
     def drop_conversation(self, conversation_id: str) -> None:
         """Forget the cached prefixes that only this conversation has used."""
-        if self._tree is not None:
-            self._tree.drop_group(conversation_id)
+        for lane in self._lanes:
+            if lane.tree is not None:
+                lane.tree.drop_group(conversation_id)
 
     def step(self) -> list[RequestOutput]:
         """Run one step on all ranks; return what came out, request by request.
@@ -247,19 +240,21 @@ class Engine:
 
         Not after a step that failed: the other ranks may be anywhere, or gone.
         """
-        if self._tiers is not None and self._tree is not None and not self._is_stepping:
-            self._save(self._tiers, self._tree)
+        if not self._is_stepping:
+            self._save()
         self.pause()
 
-    def _save(self, tiers: Tiers, tree: PrefixTree) -> None:
+    def _save(self) -> None:
         deadline = time.monotonic() + _SAVE_SECONDS
-        for moves in tiers.save(tree):
-            if moves:
-                self._launch(*write_plan(Step(moves=moves), self._num_launched))
-            if time.monotonic() > deadline:
-                log.warning("the disk is slow: not all of the cache is saved")
-                break
-        tiers.report(self.metrics)
+        for lane in self._lanes:
+            for moves in lane.save():
+                if moves:
+                    steps = [Step(moves=moves) if it is lane else Step() for it in self._lanes]
+                    self._launch(*write_plans(steps, self._num_launched))
+                if time.monotonic() > deadline:
+                    log.warning("the disk is slow: not all of the cache is saved")
+                    break
+        report(self._lanes, self.metrics)
 
     def _expire(self, now: float) -> list[RequestOutput]:
         expired = [s for s in self._sequences.values() if s.expires and s.expires <= now]
@@ -268,22 +263,24 @@ class Engine:
             for seq in expired
         ]
 
-    def _plan(self) -> tuple[StepPlan, list[Work]] | None:
+    def _plan(self) -> tuple[list[StepPlan], list[Work]] | None:
         """Choose the next step's work and write it down; None if there is nothing to do."""
-        step = self._scheduler.schedule()
-        if not step.chosen and not step.moves:
+        steps = [lane.scheduler.schedule() for lane in self._lanes]
+        if not self._is_prewarming:
+            balance(self._lanes)
+        if not any(step.chosen or step.moves for step in steps):
             return None
-        self._num_launched += bool(step.chosen)
-        return write_plan(step, self._num_launched)
+        self._num_launched += any(step.chosen for step in steps)
+        return write_plans(steps, self._num_launched)
 
-    def _launch(self, plan: StepPlan, work: list[Work]) -> _Launched:
+    def _launch(self, plans: list[StepPlan], work: list[Work]) -> _Launched:
         """Start a step on all ranks."""
-        self._channel.send(plan)
-        return _Launched(self._num_launched, work, self._runner.run(plan))
+        self._channel.send(plans)
+        return _Launched(self._num_launched, work, self._runner.run(plans))
 
     def _measure(self, work: list[Work], begin: float, planned_at: float) -> None:
         """Note what a step took, and how things are after it."""
-        m, pages, now = self.metrics, self._pages, time.monotonic()
+        m, now = self.metrics, time.monotonic()
         m.steps += 1
         m.run_seconds += now - begin
         # Without sending the plan, running it and waiting for the results.
@@ -291,13 +288,7 @@ class Engine:
         m.sent_bytes = self._runner.sent_bytes
         m.step_sequences.observe(len(work))
         m.step_tokens.observe(sum(w.num_tokens for w in work))
-        m.waiting, m.running = len(self._scheduler.waiting), len(self._scheduler.running)
-        m.pages_free, m.pages_idle = pages.num_free, pages.num_idle
-        m.pages_used = pages.num_pages - pages.num_free - pages.num_idle
-        m.pages_pinned = self._num_pinned
-        m.evictions = 0 if self._tree is None else self._tree.num_evicted
-        if self._tiers is not None:
-            self._tiers.report(m)
+        report(self._lanes, m)
 
     def _commit(self, work: Work, number: int, sampled: Sampled) -> RequestOutput | None:
         """Record a step's results for one sequence."""
@@ -311,7 +302,7 @@ class Engine:
         if seq.num_preempted == work.num_preempted and seq.is_running:
             seq.num_committed = work.stop
             if work.num_tokens > 1 or work.stop % self._layout.page_size == 0:
-                self._scheduler.register(seq)
+                self._lanes[seq.lane].scheduler.register(seq)
         top = seq.request.params.prompt_logprobs or 0
         for row in range(work.first_row, work.first_row + work.num_scored):
             seq.prompt_logprobs.append(_token_logprobs(sampled, row, top))
@@ -363,7 +354,7 @@ class Engine:
             cached_tokens=seq.num_cached or 0,
         )
         del self._sequences[seq.request.request_id]
-        self._scheduler.remove(seq)
+        self._lanes[seq.lane].remove(seq)
         self.metrics.requests += 1
         if seq.first_token_at is not None and seq.num_generated > 1:
             seconds = self._now - seq.first_token_at
@@ -373,8 +364,8 @@ class Engine:
 
 def follow(runner: Runner, channel: PlanChannel) -> None:
     """Execute rank 0's plans until it stops; the whole life of every other rank."""
-    while (plan := channel.receive()) is not None:
-        runner.run(plan)
+    while (plans := channel.receive()) is not None:
+        runner.run(plans)
 
 
 def _token_logprobs(sampled: Sampled, row: int, top: int) -> TokenLogprobs:

@@ -31,8 +31,8 @@ def make_tiers(
     num_slots: int,
     weights: bytes,
     numerics: str,
-) -> tuple[Mover | None, Tiers | None]:
-    """Return what moves pages on this rank, and rank 0's books; None for what is not used.
+) -> tuple[Mover | None, list[Tiers | None]]:
+    """Return what moves pages on this rank, and rank 0's books for each group; None is unused.
 
     Args:
         mesh: this rank and its peers. With a disk cache this is a collective.
@@ -43,13 +43,12 @@ def make_tiers(
         weights: this rank's share of the digest of the weights, if there is a disk cache.
         numerics: how they are computed with.
     """
+    groups = range(mesh.layout.dp)
     if not num_slots:
-        return None, None
+        return None, [None for _ in groups]
     host, page_size = HostPool(cache, num_slots), cache.layout.page_size
-    is_first = mesh.layout.rank == 0
     if settings.disk_cache is None:
-        tiers = Tiers(num_slots, page_size) if is_first else None
-        return Mover(host, None, mesh.control, tiers), tiers
+        return Mover(host, None, mesh.control, None), [Tiers(num_slots, page_size) for _ in groups]
     root, limit = settings.disk_cache
     model, session = _agree(mesh, weights)
     about = f"{numerics} {config}".encode()
@@ -64,11 +63,11 @@ def make_tiers(
     shard = UnitShard(config, cache.layout, mesh.layout.tp_rank)
     files = DiskFiles(folder, session, fmt, shard, host.by_entry())
     tiers = None
-    if is_first:
+    if mesh.layout.rank == 0:
         index = DiskIndex(root, limit, fmt, files)
         tiers = Tiers(num_slots, page_size, index)
         log.info("%s", index.describe())
-    return Mover(host, files, mesh.control, tiers), tiers
+    return Mover(host, files, mesh.control, tiers), [tiers]
 
 
 def _agree(mesh: Mesh, share: bytes) -> tuple[bytes, str]:

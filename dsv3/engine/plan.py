@@ -1,6 +1,7 @@
 """The step plan: everything the ranks must know to run one step, in one small integer buffer.
 
-Rank 0 makes it, every rank executes it. Floats travel as their bits.
+Rank 0 makes it, every rank executes it: one section for each data-parallel group, which every rank
+reads for the sizes of the others' exchanges. Floats travel as their bits.
 """
 
 from dataclasses import dataclass, field, fields
@@ -33,7 +34,7 @@ def _floats() -> Floats:
 
 @dataclass
 class StepPlan:
-    """A flat batch. Sequences with a single new token come first.
+    """One group's flat batch, perhaps empty. Sequences with a single new token come first.
 
     Attributes:
         copies: [2 N] pages to copy before anything is written: all sources, then all
@@ -152,8 +153,23 @@ def unpack_pages(words: Ints) -> list[tuple[int, PageKey]]:
     return list(zip(words[1 : 1 + count].tolist(), keys, strict=True))
 
 
+def pack_plans(plans: list[StepPlan]) -> Ints:
+    """Write a step down: the number of groups, the lengths of their plans, the plans."""
+    sections = [plan.pack() for plan in plans]
+    head = np.array([len(plans), *map(len, sections)], np.int32)
+    return np.concatenate([head, *sections])
+
+
+def unpack_plans(words: Ints) -> list[StepPlan]:
+    """Undo `pack_plans`."""
+    count = int(words[0])
+    stops = (1 + count + words[1 : 1 + count].cumsum()).tolist()
+    starts = [1 + count, *stops]
+    return [StepPlan.unpack(words[a:b]) for a, b in zip(starts, stops, strict=False)]
+
+
 class PlanChannel:
-    """Rank 0's plans to all ranks; None tells them to stop."""
+    """Rank 0's plans to all ranks, one a group; None tells them to stop."""
 
     def __init__(self, control: Collectives) -> None:
         self._control = control
@@ -161,20 +177,20 @@ class PlanChannel:
     def _broadcast(self, words: Ints) -> Ints:
         return self._control.broadcast(torch.from_numpy(words)).numpy()
 
-    def send(self, plan: StepPlan | None) -> None:
+    def send(self, plans: list[StepPlan] | None) -> None:
         """Send from rank 0."""
         if self._control.size == 1:
             return
-        words = np.zeros(0, np.int32) if plan is None else plan.pack()
+        words = np.zeros(0, np.int32) if plans is None else pack_plans(plans)
         first = np.zeros(_FIRST_WORDS, np.int32)
-        first[0] = -1 if plan is None else len(words)
+        first[0] = -1 if plans is None else len(words)
         head = words[: _FIRST_WORDS - 1]
         first[1 : 1 + len(head)] = head
         self._broadcast(first)
         if len(words) > len(head):
             self._broadcast(np.ascontiguousarray(words[len(head) :]))
 
-    def receive(self) -> StepPlan | None:
+    def receive(self) -> list[StepPlan] | None:
         """Receive on the other ranks."""
         first = self._broadcast(np.zeros(_FIRST_WORDS, np.int32))
         length = int(first[0])
@@ -184,4 +200,4 @@ class PlanChannel:
         if length > len(words):
             rest = self._broadcast(np.zeros(length - len(words), np.int32))
             words = np.concatenate([words, rest])
-        return StepPlan.unpack(words)
+        return unpack_plans(words)

@@ -17,7 +17,7 @@ class Work:
     Attributes:
         num_tokens: new tokens it computes.
         stop: positions computed after it.
-        first_row: its first row among the planned logits.
+        first_row: its first row among the results of all groups.
         num_scored: rows that score prompt tokens.
         samples: whether one more row samples the next token.
         num_preempted: how often the sequence had lost its pages when this was planned.
@@ -32,8 +32,19 @@ class Work:
     num_preempted: int
 
 
-def write_plan(step: Step, number: int) -> tuple[StepPlan, list[Work]]:
-    """Return the plan of step `number`, and advance its sequences past it."""
+def write_plans(steps: list[Step], number: int) -> tuple[list[StepPlan], list[Work]]:
+    """Return the plans of step `number`, one a group, and advance all sequences past it."""
+    plans: list[StepPlan] = []
+    works: list[Work] = []
+    for step in steps:
+        plan, work = _write_plan(step, number, sum(len(plan.row) for plan in plans))
+        plans.append(plan)
+        works += work
+    return plans, works
+
+
+def _write_plan(step: Step, number: int, num_rows: int) -> tuple[StepPlan, list[Work]]:
+    """Write one group's plan; the results of other groups' `num_rows` rows come before its own."""
     rows, work, tokens, start = _Rows(), [], [], 0
     context = [seq.num_computed for seq, _ in step.chosen]
     for seq, count in step.chosen:
@@ -49,7 +60,8 @@ def write_plan(step: Step, number: int) -> tuple[StepPlan, list[Work]]:
             rows.add_sampled(seq, stop, start + count - 1)
             seq.pending = number, len(rows.row) - 1
         seq.num_computed = stop
-        work.append(Work(seq, count, stop, first_row, num_scored, samples, seq.num_preempted))
+        at = num_rows + first_row
+        work.append(Work(seq, count, stop, at, num_scored, samples, seq.num_preempted))
         start += count
     plan = StepPlan(
         copies=_pairs(step.copies),

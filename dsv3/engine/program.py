@@ -49,9 +49,13 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--weights", default="auto", help="auto, or fp8: keep FP8 as stored")
     layout = parser.add_argument_group("layout")
     layout.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    layout.add_argument("--tp", type=int, default=0, help="tensor-parallel ranks (default: all)")
+    layout.add_argument("--tp", type=int, default=0, help="tensor-parallel ranks (0: all)")
+    layout.add_argument("--dp", type=int, default=1, help="data-parallel groups of them (1)")
     layout.add_argument(
         "--moe-dispatch", default="auto", help="tokens to experts: auto, allreduce or alltoall"
+    )
+    layout.add_argument(
+        "--sequence-parallel", type=int, default=-1, help="split norms in steps of so many tokens"
     )
     layout.add_argument("--dispatch-dtype", default="auto", help="there: auto, bf16 or fp8")
     cache = parser.add_argument_group("cache and attention")
@@ -61,7 +65,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     cache.add_argument(
         "--kv-cache-size",
         default="auto",
-        help="auto, bytes per rank (4GiB) or tokens of the whole group (65536tok)",
+        help="auto, bytes per rank (4GiB) or tokens of a tp group (65536tok)",
     )
     cache.add_argument(
         "--kv-host-cache",

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from dsv3.cache.layout import NULL_PAGE, CacheLayout
 from dsv3.cache.pool import CachePool
@@ -23,7 +24,7 @@ Longs = NDArray[np.int64]
 
 
 class Runner:
-    """One rank's model and cache. Every rank runs the same plan.
+    """One rank's model and cache. Every rank runs its group's part of the same step.
 
     Args:
         model: this rank's shard, loaded.
@@ -43,10 +44,10 @@ class Runner:
         static: bool = False,
     ) -> None:
         self._model, self._cache, self._decode_limit = model, cache, decode_limit
-        self._mover = mover
+        self._mesh, self._mover = model.dispatch.mesh, mover
         self._device = cache.slots.device
         sampler = Sampler(model, cache.tp, self._device)
-        self._sampler: Callable[[Tensor, StepPlan], SampledOnDevice] = sampler
+        self._sampler: Callable[[Tensor, StepPlan, int], SampledOnDevice] = sampler
         self._static = StaticSteps(model, cache, sampler) if static else None
         self._profiler: Profiler | None = None
         self._last_token_M = torch.zeros(0, dtype=torch.int64, device=self._device)
@@ -54,7 +55,7 @@ class Runner:
     @property
     def sent_bytes(self) -> int:
         """Bytes that this rank sent to others so far, but for replays of CUDA graphs."""
-        return self._model.dispatch.mesh.sent_bytes
+        return self._mesh.sent_bytes
 
     @property
     def weight_bytes(self) -> int:
@@ -92,33 +93,55 @@ class Runner:
         self._sampler = profiler.wrap("sampler", self._sampler)
         return profiler
 
-    def run(self, plan: StepPlan) -> SampledOnDevice:
-        """Run one step. A collective; every rank returns the same."""
+    def run(self, plans: list[StepPlan]) -> SampledOnDevice:
+        """Run one step: its group's plan, beside the other groups. A collective.
+
+        Returns:
+            the results of all groups, one after the other; the same on every rank.
+        """
         if self._profiler is None:
-            return self._run(plan)
+            return self._run(plans)
+        plan = plans[self._mesh.layout.dp_rank]
         with self._profiler.step(plan.load(self._decode_limit)):
-            return self._run(plan)
+            return self._run(plans)
 
     @torch.inference_mode()
-    def _run(self, plan: StepPlan) -> SampledOnDevice:
+    def _run(self, plans: list[StepPlan]) -> SampledOnDevice:
+        plan = plans[self._mesh.layout.dp_rank]
         self._move_pages(plan)
-        if not len(plan.token_ids):
+        num_tokens = [len(each.token_ids) for each in plans]
+        if not any(num_tokens):
             return SampledOnDevice(self._last_token_M[:0], None)
+        self._model.dispatch.begin_step(num_tokens)
         builder = BatchBuilder(plan, self._cache.layout, self._device, self._decode_limit)
         sampled = None
         if self._static is not None and self._static.bucket(plan) is not None:
             sampled = self._static.run(plan, *builder.decode_tables())
         if sampled is None:
             batch = builder.build()
-            if plan.token_ids.min() < 0:
+            if plan.token_ids.min(initial=0) < 0:
                 known = batch.token_T.clamp_min(0)
                 fed = self._last_token_M[(-1 - batch.token_T).clamp_min(0)]
                 batch.token_T = torch.where(batch.token_T < 0, fed, known)
-            sampled = self._sampler(self._model(batch, self._cache), plan)
+            width = max(int(each.top_logprobs.max(initial=-1)) for each in plans)
+            sampled = self._sampler(self._model(batch, self._cache), plan, width)
             if self._static is not None:
                 self._static.feed(sampled.token_M)
         self._last_token_M = sampled.token_M
-        return sampled
+        return self._gather(sampled, [len(each.row) for each in plans])
+
+    def _gather(self, mine: SampledOnDevice, num_rows: list[int]) -> SampledOnDevice:
+        """Put the results of all groups together; each rank has those of its own."""
+        longest = max(num_rows)
+        if len(num_rows) == 1 or not longest:
+            return mine
+        packed = mine.token_M[:, None]
+        if mine.scores is not None:
+            packed = torch.cat((packed.double(), mine.scores), 1)  # ids are exact in float64
+        padded = F.pad(packed, (0, 0, 0, longest - len(packed)))
+        every = self._mesh.dp.all_gather(padded)
+        rows = torch.cat([part[:count] for part, count in zip(every, num_rows, strict=True)])
+        return SampledOnDevice(rows[:, 0].long(), None if mine.scores is None else rows[:, 1:])
 
     def _move_pages(self, plan: StepPlan) -> None:
         """Bring every page to where the step looks for it."""

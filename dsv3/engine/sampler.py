@@ -101,13 +101,23 @@ class Sampler:
         self._model, self._tp, self._device = model, tp, device
         self._vocab = model.config.vocab_size
 
-    def __call__(self, hidden_TD: Tensor, plan: StepPlan) -> SampledOnDevice:
-        """Return tokens and probabilities of the plan's rows. A collective."""
+    def __call__(
+        self, hidden_TD: Tensor, plan: StepPlan, width: int | None = None
+    ) -> SampledOnDevice:
+        """Return tokens and probabilities of the plan's rows. A collective.
+
+        Args:
+            hidden_TD: [T, D] what the model made of the plan.
+            plan: of this rank's group.
+            width: likeliest tokens to leave room for, -1 without room for probabilities; None is
+                what the plan asks for.
+        """
+        if width is None:
+            width = int(plan.top_logprobs.max(initial=-1))
         rows = torch.from_numpy(plan.row.astype(np.int64)).to(self._device)
         token_M = torch.zeros(len(plan.row), dtype=torch.int64, device=self._device)
         plain = (plan.temperature <= 0) & (plan.target == NO_TARGET) & (plan.top_logprobs < 0)
         scores = None
-        width = int(plan.top_logprobs.max(initial=-1))
         if width >= 0:
             scores = token_M.new_zeros((len(plan.row), 1 + 2 * width), dtype=torch.float64)
         for chosen in (plain, ~plain):

@@ -22,6 +22,8 @@ from dsv3.observe.metrics import Metrics
 
 # A request waits so many seconds at most, all in all, for its prefix to come from disk.
 _DISK_PATIENCE = 10.0
+# A sequence burdens its group as much as so many prompt tokens: with a token in many steps to come.
+_SEQUENCE_LOAD = 64
 
 
 @dataclass
@@ -66,13 +68,41 @@ class Scheduler:
         self._max_batch_tokens, self._max_running = max_batch_tokens, max_running
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self._num_waiting_tokens = 0
         # Set when the best waiting request found no room; nothing changes until pages come free.
         self._is_full = False
+
+    @property
+    def load(self) -> int:
+        """Tokens that go before those of a newcomer, and something for every sequence."""
+        num_left = self._num_waiting_tokens + sum(seq.num_left for seq in self.running)
+        return num_left + _SEQUENCE_LOAD * (len(self.waiting) + len(self.running))
+
+    @property
+    def is_full(self) -> bool:
+        """Whether what waits is kept from running by what runs."""
+        return self._is_full or len(self.running) >= self._max_running
+
+    @property
+    def num_spare(self) -> int:
+        """Sequences that could run beyond those there are."""
+        return self._max_running - len(self.running) - len(self.waiting)
+
+    def num_cached(self, seq: Sequence) -> int:
+        """Return how many leading tokens of a sequence need not be computed here."""
+        return self._match(seq).num_tokens
 
     def add(self, seq: Sequence) -> None:
         """Put a sequence in line."""
         self._is_full = False
+        self._num_waiting_tokens += seq.burden
         insort(self.waiting, seq, key=lambda s: s.order)
+
+    def hand_over(self) -> Sequence:
+        """Return the last sequence in line, which is no longer in this one."""
+        seq = self.waiting.pop()
+        self._num_waiting_tokens -= seq.burden
+        return seq
 
     def remove(self, seq: Sequence) -> None:
         """Forget a sequence that is done or cancelled; its computed prefix stays cached."""
@@ -80,6 +110,7 @@ class Scheduler:
         self._is_full = False
         if not seq.is_running:
             self.waiting.remove(seq)
+            self._num_waiting_tokens -= seq.burden
             return
         self.register(seq)
         self.running.remove(seq)
@@ -159,6 +190,7 @@ class Scheduler:
                 return
             admission.admitted(seq, self.waiting)
             self.waiting.remove(seq)
+            self._num_waiting_tokens -= seq.burden
             insort(self.running, seq, key=lambda s: s.order)
             seq.is_running = True
             count = min(seq.num_left, budget)

@@ -21,6 +21,8 @@ class Sequence:
         arrival: order of coming; with the request's priority it decides who goes first.
         added_at, first_token_at: `time.monotonic()` when it came, and when its first token did.
         stream: turns tokens into text; None where there is no tokenizer.
+        lane: the data-parallel group that computes it.
+        burden: tokens of its prompt that this group has to compute, as far as was known.
         token_ids: the prompt, then what was generated.
         pages: its page table, as the 32-bit words that plans are made of.
         match: what was cached of it when it was last looked up in line.
@@ -37,6 +39,8 @@ class Sequence:
     arrival: int
     added_at: float
     stream: TextStream | None
+    lane: int = 0
+    burden: int = 0
     token_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_committed: int = 0

@@ -150,7 +150,8 @@ def start(
         dispatch = _dispatch(settings, source.config, setup.fmt)
         if settings.moe_dispatch == "alltoall" and mesh.layout.dp == 1 and mesh.layout.rank == 0:
             log.info("--moe-dispatch=alltoall: without --dp every rank has all tokens already")
-        model = _load_model(source, mesh, setup.fmt, dispatch, progress)
+        split_from = settings.split_from(mesh.device.type)
+        model = _load_model(source, mesh, setup.fmt, dispatch, split_from, progress)
         weights = b""
         if settings.disk_cache:
             weights = digest_share(source, mesh.layout.rank, mesh.layout.world_size)
@@ -164,7 +165,7 @@ def start(
     static = mesh.is_capturable and not settings.enforce_eager
     runner = Runner(model, cache, _decode_limit(settings, config), mover, static)
     channel = PlanChannel(mesh.control)
-    _warm_up(runner, static, seconds)
+    _warm_up(runner, static, mesh.layout.dp, seconds)
     engine = None
     if mesh.layout.rank == 0:
         limit = setup.context_limit
@@ -189,10 +190,10 @@ def _set_up(source: Source, settings: EngineConfig, mesh: Mesh, n_experts: int |
     """Hold model, files, layout and settings to each other, and plan the memory."""
     config = source.config
     mesh.layout.check(config)
-    if mesh.layout.dp > 1:
+    if mesh.layout.dp > 1 and settings.disk_cache:
         raise ConfigError(
-            f"dp={mesh.layout.dp}: experts are not yet exchanged between data-parallel "
-            "groups; use tp for all ranks"
+            f"--kv-disk-cache serves one data-parallel group, dp={mesh.layout.dp} has more; "
+            "use --kv-host-cache, or --dp 1"
         )
     if n_experts not in (None, config.n_routed_experts):
         raise ConfigError(f"--n-experts={n_experts} but the model has {config.n_routed_experts}")
@@ -236,7 +237,7 @@ def _measured_plan(
     before = torch.cuda.memory_allocated(mesh.device)
     torch.cuda.reset_peak_memory_stats(mesh.device)
     plan = _one_sequence(count, setup.layout.page_size)
-    Runner(model, cache, _decode_limit(settings, model.config)).run(plan)
+    Runner(model, cache, _decode_limit(settings, model.config)).run([plan] * mesh.layout.dp)
     peak = torch.cuda.max_memory_allocated(mesh.device) - before
     del cache
     torch.cuda.empty_cache()
@@ -267,9 +268,10 @@ def _load_model(
     mesh: Mesh,
     fmt: WeightFormat,
     dispatch: DispatchSettings,
+    split_from: int,
     progress: Callable[[int, int], None],
 ) -> Transformer:
-    model = Transformer(source.config, mesh, fmt, dispatch)
+    model = Transformer(source.config, mesh, fmt, dispatch, split_from)
     targets = list(model.targets())
     total = sum(t.dest.numel() * t.dest.element_size() for t in targets)
     done = 0
@@ -294,13 +296,13 @@ def _limit_threads(config: ModelConfig, mesh: Mesh) -> None:
         torch.set_num_threads(min(torch.get_num_threads(), useful))
 
 
-def _warm_up(runner: Runner, static: bool, seconds: dict[str, float]) -> None:
+def _warm_up(runner: Runner, static: bool, dp: int, seconds: dict[str, float]) -> None:
     """Run a first step; capture the graph of one sequence, others when they are needed."""
     with _phase(seconds, "warmup"):
-        runner.run(_one_sequence(2 if static else 1))
+        runner.run([_one_sequence(2 if static else 1)] * dp)
     if static:
         with _phase(seconds, "capture"):
-            runner.run(_one_sequence(1))
+            runner.run([_one_sequence(1)] * dp)
 
 
 def _agree_on_pages(mesh: Mesh, num_pages: int) -> int:

@@ -19,12 +19,12 @@ def collect_stats(started: Started, seconds: dict[str, float]) -> dict[str, Any]
         seconds: of the phases, in the order they ran.
     """
     mesh, engine = started.mesh, started.engine
-    cache_tokens = started.cache.num_usable_pages * started.cache.layout.page_size
+    group_tokens = started.cache.num_usable_pages * started.cache.layout.page_size
     mine = [
         started.runner.weight_bytes,
         started.cache.num_bytes,
         started.runner.host_cache_bytes,
-        cache_tokens,
+        mesh.layout.dp * group_tokens,
         _peak_memory(mesh.device),
         mesh.sent_bytes,
     ]
@@ -44,6 +44,8 @@ def collect_stats(started: Started, seconds: dict[str, float]) -> dict[str, Any]
     done = engine.metrics if engine is not None else None
     return {
         "world_size": mesh.layout.world_size,
+        "tp": mesh.layout.tp,
+        "dp": mesh.layout.dp,
         "dtype": started.runner.numerics,
         "ranks": ranks,
         "disk_cache_bytes": done.disk_bytes if done else 0,

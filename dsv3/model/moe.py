@@ -7,6 +7,7 @@ decoder layer sums it over ranks, routed and shared experts in one all-reduce.
 from dataclasses import replace
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from dsv3.config import ModelConfig, ParallelConfig
@@ -31,18 +32,27 @@ _OVERLAP_TOKENS = 256
 
 
 class MLP(nn.Module):
-    """W_down (silu(W_gate x) * W_up x), the inner dimension split over tp."""
+    """W_down (silu(W_gate x) * W_up x), the inner dimension split over tp, in whole units."""
 
     def __init__(
-        self, prefix: str, hidden: int, inner: int, layout: ParallelConfig, fmt: WeightFormat
+        self,
+        prefix: str,
+        hidden: int,
+        inner: int,
+        layout: ParallelConfig,
+        fmt: WeightFormat,
+        unit: int = 1,
     ) -> None:
         super().__init__()
         both = {"gate_proj": inner, "up_proj": inner}
-        self.gate_up_proj = ColumnParallelLinear(prefix, both, hidden, layout, fmt)
-        self.down_proj = RowParallelLinear(prefix, "down_proj", hidden, inner, layout, fmt)
+        self.gate_up_proj = ColumnParallelLinear(prefix, both, hidden, layout, fmt, unit)
+        self.down_proj = RowParallelLinear(prefix, "down_proj", hidden, inner, layout, fmt, unit)
+        self.is_empty = not any(self.gate_up_proj.rows)
 
     def forward(self, x_TD: Tensor, x_q: Quantized | None = None) -> Tensor:
         """Return this rank's part, [T, D]; `x_q` is x in FP8."""
+        if self.is_empty:
+            return torch.zeros_like(x_TD)
         gate_up_TF = self.gate_up_proj(x_TD, x_q)
         if self.down_proj.quantizes:
             return self.down_proj.product(silu_mul_quant(gate_up_TF, self.down_proj.ue8m0))
@@ -91,6 +101,7 @@ class MoE(nn.Module):
         super().__init__()
         self.dispatch, self.side, self.spread = dispatch, side, layout.ep
         self.router = Router(config, prefix, replace(fmt, fp8_names=frozenset()))
+        self.top_k = config.num_experts_per_tok
         self.num_local = config.n_routed_experts // layout.ep
         self.first_expert = layout.ep_rank * self.num_local
         hidden, inner = config.hidden_size, config.moe_intermediate_size
@@ -102,10 +113,14 @@ class MoE(nn.Module):
         self.shared_experts: MLP | None = None
         if config.n_shared_experts:
             width = config.shared_intermediate_size
-            self.shared_experts = MLP(f"{prefix}shared_experts.", hidden, width, layout, fmt)
+            name, unit = f"{prefix}shared_experts.", config.mlp_unit
+            self.shared_experts = MLP(name, hidden, width, layout, fmt, unit)
 
     def forward(self, x_TD: Tensor, x_q: Quantized | None = None) -> Tensor:
         """Return this rank's part, [T, D] float32: its experts' and its share of the shared."""
+        if not len(x_TD):  # an idle group's experts serve the others
+            ids_TK = torch.zeros((0, self.top_k), dtype=torch.int64, device=x_TD.device)
+            return self.dispatch(x_TD, ids_TK, ids_TK.float(), self.run_experts)()
         ids_TK, weight_TK = self.router(x_TD)
         run: Run = self.run_experts
         if self.dispatch.mesh.layout.dp == 1:  # the tokens stay where they are, so x_q is theirs
@@ -140,4 +155,5 @@ def feed_forward(
     """Return the feed-forward part of decoder layer `layer`; the first ones are dense."""
     if config.is_moe_layer(layer):
         return MoE(config, prefix, layout, fmt, dispatch, side)
-    return MLP(prefix, config.hidden_size, config.intermediate_size, layout, fmt)
+    hidden, inner = config.hidden_size, config.intermediate_size
+    return MLP(prefix, hidden, inner, layout, fmt, config.mlp_unit)

@@ -9,12 +9,13 @@ from dsv3.config import ModelConfig
 from dsv3.model.attention import MLA
 from dsv3.model.batch import Batch
 from dsv3.model.indexer import Indexer
-from dsv3.model.moe import feed_forward
+from dsv3.model.moe import MoE, feed_forward
 from dsv3.model.rotary import Rotary
 from dsv3.model.side_stream import SideStream
 from dsv3.parallel.experts import DispatchSettings, ExpertDispatch
 from dsv3.parallel.linear import VocabParallelEmbedding, VocabParallelHead
 from dsv3.parallel.mesh import Mesh
+from dsv3.parallel.rows import StreamRows
 from dsv3.parallel.weights import Matrix, Target, Vector, WeightFormat
 from dsv3_kernels import Quantized, add_rmsnorm
 
@@ -36,7 +37,7 @@ class DecoderLayer(nn.Module):
     ) -> None:
         super().__init__()
         prefix, shape = f"model.layers.{layer}.", (config.hidden_size,)
-        self.eps, self.tp = config.rms_norm_eps, mesh.tp
+        self.eps = config.rms_norm_eps
         self.input_layernorm = Vector(f"{prefix}input_layernorm.weight", shape, fmt)
         self.self_attn = MLA(config, f"{prefix}self_attn.", mesh.layout, mesh.tp, fmt)
         self.indexer: Indexer | None = None
@@ -54,24 +55,46 @@ class DecoderLayer(nn.Module):
         rope: tuple[Tensor, Tensor],
         batch: Batch,
         cache: LayerCache,
+        rows: StreamRows,
     ) -> tuple[Tensor, Tensor]:
-        """Take and return the residual stream [T, D] and what is still to be added to it."""
+        """Take and return the residual stream and what is still to be added to it, [T, D].
+
+        Both are all rows, or this rank's.
+        """
         norm_D = self.input_layernorm.weight
-        x_TD, h_TD, h_q = self._add_norm(x_TD, y_TD, norm_D, self.self_attn.in_proj)
-        y_TD = self.tp.all_reduce(self.self_attn(h_TD, rope, batch, cache, h_q))
+        x_TD, h_TD, h_q = self._add_norm(x_TD, y_TD, norm_D, self.self_attn.in_proj, rows)
+        y_TD = rows.sum(self.self_attn(h_TD, rope, batch, cache, h_q))
         norm_D = self.post_attention_layernorm.weight
-        x_TD, h_TD, h_q = self._add_norm(x_TD, y_TD, norm_D, self.mlp.gate_up_proj)
-        return x_TD, self.tp.all_reduce(self.mlp(h_TD, h_q))
+        x_TD, h_TD, h_q = self._add_norm(x_TD, y_TD, norm_D, self.mlp.gate_up_proj, rows)
+        return x_TD, rows.sum(self.mlp(h_TD, h_q))
 
     def _add_norm(
-        self, x_TD: Tensor, y_TD: Tensor | None, norm_D: Tensor, reader: Matrix
+        self,
+        x_TD: Tensor,
+        y_TD: Tensor | None,
+        norm_D: Tensor,
+        reader: Matrix,
+        rows: StreamRows,
     ) -> tuple[Tensor, Tensor, Quantized | None]:
-        """Return x + y, its norm, and that in FP8 if the matrix it goes to wants it."""
-        return add_rmsnorm(x_TD, y_TD, norm_D, self.eps, reader.quantizes, reader.ue8m0)
+        """Return x + y, all rows of its norm, and those in FP8 if the matrix they go to wants it.
+
+        Rows that are gathered are quantized after that, where they are read.
+        """
+        quant = reader.quantizes and not rows.is_split
+        x_TD, h_TD, h_q = add_rmsnorm(x_TD, y_TD, norm_D, self.eps, quant, reader.ue8m0)
+        return x_TD, rows.gather(h_TD), h_q
 
 
 class Transformer(nn.Module):
-    """The main model of one rank. MTP layers stay in the checkpoint."""
+    """The main model of one rank. MTP layers stay in the checkpoint.
+
+    Args:
+        config: its shape.
+        mesh: this rank and its peers.
+        fmt: how weights are held.
+        settings: how tokens come to their experts.
+        split_from: steps of so many tokens split the residual stream over tp; 0 never does.
+    """
 
     def __init__(
         self,
@@ -79,10 +102,11 @@ class Transformer(nn.Module):
         mesh: Mesh,
         fmt: WeightFormat,
         settings: DispatchSettings | None = None,
+        split_from: int = 0,
     ) -> None:
         super().__init__()
         self.dispatch = ExpertDispatch(mesh, config.n_routed_experts, settings)
-        self.config = config
+        self.config, self.tp, self.split_from = config, mesh.tp, split_from
         self.numerics = "fp8" if fmt.fp8_products else str(fmt.dtype).removeprefix("torch.")
         embed, head = "model.embed_tokens.weight", "lm_head.weight"
         vocab, hidden = config.vocab_size, config.hidden_size
@@ -99,12 +123,26 @@ class Transformer(nn.Module):
         self.rotary = Rotary(config, fmt.device)
 
     def forward(self, batch: Batch, cache: CachePool) -> Tensor:
-        """Run the new tokens through all layers; return the normalized hidden states, [T, D]."""
-        x_TD, y_TD = self.embed_tokens(batch.token_T), None
+        """Run the new tokens through all layers; return the normalized hidden states, [T, D].
+
+        A group without tokens takes part in what the whole world does: its experts serve others.
+        """
+        if not len(batch.token_T):
+            return self._serve_others()
+        count = len(batch.token_T)
+        rows = StreamRows(self.tp, count, 0 < self.split_from <= count and self.tp.size > 1)
+        x_TD, y_TD = rows.own(self.embed_tokens(batch.token_T)), None
         rope = self.rotary(batch.position_T)
         for i, layer in enumerate(self.layers):
-            x_TD, y_TD = layer(x_TD, y_TD, rope, batch, cache.layer(i))
-        return add_rmsnorm(x_TD, y_TD, self.norm.weight, self.config.rms_norm_eps)[1]
+            x_TD, y_TD = layer(x_TD, y_TD, rope, batch, cache.layer(i), rows)
+        return rows.gather(add_rmsnorm(x_TD, y_TD, self.norm.weight, self.config.rms_norm_eps)[1])
+
+    def _serve_others(self) -> Tensor:
+        x_TD = self.embed_tokens.table.weight.new_empty(0, self.config.hidden_size)
+        for layer in self.modules():
+            if isinstance(layer, MoE):
+                layer(x_TD)
+        return x_TD
 
     def logits(self, x_MD: Tensor) -> Tensor:
         """Return this rank's columns of the logits, [M, ceil(W / tp)] float32."""

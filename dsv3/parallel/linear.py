@@ -44,7 +44,7 @@ class Linear(Matrix):
 
 
 class ColumnParallelLinear(Linear):
-    """`Linear` whose parts, of the given full sizes, are split by rows over tp."""
+    """`Linear` whose parts, of the given full sizes, are split by rows over tp, in whole units."""
 
     def __init__(
         self,
@@ -53,16 +53,17 @@ class ColumnParallelLinear(Linear):
         in_features: int,
         layout: ParallelConfig,
         fmt: WeightFormat,
+        unit: int = 1,
     ) -> None:
         local = {}
         for part, size in parts.items():
-            start, stop = split_range(size, layout.tp, layout.tp_rank)
+            start, stop = split_range(size, layout.tp, layout.tp_rank, unit)
             local[part] = stop - start
         super().__init__(prefix, local, in_features, fmt)
 
 
 class RowParallelLinear(Linear):
-    """`Linear` whose input features are split over tp.
+    """`Linear` whose input features are split over tp, in whole units.
 
     `forward` returns this rank's partial product; the caller sums it over tp, together with
     whatever else is partial there (one all-reduce instead of two).
@@ -76,8 +77,9 @@ class RowParallelLinear(Linear):
         in_features: int,
         layout: ParallelConfig,
         fmt: WeightFormat,
+        unit: int = 1,
     ) -> None:
-        start, stop = split_range(in_features, layout.tp, layout.tp_rank)
+        start, stop = split_range(in_features, layout.tp, layout.tp_rank, unit)
         super().__init__(prefix, {part: out_features}, stop - start, fmt)
 
 

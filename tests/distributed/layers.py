@@ -17,7 +17,7 @@ from dsv3.cache.layout import CacheLayout
 from dsv3.cache.pool import CachePool
 from dsv3.checkpoint.sharding import shard_region, tensor_specs
 from dsv3.config import ModelConfig
-from dsv3.engine.plan import NO_TARGET, PlanChannel, StepPlan
+from dsv3.engine.plan import NO_TARGET, PlanChannel, StepPlan, pack_plans
 from dsv3.engine.runner import BatchBuilder
 from dsv3.engine.sampler import Sampled, Sampler
 from dsv3.errors import ConfigError, Dsv3Error
@@ -30,6 +30,7 @@ from dsv3.parallel.collectives import OneShotGroup, ProcessGroup
 from dsv3.parallel.experts import ExpertDispatch
 from dsv3.parallel.linear import VocabParallelEmbedding, VocabParallelHead
 from dsv3.parallel.mesh import Mesh
+from dsv3.parallel.rows import StreamRows
 from dsv3.parallel.together import fail_together
 from dsv3.parallel.weights import Matrix, Vector, WeightFormat
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
@@ -78,6 +79,7 @@ def filled(module: nn.Module, mesh: Mesh, config: ModelConfig = CONFIG) -> nn.Mo
 def check_all(mesh: Mesh) -> None:
     with torch.inference_mode():
         check_collectives(mesh)
+        check_rows(mesh)
         check_one_shot(mesh)
         check_plan_channel(mesh)
         check_fail_together(mesh)
@@ -94,12 +96,28 @@ def check_collectives(mesh: Mesh) -> None:
     every = torch.stack([torch.arange(6.0).view(2, 3) + 100 * r for r in range(size)])
     assert_bitwise_equal("gather", tp.all_gather(mine), every)
     assert_bitwise_equal("reduce", tp.all_reduce(mine.clone()), every.sum(0))
+    parts = torch.arange(4.0 * size).view(2 * size, 2) * (rank + 1)
+    wanted = torch.arange(4.0 * size).view(size, 2, 2)[rank] * sum(range(1, size + 1))
+    assert_bitwise_equal("reduce scatter", tp.reduce_scatter(parts), wanted)
     # Strided views are sent as what they show.
     assert_bitwise_equal("gather of a view", tp.all_gather(mine.T), every.transpose(1, 2))
     sent = torch.stack([torch.full((2,), 10.0 * rank + to) for to in range(size)])
     received = torch.stack([torch.full((2,), 10.0 * sender + rank) for sender in range(size)])
     assert_bitwise_equal("all to all", tp.all_to_all(sent), received)
     assert_bitwise_equal("broadcast", tp.broadcast(mine.clone()), every[0])
+
+
+def check_rows(mesh: Mesh) -> None:
+    """Split or not, rows come back in order, and their sums; the last rank may have fewer."""
+    for count in (1, mesh.tp.size, 2 * mesh.tp.size + 1):
+        x = torch.arange(3.0 * count).view(count, 3)
+        for is_split in (False, True):
+            rows = StreamRows(mesh.tp, count, is_split)
+            own = rows.own(x)
+            assert len(own) == (-(-count // mesh.tp.size) if is_split else count)
+            assert_bitwise_equal("gather", rows.gather(own), x)
+            total = rows.gather(rows.sum(x * (mesh.tp.rank + 1)))
+            assert_bitwise_equal("sum", total, x * sum(range(1, mesh.tp.size + 1)))
 
 
 class OneShotOnPaper(OneShotGroup):
@@ -134,16 +152,17 @@ def check_one_shot(mesh: Mesh) -> None:
 def check_plan_channel(mesh: Mesh) -> None:
     """Plans that fit one broadcast, just do, just do not, and much longer ones."""
     channel = PlanChannel(mesh.control)
-    empty = len(StepPlan().pack())
+    empty = len(pack_plans([StepPlan(), StepPlan(temperature=np.zeros(3, np.float32))]))
     for words in (0, 1, 4094 - empty, 4095 - empty, 4096 - empty, 4097 - empty, 50_000):
         rng = np.random.default_rng(words)
         plan = StepPlan(token_ids=rng.integers(-(2**31), 2**31, words).astype(np.int32))
         plan.temperature = rng.random(3, np.float32)
         if mesh.world.rank == 0:
-            channel.send(plan)
+            channel.send([StepPlan(), plan])
         else:
             got = channel.receive()
-            assert got is not None and got.pack().tobytes() == plan.pack().tobytes(), words
+            assert got is not None and len(got) == 2 and not len(got[0].token_ids)
+            assert got[1].pack().tobytes() == plan.pack().tobytes(), words
     if mesh.world.rank == 0:
         channel.send(None)
     else:

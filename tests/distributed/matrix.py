@@ -2,7 +2,8 @@
 
 torchrun --standalone --nproc-per-node N tests/distributed/matrix.py JOB.json RESULT.json
 
-JOB.json: {"cases": {name: [checkpoint directory, engine settings]}, "prompts": {directory: [...]}}.
+JOB.json: {"cases": {name: [kind, engine settings, data-parallel groups]},
+"paths": {kind: checkpoint directory}, "prompts": {kind: [...]}}.
 RESULT.json: {name: {"answers": {request: tokens}, "stats": as --stats-file}}.
 """
 
@@ -12,11 +13,12 @@ from pathlib import Path
 
 import torch
 
+from dsv3.config import ParallelConfig
 from dsv3.engine.config import EngineConfig
 from dsv3.engine.engine import Engine, follow
 from dsv3.engine.start import start
 from dsv3.engine.stats import collect_stats
-from dsv3.parallel.mesh import Mesh, join_world
+from dsv3.parallel.mesh import Mesh, join_world, make_mesh
 from dsv3.request import Request, SamplingParams
 
 
@@ -43,17 +45,23 @@ def requests(prompts: list[list[int]], max_tokens: int) -> list[Request]:
 
 
 def answer(engine: Engine, asked: list[Request]) -> dict[str, list[int] | list[float]]:
-    """Return the tokens of every answer, and the log-probabilities of the scored prompt."""
-    for request in asked:
-        engine.add(request)
+    """Return the tokens of every answer, and the log-probabilities of the scored prompt.
+
+    The first request is alone for a step or two: most data-parallel groups have nothing to do.
+    """
     answers: dict[str, list[int] | list[float]] = {}
-    while engine.has_work():
-        for out in engine.step():
+    engine.add(asked[0])
+    outputs = engine.step() + engine.step()
+    for request in asked[1:]:
+        engine.add(request)
+    while outputs or engine.has_work():
+        for out in outputs:
             if (done := out.completion) is None:
                 continue
             answers[out.request_id] = done.token_ids
             if done.prompt_logprobs is not None:
                 answers[out.request_id] = [t.logprob for t in done.prompt_logprobs]
+        outputs = engine.step()
     return answers
 
 
@@ -69,14 +77,26 @@ def run_case(mesh: Mesh, path: str, settings: dict, prompts: list[list[int]], ma
     return {"answers": answers, "stats": collect_stats(started, {})}
 
 
+def split(mesh: Mesh, dp: int) -> Mesh:
+    """Return the ranks in another layout."""
+    size, rank = mesh.layout.world_size, mesh.layout.rank
+    layout = ParallelConfig(world_size=size, rank=rank, dp=dp)
+    return make_mesh(layout, mesh.device, "gloo", False, mesh.ranks_on_host)
+
+
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     results = {}
     with join_world("cpu") as mesh:
         torch.set_num_threads(1)  # the models are tiny: more threads only wait
-        for name, (path, settings) in job["cases"].items():
-            prompts = job["prompts"][path]
-            results[name] = run_case(mesh, path, settings, prompts, job["max_tokens"])
+        meshes = {}
+        for name, (kind, settings, dp) in job["cases"].items():
+            path, prompts = job["paths"][kind], job["prompts"][kind]
+            if dp not in meshes:
+                meshes[dp] = mesh if dp == 1 else split(mesh, dp)
+            results[name] = run_case(meshes[dp], path, settings, prompts, job["max_tokens"])
+        for each in meshes.values():
+            each.close()
         if mesh.layout.rank == 0:
             Path(sys.argv[2]).write_text(json.dumps(results))
 

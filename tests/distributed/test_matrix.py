@@ -16,6 +16,11 @@ from typing import Any
 
 import pytest
 
+from dsv3.checkpoint.convert import convert
+from dsv3.checkpoint.plan import make_plan
+from dsv3.checkpoint.source import open_source
+from dsv3.config import ParallelConfig
+from dsv3.config_files import DEMO
 from tests.oracle.families import Oracle
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,20 +39,47 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "fp8, small cache": ("v3-fp8", {"kv_cache_size": "256tok", "max_batch_tokens": 64}),
     "fp8, no reuse": ("v3-fp8", SMALL | {"prefix_reuse": False}),
     "fp8, pipelined": ("v3-fp8", CACHE | {"pipeline_depth": 1}),
+    "fp8, split rows": ("v3-fp8", SMALL | {"sequence_parallel": 3}),
     "lite": ("v2-lite", CACHE),
     "lite, small steps": ("v2-lite", SMALL),
     "lite, naive": ("v2-lite", SMALL | {"attn_impl": "naive"}),
+    "crowd": ("crowd", CACHE),
     "demo": ("demo", CACHE),
     "demo, absorb": ("demo", CACHE | {"max_batch_tokens": 100, "attn_impl": "absorb"}),
     "demo, naive, kept": ("demo", CACHE | {"attn_impl": "naive", "weights": "fp8"}),
 }
+# So small that a running request gives way to another one.
+CROWDED = {"kv_cache_size": "320tok", "max_batch_tokens": 200, "max_running": 3}
+# Data-parallel groups -> name of the case -> checkpoint, settings.
+GROUPS: dict[int, dict[str, tuple[str, dict[str, Any]]]] = {
+    2: {
+        "fp8, absorb, replicated": ("v3-fp8", SMALL | {"attn_impl": "absorb", "kv_shard": "none"}),
+        "fp8, naive": ("v3-fp8", CACHE | {"attn_impl": "naive", "moe_dispatch": "allreduce"}),
+        "crowd": ("crowd", CROWDED | {"pipeline_depth": 1, "moe_dispatch": "alltoall"}),
+        "demo": ("converted", CACHE | {"sequence_parallel": 64, "moe_dispatch": "alltoall"}),
+    },
+    4: {
+        "fp8, small steps": ("v3-fp8", SMALL),
+        "crowd": ("crowd", CROWDED | {"kv_host_cache": "1MiB"}),
+    },
+}
+CASES |= {
+    f"{name}, in {groups}": case for groups, cases in GROUPS.items() for name, case in cases.items()
+}
 # Eight processes on two cores: a handful of steps.
-FEW = ("fp8", "fp8, naive", "lite, small steps")
-PLAINEST = {"v3-fp8": "fp8", "v2-lite": "lite", "demo": "demo"}
+FEW = ("fp8", "fp8, naive", "lite, small steps", "crowd, in 2")
+PLAINEST = {"v3-fp8": "fp8", "v2-lite": "lite", "demo": "demo", "crowd": "crowd"}
+PLAINEST["converted"] = "demo"
 # Contexts shorter than the number of ranks, one that crosses a page, one of two pages.
 LENGTHS = {"v3-fp8": (1, 2, 3, 7, 60, 100), "v2-lite": (1, 5, 90), "demo": (2, 3, 640)}
-VOCABULARY = {"v3-fp8": 331, "v2-lite": 331, "demo": 2048}
+LENGTHS["crowd"] = (54, 54, 54, 54, 60, 60)
+VOCABULARY = {"v3-fp8": 331, "v2-lite": 331, "demo": 2048, "crowd": 331}
 Run = Callable[[int], dict[str, Any]]
+
+
+def groups_of(name: str) -> int:
+    """Return the data-parallel groups of a case."""
+    return int(name.rpartition(", in ")[2]) if ", in " in name else 1
 
 
 @pytest.fixture(scope="module")
@@ -55,19 +87,24 @@ def run(oracle: Callable[[str], Oracle], tmp_path_factory: pytest.TempPathFactor
     """Return a function from a world size to its results, run once."""
     folder = tmp_path_factory.mktemp("matrix")
     paths = {family: str(oracle(family).path) for family in ("v3-fp8", "v2-lite")}
-    paths["demo"] = str(ROOT / "checkpoints" / "demo-v3")
+    paths |= {"demo": str(DEMO), "crowd": paths["v3-fp8"], "converted": str(folder / "tp2dp2")}
+    with open_source(DEMO) as source:
+        plan = make_plan(source, ParallelConfig(world_size=4, tp=2, dp=2))
+        convert(source, plan, folder / "tp2dp2", workers=2)
     draw = random.Random(0)
     prompts = {
-        paths[name]: [[draw.randrange(2, VOCABULARY[name]) for _ in range(n)] for n in lengths]
+        name: [[draw.randrange(2, VOCABULARY[name]) for _ in range(n)] for n in lengths]
         for name, lengths in LENGTHS.items()
     }
+    prompts["converted"] = prompts["demo"]
 
     @cache
     def run(world_size: int) -> dict[str, Any]:
         few = world_size == 8
-        names = FEW if few else tuple(CASES)
+        names = [n for n in (FEW if few else CASES) if world_size % groups_of(n) == 0]
         job = {
-            "cases": {n: (paths[CASES[n][0]], CASES[n][1]) for n in names},
+            "cases": {n: (*CASES[n], groups_of(n)) for n in names},
+            "paths": paths,
             "prompts": prompts,
             "max_tokens": 4 if few else 12,
         }
@@ -114,14 +151,19 @@ def test_the_answers_say_something(run: Run) -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 def test_cache_bytes(run: Run, world_size: int) -> None:
-    """Every rank really allocates one Nth, unless asked to replicate; the tokens stay the same."""
+    """Every rank really allocates one Nth of its group's, unless asked to replicate.
+
+    The tokens are the same in every group, whatever its ranks.
+    """
     for name, result in run(world_size).items():
-        parts = 1 if "replicated" in name else world_size
-        one = run(1)[name]["stats"]["ranks"][0]
-        ranks = result["stats"]["ranks"]
+        if name.startswith("crowd, in"):
+            continue
+        one = run(1)[name.rpartition(", in ")[0] or name]["stats"]["ranks"][0]
+        ranks, groups = result["stats"]["ranks"], groups_of(name)
+        parts = 1 if "replicated" in name else world_size // groups
         assert [r["rank"] for r in ranks] == list(range(world_size))
         assert [r["cache_bytes"] * parts for r in ranks] == [one["cache_bytes"]] * world_size, name
-        assert {r["cache_tokens"] for r in ranks} == {one["cache_tokens"]}
+        assert {r["cache_tokens"] for r in ranks} == {groups * one["cache_tokens"]}
         assert all(r["weight_bytes"] <= one["weight_bytes"] for r in ranks)
 
 
@@ -142,3 +184,17 @@ def test_small_steps_and_small_caches_were_just_that(run: Run) -> None:
     assert steps["fp8, small cache"] > steps["fp8"]
     assert run(1)["fp8"]["stats"]["tokens"]["reused"] > 0
     assert run(1)["fp8, no reuse"]["stats"]["tokens"]["reused"] == 0
+
+
+def test_groups_share_the_experts_and_preempt(run: Run) -> None:
+    """Every group has its own dense layers; of the experts a rank has one part of the world's."""
+    for world_size, groups in ((2, 2), (4, 2), (4, 4)):
+        events = run(world_size)[f"crowd, in {groups}"]["stats"]["events"]
+        assert events["preemptions"] > 0 and events["evictions"] > 0
+    assert events["offloads"] > 0
+    held = {
+        name: run(4)[name]["stats"]["ranks"][0]["weight_bytes"]
+        for name in ("fp8", "fp8, naive, in 2", "fp8, small steps, in 4")
+    }
+    one = run(1)["fp8"]["stats"]["ranks"][0]["weight_bytes"]
+    assert sorted(held.values()) == list(held.values()) and max(held.values()) < one

@@ -56,14 +56,14 @@ def answers(runner: Runner, sampling: dict[str, object]) -> list[list[int]]:
     prompts = [rng.integers(0, 2000, n).tolist() for n in sorted(PROMPTS)]
     count = len(prompts)
     context = [0] * count
-    found = [runner.run(plan(context, prompts, 3, **sampling)).token_M.tolist()]
+    found = [runner.run([plan(context, prompts, 3, **sampling)]).token_M.tolist()]
     context = [len(p) for p in prompts]
     for step in range(STEPS):
         # The last two sequences leave after two steps.
         left = count if step < 2 else count - 2
         fed = [[-1 - b] if step % 3 else [found[-1][b]] for b in range(left)]
         some = {name: value[:left] for name, value in sampling.items()}  # type: ignore[index]
-        found.append(runner.run(plan(context[:left], fed, 3, **some)).token_M.tolist())
+        found.append(runner.run([plan(context[:left], fed, 3, **some)]).token_M.tolist())
         context = [c + 1 for c in context]
     return found
 

@@ -88,6 +88,31 @@ def test_convert_verify_and_again(hf: Path, tmp_path: Path, convert: Convert) ->
     assert convert(target, None, "--verify")[0] == 0
 
 
+def test_data_parallel_groups(hf: Path, tmp_path: Path, convert: Convert) -> None:
+    """Every file holds all that its rank needs; the layout is in the manifest."""
+    target = tmp_path / "tp2dp2"
+    code, out, _ = convert(hf, target, "--tp", 2, "--dp", 2, "--dry-run")
+    assert code == 0 and not target.exists()
+    assert "for:  tp=2 x dp=2, experts over all ranks" in out
+    assert "replicated in every group: " in out and out.count("-mp4.safetensors: ") == 4
+    assert convert(hf, target, "--tp", 2, "--dp", 2, "--ep", 4, "--verify")[0] == 0
+    manifest = json.loads((target / "manifest.json").read_text())
+    assert manifest["layout"] == {"world_size": 4, "tp": 2, "dp": 2}
+    shards = {name: t["shards"] for name, t in manifest["tensors"].items()}
+    q_b = [s[:2] for s in shards["model.layers.0.self_attn.q_b_proj.weight"]]
+    assert [rank for rank, _ in q_b] == [0, 1, 2, 3]
+    assert q_b[0][1] == q_b[2][1] != q_b[1][1] == q_b[3][1]
+    assert shards["model.layers.1.mlp.experts.5.down_proj.weight"] == [[2]]
+    code, _, err = convert(hf, target, "--model-parallel", 4)
+    assert code == 2 and "holds a conversion for 4 ranks (2 x 2), not for 4 ranks; give" in err
+    again = tmp_path / "again"
+    assert convert(target, again, "--ep", 4, "--dp", 2)[0] == 0
+    assert contents(again) == contents(target)
+    assert convert(target, tmp_path / "mp2", "--tp", 2)[0] == 0
+    assert convert(hf, tmp_path / "direct", "--model-parallel", 2)[0] == 0
+    assert contents(tmp_path / "mp2") == contents(tmp_path / "direct")
+
+
 def test_another_checkpoint_is_in_the_way(hf: Path, tmp_path: Path, convert: Convert) -> None:
     target = tmp_path / "out"
     assert convert(hf, target, "--model-parallel", 2)[0] == 0
@@ -192,6 +217,12 @@ def test_bad_input(fault: object, hf: Path, tmp_path: Path, convert: Convert) ->
         (["--to", "fp8"], "no weights that are not FP8 already"),
         ([], "give --model-parallel N"),
         (["--to", "hf", "--model-parallel", 2], "leave --model-parallel out"),
+        (["--to", "hf", "--dp", 2], "leave --model-parallel out, --tp, --dp"),
+        (["--model-parallel", 2, "--dp", 2], "--model-parallel N is --tp N"),
+        (["--tp", 2, "--dp", 2, "--ep", 8], "--ep=8 must be tp=2 x dp=2 = 4, or left out"),
+        (["--tp", 3, "--dp", 2], "does not divide num_attention_heads=8"),
+        (["--dp", 16], "world_size=16 does not divide n_routed_experts=8"),
+        (["--tp", 2, "--dp", 0], "must be at least 1"),
         (["--to", "bf16", "--scale-fmt", "ue8m0"], "goes with --to fp8"),
     ],
 )

@@ -39,11 +39,15 @@ CONFIGS = {
     "v3-fp8": dataclasses.replace(TINY, quantization=FP8),
     "v3.2-fp8-mtp": SPARSE,
 }
-LAYOUTS = (None, 1, 2, 4, 8)  # None: Hugging Face
+# (tp, dp); None: Hugging Face.
+LAYOUTS = (None, (1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (2, 2), (1, 8), (4, 2))
 
 
-def convert_to(source_path: Path, world_size: int | None, target: Path) -> Path:
-    layout = None if world_size is None else ParallelConfig(world_size=world_size)
+def convert_to(source_path: Path, tp_dp: tuple[int, int] | None, target: Path) -> Path:
+    layout = None
+    if tp_dp is not None:
+        tp, dp = tp_dp
+        layout = ParallelConfig(world_size=tp * dp, tp=tp, dp=dp)
     with open_source(source_path) as source:
         convert(source, make_plan(source, layout), target, workers=2)
     return target
@@ -59,7 +63,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     route=st.lists(st.sampled_from(LAYOUTS), min_size=1, max_size=3), last=st.sampled_from(LAYOUTS)
 )
 def test_any_route_gives_the_same_files(
-    family: str, route: list[int | None], last: int | None
+    family: str, route: list[tuple[int, int] | None], last: tuple[int, int] | None
 ) -> None:
     config = CONFIGS[family]
     tensors = random_tensors(config)
@@ -79,6 +83,6 @@ def test_any_route_gives_the_same_files(
 def test_small_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bytes when every tensor takes many blocks."""
     hf = write_hf(tmp_path / "hf", SPARSE, random_tensors(SPARSE))
-    direct = convert_to(hf, 4, tmp_path / "direct")
+    direct = convert_to(hf, (2, 2), tmp_path / "direct")
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 700)
-    assert contents(convert_to(hf, 4, tmp_path / "blocks")) == contents(direct)
+    assert contents(convert_to(hf, (2, 2), tmp_path / "blocks")) == contents(direct)

@@ -5,10 +5,10 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3.cache.tiers import extend_keys
+from dsv3.cache.tiers import Tiers, extend_keys
 from dsv3.errors import RequestError
 from dsv3.request import Completion, Request, SamplingParams
-from tests.paper_runner import PaperDisk, answer, finish, paper_engine
+from tests.paper_runner import PaperDisk, PaperRunner, answer, finish, paper_world
 
 requests = st.builds(
     lambda n, start, tokens, seed, scored, ignore: (
@@ -42,6 +42,7 @@ class History:
 
     def __init__(
         self,
+        num_groups: int,
         num_pages: int,
         page_size: int,
         budget: int,
@@ -51,7 +52,8 @@ class History:
         num_slots: int,
         disk: bool,
     ) -> None:
-        self.engine, self.runner = paper_engine(
+        self.engine, self.world = paper_world(
+            num_groups,
             num_pages,
             page_size,
             max_batch_tokens=budget,
@@ -59,8 +61,9 @@ class History:
             pipeline_depth=depth,
             prefix_reuse=reuse,
             num_slots=num_slots,
-            disk=PaperDisk() if disk and num_slots else None,
+            disk=PaperDisk() if disk and num_slots and num_groups == 1 else None,
         )
+        self.lanes = self.engine._lanes
         self.num_pages, self.capacity = num_pages, num_pages * page_size
         self.expected: dict[str, Request] = {}
         self.done: dict[str, Completion] = {}
@@ -85,50 +88,53 @@ class History:
                 del self.expected[name]
 
     def step(self) -> None:
-        before, busy = len(self.runner.plans), self.engine.has_work()
+        before, busy = self.world.num_steps, self.engine.has_work()
         in_flight = self.engine._in_flight is not None
         for out in self.engine.step():
             self.streamed.setdefault(out.request_id, []).extend(out.new_token_ids)
             if out.completion is not None:
                 self.done[out.request_id] = out.completion
         # As long as anybody is left, a step does something.
-        assert not busy or len(self.runner.plans) == before + 1 or in_flight
+        assert not busy or self.world.num_steps == before + 1 or in_flight
 
     def check_pages(self) -> None:
         """A page has as many holders as sequences list it, and one more if the tree does."""
-        running, pages = self.engine._scheduler.running, self.engine._pages
-        owned = Counter(page for seq in running for page in seq.pages)
-        cached = [] if self.engine._tree is None else [page for page, _ in self.engine._tree]
-        assert len(set(cached)) == len(cached)
-        owned.update(cached)
-        for page in range(1, self.num_pages + 1):
-            assert pages.num_holders(page) == owned[page]
-        assert pages.num_free == self.num_pages - len(owned)
-        self.check_slots()
+        for group, (lane, runner) in enumerate(zip(self.lanes, self.world.groups, strict=True)):
+            running, pages = lane.scheduler.running, lane.pages
+            assert all(seq.lane == group for seq in (*running, *lane.scheduler.waiting))
+            owned = Counter(page for seq in running for page in seq.pages)
+            cached = [] if lane.tree is None else [page for page, _ in lane.tree]
+            assert len(set(cached)) == len(cached)
+            owned.update(cached)
+            for page in range(1, self.num_pages + 1):
+                assert pages.num_holders(page) == owned[page]
+            assert pages.num_free == self.num_pages - len(owned)
+            waiting = sum(seq.burden for seq in lane.scheduler.waiting)
+            assert lane.scheduler._num_waiting_tokens == waiting
+            if lane.tiers is not None:
+                self.check_slots(lane.tiers, runner)
 
-    def check_slots(self) -> None:
+    def check_slots(self, tiers: Tiers, runner: PaperRunner) -> None:
         """A slot is free or holds one full page; what a name stands for lies in its slot."""
-        tiers = self.engine._tiers
-        if tiers is None:
-            return
         slots = [*tiers._free, *tiers._slots.values(), *tiers._fetching.values()]
         assert sorted(slots) == list(range(len(tiers._keys)))
         texts: dict[tuple[bytes, ...], list[int]] = {}
         for request in self.expected.values():
             keys: list[tuple[bytes, ...]] = []
             tokens = [*request.prompt_ids, *answer(request)[0]]
-            size = self.runner.page_size
+            size = runner.page_size
             extend_keys(keys, tokens, len(tokens) // size, size)
             for i, key in enumerate(keys):
                 texts[key] = tokens[i * size : (i + 1) * size]
         for key, slot in tiers._slots.items():
             if key in texts:
-                assert self.runner.host[slot].tolist() == texts[key]
+                assert runner.host[slot].tolist() == texts[key]
 
     def finish(self) -> None:
         self.done |= finish(self.engine)
         self.check_pages()
-        assert self.engine._pages.num_free + self.engine._pages.num_idle == self.num_pages
+        for lane in self.lanes:
+            assert lane.pages.num_free + lane.pages.num_idle == self.num_pages
         assert self.done.keys() == self.expected.keys()
         for name, request in self.expected.items():
             tokens, reason = answer(request)
@@ -144,6 +150,7 @@ class History:
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(
     events=events,
+    num_groups=st.sampled_from([1, 1, 2, 3]),
     num_pages=st.integers(1, 20),
     page_size=st.sampled_from([1, 4, 16]),
     budget=st.integers(3, 60),
@@ -155,6 +162,7 @@ class History:
 )
 def test_any_history(
     events: list[tuple[str, object]],
+    num_groups: int,
     num_pages: int,
     page_size: int,
     budget: int,
@@ -165,7 +173,8 @@ def test_any_history(
     disk: bool,
 ) -> None:
     num_slots *= reuse
-    history = History(num_pages, page_size, budget, running, depth, reuse, num_slots, disk)
+    limits = budget, running, depth, reuse, num_slots, disk
+    history = History(num_groups, num_pages, page_size, *limits)
     for number, (kind, value) in enumerate(events):
         if kind == "add":
             history.add(str(number), value)

@@ -19,9 +19,10 @@ def turn_of(draw: random.Random, documents: list[list[int]]) -> tuple[list[int],
     return [*prompt, *(draw.randrange(2, 300) for _ in range(draw.randrange(3)))], params
 
 
-def run(seed: int, depth: int, with_disk: bool) -> History:
+def run(seed: int, depth: int, with_disk: bool, num_groups: int = 1) -> History:
     draw = random.Random(seed)
     history = History(
+        num_groups,
         num_pages=draw.randrange(12, 30),
         page_size=4,
         budget=draw.randrange(4, 60),
@@ -60,3 +61,14 @@ def test_answers_survive_every_move(depth: int, with_disk: bool) -> None:
     # The cases are what they are meant to be.
     assert offloads > 400 and host_hits > 200
     assert (disk_hits > 80) == with_disk
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_every_group_has_its_own_host_memory(depth: int) -> None:
+    total = [0, 0]
+    for seed in range(4):
+        history = run(seed, depth, with_disk=False, num_groups=2)
+        hits = [lane.tiers.num_restored for lane in history.lanes]
+        assert history.engine.metrics.host_hits == sum(hits)
+        total = [total[0] + hits[0], total[1] + hits[1]]
+    assert min(total) > 10

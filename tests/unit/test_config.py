@@ -122,3 +122,12 @@ def test_split_range_tiles(size: int, parts: int) -> None:
     ranges = [split_range(size, parts, i) for i in range(parts)]
     assert [i for start, stop in ranges for i in range(start, stop)] == list(range(size))
     assert max(stop - start for start, stop in ranges) == -(-size // parts)
+
+
+@pytest.mark.parametrize(("size", "parts"), [(2048, 32), (18432, 32), (200, 4), (128, 1), (0, 2)])
+def test_split_range_in_units(size: int, parts: int) -> None:
+    ranges = [split_range(size, parts, i, 128) for i in range(parts)]
+    assert [i for start, stop in ranges for i in range(start, stop)] == list(range(size))
+    assert all(start % 128 == 0 or start == stop for start, stop in ranges)
+    blocks = [-(-(stop - start) // 128) for start, stop in ranges]
+    assert max(blocks) == math.ceil(math.ceil(size / 128) / parts)

@@ -73,8 +73,8 @@ def test_every_rank_gets_its_slices(
     specs = tensor_specs(config)
     with open_source(path) as source:
         names = load.fp8_weights(source) if keep_fp8 else frozenset()
-        for world_size, rank in ((1, 0), (2, 1), (4, 2), (8, 0), (8, 3), (8, 7)):
-            layout = ParallelConfig(world_size=world_size, rank=rank)
+        for size, rank, dp in ((1, 0, 1), (2, 1, 1), (4, 2, 2), (8, 0, 1), (8, 3, 4), (8, 7, 1)):
+            layout = ParallelConfig(world_size=size, rank=rank, dp=dp)
             mesh = Mesh(layout, CPU, SingleRank(), SingleRank(), SingleRank(), 1)
             model = Transformer(config, mesh, WeightFormat(torch.float32, CPU, names))
             done: list[int] = []
@@ -102,11 +102,10 @@ def test_bfloat16_is_what_was_stored(tmp_path: Path) -> None:
     assert not float32 & {"embed_tokens", "lm_head", "o_proj", "kv_b_proj", "down_proj"}
 
 
-def test_groups_that_would_miss_experts_are_refused(tmp_path: Path) -> None:
-    """Two data-parallel groups each hold half of the experts; nothing exchanges them yet."""
+def test_several_groups_have_no_disk_cache(tmp_path: Path) -> None:
     path = write_hf(tmp_path / "hf", TINY, random_tensors(TINY))
     mesh = Mesh(
         ParallelConfig(world_size=2, dp=2), CPU, SingleRank(), SingleRank(), SingleRank(), 1
     )
-    with pytest.raises(ConfigError, match="dp=2: experts are not yet exchanged"):
-        start(path, EngineConfig(), mesh)
+    with pytest.raises(ConfigError, match="--kv-disk-cache serves one data-parallel"):
+        start(path, EngineConfig(kv_disk_cache=f"{path}:1MiB"), mesh)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,23 @@ def test_heads_stay_whole() -> None:
     for rank in range(8):
         region = shard_region(spec, ParallelConfig(world_size=8, rank=rank))
         assert region == ((rank * 96, rank * 96 + 96), (0, 128))
+
+
+@pytest.mark.parametrize(
+    ("name", "tp", "sizes"),
+    [
+        ("3.mlp.shared_experts.up_proj", 16, [128] * 16),
+        ("3.mlp.shared_experts.up_proj", 32, [128] * 16 + [0] * 16),
+        ("0.mlp.gate_proj", 32, [640] * 28 + [512] + [0] * 3),
+        ("0.mlp.down_proj", 32, [640] * 28 + [512] + [0] * 3),
+    ],
+)
+def test_fp8_mlps_are_split_in_whole_blocks(name: str, tp: int, sizes: list[int]) -> None:
+    spec = tensor_specs(load_model_config("v3-671b"))[f"model.layers.{name}.weight"]
+    layouts = [ParallelConfig(world_size=2 * tp, rank=tp + r, tp=tp, dp=2) for r in range(tp)]
+    bounds = [shard_region(spec, layout)["down_proj" in name] for layout in layouts]
+    assert [stop - start for start, stop in bounds] == sizes
+    assert all(a[1] == b[0] for a, b in pairwise(bounds)) and bounds[0][0] == 0
 
 
 def test_scales_cover_cut_blocks() -> None:
