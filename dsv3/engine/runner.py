@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dsv3.cache.layout import NULL_PAGE, CacheLayout
 from dsv3.cache.pool import CachePool
+from dsv3.engine.guard import Guard
 from dsv3.engine.mover import Mover
 from dsv3.engine.plan import StepPlan
 from dsv3.engine.sampler import SampledOnDevice, Sampler
@@ -32,6 +33,7 @@ class Runner:
             longer ones in expanded form.
         mover: moves pages to and from host memory; None where the plans never ask for it.
         static: run decode steps on static buffers; on CUDA as graphs.
+        guard: compares what the ranks compute; None compares nothing.
     """
 
     def __init__(
@@ -41,9 +43,10 @@ class Runner:
         decode_limit: int,
         mover: Mover | None = None,
         static: bool = False,
+        guard: Guard | None = None,
     ) -> None:
         self._model, self._cache, self._decode_limit = model, cache, decode_limit
-        self._mover = mover
+        self._mover, self._guard = mover, guard
         self._device = cache.slots.device
         sampler = Sampler(model, cache.tp, self._device)
         self._sampler: Callable[[Tensor, StepPlan], SampledOnDevice] = sampler
@@ -118,6 +121,8 @@ class Runner:
             if self._static is not None:
                 self._static.feed(sampled.token_M)
         self._last_token_M = sampled.token_M
+        if self._guard is not None:
+            self._guard.add(plan, sampled.token_M)
         return sampled
 
     def _move_pages(self, plan: StepPlan) -> None:
