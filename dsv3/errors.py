@@ -7,6 +7,8 @@ class Dsv3Error(Exception):
     exit_code = 2
     # Set where rank 0 has the same error to tell.
     told_elsewhere = False
+    # Set where every rank has met with it, in one collective.
+    is_shared = False
 
 
 class ConfigError(Dsv3Error, ValueError):
@@ -29,3 +31,11 @@ class RankError(Dsv3Error):
     """A rank or a device failed."""
 
     exit_code = 3
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the program to end; raised between steps."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.exit_code = 128 + number

@@ -4,6 +4,7 @@ Every rank runs the same script and so makes the same calls in the same order; r
 arguments and gets the results, the other ranks help and get empty ones.
 """
 
+import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -35,6 +36,7 @@ class LLM:
         tp: tensor-parallel ranks; 0 takes all that dp leaves.
         dp: data-parallel groups of them, which answer different prompts.
         device: "auto" (CUDA where present), "cpu" or "cuda".
+        rank_timeout: seconds after which a rank that hangs ends the program on all.
         settings: fields of `EngineConfig`, such as `max_seq_len` or `kv_cache_size`.
 
     Raises:
@@ -49,11 +51,12 @@ class LLM:
         tp: int = 0,
         dp: int = 1,
         device: str = "auto",
+        rank_timeout: float = 60.0,
         **settings: Any,
     ) -> None:
         config, path = EngineConfig(**settings), Path(path or DEMO)
         with ExitStack() as stack:
-            mesh = stack.enter_context(join_world(device, tp, dp))
+            mesh = stack.enter_context(join_world(device, tp, dp, rank_timeout))
             self._started: Started = start(path, config, mesh)
             self._stack = stack.pop_all()
         engine, model_type = self._started.engine, self._started.config.model_type
@@ -80,7 +83,9 @@ class LLM:
         if error is None:
             self.close()
         else:  # the other ranks may be anywhere
-            self._stack.close()
+            if self._started.mesh.world.size > 1:
+                traceback.print_exception(error)
+            self._stack.__exit__(kind, error, trace)
 
     def close(self) -> None:
         """Leave the other ranks; what is cached goes to disk, if there is a disk cache."""
@@ -163,7 +168,7 @@ class LLM:
         self._end_stream()
         requests: list[Request] = []
         engine = self._started.engine
-        with fail_together(self._started.mesh, "reading the prompts"):
+        with fail_together(self._started.mesh, "reading the prompts", is_fatal=False):
             if engine is not None:
                 each = [params] * len(asked) if isinstance(params, _ONE_FOR_ALL) else params
                 if len(each) != len(asked):

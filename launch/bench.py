@@ -229,7 +229,7 @@ def main() -> int:
         sys.argv[:2] = [f"{sys.argv[0]} {name}"]
         runpy.run_path(str(SCRIPTS / ALONE[name][0]), run_name="__main__")
     args = parse_args()
-    set_up_logging(getattr(args, "debug", False))
+    set_up_logging(getattr(args, "debug", False), getattr(args, "log_dir", None))
     if args.plot:
         check_plot()
     if args.benchmark in ("throughput", "chat"):
@@ -249,7 +249,7 @@ def main() -> int:
 
 def measure_model(args: argparse.Namespace) -> Report | None:
     """Measure on all ranks of the world; the report is rank 0's."""
-    with join_world(args.device, args.tp, args.dp) as mesh:
+    with join_world(args.device, args.tp, args.dp, args.rank_timeout) as mesh:
         if args.threads:
             torch.set_num_threads(args.threads)
         config = load_model_config(args.config) if args.config else None

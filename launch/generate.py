@@ -201,10 +201,17 @@ def run(args: argparse.Namespace, mesh: Mesh, files: ExitStack, begin: float) ->
 def main() -> int:
     """Read the flags, meet the other ranks, run."""
     args = parse_args()
-    set_up_logging(args.debug)
+    set_up_logging(args.debug, args.log_dir)
     begin = time.perf_counter()
-    with join_world(args.device, args.tp, args.dp) as mesh, ExitStack() as files:
-        return run(args, mesh, files, begin)
+    try:
+        with (
+            join_world(args.device, args.tp, args.dp, args.rank_timeout) as mesh,
+            ExitStack() as files,
+        ):
+            return run(args, mesh, files, begin)
+    except KeyboardInterrupt:
+        log.info("stopped%s", "; start again to go on from there" if args.output_file else "")
+        raise
 
 
 if __name__ == "__main__":

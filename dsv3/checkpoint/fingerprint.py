@@ -4,8 +4,10 @@ import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
+from dsv3.checkpoint.names import weight_name
 from dsv3.checkpoint.reader import Source
 
+_FIRST, _FIRST_SCALES = 16, 1  # values of each tensor, few enough to be in the file of rank 0
 _VALUES = 256  # of each tensor
 _WHOLE = 1 << 28  # a model of so few bytes is digested whole
 _SPOTS = 4  # of each tensor of a larger one
@@ -27,7 +29,8 @@ def fingerprint(source: Source, numerics: str) -> str:
             continue
         info = source.tensors[name]
         first = tuple((0, min(1, size)) for size in info.shape[:-1])
-        last = tuple((0, min(_VALUES, size)) for size in info.shape[-1:])
+        count = _FIRST if weight_name(name) is None else _FIRST_SCALES
+        last = tuple((0, min(count, size)) for size in info.shape[-1:])
         digest.update(f"{name} {info.dtype} {info.shape}".encode())
         digest.update(source.read(name, first + last))
     return f"dsv3-{digest.hexdigest()[:12]}"

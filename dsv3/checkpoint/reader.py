@@ -206,6 +206,10 @@ class Source:
             if file not in self._files:
                 try:
                     self._files[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+                except FileNotFoundError:
+                    raise CheckpointError(
+                        f"{file}: missing, and this rank reads it; copy it here"
+                    ) from None
                 except OSError as error:
                     raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
             return self._files[file]

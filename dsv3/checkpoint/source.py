@@ -45,13 +45,17 @@ _CHECKED_FIELDS = (
 )
 
 
-def open_source(path: str | Path, config: ModelConfig | None = None) -> Source:
+def open_source(
+    path: str | Path, config: ModelConfig | None = None, is_share: bool = False
+) -> Source:
     """Open a checkpoint directory; read its headers, but no tensor.
 
     Args:
         path: the directory.
         config: what the model is. Needed where the directory has no config.json; elsewhere held
             against it.
+        is_share: a directory of ours may hold the files of some ranks only; what is read must be
+            in them.
 
     Raises:
         CheckpointError: a file is missing, truncated or of unknown kind.
@@ -62,7 +66,7 @@ def open_source(path: str | Path, config: ModelConfig | None = None) -> Source:
         raise CheckpointError(f"{path}: no such directory")
     config = _config(path, config)
     if (path / MANIFEST).is_file():
-        return Source(path, config, _converted(path))
+        return Source(path, config, _converted(path, is_share))
     if (path / INDEX).is_file():
         return Source(path, config, _indexed(path))
     if (path / SINGLE).is_file():
@@ -128,14 +132,18 @@ def _read_index(file: Path) -> dict[str, str]:
     raise CheckpointError(f"{file}: not an index of tensor names to file names; fetch it again")
 
 
-def _converted(path: Path) -> dict[str, TensorInfo]:
+def _converted(path: Path, is_share: bool) -> dict[str, TensorInfo]:
     """A directory of ours; each file must be the one that the manifest was written for."""
     manifest = read_manifest(path)
     shards = {(name, s.rank): s for name, r in manifest.tensors.items() for s in r.shards}
     pieces: dict[str, list[Piece]] = {name: [] for name in manifest.tensors}
+    absent = []
     for rank, record in enumerate(manifest.files):
         file = path / record.name
         if not file.is_file():
+            absent.append((rank, file))
+            if is_share and len(absent) < len(manifest.files):
+                continue
             raise CheckpointError(f"{file}: missing, but {MANIFEST} names it")
         header = read_header(file)
         digests = []
@@ -151,6 +159,9 @@ def _converted(path: Path) -> dict[str, TensorInfo]:
             or file_digest(header.prefix, digests) != record.digest
         ):
             raise CheckpointError(f"{file}: not the file that {MANIFEST} was written for")
+    for rank, file in absent:  # behind those that are there: a copy of a slice will do
+        for name, tensor in manifest.tensors.items():
+            pieces[name] += [Piece(file, 0, s.region) for s in tensor.shards if s.rank == rank]
     return {
         name: TensorInfo(name, r.dtype, r.shape, tuple(pieces[name]), r.digest)
         for name, r in manifest.tensors.items()

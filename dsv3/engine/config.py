@@ -79,6 +79,7 @@ class EngineConfig:
         pipeline_depth: steps launched before the results of the last one are looked at: 0 or 1;
             -1 is 1 on CUDA, where steps run asynchronously, and 0 on a CPU.
         enforce_eager: launch every kernel of a decode step, also where a CUDA graph could hold it.
+        check_every: steps between comparisons of what the ranks have computed; 0 compares nothing.
     """
 
     attn_impl: str = "auto"
@@ -99,6 +100,7 @@ class EngineConfig:
     eviction: str = "cost"
     pipeline_depth: int = -1
     enforce_eager: bool = False
+    check_every: int = 64
 
     def __post_init__(self) -> None:
         """Refuse unknown words and impossible numbers."""
@@ -124,6 +126,7 @@ class EngineConfig:
             ("sequence-parallel", self.sequence_parallel, -1),
             ("max-batch-tokens", self.max_batch_tokens, 1),
             ("max-running", self.max_running, 1),
+            ("check-every", self.check_every, 0),
         ):
             if value < least:
                 raise ConfigError(f"--{flag}={value} must be at least {least}")

@@ -29,8 +29,8 @@ from dsv3.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-# For writing the cache to disk at the end.
-_SAVE_SECONDS = 60.0
+# For writing the cache to disk at the end, and if a signal brought it about.
+_SAVE_SECONDS, _HASTY_SAVE_SECONDS = 60.0, 4.0
 
 
 class StepRunner(Protocol):
@@ -212,6 +212,10 @@ class Engine:
         Where steps run asynchronously (CUDA), this launches a step and returns the results of
         the one before: planning, sending and detokenizing overlap with the device's work.
         """
+        with self._channel.watch.step():
+            return self._step()
+
+    def _step(self) -> list[RequestOutput]:
         begin = time.monotonic()
         self._is_stepping = True
         outputs = self._expire(begin)
@@ -245,7 +249,8 @@ class Engine:
         self.pause()
 
     def _save(self) -> None:
-        deadline = time.monotonic() + _SAVE_SECONDS
+        is_asked = self._channel.watch.asked
+        deadline = time.monotonic() + (_HASTY_SAVE_SECONDS if is_asked else _SAVE_SECONDS)
         for lane in self._lanes:
             for moves in lane.save():
                 if moves:
@@ -365,7 +370,8 @@ class Engine:
 def follow(runner: Runner, channel: PlanChannel) -> None:
     """Execute rank 0's plans until it stops; the whole life of every other rank."""
     while (plans := channel.receive()) is not None:
-        runner.run(plans)
+        with channel.watch.step():
+            runner.run(plans)
 
 
 def _token_logprobs(sampled: Sampled, row: int, top: int) -> TokenLogprobs:

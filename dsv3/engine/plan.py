@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from dsv3.cache.tiers import PageKey
 from dsv3.observe.roofline import Load
 from dsv3.parallel.collectives import Collectives
+from dsv3.parallel.watch import Watch
 
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
@@ -171,8 +172,8 @@ def unpack_plans(words: Ints) -> list[StepPlan]:
 class PlanChannel:
     """Rank 0's plans to all ranks, one a group; None tells them to stop."""
 
-    def __init__(self, control: Collectives) -> None:
-        self._control = control
+    def __init__(self, control: Collectives, watch: Watch | None = None) -> None:
+        self._control, self.watch = control, watch or Watch()
 
     def _broadcast(self, words: Ints) -> Ints:
         return self._control.broadcast(torch.from_numpy(words)).numpy()

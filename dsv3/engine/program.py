@@ -1,9 +1,8 @@
 """What the programs in `launch/` share: flags, logging, one-line errors, exit codes."""
 
 import argparse
-import contextlib
 import ctypes
-import json
+import faulthandler
 import logging
 import os
 import signal
@@ -18,6 +17,7 @@ from typing import Any, NoReturn
 from dsv3.engine.config import EngineConfig
 from dsv3.errors import ConfigError, Dsv3Error, RankError
 from dsv3.parallel.mesh import environment_rank
+from dsv3.parallel.watch import leave_report, reason_of
 
 _INTERRUPTED = 130
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
@@ -58,6 +58,8 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         "--sequence-parallel", type=int, default=-1, help="split norms in steps of so many tokens"
     )
     layout.add_argument("--dispatch-dtype", default="auto", help="there: auto, bf16 or fp8")
+    text = "seconds after which a rank that hangs ends the job (60)"
+    layout.add_argument("--rank-timeout", type=float, default=60.0, help=text)
     cache = parser.add_argument_group("cache and attention")
     cache.add_argument("--attn-impl", default="auto", help="auto, naive or absorb")
     cache.add_argument("--kv-shard", default="tokens", help="tokens (sharded) or none (replicated)")
@@ -97,6 +99,9 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     steps.add_argument(
         "--hardware", default="measure", help="its ceilings: measure, h100, h200 or h800"
     )
+    text = "steps between comparisons of what the ranks compute (64; 0: never)"
+    steps.add_argument("--check-every", type=int, default=64, help=text)
+    parser.add_argument("--log-dir", metavar="DIR", help="also log here, a file for every rank")
     parser.add_argument("--debug", action="store_true", help="log more; tracebacks with errors")
 
 
@@ -105,16 +110,27 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
     return EngineConfig(**{f.name: getattr(args, f.name) for f in fields(EngineConfig)})
 
 
-def set_up_logging(debug: bool) -> None:
-    """Log to stderr: rank 0 its progress, the others only what is wrong, each with its name."""
+def set_up_logging(debug: bool, folder: str | None = None) -> None:
+    """Log to stderr: rank 0 its progress, the others only what is wrong, each with its name.
+
+    Everything of every rank goes to a file of its own in the folder, if there is one.
+    """
     rank = environment_rank()
-    quiet = logging.WARNING if rank else logging.INFO
-    logging.basicConfig(
-        level=logging.DEBUG if debug else quiet,
-        format=f"rank {rank}: %(message)s" if rank or debug else "%(message)s",
-        stream=sys.stderr,
-        force=True,
-    )
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    named = logging.Formatter(f"rank {rank}: %(message)s" if rank or debug else "%(message)s")
+    handlers[0].setFormatter(named)
+    handlers[0].setLevel(logging.DEBUG if debug else logging.WARNING if rank else logging.INFO)
+    if folder:
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            handlers.append(logging.FileHandler(Path(folder) / f"rank{rank}.log"))
+        except OSError as error:
+            raise ConfigError(f"--log-dir {folder}: {error.strerror}") from None
+        handlers[1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    level = logging.DEBUG if debug else logging.INFO
+    logging.basicConfig(level=level, handlers=handlers, force=True)
+    if hasattr(signal, "SIGUSR1"):
+        faulthandler.register(signal.SIGUSR1)
 
 
 def run_program(main: Callable[[], int]) -> NoReturn:
@@ -125,8 +141,8 @@ def run_program(main: Callable[[], int]) -> NoReturn:
     _end_with_torchrun()
     try:
         code = main() or 0
-    except KeyboardInterrupt:
-        code = _INTERRUPTED
+    except KeyboardInterrupt as asked:
+        code = getattr(asked, "exit_code", _INTERRUPTED)
     except Exception as error:
         code = error.exit_code if isinstance(error, Dsv3Error) else RankError.exit_code
         _tell(error, "--debug" in sys.argv)
@@ -146,41 +162,14 @@ def _end_with_torchrun() -> None:
 def _tell(error: Exception, debug: bool) -> None:
     """Write the line of an error; the whole story with --debug."""
     rank = environment_rank()
-    line = f"error: {_line_of(error, rank)}"
-    _tell_torchrun(line, traceback.format_exc() if debug else line)
+    is_everyones = isinstance(error, Dsv3Error) and not isinstance(error, RankError)
+    is_elsewhere = getattr(error, "told_elsewhere", False) or is_everyones
+    name = "" if rank == 0 or is_elsewhere else f"rank {rank}: "
+    line = f"error: {name}{reason_of(error)}"
+    leave_report(line, traceback.format_exc() if debug else line)
     if debug:
         traceback.print_exception(error)
-    is_everyones = isinstance(error, Dsv3Error) and not isinstance(error, RankError)
-    told_elsewhere = getattr(error, "told_elsewhere", False) or is_everyones or _is_lost(error)
-    if rank == 0 or not told_elsewhere:
+    if rank == 0 or not is_elsewhere:
         sys.stderr.write(line + "\n")
     else:
         time.sleep(_TELL_SECONDS)
-
-
-def _line_of(error: Exception, rank: int) -> str:
-    if isinstance(error, Dsv3Error):
-        is_ours = rank == 0 or not isinstance(error, RankError) or error.told_elsewhere
-        return str(error) if is_ours else f"rank {rank}: {error}"
-    if _is_lost(error):
-        return (
-            f"rank {rank} lost its connection to another rank, which has ended or cannot be reached"
-        )
-    text = str(error).strip().split("\n")[0]
-    return f"rank {rank}: {type(error).__name__}: {text} (--debug shows more)"
-
-
-def _is_lost(error: Exception) -> bool:
-    """Tell whether an exchange failed because another rank is gone."""
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("gloo/transport" in text or "NCCL" in text)
-
-
-def _tell_torchrun(line: str, story: str) -> None:
-    """Leave what happened where torchrun looks for it. Its own `record` would print stacks."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:
-        extra = {"py_callstack": story, "timestamp": str(int(time.time()))}
-        message = {"message": {"message": line, "extraInfo": extra}}
-        with contextlib.suppress(OSError):
-            Path(path).write_text(json.dumps(message))

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from dsv3.cache.layout import NULL_PAGE, CacheLayout
 from dsv3.cache.pool import CachePool
+from dsv3.engine.guard import Guard
 from dsv3.engine.mover import Mover
 from dsv3.engine.plan import StepPlan
 from dsv3.engine.sampler import SampledOnDevice, Sampler
@@ -33,6 +34,7 @@ class Runner:
             longer ones in expanded form.
         mover: moves pages to and from host memory; None where the plans never ask for it.
         static: run decode steps on static buffers; on CUDA as graphs.
+        guard: compares what the ranks compute; None compares nothing.
     """
 
     def __init__(
@@ -42,9 +44,10 @@ class Runner:
         decode_limit: int,
         mover: Mover | None = None,
         static: bool = False,
+        guard: Guard | None = None,
     ) -> None:
         self._model, self._cache, self._decode_limit = model, cache, decode_limit
-        self._mesh, self._mover = model.dispatch.mesh, mover
+        self._mesh, self._mover, self._guard = model.dispatch.mesh, mover, guard
         self._device = cache.slots.device
         sampler = Sampler(model, cache.tp, self._device)
         self._sampler: Callable[[Tensor, StepPlan, int], SampledOnDevice] = sampler
@@ -128,7 +131,10 @@ class Runner:
             if self._static is not None:
                 self._static.feed(sampled.token_M)
         self._last_token_M = sampled.token_M
-        return self._gather(sampled, [len(each.row) for each in plans])
+        every = self._gather(sampled, [len(each.row) for each in plans])
+        if self._guard is not None:
+            self._guard.add(plans, every.token_M)
+        return every
 
     def _gather(self, mine: SampledOnDevice, num_rows: list[int]) -> SampledOnDevice:
         """Put the results of all groups together; each rank has those of its own."""

@@ -23,6 +23,7 @@ from dsv3.checkpoint.source import open_source
 from dsv3.config import ModelConfig
 from dsv3.engine.config import EngineConfig
 from dsv3.engine.engine import Engine
+from dsv3.engine.guard import Guard
 from dsv3.engine.lower_tiers import make_tiers
 from dsv3.engine.memory import MemoryPlan, free_memory, plan_memory, weight_bytes
 from dsv3.engine.plan import PlanChannel, StepPlan
@@ -87,7 +88,7 @@ def numerics_mode(settings: EngineConfig, config: ModelConfig, device: str) -> s
 
 def identify(path: Path, settings: EngineConfig, mesh: Mesh, config: ModelConfig | None) -> str:
     """Name a model and the dtype it computes in, without loading it."""
-    with open_source(path, config) as source:
+    with open_source(path, config, is_share=True) as source:
         mode = numerics_mode(settings, source.config, mesh.device.type)
         return fingerprint(source, str(_TORCH_DTYPES.get(mode, mode)))
 
@@ -138,10 +139,11 @@ def start(
         RankError: another rank failed.
     """
     seconds: dict[str, float] = {}
+    mesh.watch.enter("load")
     with (
         _phase(seconds, "load"),
         fail_together(mesh, "loading"),
-        open_source(path, config) as source,
+        open_source(path, config, is_share=True) as source,
     ):
         setup = _set_up(source, settings, mesh, n_experts)
         if mesh.layout.rank == 0:
@@ -163,9 +165,13 @@ def start(
     numerics = f"{fmt.dtype} {'fp8 products' if fmt.fp8_products else settings.weights}"
     mover, tiers = make_tiers(mesh, settings, config, cache, plan.host_pages, weights, numerics)
     static = mesh.is_capturable and not settings.enforce_eager
-    runner = Runner(model, cache, _decode_limit(settings, config), mover, static)
-    channel = PlanChannel(mesh.control)
+    is_guarded = settings.check_every and mesh.world.size > 1
+    guard = Guard(mesh, settings.check_every) if is_guarded else None
+    runner = Runner(model, cache, _decode_limit(settings, config), mover, static, guard)
+    channel = PlanChannel(mesh.control, mesh.watch)
+    mesh.watch.enter("warm-up")
     _warm_up(runner, static, mesh.layout.dp, seconds)
+    mesh.watch.enter("run")
     engine = None
     if mesh.layout.rank == 0:
         limit = setup.context_limit

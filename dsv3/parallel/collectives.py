@@ -171,6 +171,7 @@ class ProcessGroup:
         self._via_host = via_host
         self.sent: Counter[str] = Counter()
         self.is_capturable = dist.get_backend(group) == "nccl"
+        self.num_calls = 0
 
     def close(self) -> None:
         """Let go of the group before it is destroyed.
@@ -183,6 +184,7 @@ class ProcessGroup:
     def _out(self, operation: str, x: Tensor, parts: float) -> Tensor:
         """Return what is handed to the backend; this rank sends `parts` times its bytes."""
         self.sent[operation] += round(parts * x.nbytes)
+        self.num_calls += 1
         return (x.cpu() if self._via_host else x).contiguous()
 
     def all_reduce(self, x: Tensor) -> Tensor:

@@ -6,21 +6,24 @@ and hands out the groups. Nothing else in the project reads a rank from the envi
 
 import ctypes
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from dsv3.config import ParallelConfig
-from dsv3.errors import ConfigError, RankError
+from dsv3.errors import ConfigError
 from dsv3.parallel.collectives import Collectives, ProcessGroup, SingleRank, connect
+from dsv3.parallel.meeting import Meeting, meet
+from dsv3.parallel.watch import Watch
 
-# Rank 0 may wait for a user's next line for days while the others wait for its plan. A dead rank
-# is noticed by its closed connection, and torchrun ends the rest.
+# Rank 0 may wait for a user's next line for days while the others wait for its plan. The watch
+# notices ranks that die or hang.
 _IDLE = timedelta(days=365)
 # Of <malloc.h>.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -34,6 +37,7 @@ class Mesh:
     without work to do, which over NCCL would keep a core and a kernel of every rank busy.
     `dp` holds the ranks at the same place of every tp group. Where hosts of equal size hold several
     ranks each, `host` holds the ranks of this one and `hosts` those at the same place of every one.
+    `host_of_rank` numbers the hosts in the order of their first ranks.
     """
 
     layout: ParallelConfig
@@ -45,6 +49,8 @@ class Mesh:
     dp: Collectives = field(default_factory=SingleRank)
     host: Collectives = field(default_factory=SingleRank)
     hosts: Collectives = field(default_factory=SingleRank)
+    host_of_rank: tuple[int, ...] = (0,)
+    watch: Watch = field(default_factory=Watch)
 
     @property
     def groups(self) -> list[Collectives]:
@@ -76,15 +82,27 @@ def environment_rank() -> int:
 
 def _pick_device(name: str, local_rank: int) -> torch.device:
     """Return the device of this rank; more ranks than GPUs on a host share them."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cpu":
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    if name != "cuda":
-        raise ConfigError(f"--device={name} is unknown; use auto, cpu or cuda")
     if not torch.cuda.is_available():
         raise ConfigError("--device=cuda but torch finds no CUDA device; use --device cpu")
     return torch.device("cuda", local_rank % torch.cuda.device_count())
+
+
+def _num_threads(ranks_on_host: int) -> int:
+    """Return what OMP_NUM_THREADS says, else this rank's share of the cores it may use.
+
+    torchrun sets it to 1 where the user has not; its own environment tells.
+    """
+    with suppress(OSError):
+        parents = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
+        is_users = any(entry.startswith(b"OMP_NUM_THREADS=") for entry in parents)
+        if "TORCHELASTIC_RUN_ID" in os.environ and not is_users:
+            os.environ.pop("OMP_NUM_THREADS", None)
+    if os.environ.get("OMP_NUM_THREADS", "").isdecimal():
+        return int(os.environ["OMP_NUM_THREADS"])
+    usable = getattr(os, "sched_getaffinity", None)
+    return max(1, (len(usable(0)) if usable else os.cpu_count() or 1) // ranks_on_host)
 
 
 def _keep_freed_memory() -> None:
@@ -100,10 +118,17 @@ def _keep_freed_memory() -> None:
 
 
 def make_mesh(
-    layout: ParallelConfig, device: torch.device, backend: str, via_host: bool, ranks_on_host: int
+    layout: ParallelConfig,
+    device: torch.device,
+    backend: str,
+    via_host: bool,
+    host_of_rank: Sequence[int],
+    watch: Watch | None = None,
 ) -> Mesh:
     """Make the groups of a world of several that has met. A collective."""
     assert dist.group.WORLD is not None
+    host_of_rank, watch = tuple(host_of_rank), watch or Watch()
+    ranks_on_host = host_of_rank.count(host_of_rank[layout.rank])
     is_one_host = ranks_on_host == layout.world_size
     world = connect(dist.group.WORLD, device, via_host, is_one_host)
     control = world
@@ -122,21 +147,29 @@ def make_mesh(
     dp, tp = grid(("dp", layout.dp), ("tp", layout.tp))
     host: Collectives = SingleRank()
     hosts: Collectives = SingleRank()
-    here = torch.tensor([ranks_on_host], device=device)
-    everywhere = set(world.all_gather(here).flatten().tolist())
-    if layout.dp > 1 and len(everywhere) == 1 and world.size % ranks_on_host == 0:
+    is_even = host_of_rank == tuple(rank // ranks_on_host for rank in range(world.size))
+    if layout.dp > 1 and is_even and world.size % ranks_on_host == 0:
         hosts, host = grid(("hosts", world.size // ranks_on_host), ("host", ranks_on_host))
-    return Mesh(layout, device, world, tp, control, ranks_on_host, dp, host, hosts)
+    places = ranks_on_host, dp, host, hosts, host_of_rank
+    mesh = Mesh(layout, device, world, tp, control, *places, watch)
+    groups = [group for group in mesh.groups if isinstance(group, ProcessGroup)]
+    watch.count_exchanges = lambda: sum(group.num_calls for group in groups)
+    return mesh
 
 
 @contextmanager
-def join_world(device: str = "auto", tp: int = 0, dp: int = 1) -> Iterator[Mesh]:
+def join_world(
+    device: str = "auto", tp: int = 0, dp: int = 1, rank_timeout: float = 60.0
+) -> Iterator[Mesh]:
     """Meet the other ranks; leave them cleanly at the end.
+
+    In a world of several, an error that not every rank has met with ends the program on all.
 
     Args:
         device: "auto" (CUDA where present), "cpu" or "cuda".
         tp: tensor-parallel ranks; 0 takes all that dp leaves.
         dp: data-parallel groups.
+        rank_timeout: seconds after which a rank that hangs ends the job.
 
     Raises:
         ConfigError: the layout does not fit the world, or there is no such device.
@@ -144,27 +177,51 @@ def join_world(device: str = "auto", tp: int = 0, dp: int = 1) -> Iterator[Mesh]
     """
     rank = environment_rank()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    ranks_on_host = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
     layout = ParallelConfig(world_size=world_size, rank=rank, tp=tp, dp=dp)
-    place = _pick_device(device, local_rank)
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"--device={device} is unknown; use auto, cpu or cuda")
+    if rank_timeout < 3:
+        raise ConfigError(f"--rank-timeout={rank_timeout:g} must be at least 3 seconds")
+    met = meet(rank, world_size) if world_size > 1 else None
+    watch = Watch(rank, met, rank_timeout)
+    watch.start()
+    mesh = None
+    try:
+        mesh = _enter_mesh(layout, device, met, watch)
+        yield mesh
+    except BaseException as error:
+        watch.leave(error)
+        raise
+    else:
+        watch.leave()
+    finally:
+        if met and mesh:
+            mesh.close()
+            dist.destroy_process_group()
+
+
+def _enter_mesh(layout: ParallelConfig, device: str, met: Meeting | None, watch: Watch) -> Mesh:
+    """Choose this rank's device and make its groups."""
+    rank, peers = layout.rank, met.peers if met else ()
+    hosts = [(peer.host, peer.boot) for peer in peers] or [("", "")]
+    order, ranks_on_host = list(dict.fromkeys(hosts)), hosts.count(hosts[rank])
+    # Of several agents on a host, each may let its ranks see other devices.
+    sights = [(peer.host, peer.boot, peer.gpus) for peer in peers] or [("", "", "")]
+    place = _pick_device(device, sights[:rank].count(sights[rank]))
     if place.type == "cuda":
         torch.cuda.set_device(place)
     else:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_on_host))
+        torch.set_num_threads(_num_threads(ranks_on_host))
         _keep_freed_memory()
-    if world_size == 1:
-        yield Mesh(layout, place, SingleRank(), SingleRank(), SingleRank(), 1)
-        return
-    shared_gpu = place.type == "cuda" and ranks_on_host > torch.cuda.device_count()
-    backend = "nccl" if place.type == "cuda" and not shared_gpu else "gloo"
-    try:
-        dist.init_process_group(backend, timeout=_IDLE)
-    except (RuntimeError, ValueError) as error:
-        raise RankError(f"rank {rank} cannot join the world of {world_size}: {error}") from error
-    mesh = make_mesh(layout, place, backend, shared_gpu, ranks_on_host)
-    try:
-        yield mesh
-    finally:
-        mesh.close()
-        dist.destroy_process_group()
+    if met is None:
+        alone = SingleRank()
+        return Mesh(layout, place, alone, alone, alone, 1, watch=watch)
+    is_cuda = place.type == "cuda"
+    shared_gpu = is_cuda and sights.count(sights[rank]) > torch.cuda.device_count()
+    backend = "nccl" if is_cuda and not shared_gpu else "gloo"
+    met.store.set_timeout(_IDLE)
+    dist.init_process_group(
+        backend, store=met.store, rank=layout.rank, world_size=layout.world_size, timeout=_IDLE
+    )
+    host_of_rank = [order.index(host) for host in hosts]
+    return make_mesh(layout, place, backend, shared_gpu, host_of_rank, watch)

@@ -16,12 +16,16 @@ from dsv3.errors import (
 from dsv3.parallel.mesh import Mesh
 
 _MESSAGE_BYTES = 1024
+# For all ranks to come to the end of a stage in which one has failed.
+_GRACE_SECONDS = 3.0
 _KINDS = (RankError, ConfigError, CheckpointError, RequestError, OutputError)
 
 
 @contextmanager
-def fail_together(mesh: Mesh, stage: str) -> Iterator[None]:
+def fail_together(mesh: Mesh, stage: str, is_fatal: bool = True) -> Iterator[None]:
     """Run a stage on all ranks; if it fails on any, raise that rank's error on every one.
+
+    What only another rank than 0 has met with is a `RankError`.
 
     A collective at the end of the block: a rank that fails must not leave the others waiting
     for it inside the block.
@@ -29,6 +33,7 @@ def fail_together(mesh: Mesh, stage: str) -> Iterator[None]:
     Args:
         mesh: the ranks.
         stage: what the block does, for messages about errors that are not ours.
+        is_fatal: a failure ends the job, even if another rank is too long within the block.
     """
     error: Exception | None = None
     try:
@@ -43,6 +48,8 @@ def fail_together(mesh: Mesh, stage: str) -> Iterator[None]:
     if error is not None:
         kind = next((i for i, kind in enumerate(_KINDS) if isinstance(error, kind)), 0)
         text = str(error) if isinstance(error, Dsv3Error) else f"{stage}: {error}"
+        if is_fatal:
+            mesh.watch.warn(f"{mesh.watch.name_of(mesh.layout.rank)}: {text}", _GRACE_SECONDS)
         message = text.encode(errors="replace")[: _MESSAGE_BYTES - 1]
         mine[0] = 1 + kind
         mine[1 : 1 + len(message)] = torch.frombuffer(bytearray(message), dtype=torch.uint8)
@@ -52,7 +59,8 @@ def fail_together(mesh: Mesh, stage: str) -> Iterator[None]:
         return
     first = failed[0]
     text = bytes(told[first, 1:].tolist()).rstrip(b"\0").decode(errors="replace")
-    fault = _KINDS[int(told[first, 0]) - 1]
-    shared = fault(text if first == 0 else f"rank {first}: {text}")
-    shared.told_elsewhere = mesh.layout.rank != 0
+    shared: Dsv3Error = RankError(f"{mesh.watch.name_of(first)}: {text}")
+    if first == 0:
+        shared = _KINDS[int(told[first, 0]) - 1](text)
+    shared.is_shared, shared.told_elsewhere = True, mesh.layout.rank != 0
     raise shared from error

@@ -86,7 +86,7 @@ def draw(kind: str, counts: list[int], dtype: torch.dtype = torch.float32) -> Dr
 def meshes(world: Mesh, tp: int, ranks_on_host: int) -> Iterator[Mesh]:
     size, rank = world.world.size, world.world.rank
     layout = ParallelConfig(world_size=size, rank=rank, tp=tp, dp=size // tp)
-    mesh = make_mesh(layout, CPU, "gloo", False, ranks_on_host)
+    mesh = make_mesh(layout, CPU, "gloo", False, [r // ranks_on_host for r in range(size)])
     try:
         yield mesh
     finally:

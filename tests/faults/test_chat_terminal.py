@@ -33,7 +33,8 @@ def is_gone(pid: int) -> bool:
 def test_a_chat_from_greeting_to_goodbye(tmp_path: Path) -> None:
     program = tmp_path / "impatient.py"
     program.write_text(IMPATIENT)
-    with AtTerminal([*torchrun(2), str(program), "--interactive"]) as chat:
+    command = [*torchrun(2), str(program), "--interactive", "--rank-timeout", "3"]
+    with AtTerminal(command) as chat:
         chat.wait_for("/help lists the commands, Ctrl-D leaves)\n>>> ")
         chat.type("y nme is Anna.\x01M" + 3 * RIGHT + "a\r")  # Ctrl-A
         chat.wait_for(">>> My name is Anna.\nNoted.\n\n>>> ")
@@ -41,7 +42,7 @@ def test_a_chat_from_greeting_to_goodbye(tmp_path: Path) -> None:
         ranks = ranks_of(chat.process.pid)
         assert sorted(ranks) == [0, 1]
         before = sum(map(cpu_seconds, ranks.values()))
-        time.sleep(3)  # idle, for longer than an impatient world allows
+        time.sleep(4)  # idle, for longer than an impatient world and its watch allow
         assert sum(map(cpu_seconds, ranks.values())) - before < 1.0
         chat.type("\x1b[200~What is\rmy name?\x1b[201~")  # pasted
         chat.wait_for("    my name?")

@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import time
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -27,17 +28,21 @@ from tests.programs import (
 ROWS = [{"prompt": f"Story {i}:", "max_tokens": 4 + i % 20, "ignore_eos": True} for i in range(30)]
 
 
-@pytest.fixture
-def job(tmp_path: Path) -> list[str]:
-    """Return the arguments of a job of many short answers, but for the output file."""
+def write_job(folder: Path) -> list[str]:
+    """Return the arguments of a job of many short answers, but for the output file's name."""
     rows = [
         {"custom_id": f"row-{i}", "url": "/v1/completions", "body": body}
         for i, body in enumerate(ROWS)
     ]
-    path = tmp_path / "in.jsonl"
+    path = folder / "in.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     flags = ["--input-file", str(path), "--max-running", "8", "--kv-cache-size", "8192tok"]
-    return [GENERATE, *flags, "--output-file"]
+    return [*flags, "--output-file"]
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> list[str]:
+    return [GENERATE, *write_job(tmp_path)]
 
 
 def answers(path: Path) -> dict[str, str]:
@@ -48,6 +53,7 @@ def answers(path: Path) -> dict[str, str]:
     return {name: body["choices"][0]["text"] for name, body in bodies.items()}
 
 
+@cache
 def undisturbed() -> dict[str, str]:
     """Return the same answers, made on one rank."""
     prompts = [row["prompt"] for row in ROWS]

@@ -12,7 +12,7 @@ from dsv3.checkpoint.convert import convert
 from dsv3.checkpoint.names import to_deepseek, weight_name
 from dsv3.checkpoint.plan import make_plan
 from dsv3.checkpoint.safetensors_file import DTYPE_BYTES, make_header, read_header
-from dsv3.checkpoint.sharding import Split, check_tensors, tensor_specs
+from dsv3.checkpoint.sharding import Split, check_tensors, tensor_region, tensor_specs
 from dsv3.checkpoint.source import Source, open_source
 from dsv3.config import ParallelConfig, split_range
 from dsv3.errors import CheckpointError, ConfigError
@@ -102,6 +102,29 @@ def test_converted_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with open_source(tmp_path / "mp8") as source:
         assert check_tensors(source) == ()
         assert_slices_equal(source, tensors)
+
+
+def test_a_share_of_a_converted_directory(tmp_path: Path) -> None:
+    """A host may hold the files of its own ranks only; what they do not read is not missed."""
+    with open_source(write_hf(tmp_path / "hf", CONFIG, random_tensors(CONFIG))) as source:
+        layout = ParallelConfig(world_size=2)
+        convert(source, make_plan(source, layout), tmp_path / "mp2", workers=1)
+    lost = tmp_path / "mp2" / "model0-mp2.safetensors"
+    lost.unlink()
+    with pytest.raises(CheckpointError, match=r"missing, but manifest\.json names it"):
+        open_source(tmp_path / "mp2")
+    with open_source(tmp_path / "mp2", is_share=True) as source:
+        check_tensors(source)
+        specs, own = tensor_specs(CONFIG), dataclasses.replace(layout, rank=1)
+        for name in source.tensors:
+            region = tensor_region(specs, name, own)
+            if region is not None:
+                source.read(name, region)
+        with pytest.raises(CheckpointError, match=f"{lost}: missing, and this rank reads it"):
+            source.read("lm_head.weight")
+    (tmp_path / "mp2" / "model1-mp2.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"missing, but manifest\.json names it"):
+        open_source(tmp_path / "mp2", is_share=True)
 
 
 def test_headers_are_aligned_and_read_back(tmp_path: Path) -> None:

@@ -1,0 +1,47 @@
+"""Notices ranks that compute otherwise: digests of plans and of sampled tokens, compared."""
+
+import zlib
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+
+from dsv3.engine.plan import StepPlan
+from dsv3.errors import RankError
+from dsv3.parallel.mesh import Mesh
+
+
+class Guard:
+    """One rank's digests over all of its steps. The device is waited for at every `every`-th."""
+
+    def __init__(self, mesh: Mesh, every: int) -> None:
+        self._mesh, self._every = mesh, every
+        self._num_steps = self._plan_digest = 0
+        self._token_digest = torch.zeros((), dtype=torch.int64, device=mesh.device)
+
+    def add(self, plans: list[StepPlan], token_M: Tensor) -> None:
+        """Take in a step of all groups; its order among the others counts, and that of its tokens.
+
+        Raises:
+            RankError: the ranks have not all done the same. A collective, now and then.
+        """
+        for plan in plans:
+            for f in fields(plan):
+                self._plan_digest = zlib.crc32(getattr(plan, f.name), self._plan_digest)
+        place_M = torch.arange(1, 1 + len(token_M), device=token_M.device)
+        self._token_digest.mul_(31).add_((token_M * place_M).sum())
+        self._num_steps += 1
+        if self._num_steps % self._every == 0:
+            self._compare(torch.tensor([self._plan_digest, int(self._token_digest)]))
+
+    def _compare(self, mine: Tensor) -> None:
+        told = [tuple(row) for row in self._mesh.control.all_gather(mine).tolist()]
+        usual = max(told, key=told.count)
+        odd = [rank for rank, digests in enumerate(told) if digests != usual]
+        if odd:
+            what = "run other plans" if told[odd[0]][0] != usual[0] else "sampled other tokens"
+            raise RankError(
+                f"{self._mesh.watch.name_of(*odd)} has {what} than the other ranks in one of the "
+                f"last {self._every} steps: their answers cannot be trusted; look for a faulty "
+                "device or memory"
+            )

@@ -1,0 +1,403 @@
+"""Watches over a job: a rank that dies, hangs or fails ends it, by name.
+
+A thread of every rank keeps the connection to rank 0 (see `meeting`). A closed one is a death.
+Once a second each rank tells how far its main loop is: steps, and exchanges within them. Rank 0
+ends the job when a rank is not heard of, or is inside a step and gets no further, for `timeout`
+seconds; the others watch rank 0. Between steps a rank may rest as long as it likes: the user may
+be thinking.
+
+Ending means `os._exit`: the main thread may sit in an exchange that will never end.
+"""
+
+import ctypes
+import faulthandler
+import json
+import logging
+import math
+import os
+import selectors
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from dsv3.errors import Dsv3Error, Interrupted, RankError
+from dsv3.parallel.meeting import Meeting
+
+log = logging.getLogger(__name__)
+
+_TICK_SECONDS = 1.0
+_LONGEST_TICK = 2.0  # more than that between two looks: this process was stopped, too
+_STOP_SECONDS = 6.0  # for all ranks to end after a signal
+_HINT_SECONDS = 30.0  # until we say who keeps the others from starting, and say it again
+_QUIET_SECONDS = 5.0  # without a word, a rank is the likeliest to be why the others wait
+_FUSE_SECONDS = 3.0  # for the other ranks to say that one is stopped, before the system kills it
+_CAUSE_SECONDS = 2.0  # a lost connection has a cause that another rank may tell
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_EXCHANGES = str(Path(__file__).with_name("collectives.py"))
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What a rank told last, and for how many seconds it told nothing, or the same.
+
+    Attributes:
+        progress: steps and exchanges begun.
+        busy: inside a step.
+        waits: in an exchange, for other ranks.
+    """
+
+    progress: tuple[int, int] = (0, 0)
+    busy: bool = False
+    waits: bool = False
+    stage: str = "start-up"
+    silent: float = 0.0
+    stuck: float = 0.0
+    left: bool = False
+
+    def note(self, steps: int, exchanges: int, busy: bool, waits: bool, stage: str) -> None:
+        """Take in what it tells."""
+        if not busy or (steps, exchanges) != self.progress:
+            self.stuck = 0.0
+        self.progress, self.busy, self.waits, self.stage = (steps, exchanges), busy, waits, stage
+
+
+class _Fuse:
+    """Has the system kill this process unless it is set again: a stopped one cannot end itself."""
+
+    def __init__(self) -> None:
+        self._libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+        self._timer = ctypes.c_void_p()
+        if self._libc is not None:
+            event = (ctypes.c_int * 16)(0, 0, signal.SIGKILL)  # struct sigevent
+            created = self._libc.timer_create(
+                time.CLOCK_MONOTONIC, event, ctypes.byref(self._timer)
+            )
+            self._libc = None if created else self._libc
+
+    def set(self, seconds: float) -> None:
+        """Kill in so many seconds; 0: never."""
+        if self._libc is not None:
+            spec = (ctypes.c_long * 4)(0, 0, math.ceil(seconds), 0)  # struct itimerspec
+            self._libc.timer_settime(self._timer, 0, spec, None)
+
+
+class Watch:
+    """This rank's part. In a world of one it only turns signals into exceptions.
+
+    Args:
+        rank: of this process.
+        met: all ranks, and connections; None in a world of one.
+        timeout: seconds after which a silent or stuck rank ends the job.
+
+    Attributes:
+        asked: the signal that asked the job to end, or 0.
+        count_exchanges: tells how many collectives this rank has begun.
+    """
+
+    def __init__(self, rank: int = 0, met: Meeting | None = None, timeout: float = 60.0) -> None:
+        self.asked, self._stage = 0, "start-up"
+        self.count_exchanges: Callable[[], int] = lambda: 0
+        self._rank, self._timeout = rank, timeout
+        self._peers, self._links = (met.peers, dict(met.links)) if met else ((), {})
+        self._unread = dict.fromkeys(self._links, b"")
+        self._seen = {r: _Seen() for r in (rank, *self._links)}
+        self._steps, self._busy, self._leaving, self._stopping = 0, False, False, False
+        self._pending, self._interrupted, self._waited = False, False, 0.0
+        self._due: tuple[float, str, int] | None = None  # when to end, why, with which exit code
+        self._handlers: dict[int, Any] = {}
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def name_of(self, *ranks: int) -> str:
+        """Return names for messages."""
+        return ", ".join(str(self._peers[r]) if self._peers else f"rank {r}" for r in ranks)
+
+    # What the main thread calls.
+
+    def start(self) -> None:
+        """Begin; from now on signals end the job in order."""
+        if threading.current_thread() is threading.main_thread():
+            usual = (signal.SIG_DFL, signal.default_int_handler)
+            free = [number for number in _SIGNALS if signal.getsignal(number) in usual]
+            self._handlers = {number: signal.signal(number, self._on_signal) for number in free}
+        if self._peers:
+            self._bell, self._ringer = socket.socketpair()
+            self._ringer.setblocking(False)
+            if self._handlers:
+                signal.set_wakeup_fd(self._ringer.fileno(), warn_on_full_buffer=False)
+            self._thread.start()
+
+    def enter(self, stage: str) -> None:
+        """Say what the main thread is at from now on."""
+        self._stage = stage
+        self._ring()
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Run a step of the main loop: it must get on, and if it fails it ends the job."""
+        self._steps += 1
+        self._busy = True
+        try:
+            yield
+        except Exception as error:
+            if self._peers:
+                self.fail(error)
+            raise
+        finally:
+            self._busy = False
+        if self._pending and self._rank == 0:
+            self._interrupt()
+
+    def warn(self, reason: str, seconds: float) -> None:
+        """Tell the others that this rank fails; who has not left by then is ended."""
+        if self._rank:
+            self._send("fault", [reason, seconds])
+            seconds += _STOP_SECONDS / 2  # rank 0 is to end us all
+        self._condemn(reason, seconds)
+
+    def fail(self, error: BaseException) -> NoReturn:
+        """End the job: this rank cannot go on, and the others may be anywhere."""
+        log.debug("rank %d", self._rank, exc_info=error)
+        name = "" if isinstance(error, RankError) else f"{self.name_of(self._rank)}: "
+        self.warn(name + reason_of(error), _CAUSE_SECONDS if is_lost(error) else 0.0)
+        while True:
+            time.sleep(_TICK_SECONDS)
+
+    def leave(self, error: BaseException | None = None) -> None:
+        """Leave the others: in order if all do, else ending them."""
+        if isinstance(error, KeyboardInterrupt):
+            self.asked = self.asked or signal.SIGINT
+        elif self._peers and isinstance(error, Exception) and not getattr(error, "is_shared", 0):
+            self.fail(error)
+        self._leaving = True
+        if self._peers:
+            self._ring()
+            if not self.asked:
+                self._thread.join()
+        if self._handlers and self._peers and not self.asked:
+            signal.set_wakeup_fd(-1)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler if not self.asked else signal.SIG_IGN)
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        if not self._interrupted:
+            self.asked, self._pending = number, True
+            if self._rank == 0 and not self._busy:
+                self._interrupt()
+
+    def _interrupt(self) -> NoReturn:
+        """Raise at once or after the step; with other ranks only once, as all will end soon."""
+        self._pending, self._interrupted = False, bool(self._peers)
+        raise Interrupted(self.asked)
+
+    def _ring(self) -> None:
+        if self._thread.is_alive():
+            with suppress(OSError):
+                self._ringer.send(b"\0")
+
+    def _condemn(self, text: str, seconds: float, code: int = 3) -> None:
+        """End this rank in a while, unless it has left by then."""
+        at = time.monotonic() + seconds
+        if self._due is None or at < self._due[0]:
+            self._due = at, text, code
+        self._ring()
+
+    # The thread: listen, tell, judge.
+
+    def _run(self) -> None:
+        fuse = _Fuse()
+        try:
+            with selectors.DefaultSelector() as selector:
+                selector.register(self._bell, selectors.EVENT_READ)
+                for link in self._links.values():
+                    link.settimeout(_TICK_SECONDS)
+                    selector.register(link, selectors.EVENT_READ)
+                told = heard = time.monotonic()
+                while not (self._leaving and self._all_have_left()):
+                    self._listen(selector, told + _TICK_SECONDS)
+                    now = time.monotonic()
+                    if now >= told + _TICK_SECONDS or self._seen[self._rank].stage != self._stage:
+                        told = now
+                        fuse.set(self._timeout + _FUSE_SECONDS)
+                        self._tell_progress()
+                    self._judge(min(now - heard, _LONGEST_TICK))
+                    heard = now
+            fuse.set(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(RankError.exit_code)
+
+    def _listen(self, selector: selectors.BaseSelector, until: float) -> None:
+        """Take in what the others tell and what the main thread or a signal wants."""
+        if self._due is not None:
+            until = min(until, self._due[0])
+        ready = {key.fd for key, _ in selector.select(max(0.0, until - time.monotonic()))}
+        # Deaths before signals: torchrun ends the others when one has died.
+        for rank, link in list(self._links.items()):
+            if link.fileno() in ready and not self._receive(rank, link):
+                selector.unregister(link)
+                del self._links[rank]
+        if self._bell.fileno() in ready:
+            for byte in self._bell.recv(4096):
+                self.asked = byte or self.asked
+        if self.asked and not self._stopping:
+            self._stopping = True
+            self._send("signal", self.asked)
+            self._condemn("", _STOP_SECONDS, 128 + self.asked)
+        if self._due is not None and time.monotonic() >= self._due[0]:
+            self._end(self._due[1], code=self._due[2])
+
+    def _receive(self, rank: int, link: socket.socket) -> bool:
+        """Hear a rank; return whether it is still there."""
+        try:
+            data = link.recv(1 << 16)
+        except OSError:
+            data = b""
+        *lines, self._unread[rank] = (self._unread[rank] + data).split(b"\n")
+        for line in lines:
+            self._hear(rank, *json.loads(line))
+        if not data and self.asked:
+            self._hear(rank, "bye", None)
+        elif not data and not self._seen[rank].left:
+            stage = self._seen[rank].stage
+            self._end(f"{self.name_of(rank)} has died during {stage} (killed, or out of memory)")
+        return bool(data)
+
+    def _hear(self, rank: int, kind: str, value: Any) -> None:
+        self._seen[rank].silent = 0.0
+        if kind == "progress":
+            self._seen[rank].note(*value)
+        elif kind == "fault":
+            self._condemn(*value)
+        elif kind == "end":
+            self._end(value[0], value[1], told=True)
+        elif kind == "signal" and self._rank == 0:
+            signal.pthread_kill(threading.main_thread().ident or 0, value)
+        elif kind == "signal":
+            self.asked = value
+        elif kind == "bye":
+            self._seen[rank].left = True
+            if self.asked and self._rank and not self._leaving:
+                self._end("", code=128 + self.asked)  # the main thread may wait for rank 0
+
+    def _send(self, kind: str, value: Any) -> None:
+        data = json.dumps([kind, value]).encode() + b"\n"
+        for link in list(self._links.values()):
+            with suppress(OSError):  # it is noticed where we read
+                link.sendall(data)
+
+    def _tell_progress(self) -> None:
+        mine = (self._steps, self.count_exchanges(), self._busy, _is_in_exchange(), self._stage)
+        self._seen[self._rank].note(*mine)
+        self._send("progress", mine)
+
+    def _all_have_left(self) -> bool:
+        """Say that this rank leaves; rank 0 says so last, and then all may go."""
+        others = all(seen.left for rank, seen in self._seen.items() if rank != self._rank)
+        mine = self._seen[self._rank]
+        if not mine.left and (self._rank or self.asked or others):
+            mine.left = True
+            self._send("bye", None)
+        return others
+
+    def _judge(self, elapsed: float) -> None:
+        """End the job if a rank is silent, or stuck, for too long."""
+        present = {rank: seen for rank, seen in self._seen.items() if not seen.left}
+        for rank, seen in present.items():
+            seen.silent += elapsed * (rank != self._rank)
+            seen.stuck += elapsed * seen.busy
+        if self._rank == 0 and self._stage != "run":
+            self._hint([rank for rank, seen in present.items() if not seen.waits], elapsed)
+        limit = min(_QUIET_SECONDS, self._timeout / 2)
+        quiet = [rank for rank, seen in present.items() if seen.silent > limit]
+        longest = max((max(seen.silent, seen.stuck) for seen in present.values()), default=0.0)
+        if longest <= self._timeout or self.asked or (self._rank and not quiet):
+            return
+        what = f"not heard of for {longest:.0f} s (stopped, or its host cannot be reached)"
+        if not quiet:
+            what = f"stuck in a step for {longest:.0f} s"
+            quiet = [rank for rank, seen in present.items() if seen.busy and not seen.waits]
+        self._end(f"{self.name_of(*(quiet or present))} is {what}", stacks=True)
+
+    def _hint(self, slow: Sequence[int], elapsed: float) -> None:
+        """Say for whom the others wait during start-up, which may take any time."""
+        self._waited = self._waited + elapsed if 0 < len(slow) < len(self._peers) else 0.0
+        if self._waited > _HINT_SECONDS:
+            self._waited = 0.0
+            os.write(2, f"waiting for {self.name_of(*slow)}: {self._stage}\n".encode())
+
+    def _end(self, text: str, stacks: bool = False, told: bool = False, code: int = 3) -> NoReturn:
+        """End this rank and the others. Rank 0 tells why; without it, one rank of each host."""
+        threading.Timer(_CAUSE_SECONDS, os._exit, (code,)).start()  # should a terminal be paused
+        mine = self._peers[self._rank]
+        here = [p for p in self._peers if (p.host, p.boot) == (mine.host, mine.boot)]
+        if text and not told:
+            self._send("end", [text, stacks])
+            if self._rank in (0, *[p.rank for p in here if p.rank][:1]):
+                os.write(2, f"error: {text}\n".encode())
+        for peer in here:  # torchrun would wait half a minute for the end of one that is stopped
+            with suppress(OSError):
+                os.kill(peer.pid, signal.SIGCONT)
+        own_log = _log_file()
+        report = f"error: {text}\n" if own_log != 2 else ""
+        if stacks:
+            with tempfile.TemporaryFile("w+") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+                file.seek(0)
+                report += f"stacks of {self.name_of(self._rank)}:\n{file.read()}"
+        if stacks or own_log != 2:
+            os.write(own_log, report.encode())
+        if text:
+            leave_report(f"error: {text}")
+        os._exit(code)
+
+
+def leave_report(line: str, story: str = "") -> None:
+    """Leave what happened where torchrun looks for it. Its own `record` would print stacks."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        extra = {"py_callstack": story or line, "timestamp": str(int(time.time()))}
+        message = {"message": {"message": line, "extraInfo": extra}}
+        with suppress(OSError):
+            Path(path).write_text(json.dumps(message))
+
+
+def reason_of(error: BaseException) -> str:
+    """Say in one line why a rank fails."""
+    if isinstance(error, Dsv3Error):
+        return str(error)
+    if is_lost(error):
+        return "lost its connection to another rank, which has ended or cannot be reached"
+    text = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {text} (--debug shows more)"
+
+
+def is_lost(error: BaseException) -> bool:
+    """Tell whether an exchange failed because another rank is gone."""
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("gloo/transport" in text or "NCCL" in text)
+
+
+def _is_in_exchange() -> bool:
+    """Tell whether the main thread waits for other ranks."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    while frame is not None and frame.f_code.co_filename != _EXCHANGES:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _log_file() -> int:
+    """Return the descriptor of this rank's own log, standard error's without one."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler) and handler.stream:
+            return handler.stream.fileno()
+    return 2

@@ -1,0 +1,45 @@
+"""generate.py, but one rank does something bad at one of its steps; not again after a restart.
+
+Usage: torchrun bad_rank.py WHAT RANK STEP [arguments of generate.py]
+"""
+
+import os
+import runpy
+import signal
+import sys
+import time
+from pathlib import Path
+
+from dsv3.engine.sampler import SampledOnDevice, Sampler
+
+GENERATE = str(Path(__file__).resolve().parents[2] / "launch" / "generate.py")
+
+
+def main() -> None:
+    what, bad_rank, bad_step = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    sys.argv = [GENERATE, *sys.argv[4:]]
+    mark = Path(sys.argv[sys.argv.index("--input-file") + 1] + ".bad")
+    sample, steps = Sampler.__call__, 0
+
+    def sample_badly(self: Sampler, *args: object) -> SampledOnDevice:
+        nonlocal steps
+        steps += 1
+        sampled = sample(self, *args)  # type: ignore[arg-type]
+        if steps == bad_step and not mark.exists():
+            mark.touch()
+            if what.startswith("SIG"):
+                os.kill(os.getpid(), getattr(signal, what))
+            while what == "hang":
+                time.sleep(1)
+            if what == "raise":
+                raise RuntimeError("the device is on fire")
+            sampled.token_M[:1] += 1
+        return sampled
+
+    if int(os.environ["RANK"]) == bad_rank:
+        Sampler.__call__ = sample_badly  # type: ignore[method-assign]
+    runpy.run_path(GENERATE, run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""Ranks that stop, hang, fail, miscount or never come, on one host or several: every job ends."""
+
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dsv3.checkpoint.convert import convert
+from dsv3.checkpoint.plan import make_plan
+from dsv3.checkpoint.source import open_source
+from dsv3.config import ParallelConfig
+from dsv3.config_files import DEMO
+from tests.faults.test_kill import answers, undisturbed, whole_lines, write_job
+from tests.programs import GENERATE, HANG_SECONDS, ROOT, end, environment, our_lines, ranks_of
+
+BAD_RANK = str(Path(__file__).with_name("bad_rank.py"))
+SILENT = r"is not heard of for \d s \(stopped, or its host cannot be reached\)"
+WAYS = {
+    ("SIGSTOP", 0): rf"rank 0 on HOST {SILENT}",
+    ("hang", 1): r"rank 1 on HOST is stuck in a step for \d s",
+    ("raise", 1): r"rank 1 on HOST: RuntimeError: the device is on fire \(--debug shows more\)",
+    ("miscount", 1): "rank 1 on HOST has sampled other tokens than the other ranks in one of the "
+    "last 4 steps: their answers cannot be trusted; look for a faulty device or memory",
+}
+
+
+class Jobs:
+    """Programs that run side by side: most of their time is starting and waiting."""
+
+    def __init__(self) -> None:
+        self._running: list[subprocess.Popen[bytes]] = []
+
+    def start(self, *command: str, stderr: Path, **more: str) -> "subprocess.Popen[bytes]":
+        with stderr.open("wb") as file:
+            env = environment() | more
+            process = subprocess.Popen(command, stderr=file, env=env, cwd=ROOT)
+        self._running.append(process)
+        return process
+
+    def end(self) -> None:
+        for process in self._running:
+            end(process)
+
+
+@pytest.fixture
+def jobs() -> Iterator[Jobs]:
+    jobs = Jobs()
+    yield jobs
+    jobs.end()
+
+
+def agent(*flags: str) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1", *flags]
+
+
+def host_agents(*flags: str) -> list[list[str]]:
+    """Return two agents as on two hosts, which are ranked by their addresses."""
+    where = f"localhost:{free_port()}"
+    flags = ("--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", where, *flags)
+    agents = [agent(*flags, "--local-addr", address) for address in ("127.0.0.1", "localhost")]
+    if subprocess.run(["unshare", "--uts", "true"], stderr=subprocess.DEVNULL).returncode == 0:
+        renamed = ["unshare", "--uts", "sh", "-c", 'hostname localhost; exec "$@"', "sh"]
+        return [agents[0], [*renamed, *agents[1]]]
+    return agents
+
+
+def free_port() -> int:
+    with socket.create_server(("localhost", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def errors(stderr: Path) -> list[str]:
+    return [line for line in our_lines(stderr.read_text()) if line.startswith("error")]
+
+
+def wait_for(stderr: Path, words: str) -> None:
+    deadline = time.monotonic() + HANG_SECONDS
+    while words not in stderr.read_text():
+        assert time.monotonic() < deadline, stderr.read_text()
+        time.sleep(0.05)
+
+
+def test_a_rank_that_goes_bad_is_named_once(tmp_path: Path, jobs: Jobs) -> None:
+    moment = random.Random(7)
+    begun = []
+    for what, rank in WAYS:
+        folder = tmp_path / f"{what}{rank}"
+        folder.mkdir()
+        bad = [BAD_RANK, what, str(rank), str(moment.randrange(2, 16))]
+        flags = ["--rank-timeout", "6", "--check-every", "4", "--log-dir", str(folder)]
+        out, stderr = str(folder / "out.jsonl"), folder / "stderr"
+        ranks = ["--standalone", "--nproc-per-node", "2"]
+        process = jobs.start(*agent(*ranks), *bad, *write_job(folder), out, *flags, stderr=stderr)
+        begun.append((what, folder, WAYS[what, rank], process))
+    for what, folder, wanted, process in begun:
+        process.wait(HANG_SECONDS)
+        said = (folder / "stderr").read_text()
+        line = "error: " + wanted.replace("HOST", re.escape(socket.gethostname()))
+        assert [bool(re.fullmatch(line, e)) for e in errors(folder / "stderr")] == [True], said
+        assert "exitcode  : 3" in said
+        logs = [(folder / f"rank{r}.log").read_text() for r in (0, 1)]
+        assert all(re.search(line, log) for log in logs)
+        if what in ("SIGSTOP", "hang"):
+            assert all("most recent call first" in log and "watch.py" in log for log in logs)
+
+
+def shares(folder: Path) -> list[Path]:
+    """Convert the demo model for two ranks; return a directory for each, with its file alone."""
+    folders = [folder / "host0", folder / "host1"]
+    for rank, other in ((0, 1), (1, 0)):
+        with open_source(DEMO) as source:
+            plan = make_plan(source, ParallelConfig(world_size=2))
+            convert(source, plan, folders[rank], workers=1)
+        (folders[rank] / f"model{other}-mp2.safetensors").unlink()
+    return folders
+
+
+def test_two_hosts_restart_from_their_own_files(tmp_path: Path, jobs: Jobs) -> None:
+    """Two agents, as on two hosts; the second's rank is stopped; both begin again."""
+    folders, out = shares(tmp_path), tmp_path / "out.jsonl"
+    launches = host_agents("--max-restarts=1")
+    agents = []
+    for host, (launch, folder) in enumerate(zip(launches, folders, strict=True)):
+        command = [
+            *launch,
+            *[BAD_RANK, "SIGSTOP", "1", "12", *write_job(tmp_path), str(out)],
+            *["--ckpt-path", str(folder), "--rank-timeout", "6"],
+        ]
+        agents.append(jobs.start(*command, stderr=tmp_path / f"stderr{host}"))
+    assert [process.wait(HANG_SECONDS) for process in agents] == [0, 0]
+    told = errors(tmp_path / "stderr0")
+    assert re.fullmatch(rf"error: rank 1 on \S+ {SILENT}", "\n".join(told)), told
+    assert answers(out) == undisturbed()
+
+
+def test_a_damaged_file_of_one_host_ends_all(tmp_path: Path, jobs: Jobs) -> None:
+    folders = shares(tmp_path)
+    file = folders[1] / "model1-mp2.safetensors"
+    with file.open("r+b") as damaged:
+        damaged.truncate(100_000)
+    agents = [
+        jobs.start(
+            *launch,
+            *[GENERATE, *write_job(tmp_path), str(tmp_path / "out"), "--ckpt-path", str(folder)],
+            stderr=tmp_path / f"stderr{host}",
+        )
+        for host, (launch, folder) in enumerate(zip(host_agents(), folders, strict=True))
+    ]
+    for process in agents:
+        assert process.wait(HANG_SECONDS) == 1
+    said = [(tmp_path / f"stderr{host}").read_text() for host in (0, 1)]
+    told = [line for host in (0, 1) for line in errors(tmp_path / f"stderr{host}")]
+    assert len(told) == 1, said
+    assert re.match(rf"error: rank 1 on \S+: {file}: truncated: ", told[0])
+    assert "exitcode  : 3" in said[0]  # the other agent may miss the store of the first
+
+
+def test_a_missing_host_is_hinted_at(tmp_path: Path, jobs: Jobs) -> None:
+    """By the rank where there is no torchrun, else by our torchrun, which meets its own first."""
+    job = [GENERATE, *write_job(tmp_path), str(tmp_path / "out")]
+    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    world = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+    launch = [sys.executable, str(ROOT / "launch" / "run.py"), "--nnodes", "2"]
+    c10d = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}"]
+    static = ["--node-rank", "0", "--master-addr", "localhost", "--master-port", str(free_port())]
+    said = [tmp_path / f"stderr{way}" for way in range(3)]
+    begun = [
+        jobs.start(sys.executable, *job, stderr=said[0], **place, **world),
+        jobs.start(*launch, *c10d, *job, stderr=said[1]),
+        jobs.start(*launch, *static, *job, stderr=said[2]),
+    ]
+    hints = ["for 1 of 2 ranks (1); ", "waiting for 1 of 2 nodes: ", "waiting for 1 of 2 nodes: "]
+    for process, stderr, hint in zip(begun, said, hints, strict=True):
+        wait_for(stderr, hint)
+        process.terminate()
+    assert begun[0].wait(10) != 0
+
+
+def test_a_signal_ends_a_job_though_a_rank_is_stopped(tmp_path: Path, jobs: Jobs) -> None:
+    out = tmp_path / "out.jsonl"
+    ranks = ["--standalone", "--nproc-per-node", "2"]
+    command = [*agent(*ranks), GENERATE, *write_job(tmp_path), str(out)]
+    process = jobs.start(*command, stderr=tmp_path / "stderr")
+    deadline = time.monotonic() + HANG_SECONDS
+    while not whole_lines(out):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    stopped = ranks_of(process.pid)[1]
+
+    os.kill(stopped, signal.SIGSTOP)
+    process.terminate()
+    process.wait(12)
+    assert out.read_bytes().endswith(b"\n") and answers(out).items() <= undisturbed().items()
