@@ -58,6 +58,11 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         "--sequence-parallel", type=int, default=-1, help="split norms in steps of so many tokens"
     )
     layout.add_argument("--dispatch-dtype", default="auto", help="there: auto, bf16 or fp8")
+    experts = parser.add_argument_group("experts")
+    experts.add_argument("--expert-placement", default="", help="FILE of which rank has which")
+    experts.add_argument("--redundant-experts", type=int, default=0, help="copies, without a file")
+    experts.add_argument("--rebalance-every", type=int, default=0, help="steps; 0: never move them")
+    experts.add_argument("--record-expert-load", default="", help="FILE for the tokens each got")
     cache = parser.add_argument_group("cache and attention")
     cache.add_argument("--attn-impl", default="auto", help="auto, naive or absorb")
     cache.add_argument("--kv-shard", default="tokens", help="tokens (sharded) or none (replicated)")

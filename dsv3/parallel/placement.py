@@ -236,10 +236,8 @@ class Placement:
                 fault = "no slot with" if min(odd) < experts else "there is no"
                 raise ConfigError(f"{path}: layer {layer}: {fault} expert {min(odd)}")
             if len(slots) != size or size % ranks:
-                raise ConfigError(
-                    f"{path}: layer {layer}: {len(slots)} slots; all layers need the same number, "
-                    f"a multiple of num_ranks={ranks}"
-                )
+                rule = f"all layers need the same number, a multiple of num_ranks={ranks}"
+                raise ConfigError(f"{path}: layer {layer}: {len(slots)} slots; {rule}")
         return cls(experts, ranks, layers)
 
 
