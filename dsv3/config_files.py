@@ -125,13 +125,13 @@ def _load_directory(path: Path) -> ModelConfig:
     generation = path / "generation_config.json"
     if not generation.is_file():
         return config
-    more = _token_ids(_read_mapping(generation).get("eos_token_id"), str(generation))
+    more = _token_ids(read_mapping(generation).get("eos_token_id"), str(generation))
     merged = tuple(dict.fromkeys(config.eos_token_ids + more))
     return dataclasses.replace(config, eos_token_ids=merged)
 
 
 def _load_file(path: Path) -> ModelConfig:
-    data = _read_mapping(path)
+    data = read_mapping(path)
     where = str(path)
     if path.suffix in (".yaml", ".yml"):
         return _from_yaml(data, where)
@@ -140,7 +140,8 @@ def _load_file(path: Path) -> ModelConfig:
     return _from_deepseek(data, where)
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Read a YAML or JSON file; a ConfigError if it cannot be, or holds something else."""
     try:
         text = path.read_text(encoding="utf-8")
         data = yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else json.loads(text)

@@ -94,6 +94,7 @@ class LLM:
             follow(self._started.runner, self._started.channel)
         else:
             self._started.engine.stop()
+        self._started.runner.finish()
         self._stack.close()
 
     def generate(

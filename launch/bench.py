@@ -6,6 +6,8 @@
     python launch/bench.py host --max-running 256
     python launch/bench.py rank --config v3-671b --world 8 --layers 4 --batch 1 8 128
     python launch/bench.py kernels --check
+    python launch/bench.py plan --config v3-671b --hardware h200x8 --batch 128 --context 4096
+    python launch/bench.py balance --load FILE --ranks 8 --redundant-experts 8 --save PLACEMENT
     python launch/bench.py cache TRACE --capacity 3000 10000
     torchrun --nproc-per-node 8 launch/bench.py dispatch --config v3-671b --inner 32 --dp 8
 
@@ -53,6 +55,8 @@ REPLAY = SCRIPTS / "replay_trace.py"
 ALONE = {
     "rank": ("bench_rank.py", "one rank's share of a large model, on one device"),
     "kernels": ("bench_kernels.py", "every Triton kernel, once it is right, beside its roof"),
+    "plan": ("bench_plan.py", "memory and time of every layout, on paper or on this machine"),
+    "balance": ("bench_balance.py", "the busiest rank's load before and after balancing experts"),
 }
 
 
@@ -257,11 +261,13 @@ def measure_model(args: argparse.Namespace) -> Report | None:
         profile = Profile(args.hardware, started) if args.profile else None
         if started.engine is None:
             follow(started.runner, started.channel)
+            started.runner.finish()
             return None
         try:
             report: Report = args.measure(args, started)
         finally:
             started.engine.stop()
+        started.runner.finish()
         if profile is not None:
             report.notes.append(f"\n{profile.report()}")
         report.setting |= machine(mesh.layout.world_size)

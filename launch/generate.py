@@ -184,6 +184,7 @@ def run(args: argparse.Namespace, mesh: Mesh, files: ExitStack, begin: float) ->
     profile = Profile(args.hardware, started) if args.profile else None
     with fail_together(mesh, "answering"):
         summary = work(job, started, checkpoint.name)
+        started.runner.finish()
     seconds["run"] = summary.seconds
     stats = collect_stats(started, seconds)
     if started.engine is None:

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from dsv3.checkpoint.names import scale_name
 from dsv3.checkpoint.reader import Source
-from dsv3.checkpoint.region import Region, region_shape
+from dsv3.checkpoint.region import Region, region_shape, whole
 from dsv3.checkpoint.sharding import (
     FP8_DTYPE,
+    Split,
     TensorSpec,
     scale_region,
     shard_region,
@@ -105,7 +106,8 @@ def load_weights(
 
 
 def _load_target(source: Source, target: Target, spec: TensorSpec, layout: ParallelConfig) -> None:
-    region = shard_region(spec, layout)
+    # A routed expert may be held by any rank, and more than once.
+    region = whole(spec.shape) if spec.split is Split.EXPERT else shard_region(spec, layout)
     assert region is not None, f"{target.name} is not held by rank {layout.rank}"
     assert region_shape(region) == tuple(target.dest.shape), f"{target.name} {region=}"
     if not target.dest.numel():

@@ -76,6 +76,11 @@ class EngineConfig:
             does, -1 leaves it to the device.
         prefix_reuse: keep computed prefixes and reuse them.
         eviction: which idle cached page goes first: "cost" or "lru".
+        expert_placement: file that says which rank holds which experts; empty for equal ranges.
+        redundant_experts: copies of experts beyond the first in a layer, where no file says.
+        rebalance_every: steps between two looks at the experts' loads, after which experts may
+            move to other ranks; 0 leaves them where they are.
+        record_expert_load: file for the tokens that every expert got; empty does not count.
         pipeline_depth: steps launched before the results of the last one are looked at: 0 or 1;
             -1 is 1 on CUDA, where steps run asynchronously, and 0 on a CPU.
         enforce_eager: launch every kernel of a decode step, also where a CUDA graph could hold it.
@@ -98,6 +103,10 @@ class EngineConfig:
     sequence_parallel: int = -1
     prefix_reuse: bool = True
     eviction: str = "cost"
+    expert_placement: str = ""
+    redundant_experts: int = 0
+    rebalance_every: int = 0
+    record_expert_load: str = ""
     pipeline_depth: int = -1
     enforce_eager: bool = False
     check_every: int = 64
@@ -127,6 +136,8 @@ class EngineConfig:
             ("max-batch-tokens", self.max_batch_tokens, 1),
             ("max-running", self.max_running, 1),
             ("check-every", self.check_every, 0),
+            ("redundant-experts", self.redundant_experts, 0),
+            ("rebalance-every", self.rebalance_every, 0),
         ):
             if value < least:
                 raise ConfigError(f"--{flag}={value} must be at least {least}")
@@ -134,6 +145,12 @@ class EngineConfig:
             raise ConfigError(
                 f"--max-running={self.max_running} needs as many --max-batch-tokens "
                 f"(now {self.max_batch_tokens}): every running sequence adds a token each step"
+            )
+
+        if self.expert_placement and self.redundant_experts:
+            raise ConfigError(
+                f"--redundant-experts={self.redundant_experts}: --expert-placement="
+                f"{self.expert_placement} has its own copies; leave one of them out"
             )
 
     def _check_tiers(self) -> None:

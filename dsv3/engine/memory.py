@@ -1,5 +1,6 @@
 """The memory plan: what a rank will hold, known before anything is loaded."""
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ import torch
 
 from dsv3.cache.layout import CacheLayout
 from dsv3.checkpoint.region import region_shape
-from dsv3.checkpoint.sharding import scale_region, shard_region, tensor_specs
+from dsv3.checkpoint.sharding import Split, scale_region, shard_region, tensor_specs
 from dsv3.config import ModelConfig, ParallelConfig
 from dsv3.engine.config import CacheSize, EngineConfig, parse_bytes
 from dsv3.errors import ConfigError
@@ -60,7 +61,11 @@ def _size(num_bytes: float) -> str:
 
 
 def weight_bytes(
-    config: ModelConfig, layout: ParallelConfig, itemsize: int, fp8_names: frozenset[str]
+    config: ModelConfig,
+    layout: ParallelConfig,
+    itemsize: int,
+    fp8_names: frozenset[str],
+    redundant: int = 0,
 ) -> int:
     """Return the bytes of this rank's weights as the model will hold them.
 
@@ -69,23 +74,22 @@ def weight_bytes(
         layout: this rank's place.
         itemsize: bytes of a weight in the compute dtype.
         fp8_names: weights kept in FP8.
+        redundant: copies of routed experts beyond the first, in every layer, all ranks together.
     """
-    total = 0
+    total, of_experts = 0, 0
     for spec in tensor_specs(config).values():
         region = None if spec.mtp else shard_region(spec, layout)
         if region is None:
             continue
-        values = 1
-        for size in region_shape(region):
-            values *= size
+        num_bytes = itemsize * math.prod(region_shape(region))
         if len(region) == 1 or spec.name.endswith("mlp.gate.weight"):
-            total += 4 * values
+            num_bytes = 4 * math.prod(region_shape(region))
         elif spec.name in fp8_names and "kv_b_proj" not in spec.name:
-            rows, cols = region_shape(scale_region(region))
-            total += values + 4 * rows * cols
-        else:
-            total += itemsize * values
-    return total
+            scales = region_shape(scale_region(region))
+            num_bytes = math.prod(region_shape(region)) + 4 * math.prod(scales)
+        total += num_bytes
+        of_experts += num_bytes if spec.split is Split.EXPERT else 0
+    return total + of_experts * redundant // config.n_routed_experts
 
 
 def free_memory(device: torch.device, ranks_on_host: int) -> int:

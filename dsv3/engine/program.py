@@ -60,6 +60,11 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     layout.add_argument("--dispatch-dtype", default="auto", help="there: auto, bf16 or fp8")
     text = "seconds after which a rank that hangs ends the job (60)"
     layout.add_argument("--rank-timeout", type=float, default=60.0, help=text)
+    experts = parser.add_argument_group("experts")
+    experts.add_argument("--expert-placement", default="", help="FILE of which rank has which")
+    experts.add_argument("--redundant-experts", type=int, default=0, help="copies, without a file")
+    experts.add_argument("--rebalance-every", type=int, default=0, help="steps; 0: never move them")
+    experts.add_argument("--record-expert-load", default="", help="FILE for the tokens each got")
     cache = parser.add_argument_group("cache and attention")
     cache.add_argument("--attn-impl", default="auto", help="auto, naive or absorb")
     cache.add_argument("--kv-shard", default="tokens", help="tokens (sharded) or none (replicated)")

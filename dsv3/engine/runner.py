@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from dsv3.cache.layout import NULL_PAGE, CacheLayout
 from dsv3.cache.pool import CachePool
+from dsv3.engine.balance import Balancer
 from dsv3.engine.guard import Guard
 from dsv3.engine.mover import Mover
 from dsv3.engine.plan import StepPlan
@@ -35,6 +36,9 @@ class Runner:
         mover: moves pages to and from host memory; None where the plans never ask for it.
         static: run decode steps on static buffers; on CUDA as graphs.
         guard: compares what the ranks compute; None compares nothing.
+
+    Attributes:
+        balancer: moves experts; None leaves them where they are.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class Runner:
     ) -> None:
         self._model, self._cache, self._decode_limit = model, cache, decode_limit
         self._mesh, self._mover, self._guard = model.dispatch.mesh, mover, guard
+        self.balancer: Balancer | None = None
         self._device = cache.slots.device
         sampler = Sampler(model, cache.tp, self._device)
         self._sampler: Callable[[Tensor, StepPlan, int], SampledOnDevice] = sampler
@@ -115,6 +120,8 @@ class Runner:
         num_tokens = [len(each.token_ids) for each in plans]
         if not any(num_tokens):
             return SampledOnDevice(self._last_token_M[:0], None)
+        if self.balancer is not None:
+            self.balancer.before_step()
         self._model.dispatch.begin_step(num_tokens)
         builder = BatchBuilder(plan, self._cache.layout, self._device, self._decode_limit)
         sampled = None
@@ -148,6 +155,11 @@ class Runner:
         every = self._mesh.dp.all_gather(padded)
         rows = torch.cat([part[:count] for part, count in zip(every, num_rows, strict=True)])
         return SampledOnDevice(rows[:, 0].long(), None if mine.scores is None else rows[:, 1:])
+
+    def finish(self) -> None:
+        """Write what is to be kept of a run, at its end. A collective."""
+        if self.balancer is not None:
+            self.balancer.finish()
 
     def _move_pages(self, plan: StepPlan) -> None:
         """Bring every page to where the step looks for it."""

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from dsv3.checkpoint.reader import Source
 from dsv3.checkpoint.sharding import check_tensors
 from dsv3.checkpoint.source import open_source
 from dsv3.config import ModelConfig
+from dsv3.engine.balance import Balancer, place_experts
 from dsv3.engine.config import EngineConfig
 from dsv3.engine.engine import Engine
 from dsv3.engine.guard import Guard
@@ -33,6 +34,7 @@ from dsv3.model.attention import absorb_limit
 from dsv3.model.transformer import Transformer
 from dsv3.parallel.experts import DispatchSettings
 from dsv3.parallel.mesh import Mesh
+from dsv3.parallel.placement import Placement
 from dsv3.parallel.together import fail_together
 from dsv3.parallel.weights import FP8, WeightFormat
 from dsv3.text.tokenizer import Tokenizer
@@ -152,8 +154,10 @@ def start(
         dispatch = _dispatch(settings, source.config, setup.fmt)
         if settings.moe_dispatch == "alltoall" and mesh.layout.dp == 1 and mesh.layout.rank == 0:
             log.info("--moe-dispatch=alltoall: without --dp every rank has all tokens already")
+        if setup.placement is not None:  # a group's experts may be anywhere
+            dispatch = replace(dispatch, groups=(1, 1))
         split_from = settings.split_from(mesh.device.type)
-        model = _load_model(source, mesh, setup.fmt, dispatch, split_from, progress)
+        model = _load_model(source, mesh, setup, dispatch, split_from, progress)
         weights = b""
         if settings.disk_cache:
             weights = digest_share(source, mesh.layout.rank, mesh.layout.world_size)
@@ -171,6 +175,8 @@ def start(
     channel = PlanChannel(mesh.control, mesh.watch)
     mesh.watch.enter("warm-up")
     _warm_up(runner, static, mesh.layout.dp, seconds)
+    if setup.placement is not None:
+        runner.balancer = Balancer(model, mesh, setup.placement, settings)
     mesh.watch.enter("run")
     engine = None
     if mesh.layout.rank == 0:
@@ -188,6 +194,7 @@ class _SetUp:
     fmt: WeightFormat
     layout: CacheLayout
     context_limit: int
+    placement: Placement | None
     plan: MemoryPlan
     plan_for: Callable[..., MemoryPlan]
 
@@ -210,10 +217,12 @@ def _set_up(source: Source, settings: EngineConfig, mesh: Mesh, n_experts: int |
     stored = _CACHE_NAMES[dtype] if settings.kv_dtype == "auto" else settings.kv_dtype
     tp, tp_rank = mesh.layout.tp, mesh.layout.tp_rank
     layout = CacheLayout.make(config, settings.cache_form, settings.kv_shard, stored, tp, tp_rank)
-    weights = weight_bytes(config, mesh.layout, dtype.itemsize, fmt.fp8_names)
+    placement = place_experts(settings, config, mesh.layout)
+    redundant = 0 if placement is None else placement.num_slots - placement.num_experts
+    weights = weight_bytes(config, mesh.layout, dtype.itemsize, fmt.fp8_names, redundant)
     plan_for = partial(plan_memory, config, settings, layout, weights, limit)
     plan = plan_for(free_memory(mesh.device, mesh.ranks_on_host), mesh.device)
-    return _SetUp(fmt, layout, limit, plan, plan_for)
+    return _SetUp(fmt, layout, limit, placement, plan, plan_for)
 
 
 def _weight_format(source: Source, settings: EngineConfig, mesh: Mesh) -> WeightFormat:
@@ -272,12 +281,12 @@ def _dispatch(settings: EngineConfig, config: ModelConfig, fmt: WeightFormat) ->
 def _load_model(
     source: Source,
     mesh: Mesh,
-    fmt: WeightFormat,
+    setup: _SetUp,
     dispatch: DispatchSettings,
     split_from: int,
     progress: Callable[[int, int], None],
 ) -> Transformer:
-    model = Transformer(source.config, mesh, fmt, dispatch, split_from)
+    model = Transformer(source.config, mesh, setup.fmt, dispatch, split_from, setup.placement)
     targets = list(model.targets())
     total = sum(t.dest.numel() * t.dest.element_size() for t in targets)
     done = 0

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from dsv3.config import ModelConfig, ParallelConfig
+from dsv3.config import ModelConfig, ParallelConfig, split_range
 from dsv3.model.side_stream import SideStream
 from dsv3.parallel.experts import ExpertDispatch, Run
 from dsv3.parallel.linear import ColumnParallelLinear, RowParallelLinear
@@ -87,7 +87,10 @@ class Router(nn.Module):
 
 
 class MoE(nn.Module):
-    """Routed experts in contiguous ranges over the world, shared experts split over tp."""
+    """Routed experts over the world, shared experts split over tp.
+
+    Every rank has an equal range of the experts, or of the slots that they are placed in.
+    """
 
     def __init__(
         self,
@@ -100,12 +103,15 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         self.dispatch, self.side, self.spread = dispatch, side, layout.ep
+        self.slots = dispatch.slots.get(prefix)
         self.router = Router(config, prefix, replace(fmt, fp8_names=frozenset()))
         self.top_k = config.num_experts_per_tok
-        self.num_local = config.n_routed_experts // layout.ep
-        self.first_expert = layout.ep_rank * self.num_local
+        held = list(range(*split_range(config.n_routed_experts, layout.ep, layout.ep_rank)))
+        if self.slots is not None:
+            held = self.slots.held
+        self.num_local, self.first_expert = len(held), layout.ep_rank * len(held)
         hidden, inner = config.hidden_size, config.moe_intermediate_size
-        paths = [f"{prefix}experts.{self.first_expert + e}." for e in range(self.num_local)]
+        paths = [f"{prefix}experts.{e}." for e in held]
         pairs = [[f"{p}gate_proj.weight", f"{p}up_proj.weight"] for p in paths]
         self.gate_up_proj = Matrix(pairs, [inner, inner], hidden, fmt, uncut=True)
         downs = [[f"{p}down_proj.weight"] for p in paths]
@@ -122,6 +128,8 @@ class MoE(nn.Module):
             ids_TK = torch.zeros((0, self.top_k), dtype=torch.int64, device=x_TD.device)
             return self.dispatch(x_TD, ids_TK, ids_TK.float(), self.run_experts)()
         ids_TK, weight_TK = self.router(x_TD)
+        if self.slots is not None:
+            ids_TK = self.slots(ids_TK)
         run: Run = self.run_experts
         if self.dispatch.mesh.layout.dp == 1:  # the tokens stay where they are, so x_q is theirs
             run = partial(self.run_experts, x_q=x_q)

@@ -15,7 +15,9 @@ from dsv3.model.side_stream import SideStream
 from dsv3.parallel.experts import DispatchSettings, ExpertDispatch
 from dsv3.parallel.linear import VocabParallelEmbedding, VocabParallelHead
 from dsv3.parallel.mesh import Mesh
+from dsv3.parallel.placement import Placement
 from dsv3.parallel.rows import StreamRows
+from dsv3.parallel.slots import ExpertSlots
 from dsv3.parallel.weights import Matrix, Target, Vector, WeightFormat
 from dsv3_kernels import Quantized, add_rmsnorm
 
@@ -94,6 +96,7 @@ class Transformer(nn.Module):
         fmt: how weights are held.
         settings: how tokens come to their experts.
         split_from: steps of so many tokens split the residual stream over tp; 0 never does.
+        placement: which rank holds which experts; None for equal ranges.
     """
 
     def __init__(
@@ -103,9 +106,14 @@ class Transformer(nn.Module):
         fmt: WeightFormat,
         settings: DispatchSettings | None = None,
         split_from: int = 0,
+        placement: Placement | None = None,
     ) -> None:
         super().__init__()
-        self.dispatch = ExpertDispatch(mesh, config.n_routed_experts, settings)
+        num_slots = config.n_routed_experts if placement is None else placement.num_slots
+        self.dispatch = ExpertDispatch(mesh, num_slots, settings)
+        if placement is not None:
+            for i in placement.layers:
+                self.dispatch.slots[f"model.layers.{i}.mlp."] = ExpertSlots(placement, i, mesh)
         self.config, self.tp, self.split_from = config, mesh.tp, split_from
         self.numerics = "fp8" if fmt.fp8_products else str(fmt.dtype).removeprefix("torch.")
         embed, head = "model.embed_tokens.weight", "lm_head.weight"

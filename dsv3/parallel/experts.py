@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from dsv3.config import split_range
 from dsv3.parallel.collectives import Collectives
 from dsv3.parallel.mesh import Mesh
+from dsv3.parallel.slots import ExpertSlots
 from dsv3_kernels import act_quant, weight_dequant
 
 FP8, BLOCK = torch.float8_e4m3fn, 128
@@ -206,6 +207,9 @@ class ExpertDispatch:
         mesh: the ranks.
         num_slots: experts, or physical slots for them and their copies, over the whole world.
         settings: which form, and how tokens travel.
+
+    Attributes:
+        slots: by the prefix of each layer whose experts are placed; others' lie in equal ranges.
     """
 
     def __init__(
@@ -213,6 +217,7 @@ class ExpertDispatch:
     ) -> None:
         self.settings = settings = settings or DispatchSettings()
         self.mesh, self._layout = mesh, mesh.layout
+        self.slots: dict[str, ExpertSlots] = {}
         self._tokens: list[int] | None = None
         self._is_fixed = self._is_deferred = False
         self._overflow = torch.zeros((), dtype=torch.bool, device=mesh.device)

@@ -148,6 +148,25 @@ class Matrix(nn.Module):
             return Stack(self.weight, self.block_scale)
         return Stack(torch.stack([self.matrix(e) for e in range(len(self.names))]))
 
+    def take(self, stacked: list[int]) -> list[Tensor]:
+        """Return copies of some stacked matrices and of their scales."""
+        parts = range(len(self.rows) if self.scales else 0)
+        scales = [[self.scales[e, i].scale for e in range(len(self.names))] for i in parts]
+        return [t[stacked] for t in (*self._bytes(), *map(torch.stack, scales))]
+
+    def put(self, stacked: list[int], values: list[Tensor]) -> None:
+        """Overwrite some stacked matrices with what another rank's `take` returned."""
+        mine = self._bytes()
+        for t, value in zip(mine, values, strict=False):
+            t[stacked] = value
+        for i, scale in enumerate(values[len(mine) :]):
+            for e, value in zip(stacked, scale, strict=True):
+                self.scales[e, i].scale.copy_(value)
+
+    def _bytes(self) -> list[Tensor]:
+        """Return views of all that is stacked: Gloo sends no FP8, and nothing computes with it."""
+        return [t.view(torch.uint8) for t in (*self.parameters(), *self.buffers())]
+
 
 class Vector(nn.Module):
     """A replicated small tensor held in float32 (norms, router bias), whatever is stored."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dsv3.cache.layout import CacheLayout
 from dsv3.cache.pool import CachePool
+from dsv3.checkpoint.region import whole as region_of
 from dsv3.checkpoint.sharding import shard_region, tensor_specs
 from dsv3.config import ModelConfig
 from dsv3.engine.plan import NO_TARGET, PlanChannel, StepPlan, pack_plans
@@ -70,8 +71,9 @@ def filled(module: nn.Module, mesh: Mesh, config: ModelConfig = CONFIG) -> nn.Mo
     for part in module.modules():
         if isinstance(part, Matrix | Vector):
             for target in part.targets():
-                region = shard_region(specs[target.name], mesh.layout)
                 weight = whole(target.name, specs[target.name].shape)
+                # Experts that are placed elsewhere are whole, too.
+                region = shard_region(specs[target.name], mesh.layout) or region_of(weight.shape)
                 target.dest.copy_(weight[tuple(slice(*bounds) for bounds in region)])
     return module
 

@@ -35,6 +35,8 @@ def test_wrong_cache_size(text: str) -> None:
         ("kv_dtype", "int4", "--kv-dtype=int4"),
         ("dtype", "float16", "--dtype=float16"),
         ("weights", "int8", "--weights=int8"),
+        ("redundant_experts", -1, "--redundant-experts=-1 must be at least 0"),
+        ("rebalance_every", -1, "--rebalance-every=-1 must be at least 0"),
         ("max_seq_len", -1, "--max-seq-len=-1 must be at least 0"),
         ("max_batch_tokens", 0, "--max-batch-tokens=0 must be at least 1"),
         ("max_running", 0, "--max-running=0 must be at least 1"),
@@ -72,3 +74,8 @@ def test_tiers() -> None:
 def test_cache_form() -> None:
     forms = [EngineConfig(attn_impl=a).cache_form for a in ("naive", "absorb", "auto")]
     assert forms == ["heads", "latent", "latent"]
+
+
+def test_copies_come_from_a_file_or_a_number() -> None:
+    with pytest.raises(ConfigError, match="--redundant-experts=4: --expert-placement=file has its"):
+        EngineConfig(expert_placement="file", redundant_experts=4)

@@ -1,0 +1,154 @@
+"""Balances experts over ranks while a model runs: counts loads, moves experts between steps."""
+
+import logging
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dsv3.config import ModelConfig, ParallelConfig
+from dsv3.engine.config import EngineConfig
+from dsv3.errors import ConfigError
+from dsv3.model.moe import MoE
+from dsv3.model.transformer import Transformer
+from dsv3.parallel.mesh import Mesh
+from dsv3.parallel.placement import Longs, Placement, write_layers
+
+log = logging.getLogger(__name__)
+
+# A layer's experts are moved if that takes this share off its most loaded rank.
+_GAIN = 0.05
+# Weight of what was counted before the last time, against what was counted since.
+_MEMORY = 0.5
+
+
+def moves(old_P: Longs, new_P: Longs, num_ranks: int, ranks_on_host: int) -> list[tuple[int, int]]:
+    """Return (from, to) for every slot whose expert changes.
+
+    An expert comes from the rank itself, else from its host, else from any rank that has it.
+    """
+    size, total = len(old_P) // num_ranks, len(old_P)
+
+    def distance(to: int, at: int) -> tuple[bool, bool, int]:
+        host = size * ranks_on_host
+        return at // size != to // size, at // host != to // host, (at - to) % total
+
+    changed = np.flatnonzero(old_P != new_P).tolist()
+    holders = (np.flatnonzero(old_P == new_P[to]).tolist() for to in changed)
+    pairs = zip(holders, changed, strict=True)
+    return [(min(at, key=partial(distance, to)), to) for at, to in pairs]
+
+
+def place_experts(
+    settings: EngineConfig, config: ModelConfig, layout: ParallelConfig
+) -> Placement | None:
+    """Return where experts are to be, or None for equal ranges that nobody asks about.
+
+    Raises:
+        ConfigError: the file of the placement does not fit, or that of the loads has no directory.
+    """
+    record = Path(settings.record_expert_load)
+    if layout.rank == 0 and not record.absolute().parent.is_dir():
+        raise ConfigError(f"--record-expert-load={record}: there is no such directory")
+    wanted = settings.expert_placement, settings.redundant_experts, settings.rebalance_every
+    has_experts = config.first_k_dense_replace < config.num_hidden_layers
+    if not has_experts or not any((*wanted, settings.record_expert_load)):
+        return None
+    if not settings.expert_placement:
+        return Placement.contiguous(config, layout.ep, settings.redundant_experts)
+    placement = Placement.read(Path(settings.expert_placement))
+    placement.check(config, layout, f"--expert-placement={settings.expert_placement}")
+    return placement
+
+
+class Balancer:
+    """One rank's share of balancing. Every method is called on all ranks, at the same step.
+
+    Args:
+        model: this rank's, loaded as `placement` says.
+        mesh: the ranks.
+        placement: where experts are.
+        settings: when to move them, and where to write their loads.
+    """
+
+    def __init__(
+        self, model: Transformer, mesh: Mesh, placement: Placement, settings: EngineConfig
+    ) -> None:
+        self.placement = placement
+        self._mesh, self._num_groups = mesh, model.config.n_group
+        self._every, self._file = settings.rebalance_every, settings.record_expert_load
+        self._slots = list(model.dispatch.slots.values())
+        found = (module for module in model.modules() if isinstance(module, MoE))
+        self._layers = dict(zip(placement.layers, found, strict=True))
+        shape = len(self._slots), placement.num_experts
+        self._total, self._recent, self._steps = np.zeros(shape, np.int64), np.zeros(shape), 0
+        self._take()  # the warm-up's
+
+    def before_step(self) -> None:
+        """Count a step; every so many steps, move experts to where they are better placed."""
+        self._steps += 1
+        if not self._every or self._steps % self._every:
+            return
+        self._recent = _MEMORY * self._recent + self._count()
+        begin, old = time.perf_counter(), self.placement
+        loads = dict(zip(self._layers, self._recent, strict=True))
+        new = old
+        if self._mesh.layout.rank == 0:
+            num_nodes = max(1, old.num_ranks // self._mesh.ranks_on_host)
+            new = old.rebalanced(loads, self._num_groups, num_nodes, _GAIN)
+        slots = torch.from_numpy(np.stack(list(new.layers.values())))
+        told = self._mesh.control.broadcast(slots).numpy()
+        self.placement = replace(old, layers=dict(zip(self._layers, told, strict=True)))
+        moved = sum(self._move(layer, old.layers[layer]) for layer in self._layers)
+        for layer_slots in self._slots:
+            layer_slots.place(self.placement)
+        busiest = f"{self.placement.imbalance(loads):.2f}, was {old.imbalance(loads):.2f}"
+        what = f"{moved} experts moved in {time.perf_counter() - begin:.2f} s"
+        log.info("step %d: %s; load of the busiest rank / mean %s", self._steps, what, busiest)
+
+    def finish(self) -> None:
+        """Write the tokens that every expert got, from rank 0."""
+        if not self._file:
+            return
+        self._count()
+        if self._mesh.layout.rank == 0:
+            loads = dict(zip(self._layers, self._total, strict=True))
+            write_layers(Path(self._file), {"num_experts": self.placement.num_experts}, loads)
+
+    def _count(self) -> Longs:
+        """Return the tokens of every layer's experts since the last time."""
+        new = self._mesh.dp.all_reduce(self._take()).cpu().numpy()
+        self._total += new
+        return new
+
+    def _take(self) -> Tensor:
+        """Return what this rank counted, and begin anew."""
+        mine = torch.stack([slots.load_E for slots in self._slots])
+        for slots in self._slots:
+            slots.load_E.zero_()
+        return mine
+
+    def _move(self, layer: int, old_P: Longs) -> int:
+        """Bring the experts of one layer to their new slots; return how many were moved."""
+        world, size = self._mesh.world, self.placement.slots_per_rank
+        rank, module = world.rank, self._layers[layer]
+        found = moves(old_P, self.placement.layers[layer], world.size, self._mesh.ranks_on_host)
+        if not found:
+            return 0
+        # By peer and slot, so that both sides have them in the same order.
+        here = [(a % size, b % size) for a, b in found if a // size == b // size == rank]
+        out = sorted((b // size, b, a % size) for a, b in found if a // size == rank != b // size)
+        into = sorted((a // size, b, b % size) for a, b in found if b // size == rank != a // size)
+        send, receive = (
+            [sum(peer == r for peer, *_ in x) for r in range(world.size)] for x in (out, into)
+        )
+        for matrix in (module.gate_up_proj, module.down_proj):
+            kept, sent = matrix.take([a for a, _ in here]), matrix.take([a for *_, a in out])
+            got = [world.start_exchange(x, send, receive, "experts").wait() for x in sent]
+            matrix.put([b for _, b in here], kept)
+            matrix.put([b for *_, b in into], got)
+        return len(found)

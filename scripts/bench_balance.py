@@ -1,0 +1,95 @@
+"""The load of the busiest rank before experts are balanced over the ranks, and after.
+
+    torchrun --nproc-per-node 8 launch/generate.py ... --record-expert-load LOADS
+    python launch/bench.py balance --load LOADS --ranks 8 --redundant-experts 8 --save PLACEMENT
+    torchrun --nproc-per-node 8 launch/generate.py ... --expert-placement PLACEMENT
+
+Without --load: made-up loads, the popularity of a layer's experts after Zipf's law.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from dsv3.bench.report import Report
+from dsv3.config_files import DEMO, load_model_config
+from dsv3.engine.program import Parser, run_program, set_up_logging
+from dsv3.errors import ConfigError
+from dsv3.parallel.placement import Placement, read_layers
+
+
+def balance(args: argparse.Namespace) -> Report:
+    """Compare equal ranges of experts with balanced ones."""
+    config = load_model_config(args.config or DEMO)
+    first = Placement.contiguous(config, args.ranks)
+    if args.load:
+        (experts,), loads = read_layers(args.load, ("num_experts",))
+        if experts != first.num_experts or loads.keys() != first.layers.keys():
+            raise ConfigError(f"{args.load}: it is of another model; give its --config")
+    else:
+        draw = np.random.default_rng(args.seed)
+        popular = 1e6 / np.arange(1, 1 + first.num_experts) ** args.skew
+        loads = {layer: draw.permutation(popular).astype(np.int64) for layer in first.layers}
+    report = Report("balance", x_label="experts", y_label="busiest rank's load / mean")
+    spare = Placement.contiguous(config, args.ranks, args.redundant_experts)
+    balanced = spare.rebalanced(loads, config.n_group, args.nodes)
+    moved = sum(int((balanced.layers[i] != spare.layers[i]).sum()) for i in loads)
+    for name, placement in (("in equal ranges", first), ("balanced", balanced)):
+        layers = [placement.imbalance({layer: load}) for layer, load in loads.items()]
+        report.rows.append(
+            {
+                "experts": name,
+                "slots a rank": placement.slots_per_rank,
+                "max/mean load": placement.imbalance(loads),
+                "best layer": min(layers),
+                "worst layer": max(layers),
+                "moved slots": moved if placement is balanced else None,
+            }
+        )
+        report.series[name] = ([name], [report.rows[-1]["max/mean load"]])
+    if args.save:
+        balanced.write(args.save)
+    what = ("load", "ranks", "nodes", "redundant_experts", "skew", "seed")
+    report.setting = {name: str(getattr(args, name)) for name in what}
+    return report
+
+
+def positive(text: str) -> int:
+    """Read a whole number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return int(text)
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = Parser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--load", type=Path, help="as --record-expert-load writes it")
+    parser.add_argument("--config", help="the model (default: the demo model)")
+    parser.add_argument("--skew", type=float, default=1.0, help="without --load: Zipf's exponent")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ranks", type=positive, default=8)
+    parser.add_argument(
+        "--nodes", type=positive, default=1, help="hosts; a group of experts stays on one"
+    )
+    parser.add_argument("--redundant-experts", type=int, default=0, help="copies in a layer")
+    parser.add_argument("--save", type=Path, help="write the placement here")
+    parser.add_argument("--json", type=Path, help="write the result here")
+    parser.add_argument("--debug", action="store_true", help="tracebacks with errors")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Balance, report."""
+    args = parse_args()
+    set_up_logging(args.debug)
+    report = balance(args)
+    print(report)
+    if args.json:
+        report.write_json(args.json)
+    return 0
+
+
+if __name__ == "__main__":
+    run_program(main)

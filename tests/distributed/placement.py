@@ -1,0 +1,160 @@
+"""What every rank checks: wherever experts are, and while they move, the answers stay the same."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dsv3.config_files import DEMO
+from dsv3.engine.balance import moves
+from dsv3.engine.config import EngineConfig
+from dsv3.engine.engine import follow
+from dsv3.engine.start import Started, start
+from dsv3.model.moe import MoE
+from dsv3.parallel.experts import DispatchSettings, ExpertDispatch
+from dsv3.parallel.mesh import Mesh
+from dsv3.parallel.placement import Placement, read_layers
+from dsv3.parallel.slots import ExpertSlots
+from dsv3.request import Request, SamplingParams
+from dsv3_kernels.testing import assert_bitwise_equal, assert_close
+from tests.distributed.dispatch import meshes
+from tests.distributed.layers import CONFIG, FORMAT, filled
+from tests.distributed.ranks import alone
+
+PROMPTS = [[7] * 20, [50, 60, 70], [900 + i for i in range(33)]]
+TOKENS = 9
+CACHE = {"kv_cache_size": "1024tok", "max_seq_len": 128}
+
+
+def answers(mesh: Mesh, **settings: object) -> tuple[list[list[int]], Started]:
+    """Return greedy answers on rank 0, nothing elsewhere; and what gave them."""
+    started = start(DEMO, EngineConfig(**CACHE, **settings), mesh)
+    found: dict[str, list[int]] = {}
+    if started.engine is None:
+        follow(started.runner, started.channel)
+    else:
+        params = SamplingParams(max_tokens=TOKENS, ignore_eos=True)
+        for i, prompt in enumerate(PROMPTS):
+            started.engine.add(Request(request_id=str(i), prompt_ids=prompt, params=params))
+        while started.engine.has_work():
+            for out in started.engine.step():
+                if out.completion is not None:
+                    found[out.request_id] = out.completion.token_ids
+        started.engine.stop()
+    started.runner.finish()
+    return [found[key] for key in sorted(found)], started
+
+
+def check_engine(mesh: Mesh, folder: str) -> None:
+    """The demo model: from a file, and moved live, at two ranks as it is, at four with copies."""
+    assert mesh.layout.tp == 2
+    size, load, file = mesh.world.size, f"{folder}/load.json", f"{folder}/placement.json"
+    want, plain = answers(mesh)
+    assert plain.runner.balancer is None and len(want) == (3 if mesh.world.rank == 0 else 0)
+    spare = {} if size == 2 else {"redundant_experts": size}
+    kept = {} if size == 2 else {"weights": "fp8"}
+    first = Placement.contiguous(plain.config, size, size if spare else 0)
+
+    def check(placed: Placement | None = None, **settings: object) -> Started:
+        if placed is not None:
+            if mesh.world.rank == 0:
+                placed.write(Path(file))
+            mesh.world.all_reduce(torch.zeros(1))  # the others wait for the file
+            settings["expert_placement"] = file
+        got, started = answers(mesh, **settings)
+        assert got == want, settings
+        assert started.plan.weight_bytes == started.runner.weight_bytes, settings
+        return started
+
+    assert check(record_expert_load=load, **spare).runner.balancer.placement.layers.keys() == {
+        1,
+        2,
+        3,
+    }
+    check_loads(mesh, plain, load)
+    mesh.world.all_reduce(torch.zeros(1))
+    loads = read_layers(Path(load), ())[1]
+    best = first.rebalanced(loads, plain.config.n_group, 1)
+    assert best.imbalance(loads) < first.imbalance(loads)
+    check(best, **kept)
+    live = check(rebalance_every=3, record_expert_load=load, **spare, **kept)
+    check_loads(mesh, plain, load)
+    moved = live.runner.balancer.placement
+    assert any((moved.layers[i] != first.layers[i]).any() for i in moved.layers)
+    check_weights(live, check(moved, **kept))
+
+
+def check_loads(mesh: Mesh, plain: Started, load: str) -> None:
+    """Every token chose so many experts, in every layer; the last token is never fed back."""
+    if mesh.world.rank == 0:
+        (experts,), layers = read_layers(Path(load), ("num_experts",))
+        fed = sum(len(prompt) for prompt in PROMPTS) + len(PROMPTS) * (TOKENS - 1)
+        assert experts == 16 and list(layers) == [1, 2, 3]
+        for counts in layers.values():
+            assert counts.sum() == fed * plain.config.num_experts_per_tok
+
+
+def check_weights(live: Started, fresh: Started) -> None:
+    """What a rank holds is what it would have read for this placement."""
+    for one, other in zip(moe_layers(live), moe_layers(fresh), strict=True):
+        for name in ("gate_up_proj", "down_proj"):
+            held = (getattr(x, name).take(list(range(x.num_local))) for x in (one, other))
+            for got, wanted in zip(*held, strict=True):
+                assert_bitwise_equal(name, got, wanted)
+
+
+def moe_layers(started: Started) -> list[MoE]:
+    return [m for m in started.runner._model.modules() if isinstance(m, MoE)]
+
+
+def check_layers(world: Mesh) -> None:
+    """One layer, tokens of several dp groups: copies take turns, and every token is counted."""
+    size, tokens = world.world.size, 11
+    start = Placement.contiguous(CONFIG, size, 2 * size)
+    rng = np.random.default_rng(0)
+    shuffled = Placement(12, size, {1: rng.permutation(start.layers[1])})
+    for tp in (1, 2, 4):
+        for form in ("allreduce", "alltoall"):
+            if tp <= size:
+                with meshes(world, tp, size) as mesh:
+                    check_layer(mesh, shuffled, form, tokens)
+
+
+def check_layer(mesh: Mesh, placement: Placement, form: str, tokens: int) -> None:
+    prefix, settings = "model.layers.1.mlp.", DispatchSettings(form=form)
+    single = ExpertDispatch(alone(), CONFIG.n_routed_experts)
+    want = filled(MoE(CONFIG, prefix, alone().layout, FORMAT, single), alone())
+    dispatch = ExpertDispatch(mesh, placement.num_slots, settings)
+    dispatch.slots[prefix] = slots = ExpertSlots(placement, 1, mesh)
+    layer = filled(MoE(CONFIG, prefix, mesh.layout, FORMAT, dispatch), mesh)
+    assert layer.num_local == placement.slots_per_rank
+    dispatch.begin_step(None)
+    generator = torch.Generator().manual_seed(mesh.layout.dp_rank)
+    x = torch.randn(tokens, CONFIG.hidden_size, generator=generator)
+    name = f"{form} tp {mesh.layout.tp} dp {mesh.layout.dp}"
+    assert_close(name, mesh.tp.all_reduce(layer(x)), want(x), 1e-5)
+    ids = want.router(x)[0]
+    slot = slots(ids)
+    assert (torch.from_numpy(placement.layers[1])[slot] == ids).all()
+    assert all(len(set(row)) == len(row) for row in slot.tolist())
+    assert slots.load_E.tolist() == (2 * ids.flatten().bincount(minlength=12)).tolist()
+    hot = torch.zeros(6, 1, dtype=torch.int64)
+    used = slots(hot).flatten().bincount(minlength=placement.num_slots)
+    copies = (placement.layers[1] == 0).sum()
+    assert used.max() - used[used > 0].min() <= 1 and (used > 0).sum() == min(6, copies)
+
+
+def check_all(mesh: Mesh, folder: str) -> None:
+    with torch.inference_mode():
+        check_layers(mesh)
+    with meshes(mesh, 2, mesh.world.size) as pairs:  # four ranks are two groups
+        check_engine(pairs, folder)
+
+
+def check_moves() -> None:
+    """An expert comes from the nearest holder."""
+    old = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7]).numpy()
+    new = torch.tensor([1, 1, 3, 3, 0, 0, 2, 7, 4, 5, 6, 7]).numpy()
+    # Ranks of two slots, hosts of two ranks: 1 is there, 3 is there, 0 is there, 7 is far away.
+    assert moves(old, new, 6, 2) == [(1, 0), (3, 2), (4, 5), (11, 7)]
+    assert moves(old, old, 6, 2) == []

@@ -1,0 +1,17 @@
+"""Experts placed by file and moved live, over several ranks; `placement.py` has the checks."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import placement
+from tests.distributed.ranks import run_ranks
+
+
+def test_an_expert_comes_from_the_nearest_holder() -> None:
+    placement.check_moves()
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_answers(world_size: int, tmp_path: Path) -> None:
+    run_ranks(placement.check_all, world_size, str(tmp_path))
