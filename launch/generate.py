@@ -186,6 +186,8 @@ def run(args: argparse.Namespace, mesh: Mesh, files: ExitStack, begin: float) ->
         summary = work(job, started, checkpoint.name)
         started.runner.finish()
     seconds["run"] = summary.seconds
+    if "capture" in seconds:  # of all graphs; most are captured while it runs
+        seconds["capture"] = started.runner.capture_seconds
     stats = collect_stats(started, seconds)
     if started.engine is None:
         return 0

@@ -259,9 +259,18 @@ class OneShotGroup(ProcessGroup):
 
 
 def connect(
-    group: dist.ProcessGroup, device: torch.device, via_host: bool, is_one_host: bool
+    group: dist.ProcessGroup, device: torch.device, via_host: bool, ranks_on_host: int
 ) -> ProcessGroup:
-    """Return the fastest form for a group; all its ranks choose the same. A collective."""
+    """Return the fastest form for a group; all its ranks choose the same. A collective.
+
+    Args:
+        group: any; every host holds `ranks_on_host` ranks that follow each other.
+        device: this rank's.
+        via_host: the backend cannot exchange from there.
+        ranks_on_host: ranks of this host.
+    """
+    ranks = dist.get_process_group_ranks(group)
+    is_one_host = len({rank // ranks_on_host for rank in ranks}) == 1
     if device.type != "cuda" or via_host or not is_one_host:
         return ProcessGroup(group, via_host)
     others = [i for i in range(torch.cuda.device_count()) if i != device.index]

@@ -129,8 +129,7 @@ def make_mesh(
     assert dist.group.WORLD is not None
     host_of_rank, watch = tuple(host_of_rank), watch or Watch()
     ranks_on_host = host_of_rank.count(host_of_rank[layout.rank])
-    is_one_host = ranks_on_host == layout.world_size
-    world = connect(dist.group.WORLD, device, via_host, is_one_host)
+    world = connect(dist.group.WORLD, device, via_host, ranks_on_host)
     control = world
     if backend == "nccl":
         control = ProcessGroup(dist.new_group(backend="gloo", timeout=_IDLE))
@@ -142,7 +141,7 @@ def make_mesh(
         if max(sizes) == world.size:
             return [world if size > 1 else SingleRank() for size in sizes]
         mesh = init_device_mesh(kind, sizes, mesh_dim_names=names)
-        return [connect(mesh.get_group(name), device, via_host, is_one_host) for name in names]
+        return [connect(mesh.get_group(n), device, via_host, ranks_on_host) for n in names]
 
     dp, tp = grid(("dp", layout.dp), ("tp", layout.tp))
     host: Collectives = SingleRank()

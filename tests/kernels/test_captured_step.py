@@ -1,0 +1,97 @@
+"""What a CUDA graph is to hold: a decode step over the kernels, in which the host sees no value."""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import dsv3_kernels
+from dsv3.config_files import DEMO, load_model_config
+from dsv3.engine.plan import StepPlan
+from dsv3.engine.runner import BatchBuilder, Runner
+from scripts.bench_rank import Rank, RankShape
+
+interpreter = pytest.importorskip("triton.runtime.interpreter")
+CPU = torch.device("cpu")
+LOOKS = ("item", "tolist", "nonzero", "unique", "numpy", "__bool__", "__int__", "__float__")
+
+
+@contextmanager
+def nobody_looks() -> Iterator[None]:
+    """Refuse what waits for the device, outside of the kernels themselves."""
+    inside = [False]
+    launch = interpreter.GridExecutor.__call__
+
+    def launched(self: object, *args: object, **kwargs: object) -> None:
+        inside[0] = True
+        launch(self, *args, **kwargs)
+        inside[0] = False
+
+    def guard(method: Callable[..., object], by_mask: bool = False) -> Callable[..., object]:
+        def look(self: Tensor, *args: object) -> object:
+            masks = args[0] if by_mask and isinstance(args[0], tuple) else args[:1]
+            is_look = not by_mask or any(
+                isinstance(mask, Tensor) and mask.dtype == torch.bool for mask in masks
+            )
+            assert inside[0] or not is_look, f"the host looks at values: {method.__name__}"
+            return method(self, *args)
+
+        return look
+
+    guards = {name: guard(getattr(Tensor, name)) for name in LOOKS}
+    guards |= {n: guard(getattr(Tensor, n), True) for n in ("__getitem__", "__setitem__")}
+    with (
+        mock.patch.multiple(Tensor, **guards),
+        mock.patch.object(interpreter.GridExecutor, "__call__", launched),
+    ):
+        yield
+
+
+def use_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in pkgutil.iter_modules(dsv3_kernels.__path__):
+        loaded = importlib.import_module(f"dsv3_kernels.{module.name}")
+        if hasattr(loaded, "use_triton"):
+            monkeypatch.setattr(loaded, "use_triton", lambda x: True)
+
+
+def step(drawn: bool) -> StepPlan:
+    plan = StepPlan.greedy(
+        np.array([5, 9, 7], np.int32), np.array([3, 64, 9], np.int32), np.arange(1, 7).reshape(3, 2)
+    )
+    if drawn:
+        plan.temperature = np.array([0.5, 0.0, 1.0], np.float32)
+        plan.top_p, plan.top_k = np.array([0.9, 1, 1], np.float32), np.array([0, 0, 5], np.int32)
+    return plan
+
+
+@pytest.mark.parametrize(("weights", "cache"), [("fp8", "fp8"), ("bf16", "bf16")])
+def test_nobody_looks_at_a_decode_step(
+    weights: str, cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(load_model_config(DEMO), num_attention_heads=2, vocab_size=300)
+    shape = RankShape(config=config, world=2, layers=2, weights=weights, cache=cache)
+    rank = Rank(shape, CPU, 512)
+    runner = Runner(rank.model, rank.cache, 1, static=True)
+    steps = runner._static
+    assert steps is not None
+    with torch.inference_mode():
+        for drawn in (False, True):
+            plan = step(drawn)
+            tables = BatchBuilder(plan, rank.cache.layout, CPU, 1).decode_tables()
+            steps.run(plan, *tables)
+        use_kernels(monkeypatch)
+        for bucket, inputs in steps._inputs.items():
+            with nobody_looks():
+                steps._compute(bucket, inputs)
+        assert {bucket.draws for bucket in steps._inputs} == {False, True}
+        with nobody_looks(), pytest.raises(AssertionError, match="looks at values: item"):
+            steps._feed.sum().item()
+        with nobody_looks(), pytest.raises(AssertionError, match="__getitem__"):
+            steps._feed[steps._feed > 0]
