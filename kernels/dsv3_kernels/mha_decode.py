@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dsv3_kernels._triton import tl, triton, use_triton
 from dsv3_kernels.merge_lse import merge_splits_triton, softmax_lse
+from dsv3_kernels.mla_decode import programs_for
 from dsv3_kernels.paging import Keys, Paging
 
 # Values held at a time by the reference: 64 MiB of float32.
@@ -42,7 +43,7 @@ def mha_decode_ref(
     return out
 
 
-@triton.jit(do_not_specialize=["pages"])
+@triton.jit(do_not_specialize=["pages", "splits"])
 def _mha_decode_kernel(
     q_ptr,
     cache_ptr,
@@ -52,6 +53,7 @@ def _mha_decode_kernel(
     lse_ptr,
     stride_slot,
     pages,
+    splits,
     scale_log2,
     H: tl.constexpr,
     X: tl.constexpr,
@@ -64,36 +66,38 @@ def _mha_decode_kernel(
     KEYS: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """One program: a head of a sequence and SPLIT of the positions held here."""
-    head, split, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    """One program: a head of a sequence and some splits of the positions held here."""
+    head, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     seen = (tl.load(pos_ptr + b).to(tl.int32) + SHARDS - SHARD) // SHARDS
-    first = split * SPLIT
-    if (first < seen) | (split == 0):
+    needed = tl.maximum(1, tl.cdiv(seen, SPLIT))
+    if tl.program_id(1) < needed:
         x, v = tl.arange(0, X_PAD), tl.arange(0, V_PAD)
         is_x, is_v = x < X, v < V
         q = tl.load(q_ptr + (b * H + head) * X + x, mask=is_x, other=0.0).to(tl.float32)
-        top = tl.full((1,), float("-inf"), tl.float32)
-        total, acc = tl.zeros((1,), tl.float32), tl.zeros((V_PAD,), tl.float32)
-        for start in range(first, min(first + SPLIT, seen), KEYS):
-            at = start + tl.arange(0, KEYS)
-            held = at < seen
-            page = tl.load(page_ptr + b * pages + at // PAGE, mask=held, other=0).to(tl.int64)
-            entry = ((page * PAGE + at % PAGE) * stride_slot + head * (X + V))[:, None]
-            k_mask, v_mask = held[:, None] & is_x[None, :], held[:, None] & is_v[None, :]
-            k = tl.load(cache_ptr + entry + x[None, :], mask=k_mask, other=0.0)
-            value = tl.load(cache_ptr + entry + X + v[None, :], mask=v_mask, other=0.0)
-            score = tl.sum(k.to(tl.float32) * q[None, :], 1) * scale_log2
-            score = tl.where(held, score, float("-inf"))
-            best = tl.maximum(top, tl.max(score, 0))  # finite: the first key is always seen
-            p, decay = tl.exp2(score - best), tl.exp2(top - best)
-            total = total * decay + tl.sum(p, 0)
-            acc = acc * decay + tl.sum(p[:, None] * value.to(tl.float32), 0)
-            top = best
-        divisor = tl.where(total == 0.0, 1.0, total)
-        out = (b * tl.num_programs(1) + split) * H + head
-        tl.store(o_ptr + out * V + v, acc / divisor, mask=is_v)
-        lse = (top + tl.log2(divisor)) * 0.6931471805599453
-        tl.store(lse_ptr + out + tl.arange(0, 1), lse)
+        for split in range(tl.program_id(1), needed, tl.num_programs(1)):
+            first = split * SPLIT
+            top = tl.full((1,), float("-inf"), tl.float32)
+            total, acc = tl.zeros((1,), tl.float32), tl.zeros((V_PAD,), tl.float32)
+            for start in range(first, min(first + SPLIT, seen), KEYS):
+                at = start + tl.arange(0, KEYS)
+                held = at < seen
+                page = tl.load(page_ptr + b * pages + at // PAGE, mask=held, other=0).to(tl.int64)
+                entry = ((page * PAGE + at % PAGE) * stride_slot + head * (X + V))[:, None]
+                k_mask, v_mask = held[:, None] & is_x[None, :], held[:, None] & is_v[None, :]
+                k = tl.load(cache_ptr + entry + x[None, :], mask=k_mask, other=0.0)
+                value = tl.load(cache_ptr + entry + X + v[None, :], mask=v_mask, other=0.0)
+                score = tl.sum(k.to(tl.float32) * q[None, :], 1) * scale_log2
+                score = tl.where(held, score, float("-inf"))
+                best = tl.maximum(top, tl.max(score, 0))  # finite: the first key is always seen
+                p, decay = tl.exp2(score - best), tl.exp2(top - best)
+                total = total * decay + tl.sum(p, 0)
+                acc = acc * decay + tl.sum(p[:, None] * value.to(tl.float32), 0)
+                top = best
+            divisor = tl.where(total == 0.0, 1.0, total)
+            out = (b * splits + split) * H + head
+            tl.store(o_ptr + out * V + v, acc / divisor, mask=is_v)
+            lse = (top + tl.log2(divisor)) * 0.6931471805599453
+            tl.store(lse_ptr + out + tl.arange(0, 1), lse)
 
 
 def mha_decode_triton(
@@ -114,8 +118,8 @@ def mha_decode_triton(
     o = torch.empty(B, splits, H, V, dtype=torch.float32, device=q_BHX.device)
     lse = o.new_empty(B, splits, H)
     if B:
-        _mha_decode_kernel[(H, splits, B)](
-            *(q_BHX, cache_SY, page_BG, query_pos_B, o, lse, cache_SY.stride(0), G),
+        _mha_decode_kernel[(H, programs_for(splits, H * B), B)](
+            *(q_BHX, cache_SY, page_BG, query_pos_B, o, lse, cache_SY.stride(0), G, splits),
             *(scale * math.log2(math.e), H, X, V),
             *(triton.next_power_of_2(X), triton.next_power_of_2(V)),
             *(paging.slots_per_page, paging.shards, paging.shard, _KEYS, split),

@@ -1,7 +1,7 @@
 """MLA in its absorbed form: attention to the cached latents themselves.
 
 All heads and new tokens of a sequence share its keys, so they are the rows of one tile: the cache
-is read once for up to 16, 32 or 64 of them. A program takes one tile, one sequence and one split
+is read once for up to 16, 32 or 64 of them. A program takes one tile, one sequence and some splits
 of the positions held here; splits are of fixed length and merged in their order, so a sequence's
 result depends on nothing else in the batch.
 
@@ -25,6 +25,8 @@ from dsv3_kernels.kv_fp8 import BLOCK, unpack_latent
 from dsv3_kernels.merge_lse import merge_splits_triton, softmax_lse
 from dsv3_kernels.paging import Keys, Paging
 
+# Programs of a launch, about: eight for each multiprocessor.
+_PROGRAMS = 1024
 # Values held at a time by the reference: 4 MiB of float32, which a processor's cache holds.
 _SCORES = 1 << 20
 
@@ -91,7 +93,7 @@ def _unpack(code, scale_at, held, blocks, NATIVE: tl.constexpr, DTYPE: tl.conste
     return tl.reshape(value, code.shape).to(DTYPE)
 
 
-@triton.jit(do_not_specialize=["pages", "queries", "num_rows"])
+@triton.jit(do_not_specialize=["pages", "splits", "queries", "num_rows"])
 def _mla_decode_kernel(
     q_ptr,
     latent_ptr,
@@ -105,6 +107,7 @@ def _mla_decode_kernel(
     stride_scale,
     stride_rope,
     pages,
+    splits,
     queries,
     num_rows,
     scale_log2,
@@ -123,68 +126,79 @@ def _mla_decode_kernel(
     NATIVE: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """One program: ROWS of a sequence's Q * H queries and SPLIT of the positions held here."""
-    split, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    """One program: ROWS of a sequence's Q * H queries, some splits of the positions held here."""
+    b = tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     c, r = tl.arange(0, C_PAD), tl.arange(0, R_PAD)
     is_c, is_r, is_row = c < C, r < R, row < num_rows
     query_pos = tl.load(pos_ptr + b * queries + row // H, mask=is_row, other=-1).to(tl.int32)
     # Positions held here that some row of the program sees.
     seen = (tl.max(query_pos, 0) + SHARDS - SHARD) // SHARDS
-    first = split * SPLIT
-    if (first < seen) | (split == 0):
+    needed = tl.maximum(1, tl.cdiv(seen, SPLIT))
+    if tl.program_id(1) < needed:
         q_row = q_ptr + (b * num_rows + row)[:, None] * (C + R)
         q_c = tl.load(q_row + c[None, :], mask=is_row[:, None] & is_c[None, :], other=0.0)
         q_r = tl.load(q_row + C + r[None, :], mask=is_row[:, None] & is_r[None, :], other=0.0)
         q_c, q_r = q_c.to(DTYPE), q_r.to(DTYPE)
-        top = tl.full((ROWS,), float("-inf"), tl.float32)
-        total = tl.zeros((ROWS,), tl.float32)
-        acc = tl.zeros((ROWS, C_PAD), tl.float32)
         table = page_ptr + b * pages
-        for start in range(first, min(first + SPLIT, seen), KEYS):
-            at = start + tl.arange(0, KEYS)
-            held = at < seen
-            page = tl.load(table + at // PAGE, mask=held, other=0).to(tl.int64)
-            slot = page * PAGE + at % PAGE
-            latent = tl.load(
-                latent_ptr + (slot * stride_latent)[:, None] + c[None, :],
-                mask=held[:, None] & is_c[None, :],
-                other=0,
-            )
-            if PACKED:
-                scale_at = scale_ptr + slot * stride_scale
-                latent = _unpack(latent, scale_at, held, (C + 127) // 128, NATIVE, DTYPE)
-            else:
-                latent = latent.to(DTYPE)
-            rope = tl.load(
-                rope_ptr + (slot * stride_rope)[:, None] + r[None, :],
-                mask=held[:, None] & is_r[None, :],
-                other=0.0,
-            ).to(DTYPE)
-            score = tl.dot(q_c, tl.trans(latent), input_precision="ieee")
-            score_r = tl.dot(q_r, tl.trans(rope), input_precision="ieee")
-            # Always so. What an `if` hands out hides from the compiler that these scores feed the
-            # next product, for the sake of which two warp groups would compute all of them twice.
-            if pages > 0:
-                is_seen = (at * SHARDS + SHARD)[None, :] <= query_pos[:, None]
-                score = score * scale_log2 + score_r * scale_log2
-                score = tl.where(is_seen, score, float("-inf"))
-                best = tl.maximum(top, tl.max(score, 1))
-                shift = tl.where(best == float("-inf"), 0.0, best)
-                p = tl.exp2(score - shift[:, None])
-                decay = tl.exp2(top - shift)
-                total = total * decay + tl.sum(p, 1)
-                top = best
-            else:
-                p = score
-                decay = total
-            acc = acc * decay[:, None]
-            acc = tl.dot(p.to(DTYPE), latent, acc, input_precision="ieee")
-        divisor = tl.where(total == 0.0, 1.0, total)
-        out = (b * tl.num_programs(1) + split) * num_rows + row
-        o_at = o_ptr + out[:, None] * C + c[None, :]
-        tl.store(o_at, acc / divisor[:, None], mask=is_row[:, None] & is_c[None, :])
-        tl.store(lse_ptr + out, (top + tl.log2(divisor)) * 0.6931471805599453, mask=is_row)
+        for split in range(tl.program_id(1), needed, tl.num_programs(1)):
+            first = split * SPLIT
+            top = tl.full((ROWS,), float("-inf"), tl.float32)
+            total = tl.zeros((ROWS,), tl.float32)
+            acc = tl.zeros((ROWS, C_PAD), tl.float32)
+            for start in range(first, min(first + SPLIT, seen), KEYS):
+                at = start + tl.arange(0, KEYS)
+                held = at < seen
+                page = tl.load(table + at // PAGE, mask=held, other=0).to(tl.int64)
+                slot = page * PAGE + at % PAGE
+                latent = tl.load(
+                    latent_ptr + (slot * stride_latent)[:, None] + c[None, :],
+                    mask=held[:, None] & is_c[None, :],
+                    other=0,
+                )
+                if PACKED:
+                    scale_at = scale_ptr + slot * stride_scale
+                    latent = _unpack(latent, scale_at, held, (C + 127) // 128, NATIVE, DTYPE)
+                else:
+                    latent = latent.to(DTYPE)
+                rope = tl.load(
+                    rope_ptr + (slot * stride_rope)[:, None] + r[None, :],
+                    mask=held[:, None] & is_r[None, :],
+                    other=0.0,
+                ).to(DTYPE)
+                score = tl.dot(q_c, tl.trans(latent), input_precision="ieee")
+                score_r = tl.dot(q_r, tl.trans(rope), input_precision="ieee")
+                # Always so. What an `if` hands out hides from the compiler that these scores feed
+                # the next product, for whose sake both warp groups would compute all of them.
+                if pages > 0:
+                    is_seen = (at * SHARDS + SHARD)[None, :] <= query_pos[:, None]
+                    score = score * scale_log2 + score_r * scale_log2
+                    score = tl.where(is_seen, score, float("-inf"))
+                    best = tl.maximum(top, tl.max(score, 1))
+                    shift = tl.where(best == float("-inf"), 0.0, best)
+                    p = tl.exp2(score - shift[:, None])
+                    decay = tl.exp2(top - shift)
+                    total = total * decay + tl.sum(p, 1)
+                    top = best
+                else:
+                    p = score
+                    decay = total
+                acc = acc * decay[:, None]
+                acc = tl.dot(p.to(DTYPE), latent, acc, input_precision="ieee")
+            divisor = tl.where(total == 0.0, 1.0, total)
+            out = (b * splits + split) * num_rows + row
+            o_at = o_ptr + out[:, None] * C + c[None, :]
+            tl.store(o_at, acc / divisor[:, None], mask=is_row[:, None] & is_c[None, :])
+            tl.store(lse_ptr + out, (top + tl.log2(divisor)) * 0.6931471805599453, mask=is_row)
+
+
+def programs_for(splits: int, others: int) -> int:
+    """Return the programs that share a sequence's splits; no result depends on them.
+
+    Tables may be far wider than contexts are long: then a program for each split would most often
+    only come and go.
+    """
+    return max(1, min(splits, _PROGRAMS // others))
 
 
 class Tile(NamedTuple):
@@ -241,9 +255,10 @@ def mla_decode_triton(
     o = torch.empty(B, splits, rows, C, dtype=torch.float32, device=q_BQHX.device)
     lse = o.new_empty(B, splits, rows)
     tensors = q_BQHX, cache_SX, scale_Sc, rope_SR, page_BG, query_pos_BQ, o, lse
-    sizes = *(t.stride(0) for t in tensors[1:4]), G, Q, rows, scale * math.log2(math.e)
+    sizes = *(t.stride(0) for t in tensors[1:4]), G, splits, Q, rows, scale * math.log2(math.e)
+    tiles = triton.cdiv(rows, tile.rows)
     if B:
-        _mla_decode_kernel[(triton.cdiv(rows, tile.rows), splits, B)](
+        _mla_decode_kernel[(tiles, programs_for(splits, tiles * B), B)](
             *tensors,
             *sizes,
             H,

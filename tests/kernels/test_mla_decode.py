@@ -169,3 +169,14 @@ def test_a_sequence_does_not_depend_on_the_batch() -> None:
         alone = run((q[b : b + 1], cache, page[b : b + 1, :width], pos[b : b + 1], *rest), tile)
         assert_bitwise_equal("o", alone[0], o[b : b + 1])
         assert_bitwise_equal("lse", alone[1], lse[b : b + 1])
+
+
+def test_how_many_programs_share_the_splits_does_not_matter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tile = Tile(16, 16, 16, 4, 2)
+    _, args = make([129, 3], 1)
+    want = run(args, tile)
+    monkeypatch.setattr(sys.modules["dsv3_kernels.mla_decode"], "_PROGRAMS", 2 * 4)
+    for got, expected in zip(run(args, tile), want, strict=True):
+        assert_bitwise_equal("four programs, nine splits", got, expected)
