@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,11 +61,11 @@ def test_wrong_kernels_are_found_out() -> None:
 
 def test_times() -> None:
     ours, library = measure(replace(HALF, library=lambda x: x * 0.5), CPU)
-    assert 0 < ours < 0.1 and library is not None and 0 < library < 0.1
+    assert ours > 0 and library is not None and library > 0
     assert measure(HALF, CPU)[1] is None
     assert measure(replace(HALF, library=lambda x: x.view(7)), CPU)[1] is None
     assert [copies_needed(n) for n in (1, 1e8, 1e10)] == [64, 4, 2]
-    assert median_seconds([lambda: None], CPU) < 1e-3
+    assert median_seconds([lambda: time.sleep(0.01)], CPU) >= 0.01 > median_seconds([bool], CPU)
     assert read_bandwidth(CPU) > 1e8 and matrix_peak(CPU, torch.float32) > 1e8
 
 
