@@ -150,16 +150,16 @@ def whole_numbers(rows: int, cols: int, experts: int) -> tuple[Quantized, Stack]
 def test_a_row_depends_on_nothing_but_itself(monkeypatch) -> None:
     """Not on the tile, its place in it, the other rows, or how many there are."""
     torch.manual_seed(3)
-    x, w = whole_numbers(40, 384, 2)
-    groups = permute(torch.randint(0, 2, (40, 1)), 0, 2)
+    x, w = whole_numbers(24, 256, 2)
+    groups = permute(torch.arange(24)[:, None] // 5 % 2, 0, 2)
     results = []
-    for tile in TILES:
+    for tile in (TILES[0], TILES[2], TILES[4], TILES[6]):
         monkeypatch.setattr(grouped_gemm, "_tile", lambda *args, tile=tile: tile)
         results.append(grouped_down_triton(x, w, groups, 1, torch.float32))
         assert_bitwise_equal(f"{tile}", results[-1], results[0])
         alone = masked_groups(torch.tensor([1, 0]), 1)
         for expert in (0, 1):
-            row = int(groups.start_E[expert]) + 9
+            row = int(groups.start_E[expert]) + 7
             one = Quantized(x.q[row : row + 1], x.scale[row : row + 1])
             mine = Stack(
                 w.weight[expert].expand(2, -1, -1).contiguous(), w.block_scale[[expert] * 2]
@@ -168,7 +168,7 @@ def test_a_row_depends_on_nothing_but_itself(monkeypatch) -> None:
             assert_bitwise_equal("alone", got, results[0][row : row + 1])
 
 
-@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("tile", [TILES[2], TILES[4], TILES[6]], ids=str)
 def test_the_quantized_bits_do_not_depend_on_the_tile(tile, monkeypatch) -> None:
     """Fused into a wide tile, or done by a second launch."""
     torch.manual_seed(4)

@@ -68,23 +68,22 @@ def fp8_layer(tokens: int) -> tuple[Tensor, Tensor, Tensor, Stack, Stack]:
     torch.manual_seed(2)
 
     def stack(rows: int, cols: int) -> Stack:
-        scale = torch.rand(E, -(-rows // 128), -(-cols // 128)) * 0.01 + 1e-3
-        return Stack(torch.randn(E, rows, cols).mul(20).to(torch.float8_e4m3fn), scale)
+        scale = torch.rand(4, -(-rows // 128), -(-cols // 128)) * 0.01 + 1e-3
+        return Stack(torch.randn(4, rows, cols).mul(20).to(torch.float8_e4m3fn), scale)
 
-    ids = torch.randint(-1, 2 * E, (tokens, 4))
+    ids = torch.randint(-1, 8, (tokens, 4))
     return torch.randn(tokens, 256), ids, torch.rand(tokens, 4), stack(256, 256), stack(256, 128)
 
 
-@pytest.mark.parametrize("quantized", [False, True])
-@pytest.mark.parametrize("ue8m0", [False, True])
+@pytest.mark.parametrize(("quantized", "ue8m0"), [(False, False), (True, False), (True, True)])
 def test_fp8_matrices(quantized: bool, ue8m0: bool) -> None:
-    x, ids, weight, gate_up, down = fp8_layer(11)
+    x, ids, weight, gate_up, down = fp8_layer(7)
     given = (act_quant(x, ue8m0) if quantized else x, ids, weight, 3, gate_up, down, ue8m0)
     want, got = experts_ref(*given), experts_triton(*given)
     # Quantized, rows are added up in bfloat16 and a value may lie one step of FP8 away.
     assert_close("kernels", got, want, 0.01 if quantized else 1e-5)
-    exact = [torch.stack([w.matrix(e, torch.float32) for e in range(E)]) for w in (gate_up, down)]
-    plain = dense((x, ids - 3, weight, *exact), range(E))
+    exact = [torch.stack([w.matrix(e, torch.float32) for e in range(4)]) for w in (gate_up, down)]
+    plain = dense((x, ids - 3, weight, *exact), range(4))
     assert_close("definition", want, plain, 0.1 if quantized else 1e-5)
     rough = float((want - plain).abs().max() / plain.abs().max())
     assert (rough > 1e-3) == quantized, "quantized if and only if asked for"
@@ -92,8 +91,8 @@ def test_fp8_matrices(quantized: bool, ue8m0: bool) -> None:
 
 @pytest.mark.parametrize("quantized", [False, True])
 def test_tokens_do_not_see_each_other(quantized: bool) -> None:
-    x, ids, weight, gate_up, down = fp8_layer(40)
-    matrices = (0, gate_up, down, False, 4)  # the same tiles for 3 tokens as for 40
+    x, ids, weight, gate_up, down = fp8_layer(24)
+    matrices = (2, gate_up, down, False, 4)  # the same tiles for 3 tokens as for 24
     given = act_quant if quantized else torch.clone
     whole = experts_triton(given(x), ids, weight, *matrices)
     some = slice(17, 20)
