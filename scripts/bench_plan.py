@@ -167,8 +167,9 @@ def read_hardware(text: str, figures: Mapping[str, float]) -> tuple[Hardware, in
         try:
             data[field] = float(data[field])  # YAML takes 3e12 for a text
         except (TypeError, ValueError):
-            data[field] = 0.0
-        if not 0 < data[field] < float("inf"):
+            data[field] = -1.0
+        may_be_0 = field == "launch" or field.endswith("latency")
+        if not 0 <= data[field] < float("inf") or not (data[field] or may_be_0):
             raise ConfigError(f"--hardware={text}: {field} must be a number above 0")
     ranks = int(data.pop("ranks", 1))
     try:

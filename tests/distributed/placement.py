@@ -11,6 +11,7 @@ from dsv3.engine.config import EngineConfig
 from dsv3.engine.engine import follow
 from dsv3.engine.start import Started, start
 from dsv3.model.moe import MoE
+from dsv3.model.side_stream import SideStream
 from dsv3.parallel.experts import DispatchSettings, ExpertDispatch
 from dsv3.parallel.mesh import Mesh
 from dsv3.parallel.placement import Placement, read_layers
@@ -123,10 +124,11 @@ def check_layers(world: Mesh) -> None:
 def check_layer(mesh: Mesh, placement: Placement, form: str, tokens: int) -> None:
     prefix, settings = "model.layers.1.mlp.", DispatchSettings(form=form)
     single = ExpertDispatch(alone(), CONFIG.n_routed_experts)
-    want = filled(MoE(CONFIG, prefix, alone().layout, FORMAT, single), alone())
+    side = SideStream(FORMAT.device)
+    want = filled(MoE(CONFIG, prefix, alone().layout, FORMAT, single, side), alone())
     dispatch = ExpertDispatch(mesh, placement.num_slots, settings)
     dispatch.slots[prefix] = slots = ExpertSlots(placement, 1, mesh)
-    layer = filled(MoE(CONFIG, prefix, mesh.layout, FORMAT, dispatch), mesh)
+    layer = filled(MoE(CONFIG, prefix, mesh.layout, FORMAT, dispatch, side), mesh)
     assert layer.num_local == placement.slots_per_rank
     dispatch.begin_step(None)
     generator = torch.Generator().manual_seed(mesh.layout.dp_rank)
