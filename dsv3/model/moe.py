@@ -27,7 +27,7 @@ from dsv3_kernels import (
 )
 
 # The shared experts run beside the routed ones up to this many tokens: more keep a GPU busy anyway.
-# The threshold that vLLM ships (VLLM_SHARED_EXPERTS_STREAM_TOKEN_THRESHOLD).
+# A guess that no GPU has confirmed yet.
 _OVERLAP_TOKENS = 256
 
 
