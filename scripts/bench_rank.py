@@ -199,7 +199,7 @@ def _fill(weight: Tensor, name: str) -> None:
         weight.fill_(1.0)
     elif "embed_tokens" in name:
         weight.normal_()
-    else:
+    elif weight.numel():
         weight.normal_(std=weight.shape[-1] ** -0.5)
 
 

@@ -255,9 +255,9 @@ class _Writer:
         self.item, self.weight_item = _ITEMSIZE[setup.plain], _ITEMSIZE[setup.weights]
         self.tp, self.tokens = setup.layout.tp, load.tokens
 
-    def local(self, size: int) -> int:
-        """Return this rank's part of a size that is split over tp."""
-        start, stop = split_range(size, self.tp, self.setup.layout.tp_rank)
+    def local(self, size: int, unit: int = 1) -> int:
+        """Return this rank's part of a size that is split over tp, in whole units."""
+        start, stop = split_range(size, self.tp, self.setup.layout.tp_rank, unit)
         return stop - start
 
     def linear(
@@ -376,7 +376,7 @@ class _Writer:
 
     def mlp(self, name: str, inner: int) -> Iterator[Op]:
         """Yield a gated MLP split over tp."""
-        hidden, width = self.config.hidden_size, self.local(inner)
+        hidden, width = self.config.hidden_size, self.local(inner, self.config.mlp_unit)
         yield self.linear(f"{name}.gate_up_proj", 2 * width, hidden)
         yield Op(f"{name}.silu_mul", 0.0, self.tokens * width * 3 * self.item)
         yield self.linear(f"{name}.down_proj", hidden, width)
