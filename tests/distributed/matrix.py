@@ -81,7 +81,7 @@ def split(mesh: Mesh, dp: int) -> Mesh:
     """Return the ranks in another layout."""
     size, rank = mesh.layout.world_size, mesh.layout.rank
     layout = ParallelConfig(world_size=size, rank=rank, dp=dp)
-    return make_mesh(layout, mesh.device, "gloo", False, mesh.ranks_on_host)
+    return make_mesh(layout, mesh.device, "gloo", False, mesh.host_of_rank)
 
 
 def main() -> None:
