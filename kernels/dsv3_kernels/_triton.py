@@ -1,8 +1,12 @@
-"""Triton where it is installed; elsewhere a stand-in that lets kernel files import.
+"""Triton where its kernels can run; elsewhere a stand-in that lets kernel files import.
+
+It is left alone on a machine without a GPU unless its interpreter or compiler is asked for: it
+takes a second to import, and some versions complain of leaks when the program ends.
 
 A kernel file says `from dsv3_kernels._triton import tl, triton, use_triton`.
 """
 
+import os
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -23,7 +27,10 @@ class _Absent:
         return args[0] if args and callable(args[0]) else self
 
 
-HAS_TRITON = find_spec("triton") is not None  # no wheels for some machines: references serve there
+# There are no wheels for some machines: references serve there.
+HAS_TRITON = find_spec("triton") is not None and (
+    torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ
+)
 triton: Any = import_module("triton") if HAS_TRITON else _Absent()
 tl: Any = import_module("triton.language") if HAS_TRITON else _Absent()
 

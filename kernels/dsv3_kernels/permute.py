@@ -147,7 +147,7 @@ def _unpermute_kernel(
     total = tl.zeros([BLOCK], tl.float32)
     for k in tl.static_range(K):
         slot = tl.load(slots + token * K + k).to(tl.int64)
-        mask = (column < D) & (slot >= 0)
+        mask = column < tl.where(slot >= 0, D, 0)
         part = tl.load(y_rows + slot * D + column, mask=mask, other=0.0).to(tl.float32)
         if WEIGHTED:
             part *= tl.load(weights + token * K + k)

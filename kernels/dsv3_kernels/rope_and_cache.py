@@ -74,7 +74,9 @@ def _rope_and_cache_kernel(
     """One program per token. A token of another rank (slot -1) is at most kept."""
     t = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_ptr + t).to(tl.int64)
-    is_own, is_kept = slot >= 0, t >= keep_from
+    # Ends of what is stored and kept: all of it, or nothing. (`mask & condition` of a block and a
+    # scalar gives integers in Triton 3.9's interpreter.)
+    own, keep = tl.where(slot >= 0, 1, 0), tl.where(t >= keep_from, 1, 0)
     row, kept = kv_ptr + t * stride_kv, kept_ptr + (t - keep_from) * (C + R)
     dtype = kv_ptr.dtype.element_ty
 
@@ -94,14 +96,14 @@ def _rope_and_cache_kernel(
             code = code.to(tl.uint8, bitcast=True)
         else:
             x = decode_e4m3(code) * scale[:, None]
-        tl.store(latent_ptr + slot * stride_latent + c, code, mask=is_c & is_own)
-        is_block = (block * BLOCK < C) & is_own
+        tl.store(latent_ptr + slot * stride_latent + c, code, mask=c < C * own)
+        is_block = block * BLOCK < C * own
         tl.store(scale_ptr + slot * stride_scale + block, scale, mask=is_block)
     else:
         stored = x.to(latent_ptr.dtype.element_ty)
-        tl.store(latent_ptr + slot * stride_latent + c, stored, mask=is_c & is_own)
+        tl.store(latent_ptr + slot * stride_latent + c, stored, mask=c < C * own)
         x = stored.to(tl.float32)
-    tl.store(kept + c, x.to(dtype), mask=is_c & is_kept)
+    tl.store(kept + c, x.to(dtype), mask=c < C * keep)
 
     r = tl.arange(0, HALF_PAD)
     is_r = r < R // 2
@@ -114,10 +116,10 @@ def _rope_and_cache_kernel(
     rope = rope_ptr + slot * stride_rope
     turned_a = (a * cos - b * sin).to(dtype).to(rope_ptr.dtype.element_ty)
     turned_b = (a * sin + b * cos).to(dtype).to(rope_ptr.dtype.element_ty)
-    tl.store(rope + first, turned_a, mask=is_r & is_own)
-    tl.store(rope + second, turned_b, mask=is_r & is_own)
-    tl.store(kept + C + first, turned_a.to(dtype), mask=is_r & is_kept)
-    tl.store(kept + C + second, turned_b.to(dtype), mask=is_r & is_kept)
+    tl.store(rope + first, turned_a, mask=r < R // 2 * own)
+    tl.store(rope + second, turned_b, mask=r < R // 2 * own)
+    tl.store(kept + C + first, turned_a.to(dtype), mask=r < R // 2 * keep)
+    tl.store(kept + C + second, turned_b.to(dtype), mask=r < R // 2 * keep)
 
 
 def rope_and_cache_triton(

@@ -22,7 +22,7 @@ def _write_slots_kernel(
     t = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_T + t).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = (at < WIDTH) & (slot >= 0)
+    mask = at < tl.where(slot >= 0, WIDTH, 0)
     row = tl.load(row_TY + t * stride_t + at, mask=mask, other=0)
     tl.store(cache_SY + slot * stride_s + at, row.to(cache_SY.dtype.element_ty), mask=mask)
 
