@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from itertools import zip_longest
 
 from dsv3.checkpoint.manifest import DIGEST_KEY, rank_file
 from dsv3.checkpoint.names import scale_name
@@ -152,12 +153,13 @@ def make_plan(
     if cast is not Cast.NONE:
         quantization = QuantizationConfig(scale_fmt=scale_fmt) if cast is Cast.FP8 else None
     config = dataclasses.replace(source.config, quantization=quantization)
+    tensors = _outputs(kinds, files, regions)
     return Plan(
         layout=layout,
         config=config,
         files=files,
-        tensors=_outputs(kinds, files, regions),
-        jobs=_reading_order(source, jobs),
+        tensors=tensors,
+        jobs=_reading_order(source, jobs, tensors),
         absent=absent,
         fingerprint=_fingerprint(source, config, files),
     )
@@ -252,15 +254,25 @@ def _outputs(
     return {name: Output(*kinds[name], tuple(slots[name])) for name in kinds}
 
 
-def _reading_order(source: Source, jobs: tuple[Job, ...]) -> tuple[Job, ...]:
-    """The largest tensors first, since one worker does each; the rest as they lie on disk."""
+def _reading_order(
+    source: Source, jobs: tuple[Job, ...], tensors: Mapping[str, Output]
+) -> tuple[Job, ...]:
+    """The largest tensors first, since one worker does each; the rest as they lie on disk.
+
+    Tensors for different files take turns: workers that write to one file wait for each other.
+    """
 
     def key(job: Job) -> tuple[int, str, int]:
         info = source.tensors[job.name]
         large = info.num_bytes if info.num_bytes >= _LARGE else 0
         return -large, str(info.pieces[0].file), info.pieces[0].offset
 
-    return tuple(sorted(jobs, key=key))
+    by_file: dict[int, list[Job]] = {}
+    for job in sorted(jobs, key=key):
+        slots = tensors[job.outputs[0]].slots
+        by_file.setdefault(slots[0].file if len(slots) == 1 else -1, []).append(job)
+    turns = zip_longest(*by_file.values())
+    return tuple(job for turn in turns for job in turn if job is not None)
 
 
 def _fingerprint(source: Source, config: ModelConfig, files: tuple[OutputFile, ...]) -> str:
