@@ -66,14 +66,14 @@ def kernel_row(case: Case, device: torch.device, ceilings: Hardware | None) -> d
     row: dict[str, object] = {"kernel": case.op, "shape": case.shape, "check": wrong or "right"}
     if ceilings is None:
         return row
-    keys = ("us", "GB/s", "TFLOP/s", "floor us", "% of roof", "library us", "x library")
+    keys = ("us", "GB/s", "TFLOP/s", "floor us", "% of roof", "peer us", "x peer")
     if wrong:
         return row | dict.fromkeys(keys)
-    seconds, library = measure(case, device)
+    seconds, peer = measure(case, device)
     op = Op(case.op, case.flops, case.bytes, case.dtype)
     floor = op.seconds(ceilings)
     rates = case.bytes / seconds / 1e9, case.flops / seconds / 1e12
-    beside = (None, None) if library is None else (1e6 * library, library / seconds)
+    beside = (None, None) if peer is None else (1e6 * peer, peer / seconds)
     values = (1e6 * seconds, *rates, 1e6 * floor, 100 * floor / seconds, *beside)
     return row | dict(zip(keys, values, strict=True))
 

@@ -59,11 +59,12 @@ def test_wrong_kernels_are_found_out() -> None:
         assert message in check(replace(HALF, kernel=kernel), CPU)
 
 
-def test_times() -> None:
-    ours, library = measure(replace(HALF, library=lambda x: x * 0.5), CPU)
-    assert ours > 0 and library is not None and library > 0
+def test_times(caplog: pytest.LogCaptureFixture) -> None:
+    ours, peer = measure(replace(HALF, peer=lambda x: x * 0.5), CPU)
+    assert ours > 0 and peer is not None and peer > 0
     assert measure(HALF, CPU)[1] is None
-    assert measure(replace(HALF, library=lambda x: x.view(7)), CPU)[1] is None
+    assert measure(replace(HALF, peer=lambda x: x.view(7)), CPU)[1] is None
+    assert "half" in caplog.text and "no peer" in caplog.text
     assert [copies_needed(n) for n in (1, 1e8, 1e10)] == [64, 4, 2]
     assert median_seconds([lambda: time.sleep(0.01)], CPU) >= 0.01 > median_seconds([bool], CPU)
     assert read_bandwidth(CPU) > 1e8 and matrix_peak(CPU, torch.float32) > 1e8
