@@ -17,13 +17,9 @@ from torch.nn import functional as F
 from dsv3_kernels.act_quant import Quantized, act_quant_ref, act_quant_triton
 from dsv3_kernels.benchmarks import FP8, copies_needed, median_seconds
 from dsv3_kernels.fp8_gemm import fp8_gemm_ref, fp8_gemm_triton, make_locks
-from dsv3_kernels.grouped_gemm import (
-    Stack,
-    grouped_down_ref,
-    grouped_down_triton,
-    grouped_gate_up_ref,
-    grouped_gate_up_triton,
-)
+from dsv3_kernels.grouped_down import grouped_down_ref, grouped_down_triton
+from dsv3_kernels.grouped_gate_up import grouped_gate_up_ref, grouped_gate_up_triton
+from dsv3_kernels.grouped_gemm import Stack
 from dsv3_kernels.kv_fp8 import pack_latent_ref
 from dsv3_kernels.merge_lse import merge_lse_ref, merge_lse_triton
 from dsv3_kernels.mla_decode import mla_decode_ref, mla_decode_triton

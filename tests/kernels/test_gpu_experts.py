@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from dsv3_kernels import Quantized, Routing, Stack, act_quant, experts, route, router_logits
-from dsv3_kernels.grouped_gemm import dequantize, grouped_gate_up_ref, grouped_gate_up_triton
+from dsv3_kernels.grouped_gate_up import grouped_gate_up_ref, grouped_gate_up_triton
+from dsv3_kernels.grouped_gemm import dequantize
 from dsv3_kernels.moe import experts_ref
 from dsv3_kernels.permute import permute, permute_ref
 from dsv3_kernels.route import route_ref

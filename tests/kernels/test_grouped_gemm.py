@@ -4,14 +4,9 @@ from torch import Tensor
 
 from dsv3_kernels import grouped_gemm
 from dsv3_kernels.act_quant import Quantized, act_quant
-from dsv3_kernels.grouped_gemm import (
-    Stack,
-    dequantize,
-    grouped_down_ref,
-    grouped_down_triton,
-    grouped_gate_up_ref,
-    grouped_gate_up_triton,
-)
+from dsv3_kernels.grouped_down import grouped_down_ref, grouped_down_triton
+from dsv3_kernels.grouped_gate_up import grouped_gate_up_ref, grouped_gate_up_triton
+from dsv3_kernels.grouped_gemm import Launch, Stack, Tile, dequantize
 from dsv3_kernels.permute import Groups, masked_groups, permute
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 
@@ -19,7 +14,7 @@ E, D, F = 6, 256, 128
 FP8 = torch.float8_e4m3fn
 # Everything that `_tile` returns for some numbers of rows, and for either product.
 TILES = [
-    grouped_gemm._Tile(*shape, 4, 3, 1)
+    Tile(*shape, 4, 3, 1)
     for shape in ((16, 32), (16, 64), (32, 32), (64, 32), (64, 64), (64, 128), (128, 128))
 ]
 
@@ -87,7 +82,7 @@ def test_matrices_through_descriptors(kind: str, monkeypatch) -> None:
     h, down = activations(27, F, kind), stack(200, F, kind)
     pointers = grouped_gate_up_triton(x, gate_up, groups, 1)
     pointers_y = grouped_down_triton(h, down, groups, 1, torch.float32)
-    monkeypatch.setattr(grouped_gemm, "_uses_tma", lambda *args: True)
+    monkeypatch.setattr(Launch, "uses_tma", lambda self: True)
     got = grouped_gate_up_triton(x, gate_up, groups, 1)
     assert_bitwise_equal("h", dequantize(got)[rows], dequantize(pointers)[rows])
     got = grouped_down_triton(h, down, groups, 1, torch.float32)

@@ -1,0 +1,199 @@
+"""Tiles of the experts' products inside kernels: which there are, and how one is multiplied.
+
+Tiles of few rows are W x^T, those of many x W^T; `grouped_gemm` says why.
+"""
+
+from dsv3_kernels._e4m3 import decode_e4m3
+from dsv3_kernels._triton import tl, triton
+
+
+@triton.jit
+def row_tiles(counts, E, E_PAD: tl.constexpr, BLOCK_M: tl.constexpr, TILES_N: tl.constexpr):
+    """Return the number of tiles of each expert, [E_PAD]."""
+    e = tl.arange(0, E_PAD)
+    count = tl.load(counts + e, mask=e < E, other=0)
+    return (count + BLOCK_M - 1) // BLOCK_M * TILES_N
+
+
+@triton.jit
+def place(tile, tiles_E, counts, starts, E_PAD: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Return a tile's expert, its block of features, its rows and which of them are real.
+
+    The tiles of one block of features are neighbours: the matrix is read once, then found in L2.
+    """
+    end_E = tl.cumsum(tiles_E, 0)
+    e = tl.sum((end_E <= tile).to(tl.int32), 0)
+    before = tl.sum(tl.where(tl.arange(0, E_PAD) < e, tiles_E, 0), 0)
+    count = tl.load(counts + e)
+    across = (count + BLOCK_M - 1) // BLOCK_M
+    row = (tile - before) % across * BLOCK_M + tl.arange(0, BLOCK_M)
+    real = row < count
+    start = tl.load(starts + e).to(tl.int64)
+    # Those beyond the last repeat it: nothing outside the expert's rows is ever read.
+    return e.to(tl.int64), (tile - before) // across, start + tl.minimum(row, count - 1), real
+
+
+@triton.jit
+def _accumulate(
+    acc,
+    x,
+    w,
+    w_scale,
+    row_scale,
+    KIND: tl.constexpr,
+    SWAPPED: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Add the product of a step along D: [features, rows] if SWAPPED, else [rows, features].
+
+    KIND: 0 float, 1 float rows and FP8 matrices, 2 both FP8; 3 and 4 are 1 and 2 where FP8 is
+    handed over as bytes.
+    """
+    if KIND == 3 or KIND == 4:
+        w = decode_e4m3(w)
+    if KIND == 1 or KIND == 3:
+        w = (w.to(tl.float32) * w_scale).to(x.dtype)
+    if KIND == 4:  # float16 holds every e4m3 value
+        w = w.to(tl.float16)
+        x = decode_e4m3(x).to(tl.float16)
+    if INTERPRETED and KIND != 4:  # it multiplies the bits of bfloat16 as integers
+        w = w.to(tl.float32)
+        x = x.to(tl.float32)
+    if KIND == 2 or KIND == 4:
+        if SWAPPED:
+            acc += tl.dot(w, x) * (w_scale * row_scale[None, :])
+        else:
+            acc += tl.dot(x, w) * (w_scale * row_scale[:, None])
+    elif SWAPPED:
+        acc = tl.dot(w, x, acc, input_precision="ieee")
+    else:
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def _load_tile(pointers, inside, across, WHOLE: tl.constexpr):
+    """Load a block whose first dimension is bounded by `inside`, the other by `across`."""
+    if WHOLE:
+        return tl.load(pointers)
+    else:  # noqa: RET505 - Triton drops a constant condition's other branch only so
+        return tl.load(pointers, mask=inside & across, other=0.0)
+
+
+@triton.jit
+def _load_matrix(
+    w,
+    row,
+    first,
+    present,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Load [BLOCK_K, BLOCK_N]: `present` rows of W from `row`, transposed, from column `first`."""
+    if TMA:
+        return tl.trans(w.load([row.to(tl.int32), first]))
+    else:  # noqa: RET505
+        n = tl.arange(0, BLOCK_N)[None, :]
+        k = first + tl.arange(0, BLOCK_K)[:, None]
+        return tl.load(w + row * D + n * D + k, mask=(n < present) & (k < D), other=0.0)
+
+
+@triton.jit
+def multiply_few(
+    x,
+    x_scale,
+    w,
+    w_scale,
+    rows,
+    low,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    GATED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    KIND: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Return x W^T, [rows, features], for few rows: operands swapped.
+
+    Features are low.. of N; if GATED those of the gate and then the same of up, in one product,
+    since 64 of them are the least that a matrix unit takes.
+    """
+    FEATURES: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
+    EVEN_D: tl.constexpr = D % BLOCK_K == 0
+    SCALED: tl.constexpr = KIND > 0
+    d: tl.constexpr = (D + 127) // 128
+    i = tl.arange(0, FEATURES)
+    is_up = (i >= BLOCK_N)[:, None]
+    present = (low + i % BLOCK_N < N)[:, None]
+    feature = (low + i % BLOCK_N)[:, None] + tl.where(is_up, N, 0)
+    k = tl.arange(0, BLOCK_K)
+    w_at = w + feature.to(tl.int64) * D + k[None, :]
+    x_at = x + rows[None, :] * D + k[:, None]
+    acc = tl.zeros([FEATURES, BLOCK_M], tl.float32)
+    for first in range(0, D, BLOCK_K):
+        inside = k < D - first
+        x_tile = _load_tile(x_at, inside[:, None], True, EVEN_D)
+        w_tile = _load_tile(w_at, inside[None, :], present, EVEN_D and N % BLOCK_N == 0)
+        scale = 1.0
+        row_scale = rows
+        if SCALED:
+            at = w_scale + first // 128
+            scale = tl.load(at + low // 128 * d)
+            if GATED:
+                scale = tl.where(is_up, tl.load(at + (N + low) // 128 * d), scale)
+        if KIND == 2 or KIND == 4:
+            row_scale = tl.load(x_scale + rows * d + first // 128)
+        acc = _accumulate(acc, x_tile, w_tile, scale, row_scale, KIND, True, INTERPRETED)
+        w_at += BLOCK_K
+        x_at += BLOCK_K
+    return tl.trans(acc)
+
+
+@triton.jit
+def multiply_many(
+    x,
+    x_scale,
+    w,
+    w_scale,
+    rows,
+    first_row,
+    low,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    GATED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    KIND: tl.constexpr,
+    TMA: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Return x W^T of features low.. of N, and if GATED of N + low.. too, both [rows, features].
+
+    With TMA `w` is a descriptor of tiles, else a pointer; `first_row` of it is the expert's.
+    """
+    EVEN_D: tl.constexpr = D % BLOCK_K == 0
+    d: tl.constexpr = (D + 127) // 128
+    k = tl.arange(0, BLOCK_K)
+    x_at = x + rows[:, None] * D + k[None, :]
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for first in range(0, D, BLOCK_K):
+        x_tile = _load_tile(x_at, (k < D - first)[None, :], True, EVEN_D)
+        x_at += BLOCK_K
+        row_scale = rows
+        if KIND == 2 or KIND == 4:
+            row_scale = tl.load(x_scale + rows * d + first // 128)
+        at = w_scale + first // 128
+        scale = tl.load(at + low // 128 * d) if KIND > 0 else 1.0
+        w_tile = _load_matrix(w, first_row + low, first, N - low, D, BLOCK_N, BLOCK_K, TMA)
+        acc = _accumulate(acc, x_tile, w_tile, scale, row_scale, KIND, False, INTERPRETED)
+        if GATED:
+            scale = tl.load(at + (N + low) // 128 * d) if KIND > 0 else 1.0
+            w_tile = _load_matrix(w, first_row + N + low, first, N - low, D, BLOCK_N, BLOCK_K, TMA)
+            up = _accumulate(up, x_tile, w_tile, scale, row_scale, KIND, False, INTERPRETED)
+    return acc, up
