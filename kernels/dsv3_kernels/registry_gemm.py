@@ -1,0 +1,107 @@
+"""Cases of the products with weights: one matrix, and those of experts."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from dsv3_kernels.act_quant import Quantized
+from dsv3_kernels.fp8_gemm import fp8_gemm_ref, fp8_gemm_triton, make_locks
+from dsv3_kernels.grouped_down import grouped_down_ref, grouped_down_triton
+from dsv3_kernels.grouped_gate_up import grouped_gate_up_ref, grouped_gate_up_triton
+from dsv3_kernels.grouped_gemm import Stack
+from dsv3_kernels.moe import experts_ref, experts_triton
+from dsv3_kernels.permute import permute_ref
+from dsv3_kernels.registry_case import BLOCK, FF, FP8_TOL, Args, Case, D, E, quantized, scaled
+
+# Name of the matrix, rows and columns.
+MATRICES = (
+    ("qkv_a", 2112, 7168),
+    ("q_b tp8", 3072, 1536),
+    ("q_b", 24576, 1536),
+    ("o_proj tp8", 7168, 2048),
+    ("o_proj", 7168, 16384),
+    ("shared gate_up tp8", 512, 7168),
+    ("shared gate_up", 4096, 7168),
+    ("shared down tp8", 7168, 256),
+    ("dense gate_up tp8", 4608, 7168),
+    ("dense down tp8", 7168, 2304),
+)
+
+
+def gemm(small: bool) -> Iterator[Case]:
+    """Yield the product of FP8 rows with one matrix."""
+    rows = (1, 5) if small else (1, 8, 64, 128, 1024, 4096)
+    for name, F_out, dim in [("ragged", 72, 384)] if small else MATRICES:
+        for M in rows:
+
+            def operands(d: torch.device, M: int = M, F_out: int = F_out, dim: int = dim) -> Args:
+                w, scale = scaled(F_out, dim, d)
+                return quantized(M, dim, d), w, scale, torch.bfloat16, make_locks(w)
+
+            yield Case(
+                "fp8_gemm",
+                f"{name} {F_out} x {dim}, M {M}",
+                operands,
+                fp8_gemm_triton,
+                lambda x, w, scale, dtype, _locks: fp8_gemm_ref(x, w, scale, dtype),
+                F_out * dim + M * (dim + 2 * F_out),
+                2.0 * M * F_out * dim,
+                "fp8",
+                peer=_block_scaled_mm,
+            )
+
+
+def _block_scaled_mm(
+    x: Quantized, w_FD: Tensor, scale_fd: Tensor, dtype: torch.dtype, _locks: Tensor
+) -> Tensor:
+    """Multiply as cuBLASLt does where it knows block scales (CUDA 12.9 and on, Hopper)."""
+    scale_Td = x.scale.t().contiguous().t()  # by columns
+    return torch._scaled_mm(x.q, w_FD.t(), scale_a=scale_Td, scale_b=scale_fd.t(), out_dtype=dtype)
+
+
+def experts(small: bool) -> Iterator[Case]:
+    """Yield the experts as a whole, and their two products, with equally many tokens each."""
+    held, dim, inner = (3, 256, 128) if small else (E, D, FF)
+    matrix = dim * inner
+    for each in (2,) if small else (1, 8, 64, 256):
+        rows = held * each
+
+        def chosen(d: torch.device, rows: int = rows) -> tuple[Tensor, Tensor]:
+            ids = torch.arange(rows, device=d).view(-1, 2) % held
+            return ids, torch.rand(rows // 2, 2, device=d)
+
+        def operands(d: torch.device, rows: int = rows) -> Args:
+            stacks = _stack(held, 2 * inner, dim, d), _stack(held, dim, inner, d)
+            return quantized(rows // 2, dim, d), *chosen(d, rows), 0, *stacks
+
+        def gate_up(d: torch.device, rows: int = rows) -> Args:
+            groups = permute_ref(chosen(d, rows)[0], 0, held)
+            stack = _stack(held, 2 * inner, dim, d)
+            return quantized(rows // 2, dim, d), stack, groups, rows // held
+
+        def downward(d: torch.device, rows: int = rows) -> Args:
+            ids, weight = chosen(d, rows)
+            more = permute_ref(ids, 0, held), rows // held, torch.bfloat16, weight
+            return quantized(rows, inner, d), _stack(held, dim, inner, d), *more
+
+        name, moved = f"{held} experts, {each} tokens each", rows * (dim + 2 * inner + 4 * dim)
+        yield Case(
+            "experts", name, operands, experts_triton, experts_ref,
+            3 * held * matrix + moved, 6.0 * rows * matrix, "fp8", tol=2e-2,
+        )  # fmt: skip
+        yield Case(
+            "grouped_gate_up", name, gate_up, grouped_gate_up_triton,
+            lambda x, w, groups, _rows: grouped_gate_up_ref(x, w, groups),
+            2 * held * matrix + rows * (dim + inner), 4.0 * rows * matrix, "fp8", tol=FP8_TOL,
+        )  # fmt: skip
+        yield Case(
+            "grouped_down", name, downward, grouped_down_triton,
+            lambda x, w, groups, _rows, *more: grouped_down_ref(x, w, groups, *more),
+            held * matrix + rows * (inner + 2 * dim), 2.0 * rows * matrix, "fp8",
+        )  # fmt: skip
+
+
+def _stack(held: int, rows: int, cols: int, device: torch.device) -> Stack:
+    w, scale = scaled(held * rows, cols, device)
+    return Stack(w.view(held, rows, cols), scale.view(held, rows // BLOCK, -1))
