@@ -5,13 +5,14 @@ products are summed over tp. Vocabulary: rows of the embedding or the head are s
 rank's range contribute zero.
 """
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dsv3.config import ParallelConfig, split_range
 from dsv3.parallel.collectives import Collectives
 from dsv3.parallel.weights import Matrix, WeightFormat
-from dsv3_kernels import Quantized, act_quant, fp8_gemm, make_locks
+from dsv3_kernels import Quantized, act_quant, fp8_gemm, linear, make_locks
 
 
 class Linear(Matrix):
@@ -29,12 +30,12 @@ class Linear(Matrix):
     ) -> None:
         names = [f"{prefix}{part}.weight" for part in parts]
         super().__init__([names], list(parts.values()), in_features, fmt)
-        self.locks = make_locks(self.weight[0]) if self.quantizes else None
+        self.locks = make_locks(self.weight[0])
 
     def forward(self, x_TD: Tensor, x_q: Quantized | None = None) -> Tensor:
         """Return [T, sum of rows]; `x_q` is x in FP8, where someone has it."""
         if self.block_scale is None:
-            return F.linear(x_TD.to(self.dtype), self.matrix())
+            return linear(x_TD.to(self.dtype), self.matrix(), locks=self.locks)
         return self.product(act_quant(x_TD, self.ue8m0) if x_q is None else x_q)
 
     def product(self, x: Quantized) -> Tensor:
@@ -129,10 +130,11 @@ class VocabParallelHead(nn.Module):
         self.start, stop = split_range(vocab, layout.tp, layout.tp_rank)
         self.width = -(-vocab // layout.tp)
         self.table = Matrix([[name]], [stop - self.start], dim, fmt)
+        self.locks = make_locks(self.table.weight[0])
 
     def forward(self, x_MD: Tensor) -> Tensor:
         """Return [M, ceil(W / tp)] float32 logits of ids start, start + 1, ..."""
-        logits = F.linear(x_MD, self.table.matrix()).float()
+        logits = linear(x_MD, self.table.matrix(), torch.float32, self.locks)
         missing = self.width - logits.shape[1]
         if missing:
             logits = F.pad(logits, (0, missing), value=float("-inf"))

@@ -3,8 +3,10 @@
 Knows nothing of models, ranks or requests. Shape letters: see `dsv3/__init__.py`.
 """
 
+from dsv3_kernels._split_k import make_locks
 from dsv3_kernels.act_quant import Quantized, act_quant
-from dsv3_kernels.fp8_gemm import fp8_gemm, make_locks
+from dsv3_kernels.bf16_gemm import linear
+from dsv3_kernels.fp8_gemm import fp8_gemm
 from dsv3_kernels.grouped_down import grouped_down
 from dsv3_kernels.grouped_gate_up import grouped_gate_up
 from dsv3_kernels.grouped_gemm import Stack
@@ -41,6 +43,7 @@ __all__ = [
     "grouped_down",
     "grouped_gate_up",
     "latent_entries",
+    "linear",
     "make_locks",
     "masked_groups",
     "merge_lse",

@@ -5,12 +5,9 @@
 Tensor cores of Hopper keep about 14 bits inside an FP8 product, so every 128 of K is summed there
 and added, scaled, to a float32 accumulator outside.
 
-Two forms. **Few rows** (`_small_kernel`; decode): bound by reading the weights. Operands are
-swapped, so that 64 rows of W fill the tensor core's M and the tokens its narrow N; K is split over
-programs, as many as (N, K) asks for, until all multiprocessors read. The parts are summed in the
-order of the splits, by the program that ends last, or for many rows by a second launch.
-**Many rows** (`_large_kernel`; prefill): bound by FLOPs. Persistent programs walk the tiles in an
-order that keeps operands in L2; on Hopper tiles come through TMA descriptors.
+Two forms. **Few rows** (`_small_kernel`; decode): bound by reading the weights, which `_split_k`
+shares out. **Many rows** (`_large_kernel`; prefill): bound by FLOPs. Persistent programs walk the
+tiles in an order that keeps operands in L2; on Hopper tiles come through TMA descriptors.
 
 Within a form a row's result does not depend on how many rows there are, nor on the tile: every
 element is the same chain of additions, block after block. Between the forms only the order differs
@@ -25,14 +22,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dsv3_kernels._e4m3 import e4m3_operand, e4m3_view, is_native
+from dsv3_kernels._split_k import ROWS, WANTED, Shares, store_share
 from dsv3_kernels._triton import tl, triton, use_triton
 from dsv3_kernels.act_quant import BLOCK, Quantized
 from dsv3_kernels.weight_dequant import weight_dequant_ref
-
-# Rows of W that a program of the small form takes.
-_ROWS = 64
-# Programs of the small form that keep a large GPU's memory busy.
-_WANTED = 132
 
 
 def fp8_gemm_ref(
@@ -41,13 +34,6 @@ def fp8_gemm_ref(
     """Define `fp8_gemm`: dequantize both, multiply in float32, round once."""
     x_TD = (x.q.float().unflatten(-1, (-1, BLOCK)) * x.scale.unsqueeze(-1)).flatten(-2)
     return F.linear(x_TD, weight_dequant_ref(w_FD, scale_fd, torch.float32)).to(dtype)
-
-
-def splits_of(N: int, K: int) -> int:
-    """Return how many programs share a row of W in the small form."""
-    tiles, blocks = -(-N // _ROWS), K // BLOCK
-    # At least two blocks for each, and where there are tiles enough one split saves the summing.
-    return max(1, min(round(_WANTED / tiles), blocks // 2, 16))
 
 
 def is_small(M: int, N: int) -> bool:
@@ -75,7 +61,7 @@ class Tile:
     def seconds(self, M: int, N: int) -> float:
         """Return the time of a product in some unit: rounds of tiles times that of a tile."""
         tiles = -(-M // self.BM) * -(-N // (128 * self.HALVES))
-        return -(-tiles // _WANTED) * self.BM * self.HALVES / self.speed
+        return -(-tiles // WANTED) * self.BM * self.HALVES / self.speed
 
 
 # Two products of 128 x 128 at a time read L2 least, and one is scaled while the next begins (255
@@ -128,35 +114,11 @@ def _small_kernel(
         x = e4m3_operand(tl.load(x_at + b * 128), NATIVE)
         scale = tl.load(x_scale_at + b) * tl.load(w_scale_at + b)
         acc += tl.dot(w, tl.trans(x)) * scale[None, :]
-    y = tl.trans(acc)
-    at = m.to(tl.int64)[:, None] * N + n[None, :]
-    mask = (m < M)[:, None] & (n < N)[None, :]
-    if SPLITS == 1:
-        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
-    else:
-        size = M.to(tl.int64) * N
-        tl.store(part_ptr + split * size + at, y, mask=mask)
-        if LOCKED:
-            # All threads' stores come before the count, the count before the loads.
-            tl.debug_barrier()
-            lock_at = lock_ptr + m_tile * tl.num_programs(0) + tile
-            if tl.atomic_add(lock_at, 1, sem="acq_rel") == SPLITS - 1:
-                total = tl.zeros((BM, BN), tl.float32)
-                for s in range(SPLITS):
-                    part_at = part_ptr + s * size + at
-                    total += tl.load(part_at, mask=mask, other=0.0, cache_modifier=".cg")
-                tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=mask)
-                tl.store(lock_at, 0)  # as the next launch expects it
-
-
-@triton.jit(do_not_specialize=["size"])
-def _sum_parts_kernel(part_ptr, y_ptr, size, SPLITS: tl.constexpr, B: tl.constexpr):
-    """Add up the splits, in their order."""
-    at = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
-    total = tl.zeros((B,), tl.float32)
-    for s in tl.static_range(SPLITS):
-        total += tl.load(part_ptr + s * size + at, mask=at < size, other=0.0)
-    tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=at < size)
+    # fmt: off
+    store_share(
+        tl.trans(acc), y_ptr, part_ptr, lock_ptr, m, n, M, N, BM, BN, SPLITS, LOCKED,
+    )
+    # fmt: on
 
 
 @triton.jit
@@ -231,33 +193,27 @@ def _launch_small(
     x: Quantized, w_FD: Tensor, scale_fd: Tensor, y: Tensor, locks: Tensor | None
 ) -> None:
     (M, N), K = y.shape, w_FD.shape[1]
-    rows = min(128, max(16, triton.next_power_of_2(M)))
-    splits = splits_of(N, K)
-    grid = (triton.cdiv(N, _ROWS), splits, triton.cdiv(M, rows))
-    # One program sums all splits of its tile: quick only while the tile is small.
-    locked = splits > 1 and rows <= 32 and locks is not None
-    part = torch.empty((splits, M, N) if splits > 1 else 0, dtype=torch.float32, device=y.device)
-    _small_kernel[grid](
+    shares = Shares.of(y, K // BLOCK, 128, locks)
+    _small_kernel[shares.grid(M, N)](
         e4m3_view(x.q),
         x.scale,
         e4m3_view(w_FD),
         scale_fd,
         y,
-        part,
-        locks if locked else part,
+        shares.part,
+        shares.locks,
         M,
         N,
         K,
-        BM=rows,
-        BN=_ROWS,
-        SPLITS=splits,
-        LOCKED=locked,
+        BM=shares.rows,
+        BN=ROWS,
+        SPLITS=shares.splits,
+        LOCKED=shares.locked,
         NATIVE=is_native(y),
-        STAGES={16: 8, 32: 7, 64: 6, 128: 4}[rows],
+        STAGES={16: 8, 32: 7, 64: 6, 128: 4}[shares.rows],
         num_warps=4,
     )
-    if splits > 1 and not locked:
-        _sum_parts_kernel[(triton.cdiv(M * N, 1024),)](part, y, M * N, SPLITS=splits, B=1024)
+    shares.finish(y)
 
 
 def _launch_large(
@@ -323,14 +279,6 @@ def fp8_gemm_triton(
         tile = tile_of(len(flat.q), N, TILES if tma else OLD_TILES)
         _launch_large(flat, w_FD, scale_fd, y.view(-1, N), tile, tma)
     return y
-
-
-def make_locks(w_FD: Tensor) -> Tensor:
-    """Return the counters with which `fp8_gemm` sums the splits of few rows in one launch.
-
-    They belong to one weight; launches that share them must follow one another.
-    """
-    return torch.zeros(-(-w_FD.shape[0] // _ROWS), dtype=torch.int32, device=w_FD.device)
 
 
 def fp8_gemm(

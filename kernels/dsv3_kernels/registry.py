@@ -29,7 +29,7 @@ from dsv3_kernels.registry_case import (
     normal,
     scaled,
 )
-from dsv3_kernels.registry_gemm import experts, gemm
+from dsv3_kernels.registry_gemm import experts, few_rows, gemm
 from dsv3_kernels.rmsnorm import add_rmsnorm_ref, add_rmsnorm_triton
 from dsv3_kernels.route import Routing, route_ref, route_triton
 from dsv3_kernels.router_logits import router_logits_ref, router_logits_triton
@@ -42,7 +42,8 @@ __all__ = ["Case", "cases", "check", "measure"]
 
 def cases(small: bool = False) -> Iterator[Case]:
     """Yield all cases."""
-    for family in (_elementwise, gemm, experts, _routing, decode, latents, prefill, _sampling):
+    products, attention = (gemm, few_rows, experts), (decode, latents, prefill)
+    for family in (_elementwise, *products, _routing, *attention, _sampling):
         yield from family(small)
 
 

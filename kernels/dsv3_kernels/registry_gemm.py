@@ -4,15 +4,29 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from dsv3_kernels._split_k import make_locks
 from dsv3_kernels.act_quant import Quantized
-from dsv3_kernels.fp8_gemm import fp8_gemm_ref, fp8_gemm_triton, make_locks
+from dsv3_kernels.bf16_gemm import bf16_gemm_ref, bf16_gemm_triton
+from dsv3_kernels.fp8_gemm import fp8_gemm_ref, fp8_gemm_triton
 from dsv3_kernels.grouped_down import grouped_down_ref, grouped_down_triton
 from dsv3_kernels.grouped_gate_up import grouped_gate_up_ref, grouped_gate_up_triton
 from dsv3_kernels.grouped_gemm import Stack
 from dsv3_kernels.moe import experts_ref, experts_triton
 from dsv3_kernels.permute import permute_ref
-from dsv3_kernels.registry_case import BLOCK, FF, FP8_TOL, Args, Case, D, E, quantized, scaled
+from dsv3_kernels.registry_case import (
+    BLOCK,
+    FF,
+    FP8_TOL,
+    Args,
+    Case,
+    D,
+    E,
+    normal,
+    quantized,
+    scaled,
+)
 
 # Name of the matrix, rows and columns.
 MATRICES = (
@@ -27,11 +41,21 @@ MATRICES = (
     ("dense gate_up tp8", 4608, 7168),
     ("dense down tp8", 7168, 2304),
 )
+# Two that are bfloat16 in the FP8 checkpoint too, and some of where all are.
+BF16_MATRICES = (
+    ("lm_head tp8", 16160, 7168),
+    ("eh_proj", 7168, 14336),
+    ("qkv_a", 2112, 7168),
+    ("q_b tp8", 3072, 1536),
+    ("o_proj tp8", 7168, 2048),
+    ("shared gate_up tp8", 512, 7168),
+    ("shared down tp8", 7168, 256),
+)
 
 
 def gemm(small: bool) -> Iterator[Case]:
     """Yield the product of FP8 rows with one matrix."""
-    rows = (1, 5) if small else (1, 8, 64, 128, 1024, 4096)
+    rows = (1, 5) if small else (1, 8, 16, 64, 128, 1024, 4096)
     for name, F_out, dim in [("ragged", 72, 384)] if small else MATRICES:
         for M in rows:
 
@@ -49,6 +73,27 @@ def gemm(small: bool) -> Iterator[Case]:
                 2.0 * M * F_out * dim,
                 "fp8",
                 peer=_block_scaled_mm,
+            )
+
+
+def few_rows(small: bool) -> Iterator[Case]:
+    """Yield the product of few bfloat16 rows with one matrix."""
+    for name, F_out, dim in [("ragged", 72, 200)] if small else BF16_MATRICES:
+        for M in (1, 33) if small else (1, 8, 16, 64):
+
+            def operands(d: torch.device, M: int = M, F_out: int = F_out, dim: int = dim) -> Args:
+                w = normal(F_out, dim, device=d)
+                return normal(M, dim, device=d), w, torch.bfloat16, make_locks(w)
+
+            yield Case(
+                "bf16_gemm",
+                f"{name} {F_out} x {dim}, M {M}",
+                operands,
+                bf16_gemm_triton,
+                lambda x, w, dtype, _locks: bf16_gemm_ref(x, w, dtype),
+                2 * (F_out * dim + M * (dim + F_out)),
+                2.0 * M * F_out * dim,
+                peer=lambda x, w, _dtype, _locks: F.linear(x, w),
             )
 
 

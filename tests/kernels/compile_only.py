@@ -22,8 +22,10 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import dsv3_kernels  # noqa: F401 - all of its modules are looked through below
+from dsv3_kernels._split_k import make_locks
 from dsv3_kernels.act_quant import Quantized, act_quant_triton
-from dsv3_kernels.fp8_gemm import OLD_TILES, TILES, _launch_large, fp8_gemm_triton, make_locks
+from dsv3_kernels.bf16_gemm import bf16_gemm_triton
+from dsv3_kernels.fp8_gemm import OLD_TILES, TILES, _launch_large, fp8_gemm_triton
 from dsv3_kernels.grouped_down import grouped_down_triton
 from dsv3_kernels.grouped_gate_up import grouped_gate_up_triton
 from dsv3_kernels.grouped_gemm import Stack
@@ -58,12 +60,21 @@ def launches(capability: int) -> None:
     fp8_gemm_triton(Quantized(q.q[:1], q.scale[:1]), w, scale, locks=make_locks(w))
     y, one = torch.zeros(129, 576, dtype=torch.bfloat16), Quantized(q.q[:16], q.scale[:16])
     fp8_gemm_triton(one, w, scale)
+    few_rows()
     is_hopper = capability >= 90
     tile = TILES[0] if is_hopper else OLD_TILES[-1]
     _launch_large(q, w, scale, y, tile, tma=is_hopper)
     routing()
     experts(is_hopper)
     attention(is_hopper)
+
+
+def few_rows() -> None:
+    """Rows of bfloat16: one, as many as there may be, and odd ones of a wider tensor."""
+    w, x = (torch.zeros(n, 1024, dtype=torch.bfloat16) for n in (576, 64))
+    bf16_gemm_triton(x[:1], w, locks=make_locks(w))
+    bf16_gemm_triton(x, w, torch.float32)
+    bf16_gemm_triton(x[:20, :100], w[:70, :100].contiguous())
 
 
 def routing() -> None:

@@ -1,0 +1,124 @@
+"""Few rows of x times a matrix W: how it is shared out to programs, and how their parts are summed.
+
+Bound by reading W. Operands are swapped (y^T = W x^T), so that 64 rows of W fill the first side of
+a matrix unit and the few rows of x its narrow second. K is cut into as many splits as (N, K) asks
+for, until all multiprocessors read, and the splits are added in their order: by the program that
+ends last, or where tiles are large by a second launch. None of it depends on how many rows there
+are, so a row's result does not either.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dsv3_kernels._triton import tl, triton
+
+# Rows of W that a program takes.
+ROWS = 64
+# Programs that keep a large GPU's memory busy.
+WANTED = 132
+
+
+def splits_of(N: int, blocks: int) -> int:
+    """Return how many programs share a row of W of so many blocks (of 128 bytes)."""
+    tiles = -(-N // ROWS)
+    # At least two blocks for each, and where there are tiles enough one split saves the summing.
+    return max(1, min(round(WANTED / tiles), blocks // 2, 16))
+
+
+def make_locks(w_FD: Tensor) -> Tensor:
+    """Return the counters with which the splits of few rows are summed in one launch.
+
+    They belong to one weight; launches that share them must follow one another.
+    """
+    return torch.zeros(-(-w_FD.shape[-2] // ROWS), dtype=torch.int32, device=w_FD.device)
+
+
+class Shares(NamedTuple):
+    """How a product is shared out.
+
+    Attributes:
+        rows: of x that a program takes.
+        splits: programs for a row of W.
+        part: [splits, M, N] float32 for their sums; empty if there is only one.
+        locks: counters, or something never read.
+        locked: whether the last program of a tile sums its splits.
+    """
+
+    rows: int
+    splits: int
+    part: Tensor
+    locks: Tensor
+    locked: bool
+
+    @staticmethod
+    def of(y_MN: Tensor, blocks: int, most: int, locks: Tensor | None) -> "Shares":
+        """Share out a product over so many blocks of K, at most so many rows to a program."""
+        M, N = y_MN.shape
+        rows = min(most, max(16, triton.next_power_of_2(M)))
+        splits = splits_of(N, blocks)
+        shape = (splits, M, N) if splits > 1 else (0,)
+        part = torch.empty(shape, dtype=torch.float32, device=y_MN.device)
+        # One program sums all splits of its tile: quick only while the tile is small.
+        if splits > 1 and rows <= 32 and locks is not None:
+            return Shares(rows, splits, part, locks, True)
+        return Shares(rows, splits, part, part, False)
+
+    def grid(self, M: int, N: int) -> tuple[int, int, int]:
+        """Return the programs: tiles of W, splits, tiles of x."""
+        return triton.cdiv(N, ROWS), self.splits, triton.cdiv(M, self.rows)
+
+    def finish(self, y_MN: Tensor) -> None:
+        """Add up the splits where no program of the product has."""
+        if self.splits > 1 and not self.locked:
+            size = y_MN.numel()
+            _sum_parts_kernel[(triton.cdiv(size, 1024),)](
+                self.part, y_MN, size, SPLITS=self.splits, B=1024
+            )
+
+
+@triton.jit
+def store_share(
+    y,
+    y_ptr,
+    part_ptr,
+    lock_ptr,
+    m,
+    n,
+    M,
+    N,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    SPLITS: tl.constexpr,
+    LOCKED: tl.constexpr,
+):
+    """Store a split's [BM, BN]; of several splits the last sums them all if LOCKED."""
+    at = m.to(tl.int64)[:, None] * N + n[None, :]
+    mask = (m < M)[:, None] & (n < N)[None, :]
+    if SPLITS == 1:
+        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
+    else:
+        size = M.to(tl.int64) * N
+        tl.store(part_ptr + tl.program_id(1) * size + at, y, mask=mask)
+        if LOCKED:
+            # All threads' stores come before the count, the count before the loads.
+            tl.debug_barrier()
+            lock_at = lock_ptr + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+            if tl.atomic_add(lock_at, 1, sem="acq_rel") == SPLITS - 1:
+                total = tl.zeros((BM, BN), tl.float32)
+                for s in range(SPLITS):
+                    part_at = part_ptr + s * size + at
+                    total += tl.load(part_at, mask=mask, other=0.0, cache_modifier=".cg")
+                tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=mask)
+                tl.store(lock_at, 0)  # as the next launch expects it
+
+
+@triton.jit(do_not_specialize=["size"])
+def _sum_parts_kernel(part_ptr, y_ptr, size, SPLITS: tl.constexpr, B: tl.constexpr):
+    """Add up the splits, in their order."""
+    at = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
+    total = tl.zeros((B,), tl.float32)
+    for s in tl.static_range(SPLITS):
+        total += tl.load(part_ptr + s * size + at, mask=at < size, other=0.0)
+    tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=at < size)
