@@ -12,12 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dsv3_kernels._triton import tl, triton
+from dsv3_kernels._triton import multiprocessors, tl, triton
 
 # Rows of W that a program takes.
 ROWS = 64
-# Programs that keep a large GPU's memory busy.
+# Programs that keep a large GPU's memory busy: one on each multiprocessor of Hopper.
 WANTED = 132
+# Bytes of shared memory that a program uses beside its blocks, at most.
+_OTHER = 4096
 
 
 def splits_of(N: int, blocks: int) -> int:
@@ -41,13 +43,15 @@ class Shares(NamedTuple):
     Attributes:
         rows: of x that a program takes.
         splits: programs for a row of W.
-        part: [splits, M, N] float32 for their sums; empty if there is only one.
+        blocks: of K that a program multiplies at most.
+        part: [splits, M, N] float32 for the sums of splits; empty if there is only one.
         locks: counters, or something never read.
         locked: whether the last program of a tile sums its splits.
     """
 
     rows: int
     splits: int
+    blocks: int
     part: Tensor
     locks: Tensor
     locked: bool
@@ -58,16 +62,32 @@ class Shares(NamedTuple):
         M, N = y_MN.shape
         rows = min(most, max(16, triton.next_power_of_2(M)))
         splits = splits_of(N, blocks)
+        each = -(-blocks // splits)
         shape = (splits, M, N) if splits > 1 else (0,)
         part = torch.empty(shape, dtype=torch.float32, device=y_MN.device)
-        # One program sums all splits of its tile: quick only while the tile is small.
-        if splits > 1 and rows <= 32 and locks is not None:
-            return Shares(rows, splits, part, locks, True)
-        return Shares(rows, splits, part, part, False)
+        # One program reads all splits of its tile: by arithmetic less than a launch takes up to
+        # 128 KiB. There are locks for the tiles of W, so x must be one tile.
+        if splits > 1 and splits * rows <= 512 and rows >= M and locks is not None:
+            return Shares(rows, splits, each, part, locks, True)
+        return Shares(rows, splits, each, part, part, False)
 
     def grid(self, M: int, N: int) -> tuple[int, int, int]:
         """Return the programs: tiles of W, splits, tiles of x."""
         return triton.cdiv(N, ROWS), self.splits, triton.cdiv(M, self.rows)
+
+    def stages(self, y_MN: Tensor) -> int:
+        """Return how many blocks of K should have a place in shared memory; by arithmetic.
+
+        One more than a program multiplies, and all are under way at once; further ones would only
+        make its start longer. Otherwise as many as there is room for where all programs are to run
+        at once, up to eight: 56 KiB of W under way. A multiprocessor has registers for three of
+        them, or of 128 rows for two.
+        """
+        tiles, splits, m_tiles = self.grid(*y_MN.shape)
+        held = -(-tiles * splits * m_tiles // WANTED)
+        most = 3 if self.rows <= 64 else 2
+        room = multiprocessors(y_MN)[1] // (held if held <= most else 2) - _OTHER
+        return max(2, min(8, self.blocks + 1, room // (128 * (ROWS + self.rows))))
 
     def finish(self, y_MN: Tensor) -> None:
         """Add up the splits where no program of the product has."""

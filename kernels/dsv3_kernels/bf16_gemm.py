@@ -113,7 +113,7 @@ def bf16_gemm_triton(
         SPLITS=shares.splits,
         LOCKED=shares.locked,
         INTERPRETED=is_interpreted(w_FD),
-        STAGES={16: 8, 32: 7, 64: 6}[shares.rows],
+        STAGES=shares.stages(y_TF),
         num_warps=4,
     )
     shares.finish(y_TF)

@@ -210,7 +210,7 @@ def _launch_small(
         SPLITS=shares.splits,
         LOCKED=shares.locked,
         NATIVE=is_native(y),
-        STAGES={16: 8, 32: 7, 64: 6, 128: 4}[shares.rows],
+        STAGES=shares.stages(y),
         num_warps=4,
     )
     shares.finish(y)
