@@ -18,19 +18,25 @@ from torch import Tensor, nn
 
 from dsv3.cache.pool import LayerCache
 from dsv3.config import ModelConfig, ParallelConfig
-from dsv3.model.batch import Batch, Chunk
+from dsv3.model.batch import Batch, Chunk, DecodeGroup
 from dsv3.parallel.collectives import Collectives
 from dsv3.parallel.linear import ColumnParallelLinear, Linear, RowParallelLinear
 from dsv3.parallel.weights import Vector, WeightFormat
 from dsv3_kernels import (
+    Paging,
     Quantized,
+    absorb_query,
     add_rmsnorm,
+    empty_parts,
+    expand_values,
     latent_entries,
     merge_lse,
     mha_decode,
     mla_decode,
+    mla_decode_parts,
     mla_prefill,
     mla_prefill_packed,
+    open_parts,
     rope_and_cache,
     rotate,
 )
@@ -102,21 +108,27 @@ class MLA(nn.Module):
         x_q: Quantized | None = None,
     ) -> Tensor:
         """Return this rank's part of the attention output, [T, D]; `x_q` is x in FP8."""
-        q_THX, kv_TX = self._project(x_TD, rope, x_q)
+        q_THX, kv_TX = self._project(x_TD, x_q)
         norm = self.kv_a_layernorm.weight, _LATENT_NORM_EPS, *rope, self.config.rope_interleave
         if cache.layout.form == "heads":
+            self._rotate(q_THX, rope)
             o_THV = self._naive(q_THX, latent_entries(kv_TX, *norm), batch, cache)
-        else:
-            keep_from = batch.num_decode_rows
-            slots = cache.slots, batch.own_slot
-            chunk_TX = rope_and_cache(kv_TX, *norm, *slots, keep_from)
-            o_THV = self._latent(q_THX, chunk_TX, batch, cache)
-        return self.o_proj(o_THV.flatten(1))
+            return self.o_proj(o_THV.flatten(1))
+        decode = batch.num_decode_rows
+        chunk_TX = rope_and_cache(kv_TX, *norm, cache.slots, batch.own_slot, decode)
+        if not batch.chunks:
+            return self.o_proj(*self._absorbed(q_THX, rope, batch, cache, self.o_proj.quantizes))
+        q_decode, q_chunk = q_THX.tensor_split([decode])
+        (cos, chunk_cos), (sin, chunk_sin) = (x.tensor_split([decode]) for x in rope)
+        self._rotate(q_chunk, (chunk_cos, chunk_sin))
+        o_TF = self._expanded(q_chunk, chunk_TX, batch, cache).flatten(1)
+        if decode:
+            first_TF, _ = self._absorbed(q_decode, (cos, sin), batch, cache)
+            o_TF = torch.cat((first_TF.to(o_TF.dtype), o_TF))
+        return self.o_proj(o_TF)
 
-    def _project(
-        self, x_TD: Tensor, rope: tuple[Tensor, Tensor], x_q: Quantized | None
-    ) -> tuple[Tensor, Tensor]:
-        """Return rotated queries [T, H, N + R], and latents with keys [T, C + R] as they come."""
+    def _project(self, x_TD: Tensor, x_q: Quantized | None) -> tuple[Tensor, Tensor]:
+        """Return queries [T, H, N + R], and latents with keys [T, C + R], as they come."""
         c = self.config
         first, kv_TX = self.in_proj(x_TD, x_q).split(
             [self.first_rows, c.kv_lora_rank + c.qk_rope_head_dim], -1
@@ -127,9 +139,11 @@ class MLA(nn.Module):
                 first, None, norm, _LATENT_NORM_EPS, up.quantizes, up.ue8m0
             )
             first = up(query_TA, query_q)
-        q_THX = first.view(-1, self.heads, c.qk_head_dim)
-        rotate(q_THX[..., c.qk_nope_head_dim :], *rope, c.rope_interleave)
-        return q_THX, kv_TX
+        return first.view(-1, self.heads, c.qk_head_dim), kv_TX
+
+    def _rotate(self, q_THX: Tensor, rope: tuple[Tensor, Tensor]) -> None:
+        """Rotate queries in place."""
+        rotate(q_THX[..., self.config.qk_nope_head_dim :], *rope, self.config.rope_interleave)
 
     def _expand(self, entry_SX: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return keys [S, H, N] with [S, H, R] and values [S, H, V] of the local heads."""
@@ -147,67 +161,57 @@ class MLA(nn.Module):
 
     # Latent cache ---------------------------------------------------------------------------
 
-    def _latent(self, q_THX: Tensor, chunk_TX: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
-        """Attend to the cache, and from the chunks to `chunk_TX`, their entries, as well.
+    def _absorbed(
+        self,
+        q_THX: Tensor,
+        rope: tuple[Tensor, Tensor],
+        batch: Batch,
+        cache: LayerCache,
+        quant: bool = False,
+    ) -> tuple[Tensor, Quantized | None]:
+        """Attend from the decode rows to the cached latents.
 
-        A chunk's keys come as the cache will return them, so that its output does not depend on
-        where chunks were cut.
+        Returns:
+            [T, H * V] of the local heads, and that in FP8 if asked for.
         """
-        if not batch.chunks:
-            return self._absorbed(q_THX, batch, cache)
-        o_THV = q_THX.new_empty((*q_THX.shape[:2], self.config.v_head_dim), dtype=torch.float32)
-        decode = batch.num_decode_rows
-        if decode:
-            o_THV[:decode] = self._absorbed(q_THX[:decode], batch, cache)
-        o_THV[decode:] = self._expanded(q_THX[decode:], chunk_TX, batch, cache)
-        return o_THV
-
-    def _absorbed(self, q_THX: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
-        """Attend from the decode rows to the cached latents; [T, H, V] of the local heads."""
         w_uk, w_uv = self._absorption()
-        q_THN, q_THR = q_THX.split([w_uk.shape[1], self.config.qk_rope_head_dim], -1)
-        q_THC = torch.bmm(q_THN.transpose(0, 1), w_uk).transpose(0, 1)
-        q_THX = torch.cat((q_THC, q_THR), -1)
-        sharded = cache.layout.shards > 1
-        if sharded:
-            q_THX = self.tp.all_gather(q_THX).transpose(0, 1).flatten(1, 2)
-        z_THC, lse_TH = self._attend_groups(q_THX, batch, cache)
-        if sharded:
-            z_THC = self._return_to_owners(z_THC, lse_TH)
-        z_HTC = z_THC.to(w_uv.dtype).transpose(0, 1)
-        return torch.bmm(z_HTC, w_uv.transpose(1, 2)).transpose(0, 1)
-
-    def _attend_groups(
-        self, q_THX: Tensor, batch: Batch, cache: LayerCache
-    ) -> tuple[Tensor, Tensor]:
-        outs, lses = [], []
+        q_THX = absorb_query(q_THX, w_uk, *rope, self.config.rope_interleave)
+        if cache.layout.shards == 1:
+            z_THC = self._attend_groups(q_THX, batch, cache)
+            return expand_values(z_THC[None], None, w_uv, quant, self.o_proj.ue8m0)
+        # From here on all ranks' heads, until every head's results are with its owner again.
+        q_PTHX = self.tp.all_gather(q_THX)
+        parts = empty_parts(q_PTHX, self.config.kv_lora_rank)
         for g in batch.groups:
-            B, Q = g.query_pos_BQ.shape
-            out, lse = mla_decode(
-                q_THX[g.start : g.stop].view(B, Q, *q_THX.shape[1:]),
-                cache.slots,
-                g.page_BG,
-                g.query_pos_BQ,
-                cache.layout.paging,
-                self.config.kv_lora_rank,
+            mla_decode_parts(
+                q_PTHX[:, g.start : g.stop],
+                *self._where(g, cache),
                 self.config.softmax_scale,
+                parts[:, g.start : g.stop],
                 g.keys,
             )
-            outs.append(out.flatten(0, 1))
-            lses.append(lse.flatten(0, 1))
-        if len(outs) == 1:
-            return outs[0], lses[0]
-        return torch.cat(outs), torch.cat(lses)
+        z_PTHC, lse_PTH = open_parts(self.tp.all_to_all(parts))
+        return expand_values(z_PTHC, lse_PTH, w_uv, quant, self.o_proj.ue8m0)
 
-    def _return_to_owners(self, z_THC: Tensor, lse_TH: Tensor) -> Tensor:
-        """Send every head's partial result to the rank that owns it; merge what arrives."""
-        packed = torch.cat((z_THC, lse_TH.unsqueeze(-1)), -1)
-        by_owner = packed.unflatten(1, (self.tp.size, self.heads)).transpose(0, 1)
-        parts = self.tp.all_to_all(by_owner.contiguous())
-        return merge_lse(parts[..., :-1], parts[..., -1])[0]
+    def _attend_groups(self, q_THX: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
+        """Attend to what is held here, which is all; [T, H, C]."""
+        outs = []
+        for g in batch.groups:
+            q_BQHX = q_THX[g.start : g.stop].unflatten(0, g.query_pos_BQ.shape)
+            how = self.config.kv_lora_rank, self.config.softmax_scale, g.keys
+            outs.append(mla_decode(q_BQHX, *self._where(g, cache), *how)[0].flatten(0, 1))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def _where(self, g: DecodeGroup, cache: LayerCache) -> tuple[Tensor, Tensor, Tensor, Paging]:
+        """Return where a group's keys are, as kernels take it."""
+        return cache.slots, g.page_BG, g.query_pos_BQ, cache.layout.paging
 
     def _expanded(self, q_THX: Tensor, entry_TX: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
-        """Attend from the chunks to themselves and to their contexts; [T, H, V] of their rows."""
+        """Attend from the chunks to themselves and to their contexts; [T, H, V] of their rows.
+
+        A chunk's keys come as the cache will return them (`entry_TX`), so that its output does not
+        depend on where chunks were cut.
+        """
         assert batch.chunk_start_L is not None
         longest = max(chunk.stop - chunk.start for chunk in batch.chunks)
         o_THV, lse_TH = mla_prefill_packed(

@@ -20,6 +20,7 @@ from dsv3.errors import ConfigError
 _ITEMSIZE = {"fp8": 1, "bf16": 2, "fp32": 4}
 _BLOCK = 128
 _TRIALS = 64
+_PART_TAIL = 16  # bytes of a log-sum-exp behind the values that travel with it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -344,21 +345,28 @@ class _Writer:
         c, s, load, tp = self.config, self.setup, self.load, self.tp
         queries, heads = load.decode * load.queries, s.heads * s.shards
         key, value = c.kv_lora_rank + c.qk_rope_head_dim, c.kv_lora_rank
-        for name, dim in (("absorb_q", c.qk_nope_head_dim), ("absorb_v", c.v_head_dim)):
+        sent = float(queries * s.heads * key * self.item)
+        out = float(
+            queries * heads * (value * 4 if s.shards == 1 else value * self.item + _PART_TAIL)
+        )
+        for name, dim, moved in (
+            (
+                "absorb_query",
+                c.qk_nope_head_dim,
+                sent + queries * s.heads * c.qk_head_dim * self.item,
+            ),
+            ("expand_values", c.v_head_dim, out + queries * s.heads * c.v_head_dim * self.item),
+        ):
             op = self.linear(f"self_attn.{name}", s.heads * dim, value, queries)
-            moved = queries * s.heads * (dim + value) * self.item
             read = _matrix_bytes(s.heads * dim, value, s.weights)
             yield replace(op, bytes=read + moved, dtype=s.plain)
-        sent, back = float(queries * s.heads * key * self.item), queries * heads * (value + 1) * 4.0
+        cached = load.decode * self.seen() * s.entry_bytes
+        moved = sent * s.shards + out + cached
+        flops = 2.0 * queries * heads * self.seen() * (key + value)
+        yield Op("self_attn.mla_decode", flops, moved, s.plain)
         if s.shards > 1:
             yield self.exchange("self_attn.all_gather", sent, tp, tp - 1)
-        moved = queries * heads * (key * self.item + value * 4)
-        cached = load.decode * self.seen() * s.entry_bytes
-        flops = 2.0 * queries * heads * self.seen() * (key + value)
-        yield Op("self_attn.mla_decode", flops, cached + moved, s.plain)
-        if s.shards > 1:
-            yield self.exchange("self_attn.all_to_all", back, tp, 1 - 1 / tp)
-            yield Op("self_attn.merge_lse", 0.0, back + queries * s.heads * value * 4)
+            yield self.exchange("self_attn.all_to_all", out, tp, 1 - 1 / tp)
 
     def prefill(self) -> Iterator[Op]:
         """Yield attention in expanded form: every head with its own keys and values."""

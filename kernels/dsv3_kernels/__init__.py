@@ -4,19 +4,22 @@ Knows nothing of models, ranks or requests. Shape letters: see `dsv3/__init__.py
 """
 
 from dsv3_kernels._split_k import make_locks
+from dsv3_kernels.absorb_query import absorb_query
 from dsv3_kernels.act_quant import Quantized, act_quant
 from dsv3_kernels.bf16_gemm import linear
-from dsv3_kernels.fp8_gemm import fp8_gemm
+from dsv3_kernels.expand_values import expand_values
+from dsv3_kernels.fp8_gemm import fp8_gemm, make_locks
 from dsv3_kernels.grouped_down import grouped_down
 from dsv3_kernels.grouped_gate_up import grouped_gate_up
-from dsv3_kernels.grouped_gemm import Stack
+from dsv3_kernels.grouped_gemm import Stack, grouped_down, grouped_gate_up
 from dsv3_kernels.kv_fp8 import pack_latent, packed_bytes, unpack_latent
 from dsv3_kernels.merge_lse import merge_lse
 from dsv3_kernels.mha_decode import mha_decode
-from dsv3_kernels.mla_decode import mla_decode
+from dsv3_kernels.mla_decode import mla_decode, mla_decode_parts
 from dsv3_kernels.mla_prefill import mla_prefill, mla_prefill_packed
 from dsv3_kernels.moe import experts
 from dsv3_kernels.paging import Keys, Paging
+from dsv3_kernels.parts import empty_parts, open_parts
 from dsv3_kernels.permute import Groups, masked_groups, permute, unpermute
 from dsv3_kernels.rmsnorm import add_rmsnorm, rmsnorm, rmsnorm_quant
 from dsv3_kernels.rope import apply_rope, rotate
@@ -35,9 +38,12 @@ __all__ = [
     "Quantized",
     "Routing",
     "Stack",
+    "absorb_query",
     "act_quant",
     "add_rmsnorm",
     "apply_rope",
+    "empty_parts",
+    "expand_values",
     "experts",
     "fp8_gemm",
     "grouped_down",
@@ -49,8 +55,10 @@ __all__ = [
     "merge_lse",
     "mha_decode",
     "mla_decode",
+    "mla_decode_parts",
     "mla_prefill",
     "mla_prefill_packed",
+    "open_parts",
     "pack_latent",
     "packed_bytes",
     "permute",

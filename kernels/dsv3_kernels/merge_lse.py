@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from dsv3_kernels._triton import tl, triton, use_triton
+from dsv3_kernels.paging import Paging
 
 # Parts that the kernel weighs at a time. Always the same, so that the order of a sum depends on
 # the number of a row's parts only.
@@ -26,7 +27,7 @@ def merge_lse_ref(o_NTHV: Tensor, lse_NTH: Tensor) -> tuple[Tensor, Tensor]:
     return (o_NTHV * weight_THN.movedim(-1, 0).unsqueeze(-1)).sum(0), lse_TH
 
 
-@triton.jit(do_not_specialize=["num_parts", "heads", "block_rows"])
+@triton.jit(do_not_specialize=["num_parts", "block_rows"])
 def _merge_lse_kernel(
     o_part,
     lse_part,
@@ -34,14 +35,18 @@ def _merge_lse_kernel(
     lse_out,
     pos_ptr,  # position of each query; not read if SPLIT is 0
     num_parts,  # not used otherwise
-    heads,
-    block_rows,  # rows of a block of the batch; the third strides step over blocks
-    o_stride_part,
-    o_stride_row,
+    block_rows,  # rows of a block; the first strides step over blocks, the second over rows
     o_stride_block,
-    lse_stride_part,
-    lse_stride_row,
+    o_stride_row,
+    o_stride_part,
     lse_stride_block,
+    lse_stride_row,
+    lse_stride_part,
+    out_stride_block,
+    out_stride_row,
+    out_lse_stride_block,
+    out_lse_stride_row,
+    HEADS: tl.constexpr,
     V: tl.constexpr,
     SHARDS: tl.constexpr,
     SHARD: tl.constexpr,
@@ -51,12 +56,12 @@ def _merge_lse_kernel(
 ):
     """One program merges a row's parts, PARTS at a time, in their order."""
     row = tl.program_id(0).to(tl.int64)
+    block, row = row // block_rows, row % block_rows
     if SPLIT > 0:
-        pos = tl.load(pos_ptr + row // heads).to(tl.int32)
+        pos = tl.load(pos_ptr + row // HEADS).to(tl.int32)
         num_parts = ((pos + SHARDS - SHARD) // SHARDS + SPLIT - 1) // SPLIT
-    block, in_block = row // block_rows, row % block_rows
-    o_row = o_part + block * o_stride_block + in_block * o_stride_row
-    lse_row = lse_part + block * lse_stride_block + in_block * lse_stride_row
+    o_row = o_part + block * o_stride_block + row * o_stride_row
+    lse_row = lse_part + block * lse_stride_block + row * lse_stride_row
     part = tl.arange(0, PARTS).to(tl.int64)
     top = tl.full((PARTS,), float("-inf"), tl.float32)
     for first in range(0, num_parts, PARTS):
@@ -76,52 +81,62 @@ def _merge_lse_kernel(
         acc += tl.sum(weight[:, None] * o, 0)
         total += tl.sum(weight, 0)
     divisor = tl.where(total == 0.0, 1.0, total)
-    tl.store(o_out + row * V + v, acc / divisor, mask=v < V)
+    out = o_out + block * out_stride_block + row * out_stride_row
+    tl.store(out + v, (acc / divisor).to(o_out.dtype.element_ty), mask=v < V)
     if tl.program_id(1) == 0:
-        tl.store(lse_out + row, best + tl.log(divisor))
+        at = lse_out + block * out_lse_stride_block + row * out_lse_stride_row
+        tl.store(at, best + tl.log(divisor))
 
 
 def merge_lse_triton(o_NTHV: Tensor, lse_NTH: Tensor) -> tuple[Tensor, Tensor]:
     """Launch a program per row and block of values."""
-    N, T, H, V = o_NTHV.shape
-    assert o_NTHV.stride(-1) == 1, f"{o_NTHV.stride()=}"
-    strides = [s.stride(i) for s in (o_NTHV, lse_NTH) for i in (0, 2, 1)]
-    return _launch(o_NTHV, lse_NTH, (T, H, V), strides, (lse_NTH, N, H, H), (1, 0, 0))
+    out = o_NTHV.new_empty(o_NTHV.shape[1:], dtype=torch.float32)
+    out_lse = out.new_empty(out.shape[:-1])
+    _launch((o_NTHV, lse_NTH), (out, out_lse), (lse_NTH, 1), (1, 0, 0))
+    return out, out_lse
 
 
 def merge_splits_triton(
-    o_BNRV: Tensor, lse_BNR: Tensor, query_pos_BQ: Tensor, shards: int, shard: int, split: int
-) -> tuple[Tensor, Tensor]:
-    """Merge what R = Q * H rows of a sequence got from each `split` of the positions held here.
+    parts: tuple[Tensor, Tensor],
+    query_pos_BQ: Tensor,
+    paging: Paging,
+    split: int,
+    out: tuple[Tensor, Tensor],
+) -> None:
+    """Merge what queries got from each `split` of the positions held here.
 
     Splits behind a query's position are not read: nobody need have written them.
 
-    Returns:
-        o_BRV, lse_BR.
+    Args:
+        parts: o [N, P, T, H, V] and lse [N, P, T, H], float32, of T = B * Q queries.
+        query_pos_BQ: [B, Q], contiguous.
+        paging: which positions are held here.
+        split: so many of them are one part.
+        out: o [P, T, H, V], any float dtype, and lse [P, T, H] float32, to be written; heads of
+            a token and tokens follow each other.
     """
-    (B, _, R, V), Q = o_BNRV.shape, query_pos_BQ.shape[1]
-    strides = [s.stride(i) for s in (o_BNRV, lse_BNR) for i in (1, 2, 0)]
-    sizes = query_pos_BQ, 0, R // Q, R
-    return _launch(o_BNRV, lse_BNR, (B, R, V), strides, sizes, (shards, shard, split))
+    (o, lse), (out_o, out_lse) = parts, out
+    flat = out_o.flatten(1, 2), out_lse.flatten(1, 2)
+    sizes = query_pos_BQ, o.shape[3]
+    _launch((o.flatten(2, 3), lse.flatten(2, 3)), flat, sizes, (paging.shards, paging.shard, split))
 
 
 def _launch(
-    o: Tensor,
-    lse: Tensor,
-    shape: tuple[int, int, int],
-    strides: list[int],
-    sizes: tuple[Tensor, int, int, int],
+    parts: tuple[Tensor, Tensor],
+    out: tuple[Tensor, Tensor],
+    queries: tuple[Tensor, int],
     paging: tuple[int, int, int],
-) -> tuple[Tensor, Tensor]:
-    out = o.new_empty(shape, dtype=torch.float32)
-    out_lse = out.new_empty(shape[:2])
-    rows, V = shape[0] * shape[1], shape[2]
+) -> None:
+    """Merge [N, blocks, rows, V] and [N, blocks, rows] over N into `out`."""
+    (N, blocks, rows, V), (pos, heads) = parts[0].shape, queries
+    assert parts[0].stride(-1) == out[0].stride(-1) == 1, f"{parts[0].stride()=}"
+    strides = [x.stride(i) for x in parts for i in (1, 2, 0)]
+    strides += [x.stride(i) for x in out for i in (0, 1)]
     block = min(128, triton.next_power_of_2(V))
-    if rows:
-        _merge_lse_kernel[(rows, triton.cdiv(V, block))](
-            o, lse, out, out_lse, *sizes, *strides, V, *paging, _PARTS, block, num_warps=2
+    if blocks * rows:
+        _merge_lse_kernel[(blocks * rows, triton.cdiv(V, block))](
+            *(*parts, *out, pos, N, rows, *strides, heads, V, *paging, _PARTS, block), num_warps=2
         )
-    return out, out_lse
 
 
 def merge_lse(o_NTHV: Tensor, lse_NTH: Tensor) -> tuple[Tensor, Tensor]:

@@ -43,7 +43,7 @@ def mha_decode_ref(
     return out
 
 
-@triton.jit(do_not_specialize=["pages", "splits"])
+@triton.jit(do_not_specialize=["pages", "o_stride_split", "lse_stride_split"])
 def _mha_decode_kernel(
     q_ptr,
     cache_ptr,
@@ -53,7 +53,8 @@ def _mha_decode_kernel(
     lse_ptr,
     stride_slot,
     pages,
-    splits,
+    o_stride_split,
+    lse_stride_split,
     scale_log2,
     H: tl.constexpr,
     X: tl.constexpr,
@@ -94,10 +95,10 @@ def _mha_decode_kernel(
                 acc = acc * decay + tl.sum(p[:, None] * value.to(tl.float32), 0)
                 top = best
             divisor = tl.where(total == 0.0, 1.0, total)
-            out = (b * splits + split) * H + head
-            tl.store(o_ptr + out * V + v, acc / divisor, mask=is_v)
+            out = b * H + head
+            tl.store(o_ptr + split * o_stride_split + out * V + v, acc / divisor, mask=is_v)
             lse = (top + tl.log2(divisor)) * 0.6931471805599453
-            tl.store(lse_ptr + out + tl.arange(0, 1), lse)
+            tl.store(lse_ptr + split * lse_stride_split + out + tl.arange(0, 1), lse)
 
 
 def mha_decode_triton(
@@ -115,21 +116,23 @@ def mha_decode_triton(
     assert cache_SY.stride(1) == 1, f"{cache_SY.stride()=}"
     q_BHX, page_BG, query_pos_B = (t.contiguous() for t in (q_BHX, page_BG, query_pos_B))
     splits = triton.cdiv(G * paging.slots_per_page, split)
-    o = torch.empty(B, splits, H, V, dtype=torch.float32, device=q_BHX.device)
-    lse = o.new_empty(B, splits, H)
-    if B:
-        _mha_decode_kernel[(H, programs_for(splits, H * B), B)](
-            *(q_BHX, cache_SY, page_BG, query_pos_B, o, lse, cache_SY.stride(0), G, splits),
-            *(scale * math.log2(math.e), H, X, V),
-            *(triton.next_power_of_2(X), triton.next_power_of_2(V)),
-            *(paging.slots_per_page, paging.shards, paging.shard, _KEYS, split),
-            num_warps=4,
-            num_stages=2,
-        )
-    if splits > 1:
-        pos_BQ = query_pos_B[:, None]
-        o, _ = merge_splits_triton(o, lse, pos_BQ, paging.shards, paging.shard, split)
-    return o.view(B, H, V)
+    o = torch.empty(splits, 1, B, H, V, dtype=torch.float32, device=q_BHX.device)
+    lse = o.new_empty(splits, 1, B, H)
+    if not B:
+        return o[0, 0]
+    _mha_decode_kernel[(H, programs_for(splits, H * B), B)](
+        *(q_BHX, cache_SY, page_BG, query_pos_B, o, lse, cache_SY.stride(0), G),
+        *(o.stride(0), lse.stride(0), scale * math.log2(math.e), H, X, V),
+        *(triton.next_power_of_2(X), triton.next_power_of_2(V)),
+        *(paging.slots_per_page, paging.shards, paging.shard, _KEYS, split),
+        num_warps=4,
+        num_stages=2,
+    )
+    if splits == 1:
+        return o[0, 0]
+    out, out_lse = torch.empty_like(o[0]), torch.empty_like(lse[0])
+    merge_splits_triton((o, lse), query_pos_B[:, None], paging, split, (out, out_lse))
+    return out[0]
 
 
 def mha_decode(

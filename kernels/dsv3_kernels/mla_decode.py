@@ -24,6 +24,7 @@ from dsv3_kernels._triton import is_hopper, is_interpreted, tl, triton, use_trit
 from dsv3_kernels.kv_fp8 import BLOCK, unpack_latent
 from dsv3_kernels.merge_lse import merge_splits_triton, softmax_lse
 from dsv3_kernels.paging import Keys, Paging
+from dsv3_kernels.parts import open_parts
 
 # Programs of a launch, about: eight for each multiprocessor.
 _PROGRAMS = 1024
@@ -77,23 +78,31 @@ def _attend(
 
 
 @triton.jit
-def _unpack(code, scale_at, held, blocks, NATIVE: tl.constexpr, DTYPE: tl.constexpr):
-    """Return packed latents [KEYS, C] as numbers: e4m3 times the scale of each block of 128."""
-    if NATIVE:
-        value = code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-    else:
-        value = decode_e4m3(code)
-    KEYS: tl.constexpr = code.shape[0]
-    BLOCK: tl.constexpr = min(code.shape[1], 128)
-    BLOCKS: tl.constexpr = code.shape[1] // BLOCK
-    block = tl.arange(0, BLOCKS)
-    known = held[:, None] & (block < blocks)[None, :]
-    scale = tl.load(scale_at[:, None] + block[None, :], mask=known, other=0.0)
-    value = tl.reshape(value, (KEYS, BLOCKS, BLOCK)) * scale[:, :, None]
-    return tl.reshape(value, code.shape).to(DTYPE)
+def _as_numbers(
+    code,
+    scale_at,
+    held,
+    C: tl.constexpr,
+    PACKED: tl.constexpr,
+    NATIVE: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Return latents [KEYS, C_PAD]; packed ones are e4m3 times the scale of each block of 128."""
+    if PACKED:
+        value = code.to(tl.float8e4nv, bitcast=True).to(tl.float32) if NATIVE else decode_e4m3(code)
+        KEYS: tl.constexpr = code.shape[0]
+        BLOCK: tl.constexpr = min(code.shape[1], 128)
+        BLOCKS: tl.constexpr = code.shape[1] // BLOCK
+        block = tl.arange(0, BLOCKS)
+        known = held[:, None] & (block < (C + 127) // 128)[None, :]
+        scale = tl.load(scale_at[:, None] + block[None, :], mask=known, other=0.0)
+        value = tl.reshape(value, (KEYS, BLOCKS, BLOCK)) * scale[:, :, None]
+        return tl.reshape(value, code.shape).to(DTYPE)
+    else:  # noqa: RET505 - Triton drops a constant condition's other branch only so
+        return code.to(DTYPE)
 
 
-@triton.jit(do_not_specialize=["pages", "splits", "queries", "num_rows"])
+@triton.jit(do_not_specialize=["pages", "queries", "num_rows"])
 def _mla_decode_kernel(
     q_ptr,
     latent_ptr,
@@ -106,12 +115,19 @@ def _mla_decode_kernel(
     stride_latent,
     stride_scale,
     stride_rope,
+    q_stride_owner,
+    o_stride_owner,
+    o_stride_split,
+    lse_stride_owner,
+    lse_stride_split,
     pages,
-    splits,
     queries,
     num_rows,
     scale_log2,
     H: tl.constexpr,
+    HEADS: tl.constexpr,
+    O_ROW: tl.constexpr,
+    LSE_ROW: tl.constexpr,
     C: tl.constexpr,
     R: tl.constexpr,
     C_PAD: tl.constexpr,
@@ -126,7 +142,10 @@ def _mla_decode_kernel(
     NATIVE: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """One program: ROWS of a sequence's Q * H queries, some splits of the positions held here."""
+    """One program: ROWS of a sequence's Q * H queries, some splits of the positions held here.
+
+    Every HEADS of the H heads are another rank's, and lie together with its other tokens'.
+    """
     b = tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     c, r = tl.arange(0, C_PAD), tl.arange(0, R_PAD)
@@ -136,36 +155,26 @@ def _mla_decode_kernel(
     seen = (tl.max(query_pos, 0) + SHARDS - SHARD) // SHARDS
     needed = tl.maximum(1, tl.cdiv(seen, SPLIT))
     if tl.program_id(1) < needed:
-        q_row = q_ptr + (b * num_rows + row)[:, None] * (C + R)
-        q_c = tl.load(q_row + c[None, :], mask=is_row[:, None] & is_c[None, :], other=0.0)
+        # Inside a sequence 32 bits are enough, and take half of the registers.
+        owner, owned, own = row % H // HEADS, row // H * HEADS + row % HEADS, b * queries * HEADS
+        q_row = q_ptr + own * (C + R) + (owner * q_stride_owner + owned * (C + R))[:, None]
+        q_c = tl.load(q_row + c[None, :], mask=is_row[:, None] & is_c[None, :], other=0.0).to(DTYPE)
         q_r = tl.load(q_row + C + r[None, :], mask=is_row[:, None] & is_r[None, :], other=0.0)
-        q_c, q_r = q_c.to(DTYPE), q_r.to(DTYPE)
-        table = page_ptr + b * pages
+        q_r = q_r.to(DTYPE)
         for split in range(tl.program_id(1), needed, tl.num_programs(1)):
-            first = split * SPLIT
-            top = tl.full((ROWS,), float("-inf"), tl.float32)
-            total = tl.zeros((ROWS,), tl.float32)
+            top, total = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
             acc = tl.zeros((ROWS, C_PAD), tl.float32)
-            for start in range(first, min(first + SPLIT, seen), KEYS):
+            for start in range(split * SPLIT, min((split + 1) * SPLIT, seen), KEYS):
                 at = start + tl.arange(0, KEYS)
                 held = at < seen
-                page = tl.load(table + at // PAGE, mask=held, other=0).to(tl.int64)
+                page = tl.load(page_ptr + b * pages + at // PAGE, mask=held, other=0).to(tl.int64)
                 slot = page * PAGE + at % PAGE
-                latent = tl.load(
-                    latent_ptr + (slot * stride_latent)[:, None] + c[None, :],
-                    mask=held[:, None] & is_c[None, :],
-                    other=0,
-                )
-                if PACKED:
-                    scale_at = scale_ptr + slot * stride_scale
-                    latent = _unpack(latent, scale_at, held, (C + 127) // 128, NATIVE, DTYPE)
-                else:
-                    latent = latent.to(DTYPE)
-                rope = tl.load(
-                    rope_ptr + (slot * stride_rope)[:, None] + r[None, :],
-                    mask=held[:, None] & is_r[None, :],
-                    other=0.0,
-                ).to(DTYPE)
+                scale_at = scale_ptr + slot * stride_scale
+                latent_at = latent_ptr + (slot * stride_latent)[:, None] + c[None, :]
+                latent = tl.load(latent_at, mask=held[:, None] & is_c[None, :], other=0)
+                latent = _as_numbers(latent, scale_at, held, C, PACKED, NATIVE, DTYPE)
+                rope_at = rope_ptr + (slot * stride_rope)[:, None] + r[None, :]
+                rope = tl.load(rope_at, mask=held[:, None] & is_r[None, :], other=0.0).to(DTYPE)
                 score = tl.dot(q_c, tl.trans(latent), input_precision="ieee")
                 score_r = tl.dot(q_r, tl.trans(rope), input_precision="ieee")
                 # Always so. What an `if` hands out hides from the compiler that these scores feed
@@ -186,10 +195,13 @@ def _mla_decode_kernel(
                 acc = acc * decay[:, None]
                 acc = tl.dot(p.to(DTYPE), latent, acc, input_precision="ieee")
             divisor = tl.where(total == 0.0, 1.0, total)
-            out = (b * splits + split) * num_rows + row
-            o_at = o_ptr + out[:, None] * C + c[None, :]
-            tl.store(o_at, acc / divisor[:, None], mask=is_row[:, None] & is_c[None, :])
-            tl.store(lse_ptr + out, (top + tl.log2(divisor)) * 0.6931471805599453, mask=is_row)
+            at = owner * o_stride_owner + owned * O_ROW
+            o_at = o_ptr + own * O_ROW + split * o_stride_split + at[:, None] + c[None, :]
+            o = (acc / divisor[:, None]).to(o_ptr.dtype.element_ty)
+            tl.store(o_at, o, mask=is_row[:, None] & is_c[None, :])
+            at = split * lse_stride_split + owner * lse_stride_owner + (own + owned) * LSE_ROW
+            lse = (top + tl.log2(divisor)) * 0.6931471805599453
+            tl.store(lse_ptr + at, lse, mask=is_row)
 
 
 def programs_for(splits: int, others: int) -> int:
@@ -237,48 +249,77 @@ def mla_decode_triton(
     scale: float,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Launch a program per tile of rows, split and sequence; merge the splits."""
-    (B, Q, H, X), C, G = q_BQHX.shape, value_dim, page_BG.shape[1]
-    rows, is_packed = Q * H, cache_SX.dtype == torch.uint8
-    assert cache_SX.stride(1) == 1, f"{cache_SX.stride()=}"
-    assert C % 4 == 0 or not is_packed, f"{C=}"
-    q_BQHX, page_BG, query_pos_BQ = (t.contiguous() for t in (q_BQHX, page_BG, query_pos_BQ))
+    """Launch `mla_decode`."""
+    B, Q, H, X = q_BQHX.shape
+    q_PTHX = q_BQHX.contiguous().view(1, B * Q, H, X)
+    o = torch.empty(B, Q, H, value_dim, dtype=torch.float32, device=q_BQHX.device)
+    lse = o.new_empty(B, Q, H)
+    out = o.view(1, B * Q, H, value_dim), lse.view(1, B * Q, H)
+    _launch(q_PTHX, cache_SX, page_BG, query_pos_BQ, paging, scale, out, tile)
+    return o, lse
+
+
+def mla_decode_parts_triton(
+    q_PTHX: Tensor,
+    cache_SX: Tensor,
+    page_BG: Tensor,
+    query_pos_BQ: Tensor,
+    paging: Paging,
+    scale: float,
+    parts_PTHY: Tensor,
+    tile: Tile | None = None,
+) -> None:
+    """Launch `mla_decode_parts`."""
+    out = open_parts(parts_PTHY)
+    _launch(q_PTHX, cache_SX, page_BG, query_pos_BQ, paging, scale, out, tile)
+
+
+def _launch(
+    q_PTHX: Tensor,
+    cache_SX: Tensor,
+    page_BG: Tensor,
+    query_pos_BQ: Tensor,
+    paging: Paging,
+    scale: float,
+    out: tuple[Tensor, Tensor],
+    tile: Tile | None,
+) -> None:
+    """Launch a program per tile of rows, split and sequence; merge the splits into `out`."""
+    (P, T, heads, X), (B, Q), C = q_PTHX.shape, query_pos_BQ.shape, out[0].shape[-1]
+    G, rows, is_packed = page_BG.shape[1], Q * P * heads, cache_SX.dtype == torch.uint8
+    assert cache_SX.stride(1) == 1 and q_PTHX[0].is_contiguous(), f"{cache_SX.stride()=}"
+    assert T == B * Q and (C % 4 == 0 or not is_packed), f"{q_PTHX.shape=} {page_BG.shape=} {C=}"
+    page_BG, query_pos_BQ = page_BG.contiguous(), query_pos_BQ.contiguous()
     scale_Sc, rope_SR = cache_SX, cache_SX[:, C:]
     if is_packed:
         blocks = 4 * -(-C // BLOCK)
         scale_Sc = cache_SX[:, C : C + blocks].view(torch.float32)
         rope_SR = cache_SX[:, C + blocks :].view(torch.bfloat16)
-    is_exact = torch.float32 in (q_BQHX.dtype, cache_SX.dtype)
+    is_exact = torch.float32 in (q_PTHX.dtype, cache_SX.dtype)
     is_exact = is_exact or is_interpreted(cache_SX)
-    tile = tile or tile_for(rows, is_exact, is_hopper(q_BQHX))
-    splits = triton.cdiv(G * paging.slots_per_page, tile.split)
-    o = torch.empty(B, splits, rows, C, dtype=torch.float32, device=q_BQHX.device)
-    lse = o.new_empty(B, splits, rows)
-    tensors = q_BQHX, cache_SX, scale_Sc, rope_SR, page_BG, query_pos_BQ, o, lse
-    sizes = *(t.stride(0) for t in tensors[1:4]), G, splits, Q, rows, scale * math.log2(math.e)
-    tiles = triton.cdiv(rows, tile.rows)
-    if B:
-        _mla_decode_kernel[(tiles, programs_for(splits, tiles * B), B)](
-            *tensors,
-            *sizes,
-            H,
-            C,
-            X - C,
-            max(16, triton.next_power_of_2(C)),
-            max(16, triton.next_power_of_2(X - C)),
-            paging.slots_per_page,
-            paging.shards,
-            paging.shard,
-            *tile[:3],
-            is_packed,
-            is_native(cache_SX),
-            tl.float32 if is_exact else tl.bfloat16,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
+    tile = tile or tile_for(rows, is_exact, is_hopper(q_PTHX))
+    splits, tiles = triton.cdiv(G * paging.slots_per_page, tile.split), triton.cdiv(rows, tile.rows)
+    o_NPTHC, lse_NPTH = (x.unsqueeze(0) for x in out)
     if splits > 1:
-        o, lse = merge_splits_triton(o, lse, query_pos_BQ, paging.shards, paging.shard, tile.split)
-    return o.view(B, Q, H, C), lse.view(B, Q, H)
+        shape = splits, P, T, heads
+        o_NPTHC = torch.empty(*shape, C, dtype=torch.float32, device=q_PTHX.device)
+        lse_NPTH = o_NPTHC.new_empty(shape)
+    if not B:
+        return
+    tensors = q_PTHX, cache_SX, scale_Sc, rope_SR, page_BG, query_pos_BQ, o_NPTHC, lse_NPTH
+    strides = [t.stride(0) for t in tensors[1:4]] + [q_PTHX.stride(0)]
+    strides += [t.stride(i) for t in (o_NPTHC, lse_NPTH) for i in (1, 0)]
+    _mla_decode_kernel[(tiles, programs_for(splits, tiles * B), B)](
+        *(*tensors, *strides, G, Q, rows, scale * math.log2(math.e)),
+        *(P * heads, heads, o_NPTHC.stride(3), lse_NPTH.stride(3), C, X - C),
+        *(max(16, triton.next_power_of_2(C)), max(16, triton.next_power_of_2(X - C))),
+        *(paging.slots_per_page, paging.shards, paging.shard, *tile[:3]),
+        *(is_packed, is_native(cache_SX), tl.float32 if is_exact else tl.bfloat16),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    if splits > 1:
+        merge_splits_triton((o_NPTHC, lse_NPTH), query_pos_BQ, paging, tile.split, out)
 
 
 def mla_decode(
@@ -314,3 +355,53 @@ def mla_decode(
     """
     args = q_BQHX, cache_SX, page_BG, query_pos_BQ, paging, value_dim, scale
     return mla_decode_triton(*args) if use_triton(q_BQHX) else mla_decode_ref(*args, keys)
+
+
+def mla_decode_parts_ref(
+    q_PTHX: Tensor,
+    cache_SX: Tensor,
+    page_BG: Tensor,
+    query_pos_BQ: Tensor,
+    paging: Paging,
+    scale: float,
+    parts_PTHY: Tensor,
+    keys: Keys | None = None,
+) -> None:
+    """Define `mla_decode_parts`."""
+    z_PTHC, lse_PTH = open_parts(parts_PTHY)
+    P, T, H, C = z_PTHC.shape
+    q_BQHX = q_PTHX.transpose(0, 1).flatten(1, 2).unflatten(0, query_pos_BQ.shape)
+    rest = cache_SX, page_BG, query_pos_BQ, paging, C, scale, keys
+    o_BQHC, lse_BQH = mla_decode_ref(q_BQHX, *rest)
+    z_PTHC.copy_(o_BQHC.view(T, P, H, C).transpose(0, 1))
+    lse_PTH.copy_(lse_BQH.view(T, P, H).transpose(0, 1))
+
+
+def mla_decode_parts(
+    q_PTHX: Tensor,
+    cache_SX: Tensor,
+    page_BG: Tensor,
+    query_pos_BQ: Tensor,
+    paging: Paging,
+    scale: float,
+    parts_PTHY: Tensor,
+    keys: Keys | None = None,
+) -> None:
+    """Do `mla_decode` for P ranks' heads, as an all-gather brings the queries.
+
+    Args:
+        q_PTHX: [P, B * Q, H, C + R], every rank's part contiguous.
+        cache_SX: see `mla_decode`, as for the next three.
+        page_BG: [B, G].
+        query_pos_BQ: [B, Q].
+        paging: which of the positions this rank holds, and where.
+        scale: multiplies the scores.
+        parts_PTHY: [P, B * Q, H, Y], as `parts.empty_parts` makes them: the results, written as
+            an all-to-all sends them.
+        keys: see `mla_decode`.
+    """
+    args = q_PTHX, cache_SX, page_BG, query_pos_BQ, paging, scale, parts_PTHY
+    if use_triton(q_PTHX):
+        mla_decode_parts_triton(*args)
+    else:
+        mla_decode_parts_ref(*args, keys)

@@ -42,6 +42,18 @@ def rotate_ref(x_THR: Tensor, cos_Tr: Tensor, sin_Tr: Tensor, interleaved: bool)
 
 
 @triton.jit
+def rotate_pairs(x_row, out_row, r, mask, cos, sin, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Rotate pairs `r` of the rows at `x_row` by the given angles; store them at `out_row`."""
+    first = 2 * r if INTERLEAVED else r
+    second = 2 * r + 1 if INTERLEAVED else r + HALF
+    a = tl.load(x_row + first, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(x_row + second, mask=mask, other=0.0).to(tl.float32)
+    dtype = out_row.dtype.element_ty
+    tl.store(out_row + first, (a * cos - b * sin).to(dtype), mask=mask)
+    tl.store(out_row + second, (a * sin + b * cos).to(dtype), mask=mask)
+
+
+@triton.jit
 def _rotate_kernel(
     x_ptr,
     cos_ptr,
@@ -61,13 +73,8 @@ def _rotate_kernel(
     mask = (h < H)[:, None] & is_r[None, :]
     cos = tl.load(cos_ptr + t * HALF + r, mask=is_r, other=0.0)[None, :]
     sin = tl.load(sin_ptr + t * HALF + r, mask=is_r, other=0.0)[None, :]
-    first = 2 * r if INTERLEAVED else r
-    second = 2 * r + 1 if INTERLEAVED else r + HALF
     row = x_ptr + t * stride_t + (h * stride_h)[:, None]
-    a = tl.load(row + first[None, :], mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(row + second[None, :], mask=mask, other=0.0).to(tl.float32)
-    tl.store(row + first[None, :], (a * cos - b * sin).to(x_ptr.dtype.element_ty), mask=mask)
-    tl.store(row + second[None, :], (a * sin + b * cos).to(x_ptr.dtype.element_ty), mask=mask)
+    rotate_pairs(row, row, r[None, :], mask, cos, sin, HALF, INTERLEAVED)
 
 
 def rotate_triton(x_THR: Tensor, cos_Tr: Tensor, sin_Tr: Tensor, interleaved: bool) -> None:

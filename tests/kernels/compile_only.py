@@ -22,6 +22,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import dsv3_kernels  # noqa: F401 - all of its modules are looked through below
+<<<<<<< HEAD
 from dsv3_kernels._split_k import make_locks
 from dsv3_kernels.act_quant import Quantized, act_quant_triton
 from dsv3_kernels.bf16_gemm import bf16_gemm_triton
@@ -29,14 +30,22 @@ from dsv3_kernels.fp8_gemm import OLD_TILES, TILES, _launch_large, fp8_gemm_trit
 from dsv3_kernels.grouped_down import grouped_down_triton
 from dsv3_kernels.grouped_gate_up import grouped_gate_up_triton
 from dsv3_kernels.grouped_gemm import Stack
+=======
+from dsv3_kernels.absorb_query import absorb_query_triton
+from dsv3_kernels.act_quant import Quantized, act_quant_triton
+from dsv3_kernels.expand_values import expand_values_triton
+from dsv3_kernels.fp8_gemm import OLD_TILES, TILES, _launch_large, fp8_gemm_triton, make_locks
+from dsv3_kernels.grouped_gemm import Stack, grouped_down_triton, grouped_gate_up_triton
+>>>>>>> 35fb027 (Absorb queries and expand values in one launch each; send parts in the activations' dtype)
 from dsv3_kernels.kv_fp8 import packed_bytes
 from dsv3_kernels.merge_lse import merge_lse_triton
 from dsv3_kernels.mha_decode import mha_decode_triton
-from dsv3_kernels.mla_decode import mla_decode_triton
+from dsv3_kernels.mla_decode import mla_decode_parts_triton, mla_decode_triton
 from dsv3_kernels.mla_decode import tile_for as decode_tile
 from dsv3_kernels.mla_prefill import mla_prefill_packed_triton, mla_prefill_triton
 from dsv3_kernels.mla_prefill import tile_for as prefill_tile
 from dsv3_kernels.paging import Paging
+from dsv3_kernels.parts import empty_parts, open_parts
 from dsv3_kernels.permute import permute_triton, unpermute_triton
 from dsv3_kernels.rmsnorm import add_rmsnorm_triton
 from dsv3_kernels.rope import rotate_triton
@@ -137,6 +146,7 @@ def attention(is_hopper: bool) -> None:
         latent = kv[:4, 1536:2112]
         rope_and_cache_triton(latent, torch.ones(512), 1e-6, trig, trig, True, cache, slot, 2)
     write_slots_triton(plain, slot, plain[:4])
+    absorption(page, pos, plain)
     q = torch.zeros(4, 16, 192, dtype=torch.bfloat16)
     rotate_triton(q[..., 128:], trig, trig, True)
     k_r, start = kv[:4, None, :64].expand(-1, 16, -1), torch.tensor([0, 1, 4], dtype=torch.int32)
@@ -147,6 +157,19 @@ def attention(is_hopper: bool) -> None:
     mha_decode_triton(q[:2], kv, page, pos[:, 0], Paging(64), 0.1)
     merge_lse_triton(torch.zeros(8, 4, 16, 513)[..., :-1], torch.zeros(8, 4, 16))
     sample_triton(torch.zeros(2, 129280), torch.ones(2), *torch.zeros(4, 2, dtype=torch.int64))
+
+
+def absorption(page: torch.Tensor, pos: torch.Tensor, cache: torch.Tensor) -> None:
+    """Into latent space and back, alone and with the heads of eight ranks."""
+    w = torch.zeros(16, 256, 512, dtype=torch.bfloat16)
+    for dtype in (torch.bfloat16, torch.float32):
+        q, trig = torch.zeros(2, 16, 192, dtype=dtype), torch.zeros(2, 32)
+        q = absorb_query_triton(q, w[:, :128].to(dtype), trig, trig, True)
+        expand_values_triton(q[None, ..., :512].float(), None, w[:, 128:].to(dtype), True)
+    q = torch.zeros(8, 2, 16, 576, dtype=torch.bfloat16)
+    parts = empty_parts(q, 512)
+    mla_decode_parts_triton(q, cache, page, pos, Paging(64, 8, 1), 0.1, parts)
+    expand_values_triton(*open_parts(parts), w[:, 128:], True)
 
 
 class NoDevice:

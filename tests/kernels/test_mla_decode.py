@@ -1,11 +1,18 @@
 import math
 import sys
+from functools import partial
 
 import pytest
 import torch
 
-from dsv3_kernels import Paging, merge_lse, mla_decode, pack_latent
-from dsv3_kernels.mla_decode import Tile, mla_decode_ref, mla_decode_triton
+from dsv3_kernels import Paging, empty_parts, merge_lse, mla_decode, open_parts, pack_latent
+from dsv3_kernels.mla_decode import (
+    Tile,
+    mla_decode_parts_ref,
+    mla_decode_parts_triton,
+    mla_decode_ref,
+    mla_decode_triton,
+)
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 from tests.kernels.definitions import attend
 from tests.kernels.paged import scatter
@@ -180,3 +187,27 @@ def test_how_many_programs_share_the_splits_does_not_matter(
     monkeypatch.setattr(sys.modules["dsv3_kernels.mla_decode"], "_PROGRAMS", 2 * 4)
     for got, expected in zip(run(args, tile), want, strict=True):
         assert_bitwise_equal("four programs, nine splits", got, expected)
+
+
+@pytest.mark.parametrize("split", [64, 512])
+@pytest.mark.parametrize("queries", [1, 2])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_parts_are_the_same_in_another_order(ranks: int, queries: int, split: int) -> None:
+    """Queries as gathered from ranks, among those of other sequences; results as sent back."""
+    lengths, heads = [129, 3, 40], 2
+    _, (_, cache, page, pos, *_) = make(lengths, queries, Paging(PAGE, 2, 1))
+    T, rest = 3 * queries, (cache, page, pos, Paging(PAGE, 2, 1))
+    gathered = torch.randn(ranks, T + 2, heads, C + R)
+    q = gathered[:, 1 : T + 1]
+    together = q.transpose(0, 1).reshape(3, queries, ranks * heads, C + R)
+    o, lse = mla_decode_ref(together, *rest, C, 0.25)
+    tile = Tile(16, 16, split, 4, 2)
+    for run_parts in (mla_decode_parts_ref, partial(mla_decode_parts_triton, tile=tile)):
+        every = empty_parts(gathered, C).fill_(7.0)
+        run_parts(q, *rest, 0.25, every[:, 1 : T + 1])
+        got_o, got_lse = open_parts(every)
+        assert bool((got_o[:, [0, -1]] == 7).all()), "the rows of others"
+        for p in range(ranks):
+            own = slice(p * heads, (p + 1) * heads)
+            assert_close("o", got_o[p, 1:-1], o[:, :, own].flatten(0, 1), 2e-6)
+            assert_close("lse", got_lse[p, 1:-1], lse[:, :, own].flatten(0, 1), 2e-6)
