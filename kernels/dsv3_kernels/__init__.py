@@ -8,10 +8,10 @@ from dsv3_kernels.absorb_query import absorb_query
 from dsv3_kernels.act_quant import Quantized, act_quant
 from dsv3_kernels.bf16_gemm import linear
 from dsv3_kernels.expand_values import expand_values
-from dsv3_kernels.fp8_gemm import fp8_gemm, make_locks
+from dsv3_kernels.fp8_gemm import fp8_gemm
 from dsv3_kernels.grouped_down import grouped_down
 from dsv3_kernels.grouped_gate_up import grouped_gate_up
-from dsv3_kernels.grouped_gemm import Stack, grouped_down, grouped_gate_up
+from dsv3_kernels.grouped_gemm import Stack
 from dsv3_kernels.kv_fp8 import pack_latent, packed_bytes, unpack_latent
 from dsv3_kernels.merge_lse import merge_lse
 from dsv3_kernels.mha_decode import mha_decode

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dsv3_kernels.act_quant import act_quant_ref, act_quant_triton
 from dsv3_kernels.permute import permute_ref, permute_triton, unpermute_ref, unpermute_triton
-from dsv3_kernels.registry_attention import decode, latents, prefill
+from dsv3_kernels.registry_attention import absorption, decode, latents, prefill
 from dsv3_kernels.registry_case import (
     BLOCK,
     FF,
@@ -42,7 +42,7 @@ __all__ = ["Case", "cases", "check", "measure"]
 
 def cases(small: bool = False) -> Iterator[Case]:
     """Yield all cases."""
-    products, attention = (gemm, few_rows, experts), (decode, latents, prefill)
+    products, attention = (gemm, few_rows, experts), (absorption, decode, latents, prefill)
     for family in (_elementwise, *products, _routing, *attention, _sampling):
         yield from family(small)
 

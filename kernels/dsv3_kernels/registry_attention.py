@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dsv3_kernels.absorb_query import absorb_query_ref, absorb_query_triton
+from dsv3_kernels.expand_values import expand_values_ref, expand_values_triton
 from dsv3_kernels.kv_fp8 import pack_latent_ref
 from dsv3_kernels.merge_lse import merge_lse_ref, merge_lse_triton
 from dsv3_kernels.mla_decode import mla_decode_ref, mla_decode_triton
 from dsv3_kernels.mla_prefill import mla_prefill_ref, mla_prefill_triton
 from dsv3_kernels.paging import Paging
+from dsv3_kernels.parts import empty_parts, open_parts, part_bytes
 from dsv3_kernels.registry_case import FP8_TOL, HEADS, Args, C, Case, N, R, V, normal
 from dsv3_kernels.rope_and_cache import rope_and_cache_ref, rope_and_cache_triton
 
@@ -60,6 +63,34 @@ def _mla_decode(batch: int, context: int, heads: int, packed: bool) -> Case:
         2.0 * batch * heads * context * (2 * C + R),
         tol=1e-2,
     )
+
+
+def absorption(small: bool) -> Iterator[Case]:
+    """Yield queries on their way into latent space, and results of eight ranks on theirs out."""
+    H, held = (2, 32 * 16) if small else (HEADS, HEADS * C * N)
+    for T in (3,) if small else (1, 8, 128):
+
+        def queries(d: torch.device, T: int = T) -> Args:
+            angle = torch.rand(T, R // 2, device=d)
+            w, n, c = ((N + V) * C, 16, 32) if small else ((N + V) * C, N, C)
+            w_HNC = normal(H, w // C, c, device=d)[:, :n]
+            return normal(T, H, n + R, device=d), w_HNC, angle.cos(), angle.sin(), True
+
+        def parts(d: torch.device, T: int = T) -> Args:
+            c = 32 if small else C
+            z, lse = open_parts(empty_parts(normal(8, T, H, 1, device=d), c))
+            z.copy_(normal(8, T, H, c, device=d))
+            lse.copy_(torch.randn(8, T, H, device=d))
+            return z, lse, normal(H, N + V, c, device=d)[:, N:], True
+
+        moved = 2 * T * H * (N + C + 2 * R)
+        pair, flops = (absorb_query_triton, absorb_query_ref), 2.0 * T * held
+        name = f"T {T}, H {H}"
+        yield Case("absorb_query", name, queries, *pair, 2 * held + moved, flops, tol=1e-2)
+        moved = T * H * (8 * part_bytes(C, 2) + 3 * V)
+        back = expand_values_triton, expand_values_ref
+        name = f"8 x {T}, H {H}"
+        yield Case("expand_values", name, parts, *back, 2 * held + moved, flops, tol=FP8_TOL)
 
 
 def latents(small: bool) -> Iterator[Case]:

@@ -22,21 +22,15 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import dsv3_kernels  # noqa: F401 - all of its modules are looked through below
-<<<<<<< HEAD
 from dsv3_kernels._split_k import make_locks
+from dsv3_kernels.absorb_query import absorb_query_triton
 from dsv3_kernels.act_quant import Quantized, act_quant_triton
 from dsv3_kernels.bf16_gemm import bf16_gemm_triton
+from dsv3_kernels.expand_values import expand_values_triton
 from dsv3_kernels.fp8_gemm import OLD_TILES, TILES, _launch_large, fp8_gemm_triton
 from dsv3_kernels.grouped_down import grouped_down_triton
 from dsv3_kernels.grouped_gate_up import grouped_gate_up_triton
 from dsv3_kernels.grouped_gemm import Stack
-=======
-from dsv3_kernels.absorb_query import absorb_query_triton
-from dsv3_kernels.act_quant import Quantized, act_quant_triton
-from dsv3_kernels.expand_values import expand_values_triton
-from dsv3_kernels.fp8_gemm import OLD_TILES, TILES, _launch_large, fp8_gemm_triton, make_locks
-from dsv3_kernels.grouped_gemm import Stack, grouped_down_triton, grouped_gate_up_triton
->>>>>>> 35fb027 (Absorb queries and expand values in one launch each; send parts in the activations' dtype)
 from dsv3_kernels.kv_fp8 import packed_bytes
 from dsv3_kernels.merge_lse import merge_lse_triton
 from dsv3_kernels.mha_decode import mha_decode_triton

@@ -5,7 +5,21 @@ from itertools import pairwise
 import pytest
 import torch
 
-from dsv3_kernels import Paging, pack_latent, rope_and_cache, rotate, sample
+from dsv3_kernels import (
+    Paging,
+    absorb_query,
+    act_quant,
+    empty_parts,
+    expand_values,
+    mla_decode_parts,
+    open_parts,
+    pack_latent,
+    rope_and_cache,
+    rotate,
+    sample,
+)
+from dsv3_kernels.absorb_query import absorb_query_ref
+from dsv3_kernels.expand_values import expand_values_ref
 from dsv3_kernels.mha_decode import mha_decode_ref, mha_decode_triton
 from dsv3_kernels.mla_decode import mla_decode_ref, mla_decode_triton
 from dsv3_kernels.mla_prefill import mla_prefill_packed, mla_prefill_ref
@@ -52,6 +66,38 @@ def test_mla_decode(
             args[0][b : b + 1], args[1], args[2][b : b + 1], args[3][b : b + 1], paging, 512, 0.05
         )
         assert_bitwise_equal("alone", one[0][0], got[0][b])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("tokens", [1, 33])
+def test_way_of_a_step_through_latent_space(dtype: torch.dtype, tokens: int) -> None:
+    """Absorb, attend with the heads of eight ranks, merge what eight ranks found, expand."""
+    torch.manual_seed(5)
+    w, angle = torch.randn(16, 256, 512).to(dtype) / 20, torch.rand(tokens, 32) * 50
+    rope = angle.cos(), angle.sin(), True
+    q = torch.randn(tokens, 16, 192).to(dtype)
+    absorbed = absorb_query(q.cuda(), w[:, :128].cuda(), *(x.cuda() for x in rope[:2]), True)
+    want = absorb_query_ref(q, w[:, :128], *rope)
+    assert_close("queries", absorbed.cpu().float(), want.float(), TOLERANCE[dtype])
+    ranks = torch.stack([want.roll(i, -1) for i in range(8)])
+    parts, sent = [], []
+    for shard in range(8):
+        paging = Paging(64, 8, shard)
+        cache, page = scatter([torch.randn(200, 576) for _ in range(tokens)], paging)
+        pos = torch.arange(tokens)[:, None] + 2
+        for device, out in (("cpu", parts), ("cuda", sent)):
+            args = [t.to(device) for t in (ranks, cache.to(dtype), page, pos)]
+            out.append(empty_parts(args[0], 512))
+            mla_decode_parts(*args, paging, 0.05, out[-1])
+    parts, sent = torch.stack(parts)[:, 0], torch.stack(sent)[:, 0]
+    for name, x, y in zip(("o", "lse"), open_parts(sent), open_parts(parts), strict=True):
+        assert_close(name, x.cpu().float(), y.float(), TOLERANCE[dtype])
+    back, quantized = expand_values(*open_parts(sent), w[:, 128:].cuda(), True)
+    values, _ = expand_values_ref(*open_parts(sent.cpu()), w[:, 128:])
+    assert_close("values", back.cpu().float(), values.float(), TOLERANCE[dtype])
+    assert quantized is not None
+    for name, x, y in zip(("q", "scale"), quantized, act_quant(back), strict=True):
+        assert_bitwise_equal(name, x, y)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
