@@ -177,12 +177,13 @@ def _mla_decode_kernel(
                 rope = tl.load(rope_at, mask=held[:, None] & is_r[None, :], other=0.0).to(DTYPE)
                 score = tl.dot(q_c, tl.trans(latent), input_precision="ieee")
                 score_r = tl.dot(q_r, tl.trans(rope), input_precision="ieee")
+                is_seen = (at * SHARDS + SHARD)[None, :] <= query_pos[:, None]
+                score = score * scale_log2 + score_r * scale_log2
+                score = tl.where(is_seen, score, float("-inf"))
                 # Always so. What an `if` hands out hides from the compiler that these scores feed
                 # the next product, for whose sake both warp groups would compute all of them.
+                # (Triton 3.6 cannot compile one that also hides the use of the first products.)
                 if pages > 0:
-                    is_seen = (at * SHARDS + SHARD)[None, :] <= query_pos[:, None]
-                    score = score * scale_log2 + score_r * scale_log2
-                    score = tl.where(is_seen, score, float("-inf"))
                     best = tl.maximum(top, tl.max(score, 1))
                     shift = tl.where(best == float("-inf"), 0.0, best)
                     p = tl.exp2(score - shift[:, None])
