@@ -4,6 +4,7 @@ Every forward returns this rank's part of the output in float32 or the activatio
 decoder layer sums it over ranks, routed and shared experts in one all-reduce.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from dsv3.config import ModelConfig, ParallelConfig, split_range
 from dsv3.model.side_stream import SideStream
-from dsv3.parallel.experts import ExpertDispatch, Run
+from dsv3.parallel.experts import ExpertDispatch
 from dsv3.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from dsv3.parallel.weights import Matrix, Vector, WeightFormat
 from dsv3_kernels import (
@@ -127,28 +128,48 @@ class MoE(nn.Module):
         if not len(x_TD):  # an idle group's experts serve the others
             ids_TK = torch.zeros((0, self.top_k), dtype=torch.int64, device=x_TD.device)
             return self.dispatch(x_TD, ids_TK, ids_TK.float(), self.run_experts)()
+        is_local = self.dispatch.mesh.layout.dp == 1
+        shared = self._start_shared(x_TD, x_q) if is_local else None
         ids_TK, weight_TK = self.router(x_TD)
         if self.slots is not None:
             ids_TK = self.slots(ids_TK)
-        run: Run = self.run_experts
-        if self.dispatch.mesh.layout.dp == 1:  # the tokens stay where they are, so x_q is theirs
-            run = partial(self.run_experts, x_q=x_q)
-        combine = self.dispatch(x_TD, ids_TK, weight_TK, run)
+        if is_local:  # the tokens stay where they are, so x_q is theirs
+            run = partial(self.run_experts, x_q=x_q, also=shared)
+            return self.dispatch(x_TD, ids_TK, weight_TK, run)()
+        combine = self.dispatch(x_TD, ids_TK, weight_TK, self.run_experts)
+        shared = self._start_shared(x_TD, x_q)
+        return combine() if shared is None else combine().add_(shared())
+
+    def _start_shared(self, x_TD: Tensor, x_q: Quantized | None) -> Callable[[], Tensor] | None:
+        """Begin the shared experts; return what waits for their part, [T, D]."""
         if self.shared_experts is None:
-            return combine()
+            return None
         work = partial(self.shared_experts, x_TD, x_q)
-        shared = self.side.start(work, len(x_TD) <= _OVERLAP_TOKENS)
-        return combine().add_(shared())
+        return self.side.start(work, len(x_TD) <= _OVERLAP_TOKENS)
 
     def run_experts(
-        self, x_MD: Tensor, ids_MK: Tensor, weight_MK: Tensor, x_q: Quantized | None = None
+        self,
+        x_MD: Tensor,
+        ids_MK: Tensor,
+        weight_MK: Tensor,
+        x_q: Quantized | None = None,
+        also: Callable[[], Tensor] | None = None,
     ) -> Tensor:
-        """Return the sums over this rank's experts, [M, D] float32; `x_q` is x in FP8."""
+        """Return the sums over this rank's experts, [M, D] float32.
+
+        Args:
+            x_MD: hidden states.
+            ids_MK: slots of experts.
+            weight_MK: their weights.
+            x_q: x in FP8, where someone has it.
+            also: returns what is added to the sums.
+        """
         ue8m0, stacks = self.gate_up_proj.ue8m0, (self.gate_up_proj.stack(), self.down_proj.stack())
         x: Tensor | Quantized = x_MD
         if self.gate_up_proj.quantizes:
             x = act_quant(x_MD, ue8m0) if x_q is None else x_q
-        return experts(x, ids_MK, weight_MK, self.first_expert, *stacks, ue8m0, self.spread)
+        held = self.first_expert, *stacks, ue8m0
+        return experts(x, ids_MK, weight_MK, *held, also, self.spread)
 
 
 def feed_forward(

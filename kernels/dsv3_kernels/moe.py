@@ -7,6 +7,8 @@ many tokens), `unpermute`. On a CPU a loop over the experts that are hit.
 Bound by reading the weights of the experts that are hit, up to about 64 tokens an expert.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,6 +30,7 @@ def experts_ref(
     gate_up: Stack,
     down: Stack,
     ue8m0: bool = False,
+    also: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     """Define `experts`: rows sorted by expert, two products for each, summed in that order."""
     num_local, x_TD = len(gate_up.weight), dequantize(x)
@@ -40,13 +43,14 @@ def experts_ref(
     ).tolist()
     order_M = order[before : len(order) - after]
     if not len(order_M):
-        return y_TD
+        return y_TD if also is None else y_TD.add_(also())
     row_M = order_M // ids_TK.shape[1]
     h_MF = silu_mul_ref(_grouped_linear(x_TD[row_M], counts, gate_up))
     if isinstance(x, Quantized):
         h_MF = dequantize(act_quant_ref(h_MF, ue8m0))
     y_MD = _grouped_linear(h_MF, counts, down).float() * weight_TK.flatten()[order_M, None]
-    return y_TD.index_add_(0, row_M, y_MD)
+    y_TD.index_add_(0, row_M, y_MD)
+    return y_TD if also is None else y_TD.add_(also())
 
 
 def _grouped_linear(x_MD: Tensor, counts: list[int], w: Stack) -> Tensor:
@@ -63,6 +67,7 @@ def experts_triton(
     gate_up: Stack,
     down: Stack,
     ue8m0: bool = False,
+    also: Callable[[], Tensor] | None = None,
     spread: int = 1,
 ) -> Tensor:
     """Launch `experts`; the weighted rows are held in the dtype of `x`, or in bfloat16."""
@@ -73,7 +78,7 @@ def experts_triton(
     dtype = x.dtype if isinstance(x, Tensor) else torch.bfloat16
     h = grouped_gate_up_triton(x, gate_up, groups, rows, ue8m0)
     y_MD = grouped_down_triton(h, down, groups, rows, dtype, weight_TK)
-    return unpermute_triton(y_MD, groups.slot_TK)
+    return unpermute_triton(y_MD, groups.slot_TK, None, None if also is None else also())
 
 
 def experts(
@@ -84,6 +89,7 @@ def experts(
     gate_up: Stack,
     down: Stack,
     ue8m0: bool = False,
+    also: Callable[[], Tensor] | None = None,
     spread: int = 1,
 ) -> Tensor:
     """Return this rank's part of sum_k weight_k * expert_k(x).
@@ -98,11 +104,13 @@ def experts(
             is a multiple of 128).
         down: [E, D, F].
         ue8m0: scales of activations are powers of two.
+        also: returns [T, D] to be added, any float dtype. It is called last, so what it returns may
+            come from another stream.
         spread: `ids_TK` are spread over that many times the experts held here; it decides the
             speed alone.
 
     Returns:
         [T, D] float32; the sum over ranks is the layer's output.
     """
-    form = (x, ids_TK, weight_TK, first_expert, gate_up, down, ue8m0)
+    form = (x, ids_TK, weight_TK, first_expert, gate_up, down, ue8m0, also)
     return experts_triton(*form, spread) if use_triton(ids_TK) else experts_ref(*form)

@@ -127,19 +127,30 @@ def permute(ids_TK: Tensor, first_expert: int, num_local: int) -> Groups:
     return permute_ref(ids_TK, first_expert, num_local)
 
 
-def unpermute_ref(y_MD: Tensor, slot_TK: Tensor, weight_TK: Tensor | None = None) -> Tensor:
-    """Define `unpermute`: one sum in the order of k."""
+def unpermute_ref(
+    y_MD: Tensor, slot_TK: Tensor, weight_TK: Tensor | None = None, also_TD: Tensor | None = None
+) -> Tensor:
+    """Define `unpermute`: one sum in the order of k, then what else is added."""
     y_TD = y_MD.new_zeros((slot_TK.shape[0], y_MD.shape[1]), dtype=torch.float32)
     for k, slot_T in enumerate(slot_TK.long().unbind(1)):
         rows = slot_T >= 0
         part = y_MD[slot_T[rows]].float()
         y_TD[rows] += part if weight_TK is None else part * weight_TK[rows, k, None]
-    return y_TD
+    return y_TD if also_TD is None else y_TD.add_(also_TD)
 
 
 @triton.jit
 def _unpermute_kernel(
-    y_rows, slots, weights, y, D, K: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr
+    y_rows,
+    slots,
+    weights,
+    also,
+    y,
+    D,
+    K: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    ADD: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Sum the rows of one token over a block of columns."""
     token = tl.program_id(0).to(tl.int64)
@@ -152,10 +163,15 @@ def _unpermute_kernel(
         if WEIGHTED:
             part *= tl.load(weights + token * K + k)
         total += tl.where(slot >= 0, part, 0.0)
-    tl.store(y + token * D + column, total, mask=column < D)
+    at = token * D + column
+    if ADD:
+        total += tl.load(also + at, mask=column < D, other=0.0).to(tl.float32)
+    tl.store(y + at, total, mask=column < D)
 
 
-def unpermute_triton(y_MD: Tensor, slot_TK: Tensor, weight_TK: Tensor | None = None) -> Tensor:
+def unpermute_triton(
+    y_MD: Tensor, slot_TK: Tensor, weight_TK: Tensor | None = None, also_TD: Tensor | None = None
+) -> Tensor:
     """Launch one program per token and 1024 columns."""
     (T, K), D = slot_TK.shape, y_MD.shape[1]
     assert y_MD.is_contiguous() and slot_TK.is_contiguous(), f"{y_MD.stride()=}"
@@ -166,26 +182,30 @@ def unpermute_triton(y_MD: Tensor, slot_TK: Tensor, weight_TK: Tensor | None = N
             y_MD,
             slot_TK,
             y_MD if weight_TK is None else weight_TK.contiguous(),
+            y_MD if also_TD is None else also_TD.contiguous(),
             y_TD,
             D,
             K=K,
             WEIGHTED=weight_TK is not None,
+            ADD=also_TD is not None,
             BLOCK=block,
         )
     return y_TD
 
 
-def unpermute(y_MD: Tensor, slot_TK: Tensor, weight_TK: Tensor | None = None) -> Tensor:
+def unpermute(
+    y_MD: Tensor, slot_TK: Tensor, weight_TK: Tensor | None = None, also_TD: Tensor | None = None
+) -> Tensor:
     """Sum every token's rows in float32, in the order of k, so always in the same one.
 
     Args:
         y_MD: [M, D] rows as `permute` ordered them, any float dtype, contiguous.
         slot_TK: [T, K] int32 row of each entry, -1 for none.
         weight_TK: [T, K] float32 factor of each entry, or None where the rows are weighted.
+        also_TD: [T, D], any float dtype: added last; None for nothing.
 
     Returns:
-        [T, D] float32; 0 where a token has no row.
+        [T, D] float32; a token without rows has but what is added.
     """
-    if use_triton(y_MD):
-        return unpermute_triton(y_MD, slot_TK, weight_TK)
-    return unpermute_ref(y_MD, slot_TK, weight_TK)
+    op = unpermute_triton if use_triton(y_MD) else unpermute_ref
+    return op(y_MD, slot_TK, weight_TK, also_TD)

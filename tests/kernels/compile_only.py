@@ -89,7 +89,8 @@ def routing() -> None:
     ids, weight = route_triton(logits[:, :1].contiguous(), None, rule)
     for num_local in (1, 256):
         groups = permute_triton(ids, 0, num_local)
-    unpermute_triton(torch.zeros(8, 512, dtype=torch.bfloat16), groups.slot_TK, weight)
+    y = torch.zeros(8, 512, dtype=torch.bfloat16)
+    unpermute_triton(y, groups.slot_TK, weight, torch.zeros(2, 512))
 
 
 def experts(is_hopper: bool) -> None:

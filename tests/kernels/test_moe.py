@@ -92,7 +92,7 @@ def test_fp8_matrices(quantized: bool, ue8m0: bool) -> None:
 @pytest.mark.parametrize("quantized", [False, True])
 def test_tokens_do_not_see_each_other(quantized: bool) -> None:
     x, ids, weight, gate_up, down = fp8_layer(24)
-    matrices = (2, gate_up, down, False, 4)  # the same tiles for 3 tokens as for 24
+    matrices = (2, gate_up, down, False, None, 4)  # the same tiles for 3 tokens as for 24
     given = act_quant if quantized else torch.clone
     whole = experts_triton(given(x), ids, weight, *matrices)
     some = slice(17, 20)
@@ -106,3 +106,13 @@ def test_bfloat16(layer) -> None:
     )
     small = (x, ids, weight, gate_up, down)
     assert_close("experts", run(small, range(E), experts_triton), dense(small, range(E)), 0.02)
+
+
+@pytest.mark.parametrize("form", [experts_ref, experts_triton])
+@pytest.mark.parametrize("first", [3, 100])
+def test_what_else_is_summed_is_asked_for_last(form, first: int) -> None:
+    x, ids, weight, gate_up, down = fp8_layer(5)
+    shared = torch.randn(5, 256).bfloat16()
+    alone = form(x, ids, weight, first, gate_up, down)
+    together = form(x, ids, weight, first, gate_up, down, False, lambda: shared)
+    assert_bitwise_equal("sum", together, alone + shared)

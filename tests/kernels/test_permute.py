@@ -67,6 +67,8 @@ def test_unpermute(tokens: int, columns: int, form) -> None:
     assert_close("weighted", got, want, 1e-6)
     ones = form(y, slots, torch.ones(tokens, 4))
     assert_bitwise_equal("not weighted", form(y, slots), ones)
+    also = torch.randn(tokens, columns)
+    assert_bitwise_equal("and more", form(y, slots, weight, also), got + also)
     part = slice(tokens // 2, tokens // 2 + 2)
     assert_bitwise_equal("slice", form(y, slots[part], weight[part]), got[part])
 
