@@ -127,12 +127,12 @@ class Runner:
             return SampledOnDevice(self._last_token_M[:0], None)
         if self.balancer is not None:
             self.balancer.before_step()
-        self._model.dispatch.begin_step(num_tokens)
         builder = BatchBuilder(plan, self._cache.layout, self._device, self._decode_limit)
         sampled = None
-        if self._static is not None and self._static.bucket(plan) is not None:
-            sampled = self._static.run(plan, *builder.decode_tables())
+        if self._static is not None and (bucket := self._static.bucket(plans)) is not None:
+            sampled = self._static.run(bucket, plan, *builder.decode_tables())
         if sampled is None:
+            self._model.dispatch.begin_step(num_tokens)
             batch = builder.build()
             if plan.token_ids.min(initial=0) < 0:
                 known = batch.token_T.clamp_min(0)
@@ -223,7 +223,7 @@ class BatchBuilder:
     def decode_tables(self) -> tuple[NDArray[np.int32], Longs]:
         """Return pages and slots of a step with one new token in every sequence."""
         position = self._plan.context_len.astype(np.int64)
-        width = self._layout.pages_for(int(position.max()) + 1)
+        width = self._layout.pages_for(int(position.max(initial=-1)) + 1)
         count = len(position)
         return self._page_table(0, count, width), self._own_slots(np.arange(count), position)
 

@@ -1,8 +1,9 @@
 """Decode steps on buffers that never move, so that one CUDA graph holds a whole step.
 
-A step of new tokens one per sequence is padded to a bucket of sequences and pages. Its inputs are
-written into one block of memory, then everything from the embedding to the sampled tokens runs on
-it: replayed from a graph on CUDA, captured when the bucket is first used, or called as it is.
+A step of new tokens one per sequence is padded to a bucket of sequences and pages, the same in all
+data-parallel groups: every rank has all plans, so no word is needed. Its inputs are written into
+one block of memory, then everything from the embedding to the sampled tokens runs on it: replayed
+from a graph on CUDA, captured when the bucket is first used, or called as it is.
 """
 
 import logging
@@ -19,12 +20,17 @@ from dsv3.cache.layout import NULL_PAGE
 from dsv3.cache.pool import CachePool
 from dsv3.engine.plan import NO_TARGET, StepPlan
 from dsv3.engine.sampler import Choice, SampledOnDevice, Sampler
+from dsv3.errors import RankError
 from dsv3.model.batch import Batch, DecodeGroup
 from dsv3.model.transformer import Transformer
+from dsv3.parallel.together import fail_together
 
 log = logging.getLogger(__name__)
 
 MAX_ROWS = 256
+# In all groups together. Every group's rows travel to all others, padding and all: more of them are
+# better sent where they are needed, kernel by kernel. A guess that no GPU has confirmed yet.
+MAX_GATHERED = 2048
 _FEWEST_PAGES = 16
 # Arrays of a step, one value a row; all but the last two are integers.
 _ARRAYS = ("token", "position", "slot", "seed", "top_k", "temperature", "top_p")
@@ -88,18 +94,18 @@ class Inputs:
     def fill(self, table_BG: NDArray[np.int32], arrays: tuple[NDArray[Any], ...]) -> None:
         """Write a step's page tables and arrays, and send them; does not wait for the device.
 
-        Rows that pad repeat the shortest sequence, whose experts are hit anyway, but write nothing.
+        Rows that pad see no key, choose no expert and write nothing.
         """
         self._turn ^= 1
         if self._sent:
             self._sent[self._turn].synchronize()
         rows, table = (host.numpy() for host in self._hosts[self._turn])
-        (count, width), pad = table_BG.shape, int(arrays[1].argmin())
-        table[:count, :width], table[count:, :width] = table_BG, table_BG[pad]
-        table[:, width:] = NULL_PAGE
+        count, width = table_BG.shape
+        table[:] = NULL_PAGE
+        table[:count, :width] = table_BG
         for name, row, values in zip(_ARRAYS, rows, arrays, strict=True):
             target = row.view(np.float64) if name in _ARRAYS[-2:] else row
-            target[:count], target[count:] = values, -1 if name == "slot" else values[pad]
+            target[:count], target[count:] = values, -1 if name in ("position", "slot") else 0
         for device, host in zip(self._device, self._hosts[self._turn], strict=True):
             device.copy_(host, non_blocking=True)
         if self._sent:
@@ -129,18 +135,23 @@ class StaticSteps:
         self._cannot: set[bool] = set()  # capture steps that draw, or that do not
         self.seconds = 0.0
 
-    def bucket(self, plan: StepPlan) -> Bucket | None:
-        """Return the bucket of a plan; None if it does anything but decode."""
-        count, layout = len(plan.query_len), self._cache.layout
-        if not 0 < count <= MAX_ROWS or not len(plan.token_ids) == len(plan.row) == count:
+    def bucket(self, plans: list[StepPlan]) -> Bucket | None:
+        """Return the bucket of a step; None if any group does anything but decode."""
+        count, longest, draws = 0, 0, False
+        for plan in plans:
+            if not len(plan.token_ids) == len(plan.row) == len(plan.query_len):
+                return None
+            if (plan.target != NO_TARGET).any() or (plan.top_logprobs >= 0).any():
+                return None
+            if -int(plan.token_ids.min(initial=0)) > len(self._feed):
+                return None
+            count = max(count, len(plan.row))
+            longest = max(longest, int(plan.context_len.max(initial=0)))
+            draws |= bool((plan.temperature > 0).any())
+        rows = row_bucket(count)
+        if not 0 < count <= MAX_ROWS or rows * len(plans) > MAX_GATHERED or draws in self._cannot:
             return None
-        if (plan.target != NO_TARGET).any() or (plan.top_logprobs >= 0).any():
-            return None
-        draws = bool((plan.temperature > 0).any())
-        if draws in self._cannot or -int(plan.token_ids.min()) > len(self._feed):
-            return None
-        pages = layout.pages_for(int(plan.context_len.max()) + 1)
-        return Bucket(row_bucket(count), page_bucket(pages), draws)
+        return Bucket(rows, page_bucket(self._cache.layout.pages_for(longest + 1)), draws)
 
     def feed(self, token_M: Tensor) -> None:
         """Take over the tokens of a step that ran elsewhere."""
@@ -148,20 +159,23 @@ class StaticSteps:
         self._feed[:count] = token_M[:count]
 
     def run(
-        self, plan: StepPlan, table_BG: NDArray[np.int32], slot_B: NDArray[np.int64]
+        self,
+        bucket: Bucket,
+        plan: StepPlan,
+        table_BG: NDArray[np.int32],
+        slot_B: NDArray[np.int64],
     ) -> SampledOnDevice | None:
         """Run a step. A collective.
 
         Args:
-            plan: of one new token a sequence; `bucket` has one for it.
+            bucket: what `bucket` returned for it.
+            plan: of this rank's group, perhaps empty.
             table_BG: [B, G] pages of the sequences, as many as the longest needs.
             slot_B: [B] slots of the new entries; -1 for those of other ranks.
 
         Returns:
             the tokens; None if the step cannot be captured and did not run.
         """
-        bucket = self.bucket(plan)
-        assert bucket is not None, "not a decode step"
         inputs = self._inputs.get(bucket)
         if inputs is None:
             inputs = self._inputs[bucket] = Inputs(bucket, self._device)
@@ -178,6 +192,8 @@ class StaticSteps:
     def _compute(self, bucket: Bucket, inputs: Inputs) -> None:
         """Run the step on what the buffers hold; nothing here asks the device for anything."""
         token_T, position_T = inputs.row("token"), inputs.row("position")
+        dispatch = self._model.dispatch
+        dispatch.begin_step([bucket.rows] * dispatch.mesh.layout.dp, True, position_T)
         fed_T = self._feed[(-1 - token_T).clamp_min(0)]
         batch = Batch(
             token_T=torch.where(token_T < 0, fed_T, token_T),
@@ -200,9 +216,9 @@ class StaticSteps:
         """Replay the bucket's graph, captured at its first use; False if it cannot be."""
         if bucket not in self._graphs:
             try:
-                self._graphs[bucket] = self._capture(bucket, inputs)
-            except RuntimeError as error:
-                # All ranks capture the same and fail alike.
+                with fail_together(self._model.dispatch.mesh, "capturing", is_fatal=False):
+                    self._graphs[bucket] = self._capture(bucket, inputs)
+            except (RuntimeError, RankError) as error:
                 self._cannot.add(bucket.draws)
                 log.warning("steps run without CUDA graphs: %s", str(error).split("\n")[0])
                 return False

@@ -81,10 +81,10 @@ class Router(nn.Module):
             routed_scaling_factor=config.routed_scaling_factor,
         )
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (ids [T, K] int64, weights [T, K] float32)."""
-        logits_STE = router_logits(x_TD, self.gate.weight)
-        return route(logits_STE, None if self.bias is None else self.bias.weight, self.rule)
+    def forward(self, x_TD: Tensor, position_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return (ids [T, K] int64, weights [T, K] float32); no expert at position -1."""
+        logits_STE, bias = router_logits(x_TD, self.gate.weight), self.bias
+        return route(logits_STE, None if bias is None else bias.weight, self.rule, position_T)
 
 
 class MoE(nn.Module):
@@ -130,7 +130,7 @@ class MoE(nn.Module):
             return self.dispatch(x_TD, ids_TK, ids_TK.float(), self.run_experts)()
         is_local = self.dispatch.mesh.layout.dp == 1
         shared = self._start_shared(x_TD, x_q) if is_local else None
-        ids_TK, weight_TK = self.router(x_TD)
+        ids_TK, weight_TK = self.router(x_TD, self.dispatch.position_T)
         if self.slots is not None:
             ids_TK = self.slots(ids_TK)
         if is_local:  # the tokens stay where they are, so x_q is theirs

@@ -32,7 +32,6 @@ FP8, BLOCK = torch.float8_e4m3fn, 128
 Rows = tuple[Tensor, Tensor, Tensor]
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 Finish = Callable[[], Tensor]
-Spill = Callable[[Tensor], bool]
 # By device: an all-to-all of exact sizes has to save so many bytes a rank to be worth its exchange
 # of counts. Gloo: measured, eight ranks of V3's width on two cores change between 16 and 32 tokens
 # a dp group (1.4 and 2.8 MB). NCCL: not measured, 60 us at 300 GB/s.
@@ -47,8 +46,6 @@ class DispatchSettings:
         form: "allreduce", "alltoall", or "auto", by the number of tokens.
         dtype: hidden states travel in this one, e4m3 with a scale per 128; None: as they are.
             Sums come back in the dtype of the activations.
-        capacity_factor: rows for a destination in steps of static shape, as a multiple of what
-            an even distribution needs.
         groups: groups of neighbouring experts, and how many of them a token chooses from.
         ue8m0: scales are powers of two, as the experts' products have them: quantizing again what
             came in FP8 then gives the same values.
@@ -56,7 +53,6 @@ class DispatchSettings:
 
     form: str = "auto"
     dtype: torch.dtype | None = None
-    capacity_factor: float = 2.0
     groups: tuple[int, int] = (1, 1)
     ue8m0: bool = False
 
@@ -96,7 +92,7 @@ class _Level:
         group: its members hold `per_member` experts each, from `first` on.
         same: the members that need not be sent own rows, this one among them.
         share: in so many parts ranks divide own rows, and the one that is this rank's.
-        settings: the capacity, and how rows travel.
+        settings: how rows travel.
         is_inner: it passes on what came from other hosts, beside sending own rows.
     """
 
@@ -118,12 +114,7 @@ class _Level:
         size, (groups, chosen) = self.group.size, self.settings.groups
         return min(top_k, size, size if self.is_inner else chosen * -(-size // groups))
 
-    def capacity(self, max_rows: int, top_k: int) -> int:
-        """Return the rows of static shapes for each member, if none sends more than `max_rows`."""
-        even = max_rows * self.reach(top_k) / self.group.size
-        return min(max_rows, math.ceil(self.settings.capacity_factor * even))
-
-    def start(self, rows_R: Rows, num_own: int, run: Run, max_rows: int, spill: Spill) -> Finish:
+    def start(self, rows_R: Rows, num_own: int, run: Run, max_rows: int) -> Finish:
         """Send rows to the members that hold their experts.
 
         Args:
@@ -131,7 +122,6 @@ class _Level:
             num_own: so many of them, the first ones, are those of the dp group.
             run: called with all rows for this member; returns their partial sums, in float32.
             max_rows: the most that any member sends, for static shapes; 0 for exact ones.
-            spill: told whether the capacity is too small; says whether to use exact shapes.
 
         Returns:
             A function that completes the exchange and returns this rank's part of the sums.
@@ -140,7 +130,7 @@ class _Level:
         start, stop = split_range(num_own, *self.share)
         mine_S = torch.cat([index_R[start:stop], index_R[num_own:]])
         member_SK = self._members(rows_R[1], num_own)[mine_S]
-        row_SK, send, receive = self._arrange(member_SK, max_rows, spill)
+        row_SK, send, receive = self._arrange(member_SK, max_rows)
         source_M = torch.full((sum(send) + 1,), len(index_R), device=index_R.device)
         source_M.scatter_(0, row_SK.flatten(), mine_S.repeat_interleave(row_SK.shape[1]))
         # Room that nothing takes is filled with a row past the end, which has no experts.
@@ -163,22 +153,19 @@ class _Level:
 
         return finish
 
-    def _arrange(
-        self, member_SK: Tensor, max_rows: int, spill: Spill
-    ) -> tuple[Tensor, list[int], list[int]]:
+    def _arrange(self, member_SK: Tensor, max_rows: int) -> tuple[Tensor, list[int], list[int]]:
         """Return where each row goes in the send buffer, and the rows for and from each member.
 
-        A row that goes nowhere has the number of all rows.
+        A row that goes nowhere has the number of all rows. In static shapes there is room for all
+        rows at every member, so that nothing is ever left behind.
         """
-        size, capacity = self.group.size, self.capacity(max_rows, member_SK.shape[1])
+        size = self.group.size
         is_sent_SW = member_SK.new_zeros(len(member_SK), size + 1).scatter_(1, member_SK, 1)
         count_W = is_sent_SW.sum(0)
-        if capacity < max_rows and spill((count_W[:-1] > capacity).any()):
-            capacity = 0
-        if capacity:
-            send = receive = [0 if w in self.silent else capacity for w in range(size)]
+        if max_rows:
+            send = receive = [0 if w in self.silent else max_rows for w in range(size)]
             w = torch.arange(size + 1, device=count_W.device)
-            count_W = capacity * ((w < self.silent.start) | (w >= self.silent.stop))
+            count_W = max_rows * ((w < self.silent.start) | (w >= self.silent.stop))
         else:
             both = torch.stack([count_W[:-1], self.group.all_to_all(count_W[:-1])])
             send, receive = both.tolist()
@@ -210,6 +197,7 @@ class ExpertDispatch:
 
     Attributes:
         slots: by the prefix of each layer whose experts are placed; others' lie in equal ranges.
+        position_T: as `begin_step` was told.
     """
 
     def __init__(
@@ -219,8 +207,8 @@ class ExpertDispatch:
         self.mesh, self._layout = mesh, mesh.layout
         self.slots: dict[str, ExpertSlots] = {}
         self._tokens: list[int] | None = None
-        self._is_fixed = self._is_deferred = False
-        self._overflow = torch.zeros((), dtype=torch.bool, device=mesh.device)
+        self.position_T: Tensor | None = None
+        self._is_fixed = False
         tp, hosts, host = mesh.layout.tp, mesh.hosts, mesh.host
         each, first = num_slots // mesh.layout.ep, mesh.layout.dp_rank * tp
         # Outermost first: hosts, then ranks. One level where a tp group spans hosts.
@@ -235,26 +223,19 @@ class ExpertDispatch:
             ]
 
     def begin_step(
-        self, tokens: Sequence[int] | None, fixed: bool = False, deferred: bool = False
+        self, tokens: Sequence[int] | None, fixed: bool = False, position_T: Tensor | None = None
     ) -> None:
         """Say how many tokens every dp group has in the coming step.
 
         Args:
             tokens: by dp group; None has them exchanged in every layer.
-            fixed: shapes depend on `tokens` only, not on the routing. Where the capacity is too
-                small the ranks agree, layer by layer, to exchange exact sizes.
-            deferred: do not even look whether it is (CUDA graphs): ask `overflowed` after the
-                step, and if so run it again without.
+            fixed: shapes depend on `tokens` only, not on the routing (CUDA graphs).
+            position_T: [T] of this group's tokens; those at -1 fill the step up and have no
+                experts. None if there are no such ones.
         """
         assert tokens is not None or not fixed
         self._tokens = None if tokens is None else list(tokens)
-        self._is_fixed, self._is_deferred = fixed, deferred
-
-    def overflowed(self) -> bool:
-        """Tell whether any rank met more tokens than fit since the last call. A collective."""
-        count = self.mesh.world.all_reduce(self._overflow.int())
-        self._overflow.zero_()
-        return bool(count.item())
+        self._is_fixed, self.position_T = fixed, position_T
 
     def __call__(self, x_TD: Tensor, ids_TK: Tensor, weight_TK: Tensor, run: Run) -> Finish:
         """Send tokens to their experts; other work may be done before the result is asked for.
@@ -288,7 +269,7 @@ class ExpertDispatch:
         layout, top_k, outer = self._layout, rows[1].shape[1], self._levels[0]
         share, others, worth = max(tokens) / layout.tp, layout.ep - layout.tp, 0
         if self._is_fixed:
-            needed = others / layout.ep * outer.group.size * outer.capacity(math.ceil(share), top_k)
+            needed = others / layout.ep * outer.group.size * math.ceil(share)
         else:
             worth = _WORTH_BYTES[rows[0].device.type]
             needed = share * min(others * (1 - (1 - 1 / layout.ep) ** top_k), outer.reach(top_k))
@@ -314,23 +295,11 @@ class ExpertDispatch:
 
     def _send(self, rows: Rows, run: Run, tokens: Sequence[int]) -> Finish:
         """Run on the tokens that chose this rank's experts, wherever they are."""
-        layout, (count, top_k), limits = self._layout, rows[1].shape, [0, 0]
-        if self._is_fixed:
-            limits[0] = -(-max(tokens) // layout.tp)
-            outer = self._levels[0]
-            limits[1] = limits[0] + (outer.group.size - 1) * outer.capacity(limits[0], top_k)
-
-        def spill(is_over: Tensor) -> bool:
-            if self._is_deferred:
-                self._overflow |= is_over
-                return False
-            if not self.mesh.world.all_reduce(is_over.int()).item():
-                return False
-            limits[1] = 0  # what comes in from other hosts no longer has a limit
-            return True
+        share = -(-max(tokens) // self._layout.tp) if self._is_fixed else 0
+        limits, count = (share, share * self._levels[0].group.size), len(rows[0])
 
         def at(level: int, run: Run, rows: Rows) -> Finish:
-            return self._levels[level].start(rows, count, run, limits[level], spill)
+            return self._levels[level].start(rows, count, run, limits[level])
 
         if len(self._levels) == 1:
             return at(0, run, rows)

@@ -71,8 +71,9 @@ class Mesh:
 
     @property
     def is_capturable(self) -> bool:
-        """Whether CUDA graphs can hold a step of one group, its exchanges included."""
-        return self.device.type == "cuda" and self.tp.is_capturable and self.layout.dp == 1
+        """Whether CUDA graphs can hold a step, its exchanges included."""
+        groups = (group for group in self.groups if group is not self.control)
+        return self.device.type == "cuda" and all(group.is_capturable for group in groups)
 
 
 def environment_rank() -> int:

@@ -37,7 +37,12 @@ class ExpertSlots:
         self._copies_E.copy_(torch.from_numpy(copies))
 
     def __call__(self, ids_TK: Tensor) -> Tensor:
-        """Return the slot for each chosen expert, [T, K]; tokens take turns among its copies."""
-        self.load_E.index_add_(0, ids_TK.flatten(), torch.ones_like(ids_TK).flatten())
+        """Return the slot for each chosen expert, [T, K]; tokens take turns among its copies.
+
+        -1, for none, stays what it is and is not counted.
+        """
+        is_none_TK, ids_TK = ids_TK < 0, ids_TK.clamp_min(0)
+        self.load_E.index_add_(0, ids_TK.flatten(), (~is_none_TK).long().flatten())
         turn_T1 = torch.arange(len(ids_TK), device=ids_TK.device).unsqueeze(1) + self._dp_rank
-        return self._slot_EC[ids_TK, turn_T1 % self._copies_E[ids_TK]]
+        slot_TK = self._slot_EC[ids_TK, turn_T1 % self._copies_E[ids_TK]]
+        return slot_TK.masked_fill(is_none_TK, -1)

@@ -49,7 +49,9 @@ def _limit_to_groups(choice_TE: Tensor, r: Routing) -> Tensor:
     return groups_TgE.masked_fill(dropped.unsqueeze(-1), float("-inf")).flatten(1)
 
 
-def route_ref(logits_STE: Tensor, bias_E: Tensor | None, r: Routing) -> tuple[Tensor, Tensor]:
+def route_ref(
+    logits_STE: Tensor, bias_E: Tensor | None, r: Routing, position_T: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Define `route`."""
     logits = logits_STE[0] if len(logits_STE) == 1 else logits_STE.sum(0)
     score_TE = logits.softmax(-1) if r.scoring_func == "softmax" else logits.sigmoid()
@@ -61,6 +63,8 @@ def route_ref(logits_STE: Tensor, bias_E: Tensor | None, r: Routing) -> tuple[Te
     weight_TK = score_TE.gather(1, ids_TK)
     if r.norm_topk_prob:
         weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + 1e-20)
+    if position_T is not None:
+        ids_TK = ids_TK.masked_fill(position_T[:, None] < 0, -1)
     return ids_TK, weight_TK * r.routed_scaling_factor
 
 
@@ -76,6 +80,7 @@ def _rank_key(x, index):
 def _route_kernel(
     logits,
     bias,
+    positions,
     ids,
     weights,
     scaling,
@@ -87,6 +92,7 @@ def _route_kernel(
     K: tl.constexpr,
     SOFTMAX: tl.constexpr,
     BIASED: tl.constexpr,
+    PADDED: tl.constexpr,
     BEST_TWO: tl.constexpr,
     NORMALIZE: tl.constexpr,
     G_PAD: tl.constexpr,
@@ -139,11 +145,15 @@ def _route_kernel(
         key = tl.where(best, LOWEST, key)
     if NORMALIZE:
         weight = weight / (tl.sum(weight, 0) + 1e-20)
+    if PADDED:
+        chosen = tl.where(tl.load(positions + token) < 0, -1, chosen)
     tl.store(ids + token * K + k, chosen, mask=k < K)
     tl.store(weights + token * K + k, weight * scaling, mask=k < K)
 
 
-def route_triton(logits_STE: Tensor, bias_E: Tensor | None, r: Routing) -> tuple[Tensor, Tensor]:
+def route_triton(
+    logits_STE: Tensor, bias_E: Tensor | None, r: Routing, position_T: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Launch one program per token."""
     S, T, E = logits_STE.shape
     K, G = r.num_experts_per_tok, r.n_group if r.is_grouped else 1
@@ -155,6 +165,7 @@ def route_triton(logits_STE: Tensor, bias_E: Tensor | None, r: Routing) -> tuple
         _route_kernel[(T,)](
             logits_STE,
             logits_STE if bias_E is None else bias_E,
+            logits_STE if position_T is None else position_T,
             ids_TK,
             weight_TK,
             r.routed_scaling_factor,
@@ -166,6 +177,7 @@ def route_triton(logits_STE: Tensor, bias_E: Tensor | None, r: Routing) -> tuple
             K=K,
             SOFTMAX=r.scoring_func == "softmax",
             BIASED=bias_E is not None,
+            PADDED=position_T is not None,
             BEST_TWO=r.topk_method == "noaux_tc",
             NORMALIZE=r.norm_topk_prob,
             G_PAD=triton.next_power_of_2(G),
@@ -176,7 +188,9 @@ def route_triton(logits_STE: Tensor, bias_E: Tensor | None, r: Routing) -> tuple
     return ids_TK, weight_TK
 
 
-def route(logits_STE: Tensor, bias_E: Tensor | None, r: Routing) -> tuple[Tensor, Tensor]:
+def route(
+    logits_STE: Tensor, bias_E: Tensor | None, r: Routing, position_T: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Choose each token's experts and their weights.
 
     scores = sigmoid or softmax of the logits; the choice is by score + bias, limited to the best
@@ -188,13 +202,14 @@ def route(logits_STE: Tensor, bias_E: Tensor | None, r: Routing) -> tuple[Tensor
         logits_STE: [S, T, E] float32, contiguous; the router's logits are the sum over S.
         bias_E: [E] float32 `e_score_correction_bias`, or None.
         r: the model's routing rule.
+        position_T: [T] int64; a row at -1 fills the batch up and chooses nothing. None: no such.
 
     Returns:
-        ids_TK: [T, K] int64 expert ids, the best choice first.
+        ids_TK: [T, K] int64 expert ids, the best choice first; -1 for none.
         weight_TK: [T, K] float32.
 
     Source: DeepSeek-V2 paper 2.2.2 (softmax forms), DeepSeek-V3 report eq. 12-16 (noaux_tc).
     """
     if use_triton(logits_STE):
-        return route_triton(logits_STE, bias_E, r)
-    return route_ref(logits_STE, bias_E, r)
+        return route_triton(logits_STE, bias_E, r, position_T)
+    return route_ref(logits_STE, bias_E, r, position_T)

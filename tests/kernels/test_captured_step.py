@@ -85,7 +85,9 @@ def test_nobody_looks_at_a_decode_step(
         for drawn in (False, True):
             plan = step(drawn)
             tables = BatchBuilder(plan, rank.cache.layout, CPU, 1).decode_tables()
-            steps.run(plan, *tables)
+            bucket = steps.bucket([plan])
+            assert bucket is not None
+            steps.run(bucket, plan, *tables)
         use_kernels(monkeypatch)
         for bucket, inputs in steps._inputs.items():
             with nobody_looks():
