@@ -140,6 +140,10 @@ def check_layer(mesh: Mesh, placement: Placement, form: str, tokens: int) -> Non
     assert (torch.from_numpy(placement.layers[1])[slot] == ids).all()
     assert all(len(set(row)) == len(row) for row in slot.tolist())
     assert slots.load_E.tolist() == (2 * ids.flatten().bincount(minlength=12)).tolist()
+    some = torch.where(torch.arange(tokens)[:, None] % 2 == 0, ids, -1)  # others fill the step up
+    assert torch.equal(slots(some), torch.where(some < 0, -1, slot))
+    counted = 2 * ids.flatten().bincount(minlength=12) + ids[::2].flatten().bincount(minlength=12)
+    assert slots.load_E.tolist() == counted.tolist()
     hot = torch.zeros(6, 1, dtype=torch.int64)
     used = slots(hot).flatten().bincount(minlength=placement.num_slots)
     copies = (placement.layers[1] == 0).sum()

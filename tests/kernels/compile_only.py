@@ -85,7 +85,8 @@ def routing() -> None:
     rule = Routing("sigmoid", "noaux_tc", 8, 8, 4, True, 2.5)
     for tokens, dtype in ((1, torch.bfloat16), (300, torch.bfloat16), (2, torch.float32)):
         logits = router_logits_triton(torch.zeros(tokens, 512, dtype=dtype), torch.zeros(256, 512))
-    route_triton(torch.zeros(16, 1, 256), torch.zeros(256), rule)
+    position = torch.zeros(1, dtype=torch.int64)
+    route_triton(torch.zeros(16, 1, 256), torch.zeros(256), rule, position)
     ids, weight = route_triton(logits[:, :1].contiguous(), None, rule)
     for num_local in (1, 256):
         groups = permute_triton(ids, 0, num_local)

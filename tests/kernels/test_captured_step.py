@@ -5,6 +5,7 @@ import pkgutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from unittest import mock
 
 import numpy as np
@@ -13,9 +14,17 @@ import torch
 from torch import Tensor
 
 import dsv3_kernels
+from dsv3.config import ParallelConfig
 from dsv3.config_files import DEMO, load_model_config
 from dsv3.engine.plan import StepPlan
 from dsv3.engine.runner import BatchBuilder, Runner
+from dsv3.engine.static import StaticSteps
+from dsv3.model.transformer import Transformer
+from dsv3.parallel.collectives import SingleRank, StandIn
+from dsv3.parallel.experts import FP8, DispatchSettings
+from dsv3.parallel.mesh import Mesh
+from dsv3.parallel.placement import Placement
+from scripts import bench_rank
 from scripts.bench_rank import Rank, RankShape
 
 interpreter = pytest.importorskip("triton.runtime.interpreter")
@@ -71,6 +80,31 @@ def step(drawn: bool) -> StepPlan:
     return plan
 
 
+def check_nobody_looks(
+    rank: Rank, plans_of: Callable[[bool], list[StepPlan]], monkeypatch: pytest.MonkeyPatch
+) -> StaticSteps:
+    """Run both kinds of step, then again over the kernels with everybody watched.
+
+    The first plan is that of the rank's own group.
+    """
+    runner = Runner(rank.model, rank.cache, 1, static=True)
+    steps = runner._static
+    assert steps is not None
+    with torch.inference_mode():
+        for drawn in (False, True):
+            plans = plans_of(drawn)
+            tables = BatchBuilder(plans[0], rank.cache.layout, CPU, 1).decode_tables()
+            bucket = steps.bucket(plans)
+            assert bucket is not None and bucket.rows == 4
+            steps.run(bucket, plans[0], *tables)
+        use_kernels(monkeypatch)
+        for bucket, inputs in steps._inputs.items():
+            with nobody_looks():
+                steps._compute(bucket, inputs)
+    assert {bucket.draws for bucket in steps._inputs} == {False, True}
+    return steps
+
+
 @pytest.mark.parametrize(("weights", "cache"), [("fp8", "fp8"), ("bf16", "bf16")])
 def test_nobody_looks_at_a_decode_step(
     weights: str, cache: str, monkeypatch: pytest.MonkeyPatch
@@ -78,22 +112,27 @@ def test_nobody_looks_at_a_decode_step(
     config = replace(load_model_config(DEMO), num_attention_heads=2, vocab_size=300)
     shape = RankShape(config=config, world=2, layers=2, weights=weights, cache=cache)
     rank = Rank(shape, CPU, 512)
-    runner = Runner(rank.model, rank.cache, 1, static=True)
-    steps = runner._static
-    assert steps is not None
-    with torch.inference_mode():
-        for drawn in (False, True):
-            plan = step(drawn)
-            tables = BatchBuilder(plan, rank.cache.layout, CPU, 1).decode_tables()
-            bucket = steps.bucket([plan])
-            assert bucket is not None
-            steps.run(bucket, plan, *tables)
-        use_kernels(monkeypatch)
-        for bucket, inputs in steps._inputs.items():
-            with nobody_looks():
-                steps._compute(bucket, inputs)
-        assert {bucket.draws for bucket in steps._inputs} == {False, True}
-        with nobody_looks(), pytest.raises(AssertionError, match="looks at values: item"):
-            steps._feed.sum().item()
-        with nobody_looks(), pytest.raises(AssertionError, match="__getitem__"):
-            steps._feed[steps._feed > 0]
+    steps = check_nobody_looks(rank, lambda drawn: [step(drawn)], monkeypatch)
+    with nobody_looks(), pytest.raises(AssertionError, match="looks at values: item"):
+        steps._feed.sum().item()
+    with nobody_looks(), pytest.raises(AssertionError, match="__getitem__"):
+        steps._feed[steps._feed > 0]
+
+
+@pytest.mark.parametrize("form", ["allreduce", "alltoall"])
+def test_nobody_looks_in_one_of_several_groups(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two groups of two ranks on two hosts, with copies of experts; one group is idle."""
+    layout = ParallelConfig(world_size=4, rank=1, tp=2, dp=2)
+    pair, one = StandIn(1, 2), SingleRank()
+    rest = {"dp": StandIn(0, 2), "host": StandIn(1, 2), "hosts": StandIn(0, 2)}
+    mesh = Mesh(layout, CPU, StandIn(1, 4), pair, one, 2, **rest)
+    config = replace(load_model_config(DEMO), num_attention_heads=2, vocab_size=300)
+    placement = Placement.contiguous(replace(config, num_hidden_layers=2), 4, 4)
+    settings = DispatchSettings(form, FP8)
+    shape = RankShape(config=config, world=2, rank=1, layers=2)
+    monkeypatch.setattr(bench_rank, "ParallelConfig", lambda **_: layout)
+    monkeypatch.setattr(bench_rank, "Mesh", lambda *_: mesh)
+    make = partial(Transformer, settings=settings, placement=placement)
+    monkeypatch.setattr(bench_rank, "Transformer", make)
+    rank = Rank(shape, CPU, 512)
+    check_nobody_looks(rank, lambda drawn: [StepPlan(), step(drawn)], monkeypatch)

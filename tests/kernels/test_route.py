@@ -156,3 +156,17 @@ def test_garbage_rows_still_name_experts() -> None:
     r = rule("noaux_tc", (8, 4), 8, True)
     ids, _ = route_triton(torch.full((1, 1, 32), float("nan")), torch.zeros(32), r)
     assert len(set(ids[0].tolist())) == 8 and int(ids.min()) >= 0 and int(ids.max()) < 32
+
+
+def test_padding_chooses_nothing() -> None:
+    """And changes nothing for the rows beside it."""
+    torch.manual_seed(5)
+    r, logits, bias = v3_like("noaux_tc", (8, 4), 8, True, 64)
+    position = torch.arange(len(logits)) % 3 - 1
+    is_padding = position < 0
+    assert 0 < int(is_padding.sum()) < len(logits)
+    for form in (route_ref, route_triton):
+        got, want = form(logits[None], bias, r, position), form(logits[None], bias, r)
+        assert bool((got[0][is_padding] == -1).all())
+        for a, b in zip(got, want, strict=True):
+            assert_bitwise_equal("the others", a[~is_padding], b[~is_padding])
