@@ -30,6 +30,8 @@ class MemoryPlan:
         cache_tokens: positions they hold, for the whole tp group.
         free_bytes: memory there was before loading.
         host_pages: pages of the host cache.
+        activation_bytes: what steps were measured to need, CUDA graphs included; 0 if they were
+            not.
     """
 
     weight_bytes: int
@@ -38,17 +40,19 @@ class MemoryPlan:
     cache_tokens: int
     free_bytes: int
     host_pages: int = 0
+    activation_bytes: int = 0
 
     def describe(self) -> str:
         """Return the budget in one line."""
         cache = self.cache_tokens * self.bytes_per_token
         kept = self.host_pages * self.cache_tokens // self.num_pages
         host = f", host cache {_size(kept * self.bytes_per_token)} ({kept:,} tokens)"
+        steps = f", steps {_size(self.activation_bytes)}" if self.activation_bytes else ""
         return (
             f"memory per rank: weights {_size(self.weight_bytes)}, "
             f"cache {_size(cache)} ({self.bytes_per_token:,.0f} bytes a token; "
             f"{self.cache_tokens:,} tokens fit in the group)"
-            f"{host if kept else ''}, free {_size(self.free_bytes)}"
+            f"{host if kept else ''}{steps}, free {_size(self.free_bytes)}"
         )
 
 
@@ -159,6 +163,7 @@ def plan_memory(
         cache_tokens=num_pages * cache.page_size,
         free_bytes=free,
         host_pages=host_pages,
+        activation_bytes=activations or 0,
     )
 
 

@@ -29,6 +29,7 @@ from dsv3.engine.lower_tiers import make_tiers
 from dsv3.engine.memory import MemoryPlan, free_memory, plan_memory, weight_bytes
 from dsv3.engine.plan import PlanChannel, StepPlan
 from dsv3.engine.runner import Runner
+from dsv3.engine.static import most_rows
 from dsv3.errors import ConfigError
 from dsv3.model.attention import absorb_limit
 from dsv3.model.transformer import Transformer
@@ -162,13 +163,14 @@ def start(
         if settings.disk_cache:
             weights = digest_share(source, mesh.layout.rank, mesh.layout.world_size)
         tokenizer = Tokenizer.load_optional(path) if mesh.layout.rank == 0 else None
-    config, plan = source.config, _measured_plan(setup, settings, mesh, model)
-    num_pages = _agree_on_pages(mesh, plan.num_pages)
-    cache = CachePool(setup.layout, config.num_hidden_layers, num_pages + 1, mesh.device, mesh.tp)
+    config, static = source.config, mesh.is_capturable and not settings.enforce_eager
+    with _phase(seconds, "cache"):
+        plan = _measured_plan(setup, settings, mesh, model, static)
+        pages = _agree_on_pages(mesh, plan.num_pages) + 1
+        cache = CachePool(setup.layout, config.num_hidden_layers, pages, mesh.device, mesh.tp)
     fmt = setup.fmt
     numerics = f"{fmt.dtype} {'fp8 products' if fmt.fp8_products else settings.weights}"
     mover, tiers = make_tiers(mesh, settings, config, cache, plan.host_pages, weights, numerics)
-    static = mesh.is_capturable and not settings.enforce_eager
     is_guarded = settings.check_every and mesh.world.size > 1
     guard = Guard(mesh, settings.check_every) if is_guarded else None
     runner = Runner(model, cache, _decode_limit(settings, config), mover, static, guard)
@@ -238,27 +240,57 @@ def _weight_format(source: Source, settings: EngineConfig, mesh: Mesh) -> Weight
 
 
 def _measured_plan(
-    setup: _SetUp, settings: EngineConfig, mesh: Mesh, model: Transformer
+    setup: _SetUp, settings: EngineConfig, mesh: Mesh, model: Transformer, static: bool
 ) -> MemoryPlan:
-    """Return the plan with `auto` made exact by running a full step; on CUDA only. A collective.
+    """Return the plan with `auto` made exact by running the largest steps; on CUDA only.
 
-    A CPU's cache becomes resident only where it is written, so there the estimate is enough.
+    All that a step allocates counts: attention's partial results, buffers of exchanges, logits. A
+    CPU's cache becomes resident only where it is written, so there the estimate is enough.
+
+    A collective.
     """
     if mesh.device.type != "cuda" or settings.kv_cache_size != "auto":
         return setup.plan
-    count = min(settings.max_batch_tokens, setup.context_limit)
-    pages = setup.layout.pages_for(count) + 1
-    cache = CachePool(setup.layout, model.config.num_hidden_layers, pages, mesh.device, mesh.tp)
-    before = torch.cuda.memory_allocated(mesh.device)
+    cache = CachePool(setup.layout, model.config.num_hidden_layers, 2, mesh.device, mesh.tp)
+    runner = Runner(model, cache, _decode_limit(settings, model.config), static=static)
+    before, dp = torch.cuda.memory_allocated(mesh.device), mesh.layout.dp
     torch.cuda.reset_peak_memory_stats(mesh.device)
-    plan = _one_sequence(count, setup.layout.page_size)
-    Runner(model, cache, _decode_limit(settings, model.config)).run([plan] * mesh.layout.dp)
+    rows, limit, page_size = settings.max_running, setup.context_limit, setup.layout.page_size
+    runner.run([largest_step(rows, limit, page_size, settings.max_batch_tokens)] * dp)
     peak = torch.cuda.max_memory_allocated(mesh.device) - before
-    del cache
+    torch.cuda.empty_cache()
+    if static:  # CUDA graphs share memory that they keep: what the largest one takes
+        held = torch.cuda.memory_reserved(mesh.device)
+        runner.run([largest_step(most_rows(rows, dp), limit, page_size)] * dp)
+        torch.cuda.empty_cache()
+        peak += torch.cuda.memory_reserved(mesh.device) - held
+    del cache, runner
     torch.cuda.empty_cache()
     free = free_memory(mesh.device, mesh.ranks_on_host) + setup.plan.weight_bytes
-    # CUDA graphs keep the memory of decode steps for themselves: less than half of a full step's.
-    return setup.plan_for(free, mesh.device, peak if settings.enforce_eager else peak * 3 // 2)
+    plan = setup.plan_for(free, mesh.device, peak)
+    if mesh.layout.rank == 0:
+        log.info("%s", plan.describe())
+    return plan
+
+
+def largest_step(rows: int, limit: int, page_size: int, max_tokens: int = 0) -> StepPlan:
+    """Return the step that takes most memory, all of it in page 1: only shapes count.
+
+    So many sequences decode, one of them at the end of the longest context. Where there is room
+    for more tokens, they are the end of a prompt as long, and all are scored.
+    """
+    rest = min(max(0, max_tokens - rows), limit)
+    query_len = np.array([1] * rows + [rest] * (rest > 0), np.int32)
+    context_len = np.zeros_like(query_len)
+    context_len[rows - 1], context_len[-1] = limit - 1, limit - query_len[-1]
+    pages = -(-limit // page_size)
+    every, each = np.zeros(rows + rest, np.int32), np.full(len(query_len), pages, np.int32)
+    plan = StepPlan.greedy(every, every, every[:, None])
+    plan.query_len, plan.context_len, plan.page_count = query_len, context_len, each
+    plan.pages, plan.temperature = np.ones(each.sum(), np.int32), np.ones_like(plan.top_p)
+    if max_tokens:
+        plan.target, plan.top_logprobs = every, every
+    return plan
 
 
 def _dispatch(settings: EngineConfig, config: ModelConfig, fmt: WeightFormat) -> DispatchSettings:
@@ -335,10 +367,10 @@ def _decode_limit(settings: EngineConfig, config: ModelConfig) -> int:
     return absorb_limit(config)
 
 
-def _one_sequence(count: int, page_size: int = 64) -> StepPlan:
-    """Return a step of `count` tokens in pages 1, 2, ...
+def _one_sequence(count: int) -> StepPlan:
+    """Return a step of `count` tokens in page 1.
 
     One token opens the connections between ranks and the libraries' thread pools.
     """
-    pages_BG = np.arange(1, 1 + -(-count // page_size), dtype=np.int32)[None]
-    return StepPlan.greedy(np.zeros(count, np.int32), np.zeros(1, np.int32), pages_BG)
+    none = np.zeros(count, np.int32)
+    return StepPlan.greedy(none, none[:1], none[:1, None] + np.int32(1))

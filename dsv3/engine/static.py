@@ -44,6 +44,12 @@ def row_bucket(count: int) -> int:
     return -(-count // step) * step
 
 
+def most_rows(max_running: int, groups: int) -> int:
+    """Return the most sequences of a group in a step on static buffers."""
+    counts = range(1, min(max_running, MAX_ROWS) + 1)
+    return max((n for n in counts if row_bucket(n) * groups <= MAX_GATHERED), default=1)
+
+
 def page_bucket(count: int) -> int:
     """Return the pages of a row that `count` are padded to: a power of two."""
     return max(_FEWEST_PAGES, 1 << (count - 1).bit_length())

@@ -4,20 +4,24 @@ import numpy as np
 import pytest
 import torch
 
+from dsv3.cache.pool import CachePool
 from dsv3.config_files import DEMO
 from dsv3.engine.config import EngineConfig
 from dsv3.engine.plan import NO_TARGET, StepPlan
 from dsv3.engine.runner import Runner
-from dsv3.engine.start import Started, start
+from dsv3.engine.start import Started, largest_step, start
 from dsv3.engine.static import (
     _ARRAYS,
+    MAX_GATHERED,
     MAX_ROWS,
     Bucket,
     Inputs,
     StaticSteps,
+    most_rows,
     page_bucket,
     row_bucket,
 )
+from dsv3.observe.roofline import Load
 from dsv3.parallel.mesh import Mesh
 from tests.distributed.ranks import CPU, alone, run_ranks
 
@@ -156,3 +160,24 @@ def test_what_is_not_a_decode_step(started: Started) -> None:
     far = plan([3, 70], [[1], [-5000]], 2)
     assert steps.bucket([far]) is None
     assert torch.equal(steps._feed, torch.zeros_like(steps._feed))
+
+
+def test_the_largest_steps_are_what_the_memory_plan_measures(started: Started) -> None:
+    """All in two pages: sequences that decode beside a prompt, and a decode step of one bucket."""
+    layout, layers = started.cache.layout, started.config.num_hidden_layers
+    cache = CachePool(layout, layers, 2, CPU, started.mesh.tp)
+    runner = Runner(started.runner._model, cache, 1, static=True)
+    steps = runner._static
+    assert isinstance(steps, StaticSteps)
+    full = largest_step(3, 1300, layout.page_size, 40)
+    assert full.load(1) == Load(decode=3, context=433, prefill=37, cached=1300 - 37, rows=40)
+    assert steps.bucket([full]) is None
+    scored = runner.run([full])
+    assert scored.scores is not None and len(scored.scores) == len(scored.token_M) == 40
+    assert len(runner.run([largest_step(3, 20, layout.page_size, 40)]).token_M) == 23
+    runner.run([largest_step(5, 1300, layout.page_size)])
+    assert list(steps._inputs) == [Bucket(8, 32, True)]
+    for groups in (1, 8, 12, 5000):
+        most = most_rows(300, groups)
+        fits = [row_bucket(n) * groups <= MAX_GATHERED and n <= MAX_ROWS for n in (most, most + 1)]
+        assert fits == [groups < 5000, False] and most_rows(3, groups) <= 3
