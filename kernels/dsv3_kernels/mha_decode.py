@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dsv3_kernels._triton import tl, triton, use_triton
 from dsv3_kernels.merge_lse import merge_splits_triton, softmax_lse
-from dsv3_kernels.mla_decode import programs_for
+from dsv3_kernels.mla_decode import programs_for, sequences_for
 from dsv3_kernels.paging import Keys, Paging
 
 # Values held at a time by the reference: 64 MiB of float32.
@@ -116,6 +116,10 @@ def mha_decode_triton(
     assert cache_SY.stride(1) == 1, f"{cache_SY.stride()=}"
     q_BHX, page_BG, query_pos_B = (t.contiguous() for t in (q_BHX, page_BG, query_pos_B))
     splits = triton.cdiv(G * paging.slots_per_page, split)
+    if (step := sequences_for(splits, H * V)) < B and splits > 1:
+        some = zip(*(x.split(step) for x in (q_BHX, page_BG, query_pos_B)), strict=True)
+        rest = paging, scale, split
+        return torch.cat([mha_decode_triton(q, cache_SY, page, p, *rest) for q, page, p in some])
     o = torch.empty(splits, 1, B, H, V, dtype=torch.float32, device=q_BHX.device)
     lse = o.new_empty(splits, 1, B, H)
     if not B:

@@ -28,6 +28,8 @@ from dsv3_kernels.parts import open_parts
 
 # Programs of a launch, about: eight for each multiprocessor.
 _PROGRAMS = 1024
+# Bytes of partial results held at a time: with 128 heads of 1,024 splits, two for each program.
+_SPLIT_BYTES = 256 << 20
 # Values held at a time by the reference: 4 MiB of float32, which a processor's cache holds.
 _SCORES = 1 << 20
 
@@ -214,6 +216,14 @@ def programs_for(splits: int, others: int) -> int:
     return max(1, min(splits, _PROGRAMS // others))
 
 
+def sequences_for(splits: int, values: int) -> int:
+    """Return the sequences of a launch: their splits' results, `values` each, take little memory.
+
+    No result depends on them.
+    """
+    return max(1, _SPLIT_BYTES // (4 * splits * values))
+
+
 class Tile(NamedTuple):
     """What one program does, by the shape of the queries alone.
 
@@ -285,7 +295,10 @@ def _launch(
     out: tuple[Tensor, Tensor],
     tile: Tile | None,
 ) -> None:
-    """Launch a program per tile of rows, split and sequence; merge the splits into `out`."""
+    """Launch a program per tile of rows, split and sequence; merge the splits into `out`.
+
+    Many sequences with wide tables go one part after the other.
+    """
     (P, T, heads, X), (B, Q), C = q_PTHX.shape, query_pos_BQ.shape, out[0].shape[-1]
     G, rows, is_packed = page_BG.shape[1], Q * P * heads, cache_SX.dtype == torch.uint8
     assert cache_SX.stride(1) == 1 and q_PTHX[0].is_contiguous(), f"{cache_SX.stride()=}"
@@ -300,6 +313,12 @@ def _launch(
     is_exact = is_exact or is_interpreted(cache_SX)
     tile = tile or tile_for(rows, is_exact, is_hopper(q_PTHX))
     splits, tiles = triton.cdiv(G * paging.slots_per_page, tile.split), triton.cdiv(rows, tile.rows)
+    if (step := sequences_for(splits, rows * C)) < B and splits > 1:
+        for b in range(0, B, step):
+            at, t = slice(b, b + step), slice(b * Q, (b + step) * Q)
+            where, some = (page_BG[at], query_pos_BQ[at]), (out[0][:, t], out[1][:, t])
+            _launch(q_PTHX[:, t], cache_SX, *where, paging, scale, some, tile)
+        return
     o_NPTHC, lse_NPTH = (x.unsqueeze(0) for x in out)
     if splits > 1:
         shape = splits, P, T, heads

@@ -66,3 +66,16 @@ def test_kernel(lengths: list[int]) -> None:
     width = -(-lengths[0] // PAGING.page_size)
     alone = mha_decode_triton(q[:1], cache, page[:1, :width], query_pos[:1], PAGING, 0.25, 64)
     assert_bitwise_equal("alone", alone, got[:1])
+
+
+def test_wide_tables_go_a_few_sequences_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = [3, 63, 130]
+    _, args = make(lengths)
+    args = *args, torch.tensor(lengths) - 1, PAGING, 0.25, 16
+    want, launches = mha_decode_triton(*args), []
+    module = sys.modules["dsv3_kernels.mha_decode"]
+    monkeypatch.setattr(sys.modules["dsv3_kernels.mla_decode"], "_SPLIT_BYTES", 1)
+    several = module.programs_for
+    monkeypatch.setattr(module, "programs_for", lambda *a: launches.append(a) or several(*a))
+    assert_bitwise_equal("one at a time", mha_decode_triton(*args), want)
+    assert len(launches) == len(lengths)

@@ -211,3 +211,29 @@ def test_parts_are_the_same_in_another_order(ranks: int, queries: int, split: in
             own = slice(p * heads, (p + 1) * heads)
             assert_close("o", got_o[p, 1:-1], o[:, :, own].flatten(0, 1), 2e-6)
             assert_close("lse", got_lse[p, 1:-1], lse[:, :, own].flatten(0, 1), 2e-6)
+
+
+def test_wide_tables_go_a_few_sequences_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results of splits take no more memory than they may; a sequence's depend on none of it."""
+    tile, (_, args) = Tile(16, 16, 16, 4, 2), make([129, 3, 40, 17, 64], 2)
+    splits = args[2].shape[1]  # a page each
+    allowed = 2 * splits * 2 * H * C * 4
+    gathered, rest = torch.randn(3, 10, H, C + R), (*args[1:5], 0.25)
+
+    def parts() -> tuple[torch.Tensor, torch.Tensor]:
+        every = empty_parts(gathered, C)
+        mla_decode_parts_triton(gathered, *rest, every, tile=tile)
+        return open_parts(every)
+
+    want, wanted_parts = run(args, tile), parts()
+    module = sys.modules["dsv3_kernels.mla_decode"]
+    monkeypatch.setattr(module, "_SPLIT_BYTES", allowed)  # of two sequences
+    for block, expected in zip(parts(), wanted_parts, strict=True):
+        assert_bitwise_equal("of three ranks' heads", block, expected)
+    sizes, empty = [], torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *s, **k: sizes.append(s) or empty(*s, **k))
+    got = run(args, tile)
+    held = [4 * math.prod(s) for s in sizes if s[:2] == (splits, 1)]
+    assert len(held) == 3 and max(held) == allowed
+    for block, expected in zip(got, want, strict=True):
+        assert_bitwise_equal("two sequences at a time", block, expected)
