@@ -164,6 +164,8 @@ def start(
             weights = digest_share(source, mesh.layout.rank, mesh.layout.world_size)
         tokenizer = Tokenizer.load_optional(path) if mesh.layout.rank == 0 else None
     config, static = source.config, mesh.is_capturable and not settings.enforce_eager
+    if mesh.device.type == "cuda" and not mesh.is_capturable and mesh.layout.rank == 0:
+        log.info("no CUDA graphs: ranks that share a GPU exchange over Gloo")
     with _phase(seconds, "cache"):
         plan = _measured_plan(setup, settings, mesh, model, static)
         pages = _agree_on_pages(mesh, plan.num_pages) + 1

@@ -107,8 +107,7 @@ class Inputs:
             self._sent[self._turn].synchronize()
         rows, table = (host.numpy() for host in self._hosts[self._turn])
         count, width = table_BG.shape
-        table[:] = NULL_PAGE
-        table[:count, :width] = table_BG
+        table[:count, :width], table[:count, width:], table[count:] = table_BG, NULL_PAGE, NULL_PAGE
         for name, row, values in zip(_ARRAYS, rows, arrays, strict=True):
             target = row.view(np.float64) if name in _ARRAYS[-2:] else row
             target[:count], target[count:] = values, -1 if name in ("position", "slot") else 0

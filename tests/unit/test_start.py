@@ -1,13 +1,19 @@
 """Start-up decisions that need no checkpoint."""
 
 import dataclasses
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from dsv3.cache.layout import CacheLayout
 from dsv3.config import ParallelConfig
 from dsv3.engine import start
 from dsv3.engine.config import EngineConfig
+from dsv3.engine.memory import plan_memory
+from dsv3.engine.plan import StepPlan
 from dsv3.errors import ConfigError
 from dsv3.parallel.collectives import SingleRank
 from dsv3.parallel.experts import FP8
@@ -60,3 +66,60 @@ def test_what_tokens_travel_in() -> None:
         EngineConfig(dispatch_dtype="int8")
     with pytest.raises(ConfigError, match="--moe-dispatch=some is unknown"):
         EngineConfig(moe_dispatch="some")
+
+
+class Gpu:
+    """Memory of a device that is not there: every step takes some, graphs keep what they took."""
+
+    def __init__(self) -> None:
+        self.allocated, self.reserved, self.peak, self.kept = 1000, 5000, 0, 0
+        self.steps: list[StepPlan] = []
+
+    def runner(self, *_: object, static: bool) -> Any:
+        def run(plans: list[StepPlan]) -> None:
+            self.steps += plans[:1]
+            is_decode = len(plans[0].row) == len(plans[0].query_len)
+            if static and is_decode:
+                self.kept += 300
+            self.reserved += 70_000
+            self.peak = max(self.peak, self.allocated + (60_000 if not is_decode else 20_000))
+
+        return SimpleNamespace(run=run)
+
+    def empty_cache(self) -> None:
+        self.reserved = 5000 + self.kept
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_the_cache_leaves_what_the_largest_steps_take(
+    static: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of the fullest step, and what CUDA graphs keep if there are any."""
+    gpu, one, device = Gpu(), SingleRank(), torch.device("cuda")
+    for name, value in (
+        ("memory_allocated", lambda _: gpu.allocated),
+        ("max_memory_allocated", lambda _: gpu.peak),
+        ("memory_reserved", lambda _: gpu.reserved),
+        ("reset_peak_memory_stats", lambda _: None),
+        ("empty_cache", gpu.empty_cache),
+    ):
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(start, "CachePool", lambda *_: None)
+    monkeypatch.setattr(start, "Runner", gpu.runner)
+    monkeypatch.setattr(start, "free_memory", lambda *_: 50_000_000)
+    settings = EngineConfig(max_running=1000, max_batch_tokens=1200)
+    layout = CacheLayout.make(TINY, "latent", "none", "fp32", 1, 0)
+    make = partial(plan_memory, TINY, settings, layout, 10**6, 512)
+    plan = make(60_000_000, torch.device("cpu"))
+    fmt = WeightFormat(torch.float32, torch.device("cpu"))
+    setup = start._SetUp(fmt, layout, 512, None, plan, make)
+    mesh = Mesh(ParallelConfig(), device, one, one, one, 1)
+    model: Any = SimpleNamespace(config=TINY)
+    measured = start._measured_plan(setup, settings, mesh, model, static)
+    assert measured.activation_bytes == 60_000 + 300 * static
+    assert f"steps {measured.activation_bytes / 1024:.4g} KiB" in measured.describe()
+    full, *decode = gpu.steps
+    assert full.query_len.tolist() == [1] * 1000 + [200] and full.context_len.max() == 511
+    assert [len(step.row) for step in decode] == [256] * static
+    fixed = dataclasses.replace(settings, kv_cache_size="640tok")
+    assert start._measured_plan(setup, fixed, mesh, model, static) is plan
