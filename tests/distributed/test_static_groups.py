@@ -61,11 +61,15 @@ def watched(started: Started) -> list[tuple[Bucket, int]]:
     return seen
 
 
+def regrouped(world: Mesh, dp: int, hosts: int = 1) -> Mesh:
+    size = world.world.size
+    layout = ParallelConfig(world_size=size, rank=world.world.rank, dp=dp)
+    return make_mesh(layout, CPU, "gloo", False, [r * hosts // size for r in range(size)])
+
+
 def check_groups(world: Mesh, cases: list[tuple[int, int, dict[str, object]]], want: Answers):
-    size, rank = world.world.size, world.world.rank
     for dp, hosts, settings in cases:
-        layout = ParallelConfig(world_size=size, rank=rank, dp=dp)
-        mesh = make_mesh(layout, CPU, "gloo", False, [r * hosts // size for r in range(size)])
+        mesh = regrouped(world, dp, hosts)
         assert (mesh.hosts.size > 1) == (hosts > 1)
         started = start(DEMO, EngineConfig(**CACHE, **settings), mesh)
         seen = watched(started)
@@ -78,6 +82,27 @@ def check_groups(world: Mesh, cases: list[tuple[int, int, dict[str, object]]], w
         idle, padded = mesh.world.all_reduce(torch.tensor([idle, padded])).tolist()
         assert len(seen) > 12 and idle > 0 and padded > 0, (dp, len(seen), idle, padded)
         mesh.close()
+
+
+def check_failure(world: Mesh, want: Answers) -> None:
+    """A step that one rank cannot capture runs eagerly on all."""
+    mesh = regrouped(world, 2)
+    started = start(DEMO, EngineConfig(**CACHE), mesh)
+    watched(started)
+    steps = started.runner._static
+    assert steps is not None
+
+    def capture(*_: object) -> None:
+        if mesh.world.rank == 1:
+            raise RuntimeError("no room")
+
+    steps._pool, steps._capture = "a GPU's", capture  # type: ignore[assignment, method-assign]
+    if started.engine is None:
+        follow(started.runner, started.channel)
+    else:
+        assert ask(started.engine) == want
+    assert steps._cannot == {False, True}
+    mesh.close()
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +118,10 @@ COPIES = {"redundant_experts": 4, "rebalance_every": 4}
 
 def test_two_groups(want: Answers) -> None:
     run_ranks(check_groups, 2, [(2, 1, form) for form in FORMS], want)
+
+
+def test_what_one_rank_cannot_capture_no_rank_replays(want: Answers) -> None:
+    run_ranks(check_failure, 2, want)
 
 
 def test_four_ranks(want: Answers) -> None:
