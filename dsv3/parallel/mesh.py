@@ -72,7 +72,7 @@ class Mesh:
     @property
     def is_capturable(self) -> bool:
         """Whether CUDA graphs can hold a step, its exchanges included."""
-        groups = (group for group in self.groups if group is not self.control)
+        groups = self.world, self.tp, self.dp, self.host, self.hosts
         return self.device.type == "cuda" and all(group.is_capturable for group in groups)
 
 

@@ -29,7 +29,7 @@ from scripts.bench_rank import Rank, RankShape
 
 interpreter = pytest.importorskip("triton.runtime.interpreter")
 CPU = torch.device("cpu")
-LOOKS = ("item", "tolist", "nonzero", "unique", "numpy", "__bool__", "__int__", "__float__")
+LOOKS = ("item", "tolist", "cpu", "nonzero", "unique", "numpy", "__bool__", "__int__", "__float__")
 
 
 @contextmanager

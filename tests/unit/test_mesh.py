@@ -8,12 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import pytest
+import torch
 import torch.distributed as dist
 
+from dsv3.config import ParallelConfig
 from dsv3.errors import ConfigError, RankError
 from dsv3.parallel import meeting
+from dsv3.parallel.collectives import StandIn
 from dsv3.parallel.meeting import Meeting, Peer
-from dsv3.parallel.mesh import _num_threads, join_world
+from dsv3.parallel.mesh import Mesh, _num_threads, join_world
 from dsv3.parallel.watch import Watch
 
 
@@ -84,3 +87,15 @@ def test_ranks_are_named_by_their_hosts() -> None:
         == "rank 1 on node0, rank 2 on node1"
     )
     assert Watch().name_of(0) == "rank 0"
+
+
+def test_graphs_hold_steps_of_all_groups_that_exchange_over_nccl() -> None:
+    """Plans travel beside them, over Gloo; where that is all there is, nothing can be captured."""
+    layout, cuda = ParallelConfig(world_size=4, rank=0, dp=2), torch.device("cuda")
+    nccl, gloo = StandIn(0, 4), StandIn(0, 4)
+    gloo.is_capturable = False
+    assert Mesh(layout, cuda, nccl, nccl, gloo, 4, dp=nccl).is_capturable
+    assert not Mesh(layout, cuda, nccl, nccl, gloo, 4, dp=gloo).is_capturable
+    assert not Mesh(layout, cuda, nccl, nccl, gloo, 4, dp=nccl, hosts=gloo).is_capturable
+    assert not Mesh(layout, cuda, gloo, gloo, gloo, 4).is_capturable
+    assert not Mesh(layout, torch.device("cpu"), nccl, nccl, nccl, 4).is_capturable
