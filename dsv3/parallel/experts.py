@@ -11,6 +11,9 @@ ranks, and the caller sums over tp. Two forms of the same sum:
 Between hosts a token is sent once to every host that it needs (to the rank at the same place
 there), which spreads it inside: two levels of the same exchange.
 
+In steps of static shape there is room for every row at every destination. On one level that moves
+as many bytes as gathering, which `auto` then takes; between hosts it moves fewer.
+
 Letters: W members of a group, R rows at hand on this one, S those of them that it may send.
 """
 

@@ -119,13 +119,12 @@ def test_nobody_looks_at_a_decode_step(
         steps._feed[steps._feed > 0]
 
 
-@pytest.mark.parametrize("form", ["allreduce", "alltoall"])
-def test_nobody_looks_in_one_of_several_groups(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two groups of two ranks on two hosts, with copies of experts; one group is idle."""
+def one_of_two_groups(form: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Rank:
+    """Return one of four ranks on two hosts that are not there, with copies of experts."""
     layout = ParallelConfig(world_size=4, rank=1, tp=2, dp=2)
     pair, one = StandIn(1, 2), SingleRank()
     rest = {"dp": StandIn(0, 2), "host": StandIn(1, 2), "hosts": StandIn(0, 2)}
-    mesh = Mesh(layout, CPU, StandIn(1, 4), pair, one, 2, **rest)
+    mesh = Mesh(layout, device, StandIn(1, 4), pair, one, 2, **rest)
     config = replace(load_model_config(DEMO), num_attention_heads=2, vocab_size=300)
     placement = Placement.contiguous(replace(config, num_hidden_layers=2), 4, 4)
     settings = DispatchSettings(form, FP8)
@@ -134,5 +133,11 @@ def test_nobody_looks_in_one_of_several_groups(form: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(bench_rank, "Mesh", lambda *_: mesh)
     make = partial(Transformer, settings=settings, placement=placement)
     monkeypatch.setattr(bench_rank, "Transformer", make)
-    rank = Rank(shape, CPU, 512)
+    return Rank(shape, device, 512)
+
+
+@pytest.mark.parametrize("form", ["allreduce", "alltoall"])
+def test_nobody_looks_in_one_of_several_groups(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is idle."""
+    rank = one_of_two_groups(form, CPU, monkeypatch)
     check_nobody_looks(rank, lambda drawn: [StepPlan(), step(drawn)], monkeypatch)
