@@ -28,6 +28,7 @@ from dsv3_kernels.route import Routing, route
 from dsv3_kernels.router_logits import router_logits
 from dsv3_kernels.sample import sample
 from dsv3_kernels.silu_mul import silu_mul, silu_mul_quant
+from dsv3_kernels.sum_norm import Peers, fits_sum_norm, shared_bytes, sum_norm
 from dsv3_kernels.weight_dequant import weight_dequant
 from dsv3_kernels.write_slots import write_slots
 
@@ -35,6 +36,7 @@ __all__ = [
     "Groups",
     "Keys",
     "Paging",
+    "Peers",
     "Quantized",
     "Routing",
     "Stack",
@@ -45,6 +47,7 @@ __all__ = [
     "empty_parts",
     "expand_values",
     "experts",
+    "fits_sum_norm",
     "fp8_gemm",
     "grouped_down",
     "grouped_gate_up",
@@ -69,8 +72,10 @@ __all__ = [
     "route",
     "router_logits",
     "sample",
+    "shared_bytes",
     "silu_mul",
     "silu_mul_quant",
+    "sum_norm",
     "unpack_latent",
     "unpermute",
     "weight_dequant",

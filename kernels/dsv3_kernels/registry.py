@@ -35,6 +35,7 @@ from dsv3_kernels.route import Routing, route_ref, route_triton
 from dsv3_kernels.router_logits import router_logits_ref, router_logits_triton
 from dsv3_kernels.sample import sample_ref, sample_triton
 from dsv3_kernels.silu_mul import silu_mul_quant_ref, silu_mul_quant_triton
+from dsv3_kernels.sum_norm import Peers, shared_bytes, sum_norm, sum_norm_ref
 from dsv3_kernels.weight_dequant import weight_dequant_ref, weight_dequant_triton
 
 __all__ = ["Case", "cases", "check", "measure"]
@@ -63,10 +64,32 @@ def _elementwise(small: bool) -> Iterator[Case]:
         silu = silu_mul_quant_triton, silu_mul_quant_ref
         make = partial(_rows, T, 2 * dim)
         yield Case("silu_mul_quant", name, make, *silu, 4 * values + quant, tol=FP8_TOL)
+    for T, dim in [(3, 256)] if small else [(1, D), (32, D)]:
+        yield _sum_norm(T, dim)
     for rows, cols in [(100, 200)] if small else [(D, FF), (4096, D)]:
         make = partial(_matrix, rows, cols)
         dequant = weight_dequant_triton, weight_dequant_ref
         yield Case("weight_dequant", f"{rows} x {cols}", make, *dequant, 3 * rows * cols)
+
+
+def _sum_norm(T: int, dim: int) -> Case:
+    """Return the sum over a world of one: its signal and its memory, without links."""
+
+    def operands(d: torch.device) -> Args:
+        x, y = (normal(T, dim, device=d) for _ in range(2))
+        shared = torch.zeros(shared_bytes(1), dtype=torch.uint8, device=d)
+        peers = Peers.at([shared.data_ptr()], 0, d)
+        return x, y, torch.rand(dim, device=d) + 0.5, 1e-6, peers, shared
+
+    return Case(
+        "sum_norm",
+        f"{T} x {dim}, one rank",
+        operands,
+        lambda x, y, weight, eps, peers, _shared: sum_norm(x, y, weight, eps, peers, quant=True),
+        lambda x, y, weight, eps, *_peers: sum_norm_ref(x, [y], weight, eps, quant=True),
+        T * dim * (12 + 1 + 4 / BLOCK),
+        tol=FP8_TOL,
+    )
 
 
 def _rows(rows: int, cols: int, device: torch.device) -> Args:

@@ -33,6 +33,34 @@ def add_rmsnorm_ref(
 
 
 @triton.jit
+def norm_row(
+    x,
+    weight,
+    h_ptr,
+    q_ptr,
+    scale_ptr,
+    row,
+    D,
+    eps,
+    B: tl.constexpr,
+    QUANT: tl.constexpr,
+    UE8M0: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    """Write the norm of a row of float32, held as B blocks of 128, and what it is in FP8."""
+    block = tl.arange(0, B)
+    col = block[:, None] * 128 + tl.arange(0, 128)[None, :]
+    mask = col < D
+    mean = tl.sum(tl.sum(x * x, 1), 0) / D
+    h = (x * tl.rsqrt(mean + eps) * weight).to(h_ptr.dtype.element_ty)
+    tl.store(h_ptr + row * D + col, h, mask=mask)
+    if QUANT:
+        q, scale = quantize_block(h.to(tl.float32), UE8M0, NATIVE)
+        tl.store(q_ptr + row * D + col, q, mask=mask)
+        tl.store(scale_ptr + row * (D // 128) + block, scale, mask=block < D // 128)
+
+
+@triton.jit
 def _rmsnorm_kernel(
     x_ptr,
     y_ptr,
@@ -52,8 +80,7 @@ def _rmsnorm_kernel(
 ):
     """Normalize one row, held as B blocks of 128."""
     row = tl.program_id(0).to(tl.int64)
-    block = tl.arange(0, B)
-    col = block[:, None] * 128 + tl.arange(0, 128)[None, :]
+    col = tl.arange(0, B)[:, None] * 128 + tl.arange(0, 128)[None, :]
     mask = col < D
     x = tl.load(x_ptr + row * x_stride + col, mask=mask, other=0.0).to(tl.float32)
     if ADD:
@@ -61,14 +88,8 @@ def _rmsnorm_kernel(
         rounded = (x + y).to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + row * D + col, rounded, mask=mask)
         x = rounded.to(tl.float32)
-    mean = tl.sum(tl.sum(x * x, 1), 0) / D
     weight = tl.load(weight_ptr + col, mask=mask, other=0.0)
-    h = (x * tl.rsqrt(mean + eps) * weight).to(h_ptr.dtype.element_ty)
-    tl.store(h_ptr + row * D + col, h, mask=mask)
-    if QUANT:
-        q, scale = quantize_block(h.to(tl.float32), UE8M0, NATIVE)
-        tl.store(q_ptr + row * D + col, q, mask=mask)
-        tl.store(scale_ptr + row * (D // 128) + block, scale, mask=block < D // 128)
+    norm_row(x, weight, h_ptr, q_ptr, scale_ptr, row, D, eps, B, QUANT, UE8M0, NATIVE)
 
 
 def add_rmsnorm_triton(

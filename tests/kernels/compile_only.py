@@ -5,7 +5,7 @@ TRITON_INTERPRET=0 python tests/kernels/compile_only.py 90
 The interpreter runs kernels as Python: it forgives branches of different types, and never makes a
 constant of an integer argument that is 1. The compiler does not. Prints a line for each kernel: its
 name, bytes of shared memory, bytes of a thread's stack (registers that did not suffice), and how
-many instructions it has for Hopper's matrix units and for tiles through TMA.
+often it holds each of `MARKS`.
 """
 
 import re
@@ -48,8 +48,18 @@ from dsv3_kernels.route import Routing, route_triton
 from dsv3_kernels.router_logits import router_logits_triton
 from dsv3_kernels.sample import sample_triton
 from dsv3_kernels.silu_mul import silu_mul_quant_triton
+from dsv3_kernels.sum_norm import Peers, sum_norm
 from dsv3_kernels.weight_dequant import weight_dequant_triton
 from dsv3_kernels.write_slots import write_slots_triton
+
+# Hopper's matrix units, tiles through TMA, words to and from other GPUs, loads past the cache.
+MARKS = (
+    "wgmma.mma_async",
+    "cp.async.bulk.tensor",
+    ".sys.release.",
+    ".sys.acquire.",
+    "ld.volatile.global.v4",
+)
 
 
 def launches(capability: int) -> None:
@@ -58,6 +68,9 @@ def launches(capability: int) -> None:
     q = act_quant_triton(x)
     add_rmsnorm_triton(x[:1], x[:1].float(), torch.ones(512), 1e-6, quant=True)
     silu_mul_quant_triton(x[:1], ue8m0=True)
+    for ranks in (8, 3):
+        peers = Peers.at([1 << 40] * ranks, 0, x.device)
+        sum_norm(x[:1], x[:1].float(), torch.ones(512), 1e-6, peers, quant=True)
     w, scale = torch.zeros(576, 512).to(torch.float8_e4m3fn), torch.ones(5, 4)
     weight_dequant_triton(w[:100, :100], scale[:1, :1], torch.bfloat16)
     fp8_gemm_triton(Quantized(q.q[:1], q.scale[:1]), w, scale, locks=make_locks(w))
@@ -192,10 +205,8 @@ def main() -> None:
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         ptx, stack = kernel.asm["ptx"], stack_of(kernel.asm["cubin"])
-        hopper = [ptx.count(name) for name in ("wgmma.mma_async", "cp.async.bulk.tensor")]
-        sys.stdout.write(
-            f"{self.__name__} {kernel.metadata.shared} {stack} {hopper[0]} {hopper[1]}\n"
-        )
+        counts = " ".join(str(ptx.count(mark)) for mark in MARKS)
+        sys.stdout.write(f"{self.__name__} {kernel.metadata.shared} {stack} {counts}\n")
 
     JITFunction.run = compile_only
     gpu = {

@@ -26,7 +26,7 @@ def test_kernels_compile(capability: int, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [line.split() for line in done.stdout.splitlines()]
     compiled = [(name, *map(int, numbers)) for name, *numbers in lines]
-    assert len({name for name, *_ in compiled}) >= 21
+    assert len({name for name, *_ in compiled}) >= 22
     # Shared memory of a program: what such GPUs have at least.
     limit = 227 << 10 if capability == 90 else 99 << 10
     assert max(shared for _, shared, *_ in compiled) <= limit, compiled
@@ -36,6 +36,9 @@ def test_kernels_compile(capability: int, tmp_path: Path) -> None:
     assert max(stack for _, _, stack, *_ in compiled) <= most, compiled
     if capability == 90:
         for kernel in ("_gate_up_kernel", "_down_kernel", "_router_logits_kernel"):
-            units = [wgmma for name, _, _, wgmma, _ in compiled if name == kernel]
+            units = [wgmma for name, _, _, wgmma, *_ in compiled if name == kernel]
             assert any(units) and not all(units), "float32 is multiplied without rounding"
-        assert any(tma for name, *_, tma in compiled if name == "_down_kernel")
+        assert any(each[4] for each in compiled if each[0] == "_down_kernel")
+    told = [each[5:] for each in compiled if each[0] == "_sum_norm_kernel"]
+    # One word to the peers, one wait for theirs, and every part read past the cache.
+    assert [(release, acquire, loads > 0) for release, acquire, loads in told] == 2 * [(1, 1, True)]

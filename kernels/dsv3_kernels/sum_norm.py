@@ -1,0 +1,234 @@
+"""Sum of what the ranks of a host add to the residual stream, added, normalized and quantized.
+
+One launch instead of an all-reduce and `add_rmsnorm`, for few rows: each rank reads the others'
+over the links, so the bytes grow with the ranks. Bound by latency: one signal and one read.
+
+A program owns a row and meets the programs of the same row on the other ranks, nobody else. Each
+rank has memory that all of them have mapped: two slots for every row, and a flag for every row and
+rank. A program writes its part to a slot of its own rank, sets its flag on every rank to the turn
+that it is, waits until the flags on its own rank say so too, and reads all parts in rank order, so
+that all ranks get the same bits. Why this is right:
+
+* The turn is one more than the row's own flag, which lies on the device: a replayed CUDA graph
+  counts on. All ranks launch the same shapes in the same order, so a row's turns agree.
+* A peer may be one turn ahead, not two: no turn ends without this rank's flag of that turn. So a
+  flag that is ahead counts as set, and odd and even turns have slots of their own: one is written
+  again two turns later, when the flags of the turn between have told that all have read it.
+* Slots do not depend on a launch's rows or their dtype: a row that sat out is just turns behind.
+* A flag is set by a release of system scope after a barrier of the program, which covers all its
+  threads' stores; flags are read by acquires of system scope, with a barrier after them. The parts
+  are read by volatile loads: those pass by the first level cache, which does not follow what
+  others write, so that they do not rest on the acquire having emptied it.
+* Nobody waits for a program that cannot start: there are fewer programs than multiprocessors, and
+  a kernel that shares them (on a second stream) waits for nobody, so it ends. Where there are too
+  few, rows start in their order as others end, on all ranks alike. Launches of one group must
+  follow each other on one stream, as those of any collective.
+
+A rank that never comes leaves the others waiting, as in any collective; the watch ends the job.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dsv3_kernels._e4m3 import e4m3_view, is_native
+from dsv3_kernels._triton import HAS_TRITON, tl, triton
+from dsv3_kernels.act_quant import BLOCK, Quantized
+from dsv3_kernels.rmsnorm import add_rmsnorm_ref, norm_row
+
+# Fewer than the multiprocessors of GPUs with links to others; the same on all ranks.
+MAX_ROWS = 48
+# Above this a ring is faster, which sends fewer bytes: by arithmetic, not measured.
+_MAX_BYTES = 512 << 10
+# Holds 8192 values in float32. A multiple of 16, as vector loads ask for.
+_SLOT_BYTES = 32 << 10
+
+
+class Peers(NamedTuple):
+    """The ranks' shared memory, `shared_bytes` on each, as this rank sees it.
+
+    Attributes:
+        addresses: [ranks] int64, on this rank's device; multiples of 16.
+        rank: this one.
+        own: its address.
+    """
+
+    addresses: Tensor
+    rank: int
+    own: int
+
+    @classmethod
+    def at(cls, addresses: Sequence[int], rank: int, device: torch.device) -> "Peers":
+        """Return the peers at these addresses, which must hold zeros at first."""
+        return cls(torch.tensor(addresses, device=device), rank, addresses[rank])
+
+
+def shared_bytes(ranks: int) -> int:
+    """Return the bytes that every rank shares: two slots a row, and a flag for each rank."""
+    return MAX_ROWS * (2 * _SLOT_BYTES + 4 * ranks)
+
+
+def fits_sum_norm(y_TD: Tensor) -> bool:
+    """Tell whether `sum_norm` takes parts like this one."""
+    is_known = y_TD.dtype in (torch.bfloat16, torch.float32) and y_TD.dim() == 2 and HAS_TRITON
+    is_few = is_known and 0 < len(y_TD) <= MAX_ROWS and y_TD.nbytes <= _MAX_BYTES
+    return is_few and y_TD[0].nbytes <= _SLOT_BYTES
+
+
+def sum_norm_ref(
+    x_TD: Tensor,
+    parts: Sequence[Tensor],
+    weight_D: Tensor,
+    eps: float,
+    quant: bool = False,
+    ue8m0: bool = False,
+) -> tuple[Tensor, Tensor, Quantized | None]:
+    """Define `sum_norm`: parts of all ranks are added in float32, in rank order."""
+    total_TD = parts[0].float()
+    for y_TD in parts[1:]:
+        total_TD = total_TD + y_TD.float()
+    return add_rmsnorm_ref(x_TD, total_TD, weight_D, eps, quant, ue8m0)
+
+
+@triton.jit
+def _flag(address, row, rank, RANKS: tl.constexpr, ROWS: tl.constexpr, SLOT: tl.constexpr):
+    """Return where the flag lies that a rank sets for a row."""
+    return (address + 2 * ROWS * SLOT + (row * RANKS + rank) * 4).to(tl.pointer_type(tl.int32))
+
+
+@triton.jit
+def _slot(row, turn, ROWS: tl.constexpr, SLOT: tl.constexpr):
+    """Return the offset of the slot that a row has in a turn."""
+    return ((turn & 1) * ROWS + row) * SLOT
+
+
+@triton.jit
+def _signal(flags, turn, mask):
+    """Tell the peers that this program's stores are done."""
+    tl.debug_barrier()
+    tl.atomic_xchg(flags, turn, mask=mask, sem="release", scope="sys")
+
+
+@triton.jit
+def _await(flags, turn, mask):
+    """Wait until all peers have said so; a difference outlives the overflow of turns."""
+    late = 1
+    while late > 0:
+        seen = tl.atomic_add(flags, 0, mask=mask, sem="acquire", scope="sys")
+        late = tl.sum((mask & (seen - turn < 0)).to(tl.int32), 0)
+    tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["rank"])
+def _sum_norm_kernel(
+    x_ptr,
+    y_ptr,
+    weight_ptr,
+    sum_ptr,
+    h_ptr,
+    q_ptr,
+    scale_ptr,
+    address_ptr,
+    own,
+    rank,
+    D,
+    eps,
+    RANKS: tl.constexpr,
+    LANES: tl.constexpr,
+    ROWS: tl.constexpr,
+    SLOT: tl.constexpr,
+    B: tl.constexpr,
+    QUANT: tl.constexpr,
+    UE8M0: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    """Sum and normalize one row, held as B blocks of 128; LANES are RANKS, filled up."""
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.arange(0, B)[:, None] * 128 + tl.arange(0, 128)[None, :]
+    mask = col < D
+    # All that does not wait for the peers comes before they are waited for.
+    y = tl.load(y_ptr + row * D + col, mask=mask, other=0.0)
+    x = tl.load(x_ptr + row * D + col, mask=mask, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + col, mask=mask, other=0.0)
+    peer = tl.arange(0, LANES)
+    is_peer = peer < RANKS
+    peers = tl.load(address_ptr + peer, mask=is_peer, other=0)
+    parts = ()
+    for r in tl.static_range(RANKS):
+        parts += (tl.load(address_ptr + r),)  # type: ignore[assignment]
+    turn = tl.load(_flag(own, row, rank, RANKS, ROWS, SLOT)) + 1
+    slot = _slot(row, turn, ROWS, SLOT)
+    own_ptr = tl.multiple_of((own + slot).to(y_ptr.dtype), 16)
+    tl.store(own_ptr + col, y, mask=mask)
+    _signal(_flag(peers, row, rank, RANKS, ROWS, SLOT), turn, is_peer)
+    _await(_flag(own, row, peer, RANKS, ROWS, SLOT), turn, is_peer)
+    total = x
+    for r in tl.static_range(RANKS):
+        part_ptr = tl.multiple_of((parts[r] + slot).to(y_ptr.dtype), 16)
+        part = tl.load(part_ptr + col, mask=mask, other=0.0, volatile=True).to(tl.float32)
+        total = part if r == 0 else total + part
+    rounded = (x + total).to(sum_ptr.dtype.element_ty)
+    tl.store(sum_ptr + row * D + col, rounded, mask=mask)
+    x = rounded.to(tl.float32)
+    norm_row(x, weight, h_ptr, q_ptr, scale_ptr, row, D, eps, B, QUANT, UE8M0, NATIVE)
+
+
+def sum_norm(
+    x_TD: Tensor,
+    y_TD: Tensor,
+    weight_D: Tensor,
+    eps: float,
+    peers: Peers,
+    quant: bool = False,
+    ue8m0: bool = False,
+) -> tuple[Tensor, Tensor, Quantized | None]:
+    """Add the sum of `y_TD` over ranks to the residual stream, and go on as `add_rmsnorm`.
+
+    A collective. It has no form for ranks on CPUs, which read no memory of each other.
+
+    Args:
+        x_TD: [T, D] residual stream, the same on all ranks, any float dtype.
+        y_TD: [T, D] bf16 or float32, this rank's part; see `fits_sum_norm`.
+        weight_D: [D] float32.
+        eps: added to the mean square.
+        peers: the ranks of the group.
+        quant: also return the result in FP8; then D is a multiple of 128.
+        ue8m0: with scales that are powers of two.
+
+    Returns:
+        x + y's sum, the norm of that, and act_quant of the norm or None; the same on all ranks.
+    """
+    assert fits_sum_norm(y_TD) and x_TD.shape == y_TD.shape, f"{x_TD.shape=} {y_TD.shape=}"
+    (T, D), ranks = x_TD.shape, len(peers.addresses)
+    assert not quant or D % BLOCK == 0, f"{x_TD.shape=}"
+    h_TD = torch.empty((T, D), dtype=x_TD.dtype, device=x_TD.device)
+    sum_TD = torch.empty_like(h_TD)
+    out = Quantized.empty(x_TD.shape, x_TD.device) if quant else None
+    blocks = triton.next_power_of_2(triton.cdiv(D, BLOCK))
+    _sum_norm_kernel[(T,)](
+        x_TD.contiguous(),
+        y_TD.contiguous(),
+        weight_D,
+        sum_TD,
+        h_TD,
+        h_TD if out is None else e4m3_view(out.q),
+        h_TD if out is None else out.scale,
+        peers.addresses,
+        peers.own,
+        peers.rank,
+        D,
+        eps,
+        RANKS=ranks,
+        LANES=triton.next_power_of_2(ranks),
+        ROWS=MAX_ROWS,
+        SLOT=_SLOT_BYTES,
+        B=blocks,
+        QUANT=quant,
+        UE8M0=ue8m0,
+        NATIVE=is_native(x_TD),
+        # Twice those of `add_rmsnorm`, for more loads under way: not measured.
+        num_warps=min(16, max(1, blocks // 4)),
+    )
+    return sum_TD, h_TD, out
