@@ -19,13 +19,13 @@ from dsv3.parallel.placement import Placement
 from dsv3.parallel.rows import StreamRows
 from dsv3.parallel.slots import ExpertSlots
 from dsv3.parallel.weights import Matrix, Target, Vector, WeightFormat
-from dsv3_kernels import Quantized, add_rmsnorm
 
 
 class DecoderLayer(nn.Module):
     """x += attention(norm(x)); x += feed_forward(norm(x)).
 
-    What a layer adds last is left to the next one, which adds, normalizes and quantizes at once.
+    What a layer adds last is left to the next one, which sums over tp, adds, normalizes and
+    quantizes at once.
     """
 
     def __init__(
@@ -61,30 +61,14 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Take and return the residual stream and what is still to be added to it, [T, D].
 
-        Both are all rows, or this rank's.
+        The stream is all rows, or this rank's; what is to be added is all rows of this rank's part.
         """
-        norm_D = self.input_layernorm.weight
-        x_TD, h_TD, h_q = self._add_norm(x_TD, y_TD, norm_D, self.self_attn.in_proj, rows)
-        y_TD = rows.sum(self.self_attn(h_TD, rope, batch, cache, h_q))
-        norm_D = self.post_attention_layernorm.weight
-        x_TD, h_TD, h_q = self._add_norm(x_TD, y_TD, norm_D, self.mlp.gate_up_proj, rows)
-        return x_TD, rows.sum(self.mlp(h_TD, h_q))
-
-    def _add_norm(
-        self,
-        x_TD: Tensor,
-        y_TD: Tensor | None,
-        norm_D: Tensor,
-        reader: Matrix,
-        rows: StreamRows,
-    ) -> tuple[Tensor, Tensor, Quantized | None]:
-        """Return x + y, all rows of its norm, and those in FP8 if the matrix they go to wants it.
-
-        Rows that are gathered are quantized after that, where they are read.
-        """
-        quant = reader.quantizes and not rows.is_split
-        x_TD, h_TD, h_q = add_rmsnorm(x_TD, y_TD, norm_D, self.eps, quant, reader.ue8m0)
-        return x_TD, rows.gather(h_TD), h_q
+        norm_D, to = self.input_layernorm.weight, self.self_attn.in_proj
+        x_TD, h_TD, h_q = rows.sum_norm(x_TD, y_TD, norm_D, self.eps, to.quantizes, to.ue8m0)
+        y_TD = self.self_attn(h_TD, rope, batch, cache, h_q)
+        norm_D, up = self.post_attention_layernorm.weight, self.mlp.gate_up_proj
+        x_TD, h_TD, h_q = rows.sum_norm(x_TD, y_TD, norm_D, self.eps, up.quantizes, up.ue8m0)
+        return x_TD, self.mlp(h_TD, h_q)
 
 
 class Transformer(nn.Module):
@@ -143,7 +127,8 @@ class Transformer(nn.Module):
         rope = self.rotary(batch.position_T)
         for i, layer in enumerate(self.layers):
             x_TD, y_TD = layer(x_TD, y_TD, rope, batch, cache.layer(i), rows)
-        return rows.gather(add_rmsnorm(x_TD, y_TD, self.norm.weight, self.config.rms_norm_eps)[1])
+        eps = self.config.rms_norm_eps
+        return rows.sum_norm(x_TD, y_TD, self.norm.weight, eps, quant=False, ue8m0=False)[1]
 
     def _serve_others(self) -> Tensor:
         x_TD = self.embed_tokens.table.weight.new_empty(0, self.config.hidden_size)

@@ -161,4 +161,7 @@ class _Timed:
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._inner, name)
+        owner = next((each for each in type(self._inner).__mro__ if name in vars(each)), None)
+        if callable(value) and getattr(owner, "_is_protocol", False):
+            value = partial(vars(owner)[name], self)  # what it calls in turn is to be seen, too
         return self._profiler.wrap(name, value, is_part=True) if callable(value) else value

@@ -286,17 +286,18 @@ class _Writer:
         moe = sum(c.is_moe_layer(i) for i in range(layers))
         width = float(self.tokens * c.hidden_size * self.item)
         yield 1, [Op("embed_tokens", 0.0, 2 * width), *self.all_reduce("embed_tokens")]
-        yield 2 * layers, [Op("layers.norms", 0.0, 4 * width)]
+        yield 2 * layers, [Op("layers.sum_norm.norms", 0.0, 4 * width)]
+        sums = 2 * layers - (moe if self.setup.layout.dp > 1 else 0)
+        yield sums - 1, self.all_reduce("layers.sum_norm")  # the last one goes with the last norm
         yield layers, self.attention()
-        yield layers, self.all_reduce("layers")
         if moe < layers:
-            dense = [*self.mlp("mlp", c.intermediate_size), *self.all_reduce("layers")]
-            yield layers - moe, dense
+            yield layers - moe, self.mlp("mlp", c.intermediate_size)
         if moe:
             yield moe, self.moe()
         head = self.linear("lm_head", vocab, c.hidden_size, rows, self.setup.plain)
         head = replace(head, bytes=head.bytes + rows * vocab * (4 - self.item))
-        yield 1, [Op("norm", 0.0, 2 * width), head]
+        last = self.all_reduce("model.sum_norm")
+        yield 1, [*last, Op("model.sum_norm.norm", 0.0, 2 * width), head]
 
     def attention(self) -> Iterator[Op]:
         """Yield the projections, and what lies between them."""
@@ -404,9 +405,7 @@ class _Writer:
             yield Op(f"moe.experts.{name}", 2.0 * parts * rows * D * F, read + moved, s.weights)
         if c.n_shared_experts:
             yield from self.mlp("moe.shared_experts", c.shared_intermediate_size)
-        if s.layout.dp == 1:
-            yield from self.all_reduce("layers")
-        elif self.tp > 1:
+        if s.layout.dp > 1 and self.tp > 1:
             sent = float(self.tokens / self.tp * D * self.item)
             yield self.exchange("layers.all_gather", sent, self.tp, self.tp - 1)
 

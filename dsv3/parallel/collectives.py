@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dsv3_kernels import Peers, Quantized, add_rmsnorm, fits_sum_norm, shared_bytes, sum_norm
+
 # Above this NCCL is faster: by arithmetic (8 ranks read 3.5 MiB at 450 GB/s in 8 us), not measured.
 _ONE_SHOT_BYTES = 512 << 10
 _ONE_SHOT_DTYPES = (torch.bfloat16, torch.float32)
@@ -46,12 +48,24 @@ class Collectives(Protocol):
     `sent` counts the bytes that this rank had to send to others, by operation, as calls are made
     (a CUDA graph's replays are not seen): for an all-reduce, what a ring sends.
     `is_capturable`: CUDA graphs can hold them.
+    `peers`: memory of the ranks that each of them reads and writes, where there is such.
     """
 
     rank: int
     size: int
     sent: Counter[str]
     is_capturable: bool
+    peers: Peers | None = None
+
+    def sum_norm(
+        self, x_TD: Tensor, y_TD: Tensor | None, w_D: Tensor, eps: float, quant: bool, ue8m0: bool
+    ) -> tuple[Tensor, Tensor, Quantized | None]:
+        """Return `add_rmsnorm` of x and the sum of y over ranks; `y_TD` may be overwritten."""
+        if self.peers and y_TD is not None and fits_sum_norm(y_TD):
+            self.sent["all_reduce"] += (self.size - 1) * y_TD.nbytes
+            return sum_norm(x_TD, y_TD, w_D, eps, self.peers, quant, ue8m0)
+        y_TD = None if y_TD is None else self.all_reduce(y_TD)
+        return add_rmsnorm(x_TD, y_TD, w_D, eps, quant, ue8m0)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Return the sum over ranks; `x` may be overwritten."""
@@ -81,7 +95,7 @@ class Collectives(Protocol):
         ...
 
 
-class SingleRank:
+class SingleRank(Collectives):
     """A group of one: every exchange is the identity."""
 
     rank = 0
@@ -117,7 +131,7 @@ class SingleRank:
         return x
 
 
-class StandIn:
+class StandIn(Collectives):
     """Rank r of w alone on one device: shapes as in the group, values its own.
 
     With `moves`, every exchange writes as many bytes to memory as it would have received;
@@ -157,7 +171,7 @@ class StandIn:
         return x
 
 
-class ProcessGroup:
+class ProcessGroup(Collectives):
     """Exchanges over a torch.distributed group.
 
     Gloo has no all-to-all of CUDA tensors: with `via_host` everything travels through host memory
@@ -236,15 +250,20 @@ class ProcessGroup:
 class OneShotGroup(ProcessGroup):
     """GPUs of one host that read each other's memory: a small sum is one kernel, without NCCL.
 
-    Every rank reads all parts, which costs bytes (size - 1 times as many) and saves latency.
+    Few rows go on to be added and normalized in it (`sum_norm`, in memory of its own). Every rank
+    reads all parts, which costs bytes (size - 1 times as many) and saves latency.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         super().__init__(group)
         symmetric = import_module("torch.distributed._symmetric_memory")
         self._name = group.group_name
-        self._shared = symmetric.empty(_ONE_SHOT_BYTES, dtype=torch.uint8, device=device)
-        symmetric.rendezvous(self._shared, group)
+        num_bytes = _ONE_SHOT_BYTES + shared_bytes(self.size)
+        self._shared = symmetric.empty(num_bytes, dtype=torch.uint8, device=device).zero_()
+        torch.cuda.synchronize(device)  # a peer may write as soon as it has met this rank
+        found = symmetric.rendezvous(self._shared, group)
+        offset = self._shared[_ONE_SHOT_BYTES:].data_ptr() - found.buffer_ptrs[self.rank]
+        self.peers = Peers.at([at + offset for at in found.buffer_ptrs], self.rank, device)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum over ranks; in one kernel where that is faster."""

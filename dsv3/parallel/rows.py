@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dsv3.parallel.collectives import Collectives
+from dsv3_kernels import Quantized, add_rmsnorm
 
 
 class StreamRows:
@@ -35,8 +36,15 @@ class StreamRows:
         """Return all rows. A collective if they are split."""
         return self._tp.all_gather(x_SD).flatten(0, 1)[: self._count] if self.is_split else x_SD
 
-    def sum(self, y_TD: Tensor) -> Tensor:
-        """Return the sum over ranks of this rank's rows. A collective."""
+    def sum_norm(
+        self, x_SD: Tensor, y_TD: Tensor | None, w_D: Tensor, eps: float, quant: bool, ue8m0: bool
+    ) -> tuple[Tensor, Tensor, Quantized | None]:
+        """Add the sum of y over ranks to x; return that, all rows of its norm, and those in FP8.
+
+        Rows that are gathered are quantized after that, where they are read. A collective.
+        """
         if not self.is_split:
-            return self._tp.all_reduce(y_TD)
-        return self._tp.reduce_scatter(self._filled(y_TD))
+            return self._tp.sum_norm(x_SD, y_TD, w_D, eps, quant, ue8m0)
+        y_SD = None if y_TD is None else self._tp.reduce_scatter(self._filled(y_TD))
+        x_SD, h_SD, _ = add_rmsnorm(x_SD, y_SD, w_D, eps)
+        return x_SD, self.gather(h_SD), None

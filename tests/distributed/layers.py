@@ -4,7 +4,9 @@ Both are made from the same whole weights, drawn from their names, so nothing ha
 """
 
 import dataclasses
+import tempfile
 import zlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -34,9 +36,11 @@ from dsv3.parallel.mesh import Mesh
 from dsv3.parallel.rows import StreamRows
 from dsv3.parallel.together import fail_together
 from dsv3.parallel.weights import Matrix, Vector, WeightFormat
+from dsv3_kernels import add_rmsnorm
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 from tests.checkpoint_files import TINY
 from tests.distributed.ranks import CPU, alone
+from tests.kernels.peers import make_memory, map_memory
 
 # Twelve heads and experts for two, three and four ranks; the rest does not divide.
 CONFIG = dataclasses.replace(
@@ -83,6 +87,7 @@ def check_all(mesh: Mesh) -> None:
         check_collectives(mesh)
         check_rows(mesh)
         check_one_shot(mesh)
+        check_sum_norm(mesh)
         check_plan_channel(mesh)
         check_fail_together(mesh)
         check_vocabulary(mesh)
@@ -118,8 +123,13 @@ def check_rows(mesh: Mesh) -> None:
             own = rows.own(x)
             assert len(own) == (-(-count // mesh.tp.size) if is_split else count)
             assert_bitwise_equal("gather", rows.gather(own), x)
-            total = rows.gather(rows.sum(x * (mesh.tp.rank + 1)))
-            assert_bitwise_equal("sum", total, x * sum(range(1, mesh.tp.size + 1)))
+            mine, every = x * (mesh.tp.rank + 1), x * sum(range(1, mesh.tp.size + 1))
+            norm = torch.ones(3), 1e-6, False, False
+            total, h, _ = rows.sum_norm(own, mine, *norm)
+            want = add_rmsnorm(x, every, *norm)
+            assert_bitwise_equal("sum", rows.gather(total), want[0])
+            assert_bitwise_equal("norm", h, want[1])
+            assert_bitwise_equal("nothing to add", rows.sum_norm(total, None, *norm)[1], want[1])
 
 
 class OneShotOnPaper(OneShotGroup):
@@ -149,6 +159,31 @@ def check_one_shot(mesh: Mesh) -> None:
         assert_bitwise_equal("sum", got[0], want)
         assert_bitwise_equal("sum of a transposed one", group.all_reduce(x.t()), want.t())
         assert group.calls == 3 * calls, f"{shape} {dtype}"
+
+
+def check_sum_norm(mesh: Mesh) -> None:
+    """In one kernel where rows are few, in two elsewhere: the same sums, and bytes counted."""
+    rank, size = mesh.world.rank, mesh.world.size
+    group = OneShotOnPaper(mesh.world.group)
+    with tempfile.TemporaryDirectory() as folder:
+        make_memory(Path(folder), size)
+        places = [folder]
+        dist.broadcast_object_list(places, group=group.group)
+        group.peers, _shared = map_memory(Path(places[0]), rank, size)
+        dist.barrier(group.group)
+    cases = [((3, 256), torch.float32, 0), ((1, 100), torch.bfloat16, 0), ((2, 4), torch.int64, 0)]
+    for shape, dtype, calls in [*cases, ((65, 8), torch.float32, 1), ((2, 128), torch.float32, 0)]:
+        group.calls, group.sent["all_reduce"] = 0, 0
+        x = torch.arange(4.0).repeat(*shape)[..., : shape[-1]]
+        y, quant = (x + rank).to(dtype), shape[-1] % 128 == 0
+        norm = torch.rand(shape[-1], generator=torch.Generator().manual_seed(0)), 1e-6, quant, True
+        want = mesh.world.sum_norm(x, y.clone(), *norm)
+        got = group.sum_norm(x, y.clone(), *norm)
+        assert_bitwise_equal("sum", got[0], want[0])
+        assert_close("norm", got[1], want[1], 1e-6)
+        assert (got[2] is not None) == quant and group.calls == calls, f"{shape} {dtype}"
+        parts = size - 1 if dtype != torch.int64 else 2 - 2 / size
+        assert group.sent["all_reduce"] == round(parts * y.nbytes)
 
 
 def check_plan_channel(mesh: Mesh) -> None:

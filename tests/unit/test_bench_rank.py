@@ -60,8 +60,10 @@ def test_a_rank_is_measured(kv_shard: str) -> None:
     assert kinds == {"decode 1 at 70", "decode 3 at 70", "prefill 200"}
     for kind in kinds:
         rows = {row["operation"]: row for row in report.rows if row["step"] == kind}
-        assert {"self_attn", "moe", "mlp.down_proj", "lm_head", "layers.all_reduce"} <= rows.keys()
-        assert rows["layers.all_reduce"]["calls"] == 4 and rows["layers"]["calls"] == 2
+        assert {"self_attn", "moe", "mlp.down_proj", "lm_head", "layers.sum_norm"} <= rows.keys()
+        assert rows["layers.sum_norm"]["calls"] == 4 and rows["layers"]["calls"] == 2
+        sums = [rows[f"{where}.sum_norm.all_reduce"]["calls"] for where in ("layers", "model")]
+        assert sums == [3, 1]
         assert sum(row["share %"] for row in rows.values()) == pytest.approx(100)
         is_gathered = kv_shard == "tokens" and kind.startswith("decode")
         assert ("self_attn.all_gather" in rows) == is_gathered

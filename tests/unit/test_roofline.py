@@ -101,7 +101,9 @@ def test_data_parallel_groups_exchange_tokens() -> None:
     # All 128 tokens reach the experts of this rank as they would over tp.
     tp = {op.name: op for op in step_ops(REPLICATED, Load(decode=128, context=1024))}
     assert ops["moe.experts.down"] == tp["moe.experts.down"]
-    assert "layers.all_reduce" not in ops and "moe.dispatch" not in tp
+    assert not any("all_reduce" in name for name in ops) and "moe.dispatch" not in tp
+    sums = "layers.sum_norm.all_reduce", "model.sum_norm.all_reduce"
+    assert [tp[name].count for name in sums] == [2 * V3.num_hidden_layers - 1, 1]
     # A token goes to at most 4 of 8 ranks, one of which may be its own: e4m3 and scales there.
     assert ops["moe.dispatch"].wire == 16 * 4 * 7 / 8 * (7168 + 4 * 56)
     assert ops["moe.combine"].wire == 16 * 4 * 7 / 8 * 7168 * 2
