@@ -43,16 +43,17 @@ def is_small(M: int, N: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """How the large form cuts y: into BM x (HALVES * 128).
+    """How the large form cuts y: into BM x BN.
 
     Attributes:
+        BN: 128, 192 or 256: one product of 128 columns, and perhaps one of 64 or 128 more.
         per_sm: programs on a multiprocessor.
         speed: of such tiles, relative to the largest, where all multiprocessors have some; an
             estimate from the bytes they read and the products that overlap with scaling.
     """
 
     BM: int
-    HALVES: int
+    BN: int
     num_warps: int
     stages: int
     per_sm: int
@@ -60,15 +61,21 @@ class Tile:
 
     def seconds(self, M: int, N: int) -> float:
         """Return the time of a product in some unit: rounds of tiles times that of a tile."""
-        tiles = -(-M // self.BM) * -(-N // (128 * self.HALVES))
-        return -(-tiles // WANTED) * self.BM * self.HALVES / self.speed
+        tiles = -(-M // self.BM) * -(-N // self.BN)
+        return -(-tiles // WANTED) * self.BM * self.BN / self.speed
 
 
-# Two products of 128 x 128 at a time read L2 least, and one is scaled while the next begins (255
-# registers, none spilled in the loop). Smaller tiles waste less of the last round.
-TILES = (Tile(128, 2, 8, 4, 1, 1.0), Tile(128, 1, 8, 4, 1, 0.85), Tile(64, 1, 4, 4, 2, 0.7))
+# Two products of 128 x 128 at a time read L2 least (255 registers, none spilled in the loop). With
+# half of the second, tiles fit published matrices: 2112, 3072 and 4608 columns are 11, 16 and 24
+# times 192. Smaller tiles waste less of the last round.
+TILES = (
+    Tile(128, 256, 8, 4, 1, 1.0),
+    Tile(128, 192, 8, 5, 1, 0.95),
+    Tile(128, 128, 8, 4, 1, 0.85),
+    Tile(64, 128, 4, 4, 2, 0.7),
+)
 # Without Hopper's tensor cores operands take registers too.
-OLD_TILES = (Tile(128, 1, 8, 3, 1, 1.0), Tile(64, 1, 8, 3, 1, 0.8))
+OLD_TILES = (Tile(128, 128, 8, 3, 1, 1.0), Tile(64, 128, 8, 3, 1, 0.8))
 
 
 def tile_of(M: int, N: int, tiles: tuple[Tile, ...] = TILES) -> Tile:
@@ -132,12 +139,26 @@ def _load_tile(source, row, col, rows, K, B: tl.constexpr, TMA: tl.constexpr):
 
 
 @triton.jit
-def _store_tile(y_ptr, acc, row, col, M, N, BM: tl.constexpr):
-    m, n = tl.arange(0, BM), tl.arange(0, 128)
+def _store_tile(y_ptr, acc, row, col, M, N, BM: tl.constexpr, BN: tl.constexpr):
+    m, n = tl.arange(0, BM), tl.arange(0, BN)
     # Inside a tile 32 bits are enough, and take half of the registers.
     start = y_ptr + row.to(tl.int64) * N + col
     mask = (m < M - row)[:, None] & (n < N - col)[None, :]
     tl.store(start + m[:, None] * N + n[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _columns(n_tile, OTHER: tl.constexpr):
+    """Return where the two products of a tile begin.
+
+    Neither crosses a block of 128 that has a scale of its own: where the second is half as wide two
+    tiles share three blocks, the one in the middle half and half.
+    """
+    if OTHER == 64:
+        start, odd = n_tile // 2 * 384, n_tile % 2
+        return start + odd * 256, start + 128 + odd * 64
+    else:  # noqa: RET505
+        return n_tile * (128 + OTHER), n_tile * (128 + OTHER) + 128
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -145,48 +166,53 @@ def _large_kernel(
     x,
     x_scale_ptr,
     w,
+    w_other,
     w_scale_ptr,
     y_ptr,
     M,
     N,
     K,
     BM: tl.constexpr,
-    HALVES: tl.constexpr,
+    OTHER: tl.constexpr,
     GROUP: tl.constexpr,
     TMA: tl.constexpr,
     NATIVE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Compute tiles of BM x (HALVES * 128); `x` and `w` are descriptors (TMA) or pointers."""
+    """Compute tiles of BM x (128 + OTHER).
+
+    `x`, `w` and `w_other` (W again) are descriptors of tiles of as many rows (TMA) or pointers.
+    """
+    WIDTH: tl.constexpr = OTHER if OTHER > 0 else 64
     blocks = K // 128
-    m_tiles, n_tiles = tl.cdiv(M, BM), tl.cdiv(N, HALVES * 128)
+    m_tiles, n_tiles = tl.cdiv(M, BM), tl.cdiv(N, 128 + OTHER)
     for tile in tl.range(tl.program_id(0), m_tiles * n_tiles, tl.num_programs(0)):
         # GROUP tiles of rows go through all columns together, so that they share W in L2.
         group = tile // (GROUP * n_tiles)
         height = tl.minimum(m_tiles - group * GROUP, GROUP)
         inside = tile - group * GROUP * n_tiles
         row = (group * GROUP + inside % height) * BM
-        col = inside // height * HALVES * 128
+        col, other_col = _columns(inside // height, OTHER)
         x_scale_at = x_scale_ptr + row.to(tl.int64) * blocks
         x_scale_row = tl.minimum(tl.arange(0, BM), M - row - 1) * blocks
-        w_scale_at = w_scale_ptr + col // 128 * blocks
-        # A half that lies behind the last row of W reads the scales of the one before.
-        other_at = w_scale_ptr + tl.minimum(col + 128, N - 1) // 128 * blocks
+        # A product that lies behind the last row of W reads the scales of the last block.
+        w_scale_at = w_scale_ptr + tl.minimum(col, N - 1) // 128 * blocks
+        other_at = w_scale_ptr + tl.minimum(other_col, N - 1) // 128 * blocks
         acc = tl.zeros((BM, 128), tl.float32)
-        other = tl.zeros((BM, 128), tl.float32)
+        other = tl.zeros((BM, WIDTH), tl.float32)
         for b in tl.range(0, blocks, num_stages=STAGES):
             x_scale = tl.load(x_scale_at + x_scale_row + b)
             a = e4m3_operand(_load_tile(x, row, b * 128, M, K, BM, TMA), NATIVE)
             c = e4m3_operand(_load_tile(w, col, b * 128, N, K, 128, TMA), NATIVE)
             scale = x_scale * tl.load(w_scale_at + b)
             acc += tl.dot(a, tl.trans(c)) * scale[:, None]
-            if HALVES == 2:
-                c = e4m3_operand(_load_tile(w, col + 128, b * 128, N, K, 128, TMA), NATIVE)
+            if OTHER > 0:
+                c = e4m3_operand(_load_tile(w_other, other_col, b * 128, N, K, OTHER, TMA), NATIVE)
                 scale = x_scale * tl.load(other_at + b)
                 other += tl.dot(a, tl.trans(c)) * scale[:, None]
-        _store_tile(y_ptr, acc, row, col, M, N, BM)
-        if HALVES == 2:
-            _store_tile(y_ptr, other, row, col + 128, M, N, BM)
+        _store_tile(y_ptr, acc, row, col, M, N, BM, 128)
+        if OTHER > 0:
+            _store_tile(y_ptr, other, row, other_col, M, N, BM, OTHER)
 
 
 def _launch_small(
@@ -224,18 +250,19 @@ def _launch_large(
     if y.is_cuda:
         device = torch.cuda.get_device_properties(y.device)
         programs = device.multi_processor_count * tile.per_sm
-    tiles = triton.cdiv(M, tile.BM) * triton.cdiv(N, 128 * tile.HALVES)
+    tiles, other = triton.cdiv(M, tile.BM) * triton.cdiv(N, tile.BN), tile.BN - 128
     _large_kernel[(min(tiles, programs),)](
         _tiles_of(x.q, tile.BM, tma),
         x.scale,
         _tiles_of(w_FD, 128, tma),
+        _tiles_of(w_FD, other or 128, tma),
         scale_fd,
         y,
         M,
         N,
         K,
         BM=tile.BM,
-        HALVES=tile.HALVES,
+        OTHER=other,
         GROUP=8,
         TMA=tma,
         NATIVE=is_native(y),

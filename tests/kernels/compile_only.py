@@ -78,8 +78,8 @@ def launches(capability: int) -> None:
     fp8_gemm_triton(one, w, scale)
     few_rows()
     is_hopper = capability >= 90
-    tile = TILES[0] if is_hopper else OLD_TILES[-1]
-    _launch_large(q, w, scale, y, tile, tma=is_hopper)
+    for tile in TILES[:2] if is_hopper else OLD_TILES[-1:]:
+        _launch_large(q, w, scale, y, tile, tma=is_hopper)
     routing()
     experts(is_hopper)
     attention(is_hopper)

@@ -59,7 +59,9 @@ def test_few_rows(M: int, N: int, K: int, locked: bool) -> None:
         assert_bitwise_equal("unlocked", fp8_gemm_triton(x, w, scale, torch.float32), got)
 
 
-@pytest.mark.parametrize(("M", "N", "K"), [(1, 576, 256), (63, 100, 128), (129, 320, 384)])
+@pytest.mark.parametrize(
+    ("M", "N", "K"), [(1, 576, 256), (63, 100, 128), (129, 350, 384), (65, 640, 128)]
+)
 @pytest.mark.parametrize("tile", [*TILES, *OLD_TILES])
 def test_many_rows(M: int, N: int, K: int, tile: Tile) -> None:
     x, w, scale = matrices(M, N, K)
@@ -142,5 +144,7 @@ def test_forms_of_published_shapes() -> None:
         assert 100 <= programs <= 400
         assert is_small(1, N) and is_small(128, N) and not is_small(2048, N)
     assert tile_of(4096, 24576) == tile_of(1024, 4096) == TILES[0]
-    assert tile_of(256, 7168) == TILES[1]  # 112 programs, not 56
-    assert tile_of(256, 3072) == TILES[2]
+    assert tile_of(1024, 3072) == TILES[1]  # 128 programs, not 96 or 192
+    assert tile_of(4096, 2112) == TILES[1]
+    assert tile_of(256, 7168) == TILES[2]  # 112 programs, not 56
+    assert tile_of(256, 3072) == TILES[3]
