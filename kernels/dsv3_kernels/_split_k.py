@@ -25,8 +25,9 @@ _OTHER = 4096
 def splits_of(N: int, blocks: int) -> int:
     """Return how many programs share a row of W of so many blocks (of 128 bytes)."""
     tiles = -(-N // ROWS)
-    # At least two blocks for each, and where there are tiles enough one split saves the summing.
-    return max(1, min(round(WANTED / tiles), blocks // 2, 16))
+    # At least four blocks for each: by arithmetic fewer take less time than summing does. Where
+    # there are tiles enough one split saves the summing.
+    return max(1, min(round(WANTED / tiles), blocks // 4, 16))
 
 
 def make_locks(w_FD: Tensor) -> Tensor:

@@ -1,5 +1,8 @@
 """The product of few bfloat16 rows against the float32 product, in the interpreter."""
 
+import sys
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -22,8 +25,8 @@ def matrices(M: int, N: int, K: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(
     ("M", "N", "K"),
     [
-        *((1, 576, 512), (2, 3, 5), (3, 100, 1000), (16, 64, 64), (17, 320, 200)),
-        *((31, 72, 513), (33, 65, 384), (64, 200, 256), (65, 100, 640)),
+        *((1, 576, 512), (2, 3, 5), (3, 100, 2000), (16, 64, 64), (17, 320, 200)),
+        *((31, 72, 1025), (33, 65, 1024), (64, 100, 2048), (65, 100, 640)),
     ],
 )
 def test_few_rows(M: int, N: int, K: int, locked: bool) -> None:
@@ -50,8 +53,8 @@ def test_rows_do_not_see_each_other() -> None:
     of two for each, are not: their order counts and must not change.
     """
     torch.manual_seed(0)
-    K = 1024
-    assert splits_of(100, K // 64) > 4
+    K = 2048
+    assert splits_of(100, K // 64) == 8
     scale = 2.0 ** torch.randint(-20, 21, (K // 64,)).repeat_interleave(64)
     x = (torch.randint(-8, 9, (65, K)) * scale).to(BF16)
     w = torch.randint(-8, 9, (100, K)).to(BF16)
@@ -81,6 +84,26 @@ def test_what_is_not_ours_is_left_to_torch() -> None:
         assert linear(x, w, torch.float32).dtype == torch.float32
         assert linear(x[:0], w).shape == (0, 30) and linear(x, w[:0]).shape == (4, 0)
         assert not linear(x[:, :0], w[:, :0]).any()
+
+
+def test_few_rows_are_ours_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, calls = sys.modules["dsv3_kernels.bf16_gemm"], []
+
+    def ours(x: Tensor, *args: Any) -> Tensor:
+        calls.append(len(x))
+        return bf16_gemm_triton(x, *args)
+
+    monkeypatch.setattr(module, "use_triton", lambda w: True)
+    monkeypatch.setattr(module, "bf16_gemm_triton", ours)
+    x, w = matrices(FEW_ROWS + 1, 30, 130)
+    locks = make_locks(w)
+    for M in (0, 1, FEW_ROWS, FEW_ROWS + 1):
+        y = linear(x[:M], w, None, locks)
+        assert_close(f"{M} rows", y, bf16_gemm_ref(x[:M], w), 2**-7)
+    assert linear(x[:2], w, torch.float32).dtype == torch.float32
+    linear(x[:2].float(), w.float())
+    linear(x[:2, :0], w[:, :0])
+    assert calls == [1, FEW_ROWS, 2]
 
 
 @pytest.mark.gpu

@@ -46,7 +46,10 @@ def test_definition() -> None:
 @pytest.mark.parametrize("locked", [False, True])
 @pytest.mark.parametrize(
     ("M", "N", "K"),
-    [(1, 576, 512), (3, 100, 1024), (16, 64, 128), (31, 320, 256), (63, 100, 640), (129, 72, 384)],
+    [
+        *((1, 576, 1024), (3, 100, 2048), (16, 64, 128), (31, 320, 256)),
+        *((63, 100, 1152), (128, 70, 1024), (129, 72, 1024)),
+    ],
 )
 def test_few_rows(M: int, N: int, K: int, locked: bool) -> None:
     x, w, scale = matrices(M, N, K)
