@@ -219,7 +219,8 @@ def _launch_small(
     x: Quantized, w_FD: Tensor, scale_fd: Tensor, y: Tensor, locks: Tensor | None
 ) -> None:
     (M, N), K = y.shape, w_FD.shape[1]
-    shares = Shares.of(y, K // BLOCK, 128, locks)
+    native = is_native(y)  # else decoded operands take registers, too
+    shares = Shares.of(y, K // BLOCK, 128 if native else 64, locks)
     _small_kernel[shares.grid(M, N)](
         e4m3_view(x.q),
         x.scale,
@@ -235,7 +236,7 @@ def _launch_small(
         BN=ROWS,
         SPLITS=shares.splits,
         LOCKED=shares.locked,
-        NATIVE=is_native(y),
+        NATIVE=native,
         STAGES=shares.stages(y),
         num_warps=4,
     )

@@ -73,11 +73,8 @@ def launches(capability: int) -> None:
         sum_norm(x[:1], x[:1].float(), torch.ones(512), 1e-6, peers, quant=True)
     w, scale = torch.zeros(576, 512).to(torch.float8_e4m3fn), torch.ones(5, 4)
     weight_dequant_triton(w[:100, :100], scale[:1, :1], torch.bfloat16)
-    fp8_gemm_triton(Quantized(q.q[:1], q.scale[:1]), w, scale, locks=make_locks(w))
-    y, one = torch.zeros(129, 576, dtype=torch.bfloat16), Quantized(q.q[:16], q.scale[:16])
-    fp8_gemm_triton(one, w, scale)
     few_rows()
-    is_hopper = capability >= 90
+    is_hopper, y = capability >= 90, torch.zeros(129, 576, dtype=torch.bfloat16)
     for tile in TILES[:2] if is_hopper else OLD_TILES[-1:]:
         _launch_large(q, w, scale, y, tile, tma=is_hopper)
     routing()
@@ -86,11 +83,17 @@ def launches(capability: int) -> None:
 
 
 def few_rows() -> None:
-    """Rows of bfloat16: one, as many as there may be, and odd ones of a wider tensor."""
-    w, x = (torch.zeros(n, 1024, dtype=torch.bfloat16) for n in (576, 64))
+    """One row, as many as a program takes, more, odd ones of a wider tensor; K split and not."""
+    w, x = (torch.zeros(n, 1024, dtype=torch.bfloat16) for n in (576, 128))
     bf16_gemm_triton(x[:1], w, locks=make_locks(w))
-    bf16_gemm_triton(x, w, torch.float32)
+    bf16_gemm_triton(x[:64], w, torch.float32)
     bf16_gemm_triton(x[:20, :100], w[:70, :100].contiguous())
+    w, scale, q = w.to(torch.float8_e4m3fn), torch.ones(5, 8), act_quant_triton(x)
+    for rows in (1, 128):
+        fp8_gemm_triton(Quantized(q.q[:rows], q.scale[:rows]), w, scale, locks=make_locks(w))
+    fp8_gemm_triton(q, w, scale)
+    half = Quantized(q.q[:, :512].contiguous(), q.scale[:, :4].contiguous())
+    fp8_gemm_triton(half, w[:, :512].contiguous(), scale[:, :4].contiguous())
 
 
 def routing() -> None:
