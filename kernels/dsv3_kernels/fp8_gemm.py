@@ -49,7 +49,7 @@ class Tile:
         BN: 128, 192 or 256: one product of 128 columns, and perhaps one of 64 or 128 more.
         per_sm: programs on a multiprocessor.
         speed: of such tiles, relative to the largest, where all multiprocessors have some; an
-            estimate from the bytes they read and the products that overlap with scaling.
+            estimate from the bytes they read, unmeasured.
     """
 
     BM: int
