@@ -131,6 +131,7 @@ def linear(
         dtype: of the result, by default that of W; with float32 a GPU does not round to bfloat16.
         locks: `make_locks(w_FD)`: saves a launch where K is split.
     """
+    assert x_TD.dim() == 2, f"{x_TD.shape=}"
     dtype = dtype or w_FD.dtype
     is_bf16 = w_FD.dtype == torch.bfloat16
     if use_triton(w_FD) and is_bf16 and w_FD.numel() and 0 < len(x_TD) <= FEW_ROWS:
