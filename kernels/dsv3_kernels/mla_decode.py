@@ -203,8 +203,7 @@ def _mla_decode_kernel(
             o = (acc / divisor[:, None]).to(o_ptr.dtype.element_ty)
             tl.store(o_at, o, mask=is_row[:, None] & is_c[None, :])
             at = split * lse_stride_split + owner * lse_stride_owner + (own + owned) * LSE_ROW
-            lse = (top + tl.log2(divisor)) * 0.6931471805599453
-            tl.store(lse_ptr + at, lse, mask=is_row)
+            tl.store(lse_ptr + at, (top + tl.log2(divisor)) * 0.6931471805599453, mask=is_row)
 
 
 def programs_for(splits: int, others: int) -> int:
