@@ -104,7 +104,10 @@ def _as_numbers(
         return code.to(DTYPE)
 
 
-@triton.jit(do_not_specialize=["pages", "queries", "num_rows"])
+_LSE_STRIDES = "lse_stride_owner", "lse_stride_split"
+
+
+@triton.jit(do_not_specialize=["pos_ptr", *_LSE_STRIDES, "pages", "queries", "num_rows"])
 def _mla_decode_kernel(
     q_ptr,
     latent_ptr,

@@ -57,7 +57,7 @@ def permute_ref(ids_TK: Tensor, first_expert: int, num_local: int) -> Groups:
     return Groups(start_E.int(), count_E.int(), entry.int(), slot.view(ids_TK.shape).int())
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_expert", "num_entries"])
 def _permute_kernel(
     ids, entries, slots, starts, counts, first_expert, E, num_entries, BLOCK: tl.constexpr
 ):

@@ -45,7 +45,7 @@ def _add_exact(acc, w, x, INTERPRETED: tl.constexpr):
         return tl.dot(high, x, acc)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _router_logits_kernel(
     x,
     w,

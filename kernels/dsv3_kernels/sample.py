@@ -167,7 +167,11 @@ def _lowest_best(value, ids, W):
     return tl.minimum(at, W - 1)  # of NaN only, none is the greatest
 
 
-@triton.jit(do_not_specialize=["W"])
+# A rank's share of a step's rows may begin anywhere.
+_VARY = ("temperature_ptr", "top_k_ptr", "top_p_ptr", "seed_ptr", "position_ptr", "W")
+
+
+@triton.jit(do_not_specialize=_VARY)
 def _sample_kernel(
     logits_ptr,
     temperature_ptr,

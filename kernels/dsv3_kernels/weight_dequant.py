@@ -29,7 +29,7 @@ def weight_dequant_ref(
     return (w_FD.float() * _expand(by_row, -1, cols, col_offset, block[1])).to(dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "scale_rows", "row_offset"])
 def _weight_dequant_kernel(
     w_ptr,
     scale_ptr,

@@ -12,11 +12,13 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -200,6 +202,21 @@ class NoDevice:
         return 0
 
 
+def pretend(capability: int, **more: Callable[[Tensor], Any]) -> None:
+    """Let wrappers take tensors of the CPU for those of such a GPU."""
+    gpu: dict[str, Callable[[Tensor], Any]] = {
+        "is_native": lambda x: capability >= 89,
+        "is_interpreted": lambda x: False,
+        "has_tma": lambda x: capability >= 90,
+        "is_hopper": lambda x: capability == 90,
+        "multiprocessors": lambda x: (132, (228 if capability == 90 else 100) << 10),
+    }
+    for name, module in list(sys.modules.items()):
+        for function, answer in (gpu | more).items():
+            if name.startswith("dsv3_kernels.") and hasattr(module, function):
+                setattr(module, function, answer)
+
+
 def main() -> None:
     capability = int(sys.argv[1])
     driver.set_active(NoDevice(capability))
@@ -212,16 +229,7 @@ def main() -> None:
         sys.stdout.write(f"{self.__name__} {kernel.metadata.shared} {stack} {counts}\n")
 
     JITFunction.run = compile_only
-    gpu = {
-        "is_native": lambda x: capability >= 89,
-        "is_interpreted": lambda x: False,
-        "has_tma": lambda x: capability >= 90,
-        "multiprocessors": lambda x: (132, (228 if capability == 90 else 100) << 10),
-    }
-    for name, module in list(sys.modules.items()):
-        for function, answer in gpu.items():
-            if name.startswith("dsv3_kernels.") and hasattr(module, function):
-                setattr(module, function, answer)
+    pretend(capability)
     launches(capability)
 
 

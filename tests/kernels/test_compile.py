@@ -9,22 +9,25 @@ import pytest
 
 from dsv3_kernels._triton import HAS_TRITON
 
-SCRIPT = str(Path(__file__).with_name("compile_only.py"))
+HERE = Path(__file__).parent
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
-@pytest.mark.parametrize("capability", [80, 90])
-def test_kernels_compile(capability: int, tmp_path: Path) -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+def output_of(script: str, cache: Path, *args: str) -> list[str]:
     done = subprocess.run(
-        [sys.executable, SCRIPT, str(capability)],
-        env=environment,
+        [sys.executable, str(HERE / script), *args],
+        env=os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    lines = [line.split() for line in done.stdout.splitlines()]
+    return done.stdout.splitlines()
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile(capability: int, tmp_path: Path) -> None:
+    lines = [line.split() for line in output_of("compile_only.py", tmp_path, str(capability))]
     compiled = [(name, *map(int, numbers)) for name, *numbers in lines]
     assert len({name for name, *_ in compiled}) >= 22
     # Shared memory of a program: what such GPUs have at least.
@@ -42,3 +45,9 @@ def test_kernels_compile(capability: int, tmp_path: Path) -> None:
     told = [each[5:] for each in compiled if each[0] == "_sum_norm_kernel"]
     # One word to the peers, one wait for theirs, and every part read past the cache.
     assert [(release, acquire, loads > 0) for release, acquire, loads in told] == 2 * [(1, 1, True)]
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+def test_no_size_of_a_step_compiles_anew(tmp_path: Path) -> None:
+    *variants, last = output_of("variants.py", tmp_path)
+    assert not variants and int(last) > 60
