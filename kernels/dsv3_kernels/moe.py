@@ -72,6 +72,8 @@ def experts_triton(
 ) -> Tensor:
     """Launch `experts`; the weighted rows are held in the dtype of `x`, or in bfloat16."""
     num_local = len(gate_up.weight)
+    if isinstance(x, Tensor):
+        x = x.contiguous()  # it may lie among what came with it from another rank
     groups = permute_triton(ids_TK.contiguous(), first_expert, num_local)
     assert groups.slot_TK is not None
     rows = -(-ids_TK.numel() // (num_local * spread))

@@ -52,6 +52,19 @@ def test_no_local_expert_hit(layer, form) -> None:
     assert run((x[:0], ids[:0], weight[:0], *never), range(E), form).shape == (0, D)
 
 
+def test_rows_among_other_bytes(layer) -> None:
+    """As tokens of other ranks come: each with its choice behind it."""
+    x, ids, weight, *matrices = layer
+    parts = x, ids.int(), weight
+    packed = torch.cat([part.view(torch.uint8) for part in parts], 1)
+    x_part, ids_part, weight_part = packed.split([4 * D, 4 * K, 4 * K], 1)
+    ids_part, weight_part = ids_part.view(torch.int32).long(), weight_part.view(torch.float32)
+    among = x_part.view(torch.float32), ids_part, weight_part, *matrices
+    assert not among[0].is_contiguous()
+    want = run(layer, range(E), experts_triton)
+    assert_bitwise_equal("experts", run(among, range(E), experts_triton), want)
+
+
 @pytest.mark.parametrize("form", [experts, experts_triton])
 @pytest.mark.parametrize("tokens", [1, 19, 63])
 def test_one_expert_for_all_tokens(layer, tokens: int, form) -> None:
