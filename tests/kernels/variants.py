@@ -50,7 +50,7 @@ def plan_of(query_len: list[int], context_len: list[int], draws: bool = False) -
 
 def serve(weights: str, cache: str, world: int) -> None:
     """Run steps of many sizes through the runner of the last rank."""
-    config = replace(load_model_config(DEMO), num_attention_heads=16 * world)
+    config = replace(load_model_config(DEMO), num_attention_heads=4 * world)
     shape = RankShape(
         config=config, world=world, rank=world - 1, layers=2, weights=weights, cache=cache
     )
