@@ -96,7 +96,8 @@ def _mha_decode_kernel(
                 top = best
             divisor = tl.where(total == 0.0, 1.0, total)
             out = b * H + head
-            tl.store(o_ptr + split * o_stride_split + out * V + v, acc / divisor, mask=is_v)
+            o_at = o_ptr + split * o_stride_split.to(tl.int64) + out * V
+            tl.store(o_at + v, acc / divisor, mask=is_v)
             lse = (top + tl.log2(divisor)) * 0.6931471805599453
             tl.store(lse_ptr + split * lse_stride_split + out + tl.arange(0, 1), lse)
 

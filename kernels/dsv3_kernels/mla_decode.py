@@ -160,9 +160,9 @@ def _mla_decode_kernel(
     seen = (tl.max(query_pos, 0) + SHARDS - SHARD) // SHARDS
     needed = tl.maximum(1, tl.cdiv(seen, SPLIT))
     if tl.program_id(1) < needed:
-        # Inside a sequence 32 bits are enough, and take half of the registers.
         owner, owned, own = row % H // HEADS, row // H * HEADS + row % HEADS, b * queries * HEADS
-        q_row = q_ptr + own * (C + R) + (owner * q_stride_owner + owned * (C + R))[:, None]
+        q_at = owner.to(tl.int64) * q_stride_owner + owned * (C + R)
+        q_row = q_ptr + own * (C + R) + q_at[:, None]
         q_c = tl.load(q_row + c[None, :], mask=is_row[:, None] & is_c[None, :], other=0.0).to(DTYPE)
         q_r = tl.load(q_row + C + r[None, :], mask=is_row[:, None] & is_r[None, :], other=0.0)
         q_r = q_r.to(DTYPE)
@@ -201,8 +201,9 @@ def _mla_decode_kernel(
                 acc = acc * decay[:, None]
                 acc = tl.dot(p.to(DTYPE), latent, acc, input_precision="ieee")
             divisor = tl.where(total == 0.0, 1.0, total)
-            at = owner * o_stride_owner + owned * O_ROW
-            o_at = o_ptr + own * O_ROW + split * o_stride_split + at[:, None] + c[None, :]
+            part_at = split * o_stride_split.to(tl.int64)
+            at = owner.to(tl.int64) * o_stride_owner + owned * O_ROW
+            o_at = o_ptr + own * O_ROW + part_at + at[:, None] + c[None, :]
             o = (acc / divisor[:, None]).to(o_ptr.dtype.element_ty)
             tl.store(o_at, o, mask=is_row[:, None] & is_c[None, :])
             at = split * lse_stride_split + owner * lse_stride_owner + (own + owned) * LSE_ROW
