@@ -1,8 +1,21 @@
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from dsv3_kernels._triton import HAS_TRITON
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave a GPU to compiled kernels, and tensors of the CPU to the interpreter."""
+    is_interpreted = os.environ["TRITON_INTERPRET"] == "1"
+    reason = f"needs TRITON_INTERPRET={0 if is_interpreted else 1}"
+    for item in items:
+        is_ours = Path(__file__).parent in item.path.parents
+        if is_ours and is_interpreted == (item.get_closest_marker("gpu") is not None):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)
