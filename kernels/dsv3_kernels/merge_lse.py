@@ -28,11 +28,11 @@ def merge_lse_ref(o_NTHV: Tensor, lse_NTH: Tensor) -> tuple[Tensor, Tensor]:
 
 
 # Strides of values are: where they allow it, 16 bytes are read at a time.
-_LSE_STRIDES = "lse_stride_block", "lse_stride_row", "lse_stride_part"
-_OUT_STRIDES = "out_lse_stride_block", "out_lse_stride_row"
+_LSE = "lse_stride_block", "lse_stride_row", "lse_stride_part"
+_OUT = "lse_out", "out_lse_stride_block", "out_lse_stride_row"
 
 
-@triton.jit(do_not_specialize=["pos_ptr", "num_parts", "block_rows", *_LSE_STRIDES, *_OUT_STRIDES])
+@triton.jit(do_not_specialize=["pos_ptr", "num_parts", "block_rows", *_LSE, *_OUT])
 def _merge_lse_kernel(
     o_part,
     lse_part,

@@ -43,7 +43,9 @@ def mha_decode_ref(
     return out
 
 
-@triton.jit(do_not_specialize=["pos_ptr", "pages", "o_stride_split", "lse_stride_split"])
+@triton.jit(
+    do_not_specialize=["page_ptr", "pos_ptr", "pages", "o_stride_split", "lse_stride_split"]
+)
 def _mha_decode_kernel(
     q_ptr,
     cache_ptr,

@@ -104,10 +104,18 @@ def _as_numbers(
         return code.to(DTYPE)
 
 
-_LSE_STRIDES = "lse_stride_owner", "lse_stride_split"
+_VARY = (
+    "page_ptr",
+    "pos_ptr",
+    "lse_stride_owner",
+    "lse_stride_split",
+    "pages",
+    "queries",
+    "num_rows",
+)
 
 
-@triton.jit(do_not_specialize=["pos_ptr", *_LSE_STRIDES, "pages", "queries", "num_rows"])
+@triton.jit(do_not_specialize=_VARY)
 def _mla_decode_kernel(
     q_ptr,
     latent_ptr,

@@ -76,7 +76,7 @@ def _rank_key(x, index):
     return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - index).to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["positions", "T"])
 def _route_kernel(
     logits,
     bias,
