@@ -1,6 +1,7 @@
 """Cases of the attention layer: over the cache, into the cache, over a prompt."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,7 +9,7 @@ from torch.nn import functional as F
 
 from dsv3_kernels.absorb_query import absorb_query_ref, absorb_query_triton
 from dsv3_kernels.expand_values import expand_values_ref, expand_values_triton
-from dsv3_kernels.kv_fp8 import pack_latent_ref
+from dsv3_kernels.kv_fp8 import pack_latent_ref, unpack_latent_ref
 from dsv3_kernels.merge_lse import merge_lse_ref, merge_lse_triton
 from dsv3_kernels.mla_decode import mla_decode_ref, mla_decode_triton
 from dsv3_kernels.mla_prefill import mla_prefill_ref, mla_prefill_triton
@@ -105,11 +106,29 @@ def latents(small: bool) -> Iterator[Case]:
             return normal(T, C + R, device=d), *norm, cache, torch.arange(T, device=d), 0
 
         num_bytes = T * (4 * (C + R) + 4 * R + 8 + (C + R) * (1 if packed else 2))
-        name, pair = (
+        yield Case(
+            "rope_and_cache",
             f"T {T}, {'fp8' if packed else 'bf16'} cache",
-            (rope_and_cache_triton, rope_and_cache_ref),
+            operands,
+            lambda *args: (rope_and_cache_triton(*args), args[6]),
+            _entries_ref,
+            num_bytes,
+            tol=FP8_TOL,
+            view=_entries,
         )
-        yield Case("rope_and_cache", name, operands, *pair, num_bytes, tol=FP8_TOL)
+
+
+def _entries_ref(*args: Any) -> tuple[Tensor, Tensor]:
+    """Return what is kept, and a cache with the entries."""
+    cache = torch.zeros_like(args[6])
+    args = *args[:6], cache, *args[7:]
+    return rope_and_cache_ref(*args), cache
+
+
+def _entries(result: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return what is kept, and what the cache holds as numbers: bits of its scales may differ."""
+    kept, cache = result
+    return kept, unpack_latent_ref(cache, C, kept.dtype) if cache.dtype == torch.uint8 else cache
 
 
 def prefill(small: bool) -> Iterator[Case]:
