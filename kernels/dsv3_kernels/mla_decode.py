@@ -23,6 +23,7 @@ from dsv3_kernels._e4m3 import decode_e4m3, is_native
 from dsv3_kernels._triton import is_hopper, is_interpreted, tl, triton, use_triton
 from dsv3_kernels.kv_fp8 import BLOCK, unpack_latent
 from dsv3_kernels.merge_lse import merge_splits_triton, softmax_lse
+from dsv3_kernels.mla_decode_hopper import launch_hopper, takes_hopper
 from dsv3_kernels.paging import Keys, Paging
 from dsv3_kernels.parts import open_parts
 
@@ -243,6 +244,7 @@ class Tile(NamedTuple):
         keys: positions at a time.
         split: positions in all.
         warps, stages: of the launch.
+        in_gluon: by the kernel of `mla_decode_hopper.py`, which has stages of its own.
     """
 
     rows: int
@@ -250,6 +252,11 @@ class Tile(NamedTuple):
     split: int
     warps: int
     stages: int
+    in_gluon: bool = False
+
+
+# What the Gluon kernel is made for.
+HOPPER_TILE = Tile(64, 64, 1024, 4, 2, in_gluon=True)
 
 
 def tile_for(rows: int, is_exact: bool, is_hopper: bool) -> Tile:
@@ -315,13 +322,9 @@ def _launch(
     assert cache_SX.stride(1) == 1 and q_PTHX[0].is_contiguous(), f"{cache_SX.stride()=}"
     assert T == B * Q and (C % 4 == 0 or not is_packed), f"{q_PTHX.shape=} {page_BG.shape=} {C=}"
     page_BG, query_pos_BQ = page_BG.contiguous(), query_pos_BQ.contiguous()
-    scale_Sc, rope_SR = cache_SX, cache_SX[:, C:]
-    if is_packed:
-        blocks = 4 * -(-C // BLOCK)
-        scale_Sc = cache_SX[:, C : C + blocks].view(torch.float32)
-        rope_SR = cache_SX[:, C + blocks :].view(torch.bfloat16)
-    is_exact = torch.float32 in (q_PTHX.dtype, cache_SX.dtype)
-    is_exact = is_exact or is_interpreted(cache_SX)
+    is_exact = torch.float32 in (q_PTHX.dtype, cache_SX.dtype) or is_interpreted(cache_SX)
+    if tile is None and takes_hopper(q_PTHX, cache_SX, rows, C):
+        tile = HOPPER_TILE
     tile = tile or tile_for(rows, is_exact, is_hopper(q_PTHX))
     splits, tiles = triton.cdiv(G * paging.slots_per_page, tile.split), triton.cdiv(rows, tile.rows)
     if (step := sequences_for(splits, rows * C)) < B and splits > 1:
@@ -337,20 +340,33 @@ def _launch(
         lse_NPTH = o_NPTHC.new_empty(shape)
     if not B:
         return
-    tensors = q_PTHX, cache_SX, scale_Sc, rope_SR, page_BG, query_pos_BQ, o_NPTHC, lse_NPTH
-    strides = [t.stride(0) for t in tensors[1:4]] + [q_PTHX.stride(0)]
-    strides += [t.stride(i) for t in (o_NPTHC, lse_NPTH) for i in (1, 0)]
-    _mla_decode_kernel[(tiles, programs_for(splits, tiles * B), B)](
-        *(*tensors, *strides, G, Q, rows, scale * math.log2(math.e)),
-        *(P * heads, heads, o_NPTHC.stride(3), lse_NPTH.stride(3), C, X - C),
-        *(max(16, triton.next_power_of_2(C)), max(16, triton.next_power_of_2(X - C))),
-        *(paging.slots_per_page, paging.shards, paging.shard, *tile[:3]),
-        *(is_packed, is_native(cache_SX), tl.float32 if is_exact else tl.bfloat16),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+    tensors = page_BG, query_pos_BQ, o_NPTHC, lse_NPTH
+    strides = q_PTHX.stride(0), *(t.stride(i) for t in tensors[2:] for i in (1, 0))
+    rows_of = o_NPTHC.stride(3), lse_NPTH.stride(3)
+    sizes = G, Q, rows, scale * math.log2(math.e), P * heads, heads, *rows_of, C, X - C
+    places = paging.slots_per_page, paging.shards, paging.shard
+    grid = tiles, programs_for(splits, tiles * B * (1 + tile.in_gluon)), B
+    if tile.in_gluon:
+        launch_hopper(grid, (q_PTHX, cache_SX, *tensors), (*strides, *sizes), places, tile.split)
+    else:
+        scale_Sc, rope_SR = _parts_of(cache_SX, C) if is_packed else (cache_SX, cache_SX[:, C:])
+        caches = cache_SX, scale_Sc, rope_SR
+        _mla_decode_kernel[grid](
+            *(q_PTHX, *caches, *tensors, *(x.stride(0) for x in caches), *strides, *sizes),
+            *(max(16, triton.next_power_of_2(C)), max(16, triton.next_power_of_2(X - C))),
+            *(*places, *tile[:3]),
+            *(is_packed, is_native(cache_SX), tl.float32 if is_exact else tl.bfloat16),
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
     if splits > 1:
         merge_splits_triton((o_NPTHC, lse_NPTH), query_pos_BQ, paging, tile.split, out)
+
+
+def _parts_of(cache_SX: Tensor, value_dim: int) -> tuple[Tensor, Tensor]:
+    """Return views of a packed cache: scales of the latents' blocks, and rotated keys."""
+    end = value_dim + 4 * -(-value_dim // BLOCK)
+    return cache_SX[:, value_dim:end].view(torch.float32), cache_SX[:, end:].view(torch.bfloat16)
 
 
 def mla_decode(
@@ -365,7 +381,8 @@ def mla_decode(
 ) -> tuple[Tensor, Tensor]:
     """Attend to cached latents, all heads sharing one key (the absorbed form).
 
-    A key is a whole cache entry (latent, then rotated key), its value the latent in front.
+    A key is a whole cache entry (latent, then rotated key), its value the latent in front. Which
+    kernel does it on Hopper: `takes_hopper`.
 
     Args:
         q_BQHX: [B, Q, H, C + R] absorbed queries of B sequences.

@@ -1,6 +1,8 @@
 """Cases of the attention layer: over the cache, into the cache, over a prompt."""
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +13,8 @@ from dsv3_kernels.absorb_query import absorb_query_ref, absorb_query_triton
 from dsv3_kernels.expand_values import expand_values_ref, expand_values_triton
 from dsv3_kernels.kv_fp8 import pack_latent_ref, unpack_latent_ref
 from dsv3_kernels.merge_lse import merge_lse_ref, merge_lse_triton
-from dsv3_kernels.mla_decode import mla_decode_ref, mla_decode_triton
+from dsv3_kernels.mla_decode import HOPPER_TILE, mla_decode_ref, mla_decode_triton
+from dsv3_kernels.mla_decode_hopper import require_hopper
 from dsv3_kernels.mla_prefill import mla_prefill_ref, mla_prefill_triton
 from dsv3_kernels.paging import Paging
 from dsv3_kernels.parts import empty_parts, open_parts, part_bytes
@@ -32,6 +35,8 @@ def decode(small: bool) -> Iterator[Case]:
     for size in sizes:
         for packed in (False, True):
             yield _mla_decode(*size, packed)
+        if size[2] > HEADS:
+            yield replace(_mla_decode(*size, packed=False), op="mla_decode_gluon", kernel=_in_gluon)
     B, H, dim = (3, 2, 32) if small else (128, HEADS, C)
 
     def parts(d: torch.device) -> Args:
@@ -64,6 +69,11 @@ def _mla_decode(batch: int, context: int, heads: int, packed: bool) -> Case:
         2.0 * batch * heads * context * (2 * C + R),
         tol=1e-2,
     )
+
+
+def _in_gluon(*args: Any) -> tuple[Tensor, Tensor]:
+    require_hopper(args[0])
+    return partial(mla_decode_triton, tile=HOPPER_TILE)(*args)
 
 
 def absorption(small: bool) -> Iterator[Case]:
