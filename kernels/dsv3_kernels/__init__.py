@@ -4,6 +4,7 @@ Knows nothing of models, ranks or requests. Shape letters: see `dsv3/__init__.py
 """
 
 from dsv3_kernels._split_k import make_locks
+from dsv3_kernels._triton import UNPROVEN, try_kernels
 from dsv3_kernels.absorb_query import absorb_query
 from dsv3_kernels.act_quant import Quantized, act_quant
 from dsv3_kernels.bf16_gemm import linear
@@ -15,7 +16,8 @@ from dsv3_kernels.grouped_gemm import Stack
 from dsv3_kernels.kv_fp8 import pack_latent, packed_bytes, unpack_latent
 from dsv3_kernels.merge_lse import merge_lse
 from dsv3_kernels.mha_decode import mha_decode
-from dsv3_kernels.mla_decode import mla_decode, mla_decode_parts
+from dsv3_kernels.mla_decode import mla_decode
+from dsv3_kernels.mla_decode_parts import mla_decode_parts
 from dsv3_kernels.mla_prefill import mla_prefill, mla_prefill_packed
 from dsv3_kernels.moe import experts
 from dsv3_kernels.paging import Keys, Paging
@@ -33,6 +35,7 @@ from dsv3_kernels.weight_dequant import weight_dequant
 from dsv3_kernels.write_slots import write_slots
 
 __all__ = [
+    "UNPROVEN",
     "Groups",
     "Keys",
     "Paging",
@@ -76,6 +79,7 @@ __all__ = [
     "silu_mul",
     "silu_mul_quant",
     "sum_norm",
+    "try_kernels",
     "unpack_latent",
     "unpermute",
     "weight_dequant",

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dsv3_kernels._triton import multiprocessors, tl, triton
+from dsv3_kernels._triton import in_turn, launch_options, multiprocessors, tl, triton
 
 # Rows of W that a program takes.
 ROWS = 64
@@ -95,7 +95,7 @@ class Shares(NamedTuple):
         if self.splits > 1 and not self.locked:
             size = y_MN.numel()
             _sum_parts_kernel[(triton.cdiv(size, 1024),)](
-                self.part, y_MN, size, SPLITS=self.splits, B=1024
+                self.part, y_MN, size, SPLITS=self.splits, B=1024, **launch_options()
             )
 
 
@@ -138,6 +138,7 @@ def store_share(
 @triton.jit(do_not_specialize=["size"])
 def _sum_parts_kernel(part_ptr, y_ptr, size, SPLITS: tl.constexpr, B: tl.constexpr):
     """Add up the splits, in their order."""
+    in_turn()
     at = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     total = tl.zeros((B,), tl.float32)
     for s in tl.static_range(SPLITS):

@@ -7,6 +7,7 @@ A kernel file says `from dsv3_kernels._triton import tl, triton, use_triton`.
 """
 
 import os
+from collections.abc import Iterable
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -33,6 +34,47 @@ HAS_TRITON = find_spec("triton") is not None and (
 )
 triton: Any = import_module("triton") if HAS_TRITON else _Absent()
 tl: Any = import_module("triton.language") if HAS_TRITON else _Absent()
+
+
+# Forms of kernels that no GPU has confirmed yet, so only who asks for them gets them:
+# overlap: a kernel's launch begins while the kernel before still runs (programmatic dependent
+#   launch, Hopper and later);
+# gluon: decode attention of many heads by the kernel in `mla_decode_hopper` (Hopper).
+UNPROVEN = ("overlap", "gluon")
+_tried: set[str] = set()
+_OVERLAPS = tl.constexpr(False)
+
+
+def try_kernels(forms: Iterable[str]) -> None:
+    """Switch on some of `UNPROVEN` for this process; to be called before any kernel is launched."""
+    global _OVERLAPS  # a constant when kernels are compiled
+    unknown = set(forms) - set(UNPROVEN)
+    if unknown:
+        raise ValueError(f"{sorted(unknown)} are no forms of kernels; there are {UNPROVEN}")
+    _tried.update(forms)
+    _OVERLAPS = tl.constexpr("overlap" in _tried)
+
+
+def is_tried(form: str) -> bool:
+    """Tell whether `try_kernels` has switched on one of `UNPROVEN`."""
+    return form in _tried
+
+
+@triton.jit
+def in_turn():
+    """Wait until the kernels before are through, then let the next one's launch begin.
+
+    Every kernel begins with it. So whoever reads what another kernel wrote has waited for it, and
+    that one for those before: overlapping launches change no order that memory sees.
+    """
+    if _OVERLAPS:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+def launch_options() -> dict[str, bool]:
+    """Return what every launch is told beside its arguments."""
+    return {"launch_pdl": True} if is_tried("overlap") else {}
 
 
 def _mend_interpreter() -> None:

@@ -8,7 +8,7 @@ Bound by reading W_UK (2 MB for 16 of V3's heads), and by latency: three launche
 import torch
 from torch import Tensor
 
-from dsv3_kernels._triton import is_interpreted, tl, triton, use_triton
+from dsv3_kernels._triton import in_turn, is_interpreted, launch_options, tl, triton, use_triton
 from dsv3_kernels.rope import apply_rope_ref, rotate_pairs
 
 # Tokens of a program, always: a token's result does not depend on how many there are.
@@ -51,6 +51,7 @@ def _absorb_query_kernel(
     DTYPE: tl.constexpr,
 ):
     """One program: BT tokens of a head, and BC columns of C or, the last one, what is rotated."""
+    in_turn()
     h, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     t = tl.program_id(2) * BT + tl.arange(0, BT)
     row, is_t = t.to(tl.int64)[:, None], (t < T)[:, None]
@@ -89,6 +90,7 @@ def absorb_query_triton(
             *(max(16, triton.next_power_of_2(N)), triton.next_power_of_2(half)),
             *(_TOKENS, columns, interleaved, tl.float32 if is_exact else tl.bfloat16),
             num_warps=4,
+            **launch_options(),
         )
     return out
 

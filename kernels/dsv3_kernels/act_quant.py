@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dsv3_kernels._e4m3 import e4m3_view, encode_e4m3, is_native
-from dsv3_kernels._triton import tl, triton, use_triton
+from dsv3_kernels._triton import in_turn, launch_options, tl, triton, use_triton
 
 BLOCK = 128
 FP8 = torch.float8_e4m3fn
@@ -66,6 +66,7 @@ def _act_quant_kernel(
     x_ptr, q_ptr, scale_ptr, blocks, R: tl.constexpr, UE8M0: tl.constexpr, NATIVE: tl.constexpr
 ):
     """Every program takes R blocks of 128; where they lie in a row does not matter."""
+    in_turn()
     rows = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     at = rows[:, None] * 128 + tl.arange(0, 128)[None, :]
     mask = (rows < blocks)[:, None]
@@ -85,7 +86,15 @@ def act_quant_triton(x_TD: Tensor, ue8m0: bool = False) -> Quantized:
         grid = (triton.cdiv(blocks, 8),)
         native = is_native(x_TD)
         _act_quant_kernel[grid](
-            x_TD, e4m3_view(out.q), out.scale, blocks, 8, ue8m0, native, num_warps=2
+            x_TD,
+            e4m3_view(out.q),
+            out.scale,
+            blocks,
+            8,
+            ue8m0,
+            native,
+            num_warps=2,
+            **launch_options(),
         )
     return out
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dsv3_kernels._split_k import ROWS, Shares, store_share
-from dsv3_kernels._triton import is_interpreted, tl, triton, use_triton
+from dsv3_kernels._triton import in_turn, is_interpreted, launch_options, tl, triton, use_triton
 
 # Rows of x up to which the kernel is taken: what one tile holds, by arithmetic; unmeasured.
 FEW_ROWS = 64
@@ -54,6 +54,7 @@ def _bf16_gemm_kernel(
     STAGES: tl.constexpr,
 ):
     """Multiply BN rows of W by BM rows of x over one split of K."""
+    in_turn()
     tile, split, m_tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     blocks = tl.cdiv(K, BK)
     n = tile * BN + tl.arange(0, BN)
@@ -115,6 +116,7 @@ def bf16_gemm_triton(
         INTERPRETED=is_interpreted(w_FD),
         STAGES=shares.stages(y_TF),
         num_warps=4,
+        **launch_options(),
     )
     shares.finish(y_TF)
     return y_TF

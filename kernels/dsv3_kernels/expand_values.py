@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dsv3_kernels._e4m3 import e4m3_view, is_native
-from dsv3_kernels._triton import is_interpreted, tl, triton, use_triton
+from dsv3_kernels._triton import in_turn, is_interpreted, launch_options, tl, triton, use_triton
 from dsv3_kernels.act_quant import (
     BLOCK,
     Quantized,
@@ -70,6 +70,7 @@ def _expand_values_kernel(
     DTYPE: tl.constexpr,
 ):
     """One program: BT tokens of a head."""
+    in_turn()
     h = tl.program_id(0).to(tl.int64)
     t = tl.program_id(1) * BT + tl.arange(0, BT)
     row, is_t = t.to(tl.int64), t < T
@@ -146,6 +147,7 @@ def expand_values_triton(
             tl.float32 if is_exact else tl.bfloat16,
             num_warps=8,
             num_stages=3,
+            **launch_options(),
         )
     return o_TF, out
 

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from dsv3_kernels._e4m3 import e4m3_operand, e4m3_view, is_native
 from dsv3_kernels._split_k import ROWS, WANTED, Shares, store_share
-from dsv3_kernels._triton import tl, triton, use_triton
+from dsv3_kernels._triton import in_turn, launch_options, tl, triton, use_triton
 from dsv3_kernels.act_quant import BLOCK, Quantized
 from dsv3_kernels.weight_dequant import weight_dequant_ref
 
@@ -103,6 +103,7 @@ def _small_kernel(
     STAGES: tl.constexpr,
 ):
     """Multiply BN rows of W by BM rows of x over one split of K."""
+    in_turn()
     tile, split, m_tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     blocks = K // 128
     n = tile * BN + tl.arange(0, BN)
@@ -183,6 +184,7 @@ def _large_kernel(
 
     `x`, `w` and `w_other` (W again) are descriptors of tiles of as many rows (TMA) or pointers.
     """
+    in_turn()
     WIDTH: tl.constexpr = OTHER if OTHER > 0 else 64
     blocks = K // 128
     m_tiles, n_tiles = tl.cdiv(M, BM), tl.cdiv(N, 128 + OTHER)
@@ -239,6 +241,7 @@ def _launch_small(
         NATIVE=native,
         STAGES=shares.stages(y),
         num_warps=4,
+        **launch_options(),
     )
     shares.finish(y)
 
@@ -269,6 +272,7 @@ def _launch_large(
         NATIVE=is_native(y),
         STAGES=tile.stages,
         num_warps=tile.num_warps,
+        **launch_options(),
     )
 
 

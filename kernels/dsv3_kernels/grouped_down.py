@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dsv3_kernels._grouped_tiles import multiply_few, multiply_many, place, row_tiles
-from dsv3_kernels._triton import tl, triton, use_triton
+from dsv3_kernels._triton import in_turn, launch_options, tl, triton, use_triton
 from dsv3_kernels.act_quant import Quantized
 from dsv3_kernels.grouped_gemm import Stack, dequantize, launch_of, products
 from dsv3_kernels.permute import Groups
@@ -57,6 +57,7 @@ def _down_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """Share out tiles of the second product, every row times its entry's weight."""
+    in_turn()
     tiles_E = row_tiles(counts, E, E_PAD, BLOCK_M, (D + BLOCK_N - 1) // BLOCK_N)
     blocks_d: tl.constexpr = (D + 127) // 128
     blocks_f: tl.constexpr = (F + 127) // 128
@@ -113,6 +114,7 @@ def grouped_down_triton(
             F=inner,
             WEIGHTED=weight_TK is not None,
             **launch.constants(),
+            **launch_options(),
         )
     return y_MD
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dsv3_kernels._e4m3 import e4m3_view
 from dsv3_kernels._grouped_tiles import multiply_few, multiply_many, place, row_tiles
-from dsv3_kernels._triton import tl, triton, use_triton
+from dsv3_kernels._triton import in_turn, launch_options, tl, triton, use_triton
 from dsv3_kernels.act_quant import BLOCK, Quantized, act_quant, quantize_block
 from dsv3_kernels.grouped_gemm import Stack, dequantize, launch_of, products
 from dsv3_kernels.permute import Groups
@@ -61,6 +61,7 @@ def _gate_up_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """Share out tiles of silu(gate) * up: BLOCK_N features, computed from as many of either."""
+    in_turn()
     tiles_E = row_tiles(counts, E, E_PAD, BLOCK_M, (F + BLOCK_N - 1) // BLOCK_N)
     blocks_f: tl.constexpr = (2 * F + 127) // 128
     blocks_d: tl.constexpr = (D + 127) // 128
@@ -128,6 +129,7 @@ def grouped_gate_up_triton(
             QUANT=fused,
             UE8M0=ue8m0,
             **launch.constants(),
+            **launch_options(),
         )
     if out is not None:
         return out

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dsv3_kernels._triton import tl, triton, use_triton
+from dsv3_kernels._triton import in_turn, launch_options, tl, triton, use_triton
 from dsv3_kernels.paging import Paging
 
 # Parts that the kernel weighs at a time. Always the same, so that the order of a sum depends on
@@ -60,6 +60,7 @@ def _merge_lse_kernel(
     BLOCK: tl.constexpr,
 ):
     """One program merges a row's parts, PARTS at a time, in their order."""
+    in_turn()
     row = tl.program_id(0).to(tl.int64)
     block, row = row // block_rows, row % block_rows
     if SPLIT > 0:
@@ -140,7 +141,9 @@ def _launch(
     block = min(128, triton.next_power_of_2(V))
     if blocks * rows:
         _merge_lse_kernel[(blocks * rows, triton.cdiv(V, block))](
-            *(*parts, *out, pos, N, rows, *strides, heads, V, *paging, _PARTS, block), num_warps=2
+            *(*parts, *out, pos, N, rows, *strides, heads, V, *paging, _PARTS, block),
+            num_warps=2,
+            **launch_options(),
         )
 
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from dsv3_kernels._triton import tl, triton, use_triton
+from dsv3_kernels._triton import in_turn, launch_options, tl, triton, use_triton
 from dsv3_kernels.merge_lse import merge_splits_triton, softmax_lse
 from dsv3_kernels.mla_decode import programs_for, sequences_for
 from dsv3_kernels.paging import Keys, Paging
@@ -70,6 +70,7 @@ def _mha_decode_kernel(
     SPLIT: tl.constexpr,
 ):
     """One program: a head of a sequence and some splits of the positions held here."""
+    in_turn()
     head, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     seen = (tl.load(pos_ptr + b).to(tl.int32) + SHARDS - SHARD) // SHARDS
     needed = tl.maximum(1, tl.cdiv(seen, SPLIT))
@@ -134,6 +135,7 @@ def mha_decode_triton(
         *(paging.slots_per_page, paging.shards, paging.shard, _KEYS, split),
         num_warps=4,
         num_stages=2,
+        **launch_options(),
     )
     if splits == 1:
         return o[0, 0]

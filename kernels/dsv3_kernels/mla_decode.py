@@ -20,12 +20,19 @@ import torch
 from torch import Tensor
 
 from dsv3_kernels._e4m3 import decode_e4m3, is_native
-from dsv3_kernels._triton import is_hopper, is_interpreted, tl, triton, use_triton
+from dsv3_kernels._triton import (
+    in_turn,
+    is_hopper,
+    is_interpreted,
+    launch_options,
+    tl,
+    triton,
+    use_triton,
+)
 from dsv3_kernels.kv_fp8 import BLOCK, unpack_latent
 from dsv3_kernels.merge_lse import merge_splits_triton, softmax_lse
 from dsv3_kernels.mla_decode_hopper import launch_hopper, takes_hopper
 from dsv3_kernels.paging import Keys, Paging
-from dsv3_kernels.parts import open_parts
 
 # Programs of a launch, about: eight for each multiprocessor.
 _PROGRAMS = 1024
@@ -160,6 +167,7 @@ def _mla_decode_kernel(
 
     Every HEADS of the H heads are another rank's, and lie together with its other tokens'.
     """
+    in_turn()
     b = tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     c, r = tl.arange(0, C_PAD), tl.arange(0, R_PAD)
@@ -197,6 +205,7 @@ def _mla_decode_kernel(
                 # Always so. What an `if` hands out hides from the compiler that these scores feed
                 # the next product, for whose sake both warp groups would compute all of them.
                 # (Triton 3.6 cannot compile one that also hides the use of the first products.)
+                p, decay = score, total
                 if pages > 0:
                     best = tl.maximum(top, tl.max(score, 1))
                     shift = tl.where(best == float("-inf"), 0.0, best)
@@ -204,9 +213,6 @@ def _mla_decode_kernel(
                     decay = tl.exp2(top - shift)
                     total = total * decay + tl.sum(p, 1)
                     top = best
-                else:
-                    p = score
-                    decay = total
                 acc = acc * decay[:, None]
                 acc = tl.dot(p.to(DTYPE), latent, acc, input_precision="ieee")
             divisor = tl.where(total == 0.0, 1.0, total)
@@ -284,26 +290,11 @@ def mla_decode_triton(
     o = torch.empty(B, Q, H, value_dim, dtype=torch.float32, device=q_BQHX.device)
     lse = o.new_empty(B, Q, H)
     out = o.view(1, B * Q, H, value_dim), lse.view(1, B * Q, H)
-    _launch(q_PTHX, cache_SX, page_BG, query_pos_BQ, paging, scale, out, tile)
+    launch_decode(q_PTHX, cache_SX, page_BG, query_pos_BQ, paging, scale, out, tile)
     return o, lse
 
 
-def mla_decode_parts_triton(
-    q_PTHX: Tensor,
-    cache_SX: Tensor,
-    page_BG: Tensor,
-    query_pos_BQ: Tensor,
-    paging: Paging,
-    scale: float,
-    parts_PTHY: Tensor,
-    tile: Tile | None = None,
-) -> None:
-    """Launch `mla_decode_parts`."""
-    out = open_parts(parts_PTHY)
-    _launch(q_PTHX, cache_SX, page_BG, query_pos_BQ, paging, scale, out, tile)
-
-
-def _launch(
+def launch_decode(
     q_PTHX: Tensor,
     cache_SX: Tensor,
     page_BG: Tensor,
@@ -315,7 +306,8 @@ def _launch(
 ) -> None:
     """Launch a program per tile of rows, split and sequence; merge the splits into `out`.
 
-    Many sequences with wide tables go one part after the other.
+    Queries and `out` are of P ranks' heads, [P, T, H, ...] (`mla_decode_parts`). Many sequences
+    with wide tables go one part after the other.
     """
     (P, T, heads, X), (B, Q), C = q_PTHX.shape, query_pos_BQ.shape, out[0].shape[-1]
     G, rows, is_packed = page_BG.shape[1], Q * P * heads, cache_SX.dtype == torch.uint8
@@ -331,7 +323,7 @@ def _launch(
         for b in range(0, B, step):
             at, t = slice(b, b + step), slice(b * Q, (b + step) * Q)
             where, some = (page_BG[at], query_pos_BQ[at]), (out[0][:, t], out[1][:, t])
-            _launch(q_PTHX[:, t], cache_SX, *where, paging, scale, some, tile)
+            launch_decode(q_PTHX[:, t], cache_SX, *where, paging, scale, some, tile)
         return
     o_NPTHC, lse_NPTH = (x.unsqueeze(0) for x in out)
     if splits > 1:
@@ -358,6 +350,7 @@ def _launch(
             *(is_packed, is_native(cache_SX), tl.float32 if is_exact else tl.bfloat16),
             num_warps=tile.warps,
             num_stages=tile.stages,
+            **launch_options(),
         )
     if splits > 1:
         merge_splits_triton((o_NPTHC, lse_NPTH), query_pos_BQ, paging, tile.split, out)
@@ -403,53 +396,3 @@ def mla_decode(
     """
     args = q_BQHX, cache_SX, page_BG, query_pos_BQ, paging, value_dim, scale
     return mla_decode_triton(*args) if use_triton(q_BQHX) else mla_decode_ref(*args, keys)
-
-
-def mla_decode_parts_ref(
-    q_PTHX: Tensor,
-    cache_SX: Tensor,
-    page_BG: Tensor,
-    query_pos_BQ: Tensor,
-    paging: Paging,
-    scale: float,
-    parts_PTHY: Tensor,
-    keys: Keys | None = None,
-) -> None:
-    """Define `mla_decode_parts`."""
-    z_PTHC, lse_PTH = open_parts(parts_PTHY)
-    P, T, H, C = z_PTHC.shape
-    q_BQHX = q_PTHX.transpose(0, 1).flatten(1, 2).unflatten(0, query_pos_BQ.shape)
-    rest = cache_SX, page_BG, query_pos_BQ, paging, C, scale, keys
-    o_BQHC, lse_BQH = mla_decode_ref(q_BQHX, *rest)
-    z_PTHC.copy_(o_BQHC.view(T, P, H, C).transpose(0, 1))
-    lse_PTH.copy_(lse_BQH.view(T, P, H).transpose(0, 1))
-
-
-def mla_decode_parts(
-    q_PTHX: Tensor,
-    cache_SX: Tensor,
-    page_BG: Tensor,
-    query_pos_BQ: Tensor,
-    paging: Paging,
-    scale: float,
-    parts_PTHY: Tensor,
-    keys: Keys | None = None,
-) -> None:
-    """Do `mla_decode` for P ranks' heads, as an all-gather brings the queries.
-
-    Args:
-        q_PTHX: [P, B * Q, H, C + R], every rank's part contiguous.
-        cache_SX: see `mla_decode`, as for the next three.
-        page_BG: [B, G].
-        query_pos_BQ: [B, Q].
-        paging: which of the positions this rank holds, and where.
-        scale: multiplies the scores.
-        parts_PTHY: [P, B * Q, H, Y], as `parts.empty_parts` makes them: the results, written as
-            an all-to-all sends them.
-        keys: see `mla_decode`.
-    """
-    args = q_PTHX, cache_SX, page_BG, query_pos_BQ, paging, scale, parts_PTHY
-    if use_triton(q_PTHX):
-        mla_decode_parts_triton(*args)
-    else:
-        mla_decode_parts_ref(*args, keys)

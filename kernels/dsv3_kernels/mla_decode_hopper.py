@@ -23,14 +23,13 @@ softmax and weighing one after the other, about 1,200 + 600 + 1,000 cycles. Such
 has been asked about, say 3,000 cycles a block; 400 TFLOP/s are 4,700 at 1.6 GHz.
 """
 
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dsv3_kernels._gluon import HAS_GLUON, copy_async, gl, gluon, hopper, thread_barrier
-from dsv3_kernels._triton import is_hopper
+from dsv3_kernels._triton import is_hopper, is_tried
 
 mbarrier, async_copy = hopper.mbarrier, hopper.async_copy
 fence_async_shared = hopper.fence_async_shared
@@ -306,25 +305,20 @@ def require_hopper(x: Tensor) -> None:
     """
     if not (HAS_GLUON and is_hopper(x)):
         raise RuntimeError(
-            "mla_decode in Gluon needs a GPU of compute capability 9 and Triton 3.6 or later; "
-            "decode with DSV3_MLA_DECODE=triton"
+            "mla_decode in Gluon needs a GPU of compute capability 9 and Triton 3.6 or later: "
+            "leave gluon out of --try-kernels"
         )
 
 
 def takes_hopper(q_PTHX: Tensor, cache_SX: Tensor, rows: int, value_dim: int) -> bool:
-    """Tell whether the environment asks for this kernel, DSV3_MLA_DECODE=gluon, and it fits.
+    """Tell whether this kernel is to be tried (`try_kernels`) and fits.
 
-    It is made for more than 32 rows over a bf16 cache. By default, "triton", the plain kernel does
-    everything: no GPU has proven this one yet.
+    It is made for more than 32 rows over a bf16 cache; the plain kernel does everything.
 
     Raises:
-        ValueError: the variable has another value.
         RuntimeError: this GPU or this Triton cannot run it.
     """
-    choice = os.environ.get("DSV3_MLA_DECODE", "triton")
-    if choice not in ("triton", "gluon"):
-        raise ValueError(f"DSV3_MLA_DECODE={choice}: use triton or gluon")
-    if choice == "triton":
+    if not is_tried("gluon"):
         return False
     require_hopper(q_PTHX)
     is_bf16 = q_PTHX.dtype == cache_SX.dtype == torch.bfloat16

@@ -11,7 +11,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dsv3_kernels._triton import is_hopper, is_interpreted, tl, triton, use_triton
+from dsv3_kernels._triton import (
+    in_turn,
+    is_hopper,
+    is_interpreted,
+    launch_options,
+    tl,
+    triton,
+    use_triton,
+)
 from dsv3_kernels.merge_lse import softmax_lse
 
 # Scores held at a time by the reference: 1 MiB of float32, which a processor's cache holds.
@@ -149,6 +157,7 @@ def _mla_prefill_kernel(
     DTYPE: tl.constexpr,
 ):
     """One program: QUERIES of one sequence, one head. The longest programs start first."""
+    in_turn()
     head = tl.program_id(1).to(tl.int64)
     first = tl.zeros((1,), tl.int64)
     if PACKED:
@@ -234,6 +243,7 @@ def _launch(
             tl.float32 if is_exact else tl.bfloat16,
             num_warps=tile.warps,
             num_stages=tile.stages,
+            **launch_options(),
         )
     return o, lse
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsv3_kernels._triton import tl, triton, use_triton
+from dsv3_kernels._triton import in_turn, launch_options, tl, triton, use_triton
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,7 @@ def _permute_kernel(
     ids, entries, slots, starts, counts, first_expert, E, num_entries, BLOCK: tl.constexpr
 ):
     """Place the entries of one expert; the last program's are those of no expert held here."""
+    in_turn()
     e = tl.program_id(0)
     step = tl.arange(0, BLOCK)
     before = tl.zeros([BLOCK], tl.int32)
@@ -107,6 +108,7 @@ def permute_triton(ids_TK: Tensor, first_expert: int, num_local: int) -> Groups:
         num_entries,
         BLOCK=block,
         num_warps=warps,
+        **launch_options(),
     )
     return Groups(start_E, count_E, entry_M, slot_TK)
 
@@ -153,6 +155,7 @@ def _unpermute_kernel(
     BLOCK: tl.constexpr,
 ):
     """Sum the rows of one token over a block of columns."""
+    in_turn()
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
@@ -189,6 +192,7 @@ def unpermute_triton(
             WEIGHTED=weight_TK is not None,
             ADD=also_TD is not None,
             BLOCK=block,
+            **launch_options(),
         )
     return y_TD
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dsv3_kernels._e4m3 import e4m3_view, is_native
-from dsv3_kernels._triton import tl, triton, use_triton
+from dsv3_kernels._triton import in_turn, launch_options, tl, triton, use_triton
 from dsv3_kernels.act_quant import BLOCK, Quantized, act_quant_ref, quantize_block
 
 
@@ -79,6 +79,7 @@ def _rmsnorm_kernel(
     NATIVE: tl.constexpr,
 ):
     """Normalize one row, held as B blocks of 128."""
+    in_turn()
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, B)[:, None] * 128 + tl.arange(0, 128)[None, :]
     mask = col < D
@@ -128,6 +129,7 @@ def add_rmsnorm_triton(
             UE8M0=ue8m0,
             NATIVE=is_native(x_TD),
             num_warps=min(8, max(1, blocks // 4)),
+            **launch_options(),
         )
     return sum_TD, h_TD, out
 

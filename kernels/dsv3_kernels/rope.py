@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dsv3_kernels._triton import tl, triton, use_triton
+from dsv3_kernels._triton import in_turn, launch_options, tl, triton, use_triton
 
 _HEADS = 16  # that a program rotates
 
@@ -67,6 +67,7 @@ def _rotate_kernel(
     INTERLEAVED: tl.constexpr,
 ):
     """One program: HEADS heads of a token."""
+    in_turn()
     t = tl.program_id(0).to(tl.int64)
     h, r = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, HALF_PAD)
     is_r = r < HALF
@@ -87,6 +88,7 @@ def rotate_triton(x_THR: Tensor, cos_Tr: Tensor, sin_Tr: Tensor, interleaved: bo
             *(x_THR, cos_Tr, sin_Tr, *stride[:2], H, half),
             *(triton.next_power_of_2(half), _HEADS, interleaved),
             num_warps=2,
+            **launch_options(),
         )
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dsv3_kernels._e4m3 import decode_e4m3, is_native
-from dsv3_kernels._triton import tl, triton, use_triton
+from dsv3_kernels._triton import in_turn, launch_options, tl, triton, use_triton
 from dsv3_kernels.act_quant import quantize_block
 from dsv3_kernels.kv_fp8 import BLOCK, pack_latent_ref, unpack_latent_ref
 from dsv3_kernels.rmsnorm import rmsnorm
@@ -72,6 +72,7 @@ def _rope_and_cache_kernel(
     NATIVE: tl.constexpr,
 ):
     """One program per token. A token of another rank (slot -1) is at most kept."""
+    in_turn()
     t = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_ptr + t).to(tl.int64)
     # Ends of what is stored and kept: all of it, or nothing. (`mask & condition` of a block and a
@@ -153,6 +154,7 @@ def rope_and_cache_triton(
             triton.next_power_of_2((X - C) // 2),
             *(interleaved, is_packed, is_native(cache_SX)),
             num_warps=2,
+            **launch_options(),
         )
     return kept
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsv3_kernels._triton import tl, triton, use_triton
+from dsv3_kernels._triton import in_turn, launch_options, tl, triton, use_triton
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +100,7 @@ def _route_kernel(
     K_PAD: tl.constexpr,
 ):
     """Route one token. Its experts lie in registers as [G_PAD, M_PAD]: groups, members."""
+    in_turn()
     MEMBERS: tl.constexpr = E // G
     LOWEST: tl.constexpr = -(1 << 63)
     token = tl.program_id(0).to(tl.int64)
@@ -184,6 +185,7 @@ def route_triton(
             M_PAD=triton.next_power_of_2(E // G),
             K_PAD=triton.next_power_of_2(K),
             num_warps=1,
+            **launch_options(),
         )
     return ids_TK, weight_TK
 

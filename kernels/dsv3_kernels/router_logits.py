@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dsv3_kernels._triton import is_interpreted, tl, triton, use_triton
+from dsv3_kernels._triton import in_turn, is_interpreted, launch_options, tl, triton, use_triton
 
 # Parts of the sum, and up to how many tokens they have programs of their own.
 _PARTS = 16
@@ -61,6 +61,7 @@ def _router_logits_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Compute BLOCK_E logits of BLOCK_T tokens: of one part if APART, else of all of them."""
+    in_turn()
     STEPS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     expert = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     token = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -111,6 +112,7 @@ def router_logits_triton(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
             BLOCK_D=32 if x_TD.dtype == torch.float32 else 64,
             num_warps=4,
             num_stages=4,
+            **launch_options(),
         )
     return logits
 

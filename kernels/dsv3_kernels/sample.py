@@ -11,7 +11,7 @@ each of top-k and top-p: it finds the cut by four bits of a float at a time, and
 import torch
 from torch import Tensor
 
-from dsv3_kernels._triton import tl, triton, use_triton
+from dsv3_kernels._triton import in_turn, launch_options, tl, triton, use_triton
 
 _MASK = 0xFFFFFFFF
 _ROUND = (0xD2511F53, 0xCD9E8D57)
@@ -186,6 +186,7 @@ def _sample_kernel(
     CUT_BLOCK: tl.constexpr,
 ):
     """One program per row: its best, what is kept, the best of that with noise."""
+    in_turn()
     b = tl.program_id(0).to(tl.int64)
     row_ptr, lane = logits_ptr + b * stride, tl.arange(0, BLOCK)
     top, where = tl.full((BLOCK,), float("-inf"), tl.float32), lane
@@ -253,6 +254,7 @@ def sample_triton(
             *(v.contiguous() for v in vectors),
             *(out, logits_BW.stride(0), W, block, block // 2),
             num_warps=16,
+            **launch_options(),
         )
     return out
 

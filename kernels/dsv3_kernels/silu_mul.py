@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dsv3_kernels._e4m3 import e4m3_view, is_native
-from dsv3_kernels._triton import tl, triton, use_triton
+from dsv3_kernels._triton import in_turn, launch_options, tl, triton, use_triton
 from dsv3_kernels.act_quant import BLOCK, Quantized, act_quant_ref, quantize_block
 
 # Blocks of 128 that a program takes.
@@ -39,6 +39,7 @@ def _silu_mul_kernel(
     NATIVE: tl.constexpr,
 ):
     """Take B blocks of 128 of one row; write them to `y_ptr`, or quantized (QUANT)."""
+    in_turn()
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) * B + tl.arange(0, B)
     col = block[:, None] * 128 + tl.arange(0, 128)[None, :]
@@ -73,6 +74,7 @@ def _launch(gate_up_TF: Tensor, out: Tensor | Quantized, ue8m0: bool) -> None:
         UE8M0=ue8m0,
         NATIVE=is_native(gate_up_TF),
         num_warps=4,
+        **launch_options(),
     )
 
 

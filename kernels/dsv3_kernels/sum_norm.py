@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from dsv3_kernels._e4m3 import e4m3_view, is_native
-from dsv3_kernels._triton import HAS_TRITON, tl, triton
+from dsv3_kernels._triton import HAS_TRITON, in_turn, launch_options, tl, triton
 from dsv3_kernels.act_quant import BLOCK, Quantized
 from dsv3_kernels.rmsnorm import add_rmsnorm_ref, norm_row
 
@@ -145,6 +145,7 @@ def _sum_norm_kernel(
     NATIVE: tl.constexpr,
 ):
     """Sum and normalize one row, held as B blocks of 128; LANES are RANKS, filled up."""
+    in_turn()
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, B)[:, None] * 128 + tl.arange(0, 128)[None, :]
     mask = col < D
@@ -230,5 +231,6 @@ def sum_norm(
         NATIVE=is_native(x_TD),
         # Twice those of `add_rmsnorm`, for more loads under way: not measured.
         num_warps=min(16, max(1, blocks // 4)),
+        **launch_options(),
     )
     return sum_TD, h_TD, out

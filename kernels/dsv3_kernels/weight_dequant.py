@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from dsv3_kernels._e4m3 import decode_e4m3, e4m3_view, is_native
-from dsv3_kernels._triton import tl, triton, use_triton
+from dsv3_kernels._triton import in_turn, launch_options, tl, triton, use_triton
 
 BLOCK = 128
 _TILE = (16, 128)
@@ -47,6 +47,7 @@ def _weight_dequant_kernel(
     NATIVE: tl.constexpr,
 ):
     """Dequantize R rows and C columns of one of the stacked matrices."""
+    in_turn()
     e = tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * R + tl.arange(0, R).to(tl.int64)[:, None]
     col = tl.program_id(1) * C + tl.arange(0, C)[None, :]
@@ -93,6 +94,7 @@ def weight_dequant_triton(
             *block,
             *_TILE,
             NATIVE=is_native(w_FD),
+            **launch_options(),
         )
     return out
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from dsv3_kernels._triton import tl, triton, use_triton
+from dsv3_kernels._triton import in_turn, launch_options, tl, triton, use_triton
 
 _BLOCK = 4096  # bytes that a program moves
 
@@ -19,6 +19,7 @@ def write_slots_ref(cache_SY: Tensor, slot_T: Tensor, row_TY: Tensor) -> None:
 def _write_slots_kernel(
     cache_SY, slot_T, row_TY, stride_s, stride_t, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):
+    in_turn()
     t = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_T + t).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -34,7 +35,14 @@ def write_slots_triton(cache_SY: Tensor, slot_T: Tensor, row_TY: Tensor) -> None
     block = min(_BLOCK // cache_SY.element_size(), triton.next_power_of_2(width))
     if T:
         _write_slots_kernel[(T, triton.cdiv(width, block))](
-            cache_SY, slot_T, row_TY, cache_SY.stride(0), row_TY.stride(0), width, block
+            cache_SY,
+            slot_T,
+            row_TY,
+            cache_SY.stride(0),
+            row_TY.stride(0),
+            width,
+            block,
+            **launch_options(),
         )
 
 

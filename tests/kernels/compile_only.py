@@ -37,8 +37,9 @@ from dsv3_kernels.grouped_gemm import Stack
 from dsv3_kernels.kv_fp8 import packed_bytes
 from dsv3_kernels.merge_lse import merge_lse_triton
 from dsv3_kernels.mha_decode import mha_decode_triton
-from dsv3_kernels.mla_decode import HOPPER_TILE, mla_decode_parts_triton, mla_decode_triton
+from dsv3_kernels.mla_decode import HOPPER_TILE, mla_decode_triton
 from dsv3_kernels.mla_decode import tile_for as decode_tile
+from dsv3_kernels.mla_decode_parts import mla_decode_parts_triton
 from dsv3_kernels.mla_prefill import mla_prefill_packed_triton, mla_prefill_triton
 from dsv3_kernels.mla_prefill import tile_for as prefill_tile
 from dsv3_kernels.paging import Paging

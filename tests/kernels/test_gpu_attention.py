@@ -23,11 +23,11 @@ from dsv3_kernels.expand_values import expand_values_ref
 from dsv3_kernels.mha_decode import mha_decode_ref, mha_decode_triton
 from dsv3_kernels.mla_decode import (
     HOPPER_TILE,
-    mla_decode_parts_triton,
     mla_decode_ref,
     mla_decode_triton,
 )
 from dsv3_kernels.mla_decode_hopper import require_hopper
+from dsv3_kernels.mla_decode_parts import mla_decode_parts_triton
 from dsv3_kernels.mla_prefill import mla_prefill_packed, mla_prefill_ref
 from dsv3_kernels.rope import rotate_ref
 from dsv3_kernels.rope_and_cache import rope_and_cache_ref

@@ -8,11 +8,10 @@ import torch
 from dsv3_kernels import Paging, empty_parts, merge_lse, mla_decode, open_parts, pack_latent
 from dsv3_kernels.mla_decode import (
     Tile,
-    mla_decode_parts_ref,
-    mla_decode_parts_triton,
     mla_decode_ref,
     mla_decode_triton,
 )
+from dsv3_kernels.mla_decode_parts import mla_decode_parts_ref, mla_decode_parts_triton
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 from tests.kernels.definitions import attend
 from tests.kernels.paged import scatter

@@ -13,12 +13,11 @@ from dsv3_kernels import Paging, empty_parts, open_parts
 from dsv3_kernels.mla_decode import (
     HOPPER_TILE,
     Tile,
-    mla_decode_parts_ref,
-    mla_decode_parts_triton,
     mla_decode_ref,
     mla_decode_triton,
 )
 from dsv3_kernels.mla_decode_hopper import takes_hopper
+from dsv3_kernels.mla_decode_parts import mla_decode_parts_ref, mla_decode_parts_triton
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 from tests.kernels.gluon_emulator import load
 from tests.kernels.gluon_machine import Deadlock, Race
@@ -165,9 +164,8 @@ def test_mistakes_in_numbers_are_found() -> None:
 
 def test_it_is_taken_only_where_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     q, cache = (torch.zeros(n, 576, dtype=torch.bfloat16) for n in (128, 1))
-    monkeypatch.delenv("DSV3_MLA_DECODE", raising=False)
     assert not takes_hopper(q, cache, 128, 512)
-    monkeypatch.setenv("DSV3_MLA_DECODE", "gluon")
+    monkeypatch.setattr(HERE, "is_tried", "gluon".__eq__)
     with pytest.raises(RuntimeError, match="compute capability 9"):
         takes_hopper(q, cache, 128, 512)
     monkeypatch.setattr(HERE, "is_hopper", lambda x: True)
@@ -176,13 +174,10 @@ def test_it_is_taken_only_where_asked_for(monkeypatch: pytest.MonkeyPatch) -> No
     assert not takes_hopper(q, cache, 32, 512) and not takes_hopper(q, cache, 128, 448)
     assert not takes_hopper(q, cache.float(), 128, 512)
     assert not takes_hopper(q, torch.zeros(1, 656, dtype=torch.uint8), 128, 512)
-    monkeypatch.setenv("DSV3_MLA_DECODE", "cuda")
-    with pytest.raises(ValueError, match="DSV3_MLA_DECODE=cuda: use triton or gluon"):
-        takes_hopper(q, cache, 128, 512)
 
 
 def test_the_choice_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DSV3_MLA_DECODE", "gluon")
+    monkeypatch.setattr(HERE, "is_tried", "gluon".__eq__)
     monkeypatch.setattr(HERE, "is_hopper", lambda x: True)
     monkeypatch.setattr(HERE, "HAS_GLUON", True)
     launched = []

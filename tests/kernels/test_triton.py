@@ -1,12 +1,17 @@
 """Without triton the package imports, and the references compute."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
 import torch
 
-from dsv3_kernels._triton import HAS_TRITON, use_triton
+from dsv3_kernels import _triton, try_kernels
+from dsv3_kernels._triton import HAS_TRITON, is_tried, launch_options, use_triton
 
+ROOT = Path(__file__).resolve().parents[2]
 WITHOUT = """
 import importlib.util, sys
 find = importlib.util.find_spec
@@ -33,3 +38,36 @@ def test_without_triton() -> None:
 def test_a_cpu_tensor_is_for_the_references() -> None:
     assert not use_triton(torch.ones(1))
     assert HAS_TRITON or sys.platform != "linux"
+
+
+def test_unproven_forms_are_for_those_who_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_triton, "_tried", set())
+    monkeypatch.setattr(_triton, "_OVERLAPS", _triton._OVERLAPS)
+    assert not is_tried("gluon") and launch_options() == {}
+    try_kernels(["gluon"])
+    assert is_tried("gluon") and launch_options() == {}
+    try_kernels(["overlap"])
+    assert launch_options() == {"launch_pdl": True} and _triton._OVERLAPS.value
+    with pytest.raises(ValueError, match=r"\['turbo'\] are no forms of kernels; there are"):
+        try_kernels(["overlap", "turbo"])
+
+
+def test_every_kernel_waits_its_turn() -> None:
+    """With overlapping launches one that does not would read what is not written yet."""
+    kernels = launches = 0
+    for path in (ROOT / "kernels/dsv3_kernels").glob("*.py"):
+        if path.name == "mla_decode_hopper.py":  # launched as ever, so it starts after the others
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
+                first = next(ast.unparse(line) for line in node.body if not is_text(line))
+                assert first == "in_turn()", f"{path.name}: {node.name}"
+                kernels += 1
+            if isinstance(node, ast.Call) and ast.unparse(node.func).find("_kernel[") >= 0:
+                assert "**launch_options()" in ast.unparse(node), f"{path.name}: {node.lineno}"
+                launches += 1
+    assert kernels == launches > 20
+
+
+def is_text(line: ast.stmt) -> bool:
+    return isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant)
