@@ -25,16 +25,8 @@ from pathlib import Path
 
 import torch
 
-from dsv3.bench.bound import Profile
-from dsv3.bench.contest import Contender, EngineContender
-from dsv3.bench.dialogue import Dialogue, dialogue
-from dsv3.bench.dispatch import dispatch_time
-from dsv3.bench.host import host_time
-from dsv3.bench.peer import TransformersPeer
-from dsv3.bench.report import Report, check_plot, machine
-from dsv3.bench.throughput import throughput
-from dsv3.bench.workload import Lengths, draw_jobs
 from dsv3.config_files import DEMO, load_model_config
+from dsv3.engine.bound import Profile
 from dsv3.engine.config import EngineConfig
 from dsv3.engine.engine import Engine, follow
 from dsv3.engine.program import (
@@ -49,6 +41,19 @@ from dsv3.errors import ConfigError
 from dsv3.parallel.mesh import join_world
 from dsv3.text.tokenizer import Tokenizer
 
+# Scripts are never installed: what the benchmarks are made of is found beside them.
+sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
+
+from benchlib.contest import Contender, EngineContender
+from benchlib.dialogue import Dialogue, dialogue
+from benchlib.dispatch import dispatch_time
+from benchlib.flags import at_least
+from benchlib.host import host_time
+from benchlib.peer import TransformersPeer
+from benchlib.report import Report, check_plot, machine
+from benchlib.throughput import throughput
+from benchlib.workload import Lengths, draw_jobs
+
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 REPLAY = SCRIPTS / "replay_trace.py"
 # Programs of their own, with flags of their own.
@@ -58,17 +63,6 @@ ALONE = {
     "plan": ("bench_plan.py", "memory and time of every layout, on paper or on this machine"),
     "balance": ("bench_balance.py", "the busiest rank's load before and after balancing experts"),
 }
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """Return a reader of whole numbers."""
-
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number of {least} or more")
-        return int(text)
-
-    return number
 
 
 def lengths(text: str) -> Lengths:
@@ -243,11 +237,7 @@ def main() -> int:
         if report is not None:
             report.setting |= machine(report.setting.get("ranks", 1))
     if report is not None:
-        print(report)
-        if args.json:
-            report.write_json(args.json)
-        if args.plot:
-            report.plot(args.plot)
+        report.publish(args.json, args.plot)
     return 0
 
 

@@ -14,8 +14,8 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsv3.bench.bound import Profile
 from dsv3.config_files import DEMO, load_model_config
+from dsv3.engine.bound import Profile
 from dsv3.engine.engine import Engine, follow
 from dsv3.engine.program import (
     Parser,

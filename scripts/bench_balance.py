@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dsv3.bench.report import Report
+from benchlib.flags import add_program_flags, at_least
+from benchlib.report import Report
 from dsv3.config_files import DEMO, load_model_config
 from dsv3.engine.program import Parser, run_program, set_up_logging
 from dsv3.errors import ConfigError
@@ -55,13 +56,6 @@ def balance(args: argparse.Namespace) -> Report:
     return report
 
 
-def positive(text: str) -> int:
-    """Read a whole number above 0."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return int(text)
-
-
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = Parser(description=(__doc__ or "").split("\n")[0])
@@ -69,14 +63,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--config", help="the model (default: the demo model)")
     parser.add_argument("--skew", type=float, default=1.0, help="without --load: Zipf's exponent")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--ranks", type=positive, default=8)
+    parser.add_argument("--ranks", type=at_least(1), default=8)
     parser.add_argument(
-        "--nodes", type=positive, default=1, help="hosts; a group of experts stays on one"
+        "--nodes", type=at_least(1), default=1, help="hosts; a group of experts stays on one"
     )
     parser.add_argument("--redundant-experts", type=int, default=0, help="copies in a layer")
     parser.add_argument("--save", type=Path, help="write the placement here")
-    parser.add_argument("--json", type=Path, help="write the result here")
-    parser.add_argument("--debug", action="store_true", help="tracebacks with errors")
+    add_program_flags(parser)
     return parser.parse_args()
 
 
@@ -85,9 +78,7 @@ def main() -> int:
     args = parse_args()
     set_up_logging(args.debug)
     report = balance(args)
-    print(report)
-    if args.json:
-        report.write_json(args.json)
+    report.publish(args.json)
     return 0
 
 

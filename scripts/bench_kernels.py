@@ -11,12 +11,12 @@ small shapes in Triton's interpreter.
 import argparse
 import os
 import sys
-from pathlib import Path
 
 import torch
 
-from dsv3.bench.hardware import hardware
-from dsv3.bench.report import Report, machine
+from benchlib.flags import add_program_flags
+from benchlib.report import Report, machine
+from dsv3.engine.hardware import hardware
 from dsv3.engine.program import Parser, run_program, set_up_logging
 from dsv3.errors import ConfigError, RankError
 from dsv3.observe.roofline import Hardware, Op
@@ -31,8 +31,7 @@ def parse_args() -> argparse.Namespace:
         "--check", action="store_true", help="only compare; without a GPU in the interpreter"
     )
     parser.add_argument("--hardware", default="measure", help="ceilings: measure, h100 or h200")
-    parser.add_argument("--json", type=Path, help="write the result here")
-    parser.add_argument("--debug", action="store_true", help="tracebacks with errors")
+    add_program_flags(parser)
     return parser.parse_args()
 
 
@@ -84,9 +83,7 @@ def main() -> int:
     set_up_logging(args.debug)
     report = compare_and_time(args)
     report.setting |= machine(1)
-    print(report)
-    if args.json:
-        report.write_json(args.json)
+    report.publish(args.json)
     wrong = [f"{row['kernel']}, {row['shape']}" for row in report.rows if row["check"] != "right"]
     if wrong:
         raise RankError(f"kernels are wrong and were not timed: {'; '.join(wrong)}")

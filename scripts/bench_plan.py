@@ -19,14 +19,15 @@ import numpy as np
 import torch
 import yaml
 
-from dsv3.bench.hardware import hardware
-from dsv3.bench.report import Report, Row, machine
+from benchlib.flags import at_least
+from benchlib.report import Report, machine
 from dsv3.cache.layout import CacheLayout
 from dsv3.checkpoint.sharding import tensor_specs
 from dsv3.config import ParallelConfig, divisors, refuse_unknown
 from dsv3.config_files import DEMO, load_model_config, read_mapping
 from dsv3.engine.config import EngineConfig
 from dsv3.engine.engine import follow
+from dsv3.engine.hardware import hardware
 from dsv3.engine.memory import plan_memory, weight_bytes
 from dsv3.engine.plan import StepPlan
 from dsv3.engine.program import (
@@ -39,6 +40,7 @@ from dsv3.engine.program import (
 from dsv3.engine.start import Started, start
 from dsv3.errors import ConfigError, OutputError
 from dsv3.observe.roofline import HARDWARE, Hardware, Load, Op, Setup, step_ops
+from dsv3.observe.table import Row
 from dsv3.parallel.mesh import join_world
 
 _MANY, _REPEATS = 1_000_000, 30
@@ -54,7 +56,6 @@ CHECKED = (
     (1, 256, 0),
     (1, 1000, 0),
 )
-RATES = ("read", "fp8", "bf16", "fp32", "link", "net")
 RATES = ("read", "fp8", "bf16", "fp32", "link", "net")
 MEASURED = ("read", "fp32", "bf16", "link", "link_latency")
 
@@ -378,13 +379,6 @@ def check_steps(started: Started, hw: Hardware, dispatch: str) -> tuple[Report, 
     return report, hw
 
 
-def count(text: str) -> int:
-    """Read a whole number."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
-    return int(text)
-
-
 def figure(text: str) -> tuple[str, float]:
     """Read NAME=NUMBER."""
     name, _, number = text.partition("=")
@@ -400,12 +394,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--figure", type=figure, nargs="+", default=[], metavar="NAME=N", help="other figures"
     )
-    parser.add_argument("--batch", type=count, default=128, help="sequences, all groups")
-    parser.add_argument("--context", type=count, default=4096, help="positions of each")
-    parser.add_argument("--prefill", type=count, default=8192, help="tokens of a prompt step")
+    parser.add_argument("--batch", type=at_least(0), default=128, help="sequences, all groups")
+    parser.add_argument("--context", type=at_least(0), default=4096, help="positions of each")
+    parser.add_argument("--prefill", type=at_least(0), default=8192, help="tokens of a prompt step")
     parser.add_argument("--measure", action="store_true", help="this machine, held to the clock")
     parser.add_argument("--save-hardware", type=Path, help="write the measured figures here")
-    parser.add_argument("--threads", type=count, help="of each rank (default: its share)")
+    parser.add_argument("--threads", type=at_least(0), help="of each rank (default: its share)")
     parser.add_argument("--json", type=Path, help="write the result here")
     add_engine_flags(parser)
     return parser.parse_args()
@@ -417,9 +411,7 @@ def main() -> int:
     set_up_logging(args.debug)
     report = on_this_machine(args) if args.measure else on_paper(args)
     if report is not None:
-        print(report)
-        if args.json:
-            report.write_json(args.json)
+        report.publish(args.json)
     return 0
 
 

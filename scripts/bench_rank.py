@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
@@ -23,9 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsv3.bench.bound import what_bounds
-from dsv3.bench.hardware import hardware
-from dsv3.bench.report import Report, Row, machine
+from benchlib.flags import add_program_flags, at_least
+from benchlib.report import Report, machine
 from dsv3.cache.layout import CacheLayout
 from dsv3.cache.pool import CachePool
 from dsv3.checkpoint.load import fp8_products
@@ -33,6 +31,8 @@ from dsv3.checkpoint.reader import Source
 from dsv3.checkpoint.sharding import FP8_DTYPE, scale_region, shard_region, tensor_specs
 from dsv3.config import ModelConfig, ParallelConfig
 from dsv3.config_files import load_model_config
+from dsv3.engine.bound import what_bounds
+from dsv3.engine.hardware import hardware
 from dsv3.engine.plan import StepPlan
 from dsv3.engine.program import Parser, run_program, set_up_logging
 from dsv3.engine.runner import Runner
@@ -42,6 +42,7 @@ from dsv3.model.moe import MoE
 from dsv3.model.transformer import Transformer
 from dsv3.observe.profile import Clock, Profiler
 from dsv3.observe.roofline import Hardware, Setup, floor_seconds, step_ops
+from dsv3.observe.table import Row
 from dsv3.parallel.collectives import SingleRank, StandIn
 from dsv3.parallel.mesh import Mesh, join_world
 from dsv3.parallel.weights import FP8, BlockScale, WeightFormat
@@ -353,36 +354,28 @@ def shape_of(args: argparse.Namespace, on_cpu: bool) -> RankShape:
     )
 
 
-def positive(text: str) -> int:
-    """Read a whole number above 0."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return int(text)
-
-
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = Parser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--config", default="v3-671b", help="a preset's name or a config file")
-    parser.add_argument("--world", type=positive, default=8, help="ranks there would be")
+    parser.add_argument("--world", type=at_least(1), default=8, help="ranks there would be")
     parser.add_argument("--rank", type=int, default=0, help="which of them this is")
     parser.add_argument("--layers", default="4", help="N: one dense and N - 1 MoE layers; or all")
-    parser.add_argument("--batch", type=positive, nargs="+", default=[1, 8, 128])
-    parser.add_argument("--context", type=positive, default=1024, help="cached tokens of each")
+    parser.add_argument("--batch", type=at_least(1), nargs="+", default=[1, 8, 128])
+    parser.add_argument("--context", type=at_least(1), default=1024, help="cached tokens of each")
     parser.add_argument("--prefill", type=int, default=0, help="tokens of a prompt, too")
     parser.add_argument("--weights", default="auto", choices=["auto", "fp8", "bf16", "fp32"])
     parser.add_argument("--kv-dtype", default="auto", choices=["auto", "fp8", "bf16", "fp32"])
     parser.add_argument("--kv-shard", default="none", choices=["none", "tokens"])
     parser.add_argument("--skew", type=float, default=0.0, help="of the experts (0: uniform)")
     parser.add_argument("--no-comm", action="store_true", help="leave exchanges out")
-    parser.add_argument("--steps", type=positive, default=20)
+    parser.add_argument("--steps", type=at_least(1), default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--hardware", default="measure", help="its ceilings: measure, h100, h200")
     parser.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
-    parser.add_argument("--threads", type=positive, help="on a CPU (default: all)")
-    parser.add_argument("--json", type=Path, help="write the result here")
-    parser.add_argument("--debug", action="store_true", help="tracebacks with errors")
+    parser.add_argument("--threads", type=at_least(1), help="on a CPU (default: all)")
+    add_program_flags(parser)
     return parser.parse_args()
 
 
@@ -398,9 +391,7 @@ def main() -> int:
         what = (args.batch, args.context, args.prefill, args.steps, args.enforce_eager)
         report = rank_report(shape, mesh.device, ceilings, *what)
         report.setting |= machine(1)
-    print(report)
-    if args.json:
-        report.write_json(args.json)
+    report.publish(args.json)
     return 0
 
 

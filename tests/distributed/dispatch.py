@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from dsv3.bench.dispatch import dispatch_time
+from benchlib.dispatch import dispatch_time
 from dsv3.config import ParallelConfig, split_range
 from dsv3.model.moe import MoE
 from dsv3.model.side_stream import SideStream

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsv3.bench.contest import EngineContender, Measured, compete, middle
-from dsv3.bench.dialogue import Dialogue, dialogue
-from dsv3.bench.host import host_time
-from dsv3.bench.report import Report, machine
-from dsv3.bench.throughput import throughput
-from dsv3.bench.workload import Job, Lengths, draw_jobs
+from benchlib.contest import EngineContender, Measured, compete, middle
+from benchlib.dialogue import Dialogue, dialogue
+from benchlib.host import host_time
+from benchlib.report import Report, machine
+from benchlib.throughput import throughput
+from benchlib.workload import Job, Lengths, draw_jobs
 from dsv3.engine.config import EngineConfig
 from dsv3.errors import ConfigError, OutputError
 from tests.checkpoint_files import TINY

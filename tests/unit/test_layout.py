@@ -19,9 +19,9 @@ LEVELS = {
     "dsv3.text": 2,
     "dsv3.engine": 3,
     "dsv3.serve": 4,
-    "dsv3.bench": 4,
     "dsv3.llm": 4,
-    "launch": 5,
+    "benchlib": 5,
+    "launch": 6,
 }
 FOR_ALL = {"dsv3", "dsv3.config", "dsv3.config_files", "dsv3.errors", "dsv3.request"}
 FOR_ALL |= {"dsv3.observe"}
@@ -30,9 +30,9 @@ FOR_ALL |= {"dsv3.observe"}
 def sources() -> dict[str, Path]:
     """Every module of ours by its dotted name."""
     found = {}
-    for top, folder in ((ROOT, "dsv3"), (ROOT / "kernels", "dsv3_kernels"), (ROOT, "launch")):
-        for path in sorted((top / folder).rglob("*.py")):
-            parts = path.relative_to(top).with_suffix("").parts
+    for package in ("dsv3", "kernels/dsv3_kernels", "scripts/benchlib", "launch"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to((ROOT / package).parent).with_suffix("").parts
             found[".".join(parts).removesuffix(".__init__")] = path
     return found
 
@@ -71,6 +71,11 @@ def edges() -> list[tuple[str, str]]:
         for full in sorted(imported(path))
         if (target := module_of(full)) is not None
     ]
+
+
+def test_benchmarks_are_no_part_of_the_runtime() -> None:
+    users = {room(source) for source, target in edges() if room(target) == "benchlib"}
+    assert users == {"benchlib", "launch"}
 
 
 def test_the_rooms_are_those_of_the_plan() -> None:

@@ -7,9 +7,9 @@ from statistics import median
 
 import numpy as np
 
-from dsv3.bench.contest import Contender
-from dsv3.bench.report import Report
-from dsv3.bench.workload import Job
+from benchlib.contest import Contender
+from benchlib.report import Report
+from benchlib.workload import Job
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dsv3.bench.contest import Contender, Measured, compete, middle
-from dsv3.bench.report import Report
-from dsv3.bench.workload import Job
+from benchlib.contest import Contender, Measured, compete, middle
+from benchlib.report import Report
+from benchlib.workload import Job
 
 
 def throughput(contenders: Sequence[Contender], jobs: Sequence[Job], repeats: int) -> Report:

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsv3.bench.report import Report, Row
+from benchlib.report import Report
 from dsv3.config import ModelConfig
 from dsv3.model.moe import MoE
 from dsv3.model.side_stream import SideStream
+from dsv3.observe.table import Row
 from dsv3.parallel.experts import FP8, DispatchSettings, ExpertDispatch
 from dsv3.parallel.mesh import Mesh
 from dsv3.parallel.weights import WeightFormat

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from dsv3.bench.contest import Measured
-from dsv3.bench.workload import Job
+from benchlib.contest import Measured
+from benchlib.workload import Job
 from dsv3.checkpoint.load import load_weights
 from dsv3.checkpoint.sharding import tensor_specs
 from dsv3.checkpoint.source import open_source

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Protocol
 
-from dsv3.bench.workload import Job
+from benchlib.workload import Job
 from dsv3.engine.engine import Engine
 from dsv3.request import Request, SamplingParams
 

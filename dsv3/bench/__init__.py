@@ -1,1 +1,0 @@
-"""Measures the engine, beside a named peer in the same run."""

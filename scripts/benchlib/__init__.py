@@ -1,0 +1,1 @@
+"""What the benchmarks are made of: contests with a named peer in the same run, reports, flags."""
