@@ -15,8 +15,8 @@ Only full pages are kept; the partial page at the end of a sequence is cheap to 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
+from dsv3.cache.disk_index import DiskIndex
 from dsv3.cache.pages import PageAllocator
 from dsv3.cache.prefix import Match, PrefixTree, chain_hashes, encode
 
@@ -58,44 +58,6 @@ class Moves:
         return bool(self.offload or self.restore or self.store or self.fetch or self.settle)
 
 
-class Disk(Protocol):
-    """What is on disk, as `Tiers` needs to know it.
-
-    Attributes:
-        num_bytes: of all files.
-        num_written: files written.
-    """
-
-    num_bytes: int
-    num_written: int
-
-    def __contains__(self, key: PageKey) -> bool: ...
-
-    def accept(self, key: PageKey) -> bool:
-        """Tell whether to write a page, and expect it."""
-        ...
-
-    def touch(self, key: PageKey) -> None:
-        """Note that a page was used."""
-        ...
-
-    def discard(self, key: PageKey) -> None:
-        """Forget a page that could not be read."""
-        ...
-
-    def note_written(self) -> None:
-        """Find from now on what has been written meanwhile."""
-        ...
-
-    def catch_up(self) -> None:
-        """Wait until what is to be written is on disk, or too long."""
-        ...
-
-    def is_read(self, slot: int) -> bool:
-        """Tell whether a page has come, or failed to, on this rank."""
-        ...
-
-
 class Tiers:
     """The prefixes in host memory; what was not used for the longest time gives way.
 
@@ -105,7 +67,7 @@ class Tiers:
         disk: takes what gives way; None loses it.
     """
 
-    def __init__(self, num_slots: int, page_size: int, disk: Disk | None = None) -> None:
+    def __init__(self, num_slots: int, page_size: int, disk: DiskIndex | None = None) -> None:
         self._page_size, self._disk = page_size, disk
         self._free = list(range(num_slots - 1, -1, -1))
         # Oldest first. The ends of prefixes are older than their beginnings, and go first.

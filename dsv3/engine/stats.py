@@ -9,6 +9,9 @@ import torch
 
 from dsv3.engine.start import Started
 from dsv3.errors import ConfigError, OutputError
+from dsv3.observe.metrics import Metrics
+
+_EVENTS = ("steps", "preemptions", "evictions", "offloads", "host_hits", "disk_hits", "disk_writes")
 
 
 def collect_stats(started: Started, seconds: dict[str, float]) -> dict[str, Any]:
@@ -18,53 +21,36 @@ def collect_stats(started: Started, seconds: dict[str, float]) -> dict[str, Any]
         started: this rank.
         seconds: of the phases, in the order they ran.
     """
-    mesh, engine = started.mesh, started.engine
-    group_tokens = started.cache.num_usable_pages * started.cache.layout.page_size
-    mine = [
-        started.runner.weight_bytes,
-        started.cache.num_bytes,
-        started.runner.host_cache_bytes,
-        mesh.layout.dp * group_tokens,
-        _peak_memory(mesh.device),
-        mesh.sent_bytes,
-    ]
-    figures = torch.tensor(mine, dtype=torch.int64, device=mesh.device)
-    names = (
-        "weight_bytes",
-        "cache_bytes",
-        "host_cache_bytes",
-        "cache_tokens",
-        "peak_memory_bytes",
-        "sent_bytes",
-    )
+    mesh, runner, cache = started.mesh, started.runner, started.cache
+    mine = {
+        "weight_bytes": runner.weight_bytes,
+        "cache_bytes": cache.num_bytes,
+        "host_cache_bytes": runner.host_cache_bytes,
+        "cache_tokens": mesh.layout.dp * cache.num_usable_pages * cache.layout.page_size,
+        "peak_memory_bytes": _peak_memory(mesh.device),
+        "sent_bytes": mesh.sent_bytes,
+    }
+    figures = torch.tensor(list(mine.values()), dtype=torch.int64, device=mesh.device)
     ranks = [
-        {"rank": rank, **dict(zip(names, values, strict=True))}
+        {"rank": rank, **dict(zip(mine, values, strict=True))}
         for rank, values in enumerate(mesh.world.all_gather(figures).tolist())
     ]
-    done = engine.metrics if engine is not None else None
+    done = Metrics() if started.engine is None else started.engine.metrics
     return {
         "world_size": mesh.layout.world_size,
         "tp": mesh.layout.tp,
         "dp": mesh.layout.dp,
-        "dtype": started.runner.numerics,
+        "dtype": runner.numerics,
         "ranks": ranks,
-        "disk_cache_bytes": done.disk_bytes if done else 0,
+        "disk_cache_bytes": done.disk_bytes,
         "tokens": {
-            "prefill": done.prefill_tokens if done else 0,
-            "reused": done.reused_tokens if done else 0,
-            "decode": done.decode_tokens if done else 0,
+            "prefill": done.prefill_tokens,
+            "reused": done.reused_tokens,
+            "decode": done.decode_tokens,
             "drafted": 0,
             "accepted": 0,
         },
-        "events": {
-            "steps": done.steps if done else 0,
-            "preemptions": done.preemptions if done else 0,
-            "evictions": done.evictions if done else 0,
-            "offloads": done.offloads if done else 0,
-            "host_hits": done.host_hits if done else 0,
-            "disk_hits": done.disk_hits if done else 0,
-            "disk_writes": done.disk_writes if done else 0,
-        },
+        "events": {name: getattr(done, name) for name in _EVENTS},
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
     }
 

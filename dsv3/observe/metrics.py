@@ -4,10 +4,14 @@ Counters and gauges are plain numbers, so that counting costs nothing. An engine
 and nobody else writes to it; any thread may read.
 """
 
+# ruff: noqa: RUF009 (the calls in Metrics make fields, not values)
+
 from bisect import bisect_left
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import partial
 from itertools import accumulate
+from typing import Any
 
 # Ten steps a decade, from 10 us to 1000 s: a quantile is off by 12 % at the very most.
 SECONDS = tuple(10 ** (exponent / 10) for exponent in range(-50, 31))
@@ -55,46 +59,53 @@ class Histogram:
         return lower if self.count else 0.0
 
 
-def _seconds() -> Histogram:
-    return Histogram(SECONDS)
+def _number(kind: str, about: str) -> Any:
+    return field(default=0, metadata={"kind": kind, "about": about})
 
 
-def _counts() -> Histogram:
-    return Histogram(COUNTS)
+def _histogram(bounds: tuple[float, ...], about: str) -> Any:
+    metadata = {"kind": "histogram", "about": about}
+    return field(default_factory=partial(Histogram, bounds), metadata=metadata)
+
+
+_counter, _gauge = partial(_number, "counter"), partial(_number, "gauge")
+_seconds, _counts = partial(_histogram, SECONDS), partial(_histogram, COUNTS)
 
 
 @dataclass(slots=True)
 class Metrics:
-    """One engine's figures, in tokens, pages and seconds. The tables below say what each one is."""
+    """One engine's figures, in tokens, pages and seconds, each with what it is."""
 
-    steps: int = 0
-    requests: int = 0
-    prefill_tokens: int = 0
-    reused_tokens: int = 0
-    decode_tokens: int = 0
-    preemptions: int = 0
-    evictions: int = 0
-    offloads: int = 0
-    host_hits: int = 0
-    disk_hits: int = 0
-    disk_writes: int = 0
-    run_seconds: float = 0.0
-    sent_bytes: int = 0
+    steps: int = _counter("steps run")
+    requests: int = _counter("requests answered")
+    prefill_tokens: int = _counter(
+        "tokens of prompts, and of answers that lost their pages, computed"
+    )
+    reused_tokens: int = _counter("tokens found in the cache instead")
+    decode_tokens: int = _counter("generated tokens computed, one at a time")
+    preemptions: int = _counter("times a running request lost its pages to an earlier one")
+    evictions: int = _counter("cached pages dropped for want of room")
+    offloads: int = _counter("evicted pages kept in host memory")
+    host_hits: int = _counter("pages copied back from host memory")
+    disk_hits: int = _counter("pages read from disk into host memory")
+    disk_writes: int = _counter("files written to the disk cache")
+    run_seconds: float = _counter("time spent in steps")
+    sent_bytes: int = _counter("bytes that rank 0 sent to other ranks")
 
-    waiting: int = 0
-    running: int = 0
-    pages_used: int = 0
-    pages_pinned: int = 0
-    pages_idle: int = 0
-    pages_free: int = 0
-    disk_bytes: int = 0
+    waiting: int = _gauge("requests in line")
+    running: int = _gauge("requests in progress")
+    pages_used: int = _gauge("pages that requests hold, and pinned ones")
+    pages_pinned: int = _gauge("cached pages that are never evicted")
+    pages_idle: int = _gauge("cached pages that nobody holds")
+    pages_free: int = _gauge("empty pages")
+    disk_bytes: int = _gauge("bytes of the disk cache, of all models and runs")
 
-    queue_seconds: Histogram = field(default_factory=_seconds)
-    first_token_seconds: Histogram = field(default_factory=_seconds)
-    token_seconds: Histogram = field(default_factory=_seconds)
-    host_seconds: Histogram = field(default_factory=_seconds)
-    step_sequences: Histogram = field(default_factory=_counts)
-    step_tokens: Histogram = field(default_factory=_counts)
+    queue_seconds: Histogram = _seconds("time from a request's arrival to its first step")
+    first_token_seconds: Histogram = _seconds("time from a request's arrival to its first token")
+    token_seconds: Histogram = _seconds("time per token after the first, a mean for each request")
+    host_seconds: Histogram = _seconds("time of a step spent on planning and committing")
+    step_sequences: Histogram = _counts("sequences in a step")
+    step_tokens: Histogram = _counts("new tokens in a step")
 
     @property
     def hit_rate(self) -> float:
@@ -119,47 +130,12 @@ class Metrics:
     def prometheus(self) -> str:
         """Return all figures in Prometheus's text format."""
         lines = []
-        for kind, about in (("counter", COUNTERS), ("gauge", GAUGES), ("histogram", HISTOGRAMS)):
-            for attribute, text in about.items():
-                name = f"dsv3_{attribute}_total" if kind == "counter" else f"dsv3_{attribute}"
-                lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
-                value = getattr(self, attribute)
-                lines += _buckets(name, value) if kind == "histogram" else [f"{name} {value}"]
+        for figure in fields(self):
+            kind, value = figure.metadata["kind"], getattr(self, figure.name)
+            name = f"dsv3_{figure.name}_total" if kind == "counter" else f"dsv3_{figure.name}"
+            lines += [f"# HELP {name} {figure.metadata['about']}", f"# TYPE {name} {kind}"]
+            lines += _buckets(name, value) if kind == "histogram" else [f"{name} {value}"]
         return "\n".join(lines) + "\n"
-
-
-COUNTERS = {
-    "steps": "steps run",
-    "requests": "requests answered",
-    "prefill_tokens": "tokens of prompts, and of answers that lost their pages, computed",
-    "reused_tokens": "tokens found in the cache instead",
-    "decode_tokens": "generated tokens computed, one at a time",
-    "preemptions": "times a running request lost its pages to an earlier one",
-    "evictions": "cached pages dropped for want of room",
-    "offloads": "evicted pages kept in host memory",
-    "host_hits": "pages copied back from host memory",
-    "disk_hits": "pages read from disk into host memory",
-    "disk_writes": "files written to the disk cache",
-    "run_seconds": "time spent in steps",
-    "sent_bytes": "bytes that rank 0 sent to other ranks",
-}
-GAUGES = {
-    "waiting": "requests in line",
-    "running": "requests in progress",
-    "pages_used": "pages that requests hold, and pinned ones",
-    "pages_pinned": "cached pages that are never evicted",
-    "pages_idle": "cached pages that nobody holds",
-    "pages_free": "empty pages",
-    "disk_bytes": "bytes of the disk cache, of all models and runs",
-}
-HISTOGRAMS = {
-    "queue_seconds": "time from a request's arrival to its first step",
-    "first_token_seconds": "time from a request's arrival to its first token",
-    "token_seconds": "time per token after the first, a mean for each request",
-    "host_seconds": "time of a step spent on planning and committing",
-    "step_sequences": "sequences in a step",
-    "step_tokens": "new tokens in a step",
-}
 
 
 def _buckets(name: str, histogram: Histogram) -> Iterator[str]:

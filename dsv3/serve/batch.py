@@ -4,8 +4,8 @@ import logging
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
 
+from dsv3.engine.engine import Engine
 from dsv3.errors import ConfigError, Dsv3Error, OutputError, RequestError
 from dsv3.request import Completion, Request, RequestOutput
 from dsv3.serve.progress import Progress
@@ -16,28 +16,6 @@ from dsv3.text.text_request import encode_prompt, token_requests
 from dsv3.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
-
-
-class BatchEngine(Protocol):
-    """What a batch job needs of the engine."""
-
-    tokenizer: Tokenizer | None
-    max_seq_len: int
-    vocab_size: int
-    max_running: int
-
-    @property
-    def num_unfinished(self) -> int:
-        """Requests waiting or running."""
-
-    def add(self, request: Request) -> None:
-        """Put a request in line, or raise RequestError."""
-
-    def cancel(self, request_id: str) -> None:
-        """Drop a request without an answer."""
-
-    def step(self) -> list[RequestOutput]:
-        """Run one step; return what it added."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -85,7 +63,7 @@ def prewarm_prompts(
 
 
 def run_batch(
-    engine: BatchEngine,
+    engine: Engine,
     rows: Iterable[Row],
     sink: Sink,
     chat: ChatFormat | None,
@@ -117,7 +95,7 @@ class _Unfinished:
 
 @dataclass(slots=True)
 class _Batch:
-    engine: BatchEngine
+    engine: Engine
     sink: Sink
     chat: ChatFormat | None
     progress: Progress

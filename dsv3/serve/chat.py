@@ -3,10 +3,10 @@
 import re
 import time
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
+from dsv3.engine.engine import Engine
 from dsv3.errors import RequestError
-from dsv3.observe.metrics import Metrics
 from dsv3.request import Completion, Request, RequestOutput
 from dsv3.serve.terminal import Console
 from dsv3.text.chat import ChatFormat, ThoughtStream, opens_thought
@@ -21,33 +21,6 @@ HELP = """\
 /help          this list
 /exit          leave; also Ctrl-D
 Ctrl-C stops an answer. A message may begin with / if a space goes before it."""
-
-
-class ChatEngine(Protocol):
-    """What a chat needs of the engine."""
-
-    max_seq_len: int
-    vocab_size: int
-    metrics: Metrics
-
-    @property
-    def cache_tokens(self) -> int:
-        """Positions the cache holds."""
-
-    def add(self, request: Request) -> None:
-        """Put a request in line, or raise RequestError."""
-
-    def cancel(self, request_id: str) -> None:
-        """Drop a request without an answer."""
-
-    def drop_conversation(self, conversation_id: str) -> None:
-        """Forget what only this conversation has in the cache."""
-
-    def step(self) -> list[RequestOutput]:
-        """Run one step; return what it added."""
-
-    def has_work(self) -> bool:
-        """Tell whether a step would do anything."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -96,7 +69,7 @@ class Chat:
         console: the user's side.
     """
 
-    engine: ChatEngine
+    engine: Engine
     format: ChatFormat
     defaults: Defaults
     console: Console

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from typing import Protocol, TextIO
+from typing import TextIO
 
 from dsv3.errors import OutputError
 from dsv3.request import Completion
@@ -14,36 +14,19 @@ from dsv3.text.tokenizer import Tokenizer
 BAD_REQUEST, OUR_FAULT = 400, 500
 
 
-class Sink(Protocol):
-    """Where results go.
+class JournalSink:
+    """Writes one result line per row into a journal.
 
     Attributes:
         failed_before: rows that earlier runs found to be bad requests.
     """
-
-    failed_before: int
-
-    def __contains__(self, row: Row) -> bool:
-        """Tell whether an earlier run has answered this row."""
-
-    def begin(self, row: Row) -> None:
-        """Hear of a row, in input order, before its result."""
-
-    def answer(self, row: Row, completions: Sequence[Completion]) -> None:
-        """Take the answers to a row."""
-
-    def fail(self, row: Row, status: int, message: str, code: str | None) -> None:
-        """Take the reason why a row has no answer."""
-
-
-class JournalSink:
-    """Writes one result line per row into a journal."""
 
     def __init__(self, journal: Journal, tokenizer: Tokenizer | None) -> None:
         self._journal, self._tokenizer = journal, tokenizer
         self.failed_before = journal.num_failed
 
     def __contains__(self, row: Row) -> bool:
+        """Tell whether an earlier run has answered this row."""
         return row in self._journal
 
     def begin(self, row: Row) -> None:
@@ -102,6 +85,9 @@ class TextSink:
             except OSError as error:
                 raise OutputError(f"standard output: cannot write ({error.strerror})") from None
         self._stream.flush()
+
+
+Sink = JournalSink | TextSink
 
 
 def _prompt_text(row: Row) -> str:

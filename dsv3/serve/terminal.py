@@ -12,7 +12,7 @@ import subprocess
 import sys
 import termios
 from collections import deque
-from typing import Protocol, Self
+from typing import Self
 
 from dsv3.errors import OutputError
 from dsv3.serve.line_editor import Keys, LineEditor, is_control
@@ -23,31 +23,6 @@ _GONE = "gone"  # the key that a closed terminal sends
 _SEQUENCE_SECONDS = 0.1  # between the characters of one key
 _DIM, _PLAIN = "\x1b[2m", "\x1b[22m"
 _PASTE_ON, _PASTE_OFF = "\x1b[?2004h", "\x1b[?2004l"  # pasted text comes marked as such
-
-
-class Console(Protocol):
-    """What a chat needs of its user's side."""
-
-    def read(self) -> str | None:
-        """Return the next thing the user says, None if there is no more."""
-
-    def show(self, text: str) -> None:
-        """Show text of ours: a whole line or several."""
-
-    def note(self, text: str) -> None:
-        """Show a remark on what has happened."""
-
-    def answer(self, text: str) -> None:
-        """Show more of an answer."""
-
-    def thought(self, text: str) -> None:
-        """Show more of what the model thinks before it answers."""
-
-    def end_answer(self, remark: str) -> None:
-        """End an answer, with a remark if there is something to say of it."""
-
-    def interrupted(self) -> bool:
-        """Tell whether the user wants the answer to stop."""
 
 
 class Lines:
@@ -77,21 +52,19 @@ class Lines:
         self.show(f"({text})")
 
     def answer(self, text: str) -> None:
-        """Write as it is."""
+        """Write as it is, more of an answer."""
         _write(sys.stdout.fileno(), text)
 
-    def thought(self, text: str) -> None:
-        """Write as it is."""
-        _write(sys.stdout.fileno(), text)
+    thought = answer  # what the model thinks before it answers
 
     def end_answer(self, remark: str) -> None:
-        """End the line."""
+        """End the line, with a remark if there is something to say of the answer."""
         _write(sys.stdout.fileno(), "\n")
         if remark:
             self.note(remark)
 
     def interrupted(self) -> bool:
-        """Ctrl-C ends the program where there is no terminal."""
+        """Tell that the answer goes on: Ctrl-C ends the program where there is no terminal."""
         return False
 
 
@@ -232,7 +205,10 @@ class Terminal:
         _write(self._out, mark + "\r\n")
 
 
-def open_console() -> Terminal | Lines:
+Console = Terminal | Lines
+
+
+def open_console() -> Console:
     """Return the terminal if input and output are one, and it can do more than print."""
     able = os.environ.get("TERM", "dumb") != "dumb"
     ends = (sys.stdin, sys.stdout)  # None where they were closed

@@ -5,7 +5,6 @@
 
 import codecs
 from collections.abc import Iterable, Sequence
-from typing import Protocol
 
 from dsv3.text.tokenizer import Tokenizer
 
@@ -15,26 +14,11 @@ CONTEXT = 8  # tokens kept in front of the next one
 WINDOW = 32  # tokens decoded at once
 
 
-class Detokenizer(Protocol):
-    """Turns token ids into text as they come, never showing half a character."""
-
-    def push(self, ids: Iterable[int]) -> str:
-        """Take more tokens; return the text that is settled now and was not before."""
-
-    def finish(self) -> str:
-        """Return what was held back: bytes that became no character."""
-
-
-def make_detokenizer(tokenizer: Tokenizer, context: Sequence[int] = ()) -> Detokenizer:
-    """Begin after `context`, the tokens in front, whose text is not given out again."""
-    # A vocabulary of bytes is one throughout; any token of it tells.
-    if tokenizer.piece(0) is None:
-        return WindowDetokenizer(tokenizer, context)
-    return ByteDetokenizer(tokenizer)
-
-
 class ByteDetokenizer:
-    """For vocabularies whose tokens are bytes, whatever stands around them."""
+    """Turns tokens into text as they come, never half a character.
+
+    For vocabularies whose tokens are bytes, whatever stands around them.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._piece = tokenizer.piece
@@ -50,7 +34,7 @@ class ByteDetokenizer:
 
 
 class WindowDetokenizer:
-    """For any vocabulary: decodes the latest few tokens, and gives out what was not there before.
+    """The same for any vocabulary: decodes the latest few tokens, and gives out what is new.
 
     Single tokens would not do: a character's bytes may lie in several of them, and some decoders
     drop the blank in front of the first. All tokens, every time, would cost O(n^2).
@@ -86,6 +70,17 @@ class WindowDetokenizer:
         """Keep only the latest tokens, and `num_held` characters of them still to be given."""
         del self._window[:-CONTEXT]
         self._num_given = max(0, len(self._tokenizer.decode(self._window)) - num_held)
+
+
+Detokenizer = ByteDetokenizer | WindowDetokenizer
+
+
+def make_detokenizer(tokenizer: Tokenizer, context: Sequence[int] = ()) -> Detokenizer:
+    """Begin after `context`, the tokens in front, whose text is not given out again."""
+    # A vocabulary of bytes is one throughout; any token of it tells.
+    if tokenizer.piece(0) is None:
+        return WindowDetokenizer(tokenizer, context)
+    return ByteDetokenizer(tokenizer)
 
 
 class StopChecker:
