@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import NoneType, TracebackType
+from types import NoneType
 from typing import Any, Self
 
 from dsv3.config_files import DEMO
@@ -74,18 +74,13 @@ class LLM:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if error is None:
+    def __exit__(self, *raised: Any) -> None:
+        if raised[1] is None:
             self.close()
         else:  # the other ranks may be anywhere
             if self._started.mesh.world.size > 1:
-                traceback.print_exception(error)
-            self._stack.__exit__(kind, error, trace)
+                traceback.print_exception(raised[1])
+            self._stack.__exit__(*raised)
 
     def close(self) -> None:
         """Leave the other ranks; what is cached goes to disk, if there is a disk cache."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dsv3.checkpoint.names import scale_name
+from dsv3.checkpoint.names import FROM_DEEPSEEK, scale_name
 from dsv3.checkpoint.safetensors_file import make_header
 from dsv3.checkpoint.sharding import scale_shape, tensor_specs
 from dsv3.config import ModelConfig, QuantizationConfig, RopeScaling
@@ -44,6 +44,12 @@ TINY = ModelConfig(
 FP8 = QuantizationConfig()
 
 Tensors = dict[str, tuple[str, tuple[int, ...], bytes]]
+
+
+def to_deepseek(name: str) -> str:
+    """Hugging Face name to that of DeepSeek's own converter."""
+    theirs = {ours: short for short, ours in FROM_DEEPSEEK.items()}
+    return ".".join(theirs.get(part, part) for part in name.removeprefix("model.").split("."))
 
 
 def random_tensors(config: ModelConfig, seed: int = 0) -> Tensors:

@@ -7,7 +7,7 @@ and a few buffers, whatever the model's size.
 
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -77,32 +77,22 @@ def _packed_with(name: str) -> Iterable[str]:
                 yield from (name.replace(f".{one}.", f".{other}.") for other in pack)
 
 
-def load_weights(
-    source: Source,
-    targets: Iterable[Target],
-    layout: ParallelConfig,
-    progress: Callable[[int], None] = lambda num_bytes: None,
-) -> None:
+def load_weights(source: Source, targets: Iterable[Target], layout: ParallelConfig) -> None:
     """Read this rank's part of every target.
 
     Args:
         source: an open, checked checkpoint.
         targets: memory to fill; all of it is filled.
         layout: this rank's place.
-        progress: told the bytes done, now and then, from any thread.
 
     Raises:
         CheckpointError: a file is missing or cut short.
     """
     specs = tensor_specs(source.config)
 
-    def load(target: Target) -> None:
-        _load_target(source, target, specs[target.name], layout)
-        progress(target.dest.numel() * target.dest.element_size())
-
     with ThreadPoolExecutor(_WORKERS) as pool:
-        for _ in pool.map(load, targets):
-            pass
+        loads = pool.map(lambda t: _load_target(source, t, specs[t.name], layout), targets)
+        list(loads)  # raises the first failure, and drops what waits behind it
 
 
 def _load_target(source: Source, target: Target, spec: TensorSpec, layout: ParallelConfig) -> None:

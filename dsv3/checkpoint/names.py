@@ -2,28 +2,27 @@
 
 _SCALE = ".weight_scale_inv"
 # One dotted component at a time. Names inside V3.2's indexer are the same in both spellings.
-_TO_DEEPSEEK = {
-    "self_attn": "attn",
-    "mlp": "ffn",
-    "embed_tokens": "embed",
-    "lm_head": "head",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "q_proj": "wq",
-    "q_a_proj": "wq_a",
-    "q_a_layernorm": "q_norm",
-    "q_b_proj": "wq_b",
-    "kv_a_proj_with_mqa": "wkv_a",
-    "kv_a_layernorm": "kv_norm",
-    "kv_b_proj": "wkv_b",
-    "o_proj": "wo",
-    "gate_proj": "w1",
-    "down_proj": "w2",
-    "up_proj": "w3",
-    "weight_scale_inv": "scale",
-    "e_score_correction_bias": "bias",
+FROM_DEEPSEEK = {
+    "attn": "self_attn",
+    "ffn": "mlp",
+    "embed": "embed_tokens",
+    "head": "lm_head",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "wq": "q_proj",
+    "wq_a": "q_a_proj",
+    "q_norm": "q_a_layernorm",
+    "wq_b": "q_b_proj",
+    "wkv_a": "kv_a_proj_with_mqa",
+    "kv_norm": "kv_a_layernorm",
+    "wkv_b": "kv_b_proj",
+    "wo": "o_proj",
+    "w1": "gate_proj",
+    "w2": "down_proj",
+    "w3": "up_proj",
+    "scale": "weight_scale_inv",
+    "bias": "e_score_correction_bias",
 }
-_FROM_DEEPSEEK = {theirs: ours for ours, theirs in _TO_DEEPSEEK.items()}
 
 
 def scale_name(weight: str) -> str:
@@ -36,20 +35,11 @@ def weight_name(scale: str) -> str | None:
     return scale.removesuffix(_SCALE) + ".weight" if scale.endswith(_SCALE) else None
 
 
-def to_deepseek(name: str) -> str:
-    """Hugging Face name to DeepSeek's."""
-    parts = name.removeprefix("model.").split(".")
-    return ".".join(_TO_DEEPSEEK.get(part, part) for part in parts)
-
-
 def from_deepseek(name: str) -> str:
     """DeepSeek's name to Hugging Face's. A name that is neither comes back as some unknown name."""
     parts = name.split(".")
-    if "indexer" in parts:
-        at = parts.index("indexer")
-        parts = [_FROM_DEEPSEEK.get(part, part) for part in parts[:at]] + [
-            "weight_scale_inv" if part == "scale" else part for part in parts[at:]
-        ]
-    else:
-        parts = [_FROM_DEEPSEEK.get(part, part) for part in parts]
-    return ".".join(parts if parts[0] == "lm_head" else ["model", *parts])
+    inner = parts.index("indexer") if "indexer" in parts else len(parts)
+    outside = [FROM_DEEPSEEK.get(part, part) for part in parts[:inner]]
+    inside = ["weight_scale_inv" if part == "scale" else part for part in parts[inner:]]
+    top = [] if outside[:1] == ["lm_head"] else ["model"]
+    return ".".join(top + outside + inside)

@@ -14,14 +14,12 @@ from dsv3.checkpoint.digest import file_digest
 from dsv3.checkpoint.manifest import DIGEST_KEY, MANIFEST, read_manifest
 from dsv3.checkpoint.names import from_deepseek, weight_name
 from dsv3.checkpoint.reader import Piece, Source, TensorInfo
-from dsv3.checkpoint.region import Region, region_shape, whole
+from dsv3.checkpoint.region import region_shape, whole
 from dsv3.checkpoint.safetensors_file import Entry, read_header
 from dsv3.checkpoint.sharding import Split, TensorSpec, tensor_specs
 from dsv3.config import ModelConfig
 from dsv3.config_files import load_model_config
 from dsv3.errors import CheckpointError, ConfigError
-
-__all__ = ["Piece", "Region", "Source", "TensorInfo", "open_source", "region_shape", "whole"]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -8,6 +8,7 @@ import numpy as np
 from dsv3.engine.plan import NO_TARGET, Ints, StepPlan, pack_pages
 from dsv3.engine.scheduler import Step
 from dsv3.engine.sequence import Sequence
+from dsv3.request import SamplingParams
 
 
 @dataclass(slots=True)
@@ -49,7 +50,7 @@ def _write_plan(step: Step, number: int, num_rows: int) -> tuple[StepPlan, list[
     context = [seq.num_computed for seq, _ in step.chosen]
     for seq, count in step.chosen:
         stop = seq.num_computed + count
-        first_row = len(rows.row)
+        first_row = len(rows)
         num_scored = rows.add_scored(seq, stop, start)
         tokens += seq.token_ids[seq.num_computed : stop]
         if stop > len(seq.token_ids):
@@ -58,7 +59,7 @@ def _write_plan(step: Step, number: int, num_rows: int) -> tuple[StepPlan, list[
         samples = seq.request.params.max_tokens > 0 and seq.num_left == count
         if samples:
             rows.add_sampled(seq, stop, start + count - 1)
-            seq.pending = number, len(rows.row) - 1
+            seq.pending = number, len(rows) - 1
         seq.num_computed = stop
         at = num_rows + first_row
         work.append(Work(seq, count, stop, at, num_scored, samples, seq.num_preempted))
@@ -93,18 +94,14 @@ class _Rows:
     """Collects the logits rows of a plan."""
 
     def __init__(self) -> None:
-        self.row: list[int] = []
-        self.position: list[int] = []
-        self.target: list[int] = []
-        self.top_logprobs: list[int] = []
-        self.seqs: list[Sequence] = []
+        self._rows: list[tuple[SamplingParams, tuple[int, int, int, int]]] = []
+
+    def __len__(self) -> int:
+        return len(self._rows)
 
     def _add(self, seq: Sequence, row: int, position: int, target: int, top: int | None) -> None:
-        self.row.append(row)
-        self.position.append(position)
-        self.target.append(target)
-        self.top_logprobs.append(-1 if top is None else top)
-        self.seqs.append(seq)
+        numbers = row, position, target, -1 if top is None else top
+        self._rows.append((seq.request.params, numbers))
 
     def add_scored(self, seq: Sequence, stop: int, start: int) -> int:
         """Score the prompt tokens after the step's, unless that was done; return how many."""
@@ -125,14 +122,11 @@ class _Rows:
 
     def fill(self, plan: StepPlan) -> None:
         """Write the rows into a plan."""
-        params = [seq.request.params for seq in self.seqs]
+        params = [params for params, _ in self._rows]
+        numbers = np.array([numbers for _, numbers in self._rows], np.int32).reshape(-1, 4)
+        plan.row, plan.position, plan.target, plan.top_logprobs = np.ascontiguousarray(numbers.T)
         seeds = np.array([p.seed for p in params], np.int64).view(np.int32).reshape(-1, 2)
-        plan.row = _ints(self.row)
-        plan.position = _ints(self.position)
-        plan.target = _ints(self.target)
-        plan.top_logprobs = _ints(self.top_logprobs)
+        plan.seed_low, plan.seed_high = np.ascontiguousarray(seeds.T)
         plan.top_k = _ints(min(p.top_k, 2**31 - 1) for p in params)
-        plan.seed_low = np.ascontiguousarray(seeds[:, 0])
-        plan.seed_high = np.ascontiguousarray(seeds[:, 1])
         plan.temperature = np.array([p.temperature for p in params], np.float32)
         plan.top_p = np.array([p.top_p for p in params], np.float32)

@@ -125,7 +125,6 @@ def start(
     mesh: Mesh,
     config: ModelConfig | None = None,
     n_experts: int | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Started:
     """Load a checkpoint on every rank and make it ready to run.
 
@@ -135,7 +134,6 @@ def start(
         mesh: this rank and its peers.
         config: the model, where the directory does not say.
         n_experts: routed experts the user expects, checked if given.
-        progress: told (bytes loaded, all bytes) of this rank, from any thread.
 
     Raises:
         ConfigError, CheckpointError: the model, the layout and the files do not fit together.
@@ -158,7 +156,8 @@ def start(
         if setup.placement is not None:  # a group's experts may be anywhere
             dispatch = replace(dispatch, groups=(1, 1))
         split_from = settings.split_from(mesh.device.type)
-        model = _load_model(source, mesh, setup, dispatch, split_from, progress)
+        model = Transformer(source.config, mesh, setup.fmt, dispatch, split_from, setup.placement)
+        load_weights(source, model.eval().targets(), mesh.layout)
         weights = b""
         if settings.disk_cache:
             weights = digest_share(source, mesh.layout.rank, mesh.layout.world_size)
@@ -311,28 +310,6 @@ def _dispatch(settings: EngineConfig, config: ModelConfig, fmt: WeightFormat) ->
         groups=(config.n_group, config.topk_group) if is_limited else (1, 1),
         ue8m0=fmt.ue8m0,
     )
-
-
-def _load_model(
-    source: Source,
-    mesh: Mesh,
-    setup: _SetUp,
-    dispatch: DispatchSettings,
-    split_from: int,
-    progress: Callable[[int, int], None],
-) -> Transformer:
-    model = Transformer(source.config, mesh, setup.fmt, dispatch, split_from, setup.placement)
-    targets = list(model.targets())
-    total = sum(t.dest.numel() * t.dest.element_size() for t in targets)
-    done = 0
-
-    def add(num_bytes: int) -> None:
-        nonlocal done
-        done += num_bytes
-        progress(done, total)
-
-    load_weights(source, targets, mesh.layout, add)
-    return model.eval()
 
 
 def _limit_threads(config: ModelConfig, mesh: Mesh) -> None:

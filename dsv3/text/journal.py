@@ -15,15 +15,12 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO
 
 from dsv3.errors import ConfigError, OutputError
 from dsv3.text.batch_file import Row, RowKey, row_key
 
 LINE_START = b'{"id": "batch_req_'  # of every line of ours, whole or torn
 SYNC_SECONDS = 5.0
-COPY_BYTES = 2**20
 
 _WAYS_OUT = "--overwrite starts afresh, another --output-file keeps this one"
 
@@ -73,12 +70,7 @@ class Journal:
     def __enter__(self) -> "Journal":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property
@@ -214,9 +206,10 @@ class Journal:
         try:
             with part.open("wb") as target, self._path.open("rb") as source:
                 os.fchmod(target.fileno(), stat.S_IMODE(os.fstat(self._fd).st_mode))
-                for begin, end in [*self._dropped, (self._size, self._size)]:
-                    _copy(source, target, begin - source.tell())
-                    source.seek(end)
+                dropped, begin = {first for first, _ in self._dropped}, 0
+                for line in source:
+                    target.write(b"" if begin in dropped else line)
+                    begin += len(line)
                 target.flush()
                 os.fsync(target.fileno())
             part.replace(self._path)
@@ -249,12 +242,3 @@ def _read_line(raw: bytes) -> tuple[RowKey, str, int, str] | None:
 
 def _short(digest: str) -> int:
     return int(digest[:16], 16)
-
-
-def _copy(source: BinaryIO, target: BinaryIO, num_bytes: int) -> None:
-    while num_bytes > 0:
-        chunk = source.read(min(num_bytes, COPY_BYTES))
-        if not chunk:
-            return
-        target.write(chunk)
-        num_bytes -= len(chunk)

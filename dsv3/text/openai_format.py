@@ -131,29 +131,20 @@ class Fields:
 
     def integer(self, name: str, least: int, most: int) -> int | None:
         """Take a whole number."""
-        value: int | None = self.take(
-            name,
-            lambda value: _is_integer(value) and least <= value <= most,
-            f"a whole number from {least} to {most}",
-        )
-        return value
+        rule = f"a whole number from {least} to {most}"
+        return self.take(name, lambda v: _is_integer(v) and least <= v <= most, rule)
 
     def number(self, name: str) -> float | None:
         """Take a number; its range is checked where it is used."""
-        value: float | None = self.take(
-            name, lambda value: _is_integer(value) or isinstance(value, float), "a number"
-        )
-        return value
+        return self.take(name, lambda v: _is_integer(v) or isinstance(v, float), "a number")
 
     def truth(self, name: str) -> bool | None:
         """Take a truth value."""
-        value: bool | None = self.take(name, lambda v: isinstance(v, bool), "true or false")
-        return value
+        return self.take(name, lambda v: isinstance(v, bool), "true or false")
 
     def text(self, name: str) -> str | None:
         """Take a text."""
-        value: str | None = self.take(name, lambda v: isinstance(v, str), "a text")
-        return value
+        return self.take(name, lambda v: isinstance(v, str), "a text")
 
     def rest(self) -> dict[str, Any]:
         """Return the fields that nobody took."""

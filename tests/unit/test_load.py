@@ -77,9 +77,7 @@ def test_every_rank_gets_its_slices(
             layout = ParallelConfig(world_size=size, rank=rank, dp=dp)
             mesh = Mesh(layout, CPU, SingleRank(), SingleRank(), SingleRank(), 1)
             model = Transformer(config, mesh, WeightFormat(torch.float32, CPU, names))
-            done: list[int] = []
-            load.load_weights(source, model.targets(), layout, done.append)
-            assert sum(done) == sum(t.dest.nbytes for t in model.targets())
+            load.load_weights(source, model.targets(), layout)
             for target, held in targets(model):
                 region = shard_region(specs[target.name], layout)
                 want = values[target.name][tuple(slice(*bounds) for bounds in region)]

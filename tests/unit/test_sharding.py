@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dsv3.checkpoint.names import from_deepseek, scale_name, to_deepseek
+from dsv3.checkpoint.names import from_deepseek, scale_name
+from dsv3.checkpoint.region import region_shape
 from dsv3.checkpoint.sharding import (
     Split,
     check_tensors,
@@ -17,11 +18,11 @@ from dsv3.checkpoint.sharding import (
     tensor_region,
     tensor_specs,
 )
-from dsv3.checkpoint.source import open_source, region_shape
+from dsv3.checkpoint.source import open_source
 from dsv3.config import ModelConfig, ParallelConfig
 from dsv3.config_files import load_model_config
 from dsv3.errors import CheckpointError
-from tests.checkpoint_files import FP8, TINY, Tensors, random_tensors, write_hf
+from tests.checkpoint_files import FP8, TINY, Tensors, random_tensors, to_deepseek, write_hf
 
 MTP = dataclasses.replace(TINY, num_nextn_predict_layers=1)
 SPARSE = dataclasses.replace(

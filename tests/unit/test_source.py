@@ -9,14 +9,23 @@ import pytest
 
 from dsv3.checkpoint import reader
 from dsv3.checkpoint.convert import convert
-from dsv3.checkpoint.names import to_deepseek, weight_name
+from dsv3.checkpoint.names import weight_name
 from dsv3.checkpoint.plan import make_plan
+from dsv3.checkpoint.reader import Source
 from dsv3.checkpoint.safetensors_file import DTYPE_BYTES, make_header, read_header
 from dsv3.checkpoint.sharding import Split, check_tensors, tensor_region, tensor_specs
-from dsv3.checkpoint.source import Source, open_source
+from dsv3.checkpoint.source import open_source
 from dsv3.config import ParallelConfig, split_range
 from dsv3.errors import CheckpointError, ConfigError
-from tests.checkpoint_files import FP8, TINY, Tensors, random_tensors, write_file, write_hf
+from tests.checkpoint_files import (
+    FP8,
+    TINY,
+    Tensors,
+    random_tensors,
+    to_deepseek,
+    write_file,
+    write_hf,
+)
 
 CONFIG = dataclasses.replace(TINY, quantization=FP8)
 # What DeepSeek's converter can split in two: sizes and numbers of scales are even.
