@@ -19,7 +19,7 @@ from dsv3.config import (
     RopeScaling,
     refuse_unknown,
 )
-from dsv3.errors import ConfigError
+from dsv3.errors import ConfigError, Dsv3Error
 
 _ROOT = Path(__file__).resolve().parents[1]
 PRESETS = _ROOT / "configs"
@@ -140,15 +140,15 @@ def _load_file(path: Path) -> ModelConfig:
     return _from_deepseek(data, where)
 
 
-def read_mapping(path: Path) -> dict[str, Any]:
-    """Read a YAML or JSON file; a ConfigError if it cannot be, or holds something else."""
+def read_mapping(path: Path, kind: type[Dsv3Error] = ConfigError) -> dict[str, Any]:
+    """Read a YAML or JSON file; an error if it cannot be, or holds something else."""
     try:
         text = path.read_text(encoding="utf-8")
         data = yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
+        raise kind(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: not a mapping of field names to values")
+        raise kind(f"{path}: not a mapping of field names to values")
     return data
 
 
@@ -160,9 +160,7 @@ def _build(fields: Mapping[str, Any], where: str) -> ModelConfig:
         raise ConfigError(f"{where}: missing field {missing[0]!r}")
     try:
         return ModelConfig(**fields)
-    except TypeError as error:
-        raise ConfigError(f"{where}: {error}") from None
-    except ConfigError as error:
+    except (TypeError, ConfigError) as error:
         raise ConfigError(f"{where}: {error}") from None
 
 

@@ -1,5 +1,8 @@
 """The errors a user may meet. Each is one line: what is wrong, where, and what to do."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class Dsv3Error(Exception):
     """A failure that is told in one line; `exit_code` is what the program ends with."""
@@ -39,3 +42,12 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.exit_code = 128 + number
+
+
+@contextmanager
+def os_errors_as(kind: type[Dsv3Error], what: str) -> Iterator[None]:
+    """Tell what the system refuses to do in one line: what that was, and why."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{what}: {error.strerror or error}") from None

@@ -18,7 +18,7 @@ from dsv3.checkpoint.digest import Digest
 from dsv3.checkpoint.region import Box, Region, region_shape, whole
 from dsv3.checkpoint.safetensors_file import DTYPE_BYTES, tensor_bytes
 from dsv3.config import ModelConfig
-from dsv3.errors import CheckpointError
+from dsv3.errors import CheckpointError, os_errors_as
 
 _STAGING = 8 << 20  # bytes read at once where columns must be cut out of rows
 
@@ -184,26 +184,19 @@ class Source:
             )
 
     def _read_bytes(self, file: Path, offset: int, out: memoryview) -> None:
-        descriptor = self._descriptor(file)
-        done = 0
-        while done < len(out):
-            try:
+        descriptor, done = self._descriptor(file), 0
+        with os_errors_as(CheckpointError, f"{file}: cannot be read"):
+            while done < len(out):
                 count = os.preadv(descriptor, [out[done:]], offset + done)
-            except OSError as error:
-                raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
-            if not count:
-                raise CheckpointError(f"{file}: ends at byte {offset + done}; fetch it again")
-            done += count
+                if not count:
+                    raise CheckpointError(f"{file}: ends at byte {offset + done}; fetch it again")
+                done += count
 
     def _descriptor(self, file: Path) -> int:
         with self._lock:
             if file not in self._files:
-                try:
+                if not file.exists():
+                    raise CheckpointError(f"{file}: missing, and this rank reads it; copy it here")
+                with os_errors_as(CheckpointError, f"{file}: cannot be read"):
                     self._files[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-                except FileNotFoundError:
-                    raise CheckpointError(
-                        f"{file}: missing, and this rank reads it; copy it here"
-                    ) from None
-                except OSError as error:
-                    raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
             return self._files[file]

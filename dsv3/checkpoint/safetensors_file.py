@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsv3.errors import CheckpointError
+from dsv3.errors import CheckpointError, os_errors_as
 
 DTYPE_BYTES = {
     "F64": 8,
@@ -62,21 +62,19 @@ def read_header(path: Path) -> Header:
     Raises:
         CheckpointError: the file is missing, truncated, or no safetensors file.
     """
+    with os_errors_as(CheckpointError, f"{path}: cannot be read"), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER):
+            raise CheckpointError(
+                f"{path}: not a safetensors file, or truncated within its header "
+                f"({size} bytes); fetch it again"
+            )
+        text = file.read(length)
     try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, MAX_HEADER):
-                raise CheckpointError(
-                    f"{path}: not a safetensors file, or truncated within its header "
-                    f"({size} bytes); fetch it again"
-                )
-            text = file.read(length)
-            header = json.loads(text)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+        header = json.loads(text)
     except ValueError:
-        raise CheckpointError(f"{path}: its safetensors header is not JSON") from None
+        header = None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: its safetensors header is not a JSON object")
     metadata = header.pop("__metadata__", {})

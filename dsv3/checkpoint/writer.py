@@ -20,7 +20,7 @@ from dsv3.checkpoint.digest import Digest
 from dsv3.checkpoint.plan import Output, OutputFile, Slot
 from dsv3.checkpoint.region import Box, whole
 from dsv3.checkpoint.safetensors_file import DTYPE_BYTES
-from dsv3.errors import CheckpointError
+from dsv3.errors import CheckpointError, os_errors_as
 
 PARTIAL = ".partial"
 JOURNAL = ".convert.journal"
@@ -63,28 +63,21 @@ class OutputFiles:
             path = self._partial[index]
             if reuse and not path.exists():
                 path = self._final[index]
-            try:
-                self._descriptors.append(
-                    os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-                )
-                os.ftruncate(self._descriptors[index], file.num_bytes)
-            except OSError as error:
-                raise CheckpointError(f"{path}: cannot be made: {error.strerror}") from None
+            with os_errors_as(CheckpointError, f"{path}: cannot be made"):
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                self._descriptors.append(descriptor)
+                os.ftruncate(descriptor, file.num_bytes)
             self.write(index, 0, file.prefix)
 
     def write(self, index: int, offset: int, data: memoryview | bytes) -> None:
         """Write bytes into a file and let the disk begin with them."""
         descriptor, done = self._descriptors[index], 0
-        try:
+        with os_errors_as(CheckpointError, f"{self._partial[index]}: cannot be written"):
             while done < len(data):
                 done += os.pwrite(descriptor, data[done:], offset + done)
             if hasattr(os, "posix_fadvise"):
                 # Starts write-back now; dirty pages themselves stay. Else it waits for the sync.
                 os.posix_fadvise(descriptor, offset, len(data), os.POSIX_FADV_DONTNEED)
-        except OSError as error:
-            raise CheckpointError(
-                f"{self._partial[index]}: cannot be written: {error.strerror}"
-            ) from None
 
     def sign(self, model_digest: str) -> None:
         """Put the model's digest into the headers."""

@@ -16,7 +16,7 @@ from dsv3.cache.tiers import Tiers
 from dsv3.config import ModelConfig
 from dsv3.engine.config import EngineConfig
 from dsv3.engine.mover import Mover
-from dsv3.errors import ConfigError
+from dsv3.errors import ConfigError, os_errors_as
 from dsv3.parallel.mesh import Mesh
 from dsv3.parallel.together import fail_together
 
@@ -82,11 +82,9 @@ def _open_folder(mesh: Mesh, folder: Path, session: str) -> None:
     probe = folder / f"{session}.tmp"
     with fail_together(mesh, "opening the disk cache"):
         if mesh.layout.rank == 0:
-            try:
+            with os_errors_as(ConfigError, f"--kv-disk-cache: {folder}"):
                 folder.mkdir(parents=True, exist_ok=True)
                 probe.touch()
-            except OSError as error:
-                raise ConfigError(f"--kv-disk-cache: {folder}: {error.strerror}") from None
     with fail_together(mesh, "opening the disk cache"):
         if not probe.exists():
             raise ConfigError(f"--kv-disk-cache: {folder.parent} is not shared by all hosts")

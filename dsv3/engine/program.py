@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dsv3.engine.config import EngineConfig
-from dsv3.errors import ConfigError, Dsv3Error, RankError
+from dsv3.errors import ConfigError, Dsv3Error, RankError, os_errors_as
 from dsv3.parallel.mesh import environment_rank
 from dsv3.parallel.watch import leave_report, reason_of
 
@@ -126,11 +126,9 @@ def set_up_logging(debug: bool, folder: str | None = None) -> None:
     handlers[0].setFormatter(named)
     handlers[0].setLevel(logging.DEBUG if debug else logging.WARNING if rank else logging.INFO)
     if folder:
-        try:
+        with os_errors_as(ConfigError, f"--log-dir {folder}"):
             Path(folder).mkdir(parents=True, exist_ok=True)
             handlers.append(logging.FileHandler(Path(folder) / f"rank{rank}.log"))
-        except OSError as error:
-            raise ConfigError(f"--log-dir {folder}: {error.strerror}") from None
         handlers[1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     level = logging.DEBUG if debug else logging.INFO
     logging.basicConfig(level=level, handlers=handlers, force=True)

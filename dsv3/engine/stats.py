@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dsv3.engine.start import Started
-from dsv3.errors import ConfigError, OutputError
+from dsv3.errors import ConfigError, OutputError, os_errors_as
 from dsv3.observe.metrics import Metrics
 
 _EVENTS = ("steps", "preemptions", "evictions", "offloads", "host_hits", "disk_hits", "disk_writes")
@@ -57,18 +57,14 @@ def collect_stats(started: Started, seconds: dict[str, float]) -> dict[str, Any]
 
 def check_stats_file(path: Path) -> None:
     """Refuse a file that cannot be written before the work is done, not after."""
-    try:
+    with os_errors_as(ConfigError, f"--stats-file {path}"):
         path.open("a").close()
-    except OSError as error:
-        raise ConfigError(f"--stats-file {path}: {error.strerror}") from None
 
 
 def write_stats_file(path: Path, stats: dict[str, Any]) -> None:
     """Write the figures of a run."""
-    try:
+    with os_errors_as(OutputError, f"--stats-file {path}: cannot write"):
         path.write_text(json.dumps(stats, indent=1) + "\n")
-    except OSError as error:
-        raise OutputError(f"--stats-file {path}: cannot write ({error.strerror})") from None
 
 
 def _peak_memory(device: torch.device) -> int:

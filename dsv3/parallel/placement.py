@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from dsv3.config import ModelConfig, ParallelConfig
 from dsv3.config_files import read_mapping
-from dsv3.errors import ConfigError, OutputError
+from dsv3.errors import ConfigError, OutputError, os_errors_as
 
 Longs = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -249,11 +249,9 @@ def write_layers(path: Path, sizes: Mapping[str, int], layers: Mapping[int, Long
     """
     text = json.dumps({**sizes, "layers": {str(i): n.tolist() for i, n in layers.items()}})
     part = path.with_name(f"{path.name}.part")
-    try:
+    with os_errors_as(OutputError, f"{path}: cannot be written"):
         part.write_text(text + "\n", encoding="utf-8")
         part.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def read_layers(path: Path, sizes: tuple[str, ...]) -> tuple[list[int], dict[int, Longs]]:

@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from typing import TextIO
 
-from dsv3.errors import OutputError
+from dsv3.errors import OutputError, os_errors_as
 from dsv3.request import Completion
 from dsv3.text.batch_file import Row, result_line
 from dsv3.text.journal import Journal
@@ -72,19 +72,15 @@ class TextSink:
 
     def _write(self, row: Row, text: str) -> None:
         self._texts[row.number] = f"Prompt: {_prompt_text(row)}\n{text}\n\n"
-        while self._texts:
-            number, ready = next(iter(self._texts.items()))
-            if ready is None:
-                break
-            del self._texts[number]
-            try:
-                self._stream.write(ready)
-            except UnicodeEncodeError:
-                encoding = self._stream.encoding or "ascii"
+        encoding = self._stream.encoding or "utf-8"
+        with os_errors_as(OutputError, "standard output: cannot write"):
+            while self._texts:
+                number, ready = next(iter(self._texts.items()))
+                if ready is None:
+                    break
+                del self._texts[number]
                 self._stream.write(ready.encode(encoding, "backslashreplace").decode(encoding))
-            except OSError as error:
-                raise OutputError(f"standard output: cannot write ({error.strerror})") from None
-        self._stream.flush()
+            self._stream.flush()
 
 
 Sink = JournalSink | TextSink

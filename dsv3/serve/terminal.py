@@ -14,7 +14,7 @@ import termios
 from collections import deque
 from typing import Self
 
-from dsv3.errors import OutputError
+from dsv3.errors import OutputError, os_errors_as
 from dsv3.serve.line_editor import Keys, LineEditor, is_control
 
 PROMPT = ">>> "
@@ -235,11 +235,9 @@ def _guard(terminal: int) -> subprocess.Popen[bytes] | None:
 
 def _write(fd: int, text: str) -> None:
     data = memoryview(text.encode(errors="replace"))
-    try:
+    with os_errors_as(OutputError, "standard output: cannot write"):
         while data:
             data = data[os.write(fd, data) :]
-    except OSError as error:
-        raise OutputError(f"standard output: cannot write ({error.strerror})") from None
 
 
 def _size(fd: int) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
-from dsv3.errors import ConfigError, RequestError
+from dsv3.errors import ConfigError, RequestError, os_errors_as
 from dsv3.text.defaults import Defaults
 from dsv3.text.openai_format import Fields, line_request, parse_request, show
 from dsv3.text.text_request import TextRequest, digest
@@ -75,11 +75,8 @@ class BatchInput:
             raise ConfigError(
                 f"--prompt-separator={self.separator} is unknown; use {' or '.join(SEPARATORS)}"
             )
-        try:
-            with self.path.open("rb"):
-                regular = stat.S_ISREG(self.path.stat().st_mode)
-        except OSError as error:
-            raise ConfigError(f"--input-file {self.path}: {error.strerror}") from None
+        with os_errors_as(ConfigError, f"--input-file {self.path}"), self.path.open("rb"):
+            regular = stat.S_ISREG(self.path.stat().st_mode)
         if not regular:
             raise ConfigError(f"--input-file {self.path}: not a regular file")
 

@@ -1,11 +1,11 @@
 """What a request gets where it is silent: from flags, from the checkpoint, from its format."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from dsv3.config_files import read_mapping
 from dsv3.errors import CheckpointError, ConfigError, RequestError
 from dsv3.request import SamplingParams
 
@@ -25,14 +25,7 @@ class Sampling:
     def of_checkpoint(cls, folder: Path) -> "Sampling":
         """Take what a directory's `generation_config.json` says, if it has one."""
         path = folder / "generation_config.json"
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return cls()
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: cannot be read: {error}") from None
-        if not isinstance(config, dict):
-            raise CheckpointError(f"{path}: holds no JSON object")
+        config = read_mapping(path, CheckpointError) if path.exists() else {}
         return cls.from_generation_config(config)
 
     @classmethod

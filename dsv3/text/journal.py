@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsv3.errors import ConfigError, OutputError
+from dsv3.errors import ConfigError, OutputError, os_errors_as
 from dsv3.text.batch_file import Row, RowKey, row_key
 
 LINE_START = b'{"id": "batch_req_'  # of every line of ours, whole or torn
@@ -190,15 +190,13 @@ class Journal:
         end = self._size
         while self._dropped and self._dropped[-1][1] == end:
             end = self._dropped.pop()[0]
-        try:
+        with os_errors_as(OutputError, f"{self._path}: cannot be repaired"):
             if end < self._size:
                 self._truncate(end)
             if self._dropped:
                 self._rewrite()
             if self._size and os.pread(self._fd, 1, self._size - 1) != b"\n":
                 self._size += os.write(self._fd, b"\n")  # a line torn off right at its end
-        except OSError as error:
-            raise OutputError(f"{self._path}: cannot be repaired ({error.strerror})") from None
 
     def _rewrite(self) -> None:
         """Put a file without the dropped lines in the place of this one, all at once."""

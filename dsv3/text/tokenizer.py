@@ -5,7 +5,6 @@ Reads `tokenizer.json` through the `tokenizers` library, or Kimi-K2's `tiktoken.
 `tokenizer_config.json` and its companions. No remote code is run.
 """
 
-import json
 import logging
 from collections.abc import Sequence
 from functools import cached_property
@@ -15,6 +14,7 @@ from typing import Any, Protocol
 import tokenizers
 from tokenizers import decoders
 
+from dsv3.config_files import read_mapping
 from dsv3.errors import CheckpointError, RequestError
 
 log = logging.getLogger(__name__)
@@ -215,15 +215,7 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; an absent file is an empty one."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds no JSON object")
-    return value
+    return read_mapping(path, CheckpointError) if path.exists() else {}
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dsv3.errors import ConfigError, OutputError
+from dsv3.errors import ConfigError, OutputError, os_errors_as
 from dsv3.observe.table import Row, Table
 
 
@@ -39,10 +39,8 @@ class Report(Table):
 
     def write_json(self, path: Path) -> None:
         """Write everything as one JSON object."""
-        try:
+        with os_errors_as(OutputError, f"--json={path}: cannot be written"):
             path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise OutputError(f"--json={path}: cannot be written: {error.strerror}") from None
 
     def plot(self, path: Path) -> None:
         """Draw the series."""

@@ -113,7 +113,7 @@ def test_missing_tokenizer_is_an_error_only_where_text_is_needed(
     [
         ("tokenizer.json", "{}", "tokenizer.json: not a tokenizer file"),
         ("tokenizer_config.json", "{", "tokenizer_config.json: cannot be read"),
-        ("tokenizer_config.json", "[]", "tokenizer_config.json: holds no JSON object"),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json: not a mapping of field"),
         (
             "tokenizer_config.json",
             '{"chat_template": [{"name": "rag", "template": ""}]}',
