@@ -8,33 +8,20 @@ import unicodedata
 from collections.abc import Iterator
 
 _PASTE = "paste:"
-_SEQUENCES = {
-    "\x1b[A": "up",
-    "\x1bOA": "up",
-    "\x1b[B": "down",
-    "\x1bOB": "down",
-    "\x1b[C": "right",
-    "\x1bOC": "right",
-    "\x1b[D": "left",
-    "\x1bOD": "left",
-    "\x1b[H": "home",
-    "\x1bOH": "home",
-    "\x1b[1~": "home",
-    "\x1b[7~": "home",
-    "\x1b[F": "end",
-    "\x1bOF": "end",
-    "\x1b[4~": "end",
-    "\x1b[8~": "end",
+# The last character of what a key without a character of its own sends, after ESC [ or ESC O.
+_CURSOR_KEYS = {"A": "up", "B": "down", "C": "right", "D": "left", "H": "home", "F": "end"}
+_SEQUENCES = {f"\x1b{lead}{last}": key for last, key in _CURSOR_KEYS.items() for lead in "[O"} | {
+    **dict.fromkeys(("\x1b[1~", "\x1b[7~"), "home"),
+    **dict.fromkeys(("\x1b[4~", "\x1b[8~"), "end"),
+    **dict.fromkeys(("\x1b[1;5C", "\x1b[1;3C", "\x1bf"), "word right"),
+    **dict.fromkeys(("\x1b[1;5D", "\x1b[1;3D", "\x1bb"), "word left"),
     "\x1b[3~": "delete",
-    "\x1b[1;5C": "word right",
-    "\x1b[1;3C": "word right",
-    "\x1bf": "word right",
-    "\x1b[1;5D": "word left",
-    "\x1b[1;3D": "word left",
-    "\x1bb": "word left",
     "\x1b\x7f": "\x17",
     "\x1b\n": "new line",
 }
+# Control characters that do what a key does: Ctrl-B F A E P N H D, and Backspace.
+_CONTROLS = {"\x02": "left", "\x06": "right", "\x01": "home", "\x05": "end"}
+_CONTROLS |= {"\x10": "up", "\x0e": "down", "\x08": "\x7f", "\x04": "delete"}
 _KEY = re.compile(
     r"\x1b\[200~(?P<paste>.*?)\x1b\[201~"  # bracketed paste
     r"|\x1b\[(?!200~)[0-?]*[ -/]*[@-~]|\x1bO.|\x1b[^\[O]"  # control sequences, Alt with a key
@@ -85,31 +72,24 @@ class LineEditor:
         self._history, self._place, self._typed = history, len(history), ""
         self._keys = {
             "left": self._left,
-            "\x02": self._left,  # Ctrl-B
             "right": self._right,
-            "\x06": self._right,  # Ctrl-F
             "word left": lambda: self._move(self._word_start()),
             "word right": lambda: self._move(self._word_end()),
             "home": lambda: self._move(0),
-            "\x01": lambda: self._move(0),  # Ctrl-A
             "end": lambda: self._move(len(self.text)),
-            "\x05": lambda: self._move(len(self.text)),  # Ctrl-E
             "\x7f": self._backspace,
-            "\x08": self._backspace,
             "delete": self._delete,
-            "\x04": self._delete,  # Ctrl-D
             "\x0b": lambda: self._cut(self.cursor, len(self.text)),  # Ctrl-K
             "\x15": lambda: self._cut(0, self.cursor),  # Ctrl-U
             "\x17": lambda: self._cut(self._word_start(), self.cursor),  # Ctrl-W
             "up": lambda: self._recall(self._place - 1),
-            "\x10": lambda: self._recall(self._place - 1),  # Ctrl-P
             "down": lambda: self._recall(self._place + 1),
-            "\x0e": lambda: self._recall(self._place + 1),  # Ctrl-N
             "new line": lambda: self._insert("\n"),
         }
 
     def press(self, key: str) -> None:
         """Do what a key does; unknown keys do nothing."""
+        key = _CONTROLS.get(key, key)
         if key in self._keys:
             self._keys[key]()
         elif key.startswith(_PASTE):

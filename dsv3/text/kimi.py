@@ -46,9 +46,9 @@ class TiktokenVocabulary:
             ) from None
         ranks = _read_ranks(path)
         added = {int(i): entry for i, entry in config.get("added_tokens_decoder", {}).items()}
-        names = {i: f"<|reserved_token_{i}|>" for i in _reserved_ids(ranks)}
+        reserved = range(len(ranks), len(ranks) + RESERVED_TOKENS)
+        names = {i: f"<|reserved_token_{i}|>" for i in reserved}
         names |= {i: entry["content"] for i, entry in added.items()}
-        self._names = names
         self._special = {i for i, entry in added.items() if entry.get("special", True)}
         self._encoding = tiktoken.Encoding(
             name=path.name,
@@ -56,11 +56,6 @@ class TiktokenVocabulary:
             mergeable_ranks=ranks,
             special_tokens={name: i for i, name in names.items()},
         )
-
-    @property
-    def vocab_size(self) -> int:
-        """One more than the highest token id."""
-        return int(self._encoding.n_vocab)
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Split `text` into tokens; this vocabulary adds none of its own."""
@@ -106,10 +101,6 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
     except ValueError:
         raise CheckpointError(f"{path}: line {len(ranks) + 1} is not 'base64 rank'") from None
     return ranks
-
-
-def _reserved_ids(ranks: dict[bytes, int]) -> range:
-    return range(len(ranks), len(ranks) + RESERVED_TOKENS)
 
 
 def _pieces(text: str) -> Iterator[str]:

@@ -25,14 +25,7 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MAX_CHOICES = 128
 
 # Change nothing in the answer.
-IGNORED = {
-    "metadata",
-    "prompt_cache_key",
-    "safety_identifier",
-    "service_tier",
-    "store",
-    "user",
-}
+IGNORED = {"metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"}
 # Not supported, but harmless with these values.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),

@@ -23,10 +23,6 @@ log = logging.getLogger(__name__)
 class Vocabulary(Protocol):
     """What a tokenizer library must offer; ids it does not know decode to nothing."""
 
-    @property
-    def vocab_size(self) -> int:
-        """One more than the highest token id."""
-
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Split `text` into tokens; the names of special tokens in it become those tokens."""
 
@@ -83,11 +79,6 @@ class Tokenizer:
         except CheckpointError as error:
             log.warning("%s: only token ids can be served", error)
             return None
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of token ids the tokenizer knows; the model's vocabulary may be larger."""
-        return self._vocabulary.vocab_size
 
     @cached_property
     def bos_id(self) -> int | None:
@@ -154,10 +145,6 @@ class _BytePairs:
         self._added = self._tokenizer.get_added_tokens_decoder()
         byte_level = isinstance(self._tokenizer.decoder, decoders.ByteLevel)
         self._alphabet = _byte_alphabet() if byte_level else {}
-
-    @cached_property
-    def vocab_size(self) -> int:
-        return max(self._tokenizer.get_vocab().values(), default=-1) + 1
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids

@@ -17,6 +17,7 @@ from dsv3.text.journal import Journal
 from dsv3.text.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.load(Path(__file__).parents[2] / "checkpoints" / "demo-v3")
+VOCAB_SIZE = 2048
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MAX_SEQ_LEN = 100
 
@@ -25,7 +26,7 @@ class EchoEngine:
     """Answers at once; refuses what does not fit, in the engine's words."""
 
     tokenizer: Tokenizer | None = TOKENIZER
-    max_seq_len, vocab_size, max_running = MAX_SEQ_LEN, TOKENIZER.vocab_size, 4
+    max_seq_len, vocab_size, max_running = MAX_SEQ_LEN, VOCAB_SIZE, 4
 
     def __init__(self) -> None:
         self.requests: list[Request] = []

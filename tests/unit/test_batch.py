@@ -20,6 +20,7 @@ from dsv3.text.journal import Journal
 from dsv3.text.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.load(Path(__file__).parents[2] / "checkpoints" / "demo-v3")
+VOCAB_SIZE = 2048
 CHAT = ChatFormat(TOKENIZER)
 
 
@@ -28,7 +29,7 @@ class CountingEngine:
 
     def __init__(self, tokenizer: Tokenizer | None = TOKENIZER, max_running: int = 3) -> None:
         self.tokenizer, self.max_running = tokenizer, max_running
-        self.max_seq_len, self.vocab_size = 64, TOKENIZER.vocab_size
+        self.max_seq_len, self.vocab_size = 64, VOCAB_SIZE
         self.requests: dict[str, Request] = {}
         self.made: dict[str, list[int]] = {}
         self.most_unfinished = 0

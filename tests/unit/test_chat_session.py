@@ -15,6 +15,7 @@ from dsv3.text.defaults import Defaults, Sampling
 from dsv3.text.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.load(Path(__file__).parents[2] / "checkpoints" / "demo-v3")
+VOCAB_SIZE = 2048
 THINKS = (
     "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
     "[assistant]{{ '<think>' if thinking else '' }}"
@@ -26,7 +27,7 @@ class ToldEngine:
     """Answers with the pieces of text it is told to, a step each."""
 
     def __init__(self, answers: Sequence[Sequence[str]], max_seq_len: int = 1000) -> None:
-        self.max_seq_len, self.vocab_size = max_seq_len, TOKENIZER.vocab_size
+        self.max_seq_len, self.vocab_size = max_seq_len, VOCAB_SIZE
         self.cache_tokens, self.metrics = 4096, Metrics()
         self.requests: list[Request] = []
         self.dropped: list[str] = []

@@ -12,6 +12,7 @@ from dsv3.text.text_request import TextRequest, encode_prompt, token_requests
 from dsv3.text.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.load(Path(__file__).parents[2] / "checkpoints" / "demo-v3")
+VOCAB_SIZE = 2048
 CHAT_FORMAT = ChatFormat(TOKENIZER)
 HI = [{"role": "user", "content": "Hi"}]
 NONE = Defaults()
@@ -152,7 +153,7 @@ def test_digest_names_the_effective_request() -> None:
 
 def tokens(request: TextRequest, max_seq_len: int = 100) -> list[Any]:
     ids = encode_prompt(request, TOKENIZER, CHAT_FORMAT)
-    return token_requests(request, ids, "row", max_seq_len, TOKENIZER.vocab_size)
+    return token_requests(request, ids, "row", max_seq_len, VOCAB_SIZE)
 
 
 def test_prompts_become_tokens() -> None:

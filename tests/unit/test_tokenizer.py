@@ -60,7 +60,7 @@ def test_special_tokens_are_skipped_unless_wanted(tokenizer: Tokenizer) -> None:
 
 
 def test_ids_beyond_the_vocabulary_decode_to_nothing(tokenizer: Tokenizer) -> None:
-    assert tokenizer.vocab_size == 2048
+    assert tokenizer.token_text(2047)
     assert tokenizer.decode([99_999]) == tokenizer.token_text(99_999) == ""
     assert tokenizer.token_bytes(99_999) == b""
 
