@@ -26,7 +26,6 @@ from pathlib import Path
 import torch
 
 from dsv3.config_files import DEMO, load_model_config
-from dsv3.engine.bound import Profile
 from dsv3.engine.config import EngineConfig
 from dsv3.engine.engine import Engine, follow
 from dsv3.engine.program import (
@@ -44,6 +43,7 @@ from dsv3.text.tokenizer import Tokenizer
 # Scripts are never installed: what the benchmarks are made of is found beside them.
 sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
 
+from benchlib.bound import Profile
 from benchlib.contest import Contender, EngineContender
 from benchlib.dialogue import Dialogue, dialogue
 from benchlib.dispatch import dispatch_time

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsv3.config_files import DEMO, load_model_config
-from dsv3.engine.bound import Profile
 from dsv3.engine.engine import Engine, follow
 from dsv3.engine.program import (
     Parser,
@@ -40,6 +39,11 @@ from dsv3.text.chat import ChatFormat
 from dsv3.text.defaults import Defaults, Sampling
 from dsv3.text.journal import Journal
 from dsv3.text.tokenizer import Tokenizer
+
+# Scripts are never installed: what --profile is made of is found beside them.
+sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
+
+from benchlib.bound import Profile
 
 log = logging.getLogger("dsv3")
 

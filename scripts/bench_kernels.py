@@ -15,8 +15,8 @@ import sys
 import torch
 
 from benchlib.flags import add_program_flags
+from benchlib.hardware import hardware
 from benchlib.report import Report, machine
-from dsv3.engine.hardware import hardware
 from dsv3.engine.program import Parser, run_program, set_up_logging
 from dsv3.errors import ConfigError, RankError
 from dsv3.observe.roofline import Hardware, Op

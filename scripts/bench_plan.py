@@ -20,14 +20,14 @@ import torch
 import yaml
 
 from benchlib.flags import at_least
-from benchlib.report import Report, machine
+from benchlib.hardware import hardware
+from benchlib.report import Report, Row, machine
 from dsv3.cache.layout import CacheLayout
 from dsv3.checkpoint.sharding import tensor_specs
 from dsv3.config import ParallelConfig, divisors, refuse_unknown
 from dsv3.config_files import DEMO, load_model_config, read_mapping
 from dsv3.engine.config import EngineConfig
 from dsv3.engine.engine import follow
-from dsv3.engine.hardware import hardware
 from dsv3.engine.memory import plan_memory, weight_bytes
 from dsv3.engine.plan import StepPlan
 from dsv3.engine.program import (
@@ -40,7 +40,6 @@ from dsv3.engine.program import (
 from dsv3.engine.start import Started, start
 from dsv3.errors import ConfigError, OutputError
 from dsv3.observe.roofline import HARDWARE, Hardware, Load, Op, Setup, step_ops
-from dsv3.observe.table import Row
 from dsv3.parallel.mesh import join_world
 
 _MANY, _REPEATS = 1_000_000, 30

@@ -22,8 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchlib.bound import what_bounds
 from benchlib.flags import add_program_flags, at_least
-from benchlib.report import Report, machine
+from benchlib.hardware import hardware
+from benchlib.report import Report, Row, machine
 from dsv3.cache.layout import CacheLayout
 from dsv3.cache.pool import CachePool
 from dsv3.checkpoint.load import fp8_products
@@ -31,8 +33,6 @@ from dsv3.checkpoint.reader import Source
 from dsv3.checkpoint.sharding import FP8_DTYPE, scale_region, shard_region, tensor_specs
 from dsv3.config import ModelConfig, ParallelConfig
 from dsv3.config_files import load_model_config
-from dsv3.engine.bound import what_bounds
-from dsv3.engine.hardware import hardware
 from dsv3.engine.plan import StepPlan
 from dsv3.engine.program import Parser, run_program, set_up_logging
 from dsv3.engine.runner import Runner
@@ -42,7 +42,6 @@ from dsv3.model.moe import MoE
 from dsv3.model.transformer import Transformer
 from dsv3.observe.profile import Clock, Profiler
 from dsv3.observe.roofline import Hardware, Setup, floor_seconds, step_ops
-from dsv3.observe.table import Row
 from dsv3.parallel.collectives import SingleRank, StandIn
 from dsv3.parallel.mesh import Mesh, join_world
 from dsv3.parallel.weights import FP8, BlockScale, WeightFormat

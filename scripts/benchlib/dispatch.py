@@ -9,11 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchlib.report import Report
+from benchlib.report import Report, Row
 from dsv3.config import ModelConfig
 from dsv3.model.moe import MoE
 from dsv3.model.side_stream import SideStream
-from dsv3.observe.table import Row
 from dsv3.parallel.experts import FP8, DispatchSettings, ExpertDispatch
 from dsv3.parallel.mesh import Mesh
 from dsv3.parallel.weights import WeightFormat

@@ -10,24 +10,36 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dsv3.errors import ConfigError, OutputError, os_errors_as
-from dsv3.observe.table import Row, Table
+
+Row = dict[str, Any]
 
 
 @dataclass(slots=True)
-class Report(Table):
+class Report:
     """The result of one benchmark.
 
     Attributes:
+        rows: of the table, all with the same columns.
+        notes: lines below the table: ratios and what they were taken from.
         series: name -> (xs, ys), the curves of the picture; bars where there is one point each.
+        setting: what was run, and where.
     """
 
     benchmark: str
     x_label: str = ""
     y_label: str = ""
+    rows: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     series: dict[str, tuple[Sequence[Any], Sequence[float]]] = field(default_factory=dict)
+    setting: Row = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        setting = ", ".join(f"{name} {value}" for name, value in self.setting.items())
+        return "\n".join([setting, "", *_lines(self.rows), "", *self.notes])
 
     def publish(self, json_file: Path | None = None, picture: Path | None = None) -> None:
         """Print it, and write the files that are asked for."""
@@ -76,3 +88,27 @@ def machine(world_size: int) -> Row:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def _lines(rows: Sequence[Row]) -> list[str]:
+    """Return lines with aligned columns, text to the left and numbers to the right."""
+    if not rows:
+        return []
+    cells = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
+    widths = np.max([[len(cell) for cell in line] for line in cells], axis=0)
+    is_text = [isinstance(value, str) for value in rows[0].values()]
+    return [
+        "  ".join(
+            cell.ljust(width) if text else cell.rjust(width)
+            for cell, width, text in zip(line, widths, is_text, strict=True)
+        ).rstrip()
+        for line in cells
+    ]
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

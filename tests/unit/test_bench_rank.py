@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchlib.hardware import hardware
 from dsv3.config import ParallelConfig
 from dsv3.config_files import DEMO, load_model_config
-from dsv3.engine.hardware import hardware
 from dsv3.engine.memory import weight_bytes
 from dsv3.errors import ConfigError
 from dsv3.observe.roofline import HARDWARE

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchlib.bound import Profile, lay_beside
+from benchlib.hardware import hardware
 from dsv3.config_files import DEMO
-from dsv3.engine.bound import Profile, lay_beside
 from dsv3.engine.config import EngineConfig
-from dsv3.engine.hardware import hardware
 from dsv3.engine.start import start
 from dsv3.errors import ConfigError
 from dsv3.observe.profile import Profiler

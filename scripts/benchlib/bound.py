@@ -3,11 +3,11 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
-from dsv3.engine.hardware import hardware
+from benchlib.hardware import hardware
+from benchlib.report import Report
 from dsv3.engine.start import Started
 from dsv3.observe.profile import Measured, Profiler
 from dsv3.observe.roofline import Hardware, Op, Setup, step_ops
-from dsv3.observe.table import Table
 
 Floors = dict[str, list[tuple[Op, int]]]
 
@@ -29,14 +29,14 @@ class Profile:
         )
         self._profiler = started.runner.profile()
 
-    def report(self, run_seconds: float | None = None) -> Table:
+    def report(self, run_seconds: float | None = None) -> Report:
         """Tell what bounded the steps so far."""
         return what_bounds(self._profiler, self._setup, self._hardware, run_seconds)
 
 
 def what_bounds(
     profiler: Profiler, setup: Setup, ceilings: Hardware, run_seconds: float | None = None
-) -> Table:
+) -> Report:
     """Lay measured times beside their floors, a mean step.
 
     Args:
@@ -54,7 +54,7 @@ def what_bounds(
     floors = lay_beside(
         measured, ((step_ops(setup, load), n) for load, n in profiler.loads.items())
     )
-    report = Table(setting={"hardware": ceilings.name, "steps": profiler.steps})
+    report = Report("profile", setting={"hardware": ceilings.name, "steps": profiler.steps})
     report.setting |= {"weights": setup.weights, "cache": setup.cache}
     least = 0.0
     for name, found in sorted(measured.items(), key=lambda item: -item[1].seconds):
