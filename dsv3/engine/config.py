@@ -1,8 +1,10 @@
 """How to run a model: everything a user may choose that is neither the model nor the layout."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from dsv3.errors import ConfigError
 
@@ -42,14 +44,32 @@ def parse_bytes(flag: str, text: str) -> int:
     return int(match[1]) * _UNITS[match[2].upper()]
 
 
-def _one_of(flag: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"--{flag}={value} is unknown; use one of {', '.join(choices)}")
+def _setting(group: str, default: Any, about: str = "", least: int = 0) -> Any:
+    """Return the field of a flag.
+
+    Args:
+        group: of flags.
+        default: its value; or the words it may be, the usual one first.
+        about: what the flag does.
+        least: a number is this or more.
+    """
+    words = default if isinstance(default, tuple) else ()
+    if words:
+        default, choices = words[0], f"{', '.join(words[:-1])} or {words[-1]}"
+        about = f"{about}: {choices}" if about else choices
+    metadata = {"group": group, "about": about, "words": words, "least": least}
+    return field(default=default, metadata=metadata)
+
+
+_model, _layout, _experts, _cache, _steps = (
+    partial(_setting, group)
+    for group in ("model", "layout", "experts", "cache and attention", "steps")
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """Settings of an engine; the names are those of the flags (DeepSeek's and ours).
+    """Settings of an engine; each is a flag of that name (DeepSeek's and ours).
 
     Attributes:
         attn_impl: "naive" caches expanded heads; "absorb" caches latents and always attends to
@@ -87,40 +107,43 @@ class EngineConfig:
         check_every: steps between comparisons of what the ranks have computed; 0 compares nothing.
     """
 
-    attn_impl: str = "auto"
-    kv_shard: str = "tokens"
-    kv_dtype: str = "auto"
-    kv_cache_size: str = "auto"
-    kv_host_cache: str = "off"
-    kv_disk_cache: str = "off"
-    moe_dispatch: str = "auto"
-    dispatch_dtype: str = "auto"
-    max_seq_len: int = 0
-    max_batch_tokens: int = 2048
-    max_running: int = 64
-    dtype: str = "auto"
-    weights: str = "auto"
-    sequence_parallel: int = -1
-    prefix_reuse: bool = True
-    eviction: str = "cost"
-    expert_placement: str = ""
-    redundant_experts: int = 0
-    rebalance_every: int = 0
-    record_expert_load: str = ""
-    pipeline_depth: int = -1
-    enforce_eager: bool = False
-    check_every: int = 64
+    dtype: str = _model(("auto", "float32", "bfloat16", "fp8"))
+    weights: str = _model(("auto", "fp8"), "fp8 keeps FP8 as stored")
+    moe_dispatch: str = _layout(("auto", "allreduce", "alltoall"), "tokens to experts")
+    dispatch_dtype: str = _layout(("auto", "bf16", "fp8"), "there")
+    sequence_parallel: int = _layout(-1, "split norms in steps of so many tokens", least=-1)
+    expert_placement: str = _experts("", "FILE of which rank has which")
+    redundant_experts: int = _experts(0, "copies, without a file")
+    rebalance_every: int = _experts(0, "steps; 0: never move them")
+    record_expert_load: str = _experts("", "FILE for the tokens each got")
+    attn_impl: str = _cache(("auto", "naive", "absorb"))
+    kv_shard: str = _cache(("tokens", "none"), "sharded by tokens, or replicated")
+    kv_dtype: str = _cache(("auto", "fp32", "bf16", "fp8"))
+    kv_cache_size: str = _cache(
+        "auto", "auto, bytes per rank (4GiB), tokens of a tp group (65536tok)"
+    )
+    kv_host_cache: str = _cache("off", "host memory per rank for evicted pages: BYTES (4GiB)")
+    kv_disk_cache: str = _cache(
+        "off", "DIR:BYTES for pages evicted from there; later runs find them"
+    )
+    max_seq_len: int = _cache(0, "longest context (0: the model's)")
+    prefix_reuse: bool = _cache(True, "reuse no prefixes")
+    eviction: str = _cache(("cost", "lru"))
+    max_batch_tokens: int = _steps(2048, "new tokens of a step", least=1)
+    max_running: int = _steps(64, "sequences at a time", least=1)
+    pipeline_depth: int = _steps(-1, "0, 1 or -1: as the device", least=-1)
+    enforce_eager: bool = _steps(False, "no CUDA graphs")
+    check_every: int = _steps(64, "steps between comparisons of what the ranks compute (0: never)")
 
     def __post_init__(self) -> None:
         """Refuse unknown words and impossible numbers."""
-        _one_of("attn-impl", self.attn_impl, ("naive", "absorb", "auto"))
-        _one_of("kv-shard", self.kv_shard, ("tokens", "none"))
-        _one_of("kv-dtype", self.kv_dtype, ("auto", "fp32", "bf16", "fp8"))
-        _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "fp8"))
-        _one_of("weights", self.weights, ("auto", "fp8"))
-        _one_of("moe-dispatch", self.moe_dispatch, ("auto", "allreduce", "alltoall"))
-        _one_of("dispatch-dtype", self.dispatch_dtype, ("auto", "bf16", "fp8"))
-        _one_of("eviction", self.eviction, ("cost", "lru"))
+        for f in fields(self):
+            value, words, least = getattr(self, f.name), f.metadata["words"], f.metadata["least"]
+            given = f"--{f.name.replace('_', '-')}={value}"
+            if words and value not in words:
+                raise ConfigError(f"{given} is unknown; use one of {', '.join(words)}")
+            if f.type is int and value < least:
+                raise ConfigError(f"{given} must be at least {least}")
         if self.attn_impl == "naive" and self.kv_dtype == "fp8":
             raise ConfigError(
                 "--kv-dtype=fp8 packs latents, --attn-impl=naive caches expanded heads; "
@@ -128,19 +151,8 @@ class EngineConfig:
             )
         CacheSize.parse(self.kv_cache_size)
         self._check_tiers()
-        if self.pipeline_depth not in (-1, 0, 1):
+        if self.pipeline_depth > 1:
             raise ConfigError(f"--pipeline-depth={self.pipeline_depth} must be -1, 0 or 1")
-        for flag, value, least in (
-            ("max-seq-len", self.max_seq_len, 0),
-            ("sequence-parallel", self.sequence_parallel, -1),
-            ("max-batch-tokens", self.max_batch_tokens, 1),
-            ("max-running", self.max_running, 1),
-            ("check-every", self.check_every, 0),
-            ("redundant-experts", self.redundant_experts, 0),
-            ("rebalance-every", self.rebalance_every, 0),
-        ):
-            if value < least:
-                raise ConfigError(f"--{flag}={value} must be at least {least}")
         if self.max_running > self.max_batch_tokens:
             raise ConfigError(
                 f"--max-running={self.max_running} needs as many --max-batch-tokens "

@@ -40,72 +40,31 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of model, layout, cache and steps."""
-    model = parser.add_argument_group("model")
+    """Add the flags of model, layout, cache and steps; those of `EngineConfig` as it tells."""
+    groups = {name: parser.add_argument_group(name) for name in ("model", "layout")}
+    model, layout = groups.values()
     model.add_argument("--ckpt-path", help="checkpoint directory (default: the demo model)")
     model.add_argument("--config", help="config.json, DeepSeek's JSON, YAML or a preset's name")
     model.add_argument("--n-experts", type=int, help="checked against the model when given")
-    model.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or fp8")
-    model.add_argument("--weights", default="auto", help="auto, or fp8: keep FP8 as stored")
-    layout = parser.add_argument_group("layout")
     layout.add_argument("--device", default="auto", help="auto, cpu or cuda")
     layout.add_argument("--tp", type=int, default=0, help="tensor-parallel ranks (0: all)")
     layout.add_argument("--dp", type=int, default=1, help="data-parallel groups of them (1)")
-    layout.add_argument(
-        "--moe-dispatch", default="auto", help="tokens to experts: auto, allreduce or alltoall"
-    )
-    layout.add_argument(
-        "--sequence-parallel", type=int, default=-1, help="split norms in steps of so many tokens"
-    )
-    layout.add_argument("--dispatch-dtype", default="auto", help="there: auto, bf16 or fp8")
     text = "seconds after which a rank that hangs ends the job (60)"
     layout.add_argument("--rank-timeout", type=float, default=60.0, help=text)
-    experts = parser.add_argument_group("experts")
-    experts.add_argument("--expert-placement", default="", help="FILE of which rank has which")
-    experts.add_argument("--redundant-experts", type=int, default=0, help="copies, without a file")
-    experts.add_argument("--rebalance-every", type=int, default=0, help="steps; 0: never move them")
-    experts.add_argument("--record-expert-load", default="", help="FILE for the tokens each got")
-    cache = parser.add_argument_group("cache and attention")
-    cache.add_argument("--attn-impl", default="auto", help="auto, naive or absorb")
-    cache.add_argument("--kv-shard", default="tokens", help="tokens (sharded) or none (replicated)")
-    cache.add_argument("--kv-dtype", default="auto", help="auto, fp32, bf16 or fp8")
-    cache.add_argument(
-        "--kv-cache-size",
-        default="auto",
-        help="auto, bytes per rank (4GiB) or tokens of a tp group (65536tok)",
-    )
-    cache.add_argument(
-        "--kv-host-cache",
-        default="off",
-        metavar="BYTES",
-        help="host memory per rank for pages evicted from the device (4GiB)",
-    )
-    cache.add_argument(
-        "--kv-disk-cache",
-        default="off",
-        metavar="DIR:BYTES",
-        help="directory for pages evicted from there; later runs find them (cache:100GiB)",
-    )
-    cache.add_argument(
-        "--max-seq-len", type=int, default=0, help="longest context (0: the model's)"
-    )
-    cache.add_argument(
-        "--no-prefix-reuse", dest="prefix_reuse", action="store_false", help="reuse no prefixes"
-    )
-    cache.add_argument("--eviction", default="cost", help="cost or lru")
-    steps = parser.add_argument_group("steps")
-    steps.add_argument("--max-batch-tokens", type=int, default=2048, help="new tokens of a step")
-    steps.add_argument("--max-running", type=int, default=64, help="sequences at a time")
-    steps.add_argument("--pipeline-depth", type=int, default=-1, help="0, 1 or -1: as the device")
-    steps.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
-    steps.add_argument(
-        "--profile", action="store_true", help="measure every operation: what bounds a step"
-    )
-    steps.add_argument(
-        "--hardware", default="measure", help="its ceilings: measure, h100, h200 or h800"
-    )
-    text = "steps between comparisons of what the ranks compute (64; 0: never)"
-    steps.add_argument("--check-every", type=int, default=64, help=text)
+    for f in fields(EngineConfig):
+        name, text, flag = f.metadata["group"], f.metadata["about"], f.name.replace("_", "-")
+        if name not in groups:
+            groups[name] = parser.add_argument_group(name)
+        if f.default is True:
+            groups[name].add_argument(f"--no-{flag}", dest=f.name, action="store_false", help=text)
+        elif f.default is False:
+            groups[name].add_argument(f"--{flag}", action="store_true", help=text)
+        else:
+            groups[name].add_argument(f"--{flag}", type=f.type, default=f.default, help=text)
+    text = "measure every operation: what bounds a step"
+    parser.add_argument("--profile", action="store_true", help=text)
+    text = "ceilings of --profile: measure, h100, h200 or h800"
+    parser.add_argument("--hardware", default="measure", help=text)
     parser.add_argument("--log-dir", metavar="DIR", help="also log here, a file for every rank")
     parser.add_argument("--debug", action="store_true", help="log more; tracebacks with errors")
 

@@ -30,7 +30,7 @@ def test_wrong_cache_size(text: str) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("attn_impl", "flash", "--attn-impl=flash is unknown; use one of naive, absorb, auto"),
+        ("attn_impl", "flash", "--attn-impl=flash is unknown; use one of auto, naive, absorb"),
         ("kv_shard", "heads", "--kv-shard=heads is unknown; use one of tokens, none"),
         ("kv_dtype", "int4", "--kv-dtype=int4"),
         ("dtype", "float16", "--dtype=float16"),
