@@ -6,46 +6,22 @@ Field names are those of Hugging Face's `config.json`. Reading files is `dsv3.co
 import difflib
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from dsv3.errors import ConfigError
 
 MODEL_TYPES = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2")
 TORCH_DTYPES = ("bfloat16", "float32", "float16")
-ROUTING = {
-    "greedy": "softmax",
-    "group_limited_greedy": "softmax",
-    "noaux_tc": "sigmoid",
-}
+ROUTING = {"greedy": "softmax", "group_limited_greedy": "softmax", "noaux_tc": "sigmoid"}
 _INDEX_FIELDS = ("index_n_heads", "index_head_dim", "index_topk")
-_POSITIVE_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "moe_intermediate_size",
-    "num_hidden_layers",
-    "moe_layer_freq",
-    "num_attention_heads",
-    "kv_lora_rank",
-    "qk_nope_head_dim",
-    "qk_rope_head_dim",
-    "v_head_dim",
-    "n_routed_experts",
-    "num_experts_per_tok",
-    "n_group",
-    "topk_group",
-    "max_position_embeddings",
-)
-_COUNT_FIELDS = ("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers")
-_REAL_FIELDS = ("routed_scaling_factor", "rms_norm_eps", "rope_theta")
-_FLAG_FIELDS = ("norm_topk_prob", "rope_interleave", "tie_word_embeddings")
-# Field names, types, least value, and the rule in words.
-_RULES: tuple[tuple[tuple[str, ...], tuple[type, ...], float, str], ...] = (
-    (_POSITIVE_FIELDS, (int,), 1, "a positive integer"),
-    (_COUNT_FIELDS, (int,), 0, "an integer, at least 0"),
-    (_REAL_FIELDS, (int, float), 1e-30, "a number above 0"),
-    (_FLAG_FIELDS, (bool,), 0, "true or false"),
-)
+_MAY_BE_0 = ("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers")
+# Of fields of a type: the types of values, the least value, and the rule in words.
+_RULES: dict[Any, tuple[tuple[type, ...], float, str]] = {
+    int: ((int,), 1, "a positive integer"),
+    float: ((int, float), 1e-30, "a number above 0"),
+    bool: ((bool,), 0, "true or false"),
+}
 
 
 def refuse_unknown(keys: Iterable[str], known: Iterable[str], where: str) -> None:
@@ -179,11 +155,13 @@ class ModelConfig:
                 f"model_type={self.model_type!r} is not supported; only the DeepSeek V2/V3 family "
                 f"is ({', '.join(MODEL_TYPES)}), not other models or distills"
             )
-        for names, kinds, least, rule in _RULES:
-            for name in names:
-                value = getattr(self, name)
-                if type(value) not in kinds or value < least:
-                    raise ConfigError(f"{name}={value!r} must be {rule}")
+        for f in fields(self):
+            kinds, least, rule = _RULES.get(f.type, ((), 0, ""))
+            if f.name in _MAY_BE_0:
+                least, rule = 0, "an integer, at least 0"
+            value = getattr(self, f.name)
+            if kinds and (type(value) not in kinds or value < least):
+                raise ConfigError(f"{f.name}={value!r} must be {rule}")
         if self.q_lora_rank is not None and self.q_lora_rank < 1:
             raise ConfigError(f"q_lora_rank={self.q_lora_rank!r} must be positive or null")
         if self.qk_rope_head_dim % 2:

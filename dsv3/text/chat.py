@@ -9,6 +9,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
@@ -41,11 +42,11 @@ class ChatFormat:
         self._tokenizer = tokenizer
         source = tokenizer.chat_template
         if source is not None:
-            self._render = _jinja_renderer(source, tokenizer.special_tokens)
+            self._render = _template_renderer(source, tokenizer.special_tokens)
             self._roles = {role for role in ROLES if re.search(f"['\"]{role}['\"]", source)}
         else:
             published = published_format(model_type, name, tokenizer)
-            self._render = _renderer_without_tools(published.render)
+            self._render = partial(_render_without_tools, published.render)
             self._roles = set(published.roles)
 
     @classmethod
@@ -165,10 +166,11 @@ def _text(where: str, content: Any) -> str:
     return "\n".join(texts)
 
 
+# Of messages, whether to think, tools, and whether to go on to where the model answers.
 _Renderer = Callable[[list[dict[str, Any]], bool, Tools | None, bool], str]
 
 
-def _jinja_renderer(source: str, special_tokens: Mapping[str, str]) -> _Renderer:
+def _template_renderer(source: str, special_tokens: Mapping[str, str]) -> _Renderer:
     """Compile a template in the environment that templates are written for, transformers'."""
 
     def raise_exception(message: str) -> None:
@@ -188,12 +190,7 @@ def _jinja_renderer(source: str, special_tokens: Mapping[str, str]) -> _Renderer
     except TemplateSyntaxError as error:
         raise CheckpointError(f"chat template, line {error.lineno}: {error.message}") from None
 
-    def render(
-        messages: list[dict[str, Any]],
-        thinking: bool,
-        tools: Tools | None,
-        add_generation_prompt: bool,
-    ) -> str:
+    def render(messages: Any, thinking: bool, tools: Any, add_generation_prompt: bool) -> str:
         try:
             return template.render(
                 messages=messages,
@@ -211,17 +208,13 @@ def _jinja_renderer(source: str, special_tokens: Mapping[str, str]) -> _Renderer
     return render
 
 
-def _renderer_without_tools(
+def _render_without_tools(
     published: Callable[[list[dict[str, Any]], bool, bool], str],
-) -> _Renderer:
-    def render(
-        messages: list[dict[str, Any]],
-        thinking: bool,
-        tools: Tools | None,
-        add_generation_prompt: bool,
-    ) -> str:
-        if tools or any("tool_calls" in message for message in messages):
-            raise RequestError("tools need a chat template, and this checkpoint ships none")
-        return published(messages, thinking, add_generation_prompt)
-
-    return render
+    messages: list[dict[str, Any]],
+    thinking: bool,
+    tools: Tools | None,
+    add_generation_prompt: bool,
+) -> str:
+    if tools or any("tool_calls" in message for message in messages):
+        raise RequestError("tools need a chat template, and this checkpoint ships none")
+    return published(messages, thinking, add_generation_prompt)
