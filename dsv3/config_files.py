@@ -284,14 +284,11 @@ def _hf_quantization(data: Mapping[str, Any] | None, where: str) -> Quantization
     for name, wanted in only.items():
         if data.get(name) not in (None, wanted):
             raise ConfigError(f"{where}: {name}={data[name]!r} is not supported; only {wanted!r}")
-    block = data.get("weight_block_size")
-    if not isinstance(block, list | tuple) or len(block) != 2:
+    block, scale_fmt = data.get("weight_block_size"), data.get("scale_fmt")
+    if block != [128, 128]:
         raise ConfigError(f"{where}: weight_block_size={block!r} must be [128, 128]")
-    scale_fmt = data.get("scale_fmt")
     try:
-        return QuantizationConfig(
-            block=(block[0], block[1]), scale_fmt=None if scale_fmt == "float" else scale_fmt
-        )
+        return QuantizationConfig(scale_fmt=None if scale_fmt == "float" else scale_fmt)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
 

@@ -114,10 +114,8 @@ def _load_target(source: Source, target: Target, spec: TensorSpec, layout: Paral
 
 def _load_fp8(source: Source, target: Target, region: Region) -> None:
     """Keep FP8 rows with their covering scales, or dequantize them into the compute dtype."""
-    block = (128, 128) if source.config.quantization is None else source.config.quantization.block
-    name = scale_name(target.name)
-    scale = _read(source, name, scale_region(region, block), torch.float32)
-    row_offset, col_offset = region[0][0] % block[0], region[1][0] % block[1]
+    scale = _read(source, scale_name(target.name), scale_region(region), torch.float32)
+    row_offset, col_offset = region[0][0] % BLOCK, region[1][0] % BLOCK
     if target.dest.dtype == FP8:
         for rows, part in _row_blocks(region, 1):
             target.dest[rows].copy_(_read(source, target.name, part, FP8))
@@ -125,13 +123,10 @@ def _load_fp8(source: Source, target: Target, region: Region) -> None:
         target.keep_scale(BlockScale(kept, row_offset, col_offset))
         return
     for rows, part in _row_blocks(region, 1):
-        first = part[0][0] // block[0] - region[0][0] // block[0]
-        last = -(-part[0][1] // block[0]) - region[0][0] // block[0]
-        stored = _read(source, target.name, part, FP8)
-        offset = part[0][0] % block[0]
-        target.dest[rows].copy_(
-            weight_dequant(stored, scale[first:last], target.dest.dtype, offset, col_offset, block)
-        )
+        first, last = (n - region[0][0] // BLOCK for n in scale_region(part)[0])
+        stored, offset = _read(source, target.name, part, FP8), part[0][0] % BLOCK
+        weight = weight_dequant(stored, scale[first:last], target.dest.dtype, offset, col_offset)
+        target.dest[rows].copy_(weight)
 
 
 def _row_blocks(region: Region, itemsize: int) -> Iterable[tuple[slice, Region]]:

@@ -8,7 +8,7 @@ the weight's slice. Where a slice begins inside a block, the block offset is
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from dsv3.checkpoint.names import scale_name, weight_name
@@ -19,6 +19,7 @@ from dsv3.errors import CheckpointError
 
 FLOAT_DTYPES = ("F32", "BF16", "F16")
 FP8_DTYPE = "F8_E4M3"
+BLOCK = 128  # rows and columns that share a scale
 
 
 class Split(Enum):
@@ -56,58 +57,49 @@ def tensor_specs(config: ModelConfig) -> dict[str, TensorSpec]:
     hidden, vocab = config.hidden_size, config.vocab_size
     specs = [TensorSpec("model.embed_tokens.weight", (vocab, hidden), Split.ROWS)]
     for layer in range(config.num_hidden_layers + config.num_nextn_predict_layers):
-        specs.extend(_layer_specs(config, layer))
+        mtp = layer >= config.num_hidden_layers
+        own = _layer_specs(config, layer, mtp)
+        specs.extend((replace(spec, mtp=True) for spec in own) if mtp else own)
     specs.append(TensorSpec("model.norm.weight", (hidden,)))
     specs.append(TensorSpec("lm_head.weight", (vocab, hidden), Split.ROWS))
     return {spec.name: spec for spec in specs}
 
 
-def _layer_specs(config: ModelConfig, layer: int) -> Iterator[TensorSpec]:
+def _layer_specs(config: ModelConfig, layer: int, mtp: bool) -> Iterator[TensorSpec]:
     prefix = f"model.layers.{layer}."
-    mtp = layer >= config.num_hidden_layers
     hidden, vocab = config.hidden_size, config.vocab_size
-
-    def norm(name: str, size: int) -> TensorSpec:
-        return TensorSpec(f"{prefix}{name}.weight", (size,), mtp=mtp)
-
-    def plain(name: str, rows: int, cols: int, split: Split = Split.NONE) -> TensorSpec:
-        return TensorSpec(f"{prefix}{name}.weight", (rows, cols), split, mtp=mtp)
-
     if mtp:
-        yield plain("embed_tokens", vocab, hidden, Split.ROWS)
-        yield norm("enorm", hidden)
-        yield norm("hnorm", hidden)
-        yield plain("eh_proj", hidden, 2 * hidden)
-    yield norm("input_layernorm", hidden)
-    yield from _attention_specs(config, f"{prefix}self_attn.", mtp)
-    yield norm("post_attention_layernorm", hidden)
+        yield TensorSpec(f"{prefix}embed_tokens.weight", (vocab, hidden), Split.ROWS)
+        yield TensorSpec(f"{prefix}enorm.weight", (hidden,))
+        yield TensorSpec(f"{prefix}hnorm.weight", (hidden,))
+        yield TensorSpec(f"{prefix}eh_proj.weight", (hidden, 2 * hidden))
+    yield TensorSpec(f"{prefix}input_layernorm.weight", (hidden,))
+    yield from _attention_specs(config, f"{prefix}self_attn.")
+    yield TensorSpec(f"{prefix}post_attention_layernorm.weight", (hidden,))
     if config.is_moe_layer(layer):
-        yield from _moe_specs(config, f"{prefix}mlp.", mtp)
+        yield from _moe_specs(config, f"{prefix}mlp.")
     else:
-        yield from _mlp_specs(config, f"{prefix}mlp.", config.intermediate_size, mtp)
+        yield from _mlp_specs(config, f"{prefix}mlp.", config.intermediate_size)
     if mtp:
-        yield norm("shared_head.norm", hidden)
-        yield plain("shared_head.head", vocab, hidden, Split.ROWS)
+        yield TensorSpec(f"{prefix}shared_head.norm.weight", (hidden,))
+        yield TensorSpec(f"{prefix}shared_head.head.weight", (vocab, hidden), Split.ROWS)
 
 
-def _attention_specs(config: ModelConfig, prefix: str, mtp: bool) -> Iterator[TensorSpec]:
+def _attention_specs(config: ModelConfig, prefix: str) -> Iterator[TensorSpec]:
     hidden, heads = config.hidden_size, config.num_attention_heads
     q_rank, kv_rank = config.q_lora_rank, config.kv_lora_rank
 
-    def norm(name: str, size: int, kind: str = "weight") -> TensorSpec:
-        return TensorSpec(f"{prefix}{name}.{kind}", (size,), mtp=mtp)
-
     def linear(name: str, rows: int, cols: int, split: Split = Split.NONE) -> TensorSpec:
-        return TensorSpec(f"{prefix}{name}.weight", (rows, cols), split, quantizable=True, mtp=mtp)
+        return TensorSpec(f"{prefix}{name}.weight", (rows, cols), split, quantizable=True)
 
     if q_rank is None:
         yield linear("q_proj", heads * config.qk_head_dim, hidden, Split.ROWS)
     else:
         yield linear("q_a_proj", q_rank, hidden)
-        yield norm("q_a_layernorm", q_rank)
+        yield TensorSpec(f"{prefix}q_a_layernorm.weight", (q_rank,))
         yield linear("q_b_proj", heads * config.qk_head_dim, q_rank, Split.ROWS)
     yield linear("kv_a_proj_with_mqa", kv_rank + config.qk_rope_head_dim, hidden)
-    yield norm("kv_a_layernorm", kv_rank)
+    yield TensorSpec(f"{prefix}kv_a_layernorm.weight", (kv_rank,))
     kv_rows = heads * (config.qk_nope_head_dim + config.v_head_dim)
     yield linear("kv_b_proj", kv_rows, kv_rank, Split.ROWS)
     yield linear("o_proj", hidden, heads * config.v_head_dim, Split.COLS)
@@ -116,37 +108,34 @@ def _attention_specs(config: ModelConfig, prefix: str, mtp: bool) -> Iterator[Te
         index_heads, index_dim = config.index_n_heads, config.index_head_dim
         yield linear("indexer.wq_b", index_heads * index_dim, q_rank)
         yield linear("indexer.wk", index_dim, hidden)
-        yield norm("indexer.k_norm", index_dim)
-        yield norm("indexer.k_norm", index_dim, "bias")
-        name = f"{prefix}indexer.weights_proj.weight"
-        yield TensorSpec(name, (index_heads, hidden), mtp=mtp)
+        yield TensorSpec(f"{prefix}indexer.k_norm.weight", (index_dim,))
+        yield TensorSpec(f"{prefix}indexer.k_norm.bias", (index_dim,))
+        yield TensorSpec(f"{prefix}indexer.weights_proj.weight", (index_heads, hidden))
 
 
-def _moe_specs(config: ModelConfig, prefix: str, mtp: bool) -> Iterator[TensorSpec]:
+def _moe_specs(config: ModelConfig, prefix: str) -> Iterator[TensorSpec]:
     hidden, experts = config.hidden_size, config.n_routed_experts
-    yield TensorSpec(f"{prefix}gate.weight", (experts, hidden), mtp=mtp)
+    yield TensorSpec(f"{prefix}gate.weight", (experts, hidden))
     if config.topk_method == "noaux_tc":
-        yield TensorSpec(f"{prefix}gate.e_score_correction_bias", (experts,), mtp=mtp)
+        yield TensorSpec(f"{prefix}gate.e_score_correction_bias", (experts,))
     if config.n_shared_experts:
         width = config.shared_intermediate_size
-        yield from _mlp_specs(config, f"{prefix}shared_experts.", width, mtp)
-    width = config.moe_intermediate_size
+        yield from _mlp_specs(config, f"{prefix}shared_experts.", width)
     for e in range(experts):
-        for name, shape in _mlp_shapes(hidden, width):
+        for name, shape, _ in _mlp_shapes(hidden, config.moe_intermediate_size):
             full = f"{prefix}experts.{e}.{name}.weight"
-            yield TensorSpec(full, shape, Split.EXPERT, e, experts, quantizable=True, mtp=mtp)
+            yield TensorSpec(full, shape, Split.EXPERT, e, experts, quantizable=True)
 
 
-def _mlp_shapes(hidden: int, width: int) -> tuple[tuple[str, tuple[int, int]], ...]:
-    wide, narrow = (width, hidden), (hidden, width)
-    return ("gate_proj", wide), ("up_proj", wide), ("down_proj", narrow)
+def _mlp_shapes(hidden: int, width: int) -> tuple[tuple[str, tuple[int, int], Split], ...]:
+    wide, narrow = ((width, hidden), Split.ROWS), ((hidden, width), Split.COLS)
+    return ("gate_proj", *wide), ("up_proj", *wide), ("down_proj", *narrow)
 
 
-def _mlp_specs(config: ModelConfig, prefix: str, width: int, mtp: bool) -> Iterator[TensorSpec]:
+def _mlp_specs(config: ModelConfig, prefix: str, width: int) -> Iterator[TensorSpec]:
     unit = config.mlp_unit
-    for name, shape in _mlp_shapes(config.hidden_size, width):
-        split, full = Split.COLS if name == "down_proj" else Split.ROWS, f"{prefix}{name}.weight"
-        yield TensorSpec(full, shape, split, quantizable=True, mtp=mtp, unit=unit)
+    for name, shape, split in _mlp_shapes(config.hidden_size, width):
+        yield TensorSpec(f"{prefix}{name}.weight", shape, split, quantizable=True, unit=unit)
 
 
 def shard_region(spec: TensorSpec, layout: ParallelConfig) -> Region | None:
@@ -163,17 +152,17 @@ def shard_region(spec: TensorSpec, layout: ParallelConfig) -> Region | None:
     return (*region[:dim], part, *region[dim + 1 :])
 
 
-def scale_region(weight_region: Region, block: tuple[int, int] = (128, 128)) -> Region:
+def scale_region(weight_region: Region) -> Region:
     """The blocks that cover a slice of a weight."""
     return tuple(
-        (start // size, -(-stop // size) if stop > start else start // size)
-        for (start, stop), size in zip(weight_region, block, strict=True)
+        (start // BLOCK, -(-stop // BLOCK) if stop > start else start // BLOCK)
+        for start, stop in weight_region
     )
 
 
-def scale_shape(shape: tuple[int, ...], block: tuple[int, int] = (128, 128)) -> tuple[int, ...]:
+def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of the scales of a whole weight."""
-    return tuple(-(-size // b) for size, b in zip(shape, block, strict=True))
+    return tuple(-(-size // BLOCK) for size in shape)
 
 
 def tensor_region(
