@@ -1,5 +1,6 @@
 """A conversion's tensors as streams of bounded row blocks, cast on the way."""
 
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -21,13 +22,13 @@ Bytes = npt.NDArray[np.uint8]
 
 
 class BlockReader:
-    """Reads jobs one after the other through one buffer; each thread has its own reader."""
+    """Reads jobs through a buffer of each thread's own."""
 
     def __init__(self, source: Source, plan: Plan) -> None:
         self._source = source
         quantization = plan.config.quantization
         self._scale_fmt = quantization.scale_fmt if quantization else None
-        self._buffer = np.empty(BLOCK_BYTES, np.uint8)
+        self._local = threading.local()
 
     def blocks(self, job: Job) -> Iterator[tuple[str, int, Bytes]]:
         """Yield (output name, first row, [rows, bytes of a row]), each output's rows in order.
@@ -92,6 +93,7 @@ class BlockReader:
 
     def _memory(self, num_bytes: int) -> Bytes:
         """Memory for one block; the buffer grows for tensors whose block rows are longer."""
-        if len(self._buffer) < num_bytes:
-            self._buffer = np.empty(num_bytes, np.uint8)
-        return self._buffer[:num_bytes]
+        buffer: Bytes | None = getattr(self._local, "buffer", None)
+        if buffer is None or len(buffer) < num_bytes:
+            buffer = self._local.buffer = np.empty(max(num_bytes, BLOCK_BYTES), np.uint8)
+        return buffer[:num_bytes]

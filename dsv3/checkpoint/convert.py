@@ -119,20 +119,16 @@ def _write_tensors(
     source: Source, plan: Plan, files: OutputFiles, workers: int, finished: Mapping[str, Digests]
 ) -> Iterator[tuple[str, Digests]]:
     """Do the jobs that are left; yield each output tensor with its digests."""
+    reader = BlockReader(source, plan)
 
-    def make_worker() -> Callable[[Job], dict[str, Digests]]:
-        reader = BlockReader(source, plan)
-
-        def work(job: Job) -> dict[str, Digests]:
-            spread = {name: Spreader(plan.tensors[name], files) for name in job.outputs}
-            for name, row, block in reader.blocks(job):
-                spread[name].put(row, block)
-            return {name: spreader.digests() for name, spreader in spread.items()}
-
-        return work
+    def work(job: Job) -> dict[str, Digests]:
+        spread = {name: Spreader(plan.tensors[name], files) for name in job.outputs}
+        for name, row, block in reader.blocks(job):
+            spread[name].put(row, block)
+        return {name: spreader.digests() for name, spreader in spread.items()}
 
     jobs = [job for job in plan.jobs if not finished.keys() >= set(job.outputs)]
-    for _, results in run_jobs(jobs, make_worker, workers):
+    for results in run_jobs(jobs, work, workers):
         yield from results.items()
 
 

@@ -4,6 +4,7 @@ Nothing here knows how a conversion cuts tensors: the result is read as any load
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -28,27 +29,23 @@ def verify_against(
         CheckpointError: naming the file and tensor that differ.
     """
     _check_kinds(plan, result)
+    reader = BlockReader(source, plan)
 
-    def make_worker() -> Callable[[Job], int]:
-        reader = BlockReader(source, plan)
+    def work(job: Job) -> int:
+        for name, row, block in reader.blocks(job):
+            info = result.tensors[name]
+            rows = whole(info.shape)
+            if len(rows) == 2:
+                rows = ((row, row + len(block)), rows[1])
+            stored = np.frombuffer(result.read(name, rows), np.uint8)
+            if not np.array_equal(stored, block.reshape(-1)):
+                raise CheckpointError(
+                    f"{result.where(name)}: tensor {name} differs from {source.path} in rows "
+                    f"{row} to {row + len(block)}"
+                )
+        return sum(_check_pieces(result, result.tensors[name]) for name in job.outputs)
 
-        def work(job: Job) -> int:
-            for name, row, block in reader.blocks(job):
-                info = result.tensors[name]
-                rows = whole(info.shape)
-                if len(rows) == 2:
-                    rows = ((row, row + len(block)), rows[1])
-                stored = np.frombuffer(result.read(name, rows), np.uint8)
-                if not np.array_equal(stored, block.reshape(-1)):
-                    raise CheckpointError(
-                        f"{result.where(name)}: tensor {name} differs from {source.path} in rows "
-                        f"{row} to {row + len(block)}"
-                    )
-            return sum(_check_pieces(result, result.tensors[name]) for name in job.outputs)
-
-        return work
-
-    for _, size in run_jobs(plan.jobs, make_worker, workers):
+    for size in run_jobs(plan.jobs, work, workers):
         progress(size)
 
 
@@ -63,11 +60,7 @@ def verify_digests(source: Source, workers: int, progress: Progress = lambda _: 
             f"{source.path}: has no {MANIFEST}; only directories that convert.py made can be "
             "verified without --save-path"
         )
-
-    def make_worker() -> Callable[[TensorInfo], int]:
-        return lambda info: _check_pieces(source, info)
-
-    for _, size in run_jobs(tuple(source.tensors.values()), make_worker, workers):
+    for size in run_jobs(source.tensors.values(), partial(_check_pieces, source), workers):
         progress(size)
 
 

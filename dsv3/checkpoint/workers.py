@@ -1,10 +1,9 @@
 """A fixed number of threads over a list of jobs, results as they come."""
 
 import os
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from queue import SimpleQueue
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from itertools import islice
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -17,39 +16,24 @@ def default_workers() -> int:
 
 
 def run_jobs(
-    items: Sequence[Item], make_worker: Callable[[], Callable[[Item], Result]], workers: int
-) -> Iterator[tuple[Item, Result]]:
-    """Yield (item, result) in whatever order they finish; raise the first failure.
+    items: Iterable[Item], work: Callable[[Item], Result], workers: int
+) -> Iterator[Result]:
+    """Yield results in whatever order they are there; raise the first failure.
 
     Args:
-        items: started in this order.
-        make_worker: called once in each thread, so that a worker may keep a buffer.
+        items: started in this order, few of them ahead of the workers.
+        work: called with each, from any thread.
         workers: number of threads.
     """
-    waiting, lock, stop = iter(items), threading.Lock(), threading.Event()
-    results: SimpleQueue[tuple[Item, Result] | BaseException] = SimpleQueue()
-
-    def loop() -> None:
-        try:
-            work = make_worker()
-            while not stop.is_set():
-                with lock:
-                    try:
-                        item = next(waiting)
-                    except StopIteration:
-                        return
-                results.put((item, work(item)))
-        except BaseException as error:  # told to the caller, whatever it is
-            results.put(error)
-
+    waiting = iter(items)
     with ThreadPoolExecutor(workers) as pool:
+        running = {pool.submit(work, item) for item in islice(waiting, 2 * workers)}
         try:
-            for _ in range(min(workers, len(items))):
-                pool.submit(loop)
-            for _ in items:
-                result = results.get()
-                if isinstance(result, BaseException):
-                    raise result
-                yield result
+            while running:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    running |= {pool.submit(work, item) for item in islice(waiting, 1)}
+                    yield future.result()
         finally:
-            stop.set()
+            for future in running:
+                future.cancel()
