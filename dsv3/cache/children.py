@@ -1,8 +1,4 @@
-"""The children of a node of the prefix tree, in the order of their tokens.
-
-They lie in runs of bounded length, so that adding one to a million moves a few thousand pointers
-and not a million.
-"""
+"""The children of a node of the prefix tree, in the order of their tokens."""
 
 from array import array
 from bisect import bisect_left
@@ -12,8 +8,6 @@ from sys import byteorder
 from typing import Generic, Protocol, TypeVar
 
 TOKEN_BYTES = 4
-# A run that has grown to twice this length is cut in half.
-_RUN = 512
 
 
 def encode(token_ids: Ids[int]) -> bytes:
@@ -41,74 +35,46 @@ Child = TypeVar("Child", bound=_Child)
 class Children(Generic[Child]):
     """Nodes by their encoded tokens; no two have the same."""
 
-    __slots__ = ("_keys", "_last", "_nodes")
+    __slots__ = ("_keys", "_nodes")
 
     def __init__(self) -> None:
-        # Of each run: the tokens, the nodes in the same order, and the highest tokens.
-        self._keys: list[list[bytes]] = []
-        self._nodes: list[list[Child]] = []
-        self._last: list[bytes] = []
+        self._keys: list[bytes] = []
+        self._nodes: list[Child] = []
 
     def __bool__(self) -> bool:
-        return bool(self._last)
+        return bool(self._keys)
 
     def __iter__(self) -> Iterator[Child]:
-        return (node for run in self._nodes for node in run)
+        return iter(self._nodes)
 
     def find(self, tokens: bytes) -> Child | None:
         """Return the child with exactly these tokens."""
-        run, at = self._place(tokens)
-        if run == len(self._last) or self._keys[run][at] != tokens:
-            return None
-        return self._nodes[run][at]
+        at = bisect_left(self._keys, tokens)
+        return self._nodes[at] if self._keys[at : at + 1] == [tokens] else None
 
     def before(self, tokens: bytes) -> Child | None:
         """Return the last child whose tokens come before these."""
-        run, at = self._place(tokens)
-        if at:
-            return self._nodes[run][at - 1]
-        return self._nodes[run - 1][-1] if run else None
+        at = bisect_left(self._keys, tokens)
+        return self._nodes[at - 1] if at else None
 
     def nearest(self, tokens: bytes) -> tuple[Child | None, int]:
         """Return the child that shares most leading tokens with these, and how many."""
-        run, at = self._place(tokens)
-        after = self._nodes[run][at] if run < len(self._last) else None
+        at = bisect_left(self._keys, tokens)
         best, most = None, 0
-        for child in (self.before(tokens), after):
-            common = 0 if child is None else _num_common(child.tokens, tokens)
+        for child in self._nodes[max(0, at - 1) : at + 1]:
+            common = _num_common(child.tokens, tokens)
             if common > most:
                 best, most = child, common
         return best, most
 
     def add(self, child: Child) -> None:
-        """Put a child in its place."""
-        if not self._last:
-            self._keys, self._nodes, self._last = [[child.tokens]], [[child]], [child.tokens]
-            return
-        run, at = self._place(child.tokens)
-        if run == len(self._last):
-            run, at = run - 1, len(self._keys[-1])
-        keys, nodes = self._keys[run], self._nodes[run]
-        keys.insert(at, child.tokens)
-        nodes.insert(at, child)
-        self._last[run] = keys[-1]
-        if len(keys) == 2 * _RUN:
-            self._keys[run : run + 1] = keys[:_RUN], keys[_RUN:]
-            self._nodes[run : run + 1] = nodes[:_RUN], nodes[_RUN:]
-            self._last.insert(run, keys[_RUN - 1])
+        """Put a child in its place; moving the pointers behind it costs little among thousands."""
+        at = bisect_left(self._keys, child.tokens)
+        self._keys.insert(at, child.tokens)
+        self._nodes.insert(at, child)
 
     def remove(self, child: Child) -> None:
         """Take a child out."""
-        run, at = self._place(child.tokens)
-        keys, nodes = self._keys[run], self._nodes[run]
-        assert nodes[at] is child, "a node is not where it should be"
-        del keys[at], nodes[at]
-        if keys:
-            self._last[run] = keys[-1]
-        else:
-            del self._keys[run], self._nodes[run], self._last[run]
-
-    def _place(self, tokens: bytes) -> tuple[int, int]:
-        """Return run and index of the first child whose tokens are not lower."""
-        run = bisect_left(self._last, tokens)
-        return run, bisect_left(self._keys[run], tokens) if run < len(self._last) else 0
+        at = bisect_left(self._keys, child.tokens)
+        assert self._nodes[at] is child, "a node is not where it should be"
+        del self._keys[at], self._nodes[at]
