@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import yaml
 
+from benchlib.experts_hit import experts_hit
 from benchlib.flags import at_least
 from benchlib.hardware import hardware
 from benchlib.report import Report, Row, machine
@@ -72,8 +73,14 @@ class Layout:
     dispatch: str
 
     def ops(self, load: Load) -> list[Op]:
-        """Return the operations of a step that has this load in every dp group."""
-        return [self._gathered(op, load.tokens) for op in step_ops(self.setup, load)]
+        """Return the operations of a step that has this load in every dp group.
+
+        They are those of the rank on which most experts are hit.
+        """
+        place = self.setup.layout
+        hit = experts_hit(self.setup.config, place.ep, load.tokens * place.dp, busiest=True)
+        ops = step_ops(self.setup, replace(load, hit=hit))
+        return [self._gathered(op, load.tokens) for op in ops]
 
     def seconds(self, load: Load, hw: Hardware) -> float:
         """Return the time of a step: the floors of all operations, and their launches."""
@@ -255,8 +262,8 @@ def rank_layouts(
 
 def loads_of(place: ParallelConfig, batch: int, context: int, prefill: int) -> tuple[Load, Load]:
     """Return what a dp group has to do in a decode step, and in a prefill step."""
-    decode = Load(decode=-(-batch // place.dp), context=context, busiest=True)
-    return decode, Load(prefill=-(-prefill // place.dp), busiest=True)
+    decode = Load(decode=-(-batch // place.dp), context=context)
+    return decode, Load(prefill=-(-prefill // place.dp))
 
 
 def shares(ops: list[Op], hw: Hardware) -> str:
@@ -349,7 +356,7 @@ def check_steps(started: Started, hw: Hardware, dispatch: str) -> tuple[Report, 
             started.runner.run(plans).to_host()
 
         decode, prompt = (batch, 0) if count == 1 else (0, batch * count)
-        loads.append(Load(decode=decode, context=context, prefill=prompt, busiest=True))
+        loads.append(Load(decode=decode, context=context, prefill=prompt))
         clocked.append(least_seconds(step, started.mesh.device, started.mesh.world.size == 1))
     floors = [layout.seconds(load, replace(hw, launch=0.0)) for load in loads]
     counts = [sum(op.count for op in layout.ops(load)) for load in loads]

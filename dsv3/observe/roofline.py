@@ -10,16 +10,12 @@ Source: the roofline model (Williams, Waterman, Patterson 2009).
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
-
-import numpy as np
 
 from dsv3.config import ModelConfig, ParallelConfig, split_range
 from dsv3.errors import ConfigError
 
 _ITEMSIZE = {"fp8": 1, "bf16": 2, "fp32": 4}
 _BLOCK = 128
-_TRIALS = 64
 _PART_TAIL = 16  # bytes of a log-sum-exp behind the values that travel with it
 
 
@@ -127,9 +123,7 @@ class Load:
         decode: sequences that add `queries` tokens each to `context` cached ones.
         prefill: new tokens of `prompts` prompts together, each with `cached` positions before.
         rows: rows of logits; None for all decode tokens and one of every prompt.
-        skew: exponent of the experts' popularity (Zipf); 0 for uniform.
-        busiest: reckon with the rank that most experts are hit on, not with the mean.
-        hit: local experts and their rows, where they were counted.
+        hit: local experts and their rows, where they were counted; otherwise `experts_hit`.
     """
 
     decode: int = 0
@@ -139,8 +133,6 @@ class Load:
     prompts: int = 1
     cached: int = 0
     rows: int | None = None
-    skew: float = 0.0
-    busiest: bool = False
     hit: tuple[float, float] | None = None
 
     @property
@@ -201,51 +193,14 @@ def floor_seconds(ops: Iterable[Op], hw: Hardware) -> float:
     return sum(op.seconds(hw) for op in ops)
 
 
-def experts_hit(
-    config: ModelConfig, ranks: int, tokens: int, skew: float = 0.0, busiest: bool = False
-) -> tuple[float, float]:
-    """Return how many of a rank's experts the tokens reach, and the rows they make there.
+def experts_hit(config: ModelConfig, ranks: int, tokens: int) -> tuple[float, float]:
+    """Return how many of a rank's experts the tokens of all ranks reach, and the rows they make.
 
-    Args:
-        config: the model; its groups limit what a token reaches.
-        ranks: that the experts are spread over.
-        tokens: of the step, all ranks together.
-        skew: exponent of the experts' popularity, 0 for uniform.
-        busiest: of the ranks, the one with most; otherwise the mean.
+    The mean where experts are chosen independently and equally often.
     """
     experts, chosen = config.n_routed_experts, config.num_experts_per_tok
-    if not busiest and not skew:
-        missed = (1 - chosen / experts) ** tokens
-        return experts / ranks * (1 - missed), tokens * chosen / ranks
-    return _simulate_hits(config, ranks, min(tokens, 4096), skew, busiest, tokens)
-
-
-@lru_cache
-def _simulate_hits(
-    config: ModelConfig, ranks: int, drawn: int, skew: float, busiest: bool, tokens: int
-) -> tuple[float, float]:
-    """Draw scores for every token and expert; average over trials."""
-    rng = np.random.default_rng(0)
-    experts, groups = config.n_routed_experts, config.n_group
-    bonus = -skew * np.log(rng.permutation(experts) + 1.0)
-    trials = max(1, min(_TRIALS, 4096 // max(1, drawn)))
-    hit, rows = [], []
-    for _ in range(trials):
-        score = rng.gumbel(size=(drawn, experts)) + bonus
-        if config.topk_method != "greedy" and groups > 1:
-            by_group = score.reshape(drawn, groups, -1)
-            best = np.sort(by_group, -1)[..., -2:].sum(-1)
-            kept = np.argsort(best, -1)[:, -config.topk_group :]
-            mask = np.full((drawn, groups), -np.inf)
-            np.put_along_axis(mask, kept, 0.0, -1)
-            score = (by_group + mask[..., None]).reshape(drawn, -1)
-        ids = np.argpartition(score, -config.num_experts_per_tok)[:, -config.num_experts_per_tok :]
-        counts = np.bincount(ids.ravel(), minlength=experts).reshape(ranks, -1)
-        hit.append((counts > 0).sum(1))
-        rows.append(counts.sum(1))
-    pick = np.max if busiest else np.mean
-    scale = tokens / max(1, drawn)
-    return float(np.mean(pick(hit, axis=1))), scale * float(np.mean(pick(rows, axis=1)))
+    missed = (1 - chosen / experts) ** tokens
+    return experts / ranks * (1 - missed), tokens * chosen / ranks
 
 
 class _Writer:
@@ -397,8 +352,7 @@ class _Writer:
         yield self.linear("moe.router", c.n_routed_experts, D, fmt=s.plain)
         if s.layout.dp > 1:
             yield from self.dispatch()
-        drawn = experts_hit(c, s.layout.ep, self.tokens * s.layout.dp, load.skew, load.busiest)
-        hit, rows = load.hit or drawn
+        hit, rows = load.hit or experts_hit(c, s.layout.ep, self.tokens * s.layout.dp)
         for name, parts, out in (("gate_up", 2, F * item), ("down", 1, D * self.item)):
             moved = rows * ((D if parts == 2 else F) * item + out)
             read = hit * parts * _matrix_bytes(F, D, s.weights)
