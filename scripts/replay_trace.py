@@ -46,7 +46,8 @@ def replay(requests: Iterable[list[int]], capacity: int, policy: str) -> dict[st
     num_hits = num_blocks = 0
     for blocks in requests:
         match = tree.match(blocks)
-        tree.use(match)
+        tree.hold(match)
+        tree.count(match)
         held = match.pages + pages.allocate(len(blocks) - match.num_tokens)
         tree.insert(blocks, len(blocks), held)
         pages.release(held)

@@ -45,12 +45,24 @@ class HostPool:
     def offload(self, page_N: Tensor, slot_N: Tensor) -> None:
         """Copy pages to host memory."""
         for pages, slots in self._blocks(page_N, slot_N):
-            self._offload(pages, slots)
+            data_NLX = self._cache.read_pages(pages.to(self.device)).contiguous()
+            if self._stream is not None:
+                self._stream.wait_stream(torch.cuda.current_stream())
+                data_NLX.record_stream(self._stream)
+            with torch.cuda.stream(self._stream):
+                for data_LX, slot in zip(data_NLX, slots.tolist(), strict=True):
+                    self.slots[slot].copy_(data_LX, non_blocking=True)
 
     def restore(self, slot_N: Tensor, page_N: Tensor) -> None:
         """Copy pages back to the device."""
         for slots, pages in self._blocks(slot_N, page_N):
-            self._restore(slots, pages)
+            with torch.cuda.stream(self._stream):
+                data = [self.slots[i].to(self.device, non_blocking=True) for i in slots.tolist()]
+            if self._stream is not None:
+                torch.cuda.current_stream().wait_stream(self._stream)
+                for data_LX in data:
+                    data_LX.record_stream(torch.cuda.current_stream())
+            self._cache.write_pages(pages.to(self.device), torch.stack(data))
 
     def _blocks(self, source_N: Tensor, target_N: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Split a move that would take much memory of the device on its way."""
@@ -59,24 +71,6 @@ class HostPool:
             if number and self._stream is not None:
                 torch.cuda.synchronize(self.device)
             yield block
-
-    def _offload(self, page_N: Tensor, slot_N: Tensor) -> None:
-        data_NLX = self._cache.read_pages(page_N.to(self.device)).contiguous()
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream())
-            data_NLX.record_stream(self._stream)
-        with torch.cuda.stream(self._stream):
-            for data_LX, slot in zip(data_NLX, slot_N.tolist(), strict=True):
-                self.slots[slot].copy_(data_LX, non_blocking=True)
-
-    def _restore(self, slot_N: Tensor, page_N: Tensor) -> None:
-        with torch.cuda.stream(self._stream):
-            data = [self.slots[i].to(self.device, non_blocking=True) for i in slot_N.tolist()]
-        if self._stream is not None:
-            torch.cuda.current_stream().wait_stream(self._stream)
-            for data_LX in data:
-                data_LX.record_stream(torch.cuda.current_stream())
-        self._cache.write_pages(page_N.to(self.device), torch.stack(data))
 
     def synchronize(self) -> None:
         """Wait until everything that was asked for has moved."""

@@ -85,7 +85,7 @@ class Match:
 
     @property
     def held_pages(self) -> list[int]:
-        """The pages that `PrefixTree.use` retains for the caller."""
+        """The pages that `PrefixTree.hold` retains for the caller."""
         return self.pages if self.partial_page is None else [*self.pages, self.partial_page]
 
 
@@ -117,17 +117,12 @@ class PrefixTree:
         self.num_evicted = 0
         pages.on_idle = self._on_idle
 
-    @property
-    def num_evictable(self) -> int:
-        """Pages that `make_room` could free."""
-        return self._pages.num_idle
-
     def match(
         self, token_ids: Ids[int], limit: int | None = None, known: Match | None = None
     ) -> Match:
         """Find the longest cached prefix of `token_ids`, of at most `limit` tokens.
 
-        A pure look-up. Its result is good until pages are evicted: `use` it before making room.
+        A pure look-up. Its result is good until pages are evicted: `hold` it before making room.
         `known` may be an earlier match of the same tokens: it saves finding its pages again.
         """
         stop = len(token_ids) if limit is None else min(limit, len(token_ids))
@@ -152,11 +147,6 @@ class PrefixTree:
         if len(known.pages) * self._page_size > stop:
             return self._root, []
         return known.last, [*known.pages]
-
-    def use(self, match: Match, group: str | None = None) -> None:
-        """Take a match: `hold` its pages and `count` the reuse."""
-        self.hold(match)
-        self.count(match, group)
 
     def hold(self, match: Match) -> None:
         """Retain a match's pages for the caller.

@@ -145,15 +145,12 @@ def make_plan(
         has = "no FP8 weights" if cast is Cast.BF16 else "no weights that are not FP8 already"
         raise ConfigError(f"{source.path}: has {has}; nothing to cast")
     kinds = _output_kinds(source, jobs)
-    if layout is None:
-        files, regions = _hf_files(kinds)
-    else:
-        files, regions = _rank_files(source, layout, kinds)
+    held = _hf_files(kinds) if layout is None else _rank_files(source, layout, kinds)
+    files, tensors = _lay_out(kinds, held, {} if layout is None else {DIGEST_KEY: _NO_DIGEST})
     quantization = source.config.quantization
     if cast is not Cast.NONE:
         quantization = QuantizationConfig(scale_fmt=scale_fmt) if cast is Cast.FP8 else None
     config = dataclasses.replace(source.config, quantization=quantization)
-    tensors = _outputs(kinds, files, regions)
     return Plan(
         layout=layout,
         config=config,
@@ -183,7 +180,7 @@ def _jobs(source: Source, cast: Cast) -> Iterator[Job]:
 
 
 Kinds = dict[str, tuple[str, tuple[int, ...]]]
-Files = tuple[tuple[OutputFile, ...], list[dict[str, Region]]]
+Files = Iterator[tuple[str, dict[str, Region]]]  # names, and what is held of each tensor
 
 
 def _output_kinds(source: Source, jobs: tuple[Job, ...]) -> Kinds:
@@ -200,58 +197,41 @@ def _output_kinds(source: Source, jobs: tuple[Job, ...]) -> Kinds:
 
 def _rank_files(source: Source, layout: ParallelConfig, kinds: Kinds) -> Files:
     specs = tensor_specs(source.config)
-    files, regions = [], []
     for rank in range(layout.world_size):
         place = dataclasses.replace(layout, rank=rank)
-        held = {
-            name: region
-            for name in kinds
-            if (region := tensor_region(specs, name, place)) is not None
-        }
-        tensors = [(name, kinds[name][0], region_shape(region)) for name, region in held.items()]
-        name = rank_file(rank, layout.world_size)
-        files.append(_file(name, tensors, {DIGEST_KEY: _NO_DIGEST}))
-        regions.append(held)
-    return tuple(files), regions
+        regions = {name: tensor_region(specs, name, place) for name in kinds}
+        held = {name: region for name, region in regions.items() if region is not None}
+        yield rank_file(rank, layout.world_size), held
 
 
 def _hf_files(kinds: Kinds) -> Files:
-    groups: list[list[str]] = [[]]
+    groups: list[dict[str, Region]] = [{}]
     room = HF_FILE_BYTES
     for name, kind in kinds.items():
         size = tensor_bytes(*kind)
         if groups[-1] and size > room:
-            groups.append([])
+            groups.append({})
             room = HF_FILE_BYTES
-        groups[-1].append(name)
+        groups[-1][name] = whole(kind[1])
         room -= size
-    files = tuple(
-        _file(
-            f"model-{index + 1:05d}-of-{len(groups):05d}.safetensors",
-            [(name, *kinds[name]) for name in group],
-            {},
-        )
-        for index, group in enumerate(groups)
-    )
-    return files, [{name: whole(kinds[name][1]) for name in group} for group in groups]
+    for index, held in enumerate(groups, 1):
+        yield f"model-{index:05d}-of-{len(groups):05d}.safetensors", held
 
 
-def _file(
-    name: str, tensors: list[tuple[str, str, tuple[int, ...]]], notes: Mapping[str, str]
-) -> OutputFile:
-    prefix, offsets = make_header(tensors, notes)
-    size = sum(tensor_bytes(dtype, shape) for _, dtype, shape in tensors)
-    return OutputFile(name, prefix, offsets, len(prefix) + size)
-
-
-def _outputs(
-    kinds: Kinds, files: tuple[OutputFile, ...], regions: list[dict[str, Region]]
-) -> dict[str, Output]:
+def _lay_out(
+    kinds: Kinds, held_by: Files, notes: Mapping[str, str]
+) -> tuple[tuple[OutputFile, ...], dict[str, Output]]:
+    """Return the files to the byte, and where each tensor goes."""
+    files: list[OutputFile] = []
     slots: dict[str, list[Slot]] = {name: [] for name in kinds}
-    for index, (file, held) in enumerate(zip(files, regions, strict=True)):
-        for name, offset in file.offsets.items():
+    for index, (file, held) in enumerate(held_by):
+        parts = [(name, kinds[name][0], region_shape(region)) for name, region in held.items()]
+        prefix, offsets = make_header(parts, notes)
+        size = len(prefix) + sum(tensor_bytes(dtype, shape) for _, dtype, shape in parts)
+        files.append(OutputFile(file, prefix, offsets, size))
+        for name, offset in offsets.items():
             slots[name].append(Slot(index, held[name], offset))
-    return {name: Output(*kinds[name], tuple(slots[name])) for name in kinds}
+    return tuple(files), {name: Output(*kinds[name], tuple(slots[name])) for name in kinds}
 
 
 def _reading_order(

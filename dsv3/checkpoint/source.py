@@ -7,6 +7,7 @@ rank, its own tensor names, equal slices).
 
 import json
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +25,8 @@ from dsv3.errors import CheckpointError, ConfigError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _RANK_FILE = re.compile(r"model(\d+)-mp(\d+)\.safetensors")
-_CHECKED_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "moe_intermediate_size",
-    "num_hidden_layers",
-    "first_k_dense_replace",
-    "num_attention_heads",
-    "q_lora_rank",
-    "kv_lora_rank",
-    "qk_nope_head_dim",
-    "qk_rope_head_dim",
-    "v_head_dim",
-    "n_routed_experts",
-    "n_shared_experts",
-    "num_experts_per_tok",
-)
+# Sizes that DeepSeek's own config files do not tell, or tell in another way.
+_MAY_DIFFER = {"bos_token_id", "max_position_embeddings", "num_nextn_predict_layers"}
 
 
 def open_source(
@@ -83,10 +69,12 @@ def _config(path: Path, given: ModelConfig | None) -> ModelConfig:
     own = load_model_config(path)
     if given is None:
         return own
-    for name in _CHECKED_FIELDS:
-        have, want = getattr(own, name), getattr(given, name)
-        if have != want:
-            raise ConfigError(f"{path / 'config.json'}: {name}={have}, but --config says {want}")
+    for field in fields(ModelConfig):
+        have, want = getattr(own, field.name), getattr(given, field.name)
+        is_size = field.type in (int, int | None) and field.name not in _MAY_DIFFER
+        if is_size and have != want:
+            where = path / "config.json"
+            raise ConfigError(f"{where}: {field.name}={have}, but --config says {want}")
     return own
 
 

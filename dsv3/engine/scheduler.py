@@ -112,6 +112,10 @@ class Scheduler:
             self.waiting.remove(seq)
             self._num_waiting_tokens -= seq.burden
             return
+        self._stop(seq)
+
+    def _stop(self, seq: Sequence) -> None:
+        """Take a running sequence's pages; its computed prefix stays cached."""
         self.register(seq)
         self.running.remove(seq)
         self._pages.release(seq.pages)
@@ -168,10 +172,7 @@ class Scheduler:
 
     def _preempt(self, seq: Sequence) -> None:
         self._metrics.preemptions += 1
-        self.register(seq)
-        self.running.remove(seq)
-        self._pages.release(seq.pages)
-        seq.rewind()
+        self._stop(seq)
         self.add(seq)
 
     # Admission --------------------------------------------------------------------------------

@@ -64,7 +64,8 @@ class CacheMachine(RuleBasedStateMachine):
         match = self.tree.match(prompt, limit)
         assert match.num_tokens == len(match.pages) * PAGE_SIZE + match.partial_tokens <= limit
         assert self.content(match.held_pages)[: match.num_tokens] == prompt[: match.num_tokens]
-        self.tree.use(match, group)
+        self.tree.hold(match)
+        self.tree.count(match, group)
         num_full = len(match.pages)
         seq = Running(prompt[: num_full * PAGE_SIZE], group, list(match.pages), num_full)
         self.running.append(seq)
@@ -96,7 +97,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(count=st.integers(0, NUM_PAGES))
     def make_room(self, count: int) -> None:
-        free, evictable = self.pages.num_free, self.tree.num_evictable
+        free, evictable = self.pages.num_free, self.pages.num_idle
         assert self.tree.make_room(count) == (count <= free + evictable)
         assert self.pages.num_free == (max(free, count) if count <= free + evictable else free)
 
@@ -132,7 +133,7 @@ class CacheMachine(RuleBasedStateMachine):
         pages = range(1, NUM_PAGES + 1)
         assert [self.pages.num_holders(page) for page in pages] == [holders[p] for p in pages]
         assert self.pages.num_free + len(holders) == self.pages.num_pages == NUM_PAGES
-        assert self.tree.num_evictable == len(idle)
+        assert self.pages.num_idle == len(idle)
 
     @invariant()
     def tree_pages_hold_their_tokens(self) -> None:

@@ -209,7 +209,8 @@ def tree_of(policy: EvictionPolicy, num_pages: int) -> tuple[PageAllocator, Pref
 
 def run(pages: PageAllocator, tree: PrefixTree, tokens: list[int]) -> None:
     match = tree.match(tokens)
-    tree.use(match)
+    tree.hold(match)
+    tree.count(match)
     assert tree.make_room(len(tokens) - match.num_tokens)
     held = match.pages + pages.allocate(len(tokens) - match.num_tokens)
     tree.insert(tokens, len(tokens), held)

@@ -29,7 +29,8 @@ class Cache:
     def start(self, tokens: Sequence[int], group: str | None = None) -> list[int]:
         """Compute and register a sequence; return the pages it still holds."""
         match = self.tree.match(tokens)
-        self.tree.use(match, group)
+        self.tree.hold(match)
+        self.tree.count(match, group)
         missing = -(-len(tokens) // self.size) - len(match.pages)
         assert self.tree.make_room(missing)
         held = match.pages + self.pages.allocate(missing)
@@ -59,7 +60,7 @@ def ids(first: int, count: int) -> list[int]:
 
 def test_an_empty_tree_matches_nothing(cache: Cache) -> None:
     assert cache.tree.match(ids(0, 9)) == cache.tree.match([]) == Match([], 0)
-    assert cache.tree.num_evictable == 0
+    assert cache.pages.num_idle == 0
 
 
 def test_full_pages_are_shared(cache: Cache) -> None:
@@ -68,7 +69,7 @@ def test_full_pages_are_shared(cache: Cache) -> None:
     assert second[:2] == first
     assert [cache.pages.num_holders(page) for page in second] == [3, 3, 2]
     cache.pages.release(first + second)
-    assert cache.tree.num_evictable == 3
+    assert cache.pages.num_idle == 3
 
 
 @pytest.mark.parametrize("tokens", [ids(0, 7), array("i", ids(0, 7)), np.arange(7)])
@@ -110,8 +111,9 @@ def test_the_limit_cuts_inside_a_full_page(cache: Cache) -> None:
 def test_use_holds_what_it_takes_until_released(cache: Cache) -> None:
     pages = cache.run(ids(0, 10))
     match = cache.tree.match(ids(0, 10))
-    cache.tree.use(match)
-    assert match.held_pages == pages and cache.tree.num_evictable == 0
+    cache.tree.hold(match)
+    cache.tree.count(match)
+    assert match.held_pages == pages and cache.pages.num_idle == 0
     assert not cache.tree.make_room(14)
     cache.pages.release(match.held_pages)
     assert cache.tree.make_room(16)
@@ -157,7 +159,7 @@ def test_leaves_go_before_what_they_continue() -> None:
     for policy in ("lru", "cost"):
         cache = Cache(policy=policy)
         pages = cache.run(ids(0, 16))
-        while cache.tree.num_evictable:
+        while cache.pages.num_idle:
             assert cache.tree.make_room(cache.pages.num_free + 1)
         assert [page for page, _, _ in cache.evicted] == pages[::-1]
         assert cache.tree.num_evicted == 4
@@ -166,7 +168,7 @@ def test_leaves_go_before_what_they_continue() -> None:
 def test_pages_in_use_are_never_evicted(cache: Cache) -> None:
     held = cache.start(ids(0, 12))
     cache.run([*ids(0, 4), *ids(50, 8)])
-    assert cache.tree.num_evictable == 2
+    assert cache.pages.num_idle == 2
     assert not cache.tree.make_room(14) and not cache.evicted
     assert cache.tree.make_room(13)
     assert cache.cached(ids(0, 12)) == 12
@@ -249,7 +251,7 @@ def test_a_group_takes_along_only_what_it_alone_has_used(cache: Cache) -> None:
     assert cache.cached([*system, *ids(20, 6)]) == 8
     assert cache.tree.drop_group("mine") == 0
     assert cache.tree.drop_group("yours") == 1
-    assert cache.tree.num_evictable == 2 and cache.tree.make_room(16)
+    assert cache.pages.num_idle == 2 and cache.tree.make_room(16)
 
 
 def test_what_two_groups_computed_belongs_to_neither(cache: Cache) -> None:
@@ -282,4 +284,4 @@ def test_a_stale_match_is_refused(cache: Cache) -> None:
     match = cache.tree.match(ids(0, 4))
     cache.tree.make_room(16)
     with pytest.raises(AssertionError, match="is free"):
-        cache.tree.use(match)
+        cache.tree.hold(match)
