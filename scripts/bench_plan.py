@@ -10,8 +10,8 @@ products and links were measured to do, and held to the clock.
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -21,12 +21,12 @@ import yaml
 
 from benchlib.experts_hit import experts_hit
 from benchlib.flags import at_least
-from benchlib.hardware import hardware
+from benchlib.hardware import hardware, read_hardware
 from benchlib.report import Report, Row, machine
 from dsv3.cache.layout import CacheLayout
 from dsv3.checkpoint.sharding import tensor_specs
-from dsv3.config import ParallelConfig, divisors, refuse_unknown
-from dsv3.config_files import DEMO, load_model_config, read_mapping
+from dsv3.config import ParallelConfig, divisors
+from dsv3.config_files import DEMO, load_model_config
 from dsv3.engine.config import EngineConfig
 from dsv3.engine.engine import follow
 from dsv3.engine.memory import plan_memory, weight_bytes
@@ -40,7 +40,7 @@ from dsv3.engine.program import (
 )
 from dsv3.engine.start import Started, start
 from dsv3.errors import ConfigError, OutputError
-from dsv3.observe.roofline import HARDWARE, Hardware, Load, Op, Setup, step_ops
+from dsv3.observe.roofline import Hardware, Load, Op, Setup, step_ops
 from dsv3.parallel.mesh import join_world
 
 _MANY, _REPEATS = 1_000_000, 30
@@ -148,41 +148,6 @@ def least_seconds(run: Callable[[], object], device: torch.device, alone: bool) 
             torch.cuda.synchronize(device)
         times.append(clock() - begin)
     return min(times[1:])
-
-
-def read_hardware(text: str, figures: Mapping[str, float]) -> tuple[Hardware, int]:
-    """Return what one rank has, and how many ranks there are.
-
-    Args:
-        text: a known device and a number of them (h100x8), or a YAML file with the fields of
-            `Hardware` and `ranks`.
-        figures: fields that are different.
-
-    Raises:
-        ConfigError: it is neither, or a field is wrong.
-    """
-    name, _, count = text.rpartition("x")
-    if Path(text).is_file():
-        data = read_mapping(Path(text)) | dict(figures)
-    elif name in HARDWARE and count.isdecimal():
-        data = asdict(HARDWARE[name]) | {"ranks": int(count)} | dict(figures)
-    else:
-        known = ", ".join(f"{name}x8" for name in HARDWARE)
-        raise ConfigError(f"--hardware={text} is no file and none of {known} (or another number)")
-    refuse_unknown(data, ["ranks", *(f.name for f in fields(Hardware))], f"--hardware={text}")
-    for field in data.keys() - {"name"}:
-        try:
-            data[field] = float(data[field])  # YAML takes 3e12 for a text
-        except (TypeError, ValueError):
-            data[field] = -1.0
-        may_be_0 = field == "launch" or field.endswith("latency")
-        if not 0 <= data[field] < float("inf") or not (data[field] or may_be_0):
-            raise ConfigError(f"--hardware={text}: {field} must be a number above 0")
-    ranks = int(data.pop("ranks", 1))
-    try:
-        return Hardware(**{"name": text, **data}), ranks
-    except TypeError as error:
-        raise ConfigError(f"--hardware={text}: {error}") from None
 
 
 def on_paper(args: argparse.Namespace) -> Report:

@@ -79,10 +79,8 @@ class _Fuse:
         self._timer = ctypes.c_void_p()
         if self._libc is not None:
             event = (ctypes.c_int * 16)(0, 0, signal.SIGKILL)  # struct sigevent
-            created = self._libc.timer_create(
-                time.CLOCK_MONOTONIC, event, ctypes.byref(self._timer)
-            )
-            self._libc = None if created else self._libc
+            if self._libc.timer_create(time.CLOCK_MONOTONIC, event, ctypes.byref(self._timer)):
+                self._libc = None
 
     def set(self, seconds: float) -> None:
         """Kill in so many seconds; 0: never."""
@@ -397,7 +395,5 @@ def _is_in_exchange() -> bool:
 
 def _log_file() -> int:
     """Return the descriptor of this rank's own log, standard error's without one."""
-    for handler in logging.getLogger().handlers:
-        if isinstance(handler, logging.FileHandler) and handler.stream:
-            return handler.stream.fileno()
-    return 2
+    files = (h for h in logging.getLogger().handlers if isinstance(h, logging.FileHandler))
+    return next((file.stream.fileno() for file in files if file.stream), 2)

@@ -1,9 +1,14 @@
 """The ceilings that times are held against: given by name, or measured on this machine."""
 
+from collections.abc import Mapping
+from dataclasses import asdict, fields
 from functools import partial
+from pathlib import Path
 
 import torch
 
+from dsv3.config import refuse_unknown
+from dsv3.config_files import read_mapping
 from dsv3.errors import ConfigError
 from dsv3.observe.roofline import HARDWARE, Hardware
 from dsv3.parallel.collectives import Collectives, SingleRank
@@ -35,6 +40,41 @@ def hardware(
         net_latency=latency,
         memory=memory,
     )
+
+
+def read_hardware(text: str, figures: Mapping[str, float]) -> tuple[Hardware, int]:
+    """Return what one rank has, and how many ranks there are.
+
+    Args:
+        text: a known device and a number of them (h100x8), or a YAML file with the fields of
+            `Hardware` and `ranks`.
+        figures: fields that are different.
+
+    Raises:
+        ConfigError: it is neither, or a field is wrong.
+    """
+    name, _, count = text.rpartition("x")
+    if Path(text).is_file():
+        data = read_mapping(Path(text)) | dict(figures)
+    elif name in HARDWARE and count.isdecimal():
+        data = asdict(HARDWARE[name]) | {"ranks": int(count)} | dict(figures)
+    else:
+        known = ", ".join(f"{name}x8" for name in HARDWARE)
+        raise ConfigError(f"--hardware={text} is no file and none of {known} (or another number)")
+    refuse_unknown(data, ["ranks", *(f.name for f in fields(Hardware))], f"--hardware={text}")
+    for field in data.keys() - {"name"}:
+        try:
+            data[field] = float(data[field])  # YAML takes 3e12 for a text
+        except (TypeError, ValueError):
+            data[field] = -1.0
+        may_be_0 = field == "launch" or field.endswith("latency")
+        if not 0 <= data[field] < float("inf") or not (data[field] or may_be_0):
+            raise ConfigError(f"--hardware={text}: {field} must be a number above 0")
+    ranks = int(data.pop("ranks", 1))
+    try:
+        return Hardware(**{"name": text, **data}), ranks
+    except TypeError as error:
+        raise ConfigError(f"--hardware={text}: {error}") from None
 
 
 def links(group: Collectives, device: torch.device) -> tuple[float, float]:

@@ -1,71 +1,21 @@
 """convert.py as a user meets it: kills, damage, wrong flags, each told in one line."""
 
-import contextlib
-import dataclasses
 import json
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from dsv3.checkpoint import convert as conversion
 from dsv3.checkpoint.source import open_source
-from dsv3.checkpoint.writer import JOURNAL
 from dsv3.config_files import hf_config_dict
 from dsv3.errors import CheckpointError
-from launch import convert as cli
-from tests.checkpoint_files import FP8, TINY, random_tensors, write_hf, write_sparse
+from tests.checkpoint_files import random_tensors, write_hf
+from tests.faults.converting import CONFIG, Convert, contents
 from tests.unit.test_source import EVEN, write_deepseek
 
-CONFIG = dataclasses.replace(TINY, quantization=FP8, num_nextn_predict_layers=1)
 INDEX = "model.safetensors.index.json"
 SECOND = "model-00002-of-00003.safetensors"
 Q_B = "model.layers.0.self_attn.q_b_proj.weight"
-
-
-@pytest.fixture
-def hf(tmp_path: Path) -> Path:
-    return write_hf(tmp_path / "hf", CONFIG, random_tensors(CONFIG))
-
-
-class Convert:
-    """Runs the program in this process: exit code, output, error output."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self._monkeypatch = monkeypatch
-        self._capsys = capsys
-
-    def __call__(self, source: Path, target: Path | None, *flags: object) -> tuple[int, str, str]:
-        argv = ["convert.py", "--hf-ckpt-path", source]
-        argv += ["--save-path", target, *flags] if target else flags
-        self._monkeypatch.setattr(sys, "argv", [str(arg) for arg in argv])
-        try:
-            code = cli.main()
-        except SystemExit as error:
-            code = int(str(error.code))
-        out, err = self._capsys.readouterr()
-        return code, out, err
-
-
-@pytest.fixture
-def convert(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Convert:
-    return Convert(monkeypatch, capsys)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
-
-
-def looks_whole(folder: Path) -> bool:
-    with contextlib.suppress(CheckpointError):
-        open_source(folder, CONFIG).close()
-        return True
-    return False
 
 
 def test_convert_verify_and_again(hf: Path, tmp_path: Path, convert: Convert) -> None:
@@ -338,118 +288,3 @@ def test_deepseek_directory(tmp_path: Path, convert: Convert) -> None:
     code, _, err = convert(theirs, tmp_path / "c", "--model-parallel", 2)
     assert code == 2
     assert "give the model's configuration with --config" in err
-
-
-def test_one_writer_at_a_time(hf: Path, tmp_path: Path, convert: Convert) -> None:
-    (tmp_path / "out").mkdir()
-    with conversion.Journal(tmp_path / "out", "x"):
-        code, _, err = convert(hf, tmp_path / "out", "--model-parallel", 2)
-    assert code == 2
-    assert "another conversion is writing here" in err
-
-
-@pytest.mark.parametrize("stage", ["copy_side_files", "_publish", "write_atomically"])
-def test_stopped_at_the_end(
-    stage: str, hf: Path, tmp_path: Path, convert: Convert, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """All tensors are written, even renamed, but it is not whole until the manifest is there."""
-    monkeypatch.setattr(conversion, stage, lambda *args: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        convert(hf, tmp_path / "out", "--model-parallel", 4)
-    monkeypatch.undo()
-    assert not looks_whole(tmp_path / "out")
-    _, out, _ = convert(hf, tmp_path / "out", "--model-parallel", 4)
-    assert "were there" in out
-    assert convert(hf, tmp_path / "direct", "--model-parallel", 4)[0] == 0
-    assert contents(tmp_path / "out") == contents(tmp_path / "direct")
-
-
-def test_abandoned_conversion_gives_way(
-    hf: Path, tmp_path: Path, convert: Convert, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Partial files of another plan are replaced; the result is the usual one."""
-    monkeypatch.setattr(conversion, "_publish", lambda *args: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        convert(hf, tmp_path / "out", "--model-parallel", 4)
-    monkeypatch.undo()
-    assert list((tmp_path / "out").glob("*.partial"))
-    assert not looks_whole(tmp_path / "out")
-    assert convert(hf, tmp_path / "out", "--model-parallel", 2)[0] == 0
-    assert convert(hf, tmp_path / "direct", "--model-parallel", 2)[0] == 0
-    assert contents(tmp_path / "out") == contents(tmp_path / "direct")
-
-
-SLOW = """
-import runpy, sys, time
-from dsv3.checkpoint import writer
-put = writer.Spreader.put
-writer.Spreader.put = lambda *args: (time.sleep(0.004), put(*args))
-writer.COMMIT_BYTES = 50_000
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-def finished_tensors(folder: Path) -> int:
-    """Lines of the journal: tensors that a next run need not copy again."""
-    with contextlib.suppress(FileNotFoundError):
-        return (folder / JOURNAL).read_bytes().count(b"\n")
-    return 0
-
-
-@pytest.mark.slow
-def test_killed_twenty_times(hf: Path, tmp_path: Path, convert: Convert) -> None:
-    """kill -9 at random moments, then the same command again: the same bytes, whenever."""
-    assert convert(hf, tmp_path / "direct", "--model-parallel", 4)[0] == 0
-    want, rng, resumed = contents(tmp_path / "direct"), random.Random(0), 0
-    target = tmp_path / "out"
-    command = [sys.executable, "-c", SLOW, cli.__file__, "--hf-ckpt-path", str(hf)]
-    command += ["--save-path", str(target), "--model-parallel", "4"]
-    for _ in range(20):
-        # Progress, not the clock, sets the moment: a fast machine must not be done before it.
-        moment = finished_tensors(target) + rng.randint(1, 20)
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        while process.poll() is None and finished_tensors(target) < moment:
-            time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.02))
-        process.send_signal(signal.SIGKILL)
-        out, err = process.communicate()
-        assert process.returncode in (0, -signal.SIGKILL), err
-        if (target / "manifest.json").exists():
-            resumed += b"were there" in out
-            assert subprocess.run(command, check=False).returncode == 0
-            assert contents(target) == want
-            shutil.rmtree(target)
-        elif target.exists():
-            assert not looks_whole(target)
-    done = subprocess.run(command, check=True, capture_output=True)
-    assert contents(target) == want
-    assert resumed or b"were there" in done.stdout
-
-
-MEMORY = """
-import os, runpy, sys
-from pathlib import Path
-os.pwrite = lambda descriptor, data, offset: len(data)
-sys.argv = sys.argv[1:]
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-finally:
-    assert "torch" not in sys.modules
-    status = Path("/proc/self/status").read_text()
-    print("peak KiB", status.split("VmHWM:")[1].split()[0])
-"""
-
-
-@pytest.mark.slow
-def test_memory_is_bounded(tmp_path: Path) -> None:
-    """One sparse source file of over 5 GB, read whole (writes are left out); no torch."""
-    config = dataclasses.replace(
-        TINY, hidden_size=4096, intermediate_size=142_000, moe_intermediate_size=8192
-    )
-    hf = write_sparse(tmp_path / "hf", config)
-    assert (hf / "model.safetensors").stat().st_size > 5e9
-    script = [str(cli.__file__), "--hf-ckpt-path", str(hf), "--save-path", str(tmp_path / "out")]
-    command = [sys.executable, "-c", MEMORY, *script, "--model-parallel", "8", "--workers", "4"]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert int(done.stdout.split()[-1]) < 128 << 10
