@@ -180,10 +180,8 @@ def _from_yaml(data: dict[str, Any], where: str) -> ModelConfig:
         fields["rope_scaling"] = _rope_scaling(rope, f"{where}: rope_scaling")
     if quantization is not None:
         refuse_unknown(quantization, ("block", "scale_fmt"), f"{where}: quantization")
-        block = tuple(quantization.get("block", (128, 128)))
-        fields["quantization"] = QuantizationConfig(
-            block=block, scale_fmt=quantization.get("scale_fmt")
-        )
+        block = {"block": tuple(quantization.get("block", (128, 128)))}
+        fields["quantization"] = QuantizationConfig(**quantization | block)
     fields["eos_token_ids"] = tuple(fields.get("eos_token_ids", ()))
     return _build(fields, where)
 
@@ -319,27 +317,20 @@ def _from_deepseek(data: dict[str, Any], where: str) -> ModelConfig:
     dtype = data.get("dtype", "bf16")
     if dtype not in ("bf16", "fp8"):
         raise ConfigError(f"{where}: dtype={dtype!r} must be 'bf16' or 'fp8'")
-    if sigmoid:
-        fields["topk_method"] = "noaux_tc"
-    else:
-        fields["topk_method"] = "group_limited_greedy" if fields["n_group"] > 1 else "greedy"
+    method = "group_limited_greedy" if fields["n_group"] > 1 else "greedy"
     if index:
         fields |= _DEEPSEEK_INDEX | index
     if dtype == "fp8":
         fields["quantization"] = QuantizationConfig(scale_fmt=data.get("scale_fmt"))
-    scaling = {
-        "factor": rope["rope_factor"],
-        "original_max_position_embeddings": rope["original_seq_len"],
-        "beta_fast": rope["beta_fast"],
-        "beta_slow": rope["beta_slow"],
-        "mscale": rope["mscale"],
-        "mscale_all_dim": rope["mscale"],
-    }
+    factor, original = rope.pop("rope_factor"), rope.pop("original_seq_len")
+    scaling = {"factor": factor, "original_max_position_embeddings": original, **rope}
+    scaling["mscale_all_dim"] = rope["mscale"]
     fields |= {
         "model_type": "deepseek_v32" if index else "deepseek_v3" if sigmoid else "deepseek_v2",
         "q_lora_rank": fields["q_lora_rank"] or None,
         "norm_topk_prob": sigmoid,
-        "max_position_embeddings": int(rope["original_seq_len"] * rope["rope_factor"]),
+        "topk_method": "noaux_tc" if sigmoid else method,
+        "max_position_embeddings": int(original * factor),
         "rope_scaling": _rope_scaling(scaling, where),
     }
     return _build(fields, where)

@@ -42,6 +42,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         """Refuse values out of range, naming field and value."""
+        asked = {name: getattr(self, name) for name in ("logprobs", "prompt_logprobs")}
         rules = (
             ("max_tokens", self.max_tokens >= 0, "at least 0"),
             ("temperature", 0.0 <= self.temperature <= 100.0, "between 0 and 100"),
@@ -49,12 +50,7 @@ class SamplingParams:
             ("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
             ("seed", -(2**63) <= self.seed < 2**63, "a 64-bit integer"),
             ("stop", all(self.stop), "without empty strings"),
-            ("logprobs", self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "0 to 20"),
-            (
-                "prompt_logprobs",
-                self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= MAX_LOGPROBS,
-                "0 to 20",
-            ),
+            *((n, top is None or 0 <= top <= MAX_LOGPROBS, "0 to 20") for n, top in asked.items()),
         )
         for name, holds, rule in rules:
             if not holds:

@@ -29,12 +29,9 @@ class CachePool:
     ) -> None:
         self.layout, self.num_pages, self.tp = layout, num_pages, tp
         dtype = _DTYPES[layout.dtype]
-        shape = (
-            num_layers,
-            num_pages * layout.slots_per_page,
-            layout.entry_bytes // dtype.itemsize,
-        )
-        self.slots = _zeros(shape, dtype, device)
+        num_slots, width = num_pages * layout.slots_per_page, layout.entry_bytes // dtype.itemsize
+        self.slots = _zeros((num_layers, num_slots, width), dtype, device)
+        self._pages = self.slots.view(num_layers, num_pages, -1)
 
     @property
     def num_bytes(self) -> int:
@@ -48,18 +45,15 @@ class CachePool:
 
     def copy_pages(self, source_N: Tensor, target_N: Tensor) -> None:
         """Copy whole pages in all layers; all sources are read before any target is written."""
-        pages = self.slots.view(self.slots.shape[0], self.num_pages, -1)
-        pages[:, target_N] = pages[:, source_N]
+        self._pages[:, target_N] = self._pages[:, source_N]
 
     def read_pages(self, page_N: Tensor) -> Tensor:
         """Return a copy of whole pages, [N, layers, slots_per_page * width] as stored."""
-        pages = self.slots.view(self.slots.shape[0], self.num_pages, -1)
-        return pages[:, page_N].transpose(0, 1)
+        return self._pages[:, page_N].transpose(0, 1)
 
     def write_pages(self, page_N: Tensor, data_NLX: Tensor) -> None:
         """Undo `read_pages`."""
-        pages = self.slots.view(self.slots.shape[0], self.num_pages, -1)
-        pages[:, page_N] = data_NLX.transpose(0, 1)
+        self._pages[:, page_N] = data_NLX.transpose(0, 1)
 
     def layer(self, index: int) -> "LayerCache":
         """Return the part of one layer."""

@@ -73,9 +73,8 @@ class ReuseCurve:
 
     def _estimate(self) -> list[float]:
         """Return by bucket which share of the pages that reach it is reused in it."""
-        likeness = self._hazard if self._parent is None else self._parent._hazard
-        if self._parent is None:
-            likeness = [_PRIOR_HAZARD] * len(self._hazard)
+        flat = [_PRIOR_HAZARD] * len(self._hazard)
+        likeness = flat if self._parent is None else self._parent._hazard
         seen = [r + s for r, s in zip(self._reused, self._survived, strict=True)]
         expected = sum(n * h for n, h in zip(seen, likeness, strict=True))
         scale = (sum(self._reused) + _PRIOR_WEIGHT) / (expected + _PRIOR_WEIGHT)

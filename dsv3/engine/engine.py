@@ -8,7 +8,6 @@ import logging
 import time
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
-from typing import Protocol
 
 from dsv3.cache.pool import CachePool
 from dsv3.cache.tiers import Tiers
@@ -31,17 +30,6 @@ log = logging.getLogger(__name__)
 
 # For writing the cache to disk at the end, and if a signal brought it about.
 _SAVE_SECONDS, _HASTY_SAVE_SECONDS = 60.0, 4.0
-
-
-class StepRunner(Protocol):
-    """What the engine needs of a rank's model."""
-
-    @property
-    def sent_bytes(self) -> int:
-        """Bytes that this rank sent to others so far."""
-
-    def run(self, plans: list[StepPlan]) -> SampledOnDevice:
-        """Run one step; return the results of all groups, one after the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +60,7 @@ class Engine:
         self,
         config: ModelConfig,
         settings: EngineConfig,
-        runner: StepRunner,
+        runner: Runner,
         cache: CachePool,
         channel: PlanChannel,
         tokenizer: Tokenizer | None,

@@ -5,7 +5,8 @@ are sampled or scored are dealt to the ranks (all-to-all), so that each sees who
 them; the small results are gathered. Every rank returns the same.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -63,12 +64,10 @@ class SampledOnDevice:
         return Sampled(token, scores[:, 0], top_token, scores[:, 1 + width :])
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """How M rows are sampled, or scored: the arrays of `StepPlan` on the device, int64 or float32.
+class Choice(NamedTuple):
+    """How M rows are sampled, as `sample` takes it, or scored, if `target` is a token.
 
-    Attributes:
-        seed: both halves in one.
+    The arrays of `StepPlan` on the device, int64 or float32; `seed` has both halves in one.
     """
 
     temperature: Tensor
@@ -91,7 +90,7 @@ class Choice:
 
     def part(self, start: int, stop: int) -> "Choice":
         """Return rows start to stop, as far as there are any."""
-        return Choice(*(getattr(self, f.name)[start:stop] for f in fields(self)))
+        return Choice(*(array[start:stop] for array in self))
 
 
 class Sampler:
@@ -168,15 +167,9 @@ class Sampler:
 
     def _choose(self, logits_BW: Tensor, choice: Choice, result: Tensor) -> None:
         """Fill result rows: token, then the columns of `SampledOnDevice.scores`."""
-        token = sample(
-            logits_BW,
-            choice.temperature,
-            choice.top_k,
-            choice.top_p,
-            choice.seed,
-            choice.position,
-        )
-        token = torch.where(choice.target == NO_TARGET, token, choice.target)
+        *how, target = choice
+        token = sample(logits_BW, *how)
+        token = torch.where(target == NO_TARGET, token, target)
         result[:, 0] = token
         if result.shape[1] == 1:
             return

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from dsv3.config import ModelConfig
 from dsv3.engine.config import EngineConfig
 from dsv3.engine.engine import Engine
 from dsv3.engine.plan import PlanChannel, StepPlan
-from dsv3.engine.runner import BatchBuilder
+from dsv3.engine.runner import BatchBuilder, Runner
 from dsv3.engine.sampler import SampledOnDevice
 from dsv3.parallel.collectives import SingleRank
 from dsv3.request import Request, SamplingParams
@@ -62,7 +63,9 @@ def host_time(
     cache = CachePool(layout, 1, num_pages + 1, _CPU, SingleRank())
     runner, channel = NoModel(layout), PlanChannel(SingleRank())
     settings = replace(settings, max_batch_tokens=count * context)
-    engine = Engine(config, settings, runner, cache, channel, tokenizer, context + steps + 2)
+    engine = Engine(
+        config, settings, cast(Runner, runner), cache, channel, tokenizer, context + steps + 2
+    )
     rng = np.random.default_rng(0)
     params = SamplingParams(max_tokens=steps + 2, ignore_eos=True)
     for i in range(count):
