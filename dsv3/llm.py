@@ -6,10 +6,10 @@ arguments and gets the results, the other ranks help and get empty ones.
 
 import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import NoneType
-from typing import Any, Self
+from typing import Any
 
 from dsv3.config_files import DEMO
 from dsv3.engine.config import EngineConfig
@@ -28,7 +28,7 @@ Params = SamplingParams | Sequence[SamplingParams] | None
 _ONE_FOR_ALL = (SamplingParams, NoneType)
 
 
-class LLM:
+class LLM(AbstractContextManager["LLM"]):
     """A model on all ranks of the world, ready to answer.
 
     Args:
@@ -70,9 +70,6 @@ class LLM:
     def is_main(self) -> bool:
         """Whether this is rank 0, which gets the results."""
         return self._started.engine is not None
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *raised: Any) -> None:
         if raised[1] is None:

@@ -7,9 +7,9 @@ mapped file count as resident memory until it is unmapped.
 import os
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -52,7 +52,7 @@ class TensorInfo:
         return tensor_bytes(self.dtype, self.shape)
 
 
-class Source:
+class Source(AbstractContextManager["Source"]):
     """A checkpoint directory that can be read slice by slice, from any number of threads.
 
     Where a manifest tells digests, a piece that is read whole in one call is held to its own.
@@ -69,9 +69,6 @@ class Source:
         self.tensors = tensors
         self._files: dict[Path, int] = {}
         self._lock = threading.Lock()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

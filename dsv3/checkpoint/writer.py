@@ -10,8 +10,8 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 
@@ -30,7 +30,7 @@ Digests = tuple[str, ...]
 """Of a whole output tensor, then of each of its slots."""
 
 
-class OutputFiles:
+class OutputFiles(AbstractContextManager["OutputFiles"]):
     """The files of a plan, open for writing at any place from any thread."""
 
     def __init__(self, folder: Path, files: Sequence[OutputFile]) -> None:
@@ -38,9 +38,6 @@ class OutputFiles:
         self._partial = [folder / (file.name + PARTIAL) for file in files]
         self._files = files
         self._descriptors: list[int] = []
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         while self._descriptors:
@@ -128,7 +125,7 @@ class Spreader:
         return tuple(str(self._digests[box]) for box in (self._whole, *self._boxes))
 
 
-class Journal:
+class Journal(AbstractContextManager["Journal"]):
     """What is finished of a conversion, on disk. Only one process may hold it."""
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
@@ -144,9 +141,6 @@ class Journal:
         except OSError:
             self._file.close()
             raise CheckpointError(f"{folder}: another conversion is writing here") from None
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown()

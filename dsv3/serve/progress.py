@@ -3,6 +3,7 @@
 import logging
 import sys
 import time
+from contextlib import AbstractContextManager
 from typing import TextIO
 
 from tqdm import tqdm
@@ -12,7 +13,7 @@ log = logging.getLogger(__name__)
 LOG_SECONDS = 30.0  # between lines of progress where there is no terminal
 
 
-class Progress:
+class Progress(AbstractContextManager["Progress"]):
     """A bar on a terminal, a line in the log now and then elsewhere."""
 
     def __init__(self, total: int | None, done: int, stream: TextIO | None = None) -> None:
@@ -28,9 +29,6 @@ class Progress:
         self._total, self._first, self._rows = total, done, done
         self._num_tokens, self._num_failed = 0, 0
         self._start = self._logged = time.monotonic()
-
-    def __enter__(self) -> "Progress":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()

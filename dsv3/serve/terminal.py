@@ -25,11 +25,8 @@ _DIM, _PLAIN = "\x1b[2m", "\x1b[22m"
 _PASTE_ON, _PASTE_OFF = "\x1b[?2004h", "\x1b[?2004l"  # pasted text comes marked as such
 
 
-class Lines:
+class Lines(contextlib.AbstractContextManager["Lines"]):
     """Standard input line by line; answers go to standard output, all else to standard error."""
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         pass

@@ -35,7 +35,7 @@ class _Line:
     failed_at: Range | None  # where a bad request's line lies, in case it is to be dropped
 
 
-class Journal:
+class Journal(contextlib.AbstractContextManager["Journal"]):
     """An output file being written; use as a context manager.
 
     Attributes:
@@ -66,9 +66,6 @@ class Journal:
             except ConfigError:
                 self.close()
                 raise
-
-    def __enter__(self) -> "Journal":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
