@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from dsv3.cache.tiers import PageKey
-from dsv3.observe.roofline import Load
+from dsv3.observe.profile import Load
 from dsv3.parallel.collectives import Collectives
 from dsv3.parallel.watch import Watch
 

@@ -17,9 +17,40 @@ from typing import Any
 import torch
 from torch import nn
 
-from dsv3.observe.roofline import Load
-
 _LAYER = re.compile(r"^layers\.\d+(\.|$)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What one step computes in every dp group.
+
+    Attributes:
+        decode: sequences that add `queries` tokens each to `context` cached ones.
+        prefill: new tokens of `prompts` prompts together, each with `cached` positions before.
+        rows: rows of logits; None for all decode tokens and one of every prompt.
+        hit: local experts and their rows, where they were counted.
+    """
+
+    decode: int = 0
+    context: int = 0
+    queries: int = 1
+    prefill: int = 0
+    prompts: int = 1
+    cached: int = 0
+    rows: int | None = None
+    hit: tuple[float, float] | None = None
+
+    @property
+    def tokens(self) -> int:
+        """New tokens of a group."""
+        return self.decode * self.queries + self.prefill
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of logits of a group."""
+        if self.rows is not None:
+            return self.rows
+        return self.decode * self.queries + (self.prompts if self.prefill else 0)
 
 
 @dataclass(slots=True)

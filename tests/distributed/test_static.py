@@ -21,7 +21,7 @@ from dsv3.engine.static import (
     page_bucket,
     row_bucket,
 )
-from dsv3.observe.roofline import Load
+from dsv3.observe.profile import Load
 from dsv3.parallel.mesh import Mesh
 from tests.distributed.ranks import CPU, alone, run_ranks
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from dsv3.config import ModelConfig, ParallelConfig, split_range
 from dsv3.errors import ConfigError
+from dsv3.observe.profile import Load
 
 _ITEMSIZE = {"fp8": 1, "bf16": 2, "fp32": 4}
 _BLOCK = 128
@@ -113,39 +114,6 @@ class Setup:
             scales = 4 * -(-c.kv_lora_rank // _BLOCK)
             return c.kv_lora_rank + scales + 2 * c.qk_rope_head_dim
         return (c.kv_lora_rank + c.qk_rope_head_dim) * _ITEMSIZE[self.cache]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
-    """What one step computes in every dp group.
-
-    Attributes:
-        decode: sequences that add `queries` tokens each to `context` cached ones.
-        prefill: new tokens of `prompts` prompts together, each with `cached` positions before.
-        rows: rows of logits; None for all decode tokens and one of every prompt.
-        hit: local experts and their rows, where they were counted; otherwise `experts_hit`.
-    """
-
-    decode: int = 0
-    context: int = 0
-    queries: int = 1
-    prefill: int = 0
-    prompts: int = 1
-    cached: int = 0
-    rows: int | None = None
-    hit: tuple[float, float] | None = None
-
-    @property
-    def tokens(self) -> int:
-        """New tokens of a group."""
-        return self.decode * self.queries + self.prefill
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of logits of a group."""
-        if self.rows is not None:
-            return self.rows
-        return self.decode * self.queries + (self.prompts if self.prefill else 0)
 
 
 @dataclass(frozen=True, slots=True)
