@@ -86,21 +86,14 @@ def run_batch(
 
 
 @dataclass(slots=True)
-class _Unfinished:
-    """A row in the engine, and the answers it has so far."""
-
-    row: Row
-    completions: list[Completion | None]
-
-
-@dataclass(slots=True)
 class _Batch:
     engine: Engine
     sink: Sink
     chat: ChatFormat | None
     progress: Progress
     summary: BatchSummary = field(default_factory=BatchSummary)
-    unfinished: dict[str, _Unfinished] = field(default_factory=dict)
+    # Rows in the engine, and the answers they have so far.
+    unfinished: dict[str, tuple[Row, list[Completion | None]]] = field(default_factory=dict)
 
     def run(self, rows: Iterator[Row]) -> None:
         start = time.perf_counter()
@@ -143,7 +136,7 @@ class _Batch:
                 self.engine.cancel(request.request_id)
             self._fail_for(row, error)
         else:
-            self.unfinished[name] = _Unfinished(row, [None] * len(requests))
+            self.unfinished[name] = row, [None] * len(requests)
 
     def _take(self, output: RequestOutput) -> None:
         """Note what a step added; a row whose last answer is there is done."""
@@ -152,18 +145,18 @@ class _Batch:
         if output.completion is None:
             return
         name, index = output.request_id.split("/")
-        entry = self.unfinished[name]
-        entry.completions[int(index)] = output.completion
-        done = [completion for completion in entry.completions if completion is not None]
-        if len(done) < len(entry.completions):
+        row, completions = self.unfinished[name]
+        completions[int(index)] = output.completion
+        done = [completion for completion in completions if completion is not None]
+        if len(done) < len(completions):
             return
         del self.unfinished[name]
         try:
-            self.sink.answer(entry.row, done)
+            self.sink.answer(row, done)
         except OutputError:
             raise
         except Exception as error:  # an answer that cannot be written down
-            self._fail_for(entry.row, error)
+            self._fail_for(row, error)
         else:
             self.progress.row(failed=False)
 

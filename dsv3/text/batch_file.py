@@ -9,7 +9,7 @@ import json
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -92,24 +92,18 @@ class BatchInput:
     def _records(self) -> Iterator[tuple[int, bytes, bool]]:
         """Yield the line number and bytes of each row, and whether it is JSON."""
         with self.path.open("rb") as file:
-            lines = (
-                (number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)
-                for number, line in enumerate(file, 1)
-            )
-            first = next((entry for entry in lines if entry[1].strip()), None)
-            if first is None:
-                return
-            is_json = self.path.suffix == ".jsonl" or _looks_like_a_row(first[1])
-            for is_blank, group in groupby(
-                chain((first,), lines), key=lambda entry: not entry[1].strip()
-            ):
-                if is_blank:
-                    continue
+            begin = len(codecs.BOM_UTF8) * (file.read(3) == codecs.BOM_UTF8)
+            file.seek(begin)
+            first = next((line for line in file if line.strip()), b"")
+            file.seek(begin)
+            is_json = self.path.suffix == ".jsonl" or _looks_like_a_row(first)
+            by_blank = groupby(enumerate(file, 1), key=lambda entry: not entry[1].strip())
+            for group in (group for is_blank, group in by_blank if not is_blank):
                 if is_json or self.separator == "line":
                     yield from ((number, line, is_json) for number, line in group)
                 else:
-                    paragraph = list(group)
-                    yield paragraph[0][0], b"".join(line for _, line in paragraph), False
+                    numbers, lines = zip(*group, strict=True)
+                    yield numbers[0], b"".join(lines), False
 
 
 def result_line(row: Row, status: int, body: dict[str, Any]) -> bytes:

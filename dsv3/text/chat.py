@@ -17,7 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from dsv3.errors import CheckpointError, RequestError
 from dsv3.text.detokenize import StopChecker
-from dsv3.text.published_formats import END_THINK, THINK, published_format
+from dsv3.text.published_formats import END_THINK, THINK, Renderer, published_format
 from dsv3.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -45,9 +45,9 @@ class ChatFormat:
             self._render = _template_renderer(source, tokenizer.special_tokens)
             self._roles = {role for role in ROLES if re.search(f"['\"]{role}['\"]", source)}
         else:
-            published = published_format(model_type, name, tokenizer)
-            self._render = partial(_render_without_tools, published.render)
-            self._roles = set(published.roles)
+            published, roles = published_format(model_type, name, tokenizer)
+            self._render = partial(_render_without_tools, published)
+            self._roles = set(roles)
 
     @classmethod
     def load_optional(
@@ -209,7 +209,7 @@ def _template_renderer(source: str, special_tokens: Mapping[str, str]) -> _Rende
 
 
 def _render_without_tools(
-    published: Callable[[list[dict[str, Any]], bool, bool], str],
+    published: Renderer,
     messages: list[dict[str, Any]],
     thinking: bool,
     tools: Tools | None,

@@ -5,7 +5,6 @@ Each is what the model was trained on, character by character; tools are not cov
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -19,29 +18,28 @@ USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
 THINK, END_THINK = "<think>", "</think>"
 
 
-@dataclass(frozen=True)
-class PublishedFormat:
-    """`render(messages, thinking, add_generation_prompt)` and the roles it knows."""
-
-    render: Callable[[Messages, bool, bool], str]
-    roles: tuple[str, ...] = ("system", "user", "assistant")
+# Of messages, whether to think, and whether to go on to where the model answers.
+Renderer = Callable[[Messages, bool, bool], str]
+_ROLES = ("system", "user", "assistant")
 
 
-def published_format(model_type: str, name: str, tokenizer: Tokenizer) -> PublishedFormat:
-    """Choose the format of a model.
+def published_format(
+    model_type: str, name: str, tokenizer: Tokenizer
+) -> tuple[Renderer, tuple[str, ...]]:
+    """Choose the format of a model; return it and the roles it knows.
 
     V3, R1 and V3.1 share a model type: the name tells them apart, and V3.1's vocabulary has
     tokens for searching.
     """
     words = re.split(r"[^a-z0-9.]+", name.lower())
     if model_type == "deepseek_v2":
-        return PublishedFormat(_v3 if "v2.5" in words else _v2)
+        return (_v3 if "v2.5" in words else _v2), _ROLES
     if model_type == "deepseek_v32":
-        return PublishedFormat(_v3_2, ("system", "developer", "user", "assistant"))
+        return _v3_2, ("developer", *_ROLES)
     if model_type == "deepseek_v3":
         if "v3.1" in words or tokenizer.id_of("<｜search▁begin｜>") is not None:
-            return PublishedFormat(_v3_1)
-        return PublishedFormat(_r1 if "r1" in words else _v3)
+            return _v3_1, _ROLES
+        return (_r1 if "r1" in words else _v3), _ROLES
     raise CheckpointError(
         f"no chat template in this checkpoint, and no known format for model type {model_type!r}"
     )
