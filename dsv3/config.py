@@ -34,6 +34,15 @@ def refuse_unknown(keys: Iterable[str], known: Iterable[str], where: str) -> Non
         )
 
 
+def check_family(model_type: object, where: str = "", hint: str = "") -> None:
+    """Raise ConfigError for models of other families."""
+    if model_type not in MODEL_TYPES:
+        raise ConfigError(
+            f"{where}model_type={model_type!r}{hint} is not supported; only the DeepSeek V2/V3 "
+            f"family is ({', '.join(MODEL_TYPES)}), not other models or distills"
+        )
+
+
 def divisors(number: int) -> list[int]:
     """All divisors of a positive number, ascending."""
     return [d for d in range(1, number + 1) if number % d == 0]
@@ -150,11 +159,7 @@ class ModelConfig:
         self._check_indexer()
 
     def _check_values(self) -> None:
-        if self.model_type not in MODEL_TYPES:
-            raise ConfigError(
-                f"model_type={self.model_type!r} is not supported; only the DeepSeek V2/V3 family "
-                f"is ({', '.join(MODEL_TYPES)}), not other models or distills"
-            )
+        check_family(self.model_type)
         for f in fields(self):
             kinds, least, rule = _RULES.get(f.type, ((), 0, ""))
             if f.name in _MAY_BE_0:

@@ -12,23 +12,14 @@ from typing import Any
 
 import yaml
 
-from dsv3.config import (
-    MODEL_TYPES,
-    ModelConfig,
-    QuantizationConfig,
-    RopeScaling,
-    refuse_unknown,
-)
+from dsv3.config import ModelConfig, QuantizationConfig, RopeScaling, check_family, refuse_unknown
 from dsv3.errors import ConfigError, Dsv3Error
 
 _ROOT = Path(__file__).resolve().parents[1]
 PRESETS = _ROOT / "configs"
 DEMO = _ROOT / "checkpoints" / "demo-v3"
 
-_HF_FIELDS = {f.name for f in dataclasses.fields(ModelConfig)} - {
-    "eos_token_ids",
-    "quantization",
-}
+_HF_FIELDS = {f.name for f in dataclasses.fields(ModelConfig)} - {"eos_token_ids", "quantization"}
 # Read below, though not a field of the same name.
 _HF_READ = {
     "attention_bias",
@@ -201,7 +192,8 @@ def _rope_scaling(data: Mapping[str, Any], where: str) -> RopeScaling:
 
 
 def _from_hf(data: dict[str, Any], where: str) -> ModelConfig:
-    _check_family(data, where)
+    architecture = (data.get("architectures") or ["unknown"])[0]
+    check_family(data.get("model_type"), f"{where}: ", f" ({architecture})")
     known = _HF_FIELDS | _HF_READ | _HF_IGNORED
     refuse_unknown((key for key in data if not key.startswith("_")), known, where)
     _check_plain(data, where)
@@ -225,16 +217,6 @@ def _from_hf(data: dict[str, Any], where: str) -> ModelConfig:
     fields["quantization"] = _hf_quantization(data.get("quantization_config"), where)
     _hf_layer_types(data, fields, where)
     return _build(fields, where)
-
-
-def _check_family(data: Mapping[str, Any], where: str) -> None:
-    if data.get("model_type") in MODEL_TYPES:
-        return
-    architecture = (data.get("architectures") or ["unknown"])[0]
-    raise ConfigError(
-        f"{where}: model_type={data.get('model_type')!r} ({architecture}) is not supported; only "
-        f"the DeepSeek V2/V3 family is ({', '.join(MODEL_TYPES)}), not other models or distills"
-    )
 
 
 def _check_plain(data: Mapping[str, Any], where: str) -> None:

@@ -36,15 +36,11 @@ class BlockReader:
         A block is valid until the next one is asked for.
         """
         if job.cast is Cast.NONE:
-            yield from self._copied(job)
+            yield from ((job.name, row, block) for row, block in self._rows(job.name, 1))
         elif job.cast is Cast.BF16:
             yield from self._dequantized(job)
         else:
             yield from self._quantized(job)
-
-    def _copied(self, job: Job) -> Iterator[tuple[str, int, Bytes]]:
-        for row, block in self._rows(job.name, 1):
-            yield job.name, row, block
 
     def _dequantized(self, job: Job) -> Iterator[tuple[str, int, Bytes]]:
         scale = scale_name(job.name)

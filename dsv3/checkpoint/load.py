@@ -31,12 +31,7 @@ from dsv3_kernels import weight_dequant
 
 log = logging.getLogger(__name__)
 
-DTYPES = {
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    FP8_DTYPE: FP8,
-}
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, FP8_DTYPE: FP8}
 # Bytes read at a time by each worker where values are converted on the way.
 _BUFFER = 16 << 20
 _WORKERS = 4

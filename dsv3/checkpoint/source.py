@@ -54,7 +54,9 @@ def open_source(
     if (path / INDEX).is_file():
         return Source(path, config, _indexed(path))
     if (path / SINGLE).is_file():
-        return Source(path, config, _whole_tensors(path / SINGLE))
+        file = path / SINGLE
+        entries = read_header(file).entries.items()
+        return Source(path, config, {n: _whole_tensor(n, entry, file) for n, entry in entries})
     if any(_RANK_FILE.fullmatch(file.name) for file in path.iterdir()):
         return Source(path, config, _deepseek(path, config))
     if any(path.glob("*.safetensors")):
@@ -81,12 +83,6 @@ def _config(path: Path, given: ModelConfig | None) -> ModelConfig:
 def _whole_tensor(name: str, entry: Entry, file: Path) -> TensorInfo:
     piece = Piece(file, entry.offset, whole(entry.shape))
     return TensorInfo(name, entry.dtype, entry.shape, (piece,))
-
-
-def _whole_tensors(file: Path) -> dict[str, TensorInfo]:
-    return {
-        name: _whole_tensor(name, entry, file) for name, entry in read_header(file).entries.items()
-    }
 
 
 def _indexed(path: Path) -> dict[str, TensorInfo]:

@@ -7,17 +7,16 @@ one of DeepSeek's published formats stands in.
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
-from functools import partial
 from typing import Any
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import Template, TemplateError, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from dsv3.errors import CheckpointError, RequestError
 from dsv3.text.detokenize import StopChecker
-from dsv3.text.published_formats import END_THINK, THINK, Renderer, published_format
+from dsv3.text.published_formats import END_THINK, THINK, published_format
 from dsv3.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -41,13 +40,12 @@ class ChatFormat:
     def __init__(self, tokenizer: Tokenizer, model_type: str = "", name: str = "") -> None:
         self._tokenizer = tokenizer
         source = tokenizer.chat_template
-        if source is not None:
-            self._render = _template_renderer(source, tokenizer.special_tokens)
-            self._roles = {role for role in ROLES if re.search(f"['\"]{role}['\"]", source)}
+        if source is None:
+            self._published, roles = published_format(model_type, name, tokenizer)
+            self._template, self._roles = None, set(roles)
         else:
-            published, roles = published_format(model_type, name, tokenizer)
-            self._render = partial(_render_without_tools, published)
-            self._roles = set(roles)
+            self._template = _compile(source)
+            self._roles = {role for role in ROLES if re.search(f"['\"]{role}['\"]", source)}
 
     @classmethod
     def load_optional(
@@ -74,7 +72,23 @@ class ChatFormat:
         plain = [self._plain(f"messages[{i}]", message) for i, message in enumerate(messages)]
         if not plain:
             raise RequestError("messages is empty; give at least one message")
-        return self._render(plain, thinking, tools, add_generation_prompt)
+        if self._template is None:
+            if tools or any("tool_calls" in message for message in plain):
+                raise RequestError("tools need a chat template, and this checkpoint ships none")
+            return self._published(plain, thinking, add_generation_prompt)
+        try:
+            return self._template.render(
+                messages=plain,
+                tools=tools,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                thinking=thinking,
+                enable_thinking=thinking,
+                **self._tokenizer.special_tokens,
+            )
+        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+            reason = " ".join(str(error).split())
+            raise RequestError(f"the chat template refuses these messages: {reason}") from None
 
     def encode(self, text: str) -> list[int]:
         """Encode a rendered conversation: its special tokens are already written out."""
@@ -166,11 +180,7 @@ def _text(where: str, content: Any) -> str:
     return "\n".join(texts)
 
 
-# Of messages, whether to think, tools, and whether to go on to where the model answers.
-_Renderer = Callable[[list[dict[str, Any]], bool, Tools | None, bool], str]
-
-
-def _template_renderer(source: str, special_tokens: Mapping[str, str]) -> _Renderer:
+def _compile(source: str) -> Template:
     """Compile a template in the environment that templates are written for, transformers'."""
 
     def raise_exception(message: str) -> None:
@@ -186,35 +196,6 @@ def _template_renderer(source: str, special_tokens: Mapping[str, str]) -> _Rende
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     try:
-        template = environment.from_string(source)
+        return environment.from_string(source)
     except TemplateSyntaxError as error:
         raise CheckpointError(f"chat template, line {error.lineno}: {error.message}") from None
-
-    def render(messages: Any, thinking: bool, tools: Any, add_generation_prompt: bool) -> str:
-        try:
-            return template.render(
-                messages=messages,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                thinking=thinking,
-                enable_thinking=thinking,
-                **special_tokens,
-            )
-        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
-            reason = " ".join(str(error).split())
-            raise RequestError(f"the chat template refuses these messages: {reason}") from None
-
-    return render
-
-
-def _render_without_tools(
-    published: Renderer,
-    messages: list[dict[str, Any]],
-    thinking: bool,
-    tools: Tools | None,
-    add_generation_prompt: bool,
-) -> str:
-    if tools or any("tool_calls" in message for message in messages):
-        raise RequestError("tools need a chat template, and this checkpoint ships none")
-    return published(messages, thinking, add_generation_prompt)
