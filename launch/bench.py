@@ -15,9 +15,7 @@ Without --ckpt-path: the demo model.
 """
 
 import argparse
-import json
 import runpy
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from dsv3.cache.eviction import POLICIES
 from dsv3.config_files import DEMO, load_model_config
 from dsv3.engine.config import EngineConfig
 from dsv3.engine.engine import Engine, follow
@@ -53,9 +52,9 @@ from benchlib.peer import TransformersPeer
 from benchlib.report import Report, check_plot, machine
 from benchlib.throughput import throughput
 from benchlib.workload import Lengths, draw_jobs
+from replay_trace import read_trace, replay
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
-REPLAY = SCRIPTS / "replay_trace.py"
 # Programs of their own, with flags of their own.
 ALONE = {
     "rank": ("bench_rank.py", "one rank's share of a large model, on one device"),
@@ -124,7 +123,7 @@ def parse_args() -> argparse.Namespace:
     trace.add_argument(
         "--capacity", type=at_least(0), nargs="+", default=[1000, 3000, 10000, 30000]
     )
-    trace.add_argument("--policy", nargs="+", default=["lru", "cost"])
+    trace.add_argument("--policy", nargs="+", choices=POLICIES, default=["lru", "cost"])
     return parser.parse_args()
 
 
@@ -179,16 +178,14 @@ def run_host(args: argparse.Namespace) -> Report:
 
 def run_cache(args: argparse.Namespace) -> Report:
     """Replay the trace with every policy at every capacity."""
+    if not args.trace.is_file():
+        raise ConfigError(f"{args.trace} is not a file")
+    requests = read_trace(args.trace)
     report = Report("cache", x_label="capacity in blocks", y_label="hit rate in %")
     for policy in args.policy:
-        rates = []
-        for capacity in args.capacity:
-            command = [sys.executable, REPLAY, args.trace, "--capacity", str(capacity)]
-            done = subprocess.run(
-                [*command, "--policy", policy, "--json"], stdout=subprocess.PIPE, check=True
-            )
-            rates.append(100 * json.loads(done.stdout)["hit_rate"])
-            report.rows.append({"policy": policy, "capacity": capacity, "hit rate %": rates[-1]})
+        rates = [100 * replay(requests, size, policy)["hit_rate"] for size in args.capacity]
+        for capacity, rate in zip(args.capacity, rates, strict=True):
+            report.rows.append({"policy": policy, "capacity": capacity, "hit rate %": rate})
         report.series[policy] = (args.capacity, rates)
     report.setting = {"trace": str(args.trace)}
     return report
