@@ -338,15 +338,12 @@ class ParallelConfig:
     def check(self, model: ModelConfig) -> None:
         """Raise ConfigError where tp does not divide the heads, or the world the experts."""
         heads, experts = model.num_attention_heads, model.n_routed_experts
-        if heads % self.tp:
-            usable = heads if self.dp > 1 else math.gcd(heads, experts)
-            raise ConfigError(
-                f"tp={self.tp} does not divide num_attention_heads={heads}; "
-                f"use one of {divisors(usable)}"
-            )
-        if experts % self.ep:
-            usable = experts if self.dp > 1 else math.gcd(heads, experts)
-            raise ConfigError(
-                f"world_size={self.ep} does not divide n_routed_experts={experts}; "
-                f"use one of {divisors(usable)}"
-            )
+        for name, ranks, field, count in (
+            ("tp", self.tp, "num_attention_heads", heads),
+            ("world_size", self.ep, "n_routed_experts", experts),
+        ):
+            if count % ranks:
+                usable = count if self.dp > 1 else math.gcd(heads, experts)
+                raise ConfigError(
+                    f"{name}={ranks} does not divide {field}={count}; use one of {divisors(usable)}"
+                )

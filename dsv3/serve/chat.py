@@ -10,8 +10,8 @@ from dsv3.errors import RequestError
 from dsv3.request import Completion, Request, RequestOutput
 from dsv3.serve.terminal import Console
 from dsv3.text.chat import ChatFormat, ThoughtStream, opens_thought
-from dsv3.text.defaults import Defaults
-from dsv3.text.openai_format import turn_request
+from dsv3.text.defaults import TURN_DEFAULTS, Defaults
+from dsv3.text.openai_format import plain_request
 from dsv3.text.text_request import token_requests
 
 HELP = """\
@@ -146,7 +146,8 @@ class Chat:
 
     def _request(self, messages: list[dict[str, Any]]) -> tuple[str, Request]:
         """Return the prompt of the next answer as text, and the request."""
-        asked = turn_request(messages, f"chat-{self._num_turns}", self.defaults)
+        name = f"chat-{self._num_turns}"
+        asked = plain_request(messages, name, self.defaults, TURN_DEFAULTS)
         assert asked.messages is not None
         prompt = self.format.render(asked.messages, asked.thinking)
         ids = self._encode(prompt)

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from dsv3.errors import ConfigError, RequestError, os_errors_as
-from dsv3.text.defaults import Defaults
-from dsv3.text.openai_format import Fields, line_request, parse_request, show
+from dsv3.text.defaults import LINE_DEFAULTS, Defaults
+from dsv3.text.openai_format import Fields, parse_request, plain_request, show
 from dsv3.text.text_request import TextRequest, digest
 
 SEPARATORS = ("line", "blank-line")
@@ -145,7 +145,8 @@ def _read_row(
         if is_json:
             request = _parse(value, custom_id, defaults)
         else:
-            request = line_request(text.strip(), custom_id, defaults)
+            messages = [{"role": "user", "content": text.strip()}]  # as in DeepSeek's generate.py
+            request = plain_request(messages, custom_id, defaults, LINE_DEFAULTS)
         return Row(number=number, custom_id=custom_id, request=request, digest=request.digest())
     except RequestError as reason:
         error = str(reason)

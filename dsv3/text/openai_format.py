@@ -11,14 +11,7 @@ from typing import Any
 
 from dsv3.errors import RequestError
 from dsv3.request import MAX_LOGPROBS, SamplingParams
-from dsv3.text.defaults import (
-    CHAT_DEFAULTS,
-    COMPLETION_DEFAULTS,
-    LINE_DEFAULTS,
-    TURN_DEFAULTS,
-    Defaults,
-    Sampling,
-)
+from dsv3.text.defaults import CHAT_DEFAULTS, COMPLETION_DEFAULTS, Defaults, Sampling
 from dsv3.text.text_request import TextRequest, digest
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -86,19 +79,10 @@ def parse_request(url: str, body: Any, name: str, defaults: Defaults) -> TextReq
     return request
 
 
-def line_request(text: str, name: str, defaults: Defaults) -> TextRequest:
-    """Make the request of a bare prompt: one user message, as in DeepSeek's generate.py."""
-    return _plain_request([{"role": "user", "content": text}], name, defaults, LINE_DEFAULTS)
-
-
-def turn_request(messages: list[dict[str, Any]], name: str, defaults: Defaults) -> TextRequest:
-    """Make the request of a turn of a chat on the terminal."""
-    return _plain_request(messages, name, defaults, TURN_DEFAULTS)
-
-
-def _plain_request(
+def plain_request(
     messages: list[dict[str, Any]], name: str, defaults: Defaults, otherwise: Sampling
 ) -> TextRequest:
+    """Make the request of messages that come without a body; `otherwise` has all values."""
     return TextRequest(
         messages=defaults.with_system(messages),
         params=SamplingParams(

@@ -9,34 +9,16 @@ import logging
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders
 
 from dsv3.config_files import read_mapping
 from dsv3.errors import CheckpointError, RequestError
+from dsv3.text.kimi import TiktokenVocabulary
 
 log = logging.getLogger(__name__)
-
-
-class Vocabulary(Protocol):
-    """What a tokenizer library must offer; ids it does not know decode to nothing."""
-
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Split `text` into tokens; the names of special tokens in it become those tokens."""
-
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
-        """Join tokens into text; bytes that are not UTF-8 become U+FFFD."""
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """Return the bytes that this token stands for."""
-
-    def piece(self, token_id: int) -> bytes | None:
-        """Return the bytes that a token adds to a text; None if that depends on its neighbours."""
-
-    def id_of(self, token: str) -> int | None:
-        """Return the id of a token by its name."""
 
 
 class Tokenizer:
@@ -49,7 +31,7 @@ class Tokenizer:
 
     def __init__(
         self,
-        vocabulary: Vocabulary,
+        vocabulary: "Vocabulary",
         config: dict[str, Any] | None = None,
         chat_template: str | None = None,
     ) -> None:
@@ -135,7 +117,7 @@ class Tokenizer:
 
 
 class _BytePairs:
-    """`tokenizer.json` through the tokenizers library."""
+    """`tokenizer.json` through the tokenizers library; ids it does not know decode to nothing."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -147,18 +129,22 @@ class _BytePairs:
         self._alphabet = _byte_alphabet() if byte_level else {}
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Split `text` into tokens; the names of special tokens in it become those tokens."""
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        """Join tokens into text; bytes that are not UTF-8 become U+FFFD."""
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes that this token stands for."""
         token = self._tokenizer.id_to_token(token_id) or ""
         if token_id not in self._added and all(char in self._alphabet for char in token):
             return bytes(self._alphabet[char] for char in token)
         return self.decode([token_id], skip_special_tokens=False).encode()
 
     def piece(self, token_id: int) -> bytes | None:
+        """Return the bytes that a token adds to a text; None if that depends on its neighbours."""
         if not self._alphabet:
             return None
         if token_id in self._added:
@@ -166,15 +152,17 @@ class _BytePairs:
         return self.token_bytes(token_id)
 
     def id_of(self, token: str) -> int | None:
+        """Return the id of a token by its name."""
         return self._tokenizer.token_to_id(token)
+
+
+Vocabulary = _BytePairs | TiktokenVocabulary
 
 
 def _vocabulary(folder: Path, config: dict[str, Any]) -> Vocabulary:
     if (folder / "tokenizer.json").is_file():
         return _BytePairs(folder / "tokenizer.json")
     if (folder / "tiktoken.model").is_file():
-        from dsv3.text.kimi import TiktokenVocabulary  # the library is an optional extra
-
         return TiktokenVocabulary(folder / "tiktoken.model", config)
     raise CheckpointError(f"{folder}: no tokenizer.json or tiktoken.model here")
 

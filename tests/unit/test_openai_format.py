@@ -6,8 +6,8 @@ import pytest
 
 from dsv3.errors import CheckpointError, RequestError
 from dsv3.text.chat import ChatFormat
-from dsv3.text.defaults import ALL_THERE_IS_ROOM_FOR, Defaults, Sampling
-from dsv3.text.openai_format import CHAT, COMPLETIONS, line_request, parse_request
+from dsv3.text.defaults import ALL_THERE_IS_ROOM_FOR, LINE_DEFAULTS, Defaults, Sampling
+from dsv3.text.openai_format import CHAT, COMPLETIONS, parse_request, plain_request
 from dsv3.text.text_request import TextRequest, encode_prompt, token_requests
 from dsv3.text.tokenizer import Tokenizer
 
@@ -16,6 +16,11 @@ VOCAB_SIZE = 2048
 CHAT_FORMAT = ChatFormat(TOKENIZER)
 HI = [{"role": "user", "content": "Hi"}]
 NONE = Defaults()
+
+
+def line_request(defaults: Defaults) -> TextRequest:
+    """A bare prompt."""
+    return plain_request([{"role": "user", "content": "Hi"}], "row", defaults, LINE_DEFAULTS)
 
 
 def chat(defaults: Defaults = NONE, **body: Any) -> TextRequest:
@@ -88,7 +93,7 @@ def test_body_goes_before_flag_before_model_before_format(name: str) -> None:
     assert value(complete(Defaults(flags=flags, model=model), **{name: number})) == number
     assert value(complete(Defaults(flags=flags, model=model))) == other
     assert value(complete(Defaults(model=model))) == third
-    assert value(line_request("Hi", "row", Defaults(model=model))) == third
+    assert value(line_request(Defaults(model=model))) == third
 
 
 def test_zero_is_a_value() -> None:
@@ -98,7 +103,7 @@ def test_zero_is_a_value() -> None:
 
 
 def test_defaults_of_the_formats() -> None:
-    line = line_request("Hi", "row", Defaults())
+    line = line_request(Defaults())
     assert (line.params.max_tokens, line.params.temperature) == (200, 0.2)
     assert (complete().params.max_tokens, complete().params.temperature) == (16, 1.0)
     assert (chat().params.max_tokens, chat().params.temperature) == (ALL_THERE_IS_ROOM_FOR, 1.0)
