@@ -75,13 +75,9 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         """Refuse what YaRN cannot compute."""
-        if not self.factor >= 1.0:
-            raise ConfigError(f"rope_scaling.factor={self.factor} must be at least 1")
-        if self.original_max_position_embeddings < 1:
-            raise ConfigError(
-                "rope_scaling.original_max_position_embeddings="
-                f"{self.original_max_position_embeddings} must be at least 1"
-            )
+        for name in ("factor", "original_max_position_embeddings"):
+            if not getattr(self, name) >= 1:
+                raise ConfigError(f"rope_scaling.{name}={getattr(self, name)} must be at least 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,18 +21,12 @@ DEMO = _ROOT / "checkpoints" / "demo-v3"
 
 _HF_FIELDS = {f.name for f in dataclasses.fields(ModelConfig)} - {"eos_token_ids", "quantization"}
 # Read below, though not a field of the same name.
-_HF_READ = {
-    "attention_bias",
-    "dtype",
-    "eos_token_id",
-    "hidden_act",
-    "layer_types",
-    "mlp_bias",
-    "mlp_layer_types",
-    "num_key_value_heads",
-    "quantization_config",
-    "rope_parameters",
-}
+_HF_READ = set(
+    """
+    attention_bias dtype eos_token_id hidden_act layer_types mlp_bias mlp_layer_types
+    num_key_value_heads quantization_config rope_parameters
+    """.split()  # noqa: SIM905
+)
 # Training, bookkeeping, generation defaults and derived values.
 _HF_IGNORED = set(
     """
@@ -329,9 +323,8 @@ def hf_config_dict(config: ModelConfig) -> dict[str, Any]:
     data["architectures"] = [f"Deepseek{version}ForCausalLM"]
     data |= {"hidden_act": "silu", "attention_bias": False, "q_lora_rank": config.q_lora_rank}
     data["num_key_value_heads"] = config.num_attention_heads
-    data["rope_scaling"] = None
-    if config.rope_scaling is not None:
-        data["rope_scaling"] = {"type": "yarn", **dataclasses.asdict(config.rope_scaling)}
+    rope = config.rope_scaling
+    data["rope_scaling"] = rope and {"type": "yarn", **dataclasses.asdict(rope)}
     if config.eos_token_ids:
         ids = list(config.eos_token_ids)
         data["eos_token_id"] = ids[0] if len(ids) == 1 else ids

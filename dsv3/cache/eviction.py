@@ -113,10 +113,8 @@ class LeastRecentlyUsed(EvictionPolicy):
     def hit(self, path: Sequence[CacheEntry], partial: CacheEntry | None = None) -> None:
         """Note the use."""
         self._now += 1
-        for entry in path:
+        for entry in path if partial is None else (*path, partial):
             entry.last_use = self._now
-        if partial is not None:
-            partial.last_use = self._now
 
     def inserted(self, entry: CacheEntry, parent: CacheEntry) -> None:
         """Note the time; pages of one request have the same."""
@@ -168,9 +166,7 @@ def _reuse_rank(entry: CacheEntry) -> int:
 
 def _rank(entry: CacheEntry) -> int:
     assert entry.visit is not None
-    if entry.visit.end is entry:
-        return _END
-    return min(entry.num_hits.bit_length(), _TOP_RANK)
+    return _END if entry.visit.end is entry else _reuse_rank(entry)
 
 
 class CostAware(EvictionPolicy):

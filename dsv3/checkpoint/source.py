@@ -9,7 +9,6 @@ import json
 import re
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from dsv3.checkpoint.digest import file_digest
 from dsv3.checkpoint.manifest import DIGEST_KEY, MANIFEST, read_manifest
@@ -103,10 +102,8 @@ def _indexed(path: Path) -> dict[str, TensorInfo]:
 
 
 def _read_index(file: Path) -> dict[str, str]:
-    data: Any = None
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-        weight_map = data["weight_map"]
+        weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
         if all(Path(name).name == name for name in weight_map.values()):
             return dict(weight_map)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
