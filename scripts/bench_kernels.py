@@ -17,9 +17,9 @@ import torch
 from benchlib.flags import add_program_flags
 from benchlib.hardware import hardware
 from benchlib.report import Report, machine
-from benchlib.roofline import Hardware, Op
 from dsv3.engine.program import Parser, run_program, set_up_logging
 from dsv3.errors import ConfigError, RankError
+from dsv3.observe.roofline import Hardware, Op
 from dsv3_kernels.registry import Case, cases, check, measure
 
 

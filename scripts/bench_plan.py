@@ -23,7 +23,6 @@ from benchlib.experts_hit import experts_hit
 from benchlib.flags import at_least
 from benchlib.hardware import hardware, read_hardware
 from benchlib.report import Report, Row, machine
-from benchlib.roofline import Hardware, Op, Setup, step_ops
 from dsv3.cache.layout import CacheLayout
 from dsv3.checkpoint.sharding import tensor_specs
 from dsv3.config import ParallelConfig, divisors
@@ -42,6 +41,7 @@ from dsv3.engine.program import (
 from dsv3.engine.start import Started, start
 from dsv3.errors import ConfigError, OutputError
 from dsv3.observe.profile import Load
+from dsv3.observe.roofline import Hardware, Op, Setup, step_ops
 from dsv3.parallel.mesh import join_world
 
 _MANY, _REPEATS = 1_000_000, 30

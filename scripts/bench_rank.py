@@ -26,7 +26,6 @@ from benchlib.bound import what_bounds
 from benchlib.flags import add_program_flags, at_least
 from benchlib.hardware import hardware
 from benchlib.report import Report, Row, machine
-from benchlib.roofline import Hardware, Setup, floor_seconds, step_ops
 from dsv3.cache.layout import CacheLayout
 from dsv3.cache.pool import CachePool
 from dsv3.checkpoint.load import fp8_products
@@ -42,6 +41,7 @@ from dsv3.model.attention import absorb_limit
 from dsv3.model.moe import MoE
 from dsv3.model.transformer import Transformer
 from dsv3.observe.profile import Clock, Profiler
+from dsv3.observe.roofline import Hardware, Setup, floor_seconds, step_ops
 from dsv3.parallel.collectives import SingleRank, StandIn
 from dsv3.parallel.mesh import Mesh, join_world
 from dsv3.parallel.weights import FP8, BlockScale, WeightFormat

@@ -5,9 +5,9 @@ from collections.abc import Iterable
 
 from benchlib.hardware import hardware
 from benchlib.report import Report
-from benchlib.roofline import Hardware, Op, Setup, step_ops
 from dsv3.engine.start import Started
 from dsv3.observe.profile import Measured, Profiler
+from dsv3.observe.roofline import Hardware, Op, Setup, step_ops
 
 Floors = dict[str, list[tuple[Op, int]]]
 

@@ -10,11 +10,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from benchlib.roofline import HARDWARE, Setup
 from dsv3.config import ParallelConfig
 from dsv3.config_files import load_model_config
 from dsv3.errors import ConfigError
 from dsv3.observe.profile import Load
+from dsv3.observe.roofline import HARDWARE, Setup
 from tests import programs
 
 V3 = Setup(config=load_model_config("v3-671b"), layout=ParallelConfig())

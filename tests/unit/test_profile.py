@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from benchlib.bound import Profile, lay_beside
 from benchlib.hardware import hardware
-from benchlib.roofline import HARDWARE, Op
 from dsv3.config_files import DEMO
 from dsv3.engine.config import EngineConfig
 from dsv3.engine.start import start
 from dsv3.errors import ConfigError
 from dsv3.observe.profile import Load, Profiler
+from dsv3.observe.roofline import HARDWARE, Op
 from dsv3.parallel.collectives import SingleRank
 from dsv3.request import Request, SamplingParams
 from tests.distributed.ranks import CPU, alone

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 
 from benchlib.experts_hit import experts_hit
-from benchlib.roofline import HARDWARE, Op, Setup, floor_seconds, step_ops
 from dsv3.config import ParallelConfig
 from dsv3.config_files import load_model_config
 from dsv3.errors import ConfigError
 from dsv3.observe.profile import Load
+from dsv3.observe.roofline import HARDWARE, Op, Setup, floor_seconds, step_ops
 from tests.checkpoint_files import TINY
 
 V3 = load_model_config("v3-671b")
