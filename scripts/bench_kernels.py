@@ -18,6 +18,7 @@ from benchlib.flags import add_program_flags
 from benchlib.hardware import hardware
 from benchlib.report import Report, machine
 from dsv3.engine.program import Parser, run_program, set_up_logging
+from dsv3.engine.start import try_forms
 from dsv3.errors import ConfigError, RankError
 from dsv3.observe.roofline import Hardware, Op
 from dsv3_kernels.registry import Case, cases, check, measure
@@ -30,6 +31,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--check", action="store_true", help="only compare; without a GPU in the interpreter"
     )
+    text = "launch as --try-kernels=overlap does"
+    parser.add_argument("--overlap", action="store_true", help=text)
     parser.add_argument("--hardware", default="measure", help="ceilings: measure, h100 or h200")
     add_program_flags(parser)
     return parser.parse_args()
@@ -44,6 +47,7 @@ def compare_and_time(args: argparse.Namespace) -> Report:
         # Triton looks at it while it is imported.
         os.execve(sys.executable, sys.orig_argv, os.environ | {"TRITON_INTERPRET": "1"})
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+    try_forms("overlap" if args.overlap else "none", device)
     known = [case for case in cases(small=not on_gpu) if not args.ops or case.op in args.ops]
     if not known:
         every = sorted({case.op for case in cases(small=True)})

@@ -36,6 +36,7 @@ from dsv3.config_files import load_model_config
 from dsv3.engine.plan import StepPlan
 from dsv3.engine.program import Parser, run_program, set_up_logging
 from dsv3.engine.runner import Runner
+from dsv3.engine.start import try_forms
 from dsv3.errors import ConfigError
 from dsv3.model.attention import absorb_limit
 from dsv3.model.moe import MoE
@@ -373,6 +374,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--hardware", default="measure", help="its ceilings: measure, h100, h200")
     parser.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
+    parser.add_argument("--try-kernels", default="none", help="unproven: overlap, gluon or all")
     parser.add_argument("--threads", type=at_least(1), help="on a CPU (default: all)")
     add_program_flags(parser)
     return parser.parse_args()
@@ -385,11 +387,12 @@ def main() -> int:
     with join_world(args.device) as mesh:
         if args.threads:
             torch.set_num_threads(args.threads)
+        try_forms(args.try_kernels, mesh.device)
         shape = shape_of(args, mesh.device.type == "cpu")
         ceilings = hardware(args.hardware, mesh.device)
         what = (args.batch, args.context, args.prefill, args.steps, args.enforce_eager)
         report = rank_report(shape, mesh.device, ceilings, *what)
-        report.setting |= machine(1)
+        report.setting |= machine(1) | {"tried kernels": args.try_kernels}
     report.publish(args.json)
     return 0
 

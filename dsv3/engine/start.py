@@ -39,6 +39,7 @@ from dsv3.parallel.placement import Placement
 from dsv3.parallel.together import fail_together
 from dsv3.parallel.weights import FP8, WeightFormat
 from dsv3.text.tokenizer import Tokenizer
+from dsv3_kernels import UNPROVEN, try_kernels
 
 log = logging.getLogger(__name__)
 
@@ -150,6 +151,7 @@ def start(
         if mesh.layout.rank == 0:
             log.info("%s", setup.plan.describe())
         _limit_threads(source.config, mesh)
+        try_forms(settings.try_kernels, mesh.device)
         dispatch = _dispatch(settings, source.config, setup.fmt)
         if settings.moe_dispatch == "alltoall" and mesh.layout.dp == 1 and mesh.layout.rank == 0:
             log.info("--moe-dispatch=alltoall: without --dp every rank has all tokens already")
@@ -188,6 +190,15 @@ def start(
     # What is there now stays: it need not be looked through whenever garbage is collected.
     gc.freeze()
     return Started(mesh, config, runner, channel, cache, plan, engine, seconds)
+
+
+def try_forms(word: str, device: torch.device) -> None:
+    """Switch on what `--try-kernels` names."""
+    forms = {"none": (), "all": UNPROVEN}.get(word, (word,))
+    try:
+        try_kernels(forms, device)
+    except ValueError as error:
+        raise ConfigError(f"--try-kernels={word}: {error}") from error
 
 
 @dataclass(frozen=True)

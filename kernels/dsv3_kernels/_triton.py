@@ -45,12 +45,19 @@ _tried: set[str] = set()
 _OVERLAPS = tl.constexpr(False)
 
 
-def try_kernels(forms: Iterable[str]) -> None:
-    """Switch on some of `UNPROVEN` for this process; to be called before any kernel is launched."""
+def try_kernels(forms: Iterable[str], device: torch.device) -> None:
+    """Switch on some of `UNPROVEN` for this process; to be called before any kernel is launched.
+
+    Raises:
+        ValueError: there is no such form, or the device cannot run it.
+    """
     global _OVERLAPS  # a constant when kernels are compiled
-    unknown = set(forms) - set(UNPROVEN)
-    if unknown:
+    forms = set(forms)
+    if unknown := forms - set(UNPROVEN):
         raise ValueError(f"{sorted(unknown)} are no forms of kernels; there are {UNPROVEN}")
+    on_gpu = device.type == "cuda"
+    if forms and not (on_gpu and torch.cuda.get_device_capability(device) >= (9, 0)):
+        raise ValueError(f"{sorted(forms)} need a GPU of compute capability 9.0 or more")
     _tried.update(forms)
     _OVERLAPS = tl.constexpr("overlap" in _tried)
 

@@ -43,13 +43,20 @@ def test_a_cpu_tensor_is_for_the_references() -> None:
 def test_unproven_forms_are_for_those_who_ask(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_triton, "_tried", set())
     monkeypatch.setattr(_triton, "_OVERLAPS", _triton._OVERLAPS)
+    gpu, capability = torch.device("cuda"), [(8, 9)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability[0])
+    try_kernels([], torch.device("cpu"))
+    for device in (torch.device("cpu"), gpu):
+        with pytest.raises(ValueError, match=r"\['gluon'\] need a GPU of compute capability 9.0"):
+            try_kernels(["gluon"], device)
     assert not is_tried("gluon") and launch_options() == {}
-    try_kernels(["gluon"])
+    capability[0] = (9, 0)
+    try_kernels(["gluon"], gpu)
     assert is_tried("gluon") and launch_options() == {}
-    try_kernels(["overlap"])
+    try_kernels(["overlap"], gpu)
     assert launch_options() == {"launch_pdl": True} and _triton._OVERLAPS.value
     with pytest.raises(ValueError, match=r"\['turbo'\] are no forms of kernels; there are"):
-        try_kernels(["overlap", "turbo"])
+        try_kernels(["overlap", "turbo"], gpu)
 
 
 def test_every_kernel_waits_its_turn() -> None:
