@@ -101,7 +101,7 @@ def _as_numbers(
     if PACKED:
         value = code.to(tl.float8e4nv, bitcast=True).to(tl.float32) if NATIVE else decode_e4m3(code)
         KEYS: tl.constexpr = code.shape[0]
-        BLOCK: tl.constexpr = min(code.shape[1], 128)
+        BLOCK: tl.constexpr = code.shape[1] if code.shape[1] < 128 else 128
         BLOCKS: tl.constexpr = code.shape[1] // BLOCK
         block = tl.arange(0, BLOCKS)
         known = held[:, None] & (block < (C + 127) // 128)[None, :]

@@ -81,7 +81,7 @@ def _rope_and_cache_kernel(
     row, kept = kv_ptr + t * stride_kv, kept_ptr + (t - keep_from) * (C + R)
     dtype = kv_ptr.dtype.element_ty
 
-    BLOCK: tl.constexpr = min(C_PAD, 128)
+    BLOCK: tl.constexpr = C_PAD if C_PAD < 128 else 128
     BLOCKS: tl.constexpr = C_PAD // BLOCK
     block = tl.arange(0, BLOCKS)
     c = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
