@@ -46,7 +46,8 @@ def test_from_hidden_states_to_rows(tokens: int) -> None:
     torch.manual_seed(0)
     x, w = torch.randn(tokens, D, device="cuda").bfloat16(), torch.randn(256, D, device="cuda")
     logits = router_logits(x, w)
-    assert_close("logits", logits.sum(0), x.double() @ w.double().T, 1e-6)
+    # Matrix units cut sums off: 2e-6, if they do so after every 16 products.
+    assert_close("logits", logits.sum(0), x.double() @ w.double().T, 1e-5)
     last = router_logits(x[-1:], w).cumsum(0)[-1]
     rule, bias = Routing("sigmoid", "noaux_tc", 8, 8, 4, True, 2.5), torch.randn(256, device="cuda")
     scaled = (logits.sum(0, keepdim=True) * 0.01).contiguous()
