@@ -269,7 +269,7 @@ class Engine:
     def _launch(self, plans: list[StepPlan], work: list[Work]) -> _Launched:
         """Start a step on all ranks."""
         self._channel.send(plans)
-        return _Launched(self._num_launched, work, self._runner.run(plans))
+        return _Launched(self._num_launched, work, self._runner.run(plans).send())
 
     def _measure(self, work: list[Work], begin: float, planned_at: float) -> None:
         """Note what a step took, and how things are after it."""

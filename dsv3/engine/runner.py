@@ -15,7 +15,7 @@ from dsv3.engine.balance import Balancer
 from dsv3.engine.guard import Guard
 from dsv3.engine.mover import Mover
 from dsv3.engine.plan import StepPlan
-from dsv3.engine.sampler import SampledOnDevice, Sampler
+from dsv3.engine.sampler import SampledOnDevice, Sampler, to_device
 from dsv3.engine.static import StaticSteps
 from dsv3.model.batch import Batch, Chunk, DecodeGroup
 from dsv3.model.moe import MoE
@@ -171,7 +171,7 @@ class Runner:
         if self._mover is not None:
             self._mover.before_copies(plan)
         if len(plan.copies):
-            pages = torch.from_numpy(plan.copies.astype(np.int64)).to(self._device)
+            pages = to_device(plan.copies.astype(np.int64), self._device)
             self._cache.copy_pages(*pages.view(2, -1))
         if self._mover is not None:
             self._mover.after_copies(plan)
@@ -189,7 +189,7 @@ class BatchBuilder:
         self._page_start = np.concatenate([[0], plan.page_count.cumsum()])
 
     def _tensor(self, values: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(values).to(self._device)
+        return to_device(values, self._device)
 
     def _pages(self, seq: int) -> Longs:
         pages = self._plan.pages[self._page_start[seq] : self._page_start[seq + 1]]

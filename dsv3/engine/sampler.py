@@ -6,7 +6,7 @@ them; the small results are gathered. Every rank returns the same.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,12 @@ from dsv3_kernels import sample
 
 # Rows of logits held at a time: 512 rows of a 129,280 vocabulary are 256 MiB over tp ranks.
 _ROWS = 512
+
+
+def to_device(values: NDArray[Any], device: torch.device) -> Tensor:
+    """Return host values on the device; does not wait for what that is still busy with."""
+    x = torch.from_numpy(values)
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
 @dataclass
@@ -47,13 +53,26 @@ class SampledOnDevice:
         token_M: [M] int64.
         scores: [M, 1 + 2 L] float64: log-probability, likeliest tokens, theirs; None if no row
             asked for any.
+        sent: when both will have come to the host, where they have been sent.
     """
 
     token_M: Tensor
     scores: Tensor | None
+    sent: torch.cuda.Event | None = None
+
+    def send(self) -> "SampledOnDevice":
+        """Send them to the host as soon as the step is done, before any that is launched later."""
+        if not self.token_M.is_cuda:
+            return self
+        # Where nobody waits, torch copies to pinned memory.
+        token_M = self.token_M.to("cpu", non_blocking=True)
+        scores = None if self.scores is None else self.scores.to("cpu", non_blocking=True)
+        return SampledOnDevice(token_M, scores, torch.cuda.current_stream().record_event())
 
     def to_host(self) -> Sampled:
         """Wait for the step and fetch its results."""
+        if self.sent is not None:
+            self.sent.synchronize()
         token = self.token_M.cpu().numpy()
         if self.scores is None:
             none = np.zeros((len(token), 0))
@@ -86,7 +105,7 @@ class Choice(NamedTuple):
         top_k, position, target = (a[index].astype(np.int64) for a in longs)
         floats = plan.temperature[index], plan.top_p[index]
         arrays = (floats[0], top_k, floats[1], seed, position, target)
-        return cls(*(torch.from_numpy(a).to(device) for a in arrays))
+        return cls(*(to_device(a, device) for a in arrays))
 
     def part(self, start: int, stop: int) -> "Choice":
         """Return rows start to stop, as far as there are any."""
@@ -113,7 +132,7 @@ class Sampler:
         """
         if width is None:
             width = int(plan.top_logprobs.max(initial=-1))
-        rows = torch.from_numpy(plan.row.astype(np.int64)).to(self._device)
+        rows = to_device(plan.row.astype(np.int64), self._device)
         token_M = torch.zeros(len(plan.row), dtype=torch.int64, device=self._device)
         plain = (plan.temperature <= 0) & (plan.target == NO_TARGET) & (plan.top_logprobs < 0)
         scores = None
@@ -123,7 +142,7 @@ class Sampler:
             where = np.flatnonzero(chosen)
             for start in range(0, len(where), _ROWS):
                 index = where[start : start + _ROWS]
-                at = torch.from_numpy(index).to(self._device)
+                at = to_device(index, self._device)
                 logits = self._model.logits(hidden_TD[rows[at]])
                 if chosen is plain:
                     token_M[at] = self.greedy(logits)
