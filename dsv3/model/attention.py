@@ -27,8 +27,8 @@ from dsv3.parallel.weights import Vector, WeightFormat
 from dsv3_kernels import (
     Paging,
     Quantized,
+    ToCache,
     absorb_query,
-    add_rmsnorm,
     empty_parts,
     expand_values,
     latent_entries,
@@ -38,7 +38,9 @@ from dsv3_kernels import (
     mla_decode_parts,
     mla_prefill,
     mla_prefill_packed,
+    norm_and_cache,
     open_parts,
+    rmsnorm,
     rope_and_cache,
     rotate,
 )
@@ -113,14 +115,18 @@ class MLA(nn.Module):
         x_q: Quantized | None = None,
     ) -> Tensor:
         """Return this rank's part of the attention output, [T, D]; `x_q` is x in FP8."""
-        q_THX, kv_TX = self._project(x_TD, x_q)
-        norm = self.kv_a_layernorm.weight, _LATENT_NORM_EPS, *rope, self.config.rope_interleave
+        c, decode = self.config, batch.num_decode_rows
+        split = self.first_rows, c.kv_lora_rank + c.qk_rope_head_dim
+        first, kv_TX = self.in_proj(x_TD, x_q).split(split, -1)
+        entry = kv_TX, self.kv_a_layernorm.weight, _LATENT_NORM_EPS, *rope, c.rope_interleave
         if cache.layout.form == "heads":
+            if c.q_lora_rank is not None:
+                first = self.q_b_proj(rmsnorm(first, self.q_a_layernorm.weight, _LATENT_NORM_EPS))
+            q_THX = first.view(-1, self.heads, c.qk_head_dim)
             self._rotate(q_THX, rope)
-            o_THV = self._naive(q_THX, latent_entries(kv_TX, *norm), batch, cache)
+            o_THV = self._naive(q_THX, latent_entries(*entry), batch, cache)
             return self.o_proj(o_THV.flatten(1))
-        decode = batch.num_decode_rows
-        chunk_TX = rope_and_cache(kv_TX, *norm, cache.slots, batch.own_slot, decode)
+        q_THX, chunk_TX = self._queries(first, (*entry, cache.slots, batch.own_slot, decode))
         if not batch.chunks:
             return self.o_proj(*self._absorbed(q_THX, rope, batch, cache, self.o_proj.quantizes))
         q_decode, q_chunk = q_THX.tensor_split([decode])
@@ -132,19 +138,16 @@ class MLA(nn.Module):
             o_TF = torch.cat((first_TF.to(o_TF.dtype), o_TF))
         return self.o_proj(o_TF)
 
-    def _project(self, x_TD: Tensor, x_q: Quantized | None) -> tuple[Tensor, Tensor]:
-        """Return queries [T, H, N + R], and latents with keys [T, C + R], as they come."""
-        c = self.config
-        first, kv_TX = self.in_proj(x_TD, x_q).split(
-            [self.first_rows, c.kv_lora_rank + c.qk_rope_head_dim], -1
-        )
-        if c.q_lora_rank is not None:
+    def _queries(self, first: Tensor, into: ToCache) -> tuple[Tensor, Tensor]:
+        """Return queries [T, H, N + R] as they come, and what `rope_and_cache` returns."""
+        if self.config.q_lora_rank is None:
+            query, entry_TX = first, rope_and_cache(*into)
+        else:
             up, norm = self.q_b_proj, self.q_a_layernorm.weight
-            _, query_TA, query_q = add_rmsnorm(
-                first, None, norm, _LATENT_NORM_EPS, up.quantizes, up.ue8m0
-            )
-            first = up(query_TA, query_q)
-        return first.view(-1, self.heads, c.qk_head_dim), kv_TX
+            how = up.quantizes, up.ue8m0
+            query, query_q, entry_TX = norm_and_cache(first, norm, *how, into)
+            query = up(query, query_q)
+        return query.view(-1, self.heads, self.config.qk_head_dim), entry_TX
 
     def _rotate(self, q_THX: Tensor, rope: tuple[Tensor, Tensor]) -> None:
         """Rotate queries in place."""

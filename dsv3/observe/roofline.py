@@ -229,9 +229,9 @@ class _Writer:
         yield self.linear("self_attn.in_proj", (c.q_lora_rank or queries) + latent, c.hidden_size)
         if c.q_lora_rank:
             yield self.linear("self_attn.q_b_proj", queries, c.q_lora_rank)
-        rotated = tokens * (latent + s.heads * c.qk_rope_head_dim) * self.item
+        moved = tokens * ((c.q_lora_rank or 0) + latent + s.heads * c.qk_rope_head_dim) * self.item
         held = tokens / s.shards * s.entry_bytes
-        yield Op("self_attn.rope_and_cache", 0.0, 2 * rotated + held)
+        yield Op("self_attn.norm_and_cache", 0.0, 2 * moved + held)
         if c.index_topk is not None and self.load.context > c.index_topk:
             yield from self.indexer()
         if self.load.decode:

@@ -20,12 +20,13 @@ from dsv3_kernels.mla_decode import mla_decode
 from dsv3_kernels.mla_decode_parts import mla_decode_parts
 from dsv3_kernels.mla_prefill import mla_prefill, mla_prefill_packed
 from dsv3_kernels.moe import experts
+from dsv3_kernels.norm_and_cache import norm_and_cache
 from dsv3_kernels.paging import Keys, Paging
 from dsv3_kernels.parts import empty_parts, open_parts
 from dsv3_kernels.permute import Groups, masked_groups, permute, unpermute
 from dsv3_kernels.rmsnorm import add_rmsnorm, rmsnorm, rmsnorm_quant
 from dsv3_kernels.rope import apply_rope, rotate
-from dsv3_kernels.rope_and_cache import latent_entries, rope_and_cache
+from dsv3_kernels.rope_and_cache import ToCache, latent_entries, rope_and_cache
 from dsv3_kernels.route import Routing, route
 from dsv3_kernels.router_logits import router_logits
 from dsv3_kernels.sample import sample
@@ -43,6 +44,7 @@ __all__ = [
     "Quantized",
     "Routing",
     "Stack",
+    "ToCache",
     "absorb_query",
     "act_quant",
     "add_rmsnorm",
@@ -64,6 +66,7 @@ __all__ = [
     "mla_decode_parts",
     "mla_prefill",
     "mla_prefill_packed",
+    "norm_and_cache",
     "open_parts",
     "pack_latent",
     "packed_bytes",

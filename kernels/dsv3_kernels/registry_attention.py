@@ -1,6 +1,6 @@
 """Cases of the attention layer: over the cache, into the cache, over a prompt."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,10 +16,11 @@ from dsv3_kernels.merge_lse import merge_lse_ref, merge_lse_triton
 from dsv3_kernels.mla_decode import HOPPER_TILE, mla_decode_ref, mla_decode_triton
 from dsv3_kernels.mla_decode_hopper import require_hopper
 from dsv3_kernels.mla_prefill import mla_prefill_ref, mla_prefill_triton
+from dsv3_kernels.norm_and_cache import norm_and_cache_ref, norm_and_cache_triton
 from dsv3_kernels.paging import Paging
 from dsv3_kernels.parts import empty_parts, open_parts, part_bytes
-from dsv3_kernels.registry_case import FP8_TOL, HEADS, Args, C, Case, N, R, V, normal
-from dsv3_kernels.rope_and_cache import rope_and_cache_ref, rope_and_cache_triton
+from dsv3_kernels.registry_case import BLOCK, FP8_TOL, HEADS, QUERY, Args, C, Case, N, R, V, normal
+from dsv3_kernels.rope_and_cache import ToCache, rope_and_cache_ref, rope_and_cache_triton
 
 
 def decode(small: bool) -> Iterator[Case]:
@@ -105,26 +106,40 @@ def absorption(small: bool) -> Iterator[Case]:
 
 
 def latents(small: bool) -> Iterator[Case]:
-    """Yield the way of new tokens into the cache."""
+    """Yield the way of new tokens into the cache, alone and beside the query's norm."""
     for T, packed in [(3, True)] if small else [(t, p) for t in (1, 128, 4096) for p in (0, 1)]:
 
-        def operands(d: torch.device, T: int = T, packed: bool = bool(packed)) -> Args:
+        def operands(d: torch.device, T: int = T, packed: bool = bool(packed)) -> ToCache:
             angle = torch.rand(T, R // 2, device=d)
             width, dtype = (C + 16 + 2 * R, torch.uint8) if packed else (C + R, torch.bfloat16)
             cache = torch.zeros(2 * T, width, dtype=dtype, device=d)
             norm = torch.rand(C, device=d) + 0.5, 1e-6, angle.cos(), angle.sin(), True
             return normal(T, C + R, device=d), *norm, cache, torch.arange(T, device=d), 0
 
+        def both(d: torch.device, T: int = T, into: Callable[..., ToCache] = operands) -> Args:
+            return normal(T, QUERY, device=d), torch.rand(QUERY, device=d) + 0.5, into(d)
+
         num_bytes = T * (4 * (C + R) + 4 * R + 8 + (C + R) * (1 if packed else 2))
+        name = f"T {T}, {'fp8' if packed else 'bf16'} cache"
         yield Case(
             "rope_and_cache",
-            f"T {T}, {'fp8' if packed else 'bf16'} cache",
+            name,
             operands,
             lambda *args: (rope_and_cache_triton(*args), args[6]),
             _entries_ref,
             num_bytes,
             tol=FP8_TOL,
             view=_entries,
+        )
+        yield Case(
+            "norm_and_cache",
+            name,
+            both,
+            lambda x, weight, into: (norm_and_cache_triton(x, weight, True, False, into), into[6]),
+            _both_ref,
+            num_bytes + T * QUERY * (5 + 4 / BLOCK),
+            tol=FP8_TOL,
+            view=lambda result: (result[0][:2], *_entries((result[0][2], result[1]))),
         )
 
 
@@ -133,6 +148,13 @@ def _entries_ref(*args: Any) -> tuple[Tensor, Tensor]:
     cache = torch.zeros_like(args[6])
     args = *args[:6], cache, *args[7:]
     return rope_and_cache_ref(*args), cache
+
+
+def _both_ref(x_TA: Tensor, weight_A: Tensor, into: ToCache) -> tuple[Any, Tensor]:
+    """Return what `norm_and_cache` does, and a cache with the entries."""
+    cache = torch.zeros_like(into[6])
+    into = *into[:6], cache, *into[7:]
+    return norm_and_cache_ref(x_TA, weight_A, True, False, into), cache
 
 
 def _entries(result: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,8 @@ log = logging.getLogger(__name__)
 
 Args = tuple[Any, ...]
 BLOCK = 128
-D, FF, E, K, HEADS, C, R, N, V, VOCAB = 7168, 2048, 32, 8, 16, 512, 64, 128, 128, 129280
+D, FF, E, K, VOCAB = 7168, 2048, 32, 8, 129280
+HEADS, QUERY, C, R, N, V = 16, 1536, 512, 64, 128, 128
 BF16_TOL, FP8_TOL = 2**-7, 2**-3
 
 

@@ -3,6 +3,8 @@
 Four small operations on 576 values a token; one launch instead of six or more.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,11 @@ from dsv3_kernels.kv_fp8 import BLOCK, pack_latent_ref, unpack_latent_ref
 from dsv3_kernels.rmsnorm import rmsnorm
 from dsv3_kernels.rope import apply_rope
 from dsv3_kernels.write_slots import write_slots_ref
+
+# What `rope_and_cache` takes.
+ToCache = tuple[Tensor, Tensor, float, Tensor, Tensor, bool, Tensor, Tensor, int]
+# Of a program: one for every block of V3's latent.
+WARPS = 4
 
 
 def latent_entries(
@@ -46,8 +53,9 @@ def rope_and_cache_ref(
     return stored[keep_from:].to(kv_TX.dtype)
 
 
-@triton.jit(do_not_specialize=["keep_from"])
-def _rope_and_cache_kernel(
+@triton.jit
+def cache_entry(
+    t,
     kv_ptr,
     weight_ptr,
     cos_ptr,
@@ -71,9 +79,7 @@ def _rope_and_cache_kernel(
     PACKED: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    """One program per token. A token of another rank (slot -1) is at most kept."""
-    in_turn()
-    t = tl.program_id(0).to(tl.int64)
+    """Make and store the entry of one token; that of another rank (slot -1) is at most kept."""
     slot = tl.load(slot_ptr + t).to(tl.int64)
     # Ends of what is stored and kept: all of it, or nothing. (`mask & condition` of a block and a
     # scalar gives integers in Triton 3.9's interpreter.)
@@ -123,6 +129,76 @@ def _rope_and_cache_kernel(
     tl.store(kept + C + second, turned_b.to(dtype), mask=r < R // 2 * keep)
 
 
+@triton.jit(do_not_specialize=["keep_from"])
+def _rope_and_cache_kernel(
+    kv_ptr,
+    weight_ptr,
+    cos_ptr,
+    sin_ptr,
+    slot_ptr,
+    latent_ptr,
+    scale_ptr,
+    rope_ptr,
+    kept_ptr,
+    stride_kv,
+    stride_latent,
+    stride_scale,
+    stride_rope,
+    keep_from,
+    eps,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    C_PAD: tl.constexpr,
+    HALF_PAD: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    PACKED: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    """One program per token."""
+    in_turn()
+    t = tl.program_id(0).to(tl.int64)
+    # fmt: off
+    cache_entry(
+        t, kv_ptr, weight_ptr, cos_ptr, sin_ptr, slot_ptr, latent_ptr, scale_ptr, rope_ptr,
+        kept_ptr, stride_kv, stride_latent, stride_scale, stride_rope, keep_from, eps,
+        C, R, C_PAD, HALF_PAD, INTERLEAVED, PACKED, NATIVE,
+    )
+    # fmt: on
+
+
+def entry_operands(
+    kv_TX: Tensor,
+    weight_C: Tensor,
+    eps: float,
+    cos_Tr: Tensor,
+    sin_Tr: Tensor,
+    interleaved: bool,
+    cache_SX: Tensor,
+    slot_T: Tensor,
+    keep_from: int,
+) -> tuple[tuple[Any, ...], Tensor]:
+    """Return what `cache_entry` takes, but the token, and the memory of the entries kept."""
+    (T, X), C = kv_TX.shape, len(weight_C)
+    assert kv_TX.stride(1) == cache_SX.stride(1) == 1, f"{kv_TX.stride()=} {cache_SX.stride()=}"
+    assert cos_Tr.is_contiguous() and sin_Tr.is_contiguous(), f"{cos_Tr.stride()=}"
+    is_packed = cache_SX.dtype == torch.uint8
+    scale_Sc, rope_SR = cache_SX, cache_SX[:, C:]
+    if is_packed:
+        blocks = 4 * -(-C // BLOCK)
+        scale_Sc = cache_SX[:, C : C + blocks].view(torch.float32)
+        rope_SR = cache_SX[:, C + blocks :].view(torch.bfloat16)
+    kept = kv_TX.new_empty(max(0, T - keep_from), X)
+    operands = (
+        *(kv_TX, weight_C, cos_Tr, sin_Tr, slot_T, cache_SX, scale_Sc, rope_SR, kept),
+        *(t.stride(0) for t in (kv_TX, cache_SX, scale_Sc, rope_SR)),
+        *(keep_from, eps, C, X - C),
+        triton.next_power_of_2(C),
+        triton.next_power_of_2((X - C) // 2),
+        *(interleaved, is_packed, is_native(cache_SX)),
+    )
+    return operands, kept
+
+
 def rope_and_cache_triton(
     kv_TX: Tensor,
     weight_C: Tensor,
@@ -135,27 +211,13 @@ def rope_and_cache_triton(
     keep_from: int,
 ) -> Tensor:
     """Launch a program per token."""
-    (T, X), C = kv_TX.shape, len(weight_C)
-    assert kv_TX.stride(1) == cache_SX.stride(1) == 1, f"{kv_TX.stride()=} {cache_SX.stride()=}"
-    assert cos_Tr.is_contiguous() and sin_Tr.is_contiguous(), f"{cos_Tr.stride()=}"
-    is_packed = cache_SX.dtype == torch.uint8
-    scale_Sc, rope_SR = cache_SX, cache_SX[:, C:]
-    if is_packed:
-        blocks = 4 * -(-C // BLOCK)
-        scale_Sc = cache_SX[:, C : C + blocks].view(torch.float32)
-        rope_SR = cache_SX[:, C + blocks :].view(torch.bfloat16)
-    kept = kv_TX.new_empty(max(0, T - keep_from), X)
-    if T:
-        _rope_and_cache_kernel[(T,)](
-            *(kv_TX, weight_C, cos_Tr, sin_Tr, slot_T, cache_SX, scale_Sc, rope_SR, kept),
-            *(t.stride(0) for t in (kv_TX, cache_SX, scale_Sc, rope_SR)),
-            *(keep_from, eps, C, X - C),
-            triton.next_power_of_2(C),
-            triton.next_power_of_2((X - C) // 2),
-            *(interleaved, is_packed, is_native(cache_SX)),
-            num_warps=2,
-            **launch_options(),
-        )
+    # fmt: off
+    operands, kept = entry_operands(
+        kv_TX, weight_C, eps, cos_Tr, sin_Tr, interleaved, cache_SX, slot_T, keep_from
+    )
+    # fmt: on
+    if len(kv_TX):
+        _rope_and_cache_kernel[(len(kv_TX),)](*operands, num_warps=WARPS, **launch_options())
     return kept
 
 

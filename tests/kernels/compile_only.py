@@ -42,6 +42,7 @@ from dsv3_kernels.mla_decode import tile_for as decode_tile
 from dsv3_kernels.mla_decode_parts import mla_decode_parts_triton
 from dsv3_kernels.mla_prefill import mla_prefill_packed_triton, mla_prefill_triton
 from dsv3_kernels.mla_prefill import tile_for as prefill_tile
+from dsv3_kernels.norm_and_cache import norm_and_cache_triton
 from dsv3_kernels.paging import Paging
 from dsv3_kernels.parts import empty_parts, open_parts
 from dsv3_kernels.permute import permute_triton, unpermute_triton
@@ -162,7 +163,9 @@ def attention(is_hopper: bool) -> None:
         mla_decode_triton(q, plain, page, pos, Paging(64), 512, 0.1, HOPPER_TILE)
     for cache in (plain, packed):
         latent = kv[:4, 1536:2112]
-        rope_and_cache_triton(latent, torch.ones(512), 1e-6, trig, trig, True, cache, slot, 2)
+        into = latent, torch.ones(512), 1e-6, trig, trig, True, cache, slot, 2
+        rope_and_cache_triton(*into)
+        norm_and_cache_triton(kv[:4, :1536], torch.ones(1536), cache is packed, False, into)
     write_slots_triton(plain, slot, plain[:4])
     absorption(page, pos, plain, is_hopper)
     q = torch.zeros(4, 16, 192, dtype=torch.bfloat16)

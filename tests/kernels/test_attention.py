@@ -19,6 +19,7 @@ KERNELS = (
     "mha_decode",
     "mla_decode",
     "mla_prefill",
+    "norm_and_cache",
     "rope",
     "rope_and_cache",
     "write_slots",

@@ -9,9 +9,11 @@ from dsv3_kernels import (
     Paging,
     absorb_query,
     act_quant,
+    add_rmsnorm,
     empty_parts,
     expand_values,
     mla_decode_parts,
+    norm_and_cache,
     open_parts,
     pack_latent,
     rope_and_cache,
@@ -188,6 +190,36 @@ def test_rope_and_cache(dtype: torch.dtype, is_packed: bool) -> None:
     rotate(y[..., 128:], moved[3], moved[4], True)
     rotate_ref(x[..., 128:], args[3], args[4], True)
     assert_close("rotated", y.cpu().float(), x.float(), 2**-7)
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("tokens", [1, 8, 300])
+def test_norm_and_cache(tokens: int, is_packed: bool) -> None:
+    """The bits of both launches alone."""
+    torch.manual_seed(6)
+    x = torch.randn(tokens, 2112).bfloat16().cuda()
+    query, kv = x.split([1536, 576], 1)
+    angle, slot = torch.rand(tokens, 32).cuda() * 50, torch.arange(tokens).cuda() - 1
+    cache = torch.zeros(tokens, 656 if is_packed else 576, device="cuda")
+    cache = cache.to(torch.uint8 if is_packed else torch.bfloat16)
+    weights = torch.rand(1536).cuda() + 0.5, torch.rand(512).cuda() + 0.5
+    entry = kv, weights[1], 1e-6, angle.cos(), angle.sin(), True
+    others, keep = cache.clone(), tokens // 2
+    into = *entry, cache, slot, keep
+    norm_and_cache(query, weights[0], True, False, into)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        h, q, kept = norm_and_cache(query, weights[0], True, False, into)
+    for _ in range(3):
+        x.normal_()
+        cache.zero_()
+        graph.replay()
+        _, want_h, want_q = add_rmsnorm(query, None, weights[0], 1e-6, True)
+        want_kept = rope_and_cache(*entry, others.zero_(), slot, keep)
+        assert q is not None and want_q is not None
+        pairs = (h, want_h), (kept, want_kept), (cache, others), *zip(q, want_q, strict=True)
+        for i, pair in enumerate(pairs):
+            assert_bitwise_equal(f"result {i}", *pair)
 
 
 def test_sample() -> None:
