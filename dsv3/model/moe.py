@@ -17,11 +17,14 @@ from dsv3.parallel.experts import ExpertDispatch
 from dsv3.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from dsv3.parallel.weights import Matrix, Vector, WeightFormat
 from dsv3_kernels import (
+    Groups,
     Quantized,
     Routing,
     act_quant,
     experts,
+    make_locks,
     route,
+    route_and_permute,
     router_logits,
     silu_mul,
     silu_mul_quant,
@@ -67,6 +70,7 @@ class Router(nn.Module):
         super().__init__()
         shape = (config.n_routed_experts, config.hidden_size)
         self.gate = Vector(f"{prefix}gate.weight", shape, fmt)
+        self.locks = make_locks(self.gate.weight)
         # The bias belongs to the selection rule (noaux_tc), not to a model size.
         self.bias: Vector | None = None
         if config.topk_method == "noaux_tc":
@@ -81,10 +85,16 @@ class Router(nn.Module):
             routed_scaling_factor=config.routed_scaling_factor,
         )
 
-    def forward(self, x_TD: Tensor, position_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return (ids [T, K] int64, weights [T, K] float32); no expert at position -1."""
-        logits_STE, bias = router_logits(x_TD, self.gate.weight), self.bias
-        return route(logits_STE, None if bias is None else bias.weight, self.rule, position_T)
+    def forward(
+        self, x_TD: Tensor, position_T: Tensor | None = None, held: tuple[int, int] | None = None
+    ) -> tuple[Tensor, Tensor, Groups | None]:
+        """Return ids [T, K] int64, weights [T, K] float32, and where the entries of experts lie.
+
+        There are no experts at position -1. `held`: first expert and number of those here.
+        """
+        bias = None if self.bias is None else self.bias.weight
+        how = router_logits(x_TD, self.gate.weight), bias, self.rule, position_T
+        return (*route(*how), None) if held is None else route_and_permute(*how, *held, self.locks)
 
 
 class MoE(nn.Module):
@@ -130,11 +140,12 @@ class MoE(nn.Module):
             return self.dispatch(x_TD, ids_TK, ids_TK.float(), self.run_experts)()
         is_local = self.dispatch.mesh.layout.dp == 1
         shared = self._start_shared(x_TD, x_q) if is_local else None
-        ids_TK, weight_TK = self.router(x_TD, self.dispatch.position_T)
+        held = (self.first_expert, self.num_local) if is_local and self.slots is None else None
+        ids_TK, weight_TK, groups = self.router(x_TD, self.dispatch.position_T, held)
         if self.slots is not None:
             ids_TK = self.slots(ids_TK)
         if is_local:  # the tokens stay where they are, so x_q is theirs
-            run = partial(self.run_experts, x_q=x_q, also=shared)
+            run = partial(self.run_experts, x_q=x_q, also=shared, groups=groups)
             return self.dispatch(x_TD, ids_TK, weight_TK, run)()
         combine = self.dispatch(x_TD, ids_TK, weight_TK, self.run_experts)
         shared = self._start_shared(x_TD, x_q)
@@ -154,6 +165,7 @@ class MoE(nn.Module):
         weight_MK: Tensor,
         x_q: Quantized | None = None,
         also: Callable[[], Tensor] | None = None,
+        groups: Groups | None = None,
     ) -> Tensor:
         """Return the sums over this rank's experts, [M, D] float32.
 
@@ -163,13 +175,14 @@ class MoE(nn.Module):
             weight_MK: their weights.
             x_q: x in FP8, where someone has it.
             also: returns what is added to the sums.
+            groups: where the entries lie, where someone knows.
         """
         ue8m0, stacks = self.gate_up_proj.ue8m0, (self.gate_up_proj.stack(), self.down_proj.stack())
         x: Tensor | Quantized = x_MD
         if self.gate_up_proj.quantizes:
             x = act_quant(x_MD, ue8m0) if x_q is None else x_q
         held = self.first_expert, *stacks, ue8m0
-        return experts(x, ids_MK, weight_MK, *held, also, self.spread)
+        return experts(x, ids_MK, weight_MK, *held, also, self.spread, groups)
 
 
 def feed_forward(

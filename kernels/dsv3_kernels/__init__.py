@@ -28,6 +28,7 @@ from dsv3_kernels.rmsnorm import add_rmsnorm, rmsnorm, rmsnorm_quant
 from dsv3_kernels.rope import apply_rope, rotate
 from dsv3_kernels.rope_and_cache import ToCache, latent_entries, rope_and_cache
 from dsv3_kernels.route import Routing, route
+from dsv3_kernels.route_and_permute import route_and_permute
 from dsv3_kernels.router_logits import router_logits
 from dsv3_kernels.sample import sample
 from dsv3_kernels.silu_mul import silu_mul, silu_mul_quant
@@ -76,6 +77,7 @@ __all__ = [
     "rope_and_cache",
     "rotate",
     "route",
+    "route_and_permute",
     "router_logits",
     "sample",
     "shared_bytes",

@@ -1,8 +1,9 @@
 """Routed experts over the tokens that chose them: gate_up, silu * up, down, weighted sum.
 
-On a GPU four or five launches, the same whatever was chosen and none of them after a count on the
-host: `permute`, two grouped products (in FP8 a quantization between them, fused into the first for
-many tokens), `unpermute`. On a CPU a loop over the experts that are hit.
+On a GPU three to five launches, the same whatever was chosen and none of them after a count on the
+host: `permute`, unless `route_and_permute` did it, two grouped products (in FP8 a quantization
+between them, fused into the first for many tokens), `unpermute`. On a CPU a loop over the experts
+that are hit.
 
 Bound by reading the weights of the experts that are hit, up to about 64 tokens an expert.
 """
@@ -18,7 +19,7 @@ from dsv3_kernels.act_quant import Quantized, act_quant_ref
 from dsv3_kernels.grouped_down import grouped_down_triton
 from dsv3_kernels.grouped_gate_up import grouped_gate_up_triton
 from dsv3_kernels.grouped_gemm import Stack, dequantize
-from dsv3_kernels.permute import permute_triton, unpermute_triton
+from dsv3_kernels.permute import Groups, permute_triton, unpermute_triton
 from dsv3_kernels.silu_mul import silu_mul_ref
 
 
@@ -69,12 +70,14 @@ def experts_triton(
     ue8m0: bool = False,
     also: Callable[[], Tensor] | None = None,
     spread: int = 1,
+    groups: Groups | None = None,
 ) -> Tensor:
     """Launch `experts`; the weighted rows are held in the dtype of `x`, or in bfloat16."""
     num_local = len(gate_up.weight)
     if isinstance(x, Tensor):
         x = x.contiguous()  # it may lie among what came with it from another rank
-    groups = permute_triton(ids_TK.contiguous(), first_expert, num_local)
+    if groups is None:
+        groups = permute_triton(ids_TK.contiguous(), first_expert, num_local)
     assert groups.slot_TK is not None
     rows = -(-ids_TK.numel() // (num_local * spread))
     dtype = x.dtype if isinstance(x, Tensor) else torch.bfloat16
@@ -93,6 +96,7 @@ def experts(
     ue8m0: bool = False,
     also: Callable[[], Tensor] | None = None,
     spread: int = 1,
+    groups: Groups | None = None,
 ) -> Tensor:
     """Return this rank's part of sum_k weight_k * expert_k(x).
 
@@ -110,9 +114,10 @@ def experts(
             come from another stream.
         spread: `ids_TK` are spread over that many times the experts held here; it decides the
             speed alone.
+        groups: what `permute` says of `ids_TK`, where someone has it: saves a launch.
 
     Returns:
         [T, D] float32; the sum over ranks is the layer's output.
     """
     form = (x, ids_TK, weight_TK, first_expert, gate_up, down, ue8m0, also)
-    return experts_triton(*form, spread) if use_triton(ids_TK) else experts_ref(*form)
+    return experts_triton(*form, spread, groups) if use_triton(ids_TK) else experts_ref(*form)

@@ -89,13 +89,48 @@ def _permute_kernel(
         row += tl.sum(mine.to(tl.int32), 0)
 
 
+@triton.jit
+def permute_few(
+    ids,
+    entries,
+    slots,
+    starts,
+    counts,
+    first_expert,
+    E,
+    num_entries,
+    SIZE: tl.constexpr,
+):
+    """Do all of `permute` for entries whose ids one program holds, [SIZE]."""
+    EXPERTS: tl.constexpr = 32  # at a time
+    entry = tl.arange(0, SIZE)
+    local = ids - first_expert
+    local = tl.where((entry < num_entries) & (local >= 0) & (local < E), local, E).to(tl.int32)
+    # All different. An entry's row is how many there are before it.
+    key = local * SIZE + entry
+    row = tl.sum((key[None, :] < key[:, None]).to(tl.int32), 1)
+    tl.store(entries + row, tl.where(local < E, entry, -1), mask=entry < num_entries)
+    tl.store(slots + entry, tl.where(local < E, row, -1), mask=entry < num_entries)
+    for first in range(0, E, EXPERTS):
+        e = first + tl.arange(0, EXPERTS)
+        before = (local[None, :] < e[:, None]).to(tl.int32)
+        equal = (local[None, :] == e[:, None]).to(tl.int32)
+        tl.store(starts + e, tl.sum(before, 1), mask=e < E)
+        tl.store(counts + e, tl.sum(equal, 1), mask=e < E)
+
+
+def empty_groups(ids_TK: Tensor, num_local: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return memory for the fields of `Groups`, in their order."""
+    start_E, count_E = ids_TK.new_empty((2, num_local), dtype=torch.int32).unbind()
+    entry_M = ids_TK.new_empty(ids_TK.numel(), dtype=torch.int32)
+    return start_E, count_E, entry_M, torch.empty_like(ids_TK, dtype=torch.int32)
+
+
 def permute_triton(ids_TK: Tensor, first_expert: int, num_local: int) -> Groups:
     """Launch one program per local expert and one for all others."""
     assert ids_TK.is_contiguous() and ids_TK.numel() < 2**31, f"{ids_TK.shape=}"
     num_entries = ids_TK.numel()
-    start_E, count_E = ids_TK.new_empty((2, num_local), dtype=torch.int32).unbind()
-    entry_M = ids_TK.new_empty(num_entries, dtype=torch.int32)
-    slot_TK = torch.empty_like(ids_TK, dtype=torch.int32)
+    start_E, count_E, entry_M, slot_TK = empty_groups(ids_TK, num_local)
     block, warps = (1024, 4) if num_entries <= 1024 else (4096, 8)
     _permute_kernel[(num_local + 1,)](
         ids_TK,

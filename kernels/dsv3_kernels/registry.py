@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv3_kernels._split_k import make_locks
 from dsv3_kernels.act_quant import act_quant_ref, act_quant_triton
 from dsv3_kernels.permute import permute_ref, permute_triton, unpermute_ref, unpermute_triton
 from dsv3_kernels.registry_attention import absorption, decode, latents, prefill
@@ -32,6 +33,7 @@ from dsv3_kernels.registry_case import (
 from dsv3_kernels.registry_gemm import experts, few_rows, gemm
 from dsv3_kernels.rmsnorm import add_rmsnorm_ref, add_rmsnorm_triton
 from dsv3_kernels.route import Routing, route_ref, route_triton
+from dsv3_kernels.route_and_permute import route_and_permute_ref, route_and_permute_triton
 from dsv3_kernels.router_logits import router_logits_ref, router_logits_triton
 from dsv3_kernels.sample import sample_ref, sample_triton
 from dsv3_kernels.silu_mul import silu_mul_quant_ref, silu_mul_quant_triton
@@ -111,6 +113,9 @@ def _routing(small: bool) -> Iterator[Case]:
         pair = route_triton, route_ref
         yield Case("route", f"{T} x 256", logits, *pair, num_bytes, tol=1e-5, view=_sorted)
 
+        if T <= 16:
+            yield _route_and_permute(T, rule)
+
         def hidden(d: torch.device, T: int = T) -> Args:
             dim = 256 if small else D
             return normal(T, dim, device=d), torch.randn(256, dim, device=d)
@@ -133,6 +138,23 @@ def _routing(small: bool) -> Iterator[Case]:
         yield Case("permute", name, ids, *sort, 16 * T * K, tol=0.0, view=_groups)
         back, num_bytes = (unpermute_triton, unpermute_ref), T * D * (2 * K * E // 256 + 4)
         yield Case("unpermute", name, expert_rows, *back, num_bytes, tol=1e-5)
+
+
+def _route_and_permute(T: int, rule: Routing) -> Case:
+    def operands(d: torch.device) -> Args:
+        bias = torch.randn(256, device=d) / 8
+        return torch.randn(16, T, 256, device=d), bias, rule, None, 64, E, make_locks(bias[:, None])
+
+    return Case(
+        "route_and_permute",
+        f"{T} x 256",
+        operands,
+        route_and_permute_triton,
+        lambda *args: route_and_permute_ref(*args[:-1]),
+        T * (64 * 256 + 20 * K) + 8 * E,
+        tol=1e-5,
+        view=lambda found: (_sorted(found[:2]), found[2].start_E, found[2].count_E),
+    )
 
 
 def _sorted(result: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

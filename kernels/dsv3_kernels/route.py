@@ -4,6 +4,7 @@ Bound by latency: a program (one warp) holds a token's row in registers from log
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,8 +77,9 @@ def _rank_key(x, index):
     return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - index).to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["positions", "T"])
-def _route_kernel(
+@triton.jit
+def route_token(
+    token,
     logits,
     bias,
     positions,
@@ -99,11 +101,12 @@ def _route_kernel(
     M_PAD: tl.constexpr,
     K_PAD: tl.constexpr,
 ):
-    """Route one token. Its experts lie in registers as [G_PAD, M_PAD]: groups, members."""
-    in_turn()
+    """Route one token; return its experts, [K_PAD].
+
+    The experts to choose from lie in registers as [G_PAD, M_PAD]: groups, members.
+    """
     MEMBERS: tl.constexpr = E // G
     LOWEST: tl.constexpr = -(1 << 63)
-    token = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, G_PAD)
     member = tl.arange(0, M_PAD)
     expert = group[:, None] * MEMBERS + member[None, :]
@@ -150,43 +153,74 @@ def _route_kernel(
         chosen = tl.where(tl.load(positions + token) < 0, -1, chosen)
     tl.store(ids + token * K + k, chosen, mask=k < K)
     tl.store(weights + token * K + k, weight * scaling, mask=k < K)
+    return chosen
 
 
-def route_triton(
-    logits_STE: Tensor, bias_E: Tensor | None, r: Routing, position_T: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Launch one program per token."""
+@triton.jit(do_not_specialize=["positions", "T"])
+def _route_kernel(
+    logits,
+    bias,
+    positions,
+    ids,
+    weights,
+    scaling,
+    T,
+    S: tl.constexpr,
+    E: tl.constexpr,
+    G: tl.constexpr,
+    TOPK_GROUP: tl.constexpr,
+    K: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    BIASED: tl.constexpr,
+    PADDED: tl.constexpr,
+    BEST_TWO: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    G_PAD: tl.constexpr,
+    M_PAD: tl.constexpr,
+    K_PAD: tl.constexpr,
+):
+    """One program per token."""
+    in_turn()
+    token = tl.program_id(0).to(tl.int64)
+    # fmt: off
+    route_token(
+        token, logits, bias, positions, ids, weights, scaling, T,
+        S, E, G, TOPK_GROUP, K, SOFTMAX, BIASED, PADDED, BEST_TWO, NORMALIZE, G_PAD, M_PAD, K_PAD,
+    )
+    # fmt: on
+
+
+def route_operands(
+    logits_STE: Tensor, bias_E: Tensor | None, r: Routing, position_T: Tensor | None
+) -> tuple[tuple[Any, ...], Tensor, Tensor]:
+    """Return what `route_token` takes, but the token; the memory of ids and of weights."""
     S, T, E = logits_STE.shape
     K, G = r.num_experts_per_tok, r.n_group if r.is_grouped else 1
     assert E <= 512 and min(16, E) >= K and E % G == 0, f"{E=} {K=} {G=}"
     assert logits_STE.dtype == torch.float32 and logits_STE.is_contiguous()
     ids_TK = torch.empty((T, K), dtype=torch.int64, device=logits_STE.device)
     weight_TK = torch.empty((T, K), dtype=torch.float32, device=logits_STE.device)
-    if T:
-        _route_kernel[(T,)](
-            logits_STE,
-            logits_STE if bias_E is None else bias_E,
-            logits_STE if position_T is None else position_T,
-            ids_TK,
-            weight_TK,
-            r.routed_scaling_factor,
-            T,
-            S=S,
-            E=E,
-            G=G,
-            TOPK_GROUP=r.topk_group if r.is_grouped else G,
-            K=K,
-            SOFTMAX=r.scoring_func == "softmax",
-            BIASED=bias_E is not None,
-            PADDED=position_T is not None,
-            BEST_TWO=r.topk_method == "noaux_tc",
-            NORMALIZE=r.norm_topk_prob,
-            G_PAD=triton.next_power_of_2(G),
-            M_PAD=triton.next_power_of_2(E // G),
-            K_PAD=triton.next_power_of_2(K),
-            num_warps=1,
-            **launch_options(),
-        )
+    operands = (
+        logits_STE,
+        logits_STE if bias_E is None else bias_E,
+        logits_STE if position_T is None else position_T,
+        ids_TK,
+        weight_TK,
+        *(r.routed_scaling_factor, T, S, E, G, r.topk_group if r.is_grouped else G, K),
+        *(r.scoring_func == "softmax", bias_E is not None, position_T is not None),
+        *(r.topk_method == "noaux_tc", r.norm_topk_prob),
+        *(triton.next_power_of_2(n) for n in (G, E // G, K)),
+    )
+    return operands, ids_TK, weight_TK
+
+
+def route_triton(
+    logits_STE: Tensor, bias_E: Tensor | None, r: Routing, position_T: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Launch one program per token."""
+    operands, ids_TK, weight_TK = route_operands(logits_STE, bias_E, r, position_T)
+    if len(ids_TK):
+        _route_kernel[(len(ids_TK),)](*operands, num_warps=1, **launch_options())
     return ids_TK, weight_TK
 
 

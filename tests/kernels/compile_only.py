@@ -50,6 +50,7 @@ from dsv3_kernels.rmsnorm import add_rmsnorm_triton
 from dsv3_kernels.rope import rotate_triton
 from dsv3_kernels.rope_and_cache import rope_and_cache_triton
 from dsv3_kernels.route import Routing, route_triton
+from dsv3_kernels.route_and_permute import route_and_permute_triton
 from dsv3_kernels.router_logits import router_logits_triton
 from dsv3_kernels.sample import sample_triton
 from dsv3_kernels.silu_mul import silu_mul_quant_triton
@@ -109,6 +110,9 @@ def routing() -> None:
     position = torch.zeros(1, dtype=torch.int64)
     route_triton(torch.zeros(16, 1, 256), torch.zeros(256), rule, position)
     ids, weight = route_triton(logits[:, :1].contiguous(), None, rule)
+    for tokens in (1, 8, 16):
+        logits, held = torch.zeros(16, tokens, 256), (32, 32, make_locks(logits))
+        route_and_permute_triton(logits, torch.zeros(256), rule, None, *held)
     for num_local in (1, 256):
         groups = permute_triton(ids, 0, num_local)
     y = torch.zeros(8, 512, dtype=torch.bfloat16)

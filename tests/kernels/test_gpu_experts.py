@@ -4,7 +4,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv3_kernels import Quantized, Routing, Stack, act_quant, experts, route, router_logits
+from dsv3_kernels import (
+    Quantized,
+    Routing,
+    Stack,
+    act_quant,
+    experts,
+    make_locks,
+    route,
+    route_and_permute,
+    router_logits,
+)
 from dsv3_kernels.grouped_gate_up import grouped_gate_up_ref, grouped_gate_up_triton
 from dsv3_kernels.grouped_gemm import dequantize
 from dsv3_kernels.moe import experts_ref
@@ -103,3 +113,34 @@ def test_one_graph_serves_any_choice() -> None:
         ids.random_(low, high)
         graph.replay()
         assert_bitwise_equal("replay", y, experts(x, ids, weight, 0, gate_up, down))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 8, 16])
+def test_routed_and_sorted_in_one_launch(tokens: int) -> None:
+    """The bits of both launches, whichever program ends last, beside work on another stream."""
+    torch.manual_seed(4)
+    rule, bias = Routing("sigmoid", "noaux_tc", 8, 8, 4, True, 2.5), torch.randn(256).cuda() / 8
+    logits, locks = torch.randn(16, tokens, 256, device="cuda"), make_locks(bias[:, None])
+    position = torch.arange(tokens, device="cuda") - 1
+    x, side = torch.randn(4096, 4096, device="cuda"), torch.cuda.Stream()
+    for where in (None, position):
+        step = logits, bias, rule, where
+        route_and_permute(*step, 32, 32, locks)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                busy = x.sin().cos().exp()
+            results = [route_and_permute(*step, 32, 32, locks) for _ in range(3)]
+            torch.cuda.current_stream().wait_stream(side)
+        for _ in range(100):
+            logits.normal_()
+            graph.replay()
+            want_ids, want_weight = route(*step)
+            want = permute(want_ids, 32, 32)
+            for ids, weight, groups in results:
+                assert_bitwise_equal("ids", ids, want_ids)
+                assert_bitwise_equal("weights", weight, want_weight)
+                for name in ("start_E", "count_E", "entry_M", "slot_TK"):
+                    assert_bitwise_equal(name, getattr(groups, name), getattr(want, name))
+        assert not bool(locks.any()) and bool(busy.isfinite().all())

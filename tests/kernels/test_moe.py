@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv3_kernels import Stack, act_quant, experts
+from dsv3_kernels import Stack, act_quant, experts, permute
 from dsv3_kernels.moe import experts_ref, experts_triton
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 
@@ -129,3 +129,12 @@ def test_what_else_is_summed_is_asked_for_last(form, first: int) -> None:
     alone = form(x, ids, weight, first, gate_up, down)
     together = form(x, ids, weight, first, gate_up, down, False, lambda: shared)
     assert_bitwise_equal("sum", together, alone + shared)
+
+
+def test_groups_may_be_known() -> None:
+    x, ids, weight, gate_up, down = fp8_layer(9)
+    more = 3, gate_up, down, False, None, 1
+    want = experts_triton(x, ids, weight, *more)
+    assert_bitwise_equal("same", experts_triton(x, ids, weight, *more, permute(ids, 3, 4)), want)
+    others = permute(ids.flip(0), 3, 4)
+    assert not torch.equal(experts_triton(x, ids, weight, *more, others), want)

@@ -15,7 +15,7 @@ from tests.oracle.run import start_alone
 if TYPE_CHECKING:  # it imports transformers, which tests on a GPU can do without
     from tests.oracle.families import Oracle
 
-KERNELS = ("moe", "permute", "route", "router_logits")
+KERNELS = ("moe", "permute", "route", "route_and_permute", "router_logits")
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_without_quantized_input_it_is_quantized(oracle: "Callable[[str], Oracle
     model = start_alone(oracle("v3-fp8-whole").path, dtype="fp8").runner._model
     layer, x = model.layers[-1].mlp, torch.randn(5, model.config.hidden_size).bfloat16()
     with torch.inference_mode():
-        ids, weight = layer.router(x)
+        ids, weight, _ = layer.router(x)
         got = layer.run_experts(x, ids, weight)
         q = act_quant(x)
         assert torch.equal(got, layer.run_experts(x, ids, weight, Quantized(q.q, q.scale)))

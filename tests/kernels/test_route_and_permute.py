@@ -1,0 +1,78 @@
+import pytest
+import torch
+from torch import Tensor
+
+from dsv3_kernels import Routing, make_locks, route_and_permute
+from dsv3_kernels.permute import Groups, permute_ref, permute_triton
+from dsv3_kernels.route import route_ref, route_triton
+from dsv3_kernels.route_and_permute import route_and_permute_ref, route_and_permute_triton
+from dsv3_kernels.testing import assert_bitwise_equal, assert_close
+
+V3 = Routing("sigmoid", "noaux_tc", 8, 8, 4, True, 2.5)
+V2_LITE = Routing("softmax", "greedy", 6, 1, 1, False, 1.0)
+ONE_OF_THREE = Routing("softmax", "greedy", 1, 1, 1, True, 1.0)
+
+
+def check(got: tuple[Tensor, Tensor, Groups], want: tuple[Tensor, Tensor, Groups]) -> None:
+    for name, x, y in zip(("ids", "weights"), got, want, strict=False):
+        assert_bitwise_equal(name, x, y)
+    for name in ("start_E", "count_E", "entry_M", "slot_TK"):
+        assert_bitwise_equal(name, getattr(got[2], name), getattr(want[2], name))
+
+
+@pytest.mark.parametrize(
+    ("r", "experts", "tokens", "held"),
+    [
+        (V3, 256, 1, (0, 256)),
+        (V3, 256, 1, (85, 1)),
+        (V3, 256, 3, (32, 32)),
+        (V3, 256, 16, (2, 33)),
+        (V3, 256, 17, (224, 32)),  # too many for one launch
+        (V2_LITE, 64, 1, (16, 16)),
+        (V2_LITE, 64, 5, (64, 4)),  # none of them held here
+        (ONE_OF_THREE, 3, 1, (1, 1)),
+        (ONE_OF_THREE, 3, 4, (0, 3)),
+    ],
+)
+def test_the_bits_of_two_launches(
+    r: Routing, experts: int, tokens: int, held: tuple[int, int]
+) -> None:
+    torch.manual_seed(0)
+    bias = torch.randn(experts) if r is V3 else None
+    logits, locks = torch.randn(3, tokens, experts), make_locks(torch.empty(experts, 1))
+    logits[:, : tokens // 3] = 0.0  # ties: all choose the same
+    position = torch.arange(tokens) % 4 - 1 if tokens > 2 else None
+    ids, weight = route_triton(logits, bias, r, position)
+    got = route_and_permute_triton(logits, bias, r, position, *held, locks)
+    check(got, (ids, weight, permute_triton(ids, *held)))
+    assert not bool(locks.any()), "as the next launch expects them"
+    assert position is None or bool((got[0][position < 0] == -1).all())
+    want = route_and_permute_ref(logits, bias, r, position, *held)
+    assert_close("weights", weight, want[1], 1e-6)
+    check(got, (want[0], weight, want[2]))
+
+
+def test_no_tokens() -> None:
+    locks = make_locks(torch.empty(256, 1))
+    ids, weight, groups = route_and_permute_triton(
+        torch.zeros(3, 0, 256), None, V3, None, 32, 32, locks
+    )
+    assert ids.shape == weight.shape == (0, 8) and groups.count_E.tolist() == [0] * 32
+
+
+def test_the_program_that_ends_last_sorts() -> None:
+    """Nobody does before all have arrived, whatever is counted in the order of programs."""
+    logits, locks = torch.randn(1, 4, 256), make_locks(torch.empty(256, 1))
+    locks[0] = -1
+    *_, groups = route_and_permute_triton(logits, None, V3, None, 0, 256, locks)
+    assert int(locks[0]) == 3, "all have come, but one is still waited for"
+    assert groups.entry_M is not None and not torch.equal(
+        groups.entry_M, permute_ref(route_ref(logits, None, V3)[0], 0, 256).entry_M
+    )
+
+
+def test_a_cpu_sorts_where_experts_are_run() -> None:
+    logits, locks = torch.randn(1, 4, 256), make_locks(torch.empty(256, 1))
+    ids, weight, groups = route_and_permute(logits, None, V3, None, 0, 256, locks)
+    want = route_ref(logits, None, V3)
+    assert groups is None and torch.equal(ids, want[0]) and torch.equal(weight, want[1])
