@@ -14,9 +14,12 @@ HERE = Path(__file__).parent
 
 
 def output_of(script: str, cache: Path, *args: str) -> list[str]:
+    root = HERE.parents[1]
+    paths = os.pathsep.join([str(root), str(root / "scripts"), os.environ.get("PYTHONPATH", "")])
+    environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache), "PYTHONPATH": paths}
     done = subprocess.run(
         [sys.executable, str(HERE / script), *args],
-        env=os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)},
+        env=os.environ | environment,
         capture_output=True,
         text=True,
         check=False,

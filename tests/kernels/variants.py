@@ -1,6 +1,6 @@
 """Lists the variants of kernels that steps of many sizes would have Triton compile.
 
-TRITON_INTERPRET=0 python tests/kernels/variants.py
+TRITON_INTERPRET=0 PYTHONPATH=.:scripts python tests/kernels/variants.py
 
 Triton compiles a kernel anew where a number becomes 1, or it or an address ceases to be a multiple
 of 16. For those that change while a model serves this would be a pause of seconds. Prints a line
