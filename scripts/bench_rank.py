@@ -389,9 +389,8 @@ def main() -> int:
             torch.set_num_threads(args.threads)
         try_forms(args.try_kernels, mesh.device)
         shape = shape_of(args, mesh.device.type == "cpu")
-        ceilings = hardware(args.hardware, mesh.device)
         what = (args.batch, args.context, args.prefill, args.steps, args.enforce_eager)
-        report = rank_report(shape, mesh.device, ceilings, *what)
+        report = rank_report(shape, mesh.device, hardware(args.hardware, mesh.device), *what)
         report.setting |= machine(1) | {"tried kernels": args.try_kernels}
     report.publish(args.json)
     return 0

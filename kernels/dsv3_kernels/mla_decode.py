@@ -2,8 +2,9 @@
 
 All heads and new tokens of a sequence share its keys, so they are the rows of one tile: the cache
 is read once for up to 16, 32 or 64 of them. A program takes one tile, one sequence and some splits
-of the positions held here; splits are of fixed length and merged in their order, so a sequence's
-result depends on nothing else in the batch.
+of the positions held here; splits are merged in their order. In float32 they are of fixed length,
+so a sequence's result depends on nothing else in the batch; otherwise they are shorter where there
+are too few to keep a GPU busy, which changes no more than roundings.
 
 What bounds it, on an H100: with 16 heads (30 FLOPs a byte) cache bytes; a split of 512 positions
 writes 5.5 % of what it reads, and one program runs it at its multiprocessor's share of bandwidth.
@@ -14,17 +15,25 @@ Loads come a page table's entry ahead, as asynchronous copies.
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dsv3_kernels._decode_tiles import (
+    HOPPER_TILE,
+    Tile,
+    programs_for,
+    sequences_for,
+    split_for,
+    tile_for,
+)
 from dsv3_kernels._e4m3 import decode_e4m3, is_native
 from dsv3_kernels._triton import (
     in_turn,
     is_hopper,
     is_interpreted,
     launch_options,
+    multiprocessors,
     tl,
     triton,
     use_triton,
@@ -34,10 +43,6 @@ from dsv3_kernels.merge_lse import merge_splits_triton, softmax_lse
 from dsv3_kernels.mla_decode_hopper import launch_hopper, takes_hopper
 from dsv3_kernels.paging import Keys, Paging
 
-# Programs of a launch, about: eight for each multiprocessor.
-_PROGRAMS = 1024
-# Bytes of partial results held at a time: with 128 heads of 1,024 splits, two for each program.
-_SPLIT_BYTES = 256 << 20
 # Values held at a time by the reference: 4 MiB of float32, which a processor's cache holds.
 _SCORES = 1 << 20
 
@@ -225,55 +230,6 @@ def _mla_decode_kernel(
             tl.store(lse_ptr + at, (top + tl.log2(divisor)) * 0.6931471805599453, mask=is_row)
 
 
-def programs_for(splits: int, others: int) -> int:
-    """Return the programs that share a sequence's splits; no result depends on them.
-
-    Tables may be far wider than contexts are long: then a program for each split would most often
-    only come and go.
-    """
-    return max(1, min(splits, _PROGRAMS // others))
-
-
-def sequences_for(splits: int, values: int) -> int:
-    """Return the sequences of a launch: their splits' results, `values` each, take little memory.
-
-    No result depends on them.
-    """
-    return max(1, _SPLIT_BYTES // (4 * splits * values))
-
-
-class Tile(NamedTuple):
-    """What one program does, by the shape of the queries alone.
-
-    Attributes:
-        rows: queries times heads of a sequence.
-        keys: positions at a time.
-        split: positions in all.
-        warps, stages: of the launch.
-        in_gluon: by the kernel of `mla_decode_hopper.py`, which has stages of its own.
-    """
-
-    rows: int
-    keys: int
-    split: int
-    warps: int
-    stages: int
-    in_gluon: bool = False
-
-
-# What the Gluon kernel is made for.
-HOPPER_TILE = Tile(64, 64, 1024, 4, 2, in_gluon=True)
-
-
-def tile_for(rows: int, is_exact: bool, is_hopper: bool) -> Tile:
-    """Return the tile of so many rows; the larger ones fill a Hopper's shared memory."""
-    if is_exact:
-        return Tile(16, 16, 512, 4, 2)
-    if rows <= 16 or not is_hopper:
-        return Tile(16, 32, 512, 4, 5 if is_hopper else 3)
-    return Tile(32, 32, 512, 8, 5) if rows <= 32 else Tile(64, 64, 1024, 8, 3)
-
-
 def mla_decode_triton(
     q_BQHX: Tensor,
     cache_SX: Tensor,
@@ -315,10 +271,16 @@ def launch_decode(
     assert T == B * Q and (C % 4 == 0 or not is_packed), f"{q_PTHX.shape=} {page_BG.shape=} {C=}"
     page_BG, query_pos_BQ = page_BG.contiguous(), query_pos_BQ.contiguous()
     is_exact = torch.float32 in (q_PTHX.dtype, cache_SX.dtype) or is_interpreted(cache_SX)
+    held = G * paging.slots_per_page
     if tile is None and takes_hopper(q_PTHX, cache_SX, rows, C):
         tile = HOPPER_TILE
-    tile = tile or tile_for(rows, is_exact, is_hopper(q_PTHX))
-    splits, tiles = triton.cdiv(G * paging.slots_per_page, tile.split), triton.cdiv(rows, tile.rows)
+    elif tile is None:
+        tile = tile_for(rows, is_exact, is_hopper(q_PTHX))
+        if not is_exact:
+            programs = triton.cdiv(rows, tile.rows) * B
+            split = split_for(tile.split, programs, held, multiprocessors(q_PTHX)[0])
+            tile = tile._replace(split=split)
+    splits, tiles = triton.cdiv(held, tile.split), triton.cdiv(rows, tile.rows)
     if (step := sequences_for(splits, rows * C)) < B and splits > 1:
         for b in range(0, B, step):
             at, t = slice(b, b + step), slice(b * Q, (b + step) * Q)

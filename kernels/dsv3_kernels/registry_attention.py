@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dsv3_kernels._decode_tiles import HOPPER_TILE
 from dsv3_kernels.absorb_query import absorb_query_ref, absorb_query_triton
 from dsv3_kernels.expand_values import expand_values_ref, expand_values_triton
 from dsv3_kernels.kv_fp8 import pack_latent_ref, unpack_latent_ref
 from dsv3_kernels.merge_lse import merge_lse_ref, merge_lse_triton
-from dsv3_kernels.mla_decode import HOPPER_TILE, mla_decode_ref, mla_decode_triton
+from dsv3_kernels.mla_decode import mla_decode_ref, mla_decode_triton
 from dsv3_kernels.mla_decode_hopper import require_hopper
 from dsv3_kernels.mla_prefill import mla_prefill_ref, mla_prefill_triton
 from dsv3_kernels.norm_and_cache import norm_and_cache_ref, norm_and_cache_triton

@@ -24,6 +24,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import dsv3_kernels  # noqa: F401 - all of its modules are looked through below
+from dsv3_kernels._decode_tiles import HOPPER_TILE
+from dsv3_kernels._decode_tiles import tile_for as decode_tile
 from dsv3_kernels._gluon import HAS_GLUON
 from dsv3_kernels._split_k import make_locks
 from dsv3_kernels.absorb_query import absorb_query_triton
@@ -37,8 +39,7 @@ from dsv3_kernels.grouped_gemm import Stack
 from dsv3_kernels.kv_fp8 import packed_bytes
 from dsv3_kernels.merge_lse import merge_lse_triton
 from dsv3_kernels.mha_decode import mha_decode_triton
-from dsv3_kernels.mla_decode import HOPPER_TILE, mla_decode_triton
-from dsv3_kernels.mla_decode import tile_for as decode_tile
+from dsv3_kernels.mla_decode import mla_decode_triton
 from dsv3_kernels.mla_decode_parts import mla_decode_parts_triton
 from dsv3_kernels.mla_prefill import mla_prefill_packed_triton, mla_prefill_triton
 from dsv3_kernels.mla_prefill import tile_for as prefill_tile

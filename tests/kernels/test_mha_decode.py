@@ -74,7 +74,7 @@ def test_wide_tables_go_a_few_sequences_at_a_time(monkeypatch: pytest.MonkeyPatc
     args = *args, torch.tensor(lengths) - 1, PAGING, 0.25, 16
     want, launches = mha_decode_triton(*args), []
     module = sys.modules["dsv3_kernels.mha_decode"]
-    monkeypatch.setattr(sys.modules["dsv3_kernels.mla_decode"], "_SPLIT_BYTES", 1)
+    monkeypatch.setattr(sys.modules["dsv3_kernels._decode_tiles"], "_SPLIT_BYTES", 1)
     several = module.programs_for
     monkeypatch.setattr(module, "programs_for", lambda *a: launches.append(a) or several(*a))
     assert_bitwise_equal("one at a time", mha_decode_triton(*args), want)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dsv3_kernels import Paging, empty_parts, merge_lse, mla_decode, open_parts, pack_latent
+from dsv3_kernels._decode_tiles import Tile, split_for
 from dsv3_kernels.mla_decode import (
-    Tile,
     mla_decode_ref,
     mla_decode_triton,
 )
@@ -183,7 +183,7 @@ def test_how_many_programs_share_the_splits_does_not_matter(
     tile = Tile(16, 16, 16, 4, 2)
     _, args = make([129, 3], 1)
     want = run(args, tile)
-    monkeypatch.setattr(sys.modules["dsv3_kernels.mla_decode"], "_PROGRAMS", 2 * 4)
+    monkeypatch.setattr(sys.modules["dsv3_kernels._decode_tiles"], "_PROGRAMS", 2 * 4)
     for got, expected in zip(run(args, tile), want, strict=True):
         assert_bitwise_equal("four programs, nine splits", got, expected)
 
@@ -225,7 +225,7 @@ def test_wide_tables_go_a_few_sequences_at_a_time(monkeypatch: pytest.MonkeyPatc
         return open_parts(every)
 
     want, wanted_parts = run(args, tile), parts()
-    module = sys.modules["dsv3_kernels.mla_decode"]
+    module = sys.modules["dsv3_kernels._decode_tiles"]
     monkeypatch.setattr(module, "_SPLIT_BYTES", allowed)  # of two sequences
     for block, expected in zip(parts(), wanted_parts, strict=True):
         assert_bitwise_equal("of three ranks' heads", block, expected)
@@ -236,3 +236,10 @@ def test_wide_tables_go_a_few_sequences_at_a_time(monkeypatch: pytest.MonkeyPatc
     assert len(held) == 3 and max(held) == allowed
     for block, expected in zip(got, want, strict=True):
         assert_bitwise_equal("two sequences at a time", block, expected)
+
+
+def test_splits_are_short_where_a_gpu_would_be_idle() -> None:
+    alone, many = (split_for(512, programs, 2048, 132) for programs in (1, 128))
+    assert (alone, many) == (64, 512)
+    assert split_for(512, 1, 16384, 132) == 128 and split_for(1024, 2, 65536, 132) == 1024
+    assert split_for(1024, 1, 10**6, 132) == 1024 and split_for(512, 1, 1, 132) == 64

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from dsv3_kernels import Paging, empty_parts, open_parts
+from dsv3_kernels._decode_tiles import HOPPER_TILE, Tile
 from dsv3_kernels.mla_decode import (
-    HOPPER_TILE,
-    Tile,
     mla_decode_ref,
     mla_decode_triton,
 )
@@ -87,7 +86,7 @@ def test_a_sequence_does_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch
         alone = (args[0][b : b + 1], args[1], args[2][b : b + 1], args[3][b : b + 1], *args[4:])
         for name, x, y in zip(("o", "lse"), run(alone, 32, seed=b + 1), want, strict=True):
             assert_bitwise_equal(name, x, y[b : b + 1])
-    monkeypatch.setattr(sys.modules["dsv3_kernels.mla_decode"], "_PROGRAMS", 24)
+    monkeypatch.setattr(sys.modules["dsv3_kernels._decode_tiles"], "_PROGRAMS", 24)
     for x, y in zip(run(args, 32), want, strict=True):
         assert_bitwise_equal("two programs, ten splits", x, y)
 
