@@ -4,6 +4,7 @@ Three forms: over a process group, a world of one in which nothing moves, and on
 that is not there, for measuring its share.
 """
 
+import logging
 from collections import Counter
 from importlib import import_module
 from typing import Protocol
@@ -13,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dsv3_kernels import Peers, Quantized, add_rmsnorm, fits_sum_norm, shared_bytes, sum_norm
+
+log = logging.getLogger(__name__)
 
 # Above this NCCL is faster: by arithmetic (8 ranks read 3.5 MiB at 450 GB/s in 8 us), not measured.
 _ONE_SHOT_BYTES = 512 << 10
@@ -257,7 +260,7 @@ class OneShotGroup(ProcessGroup):
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         super().__init__(group)
         symmetric = import_module("torch.distributed._symmetric_memory")
-        self._name = group.group_name
+        self._name, self._add = group.group_name, torch.ops.symm_mem.one_shot_all_reduce_copy
         num_bytes = _ONE_SHOT_BYTES + shared_bytes(self.size)
         self._shared = symmetric.empty(num_bytes, dtype=torch.uint8, device=device).zero_()
         torch.cuda.synchronize(device)  # a peer may write as soon as it has met this rank
@@ -274,7 +277,7 @@ class OneShotGroup(ProcessGroup):
         return self._sum(shared, x.contiguous().flatten()).view(x.shape)
 
     def _sum(self, shared: Tensor, x: Tensor) -> Tensor:
-        return torch.ops.symm_mem.one_shot_all_reduce_copy(shared, x, "sum", self._name)
+        return self._add(shared, x, "sum", self._name)
 
 
 def connect(
@@ -294,6 +297,19 @@ def connect(
         return ProcessGroup(group, via_host)
     others = [i for i in range(torch.cuda.device_count()) if i != device.index]
     has_peers = all(torch.cuda.can_device_access_peer(device, i) for i in others)
-    if has_peers and hasattr(torch.ops.symm_mem, "one_shot_all_reduce_copy"):
-        return OneShotGroup(group, device)
-    return ProcessGroup(group)
+    if len(ranks) == 1 or not _all_agree(group, device, has_peers):
+        return ProcessGroup(group)
+    found = None
+    try:
+        found = OneShotGroup(group, device)
+    except (AttributeError, RuntimeError) as error:  # this torch or this machine cannot
+        log.info("sums go through NCCL: %s", str(error).split("\n")[0])
+    one_shot = _all_agree(group, device, found is not None)
+    return found if found and one_shot else ProcessGroup(group)
+
+
+def _all_agree(group: dist.ProcessGroup, device: torch.device, agrees: bool) -> bool:
+    """Tell whether all ranks of a group say so."""
+    least = torch.tensor(int(agrees), device=device)
+    dist.all_reduce(least, dist.ReduceOp.MIN, group=group)
+    return bool(least.item())

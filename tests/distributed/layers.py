@@ -4,15 +4,12 @@ Both are made from the same whole weights, drawn from their names, so nothing ha
 """
 
 import dataclasses
-import tempfile
 import zlib
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from dsv3.cache.layout import CacheLayout
@@ -29,7 +26,6 @@ from dsv3.model.attention import MLA
 from dsv3.model.moe import MLP, MoE
 from dsv3.model.rotary import Rotary
 from dsv3.model.side_stream import SideStream
-from dsv3.parallel.collectives import OneShotGroup, ProcessGroup
 from dsv3.parallel.experts import ExpertDispatch
 from dsv3.parallel.linear import VocabParallelEmbedding, VocabParallelHead
 from dsv3.parallel.mesh import Mesh
@@ -39,8 +35,8 @@ from dsv3.parallel.weights import Matrix, Vector, WeightFormat
 from dsv3_kernels import add_rmsnorm
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 from tests.checkpoint_files import TINY
+from tests.distributed.one_shot import check_connect, check_one_shot, check_sum_norm
 from tests.distributed.ranks import CPU, alone
-from tests.kernels.peers import make_memory, map_memory
 
 # Twelve heads and experts for two, three and four ranks; the rest does not divide.
 CONFIG = dataclasses.replace(
@@ -88,6 +84,7 @@ def check_all(mesh: Mesh) -> None:
         check_rows(mesh)
         check_one_shot(mesh)
         check_sum_norm(mesh)
+        check_connect(mesh)
         check_plan_channel(mesh)
         check_fail_together(mesh)
         check_vocabulary(mesh)
@@ -130,60 +127,6 @@ def check_rows(mesh: Mesh) -> None:
             assert_bitwise_equal("sum", rows.gather(total), want[0])
             assert_bitwise_equal("norm", h, want[1])
             assert_bitwise_equal("nothing to add", rows.sum_norm(total, None, *norm)[1], want[1])
-
-
-class OneShotOnPaper(OneShotGroup):
-    """Its kernel is Gloo."""
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        ProcessGroup.__init__(self, group)
-        self._shared, self.calls = torch.full((512 << 10,), 255, dtype=torch.uint8), 0
-
-    def _sum(self, shared: Tensor, x: Tensor) -> Tensor:
-        assert shared.dtype == x.dtype and shared.data_ptr() == self._shared.data_ptr()
-        self.calls += 1
-        dist.all_reduce(shared.copy_(x), group=self.group)
-        return shared.clone()
-
-
-def check_one_shot(mesh: Mesh) -> None:
-    group = OneShotOnPaper(mesh.world.group)
-    cases = [((3, 8), torch.bfloat16, 1), ((128, 1024), torch.float32, 1), ((5,), torch.float32, 0)]
-    cases += [((129, 1024), torch.float32, 0), ((4, 4), torch.int64, 0)]
-    for shape, dtype, calls in cases:
-        group.calls = 0
-        x = (torch.arange(4).repeat(*shape)[..., : shape[-1]] + mesh.world.rank).to(dtype)
-        want = mesh.world.all_reduce(x.clone())
-        # What comes out is not overwritten by the next exchange.
-        got = [group.all_reduce(x.clone()) for _ in range(2)]
-        assert_bitwise_equal("sum", got[0], want)
-        assert_bitwise_equal("sum of a transposed one", group.all_reduce(x.t()), want.t())
-        assert group.calls == 3 * calls, f"{shape} {dtype}"
-
-
-def check_sum_norm(mesh: Mesh) -> None:
-    """In one kernel where rows are few, in two elsewhere: the same sums, and bytes counted."""
-    rank, size = mesh.world.rank, mesh.world.size
-    group = OneShotOnPaper(mesh.world.group)
-    with tempfile.TemporaryDirectory() as folder:
-        make_memory(Path(folder), size)
-        places = [folder]
-        dist.broadcast_object_list(places, group=group.group)
-        group.peers, _shared = map_memory(Path(places[0]), rank, size)
-        dist.barrier(group.group)
-    cases = [((3, 256), torch.float32, 0), ((1, 100), torch.bfloat16, 0), ((2, 4), torch.int64, 0)]
-    for shape, dtype, calls in [*cases, ((65, 8), torch.float32, 1), ((2, 128), torch.float32, 0)]:
-        group.calls, group.sent["all_reduce"] = 0, 0
-        x = torch.arange(4.0).repeat(*shape)[..., : shape[-1]]
-        y, quant = (x + rank).to(dtype), shape[-1] % 128 == 0
-        norm = torch.rand(shape[-1], generator=torch.Generator().manual_seed(0)), 1e-6, quant, True
-        want = mesh.world.sum_norm(x, y.clone(), *norm)
-        got = group.sum_norm(x, y.clone(), *norm)
-        assert_bitwise_equal("sum", got[0], want[0])
-        assert_close("norm", got[1], want[1], 1e-6)
-        assert (got[2] is not None) == quant and group.calls == calls, f"{shape} {dtype}"
-        parts = size - 1 if dtype != torch.int64 else 2 - 2 / size
-        assert group.sent["all_reduce"] == round(parts * y.nbytes)
 
 
 def check_plan_channel(mesh: Mesh) -> None:
