@@ -18,6 +18,7 @@ from pathlib import Path
 from dsv3.cache.eviction import POLICIES, make_policy
 from dsv3.cache.pages import PageAllocator
 from dsv3.cache.prefix import PrefixTree
+from dsv3.errors import ConfigError
 
 
 def read_trace(path: Path) -> list[list[int]]:
@@ -32,7 +33,8 @@ def read_trace(path: Path) -> list[list[int]]:
                 blocks = json.loads(line)["hash_ids"]
                 requests.append([number.setdefault(block, len(number)) for block in blocks])
             except (ValueError, KeyError, TypeError) as error:
-                raise SystemExit(f"{path}:{index}: not a request with hash_ids: {error}") from error
+                what = f"{path}:{index}: not a request with hash_ids: {error}"
+                raise ConfigError(what) from error
     return requests
 
 
@@ -76,7 +78,11 @@ def main() -> None:
     if not args.trace.is_file():
         parser.error(f"{args.trace} is not a file")
     start = time.perf_counter()
-    result = replay(read_trace(args.trace), args.capacity, args.policy)
+    try:
+        requests = read_trace(args.trace)
+    except ConfigError as error:
+        parser.error(str(error))
+    result = replay(requests, args.capacity, args.policy)
     result = {"policy": args.policy, "capacity": args.capacity, **result}
     result["seconds"] = round(time.perf_counter() - start, 3)
     if args.json:

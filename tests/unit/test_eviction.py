@@ -11,6 +11,7 @@ import pytest
 from dsv3.cache.eviction import CacheEntry, EvictionPolicy, LeastRecentlyUsed, make_policy
 from dsv3.cache.pages import PageAllocator
 from dsv3.cache.prefix import PrefixTree
+from dsv3.errors import ConfigError
 from scripts.replay_trace import read_trace, replay
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "replay_trace.py"
@@ -261,5 +262,5 @@ def test_replay_prints_one_object(tmp_path: Path) -> None:
 def test_replay_names_the_line_that_is_wrong(tmp_path: Path, line: str) -> None:
     path = write_trace(tmp_path / "trace", request(1))
     path.write_text(path.read_text() + line + "\n")
-    with pytest.raises(SystemExit, match="trace:2: not a request with hash_ids"):
+    with pytest.raises(ConfigError, match="trace:2: not a request with hash_ids"):
         read_trace(path)
