@@ -57,7 +57,8 @@ def try_kernels(forms: Iterable[str], device: torch.device) -> None:
         raise ValueError(f"{sorted(unknown)} are no forms of kernels; there are {UNPROVEN}")
     on_gpu = device.type == "cuda"
     if forms and not (on_gpu and torch.cuda.get_device_capability(device) >= (9, 0)):
-        raise ValueError(f"{sorted(forms)} need a GPU of compute capability 9.0 or more")
+        names = " and ".join(sorted(forms))
+        raise ValueError(f"{names}: only for GPUs of compute capability 9.0 or more")
     _tried.update(forms)
     _OVERLAPS = tl.constexpr("overlap" in _tried)
 
