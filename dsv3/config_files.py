@@ -186,7 +186,8 @@ def _rope_scaling(data: Mapping[str, Any], where: str) -> RopeScaling:
 
 
 def _from_hf(data: dict[str, Any], where: str) -> ModelConfig:
-    architecture = (data.get("architectures") or ["unknown"])[0]
+    names = data.get("architectures")
+    architecture = names[0] if names and isinstance(names, list) else "unknown"
     check_family(data.get("model_type"), f"{where}: ", f" ({architecture})")
     known = _HF_FIELDS | _HF_READ | _HF_IGNORED
     refuse_unknown((key for key in data if not key.startswith("_")), known, where)

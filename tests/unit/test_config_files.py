@@ -102,6 +102,7 @@ def test_configs_saved_by_transformers(name: str, yarn: bool, tmp_path: Path) ->
     [
         ({"num_expert_per_tok": 8}, "unknown field 'num_expert_per_tok'; did you mean"),
         ({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}, "Qwen2ForCausalLM"),
+        ({"model_type": "qwen2", "architectures": 7}, "unknown"),
         ({"attention_bias": True}, "attention_bias=True is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
         ({"num_key_value_heads": 2}, "num_key_value_heads=2"),
