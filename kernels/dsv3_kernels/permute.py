@@ -90,7 +90,7 @@ def _permute_kernel(
 
 
 @triton.jit
-def permute_few(
+def _permute_few(
     ids,
     entries,
     slots,
@@ -119,18 +119,54 @@ def permute_few(
         tl.store(counts + e, tl.sum(equal, 1), mask=e < E)
 
 
-def empty_groups(ids_TK: Tensor, num_local: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return memory for the fields of `Groups`, in their order."""
-    start_E, count_E = ids_TK.new_empty((2, num_local), dtype=torch.int32).unbind()
-    entry_M = ids_TK.new_empty(ids_TK.numel(), dtype=torch.int32)
-    return start_E, count_E, entry_M, torch.empty_like(ids_TK, dtype=torch.int32)
+@triton.jit
+def permute_last(
+    ids,
+    chosen,
+    locks,
+    T,
+    entries,
+    slots,
+    starts,
+    counts,
+    first_expert,
+    E,
+    K: tl.constexpr,
+    SIZE: tl.constexpr,
+    ALONE: tl.constexpr,
+):
+    """Do all of `permute` in the program that ends last of T, one for each row of `ids`.
+
+    ALONE, it has its ids in registers: `chosen`, K filled up. With a SIZE of 0 nothing is done.
+    """
+    into = (entries, slots, starts, counts, first_expert, E)
+    if SIZE > 0 and ALONE:
+        _permute_few(chosen, *into, K, SIZE=chosen.shape[0])
+    elif SIZE > 0:
+        # All threads' stores come before the count, the count before the loads.
+        tl.debug_barrier()
+        if tl.atomic_add(locks, 1, sem="acq_rel") == T - 1:
+            entry = tl.arange(0, SIZE)
+            every = tl.load(ids + entry, mask=entry < T * K, other=-1, cache_modifier=".cg")
+            _permute_few(every, *into, T * K, SIZE=SIZE)
+            tl.store(locks, 0)  # as the next launch expects it
+
+
+def empty_groups(
+    shape: tuple[int, int], num_local: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return memory for the fields of `Groups` of [T, K] entries, in their order."""
+    start_E, count_E = torch.empty((2, num_local), dtype=torch.int32, device=device).unbind()
+    entry_M = torch.empty(shape[0] * shape[1], dtype=torch.int32, device=device)
+    return start_E, count_E, entry_M, torch.empty(shape, dtype=torch.int32, device=device)
 
 
 def permute_triton(ids_TK: Tensor, first_expert: int, num_local: int) -> Groups:
     """Launch one program per local expert and one for all others."""
     assert ids_TK.is_contiguous() and ids_TK.numel() < 2**31, f"{ids_TK.shape=}"
     num_entries = ids_TK.numel()
-    start_E, count_E, entry_M, slot_TK = empty_groups(ids_TK, num_local)
+    (T, K), device = ids_TK.shape, ids_TK.device
+    start_E, count_E, entry_M, slot_TK = empty_groups((T, K), num_local, device)
     block, warps = (1024, 4) if num_entries <= 1024 else (4096, 8)
     _permute_kernel[(num_local + 1,)](
         ids_TK,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dsv3_kernels._triton import in_turn, launch_options, tl, triton, use_triton
+from dsv3_kernels.permute import permute_last
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +78,8 @@ def _rank_key(x, index):
     return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - index).to(tl.int64)
 
 
-@triton.jit
-def route_token(
-    token,
+@triton.jit(do_not_specialize=["positions", "T", "first_expert"])
+def _route_kernel(
     logits,
     bias,
     positions,
@@ -100,11 +100,22 @@ def route_token(
     G_PAD: tl.constexpr,
     M_PAD: tl.constexpr,
     K_PAD: tl.constexpr,
+    entries,
+    slots,
+    starts,
+    counts,
+    locks,
+    first_expert,
+    held,
+    SIZE: tl.constexpr,
+    ALONE: tl.constexpr,
 ):
-    """Route one token; return its experts, [K_PAD].
+    """Route a token; with a SIZE, that of all entries filled up, the last program sorts them.
 
     The experts to choose from lie in registers as [G_PAD, M_PAD]: groups, members.
     """
+    in_turn()
+    token = tl.program_id(0).to(tl.int64)
     MEMBERS: tl.constexpr = E // G
     LOWEST: tl.constexpr = -(1 << 63)
     group = tl.arange(0, G_PAD)
@@ -153,75 +164,48 @@ def route_token(
         chosen = tl.where(tl.load(positions + token) < 0, -1, chosen)
     tl.store(ids + token * K + k, chosen, mask=k < K)
     tl.store(weights + token * K + k, weight * scaling, mask=k < K)
-    return chosen
+    into = (entries, slots, starts, counts, first_expert, held)
+    permute_last(ids, chosen, locks, T, *into, K, SIZE, ALONE)
 
 
-@triton.jit(do_not_specialize=["positions", "T"])
-def _route_kernel(
-    logits,
-    bias,
-    positions,
-    ids,
-    weights,
-    scaling,
-    T,
-    S: tl.constexpr,
-    E: tl.constexpr,
-    G: tl.constexpr,
-    TOPK_GROUP: tl.constexpr,
-    K: tl.constexpr,
-    SOFTMAX: tl.constexpr,
-    BIASED: tl.constexpr,
-    PADDED: tl.constexpr,
-    BEST_TWO: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    G_PAD: tl.constexpr,
-    M_PAD: tl.constexpr,
-    K_PAD: tl.constexpr,
-):
-    """One program per token."""
-    in_turn()
-    token = tl.program_id(0).to(tl.int64)
-    # fmt: off
-    route_token(
-        token, logits, bias, positions, ids, weights, scaling, T,
-        S, E, G, TOPK_GROUP, K, SOFTMAX, BIASED, PADDED, BEST_TWO, NORMALIZE, G_PAD, M_PAD, K_PAD,
-    )
-    # fmt: on
-
-
-def route_operands(
-    logits_STE: Tensor, bias_E: Tensor | None, r: Routing, position_T: Tensor | None
-) -> tuple[tuple[Any, ...], Tensor, Tensor]:
-    """Return what `route_token` takes, but the token; the memory of ids and of weights."""
+def launch_route(
+    logits_STE: Tensor,
+    bias_E: Tensor | None,
+    r: Routing,
+    position_T: Tensor | None,
+    sort: tuple[Any, ...] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Launch one program per token; `sort` is what the kernel takes from `entries` to `SIZE`."""
     S, T, E = logits_STE.shape
     K, G = r.num_experts_per_tok, r.n_group if r.is_grouped else 1
     assert E <= 512 and min(16, E) >= K and E % G == 0, f"{E=} {K=} {G=}"
     assert logits_STE.dtype == torch.float32 and logits_STE.is_contiguous()
     ids_TK = torch.empty((T, K), dtype=torch.int64, device=logits_STE.device)
     weight_TK = torch.empty((T, K), dtype=torch.float32, device=logits_STE.device)
-    operands = (
-        logits_STE,
-        logits_STE if bias_E is None else bias_E,
-        logits_STE if position_T is None else position_T,
-        ids_TK,
-        weight_TK,
-        *(r.routed_scaling_factor, T, S, E, G, r.topk_group if r.is_grouped else G, K),
-        *(r.scoring_func == "softmax", bias_E is not None, position_T is not None),
-        *(r.topk_method == "noaux_tc", r.norm_topk_prob),
-        *(triton.next_power_of_2(n) for n in (G, E // G, K)),
-    )
-    return operands, ids_TK, weight_TK
+    if T:
+        _route_kernel[(T,)](
+            logits_STE,
+            logits_STE if bias_E is None else bias_E,
+            logits_STE if position_T is None else position_T,
+            ids_TK,
+            weight_TK,
+            *(r.routed_scaling_factor, T, S, E, G, r.topk_group if r.is_grouped else G, K),
+            *(r.scoring_func == "softmax", bias_E is not None, position_T is not None),
+            *(r.topk_method == "noaux_tc", r.norm_topk_prob),
+            *(triton.next_power_of_2(n) for n in (G, E // G, K)),
+            *(sort or (*5 * [ids_TK], 0, 0, 0)),
+            ALONE=T == 1,
+            num_warps=1,
+            **launch_options(),
+        )
+    return ids_TK, weight_TK
 
 
 def route_triton(
     logits_STE: Tensor, bias_E: Tensor | None, r: Routing, position_T: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Launch one program per token."""
-    operands, ids_TK, weight_TK = route_operands(logits_STE, bias_E, r, position_T)
-    if len(ids_TK):
-        _route_kernel[(len(ids_TK),)](*operands, num_warps=1, **launch_options())
-    return ids_TK, weight_TK
+    """Launch `route`."""
+    return launch_route(logits_STE, bias_E, r, position_T)
 
 
 def route(
