@@ -31,8 +31,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--check", action="store_true", help="only compare; without a GPU in the interpreter"
     )
-    text = "launch as --try-kernels=overlap does"
-    parser.add_argument("--overlap", action="store_true", help=text)
+    parser.add_argument("--try-kernels", default="none", help="unproven: overlap, gluon or all")
     parser.add_argument("--hardware", default="measure", help="ceilings: measure, h100 or h200")
     add_program_flags(parser)
     return parser.parse_args()
@@ -47,7 +46,7 @@ def compare_and_time(args: argparse.Namespace) -> Report:
         # Triton looks at it while it is imported.
         os.execve(sys.executable, sys.orig_argv, os.environ | {"TRITON_INTERPRET": "1"})
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
-    try_forms("overlap" if args.overlap else "none", device)
+    try_forms(args.try_kernels, device)
     known = [case for case in cases(small=not on_gpu) if not args.ops or case.op in args.ops]
     if not known:
         every = sorted({case.op for case in cases(small=True)})
