@@ -235,9 +235,8 @@ class StaticSteps:
         fed = self._feed.clone()
         side, main = torch.cuda.Stream(), torch.cuda.current_stream()
         side.wait_stream(main)
-        with torch.cuda.stream(
-            side
-        ):  # compiles kernels, opens connections; writes what replay does
+        # Compiles kernels and opens connections; writes what replay does.
+        with torch.cuda.stream(side):
             self._compute(bucket, inputs)
         main.wait_stream(side)
         self._feed.copy_(fed)
