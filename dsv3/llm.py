@@ -4,6 +4,7 @@ Every rank runs the same script and so makes the same calls in the same order; r
 arguments and gets the results, the other ranks help and get empty ones.
 """
 
+import logging
 import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -15,12 +16,14 @@ from dsv3.config_files import DEMO
 from dsv3.engine.config import EngineConfig
 from dsv3.engine.engine import Engine, follow
 from dsv3.engine.start import Started, start
-from dsv3.errors import RequestError
+from dsv3.errors import Dsv3Error, RequestError
 from dsv3.parallel.mesh import join_world
 from dsv3.parallel.together import fail_together
 from dsv3.request import Completion, Request, RequestOutput, SamplingParams
 from dsv3.text.chat import ChatFormat
 from dsv3.text.text_request import TextRequest, encode_prompt, token_requests
+
+log = logging.getLogger(__name__)
 
 Prompt = str | list[int]
 Messages = list[dict[str, Any]]  # {"role": ..., "content": ...}
@@ -100,7 +103,8 @@ class LLM(AbstractContextManager["LLM"]):
                 200 tokens.
 
         Returns:
-            The completions in the order of the prompts; on other ranks than 0 an empty list.
+            The completions in the order of the prompts; on other ranks than 0 an empty list. One
+            whose logits are not finite ends with `finish_reason` "error", and a warning says so.
 
         Raises:
             RequestError: on every rank, if a prompt cannot be served; none is then.
@@ -142,11 +146,14 @@ class LLM(AbstractContextManager["LLM"]):
         """Answer one prompt or conversation, piece by piece; other ranks than 0 get no pieces.
 
         A loop over the pieces that is left early stops the answer, at the next call.
+
+        Raises:
+            Dsv3Error: the model's logits are not finite.
         """
         what = {"messages": prompt, "thinking": thinking}
         asked = what if _is_conversation(prompt) else {"prompt": prompt}
         self._outputs = self._run(self._submit([asked], params))
-        return (output.new_text for output in self._outputs if output.new_text)
+        return _texts(self._outputs)
 
     def _complete(self, asked: list[dict[str, Any]], params: Params) -> list[Completion]:
         requests = self._submit(asked, params)
@@ -154,7 +161,11 @@ class LLM(AbstractContextManager["LLM"]):
         for output in self._run(requests):
             if output.completion is not None:
                 done[output.request_id] = output.completion
-        return [done[request.request_id] for request in requests]
+        completions = [done[request.request_id] for request in requests]
+        for i, completion in enumerate(completions):
+            if completion.error:
+                log.warning("prompts[%d]: %s", i, completion.error)
+        return completions
 
     def _submit(self, asked: list[dict[str, Any]], params: Params) -> list[Request]:
         """Put requests in line on rank 0; if one cannot be served, all ranks hear of it."""
@@ -216,6 +227,14 @@ class LLM(AbstractContextManager["LLM"]):
             next(self._outputs, None)  # one that was never begun could not be ended
             self._outputs.close()
             self._outputs = None
+
+
+def _texts(outputs: Iterator[RequestOutput]) -> Iterator[str]:
+    for output in outputs:
+        if output.new_text:
+            yield output.new_text
+        if output.completion is not None and output.completion.error:
+            raise Dsv3Error(output.completion.error)
 
 
 def _is_prompt(value: Any) -> bool:

@@ -92,7 +92,8 @@ class Completion:
     Attributes:
         token_ids: generated tokens, the end token not included.
         text: their text, cut before a stop string.
-        finish_reason: "stop" (end token or stop string), "length" or "deadline".
+        finish_reason: "stop" (end token or stop string), "length", "deadline", or "error".
+        error: why there is no (whole) answer, with "error" only.
         logprobs: one entry per generated token when asked for.
         prompt_logprobs: one entry per prompt token but the first, when asked for.
         cached_tokens: prompt tokens whose cache entries were reused, not computed.
@@ -106,6 +107,7 @@ class Completion:
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
     cached_tokens: int = 0
+    error: str = ""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -245,6 +245,22 @@ class PrefixTree:
             self._offer(node.parent)
         return len(nodes)
 
+    def forget(self, token_ids: Ids[int], start: int) -> None:
+        """Take the pages with a prefix's tokens from `start` on out of the tree.
+
+        Pages that other sequences' prefixes continue stay, and pinned ones.
+        """
+        for page in reversed(self.match(token_ids).held_pages):
+            node = self._node(page)
+            first = node.depth * self._page_size
+            tokens = encode(token_ids[first:])[: len(node.tokens)]
+            is_reused = first + len(node.tokens) // TOKEN_BYTES <= start
+            if node.children or tokens != node.tokens or is_reused or self._ends_pin(node):
+                return
+            self._remove(node)
+            assert node.parent is not None
+            self._offer(node.parent)
+
     def page_hash(self, page: int) -> bytes:
         """Return the hash of the prefix that ends with a page of the tree."""
         return self._node(page).prefix_hash()

@@ -10,7 +10,7 @@ from dsv3.checkpoint.digest import Digest
 from dsv3.checkpoint.manifest import MANIFEST
 from dsv3.checkpoint.names import scale_name
 from dsv3.checkpoint.plan import Cast, Job, Plan
-from dsv3.checkpoint.quantize import BLOCK, dequantize, from_bf16, quantize
+from dsv3.checkpoint.quantize import BF16_INFINITY, BLOCK, dequantize, from_bf16, quantize
 from dsv3.checkpoint.reader import Source
 from dsv3.checkpoint.safetensors_file import DTYPE_BYTES
 from dsv3.errors import CheckpointError
@@ -49,7 +49,9 @@ class BlockReader:
             cols = (0, self._source.tensors[scale].shape[1])
             scales = self._source.read(scale, ((first, last), cols))
             scale_fd = np.frombuffer(scales, np.float32).reshape(last - first, -1)
-            yield job.name, row, dequantize(w_FD, scale_fd).view(np.uint8)
+            out_FD = dequantize(w_FD, scale_fd)
+            self._check_finite(job.name, (out_FD & BF16_INFINITY) != BF16_INFINITY)
+            yield job.name, row, out_FD.view(np.uint8)
 
     def _quantized(self, job: Job) -> Iterator[tuple[str, int, Bytes]]:
         dtype = self._source.tensors[job.name].dtype
@@ -59,9 +61,18 @@ class BlockReader:
                 x_FD = from_bf16(block.view(np.uint16))
             else:
                 x_FD = block.view({"F32": np.float32, "F16": np.float16}[dtype]).astype(np.float32)
+            self._check_finite(job.name, np.isfinite(x_FD))
             w_FD, scale_fd = quantize(x_FD, self._scale_fmt)
             yield weight, row, w_FD
             yield scale, row // BLOCK, scale_fd.view(np.uint8)
+
+    def _check_finite(self, name: str, is_finite: npt.NDArray[np.bool_]) -> None:
+        """Refuse to cast NaN and infinity: FP8 has no infinity, and no result would be right."""
+        if not is_finite.all():
+            raise CheckpointError(
+                f"{self._source.where(name)}: tensor {name} cannot be cast: it has values that "
+                "are NaN or infinite; fetch or export it again"
+            )
 
     def _rows(self, name: str, step: int) -> Iterator[tuple[int, Bytes]]:
         """Blocks of a stored tensor, of a multiple of `step` rows each.

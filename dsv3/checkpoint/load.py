@@ -26,6 +26,7 @@ from dsv3.checkpoint.sharding import (
     tensor_specs,
 )
 from dsv3.config import ParallelConfig
+from dsv3.errors import CheckpointError
 from dsv3.parallel.weights import BLOCK, FP8, BlockScale, Target
 from dsv3_kernels import weight_dequant
 
@@ -81,7 +82,7 @@ def load_weights(source: Source, targets: Iterable[Target], layout: ParallelConf
         layout: this rank's place.
 
     Raises:
-        CheckpointError: a file is missing or cut short.
+        CheckpointError: a file is missing or cut short; a norm, a bias or a scale is not finite.
     """
     specs = tensor_specs(source.config)
 
@@ -105,11 +106,26 @@ def _load_target(source: Source, target: Target, spec: TensorSpec, layout: Paral
     else:
         for rows, part in _row_blocks(region, stored.itemsize):
             target.dest[rows].copy_(_read(source, target.name, part, stored))
+    if target.dest.ndim == 1:
+        _check_finite(source, target.name, target.dest)
+
+
+def _check_finite(source: Source, name: str, values: Tensor) -> None:
+    """Refuse norms, router biases and scales with NaN or infinity: they spoil every token.
+
+    Matrices are not looked through. What they do to logits is seen where tokens are chosen.
+    """
+    if not values.isfinite().all():
+        raise CheckpointError(
+            f"{source.where(name)}: tensor {name} has values that are NaN or infinite; "
+            "fetch or export it again"
+        )
 
 
 def _load_fp8(source: Source, target: Target, region: Region) -> None:
     """Keep FP8 rows with their covering scales, or dequantize them into the compute dtype."""
     scale = _read(source, scale_name(target.name), scale_region(region), torch.float32)
+    _check_finite(source, scale_name(target.name), scale)
     row_offset, col_offset = region[0][0] % BLOCK, region[1][0] % BLOCK
     if target.dest.dtype == FP8:
         for rows, part in _row_blocks(region, 1):

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 BLOCK = 128
 FP8_MAX = 448.0
+BF16_INFINITY = np.uint16(0x7F80)  # its bits; NaN has all of them too
 _SMALLEST_NORMAL = 2.0**-6
 
 F32 = npt.NDArray[np.float32]

@@ -14,7 +14,7 @@ from dsv3.cache.tiers import Tiers
 from dsv3.config import ModelConfig
 from dsv3.engine.config import EngineConfig
 from dsv3.engine.lane import Lane, balance, choose_lane, report
-from dsv3.engine.plan import PlanChannel, StepPlan
+from dsv3.engine.plan import NOT_FINITE, PlanChannel, StepPlan
 from dsv3.engine.planner import Work, write_plans
 from dsv3.engine.runner import Runner
 from dsv3.engine.sampler import Sampled, SampledOnDevice
@@ -288,6 +288,9 @@ class Engine:
         seq = work.seq
         if seq.is_done:
             return None
+        rows = slice(work.first_row, work.first_row + work.num_scored + work.samples)
+        if (sampled.token[rows] == NOT_FINITE).any():
+            return self._fail(seq, number, sampled.bad_layer)
         start = work.stop - work.num_tokens
         num_decoded = 1 if start >= seq.prompt_len and work.num_tokens == 1 else 0
         self.metrics.prefill_tokens += work.num_tokens - num_decoded
@@ -330,8 +333,22 @@ class Engine:
             return self._finish(seq, "length", out)
         return out
 
+    def _fail(self, seq: Sequence, step: int, layer: int | None) -> RequestOutput:
+        """End a sequence whose logits are no numbers; the layer is known with --debug."""
+        where = "" if layer is None else f" (step {step}, from layer {layer} on)"
+        error = f"the model's logits are not finite{where}: a weight or an activation overflowed"
+        log.debug("%s: %s", seq.request.request_id, error)
+        self._lanes[seq.lane].scheduler.forget(seq)
+        out = RequestOutput(request_id=seq.request.request_id)
+        return self._finish(seq, "error", out, error=error)
+
     def _finish(
-        self, seq: Sequence, reason: str, out: RequestOutput, flush: bool = True
+        self,
+        seq: Sequence,
+        reason: str,
+        out: RequestOutput,
+        flush: bool = True,
+        error: str = "",
     ) -> RequestOutput:
         if flush and seq.stream is not None:
             out.new_text += seq.stream.finish()
@@ -345,6 +362,7 @@ class Engine:
             logprobs=None if params.logprobs is None else seq.logprobs,
             prompt_logprobs=None if params.prompt_logprobs is None else seq.prompt_logprobs,
             cached_tokens=seq.num_cached or 0,
+            error=error,
         )
         del self._sequences[seq.request.request_id]
         self._lanes[seq.lane].remove(seq)

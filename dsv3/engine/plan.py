@@ -22,6 +22,7 @@ Floats = NDArray[np.float32]
 _FIRST_WORDS = 4096
 
 NO_TARGET = -1
+NOT_FINITE = -1  # in the place of a sampled or scored token: its logits were NaN or infinite
 _HASH_WORDS = 4
 
 

@@ -1,6 +1,8 @@
 """Executes step plans on one rank: plan -> device batch -> model -> sampled tokens."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from dsv3.cache.layout import NULL_PAGE, CacheLayout
 from dsv3.cache.pool import CachePool
 from dsv3.engine.balance import Balancer
 from dsv3.engine.guard import Guard
+from dsv3.engine.layer_check import LayerCheck
 from dsv3.engine.mover import Mover
 from dsv3.engine.plan import StepPlan
 from dsv3.engine.sampler import SampledOnDevice, Sampler, to_device
@@ -41,6 +44,7 @@ class Runner:
 
     Attributes:
         balancer: moves experts; None leaves them where they are.
+        layer_check: finds layers whose output is not finite, in eager steps; None looks for none.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class Runner:
         self._model, self._cache, self._decode_limit = model, cache, decode_limit
         self._mesh, self._mover, self._guard = model.dispatch.mesh, mover, guard
         self.balancer: Balancer | None = None
+        self.layer_check: LayerCheck | None = None
         self._device = cache.slots.device
         sampler = Sampler(model, cache.tp, self._device)
         self._sampler: Callable[[Tensor, StepPlan, int], SampledOnDevice] = sampler
@@ -137,9 +142,14 @@ class Runner:
             if plan.token_ids.min(initial=0) < 0:
                 known = batch.token_T.clamp_min(0)
                 fed = self._last_token_M[(-1 - batch.token_T).clamp_min(0)]
+                fed = fed.clamp_min(0)  # of a row that failed: it is not looked at any more
                 batch.token_T = torch.where(batch.token_T < 0, fed, known)
             width = max(int(each.top_logprobs.max(initial=-1)) for each in plans)
-            sampled = self._sampler(self._model(batch, self._cache), plan, width)
+            step = partial(self._model, batch, self._cache)
+            hidden_TD = step() if self.layer_check is None else self.layer_check.run(step)
+            sampled = self._sampler(hidden_TD, plan, width)
+            if self.layer_check is not None:
+                sampled = replace(sampled, bad_layer=self.layer_check.bad_layer)
             if self._static is not None:
                 self._static.feed(sampled.token_M)
         self._last_token_M = sampled.token_M
@@ -159,7 +169,8 @@ class Runner:
         padded = F.pad(packed, (0, 0, 0, longest - len(packed)))
         every = self._mesh.dp.all_gather(padded)
         rows = torch.cat([part[:count] for part, count in zip(every, num_rows, strict=True)])
-        return SampledOnDevice(rows[:, 0].long(), None if mine.scores is None else rows[:, 1:])
+        scores = None if mine.scores is None else rows[:, 1:]
+        return SampledOnDevice(rows[:, 0].long(), scores, mine.bad_layer)
 
     def finish(self) -> None:
         """Write what is to be kept of a run, at its end. A collective."""

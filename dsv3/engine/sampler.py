@@ -3,6 +3,8 @@
 Greedy rows need no gathered logits: every rank offers its best, the best of them wins. Rows that
 are sampled or scored are dealt to the ranks (all-to-all), so that each sees whole rows of 1/tp of
 them; the small results are gathered. Every rank returns the same.
+
+A row with a logit that is NaN or infinite gives no token: its result is `NOT_FINITE`.
 """
 
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from dsv3.engine.plan import NO_TARGET, StepPlan
+from dsv3.engine.plan import NO_TARGET, NOT_FINITE, StepPlan
 from dsv3.model.transformer import Transformer
 from dsv3.parallel.collectives import Collectives
 from dsv3_kernels import sample
@@ -34,15 +36,17 @@ class Sampled:
     """What the planned rows gave, in their order.
 
     Attributes:
-        token: [M] the sampled token, or the scored target.
+        token: [M] the sampled token, or the scored target; NOT_FINITE if there is neither.
         logprob: [M] its log-probability under the model; 0 where none was asked for.
         top_token, top_logprob: [M, L] the likeliest tokens, best first.
+        bad_layer: see `SampledOnDevice`.
     """
 
     token: NDArray[np.int64]
     logprob: NDArray[np.float64]
     top_token: NDArray[np.int64]
     top_logprob: NDArray[np.float64]
+    bad_layer: int | None = None
 
 
 @dataclass(frozen=True)
@@ -53,11 +57,14 @@ class SampledOnDevice:
         token_M: [M] int64.
         scores: [M, 1 + 2 L] float64: log-probability, likeliest tokens, theirs; None if no row
             asked for any.
+        bad_layer: the first layer of this rank's group whose output is not finite; looked for
+            with --debug only, and not in steps that are CUDA graphs.
         sent: when both will have come to the host, where they have been sent.
     """
 
     token_M: Tensor
     scores: Tensor | None
+    bad_layer: int | None = None
     sent: torch.cuda.Event | None = None
 
     def send(self) -> "SampledOnDevice":
@@ -67,7 +74,8 @@ class SampledOnDevice:
         # Where nobody waits, torch copies to pinned memory.
         token_M = self.token_M.to("cpu", non_blocking=True)
         scores = None if self.scores is None else self.scores.to("cpu", non_blocking=True)
-        return SampledOnDevice(token_M, scores, torch.cuda.current_stream().record_event())
+        sent = torch.cuda.current_stream().record_event()
+        return SampledOnDevice(token_M, scores, self.bad_layer, sent)
 
     def to_host(self) -> Sampled:
         """Wait for the step and fetch its results."""
@@ -76,11 +84,13 @@ class SampledOnDevice:
         token = self.token_M.cpu().numpy()
         if self.scores is None:
             none = np.zeros((len(token), 0))
-            return Sampled(token, np.zeros(len(token)), none.astype(np.int64), none)
+            none_ids = none.astype(np.int64)
+            return Sampled(token, np.zeros(len(token)), none_ids, none, self.bad_layer)
         scores = self.scores.cpu().numpy()
         width = (scores.shape[1] - 1) // 2
         top_token = scores[:, 1 : 1 + width].astype(np.int64)
-        return Sampled(token, scores[:, 0], top_token, scores[:, 1 + width :])
+        top_logprob = scores[:, 1 + width :]
+        return Sampled(token, scores[:, 0], top_token, top_logprob, self.bad_layer)
 
 
 class Choice(NamedTuple):
@@ -110,6 +120,11 @@ class Choice(NamedTuple):
     def part(self, start: int, stop: int) -> "Choice":
         """Return rows start to stop, as far as there are any."""
         return Choice(*(array[start:stop] for array in self))
+
+
+def _is_finite(logits_MW: Tensor) -> Tensor:
+    """Return [M] whether all logits of a row are finite: a sum is as bad as its worst term."""
+    return logits_MW.sum(-1).isfinite()
 
 
 class Sampler:
@@ -157,14 +172,19 @@ class Sampler:
     def greedy(self, logits_MW: Tensor) -> Tensor:
         """Return the best of the ranks' best, [M]; equal logits go to the lowest id."""
         best = logits_MW.max(-1)
+        # Columns that pad the vocabulary are -inf.
+        is_finite_M = _is_finite(logits_MW[:, : self._vocab - self._model.lm_head.start])
         if self._tp.size == 1:
-            return best.indices
+            return best.indices.where(is_finite_M, NOT_FINITE)
         ids = best.indices + self._model.lm_head.start
+        value_M = best.values.where(is_finite_M, torch.nan)
         # One exchange for both: ids below 2^24 are exact in float32.
-        offers = self._tp.all_gather(torch.stack((best.values, ids.float())))
-        # argmax takes the first of equals: the lowest rank, so the lowest ids.
+        offers = self._tp.all_gather(torch.stack((value_M, ids.float())))
+        # argmax takes NaN before any number, and the first of equals: the lowest rank, so the
+        # lowest ids.
         winner = offers[:, 0].argmax(0, keepdim=True)
-        return offers[:, 1].gather(0, winner)[0].long()
+        value_M, ids = offers.gather(0, winner[:, None].expand(1, 2, -1))[0]
+        return ids.long().where(value_M.isfinite(), NOT_FINITE)
 
     def whole_rows(self, logits_MW: Tensor, choice: Choice, columns: int) -> Tensor:
         """Deal whole rows to the ranks, let each do its share, gather the results.
@@ -189,7 +209,7 @@ class Sampler:
         *how, target = choice
         token = sample(logits_BW, *how)
         token = torch.where(target == NO_TARGET, token, target)
-        result[:, 0] = token
+        result[:, 0] = token.where(_is_finite(logits_BW), NOT_FINITE)
         if result.shape[1] == 1:
             return
         logprob_BW = logits_BW.log_softmax(-1)

@@ -114,6 +114,16 @@ class Scheduler:
             return
         self._stop(seq)
 
+    def forget(self, seq: Sequence) -> None:
+        """Withdraw what a sequence has computed from reuse: its entries may not be finite.
+
+        Within a step they spoil those of earlier positions too: a masked key weighs zero, and zero
+        times NaN is NaN.
+        """
+        if self._tree is not None and seq.is_running:
+            self._tree.forget(seq.token_ids[: seq.num_committed], seq.num_cached or 0)
+        seq.num_committed = 0
+
     def _stop(self, seq: Sequence) -> None:
         """Take a running sequence's pages; its computed prefix stays cached."""
         self.register(seq)

@@ -25,6 +25,7 @@ from dsv3.engine.balance import Balancer, place_experts
 from dsv3.engine.config import EngineConfig
 from dsv3.engine.engine import Engine
 from dsv3.engine.guard import Guard
+from dsv3.engine.layer_check import LayerCheck
 from dsv3.engine.lower_tiers import make_tiers
 from dsv3.engine.memory import MemoryPlan, free_memory, plan_memory, weight_bytes
 from dsv3.engine.plan import PlanChannel, StepPlan
@@ -177,6 +178,8 @@ def start(
     is_guarded = settings.check_every and mesh.world.size > 1
     guard = Guard(mesh, settings.check_every) if is_guarded else None
     runner = Runner(model, cache, _decode_limit(settings, config), mover, static, guard)
+    if log.isEnabledFor(logging.DEBUG):
+        runner.layer_check = LayerCheck(model)
     channel = PlanChannel(mesh.control, mesh.watch)
     mesh.watch.enter("warm-up")
     _warm_up(runner, static, mesh.layout.dp, seconds)

@@ -199,7 +199,7 @@ class StaticSteps:
         token_T, position_T = inputs.row("token"), inputs.row("position")
         dispatch = self._model.dispatch
         dispatch.begin_step([bucket.rows] * dispatch.mesh.layout.dp, True, position_T)
-        fed_T = self._feed[(-1 - token_T).clamp_min(0)]
+        fed_T = self._feed[(-1 - token_T).clamp_min(0)].clamp_min(0)  # a row may have failed
         batch = Batch(
             token_T=torch.where(token_T < 0, fed_T, token_T),
             position_T=position_T,

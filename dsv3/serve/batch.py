@@ -151,6 +151,9 @@ class _Batch:
         if len(done) < len(completions):
             return
         del self.unfinished[name]
+        if errors := [completion.error for completion in done if completion.error]:
+            self._fail(row, OUR_FAULT, errors[0], None)
+            return
         try:
             self.sink.answer(row, done)
         except OutputError:

@@ -214,6 +214,8 @@ class Chat:
         limit = self.engine.max_seq_len
         if answer.completion is None:
             return "stopped"
+        if answer.completion.error:
+            return answer.completion.error
         if answer.completion.finish_reason != "length":
             return ""
         if answer.prompt_len + answer.num_tokens >= limit:

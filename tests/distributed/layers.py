@@ -17,7 +17,7 @@ from dsv3.cache.pool import CachePool
 from dsv3.checkpoint.region import whole as region_of
 from dsv3.checkpoint.sharding import shard_region, tensor_specs
 from dsv3.config import ModelConfig
-from dsv3.engine.plan import NO_TARGET, PlanChannel, StepPlan, pack_plans
+from dsv3.engine.plan import NO_TARGET, NOT_FINITE, PlanChannel, StepPlan, pack_plans
 from dsv3.engine.runner import BatchBuilder
 from dsv3.engine.sampler import Sampled, Sampler
 from dsv3.errors import ConfigError, RankError
@@ -287,13 +287,16 @@ def check_sampler(mesh: Mesh) -> None:
     vocab, rows = 331, 41
     table = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(2)) * 3
     table[:9, 300] = table[:9, 17] = 50.0  # equal bests on different ranks
+    table[20, 5], table[21, 330], table[22, 0] = torch.nan, torch.inf, -torch.inf
     plan = sampler_plan(rows, vocab)
     results = [sampled(where, table, plan) for where in (mesh, alone())]
-    for name in ("token", "top_token"):
-        assert np.array_equal(getattr(results[0], name), getattr(results[1], name)), name
+    assert np.array_equal(*(result.token for result in results))
+    is_bad = np.isin(plan.row, [20, 21, 22])
+    assert ((results[0].token == NOT_FINITE) == is_bad).all()
     for name in ("logprob", "top_logprob"):
-        got, want = (torch.from_numpy(getattr(r, name)) for r in results)
+        got, want = (torch.from_numpy(getattr(r, name)[~is_bad]) for r in results)
         assert_close(name, got, want, 1e-6)
+    assert np.array_equal(*(result.top_token[~is_bad] for result in results))
     greedy = (plan.temperature == 0) & (plan.target == NO_TARGET) & (plan.row < 9)
     assert greedy.sum() > 2 and set(results[0].token[greedy]) == {17}
 

@@ -115,6 +115,16 @@ class CacheMachine(RuleBasedStateMachine):
     def unpin(self, which: int) -> None:
         self.tree.unpin(self.pinned.pop(which % len(self.pinned))[0])
 
+    @rule(tokens=TOKENS, start=st.integers(0, 14))
+    def forget(self, tokens: list[int], start: int) -> None:
+        kept = dict(self.tree)
+        self.tree.forget(tokens, start)
+        gone = kept.keys() - dict(self.tree).keys()
+        assert not any(page in pinned[-1:] for page in gone for _, _, pinned in self.pinned)
+        for seq in self.running:
+            if gone & set(seq.pages):
+                seq.num_cached = 0
+
     @rule(group=st.sampled_from(["a", "b"]))
     def drop_group(self, group: str) -> None:
         self.tree.drop_group(group)

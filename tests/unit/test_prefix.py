@@ -272,6 +272,22 @@ def test_a_dropped_group_may_still_be_running(cache: Cache) -> None:
     assert cache.tree.drop_group("chat") == 3 and cache.pages.num_free == 16
 
 
+def test_a_prefix_is_forgotten_up_to_what_others_use(cache: Cache) -> None:
+    cache.run(ids(0, 4))
+    cache.run(ids(0, 14))
+    cache.tree.forget(ids(0, 14), 4)
+    assert cache.cached(ids(0, 14)) == 4 and cache.pages.num_idle == 1
+    cache.run(ids(0, 14))
+    cache.run([*ids(0, 8), 99])
+    cache.tree.forget(ids(0, 14), 0)  # its second page goes on another way
+    assert cache.cached(ids(0, 14)) == 8 and cache.cached([*ids(0, 8), 99]) == 9
+    cache.tree.pin([*ids(0, 8), 99])
+    cache.tree.forget([*ids(0, 8), 99], 0)
+    assert cache.cached([*ids(0, 8), 99]) == 9
+    cache.tree.forget(ids(50, 7), 0)
+    assert cache.tree.make_room(13)
+
+
 def test_pinning_takes_a_prefix_from_its_group(cache: Cache) -> None:
     cache.run(ids(0, 8), "chat")
     cache.tree.pin(ids(0, 4))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dsv3.engine import sampler
-from dsv3.engine.plan import NO_TARGET, StepPlan
+from dsv3.engine.plan import NO_TARGET, NOT_FINITE, StepPlan
 from dsv3.engine.sampler import Sampler
 from dsv3.parallel.collectives import SingleRank
 from dsv3_kernels import sample
@@ -66,6 +66,28 @@ def test_a_mixed_plan(
         best = logprob.topk(top)
         assert out.top_token[m, :top].tolist() == best.indices.tolist()
         assert out.top_logprob[m, :top].tolist() == pytest.approx(best.values.tolist(), abs=1e-5)
+
+
+def test_rows_that_are_not_finite_give_no_token_and_change_no_other(
+    model: SimpleNamespace,
+) -> None:
+    torch.manual_seed(1)
+    hidden, plan = torch.randn(T, D), mixed_plan()
+    whole = Sampler(model, SingleRank(), torch.device("cpu"))(hidden, plan).to_host()
+    bad = {3: torch.nan, 11: torch.inf, 25: -torch.inf}
+
+    def logits(x: Tensor) -> Tensor:
+        found = x @ model.head.T
+        for row, value in bad.items():
+            found[(x == hidden[row]).all(-1), 200] = value  # in one place of the vocabulary
+        return found
+
+    spoiled = SimpleNamespace(config=model.config, lm_head=model.lm_head, logits=logits)
+    out = Sampler(spoiled, SingleRank(), torch.device("cpu"))(hidden, plan).to_host()
+    is_bad = np.isin(plan.row, list(bad))
+    assert (out.token[is_bad] == NOT_FINITE).all() and is_bad.sum() >= 3
+    assert np.array_equal(out.token[~is_bad], whole.token[~is_bad])
+    assert np.array_equal(out.top_logprob[~is_bad], whole.top_logprob[~is_bad])
 
 
 def expected(logits: Tensor, plan: StepPlan, m: int) -> int:
