@@ -8,6 +8,7 @@ import logging
 import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -59,7 +60,8 @@ class LLM(AbstractContextManager["LLM"]):
     ) -> None:
         config, path = EngineConfig(**settings), Path(path or DEMO)
         with ExitStack() as stack:
-            mesh = stack.enter_context(join_world(device, tp, dp, rank_timeout))
+            common = EngineConfig.common(asdict(config)) | {"rank_timeout": str(rank_timeout)}
+            mesh = stack.enter_context(join_world(device, tp, dp, rank_timeout, common))
             self._started: Started = start(path, config, mesh)
             self._stack = stack.pop_all()
         engine, model_type = self._started.engine, self._started.config.model_type
@@ -78,7 +80,7 @@ class LLM(AbstractContextManager["LLM"]):
         if raised[1] is None:
             self.close()
         else:  # the other ranks may be anywhere
-            if self._started.mesh.world.size > 1:
+            if self._started.mesh.world.size > 1 and isinstance(raised[1], Exception):
                 traceback.print_exception(raised[1])
             self._stack.__exit__(*raised)
 
@@ -89,7 +91,8 @@ class LLM(AbstractContextManager["LLM"]):
             follow(self._started.runner, self._started.channel)
         else:
             self._started.engine.stop()
-        self._started.runner.finish()
+        with self._started.mesh.watch.task("writing the experts' loads"):
+            self._started.runner.finish()
         self._stack.close()
 
     def generate(

@@ -30,6 +30,7 @@ from dsv3.engine.engine import Engine, follow
 from dsv3.engine.program import (
     Parser,
     add_engine_flags,
+    common_flags,
     engine_config,
     run_program,
     set_up_logging,
@@ -240,7 +241,8 @@ def main() -> int:
 
 def measure_model(args: argparse.Namespace) -> Report | None:
     """Measure on all ranks of the world; the report is rank 0's."""
-    with join_world(args.device, args.tp, args.dp, args.rank_timeout) as mesh:
+    flags = common_flags(args)
+    with join_world(args.device, args.tp, args.dp, args.rank_timeout, flags) as mesh:
         if args.threads:
             torch.set_num_threads(args.threads)
         config = load_model_config(args.config) if args.config else None

@@ -19,6 +19,7 @@ from dsv3.engine.engine import Engine, follow
 from dsv3.engine.program import (
     Parser,
     add_engine_flags,
+    common_flags,
     engine_config,
     run_program,
     set_up_logging,
@@ -175,6 +176,7 @@ def run(args: argparse.Namespace, mesh: Mesh, files: ExitStack, begin: float) ->
     is_first = mesh.layout.rank == 0
     if is_first and not args.ckpt_path:
         log.info("no --ckpt-path: using the demo model in %s", DEMO)
+    mesh.watch.enter("reading the input", may_rest=True)
     with fail_together(mesh, "reading the input"):
         config = load_model_config(args.config) if args.config else None
         settings = engine_config(args)
@@ -188,7 +190,8 @@ def run(args: argparse.Namespace, mesh: Mesh, files: ExitStack, begin: float) ->
     profile = Profile(args.hardware, started) if args.profile else None
     with fail_together(mesh, "answering"):
         summary = work(job, started, checkpoint.name)
-        started.runner.finish()
+        with mesh.watch.task("writing the experts' loads"):
+            started.runner.finish()
     seconds["run"] = summary.seconds
     if "capture" in seconds:  # of all graphs; most are captured while it runs
         seconds["capture"] = started.runner.capture_seconds
@@ -212,7 +215,9 @@ def main() -> int:
     begin = time.perf_counter()
     try:
         with (
-            join_world(args.device, args.tp, args.dp, args.rank_timeout) as mesh,
+            join_world(
+                args.device, args.tp, args.dp, args.rank_timeout, common_flags(args)
+            ) as mesh,
             ExitStack() as files,
         ):
             return run(args, mesh, files, begin)

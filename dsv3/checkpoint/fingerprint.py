@@ -1,6 +1,7 @@
 """Tell models apart without reading them whole."""
 
 import hashlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
@@ -36,13 +37,15 @@ def fingerprint(source: Source, numerics: str) -> str:
     return f"dsv3-{digest.hexdigest()[:12]}"
 
 
-def digest_share(source: Source, rank: int, world_size: int) -> bytes:
+def digest_share(
+    source: Source, rank: int, world_size: int, advance: Callable[[], None] = lambda: None
+) -> bytes:
     """Return a rank's share of a digest of all weights; the shares XORed are the digest.
 
     The same for every layout of a checkpoint and every world size. Of a model of more than 256 MiB,
     it covers name, type and shape of every tensor, and values from four places of it: reading
     everything twice would double the time to load. Weights that were trained differ in them; one
-    that was changed by hand in a single value may not.
+    that was changed by hand in a single value may not. `advance` is called after every tensor.
     """
     names = islice(sorted(source.tensors), rank, None, world_size)
     is_small = source.num_bytes <= _WHOLE
@@ -51,6 +54,7 @@ def digest_share(source: Source, rank: int, world_size: int) -> bytes:
         share = 0
         for digest in digests:
             share ^= int.from_bytes(digest, "big")
+            advance()
     return share.to_bytes(16, "big")
 
 

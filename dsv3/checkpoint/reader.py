@@ -20,6 +20,7 @@ from dsv3.checkpoint.safetensors_file import DTYPE_BYTES, tensor_bytes
 from dsv3.config import ModelConfig
 from dsv3.errors import CheckpointError, os_errors_as
 
+_AT_ONCE = 16 << 20  # bytes of one system call, so that progress is seen on a slow disk
 _STAGING = 8 << 20  # bytes read at once where columns must be cut out of rows
 
 
@@ -61,12 +62,22 @@ class Source(AbstractContextManager["Source"]):
         path: the directory.
         config: what the model is.
         tensors: every tensor by its Hugging Face name.
+        model_digest: of all weights, where a manifest tells it; else empty.
+        bytes_read: bytes of tensors read so far: a sign of progress, not an exact count.
     """
 
-    def __init__(self, path: Path, config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        config: ModelConfig,
+        tensors: Mapping[str, TensorInfo],
+        model_digest: str = "",
+    ) -> None:
         self.path = path
         self.config = config
         self.tensors = tensors
+        self.model_digest = model_digest
+        self.bytes_read = 0
         self._files: dict[Path, int] = {}
         self._lock = threading.Lock()
 
@@ -184,10 +195,11 @@ class Source(AbstractContextManager["Source"]):
         descriptor, done = self._descriptor(file), 0
         with os_errors_as(CheckpointError, f"{file}: cannot be read"):
             while done < len(out):
-                count = os.preadv(descriptor, [out[done:]], offset + done)
+                count = os.preadv(descriptor, [out[done : done + _AT_ONCE]], offset + done)
                 if not count:
                     raise CheckpointError(f"{file}: ends at byte {offset + done}; fetch it again")
                 done += count
+                self.bytes_read += count
 
     def _descriptor(self, file: Path) -> int:
         with self._lock:

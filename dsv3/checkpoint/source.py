@@ -11,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from dsv3.checkpoint.digest import file_digest
-from dsv3.checkpoint.manifest import DIGEST_KEY, MANIFEST, read_manifest
+from dsv3.checkpoint.manifest import DIGEST_KEY, MANIFEST, Manifest, read_manifest
 from dsv3.checkpoint.names import from_deepseek, weight_name
 from dsv3.checkpoint.reader import Piece, Source, TensorInfo
 from dsv3.checkpoint.region import region_shape, whole
@@ -49,7 +49,9 @@ def open_source(
         raise CheckpointError(f"{path}: no such directory")
     config = _config(path, config)
     if (path / MANIFEST).is_file():
-        return Source(path, config, _converted(path, is_share))
+        manifest = read_manifest(path)
+        tensors = _converted(path, manifest, is_share)
+        return Source(path, config, tensors, manifest.model_digest)
     if (path / INDEX).is_file():
         return Source(path, config, _indexed(path))
     if (path / SINGLE).is_file():
@@ -111,9 +113,8 @@ def _read_index(file: Path) -> dict[str, str]:
     raise CheckpointError(f"{file}: not an index of tensor names to file names; fetch it again")
 
 
-def _converted(path: Path, is_share: bool) -> dict[str, TensorInfo]:
+def _converted(path: Path, manifest: Manifest, is_share: bool) -> dict[str, TensorInfo]:
     """A directory of ours; each file must be the one that the manifest was written for."""
-    manifest = read_manifest(path)
     shards = {(name, s.rank): s for name, r in manifest.tensors.items() for s in r.shards}
     pieces: dict[str, list[Piece]] = {name: [] for name in manifest.tensors}
     absent = []

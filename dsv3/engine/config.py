@@ -1,6 +1,7 @@
 """How to run a model: everything a user may choose that is neither the model nor the layout."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -175,6 +176,22 @@ class EngineConfig:
             raise ConfigError(
                 "--kv-host-cache and --kv-disk-cache keep prefixes, --no-prefix-reuse uses none"
             )
+
+    @staticmethod
+    def common(values: Mapping[str, Any]) -> dict[str, str]:
+        """Return the settings that must be the same on all ranks, as text.
+
+        Files and folders may have other names on other hosts: whether there is one counts, and for
+        the disk cache its size.
+
+        Args:
+            values: by the names of the fields.
+        """
+        texts = {f.name: str(values[f.name]) for f in fields(EngineConfig)}
+        for name in ("expert_placement", "record_expert_load"):
+            texts[name] = "a file" if texts[name] else "no file"
+        texts["kv_disk_cache"] = texts["kv_disk_cache"].rpartition(":")[2]
+        return texts
 
     @property
     def disk_cache(self) -> tuple[Path, int] | None:

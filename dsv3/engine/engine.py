@@ -7,6 +7,7 @@
 import logging
 import time
 from collections.abc import Sequence as Ordered
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from dsv3.cache.pool import CachePool
@@ -223,6 +224,10 @@ class Engine:
         self._is_stepping = False
         return outputs
 
+    def task(self, name: str) -> AbstractContextManager[None]:
+        """Watch over work of this rank outside of steps: one that never ends, ends the job."""
+        return self._channel.watch.task(name)
+
     def pause(self) -> None:
         """Let the other ranks leave `follow`, until they come back for more."""
         self._channel.send(None)
@@ -233,7 +238,8 @@ class Engine:
         Not after a step that failed: the other ranks may be anywhere, or gone.
         """
         if not self._is_stepping:
-            self._save()
+            with self._channel.watch.task("saving the cache"):
+                self._save()
         self.pause()
 
     def _save(self) -> None:

@@ -74,6 +74,13 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
     return EngineConfig(**{f.name: getattr(args, f.name) for f in fields(EngineConfig)})
 
 
+def common_flags(args: argparse.Namespace) -> dict[str, str]:
+    """Return the flags that must be the same on all ranks, with their values as text."""
+    values = EngineConfig.common(vars(args))
+    values |= {name: str(getattr(args, name)) for name in ("profile", "rank_timeout")}
+    return {f"--{name.replace('_', '-')}": value for name, value in values.items()}
+
+
 def set_up_logging(debug: bool, folder: str | None = None) -> None:
     """Log to stderr: rank 0 its progress, the others only what is wrong, each with its name.
 
@@ -131,7 +138,9 @@ def _tell(error: Exception, debug: bool) -> None:
     leave_report(line, traceback.format_exc() if debug else line)
     if debug:
         traceback.print_exception(error)
-    if rank == 0 or not is_elsewhere:
-        sys.stderr.write(line + "\n")
-    else:
+    if rank != 0 and is_elsewhere:
         time.sleep(_TELL_SECONDS)
+        # Ended by torchrun by now, unless the other ranks have met with nothing.
+        if getattr(error, "told_elsewhere", False) or os.environ.get("LOCAL_RANK", "0") != "0":
+            return
+    sys.stderr.write(line + "\n")

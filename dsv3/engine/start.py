@@ -5,7 +5,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from dsv3.checkpoint.reader import Source
 from dsv3.checkpoint.sharding import check_tensors
 from dsv3.checkpoint.source import open_source
 from dsv3.config import ModelConfig
+from dsv3.engine.agreement import check_same_model
 from dsv3.engine.balance import Balancer, place_experts
 from dsv3.engine.config import EngineConfig
 from dsv3.engine.engine import Engine
@@ -38,6 +39,7 @@ from dsv3.parallel.experts import DispatchSettings
 from dsv3.parallel.mesh import Mesh
 from dsv3.parallel.placement import Placement
 from dsv3.parallel.together import fail_together
+from dsv3.parallel.watch import RUN
 from dsv3.parallel.weights import FP8, WeightFormat
 from dsv3.text.tokenizer import Tokenizer
 from dsv3_kernels import UNPROVEN, try_kernels
@@ -143,11 +145,12 @@ def start(
     """
     seconds: dict[str, float] = {}
     mesh.watch.enter("load")
-    with (
-        _phase(seconds, "load"),
-        fail_together(mesh, "loading"),
-        open_source(path, config, is_share=True) as source,
-    ):
+    with _phase(seconds, "load"), ExitStack() as stack:
+        with fail_together(mesh, "opening the checkpoint"):
+            source = stack.enter_context(open_source(path, config, is_share=True))
+        check_same_model(mesh, source, settings.expert_placement)
+        stack.enter_context(fail_together(mesh, "loading"))
+        stack.enter_context(mesh.watch.counting(lambda: source.bytes_read))
         setup = _set_up(source, settings, mesh, n_experts)
         if mesh.layout.rank == 0:
             log.info("%s", setup.plan.describe())
@@ -185,7 +188,7 @@ def start(
     _warm_up(runner, static, mesh.layout.dp, seconds)
     if setup.placement is not None:
         runner.balancer = Balancer(model, mesh, setup.placement, settings)
-    mesh.watch.enter("run")
+    mesh.watch.enter(RUN, may_rest=True)
     engine = None
     if mesh.layout.rank == 0:
         limit = setup.context_limit

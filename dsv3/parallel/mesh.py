@@ -6,7 +6,7 @@ and hands out the groups. Nothing else in the project reads a rank from the envi
 
 import ctypes
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -16,11 +16,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from dsv3 import __version__
 from dsv3.config import ParallelConfig
 from dsv3.errors import ConfigError
 from dsv3.parallel.collectives import Collectives, ProcessGroup, SingleRank, connect
-from dsv3.parallel.meeting import Meeting, meet
-from dsv3.parallel.watch import Watch
+from dsv3.parallel.rendezvous import Hello, Peer, Roster, meet
+from dsv3.parallel.watch import RUN, Watch, start_up_timeout
 
 # Rank 0 may wait for a user's next line for days while the others wait for its plan. The watch
 # notices ranks that die or hang.
@@ -81,9 +82,16 @@ def environment_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def _device_kind(name: str) -> str:
+    """Return "cpu" or "cuda"; "auto" is CUDA where present."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
+
+
 def _pick_device(name: str, local_rank: int) -> torch.device:
     """Return the device of this rank; more ranks than GPUs on a host share them."""
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+    if _device_kind(name) == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError("--device=cuda but torch finds no CUDA device; use --device cpu")
@@ -153,13 +161,17 @@ def make_mesh(
     places = ranks_on_host, dp, host, hosts, host_of_rank
     mesh = Mesh(layout, device, world, tp, control, *places, watch)
     groups = [group for group in mesh.groups if isinstance(group, ProcessGroup)]
-    watch.count_exchanges = lambda: sum(group.num_calls for group in groups)
+    watch.counters.append(lambda: sum(group.num_calls for group in groups))
     return mesh
 
 
 @contextmanager
 def join_world(
-    device: str = "auto", tp: int = 0, dp: int = 1, rank_timeout: float = 60.0
+    device: str = "auto",
+    tp: int = 0,
+    dp: int = 1,
+    rank_timeout: float = 60.0,
+    settings: Mapping[str, str] | None = None,
 ) -> Iterator[Mesh]:
     """Meet the other ranks; leave them cleanly at the end.
 
@@ -170,9 +182,12 @@ def join_world(
         tp: tensor-parallel ranks; 0 takes all that dp leaves.
         dp: data-parallel groups.
         rank_timeout: seconds after which a rank that hangs ends the job.
+        settings: names and values of all else that must be the same on all ranks; the names
+            are flags ("--dtype") or a library's arguments ("dtype").
 
     Raises:
-        ConfigError: the layout does not fit the world, or there is no such device.
+        ConfigError: the layout does not fit the world, there is no such device, or the ranks were
+            started in different ways.
         RankError: the other ranks cannot be reached.
     """
     rank = environment_rank()
@@ -182,12 +197,19 @@ def join_world(
         raise ConfigError(f"--device={device} is unknown; use auto, cpu or cuda")
     if rank_timeout < 3:
         raise ConfigError(f"--rank-timeout={rank_timeout:g} must be at least 3 seconds")
-    met = meet(rank, world_size) if world_size > 1 else None
+    met = None
+    if world_size > 1:
+        dashes = "--" if any(name.startswith("--") for name in settings or ()) else ""
+        places = {"tp": layout.tp, "dp": layout.dp, "device": _device_kind(device)}
+        common = {f"{dashes}{name}": str(value) for name, value in places.items()}
+        common |= {**(settings or {}), "the version of dsv3": __version__}
+        met = meet(Hello(Peer.here(rank), world_size, common), start_up_timeout(rank_timeout))
     watch = Watch(rank, met, rank_timeout)
     watch.start()
     mesh = None
     try:
         mesh = _enter_mesh(layout, device, met, watch)
+        watch.enter(RUN, may_rest=True)
         yield mesh
     except BaseException as error:
         watch.leave(error)
@@ -200,7 +222,7 @@ def join_world(
             dist.destroy_process_group()
 
 
-def _enter_mesh(layout: ParallelConfig, device: str, met: Meeting | None, watch: Watch) -> Mesh:
+def _enter_mesh(layout: ParallelConfig, device: str, met: Roster | None, watch: Watch) -> Mesh:
     """Choose this rank's device and make its groups."""
     rank, peers = layout.rank, met.peers if met else ()
     hosts = [(peer.host, peer.boot) for peer in peers] or [("", "")]
@@ -220,8 +242,9 @@ def _enter_mesh(layout: ParallelConfig, device: str, met: Meeting | None, watch:
     shared_gpu = is_cuda and sights.count(sights[rank]) > torch.cuda.device_count()
     backend = "nccl" if is_cuda and not shared_gpu else "gloo"
     met.store.set_timeout(_IDLE)
-    dist.init_process_group(
-        backend, store=met.store, rank=layout.rank, world_size=layout.world_size, timeout=_IDLE
-    )
+    with watch.waiting():
+        dist.init_process_group(
+            backend, store=met.store, rank=layout.rank, world_size=layout.world_size, timeout=_IDLE
+        )
     host_of_rank = [order.index(host) for host in hosts]
     return make_mesh(layout, place, backend, shared_gpu, host_of_rank, watch)

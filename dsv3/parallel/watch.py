@@ -1,10 +1,13 @@
 """Watches over a job: a rank that dies, hangs or fails ends it, by name.
 
-A thread of every rank keeps the connection to rank 0 (see `meeting`). A closed one is a death.
-Once a second each rank tells how far its main loop is: steps, and exchanges within them. Rank 0
-ends the job when a rank is not heard of, or is inside a step and gets no further, for `timeout`
-seconds; the others watch rank 0. Between steps a rank may rest as long as it likes: the user may
-be thinking.
+A thread of every rank keeps the connection to rank 0 (see `rendezvous`). A closed one is a death.
+Once a second each rank reports its stage and its progress: steps, and within them exchanges begun
+and bytes read. Rank 0 ends the job when a rank is not heard of, or makes no progress, for the
+seconds that its stage may take; the other ranks watch rank 0. Where a rank waits for its user,
+between steps or for input, there is no limit.
+
+A rank that has left the job in order takes part in no exchange any more: if another one waits in
+an exchange then, the job is ended as well.
 
 Ending means `os._exit`: the main thread may sit in an exchange that will never end.
 """
@@ -23,7 +26,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +34,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from dsv3.errors import Dsv3Error, Interrupted, RankError
-from dsv3.parallel.meeting import Meeting
+from dsv3.parallel.rendezvous import Peer, Roster
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +42,14 @@ _TICK_SECONDS = 1.0
 _LONGEST_TICK = 2.0  # more than that between two looks: this process was stopped, too
 _STOP_SECONDS = 6.0  # for all ranks to end after a signal
 _HINT_SECONDS = 30.0  # until we say who keeps the others from starting, and say it again
+_START_UP_SECONDS, _START_UP_TIMEOUTS = 20.0, 3  # see `start_up_timeout`
 _QUIET_SECONDS = 5.0  # without a word, a rank is the likeliest to be why the others wait
 _FUSE_SECONDS = 3.0  # for the other ranks to say that one is stopped, before the system kills it
+_DESERTED_SECONDS = 5.0  # in an exchange after another rank has left the job
+_GRACE_SECONDS = 3.0  # for all ranks to leave the job after one has left it early
 _CAUSE_SECONDS = 2.0  # a lost connection has a cause that another rank may tell
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+RUN = "run"  # the stage in which the program decides what is done
 _EXCHANGES = str(Path(__file__).with_name("collectives.py"))
 
 
@@ -51,24 +58,32 @@ class _Seen:
     """What a rank told last, and for how many seconds it told nothing, or the same.
 
     Attributes:
-        progress: steps and exchanges begun.
-        busy: inside a step.
+        progress: grows as it gets on.
+        limit: seconds without progress that make it stuck; 0: it may rest.
         waits: in an exchange, for other ranks.
+        stalled: seconds without progress.
+        deserted: seconds in an exchange after another rank has left.
     """
 
-    progress: tuple[int, int] = (0, 0)
-    busy: bool = False
+    progress: int = 0
+    limit: float = 0.0
     waits: bool = False
     stage: str = "start-up"
     silent: float = 0.0
-    stuck: float = 0.0
+    stalled: float = 0.0
+    deserted: float = 0.0
     left: bool = False
 
-    def note(self, steps: int, exchanges: int, busy: bool, waits: bool, stage: str) -> None:
-        """Take in what it tells."""
-        if not busy or (steps, exchanges) != self.progress:
-            self.stuck = 0.0
-        self.progress, self.busy, self.waits, self.stage = (steps, exchanges), busy, waits, stage
+    @property
+    def is_stuck(self) -> bool:
+        """Whether it has made no progress for longer than its stage may take."""
+        return 0 < self.limit < self.stalled
+
+    def note(self, progress: int, limit: float, waits: bool, stage: str) -> None:
+        """Update from a report."""
+        if (progress, stage) != (self.progress, self.stage):
+            self.stalled = self.deserted = 0.0
+        self.progress, self.limit, self.waits, self.stage = progress, limit, waits, stage
 
 
 class _Fuse:
@@ -99,21 +114,30 @@ class Watch:
 
     Attributes:
         asked: the signal that asked the job to end, or 0.
-        count_exchanges: tells how many collectives this rank has begun.
+        counters: functions whose results grow as this rank gets on.
     """
 
-    def __init__(self, rank: int = 0, met: Meeting | None = None, timeout: float = 60.0) -> None:
-        self.asked, self._stage = 0, "start-up"
-        self.count_exchanges: Callable[[], int] = lambda: 0
+    def __init__(self, rank: int = 0, met: Roster | None = None, timeout: float = 60.0) -> None:
+        self.asked = 0
+        self.counters: list[Callable[[], int]] = []
         self._rank, self._timeout = rank, timeout
-        self._peers, self._links = (met.peers, dict(met.links)) if met else ((), {})
+        self._stage, self._limit = "start-up", start_up_timeout(timeout)
+        self._is_starting = True
+        self._peers: Sequence[Peer] = met.peers if met else ()
+        self._links = dict(met.links) if met else {}
         self._unread = dict.fromkeys(self._links, b"")
         self._seen = {r: _Seen() for r in (rank, *self._links)}
-        self._steps, self._busy, self._leaving, self._stopping = 0, False, False, False
+        self._advances, self._busy, self._leaving, self._stopping = 0, False, False, False
+        self._is_waiting, self._has_news = False, False
         self._pending, self._interrupted, self._waited = False, False, 0.0
         self._due: tuple[float, str, int] | None = None  # when to end, why, with which exit code
         self._handlers: dict[int, Any] = {}
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    @property
+    def peers(self) -> Sequence[Peer]:
+        """All ranks; empty in a world of one."""
+        return self._peers
 
     def name_of(self, *ranks: int) -> str:
         """Return names for messages."""
@@ -134,19 +158,56 @@ class Watch:
                 signal.set_wakeup_fd(self._ringer.fileno(), warn_on_full_buffer=False)
             self._thread.start()
 
-    def enter(self, stage: str) -> None:
-        """Say what the main thread is at from now on."""
-        self._stage = stage
+    def enter(self, stage: str, may_rest: bool = False) -> None:
+        """Name the stage of the main thread from now on; one that may not rest must get on."""
+        self._stage, self._limit = stage, 0.0 if may_rest else start_up_timeout(self._timeout)
+        self._is_starting, self._has_news = stage != RUN, True
+        self.advance()
         self._ring()
+
+    def advance(self) -> None:
+        """Note that this rank gets on."""
+        self._advances += 1
+
+    @contextmanager
+    def task(self, stage: str) -> Iterator[None]:
+        """Do work that must get on, between stages that may rest."""
+        before = self._stage, self._limit
+        self._stage, self._limit = stage, self._timeout
+        self.advance()
+        try:
+            yield
+        finally:
+            self._stage, self._limit = before
+
+    @contextmanager
+    def counting(self, count: Callable[[], int]) -> Iterator[None]:
+        """Take a counter into account for a while."""
+        self.counters.append(count)
+        try:
+            yield
+        finally:
+            self.counters.remove(count)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Mark a place, outside of the collectives, that waits for other ranks."""
+        self._is_waiting = True
+        try:
+            yield
+        finally:
+            self._is_waiting = False
 
     @contextmanager
     def step(self) -> Iterator[None]:
         """Run a step of the main loop: it must get on, and if it fails it ends the job."""
-        self._steps += 1
         self._busy = True
         try:
-            yield
-        except Exception as error:
+            with self.task("a step"):
+                yield
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             if self._peers:
                 self.fail(error)
             raise
@@ -171,11 +232,19 @@ class Watch:
             time.sleep(_TICK_SECONDS)
 
     def leave(self, error: BaseException | None = None) -> None:
-        """Leave the others: in order if all do, else ending them."""
+        """Leave the others: in order if all do, else ending them.
+
+        A script may leave early on all ranks alike (`sys.exit`). If the others do not follow, the
+        job is ended, as it is at once by any error that is not shared by all ranks.
+        """
         if isinstance(error, KeyboardInterrupt):
             self.asked = self.asked or signal.SIGINT
-        elif self._peers and isinstance(error, Exception) and not getattr(error, "is_shared", 0):
-            self.fail(error)
+        elif self._peers and error is not None and not getattr(error, "is_shared", False):
+            if not isinstance(error, SystemExit | GeneratorExit):
+                self.fail(error)
+            reason = f"{type(error).__name__}: {error}".rstrip(": ")
+            who = f"{self.name_of(self._rank)} has left the job ({reason})"
+            self.warn(f"{who} while other ranks go on", _GRACE_SECONDS)
         self._leaving = True
         if self._peers:
             self._ring()
@@ -223,7 +292,7 @@ class Watch:
                 while not (self._leaving and self._all_have_left()):
                     self._listen(selector, told + _TICK_SECONDS)
                     now = time.monotonic()
-                    if now >= told + _TICK_SECONDS or self._seen[self._rank].stage != self._stage:
+                    if now >= told + _TICK_SECONDS or self._has_news:
                         told = now
                         fuse.set(self._timeout + _FUSE_SECONDS)
                         self._tell_progress()
@@ -294,7 +363,10 @@ class Watch:
                 link.sendall(data)
 
     def _tell_progress(self) -> None:
-        mine = (self._steps, self.count_exchanges(), self._busy, _is_in_exchange(), self._stage)
+        self._has_news = False
+        progress = self._advances + sum(count() for count in self.counters)
+        waits = self._is_waiting or _is_in_exchange()
+        mine = (progress, self._limit, waits, self._stage)
         self._seen[self._rank].note(*mine)
         self._send("progress", mine)
 
@@ -308,26 +380,63 @@ class Watch:
         return others
 
     def _judge(self, elapsed: float) -> None:
-        """End the job if a rank is silent, or stuck, for too long."""
+        """End the job if a rank is silent, stuck or deserted for too long."""
         present = {rank: seen for rank, seen in self._seen.items() if not seen.left}
         for rank, seen in present.items():
             seen.silent += elapsed * (rank != self._rank)
-            seen.stuck += elapsed * seen.busy
-        if self._rank == 0 and self._stage != "run":
-            self._hint([rank for rank, seen in present.items() if not seen.waits], elapsed)
-        limit = min(_QUIET_SECONDS, self._timeout / 2)
-        quiet = [rank for rank, seen in present.items() if seen.silent > limit]
-        longest = max((max(seen.silent, seen.stuck) for seen in present.values()), default=0.0)
-        if longest <= self._timeout or self.asked or (self._rank and not quiet):
+            seen.stalled += elapsed
+        if self.asked:
             return
-        what = f"not heard of for {longest:.0f} s (stopped, or its host cannot be reached)"
-        if not quiet:
-            what = f"stuck in a step for {longest:.0f} s"
-            quiet = [rank for rank, seen in present.items() if seen.busy and not seen.waits]
-        self._end(f"{self.name_of(*(quiet or present))} is {what}", stacks=True)
+        if self._rank == 0 and self._is_starting:
+            self._hint([rank for rank, seen in present.items() if not seen.waits], elapsed)
+        longest = max((seen.silent for seen in present.values()), default=0.0)
+        if longest > self._timeout:
+            limit = min(_QUIET_SECONDS, self._timeout / 2)
+            quiet = [rank for rank, seen in present.items() if seen.silent > limit]
+            what = f"not heard of for {longest:.0f} s (stopped, or its host cannot be reached)"
+            self._end(f"{self.name_of(*quiet)} is {what}", stacks=True)
+        if self._rank == 0:
+            self._judge_progress(present)
+            self._judge_left(present, elapsed)
+
+    def _judge_progress(self, present: Mapping[int, _Seen]) -> None:
+        """End the job if a rank is stuck, or if all wait for each other.
+
+        A rank that waits is stuck because of another one: of one that rests, if none else is.
+        """
+        stuck = [rank for rank, seen in present.items() if seen.is_stuck]
+        causes = [rank for rank in stuck if not present[rank].waits]
+        if stuck and not causes:
+            causes = [rank for rank, seen in present.items() if not seen.waits and not seen.limit]
+        if causes:
+            seconds = max(present[rank].stalled for rank in stuck)
+            stages = dict.fromkeys(present[rank].stage for rank in causes)
+            what = f"stuck in {', '.join(stages)} for {seconds:.0f} s"
+            self._end(f"{self.name_of(*causes)} is {what}", stacks=True)
+        stalled = min((seen.stalled for seen in present.values() if seen.waits), default=0.0)
+        if all(seen.waits for seen in present.values()) and stalled > self._timeout:
+            self._end(
+                f"all ranks wait for each other for {stalled:.0f} s, in different exchanges: they "
+                "must make the same calls",
+                stacks=True,
+            )
+
+    def _judge_left(self, present: Mapping[int, _Seen], elapsed: float) -> None:
+        """End the job if a rank waits in an exchange for one that has left."""
+        left = [rank for rank, seen in self._seen.items() if seen.left]
+        if self._leaving:
+            left.append(self._rank)
+        for rank, seen in present.items():
+            if left and rank not in left and seen.waits and seen.silent < _LONGEST_TICK:
+                seen.deserted += elapsed
+            if seen.deserted > _DESERTED_SECONDS:
+                self._end(
+                    f"{self.name_of(*left)} has left the job while {self.name_of(rank)} waits for "
+                    "it: all ranks must make the same calls"
+                )
 
     def _hint(self, slow: Sequence[int], elapsed: float) -> None:
-        """Say for whom the others wait during start-up, which may take any time."""
+        """Say for whom the others wait during start-up, which may take long."""
         self._waited = self._waited + elapsed if 0 < len(slow) < len(self._peers) else 0.0
         if self._waited > _HINT_SECONDS:
             self._waited = 0.0
@@ -357,6 +466,14 @@ class Watch:
         if text:
             leave_report(f"error: {text}")
         os._exit(code)
+
+
+def start_up_timeout(timeout: float) -> float:
+    """Return the seconds without progress that a stage of start-up may take.
+
+    Hosts do not start at the same moment, and the first steps compile kernels.
+    """
+    return max(_START_UP_SECONDS, _START_UP_TIMEOUTS * timeout)
 
 
 def leave_report(line: str, story: str = "") -> None:

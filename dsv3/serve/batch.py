@@ -125,7 +125,8 @@ class _Batch:
         name = str(row.number)
         requests: list[Request] = []
         try:
-            ids = encode_prompt(row.request, self.engine.tokenizer, self.chat)
+            with self.engine.task(f"writing the prompt of row {row.number}"):
+                ids = encode_prompt(row.request, self.engine.tokenizer, self.chat)
             requests = token_requests(
                 row.request, ids, name, self.engine.max_seq_len, self.engine.vocab_size
             )

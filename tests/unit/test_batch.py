@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ class CountingEngine:
     @property
     def num_unfinished(self) -> int:
         return len(self.requests)
+
+    def task(self, _: str) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def add(self, request: Request) -> None:
         length = len(request.prompt_ids)

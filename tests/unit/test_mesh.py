@@ -1,11 +1,10 @@
 """What a rank decides by itself before it meets the others."""
 
-import json
 import os
+import re
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 
 import pytest
 import torch
@@ -13,10 +12,10 @@ import torch.distributed as dist
 
 from dsv3.config import ParallelConfig
 from dsv3.errors import ConfigError, RankError
-from dsv3.parallel import meeting
+from dsv3.parallel import rendezvous
 from dsv3.parallel.collectives import StandIn
-from dsv3.parallel.meeting import Meeting, Peer
 from dsv3.parallel.mesh import Mesh, _num_threads, join_world
+from dsv3.parallel.rendezvous import Hello, Peer, Roster
 from dsv3.parallel.watch import Watch
 
 
@@ -41,49 +40,110 @@ def test_impossible_settings_are_refused_before_anybody_is_met() -> None:
         pass
 
 
-def call(rank: int, store: dist.Store) -> Meeting:
-    peer = Peer(rank, "node", "boot", 1, "")
-    patience = meeting._Patience(4)
-    if rank == 0:
-        return meeting._invite(store, peer, 4, patience)
-    return meeting._join(store, peer, patience)
+def hello(rank: int, **settings: str) -> Hello:
+    return Hello(Peer(rank, "node", "boot", 1, ""), 4, settings)
 
 
-def test_ranks_meet_in_any_order_and_past_strangers(monkeypatch: pytest.MonkeyPatch) -> None:
+def call(store: dist.Store, mine: Hello, seconds: float = 20.0) -> Roster:
+    patience = rendezvous._Patience(4, seconds)
+    if mine.peer.rank == 0:
+        return rendezvous._Invitation(store, mine, patience).roster()
+    return rendezvous._join(store, mine, patience)
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> dist.Store:
     monkeypatch.setenv("MASTER_ADDR", "localhost")
-    monkeypatch.setattr(meeting, "_ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(rendezvous, "_HELLO_SECONDS", 0.2)
+    monkeypatch.setattr(rendezvous, "_LATER_SECONDS", 0.5)
     store = dist.HashStore()
-    store.set(meeting._PORT, "1")  # of an attempt before, where nobody answers
+    store.set(rendezvous._ADDRESS, "1 old")  # of an attempt before, where nobody answers
+    return store
+
+
+def address(store: dist.Store) -> tuple[int, str]:
+    """Return the port and the token of rank 0, when it has come."""
+    while store.get(rendezvous._ADDRESS) == b"1 old":
+        time.sleep(0.01)
+    port, token = store.get(rendezvous._ADDRESS).decode().split()
+    return int(port), token
+
+
+def test_ranks_meet_in_any_order_and_past_strangers(store: dist.Store) -> None:
+    """Strangers say nothing, something else, or hello without the token of this job."""
     with ThreadPoolExecutor() as pool:
-        calls = [pool.submit(call, 3, store), pool.submit(call, 0, store)]
-        while store.get(meeting._PORT) == b"1":
-            time.sleep(0.01)
-        with socket.create_connection(("localhost", int(store.get(meeting._PORT)))):
-            time.sleep(0.5)
-        calls += [pool.submit(call, rank, store) for rank in (2, 1)]
+        calls = [pool.submit(call, store, hello(rank)) for rank in (3, 0)]
+        port, _ = address(store)
+        sayings = (b"", b"GET / HTTP/1.1\r\n\r\n", b"[" * 10_000 + b"\n", hello(2).line("other"))
+        strangers = [socket.create_connection(("localhost", port)) for _ in sayings]
+        for stranger, saying in zip(strangers, sayings, strict=True):
+            stranger.sendall(saying)
+        time.sleep(0.5)
+        calls += [pool.submit(call, store, hello(rank)) for rank in (2, 1)]
         met = [done.result() for done in calls]
+        for stranger in strangers:
+            stranger.close()
     assert [[peer.rank for peer in each.peers] for each in met] == [[0, 1, 2, 3]] * 4
     assert [sorted(each.links) for each in met] == [[0], [1, 2, 3], [0], [0]]
 
 
-def test_who_dies_while_others_are_waited_for_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = dist.HashStore()
+def test_a_rank_that_dies_while_others_are_waited_for_is_named(store: dist.Store) -> None:
     with ThreadPoolExecutor() as pool:
-        first = pool.submit(call, 0, store)
-        while not store.check([meeting._PORT]):
-            time.sleep(0.01)
-        with socket.create_connection(("localhost", int(store.get(meeting._PORT)))) as link:
-            link.sendall(json.dumps(asdict(Peer(2, "node", "boot", 1, ""))).encode() + b"\n")
+        first = pool.submit(call, store, hello(0))
+        port, token = address(store)
+        with socket.create_connection(("localhost", port)) as link:
+            link.sendall(hello(2).line(token))
             time.sleep(0.3)
             assert not first.done()
         with pytest.raises(RankError, match=r"^rank 2 on node has died during rendezvous$"):
             first.result(10)
 
 
+def test_settings_that_differ_are_named_on_all_ranks(store: dist.Store) -> None:
+    with ThreadPoolExecutor() as pool:
+        settings = [{"a": "1", "b": "2"}, {"a": "1", "b": "2"}, {"a": "1", "b": "3"}, {"a": "1"}]
+        calls = [pool.submit(call, store, hello(i, **each)) for i, each in enumerate(settings)]
+        raised = [done.exception(20) for done in calls]
+    assert {type(error) for error in raised} == {ConfigError}
+    (text,) = {str(error) for error in raised}
+    assert re.search("b is 2 on rank 0 on node and (3|not known) on rank [23] on node$", text)
+    assert [error.told_elsewhere for error in raised] == [False, True, True, True]
+
+
+def test_the_reason_is_told_though_a_rank_never_comes(store: dist.Store) -> None:
+    with ThreadPoolExecutor() as pool:
+        calls = [pool.submit(call, store, hello(rank, a=str(rank))) for rank in (0, 1)]
+        raised = [done.exception(20) for done in calls]
+    assert all("a is 0 on rank 0 on node and 1 on rank 1" in str(error) for error in raised)
+
+
+@pytest.mark.parametrize(
+    ("rank", "reason"),
+    [(7, "RANK must be below WORLD_SIZE=4"), (1, "the process 1 is this rank already")],
+)
+def test_a_rank_that_cannot_be_is_refused(store: dist.Store, rank: int, reason: str) -> None:
+    with ThreadPoolExecutor() as pool:
+        calls = [pool.submit(call, store, hello(0))]
+        address(store)
+        calls.append(pool.submit(call, store, hello(1)))
+        time.sleep(0.3)
+        calls.append(pool.submit(call, store, hello(rank)))
+        raised = [done.exception(20) for done in calls]
+    assert all(f"rank {rank} on node (process 1) cannot join: {reason}" in str(e) for e in raised)
+
+
+def test_ranks_that_never_come_are_named_in_time(store: dist.Store) -> None:
+    with ThreadPoolExecutor() as pool:
+        calls = [pool.submit(call, store, hello(rank), 1.0 + rank) for rank in (0, 2)]
+        raised = [done.exception(20) for done in calls]
+    assert {type(error) for error in raised} == {RankError}
+    assert all("for 2 of 4 ranks (1, 3)" in str(error) for error in raised)
+
+
 def test_ranks_are_named_by_their_hosts() -> None:
     peers = [Peer(rank, f"node{rank // 2}", "boot", 1, "") for rank in range(4)]
     assert (
-        Watch(0, Meeting(peers, dist.HashStore(), {})).name_of(1, 2)
+        Watch(0, Roster(peers, dist.HashStore(), {})).name_of(1, 2)
         == "rank 1 on node0, rank 2 on node1"
     )
     assert Watch().name_of(0) == "rank 0"

@@ -1,0 +1,95 @@
+"""Checks that all ranks load the same model: one with other weights would answer garbage.
+
+A converted directory has a digest of its weights. Ranks that read the very same directory need
+none. Of other directories, the ranks that share one read samples of all tensors, each its part.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from functools import reduce
+from operator import xor
+from pathlib import Path
+
+import torch
+
+from dsv3.checkpoint.fingerprint import digest_share
+from dsv3.checkpoint.reader import Source
+from dsv3.config import ModelConfig
+from dsv3.errors import ConfigError
+from dsv3.parallel.mesh import Mesh
+from dsv3.parallel.together import fail_together
+
+
+def check_same(mesh: Mesh, facts: Mapping[str, str]) -> None:
+    """Compare facts over the ranks. A collective.
+
+    Raises:
+        ConfigError: on every rank, naming the first fact that differs and two ranks.
+    """
+    everyone = [json.loads(text) for text in gather_texts(mesh, json.dumps(dict(facts)))]
+    for name, first in everyone[0].items():
+        for rank, theirs in enumerate(everyone):
+            if theirs[name] != first:
+                where = mesh.watch.name_of
+                error = ConfigError(
+                    f"the ranks do not load the same model: {name} is {first} on {where(0)} and "
+                    f"{theirs[name]} on {where(rank)}"
+                )
+                error.is_shared, error.told_elsewhere = True, mesh.layout.rank != 0
+                raise error
+
+
+def gather_texts(mesh: Mesh, text: str) -> list[str]:
+    """Return the texts of all ranks, in rank order. A collective."""
+    mine = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    sizes = mesh.control.all_gather(torch.tensor([len(mine)])).flatten().tolist()
+    padded = torch.zeros(max(sizes), dtype=torch.uint8)
+    padded[: len(mine)] = mine
+    rows = mesh.control.all_gather(padded)
+    return [bytes(row[:size].tolist()).decode() for row, size in zip(rows, sizes, strict=True)]
+
+
+def config_facts(config: ModelConfig) -> dict[str, str]:
+    """Return the fields of a model's configuration as text."""
+    return {f"{f.name} of the model": str(getattr(config, f.name)) for f in fields(ModelConfig)}
+
+
+def check_same_model(mesh: Mesh, source: Source, placement_file: str) -> None:
+    """Compare the ranks' configurations, weights and expert placements. A collective.
+
+    Args:
+        mesh: the ranks.
+        source: this rank's open checkpoint.
+        placement_file: this rank's file of expert placement, or empty.
+
+    Raises:
+        ConfigError: on every rank, they differ.
+        CheckpointError: a file cannot be read.
+    """
+    if mesh.world.size == 1:
+        return
+    check_same(mesh, config_facts(source.config))
+    place = source.model_digest or _directory(mesh, source.path)
+    places = gather_texts(mesh, place)
+    sharers = [rank for rank, other in enumerate(places) if other == place]
+    share, placement = bytes(16), ""
+    with fail_together(mesh, "comparing the checkpoints of the ranks"):
+        if placement_file:
+            placement = hashlib.sha256(Path(placement_file).read_bytes()).hexdigest()
+        if len(sharers) < len(places) and not source.model_digest:
+            index = sharers.index(mesh.layout.rank)
+            share = digest_share(source, index, len(sharers), mesh.watch.advance)
+    shares = [int(text, 16) for text in gather_texts(mesh, share.hex())]
+    digest = f"{reduce(xor, (shares[rank] for rank in sharers)):032x}"
+    kind = "a converted one" if source.model_digest else "one"
+    weights = f"{kind} with digest {(source.model_digest or digest)[:16]}"
+    facts = {"its checkpoint": weights, "--expert-placement's file": placement[:16] or "none"}
+    check_same(mesh, facts)
+
+
+def _directory(mesh: Mesh, path: Path) -> str:
+    """Return a name that only ranks which read the very same directory share."""
+    status = path.resolve().stat()
+    return f"{mesh.watch.peers[mesh.layout.rank].boot} {status.st_dev} {status.st_ino}"

@@ -1,0 +1,32 @@
+"""A user's script that leaves its model early, on one rank or on all.
+
+Usage: torchrun leaving.py HOW RANK
+"""
+
+import os
+import sys
+
+from dsv3 import LLM, SamplingParams
+
+
+class Aborted(BaseException):
+    """No Exception, as an interpreter's own or a foreign library's may be."""
+
+
+def main() -> None:
+    how, rank = sys.argv[1], sys.argv[2]
+    params = SamplingParams(max_tokens=2)
+    with LLM(kv_cache_size="2048tok", rank_timeout=5.0) as llm:
+        llm.generate(["x"], params)
+        if rank in (os.environ["RANK"], "all"):
+            if how == "exit":
+                sys.exit(7)
+            if how == "abort":
+                raise Aborted("enough")
+            if how == "return":
+                return
+        llm.generate(["x"], params)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""Ranks that do not start alike, hang anywhere or leave early: every job ends with one line."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsv3.checkpoint.safetensors_file import read_header
+from dsv3.config_files import DEMO
+from tests.faults.test_ranks import free_port
+from tests.programs import GENERATE, HANG_SECONDS, environment, our_lines, torchrun
+
+SLOW_RANK = str(Path(__file__).with_name("slow_rank.py"))
+LEAVING = str(Path(__file__).with_name("leaving.py"))
+DIFFERENT = "the ranks were started in different ways: "
+OTHER_MODEL = "the ranks do not load the same model: "
+# Flags of the second rank, and the error of the first; COPY is a copy of the checkpoint, VALUE one
+# with another value in one weight, CONFIG one with another configuration.
+FLAGS = {
+    "--attn-impl naive": f"{DIFFERENT}--attn-impl is auto on rank 0 on HOST and naive on rank 1",
+    "--tp 1 --dp 2": f"{DIFFERENT}--tp is 2 on rank 0 on HOST and 1 on rank 1 on HOST; --dp is 1",
+    "--rank-timeout 7": f"{DIFFERENT}--rank-timeout is 60.0 on rank 0 on HOST and 7.0 on rank 1",
+    "--record-expert-load F": f"{DIFFERENT}--record-expert-load is no file on rank 0 on HOST and a",
+    "--ckpt-path VALUE": f"{OTHER_MODEL}its checkpoint is one with digest ",
+    "--ckpt-path CONFIG": f"{OTHER_MODEL}routed_scaling_factor of the model is 2.5 on rank 0",
+    "--ckpt-path COPY": "",
+}
+# Where a rank hangs, and the error of the first rank that is not stopped.
+PLACES = {
+    "imports 1": r"gave up after \d+ s: waiting at \S+ for 1 of 2 ranks \(1\)",
+    "groups 1": "rank 1 on HOST is stuck in start-up for ",
+    "headers 0": "rank 0 on HOST is stuck in load for ",
+    "weights 1": "rank 1 on HOST is stuck in load for ",
+    "template 0": "rank 0 on HOST is stuck in writing the prompt of row 1 for ",
+}
+# How a script leaves, on which rank, and the error.
+WAYS = {
+    "exit 0": r"rank 0 on HOST has left the job \(SystemExit: 7\) while other ranks go on",
+    "exit 1": r"rank 1 on HOST has left the job \(SystemExit: 7\) while other ranks go on",
+    "abort 0": "rank 0 on HOST: Aborted: enough",
+    "abort 1": "rank 1 on HOST: Aborted: enough",
+    "return 0": "all ranks wait for each other for ",
+    "return 1": "all ranks wait for each other for ",
+    "exit all": "",
+    "return all": "",
+}
+
+
+@dataclass
+class Outcome:
+    """Exit codes and standard error of the ranks, or of torchrun."""
+
+    codes: list[int]
+    stderr: list[str]
+
+    @property
+    def errors(self) -> list[str]:
+        lines = (line for text in self.stderr for line in our_lines(text))
+        return [line for line in lines if line.startswith("error: ")]
+
+
+def two_ranks(program: str, folder: Path, flags: list[list[str]], **more: str) -> Outcome:
+    """Start two ranks by hand, as on two hosts, and wait for them."""
+    folder.mkdir()
+    (folder / "in.txt").write_text("What is MLA?\n")
+    job = [program, "--input-file", str(folder / "in.txt"), "--kv-cache-size", "2048tok"]
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+    world |= {"MASTER_PORT": str(free_port()), **more}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, *job, *flags[rank]],
+            stdout=subprocess.DEVNULL,
+            stderr=(folder / f"stderr{rank}").open("wb"),
+            env=environment() | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        codes = [ranks[0].wait(HANG_SECONDS)]
+        if more.get("HANG_AT", "").startswith("imports"):  # that one is stopped
+            ranks[1].kill()
+        codes.append(ranks[1].wait(HANG_SECONDS))
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return Outcome(codes, [(folder / f"stderr{rank}").read_text() for rank in (0, 1)])
+
+
+def script(how: str, rank: str) -> Outcome:
+    """Run a script on two ranks under torchrun."""
+    done = subprocess.run(
+        [*torchrun(2), LEAVING, how, rank],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        timeout=HANG_SECONDS,
+    )
+    return Outcome([done.returncode], [done.stderr])
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Outcome]]]:
+    """All jobs, a few at a time: they mostly wait."""
+    folder = tmp_path_factory.mktemp("jobs")
+    copies = {
+        name: str(shutil.copytree(DEMO, folder / name)) for name in ("COPY", "VALUE", "CONFIG")
+    }
+    change_a_value(Path(copies["VALUE"]))
+    change_the_config(Path(copies["CONFIG"]))
+    with ThreadPoolExecutor(4) as pool:
+        begun: dict[str, Future[Outcome]] = {}
+
+        def begin(name: str, call: Any, *args: Any, **more: str) -> None:
+            begun[name] = pool.submit(call, *args, **more)
+
+        for place in PLACES:
+            flags = [["--rank-timeout", "5"]] * 2
+            begin(place, two_ranks, SLOW_RANK, folder / place, flags, HANG_AT=place)
+        for i, text in enumerate(FLAGS):
+            flags = [[], [copies.get(word, word) for word in text.split()]]
+            begin(text, two_ranks, GENERATE, folder / str(i), flags)
+        for way in WAYS:
+            begin(way, script, *way.split())
+        yield begun
+
+
+def change_a_value(folder: Path) -> None:
+    """Change one byte of an expert that only the last rank holds."""
+    name = "model.layers.2.mlp.experts.15.up_proj.weight"
+    for file in folder.glob("*.safetensors"):
+        if name in (entries := read_header(file).entries):
+            at = entries[name].offset + 1000
+            data = bytearray(file.read_bytes())
+            data[at] ^= 0x80
+            file.write_bytes(data)
+            return
+    raise AssertionError(name)
+
+
+def change_the_config(folder: Path) -> None:
+    text = (folder / "config.json").read_text()
+    assert '"routed_scaling_factor": 2.5' in text
+    new = text.replace('"routed_scaling_factor": 2.5', '"routed_scaling_factor": 2.0')
+    (folder / "config.json").write_text(new)
+
+
+def check_error(outcome: Outcome, wanted: str) -> None:
+    """One rank says why, once."""
+    assert len(outcome.errors) == 1, outcome.stderr
+    pattern = "error: " + wanted.replace("HOST", re.escape(os.uname().nodename))
+    assert re.match(pattern, outcome.errors[0]), outcome.errors
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_ranks_must_be_started_alike(outcomes: dict[str, Future[Outcome]], flags: str) -> None:
+    outcome = outcomes[flags].result()
+    if not FLAGS[flags]:
+        assert outcome.codes == [0, 0] and not outcome.errors
+        return
+    check_error(outcome, FLAGS[flags])
+    assert outcome.codes == [2, 2]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_rank_that_hangs_anywhere_is_named(
+    outcomes: dict[str, Future[Outcome]], place: str
+) -> None:
+    """Sleeping stands for a disk, a driver or a network that never answers."""
+    outcome = outcomes[place].result()
+    check_error(outcome, PLACES[place])
+    assert outcome.codes[0] == 3
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_script_that_leaves_early_ends_on_all_ranks(
+    outcomes: dict[str, Future[Outcome]], way: str
+) -> None:
+    """Alone it ends the job; where all ranks leave alike, each ends with its own exit code."""
+    outcome = outcomes[way].result()
+    if WAYS[way]:
+        check_error(outcome, WAYS[way])
+        assert outcome.codes == [1]
+        return
+    assert not outcome.errors
+    assert outcome.codes == [0 if way == "return all" else 1]
+    assert way == "return all" or "exitcode  : 7" in outcome.stderr[0]
