@@ -59,14 +59,25 @@ class Source(AbstractContextManager["Source"]):
 
     Attributes:
         path: the directory.
-        config: what the model is.
+        config: what the model is; where config and tensors disagree, as the tensors are stored.
         tensors: every tensor by its Hugging Face name.
+        declared: the config as it was given, for messages.
+        num_unused: stored tensors that a text model does not have.
     """
 
-    def __init__(self, path: Path, config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        config: ModelConfig,
+        tensors: Mapping[str, TensorInfo],
+        declared: ModelConfig,
+        num_unused: int = 0,
+    ) -> None:
         self.path = path
         self.config = config
         self.tensors = tensors
+        self.declared = declared
+        self.num_unused = num_unused
         self._files: dict[Path, int] = {}
         self._lock = threading.Lock()
 
