@@ -1,4 +1,4 @@
-"""The `quantization_config` of compressed-tensors, of which one form is read: FP8 in blocks."""
+"""Read the `quantization_config` of compressed-tensors; only FP8 in blocks is supported."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +17,7 @@ _ONLY = (
 def compressed_tensors(data: Mapping[str, Any], where: str) -> QuantizationConfig:
     """Return the quantization of a config with quant_method "compressed-tensors".
 
-    Its FP8_BLOCK form stores the published models' blocks under another name, `weight_scale`.
+    Its FP8_BLOCK form is that of the published models with another name, `weight_scale`.
 
     Args:
         data: the quantization_config.
@@ -28,11 +28,11 @@ def compressed_tensors(data: Mapping[str, Any], where: str) -> QuantizationConfi
     """
     groups = data.get("config_groups")
     if not isinstance(groups, dict) or not groups:
-        raise ConfigError(f"{where}: config_groups={groups!r} names no groups of weights; {_ONLY}")
+        raise ConfigError(f"{where}: config_groups={groups!r} lists no groups of weights; {_ONLY}")
     for name, group in groups.items():
         weights = group.get("weights") if isinstance(group, dict) else None
         if not isinstance(weights, dict):
-            raise ConfigError(f"{where}: config_groups.{name} says nothing of weights; {_ONLY}")
+            raise ConfigError(f"{where}: config_groups.{name} has no weights; {_ONLY}")
         wrong = [key for key, value in _WANTED.items() if weights.get(key) != value]
         if weights.get("block_structure") not in _BLOCKS:
             wrong.append("block_structure")

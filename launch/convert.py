@@ -26,7 +26,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dsv3.checkpoint.contradictions import remarks
+from dsv3.checkpoint.contradictions import source_warnings
 from dsv3.checkpoint.convert import check_space, clear, convert, disk_space, finish, is_complete
 from dsv3.checkpoint.directory import check_directory
 from dsv3.checkpoint.plan import Cast, Plan, make_plan
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> None:
         layout = read_layout(args)
         cast = {"bf16": Cast.BF16, "fp8": Cast.FP8}.get(args.to, Cast.NONE)
         plan = make_plan(source, layout, cast, args.scale_fmt)
-        for line in remarks(source):
+        for line in source_warnings(source):
             print(f"warning: {line}", file=sys.stderr)
         if args.dry_run:
             print(*describe(source, plan, *disk_space(plan, args.save_path)), sep="\n")

@@ -1,4 +1,4 @@
-"""Hold an open checkpoint to its config, by names, dtypes and shapes; no tensor is read."""
+"""Check an open checkpoint against its config, by names, dtypes and shapes; read no tensor."""
 
 import math
 from collections.abc import Mapping
@@ -18,14 +18,14 @@ from dsv3.errors import CheckpointError
 
 
 def check_tensors(source: Source) -> tuple[str, ...]:
-    """Hold a checkpoint to its config: nothing missing, unknown or misshapen.
+    """Check that no tensor is missing, unknown or misshapen.
 
     Returns:
-        the weights that are rightly absent: MTP layers (some copies of the published models drop
-        them), the copies of embedding and head inside them, and a head tied to the embedding.
+        the weights that may be absent and are: MTP layers (some copies of the published models
+        drop them), the copies of embedding and head in them, and a head tied to the embedding.
 
     Raises:
-        CheckpointError: naming the first tensor at fault, or a size that the config has otherwise.
+        CheckpointError: naming the first wrong tensor, or a size that contradicts the config.
     """
     check_sizes(source)
     specs = tensor_specs(source.config)
@@ -61,10 +61,12 @@ def _check_known(source: Source, specs: Mapping[str, TensorSpec], name: str) -> 
 
 
 def _hint(source: Source, name: str) -> str:
-    """Say which field of the config leaves a tensor out, where its name tells."""
+    """Return the config field that excludes a tensor, where the name shows it."""
     config = source.config
     if ".indexer." in name and not config.has_indexer:
-        return f": it is of deepseek_v32's sparse attention, the config says {config.model_type}"
+        return (
+            f": it belongs to deepseek_v32's sparse attention, the config says {config.model_type}"
+        )
     if name.endswith(".e_score_correction_bias"):
         return f": the config says topk_method={config.topk_method}"
     if ".shared_experts." in name:
@@ -101,7 +103,10 @@ def _check_scale(source: Source, spec: TensorSpec, info: TensorInfo) -> None:
             f"block ({list(wanted)})"
         )
     _check_shape(where, info, wanted)
-    if info.dtype not in SCALE_DTYPES:
+    quantization = source.config.quantization
+    is_ue8m0 = quantization is not None and quantization.scale_fmt == "ue8m0"
+    # Some writers store E8M0 as U8; like transformers, accept it if the config declares E8M0.
+    if info.dtype not in SCALE_DTYPES and not (info.dtype == "U8" and is_ue8m0):
         raise CheckpointError(
             f"{where}: tensor {info.name} is {info.dtype}; scales are read as one of "
             f"{', '.join(SCALE_DTYPES)}"

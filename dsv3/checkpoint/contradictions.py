@@ -1,7 +1,7 @@
-"""Where a config and the stored tensors contradict each other: said with both values.
+"""Report contradictions between a config and the stored tensors, with both values.
 
-What the tensors decide alone (the head, FP8 or not) is a remark; a count or a size that the config
-has otherwise is refused, for nothing says which of the two is meant.
+Where the tensors alone can decide (the head, FP8 or not), they do, and a warning says so. A
+different number of layers or experts, or another size, is an error.
 """
 
 import re
@@ -21,7 +21,7 @@ _COMPARED_ROWS = 64
 
 @dataclass(slots=True)
 class _Layers:
-    """The layers that the tensors' names tell of."""
+    """Layers found in tensor names."""
 
     plain: set[int] = field(default_factory=set)
     mtp: set[int] = field(default_factory=set)
@@ -47,7 +47,7 @@ class _Layers:
 
 
 def check_sizes(source: Source) -> None:
-    """Raise CheckpointError where the files hold another number of layers, experts or rows."""
+    """Raise CheckpointError if a number of layers or experts, or a size, differs in the files."""
     config, layers = source.config, _Layers.of(source)
     if layers.plain:
         _check_layers(source, layers)
@@ -76,12 +76,12 @@ def _check_layers(source: Source, layers: _Layers) -> None:
 
 
 def _check_kind(source: Source, layer: int, is_sparse: bool) -> None:
-    """Hold a layer with or without routed experts to the config."""
+    """Raise CheckpointError if only one of files and config has routed experts in a layer."""
     if is_sparse == source.config.is_moe_layer(layer):
         return
     dense = f"model.layers.{layer}.mlp.gate_proj.weight"
     if not is_sparse and dense not in source.tensors:
-        return  # a tensor is missing, and will be named
+        return  # reported as a missing tensor
     have = "routed experts" if is_sparse else "no routed experts"
     raise _contradiction(
         source, f"{have} in layer {layer}", "first_k_dense_replace", "moe_layer_freq"
@@ -89,7 +89,7 @@ def _check_kind(source: Source, layer: int, is_sparse: bool) -> None:
 
 
 def _stored_sizes(source: Source) -> Iterator[tuple[str, int | None]]:
-    """Yield sizes by their config fields, as the shapes of stored tensors tell them."""
+    """Yield config fields with their values according to the shapes of stored tensors."""
     config: ModelConfig = source.config
     first_sparse = next(filter(config.is_moe_layer, range(config.num_hidden_layers)), 0)
     for name, tensor in (
@@ -116,10 +116,11 @@ def _contradiction(source: Source, have: str, *names: str, note: str = "") -> Ch
     )
 
 
-def remarks(source: Source) -> Iterator[str]:
-    """Yield a line for everything of the directory that is read otherwise than its config says.
+def source_warnings(source: Source) -> Iterator[str]:
+    """Yield a warning for each difference between the config and how the directory is read.
 
-    Reads a few rows of a head that the config ties; of a share, those that rank 0 has.
+    If the config ties a stored head, a few rows are compared with the embedding; if only some rank
+    files are present, rows of the first of them.
     """
     declared, config = source.declared, source.config
     if declared.tie_word_embeddings and not config.tie_word_embeddings and _heads_differ(source):
@@ -135,17 +136,17 @@ def remarks(source: Source) -> Iterator[str]:
     if declared.quantization is None and config.quantization is not None:
         yield (
             f"{source.path}: the config has no quantization_config, but FP8 weights with a scale "
-            "per 128 x 128 block are stored; they are used as such"
+            "per 128 x 128 block are stored; they are read as FP8"
         )
     if unused_adapter(source.path) is not None:
         yield (
-            f"{source.path}: {unused_adapter(source.path)} lies beside the model and is not used; "
-            "if it is not merged into the weights, merge it (peft: merge_and_unload)"
+            f"{source.path}: {unused_adapter(source.path)} is not applied; if the weights do "
+            "not contain it yet, merge it (peft: merge_and_unload)"
         )
     if source.num_unused:
         yield (
-            f"{source.path}: the tensors of an image encoder ({source.num_unused}) are left out; "
-            "only text is read"
+            f"{source.path}: the tensors of an image encoder ({source.num_unused}) are ignored; "
+            "only text prompts are supported"
         )
 
 
@@ -153,6 +154,6 @@ def _heads_differ(source: Source) -> bool:
     embed, head = source.tensors[EMBED], source.tensors[HEAD]
     if (embed.dtype, embed.shape) != (head.dtype, head.shape):
         return True
-    (start, stop), *cols = embed.pieces[0].region  # of a share, rows that are in a file here
+    (start, stop), *cols = embed.pieces[0].region  # rows in a file that is present
     rows = ((start, min(stop, start + _COMPARED_ROWS)), *cols)
     return source.read(EMBED, rows) != source.read(HEAD, rows)

@@ -1,6 +1,6 @@
-"""Recognize a path that is no checkpoint directory of a kind that is read, and say what it is.
+"""Recognize paths that are not a readable checkpoint directory, and say what they are instead.
 
-This is the first check of every program: nothing else about a wrong path is worth a message.
+Programs run this check before they read a tokenizer, a config or another file.
 """
 
 import json
@@ -16,10 +16,10 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 RANK_FILE = re.compile(r"model(\d+)-mp(\d+)\.safetensors")
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_MOST_FOLDERS = 100  # that are looked into for a checkpoint
+_MOST_FOLDERS = 100  # searched for a checkpoint
 _ADAPTER = "adapter_config.json"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
-# Other formats by their files' endings; the first that is there is named.
+# Other formats by file name suffix, in the order in which they are looked for.
 _OTHER_FORMATS = {
     ".gguf": "GGUF files",
     ".bin": "PyTorch pickle files",
@@ -30,11 +30,11 @@ _OTHER_FORMATS = {
     ".msgpack": "Flax files",
     ".onnx": "ONNX files",
 }
-_SAVE_FIRST = "only safetensors files are read; save the model as those (transformers does)"
+_SAVE_FIRST = "only safetensors files are read; save the model in that format"
 
 
 def check_directory(path: Path) -> None:
-    """Raise CheckpointError unless `path` is a directory that holds a checkpoint's weights."""
+    """Raise CheckpointError unless `path` is a directory with weights in safetensors files."""
     with os_errors_as(CheckpointError, f"{path}: cannot be read"):
         if not path.is_dir():
             raise CheckpointError(_no_directory(path))
@@ -44,7 +44,7 @@ def check_directory(path: Path) -> None:
 
 
 def unused_adapter(path: Path) -> str | None:
-    """Name the adapter that lies beside a model's weights; None if there is none."""
+    """Return the name of an adapter file next to the weights; None if there is none."""
     name = _ADAPTER_WEIGHTS
     return name if (path / name).is_file() else None
 
@@ -57,9 +57,9 @@ def _has_weights(names: Iterable[str]) -> bool:
 
 
 def _no_directory(path: Path) -> str:
-    """Say what a path is that is no directory."""
+    """Return the message for a path that is not a directory."""
     if path.is_symlink() and not path.exists():
-        return f"{path}: a symbolic link to {path.readlink()}, which is not there"
+        return f"{path}: a symbolic link to {path.readlink()}, which does not exist"
     if path.exists():
         return f"{path}: a file, not a checkpoint directory{_of_file(path)}"
     if str(path).startswith(("https:", "http:", "hf:")):
@@ -68,7 +68,7 @@ def _no_directory(path: Path) -> str:
     if not _REPOSITORY.fullmatch(str(path)):
         return missing
     return (
-        f"{missing}; if it is a repository of the hub, download it first: hf download {path} "
+        f"{missing}; if it is a Hugging Face repository, download it first: hf download {path} "
         f"--local-dir {path}"
     )
 
@@ -81,17 +81,17 @@ def _of_file(path: Path) -> str:
     if is_gguf:
         return "; GGUF is not read, give a directory of safetensors files"
     if path.suffix in (".safetensors", ".json"):
-        return f"; give the directory that it lies in, {path.parent}"
+        return f"; give its directory, {path.parent}"
     return ""
 
 
 def _no_checkpoint(path: Path, names: set[str]) -> str:
-    """Say what a directory without weights is."""
+    """Return what a directory without weights is."""
     if _ADAPTER in names:
         return _adapter(path / _ADAPTER)
     snapshots = _snapshots(path)
     if snapshots:
-        return f"a cache of the hub; give a snapshot in it: {_some(snapshots)}"
+        return f"a cache of the Hugging Face hub; give a snapshot in it: {_some(snapshots)}"
     if any(name.endswith(".safetensors.partial") for name in names):
         return "an unfinished conversion; run convert.py again"
     for ending, kind in _OTHER_FORMATS.items():
@@ -111,7 +111,7 @@ def _no_checkpoint(path: Path, names: set[str]) -> str:
 
 
 def _adapter(file: Path) -> str:
-    """Say whose adapter it is; its config is read with no more trust than a message needs."""
+    """Describe an adapter by its config, whatever that holds."""
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         kind, base = config.get("peft_type"), config.get("base_model_name_or_path")
@@ -123,7 +123,7 @@ def _adapter(file: Path) -> str:
 
 
 def _snapshots(path: Path) -> list[Path]:
-    """Return the snapshots of a hub cache, of one repository in it, or of a `snapshots` folder."""
+    """Return the snapshots in a hub cache, in one of its repositories, or in `snapshots` itself."""
     for pattern in ("snapshots/*", "models--*/snapshots/*", "hub/models--*/snapshots/*"):
         found = [folder for folder in sorted(path.glob(pattern)) if folder.is_dir()]
         if found:

@@ -1,12 +1,13 @@
 """Routed experts that are stored as one 3-D tensor a layer, as transformers 5 holds them.
 
-`experts.gate_up_proj` [E, 2F, H] has the rows of gate_proj, then those of up_proj, of each expert;
-`experts.down_proj` is [E, H, F]. A projection of an expert is thus a run of bytes, and nothing
-needs to be copied to read it: each is presented as a tensor of its own, by its usual name.
+For each expert, `experts.gate_up_proj` [E, 2F, H] holds the rows of gate_proj, then the rows of
+up_proj; `experts.down_proj` is [E, H, F]. A projection of one expert is a contiguous range of
+bytes, so each is presented as a tensor of its own, under its usual name, without a copy.
 
-Their FP8 scales are fused alike, and may be so beside weights stored per expert.
+FP8 scales are fused in the same way, also next to weights stored per expert. MLX stacks gate_proj
+and up_proj separately, as `switch_mlp`.
 
-Source: transformers 5.24, DeepseekV3Experts and FP8Experts.
+Source: transformers 5.24, DeepseekV3Experts and FP8Experts; mlx-lm, deepseek_v3.py.
 """
 
 import math
@@ -23,13 +24,13 @@ from dsv3.config import ModelConfig
 from dsv3.errors import CheckpointError
 
 _NAME = re.compile(
-    r"(?P<experts>model\.layers\.\d+\.mlp\.experts)\."
+    r"(?P<mlp>model\.layers\.\d+\.mlp)\.(?:experts|switch_mlp)\."
     r"(?P<proj>gate_up_proj|gate_proj|up_proj|down_proj)(?:[._]weight)?(?P<scale>_scale(?:_inv)?)?"
 )
 
 
 def split_experts(tensor: StoredTensor, name: str, config: ModelConfig) -> Iterator[TensorInfo]:
-    """Yield the tensors of the single experts that are in a fused one; nothing if it is none.
+    """Yield the tensors of single experts in a fused tensor; yield nothing for other tensors.
 
     Args:
         tensor: where the tensor is stored.
@@ -37,10 +38,9 @@ def split_experts(tensor: StoredTensor, name: str, config: ModelConfig) -> Itera
         config: says how many experts there are and how wide they are.
 
     Raises:
-        CheckpointError: its shape is another, or its scales belong to gate_proj and up_proj at
-            once.
+        CheckpointError: the shape contradicts the config, or gate_proj and up_proj share scales.
     """
-    match = _NAME.fullmatch(name) if ".experts." in name else None
+    match = _NAME.fullmatch(name)
     if match is None:
         return
     is_scale = match["scale"] is not None
@@ -51,7 +51,7 @@ def split_experts(tensor: StoredTensor, name: str, config: ModelConfig) -> Itera
     offset = tensor.entry.offset
     for expert in range(config.n_routed_experts):
         for projection in projections:
-            full = f"{match['experts']}.{expert}.{projection}.weight"
+            full = f"{match['mlp']}.experts.{expert}.{projection}.weight"
             full = scale_name(full) if is_scale else full
             piece = Piece(tensor.file, offset, whole(shape))
             yield TensorInfo(full, tensor.entry.dtype, shape, (piece,))

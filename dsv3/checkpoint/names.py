@@ -1,13 +1,13 @@
 """Tensor names: Hugging Face's are ours; those of DeepSeek's own converter are read too.
 
-So are those of the model inside a multi-modal one, and of a model saved without its head.
+So are those of the text model in a multi-modal model, and names without the prefix `model.`.
 """
 
 _SCALE = ".weight_scale_inv"
 _COMPRESSED_SCALE = ".weight_scale"  # the spelling of compressed-tensors, with the same meaning
 _WRAPPERS = ("model", "language_model")
 _OF_THE_MODEL = ("layers", "embed_tokens", "norm", "lm_head")
-# Tables that follow from the config; older transformers stored them.
+# Tables computed from the config; older versions of transformers stored them.
 _ROTARY = tuple(f"rotary_emb.{t}" for t in ("inv_freq", "cos_cached", "sin_cached"))
 _VISION = ("vision_tower", "vision_model", "visual", "mm_projector", "multi_modal_projector")
 # One dotted component at a time. Names inside V3.2's indexer are the same in both spellings.
@@ -59,12 +59,12 @@ def is_vision(name: str) -> bool:
 
 
 def is_unused(name: str) -> bool:
-    """Return True for a stored tensor that no text model has."""
+    """Return True for a stored tensor that the text model does not use."""
     return is_rotary_table(name) or is_vision(name)
 
 
 def plain_name(name: str) -> str:
-    """Return Hugging Face's name of a tensor whose prefix is missing or is that of a wrapper."""
+    """Return Hugging Face's name of a tensor with a missing prefix or a wrapper's prefix."""
     if not name.startswith("model.layers."):
         name = _without_wrappers(name)
     if name.endswith(_COMPRESSED_SCALE):

@@ -59,10 +59,10 @@ class Source(AbstractContextManager["Source"]):
 
     Attributes:
         path: the directory.
-        config: what the model is; where config and tensors disagree, as the tensors are stored.
+        config: of the model, corrected where the stored tensors contradict it.
         tensors: every tensor by its Hugging Face name.
-        declared: the config as it was given, for messages.
-        num_unused: stored tensors that a text model does not have.
+        declared: the config as given, for messages.
+        num_unused: number of stored tensors that the text model does not use.
     """
 
     def __init__(

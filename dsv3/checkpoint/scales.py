@@ -27,8 +27,8 @@ def read_scales(source: Source, weight: str, region: Region) -> F32:
 
 
 def _widen(stored: npt.NDArray[np.uint8], dtype: str) -> F32:
-    """Return the values of raw bytes, each exactly."""
-    if dtype == "F8_E8M0":
+    """Return the exact values of stored bytes; U8 is E8M0 that its writer had no type for."""
+    if dtype in ("F8_E8M0", "U8"):
         return _powers_of_two(stored)
     if dtype == "BF16":
         return from_bf16(stored.view(np.uint16))
@@ -44,10 +44,10 @@ def _powers_of_two(stored: npt.NDArray[np.uint8]) -> F32:
 def stored_quantization(
     declared: QuantizationConfig | None, tensors: Mapping[str, TensorInfo]
 ) -> QuantizationConfig | None:
-    """Return how the tensors are quantized, whatever the config says of it.
+    """Return how the tensors are quantized, which a config may state wrongly.
 
-    A scale of every 128 x 128 block is the only form there is. Whether scales are meant to be
-    powers of two is said by the config or, without one, by a dtype that holds nothing else.
+    One scale per 128 x 128 block is the only supported form. Without a declared format, scales are
+    powers of two if their dtype can hold nothing else.
     """
     scales = [tensors.get(scale_name(n)) for n, t in tensors.items() if t.dtype == FP8_DTYPE]
     if not scales or declared is not None:

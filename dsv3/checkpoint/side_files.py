@@ -33,19 +33,19 @@ def copy_side_files(source: Path, target: Path, plan: Plan) -> None:
         _write_json(target / "config.json", hf_config_dict(plan.config))
         return
     data = json.loads(config.read_text(encoding="utf-8"))
-    if plan.is_cast or not _tells_quantization(data, plan):
+    if plan.is_cast or not _describes_quantization(data, plan):
         data.pop("quantization_config", None)
         if plan.config.quantization is not None:
             data["quantization_config"] = hf_quantization_dict(plan.config.quantization)
         _write_json(target / "config.json", data)
 
 
-def _tells_quantization(data: dict[str, Any], plan: Plan) -> bool:
-    """Return True if a config.json says of the weights to be written how they are quantized."""
-    told, quantization = data.get("quantization_config"), plan.config.quantization
-    if told is None or quantization is None:
-        return told is None and quantization is None
-    return isinstance(told, dict) and told.get("quant_method") == "fp8"
+def _describes_quantization(data: dict[str, Any], plan: Plan) -> bool:
+    """Return True if config.json describes the quantization of the weights to be written."""
+    stated, quantization = data.get("quantization_config"), plan.config.quantization
+    if stated is None or quantization is None:
+        return stated is None and quantization is None
+    return isinstance(stated, dict) and stated.get("quant_method") == "fp8"
 
 
 def _side_files(source: Path) -> Iterator[Path]:

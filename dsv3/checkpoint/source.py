@@ -61,15 +61,15 @@ def open_source(
 
 
 def check_stored_form(path: Path) -> StoredFiles | None:
-    """Refuse a path that holds no weights, or weights of a form that is not read.
+    """Check that a path holds weights in a supported form.
 
-    Needs no config: it is the first check of a program, before tokenizer and configuration.
+    Needs neither config nor tokenizer, so programs call it before they read those.
 
     Returns:
-        the stored tensors; None for a directory with a manifest, which names them itself.
+        the stored tensors; None for a directory with a manifest, which lists them.
 
     Raises:
-        CheckpointError: saying what is there instead.
+        CheckpointError: saying what the path holds instead.
     """
     check_directory(path)
     if (path / MANIFEST).is_file():
@@ -80,7 +80,7 @@ def check_stored_form(path: Path) -> StoredFiles | None:
 
 
 def _config_of_stored(declared: ModelConfig, tensors: dict[str, TensorInfo]) -> ModelConfig:
-    """Return the config with what the tensors decide: the head's tie, and FP8 or not."""
+    """Return the config, corrected by the tensors: whether the head is tied, and FP8 or not."""
     return replace(
         declared,
         tie_word_embeddings=declared.tie_word_embeddings and HEAD not in tensors,

@@ -1,4 +1,4 @@
-"""Present the tensors of a directory by Hugging Face's names, whatever spelling they have there."""
+"""Map the tensor names of a directory to Hugging Face's names."""
 
 from collections.abc import Iterable, Iterator
 
@@ -23,10 +23,10 @@ EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 def hugging_face_tensors(
     stored: Iterable[StoredTensor], config: ModelConfig
 ) -> dict[str, TensorInfo]:
-    """Return the model's tensors by name; those of an image encoder are left out.
+    """Return the model's tensors by name, without those of an image encoder.
 
     Raises:
-        CheckpointError: a tensor is stored twice, or fused experts are not as the config says.
+        CheckpointError: a tensor is stored twice, or fused experts contradict the config.
     """
     tensors: dict[str, TensorInfo] = {}
     origin: dict[str, StoredTensor] = {}
@@ -62,7 +62,7 @@ def deepseek_tensors(stored: Iterable[StoredTensor], config: ModelConfig) -> dic
     """Return the tensors of DeepSeek's rank files, whose slices lie end to end in rank order.
 
     Raises:
-        CheckpointError: the files are not of DeepSeek's converter.
+        CheckpointError: the files are not those of DeepSeek's converter.
     """
     specs = tensor_specs(config)
     slices: dict[str, list[StoredTensor]] = {}
@@ -96,7 +96,7 @@ def _join(name: str, specs: dict[str, TensorSpec], parts: list[StoredTensor]) ->
 
 
 def _check_alike(name: str, parts: list[StoredTensor], spec: TensorSpec | None) -> None:
-    """Hold the slices of a tensor to one dtype, and to shapes that can be joined."""
+    """Raise CheckpointError unless the slices of a tensor have one dtype and can be joined."""
     dim = {Split.ROWS: 0, Split.COLS: 1}.get(spec.split) if spec is not None else None
     first = parts[0].entry
     kinds = {

@@ -1,4 +1,4 @@
-"""The tensors of a directory as its files name them, from an index, one file, or rank files."""
+"""Read the tensor names and places of a directory: an index, a single file, or rank files."""
 
 import json
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from dsv3.errors import CheckpointError
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor in a file, under the name it has there."""
+    """A tensor in a file, with its stored name."""
 
     name: str
     file: Path
@@ -68,14 +68,21 @@ def _read_index(file: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
         paths = {name: PurePosixPath(path) for name, path in weight_map.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        paths = {"": PurePosixPath("/")}
-    for path in paths.values():
-        if path.is_absolute() or ".." in path.parts or not path.parts:
-            raise CheckpointError(
-                f"{file}: not an index of tensor names to files in its directory; fetch it again"
-            )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise _no_index(file) from None
+    if not all(map(_is_inside, paths.values())):
+        raise _no_index(file)
     return {name: str(path) for name, path in paths.items()}
+
+
+def _is_inside(path: PurePosixPath) -> bool:
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+
+
+def _no_index(file: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{file}: not an index of tensor names to files in its directory; fetch it again"
+    )
 
 
 def _rank_files(path: Path) -> list[Path]:

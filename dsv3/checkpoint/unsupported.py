@@ -1,4 +1,4 @@
-"""Name the quantized and packed forms of weights that are not read, by what is stored."""
+"""Recognize unsupported quantized and packed weights by the stored names and dtypes."""
 
 from collections.abc import Iterable
 
@@ -6,10 +6,8 @@ from dsv3.checkpoint.names import is_unused
 from dsv3.checkpoint.stored import StoredTensor
 from dsv3.errors import CheckpointError
 
-# Ends of tensor names that only one form has. Where several are there, the first is named.
+# Suffixes of tensor names that identify a form, in order of precedence.
 _NAMES = {
-    ".lora_A.weight": "LoRA adapters that are not merged into the weights",
-    ".lora_B.weight": "LoRA adapters that are not merged into the weights",
     ".absmax": "bitsandbytes 4-bit weights",
     ".quant_map": "bitsandbytes 4-bit weights",
     "bitsandbytes__nf4": "bitsandbytes 4-bit weights",
@@ -30,7 +28,7 @@ _NAMES = {
     ".activation_scale": "FP8 weights with static activation scales",
 }
 _ENDS = tuple(_NAMES)
-# Weights of these dtypes, where no name tells more.
+# Dtypes of weights, if no tensor name identifies the form.
 _DTYPES = {
     "U32": "packed weights (MLX 4-bit)",
     "I32": "packed integer weights",
@@ -43,17 +41,18 @@ _DTYPES = {
     "F8_E4M3FNUZ": "FP8 weights of the fnuz form",
     "F8_E5M2FNUZ": "FP8 weights of the fnuz form",
 }
+_LORA = "LoRA adapters that are not merged into the weights"
 _PACKED_FLOATS = "packed 4-bit weights (NVFP4 or MXFP4)"
 
 
 def refuse_unsupported(tensors: Iterable[StoredTensor]) -> None:
-    """Raise CheckpointError for the first form that is recognized, with a tensor that shows it."""
+    """Raise CheckpointError for the first recognized form, naming a tensor that shows it."""
     shown: dict[str, StoredTensor] = {}
     for tensor in tensors:
         form = _form(tensor)
         if form is not None and not is_unused(tensor.name):
             shown.setdefault(form, tensor)
-    for form in (*_NAMES.values(), _PACKED_FLOATS, *_DTYPES.values()):
+    for form in (_LORA, *_NAMES.values(), _PACKED_FLOATS, *_DTYPES.values()):
         if form in shown:
             tensor = shown[form]
             raise CheckpointError(
@@ -69,4 +68,6 @@ def _form(tensor: StoredTensor) -> str | None:
         if name.endswith(".weight_packed") and dtype == "U8":
             return _PACKED_FLOATS
         return next(form for end, form in _NAMES.items() if name.endswith(end))
+    if ".lora_A." in name or ".lora_B." in name:
+        return _LORA
     return _DTYPES.get(dtype) if name.endswith((".weight", "_proj")) else None

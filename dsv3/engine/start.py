@@ -16,7 +16,7 @@ import torch
 from dsv3.cache.layout import CacheLayout
 from dsv3.cache.pool import CachePool
 from dsv3.checkpoint.check import check_tensors
-from dsv3.checkpoint.contradictions import remarks
+from dsv3.checkpoint.contradictions import source_warnings
 from dsv3.checkpoint.fingerprint import digest_share, fingerprint
 from dsv3.checkpoint.load import (
     fp8_products,
@@ -87,8 +87,11 @@ def numerics_mode(settings: EngineConfig, source: Source, device: str) -> str:
     config = source.config
     stored = "fp8" if has_fp8_weights(source) else "bfloat16"
     if settings.dtype == "fp8" and stored != "fp8":
+        stale = (
+            "" if source.declared.quantization is None else " (its quantization_config is stale)"
+        )
         raise ConfigError(
-            "--dtype=fp8 multiplies FP8 weights and the checkpoint has none; "
+            f"--dtype=fp8 multiplies FP8 weights and the checkpoint has none{stale}; "
             "make some with convert.py --to fp8, or use --dtype bfloat16"
         )
     if settings.dtype != "auto":
@@ -159,8 +162,6 @@ def start(
         setup = _set_up(source, settings, mesh, n_experts)
         if mesh.layout.rank == 0:
             log.info("%s", setup.plan.describe())
-            for line in remarks(source):
-                log.warning("%s", line)
         _limit_threads(source.config, mesh)
         try_forms(settings.try_kernels, mesh.device)
         dispatch = _dispatch(settings, source.config, setup.fmt, has_fp8_experts(source))
@@ -236,6 +237,9 @@ def _set_up(source: Source, settings: EngineConfig, mesh: Mesh, n_experts: int |
     if n_experts not in (None, config.n_routed_experts):
         raise ConfigError(f"--n-experts={n_experts} but the model has {config.n_routed_experts}")
     check_tensors(source)
+    if mesh.layout.rank == 0:
+        for line in source_warnings(source):
+            log.warning("%s", line)
     limit = context_limit(settings, config)
     fmt = _weight_format(source, settings, mesh)
     dtype = fmt.dtype

@@ -1,4 +1,4 @@
-"""A path that holds no model that is read is named by both programs, before anything else is."""
+"""Both programs report a path without a supported model before any other error."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def adapter(path: Path) -> Path:
 
 @pytest.mark.parametrize("what", [CHAT, BATCH], ids=["chat", "batch"])
 def test_generate(what: list[str], tmp_path: Path) -> None:
-    """Also before a preset that is unknown."""
+    """Also before an unknown preset."""
     path = adapter(tmp_path / "lora")
     done = run([*ALONE, GENERATE, "--ckpt-path", str(path), "--config", "no-preset", *what])
     assert done.returncode == 2
@@ -36,7 +36,7 @@ def test_convert(tmp_path: Path, convert: Convert) -> None:
 
 
 def test_a_form_that_is_not_read(tmp_path: Path, convert: Convert) -> None:
-    """Though there is no tokenizer either."""
+    """Before the missing tokenizer."""
     name = "model.layers.0.mlp.down_proj.weight"
     path = write_hf(tmp_path / "mlx", TINY, {name: ("U32", (2, 3), bytes(24))})
     (path / "tokenizer.json").unlink()

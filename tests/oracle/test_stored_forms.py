@@ -1,4 +1,4 @@
-"""Forms that a checkpoint may be stored in give transformers' logits, alone and on two ranks."""
+"""Checkpoints in other stored forms give transformers' logits, on one rank and on two."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ def stored(path: Path) -> dict[str, Tensor]:
 
 
 def write(path: Path, like: Path, tensors: dict[str, Tensor], **config: object) -> Path:
-    """Write one file of tensors beside the config of another directory."""
+    """Write one file of tensors, with the config of another directory."""
     path.mkdir()
     told = json.loads((like / "config.json").read_text()) | config
     (path / "config.json").write_text(json.dumps(told))
@@ -62,7 +62,7 @@ def fused(tensors: dict[str, Tensor], layers: range) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("family", ["v2-lite", "v3-bf16"])
 def test_experts_as_transformers_saves_them(oracle: MAKE, family: str, tmp_path: Path) -> None:
-    """Its own state: 3-D tensors of all experts of a layer."""
+    """Its own state dict: 3-D tensors of all experts of a layer."""
     made = oracle(family)
     made.model.save_pretrained(tmp_path / "own", save_original_format=False)
     names = stored(tmp_path / "own")
@@ -88,7 +88,7 @@ def answer(mesh: Mesh, path: Path, prompts: list[list[int]], want: list[list[int
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_fused_fp8_experts(oracle: MAKE, world_size: int, tmp_path: Path) -> None:
-    """They answer with transformers' tokens."""
+    """The greedy tokens are those of transformers."""
     made = oracle("v3-fp8-whole")
     path = write(tmp_path / "fused", made.path, fused(stored(made.path), range(1, 3)))
     params = SamplingParams(max_tokens=16, ignore_eos=True)
@@ -105,7 +105,7 @@ def test_fused_fp8_experts(oracle: MAKE, world_size: int, tmp_path: Path) -> Non
 
 
 def test_a_tied_head_that_is_stored_and_differs(oracle: MAKE, tmp_path: Path) -> None:
-    """transformers keeps the stored head, and so is it here."""
+    """transformers keeps the stored head; so does dsv3."""
     made = oracle("v3-bf16")
     path = write(tmp_path / "tied", made.path, stored(made.path), tie_word_embeddings=True)
     (got,) = all_logits(start_alone(path), made.prompts[-1:], 200)

@@ -1,4 +1,4 @@
-"""Where config and stored tensors disagree: the tensors decide, or both values are named."""
+"""If config and stored tensors disagree, the tensors decide or an error names both values."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dsv3.checkpoint.check import check_tensors
-from dsv3.checkpoint.contradictions import remarks
+from dsv3.checkpoint.contradictions import source_warnings
 from dsv3.checkpoint.convert import convert
 from dsv3.checkpoint.plan import Cast, make_plan
 from dsv3.checkpoint.source import open_source
@@ -61,7 +61,7 @@ EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 def test_counts_and_sizes(
     stored: ModelConfig, change: dict[str, Any], have: str, says: str, tmp_path: Path
 ) -> None:
-    """One line, instead of the first of a thousand tensors that do not fit."""
+    """The field is named, not the first of many tensors that do not fit."""
     told = dataclasses.replace(stored, **change)
     with open_source(write_hf(tmp_path, told, random_tensors(stored))) as source:
         words = f"the files have {have}.*, config.json says .*{re.escape(says)}"
@@ -98,10 +98,10 @@ def test_a_router_bias_that_the_config_leaves_out(tmp_path: Path) -> None:
 
 
 def opened(path: Path, config: ModelConfig, tensors: Tensors) -> tuple[ModelConfig, list[str]]:
-    """Return the config that a directory is read with, and what is said of it."""
+    """Return the config that a directory is read with, and the warnings."""
     with open_source(write_hf(path, config, tensors)) as source:
         check_tensors(source)
-        return source.config, list(remarks(source))
+        return source.config, list(source_warnings(source))
 
 
 def test_a_tied_head_that_is_stored_and_differs(tmp_path: Path) -> None:
@@ -118,23 +118,23 @@ def test_a_tied_head_that_is_a_copy(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stored", [EMBED, HEAD])
 def test_tied_tensors_of_which_one_is_stored(stored: str, tmp_path: Path) -> None:
-    """Whichever it is, it is both."""
+    """The stored one is used for both."""
     tensors = random_tensors(TINY)
     del tensors[HEAD if stored == EMBED else EMBED]
     with open_source(write_hf(tmp_path, TIED, tensors)) as source:
         assert check_tensors(source) == (HEAD,)
-        assert list(remarks(source)) == [] and source.config.tie_word_embeddings
+        assert list(source_warnings(source)) == [] and source.config.tie_word_embeddings
         assert bytes(source.read(EMBED)) == tensors[stored][2]
 
 
 def test_a_tied_head_of_a_share(tmp_path: Path) -> None:
-    """Rank 0 says it, on a host that has the file of rank 0 only."""
+    """The host of rank 0 may have the file of rank 0 only."""
     with open_source(write_hf(tmp_path / "hf", TIED, random_tensors(TINY))) as source:
         convert(source, make_plan(source, ParallelConfig(world_size=8)), tmp_path / "mp8", 1)
     for rank in range(1, 8):
         (tmp_path / "mp8" / f"model{rank}-mp8.safetensors").unlink()
     with open_source(tmp_path / "mp8", is_share=True) as source:
-        (line,) = remarks(source)
+        (line,) = source_warnings(source)
     assert "lm_head.weight is stored and differs" in line
 
 
@@ -143,25 +143,27 @@ def config_json(path: Path) -> dict[str, Any]:
 
 
 def test_a_stale_quantization_config(tmp_path: Path) -> None:
-    """Numerics follow the weights, and a converted directory says what they are."""
+    """Numerics follow the weights, and a converted directory describes them correctly."""
     path = write_hf(tmp_path / "hf", QUANTIZED, random_tensors(TINY))
     with open_source(path) as source:
         assert source.config.quantization is None
-        (line,) = remarks(source)
+        (line,) = source_warnings(source)
         assert "quantization_config is stale: no weight is stored in FP8" in line
         assert numerics_mode(EngineConfig(), source, "cuda") == "bfloat16"
-        with pytest.raises(ConfigError, match="--dtype=fp8 multiplies FP8 weights and the check"):
+        with pytest.raises(
+            ConfigError, match=r"the checkpoint has none .its quantization_config is stale"
+        ):
             numerics_mode(EngineConfig(dtype="fp8"), source, "cpu")
         convert(source, make_plan(source, None), tmp_path / "out", workers=1)
     assert "quantization_config" in config_json(path)
     assert "quantization_config" not in config_json(tmp_path / "out")
     with open_source(tmp_path / "out") as source:
-        assert list(remarks(source)) == []
+        assert list(source_warnings(source)) == []
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F8_E8M0"])
 def test_fp8_weights_without_a_quantization_config(dtype: str, tmp_path: Path) -> None:
-    """Blocks are the only form that there is; a scale that is a power is meant to be one."""
+    """They are read as blocks; scales in E8M0 imply scale_fmt=ue8m0."""
     tensors = random_tensors(QUANTIZED)
     if dtype == "F8_E8M0":
         for name, (_, shape, data) in tensors.items():
@@ -171,16 +173,16 @@ def test_fp8_weights_without_a_quantization_config(dtype: str, tmp_path: Path) -
         quantization = source.config.quantization
         assert quantization is not None
         assert quantization.scale_fmt == (None if dtype == "F32" else "ue8m0")
-        (line,) = remarks(source)
+        (line,) = source_warnings(source)
         assert "the config has no quantization_config, but FP8 weights" in line
         assert numerics_mode(EngineConfig(), source, "cuda") == "fp8"
         convert(source, make_plan(source, None), tmp_path / "out", workers=1)
     with open_source(tmp_path / "out") as source:
-        assert source.declared.quantization == quantization and list(remarks(source)) == []
+        assert source.declared.quantization == quantization and list(source_warnings(source)) == []
 
 
 def test_fp8_only_where_it_is_not_loaded(tmp_path: Path) -> None:
-    """A layer for multi-token prediction in FP8 beside a model in BF16."""
+    """An FP8 layer for multi-token prediction, which is not loaded, in a BF16 model."""
     plain = random_tensors(TINY)
     mixed = random_tensors(dataclasses.replace(MTP, quantization=FP8))
     tensors = {n: t for n, t in mixed.items() if n.startswith("model.layers.2.")} | plain
@@ -200,14 +202,14 @@ def compressed(**weights: object) -> dict[str, Any]:
 
 
 def test_blocks_of_compressed_tensors(tmp_path: Path) -> None:
-    """The scales get their usual name, and a config that tells of that."""
+    """A converted directory has the usual scale names and a matching config."""
     tensors = random_tensors(QUANTIZED)
     spelled = {name.removesuffix("_inv"): tensor for name, tensor in tensors.items()}
     path = write_hf(tmp_path / "hf", TINY, spelled)
     config = config_json(path) | {"quantization_config": compressed(block_structure="128x128")}
     (path / "config.json").write_text(json.dumps(config))
     with open_source(path) as source:
-        assert source.config.quantization == FP8 and list(remarks(source)) == []
+        assert source.config.quantization == FP8 and list(source_warnings(source)) == []
         convert(source, make_plan(source, None), tmp_path / "out", workers=1)
     assert config_json(tmp_path / "out")["quantization_config"]["quant_method"] == "fp8"
     with open_source(tmp_path / "out") as source:
@@ -224,8 +226,11 @@ def test_blocks_of_compressed_tensors(tmp_path: Path) -> None:
         (compressed(type="int", num_bits=4, strategy="group"), r"weights.type='int' is not supp"),
         (compressed(strategy="channel"), r"group_0.weights.strategy='channel' is not supported"),
         (compressed(block_structure=[1, 128]), r"weights.block_structure=\[1, 128\] is not supp"),
-        ({"quant_method": "compressed-tensors", "config_groups": []}, "names no groups"),
-        ({"quant_method": "compressed-tensors", "config_groups": {"g": 1}}, "nothing of weights"),
+        ({"quant_method": "compressed-tensors", "config_groups": []}, "lists no groups"),
+        (
+            {"quant_method": "compressed-tensors", "config_groups": {"g": 1}},
+            "config_groups.g has no weights",
+        ),
     ],
 )
 def test_other_forms_of_compressed_tensors(

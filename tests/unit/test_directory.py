@@ -1,4 +1,4 @@
-"""A path that is no checkpoint directory is named for what it is, before anything else is read."""
+"""Errors say what a path is that is not a checkpoint directory."""
 
 import json
 import os
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dsv3.checkpoint.contradictions import source_warnings
 from dsv3.checkpoint.directory import check_directory
 from dsv3.checkpoint.source import open_source
 from dsv3.errors import CheckpointError
@@ -13,7 +14,7 @@ from tests.checkpoint_files import TINY, random_tensors, write_file, write_hf
 
 
 def refused(path: Path | str, words: str) -> None:
-    """The library's start, and the check that the programs begin with, say the same."""
+    """The first check of the programs and opening a source give the same message."""
     told = []
     for check in (check_directory, open_source):
         with pytest.raises(CheckpointError, match=words) as caught:
@@ -36,7 +37,7 @@ def test_nothing_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused("deepseek-ai/DeepSeek-V3", "no such directory; .* hf download deepseek-ai/DeepSeek-V3")
     refused("DeepSeek-V2-Lite", "no such directory$")
     (tmp_path / "link").symlink_to(tmp_path / "gone")
-    refused(tmp_path / "link", "a symbolic link to .*gone, which is not there")
+    refused(tmp_path / "link", "a symbolic link to .*gone, which does not exist")
     with pytest.raises(CheckpointError, match="an address, not a directory"):
         check_directory(Path("https://huggingface.co/deepseek-ai/DeepSeek-V3"))
     with pytest.raises(CheckpointError, match="cannot be read: File name too long"):
@@ -48,8 +49,8 @@ def test_nothing_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("model.gguf", b"GGUF", "a file, not a checkpoint directory; GGUF is not read"),
         ("DeepSeek-V3-Q4", b"GGUF\3\0\0\0", "GGUF is not read"),
-        ("model.safetensors", b"", "give the directory that it lies in"),
-        ("config.json", b"{}", "give the directory that it lies in"),
+        ("model.safetensors", b"", "give its directory, "),
+        ("config.json", b"{}", "give its directory, "),
         ("model.tar", b"", "a file, not a checkpoint directory$"),
     ],
 )
@@ -84,9 +85,14 @@ def test_the_cache_of_the_hub(tmp_path: Path) -> None:
         files(repository / "snapshots" / commit, "config.json")
     files(repository / "refs")
     (repository / "refs" / "main").write_text("def")
-    refused(repository, "a cache of the hub; give a snapshot .*/snapshots/def .or one of 1 more")
+    refused(
+        repository,
+        "a cache of the Hugging Face hub; give a snapshot .*/snapshots/def .or one of 1 more",
+    )
     for folder in (repository / "snapshots", tmp_path / "hub", tmp_path):
-        refused(folder, "a cache of the hub; give a snapshot .*models--x--y/snapshots/")
+        refused(
+            folder, "a cache of the Hugging Face hub; give a snapshot .*models--x--y/snapshots/"
+        )
 
 
 @pytest.mark.parametrize(
@@ -110,10 +116,12 @@ def test_a_directory_above(tmp_path: Path) -> None:
     refused(tmp_path / "above", "no .safetensors files here, but in .*above/model; give that")
 
 
-def test_an_adapter_beside_a_model_is_no_model(tmp_path: Path) -> None:
-    """The model is read; that the adapter is not is said."""
+def test_an_adapter_next_to_a_model(tmp_path: Path) -> None:
+    """The model is read, with a warning."""
     path = write_hf(tmp_path, TINY, random_tensors(TINY))
     write_file(path / "adapter_model.safetensors", {"a.lora_A.weight": ("F32", (1,), bytes(4))})
     (path / "adapter_config.json").write_text("{}")
     check_directory(path)
-    open_source(path).close()
+    with open_source(path) as source:
+        (line,) = source_warnings(source)
+    assert "adapter_model.safetensors is not applied" in line

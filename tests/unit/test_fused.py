@@ -1,4 +1,4 @@
-"""Experts fused into 3-D tensors are read as the single tensors that they are made of."""
+"""Experts fused into 3-D tensors are read as one tensor per expert and projection."""
 
 import dataclasses
 from pathlib import Path
@@ -53,7 +53,8 @@ def test_fp8_weights_and_scales(weight: str | None, scale: str | None, tmp_path:
     assert_read_as(write_hf(tmp_path, WIDE, fused), tensors)
 
 
-def test_one_tensor_for_each_projection(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stack", ["experts.{}", "switch_mlp.{}.weight"])
+def test_one_tensor_for_each_projection(stack: str, tmp_path: Path) -> None:
     """Stacked, but gate and up not fused."""
     tensors = random_tensors(PLAIN)
     stacked = dict(tensors)
@@ -62,13 +63,14 @@ def test_one_tensor_for_each_projection(tmp_path: Path) -> None:
             prefix = f"model.layers.{layer}.mlp.experts."
             taken = [stacked.pop(f"{prefix}{e}.{part}.weight") for e in range(8)]
             shape = (8, *taken[0][1])
-            stacked[prefix + part] = taken[0][0], shape, b"".join(t[2] for t in taken)
+            name = f"model.layers.{layer}.mlp.{stack.format(part)}"
+            stacked[name] = taken[0][0], shape, b"".join(t[2] for t in taken)
     assert_read_as(write_hf(tmp_path, PLAIN, stacked), tensors)
 
 
 @pytest.mark.parametrize("config", [PLAIN, WIDE], ids=["bf16", "fp8"])
 def test_converting_to_ranks_and_back(config: ModelConfig, tmp_path: Path) -> None:
-    """The result has a tensor per expert, of the same bytes."""
+    """The result has one tensor per expert, with the same bytes."""
     tensors = random_tensors(config)
     path = write_hf(tmp_path / "hf", config, fuse_experts(tensors, config))
     with open_source(path) as source:

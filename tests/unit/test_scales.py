@@ -1,4 +1,4 @@
-"""Scales in any dtype that float32 holds exactly give the weights that float32 scales give."""
+"""Block scales in BF16, F16 and E8M0 give the same weights as in float32."""
 
 import dataclasses
 from pathlib import Path
@@ -44,7 +44,7 @@ def with_scales(dtype: str) -> tuple[Tensors, Tensors]:
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "dequantized"])
 def test_loading(dtype: str, keep: bool, tmp_path: Path) -> None:
-    """On the second of two ranks, whose slices begin inside blocks."""
+    """On the second of two ranks, where slices begin inside blocks."""
     one = SingleRank()
     mesh = Mesh(ParallelConfig(world_size=2, rank=1), torch.device("cpu"), one, one, one, 1)
     models = []
@@ -65,7 +65,7 @@ def test_loading(dtype: str, keep: bool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", TYPES)
 def test_converting(dtype: str, tmp_path: Path) -> None:
-    """They keep their dtype in ranks' files and back; a cast uses their values."""
+    """Rank files and Hugging Face directories keep the dtype; a cast uses the values."""
     stored, wide = with_scales(dtype)
     with open_source(write_hf(tmp_path / "wide", CONFIG, wide)) as source:
         convert(source, make_plan(source, None, Cast.BF16), tmp_path / "wide-bf16", workers=1)
@@ -84,7 +84,7 @@ def test_converting(dtype: str, tmp_path: Path) -> None:
 
 
 def test_every_power_of_two(tmp_path: Path) -> None:
-    """Also the one that is no normal float32; the last code is NaN."""
+    """Including the subnormal one; the last code is NaN."""
     codes = np.arange(256, dtype=np.uint8)
     config = dataclasses.replace(CONFIG, q_lora_rank=128 * 86)  # 86 x 3 blocks
     tensors = random_tensors(config)

@@ -1,4 +1,4 @@
-"""Spellings of a checkpoint that are read, and forms of weights that are named and refused."""
+"""Supported spellings of a checkpoint, and errors that name unsupported forms of weights."""
 
 import dataclasses
 import json
@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from dsv3.checkpoint.check import check_tensors
-from dsv3.checkpoint.contradictions import remarks
+from dsv3.checkpoint.contradictions import source_warnings
 from dsv3.checkpoint.names import weight_name
+from dsv3.checkpoint.scales import read_scales
 from dsv3.checkpoint.source import check_stored_form, open_source
 from dsv3.errors import CheckpointError
 from tests.checkpoint_files import FP8, TINY, Tensors, random_tensors, write_file, write_hf
@@ -19,7 +20,7 @@ Q_A = "model.layers.0.self_attn.q_a_proj"
 
 
 def read_as(path: Path, tensors: Tensors) -> list[str]:
-    """Check that a directory has these tensors; return what is said of it."""
+    """Check that a directory has these tensors; return the warnings."""
     with open_source(path) as source:
         assert check_tensors(source) == ()
         assert source.tensors.keys() == tensors.keys()
@@ -27,7 +28,7 @@ def read_as(path: Path, tensors: Tensors) -> list[str]:
             info = source.tensors[name]
             assert (info.dtype, info.shape) == (dtype, shape), name
             assert bytes(source.read(name)) == data, name
-        return list(remarks(source))
+        return list(source_warnings(source))
 
 
 def nested(name: str) -> str:
@@ -51,7 +52,7 @@ def test_other_names(spell, tmp_path: Path) -> None:
     assert read_as(write_hf(tmp_path, CONFIG, spelled), tensors) == []
 
 
-def test_rotary_tables_are_left_out(tmp_path: Path) -> None:
+def test_rotary_tables_are_ignored(tmp_path: Path) -> None:
     tensors = random_tensors(TINY)
     table = ("F32", (8,), bytes(32))
     more = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": table for i in range(2)}
@@ -59,13 +60,13 @@ def test_rotary_tables_are_left_out(tmp_path: Path) -> None:
     assert read_as(write_hf(tmp_path, TINY, tensors | more), tensors) == []
 
 
-def test_an_image_encoder_is_left_out_and_said(tmp_path: Path) -> None:
+def test_an_image_encoder_is_ignored_with_a_warning(tmp_path: Path) -> None:
     tensors = random_tensors(TINY)
     spelled = {f"language_model.{name}": tensor for name, tensor in tensors.items()}
     spelled["vision_tower.patch_embed.weight"] = "I8", (2, 3, 4), bytes(24)
     spelled["model.mm_projector.0.weight"] = "BF16", (2,), bytes(4)
     (line,) = read_as(write_hf(tmp_path, TINY, spelled), tensors)
-    assert "the tensors of an image encoder (2) are left out" in line
+    assert "the tensors of an image encoder (2) are ignored" in line
 
 
 @pytest.mark.parametrize(
@@ -85,7 +86,7 @@ def test_a_tensor_stored_twice(first: str, second: str, tmp_path: Path) -> None:
 
 
 def move(path: Path, place: str) -> None:
-    """Move the second file of a directory, and have the index tell its place."""
+    """Move the second file of a directory, and update the index."""
     index = json.loads((path / INDEX).read_text())
     name = "model-00002-of-00003.safetensors"
     new = path / place
@@ -104,7 +105,7 @@ def test_files_in_folders(place: str, tmp_path: Path) -> None:
 
 
 def test_a_link_to_a_file_elsewhere(tmp_path: Path) -> None:
-    """As a cache of the hub has them."""
+    """As in a cache of the Hugging Face hub."""
     tensors = random_tensors(TINY)
     path = write_hf(tmp_path / "snapshot", TINY, tensors)
     (path / "model-00001-of-00003.safetensors").rename(tmp_path / "blob")
@@ -134,6 +135,7 @@ FORMS: list[tuple[str, dict[str, tuple[str, tuple[int, ...]]]]] = [
     ("bitsandbytes 4-bit", {f"{W}.weight": ("U8", (8, 1)), f"{W}.weight.absmax": ("F32", (1,))}),
     ("bitsandbytes INT8", {f"{W}.weight": ("I8", (8, 4)), f"{W}.SCB": ("F32", (8,))}),
     ("LoRA", {f"{W}.lora_A.weight": ("F32", (8, 4))}),
+    ("LoRA", {f"{W}.lora_B.default.weight": ("F32", (8, 4))}),
     ("static activation scales", {f"{W}.input_scale": ("F32", ())}),
     ("MXFP4", {"model.layers.1.mlp.experts.gate_up_proj_blocks": ("U8", (1, 2))}),
     ("e5m2", {f"{W}.weight": ("F8_E5M2", (8, 4))}),
@@ -166,7 +168,7 @@ def bare(path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> Path:
 def test_unsupported_forms(
     form: str, tensors: dict[str, tuple[str, tuple[int, ...]]], tmp_path: Path
 ) -> None:
-    """They are named by what is stored: nothing else of the directory is looked at."""
+    """Headers are enough to name them: the directory has neither config nor tokenizer."""
     path = bare(tmp_path / "bare", tensors)
     told = []
     for check in (check_stored_form, open_source):
@@ -212,6 +214,21 @@ def test_scales_of_no_blocks(
     with (
         open_source(write_hf(tmp_path, CONFIG, tensors)) as source,
         pytest.raises(CheckpointError, match=rf"{words} are not supported.*\[2, 3\]"),
+    ):
+        check_tensors(source)
+
+
+def test_bytes_are_powers_of_two_where_the_config_says_so(tmp_path: Path) -> None:
+    tensors = random_tensors(CONFIG)
+    tensors[f"{Q_A}.weight_scale_inv"] = "U8", (2, 3), bytes([127, 128, 129, 0, 1, 2])
+    region = ((0, 2), (0, 3))
+    powers = dataclasses.replace(CONFIG, quantization=dataclasses.replace(FP8, scale_fmt="ue8m0"))
+    with open_source(write_hf(tmp_path / "a", powers, tensors)) as source:
+        check_tensors(source)
+        assert read_scales(source, f"{Q_A}.weight", region)[0].tolist() == [1, 2, 4]
+    with (
+        open_source(write_hf(tmp_path / "b", CONFIG, tensors)) as source,
+        pytest.raises(CheckpointError, match="weight_scale_inv is U8; scales are read as"),
     ):
         check_tensors(source)
 
