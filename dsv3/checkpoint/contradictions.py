@@ -14,7 +14,7 @@ from dsv3.checkpoint.spelling import EMBED, HEAD
 from dsv3.config import ModelConfig
 from dsv3.errors import CheckpointError
 
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(?:mlp\.experts\.(\d+)\.)?(.*)")
+_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.(?:mlp\.experts\.(\d{1,9})\.)?(.*)")
 _OF_MTP = ("eh_proj.", "enorm.", "hnorm.", "shared_head.")
 _COMPARED_ROWS = 64
 

@@ -93,9 +93,9 @@ def _rank_files(path: Path) -> list[Path]:
         return []
     if len(worlds) > 1:
         raise CheckpointError(f"{path}: files of several conversions (mp {sorted(worlds)})")
-    world = worlds.pop()
-    files = [path / f"model{rank}-mp{world}.safetensors" for rank in range(world)]
-    for file in files:
-        if not file.is_file():
-            raise CheckpointError(f"{file}: missing; the directory needs {world} rank files")
+    world, files = worlds.pop(), []
+    for rank in range(world):  # stops at the first missing file, however large `world` is
+        files.append(path / f"model{rank}-mp{world}.safetensors")
+        if not files[-1].is_file():
+            raise CheckpointError(f"{files[-1]}: missing; the directory needs {world} rank files")
     return files

@@ -104,11 +104,14 @@ def test_fused_fp8_experts(oracle: MAKE, world_size: int, tmp_path: Path) -> Non
         run_ranks(answer, world_size, path, made.prompts, want)
 
 
-def test_a_tied_head_that_is_stored_and_differs(oracle: MAKE, tmp_path: Path) -> None:
+def test_a_tied_head_that_is_stored_and_differs(
+    oracle: MAKE, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """transformers keeps the stored head; so does dsv3."""
     made = oracle("v3-bf16")
     path = write(tmp_path / "tied", made.path, stored(made.path), tie_word_embeddings=True)
     (got,) = all_logits(start_alone(path), made.prompts[-1:], 200)
+    assert sum("stored and differs" in line for line in caplog.messages) == 1
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     with torch.inference_mode():
         want = theirs(torch.tensor([made.prompts[-1]]), use_cache=False).logits[0]

@@ -11,6 +11,7 @@ import pytest
 from dsv3.checkpoint.check import check_tensors
 from dsv3.checkpoint.contradictions import source_warnings
 from dsv3.checkpoint.convert import convert
+from dsv3.checkpoint.load import has_fp8_experts, has_fp8_weights
 from dsv3.checkpoint.plan import Cast, make_plan
 from dsv3.checkpoint.source import open_source
 from dsv3.config import ModelConfig, ParallelConfig
@@ -191,6 +192,17 @@ def test_fp8_only_where_it_is_not_loaded(tmp_path: Path) -> None:
         check_tensors(source)
         assert source.config.quantization == FP8
         assert numerics_mode(EngineConfig(), source, "cuda") == "bfloat16"
+
+
+@pytest.mark.parametrize("part", ["experts", "self_attn"])
+def test_fp8_in_a_part_of_the_model(part: str, tmp_path: Path) -> None:
+    """Tokens travel to experts in FP8 only if all experts are stored in it."""
+    plain, quantized = random_tensors(TINY), random_tensors(QUANTIZED)
+    tensors = {n: t for n, t in plain.items() if f".{part}." not in n}
+    tensors |= {n: t for n, t in quantized.items() if f".{part}." in n}
+    with open_source(write_hf(tmp_path, QUANTIZED, tensors)) as source:
+        check_tensors(source)
+        assert has_fp8_weights(source) and has_fp8_experts(source) == (part == "experts")
 
 
 BLOCK = {"type": "float", "num_bits": 8, "strategy": "block", "block_structure": [128, 128]}

@@ -8,7 +8,6 @@ import pytest
 
 from dsv3.checkpoint.check import check_tensors
 from dsv3.checkpoint.contradictions import source_warnings
-from dsv3.checkpoint.names import weight_name
 from dsv3.checkpoint.scales import read_scales
 from dsv3.checkpoint.source import check_stored_form, open_source
 from dsv3.errors import CheckpointError
@@ -253,5 +252,17 @@ def test_rank_files_that_do_not_fit_together(tmp_path: Path) -> None:
         open_source(tmp_path, CONFIG)
 
 
-def test_the_names_that_scales_have() -> None:
-    assert weight_name(f"{Q_A}.weight_scale_inv") == f"{Q_A}.weight"
+def test_a_file_name_with_an_absurd_number_of_ranks(tmp_path: Path) -> None:
+    write_file(tmp_path / "model0-mp999999999999.safetensors", {})
+    with pytest.raises(CheckpointError, match=r"model1-mp999999999999.safetensors: missing; the"):
+        open_source(tmp_path, CONFIG)
+
+
+def test_a_tensor_name_with_an_absurd_layer(tmp_path: Path) -> None:
+    name = f"model.layers.{'9' * 5000}.x"
+    tensors = random_tensors(TINY) | {name: ("F32", (1,), bytes(4))}
+    with (
+        open_source(write_hf(tmp_path, TINY, tensors)) as source,
+        pytest.raises(CheckpointError, match="is not part of this model"),
+    ):
+        check_tensors(source)
