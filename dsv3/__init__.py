@@ -17,12 +17,13 @@ A lower-case letter counts the 128-wide quantization blocks of that dimension: `
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from dsv3.version import __version__
+
 if TYPE_CHECKING:
     from dsv3.llm import LLM
     from dsv3.request import SamplingParams
 
-__all__ = ["LLM", "SamplingParams"]
-__version__ = "0.1.0"
+__all__ = ["LLM", "SamplingParams", "__version__"]
 
 _HOMES = {"LLM": "dsv3.llm", "SamplingParams": "dsv3.request"}
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from dsv3.compressed_tensors import compressed_tensors
 from dsv3.config import ModelConfig, QuantizationConfig, RopeScaling, check_family, refuse_unknown
 from dsv3.errors import ConfigError, Dsv3Error
 
@@ -250,6 +251,8 @@ def _hf_quantization(data: Mapping[str, Any] | None, where: str) -> Quantization
         return None
     where = f"{where}: quantization_config"
     method = data.get("quant_method")
+    if method == "compressed-tensors":
+        return compressed_tensors(data, where)
     if method != "fp8":
         raise ConfigError(
             f"{where}: quant_method={method!r} is not supported; only block-scaled fp8 is "

@@ -26,7 +26,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from dsv3.checkpoint.contradictions import source_warnings
 from dsv3.checkpoint.convert import check_space, clear, convert, disk_space, finish, is_complete
+from dsv3.checkpoint.directory import check_directory
 from dsv3.checkpoint.plan import Cast, Plan, make_plan
 from dsv3.checkpoint.reader import Source
 from dsv3.checkpoint.report import describe, in_units
@@ -110,6 +112,7 @@ def main() -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Open the source and do what was asked for."""
+    check_directory(args.hf_ckpt_path)
     config = None if args.config is None else load_model_config(args.config)
     with open_source(args.hf_ckpt_path, config) as source:
         experts = source.config.n_routed_experts
@@ -123,6 +126,8 @@ def run(args: argparse.Namespace) -> None:
         layout = read_layout(args)
         cast = {"bf16": Cast.BF16, "fp8": Cast.FP8}.get(args.to, Cast.NONE)
         plan = make_plan(source, layout, cast, args.scale_fmt)
+        for line in source_warnings(source):
+            print(f"warning: {line}", file=sys.stderr)
         if args.dry_run:
             print(*describe(source, plan, *disk_space(plan, args.save_path)), sep="\n")
             check_space(plan, args.save_path)

@@ -14,6 +14,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from dsv3.checkpoint.source import check_stored_form
 from dsv3.config_files import DEMO, load_model_config
 from dsv3.engine.engine import Engine, follow
 from dsv3.engine.program import (
@@ -178,6 +179,8 @@ def run(args: argparse.Namespace, mesh: Mesh, files: ExitStack, begin: float) ->
         log.info("no --ckpt-path: using the demo model in %s", DEMO)
     mesh.watch.enter("reading the input", may_rest=True)
     with fail_together(mesh, "reading the input"):
+        if is_first:
+            check_stored_form(checkpoint)
         config = load_model_config(args.config) if args.config else None
         settings = engine_config(args)
         job = Job(Defaults())

@@ -72,6 +72,38 @@ def random_tensors(config: ModelConfig, seed: int = 0) -> Tensors:
     return tensors
 
 
+def fuse_experts(
+    tensors: Tensors, config: ModelConfig, weight: str | None = "", scale: str | None = "_scale_inv"
+) -> Tensors:
+    """Fuse the routed experts of every layer into 3-D tensors, as transformers 5 holds them.
+
+    Args:
+        tensors: with a tensor per expert and projection.
+        config: of the model.
+        weight: what follows gate_up_proj and down_proj in the names of weights; None leaves the
+            weights as they are.
+        scale: the same of FP8 scales.
+    """
+    fused = dict(tensors)
+    suffixes = {".weight": weight, ".weight_scale_inv": scale}
+    first = [n for n in tensors if ".mlp.experts.0.gate_proj." in n]
+    for name in first:
+        prefix, _, rest = name.partition("0.gate_proj")
+        suffix = suffixes[rest]
+        if suffix is None:
+            continue
+        for fused_name, parts in (("gate_up_proj", ("gate", "up")), ("down_proj", ("down",))):
+            taken = [
+                fused.pop(f"{prefix}{e}.{part}_proj{rest}")
+                for e in range(config.n_routed_experts)
+                for part in parts
+            ]
+            dtype, (rows, cols), _ = taken[0]
+            shape = (config.n_routed_experts, len(parts) * rows, cols)
+            fused[f"{prefix}{fused_name}{suffix}"] = dtype, shape, b"".join(t[2] for t in taken)
+    return fused
+
+
 def write_file(path: Path, tensors: Tensors) -> None:
     """One safetensors file."""
     header, offsets = make_header((name, t[0], t[1]) for name, t in tensors.items())

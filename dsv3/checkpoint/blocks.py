@@ -13,6 +13,7 @@ from dsv3.checkpoint.plan import Cast, Job, Plan
 from dsv3.checkpoint.quantize import BF16_INFINITY, BLOCK, dequantize, from_bf16, quantize
 from dsv3.checkpoint.reader import Source
 from dsv3.checkpoint.safetensors_file import DTYPE_BYTES
+from dsv3.checkpoint.scales import read_scales
 from dsv3.errors import CheckpointError
 
 # A block is read, digested and written while it lies in a core's second-level cache, usually 1 MiB
@@ -47,8 +48,7 @@ class BlockReader:
         for row, w_FD in self._rows(job.name, BLOCK):
             first, last = row // BLOCK, -(-(row + len(w_FD)) // BLOCK)
             cols = (0, self._source.tensors[scale].shape[1])
-            scales = self._source.read(scale, ((first, last), cols))
-            scale_fd = np.frombuffer(scales, np.float32).reshape(last - first, -1)
+            scale_fd = read_scales(self._source, job.name, ((first, last), cols))
             out_FD = dequantize(w_FD, scale_fd)
             self._check_finite(job.name, (out_FD & BF16_INFINITY) != BF16_INFINITY)
             yield job.name, row, out_FD.view(np.uint8)

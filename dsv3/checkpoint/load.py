@@ -17,6 +17,7 @@ from torch import Tensor
 from dsv3.checkpoint.names import scale_name
 from dsv3.checkpoint.reader import Source
 from dsv3.checkpoint.region import Region, region_shape, whole
+from dsv3.checkpoint.scales import read_scales
 from dsv3.checkpoint.sharding import (
     FP8_DTYPE,
     Split,
@@ -41,6 +42,18 @@ _WORKERS = 4
 def fp8_weights(source: Source) -> frozenset[str]:
     """Return the names of the weights stored in FP8."""
     return frozenset(n for n, info in source.tensors.items() if info.dtype == FP8_DTYPE)
+
+
+def has_fp8_weights(source: Source) -> bool:
+    """Return True if any weight of the main model is stored in FP8."""
+    specs = tensor_specs(source.config)
+    return any(name in specs and not specs[name].mtp for name in fp8_weights(source))
+
+
+def has_fp8_experts(source: Source) -> bool:
+    """Return True if all routed experts of the main model are stored in FP8."""
+    specs, stored = tensor_specs(source.config).values(), fp8_weights(source)
+    return all(s.name in stored for s in specs if s.expert is not None and not s.mtp)
 
 
 def fp8_products(source: Source, layout: ParallelConfig) -> frozenset[str]:
@@ -124,7 +137,7 @@ def _check_finite(source: Source, name: str, values: Tensor) -> None:
 
 def _load_fp8(source: Source, target: Target, region: Region) -> None:
     """Keep FP8 rows with their covering scales, or dequantize them into the compute dtype."""
-    scale = _read(source, scale_name(target.name), scale_region(region), torch.float32)
+    scale = torch.from_numpy(read_scales(source, target.name, scale_region(region)))
     _check_finite(source, scale_name(target.name), scale)
     row_offset, col_offset = region[0][0] % BLOCK, region[1][0] % BLOCK
     if target.dest.dtype == FP8:

@@ -1,6 +1,15 @@
-"""Tensor names: Hugging Face's are ours; those of DeepSeek's own converter are read too."""
+"""Tensor names: Hugging Face's are ours; those of DeepSeek's own converter are read too.
+
+So are those of the text model in a multi-modal model, and names without the prefix `model.`.
+"""
 
 _SCALE = ".weight_scale_inv"
+_COMPRESSED_SCALE = ".weight_scale"  # the spelling of compressed-tensors, with the same meaning
+_WRAPPERS = ("model", "language_model")
+_OF_THE_MODEL = ("layers", "embed_tokens", "norm", "lm_head")
+# Tables computed from the config; older versions of transformers stored them.
+_ROTARY = tuple(f"rotary_emb.{t}" for t in ("inv_freq", "cos_cached", "sin_cached"))
+_VISION = ("vision_tower", "vision_model", "visual", "mm_projector", "multi_modal_projector")
 # One dotted component at a time. Names inside V3.2's indexer are the same in both spellings.
 FROM_DEEPSEEK = {
     "attn": "self_attn",
@@ -33,6 +42,45 @@ def scale_name(weight: str) -> str:
 def weight_name(scale: str) -> str | None:
     """Name of the weight that a scale tensor belongs to; None if `scale` is not one."""
     return scale.removesuffix(_SCALE) + ".weight" if scale.endswith(_SCALE) else None
+
+
+def is_rotary_table(name: str) -> bool:
+    """Return True for a rotary embedding's buffer, which the config determines."""
+    return name.endswith(_ROTARY)
+
+
+def is_vision(name: str) -> bool:
+    """Return True for a tensor of the image encoder of a multi-modal model."""
+    if name.startswith("model.layers."):
+        return False
+    parts = name.split(".")
+    inner = 1 if parts[0] in _WRAPPERS and len(parts) > 1 else 0
+    return parts[inner] in _VISION
+
+
+def is_unused(name: str) -> bool:
+    """Return True for a stored tensor that the text model does not use."""
+    return is_rotary_table(name) or is_vision(name)
+
+
+def plain_name(name: str) -> str:
+    """Return Hugging Face's name of a tensor with a missing prefix or a wrapper's prefix."""
+    if not name.startswith("model.layers."):
+        name = _without_wrappers(name)
+    if name.endswith(_COMPRESSED_SCALE):
+        return name.removesuffix(_COMPRESSED_SCALE) + _SCALE
+    return name
+
+
+def _without_wrappers(name: str) -> str:
+    parts = name.split(".")
+    first = 0
+    while parts[first] in _WRAPPERS and first + 1 < len(parts):
+        first += 1
+    if parts[first] not in _OF_THE_MODEL:
+        return name
+    top = [] if parts[first] == "lm_head" else ["model"]
+    return ".".join(top + parts[first:])
 
 
 def from_deepseek(name: str) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from itertools import zip_longest
 
+from dsv3.checkpoint.check import check_tensors
 from dsv3.checkpoint.manifest import DIGEST_KEY, rank_file
 from dsv3.checkpoint.names import scale_name
 from dsv3.checkpoint.reader import Source
@@ -17,7 +18,6 @@ from dsv3.checkpoint.region import Region, region_shape, whole
 from dsv3.checkpoint.safetensors_file import make_header, tensor_bytes
 from dsv3.checkpoint.sharding import (
     FP8_DTYPE,
-    check_tensors,
     scale_shape,
     tensor_region,
     tensor_specs,

@@ -60,10 +60,12 @@ class Source(AbstractContextManager["Source"]):
 
     Attributes:
         path: the directory.
-        config: what the model is.
+        config: of the model, corrected where the stored tensors contradict it.
         tensors: every tensor by its Hugging Face name.
         model_digest: of all weights, where a manifest tells it; else empty.
         bytes_read: bytes of tensors read so far: a sign of progress, not an exact count.
+        declared: the config as given, for messages.
+        num_unused: number of stored tensors that the text model does not use.
     """
 
     def __init__(
@@ -71,11 +73,15 @@ class Source(AbstractContextManager["Source"]):
         path: Path,
         config: ModelConfig,
         tensors: Mapping[str, TensorInfo],
+        declared: ModelConfig,
+        num_unused: int = 0,
         model_digest: str = "",
     ) -> None:
         self.path = path
         self.config = config
         self.tensors = tensors
+        self.declared = declared
+        self.num_unused = num_unused
         self.model_digest = model_digest
         self.bytes_read = 0
         self._files: dict[Path, int] = {}

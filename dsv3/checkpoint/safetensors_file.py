@@ -9,12 +9,16 @@ from pathlib import Path
 
 from dsv3.errors import CheckpointError, os_errors_as
 
+# The format's dtypes, whether this project computes with them or not.
 DTYPE_BYTES = {
-    **dict.fromkeys(("F64", "I64"), 8),
-    **dict.fromkeys(("F32", "I32"), 4),
-    **dict.fromkeys(("F16", "BF16", "I16"), 2),
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
     **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+    **dict.fromkeys(("F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1),
 }
+_DTYPE_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}  # values that share bytes
+_KNOWN_DTYPES = DTYPE_BYTES.keys() | _DTYPE_BITS.keys()
 MAX_HEADER = 100_000_000  # what the reference implementation accepts
 
 
@@ -34,6 +38,8 @@ class Entry:
 
 def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
     """Bytes of a contiguous tensor."""
+    if dtype in _DTYPE_BITS:
+        return -(-math.prod(shape) * _DTYPE_BITS[dtype] // 8)
     return math.prod(shape) * DTYPE_BYTES[dtype]
 
 
@@ -83,6 +89,8 @@ def _entry(path: Path, name: str, item: object, base: int) -> Entry:
     try:
         assert isinstance(item, dict)
         start, stop = item["data_offsets"]
+        if isinstance(item["dtype"], str) and item["dtype"] not in _KNOWN_DTYPES:
+            raise CheckpointError(f"{path}: tensor {name} is {item['dtype']}, which is not read")
         entry = Entry(item["dtype"], tuple(item["shape"]), base + start)
         if entry.num_bytes == stop - start and start >= 0:
             return entry

@@ -6,19 +6,17 @@ the weight's slice. Where a slice begins inside a block, the block offset is
 `region.start % 128` and the two neighbouring ranks both hold that block's scale.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from dsv3.checkpoint.names import scale_name, weight_name
-from dsv3.checkpoint.reader import Source, TensorInfo
+from dsv3.checkpoint.names import weight_name
 from dsv3.checkpoint.region import Region, whole
 from dsv3.config import ModelConfig, ParallelConfig, split_range
-from dsv3.errors import CheckpointError
 
 FLOAT_DTYPES = ("F32", "BF16", "F16")
 FP8_DTYPE = "F8_E4M3"
+SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
 BLOCK = 128  # rows and columns that share a scale
 
 
@@ -175,87 +173,3 @@ def tensor_region(
     assert weight is not None, name
     region = shard_region(specs[weight], layout)
     return None if region is None else scale_region(region)
-
-
-def check_tensors(source: Source) -> tuple[str, ...]:
-    """Hold a checkpoint to its config: nothing missing, unknown or misshapen.
-
-    Returns:
-        the weights that are rightly absent: MTP layers (some copies of the published models drop
-        them), the copies of embedding and head inside them, and a head tied to the embedding.
-
-    Raises:
-        CheckpointError: naming the first tensor at fault.
-    """
-    specs = tensor_specs(source.config)
-    for name in source.tensors:
-        _check_known(source, specs, name)
-    for spec in specs.values():
-        if spec.name in source.tensors:
-            _check_weight(source, spec)
-    absent = tuple(name for name in specs if name not in source.tensors)
-    for name in absent:
-        if not _may_be_absent(source, specs[name]):
-            raise CheckpointError(f"{source.path}: tensor {name} is missing")
-    return absent
-
-
-def _may_be_absent(source: Source, spec: TensorSpec) -> bool:
-    if spec.name == "lm_head.weight":
-        return source.config.tie_word_embeddings
-    if not spec.mtp:
-        return False
-    if spec.name.endswith((".embed_tokens.weight", ".shared_head.head.weight")):
-        return True
-    layer = ".".join(spec.name.split(".")[:3])
-    return f"{layer}.eh_proj.weight" not in source.tensors
-
-
-def _check_known(source: Source, specs: Mapping[str, TensorSpec], name: str) -> None:
-    weight = weight_name(name)
-    if name in specs or (weight in specs and weight in source.tensors):
-        return
-    hint = ""
-    if weight in specs:
-        hint = ": it scales a weight that is absent"
-    elif name.endswith(("weight_packed", "weight_shape", ".weight_scale", "qweight")):
-        hint = ": packed int4 weights are not supported"
-    elif name.startswith(f"model.layers.{source.config.num_hidden_layers}."):
-        count = source.config.num_nextn_predict_layers
-        hint = f": config.json says num_nextn_predict_layers={count}"
-    raise CheckpointError(f"{source.where(name)}: tensor {name} is not part of this model{hint}")
-
-
-def _check_weight(source: Source, spec: TensorSpec) -> None:
-    info = source.tensors[spec.name]
-    where, scale = source.where(spec.name), scale_name(spec.name)
-    _check_shape(where, info, spec.shape)
-    quantization = source.config.quantization
-    if info.dtype in FLOAT_DTYPES:
-        if spec.name.endswith(".weight") and scale in source.tensors:
-            raise CheckpointError(f"{where}: tensor {spec.name} is {info.dtype} but has scales")
-        return
-    if info.dtype != FP8_DTYPE or not spec.quantizable:
-        raise CheckpointError(f"{where}: tensor {spec.name} cannot be of type {info.dtype}")
-    if quantization is None:
-        raise CheckpointError(
-            f"{where}: tensor {spec.name} is {info.dtype}, but the config has no "
-            "quantization_config"
-        )
-    if scale not in source.tensors:
-        raise CheckpointError(
-            f"{where}: tensor {spec.name} is {info.dtype}, but {scale} is missing"
-        )
-    _check_shape(source.where(scale), source.tensors[scale], scale_shape(spec.shape))
-    if source.tensors[scale].dtype != "F32":
-        raise CheckpointError(
-            f"{source.where(scale)}: tensor {scale} is {source.tensors[scale].dtype}, not F32"
-        )
-
-
-def _check_shape(where: object, info: TensorInfo, wanted: tuple[int, ...]) -> None:
-    if info.shape != wanted:
-        raise CheckpointError(
-            f"{where}: tensor {info.name} is {list(info.shape)}, the config makes it "
-            f"{list(wanted)} ({math.prod(wanted)} values)"
-        )

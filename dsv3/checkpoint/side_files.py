@@ -31,12 +31,21 @@ def copy_side_files(source: Path, target: Path, plan: Plan) -> None:
     config = source / "config.json"
     if not config.is_file():
         _write_json(target / "config.json", hf_config_dict(plan.config))
-    elif plan.is_cast:
-        data = json.loads(config.read_text(encoding="utf-8"))
+        return
+    data = json.loads(config.read_text(encoding="utf-8"))
+    if plan.is_cast or not _describes_quantization(data, plan):
         data.pop("quantization_config", None)
         if plan.config.quantization is not None:
             data["quantization_config"] = hf_quantization_dict(plan.config.quantization)
         _write_json(target / "config.json", data)
+
+
+def _describes_quantization(data: dict[str, Any], plan: Plan) -> bool:
+    """Return True if config.json describes the quantization of the weights to be written."""
+    stated, quantization = data.get("quantization_config"), plan.config.quantization
+    if stated is None or quantization is None:
+        return stated is None and quantization is None
+    return isinstance(stated, dict) and stated.get("quant_method") == "fp8"
 
 
 def _side_files(source: Path) -> Iterator[Path]:

@@ -5,25 +5,26 @@ writes (a file per rank and a manifest), and those that DeepSeek's own converter
 rank, its own tensor names, equal slices).
 """
 
-import json
-import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from dsv3.checkpoint.digest import file_digest
+from dsv3.checkpoint.directory import INDEX, check_directory
 from dsv3.checkpoint.manifest import DIGEST_KEY, MANIFEST, Manifest, read_manifest
-from dsv3.checkpoint.names import from_deepseek, weight_name
+from dsv3.checkpoint.names import is_vision
 from dsv3.checkpoint.reader import Piece, Source, TensorInfo
-from dsv3.checkpoint.region import region_shape, whole
-from dsv3.checkpoint.safetensors_file import Entry, read_header
-from dsv3.checkpoint.sharding import Split, TensorSpec, tensor_specs
+from dsv3.checkpoint.region import region_shape
+from dsv3.checkpoint.safetensors_file import read_header
+from dsv3.checkpoint.scales import stored_quantization
+from dsv3.checkpoint.spelling import HEAD, deepseek_tensors, hugging_face_tensors
+from dsv3.checkpoint.stored import StoredFiles, read_stored
+from dsv3.checkpoint.unsupported import refuse_unsupported
 from dsv3.config import ModelConfig
 from dsv3.config_files import load_model_config
 from dsv3.errors import CheckpointError, ConfigError
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-_RANK_FILE = re.compile(r"model(\d+)-mp(\d+)\.safetensors")
+__all__ = ["INDEX", "check_stored_form", "open_source"]
+
 # Sizes that DeepSeek's own config files do not tell, or tell in another way.
 _MAY_DIFFER = {"bos_token_id", "max_position_embeddings", "num_nextn_predict_layers"}
 
@@ -45,24 +46,47 @@ def open_source(
         ConfigError: the model is not supported, or `config` contradicts config.json.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such directory")
-    config = _config(path, config)
-    if (path / MANIFEST).is_file():
+    files = check_stored_form(path)
+    declared = _config(path, config)
+    num_unused, model_digest = 0, ""
+    if files is None:
         manifest = read_manifest(path)
-        tensors = _converted(path, manifest, is_share)
-        return Source(path, config, tensors, manifest.model_digest)
-    if (path / INDEX).is_file():
-        return Source(path, config, _indexed(path))
-    if (path / SINGLE).is_file():
-        file = path / SINGLE
-        entries = read_header(file).entries.items()
-        return Source(path, config, {n: _whole_tensor(n, entry, file) for n, entry in entries})
-    if any(_RANK_FILE.fullmatch(file.name) for file in path.iterdir()):
-        return Source(path, config, _deepseek(path, config))
-    if any(path.glob("*.safetensors")):
-        raise CheckpointError(f"{path}: {INDEX} is missing; without it a lost file goes unseen")
-    raise CheckpointError(f"{path}: no .safetensors files here (other formats are not read)")
+        tensors, model_digest = _converted(path, manifest, is_share), manifest.model_digest
+    elif files.is_ranks:
+        tensors = deepseek_tensors(files.tensors, declared)
+    else:
+        tensors = hugging_face_tensors(files.tensors, declared)
+        num_unused = sum(is_vision(tensor.name) for tensor in files.tensors)
+    stored = _config_of_stored(declared, tensors)
+    return Source(path, stored, tensors, declared, num_unused, model_digest)
+
+
+def check_stored_form(path: Path) -> StoredFiles | None:
+    """Check that a path holds weights in a supported form.
+
+    Needs neither config nor tokenizer, so programs call it before they read those.
+
+    Returns:
+        the stored tensors; None for a directory with a manifest, which lists them.
+
+    Raises:
+        CheckpointError: saying what the path holds instead.
+    """
+    check_directory(path)
+    if (path / MANIFEST).is_file():
+        return None
+    files = read_stored(path)
+    refuse_unsupported(files.tensors)
+    return files
+
+
+def _config_of_stored(declared: ModelConfig, tensors: dict[str, TensorInfo]) -> ModelConfig:
+    """Return the config, corrected by the tensors: whether the head is tied, and FP8 or not."""
+    return replace(
+        declared,
+        tie_word_embeddings=declared.tie_word_embeddings and HEAD not in tensors,
+        quantization=stored_quantization(declared.quantization, tensors),
+    )
 
 
 def _config(path: Path, given: ModelConfig | None) -> ModelConfig:
@@ -79,38 +103,6 @@ def _config(path: Path, given: ModelConfig | None) -> ModelConfig:
             where = path / "config.json"
             raise ConfigError(f"{where}: {field.name}={have}, but --config says {want}")
     return own
-
-
-def _whole_tensor(name: str, entry: Entry, file: Path) -> TensorInfo:
-    piece = Piece(file, entry.offset, whole(entry.shape))
-    return TensorInfo(name, entry.dtype, entry.shape, (piece,))
-
-
-def _indexed(path: Path) -> dict[str, TensorInfo]:
-    weight_map = _read_index(path / INDEX)
-    headers: dict[str, dict[str, Entry]] = {}
-    tensors = {}
-    for name, file_name in weight_map.items():
-        file = path / file_name
-        if file_name not in headers:
-            if not file.is_file():
-                raise CheckpointError(f"{file}: missing, but {INDEX} names it (tensor {name})")
-            headers[file_name] = read_header(file).entries
-        entry = headers[file_name].get(name)
-        if entry is None:
-            raise CheckpointError(f"{file}: tensor {name} is missing, but {INDEX} names it")
-        tensors[name] = _whole_tensor(name, entry, file)
-    return tensors
-
-
-def _read_index(file: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
-        if all(Path(name).name == name for name in weight_map.values()):
-            return dict(weight_map)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        pass
-    raise CheckpointError(f"{file}: not an index of tensor names to file names; fetch it again")
 
 
 def _converted(path: Path, manifest: Manifest, is_share: bool) -> dict[str, TensorInfo]:
@@ -146,49 +138,3 @@ def _converted(path: Path, manifest: Manifest, is_share: bool) -> dict[str, Tens
         name: TensorInfo(name, r.dtype, r.shape, tuple(pieces[name]), r.digest)
         for name, r in manifest.tensors.items()
     }
-
-
-def _deepseek(path: Path, config: ModelConfig) -> dict[str, TensorInfo]:
-    """A directory made by DeepSeek's converter: slices lie end to end in rank order."""
-    files = _rank_files(path)
-    specs = tensor_specs(config)
-    held: dict[str, list[tuple[Path, Entry]]] = {}
-    for file in files:
-        for theirs, entry in read_header(file).entries.items():
-            if theirs.startswith(("model.", "lm_head.")):
-                raise CheckpointError(
-                    f"{path}: an unfinished conversion (no manifest.json); run convert.py again"
-                )
-            held.setdefault(from_deepseek(theirs), []).append((file, entry))
-    return {name: _join(name, specs, entries) for name, entries in held.items()}
-
-
-def _rank_files(path: Path) -> list[Path]:
-    matches = [m for file in sorted(path.iterdir()) if (m := _RANK_FILE.fullmatch(file.name))]
-    worlds = {int(match[2]) for match in matches}
-    if len(worlds) > 1:
-        raise CheckpointError(f"{path}: files of several conversions (mp {sorted(worlds)})")
-    world = worlds.pop()
-    files = [path / f"model{rank}-mp{world}.safetensors" for rank in range(world)]
-    for file in files:
-        if not file.is_file():
-            raise CheckpointError(f"{file}: missing; the directory needs {world} rank files")
-    return files
-
-
-def _join(name: str, specs: dict[str, TensorSpec], entries: list[tuple[Path, Entry]]) -> TensorInfo:
-    """One tensor from the slices in the rank files."""
-    spec = specs.get(name) or specs.get(weight_name(name) or "")
-    first = entries[0][1]
-    if spec is None or spec.split not in (Split.ROWS, Split.COLS):
-        pieces = tuple(Piece(file, entry.offset, whole(entry.shape)) for file, entry in entries)
-        return TensorInfo(name, first.dtype, first.shape, pieces)
-    dim = 0 if spec.split is Split.ROWS else 1
-    joined, start = [], 0
-    for file, entry in entries:
-        region = list(whole(entry.shape))
-        region[dim] = (start, start + entry.shape[dim])
-        start = region[dim][1]
-        joined.append(Piece(file, entry.offset, tuple(region)))
-    shape = (*first.shape[:dim], start, *first.shape[dim + 1 :])
-    return TensorInfo(name, first.dtype, shape, tuple(joined))

@@ -19,6 +19,7 @@ from dsv3.checkpoint.reader import Source
 from dsv3.config import ModelConfig
 from dsv3.errors import ConfigError
 from dsv3.parallel.mesh import Mesh
+from dsv3.parallel.rendezvous import Peer
 from dsv3.parallel.together import fail_together
 
 
@@ -71,7 +72,7 @@ def check_same_model(mesh: Mesh, source: Source, placement_file: str) -> None:
     if mesh.world.size == 1:
         return
     check_same(mesh, config_facts(source.config))
-    place = source.model_digest or _directory(mesh, source.path)
+    place = source.model_digest or _directory(mesh.layout.rank, source.path)
     places = gather_texts(mesh, place)
     sharers = [rank for rank, other in enumerate(places) if other == place]
     share, placement = bytes(16), ""
@@ -89,7 +90,7 @@ def check_same_model(mesh: Mesh, source: Source, placement_file: str) -> None:
     check_same(mesh, facts)
 
 
-def _directory(mesh: Mesh, path: Path) -> str:
+def _directory(rank: int, path: Path) -> str:
     """Return a name that only ranks which read the very same directory share."""
     status = path.resolve().stat()
-    return f"{mesh.watch.peers[mesh.layout.rank].boot} {status.st_dev} {status.st_ino}"
+    return f"{Peer.here(rank).boot} {status.st_dev} {status.st_ino}"

@@ -15,10 +15,17 @@ import torch
 
 from dsv3.cache.layout import CacheLayout
 from dsv3.cache.pool import CachePool
+from dsv3.checkpoint.check import check_tensors
+from dsv3.checkpoint.contradictions import source_warnings
 from dsv3.checkpoint.fingerprint import digest_share, fingerprint
-from dsv3.checkpoint.load import fp8_products, fp8_weights, load_weights
+from dsv3.checkpoint.load import (
+    fp8_products,
+    fp8_weights,
+    has_fp8_experts,
+    has_fp8_weights,
+    load_weights,
+)
 from dsv3.checkpoint.reader import Source
-from dsv3.checkpoint.sharding import check_tensors
 from dsv3.checkpoint.source import open_source
 from dsv3.config import ModelConfig
 from dsv3.engine.agreement import check_same_model
@@ -78,12 +85,16 @@ def _phase(seconds: dict[str, float], name: str) -> Iterator[None]:
     seconds[name] = time.perf_counter() - start
 
 
-def numerics_mode(settings: EngineConfig, config: ModelConfig, device: str) -> str:
-    """Return float32, bfloat16 or fp8; `auto` is float32 on CPU, as the checkpoint on CUDA."""
-    stored = "bfloat16" if config.quantization is None else "fp8"
+def numerics_mode(settings: EngineConfig, source: Source, device: str) -> str:
+    """Return float32, bfloat16 or fp8; `auto` is float32 on CPU, as the weights on CUDA."""
+    config = source.config
+    stored = "fp8" if has_fp8_weights(source) else "bfloat16"
     if settings.dtype == "fp8" and stored != "fp8":
+        stale = (
+            "" if source.declared.quantization is None else " (its quantization_config is stale)"
+        )
         raise ConfigError(
-            "--dtype=fp8 multiplies FP8 weights and the checkpoint has none; "
+            f"--dtype=fp8 multiplies FP8 weights and the checkpoint has none{stale}; "
             "make some with convert.py --to fp8, or use --dtype bfloat16"
         )
     if settings.dtype != "auto":
@@ -96,7 +107,8 @@ def numerics_mode(settings: EngineConfig, config: ModelConfig, device: str) -> s
 def identify(path: Path, settings: EngineConfig, mesh: Mesh, config: ModelConfig | None) -> str:
     """Name a model and the dtype it computes in, without loading it."""
     with open_source(path, config, is_share=True) as source:
-        mode = numerics_mode(settings, source.config, mesh.device.type)
+        check_tensors(source)
+        mode = numerics_mode(settings, source, mesh.device.type)
         return fingerprint(source, str(_TORCH_DTYPES.get(mode, mode)))
 
 
@@ -156,7 +168,7 @@ def start(
             log.info("%s", setup.plan.describe())
         _limit_threads(source.config, mesh)
         try_forms(settings.try_kernels, mesh.device)
-        dispatch = _dispatch(settings, source.config, setup.fmt)
+        dispatch = _dispatch(settings, source.config, setup.fmt, has_fp8_experts(source))
         if settings.moe_dispatch == "alltoall" and mesh.layout.dp == 1 and mesh.layout.rank == 0:
             log.info("--moe-dispatch=alltoall: without --dp every rank has all tokens already")
         if setup.placement is not None:  # a group's experts may be anywhere
@@ -231,6 +243,9 @@ def _set_up(source: Source, settings: EngineConfig, mesh: Mesh, n_experts: int |
     if n_experts not in (None, config.n_routed_experts):
         raise ConfigError(f"--n-experts={n_experts} but the model has {config.n_routed_experts}")
     check_tensors(source)
+    if mesh.layout.rank == 0:
+        for line in source_warnings(source):
+            log.warning("%s", line)
     limit = context_limit(settings, config)
     fmt = _weight_format(source, settings, mesh)
     dtype = fmt.dtype
@@ -247,7 +262,7 @@ def _set_up(source: Source, settings: EngineConfig, mesh: Mesh, n_experts: int |
 
 def _weight_format(source: Source, settings: EngineConfig, mesh: Mesh) -> WeightFormat:
     """Decide what weights are held in, and which of them in FP8."""
-    mode = numerics_mode(settings, source.config, mesh.device.type)
+    mode = numerics_mode(settings, source, mesh.device.type)
     dtype = _TORCH_DTYPES.get(mode, torch.bfloat16)
     if mode != "fp8":
         kept = fp8_weights(source) if settings.weights == "fp8" else frozenset()
@@ -311,15 +326,17 @@ def largest_step(rows: int, limit: int, page_size: int, max_tokens: int = 0) -> 
     return plan
 
 
-def _dispatch(settings: EngineConfig, config: ModelConfig, fmt: WeightFormat) -> DispatchSettings:
-    """Return how tokens come to their experts."""
+def _dispatch(
+    settings: EngineConfig, config: ModelConfig, fmt: WeightFormat, fp8_experts: bool
+) -> DispatchSettings:
+    """Return how tokens come to their experts; by default in FP8 only if those are stored so."""
     fits, is_limited = config.hidden_size % 128 == 0, config.topk_method != "greedy"
     if settings.dispatch_dtype == "fp8" and not fits:
         raise ConfigError(
             f"--dispatch-dtype=fp8 has a scale per 128 values, hidden_size={config.hidden_size} "
             "is no multiple of them; use bf16"
         )
-    numerics = FP8 if fmt.fp8_products and fits else None
+    numerics = FP8 if fmt.fp8_products and fits and fp8_experts else None
     dtypes = {"auto": numerics, "bf16": torch.bfloat16, "fp8": FP8}
     return DispatchSettings(
         settings.moe_dispatch,

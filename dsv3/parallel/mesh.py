@@ -16,12 +16,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from dsv3 import __version__
 from dsv3.config import ParallelConfig
 from dsv3.errors import ConfigError
 from dsv3.parallel.collectives import Collectives, ProcessGroup, SingleRank, connect
 from dsv3.parallel.rendezvous import Hello, Peer, Roster, meet
 from dsv3.parallel.watch import RUN, Watch, start_up_timeout
+from dsv3.version import __version__
 
 # Rank 0 may wait for a user's next line for days while the others wait for its plan. The watch
 # notices ranks that die or hang.

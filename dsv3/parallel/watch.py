@@ -134,11 +134,6 @@ class Watch:
         self._handlers: dict[int, Any] = {}
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
-    @property
-    def peers(self) -> Sequence[Peer]:
-        """All ranks; empty in a world of one."""
-        return self._peers
-
     def name_of(self, *ranks: int) -> str:
         """Return names for messages."""
         return ", ".join(str(self._peers[r]) if self._peers else f"rank {r}" for r in ranks)

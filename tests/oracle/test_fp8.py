@@ -118,10 +118,12 @@ def test_what_cuts_blocks_runs_dequantized(oracle: MAKE, caplog: pytest.LogCaptu
 
 
 def test_the_mode_of_a_device_and_a_checkpoint(oracle: MAKE) -> None:
-    fp8 = start_alone(oracle("v3-fp8").path).config
-    bf16 = start_alone(oracle("v3-bf16").path).config
-    modes = [numerics_mode(EngineConfig(), c, d) for c in (fp8, bf16) for d in ("cpu", "cuda")]
-    assert modes == ["float32", "fp8", "float32", "bfloat16"]
-    assert numerics_mode(EngineConfig(dtype="bfloat16"), fp8, "cuda") == "bfloat16"
+    with (
+        open_source(oracle("v3-fp8").path) as fp8,
+        open_source(oracle("v3-bf16").path) as bf16,
+    ):
+        modes = [numerics_mode(EngineConfig(), c, d) for c in (fp8, bf16) for d in ("cpu", "cuda")]
+        assert modes == ["float32", "fp8", "float32", "bfloat16"]
+        assert numerics_mode(EngineConfig(dtype="bfloat16"), fp8, "cuda") == "bfloat16"
     with pytest.raises(ConfigError, match="--dtype=fp8 multiplies FP8 weights"):
         start_alone(oracle("v3-bf16").path, dtype="fp8")

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from dsv3.checkpoint import reader
+from dsv3.checkpoint.check import check_tensors
 from dsv3.checkpoint.convert import convert
 from dsv3.checkpoint.names import weight_name
 from dsv3.checkpoint.plan import make_plan
 from dsv3.checkpoint.reader import Source
 from dsv3.checkpoint.safetensors_file import DTYPE_BYTES, make_header, read_header
-from dsv3.checkpoint.sharding import Split, check_tensors, tensor_region, tensor_specs
+from dsv3.checkpoint.sharding import Split, tensor_region, tensor_specs
 from dsv3.checkpoint.source import open_source
 from dsv3.config import ParallelConfig, split_range
 from dsv3.errors import CheckpointError, ConfigError

@@ -42,26 +42,27 @@ def test_threads_that_a_model_keeps_busy(
 
 
 def test_what_tokens_travel_in() -> None:
-    """FP8 where they are multiplied in it, or where the user says so."""
+    """FP8 where they are multiplied in it by experts stored in it, or where the user says so."""
     wide, cpu = dataclasses.replace(TINY, hidden_size=256), torch.device("cpu")
     names = frozenset(["some"])
-    for asked, products, travels in (
-        ("auto", False, None),
-        ("auto", True, FP8),
-        ("bf16", True, torch.bfloat16),
-        ("fp8", False, FP8),
+    for asked, products, fp8_experts, travels in (
+        ("auto", False, True, None),
+        ("auto", True, True, FP8),
+        ("auto", True, False, None),
+        ("bf16", True, True, torch.bfloat16),
+        ("fp8", False, False, FP8),
     ):
         settings = EngineConfig(dispatch_dtype=asked, moe_dispatch="alltoall")
         fmt = WeightFormat(torch.bfloat16, cpu, names, products, products)
-        chosen = start._dispatch(settings, wide, fmt)
+        chosen = start._dispatch(settings, wide, fmt, fp8_experts)
         assert (chosen.form, chosen.dtype, chosen.ue8m0) == ("alltoall", travels, products)
         assert chosen.groups == (TINY.n_group, TINY.topk_group)
     ragged = WeightFormat(torch.bfloat16, cpu, names, True)
-    assert start._dispatch(EngineConfig(), TINY, ragged).dtype is None
+    assert start._dispatch(EngineConfig(), TINY, ragged, True).dtype is None
     with pytest.raises(
         ConfigError, match=r"--dispatch-dtype=fp8 .* hidden_size=320 is no multiple"
     ):
-        start._dispatch(EngineConfig(dispatch_dtype="fp8"), TINY, ragged)
+        start._dispatch(EngineConfig(dispatch_dtype="fp8"), TINY, ragged, True)
     with pytest.raises(ConfigError, match="--dispatch-dtype=int8 is unknown"):
         EngineConfig(dispatch_dtype="int8")
     with pytest.raises(ConfigError, match="--moe-dispatch=some is unknown"):

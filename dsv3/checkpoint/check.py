@@ -1,0 +1,121 @@
+"""Check an open checkpoint against its config, by names, dtypes and shapes; read no tensor."""
+
+import math
+from collections.abc import Mapping
+
+from dsv3.checkpoint.contradictions import check_sizes
+from dsv3.checkpoint.names import scale_name, weight_name
+from dsv3.checkpoint.reader import Source, TensorInfo
+from dsv3.checkpoint.sharding import (
+    FLOAT_DTYPES,
+    FP8_DTYPE,
+    SCALE_DTYPES,
+    TensorSpec,
+    scale_shape,
+    tensor_specs,
+)
+from dsv3.errors import CheckpointError
+
+
+def check_tensors(source: Source) -> tuple[str, ...]:
+    """Check that no tensor is missing, unknown or misshapen.
+
+    Returns:
+        the weights that may be absent and are: MTP layers (some copies of the published models
+        drop them), the copies of embedding and head in them, and a head tied to the embedding.
+
+    Raises:
+        CheckpointError: naming the first wrong tensor, or a size that contradicts the config.
+    """
+    check_sizes(source)
+    specs = tensor_specs(source.config)
+    for name in source.tensors:
+        _check_known(source, specs, name)
+    for spec in specs.values():
+        if spec.name in source.tensors:
+            _check_weight(source, spec)
+    absent = tuple(name for name in specs if name not in source.tensors)
+    for name in absent:
+        if not _may_be_absent(source, specs[name]):
+            raise CheckpointError(f"{source.path}: tensor {name} is missing")
+    return absent
+
+
+def _may_be_absent(source: Source, spec: TensorSpec) -> bool:
+    if spec.name == "lm_head.weight":
+        return source.config.tie_word_embeddings
+    if not spec.mtp:
+        return False
+    if spec.name.endswith((".embed_tokens.weight", ".shared_head.head.weight")):
+        return True
+    layer = ".".join(spec.name.split(".")[:3])
+    return f"{layer}.eh_proj.weight" not in source.tensors
+
+
+def _check_known(source: Source, specs: Mapping[str, TensorSpec], name: str) -> None:
+    weight = weight_name(name)
+    if name in specs or (weight in specs and weight in source.tensors):
+        return
+    hint = ": it scales a weight that is absent" if weight in specs else _hint(source, name)
+    raise CheckpointError(f"{source.where(name)}: tensor {name} is not part of this model{hint}")
+
+
+def _hint(source: Source, name: str) -> str:
+    """Return the config field that excludes a tensor, where the name shows it."""
+    config = source.config
+    if ".indexer." in name and not config.has_indexer:
+        return (
+            f": it belongs to deepseek_v32's sparse attention, the config says {config.model_type}"
+        )
+    if name.endswith(".e_score_correction_bias"):
+        return f": the config says topk_method={config.topk_method}"
+    if ".shared_experts." in name:
+        return f": the config says n_shared_experts={config.n_shared_experts}"
+    if name.endswith("_proj.bias"):
+        return ": no model of the family has biases in its projections"
+    return ""
+
+
+def _check_weight(source: Source, spec: TensorSpec) -> None:
+    info = source.tensors[spec.name]
+    where, scale = source.where(spec.name), scale_name(spec.name)
+    _check_shape(where, info, spec.shape)
+    if info.dtype in FLOAT_DTYPES:
+        if spec.name.endswith(".weight") and scale in source.tensors:
+            raise CheckpointError(f"{where}: tensor {spec.name} is {info.dtype} but has scales")
+        return
+    if info.dtype != FP8_DTYPE or not spec.quantizable:
+        raise CheckpointError(f"{where}: tensor {spec.name} cannot be of type {info.dtype}")
+    if scale not in source.tensors:
+        raise CheckpointError(
+            f"{where}: tensor {spec.name} is {info.dtype}, but {scale} is missing"
+        )
+    _check_scale(source, spec, source.tensors[scale])
+
+
+def _check_scale(source: Source, spec: TensorSpec, info: TensorInfo) -> None:
+    where, wanted = source.where(info.name), scale_shape(spec.shape)
+    count = math.prod(info.shape)
+    if info.shape != wanted and count in (1, spec.shape[0]):
+        raise CheckpointError(
+            f"{where}: tensor {info.name} is {list(info.shape)}; FP8 weights with a scale per "
+            f"{'tensor' if count == 1 else 'row'} are not supported, only with one per 128 x 128 "
+            f"block ({list(wanted)})"
+        )
+    _check_shape(where, info, wanted)
+    quantization = source.config.quantization
+    is_ue8m0 = quantization is not None and quantization.scale_fmt == "ue8m0"
+    # Some writers store E8M0 as U8; like transformers, accept it if the config declares E8M0.
+    if info.dtype not in SCALE_DTYPES and not (info.dtype == "U8" and is_ue8m0):
+        raise CheckpointError(
+            f"{where}: tensor {info.name} is {info.dtype}; scales are read as one of "
+            f"{', '.join(SCALE_DTYPES)}"
+        )
+
+
+def _check_shape(where: object, info: TensorInfo, wanted: tuple[int, ...]) -> None:
+    if info.shape != wanted:
+        raise CheckpointError(
+            f"{where}: tensor {info.name} is {list(info.shape)}, the config makes it "
+            f"{list(wanted)} ({math.prod(wanted)} values)"
+        )

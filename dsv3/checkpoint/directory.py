@@ -1,0 +1,145 @@
+"""Recognize paths that are not a readable checkpoint directory, and say what they are instead.
+
+Programs run this check before they read a tokenizer, a config or another file.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+
+from dsv3.checkpoint.manifest import MANIFEST
+from dsv3.errors import CheckpointError, os_errors_as
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+RANK_FILE = re.compile(r"model(\d+)-mp(\d+)\.safetensors")
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_MOST_FOLDERS = 100  # searched for a checkpoint
+_ADAPTER = "adapter_config.json"
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# Other formats by file name suffix, in the order in which they are looked for.
+_OTHER_FORMATS = {
+    ".gguf": "GGUF files",
+    ".bin": "PyTorch pickle files",
+    ".pt": "PyTorch pickle files",
+    ".pth": "PyTorch pickle files",
+    ".distcp": "a torch.distributed checkpoint",
+    ".h5": "TensorFlow files",
+    ".msgpack": "Flax files",
+    ".onnx": "ONNX files",
+}
+_SAVE_FIRST = "only safetensors files are read; save the model in that format"
+
+
+def check_directory(path: Path) -> None:
+    """Raise CheckpointError unless `path` is a directory with weights in safetensors files."""
+    with os_errors_as(CheckpointError, f"{path}: cannot be read"):
+        if not path.is_dir():
+            raise CheckpointError(_no_directory(path))
+        names = {entry.name for entry in path.iterdir()}
+        if not _has_weights(names):
+            raise CheckpointError(f"{path}: {_no_checkpoint(path, names)}")
+
+
+def unused_adapter(path: Path) -> str | None:
+    """Return the name of an adapter file next to the weights; None if there is none."""
+    name = _ADAPTER_WEIGHTS
+    return name if (path / name).is_file() else None
+
+
+def _has_weights(names: Iterable[str]) -> bool:
+    return any(
+        name in (INDEX, MANIFEST) or (name.endswith(".safetensors") and name != _ADAPTER_WEIGHTS)
+        for name in names
+    )
+
+
+def _no_directory(path: Path) -> str:
+    """Return the message for a path that is not a directory."""
+    if path.is_symlink() and not path.exists():
+        return f"{path}: a symbolic link to {path.readlink()}, which does not exist"
+    if path.exists():
+        return f"{path}: a file, not a checkpoint directory{_of_file(path)}"
+    if str(path).startswith(("https:", "http:", "hf:")):
+        return f"{path}: an address, not a directory; download the files and give their directory"
+    missing = f"{path}: no such directory"
+    if not _REPOSITORY.fullmatch(str(path)):
+        return missing
+    return (
+        f"{missing}; if it is a Hugging Face repository, download it first: hf download {path} "
+        f"--local-dir {path}"
+    )
+
+
+def _of_file(path: Path) -> str:
+    is_gguf = path.suffix == ".gguf"
+    if path.is_file() and not is_gguf:
+        with path.open("rb") as file:
+            is_gguf = file.read(4) == b"GGUF"
+    if is_gguf:
+        return "; GGUF is not read, give a directory of safetensors files"
+    if path.suffix in (".safetensors", ".json"):
+        return f"; give its directory, {path.parent}"
+    return ""
+
+
+def _no_checkpoint(path: Path, names: set[str]) -> str:
+    """Return what a directory without weights is."""
+    if _ADAPTER in names:
+        return _adapter(path / _ADAPTER)
+    snapshots = _snapshots(path)
+    if snapshots:
+        return f"a cache of the Hugging Face hub; give a snapshot in it: {_some(snapshots)}"
+    if any(name.endswith(".safetensors.partial") for name in names):
+        return "an unfinished conversion; run convert.py again"
+    for ending, kind in _OTHER_FORMATS.items():
+        found = sorted(name for name in names if name.endswith(ending))
+        if found:
+            return f"holds {kind} ({found[0]}); {_SAVE_FIRST}"
+    below = [
+        folder
+        for folder in islice(sorted(path.iterdir()), _MOST_FOLDERS)
+        if folder.is_dir() and _has_weights(entry.name for entry in folder.iterdir())
+    ]
+    if below:
+        return f"no .safetensors files here, but in {_some(below)}; give that directory"
+    if not names:
+        return "an empty directory; download the model's files into it"
+    return "no .safetensors files here (other formats are not read)"
+
+
+def _adapter(file: Path) -> str:
+    """Describe an adapter by its config, whatever that holds."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        kind, base = config.get("peft_type"), config.get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        kind = base = None
+    what = "a LoRA adapter" if kind in (None, "LORA") else f"a {kind} adapter"
+    of = f" for {base}" if isinstance(base, str) and base else ""
+    return f"{what}{of}, not a model; merge it into its base model first (peft: merge_and_unload)"
+
+
+def _snapshots(path: Path) -> list[Path]:
+    """Return the snapshots in a hub cache, in one of its repositories, or in `snapshots` itself."""
+    for pattern in ("snapshots/*", "models--*/snapshots/*", "hub/models--*/snapshots/*"):
+        found = [folder for folder in sorted(path.glob(pattern)) if folder.is_dir()]
+        if found:
+            return _main_first(path, found)
+    if path.name == "snapshots":
+        return [folder for folder in sorted(path.iterdir()) if folder.is_dir()]
+    return []
+
+
+def _main_first(path: Path, snapshots: list[Path]) -> list[Path]:
+    """Put the snapshot of a repository's main branch first."""
+    main = path / "refs" / "main"
+    commit = main.read_text(encoding="utf-8", errors="replace").strip() if main.is_file() else ""
+    return sorted(snapshots, key=lambda folder: folder.name != commit)
+
+
+def _some(folders: list[Path]) -> str:
+    more = f" (or one of {len(folders) - 1} more)" if len(folders) > 1 else ""
+    return f"{folders[0]}{more}"

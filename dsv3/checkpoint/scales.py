@@ -1,0 +1,56 @@
+"""Block scales of FP8 weights, in dtypes whose values float32 holds exactly."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from dsv3.checkpoint.names import scale_name
+from dsv3.checkpoint.quantize import F32, from_bf16
+from dsv3.checkpoint.reader import Source, TensorInfo
+from dsv3.checkpoint.region import Region, region_shape
+from dsv3.checkpoint.sharding import FP8_DTYPE
+from dsv3.config import QuantizationConfig
+
+
+def read_scales(source: Source, weight: str, region: Region) -> F32:
+    """Return a region of the scales of an FP8 weight, widened to float32.
+
+    Args:
+        source: a checked checkpoint.
+        weight: name of the weight.
+        region: of the scales, in blocks.
+    """
+    name = scale_name(weight)
+    stored = np.frombuffer(source.read(name, region), np.uint8)
+    return _widen(stored, source.tensors[name].dtype).reshape(region_shape(region))
+
+
+def _widen(stored: npt.NDArray[np.uint8], dtype: str) -> F32:
+    """Return the exact values of stored bytes; U8 is E8M0 that its writer had no type for."""
+    if dtype in ("F8_E8M0", "U8"):
+        return _powers_of_two(stored)
+    if dtype == "BF16":
+        return from_bf16(stored.view(np.uint16))
+    return stored.view({"F32": np.float32, "F16": np.float16}[dtype]).astype(np.float32)
+
+
+def _powers_of_two(stored: npt.NDArray[np.uint8]) -> F32:
+    """Return 2^(code - 127); code 255 is NaN."""
+    exponent = np.minimum(stored, 254).astype(np.int32) - 127
+    return np.where(stored == 255, np.float32(np.nan), np.ldexp(np.float32(1), exponent))
+
+
+def stored_quantization(
+    declared: QuantizationConfig | None, tensors: Mapping[str, TensorInfo]
+) -> QuantizationConfig | None:
+    """Return how the tensors are quantized, which a config may state wrongly.
+
+    One scale per 128 x 128 block is the only supported form. Without a declared format, scales are
+    powers of two if their dtype can hold nothing else.
+    """
+    scales = [tensors.get(scale_name(n)) for n, t in tensors.items() if t.dtype == FP8_DTYPE]
+    if not scales or declared is not None:
+        return declared if scales else None
+    is_ue8m0 = all(scale is not None and scale.dtype == "F8_E8M0" for scale in scales)
+    return QuantizationConfig(scale_fmt="ue8m0" if is_ue8m0 else None)
