@@ -147,6 +147,8 @@ def start(
         fail_together(mesh, "loading"),
         open_source(path, config, is_share=True) as source,
     ):
+        if mesh.layout.rank == 0 and source.config.warning:
+            log.warning("%s", source.config.warning)
         setup = _set_up(source, settings, mesh, n_experts)
         if mesh.layout.rank == 0:
             log.info("%s", setup.plan.describe())
