@@ -3,43 +3,39 @@
 Field names are those of Hugging Face's `config.json`. Reading files is `dsv3.config_files`.
 """
 
-import difflib
+import dataclasses
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import get_args
 
+from dsv3.config_fields import check_token_ids, check_value, shown
 from dsv3.errors import ConfigError
 
 MODEL_TYPES = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2")
 TORCH_DTYPES = ("bfloat16", "float32", "float16")
 ROUTING = {"greedy": "softmax", "group_limited_greedy": "softmax", "noaux_tc": "sigmoid"}
 _INDEX_FIELDS = ("index_n_heads", "index_head_dim", "index_topk")
-_MAY_BE_0 = ("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers")
-# Of fields of a type: the types of values, the least value, and the rule in words.
-_RULES: dict[Any, tuple[tuple[type, ...], float, str]] = {
-    int: ((int,), 1, "a positive integer"),
-    float: ((int, float), 1e-30, "a number above 0"),
-    bool: ((bool,), 0, "true or false"),
-}
+# Routed experts of all layers together, ten times those of Kimi-K2: more cannot be listed in
+# bounded time and memory.
+_MOST_EXPERTS = 2**18
 
 
-def refuse_unknown(keys: Iterable[str], known: Iterable[str], where: str) -> None:
-    """Raise ConfigError for the first key that is not known, with the nearest known name."""
-    known = list(known)
-    for key in sorted(set(keys) - set(known)):
-        near = difflib.get_close_matches(key, known, n=1)
-        raise ConfigError(
-            f"{where}: unknown field {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-        )
+def _check_fields(config: "ModelConfig | RopeScaling", prefix: str = "") -> None:
+    """Refuse numbers and truths of wrong types or out of range; make whole numbers floats."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if value is not None or type(None) not in get_args(f.type):
+            check_value(f.name, value, prefix + f.name)
+        if f.type is float:
+            object.__setattr__(config, f.name, float(value))
 
 
 def check_family(model_type: object, where: str = "", hint: str = "") -> None:
     """Raise ConfigError for models of other families."""
     if model_type not in MODEL_TYPES:
         raise ConfigError(
-            f"{where}model_type={model_type!r}{hint} is not supported; only the DeepSeek V2/V3 "
-            f"family is ({', '.join(MODEL_TYPES)}), not other models or distills"
+            f"{where}model_type={shown(model_type)}{hint} is not supported; only the DeepSeek "
+            f"V2/V3 family is ({', '.join(MODEL_TYPES)}), not other models or distills"
         )
 
 
@@ -74,10 +70,13 @@ class RopeScaling:
     mscale_all_dim: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse what YaRN cannot compute."""
-        for name in ("factor", "original_max_position_embeddings"):
-            if not getattr(self, name) >= 1:
-                raise ConfigError(f"rope_scaling.{name}={getattr(self, name)} must be at least 1")
+        """Refuse numbers that YaRN cannot compute with."""
+        _check_fields(self, "rope_scaling.")
+        if self.beta_fast < self.beta_slow:
+            raise ConfigError(
+                f"rope_scaling.beta_fast={self.beta_fast} must be at least "
+                f"beta_slow={self.beta_slow}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,10 +93,10 @@ class QuantizationConfig:
 
     def __post_init__(self) -> None:
         """Refuse other block sizes and scale formats."""
-        if self.block != (128, 128):
-            raise ConfigError(f"weight_block_size={list(self.block)} must be [128, 128]")
+        if self.block != (128, 128) or not all(type(size) is int for size in self.block):
+            raise ConfigError(f"weight_block_size={shown(self.block)} must be [128, 128]")
         if self.scale_fmt not in (None, "ue8m0"):
-            raise ConfigError(f"scale_fmt={self.scale_fmt!r} must be 'ue8m0' or absent")
+            raise ConfigError(f"scale_fmt={shown(self.scale_fmt)} must be 'ue8m0' or absent")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +107,9 @@ class ModelConfig:
     `rope_interleave` False: weights were permuted to half-split rotary order. `quantization` None:
     weights are stored in `torch_dtype`. `bos_token_id` None and `eos_token_ids` () leave the
     answer to the tokenizer. The `index_*` fields are V3.2's sparse attention, else None.
+
+    `warning` is a line for the user about the file that was read, empty without any; it is no
+    part of the model.
     """
 
     model_type: str
@@ -147,43 +149,58 @@ class ModelConfig:
     index_topk: int | None = None
     quantization: QuantizationConfig | None = None
     torch_dtype: str = "bfloat16"
+    warning: str = dataclasses.field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse fields that are out of range or contradict each other."""
         self._check_values()
+        self._check_tokens()
         self._check_routing()
         self._check_indexer()
 
     def _check_values(self) -> None:
         check_family(self.model_type)
-        for f in fields(self):
-            kinds, least, rule = _RULES.get(f.type, ((), 0, ""))
-            if f.name in _MAY_BE_0:
-                least, rule = 0, "an integer, at least 0"
-            value = getattr(self, f.name)
-            if kinds and (type(value) not in kinds or value < least):
-                raise ConfigError(f"{f.name}={value!r} must be {rule}")
-        if self.q_lora_rank is not None and self.q_lora_rank < 1:
-            raise ConfigError(f"q_lora_rank={self.q_lora_rank!r} must be positive or null")
+        _check_fields(self)
+        for name, kind in (("rope_scaling", RopeScaling), ("quantization", QuantizationConfig)):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kind):
+                raise ConfigError(f"{name}={shown(value)} must be a {kind.__name__}")
         if self.qk_rope_head_dim % 2:
             raise ConfigError(f"qk_rope_head_dim={self.qk_rope_head_dim} must be even")
         if self.torch_dtype not in TORCH_DTYPES:
-            raise ConfigError(f"torch_dtype={self.torch_dtype!r} must be one of {TORCH_DTYPES}")
+            raise ConfigError(
+                f"torch_dtype={shown(self.torch_dtype)} must be one of {TORCH_DTYPES}"
+            )
+
+    def _check_tokens(self) -> None:
+        """Refuse ids outside the vocabulary."""
+        named = [("bos_token_id", self.bos_token_id)]
+        named += [("eos_token_id", i) for i in check_token_ids(self.eos_token_ids, "eos_token_id")]
+        for name, token_id in named:
+            if token_id is not None and token_id >= self.vocab_size:
+                raise ConfigError(f"{name}={token_id} is outside vocab_size={self.vocab_size}")
 
     def _check_routing(self) -> None:
         experts, groups = self.n_routed_experts, self.n_group
-        if ROUTING.get(self.topk_method) != self.scoring_func:
-            pairs = ", ".join(f"{method} with {score}" for method, score in ROUTING.items())
+        layers = self.num_hidden_layers + self.num_nextn_predict_layers
+        if layers * experts > _MOST_EXPERTS:
             raise ConfigError(
-                f"topk_method={self.topk_method!r} with scoring_func={self.scoring_func!r} is not "
-                f"supported; use one of {pairs}"
+                f"n_routed_experts={experts} in each of num_hidden_layers={self.num_hidden_layers} "
+                f"+ num_nextn_predict_layers={self.num_nextn_predict_layers} layers is more than "
+                f"{_MOST_EXPERTS} experts"
             )
+        if (self.topk_method, self.scoring_func) not in tuple(ROUTING.items()):
+            pairs = ", ".join(f"{method} with {score}" for method, score in ROUTING.items())
+            asked = f"{shown(self.topk_method)} with scoring_func={shown(self.scoring_func)}"
+            raise ConfigError(f"topk_method={asked} is not supported; use one of {pairs}")
         if experts % groups:
             raise ConfigError(f"n_group={groups} does not divide n_routed_experts={experts}")
         if self.topk_group > groups:
             raise ConfigError(f"topk_group={self.topk_group} is more than n_group={groups}")
         if self.topk_method == "noaux_tc" and groups > 1 and experts // groups < 2:
-            raise ConfigError(f"n_group={groups} leaves fewer than two experts a group")
+            raise ConfigError(
+                f"n_group={groups} leaves fewer than two of n_routed_experts={experts} in a group"
+            )
         reach = experts
         if self.topk_method != "greedy":
             reach = experts // groups * self.topk_group
@@ -200,9 +217,7 @@ class ModelConfig:
                 raise ConfigError(f"{given[0]} belongs to deepseek_v32, not to {self.model_type}")
             return
         for name in _INDEX_FIELDS:
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ConfigError(f"{name}={value!r} must be a positive integer for deepseek_v32")
+            check_value(name, getattr(self, name), name)
         if self.q_lora_rank is None:
             raise ConfigError("q_lora_rank is null, but deepseek_v32's indexer needs it")
         assert self.index_head_dim is not None

@@ -1,76 +1,61 @@
-"""Read a ModelConfig: Hugging Face `config.json`, DeepSeek's inference JSON, our YAML, a preset.
+"""Find, read and write configuration files.
 
-Published configs carry many keys that say nothing about the computation; those are listed here.
-Any other unknown key is an error, because it may change what the model computes.
+Three formats are read: Hugging Face's `config.json` (in `dsv3.config_hf`), DeepSeek's inference
+JSON, and our YAML. In the last two an unknown field is an error: every field of DeepSeek's has a
+default, so a misspelt one would select another model, and a preset has only fields of ModelConfig.
 """
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from dsv3.compressed_tensors import compressed_tensors
-from dsv3.config import ModelConfig, QuantizationConfig, RopeScaling, check_family, refuse_unknown
-from dsv3.errors import ConfigError, Dsv3Error
+from dsv3.config import ModelConfig, QuantizationConfig, RopeScaling
+from dsv3.config_fields import (
+    DEEPSEEK_NAMES,
+    DEEPSEEK_ROPE_NAMES,
+    check_mapping,
+    check_required,
+    check_token_ids,
+    check_value,
+    refuse_unknown,
+    shown,
+)
+from dsv3.config_hf import from_hf
+from dsv3.errors import ConfigError, Dsv3Error, os_errors_as
 
 _ROOT = Path(__file__).resolve().parents[1]
 PRESETS = _ROOT / "configs"
 DEMO = _ROOT / "checkpoints" / "demo-v3"
 
-_HF_FIELDS = {f.name for f in dataclasses.fields(ModelConfig)} - {"eos_token_ids", "quantization"}
-# Read below, though not a field of the same name.
-_HF_READ = set(
-    """
-    attention_bias dtype eos_token_id hidden_act layer_types mlp_bias mlp_layer_types
-    num_key_value_heads quantization_config rope_parameters
-    """.split()  # noqa: SIM905
-)
-# Training, bookkeeping, generation defaults and derived values.
-_HF_IGNORED = set(
-    """
-    add_cross_attention architectures attention_dropout auto_map aux_loss_alpha bad_words_ids
-    begin_suppress_tokens chunk_size_feed_forward cross_attention_hidden_size
-    decoder_start_token_id diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
-    ep_size exponential_decay_length_penalty finetuning_task forced_bos_token_id
-    forced_eos_token_id head_dim id2label initializer_range is_decoder is_encoder_decoder label2id
-    length_penalty max_length min_length no_repeat_ngram_size num_beam_groups num_beams
-    num_return_sequences output_attentions output_hidden_states output_router_logits
-    output_scores pad_token_id prefix pretraining_tp problem_type pruned_heads qk_head_dim
-    remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id
-    seq_aux suppress_tokens task_specific_params temperature tf_legacy_loss
-    tie_encoder_decoder tokenizer_class top_k top_p torchscript transformers_version
-    typical_p unsloth_fixed use_bfloat16 use_cache
-    """.split()  # noqa: SIM905
-)
-_ROPE_IGNORED = {"rope_theta", "rope_type", "type", "attention_factor"}
-
-# Fields of DeepSeek's inference JSON: our name, and the value where the file leaves it out.
-_DEEPSEEK_FIELDS: dict[str, tuple[str, Any]] = {
-    "vocab_size": ("vocab_size", 102400),
-    "dim": ("hidden_size", 2048),
-    "inter_dim": ("intermediate_size", 10944),
-    "moe_inter_dim": ("moe_intermediate_size", 1408),
-    "n_layers": ("num_hidden_layers", 27),
-    "n_dense_layers": ("first_k_dense_replace", 1),
-    "n_heads": ("num_attention_heads", 16),
-    "n_routed_experts": ("n_routed_experts", 64),
-    "n_shared_experts": ("n_shared_experts", 2),
-    "n_activated_experts": ("num_experts_per_tok", 6),
-    "n_expert_groups": ("n_group", 1),
-    "n_limited_groups": ("topk_group", 1),
-    "score_func": ("scoring_func", "softmax"),
-    "route_scale": ("routed_scaling_factor", 1.0),
-    "q_lora_rank": ("q_lora_rank", 0),
-    "kv_lora_rank": ("kv_lora_rank", 512),
-    "qk_nope_head_dim": ("qk_nope_head_dim", 128),
-    "qk_rope_head_dim": ("qk_rope_head_dim", 64),
-    "v_head_dim": ("v_head_dim", 128),
-    "rope_theta": ("rope_theta", 10000.0),
+# Fields of DeepSeek's inference JSON, with their values where the file leaves them out.
+_DEEPSEEK_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 102400,
+    "dim": 2048,
+    "inter_dim": 10944,
+    "moe_inter_dim": 1408,
+    "n_layers": 27,
+    "n_dense_layers": 1,
+    "n_heads": 16,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "n_activated_experts": 6,
+    "n_expert_groups": 1,
+    "n_limited_groups": 1,
+    "score_func": "softmax",
+    "route_scale": 1.0,
+    "q_lora_rank": 0,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "rope_theta": 10000.0,
 }
-_DEEPSEEK_ROPE = {
+_DEEPSEEK_ROPE: dict[str, Any] = {
     "original_seq_len": 4096,
     "rope_factor": 40.0,
     "beta_fast": 32.0,
@@ -79,6 +64,8 @@ _DEEPSEEK_ROPE = {
 }
 _DEEPSEEK_INDEX = {"index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048}
 _DEEPSEEK_OTHER = ("dtype", "scale_fmt", "max_batch_size", "max_seq_len")
+# Fields of ModelConfig that config.json has in another form.
+_NOT_OF_HF = ("eos_token_ids", "quantization", "rope_scaling", "warning")
 
 
 def load_model_config(path_or_preset: str | Path) -> ModelConfig:
@@ -89,16 +76,17 @@ def load_model_config(path_or_preset: str | Path) -> ModelConfig:
             JSON, our YAML, or the name of a preset in `configs/`.
 
     Raises:
-        ConfigError: nothing is there, or a field is unknown, missing or contradictory.
+        ConfigError: nothing is there, or a field is missing, wrong or contradicts another one.
     """
     path = Path(path_or_preset)
-    if path.is_dir():
-        return _load_directory(path)
-    if path.is_file():
-        return _load_file(path)
     preset = PRESETS / f"{path_or_preset}.yaml"
-    if preset.is_file():
-        return _load_file(preset)
+    with os_errors_as(ConfigError, f"{path}: cannot be read"):
+        if path.is_dir():
+            return _load_directory(path)
+        if path.is_file():
+            return _load_file(path)
+        if preset.is_file():
+            return _load_file(preset)
     names = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
     raise ConfigError(f"{path_or_preset}: no such file, and no preset of that name ({names})")
 
@@ -111,9 +99,13 @@ def _load_directory(path: Path) -> ModelConfig:
     generation = path / "generation_config.json"
     if not generation.is_file():
         return config
-    more = _token_ids(read_mapping(generation).get("eos_token_id"), str(generation))
+    given = read_mapping(generation).get("eos_token_id")
+    more = check_token_ids(given, f"{generation}: eos_token_id")
     merged = tuple(dict.fromkeys(config.eos_token_ids + more))
-    return dataclasses.replace(config, eos_token_ids=merged)
+    try:
+        return dataclasses.replace(config, eos_token_ids=merged)
+    except ConfigError as error:
+        raise ConfigError(f"{generation}: {error}") from None
 
 
 def _load_file(path: Path) -> ModelConfig:
@@ -121,8 +113,10 @@ def _load_file(path: Path) -> ModelConfig:
     where = str(path)
     if path.suffix in (".yaml", ".yml"):
         return _from_yaml(data, where)
-    if "model_type" in data or "architectures" in data:
-        return _from_hf(data, where)
+    if not data:
+        raise ConfigError(f"{where}: has no fields")
+    if {"model_type", "architectures", "hidden_size"} & data.keys():
+        return from_hf(data, where)
     return _from_deepseek(data, where)
 
 
@@ -138,182 +132,93 @@ def read_mapping(path: Path, kind: type[Dsv3Error] = ConfigError) -> dict[str, A
     return data
 
 
-def _build(fields: Mapping[str, Any], where: str) -> ModelConfig:
-    """Make the config; say where a missing or wrong field was."""
-    required = [f.name for f in dataclasses.fields(ModelConfig) if f.default is dataclasses.MISSING]
-    missing = [name for name in required if name not in fields]
-    if missing:
-        raise ConfigError(f"{where}: missing field {missing[0]!r}")
-    try:
-        return ModelConfig(**fields)
-    except (TypeError, ConfigError) as error:
-        raise ConfigError(f"{where}: {error}") from None
-
-
-def _token_ids(value: object, where: str) -> tuple[int, ...]:
-    """One id, a list of ids or nothing, as a tuple."""
-    ids = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(type(i) is int for i in ids):
-        raise ConfigError(f"{where}: eos_token_id={value!r} must be an integer or a list of them")
-    return tuple(ids)
-
-
 def _from_yaml(data: dict[str, Any], where: str) -> ModelConfig:
+    """Read the fields of ModelConfig under their own names."""
+    _check_names(ModelConfig, data, where, but="warning")
     fields = dict(data)
-    refuse_unknown(fields, (f.name for f in dataclasses.fields(ModelConfig)), where)
-    rope, quantization = fields.get("rope_scaling"), fields.get("quantization")
-    if rope is not None:
-        fields["rope_scaling"] = _rope_scaling(rope, f"{where}: rope_scaling")
-    if quantization is not None:
-        refuse_unknown(quantization, ("block", "scale_fmt"), f"{where}: quantization")
-        block = {"block": tuple(quantization.get("block", (128, 128)))}
-        fields["quantization"] = QuantizationConfig(**quantization | block)
-    fields["eos_token_ids"] = tuple(fields.get("eos_token_ids", ()))
-    return _build(fields, where)
-
-
-def _rope_scaling(data: Mapping[str, Any], where: str) -> RopeScaling:
-    names = [f.name for f in dataclasses.fields(RopeScaling)]
-    refuse_unknown(data, [*names, *_ROPE_IGNORED], where)
-    for name in ("factor", "original_max_position_embeddings"):
-        if name not in data:
-            raise ConfigError(f"{where}: missing field {name!r}")
     try:
-        values = {name: float(data[name]) for name in names if name in data}
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{where}: {error}") from None
-    original = int(values.pop("original_max_position_embeddings"))
-    return RopeScaling(**values, original_max_position_embeddings=original)
-
-
-def _from_hf(data: dict[str, Any], where: str) -> ModelConfig:
-    names = data.get("architectures")
-    architecture = names[0] if names and isinstance(names, list) else "unknown"
-    check_family(data.get("model_type"), f"{where}: ", f" ({architecture})")
-    known = _HF_FIELDS | _HF_READ | _HF_IGNORED
-    refuse_unknown((key for key in data if not key.startswith("_")), known, where)
-    _check_plain(data, where)
-    model_type = data["model_type"]
-    v2 = model_type == "deepseek_v2"
-    fields = {name: data[name] for name in _HF_FIELDS & data.keys()}
-    # null means "no groups", and transformers leaves the routing method of V3 out.
-    for name, default in (
-        ("n_group", 1),
-        ("topk_group", 1),
-        ("scoring_func", "softmax" if v2 else "sigmoid"),
-        ("topk_method", "greedy" if v2 else "noaux_tc"),
-        ("num_nextn_predict_layers", 0),
-        ("n_shared_experts", 0),
-    ):
-        if fields.get(name) is None:
-            fields[name] = default
-    fields["torch_dtype"] = data.get("torch_dtype") or data.get("dtype") or "bfloat16"
-    fields["eos_token_ids"] = _token_ids(data.get("eos_token_id"), where)
-    fields |= _hf_rope(data, where)
-    fields["quantization"] = _hf_quantization(data.get("quantization_config"), where)
-    _hf_layer_types(data, fields, where)
-    return _build(fields, where)
-
-
-def _check_plain(data: Mapping[str, Any], where: str) -> None:
-    """Refuse settings that no model of the family uses."""
-    heads = data.get("num_attention_heads")
-    for name, wanted in (
-        ("hidden_act", "silu"),
-        ("attention_bias", False),
-        ("mlp_bias", False),
-        ("num_key_value_heads", heads),
-    ):
-        value = data.get(name)
-        if value is not None and value != wanted:
-            raise ConfigError(f"{where}: {name}={value!r} is not supported; it must be {wanted!r}")
-
-
-def _hf_rope(data: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Both spellings: rope_theta + rope_scaling, and transformers 5's rope_parameters."""
-    rope = dict(data.get("rope_parameters") or data.get("rope_scaling") or {})
-    where = f"{where}: rope_scaling"
-    theta = float(rope.get("rope_theta") or data.get("rope_theta") or 10000.0)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return {"rope_theta": theta, "rope_scaling": None}
-    if kind != "yarn":
-        raise ConfigError(f"{where}: rope type {kind!r} is not supported; only 'yarn' is")
-    rope = {key: value for key, value in rope.items() if value is not None}
-    scaling = _rope_scaling(rope, where)
-    if "attention_factor" in rope:
-        raise ConfigError(f"{where}: attention_factor is not supported; use mscale")
-    return {"rope_theta": theta, "rope_scaling": scaling}
-
-
-def _hf_quantization(data: Mapping[str, Any] | None, where: str) -> QuantizationConfig | None:
-    if data is None:
-        return None
-    where = f"{where}: quantization_config"
-    method = data.get("quant_method")
-    if method == "compressed-tensors":
-        return compressed_tensors(data, where)
-    if method != "fp8":
-        raise ConfigError(
-            f"{where}: quant_method={method!r} is not supported; only block-scaled fp8 is "
-            "(no int4 or other packed weights)"
-        )
-    only = {"fmt": "e4m3", "activation_scheme": "dynamic", "expert_dtype": "fp8"}
-    for name, wanted in only.items():
-        if data.get(name) not in (None, wanted):
-            raise ConfigError(f"{where}: {name}={data[name]!r} is not supported; only {wanted!r}")
-    block, scale_fmt = data.get("weight_block_size"), data.get("scale_fmt")
-    if block != [128, 128]:
-        raise ConfigError(f"{where}: weight_block_size={block!r} must be [128, 128]")
-    try:
-        return QuantizationConfig(scale_fmt=None if scale_fmt == "float" else scale_fmt)
+        for name, kind in (("rope_scaling", RopeScaling), ("quantization", QuantizationConfig)):
+            if fields.get(name) is not None:
+                given = dict(check_mapping(fields[name], name))
+                _check_names(kind, given, name)
+                if isinstance(given.get("block"), list):
+                    given["block"] = tuple(given["block"])
+                fields[name] = kind(**given)
+        fields["eos_token_ids"] = check_token_ids(fields.get("eos_token_ids"), "eos_token_ids")
+        return ModelConfig(**fields)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
 
 
-def _hf_layer_types(data: Mapping[str, Any], fields: dict[str, Any], where: str) -> None:
-    """Hold transformers 5's per-layer lists to the uniform layout they must describe."""
-    mlp = data.get("mlp_layer_types")
-    if mlp is not None:
-        dense = fields.setdefault("first_k_dense_replace", mlp.count("dense"))
-        layers = data.get("num_hidden_layers", len(mlp))
-        if mlp != ["dense"] * dense + ["sparse"] * (layers - dense):
-            raise ConfigError(
-                f"{where}: mlp_layer_types must be first_k_dense_replace={dense} dense layers, "
-                "then sparse ones"
-            )
-    if len(set(data.get("layer_types") or ())) > 1:
-        raise ConfigError(f"{where}: layer_types must be the same for every layer")
+def _check_names(kind: type, given: Mapping[str, Any], where: str, but: str = "") -> None:
+    """Refuse a mapping that lacks required fields of a dataclass, or has other fields."""
+    fields = [f for f in dataclasses.fields(kind) if f.name != but]
+    known = [f.name for f in fields]
+    required = [f.name for f in fields if f.default is dataclasses.MISSING]
+    check_required(required, given, [key for key in given if key not in known], where)
+    refuse_unknown(given, known, where)
 
 
 def _from_deepseek(data: dict[str, Any], where: str) -> ModelConfig:
-    """DeepSeek's own file: it has no field for eps, routing method, end tokens or MTP layers."""
-    known = [*_DEEPSEEK_FIELDS, *_DEEPSEEK_ROPE, *_DEEPSEEK_INDEX, *_DEEPSEEK_OTHER]
-    refuse_unknown(data, known, where)
-    fields = {ours: data.get(key, value) for key, (ours, value) in _DEEPSEEK_FIELDS.items()}
-    rope = _DEEPSEEK_ROPE | {key: data[key] for key in _DEEPSEEK_ROPE if key in data}
+    """Read DeepSeek's own file, which lacks eps, routing method, end tokens and MTP layers."""
+    refuse_unknown(
+        data, {*_DEEPSEEK_DEFAULTS, *_DEEPSEEK_ROPE, *_DEEPSEEK_INDEX, *_DEEPSEEK_OTHER}, where
+    )
+    ours = DEEPSEEK_NAMES | DEEPSEEK_ROPE_NAMES
+    for key, value in data.items():
+        has_no_rank = key == "q_lora_rank" and type(value) is int and value == 0
+        if not has_no_rank:
+            check_value(ours.get(key, key), value, f"{where}: {key}")
+    model = {k: data.get(k, default) for k, default in _DEEPSEEK_DEFAULTS.items()}
+    fields = {ours.get(key, key): value for key, value in model.items()}
     index = {key: data[key] for key in _DEEPSEEK_INDEX if key in data}
-    sigmoid = fields["scoring_func"] == "sigmoid"
-    dtype = data.get("dtype", "bf16")
-    if dtype not in ("bf16", "fp8"):
-        raise ConfigError(f"{where}: dtype={dtype!r} must be 'bf16' or 'fp8'")
-    method = "group_limited_greedy" if fields["n_group"] > 1 else "greedy"
     if index:
         fields |= _DEEPSEEK_INDEX | index
-    if dtype == "fp8":
-        fields["quantization"] = QuantizationConfig(scale_fmt=data.get("scale_fmt"))
-    factor, original = rope.pop("rope_factor"), rope.pop("original_seq_len")
-    scaling = {"factor": factor, "original_max_position_embeddings": original, **rope}
-    scaling["mscale_all_dim"] = rope["mscale"]
-    fields |= {
-        "model_type": "deepseek_v32" if index else "deepseek_v3" if sigmoid else "deepseek_v2",
-        "q_lora_rank": fields["q_lora_rank"] or None,
-        "norm_topk_prob": sigmoid,
-        "topk_method": "noaux_tc" if sigmoid else method,
-        "max_position_embeddings": int(original * factor),
-        "rope_scaling": _rope_scaling(scaling, where),
-    }
-    return _build(fields, where)
+    sigmoid = fields["scoring_func"] == "sigmoid"
+    method = "group_limited_greedy" if fields["n_group"] > 1 else "greedy"
+    try:
+        scaling = _deepseek_rope(data)
+        length = int(scaling.original_max_position_embeddings * scaling.factor)
+        check_value("max_position_embeddings", length, "original_seq_len x rope_factor")
+        fields |= {
+            "model_type": "deepseek_v32" if index else "deepseek_v3" if sigmoid else "deepseek_v2",
+            "q_lora_rank": fields["q_lora_rank"] or None,
+            "norm_topk_prob": sigmoid,
+            "topk_method": "noaux_tc" if sigmoid else method,
+            "max_position_embeddings": length,
+            "rope_scaling": scaling,
+            "quantization": _deepseek_quantization(data),
+        }
+        return ModelConfig(**fields)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {_in_deepseek_names(str(error))}") from None
+
+
+def _in_deepseek_names(text: str) -> str:
+    """Return an error with the fields as the file calls them."""
+    for theirs, ours in DEEPSEEK_NAMES.items():
+        text = re.sub(rf"\b{ours}\b", theirs, text)
+    return text
+
+
+def _deepseek_rope(data: Mapping[str, Any]) -> RopeScaling:
+    rope = {key: data.get(key, default) for key, default in _DEEPSEEK_ROPE.items()}
+    return RopeScaling(
+        factor=rope["rope_factor"],
+        original_max_position_embeddings=rope["original_seq_len"],
+        beta_fast=rope["beta_fast"],
+        beta_slow=rope["beta_slow"],
+        mscale=rope["mscale"],
+        mscale_all_dim=rope["mscale"],
+    )
+
+
+def _deepseek_quantization(data: Mapping[str, Any]) -> QuantizationConfig | None:
+    dtype = data.get("dtype", "bf16")
+    if dtype not in ("bf16", "fp8"):
+        raise ConfigError(f"dtype={shown(dtype)} must be 'bf16' or 'fp8'")
+    config = QuantizationConfig(scale_fmt=data.get("scale_fmt"))
+    return config if dtype == "fp8" else None
 
 
 def hf_config_dict(config: ModelConfig) -> dict[str, Any]:
@@ -321,7 +226,7 @@ def hf_config_dict(config: ModelConfig) -> dict[str, Any]:
     data = {
         key: value
         for key, value in dataclasses.asdict(config).items()
-        if value is not None and key not in ("eos_token_ids", "quantization", "rope_scaling")
+        if value is not None and key not in _NOT_OF_HF
     }
     version = {"deepseek_v2": "V2", "deepseek_v32": "V32"}.get(config.model_type, "V3")
     data["architectures"] = [f"Deepseek{version}ForCausalLM"]
@@ -348,3 +253,16 @@ def hf_quantization_dict(quantization: QuantizationConfig) -> dict[str, Any]:
     if quantization.scale_fmt is not None:
         data["scale_fmt"] = quantization.scale_fmt
     return data
+
+
+def recast_config_dict(
+    data: Mapping[str, Any], quantization: QuantizationConfig | None
+) -> dict[str, Any]:
+    """Return the `config.json` of the same model with weights that are stored in another type."""
+    stale = {"quantization_config", "scale_fmt"}
+    if data.get("dtype") in ("bf16", "fp8"):  # of DeepSeek's inference fields
+        stale.add("dtype")
+    recast = {key: value for key, value in data.items() if key not in stale}
+    if quantization is not None:
+        recast["quantization_config"] = hf_quantization_dict(quantization)
+    return recast

@@ -115,6 +115,8 @@ def run(args: argparse.Namespace) -> None:
     check_directory(args.hf_ckpt_path)
     config = None if args.config is None else load_model_config(args.config)
     with open_source(args.hf_ckpt_path, config) as source:
+        if source.config.warning:
+            print(f"warning: {source.config.warning}", file=sys.stderr)
         experts = source.config.n_routed_experts
         if args.n_experts not in (None, experts):
             raise ConfigError(f"--n-experts {args.n_experts}: the checkpoint has {experts} experts")

@@ -10,7 +10,7 @@ from typing import Any
 from dsv3.checkpoint.manifest import MANIFEST
 from dsv3.checkpoint.plan import Plan
 from dsv3.checkpoint.source import INDEX
-from dsv3.config_files import hf_config_dict, hf_quantization_dict
+from dsv3.config_files import hf_config_dict, recast_config_dict
 
 _WEIGHTS = {".safetensors", ".partial", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"}
 _FOLDERS = ("encoding",)  # V3.2's conversation format is Python code, kept as documentation
@@ -34,10 +34,7 @@ def copy_side_files(source: Path, target: Path, plan: Plan) -> None:
         return
     data = json.loads(config.read_text(encoding="utf-8"))
     if plan.is_cast or not _describes_quantization(data, plan):
-        data.pop("quantization_config", None)
-        if plan.config.quantization is not None:
-            data["quantization_config"] = hf_quantization_dict(plan.config.quantization)
-        _write_json(target / "config.json", data)
+        _write_json(target / "config.json", recast_config_dict(data, plan.config.quantization))
 
 
 def _describes_quantization(data: dict[str, Any], plan: Plan) -> bool:

@@ -163,6 +163,8 @@ def start(
         check_same_model(mesh, source, settings.expert_placement)
         stack.enter_context(fail_together(mesh, "loading"))
         stack.enter_context(mesh.watch.counting(lambda: source.bytes_read))
+        if mesh.layout.rank == 0 and source.config.warning:
+            log.warning("%s", source.config.warning)
         setup = _set_up(source, settings, mesh, n_experts)
         if mesh.layout.rank == 0:
             log.info("%s", setup.plan.describe())

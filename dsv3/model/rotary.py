@@ -22,7 +22,7 @@ def _yarn_ramp(dim: int, theta: float, s: RopeScaling) -> Tensor:
 
     low = max(math.floor(pair_at(s.beta_fast)), 0)
     high = min(math.ceil(pair_at(s.beta_slow)), dim - 1)
-    span = max(high - low, 0.001)
+    span = high - low or 0.001  # negative where the original context is shorter than a rotation
     return ((torch.arange(dim // 2, dtype=torch.float32) - low) / span).clamp(0, 1)
 
 

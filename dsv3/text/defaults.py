@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from dsv3.config_fields import FieldRule, shown
 from dsv3.config_files import read_mapping
 from dsv3.errors import CheckpointError, ConfigError, RequestError
 from dsv3.request import SamplingParams
@@ -26,21 +27,32 @@ class Sampling:
         """Take what a directory's `generation_config.json` says, if it has one."""
         path = folder / "generation_config.json"
         config = read_mapping(path, CheckpointError) if path.exists() else {}
-        return cls.from_generation_config(config)
+        return cls.from_generation_config(config, str(path))
 
     @classmethod
-    def from_generation_config(cls, config: Mapping[str, Any]) -> "Sampling":
+    def from_generation_config(
+        cls, config: Mapping[str, Any], where: str = "generation_config.json"
+    ) -> "Sampling":
         """Take what `generation_config.json` says; `do_sample: false` means greedy."""
+        for field, rule in _GENERATION_RULES.items():
+            value = config.get(field)
+            if value is not None and not rule.holds(value):
+                raise CheckpointError(f"{where}: {field}={shown(value)} is not {rule.words}")
         values = {field: config.get(field) for field in ("temperature", "top_p", "top_k")}
         values["max_tokens"] = config.get("max_new_tokens")
         if config.get("do_sample") is False:
             values["temperature"] = 0.0
-        for field, value in values.items():
-            if not isinstance(value, int | float | None) or isinstance(value, bool):
-                raise CheckpointError(f"generation_config.json: {field}={value!r} is not a number")
         return cls(**values)
 
 
+_COUNT = FieldRule((int,), 0, ALL_THERE_IS_ROOM_FOR, "an integer, at least 0")
+_GENERATION_RULES = {
+    "temperature": FieldRule((int, float), 0, 100, "a number from 0 to 100"),
+    "top_p": FieldRule((int, float), 1e-30, 1, "a number above 0, at most 1"),
+    "top_k": _COUNT,
+    "max_new_tokens": _COUNT,
+    "do_sample": FieldRule((bool,), 0, 1, "true or false"),
+}
 CHAT_DEFAULTS = Sampling(max_tokens=ALL_THERE_IS_ROOM_FOR, temperature=1.0, top_p=1.0, top_k=0)
 COMPLETION_DEFAULTS = replace(CHAT_DEFAULTS, max_tokens=16)
 LINE_DEFAULTS = replace(CHAT_DEFAULTS, max_tokens=200, temperature=0.2)  # DeepSeek's generate.py

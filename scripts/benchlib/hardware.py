@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from dsv3.config import refuse_unknown
+from dsv3.config_fields import refuse_unknown
 from dsv3.config_files import read_mapping
 from dsv3.errors import ConfigError
 from dsv3.observe.roofline import HARDWARE, Hardware
@@ -61,7 +61,8 @@ def read_hardware(text: str, figures: Mapping[str, float]) -> tuple[Hardware, in
     else:
         known = ", ".join(f"{name}x8" for name in HARDWARE)
         raise ConfigError(f"--hardware={text} is no file and none of {known} (or another number)")
-    refuse_unknown(data, ["ranks", *(f.name for f in fields(Hardware))], f"--hardware={text}")
+    own = ["ranks", *(f.name for f in fields(Hardware))]
+    refuse_unknown(data, own, f"--hardware={text}", hints=own)
     for field in data.keys() - {"name"}:
         try:
             data[field] = float(data[field])  # YAML takes 3e12 for a text

@@ -6,7 +6,14 @@ import math
 import pytest
 
 from dsv3.checkpoint.sharding import tensor_specs
-from dsv3.config import ModelConfig, ParallelConfig, RopeScaling, split_range
+from dsv3.config import (
+    ModelConfig,
+    ParallelConfig,
+    QuantizationConfig,
+    RopeScaling,
+    split_range,
+)
+from dsv3.config_fields import RULES
 from dsv3.config_files import load_model_config
 from dsv3.errors import ConfigError
 from tests.checkpoint_files import TINY
@@ -61,15 +68,22 @@ def test_attention_share_of_v3() -> None:
     ("change", "words"),
     [
         ({"model_type": "qwen2"}, "only the DeepSeek V2/V3 family"),
+        ({"model_type": ["deepseek_v3"]}, "only the DeepSeek V2/V3 family"),
         ({"hidden_size": 0}, "hidden_size=0 must be a positive integer"),
         ({"qk_rope_head_dim": 15}, "qk_rope_head_dim=15 must be even"),
         ({"n_group": 3}, "n_group=3 does not divide n_routed_experts=8"),
         ({"topk_group": 3}, "topk_group=3 is more than n_group=2"),
         ({"num_experts_per_tok": 5}, "more than the 4 experts that routing can reach"),
         ({"scoring_func": "softmax"}, "noaux_tc' with scoring_func='softmax' is not supported"),
+        ({"topk_method": ["greedy"]}, "with scoring_func='sigmoid' is not supported"),
         ({"index_topk": 32}, "index_topk belongs to deepseek_v32"),
         ({"model_type": "deepseek_v32"}, "index_n_heads=None must be a positive integer"),
         ({"torch_dtype": "int8"}, "torch_dtype='int8'"),
+        ({"num_hidden_layers": 2**16}, f"n_routed_experts=8 .* more than {2**18} experts"),
+        ({"bos_token_id": 331}, "bos_token_id=331 is outside vocab_size=331"),
+        ({"eos_token_ids": (1, 331)}, "eos_token_id=331 is outside vocab_size=331"),
+        ({"eos_token_ids": (-1,)}, "eos_token_id=-1 must be a token id"),
+        ({"rope_scaling": {"factor": 4}}, "rope_scaling={'factor': 4} must be a RopeScaling"),
     ],
 )
 def test_bad_fields(change: dict[str, object], words: str) -> None:
@@ -77,9 +91,70 @@ def test_bad_fields(change: dict[str, object], words: str) -> None:
         dataclasses.replace(TINY, **change)
 
 
-def test_yarn_factor_below_one() -> None:
-    with pytest.raises(ConfigError, match=r"rope_scaling.factor=0.5"):
-        RopeScaling(factor=0.5, original_max_position_embeddings=4096)
+def numbers(kind: type) -> list[tuple[type, str, object]]:
+    """Return the fields of a dataclass that hold numbers or truths, with their types."""
+    types = (int, float, bool, int | None)
+    return [(kind, f.name, f.type) for f in dataclasses.fields(kind) if f.type in types]
+
+
+NUMBERS = numbers(ModelConfig) + numbers(RopeScaling)
+
+
+def with_value(kind: type, name: str, value: object) -> ModelConfig | RopeScaling:
+    if kind is ModelConfig:
+        return dataclasses.replace(TINY, **{name: value})
+    assert TINY.rope_scaling is not None
+    return dataclasses.replace(TINY.rope_scaling, **{name: value})
+
+
+@pytest.mark.parametrize(("kind", "name", "type_"), NUMBERS, ids=lambda value: str(value))
+def test_numbers_have_types_and_ranges(kind: type, name: str, type_: object) -> None:
+    wrong: list[object] = ["1", [], {}, -1, math.nan, math.inf, -math.inf, 10**400, 2**63]
+    if type_ is not bool:
+        wrong += [True, False]
+    if type_ in (int, int | None):
+        wrong += [48.0, 1.5]
+    if type_ != int | None:
+        wrong.append(None)
+    for value in wrong:
+        if value == 2**63 and type_ is float:
+            continue  # a number is as good as its float
+        with pytest.raises(ConfigError, match=rf"\b{name}=.* must be ") as caught:
+            with_value(kind, name, value)
+        assert len(str(caught.value)) < 200
+
+
+def test_every_number_has_a_rule() -> None:
+    assert sorted(RULES) == sorted({name for _, name, _ in NUMBERS})
+
+
+def test_whole_numbers_are_as_good_as_floats() -> None:
+    assert TINY.rope_scaling is not None
+    whole = dataclasses.replace(TINY.rope_scaling, factor=4, mscale=1)
+    config = dataclasses.replace(TINY, rope_theta=10000, rope_scaling=whole)
+    assert config == TINY
+    assert type(config.rope_theta) is type(whole.factor) is float
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"factor": 0.5}, r"rope_scaling.factor=0.5 must be a number, at least 1"),
+        ({"beta_fast": 0}, r"rope_scaling.beta_fast=0 must be a number above 0"),
+        ({"beta_fast": 1, "beta_slow": 2}, r"beta_fast=1.0 must be at least beta_slow=2.0"),
+        ({"original_max_position_embeddings": 4096.0}, r"4096.0 must be a positive integer"),
+    ],
+)
+def test_bad_yarn(change: dict[str, object], words: str) -> None:
+    values = {"factor": 4.0, "original_max_position_embeddings": 4096} | change
+    with pytest.raises(ConfigError, match=words):
+        RopeScaling(**values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("block", [(128, 64), (128.0, 128.0), 128, None, (True, True)])
+def test_bad_blocks(block: object) -> None:
+    with pytest.raises(ConfigError, match=r"weight_block_size=.* must be"):
+        QuantizationConfig(block=block)  # type: ignore[arg-type]
 
 
 def test_layout_is_tp_fastest() -> None:

@@ -1,14 +1,16 @@
-"""Every spelling of a configuration reads as the same model; every surprise is refused."""
+"""Files of every kind read as the same model; wrong ones are refused by file and field."""
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from dsv3.config import ModelConfig
-from dsv3.config_files import PRESETS, hf_config_dict, load_model_config
+from dsv3.config_files import PRESETS, hf_config_dict, load_model_config, recast_config_dict
 from dsv3.errors import ConfigError
 from tests.checkpoint_files import FP8, TINY
 
@@ -78,68 +80,110 @@ def test_end_tokens_of_both_files(tmp_path: Path) -> None:
     assert load_model_config(tmp_path).eos_token_ids == (1, 7)
 
 
-@pytest.mark.parametrize("name", ["DeepseekV2Config", "DeepseekV3Config", "DeepseekV32Config"])
-@pytest.mark.parametrize("yarn", [False, True])
-def test_configs_saved_by_transformers(name: str, yarn: bool, tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    if not hasattr(transformers, name):
-        pytest.skip(f"this transformers has no {name}")
-    rope = {"rope_type": "yarn", "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 1.0}
-    rope |= {"rope_theta": 5e4, "original_max_position_embeddings": 4096}
-    more = {"rope_parameters": rope} if yarn else {}
-    saved = getattr(transformers, name)(num_experts_per_tok=6, num_hidden_layers=5, **more)
-    saved.save_pretrained(tmp_path)
-    config = load_model_config(tmp_path)
-    assert config.num_experts_per_tok == 6
-    assert config.num_hidden_layers == 5
-    assert (config.rope_scaling is not None) == yarn
-    assert config.rope_theta == (5e4 if yarn else 1e4)
-    assert config.has_indexer == (name == "DeepseekV32Config")
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"num_expert_per_tok": 8}, "unknown field 'num_expert_per_tok'; did you mean"),
-        ({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}, "Qwen2ForCausalLM"),
-        ({"model_type": "qwen2", "architectures": 7}, "unknown"),
-        ({"attention_bias": True}, "attention_bias=True is not supported"),
-        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
-        ({"num_key_value_heads": 2}, "num_key_value_heads=2"),
-        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope type 'linear'"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2}}, "missing field 'original_max"),
-        ({"quantization_config": {"quant_method": "compressed-tensors"}}, "int4"),
-        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": None}}, "128, 128"),
-        ({"n_group": 3}, "n_group=3 does not divide"),
-        ({"hidden_size": None}, "hidden_size=None"),
-        ({"rms_norm_eps": "small"}, "rms_norm_eps='small'"),
-        ({"eos_token_id": "end"}, "eos_token_id='end'"),
-        ({"mlp_layer_types": ["sparse", "dense"]}, "mlp_layer_types"),
+        ({"dim": 7168.0}, r": dim=7168\.0 must be a positive integer"),
+        ({"n_layers": True}, ": n_layers=True must be"),
+        ({"n_limited_groups": 9}, ": n_limited_groups=9 is more than n_expert_groups=8"),
+        ({"n_activated_experts": 300}, ": n_activated_experts=300 is more than the 128 experts"),
+        ({"score_func": ["sigmoid"]}, r"score_func=\['sigmoid'\]"),
+        ({"rope_factor": "40"}, ": rope_factor='40' must be"),
+        ({"rope_factor": 1e9}, ": original_seq_len x rope_factor=.* must be"),
+        ({"beta_slow": 0}, ": beta_slow=0 must be"),
+        ({"beta_fast": 0.5}, r"beta_fast=0\.5 must be at least beta_slow"),
+        ({"mscale": -1}, ": mscale=-1 must be"),
+        ({"index_topk": 0}, ": index_topk=0 must be"),
+        ({"dtype": 3}, ": dtype=3 must be"),
+        ({"scale_fmt": "e8m0"}, ": scale_fmt='e8m0' must be"),
+        ({"n_heds": 1, "n_lay": 2}, ": unknown fields 'n_heds', 'n_lay'$"),
     ],
 )
-def test_refused(change: dict[str, Any], words: str, tmp_path: Path) -> None:
-    file = write(tmp_path / "config.json", hf_config_dict(TINY) | change)
+def test_deepseek_files_are_checked(change: dict[str, Any], words: str, tmp_path: Path) -> None:
+    file = write(tmp_path / "config.json", DEEPSEEK_671B | change)
     with pytest.raises(ConfigError, match=words) as caught:
         load_model_config(file)
-    assert str(file) in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"{file}: ")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("hidden_size: 7168.0", r": hidden_size=7168\.0 must be a positive integer"),
+        ("rope_theta: 1e4", ": rope_theta='1e4' must be a number"),  # YAML's floats have a dot
+        ("rms_norm_eps: .nan", ": rms_norm_eps=nan must be"),
+        ("rope_scaling: yarn", ": rope_scaling='yarn' must be a mapping"),
+        ("rope_scaling: {factor: 4.0}", ": rope_scaling: missing field 'original_max_position"),
+        (
+            "rope_scaling: {factor: 4.0, original_max_position_embeddings: 64, type: linear}",
+            ": rope_scaling: unknown field 'type'$",
+        ),
+        ("quantization: fp8", ": quantization='fp8' must be a mapping"),
+        ("quantization: {block: 128}", ": weight_block_size=128 must be"),
+        ("quantization: {block: [128, 128], scales: x}", ": quantization: unknown field 'scales'$"),
+        ("eos_token_ids: end", ": eos_token_ids='end' must be an integer"),
+        ("1: 2", ": unknown field 1$"),
+        ("warning: none", ": unknown field 'warning'$"),
+    ],
+)
+def test_our_files_are_checked(line: str, words: str, tmp_path: Path) -> None:
+    field = line.partition(":")[0]
+    preset = yaml.safe_load((PRESETS / "v3-671b.yaml").read_text())
+    kept = {name: value for name, value in preset.items() if name != field}
+    file = tmp_path / "ours.yaml"
+    file.write_text(f"{yaml.safe_dump(kept)}{line}\n")
+    with pytest.raises(ConfigError, match=words) as caught:
+        load_model_config(file)
+    assert str(caught.value).startswith(f"{file}: ")
+
+
+def test_a_hint_names_a_required_field_that_is_absent(tmp_path: Path) -> None:
+    preset = (PRESETS / "v3-671b.yaml").read_text()
+    file = tmp_path / "ours.yaml"
+    file.write_text(preset.replace("num_experts_per_tok:", "num_expert_per_tok:"))
+    words = "missing field 'num_experts_per_tok'; did you mean it by 'num_expert_per_tok'?"
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        load_model_config(file)
 
 
 def test_refused_elsewhere(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"unknown field 'n_heds'; did you mean 'n_heads'"):
-        load_model_config(write(tmp_path / "config.json", DEEPSEEK_671B | {"n_heds": 1}))
     (tmp_path / "ours.yaml").write_text("model_type: deepseek_v3\n")
     with pytest.raises(ConfigError, match="missing field 'vocab_size'"):
         load_model_config(tmp_path / "ours.yaml")
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_model_config(tmp_path / "broken.json")
+    for nothing in ([], {}, 3):
+        with pytest.raises(ConfigError, match=r"not a mapping|has no fields"):
+            load_model_config(write(tmp_path / "nothing.json", nothing))
     with pytest.raises(ConfigError, match=r"no preset of that name \(.*v3-671b"):
         load_model_config("v4-1t")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_model_config("v" * 5000)
     with pytest.raises(ConfigError, match=r"no config\.json"):
         load_model_config(tmp_path / "..")
+
+
+@pytest.mark.parametrize("ids", ["end", [1, True], 1.0, 331, -1, [[1]]])
+def test_end_tokens_of_generation_config_are_checked(ids: object, tmp_path: Path) -> None:
+    write(tmp_path / "config.json", hf_config_dict(TINY))
+    write(tmp_path / "generation_config.json", {"eos_token_id": ids})
+    with pytest.raises(ConfigError, match=r"generation_config\.json: eos_token_id="):
+        load_model_config(tmp_path)
 
 
 def test_fp8_survives_hugging_face(tmp_path: Path) -> None:
     config = dataclasses.replace(TINY, quantization=dataclasses.replace(FP8, scale_fmt="ue8m0"))
     assert load_model_config(write(tmp_path / "config.json", hf_config_dict(config))) == config
+
+
+def test_recast_configs_keep_no_trace_of_the_old_type(tmp_path: Path) -> None:
+    """The inference fields of DeepSeek, which some tools merge into the file, included."""
+    stored = dataclasses.replace(TINY, quantization=dataclasses.replace(FP8, scale_fmt="ue8m0"))
+    merged = hf_config_dict(stored) | {"dtype": "fp8", "scale_fmt": "ue8m0", "future_key": 1}
+    file = write(tmp_path / "config.json", recast_config_dict(merged, None))
+    assert load_model_config(file) == TINY
+    again = recast_config_dict(json.loads(file.read_text()), FP8)
+    config = load_model_config(write(file, again))
+    assert config == dataclasses.replace(TINY, quantization=FP8)
+    assert "future_key" in config.warning

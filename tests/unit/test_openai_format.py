@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -118,8 +119,33 @@ def test_generation_config() -> None:
         temperature=0.6
     )
     assert Sampling.from_generation_config({}) == Sampling()
-    with pytest.raises(CheckpointError, match=r"generation_config\.json: top_p='high' is not"):
-        Sampling.from_generation_config({"top_p": "high"})
+    assert Sampling.from_generation_config({"top_k": None, "do_sample": None}) == Sampling()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"top_p": "high"}, "top_p='high' is not a number"),
+        ({"temperature": True}, "temperature=True is not a number"),
+        ({"do_sample": False, "temperature": [0.6]}, r"temperature=\[0.6\] is not a number"),
+        ({"top_k": 50.0}, r"top_k=50\.0 is not an integer"),
+        ({"max_new_tokens": "x" * 10**6}, "max_new_tokens='x.* is not an integer"),
+        ({"max_new_tokens": 10**400}, r"max_new_tokens=10+\.\.\.0+ is not an integer"),
+        ({"temperature": float("nan")}, "temperature=nan is not a number from 0 to 100"),
+        ({"top_p": 0}, "top_p=0 is not a number above 0"),
+        ({"top_k": -1}, "top_k=-1 is not an integer, at least 0"),
+        ({"do_sample": "false"}, "do_sample='false' is not true or false"),
+    ],
+)
+def test_generation_config_with_wrong_values(
+    change: dict[str, object], words: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "generation_config.json"
+    file.write_text(json.dumps(change))
+    with pytest.raises(CheckpointError, match=words) as caught:
+        Sampling.of_checkpoint(tmp_path)
+    assert str(caught.value).startswith(f"{file}: ")
+    assert len(str(caught.value)) < len(str(file)) + 200
 
 
 def test_a_seed_not_given_depends_on_the_flag_and_the_name_only() -> None:

@@ -1,0 +1,239 @@
+"""Values that fields of a model's configuration may have, whichever file they come from."""
+
+import difflib
+import math
+import reprlib
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dsv3.errors import ConfigError
+
+_MOST_LISTED = 20
+
+
+def shown(value: object) -> str:
+    """Return `repr(value)` in at most 100 characters."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother = 2, 60, 60
+    text = short.repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+@dataclass(frozen=True, slots=True)
+class FieldRule:
+    """Types and range of a field.
+
+    Attributes:
+        kinds: the types of its values, exactly: `true` is no number.
+        least: the smallest value.
+        most: the largest value.
+        words: the rule as an error says it.
+    """
+
+    kinds: tuple[type, ...]
+    least: float
+    most: float
+    words: str
+
+    def holds(self, value: Any) -> bool:
+        """Return whether a field may have this value; NaN is in no range."""
+        return type(value) in self.kinds and bool(self.least <= value <= self.most)
+
+    def check(self, name: str, value: object) -> None:
+        """Raise ConfigError with `name` and value if the rule does not hold."""
+        if not self.holds(value):
+            raise ConfigError(f"{name}={shown(value)} must be {self.words}")
+
+
+_MOST_COUNT = 2**16
+_MOST_SIZE = 2**31 - 1
+# Far beyond any model, and still finite after a product of two.
+_MOST_NUMBER = 1e30
+
+_COUNT = FieldRule((int,), 1, _MOST_COUNT, f"a positive integer, at most {_MOST_COUNT}")
+_COUNT_OR_0 = FieldRule((int,), 0, _MOST_COUNT, f"an integer from 0 to {_MOST_COUNT}")
+_SIZE = FieldRule((int,), 1, _MOST_SIZE, f"a positive integer, at most {_MOST_SIZE}")
+_ID = FieldRule((int,), 0, _MOST_SIZE, "a token id, an integer from 0")
+_TRUTH = FieldRule((bool,), 0, 1, "true or false")
+_FLOAT = (int, float)
+_POSITIVE = FieldRule(_FLOAT, 1e-30, _MOST_NUMBER, "a number above 0")
+_NOT_NEGATIVE = FieldRule(_FLOAT, 0, _MOST_NUMBER, "a number, at least 0")
+_AT_LEAST_1 = FieldRule(_FLOAT, 1, _MOST_NUMBER, "a number, at least 1")
+_ABOVE_1 = FieldRule(_FLOAT, math.nextafter(1, 2), _MOST_NUMBER, "a number above 1")
+
+# Of every number and truth in ModelConfig and RopeScaling.
+RULES = {
+    "vocab_size": _SIZE,
+    "hidden_size": _SIZE,
+    "intermediate_size": _SIZE,
+    "moe_intermediate_size": _SIZE,
+    "num_hidden_layers": _COUNT,
+    "first_k_dense_replace": _COUNT_OR_0,
+    "moe_layer_freq": _COUNT,
+    "num_attention_heads": _COUNT,
+    "q_lora_rank": _SIZE,
+    "kv_lora_rank": _SIZE,
+    "qk_nope_head_dim": _SIZE,
+    "qk_rope_head_dim": _SIZE,
+    "v_head_dim": _SIZE,
+    "n_routed_experts": _COUNT,
+    "n_shared_experts": _COUNT_OR_0,
+    "num_experts_per_tok": _COUNT,
+    "n_group": _COUNT,
+    "topk_group": _COUNT,
+    "norm_topk_prob": _TRUTH,
+    "routed_scaling_factor": _POSITIVE,
+    "rms_norm_eps": _POSITIVE,
+    "rope_theta": _ABOVE_1,
+    "rope_interleave": _TRUTH,
+    "max_position_embeddings": _SIZE,
+    "tie_word_embeddings": _TRUTH,
+    "bos_token_id": _ID,
+    "num_nextn_predict_layers": _COUNT_OR_0,
+    "index_n_heads": _COUNT,
+    "index_head_dim": _SIZE,
+    "index_topk": _SIZE,
+    "factor": _AT_LEAST_1,
+    "original_max_position_embeddings": _SIZE,
+    "beta_fast": _POSITIVE,
+    "beta_slow": _POSITIVE,
+    "mscale": _NOT_NEGATIVE,
+    "mscale_all_dim": _NOT_NEGATIVE,
+}
+
+# Names in DeepSeek's own configuration files, where they are not ours.
+DEEPSEEK_NAMES = {
+    "dim": "hidden_size",
+    "inter_dim": "intermediate_size",
+    "moe_inter_dim": "moe_intermediate_size",
+    "n_layers": "num_hidden_layers",
+    "n_dense_layers": "first_k_dense_replace",
+    "n_heads": "num_attention_heads",
+    "n_activated_experts": "num_experts_per_tok",
+    "n_expert_groups": "n_group",
+    "n_limited_groups": "topk_group",
+    "score_func": "scoring_func",
+    "route_scale": "routed_scaling_factor",
+}
+# The same of YaRN. DeepSeek's code has one mscale, which it applies as mscale_all_dim.
+DEEPSEEK_ROPE_NAMES = {
+    "rope_factor": "factor",
+    "original_seq_len": "original_max_position_embeddings",
+    "beta_fast": "beta_fast",
+    "beta_slow": "beta_slow",
+    "mscale": "mscale_all_dim",
+}
+
+
+def check_value(field: str, value: object, name: str) -> None:
+    """Raise ConfigError if a field cannot have this value; `name` is how the file calls it."""
+    if field in RULES:
+        RULES[field].check(name, value)
+
+
+def check_token_ids(value: object, name: str) -> tuple[int, ...]:
+    """Return one id, a list of ids or null as a tuple.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    ids = [] if value is None else value if isinstance(value, list | tuple) else [value]
+    for token_id in ids:
+        if type(token_id) is not int:
+            raise ConfigError(f"{name}={shown(value)} must be an integer or a list of them")
+        _ID.check(name, token_id)
+    return tuple(ids)
+
+
+def check_mapping(value: object, name: str) -> Mapping[str, Any]:
+    """Return a mapping of names to values as it is.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise ConfigError(f"{name}={shown(value)} must be a mapping of names to values")
+    return value
+
+
+def agreed(claims: Iterable[tuple[str, Any]], where: str) -> Any:
+    """Return the value that a file gives under several names.
+
+    Args:
+        claims: names and values; null says nothing.
+        where: the file.
+
+    Returns:
+        None where nothing is said.
+
+    Raises:
+        ConfigError: two names have different values.
+    """
+    given = [(name, value) for name, value in claims if value is not None]
+    for name, value in given[1:]:
+        first, wanted = given[0]
+        if value != wanted:
+            raise ConfigError(
+                f"{where}: {first}={shown(wanted)} and {name}={shown(value)} disagree; "
+                "correct or remove one of them"
+            )
+    return given[0][1] if given else None
+
+
+def check_only(data: Mapping[str, Any], only: Mapping[str, Any], prefix: str) -> None:
+    """Raise ConfigError for a setting that no model of the family has.
+
+    Args:
+        data: a mapping of a file.
+        only: the value that each setting has where it is not null; None is no value at all.
+        prefix: the file and the names around the mapping.
+    """
+    for name, wanted in only.items():
+        value = data.get(name)
+        is_number = type(value) in (int, float) and type(wanted) is int
+        if value is None or (value == wanted and (is_number or type(value) is type(wanted))):
+            continue
+        must = "be absent" if wanted is None else f"be {wanted!r}"
+        raise ConfigError(f"{prefix}{name}={shown(value)} is not supported; it must {must}")
+
+
+def listed(names: Collection[object]) -> str:
+    """Join names for a message, the first ones only where they are many."""
+    first = [shown(name) for name in list(names)[:_MOST_LISTED]]
+    rest = len(names) - len(first)
+    return ", ".join(first) + (f" and {rest} more" if rest else "")
+
+
+def refuse_unknown(
+    keys: Collection[str], known: Collection[str], where: str, hints: Collection[str] = ()
+) -> None:
+    """Raise ConfigError with all keys that are not known.
+
+    Args:
+        keys: of a file.
+        known: all that it may have.
+        where: the file.
+        hints: names that the error may suggest in place of a single unknown key.
+    """
+    unknown = [key for key in keys if key not in known]
+    if unknown:
+        near = difflib.get_close_matches(str(unknown[0]), hints, n=1) if len(unknown) == 1 else []
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        fields = "field" if len(unknown) == 1 else "fields"
+        raise ConfigError(f"{where}: unknown {fields} {listed(unknown)}{hint}")
+
+
+def check_required(
+    required: Collection[str], keys: Collection[str], unknown: Collection[str], where: str
+) -> None:
+    """Raise ConfigError for the first required field that a file lacks.
+
+    If an unknown key looks like its name, the error says so. No other unknown key is met with a
+    suggestion: where a file is usable as it is, following one could replace its model by another.
+    """
+    for name in required:
+        if name not in keys:
+            near = difflib.get_close_matches(name, unknown, n=1, cutoff=0.8)
+            hint = f"; did you mean it by {shown(near[0])}?" if near else ""
+            raise ConfigError(f"{where}: missing field {name!r}{hint}")

@@ -1,0 +1,271 @@
+"""Read a ModelConfig from Hugging Face's `config.json`.
+
+Several tools write this file, some of them the same value under two names. All names of a value
+have to agree; a file that contradicts itself is refused, because nothing says which half is true.
+Keys that are unknown here are named in one warning: files of newer versions have more of them.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsv3.compressed_tensors import compressed_tensors
+from dsv3.config import ModelConfig, QuantizationConfig, check_family
+from dsv3.config_fields import (
+    DEEPSEEK_NAMES,
+    DEEPSEEK_ROPE_NAMES,
+    agreed,
+    check_mapping,
+    check_only,
+    check_required,
+    check_token_ids,
+    check_value,
+    listed,
+    shown,
+)
+from dsv3.config_rope import read_rope
+from dsv3.errors import ConfigError
+
+Names = Mapping[str, Any]
+
+# Fields that are read by functions of their own.
+_READ_APART = {"eos_token_ids", "quantization", "rope_scaling", "rope_theta", "torch_dtype"}
+_FIELDS = [
+    f.name
+    for f in dataclasses.fields(ModelConfig)
+    if f.name not in _READ_APART and f.name != "warning"
+]
+_REQUIRED = [f.name for f in dataclasses.fields(ModelConfig) if f.default is dataclasses.MISSING]
+# Those of transformers' attribute maps, and of inference JSON merged into the file.
+_OTHER_NAMES = {
+    "num_local_experts": "n_routed_experts",
+    "num_experts": "n_routed_experts",
+    "num_mtp_layers": "num_nextn_predict_layers",
+    "norm_eps": "rms_norm_eps",
+} | DEEPSEEK_NAMES
+# Keys that would change what the model computes, with the only value that is supported.
+_ONLY: Names = {
+    "attention_bias": False,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "hidden_act": "silu",
+    "index_topk_freq": 1,
+    "indexer_rope_interleave": False,
+    "mlp_bias": False,
+    "n_hash_layers": 0,
+    "sliding_window": None,
+    "swiglu_limit": None,
+    "zero_expert_num": 0,
+}
+_QUANTIZATION_ONLY: Names = {"activation_scheme": "dynamic", "expert_dtype": "fp8", "fmt": "e4m3"}
+# Read below: derived values, and other spellings.
+_READ = set(
+    """
+    compression_config dtype eos_token_id head_dim layer_types mlp_layer_types
+    num_key_value_heads original_max_position_embeddings partial_rotary_factor qk_head_dim
+    quantization quantization_config rope_parameters rope_scaling rope_theta scale_fmt torch_dtype
+    """.split()  # noqa: SIM905
+)
+# Training, bookkeeping and generation defaults: known to say nothing about the computation.
+_IGNORED = set(
+    """
+    add_cross_attention architectures attention_dropout auto_map aux_loss_alpha bad_words_ids
+    begin_suppress_tokens chunk_size_feed_forward cross_attention_hidden_size
+    decoder_start_token_id diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
+    ep_size exponential_decay_length_penalty finetuning_task forced_bos_token_id
+    forced_eos_token_id id2label initializer_range is_decoder is_encoder_decoder label2id
+    length_penalty max_batch_size max_length max_seq_len min_length no_repeat_ngram_size
+    num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states
+    output_router_logits output_scores pad_token_id prefix pretraining_tp problem_type
+    pruned_heads remove_invalid_values repetition_penalty return_dict return_dict_in_generate
+    sep_token_id seq_aux suppress_tokens task_specific_params temperature tf_legacy_loss
+    tie_encoder_decoder tokenizer_class top_k top_p torchscript transformers_version
+    typical_p unsloth_fixed use_bfloat16 use_cache
+    """.split()  # noqa: SIM905
+)
+_KNOWN = {*_FIELDS, *_OTHER_NAMES, *_ONLY, *_READ, *_IGNORED, *DEEPSEEK_ROPE_NAMES}
+_QUANTIZATION_KNOWN = {
+    *_QUANTIZATION_ONLY,
+    *("dequantize", "ignored_layers", "modules_to_convert", "modules_to_not_convert"),
+    *("quant_method", "scale_fmt", "weight_block_size"),
+}
+# Kinds of attention in transformers' `layer_types`, the older name of V3.2's among them.
+_DENSE_LAYERS = ("full_attention",)
+_SPARSE_LAYERS = ("indexed_attention", "deepseek_sparse_attention")
+
+
+def from_hf(data: Names, where: str) -> ModelConfig:
+    """Return the model of a `config.json`.
+
+    Raises:
+        ConfigError: it is of another family, contradicts itself, or has a value that no model of
+            the family can have.
+    """
+    names = data.get("architectures")
+    architecture = shown(names[0]).strip("'") if names and isinstance(names, list) else "unknown"
+    check_family(data.get("model_type"), f"{where}: ", f" ({architecture})")
+    check_only(data, _ONLY, f"{where}: ")
+    rope, quantization = read_rope(data, where), _read_quantization(data, where)
+    fields = _plain_fields(data, where) | {
+        "torch_dtype": _dtype(data, quantization.config, where),
+        "eos_token_ids": check_token_ids(data.get("eos_token_id"), f"{where}: eos_token_id"),
+        "rope_theta": rope.theta,
+        "rope_scaling": rope.scaling,
+        "quantization": quantization.config,
+    }
+    if "first_k_dense_replace" not in fields and isinstance(data.get("mlp_layer_types"), list):
+        fields["first_k_dense_replace"] = data["mlp_layer_types"].count("dense")
+    unknown = [key for key in data if key not in _KNOWN and not key.startswith("_")]
+    check_required([*_REQUIRED, "n_group", "topk_group"], fields, unknown, where)
+    unknown += [*rope.unknown, *quantization.unknown]
+    if unknown:
+        # Without the directory: ranks on other hosts may have theirs elsewhere.
+        name = Path(where).name
+        fields["warning"] = f"{name}: keys without a meaning here are ignored: {listed(unknown)}"
+    try:
+        config = ModelConfig(**fields)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    _check_derived(data, config, where)
+    _check_layer_types(data, config, where)
+    return config
+
+
+def _plain_fields(data: Names, where: str) -> dict[str, Any]:
+    """Return the fields of ModelConfig that are single values in the file."""
+    fields: dict[str, Any] = {}
+    for field in _FIELDS:
+        others = [name for name, ours in _OTHER_NAMES.items() if ours == field]
+        given = [(name, data[name]) for name in (field, *others) if name in data]
+        for name, value in given:
+            if value is not None:
+                check_value(field, value, f"{where}: {name}")
+        if given:
+            fields[field] = agreed(given, where)
+    for name, default in _defaults(data).items():
+        if fields.get(name) is None:
+            fields[name] = default
+    return fields
+
+
+def _defaults(data: Names) -> dict[str, Any]:
+    """Return values of fields that are null, or that some writers leave out.
+
+    null means "no groups". Without the keys V2 has none either; for V3 the published code and
+    transformers then take 8 and 4, so that a file without them does not say which it means.
+    """
+    v2 = data["model_type"] == "deepseek_v2"
+    groups = [name for name in ("n_group", "topk_group") if v2 or name in data]
+    return dict.fromkeys(groups, 1) | {
+        "scoring_func": "softmax" if v2 else "sigmoid",
+        "topk_method": "greedy" if v2 else "noaux_tc",
+        "num_nextn_predict_layers": 0,
+        "n_shared_experts": 0,
+    }
+
+
+def _dtype(data: Names, quantization: QuantizationConfig | None, where: str) -> Any:
+    """Return the dtype of weights that are not quantized, bfloat16 where none is given.
+
+    In a file with DeepSeek's inference fields, `dtype` is theirs: fp8 or bf16 weights.
+    """
+    dtype, stored = data.get("dtype"), "bf16" if quantization is None else "fp8"
+    if dtype in ("bf16", "fp8"):
+        if dtype != stored:
+            raise ConfigError(
+                f"{where}: dtype={dtype!r}, but weights are {stored} by quantization_config="
+                f"{shown(data.get('quantization_config'))}; correct or remove one of them"
+            )
+        dtype = None
+    dtype = agreed([("torch_dtype", data.get("torch_dtype")), ("dtype", dtype)], where)
+    return "bfloat16" if dtype is None else dtype
+
+
+@dataclass(frozen=True)
+class _Quantization:
+    """Quantization of a file; `config` is None without any, `unknown` are keys not read."""
+
+    config: QuantizationConfig | None
+    unknown: list[str]
+
+
+def _read_quantization(data: Names, where: str) -> _Quantization:
+    # The first is MLX's key, the second of older compressed-tensors.
+    for key in ("quantization", "compression_config", "quantization_config"):
+        if data.get(key) is not None:
+            given = check_mapping(data[key], f"{where}: {key}")
+            methods = ("fp8", "compressed-tensors")
+            if key != "quantization_config" or given.get("quant_method") not in methods:
+                raise ConfigError(
+                    f"{where}: {key}: weights with {_described(given)} are not supported; only "
+                    "block-scaled fp8 is (no int4 or other packed weights)"
+                )
+    if data.get("quantization_config") is None:
+        return _Quantization(None, [])
+    given, name = data["quantization_config"], f"{where}: quantization_config"
+    if given["quant_method"] == "compressed-tensors":
+        return _Quantization(compressed_tensors(given, name), [])
+    check_only(given, _QUANTIZATION_ONLY, f"{name}.")
+    block, scale_fmt = given.get("weight_block_size"), given.get("scale_fmt")
+    block = tuple(block) if isinstance(block, list) else block
+    scale_fmt = None if scale_fmt == "float" else scale_fmt
+    try:
+        config = QuantizationConfig(block=block, scale_fmt=scale_fmt)  # type: ignore[arg-type]
+    except ConfigError as error:
+        raise ConfigError(f"{name}.{error}") from None
+    theirs = data.get("scale_fmt")  # of DeepSeek's inference fields
+    if theirs not in (None, scale_fmt):
+        raise ConfigError(
+            f"{where}: scale_fmt={shown(theirs)}, but quantization_config says "
+            f"scale_fmt={shown(scale_fmt)}; correct or remove one of them"
+        )
+    unknown = [f"quantization_config.{key}" for key in given if key not in _QUANTIZATION_KNOWN]
+    return _Quantization(config, unknown)
+
+
+def _described(quantization: Names) -> str:
+    """Return the names and values by which a format of quantized weights is known."""
+    names = ("quant_method", "quant_algo", "format", "bits", "group_size")
+    given = [f"{name}={shown(quantization[name])}" for name in names if name in quantization]
+    is_mlx = "quant_method" not in quantization and "bits" in quantization
+    return (", ".join(given) or "no quant_method") + (" (MLX)" if is_mlx else "")
+
+
+def _check_derived(data: Names, config: ModelConfig, where: str) -> None:
+    """Refuse stale values that follow from others. Tools mean different things by head_dim."""
+    heads, nope, rope = "num_attention_heads", "qk_nope_head_dim", "qk_rope_head_dim"
+    query = (f"{nope} + {rope}", config.qk_head_dim)
+    average = (f"hidden_size / {heads}", config.hidden_size // config.num_attention_heads)
+    value_dim = ("v_head_dim", config.v_head_dim)
+    for name, meanings in (
+        ("num_key_value_heads", [(heads, config.num_attention_heads)]),
+        ("qk_head_dim", [query]),
+        ("head_dim", [(rope, config.qk_rope_head_dim), query, value_dim, average]),
+    ):
+        value = data.get(name)
+        fits = type(value) is int and value in [size for _, size in meanings]
+        if value is not None and not fits:
+            wanted = " or ".join(f"{meaning}={size}" for meaning, size in meanings)
+            raise ConfigError(f"{where}: {name}={shown(value)} must be {wanted}")
+
+
+def _check_layer_types(data: Names, config: ModelConfig, where: str) -> None:
+    """Refuse per-layer lists of transformers 5 that are not the model of the other fields."""
+    layers = config.num_hidden_layers
+    kinds = _SPARSE_LAYERS if config.has_indexer else _DENSE_LAYERS
+    attention, mlp = data.get("layer_types"), data.get("mlp_layer_types")
+    if attention is not None and attention not in [[kind] * layers for kind in kinds]:
+        raise ConfigError(
+            f"{where}: layer_types={shown(attention)} must be {layers} x {kinds[0]!r}, as "
+            f"num_hidden_layers={layers} and model_type={config.model_type!r} say"
+        )
+    is_moe = [config.is_moe_layer(layer) for layer in range(layers)]
+    if mlp is not None and mlp != ["sparse" if moe else "dense" for moe in is_moe]:
+        dense = is_moe.count(False)
+        raise ConfigError(
+            f"{where}: mlp_layer_types={shown(mlp)} must be {dense} x 'dense', then "
+            f"{layers - dense} x 'sparse', as first_k_dense_replace="
+            f"{config.first_k_dense_replace} and num_hidden_layers={layers} say"
+        )
