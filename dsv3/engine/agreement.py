@@ -54,7 +54,8 @@ def gather_texts(mesh: Mesh, text: str) -> list[str]:
 
 def config_facts(config: ModelConfig) -> dict[str, str]:
     """Return the fields of a model's configuration as text."""
-    return {f"{f.name} of the model": str(getattr(config, f.name)) for f in fields(ModelConfig)}
+    names = [f.name for f in fields(ModelConfig) if f.compare]
+    return {f"{name} of the model": str(getattr(config, name)) for name in names}
 
 
 def check_same_model(mesh: Mesh, source: Source, placement_file: str) -> None:
