@@ -11,6 +11,8 @@ from dsv3.checkpoint.manifest import MANIFEST
 from dsv3.checkpoint.plan import Plan
 from dsv3.checkpoint.source import INDEX
 from dsv3.config_files import hf_config_dict, hf_quantization_dict
+from dsv3.errors import CheckpointError
+from dsv3.read_files import read_mapping
 
 _WEIGHTS = {".safetensors", ".partial", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"}
 _FOLDERS = ("encoding",)  # V3.2's conversation format is Python code, kept as documentation
@@ -32,7 +34,7 @@ def copy_side_files(source: Path, target: Path, plan: Plan) -> None:
     if not config.is_file():
         _write_json(target / "config.json", hf_config_dict(plan.config))
     elif plan.is_cast:
-        data = json.loads(config.read_text(encoding="utf-8"))
+        data = read_mapping(config, CheckpointError)
         data.pop("quantization_config", None)
         if plan.config.quantization is not None:
             data["quantization_config"] = hf_quantization_dict(plan.config.quantization)
