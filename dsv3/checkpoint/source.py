@@ -5,7 +5,7 @@ writes (a file per rank and a manifest), and those that DeepSeek's own converter
 rank, its own tensor names, equal slices).
 """
 
-import json
+import os
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -19,10 +19,12 @@ from dsv3.checkpoint.safetensors_file import Entry, read_header
 from dsv3.checkpoint.sharding import Split, TensorSpec, tensor_specs
 from dsv3.config import ModelConfig
 from dsv3.config_files import load_model_config
-from dsv3.errors import CheckpointError, ConfigError
+from dsv3.errors import CheckpointError, ConfigError, shorten
+from dsv3.read_files import TABLE_BYTES, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_LONGEST_NAME = 255  # bytes, on every file system that holds checkpoints
 _RANK_FILE = re.compile(r"model(\d+)-mp(\d+)\.safetensors")
 # Sizes that DeepSeek's own config files do not tell, or tell in another way.
 _MAY_DIFFER = {"bos_token_id", "max_position_embeddings", "num_nextn_predict_layers"}
@@ -45,14 +47,14 @@ def open_source(
         ConfigError: the model is not supported, or `config` contradicts config.json.
     """
     path = Path(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):  # unlike Path.is_dir, of any name
         raise CheckpointError(f"{path}: no such directory")
     config = _config(path, config)
-    if (path / MANIFEST).is_file():
+    if os.path.lexists(path / MANIFEST):
         return Source(path, config, _converted(path, is_share))
-    if (path / INDEX).is_file():
+    if os.path.lexists(path / INDEX):
         return Source(path, config, _indexed(path))
-    if (path / SINGLE).is_file():
+    if os.path.lexists(path / SINGLE):
         file = path / SINGLE
         entries = read_header(file).entries.items()
         return Source(path, config, {n: _whole_tensor(n, entry, file) for n, entry in entries})
@@ -91,7 +93,7 @@ def _indexed(path: Path) -> dict[str, TensorInfo]:
     for name, file_name in weight_map.items():
         file = path / file_name
         if file_name not in headers:
-            if not file.is_file():
+            if not os.path.isfile(file):
                 raise CheckpointError(f"{file}: missing, but {INDEX} names it (tensor {name})")
             headers[file_name] = read_header(file).entries
         entry = headers[file_name].get(name)
@@ -102,13 +104,24 @@ def _indexed(path: Path) -> dict[str, TensorInfo]:
 
 
 def _read_index(file: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
-        if all(Path(name).name == name for name in weight_map.values()):
-            return dict(weight_map)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        pass
-    raise CheckpointError(f"{file}: not an index of tensor names to file names; fetch it again")
+    index = read_json(file, CheckpointError, TABLE_BYTES, unique_keys=True)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{file}: not an index of tensor names to file names; fetch it again")
+    for tensor, name in weight_map.items():
+        if not _is_file_name(name):
+            raise CheckpointError(
+                f"{file}: not an index of tensor names to file names ({shorten(tensor)} is in no "
+                "file of this directory); fetch it again"
+            )
+    return weight_map
+
+
+def _is_file_name(name: object) -> bool:
+    """Return True if a file of a directory can have this name."""
+    if not isinstance(name, str) or name in ("", "..") or "\0" in name or Path(name).name != name:
+        return False
+    return len(name.encode(errors="surrogatepass")) <= _LONGEST_NAME
 
 
 def _converted(path: Path, is_share: bool) -> dict[str, TensorInfo]:
@@ -128,7 +141,8 @@ def _converted(path: Path, is_share: bool) -> dict[str, TensorInfo]:
         digests = []
         for name, entry in header.entries.items():
             shard = shards.get((name, rank))
-            if shard is None or region_shape(shard.region) != entry.shape:
+            is_same = shard is not None and manifest.tensors[name].dtype == entry.dtype
+            if shard is None or not is_same or region_shape(shard.region) != entry.shape:
                 raise CheckpointError(f"{file}: tensor {name} is not as {MANIFEST} tells")
             digests.append(shard.digest)
             pieces[name].append(Piece(file, entry.offset, shard.region, shard.digest))
