@@ -1,9 +1,15 @@
+import traceback
+
 import pytest
 
 from dsv3.errors import (
     MAX_LINE,
     MAX_VALUE,
     CheckpointError,
+    ConfigError,
+    Dsv3Error,
+    RankError,
+    RequestError,
     describe_error,
     one_line,
     printable,
@@ -39,6 +45,14 @@ def test_a_line_has_a_bounded_length(char: str) -> None:
     assert len(line) <= MAX_LINE
     assert line.startswith("/data/model.json: ")
     assert line.endswith("not a number")
+
+
+@pytest.mark.parametrize("kind", [CheckpointError, ConfigError, RequestError, RankError])
+def test_an_error_of_ours_is_a_line_wherever_it_is_shown(kind: type[Dsv3Error]) -> None:
+    error = kind("/data/\x1b[2J.json:\n" + "x" * 5000)
+    assert str(error).startswith("/data/\\x1b[2J.json: xxx")
+    assert len(str(error)) == MAX_LINE
+    assert "\x1b" not in "".join(traceback.format_exception(error))
 
 
 def test_text_of_several_lines_keeps_them() -> None:
