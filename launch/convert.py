@@ -101,7 +101,7 @@ def main() -> int:
     except (Dsv3Error, OSError) as error:
         if args.debug:
             raise
-        tell(error)
+        print_error(error)
         return error.exit_code if isinstance(error, Dsv3Error) else 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
@@ -109,7 +109,7 @@ def main() -> int:
     return 0
 
 
-def tell(error: Exception) -> None:
+def print_error(error: Exception) -> None:
     """Write the line of an error."""
     print(f"error: {describe_error(error)}", file=sys.stderr)
 
@@ -124,13 +124,13 @@ def run(args: argparse.Namespace) -> None:
         if args.save_path is None:
             with progress_bar(source.num_bytes, "verify") as advance:
                 verify_digests(source, args.workers, advance)
-            say(f"verified: {source.path} matches the digests of its manifest")
+            print_lines(f"verified: {source.path} matches the digests of its manifest")
             return
         layout = read_layout(args)
         cast = {"bf16": Cast.BF16, "fp8": Cast.FP8}.get(args.to, Cast.NONE)
         plan = make_plan(source, layout, cast, args.scale_fmt)
         if args.dry_run:
-            say(*describe(source, plan, *disk_space(plan, args.save_path)))
+            print_lines(*describe(source, plan, *disk_space(plan, args.save_path)))
             check_space(plan, args.save_path)
         else:
             write(args, source, plan)
@@ -152,7 +152,7 @@ def read_layout(args: argparse.Namespace) -> ParallelConfig | None:
 def write(args: argparse.Namespace, source: Source, plan: Plan) -> None:
     """Convert, or hold what is already there to the source; then tell what was done."""
     if not has_tokenizer(source.path):
-        say(f"warning: {source.path} has no tokenizer files", file=sys.stderr)
+        print_lines(f"warning: {source.path} has no tokenizer files", file=sys.stderr)
     if args.overwrite:
         clear(args.save_path)
     ready, start = is_complete(args.save_path), time.monotonic()
@@ -161,7 +161,7 @@ def write(args: argparse.Namespace, source: Source, plan: Plan) -> None:
             outcome = convert(source, plan, args.save_path, args.workers, advance)
         seconds = time.monotonic() - start
         again = f" ({in_units(outcome.resumed)} were there)" if outcome.resumed else ""
-        say(
+        print_lines(
             f"{args.save_path}: {len(plan.files)} files, {in_units(plan.num_bytes)}{again} in "
             f"{seconds:.1f} s, {in_units(outcome.written / seconds)}/s"
         )
@@ -172,10 +172,10 @@ def write(args: argparse.Namespace, source: Source, plan: Plan) -> None:
         ):
             verify_against(source, plan, result, args.workers, advance)
         finish(args.save_path)
-        say(f"verified: {args.save_path} is {source.path}, bit for bit")
+        print_lines(f"verified: {args.save_path} is {source.path}, bit for bit")
 
 
-def say(*lines: str, file: TextIO | None = None) -> None:
+def print_lines(*lines: str, file: TextIO | None = None) -> None:
     """Print lines; names in them may hold anything but cannot command a terminal."""
     print(*map(printable, lines), sep="\n", file=file)
 
@@ -192,13 +192,13 @@ def progress_bar(num_bytes: int, title: str) -> Iterator[Callable[[int], None]]:
 
 
 def program() -> int:
-    """Run the command; an error of ours that nobody foresaw is one line, too."""
+    """Run the command; an unexpected error is one line, too."""
     try:
         return main()
     except Exception as error:
         if "--debug" in sys.argv:
             raise
-        tell(error)
+        print_error(error)
         return RankError.exit_code
 
 

@@ -82,6 +82,10 @@ class _Printable(logging.Formatter):
         text = super().formatMessage(record)
         return one_line(text) if record.levelno >= logging.WARNING else printable(text)
 
+    def formatException(self, ei: Any) -> str:
+        """Return the stacks of an exception."""
+        return printable(super().formatException(ei))
+
 
 def set_up_logging(debug: bool, folder: str | None = None) -> None:
     """Log to stderr: rank 0 its progress, the others only what is wrong, each with its name.

@@ -23,7 +23,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 CPU_SECONDS = 3  # of one rendering; a conversation of 100,000 tokens takes about 0.01
 MEMORY_BYTES = 1 << 30
-TEXT_CHARS = 64 << 20
+TEXT_CHARS = 1 << 20  # beyond twice the size of the variables
 _OUT_OF_MEMORY = f"more than {MEMORY_BYTES >> 20:,} MiB of memory"
 
 
@@ -60,13 +60,13 @@ def _compile(source: str) -> Template | str:
 
 
 def _render(template: Template, variables: bytes) -> dict[str, str]:
-    parts, num_chars = [], 0
+    parts, num_chars, most = [], 0, TEXT_CHARS + 2 * len(variables)
     try:
         for part in template.generate(json.loads(variables)):
             parts.append(part)
             num_chars += len(part)
-            if num_chars > TEXT_CHARS:
-                return {"exceeded": f"more than {TEXT_CHARS:,} characters of text"}
+            if num_chars > most:
+                return {"exceeded": f"more than {most:,} characters of text"}
         return {"text": "".join(parts)}
     except RecursionError:
         return {"exceeded": "nested too deeply, or calling itself without end"}

@@ -31,7 +31,7 @@ def test_logs_command_no_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[s
         log.info("a table\n\tof %s", "\x1b[2Jnames")
         log.warning("%s: a tensor\nof a long name", "name" * 500)
         try:
-            raise ValueError("why")
+            raise ValueError("\x1b[2J")
         except ValueError:
             log.exception("broken\x07")
     screen = capfd.readouterr().err.splitlines()
@@ -40,6 +40,7 @@ def test_logs_command_no_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert screen[2].endswith(": a tensor of a long name")
     assert len(screen[2]) <= MAX_LINE
     assert screen[3:5] == [r"broken\x07", "Traceback (most recent call last):"]
+    assert screen[-1] == r"ValueError: \x1b[2J"
     kept = (tmp_path / "rank0.log").read_text()
     assert "INFO a table" in kept and "\x1b" not in kept
 
