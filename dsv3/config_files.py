@@ -6,13 +6,11 @@ default, so a misspelt one would select another model, and a preset has only fie
 """
 
 import dataclasses
-import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from dsv3.config import ModelConfig, QuantizationConfig, RopeScaling
 from dsv3.config_fields import (
@@ -26,7 +24,8 @@ from dsv3.config_fields import (
     shown,
 )
 from dsv3.config_hf import from_hf
-from dsv3.errors import ConfigError, Dsv3Error, os_errors_as
+from dsv3.errors import ConfigError
+from dsv3.read_files import read_mapping
 
 _ROOT = Path(__file__).resolve().parents[1]
 PRESETS = _ROOT / "configs"
@@ -79,25 +78,24 @@ def load_model_config(path_or_preset: str | Path) -> ModelConfig:
         ConfigError: nothing is there, or a field is missing, wrong or contradicts another one.
     """
     path = Path(path_or_preset)
+    if os.path.isdir(path):  # unlike Path.is_dir, of any name
+        return _load_directory(path)
+    if os.path.isfile(path):
+        return _load_file(path)
     preset = PRESETS / f"{path_or_preset}.yaml"
-    with os_errors_as(ConfigError, f"{path}: cannot be read"):
-        if path.is_dir():
-            return _load_directory(path)
-        if path.is_file():
-            return _load_file(path)
-        if preset.is_file():
-            return _load_file(preset)
+    if os.path.isfile(preset):
+        return _load_file(preset)
     names = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
     raise ConfigError(f"{path_or_preset}: no such file, and no preset of that name ({names})")
 
 
 def _load_directory(path: Path) -> ModelConfig:
     file = path / "config.json"
-    if not file.is_file():
+    if not os.path.lexists(file):
         raise ConfigError(f"{path}: no config.json; give the model's configuration with --config")
     config = _load_file(file)
     generation = path / "generation_config.json"
-    if not generation.is_file():
+    if not os.path.lexists(generation):
         return config
     given = read_mapping(generation).get("eos_token_id")
     more = check_token_ids(given, f"{generation}: eos_token_id")
@@ -118,18 +116,6 @@ def _load_file(path: Path) -> ModelConfig:
     if {"model_type", "architectures", "hidden_size"} & data.keys():
         return from_hf(data, where)
     return _from_deepseek(data, where)
-
-
-def read_mapping(path: Path, kind: type[Dsv3Error] = ConfigError) -> dict[str, Any]:
-    """Read a YAML or JSON file; an error if it cannot be, or holds something else."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        data = yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise kind(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
-    if not isinstance(data, dict):
-        raise kind(f"{path}: not a mapping of field names to values")
-    return data
 
 
 def _from_yaml(data: dict[str, Any], where: str) -> ModelConfig:

@@ -1,17 +1,59 @@
 """The errors a user may meet. Each is one line: what is wrong, where, and what to do."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+MAX_LINE = 400  # characters of an error or a warning
+MAX_VALUE = 60  # characters of a value within one
+# All that a terminal obeys or cannot encode: control characters (C0, DEL, C1), line and paragraph
+# separators, marks of writing direction, halves of surrogate pairs.
+_CONTROLS = r"\x00-\x1f\x7f-\x9f\u2028\u2029"
+_DIRECTIONS = r"\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
+_UNSAFE = re.compile(rf"[{_CONTROLS}{_DIRECTIONS}\ud800-\udfff]")
+_BREAK = re.compile(r"\s*[\r\n]\s*")
+
+
+def one_line(text: str) -> str:
+    """Return `text` as one line of printable characters, at most `MAX_LINE` of them.
+
+    Other characters are escaped as in Python; the middle of an overlong line is left out.
+    """
+    text = shorten(text.strip(), MAX_LINE)  # escapes need not be made for what is cut
+    return shorten(_UNSAFE.sub(_escape, _BREAK.sub(" ", text)), MAX_LINE)
+
+
+def printable(text: str) -> str:
+    """Return `text` with all control characters escaped but the ends of lines and tabs."""
+    return _UNSAFE.sub(lambda match: match[0] if match[0] in "\n\t" else _escape(match), text)
+
+
+def shorten(text: str, limit: int = MAX_VALUE) -> str:
+    """Return `text` if it has at most `limit` characters, else its beginning and its end."""
+    if len(text) <= limit:
+        return text
+    tail = (limit - 3) // 3
+    return f"{text[: limit - 3 - tail]}...{text[len(text) - tail :]}"
+
+
+def _escape(match: re.Match[str]) -> str:
+    return ascii(match[0])[1:-1]
+
 
 class Dsv3Error(Exception):
-    """A failure that is told in one line; `exit_code` is what the program ends with."""
+    """A failure that is told in one line; `exit_code` is what the program ends with.
+
+    Its text holds names and values from files: it is always one short line of printable characters.
+    """
 
     exit_code = 2
     # Set where rank 0 has the same error to tell.
     told_elsewhere = False
     # Set where every rank has met with it, in one collective.
     is_shared = False
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class ConfigError(Dsv3Error, ValueError):
@@ -51,3 +93,13 @@ def os_errors_as(kind: type[Dsv3Error], what: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise kind(f"{what}: {error.strerror or error}") from None
+
+
+def describe_error(error: BaseException) -> str:
+    """Return one line for an error: the message of ours, the type and message of others."""
+    if isinstance(error, Dsv3Error):
+        return str(error)
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return one_line(f"{error.filename}: {error.strerror}")
+    text = str(error).strip().split("\n")[0]
+    return one_line(f"{type(error).__name__}{': ' * bool(text)}{text}") + " (--debug shows more)"

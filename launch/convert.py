@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -38,7 +39,7 @@ from dsv3.checkpoint.verify import verify_against, verify_digests
 from dsv3.checkpoint.workers import default_workers
 from dsv3.config import ParallelConfig
 from dsv3.config_files import load_model_config
-from dsv3.errors import ConfigError, Dsv3Error
+from dsv3.errors import ConfigError, Dsv3Error, RankError, describe_error, printable
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -102,12 +103,17 @@ def main() -> int:
     except (Dsv3Error, OSError) as error:
         if args.debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return error.exit_code if isinstance(error, Dsv3Error) else 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
     return 0
+
+
+def print_error(error: Exception) -> None:
+    """Write the line of an error."""
+    print(f"error: {describe_error(error)}", file=sys.stderr)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -123,7 +129,7 @@ def run(args: argparse.Namespace) -> None:
         if args.save_path is None:
             with progress_bar(source.num_bytes, "verify") as advance:
                 verify_digests(source, args.workers, advance)
-            print(f"verified: {source.path} matches the digests of its manifest")
+            print_lines(f"verified: {source.path} matches the digests of its manifest")
             return
         layout = read_layout(args)
         cast = {"bf16": Cast.BF16, "fp8": Cast.FP8}.get(args.to, Cast.NONE)
@@ -131,7 +137,7 @@ def run(args: argparse.Namespace) -> None:
         for line in source_warnings(source):
             print(f"warning: {line}", file=sys.stderr)
         if args.dry_run:
-            print(*describe(source, plan, *disk_space(plan, args.save_path)), sep="\n")
+            print_lines(*describe(source, plan, *disk_space(plan, args.save_path)))
             check_space(plan, args.save_path)
         else:
             write(args, source, plan)
@@ -153,7 +159,7 @@ def read_layout(args: argparse.Namespace) -> ParallelConfig | None:
 def write(args: argparse.Namespace, source: Source, plan: Plan) -> None:
     """Convert, or hold what is already there to the source; then tell what was done."""
     if not has_tokenizer(source.path):
-        print(f"warning: {source.path} has no tokenizer files", file=sys.stderr)
+        print_lines(f"warning: {source.path} has no tokenizer files", file=sys.stderr)
     if args.overwrite:
         clear(args.save_path)
     ready, start = is_complete(args.save_path), time.monotonic()
@@ -162,7 +168,7 @@ def write(args: argparse.Namespace, source: Source, plan: Plan) -> None:
             outcome = convert(source, plan, args.save_path, args.workers, advance)
         seconds = time.monotonic() - start
         again = f" ({in_units(outcome.resumed)} were there)" if outcome.resumed else ""
-        print(
+        print_lines(
             f"{args.save_path}: {len(plan.files)} files, {in_units(plan.num_bytes)}{again} in "
             f"{seconds:.1f} s, {in_units(outcome.written / seconds)}/s"
         )
@@ -173,7 +179,12 @@ def write(args: argparse.Namespace, source: Source, plan: Plan) -> None:
         ):
             verify_against(source, plan, result, args.workers, advance)
         finish(args.save_path)
-        print(f"verified: {args.save_path} is {source.path}, bit for bit")
+        print_lines(f"verified: {args.save_path} is {source.path}, bit for bit")
+
+
+def print_lines(*lines: str, file: TextIO | None = None) -> None:
+    """Print lines; names in them may hold anything but cannot command a terminal."""
+    print(*map(printable, lines), sep="\n", file=file)
 
 
 @contextmanager
@@ -187,5 +198,16 @@ def progress_bar(num_bytes: int, title: str) -> Iterator[Callable[[int], None]]:
         yield advance
 
 
+def program() -> int:
+    """Run the command; an unexpected error is one line, too."""
+    try:
+        return main()
+    except Exception as error:
+        if "--debug" in sys.argv:
+            raise
+        print_error(error)
+        return RankError.exit_code
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program())

@@ -3,14 +3,16 @@
 Programs run this check before they read a tokenizer, a config or another file.
 """
 
-import json
+import os
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
 from dsv3.checkpoint.manifest import MANIFEST
 from dsv3.errors import CheckpointError, os_errors_as
+from dsv3.read_files import read_mapping
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -36,7 +38,7 @@ _SAVE_FIRST = "only safetensors files are read; save the model in that format"
 def check_directory(path: Path) -> None:
     """Raise CheckpointError unless `path` is a directory with weights in safetensors files."""
     with os_errors_as(CheckpointError, f"{path}: cannot be read"):
-        if not path.is_dir():
+        if not os.path.isdir(path):  # unlike Path.is_dir, of any name
             raise CheckpointError(_no_directory(path))
         names = {entry.name for entry in path.iterdir()}
         if not _has_weights(names):
@@ -58,9 +60,9 @@ def _has_weights(names: Iterable[str]) -> bool:
 
 def _no_directory(path: Path) -> str:
     """Return the message for a path that is not a directory."""
-    if path.is_symlink() and not path.exists():
+    if os.path.islink(path) and not os.path.exists(path):
         return f"{path}: a symbolic link to {path.readlink()}, which does not exist"
-    if path.exists():
+    if os.path.exists(path):
         return f"{path}: a file, not a checkpoint directory{_of_file(path)}"
     if str(path).startswith(("https:", "http:", "hf:")):
         return f"{path}: an address, not a directory; download the files and give their directory"
@@ -112,11 +114,10 @@ def _no_checkpoint(path: Path, names: set[str]) -> str:
 
 def _adapter(file: Path) -> str:
     """Describe an adapter by its config, whatever that holds."""
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+    kind = base = None
+    with suppress(CheckpointError):
+        config = read_mapping(file, CheckpointError)
         kind, base = config.get("peft_type"), config.get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError, RecursionError):
-        kind = base = None
     what = "a LoRA adapter" if kind in (None, "LORA") else f"a {kind} adapter"
     of = f" for {base}" if isinstance(base, str) and base else ""
     return f"{what}{of}, not a model; merge it into its base model first (peft: merge_and_unload)"

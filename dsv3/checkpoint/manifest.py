@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from dsv3.checkpoint.region import Region, whole
+from dsv3.checkpoint.safetensors_file import DTYPE_BYTES
 from dsv3.config import ParallelConfig
 from dsv3.errors import CheckpointError
+from dsv3.read_files import TABLE_BYTES, read_json
 
 MANIFEST = "manifest.json"
 DIGEST_KEY = "model_digest"  # in the metadata of every file, so that files cannot be mixed
@@ -92,18 +94,23 @@ def read_manifest(path: Path) -> Manifest:
         CheckpointError: it is damaged, or of another program or version.
     """
     file = path / MANIFEST
+    data = read_json(file, CheckpointError, TABLE_BYTES, unique_keys=True)
+    kind = {key: data.get(key) for key in _KIND} if isinstance(data, dict) else None
+    if kind != _KIND:
+        raise CheckpointError(f"{file}: not a manifest that this version reads ({kind})")
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-        kind = {key: data.get(key) for key in _KIND}
-        if kind != _KIND:
-            raise CheckpointError(f"{file}: not a manifest that this version reads ({kind})")
         layout = ParallelConfig(**data["layout"])
-        files = tuple(FileRecord(f["name"], f["bytes"], f["digest"]) for f in data["files"])
+        files = tuple(
+            FileRecord(_text(f["name"]), _size(f["bytes"]), _text(f["digest"]))
+            for f in data["files"]
+        )
         tensors = {name: _record(item) for name, item in data["tensors"].items()}
-        manifest = Manifest(layout, files, tensors, data[DIGEST_KEY])
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{file}: damaged ({error!r}); convert again") from None
-    if [f.name for f in files] != [rank_file(r, len(files)) for r in range(layout.world_size)]:
+        manifest = Manifest(layout, files, tensors, _text(data[DIGEST_KEY]))
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{file}: damaged ({reason}); convert again") from None
+    names = [rank_file(rank, len(files)) for rank in range(len(files))]
+    if len(files) != layout.world_size or [f.name for f in files] != names:
         raise CheckpointError(f"{file}: its files are not those of {layout.world_size} ranks")
     return manifest
 
@@ -123,11 +130,26 @@ def _record_json(record: Record) -> dict[str, Any]:
 
 
 def _record(item: Mapping[str, Any]) -> Record:
-    shape, digest = tuple(item["shape"]), item["digest"]
+    shape, digest = tuple(map(_size, item["shape"])), _text(item["digest"])
     shards = tuple(
-        Shard(s[0], whole(shape), digest)
+        Shard(_size(s[0]), whole(shape), digest)
         if len(s) == 1
-        else Shard(s[0], tuple((start, stop) for start, stop in s[1]), s[2])
+        else Shard(_size(s[0]), tuple((_size(a), _size(b)) for a, b in s[1]), _text(s[2]))
         for s in item["shards"]
     )
-    return Record(item["dtype"], shape, digest, shards)
+    dtype = _text(item["dtype"])
+    if dtype not in DTYPE_BYTES:
+        raise ValueError(f"dtype {dtype} is unknown")
+    return Record(dtype, shape, digest, shards)
+
+
+def _text(value: object) -> str:
+    if isinstance(value, str):
+        return value
+    raise TypeError(f"{type(value).__name__} in the place of a text")
+
+
+def _size(value: object) -> int:
+    if type(value) is int and value >= 0:
+        return value
+    raise TypeError(f"{type(value).__name__} in the place of a size")

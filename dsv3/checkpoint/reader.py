@@ -19,6 +19,7 @@ from dsv3.checkpoint.region import Box, Region, region_shape, whole
 from dsv3.checkpoint.safetensors_file import DTYPE_BYTES, tensor_bytes
 from dsv3.config import ModelConfig
 from dsv3.errors import CheckpointError, os_errors_as
+from dsv3.read_files import open_regular
 
 _AT_ONCE = 16 << 20  # bytes of one system call, so that progress is seen on a slow disk
 _STAGING = 8 << 20  # bytes read at once where columns must be cut out of rows
@@ -212,6 +213,5 @@ class Source(AbstractContextManager["Source"]):
             if file not in self._files:
                 if not file.exists():
                     raise CheckpointError(f"{file}: missing, and this rank reads it; copy it here")
-                with os_errors_as(CheckpointError, f"{file}: cannot be read"):
-                    self._files[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+                self._files[file] = open_regular(file, CheckpointError)
             return self._files[file]

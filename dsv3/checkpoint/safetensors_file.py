@@ -5,9 +5,12 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
-from dsv3.errors import CheckpointError, os_errors_as
+from dsv3.errors import CheckpointError, os_errors_as, shorten
+from dsv3.read_files import open_regular, parse_json
 
 # The format's dtypes, whether this project computes with them or not.
 DTYPE_BYTES = {
@@ -20,6 +23,7 @@ DTYPE_BYTES = {
 _DTYPE_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}  # values that share bytes
 _KNOWN_DTYPES = DTYPE_BYTES.keys() | _DTYPE_BITS.keys()
 MAX_HEADER = 100_000_000  # what the reference implementation accepts
+MAX_DIMS = 64  # what torch accepts
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +60,15 @@ class Header:
 def read_header(path: Path) -> Header:
     """Read where each tensor of a file lies.
 
+    As in the reference implementation, the tensors fill the file without a gap, and no byte of it
+    belongs to two of them.
+
     Raises:
         CheckpointError: the file is missing, truncated, or no safetensors file.
     """
-    with os_errors_as(CheckpointError, f"{path}: cannot be read"), path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
+    descriptor = open_regular(path, CheckpointError)
+    with os_errors_as(CheckpointError, f"{path}: cannot be read"), open(descriptor, "rb") as file:
+        size = os.fstat(descriptor).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER):
             raise CheckpointError(
@@ -68,35 +76,65 @@ def read_header(path: Path) -> Header:
                 f"({size} bytes); fetch it again"
             )
         text = file.read(length)
-    try:
-        header = json.loads(text)
-    except ValueError:
-        header = None
+    header = parse_json(text, f"{path}: its header cannot be read", CheckpointError, True)
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: its safetensors header is not a JSON object")
-    metadata = header.pop("__metadata__", {})
+    metadata = _metadata(path, header.pop("__metadata__", None))
     prefix = length.to_bytes(8, "little") + text
     entries = {name: _entry(path, name, item, len(prefix)) for name, item in header.items()}
-    end = max((entry.offset + entry.num_bytes for entry in entries.values()), default=0)
-    if end > size:
-        raise CheckpointError(
-            f"{path}: truncated: {size} bytes, its header tells of {end}; fetch it again"
-        )
+    _check_layout(path, entries, len(prefix), size)
     return Header(entries, metadata, prefix, size)
+
+
+def _metadata(path: Path, item: object) -> dict[str, str]:
+    if item is None:
+        return {}
+    if isinstance(item, dict) and all(isinstance(value, str) for value in item.values()):
+        return item
+    raise CheckpointError(f"{path}: the header's __metadata__ is damaged: not texts by name")
 
 
 def _entry(path: Path, name: str, item: object, base: int) -> Entry:
     try:
-        assert isinstance(item, dict)
-        start, stop = item["data_offsets"]
-        if isinstance(item["dtype"], str) and item["dtype"] not in _KNOWN_DTYPES:
-            raise CheckpointError(f"{path}: tensor {name} is {item['dtype']}, which is not read")
-        entry = Entry(item["dtype"], tuple(item["shape"]), base + start)
-        if entry.num_bytes == stop - start and start >= 0:
-            return entry
-    except (AssertionError, KeyError, TypeError, ValueError):
-        pass
-    raise CheckpointError(f"{path}: the header's entry for tensor {name} is damaged: {item}")
+        if not isinstance(item, dict):
+            raise ValueError("it is not an object")
+        dtype, shape, offsets = (item.get(key) for key in ("dtype", "shape", "data_offsets"))
+        if not isinstance(dtype, str):
+            raise ValueError("its dtype is not a name")
+        if dtype not in _KNOWN_DTYPES:
+            raise CheckpointError(f"{path}: tensor {name} is {shorten(dtype)}, which is not read")
+        start, stop = _sizes("data_offsets", offsets, 2, 2)
+        entry = Entry(dtype, _sizes("shape", shape, 0, MAX_DIMS), base + start)
+        if entry.num_bytes != stop - start:
+            raise ValueError("its shape and its data_offsets differ in size")
+        return entry
+    except ValueError as error:
+        fault = f"{path}: the header's entry for tensor {name} is damaged: {error}"
+        raise CheckpointError(fault) from None
+
+
+def _sizes(field: str, value: Any, least: int, most: int) -> tuple[int, ...]:
+    """Return a list of sizes that 64 bits hold."""
+    is_list = isinstance(value, list) and least <= len(value) <= most
+    if not is_list or not all(type(size) is int and 0 <= size < 1 << 63 for size in value):
+        raise ValueError(f"its {field} is not a list of sizes")
+    return tuple(value)
+
+
+def _check_layout(path: Path, entries: Mapping[str, Entry], begin: int, size: int) -> None:
+    """Refuse tensors that overlap or end behind the file, and bytes that belong to no tensor."""
+    ordered = sorted(entries.items(), key=lambda item: (item[1].offset, item[1].num_bytes))
+    for (before, first), (after, second) in pairwise(ordered):
+        if second.offset < first.offset + first.num_bytes:
+            raise CheckpointError(f"{path}: tensors {before} and {after} overlap; fetch it again")
+    end = max((entry.offset + entry.num_bytes for entry in entries.values()), default=begin)
+    if end > size:
+        raise CheckpointError(
+            f"{path}: truncated: {size} bytes, its header tells of {end}; fetch it again"
+        )
+    unused = size - begin - sum(entry.num_bytes for entry in entries.values())
+    if unused:
+        raise CheckpointError(f"{path}: {unused} bytes belong to no tensor; fetch it again")
 
 
 def make_header(

@@ -11,6 +11,8 @@ from dsv3.checkpoint.manifest import MANIFEST
 from dsv3.checkpoint.plan import Plan
 from dsv3.checkpoint.source import INDEX
 from dsv3.config_files import hf_config_dict, recast_config_dict
+from dsv3.errors import CheckpointError
+from dsv3.read_files import read_mapping
 
 _WEIGHTS = {".safetensors", ".partial", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"}
 _FOLDERS = ("encoding",)  # V3.2's conversation format is Python code, kept as documentation
@@ -32,7 +34,7 @@ def copy_side_files(source: Path, target: Path, plan: Plan) -> None:
     if not config.is_file():
         _write_json(target / "config.json", hf_config_dict(plan.config))
         return
-    data = json.loads(config.read_text(encoding="utf-8"))
+    data = read_mapping(config, CheckpointError)
     if plan.is_cast or not _describes_quantization(data, plan):
         _write_json(target / "config.json", recast_config_dict(data, plan.config.quantization))
 

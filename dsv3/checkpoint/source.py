@@ -5,6 +5,7 @@ writes (a file per rank and a manifest), and those that DeepSeek's own converter
 rank, its own tensor names, equal slices).
 """
 
+import os
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def check_stored_form(path: Path) -> StoredFiles | None:
         CheckpointError: saying what the path holds instead.
     """
     check_directory(path)
-    if (path / MANIFEST).is_file():
+    if os.path.lexists(path / MANIFEST):
         return None
     files = read_stored(path)
     refuse_unsupported(files.tensors)
@@ -121,7 +122,8 @@ def _converted(path: Path, manifest: Manifest, is_share: bool) -> dict[str, Tens
         digests = []
         for name, entry in header.entries.items():
             shard = shards.get((name, rank))
-            if shard is None or region_shape(shard.region) != entry.shape:
+            is_same = shard is not None and manifest.tensors[name].dtype == entry.dtype
+            if shard is None or not is_same or region_shape(shard.region) != entry.shape:
                 raise CheckpointError(f"{file}: tensor {name} is not as {MANIFEST} tells")
             digests.append(shard.digest)
             pieces[name].append(Piece(file, entry.offset, shard.region, shard.digest))

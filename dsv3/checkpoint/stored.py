@@ -1,12 +1,15 @@
 """Read the tensor names and places of a directory: an index, a single file, or rank files."""
 
-import json
+import os
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from dsv3.checkpoint.directory import INDEX, RANK_FILE, SINGLE
 from dsv3.checkpoint.safetensors_file import Entry, read_header
-from dsv3.errors import CheckpointError
+from dsv3.errors import CheckpointError, shorten
+from dsv3.read_files import TABLE_BYTES, read_json
+
+_LONGEST_NAME, _LONGEST_PATH = 255, 3000  # bytes, on every file system that holds checkpoints
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +35,9 @@ def read_stored(path: Path) -> StoredFiles:
     Raises:
         CheckpointError: a file is missing, truncated or of unknown kind.
     """
-    if (path / INDEX).is_file():
+    if os.path.lexists(path / INDEX):
         return StoredFiles(_indexed(path))
-    if (path / SINGLE).is_file():
+    if os.path.lexists(path / SINGLE):
         return StoredFiles(_of_file(path / SINGLE))
     files = _rank_files(path)
     if files:
@@ -53,7 +56,7 @@ def _indexed(path: Path) -> tuple[StoredTensor, ...]:
     for name, file_name in _read_index(path / INDEX).items():
         file = path / file_name
         if file_name not in headers:
-            if not file.is_file():
+            if not os.path.isfile(file):
                 raise CheckpointError(f"{file}: missing, but {INDEX} names it (tensor {name})")
             headers[file_name] = read_header(file).entries
         entry = headers[file_name].get(name)
@@ -65,24 +68,27 @@ def _indexed(path: Path) -> tuple[StoredTensor, ...]:
 
 def _read_index(file: Path) -> dict[str, str]:
     """Return the file of each tensor, as a path inside the directory."""
-    try:
-        weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
-        paths = {name: PurePosixPath(path) for name, path in weight_map.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise _no_index(file) from None
-    if not all(map(_is_inside, paths.values())):
-        raise _no_index(file)
-    return {name: str(path) for name, path in paths.items()}
+    index = read_json(file, CheckpointError, TABLE_BYTES, unique_keys=True)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{file}: not an index of tensor names to file names; fetch it again")
+    for tensor, name in weight_map.items():
+        if not _is_inside(name):
+            raise CheckpointError(
+                f"{file}: not an index of tensor names to files in its directory "
+                f"({shorten(tensor)} is in none); fetch it again"
+            )
+    return {tensor: str(PurePosixPath(name)) for tensor, name in weight_map.items()}
 
 
-def _is_inside(path: PurePosixPath) -> bool:
-    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
-
-
-def _no_index(file: Path) -> CheckpointError:
-    return CheckpointError(
-        f"{file}: not an index of tensor names to files in its directory; fetch it again"
-    )
+def _is_inside(name: object) -> bool:
+    """Return True if a file in a directory can have this path."""
+    if not isinstance(name, str) or "\0" in name:
+        return False
+    path = PurePosixPath(name)
+    is_below = bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+    sizes = [len(part.encode(errors="surrogatepass")) for part in path.parts]
+    return is_below and max(sizes) <= _LONGEST_NAME and sum(sizes) <= _LONGEST_PATH
 
 
 def _rank_files(path: Path) -> list[Path]:

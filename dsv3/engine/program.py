@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dsv3.engine.config import EngineConfig
-from dsv3.errors import ConfigError, Dsv3Error, RankError, os_errors_as
+from dsv3.errors import ConfigError, Dsv3Error, RankError, one_line, os_errors_as, printable
 from dsv3.parallel.mesh import environment_rank
 from dsv3.parallel.watch import leave_report, reason_of
 
@@ -81,6 +81,19 @@ def common_flags(args: argparse.Namespace) -> dict[str, str]:
     return {f"--{name.replace('_', '-')}": value for name, value in values.items()}
 
 
+class _Printable(logging.Formatter):
+    """Escapes control characters in the log; a warning is one line of bounded length."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """Return the line of a record; the stacks that may follow are not part of it."""
+        text = super().formatMessage(record)
+        return one_line(text) if record.levelno >= logging.WARNING else printable(text)
+
+    def formatException(self, ei: Any) -> str:
+        """Return the stacks of an exception."""
+        return printable(super().formatException(ei))
+
+
 def set_up_logging(debug: bool, folder: str | None = None) -> None:
     """Log to stderr: rank 0 its progress, the others only what is wrong, each with its name.
 
@@ -88,14 +101,14 @@ def set_up_logging(debug: bool, folder: str | None = None) -> None:
     """
     rank = environment_rank()
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
-    named = logging.Formatter(f"rank {rank}: %(message)s" if rank or debug else "%(message)s")
-    handlers[0].setFormatter(named)
+    named = f"rank {rank}: %(message)s" if rank or debug else "%(message)s"
+    handlers[0].setFormatter(_Printable(named))
     handlers[0].setLevel(logging.DEBUG if debug else logging.WARNING if rank else logging.INFO)
     if folder:
         with os_errors_as(ConfigError, f"--log-dir {folder}"):
             Path(folder).mkdir(parents=True, exist_ok=True)
             handlers.append(logging.FileHandler(Path(folder) / f"rank{rank}.log"))
-        handlers[1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handlers[1].setFormatter(_Printable("%(asctime)s %(levelname)s %(message)s"))
     level = logging.DEBUG if debug else logging.INFO
     logging.basicConfig(level=level, handlers=handlers, force=True)
     if hasattr(signal, "SIGUSR1"):
@@ -135,9 +148,10 @@ def _tell(error: Exception, debug: bool) -> None:
     is_elsewhere = getattr(error, "told_elsewhere", False) or is_everyones
     name = "" if rank == 0 or is_elsewhere else f"rank {rank}: "
     line = f"error: {name}{reason_of(error)}"
-    leave_report(line, traceback.format_exc() if debug else line)
+    story = printable("".join(traceback.format_exception(error)))
+    leave_report(line, story if debug else line)
     if debug:
-        traceback.print_exception(error)
+        sys.stderr.write(story)
     if rank != 0 and is_elsewhere:
         time.sleep(_TELL_SECONDS)
         # Ended by torchrun by now, unless the other ranks have met with nothing.

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dsv3.config import ModelConfig, ParallelConfig
-from dsv3.config_files import read_mapping
 from dsv3.errors import ConfigError, OutputError, os_errors_as
+from dsv3.read_files import read_mapping
 
 Longs = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -231,6 +231,8 @@ class Placement:
         """
         (experts, ranks), layers = read_layers(path, ("num_experts", "num_ranks"))
         size = max(len(slots) for slots in layers.values())
+        if experts > size:
+            raise ConfigError(f"{path}: num_experts={experts}, but no layer has as many slots")
         for layer, slots in layers.items():
             if odd := set(range(experts)) ^ set(slots.tolist()):
                 fault = "no slot with" if min(odd) < experts else "there is no"

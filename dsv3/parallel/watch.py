@@ -33,7 +33,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from dsv3.errors import Dsv3Error, Interrupted, RankError
+from dsv3.errors import Interrupted, RankError, describe_error, one_line
 from dsv3.parallel.rendezvous import Peer, Roster
 
 log = logging.getLogger(__name__)
@@ -440,6 +440,7 @@ class Watch:
     def _end(self, text: str, stacks: bool = False, told: bool = False, code: int = 3) -> NoReturn:
         """End this rank and the others. Rank 0 tells why; without it, one rank of each host."""
         threading.Timer(_CAUSE_SECONDS, os._exit, (code,)).start()  # should a terminal be paused
+        text = one_line(text)
         mine = self._peers[self._rank]
         here = [p for p in self._peers if (p.host, p.boot) == (mine.host, mine.boot)]
         if text and not told:
@@ -483,12 +484,9 @@ def leave_report(line: str, story: str = "") -> None:
 
 def reason_of(error: BaseException) -> str:
     """Say in one line why a rank fails."""
-    if isinstance(error, Dsv3Error):
-        return str(error)
     if is_lost(error):
         return "lost its connection to another rank, which has ended or cannot be reached"
-    text = str(error).strip().split("\n")[0]
-    return f"{type(error).__name__}: {text} (--debug shows more)"
+    return describe_error(error)
 
 
 def is_lost(error: BaseException) -> bool:

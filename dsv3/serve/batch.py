@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from dsv3.engine.engine import Engine
-from dsv3.errors import ConfigError, Dsv3Error, OutputError, RequestError
+from dsv3.errors import ConfigError, Dsv3Error, OutputError, RequestError, one_line
 from dsv3.request import Completion, Request, RequestOutput
 from dsv3.serve.progress import Progress
 from dsv3.serve.sinks import BAD_REQUEST, OUR_FAULT, Sink
@@ -174,7 +174,7 @@ class _Batch:
             self._fail(row, OUR_FAULT, f"internal error: {type(error).__name__}: {error}", None)
 
     def _fail(self, row: Row, status: int, message: str, code: str | None) -> None:
-        message = f"row {row.number}: {message}"
+        message = one_line(f"row {row.number}: {message}")
         self.summary.failed += 1
         self.summary.first_failure = self.summary.first_failure or message
         self.sink.fail(row, status, message, code)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dsv3.engine.engine import Engine
-from dsv3.errors import RequestError
+from dsv3.errors import CheckpointError, RequestError, one_line
 from dsv3.request import Completion, Request, RequestOutput
 from dsv3.serve.terminal import Console
 from dsv3.text.chat import ChatFormat, ThoughtStream, opens_thought
@@ -124,8 +124,8 @@ class Chat:
         try:
             prompt, request = self._request(asked)
             self.engine.add(request)
-        except RequestError as error:
-            self.console.note(f"not sent: {error}")
+        except (RequestError, CheckpointError) as error:
+            self.console.note(one_line(f"not sent: {error}"))
             return
         answer = self._stream(request, opens_thought(prompt))
         self._answers.append(answer)

@@ -6,6 +6,7 @@ from typing import TextIO
 
 from dsv3.errors import OutputError, os_errors_as
 from dsv3.request import Completion
+from dsv3.serve.terminal import harmless
 from dsv3.text.batch_file import Row, result_line
 from dsv3.text.journal import Journal
 from dsv3.text.openai_answer import error_body, response_body
@@ -71,7 +72,8 @@ class TextSink:
         self._write(row, f"Error: {message}")
 
     def _write(self, row: Row, text: str) -> None:
-        self._texts[row.number] = f"Prompt: {_prompt_text(row)}\n{text}\n\n"
+        text = f"Prompt: {_prompt_text(row)}\n{text}\n\n"
+        self._texts[row.number] = harmless(text) if self._stream.isatty() else text
         encoding = self._stream.encoding or "utf-8"
         with os_errors_as(OutputError, "standard output: cannot write"):
             while self._texts:

@@ -14,7 +14,7 @@ import termios
 from collections import deque
 from typing import Self
 
-from dsv3.errors import OutputError, os_errors_as
+from dsv3.errors import OutputError, os_errors_as, printable
 from dsv3.serve.line_editor import Keys, LineEditor, is_control
 
 PROMPT = ">>> "
@@ -42,15 +42,16 @@ class Lines(contextlib.AbstractContextManager["Lines"]):
 
     def show(self, text: str) -> None:
         """Write to standard error."""
-        _write(sys.stderr.fileno(), text + "\n")
+        _write(sys.stderr.fileno(), printable(text) + "\n")
 
     def note(self, text: str) -> None:
         """Write to standard error."""
         self.show(f"({text})")
 
     def answer(self, text: str) -> None:
-        """Write as it is, more of an answer."""
-        _write(sys.stdout.fileno(), text)
+        """Write more of an answer, as it is unless that may command a terminal."""
+        is_terminal = sys.stdout.isatty()
+        _write(sys.stdout.fileno(), harmless(text) if is_terminal else text)
 
     thought = answer  # what the model thinks before it answers
 
@@ -124,15 +125,15 @@ class Terminal:
 
     def show(self, text: str) -> None:
         """Write lines."""
-        _write(self._out, text + "\n")
+        _write(self._out, printable(text) + "\n")
 
     def note(self, text: str) -> None:
         """Write a dimmed remark on a line of its own."""
-        self.show(f"{_DIM}({text}){_PLAIN}")
+        _write(self._out, f"{_DIM}({printable(text)}){_PLAIN}\n")
 
     def answer(self, text: str) -> None:
         """Write what the model says, but let it not command the terminal."""
-        text = _harmless(text)
+        text = harmless(text)
         _write(self._out, text)
         self._in_line = not text.endswith("\n") if text else self._in_line
 
@@ -250,5 +251,6 @@ def _up(rows: int) -> str:
     return f"\x1b[{rows}A" if rows > 0 else ""
 
 
-def _harmless(text: str) -> str:
+def harmless(text: str) -> str:
+    """Return `text` without characters that a terminal obeys, apart from newlines and tabs."""
     return "".join(char for char in text if char in "\n\t" or not is_control(char))

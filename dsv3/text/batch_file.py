@@ -6,19 +6,22 @@ carries its error, and goes to the output like any other.
 
 import codecs
 import json
-import stat
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from dsv3.errors import ConfigError, RequestError, os_errors_as
+from dsv3.errors import ConfigError, RequestError
+from dsv3.read_files import open_regular, parse_json_text
 from dsv3.text.defaults import LINE_DEFAULTS, Defaults
 from dsv3.text.openai_format import Fields, parse_request, plain_request, show
 from dsv3.text.text_request import TextRequest, digest
 
 SEPARATORS = ("line", "blank-line")
+# Ten times what fills the longest context; making tokens of a text takes 150 times its memory.
+MAX_ROW_BYTES = 16 << 20
 
 # Codes of the errors of rows that have no id of their own.
 NO_ID, REPEATED_ID = "no_custom_id", "repeated_custom_id"
@@ -75,10 +78,10 @@ class BatchInput:
             raise ConfigError(
                 f"--prompt-separator={self.separator} is unknown; use {' or '.join(SEPARATORS)}"
             )
-        with os_errors_as(ConfigError, f"--input-file {self.path}"), self.path.open("rb"):
-            regular = stat.S_ISREG(self.path.stat().st_mode)
-        if not regular:
-            raise ConfigError(f"--input-file {self.path}: not a regular file")
+        try:
+            os.close(open_regular(self.path))
+        except ConfigError as error:
+            raise ConfigError(f"--input-file {error}") from None
 
     def __iter__(self) -> Iterator[Row]:
         numbers: dict[str, int] = {}  # of the rows seen, by id
@@ -91,19 +94,19 @@ class BatchInput:
 
     def _records(self) -> Iterator[tuple[int, bytes, bool]]:
         """Yield the line number and bytes of each row, and whether it is JSON."""
-        with self.path.open("rb") as file:
+        with open(open_regular(self.path), "rb") as file:
             begin = len(codecs.BOM_UTF8) * (file.read(3) == codecs.BOM_UTF8)
             file.seek(begin)
-            first = next((line for line in file if line.strip()), b"")
+            first = next((line for _, line in _lines(file) if line.strip()), b"")
             file.seek(begin)
             is_json = self.path.suffix == ".jsonl" or _looks_like_a_row(first)
-            by_blank = groupby(enumerate(file, 1), key=lambda entry: not entry[1].strip())
+            by_blank = groupby(_lines(file), key=lambda entry: not entry[1].strip())
             for group in (group for is_blank, group in by_blank if not is_blank):
                 if is_json or self.separator == "line":
                     yield from ((number, line, is_json) for number, line in group)
                 else:
-                    numbers, lines = zip(*group, strict=True)
-                    yield numbers[0], b"".join(lines), False
+                    number, text = _join(group)
+                    yield number, text, False
 
 
 def result_line(row: Row, status: int, body: dict[str, Any]) -> bytes:
@@ -119,6 +122,27 @@ def result_line(row: Row, status: int, body: dict[str, Any]) -> bytes:
         return json.dumps(line, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError:  # half a surrogate pair: only escapes can write it
         return json.dumps(line, allow_nan=False).encode()
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines and their numbers; of one beyond `MAX_ROW_BYTES`, its beginning."""
+    number = 0
+    while line := file.readline(MAX_ROW_BYTES + 1):
+        number += 1
+        yield number, line
+        while line and not line.endswith(b"\n"):
+            line = file.readline(MAX_ROW_BYTES)
+
+
+def _join(lines: Iterable[tuple[int, bytes]]) -> tuple[int, bytes]:
+    """Return the first number and the text of some lines, as much as a row may have and one."""
+    first, parts, size = 0, [], 0
+    for number, line in lines:
+        first = first or number
+        if size <= MAX_ROW_BYTES:
+            parts.append(line)
+            size += len(line)
+    return first, b"".join(parts)
 
 
 def _looks_like_a_row(line: bytes) -> bool:
@@ -152,12 +176,16 @@ def _read_row(
         error = str(reason)
     except RecursionError:
         error = "nested too deeply"
+    except MemoryError:
+        error = "there is not enough memory for it"
     # Repeated rows may look alike; rows with an id may move within the file.
     content = raw.strip() if code not in (NO_ID, REPEATED_ID) else b"%d:%b" % (number, raw.strip())
     return Row(number=number, custom_id=custom_id, digest=digest(content), error=error, code=code)
 
 
 def _decode(raw: bytes) -> str:
+    if len(raw) > MAX_ROW_BYTES:
+        raise RequestError(f"longer than {MAX_ROW_BYTES >> 20} MiB")
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
@@ -169,13 +197,9 @@ def _decode(raw: bytes) -> str:
 def _row_object(text: str) -> dict[str, Any]:
     """Parse a row strictly: no NaN, no field twice, no numbers beyond reason."""
     try:
-        value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_repeats)
-    except RequestError:
-        raise
-    except json.JSONDecodeError as error:
-        raise RequestError(f"not JSON: {error.msg} (character {error.pos + 1})") from None
-    except ValueError as error:  # a number of thousands of digits
-        raise RequestError(f"not JSON: {error}") from None
+        value = parse_json_text(text)
+    except ValueError as error:
+        raise RequestError(str(error)) from None
     if not isinstance(value, dict):
         raise RequestError("not a JSON object")
     return value
@@ -201,16 +225,3 @@ def _parse(value: dict[str, Any], custom_id: str, defaults: Defaults) -> TextReq
     for name in fields.rest():
         raise RequestError(f"{name} is not a field of a row, only custom_id, method, url and body")
     return parse_request(url or "", body, custom_id, defaults)
-
-
-def _no_constant(name: str) -> None:
-    raise RequestError(f"not JSON: {name} is no number")
-
-
-def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise RequestError(f"{repeated} is given twice")
-    return fields

@@ -1,20 +1,16 @@
 """Conversations as the prompts a model was trained on.
 
-A checkpoint's own Jinja template decides, in a sandbox. Where it ships none (V3.2 never does),
-one of DeepSeek's published formats stands in.
+A checkpoint's own Jinja template decides, in a sandbox and within limits. Where it ships none
+(V3.2 never does), one of DeepSeek's published formats stands in.
 """
 
-import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from typing import Any
 
-from jinja2 import Template, TemplateError, TemplateSyntaxError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from dsv3.errors import CheckpointError, RequestError
+from dsv3.text.chat_template import ChatTemplate
 from dsv3.text.detokenize import StopChecker
 from dsv3.text.published_formats import END_THINK, THINK, published_format
 from dsv3.text.tokenizer import Tokenizer
@@ -44,7 +40,7 @@ class ChatFormat:
             self._published, roles = published_format(model_type, name, tokenizer)
             self._template, self._roles = None, set(roles)
         else:
-            self._template = _compile(source)
+            self._template = ChatTemplate(source, tokenizer.template_name)
             self._roles = {role for role in ROLES if re.search(f"['\"]{role}['\"]", source)}
 
     @classmethod
@@ -76,19 +72,15 @@ class ChatFormat:
             if tools or any("tool_calls" in message for message in plain):
                 raise RequestError("tools need a chat template, and this checkpoint ships none")
             return self._published(plain, thinking, add_generation_prompt)
-        try:
-            return self._template.render(
-                messages=plain,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                thinking=thinking,
-                enable_thinking=thinking,
-                **self._tokenizer.special_tokens,
-            )
-        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
-            reason = " ".join(str(error).split())
-            raise RequestError(f"the chat template refuses these messages: {reason}") from None
+        variables = {
+            "messages": plain,
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            "thinking": thinking,
+            "enable_thinking": thinking,
+        }
+        return self._template.render(variables | self._tokenizer.special_tokens)
 
     def encode(self, text: str) -> list[int]:
         """Encode a rendered conversation: its special tokens are already written out."""
@@ -178,24 +170,3 @@ def _text(where: str, content: Any) -> str:
             raise RequestError(f"{where}[{i}].text must be a text")
         texts.append(part["text"])
     return "\n".join(texts)
-
-
-def _compile(source: str) -> Template:
-    """Compile a template in the environment that templates are written for, transformers'."""
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    try:
-        return environment.from_string(source)
-    except TemplateSyntaxError as error:
-        raise CheckpointError(f"chat template, line {error.lineno}: {error.message}") from None

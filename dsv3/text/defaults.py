@@ -1,13 +1,14 @@
 """What a request gets where it is silent: from flags, from the checkpoint, from its format."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from dsv3.config_fields import FieldRule, shown
-from dsv3.config_files import read_mapping
 from dsv3.errors import CheckpointError, ConfigError, RequestError
+from dsv3.read_files import read_mapping
 from dsv3.request import SamplingParams
 
 ALL_THERE_IS_ROOM_FOR = 2**31 - 1  # tokens
@@ -26,7 +27,7 @@ class Sampling:
     def of_checkpoint(cls, folder: Path) -> "Sampling":
         """Take what a directory's `generation_config.json` says, if it has one."""
         path = folder / "generation_config.json"
-        config = read_mapping(path, CheckpointError) if path.exists() else {}
+        config = read_mapping(path, CheckpointError) if os.path.lexists(path) else {}
         return cls.from_generation_config(config, str(path))
 
     @classmethod

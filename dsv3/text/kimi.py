@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from dsv3.errors import CheckpointError
+from dsv3.read_files import TABLE_BYTES, read_bytes
+from dsv3.text.tokenizer_errors import NoTokenizer, rust_errors_as
 
 RESERVED_TOKENS = 256
 MAX_PIECE = 400_000  # characters; tiktoken overflows its stack on longer ones
 MAX_RUN = 25_000  # characters of one kind, blank or not
+MAX_ID_DIGITS = 10
 
 _UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
 _LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
@@ -41,29 +44,32 @@ class TiktokenVocabulary:
         try:
             import tiktoken
         except ImportError:
-            raise CheckpointError(
+            raise NoTokenizer(
                 f"{path}: this vocabulary needs the tiktoken library: pip install 'dsv3[kimi]'"
             ) from None
         ranks = _read_ranks(path)
-        added = {int(i): entry for i, entry in config.get("added_tokens_decoder", {}).items()}
         reserved = range(len(ranks), len(ranks) + RESERVED_TOKENS)
         names = {i: f"<|reserved_token_{i}|>" for i in reserved}
+        added = _added_tokens(path, config, reserved)
         names |= {i: entry["content"] for i, entry in added.items()}
+        self._path = path
         self._special = {i for i, entry in added.items() if entry.get("special", True)}
-        self._encoding = tiktoken.Encoding(
-            name=path.name,
-            pat_str=PATTERN,
-            mergeable_ranks=ranks,
-            special_tokens={name: i for i, name in names.items()},
-        )
+        with rust_errors_as(f"{path}: not a vocabulary"):
+            self._encoding = tiktoken.Encoding(
+                name=path.name,
+                pat_str=PATTERN,
+                mergeable_ranks=ranks,
+                special_tokens={name: i for i, name in names.items()},
+            )
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Split `text` into tokens; this vocabulary adds none of its own."""
-        return [
-            token_id
-            for piece in _pieces(text)
-            for token_id in self._encoding.encode(piece, allowed_special="all")
-        ]
+        with rust_errors_as(f"{self._path}: cannot encode this text"):
+            return [
+                token_id
+                for piece in _pieces(text)
+                for token_id in self._encoding.encode(piece, allowed_special="all")
+            ]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         """Join tokens into text."""
@@ -92,15 +98,40 @@ class TiktokenVocabulary:
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:
-    """Read lines of `base64 rank`."""
-    ranks = {}
-    try:
-        for line in path.read_bytes().splitlines():
+    """Read lines of `base64 rank`: all single bytes and others, the ranks from 0 on."""
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(read_bytes(path, CheckpointError, TABLE_BYTES).splitlines(), 1):
+        try:
             token, rank = line.split()
-            ranks[base64.b64decode(token)] = int(rank)
-    except ValueError:
-        raise CheckpointError(f"{path}: line {len(ranks) + 1} is not 'base64 rank'") from None
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError:
+            raise CheckpointError(f"{path}: line {number} is not 'base64 rank'") from None
+        if len(ranks) < number:
+            raise CheckpointError(f"{path}: line {number} gives a token a second time")
+    if set(ranks.values()) != set(range(len(ranks))):
+        raise CheckpointError(f"{path}: the ranks are not the numbers from 0 to {len(ranks) - 1}")
+    if any(bytes([byte]) not in ranks for byte in range(0x100)):
+        raise CheckpointError(f"{path}: truncated: not all single bytes are tokens")
     return ranks
+
+
+def _added_tokens(path: Path, config: dict[str, Any], reserved: range) -> dict[int, dict[str, Any]]:
+    """Return the added tokens by their ids, which lie behind those of the file."""
+    added = config.get("added_tokens_decoder") or {}
+    if isinstance(added, dict) and all(map(_is_token, added.items())):
+        tokens = {int(i): entry for i, entry in added.items()}
+        if all(reserved.start <= i < 1 << 31 for i in tokens):
+            return tokens
+    raise CheckpointError(
+        f"{path.with_name('tokenizer_config.json')}: added_tokens_decoder must hold tokens by "
+        f"ids from {reserved.start} on, each with its content"
+    )
+
+
+def _is_token(item: tuple[str, Any]) -> bool:
+    token_id, entry = item
+    is_id = token_id.isdecimal() and len(token_id) < MAX_ID_DIGITS
+    return is_id and isinstance(entry, dict) and isinstance(entry.get("content"), str)
 
 
 def _pieces(text: str) -> Iterator[str]:

@@ -6,19 +6,23 @@ Reads `tokenizer.json` through the `tokenizers` library, or Kimi-K2's `tiktoken.
 """
 
 import logging
+import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders
+from tokenizers import decoders, models
 
-from dsv3.config_files import read_mapping
 from dsv3.errors import CheckpointError, RequestError
+from dsv3.read_files import TABLE_BYTES, read_bytes, read_mapping, read_text
 from dsv3.text.kimi import TiktokenVocabulary
+from dsv3.text.tokenizer_errors import NoTokenizer, rust_errors_as
 
 log = logging.getLogger(__name__)
+
+_CONFIG = "tokenizer_config.json"
 
 
 class Tokenizer:
@@ -27,6 +31,7 @@ class Tokenizer:
     Attributes:
         special_tokens: `bos_token`, `eos_token`, ... as the chat template wants to see them.
         chat_template: the checkpoint's Jinja source; None where it ships none.
+        template_name: the file that holds the template, for messages.
     """
 
     def __init__(
@@ -34,31 +39,37 @@ class Tokenizer:
         vocabulary: "Vocabulary",
         config: dict[str, Any] | None = None,
         chat_template: str | None = None,
+        template_name: str = "chat template",
     ) -> None:
         config = config or {}
         self._vocabulary = vocabulary
         self._pieces: dict[int, bytes | None] = {}
-        self._add_bos = bool(config.get("add_bos_token", False))
+        self._add_bos = _truth(config, "add_bos_token")
         self.chat_template = chat_template
+        self.template_name = template_name
         self.special_tokens = {
             name: text
             for name in ("bos_token", "eos_token", "pad_token", "unk_token")
-            if (text := _token_text(config.get(name)))
+            if (text := _token_text(config, name))
         }
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":
         """Read the tokenizer of a checkpoint directory."""
         folder = Path(folder)
-        config = _read_json(folder / "tokenizer_config.json")
-        return cls(_vocabulary(folder, config), config, _chat_template(folder, config))
+        config = _read_optional(folder / _CONFIG)
+        return cls(_vocabulary(folder, config), config, *_chat_template(folder, config))
 
     @classmethod
     def load_optional(cls, folder: str | Path) -> "Tokenizer | None":
-        """Read the tokenizer if that is possible: prompts given as token ids need none."""
+        """Read the tokenizer if there is one: prompts given as token ids need none.
+
+        Raises:
+            CheckpointError: its files are damaged.
+        """
         try:
             return cls.load(folder)
-        except CheckpointError as error:
+        except NoTokenizer as error:
             log.warning("%s: only token ids can be served", error)
             return None
 
@@ -120,21 +131,28 @@ class _BytePairs:
     """`tokenizer.json` through the tokenizers library; ids it does not know decode to nothing."""
 
     def __init__(self, path: Path) -> None:
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing narrower
-            raise CheckpointError(f"{path}: not a tokenizer file: {error}") from None
-        self._added = self._tokenizer.get_added_tokens_decoder()
+        data = read_bytes(path, CheckpointError, TABLE_BYTES)
+        with rust_errors_as(f"{path}: not a tokenizer file"):
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
+            # Training leaves these in the file; a prompt is never cut, padded or split at random.
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            if isinstance(self._tokenizer.model, models.BPE):
+                self._tokenizer.model.dropout = None
+            self._added = self._tokenizer.get_added_tokens_decoder()
+        self._path = path
         byte_level = isinstance(self._tokenizer.decoder, decoders.ByteLevel)
         self._alphabet = _byte_alphabet() if byte_level else {}
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Split `text` into tokens; the names of special tokens in it become those tokens."""
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        with rust_errors_as(f"{self._path}: cannot encode this text"):
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         """Join tokens into text; bytes that are not UTF-8 become U+FFFD."""
-        return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        with rust_errors_as(f"{self._path}: cannot decode its tokens"):
+            return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes that this token stands for."""
@@ -160,37 +178,56 @@ Vocabulary = _BytePairs | TiktokenVocabulary
 
 
 def _vocabulary(folder: Path, config: dict[str, Any]) -> Vocabulary:
-    if (folder / "tokenizer.json").is_file():
+    if os.path.lexists(folder / "tokenizer.json"):
         return _BytePairs(folder / "tokenizer.json")
-    if (folder / "tiktoken.model").is_file():
+    if os.path.lexists(folder / "tiktoken.model"):
         return TiktokenVocabulary(folder / "tiktoken.model", config)
-    raise CheckpointError(f"{folder}: no tokenizer.json or tiktoken.model here")
+    raise NoTokenizer(f"{folder}: no tokenizer.json or tiktoken.model here")
 
 
-def _token_text(token: Any) -> str:
+def _token_text(config: dict[str, Any], name: str) -> str:
     """Return the text of a special token, written as a string or as an AddedToken."""
-    return str(token.get("content", "")) if isinstance(token, dict) else token or ""
+    token = config.get(name)
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str | None):
+        raise CheckpointError(f"{_CONFIG}: {name} must be a text or a token with its content")
+    return text or ""
 
 
-def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
-    """Find the template: its own file first, as in transformers, then the configuration."""
-    own_file = folder / "chat_template.jinja"
-    if own_file.is_file():
-        return own_file.read_text(encoding="utf-8")
-    template = config.get("chat_template")
+def _truth(config: dict[str, Any], name: str) -> bool:
+    value = config.get(name)
+    if not isinstance(value, bool | None):
+        raise CheckpointError(f"{_CONFIG}: {name} must be true or false")
+    return bool(value)
+
+
+def _chat_template(folder: Path, config: dict[str, Any]) -> tuple[str | None, str]:
+    """Find the template: its own file first, as in transformers, then the configuration.
+
+    Returns:
+        the template, and the file that holds it.
+    """
+    file = folder / "chat_template.jinja"
+    if os.path.lexists(file):
+        return read_text(file, CheckpointError), str(file)
+    file, template = folder / _CONFIG, config.get("chat_template")
     if template is None:
-        template = _read_json(folder / "chat_template.json").get("chat_template")
+        file = folder / "chat_template.json"
+        template = _read_optional(file).get("chat_template")
     if isinstance(template, list):  # several, by name
-        named = {entry["name"]: entry["template"] for entry in template}
+        entries = [entry for entry in template if isinstance(entry, dict)]
+        named = {str(entry.get("name")): entry.get("template") for entry in entries}
         if "default" not in named:
-            raise CheckpointError(f"{folder}: chat templates {sorted(named)}, none is 'default'")
+            raise CheckpointError(f"{file}: chat templates {sorted(named)}, none is 'default'")
         template = named["default"]
-    return template
+    if not isinstance(template, str | None):
+        raise CheckpointError(f"{file}: chat_template must be a text or a list of named ones")
+    return template, str(file)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_optional(path: Path) -> dict[str, Any]:
     """Read a JSON object; an absent file is an empty one."""
-    return read_mapping(path, CheckpointError) if path.exists() else {}
+    return read_mapping(path, CheckpointError) if os.path.lexists(path) else {}
 
 
 def _byte_alphabet() -> dict[str, int]:

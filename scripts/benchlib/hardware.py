@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from dsv3.config_fields import refuse_unknown
-from dsv3.config_files import read_mapping
 from dsv3.errors import ConfigError
 from dsv3.observe.roofline import HARDWARE, Hardware
 from dsv3.parallel.collectives import Collectives, SingleRank
+from dsv3.read_files import read_mapping
 from dsv3_kernels.benchmarks import FP8, matrix_peak, median_seconds, read_bandwidth
 
 _SMALL, _LARGE = 1 << 10, 4 << 20

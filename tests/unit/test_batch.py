@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dsv3.errors import OutputError, RequestError
+from dsv3.errors import MAX_LINE, OutputError, RequestError
 from dsv3.request import Completion, Request, RequestOutput
 from dsv3.serve.batch import BatchSummary, run_batch
 from dsv3.serve.progress import Progress
@@ -256,6 +256,49 @@ def test_a_full_disk_ends_the_job_with_one_line(tmp_path: Path) -> None:
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
+
+
+@pytest.mark.parametrize(
+    ("stream", "shown"),
+    [(io.StringIO(), "a\x1b[2J\tb\x9b\x00\u202e"), (Terminal(), "a[2J\tb\u202e")],
+)
+def test_text_commands_no_terminal_and_is_unchanged_elsewhere(
+    tmp_path: Path, stream: io.StringIO, shown: str
+) -> None:
+    (tmp_path / "in.txt").write_text("a\x1b[2J\tb\x9b\x00\u202e\n", newline="")
+    run_batch(CountingEngine(), BatchInput(tmp_path / "in.txt", Defaults()), TextSink(stream), CHAT)
+    assert stream.getvalue().startswith(f"Prompt: {shown}\nCompletion: ")
+
+
+def test_a_template_without_end_fails_its_rows_and_no_others(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(TOKENIZER._vocabulary, {}, "{{ 'a' * 10 ** 10 }}", "dir/x.jinja")
+    chat_rows = [
+        {
+            "custom_id": f"chat {i}",
+            "url": "/v1/chat/completions",
+            "body": {"messages": [{"role": "user", "content": "Hi"}]},
+        }
+        for i in range(20)
+    ]
+    batch = write_rows(tmp_path / "in", [*chat_rows, completion_row("a")])
+    run(batch, tmp_path / "out", CountingEngine(), ChatFormat(tokenizer))
+    got = answers(tmp_path / "out")
+    assert got.pop("a")["status_code"] == 200
+    assert {response["status_code"] for response in got.values()} == {500}
+    message = got["chat 0"]["body"]["error"]["message"]
+    assert message == "row 1: dir/x.jinja: chat template: more than 1,024 MiB of memory"
+
+
+def test_the_error_of_a_row_is_short_and_commands_no_terminal(tmp_path: Path) -> None:
+    name = "\x1b[2J\u202e" * 10_000
+    run(
+        write_rows(tmp_path / "in", [completion_row("a", **{name: 1})]),
+        tmp_path / "out",
+        CountingEngine(),
+    )
+    message = answers(tmp_path / "out")["a"]["body"]["error"]["message"]
+    assert message.startswith(r"row 1: \x1b[2J\u202e")
+    assert message.isprintable() and len(message) <= MAX_LINE
 
 
 def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:

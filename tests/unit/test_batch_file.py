@@ -1,4 +1,5 @@
 import json
+import os
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -6,6 +7,7 @@ from typing import Any
 import pytest
 
 from dsv3.errors import ConfigError
+from dsv3.text import batch_file
 from dsv3.text.batch_file import BatchInput, Row, result_line
 from dsv3.text.defaults import Defaults, Sampling
 
@@ -84,6 +86,39 @@ def test_rows_are_read_as_they_are_needed(path: Path) -> None:
     assert peak < num_rows * size / 10
 
 
+@pytest.mark.parametrize("separator", ["line", "blank-line"])
+def test_a_row_beyond_all_measure_is_not_read(
+    path: Path, separator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_file, "MAX_ROW_BYTES", 1 << 20)
+    with path.open("wb") as file:
+        file.write(b"one\n\n")
+        for _ in range(4):
+            file.write(b"x" * (20 << 20) + b"\n")
+        file.write(b"\n" + b" " * (20 << 20) + b"\nlast\n\n")
+        file.write(b"y" * (1 << 20))
+    tracemalloc.start()
+    batch = BatchInput(path, Defaults(), separator)
+    rows = [(row.number, row.error) for row in batch]
+    assert batch.count() == len(rows)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    long = range(3, 7) if separator == "line" else [3]
+    assert rows == [
+        (1, None),
+        *((number, "longer than 1 MiB") for number in long),
+        (9, None),
+        (11, None),
+    ]
+    assert peak < 20 << 20
+
+
+def test_a_key_given_twice_is_found_among_many(path: Path) -> None:
+    fields = ", ".join(f'"k{i}": 0' for i in range(100_000))
+    (row,) = read(path.with_suffix(".jsonl"), f'{{{fields}, "k99999": 1}}')
+    assert row.error == "k99999 is given twice"
+
+
 def test_a_repeated_id_is_that_rows_error(path: Path) -> None:
     rows = read(path, f"{row('a')}\n{row('a')}\n{row('a')}\n")
     assert [r.error for r in rows] == [None, *['custom_id="a" was used before, in row 1'] * 2]
@@ -134,11 +169,14 @@ def test_result_lines_hold_any_text(path: Path) -> None:
         ("none.txt", "line", r"--input-file .*none\.txt: No such file"),
         (".", "line", r"--input-file .*: Is a directory"),
         ("/dev/null", "line", "--input-file /dev/null: not a regular file"),
+        ("pipe", "line", "--input-file .*pipe: not a regular file but a named pipe"),
+        ("x" * 5000, "line", "--input-file .*x: File name too long"),
         ("rows.txt", "tab", "--prompt-separator=tab is unknown; use line or blank-line"),
     ],
 )
 def test_input_that_cannot_be_read(tmp_path: Path, name: str, separator: str, error: str) -> None:
     (tmp_path / "rows.txt").touch()
+    os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ConfigError, match=error):
         BatchInput(tmp_path / name, Defaults(), separator)
 

@@ -14,7 +14,8 @@ from dsv3.text.chat import ChatFormat, ThoughtStream
 from dsv3.text.defaults import Defaults, Sampling
 from dsv3.text.tokenizer import Tokenizer
 
-TOKENIZER = Tokenizer.load(Path(__file__).parents[2] / "checkpoints" / "demo-v3")
+DEMO = Path(__file__).parents[2] / "checkpoints" / "demo-v3"
+TOKENIZER = Tokenizer.load(DEMO)
 VOCAB_SIZE = 2048
 THINKS = (
     "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
@@ -118,7 +119,7 @@ def talk(
     **defaults: object,
 ) -> tuple[ToldEngine, ListConsole]:
     """Have a chat; return what the engine heard and what the user saw."""
-    tokenizer = Tokenizer.load(Path(__file__).parents[2] / "checkpoints" / "demo-v3")
+    tokenizer = Tokenizer.load(DEMO)
     tokenizer.chat_template = template or tokenizer.chat_template
     engine = ToldEngine(answers, max_seq_len)
     console = ListConsole(engine, lines)
@@ -268,3 +269,10 @@ def test_a_thought_that_never_ends_is_all_shown() -> None:
     assert stream.push("so</thi") == ("so", "")
     assert stream.finish() == "</thi"
     assert ThoughtStream(inside=False).push("</think>\n") == ("", "</think>\n")
+
+
+def test_a_template_without_end_leaves_the_chat_open() -> None:
+    engine, console = talk(["Hi", "Hi again"], template="{{ 'a' * 10 ** 10 }}")
+    assert engine.requests == []
+    reason = "not sent: {}: chat template: more than 1,024 MiB of memory"
+    assert console.shown[1:] == [reason.format(DEMO / "tokenizer_config.json")] * 2

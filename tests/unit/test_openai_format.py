@@ -131,7 +131,7 @@ def test_generation_config() -> None:
         ({"top_k": 50.0}, r"top_k=50\.0 is not an integer"),
         ({"max_new_tokens": "x" * 10**6}, "max_new_tokens='x.* is not an integer"),
         ({"max_new_tokens": 10**400}, r"max_new_tokens=10+\.\.\.0+ is not an integer"),
-        ({"temperature": float("nan")}, "temperature=nan is not a number from 0 to 100"),
+        ({"temperature": float("nan")}, "not JSON: NaN is no number"),
         ({"top_p": 0}, "top_p=0 is not a number above 0"),
         ({"top_k": -1}, "top_k=-1 is not an integer, at least 0"),
         ({"do_sample": "false"}, "do_sample='false' is not true or false"),

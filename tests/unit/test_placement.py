@@ -204,6 +204,14 @@ def test_bad_files(tmp_path: Path, layers: object, fault: str) -> None:
         Placement.read(path)
 
 
+def test_more_experts_than_any_memory_holds(tmp_path: Path) -> None:
+    path = tmp_path / "bad.json"
+    sizes = {"num_experts": 10**15, "num_ranks": 1}
+    path.write_text(json.dumps({**sizes, "layers": {"1": [0, 1]}}))
+    with pytest.raises(ConfigError, match="num_experts=1000000000000000, but no layer has as many"):
+        Placement.read(path)
+
+
 def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot be read: .*No such file"):
         read_layers(tmp_path / "none", ())

@@ -1,6 +1,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -8,6 +9,7 @@ from tokenizers import processors
 
 from dsv3.errors import CheckpointError, RequestError
 from dsv3.text.tokenizer import Tokenizer
+from dsv3.text.tokenizer_errors import rust_errors_as
 
 DEMO = Path(__file__).parents[2] / "checkpoints" / "demo-v3"
 TEXTS = ["", "Hello, world", "x = 1234\n\n  y", "胡萝卜 🙂 naïve", "a<｜User｜>b"]
@@ -126,6 +128,120 @@ def test_damaged_files_are_named(tmp_path: Path, name: str, text: str, message: 
     (folder / name).write_text(text)
     with pytest.raises(CheckpointError, match=message):
         Tokenizer.load(folder)
+    with pytest.raises(CheckpointError, match=message):
+        Tokenizer.load_optional(folder)  # there is one, only damaged
+
+
+LEFT_BY_TRAINING = {
+    "truncation": {
+        "truncation": {
+            "direction": "Right",
+            "max_length": 3,
+            "strategy": "LongestFirst",
+            "stride": 0,
+        }
+    },
+    "truncation that fails": {
+        "truncation": {
+            "direction": "Left",
+            "max_length": 3,
+            "strategy": "OnlySecond",
+            "stride": 9,
+        }
+    },
+    "padding": {
+        "padding": {
+            "strategy": {"Fixed": 64},
+            "direction": "Left",
+            "pad_to_multiple_of": None,
+            "pad_id": 0,
+            "pad_type_id": 0,
+            "pad_token": "x",
+        }
+    },
+    "padding to multiples": {
+        "padding": {
+            "strategy": "BatchLongest",
+            "direction": "Right",
+            "pad_to_multiple_of": 8,
+            "pad_id": 0,
+            "pad_type_id": 0,
+            "pad_token": "x",
+        }
+    },
+    "dropout": {"model": {"dropout": 0.9}},
+}
+
+
+def folder_changed(path: Path, changes: dict[str, Any]) -> Path:
+    """The demo's tokenizer.json with other fields, those of `model` one by one."""
+    data = json.loads((DEMO / "tokenizer.json").read_text())
+    changes = changes | {"model": data["model"] | changes.get("model", {})}
+    (path / "tokenizer.json").write_text(json.dumps(data | changes))
+    return path
+
+
+@pytest.mark.parametrize("kind", LEFT_BY_TRAINING)
+def test_prompts_are_neither_cut_nor_padded_nor_split_at_random(
+    tokenizer: Tokenizer, tmp_path: Path, kind: str
+) -> None:
+    trained = Tokenizer.load(folder_changed(tmp_path, LEFT_BY_TRAINING[kind]))
+    text = "My name is Anna and I live in Amsterdam."
+    for add_special_tokens in (True, False):
+        ids = tokenizer.encode(text, add_special_tokens)
+        assert trained.encode(text, add_special_tokens) == ids
+
+
+PANICS: dict[str, tuple[str, dict[str, Any]]] = {
+    "load": ("not a tokenizer file", {"model": {"continuing_subword_prefix": "####"}}),
+    "encode": (
+        "cannot encode this text",
+        {
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": "X", "type_id": 0}}],
+                "pair": [],
+                "special_tokens": {},
+            }
+        },
+    ),
+    "encode of one text": (
+        "cannot encode this text",
+        {
+            "pre_tokenizer": {
+                "type": "Split",
+                "pattern": {"Regex": "(a+)+$"},
+                "behavior": "Isolated",
+                "invert": False,
+            }
+        },
+    ),
+    "decode": (
+        "cannot decode its tokens",
+        {"decoder": {"type": "Strip", "content": "b", "start": 0, "stop": 100}},
+    ),
+}
+
+
+def round_trip(folder: Path, text: str) -> str:
+    damaged = Tokenizer.load(folder)
+    return damaged.decode(damaged.encode(text, add_special_tokens=True))
+
+
+@pytest.mark.parametrize("where", PANICS)
+def test_a_tokenizer_that_panics_is_named(tmp_path: Path, where: str) -> None:
+    reason, changes = PANICS[where]
+    folder = folder_changed(tmp_path, changes)
+    text = "b" if where == "decode" else "a" * 40 + "b"
+    with pytest.raises(CheckpointError, match=rf"{folder}/tokenizer\.json: {reason}: "):
+        round_trip(folder, text)
+    if where == "encode of one text":
+        assert round_trip(folder, "Hi") == "Hi"
+
+
+def test_only_the_library_is_listened_to() -> None:
+    with pytest.raises(KeyboardInterrupt), rust_errors_as("x"):
+        raise KeyboardInterrupt
 
 
 def test_half_a_surrogate_pair_is_refused(tokenizer: Tokenizer) -> None:

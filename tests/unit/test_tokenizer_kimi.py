@@ -87,7 +87,45 @@ def test_without_the_library_one_line_says_what_to_install(
     assert Tokenizer.load_optional(folder) is None
 
 
-def test_damaged_vocabulary_names_its_line(folder: Path) -> None:
-    (folder / "tiktoken.model").write_text("IQ== 0\nIg==\n")
-    with pytest.raises(CheckpointError, match="line 2 is not"):
+LINES = [f"{base64.b64encode(bytes([i])).decode()} {i}" for i in range(256)]
+DAMAGED = {
+    "no rank": ([*LINES, "Ig=="], "line 257 is not 'base64 rank'"),
+    "no base64": ([*LINES, "???? 256"], "line 257 is not 'base64 rank'"),
+    "no number": ([*LINES, "AAA= x"], "line 257 is not 'base64 rank'"),
+    "digits": ([*LINES, "AAA= " + "9" * 5000], "line 257 is not 'base64 rank'"),
+    "token twice": ([*LINES, "AA== 256"], "line 257 gives a token a second time"),
+    "rank twice": ([*LINES, "AAA= 255"], "the ranks are not the numbers from 0 to 256"),
+    "rank huge": ([*LINES, "AAA= 99999999999"], "the ranks are not the numbers from 0 to 256"),
+    "rank negative": ([*LINES, "AAA= -1"], "the ranks are not the numbers from 0 to 256"),
+    "truncated": (LINES[:200], "truncated: not all single bytes are tokens"),
+    "empty": ([], "truncated: not all single bytes are tokens"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_damaged_vocabulary_names_its_line(folder: Path, kind: str) -> None:
+    lines, reason = DAMAGED[kind]
+    (folder / "tiktoken.model").write_text("".join(f"{line}\n" for line in lines))
+    with pytest.raises(CheckpointError) as caught:
+        Tokenizer.load(folder)
+    assert str(caught.value) == f"{folder / 'tiktoken.model'}: {reason}"
+
+
+@pytest.mark.parametrize(
+    "added",
+    [
+        [{"content": "x"}],
+        {"300": "x"},
+        {"300": {"content": 5}},
+        {"300": {}},
+        {"x": {"content": "x"}},
+        {"-1": {"content": "x"}},
+        {"5": {"content": "x"}},
+        {"9" * 5000: {"content": "x"}},
+        {"4294967296": {"content": "x"}},
+    ],
+)
+def test_damaged_added_tokens_name_their_file(folder: Path, added: object) -> None:
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: added_tokens_decoder must"):
         Tokenizer.load(folder)

@@ -1,0 +1,143 @@
+"""A checkpoint's chat template, rendered in a process of its own (`template_worker.py`)."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import weakref
+from contextlib import suppress
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateSyntaxError
+
+from dsv3.errors import CheckpointError, RequestError, os_errors_as
+from dsv3.text.template_worker import CPU_SECONDS, make_environment
+
+_WORKER = Path(__file__).with_name("template_worker.py")
+_MAX_CHARS = 1 << 18  # of a template; published ones have up to 30,000
+_WAIT_SECONDS = 60.0  # for a process that gets no processor time
+_QUESTION = {"messages": [{"role": "user", "content": "Hello"}], "tools": None}
+
+
+class ChatTemplate:
+    """A Jinja template. Its process starts with the first rendering and ends with this object.
+
+    Args:
+        source: the template.
+        name: the file that holds it, for messages.
+
+    Raises:
+        CheckpointError: it is not a template.
+    """
+
+    def __init__(self, source: str, name: str) -> None:
+        self._source, self._name = source, name
+        self._worker: _Worker | None = None
+        self._is_tried, self._fault = False, ""
+        if len(source) > _MAX_CHARS:
+            raise CheckpointError(f"{name}: chat template: more than {_MAX_CHARS:,} characters")
+        try:
+            make_environment().parse(source)  # computes nothing, unlike compiling it
+        except TemplateSyntaxError as error:
+            fault = f"{name}: chat template, line {error.lineno}: {error.message}"
+            raise CheckpointError(fault) from None
+        except (RecursionError, ValueError, OverflowError) as error:
+            reason = "nested too deeply" if isinstance(error, RecursionError) else error
+            raise CheckpointError(f"{name}: chat template: {reason}") from None
+
+    def render(self, variables: dict[str, Any]) -> str:
+        """Return the text of the template with these variables, which must be JSON values.
+
+        Raises:
+            RequestError: the template refuses them, or exceeds a limit with them.
+            CheckpointError: the template is damaged, or exceeds a limit with any question.
+        """
+        if not self._is_tried:
+            kind, text = self._ask(variables | _QUESTION)
+            self._is_tried = True
+            if kind in ("damaged", "exceeded"):
+                self._fault = text
+        if self._fault:  # a batch must not wait for the limit at every row
+            raise CheckpointError(f"{self._name}: chat template: {self._fault}")
+        kind, text = self._ask(variables)
+        if kind == "exceeded":
+            raise RequestError(f"{self._name}: chat template: with these messages, {text}")
+        if kind == "refused":
+            reason = " ".join(text.split())
+            raise RequestError(f"the chat template refuses these messages: {reason}")
+        return text
+
+    def _ask(self, variables: dict[str, Any]) -> tuple[str, str]:
+        """Return the kind and the text of what the process answers.
+
+        Raises:
+            CheckpointError: there is no process, or it has ended for no fault of the template.
+        """
+        try:
+            line = json.dumps(variables).encode() + b"\n"
+        except (TypeError, ValueError, RecursionError) as error:
+            raise RequestError(f"messages must be made of JSON values: {error}") from None
+        if self._worker is None or self._worker.is_closed:
+            with os_errors_as(CheckpointError, f"{self._name}: no process for the chat template"):
+                self._worker = _Worker(self._source)
+        answer = self._worker.answer(line)
+        if answer is None:
+            raise CheckpointError(f"{self._name}: the process of the chat template was ended")
+        return answer
+
+
+class _Worker:
+    """The process of a template. Signals to the foreground of a terminal do not reach it."""
+
+    def __init__(self, source: str) -> None:
+        self._link, theirs = socket.socketpair()
+        self._link.settimeout(_WAIT_SECONDS)
+        self._replies = self._link.makefile("rb")
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", _WORKER],
+                stdin=theirs.fileno(),
+                stdout=theirs.fileno(),
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        # Also when this object is forgotten, and before the interpreter exits.
+        self._close = weakref.finalize(self, _end, self._process, self._link, self._replies)
+        self._unsent = json.dumps(source).encode() + b"\n"
+
+    @property
+    def is_closed(self) -> bool:
+        """Return True if the process has ended."""
+        return not self._close.alive
+
+    def answer(self, line: bytes) -> tuple[str, str] | None:
+        """Exchange lines with the process, and end it unless it answers in time.
+
+        Returns:
+            the kind and the text of the answer; None if the process was ended by another.
+        """
+        reply = b""
+        try:
+            with suppress(OSError):  # it has ended, or is too late
+                self._link.sendall(self._unsent + line)
+                self._unsent, reply = b"", self._replies.readline()
+        finally:  # whatever interrupts this must not leave an answer to the next question
+            if not reply.endswith(b"\n"):
+                self._close()
+        if reply.endswith(b"\n"):
+            ((kind, text),) = json.loads(reply).items()
+            return kind, text
+        if self._process.returncode == -signal.SIGXCPU:
+            return "exceeded", f"no end within {CPU_SECONDS} seconds of processor time"
+        return None
+
+
+def _end(process: "subprocess.Popen[bytes]", link: socket.socket, replies: BufferedReader) -> None:
+    """End the process; one that has ended by itself keeps its exit code."""
+    replies.close()
+    link.close()
+    process.kill()
+    process.wait()
