@@ -24,7 +24,7 @@ from dsv3.config_fields import (
     shown,
 )
 from dsv3.config_hf import from_hf
-from dsv3.errors import ConfigError
+from dsv3.errors import ConfigError, shorten
 from dsv3.read_files import read_mapping
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -86,7 +86,8 @@ def load_model_config(path_or_preset: str | Path) -> ModelConfig:
     if os.path.isfile(preset):
         return _load_file(preset)
     names = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
-    raise ConfigError(f"{path_or_preset}: no such file, and no preset of that name ({names})")
+    asked = shorten(str(path_or_preset), 200)
+    raise ConfigError(f"{asked}: no such file, and no preset of that name ({names})")
 
 
 def _load_directory(path: Path) -> ModelConfig:

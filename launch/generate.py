@@ -14,6 +14,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from dsv3.checkpoint.directory import check_directory
 from dsv3.checkpoint.source import check_stored_form
 from dsv3.config_files import DEMO, load_model_config
 from dsv3.engine.engine import Engine, follow
@@ -180,12 +181,16 @@ def run(args: argparse.Namespace, mesh: Mesh, files: ExitStack, begin: float) ->
     mesh.watch.enter("reading the input", may_rest=True)
     with fail_together(mesh, "reading the input"):
         if is_first:
-            check_stored_form(checkpoint)
+            check_directory(checkpoint)
         config = load_model_config(args.config) if args.config else None
         settings = engine_config(args)
         job = Job(Defaults())
         if is_first:
-            model = identify(checkpoint, settings, mesh, config) if args.output_file else ""
+            model = ""
+            if args.output_file:
+                model = identify(checkpoint, settings, mesh, config)
+            else:
+                check_stored_form(checkpoint)
             job = prepare(args, checkpoint, model, files)
     started = start(checkpoint, settings, mesh, config, args.n_experts)
     seconds.update(started.seconds)

@@ -12,6 +12,7 @@ from dsv3.errors import (
     OutputError,
     RankError,
     RequestError,
+    describe_error,
 )
 from dsv3.parallel.mesh import Mesh
 
@@ -47,7 +48,9 @@ def fail_together(mesh: Mesh, stage: str, is_fatal: bool = True) -> Iterator[Non
     mine = torch.zeros(_MESSAGE_BYTES, dtype=torch.uint8)
     if error is not None:
         kind = next((i for i, kind in enumerate(_KINDS) if isinstance(error, kind)), 0)
-        text = str(error) if isinstance(error, Dsv3Error) else f"{stage}: {error}"
+        text = describe_error(error)
+        if not isinstance(error, Dsv3Error):
+            text = f"{stage}: {text}"
         if is_fatal:
             mesh.watch.warn(f"{mesh.watch.name_of(mesh.layout.rank)}: {text}", _GRACE_SECONDS)
         message = text.encode(errors="replace")[: _MESSAGE_BYTES - 1]
