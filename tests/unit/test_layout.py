@@ -24,7 +24,7 @@ LEVELS = {
     "launch": 6,
 }
 FOR_ALL = {"dsv3", "dsv3.config", "dsv3.config_files", "dsv3.errors", "dsv3.request"}
-FOR_ALL |= {"dsv3.observe"}
+FOR_ALL |= {"dsv3.files", "dsv3.observe"}
 
 
 def sources() -> dict[str, Path]:
