@@ -26,12 +26,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dsv3.checkpoint.convert import check_space, clear, convert, disk_space, finish, is_complete
-from dsv3.checkpoint.plan import Cast, Plan, make_plan
+from dsv3.checkpoint.convert import check, convert, settle
+from dsv3.checkpoint.plan import Cast, make_plan
 from dsv3.checkpoint.reader import Source
 from dsv3.checkpoint.report import describe, in_units
 from dsv3.checkpoint.side_files import has_tokenizer
 from dsv3.checkpoint.source import open_source
+from dsv3.checkpoint.target import Target, is_complete
 from dsv3.checkpoint.verify import verify_against, verify_digests
 from dsv3.checkpoint.workers import default_workers
 from dsv3.config import ParallelConfig
@@ -63,7 +64,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--workers", type=int, default=default_workers(), help="threads (default: %(default)s)")
     add("--dry-run", action="store_true", help="print what would be written, write nothing")
     add("--verify", action="store_true", help="read the result back and compare every byte")
-    add("--overwrite", action="store_true", help="remove a checkpoint that is in the way")
+    add("--overwrite", action="store_true", help="replace a checkpoint that is in the way")
     add("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
     _check_args(parser, args)
@@ -75,6 +76,8 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     if args.save_path is None:
         if not args.verify:
             parser.error("give --save-path (or --verify alone, to check a converted directory)")
+        if useless := [flag for flag, is_given in _writing_flags(args).items() if is_given]:
+            parser.error(f"{useless[0]} is for writing; give --save-path, or leave it out")
         return
     has_layout = [args.tp, args.dp, args.ep] != [None] * 3
     if args.model_parallel is not None and has_layout:
@@ -90,6 +93,14 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error("--workers must be at least 1")
     if args.save_path.resolve() == args.hf_ckpt_path.resolve():
         parser.error("--save-path must not be the directory that is read")
+
+
+def _writing_flags(args: argparse.Namespace) -> dict[str, bool]:
+    """Return the flags that say what to write, and whether each was given."""
+    names = ("model_parallel", "tp", "dp", "ep", "scale_fmt")
+    given = {f"--{name.replace('_', '-')}": getattr(args, name) is not None for name in names}
+    to = args.to != "layout"
+    return {**given, "--to": to, "--dry-run": args.dry_run, "--overwrite": args.overwrite}
 
 
 def main() -> int:
@@ -123,11 +134,11 @@ def run(args: argparse.Namespace) -> None:
         layout = read_layout(args)
         cast = {"bf16": Cast.BF16, "fp8": Cast.FP8}.get(args.to, Cast.NONE)
         plan = make_plan(source, layout, cast, args.scale_fmt)
+        target = Target(args.save_path, source, plan, args.overwrite)
         if args.dry_run:
-            print(*describe(source, plan, *disk_space(plan, args.save_path)), sep="\n")
-            check_space(plan, args.save_path)
+            foretell(args, source, target)
         else:
-            write(args, source, plan)
+            write(args, source, target)
 
 
 def read_layout(args: argparse.Namespace) -> ParallelConfig | None:
@@ -143,29 +154,48 @@ def read_layout(args: argparse.Namespace) -> ParallelConfig | None:
     return ParallelConfig(world_size=tp * dp, tp=tp, dp=dp)
 
 
-def write(args: argparse.Namespace, source: Source, plan: Plan) -> None:
-    """Convert, or hold what is already there to the source; then tell what was done."""
+def foretell(args: argparse.Namespace, source: Source, target: Target) -> None:
+    """Print what would be written, replaced and kept; raise what would stop it."""
+    space = target.disk_space(target.read_record())
+    print(*describe(source, target.plan, *space), sep="\n")
+    if is_complete(target.folder) and not args.overwrite:
+        print(f"done: {target.folder} is complete already; it would only be verified")
+        return
+    survey = check(target)
+    if survey.replaces:
+        print(f"replaced in {target.folder}: {', '.join(survey.replaces)}")
+    if survey.kept:
+        print(f"kept in {target.folder}: {', '.join(survey.kept)}")
+    if args.verify:
+        print("then every byte is read back and compared")
+
+
+def write(args: argparse.Namespace, source: Source, target: Target) -> None:
+    """Convert, or compare what is already there with the source; then tell what was done."""
     if not has_tokenizer(source.path):
         print(f"warning: {source.path} has no tokenizer files", file=sys.stderr)
-    if args.overwrite:
-        clear(args.save_path)
-    ready, start = is_complete(args.save_path), time.monotonic()
+    plan, start = target.plan, time.monotonic()
+    ready = is_complete(args.save_path) and not args.overwrite
     if not ready:
         with progress_bar(plan.tensor_bytes, "convert") as advance:
-            outcome = convert(source, plan, args.save_path, args.workers, advance)
+            outcome = convert(
+                source, plan, args.save_path, args.workers, advance, overwrite=args.overwrite
+            )
         seconds = time.monotonic() - start
         again = f" ({in_units(outcome.resumed)} were there)" if outcome.resumed else ""
         print(
             f"{args.save_path}: {len(plan.files)} files, {in_units(plan.num_bytes)}{again} in "
             f"{seconds:.1f} s, {in_units(outcome.written / seconds)}/s"
         )
+        if outcome.kept:
+            print(f"kept in {args.save_path}, other than in the source: {', '.join(outcome.kept)}")
     if ready or args.verify:
         with (
+            settle(target),
             progress_bar(plan.tensor_bytes, "verify") as advance,
             open_source(args.save_path) as result,
         ):
             verify_against(source, plan, result, args.workers, advance)
-        finish(args.save_path)
         print(f"verified: {args.save_path} is {source.path}, bit for bit")
 
 

@@ -80,6 +80,15 @@ class Manifest:
         )
 
 
+def is_manifest(file: Path) -> bool:
+    """Whether a file begins as `Manifest.to_json` does."""
+    begin = (json.dumps({"format": _KIND["format"]}, indent=1)[:-2]).encode()
+    if not file.is_file():
+        return False
+    with file.open("rb") as stream:
+        return stream.read(len(begin)) == begin
+
+
 def rank_file(rank: int, world_size: int) -> str:
     """The name of a rank's file, as DeepSeek's converter has it."""
     return f"model{rank}-mp{world_size}.safetensors"
