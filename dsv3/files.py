@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 from dsv3.errors import ConfigError, OutputError, os_errors_as
 
-_BEGIN_BYTES = 512  # of a file, enough to recognize its format
+_BEGIN_BYTES = 4096  # of a file, enough to recognize its format
 # A file in whose place no other can be put: one that is mounted, or in a directory of others.
 _NOT_REPLACEABLE = {errno.EACCES, errno.EPERM, errno.EBUSY, errno.EROFS, errno.EXDEV}
 
@@ -33,10 +33,13 @@ class Format:
 
 @dataclass(frozen=True, slots=True)
 class NamedFile:
-    """A path and where it comes from, such as a flag."""
+    """A path and the flag that names it, if one does."""
 
     flag: str
     path: Path
+
+    def __str__(self) -> str:
+        return f"{self.flag}={self.path}" if self.flag else str(self.path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +109,6 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file that is either wholly there, on disk, or unchanged; see `replacing`."""
-    with replacing(path) as file:
-        file.write(text.encode())
-
-
 def sync_folder(folder: Path) -> None:
     """Wait until the names in a directory are on disk, where the system can do that."""
     with contextlib.suppress(OSError):
@@ -170,23 +167,29 @@ def check_output(output: NamedFile, kind: Format) -> None:
     Raises:
         ConfigError: it cannot be written, or another file would be lost.
     """
-    with os_errors_as(ConfigError, f"{output.flag} {output.path}"):
-        begin = _begin_of(output.path)
+    if reason := _refusal(output.path, kind):
+        raise ConfigError(f"{output}: {reason}")
+
+
+def _refusal(path: Path, kind: Format) -> str:
+    """Return why an output cannot be written; empty if it can."""
+    try:
+        begin = _begin_of(path)
+    except OSError as error:
+        return error.strerror or str(error)
     if begin.strip() and not kind.begins.match(begin):
-        raise ConfigError(
-            f"{output.flag} {output.path}: a file is there that is not {kind.name}; choose "
-            "another name, or remove it first"
-        )
+        return f"another file is there, not {kind.name}; choose another name, or remove it"
+    return ""
 
 
 def _begin_of(path: Path) -> bytes:
     """Return how a file that is to be replaced begins; nothing where it is not there yet."""
     try:
         status = path.stat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         folder = Path(os.path.realpath(path)).parent
         if not folder.is_dir():
-            raise FileNotFoundError(errno.ENOENT, f"there is no directory {folder}") from None
+            raise FileNotFoundError(errno.ENOENT, "there is no such directory") from None
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES)) from None
         return b""
@@ -198,27 +201,27 @@ def _begin_of(path: Path) -> bytes:
         return file.read(_BEGIN_BYTES)
 
 
-def write_output(output: NamedFile, kind: Format, text: str) -> None:
+def write_output(output: NamedFile, kind: Format, content: str | bytes) -> None:
     """Write what `check_output` allowed, all at once where the system can do that.
 
     Raises:
         OutputError: it cannot be written, or another file has come there meanwhile.
     """
-    try:
-        check_output(output, kind)
-    except ConfigError as error:
-        raise OutputError(str(error)) from None
-    with os_errors_as(OutputError, f"{output.flag} {output.path}: cannot write"):
+    if reason := _refusal(output.path, kind):
+        raise OutputError(f"{output}: cannot be written: {reason}")
+    data = content.encode() if isinstance(content, str) else content
+    with os_errors_as(OutputError, f"{output}: cannot be written"):
         if is_special(output.path):
-            output.path.write_text(text, encoding="utf-8")
+            output.path.write_bytes(data)
             return
         target = Path(os.path.realpath(output.path))  # a link stays a link
         try:
-            write_atomically(target, text)
+            with replacing(target) as file:
+                file.write(data)
         except OSError as error:
             if error.errno not in _NOT_REPLACEABLE or not target.exists():
                 raise
-            target.write_text(text, encoding="utf-8")
+            target.write_bytes(data)
 
 
 def refuse_same_files(outputs: Iterable[NamedFile], inputs: Iterable[NamedFile]) -> None:
@@ -233,10 +236,6 @@ def refuse_same_files(outputs: Iterable[NamedFile], inputs: Iterable[NamedFile])
     for output in outputs:
         if is_special(output.path):
             continue
-        key = FileId.at(output.path)
-        other = found.setdefault(key, output)
+        other = found.setdefault(FileId.at(output.path), output)
         if other is not output:
-            raise ConfigError(
-                f"{output.flag} {output.path}: the same file as {other.flag} {other.path}; "
-                "choose another name"
-            )
+            raise ConfigError(f"{output}: the same file as {other}; choose another name")

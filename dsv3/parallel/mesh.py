@@ -81,6 +81,11 @@ def environment_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def environment_world_size() -> int:
+    """Return the number of ranks as torchrun set it; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def _pick_device(name: str, local_rank: int) -> torch.device:
     """Return the device of this rank; more ranks than GPUs on a host share them."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
@@ -175,8 +180,7 @@ def join_world(
         ConfigError: the layout does not fit the world, or there is no such device.
         RankError: the other ranks cannot be reached.
     """
-    rank = environment_rank()
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world_size = environment_rank(), environment_world_size()
     layout = ParallelConfig(world_size=world_size, rank=rank, tp=tp, dp=dp)
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"--device={device} is unknown; use auto, cpu or cuda")
