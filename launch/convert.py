@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> None:
         layout = read_layout(args)
         cast = {"bf16": Cast.BF16, "fp8": Cast.FP8}.get(args.to, Cast.NONE)
         plan = make_plan(source, layout, cast, args.scale_fmt)
-        target = Target(args.save_path, source, plan, args.overwrite)
+        target = Target(args.save_path, source, plan, args.overwrite, inputs(args))
         if args.dry_run:
             foretell(args, source, target)
         else:
@@ -152,6 +152,11 @@ def read_layout(args: argparse.Namespace) -> ParallelConfig | None:
     if args.ep not in (None, tp * dp):
         raise ConfigError(f"--ep={args.ep} must be tp={tp} x dp={dp} = {tp * dp}, or left out")
     return ParallelConfig(world_size=tp * dp, tp=tp, dp=dp)
+
+
+def inputs(args: argparse.Namespace) -> list[Path]:
+    """Return the files that are read beside the checkpoint."""
+    return [Path(args.config)] if args.config and Path(args.config).is_file() else []
 
 
 def foretell(args: argparse.Namespace, source: Source, target: Target) -> None:
@@ -179,7 +184,13 @@ def write(args: argparse.Namespace, source: Source, target: Target) -> None:
     if not ready:
         with progress_bar(plan.tensor_bytes, "convert") as advance:
             outcome = convert(
-                source, plan, args.save_path, args.workers, advance, overwrite=args.overwrite
+                source,
+                plan,
+                args.save_path,
+                args.workers,
+                advance,
+                overwrite=args.overwrite,
+                inputs=inputs(args),
             )
         seconds = time.monotonic() - start
         again = f" ({in_units(outcome.resumed)} were there)" if outcome.resumed else ""

@@ -8,7 +8,7 @@ directory) last. So a kill at any moment leaves the old checkpoint whole, or a d
 not look whole and from which the same command goes on, with the same result to the byte.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +63,7 @@ def convert(
     workers: int,
     progress: Progress = lambda _: None,
     overwrite: bool = False,
+    inputs: Sequence[Path] = (),
 ) -> Outcome:
     """Write the files of a plan into a folder, going on where an earlier run was stopped.
 
@@ -73,12 +74,13 @@ def convert(
         workers: threads, each with a few buffers of some MiB.
         progress: told the bytes of each finished tensor, from this thread.
         overwrite: replace a checkpoint that is there.
+        inputs: files that are read beside the source; they are never replaced either.
 
     Raises:
         CheckpointError: the folder holds other files, or the disk is too small; a source file is
             damaged or was changed meanwhile; a file cannot be written.
     """
-    target = Target(folder, source, plan, overwrite)
+    target = Target(folder, source, plan, overwrite, inputs)
     check(target)
     with os_errors_as(CheckpointError, f"{folder}: cannot be made"):
         folder.mkdir(parents=True, exist_ok=True)

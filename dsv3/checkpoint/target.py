@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,18 +62,27 @@ class Target:
         source: the checkpoint that is read.
         plan: what is to be written.
         overwrite: a checkpoint that is there is replaced.
+        inputs: other files that are read.
 
     Attributes:
         last: the file that comes last and makes the directory whole.
     """
 
-    def __init__(self, folder: Path, source: Source, plan: Plan, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        source: Source,
+        plan: Plan,
+        overwrite: bool = False,
+        inputs: Sequence[Path] = (),
+    ) -> None:
         self.folder, self.plan, self.overwrite = folder, plan, overwrite
         self.last = INDEX if plan.layout is None else MANIFEST
         self._weights = [file.name for file in plan.files]
         self._sides = side_files(source.path, plan)
         self._source_files = dict(_files_of(source))
         folders = (*side_folders(source.path), *(p.parent for p in self._source_files.values()))
+        self._source_files |= {FileId.at(path): path for path in inputs}
         self._source_folders = {FileId.at(path): path for path in folders}
 
     def partial(self, name: str) -> Path:

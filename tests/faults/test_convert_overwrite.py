@@ -16,6 +16,7 @@ from dsv3.checkpoint.journal import JOURNAL, Journal
 from dsv3.checkpoint.plan import make_plan
 from dsv3.checkpoint.source import open_source
 from dsv3.config import ParallelConfig
+from dsv3.config_files import hf_config_dict
 from dsv3.errors import CheckpointError
 from tests.checkpoint_files import random_tensors, write_file, write_hf
 from tests.faults.converting import CONFIG, Convert, contents, looks_whole
@@ -343,6 +344,18 @@ def test_a_users_file_is_neither_replaced_nor_removed(
         assert (code, err.count("\n")) == (2, 1)
         assert name.removesuffix(".partial") in err
         assert contents(out) == {name: b"mine"}
+
+
+def test_the_config_that_is_read_is_not_replaced(tmp_path: Path, convert: Convert) -> None:
+    theirs = write_deepseek(tmp_path / "theirs", random_tensors(EVEN), 2)
+    out = write_hf(tmp_path / "out", EVEN, random_tensors(EVEN, seed=1))
+    config = out / "config.json"
+    config.write_text(json.dumps({"transformers_version": "5"} | hf_config_dict(EVEN)))
+    before = contents(out)
+    flags = ("--model-parallel", 2, "--overwrite", "--config", config)
+    code, _, err = convert(theirs, out, *flags)
+    assert code == 2 and f"{config}: the same file as {config}, which is read" in err
+    assert contents(out) == before
 
 
 @pytest.mark.parametrize("flags", [[], ["--overwrite"]], ids=str)
