@@ -69,7 +69,7 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
     """Yield a file that was not there before; it is on disk when the block has ended.
 
     Raises:
-        OSError: there is one, or it cannot be written. What was written is removed then.
+        OSError: there is one, or it cannot be written. It is removed again then.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     file = os.fdopen(os.open(path, flags, 0o666), "r+b")
@@ -161,8 +161,8 @@ def is_special(path: Path) -> bool:
 def check_output(output: NamedFile, kind: Format) -> None:
     """Check that an output can be written, before the work for it is done; change nothing.
 
-    Devices and pipes can. Of the files that are there, only empty ones and those of the same
-    format may be replaced.
+    Devices and pipes can. Of existing files, only empty ones and those of the same format may be
+    replaced.
 
     Raises:
         ConfigError: it cannot be written, or another file would be lost.

@@ -160,7 +160,7 @@ def inputs(args: argparse.Namespace) -> list[Path]:
 
 
 def foretell(args: argparse.Namespace, source: Source, target: Target) -> None:
-    """Print what would be written, replaced and kept; raise what would stop it."""
+    """Print which files would be written, replaced and kept; raise the error that would stop it."""
     space = target.disk_space(target.read_record())
     print(*describe(source, target.plan, *space), sep="\n")
     if is_complete(target.folder) and not args.overwrite:
@@ -176,7 +176,7 @@ def foretell(args: argparse.Namespace, source: Source, target: Target) -> None:
 
 
 def write(args: argparse.Namespace, source: Source, target: Target) -> None:
-    """Convert, or compare what is already there with the source; then tell what was done."""
+    """Convert, or compare a finished conversion with the source; then report."""
     if not has_tokenizer(source.path):
         print(f"warning: {source.path} has no tokenizer files", file=sys.stderr)
     plan, start = target.plan, time.monotonic()

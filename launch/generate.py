@@ -147,7 +147,7 @@ def prepare(args: argparse.Namespace, checkpoint: Path, model: str, files: ExitS
 
 
 def open_journal(path: Path, overwrite: bool, model: str) -> Journal:
-    """Open the results. Once emptied for --overwrite, a restart by torchrun keeps what is there."""
+    """Open the results; once emptied for --overwrite, they are kept when torchrun restarts."""
     mark = f"emptied {os.path.realpath(path)}"
     overwrite = overwrite and not has_mark(mark)
     return Journal(path, overwrite, model, when_emptied=partial(set_mark, mark))

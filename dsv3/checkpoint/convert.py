@@ -32,7 +32,7 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a conversion did.
+    """The result of a conversion.
 
     Attributes:
         written, resumed: bytes of tensors written by this run, and by earlier ones.
@@ -85,7 +85,7 @@ def convert(
     with os_errors_as(CheckpointError, f"{folder}: cannot be made"):
         folder.mkdir(parents=True, exist_ok=True)
     with Journal(folder) as journal:
-        survey = target.survey(journal.record)  # again: from now on nobody else writes here
+        survey = target.survey(journal.record)  # again: with the lock, no other process writes
         written, is_written = 0, target.is_written(journal.record)
         if not is_written:
             _begin(target, survey, journal)
@@ -101,7 +101,7 @@ def convert(
 
 @contextmanager
 def settle(target: Target) -> Iterator[None]:
-    """Remove what a kill has left of a conversion, if the block finds that it is finished.
+    """Remove the leftovers of a killed conversion, if the block finds that it is finished.
 
     Raises:
         CheckpointError: another conversion is writing here.
@@ -147,7 +147,6 @@ def _write(
         for name, digests in _write_tensors(source, plan, files, workers, dict(finished)):
             size = plan.tensors[name].num_bytes
             journal.add(name, digests, size, files)
-            finished[name] = digests
             written += size
             progress(size)
         journal.flush(files)
@@ -182,7 +181,7 @@ def _check_unchanged(source: Source, plan: Plan) -> None:
 
 
 def _put_in_place(target: Target, survey: Survey) -> None:
-    """Remove what is replaced, and give the new files their names; only names change here."""
+    """Remove replaced files, and give the new ones their names; nothing is written any more."""
     names = target.names(survey)
     with os_errors_as(CheckpointError, f"{target.folder}: cannot be changed"):
         for name in survey.replaces:

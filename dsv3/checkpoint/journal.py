@@ -1,9 +1,9 @@
-"""The journal of a conversion: what is done of it, which files are its own, and its lock.
+"""The journal of a conversion: its progress, the list of its files, and its lock.
 
-It is one file in the directory that is written, and only ever appended to. It names every file
-before that is made, so that after a kill no file of ours is taken for a user's, and none of a
-user's for ours. A line about a tensor is written only after the tensor's bytes are on disk, so
-that a conversion killed at any moment goes on from its journal.
+It is one file in the output directory, and only ever appended to. A file is named here before it is
+made, so that after a kill the converter's files and the user's can be told apart. A line about a
+tensor is written only after the tensor's bytes are on disk, so that a conversion killed at any
+moment goes on from its journal.
 """
 
 import json
@@ -28,7 +28,7 @@ _HEAD = b'{"plan": '
 
 @dataclass
 class JournalRecord:
-    """What a journal says.
+    """The contents of a journal.
 
     Attributes:
         plan: fingerprint of the plan that was begun last.
@@ -36,8 +36,8 @@ class JournalRecord:
             temporary ones.
         replaces: files of another checkpoint that go before those of this one get their names.
         finished: tensors that are on disk, with their digests.
-        is_written: all files are complete, under temporary names. From here on what is replaced
-            goes, and they get their names.
+        is_written: all files are complete, under temporary names. From here on, replaced files are
+            removed and the new ones get their names.
     """
 
     plan: str = ""
@@ -47,9 +47,11 @@ class JournalRecord:
     is_written: bool = False
 
     def fits(self, plan: Plan) -> bool:
-        """Whether all of it can be of this plan; a journal may be damaged."""
+        """Return True if all of it can be of this plan; a journal may be damaged."""
         return self.plan == plan.fingerprint and all(
-            name in plan.tensors and len(digests) == 1 + len(plan.tensors[name].slots)
+            name in plan.tensors
+            and len(digests) == 1 + len(plan.tensors[name].slots)
+            and all(isinstance(digest, str) for digest in digests)
             for name, digests in self.finished.items()
         )
 
@@ -87,7 +89,7 @@ def read_record(folder: Path) -> JournalRecord:
 
 
 def _parse(file: BinaryIO, path: Path) -> tuple[JournalRecord, int]:
-    """Return what a journal says, and how many of its bytes are whole lines."""
+    """Return the contents of a journal, and how many of its bytes are whole lines."""
     begin = file.read(len(_HEAD))
     if not _HEAD.startswith(begin):
         raise _foreign(path, "another program's file")
@@ -98,7 +100,7 @@ def _parse(file: BinaryIO, path: Path) -> tuple[JournalRecord, int]:
             if not line.endswith(b"\n"):  # torn while it was written
                 break
             record.take(json.loads(line))
-        except (ValueError, TypeError):  # as a power cut may leave it
+        except (ValueError, TypeError, RecursionError):  # as a power cut may leave it
             break
         length += len(line)
     return record, length
@@ -117,7 +119,7 @@ class Journal(AbstractContextManager["Journal"]):
     """A journal open for writing. Only one process may have it, which is the directory's lock.
 
     Attributes:
-        record: what it says.
+        record: its contents.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -184,7 +186,7 @@ class Journal(AbstractContextManager["Journal"]):
         self._pending, self._pending_bytes = [], 0
 
     def remove(self) -> None:
-        """Remove it: the conversion is done."""
+        """Delete the journal of a conversion that is done."""
         self._path.unlink()
 
     def _wait(self) -> None:

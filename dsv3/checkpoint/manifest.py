@@ -81,7 +81,7 @@ class Manifest:
 
 
 def is_manifest(file: Path) -> bool:
-    """Whether a file begins as `Manifest.to_json` does."""
+    """Return True if a file begins as those that `Manifest.to_json` makes."""
     begin = (json.dumps({"format": _KIND["format"]}, indent=1)[:-2]).encode()
     if not file.is_file():
         return False

@@ -27,7 +27,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def is_document(name: str) -> bool:
-    """Whether a side file is for people: a model card, a license, a picture."""
+    """Return True if a side file is for people: a model card, a license, a picture."""
     return Path(name).suffix not in _READ_BY_PROGRAMS
 
 
@@ -63,7 +63,7 @@ def _files(source: Path) -> Iterator[Path]:
 
 
 def is_content(path: Path, content: Content) -> bool:
-    """Whether a file holds this content already."""
+    """Return True if a file holds this content already."""
     if not path.is_file():
         return False
     if isinstance(content, bytes):

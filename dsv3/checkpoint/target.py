@@ -1,9 +1,8 @@
-"""The directory that a conversion writes: what is there already, and what of that may go.
+"""The output directory of a conversion: which of the files there may be replaced or removed.
 
-A file may go if an earlier conversion made it, as the journal says, or if it belongs to a
-checkpoint, by name and by how it begins, and `--overwrite` was given. Nothing else is touched: not
-a user's file of the same name, not the source's files under another name, and nothing through a
-link.
+These are files that an earlier conversion made, as the journal says, and with `--overwrite` those of
+a checkpoint, recognized by name and by how they begin. No other file is touched: no user's file of
+the same name, no file of the source under another name, and nothing through a link.
 """
 
 import json
@@ -40,13 +39,13 @@ _WEIGHTS = re.compile(r"model(-\d+-of-\d+|\d+-mp\d+)?\.safetensors")
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What a conversion will do in its directory.
+    """The files that a conversion will write, keep and remove.
 
     Attributes:
-        sides: side files to write; the others are there, or a user's own.
-        kept: a user's own.
-        replaces: files of another checkpoint that will go, in this order. Without the first one,
-            the directory no longer looks whole.
+        sides: side files to write. The others are there already, or kept.
+        kept: documents of the user in the place of side files.
+        replaces: files of another checkpoint to remove, in this order. Without the first one, the
+            directory no longer looks whole.
     """
 
     sides: Mapping[str, Content]
@@ -55,12 +54,12 @@ class Survey:
 
 
 class Target:
-    """The directory of one conversion.
+    """The output directory of one conversion.
 
     Args:
         folder: the directory; it need not exist.
         source: the checkpoint that is read.
-        plan: what is to be written.
+        plan: of the files to write.
         overwrite: a checkpoint that is there is replaced.
         inputs: other files that are read.
 
@@ -110,7 +109,7 @@ class Target:
         return read_record(self.folder)
 
     def survey(self, record: JournalRecord) -> Survey:
-        """Look at what is there, and change nothing.
+        """Decide about every file that is there; nothing is changed.
 
         Args:
             record: of earlier conversions here.
@@ -128,7 +127,7 @@ class Target:
         return survey
 
     def is_written(self, record: JournalRecord) -> bool:
-        """Whether nothing but names of files is missing."""
+        """Return True if all files are complete, and only some of their names are missing."""
         is_written = record.is_written and record.fits(self.plan)
         return (
             is_written
@@ -189,7 +188,8 @@ class Target:
     def _checkpoint_files(self) -> list[str]:
         """Return the weights, index and manifest of the checkpoint that is there.
 
-        Without the first of them it is not whole, and neither with some of the others.
+        They are in the order in which they can be removed: the one file that would be read without
+        an index comes before the index, and that before the manifest, which is read first.
         """
         index, manifest = self.folder / INDEX, self.folder / MANIFEST
         named = _named_by(index)
@@ -265,7 +265,7 @@ class Target:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a directory holds a finished checkpoint, of whatever kind or content."""
+    """Return True if a directory holds a finished checkpoint, of any kind or content."""
     return is_manifest(folder / MANIFEST) or _named_by(folder / INDEX) is not None
 
 
@@ -284,7 +284,7 @@ def _files_of(source: Source) -> Iterator[tuple[FileId, Path]]:
 
 
 def _is_weights(path: Path) -> bool:
-    """Whether a file begins as a safetensors file does."""
+    """Return True if a file begins as a safetensors file does."""
     if path.is_symlink() or not path.is_file():
         return False
     with path.open("rb") as file:

@@ -7,7 +7,7 @@ from dsv3.config import ModelConfig, ParallelConfig
 from dsv3.engine.config import EngineConfig
 
 _DEFAULTS = {field.name: field.default for field in fields(EngineConfig)}
-# They ask for what is done in any case.
+# These values ask for the behavior that there is in any case.
 _MODEST = {"sequence_parallel": 0, "check_every": 0, "moe_dispatch": "allreduce"}
 _OF_EXPERTS = ("expert_placement", "redundant_experts", "rebalance_every", "record_expert_load")
 
@@ -18,7 +18,7 @@ def ignored_settings(
     """Yield a line for every setting that was given and changes nothing.
 
     Args:
-        settings: what was given.
+        settings: as given.
         config: the model.
         layout: the world.
         has_fp8: the checkpoint holds weights in FP8.

@@ -1,4 +1,4 @@
-"""What a job remembers when torchrun starts its ranks again after a failure.
+"""The memory of a job over restarts of its ranks by torchrun.
 
 torchrun's agent outlives the ranks, and so does its store: a mark left there is seen by every later
 attempt of the same job, on whatever host rank 0 then is, and by no other job.

@@ -2,9 +2,9 @@
 
 Lines are appended whole and handed to the operating system at once, so killing the process
 loses none; they are forced to the disk every few seconds, so a power cut loses few. A start
-reads what an earlier run has left, and changes nothing: only with its first line, or at its end,
-it makes the file good. Then torn lines go, and so do the errors that were ours (5xx) and those of
-rows that were changed since, which are tried again.
+reads the lines of an earlier run and changes nothing: the file is repaired with the first new line,
+or at the end. Then torn lines go, and so do errors that are tried again: our own (5xx), and errors
+of rows that were changed since.
 """
 
 import contextlib
@@ -199,7 +199,7 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
             is_ours = True
             with contextlib.suppress(OSError):  # a file system without locks
                 is_ours = lock(fd)
-            if is_ours and is_at(fd, self._path):  # nobody has put another in its place meanwhile
+            if is_ours and is_at(fd, self._path):  # no other file was put in its place meanwhile
                 return fd
             os.close(fd)
             if not is_ours:
@@ -228,12 +228,13 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
             )
 
     def _whereabouts(self) -> str:
-        """Say what has become of the results in a file that has lost its name."""
-        with contextlib.suppress(OSError):
-            if os.fstat(self._fd).st_nlink:
-                now = os.readlink(f"/proc/self/fd/{self._fd}")
-                return f"its results are in {now}; move it back and start again to go on from there"
-        return "its results are lost, start again to answer all rows"
+        """Say where the results are after the file has lost its name."""
+        if not os.fstat(self._fd).st_nlink:
+            return "its results are lost, start again to answer all rows"
+        now = "that file"
+        with contextlib.suppress(OSError):  # a system without /proc
+            now = os.readlink(f"/proc/self/fd/{self._fd}")
+        return f"its results are in {now}; move it back and start again to go on from there"
 
     def _refuse_other_files(self) -> None:
         """Raise ConfigError if a file that is to be emptied does not begin with a result."""
@@ -320,7 +321,7 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
 
 
 def _is_begun(line: bytes) -> bool:
-    """Return True for a line of ours or what is left of one; a power cut leaves zeros behind."""
+    """Return True for a line of ours or the beginning of one; a power cut leaves zeros behind."""
     return LINE_START.startswith(line[: len(LINE_START)].rstrip(b"\0"))
 
 

@@ -154,7 +154,7 @@ def test_a_kill_at_any_moment_leaves_the_old_checkpoint_or_goes_on(
 def test_another_plan_after_a_kill_while_names_are_given(
     hf: Path, out: Path, convert: Convert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was complete, but for its names, is not thrown away unasked."""
+    """Complete files that lack only their names are not thrown away unasked."""
     old_single_file(out, convert, hf)
     monkeypatch.setattr(conversion, "_put_in_place", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -172,7 +172,7 @@ def test_another_plan_after_a_kill_while_names_are_given(
 def test_an_unfinished_overwriting_leaves_the_old_checkpoint_in_use(
     hf: Path, out: Path, convert: Convert, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It verifies as before. What is left of the same conversion goes, that of another stays."""
+    """It verifies as before. Leftovers of the same conversion go, those of another one stay."""
     assert convert(hf, out, "--model-parallel", 2)[0] == 0
     first = contents(out)
     monkeypatch.setattr(conversion, "_last_file", lambda *args: 1 / 0)
