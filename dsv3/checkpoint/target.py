@@ -1,8 +1,8 @@
 """The output directory of a conversion: which of the files there may be replaced or removed.
 
-These are files that an earlier conversion made, as the journal says, and with `--overwrite` those of
-a checkpoint, recognized by name and by how they begin. No other file is touched: no user's file of
-the same name, no file of the source under another name, and nothing through a link.
+These are files that an earlier conversion made, as the journal says, and with `--overwrite` those
+of a checkpoint, recognized by name and by how they begin. No other file is touched: no user's file
+of the same name, no file of the source under another name, and nothing through a link.
 """
 
 import json
