@@ -77,7 +77,7 @@ def read_record(folder: Path) -> JournalRecord:
     path = folder / JOURNAL
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return JournalRecord()
     except OSError as error:
         raise _foreign(path, "a link" if path.is_symlink() else error.strerror) from None

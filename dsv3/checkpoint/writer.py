@@ -33,10 +33,11 @@ class OutputFiles(AbstractContextManager["OutputFiles"]):
             os.close(self._descriptors.pop())
 
     def reusable(self) -> bool:
-        """Whether every file is there in full length."""
+        """Return True if every file is there in full length, and under no other name."""
+        found = [path.stat() if path.is_file() else None for path in self._partial]
         return all(
-            path.is_file() and path.stat().st_size == file.num_bytes
-            for path, file in zip(self._partial, self._files, strict=True)
+            status is not None and (status.st_size, status.st_nlink) == (file.num_bytes, 1)
+            for status, file in zip(found, self._files, strict=True)
         )
 
     def open(self, reuse: bool) -> None:

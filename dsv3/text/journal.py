@@ -229,11 +229,12 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
 
     def _whereabouts(self) -> str:
         """Say where the results are after the file has lost its name."""
-        if not os.fstat(self._fd).st_nlink:
-            return "its results are lost, start again to answer all rows"
-        now = "that file"
-        with contextlib.suppress(OSError):  # a system without /proc
+        num_names, now = 0, "that file"
+        with contextlib.suppress(OSError):  # a system without /proc, or a server that has forgotten
+            num_names = os.fstat(self._fd).st_nlink
             now = os.readlink(f"/proc/self/fd/{self._fd}")
+        if not num_names:
+            return "its results are lost, start again to answer all rows"
         return f"its results are in {now}; move it back and start again to go on from there"
 
     def _refuse_other_files(self) -> None:

@@ -319,8 +319,9 @@ def test_a_target_that_is_a_link_to_a_directory(
     assert code == 2 and "a link to a directory that is not there" in err
     out.unlink()
     out.write_text("a file")
-    code, _, err = convert(hf, out, "--model-parallel", 2)
-    assert code == 2 and "not a directory" in err
+    for path, reason in ((out, "not a directory"), (out / "below", "cannot be made")):
+        code, _, err = convert(hf, path, "--model-parallel", 2)
+        assert code == 2 and f"{path}: {reason}" in err
 
 
 OWN = ["README.md", "config.json", "tokenizer.json", "manifest.json", INDEX, SINGLE]
@@ -392,6 +393,25 @@ def test_pipes_and_directories_in_the_way(name: str, hf: Path, out: Path, conver
             continue
         assert (code, err.count("\n")) == (2, 1)
         assert name in err
+
+
+def test_a_linked_folder_of_side_files(
+    hf: Path, out: Path, tmp_path: Path, convert: Convert
+) -> None:
+    """Files that are the same behind it are left alone, no other is written there."""
+    for folder in (hf / "encoding", tmp_path / "theirs", out):
+        folder.mkdir()
+    (hf / "encoding" / "encode.py").write_text("new")
+    (out / "encoding").symlink_to(tmp_path / "theirs")
+    for text in (None, "mine"):
+        if text:
+            (tmp_path / "theirs" / "encode.py").write_text(text)
+        for flags in ([], ["--overwrite"]):
+            code, _, err = convert(hf, out, "--model-parallel", 2, *flags)
+            assert code == 2 and "encoding" in err
+        assert contents(tmp_path / "theirs") == ({"encode.py": b"mine"} if text else {})
+    (tmp_path / "theirs" / "encode.py").write_text("new")
+    assert convert(hf, out, "--model-parallel", 2, "--verify")[0] == 0
 
 
 def test_the_same_side_files_are_left_alone(
