@@ -50,7 +50,7 @@ from benchlib.dispatch import dispatch_time
 from benchlib.flags import at_least
 from benchlib.host import host_time
 from benchlib.peer import TransformersPeer
-from benchlib.report import Report, check_plot, machine
+from benchlib.report import Report, check_report, machine
 from benchlib.throughput import throughput
 from benchlib.workload import Lengths, draw_jobs
 from replay_trace import read_trace, replay
@@ -125,7 +125,17 @@ def parse_args() -> argparse.Namespace:
         "--capacity", type=at_least(0), nargs="+", default=[1000, 3000, 10000, 30000]
     )
     trace.add_argument("--policy", nargs="+", choices=POLICIES, default=["lru", "cost"])
-    return parser.parse_args()
+    args = parser.parse_args()
+    check_flags(args)
+    return args
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuse flags of the engine that a benchmark does not use."""
+    if args.benchmark == "host" and (args.profile or args.tp or args.dp > 1):
+        raise ConfigError("host runs no model on no ranks; leave --profile, --tp and --dp out")
+    if getattr(args, "hardware", "measure") != "measure" and not args.profile:
+        raise ConfigError("--hardware gives the ceilings of --profile; add that, or leave it out")
 
 
 def run_throughput(args: argparse.Namespace, started: Started) -> Report:
@@ -226,8 +236,7 @@ def main() -> int:
         runpy.run_path(str(SCRIPTS / ALONE[name][0]), run_name="__main__")
     args = parse_args()
     set_up_logging(getattr(args, "debug", False), getattr(args, "log_dir", None))
-    if args.plot:
-        check_plot()
+    check_report(args, inputs=("trace",))
     if args.benchmark in ("throughput", "chat"):
         report = measure_model(args)
     else:

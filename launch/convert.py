@@ -28,13 +28,14 @@ from typing import TextIO
 from tqdm import tqdm
 
 from dsv3.checkpoint.contradictions import source_warnings
-from dsv3.checkpoint.convert import check_space, clear, convert, disk_space, finish, is_complete
+from dsv3.checkpoint.convert import check, convert, settle
 from dsv3.checkpoint.directory import check_directory
-from dsv3.checkpoint.plan import Cast, Plan, make_plan
+from dsv3.checkpoint.plan import Cast, make_plan
 from dsv3.checkpoint.reader import Source
 from dsv3.checkpoint.report import describe, in_units
 from dsv3.checkpoint.side_files import has_tokenizer
 from dsv3.checkpoint.source import open_source
+from dsv3.checkpoint.target import Target, is_complete
 from dsv3.checkpoint.verify import verify_against, verify_digests
 from dsv3.checkpoint.workers import default_workers
 from dsv3.config import ParallelConfig
@@ -66,7 +67,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--workers", type=int, default=default_workers(), help="threads (default: %(default)s)")
     add("--dry-run", action="store_true", help="print what would be written, write nothing")
     add("--verify", action="store_true", help="read the result back and compare every byte")
-    add("--overwrite", action="store_true", help="remove a checkpoint that is in the way")
+    add("--overwrite", action="store_true", help="replace a checkpoint that is in the way")
     add("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
     _check_args(parser, args)
@@ -78,6 +79,8 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     if args.save_path is None:
         if not args.verify:
             parser.error("give --save-path (or --verify alone, to check a converted directory)")
+        if useless := [flag for flag, is_given in _writing_flags(args).items() if is_given]:
+            parser.error(f"{useless[0]} is for writing; give --save-path, or leave it out")
         return
     has_layout = [args.tp, args.dp, args.ep] != [None] * 3
     if args.model_parallel is not None and has_layout:
@@ -93,6 +96,14 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error("--workers must be at least 1")
     if args.save_path.resolve() == args.hf_ckpt_path.resolve():
         parser.error("--save-path must not be the directory that is read")
+
+
+def _writing_flags(args: argparse.Namespace) -> dict[str, bool]:
+    """Return the flags that say what to write, and whether each was given."""
+    names = ("model_parallel", "tp", "dp", "ep", "scale_fmt")
+    given = {f"--{name.replace('_', '-')}": getattr(args, name) is not None for name in names}
+    to = args.to != "layout"
+    return {**given, "--to": to, "--dry-run": args.dry_run, "--overwrite": args.overwrite}
 
 
 def main() -> int:
@@ -136,11 +147,11 @@ def run(args: argparse.Namespace) -> None:
         plan = make_plan(source, layout, cast, args.scale_fmt)
         for line in source_warnings(source):
             print(f"warning: {line}", file=sys.stderr)
+        target = Target(args.save_path, source, plan, args.overwrite, inputs(args))
         if args.dry_run:
-            print_lines(*describe(source, plan, *disk_space(plan, args.save_path)))
-            check_space(plan, args.save_path)
+            foretell(args, source, target)
         else:
-            write(args, source, plan)
+            write(args, source, target)
 
 
 def read_layout(args: argparse.Namespace) -> ParallelConfig | None:
@@ -156,29 +167,61 @@ def read_layout(args: argparse.Namespace) -> ParallelConfig | None:
     return ParallelConfig(world_size=tp * dp, tp=tp, dp=dp)
 
 
-def write(args: argparse.Namespace, source: Source, plan: Plan) -> None:
-    """Convert, or hold what is already there to the source; then tell what was done."""
+def inputs(args: argparse.Namespace) -> list[Path]:
+    """Return the files that are read beside the checkpoint."""
+    return [Path(args.config)] if args.config and Path(args.config).is_file() else []
+
+
+def foretell(args: argparse.Namespace, source: Source, target: Target) -> None:
+    """Print which files would be written, replaced and kept; raise the error that would stop it."""
+    space = target.disk_space(target.read_record())
+    print_lines(*describe(source, target.plan, *space))
+    if is_complete(target.folder) and not args.overwrite:
+        print_lines(f"done: {target.folder} is complete already; it would only be verified")
+        return
+    survey = check(target)
+    if survey.replaces:
+        print_lines(f"replaced in {target.folder}: {', '.join(survey.replaces)}")
+    if survey.kept:
+        print_lines(f"kept in {target.folder}: {', '.join(survey.kept)}")
+    if args.verify:
+        print("then every byte is read back and compared")
+
+
+def write(args: argparse.Namespace, source: Source, target: Target) -> None:
+    """Convert, or compare a finished conversion with the source; then report."""
     if not has_tokenizer(source.path):
         print_lines(f"warning: {source.path} has no tokenizer files", file=sys.stderr)
-    if args.overwrite:
-        clear(args.save_path)
-    ready, start = is_complete(args.save_path), time.monotonic()
+    plan, start = target.plan, time.monotonic()
+    ready = is_complete(args.save_path) and not args.overwrite
     if not ready:
         with progress_bar(plan.tensor_bytes, "convert") as advance:
-            outcome = convert(source, plan, args.save_path, args.workers, advance)
+            outcome = convert(
+                source,
+                plan,
+                args.save_path,
+                args.workers,
+                advance,
+                overwrite=args.overwrite,
+                inputs=inputs(args),
+            )
         seconds = time.monotonic() - start
         again = f" ({in_units(outcome.resumed)} were there)" if outcome.resumed else ""
         print_lines(
             f"{args.save_path}: {len(plan.files)} files, {in_units(plan.num_bytes)}{again} in "
             f"{seconds:.1f} s, {in_units(outcome.written / seconds)}/s"
         )
+        if outcome.kept:
+            print_lines(
+                f"kept in {args.save_path}, other than in the source: {', '.join(outcome.kept)}"
+            )
     if ready or args.verify:
         with (
+            settle(target),
             progress_bar(plan.tensor_bytes, "verify") as advance,
             open_source(args.save_path) as result,
         ):
             verify_against(source, plan, result, args.workers, advance)
-        finish(args.save_path)
         print_lines(f"verified: {args.save_path} is {source.path}, bit for bit")
 
 

@@ -8,10 +8,12 @@ The file holds one prompt a line, or OpenAI Batch rows (JSONL). Without torchrun
 
 import argparse
 import logging
+import os
 import sys
 import time
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from dsv3.checkpoint.directory import check_directory
@@ -26,11 +28,13 @@ from dsv3.engine.program import (
     run_program,
     set_up_logging,
 )
+from dsv3.engine.program_files import check_files
 from dsv3.engine.start import Started, identify, start
 from dsv3.engine.stats import check_stats_file, collect_stats, write_stats_file
 from dsv3.errors import ConfigError
 from dsv3.observe.exporter import serve_metrics
 from dsv3.parallel.mesh import Mesh, join_world
+from dsv3.parallel.restarts import has_mark, set_mark
 from dsv3.parallel.together import fail_together
 from dsv3.serve.batch import BatchSummary, prewarm_prompts, run_batch
 from dsv3.serve.chat import Chat
@@ -57,7 +61,7 @@ def parse_args() -> argparse.Namespace:
     what = parser.add_argument_group("what to answer")
     what.add_argument("--interactive", action="store_true", help="chat on the terminal")
     what.add_argument("--input-file", help="prompts, one a line, or OpenAI Batch JSONL")
-    what.add_argument("--prompt-separator", default="line", help="line or blank-line")
+    what.add_argument("--prompt-separator", help="line (default) or blank-line")
     what.add_argument("--prewarm", help="prompts to compute first and keep in the cache")
     what.add_argument("--output-file", help="OpenAI Batch results; a second start resumes")
     what.add_argument("--overwrite", action="store_true", help="start --output-file anew")
@@ -71,16 +75,35 @@ def parse_args() -> argparse.Namespace:
     sampling.add_argument("--temperature", type=float, help="0 is greedy (0.2)")
     sampling.add_argument("--top-p", type=float, help="keep the likeliest tokens up to this sum")
     sampling.add_argument("--top-k", type=int, help="keep this many likeliest tokens")
-    sampling.add_argument("--seed", type=int, default=0, help="names the random numbers (0)")
+    sampling.add_argument("--seed", type=int, help="names the random numbers (0)")
     sampling.add_argument("--thinking", action="store_true", help="let the model think first")
     sampling.add_argument("--system", help="system message of chats that have none")
     add_engine_flags(parser)
     args = parser.parse_args()
-    if args.interactive and args.output_file:
-        raise ConfigError("--output-file is for the answers to an --input-file, not for a chat")
+    check_flags(args)
+    inputs, outputs = ("--input-file", "--prewarm"), ("--output-file", "--stats-file")
+    check_files(args, inputs, outputs)
+    return args
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuse flags that have no meaning beside others, or without them."""
     if not args.interactive and not args.input_file:
         raise ConfigError("nothing to answer: give --interactive or --input-file FILE")
-    return args
+    if args.interactive and args.output_file:
+        raise ConfigError("--output-file is for the answers to an --input-file, not for a chat")
+    if args.interactive and args.input_file:
+        raise ConfigError("give --interactive or --input-file FILE, not both")
+    if args.interactive and args.strict:
+        raise ConfigError("--strict counts failed rows of an --input-file; a chat has none")
+    if args.output_file == "-":
+        raise ConfigError("--output-file=- is no file; give /dev/stdout for standard output")
+    if args.overwrite and not args.output_file:
+        raise ConfigError("--overwrite starts an --output-file anew; there is none")
+    if args.prompt_separator and not (args.input_file or args.prewarm):
+        raise ConfigError("--prompt-separator is for an --input-file or --prewarm; there is none")
+    if args.hardware != "measure" and not args.profile:
+        raise ConfigError("--hardware gives the ceilings of --profile; add that, or leave it out")
 
 
 @dataclass(frozen=True)
@@ -105,23 +128,42 @@ def prepare(args: argparse.Namespace, checkpoint: Path, model: str, files: ExitS
     defaults = Defaults(
         flags=flags,
         model=Sampling.of_checkpoint(checkpoint),
-        seed=args.seed,
+        seed=args.seed or 0,
         thinking=args.thinking,
         system=args.system,
     )
     if args.stats_file:
         check_stats_file(Path(args.stats_file))
-    prewarm = None
-    if args.prewarm:
-        prewarm = BatchInput(Path(args.prewarm), defaults, args.prompt_separator)
-    if args.interactive:
+    prewarm, rows = (
+        BatchInput(Path(path), defaults, args.prompt_separator or "line") if path else None
+        for path in (args.prewarm, args.input_file)
+    )
+    say_ignored(args, [each for each in (prewarm, rows) if each is not None])
+    if rows is None:
         Tokenizer.load(checkpoint)
         return Job(defaults, prewarm=prewarm, metrics_port=args.metrics_port)
-    rows, journal = BatchInput(Path(args.input_file), defaults, args.prompt_separator), None
+    journal = None
     if args.output_file:
-        journal = Journal(Path(args.output_file), args.overwrite, model)
-        files.enter_context(journal).resume(rows)
+        journal = files.enter_context(open_journal(Path(args.output_file), args.overwrite, model))
+        journal.resume(rows)
     return Job(defaults, rows, prewarm, journal, args.metrics_port)
+
+
+def open_journal(path: Path, overwrite: bool, model: str) -> Journal:
+    """Open the results; once emptied for --overwrite, they are kept when torchrun restarts."""
+    mark = f"emptied {os.path.realpath(path)}"
+    overwrite = overwrite and not has_mark(mark)
+    return Journal(path, overwrite, model, when_emptied=partial(set_mark, mark))
+
+
+def say_ignored(args: argparse.Namespace, inputs: list[BatchInput]) -> None:
+    """Say which flags change nothing."""
+    if args.prompt_separator and all(each.is_jsonl() for each in inputs):
+        log.warning("--prompt-separator changes nothing: the input is JSONL, a row a line")
+    names = [name for name in ("top_p", "top_k", "seed") if getattr(args, name) is not None]
+    if args.temperature == 0 and names:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in names)
+        log.warning("%s: only for rows with a temperature, --temperature 0 is greedy", flags)
 
 
 def chat(job: Job, started: Started, engine: Engine, name: str) -> None:

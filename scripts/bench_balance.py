@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from benchlib.flags import add_program_flags, at_least
-from benchlib.report import Report
+from benchlib.report import Report, check_report
 from dsv3.config_files import DEMO, load_model_config
 from dsv3.engine.program import Parser, run_program, set_up_logging
 from dsv3.errors import ConfigError
-from dsv3.parallel.placement import Placement, read_layers
+from dsv3.files import NamedFile, check_output
+from dsv3.parallel.placement import Placement, layers_format, read_layers
 
 
 def balance(args: argparse.Namespace) -> Report:
@@ -76,6 +77,9 @@ def parse_args() -> argparse.Namespace:
 def main() -> int:
     """Balance, report."""
     args = parse_args()
+    check_report(args, inputs=("--load",), outputs=("--save",))
+    if args.save:
+        check_output(NamedFile("--save", args.save), layers_format(["num_experts", "num_ranks"]))
     set_up_logging(args.debug)
     report = balance(args)
     report.publish(args.json)

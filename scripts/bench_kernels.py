@@ -16,7 +16,7 @@ import torch
 
 from benchlib.flags import add_program_flags
 from benchlib.hardware import hardware
-from benchlib.report import Report, machine
+from benchlib.report import Report, check_report, machine
 from dsv3.engine.program import Parser, run_program, set_up_logging
 from dsv3.engine.start import try_forms
 from dsv3.errors import ConfigError, RankError
@@ -83,6 +83,7 @@ def kernel_row(case: Case, device: torch.device, ceilings: Hardware | None) -> d
 def main() -> int:
     """Compare, time, report; wrong kernels are an error."""
     args = parse_args()
+    check_report(args)
     set_up_logging(args.debug)
     report = compare_and_time(args)
     report.setting |= machine(1)

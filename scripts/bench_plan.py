@@ -21,8 +21,8 @@ import yaml
 
 from benchlib.experts_hit import experts_hit
 from benchlib.flags import at_least
-from benchlib.hardware import hardware, read_hardware
-from benchlib.report import Report, Row, machine
+from benchlib.hardware import HARDWARE_FILE, hardware, read_hardware
+from benchlib.report import Report, Row, check_report, machine
 from dsv3.cache.layout import CacheLayout
 from dsv3.checkpoint.sharding import tensor_specs
 from dsv3.config import ParallelConfig, divisors
@@ -39,7 +39,8 @@ from dsv3.engine.program import (
     set_up_logging,
 )
 from dsv3.engine.start import Started, start
-from dsv3.errors import ConfigError, OutputError
+from dsv3.errors import ConfigError
+from dsv3.files import NamedFile, check_output, write_output
 from dsv3.observe.profile import Load
 from dsv3.observe.roofline import Hardware, Op, Setup, step_ops
 from dsv3.parallel.mesh import join_world
@@ -262,10 +263,8 @@ def on_this_machine(args: argparse.Namespace) -> Report | None:
             started.engine.stop()
         if args.save_hardware:
             figures = asdict(found) | {"ranks": mesh.layout.world_size}
-            try:
-                args.save_hardware.write_text(yaml.safe_dump(figures, sort_keys=False))
-            except OSError as error:
-                raise OutputError(f"--save-hardware={args.save_hardware}: {error}") from None
+            file = NamedFile("--save-hardware", args.save_hardware)
+            write_output(file, HARDWARE_FILE, yaml.safe_dump(figures, sort_keys=False))
         report.setting = {name: f"{getattr(ceilings, name):.3g}" for name in MEASURED}
         report.setting |= machine(mesh.layout.world_size)
         return report
@@ -380,6 +379,9 @@ def parse_args() -> argparse.Namespace:
 def main() -> int:
     """Compare, report."""
     args = parse_args()
+    check_report(args, inputs=("--hardware",), outputs=("--save-hardware",))
+    if args.save_hardware:
+        check_output(NamedFile("--save-hardware", args.save_hardware), HARDWARE_FILE)
     set_up_logging(args.debug)
     report = on_this_machine(args) if args.measure else on_paper(args)
     if report is not None:

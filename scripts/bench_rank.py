@@ -25,7 +25,7 @@ from torch import Tensor
 from benchlib.bound import what_bounds
 from benchlib.flags import add_program_flags, at_least
 from benchlib.hardware import hardware
-from benchlib.report import Report, Row, machine
+from benchlib.report import Report, Row, check_report, machine
 from dsv3.cache.layout import CacheLayout
 from dsv3.cache.pool import CachePool
 from dsv3.checkpoint.load import fp8_products
@@ -383,10 +383,10 @@ def parse_args() -> argparse.Namespace:
 def main() -> int:
     """Make the share, measure, report."""
     args = parse_args()
+    check_report(args)
     set_up_logging(args.debug)
     with join_world(args.device) as mesh:
-        if args.threads:
-            torch.set_num_threads(args.threads)
+        torch.set_num_threads(args.threads or torch.get_num_threads())
         try_forms(args.try_kernels, mesh.device)
         shape = shape_of(args, mesh.device.type == "cpu")
         what = (args.batch, args.context, args.prefill, args.steps, args.enforce_eager)

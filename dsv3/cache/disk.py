@@ -17,6 +17,8 @@ covers. The hash stands for the token ids, which are not written: a cache is no 
 import contextlib
 import logging
 import os
+import re
+import stat
 import time
 import zlib
 from collections import deque
@@ -36,9 +38,38 @@ log = logging.getLogger(__name__)
 UNIT = 64  # positions of a file
 PENDING, GOOD, BAD = range(3)  # what became of a read
 _MAGIC = b"dsv3kv1\n"
+_FLAGS = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 # The ranks write the same files in the same order, so they are never far apart.
 _SEAL_SECONDS = 20.0
 Bytes = NDArray[np.uint8]
+# A directory of a format, and in it: units, unfinished ones, and what `lower_tiers` probes with.
+_FOLDER = re.compile(r"[0-9a-f]{32}")
+_FILE = re.compile(r"[0-9a-f]{32}(\.kv|\.\w+\.tmp)|[0-9a-f]{16}\.tmp")
+
+
+def is_own(path: Path) -> bool:
+    """Return True for a file of a disk cache, by its names and how it begins.
+
+    Its header is written last, so an unfinished or torn one begins with zeros, or is short.
+    """
+    if not (_FOLDER.fullmatch(path.parent.name) and _FILE.fullmatch(path.name)):
+        return False
+    try:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            return False
+        with path.open("rb") as file:
+            begin = file.read(len(_MAGIC))
+    except OSError:
+        return False
+    return len(begin) < len(_MAGIC) or begin in (_MAGIC, bytes(len(_MAGIC)))
+
+
+def remove_own(path: Path) -> None:
+    """Delete a file of a disk cache, and no other."""
+    if is_own(path):
+        path.unlink(missing_ok=True)
+    elif os.path.lexists(path):
+        log.warning("%s: not a file of a disk cache; it is left there", path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,8 +202,8 @@ class DiskFiles:
                 self.writes.append((unit, done))
 
     def remove(self, path: Path) -> None:
-        """Delete a file, after those that are still to be written."""
-        self._writer.submit(path.unlink, missing_ok=True)
+        """Delete a file of the cache, after those that are still to be written."""
+        self._writer.submit(remove_own, path)
 
     def fetch(self, slot: int, units: tuple[bytes, ...]) -> None:
         """Read a page into a slot in the background."""
@@ -197,7 +228,7 @@ class DiskFiles:
             return False
         path = self._folder / f"{unit.hex()}.{self._session}.tmp"
         try:
-            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            file = os.open(path, _FLAGS | os.O_CREAT, 0o644)
             try:
                 for lane, row in zip(lanes, rows, strict=True):
                     _write_at(file, row.data, self._fmt.lane_at(lane))
@@ -206,21 +237,20 @@ class DiskFiles:
                     _write_at(file, seal, self._fmt.seal_at(lane))
             finally:
                 os.close(file)
-            if self._shard.is_first:
-                self._publish(path, unit)
+            return not self._shard.is_first or self._publish(path, unit)
         except OSError as error:
             self.is_writable = False
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                remove_own(path)
             log.warning("%s: cannot be written (%s); the disk cache only reads now", path, error)
             return False
-        return True
 
-    def _publish(self, path: Path, unit: bytes) -> None:
-        """Give a file its name when all ranks have written their part."""
+    def _publish(self, path: Path, unit: bytes) -> bool:
+        """Give a file its name when all ranks have written their part; False if it is taken."""
         deadline, fmt = time.monotonic() + _SEAL_SECONDS, self._fmt
         while True:
             # Opened anew each time: a network file system then asks what others have written.
-            with path.open("r+b", buffering=0) as file:
+            with os.fdopen(os.open(path, _FLAGS), "r+b", buffering=0) as file:
                 seals = os.pread(file.fileno(), 4 * fmt.num_lanes, fmt.seal_at(0))
                 written = np.frombuffer(seals[: len(seals) // 4 * 4], np.uint32)
                 if len(written) == fmt.num_lanes and written.all():
@@ -229,7 +259,13 @@ class DiskFiles:
             if time.monotonic() > deadline:
                 raise TimeoutError("another rank has not written its part")
             time.sleep(0.001)
-        path.replace(self.path(unit))
+        target = self.path(unit)
+        if os.path.lexists(target) and not is_own(target):
+            log.warning("%s: not a file of a disk cache; this page is not kept", target)
+            remove_own(path)
+            return False
+        path.replace(target)
+        return True
 
     def _read(self, slot: int, units: tuple[bytes, ...]) -> bool:
         return all(self._read_unit(slot, index, unit) for index, unit in enumerate(units))

@@ -2,15 +2,17 @@
 
 import logging
 import re
+import stat
 import time
 from collections import OrderedDict
 from concurrent.futures import wait
 from pathlib import Path
 
-from dsv3.cache.disk import DiskFiles, UnitFormat
+from dsv3.cache.disk import DiskFiles, UnitFormat, remove_own
 
 log = logging.getLogger(__name__)
 
+_FOLDER = "[0-9a-f]" * 32
 _NAME = re.compile(r"[0-9a-f]{32}\.kv")
 # Files may wait to be written for at most so many bytes of memory; more are not kept.
 _BACKLOG_BYTES = 1 << 28
@@ -93,12 +95,12 @@ class DiskIndex:
 
     def _scan(self, root: Path) -> None:
         found = []
-        for path in root.glob("*/*"):
+        for path in root.glob(f"{_FOLDER}/*"):
             try:
-                status = path.stat()
+                status = path.lstat()
                 if path.suffix == ".tmp" and status.st_mtime < time.time() - _STALE_SECONDS:
-                    path.unlink()
-                elif _NAME.fullmatch(path.name):
+                    remove_own(path)
+                elif _NAME.fullmatch(path.name) and stat.S_ISREG(status.st_mode):
                     found.append((status.st_mtime, path, status.st_size))
             except OSError:  # another run has just deleted it
                 continue

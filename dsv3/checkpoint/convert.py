@@ -1,78 +1,69 @@
 """Carry out a conversion plan: any checkpoint to any layout, one pass, in bounded memory.
 
 Workers read tensors in bounded row blocks, cast them if asked to, and write each slice to its
-place in the output files, all ranks' files side by side. Digests are computed on the way. Files
-keep temporary names until all are complete and on disk; the manifest (or the index of a Hugging
-Face directory) comes last, so a directory never looks whole before it is. A conversion that was
-killed goes on where its journal ends, and the result is the same to the byte.
+place in the output files, all ranks' files side by side. Digests are computed on the way. All
+files keep temporary names until every one is complete and on disk; only then a checkpoint that is
+replaced goes, and the new one gets its names, the manifest (or the index of a Hugging Face
+directory) last. So a kill at any moment leaves the old checkpoint whole, or a directory that does
+not look whole and from which the same command goes on, with the same result to the byte.
 """
 
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from dsv3.checkpoint.blocks import BlockReader
 from dsv3.checkpoint.digest import file_digest, model_digest
-from dsv3.checkpoint.manifest import MANIFEST, FileRecord, Manifest, Record, Shard
-from dsv3.checkpoint.plan import Job, Plan
+from dsv3.checkpoint.journal import Journal, JournalRecord
+from dsv3.checkpoint.manifest import FileRecord, Manifest, Record, Shard
+from dsv3.checkpoint.plan import Job, Plan, fingerprint
 from dsv3.checkpoint.reader import Source
-from dsv3.checkpoint.report import in_units
-from dsv3.checkpoint.side_files import copy_side_files, write_atomically, write_index
-from dsv3.checkpoint.source import INDEX
+from dsv3.checkpoint.side_files import index_json, write_content
+from dsv3.checkpoint.target import Survey, Target
 from dsv3.checkpoint.workers import run_jobs
-from dsv3.checkpoint.writer import JOURNAL, PARTIAL, Digests, Journal, OutputFiles, Spreader
+from dsv3.checkpoint.writer import Digests, OutputFiles, Spreader
 from dsv3.config import ParallelConfig
-from dsv3.errors import CheckpointError
+from dsv3.errors import CheckpointError, os_errors_as
+from dsv3.files import sync_folder
 
 Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Bytes of tensors written by this run, and by the earlier runs it went on from."""
+    """The result of a conversion.
+
+    Attributes:
+        written, resumed: bytes of tensors written by this run, and by earlier ones.
+        kept: files of the user that stayed in the place of the source's.
+    """
 
     written: int
     resumed: int
+    kept: tuple[str, ...] = ()
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether a directory holds a finished checkpoint, of whatever kind or content."""
-    return (folder / MANIFEST).is_file() or (folder / INDEX).is_file()
+def check(target: Target) -> Survey:
+    """Look whether a conversion may write to its directory; nothing is changed.
 
-
-def finish(folder: Path) -> None:
-    """Remove the journal that a kill after the very last step leaves."""
-    (folder / JOURNAL).unlink(missing_ok=True)
-
-
-def clear(folder: Path) -> None:
-    """Remove every checkpoint file, finished or not; other files stay."""
-    for name in (MANIFEST, INDEX):  # first, so that what is left does not look whole
-        (folder / name).unlink(missing_ok=True)
-    for file in _weight_files(folder):
-        file.unlink()
-    (folder / JOURNAL).unlink(missing_ok=True)
-
-
-def disk_space(plan: Plan, folder: Path) -> tuple[int, int]:
-    """Bytes that a conversion still needs on the disk of its folder, and bytes that are free."""
-    there = sum(file.stat().st_blocks * 512 for file in _weight_files(folder))
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    return max(0, plan.num_bytes - there), shutil.disk_usage(existing).free
-
-
-def check_space(plan: Plan, folder: Path) -> None:
-    """Raise CheckpointError if the disk is too small."""
-    needed, free = disk_space(plan, folder)
-    if needed > free:
-        raise CheckpointError(
-            f"{folder}: {in_units(needed)} are needed, the disk has {in_units(free)} free"
-        )
+    Raises:
+        CheckpointError: a file is in the way, or the disk is too small.
+    """
+    record = target.read_record()
+    survey = target.survey(record)
+    target.check_space(record)
+    return survey
 
 
 def convert(
-    source: Source, plan: Plan, folder: Path, workers: int, progress: Progress = lambda _: None
+    source: Source,
+    plan: Plan,
+    folder: Path,
+    workers: int,
+    progress: Progress = lambda _: None,
+    overwrite: bool = False,
+    inputs: Sequence[Path] = (),
 ) -> Outcome:
     """Write the files of a plan into a folder, going on where an earlier run was stopped.
 
@@ -82,37 +73,132 @@ def convert(
         folder: where to; it is made if need be.
         workers: threads, each with a few buffers of some MiB.
         progress: told the bytes of each finished tensor, from this thread.
+        overwrite: replace a checkpoint that is there.
+        inputs: files that are read beside the source; they are never replaced either.
 
     Raises:
-        CheckpointError: the folder holds another checkpoint or the disk is too small; a source
-            file is damaged; a file cannot be written.
+        CheckpointError: the folder holds other files, or the disk is too small; a source file is
+            damaged or was changed meanwhile; a file cannot be written.
     """
-    check_space(plan, folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / JOURNAL).exists():
-        _refuse_weights(folder)
-    with Journal(folder, plan.fingerprint) as journal, OutputFiles(folder, plan.files) as files:
-        finished = journal.read()
-        if finished is None:
-            _drop_abandoned(folder)
-        if finished is None or not files.reusable():
-            journal.restart()
-            finished = {}
-        files.open(reuse=bool(finished))
+    target = Target(folder, source, plan, overwrite, inputs)
+    check(target)
+    with os_errors_as(CheckpointError, f"{folder}: cannot be made"):
+        folder.mkdir(parents=True, exist_ok=True)
+    with Journal(folder) as journal:
+        survey = target.survey(journal.record)  # again: with the lock, no other process writes
+        written, is_written = 0, target.is_written(journal.record)
+        if not is_written:
+            _begin(target, survey, journal)
+        finished = journal.record.finished
         resumed = sum(plan.tensors[name].num_bytes for name in finished)
         progress(resumed)
-        written = 0
-        for name, digests in _write_tensors(source, plan, files, workers, finished):
+        if not is_written:
+            written = _write(source, target, survey, journal, workers, progress)
+        _put_in_place(target, target.survey(journal.record))
+        journal.remove()
+    return Outcome(written, resumed, survey.kept)
+
+
+@contextmanager
+def settle(target: Target) -> Iterator[None]:
+    """Remove the leftovers of a killed conversion, if the block finds that it is finished.
+
+    Raises:
+        CheckpointError: another conversion is writing here.
+    """
+    if not target.read_record().plan:
+        yield
+        return
+    with Journal(target.folder) as journal:
+        yield
+        if journal.record.plan == target.plan.fingerprint:
+            _remove_partials(target, journal.record)
+            journal.remove()
+
+
+def _begin(target: Target, survey: Survey, journal: Journal) -> None:
+    """Note which files are going to be written; begin anew where an earlier run is of no use."""
+    plan, record, names = target.plan, journal.record, target.names(survey)
+    with OutputFiles(target.folder, plan.files) as files:
+        if record.finished and record.fits(plan) and files.reusable():
+            journal.resume(names, survey.replaces)
+        else:
+            journal.begin(plan.fingerprint, names, survey.replaces)
+            _remove_partials(target, record)
+
+
+def _remove_partials(target: Target, record: JournalRecord) -> None:
+    for name in record.names:
+        target.partial(name).unlink(missing_ok=True)
+
+
+def _write(
+    source: Source,
+    target: Target,
+    survey: Survey,
+    journal: Journal,
+    workers: int,
+    progress: Progress,
+) -> int:
+    """Write all files under temporary names; return the bytes of tensors written."""
+    plan, finished, written = target.plan, journal.record.finished, 0
+    with OutputFiles(target.folder, plan.files) as files:
+        files.open(reuse=bool(finished))
+        for name, digests in _write_tensors(source, plan, files, workers, dict(finished)):
             size = plan.tensors[name].num_bytes
             journal.add(name, digests, size, files)
-            finished[name] = digests
             written += size
             progress(size)
         journal.flush(files)
-        copy_side_files(source.path, folder, plan)
-        _publish(plan, folder, files, finished)
-        journal.path.unlink()
-    return Outcome(written, resumed)
+        _check_unchanged(source, plan)
+        last = _last_file(plan, files, finished)
+    with os_errors_as(CheckpointError, f"{target.folder}: cannot be written"):
+        for name, content in {**survey.sides, target.last: last}.items():
+            target.partial(name).unlink(missing_ok=True)  # of a run that was stopped here
+            target.partial(name).parent.mkdir(exist_ok=True)
+            write_content(target.partial(name), content)
+    _sync_folders(target, survey)
+    journal.end_writing()
+    return written
+
+
+def _last_file(plan: Plan, files: OutputFiles, finished: Mapping[str, Digests]) -> bytes:
+    """Return the index or manifest; the files of a manifest are signed with its digest."""
+    if plan.layout is None:
+        return index_json(plan).encode()
+    manifest = _manifest(plan, plan.layout, finished)
+    files.sign(manifest.model_digest)
+    files.sync()
+    return manifest.to_json().encode()
+
+
+def _check_unchanged(source: Source, plan: Plan) -> None:
+    """Raise CheckpointError if the source was replaced while it was read."""
+    with os_errors_as(CheckpointError, f"{source.path}: was changed while it was read"):
+        is_same = fingerprint(source, plan.config, plan.files) == plan.fingerprint
+    if not is_same:
+        raise CheckpointError(f"{source.path}: was changed while it was read; convert again")
+
+
+def _put_in_place(target: Target, survey: Survey) -> None:
+    """Remove replaced files, and give the new ones their names; nothing is written any more."""
+    names = target.names(survey)
+    with os_errors_as(CheckpointError, f"{target.folder}: cannot be changed"):
+        for name in survey.replaces:
+            # One that has no temporary name any more is new: an earlier run was stopped here.
+            if name not in names or target.partial(name).exists():
+                (target.folder / name).unlink(missing_ok=True)
+        for name in names:
+            if name == target.last:
+                _sync_folders(target, survey)
+            if target.partial(name).exists():
+                target.partial(name).replace(target.folder / name)
+        sync_folder(target.folder)
+
+
+def _sync_folders(target: Target, survey: Survey) -> None:
+    for folder in {target.partial(name).parent for name in target.names(survey)}:
+        sync_folder(folder)
 
 
 def _write_tensors(
@@ -130,19 +216,6 @@ def _write_tensors(
     jobs = [job for job in plan.jobs if not finished.keys() >= set(job.outputs)]
     for results in run_jobs(jobs, work, workers):
         yield from results.items()
-
-
-def _publish(plan: Plan, folder: Path, files: OutputFiles, finished: Mapping[str, Digests]) -> None:
-    """Make a finished conversion visible; the manifest or index comes last."""
-    if plan.layout is None:
-        files.publish()
-        write_index(folder, plan)
-        return
-    manifest = _manifest(plan, plan.layout, finished)
-    files.sign(manifest.model_digest)
-    files.sync()
-    files.publish()
-    write_atomically(folder / MANIFEST, manifest.to_json())
 
 
 def _manifest(plan: Plan, layout: ParallelConfig, finished: Mapping[str, Digests]) -> Manifest:
@@ -169,27 +242,3 @@ def _manifest(plan: Plan, layout: ParallelConfig, finished: Mapping[str, Digests
         for rank, file in enumerate(plan.files)
     )
     return Manifest(layout, records, tensors, whole)
-
-
-def _drop_abandoned(folder: Path) -> None:
-    """Remove what an unfinished conversion to another plan has left."""
-    for file in folder.glob(f"*.safetensors{PARTIAL}"):
-        file.unlink()
-    _refuse_weights(folder)
-
-
-def _refuse_weights(folder: Path) -> None:
-    for file in sorted(folder.glob("*.safetensors")):
-        raise CheckpointError(
-            f"{folder}: holds another checkpoint ({file.name}); choose an empty directory, or "
-            "give --overwrite to remove it"
-        )
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """Files of weights, finished or not."""
-    return [
-        file
-        for pattern in ("*.safetensors", f"*.safetensors{PARTIAL}")
-        for file in sorted(folder.glob(pattern))
-    ]

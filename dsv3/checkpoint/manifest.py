@@ -82,6 +82,15 @@ class Manifest:
         )
 
 
+def is_manifest(file: Path) -> bool:
+    """Return True if a file begins as those that `Manifest.to_json` makes."""
+    begin = (json.dumps({"format": _KIND["format"]}, indent=1)[:-2]).encode()
+    if not file.is_file():
+        return False
+    with file.open("rb") as stream:
+        return stream.read(len(begin)) == begin
+
+
 def rank_file(rank: int, world_size: int) -> str:
     """The name of a rank's file, as DeepSeek's converter has it."""
     return f"model{rank}-mp{world_size}.safetensors"

@@ -158,7 +158,7 @@ def make_plan(
         tensors=tensors,
         jobs=_reading_order(source, jobs, tensors),
         absent=absent,
-        fingerprint=_fingerprint(source, config, files),
+        fingerprint=fingerprint(source, config, files),
     )
 
 
@@ -255,8 +255,8 @@ def _reading_order(
     return tuple(job for turn in turns for job in turn if job is not None)
 
 
-def _fingerprint(source: Source, config: ModelConfig, files: tuple[OutputFile, ...]) -> str:
-    """Changes when a source file is replaced, or the plan is another."""
+def fingerprint(source: Source, config: ModelConfig, files: tuple[OutputFile, ...]) -> str:
+    """Return a name for a plan; it changes when a source file is replaced, or with the plan."""
     total = hashlib.sha256(f"{config}\n".encode())
     for path in sorted({piece.file for t in source.tensors.values() for piece in t.pieces}):
         status = path.stat()

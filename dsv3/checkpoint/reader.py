@@ -54,6 +54,23 @@ class TensorInfo:
         return tensor_bytes(self.dtype, self.shape)
 
 
+@dataclass(frozen=True, slots=True)
+class _Version:
+    """Of a file, as far as its size and its last change show."""
+
+    size: int
+    changed_ns: int
+
+
+def _version(file: Path | int) -> _Version | None:
+    """Return the version of a file; None where it is not here."""
+    try:
+        status = os.stat(file)
+    except OSError:
+        return None
+    return _Version(status.st_size, status.st_mtime_ns)
+
+
 class Source(AbstractContextManager["Source"]):
     """A checkpoint directory that can be read slice by slice, from any number of threads.
 
@@ -85,6 +102,8 @@ class Source(AbstractContextManager["Source"]):
         self.num_unused = num_unused
         self.model_digest = model_digest
         self.bytes_read = 0
+        files = {piece.file for info in tensors.values() for piece in info.pieces}
+        self._versions = {file: _version(file) for file in files}
         self._files: dict[Path, int] = {}
         self._lock = threading.Lock()
 
@@ -214,4 +233,14 @@ class Source(AbstractContextManager["Source"]):
                 if not file.exists():
                     raise CheckpointError(f"{file}: missing, and this rank reads it; copy it here")
                 self._files[file] = open_regular(file, CheckpointError)
+                self._check_version(file)
             return self._files[file]
+
+    def _check_version(self, file: Path) -> None:
+        """Raise CheckpointError if a file is not the one of which the header was read."""
+        old, new = self._versions[file], _version(self._files[file])
+        if old is None or new is None or old == new:
+            return
+        if new.size < old.size:
+            raise CheckpointError(f"{file}: ends at byte {new.size}, it was longer; fetch it again")
+        raise CheckpointError(f"{file}: was changed while the checkpoint was read; start again")

@@ -1,22 +1,26 @@
 """Everything of a checkpoint directory that is not weights: tokenizer, templates, configs."""
 
+import filecmp
 import json
-import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dsv3.checkpoint.manifest import MANIFEST
 from dsv3.checkpoint.plan import Plan
-from dsv3.checkpoint.source import INDEX
 from dsv3.config_files import hf_config_dict, recast_config_dict
 from dsv3.errors import CheckpointError
+from dsv3.files import new_file
 from dsv3.read_files import read_mapping
 
 _WEIGHTS = {".safetensors", ".partial", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"}
 _FOLDERS = ("encoding",)  # V3.2's conversation format is Python code, kept as documentation
 _TOKENIZERS = ("tokenizer.json", "tiktoken.model", "tokenizer.model")
+# The model is another one with another of these; everything else is for people to read.
+_READ_BY_PROGRAMS = {".json", ".jinja", ".model", ".py", ".tiktoken", ".yaml", ".yml"}
+
+Content = Path | bytes  # the file to copy, or the bytes themselves
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -24,19 +28,25 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _TOKENIZERS)
 
 
-def copy_side_files(source: Path, target: Path, plan: Plan) -> None:
-    """Copy every file that is not weights; config.json is adjusted where weights are cast."""
-    for file in _side_files(source):
-        copy = target / file.relative_to(source)
-        copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, copy)
+def is_document(name: str) -> bool:
+    """Return True if a side file is for people: a model card, a license, a picture."""
+    return Path(name).suffix not in _READ_BY_PROGRAMS
+
+
+def side_files(source: Path, plan: Plan) -> Mapping[str, Content]:
+    """Return the content of every file beside the weights, by its path within the directory.
+
+    They are the source's; config.json is adjusted where weights are cast.
+    """
+    files: dict[str, Content] = {str(path.relative_to(source)): path for path in _files(source)}
     config = source / "config.json"
     if not config.is_file():
-        _write_json(target / "config.json", hf_config_dict(plan.config))
-        return
+        files["config.json"] = _json(hf_config_dict(plan.config))
+        return files
     data = read_mapping(config, CheckpointError)
     if plan.is_cast or not _describes_quantization(data, plan):
-        _write_json(target / "config.json", recast_config_dict(data, plan.config.quantization))
+        files["config.json"] = _json(recast_config_dict(data, plan.config.quantization))
+    return files
 
 
 def _describes_quantization(data: dict[str, Any], plan: Plan) -> bool:
@@ -47,37 +57,50 @@ def _describes_quantization(data: dict[str, Any], plan: Plan) -> bool:
     return isinstance(stated, dict) and stated.get("quant_method") == "fp8"
 
 
-def _side_files(source: Path) -> Iterator[Path]:
-    folders = [source, *(source / name for name in _FOLDERS if (source / name).is_dir())]
-    for folder in folders:
+def side_folders(source: Path) -> list[Path]:
+    """Return the directories of a checkpoint whose files are side files."""
+    return [source, *(source / name for name in _FOLDERS if (source / name).is_dir())]
+
+
+def _files(source: Path) -> Iterator[Path]:
+    for folder in side_folders(source):
         for file in sorted(folder.iterdir()):
             weights = file.suffix in _WEIGHTS or file.name.endswith(".index.json")
             if file.is_file() and not weights and file.name[0] != "." and file.name != MANIFEST:
                 yield file
 
 
-def write_index(target: Path, plan: Plan) -> None:
-    """Write the index of a Hugging Face directory; with it the directory is complete."""
+def is_content(path: Path, content: Content) -> bool:
+    """Return True if a file holds this content already."""
+    if not path.is_file():
+        return False
+    if isinstance(content, bytes):
+        return path.stat().st_size == len(content) and path.read_bytes() == content
+    return path.samefile(content) or filecmp.cmp(path, content, shallow=False)
+
+
+def index_json(plan: Plan) -> str:
+    """Return the text of the index of a Hugging Face directory."""
     total = sum(output.num_bytes for output in plan.tensors.values())
     files = {name: plan.files[output.slots[0].file].name for name, output in plan.tensors.items()}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
-    write_atomically(target / INDEX, json.dumps(index, indent=2) + "\n")
+    return json.dumps(index, indent=2) + "\n"
 
 
-def write_atomically(file: Path, text: str) -> None:
-    """Write a file that is either wholly there, on disk, or not at all."""
-    partial = file.with_name(file.name + ".partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(file)
-    folder = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+def content_bytes(content: Content) -> int:
+    """Return the length of a content."""
+    return len(content) if isinstance(content, bytes) else content.stat().st_size
 
 
-def _write_json(file: Path, data: dict[str, Any]) -> None:
-    file.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def write_content(path: Path, content: Content) -> None:
+    """Write a new file; it is on disk then."""
+    with new_file(path) as target:
+        if isinstance(content, bytes):
+            target.write(content)
+            return
+        with content.open("rb") as source:
+            shutil.copyfileobj(source, target)
+
+
+def _json(data: dict[str, Any]) -> bytes:
+    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from dsv3.config import ModelConfig, ParallelConfig
 from dsv3.engine.config import EngineConfig
-from dsv3.errors import ConfigError
+from dsv3.files import NamedFile, check_output
 from dsv3.model.moe import MoE
 from dsv3.model.transformer import Transformer
 from dsv3.parallel.mesh import Mesh
-from dsv3.parallel.placement import Longs, Placement, write_layers
+from dsv3.parallel.placement import Longs, Placement, layers_format, write_layers
 
 log = logging.getLogger(__name__)
 
@@ -49,11 +49,11 @@ def place_experts(
     """Return where experts are to be, or None for equal ranges that nobody asks about.
 
     Raises:
-        ConfigError: the file of the placement does not fit, or that of the loads has no directory.
+        ConfigError: the file of the placement does not fit, or that of the loads cannot be written.
     """
-    record = Path(settings.record_expert_load)
-    if layout.rank == 0 and not record.absolute().parent.is_dir():
-        raise ConfigError(f"--record-expert-load={record}: there is no such directory")
+    if layout.rank == 0 and settings.record_expert_load:
+        file = NamedFile("--record-expert-load", Path(settings.record_expert_load))
+        check_output(file, layers_format(["num_experts"]))
     wanted = settings.expert_placement, settings.redundant_experts, settings.rebalance_every
     has_experts = config.first_k_dense_replace < config.num_hidden_layers
     if not has_experts or not any((*wanted, settings.record_expert_load)):

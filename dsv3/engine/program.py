@@ -2,19 +2,23 @@
 
 import argparse
 import ctypes
+import errno
 import faulthandler
 import logging
 import os
 import signal
+import stat
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import fields
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
 
 from dsv3.engine.config import EngineConfig
+from dsv3.engine.program_files import log_file
 from dsv3.errors import ConfigError, Dsv3Error, RankError, one_line, os_errors_as, printable
 from dsv3.parallel.mesh import environment_rank
 from dsv3.parallel.watch import leave_report, reason_of
@@ -105,14 +109,29 @@ def set_up_logging(debug: bool, folder: str | None = None) -> None:
     handlers[0].setFormatter(_Printable(named))
     handlers[0].setLevel(logging.DEBUG if debug else logging.WARNING if rank else logging.INFO)
     if folder:
-        with os_errors_as(ConfigError, f"--log-dir {folder}"):
+        with os_errors_as(ConfigError, f"--log-dir={folder}"):
             Path(folder).mkdir(parents=True, exist_ok=True)
-            handlers.append(logging.FileHandler(Path(folder) / f"rank{rank}.log"))
+        with os_errors_as(ConfigError, f"--log-dir={log_file(folder, rank)}"):
+            handlers.append(_LogFile(log_file(folder, rank)))
         handlers[1].setFormatter(_Printable("%(asctime)s %(levelname)s %(message)s"))
     level = logging.DEBUG if debug else logging.INFO
     logging.basicConfig(level=level, handlers=handlers, force=True)
     if hasattr(signal, "SIGUSR1"):
         faulthandler.register(signal.SIGUSR1)
+
+
+class _LogFile(logging.FileHandler):
+    """Appends to a regular file, and follows no link to another one."""
+
+    def _open(self) -> TextIOWrapper:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
+        if Path(self.baseFilename).is_symlink():
+            raise OSError(errno.ELOOP, "a link; remove it, or choose another directory")
+        descriptor = os.open(self.baseFilename, flags | os.O_CLOEXEC, 0o666)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise OSError(errno.EINVAL, "not a regular file")
+        return open(descriptor, "a", encoding="utf-8", errors="backslashreplace")
 
 
 def run_program(main: Callable[[], int]) -> NoReturn:

@@ -33,6 +33,7 @@ from dsv3.engine.balance import Balancer, place_experts
 from dsv3.engine.config import EngineConfig
 from dsv3.engine.engine import Engine
 from dsv3.engine.guard import Guard
+from dsv3.engine.ignored import ignored_settings
 from dsv3.engine.layer_check import LayerCheck
 from dsv3.engine.lower_tiers import make_tiers
 from dsv3.engine.memory import MemoryPlan, free_memory, plan_memory, weight_bytes
@@ -167,12 +168,13 @@ def start(
             log.warning("%s", source.config.warning)
         setup = _set_up(source, settings, mesh, n_experts)
         if mesh.layout.rank == 0:
+            has_fp8 = bool(fp8_weights(source))
+            for line in ignored_settings(settings, source.config, mesh.layout, has_fp8):
+                log.warning("%s", line)
             log.info("%s", setup.plan.describe())
         _limit_threads(source.config, mesh)
         try_forms(settings.try_kernels, mesh.device)
         dispatch = _dispatch(settings, source.config, setup.fmt, has_fp8_experts(source))
-        if settings.moe_dispatch == "alltoall" and mesh.layout.dp == 1 and mesh.layout.rank == 0:
-            log.info("--moe-dispatch=alltoall: without --dp every rank has all tokens already")
         if setup.placement is not None:  # a group's experts may be anywhere
             dispatch = replace(dispatch, groups=(1, 1))
         split_from = settings.split_from(mesh.device.type)

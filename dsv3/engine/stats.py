@@ -1,6 +1,7 @@
 """What a run used and did, as one JSON object."""
 
 import json
+import re
 import resource
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,11 @@ from typing import Any
 import torch
 
 from dsv3.engine.start import Started
-from dsv3.errors import ConfigError, OutputError, os_errors_as
+from dsv3.files import Format, NamedFile, check_output, write_output
 from dsv3.observe.metrics import Metrics
 
 _EVENTS = ("steps", "preemptions", "evictions", "offloads", "host_hits", "disk_hits", "disk_writes")
+_FORMAT = Format("the figures of a run", re.compile(rb'\{\s*"world_size":'))
 
 
 def collect_stats(started: Started, seconds: dict[str, float]) -> dict[str, Any]:
@@ -57,14 +59,12 @@ def collect_stats(started: Started, seconds: dict[str, float]) -> dict[str, Any]
 
 def check_stats_file(path: Path) -> None:
     """Refuse a file that cannot be written before the work is done, not after."""
-    with os_errors_as(ConfigError, f"--stats-file {path}"):
-        path.open("a").close()
+    check_output(NamedFile("--stats-file", path), _FORMAT)
 
 
 def write_stats_file(path: Path, stats: dict[str, Any]) -> None:
     """Write the figures of a run."""
-    with os_errors_as(OutputError, f"--stats-file {path}: cannot write"):
-        path.write_text(json.dumps(stats, indent=1) + "\n")
+    write_output(NamedFile("--stats-file", path), _FORMAT, json.dumps(stats, indent=1) + "\n")
 
 
 def _peak_memory(device: torch.device) -> int:

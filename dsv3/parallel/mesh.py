@@ -82,6 +82,11 @@ def environment_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def environment_world_size() -> int:
+    """Return the number of ranks as torchrun set it; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def _device_kind(name: str) -> str:
     """Return "cpu" or "cuda"; "auto" is CUDA where present."""
     if name == "auto":
@@ -190,8 +195,7 @@ def join_world(
             started in different ways.
         RankError: the other ranks cannot be reached.
     """
-    rank = environment_rank()
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world_size = environment_rank(), environment_world_size()
     layout = ParallelConfig(world_size=world_size, rank=rank, tp=tp, dp=dp)
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"--device={device} is unknown; use auto, cpu or cuda")

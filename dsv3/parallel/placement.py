@@ -8,7 +8,8 @@ Letters: E experts, P physical slots, L packs (nodes, ranks) that loads are pack
 """
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +17,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dsv3.config import ModelConfig, ParallelConfig
-from dsv3.errors import ConfigError, OutputError, os_errors_as
+from dsv3.errors import ConfigError
+from dsv3.files import Format, NamedFile, write_output
 from dsv3.read_files import read_mapping
 
 Longs = NDArray[np.int64]
@@ -247,13 +249,17 @@ def write_layers(path: Path, sizes: Mapping[str, int], layers: Mapping[int, Long
     """Write numbers of every layer as JSON, all of it or nothing.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: it cannot be written, or another file is there.
     """
     text = json.dumps({**sizes, "layers": {str(i): n.tolist() for i, n in layers.items()}})
-    part = path.with_name(f"{path.name}.part")
-    with os_errors_as(OutputError, f"{path}: cannot be written"):
-        part.write_text(text + "\n", encoding="utf-8")
-        part.replace(path)
+    write_output(NamedFile("", path), layers_format(sizes), text + "\n")
+
+
+def layers_format(sizes: Iterable[str]) -> Format:
+    """Return the format of the files that `write_layers` makes with sizes of these names."""
+    keys = r",\s*".join([*(rf'"{name}":\s*\d+' for name in sizes), '"layers":'])
+    what = "a placement of experts" if "num_ranks" in keys else "loads of experts"
+    return Format(what, re.compile(rf"\{{\s*{keys}".encode()))
 
 
 def read_layers(path: Path, sizes: tuple[str, ...]) -> tuple[list[int], dict[int, Longs]]:

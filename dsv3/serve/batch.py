@@ -82,6 +82,7 @@ def run_batch(
     batch.summary.failed = sink.failed_before
     with batch.progress:
         batch.run(iter(rows))
+    sink.finish()
     return batch.summary
 
 

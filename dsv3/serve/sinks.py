@@ -46,6 +46,10 @@ class JournalSink:
         kind = "invalid_request_error" if status < OUR_FAULT else "server_error"
         self._journal.write(result_line(row, status, error_body(message, kind, code)))
 
+    def finish(self) -> None:
+        """Make sure that all results are in the file, and the file under its name."""
+        self._journal.finish()
+
 
 class TextSink:
     """Writes `Prompt:` and `Completion:` in input order, as DeepSeek's generate.py does."""
@@ -70,6 +74,9 @@ class TextSink:
     def fail(self, row: Row, status: int, message: str, code: str | None) -> None:
         """Write the prompt and the error in the place of the answer."""
         self._write(row, f"Error: {message}")
+
+    def finish(self) -> None:
+        """Do nothing: every text is flushed as it is written."""
 
     def _write(self, row: Row, text: str) -> None:
         text = f"Prompt: {_prompt_text(row)}\n{text}\n\n"

@@ -88,6 +88,10 @@ class BatchInput:
         for number, raw, is_json in self._records():
             yield _read_row(number, raw, is_json, self.defaults, numbers)
 
+    def is_jsonl(self) -> bool:
+        """Return True if the rows are JSON."""
+        return next((is_json for *_, is_json in self._records()), False)
+
     def count(self) -> int:
         """Count the rows without reading into them."""
         return sum(1 for _ in self._records())

@@ -2,8 +2,9 @@
 
 Lines are appended whole and handed to the operating system at once, so killing the process
 loses none; they are forced to the disk every few seconds, so a power cut loses few. A start
-first makes the file good: torn lines go, and so do the errors that were ours (5xx) and those
-of rows that were changed since, which are tried again.
+reads the lines of an earlier run and changes nothing: the file is repaired with the first new line,
+or at the end. Then torn lines go, and so do errors that are tried again: our own (5xx), and errors
+of rows that were changed since.
 """
 
 import contextlib
@@ -12,15 +13,18 @@ import json
 import os
 import stat
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from dsv3.errors import ConfigError, OutputError, os_errors_as
+from dsv3.files import is_at, is_special, lock, replacing
 from dsv3.text.batch_file import Row, RowKey, row_key
 
 LINE_START = b'{"id": "batch_req_'  # of every line of ours, whole or torn
 SYNC_SECONDS = 5.0
+CHECK_SECONDS = 1.0  # between looks whether the file is still there
+_OPEN_TRIES = 10
 
 _WAYS_OUT = "--overwrite starts afresh, another --output-file keeps this one"
 
@@ -44,28 +48,43 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         fingerprint: of the model that answers.
     """
 
-    def __init__(self, path: Path, overwrite: bool = False, fingerprint: str = "") -> None:
+    def __init__(
+        self,
+        path: Path,
+        overwrite: bool = False,
+        fingerprint: str = "",
+        when_emptied: Callable[[], None] = lambda: None,
+    ) -> None:
         """Open the file (made if it is not there) and read what it holds; `resume` is next.
 
-        With `overwrite`, what it holds does not count and goes. Else, answers of a model with
-        another fingerprint are an error.
+        Args:
+            path: the file; devices and pipes are written without a look back.
+            overwrite: the results in the file do not count, and go with the first new line.
+            fingerprint: answers of a model with another one are an error.
+            when_emptied: called when results have gone because of `overwrite`.
+
+        Raises:
+            ConfigError: the file cannot be opened, is none of results, or belongs to another job.
         """
         self.fingerprint = fingerprint
-        self._path = Path(os.path.realpath(path))
+        self._is_file = not is_special(path)
+        self._path = Path(os.path.realpath(path)) if self._is_file else path
+        self._overwrite, self._when_emptied = overwrite, when_emptied
         self._done: dict[RowKey, _Line] = {}
         self._dropped: list[Range] = []
-        self._synced = time.monotonic()
-        self._fd = self._open()
-        self._is_file = stat.S_ISREG(os.fstat(self._fd).st_mode)  # not /dev/null
+        self._has_begun = self._is_new = False
+        self._synced = self._checked = time.monotonic()
+        self._fd = self._open_file() if self._is_file else self._open(os.O_RDWR)
         self._size = os.fstat(self._fd).st_size if self._is_file else 0
-        if overwrite:
-            self._dropped.append((0, self._size))
-        elif self._is_file:
-            try:
+        try:
+            if overwrite:
+                self._refuse_other_files()
+                self._dropped.append((0, self._size))
+            elif self._is_file:
                 self._scan()
-            except ConfigError:
-                self.close()
-                raise
+        except ConfigError:
+            self.close()
+            raise
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -84,7 +103,7 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         return row.key in self._done
 
     def resume(self, rows: Iterable[Row]) -> None:
-        """Hold the lines already there to the rows of the input, and drop what is to be redone.
+        """Compare the lines already there with the rows of the input; the file stays as it is.
 
         Raises:
             ConfigError: a row was answered that is not the same, or not there, any more.
@@ -98,10 +117,32 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
                     self._drop_changed(row.key, line, reason)
             for key, line in unmatched.items():
                 self._drop_changed(key, line, "the input has no such row")
-        self._repair()
+
+    def begin(self) -> None:
+        """Drop the lines that are to be redone, or all with `overwrite`; `write` does it first.
+
+        Raises:
+            OutputError: the file cannot be written, or another program has changed it.
+        """
+        if self._has_begun:
+            return
+        self._check()
+        if self._is_file:
+            self._repair()
+        elif stat.S_ISFIFO(os.fstat(self._fd).st_mode):
+            # Until now this process was a reader, too, so that opening did not have to wait for
+            # one. From now on a pipe without readers is an error, and not a wait without an end.
+            with os_errors_as(OutputError, f"{self._path}: cannot write"):
+                self._take(os.open(self._path, os.O_WRONLY | os.O_CLOEXEC))
+        self._has_begun = True
+        if self._overwrite:
+            self._when_emptied()
 
     def write(self, line: bytes) -> None:
         """Append one line. If that fails, the lines before it are safe."""
+        self.begin()
+        if time.monotonic() - self._checked > CHECK_SECONDS:
+            self._check()
         data = memoryview(line + b"\n")
         try:
             while data:
@@ -111,35 +152,99 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
                 os.fsync(self._fd)
                 self._synced = time.monotonic()
         except OSError as error:
-            self._truncate(self._size)
+            with contextlib.suppress(OSError):
+                self._cut(self._size)
             raise OutputError(
                 f"{self._path}: cannot write ({error.strerror}); the rows written so far are "
                 "safe, start again to go on from there"
             ) from None
 
+    def finish(self) -> None:
+        """Make sure that all results are on disk, under their name.
+
+        Raises:
+            OutputError: they are not.
+        """
+        self.begin()
+        self._check()
+        if self._is_file:
+            with os_errors_as(OutputError, f"{self._path}: cannot write"):
+                os.fsync(self._fd)
+
     def close(self) -> None:
-        """Force what was written to the disk."""
+        """Force what was written to the disk; a new file without a line goes."""
         with contextlib.suppress(OSError):
             os.fsync(self._fd)
+            if self._is_new and not self._has_begun and is_at(self._fd, self._path):
+                self._path.unlink()
         os.close(self._fd)
 
-    def _open(self) -> int:
+    def _open(self, flags: int) -> int:
         try:
-            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            return os.open(self._path, flags | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY, 0o666)
+        except FileExistsError:
+            raise
         except OSError as error:
             folder = self._path.parent
             reason = error.strerror if folder.is_dir() else f"there is no directory {folder}"
             raise ConfigError(f"--output-file {self._path}: {reason}") from None
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+
+    def _open_file(self) -> int:
+        """Open or make a regular file, and take its lock."""
+        for _ in range(_OPEN_TRIES):
+            try:
+                fd, self._is_new = self._open(os.O_RDWR | os.O_CREAT | os.O_EXCL), True
+            except FileExistsError:
+                fd, self._is_new = self._open(os.O_RDWR | os.O_CREAT), False
+            is_ours = True
+            with contextlib.suppress(OSError):  # a file system without locks
+                is_ours = lock(fd)
+            if is_ours and is_at(fd, self._path):  # no other file was put in its place meanwhile
+                return fd
             os.close(fd)
+            if not is_ours:
+                raise ConfigError(f"--output-file {self._path}: another process is writing it")
+        raise ConfigError(f"--output-file {self._path}: another process replaces it all the time")
+
+    def _take(self, fd: int) -> None:
+        """Go on with another descriptor."""
+        os.close(self._fd)
+        self._fd = fd
+
+    def _check(self) -> None:
+        """Raise OutputError if another program has taken the file away, or changed it."""
+        self._checked = time.monotonic()
+        if not self._is_file:
+            return
+        if not is_at(self._fd, self._path):
+            raise OutputError(
+                f"{self._path}: was removed or renamed while the job ran; {self._whereabouts()}"
+            )
+        size = os.fstat(self._fd).st_size
+        if size != self._size:
+            raise OutputError(
+                f"{self._path}: was changed by another program while the job ran (it has {size} "
+                f"bytes, not {self._size}); start again to answer the rows that are missing"
+            )
+
+    def _whereabouts(self) -> str:
+        """Say where the results are after the file has lost its name."""
+        num_names, now = 0, "that file"
+        with contextlib.suppress(OSError):  # a system without /proc, or a server that has forgotten
+            num_names = os.fstat(self._fd).st_nlink
+            now = os.readlink(f"/proc/self/fd/{self._fd}")
+        if not num_names:
+            return "its results are lost, start again to answer all rows"
+        return f"its results are in {now}; move it back and start again to go on from there"
+
+    def _refuse_other_files(self) -> None:
+        """Raise ConfigError if a file that is to be emptied does not begin with a result."""
+        begin = os.pread(self._fd, len(LINE_START), 0) if self._is_file else b""
+        if begin.strip() and not _is_begun(begin):
             raise ConfigError(
-                f"--output-file {self._path}: another process is writing it"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
-        return fd
+                f"--output-file {self._path}: not a file of results, --overwrite empties no "
+                "other; choose another name, or remove it first"
+            )
 
     def _scan(self) -> None:
         """Remember the lines already there, and which of them are to be dropped."""
@@ -152,11 +257,10 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
     def _remember(self, number: int, raw: bytes, where: Range) -> None:
         known = _read_line(raw)
         if known is None:
-            begun = raw[: len(LINE_START)].split(b"\0")[0]  # a power cut leaves zeros behind
-            if not LINE_START.startswith(begun):
+            if not _is_begun(raw):
                 raise ConfigError(
                     f"--output-file {self._path}, line {number}: not a line of results; "
-                    "is this the right file? --overwrite replaces it"
+                    "is this the right file? If not, choose another"
                 )
             self._dropped.append(where)  # torn
             return
@@ -188,8 +292,7 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         while self._dropped and self._dropped[-1][1] == end:
             end = self._dropped.pop()[0]
         with os_errors_as(OutputError, f"{self._path}: cannot be repaired"):
-            if end < self._size:
-                self._truncate(end)
+            self._cut(end)
             if self._dropped:
                 self._rewrite()
             if self._size and os.pread(self._fd, 1, self._size - 1) != b"\n":
@@ -197,28 +300,30 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
 
     def _rewrite(self) -> None:
         """Put a file without the dropped lines in the place of this one, all at once."""
-        part = self._path.with_name(self._path.name + ".part")
-        try:
-            with part.open("wb") as target, self._path.open("rb") as source:
-                os.fchmod(target.fileno(), stat.S_IMODE(os.fstat(self._fd).st_mode))
-                dropped, begin = {first for first, _ in self._dropped}, 0
+        dropped, begin = {first for first, _ in self._dropped}, 0
+        with replacing(self._path) as target:
+            with self._path.open("rb") as source:
                 for line in source:
                     target.write(b"" if begin in dropped else line)
                     begin += len(line)
-                target.flush()
-                os.fsync(target.fileno())
-            part.replace(self._path)
-        finally:
-            part.unlink(missing_ok=True)
-        os.close(self._fd)
-        self._fd = self._open()
+            with contextlib.suppress(OSError):  # a file system without locks
+                lock(target.fileno())
+            fd = os.dup(target.fileno())
+        fcntl.fcntl(fd, fcntl.F_SETFL, os.O_APPEND)
+        self._take(fd)
         self._size = os.fstat(self._fd).st_size
         self._dropped = []
 
-    def _truncate(self, size: int) -> None:
-        if self._is_file:
+    def _cut(self, size: int) -> None:
+        """Make the file so short, if it is longer."""
+        if self._is_file and os.fstat(self._fd).st_size > size:
             os.ftruncate(self._fd, size)
             self._size = size
+
+
+def _is_begun(line: bytes) -> bool:
+    """Return True for a line of ours or the beginning of one; a power cut leaves zeros behind."""
+    return LINE_START.startswith(line[: len(LINE_START)].rstrip(b"\0"))
 
 
 def _read_line(raw: bytes) -> tuple[RowKey, str, int, str] | None:

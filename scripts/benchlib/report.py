@@ -1,21 +1,31 @@
 """What a benchmark found: a table, a JSON file, a picture."""
 
+import argparse
 import importlib
 import importlib.util
 import json
 import os
 import platform
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from dsv3.errors import ConfigError, OutputError, os_errors_as
+from dsv3.engine.program_files import check_files
+from dsv3.errors import ConfigError, OutputError
+from dsv3.files import Format, NamedFile, check_output, write_output
 
 Row = dict[str, Any]
+
+_JSON = Format("the report of a benchmark", re.compile(rb'\{\s*"benchmark":'))
+_PICTURE = Format(
+    "a picture that matplotlib drew", re.compile(rb"(?is)(\x89PNG|<\?xml|%!PS).*matplotlib")
+)
 
 
 @dataclass(slots=True)
@@ -51,8 +61,7 @@ class Report:
 
     def write_json(self, path: Path) -> None:
         """Write everything as one JSON object."""
-        with os_errors_as(OutputError, f"--json={path}: cannot be written"):
-            path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        write_output(NamedFile("--json", path), _JSON, json.dumps(asdict(self), indent=1) + "\n")
 
     def plot(self, path: Path) -> None:
         """Draw the series."""
@@ -66,16 +75,32 @@ class Report:
                 axes.plot(xs, ys, marker="o", label=name)
         axes.set(title=self.benchmark, xlabel=self.x_label, ylabel=self.y_label, ylim=(0, None))
         axes.legend()
+        picture = BytesIO()
         try:
-            figure.savefig(path)
-        except (OSError, ValueError) as error:
+            figure.savefig(picture, format=path.suffix[1:] or "png")
+        except ValueError as error:
             raise OutputError(f"--plot={path}: cannot be written: {error}") from None
+        write_output(NamedFile("--plot", path), _PICTURE, picture.getvalue())
 
 
-def check_plot() -> None:
-    """Refuse --plot where there is nothing to draw with."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("--plot: matplotlib is not installed; pip install 'dsv3[plot]'")
+def check_report(
+    args: argparse.Namespace, inputs: Sequence[str] = (), outputs: Sequence[str] = ()
+) -> None:
+    """Refuse files that cannot be written, or pictures that cannot be drawn, before measuring.
+
+    Args:
+        args: flags; `json` and `plot` are those of `Report.publish`.
+        inputs: flags that name files to read.
+        outputs: other flags that name files to write.
+    """
+    check_files(args, inputs, ("--json", "--plot", *outputs))
+    picture = getattr(args, "plot", None)
+    if args.json:
+        check_output(NamedFile("--json", args.json), _JSON)
+    if picture:
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ConfigError("--plot: matplotlib is not installed; pip install 'dsv3[plot]'")
+        check_output(NamedFile("--plot", picture), _PICTURE)
 
 
 def machine(world_size: int) -> Row:

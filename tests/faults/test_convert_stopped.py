@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dsv3.checkpoint import convert as conversion
-from dsv3.checkpoint.writer import JOURNAL
+from dsv3.checkpoint.journal import JOURNAL
 from launch import convert as cli
 from tests.checkpoint_files import TINY, write_sparse
 from tests.faults.converting import Convert, contents, looks_whole
@@ -21,13 +21,13 @@ from tests.faults.converting import Convert, contents, looks_whole
 
 def test_one_writer_at_a_time(hf: Path, tmp_path: Path, convert: Convert) -> None:
     (tmp_path / "out").mkdir()
-    with conversion.Journal(tmp_path / "out", "x"):
+    with conversion.Journal(tmp_path / "out"):
         code, _, err = convert(hf, tmp_path / "out", "--model-parallel", 2)
     assert code == 2
     assert "another conversion is writing here" in err
 
 
-@pytest.mark.parametrize("stage", ["copy_side_files", "_publish", "write_atomically"])
+@pytest.mark.parametrize("stage", ["_last_file", "write_content", "_put_in_place"])
 def test_stopped_at_the_end(
     stage: str, hf: Path, tmp_path: Path, convert: Convert, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -47,7 +47,7 @@ def test_abandoned_conversion_gives_way(
     hf: Path, tmp_path: Path, convert: Convert, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Partial files of another plan are replaced; the result is the usual one."""
-    monkeypatch.setattr(conversion, "_publish", lambda *args: 1 / 0)
+    monkeypatch.setattr(conversion, "_last_file", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         convert(hf, tmp_path / "out", "--model-parallel", 4)
     monkeypatch.undo()
@@ -60,10 +60,10 @@ def test_abandoned_conversion_gives_way(
 
 SLOW = """
 import runpy, sys, time
-from dsv3.checkpoint import writer
+from dsv3.checkpoint import journal, writer
 put = writer.Spreader.put
 writer.Spreader.put = lambda *args: (time.sleep(0.004), put(*args))
-writer.COMMIT_BYTES = 50_000
+journal.COMMIT_BYTES = 50_000
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

@@ -3,7 +3,9 @@
 import json
 import os
 import resource
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -55,6 +57,7 @@ def run(path: Path, rows: BatchInput, stop_after: int = 10**9) -> list[bytes]:
             if row not in journal and len(written) < stop_after:
                 written.append(result(row))
                 journal.write(written[-1])
+        journal.finish()
     return written
 
 
@@ -135,6 +138,7 @@ def test_done_rows_keep_their_bytes(tmp_path: Path) -> None:
     out.write_bytes(result(first) + b"\n" + result(second, 500) + b"\n" + result(first)[:50])
     with Journal(out) as journal:
         journal.resume(rows)
+        journal.begin()
         assert out.read_bytes() == result(first) + b"\n"
         assert first in journal
         assert second not in journal
@@ -172,6 +176,7 @@ def test_answers_to_other_requests_stop_the_start(
     with Journal(out, overwrite=True) as journal:
         journal.resume(rows)
         assert journal.num_done == 0
+        journal.finish()
     assert out.read_bytes() == b""
 
 
@@ -230,10 +235,12 @@ def test_a_disk_too_full_to_repair_changes_nothing_that_counts(tmp_path: Path) -
     failed, *done = [result(rows[0], 500), *map(result, rows[1:])]
     out.write_bytes(b"".join(line + b"\n" for line in (done[0], failed, *done[1:])))
     before = out.read_bytes()
-    with full_disk(), Journal(out) as journal, pytest.raises(OutputError, match="be repaired"):
+    with full_disk(), Journal(out) as journal:
         journal.resume(rows)
+        with pytest.raises(OutputError, match="be repaired"):
+            journal.begin()
     assert out.read_bytes() == before
-    assert list(tmp_path.glob("*.part")) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.txt", "out.jsonl"]
 
 
 def test_two_jobs_cannot_write_one_file(tmp_path: Path) -> None:
@@ -268,3 +275,143 @@ def test_links_and_permissions_survive_a_repair(tmp_path: Path) -> None:
     assert link.is_symlink()
     assert out.stat().st_mode & 0o777 == 0o640
     assert_every_row_once(out, rows)
+
+
+def test_a_start_that_fails_changes_nothing(tmp_path: Path) -> None:
+    """Until the first new line, the file is as an earlier run left it."""
+    out, rows = tmp_path / "out.jsonl", batch(tmp_path / "in.jsonl", *GOOD)
+    first, second, third = list(rows)
+    out.write_bytes(result(first) + b"\n" + result(second, 500) + b"\n" + result(third)[:9])
+    before = out.read_bytes()
+    emptied = []
+    for overwrite in (False, True):
+        with Journal(out, overwrite, when_emptied=lambda: emptied.append(out.read_bytes())) as j:
+            j.resume(rows)
+        assert out.read_bytes() == before
+    assert not emptied
+    with Journal(out, overwrite=True, when_emptied=lambda: emptied.append(out.read_bytes())) as j:
+        j.resume(rows)
+        j.write(result(second))
+    assert emptied == [b""]
+    assert out.read_bytes() == result(second) + b"\n"
+
+
+def test_a_new_file_without_a_line_does_not_stay(tmp_path: Path) -> None:
+    out, rows = tmp_path / "out.jsonl", batch(tmp_path / "in.jsonl", *GOOD)
+    with Journal(out) as journal:
+        journal.resume(rows)
+    assert not out.exists()
+    out.touch()
+    Journal(out).close()
+    assert out.exists()
+    out.unlink()
+    with Journal(out) as journal:
+        journal.finish()
+    assert out.exists()
+
+
+@pytest.mark.parametrize("text", ["notes\n", '{"custom_id": "a"}\n', "\0\0data"])
+def test_overwrite_empties_results_only(tmp_path: Path, text: str) -> None:
+    out = tmp_path / "out.jsonl"
+    out.write_text(text)
+    with pytest.raises(ConfigError, match="not a file of results, --overwrite empties no other"):
+        Journal(out, overwrite=True)
+    assert out.read_text() == text
+
+
+def remove(out: Path) -> None:
+    out.unlink()
+
+
+def rename(out: Path) -> None:
+    out.rename(out.with_name("moved"))
+
+
+def remove_folder(out: Path) -> None:
+    out.parent.rename(out.parent.with_name("elsewhere"))
+
+
+def replace(out: Path) -> None:
+    out.with_name("other").write_text("other")
+    out.with_name("other").replace(out)
+
+
+def cut(out: Path) -> None:
+    os.truncate(out, 3)
+
+
+def append(out: Path) -> None:
+    with out.open("a") as file:
+        file.write("more")
+
+
+@pytest.mark.parametrize(
+    ("event", "reason"),
+    [
+        (remove, "was removed or renamed while the job ran; its results are lost, start again"),
+        (rename, "was removed or renamed .* its results are in .*/moved; move it back"),
+        (remove_folder, "its results are in .*/elsewhere/out.jsonl; move it back"),
+        (replace, "was removed or renamed .* its results are lost"),
+        (cut, r"was changed by another program .* \(it has 3 bytes, not \d+\); start again"),
+        (append, "was changed by another program while the job ran"),
+    ],
+)
+def test_a_file_that_is_taken_away_is_an_error(
+    tmp_path: Path, event: Callable[[Path], None], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the next line once in a while, and always at the end."""
+    monkeypatch.setattr("dsv3.text.journal.CHECK_SECONDS", 0)
+    rows = list(batch(tmp_path / "in.jsonl", *GOOD))
+    for last in (lambda journal: journal.write(result(rows[1])), lambda journal: journal.finish()):
+        folder = tmp_path / "results"
+        folder.mkdir()
+        with Journal(folder / "out.jsonl") as journal:
+            journal.write(result(rows[0]))
+            event(folder / "out.jsonl")
+            with pytest.raises(OutputError, match=reason):
+                last(journal)
+        for left in (folder, tmp_path / "elsewhere"):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def test_a_file_replaced_before_the_first_line_is_an_error(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    with Journal(out, overwrite=True) as journal:
+        replace(out)
+        with pytest.raises(OutputError, match="was removed or renamed"):
+            journal.write(b"x")
+    assert out.read_text() == "other"
+
+
+def test_a_repair_does_not_touch_neighbours_or_lose_the_lock(tmp_path: Path) -> None:
+    out, rows = tmp_path / "out.jsonl", batch(tmp_path / "in.jsonl", *GOOD)
+    (tmp_path / "out.jsonl.part").write_text("of the user")
+    first, second, third = list(rows)
+    out.write_bytes(result(first, 500) + b"\n" + result(second) + b"\n")
+    with Journal(out) as journal:
+        journal.resume(rows)
+        journal.begin()
+        with pytest.raises(ConfigError, match="another process is writing it"):
+            Journal(out)
+        journal.write(result(third))
+        journal.write(result(first))
+    assert (tmp_path / "out.jsonl.part").read_text() == "of the user"
+    assert_every_row_once(out, rows)
+
+
+def test_a_pipe_gets_every_line_or_an_error(tmp_path: Path) -> None:
+    rows, pipe = batch(tmp_path / "in.jsonl", *GOOD), tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit(pipe.read_bytes)
+        written = run(pipe, rows)
+        assert read.result().splitlines() == written
+    with Journal(pipe) as journal, pytest.raises(OutputError, match="cannot write"):
+        journal.write(b"nobody reads this")
+
+
+def test_several_jobs_may_write_to_a_device() -> None:
+    with Journal(Path("/dev/null")) as first, Journal(Path("/dev/null"), overwrite=True) as second:
+        for journal in (first, second):
+            journal.write(b"x")
+            journal.finish()

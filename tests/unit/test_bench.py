@@ -1,6 +1,7 @@
 """Benchmarks measure what they say, on paper: workloads, contests, dialogues, reports."""
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from benchlib.throughput import throughput
 from benchlib.workload import Job, Lengths, draw_jobs
 from dsv3.engine.config import EngineConfig
 from dsv3.errors import ConfigError, OutputError
+from launch import bench
 from tests.checkpoint_files import TINY
 from tests.paper_runner import paper_engine
 
@@ -162,8 +164,39 @@ def test_reports(tmp_path: Path) -> None:
     ]
     report.write_json(tmp_path / "report.json")
     assert json.loads((tmp_path / "report.json").read_text())["rows"] == report.rows
+    report.write_json(tmp_path / "report.json")
     with pytest.raises(OutputError, match=r"--json=.*: cannot be written"):
         report.write_json(tmp_path / "no" / "report.json")
+    (tmp_path / "notes.json").write_text('{"mine": 1}')
+    with pytest.raises(OutputError, match=r"--json=.*: another file is there, not the report of"):
+        report.write_json(tmp_path / "notes.json")
+    assert (tmp_path / "notes.json").read_text() == '{"mine": 1}'
+
+
+def test_files_are_checked_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text("")
+    (tmp_path / "notes.json").write_text("mine")
+    for path, reason in (
+        (trace, f"--json={trace}: the same file as trace={trace}"),
+        (tmp_path / "notes.json", "another file is there"),
+        (tmp_path / "no" / "report.json", "there is no such directory"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["bench.py", "cache", str(trace), "--json", str(path)])
+        with pytest.raises(ConfigError, match=reason):
+            bench.main()
+    assert (tmp_path / "notes.json").read_text() == "mine"
+
+
+@pytest.mark.parametrize("flags", [["--profile"], ["--tp", "2"], ["--hardware", "h100"]])
+def test_flags_that_a_benchmark_does_not_use(
+    flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench.py", "host", *flags])
+    with pytest.raises(ConfigError, match="leave"):
+        bench.main()
 
 
 def test_pictures(tmp_path: Path) -> None:
@@ -171,5 +204,9 @@ def test_pictures(tmp_path: Path) -> None:
     report = Report("cache", series={"lru": ([1, 2], [3.0, 4.0]), "one": (["x"], [1.0])})
     report.plot(tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    report.plot(tmp_path / "a.png")
+    (tmp_path / "photo.png").write_bytes(b"\x89PNG of mine")
+    with pytest.raises(OutputError, match="another file is there, not a picture that matplotlib"):
+        report.plot(tmp_path / "photo.png")
     with pytest.raises(OutputError, match=r"--plot=.*: cannot be written"):
         report.plot(tmp_path / "no" / "a.png")

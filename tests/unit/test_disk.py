@@ -280,3 +280,34 @@ def test_writing_that_does_not_keep_up_is_left_out(
             files.store(0, (unit(number),))
     index.catch_up()
     assert index.accept((unit(2),)) and index.num_bytes == 3 * ranks.fmt.file_bytes
+
+
+def test_other_programs_files_are_left_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever they are called, they are not deleted, replaced or written through."""
+    ranks = Ranks(tmp_path, "sharded", 1)
+    assert ranks.store()
+    folder, project = ranks.path().parent, tmp_path / "project"
+    project.mkdir()
+    old = {
+        project / "draft.tmp": "mine",
+        project / f"{unit(5).hex()}.{'0' * 16}.tmp": "mine",
+        project / f"{unit(5).hex()}.kv": "of another program",
+        folder / "draft.tmp": "mine",
+        folder / f"{unit(6).hex()}.{'0' * 16}.tmp": "another program",
+        ranks.path(1): "of another program",
+    }
+    for path, text in old.items():
+        path.write_text(text)
+    ranks.path(2).symlink_to(project / "draft.tmp")
+    for path in old:
+        os.utime(path, (0, 0))
+    index = DiskIndex(tmp_path, 2 * ranks.fmt.file_bytes, ranks.fmt, ranks.files[0])
+    assert not any(keep(index, ranks, number) for number in (1, 2))
+    assert keep(index, ranks, 3) and keep(index, ranks, 4)
+    settle(ranks)
+    assert {path: path.read_text() for path in old} == old
+    assert ranks.path(2).is_symlink()
+    assert "not a file of a disk cache" in caplog.text
+    assert not ranks.path(0).exists()  # room was made, of the cache's own

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -182,6 +183,18 @@ def test_file_cut_after_opening(checkpoint: Path) -> None:
         name = next(n for n, info in source.tensors.items() if info.pieces[0].file.name == SECOND)
         (checkpoint / SECOND).write_bytes(b"")
         with pytest.raises(CheckpointError, match=rf"{SECOND}: ends at byte"):
+            source.read(name)
+
+
+def test_file_replaced_after_opening(checkpoint: Path) -> None:
+    """Another conversion may come between: old places in new bytes would be wrong weights."""
+    with open_source(checkpoint) as source:
+        name = next(n for n, info in source.tensors.items() if info.pieces[0].file.name == SECOND)
+        data = (checkpoint / SECOND).read_bytes()
+        (checkpoint / "new").write_bytes(data)
+        os.utime(checkpoint / "new", ns=(0, 0))
+        (checkpoint / "new").replace(checkpoint / SECOND)
+        with pytest.raises(CheckpointError, match=rf"{SECOND}: was changed while the checkpoint"):
             source.read(name)
 
 

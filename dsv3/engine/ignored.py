@@ -1,0 +1,52 @@
+"""Settings without effect beside others, for this model or in this world: said, not refused."""
+
+from collections.abc import Iterator
+from dataclasses import fields
+
+from dsv3.config import ModelConfig, ParallelConfig
+from dsv3.engine.config import EngineConfig
+
+_DEFAULTS = {field.name: field.default for field in fields(EngineConfig)}
+# These values ask for the behavior that there is in any case.
+_MODEST = {"sequence_parallel": 0, "check_every": 0, "moe_dispatch": "allreduce"}
+_OF_EXPERTS = ("expert_placement", "redundant_experts", "rebalance_every", "record_expert_load")
+
+
+def ignored_settings(
+    settings: EngineConfig, config: ModelConfig, layout: ParallelConfig, has_fp8: bool
+) -> Iterator[str]:
+    """Yield a line for every setting that was given and changes nothing.
+
+    Args:
+        settings: as given.
+        config: the model.
+        layout: the world.
+        has_fp8: the checkpoint holds weights in FP8.
+    """
+    for name, reason in _reasons(settings, config, layout, has_fp8):
+        value = getattr(settings, name)
+        if value not in (_DEFAULTS[name], _MODEST.get(name)):
+            yield f"--{name.replace('_', '-')}={value} changes nothing: {reason}"
+
+
+def _reasons(
+    settings: EngineConfig, config: ModelConfig, layout: ParallelConfig, has_fp8: bool
+) -> Iterator[tuple[str, str]]:
+    """Yield every setting of no effect, whether or not it was given, and why."""
+    if layout.dp == 1:
+        for name in ("moe_dispatch", "dispatch_dtype"):
+            yield name, "without --dp every rank has all tokens already"
+    if layout.tp == 1:
+        yield "sequence_parallel", "with --tp 1 there are no ranks to split over"
+    elif settings.attn_impl == "naive":
+        yield "kv_shard", "--attn-impl=naive caches heads, which are split over tp"
+    if not settings.prefix_reuse:
+        yield "eviction", "--no-prefix-reuse keeps nothing to evict"
+    if layout.world_size == 1:
+        yield "check_every", "there is one rank, and none to compare with"
+        yield "rebalance_every", "there is one rank, which has all experts"
+    if config.first_k_dense_replace >= config.num_hidden_layers:
+        for name in _OF_EXPERTS:
+            yield name, "the model has no routed experts"
+    if not has_fp8:
+        yield "weights", "the checkpoint has no FP8 weights to keep"

@@ -1,0 +1,74 @@
+"""The files that a program's flags name: no output may be an input, or another output."""
+
+import argparse
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from dsv3.config_files import DEMO, PRESETS
+from dsv3.errors import ConfigError
+from dsv3.files import NamedFile, refuse_same_files
+from dsv3.parallel.mesh import environment_world_size
+
+# Names that mean something in a checkpoint's directory, whether or not there is such a file yet.
+_OF_CHECKPOINTS = re.compile(
+    r".*\.(safetensors|index\.json|jinja|py|model|bin|pt|pth|gguf)"
+    r"|(.*_)?(config|configuration|manifest|tokenizer|vocab|tokens|tokens_map|template)\.json"
+)
+_ENGINE_INPUTS, _ENGINE_OUTPUTS = ("--config", "--expert-placement"), ("--record-expert-load",)
+
+
+def log_file(folder: str | Path, rank: int) -> Path:
+    """Return a rank's own file in the directory of `--log-dir`."""
+    return Path(folder) / f"rank{rank}.log"
+
+
+def check_files(
+    args: argparse.Namespace, inputs: Sequence[str] = (), outputs: Sequence[str] = ()
+) -> None:
+    """Compare all files that flags name, before any is opened for writing.
+
+    Args:
+        args: flags, those of the engine included where the program has them.
+        inputs: other flags that name files to read.
+        outputs: other flags that name files to write.
+
+    Raises:
+        ConfigError: an output is an input, another output, or a file of the checkpoint.
+    """
+    checkpoint = Path(getattr(args, "ckpt_path", None) or DEMO)
+    written = [*_named(args, *outputs, *_ENGINE_OUTPUTS), *_logs(args)]
+    for output in written:
+        is_there = Path(os.path.realpath(output.path)).parent == Path(os.path.realpath(checkpoint))
+        if is_there and _OF_CHECKPOINTS.fullmatch(output.path.name):
+            raise ConfigError(
+                f"{output}: the name of a checkpoint's file, in its directory; choose another name"
+            )
+    streams = [NamedFile("", Path(name)) for name in ("/dev/stdin", "/dev/stderr")]
+    read = [*_checkpoint_files(checkpoint), *streams, *_named(args, *inputs, *_ENGINE_INPUTS)]
+    refuse_same_files(written, read)
+
+
+def _named(args: argparse.Namespace, *flags: str) -> Iterator[NamedFile]:
+    for flag in flags:
+        value = getattr(args, flag.removeprefix("--").replace("-", "_"), None)
+        if value:
+            preset = PRESETS / f"{value}.yaml"
+            is_preset = flag == "--config" and not Path(value).exists()
+            yield NamedFile(flag, preset if is_preset else Path(value))
+
+
+def _logs(args: argparse.Namespace) -> Iterator[NamedFile]:
+    folder = getattr(args, "log_dir", None)
+    if folder:
+        for rank in range(environment_world_size()):
+            yield NamedFile("--log-dir", log_file(folder, rank))
+
+
+def _checkpoint_files(folder: Path) -> Iterator[NamedFile]:
+    if not folder.is_dir():
+        return
+    for path in sorted(folder.iterdir()):
+        if _OF_CHECKPOINTS.fullmatch(path.name) and path.is_file():
+            yield NamedFile("--ckpt-path", path)

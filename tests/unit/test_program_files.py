@@ -1,0 +1,108 @@
+"""The flags of generate.py: files that clash, and flags without a meaning, are refused at once."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dsv3.engine.program_files import check_files
+from dsv3.errors import ConfigError
+from launch import generate
+from tests.checkpoint_files import TINY, random_tensors, write_hf
+
+Parse = Callable[..., argparse.Namespace]
+OUTPUTS = ["--output-file", "--stats-file", "--record-expert-load"]
+
+
+@pytest.fixture
+def parse(monkeypatch: pytest.MonkeyPatch) -> Parse:
+    def parse(*flags: object) -> argparse.Namespace:
+        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, flags)])
+        return generate.parse_args()
+
+    return parse
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.txt"
+    path.write_text("one\n")
+    return path
+
+
+@pytest.mark.parametrize("flag", OUTPUTS)
+def test_an_output_is_no_input(flag: str, parse: Parse, rows: Path, tmp_path: Path) -> None:
+    names = {name: tmp_path / name for name in ("link", "far", "hard")}
+    names["link"].symlink_to(rows)
+    names["far"].symlink_to("link")
+    os.link(rows, names["hard"])
+    other = tmp_path / "other.json"
+    other.write_text("{}")
+    for path in (rows, tmp_path / "." / "rows.txt", *names.values()):
+        with pytest.raises(ConfigError, match=rf"^{flag}=.*the same file as --input-file=.*rows"):
+            parse("--input-file", rows, flag, path)
+    for source in ("--prewarm", "--config", "--expert-placement"):
+        with pytest.raises(ConfigError, match=f"^{flag}=.*the same file as {source}="):
+            parse("--input-file", rows, source, other, flag, other)
+    parse("--input-file", rows, "--prewarm", rows, flag, tmp_path / "new")
+
+
+def test_outputs_differ_from_each_other(
+    parse: Parse, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "folder").symlink_to(tmp_path)
+    same = "--output-file", tmp_path / "new", "--stats-file", tmp_path / "folder" / "new"
+    with pytest.raises(ConfigError, match=r"--stats-file=.* the same file as --output-file="):
+        parse("--input-file", rows, *same)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match=r"--log-dir=.*rank3.log: the same file as --stats-file"):
+        parse("--input-file", rows, "--log-dir", tmp_path, "--stats-file", tmp_path / "rank3.log")
+    parse("--input-file", rows, "--output-file", "/dev/null", "--stats-file", "/dev/null")
+
+
+def test_files_of_the_checkpoint(parse: Parse, rows: Path, tmp_path: Path) -> None:
+    model = write_hf(tmp_path / "model", TINY, random_tensors(TINY))
+    weights = next(model.glob("*.safetensors"))
+    (tmp_path / "away").symlink_to(weights)
+    (tmp_path / "here").symlink_to(model)
+    asked = ("--input-file", rows, "--ckpt-path", model)
+    for flag in OUTPUTS:
+        with pytest.raises(ConfigError, match=r"the same file as --ckpt-path=.*safetensors"):
+            parse(*asked, flag, tmp_path / "away")
+        for name in ("config.json", "manifest.json", "tokenizer_config.json", weights.name):
+            with pytest.raises(ConfigError, match="the name of a checkpoint's file"):
+                parse(*asked, flag, tmp_path / "here" / name)
+        parse(*asked, flag, model / "results.jsonl")
+
+
+def test_presets_are_inputs(tmp_path: Path) -> None:
+    args = argparse.Namespace(config="v3-671b", json=generate.DEMO.parents[1] / "configs")
+    args.json /= "v3-671b.yaml"
+    with pytest.raises(ConfigError, match="the same file as --config="):
+        check_files(args, outputs=("--json",))
+
+
+def test_flags_without_a_meaning_are_refused(parse: Parse, rows: Path, tmp_path: Path) -> None:
+    text, chat = ("--input-file", rows), ("--interactive",)
+    for flags, reason in (
+        ((), "nothing to answer"),
+        ((*text, "--overwrite"), "--overwrite starts an --output-file anew; there is none"),
+        ((*text, "--hardware", "h100"), "--hardware gives the ceilings of --profile"),
+        ((*text, "--output-file", "-"), "give /dev/stdout for standard output"),
+        ((*text, *chat), "give --interactive or --input-file FILE, not both"),
+        ((*chat, "--strict"), "a chat has none"),
+        ((*chat, "--overwrite"), "--overwrite starts"),
+        ((*chat, "--prompt-separator", "line"), "is for an --input-file or --prewarm"),
+        ((*chat, "--output-file", tmp_path / "x"), "not for a chat"),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            parse(*flags)
+
+
+def test_deepseeks_own_command_lines(parse: Parse, rows: Path, tmp_path: Path) -> None:
+    own = ("--ckpt-path", tmp_path, "--config", rows)
+    parse(*own, "--interactive", "--temperature", 0.7, "--max-new-tokens", 200)
+    parse(*own, "--input-file", rows)
