@@ -75,7 +75,7 @@ def parse_args() -> argparse.Namespace:
     sampling.add_argument("--temperature", type=float, help="0 is greedy (0.2)")
     sampling.add_argument("--top-p", type=float, help="keep the likeliest tokens up to this sum")
     sampling.add_argument("--top-k", type=int, help="keep this many likeliest tokens")
-    sampling.add_argument("--seed", type=int, help="names the random numbers (0)")
+    sampling.add_argument("--seed", type=int, help="names the random numbers")
     sampling.add_argument("--thinking", action="store_true", help="let the model think first")
     sampling.add_argument("--system", help="system message of chats that have none")
     add_engine_flags(parser)

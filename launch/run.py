@@ -7,11 +7,13 @@ All flags are torchrun's.
 """
 
 import functools
-import runpy
 import sys
 import threading
 from collections.abc import Callable
 
+from torch.distributed import run
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
@@ -54,7 +56,21 @@ def talkative(meet: Meet) -> Meet:
     return meet_and_talk
 
 
+def main() -> int:
+    """Run torchrun; its ranks have said why they ended, so their stacks are not printed again."""
+    try:
+        run.main()
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        code = failure.exitcode
+        print(f"rank {rank} has ended with exit code {code}; see above", file=sys.stderr)
+        return 1
+    except SignalException as error:
+        return 128 + error.sigval
+    return 0
+
+
 if __name__ == "__main__":
     for kind in (DynamicRendezvousHandler, StaticTCPRendezvous):
         kind.next_rendezvous = talkative(kind.next_rendezvous)
-    runpy.run_module("torch.distributed.run", run_name="__main__", alter_sys=True)
+    sys.exit(main())

@@ -9,11 +9,13 @@ small shapes in Triton's interpreter.
 """
 
 import argparse
+import logging
 import os
 import sys
 
 import torch
 
+from benchlib.bound import share_of_roof
 from benchlib.flags import add_program_flags
 from benchlib.hardware import hardware
 from benchlib.report import Report, check_report, machine
@@ -22,6 +24,8 @@ from dsv3.engine.start import try_forms
 from dsv3.errors import ConfigError, RankError
 from dsv3.observe.roofline import Hardware, Op
 from dsv3_kernels.registry import Case, cases, check, measure
+
+log = logging.getLogger("dsv3")
 
 
 def parse_args() -> argparse.Namespace:
@@ -56,7 +60,9 @@ def compare_and_time(args: argparse.Namespace) -> Report:
     report = Report(
         "kernels", setting={"device": torch.cuda.get_device_name() if on_gpu else "cpu"}
     )
-    report.rows = [kernel_row(case, device, ceilings) for case in known]
+    for case in known:
+        log.info("%s, %s", case.op, case.shape)
+        report.rows.append(kernel_row(case, device, ceilings))
     wrong = [f"{row['kernel']}, {row['shape']}" for row in report.rows if row["check"] != "right"]
     report.notes = [f"{len(report.rows) - len(wrong)} of {len(report.rows)} are right"]
     return report
@@ -76,7 +82,7 @@ def kernel_row(case: Case, device: torch.device, ceilings: Hardware | None) -> d
     floor = op.seconds(ceilings)
     rates = case.bytes / seconds / 1e9, case.flops / seconds / 1e12
     beside = (None, None) if peer is None else (1e6 * peer, peer / seconds)
-    values = (1e6 * seconds, *rates, 1e6 * floor, 100 * floor / seconds, *beside)
+    values = (1e6 * seconds, *rates, 1e6 * floor, share_of_roof(floor, seconds), *beside)
     return row | dict(zip(keys, values, strict=True))
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from dsv3.engine.engine import Engine
 from dsv3.engine.program import Parser, add_engine_flags, engine_config, run_program
 from dsv3.engine.start import start
+from dsv3.errors import ConfigError
 from dsv3.parallel.mesh import join_world
 from dsv3.request import Completion, Request, SamplingParams
 from dsv3.text.chat import ChatFormat
@@ -39,6 +40,8 @@ def accuracy(engine: Engine, path: str, model_type: str, longest: int) -> float:
     chat = ChatFormat(engine.tokenizer, model_type)
     rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
     rows = [row for row in rows if row["n_tokens"] <= longest]
+    if not rows:
+        raise ConfigError(f"{path}: no dialogue of up to --longest={longest} tokens")
     params = SamplingParams(max_tokens=96)
     for i, row in enumerate(rows):
         ids = chat.encode(chat.render(row["messages"]))
@@ -71,6 +74,8 @@ def main() -> int:
     parser.add_argument("--tokens", help="texts to score, npz")
     add_engine_flags(parser)
     args = parser.parse_args()
+    if not (args.eval or args.tokens):
+        raise ConfigError("nothing to measure: give --eval FILE, --tokens FILE, or both")
     with join_world("cpu" if args.device == "auto" else args.device) as mesh:
         started = start(Path(args.ckpt_path or DEMO), engine_config(args), mesh)
         assert started.engine is not None, "run it on one rank"

@@ -57,8 +57,7 @@ def _setting(group: str, default: Any, about: str = "", least: int = 0) -> Any:
     """
     words = default if isinstance(default, tuple) else ()
     if words:
-        default, choices = words[0], f"{', '.join(words[:-1])} or {words[-1]}"
-        about = f"{about}: {choices}" if about else choices
+        default = words[0]
     metadata = {"group": group, "about": about, "words": words, "least": least}
     return field(default=default, metadata=metadata)
 
@@ -111,18 +110,18 @@ class EngineConfig:
         check_every: steps between comparisons of what the ranks have computed; 0 compares nothing.
     """
 
-    dtype: str = _model(("auto", "float32", "bfloat16", "fp8"))
+    dtype: str = _model(("auto", "float32", "bfloat16", "fp8"), "numerics")
     weights: str = _model(("auto", "fp8"), "fp8 keeps FP8 as stored")
     moe_dispatch: str = _layout(("auto", "allreduce", "alltoall"), "tokens to experts")
-    dispatch_dtype: str = _layout(("auto", "bf16", "fp8"), "there")
+    dispatch_dtype: str = _layout(("auto", "bf16", "fp8"), "of hidden states on that way")
     sequence_parallel: int = _layout(-1, "split norms in steps of so many tokens", least=-1)
     expert_placement: str = _experts("", "FILE of which rank has which")
     redundant_experts: int = _experts(0, "copies, without a file")
     rebalance_every: int = _experts(0, "steps; 0: never move them")
     record_expert_load: str = _experts("", "FILE for the tokens each got")
-    attn_impl: str = _cache(("auto", "naive", "absorb"))
+    attn_impl: str = _cache(("auto", "naive", "absorb"), "what is cached and attended to")
     kv_shard: str = _cache(("tokens", "none"), "sharded by tokens, or replicated")
-    kv_dtype: str = _cache(("auto", "fp32", "bf16", "fp8"))
+    kv_dtype: str = _cache(("auto", "fp32", "bf16", "fp8"), "of the cache")
     kv_cache_size: str = _cache(
         "auto", "auto, bytes per rank (4GiB), tokens of a tp group (65536tok)"
     )
@@ -132,7 +131,7 @@ class EngineConfig:
     )
     max_seq_len: int = _cache(0, "longest context (0: the model's)")
     prefix_reuse: bool = _cache(True, "reuse no prefixes")
-    eviction: str = _cache(("cost", "lru"))
+    eviction: str = _cache(("cost", "lru"), "which idle page goes first")
     max_batch_tokens: int = _steps(2048, "new tokens of a step", least=1)
     max_running: int = _steps(64, "sequences at a time", least=1)
     pipeline_depth: int = _steps(-1, "0, 1 or -1: as the device", least=-1)

@@ -30,8 +30,21 @@ _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 _TELL_SECONDS = 2.0
 
 
+class _Help(argparse.HelpFormatter):
+    """Shows the default of every flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        has_default = action.default not in (None, False, "", argparse.SUPPRESS)
+        if not has_default or action.help is None or not action.option_strings or action.const:
+            return action.help
+        return f"{action.help} (default: %(default)s)"
+
+
 class Parser(argparse.ArgumentParser):
     """Reports wrong flags as `ConfigError`, so that one rank tells them and not all."""
+
+    def __init__(self, **more: Any) -> None:
+        super().__init__(**{"formatter_class": _Help, **more})
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of exiting."""
@@ -52,8 +65,8 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--n-experts", type=int, help="checked against the model when given")
     layout.add_argument("--device", default="auto", help="auto, cpu or cuda")
     layout.add_argument("--tp", type=int, default=0, help="tensor-parallel ranks (0: all)")
-    layout.add_argument("--dp", type=int, default=1, help="data-parallel groups of them (1)")
-    text = "seconds after which a rank that hangs ends the job (60)"
+    layout.add_argument("--dp", type=int, default=1, help="data-parallel groups of them")
+    text = "seconds after which a rank that hangs ends the job"
     layout.add_argument("--rank-timeout", type=float, default=60.0, help=text)
     for f in fields(EngineConfig):
         name, text, flag = f.metadata["group"], f.metadata["about"], f.name.replace("_", "-")
@@ -64,7 +77,11 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         elif f.default is False:
             groups[name].add_argument(f"--{flag}", action="store_true", help=text)
         else:
-            groups[name].add_argument(f"--{flag}", type=f.type, default=f.default, help=text)
+            words = f.metadata["words"]  # EngineConfig checks them
+            metavar = f"{{{','.join(words)}}}" if words else None
+            groups[name].add_argument(
+                f"--{flag}", type=f.type, default=f.default, metavar=metavar, help=text
+            )
     text = "measure every operation: what bounds a step"
     parser.add_argument("--profile", action="store_true", help=text)
     text = "ceilings of --profile: measure, h100, h200 or h800"

@@ -4,6 +4,7 @@ A machine is never quite idle and never quite the same: contenders run A B A B, 
 compared. CPU time is told beside the time by the clock, since others' load changes it less.
 """
 
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -13,7 +14,10 @@ from typing import Protocol
 
 from benchlib.workload import Job
 from dsv3.engine.engine import Engine
+from dsv3.errors import Dsv3Error
 from dsv3.request import Request, SamplingParams
+
+log = logging.getLogger("dsv3")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -80,6 +84,8 @@ class EngineContender:
                 i = int(output.request_id)
                 (out.between_tokens if out.answers[i] else out.first_token).append(now - latest[i])
                 out.answers[i] += output.new_token_ids
+                if output.completion is not None and output.completion.error:
+                    raise Dsv3Error(f"request {i}: {output.completion.error}")
                 latest[i] = now
         out.seconds, out.cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
         num_steps = engine.metrics.steps - steps
@@ -94,6 +100,8 @@ def compete(
     runs: dict[str, list[Measured]] = defaultdict(list)
     for number in range(repeats + 1):
         for contender in contenders:
+            what = f"run {number} of {repeats}" if number else "warm-up"
+            log.info("%s: %s", contender.name, what)
             contender.reset()
             measured = contender.run(jobs[:1] if number == 0 else jobs)
             if number:

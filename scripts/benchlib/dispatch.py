@@ -56,7 +56,8 @@ def dispatch_time(
     for module, seed in ((moe, 1 + mesh.layout.rank), (moe.router, 0)):
         generator = torch.Generator(mesh.device).manual_seed(seed)
         for weight in module.parameters():
-            weight.normal_(std=weight.shape[-1] ** -0.5, generator=generator)
+            # A rank may hold no columns of a matrix whose blocks are not cut.
+            weight.normal_(std=max(1, weight.shape[-1]) ** -0.5, generator=generator)
     report = Report("dispatch", x_label="tokens of a dp group", y_label="ms a layer")
     generator = torch.Generator(mesh.device).manual_seed(mesh.layout.dp_rank)
     for count in tokens:

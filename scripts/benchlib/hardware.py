@@ -50,14 +50,14 @@ def read_hardware(text: str, figures: Mapping[str, float]) -> tuple[Hardware, in
     """Return what one rank has, and how many ranks there are.
 
     Args:
-        text: a known device and a number of them (h100x8), or a YAML file with the fields of
-            `Hardware` and `ranks`.
+        text: a known device (h100) or a number of them (h100x8), or a YAML file with the fields
+            of `Hardware` and `ranks`.
         figures: fields that are different.
 
     Raises:
         ConfigError: it is neither, or a field is wrong.
     """
-    name, _, count = text.rpartition("x")
+    name, _, count = text.rpartition("x") if text not in HARDWARE else (text, "x", "1")
     if Path(text).is_file():
         data = read_mapping(Path(text)) | dict(figures)
     elif name in HARDWARE and count.isdecimal():

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from io import BytesIO
@@ -48,8 +49,7 @@ class Report:
     setting: Row = field(default_factory=dict)
 
     def __str__(self) -> str:
-        setting = ", ".join(f"{name} {value}" for name, value in self.setting.items())
-        return "\n".join([setting, "", *_lines(self.rows), "", *self.notes])
+        return "\n".join([_described(self.setting), "", *_lines(self.rows), "", *self.notes])
 
     def publish(self, json_file: Path | None = None, picture: Path | None = None) -> None:
         """Print it, and write the files that are asked for."""
@@ -61,7 +61,11 @@ class Report:
 
     def write_json(self, path: Path) -> None:
         """Write everything as one JSON object."""
-        write_output(NamedFile("--json", path), _JSON, json.dumps(asdict(self), indent=1) + "\n")
+        write_output(
+            NamedFile("--json", path),
+            _JSON,
+            json.dumps(asdict(self), indent=1, allow_nan=False) + "\n",
+        )
 
     def plot(self, path: Path) -> None:
         """Draw the series."""
@@ -70,10 +74,15 @@ class Report:
         figure, axes = importlib.import_module("matplotlib.pyplot").subplots(layout="constrained")
         for name, (xs, ys) in self.series.items():
             if len(xs) == 1:
-                axes.bar(xs, ys, label=name)
+                axes.bar_label(axes.bar(xs, ys, label=name), fmt=_cell)
             else:
                 axes.plot(xs, ys, marker="o", label=name)
-        axes.set(title=self.benchmark, xlabel=self.x_label, ylabel=self.y_label, ylim=(0, None))
+                for x, y in zip(xs, ys, strict=True):
+                    axes.annotate(_cell(y), (x, y), (0, 5), textcoords="offset points", fontsize=7)
+        axes.set(xlabel=self.x_label, ylabel=self.y_label, ylim=(0, None))
+        setting = textwrap.fill(_described(self.setting), 100)
+        figure.suptitle(self.benchmark)
+        axes.set_title(setting, fontsize=7)
         axes.legend()
         picture = BytesIO()
         try:
@@ -113,6 +122,10 @@ def machine(world_size: int) -> Row:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def _described(setting: Row) -> str:
+    return ", ".join(f"{name} {value}" for name, value in setting.items())
 
 
 def _lines(rows: Sequence[Row]) -> list[str]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchlib.bound import Profile, lay_beside
+from benchlib.bound import Profile, lay_beside, share_of_roof
 from benchlib.hardware import hardware
 from dsv3.config_files import DEMO
 from dsv3.engine.config import EngineConfig
@@ -117,3 +117,8 @@ def test_hardware() -> None:
     assert hardware("h200", CPU) is HARDWARE["h200"]
     with pytest.raises(ConfigError, match="--hardware=b200 is unknown; use measure, h100"):
         hardware("b200", CPU)
+
+
+def test_the_roof_of_memory_does_not_bind_what_stays_in_a_cache() -> None:
+    assert share_of_roof(1.0, 2.0) == 50.0
+    assert share_of_roof(2.0, 1.0) == "in cache"
