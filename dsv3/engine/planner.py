@@ -20,7 +20,8 @@ class Work:
         stop: positions computed after it.
         first_row: its first row among the results of all groups.
         num_scored: rows that score prompt tokens.
-        samples: whether one more row samples the next token.
+        samples: whether one more row samples the next token. If none is asked for (max_tokens is
+            0), the row shows whether the logits are finite.
         num_preempted: how often the sequence had lost its pages when this was planned.
     """
 
@@ -56,10 +57,11 @@ def _write_plan(step: Step, number: int, num_rows: int) -> tuple[StepPlan, list[
         if stop > len(seq.token_ids):
             assert seq.pending is not None and seq.pending[0] == number - 1, f"{seq.pending=}"
             tokens.append(-1 - seq.pending[1])
-        samples = seq.request.params.max_tokens > 0 and seq.num_left == count
+        samples = seq.num_left == count
         if samples:
             rows.add_sampled(seq, stop, start + count - 1)
-            seq.pending = number, len(rows) - 1
+            if seq.request.params.max_tokens > 0:
+                seq.pending = number, len(rows) - 1
         seq.num_computed = stop
         at = num_rows + first_row
         work.append(Work(seq, count, stop, at, num_scored, samples, seq.num_preempted))
