@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dsv3.config import QuantizationConfig
+from dsv3.config import QuantizationConfig, UnsupportedQuantizationError
+from dsv3.config_fields import check_mapping, shown
 from dsv3.errors import ConfigError
 
 _WANTED = {"type": "float", "num_bits": 8, "strategy": "block"}
@@ -24,19 +25,24 @@ def compressed_tensors(data: Mapping[str, Any], where: str) -> QuantizationConfi
         where: begins the messages of errors.
 
     Raises:
-        ConfigError: any group of weights is quantized otherwise.
+        UnsupportedQuantizationError: a group of weights is quantized otherwise.
+        ConfigError: activations have to be rotated, a group is no mapping, or there is none.
     """
-    groups = data.get("config_groups")
-    if not isinstance(groups, dict) or not groups:
-        raise ConfigError(f"{where}: config_groups={groups!r} lists no groups of weights; {_ONLY}")
+    if data.get("transform_config"):
+        raise ConfigError(
+            f"{where}: transform_config={shown(data['transform_config'])} is not supported: "
+            "activations are not rotated"
+        )
+    groups = check_mapping(data.get("config_groups"), f"{where}: config_groups")
+    if not groups:
+        raise ConfigError(f"{where}: config_groups={{}} lists no groups of weights")
     for name, group in groups.items():
-        weights = group.get("weights") if isinstance(group, dict) else None
-        if not isinstance(weights, dict):
-            raise ConfigError(f"{where}: config_groups.{name} has no weights; {_ONLY}")
+        full = f"{where}: config_groups.{name}"
+        weights = check_mapping(check_mapping(group, full).get("weights"), f"{full}.weights")
         wrong = [key for key, value in _WANTED.items() if weights.get(key) != value]
         if weights.get("block_structure") not in _BLOCKS:
             wrong.append("block_structure")
         if wrong:
-            told = f"config_groups.{name}.weights.{wrong[0]}={weights.get(wrong[0])!r}"
-            raise ConfigError(f"{where}: {told} is not supported; {_ONLY}")
+            value = f"{full}.weights.{wrong[0]}={shown(weights.get(wrong[0]))}"
+            raise UnsupportedQuantizationError(f"{value} is not supported; {_ONLY}")
     return QuantizationConfig()

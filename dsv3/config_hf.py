@@ -12,7 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from dsv3.compressed_tensors import compressed_tensors
-from dsv3.config import ModelConfig, QuantizationConfig, check_family
+from dsv3.config import (
+    ModelConfig,
+    QuantizationConfig,
+    UnsupportedQuantizationError,
+    check_family,
+)
 from dsv3.config_fields import (
     DEEPSEEK_NAMES,
     DEEPSEEK_ROPE_NAMES,
@@ -59,6 +64,8 @@ _ONLY: Names = {
     "swiglu_limit": None,
     "zero_expert_num": 0,
 }
+# The first is MLX's, the second of older compressed-tensors.
+QUANTIZATION_KEYS = ("quantization", "compression_config", "quantization_config")
 _QUANTIZATION_ONLY: Names = {"activation_scheme": "dynamic", "expert_dtype": "fp8", "fmt": "e4m3"}
 # Read below: derived values, and other spellings.
 _READ = set(
@@ -96,8 +103,14 @@ _DENSE_LAYERS = ("full_attention",)
 _SPARSE_LAYERS = ("indexed_attention", "deepseek_sparse_attention")
 
 
-def from_hf(data: Names, where: str) -> ModelConfig:
+def from_hf(data: Names, where: str, tensors_decide: bool = False) -> ModelConfig:
     """Return the model of a `config.json`.
+
+    Args:
+        data: the file.
+        where: its path.
+        tensors_decide: ignore, with a warning, quantization of a form that is not supported:
+            the caller looks at the stored tensors, which may be plain.
 
     Raises:
         ConfigError: it is of another family, contradicts itself, or has a value that no model of
@@ -107,7 +120,7 @@ def from_hf(data: Names, where: str) -> ModelConfig:
     architecture = shown(names[0]).strip("'") if names and isinstance(names, list) else "unknown"
     check_family(data.get("model_type"), f"{where}: ", f" ({architecture})")
     check_only(data, _ONLY, f"{where}: ")
-    rope, quantization = read_rope(data, where), _read_quantization(data, where)
+    rope, quantization = read_rope(data, where), _read_quantization(data, where, tensors_decide)
     fields = _plain_fields(data, where) | {
         "torch_dtype": _dtype(data, quantization.config, where),
         "eos_token_ids": check_token_ids(data.get("eos_token_id"), f"{where}: eos_token_id"),
@@ -120,10 +133,12 @@ def from_hf(data: Names, where: str) -> ModelConfig:
     unknown = [key for key in data if key not in _KNOWN and not key.startswith("_")]
     check_required([*_REQUIRED, "n_group", "topk_group"], fields, unknown, where)
     unknown += [*rope.unknown, *quantization.unknown]
+    warnings = [quantization.warning] if quantization.warning else []
     if unknown:
+        warnings.append(f"keys without a meaning here are ignored: {listed(unknown)}")
+    if warnings:
         # Without the directory: ranks on other hosts may have theirs elsewhere.
-        name = Path(where).name
-        fields["warning"] = f"{name}: keys without a meaning here are ignored: {listed(unknown)}"
+        fields["warning"] = f"{Path(where).name}: {'; '.join(warnings)}"
     try:
         config = ModelConfig(**fields)
     except ConfigError as error:
@@ -171,7 +186,8 @@ def _dtype(data: Names, quantization: QuantizationConfig | None, where: str) -> 
 
     In a file with DeepSeek's inference fields, `dtype` is theirs: fp8 or bf16 weights.
     """
-    dtype, stored = data.get("dtype"), "bf16" if quantization is None else "fp8"
+    torch_dtype, dtype = (_plain_dtype(data.get(name)) for name in ("torch_dtype", "dtype"))
+    stored = "bf16" if quantization is None else "fp8"
     if dtype in ("bf16", "fp8"):
         if dtype != stored:
             raise ConfigError(
@@ -179,50 +195,81 @@ def _dtype(data: Names, quantization: QuantizationConfig | None, where: str) -> 
                 f"{shown(data.get('quantization_config'))}; correct or remove one of them"
             )
         dtype = None
-    dtype = agreed([("torch_dtype", data.get("torch_dtype")), ("dtype", dtype)], where)
+    dtype = agreed([("torch_dtype", torch_dtype), ("dtype", dtype)], where)
     return "bfloat16" if dtype is None else dtype
+
+
+def _plain_dtype(dtype: Any) -> Any:
+    """Return a dtype without torch's prefix; None for that of FP8, which is not of all weights."""
+    name = dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
+    return None if name == "float8_e4m3fn" else name
 
 
 @dataclass(frozen=True)
 class _Quantization:
-    """Quantization of a file; `config` is None without any, `unknown` are keys not read."""
+    """Quantization of a file.
 
-    config: QuantizationConfig | None
-    unknown: list[str]
+    Attributes:
+        config: None if the weights are not quantized, or if nothing is known of them.
+        unknown: keys that are not read.
+        warning: why all of it is ignored; else empty.
+    """
+
+    config: QuantizationConfig | None = None
+    unknown: tuple[str, ...] = ()
+    warning: str = ""
 
 
-def _read_quantization(data: Names, where: str) -> _Quantization:
-    # The first is MLX's key, the second of older compressed-tensors.
-    for key in ("quantization", "compression_config", "quantization_config"):
+def _read_quantization(data: Names, where: str, tensors_decide: bool) -> _Quantization:
+    if data.get("scale_fmt") not in (None, "ue8m0"):  # of DeepSeek's inference fields
+        raise ConfigError(
+            f"{where}: scale_fmt={shown(data['scale_fmt'])} must be 'ue8m0' or absent"
+        )
+    try:
+        return _supported_quantization(data, where)
+    except UnsupportedQuantizationError as error:
+        if not tensors_decide:
+            raise
+        reason = str(error).removeprefix(f"{where}: ")
+        return _Quantization(warning=f"{reason}; ignored, the stored tensors decide")
+
+
+def _supported_quantization(data: Names, where: str) -> _Quantization:
+    for key in QUANTIZATION_KEYS:
         if data.get(key) is not None:
             given = check_mapping(data[key], f"{where}: {key}")
             methods = ("fp8", "compressed-tensors")
             if key != "quantization_config" or given.get("quant_method") not in methods:
-                raise ConfigError(
+                raise UnsupportedQuantizationError(
                     f"{where}: {key}: weights with {_described(given)} are not supported; only "
                     "block-scaled fp8 is (no int4 or other packed weights)"
                 )
     if data.get("quantization_config") is None:
-        return _Quantization(None, [])
+        return _Quantization()
     given, name = data["quantization_config"], f"{where}: quantization_config"
     if given["quant_method"] == "compressed-tensors":
-        return _Quantization(compressed_tensors(given, name), [])
+        return _Quantization(compressed_tensors(given, name))
     check_only(given, _QUANTIZATION_ONLY, f"{name}.")
     block, scale_fmt = given.get("weight_block_size"), given.get("scale_fmt")
+    if block is None:
+        raise UnsupportedQuantizationError(
+            f"{name}: without weight_block_size, FP8 weights have a scale per tensor, which is "
+            "not supported; only one per 128 x 128 block is"
+        )
     block = tuple(block) if isinstance(block, list) else block
     scale_fmt = None if scale_fmt == "float" else scale_fmt
     try:
-        config = QuantizationConfig(block=block, scale_fmt=scale_fmt)  # type: ignore[arg-type]
+        config = QuantizationConfig(block=block, scale_fmt=scale_fmt)
     except ConfigError as error:
         raise ConfigError(f"{name}.{error}") from None
-    theirs = data.get("scale_fmt")  # of DeepSeek's inference fields
+    theirs = data.get("scale_fmt")
     if theirs not in (None, scale_fmt):
         raise ConfigError(
             f"{where}: scale_fmt={shown(theirs)}, but quantization_config says "
             f"scale_fmt={shown(scale_fmt)}; correct or remove one of them"
         )
     unknown = [f"quantization_config.{key}" for key in given if key not in _QUANTIZATION_KNOWN]
-    return _Quantization(config, unknown)
+    return _Quantization(config, tuple(unknown))
 
 
 def _described(quantization: Names) -> str:

@@ -37,7 +37,7 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, FP
 # Bytes read at a time by each worker where values are converted on the way.
 _BUFFER = 16 << 20
 _WORKERS = 4
-# Matrices whose infinities a sigmoid or a softmax turns into finite numbers: routers, queries, keys.
+# Routers, queries and keys: a sigmoid or a softmax turns their infinities into finite numbers.
 _HIDING_INFINITY = tuple(
     f".{name}.weight"
     for name in ("mlp.gate", "q_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")

@@ -11,6 +11,7 @@ from dsv3.checkpoint.manifest import MANIFEST
 from dsv3.checkpoint.plan import Plan
 from dsv3.checkpoint.source import INDEX
 from dsv3.config_files import hf_config_dict, recast_config_dict
+from dsv3.config_hf import QUANTIZATION_KEYS
 from dsv3.errors import CheckpointError
 from dsv3.read_files import read_mapping
 
@@ -41,10 +42,10 @@ def copy_side_files(source: Path, target: Path, plan: Plan) -> None:
 
 def _describes_quantization(data: dict[str, Any], plan: Plan) -> bool:
     """Return True if config.json describes the quantization of the weights to be written."""
-    stated, quantization = data.get("quantization_config"), plan.config.quantization
-    if stated is None or quantization is None:
-        return stated is None and quantization is None
-    return isinstance(stated, dict) and stated.get("quant_method") == "fp8"
+    stated = [data[key] for key in QUANTIZATION_KEYS if data.get(key) is not None]
+    if plan.config.quantization is None or not stated:
+        return plan.config.quantization is None and not stated
+    return isinstance(stated[0], dict) and stated[0].get("quant_method") == "fp8"
 
 
 def _side_files(source: Path) -> Iterator[Path]:

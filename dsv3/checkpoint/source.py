@@ -94,7 +94,7 @@ def _config(path: Path, given: ModelConfig | None) -> ModelConfig:
     """The directory's own config, which `given` may not contradict."""
     if given is not None and not (path / "config.json").is_file():
         return given
-    own = load_model_config(path)
+    own = load_model_config(path, tensors_decide=True)
     if given is None:
         return own
     for field in fields(ModelConfig):
