@@ -40,9 +40,10 @@ def nested(name: str) -> str:
         lambda name: name.removeprefix("model."),
         lambda name: f"language_model.{name}",
         nested,
+        lambda name: f"module._orig_mod.{name}",
         lambda name: name.replace(".weight_scale_inv", ".weight_scale"),
     ],
-    ids=["no model.", "language_model.", "model.language_model.", "weight_scale"],
+    ids=["no model.", "language_model.", "model.language_model.", "module.", "weight_scale"],
 )
 def test_other_names(spell, tmp_path: Path) -> None:
     tensors = random_tensors(CONFIG)
@@ -55,7 +56,7 @@ def test_rotary_tables_are_ignored(tmp_path: Path) -> None:
     tensors = random_tensors(TINY)
     table = ("F32", (8,), bytes(32))
     more = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": table for i in range(2)}
-    more["model.rotary_emb.inv_freq"] = table
+    more["model.rotary_emb.inv_freq"] = more["rotary_emb.original_inv_freq"] = table
     assert read_as(write_hf(tmp_path, TINY, tensors | more), tensors) == []
 
 
