@@ -16,7 +16,6 @@ from dsv3.checkpoint.sharding import (
 )
 from dsv3.errors import CheckpointError
 
-
 _HEADS = "num_attention_heads"
 # Config fields that determine shapes which `check_sizes` does not compare, by tensor name.
 _FIELDS = {
