@@ -13,6 +13,7 @@ from typing import Any
 
 from dsv3.compressed_tensors import compressed_tensors
 from dsv3.config import (
+    MODEL_TYPES,
     ModelConfig,
     QuantizationConfig,
     UnsupportedQuantizationError,
@@ -50,6 +51,9 @@ _OTHER_NAMES = {
     "num_mtp_layers": "num_nextn_predict_layers",
     "norm_eps": "rms_norm_eps",
 } | DEEPSEEK_NAMES
+# The part of a multi-modal model's file, and fields that tools write into either part.
+_TEXT = "text_config"
+_OF_BOTH_PARTS = ("bos_token_id", "eos_token_id", "quantization_config", "tie_word_embeddings")
 # Keys that would change what the model computes, with the only value that is supported.
 _ONLY: Names = {
     "attention_bias": False,
@@ -103,6 +107,25 @@ _DENSE_LAYERS = ("full_attention",)
 _SPARSE_LAYERS = ("indexed_attention", "deepseek_sparse_attention")
 
 
+def text_part(data: Names, where: str) -> Names:
+    """Return the fields of the text model, if the file is of a multi-modal model that has one.
+
+    Raises:
+        ConfigError: both parts of the file give a field, with different values.
+    """
+    inner = data.get(_TEXT)
+    if data.get("model_type") in MODEL_TYPES or not isinstance(inner, dict):
+        return data
+    if inner.get("model_type") not in MODEL_TYPES:
+        return data
+    shared = {
+        name: agreed([(name, data.get(name)), (f"{_TEXT}.{name}", inner.get(name))], where)
+        for name in _OF_BOTH_PARTS
+        if name in data or name in inner
+    }
+    return {**inner, **shared}
+
+
 def from_hf(data: Names, where: str, tensors_decide: bool = False) -> ModelConfig:
     """Return the model of a `config.json`.
 
@@ -116,6 +139,7 @@ def from_hf(data: Names, where: str, tensors_decide: bool = False) -> ModelConfi
         ConfigError: it is of another family, contradicts itself, or has a value that no model of
             the family can have.
     """
+    data = text_part(data, where)
     names = data.get("architectures")
     architecture = shown(names[0]).strip("'") if names and isinstance(names, list) else "unknown"
     check_family(data.get("model_type"), f"{where}: ", f" ({architecture})")

@@ -11,7 +11,7 @@ from dsv3.checkpoint.manifest import MANIFEST
 from dsv3.checkpoint.plan import Plan
 from dsv3.checkpoint.source import INDEX
 from dsv3.config_files import hf_config_dict, recast_config_dict
-from dsv3.config_hf import QUANTIZATION_KEYS
+from dsv3.config_hf import QUANTIZATION_KEYS, text_part
 from dsv3.errors import CheckpointError
 from dsv3.read_files import read_mapping
 
@@ -26,7 +26,11 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def copy_side_files(source: Path, target: Path, plan: Plan) -> None:
-    """Copy every file that is not weights; config.json is adjusted where weights are cast."""
+    """Copy every file that is not weights.
+
+    config.json is adjusted where it does not describe what is written: cast weights, or the text
+    model alone.
+    """
     for file in _side_files(source):
         copy = target / file.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
@@ -35,8 +39,9 @@ def copy_side_files(source: Path, target: Path, plan: Plan) -> None:
     if not config.is_file():
         _write_json(target / "config.json", hf_config_dict(plan.config))
         return
-    data = read_mapping(config, CheckpointError)
-    if plan.is_cast or not _describes_quantization(data, plan):
+    stated = read_mapping(config, CheckpointError)
+    data = dict(text_part(stated, str(config)))
+    if plan.is_cast or data != stated or not _describes_quantization(data, plan):
         _write_json(target / "config.json", recast_config_dict(data, plan.config.quantization))
 
 

@@ -286,6 +286,25 @@ def test_other_names_alone(tmp_path: Path) -> None:
     assert read(tmp_path, {"rope_scaling": rope, **length}) == PLAIN
 
 
+def wrapped(path: Path, inner: dict[str, Any], **outer: object) -> ModelConfig:
+    """Read the file of a multi-modal model with this text model."""
+    data = {"model_type": "kimi_vl", "vision_config": {"hidden_size": 8}, "text_config": inner}
+    (path / "config.json").write_text(json.dumps(data | outer))
+    return load_model_config(path)
+
+
+def test_the_text_model_of_a_multi_modal_model(tmp_path: Path) -> None:
+    plain = {name: value for name, value in BASE.items() if name != "quantization_config"}
+    assert wrapped(tmp_path, BASE) == PLAIN
+    outer = {"quantization_config": BASE["quantization_config"], "eos_token_id": 1}
+    assert wrapped(tmp_path, plain, **outer) == PLAIN
+    words = "eos_token_id=2 and text_config.eos_token_id=1 disagree"
+    with pytest.raises(ConfigError, match=words):
+        wrapped(tmp_path, BASE, eos_token_id=2)
+    with pytest.raises(ConfigError, match="model_type='kimi_vl'"):
+        wrapped(tmp_path, BASE | {"model_type": "qwen2"})
+
+
 @pytest.mark.parametrize("layer_type", ["indexed_attention", "deepseek_sparse_attention"])
 def test_keys_of_sparse_attention(layer_type: str, tmp_path: Path) -> None:
     data = hf_config_dict(SPARSE)

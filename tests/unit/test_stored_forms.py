@@ -8,6 +8,8 @@ import pytest
 
 from dsv3.checkpoint.check import check_tensors
 from dsv3.checkpoint.contradictions import source_warnings
+from dsv3.checkpoint.convert import convert
+from dsv3.checkpoint.plan import make_plan
 from dsv3.checkpoint.scales import read_scales
 from dsv3.checkpoint.source import check_stored_form, open_source
 from dsv3.errors import CheckpointError
@@ -67,6 +69,20 @@ def test_an_image_encoder_is_ignored_with_a_warning(tmp_path: Path) -> None:
     spelled["model.mm_projector.0.weight"] = "BF16", (2,), bytes(4)
     (line,) = read_as(write_hf(tmp_path, TINY, spelled), tensors)
     assert "the tensors of an image encoder (2) are ignored" in line
+
+
+def test_the_text_model_of_a_multi_modal_model_is_converted(tmp_path: Path) -> None:
+    """The converted directory describes the text model alone."""
+    tensors = random_tensors(CONFIG)
+    path = write_hf(tmp_path / "hf", CONFIG, {f"language_model.{n}": t for n, t in tensors.items()})
+    inner = json.loads((path / "config.json").read_text())
+    outer = {"model_type": "kimi_vl", "text_config": inner}
+    (path / "config.json").write_text(json.dumps(outer))
+    assert read_as(path, tensors) == []
+    with open_source(path) as source:
+        convert(source, make_plan(source, None), tmp_path / "out", workers=1)
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == inner
+    assert read_as(tmp_path / "out", tensors) == []
 
 
 @pytest.mark.parametrize(
