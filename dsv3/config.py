@@ -30,10 +30,6 @@ def _check_fields(config: "ModelConfig | RopeScaling", prefix: str = "") -> None
             object.__setattr__(config, f.name, float(value))
 
 
-class UnsupportedQuantizationError(ConfigError):
-    """A config describes quantized weights of a form that is not read."""
-
-
 def check_family(model_type: object, where: str = "", hint: str = "") -> None:
     """Raise ConfigError for models of other families."""
     if model_type not in MODEL_TYPES:

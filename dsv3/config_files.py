@@ -23,7 +23,8 @@ from dsv3.config_fields import (
     refuse_unknown,
     shown,
 )
-from dsv3.config_hf import QUANTIZATION_KEYS, from_hf
+from dsv3.config_hf import from_hf
+from dsv3.config_quantization import QUANTIZATION_KEYS
 from dsv3.errors import ConfigError, shorten
 from dsv3.read_files import read_mapping
 

@@ -7,23 +7,14 @@ Keys that are unknown here are named in one warning: files of newer versions hav
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsv3.compressed_tensors import compressed_tensors
-from dsv3.config import (
-    MODEL_TYPES,
-    ModelConfig,
-    QuantizationConfig,
-    UnsupportedQuantizationError,
-    check_family,
-)
+from dsv3.config import MODEL_TYPES, ModelConfig, QuantizationConfig, check_family
 from dsv3.config_fields import (
     DEEPSEEK_NAMES,
     DEEPSEEK_ROPE_NAMES,
     agreed,
-    check_mapping,
     check_only,
     check_required,
     check_token_ids,
@@ -31,6 +22,7 @@ from dsv3.config_fields import (
     listed,
     shown,
 )
+from dsv3.config_quantization import read_quantization
 from dsv3.config_rope import read_rope
 from dsv3.errors import ConfigError
 
@@ -68,9 +60,6 @@ _ONLY: Names = {
     "swiglu_limit": None,
     "zero_expert_num": 0,
 }
-# The first is MLX's, the second of older compressed-tensors.
-QUANTIZATION_KEYS = ("quantization", "compression_config", "quantization_config")
-_QUANTIZATION_ONLY: Names = {"activation_scheme": "dynamic", "expert_dtype": "fp8", "fmt": "e4m3"}
 # Read below: derived values, and other spellings.
 _READ = set(
     """
@@ -97,11 +86,6 @@ _IGNORED = set(
     """.split()  # noqa: SIM905
 )
 _KNOWN = {*_FIELDS, *_OTHER_NAMES, *_ONLY, *_READ, *_IGNORED, *DEEPSEEK_ROPE_NAMES}
-_QUANTIZATION_KNOWN = {
-    *_QUANTIZATION_ONLY,
-    *("dequantize", "ignored_layers", "modules_to_convert", "modules_to_not_convert"),
-    *("quant_method", "scale_fmt", "weight_block_size"),
-}
 # Kinds of attention in transformers' `layer_types`, the older name of V3.2's among them.
 _DENSE_LAYERS = ("full_attention",)
 _SPARSE_LAYERS = ("indexed_attention", "deepseek_sparse_attention")
@@ -144,7 +128,7 @@ def from_hf(data: Names, where: str, tensors_decide: bool = False) -> ModelConfi
     architecture = shown(names[0]).strip("'") if names and isinstance(names, list) else "unknown"
     check_family(data.get("model_type"), f"{where}: ", f" ({architecture})")
     check_only(data, _ONLY, f"{where}: ")
-    rope, quantization = read_rope(data, where), _read_quantization(data, where, tensors_decide)
+    rope, quantization = read_rope(data, where), read_quantization(data, where, tensors_decide)
     fields = _plain_fields(data, where) | {
         "torch_dtype": _dtype(data, quantization.config, where),
         "eos_token_ids": check_token_ids(data.get("eos_token_id"), f"{where}: eos_token_id"),
@@ -227,81 +211,6 @@ def _plain_dtype(dtype: Any) -> Any:
     """Return a dtype without torch's prefix; None for that of FP8, which is not of all weights."""
     name = dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
     return None if name == "float8_e4m3fn" else name
-
-
-@dataclass(frozen=True)
-class _Quantization:
-    """Quantization of a file.
-
-    Attributes:
-        config: None if the weights are not quantized, or if nothing is known of them.
-        unknown: keys that are not read.
-        warning: why all of it is ignored; else empty.
-    """
-
-    config: QuantizationConfig | None = None
-    unknown: tuple[str, ...] = ()
-    warning: str = ""
-
-
-def _read_quantization(data: Names, where: str, tensors_decide: bool) -> _Quantization:
-    if data.get("scale_fmt") not in (None, "ue8m0"):  # of DeepSeek's inference fields
-        raise ConfigError(
-            f"{where}: scale_fmt={shown(data['scale_fmt'])} must be 'ue8m0' or absent"
-        )
-    try:
-        return _supported_quantization(data, where)
-    except UnsupportedQuantizationError as error:
-        if not tensors_decide:
-            raise
-        reason = str(error).removeprefix(f"{where}: ")
-        return _Quantization(warning=f"{reason}; ignored, the stored tensors decide")
-
-
-def _supported_quantization(data: Names, where: str) -> _Quantization:
-    for key in QUANTIZATION_KEYS:
-        if data.get(key) is not None:
-            given = check_mapping(data[key], f"{where}: {key}")
-            methods = ("fp8", "compressed-tensors")
-            if key != "quantization_config" or given.get("quant_method") not in methods:
-                raise UnsupportedQuantizationError(
-                    f"{where}: {key}: weights with {_described(given)} are not supported; only "
-                    "block-scaled fp8 is (no int4 or other packed weights)"
-                )
-    if data.get("quantization_config") is None:
-        return _Quantization()
-    given, name = data["quantization_config"], f"{where}: quantization_config"
-    if given["quant_method"] == "compressed-tensors":
-        return _Quantization(compressed_tensors(given, name))
-    check_only(given, _QUANTIZATION_ONLY, f"{name}.")
-    block, scale_fmt = given.get("weight_block_size"), given.get("scale_fmt")
-    if block is None:
-        raise UnsupportedQuantizationError(
-            f"{name}: without weight_block_size, FP8 weights have a scale per tensor, which is "
-            "not supported; only one per 128 x 128 block is"
-        )
-    block = tuple(block) if isinstance(block, list) else block
-    scale_fmt = None if scale_fmt == "float" else scale_fmt
-    try:
-        config = QuantizationConfig(block=block, scale_fmt=scale_fmt)
-    except ConfigError as error:
-        raise ConfigError(f"{name}.{error}") from None
-    theirs = data.get("scale_fmt")
-    if theirs not in (None, scale_fmt):
-        raise ConfigError(
-            f"{where}: scale_fmt={shown(theirs)}, but quantization_config says "
-            f"scale_fmt={shown(scale_fmt)}; correct or remove one of them"
-        )
-    unknown = [f"quantization_config.{key}" for key in given if key not in _QUANTIZATION_KNOWN]
-    return _Quantization(config, tuple(unknown))
-
-
-def _described(quantization: Names) -> str:
-    """Return the names and values by which a format of quantized weights is known."""
-    names = ("quant_method", "quant_algo", "format", "bits", "group_size")
-    given = [f"{name}={shown(quantization[name])}" for name in names if name in quantization]
-    is_mlx = "quant_method" not in quantization and "bits" in quantization
-    return (", ".join(given) or "no quant_method") + (" (MLX)" if is_mlx else "")
 
 
 def _check_derived(data: Names, config: ModelConfig, where: str) -> None:

@@ -11,7 +11,8 @@ from dsv3.checkpoint.manifest import MANIFEST
 from dsv3.checkpoint.plan import Plan
 from dsv3.checkpoint.source import INDEX
 from dsv3.config_files import hf_config_dict, recast_config_dict
-from dsv3.config_hf import QUANTIZATION_KEYS, text_part
+from dsv3.config_hf import text_part
+from dsv3.config_quantization import QUANTIZATION_KEYS
 from dsv3.errors import CheckpointError
 from dsv3.read_files import read_mapping
 
