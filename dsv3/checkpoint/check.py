@@ -115,14 +115,13 @@ def _check_weight(source: Source, spec: TensorSpec) -> None:
 
 def _check_scale(source: Source, spec: TensorSpec, info: TensorInfo) -> None:
     where, wanted = source.where(info.name), scale_shape(spec.shape)
-    count = math.prod(info.shape)
-    if info.shape != wanted and count in (1, spec.shape[0]):
+    if info.shape != wanted:
+        kinds = {1: "a scale per tensor", spec.shape[0]: "a scale per row"}
         raise CheckpointError(
-            f"{where}: tensor {info.name} is {list(info.shape)}; FP8 weights with a scale per "
-            f"{'tensor' if count == 1 else 'row'} are not supported, only with one per 128 x 128 "
-            f"block ({list(wanted)})"
+            f"{where}: tensor {info.name} is {list(info.shape)}; FP8 weights with "
+            f"{kinds.get(math.prod(info.shape), 'other scales')} are not supported, only with one "
+            f"per 128 x 128 block ({list(wanted)})"
         )
-    _check_shape(source, info, wanted)
     quantization = source.config.quantization
     is_ue8m0 = quantization is not None and quantization.scale_fmt == "ue8m0"
     # Some writers store E8M0 as U8; like transformers, accept it if the config declares E8M0.

@@ -25,6 +25,7 @@ QUANTIZED = dataclasses.replace(TINY, quantization=FP8)
 MTP = dataclasses.replace(TINY, num_nextn_predict_layers=1)
 DEEP = dataclasses.replace(TINY, num_hidden_layers=3, num_nextn_predict_layers=1)
 TIED = dataclasses.replace(TINY, tie_word_embeddings=True)
+LAYERS = "model.layers."
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -70,6 +71,16 @@ def test_counts_and_sizes(
         with pytest.raises(CheckpointError, match=words) as caught:
             check_tensors(source)
     assert str(caught.value).startswith(f"{tmp_path}: ")
+
+
+def test_layers_for_speculative_decoding_alone(tmp_path: Path) -> None:
+    tensors = random_tensors(MTP)
+    draft = {n.replace(".2.", ".0."): t for n, t in tensors.items() if n.startswith(f"{LAYERS}2.")}
+    with (
+        open_source(write_hf(tmp_path, TINY, draft)) as source,
+        pytest.raises(CheckpointError, match="holds layers for multi-token prediction only"),
+    ):
+        check_tensors(source)
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,12 @@ FORMS: list[tuple[str, dict[str, tuple[str, tuple[int, ...]]]]] = [
     ("bitsandbytes INT8", {f"{W}.weight": ("I8", (8, 4)), f"{W}.SCB": ("F32", (8,))}),
     ("LoRA", {f"{W}.lora_A.weight": ("F32", (8, 4))}),
     ("LoRA", {f"{W}.lora_B.default.weight": ("F32", (8, 4))}),
+    ("LoRA", {f"{W}.lora_magnitude_vector.default.weight": ("F32", (8,))}),
+    ("EXL3", {f"{W}.trellis": ("I16", (8, 4)), f"{W}.suh": ("F16", (8,))}),
+    ("EXL2", {f"{W}.q_weight": ("I32", (8, 4)), f"{W}.q_scale": ("I32", (8,))}),
+    ("AQLM", {f"{W}.codes": ("I8", (8, 4)), f"{W}.codebooks": ("F16", (1, 8))}),
+    ("quanto", {f"{W}.weight._data": ("I8", (8, 4)), f"{W}.weight._scale": ("F32", (8,))}),
+    ("sparse", {f"{W}.compressed": ("BF16", (4,)), f"{W}.bitmask": ("U8", (4,))}),
     ("static activation scales", {f"{W}.input_scale": ("F32", ())}),
     ("MXFP4", {"model.layers.1.mlp.experts.gate_up_proj_blocks": ("U8", (1, 2))}),
     ("e5m2", {f"{W}.weight": ("F8_E5M2", (8, 4))}),
@@ -164,7 +170,8 @@ FORMS: list[tuple[str, dict[str, tuple[str, tuple[int, ...]]]]] = [
 
 def bare(path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> Path:
     """One file, and neither config nor tokenizer."""
-    bits = {"F32": 32, "I32": 32, "U32": 32, "BF16": 16, "U16": 16, "F4": 4, "F6_E2M3": 6}
+    bits = {"F32": 32, "I32": 32, "U32": 32, "F4": 4, "F6_E2M3": 6}
+    bits |= dict.fromkeys(("BF16", "F16", "I16", "U16"), 16)
     header, data = {}, b""
     for name, (dtype, shape) in tensors.items():
         count = 1
