@@ -60,6 +60,7 @@ _FLOAT = (int, float)
 _POSITIVE = FieldRule(_FLOAT, 1e-30, _MOST_NUMBER, "a number above 0")
 _NOT_NEGATIVE = FieldRule(_FLOAT, 0, _MOST_NUMBER, "a number, at least 0")
 _AT_LEAST_1 = FieldRule(_FLOAT, 1, _MOST_NUMBER, "a number, at least 1")
+_BELOW_1 = FieldRule(_FLOAT, 1e-30, math.nextafter(1, 0), "a number above 0, below 1")
 _ABOVE_1 = FieldRule(_FLOAT, math.nextafter(1, 2), _MOST_NUMBER, "a number above 1")
 
 # Of every number and truth in ModelConfig and RopeScaling.
@@ -84,7 +85,7 @@ RULES = {
     "topk_group": _COUNT,
     "norm_topk_prob": _TRUTH,
     "routed_scaling_factor": _POSITIVE,
-    "rms_norm_eps": _POSITIVE,
+    "rms_norm_eps": _BELOW_1,
     "rope_theta": _ABOVE_1,
     "rope_interleave": _TRUTH,
     "max_position_embeddings": _SIZE,

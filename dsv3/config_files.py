@@ -24,6 +24,7 @@ from dsv3.config_fields import (
     shown,
 )
 from dsv3.config_hf import from_hf
+from dsv3.config_quantization import QUANTIZATION_KEYS
 from dsv3.errors import ConfigError, shorten
 from dsv3.read_files import read_mapping
 
@@ -67,21 +68,22 @@ _DEEPSEEK_OTHER = ("dtype", "scale_fmt", "max_batch_size", "max_seq_len")
 _NOT_OF_HF = ("eos_token_ids", "quantization", "rope_scaling", "warning")
 
 
-def load_model_config(path_or_preset: str | Path) -> ModelConfig:
+def load_model_config(path_or_preset: str | Path, tensors_decide: bool = False) -> ModelConfig:
     """Read a model's configuration.
 
     Args:
         path_or_preset: a checkpoint directory, a Hugging Face config.json, DeepSeek's inference
             JSON, our YAML, or the name of a preset in `configs/`.
+        tensors_decide: see `from_hf`.
 
     Raises:
         ConfigError: nothing is there, or a field is missing, wrong or contradicts another one.
     """
     path = Path(path_or_preset)
     if os.path.isdir(path):  # unlike Path.is_dir, of any name
-        return _load_directory(path)
+        return _load_directory(path, tensors_decide)
     if os.path.isfile(path):
-        return _load_file(path)
+        return _load_file(path, tensors_decide)
     preset = PRESETS / f"{path_or_preset}.yaml"
     if os.path.isfile(preset):
         return _load_file(preset)
@@ -90,11 +92,11 @@ def load_model_config(path_or_preset: str | Path) -> ModelConfig:
     raise ConfigError(f"{asked}: no such file, and no preset of that name ({names})")
 
 
-def _load_directory(path: Path) -> ModelConfig:
+def _load_directory(path: Path, tensors_decide: bool) -> ModelConfig:
     file = path / "config.json"
     if not os.path.lexists(file):
         raise ConfigError(f"{path}: no config.json; give the model's configuration with --config")
-    config = _load_file(file)
+    config = _load_file(file, tensors_decide)
     generation = path / "generation_config.json"
     if not os.path.lexists(generation):
         return config
@@ -107,7 +109,7 @@ def _load_directory(path: Path) -> ModelConfig:
         raise ConfigError(f"{generation}: {error}") from None
 
 
-def _load_file(path: Path) -> ModelConfig:
+def _load_file(path: Path, tensors_decide: bool = False) -> ModelConfig:
     data = read_mapping(path)
     where = str(path)
     if path.suffix in (".yaml", ".yml"):
@@ -115,7 +117,7 @@ def _load_file(path: Path) -> ModelConfig:
     if not data:
         raise ConfigError(f"{where}: has no fields")
     if {"model_type", "architectures", "hidden_size"} & data.keys():
-        return from_hf(data, where)
+        return from_hf(data, where, tensors_decide)
     return _from_deepseek(data, where)
 
 
@@ -246,7 +248,7 @@ def recast_config_dict(
     data: Mapping[str, Any], quantization: QuantizationConfig | None
 ) -> dict[str, Any]:
     """Return the `config.json` of the same model with weights that are stored in another type."""
-    stale = {"quantization_config", "scale_fmt"}
+    stale = {*QUANTIZATION_KEYS, "scale_fmt"}
     if data.get("dtype") in ("bf16", "fp8"):  # of DeepSeek's inference fields
         stale.add("dtype")
     recast = {key: value for key, value in data.items() if key not in stale}

@@ -7,17 +7,14 @@ Keys that are unknown here are named in one warning: files of newer versions hav
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsv3.compressed_tensors import compressed_tensors
-from dsv3.config import ModelConfig, QuantizationConfig, check_family
+from dsv3.config import MODEL_TYPES, ModelConfig, QuantizationConfig, check_family
 from dsv3.config_fields import (
     DEEPSEEK_NAMES,
     DEEPSEEK_ROPE_NAMES,
     agreed,
-    check_mapping,
     check_only,
     check_required,
     check_token_ids,
@@ -25,6 +22,7 @@ from dsv3.config_fields import (
     listed,
     shown,
 )
+from dsv3.config_quantization import read_quantization
 from dsv3.config_rope import read_rope
 from dsv3.errors import ConfigError
 
@@ -45,6 +43,9 @@ _OTHER_NAMES = {
     "num_mtp_layers": "num_nextn_predict_layers",
     "norm_eps": "rms_norm_eps",
 } | DEEPSEEK_NAMES
+# The part of a multi-modal model's file, and fields that tools write into either part.
+_TEXT = "text_config"
+_OF_BOTH_PARTS = ("bos_token_id", "eos_token_id", "quantization_config", "tie_word_embeddings")
 # Keys that would change what the model computes, with the only value that is supported.
 _ONLY: Names = {
     "attention_bias": False,
@@ -59,7 +60,6 @@ _ONLY: Names = {
     "swiglu_limit": None,
     "zero_expert_num": 0,
 }
-_QUANTIZATION_ONLY: Names = {"activation_scheme": "dynamic", "expert_dtype": "fp8", "fmt": "e4m3"}
 # Read below: derived values, and other spellings.
 _READ = set(
     """
@@ -86,28 +86,49 @@ _IGNORED = set(
     """.split()  # noqa: SIM905
 )
 _KNOWN = {*_FIELDS, *_OTHER_NAMES, *_ONLY, *_READ, *_IGNORED, *DEEPSEEK_ROPE_NAMES}
-_QUANTIZATION_KNOWN = {
-    *_QUANTIZATION_ONLY,
-    *("dequantize", "ignored_layers", "modules_to_convert", "modules_to_not_convert"),
-    *("quant_method", "scale_fmt", "weight_block_size"),
-}
 # Kinds of attention in transformers' `layer_types`, the older name of V3.2's among them.
 _DENSE_LAYERS = ("full_attention",)
 _SPARSE_LAYERS = ("indexed_attention", "deepseek_sparse_attention")
 
 
-def from_hf(data: Names, where: str) -> ModelConfig:
+def text_part(data: Names, where: str) -> Names:
+    """Return the fields of the text model, if the file is of a multi-modal model that has one.
+
+    Raises:
+        ConfigError: both parts of the file give a field, with different values.
+    """
+    inner = data.get(_TEXT)
+    if data.get("model_type") in MODEL_TYPES or not isinstance(inner, dict):
+        return data
+    if inner.get("model_type") not in MODEL_TYPES:
+        return data
+    shared = {
+        name: agreed([(name, data.get(name)), (f"{_TEXT}.{name}", inner.get(name))], where)
+        for name in _OF_BOTH_PARTS
+        if name in data or name in inner
+    }
+    return {**inner, **shared}
+
+
+def from_hf(data: Names, where: str, tensors_decide: bool = False) -> ModelConfig:
     """Return the model of a `config.json`.
+
+    Args:
+        data: the file.
+        where: its path.
+        tensors_decide: ignore, with a warning, quantization of a form that is not supported:
+            the caller looks at the stored tensors, which may be plain.
 
     Raises:
         ConfigError: it is of another family, contradicts itself, or has a value that no model of
             the family can have.
     """
+    data = text_part(data, where)
     names = data.get("architectures")
     architecture = shown(names[0]).strip("'") if names and isinstance(names, list) else "unknown"
     check_family(data.get("model_type"), f"{where}: ", f" ({architecture})")
     check_only(data, _ONLY, f"{where}: ")
-    rope, quantization = read_rope(data, where), _read_quantization(data, where)
+    rope, quantization = read_rope(data, where), read_quantization(data, where, tensors_decide)
     fields = _plain_fields(data, where) | {
         "torch_dtype": _dtype(data, quantization.config, where),
         "eos_token_ids": check_token_ids(data.get("eos_token_id"), f"{where}: eos_token_id"),
@@ -120,10 +141,12 @@ def from_hf(data: Names, where: str) -> ModelConfig:
     unknown = [key for key in data if key not in _KNOWN and not key.startswith("_")]
     check_required([*_REQUIRED, "n_group", "topk_group"], fields, unknown, where)
     unknown += [*rope.unknown, *quantization.unknown]
+    warnings = [quantization.warning] if quantization.warning else []
     if unknown:
+        warnings.append(f"keys without a meaning here are ignored: {listed(unknown)}")
+    if warnings:
         # Without the directory: ranks on other hosts may have theirs elsewhere.
-        name = Path(where).name
-        fields["warning"] = f"{name}: keys without a meaning here are ignored: {listed(unknown)}"
+        fields["warning"] = f"{Path(where).name}: {'; '.join(warnings)}"
     try:
         config = ModelConfig(**fields)
     except ConfigError as error:
@@ -171,7 +194,8 @@ def _dtype(data: Names, quantization: QuantizationConfig | None, where: str) -> 
 
     In a file with DeepSeek's inference fields, `dtype` is theirs: fp8 or bf16 weights.
     """
-    dtype, stored = data.get("dtype"), "bf16" if quantization is None else "fp8"
+    torch_dtype, dtype = (_plain_dtype(data.get(name)) for name in ("torch_dtype", "dtype"))
+    stored = "bf16" if quantization is None else "fp8"
     if dtype in ("bf16", "fp8"):
         if dtype != stored:
             raise ConfigError(
@@ -179,58 +203,14 @@ def _dtype(data: Names, quantization: QuantizationConfig | None, where: str) -> 
                 f"{shown(data.get('quantization_config'))}; correct or remove one of them"
             )
         dtype = None
-    dtype = agreed([("torch_dtype", data.get("torch_dtype")), ("dtype", dtype)], where)
+    dtype = agreed([("torch_dtype", torch_dtype), ("dtype", dtype)], where)
     return "bfloat16" if dtype is None else dtype
 
 
-@dataclass(frozen=True)
-class _Quantization:
-    """Quantization of a file; `config` is None without any, `unknown` are keys not read."""
-
-    config: QuantizationConfig | None
-    unknown: list[str]
-
-
-def _read_quantization(data: Names, where: str) -> _Quantization:
-    # The first is MLX's key, the second of older compressed-tensors.
-    for key in ("quantization", "compression_config", "quantization_config"):
-        if data.get(key) is not None:
-            given = check_mapping(data[key], f"{where}: {key}")
-            methods = ("fp8", "compressed-tensors")
-            if key != "quantization_config" or given.get("quant_method") not in methods:
-                raise ConfigError(
-                    f"{where}: {key}: weights with {_described(given)} are not supported; only "
-                    "block-scaled fp8 is (no int4 or other packed weights)"
-                )
-    if data.get("quantization_config") is None:
-        return _Quantization(None, [])
-    given, name = data["quantization_config"], f"{where}: quantization_config"
-    if given["quant_method"] == "compressed-tensors":
-        return _Quantization(compressed_tensors(given, name), [])
-    check_only(given, _QUANTIZATION_ONLY, f"{name}.")
-    block, scale_fmt = given.get("weight_block_size"), given.get("scale_fmt")
-    block = tuple(block) if isinstance(block, list) else block
-    scale_fmt = None if scale_fmt == "float" else scale_fmt
-    try:
-        config = QuantizationConfig(block=block, scale_fmt=scale_fmt)  # type: ignore[arg-type]
-    except ConfigError as error:
-        raise ConfigError(f"{name}.{error}") from None
-    theirs = data.get("scale_fmt")  # of DeepSeek's inference fields
-    if theirs not in (None, scale_fmt):
-        raise ConfigError(
-            f"{where}: scale_fmt={shown(theirs)}, but quantization_config says "
-            f"scale_fmt={shown(scale_fmt)}; correct or remove one of them"
-        )
-    unknown = [f"quantization_config.{key}" for key in given if key not in _QUANTIZATION_KNOWN]
-    return _Quantization(config, unknown)
-
-
-def _described(quantization: Names) -> str:
-    """Return the names and values by which a format of quantized weights is known."""
-    names = ("quant_method", "quant_algo", "format", "bits", "group_size")
-    given = [f"{name}={shown(quantization[name])}" for name in names if name in quantization]
-    is_mlx = "quant_method" not in quantization and "bits" in quantization
-    return (", ".join(given) or "no quant_method") + (" (MLX)" if is_mlx else "")
+def _plain_dtype(dtype: Any) -> Any:
+    """Return a dtype without torch's prefix; None for that of FP8, which is not of all weights."""
+    name = dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
+    return None if name == "float8_e4m3fn" else name
 
 
 def _check_derived(data: Names, config: ModelConfig, where: str) -> None:

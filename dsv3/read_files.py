@@ -25,6 +25,9 @@ TABLE_BYTES = 512 << 20  # of a file that grows with the model: vocabulary, inde
 YAML_BYTES = 256 << 10
 YAML_VALUES = 100_000
 
+# Begins the files that Git leaves in place of large ones.
+_LFS_POINTER = b"version https://git-lfs."
+
 Kind = type[Dsv3Error]
 
 _NAMES = {
@@ -44,7 +47,8 @@ def open_regular(path: Path, kind: Kind = ConfigError, fault: str = "") -> int:
         fault: what the system's reason follows in the line of the error; the path if left out.
 
     Raises:
-        kind: the file cannot be opened, or is a pipe, a device, a directory or a socket.
+        kind: the file cannot be opened, is a pipe, a device, a directory or a socket, or was left
+            behind by a clone without Git LFS.
     """
     with _damage_as(fault or str(path), kind):
         mode = os.stat(path).st_mode
@@ -54,7 +58,11 @@ def open_regular(path: Path, kind: Kind = ConfigError, fault: str = "") -> int:
             name = _NAMES.get(stat.S_IFMT(mode), "something else")
             raise kind(f"{path}: not a regular file but {name}")
         # Without blocking: the file may have been replaced by a pipe since.
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        if os.pread(descriptor, len(_LFS_POINTER), 0) == _LFS_POINTER:
+            os.close(descriptor)
+            raise kind(f"{path}: a Git LFS pointer, not the file itself; run git lfs pull")
+        return descriptor
 
 
 def read_bytes(path: Path, kind: Kind = ConfigError, limit: int = CONFIG_BYTES) -> bytes:

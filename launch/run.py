@@ -11,12 +11,12 @@ import sys
 import threading
 from collections.abc import Callable
 
-from torch.distributed import run
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
+from torch.distributed.run import main as torchrun
 
 Meet = Callable[[RendezvousHandler], RendezvousInfo]
 HINT_SECONDS, AGAIN_SECONDS = 5.0, 60.0
@@ -59,7 +59,7 @@ def talkative(meet: Meet) -> Meet:
 def main() -> int:
     """Run torchrun; its ranks have said why they ended, so their stacks are not printed again."""
     try:
-        run.main()
+        torchrun()
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code = failure.exitcode

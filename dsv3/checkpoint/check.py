@@ -16,6 +16,19 @@ from dsv3.checkpoint.sharding import (
 )
 from dsv3.errors import CheckpointError
 
+_HEADS = "num_attention_heads"
+# Config fields that determine shapes which `check_sizes` does not compare, by tensor name.
+_FIELDS = {
+    ".q_proj.weight": (_HEADS, "qk_nope_head_dim", "qk_rope_head_dim"),
+    ".q_b_proj.weight": (_HEADS, "qk_nope_head_dim", "qk_rope_head_dim"),
+    ".kv_a_proj_with_mqa.weight": ("kv_lora_rank", "qk_rope_head_dim"),
+    ".kv_b_proj.weight": (_HEADS, "qk_nope_head_dim", "v_head_dim"),
+    ".o_proj.weight": (_HEADS, "v_head_dim"),
+    ".shared_experts.gate_proj.weight": ("n_shared_experts", "moe_intermediate_size"),
+    ".indexer.wq_b.weight": ("index_n_heads", "index_head_dim"),
+    ".indexer.wk.weight": ("index_head_dim",),
+}
+
 
 def check_tensors(source: Source) -> tuple[str, ...]:
     """Check that no tensor is missing, unknown or misshapen.
@@ -79,13 +92,20 @@ def _hint(source: Source, name: str) -> str:
 def _check_weight(source: Source, spec: TensorSpec) -> None:
     info = source.tensors[spec.name]
     where, scale = source.where(spec.name), scale_name(spec.name)
-    _check_shape(where, info, spec.shape)
+    _check_shape(source, info, spec.shape)
     if info.dtype in FLOAT_DTYPES:
         if spec.name.endswith(".weight") and scale in source.tensors:
-            raise CheckpointError(f"{where}: tensor {spec.name} is {info.dtype} but has scales")
+            raise CheckpointError(
+                f"{where}: tensor {spec.name} is {info.dtype}, but {scale} is stored, too; if the "
+                "weight is dequantized, remove its scales from the files"
+            )
         return
     if info.dtype != FP8_DTYPE or not spec.quantizable:
-        raise CheckpointError(f"{where}: tensor {spec.name} cannot be of type {info.dtype}")
+        kinds = FLOAT_DTYPES + (FP8_DTYPE,) * spec.quantizable
+        raise CheckpointError(
+            f"{where}: tensor {spec.name} cannot be of type {info.dtype}; it is read as one of "
+            f"{', '.join(kinds)}"
+        )
     if scale not in source.tensors:
         raise CheckpointError(
             f"{where}: tensor {spec.name} is {info.dtype}, but {scale} is missing"
@@ -95,14 +115,13 @@ def _check_weight(source: Source, spec: TensorSpec) -> None:
 
 def _check_scale(source: Source, spec: TensorSpec, info: TensorInfo) -> None:
     where, wanted = source.where(info.name), scale_shape(spec.shape)
-    count = math.prod(info.shape)
-    if info.shape != wanted and count in (1, spec.shape[0]):
+    if info.shape != wanted:
+        kinds = {1: "a scale per tensor", spec.shape[0]: "a scale per row"}
         raise CheckpointError(
-            f"{where}: tensor {info.name} is {list(info.shape)}; FP8 weights with a scale per "
-            f"{'tensor' if count == 1 else 'row'} are not supported, only with one per 128 x 128 "
-            f"block ({list(wanted)})"
+            f"{where}: tensor {info.name} is {list(info.shape)}; FP8 weights with "
+            f"{kinds.get(math.prod(info.shape), 'other scales')} are not supported, only with one "
+            f"per 128 x 128 block ({list(wanted)})"
         )
-    _check_shape(where, info, wanted)
     quantization = source.config.quantization
     is_ue8m0 = quantization is not None and quantization.scale_fmt == "ue8m0"
     # Some writers store E8M0 as U8; like transformers, accept it if the config declares E8M0.
@@ -113,9 +132,13 @@ def _check_scale(source: Source, spec: TensorSpec, info: TensorInfo) -> None:
         )
 
 
-def _check_shape(where: object, info: TensorInfo, wanted: tuple[int, ...]) -> None:
-    if info.shape != wanted:
-        raise CheckpointError(
-            f"{where}: tensor {info.name} is {list(info.shape)}, the config makes it "
-            f"{list(wanted)} ({math.prod(wanted)} values)"
-        )
+def _check_shape(source: Source, info: TensorInfo, wanted: tuple[int, ...]) -> None:
+    if info.shape == wanted:
+        return
+    names = next((names for end, names in _FIELDS.items() if info.name.endswith(end)), ())
+    reasons = [f"{math.prod(wanted)} values"]
+    reasons += [f"{name}={getattr(source.config, name)}" for name in names]
+    raise CheckpointError(
+        f"{source.where(info.name)}: tensor {info.name} is {list(info.shape)}, the config makes it "
+        f"{list(wanted)} ({', '.join(reasons)})"
+    )

@@ -51,6 +51,11 @@ def check_sizes(source: Source) -> None:
     config, layers = source.config, _Layers.of(source)
     if layers.plain:
         _check_layers(source, layers)
+    elif layers.mtp:
+        raise CheckpointError(
+            f"{source.path}: holds layers for multi-token prediction only, as for speculative "
+            "decoding; use the files of the model itself"
+        )
     if layers.num_experts not in (0, config.n_routed_experts):
         raise _contradiction(
             source, f"{layers.num_experts} routed experts in a layer", "n_routed_experts"

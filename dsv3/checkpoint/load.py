@@ -37,6 +37,11 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, FP
 # Bytes read at a time by each worker where values are converted on the way.
 _BUFFER = 16 << 20
 _WORKERS = 4
+# Routers, queries and keys: a sigmoid or a softmax turns their infinities into finite numbers.
+_HIDING_INFINITY = tuple(
+    f".{name}.weight"
+    for name in ("mlp.gate", "q_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
+)
 
 
 def fp8_weights(source: Source) -> frozenset[str]:
@@ -119,14 +124,16 @@ def _load_target(source: Source, target: Target, spec: TensorSpec, layout: Paral
     else:
         for rows, part in _row_blocks(region, stored.itemsize):
             target.dest[rows].copy_(_read(source, target.name, part, stored))
-    if target.dest.ndim == 1:
+    hides_infinity = target.name.endswith(_HIDING_INFINITY) and target.dest.dtype != FP8
+    if target.dest.ndim == 1 or hides_infinity:
         _check_finite(source, target.name, target.dest)
 
 
 def _check_finite(source: Source, name: str, values: Tensor) -> None:
-    """Refuse norms, router biases and scales with NaN or infinity: they spoil every token.
+    """Raise CheckpointError if a tensor has NaN or infinity.
 
-    Matrices are not looked through. What they do to logits is seen where tokens are chosen.
+    Norms, router biases and scales spoil every token, and `_HIDING_INFINITY` none visibly. All
+    other matrices make logits that are not finite, which fails the row.
     """
     if not values.isfinite().all():
         raise CheckpointError(

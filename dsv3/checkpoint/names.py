@@ -1,14 +1,14 @@
 """Tensor names: Hugging Face's are ours; those of DeepSeek's own converter are read too.
 
-So are those of the text model in a multi-modal model, and names without the prefix `model.`.
+So are those of the text model in a multi-modal model or in another wrapper, and names without the
+prefix `model.`.
 """
 
 _SCALE = ".weight_scale_inv"
 _COMPRESSED_SCALE = ".weight_scale"  # the spelling of compressed-tensors, with the same meaning
-_WRAPPERS = ("model", "language_model")
+# Of multi-modal models; of state dicts of data-parallel (DDP) and of compiled modules.
+_WRAPPERS = ("model", "language_model", "module", "_orig_mod")
 _OF_THE_MODEL = ("layers", "embed_tokens", "norm", "lm_head")
-# Tables computed from the config; older versions of transformers stored them.
-_ROTARY = tuple(f"rotary_emb.{t}" for t in ("inv_freq", "cos_cached", "sin_cached"))
 _VISION = ("vision_tower", "vision_model", "visual", "mm_projector", "multi_modal_projector")
 # One dotted component at a time. Names inside V3.2's indexer are the same in both spellings.
 FROM_DEEPSEEK = {
@@ -45,8 +45,8 @@ def weight_name(scale: str) -> str | None:
 
 
 def is_rotary_table(name: str) -> bool:
-    """Return True for a rotary embedding's buffer, which the config determines."""
-    return name.endswith(_ROTARY)
+    """Return True for a rotary embedding's buffer, such as `inv_freq`: the config determines it."""
+    return "rotary_emb" in name.split(".")
 
 
 def is_vision(name: str) -> bool:

@@ -10,6 +10,8 @@ from typing import Any
 from dsv3.checkpoint.manifest import MANIFEST
 from dsv3.checkpoint.plan import Plan
 from dsv3.config_files import hf_config_dict, recast_config_dict
+from dsv3.config_hf import text_part
+from dsv3.config_quantization import QUANTIZATION_KEYS
 from dsv3.errors import CheckpointError
 from dsv3.files import new_file
 from dsv3.read_files import read_mapping
@@ -36,25 +38,27 @@ def is_document(name: str) -> bool:
 def side_files(source: Path, plan: Plan) -> Mapping[str, Content]:
     """Return the content of every file beside the weights, by its path within the directory.
 
-    They are the source's; config.json is adjusted where weights are cast.
+    They are the source's; config.json is adjusted where it does not describe what is written: cast
+    weights, or the text model alone.
     """
     files: dict[str, Content] = {str(path.relative_to(source)): path for path in _files(source)}
     config = source / "config.json"
     if not config.is_file():
         files["config.json"] = _json(hf_config_dict(plan.config))
         return files
-    data = read_mapping(config, CheckpointError)
-    if plan.is_cast or not _describes_quantization(data, plan):
+    stated = read_mapping(config, CheckpointError)
+    data = dict(text_part(stated, str(config)))
+    if plan.is_cast or data != stated or not _describes_quantization(data, plan):
         files["config.json"] = _json(recast_config_dict(data, plan.config.quantization))
     return files
 
 
 def _describes_quantization(data: dict[str, Any], plan: Plan) -> bool:
     """Return True if config.json describes the quantization of the weights to be written."""
-    stated, quantization = data.get("quantization_config"), plan.config.quantization
-    if stated is None or quantization is None:
-        return stated is None and quantization is None
-    return isinstance(stated, dict) and stated.get("quant_method") == "fp8"
+    stated = [data[key] for key in QUANTIZATION_KEYS if data.get(key) is not None]
+    if plan.config.quantization is None or not stated:
+        return plan.config.quantization is None and not stated
+    return isinstance(stated[0], dict) and stated[0].get("quant_method") == "fp8"
 
 
 def side_folders(source: Path) -> list[Path]:

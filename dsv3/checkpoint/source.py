@@ -29,6 +29,12 @@ __all__ = ["INDEX", "check_stored_form", "open_source"]
 # Sizes that DeepSeek's own config files do not tell, or tell in another way.
 _MAY_DIFFER = {"bos_token_id", "max_position_embeddings", "num_nextn_predict_layers"}
 
+# Other fields that change what the model computes.
+_COMPUTATION = (
+    *("rope_theta", "rope_scaling", "rope_interleave", "rms_norm_eps"),
+    *("scoring_func", "topk_method", "norm_topk_prob", "routed_scaling_factor"),
+)
+
 
 def open_source(
     path: str | Path, config: ModelConfig | None = None, is_share: bool = False
@@ -91,10 +97,10 @@ def _config_of_stored(declared: ModelConfig, tensors: dict[str, TensorInfo]) -> 
 
 
 def _config(path: Path, given: ModelConfig | None) -> ModelConfig:
-    """The directory's own config, which `given` may not contradict."""
+    """Return the directory's own config, if it has one; sizes of `given` may not contradict it."""
     if given is not None and not (path / "config.json").is_file():
         return given
-    own = load_model_config(path)
+    own = load_model_config(path, tensors_decide=True)
     if given is None:
         return own
     for field in fields(ModelConfig):
@@ -103,7 +109,11 @@ def _config(path: Path, given: ModelConfig | None) -> ModelConfig:
         if is_size and have != want:
             where = path / "config.json"
             raise ConfigError(f"{where}: {field.name}={have}, but --config says {want}")
-    return own
+    ignored = [name for name in _COMPUTATION if getattr(own, name) != getattr(given, name)]
+    if not ignored:
+        return own
+    warning = f"config.json decides, although --config has another {', '.join(ignored)}"
+    return replace(own, warning="; ".join(filter(None, (own.warning, warning))))
 
 
 def _converted(path: Path, manifest: Manifest, is_share: bool) -> dict[str, TensorInfo]:

@@ -24,6 +24,11 @@ _NAMES = {
     ".biases": "packed weights (MLX 4-bit)",
     "_proj_blocks": "packed MXFP4 weights",
     ".W_q": "packed HQQ weights",
+    ".trellis": "packed EXL3 weights",
+    ".q_weight": "packed EXL2 weights",
+    ".codebooks": "packed AQLM weights",
+    "._data": "packed weights (quanto)",
+    ".bitmask": "sparse weights (compressed-tensors)",
     ".input_scale": "FP8 weights with static activation scales",
     ".activation_scale": "FP8 weights with static activation scales",
 }
@@ -68,6 +73,6 @@ def _form(tensor: StoredTensor) -> str | None:
         if name.endswith(".weight_packed") and dtype == "U8":
             return _PACKED_FLOATS
         return next(form for end, form in _NAMES.items() if name.endswith(end))
-    if ".lora_A." in name or ".lora_B." in name:
+    if ".lora_" in name:
         return _LORA
     return _DTYPES.get(dtype) if name.endswith((".weight", "_proj")) else None

@@ -167,18 +167,22 @@ class Engine:
 
         Raises:
             RequestError: one cannot be served.
-            ConfigError: they leave too little of the cache.
+            ConfigError: the logits of one are not finite, or they leave too little of the cache.
         """
         if any(lane.tree is None for lane in self._lanes):
             raise ConfigError("--prewarm keeps prefixes for reuse; drop --no-prefix-reuse")
         all_room, params = self._room, SamplingParams(max_tokens=0)
+        names = {}
         self._is_prewarming = True
-        for number in range(len(self._lanes)):
-            for i, ids in enumerate(prompts):
-                name = f"prewarm-{number}-{i}"
-                self.add(Request(request_id=name, prompt_ids=ids, params=params), number)
+        for lane in range(len(self._lanes)):
+            for number, ids in enumerate(prompts, 1):
+                name = f"prewarm-{lane}-{number}"
+                names[name] = f"--prewarm, prompt {number}"
+                self.add(Request(request_id=name, prompt_ids=ids, params=params), lane)
         while self.has_work():
-            self.step()
+            for output in self.step():
+                if output.completion is not None and output.completion.error:
+                    raise ConfigError(f"{names[output.request_id]}: {output.completion.error}")
         self._is_prewarming = False
         total = min(lane.pin(prompts) for lane in self._lanes)
         if 2 * self._room < all_room:
@@ -294,7 +298,7 @@ class Engine:
         seq = work.seq
         if seq.is_done:
             return None
-        rows = slice(work.first_row, work.first_row + work.num_scored + work.samples)
+        rows = slice(work.first_row, work.first_row + work.num_scored + 1)
         if (sampled.token[rows] == NOT_FINITE).any():
             return self._fail(seq, number, sampled.bad_layer)
         start = work.stop - work.num_tokens
@@ -308,13 +312,13 @@ class Engine:
         top = seq.request.params.prompt_logprobs or 0
         for row in range(work.first_row, work.first_row + work.num_scored):
             seq.prompt_logprobs.append(_token_logprobs(sampled, row, top))
-        if work.samples:
-            if seq.pending is not None and seq.pending[0] == number:
-                seq.pending = None
-            return self._append(seq, sampled, work.first_row + work.num_scored)
-        if work.stop == seq.prompt_len and seq.request.params.max_tokens == 0:
+        if not work.is_last:
+            return None
+        if seq.request.params.max_tokens == 0:
             return self._finish(seq, "length", RequestOutput(request_id=seq.request.request_id))
-        return None
+        if seq.pending is not None and seq.pending[0] == number:
+            seq.pending = None
+        return self._append(seq, sampled, work.first_row + work.num_scored)
 
     def _append(self, seq: Sequence, sampled: Sampled, row: int) -> RequestOutput:
         """Add a sampled token; finish the sequence if it was the last."""

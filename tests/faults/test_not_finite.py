@@ -40,6 +40,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "sampled": {"temperature": 1.0, "seed": 3},
     "scored": {"logprobs": 2, "echo": True},
     "twice": {"n": 2, "temperature": 1.0, "seed": 4},
+    "computed only": {"max_tokens": 0},
 }
 
 
@@ -115,7 +116,7 @@ def test_a_row_that_overflows_fails_and_harms_no_other(
     flags: tuple[str, ...],
 ) -> None:
     got = responses(overflowing, tmp_path, launch, *flags)
-    assert "16 rows: 8 answered, 8 failed" in got["stderr"]
+    assert "20 rows: 10 answered, 10 failed" in got["stderr"]
     for kind in KINDS:
         for name in PROMPTS:
             response, wanted = got[f"{name}, {kind}"], right[f"{name}, {kind}"]
@@ -144,6 +145,20 @@ def test_the_library_says_so(overflowing: Path, caplog: pytest.LogCaptureFixture
             list(llm.stream(PROMPTS["overflow"], params))
 
 
+def test_a_chunk_that_overflows_is_not_reused(overflowing: Path) -> None:
+    """Others that begin alike come while a long prompt is computed chunk by chunk."""
+    bad = [9] * 10 + [BAD_TOKEN] + [9] * 150
+    prompts = [[9] * 10 + [5, 6], [9] * 9 + [8], [9] * 10, [9] * 70, [9] * 5]
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
+    sizes = {"kv_cache_size": "2048tok", "max_batch_tokens": 64, "max_running": 8}
+    with LLM(overflowing, device="cpu", **sizes) as llm:
+        wanted = llm.generate(prompts, params)
+    with LLM(overflowing, device="cpu", **sizes) as llm:
+        first, *others = llm.generate([bad, *prompts], params)
+    assert first.error
+    assert [one.token_ids for one in others] == [one.token_ids for one in wanted]
+
+
 LAYER = "model.layers.1."
 
 
@@ -155,6 +170,7 @@ LAYER = "model.layers.1."
         ("model.norm.weight", NAN),
         (scale_name(f"{LAYER}mlp.experts.3.up_proj.weight"), INFINITY),
         (scale_name(f"{LAYER}self_attn.o_proj.weight"), NAN),
+        (f"{LAYER}mlp.gate.weight", INFINITY),
     ],
 )
 def test_small_tensors_are_refused_by_name_when_loaded(
@@ -175,6 +191,28 @@ def test_small_tensors_are_refused_by_name_when_loaded(
         load_weights(source, module.targets(), ParallelConfig())
     file = source.where(name)
     assert str(refused.value).startswith(f"{file}: tensor {name} has values that are NaN")
+
+
+@pytest.mark.parametrize("name", ["q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"])
+def test_infinities_that_a_softmax_hides_are_refused_by_name(tmp_path: Path, name: str) -> None:
+    """A key whose score is -infinity has no weight, as if it were masked."""
+    name = f"{LAYER}self_attn.{name}.weight"
+    path = write(tmp_path / "model", spoiled(random_tensors(TINY), name, INFINITY))
+    with pytest.raises(CheckpointError, match=f"tensor {name} has values that are NaN"):
+        LLM(path, kv_cache_size="512tok", device="cpu")
+
+
+def test_a_prompt_that_overflows_is_not_prewarmed(overflowing: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    bodies = [{"prompt": [3, 4]}, {"prompt": PROMPTS["overflow"]}]
+    rows = [
+        {"custom_id": f"{i}", "url": "/v1/completions", "body": b} for i, b in enumerate(bodies)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = ["--input-file", str(file), "--prewarm", str(file), "--kv-cache-size", "2048tok"]
+    done = run([*ALONE, GENERATE, "--ckpt-path", str(overflowing), *files])
+    assert done.returncode == 2
+    assert f"error: --prewarm, prompt 2: {OVERFLOW}" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,8 @@ def refusal(path: Path, change: dict[str, Any], without: tuple[str, ...] = ()) -
         {"original_max_position_embeddings": 64},
         {"dtype": "bfloat16"},
         {"torch_dtype": None, "dtype": "bfloat16"},
+        {"torch_dtype": "torch.bfloat16"},
+        {"torch_dtype": "float8_e4m3fn", "dtype": "bfloat16"},
         {"num_local_experts": 8, "num_experts": 8, "num_mtp_layers": 0},
         {"num_key_value_heads": None},
         {"head_dim": 16, "qk_head_dim": 48},
@@ -196,7 +198,12 @@ def test_contradicting_values(change: dict[str, Any], words: str, tmp_path: Path
         ({"rope_theta": 1}, "rope_theta=1 must be a number above 1"),
         ({"quantization_config": "fp8"}, "quantization_config='fp8' must be a mapping"),
         ({"quantization_config": []}, "quantization_config=[] must be a mapping"),
-        ({"quantization_config": {"quant_method": "compressed-tensors"}}, "int4"),
+        (
+            {"quantization_config": {"quant_method": "compressed-tensors"}},
+            "quantization_config: config_groups=None must be a mapping",
+        ),
+        ({"quantization_config": {"quant_method": "fp8"}}, "FP8 weights have a scale per tensor"),
+        ({"quantization_config": None, "scale_fmt": 8}, "scale_fmt=8 must be 'ue8m0' or absent"),
         ({"quantization_config": {"bits": 4, "group_size": 64}}, "bits=4, group_size=64 (MLX)"),
         ({"quantization": {"bits": 4, "group_size": 64}}, "bits=4, group_size=64 (MLX)"),
         ({"quantization_config": {"quant_method": "fp8", "fmt": "e5m2"}}, ".fmt='e5m2' is not"),
@@ -213,9 +220,14 @@ def test_contradicting_values(change: dict[str, Any], words: str, tmp_path: Path
         ({"hidden_size": 10**400}, "hidden_size=1000"),
         ({"rms_norm_eps": float("nan")}, "not JSON: NaN is no number"),
         ({"rms_norm_eps": 0}, "rms_norm_eps=0 must be"),
+        ({"rms_norm_eps": 1}, "rms_norm_eps=1 must be"),
         ({"rope_interleave": None}, "rope_interleave=None must be true or false"),
         ({"norm_topk_prob": 1}, "norm_topk_prob=1 must be true or false"),
         ({"n_group": 3}, "n_group=3 does not divide"),
+        (
+            {"scoring_func": "softmax", "topk_method": "greedy"},
+            "routed_scaling_factor=2.5 with norm_topk_prob=True and scoring_func='softmax' is not",
+        ),
         ({"eos_token_id": "end"}, "eos_token_id='end' must be"),
         ({"eos_token_id": [1, 331]}, "eos_token_id=331 is outside vocab_size=331"),
         ({"dim": 320.0}, "dim=320.0 must be a positive integer"),
@@ -272,6 +284,25 @@ def test_other_names_alone(tmp_path: Path) -> None:
     rope = {name: value for name, value in YARN.items() if not name.startswith("original")}
     length = {"original_max_position_embeddings": 64}
     assert read(tmp_path, {"rope_scaling": rope, **length}) == PLAIN
+
+
+def wrapped(path: Path, inner: dict[str, Any], **outer: object) -> ModelConfig:
+    """Read the file of a multi-modal model with this text model."""
+    data = {"model_type": "kimi_vl", "vision_config": {"hidden_size": 8}, "text_config": inner}
+    (path / "config.json").write_text(json.dumps(data | outer))
+    return load_model_config(path)
+
+
+def test_the_text_model_of_a_multi_modal_model(tmp_path: Path) -> None:
+    plain = {name: value for name, value in BASE.items() if name != "quantization_config"}
+    assert wrapped(tmp_path, BASE) == PLAIN
+    outer = {"quantization_config": BASE["quantization_config"], "eos_token_id": 1}
+    assert wrapped(tmp_path, plain, **outer) == PLAIN
+    words = "eos_token_id=2 and text_config.eos_token_id=1 disagree"
+    with pytest.raises(ConfigError, match=words):
+        wrapped(tmp_path, BASE, eos_token_id=2)
+    with pytest.raises(ConfigError, match="model_type='kimi_vl'"):
+        wrapped(tmp_path, BASE | {"model_type": "qwen2"})
 
 
 @pytest.mark.parametrize("layer_type", ["indexed_attention", "deepseek_sparse_attention"])

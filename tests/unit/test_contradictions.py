@@ -15,6 +15,7 @@ from dsv3.checkpoint.load import has_fp8_experts, has_fp8_weights
 from dsv3.checkpoint.plan import Cast, make_plan
 from dsv3.checkpoint.source import open_source
 from dsv3.config import ModelConfig, ParallelConfig
+from dsv3.config_files import load_model_config
 from dsv3.engine.config import EngineConfig
 from dsv3.engine.start import numerics_mode
 from dsv3.errors import CheckpointError, ConfigError
@@ -24,6 +25,7 @@ QUANTIZED = dataclasses.replace(TINY, quantization=FP8)
 MTP = dataclasses.replace(TINY, num_nextn_predict_layers=1)
 DEEP = dataclasses.replace(TINY, num_hidden_layers=3, num_nextn_predict_layers=1)
 TIED = dataclasses.replace(TINY, tie_word_embeddings=True)
+LAYERS = "model.layers."
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -69,6 +71,16 @@ def test_counts_and_sizes(
         with pytest.raises(CheckpointError, match=words) as caught:
             check_tensors(source)
     assert str(caught.value).startswith(f"{tmp_path}: ")
+
+
+def test_layers_for_speculative_decoding_alone(tmp_path: Path) -> None:
+    tensors = random_tensors(MTP)
+    draft = {n.replace(".2.", ".0."): t for n, t in tensors.items() if n.startswith(f"{LAYERS}2.")}
+    with (
+        open_source(write_hf(tmp_path, TINY, draft)) as source,
+        pytest.raises(CheckpointError, match="holds layers for multi-token prediction only"),
+    ):
+        check_tensors(source)
 
 
 @pytest.mark.parametrize(
@@ -232,24 +244,74 @@ def test_blocks_of_compressed_tensors(tmp_path: Path) -> None:
         assert make_plan(source, None, Cast.BF16).config.quantization is None
 
 
-@pytest.mark.parametrize(
-    ("quantization", "words"),
-    [
-        (compressed(type="int", num_bits=4, strategy="group"), r"weights.type='int' is not supp"),
-        (compressed(strategy="channel"), r"group_0.weights.strategy='channel' is not supported"),
-        (compressed(block_structure=[1, 128]), r"weights.block_structure=\[1, 128\] is not supp"),
-        ({"quant_method": "compressed-tensors", "config_groups": []}, "lists no groups"),
-        (
-            {"quant_method": "compressed-tensors", "config_groups": {"g": 1}},
-            "config_groups.g has no weights",
-        ),
-    ],
-)
-def test_other_forms_of_compressed_tensors(
+INT4 = compressed(type="int", num_bits=4, strategy="group")
+UNSUPPORTED = [
+    (INT4, "weights.type='int' is not supported"),
+    (compressed(strategy="channel"), "group_0.weights.strategy='channel' is not supported"),
+    (compressed(block_structure=[1, 128]), "weights.block_structure=[1, 128] is not supported"),
+    ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "quant_method='bitsandbytes'"),
+    ({"quant_method": "fp8"}, "FP8 weights have a scale per tensor"),
+]
+
+
+def describe(path: Path, config: ModelConfig, tensors: Tensors, quantization: object) -> Path:
+    """Write a checkpoint with this quantization_config."""
+    file = write_hf(path, config, tensors) / "config.json"
+    told = config_json(path) | {"quantization_config": quantization}
+    file.write_text(json.dumps(told))
+    return file
+
+
+@pytest.mark.parametrize(("quantization", "words"), UNSUPPORTED)
+def test_unsupported_quantization_without_weights(
     quantization: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
-    path = write_hf(tmp_path, TINY, random_tensors(TINY))
-    config = config_json(path) | {"quantization_config": quantization}
-    (path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match=words):
-        open_source(path)
+    file = describe(tmp_path, TINY, random_tensors(TINY), quantization)
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        load_model_config(file)
+
+
+@pytest.mark.parametrize(("quantization", "words"), UNSUPPORTED)
+def test_unsupported_quantization_that_is_stale(
+    quantization: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    """A merged or dequantized model may keep the quantization_config that it had before."""
+    tensors = random_tensors(TINY)
+    describe(tmp_path / "hf", TINY, tensors, quantization)
+    with open_source(tmp_path / "hf") as source:
+        check_tensors(source)
+        assert source.config.quantization is None
+        warning = source.config.warning
+        convert(source, make_plan(source, None), tmp_path / "out", workers=1)
+    assert warning.startswith("config.json: quantization_config: ") and words in warning
+    assert warning.endswith("; ignored, the stored tensors decide")
+    assert "quantization_config" not in config_json(tmp_path / "out")
+    with open_source(tmp_path / "out") as source:
+        assert source.config == TINY and source.config.warning == ""
+
+
+def test_unsupported_quantization_over_fp8_blocks(tmp_path: Path) -> None:
+    """The stored form decides here, too."""
+    describe(tmp_path / "hf", TINY, random_tensors(QUANTIZED), INT4)
+    with open_source(tmp_path / "hf") as source:
+        check_tensors(source)
+        assert source.config.quantization == FP8
+        assert len(list(source_warnings(source))) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"config_groups": []}, "config_groups=[] must be a mapping"),
+        ({"config_groups": {}}, "config_groups={} lists no groups"),
+        ({"config_groups": {"g": 1}}, "config_groups.g=1 must be a mapping"),
+        ({"config_groups": {"g": {}}}, "config_groups.g.weights=None must be a mapping"),
+        ({"transform_config": {"config_groups": {"R1": {}}}}, "activations are not rotated"),
+    ],
+)
+def test_compressed_tensors_of_wrong_types(
+    change: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    describe(tmp_path, TINY, random_tensors(TINY), compressed() | change)
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        open_source(tmp_path)

@@ -40,6 +40,10 @@ DAMAGED = {
     "cycle.yaml": (b"a: &a [*a]", "its aliases stand for more than 100000 values"),
     "digits.yaml": (b"a: " + b"9" * 5000, "Exceeds the limit (4300 digits)"),
     "long.yaml": (b"a: 1\n" * (YAML_BYTES // 5 + 1), "larger than the 262,144 bytes"),
+    "pointer.json": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7847602\n",
+        "a Git LFS pointer, not the file itself; run git lfs pull",
+    ),
     "list.yaml": (b"- a", "not a mapping of field names to values"),
 }
 

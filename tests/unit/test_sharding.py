@@ -133,10 +133,23 @@ GATE = "model.layers.1.mlp.gate.weight"
         ({scale_name(Q_B): None}, f"{scale_name(Q_B)} is missing"),
         ({Q_B: None}, "it scales a weight that is absent"),
         ({Q_B: ("F8_E4M3", (2, 2), bytes(4))}, r"is \[2, 2\], the config makes it \[384, 136\]"),
-        ({scale_name(Q_B): ("F32", (3, 1), bytes(12))}, r"is \[3, 1\], .* \[3, 2\]"),
+        (
+            {Q_B: ("F8_E4M3", (2, 2), bytes(4))},
+            "values, num_attention_heads=8, qk_nope_head_dim=32, qk_rope_head_dim=16",
+        ),
+        (
+            {scale_name(Q_B): ("F32", (3, 1), bytes(12))},
+            r"is \[3, 1\]; .* with other scales .*\[3, 2\]",
+        ),
         ({GATE: ("F8_E4M3", (8, 320), bytes(2560))}, f"{GATE} cannot be of type F8_E4M3"),
-        ({GATE: ("I16", (8, 320), bytes(5120))}, f"{GATE} cannot be of type I16"),
-        ({Q_B: ("F32", (384, 136), bytes(208896))}, "is F32 but has scales"),
+        (
+            {GATE: ("I16", (8, 320), bytes(5120))},
+            f"{GATE} .* I16; it is read as one of F32, BF16, F16",
+        ),
+        (
+            {Q_B: ("F32", (384, 136), bytes(208896))},
+            f"is F32, but {scale_name(Q_B)} is stored, too",
+        ),
         ({"model.layers.0.mlp.x.weight": ("F32", (1,), bytes(4))}, "not part of this model"),
         ({"model.layers.2.enorm.weight": ("F32", (1,), bytes(4))}, "num_nextn_predict_layers=0"),
         (

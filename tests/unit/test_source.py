@@ -227,3 +227,14 @@ def test_other_directories(tmp_path: Path) -> None:
 def test_config_that_contradicts(checkpoint: Path) -> None:
     with pytest.raises(ConfigError, match="hidden_size=320, but --config says 321"):
         open_source(checkpoint, dataclasses.replace(CONFIG, hidden_size=321))
+
+
+def test_a_given_config_that_computes_otherwise_is_named(checkpoint: Path) -> None:
+    given = dataclasses.replace(CONFIG, rope_scaling=None, rms_norm_eps=1e-5)
+    with open_source(checkpoint, given) as source:
+        assert source.config.rope_scaling == CONFIG.rope_scaling
+        assert source.config.warning == (
+            "config.json decides, although --config has another rope_scaling, rms_norm_eps"
+        )
+    with open_source(checkpoint, CONFIG) as source:
+        assert source.config.warning == ""

@@ -8,6 +8,8 @@ import pytest
 
 from dsv3.checkpoint.check import check_tensors
 from dsv3.checkpoint.contradictions import source_warnings
+from dsv3.checkpoint.convert import convert
+from dsv3.checkpoint.plan import make_plan
 from dsv3.checkpoint.scales import read_scales
 from dsv3.checkpoint.source import check_stored_form, open_source
 from dsv3.errors import CheckpointError
@@ -40,9 +42,10 @@ def nested(name: str) -> str:
         lambda name: name.removeprefix("model."),
         lambda name: f"language_model.{name}",
         nested,
+        lambda name: f"module._orig_mod.{name}",
         lambda name: name.replace(".weight_scale_inv", ".weight_scale"),
     ],
-    ids=["no model.", "language_model.", "model.language_model.", "weight_scale"],
+    ids=["no model.", "language_model.", "model.language_model.", "module.", "weight_scale"],
 )
 def test_other_names(spell, tmp_path: Path) -> None:
     tensors = random_tensors(CONFIG)
@@ -55,7 +58,7 @@ def test_rotary_tables_are_ignored(tmp_path: Path) -> None:
     tensors = random_tensors(TINY)
     table = ("F32", (8,), bytes(32))
     more = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": table for i in range(2)}
-    more["model.rotary_emb.inv_freq"] = table
+    more["model.rotary_emb.inv_freq"] = more["rotary_emb.original_inv_freq"] = table
     assert read_as(write_hf(tmp_path, TINY, tensors | more), tensors) == []
 
 
@@ -66,6 +69,20 @@ def test_an_image_encoder_is_ignored_with_a_warning(tmp_path: Path) -> None:
     spelled["model.mm_projector.0.weight"] = "BF16", (2,), bytes(4)
     (line,) = read_as(write_hf(tmp_path, TINY, spelled), tensors)
     assert "the tensors of an image encoder (2) are ignored" in line
+
+
+def test_the_text_model_of_a_multi_modal_model_is_converted(tmp_path: Path) -> None:
+    """The converted directory describes the text model alone."""
+    tensors = random_tensors(CONFIG)
+    path = write_hf(tmp_path / "hf", CONFIG, {f"language_model.{n}": t for n, t in tensors.items()})
+    inner = json.loads((path / "config.json").read_text())
+    outer = {"model_type": "kimi_vl", "text_config": inner}
+    (path / "config.json").write_text(json.dumps(outer))
+    assert read_as(path, tensors) == []
+    with open_source(path) as source:
+        convert(source, make_plan(source, None), tmp_path / "out", workers=1)
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == inner
+    assert read_as(tmp_path / "out", tensors) == []
 
 
 @pytest.mark.parametrize(
@@ -135,6 +152,12 @@ FORMS: list[tuple[str, dict[str, tuple[str, tuple[int, ...]]]]] = [
     ("bitsandbytes INT8", {f"{W}.weight": ("I8", (8, 4)), f"{W}.SCB": ("F32", (8,))}),
     ("LoRA", {f"{W}.lora_A.weight": ("F32", (8, 4))}),
     ("LoRA", {f"{W}.lora_B.default.weight": ("F32", (8, 4))}),
+    ("LoRA", {f"{W}.lora_magnitude_vector.default.weight": ("F32", (8,))}),
+    ("EXL3", {f"{W}.trellis": ("I16", (8, 4)), f"{W}.suh": ("F16", (8,))}),
+    ("EXL2", {f"{W}.q_weight": ("I32", (8, 4)), f"{W}.q_scale": ("I32", (8,))}),
+    ("AQLM", {f"{W}.codes": ("I8", (8, 4)), f"{W}.codebooks": ("F16", (1, 8))}),
+    ("quanto", {f"{W}.weight._data": ("I8", (8, 4)), f"{W}.weight._scale": ("F32", (8,))}),
+    ("sparse", {f"{W}.compressed": ("BF16", (4,)), f"{W}.bitmask": ("U8", (4,))}),
     ("static activation scales", {f"{W}.input_scale": ("F32", ())}),
     ("MXFP4", {"model.layers.1.mlp.experts.gate_up_proj_blocks": ("U8", (1, 2))}),
     ("e5m2", {f"{W}.weight": ("F8_E5M2", (8, 4))}),
@@ -147,7 +170,8 @@ FORMS: list[tuple[str, dict[str, tuple[str, tuple[int, ...]]]]] = [
 
 def bare(path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> Path:
     """One file, and neither config nor tokenizer."""
-    bits = {"F32": 32, "I32": 32, "U32": 32, "BF16": 16, "U16": 16, "F4": 4, "F6_E2M3": 6}
+    bits = {"F32": 32, "I32": 32, "U32": 32, "F4": 4, "F6_E2M3": 6}
+    bits |= dict.fromkeys(("BF16", "F16", "I16", "U16"), 16)
     header, data = {}, b""
     for name, (dtype, shape) in tensors.items():
         count = 1

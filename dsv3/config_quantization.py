@@ -1,0 +1,153 @@
+"""Read the quantization of Hugging Face's `config.json`; only FP8 in blocks is supported.
+
+`quant_method` is "fp8" in the published models and in files of transformers; "compressed-tensors"
+describes the same form, and others, in other words.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dsv3.config import QuantizationConfig
+from dsv3.config_fields import check_mapping, check_only, shown
+from dsv3.errors import ConfigError
+
+Names = Mapping[str, Any]
+
+# The first is MLX's, the second of older compressed-tensors.
+QUANTIZATION_KEYS = ("quantization", "compression_config", "quantization_config")
+_QUANTIZATION_ONLY: Names = {"activation_scheme": "dynamic", "expert_dtype": "fp8", "fmt": "e4m3"}
+_QUANTIZATION_KNOWN = {
+    *_QUANTIZATION_ONLY,
+    *("dequantize", "ignored_layers", "modules_to_convert", "modules_to_not_convert"),
+    *("quant_method", "scale_fmt", "weight_block_size"),
+}
+_BLOCK_WEIGHTS = {"type": "float", "num_bits": 8, "strategy": "block"}
+_BLOCKS = ([128, 128], "128x128")
+_ONLY = (
+    "of compressed-tensors only FP8 with a scale per 128 x 128 block is supported (no int4 or "
+    "other packed weights)"
+)
+
+
+class UnsupportedQuantizationError(ConfigError):
+    """A config describes quantized weights of a form that is not read."""
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Quantization of a file.
+
+    Attributes:
+        config: None if the weights are not quantized, or if nothing is known of them.
+        unknown: keys that are not read.
+        warning: why all of it is ignored; else empty.
+    """
+
+    config: QuantizationConfig | None = None
+    unknown: tuple[str, ...] = ()
+    warning: str = ""
+
+
+def read_quantization(data: Names, where: str, tensors_decide: bool) -> Quantization:
+    """Read the quantization of a file.
+
+    Args:
+        data: the file.
+        where: its path.
+        tensors_decide: return a warning instead of raising `UnsupportedQuantizationError`.
+
+    Raises:
+        UnsupportedQuantizationError: the weights are quantized in another form.
+        ConfigError: a value has a wrong type, or contradicts another one.
+    """
+    if data.get("scale_fmt") not in (None, "ue8m0"):  # of DeepSeek's inference fields
+        raise ConfigError(
+            f"{where}: scale_fmt={shown(data['scale_fmt'])} must be 'ue8m0' or absent"
+        )
+    try:
+        return _supported_quantization(data, where)
+    except UnsupportedQuantizationError as error:
+        if not tensors_decide:
+            raise
+        reason = str(error).removeprefix(f"{where}: ")
+        return Quantization(warning=f"{reason}; ignored, the stored tensors decide")
+
+
+def _supported_quantization(data: Names, where: str) -> Quantization:
+    for key in QUANTIZATION_KEYS:
+        if data.get(key) is not None:
+            given = check_mapping(data[key], f"{where}: {key}")
+            methods = ("fp8", "compressed-tensors")
+            if key != "quantization_config" or given.get("quant_method") not in methods:
+                raise UnsupportedQuantizationError(
+                    f"{where}: {key}: weights with {_described(given)} are not supported; only "
+                    "block-scaled fp8 is (no int4 or other packed weights)"
+                )
+    if data.get("quantization_config") is None:
+        return Quantization()
+    given, name = data["quantization_config"], f"{where}: quantization_config"
+    if given["quant_method"] == "compressed-tensors":
+        return Quantization(_compressed_tensors(given, name))
+    check_only(given, _QUANTIZATION_ONLY, f"{name}.")
+    block, scale_fmt = given.get("weight_block_size"), given.get("scale_fmt")
+    if block is None:
+        raise UnsupportedQuantizationError(
+            f"{name}: without weight_block_size, FP8 weights have a scale per tensor, which is "
+            "not supported; only one per 128 x 128 block is"
+        )
+    block = tuple(block) if isinstance(block, list) else block
+    scale_fmt = None if scale_fmt == "float" else scale_fmt
+    try:
+        config = QuantizationConfig(block=block, scale_fmt=scale_fmt)
+    except ConfigError as error:
+        raise ConfigError(f"{name}.{error}") from None
+    theirs = data.get("scale_fmt")
+    if theirs not in (None, scale_fmt):
+        raise ConfigError(
+            f"{where}: scale_fmt={shown(theirs)}, but quantization_config says "
+            f"scale_fmt={shown(scale_fmt)}; correct or remove one of them"
+        )
+    unknown = [f"quantization_config.{key}" for key in given if key not in _QUANTIZATION_KNOWN]
+    return Quantization(config, tuple(unknown))
+
+
+def _described(quantization: Names) -> str:
+    """Return the names and values by which a format of quantized weights is known."""
+    names = ("quant_method", "quant_algo", "format", "bits", "group_size")
+    given = [f"{name}={shown(quantization[name])}" for name in names if name in quantization]
+    is_mlx = "quant_method" not in quantization and "bits" in quantization
+    return (", ".join(given) or "no quant_method") + (" (MLX)" if is_mlx else "")
+
+
+def _compressed_tensors(data: Mapping[str, Any], where: str) -> QuantizationConfig:
+    """Return the quantization of a config with quant_method "compressed-tensors".
+
+    Its FP8_BLOCK form is that of the published models with another name, `weight_scale`.
+
+    Args:
+        data: the quantization_config.
+        where: begins the messages of errors.
+
+    Raises:
+        UnsupportedQuantizationError: a group of weights is quantized otherwise.
+        ConfigError: activations have to be rotated, a group is no mapping, or there is none.
+    """
+    if data.get("transform_config"):
+        raise ConfigError(
+            f"{where}: transform_config={shown(data['transform_config'])} is not supported: "
+            "activations are not rotated"
+        )
+    groups = check_mapping(data.get("config_groups"), f"{where}: config_groups")
+    if not groups:
+        raise ConfigError(f"{where}: config_groups={{}} lists no groups of weights")
+    for name, group in groups.items():
+        full = f"{where}: config_groups.{name}"
+        weights = check_mapping(check_mapping(group, full).get("weights"), f"{full}.weights")
+        wrong = [key for key, value in _BLOCK_WEIGHTS.items() if weights.get(key) != value]
+        if weights.get("block_structure") not in _BLOCKS:
+            wrong.append("block_structure")
+        if wrong:
+            value = f"{full}.weights.{wrong[0]}={shown(weights.get(wrong[0]))}"
+            raise UnsupportedQuantizationError(f"{value} is not supported; {_ONLY}")
+    return QuantizationConfig()
