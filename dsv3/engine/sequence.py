@@ -3,8 +3,11 @@
 from array import array
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from dsv3.cache.prefix import Match
 from dsv3.cache.tiers import PageKey
+from dsv3.engine.adjust import Adjuster
 from dsv3.request import Request, TokenLogprobs
 from dsv3.text.detokenize import TextStream
 
@@ -32,6 +35,9 @@ class Sequence:
         overtaken: how often a later request was admitted before it.
         expires: `time.monotonic()` at which it ends as it is.
         patience_ends: when it stops waiting for its prefix to come from disk.
+        adjuster: its biases and penalties; None if it has none.
+        choice: how it is sampled, as the words of `StepPlan`: top_k, the halves of the seed,
+            answer, temperature, top_p, min_p.
         page_keys: names of its full pages in the cache's lower tiers, as far as asked for.
     """
 
@@ -59,10 +65,18 @@ class Sequence:
     page_keys: list[PageKey] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    adjuster: Adjuster | None = None
+    choice: bytes = b""
 
     def __post_init__(self) -> None:
         """Start from the prompt."""
-        self.token_ids = list(self.request.prompt_ids)
+        request, p = self.request, self.request.params
+        self.token_ids = list(request.prompt_ids)
+        self.adjuster = Adjuster.of(p, request.prompt_ids)
+        numbers = np.array([min(p.top_k, 2**31 - 1), 0, 0, request.answer], np.int32)
+        numbers[1:3] = np.array([p.seed], np.int64).view(np.int32)
+        floats = np.array([p.temperature, p.top_p, p.min_p], np.float32)
+        self.choice = numbers.tobytes() + floats.tobytes()
 
     @property
     def order(self) -> tuple[int, int]:

@@ -149,6 +149,16 @@ def test_the_answers_say_something(run: Run) -> None:
         assert len(different) >= len(answers) - 1, name
 
 
+def test_penalties_and_biases_are_felt(run: Run) -> None:
+    """Answers with them differ from greedy ones; what is forced or banned is."""
+    for name in PLAINEST.values():
+        answers = run(1)[name]["answers"]
+        assert answers["adjusted 0"] != answers["greedy 0"], name
+    for name in ("fp8", "crowd"):
+        answers = run(1)[name]["answers"]
+        assert set(answers["adjusted 4"]) == {5}
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 def test_cache_bytes(run: Run, world_size: int) -> None:
     """Every rank really allocates one Nth of its group's, unless asked to replicate.
