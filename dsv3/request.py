@@ -17,8 +17,8 @@ MAX_BIAS = 100.0
 class SamplingParams:
     """How to choose the tokens of one answer.
 
-    In this order: bias, penalties, temperature, min_p, top_k, top_p. Greedy answers know the first
-    two. Log-probabilities are reported as the model gives them, before all of these.
+    In this order: bias, penalties, temperature, min_p, top_k, top_p. Greedy decoding applies
+    the first two. Log-probabilities are the model's own, before all of these.
 
     Attributes:
         max_tokens: tokens to generate at most; 0 only scores the prompt.
