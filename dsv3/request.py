@@ -79,16 +79,23 @@ class SamplingParams:
         for name, holds, rule in rules:
             if not holds:
                 raise RequestError(f"{name}={getattr(self, name)!r} must be {rule}")
-        for token_id, bias in self.logit_bias.items():
-            if type(token_id) is not int or not -MAX_BIAS <= bias <= MAX_BIAS:
-                rule = "a token id, and a number between -100 and 100"
-                raise RequestError(f"logit_bias[{token_id!r}]={bias!r} must be {rule}")
+        _check_bias(self.logit_bias)
 
     @property
     def has_penalties(self) -> bool:
         """Whether tokens that were seen before are less likely, or more."""
         penalties = self.repetition_penalty, self.frequency_penalty, self.presence_penalty
         return penalties != (1.0, 0.0, 0.0)
+
+
+def _check_bias(logit_bias: object) -> None:
+    if not isinstance(logit_bias, Mapping):
+        raise RequestError(f"logit_bias={logit_bias!r:.60} must map token ids to numbers")
+    for token_id, bias in logit_bias.items():
+        is_number = isinstance(bias, int | float) and not isinstance(bias, bool)
+        if type(token_id) is not int or not is_number or not -MAX_BIAS <= bias <= MAX_BIAS:
+            rule = "a token id, and a number between -100 and 100"
+            raise RequestError(f"logit_bias[{token_id!r}]={bias!r} must be {rule}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

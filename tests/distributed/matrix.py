@@ -26,7 +26,7 @@ from dsv3.request import Request, SamplingParams
 FILTERS: tuple[dict[str, Any], ...] = (
     {"repetition_penalty": 1.5},
     {"temperature": 1.0, "min_p": 0.02, "frequency_penalty": 1.5},
-    {"presence_penalty": 2.0, "logit_bias": {7: 3.0, 300: 2.5}},
+    {"presence_penalty": 2.0, "frequency_penalty": 2.0, "logit_bias": {7: 90.0, 300: 90.0}},
     {"temperature": 1.5, "min_p": 0.05, "repetition_penalty": 0.7, "presence_penalty": -0.5},
     {"frequency_penalty": -1.0, "repetition_penalty": 1.2, "logit_bias": {5: 100.0}, "logprobs": 2},
     {"temperature": 0.7, "top_p": 0.9, "top_k": 40, "min_p": 0.01, "logit_bias": {11: -100.0}},

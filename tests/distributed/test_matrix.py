@@ -151,14 +151,13 @@ def test_the_answers_say_something(run: Run) -> None:
 
 
 def test_penalties_and_biases_are_felt(run: Run) -> None:
-    """Greedy answers change with them; a token with a large bias is the only one."""
-    for name in PLAINEST.values():
-        answers = run(1)[name]["answers"]
-        assert answers["adjusted 2"] != answers["greedy 2"], name
-    for name in ("fp8", "crowd"):
-        answers = run(1)[name]["answers"]
-        assert answers["adjusted 0"] != answers["greedy 0"], name
-        assert set(answers["adjusted 4"]) == {5}
+    """Tokens with large biases are the only ones; penalties make them take turns."""
+    answers = {name: run(1)[name]["answers"] for name in PLAINEST.values()}
+    for name, found in answers.items():
+        assert set(found["adjusted 2"]) <= {7, 300}, name
+    assert any(set(found["adjusted 2"]) == {7, 300} for found in answers.values())
+    assert answers["fp8"]["adjusted 0"] != answers["fp8"]["greedy 0"]
+    assert set(answers["fp8"]["adjusted 4"]) == {5}
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
