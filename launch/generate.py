@@ -75,6 +75,14 @@ def parse_args() -> argparse.Namespace:
     sampling.add_argument("--temperature", type=float, help="0 is greedy (0.2)")
     sampling.add_argument("--top-p", type=float, help="keep the likeliest tokens up to this sum")
     sampling.add_argument("--top-k", type=int, help="keep this many likeliest tokens")
+    text = "drop tokens less likely than this share of the likeliest one (0)"
+    sampling.add_argument("--min-p", type=float, help=text)
+    text = "divide the logits of tokens in the prompt or the answer by this (1)"
+    sampling.add_argument("--repetition-penalty", type=float, help=text)
+    text = "subtract this from a token's logit for each time it is in the answer (0)"
+    sampling.add_argument("--frequency-penalty", type=float, help=text)
+    text = "subtract this once from the logits of tokens in the answer (0)"
+    sampling.add_argument("--presence-penalty", type=float, help=text)
     sampling.add_argument("--seed", type=int, help="names the random numbers")
     sampling.add_argument("--thinking", action="store_true", help="let the model think first")
     sampling.add_argument("--system", help="system message of chats that have none")
@@ -119,12 +127,10 @@ class Job:
 
 def prepare(args: argparse.Namespace, checkpoint: Path, model: str, files: ExitStack) -> Job:
     """Open and check all files of a job, before a model is loaded for it."""
-    flags = Sampling(
-        max_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
-    )
+    same = ("temperature", "top_p", "top_k", "min_p")
+    same += ("repetition_penalty", "frequency_penalty", "presence_penalty")
+    values = {name: getattr(args, name) for name in same}
+    flags = Sampling(max_tokens=args.max_new_tokens, **values)
     defaults = Defaults(
         flags=flags,
         model=Sampling.of_checkpoint(checkpoint),

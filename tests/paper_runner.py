@@ -6,6 +6,7 @@ two sequences shared, a token computed twice or never, or a wrong position chang
 
 import random
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from dsv3.cache.layout import NULL_PAGE, CacheLayout
 from dsv3.cache.pool import CachePool
 from dsv3.cache.tiers import PageKey, Tiers
+from dsv3.engine.adjust import Adjustments
 from dsv3.engine.config import EngineConfig
 from dsv3.engine.engine import Engine
 from dsv3.engine.plan import (
@@ -31,6 +33,7 @@ from dsv3.request import Completion, Request
 from tests.checkpoint_files import TINY
 
 CPU = torch.device("cpu")
+PENALIZED = 2  # the seed of requests with penalties
 EOS = TINY.eos_token_ids[0]
 
 
@@ -50,6 +53,18 @@ def answer(request: Request) -> tuple[list[int], str]:
             return out, "stop"
         out.append(token)
     return out, "length"
+
+
+def check_seen(row: Adjustments, text: list[int]) -> None:
+    """What a plan says about a penalized row is true of the prompt and of the answer so far."""
+    fed, (token, uses) = row.rows_4K[1, 0], row.seen_2E.tolist()
+    assert len(set(token)) == len(token)
+    count = Counter(dict(zip(token, (n // 2 for n in uses), strict=True)))
+    count.update([int(row.fed_M[fed])] if fed >= 0 else [])
+    prompt_len = len(text) - count.total()
+    assert +count == Counter(text[prompt_len:])
+    prompt = {t for t, n in zip(token, uses, strict=True) if n % 2}
+    assert prompt == set(text[:prompt_len]) or not prompt
 
 
 class PaperDisk:
@@ -154,12 +169,15 @@ class PaperRunner:
             stop = start + len(tokens)
             texts.append(self.memory[table].flatten()[:stop].tolist())
         starts = plan.query_len.cumsum() - plan.query_len
+        adjust = Adjustments.unpack(plan.adjust, torch.tensor(self.last))
         chosen = []
         for m, row in enumerate(plan.row.tolist()):
             seq = row_seq[row]
             position = int(plan.context_len[seq] + row - starts[seq]) + 1
             assert plan.position[m] == position
             seed = (int(plan.seed_high[m]) << 32) | (int(plan.seed_low[m]) & 0xFFFFFFFF)
+            if seed == PENALIZED and plan.target[m] == NO_TARGET:
+                check_seen(adjust.select(np.array([m])), texts[seq][:position])
             guess = next_token(texts[seq][:position], seed)
             chosen.append(guess if plan.target[m] == NO_TARGET else int(plan.target[m]))
         self.last = chosen

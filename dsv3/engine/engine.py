@@ -143,6 +143,11 @@ class Engine:
         if min(prompt) < 0 or max(prompt) >= self.vocab_size:
             bad = next(t for t in prompt if not 0 <= t < self.vocab_size)
             raise RequestError(f"prompt token {bad} is not in 0..{self.vocab_size - 1}")
+        for token in params.logit_bias:
+            if not 0 <= token < self.vocab_size:
+                raise RequestError(
+                    f"logit_bias[{token}] is no token of this model (0 to {self.vocab_size - 1})"
+                )
         room = self._context_limit - len(prompt)
         if room < min(1, params.max_tokens):
             most = self._context_limit - min(1, params.max_tokens)

@@ -58,8 +58,10 @@ class StepPlan:
         position: [M] position of the token that those logits predict.
         target: [M] the token to score there, or NO_TARGET to sample one.
         top_logprobs: [M] likeliest tokens to report; -1 reports no probabilities at all.
-        temperature, top_k, top_p: [M] as in SamplingParams.
+        temperature, top_k, top_p, min_p: [M] as in SamplingParams.
         seed_low, seed_high: [M] the two halves of the request's seed.
+        answer: [M] as in Request.
+        adjust: biases and penalties, packed as `Adjustments`; empty if no row has any.
     """
 
     copies: Ints = field(default_factory=_ints)
@@ -80,8 +82,11 @@ class StepPlan:
     top_k: Ints = field(default_factory=_ints)
     seed_low: Ints = field(default_factory=_ints)
     seed_high: Ints = field(default_factory=_ints)
+    answer: Ints = field(default_factory=_ints)
+    adjust: Ints = field(default_factory=_ints)
     temperature: Floats = field(default_factory=_floats)
     top_p: Floats = field(default_factory=_floats)
+    min_p: Floats = field(default_factory=_floats)
 
     @classmethod
     def greedy(cls, token_ids: Ints, context_len: Ints, pages_BG: Ints) -> "StepPlan":
@@ -98,9 +103,10 @@ class StepPlan:
             position=context_len + np.int32(new),
             target=none + NO_TARGET,
             top_logprobs=none - 1,
-            **dict.fromkeys(("top_k", "seed_low", "seed_high"), none),
+            **dict.fromkeys(("top_k", "seed_low", "seed_high", "answer"), none),
             temperature=none.astype(np.float32),
             top_p=np.ones(count, np.float32),
+            min_p=none.astype(np.float32),
         )
 
     def load(self, decode_limit: int) -> Load:

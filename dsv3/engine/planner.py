@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dsv3.engine.adjust import NOT_FED, AdjustedRow, pack_adjustments
 from dsv3.engine.plan import NO_TARGET, Ints, StepPlan, pack_pages
 from dsv3.engine.scheduler import Step
-from dsv3.engine.sequence import Sequence
+from dsv3.engine.sequence import Sequence, pack_choice
 from dsv3.request import SamplingParams
 
-_UNUSED = SamplingParams()  # greedy
+_GREEDY = pack_choice(SamplingParams())
 
 
 @dataclass(slots=True)
@@ -56,14 +57,18 @@ def _write_plan(step: Step, number: int, num_rows: int) -> tuple[StepPlan, list[
         first_row = len(rows)
         num_scored = rows.add_scored(seq, stop, start)
         tokens += seq.token_ids[seq.num_computed : stop]
+        fed = NOT_FED
         if stop > len(seq.token_ids):
             assert seq.pending is not None and seq.pending[0] == number - 1, f"{seq.pending=}"
-            tokens.append(-1 - seq.pending[1])
+            fed = seq.pending[1]
+            tokens.append(-1 - fed)
         is_last = seq.num_left == count
         is_used = is_last and seq.request.params.max_tokens > 0
-        rows.add_sampled(seq, stop, start + count - 1, is_used)
         if is_used:
+            rows.add_sampled(seq, stop, start + count - 1, fed)
             seq.pending = number, len(rows) - 1
+        else:
+            rows.add_checked(stop, start + count - 1)
         seq.num_computed = stop
         at = num_rows + first_row
         work.append(Work(seq, count, stop, at, num_scored, is_last, seq.num_preempted))
@@ -98,16 +103,16 @@ class _Rows:
     """Collects the logits rows of a plan."""
 
     def __init__(self) -> None:
-        self._rows: list[tuple[SamplingParams, tuple[int, int, int, int]]] = []
+        self._numbers: list[tuple[int, int, int, int]] = []
+        self._choices: list[bytes] = []
+        self._adjusted: list[AdjustedRow] = []
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._numbers)
 
-    def _add(
-        self, params: SamplingParams, row: int, position: int, target: int, top: int | None
-    ) -> None:
-        numbers = row, position, target, -1 if top is None else top
-        self._rows.append((params, numbers))
+    def _add(self, choice: bytes, row: int, position: int, target: int, top: int | None) -> None:
+        self._numbers.append((row, position, target, -1 if top is None else top))
+        self._choices.append(choice)
 
     def add_scored(self, seq: Sequence, stop: int, start: int) -> int:
         """Score the prompt tokens after the step's, unless that was done; return how many."""
@@ -119,21 +124,25 @@ class _Rows:
         seq.num_scored = max(seq.num_scored, last)
         for position in range(first, last):
             row = start + position - seq.num_computed
-            self._add(seq.request.params, row, position + 1, seq.token_ids[position + 1], top)
+            self._add(seq.choice, row, position + 1, seq.token_ids[position + 1], top)
         return max(0, last - first)
 
-    def add_sampled(self, seq: Sequence, position: int, row: int, is_used: bool) -> None:
-        """Sample the token of `position`; in the cheapest way if it is not used."""
-        params = seq.request.params if is_used else _UNUSED
-        self._add(params, row, position, NO_TARGET, params.logprobs)
+    def add_sampled(self, seq: Sequence, position: int, row: int, fed: int) -> None:
+        """Sample the token of `position`; the one before may come from row `fed` in flight."""
+        if seq.adjuster is not None:
+            self._adjusted.append(AdjustedRow(len(self), fed, seq.adjuster, seq.token_ids))
+        self._add(seq.choice, row, position, NO_TARGET, seq.request.params.logprobs)
+
+    def add_checked(self, position: int, row: int) -> None:
+        """Look at the logits for `position`, whose token is not used: in the cheapest way."""
+        self._add(_GREEDY, row, position, NO_TARGET, None)
 
     def fill(self, plan: StepPlan) -> None:
         """Write the rows into a plan."""
-        params = [params for params, _ in self._rows]
-        numbers = np.array([numbers for _, numbers in self._rows], np.int32).reshape(-1, 4)
+        numbers = np.array(self._numbers, np.int32).reshape(-1, 4)
         plan.row, plan.position, plan.target, plan.top_logprobs = np.ascontiguousarray(numbers.T)
-        seeds = np.array([p.seed for p in params], np.int64).view(np.int32).reshape(-1, 2)
-        plan.seed_low, plan.seed_high = np.ascontiguousarray(seeds.T)
-        plan.top_k = _ints(min(p.top_k, 2**31 - 1) for p in params)
-        plan.temperature = np.array([p.temperature for p in params], np.float32)
-        plan.top_p = np.array([p.top_p for p in params], np.float32)
+        words = np.frombuffer(b"".join(self._choices), np.int32).reshape(-1, 7)
+        words_7M = np.ascontiguousarray(words.T)
+        plan.top_k, plan.seed_low, plan.seed_high, plan.answer = words_7M[:4]
+        plan.temperature, plan.top_p, plan.min_p = words_7M[4:].view(np.float32)
+        plan.adjust = pack_adjustments(self._adjusted)

@@ -18,8 +18,9 @@ from dsv3.engine.guard import Guard
 from dsv3.engine.layer_check import LayerCheck
 from dsv3.engine.mover import Mover
 from dsv3.engine.plan import StepPlan
-from dsv3.engine.sampler import SampledOnDevice, Sampler, to_device
+from dsv3.engine.sampler import SampledOnDevice, Sampler
 from dsv3.engine.static import StaticSteps
+from dsv3.engine.transfer import to_device
 from dsv3.model.batch import Batch, Chunk, DecodeGroup
 from dsv3.model.moe import MoE
 from dsv3.model.side_stream import SideStream
@@ -62,7 +63,7 @@ class Runner:
         self.layer_check: LayerCheck | None = None
         self._device = cache.slots.device
         sampler = Sampler(model, cache.tp, self._device)
-        self._sampler: Callable[[Tensor, StepPlan, int], SampledOnDevice] = sampler
+        self._sampler: Callable[[Tensor, StepPlan, int, Tensor], SampledOnDevice] = sampler
         self._static = StaticSteps(model, cache, sampler) if static else None
         self._profiler: Profiler | None = None
         self._last_token_M = torch.zeros(0, dtype=torch.int64, device=self._device)
@@ -147,7 +148,7 @@ class Runner:
             width = max(int(each.top_logprobs.max(initial=-1)) for each in plans)
             step = partial(self._model, batch, self._cache)
             hidden_TD = step() if self.layer_check is None else self.layer_check.run(step)
-            sampled = self._sampler(hidden_TD, plan, width)
+            sampled = self._sampler(hidden_TD, plan, width, self._last_token_M)
             if self.layer_check is not None:
                 sampled = replace(sampled, bad_layer=self.layer_check.bad_layer)
             if self._static is not None:

@@ -1,14 +1,14 @@
 """From hidden states to tokens over a vocabulary that is split over ranks.
 
 Greedy rows need no gathered logits: every rank offers its best, the best of them wins. Rows that
-are sampled or scored are dealt to the ranks (all-to-all), so that each sees whole rows of 1/tp of
-them; the small results are gathered. Every rank returns the same.
+are sampled, adjusted or scored are dealt to the ranks (all-to-all), so that each sees whole rows of
+1/tp of them; the small results are gathered. Every rank returns the same.
 
 A row with a logit that is NaN or infinite gives no token: its result is `NOT_FINITE`.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,19 +16,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from dsv3.engine.adjust import Adjustments
 from dsv3.engine.plan import NO_TARGET, NOT_FINITE, StepPlan
+from dsv3.engine.transfer import to_device
 from dsv3.model.transformer import Transformer
 from dsv3.parallel.collectives import Collectives
 from dsv3_kernels import sample
 
 # Rows of logits held at a time: 512 rows of a 129,280 vocabulary are 256 MiB over tp ranks.
 _ROWS = 512
-
-
-def to_device(values: NDArray[Any], device: torch.device) -> Tensor:
-    """Return host values on the device; does not wait for what that is still busy with."""
-    x = torch.from_numpy(values)
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
 @dataclass
@@ -102,7 +98,9 @@ class Choice(NamedTuple):
     temperature: Tensor
     top_k: Tensor
     top_p: Tensor
+    min_p: Tensor
     seed: Tensor
+    answer: Tensor
     position: Tensor
     target: Tensor
 
@@ -110,12 +108,13 @@ class Choice(NamedTuple):
     def of(cls, plan: StepPlan, index: NDArray[np.int64], device: torch.device) -> "Choice":
         """Return some of a plan's rows."""
         seed = plan.seed_high[index].astype(np.int64) << 32
-        seed |= plan.seed_low[index].view(np.uint32).astype(np.int64)
-        longs = (plan.top_k, plan.position, plan.target)
-        top_k, position, target = (a[index].astype(np.int64) for a in longs)
-        floats = plan.temperature[index], plan.top_p[index]
-        arrays = (floats[0], top_k, floats[1], seed, position, target)
-        return cls(*(to_device(a, device) for a in arrays))
+        seed |= plan.seed_low[index].view(np.uint32)
+        longs = (plan.top_k, plan.answer, plan.position, plan.target)
+        longs_5M = np.stack((seed, *(a[index].astype(np.int64) for a in longs)))
+        floats_3M = np.stack([a[index] for a in (plan.temperature, plan.top_p, plan.min_p)])
+        seed_M, top_k, answer, position, target = to_device(longs_5M, device)
+        temperature, top_p, min_p = to_device(floats_3M, device)
+        return cls(temperature, top_k, top_p, min_p, seed_M, answer, position, target)
 
     def part(self, start: int, stop: int) -> "Choice":
         """Return rows start to stop, as far as there are any."""
@@ -135,7 +134,11 @@ class Sampler:
         self._vocab = model.config.vocab_size
 
     def __call__(
-        self, hidden_TD: Tensor, plan: StepPlan, width: int | None = None
+        self,
+        hidden_TD: Tensor,
+        plan: StepPlan,
+        width: int | None = None,
+        fed_M: Tensor | None = None,
     ) -> SampledOnDevice:
         """Return tokens and probabilities of the plan's rows. A collective.
 
@@ -144,12 +147,16 @@ class Sampler:
             plan: of this rank's group.
             width: likeliest tokens to leave room for, -1 without room for probabilities; None is
                 what the plan asks for.
+            fed_M: tokens of the step before, where adjusted rows count one of them.
         """
         if width is None:
             width = int(plan.top_logprobs.max(initial=-1))
         rows = to_device(plan.row.astype(np.int64), self._device)
         token_M = torch.zeros(len(plan.row), dtype=torch.int64, device=self._device)
         plain = (plan.temperature <= 0) & (plan.target == NO_TARGET) & (plan.top_logprobs < 0)
+        adjust = Adjustments.unpack(plan.adjust, token_M if fed_M is None else fed_M)
+        if adjust is not None:
+            plain[adjust.rows_4K[0]] = False
         scores = None
         if width >= 0:
             scores = token_M.new_zeros((len(plan.row), 1 + 2 * width), dtype=torch.float64)
@@ -163,7 +170,9 @@ class Sampler:
                     token_M[at] = self.greedy(logits)
                     continue
                 columns = 1 if scores is None else 1 + scores.shape[1]
-                result = self.whole_rows(logits, Choice.of(plan, index, self._device), columns)
+                some = None if adjust is None else adjust.select(index)
+                choice = Choice.of(plan, index, self._device)
+                result = self.whole_rows(logits, choice, columns, some)
                 token_M[at] = result[:, 0].long()
                 if scores is not None:
                     scores[at] = result[:, 1:]
@@ -186,7 +195,9 @@ class Sampler:
         value_M, ids = offers.gather(0, winner[:, None].expand(1, 2, -1))[0]
         return ids.long().where(value_M.isfinite(), NOT_FINITE)
 
-    def whole_rows(self, logits_MW: Tensor, choice: Choice, columns: int) -> Tensor:
+    def whole_rows(
+        self, logits_MW: Tensor, choice: Choice, columns: int, adjust: Adjustments | None = None
+    ) -> Tensor:
         """Deal whole rows to the ranks, let each do its share, gather the results.
 
         Returns:
@@ -197,22 +208,30 @@ class Sampler:
         padded = F.pad(logits_MW, (0, 0, 0, share * size - count))
         parts = self._tp.all_to_all(padded.view(size, share, -1))
         whole = parts.transpose(0, 1).flatten(1)[:, : self._vocab]
-        mine = choice.part(self._tp.rank * share, (self._tp.rank + 1) * share)
+        first = self._tp.rank * share
+        mine = choice.part(first, first + share)
         result = torch.zeros(share, columns, dtype=torch.float64, device=self._device)
         held = len(mine.target)
         if held:
-            self._choose(whole[:held], mine, result[:held])
+            own = None if adjust is None else adjust.select(np.arange(first, first + held))
+            self._choose(whole[:held], mine, own, result[:held])
         return self._tp.all_gather(result).flatten(0, 1)[:count]
 
-    def _choose(self, logits_BW: Tensor, choice: Choice, result: Tensor) -> None:
+    def _choose(
+        self, logits_BW: Tensor, choice: Choice, adjust: Adjustments | None, result: Tensor
+    ) -> None:
         """Fill result rows: token, then the columns of `SampledOnDevice.scores`."""
+        is_finite_B = _is_finite(logits_BW)
+        # Of the model itself, so before the rows are adjusted.
+        logprob_BW = logits_BW.log_softmax(-1) if result.shape[1] > 1 else None
+        if adjust is not None:
+            adjust.apply(logits_BW)
         *how, target = choice
         token = sample(logits_BW, *how)
         token = torch.where(target == NO_TARGET, token, target)
-        result[:, 0] = token.where(_is_finite(logits_BW), NOT_FINITE)
-        if result.shape[1] == 1:
+        result[:, 0] = token.where(is_finite_B, NOT_FINITE)
+        if logprob_BW is None:
             return
-        logprob_BW = logits_BW.log_softmax(-1)
         result[:, 1] = logprob_BW.gather(1, token[:, None])[:, 0]
         width = (result.shape[1] - 2) // 2
         top = logprob_BW.topk(min(width, self._vocab), -1)

@@ -3,10 +3,21 @@
 from array import array
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from dsv3.cache.prefix import Match
 from dsv3.cache.tiers import PageKey
-from dsv3.request import Request, TokenLogprobs
+from dsv3.engine.adjust import Adjuster
+from dsv3.request import Request, SamplingParams, TokenLogprobs
 from dsv3.text.detokenize import TextStream
+
+
+def pack_choice(params: SamplingParams, answer: int = 0) -> bytes:
+    """Return how a row is sampled, as the words of `StepPlan`."""
+    numbers = np.array([min(params.top_k, 2**31 - 1), 0, 0, answer], np.int32)
+    numbers[1:3] = np.array([params.seed], np.int64).view(np.int32)
+    floats = np.array([params.temperature, params.top_p, params.min_p], np.float32)
+    return numbers.tobytes() + floats.tobytes()
 
 
 @dataclass(slots=True, eq=False)
@@ -32,6 +43,9 @@ class Sequence:
         overtaken: how often a later request was admitted before it.
         expires: `time.monotonic()` at which it ends as it is.
         patience_ends: when it stops waiting for its prefix to come from disk.
+        adjuster: its biases and penalties; None if it has none.
+        choice: how it is sampled, as the words of `StepPlan`: top_k, the halves of the seed,
+            answer, temperature, top_p, min_p.
         page_keys: names of its full pages in the cache's lower tiers, as far as asked for.
     """
 
@@ -59,10 +73,15 @@ class Sequence:
     page_keys: list[PageKey] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    adjuster: Adjuster | None = None
+    choice: bytes = b""
 
     def __post_init__(self) -> None:
         """Start from the prompt."""
-        self.token_ids = list(self.request.prompt_ids)
+        request, p = self.request, self.request.params
+        self.token_ids = list(request.prompt_ids)
+        self.adjuster = Adjuster.of(p, request.prompt_ids)
+        self.choice = pack_choice(p, request.answer)
 
     @property
     def order(self) -> tuple[int, int]:

@@ -32,8 +32,9 @@ MAX_ROWS = 256
 # better sent where they are needed, kernel by kernel. A guess that no GPU has confirmed yet.
 MAX_GATHERED = 2048
 _FEWEST_PAGES = 16
-# Arrays of a step, one value a row; all but the last two are integers.
-_ARRAYS = ("token", "position", "slot", "seed", "top_k", "temperature", "top_p")
+# Arrays of a step, one value a row.
+_FLOATS = ("temperature", "top_p", "min_p")
+_ARRAYS = ("token", "position", "slot", "seed", "answer", "top_k", *_FLOATS)
 
 
 def row_bucket(count: int) -> int:
@@ -95,7 +96,7 @@ class Inputs:
     def row(self, name: str) -> Tensor:
         """Return an array, [rows] int64 or float32."""
         values = self._device[0][_ARRAYS.index(name)]
-        return values.view(torch.float64).float() if name in _ARRAYS[-2:] else values
+        return values.view(torch.float64).float() if name in _FLOATS else values
 
     def fill(self, table_BG: NDArray[np.int32], arrays: tuple[NDArray[Any], ...]) -> None:
         """Write a step's page tables and arrays, and send them; does not wait for the device.
@@ -109,7 +110,7 @@ class Inputs:
         count, width = table_BG.shape
         table[:count, :width], table[:count, width:], table[count:] = table_BG, NULL_PAGE, NULL_PAGE
         for name, row, values in zip(_ARRAYS, rows, arrays, strict=True):
-            target = row.view(np.float64) if name in _ARRAYS[-2:] else row
+            target = row.view(np.float64) if name in _FLOATS else row
             target[:count], target[count:] = values, -1 if name in ("position", "slot") else 0
         for device, host in zip(self._device, self._hosts[self._turn], strict=True):
             device.copy_(host, non_blocking=True)
@@ -141,10 +142,16 @@ class StaticSteps:
         self.seconds = 0.0
 
     def bucket(self, plans: list[StepPlan]) -> Bucket | None:
-        """Return the bucket of a step; None if any group does anything but decode."""
+        """Return the bucket of a step; None if any group does anything but decode.
+
+        Rows with penalties or biases are not what the buffers are for: all of their steps run
+        eagerly.
+        """
         count, longest, draws = 0, 0, False
         for plan in plans:
             if not len(plan.token_ids) == len(plan.row) == len(plan.query_len):
+                return None
+            if len(plan.adjust):
                 return None
             if (plan.target != NO_TARGET).any() or (plan.top_logprobs >= 0).any():
                 return None
@@ -185,8 +192,8 @@ class StaticSteps:
         if inputs is None:
             inputs = self._inputs[bucket] = Inputs(bucket, self._device)
         seed = plan.seed_high.astype(np.int64) << 32 | plan.seed_low.view(np.uint32)
-        longs = (plan.token_ids, plan.context_len, slot_B, seed, plan.top_k)
-        inputs.fill(table_BG, (*longs, plan.temperature, plan.top_p))
+        longs = (plan.token_ids, plan.context_len, slot_B, seed, plan.answer, plan.top_k)
+        inputs.fill(table_BG, (*longs, plan.temperature, plan.top_p, plan.min_p))
         if self._pool is None:
             self._compute(bucket, inputs)
         elif not self._replay(bucket, inputs):
@@ -209,7 +216,8 @@ class StaticSteps:
         )
         logits_MW = self._model.logits(self._model(batch, self._cache))
         if bucket.draws:
-            arrays = [inputs.row(name) for name in ("temperature", "top_k", "top_p", "seed")]
+            names = ("temperature", "top_k", "top_p", "min_p", "seed", "answer")
+            arrays = [inputs.row(name) for name in names]
             arrays += [position_T + 1, torch.full_like(position_T, NO_TARGET)]
             choice = Choice(*arrays)
             token_M = self._sampler.whole_rows(logits_MW, choice, 1)[:, 0].long()

@@ -22,6 +22,10 @@ class Sampling:
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
 
     @classmethod
     def of_checkpoint(cls, folder: Path) -> "Sampling":
@@ -39,7 +43,8 @@ class Sampling:
             value = config.get(field)
             if value is not None and not rule.holds(value):
                 raise CheckpointError(f"{where}: {field}={shown(value)} is not {rule.words}")
-        values = {field: config.get(field) for field in ("temperature", "top_p", "top_k")}
+        same = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        values = {field: config.get(field) for field in same}
         values["max_tokens"] = config.get("max_new_tokens")
         if config.get("do_sample") is False:
             values["temperature"] = 0.0
@@ -51,10 +56,21 @@ _GENERATION_RULES = {
     "temperature": FieldRule((int, float), 0, 100, "a number from 0 to 100"),
     "top_p": FieldRule((int, float), 1e-30, 1, "a number above 0, at most 1"),
     "top_k": _COUNT,
+    "min_p": FieldRule((int, float), 0, 1, "a number from 0 to 1"),
+    "repetition_penalty": FieldRule((int, float), 0.001, 1000, "a number from 0.001 to 1000"),
     "max_new_tokens": _COUNT,
     "do_sample": FieldRule((bool,), 0, 1, "true or false"),
 }
-CHAT_DEFAULTS = Sampling(max_tokens=ALL_THERE_IS_ROOM_FOR, temperature=1.0, top_p=1.0, top_k=0)
+CHAT_DEFAULTS = Sampling(
+    max_tokens=ALL_THERE_IS_ROOM_FOR,
+    temperature=1.0,
+    top_p=1.0,
+    top_k=0,
+    min_p=0.0,
+    repetition_penalty=1.0,
+    frequency_penalty=0.0,
+    presence_penalty=0.0,
+)
 COMPLETION_DEFAULTS = replace(CHAT_DEFAULTS, max_tokens=16)
 LINE_DEFAULTS = replace(CHAT_DEFAULTS, max_tokens=200, temperature=0.2)  # DeepSeek's generate.py
 TURN_DEFAULTS = replace(LINE_DEFAULTS, max_tokens=ALL_THERE_IS_ROOM_FOR)  # Ctrl-C stops an answer

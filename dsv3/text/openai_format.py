@@ -1,16 +1,17 @@
 """Requests in the OpenAI format: a body in, a checked `TextRequest` out.
 
 Everything a body may hold is either honoured or refused by name; the few fields that change
-nothing here are listed below. Fields beyond OpenAI's: `top_k`, `ignore_eos`, `stop_token_ids`,
-`return_token_ids`, and `chat_template_kwargs` with `thinking`.
+nothing here are listed below. Fields beyond OpenAI's: `top_k`, `min_p`, `repetition_penalty`,
+`ignore_eos`, `stop_token_ids`, `return_token_ids`, and `chat_template_kwargs` with `thinking`.
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from dsv3.errors import RequestError
-from dsv3.request import MAX_LOGPROBS, SamplingParams
+from dsv3.request import MAX_BIAS, MAX_LOGPROBS, SamplingParams
 from dsv3.text.defaults import CHAT_DEFAULTS, COMPLETION_DEFAULTS, Defaults, Sampling
 from dsv3.text.text_request import TextRequest, digest
 
@@ -22,11 +23,7 @@ IGNORED = {"metadata", "prompt_cache_key", "safety_identifier", "service_tier", 
 # Not supported, but harmless with these values.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
     "parallel_tool_calls": (True, False),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
     "stream": (False,),
     "suffix": ("",),
@@ -47,6 +44,10 @@ def parse_request(url: str, body: Any, name: str, defaults: Defaults) -> TextReq
         temperature=fields.number("temperature"),
         top_p=fields.number("top_p"),
         top_k=_top_k(fields),
+        min_p=fields.number("min_p"),
+        repetition_penalty=fields.number("repetition_penalty"),
+        frequency_penalty=fields.number("frequency_penalty"),
+        presence_penalty=fields.number("presence_penalty"),
     )
     if url == CHAT:
         specific = _chat_fields(fields, defaults)
@@ -60,6 +61,7 @@ def parse_request(url: str, body: Any, name: str, defaults: Defaults) -> TextReq
     request = TextRequest(
         params=SamplingParams(
             **sampling,
+            logit_bias=_logit_bias(fields),
             seed=_seed_of(name, defaults) if seed is None else seed,
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             stop_token_ids=tuple(fields.take("stop_token_ids", _is_ids, "a list of ids") or ()),
@@ -113,7 +115,7 @@ class Fields:
 
     def number(self, name: str) -> float | None:
         """Take a number; its range is checked where it is used."""
-        return self.take(name, lambda v: _is_integer(v) or isinstance(v, float), "a number")
+        return self.take(name, _is_number, "a number")
 
     def truth(self, name: str) -> bool | None:
         """Take a truth value."""
@@ -202,13 +204,34 @@ def _top_k(fields: Fields) -> int | None:
     return 0 if top_k == -1 else top_k  # both are in use for "keep all"
 
 
+def _logit_bias(fields: Fields) -> dict[int, float]:
+    """Read `logit_bias`: token ids are texts in JSON; the vocabulary is checked later."""
+    found = fields.take("logit_bias", lambda v: isinstance(v, dict), "an object") or {}
+    for key, bias in found.items():
+        if not re.fullmatch("0|[1-9][0-9]{0,8}", key):
+            raise RequestError(f"logit_bias has the field {show(key)}, which is no token id")
+        if not _is_number(bias) or not -MAX_BIAS <= bias <= MAX_BIAS:
+            raise RequestError(
+                f"logit_bias[{key}]={show(bias)} must be a number between -100 and 100"
+            )
+    return {int(key): bias for key, bias in found.items()}
+
+
 def _seed_of(name: str, defaults: Defaults) -> int:
-    """Make a seed that does not depend on other requests or on their order."""
+    """Make a seed that does not depend on other requests or on their order.
+
+    The name of the row is hashed with --seed, never added to it: neighbouring rows and runs with
+    neighbouring seeds have nothing in common.
+    """
     return int(digest(f"{defaults.seed}:{name}")[:15], 16)
 
 
 def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_integer(value) or isinstance(value, float)
 
 
 def _is_ids(value: Any) -> bool:

@@ -10,6 +10,10 @@ from dsv3.request import Request, SamplingParams
 from dsv3.text.chat import ChatFormat
 from dsv3.text.tokenizer import Tokenizer
 
+# Sampling values that digests know only where they make a difference: results of versions without
+# them resume.
+_LATER = ("min_p", "repetition_penalty", "frequency_penalty", "presence_penalty", "logit_bias")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextRequest:
@@ -17,7 +21,7 @@ class TextRequest:
 
     Attributes:
         messages, prompt: what to continue, one of the two.
-        params: of the first answer; the others differ in the seed.
+        params: of all answers; each has random numbers of its own.
         n: number of answers.
         limit_is_default: max_tokens was not asked for: it is cut to the room in the context.
         echo: the answer's text begins with the prompt.
@@ -40,7 +44,11 @@ class TextRequest:
 
     def digest(self) -> str:
         """Name this request by its content."""
-        return digest(json.dumps(asdict(self), sort_keys=True, separators=(",", ":")))
+        content, neutral = asdict(self), asdict(SamplingParams())
+        for name in _LATER:
+            if content["params"][name] == neutral[name]:
+                del content["params"][name]
+        return digest(json.dumps(content, sort_keys=True, separators=(",", ":")))
 
 
 def digest(data: str | bytes) -> str:
@@ -90,13 +98,10 @@ def token_requests(
         Request(
             request_id=f"{name}/{i}",
             prompt_ids=prompt_ids,
-            params=replace(params, seed=_to_64_bits(params.seed + i)),
+            params=params,
             priority=request.priority,
             conversation_id=request.conversation_id,
+            answer=i,
         )
         for i in range(request.n)
     ]
-
-
-def _to_64_bits(seed: int) -> int:
-    return (seed + 2**63) % 2**64 - 2**63

@@ -1,11 +1,13 @@
 """Sampling by counter-based Gumbel noise: the same logits, parameters and seed give the same token.
 
-Token = argmax over the kept vocabulary of logit / temperature + g(seed, position, id), where g is
+Token = argmax over the kept vocabulary of logit / temperature + g(seed, answer, position, id): g is
 Gumbel noise computed from a counter, not drawn from a stream. So the choice does not depend on
-batch, world size or what was sampled before. Ties go to the lowest id.
+batch, world size or what was sampled before, and no two answers to one seed, nor answers to two
+seeds, share their noise. Ties go to the lowest id.
 
 The kernel gives a row to one program, which reads it twice (from L2), and eight times more for
 each of top-k and top-p: it finds the cut by four bits of a float at a time, and never sorts.
+Min-p is a floor under the scaled logits, compared as they are read.
 """
 
 import torch
@@ -25,12 +27,13 @@ def _mul(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     return (total >> 16) & _MASK, ((total << 16) | (low & 0xFFFF)) & _MASK
 
 
-def philox(seed_B: Tensor, position_B: Tensor, block_W: Tensor) -> Tensor:
-    """Return four random 32-bit words for each counter (block, position) under each key.
+def philox(seed_B: Tensor, position_B: Tensor, answer_B: Tensor, block_W: Tensor) -> Tensor:
+    """Return four random 32-bit words for each counter (block, position, answer) under each key.
 
     Args:
         seed_B: [B] int64 keys.
         position_B: [B] int64 positions, part of the counter.
+        answer_B: [B] int64 answers, part of the counter.
         block_W: [W] int64 counters.
 
     Returns:
@@ -41,7 +44,7 @@ def philox(seed_B: Tensor, position_B: Tensor, block_W: Tensor) -> Tensor:
     k0, k1 = (seed_B & _MASK)[:, None], ((seed_B >> 32) & _MASK)[:, None]
     c0 = block_W[None, :].expand(seed_B.shape[0], -1)
     c1 = position_B[:, None].expand_as(c0)
-    c2 = c3 = torch.zeros_like(c0)
+    c2, c3 = answer_B[:, None].expand_as(c0), torch.zeros_like(c0)
     for _ in range(10):
         high0, low0 = _mul(_ROUND[0], c0)
         high1, low1 = _mul(_ROUND[1], c2)
@@ -55,10 +58,10 @@ def to_uniform(words: Tensor) -> Tensor:
     return ((words >> 9).float() + 0.5) * 2.0**-23
 
 
-def gumbel(seed_B: Tensor, position_B: Tensor, vocab: int) -> Tensor:
+def gumbel(seed_B: Tensor, position_B: Tensor, answer_B: Tensor, vocab: int) -> Tensor:
     """Return standard Gumbel noise for ids 0 .. vocab - 1, [B, vocab] float32."""
     blocks = torch.arange(-(-vocab // 4), device=seed_B.device)
-    words = philox(seed_B, position_B, blocks).flatten(1)[:, :vocab]
+    words = philox(seed_B, position_B, answer_B, blocks).flatten(1)[:, :vocab]
     return -torch.log(-torch.log(to_uniform(words)))
 
 
@@ -81,7 +84,9 @@ def sample_ref(
     temperature_B: Tensor,
     top_k_B: Tensor,
     top_p_B: Tensor,
+    min_p_B: Tensor,
     seed_B: Tensor,
+    answer_B: Tensor,
     position_B: Tensor,
 ) -> Tensor:
     """Define `sample`."""
@@ -92,24 +97,30 @@ def sample_ref(
     scaled = logits_BW[drawn]
     # The best one becomes 0, so that a tiny temperature cannot overflow it.
     scaled = (scaled - scaled.amax(-1, keepdim=True)) / temperature_B[drawn, None]
-    top_k, top_p = top_k_B[drawn], top_p_B[drawn]
+    top_k, top_p, min_p = top_k_B[drawn], top_p_B[drawn], min_p_B[drawn]
+    if bool((min_p > 0).any()):  # exp(scaled) is a token's probability over that of the best
+        scaled = scaled.masked_fill(scaled < min_p.log()[:, None], float("-inf"))
     if bool(((top_k > 0) | (top_p < 1)).any()):
         scaled = _keep_likeliest(scaled, top_k, top_p)
-    noise = gumbel(seed_B[drawn], position_B[drawn], logits_BW.shape[1])
+    noise = gumbel(seed_B[drawn], position_B[drawn], answer_B[drawn], logits_BW.shape[1])
     chosen[drawn] = (scaled + noise).argmax(-1)
     return chosen
 
 
 @triton.jit
-def _distance(row_ptr, ids, W, best, temperature):
-    """Return scaled logits, and integers that grow as they fall: 0 for the best."""
+def _distance(row_ptr, ids, W, best, temperature, floor):
+    """Return scaled logits, and integers that grow as they fall: 0 for the best.
+
+    Scaled logits below `floor` become -inf.
+    """
     x = tl.load(row_ptr + ids, mask=ids < W, other=float("-inf"))
     scaled = tl.div_rn(x - best, tl.broadcast_to(temperature, ids.shape))
+    scaled = tl.where(scaled < floor, float("-inf"), scaled)
     return scaled, scaled.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
-def _cut(row_ptr, W, best, temperature, limit, reach, BLOCK: tl.constexpr):
+def _cut(row_ptr, W, best, temperature, floor, limit, reach, BLOCK: tl.constexpr):
     """Find the tokens of a row that may be kept, likeliest first, by their distances.
 
     Returns:
@@ -126,7 +137,7 @@ def _cut(row_ptr, W, best, temperature, limit, reach, BLOCK: tl.constexpr):
         before_count, before_mass = tl.zeros((16,), tl.int32), tl.zeros((16,), tl.float32)
         for start in range(0, W, BLOCK):
             ids = start + tl.arange(0, BLOCK)
-            scaled, distance = _distance(row_ptr, ids, W, best, temperature)
+            scaled, distance = _distance(row_ptr, ids, W, best, temperature, floor)
             before = distance[:, None] < bound[None, :]
             before_count += tl.sum(before.to(tl.int32), 0)
             before_mass += tl.sum(tl.where(before, tl.exp(scaled)[:, None], 0.0), 0)
@@ -141,21 +152,23 @@ def _cut(row_ptr, W, best, temperature, limit, reach, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def uniform_block(seed, position, first, BLOCK: tl.constexpr):
+def uniform_block(seed, position, answer, first, BLOCK: tl.constexpr):
     """Return the uniform numbers of `gumbel` for the ids from `first`, a multiple of 4, on."""
     counter = (first // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
     zero = counter * 0
-    w0, w1, w2, w3 = tl.philox(seed, counter, zero + position.to(tl.uint32), zero, zero)
+    at, which = zero + position.to(tl.uint32), zero + answer.to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, counter, at, which, zero)
     word = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
     return ((word >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
 
 
 @triton.jit
-def _mass(row_ptr, W, best, temperature, BLOCK: tl.constexpr):
+def _mass(row_ptr, W, best, temperature, floor, BLOCK: tl.constexpr):
     """Return the mass of a whole row."""
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, W, BLOCK):
-        scaled, _ = _distance(row_ptr, start + tl.arange(0, BLOCK), W, best, temperature)
+        ids = start + tl.arange(0, BLOCK)
+        scaled, _ = _distance(row_ptr, ids, W, best, temperature, floor)
         total += tl.exp(scaled)
     return tl.sum(total, 0)
 
@@ -168,7 +181,10 @@ def _lowest_best(value, ids, W):
 
 
 # A rank's share of a step's rows may begin anywhere.
-_VARY = ("temperature_ptr", "top_k_ptr", "top_p_ptr", "seed_ptr", "position_ptr", "W")
+_VARY = (
+    *("temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr"),
+    *("seed_ptr", "answer_ptr", "position_ptr", "W"),
+)
 
 
 @triton.jit(do_not_specialize=_VARY)
@@ -177,7 +193,9 @@ def _sample_kernel(
     temperature_ptr,
     top_k_ptr,
     top_p_ptr,
+    min_p_ptr,
     seed_ptr,
+    answer_ptr,
     position_ptr,
     out_ptr,
     stride,
@@ -198,35 +216,38 @@ def _sample_kernel(
     temperature = tl.load(temperature_ptr + b)
     if temperature > 0:
         top_k, top_p = tl.load(top_k_ptr + b).to(tl.int32), tl.load(top_p_ptr + b)
+        min_p = tl.load(min_p_ptr + b)
+        floor = tl.where(min_p > 0, tl.log(tl.maximum(min_p, 1e-38)), float("-inf"))
         # Kept: all that are closer than `cut`, and so many at this distance.
         cut = tl.sum(tl.full((1,), 0x7FFFFFFF, tl.int32), 0)
         equals, total = cut, tl.sum(tl.full((1,), float("inf"), tl.float32), 0)
         if (top_k > 0) & (top_k < W):
-            cut, count, mass = _cut(row_ptr, W, best, temperature, top_k, total, CUT_BLOCK)
+            cut, count, mass = _cut(row_ptr, W, best, temperature, floor, top_k, total, CUT_BLOCK)
             equals = top_k - count
             total = mass + equals.to(tl.float32) * tl.exp(-cut.to(tl.float32, bitcast=True))
         if top_p < 1:
             if total == float("inf"):
-                total = _mass(row_ptr, W, best, temperature, BLOCK)
+                total = _mass(row_ptr, W, best, temperature, floor, BLOCK)
             reach = top_p * total
-            nearer, _, mass = _cut(row_ptr, W, best, temperature, W + 1, reach, CUT_BLOCK)
+            nearer, _, mass = _cut(row_ptr, W, best, temperature, floor, W + 1, reach, CUT_BLOCK)
             needed = (reach - mass) / tl.exp(-nearer.to(tl.float32, bitcast=True))
             some = tl.minimum(tl.ceil(needed), W.to(tl.float32)).to(tl.int32)
             some = tl.where(nearer == cut, tl.minimum(some, equals), some)
             equals = tl.where(nearer <= cut, some, equals)
             cut = tl.minimum(cut, nearer)
         seed, position = tl.load(seed_ptr + b), tl.load(position_ptr + b)
+        answer = tl.load(answer_ptr + b)
         top, where = tl.full((BLOCK,), float("-inf"), tl.float32), lane
         taken = tl.sum(tl.zeros((1,), tl.int32), 0)
         for start in range(0, W, BLOCK):
             ids = start + lane
-            scaled, distance = _distance(row_ptr, ids, W, best, temperature)
+            scaled, distance = _distance(row_ptr, ids, W, best, temperature, floor)
             is_equal = (distance == cut).to(tl.int32)
             is_kept = (distance < cut) | (
                 (is_equal > 0) & (taken + tl.cumsum(is_equal, 0) <= equals)
             )
             taken += tl.sum(is_equal, 0)
-            noise = -tl.log(-tl.log(uniform_block(seed, position, start, BLOCK)))
+            noise = -tl.log(-tl.log(uniform_block(seed, position, answer, start, BLOCK)))
             value = tl.where(is_kept & (ids < W), scaled + noise, float("-inf"))
             where = tl.where(value > top, ids, where)
             top = tl.maximum(top, value)
@@ -239,13 +260,15 @@ def sample_triton(
     temperature_B: Tensor,
     top_k_B: Tensor,
     top_p_B: Tensor,
+    min_p_B: Tensor,
     seed_B: Tensor,
+    answer_B: Tensor,
     position_B: Tensor,
     block: int = 4096,
 ) -> Tensor:
     """Launch one program per row."""
     B, W = logits_BW.shape
-    vectors = temperature_B, top_k_B, top_p_B, seed_B, position_B
+    vectors = temperature_B, top_k_B, top_p_B, min_p_B, seed_B, answer_B, position_B
     assert logits_BW.stride(1) == 1 and logits_BW.dtype == torch.float32, f"{logits_BW.stride()=}"
     out = torch.empty(B, dtype=torch.int64, device=logits_BW.device)
     if B:
@@ -264,17 +287,21 @@ def sample(
     temperature_B: Tensor,
     top_k_B: Tensor,
     top_p_B: Tensor,
+    min_p_B: Tensor,
     seed_B: Tensor,
+    answer_B: Tensor,
     position_B: Tensor,
 ) -> Tensor:
-    """Choose one token per row: temperature first, then top-k, then top-p.
+    """Choose one token per row: temperature first, then min-p, then top-k, then top-p.
 
     Args:
         logits_BW: [B, W] float32, whole vocabulary rows.
         temperature_B: [B] float32; 0 is greedy.
         top_k_B: [B] int64; 0 keeps all.
         top_p_B: [B] float32 in (0, 1].
+        min_p_B: [B] float32 in [0, 1]: drops tokens less likely than this share of the likeliest.
         seed_B: [B] int64, the request's seed.
+        answer_B: [B] int64 in [0, 2^31), which of the answers to one prompt and seed it is.
         position_B: [B] int64, position of the token to be chosen.
 
     Returns:
@@ -283,4 +310,5 @@ def sample(
     Source: Gumbel-max trick (Gumbel 1954); counters as in `philox`.
     """
     op = sample_triton if use_triton(logits_BW) else sample_ref
-    return op(logits_BW, temperature_B, top_k_B, top_p_B, seed_B, position_B)
+    how = temperature_B, top_k_B, top_p_B, min_p_B, seed_B, answer_B, position_B
+    return op(logits_BW, *how)

@@ -327,8 +327,10 @@ def sampler_plan(rows: int, vocab: int) -> StepPlan:
         top_k=rng.choice([0, 3, 50], count).astype(np.int32),
         seed_low=rng.integers(-(2**31), 2**31, count).astype(np.int32),
         seed_high=rng.integers(-(2**31), 2**31, count).astype(np.int32),
+        answer=rng.integers(0, 3, count).astype(np.int32),
         temperature=rng.choice([0.0, 1.0], count).astype(np.float32),
         top_p=rng.choice([1.0, 0.9], count).astype(np.float32),
+        min_p=rng.choice([0.0, 0.2], count).astype(np.float32),
     )
 
 

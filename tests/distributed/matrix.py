@@ -10,6 +10,7 @@ RESULT.json: {name: {"answers": {request: tokens}, "stats": as --stats-file}}.
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,9 +22,19 @@ from dsv3.engine.stats import collect_stats
 from dsv3.parallel.mesh import Mesh, join_world, make_mesh
 from dsv3.request import Request, SamplingParams
 
+# Penalties, biases and floors, in greedy and in sampled answers.
+FILTERS: tuple[dict[str, Any], ...] = (
+    {"repetition_penalty": 1.5},
+    {"temperature": 1.0, "min_p": 0.02, "frequency_penalty": 1.5},
+    {"presence_penalty": 2.0, "frequency_penalty": 2.0, "logit_bias": {7: 90.0, 300: 90.0}},
+    {"temperature": 1.5, "min_p": 0.05, "repetition_penalty": 0.7, "presence_penalty": -0.5},
+    {"frequency_penalty": -1.0, "repetition_penalty": 1.2, "logit_bias": {5: 100.0}, "logprobs": 2},
+    {"temperature": 0.7, "top_p": 0.9, "top_k": 40, "min_p": 0.01, "logit_bias": {11: -100.0}},
+)
+
 
 def requests(prompts: list[list[int]], max_tokens: int) -> list[Request]:
-    """Ask for greedy and sampled continuations of every prompt, and score the longest."""
+    """Ask for greedy, sampled and adjusted continuations of all prompts; score the longest."""
     greedy = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
     found = [
         Request(request_id=f"greedy {i}", prompt_ids=prompt, params=greedy)
@@ -39,6 +50,12 @@ def requests(prompts: list[list[int]], max_tokens: int) -> list[Request]:
             seed=(i - 1) << 40,
         )
         found.append(Request(request_id=f"sampled {i}", prompt_ids=prompt, params=params))
+    for i, prompt in enumerate(prompts):
+        params = SamplingParams(
+            max_tokens=max_tokens, ignore_eos=True, seed=(i - 1) << 40, **FILTERS[i % len(FILTERS)]
+        )
+        name = f"adjusted {i}"
+        found.append(Request(request_id=name, prompt_ids=prompt, params=params, answer=i % 2))
     scoring = SamplingParams(max_tokens=0, prompt_logprobs=3)
     found.append(Request(request_id="scored", prompt_ids=prompts[-1], params=scoring))
     return found

@@ -144,9 +144,20 @@ def test_answers(run: Run, world_size: int) -> None:
 def test_the_answers_say_something(run: Run) -> None:
     """Sampled answers differ from greedy ones, and prompts from each other."""
     for name in PLAINEST.values():
-        answers = {k: v for k, v in run(1)[name]["answers"].items() if k != "scored"}
+        answers = run(1)[name]["answers"].items()
+        answers = {k: v for k, v in answers if k.startswith(("greedy", "sampled"))}
         different = {tuple(tokens) for tokens in answers.values()}
         assert len(different) >= len(answers) - 1, name
+
+
+def test_penalties_and_biases_are_felt(run: Run) -> None:
+    """Tokens with large biases are the only ones; penalties make them take turns."""
+    answers = {name: run(1)[name]["answers"] for name in PLAINEST.values()}
+    for name, found in answers.items():
+        assert set(found["adjusted 2"]) <= {7, 300}, name
+    assert any(set(found["adjusted 2"]) == {7, 300} for found in answers.values())
+    assert answers["fp8"]["adjusted 0"] != answers["fp8"]["greedy 0"]
+    assert set(answers["fp8"]["adjusted 4"]) == {5}
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])

@@ -6,6 +6,7 @@ import torch
 
 from dsv3.cache.pool import CachePool
 from dsv3.config_files import DEMO
+from dsv3.engine.adjust import NOT_FED, AdjustedRow, Adjuster, pack_adjustments
 from dsv3.engine.config import EngineConfig
 from dsv3.engine.plan import NO_TARGET, StepPlan
 from dsv3.engine.runner import Runner
@@ -23,6 +24,7 @@ from dsv3.engine.static import (
 )
 from dsv3.observe.profile import Load
 from dsv3.parallel.mesh import Mesh
+from dsv3.request import SamplingParams
 from tests.distributed.ranks import CPU, alone, run_ranks
 
 PROMPTS = (30, 7, 100, 1, 64)
@@ -37,6 +39,8 @@ def plan(context: list[int], new: list[list[int]], pages_each: int, **sampling: 
         "temperature": np.zeros(count, np.float32),
         "top_p": np.ones(count, np.float32),
         "top_k": zeros,
+        "min_p": np.zeros(count, np.float32),
+        "answer": zeros,
     }
     return StepPlan(
         token_ids=np.concatenate(new).astype(np.int32),
@@ -76,6 +80,8 @@ DRAWN = {
     "temperature": np.array([0.0, 0.7, 1.5, 1.0, 0.3], np.float32),
     "top_p": np.array([1.0, 0.9, 1.0, 0.5, 1.0], np.float32),
     "top_k": np.array([0, 0, 40, 7, 1], np.int32),
+    "min_p": np.array([0.0, 0.0, 0.05, 0.0, 0.0], np.float32),
+    "answer": np.array([0, 1, 2, 3, 4], np.int32),
 }
 
 
@@ -111,10 +117,12 @@ def test_padding_sees_and_writes_nothing() -> None:
     bucket = Bucket(rows=4, pages=16, draws=False)
     inputs = Inputs(bucket, CPU)
     table = np.array([[5, 6], [7, 0], [9, 1]], np.int32)
-    longs = [
-        np.array(v) for v in ([11, -2, 13], [70, 3, 65], [100, -1, 102], [1, -2, 3], [0, 0, 4])
-    ]
-    floats = [np.array(v, np.float32) for v in ([0, 0.5, 1], [1, 0.9, 1])]
+    rows = (
+        *([11, -2, 13], [70, 3, 65], [100, -1, 102]),
+        *([1, -2, 3], [0, 7, 0], [0, 0, 4]),
+    )
+    longs = [np.array(v) for v in rows]
+    floats = [np.array(v, np.float32) for v in ([0, 0.5, 1], [1, 0.9, 1], [0, 0, 0.5])]
     for _ in range(3):
         inputs.fill(table, (*longs, *floats))
         found = {name: inputs.row(name).tolist() for name in _ARRAYS}
@@ -123,12 +131,24 @@ def test_padding_sees_and_writes_nothing() -> None:
             "position": [70, 3, 65, -1],
             "slot": [100, -1, 102, -1],
             "seed": [1, -2, 3, 0],
+            "answer": [0, 7, 0, 0],
             "top_k": [0, 0, 4, 0],
             "temperature": [0, 0.5, 1, 0],
             "top_p": [1, np.float32(0.9), 1, 0],
+            "min_p": [0, 0, 0.5, 0],
         }
         assert inputs.page_BG[:, :2].tolist() == [[5, 6], [7, 0], [9, 1], [0, 0]]
         assert not inputs.page_BG[:, 2:].any()
+
+
+def test_steps_with_adjusted_rows_run_eagerly() -> None:
+    started = start(DEMO, EngineConfig(kv_cache_size="2048tok"), alone())
+    steps = Runner(started.runner._model, started.cache, 4, static=True)._static
+    plain, adjusted = (plan([3], [[1]], 1) for _ in range(2))
+    assert steps is not None and steps.bucket([plain, plain]) is not None
+    row = AdjustedRow(0, NOT_FED, Adjuster(SamplingParams(presence_penalty=1.0), [1]), [1])
+    adjusted.adjust = pack_adjustments([row])
+    assert steps.bucket([adjusted]) is steps.bucket([plain, adjusted]) is None
 
 
 def test_buckets() -> None:

@@ -182,7 +182,8 @@ def attention(is_hopper: bool) -> None:
     mla_prefill_triton(*exact, 0, 9, 0.1, prefill_tile(True, is_hopper))
     mha_decode_triton(q[:2], kv, page, pos[:, 0], Paging(64), 0.1)
     merge_lse_triton(torch.zeros(8, 4, 16, 513)[..., :-1], torch.zeros(8, 4, 16))
-    sample_triton(torch.zeros(2, 129280), torch.ones(2), *torch.zeros(4, 2, dtype=torch.int64))
+    top_k, *rest = torch.zeros(4, 2, dtype=torch.int64)
+    sample_triton(torch.zeros(2, 129280), torch.ones(2), top_k, *torch.ones(2, 2), *rest)
 
 
 def absorption(page: torch.Tensor, pos: torch.Tensor, cache: torch.Tensor, is_hopper: bool) -> None:

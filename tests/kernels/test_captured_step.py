@@ -16,6 +16,7 @@ from torch import Tensor
 import dsv3_kernels
 from dsv3.config import ParallelConfig
 from dsv3.config_files import DEMO, load_model_config
+from dsv3.engine.adjust import AdjustedRow, Adjuster, Adjustments, pack_adjustments
 from dsv3.engine.plan import StepPlan
 from dsv3.engine.runner import BatchBuilder, Runner
 from dsv3.engine.static import StaticSteps
@@ -24,6 +25,7 @@ from dsv3.parallel.collectives import SingleRank, StandIn
 from dsv3.parallel.experts import FP8, DispatchSettings
 from dsv3.parallel.mesh import Mesh
 from dsv3.parallel.placement import Placement
+from dsv3.request import SamplingParams
 from scripts import bench_rank
 from scripts.bench_rank import Rank, RankShape
 
@@ -141,3 +143,15 @@ def test_nobody_looks_in_one_of_several_groups(form: str, monkeypatch: pytest.Mo
     """It is idle."""
     rank = one_of_two_groups(form, CPU, monkeypatch)
     check_nobody_looks(rank, lambda drawn: [StepPlan(), step(drawn)], monkeypatch)
+
+
+def test_adjusting_logits_looks_at_nothing() -> None:
+    """The token in flight is compared where it is."""
+    params = SamplingParams(repetition_penalty=1.5, frequency_penalty=0.5, logit_bias={3: 1.0})
+    rows = [AdjustedRow(m, m - 1, Adjuster(params, [1, 2]), [1, 2, 5]) for m in range(3)]
+    adjust = Adjustments.unpack(pack_adjustments(rows), torch.tensor([5, 6]))
+    logits = torch.ones(3, 9)
+    with nobody_looks():
+        adjust.apply(logits)
+    assert logits[:, 5].tolist() == pytest.approx([1 / 1.5 - 0.5, 1 / 1.5 - 1.0, 1 / 1.5 - 0.5])
+    assert logits[:, 6].tolist() == pytest.approx([1.0, 1.0, 1 / 1.5 - 0.5])

@@ -238,7 +238,9 @@ def test_sample() -> None:
         torch.tensor([0.0, 0.7, 1.3])[rows % 3],
         torch.tensor([0, 5, 0, 50, 1000])[rows % 5],
         torch.tensor([1.0, 0.9, 0.3, 0.999])[rows % 4],
+        torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 0.2, 0.01])[rows % 7],
         rows * 0x1234567_89ABCDEF - 2**62,
+        rows % 11,
         rows * 1_000_003,
     )
     got, want = sample(*(x.cuda() for x in args)).cpu(), sample_ref(*args)

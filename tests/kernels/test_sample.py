@@ -26,7 +26,9 @@ def draw(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
     position: int | Tensor = 0,
+    answer: int | Tensor = 0,
 ) -> Tensor:
     """Sample once per seed from the same logits."""
     B = len(seeds)
@@ -35,15 +37,21 @@ def draw(
         torch.full((B,), temperature),
         torch.full((B,), top_k),
         torch.full((B,), top_p),
+        torch.full((B,), min_p),
         seeds,
+        torch.as_tensor(answer).expand(B),
         torch.as_tensor(position).expand(B),
     )
 
 
-def kept(logits: list[float], temperature: float, top_k: int, top_p: float) -> dict[int, float]:
-    """The tokens that may be drawn, with their probabilities: temperature, top-k, then top-p."""
+def kept(
+    logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float
+) -> dict[int, float]:
+    """The tokens that may be drawn, with their probabilities: min-p, top-k, then top-p."""
     scaled = [x / temperature for x in logits]
     order = sorted(range(len(scaled)), key=lambda i: (-scaled[i], i))
+    share = [math.exp(x) / sum(map(math.exp, scaled)) for x in scaled]
+    order = [i for i in order if share[i] >= min_p * max(share)]
     order = order[: top_k or None]
     p = {i: math.exp(scaled[i]) for i in order}
     p = {i: x / sum(p.values()) for i, x in p.items()}
@@ -59,16 +67,17 @@ def kept(logits: list[float], temperature: float, top_k: int, top_p: float) -> d
 @pytest.mark.parametrize(
     ("counter", "key", "words"),
     [
-        ((0, 0), 0, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-        # Random123's two other vectors need counter words that ours leaves at zero; these two
-        # hold all 32 bits of both counter words, both key words and the carries of the products.
-        ((0xFFFFFFFF, 0xFFFFFFFF), -1, None),
-        ((0x243F6A88, 0x85A308D3), 0x299F31D0A4093822, None),
+        ((0, 0, 0), 0, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        # Random123's two other vectors need a counter word that ours leaves at zero; these two
+        # hold all 32 bits of the other words, both key words and the carries of the products.
+        ((0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF), -1, None),
+        ((0x243F6A88, 0x85A308D3, 0x13198A2E), 0x299F31D0A4093822, None),
     ],
 )
-def test_philox(counter: tuple[int, int], key: int, words: str | None) -> None:
-    got = philox(torch.tensor([key]), torch.tensor([counter[1]]), torch.tensor([counter[0]]))
-    want = philox_by_hand((*counter, 0, 0), (key & 0xFFFFFFFF, key >> 32 & 0xFFFFFFFF))
+def test_philox(counter: tuple[int, int, int], key: int, words: str | None) -> None:
+    block, position, answer = (torch.tensor([word]) for word in counter)
+    got = philox(torch.tensor([key]), position, answer, block)
+    want = philox_by_hand((*counter, 0), (key & 0xFFFFFFFF, key >> 32 & 0xFFFFFFFF))
     assert [f"{w:08x}" for w in got[0, 0].tolist()] == [f"{w:08x}" for w in want]
     assert words is None or [f"{w:08x}" for w in want] == words.split()
 
@@ -92,7 +101,7 @@ def test_philox_by_hand_has_the_published_answers() -> None:
 
 
 def test_gumbel_noise() -> None:
-    noise = gumbel(torch.arange(64), torch.zeros(64, dtype=torch.int64), 1001).double()
+    noise = gumbel(torch.arange(64), *torch.zeros(2, 64, dtype=torch.int64), 1001).double()
     assert bool(noise.isfinite().all())
     assert noise.mean() == pytest.approx(EULER, abs=0.02)
     assert noise.var() == pytest.approx(math.pi**2 / 6, rel=0.03)
@@ -101,29 +110,51 @@ def test_gumbel_noise() -> None:
 
 
 def test_every_part_of_the_counter_counts() -> None:
-    """Seeds that differ in one bit, positions and ids all get their own noise."""
-    seeds = torch.tensor([5, 4, 5 + 2**32, 5 - 2**63, -5])
-    noise = gumbel(seeds, torch.zeros(5, dtype=torch.int64), 64)
-    later = gumbel(seeds, torch.ones(5, dtype=torch.int64), 64)
-    everything = torch.cat((noise, later)).flatten()
+    """Seeds that differ in one bit, positions, answers and ids all get their own noise."""
+    seeds = torch.tensor([5, 4, 6, 5 + 2**32, 5 - 2**63, -5])
+    zero, one = torch.zeros(6, dtype=torch.int64), torch.ones(6, dtype=torch.int64)
+    noise, later = gumbel(seeds, zero, zero, 64), gumbel(seeds, one, zero, 64)
+    others = (
+        gumbel(seeds, zero, one, 64),
+        gumbel(seeds, one, one, 64),
+        gumbel(seeds, zero, 2 * one, 64),
+    )
+    everything = torch.cat((noise, later, *others)).flatten()
     assert len(everything.unique()) == len(everything)
     # The noise of an id does not depend on the vocabulary's size.
-    assert torch.equal(gumbel(seeds, torch.zeros(5, dtype=torch.int64), 13), noise[:, :13])
+    assert torch.equal(gumbel(seeds, zero, zero, 13), noise[:, :13])
 
 
-CASES = [(1.0, 0, 1.0), (0.7, 0, 0.9), (1.3, 5, 1.0), (1.0, 7, 0.8), (2.0, 1, 1.0), (1.0, 0, 1e-9)]
+# temperature, top-k, top-p, min-p
+CASES = [
+    (1.0, 0, 1.0, 0.0),
+    (0.7, 0, 0.9, 0.0),
+    (1.3, 5, 1.0, 0.0),
+    (1.0, 7, 0.8, 0.0),
+    (2.0, 1, 1.0, 0.0),
+    (1.0, 0, 1e-9, 0.0),
+    (1.0, 0, 1.0, 0.2),
+    (2.0, 6, 1.0, 0.3),
+    (0.8, 0, 0.7, 0.1),
+    (1.5, 7, 0.9, 0.25),
+    (1.0, 0, 1.0, 1.0),
+]
 
 
-@pytest.mark.parametrize("along", ["seeds", "positions"])
-@pytest.mark.parametrize(("temperature", "top_k", "top_p"), CASES)
-def test_distribution(temperature: float, top_k: int, top_p: float, along: str) -> None:
+@pytest.mark.parametrize("along", ["seeds", "positions", "answers"])
+@pytest.mark.parametrize(("temperature", "top_k", "top_p", "min_p"), CASES)
+def test_distribution(
+    temperature: float, top_k: int, top_p: float, min_p: float, along: str
+) -> None:
     torch.manual_seed(0)
     logits, draws = torch.randn(12), 8000
-    many, one = torch.arange(draws), torch.full((draws,), 77)
-    seeds, positions = (many, one) if along == "seeds" else (one, many)
-    token = draw(logits, seeds, temperature, top_k, top_p, positions)
+    one = torch.full((draws,), 77)
+    seed, position, answer = (
+        torch.arange(draws) if along == name else one for name in ("seeds", "positions", "answers")
+    )
+    token = draw(logits, seed, temperature, top_k, top_p, min_p, position, answer)
     seen = token.bincount(minlength=12).tolist()
-    p = kept(logits.tolist(), temperature, top_k, top_p)
+    p = kept(logits.tolist(), temperature, top_k, top_p, min_p)
     assert {i for i, n in enumerate(seen) if n} == set(p)
     # Chi-square: mean df, variance 2 df; six standard deviations above is never by chance.
     chi2 = sum((seen[i] - draws * x) ** 2 / (draws * x) for i, x in p.items())
@@ -142,9 +173,9 @@ def test_ties_at_the_cut_keep_the_lowest_ids() -> None:
 def test_greedy_ties_go_to_the_lowest_id() -> None:
     logits = torch.zeros(1, 1000)
     logits[0, [300, 700, 999]] = 5.0
-    args = torch.zeros(1), torch.zeros(1, dtype=torch.int64), torch.ones(1)
+    args = torch.zeros(1), torch.zeros(1, dtype=torch.int64), torch.ones(1), torch.ones(1)
     seed = torch.zeros(1, dtype=torch.int64)
-    assert sample(logits, *args, seed, seed).item() == 300
+    assert sample(logits, *args, seed, seed, seed).item() == 300
 
 
 def test_tiny_temperatures_are_greedy() -> None:
@@ -164,8 +195,9 @@ def test_a_row_does_not_see_its_neighbours() -> None:
     temperature = torch.tensor([0.0, 0.6, 1.0, 1.5]).repeat(15)
     top_k = torch.tensor([0, 0, 3, 50, 400]).repeat(12)
     top_p = torch.tensor([1.0, 0.9, 0.5]).repeat(20)
+    min_p = torch.tensor([0.0, 0.1, 0.0, 0.4]).repeat_interleave(15)
     seed, position = torch.randint(-(2**62), 2**62, (B,)), torch.arange(B) % 7
-    rows = (logits, temperature, top_k, top_p, seed, position)
+    rows = (logits, temperature, top_k, top_p, min_p, seed, position % 3, position)
     together = sample(*rows)
     alone = torch.cat([sample(*(r[i : i + 1] for r in rows)) for i in range(B)])
     assert torch.equal(together, alone)
@@ -180,7 +212,13 @@ def test_a_row_that_keeps_all_keeps_all_beside_one_that_does_not() -> None:
     assert got.tolist() == [[30.0, 0.0, -1.0], [30.0, 0.0, -math.inf]]
 
 
-def both(logits: Tensor, temperature: list[float], top_k: list[int], top_p: list[float]):
+def both(
+    logits: Tensor,
+    temperature: list[float],
+    top_k: list[int],
+    top_p: list[float],
+    min_p: tuple[float, ...] = (0.0,),
+):
     """Tokens of the reference and of the kernel, rows with these parameters in turn."""
     B = len(logits)
     rows = torch.arange(B)
@@ -189,7 +227,9 @@ def both(logits: Tensor, temperature: list[float], top_k: list[int], top_p: list
         torch.tensor(temperature)[rows % len(temperature)],
         torch.tensor(top_k)[rows % len(top_k)],
         torch.tensor(top_p)[rows % len(top_p)],
+        torch.tensor(min_p)[rows % len(min_p)],
         rows * 0x1234567_89ABCDEF - 2**62,
+        rows % 3,
         rows * 1_000_003,
     )
     return sample_ref(*args), sample_triton(*args, block=1024), args
@@ -202,6 +242,18 @@ def test_kernel_chooses_as_the_reference(vocab: int, rows: int) -> None:
     want, got, _ = both(logits, [0.7, 0.0, 1.5], [0, 5, 0, 1, 331], [1.0, 0.9, 0.3, 1e-9])
     assert got.tolist() == want.tolist()
     assert vocab == 1 or len(set(want.tolist())) > rows // 2
+
+
+@pytest.mark.parametrize(("vocab", "rows"), [(1, 2), (67, 40), (331, 24), (2100, 4)])
+def test_kernel_drops_what_is_below_min_p(vocab: int, rows: int) -> None:
+    """Alone, and before top-k and top-p."""
+    torch.manual_seed(3)
+    logits = torch.randn(rows, vocab + 2)[:, :vocab] * 2
+    top_k, top_p = [0, 0, 5, 331], [1.0, 1.0, 1.0, 0.6, 0.9]
+    want, got, args = both(logits, [2.0, 1.0, 0.0], top_k, top_p, (0.3, 0.0, 0.05, 1.0))
+    assert got.tolist() == want.tolist()
+    everything = sample_ref(*args[:4], torch.zeros(rows), *args[5:])
+    assert vocab == 1 or everything.tolist() != want.tolist()
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(4, 0.6), (30, 1.0), (250, 1.0), (0, 0.6)])
@@ -233,17 +285,19 @@ def test_kernel_greedy_ties_and_empty_batches() -> None:
 
 
 @triton.jit
-def _uniform_kernel(out_ptr, seed_ptr, position_ptr, BLOCK: tl.constexpr):
+def _uniform_kernel(out_ptr, seed_ptr, position_ptr, answer_ptr, BLOCK: tl.constexpr):
     b, first = tl.program_id(0), tl.program_id(1) * BLOCK
     seed, position = tl.load(seed_ptr + b), tl.load(position_ptr + b)
+    answer = tl.load(answer_ptr + b)
     at = out_ptr + b * tl.num_programs(1) * BLOCK + first + tl.arange(0, BLOCK)
-    tl.store(at, uniform_block(seed, position, first, BLOCK))
+    tl.store(at, uniform_block(seed, position, answer, first, BLOCK))
 
 
 def test_kernel_draws_the_same_numbers() -> None:
     seed = torch.tensor([0, -1, 0x299F31D0A4093822, 5 - 2**63])
     position = torch.tensor([0, 163_839, 7, 2**31])
+    answer = torch.tensor([0, 1, 127, 2**31 - 1])
     out = torch.empty(4, 512)
-    _uniform_kernel[(4, 4)](out, seed, position, 128)
-    want = to_uniform(philox(seed, position, torch.arange(128)).flatten(1))
+    _uniform_kernel[(4, 4)](out, seed, position, answer, 128)
+    want = to_uniform(philox(seed, position, answer, torch.arange(128)).flatten(1))
     assert_bitwise_equal("uniform", out, want)

@@ -75,6 +75,26 @@ def test_greedy_answers(oracle: MAKE, family: str) -> None:
     check_greedy(made, made.prompts, max_batch_tokens=40, max_running=4)
 
 
+@pytest.mark.parametrize("depth", [0, 1])
+def test_penalized_answers(oracle: MAKE, depth: int) -> None:
+    """Greedy answers with a repetition penalty are those of transformers' `generate`."""
+    made = oracle("v3-bf16")
+    params = SamplingParams(max_tokens=24, ignore_eos=True, repetition_penalty=1.3)
+    settings = {"max_batch_tokens": 40, "max_running": 4, "pipeline_depth": depth}
+    found = answers(start_alone(made.path, **settings), made.prompts, params)
+    for prompt, done in zip(made.prompts, found, strict=True):
+        whole = made.model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+            max_new_tokens=24,
+            do_sample=False,
+            repetition_penalty=1.3,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        assert done.token_ids == whole[0, len(prompt) :].tolist(), f"{len(prompt)} tokens"
+
+
 def test_no_family_answers_the_same_thing_forever(oracle: MAKE) -> None:
     """A model that repeats one token would make the test above easy to pass."""
     for family in DENSE:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from dsv3.cache.tiers import Tiers, extend_keys
 from dsv3.errors import RequestError
 from dsv3.request import Completion, Request, SamplingParams
-from tests.paper_runner import PaperDisk, PaperRunner, answer, finish, paper_world
+from tests.paper_runner import PENALIZED, PaperDisk, PaperRunner, answer, finish, paper_world
 
 requests = st.builds(
     lambda n, start, tokens, seed, scored, ignore: (
@@ -18,6 +18,8 @@ requests = st.builds(
             seed=seed,
             ignore_eos=ignore,
             prompt_logprobs=0 if scored else None,
+            repetition_penalty=1.2 if seed == PENALIZED else 1.0,
+            presence_penalty=0.5 if seed == PENALIZED else 0.0,
         ),
     ),
     st.integers(1, 40),

@@ -26,7 +26,7 @@ CHAT = ChatFormat(TOKENIZER)
 
 
 class CountingEngine:
-    """Answers with `max_tokens` tokens drawn from the seed, one a step, `max_running` at a time."""
+    """Answers with `max_tokens` tokens drawn from its key, one a step, `max_running` at a time."""
 
     def __init__(self, tokenizer: Tokenizer | None = TOKENIZER, max_running: int = 3) -> None:
         self.tokenizer, self.max_running = tokenizer, max_running
@@ -60,7 +60,7 @@ class CountingEngine:
         made = self.made.setdefault(request.request_id, [])
         output = RequestOutput(request_id=request.request_id)
         if len(made) < request.params.max_tokens:
-            made.append(50 + (request.params.seed + len(made)) % 1000)
+            made.append(50 + (request.params.seed + request.answer + len(made)) % 1000)
             output.new_token_ids.append(made[-1])
         if len(made) == request.params.max_tokens:
             del self.requests[request.request_id]

@@ -1,5 +1,4 @@
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +42,11 @@ def test_every_field_arrives() -> None:
         seed=-1,
         stop="a",
         stop_token_ids=[8],
+        min_p=0.1,
+        repetition_penalty=1.2,
+        frequency_penalty=-0.5,
+        presence_penalty=1,
+        logit_bias={"7": -100, "0": 2.5},
         ignore_eos=True,
         logprobs=2,
         echo=True,
@@ -55,6 +59,9 @@ def test_every_field_arrives() -> None:
     assert (request.n, request.echo, request.return_token_ids) == (2, True, True)
     assert (params.max_tokens, params.temperature, params.top_p) == (3, 0.5, 0.9)
     assert (params.top_k, params.seed, params.ignore_eos) == (7, -1, True)
+    assert (params.min_p, params.repetition_penalty) == (0.1, 1.2)
+    assert (params.frequency_penalty, params.presence_penalty) == (-0.5, 1)
+    assert params.logit_bias == {7: -100, 0: 2.5}
     assert (params.stop, params.stop_token_ids) == (("a",), (8,))
     assert (params.logprobs, params.prompt_logprobs) == (2, 2)
 
@@ -82,9 +89,13 @@ def test_a_prompt_may_be_the_only_one_of_a_list() -> None:
     assert complete(prompt=[[5, 6]]) == complete(prompt=[5, 6])
 
 
-@pytest.mark.parametrize("name", ["max_tokens", "temperature", "top_p", "top_k"])
+NUMBERS = {"max_tokens": 7, "top_k": 7, "temperature": 0.5, "top_p": 0.5, "min_p": 0.5}
+NUMBERS |= dict.fromkeys(("repetition_penalty", "frequency_penalty", "presence_penalty"), 0.5)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
 def test_body_goes_before_flag_before_model_before_format(name: str) -> None:
-    number = {"max_tokens": 7, "temperature": 0.5, "top_p": 0.5, "top_k": 7}[name]
+    number = NUMBERS[name]
     other, third = number / 2 if number < 1 else 8, number / 4 if number < 1 else 9
 
     def value(request: TextRequest) -> Any:
@@ -118,6 +129,9 @@ def test_generation_config() -> None:
     assert Sampling.from_generation_config({"do_sample": True, "temperature": 0.6}) == Sampling(
         temperature=0.6
     )
+    assert Sampling.from_generation_config({"min_p": 0.1, "repetition_penalty": 1.05}) == Sampling(
+        min_p=0.1, repetition_penalty=1.05
+    )
     assert Sampling.from_generation_config({}) == Sampling()
     assert Sampling.from_generation_config({"top_k": None, "do_sample": None}) == Sampling()
 
@@ -133,6 +147,8 @@ def test_generation_config() -> None:
         ({"max_new_tokens": 10**400}, r"max_new_tokens=10+\.\.\.0+ is not an integer"),
         ({"temperature": float("nan")}, "not JSON: NaN is no number"),
         ({"top_p": 0}, "top_p=0 is not a number above 0"),
+        ({"min_p": 1.5}, "min_p=1.5 is not a number from 0 to 1"),
+        ({"repetition_penalty": 0}, "repetition_penalty=0 is not a number from 0.001"),
         ({"top_k": -1}, "top_k=-1 is not an integer, at least 0"),
         ({"do_sample": "false"}, "do_sample='false' is not true or false"),
     ],
@@ -182,6 +198,45 @@ def test_digest_names_the_effective_request() -> None:
     assert len({request.digest() for request in [chat(), *others]}) == len(others) + 1
 
 
+def test_digest_of_older_versions_holds_where_newer_values_change_nothing() -> None:
+    """Their result files resume."""
+    older = "1e312adfbfc94682206e70e9289f7331", "a500c13ce0d9a46cede66ed9f4d610f8"
+    row = {"seed": 7, "n": 2, "temperature": 0.5, "top_k": 5, "stop": ["a"]}
+    assert (chat().digest(), complete(**row).digest()) == older
+    neutral = {"min_p": 0, "repetition_penalty": 1, "presence_penalty": 0, "logit_bias": {}}
+    assert complete(**row, **neutral, frequency_penalty=0.0).digest() == older[1]
+    newer = [
+        complete(**row, min_p=0.1),
+        complete(**row, repetition_penalty=1.1),
+        complete(**row, frequency_penalty=0.1),
+        complete(**row, presence_penalty=0.1),
+        complete(**row, logit_bias={"5": 1}),
+        complete(**row, logit_bias={"6": 1}),
+    ]
+    assert len({older[1], *(request.digest() for request in newer)}) == 7
+
+
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        ({"min_p": 1.5}, "min_p=1.5 must be between 0 and 1"),
+        ({"min_p": "0.1"}, 'min_p="0.1" must be a number'),
+        ({"repetition_penalty": 0}, "repetition_penalty=0 must be from 0.001 to 1000"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty=2.5 must be between -2 and 2"),
+        ({"presence_penalty": True}, "presence_penalty=true must be a number"),
+        ({"logit_bias": [1]}, "logit_bias=[1] must be an object"),
+        ({"logit_bias": {"a": 1}}, 'logit_bias has the field "a", which is no token id'),
+        ({"logit_bias": {"-1": 1}}, 'logit_bias has the field "-1", which is no token id'),
+        ({"logit_bias": {"5": 101}}, "logit_bias[5]=101 must be a number between -100 and 100"),
+        ({"logit_bias": {"5": None}}, "logit_bias[5]=null must be a number between -100 and 100"),
+    ],
+)
+def test_wrong_penalties_are_named(body: dict[str, Any], error: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        complete(**body)
+    assert str(caught.value) == error
+
+
 def tokens(request: TextRequest, max_seq_len: int = 100) -> list[Any]:
     ids = encode_prompt(request, TOKENIZER, CHAT_FORMAT)
     return token_requests(request, ids, "row", max_seq_len, VOCAB_SIZE)
@@ -206,8 +261,14 @@ def test_n_answers_draw_from_streams_of_their_own() -> None:
     top = 2**63 - 1
     answers = tokens(complete(n=3, seed=top))
     assert [request.request_id for request in answers] == ["row/0", "row/1", "row/2"]
-    assert [request.params.seed for request in answers] == [top, -(2**63), -(2**63) + 1]
-    assert len({replace(request.params, seed=0) for request in answers}) == 1
+    assert [request.answer for request in answers] == [0, 1, 2]
+    assert {request.params.seed for request in answers} == {top}
+
+
+def test_no_two_answers_have_the_key_of_their_random_numbers_in_common() -> None:
+    rows = [complete(n=5, seed=seed) for seed in (-1, 0, 1, 2)]
+    keys = [(request.params.seed, request.answer) for row in rows for request in tokens(row)]
+    assert len(set(keys)) == 20
 
 
 def test_token_ids_need_no_tokenizer_and_text_says_that_it_does() -> None:

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from dsv3.engine import sampler
+from dsv3.engine.adjust import AdjustedRow, Adjuster, pack_adjustments
 from dsv3.engine.plan import NO_TARGET, NOT_FINITE, StepPlan
 from dsv3.engine.sampler import Sampler
 from dsv3.parallel.collectives import SingleRank
+from dsv3.request import SamplingParams
 from dsv3_kernels import sample
 
 W, D, T, M = 331, 16, 40, 60
@@ -41,8 +43,10 @@ def mixed_plan() -> StepPlan:
         top_k=rng.choice([0, 3, 2**31 - 1], M).astype(np.int32),
         seed_low=rng.integers(-(2**31), 2**31, M).astype(np.int32),
         seed_high=rng.integers(-(2**31), 2**31, M).astype(np.int32),
+        answer=rng.integers(0, 3, M).astype(np.int32),
         temperature=rng.choice([0.0, 1.0, 2.0], M).astype(np.float32),
         top_p=rng.choice([1.0, 0.9], M).astype(np.float32),
+        min_p=rng.choice([0.0, 0.3], M).astype(np.float32),
     )
 
 
@@ -90,6 +94,46 @@ def test_rows_that_are_not_finite_give_no_token_and_change_no_other(
     assert np.array_equal(out.top_logprob[~is_bad], whole.top_logprob[~is_bad])
 
 
+@pytest.mark.parametrize("rows_at_a_time", [7, 512])
+def test_adjusted_rows_report_the_probabilities_of_the_model(
+    model: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, rows_at_a_time: int
+) -> None:
+    """Their tokens are those of adjusted logits; all other rows are as without them."""
+    monkeypatch.setattr(sampler, "_ROWS", rows_at_a_time)
+    torch.manual_seed(1)
+    hidden, plan = torch.randn(T, D), mixed_plan()
+    how = Sampler(model, SingleRank(), torch.device("cpu"))
+    before = how(hidden, plan).to_host()
+    fed = torch.tensor([int(before.token[0]), int(before.token[1])])
+    params = SamplingParams(repetition_penalty=3.0, presence_penalty=1.5, logit_bias={7: 4.0})
+    rows = np.flatnonzero(plan.target == NO_TARGET)[::2]
+    prompt = before.token[rows].tolist()
+    texts = [[*prompt, m] for m in range(len(rows))]
+    adjusted = [
+        AdjustedRow(int(m), k % 3 - 1, Adjuster.of(params, prompt), text)
+        for k, (m, text) in enumerate(zip(rows, texts, strict=True))
+    ]
+    plan.adjust = pack_adjustments(adjusted)
+    out = how(hidden, plan, fed_M=fed).to_host()
+    assert len(rows) > 15 and (out.token[rows] != before.token[rows]).sum() > 5
+    is_plain = ~np.isin(np.arange(M), rows)
+    assert np.array_equal(out.token[is_plain], before.token[is_plain])
+    asked = plan.top_logprobs >= 0
+    assert np.allclose(out.top_logprob[asked], before.top_logprob[asked], atol=1e-5)
+    for k, m in enumerate(rows):
+        logits = hidden[plan.row[m]] @ model.head.T
+        logprob = logits.log_softmax(-1)
+        answer = [k, *([int(fed[k % 3 - 1])] if k % 3 else [])]
+        logits[7] += 4.0
+        for token in {*prompt, *answer}:
+            logits[token] = logits[token] / 3 if logits[token] > 0 else logits[token] * 3
+        for token in set(answer):
+            logits[token] -= 1.5
+        assert out.token[m] == expected(logits, plan, m), m
+        if plan.top_logprobs[m] >= 0:
+            assert out.logprob[m] == pytest.approx(logprob[out.token[m]].item(), abs=1e-5)
+
+
 def expected(logits: Tensor, plan: StepPlan, m: int) -> int:
     if plan.target[m] != NO_TARGET:
         return int(plan.target[m])
@@ -99,7 +143,9 @@ def expected(logits: Tensor, plan: StepPlan, m: int) -> int:
         torch.tensor([float(plan.temperature[m])]),
         torch.tensor([int(plan.top_k[m])]),
         torch.tensor([float(plan.top_p[m])]),
+        torch.tensor([float(plan.min_p[m])]),
         torch.tensor([seed]),
+        torch.tensor([int(plan.answer[m])]),
         torch.tensor([int(plan.position[m])]),
     )
     return int(one)
@@ -117,8 +163,10 @@ def test_a_vocabulary_smaller_than_the_alternatives(model: SimpleNamespace) -> N
         top_k=np.zeros(1, np.int32),
         seed_low=np.zeros(1, np.int32),
         seed_high=np.zeros(1, np.int32),
+        answer=np.zeros(1, np.int32),
         temperature=np.zeros(1, np.float32),
         top_p=np.ones(1, np.float32),
+        min_p=np.zeros(1, np.float32),
     )
     out = Sampler(model, SingleRank(), torch.device("cpu"))(torch.randn(1, D), plan).to_host()
     assert sorted(out.top_token[0, :5].tolist()) == [0, 1, 2, 3, 4]

@@ -1,0 +1,13 @@
+"""Copies from the host to the device."""
+
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+def to_device(values: NDArray[Any], device: torch.device) -> Tensor:
+    """Return host values on the device; does not wait for what that is still busy with."""
+    x = torch.from_numpy(values)
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
