@@ -2,13 +2,16 @@
 
 import hashlib
 import json
+import logging
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dsv3.errors import CheckpointError, RequestError
 from dsv3.request import Request, SamplingParams
-from dsv3.text.chat import ChatFormat
+from dsv3.text.chat import AnyFormat
 from dsv3.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +22,7 @@ class TextRequest:
         messages, prompt: what to continue, one of the two.
         params: of the first answer; the others differ in the seed.
         n: number of answers.
+        thinking: whether the model is to think first; None if nobody said.
         limit_is_default: max_tokens was not asked for: it is cut to the room in the context.
         echo: the answer's text begins with the prompt.
         return_token_ids: the answer also tells its tokens and those of the prompt.
@@ -31,7 +35,7 @@ class TextRequest:
     params: SamplingParams
     n: int = 1
     limit_is_default: bool = False
-    thinking: bool = False
+    thinking: bool | None = None
     echo: bool = False
     return_token_ids: bool = False
     priority: int = 0
@@ -51,9 +55,9 @@ def digest(data: str | bytes) -> str:
 
 
 def encode_prompt(
-    request: TextRequest, tokenizer: Tokenizer | None, chat: ChatFormat | None
+    request: TextRequest, tokenizer: Tokenizer | None, chat: AnyFormat | None
 ) -> list[int]:
-    """Make the tokens of a request's prompt."""
+    """Make the tokens of a request's prompt; warn once if its wish about thinking has no effect."""
     if tokenizer is None and (request.params.stop or not isinstance(request.prompt, list)):
         raise CheckpointError(
             "this checkpoint has no tokenizer: give the prompt as token ids, and no stop strings"
@@ -61,7 +65,9 @@ def encode_prompt(
     if request.messages is not None:
         if chat is None:
             raise CheckpointError("this checkpoint has no chat template: use /v1/completions")
-        ids = chat.encode(chat.render(request.messages, request.thinking))
+        ids = chat.prompt_ids(request.messages, request.thinking)
+        if remark := chat.thinking_remark(request.thinking):
+            log.warning("%s", remark)
     elif isinstance(request.prompt, list):
         ids = request.prompt
     else:
@@ -93,6 +99,7 @@ def token_requests(
             params=replace(params, seed=_to_64_bits(params.seed + i)),
             priority=request.priority,
             conversation_id=request.conversation_id,
+            is_chat=request.messages is not None,
         )
         for i in range(request.n)
     ]

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from dsv3.errors import CheckpointError, RequestError
-from dsv3.text.chat import ChatFormat, opens_thought, split_reasoning
+from dsv3.text.chat import ChatFormat, UnusableFormat
 from dsv3.text.tokenizer import Tokenizer
 
 DEMO = Path(__file__).parents[2] / "checkpoints" / "demo-v3"
@@ -216,7 +216,7 @@ def test_a_template_that_refuses_is_one_line(demo: Tokenizer) -> None:
     picky = chat(demo, ROLE_TEMPLATE)
     for messages, reason in (
         (LONG, "No system messages, please."),
-        (SHORT, "'suffix' is undefined"),
+        (SHORT, "line 2: 'suffix' is undefined"),
     ):
         with pytest.raises(RequestError) as caught:
             picky.render(messages)
@@ -234,22 +234,17 @@ def test_a_template_with_a_syntax_error_names_its_line(demo: Tokenizer) -> None:
         chat(demo, "fine\n{% if %}")
 
 
-def test_no_template_and_no_known_format(demo: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(CheckpointError, match="no known format for model type 'kimi_k2'"):
+def test_no_template_and_no_known_format(demo: Tokenizer) -> None:
+    reason = "no chat template in this checkpoint, and no known format for model type 'kimi_k2'"
+    with pytest.raises(CheckpointError, match=reason):
         chat(demo, None, "kimi_k2")
-    bare = Tokenizer(demo._vocabulary)
-    assert ChatFormat.load_optional(bare, "kimi_k2") is None
-    assert "no conversations can be served" in caplog.text
+    unusable = ChatFormat.load_optional(Tokenizer(demo._vocabulary), "kimi_k2")
+    assert unusable == UnusableFormat(reason)
+    with pytest.raises(CheckpointError, match=reason):
+        unusable.prompt_ids(SHORT)
     assert ChatFormat.load_optional(None) is None
 
 
 def test_published_formats_refuse_tools(demo: Tokenizer) -> None:
     with pytest.raises(RequestError, match="tools need a chat template"):
         chat(demo, None, "deepseek_v3").render(SHORT, tools=[{"type": "function"}])
-
-
-def test_an_answer_that_begins_within_a_thought_is_split(demo: Tokenizer) -> None:
-    assert opens_thought(chat(demo, None, "deepseek_v3", "DeepSeek-R1").render(SHORT))
-    assert not opens_thought(ChatFormat(demo).render(SHORT))
-    assert split_reasoning("hm\n</think>\n\nYes.") == ("hm", "Yes.")
-    assert split_reasoning("still thinking") == ("still thinking", "")
