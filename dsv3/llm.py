@@ -13,6 +13,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from dsv3.checkpoint.source import check_stored_form, declared_config
 from dsv3.config_files import DEMO
 from dsv3.engine.config import EngineConfig
 from dsv3.engine.engine import Engine, follow
@@ -21,7 +22,7 @@ from dsv3.errors import Dsv3Error, RequestError
 from dsv3.parallel.mesh import join_world
 from dsv3.parallel.together import fail_together
 from dsv3.request import Completion, Request, RequestOutput, SamplingParams
-from dsv3.text.chat import AnyFormat, ChatFormat
+from dsv3.text.chat import AnyFormat, ChatFormat, UnusableFormat
 from dsv3.text.text_request import TextRequest, encode_prompt, token_requests
 from dsv3.text.thoughts import (
     Piece,
@@ -48,6 +49,7 @@ class LLM(AbstractContextManager["LLM"]):
         dp: data-parallel groups of them, which answer different prompts.
         device: "auto" (CUDA where present), "cpu" or "cuda".
         rank_timeout: seconds after which a rank that hangs ends the program on all.
+        chat_template: file with a Jinja template that takes the place of the checkpoint's own.
         settings: fields of `EngineConfig`, such as `max_seq_len` or `kv_cache_size`.
 
     Raises:
@@ -63,18 +65,19 @@ class LLM(AbstractContextManager["LLM"]):
         dp: int = 1,
         device: str = "auto",
         rank_timeout: float = 60.0,
+        chat_template: str | Path | None = None,
         **settings: Any,
     ) -> None:
         config, path = EngineConfig(**settings), Path(path or DEMO)
         with ExitStack() as stack:
             common = EngineConfig.common(asdict(config)) | {"rank_timeout": str(rank_timeout)}
             mesh = stack.enter_context(join_world(device, tp, dp, rank_timeout, common))
+            self._chat: AnyFormat | None = None
+            with fail_together(mesh, "reading the chat template"):
+                if mesh.layout.rank == 0:
+                    self._chat = _chat_format(path, chat_template)
             self._started: Started = start(path, config, mesh)
             self._stack = stack.pop_all()
-        engine, model_type = self._started.engine, self._started.config.model_type
-        self._chat: AnyFormat | None = None
-        if engine is not None:
-            self._chat = ChatFormat.load_optional(engine.tokenizer, model_type, path.name)
         self._outputs: Generator[RequestOutput, None, None] | None = None
         self._num_requests = 0
 
@@ -253,6 +256,16 @@ class LLM(AbstractContextManager["LLM"]):
             next(self._outputs, None)  # one that was never begun could not be ended
             self._outputs.close()
             self._outputs = None
+
+
+def _chat_format(path: Path, template: str | Path | None) -> AnyFormat:
+    """Make the format of conversations and try it; raw prompts need none."""
+    check_stored_form(path)
+    model_type = declared_config(path, None).model_type
+    made = ChatFormat.of_directory(path, model_type, None if template is None else Path(template))
+    if isinstance(made, UnusableFormat):
+        log.warning("%s: no conversations can be served", made.reason)
+    return made
 
 
 def _texts(outputs: Iterator[RequestOutput], thoughts: ThoughtStream | None) -> Iterator[TextPiece]:

@@ -96,13 +96,17 @@ class ChatFormat:
     @classmethod
     def of_directory(
         cls, folder: Path, model_type: str, template: Path | None = None
-    ) -> "ChatFormat | UnusableFormat | None":
-        """Do the same for a checkpoint, before it is loaded."""
+    ) -> "ChatFormat | UnusableFormat":
+        """Do the same for a checkpoint that is not loaded yet."""
         try:
             tokenizer = Tokenizer.load(folder)
-        except NoTokenizer:
-            return None
-        return cls.load_optional(tokenizer, model_type, folder.name, template)
+        except NoTokenizer as error:
+            if template is not None:
+                raise
+            return UnusableFormat(str(error))
+        made = cls.load_optional(tokenizer, model_type, folder.name, template)
+        assert made is not None
+        return made
 
     def check(self) -> None:
         """Write conversations of several forms, to see if the template can write one.
