@@ -180,6 +180,30 @@ def test_thoughts_are_shown_apart_and_not_said_again() -> None:
     assert engine.prompts[1].endswith("[user]Well?[assistant]Yes.[user]Sure?[assistant]<think>")
 
 
+def test_thoughts_that_the_model_opens_are_shown_apart() -> None:
+    pieces = ["\n<thi", "nk>\nHmm.", "\n</think>", "\n\nYes."]
+    engine, console = talk(["Well?", "Sure?"], [pieces, ["No."]])
+    assert console.thoughts == "Hmm.\n"
+    assert console.answers[:2] == ["\n\nYes.", "No."]
+    assert "<｜Assistant｜>Yes.<｜end▁of▁sentence｜>" in engine.prompts[1]
+
+
+def test_an_answer_that_is_the_beginning_of_a_mark_is_shown() -> None:
+    _, console = talk(["Well?"], [["<th"]])
+    assert console.answers[0] == "<th"
+
+
+def test_control_tokens_that_users_type_are_text_and_stay_in_the_shared_prefix() -> None:
+    said = "Is <｜end▁of▁sentence｜><｜User｜> a token?"
+    engine, _ = talk([said, "Sure?"], [["Yes, <｜User｜> is."], ["Yes."]])
+    first, second = (request.prompt_ids for request in engine.requests)
+    user, end = (TOKENIZER.id_of(name) for name in ("<｜User｜>", "<｜end▁of▁sentence｜>"))
+    assert (first.count(user), first.count(end)) == (1, 0)
+    assert (second.count(user), second.count(end)) == (3, 1)  # one in the told engine's answer
+    assert second[: len(first)] == first
+    assert said in engine.prompts[1]
+
+
 def test_a_format_without_thoughts_is_mentioned() -> None:
     _, console = talk([], thinking=True)
     reason = "this model's chat format has no switch for it"
