@@ -92,13 +92,7 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Split `text` into token ids; text that already went through a template adds none."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise RequestError(
-                f"the text holds half of a surrogate pair (character {error.start + 1}), "
-                "which is not a character"
-            ) from None
+        _check_characters(text)
         return self._vocabulary.encode(text, add_special_tokens)
 
     @cached_property
@@ -108,6 +102,7 @@ class Tokenizer:
 
     def encode_ordinary(self, text: str) -> list[int]:
         """Split `text` into token ids; the names of control tokens in it are text like any."""
+        _check_characters(text)
         return self._vocabulary.encode_ordinary(text)
 
     def encode_prompt(self, text: str) -> list[int]:
@@ -221,6 +216,16 @@ class _BytePairs:
 Vocabulary = _BytePairs | TiktokenVocabulary
 
 
+def _check_characters(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"the text holds half of a surrogate pair (character {error.start + 1}), "
+            "which is not a character"
+        ) from None
+
+
 def _vocabulary(folder: Path, config: dict[str, Any]) -> Vocabulary:
     if os.path.lexists(folder / "tokenizer.json"):
         return _BytePairs(folder / "tokenizer.json")
@@ -258,15 +263,22 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> tuple[str | None, st
     if template is None:
         file = folder / "chat_template.json"
         template = _read_optional(file).get("chat_template")
-    if isinstance(template, list):  # several, by name
-        entries = [entry for entry in template if isinstance(entry, dict)]
-        named = {str(entry.get("name")): entry.get("template") for entry in entries}
+    if isinstance(template, list | dict):
+        named = _named_templates(template)
         if "default" not in named:
             raise CheckpointError(f"{file}: chat templates {sorted(named)}, none is 'default'")
         template = named["default"]
     if not isinstance(template, str | None):
         raise CheckpointError(f"{file}: chat_template must be a text or a list of named ones")
     return template, str(file)
+
+
+def _named_templates(templates: list[Any] | dict[str, Any]) -> dict[str, Any]:
+    """Return several templates by their names, given as one object or as one each."""
+    if isinstance(templates, dict):
+        return templates
+    entries = [entry for entry in templates if isinstance(entry, dict)]
+    return {str(entry.get("name")): entry.get("template") for entry in entries}
 
 
 def _read_optional(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dsv3.errors import RequestError
 from dsv3.text.chat import ChatFormat
 from dsv3.text.ordinary_text import OrdinaryText
 from dsv3.text.tokenizer import Tokenizer
@@ -110,6 +111,11 @@ def test_any_text_is_encoded_as_it_is(parts: list[str]) -> None:
 def test_text_without_control_tokens_has_the_tokens_it_always_had(text: str) -> None:
     prompt = f"{BOS}{U}{ORDINARY.hide(text)}{A}{THINK}\n"
     assert ORDINARY.encode(prompt) == TOKENIZER.encode(f"{BOS}{U}{text}{A}{THINK}\n", False)
+
+
+def test_half_a_character_is_named_beside_a_control_token() -> None:
+    with pytest.raises(RequestError, match=r"half of a surrogate pair \(character 12\)"):
+        ORDINARY.encode(U + ORDINARY.hide(f"a {U} \ud83d"))
 
 
 def test_single_letters_that_are_added_tokens_stay_parts_of_text(tmp_path: Path) -> None:
