@@ -113,7 +113,7 @@ def prepare_format(
 
 
 def check_conversations(rows: BatchInput, chat_format: AnyFormat) -> None:
-    """Refuse a job that consists of conversations if none can be written, warn of one in part."""
+    """Raise if all rows are conversations and the format is unusable; warn if some are."""
     if not isinstance(chat_format, UnusableFormat):
         return
     are_chats = {row.request.messages is not None for row in rows if row.request is not None}

@@ -74,7 +74,7 @@ class ChatFormat:
         name: str = "",
         template: Path | None = None,
     ) -> "ChatFormat | UnusableFormat | None":
-        """Make the format and try it: raw prompts and token ids need none.
+        """Make the format and try it; a damaged one is no error, as raw prompts need none.
 
         Returns:
             the format; the reason where it cannot be used; None without a tokenizer.
@@ -97,7 +97,7 @@ class ChatFormat:
     def of_directory(
         cls, folder: Path, model_type: str, template: Path | None = None
     ) -> "ChatFormat | UnusableFormat":
-        """Do the same for a checkpoint that is not loaded yet."""
+        """Make and try the format of a checkpoint, before its weights are loaded."""
         try:
             tokenizer = Tokenizer.load(folder)
         except NoTokenizer as error:
@@ -122,9 +122,9 @@ class ChatFormat:
         return self.encode(self.render(messages, bool(thinking)))
 
     def thinking_remark(self, thinking: bool | None) -> str:
-        """Return, once for each of the two, why asking for thoughts or for none has no effect.
+        """Return why asking for thoughts, or for none, changes nothing; each reason only once.
 
-        An empty text if it has one, and where nothing was asked for (`thinking` is None).
+        Return an empty text if it changes something, or if `thinking` is None: nothing was asked.
         """
         if thinking is None or thinking in self._remarked:
             return ""

@@ -1,9 +1,9 @@
-"""Keeps what people write in messages apart from the structure that a chat format writes.
+"""Separates the text of messages from the structure that a chat format writes around it.
 
 A control token's name in a message (`<｜User｜>`, `</think>`) must not become that token. The name
 is replaced by two private characters before a template sees the message, and turned back into
 ordinary text when the rendered prompt is encoded. So a template may trim, split or join messages,
-or write them as JSON, and cannot take a user's text for a mark of its own.
+or write them as JSON, and never takes a user's text for one of its own marks.
 """
 
 import re

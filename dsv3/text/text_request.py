@@ -22,7 +22,7 @@ class TextRequest:
         messages, prompt: what to continue, one of the two.
         params: of the first answer; the others differ in the seed.
         n: number of answers.
-        thinking: whether the model is to think first; None if nobody said.
+        thinking: whether the model is to think first; None if it does not say.
         limit_is_default: max_tokens was not asked for: it is cut to the room in the context.
         echo: the answer's text begins with the prompt.
         return_token_ids: the answer also tells its tokens and those of the prompt.
