@@ -13,6 +13,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from dsv3.checkpoint.source import check_stored_form, declared_config
 from dsv3.config_files import DEMO
 from dsv3.engine.config import EngineConfig
 from dsv3.engine.engine import Engine, follow
@@ -21,8 +22,15 @@ from dsv3.errors import Dsv3Error, RequestError
 from dsv3.parallel.mesh import join_world
 from dsv3.parallel.together import fail_together
 from dsv3.request import Completion, Request, RequestOutput, SamplingParams
-from dsv3.text.chat import ChatFormat
+from dsv3.text.chat import AnyFormat, ChatFormat, UnusableFormat
 from dsv3.text.text_request import TextRequest, encode_prompt, token_requests
+from dsv3.text.thoughts import (
+    Piece,
+    TextPiece,
+    ThoughtStream,
+    begins_in_thought,
+    split_answer,
+)
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +49,7 @@ class LLM(AbstractContextManager["LLM"]):
         dp: data-parallel groups of them, which answer different prompts.
         device: "auto" (CUDA where present), "cpu" or "cuda".
         rank_timeout: seconds after which a rank that hangs ends the program on all.
+        chat_template: file with a Jinja template that takes the place of the checkpoint's own.
         settings: fields of `EngineConfig`, such as `max_seq_len` or `kv_cache_size`.
 
     Raises:
@@ -56,18 +65,19 @@ class LLM(AbstractContextManager["LLM"]):
         dp: int = 1,
         device: str = "auto",
         rank_timeout: float = 60.0,
+        chat_template: str | Path | None = None,
         **settings: Any,
     ) -> None:
         config, path = EngineConfig(**settings), Path(path or DEMO)
         with ExitStack() as stack:
             common = EngineConfig.common(asdict(config)) | {"rank_timeout": str(rank_timeout)}
             mesh = stack.enter_context(join_world(device, tp, dp, rank_timeout, common))
+            self._chat: AnyFormat | None = None
+            with fail_together(mesh, "reading the chat template"):
+                if mesh.layout.rank == 0:
+                    self._chat = _chat_format(path, chat_template)
             self._started: Started = start(path, config, mesh)
             self._stack = stack.pop_all()
-        engine, model_type = self._started.engine, self._started.config.model_type
-        self._chat: ChatFormat | None = None
-        if engine is not None:
-            self._chat = ChatFormat.load_optional(engine.tokenizer, model_type, path.name)
         self._outputs: Generator[RequestOutput, None, None] | None = None
         self._num_requests = 0
 
@@ -119,7 +129,7 @@ class LLM(AbstractContextManager["LLM"]):
         self,
         messages: Messages | Sequence[Messages] | None,
         params: Params = None,
-        thinking: bool = False,
+        thinking: bool | None = None,
         conversation_id: str | None = None,
     ) -> list[Completion]:
         """Answer conversations through the model's chat format; else as `generate`.
@@ -127,8 +137,9 @@ class LLM(AbstractContextManager["LLM"]):
         Args:
             messages: one conversation or several.
             params: for all or one for each.
-            thinking: let the model think first, where its format knows of that. The thought
-                comes first in the text, up to `</think>`.
+            thinking: let the model think first, or not, where its format has a switch for it;
+                a warning says where it has none. The thought is `reasoning` of the completion,
+                apart from its `text`; stop strings end only the text.
             conversation_id: names the dialogue, for `drop_conversation`.
         """
         several = _several(messages, _is_conversation)
@@ -144,9 +155,12 @@ class LLM(AbstractContextManager["LLM"]):
         self,
         prompt: Prompt | Messages | None,
         params: SamplingParams | None = None,
-        thinking: bool = False,
-    ) -> Iterator[str]:
+        thinking: bool | None = None,
+    ) -> Iterator[TextPiece]:
         """Answer one prompt or conversation, piece by piece; other ranks than 0 get no pieces.
+
+        All pieces join to the whole text. Where that is a conversation's answer with a thought,
+        the pieces of the thought and its marks have `is_thought` set.
 
         A loop over the pieces that is left early stops the answer, at the next call.
 
@@ -155,8 +169,12 @@ class LLM(AbstractContextManager["LLM"]):
         """
         what = {"messages": prompt, "thinking": thinking}
         asked = what if _is_conversation(prompt) else {"prompt": prompt}
-        self._outputs = self._run(self._submit([asked], params))
-        return _texts(self._outputs)
+        requests = self._submit([asked], params)
+        self._outputs = self._run(requests)
+        thoughts = None
+        if requests and requests[0].is_chat and (engine := self._started.engine) is not None:
+            thoughts = ThoughtStream(begins_in_thought(engine.tokenizer, requests[0].prompt_ids))
+        return _texts(self._outputs, thoughts)
 
     def _complete(self, asked: list[dict[str, Any]], params: Params) -> list[Completion]:
         requests = self._submit(asked, params)
@@ -164,11 +182,19 @@ class LLM(AbstractContextManager["LLM"]):
         for output in self._run(requests):
             if output.completion is not None:
                 done[output.request_id] = output.completion
-        completions = [done[request.request_id] for request in requests]
+        completions = [self._split(r, done[r.request_id]) for r in requests]
         for i, completion in enumerate(completions):
             if completion.error:
                 log.warning("prompts[%d]: %s", i, completion.error)
         return completions
+
+    def _split(self, request: Request, completion: Completion) -> Completion:
+        """Tell the thought from the answer, if it is one of a conversation."""
+        if request.is_chat and (engine := self._started.engine) is not None:
+            inside = begins_in_thought(engine.tokenizer, request.prompt_ids)
+            split = split_answer(completion.text, inside)
+            completion.reasoning, completion.text = split.reasoning, split.content
+        return completion
 
     def _submit(self, asked: list[dict[str, Any]], params: Params) -> list[Request]:
         """Put requests in line on rank 0; if one cannot be served, all ranks hear of it."""
@@ -232,10 +258,25 @@ class LLM(AbstractContextManager["LLM"]):
             self._outputs = None
 
 
-def _texts(outputs: Iterator[RequestOutput]) -> Iterator[str]:
+def _chat_format(path: Path, template: str | Path | None) -> AnyFormat:
+    """Make the format of conversations and try it; raw prompts need none."""
+    check_stored_form(path)
+    model_type = declared_config(path, None).model_type
+    made = ChatFormat.of_directory(path, model_type, None if template is None else Path(template))
+    if isinstance(made, UnusableFormat):
+        log.warning("%s: no conversations can be served", made.reason)
+    return made
+
+
+def _texts(outputs: Iterator[RequestOutput], thoughts: ThoughtStream | None) -> Iterator[TextPiece]:
     for output in outputs:
-        if output.new_text:
-            yield output.new_text
+        if thoughts is None:
+            pieces = [Piece(answer=output.new_text)]
+        else:
+            pieces = [thoughts.push(output.new_text)]
+            pieces += [] if output.completion is None else [thoughts.finish()]
+        for piece in pieces:
+            yield from piece.texts()
         if output.completion is not None and output.completion.error:
             raise Dsv3Error(output.completion.error)
 

@@ -106,6 +106,8 @@ class Request:
         request_id: unique among the unfinished requests.
         priority: lower goes first, equal ones in order of arrival.
         conversation_id: requests that share it are turns of one dialogue.
+        is_chat: the prompt is a conversation: a thought may come before the answer, and stop
+            strings end only the answer.
         deadline: seconds after `Engine.add` at which the answer ends as it is; None waits.
         answer: which of the answers to one prompt and seed this is: each has random numbers of
             its own.
@@ -116,6 +118,7 @@ class Request:
     params: SamplingParams
     priority: int = 0
     conversation_id: str | None = None
+    is_chat: bool = False
     deadline: float | None = None
     answer: int = 0
 
@@ -135,7 +138,8 @@ class Completion:
 
     Attributes:
         token_ids: generated tokens, the end token not included.
-        text: their text, cut before a stop string.
+        text: their text, cut before a stop string. With `LLM.chat` the answer without its thought.
+        reasoning: the thought, where `LLM.chat` has found one; None elsewhere.
         finish_reason: "stop" (end token or stop string), "length", "deadline", or "error".
         error: why there is no (whole) answer, with "error" only.
         logprobs: one entry per generated token when asked for.
@@ -152,6 +156,7 @@ class Completion:
     prompt_logprobs: list[TokenLogprobs] | None = None
     cached_tokens: int = 0
     error: str = ""
+    reasoning: str | None = None
 
 
 @dataclass(slots=True, kw_only=True)

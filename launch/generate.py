@@ -17,7 +17,8 @@ from functools import partial
 from pathlib import Path
 
 from dsv3.checkpoint.directory import check_directory
-from dsv3.checkpoint.source import check_stored_form
+from dsv3.checkpoint.source import check_stored_form, declared_config
+from dsv3.config import ModelConfig
 from dsv3.config_files import DEMO, load_model_config
 from dsv3.engine.engine import Engine, follow
 from dsv3.engine.program import (
@@ -31,21 +32,22 @@ from dsv3.engine.program import (
 from dsv3.engine.program_files import check_files
 from dsv3.engine.start import Started, identify, start
 from dsv3.engine.stats import check_stats_file, collect_stats, write_stats_file
-from dsv3.errors import ConfigError
+from dsv3.errors import CheckpointError, ConfigError
 from dsv3.observe.exporter import serve_metrics
 from dsv3.parallel.mesh import Mesh, join_world
 from dsv3.parallel.restarts import has_mark, set_mark
 from dsv3.parallel.together import fail_together
+from dsv3.read_files import read_bytes
 from dsv3.serve.batch import BatchSummary, prewarm_prompts, run_batch
 from dsv3.serve.chat import Chat
 from dsv3.serve.progress import Progress
 from dsv3.serve.sinks import JournalSink, TextSink
 from dsv3.serve.terminal import open_console
 from dsv3.text.batch_file import BatchInput
-from dsv3.text.chat import ChatFormat
+from dsv3.text.chat import AnyFormat, ChatFormat, UnusableFormat
 from dsv3.text.defaults import Defaults, Sampling
 from dsv3.text.journal import Journal
-from dsv3.text.tokenizer import Tokenizer
+from dsv3.text.text_request import digest
 
 # Scripts are never installed: what --profile is made of is found beside them.
 sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
@@ -86,6 +88,9 @@ def parse_args() -> argparse.Namespace:
     sampling.add_argument("--seed", type=int, help="names the random numbers")
     sampling.add_argument("--thinking", action="store_true", help="let the model think first")
     sampling.add_argument("--system", help="system message of chats that have none")
+    sampling.add_argument(
+        "--chat-template", metavar="FILE", help="Jinja template instead of the checkpoint's own"
+    )
     add_engine_flags(parser)
     args = parser.parse_args()
     check_flags(args)
@@ -119,13 +124,43 @@ class Job:
     """What rank 0 is to do; a chat has no rows."""
 
     defaults: Defaults
+    chat_format: AnyFormat | None = None
     rows: BatchInput | None = None
     prewarm: BatchInput | None = None
     journal: Journal | None = None
     metrics_port: int | None = None
 
 
-def prepare(args: argparse.Namespace, checkpoint: Path, model: str, files: ExitStack) -> Job:
+def prepare_format(
+    args: argparse.Namespace, checkpoint: Path, config: ModelConfig | None
+) -> AnyFormat:
+    """Make the format of conversations and try it."""
+    template = Path(args.chat_template) if args.chat_template else None
+    model_type = declared_config(checkpoint, config).model_type
+    made = ChatFormat.of_directory(checkpoint, model_type, template)
+    if args.interactive and isinstance(made, UnusableFormat):
+        raise CheckpointError(made.reason)
+    return made
+
+
+def check_conversations(rows: BatchInput, chat_format: AnyFormat) -> None:
+    """Raise if all rows are conversations and the format is unusable; warn if some are."""
+    if not isinstance(chat_format, UnusableFormat):
+        return
+    are_chats = {row.request.messages is not None for row in rows if row.request is not None}
+    if are_chats == {True}:
+        raise CheckpointError(chat_format.reason)
+    if True in are_chats:
+        log.warning("%s: rows with conversations fail", chat_format.reason)
+
+
+def prepare(
+    args: argparse.Namespace,
+    checkpoint: Path,
+    model: str,
+    config: ModelConfig | None,
+    files: ExitStack,
+) -> Job:
     """Open and check all files of a job, before a model is loaded for it."""
     same = ("temperature", "top_p", "top_k", "min_p")
     same += ("repetition_penalty", "frequency_penalty", "presence_penalty")
@@ -140,19 +175,22 @@ def prepare(args: argparse.Namespace, checkpoint: Path, model: str, files: ExitS
     )
     if args.stats_file:
         check_stats_file(Path(args.stats_file))
+    chat_format = prepare_format(args, checkpoint, config)
     prewarm, rows = (
         BatchInput(Path(path), defaults, args.prompt_separator or "line") if path else None
         for path in (args.prewarm, args.input_file)
     )
     say_ignored(args, [each for each in (prewarm, rows) if each is not None])
     if rows is None:
-        Tokenizer.load(checkpoint)
-        return Job(defaults, prewarm=prewarm, metrics_port=args.metrics_port)
+        return Job(defaults, chat_format, prewarm=prewarm, metrics_port=args.metrics_port)
+    check_conversations(rows, chat_format)
     journal = None
     if args.output_file:
+        if args.chat_template:  # other prompts, other answers
+            model += f"-{digest(read_bytes(Path(args.chat_template)))[:8]}"
         journal = files.enter_context(open_journal(Path(args.output_file), args.overwrite, model))
         journal.resume(rows)
-    return Job(defaults, rows, prewarm, journal, args.metrics_port)
+    return Job(defaults, chat_format, rows, prewarm, journal, args.metrics_port)
 
 
 def open_journal(path: Path, overwrite: bool, model: str) -> Journal:
@@ -172,28 +210,25 @@ def say_ignored(args: argparse.Namespace, inputs: list[BatchInput]) -> None:
         log.warning("%s: only for rows with a temperature, --temperature 0 is greedy", flags)
 
 
-def chat(job: Job, started: Started, engine: Engine, name: str) -> None:
+def chat(job: Job, engine: Engine, name: str) -> None:
     """Talk until the user leaves."""
-    assert engine.tokenizer is not None
-    chat_format = ChatFormat(engine.tokenizer, started.config.model_type, name)
+    assert isinstance(job.chat_format, ChatFormat)
     with open_console() as console:
-        Chat(engine, chat_format, job.defaults, console).run(name)
+        Chat(engine, job.chat_format, job.defaults, console).run(name)
 
 
-def answer(job: Job, started: Started, engine: Engine, name: str) -> BatchSummary:
+def answer(job: Job, engine: Engine) -> BatchSummary:
     """Answer all rows into the journal, or as text on standard output."""
     assert job.rows is not None
-    chat_format = ChatFormat.load_optional(engine.tokenizer, started.config.model_type, name)
     if job.journal is None:
         sink, done = TextSink(sys.stdout), 0
     else:
         sink, done = JournalSink(job.journal, engine.tokenizer), job.journal.num_done
-    return run_batch(engine, job.rows, sink, chat_format, Progress(job.rows.count(), done))
+    return run_batch(engine, job.rows, sink, job.chat_format, Progress(job.rows.count(), done))
 
 
-def prewarm(rows: BatchInput, started: Started, engine: Engine, name: str) -> None:
+def prewarm(rows: BatchInput, chat_format: AnyFormat | None, engine: Engine) -> None:
     """Compute the prompts of a file and keep them cached."""
-    chat_format = ChatFormat.load_optional(engine.tokenizer, started.config.model_type, name)
     num_tokens = engine.prewarm(prewarm_prompts(rows, engine.tokenizer, chat_format))
     log.info("prewarmed: %d tokens are cached and stay so", num_tokens)
 
@@ -210,10 +245,10 @@ def work(job: Job, started: Started, name: str) -> BatchSummary:
     try:
         with serving:
             if job.prewarm is not None:
-                prewarm(job.prewarm, started, started.engine, name)
+                prewarm(job.prewarm, job.chat_format, started.engine)
             if job.rows is not None:
-                return answer(job, started, started.engine, name)
-            chat(job, started, started.engine, name)
+                return answer(job, started.engine)
+            chat(job, started.engine, name)
             return BatchSummary(seconds=metrics.run_seconds)
     finally:
         started.engine.stop()
@@ -239,7 +274,7 @@ def run(args: argparse.Namespace, mesh: Mesh, files: ExitStack, begin: float) ->
                 model = identify(checkpoint, settings, mesh, config)
             else:
                 check_stored_form(checkpoint)
-            job = prepare(args, checkpoint, model, files)
+            job = prepare(args, checkpoint, model, config, files)
     started = start(checkpoint, settings, mesh, config, args.n_experts)
     seconds.update(started.seconds)
     log.info("start-up: %s", ", ".join(f"{k} {v:.1f} s" for k, v in seconds.items()))

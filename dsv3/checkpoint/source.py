@@ -24,7 +24,7 @@ from dsv3.config import ModelConfig
 from dsv3.config_files import load_model_config
 from dsv3.errors import CheckpointError, ConfigError
 
-__all__ = ["INDEX", "check_stored_form", "open_source"]
+__all__ = ["INDEX", "check_stored_form", "declared_config", "open_source"]
 
 # Sizes that DeepSeek's own config files do not tell, or tell in another way.
 _MAY_DIFFER = {"bos_token_id", "max_position_embeddings", "num_nextn_predict_layers"}
@@ -54,7 +54,7 @@ def open_source(
     """
     path = Path(path)
     files = check_stored_form(path)
-    declared = _config(path, config)
+    declared = declared_config(path, config)
     num_unused, model_digest = 0, ""
     if files is None:
         manifest = read_manifest(path)
@@ -96,7 +96,7 @@ def _config_of_stored(declared: ModelConfig, tensors: dict[str, TensorInfo]) -> 
     )
 
 
-def _config(path: Path, given: ModelConfig | None) -> ModelConfig:
+def declared_config(path: Path, given: ModelConfig | None) -> ModelConfig:
     """Return the directory's own config, if it has one; sizes of `given` may not contradict it."""
     if given is not None and not (path / "config.json").is_file():
         return given

@@ -127,7 +127,8 @@ class Engine:
             )
         stream = None
         if self.tokenizer is not None:
-            stream = TextStream(self.tokenizer, request.prompt_ids, params.stop)
+            prompt_ids, is_chat = request.prompt_ids, request.is_chat
+            stream = TextStream(self.tokenizer, prompt_ids, params.stop, is_chat)
         seq = Sequence(request, self._num_added, time.monotonic(), stream)
         self._num_added += 1
         if request.deadline is not None:

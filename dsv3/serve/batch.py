@@ -11,7 +11,7 @@ from dsv3.request import Completion, Request, RequestOutput
 from dsv3.serve.progress import Progress
 from dsv3.serve.sinks import BAD_REQUEST, OUR_FAULT, Sink
 from dsv3.text.batch_file import Row
-from dsv3.text.chat import ChatFormat
+from dsv3.text.chat import AnyFormat
 from dsv3.text.text_request import encode_prompt, token_requests
 from dsv3.text.tokenizer import Tokenizer
 
@@ -48,7 +48,7 @@ class BatchSummary:
 
 
 def prewarm_prompts(
-    rows: Iterable[Row], tokenizer: Tokenizer | None, chat: ChatFormat | None
+    rows: Iterable[Row], tokenizer: Tokenizer | None, chat: AnyFormat | None
 ) -> list[list[int]]:
     """Return the tokens of the prompts in a `--prewarm` file; any bad row refuses the file."""
     prompts = []
@@ -66,7 +66,7 @@ def run_batch(
     engine: Engine,
     rows: Iterable[Row],
     sink: Sink,
-    chat: ChatFormat | None,
+    chat: AnyFormat | None,
     progress: Progress | None = None,
 ) -> BatchSummary:
     """Answer all rows that have no answer yet.
@@ -90,7 +90,7 @@ def run_batch(
 class _Batch:
     engine: Engine
     sink: Sink
-    chat: ChatFormat | None
+    chat: AnyFormat | None
     progress: Progress
     summary: BatchSummary = field(default_factory=BatchSummary)
     # Rows in the engine, and the answers they have so far.

@@ -9,10 +9,11 @@ from dsv3.engine.engine import Engine
 from dsv3.errors import CheckpointError, RequestError, one_line
 from dsv3.request import Completion, Request, RequestOutput
 from dsv3.serve.terminal import Console
-from dsv3.text.chat import ChatFormat, ThoughtStream, opens_thought
+from dsv3.text.chat import ChatFormat
 from dsv3.text.defaults import TURN_DEFAULTS, Defaults
 from dsv3.text.openai_format import plain_request
 from dsv3.text.text_request import token_requests
+from dsv3.text.thoughts import Piece, ThoughtStream
 
 HELP = """\
 /clear         begin a new conversation
@@ -86,11 +87,8 @@ class Chat:
             f"{model}, context of {self.engine.max_seq_len:,} tokens; /help lists the commands, "
             "Ctrl-D leaves"
         )
-        probe = [{"role": "user", "content": "Hello"}]
-        if self.defaults.thinking and not opens_thought(self.format.render(probe, True)):
-            self.console.note(
-                "--thinking changes nothing: this model's chat format has no thoughts"
-            )
+        if remark := self.format.thinking_remark(self.defaults.thinking or None):
+            self.console.note(remark)
         while (line := self.console.read()) is not None:
             command = re.fullmatch(r"(/[a-zA-Z]*)(?:\s+(.*))?", line.rstrip(), re.DOTALL)
             if command is None:
@@ -127,13 +125,14 @@ class Chat:
         except (RequestError, CheckpointError) as error:
             self.console.note(one_line(f"not sent: {error}"))
             return
-        answer = self._stream(request, opens_thought(prompt))
+        answer = self._stream(request)
         self._answers.append(answer)
         completion = answer.completion
         if completion is None:
             self._known = ("", [])
         else:
-            self._known = (prompt + answer.text, request.prompt_ids + completion.token_ids)
+            text = prompt + self.format.hide_answer(answer.text)
+            self._known = (text, request.prompt_ids + completion.token_ids)
         remark = self._remark(answer)
         if answer.content or (completion is not None and completion.finish_reason == "stop"):
             said = {"role": "assistant", "content": answer.content}
@@ -149,7 +148,7 @@ class Chat:
         name = f"chat-{self._num_turns}"
         asked = plain_request(messages, name, self.defaults, TURN_DEFAULTS)
         assert asked.messages is not None
-        prompt = self.format.render(asked.messages, asked.thinking)
+        prompt = self.format.render(asked.messages, bool(asked.thinking))
         ids = self._encode(prompt)
         limit = self.engine.max_seq_len
         if len(ids) >= limit:
@@ -174,9 +173,10 @@ class Chat:
             return ids + self.format.encode(prompt.removeprefix(text))
         return self.format.encode(prompt)
 
-    def _stream(self, request: Request, in_thought: bool) -> _Answer:
+    def _stream(self, request: Request) -> _Answer:
         """Show the answer as it is made, until it ends or the user has enough."""
-        answer, thoughts = _Answer(prompt_len=len(request.prompt_ids)), ThoughtStream(in_thought)
+        answer = _Answer(prompt_len=len(request.prompt_ids))
+        thoughts = ThoughtStream(self.format.opens_thought(request.prompt_ids))
         before, start = replace(self.engine.metrics), time.perf_counter()
         while answer.completion is None and self.engine.has_work():
             for output in self.engine.step():
@@ -188,9 +188,7 @@ class Chat:
         answer.seconds = time.perf_counter() - start
         answer.computed = self.engine.metrics.prefill_tokens - before.prefill_tokens
         answer.reused = self.engine.metrics.reused_tokens - before.reused_tokens
-        unended = thoughts.finish()
-        answer.thought += unended
-        self.console.thought(unended)
+        self._show_text(answer, thoughts.finish())
         return answer
 
     def _show(
@@ -200,14 +198,16 @@ class Chat:
             answer.first_seconds = seconds
         answer.num_tokens += len(output.new_token_ids)
         answer.text += output.new_text
-        thought, content = thoughts.push(output.new_text)
-        answer.thought += thought
-        answer.content += content
-        self.console.thought(thought)
-        if content and answer.thought and answer.content == content:
-            self.console.answer("\n\n")  # a blank line after the thought
-        self.console.answer(content)
+        self._show_text(answer, thoughts.push(output.new_text))
         answer.completion = output.completion
+
+    def _show_text(self, answer: _Answer, piece: Piece) -> None:
+        answer.thought += piece.thought
+        answer.content += piece.answer
+        self.console.thought(piece.thought)
+        if piece.answer and answer.thought and answer.content == piece.answer:
+            self.console.answer("\n\n")  # a blank line after the thought
+        self.console.answer(piece.answer)
 
     def _remark(self, answer: _Answer) -> str:
         """Say why an answer has no end."""

@@ -6,22 +6,30 @@ A checkpoint's own Jinja template decides, in a sandbox and within limits. Where
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from dsv3.errors import CheckpointError, RequestError
+from dsv3.errors import CheckpointError, ConfigError, RequestError
+from dsv3.read_files import read_text
 from dsv3.text.chat_template import ChatTemplate
-from dsv3.text.detokenize import StopChecker
-from dsv3.text.published_formats import END_THINK, THINK, published_format
+from dsv3.text.messages import ROLES, Message, Tools, check_message, map_strings
+from dsv3.text.ordinary_text import OrdinaryText
+from dsv3.text.published_formats import published_format
+from dsv3.text.thoughts import END_THINK, begins_in_thought
 from dsv3.text.tokenizer import Tokenizer
+from dsv3.text.tokenizer_errors import NoTokenizer
 
 log = logging.getLogger(__name__)
 
-Message = Mapping[str, Any]  # {"role": ..., "content": ...} as in the OpenAI format
-Tools = Sequence[Mapping[str, Any]]  # JSON schemas, as in the OpenAI format
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
-MESSAGE_FIELDS = {"role", "content", "name", "reasoning_content", "tool_calls", "tool_call_id"}
+_QUESTION: list[Message] = [{"role": "user", "content": "Hello"}]
+# A template that can write none of these writes nothing.
+_PROBES: tuple[list[Message], ...] = (
+    _QUESTION,
+    [{"role": "system", "content": "Be brief."}, *_QUESTION],
+    [*_QUESTION, {"role": "assistant", "content": "Hello"}, *_QUESTION],
+)
 
 
 class ChatFormat:
@@ -30,29 +38,111 @@ class ChatFormat:
     Args:
         tokenizer: encodes the rendered text; its special tokens and template are used.
         model_type, name: of the model ("deepseek_v3", "DeepSeek-R1"); they choose a format
-            where the checkpoint ships no template.
+            where there is no template.
+        template: a file whose Jinja template takes the place of the checkpoint's own.
+
+    Raises:
+        CheckpointError: the template is damaged, or there is no format for the model.
     """
 
-    def __init__(self, tokenizer: Tokenizer, model_type: str = "", name: str = "") -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        model_type: str = "",
+        name: str = "",
+        template: Path | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
-        source = tokenizer.chat_template
+        self._ordinary = OrdinaryText(tokenizer)
+        self._remarked: set[bool] = set()
+        source, where = tokenizer.chat_template, tokenizer.template_name
+        if template is not None:
+            source, where = read_text(template, ConfigError), str(template)
         if source is None:
             self._published, roles = published_format(model_type, name, tokenizer)
-            self._template, self._roles = None, set(roles)
+            self._template, self._roles, self._knows_thoughts = None, set(roles), False
         else:
-            self._template = ChatTemplate(source, tokenizer.template_name)
+            self._template = ChatTemplate(source, where)
             self._roles = {role for role in ROLES if re.search(f"['\"]{role}['\"]", source)}
+            self._knows_thoughts = END_THINK in source
 
     @classmethod
     def load_optional(
-        cls, tokenizer: Tokenizer | None, model_type: str = "", name: str = ""
-    ) -> "ChatFormat | None":
-        """Make the format if there is one: raw prompts and token ids need none."""
-        try:
-            return cls(tokenizer, model_type, name) if tokenizer else None
-        except CheckpointError as error:
-            log.warning("%s: no conversations can be served", error)
+        cls,
+        tokenizer: Tokenizer | None,
+        model_type: str = "",
+        name: str = "",
+        template: Path | None = None,
+    ) -> "ChatFormat | UnusableFormat | None":
+        """Make the format and try it; a damaged one is no error, as raw prompts need none.
+
+        Returns:
+            the format; the reason where it cannot be used; None without a tokenizer.
+
+        Raises:
+            ConfigError, CheckpointError: a `template` that is given cannot be used.
+        """
+        if tokenizer is None:
             return None
+        try:
+            made = cls(tokenizer, model_type, name, template)
+            made.check()
+        except CheckpointError as error:
+            if template is not None:
+                raise
+            return UnusableFormat(str(error))
+        return made
+
+    @classmethod
+    def of_directory(
+        cls, folder: Path, model_type: str, template: Path | None = None
+    ) -> "ChatFormat | UnusableFormat":
+        """Make and try the format of a checkpoint, before its weights are loaded."""
+        try:
+            tokenizer = Tokenizer.load(folder)
+        except NoTokenizer as error:
+            if template is not None:
+                raise
+            return UnusableFormat(str(error))
+        made = cls.load_optional(tokenizer, model_type, folder.name, template)
+        assert made is not None
+        return made
+
+    def check(self) -> None:
+        """Write conversations of several forms, to see if the template can write one.
+
+        Raises:
+            CheckpointError: it can write none; the error is that of the simplest.
+        """
+        if self._template is not None:
+            self._template.check([self._variables(probe, False) for probe in _PROBES])
+
+    def prompt_ids(self, messages: Sequence[Message], thinking: bool | None = None) -> list[int]:
+        """Return the tokens of a conversation, up to where the model is to answer."""
+        return self.encode(self.render(messages, bool(thinking)))
+
+    def thinking_remark(self, thinking: bool | None) -> str:
+        """Return why asking for thoughts, or for none, changes nothing; each reason only once.
+
+        Return an empty text if it changes something, or if `thinking` is None: nothing was asked.
+        """
+        if thinking is None or thinking in self._remarked:
+            return ""
+        self._remarked.add(thinking)
+        try:
+            prompt, other = (self.render(_QUESTION, each) for each in (thinking, not thinking))
+        except (CheckpointError, RequestError):
+            return ""  # every conversation fails with it
+        if prompt != other:
+            return ""
+        opens = self.opens_thought(self.encode(prompt))
+        if thinking:
+            reason = "this model's chat format has no switch for it"
+            return "" if opens else f"asking for thinking changes nothing: {reason}"
+        if opens:
+            return "thinking cannot be switched off: this model's chat format always thinks"
+        reason = "this model's chat format leaves it to the model"
+        return f"thinking cannot be switched off: {reason}" if self._knows_thoughts else ""
 
     def render(
         self,
@@ -72,101 +162,73 @@ class ChatFormat:
             if tools or any("tool_calls" in message for message in plain):
                 raise RequestError("tools need a chat template, and this checkpoint ships none")
             return self._published(plain, thinking, add_generation_prompt)
-        variables = {
-            "messages": plain,
+        tools = map_strings(tools, self._ordinary.hide)
+        return self._template.render(self._variables(plain, thinking, tools, add_generation_prompt))
+
+    def encode(self, prompt: str) -> list[int]:
+        """Encode a rendered conversation: control tokens are those that the format has written."""
+        return self._ordinary.encode(prompt)
+
+    def opens_thought(self, prompt_ids: Sequence[int]) -> bool:
+        """Return True if the answer to this prompt begins within a thought."""
+        return begins_in_thought(self._tokenizer, prompt_ids)
+
+    def hide_answer(self, text: str) -> str:
+        """Write an answer of the model as it would stand in the next rendered prompt."""
+        return self._ordinary.hide(text, in_answer=True)
+
+    def _variables(
+        self,
+        messages: Sequence[Message],
+        thinking: bool,
+        tools: Tools | None = None,
+        add_generation_prompt: bool = True,
+    ) -> dict[str, Any]:
+        return {
+            "messages": messages,
             "tools": tools,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
             "thinking": thinking,
             "enable_thinking": thinking,
-        }
-        return self._template.render(variables | self._tokenizer.special_tokens)
-
-    def encode(self, text: str) -> list[int]:
-        """Encode a rendered conversation: its special tokens are already written out."""
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        } | self._tokenizer.special_tokens
 
     def _plain(self, where: str, message: Any) -> dict[str, Any]:
-        """Check one message and bring it into the form templates expect: text content."""
-        if not isinstance(message, Mapping):
-            raise RequestError(f"{where} must be an object with role and content")
-        plain = {field: value for field, value in message.items() if value is not None}
-        for field in plain:
-            if field not in MESSAGE_FIELDS:
-                raise RequestError(f"{where}.{field} is not supported")
-        plain["role"] = self._role(where, plain.get("role"))
-        if "content" in plain:
-            plain["content"] = _text(f"{where}.content", plain["content"])
-        elif "tool_calls" in plain:
-            plain["content"] = None
-        else:
-            raise RequestError(f"{where}.content is missing")
-        return plain
+        """Bring a message into the form that templates expect, control tokens' names hidden."""
+        plain = check_message(where, message)
+        role = self._role(where, plain["role"])
+        hidden: dict[str, Any] = map_strings(plain, self._ordinary.hide)
+        hidden["role"] = role
+        if role == "assistant" and plain["content"] is not None:
+            hidden["content"] = self.hide_answer(plain["content"])
+        return hidden
 
-    def _role(self, where: str, role: Any) -> str:
+    def _role(self, where: str, role: str) -> str:
         """Return the role under the name that this format knows."""
-        if role not in ROLES:
-            raise RequestError(f"{where}.role={role!r} is unknown; use one of {', '.join(ROLES)}")
         if role == "developer" and role not in self._roles:
             return "system"  # its older name
         if role == "tool" and role not in self._roles:
             raise RequestError(f"{where}.role='tool' is unknown to this model's chat format")
-        return str(role)
+        return role
 
 
-def opens_thought(prompt: str) -> bool:
-    """Tell whether a rendered prompt makes the answer begin within a thought."""
-    return prompt.rstrip().endswith(THINK)
+@dataclass(frozen=True, slots=True)
+class UnusableFormat:
+    """Takes the place of a checkpoint's format that can write no conversation.
 
-
-def split_reasoning(text: str) -> tuple[str, str]:
-    """Split an answer that began within a thought into the thought and what follows it."""
-    reasoning, _, answer = text.partition(END_THINK)
-    return reasoning.strip(), answer.lstrip("\n")
-
-
-class ThoughtStream:
-    """`split_reasoning` of an answer while it comes.
-
-    Args:
-        inside: whether the answer begins within a thought.
+    Attributes:
+        reason: what is wrong with it.
     """
 
-    def __init__(self, inside: bool) -> None:
-        self._end = StopChecker((END_THINK,)) if inside else None
-        self._begun = not inside  # the blank lines after a thought are not part of the answer
+    reason: str
 
-    def push(self, text: str) -> tuple[str, str]:
-        """Take more text; return what it adds to the thought and to the answer."""
-        thought = ""
-        if self._end is not None:
-            thought, ended = self._end.push(text)
-            if not ended:
-                return thought, ""
-            text, self._end = self._end.rest, None
-        if not self._begun:
-            text = text.lstrip("\n")
-            self._begun = bool(text)
-        return thought, text
+    def prompt_ids(self, messages: Sequence[Message], thinking: bool | None = None) -> list[int]:
+        """Raise the reason."""
+        raise CheckpointError(self.reason)
 
-    def finish(self) -> str:
-        """Return the end of a thought that never ended."""
-        return "" if self._end is None else self._end.finish()
+    def thinking_remark(self, thinking: bool | None) -> str:
+        """Return nothing: there are no thoughts to speak of."""
+        return ""
 
 
-def _text(where: str, content: Any) -> str:
-    """Return the text of a message: a string, or the lines of a list of text parts."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise RequestError(f"{where} must be a text or a list of text parts")
-    texts = []
-    for i, part in enumerate(content):
-        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-            raise RequestError(f'{where}[{i}] must be an object like {{"type": "text", ...}}')
-        if part["type"] != "text":
-            raise RequestError(f"{where}[{i}].type={part['type']!r} is not supported, only 'text'")
-        if not isinstance(part.get("text"), str):
-            raise RequestError(f"{where}[{i}].text must be a text")
-        texts.append(part["text"])
-    return "\n".join(texts)
+AnyFormat = ChatFormat | UnusableFormat

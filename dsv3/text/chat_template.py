@@ -20,6 +20,7 @@ _WORKER = Path(__file__).with_name("template_worker.py")
 _MAX_CHARS = 1 << 18  # of a template; published ones have up to 30,000
 _WAIT_SECONDS = 60.0  # for a process that gets no processor time
 _QUESTION = {"messages": [{"role": "user", "content": "Hello"}], "tools": None}
+_IN_TEMPLATE = ("damaged", "exceeded")  # with any messages
 
 
 class ChatTemplate:
@@ -48,6 +49,24 @@ class ChatTemplate:
             reason = "nested too deeply" if isinstance(error, RecursionError) else error
             raise CheckpointError(f"{name}: chat template: {reason}") from None
 
+    def check(self, probes: list[dict[str, Any]]) -> None:
+        """Render variables of several forms, until one can be rendered.
+
+        Raises:
+            CheckpointError: none can; the reason is that of the first.
+        """
+        reason = ""
+        for variables in probes:
+            kind, text = self._ask(variables)
+            if kind == "text":
+                self._is_tried = True
+                return
+            reason = reason or " ".join(text.split())
+            if kind in _IN_TEMPLATE:
+                self._is_tried, self._fault = True, text
+                break
+        raise CheckpointError(f"{self._name}: chat template: {reason}")
+
     def render(self, variables: dict[str, Any]) -> str:
         """Return the text of the template with these variables, which must be JSON values.
 
@@ -58,7 +77,7 @@ class ChatTemplate:
         if not self._is_tried:
             kind, text = self._ask(variables | _QUESTION)
             self._is_tried = True
-            if kind in ("damaged", "exceeded"):
+            if kind in _IN_TEMPLATE:
                 self._fault = text
         if self._fault:  # a batch must not wait for the limit at every row
             raise CheckpointError(f"{self._name}: chat template: {self._fault}")

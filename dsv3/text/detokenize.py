@@ -1,11 +1,14 @@
 """Text of an answer while it is being made: whole characters only, and nothing past a stop.
 
-`TextStream` is what the engine keeps per request; it joins a detokenizer and a `StopChecker`.
+`TextStream` is what the engine keeps per request; it joins a detokenizer, a `StopChecker` and,
+for the answers of a conversation, a `ThoughtStream`.
 """
 
 import codecs
 from collections.abc import Iterable, Sequence
 
+from dsv3.text.stop_strings import StopChecker
+from dsv3.text.thoughts import END_THINK, THINK, Piece, ThoughtStream, begins_in_thought
 from dsv3.text.tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"  # what bytes become that are no character, or not yet one
@@ -38,17 +41,28 @@ class WindowDetokenizer:
 
     Single tokens would not do: a character's bytes may lie in several of them, and some decoders
     drop the blank in front of the first. All tokens, every time, would cost O(n^2).
+
+    Where tokens of single bytes stand for rare characters, one byte more can make all characters
+    of such a run undecodable: a run is given out when it is over.
     """
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
         """Begin after `context`, the tokens in front, whose text is not given out again."""
         self._tokenizer = tokenizer
         self._window = list(context[-CONTEXT:])
+        self._run: list[int] = []  # single bytes that are not over
         self._num_given = len(tokenizer.decode(self._window))
 
     def push(self, ids: Iterable[int]) -> str:
         """Take more tokens; return the text that is settled now and was not before."""
-        self._window.extend(ids)
+        num_before = len(self._window)
+        for token_id in ids:
+            self._run.append(token_id)
+            if not self._is_in_run(token_id):
+                self._window += self._run
+                self._run.clear()
+        if len(self._window) == num_before:
+            return ""
         text = self._tokenizer.decode(self._window)
         num_unsettled = min(len(text) - len(text.rstrip(REPLACEMENT)), HALF_CHARACTER)
         settled = max(self._num_given, len(text) - num_unsettled)
@@ -61,10 +75,15 @@ class WindowDetokenizer:
 
     def finish(self) -> str:
         """Return what was held back: bytes that became no character."""
-        text = self._tokenizer.decode(self._window)
+        text = self._tokenizer.decode(self._window + self._run)
         new = text[self._num_given :]
         self._num_given = len(text)
         return new
+
+    def _is_in_run(self, token_id: int) -> bool:
+        """Return True for single bytes; tokens without a text do not end a run of them."""
+        is_byte = self._tokenizer.is_byte(token_id)
+        return is_byte or (len(self._run) > 1 and not self._tokenizer.decode([token_id]))
 
     def _forget(self, num_held: int) -> None:
         """Keep only the latest tokens, and `num_held` characters of them still to be given."""
@@ -83,56 +102,36 @@ def make_detokenizer(tokenizer: Tokenizer, context: Sequence[int] = ()) -> Detok
     return ByteDetokenizer(tokenizer)
 
 
-class StopChecker:
-    """Cut text before the first stop string, also one that comes in several pieces.
+class TextStream:
+    """The text of one answer, from its tokens.
 
-    Text that may be the beginning of a stop string is held back until it is known not to be.
-
-    Attributes:
-        rest: what came after the stop string together with it.
+    Args:
+        tokenizer: writes the text.
+        prompt_ids: what the answer follows.
+        stop: strings that end the answer.
+        is_chat: the answer is of a conversation: its text keeps the marks of its thought, even
+            where they are special tokens, and stop strings within the thought do not count.
     """
 
-    def __init__(self, stop: tuple[str, ...]) -> None:
-        self._stop = stop
-        self._held = ""
-        self.rest = ""
-
-    def push(self, text: str) -> tuple[str, bool]:
-        """Take more text; return what is safe to show, and whether a stop string came."""
-        text = self._held + text
-        found = [(at, len(stop)) for stop in self._stop if (at := text.find(stop)) >= 0]
-        if found:
-            at, length = min(found)
-            self._held, self.rest = "", text[at + length :]
-            return text[:at], True
-        num_held = max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._held = text[len(text) - num_held :]
-        return text[: len(text) - num_held], False
-
-    def finish(self) -> str:
-        """Return what was held back: it did not become a stop string."""
-        held, self._held = self._held, ""
-        return held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Count the characters at the end of `text` that begin `stop`."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
-
-
-class TextStream:
-    """The text of one answer, from its tokens."""
-
     def __init__(
-        self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: tuple[str, ...] = ()
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        stop: tuple[str, ...] = (),
+        is_chat: bool = False,
     ) -> None:
+        self._tokenizer = tokenizer
         # A prompt that ends within a character is no context: the answer's text is then the
         # decoding of its own tokens, as anywhere else.
         tail = prompt_ids[-CONTEXT:]
-        whole = not tokenizer.decode(tail).endswith(REPLACEMENT)
-        self._detokenizer = make_detokenizer(tokenizer, tail if whole else ())
+        is_cut = tokenizer.decode(tail).endswith(REPLACEMENT) or any(map(tokenizer.is_byte, tail))
+        self._detokenizer = make_detokenizer(tokenizer, () if is_cut else tail)
         self._stop = StopChecker(stop)
+        self._thoughts: ThoughtStream | None = None
+        self._marks: dict[int, str] = {}
+        if is_chat:
+            self._thoughts = ThoughtStream(begins_in_thought(tokenizer, prompt_ids))
+            self._marks = _hidden_marks(tokenizer)
         self._parts: list[str] = []
 
     @property
@@ -142,14 +141,42 @@ class TextStream:
 
     def push(self, token_id: int) -> tuple[str, bool]:
         """Take the next token; return the new text, and whether a stop string ends the answer."""
-        new, stopped = self._stop.push(self._detokenizer.push((token_id,)))
+        new, stopped = self._until_stop(self._decode(token_id))
         self._parts.append(new)
         return new, stopped
 
     def finish(self) -> str:
         """End the answer (no stop string did): return the text held back until now."""
-        new, stopped = self._stop.push(self._detokenizer.finish())
+        new, stopped = self._until_stop(self._detokenizer.finish())
+        if not stopped and self._thoughts is not None:
+            rest, stopped = self._cut(self._thoughts.finish())
+            new += rest
         if not stopped:
             new += self._stop.finish()
         self._parts.append(new)
         return new
+
+    def _decode(self, token_id: int) -> str:
+        """Return the text that a token settles."""
+        mark = self._marks.get(token_id)
+        if mark is None or self._thoughts is None or mark not in self._thoughts.marks:
+            return self._detokenizer.push((token_id,))
+        text = self._detokenizer.finish() + mark
+        self._detokenizer = make_detokenizer(self._tokenizer)
+        return text
+
+    def _until_stop(self, text: str) -> tuple[str, bool]:
+        """Return the text before a stop string, and whether there is one."""
+        if self._thoughts is None:
+            return self._stop.push(text)
+        return self._cut(self._thoughts.push(text))
+
+    def _cut(self, piece: Piece) -> tuple[str, bool]:
+        answer, stopped = self._stop.push(piece.answer)
+        return piece.before_answer + answer, stopped
+
+
+def _hidden_marks(tokenizer: Tokenizer) -> dict[int, str]:
+    """Return the think marks that are special tokens, which decoding leaves out."""
+    ids = {mark: tokenizer.id_of(mark) for mark in (THINK, END_THINK)}
+    return {i: mark for mark, i in ids.items() if i is not None and not tokenizer.decode([i])}

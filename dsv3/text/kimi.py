@@ -71,6 +71,19 @@ class TiktokenVocabulary:
                 for token_id in self._encoding.encode(piece, allowed_special="all")
             ]
 
+    def control_tokens(self) -> list[str]:
+        """Return the names of all tokens that are not pieces of text."""
+        return sorted(self._encoding.special_tokens_set)
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """Split `text` into pieces of text."""
+        with rust_errors_as(f"{self._path}: cannot encode this text"):
+            return [
+                token_id
+                for piece in _pieces(text)
+                for token_id in self._encoding.encode_ordinary(piece)
+            ]
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         """Join tokens into text."""
         skipped = self._special if skip_special_tokens else ()
@@ -84,6 +97,10 @@ class TiktokenVocabulary:
             return bytes(self._encoding.decode_single_token_bytes(token_id))
         except KeyError:
             return b""
+
+    def is_byte(self, token_id: int) -> bool:
+        """Return False: any token's bytes are decoded by themselves."""
+        return False
 
     def piece(self, token_id: int) -> bytes | None:
         """Return the bytes that a token adds to a text, special tokens none."""

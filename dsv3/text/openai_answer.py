@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from dsv3.request import Completion, TokenLogprobs
-from dsv3.text.chat import opens_thought, split_reasoning
 from dsv3.text.detokenize import make_detokenizer
 from dsv3.text.text_request import TextRequest
+from dsv3.text.thoughts import begins_in_thought, split_answer
 from dsv3.text.tokenizer import Tokenizer
 
 LOWEST = -9999.0  # stands for minus infinity, which JSON cannot write
@@ -70,10 +70,10 @@ def _usage(completions: Sequence[Completion]) -> dict[str, Any]:
 def _chat_choice(
     request: TextRequest, completion: Completion, tokenizer: Tokenizer | None
 ) -> dict[str, Any]:
-    message = {"role": "assistant", "content": completion.text}
-    prompt_end = "" if tokenizer is None else tokenizer.decode(completion.prompt_ids[-4:], False)
-    if opens_thought(prompt_end):
-        message["reasoning_content"], message["content"] = split_reasoning(completion.text)
+    split = split_answer(completion.text, begins_in_thought(tokenizer, completion.prompt_ids))
+    message = {"role": "assistant", "content": split.content}
+    if split.reasoning is not None:
+        message["reasoning_content"] = split.reasoning
     logprobs = None
     if request.params.logprobs is not None:
         entries = completion.logprobs or []

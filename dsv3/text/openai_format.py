@@ -91,7 +91,7 @@ def plain_request(
             **defaults.sampling(Sampling(), otherwise), seed=_seed_of(name, defaults)
         ),
         limit_is_default=True,
-        thinking=defaults.thinking,
+        thinking=defaults.thinking or None,
     )
 
 
@@ -160,14 +160,14 @@ def _chat_fields(fields: Fields, defaults: Defaults) -> dict[str, Any]:
     }
 
 
-def _thinking(fields: Fields, defaults: Defaults) -> bool:
+def _thinking(fields: Fields, defaults: Defaults) -> bool | None:
     """Read `chat_template_kwargs`: templates know the switch under two names."""
     options = fields.take("chat_template_kwargs", lambda v: isinstance(v, dict), "an object")
     switch = Fields(options or {})
     thinking, alias = switch.truth("thinking"), switch.truth("enable_thinking")
     for name in switch.rest():
         raise RequestError(f"chat_template_kwargs.{name} is not supported, only thinking")
-    return next(v for v in (thinking, alias, defaults.thinking) if v is not None)
+    return next((v for v in (thinking, alias) if v is not None), defaults.thinking or None)
 
 
 def _completion_fields(fields: Fields) -> dict[str, Any]:

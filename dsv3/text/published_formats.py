@@ -9,14 +9,13 @@ from itertools import pairwise
 from typing import Any
 
 from dsv3.errors import CheckpointError
+from dsv3.text.thoughts import END_THINK, THINK
 from dsv3.text.tokenizer import Tokenizer
 
 Messages = list[dict[str, Any]]
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
-THINK, END_THINK = "<think>", "</think>"
-
 
 # Of messages, whether to think, and whether to go on to where the model answers.
 Renderer = Callable[[Messages, bool, bool], str]

@@ -14,11 +14,14 @@ error of the template itself; `exceeded` the limit it has met with.
 import json
 import resource
 import sys
+import traceback
 from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
-from jinja2 import Environment, Template, TemplateError, TemplateSyntaxError
+from jinja2 import Environment, Template, TemplateError, TemplateSyntaxError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 CPU_SECONDS = 3  # of one rendering; a conversation of 100,000 tokens takes about 0.01
@@ -27,17 +30,35 @@ TEXT_CHARS = 1 << 20  # beyond twice the size of the variables
 _OUT_OF_MEMORY = f"more than {MEMORY_BYTES >> 20:,} MiB of memory"
 
 
+class _Refusal(TemplateError):
+    """A template's own error, which it raises by `raise_exception`."""
+
+
+class _GenerationTag(Extension):
+    """`{% generation %}...{% endgeneration %}` marks what a model is trained on; here, nothing."""
+
+    tags = {"generation"}  # noqa: RUF012  # as Jinja declares it
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        """Return the block's content, in a scope of its own as in transformers."""
+        line = next(parser.stream).lineno
+        content = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(content, lineno=line)
+
+
 def make_environment() -> Environment:
     """Return the environment that templates are written for, that of transformers."""
 
     def raise_exception(message: str) -> None:
-        raise TemplateError(message)
+        raise _Refusal(message)
 
     def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=["jinja2.ext.loopcontrols", _GenerationTag],
     )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
@@ -72,10 +93,19 @@ def _render(template: Template, variables: bytes) -> dict[str, str]:
         return {"exceeded": "nested too deeply, or calling itself without end"}
     except MemoryError:
         return {"exceeded": _OUT_OF_MEMORY}
-    except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+    except _Refusal as error:
         return {"refused": str(error)}
+    except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+        return {"refused": f"{_line(error)}{error}"}
     except Exception as error:  # whatever else a template makes Python raise
-        return {"refused": f"{type(error).__name__}: {error}"}
+        return {"refused": f"{_line(error)}{type(error).__name__}: {error}"}
+
+
+def _line(error: Exception) -> str:
+    """Return the line of the template in which an error was raised, if that is known."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == "<template>"]
+    return f"line {lines[-1]}: " if lines else ""
 
 
 def _limit(kind: int, value: int) -> None:

@@ -2,13 +2,16 @@
 
 import hashlib
 import json
+import logging
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dsv3.errors import CheckpointError, RequestError
 from dsv3.request import Request, SamplingParams
-from dsv3.text.chat import ChatFormat
+from dsv3.text.chat import AnyFormat
 from dsv3.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 # Sampling values that digests know only where they make a difference: results of versions without
 # them resume.
@@ -23,6 +26,7 @@ class TextRequest:
         messages, prompt: what to continue, one of the two.
         params: of all answers; each has random numbers of its own.
         n: number of answers.
+        thinking: whether the model is to think first; None if it does not say.
         limit_is_default: max_tokens was not asked for: it is cut to the room in the context.
         echo: the answer's text begins with the prompt.
         return_token_ids: the answer also tells its tokens and those of the prompt.
@@ -35,7 +39,7 @@ class TextRequest:
     params: SamplingParams
     n: int = 1
     limit_is_default: bool = False
-    thinking: bool = False
+    thinking: bool | None = None
     echo: bool = False
     return_token_ids: bool = False
     priority: int = 0
@@ -48,6 +52,7 @@ class TextRequest:
         for name in _LATER:
             if content["params"][name] == neutral[name]:
                 del content["params"][name]
+        content["thinking"] = bool(self.thinking)  # as it was before None had a meaning
         return digest(json.dumps(content, sort_keys=True, separators=(",", ":")))
 
 
@@ -59,9 +64,9 @@ def digest(data: str | bytes) -> str:
 
 
 def encode_prompt(
-    request: TextRequest, tokenizer: Tokenizer | None, chat: ChatFormat | None
+    request: TextRequest, tokenizer: Tokenizer | None, chat: AnyFormat | None
 ) -> list[int]:
-    """Make the tokens of a request's prompt."""
+    """Make the tokens of a request's prompt; warn once if its wish about thinking has no effect."""
     if tokenizer is None and (request.params.stop or not isinstance(request.prompt, list)):
         raise CheckpointError(
             "this checkpoint has no tokenizer: give the prompt as token ids, and no stop strings"
@@ -69,7 +74,9 @@ def encode_prompt(
     if request.messages is not None:
         if chat is None:
             raise CheckpointError("this checkpoint has no chat template: use /v1/completions")
-        ids = chat.encode(chat.render(request.messages, request.thinking))
+        ids = chat.prompt_ids(request.messages, request.thinking)
+        if remark := chat.thinking_remark(request.thinking):
+            log.warning("%s", remark)
     elif isinstance(request.prompt, list):
         ids = request.prompt
     else:
@@ -102,6 +109,7 @@ def token_requests(
             priority=request.priority,
             conversation_id=request.conversation_id,
             answer=i,
+            is_chat=request.messages is not None,
         )
         for i in range(request.n)
     ]

@@ -7,6 +7,7 @@ Reads `tokenizer.json` through the `tokenizers` library, or Kimi-K2's `tiktoken.
 
 import logging
 import os
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,8 @@ from dsv3.text.tokenizer_errors import NoTokenizer, rust_errors_as
 log = logging.getLogger(__name__)
 
 _CONFIG = "tokenizer_config.json"
+_MARK = re.compile(r"<.+>|\[.+\]", re.DOTALL)
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>$")
 
 
 class Tokenizer:
@@ -89,14 +92,18 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Split `text` into token ids; text that already went through a template adds none."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise RequestError(
-                f"the text holds half of a surrogate pair (character {error.start + 1}), "
-                "which is not a character"
-            ) from None
+        _check_characters(text)
         return self._vocabulary.encode(text, add_special_tokens)
+
+    @cached_property
+    def control_tokens(self) -> tuple[str, ...]:
+        """Names of the tokens that structure a prompt: in a text they become those tokens."""
+        return tuple(self._vocabulary.control_tokens())
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """Split `text` into token ids; the names of control tokens in it are text like any."""
+        _check_characters(text)
+        return self._vocabulary.encode_ordinary(text)
 
     def encode_prompt(self, text: str) -> list[int]:
         """Encode a raw prompt the way the model was trained: with one BOS if it wants one."""
@@ -116,6 +123,10 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes of one token; unlike its text they are whole in half a character."""
         return self._vocabulary.token_bytes(token_id)
+
+    def is_byte(self, token_id: int) -> bool:
+        """Return True for one byte of a vocabulary that spells rare characters in bytes."""
+        return self._vocabulary.is_byte(token_id)
 
     def piece(self, token_id: int) -> bytes | None:
         """Return the bytes that a token adds to a text, special tokens none.
@@ -141,13 +152,37 @@ class _BytePairs:
                 self._tokenizer.model.dropout = None
             self._added = self._tokenizer.get_added_tokens_decoder()
         self._path = path
-        byte_level = isinstance(self._tokenizer.decoder, decoders.ByteLevel)
+        decoder = self._tokenizer.decoder
+        byte_level = isinstance(decoder, decoders.ByteLevel)
+        with rust_errors_as(f"{path}: cannot decode its tokens"):
+            self._has_bytes = decoder is not None and decoder.decode(["<0x41>"]) == "A"
         self._alphabet = _byte_alphabet() if byte_level else {}
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Split `text` into tokens; the names of special tokens in it become those tokens."""
         with rust_errors_as(f"{self._path}: cannot encode this text"):
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def control_tokens(self) -> list[str]:
+        """Return the names of added tokens that are special or written like marks.
+
+        Others are parts of ordinary text: vocabularies of V2 have added single letters.
+        """
+        added = (self._added[token_id] for token_id in sorted(self._added))
+        return [t.content for t in added if t.special or _MARK.fullmatch(t.content)]
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """Split `text` into tokens other than control tokens."""
+        with rust_errors_as(f"{self._path}: cannot encode this text"):
+            return self._ordinary.encode(text, add_special_tokens=False).ids
+
+    @cached_property
+    def _ordinary(self) -> tokenizers.Tokenizer:
+        """The same vocabulary; it does not look for control tokens in a text."""
+        copy = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        copy.add_special_tokens(self.control_tokens())
+        copy.encode_special_tokens = True
+        return copy
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         """Join tokens into text; bytes that are not UTF-8 become U+FFFD."""
@@ -160,6 +195,10 @@ class _BytePairs:
         if token_id not in self._added and all(char in self._alphabet for char in token):
             return bytes(self._alphabet[char] for char in token)
         return self.decode([token_id], skip_special_tokens=False).encode()
+
+    def is_byte(self, token_id: int) -> bool:
+        """Return True if the decoder joins this token with its neighbours into characters."""
+        return self._has_bytes and bool(_BYTE.match(self._tokenizer.id_to_token(token_id) or ""))
 
     def piece(self, token_id: int) -> bytes | None:
         """Return the bytes that a token adds to a text; None if that depends on its neighbours."""
@@ -175,6 +214,16 @@ class _BytePairs:
 
 
 Vocabulary = _BytePairs | TiktokenVocabulary
+
+
+def _check_characters(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"the text holds half of a surrogate pair (character {error.start + 1}), "
+            "which is not a character"
+        ) from None
 
 
 def _vocabulary(folder: Path, config: dict[str, Any]) -> Vocabulary:
@@ -214,15 +263,22 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> tuple[str | None, st
     if template is None:
         file = folder / "chat_template.json"
         template = _read_optional(file).get("chat_template")
-    if isinstance(template, list):  # several, by name
-        entries = [entry for entry in template if isinstance(entry, dict)]
-        named = {str(entry.get("name")): entry.get("template") for entry in entries}
+    if isinstance(template, list | dict):
+        named = _named_templates(template)
         if "default" not in named:
             raise CheckpointError(f"{file}: chat templates {sorted(named)}, none is 'default'")
         template = named["default"]
     if not isinstance(template, str | None):
         raise CheckpointError(f"{file}: chat_template must be a text or a list of named ones")
     return template, str(file)
+
+
+def _named_templates(templates: list[Any] | dict[str, Any]) -> dict[str, Any]:
+    """Return several templates by their names, given as one object or as one each."""
+    if isinstance(templates, dict):
+        return templates
+    entries = [entry for entry in templates if isinstance(entry, dict)]
+    return {str(entry.get("name")): entry.get("template") for entry in entries}
 
 
 def _read_optional(path: Path) -> dict[str, Any]:

@@ -4,7 +4,9 @@ from typing import Any
 import pytest
 
 from dsv3.errors import CheckpointError, RequestError
-from dsv3.text.chat import ChatFormat, opens_thought, split_reasoning
+from dsv3.request import SamplingParams
+from dsv3.text.chat import ChatFormat, UnusableFormat
+from dsv3.text.text_request import TextRequest, encode_prompt
 from dsv3.text.tokenizer import Tokenizer
 
 DEMO = Path(__file__).parents[2] / "checkpoints" / "demo-v3"
@@ -216,7 +218,7 @@ def test_a_template_that_refuses_is_one_line(demo: Tokenizer) -> None:
     picky = chat(demo, ROLE_TEMPLATE)
     for messages, reason in (
         (LONG, "No system messages, please."),
-        (SHORT, "'suffix' is undefined"),
+        (SHORT, "line 2: 'suffix' is undefined"),
     ):
         with pytest.raises(RequestError) as caught:
             picky.render(messages)
@@ -234,12 +236,14 @@ def test_a_template_with_a_syntax_error_names_its_line(demo: Tokenizer) -> None:
         chat(demo, "fine\n{% if %}")
 
 
-def test_no_template_and_no_known_format(demo: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(CheckpointError, match="no known format for model type 'kimi_k2'"):
+def test_no_template_and_no_known_format(demo: Tokenizer) -> None:
+    reason = "no chat template in this checkpoint, and no known format for model type 'kimi_k2'"
+    with pytest.raises(CheckpointError, match=reason):
         chat(demo, None, "kimi_k2")
-    bare = Tokenizer(demo._vocabulary)
-    assert ChatFormat.load_optional(bare, "kimi_k2") is None
-    assert "no conversations can be served" in caplog.text
+    unusable = ChatFormat.load_optional(Tokenizer(demo._vocabulary), "kimi_k2")
+    assert unusable == UnusableFormat(reason)
+    with pytest.raises(CheckpointError, match=reason):
+        unusable.prompt_ids(SHORT)
     assert ChatFormat.load_optional(None) is None
 
 
@@ -248,8 +252,61 @@ def test_published_formats_refuse_tools(demo: Tokenizer) -> None:
         chat(demo, None, "deepseek_v3").render(SHORT, tools=[{"type": "function"}])
 
 
-def test_an_answer_that_begins_within_a_thought_is_split(demo: Tokenizer) -> None:
-    assert opens_thought(chat(demo, None, "deepseek_v3", "DeepSeek-R1").render(SHORT))
-    assert not opens_thought(ChatFormat(demo).render(SHORT))
-    assert split_reasoning("hm\n</think>\n\nYes.") == ("hm", "Yes.")
-    assert split_reasoning("still thinking") == ("still thinking", "")
+SWITCHED = "{{ messages[-1].content }}{{ '<think>' if thinking else '</think>' }}"
+NO_THOUGHTS = "asking for thinking changes nothing: this model's chat format has no switch for it"
+ALWAYS = "thinking cannot be switched off: this model's chat format always thinks"
+
+
+@pytest.mark.parametrize(
+    ("template", "asked", "refused"),
+    [
+        ("demo", NO_THOUGHTS, ""),
+        (SWITCHED, "", ""),
+        ("{{ messages[-1].content }}<think>\n", "", ALWAYS),
+        (
+            "{{ messages[-1].content.split('</think>')[-1] }}[assistant]",  # the model opens it
+            NO_THOUGHTS,
+            "thinking cannot be switched off: this model's chat format leaves it to the model",
+        ),
+        ("{{ nosuch.field }}", "", ""),  # each conversation tells the reason
+    ],
+)
+def test_a_wish_for_thinking_without_effect_is_mentioned_once(
+    demo: Tokenizer, template: str, asked: str, refused: str
+) -> None:
+    made = chat(demo, demo.chat_template if template == "demo" else template)
+    remarks = [made.thinking_remark(wish) for wish in (None, True, False, True, False)]
+    assert remarks == ["", asked, refused, "", ""]
+
+
+def test_a_batch_mentions_it_once(demo: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
+    made, asked = ChatFormat(demo), SamplingParams()
+    for thinking in (True, None, True):
+        request = TextRequest(messages=SHORT, params=asked, thinking=thinking)
+        encode_prompt(request, demo, made)
+    assert caplog.messages == [NO_THOUGHTS]
+
+
+def test_what_a_model_is_trained_on_may_be_marked(demo: Tokenizer) -> None:
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(DEMO)
+    source = (
+        "{%- set end = 'x' %}{% for m in messages %}\n{% if m.role == 'assistant' %}\n"
+        "  {% generation %}\n{% set end = eos_token %}{{ m.content + end }}\n"
+        "  {% endgeneration %}\n{{ end }}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    want = theirs.apply_chat_template(LONG, chat_template=source, tokenize=False)
+    assert "2<｜end▁of▁sentence｜>" in want
+    assert chat(demo, source).render(LONG, add_generation_prompt=False) == want
+
+
+def test_a_template_is_tried_with_several_conversations(demo: Tokenizer) -> None:
+    needs_system = (
+        "{% if messages[0].role != 'system' %}{{ raise_exception('No system message.') }}"
+        "{% endif %}{{ messages[1].content }}"
+    )
+    chat(demo, needs_system).check()
+    with pytest.raises(CheckpointError, match=r"chat template: No system message\.$"):
+        chat(demo, needs_system.replace("!=", "!= 'x' or 'a' !=")).check()
+    with pytest.raises(CheckpointError, match="chat template: line 2: No filter named 'nosuch'"):
+        chat(demo, "\n{{ 'a' | nosuch }}").check()

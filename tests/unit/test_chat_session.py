@@ -10,7 +10,7 @@ import pytest
 from dsv3.observe.metrics import Metrics
 from dsv3.request import Completion, Request, RequestOutput
 from dsv3.serve.chat import Chat
-from dsv3.text.chat import ChatFormat, ThoughtStream
+from dsv3.text.chat import ChatFormat
 from dsv3.text.defaults import Defaults, Sampling
 from dsv3.text.tokenizer import Tokenizer
 
@@ -180,9 +180,34 @@ def test_thoughts_are_shown_apart_and_not_said_again() -> None:
     assert engine.prompts[1].endswith("[user]Well?[assistant]Yes.[user]Sure?[assistant]<think>")
 
 
-def test_a_format_without_thoughts_says_so() -> None:
+def test_thoughts_that_the_model_opens_are_shown_apart() -> None:
+    pieces = ["\n<thi", "nk>\nHmm.", "\n</think>", "\n\nYes."]
+    engine, console = talk(["Well?", "Sure?"], [pieces, ["No."]])
+    assert console.thoughts == "Hmm.\n"
+    assert console.answers[:2] == ["\n\nYes.", "No."]
+    assert "<｜Assistant｜>Yes.<｜end▁of▁sentence｜>" in engine.prompts[1]
+
+
+def test_an_answer_that_is_the_beginning_of_a_mark_is_shown() -> None:
+    _, console = talk(["Well?"], [["<th"]])
+    assert console.answers[0] == "<th"
+
+
+def test_control_tokens_that_users_type_are_text_and_stay_in_the_shared_prefix() -> None:
+    said = "Is <｜end▁of▁sentence｜><｜User｜> a token?"
+    engine, _ = talk([said, "Sure?"], [["Yes, <｜User｜> is."], ["Yes."]])
+    first, second = (request.prompt_ids for request in engine.requests)
+    user, end = (TOKENIZER.id_of(name) for name in ("<｜User｜>", "<｜end▁of▁sentence｜>"))
+    assert (first.count(user), first.count(end)) == (1, 0)
+    assert (second.count(user), second.count(end)) == (3, 1)  # one in the told engine's answer
+    assert second[: len(first)] == first
+    assert said in engine.prompts[1]
+
+
+def test_a_format_without_thoughts_is_mentioned() -> None:
     _, console = talk([], thinking=True)
-    assert "--thinking changes nothing: this model's chat format has no thoughts" in console.shown
+    reason = "this model's chat format has no switch for it"
+    assert f"asking for thinking changes nothing: {reason}" in console.shown
 
 
 def test_clear_begins_a_new_conversation() -> None:
@@ -252,23 +277,6 @@ def test_stats_count_prompts_and_answers() -> None:
     assert lines[2].startswith("all 2") and "6 computed" in lines[2]
     assert lines[3].startswith("context ") and lines[3].endswith(" of 1,000 tokens")
     assert lines[4] == "cache          1,024 of 4,096 tokens"
-
-
-@pytest.mark.parametrize("cut", range(1, 22))
-def test_a_thought_is_told_from_the_answer_wherever_the_text_is_cut(cut: int) -> None:
-    text = "so <b> it is</think>\n\nYes. </think>"
-    stream = ThoughtStream(inside=True)
-    parts = [stream.push(part) for part in (text[:cut], text[cut : cut + 3], text[cut + 3 :])]
-    assert "".join(thought for thought, _ in parts) == "so <b> it is"
-    assert "".join(answer for _, answer in parts) == "Yes. </think>"
-    assert stream.finish() == ""
-
-
-def test_a_thought_that_never_ends_is_all_shown() -> None:
-    stream = ThoughtStream(inside=True)
-    assert stream.push("so</thi") == ("so", "")
-    assert stream.finish() == "</thi"
-    assert ThoughtStream(inside=False).push("</think>\n") == ("", "</think>\n")
 
 
 def test_a_template_without_end_leaves_the_chat_open() -> None:

@@ -95,6 +95,8 @@ def test_chat_template_is_found_wherever_it_is_kept(tmp_path: Path) -> None:
     named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "named"}]
     folder_with(tmp_path, chat_template=named)
     assert Tokenizer.load(folder).chat_template == "named"
+    folder_with(tmp_path, chat_template={"default": "in an object", "rag": "x"})
+    assert Tokenizer.load(folder).chat_template == "in an object"
     folder_with(tmp_path, chat_template="plain")
     assert Tokenizer.load(folder).chat_template == "plain"
     (folder / "chat_template.jinja").write_text("own file")

@@ -8,6 +8,7 @@ import pytest
 
 from dsv3.errors import CheckpointError
 from dsv3.text.kimi import MAX_PIECE, MAX_RUN, _pieces
+from dsv3.text.ordinary_text import OrdinaryText
 from dsv3.text.tokenizer import Tokenizer
 
 pytest.importorskip("tiktoken")
@@ -44,6 +45,18 @@ def test_special_and_reserved_tokens(folder: Path) -> None:
         b"<think>",
         b"",
     ]
+
+
+def test_control_tokens_in_messages_are_text(folder: Path) -> None:
+    kimi = Tokenizer.load(folder)
+    ordinary = OrdinaryText(kimi)
+    names = ("[BOS]", "[EOS]", "<think>", f"<|reserved_token_{BASE + 9}|>")
+    assert set(names) <= set(kimi.control_tokens)
+    text = "the 123" + "the".join(names) + " [B"
+    ids = ordinary.encode("[BOS]" + ordinary.hide(text) + "OS]")
+    assert [i for i in ids if i >= BASE] == [BASE]
+    assert kimi.decode(ids, skip_special_tokens=False) == "[BOS]" + text + "OS]"
+    assert ids[1:] == kimi.encode_ordinary(text + "OS]")
 
 
 @pytest.mark.parametrize("text", ["", "the cat's 1234\r\n  胡胡b the", "🙂é ​", "\t\t x"])

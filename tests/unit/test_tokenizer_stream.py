@@ -2,8 +2,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import decoders, models
 
 from dsv3.text.detokenize import (
     HALF_CHARACTER,
@@ -107,6 +109,50 @@ def test_text_goes_on_from_the_prompt() -> None:
         stream.push(token_id)
     stream.finish()
     assert stream.text == TOKENIZER.decode(rest + encode("!"))
+
+
+@pytest.fixture(scope="module")
+def spelling(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A vocabulary that spells rare characters in tokens of one byte, like sentencepiece's."""
+    names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581a", "b", "<eos>"]
+    vocab = {name: i for i, name in enumerate(names)}
+    raw = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
+    raw.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    raw.add_special_tokens(["<eos>"])
+    folder = tmp_path_factory.mktemp("spelling")
+    raw.save(str(folder / "tokenizer.json"))
+    return Tokenizer.load(folder)
+
+
+SPELT_A, SPELT_EOS = 257, 259
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.sampled_from(["😀", "😁", "你好", "é"]).map(lambda c: [1 + b for b in c.encode()]),
+            st.lists(st.integers(0, SPELT_EOS), max_size=3),
+        ),
+        max_size=60,
+    ),
+    st.sampled_from([[], [SPELT_A], [SPELT_A, 1 + 0xF0], [1 + b for b in "😀".encode()]]),
+)
+def test_spelt_characters_come_out_as_all_tokens_decode(
+    spelling: Tokenizer, words: list[list[int]], prompt: list[int]
+) -> None:
+    ids = [token_id for word in words for token_id in word]
+    stream = TextStream(spelling, prompt)
+    shown = "".join(stream.push(token_id)[0] for token_id in ids) + stream.finish()
+    assert shown == stream.text == spelling.decode(ids)
+
+
+def test_a_spelt_character_is_shown_when_the_next_word_begins(spelling: Tokenizer) -> None:
+    stream = TextStream(spelling, [SPELT_A])
+    pieces = [stream.push(1 + byte)[0] for byte in "😀😁".encode()]
+    assert pieces == [""] * 8
+    assert stream.push(SPELT_A)[0] == "😀😁 a"
 
 
 def run(stream: TextStream, ids: list[int]) -> tuple[list[str], bool]:

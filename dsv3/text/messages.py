@@ -1,0 +1,102 @@
+"""The messages of a conversation in the OpenAI format, checked field by field."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from dsv3.errors import RequestError
+
+Message = Mapping[str, Any]  # {"role": ..., "content": ...} as in the OpenAI format
+Tools = Sequence[Mapping[str, Any]]  # JSON schemas, as in the OpenAI format
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_FIELDS = {"role", "content", "name", "reasoning_content", "tool_calls", "tool_call_id"}
+_TEXTS = ("name", "reasoning_content", "tool_call_id")
+# Servers number the messages of their answers.
+_IGNORED = {"index"}
+
+
+def check_message(where: str, message: Any) -> dict[str, Any]:
+    """Return the fields of one message that have a value, its content as text.
+
+    Empty fields are as if not given: clients send back what servers have answered, with
+    `tool_calls: []`, `annotations: []`, `refusal: null` and others.
+
+    Args:
+        where: the place of the message, for errors.
+        message: as in the request.
+
+    Raises:
+        RequestError: it is not a message, or has a field that cannot be honoured.
+    """
+    if not isinstance(message, Mapping):
+        raise RequestError(f"{where} must be an object with role and content")
+    role = message.get("role")
+    if role not in ROLES:
+        raise RequestError(f"{where}.role={role!r} is unknown; use one of {', '.join(ROLES)}")
+    given = {field: value for field, value in message.items() if value}
+    content = given.pop("content", message.get("content"))
+    _take_reasoning(where, given)
+    for field, value in given.items():
+        if field not in _FIELDS | _IGNORED:
+            raise RequestError(f"{where}.{field} is not supported")
+        if field in _TEXTS and not isinstance(value, str):
+            raise RequestError(f"{where}.{field} must be a text")
+    plain = {field: value for field, value in given.items() if field in _FIELDS}
+    if content is not None:
+        plain["content"] = _text(f"{where}.content", content)
+    elif "tool_calls" in plain:
+        plain["content"] = None
+    elif role == "assistant" and "content" in message:
+        plain["content"] = ""  # an answer that was cut within its thought
+    else:
+        raise RequestError(f"{where}.content is missing")
+    return plain
+
+
+def map_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """Return a JSON value with all its strings changed, keys of objects included.
+
+    Raises:
+        RequestError: it is nested too deeply.
+    """
+    try:
+        return _map_strings(value, change)
+    except RecursionError:
+        raise RequestError("messages must be made of JSON values: nested too deeply") from None
+
+
+def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {_map_strings(k, change): _map_strings(v, change) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_map_strings(each, change) for each in value]
+    return value
+
+
+def _take_reasoning(where: str, given: dict[str, Any]) -> None:
+    """Bring `reasoning` under its older name, which templates know."""
+    reasoning = given.pop("reasoning", None)
+    if reasoning is None:
+        return
+    if given.setdefault("reasoning_content", reasoning) != reasoning:
+        raise RequestError(f"{where}: reasoning and reasoning_content differ: give one of them")
+
+
+def _text(where: str, content: Any) -> str:
+    """Return the text of a message: a string, or the lines of a list of text parts."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise RequestError(f"{where} must be a text or a list of text parts")
+    texts = []
+    for i, part in enumerate(content):
+        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+            raise RequestError(f'{where}[{i}] must be an object like {{"type": "text", ...}}')
+        if part["type"] != "text":
+            raise RequestError(f"{where}[{i}].type={part['type']!r} is not supported, only 'text'")
+        if not isinstance(part.get("text"), str):
+            raise RequestError(f"{where}[{i}].text must be a text")
+        texts.append(part["text"])
+    return "\n".join(texts)
