@@ -36,12 +36,10 @@ class Outcome:
 
     Attributes:
         written, resumed: bytes of tensors written by this run, and by earlier ones.
-        kept: files of the user that stayed in the place of the source's.
     """
 
     written: int
     resumed: int
-    kept: tuple[str, ...] = ()
 
 
 def check(target: Target) -> Survey:
@@ -96,7 +94,7 @@ def convert(
             written = _write(source, target, survey, journal, workers, progress)
         _put_in_place(target, target.survey(journal.record))
         journal.remove()
-    return Outcome(written, resumed, survey.kept)
+    return Outcome(written, resumed)
 
 
 @contextmanager

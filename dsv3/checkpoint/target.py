@@ -24,6 +24,7 @@ from dsv3.checkpoint.safetensors_file import MAX_HEADER
 from dsv3.checkpoint.side_files import (
     Content,
     content_bytes,
+    differing_files,
     is_content,
     is_document,
     side_files,
@@ -160,6 +161,10 @@ class Target:
         parents = (self.folder, *self.folder.absolute().parents)
         existing = next(path for path in parents if path.exists())
         return max(0, self.plan.num_bytes + sides - there), shutil.disk_usage(existing).free
+
+    def differing_files(self) -> list[str]:
+        """Return the files beside the weights that are not as in the source."""
+        return differing_files(self.folder, self._sides)
 
     def _look_for_others(self, record: JournalRecord) -> Survey:
         """Find files of other checkpoints and of the user."""

@@ -356,6 +356,8 @@ def test_the_config_that_is_read_is_not_replaced(tmp_path: Path, convert: Conver
     flags = ("--model-parallel", 2, "--overwrite", "--config", config)
     code, _, err = convert(theirs, out, *flags)
     assert code == 2 and f"{config}: the same file as {config}, which is read" in err
+    code, _, err = convert(theirs, out, *flags[:-1], out)
+    assert code == 2 and f"{config}: the same file as {config}, which is read" in err
     assert contents(out) == before
 
 
@@ -428,6 +430,23 @@ def test_the_same_side_files_are_left_alone(
     code, _, err = convert(hf, out, "--to", "bf16", "--overwrite")
     assert code == 2 and "config.json: the same file as" in err
     assert contents(hf) == before
+
+
+def test_files_that_change_the_model_and_are_not_of_the_source_are_named(
+    hf: Path, out: Path, convert: Convert
+) -> None:
+    old_hugging_face(out, convert, hf)
+    for name in ("chat_template.jinja", "vocab.json", "results.json", "train.py"):
+        (out / name).write_text("mine")
+    line = f"warning: {out}: read with the model, but not as in the source: "
+    flags = ("--model-parallel", 2)
+    code, _, err = convert(hf, out, *flags, "--overwrite")
+    assert code == 0 and f"{line}chat_template.jinja, vocab.json\n" in err
+    (hf / "tokenizer.json").write_text('{"another": 1}')
+    for again in (flags, (*flags, "--verify")):
+        code, text, err = convert(hf, out, *again)
+        assert code == 0 and "verified" in text
+        assert f"{line}tokenizer.json, chat_template.jinja, vocab.json\n" in err
 
 
 def test_files_that_no_checkpoint_names_stay(hf: Path, out: Path, convert: Convert) -> None:
