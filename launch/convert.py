@@ -41,6 +41,7 @@ from dsv3.checkpoint.workers import default_workers
 from dsv3.config import ParallelConfig
 from dsv3.config_files import load_model_config
 from dsv3.errors import ConfigError, Dsv3Error, RankError, describe_error, printable
+from dsv3.files import open_closed_streams
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -252,6 +253,7 @@ def progress_bar(num_bytes: int, title: str) -> Iterator[Callable[[int], None]]:
 
 def program() -> int:
     """Run the command; an unexpected error is one line, too."""
+    open_closed_streams()
     try:
         return main()
     except Exception as error:

@@ -1,5 +1,6 @@
 """convert.py --overwrite: the old checkpoint goes only when the new one is complete."""
 
+import errno
 import json
 import os
 import shutil
@@ -303,6 +304,39 @@ def test_a_target_inside_the_source(hf: Path, convert: Convert) -> None:
     assert convert(hf, hf / "mp2", "--model-parallel", 2, "--overwrite", "--verify")[0] == 0
     shutil.rmtree(hf / "mp2")
     assert contents(hf) == before
+
+
+def test_no_side_file_is_written_into_the_source(
+    hf: Path, tmp_path: Path, convert: Convert
+) -> None:
+    """The source has the name of a directory of side files in the target."""
+    source = hf.rename(tmp_path / "encoding")
+    (source / "encoding").mkdir()
+    (source / "encoding" / "encode.py").write_text("print()")
+    code, _, err = convert(source, tmp_path, "--to", "hf")
+    assert (code, f"{source}: is {source}, which is read" in err) == (2, True)
+    assert not (source / "encode.py").exists()
+
+
+def test_a_file_that_cannot_be_replaced_is_named(
+    hf: Path, out: Path, convert: Convert, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that is mounted, or immutable."""
+    old_single_file(out, convert, hf)
+    unlink = Path.unlink
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        if path.name == SINGLE:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", refuse)
+        code, _, err = convert(hf, out, "--model-parallel", 2, "--overwrite")
+    assert code == 2
+    assert err.startswith(f"error: {out / SINGLE}: cannot be replaced (the new files are complete")
+    assert convert(hf, out, "--model-parallel", 2, "--overwrite")[0] == 0
+    assert convert(hf, out, "--model-parallel", 2, "--verify")[0] == 0
 
 
 def test_a_target_that_is_a_link_to_a_directory(
