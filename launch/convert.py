@@ -36,7 +36,7 @@ from dsv3.checkpoint.report import describe, in_units
 from dsv3.checkpoint.side_files import has_tokenizer, is_document
 from dsv3.checkpoint.source import open_source
 from dsv3.checkpoint.target import Target, is_complete
-from dsv3.checkpoint.verify import verify_against, verify_digests
+from dsv3.checkpoint.verify import check_kinds, verify_against, verify_digests
 from dsv3.checkpoint.workers import default_workers
 from dsv3.config import ParallelConfig
 from dsv3.config_files import load_model_config
@@ -180,6 +180,8 @@ def foretell(args: argparse.Namespace, source: Source, target: Target) -> None:
     space = target.disk_space(target.read_record())
     print_lines(*describe(source, target.plan, *space))
     if is_complete(target.folder) and not args.overwrite:
+        with open_source(target.folder) as result:
+            check_kinds(target.plan, result)
         print_lines(f"done: {target.folder} is complete already; it would only be verified")
         return
     survey = check(target)

@@ -229,6 +229,9 @@ def test_a_dry_run_says_what_would_go(hf: Path, out: Path, convert: Convert) -> 
     shutil.rmtree(out)
     assert convert(hf, out, "--to", "hf")[0] == 0
     assert "complete already" in convert(hf, out, "--to", "hf", "--dry-run")[1]
+    for flags in (["--model-parallel", 2], ["--to", "bf16"]):  # refused without --dry-run, too
+        code, text, err = convert(hf, out, *flags, "--dry-run")
+        assert code == 2 and "give --overwrite to replace it" in err and "done:" not in text
 
 
 def link_whole_folder(model: Path, edited: Path) -> Path:
