@@ -342,6 +342,33 @@ def test_a_file_that_cannot_be_replaced_is_named(
     assert convert(hf, out, "--model-parallel", 2, "--verify")[0] == 0
 
 
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [("write", JOURNAL), ("fsync", JOURNAL), ("fdatasync", "model0-mp2.safetensors.partial")],
+)
+def test_the_disk_becomes_full(
+    call: str,
+    name: str,
+    hf: Path,
+    out: Path,
+    convert: Convert,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    old_single_file(out, convert, hf)
+    before = contents(out)
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, call, fail)
+        code, _, err = convert(hf, out, "--model-parallel", 2, "--overwrite")
+    line = f"error: {out / name}: cannot be written: No space left on device\n"
+    assert (code, err.splitlines(keepends=True)[-1]) == (2, line)
+    assert before.items() <= contents(out).items()
+    assert convert(hf, out, "--model-parallel", 2, "--overwrite", "--verify")[0] == 0
+
+
 def test_a_target_that_is_a_link_to_a_directory(
     hf: Path, out: Path, tmp_path: Path, convert: Convert
 ) -> None:
