@@ -33,14 +33,15 @@ from dsv3.checkpoint.directory import check_directory
 from dsv3.checkpoint.plan import Cast, make_plan
 from dsv3.checkpoint.reader import Source
 from dsv3.checkpoint.report import describe, in_units
-from dsv3.checkpoint.side_files import has_tokenizer
+from dsv3.checkpoint.side_files import has_tokenizer, is_document
 from dsv3.checkpoint.source import open_source
 from dsv3.checkpoint.target import Target, is_complete
-from dsv3.checkpoint.verify import verify_against, verify_digests
+from dsv3.checkpoint.verify import check_kinds, verify_against, verify_digests
 from dsv3.checkpoint.workers import default_workers
 from dsv3.config import ParallelConfig
 from dsv3.config_files import load_model_config
 from dsv3.errors import ConfigError, Dsv3Error, RankError, describe_error, printable
+from dsv3.files import open_closed_streams
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -169,7 +170,9 @@ def read_layout(args: argparse.Namespace) -> ParallelConfig | None:
 
 def inputs(args: argparse.Namespace) -> list[Path]:
     """Return the files that are read beside the checkpoint."""
-    return [Path(args.config)] if args.config and Path(args.config).is_file() else []
+    path = Path(args.config or "")
+    names = ("config.json", "generation_config.json")  # of a directory
+    return [file for file in (path, *(path / name for name in names)) if file.is_file()]
 
 
 def foretell(args: argparse.Namespace, source: Source, target: Target) -> None:
@@ -177,6 +180,8 @@ def foretell(args: argparse.Namespace, source: Source, target: Target) -> None:
     space = target.disk_space(target.read_record())
     print_lines(*describe(source, target.plan, *space))
     if is_complete(target.folder) and not args.overwrite:
+        with open_source(target.folder) as result:
+            check_kinds(target.plan, result)
         print_lines(f"done: {target.folder} is complete already; it would only be verified")
         return
     survey = check(target)
@@ -211,10 +216,6 @@ def write(args: argparse.Namespace, source: Source, target: Target) -> None:
             f"{args.save_path}: {len(plan.files)} files, {in_units(plan.num_bytes)}{again} in "
             f"{seconds:.1f} s, {in_units(outcome.written / seconds)}/s"
         )
-        if outcome.kept:
-            print_lines(
-                f"kept in {args.save_path}, other than in the source: {', '.join(outcome.kept)}"
-            )
     if ready or args.verify:
         with (
             settle(target),
@@ -223,6 +224,17 @@ def write(args: argparse.Namespace, source: Source, target: Target) -> None:
         ):
             verify_against(source, plan, result, args.workers, advance)
         print_lines(f"verified: {args.save_path} is {source.path}, bit for bit")
+    say_differences(target)
+
+
+def say_differences(target: Target) -> None:
+    """Print which files beside the weights are not as in the source."""
+    names = target.differing_files()
+    if documents := [name for name in names if is_document(name)]:
+        print_lines(f"kept in {target.folder}, other than in the source: {', '.join(documents)}")
+    if others := ", ".join(name for name in names if not is_document(name)):
+        line = f"warning: {target.folder}: read with the model, but not as in the source: {others}"
+        print_lines(line, file=sys.stderr)
 
 
 def print_lines(*lines: str, file: TextIO | None = None) -> None:
@@ -243,6 +255,7 @@ def progress_bar(num_bytes: int, title: str) -> Iterator[Callable[[int], None]]:
 
 def program() -> int:
     """Run the command; an unexpected error is one line, too."""
+    open_closed_streams()
     try:
         return main()
     except Exception as error:

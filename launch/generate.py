@@ -95,7 +95,7 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     check_flags(args)
     inputs, outputs = ("--input-file", "--prewarm"), ("--output-file", "--stats-file")
-    check_files(args, inputs, outputs)
+    check_files(args, inputs, outputs, prints=not args.output_file)
     return args
 
 
@@ -111,6 +111,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ConfigError("--strict counts failed rows of an --input-file; a chat has none")
     if args.output_file == "-":
         raise ConfigError("--output-file=- is no file; give /dev/stdout for standard output")
+    if args.input_file and not args.output_file and sys.__stdout__ is None:
+        raise ConfigError("standard output is closed; give --output-file for the answers")
     if args.overwrite and not args.output_file:
         raise ConfigError("--overwrite starts an --output-file anew; there is none")
     if args.prompt_separator and not (args.input_file or args.prewarm):

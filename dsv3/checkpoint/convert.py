@@ -29,6 +29,8 @@ from dsv3.files import sync_folder
 
 Progress = Callable[[int], None]
 
+_COMPLETE = "(the new files are complete, as *.partial; give the same command again)"
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -36,12 +38,10 @@ class Outcome:
 
     Attributes:
         written, resumed: bytes of tensors written by this run, and by earlier ones.
-        kept: files of the user that stayed in the place of the source's.
     """
 
     written: int
     resumed: int
-    kept: tuple[str, ...] = ()
 
 
 def check(target: Target) -> Survey:
@@ -96,7 +96,7 @@ def convert(
             written = _write(source, target, survey, journal, workers, progress)
         _put_in_place(target, target.survey(journal.record))
         journal.remove()
-    return Outcome(written, resumed, survey.kept)
+    return Outcome(written, resumed)
 
 
 @contextmanager
@@ -183,11 +183,13 @@ def _check_unchanged(source: Source, plan: Plan) -> None:
 def _put_in_place(target: Target, survey: Survey) -> None:
     """Remove replaced files, and give the new ones their names; nothing is written any more."""
     names = target.names(survey)
-    with os_errors_as(CheckpointError, f"{target.folder}: cannot be changed"):
-        for name in survey.replaces:
-            # One that has no temporary name any more is new: an earlier run was stopped here.
-            if name not in names or target.partial(name).exists():
-                (target.folder / name).unlink(missing_ok=True)
+    for name in survey.replaces:
+        path = target.folder / name
+        # One that has no temporary name any more is new: an earlier run was stopped here.
+        if name not in names or target.partial(name).exists():
+            with os_errors_as(CheckpointError, f"{path}: cannot be replaced {_COMPLETE}"):
+                path.unlink(missing_ok=True)
+    with os_errors_as(CheckpointError, f"{target.folder}: cannot be changed {_COMPLETE}"):
         for name in names:
             if name == target.last:
                 _sync_folders(target, survey)

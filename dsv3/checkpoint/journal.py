@@ -198,6 +198,8 @@ class Journal(AbstractContextManager["Journal"]):
         self._append(lines)
 
     def _append(self, lines: Iterable[str]) -> None:
-        self._file.write("".join(f"{line}\n" for line in lines).encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        data, descriptor = "".join(f"{line}\n" for line in lines).encode(), self._file.fileno()
+        with os_errors_as(CheckpointError, f"{self._path}: cannot be written"):
+            while data:
+                data = data[os.write(descriptor, data) :]
+            os.fsync(descriptor)

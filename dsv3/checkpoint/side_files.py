@@ -2,6 +2,8 @@
 
 import filecmp
 import json
+import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,6 +23,11 @@ _FOLDERS = ("encoding",)  # V3.2's conversation format is Python code, kept as d
 _TOKENIZERS = ("tokenizer.json", "tiktoken.model", "tokenizer.model")
 # The model is another one with another of these; everything else is for people to read.
 _READ_BY_PROGRAMS = {".json", ".jinja", ".model", ".py", ".tiktoken", ".yaml", ".yml"}
+# Of those, the ones that are found by their name, without another file that refers to them.
+_FOUND_BY_NAME = re.compile(
+    r".*\.(jinja|model|tiktoken)"
+    r"|(.*_)?(config|tokenizer|vocab|tokens|tokens_map|template)\.json"
+)
 
 Content = Path | bytes  # the file to copy, or the bytes themselves
 
@@ -81,6 +88,20 @@ def is_content(path: Path, content: Content) -> bool:
     if isinstance(content, bytes):
         return path.stat().st_size == len(content) and path.read_bytes() == content
     return path.samefile(content) or filecmp.cmp(path, content, shallow=False)
+
+
+def differing_files(folder: Path, sides: Mapping[str, Content]) -> list[str]:
+    """Return the files in a directory that are not as in `sides`.
+
+    These have another content, or are read with a model by their name and not in `sides`.
+    """
+    changed = [
+        name
+        for name, content in sides.items()
+        if os.path.lexists(folder / name) and not is_content(folder / name, content)
+    ]
+    names = (str(path.relative_to(folder)) for path in _files(folder))
+    return changed + [n for n in names if n not in sides and _FOUND_BY_NAME.fullmatch(n)]
 
 
 def index_json(plan: Plan) -> str:

@@ -24,6 +24,7 @@ from dsv3.checkpoint.safetensors_file import MAX_HEADER
 from dsv3.checkpoint.side_files import (
     Content,
     content_bytes,
+    differing_files,
     is_content,
     is_document,
     side_files,
@@ -102,10 +103,7 @@ class Target:
             raise CheckpointError(f"{self.folder}: a link to a directory that is not there")
         if self.folder.exists() and not self.folder.is_dir():
             raise CheckpointError(f"{self.folder}: not a directory")
-        if part := self._source_folders.get(FileId.at(self.folder)):
-            raise CheckpointError(
-                f"{self.folder}: is {part}, which is read; write to another directory"
-            )
+        self._check_no_source(self.folder)
         return read_record(self.folder)
 
     def survey(self, record: JournalRecord) -> Survey:
@@ -160,6 +158,10 @@ class Target:
         parents = (self.folder, *self.folder.absolute().parents)
         existing = next(path for path in parents if path.exists())
         return max(0, self.plan.num_bytes + sides - there), shutil.disk_usage(existing).free
+
+    def differing_files(self) -> list[str]:
+        """Return the files beside the weights that are not as in the source."""
+        return differing_files(self.folder, self._sides)
 
     def _look_for_others(self, record: JournalRecord) -> Survey:
         """Find files of other checkpoints and of the user."""
@@ -243,11 +245,17 @@ class Target:
         for name in (*survey.replaces, JOURNAL):
             self._check_file(self.folder / name)
         for name in record.names:
+            self._check_folder(self.partial(name).parent)
             self._check_file(self.partial(name))
 
     def _check_folder(self, path: Path) -> None:
         if path != self.folder and (path.is_symlink() or (path.exists() and not path.is_dir())):
             raise _in_the_way(path, "not a directory, or a link")
+        self._check_no_source(path)
+
+    def _check_no_source(self, path: Path) -> None:
+        if part := self._source_folders.get(FileId.at(path)):
+            raise CheckpointError(f"{path}: is {part}, which is read; write to another directory")
 
     def _check_file(self, path: Path) -> None:
         """Raise CheckpointError for a link, a directory, a device, or a file of the source."""

@@ -28,7 +28,7 @@ def verify_against(
     Raises:
         CheckpointError: naming the file and tensor that differ.
     """
-    _check_kinds(plan, result)
+    check_kinds(plan, result)
     reader = BlockReader(source, plan)
 
     def work(job: Job) -> int:
@@ -64,7 +64,8 @@ def verify_digests(source: Source, workers: int, progress: Progress = lambda _: 
         progress(size)
 
 
-def _check_kinds(plan: Plan, result: Source) -> None:
+def check_kinds(plan: Plan, result: Source) -> None:
+    """Raise CheckpointError unless a checkpoint has the layout and the tensors of a plan."""
     layout = read_manifest(result.path).layout if (result.path / MANIFEST).is_file() else None
     if layout != plan.layout:
         kinds = ["Hugging Face" if it is None else str(it) for it in (layout, plan.layout)]

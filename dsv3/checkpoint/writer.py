@@ -73,8 +73,9 @@ class OutputFiles(AbstractContextManager["OutputFiles"]):
 
     def sync(self) -> None:
         """Wait until all that was written is on disk."""
-        for descriptor in self._descriptors:
-            os.fdatasync(descriptor)
+        for path, descriptor in zip(self._partial, self._descriptors, strict=True):
+            with os_errors_as(CheckpointError, f"{path}: cannot be written"):
+                os.fdatasync(descriptor)
 
 
 class Spreader:

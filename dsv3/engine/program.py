@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from dsv3.engine.config import EngineConfig
 from dsv3.engine.program_files import log_file
 from dsv3.errors import ConfigError, Dsv3Error, RankError, one_line, os_errors_as, printable
+from dsv3.files import open_closed_streams
 from dsv3.parallel.mesh import environment_rank
 from dsv3.parallel.watch import leave_report, reason_of
 
@@ -156,6 +157,7 @@ def run_program(main: Callable[[], int]) -> NoReturn:
 
     Our one line goes to stderr, and into the report that torchrun prints after it.
     """
+    open_closed_streams()
     _end_with_torchrun()
     try:
         code = main() or 0

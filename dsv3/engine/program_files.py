@@ -25,7 +25,10 @@ def log_file(folder: str | Path, rank: int) -> Path:
 
 
 def check_files(
-    args: argparse.Namespace, inputs: Sequence[str] = (), outputs: Sequence[str] = ()
+    args: argparse.Namespace,
+    inputs: Sequence[str] = (),
+    outputs: Sequence[str] = (),
+    prints: bool = True,
 ) -> None:
     """Compare all files that flags name, before any is opened for writing.
 
@@ -33,6 +36,7 @@ def check_files(
         args: flags, those of the engine included where the program has them.
         inputs: other flags that name files to read.
         outputs: other flags that name files to write.
+        prints: results go to standard output, which may be a file.
 
     Raises:
         ConfigError: an output is an input, another output, or a file of the checkpoint.
@@ -45,9 +49,14 @@ def check_files(
             raise ConfigError(
                 f"{output}: the name of a checkpoint's file, in its directory; choose another name"
             )
-    streams = [NamedFile("", Path(name)) for name in ("/dev/stdin", "/dev/stderr")]
-    read = [*_checkpoint_files(checkpoint), *streams, *_named(args, *inputs, *_ENGINE_INPUTS)]
-    refuse_same_files(written, read)
+    read = [*_checkpoint_files(checkpoint), *_named(args, *inputs, *_ENGINE_INPUTS)]
+    stdin, stdout, stderr = (
+        NamedFile("", Path(f"/dev/std{name}")) for name in ("in", "out", "err")
+    )
+    if prints:  # often to the same file as errors
+        refuse_same_files([stdout], read)
+    streams = [stdin, stderr, *([stdout] if prints else [])]
+    refuse_same_files(written, [*streams, *read])
 
 
 def _named(args: argparse.Namespace, *flags: str) -> Iterator[NamedFile]:

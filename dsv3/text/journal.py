@@ -25,6 +25,7 @@ LINE_START = b'{"id": "batch_req_'  # of every line of ours, whole or torn
 SYNC_SECONDS = 5.0
 CHECK_SECONDS = 1.0  # between looks whether the file is still there
 _OPEN_TRIES = 10
+_DELETED = " (deleted)"  # at the end of a link in /proc/self/fd
 
 _WAYS_OUT = "--overwrite starts afresh, another --output-file keeps this one"
 
@@ -235,6 +236,8 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
             now = os.readlink(f"/proc/self/fd/{self._fd}")
         if not num_names:
             return "its results are lost, start again to answer all rows"
+        if now.endswith(_DELETED):  # /proc names the path that it was opened by
+            now = "a hard link of that file"
         return f"its results are in {now}; move it back and start again to go on from there"
 
     def _refuse_other_files(self) -> None:

@@ -1,7 +1,10 @@
 """convert.py as a user meets it: kills, damage, wrong flags, each told in one line."""
 
 import json
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from dsv3.config_files import hf_config_dict
 from dsv3.errors import CheckpointError
 from tests.checkpoint_files import random_tensors, write_hf
 from tests.faults.converting import CONFIG, Convert, contents
+from tests.programs import ROOT
 from tests.unit.test_source import EVEN, write_deepseek
 
 INDEX = "model.safetensors.index.json"
@@ -288,3 +292,11 @@ def test_deepseek_directory(tmp_path: Path, convert: Convert) -> None:
     code, _, err = convert(theirs, tmp_path / "c", "--model-parallel", 2)
     assert code == 2
     assert "give the model's configuration with --config" in err
+
+
+def test_closed_standard_streams(hf: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "launch" / "convert.py"), "--hf-ckpt-path", str(hf)]
+    command += ["--save-path", str(tmp_path / "out"), "--to", "hf"]
+    job = f"{shlex.join(command)} <&- >&- 2>&-"
+    assert subprocess.run(job, shell=True, check=False).returncode == 0
+    open_source(tmp_path / "out").close()

@@ -1,5 +1,6 @@
 """convert.py --overwrite: the old checkpoint goes only when the new one is complete."""
 
+import errno
 import json
 import os
 import shutil
@@ -228,6 +229,9 @@ def test_a_dry_run_says_what_would_go(hf: Path, out: Path, convert: Convert) -> 
     shutil.rmtree(out)
     assert convert(hf, out, "--to", "hf")[0] == 0
     assert "complete already" in convert(hf, out, "--to", "hf", "--dry-run")[1]
+    for flags in (["--model-parallel", 2], ["--to", "bf16"]):  # refused without --dry-run, too
+        code, text, err = convert(hf, out, *flags, "--dry-run")
+        assert code == 2 and "give --overwrite to replace it" in err and "done:" not in text
 
 
 def link_whole_folder(model: Path, edited: Path) -> Path:
@@ -305,6 +309,66 @@ def test_a_target_inside_the_source(hf: Path, convert: Convert) -> None:
     assert contents(hf) == before
 
 
+def test_no_side_file_is_written_into_the_source(
+    hf: Path, tmp_path: Path, convert: Convert
+) -> None:
+    """The source has the name of a directory of side files in the target."""
+    source = hf.rename(tmp_path / "encoding")
+    (source / "encoding").mkdir()
+    (source / "encoding" / "encode.py").write_text("print()")
+    code, _, err = convert(source, tmp_path, "--to", "hf")
+    assert (code, f"{source}: is {source}, which is read" in err) == (2, True)
+    assert not (source / "encode.py").exists()
+
+
+def test_a_file_that_cannot_be_replaced_is_named(
+    hf: Path, out: Path, convert: Convert, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that is mounted, or immutable."""
+    old_single_file(out, convert, hf)
+    unlink = Path.unlink
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        if path.name == SINGLE:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", refuse)
+        code, _, err = convert(hf, out, "--model-parallel", 2, "--overwrite")
+    assert code == 2
+    assert err.startswith(f"error: {out / SINGLE}: cannot be replaced (the new files are complete")
+    assert convert(hf, out, "--model-parallel", 2, "--overwrite")[0] == 0
+    assert convert(hf, out, "--model-parallel", 2, "--verify")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [("write", JOURNAL), ("fsync", JOURNAL), ("fdatasync", "model0-mp2.safetensors.partial")],
+)
+def test_the_disk_becomes_full(
+    call: str,
+    name: str,
+    hf: Path,
+    out: Path,
+    convert: Convert,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    old_single_file(out, convert, hf)
+    before = contents(out)
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, call, fail)
+        code, _, err = convert(hf, out, "--model-parallel", 2, "--overwrite")
+    line = f"error: {out / name}: cannot be written: No space left on device\n"
+    assert (code, err.splitlines(keepends=True)[-1]) == (2, line)
+    assert before.items() <= contents(out).items()
+    assert convert(hf, out, "--model-parallel", 2, "--overwrite", "--verify")[0] == 0
+
+
 def test_a_target_that_is_a_link_to_a_directory(
     hf: Path, out: Path, tmp_path: Path, convert: Convert
 ) -> None:
@@ -355,6 +419,8 @@ def test_the_config_that_is_read_is_not_replaced(tmp_path: Path, convert: Conver
     before = contents(out)
     flags = ("--model-parallel", 2, "--overwrite", "--config", config)
     code, _, err = convert(theirs, out, *flags)
+    assert code == 2 and f"{config}: the same file as {config}, which is read" in err
+    code, _, err = convert(theirs, out, *flags[:-1], out)
     assert code == 2 and f"{config}: the same file as {config}, which is read" in err
     assert contents(out) == before
 
@@ -428,6 +494,23 @@ def test_the_same_side_files_are_left_alone(
     code, _, err = convert(hf, out, "--to", "bf16", "--overwrite")
     assert code == 2 and "config.json: the same file as" in err
     assert contents(hf) == before
+
+
+def test_files_that_change_the_model_and_are_not_of_the_source_are_named(
+    hf: Path, out: Path, convert: Convert
+) -> None:
+    old_hugging_face(out, convert, hf)
+    for name in ("chat_template.jinja", "vocab.json", "results.json", "train.py"):
+        (out / name).write_text("mine")
+    line = f"warning: {out}: read with the model, but not as in the source: "
+    flags = ("--model-parallel", 2)
+    code, _, err = convert(hf, out, *flags, "--overwrite")
+    assert code == 0 and f"{line}chat_template.jinja, vocab.json\n" in err
+    (hf / "tokenizer.json").write_text('{"another": 1}')
+    for again in (flags, (*flags, "--verify")):
+        code, text, err = convert(hf, out, *again)
+        assert code == 0 and "verified" in text
+        assert f"{line}tokenizer.json, chat_template.jinja, vocab.json\n" in err
 
 
 def test_files_that_no_checkpoint_names_stay(hf: Path, out: Path, convert: Convert) -> None:

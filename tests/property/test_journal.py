@@ -336,6 +336,11 @@ def replace(out: Path) -> None:
     out.with_name("other").replace(out)
 
 
+def unlink_one_of_two(out: Path) -> None:
+    os.link(out, out.with_name("hard"))
+    out.unlink()
+
+
 def cut(out: Path) -> None:
     os.truncate(out, 3)
 
@@ -352,6 +357,7 @@ def append(out: Path) -> None:
         (rename, "was removed or renamed .* its results are in .*/moved; move it back"),
         (remove_folder, "its results are in .*/elsewhere/out.jsonl; move it back"),
         (replace, "was removed or renamed .* its results are lost"),
+        (unlink_one_of_two, "its results are in a hard link of that file; move it back"),
         (cut, r"was changed by another program .* \(it has 3 bytes, not \d+\); start again"),
         (append, "was changed by another program while the job ran"),
     ],

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from dsv3.engine.program_files import check_files
 from dsv3.errors import ConfigError
 from launch import generate
 from tests.checkpoint_files import TINY, random_tensors, write_hf
+from tests.programs import ROOT
 
 Parse = Callable[..., argparse.Namespace]
 OUTPUTS = ["--output-file", "--stats-file", "--record-expert-load"]
@@ -61,6 +63,34 @@ def test_outputs_differ_from_each_other(
     with pytest.raises(ConfigError, match=r"--log-dir=.*rank3.log: the same file as --stats-file"):
         parse("--input-file", rows, "--log-dir", tmp_path, "--stats-file", tmp_path / "rank3.log")
     parse("--input-file", rows, "--output-file", "/dev/null", "--stats-file", "/dev/null")
+
+
+def test_standard_output_is_an_output(rows: Path, tmp_path: Path) -> None:
+    """A file that answers go to is no other file of the job; messages may go there, too."""
+    job = [sys.executable, str(ROOT / "launch" / "generate.py"), "--input-file", str(rows)]
+    answers, figures = tmp_path / "answers", ("--stats-file", "/dev/stdout")
+    for file, flags, reason in (
+        (rows, [], "/dev/stdout: the same file as --input-file="),
+        (answers, figures, "--stats-file=/dev/stdout: the same file as /dev/stdout"),
+        (answers, ["--ckpt-path", tmp_path / "none"], "none: no such directory"),
+    ):
+        with file.open("ab") as output:
+            command = [*job, *map(str, flags)]
+            done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False)
+        assert done.returncode == 2
+        assert reason in file.read_text()
+    assert rows.read_text().startswith("one\nerror: ")
+
+
+def test_closed_standard_streams(rows: Path, tmp_path: Path) -> None:
+    job = f"{sys.executable} {ROOT / 'launch' / 'generate.py'} --input-file {rows}"
+    done = subprocess.run(f"{job} >&-", shell=True, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "error: standard output is closed; give --output-file for the answers\n"
+    flags = f"--output-file {tmp_path / 'out'} --max-new-tokens 1 --debug"
+    done = subprocess.run(f"{job} {flags} <&- >&- 2>&-", shell=True, check=False)
+    assert done.returncode == 0
+    assert [line[:5] for line in (tmp_path / "out").read_text().splitlines()] == ['{"id"']
 
 
 def test_files_of_the_checkpoint(parse: Parse, rows: Path, tmp_path: Path) -> None:
