@@ -181,8 +181,8 @@ MALFORMED = {
     "echo in a chat": (chat(echo=True), "echo is not a supported field"),
     "echo a number": (text(echo=1), "echo=1 must be true or false"),
     "stream": (chat(stream=True), "stream=true is not supported, only false"),
-    "penalty": (chat(presence_penalty=0.5), "presence_penalty=0.5 is not supported, only 0"),
-    "logit_bias": (chat(logit_bias={"5": 1}), 'logit_bias={"5": 1} is not supported, only {}'),
+    "penalty": (chat(presence_penalty=2.5), "presence_penalty=2.5 must be between -2 and 2"),
+    "logit_bias": (chat(logit_bias={"5": 101}), "logit_bias[5]=101"),
     "tools": (chat(tools=[{"type": "function"}]), 'tools=[{"type": "function"}] is not supported'),
     "response_format": (
         chat(response_format={"type": "json_object"}),
