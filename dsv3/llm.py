@@ -19,7 +19,7 @@ from dsv3.engine.config import EngineConfig
 from dsv3.engine.engine import Engine, follow
 from dsv3.engine.start import Started, start
 from dsv3.errors import Dsv3Error, RequestError
-from dsv3.parallel.mesh import join_world
+from dsv3.parallel.mesh import before_joining, join_world
 from dsv3.parallel.together import fail_together
 from dsv3.request import Completion, Request, RequestOutput, SamplingParams
 from dsv3.text.chat import AnyFormat, ChatFormat, UnusableFormat
@@ -68,7 +68,9 @@ class LLM(AbstractContextManager["LLM"]):
         chat_template: str | Path | None = None,
         **settings: Any,
     ) -> None:
-        config, path = EngineConfig(**settings), Path(path or DEMO)
+        path = Path(path or DEMO)
+        with before_joining():
+            config = EngineConfig(**settings)
         with ExitStack() as stack:
             common = EngineConfig.common(asdict(config)) | {"rank_timeout": str(rank_timeout)}
             mesh = stack.enter_context(join_world(device, tp, dp, rank_timeout, common))

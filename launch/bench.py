@@ -37,7 +37,7 @@ from dsv3.engine.program import (
 )
 from dsv3.engine.start import Started, start
 from dsv3.errors import ConfigError
-from dsv3.parallel.mesh import join_world
+from dsv3.parallel.mesh import before_joining, join_world
 from dsv3.text.tokenizer import Tokenizer
 
 # Scripts are never installed: what the benchmarks are made of is found beside them.
@@ -204,7 +204,8 @@ def run_cache(args: argparse.Namespace) -> Report:
 
 def run_dispatch(args: argparse.Namespace) -> Report | None:
     """One layer on all ranks, no engine; the report is rank 0's."""
-    config = load_model_config(args.config or DEMO)
+    with before_joining():
+        config = load_model_config(args.config or DEMO)
     if args.inner:
         config = replace(config, moe_intermediate_size=args.inner)
     with join_world(args.device, args.tp, args.dp) as mesh:
@@ -234,9 +235,10 @@ def main() -> int:
     if name in ALONE:
         sys.argv[:2] = [f"{sys.argv[0]} {name}"]
         runpy.run_path(str(SCRIPTS / ALONE[name][0]), run_name="__main__")
-    args = parse_args()
-    set_up_logging(getattr(args, "debug", False), getattr(args, "log_dir", None))
-    check_report(args, inputs=("trace",))
+    with before_joining():
+        args = parse_args()
+        set_up_logging(getattr(args, "debug", False), getattr(args, "log_dir", None))
+        check_report(args, inputs=("trace",))
     if args.benchmark in ("throughput", "chat"):
         report = measure_model(args)
     else:

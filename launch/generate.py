@@ -34,7 +34,7 @@ from dsv3.engine.start import Started, identify, start
 from dsv3.engine.stats import check_stats_file, collect_stats, write_stats_file
 from dsv3.errors import CheckpointError, ConfigError
 from dsv3.observe.exporter import serve_metrics
-from dsv3.parallel.mesh import Mesh, join_world
+from dsv3.parallel.mesh import Mesh, before_joining, join_world
 from dsv3.parallel.restarts import has_mark, set_mark
 from dsv3.parallel.together import fail_together
 from dsv3.read_files import read_bytes
@@ -303,8 +303,9 @@ def run(args: argparse.Namespace, mesh: Mesh, files: ExitStack, begin: float) ->
 
 def main() -> int:
     """Read the flags, meet the other ranks, run."""
-    args = parse_args()
-    set_up_logging(args.debug, args.log_dir)
+    with before_joining():
+        args = parse_args()
+        set_up_logging(args.debug, args.log_dir)
     begin = time.perf_counter()
     try:
         with (

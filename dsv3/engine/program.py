@@ -21,7 +21,7 @@ from dsv3.engine.config import EngineConfig
 from dsv3.engine.program_files import log_file
 from dsv3.errors import ConfigError, Dsv3Error, RankError, one_line, os_errors_as, printable
 from dsv3.files import open_closed_streams
-from dsv3.parallel.mesh import environment_rank
+from dsv3.parallel.launch import environment_rank
 from dsv3.parallel.watch import leave_report, reason_of
 
 _INTERRUPTED = 130
@@ -182,17 +182,14 @@ def _end_with_torchrun() -> None:
 def _tell(error: Exception, debug: bool) -> None:
     """Write the line of an error; the whole story with --debug."""
     rank = environment_rank()
-    is_everyones = isinstance(error, Dsv3Error) and not isinstance(error, RankError)
-    is_elsewhere = getattr(error, "told_elsewhere", False) or is_everyones
-    name = "" if rank == 0 or is_elsewhere else f"rank {rank}: "
+    is_told = getattr(error, "told_elsewhere", False)
+    name = "" if rank == 0 or is_told else f"rank {rank}: "
     line = f"error: {name}{reason_of(error)}"
     story = printable("".join(traceback.format_exception(error)))
     leave_report(line, story if debug else line)
     if debug:
         sys.stderr.write(story)
-    if rank != 0 and is_elsewhere:
-        time.sleep(_TELL_SECONDS)
-        # Ended by torchrun by now, unless the other ranks have met with nothing.
-        if getattr(error, "told_elsewhere", False) or os.environ.get("LOCAL_RANK", "0") != "0":
-            return
-    sys.stderr.write(line + "\n")
+    if rank != 0 and (is_told or isinstance(error, ConfigError)):
+        time.sleep(_TELL_SECONDS)  # ended by torchrun meanwhile, if rank 0 has met with it as well
+    if not is_told:
+        sys.stderr.write(line + "\n")

@@ -9,7 +9,7 @@ from pathlib import Path
 from dsv3.config_files import DEMO, PRESETS
 from dsv3.errors import ConfigError
 from dsv3.files import NamedFile, refuse_same_files
-from dsv3.parallel.mesh import environment_world_size
+from dsv3.parallel.launch import Launch
 
 # Names that mean something in a checkpoint's directory, whether or not there is such a file yet.
 _OF_CHECKPOINTS = re.compile(
@@ -71,7 +71,7 @@ def _named(args: argparse.Namespace, *flags: str) -> Iterator[NamedFile]:
 def _logs(args: argparse.Namespace) -> Iterator[NamedFile]:
     folder = getattr(args, "log_dir", None)
     if folder:
-        for rank in range(environment_world_size()):
+        for rank in range(Launch.read().world_size):
             yield NamedFile("--log-dir", log_file(folder, rank))
 
 

@@ -1,7 +1,7 @@
 """Process groups of the world: one mesh of dp x tp ranks, tp fastest.
 
-`join_world` reads torchrun's environment (without it, a world of one), picks device and backend,
-and hands out the groups. Nothing else in the project reads a rank from the environment.
+`join_world` meets the other ranks (without torchrun, a world of one), picks device and backend, and
+hands out the groups.
 """
 
 import ctypes
@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from dsv3.config import ParallelConfig
-from dsv3.errors import ConfigError
+from dsv3.errors import ConfigError, RankError
 from dsv3.parallel.collectives import Collectives, ProcessGroup, SingleRank, connect
+from dsv3.parallel.launch import Launch
 from dsv3.parallel.rendezvous import Hello, Peer, Roster, meet
 from dsv3.parallel.watch import RUN, Watch, start_up_timeout
 from dsv3.version import __version__
@@ -26,6 +27,9 @@ from dsv3.version import __version__
 # Rank 0 may wait for a user's next line for days while the others wait for its plan. The watch
 # notices ranks that die or hang.
 _IDLE = timedelta(days=365)
+_MIN_TIMEOUT, _MAX_TIMEOUT = 3, 1_000_000  # seconds; the system's timers end somewhere above
+# That a rank which cannot start waits for rank 0, to tell it.
+_TELL_SECONDS = 10.0
 # Of <malloc.h>.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
@@ -75,16 +79,6 @@ class Mesh:
         """Whether CUDA graphs can hold a step, its exchanges included."""
         groups = self.world, self.tp, self.dp, self.host, self.hosts
         return self.device.type == "cuda" and all(group.is_capturable for group in groups)
-
-
-def environment_rank() -> int:
-    """Return this process's rank as torchrun set it; 0 without torchrun."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def environment_world_size() -> int:
-    """Return the number of ranks as torchrun set it; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _device_kind(name: str) -> str:
@@ -171,6 +165,38 @@ def make_mesh(
 
 
 @contextmanager
+def before_joining() -> Iterator[None]:
+    """Check settings before `join_world`: the other ranks hear of an error, and do not wait.
+
+    Raises:
+        ConfigError: on every rank, a setting of one is wrong. If the others cannot be reached, on
+            this rank alone.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        launch = Launch.read()
+        if launch.world_size > 1:
+            peer = Peer.here(launch.rank)
+            with suppress(RankError):
+                meet(Hello(peer, launch.world_size, failure=str(error)), _TELL_SECONDS)
+        raise
+
+
+def _check_settings(device: str, tp: int, dp: int, rank_timeout: float) -> ParallelConfig:
+    """Return the layout."""
+    launch = Launch.read()
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"--device={device} is unknown; use auto, cpu or cuda")
+    if not _MIN_TIMEOUT <= rank_timeout <= _MAX_TIMEOUT:
+        raise ConfigError(
+            f"--rank-timeout={rank_timeout:g} must be at least {_MIN_TIMEOUT} seconds, and at most "
+            f"{_MAX_TIMEOUT:,}"
+        )
+    return ParallelConfig(world_size=launch.world_size, rank=launch.rank, tp=tp, dp=dp)
+
+
+@contextmanager
 def join_world(
     device: str = "auto",
     tp: int = 0,
@@ -195,13 +221,9 @@ def join_world(
             started in different ways.
         RankError: the other ranks cannot be reached.
     """
-    rank, world_size = environment_rank(), environment_world_size()
-    layout = ParallelConfig(world_size=world_size, rank=rank, tp=tp, dp=dp)
-    if device not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"--device={device} is unknown; use auto, cpu or cuda")
-    if rank_timeout < 3:
-        raise ConfigError(f"--rank-timeout={rank_timeout:g} must be at least 3 seconds")
-    met = None
+    with before_joining():
+        layout = _check_settings(device, tp, dp, rank_timeout)
+    rank, world_size, met = layout.rank, layout.world_size, None
     if world_size > 1:
         dashes = "--" if any(name.startswith("--") for name in settings or ()) else ""
         places = {"tp": layout.tp, "dp": layout.dp, "device": _device_kind(device)}

@@ -3,34 +3,33 @@
 torchrun names rank 0's host and a store, nothing more. Rank 0 leaves a port and a token in the
 store. Every other rank connects there and says hello: the token, its peer record and the settings
 that must be the same on all ranks. When all have come, rank 0 answers with the roster, or with the
-reason why there is none. The connections stay: the system closes them the moment a rank dies, on
-whatever host, which no store tells. A port that an attempt before a restart has left in the store
-does no harm: nobody answers there, or somebody who does not know the token.
+reason why there is none: also a rank that cannot start says hello, with its reason. The connections
+stay: the system closes them the moment a rank dies, on whatever host, which no store tells. A port
+that an attempt before a restart has left in the store does no harm: nothing answers there, or a
+program that does not know the token.
 """
 
 import json
-import logging
 import os
 import selectors
 import socket
+import threading
 import time
 import uuid
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
 from dsv3.errors import ConfigError, Dsv3Error, RankError
+from dsv3.parallel.launch import Place
+from dsv3.parallel.store import LATER_SECONDS, Patience, open_store
 
-log = logging.getLogger(__name__)
-
-_HINT_SECONDS, _AGAIN_SECONDS = 5.0, 60.0  # until a message says who is missing, and says it again
 _HELLO_SECONDS = 5.0  # for a connection to say hello
-_LATER_SECONDS = 5.0  # that the other ranks wait longer than rank 0, which knows who is missing
 _MAX_HELLO = 1 << 20  # bytes
 _ADDRESS = "dsv3/address of rank 0"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -70,11 +69,13 @@ class Hello:
         peer: the rank.
         world_size: the number of ranks it expects.
         settings: names and values that must be the same on all ranks.
+        failure: why it cannot start, if so.
     """
 
     peer: Peer
     world_size: int
     settings: Mapping[str, str] = field(default_factory=dict)
+    failure: str = ""
 
     def line(self, token: str) -> bytes:
         """Return the message."""
@@ -110,81 +111,38 @@ def meet(hello: Hello, timeout: float) -> Roster:
         timeout: seconds after which rank 0 gives up waiting.
 
     Raises:
-        ConfigError: on every rank, the ranks were started in different ways.
+        ConfigError: on every rank, the ranks were started in different ways, or one cannot start.
         RankError: a rank has not come in time, or has come and died.
     """
     rank = hello.peer.rank
-    patience = _Patience(hello.world_size, timeout if rank == 0 else timeout + _LATER_SECONDS)
-    store = _open_store(patience, rank)
-    if rank:
-        return _join(store, hello, patience)
-    return _Invitation(store, hello, patience).roster()
+    seconds = timeout if rank == 0 else timeout + LATER_SECONDS
+    patience = Patience(rank, hello.world_size, seconds)
+    found: Future[Roster] = Future()
 
-
-class _Patience:
-    """Waits a moment, says now and then for whom, and gives up at last."""
-
-    def __init__(self, world_size: int, timeout: float) -> None:
-        self.place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        self._world_size, self._start = world_size, time.monotonic()
-        self._say_at = self._start + _HINT_SECONDS
-        self._give_up_at = self._start + timeout
-
-    @property
-    def seconds_left(self) -> float:
-        """Seconds until this rank gives up."""
-        return max(0.1, self._give_up_at - time.monotonic())
-
-    def end_soon(self) -> None:
-        """Give up in a moment."""
-        self._give_up_at = min(self._give_up_at, time.monotonic() + _LATER_SECONDS)
-
-    def check(self, here: Collection[int] | None = None) -> None:
-        """Say which ranks are not here, or that rank 0 is not; raise if it is time to give up."""
-        now = time.monotonic()
-        text = f"no answer at {self.place} yet; is torchrun running on that host?"
-        if here is not None:
-            missing = sorted(set(range(self._world_size)) - set(here))
-            text = (
-                f"waiting at {self.place} for {len(missing)} of {self._world_size} ranks "
-                f"({', '.join(map(str, missing))}); was the program started on every host?"
-            )
-        if now > self._give_up_at:
-            raise RankError(
-                f"gave up after {now - self._start:.0f} s: {text} "
-                "(a longer --rank-timeout waits longer)"
-            )
-        if now > self._say_at:
-            self._say_at += _AGAIN_SECONDS
-            if os.environ.get("LOCAL_RANK", "0") == "0":
-                log.warning("%s", text)
-
-    def wait(self) -> None:
-        """Wait a moment for rank 0."""
-        self.check()
-        time.sleep(0.1)
-
-
-def _open_store(patience: _Patience, rank: int) -> dist.Store:
-    """Connect to torchrun's store; without torchrun, rank 0 holds one."""
-    is_server = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    seconds = timedelta(seconds=_HINT_SECONDS)
-    while True:
+    def run() -> None:
         try:
-            place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            return dist.TCPStore(
-                *place, None, is_server, seconds, wait_for_workers=False, multi_tenant=True
-            )
-        except (KeyError, ValueError) as error:
-            raise RankError(f"no place to meet ({error}): start with torchrun") from None
-        except RuntimeError:
-            patience.wait()
+            store = open_store(patience)
+            if rank:
+                found.set_result(_join(store, hello, patience))
+            else:
+                found.set_result(_Invitation(store, hello, patience).roster())
+        except BaseException as error:
+            found.set_exception(error)
+
+    # Connecting to the store may take for ever.
+    threading.Thread(target=run, name="rendezvous", daemon=True).start()
+    try:
+        return found.result(timeout + 2 * LATER_SECONDS)
+    except TimeoutError:
+        # Not raised: the interpreter aborts at its end if that thread is still within the store.
+        os.write(2, f"error: {patience.error()}\n".encode())
+        os._exit(RankError.exit_code)
 
 
 class _Invitation:
     """Rank 0's side: takes a connection from every other rank, then answers all of them."""
 
-    def __init__(self, store: dist.Store, hello: Hello, patience: _Patience) -> None:
+    def __init__(self, store: dist.Store, hello: Hello, patience: Patience) -> None:
         self._store, self._hello, self._patience = store, hello, patience
         self._token = uuid.uuid4().hex
         self._hellos = {0: hello}
@@ -192,7 +150,9 @@ class _Invitation:
         self._refused: list[socket.socket] = []
         self._unread: dict[socket.socket, bytes] = {}  # of connections without a hello
         self._silent_since: dict[socket.socket, float] = {}
-        self._refusal: str | None = None
+        self._refusal = hello.failure
+        if hello.failure:
+            patience.end_soon()
 
     def roster(self) -> Roster:
         """Wait for all ranks."""
@@ -203,27 +163,38 @@ class _Invitation:
             selectors.DefaultSelector() as selector,
         ):
             selector.register(server, selectors.EVENT_READ)
-            self._store.set(_ADDRESS, f"{server.getsockname()[1]} {self._token}")
+            self._publish(f"{server.getsockname()[1]} {self._token}")
             with self._answer_failures():
                 while len(self._links) < self._hello.world_size - 1:
                     for key, _ in selector.select(0.1):
                         self._take(selector, server, key.fileobj)
                     self._drop_silent(selector)
-                    self._check_links()
-                    self._check_patience()
-                if self._refusal is not None:
+                    self._check_others()
+                if self._refusal:
                     raise ConfigError(self._refusal)
         peers = [self._hellos[rank].peer for rank in range(self._hello.world_size)]
         name = uuid.uuid4().hex
         self._answer({"name": name, "peers": [asdict(peer) for peer in peers]})
         return Roster(peers, dist.PrefixStore(name, self._store), self._links)
 
-    def _check_patience(self) -> None:
-        """Give up if ranks are missing for too long: then the known reason is told first."""
+    def _publish(self, address: str) -> None:
+        """Leave the address in the store; if another rank 0 answers at the one there, raise."""
+        before = ""
+        while (found := self._store.compare_set(_ADDRESS, before, address).decode()) != address:
+            call = _say_hello(found, self._hello, _HELLO_SECONDS)
+            if call is not None and call.answer is not None:
+                _check_answer(call.answer)
+            before = found
+
+    def _check_others(self) -> None:
+        """Give up if a rank has died, or is missing for too long; a known reason is told first."""
         try:
+            for rank, link in self._links.items():
+                if _is_closed(link):
+                    raise RankError(f"{self._hellos[rank].peer} has died during rendezvous")
             self._patience.check(self._hellos)
         except RankError:
-            if self._refusal is not None:
+            if self._refusal:
                 raise ConfigError(self._refusal) from None
             raise
 
@@ -282,15 +253,10 @@ class _Invitation:
                 text = f"the process {self._hellos[rank].peer.pid} is this rank already"
             raise ConfigError(f"{hello.peer} (process {hello.peer.pid}) cannot join: {text}")
         self._links[rank], self._hellos[rank] = link, hello
-        found = differences(self._hello, hello)
-        if found and self._refusal is None:
-            self._refusal = f"the ranks were started in different ways: {found}"
-            self._patience.end_soon()
-
-    def _check_links(self) -> None:
-        for rank, link in self._links.items():
-            if _is_closed(link):
-                raise RankError(f"{self._hellos[rank].peer} has died during rendezvous")
+        if not self._refusal:
+            self._refusal = reason_against(self._hello, hello)
+            if self._refusal:
+                self._patience.end_soon()
 
     def _answer(self, answer: dict[str, Any]) -> None:
         line = json.dumps(answer).encode() + b"\n"
@@ -300,45 +266,66 @@ class _Invitation:
                 link.sendall(line)
 
 
-def differences(first: Hello, second: Hello) -> str:
-    """Return in words which settings two ranks do not share; empty if they share all."""
+def reason_against(first: Hello, second: Hello) -> str:
+    """Return why a job cannot start with these two ranks; empty if it can."""
+    if second.failure:
+        return f"{second.peer}: {second.failure}"
     pairs = [("WORLD_SIZE", str(first.world_size), str(second.world_size))]
     for name in dict.fromkeys((*first.settings, *second.settings)):
         mine, other = (each.settings.get(name, "not known") for each in (first, second))
         pairs.append((name, mine, other))
-    return "; ".join(
+    found = "; ".join(
         f"{name} is {mine or 'empty'} on {first.peer} and {other or 'empty'} on {second.peer}"
         for name, mine, other in pairs
         if mine != other
     )
+    return f"the ranks were started in different ways: {found}" if found else ""
 
 
-def _join(store: dist.Store, hello: Hello, patience: _Patience) -> Roster:
+def _join(store: dist.Store, hello: Hello, patience: Patience) -> Roster:
     """Connect to rank 0 and wait until it has heard of all ranks."""
     while True:
         if store.check([_ADDRESS]):
-            answer, link = None, None
-            with suppress(OSError, ValueError):
-                port, token = store.get(_ADDRESS).decode().split()
-                place = os.environ["MASTER_ADDR"], int(port)
-                link = socket.create_connection(place, timeout=_HELLO_SECONDS)
-                link.sendall(hello.line(token))
-                line = _read_line(link, patience.seconds_left)
-                patience.end_soon()  # without a whole line, rank 0 has died
-                answer = json.loads(line)
-            if isinstance(answer, dict) and link is not None:
-                return _roster(answer, store, link)
+            address = store.get(_ADDRESS).decode()
+            call = _say_hello(address, hello, patience.seconds_left)
+            if call is not None and call.answer is not None:
+                _check_answer(call.answer)
+                peers = [Peer(**peer) for peer in call.answer["peers"]]
+                store = dist.PrefixStore(call.answer["name"], store)
+                return Roster(peers, store, {0: call.link})
+            if call is not None:  # rank 0 has died
+                patience.end_soon()
         patience.wait()
 
 
-def _roster(answer: dict[str, Any], store: dist.Store, link: socket.socket) -> Roster:
-    """Return what rank 0 has answered; raise what it has met with."""
+class _Call(NamedTuple):
+    """A connection to rank 0 and its answer; None if it was closed without one."""
+
+    link: socket.socket
+    answer: dict[str, Any] | None
+
+
+def _say_hello(address: str, hello: Hello, seconds: float) -> _Call | None:
+    """Say hello to rank 0 and wait for its answer; None if nothing listens there."""
+    with suppress(OSError, ValueError):
+        port, token = address.split()
+        place = Place.read().host, int(port)
+        link = socket.create_connection(place, timeout=_HELLO_SECONDS)
+        with suppress(OSError, ValueError):
+            link.sendall(hello.line(token))
+            answer = json.loads(_read_line(link, seconds))
+            if isinstance(answer, dict):
+                return _Call(link, answer)
+        return _Call(link, None)
+    return None
+
+
+def _check_answer(answer: Mapping[str, Any]) -> None:
+    """Raise the error that rank 0 has met with, if it has."""
     if "error" in answer:
         error = (ConfigError if answer["is_config"] else RankError)(answer["error"])
         error.is_shared = error.told_elsewhere = True
         raise error
-    peers = [Peer(**peer) for peer in answer["peers"]]
-    return Roster(peers, dist.PrefixStore(answer["name"], store), {0: link})
 
 
 def _read_line(link: socket.socket, seconds: float) -> str:

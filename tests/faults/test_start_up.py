@@ -28,6 +28,8 @@ FLAGS = {
     "--attn-impl naive": f"{DIFFERENT}--attn-impl is auto on rank 0 on HOST and naive on rank 1",
     "--tp 1 --dp 2": f"{DIFFERENT}--tp is 2 on rank 0 on HOST and 1 on rank 1 on HOST; --dp is 1",
     "--rank-timeout 7": f"{DIFFERENT}--rank-timeout is 60.0 on rank 0 on HOST and 7.0 on rank 1",
+    "--odd 1": "rank 1 on HOST: unrecognized arguments: --odd 1; see --help",
+    "--tp 3": "rank 1 on HOST: tp=3 x dp=1 is not world_size=2",
     "--record-expert-load F": f"{DIFFERENT}--record-expert-load is no file on rank 0 on HOST and a",
     "--ckpt-path VALUE": f"{OTHER_MODEL}its checkpoint is one with digest ",
     "--ckpt-path CONFIG": f"{OTHER_MODEL}routed_scaling_factor of the model is 2.5 on rank 0",

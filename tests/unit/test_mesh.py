@@ -3,6 +3,7 @@
 import os
 import re
 import socket
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,10 +13,12 @@ import torch.distributed as dist
 
 from dsv3.config import ParallelConfig
 from dsv3.errors import ConfigError, RankError
-from dsv3.parallel import rendezvous
+from dsv3.parallel import mesh, rendezvous
+from dsv3.parallel import store as store_module
 from dsv3.parallel.collectives import StandIn
 from dsv3.parallel.mesh import Mesh, _num_threads, join_world
 from dsv3.parallel.rendezvous import Hello, Peer, Roster
+from dsv3.parallel.store import Patience
 from dsv3.parallel.watch import Watch
 
 
@@ -38,14 +41,44 @@ def test_impossible_settings_are_refused_before_anybody_is_met() -> None:
         join_world("cpu", rank_timeout=1),
     ):
         pass
+    for endless in (float("nan"), float("inf")):
+        with (
+            pytest.raises(ConfigError, match=r"--rank-timeout=(nan|inf) must be"),
+            join_world("cpu", rank_timeout=endless),
+        ):
+            pass
 
 
-def hello(rank: int, **settings: str) -> Hello:
-    return Hello(Peer(rank, "node", "boot", 1, ""), 4, settings)
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("RANK", "x", "RANK=x is not a number"),
+        ("WORLD_SIZE", "", "WORLD_SIZE= is not a number"),
+        ("WORLD_SIZE", "0", "world_size=0, dp=1, tp=0 must be at least 1"),
+        ("RANK", "2", "rank=2 is not in 0..1"),
+        ("MASTER_ADDR", "", "MASTER_ADDR is not set: start with torchrun"),
+        ("MASTER_PORT", "port", "MASTER_PORT=port is not a number"),
+        ("MASTER_PORT", "99999", "MASTER_PORT=99999 is not a port"),
+    ],
+)
+def test_an_environment_that_no_launcher_makes_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, reason: str
+) -> None:
+    usual = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for variable, text in (usual | {name: value}).items():
+        monkeypatch.setenv(variable, text)
+    monkeypatch.setattr(mesh, "_TELL_SECONDS", 0.1)
+    monkeypatch.setattr(rendezvous, "LATER_SECONDS", 0.1)
+    with pytest.raises(ConfigError, match=reason), join_world("cpu"):
+        pass
+
+
+def hello(rank: int, failure: str = "", **settings: str) -> Hello:
+    return Hello(Peer(rank, "node", "boot", 1, ""), 4, settings, failure)
 
 
 def call(store: dist.Store, mine: Hello, seconds: float = 20.0) -> Roster:
-    patience = rendezvous._Patience(4, seconds)
+    patience = Patience(mine.peer.rank, 4, seconds)
     if mine.peer.rank == 0:
         return rendezvous._Invitation(store, mine, patience).roster()
     return rendezvous._join(store, mine, patience)
@@ -54,8 +87,9 @@ def call(store: dist.Store, mine: Hello, seconds: float = 20.0) -> Roster:
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> dist.Store:
     monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "1")
     monkeypatch.setattr(rendezvous, "_HELLO_SECONDS", 0.2)
-    monkeypatch.setattr(rendezvous, "_LATER_SECONDS", 0.5)
+    monkeypatch.setattr(store_module, "LATER_SECONDS", 0.5)
     store = dist.HashStore()
     store.set(rendezvous._ADDRESS, "1 old")  # of an attempt before, where nobody answers
     return store
@@ -115,6 +149,43 @@ def test_the_reason_is_told_though_a_rank_never_comes(store: dist.Store) -> None
         calls = [pool.submit(call, store, hello(rank, a=str(rank))) for rank in (0, 1)]
         raised = [done.exception(20) for done in calls]
     assert all("a is 0 on rank 0 on node and 1 on rank 1" in str(error) for error in raised)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_cannot_start_tells_all_others(store: dist.Store, rank: int) -> None:
+    reasons = {rank: "--odd: unrecognized arguments"}
+    with ThreadPoolExecutor() as pool:
+        calls = [pool.submit(call, store, hello(i, reasons.get(i, ""))) for i in (0, 1, 3)]
+        raised = [done.exception(20) for done in calls]
+    assert {type(error) for error in raised} == {ConfigError}
+    where = "" if rank == 0 else "rank 1 on node: "
+    assert {str(error) for error in raised} == {f"{where}--odd: unrecognized arguments"}
+    assert [error.told_elsewhere for error in raised] == [False, True, True]
+
+
+def test_a_second_rank_0_is_refused(store: dist.Store) -> None:
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(call, store, hello(0))
+        address(store)
+        raised = [each.exception(20) for each in (first, pool.submit(call, store, hello(0)))]
+    reason = "rank 0 on node (process 1) cannot join: the process 1 is this rank already"
+    assert [str(error) for error in raised] == [reason] * 2
+
+
+def test_a_server_that_is_no_store_ends_the_wait(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It takes connections and says nothing."""
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setattr(rendezvous, "LATER_SECONDS", 0.5)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with socket.create_server(("localhost", 0)) as server:
+        monkeypatch.setenv("MASTER_PORT", str(server.getsockname()[1]))
+        for rank, words in ((0, "is used by another program"), (1, "no answer at localhost")):
+            with pytest.raises(SystemExit) as ended:
+                rendezvous.meet(hello(rank), 0.5)
+            assert ended.value.code == 3
+            assert words in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
