@@ -298,7 +298,7 @@ class Engine:
         seq = work.seq
         if seq.is_done:
             return None
-        rows = slice(work.first_row, work.first_row + work.num_scored + work.samples)
+        rows = slice(work.first_row, work.first_row + work.num_scored + 1)
         if (sampled.token[rows] == NOT_FINITE).any():
             return self._fail(seq, number, sampled.bad_layer)
         start = work.stop - work.num_tokens
@@ -312,7 +312,7 @@ class Engine:
         top = seq.request.params.prompt_logprobs or 0
         for row in range(work.first_row, work.first_row + work.num_scored):
             seq.prompt_logprobs.append(_token_logprobs(sampled, row, top))
-        if not work.samples:
+        if not work.is_last:
             return None
         if seq.request.params.max_tokens == 0:
             return self._finish(seq, "length", RequestOutput(request_id=seq.request.request_id))

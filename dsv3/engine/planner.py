@@ -10,6 +10,8 @@ from dsv3.engine.scheduler import Step
 from dsv3.engine.sequence import Sequence
 from dsv3.request import SamplingParams
 
+_UNUSED = SamplingParams()  # greedy
+
 
 @dataclass(slots=True)
 class Work:
@@ -20,8 +22,8 @@ class Work:
         stop: positions computed after it.
         first_row: its first row among the results of all groups.
         num_scored: rows that score prompt tokens.
-        samples: whether one more row samples the next token. If none is asked for (max_tokens is
-            0), the row shows whether the logits are finite.
+        is_last: whether the row after those gives the next token. Otherwise the row only shows
+            that the logits are finite, before the new cache entries can be reused.
         num_preempted: how often the sequence had lost its pages when this was planned.
     """
 
@@ -30,7 +32,7 @@ class Work:
     stop: int
     first_row: int
     num_scored: int
-    samples: bool
+    is_last: bool
     num_preempted: int
 
 
@@ -57,14 +59,14 @@ def _write_plan(step: Step, number: int, num_rows: int) -> tuple[StepPlan, list[
         if stop > len(seq.token_ids):
             assert seq.pending is not None and seq.pending[0] == number - 1, f"{seq.pending=}"
             tokens.append(-1 - seq.pending[1])
-        samples = seq.num_left == count
-        if samples:
-            rows.add_sampled(seq, stop, start + count - 1)
-            if seq.request.params.max_tokens > 0:
-                seq.pending = number, len(rows) - 1
+        is_last = seq.num_left == count
+        is_used = is_last and seq.request.params.max_tokens > 0
+        rows.add_sampled(seq, stop, start + count - 1, is_used)
+        if is_used:
+            seq.pending = number, len(rows) - 1
         seq.num_computed = stop
         at = num_rows + first_row
-        work.append(Work(seq, count, stop, at, num_scored, samples, seq.num_preempted))
+        work.append(Work(seq, count, stop, at, num_scored, is_last, seq.num_preempted))
         start += count
     plan = StepPlan(
         copies=_pairs(step.copies),
@@ -101,9 +103,11 @@ class _Rows:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def _add(self, seq: Sequence, row: int, position: int, target: int, top: int | None) -> None:
+    def _add(
+        self, params: SamplingParams, row: int, position: int, target: int, top: int | None
+    ) -> None:
         numbers = row, position, target, -1 if top is None else top
-        self._rows.append((seq.request.params, numbers))
+        self._rows.append((params, numbers))
 
     def add_scored(self, seq: Sequence, stop: int, start: int) -> int:
         """Score the prompt tokens after the step's, unless that was done; return how many."""
@@ -115,12 +119,13 @@ class _Rows:
         seq.num_scored = max(seq.num_scored, last)
         for position in range(first, last):
             row = start + position - seq.num_computed
-            self._add(seq, row, position + 1, seq.token_ids[position + 1], top)
+            self._add(seq.request.params, row, position + 1, seq.token_ids[position + 1], top)
         return max(0, last - first)
 
-    def add_sampled(self, seq: Sequence, position: int, row: int) -> None:
-        """Sample the token of `position`."""
-        self._add(seq, row, position, NO_TARGET, seq.request.params.logprobs)
+    def add_sampled(self, seq: Sequence, position: int, row: int, is_used: bool) -> None:
+        """Sample the token of `position`; in the cheapest way if it is not used."""
+        params = seq.request.params if is_used else _UNUSED
+        self._add(params, row, position, NO_TARGET, params.logprobs)
 
     def fill(self, plan: StepPlan) -> None:
         """Write the rows into a plan."""
