@@ -200,7 +200,7 @@ def test_contradicting_values(change: dict[str, Any], words: str, tmp_path: Path
         ({"quantization_config": []}, "quantization_config=[] must be a mapping"),
         (
             {"quantization_config": {"quant_method": "compressed-tensors"}},
-            "quantization_config: config_groups=None must be a mapping",
+            "quantization_config: config_groups=None lists no groups of weights",
         ),
         ({"quantization_config": {"quant_method": "fp8"}}, "FP8 weights have a scale per tensor"),
         ({"quantization_config": None, "scale_fmt": 8}, "scale_fmt=8 must be 'ue8m0' or absent"),
