@@ -201,7 +201,6 @@ class ModelConfig:
             raise ConfigError(
                 f"n_group={groups} leaves fewer than two of n_routed_experts={experts} in a group"
             )
-        self._check_weights()
         reach = experts
         if self.topk_method != "greedy":
             reach = experts // groups * self.topk_group
@@ -209,16 +208,6 @@ class ModelConfig:
             raise ConfigError(
                 f"num_experts_per_tok={self.num_experts_per_tok} is more than the {reach} experts "
                 "that routing can reach"
-            )
-
-    def _check_weights(self) -> None:
-        """Refuse weights of experts that DeepSeek-V2's code and others compute differently."""
-        is_normalized = self.scoring_func == "softmax" and self.norm_topk_prob
-        if is_normalized and self.routed_scaling_factor != 1:
-            raise ConfigError(
-                f"routed_scaling_factor={self.routed_scaling_factor} with norm_topk_prob=True and "
-                "scoring_func='softmax' is not supported: DeepSeek's code does not apply it to "
-                "normalized weights, other code does"
             )
 
     def _check_indexer(self) -> None:

@@ -131,19 +131,23 @@ def _compressed_tensors(data: Mapping[str, Any], where: str) -> QuantizationConf
 
     Raises:
         UnsupportedQuantizationError: a group of weights is quantized otherwise.
-        ConfigError: activations have to be rotated, a group is no mapping, or there is none.
+        ConfigError: activations have to be rotated, or no group of weights is described.
     """
     if data.get("transform_config"):
         raise ConfigError(
             f"{where}: transform_config={shown(data['transform_config'])} is not supported: "
             "activations are not rotated"
         )
-    groups = check_mapping(data.get("config_groups"), f"{where}: config_groups")
-    if not groups:
-        raise ConfigError(f"{where}: config_groups={{}} lists no groups of weights")
+    groups = data.get("config_groups")
+    if not isinstance(groups, dict) or not groups:
+        raise ConfigError(
+            f"{where}: config_groups={shown(groups)} lists no groups of weights; {_ONLY}"
+        )
     for name, group in groups.items():
         full = f"{where}: config_groups.{name}"
-        weights = check_mapping(check_mapping(group, full).get("weights"), f"{full}.weights")
+        weights = group.get("weights") if isinstance(group, dict) else None
+        if not isinstance(weights, dict):
+            raise ConfigError(f"{full} has no weights; {_ONLY}")
         wrong = [key for key, value in _BLOCK_WEIGHTS.items() if weights.get(key) != value]
         if weights.get("block_structure") not in _BLOCKS:
             wrong.append("block_structure")
