@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields
 from io import TextIOWrapper
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any, NoReturn
 from dsv3.engine.config import EngineConfig
 from dsv3.engine.program_files import log_file
 from dsv3.errors import ConfigError, Dsv3Error, RankError, one_line, os_errors_as, printable
-from dsv3.parallel.mesh import environment_rank
+from dsv3.parallel.launcher import environment_local_rank, environment_rank
 from dsv3.parallel.watch import leave_report, reason_of
 
 _INTERRUPTED = 130
@@ -162,7 +163,9 @@ def _end_with_torchrun() -> None:
 
 def _tell(error: Exception, debug: bool) -> None:
     """Write the line of an error; the whole story with --debug."""
-    rank = environment_rank()
+    rank, local_rank = 0, 0
+    with suppress(ConfigError):  # it may be this very error
+        rank, local_rank = environment_rank(), environment_local_rank()
     is_everyones = isinstance(error, Dsv3Error) and not isinstance(error, RankError)
     is_elsewhere = getattr(error, "told_elsewhere", False) or is_everyones
     name = "" if rank == 0 or is_elsewhere else f"rank {rank}: "
@@ -174,6 +177,6 @@ def _tell(error: Exception, debug: bool) -> None:
     if rank != 0 and is_elsewhere:
         time.sleep(_TELL_SECONDS)
         # Ended by torchrun by now, unless the other ranks have met with nothing.
-        if getattr(error, "told_elsewhere", False) or os.environ.get("LOCAL_RANK", "0") != "0":
+        if getattr(error, "told_elsewhere", False) or local_rank:
             return
     sys.stderr.write(line + "\n")

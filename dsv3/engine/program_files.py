@@ -9,7 +9,7 @@ from pathlib import Path
 from dsv3.config_files import DEMO, PRESETS
 from dsv3.errors import ConfigError
 from dsv3.files import NamedFile, refuse_same_files
-from dsv3.parallel.mesh import environment_world_size
+from dsv3.parallel.launcher import environment_world_size
 
 # Names that mean something in a checkpoint's directory, whether or not there is such a file yet.
 _OF_CHECKPOINTS = re.compile(

@@ -1,10 +1,11 @@
 """Process groups of the world: one mesh of dp x tp ranks, tp fastest.
 
-`join_world` reads torchrun's environment (without it, a world of one), picks device and backend,
-and hands out the groups. Nothing else in the project reads a rank from the environment.
+`join_world` takes this process's place from its launcher (without one, a world of one), picks
+device and backend, and hands out the groups.
 """
 
 import ctypes
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -19,9 +20,18 @@ from torch.distributed.device_mesh import init_device_mesh
 from dsv3.config import ParallelConfig
 from dsv3.errors import ConfigError
 from dsv3.parallel.collectives import Collectives, ProcessGroup, SingleRank, connect
+from dsv3.parallel.launcher import (
+    environment_local_rank,
+    environment_rank,
+    environment_world_size,
+    meeting_point,
+    unused_tasks,
+)
 from dsv3.parallel.rendezvous import Hello, Peer, Roster, meet
 from dsv3.parallel.watch import RUN, Watch, start_up_timeout
 from dsv3.version import __version__
+
+log = logging.getLogger(__name__)
 
 # Rank 0 may wait for a user's next line for days while the others wait for its plan. The watch
 # notices ranks that die or hang.
@@ -75,16 +85,6 @@ class Mesh:
         """Whether CUDA graphs can hold a step, its exchanges included."""
         groups = self.world, self.tp, self.dp, self.host, self.hosts
         return self.device.type == "cuda" and all(group.is_capturable for group in groups)
-
-
-def environment_rank() -> int:
-    """Return this process's rank as torchrun set it; 0 without torchrun."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def environment_world_size() -> int:
-    """Return the number of ranks as torchrun set it; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _device_kind(name: str) -> str:
@@ -196,13 +196,17 @@ def join_world(
         RankError: the other ranks cannot be reached.
     """
     rank, world_size = environment_rank(), environment_world_size()
+    environment_local_rank()  # wrong ones are refused here
     layout = ParallelConfig(world_size=world_size, rank=rank, tp=tp, dp=dp)
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"--device={device} is unknown; use auto, cpu or cuda")
     if rank_timeout < 3:
         raise ConfigError(f"--rank-timeout={rank_timeout:g} must be at least 3 seconds")
     met = None
+    if tasks := unused_tasks():
+        log.info("alone in a Slurm job of %d tasks: srun starts a rank for each", tasks)
     if world_size > 1:
+        meeting_point()
         dashes = "--" if any(name.startswith("--") for name in settings or ()) else ""
         places = {"tp": layout.tp, "dp": layout.dp, "device": _device_kind(device)}
         common = {f"{dashes}{name}": str(value) for name, value in places.items()}

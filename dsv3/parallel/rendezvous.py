@@ -1,6 +1,6 @@
 """Rendezvous of the ranks: who they are, how they were started, and a connection of each to rank 0.
 
-torchrun names rank 0's host and a store, nothing more. Rank 0 leaves a port and a token in the
+The launcher names rank 0's host and a store, nothing more. Rank 0 leaves a port and a token in the
 store. Every other rank connects there and says hello: the token, its peer record and the settings
 that must be the same on all ranks. When all have come, rank 0 answers with the roster, or with the
 reason why there is none. The connections stay: the system closes them the moment a rank dies, on
@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from dsv3.errors import ConfigError, Dsv3Error, RankError
+from dsv3.parallel.launcher import environment_local_rank, meeting_point
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ class _Patience:
     """Waits a moment, says now and then for whom, and gives up at last."""
 
     def __init__(self, world_size: int, timeout: float) -> None:
-        self.place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        self.place = str(meeting_point())
         self._world_size, self._start = world_size, time.monotonic()
         self._say_at = self._start + _HINT_SECONDS
         self._give_up_at = self._start + timeout
@@ -142,7 +143,7 @@ class _Patience:
     def check(self, here: Collection[int] | None = None) -> None:
         """Say which ranks are not here, or that rank 0 is not; raise if it is time to give up."""
         now = time.monotonic()
-        text = f"no answer at {self.place} yet; is torchrun running on that host?"
+        text = f"no answer at {self.place} yet; is rank 0 running on that host?"
         if here is not None:
             missing = sorted(set(range(self._world_size)) - set(here))
             text = (
@@ -156,7 +157,7 @@ class _Patience:
             )
         if now > self._say_at:
             self._say_at += _AGAIN_SECONDS
-            if os.environ.get("LOCAL_RANK", "0") == "0":
+            if environment_local_rank() == 0:
                 log.warning("%s", text)
 
     def wait(self) -> None:
@@ -168,15 +169,18 @@ class _Patience:
 def _open_store(patience: _Patience, rank: int) -> dist.Store:
     """Connect to torchrun's store; without torchrun, rank 0 holds one."""
     is_server = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    seconds = timedelta(seconds=_HINT_SECONDS)
+    seconds, place = timedelta(seconds=_HINT_SECONDS), meeting_point()
     while True:
         try:
-            place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             return dist.TCPStore(
-                *place, None, is_server, seconds, wait_for_workers=False, multi_tenant=True
+                place.host,
+                place.port,
+                None,
+                is_server,
+                seconds,
+                wait_for_workers=False,
+                multi_tenant=True,
             )
-        except (KeyError, ValueError) as error:
-            raise RankError(f"no place to meet ({error}): start with torchrun") from None
         except RuntimeError:
             patience.wait()
 
@@ -320,7 +324,7 @@ def _join(store: dist.Store, hello: Hello, patience: _Patience) -> Roster:
             answer, link = None, None
             with suppress(OSError, ValueError):
                 port, token = store.get(_ADDRESS).decode().split()
-                place = os.environ["MASTER_ADDR"], int(port)
+                place = meeting_point().host, int(port)
                 link = socket.create_connection(place, timeout=_HELLO_SECONDS)
                 link.sendall(hello.line(token))
                 line = _read_line(link, patience.seconds_left)
