@@ -158,7 +158,7 @@ def open_journal(path: Path, overwrite: bool, model: str) -> Journal:
 
 def say_ignored(args: argparse.Namespace, inputs: list[BatchInput]) -> None:
     """Say which flags change nothing."""
-    if args.prompt_separator and all(each.is_jsonl() for each in inputs):
+    if args.prompt_separator and all(each.is_jsonl for each in inputs):
         log.warning("--prompt-separator changes nothing: the input is JSONL, a row a line")
     names = [name for name in ("top_p", "top_k", "seed") if getattr(args, name) is not None]
     if args.temperature == 0 and names:

@@ -25,7 +25,8 @@ LEVELS = {
 }
 FOR_ALL = {"dsv3", "dsv3.config", "dsv3.config_files", "dsv3.errors", "dsv3.request"}
 FOR_ALL |= {"dsv3.config_fields", "dsv3.config_hf", "dsv3.config_rope", "dsv3.observe"}
-FOR_ALL |= {"dsv3.compressed_tensors", "dsv3.files", "dsv3.read_files", "dsv3.version"}
+FOR_ALL |= {"dsv3.compressed_tensors", "dsv3.files", "dsv3.read_files", "dsv3.streams"}
+FOR_ALL |= {"dsv3.version"}
 
 
 def sources() -> dict[str, Path]:
