@@ -4,9 +4,11 @@
 (`/dev/fd/63`), which torchrun keeps open but does not hand on to the ranks.
 """
 
+import errno
 import os
 import re
 import stat
+import sys
 from pathlib import Path
 
 STANDARD = Path("-")
@@ -31,17 +33,28 @@ def open_stream(path: Path, flags: int, standard: int) -> int:
     Args:
         path: for which `is_stream` is true.
         flags: of `os.open`.
-        standard: the descriptor that `-` stands for.
+        standard: the descriptor that `-` stands for, 0 or 1.
 
     Raises:
         OSError: it cannot be opened, or standard input or output is closed.
     """
     if path == STANDARD:
+        if (sys.stdin, sys.stdout)[standard] is None:  # another file may have its number since
+            raise OSError(errno.EBADF, "it is closed")
         return os.dup(standard)
     number = _number(path)
     if number is not None and _where(path) == path:
         return os.dup(number)  # a socket, say, cannot be opened by its name
-    return os.open(_where(path), flags | os.O_CLOEXEC | os.O_NOCTTY)
+    # A pipe without a reader is an error then, and not a wait for one.
+    flags |= os.O_NONBLOCK if flags & os.O_WRONLY else 0
+    descriptor = os.open(_where(path), flags | os.O_CLOEXEC | os.O_NOCTTY)
+    os.set_blocking(descriptor, True)
+    return descriptor
+
+
+def is_named_pipe(path: Path) -> bool:
+    """Return True for a pipe with a name of its own in a directory: opening it may wait."""
+    return _number(path) is None and path != STANDARD and path.is_fifo()
 
 
 def is_endless(descriptor: int) -> bool:

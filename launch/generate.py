@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node 8 launch/generate.py --ckpt-path DIR --interactive
     torchrun --nproc-per-node 8 launch/generate.py --ckpt-path DIR --input-file FILE
+    torchrun --nproc-per-node 8 launch/generate.py --ckpt-path DIR --prompt TEXT
 
-The file holds one prompt a line, or OpenAI Batch rows (JSONL). Without torchrun: one rank.
+The file holds one prompt a line, or OpenAI Batch rows (JSONL). Without a launcher: one rank.
 """
 
 import argparse
@@ -38,6 +39,7 @@ from dsv3.parallel.restarts import has_mark, set_mark
 from dsv3.parallel.together import fail_together
 from dsv3.serve.batch import BatchSummary, prewarm_prompts, run_batch
 from dsv3.serve.chat import Chat
+from dsv3.serve.one_shot import Prompt, answer_prompt, read_prompt
 from dsv3.serve.progress import Progress
 from dsv3.serve.sinks import JournalSink, TextSink
 from dsv3.serve.terminal import open_console
@@ -60,12 +62,18 @@ def parse_args() -> argparse.Namespace:
     parser = Parser(description=(__doc__ or "").split("\n")[0])
     what = parser.add_argument_group("what to answer")
     what.add_argument("--interactive", action="store_true", help="chat on the terminal")
-    what.add_argument("--input-file", help="prompts, one a line, or OpenAI Batch JSONL")
+    text = "answer this on standard output; also read from a pipe if nothing else is asked for"
+    what.add_argument("--prompt", action="append", help=text)
+    what.add_argument("--input-file", help="prompts, one a line, or OpenAI Batch JSONL (-: stdin)")
     what.add_argument("--prompt-separator", help="line (default) or blank-line")
     what.add_argument("--prewarm", help="prompts to compute first and keep in the cache")
-    what.add_argument("--output-file", help="OpenAI Batch results; a second start resumes")
+    what.add_argument(
+        "--output-file", help="OpenAI Batch results; a second start resumes (-: stdout)"
+    )
     what.add_argument("--overwrite", action="store_true", help="start --output-file anew")
-    what.add_argument("--strict", action="store_true", help="exit with 1 if any row failed")
+    what.add_argument(
+        "--strict", action="store_true", help="exit with 1 if any row failed, not only if all"
+    )
     what.add_argument("--stats-file", help="write what the run used and did, as JSON")
     what.add_argument("--metrics-port", type=int, help="serve /metrics for Prometheus here")
     sampling = parser.add_argument_group("sampling, where a row does not say")
@@ -83,21 +91,35 @@ def parse_args() -> argparse.Namespace:
     check_flags(args)
     inputs, outputs = ("--input-file", "--prewarm"), ("--output-file", "--stats-file")
     check_files(args, inputs, outputs)
+    for name in ("stats_file", "record_expert_load"):
+        if getattr(args, name) == "-":
+            setattr(args, name, "/dev/stdout")
     return args
 
 
 def check_flags(args: argparse.Namespace) -> None:
     """Refuse flags that have no meaning beside others, or without them."""
-    if not args.interactive and not args.input_file:
-        raise ConfigError("nothing to answer: give --interactive or --input-file FILE")
-    if args.interactive and args.output_file:
-        raise ConfigError("--output-file is for the answers to an --input-file, not for a chat")
-    if args.interactive and args.input_file:
-        raise ConfigError("give --interactive or --input-file FILE, not both")
-    if args.interactive and args.strict:
-        raise ConfigError("--strict counts failed rows of an --input-file; a chat has none")
-    if args.output_file == "-":
-        raise ConfigError("--output-file=- is no file; give /dev/stdout for standard output")
+    asked = [
+        name
+        for name, value in (
+            ("--interactive", args.interactive),
+            ("--input-file", args.input_file is not None),
+            ("--prompt", args.prompt is not None),
+        )
+        if value
+    ]
+    if args.input_file == "":
+        raise ConfigError("--input-file is empty; give a file, or - for standard input")
+    if len(asked) > 1:
+        raise ConfigError(f"give {asked[0]} or {asked[1]}, not both")
+    if args.prompt is not None and len(args.prompt) > 1:
+        raise ConfigError("give --prompt once; an --input-file holds several, one a line")
+    if asked != ["--input-file"]:
+        for flag, value in (("--output-file", args.output_file), ("--strict", args.strict)):
+            if value:
+                raise ConfigError(
+                    f"{flag} is for the rows of an --input-file (-: standard input); there is none"
+                )
     if args.overwrite and not args.output_file:
         raise ConfigError("--overwrite starts an --output-file anew; there is none")
     if args.prompt_separator and not (args.input_file or args.prewarm):
@@ -108,9 +130,10 @@ def check_flags(args: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """What rank 0 is to do; a chat has no rows."""
+    """What rank 0 is to do: answer a prompt or rows; a chat has neither."""
 
     defaults: Defaults
+    prompt: Prompt | None = None
     rows: BatchInput | None = None
     prewarm: BatchInput | None = None
     journal: Journal | None = None
@@ -132,21 +155,27 @@ def prepare(args: argparse.Namespace, checkpoint: Path, model: str, files: ExitS
         thinking=args.thinking,
         system=args.system,
     )
+    if sys.stdout is None and not args.output_file:
+        raise ConfigError("standard output is closed; give an --input-file and an --output-file")
     if args.stats_file:
         check_stats_file(Path(args.stats_file))
+    separator = args.prompt_separator or "line"
     prewarm, rows = (
-        BatchInput(Path(path), defaults, args.prompt_separator or "line") if path else None
-        for path in (args.prewarm, args.input_file)
+        BatchInput(Path(path), defaults, separator, flag) if path else None
+        for flag, path in (("--prewarm", args.prewarm), ("--input-file", args.input_file))
     )
     say_ignored(args, [each for each in (prewarm, rows) if each is not None])
     if rows is None:
+        prompt = None
+        if not args.interactive:
+            prompt = Prompt(args.prompt[0]) if args.prompt else read_prompt()
         Tokenizer.load(checkpoint)
-        return Job(defaults, prewarm=prewarm, metrics_port=args.metrics_port)
+        return Job(defaults, prompt, prewarm=prewarm, metrics_port=args.metrics_port)
     journal = None
     if args.output_file:
         journal = files.enter_context(open_journal(Path(args.output_file), args.overwrite, model))
         journal.resume(rows)
-    return Job(defaults, rows, prewarm, journal, args.metrics_port)
+    return Job(defaults, None, rows, prewarm, journal, args.metrics_port)
 
 
 def open_journal(path: Path, overwrite: bool, model: str) -> Journal:
@@ -207,6 +236,10 @@ def work(job: Job, started: Started, name: str) -> BatchSummary:
                 prewarm(job.prewarm, started, started.engine, name)
             if job.rows is not None:
                 return answer(job, started, started.engine, name)
+            if job.prompt is not None:
+                tokenizer, kind = started.engine.tokenizer, started.config.model_type
+                chat_format = ChatFormat.load_optional(tokenizer, kind, name)
+                return answer_prompt(started.engine, job.prompt, chat_format, job.defaults)
             chat(job, started, started.engine, name)
             return BatchSummary(seconds=metrics.run_seconds)
     finally:
@@ -255,7 +288,7 @@ def run(args: argparse.Namespace, mesh: Mesh, files: ExitStack, begin: float) ->
         log.info("%s\n%s", summary, started.engine.metrics.summary())
     if profile is not None:
         log.info("\n%s", profile.report(started.engine.metrics.run_seconds))
-    return 1 if args.strict and summary.failed else 0
+    return 1 if summary.has_no_answer or (args.strict and summary.failed) else 0
 
 
 def main() -> int:

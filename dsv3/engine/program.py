@@ -149,7 +149,8 @@ def run_program(main: Callable[[], int]) -> NoReturn:
         code = error.exit_code if isinstance(error, Dsv3Error) else RankError.exit_code
         _tell(error, "--debug" in sys.argv)
     try:
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it may have been closed from the start
+            sys.stdout.flush()
     except OSError:  # nobody reads any more; the interpreter would complain of it once again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)

@@ -9,7 +9,8 @@ from pathlib import Path
 from dsv3.config_files import DEMO, PRESETS
 from dsv3.errors import ConfigError
 from dsv3.files import NamedFile, refuse_same_files
-from dsv3.parallel.launcher import environment_world_size
+from dsv3.parallel.launcher import environment_world_size, is_restarted
+from dsv3.streams import STANDARD, is_stream
 
 # Names that mean something in a checkpoint's directory, whether or not there is such a file yet.
 _OF_CHECKPOINTS = re.compile(
@@ -29,6 +30,8 @@ def check_files(
 ) -> None:
     """Compare all files that flags name, before any is opened for writing.
 
+    `-` is standard input or output.
+
     Args:
         args: flags, those of the engine included where the program has them.
         inputs: other flags that name files to read.
@@ -39,6 +42,8 @@ def check_files(
     """
     checkpoint = Path(getattr(args, "ckpt_path", None) or DEMO)
     written = [*_named(args, *outputs, *_ENGINE_OUTPUTS), *_logs(args)]
+    stdout = Path("/dev/stdout")
+    written = [NamedFile(o.flag, stdout) if o.path == STANDARD else o for o in written]
     for output in written:
         is_there = Path(os.path.realpath(output.path)).parent == Path(os.path.realpath(checkpoint))
         if is_there and _OF_CHECKPOINTS.fullmatch(output.path.name):
@@ -46,6 +51,7 @@ def check_files(
                 f"{output}: the name of a checkpoint's file, in its directory; choose another name"
             )
     streams = [NamedFile("", Path(name)) for name in ("/dev/stdin", "/dev/stderr")]
+    _refuse_two_readers([file for file in _named(args, *inputs) if is_stream(file.path)])
     read = [*_checkpoint_files(checkpoint), *streams, *_named(args, *inputs, *_ENGINE_INPUTS)]
     refuse_same_files(written, read)
 
@@ -57,6 +63,19 @@ def _named(args: argparse.Namespace, *flags: str) -> Iterator[NamedFile]:
             preset = PRESETS / f"{value}.yaml"
             is_preset = flag == "--config" and not Path(value).exists()
             yield NamedFile(flag, preset if is_preset else Path(value))
+
+
+def _refuse_two_readers(inputs: Sequence[NamedFile]) -> None:
+    """Check that no stream is to be read twice, and none by a job that has been restarted."""
+    for number, file in enumerate(inputs):
+        if is_restarted():
+            raise ConfigError(
+                f"{file}: the attempt before this one has read it; give a file where torchrun may "
+                "restart the job"
+            )
+        for other in inputs[:number]:
+            if file.path == other.path:
+                raise ConfigError(f"{file}: {other.flag} reads it already; give a file")
 
 
 def _logs(args: argparse.Namespace) -> Iterator[NamedFile]:

@@ -105,6 +105,11 @@ def meeting_point() -> MeetingPoint:
     return MeetingPoint(host, port)
 
 
+def is_restarted() -> bool:
+    """Return True if torchrun has started the ranks of this job before."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
 def unused_tasks() -> int:
     """Return the tasks of a Slurm job of several that this process, alone, does not use; or 0."""
     if environment_world_size() > 1 or _TORCHRUN.world_size in os.environ:

@@ -10,7 +10,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from dsv3.parallel.launcher import meeting_point
+from dsv3.parallel.launcher import is_restarted, meeting_point
 
 _PREFIX = "dsv3/mark "
 _ANSWER_SECONDS = 10.0
@@ -25,7 +25,7 @@ def has_mark(name: str) -> bool:
         store = _agent_store()
         if store is not None:
             return store.check([_PREFIX + name])
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return is_restarted()
 
 
 def set_mark(name: str) -> None:
