@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node 8 launch/generate.py --ckpt-path DIR --interactive
     torchrun --nproc-per-node 8 launch/generate.py --ckpt-path DIR --input-file FILE
+    torchrun --nproc-per-node 8 launch/generate.py --ckpt-path DIR --prompt TEXT
 
-The file holds one prompt a line, or OpenAI Batch rows (JSONL). Without torchrun: one rank.
+The file holds one prompt a line, or OpenAI Batch rows (JSONL). Without a launcher: one rank.
 """
 
 import argparse
@@ -40,6 +41,7 @@ from dsv3.parallel.together import fail_together
 from dsv3.read_files import read_bytes
 from dsv3.serve.batch import BatchSummary, prewarm_prompts, run_batch
 from dsv3.serve.chat import Chat
+from dsv3.serve.one_shot import Prompt, answer_prompt, read_prompt
 from dsv3.serve.progress import Progress
 from dsv3.serve.sinks import JournalSink, TextSink
 from dsv3.serve.terminal import open_console
@@ -62,12 +64,18 @@ def parse_args() -> argparse.Namespace:
     parser = Parser(description=(__doc__ or "").split("\n")[0])
     what = parser.add_argument_group("what to answer")
     what.add_argument("--interactive", action="store_true", help="chat on the terminal")
-    what.add_argument("--input-file", help="prompts, one a line, or OpenAI Batch JSONL")
+    text = "answer this on standard output; also read from a pipe if nothing else is asked for"
+    what.add_argument("--prompt", action="append", help=text)
+    what.add_argument("--input-file", help="prompts, one a line, or OpenAI Batch JSONL (-: stdin)")
     what.add_argument("--prompt-separator", help="line (default) or blank-line")
     what.add_argument("--prewarm", help="prompts to compute first and keep in the cache")
-    what.add_argument("--output-file", help="OpenAI Batch results; a second start resumes")
+    what.add_argument(
+        "--output-file", help="OpenAI Batch results; a second start resumes (-: stdout)"
+    )
     what.add_argument("--overwrite", action="store_true", help="start --output-file anew")
-    what.add_argument("--strict", action="store_true", help="exit with 1 if any row failed")
+    what.add_argument(
+        "--strict", action="store_true", help="exit with 1 if any row failed, not only if all"
+    )
     what.add_argument("--stats-file", help="write what the run used and did, as JSON")
     what.add_argument("--metrics-port", type=int, help="serve /metrics for Prometheus here")
     sampling = parser.add_argument_group("sampling, where a row does not say")
@@ -96,21 +104,39 @@ def parse_args() -> argparse.Namespace:
     check_flags(args)
     inputs, outputs = ("--input-file", "--prewarm"), ("--output-file", "--stats-file")
     check_files(args, inputs, outputs, prints=not args.output_file)
+    for name in ("stats_file", "record_expert_load"):
+        if getattr(args, name) == "-":
+            setattr(args, name, "/dev/stdout")
     return args
 
 
 def check_flags(args: argparse.Namespace) -> None:
     """Refuse flags that have no meaning beside others, or without them."""
-    if not args.interactive and not args.input_file:
-        raise ConfigError("nothing to answer: give --interactive or --input-file FILE")
-    if args.interactive and args.output_file:
-        raise ConfigError("--output-file is for the answers to an --input-file, not for a chat")
-    if args.interactive and args.input_file:
-        raise ConfigError("give --interactive or --input-file FILE, not both")
-    if args.interactive and args.strict:
-        raise ConfigError("--strict counts failed rows of an --input-file; a chat has none")
-    if args.output_file == "-":
-        raise ConfigError("--output-file=- is no file; give /dev/stdout for standard output")
+    asked = [
+        name
+        for name, value in (
+            ("--interactive", args.interactive),
+            ("--input-file", args.input_file is not None),
+            ("--prompt", args.prompt is not None),
+        )
+        if value
+    ]
+    if args.input_file == "":
+        raise ConfigError("--input-file is empty; give a file, or - for standard input")
+    if len(asked) > 1:
+        raise ConfigError(f"give {asked[0]} or {asked[1]}, not both")
+    if args.prompt is not None and len(args.prompt) > 1:
+        raise ConfigError("give --prompt once; an --input-file holds several, one a line")
+    if asked != ["--input-file"] and (args.output_file or args.strict):
+        flag = "--output-file" if args.output_file else "--strict"
+        raise ConfigError(
+            f"{flag} is for the rows of an --input-file (-: standard input); there is none"
+        )
+    check_more_flags(args)
+
+
+def check_more_flags(args: argparse.Namespace) -> None:
+    """Refuse flags that have no meaning without others."""
     if args.input_file and not args.output_file and sys.__stdout__ is None:
         raise ConfigError("standard output is closed; give --output-file for the answers")
     if args.overwrite and not args.output_file:
@@ -123,10 +149,11 @@ def check_flags(args: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """What rank 0 is to do; a chat has no rows."""
+    """What rank 0 is to do: answer a prompt or rows; a chat has neither."""
 
     defaults: Defaults
     chat_format: AnyFormat | None = None
+    prompt: Prompt | None = None
     rows: BatchInput | None = None
     prewarm: BatchInput | None = None
     journal: Journal | None = None
@@ -175,16 +202,22 @@ def prepare(
         thinking=args.thinking,
         system=args.system,
     )
+    if sys.stdout is None and not args.output_file:
+        raise ConfigError("standard output is closed; give an --input-file and an --output-file")
     if args.stats_file:
         check_stats_file(Path(args.stats_file))
     chat_format = prepare_format(args, checkpoint, config)
+    separator = args.prompt_separator or "line"
     prewarm, rows = (
-        BatchInput(Path(path), defaults, args.prompt_separator or "line") if path else None
-        for path in (args.prewarm, args.input_file)
+        BatchInput(Path(path), defaults, separator, flag) if path else None
+        for flag, path in (("--prewarm", args.prewarm), ("--input-file", args.input_file))
     )
     say_ignored(args, [each for each in (prewarm, rows) if each is not None])
     if rows is None:
-        return Job(defaults, chat_format, prewarm=prewarm, metrics_port=args.metrics_port)
+        prompt = None
+        if not args.interactive:
+            prompt = Prompt(args.prompt[0]) if args.prompt else read_prompt()
+        return Job(defaults, chat_format, prompt, prewarm=prewarm, metrics_port=args.metrics_port)
     check_conversations(rows, chat_format)
     journal = None
     if args.output_file:
@@ -192,7 +225,7 @@ def prepare(
             model += f"-{digest(read_bytes(Path(args.chat_template)))[:8]}"
         journal = files.enter_context(open_journal(Path(args.output_file), args.overwrite, model))
         journal.resume(rows)
-    return Job(defaults, chat_format, rows, prewarm, journal, args.metrics_port)
+    return Job(defaults, chat_format, None, rows, prewarm, journal, args.metrics_port)
 
 
 def open_journal(path: Path, overwrite: bool, model: str) -> Journal:
@@ -204,7 +237,7 @@ def open_journal(path: Path, overwrite: bool, model: str) -> Journal:
 
 def say_ignored(args: argparse.Namespace, inputs: list[BatchInput]) -> None:
     """Say which flags change nothing."""
-    if args.prompt_separator and all(each.is_jsonl() for each in inputs):
+    if args.prompt_separator and all(each.is_jsonl for each in inputs):
         log.warning("--prompt-separator changes nothing: the input is JSONL, a row a line")
     names = [name for name in ("top_p", "top_k", "seed") if getattr(args, name) is not None]
     if args.temperature == 0 and names:
@@ -250,6 +283,8 @@ def work(job: Job, started: Started, name: str) -> BatchSummary:
                 prewarm(job.prewarm, job.chat_format, started.engine)
             if job.rows is not None:
                 return answer(job, started.engine)
+            if job.prompt is not None:
+                return answer_prompt(started.engine, job.prompt, job.chat_format, job.defaults)
             chat(job, started.engine, name)
             return BatchSummary(seconds=metrics.run_seconds)
     finally:
@@ -298,7 +333,7 @@ def run(args: argparse.Namespace, mesh: Mesh, files: ExitStack, begin: float) ->
         log.info("%s\n%s", summary, started.engine.metrics.summary())
     if profile is not None:
         log.info("\n%s", profile.report(started.engine.metrics.run_seconds))
-    return 1 if args.strict and summary.failed else 0
+    return 1 if summary.has_no_answer or (args.strict and summary.failed) else 0
 
 
 def main() -> int:

@@ -1,49 +1,18 @@
 """How to run a model: everything a user may choose that is neither the model nor the layout."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dsv3.engine.sizes import CacheSize, Size
 from dsv3.errors import ConfigError
 from dsv3_kernels import UNPROVEN
 
 # By arithmetic, not measured: for V3 on 8 ranks at 450 GB/s, fewer bytes of float32 sums and fewer
 # rows to normalize save two more launches' 20 us a layer from about 600 tokens on. Gloo saves none.
 _SPLIT_TOKENS = 1024
-_UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-@dataclass(frozen=True, slots=True)
-class CacheSize:
-    """`auto`, bytes on every rank, or tokens of each tp group."""
-
-    num_bytes: int | None = None
-    num_tokens: int | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> "CacheSize":
-        """Read `auto`, `N`, `NKiB`, `NMiB`, `NGiB` or `Ntok`."""
-        if text == "auto":
-            return cls()
-        match = re.fullmatch(r"(\d+)(tok|[KMG]iB|)", text, re.IGNORECASE)
-        if match is None or int(match[1]) == 0:
-            raise ConfigError(
-                f"--kv-cache-size={text} is not a size; use auto, bytes (4GiB) or tokens (65536tok)"
-            )
-        if match[2].lower() == "tok":
-            return cls(num_tokens=int(match[1]))
-        return cls(num_bytes=int(match[1]) * _UNITS[match[2].upper()])
-
-
-def parse_bytes(flag: str, text: str) -> int:
-    """Read `off`, `N`, `NKiB`, `NMiB` or `NGiB`."""
-    match = re.fullmatch(r"(\d+)([KMG]iB|)", "0" if text == "off" else text, re.IGNORECASE)
-    if match is None:
-        raise ConfigError(f"--{flag}={text} is not a size; use bytes (4GiB), or off")
-    return int(match[1]) * _UNITS[match[2].upper()]
 
 
 def _setting(group: str, default: Any, about: str = "", least: int = 0) -> Any:
@@ -79,9 +48,11 @@ class EngineConfig:
         kv_dtype: storage of the cache: "auto" (as the activations), "fp32", "bf16" or "fp8"
             (latents in e4m3 with a scale per 128, rotated keys in bf16).
         kv_cache_size: see `CacheSize.parse`.
-        kv_host_cache: bytes of host memory on every rank for pages evicted from the device.
-        kv_disk_cache: DIR:BYTES, a directory for pages evicted from there and what it may take.
-            Without a host cache, room for one longest sequence is made in host memory.
+        kv_host_cache: bytes of host memory on every rank for pages evicted from the device, or a
+            share of the host memory that is free for this rank.
+        kv_disk_cache: DIR:BYTES, a directory for pages evicted from there and what it may take, or
+            a share of its file system. Without a host cache, room for one longest sequence is made
+            in host memory.
         moe_dispatch: how tokens of several dp groups come to their experts: every rank sees all of
             them ("allreduce"), they are sent where they are needed ("alltoall"), or "auto".
         dispatch_dtype: of hidden states on that way: "auto" (FP8 in fp8 numerics, else as they
@@ -123,11 +94,15 @@ class EngineConfig:
     kv_shard: str = _cache(("tokens", "none"), "sharded by tokens, or replicated")
     kv_dtype: str = _cache(("auto", "fp32", "bf16", "fp8"), "of the cache")
     kv_cache_size: str = _cache(
-        "auto", "auto, bytes per rank (4GiB), tokens of a tp group (65536tok)"
+        "auto",
+        "auto, bytes per rank (4GiB; 4GB is 4 * 10^9), a share of what weights leave free (90%%), "
+        "tokens of a tp group (65536tok)",
     )
-    kv_host_cache: str = _cache("off", "host memory per rank for evicted pages: BYTES (4GiB)")
+    kv_host_cache: str = _cache(
+        "off", "host memory per rank for evicted pages: bytes (4GiB) or a share of it (50%%)"
+    )
     kv_disk_cache: str = _cache(
-        "off", "DIR:BYTES for pages evicted from there; later runs find them"
+        "off", "DIR:BYTES (or DIR:50%%) for pages evicted from there; later runs find them"
     )
     max_seq_len: int = _cache(0, "longest context (0: the model's)")
     prefix_reuse: bool = _cache(True, "reuse no prefixes")
@@ -170,7 +145,7 @@ class EngineConfig:
             )
 
     def _check_tiers(self) -> None:
-        has_tiers = parse_bytes("kv-host-cache", self.kv_host_cache) or self.disk_cache
+        has_tiers = self.host_cache or self.disk_cache
         if has_tiers and not self.prefix_reuse:
             raise ConfigError(
                 "--kv-host-cache and --kv-disk-cache keep prefixes, --no-prefix-reuse uses none"
@@ -193,15 +168,22 @@ class EngineConfig:
         return texts
 
     @property
-    def disk_cache(self) -> tuple[Path, int] | None:
-        """Directory and bytes of the disk cache; None if it is off."""
+    def host_cache(self) -> Size:
+        """Return the size of the host cache."""
+        return Size.parse("kv-host-cache", self.kv_host_cache, "the host's free memory")
+
+    @property
+    def disk_cache(self) -> tuple[Path, Size] | None:
+        """Directory and size of the disk cache; None if it is off."""
         if self.kv_disk_cache == "off":
             return None
-        folder, colon, size = self.kv_disk_cache.rpartition(":")
+        folder, colon, text = self.kv_disk_cache.rpartition(":")
         if not (folder and colon):
-            raise ConfigError(f"--kv-disk-cache={self.kv_disk_cache} is not DIR:BYTES (or off)")
-        num_bytes = parse_bytes("kv-disk-cache", size)
-        return (Path(folder), num_bytes) if num_bytes else None
+            raise ConfigError(
+                f"--kv-disk-cache={self.kv_disk_cache} is not DIR:BYTES (DIR:100GiB) or off"
+            )
+        size = Size.parse("kv-disk-cache", text, "the directory's file system")
+        return (Path(folder), size) if size else None
 
     @property
     def cache_form(self) -> str:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 from hashlib import blake2b
 from pathlib import Path
 
@@ -49,7 +50,8 @@ def make_tiers(
     host, page_size = HostPool(cache, num_slots), cache.layout.page_size
     if settings.disk_cache is None:
         return Mover(host, None, mesh.control, None), [Tiers(num_slots, page_size) for _ in groups]
-    root, limit = settings.disk_cache
+    root, size = settings.disk_cache
+    limit = size.of(_disk_bytes(root)) if size.share else size.num_bytes
     model, session = _agree(mesh, weights)
     about = f"{numerics} {config}".encode()
     fmt = UnitFormat.make(blake2b(model + about).digest(), config, cache.layout)
@@ -68,6 +70,14 @@ def make_tiers(
         tiers = Tiers(num_slots, page_size, index)
         log.info("%s", index.describe())
     return Mover(host, files, mesh.control, tiers), [tiers]
+
+
+def _disk_bytes(folder: Path) -> int:
+    """Return the bytes of a directory's file system, used ones included: later runs agree."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    with os_errors_as(ConfigError, f"--kv-disk-cache: {folder}"):
+        return shutil.disk_usage(folder).total
 
 
 def _agree(mesh: Mesh, share: bytes) -> tuple[bytes, str]:

@@ -11,7 +11,8 @@ from dsv3.cache.layout import CacheLayout
 from dsv3.checkpoint.region import region_shape
 from dsv3.checkpoint.sharding import Split, scale_region, shard_region, tensor_specs
 from dsv3.config import ModelConfig, ParallelConfig
-from dsv3.engine.config import CacheSize, EngineConfig, parse_bytes
+from dsv3.engine.config import EngineConfig
+from dsv3.engine.sizes import CacheSize
 from dsv3.errors import ConfigError
 
 # Share of the memory left after the weights that `auto` gives to the cache; the rest is for
@@ -121,34 +122,43 @@ def plan_memory(
     free: int,
     device: torch.device,
     activations: int | None = None,
+    host_free: int = 0,
 ) -> MemoryPlan:
     """Decide the cache's size.
 
     `auto` takes what the most running sequences could use, but no more than the memory that
     weights and activations leave; while the bytes of activations are not measured (None), a share
-    of what the weights leave.
+    of what the weights leave. A share that is asked for is one of the same memory.
+
+    Args:
+        config: the model.
+        settings: what was asked for.
+        cache: this rank's form of the cache.
+        weights: bytes of this rank's weights.
+        max_seq_len: the longest context.
+        free: bytes of the device that this rank may use.
+        device: where weights and cache are.
+        activations: bytes that the largest steps were measured to need.
+        host_free: bytes of host memory that this rank may use, for a host cache.
 
     Raises:
         ConfigError: not even one page fits, or not all that was asked for.
     """
     page_bytes = config.num_hidden_layers * cache.slots_per_page * cache.entry_bytes
-    host_pages = _host_pages(settings, page_bytes, cache.pages_for(max_seq_len))
+    host_pages = _host_pages(settings, page_bytes, cache.pages_for(max_seq_len), host_free)
     # On a CPU the host cache takes from the same memory.
     fixed = weights + (host_pages * page_bytes if device.type == "cpu" else 0)
+    room = max(0, free - fixed)
+    if activations is not None:
+        # Allocators lose some to fragments.
+        room -= activations + activations // 8 + page_bytes
     size = CacheSize.parse(settings.kv_cache_size)
-    if size.num_tokens is not None:
-        num_pages = cache.pages_for(size.num_tokens)
-    elif size.num_bytes is not None:
-        num_pages = size.num_bytes // page_bytes
-    else:
+    if size.depends_on_memory and size.share is None:
         wanted = settings.max_running * cache.pages_for(max_seq_len)
-        room = max(0, free - fixed)
-        if activations is None:
-            room = int(_CACHE_SHARE[device.type] * room)
-        else:
-            # Allocators lose some to fragments.
-            room -= activations + activations // 8 + page_bytes
-        num_pages = min(wanted, room // page_bytes)
+        usable = int(_CACHE_SHARE[device.type] * room) if activations is None else room
+        num_pages = min(wanted, usable // page_bytes)
+    else:
+        num_pages = _pages_asked(settings.kv_cache_size, cache, page_bytes, room)
     # One more page is allocated that no sequence uses.
     needed = fixed + (num_pages + 1) * page_bytes
     if num_pages < 1 or needed > free:
@@ -167,10 +177,36 @@ def plan_memory(
     )
 
 
-def _host_pages(settings: EngineConfig, page_bytes: int, longest: int) -> int:
+def _pages_asked(text: str, cache: CacheLayout, page_bytes: int, room: int) -> int:
+    """Return the pages that a size stands for; of a share, one is the page that no sequence uses.
+
+    Raises:
+        ConfigError: it is less than one page, though there is room for one.
+    """
+    size = CacheSize.parse(text)
+    if size.num_tokens is not None:
+        return cache.pages_for(size.num_tokens)
+    if size.share is None:
+        num_bytes = size.num_bytes or 0
+        num_pages = num_bytes // page_bytes
+    else:
+        num_bytes = int(size.share * max(0, room))
+        num_pages = num_bytes // page_bytes - 1
+    if num_pages < 1 and room >= 2 * page_bytes:
+        tokens = f"{text}tok" if text.isdecimal() else "65536tok"
+        least = "two pages (one is always kept)" if size.share else "one page"
+        raise ConfigError(
+            f"--kv-cache-size={text} is {num_bytes:,} bytes on each rank, less than {least}: "
+            f"a page of {cache.page_size} tokens takes {page_bytes:,}; to give tokens, "
+            f"write {tokens}"
+        )
+    return num_pages
+
+
+def _host_pages(settings: EngineConfig, page_bytes: int, longest: int, host_free: int) -> int:
     """Return what was asked for; pages on their way to and from disk need some in any case."""
-    num_bytes = parse_bytes("kv-host-cache", settings.kv_host_cache)
-    if 0 < num_bytes < page_bytes:
+    num_bytes = settings.host_cache.of(host_free)
+    if settings.host_cache and num_bytes < page_bytes:
         raise ConfigError(
             f"--kv-host-cache={settings.kv_host_cache} holds no page of {_size(page_bytes)}"
         )

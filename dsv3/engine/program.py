@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields
 from io import TextIOWrapper
 from pathlib import Path
@@ -21,7 +22,7 @@ from dsv3.engine.config import EngineConfig
 from dsv3.engine.program_files import log_file
 from dsv3.errors import ConfigError, Dsv3Error, RankError, one_line, os_errors_as, printable
 from dsv3.files import open_closed_streams
-from dsv3.parallel.launch import environment_rank
+from dsv3.parallel.launcher import environment_rank
 from dsv3.parallel.watch import leave_report, reason_of
 
 _INTERRUPTED = 130
@@ -167,7 +168,8 @@ def run_program(main: Callable[[], int]) -> NoReturn:
         code = error.exit_code if isinstance(error, Dsv3Error) else RankError.exit_code
         _tell(error, "--debug" in sys.argv)
     try:
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it may have been closed from the start
+            sys.stdout.flush()
     except OSError:  # nobody reads any more; the interpreter would complain of it once again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
@@ -181,7 +183,9 @@ def _end_with_torchrun() -> None:
 
 def _tell(error: Exception, debug: bool) -> None:
     """Write the line of an error; the whole story with --debug."""
-    rank = environment_rank()
+    rank = 0
+    with suppress(ConfigError):  # it may be this very error
+        rank = environment_rank()
     is_told = getattr(error, "told_elsewhere", False)
     name = "" if rank == 0 or is_told else f"rank {rank}: "
     line = f"error: {name}{reason_of(error)}"

@@ -9,7 +9,8 @@ from pathlib import Path
 from dsv3.config_files import DEMO, PRESETS
 from dsv3.errors import ConfigError
 from dsv3.files import NamedFile, refuse_same_files
-from dsv3.parallel.launch import Launch
+from dsv3.parallel.launcher import environment_world_size, is_restarted
+from dsv3.streams import STANDARD, is_stream
 
 # Names that mean something in a checkpoint's directory, whether or not there is such a file yet.
 _OF_CHECKPOINTS = re.compile(
@@ -32,6 +33,8 @@ def check_files(
 ) -> None:
     """Compare all files that flags name, before any is opened for writing.
 
+    `-` is standard input or output.
+
     Args:
         args: flags, those of the engine included where the program has them.
         inputs: other flags that name files to read.
@@ -43,19 +46,21 @@ def check_files(
     """
     checkpoint = Path(getattr(args, "ckpt_path", None) or DEMO)
     written = [*_named(args, *outputs, *_ENGINE_OUTPUTS), *_logs(args)]
+    stdout = Path("/dev/stdout")
+    written = [NamedFile(o.flag, stdout) if o.path == STANDARD else o for o in written]
     for output in written:
         is_there = Path(os.path.realpath(output.path)).parent == Path(os.path.realpath(checkpoint))
         if is_there and _OF_CHECKPOINTS.fullmatch(output.path.name):
             raise ConfigError(
                 f"{output}: the name of a checkpoint's file, in its directory; choose another name"
             )
+    _refuse_two_readers([file for file in _named(args, *inputs) if is_stream(file.path)])
     read = [*_checkpoint_files(checkpoint), *_named(args, *inputs, *_ENGINE_INPUTS)]
-    stdin, stdout, stderr = (
-        NamedFile("", Path(f"/dev/std{name}")) for name in ("in", "out", "err")
-    )
+    standard = {name: NamedFile("", Path(f"/dev/std{name}")) for name in ("in", "out", "err")}
     if prints:  # often to the same file as errors
-        refuse_same_files([stdout], read)
-    streams = [stdin, stderr, *([stdout] if prints else [])]
+        files = [file for file in read if not is_stream(file.path)]
+        refuse_same_files([standard["out"]], files)
+    streams = [standard["in"], standard["err"], *([standard["out"]] if prints else [])]
     refuse_same_files(written, [*streams, *read])
 
 
@@ -68,10 +73,23 @@ def _named(args: argparse.Namespace, *flags: str) -> Iterator[NamedFile]:
             yield NamedFile(flag, preset if is_preset else Path(value))
 
 
+def _refuse_two_readers(inputs: Sequence[NamedFile]) -> None:
+    """Check that no stream is to be read twice, and none by a job that has been restarted."""
+    for number, file in enumerate(inputs):
+        if is_restarted():
+            raise ConfigError(
+                f"{file}: the attempt before this one has read it; give a file where torchrun may "
+                "restart the job"
+            )
+        for other in inputs[:number]:
+            if file.path == other.path:
+                raise ConfigError(f"{file}: {other.flag} reads it already; give a file")
+
+
 def _logs(args: argparse.Namespace) -> Iterator[NamedFile]:
     folder = getattr(args, "log_dir", None)
     if folder:
-        for rank in range(Launch.read().world_size):
+        for rank in range(environment_world_size()):
             yield NamedFile("--log-dir", log_file(folder, rank))
 
 

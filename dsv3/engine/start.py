@@ -39,6 +39,7 @@ from dsv3.engine.lower_tiers import make_tiers
 from dsv3.engine.memory import MemoryPlan, free_memory, plan_memory, weight_bytes
 from dsv3.engine.plan import PlanChannel, StepPlan
 from dsv3.engine.runner import Runner
+from dsv3.engine.sizes import CacheSize
 from dsv3.engine.static import most_rows
 from dsv3.errors import ConfigError
 from dsv3.model.attention import absorb_limit
@@ -189,11 +190,11 @@ def start(
         log.info("no CUDA graphs: ranks that share a GPU exchange over Gloo")
     with _phase(seconds, "cache"):
         plan = _measured_plan(setup, settings, mesh, model, static)
-        pages = _agree_on_pages(mesh, plan.num_pages) + 1
-        cache = CachePool(setup.layout, config.num_hidden_layers, pages, mesh.device, mesh.tp)
+        pages, host_pages = _agree_on_pages(mesh, plan)
+        cache = CachePool(setup.layout, config.num_hidden_layers, pages + 1, mesh.device, mesh.tp)
     fmt = setup.fmt
     numerics = f"{fmt.dtype} {'fp8 products' if fmt.fp8_products else settings.weights}"
-    mover, tiers = make_tiers(mesh, settings, config, cache, plan.host_pages, weights, numerics)
+    mover, tiers = make_tiers(mesh, settings, config, cache, host_pages, weights, numerics)
     is_guarded = settings.check_every and mesh.world.size > 1
     guard = Guard(mesh, settings.check_every) if is_guarded else None
     runner = Runner(model, cache, _decode_limit(settings, config), mover, static, guard)
@@ -259,7 +260,8 @@ def _set_up(source: Source, settings: EngineConfig, mesh: Mesh, n_experts: int |
     placement = place_experts(settings, config, mesh.layout)
     redundant = 0 if placement is None else placement.num_slots - placement.num_experts
     weights = weight_bytes(config, mesh.layout, dtype.itemsize, fmt.fp8_names, redundant)
-    plan_for = partial(plan_memory, config, settings, layout, weights, limit)
+    host_free = free_memory(torch.device("cpu"), mesh.ranks_on_host)
+    plan_for = partial(plan_memory, config, settings, layout, weights, limit, host_free=host_free)
     plan = plan_for(free_memory(mesh.device, mesh.ranks_on_host), mesh.device)
     return _SetUp(fmt, layout, limit, placement, plan, plan_for)
 
@@ -279,14 +281,15 @@ def _weight_format(source: Source, settings: EngineConfig, mesh: Mesh) -> Weight
 def _measured_plan(
     setup: _SetUp, settings: EngineConfig, mesh: Mesh, model: Transformer, static: bool
 ) -> MemoryPlan:
-    """Return the plan with `auto` made exact by running the largest steps; on CUDA only.
+    """Return the plan with `auto` or a share made exact by running the largest steps; on CUDA only.
 
     All that a step allocates counts: attention's partial results, buffers of exchanges, logits. A
     CPU's cache becomes resident only where it is written, so there the estimate is enough.
 
     A collective.
     """
-    if mesh.device.type != "cuda" or settings.kv_cache_size != "auto":
+    size = CacheSize.parse(settings.kv_cache_size)
+    if mesh.device.type != "cuda" or not size.depends_on_memory:
         return setup.plan
     cache = CachePool(setup.layout, model.config.num_hidden_layers, 2, mesh.device, mesh.tp)
     runner = Runner(model, cache, _decode_limit(settings, model.config), static=static)
@@ -370,10 +373,10 @@ def _warm_up(runner: Runner, static: bool, dp: int, seconds: dict[str, float]) -
             runner.run([_one_sequence(1)] * dp)
 
 
-def _agree_on_pages(mesh: Mesh, num_pages: int) -> int:
-    """Return the fewest pages that any rank planned. A collective."""
-    mine = torch.tensor([num_pages], dtype=torch.int64, device=mesh.device)
-    return int(mesh.world.all_gather(mine).min())
+def _agree_on_pages(mesh: Mesh, plan: MemoryPlan) -> list[int]:
+    """Return the fewest pages of the device and of the host that any rank planned. A collective."""
+    mine = torch.tensor([plan.num_pages, plan.host_pages], dtype=torch.int64, device=mesh.device)
+    return mesh.world.all_gather(mine).min(0).values.tolist()
 
 
 def _decode_limit(settings: EngineConfig, config: ModelConfig) -> int:

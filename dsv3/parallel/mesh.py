@@ -1,10 +1,11 @@
 """Process groups of the world: one mesh of dp x tp ranks, tp fastest.
 
-`join_world` meets the other ranks (without torchrun, a world of one), picks device and backend, and
-hands out the groups.
+`join_world` takes this process's place from its launcher (without one, a world of one), meets the
+other ranks, picks device and backend, and hands out the groups.
 """
 
 import ctypes
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -19,10 +20,18 @@ from torch.distributed.device_mesh import init_device_mesh
 from dsv3.config import ParallelConfig
 from dsv3.errors import ConfigError, RankError
 from dsv3.parallel.collectives import Collectives, ProcessGroup, SingleRank, connect
-from dsv3.parallel.launch import Launch
+from dsv3.parallel.launcher import (
+    environment_local_rank,
+    environment_rank,
+    environment_world_size,
+    meeting_point,
+    unused_tasks,
+)
 from dsv3.parallel.rendezvous import Hello, Peer, Roster, meet
 from dsv3.parallel.watch import RUN, Watch, start_up_timeout
 from dsv3.version import __version__
+
+log = logging.getLogger(__name__)
 
 # Rank 0 may wait for a user's next line for days while the others wait for its plan. The watch
 # notices ranks that die or hang.
@@ -175,17 +184,17 @@ def before_joining() -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        launch = Launch.read()
-        if launch.world_size > 1:
-            peer = Peer.here(launch.rank)
+        rank, world_size = environment_rank(), environment_world_size()
+        if world_size > 1:
             with suppress(RankError):
-                meet(Hello(peer, launch.world_size, failure=str(error)), _TELL_SECONDS)
+                meet(Hello(Peer.here(rank), world_size, failure=str(error)), _TELL_SECONDS)
         raise
 
 
 def _check_settings(device: str, tp: int, dp: int, rank_timeout: float) -> ParallelConfig:
     """Return the layout."""
-    launch = Launch.read()
+    rank, world_size = environment_rank(), environment_world_size()
+    environment_local_rank()  # wrong ones are refused here
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"--device={device} is unknown; use auto, cpu or cuda")
     if not _MIN_TIMEOUT <= rank_timeout <= _MAX_TIMEOUT:
@@ -193,7 +202,7 @@ def _check_settings(device: str, tp: int, dp: int, rank_timeout: float) -> Paral
             f"--rank-timeout={rank_timeout:g} must be at least {_MIN_TIMEOUT} seconds, and at most "
             f"{_MAX_TIMEOUT:,}"
         )
-    return ParallelConfig(world_size=launch.world_size, rank=launch.rank, tp=tp, dp=dp)
+    return ParallelConfig(world_size=world_size, rank=rank, tp=tp, dp=dp)
 
 
 @contextmanager
@@ -224,7 +233,10 @@ def join_world(
     with before_joining():
         layout = _check_settings(device, tp, dp, rank_timeout)
     rank, world_size, met = layout.rank, layout.world_size, None
+    if tasks := unused_tasks():
+        log.info("alone in a Slurm job of %d tasks: srun starts a rank for each", tasks)
     if world_size > 1:
+        meeting_point()
         dashes = "--" if any(name.startswith("--") for name in settings or ()) else ""
         places = {"tp": layout.tp, "dp": layout.dp, "device": _device_kind(device)}
         common = {f"{dashes}{name}": str(value) for name, value in places.items()}

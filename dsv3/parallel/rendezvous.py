@@ -1,6 +1,6 @@
 """Rendezvous of the ranks: who they are, how they were started, and a connection of each to rank 0.
 
-torchrun names rank 0's host and a store, nothing more. Rank 0 leaves a port and a token in the
+The launcher names rank 0's host and a store, nothing more. Rank 0 leaves a port and a token in the
 store. Every other rank connects there and says hello: the token, its peer record and the settings
 that must be the same on all ranks. When all have come, rank 0 answers with the roster, or with the
 reason why there is none: also a rank that cannot start says hello, with its reason. The connections
@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from dsv3.errors import ConfigError, Dsv3Error, RankError
-from dsv3.parallel.launch import Place
+from dsv3.parallel.launcher import meeting_point
 from dsv3.parallel.store import LATER_SECONDS, Patience, open_store
 
 _HELLO_SECONDS = 5.0  # for a connection to say hello
@@ -309,7 +309,7 @@ def _say_hello(address: str, hello: Hello, seconds: float) -> _Call | None:
     """Say hello to rank 0 and wait for its answer; None if nothing listens there."""
     with suppress(OSError, ValueError):
         port, token = address.split()
-        place = Place.read().host, int(port)
+        place = meeting_point().host, int(port)
         link = socket.create_connection(place, timeout=_HELLO_SECONDS)
         with suppress(OSError, ValueError):
             link.sendall(hello.line(token))

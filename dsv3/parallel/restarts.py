@@ -10,6 +10,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from dsv3.parallel.launcher import is_restarted, meeting_point
+
 _PREFIX = "dsv3/mark "
 _ANSWER_SECONDS = 10.0
 
@@ -23,7 +25,7 @@ def has_mark(name: str) -> bool:
         store = _agent_store()
         if store is not None:
             return store.check([_PREFIX + name])
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return is_restarted()
 
 
 def set_mark(name: str) -> None:
@@ -37,6 +39,5 @@ def set_mark(name: str) -> None:
 def _agent_store() -> dist.Store | None:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
-    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    seconds = timedelta(seconds=_ANSWER_SECONDS)
-    return dist.TCPStore(*place, None, False, seconds, wait_for_workers=False)
+    place, seconds = meeting_point(), timedelta(seconds=_ANSWER_SECONDS)
+    return dist.TCPStore(place.host, place.port, None, False, seconds, wait_for_workers=False)

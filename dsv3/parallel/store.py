@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from dsv3.errors import RankError
-from dsv3.parallel.launch import Place
+from dsv3.parallel.launcher import environment_local_rank, meeting_point
 
 log = logging.getLogger(__name__)
 
@@ -23,13 +23,13 @@ class Patience:
     """Waits a moment, says now and then for what, and gives up at last."""
 
     def __init__(self, rank: int, world_size: int, timeout: float) -> None:
-        self.place = Place.read()
+        self.place = meeting_point()
         # Without torchrun, rank 0 holds the store.
         self.is_server = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         self._ranks, self._start = range(world_size), time.monotonic()
         self._say_at = self._start + _HINT_SECONDS
         self._give_up_at = self._start + timeout
-        self._reason = f"no answer at {self.place} yet; is torchrun running on that host?"
+        self._reason = f"no answer at {self.place} yet; is rank 0 running on that host?"
         if self.is_server:
             self._reason = (
                 f"{self.place} cannot be reached or is used by another program; check MASTER_ADDR "
@@ -65,7 +65,7 @@ class Patience:
             raise self.error()
         if now > self._say_at:
             self._say_at += _AGAIN_SECONDS
-            if os.environ.get("LOCAL_RANK", "0") == "0":
+            if environment_local_rank() == 0:
                 log.warning("%s", self._reason)
 
     def wait(self) -> None:
@@ -85,11 +85,17 @@ def open_store(patience: Patience) -> dist.Store:
             is_server = patience.is_server and _is_free(place.port)
             # Tried here first: where torch cannot connect, it writes stacks to standard error.
             if is_server:
-                socket.getaddrinfo(*place)
+                socket.getaddrinfo(place.host, place.port)
             else:
-                socket.create_connection(place, timeout=_HINT_SECONDS).close()
+                socket.create_connection((place.host, place.port), timeout=_HINT_SECONDS).close()
             return dist.TCPStore(
-                *place, None, is_server, seconds, wait_for_workers=False, multi_tenant=True
+                place.host,
+                place.port,
+                None,
+                is_server,
+                seconds,
+                wait_for_workers=False,
+                multi_tenant=True,
             )
         patience.wait()
 

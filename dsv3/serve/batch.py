@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from dsv3.engine.engine import Engine
-from dsv3.errors import ConfigError, Dsv3Error, OutputError, RequestError, one_line
+from dsv3.errors import CheckpointError, ConfigError, Dsv3Error, OutputError, RequestError, one_line
 from dsv3.request import Completion, Request, RequestOutput
 from dsv3.serve.progress import Progress
 from dsv3.serve.sinks import BAD_REQUEST, OUR_FAULT, Sink
-from dsv3.text.batch_file import Row
+from dsv3.text.batch_file import BatchInput, Row
 from dsv3.text.chat import AnyFormat
 from dsv3.text.text_request import encode_prompt, token_requests
 from dsv3.text.tokenizer import Tokenizer
@@ -37,6 +37,11 @@ class BatchSummary:
     generated_tokens: int = 0
     seconds: float = 0.0
 
+    @property
+    def has_no_answer(self) -> bool:
+        """True if there were rows, and all have failed."""
+        return 0 < self.rows == self.failed
+
     def __str__(self) -> str:
         text = f"{self.rows} rows: {self.rows - self.failed} answered, {self.failed} failed"
         if self.first_failure:
@@ -48,17 +53,17 @@ class BatchSummary:
 
 
 def prewarm_prompts(
-    rows: Iterable[Row], tokenizer: Tokenizer | None, chat: AnyFormat | None
+    rows: BatchInput, tokenizer: Tokenizer | None, chat: AnyFormat | None
 ) -> list[list[int]]:
     """Return the tokens of the prompts in a `--prewarm` file; any bad row refuses the file."""
     prompts = []
     for row in rows:
-        if row.request is None:
-            raise ConfigError(f"--prewarm, row {row.number}: {row.error}")
         try:
+            if row.request is None:
+                raise RequestError(row.error)
             prompts.append(encode_prompt(row.request, tokenizer, chat))
-        except RequestError as error:
-            raise ConfigError(f"--prewarm, row {row.number}: {error}") from None
+        except (RequestError, CheckpointError) as error:
+            raise ConfigError(f"{rows.source}, row {row.number}: {error}") from None
     return prompts
 
 

@@ -4,19 +4,20 @@ Input is read row by row as it is needed. A row that cannot be understood is sti
 carries its error, and goes to the output like any other.
 """
 
-import codecs
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from dsv3.errors import ConfigError, RequestError
-from dsv3.read_files import open_regular, parse_json_text
+from dsv3.read_files import parse_json_text
 from dsv3.text.defaults import LINE_DEFAULTS, Defaults
+from dsv3.text.input_file import InputFile
 from dsv3.text.openai_format import Fields, parse_request, plain_request, show
+from dsv3.text.row_form import holds_json
 from dsv3.text.text_request import TextRequest, digest
 
 SEPARATORS = ("line", "blank-line")
@@ -61,16 +62,20 @@ def row_key(custom_id: str, digest: str, code: str | None) -> RowKey:
 
 @dataclass(frozen=True)
 class BatchInput:
-    """An input file; each iteration reads its rows anew.
+    """An input file, a pipe or standard input (`-`); each iteration reads its rows anew.
 
     JSONL if it is named so or if its first line looks like a row, else one prompt a line
     (separator "line") or several lines up to a blank one ("blank-line"). Blank lines are no
     rows.
+
+    Raises:
+        ConfigError: it cannot be read, is no text, or is JSON in another form.
     """
 
     path: Path
     defaults: Defaults
     separator: str = "line"
+    flag: str = "--input-file"
 
     def __post_init__(self) -> None:
         """Refuse what cannot be read, before anything is done with it."""
@@ -78,19 +83,22 @@ class BatchInput:
             raise ConfigError(
                 f"--prompt-separator={self.separator} is unknown; use {' or '.join(SEPARATORS)}"
             )
-        try:
-            os.close(open_regular(self.path))
-        except ConfigError as error:
-            raise ConfigError(f"--input-file {error}") from None
+        self.is_jsonl  # noqa: B018 (looks at the file)
+
+    @cached_property
+    def source(self) -> InputFile:
+        """The input, opened."""
+        return InputFile.find(self.path, self.flag)
+
+    @cached_property
+    def is_jsonl(self) -> bool:
+        """True if the rows are JSON."""
+        return holds_json(self.source, self.separator, MAX_ROW_BYTES)
 
     def __iter__(self) -> Iterator[Row]:
         numbers: dict[str, int] = {}  # of the rows seen, by id
         for number, raw, is_json in self._records():
             yield _read_row(number, raw, is_json, self.defaults, numbers)
-
-    def is_jsonl(self) -> bool:
-        """Return True if the rows are JSON."""
-        return next((is_json for *_, is_json in self._records()), False)
 
     def count(self) -> int:
         """Count the rows without reading into them."""
@@ -98,16 +106,11 @@ class BatchInput:
 
     def _records(self) -> Iterator[tuple[int, bytes, bool]]:
         """Yield the line number and bytes of each row, and whether it is JSON."""
-        with open(open_regular(self.path), "rb") as file:
-            begin = len(codecs.BOM_UTF8) * (file.read(3) == codecs.BOM_UTF8)
-            file.seek(begin)
-            first = next((line for _, line in _lines(file) if line.strip()), b"")
-            file.seek(begin)
-            is_json = self.path.suffix == ".jsonl" or _looks_like_a_row(first)
+        with self.source.open() as file:
             by_blank = groupby(_lines(file), key=lambda entry: not entry[1].strip())
             for group in (group for is_blank, group in by_blank if not is_blank):
-                if is_json or self.separator == "line":
-                    yield from ((number, line, is_json) for number, line in group)
+                if self.is_jsonl or self.separator == "line":
+                    yield from ((number, line, self.is_jsonl) for number, line in group)
                 else:
                     number, text = _join(group)
                     yield number, text, False
@@ -149,11 +152,6 @@ def _join(lines: Iterable[tuple[int, bytes]]) -> tuple[int, bytes]:
     return first, b"".join(parts)
 
 
-def _looks_like_a_row(line: bytes) -> bool:
-    """Tell JSONL by its first line, even if that very line is broken."""
-    return line.lstrip().startswith(b"{") and (b'"custom_id"' in line or b'"body"' in line)
-
-
 def _read_row(
     number: int, raw: bytes, is_json: bool, defaults: Defaults, numbers: dict[str, int]
 ) -> Row:
@@ -173,6 +171,8 @@ def _read_row(
         if is_json:
             request = _parse(value, custom_id, defaults)
         else:
+            if not text.strip("\0 \t\r\n"):  # a file system leaves such lines after a crash
+                raise RequestError("nothing but NUL characters")
             messages = [{"role": "user", "content": text.strip()}]  # as in DeepSeek's generate.py
             request = plain_request(messages, custom_id, defaults, LINE_DEFAULTS)
         return Row(number=number, custom_id=custom_id, request=request, digest=request.digest())
@@ -191,10 +191,12 @@ def _decode(raw: bytes) -> str:
     if len(raw) > MAX_ROW_BYTES:
         raise RequestError(f"longer than {MAX_ROW_BYTES >> 20} MiB")
     try:
-        return raw.decode()
+        # Files put together bring their byte order marks along.
+        return raw.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise RequestError(
-            f"byte {error.start + 1} (0x{raw[error.start]:02x}) is not UTF-8"
+            f"byte {error.start + 1} (0x{raw[error.start]:02x}) is not UTF-8; convert the file "
+            "first (iconv -f WINDOWS-1252 -t UTF-8, say)"
         ) from None
 
 

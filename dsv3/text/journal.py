@@ -11,14 +11,14 @@ import contextlib
 import fcntl
 import json
 import os
-import stat
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from dsv3.errors import ConfigError, OutputError, os_errors_as
-from dsv3.files import is_at, is_special, lock, replacing
+from dsv3.files import is_at, lock, replacing
+from dsv3.streams import STANDARD, is_named_pipe, is_stream, open_stream
 from dsv3.text.batch_file import Row, RowKey, row_key
 
 LINE_START = b'{"id": "batch_req_'  # of every line of ours, whole or torn
@@ -68,14 +68,15 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
             ConfigError: the file cannot be opened, is none of results, or belongs to another job.
         """
         self.fingerprint = fingerprint
-        self._is_file = not is_special(path)
+        self._is_file = not is_stream(path)
         self._path = Path(os.path.realpath(path)) if self._is_file else path
+        self._name = "standard output" if path == STANDARD else str(self._path)
         self._overwrite, self._when_emptied = overwrite, when_emptied
         self._done: dict[RowKey, _Line] = {}
         self._dropped: list[Range] = []
         self._has_begun = self._is_new = False
         self._synced = self._checked = time.monotonic()
-        self._fd = self._open_file() if self._is_file else self._open(os.O_RDWR)
+        self._fd = self._open_file() if self._is_file else self._open_stream()
         self._size = os.fstat(self._fd).st_size if self._is_file else 0
         try:
             if overwrite:
@@ -130,10 +131,10 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         self._check()
         if self._is_file:
             self._repair()
-        elif stat.S_ISFIFO(os.fstat(self._fd).st_mode):
+        elif is_named_pipe(self._path):
             # Until now this process was a reader, too, so that opening did not have to wait for
             # one. From now on a pipe without readers is an error, and not a wait without an end.
-            with os_errors_as(OutputError, f"{self._path}: cannot write"):
+            with os_errors_as(OutputError, f"{self._name}: cannot write"):
                 self._take(os.open(self._path, os.O_WRONLY | os.O_CLOEXEC))
         self._has_begun = True
         if self._overwrite:
@@ -155,10 +156,10 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         except OSError as error:
             with contextlib.suppress(OSError):
                 self._cut(self._size)
-            raise OutputError(
-                f"{self._path}: cannot write ({error.strerror}); the rows written so far are "
-                "safe, start again to go on from there"
-            ) from None
+            rest = "the rows written so far are safe, start again to go on from there"
+            if not self._is_file:
+                rest = "a pipe or a terminal is not resumed, a file is"
+            raise OutputError(f"{self._name}: cannot write ({error.strerror}); {rest}") from None
 
     def finish(self) -> None:
         """Make sure that all results are on disk, under their name.
@@ -189,6 +190,12 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
             folder = self._path.parent
             reason = error.strerror if folder.is_dir() else f"there is no directory {folder}"
             raise ConfigError(f"--output-file {self._path}: {reason}") from None
+
+    def _open_stream(self) -> int:
+        """Open a pipe, a terminal or a device."""
+        flags = os.O_RDWR if is_named_pipe(self._path) else os.O_WRONLY
+        with os_errors_as(ConfigError, f"--output-file {self._name}"):
+            return open_stream(self._path, flags | os.O_APPEND, 1)
 
     def _open_file(self) -> int:
         """Open or make a regular file, and take its lock."""

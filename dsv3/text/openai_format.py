@@ -64,7 +64,9 @@ def parse_request(url: str, body: Any, name: str, defaults: Defaults) -> TextReq
             logit_bias=_logit_bias(fields),
             seed=_seed_of(name, defaults) if seed is None else seed,
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
-            stop_token_ids=tuple(fields.take("stop_token_ids", _is_ids, "a list of ids") or ()),
+            stop_token_ids=tuple(
+                map(int, fields.take("stop_token_ids", _is_ids, "a list of ids") or ())
+            ),
             ignore_eos=fields.truth("ignore_eos") or False,
             logprobs=logprobs,
             prompt_logprobs=logprobs if specific.get("echo") else None,
@@ -109,9 +111,10 @@ class Fields:
         return value
 
     def integer(self, name: str, least: int, most: int) -> int | None:
-        """Take a whole number."""
+        """Take a whole number; 10.0 is one: tables and some languages have no other numbers."""
         rule = f"a whole number from {least} to {most}"
-        return self.take(name, lambda v: _is_integer(v) and least <= v <= most, rule)
+        value = self.take(name, lambda v: _is_whole(v) and least <= v <= most, rule)
+        return None if value is None else int(value)
 
     def number(self, name: str) -> float | None:
         """Take a number; its range is checked where it is used."""
@@ -151,7 +154,7 @@ def _chat_fields(fields: Fields, defaults: Defaults) -> dict[str, Any]:
     if messages is None:
         raise RequestError("messages is missing")
     logprobs, top = fields.truth("logprobs"), fields.integer("top_logprobs", 0, MAX_LOGPROBS)
-    if top is not None and not logprobs:
+    if top and not logprobs:
         raise RequestError("top_logprobs needs logprobs=true")
     return {
         "messages": defaults.with_system(messages),
@@ -179,7 +182,7 @@ def _completion_fields(fields: Fields) -> dict[str, Any]:
     if not prompt:
         raise RequestError("prompt is empty")
     return {
-        "prompt": prompt,
+        "prompt": prompt if isinstance(prompt, str) else [int(token_id) for token_id in prompt],
         "echo": fields.truth("echo") or False,
         "logprobs": fields.integer("logprobs", 0, MAX_LOGPROBS),
     }
@@ -194,8 +197,10 @@ def _unwrap(prompt: Any) -> Any:
 def _max_tokens(fields: Fields) -> int | None:
     older = fields.integer("max_tokens", 0, 2**31 - 1)
     newer = fields.integer("max_completion_tokens", 0, 2**31 - 1)
-    if older is not None and newer is not None:
-        raise RequestError("max_tokens and max_completion_tokens mean the same: give one of them")
+    if older is not None and newer is not None and older != newer:
+        raise RequestError(
+            f"max_tokens={older} and max_completion_tokens={newer} mean the same: give one of them"
+        )
     return newer if older is None else older
 
 
@@ -234,8 +239,12 @@ def _is_number(value: Any) -> bool:
     return _is_integer(value) or isinstance(value, float)
 
 
+def _is_whole(value: Any) -> bool:
+    return _is_integer(value) or (isinstance(value, float) and value.is_integer())
+
+
 def _is_ids(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_integer, value))
+    return isinstance(value, list) and all(map(_is_whole, value))
 
 
 def _is_prompt(value: Any) -> bool:

@@ -38,7 +38,7 @@ def test_a_failed_start_leaves_old_results(job: list[str], tmp_path: Path) -> No
     (tmp_path / "logs" / "rank0.log").symlink_to(tmp_path / "notes")
     for flags, reason in (
         (["--ckpt-path", str(tmp_path / "none")], "no such directory"),
-        (["--kv-cache-size", "1"], "smaller --kv-cache-size"),
+        (["--kv-cache-size", "1"], "less than one page"),
         (["--stats-file", str(tmp_path / "notes")], "another file is there, not the figures of"),
         (["--metrics-port", "70000"], "--metrics-port=70000 cannot be listened on"),
         (["--log-dir", str(tmp_path / "logs")], "rank0.log: a link"),

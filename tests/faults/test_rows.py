@@ -159,7 +159,10 @@ MALFORMED = {
     "max_tokens negative": (chat(max_tokens=-1), "max_tokens=-1 must be a whole number from 0 to"),
     "max_tokens a text": (chat(max_tokens="5"), 'max_tokens="5" must be a whole number from 0'),
     "max_tokens a fraction": (chat(max_tokens=1.5), "max_tokens=1.5 must be a whole number"),
-    "max_tokens twice": (chat(max_tokens=1, max_completion_tokens=1), "max_tokens and max_compl"),
+    "max_tokens twice": (
+        chat(max_tokens=1, max_completion_tokens=2),
+        "max_tokens=1 and max_completion_tokens=2 mean the same",
+    ),
     "temperature a text": (chat(temperature="hot"), 'temperature="hot" must be a number'),
     "temperature negative": (chat(temperature=-1), "temperature=-1 must be between 0 and 100"),
     "top_p zero": (chat(top_p=0), "top_p=0 must be above 0 and at most 1"),

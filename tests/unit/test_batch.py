@@ -238,7 +238,7 @@ def test_text_comes_in_input_order(tmp_path: Path) -> None:
         "Error",
         "Completion",
     ]
-    assert "Error: row 4: byte 1 (0xff) is not UTF-8\n\n" in out.getvalue()
+    assert "Error: row 4: byte 1 (0xff) is not UTF-8; convert the file first" in out.getvalue()
 
 
 def test_a_terminal_that_knows_no_unicode_gets_escapes(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
+import gzip
 import json
 import os
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -168,17 +170,143 @@ def test_result_lines_hold_any_text(path: Path) -> None:
     [
         ("none.txt", "line", r"--input-file .*none\.txt: No such file"),
         (".", "line", r"--input-file .*: Is a directory"),
-        ("/dev/null", "line", "--input-file /dev/null: not a regular file"),
-        ("pipe", "line", "--input-file .*pipe: not a regular file but a named pipe"),
+        ("/dev/zero", "line", "--input-file /dev/zero: a device, neither a file nor a pipe"),
         ("x" * 5000, "line", "--input-file .*x: File name too long"),
         ("rows.txt", "tab", "--prompt-separator=tab is unknown; use line or blank-line"),
     ],
 )
 def test_input_that_cannot_be_read(tmp_path: Path, name: str, separator: str, error: str) -> None:
     (tmp_path / "rows.txt").touch()
-    os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ConfigError, match=error):
         BatchInput(tmp_path / name, Defaults(), separator)
+
+
+def test_a_pipe_is_read_once_and_its_rows_as_often_as_needed(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    text = f"{row('a')}\n" * 3 + "x" * 200_000
+    with ThreadPoolExecutor() as pool:
+        writing = pool.submit(pipe.write_text, text)
+        batch = BatchInput(pipe, Defaults())
+        writing.result(10)
+    assert batch.is_jsonl
+    assert [r.number for r in batch] == [r.number for r in batch] == [1, 2, 3, 4]
+    first, second = iter(batch), iter(batch)
+    assert [next(first).number, next(second).number, next(first).number] == [1, 1, 2]
+    assert batch.count() == 4
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-16-be", "utf-32-be", "utf-8-sig"])
+def test_byte_order_marks_tell_the_encoding(path: Path, encoding: str) -> None:
+    rows = row("a", prompt="caf\u00e9 \U0001f600") + "\r\n" + row("b")
+    mark = "\ufeff" if encoding.endswith("-be") else ""
+    found = read(path, (mark + rows).encode(encoding))
+    plain = read(path, rows)
+    assert [r.custom_id for r in found] == ["a", "b"]
+    assert found == plain
+    words = read(path, (mark + "caf\u00e9\n\nHi").encode(encoding))
+    assert prompts(words) == [("line-1", "caf\u00e9"), ("line-3", "Hi")]
+
+
+@pytest.mark.parametrize(
+    ("data", "error"),
+    [
+        (
+            "one\ntwo\n".encode("utf-16") + b"\x00\xd8\n\0",
+            "line 3: not UTF-16-LE, as the byte order",
+        ),
+        ("one\ntwo".encode("utf-16") + b"x", "line 2: not UTF-16-LE"),
+        ('{"custom_id"'.encode("utf-16-le"), "line 1: UTF-16 without a byte order mark"),
+        ("What?".encode("utf-16-be"), r"line 1: UTF-16 .* \(iconv -f UTF-16BE -t UTF-8\)"),
+        (
+            gzip.compress(b"rows"),
+            r"compressed with gzip, not text; unpack it first \(gunzip -k .*txt",
+        ),
+        (b"\x28\xb5\x2f\xfd\x04\0", "compressed with zstd"),
+        (b"PK\3\4\x14\0", "a zip archive or an Excel workbook, not text"),
+        (b"PAR1\x15\4\0", "a Parquet file, not text; write it as JSON Lines first, one row a line"),
+        (b"x" + b"\0" * 256 + b"ustar\0", "a tar archive"),
+        (b"one\rtwo\r", "its lines end in CR alone"),
+    ],
+)
+def test_what_is_no_text_is_refused_by_name(path: Path, data: bytes, error: str) -> None:
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match=f"^--prewarm .*rows.txt: {error}"):
+        BatchInput(path, Defaults(), flag="--prewarm")
+
+
+ROWS = [json.loads(row("a")), json.loads(row("b"))]
+PRETTY = json.dumps(ROWS[0], indent=1)
+
+
+@pytest.mark.parametrize("separator", ["line", "blank-line"])
+@pytest.mark.parametrize("name", ["rows.txt", "rows.json", "rows.jsonl"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(ROWS),
+        json.dumps(ROWS, indent=2),
+        "\n" + json.dumps(ROWS).replace("}, {", "},\n{"),
+        json.dumps(ROWS * 10_000, indent=1),
+        json.dumps(ROWS, indent=2)[:-30],  # cut off
+        json.dumps([{"prompt": "Hi"}]),
+        PRETTY,
+        f"{PRETTY}\n{PRETTY}\n",
+        PRETTY.replace(":", "", 1),  # damaged
+    ],
+)
+def test_json_in_another_form_is_refused_as_a_whole(
+    tmp_path: Path, name: str, separator: str, text: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(
+        ConfigError, match=r"JSON with .*; a batch has one row a line .`jq -c .*writes"
+    ):
+        BatchInput(tmp_path / name, Defaults(), separator)
+
+
+@pytest.mark.parametrize("text", ['{\n "a": 1\n}', '[\n "a",\n "b"\n]', '["a",\n"b"]'])
+def test_any_json_over_several_lines_is_no_list_of_prompts(path: Path, text: str) -> None:
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="one row a line"):
+        BatchInput(path, Defaults())
+    assert len(read(path, f"{text}\nExplain this.", "blank-line")) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[INST] Hi [/INST]",
+        "[1, 2",
+        "[1], what is this?",
+        '{"a": 1} is JSON',
+        '{"a": 1}',
+        '["a", "b"]',
+        "{not json}",
+        "{",
+        "[1, 2, 3]\n[4]",
+    ],
+)
+def test_prompts_may_look_like_json(path: Path, text: str) -> None:
+    expected = [(f"line-{i}", line) for i, line in enumerate(text.split("\n"), 1)]
+    assert prompts(read(path, text)) == expected
+
+
+def test_rows_in_a_file_named_json(path: Path) -> None:
+    rows = read(path.with_suffix(".json"), f"{row('a')}\n[1, 2]\noops\n")
+    assert [r.error is None for r in rows] == [True, False, False]
+    assert read(path, '{"messages": []}\n')[0].error == "custom_id is missing"
+
+
+def test_files_put_together_have_marks_inside(path: Path) -> None:
+    mark = "\ufeff"
+    rows = read(path, f"{mark}{row('a')}\n{mark}{row('b')}\n")
+    assert [(r.custom_id, r.error) for r in rows] == [("a", None), ("b", None)]
+
+
+def test_a_line_of_nul_characters_is_no_prompt(path: Path) -> None:
+    rows = read(path, b"Hi\nwh\0at\n\0\0")
+    assert [r.error for r in rows] == [None, None, "nothing but NUL characters"]
 
 
 def test_flags_out_of_range_are_not_left_to_the_rows() -> None:

@@ -1,8 +1,10 @@
+import re
 from pathlib import Path
 
 import pytest
 
-from dsv3.engine.config import CacheSize, EngineConfig
+from dsv3.engine.config import EngineConfig
+from dsv3.engine.sizes import CacheSize, Size
 from dsv3.errors import ConfigError
 
 
@@ -14,17 +16,47 @@ from dsv3.errors import ConfigError
         ("3KiB", CacheSize(num_bytes=3072)),
         ("5mib", CacheSize(num_bytes=5 * 2**20)),
         ("2GiB", CacheSize(num_bytes=2**31)),
+        ("4G", CacheSize(num_bytes=4 * 2**30)),
+        ("4GB", CacheSize(num_bytes=4 * 10**9)),
+        ("1.5GiB", CacheSize(num_bytes=3 * 2**29)),
+        (".5g", CacheSize(num_bytes=2**29)),
+        ("512M", CacheSize(num_bytes=2**29)),
+        ("1 TiB", CacheSize(num_bytes=2**40)),
+        ("17b", CacheSize(num_bytes=17)),
+        ("90%", CacheSize(share=0.9)),
+        ("100%", CacheSize(share=1.0)),
         ("65536tok", CacheSize(num_tokens=65536)),
+        ("64 tokens", CacheSize(num_tokens=64)),
     ],
 )
 def test_cache_size(text: str, size: CacheSize) -> None:
     assert CacheSize.parse(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "0", "0tok", "-1", "1.5GiB", "4GB", "tok", "4 GiB", "all"])
+WRONG = ("", "-1", "1.5", "tok", "all", "4GX", "4iB", "1e9", "1,000", "101%", "-5%", "4G 2M", "G")
+
+
+@pytest.mark.parametrize("text", [*WRONG, "0", "0tok", "0%", "0G", "1.5tok", "off"])
 def test_wrong_cache_size(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"--kv-cache-size=.* use auto, bytes \(4GiB\)"):
+    with pytest.raises(ConfigError) as refused:
         EngineConfig(kv_cache_size=text)
+    for form in (f"--kv-cache-size={text} is", "auto", "4GiB", "1.5G", "90%", "65536tok"):
+        assert form in str(refused.value)
+
+
+@pytest.mark.parametrize("text", [*WRONG, "64tok", "auto"])
+def test_wrong_sizes_of_other_caches(text: str) -> None:
+    for field, value in (("kv_host_cache", text), ("kv_disk_cache", f"dir:{text}")):
+        flag = f"--{field.replace('_', '-')}={text} is not a size; use bytes"
+        with pytest.raises(ConfigError, match=re.escape(flag)):
+            EngineConfig(**{field: value})
+
+
+def test_a_share_is_one_of_what_is_there() -> None:
+    assert Size(share=0.25).of(1000) == 250
+    assert Size(num_bytes=7).of(1000) == 7
+    assert EngineConfig(kv_host_cache="25%").host_cache == Size(share=0.25)
+    assert EngineConfig(kv_disk_cache="dir:5%").disk_cache == (Path("dir"), Size(share=0.05))
 
 
 @pytest.mark.parametrize(
@@ -51,8 +83,6 @@ def test_refused(field: str, value: object, message: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kv_host_cache": "4GB"}, "--kv-host-cache=4GB is not a size; use bytes .4GiB., or off"),
-        ({"kv_host_cache": "64tok"}, "--kv-host-cache=64tok is not a size"),
         ({"kv_disk_cache": "1GiB"}, "--kv-disk-cache=1GiB is not DIR:BYTES"),
         ({"kv_disk_cache": ":1GiB"}, "--kv-disk-cache=:1GiB is not DIR:BYTES"),
         ({"kv_disk_cache": "dir:much"}, "--kv-disk-cache=much is not a size"),
@@ -67,7 +97,7 @@ def test_refused_tiers(settings: dict[str, object], message: str) -> None:
 
 def test_tiers() -> None:
     assert EngineConfig().disk_cache is EngineConfig(kv_disk_cache="dir:0").disk_cache is None
-    assert EngineConfig(kv_disk_cache="a:b:2KiB").disk_cache == (Path("a:b"), 2048)
+    assert EngineConfig(kv_disk_cache="a:b:2KiB").disk_cache == (Path("a:b"), Size(2048))
     assert EngineConfig(kv_host_cache="0", kv_disk_cache="off", prefix_reuse=False)
 
 

@@ -188,13 +188,53 @@ def test_auto_leaves_memory_for_others() -> None:
     [
         ("auto", 10_000_000),  # the weights alone
         ("auto", 10_000_000 + 3 * 64 * 1152),  # a quarter of it is no page
-        ("1KiB", 10**9),  # less than a page
+        ("90%", 10_000_000 + 64 * 1152),  # room for the null page only
         ("1000tok", 10_000_000 + 16 * 64 * 1152),  # one page short: the null page counts
     ],
 )
 def test_too_little(size: str, free: int) -> None:
     with pytest.raises(ConfigError, match="use more ranks, --weights fp8 or a smaller"):
         plan(EngineConfig(kv_cache_size=size), free)
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        (
+            "1KiB",
+            "1,024 bytes on each rank, less than one page: a page of 64 tokens takes 73,728",
+        ),
+        ("65536", "to give tokens, write 65536tok"),
+        ("0.001%", "less than two pages (one is always kept): a page of 64 tokens takes 73,728"),
+    ],
+)
+def test_less_than_a_page_is_told_with_the_way_to_give_tokens(size: str, words: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        plan(EngineConfig(kv_cache_size=size), 10**9)
+    assert str(refused.value).startswith(f"--kv-cache-size={size} is ")
+    assert words in str(refused.value) and "tok" in str(refused.value)
+
+
+def test_a_share_is_one_of_what_the_weights_leave() -> None:
+    """The page that no sequence uses counts; measured steps are taken off before."""
+    page = 64 * 1152
+    _, planned = plan(EngineConfig(kv_cache_size="90%"), 10_000_000 + 100 * page)
+    assert planned.num_pages == 89
+    layout, planned = plan(EngineConfig(kv_cache_size="100%"), 10_000_000 + 100 * page)
+    assert planned.num_pages == 99
+    settings, free = EngineConfig(kv_cache_size="50%"), 10_000_000 + 100 * page
+    measured = plan_memory(TINY, settings, layout, 10_000_000, 256, free, CPU, 8 * page)
+    assert measured.num_pages == (100 - 8 - 1 - 1) // 2 - 1
+
+
+def test_a_share_of_host_memory() -> None:
+    page = 64 * 1152
+    settings, free = EngineConfig(kv_host_cache="25%", kv_cache_size="64tok"), 10**9
+    layout = CacheLayout.make(TINY, settings.cache_form, settings.kv_shard, "fp32", 1, 0)
+    planned = plan_memory(
+        TINY, settings, layout, 0, 256, free, torch.device("cuda"), host_free=100 * page
+    )
+    assert planned.host_pages == 25
 
 
 def test_the_host_cache_takes_from_the_same_memory_on_a_cpu() -> None:

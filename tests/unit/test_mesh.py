@@ -87,7 +87,8 @@ def call(store: dist.Store, mine: Hello, seconds: float = 20.0) -> Roster:
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> dist.Store:
     monkeypatch.setenv("MASTER_ADDR", "localhost")
-    monkeypatch.setenv("MASTER_PORT", "1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setattr(rendezvous, "_HELLO_SECONDS", 0.2)
     monkeypatch.setattr(store_module, "LATER_SECONDS", 0.5)
     store = dist.HashStore()

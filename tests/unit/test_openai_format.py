@@ -84,6 +84,25 @@ def test_logprobs_of_a_chat(asked: dict[str, Any], want: int | None) -> None:
     assert chat(**asked).params.logprobs == want
 
 
+def test_whole_numbers_may_be_written_as_floats() -> None:
+    names = ("max_tokens", "top_k", "seed", "n", "priority")
+    assert chat(**dict.fromkeys(names, 5.0)) == chat(**dict.fromkeys(names, 5))
+    assert chat(logprobs=True, top_logprobs=2.0) == chat(logprobs=True, top_logprobs=2)
+    assert chat(max_completion_tokens=5.0) == chat(max_completion_tokens=5)
+    ids = complete(prompt=[5.0, 6], stop_token_ids=[7.0], logprobs=3.0)
+    assert ids == complete(prompt=[5, 6], stop_token_ids=[7], logprobs=3)
+    assert ids.digest() == complete(prompt=[5, 6], stop_token_ids=[7], logprobs=3).digest()
+    for name in names:
+        with pytest.raises(RequestError, match=f"{name}=10.5 must be a whole number from"):
+            chat(**{name: 10.5})
+
+
+def test_fields_that_say_the_same_go_together() -> None:
+    assert chat(logprobs=False, top_logprobs=0) == chat(top_logprobs=0) == chat()
+    assert chat(max_tokens=5, max_completion_tokens=5.0) == chat(max_tokens=5)
+    assert chat(max_tokens=5, max_completion_tokens=None) == chat(max_tokens=5)
+
+
 def test_a_prompt_may_be_the_only_one_of_a_list() -> None:
     assert complete(prompt=["Hi"]) == complete()
     assert complete(prompt=[[5, 6]]) == complete(prompt=[5, 6])

@@ -118,15 +118,18 @@ def test_presets_are_inputs(tmp_path: Path) -> None:
 def test_flags_without_a_meaning_are_refused(parse: Parse, rows: Path, tmp_path: Path) -> None:
     text, chat = ("--input-file", rows), ("--interactive",)
     for flags, reason in (
-        ((), "nothing to answer"),
+        ((*text, "--prompt", "x"), "give --input-file or --prompt, not both"),
+        (("--prompt", "x", "--prompt", "y"), "give --prompt once; an --input-file holds several"),
+        (("--output-file", tmp_path / "x"), "--output-file is for the rows of an --input-file"),
+        (("--prompt", "x", "--strict"), "--strict is for the rows of an --input-file"),
         ((*text, "--overwrite"), "--overwrite starts an --output-file anew; there is none"),
         ((*text, "--hardware", "h100"), "--hardware gives the ceilings of --profile"),
-        ((*text, "--output-file", "-"), "give /dev/stdout for standard output"),
-        ((*text, *chat), "give --interactive or --input-file FILE, not both"),
-        ((*chat, "--strict"), "a chat has none"),
+        (("--input-file", "-", "--prewarm", "-"), "--prewarm=-: --input-file reads it already"),
+        ((*text, *chat), "give --interactive or --input-file, not both"),
+        ((*chat, "--strict"), "--strict is for the rows"),
         ((*chat, "--overwrite"), "--overwrite starts"),
         ((*chat, "--prompt-separator", "line"), "is for an --input-file or --prewarm"),
-        ((*chat, "--output-file", tmp_path / "x"), "not for a chat"),
+        ((*chat, "--output-file", tmp_path / "x"), "is for the rows of"),
     ):
         with pytest.raises(ConfigError, match=reason):
             parse(*flags)

@@ -1,0 +1,94 @@
+"""Sizes on the command line: bytes with a unit, a share of what there is, or tokens."""
+
+import re
+from dataclasses import dataclass
+
+from dsv3.errors import ConfigError
+
+# As in GNU's tools: G and GiB are 2**30 bytes, GB is 10**9.
+_PREFIXES = "kmgt"
+_NUMBER = r"(\d+(?:\.\d+)?|\.\d+)\s*"
+_BYTES = re.compile(rf"{_NUMBER}(?:([{_PREFIXES}])(ib|b)?|b)?", re.IGNORECASE)
+_SHARE = re.compile(rf"{_NUMBER}%")
+_TOKENS = re.compile(r"(\d+)\s*tok(?:ens?)?", re.IGNORECASE)
+_FORMS = "bytes (4GiB, 1.5G, 512M; 4GB is 4 * 10^9)"
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A number of bytes, or a share of the bytes that there are; neither is off."""
+
+    num_bytes: int = 0
+    share: float = 0.0
+
+    def __bool__(self) -> bool:
+        return bool(self.num_bytes or self.share)
+
+    @classmethod
+    def parse(cls, flag: str, text: str, whole: str) -> "Size":
+        """Read bytes, a share or `off`.
+
+        Args:
+            flag: the name of the flag, without dashes.
+            text: its value.
+            whole: what a share is a share of, in words.
+
+        Raises:
+            ConfigError: it is no size.
+        """
+        size = cls() if text == "off" else _bytes_or_share(text)
+        if size is None:
+            raise ConfigError(
+                f"--{flag}={text} is not a size; use {_FORMS}, a share of {whole} (50%) or off"
+            )
+        return size
+
+    def of(self, available: int) -> int:
+        """Return the size in bytes where so many are there."""
+        return int(self.share * available) if self.share else self.num_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSize:
+    """`auto`, bytes on every rank or a share of its free memory, or tokens of each tp group."""
+
+    num_bytes: int | None = None
+    num_tokens: int | None = None
+    share: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "CacheSize":
+        """Read `auto`, bytes, a share or `Ntok`.
+
+        Raises:
+            ConfigError: it is no size, or nothing.
+        """
+        if text == "auto":
+            return cls()
+        tokens, size = _TOKENS.fullmatch(text), _bytes_or_share(text)
+        if tokens and int(tokens[1]):
+            return cls(num_tokens=int(tokens[1]))
+        if not size:
+            raise ConfigError(
+                f"--kv-cache-size={text} is not a size; use auto, {_FORMS}, a share of the memory "
+                "left beside the weights (90%) or tokens (65536tok)"
+            )
+        return cls(share=size.share) if size.share else cls(num_bytes=size.num_bytes)
+
+    @property
+    def depends_on_memory(self) -> bool:
+        """Return True if the size follows from the memory that is free."""
+        return self.num_bytes is None and self.num_tokens is None
+
+
+def _bytes_or_share(text: str) -> Size | None:
+    """Return the size, None if the text is none."""
+    if (match := _SHARE.fullmatch(text)) and float(match[1]) <= 100:
+        return Size(share=float(match[1]) / 100)
+    match = _BYTES.fullmatch(text)
+    if match is None or ("." in match[1] and not match[2]):
+        return None
+    whole, _, fraction = match[1].partition(".")
+    power = _PREFIXES.index(match[2].lower()) + 1 if match[2] else 0
+    unit = (1000 if (match[3] or "").lower() == "b" else 1024) ** power
+    return Size(int(whole or 0) * unit + int(fraction or 0) * unit // 10 ** len(fraction))
