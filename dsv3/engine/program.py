@@ -16,8 +16,8 @@ from typing import Any, NoReturn
 
 from dsv3.engine.config import EngineConfig
 from dsv3.errors import ConfigError, Dsv3Error, RankError, one_line, os_errors_as, printable
+from dsv3.parallel.failure_report import leave_report, reason_of
 from dsv3.parallel.launch import environment_rank
-from dsv3.parallel.watch import leave_report, reason_of
 
 _INTERRUPTED = 130
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
