@@ -5,7 +5,10 @@ arguments and gets the results, the other ranks help and get empty ones.
 """
 
 import logging
+import signal
+import sys
 import traceback
+import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
@@ -18,7 +21,8 @@ from dsv3.config_files import DEMO
 from dsv3.engine.config import EngineConfig
 from dsv3.engine.engine import Engine, follow
 from dsv3.engine.start import Started, start
-from dsv3.errors import Dsv3Error, RequestError
+from dsv3.errors import Dsv3Error, Interrupted, RequestError
+from dsv3.parallel.failure_report import is_lost
 from dsv3.parallel.mesh import before_joining, join_world
 from dsv3.parallel.together import fail_together
 from dsv3.request import Completion, Request, RequestOutput, SamplingParams
@@ -80,6 +84,8 @@ class LLM(AbstractContextManager["LLM"]):
                     self._chat = _chat_format(path, chat_template)
             self._started: Started = start(path, config, mesh)
             self._stack = stack.pop_all()
+        # For scripts that forget `close()`: torch must not be left to the end of the interpreter.
+        self._forgotten = weakref.finalize(self, self._stack.close)
         self._outputs: Generator[RequestOutput, None, None] | None = None
         self._num_requests = 0
 
@@ -89,12 +95,16 @@ class LLM(AbstractContextManager["LLM"]):
         return self._started.engine is not None
 
     def __exit__(self, *raised: Any) -> None:
-        if raised[1] is None:
+        error = raised[1]
+        if error is None:
             self.close()
-        else:  # the other ranks may be anywhere
-            if self._started.mesh.world.size > 1 and isinstance(raised[1], Exception):
-                traceback.print_exception(raised[1])
-            self._stack.__exit__(*raised)
+            return
+        if self._started.mesh.world.size > 1 and _is_of_script(error):
+            traceback.print_exception(error)  # the other ranks may be anywhere: this ends the job
+        self._forgotten.detach()
+        self._stack.__exit__(*raised)
+        if isinstance(error, Interrupted) and error.number == signal.SIGTERM:
+            sys.exit(error.exit_code)
 
     def close(self) -> None:
         """Leave the other ranks; what is cached goes to disk, if there is a disk cache."""
@@ -105,6 +115,7 @@ class LLM(AbstractContextManager["LLM"]):
             self._started.engine.stop()
         with self._started.mesh.watch.task("writing the experts' loads"):
             self._started.runner.finish()
+        self._forgotten.detach()
         self._stack.close()
 
     def generate(
@@ -268,6 +279,12 @@ def _chat_format(path: Path, template: str | Path | None) -> AnyFormat:
     if isinstance(made, UnusableFormat):
         log.warning("%s: no conversations can be served", made.reason)
     return made
+
+
+def _is_of_script(error: BaseException) -> bool:
+    """Return True if the script itself has failed, not all ranks alike or a connection."""
+    is_shared = getattr(error, "is_shared", False)
+    return isinstance(error, Exception) and not is_shared and not is_lost(error)
 
 
 def _texts(outputs: Iterator[RequestOutput], thoughts: ThoughtStream | None) -> Iterator[TextPiece]:

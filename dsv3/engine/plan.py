@@ -183,7 +183,8 @@ class PlanChannel:
         self._control, self.watch = control, watch or Watch()
 
     def _broadcast(self, words: Ints) -> Ints:
-        return self._control.broadcast(torch.from_numpy(words)).numpy()
+        with self.watch.exchange():
+            return self._control.broadcast(torch.from_numpy(words)).numpy()
 
     def send(self, plans: list[StepPlan] | None) -> None:
         """Send from rank 0."""

@@ -22,8 +22,8 @@ from dsv3.engine.config import EngineConfig
 from dsv3.engine.program_files import log_file
 from dsv3.errors import ConfigError, Dsv3Error, RankError, one_line, os_errors_as, printable
 from dsv3.files import open_closed_streams
+from dsv3.parallel.failure_report import leave_report, reason_of
 from dsv3.parallel.launcher import environment_rank
-from dsv3.parallel.watch import leave_report, reason_of
 
 _INTERRUPTED = 130
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl

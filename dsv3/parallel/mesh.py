@@ -256,8 +256,9 @@ def join_world(
         watch.leave()
     finally:
         if met and mesh:
-            mesh.close()
-            dist.destroy_process_group()
+            with watch.closing():
+                mesh.close()
+                dist.destroy_process_group()
 
 
 def _enter_mesh(layout: ParallelConfig, device: str, met: Roster | None, watch: Watch) -> Mesh:

@@ -56,7 +56,8 @@ def fail_together(mesh: Mesh, stage: str, is_fatal: bool = True) -> Iterator[Non
         message = text.encode(errors="replace")[: _MESSAGE_BYTES - 1]
         mine[0] = 1 + kind
         mine[1 : 1 + len(message)] = torch.frombuffer(bytearray(message), dtype=torch.uint8)
-    told = mesh.world.all_gather(mine.to(mesh.device)).cpu()
+    with mesh.watch.exchange():
+        told = mesh.world.all_gather(mine.to(mesh.device)).cpu()
     failed = told[:, 0].nonzero().flatten().tolist()
     if not failed:
         return

@@ -12,11 +12,9 @@ an exchange then, the job is ended as well.
 Ending means `os._exit`: the main thread may sit in an exchange that will never end.
 """
 
-import ctypes
 import faulthandler
 import json
 import logging
-import math
 import os
 import selectors
 import signal
@@ -28,13 +26,15 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from dsv3.errors import Interrupted, RankError, describe_error, one_line
+from dsv3.errors import Interrupted, RankError, one_line
+from dsv3.parallel.failure_report import is_lost, leave_report, log_file, reason_of
+from dsv3.parallel.fuse import Fuse
 from dsv3.parallel.rendezvous import Peer, Roster
+from dsv3.parallel.seen import Seen
 
 log = logging.getLogger(__name__)
 
@@ -51,57 +51,6 @@ _CAUSE_SECONDS = 2.0  # a lost connection has a cause that another rank may tell
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 RUN = "run"  # the stage in which the program decides what is done
 _EXCHANGES = str(Path(__file__).with_name("collectives.py"))
-
-
-@dataclass(slots=True)
-class _Seen:
-    """What a rank told last, and for how many seconds it told nothing, or the same.
-
-    Attributes:
-        progress: grows as it gets on.
-        limit: seconds without progress that make it stuck; 0: it may rest.
-        waits: in an exchange, for other ranks.
-        stalled: seconds without progress.
-        deserted: seconds in an exchange after another rank has left.
-    """
-
-    progress: int = 0
-    limit: float = 0.0
-    waits: bool = False
-    stage: str = "start-up"
-    silent: float = 0.0
-    stalled: float = 0.0
-    deserted: float = 0.0
-    left: bool = False
-
-    @property
-    def is_stuck(self) -> bool:
-        """Whether it has made no progress for longer than its stage may take."""
-        return 0 < self.limit < self.stalled
-
-    def note(self, progress: int, limit: float, waits: bool, stage: str) -> None:
-        """Update from a report."""
-        if (progress, stage) != (self.progress, self.stage):
-            self.stalled = self.deserted = 0.0
-        self.progress, self.limit, self.waits, self.stage = progress, limit, waits, stage
-
-
-class _Fuse:
-    """Has the system kill this process unless it is set again: a stopped one cannot end itself."""
-
-    def __init__(self) -> None:
-        self._libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-        self._timer = ctypes.c_void_p()
-        if self._libc is not None:
-            event = (ctypes.c_int * 16)(0, 0, signal.SIGKILL)  # struct sigevent
-            if self._libc.timer_create(time.CLOCK_MONOTONIC, event, ctypes.byref(self._timer)):
-                self._libc = None
-
-    def set(self, seconds: float) -> None:
-        """Kill in so many seconds; 0: never."""
-        if self._libc is not None:
-            spec = (ctypes.c_long * 4)(0, 0, math.ceil(seconds), 0)  # struct itimerspec
-            self._libc.timer_settime(self._timer, 0, spec, None)
 
 
 class Watch:
@@ -126,7 +75,7 @@ class Watch:
         self._peers: Sequence[Peer] = met.peers if met else ()
         self._links = dict(met.links) if met else {}
         self._unread = dict.fromkeys(self._links, b"")
-        self._seen = {r: _Seen() for r in (rank, *self._links)}
+        self._seen = {r: Seen() for r in (rank, *self._links)}
         self._advances, self._busy, self._leaving, self._stopping = 0, False, False, False
         self._is_waiting, self._has_news = False, False
         self._pending, self._interrupted, self._waited = False, False, 0.0
@@ -211,6 +160,29 @@ class Watch:
         if self._pending and self._rank == 0:
             self._interrupt()
 
+    @contextmanager
+    def exchange(self) -> Iterator[None]:
+        """Run an exchange outside of a step: one that fails since a rank is gone ends the job."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self._peers and is_lost(error):
+                self.fail(error)
+            raise
+
+    @contextmanager
+    def closing(self) -> Iterator[None]:
+        """Close the groups after `leave`; it must not take longer than a rank may be stuck."""
+        seconds = self._timeout
+        text = f"{self.name_of(self._rank)} is stuck in closing its connections for {seconds:.0f} s"
+        timer = threading.Timer(seconds, self._end, (text, True))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
     def warn(self, reason: str, seconds: float) -> None:
         """Tell the others that this rank fails; who has not left by then is ended."""
         if self._rank:
@@ -222,7 +194,8 @@ class Watch:
         """End the job: this rank cannot go on, and the others may be anywhere."""
         log.debug("rank %d", self._rank, exc_info=error)
         name = "" if isinstance(error, RankError) else f"{self.name_of(self._rank)}: "
-        self.warn(name + reason_of(error), _CAUSE_SECONDS if is_lost(error) else 0.0)
+        if not self.asked:  # then the thread ends the job
+            self.warn(name + reason_of(error), _CAUSE_SECONDS if is_lost(error) else 0.0)
         while True:
             time.sleep(_TICK_SECONDS)
 
@@ -276,7 +249,7 @@ class Watch:
     # The thread: listen, tell, judge.
 
     def _run(self) -> None:
-        fuse = _Fuse()
+        fuse = Fuse()
         try:
             with selectors.DefaultSelector() as selector:
                 selector.register(self._bell, selectors.EVENT_READ)
@@ -394,7 +367,7 @@ class Watch:
             self._judge_progress(present)
             self._judge_left(present, elapsed)
 
-    def _judge_progress(self, present: Mapping[int, _Seen]) -> None:
+    def _judge_progress(self, present: Mapping[int, Seen]) -> None:
         """End the job if a rank is stuck, or if all wait for each other.
 
         A rank that waits is stuck because of another one: of one that rests, if none else is.
@@ -409,14 +382,15 @@ class Watch:
             what = f"stuck in {', '.join(stages)} for {seconds:.0f} s"
             self._end(f"{self.name_of(*causes)} is {what}", stacks=True)
         stalled = min((seen.stalled for seen in present.values() if seen.waits), default=0.0)
-        if all(seen.waits for seen in present.values()) and stalled > self._timeout:
+        are_all = len(present) == len(self._seen) and all(seen.waits for seen in present.values())
+        if are_all and stalled > self._timeout:
             self._end(
                 f"all ranks wait for each other for {stalled:.0f} s, in different exchanges: they "
                 "must make the same calls",
                 stacks=True,
             )
 
-    def _judge_left(self, present: Mapping[int, _Seen], elapsed: float) -> None:
+    def _judge_left(self, present: Mapping[int, Seen], elapsed: float) -> None:
         """End the job if a rank waits in an exchange for one that has left."""
         left = [rank for rank, seen in self._seen.items() if seen.left]
         if self._leaving:
@@ -450,7 +424,7 @@ class Watch:
         for peer in here:  # torchrun would wait half a minute for the end of one that is stopped
             with suppress(OSError):
                 os.kill(peer.pid, signal.SIGCONT)
-        own_log = _log_file()
+        own_log = log_file()
         report = f"error: {text}\n" if own_log != 2 else ""
         if stacks:
             with tempfile.TemporaryFile("w+") as file:
@@ -472,38 +446,9 @@ def start_up_timeout(timeout: float) -> float:
     return max(_START_UP_SECONDS, _START_UP_TIMEOUTS * timeout)
 
 
-def leave_report(line: str, story: str = "") -> None:
-    """Leave what happened where torchrun looks for it. Its own `record` would print stacks."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:
-        extra = {"py_callstack": story or line, "timestamp": str(int(time.time()))}
-        message = {"message": {"message": line, "extraInfo": extra}}
-        with suppress(OSError):
-            Path(path).write_text(json.dumps(message))
-
-
-def reason_of(error: BaseException) -> str:
-    """Say in one line why a rank fails."""
-    if is_lost(error):
-        return "lost its connection to another rank, which has ended or cannot be reached"
-    return describe_error(error)
-
-
-def is_lost(error: BaseException) -> bool:
-    """Tell whether an exchange failed because another rank is gone."""
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("gloo/transport" in text or "NCCL" in text)
-
-
 def _is_in_exchange() -> bool:
     """Tell whether the main thread waits for other ranks."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     while frame is not None and frame.f_code.co_filename != _EXCHANGES:
         frame = frame.f_back
     return frame is not None
-
-
-def _log_file() -> int:
-    """Return the descriptor of this rank's own log, standard error's without one."""
-    files = (h for h in logging.getLogger().handlers if isinstance(h, logging.FileHandler))
-    return next((file.stream.fileno() for file in files if file.stream), 2)

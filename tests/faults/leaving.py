@@ -4,6 +4,7 @@ Usage: torchrun leaving.py HOW RANK
 """
 
 import os
+import signal
 import sys
 
 from dsv3 import LLM, SamplingParams
@@ -25,8 +26,23 @@ def main() -> None:
                 raise Aborted("enough")
             if how == "return":
                 return
+            if how == "die":
+                os._exit(0)
+            if how == "term":
+                os.kill(os.getpid(), signal.SIGTERM)
         llm.generate(["x"], params)
 
 
+def forget_to_close(rank: str) -> None:
+    llm = LLM(kv_cache_size="2048tok", rank_timeout=5.0)
+    llm.generate(["x"])
+    if rank in (os.environ["RANK"], "all"):
+        sys.exit(0)
+    llm.generate(["x"])
+
+
 if __name__ == "__main__":
-    main()
+    if sys.argv[1] == "forget":
+        forget_to_close(sys.argv[2])
+    else:
+        main()

@@ -27,6 +27,8 @@ def main() -> None:
         from dsv3.parallel import mesh
         from dsv3.text.chat import ChatFormat
 
+        if place == "closing":
+            mesh.Mesh.close = hang  # type: ignore[assignment]
         if place == "groups":
             mesh.make_mesh = hang  # type: ignore[assignment]
         if place == "headers":

@@ -41,6 +41,7 @@ PLACES = {
     "groups 1": "rank 1 on HOST is stuck in start-up for ",
     "headers 0": "rank 0 on HOST is stuck in load for ",
     "weights 1": "rank 1 on HOST is stuck in load for ",
+    "closing 0": "rank 0 on HOST is stuck in closing its connections for ",
     "template 0": "rank 0 on HOST is stuck in writing the prompt of row 1 for ",
 }
 # How a script leaves, on which rank, and the error.
@@ -49,6 +50,9 @@ WAYS = {
     "exit 1": r"rank 1 on HOST has left the job \(SystemExit: 7\) while other ranks go on",
     "abort 0": "rank 0 on HOST: Aborted: enough",
     "abort 1": "rank 1 on HOST: Aborted: enough",
+    "die 1": "rank 1 on HOST has died during run",
+    "forget 1": "rank 1 on HOST has left the job while rank 0 on HOST waits for it: all ranks must",
+    "forget all": "",
     "return 0": "all ranks wait for each other for ",
     "return 1": "all ranks wait for each other for ",
     "exit all": "",
@@ -190,7 +194,8 @@ def test_a_script_that_leaves_early_ends_on_all_ranks(
     if WAYS[way]:
         check_error(outcome, WAYS[way])
         assert outcome.codes == [1]
+        assert not any("Traceback" in line for line in our_lines(outcome.stderr[0]))
         return
     assert not outcome.errors
-    assert outcome.codes == [0 if way == "return all" else 1]
-    assert way == "return all" or "exitcode  : 7" in outcome.stderr[0]
+    assert outcome.codes == [1 if way == "exit all" else 0]
+    assert way != "exit all" or "exitcode  : 7" in outcome.stderr[0]

@@ -52,13 +52,13 @@ def test_impossible_settings_are_refused_before_anybody_is_met() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "reason"),
     [
-        ("RANK", "x", "RANK=x is not a number"),
-        ("WORLD_SIZE", "", "WORLD_SIZE= is not a number"),
-        ("WORLD_SIZE", "0", "world_size=0, dp=1, tp=0 must be at least 1"),
-        ("RANK", "2", "rank=2 is not in 0..1"),
-        ("MASTER_ADDR", "", "MASTER_ADDR is not set: start with torchrun"),
-        ("MASTER_PORT", "port", "MASTER_PORT=port is not a number"),
-        ("MASTER_PORT", "99999", "MASTER_PORT=99999 is not a port"),
+        ("RANK", "x", "RANK=x in the environment must be a whole number"),
+        ("WORLD_SIZE", "", "WORLD_SIZE= in the environment must be a whole number"),
+        ("WORLD_SIZE", "0", "WORLD_SIZE=0 in the environment must be a whole number from 1"),
+        ("RANK", "2", "RANK=2 in the environment must be below WORLD_SIZE=2"),
+        ("MASTER_ADDR", "", "MASTER_ADDR is not set; start with torchrun"),
+        ("MASTER_PORT", "port", "MASTER_PORT=port in the environment must be a whole number"),
+        ("MASTER_PORT", "99999", "MASTER_PORT=99999 in the environment must be"),
     ],
 )
 def test_an_environment_that_no_launcher_makes_is_refused(
