@@ -20,6 +20,7 @@ from dsv3.errors import CheckpointError, RequestError
 from dsv3.read_files import TABLE_BYTES, read_bytes, read_mapping, read_text
 from dsv3.text.kimi import TiktokenVocabulary
 from dsv3.text.tokenizer_errors import NoTokenizer, rust_errors_as
+from dsv3.text.tokenizer_limits import check_growth
 
 log = logging.getLogger(__name__)
 
@@ -151,6 +152,7 @@ class _BytePairs:
             if isinstance(self._tokenizer.model, models.BPE):
                 self._tokenizer.model.dropout = None
             self._added = self._tokenizer.get_added_tokens_decoder()
+        check_growth(path, self._tokenizer)
         self._path = path
         decoder = self._tokenizer.decoder
         byte_level = isinstance(decoder, decoders.ByteLevel)

@@ -134,6 +134,68 @@ def test_damaged_files_are_named(tmp_path: Path, name: str, text: str, message: 
         Tokenizer.load_optional(folder)  # there is one, only damaged
 
 
+def replace(pattern: dict[str, str], content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+def template(special: int, texts: int) -> dict[str, Any]:
+    return {
+        "type": "TemplateProcessing",
+        "single": [
+            *[{"SpecialToken": {"id": "x", "type_id": 0}}] * special,
+            *[{"Sequence": {"id": "A", "type_id": 0}}] * texts,
+        ],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"x": {"id": "x", "ids": [1] * 100, "tokens": ["x"] * 100}},
+    }
+
+
+DOUBLED = [replace({"String": "e"}, "ee")] * 40
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}
+EXPLOSIVE: dict[str, tuple[dict[str, Any], str]] = {
+    "doubled again": (
+        {"normalizer": {"type": "Sequence", "normalizers": DOUBLED}},
+        "its normalizer can make a text 1,000 times as long",
+    ),
+    "long content": ({"normalizer": replace({"Regex": "."}, "x" * 2000)}, "its normalizer can"),
+    "long prefix": ({"normalizer": {"type": "Prepend", "prepend": "x" * 99_999}}, "its normalizer"),
+    "decoder": (
+        {"decoder": {"type": "Sequence", "decoders": [BYTE_LEVEL, *DOUBLED]}},
+        "its decoder can make a text 1,000 times as long",
+    ),
+    "many tokens": ({"post_processor": template(1000, 1)}, "its post_processor can add 65,536"),
+    "many texts": ({"post_processor": template(0, 2000)}, "its post_processor can add 65,536"),
+}
+
+
+def changed(folder: Path, fields: dict[str, Any]) -> Path:
+    """Write the demo's tokenizer.json with other fields."""
+    data = json.loads((DEMO / "tokenizer.json").read_text()) | fields
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    return folder
+
+
+@pytest.mark.parametrize("case", EXPLOSIVE)
+def test_a_tokenizer_that_makes_texts_without_end_is_refused(tmp_path: Path, case: str) -> None:
+    fields, message = EXPLOSIVE[case]
+    with pytest.raises(CheckpointError, match=rf"tokenizer\.json: {message}"):
+        Tokenizer.load(changed(tmp_path, fields))
+
+
+def test_usual_normalizers_and_post_processors_are_read(tmp_path: Path) -> None:
+    normalizers = [
+        {"type": "Prepend", "prepend": "\u2581"},
+        replace({"String": " "}, "\u2581"),
+        *[replace({"Regex": " {2,}"}, " ")] * 20,
+    ]
+    fields = {
+        "normalizer": {"type": "Sequence", "normalizers": normalizers},
+        "post_processor": template(1, 2),
+    }
+    ids = Tokenizer.load(changed(tmp_path, fields)).encode("a b", add_special_tokens=True)
+    assert ids[:100] == [1] * 100 and len(ids) > 102
+
+
 LEFT_BY_TRAINING = {
     "truncation": {
         "truncation": {
