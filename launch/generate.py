@@ -315,7 +315,8 @@ def run(args: argparse.Namespace, mesh: Mesh, files: ExitStack, begin: float) ->
     started = start(checkpoint, settings, mesh, config, args.n_experts)
     seconds.update(started.seconds)
     log.info("start-up: %s", ", ".join(f"{k} {v:.1f} s" for k, v in seconds.items()))
-    profile = Profile(args.hardware, started) if args.profile else None
+    with fail_together(mesh, "measuring the hardware"):
+        profile = Profile(args.hardware, started) if args.profile else None
     with fail_together(mesh, "answering"):
         summary = work(job, started, checkpoint.name)
         with mesh.watch.task("writing the experts' loads"):
