@@ -39,7 +39,8 @@ def open_stream(path: Path, flags: int, standard: int) -> int:
         OSError: it cannot be opened, or standard input or output is closed.
     """
     if path == STANDARD:
-        if (sys.stdin, sys.stdout)[standard] is None:  # another file may have its number since
+        # Where it was closed, another file may have its number since.
+        if (sys.__stdin__, sys.__stdout__)[standard] is None:
             raise OSError(errno.EBADF, "it is closed")
         return os.dup(standard)
     number = _number(path)

@@ -202,7 +202,7 @@ def prepare(
         thinking=args.thinking,
         system=args.system,
     )
-    if sys.stdout is None and not args.output_file:
+    if sys.__stdout__ is None and not args.output_file:
         raise ConfigError("standard output is closed; give an --input-file and an --output-file")
     if args.stats_file:
         check_stats_file(Path(args.stats_file))

@@ -50,7 +50,7 @@ def read_prompt() -> Prompt:
         "nothing to answer: give --prompt TEXT, --interactive or --input-file FILE, or a prompt on "
         "standard input"
     )
-    if sys.stdin is None or sys.stdin.isatty():
+    if sys.__stdin__ is None or sys.stdin.isatty():
         raise ConfigError(nothing)
     log.info("reading the prompt from standard input")
     source = InputFile.find(STANDARD, "the prompt on")

@@ -33,7 +33,7 @@ class Lines(contextlib.AbstractContextManager["Lines"]):
 
     def read(self) -> str | None:
         """Read a line."""
-        if sys.stdin is None:  # closed
+        if sys.__stdin__ is None:  # closed
             return None
         if sys.stdin.isatty():
             _write(sys.stderr.fileno(), PROMPT)

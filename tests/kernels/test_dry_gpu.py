@@ -17,7 +17,7 @@ from dsv3_kernels._triton import HAS_TRITON
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 ROOT = Path(__file__).parents[2]
 # They run steps, which wait for nothing but what the one before has sampled.
-STEPS = ("runner", "sampler", "attention", "moe", "experts", "linear", "rows")
+STEPS = ("runner", "sampler", "transfer", "attention", "moe", "experts", "linear", "rows")
 
 
 def dry_run(*command: object) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def test_rank_of_v3() -> None:
     report = dry_run("launch/bench.py", "rank", *flags.split())
     assert len(report["launches"]) >= 17
     assert "index with a mask" in str(report["waits"]), "its count of the experts hit"
-    assert waits_of_steps(report) == {"sampler.py fresh pinned memory"}
+    assert waits_of_steps(report) == {"transfer.py fresh pinned memory"}
 
 
 def test_demo_in_fp8(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_demo_in_fp8(tmp_path: Path) -> None:
     assert "_sample_kernel" in report["launches"] and "_mla_prefill_kernel" in report["launches"]
     events = json.loads(stats.read_text())["events"]
     assert events["evictions"] > 0, events
-    waits = {"sampler.py fresh pinned memory", "sampler.py Event.synchronize"}
+    waits = {"transfer.py fresh pinned memory", "sampler.py Event.synchronize"}
     assert waits_of_steps(report) == waits
 
 
