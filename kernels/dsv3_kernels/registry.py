@@ -174,7 +174,8 @@ def _sampling(small: bool) -> Iterator[Case]:
         def operands(d: torch.device, B: int = B, W: int = W) -> Args:
             ones = torch.ones(B, device=d)
             longs = torch.arange(B, device=d)
-            return 3 * torch.randn(B, W, device=d), ones, 0 * longs, ones, longs - 1, longs
+            logits, none = 3 * torch.randn(B, W, device=d), 0 * longs
+            return logits, ones, none, ones, 0 * ones, longs - 1, none, longs
 
         pair = sample_triton, sample_ref
         yield Case("sample", f"{B} x {W}", operands, *pair, 4 * B * W, tol=0.0)

@@ -19,6 +19,9 @@ from tests.kernels.paged import scatter
 H, C, R, PAGE = 3, 16, 8, 16
 WHOLE = Paging(PAGE)
 
+# float32 in another order of summation: 2.2e-6 on one processor, below 2e-6 on others.
+TOLERANCE = 4e-6
+
 
 def make(lengths: list[int], queries: int, paging: Paging = WHOLE):
     """Keys, then the arguments of `mla_decode`; the queries are the last positions."""
@@ -125,8 +128,8 @@ def test_kernel(
         pos[-1, -1] = -1 if queries > 1 else pos[-1, -1]
         args = q, cache, page, pos, paging, dims[0], scale
         (o, lse), (want_o, want_lse) = run(args, tile), mla_decode_ref(*args)
-        assert_close("o", o, want_o, 2e-6)
-        assert_close("lse", lse, want_lse, 2e-6)
+        assert_close("o", o, want_o, TOLERANCE)
+        assert_close("lse", lse, want_lse, TOLERANCE)
 
 
 @pytest.mark.parametrize("shards", [1, 4])
@@ -138,8 +141,8 @@ def test_kernel_of_no_position(shards: int) -> None:
     o, lse = run(args, Tile(16, 16, 16, 4, 2))
     want_o, want_lse = mla_decode_ref(*args)
     assert bool((lse[1] == -math.inf).all()) and bool((o[1] == 0).all())
-    assert_close("o", o, want_o, 2e-6)
-    assert_close("lse", lse, want_lse, 2e-6)
+    assert_close("o", o, want_o, TOLERANCE)
+    assert_close("lse", lse, want_lse, TOLERANCE)
 
 
 @pytest.mark.parametrize("dims", [(256, 16), (24, 8)])
@@ -153,16 +156,16 @@ def test_kernel_reads_the_packed_form(dims: tuple[int, int], monkeypatch) -> Non
     packed[~written] = 0x7F  # NaN in all three parts
     args = q, packed, page, pos, paging, C, scale
     (o, lse), (want_o, want_lse) = run(args, Tile(16, 16, 32, 4, 2)), mla_decode_ref(*args)
-    assert_close("o", o, want_o, 2e-6)
-    assert_close("lse", lse, want_lse, 2e-6)
+    assert_close("o", o, want_o, TOLERANCE)
+    assert_close("lse", lse, want_lse, TOLERANCE)
 
 
 def test_kernel_of_bfloat16() -> None:
     _, (q, cache, *rest) = make([129, 40], 2)
     args = q.bfloat16(), cache.bfloat16(), *rest
     (o, lse), (want_o, want_lse) = mla_decode_triton(*args), mla_decode_ref(*args)
-    assert_close("o", o, want_o, 2e-6)
-    assert_close("lse", lse, want_lse, 2e-6)
+    assert_close("o", o, want_o, TOLERANCE)
+    assert_close("lse", lse, want_lse, TOLERANCE)
 
 
 def test_a_sequence_does_not_depend_on_the_batch() -> None:
@@ -208,8 +211,8 @@ def test_parts_are_the_same_in_another_order(ranks: int, queries: int, split: in
         assert bool((got_o[:, [0, -1]] == 7).all()), "the rows of others"
         for p in range(ranks):
             own = slice(p * heads, (p + 1) * heads)
-            assert_close("o", got_o[p, 1:-1], o[:, :, own].flatten(0, 1), 2e-6)
-            assert_close("lse", got_lse[p, 1:-1], lse[:, :, own].flatten(0, 1), 2e-6)
+            assert_close("o", got_o[p, 1:-1], o[:, :, own].flatten(0, 1), TOLERANCE)
+            assert_close("lse", got_lse[p, 1:-1], lse[:, :, own].flatten(0, 1), TOLERANCE)
 
 
 def test_wide_tables_go_a_few_sequences_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
