@@ -223,7 +223,11 @@ def write_output(output: NamedFile, kind: Format, content: str | bytes) -> None:
     data = content.encode() if isinstance(content, str) else content
     with os_errors_as(OutputError, f"{output}: cannot be written"):
         if is_special(output.path):
-            output.path.write_bytes(data)
+            # A pipe that nothing reads is an error, not a wait.
+            descriptor = os.open(output.path, os.O_WRONLY | os.O_NONBLOCK)
+            os.set_blocking(descriptor, True)
+            with open(descriptor, "wb") as file:
+                file.write(data)
             return
         target = Path(os.path.realpath(output.path))  # a link stays a link
         try:

@@ -116,3 +116,15 @@ def test_a_new_file_is_new(tmp_path: Path) -> None:
         with pytest.raises(FileExistsError), new_file(path):
             pass
     assert (tmp_path / "target").read_text() == "mine"
+
+
+def test_a_pipe_that_nothing_reads_is_an_error_and_no_wait(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    kind = Format("anything", re.compile(b""))
+    with pytest.raises(OutputError, match=r"--stats-file=.*pipe: cannot be written"):
+        write_output(NamedFile("--stats-file", pipe), kind, "{}")
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_output(NamedFile("--stats-file", pipe), kind, "{}")
+    assert os.read(reader, 10) == b"{}"
+    os.close(reader)
