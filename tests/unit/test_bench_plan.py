@@ -50,6 +50,7 @@ def test_every_layout_once() -> None:
     assert list(bench.layouts(V3, 3)) == []
 
 
+@pytest.mark.slow
 def test_memory() -> None:
     eight = ParallelConfig(world_size=8)
     dealt, repeated = (replace(V3, layout=eight, kv_shard=kind) for kind in ("tokens", "none"))
@@ -127,6 +128,7 @@ def run(monkeypatch: pytest.MonkeyPatch, program: ModuleType, *command: str) -> 
     return code
 
 
+@pytest.mark.slow
 def test_measured_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Few small steps: what they take is told apart from what was foretold."""
     monkeypatch.setattr(bench, "CHECKED", ((1, 1, 10), (4, 1, 64), (1, 64, 0)))
@@ -190,6 +192,7 @@ def test_balance(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         run(monkeypatch, balance, *command, "--load", str(loads), "--config", "v2-lite-16b")
 
 
+@pytest.mark.slow
 def test_both_are_benchmarks() -> None:
     done = programs.run([*programs.ALONE, "launch/bench.py", "balance", "--ranks", "3"])
     assert done.returncode == 2

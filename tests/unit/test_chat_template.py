@@ -50,6 +50,7 @@ NO_TEMPLATES = {
 
 
 @pytest.mark.parametrize("kind", FAILS)
+@pytest.mark.slow
 def test_a_template_without_end_fails_by_name(kind: str) -> None:
     source, reason = FAILS[kind]
     template = ChatTemplate(source, "dir/tokenizer_config.json")

@@ -59,7 +59,7 @@ def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return path, config, {name: value(tensors, name) for name in tensor_specs(config)}
 
 
-@pytest.mark.parametrize("buffer", [700, 1 << 20])
+@pytest.mark.parametrize("buffer", [pytest.param(700, marks=pytest.mark.slow), 1 << 20])
 @pytest.mark.parametrize("keep_fp8", [False, True])
 def test_every_rank_gets_its_slices(
     stored: tuple[Path, ModelConfig, dict[str, Tensor]],

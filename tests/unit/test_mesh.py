@@ -177,6 +177,7 @@ def test_a_second_rank_0_is_refused(store: dist.Store) -> None:
 @pytest.mark.parametrize(
     ("rank", "words"), [(0, "is used by another program"), (1, "no answer at localhost")]
 )
+@pytest.mark.slow
 def test_a_server_that_is_no_store_ends_the_wait(rank: int, words: str) -> None:
     """It takes connections and says nothing. The process ends: torch's thread never would."""
     code = (

@@ -65,6 +65,7 @@ def test_outputs_differ_from_each_other(
     parse("--input-file", rows, "--output-file", "/dev/null", "--stats-file", "/dev/null")
 
 
+@pytest.mark.slow
 def test_standard_output_is_an_output(rows: Path, tmp_path: Path) -> None:
     """A file that answers go to is no other file of the job; messages may go there, too."""
     job = [sys.executable, str(ROOT / "launch" / "generate.py"), "--input-file", str(rows)]
@@ -82,6 +83,7 @@ def test_standard_output_is_an_output(rows: Path, tmp_path: Path) -> None:
     assert rows.read_text().startswith("one\nerror: ")
 
 
+@pytest.mark.slow
 def test_closed_standard_streams(rows: Path, tmp_path: Path) -> None:
     job = f"{sys.executable} {ROOT / 'launch' / 'generate.py'} --input-file {rows}"
     done = subprocess.run(f"{job} >&-", shell=True, capture_output=True, text=True, check=False)
