@@ -20,7 +20,7 @@ from benchlib.flags import add_program_flags
 from benchlib.hardware import hardware
 from benchlib.report import Report, check_report, machine
 from dsv3.engine.program import Parser, run_program, set_up_logging
-from dsv3.engine.start import try_forms
+from dsv3.engine.start import set_launches
 from dsv3.errors import ConfigError, RankError
 from dsv3.observe.roofline import Hardware, Op
 from dsv3_kernels.registry import Case, cases, check, measure
@@ -35,7 +35,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--check", action="store_true", help="only compare; without a GPU in the interpreter"
     )
-    parser.add_argument("--try-kernels", default="none", help="unproven: overlap, gluon or all")
+    parser.add_argument("--overlap-launches", action="store_true", help="begin them early")
     parser.add_argument("--hardware", default="measure", help="ceilings: measure, h100 or h200")
     add_program_flags(parser)
     return parser.parse_args()
@@ -50,7 +50,7 @@ def compare_and_time(args: argparse.Namespace) -> Report:
         # Triton looks at it while it is imported.
         os.execve(sys.executable, sys.orig_argv, os.environ | {"TRITON_INTERPRET": "1"})
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
-    try_forms(args.try_kernels, device)
+    set_launches(args.overlap_launches, device)
     known = [case for case in cases(small=not on_gpu) if not args.ops or case.op in args.ops]
     if not known:
         every = sorted({case.op for case in cases(small=True)})

@@ -36,7 +36,7 @@ from dsv3.config_files import load_model_config
 from dsv3.engine.plan import StepPlan
 from dsv3.engine.program import Parser, run_program, set_up_logging
 from dsv3.engine.runner import Runner
-from dsv3.engine.start import try_forms
+from dsv3.engine.start import set_launches
 from dsv3.errors import ConfigError
 from dsv3.model.attention import absorb_limit
 from dsv3.model.moe import MoE
@@ -374,7 +374,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--hardware", default="measure", help="its ceilings: measure, h100, h200")
     parser.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
-    parser.add_argument("--try-kernels", default="none", help="unproven: overlap, gluon or all")
+    parser.add_argument("--overlap-launches", action="store_true", help="begin them early")
     parser.add_argument("--threads", type=at_least(1), help="on a CPU (default: all)")
     add_program_flags(parser)
     return parser.parse_args()
@@ -387,11 +387,11 @@ def main() -> int:
     set_up_logging(args.debug)
     with join_world(args.device) as mesh:
         torch.set_num_threads(args.threads or torch.get_num_threads())
-        try_forms(args.try_kernels, mesh.device)
+        set_launches(args.overlap_launches, mesh.device)
         shape = shape_of(args, mesh.device.type == "cpu")
         what = (args.batch, args.context, args.prefill, args.steps, args.enforce_eager)
         report = rank_report(shape, mesh.device, hardware(args.hardware, mesh.device), *what)
-        report.setting |= machine(1) | {"tried kernels": args.try_kernels}
+        report.setting |= machine(1) | {"overlapping launches": args.overlap_launches}
     report.publish(args.json)
     return 0
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from dsv3.engine.sizes import CacheSize, Size
 from dsv3.errors import ConfigError
-from dsv3_kernels import UNPROVEN
 
 # By arithmetic, not measured: for V3 on 8 ranks at 450 GB/s, fewer bytes of float32 sums and fewer
 # rows to normalize save two more launches' 20 us a layer from about 600 tokens on. Gloo saves none.
@@ -76,8 +75,8 @@ class EngineConfig:
         pipeline_depth: steps launched before the results of the last one are looked at: 0 or 1;
             -1 is 1 on CUDA, where steps run asynchronously, and 0 on a CPU.
         enforce_eager: launch every kernel of a decode step, also where a CUDA graph could hold it.
-        try_kernels: forms of kernels that no GPU has confirmed yet (`dsv3_kernels.UNPROVEN`), or
-            "all" of them.
+        overlap_launches: let each kernel's launch begin while the kernel before it still runs
+            (Hopper and later; not yet confirmed on a GPU).
         check_every: steps between comparisons of what the ranks have computed; 0 compares nothing.
     """
 
@@ -111,7 +110,7 @@ class EngineConfig:
     max_running: int = _steps(64, "sequences at a time", least=1)
     pipeline_depth: int = _steps(-1, "0, 1 or -1: as the device", least=-1)
     enforce_eager: bool = _steps(False, "no CUDA graphs")
-    try_kernels: str = _steps(("none", *UNPROVEN, "all"), "forms that no GPU has confirmed")
+    overlap_launches: bool = _steps(False, "begin launches early (Hopper; not yet confirmed)")
     check_every: int = _steps(64, "steps between comparisons of what the ranks compute (0: never)")
 
     def __post_init__(self) -> None:

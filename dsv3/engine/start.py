@@ -51,7 +51,7 @@ from dsv3.parallel.together import fail_together
 from dsv3.parallel.watch import RUN
 from dsv3.parallel.weights import FP8, WeightFormat
 from dsv3.text.tokenizer import Tokenizer
-from dsv3_kernels import UNPROVEN, try_kernels
+from dsv3_kernels import overlap_launches
 
 log = logging.getLogger(__name__)
 
@@ -174,7 +174,7 @@ def start(
                 log.warning("%s", line)
             log.info("%s", setup.plan.describe())
         _limit_threads(source.config, mesh)
-        try_forms(settings.try_kernels, mesh.device)
+        set_launches(settings.overlap_launches, mesh.device)
         dispatch = _dispatch(settings, source.config, setup.fmt, has_fp8_experts(source))
         if setup.placement is not None:  # a group's experts may be anywhere
             dispatch = replace(dispatch, groups=(1, 1))
@@ -215,13 +215,14 @@ def start(
     return Started(mesh, config, runner, channel, cache, plan, engine, seconds)
 
 
-def try_forms(word: str, device: torch.device) -> None:
-    """Switch on what `--try-kernels` names."""
-    forms = {"none": (), "all": UNPROVEN}.get(word, (word,))
+def set_launches(overlap: bool, device: torch.device) -> None:
+    """Switch on overlapping launches of kernels if `--overlap-launches` asks for them."""
+    if not overlap:
+        return
     try:
-        try_kernels(forms, device)
+        overlap_launches(device)
     except ValueError as error:
-        raise ConfigError(f"--try-kernels={word}: {error}") from error
+        raise ConfigError(f"--overlap-launches: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ Knows nothing of models, ranks or requests. Shape letters: see `dsv3/__init__.py
 """
 
 from dsv3_kernels._split_k import make_locks
-from dsv3_kernels._triton import UNPROVEN, try_kernels
+from dsv3_kernels._triton import overlap_launches
 from dsv3_kernels.absorb_query import absorb_query
 from dsv3_kernels.act_quant import Quantized, act_quant
 from dsv3_kernels.bf16_gemm import linear
@@ -37,7 +37,6 @@ from dsv3_kernels.weight_dequant import weight_dequant
 from dsv3_kernels.write_slots import write_slots
 
 __all__ = [
-    "UNPROVEN",
     "Groups",
     "Keys",
     "Paging",
@@ -69,6 +68,7 @@ __all__ = [
     "mla_prefill_packed",
     "norm_and_cache",
     "open_parts",
+    "overlap_launches",
     "pack_latent",
     "packed_bytes",
     "permute",
@@ -84,7 +84,6 @@ __all__ = [
     "silu_mul",
     "silu_mul_quant",
     "sum_norm",
-    "try_kernels",
     "unpack_latent",
     "unpermute",
     "weight_dequant",

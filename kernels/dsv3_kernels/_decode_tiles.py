@@ -35,7 +35,6 @@ class Tile(NamedTuple):
         keys: positions at a time.
         split: positions in all.
         warps, stages: of the launch.
-        in_gluon: by the kernel of `mla_decode_hopper.py`, which has stages of its own.
     """
 
     rows: int
@@ -43,11 +42,6 @@ class Tile(NamedTuple):
     split: int
     warps: int
     stages: int
-    in_gluon: bool = False
-
-
-# What the Gluon kernel is made for.
-HOPPER_TILE = Tile(64, 64, 1024, 4, 2, in_gluon=True)
 
 
 def split_for(longest: int, others: int, held: int, multiprocessors: int) -> int:

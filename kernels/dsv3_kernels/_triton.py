@@ -7,7 +7,6 @@ A kernel file says `from dsv3_kernels._triton import tl, triton, use_triton`.
 """
 
 import os
-from collections.abc import Iterable
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -36,44 +35,32 @@ triton: Any = import_module("triton") if HAS_TRITON else _Absent()
 tl: Any = import_module("triton.language") if HAS_TRITON else _Absent()
 
 
-# Forms of kernels that no GPU has confirmed yet, so only who asks for them gets them:
-# overlap: a kernel's launch begins while the kernel before still runs (programmatic dependent
-#   launch, Hopper and later);
-# gluon: decode attention of many heads by the kernel in `mla_decode_hopper` (Hopper).
-UNPROVEN = ("overlap", "gluon")
-_tried: set[str] = set()
+# Whether kernels are launched with programmatic dependent launch. A constant when kernels are
+# compiled, so it is set once, before the first launch.
 _OVERLAPS = tl.constexpr(False)
 
 
-def try_kernels(forms: Iterable[str], device: torch.device) -> None:
-    """Switch on some of `UNPROVEN` for this process; to be called before any kernel is launched.
+def overlap_launches(device: torch.device) -> None:
+    """Let each kernel's launch begin while the kernel before it still runs, in this process.
+
+    Must be called before any kernel is launched. The name in CUDA is programmatic dependent launch.
 
     Raises:
-        ValueError: there is no such form, or the device cannot run it.
+        ValueError: the device cannot; it takes a GPU of compute capability 9.0 or more.
     """
-    global _OVERLAPS  # a constant when kernels are compiled
-    forms = set(forms)
-    if unknown := forms - set(UNPROVEN):
-        raise ValueError(f"{sorted(unknown)} are no forms of kernels; there are {UNPROVEN}")
-    on_gpu = device.type == "cuda"
-    if forms and not (on_gpu and torch.cuda.get_device_capability(device) >= (9, 0)):
-        names = " and ".join(sorted(forms))
-        raise ValueError(f"{names}: only for GPUs of compute capability 9.0 or more")
-    _tried.update(forms)
-    _OVERLAPS = tl.constexpr("overlap" in _tried)
-
-
-def is_tried(form: str) -> bool:
-    """Tell whether `try_kernels` has switched on one of `UNPROVEN`."""
-    return form in _tried
+    global _OVERLAPS
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        raise ValueError("overlapping launches need a GPU of compute capability 9.0 or more")
+    _OVERLAPS = tl.constexpr(True)
 
 
 @triton.jit
 def in_turn():
-    """Wait until the kernels before are through, then let the next one's launch begin.
+    """Wait for the preceding kernels to finish, then allow the next kernel's launch to begin.
 
-    Every kernel begins with it. So whoever reads what another kernel wrote has waited for it, and
-    that one for those before: overlapping launches change no order that memory sees.
+    Every kernel calls it first. A kernel that reads another kernel's output has therefore waited
+    for that kernel, and that kernel for its predecessors: overlapping launches do not change the
+    order of memory accesses.
     """
     if _OVERLAPS:
         tl.extra.cuda.gdc_wait()
@@ -81,8 +68,8 @@ def in_turn():
 
 
 def launch_options() -> dict[str, bool]:
-    """Return what every launch is told beside its arguments."""
-    return {"launch_pdl": True} if is_tried("overlap") else {}
+    """Return the launch options that all kernels share."""
+    return {"launch_pdl": True} if _OVERLAPS.value else {}
 
 
 def _mend_interpreter() -> None:

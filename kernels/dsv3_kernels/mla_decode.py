@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from dsv3_kernels._decode_tiles import (
-    HOPPER_TILE,
     Tile,
     programs_for,
     sequences_for,
@@ -40,7 +39,6 @@ from dsv3_kernels._triton import (
 )
 from dsv3_kernels.kv_fp8 import BLOCK, unpack_latent
 from dsv3_kernels.merge_lse import merge_splits_triton, softmax_lse
-from dsv3_kernels.mla_decode_hopper import launch_hopper, takes_hopper
 from dsv3_kernels.paging import Keys, Paging
 
 # Values held at a time by the reference: 4 MiB of float32, which a processor's cache holds.
@@ -272,9 +270,7 @@ def launch_decode(
     page_BG, query_pos_BQ = page_BG.contiguous(), query_pos_BQ.contiguous()
     is_exact = torch.float32 in (q_PTHX.dtype, cache_SX.dtype) or is_interpreted(cache_SX)
     held = G * paging.slots_per_page
-    if tile is None and takes_hopper(q_PTHX, cache_SX, rows, C):
-        tile = HOPPER_TILE
-    elif tile is None:
+    if tile is None:
         tile = tile_for(rows, is_exact, is_hopper(q_PTHX))
         if not is_exact:
             programs = triton.cdiv(rows, tile.rows) * B
@@ -299,21 +295,18 @@ def launch_decode(
     rows_of = o_NPTHC.stride(3), lse_NPTH.stride(3)
     sizes = G, Q, rows, scale * math.log2(math.e), P * heads, heads, *rows_of, C, X - C
     places = paging.slots_per_page, paging.shards, paging.shard
-    grid = tiles, programs_for(splits, tiles * B * (1 + tile.in_gluon)), B
-    if tile.in_gluon:
-        launch_hopper(grid, (q_PTHX, cache_SX, *tensors), (*strides, *sizes), places, tile.split)
-    else:
-        scale_Sc, rope_SR = _parts_of(cache_SX, C) if is_packed else (cache_SX, cache_SX[:, C:])
-        caches = cache_SX, scale_Sc, rope_SR
-        _mla_decode_kernel[grid](
-            *(q_PTHX, *caches, *tensors, *(x.stride(0) for x in caches), *strides, *sizes),
-            *(max(16, triton.next_power_of_2(C)), max(16, triton.next_power_of_2(X - C))),
-            *(*places, *tile[:3]),
-            *(is_packed, is_native(cache_SX), tl.float32 if is_exact else tl.bfloat16),
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-            **launch_options(),
-        )
+    grid = tiles, programs_for(splits, tiles * B), B
+    scale_Sc, rope_SR = _parts_of(cache_SX, C) if is_packed else (cache_SX, cache_SX[:, C:])
+    caches = cache_SX, scale_Sc, rope_SR
+    _mla_decode_kernel[grid](
+        *(q_PTHX, *caches, *tensors, *(x.stride(0) for x in caches), *strides, *sizes),
+        *(max(16, triton.next_power_of_2(C)), max(16, triton.next_power_of_2(X - C))),
+        *(*places, *tile[:3]),
+        *(is_packed, is_native(cache_SX), tl.float32 if is_exact else tl.bfloat16),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        **launch_options(),
+    )
     if splits > 1:
         merge_splits_triton((o_NPTHC, lse_NPTH), query_pos_BQ, paging, tile.split, out)
 
@@ -336,8 +329,7 @@ def mla_decode(
 ) -> tuple[Tensor, Tensor]:
     """Attend to cached latents, all heads sharing one key (the absorbed form).
 
-    A key is a whole cache entry (latent, then rotated key), its value the latent in front. Which
-    kernel does it on Hopper: `takes_hopper`.
+    A key is a whole cache entry (latent, then rotated key), its value the latent in front.
 
     Args:
         q_BQHX: [B, Q, H, C + R] absorbed queries of B sequences.

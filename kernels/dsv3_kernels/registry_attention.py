@@ -1,21 +1,17 @@
 """Cases of the attention layer: over the cache, into the cache, over a prompt."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dsv3_kernels._decode_tiles import HOPPER_TILE
 from dsv3_kernels.absorb_query import absorb_query_ref, absorb_query_triton
 from dsv3_kernels.expand_values import expand_values_ref, expand_values_triton
 from dsv3_kernels.kv_fp8 import pack_latent_ref, unpack_latent_ref
 from dsv3_kernels.merge_lse import merge_lse_ref, merge_lse_triton
 from dsv3_kernels.mla_decode import mla_decode_ref, mla_decode_triton
-from dsv3_kernels.mla_decode_hopper import require_hopper
 from dsv3_kernels.mla_prefill import mla_prefill_ref, mla_prefill_triton
 from dsv3_kernels.norm_and_cache import norm_and_cache_ref, norm_and_cache_triton
 from dsv3_kernels.paging import Paging
@@ -37,8 +33,6 @@ def decode(small: bool) -> Iterator[Case]:
     for size in sizes:
         for packed in (False, True):
             yield _mla_decode(*size, packed)
-        if size[2] > HEADS:
-            yield replace(_mla_decode(*size, packed=False), op="mla_decode_gluon", kernel=_in_gluon)
     B, H, dim = (3, 2, 32) if small else (128, HEADS, C)
 
     def parts(d: torch.device) -> Args:
@@ -71,11 +65,6 @@ def _mla_decode(batch: int, context: int, heads: int, packed: bool) -> Case:
         2.0 * batch * heads * context * (2 * C + R),
         tol=1e-2,
     )
-
-
-def _in_gluon(*args: Any) -> tuple[Tensor, Tensor]:
-    require_hopper(args[0])
-    return partial(mla_decode_triton, tile=HOPPER_TILE)(*args)
 
 
 def absorption(small: bool) -> Iterator[Case]:

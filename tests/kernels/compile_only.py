@@ -24,9 +24,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import dsv3_kernels  # noqa: F401 - all of its modules are looked through below
-from dsv3_kernels._decode_tiles import HOPPER_TILE
 from dsv3_kernels._decode_tiles import tile_for as decode_tile
-from dsv3_kernels._gluon import HAS_GLUON
 from dsv3_kernels._split_k import make_locks
 from dsv3_kernels.absorb_query import absorb_query_triton
 from dsv3_kernels.act_quant import Quantized, act_quant_triton
@@ -164,15 +162,13 @@ def attention(is_hopper: bool) -> None:
         q = torch.zeros(2, 1, heads, 576, dtype=torch.bfloat16)
         tile = decode_tile(heads, cache.dtype == torch.float32, is_hopper)
         mla_decode_triton(q, cache, page, pos, Paging(64, 8, 1), 512, 0.1, tile)
-    if is_hopper and HAS_GLUON:
-        mla_decode_triton(q, plain, page, pos, Paging(64), 512, 0.1, HOPPER_TILE)
     for cache in (plain, packed):
         latent = kv[:4, 1536:2112]
         into = latent, torch.ones(512), 1e-6, trig, trig, True, cache, slot, 2
         rope_and_cache_triton(*into)
         norm_and_cache_triton(kv[:4, :1536], torch.ones(1536), cache is packed, False, into)
     write_slots_triton(plain, slot, plain[:4])
-    absorption(page, pos, plain, is_hopper)
+    absorption(page, pos, plain)
     q = torch.zeros(4, 16, 192, dtype=torch.bfloat16)
     rotate_triton(q[..., 128:], trig, trig, True)
     k_r, start = kv[:4, None, :64].expand(-1, 16, -1), torch.tensor([0, 1, 4], dtype=torch.int32)
@@ -186,7 +182,7 @@ def attention(is_hopper: bool) -> None:
     sample_triton(torch.zeros(2, 129280), torch.ones(2), top_k, *torch.ones(2, 2), *rest)
 
 
-def absorption(page: torch.Tensor, pos: torch.Tensor, cache: torch.Tensor, is_hopper: bool) -> None:
+def absorption(page: torch.Tensor, pos: torch.Tensor, cache: torch.Tensor) -> None:
     """Into latent space and back, alone and with the heads of eight ranks."""
     w = torch.zeros(16, 256, 512, dtype=torch.bfloat16)
     for dtype in (torch.bfloat16, torch.float32):
@@ -195,9 +191,7 @@ def absorption(page: torch.Tensor, pos: torch.Tensor, cache: torch.Tensor, is_ho
         expand_values_triton(q[None, ..., :512].float(), None, w[:, 128:].to(dtype), True)
     q = torch.zeros(8, 2, 16, 576, dtype=torch.bfloat16)
     parts = empty_parts(q, 512)
-    tiles = [None, HOPPER_TILE] if is_hopper and HAS_GLUON else [None]
-    for tile in tiles:
-        mla_decode_parts_triton(q, cache, page, pos, Paging(64, 8, 1), 0.1, parts, tile)
+    mla_decode_parts_triton(q, cache, page, pos, Paging(64, 8, 1), 0.1, parts)
     expand_values_triton(*open_parts(parts), w[:, 128:], True)
 
 

@@ -20,7 +20,7 @@ from dsv3_kernels import (
     rotate,
     sample,
 )
-from dsv3_kernels._decode_tiles import HOPPER_TILE, tile_for
+from dsv3_kernels._decode_tiles import tile_for
 from dsv3_kernels._triton import is_hopper
 from dsv3_kernels.absorb_query import absorb_query_ref
 from dsv3_kernels.expand_values import expand_values_ref
@@ -29,8 +29,6 @@ from dsv3_kernels.mla_decode import (
     mla_decode_ref,
     mla_decode_triton,
 )
-from dsv3_kernels.mla_decode_hopper import require_hopper
-from dsv3_kernels.mla_decode_parts import mla_decode_parts_triton
 from dsv3_kernels.mla_prefill import mla_prefill_packed, mla_prefill_ref
 from dsv3_kernels.rope import rotate_ref
 from dsv3_kernels.rope_and_cache import rope_and_cache_ref
@@ -80,43 +78,6 @@ def test_mla_decode(
         assert_bitwise_equal("alone", one[0][0], got[0][b])
         if dtype == torch.float32:
             assert_bitwise_equal("chosen", chosen[0][b], got[0][b])
-
-
-@pytest.mark.parametrize(("heads", "queries"), [(128, 1), (50, 3)])
-@pytest.mark.parametrize(("page_size", "shards"), [(64, 1), (64, 8), (256, 2)])
-def test_mla_decode_in_gluon(heads: int, queries: int, page_size: int, shards: int) -> None:
-    """More than one split, nearly empty blocks, a sequence that nobody asks about; again and again.
-
-    What its groups of warps hand on must not depend on which of them is fast.
-    """
-    try:
-        require_hopper(torch.empty(0, device="cuda"))
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    torch.manual_seed(0)
-    lengths, paging = [3, 63, 9000, 129, 2048, 700], Paging(page_size, shards, shards - 1)
-    cache, page = scatter([torch.randn(n, 576) for n in lengths], paging)
-    q, cache = torch.randn(6, queries, heads, 576).bfloat16(), cache.bfloat16()
-    pos = torch.tensor(lengths)[:, None] - queries + torch.arange(queries)
-    pos[1], page[1] = -1, 0
-    args = [t.cuda() for t in (q, cache, page, pos)]
-    got = mla_decode_triton(*args, paging, 512, 0.05, HOPPER_TILE)
-    want = mla_decode_ref(q, cache, page, pos, paging, 512, 0.05)
-    for name, x, y in zip(("o", "lse"), got, want, strict=True):
-        assert_close(name, x.cpu(), y, TOLERANCE[torch.bfloat16])
-    for _ in range(50):
-        again = mla_decode_triton(*args, paging, 512, 0.05, HOPPER_TILE)
-        assert_bitwise_equal("again", again[0], got[0])
-    for b in range(6):
-        q_b, page_b, pos_b = (args[i][b : b + 1] for i in (0, 2, 3))
-        one = mla_decode_triton(q_b, args[1], page_b, pos_b, paging, 512, 0.05, HOPPER_TILE)
-        assert_bitwise_equal("alone", one[0][0], got[0][b])
-    # The same queries as two ranks send them, and what is sent back.
-    ranks = args[0].flatten(0, 1).unflatten(1, (2, -1)).transpose(0, 1).contiguous()
-    parts = empty_parts(ranks, 512)
-    mla_decode_parts_triton(ranks, *args[1:], paging, 0.05, parts, HOPPER_TILE)
-    for name, x, y in zip(("o", "lse"), open_parts(parts), got, strict=True):
-        assert_close(name, x.transpose(0, 1).flatten(1, 2).float(), y.flatten(0, 1), 1e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

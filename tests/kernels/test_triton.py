@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsv3_kernels import _triton, try_kernels
-from dsv3_kernels._triton import HAS_TRITON, is_tried, launch_options, use_triton
+from dsv3_kernels import _triton, overlap_launches
+from dsv3_kernels._triton import HAS_TRITON, launch_options, use_triton
 
 ROOT = Path(__file__).resolve().parents[2]
 WITHOUT = """
@@ -40,31 +40,23 @@ def test_a_cpu_tensor_is_for_the_references() -> None:
     assert HAS_TRITON or sys.platform != "linux"
 
 
-def test_unproven_forms_are_for_those_who_ask(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_triton, "_tried", set())
+def test_launches_overlap_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_triton, "_OVERLAPS", _triton._OVERLAPS)
     gpu, capability = torch.device("cuda"), [(8, 9)]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability[0])
-    try_kernels([], torch.device("cpu"))
     for device in (torch.device("cpu"), gpu):
-        with pytest.raises(ValueError, match="gluon: only for GPUs of compute capability"):
-            try_kernels(["gluon"], device)
-    assert not is_tried("gluon") and launch_options() == {}
+        with pytest.raises(ValueError, match="overlapping launches need a GPU of compute"):
+            overlap_launches(device)
+    assert launch_options() == {}
     capability[0] = (9, 0)
-    try_kernels(["gluon"], gpu)
-    assert is_tried("gluon") and launch_options() == {}
-    try_kernels(["overlap"], gpu)
+    overlap_launches(gpu)
     assert launch_options() == {"launch_pdl": True} and _triton._OVERLAPS.value
-    with pytest.raises(ValueError, match=r"\['turbo'\] are no forms of kernels; there are"):
-        try_kernels(["overlap", "turbo"], gpu)
 
 
 def test_every_kernel_waits_its_turn() -> None:
     """With overlapping launches one that does not would read what is not written yet."""
     kernels = launches = 0
     for path in (ROOT / "kernels/dsv3_kernels").glob("*.py"):
-        if path.name == "mla_decode_hopper.py":  # launched as ever, so it starts after the others
-            continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
                 first = next(ast.unparse(line) for line in node.body if not is_text(line))
