@@ -15,7 +15,6 @@ Without --ckpt-path: the demo model.
 """
 
 import argparse
-import runpy
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,6 +22,18 @@ from pathlib import Path
 
 import torch
 
+from benchlib import balance, kernels, plan, rank
+from benchlib.bound import Profile
+from benchlib.contest import Contender, EngineContender
+from benchlib.dialogue import Dialogue, dialogue
+from benchlib.dispatch import dispatch_time
+from benchlib.flags import at_least
+from benchlib.host import host_time
+from benchlib.peer import TransformersPeer
+from benchlib.replay import read_trace, replay
+from benchlib.report import Report, check_report, machine
+from benchlib.throughput import throughput
+from benchlib.workload import Lengths, draw_jobs
 from dsv3.cache.eviction import POLICIES
 from dsv3.config_files import DEMO, load_model_config
 from dsv3.engine.config import EngineConfig
@@ -40,28 +51,12 @@ from dsv3.errors import ConfigError
 from dsv3.parallel.mesh import before_joining, join_world
 from dsv3.text.tokenizer import Tokenizer
 
-# Scripts are never installed: what the benchmarks are made of is found beside them.
-sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
-
-from benchlib.bound import Profile
-from benchlib.contest import Contender, EngineContender
-from benchlib.dialogue import Dialogue, dialogue
-from benchlib.dispatch import dispatch_time
-from benchlib.flags import at_least
-from benchlib.host import host_time
-from benchlib.peer import TransformersPeer
-from benchlib.report import Report, check_report, machine
-from benchlib.throughput import throughput
-from benchlib.workload import Lengths, draw_jobs
-from replay_trace import read_trace, replay
-
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
-# Programs of their own, with flags of their own.
+# Benchmarks that read their own flags.
 ALONE = {
-    "rank": ("bench_rank.py", "one rank's share of a large model, on one device"),
-    "kernels": ("bench_kernels.py", "every Triton kernel, once it is right, beside its roof"),
-    "plan": ("bench_plan.py", "memory and time of every layout, on paper or on this machine"),
-    "balance": ("bench_balance.py", "the busiest rank's load before and after balancing experts"),
+    "rank": (rank.main, "one rank's share of a large model, on one device"),
+    "kernels": (kernels.main, "every Triton kernel, once it is right, beside its roof"),
+    "plan": (plan.main, "memory and time of every layout, on paper or on this machine"),
+    "balance": (balance.main, "the busiest rank's load before and after balancing experts"),
 }
 
 
@@ -233,8 +228,8 @@ def main() -> int:
     """Load what is to be measured, measure, report."""
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in ALONE:
-        sys.argv[:2] = [f"{sys.argv[0]} {name}"]
-        runpy.run_path(str(SCRIPTS / ALONE[name][0]), run_name="__main__")
+        run, _ = ALONE[name]
+        return run(sys.argv[2:])
     with before_joining():
         args = parse_args()
         set_up_logging(getattr(args, "debug", False), getattr(args, "log_dir", None))

@@ -16,6 +16,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dsv3.checkpoint.directory import check_directory
 from dsv3.checkpoint.source import check_stored_form, declared_config
@@ -34,13 +35,13 @@ from dsv3.engine.program_files import check_files
 from dsv3.engine.start import Started, identify, start
 from dsv3.engine.stats import check_stats_file, collect_stats, write_stats_file
 from dsv3.errors import CheckpointError, ConfigError
-from dsv3.observe.exporter import serve_metrics
 from dsv3.parallel.mesh import Mesh, before_joining, join_world
 from dsv3.parallel.restarts import has_mark, set_mark
 from dsv3.parallel.together import fail_together
 from dsv3.read_files import read_bytes
 from dsv3.serve.batch import BatchSummary, prewarm_prompts, run_batch
 from dsv3.serve.chat import Chat
+from dsv3.serve.exporter import serve_metrics
 from dsv3.serve.one_shot import Prompt, answer_prompt, read_prompt
 from dsv3.serve.progress import Progress
 from dsv3.serve.sinks import JournalSink, TextSink
@@ -51,10 +52,8 @@ from dsv3.text.defaults import Defaults, Sampling
 from dsv3.text.journal import Journal
 from dsv3.text.text_request import digest
 
-# Scripts are never installed: what --profile is made of is found beside them.
-sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
-
-from benchlib.bound import Profile
+if TYPE_CHECKING:
+    from benchlib.bound import Profile
 
 log = logging.getLogger("dsv3")
 
@@ -316,7 +315,7 @@ def run(args: argparse.Namespace, mesh: Mesh, files: ExitStack, begin: float) ->
     seconds.update(started.seconds)
     log.info("start-up: %s", ", ".join(f"{k} {v:.1f} s" for k, v in seconds.items()))
     with fail_together(mesh, "measuring the hardware"):
-        profile = Profile(args.hardware, started) if args.profile else None
+        profile = start_profile(args.hardware, started) if args.profile else None
     with fail_together(mesh, "answering"):
         summary = work(job, started, checkpoint.name)
         with mesh.watch.task("writing the experts' loads"):
@@ -335,6 +334,13 @@ def run(args: argparse.Namespace, mesh: Mesh, files: ExitStack, begin: float) ->
     if profile is not None:
         log.info("\n%s", profile.report(started.engine.metrics.run_seconds))
     return 1 if summary.has_no_answer or (args.strict and summary.failed) else 0
+
+
+def start_profile(hardware: str, started: Started) -> "Profile":
+    """Measure every step from now on. A collective."""
+    from benchlib.bound import Profile  # the only use of the benchmarks: not in a usual run
+
+    return Profile(hardware, started)
 
 
 def main() -> int:

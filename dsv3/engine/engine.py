@@ -15,6 +15,7 @@ from dsv3.cache.tiers import Tiers
 from dsv3.config import ModelConfig
 from dsv3.engine.config import EngineConfig
 from dsv3.engine.lane import Lane, balance, choose_lane, report
+from dsv3.engine.metrics import Metrics
 from dsv3.engine.plan import NOT_FINITE, PlanChannel, StepPlan
 from dsv3.engine.planner import Work, write_plans
 from dsv3.engine.runner import Runner
@@ -22,7 +23,6 @@ from dsv3.engine.sampler import Sampled, SampledOnDevice
 from dsv3.engine.scheduler import Step
 from dsv3.engine.sequence import Sequence
 from dsv3.errors import ConfigError, RequestError
-from dsv3.observe.metrics import Metrics
 from dsv3.request import Completion, Request, RequestOutput, SamplingParams, TokenLogprobs
 from dsv3.text.detokenize import TextStream
 from dsv3.text.tokenizer import Tokenizer

@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 
 from dsv3.cache.tiers import PageKey
-from dsv3.observe.profile import Load
 from dsv3.parallel.collectives import Collectives
 from dsv3.parallel.watch import Watch
 
@@ -107,23 +106,6 @@ class StepPlan:
             temperature=none.astype(np.float32),
             top_p=np.ones(count, np.float32),
             min_p=none.astype(np.float32),
-        )
-
-    def load(self, decode_limit: int) -> Load:
-        """Return what the step computes; contexts as their mean."""
-        is_short = self.query_len <= decode_limit
-        (short, long), (after, behind) = (
-            (lengths[is_short], lengths[~is_short])
-            for lengths in (self.query_len, self.context_len)
-        )
-        return Load(
-            decode=len(short),
-            context=int(after.sum()) // max(1, len(short)),
-            queries=max(1, round(int(short.sum()) / max(1, len(short)))),
-            prefill=int(long.sum()),
-            prompts=max(1, len(long)),
-            cached=int(behind.sum()) // max(1, len(long)),
-            rows=len(self.row),
         )
 
     def pack(self) -> Ints:

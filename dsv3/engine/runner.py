@@ -1,6 +1,7 @@
 """Executes step plans on one rank: plan -> device batch -> model -> sampled tokens."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,11 +23,7 @@ from dsv3.engine.sampler import SampledOnDevice, Sampler
 from dsv3.engine.static import StaticSteps
 from dsv3.engine.transfer import to_device
 from dsv3.model.batch import Batch, Chunk, DecodeGroup
-from dsv3.model.moe import MoE
-from dsv3.model.side_stream import SideStream
 from dsv3.model.transformer import Transformer
-from dsv3.observe.profile import Profiler
-from dsv3.parallel.weights import FP8
 
 Longs = NDArray[np.int64]
 
@@ -44,6 +41,8 @@ class Runner:
         guard: compares what the ranks compute; None compares nothing.
 
     Attributes:
+        model, cache, decode_limit, device: as given.
+        sampler: chooses tokens from the model's output.
         balancer: moves experts; None leaves them where they are.
         layer_check: finds layers whose output is not finite, in eager steps; None looks for none.
     """
@@ -57,16 +56,16 @@ class Runner:
         static: bool = False,
         guard: Guard | None = None,
     ) -> None:
-        self._model, self._cache, self._decode_limit = model, cache, decode_limit
+        self.model, self.cache, self.decode_limit = model, cache, decode_limit
         self._mesh, self._mover, self._guard = model.dispatch.mesh, mover, guard
         self.balancer: Balancer | None = None
         self.layer_check: LayerCheck | None = None
-        self._device = cache.slots.device
-        sampler = Sampler(model, cache.tp, self._device)
-        self._sampler: Callable[[Tensor, StepPlan, int, Tensor], SampledOnDevice] = sampler
+        self.device = cache.slots.device
+        sampler = Sampler(model, cache.tp, self.device)
+        self.sampler: Callable[[Tensor, StepPlan, int, Tensor], SampledOnDevice] = sampler
         self._static = StaticSteps(model, cache, sampler) if static else None
-        self._profiler: Profiler | None = None
-        self._last_token_M = torch.zeros(0, dtype=torch.int64, device=self._device)
+        self._around: Callable[[StepPlan], AbstractContextManager[object]] = nullcontext
+        self._last_token_M = torch.zeros(0, dtype=torch.int64, device=self.device)
 
     @property
     def sent_bytes(self) -> int:
@@ -76,7 +75,7 @@ class Runner:
     @property
     def weight_bytes(self) -> int:
         """Bytes of the weights this rank holds."""
-        return self._model.num_bytes
+        return self.model.num_bytes
 
     @property
     def host_cache_bytes(self) -> int:
@@ -86,31 +85,16 @@ class Runner:
     @property
     def numerics(self) -> str:
         """How it computes: float32, bfloat16 or fp8."""
-        return self._model.numerics
+        return self.model.numerics
 
     @property
     def capture_seconds(self) -> float:
         """Seconds spent on capturing CUDA graphs so far."""
         return 0.0 if self._static is None else self._static.seconds
 
-    @property
-    def weight_format(self) -> str:
-        """What the matrices are held in: "fp8", "bf16" or "fp32"."""
-        if any(p.dtype == FP8 for p in self._model.parameters()):
-            return "fp8"
-        plain = self._model.embed_tokens.table.weight.dtype
-        return "fp32" if plain == torch.float32 else "bf16"
-
-    def profile(self) -> Profiler:
-        """Measure every step from now on, operation by operation; they run eagerly."""
-        profiler, self._static = Profiler(self._device), None
-        self._profiler = profiler
-        profiler.attach(self._model, self._sampler, self._cache)
-        self._sampler = profiler.wrap("sampler", self._sampler)
-        for module in self._model.modules():
-            if isinstance(module, MoE):  # what runs beside something else has no time of its own
-                profiler.replace(module, "side", SideStream(torch.device("cpu")))
-        return profiler
+    def run_eagerly(self, around: Callable[[StepPlan], AbstractContextManager[object]]) -> None:
+        """Run every step from now on inside `around(plan)`, without static buffers or graphs."""
+        self._static, self._around = None, around
 
     def run(self, plans: list[StepPlan]) -> SampledOnDevice:
         """Run one step: its group's plan, beside the other groups. A collective.
@@ -118,10 +102,7 @@ class Runner:
         Returns:
             the results of all groups, one after the other; the same on every rank.
         """
-        if self._profiler is None:
-            return self._run(plans)
-        plan = plans[self._mesh.layout.dp_rank]
-        with self._profiler.step(plan.load(self._decode_limit)):
+        with self._around(plans[self._mesh.layout.dp_rank]):
             return self._run(plans)
 
     @torch.inference_mode()
@@ -133,12 +114,12 @@ class Runner:
             return SampledOnDevice(self._last_token_M[:0], None)
         if self.balancer is not None:
             self.balancer.before_step()
-        builder = BatchBuilder(plan, self._cache.layout, self._device, self._decode_limit)
+        builder = BatchBuilder(plan, self.cache.layout, self.device, self.decode_limit)
         sampled = None
         if self._static is not None and (bucket := self._static.bucket(plans)) is not None:
             sampled = self._static.run(bucket, plan, *builder.decode_tables())
         if sampled is None:
-            self._model.dispatch.begin_step(num_tokens)
+            self.model.dispatch.begin_step(num_tokens)
             batch = builder.build()
             if plan.token_ids.min(initial=0) < 0:
                 known = batch.token_T.clamp_min(0)
@@ -146,9 +127,9 @@ class Runner:
                 fed = fed.clamp_min(0)  # of a row that failed: it is not looked at any more
                 batch.token_T = torch.where(batch.token_T < 0, fed, known)
             width = max(int(each.top_logprobs.max(initial=-1)) for each in plans)
-            step = partial(self._model, batch, self._cache)
+            step = partial(self.model, batch, self.cache)
             hidden_TD = step() if self.layer_check is None else self.layer_check.run(step)
-            sampled = self._sampler(hidden_TD, plan, width, self._last_token_M)
+            sampled = self.sampler(hidden_TD, plan, width, self._last_token_M)
             if self.layer_check is not None:
                 sampled = replace(sampled, bad_layer=self.layer_check.bad_layer)
             if self._static is not None:
@@ -183,8 +164,8 @@ class Runner:
         if self._mover is not None:
             self._mover.before_copies(plan)
         if len(plan.copies):
-            pages = to_device(plan.copies.astype(np.int64), self._device)
-            self._cache.copy_pages(*pages.view(2, -1))
+            pages = to_device(plan.copies.astype(np.int64), self.device)
+            self.cache.copy_pages(*pages.view(2, -1))
         if self._mover is not None:
             self._mover.after_copies(plan)
 

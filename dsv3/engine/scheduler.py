@@ -17,8 +17,8 @@ from dsv3.cache.pages import PageAllocator
 from dsv3.cache.prefix import Match, PrefixTree
 from dsv3.cache.tiers import Moves, Tiers, extend_keys
 from dsv3.engine.admission import Admission
+from dsv3.engine.metrics import Metrics
 from dsv3.engine.sequence import Sequence
-from dsv3.observe.metrics import Metrics
 
 # A request waits so many seconds at most, all in all, for its prefix to come from disk.
 _DISK_PATIENCE = 10.0

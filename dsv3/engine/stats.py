@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from dsv3.engine.metrics import Metrics
 from dsv3.engine.start import Started
 from dsv3.files import Format, NamedFile, check_output, write_output
-from dsv3.observe.metrics import Metrics
 
 _EVENTS = ("steps", "preemptions", "evictions", "offloads", "host_hits", "disk_hits", "disk_writes")
 _FORMAT = Format("the figures of a run", re.compile(rb'\{\s*"world_size":'))

@@ -72,22 +72,6 @@ def launch_options() -> dict[str, bool]:
     return {"launch_pdl": True} if _OVERLAPS.value else {}
 
 
-def _mend_interpreter() -> None:
-    """Let the interpreter of Triton before 3.7 take numbers out of arrays as NumPy 2.4 allows."""
-    interpreter: Any = import_module("triton.runtime.interpreter")
-    patch = interpreter._patch_lang_tensor
-
-    def patch_and_mend(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = patch_and_mend
-
-
-if HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1":
-    _mend_interpreter()
-
-
 def use_triton(x: Tensor) -> bool:
     """Return whether `x` lives where Triton's kernels run."""
     return HAS_TRITON and x.is_cuda

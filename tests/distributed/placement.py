@@ -105,7 +105,7 @@ def check_weights(live: Started, fresh: Started) -> None:
 
 
 def moe_layers(started: Started) -> list[MoE]:
-    return [m for m in started.runner._model.modules() if isinstance(m, MoE)]
+    return [m for m in started.runner.model.modules() if isinstance(m, MoE)]
 
 
 def check_layers(world: Mesh) -> None:

@@ -23,7 +23,7 @@ def answer(mesh: Mesh) -> None:
     """Answer the shortest dialogues; raise where one is wrong."""
     settings = EngineConfig(dtype="fp8", kv_cache_size="4096tok")
     started = start(ROOT / "checkpoints" / "demo-v3", settings, mesh)
-    layer = started.runner._model.layers[-1]
+    layer = started.runner.model.layers[-1]
     assert layer.self_attn.o_proj.quantizes
     # The one block of the shared expert is the first rank's.
     down = layer.mlp.shared_experts.down_proj

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchlib.step_shape import StepShape
 from dsv3.cache.pool import CachePool
 from dsv3.config_files import DEMO
 from dsv3.engine.adjust import NOT_FED, AdjustedRow, Adjuster, pack_adjustments
@@ -22,7 +23,6 @@ from dsv3.engine.static import (
     page_bucket,
     row_bucket,
 )
-from dsv3.observe.profile import Load
 from dsv3.parallel.mesh import Mesh
 from dsv3.request import SamplingParams
 from tests.distributed.ranks import CPU, alone, run_ranks
@@ -89,8 +89,8 @@ def static_is_as_other(mesh: Mesh, settings: EngineConfig) -> None:
     started = start(DEMO, settings, mesh)
     limit = started.config.max_position_embeddings
     for sampling in ({}, DRAWN):
-        eager = Runner(started.runner._model, started.cache, limit)
-        static = Runner(started.runner._model, started.cache, limit, static=True)
+        eager = Runner(started.runner.model, started.cache, limit)
+        static = Runner(started.runner.model, started.cache, limit, static=True)
         assert answers(static, sampling) == answers(eager, sampling)
         steps = static._static
         assert steps is not None
@@ -143,7 +143,7 @@ def test_padding_sees_and_writes_nothing() -> None:
 
 def test_steps_with_adjusted_rows_run_eagerly() -> None:
     started = start(DEMO, EngineConfig(kv_cache_size="2048tok"), alone())
-    steps = Runner(started.runner._model, started.cache, 4, static=True)._static
+    steps = Runner(started.runner.model, started.cache, 4, static=True)._static
     plain, adjusted = (plan([3], [[1]], 1) for _ in range(2))
     assert steps is not None and steps.bucket([plain, plain]) is not None
     row = AdjustedRow(0, NOT_FED, Adjuster(SamplingParams(presence_penalty=1.0), [1]), [1])
@@ -165,7 +165,7 @@ def started() -> Started:
 
 
 def test_what_is_not_a_decode_step(started: Started) -> None:
-    runner = Runner(started.runner._model, started.cache, 1, static=True)
+    runner = Runner(started.runner.model, started.cache, 1, static=True)
     steps = runner._static
     assert isinstance(steps, StaticSteps)
     assert steps.bucket([plan([3, 70], [[1], [2]], 2)]) == Bucket(2, 16, False)
@@ -186,11 +186,13 @@ def test_the_largest_steps_are_what_the_memory_plan_measures(started: Started) -
     """All in two pages: sequences that decode beside a prompt, and a decode step of one bucket."""
     layout, layers = started.cache.layout, started.config.num_hidden_layers
     cache = CachePool(layout, layers, 2, CPU, started.mesh.tp)
-    runner = Runner(started.runner._model, cache, 1, static=True)
+    runner = Runner(started.runner.model, cache, 1, static=True)
     steps = runner._static
     assert isinstance(steps, StaticSteps)
     full = largest_step(3, 1300, layout.page_size, 40)
-    assert full.load(1) == Load(decode=3, context=433, prefill=37, cached=1300 - 37, rows=40)
+    assert StepShape.of_plan(full, 1) == StepShape(
+        decode=3, context=433, prefill=37, cached=1300 - 37, rows=40
+    )
     assert steps.bucket([full]) is None
     scored = runner.run([full])
     assert scored.scores is not None and len(scored.scores) == len(scored.token_M) == 40

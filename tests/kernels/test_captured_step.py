@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 import dsv3_kernels
+from benchlib import rank as bench_rank
+from benchlib.rank import Rank, RankShape
+from benchlib.stand_in import StandIn
 from dsv3.config import ParallelConfig
 from dsv3.config_files import DEMO, load_model_config
 from dsv3.engine.adjust import AdjustedRow, Adjuster, Adjustments, pack_adjustments
@@ -21,13 +24,11 @@ from dsv3.engine.plan import StepPlan
 from dsv3.engine.runner import BatchBuilder, Runner
 from dsv3.engine.static import StaticSteps
 from dsv3.model.transformer import Transformer
-from dsv3.parallel.collectives import SingleRank, StandIn
+from dsv3.parallel.collectives import SingleRank
 from dsv3.parallel.experts import FP8, DispatchSettings
 from dsv3.parallel.mesh import Mesh
 from dsv3.parallel.placement import Placement
 from dsv3.request import SamplingParams
-from scripts import bench_rank
-from scripts.bench_rank import Rank, RankShape
 
 interpreter = pytest.importorskip("triton.runtime.interpreter")
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 
 def output_of(script: str, cache: Path, *args: str) -> list[str]:
     root = HERE.parents[1]
-    paths = os.pathsep.join([str(root), str(root / "scripts"), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([str(root), str(root / "launch"), os.environ.get("PYTHONPATH", "")])
     environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache), "PYTHONPATH": paths}
     done = subprocess.run(
         [sys.executable, str(HERE / script), *args],

@@ -34,7 +34,7 @@ def test_layer(
     settings: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = start_alone(oracle(family).path, **settings).runner._model
+    model = start_alone(oracle(family).path, **settings).runner.model
     layer = model.layers[-1].mlp
     assert isinstance(layer, MoE)
     torch.manual_seed(0)
@@ -53,7 +53,7 @@ def test_layer(
 
 def test_without_quantized_input_it_is_quantized(oracle: "Callable[[str], Oracle]") -> None:
     """As rows come in that another rank sent."""
-    model = start_alone(oracle("v3-fp8-whole").path, dtype="fp8").runner._model
+    model = start_alone(oracle("v3-fp8-whole").path, dtype="fp8").runner.model
     layer, x = model.layers[-1].mlp, torch.randn(5, model.config.hidden_size).bfloat16()
     with torch.inference_mode():
         ids, weight, _ = layer.router(x)

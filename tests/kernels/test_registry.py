@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsv3_kernels.benchmarks import (
+from benchlib.kernel_cases import Case, cases, check, measure
+from benchlib.kernel_timing import (
     FP8,
     busy_and_idle,
     copies_needed,
@@ -17,7 +18,6 @@ from dsv3_kernels.benchmarks import (
     median_seconds,
     read_bandwidth,
 )
-from dsv3_kernels.registry import Case, cases, check, measure
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,6 +1,6 @@
 """Lists the variants of kernels that steps of many sizes would have Triton compile.
 
-TRITON_INTERPRET=0 PYTHONPATH=.:scripts python tests/kernels/variants.py
+TRITON_INTERPRET=0 PYTHONPATH=.:launch python tests/kernels/variants.py
 
 Triton compiles a kernel anew where a number becomes 1, or it or an address ceases to be a multiple
 of 16. For those that change while a model serves this would be a pause of seconds. Prints a line
@@ -19,11 +19,11 @@ from compile_only import NoDevice, pretend
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from benchlib.rank import Rank, RankShape
 from dsv3.config_files import DEMO, load_model_config
 from dsv3.engine.plan import StepPlan
 from dsv3.engine.runner import Runner
 from dsv3_kernels import weight_dequant
-from scripts.bench_rank import Rank, RankShape
 
 Found = dict[tuple[Any, ...], set[tuple[str, ...]]]
 DECODE = [1, 2, 3, 8, 17]

@@ -33,8 +33,8 @@ def all_logits(
     as the engine would.
     """
     runner = started.runner
-    model, cache = runner._model, runner._cache
-    limit = runner._decode_limit if limit is None else limit
+    model, cache = runner.model, runner.cache
+    limit = runner.decode_limit if limit is None else limit
     pages = cache.layout.pages_for(max(map(len, texts)))
     found: list[list[Tensor]] = [[] for _ in texts]
     for start_at in range(0, max(map(len, texts)), chunk):

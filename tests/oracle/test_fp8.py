@@ -73,7 +73,7 @@ def test_in_float32_it_is_the_emulation(oracle: MAKE, monkeypatch: pytest.Monkey
         model = Transformer(source.config, mesh, fmt)
         load_weights(source, model.targets(), mesh.layout)
     exact = all_logits(started, made.prompts, 16)
-    started.runner._model = model
+    started.runner.model = model
     want = emulated(made, monkeypatch)
     rms, _, _ = errors(all_logits(started, made.prompts, 16), want)
     assert errors(exact, want)[0].median() > 0.1
@@ -84,7 +84,7 @@ def test_in_float32_it_is_the_emulation(oracle: MAKE, monkeypatch: pytest.Monkey
 def test_fp8(oracle: MAKE, monkeypatch: pytest.MonkeyPatch, attn_impl: str) -> None:
     made = oracle("v3-fp8-whole")
     started = start_alone(made.path, dtype="fp8", attn_impl=attn_impl)
-    model = started.runner._model
+    model = started.runner.model
     assert started.runner.numerics == "fp8" and model.lm_head.table.dtype == torch.bfloat16
     assert linears(model, False) == {"self_attn.kv_b_proj"}
     assert len(linears(model, True)) == 7
@@ -106,7 +106,7 @@ def test_what_cuts_blocks_runs_dequantized(oracle: MAKE, caplog: pytest.LogCaptu
     made = oracle("v3.1-ue8m0")
     with caplog.at_level("INFO"):
         started = start_alone(made.path, dtype="fp8")
-    model = started.runner._model
+    model = started.runner.model
     assert linears(model, True) == {"self_attn.o_proj"}
     assert all(layer.self_attn.o_proj.ue8m0 for layer in model.layers)
     (line,) = [r.getMessage() for r in caplog.records if "run dequantized" in r.getMessage()]

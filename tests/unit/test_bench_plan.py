@@ -1,36 +1,23 @@
 """The cost model: every layout, its memory and its time, on paper and held to the clock."""
 
-import importlib.util
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 
+from benchlib import balance
+from benchlib import plan as bench
+from benchlib.roofline import HARDWARE, Setup
+from benchlib.step_shape import StepShape
 from dsv3.config import ParallelConfig
 from dsv3.config_files import load_model_config
 from dsv3.errors import ConfigError
-from dsv3.observe.profile import Load
-from dsv3.observe.roofline import HARDWARE, Setup
 from tests import programs
 
 V3 = Setup(config=load_model_config("v3-671b"), layout=ParallelConfig())
 H200 = HARDWARE["h200"]
-
-
-def script(name: str) -> ModuleType:
-    path = Path(__file__).resolve().parents[2] / "scripts" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-bench, balance = script("bench_plan"), script("bench_balance")
 
 
 def test_every_layout_once() -> None:
@@ -68,7 +55,7 @@ def test_time() -> None:
     sent, gathered = (
         bench.Layout(replace(V3, layout=place), kind) for kind in ("alltoall", "allreduce")
     )
-    prompt, decode = Load(prefill=1024), Load(decode=16, context=1000)
+    prompt, decode = StepShape(prefill=1024), StepShape(decode=16, context=1000)
     # A token needs 4 groups at most, so sending it there costs less than telling all of them.
     wire = [
         sum(op.wire * op.count for op in layout.ops(prompt) if op.name == "moe.combine")
@@ -122,12 +109,6 @@ def test_ranking() -> None:
         bench.rank_layouts(lite, 3, H200, 1, 1, 1)
 
 
-def run(monkeypatch: pytest.MonkeyPatch, program: ModuleType, *command: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["bench.py", *command])
-    code: int = program.main()
-    return code
-
-
 @pytest.mark.slow
 def test_measured_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Few small steps: what they take is told apart from what was foretold."""
@@ -135,7 +116,7 @@ def test_measured_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     report, figures = tmp_path / "report.json", tmp_path / "here.yaml"
     asked = ("--kv-cache-size", "1024tok", "--threads", "1", "--json", str(report))
     saved = ("--save-hardware", str(figures))
-    assert run(monkeypatch, bench, "--measure", *asked, *saved) == 0
+    assert bench.main(["--measure", *asked, *saved]) == 0
     rows = json.loads(report.read_text())["rows"]
     assert [row["step"] for row in rows] == ["1 x 1 after 10", "4 x 1 after 64", "1 x 64 after 0"]
     assert all(row["measured ms"] > 0 and row["floor ms"] > 0 for row in rows)
@@ -145,7 +126,7 @@ def test_measured_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     hardware, ranks = bench.read_hardware(str(figures), {})
     assert ranks == 1 and 0 < hardware.read <= 1e12
     paper = ("--hardware", str(figures), "--batch", "2", "--context", "64", "--dtype", "float32")
-    assert run(monkeypatch, bench, *paper, "--json", str(report)) == 0
+    assert bench.main([*paper, "--json", str(report)]) == 0
     assert json.loads(report.read_text())["setting"]["weights"] == "fp32"
 
 
@@ -158,11 +139,9 @@ def test_measured_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (("--hardware", "h100x8", "--figure", "read"), "'read' is not NAME=NUMBER"),
     ],
 )
-def test_wrong_commands(
-    monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...], fault: str
-) -> None:
+def test_wrong_commands(command: tuple[str, ...], fault: str) -> None:
     with pytest.raises(ConfigError, match=fault):
-        run(monkeypatch, bench, *command)
+        bench.main([*command])
 
 
 def test_fit() -> None:
@@ -173,10 +152,10 @@ def test_fit() -> None:
     assert bench.fit(np.stack([floors, counts, 1.5 * floors]))[1] < 1e-8
 
 
-def test_balance(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_balance(tmp_path: Path) -> None:
     report, file = tmp_path / "report.json", tmp_path / "placement.json"
     command = ("--ranks", "4", "--redundant-experts", "4", "--json", str(report))
-    assert run(monkeypatch, balance, *command, "--save", str(file)) == 0
+    assert balance.main([*command, "--save", str(file)]) == 0
     before, after = json.loads(report.read_text())["rows"]
     assert 1 <= after["max/mean load"] < before["max/mean load"] <= 4
     assert (before["slots a rank"], after["slots a rank"]) == (4, 5)
@@ -185,11 +164,11 @@ def test_balance(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     loads = tmp_path / "loads.json"
     layers = {str(i): list(range(16)) for i in (1, 2, 3)}
     loads.write_text(json.dumps({"num_experts": 16, "layers": layers}))
-    assert run(monkeypatch, balance, *command, "--load", str(loads)) == 0
+    assert balance.main([*command, "--load", str(loads)]) == 0
     before, after = json.loads(report.read_text())["rows"]
     assert before["max/mean load"] == pytest.approx((12 + 13 + 14 + 15) / 30)
     with pytest.raises(ConfigError, match="of another model"):
-        run(monkeypatch, balance, *command, "--load", str(loads), "--config", "v2-lite-16b")
+        balance.main([*command, "--load", str(loads), "--config", "v2-lite-16b"])
 
 
 @pytest.mark.slow

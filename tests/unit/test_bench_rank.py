@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from benchlib.hardware import hardware
+from benchlib.rank import Rank, RankShape, rank_report
+from benchlib.roofline import HARDWARE
+from benchlib.stand_in import StandIn
 from dsv3.config import ParallelConfig
 from dsv3.config_files import DEMO, load_model_config
 from dsv3.engine.memory import weight_bytes
 from dsv3.errors import ConfigError
-from dsv3.observe.roofline import HARDWARE
-from dsv3.parallel.collectives import StandIn
 from dsv3.parallel.weights import Matrix
-from scripts.bench_rank import Rank, RankShape, rank_report
 from tests.checkpoint_files import TINY
 from tests.distributed.ranks import CPU
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dsv3.observe.metrics import Metrics
+from dsv3.engine.metrics import Metrics
 from dsv3.request import Completion, Request, RequestOutput
 from dsv3.serve.chat import Chat
 from dsv3.text.chat import ChatFormat

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from benchlib.replay import read_trace, replay
 from dsv3.cache.eviction import CacheEntry, EvictionPolicy, LeastRecentlyUsed, make_policy
 from dsv3.cache.pages import PageAllocator
 from dsv3.cache.prefix import PrefixTree
 from dsv3.errors import ConfigError
-from scripts.replay_trace import read_trace, replay
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "replay_trace.py"
+BENCH = Path(__file__).resolve().parents[2] / "launch" / "bench.py"
 
 
 def test_unknown_policies_are_refused() -> None:
@@ -249,11 +249,14 @@ def test_replay_reads_ids_of_any_kind(tmp_path: Path) -> None:
 
 def test_replay_prints_one_object(tmp_path: Path) -> None:
     path = write_trace(tmp_path / "trace", request(1, 2, 3), request(1, 2, 4), request(1, 2, 3))
-    command = [sys.executable, SCRIPT, path, "--capacity", "10", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    result = json.loads(done.stdout)
-    assert result["hit_rate"] == 5 / 9 and result["policy"] == "cost"
-    assert (result["requests"], result["blocks"], result["evictions"]) == (3, 9, 0)
+    report = tmp_path / "report.json"
+    command = [sys.executable, BENCH, "cache", path, "--capacity", "10", "--json", report]
+    subprocess.run(command, capture_output=True, check=True)
+    rows = json.loads(report.read_text())["rows"]
+    assert [row["policy"] for row in rows] == ["lru", "cost"]
+    assert rows[1]["hit rate %"] == pytest.approx(500 / 9)
+    counts = replay(read_trace(path), 10, "cost")
+    assert (counts["requests"], counts["blocks"], counts["evictions"]) == (3, 9, 0)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ LEVELS = {
     "launch": 6,
 }
 FOR_ALL = {"dsv3", "dsv3.config", "dsv3.config_files", "dsv3.errors", "dsv3.request"}
-FOR_ALL |= {"dsv3.config_fields", "dsv3.config_hf", "dsv3.config_rope", "dsv3.observe"}
+FOR_ALL |= {"dsv3.config_fields", "dsv3.config_hf", "dsv3.config_rope"}
 FOR_ALL |= {"dsv3.config_quantization", "dsv3.files", "dsv3.read_files", "dsv3.version"}
 FOR_ALL |= {"dsv3.streams"}
 
@@ -32,8 +32,9 @@ FOR_ALL |= {"dsv3.streams"}
 def sources() -> dict[str, Path]:
     """Every module of ours by its dotted name."""
     found = {}
-    for package in ("dsv3", "kernels/dsv3_kernels", "scripts/benchlib", "launch"):
-        for path in sorted((ROOT / package).rglob("*.py")):
+    for package in ("dsv3", "kernels/dsv3_kernels", "launch/benchlib", "launch"):
+        pattern = "*.py" if package == "launch" else "**/*.py"
+        for path in sorted((ROOT / package).glob(pattern)):
             parts = path.relative_to((ROOT / package).parent).with_suffix("").parts
             found[".".join(parts).removesuffix(".__init__")] = path
     return found

@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from benchlib.stand_in import StandIn
 from dsv3.config import ParallelConfig
 from dsv3.errors import ConfigError, RankError
 from dsv3.parallel import mesh, rendezvous
 from dsv3.parallel import store as store_module
-from dsv3.parallel.collectives import StandIn
 from dsv3.parallel.mesh import Mesh, _num_threads, join_world
 from dsv3.parallel.rendezvous import Hello, Peer, Roster
 from dsv3.parallel.store import Patience

@@ -6,10 +6,10 @@ from urllib.request import urlopen
 
 import pytest
 
+from dsv3.engine.metrics import COUNTS, SECONDS, Histogram, Metrics
 from dsv3.errors import ConfigError
-from dsv3.observe.exporter import serve_metrics
-from dsv3.observe.metrics import COUNTS, SECONDS, Histogram, Metrics
 from dsv3.request import Request, SamplingParams
+from dsv3.serve.exporter import serve_metrics
 from tests.paper_runner import finish, paper_engine
 
 

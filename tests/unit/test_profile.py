@@ -8,12 +8,13 @@ from torch import Tensor, nn
 
 from benchlib.bound import Profile, lay_beside, share_of_roof
 from benchlib.hardware import hardware
+from benchlib.profiler import Profiler
+from benchlib.roofline import HARDWARE, Op
+from benchlib.step_shape import StepShape
 from dsv3.config_files import DEMO
 from dsv3.engine.config import EngineConfig
 from dsv3.engine.start import start
 from dsv3.errors import ConfigError
-from dsv3.observe.profile import Load, Profiler
-from dsv3.observe.roofline import HARDWARE, Op
 from dsv3.parallel.collectives import SingleRank
 from dsv3.request import Request, SamplingParams
 from tests.distributed.ranks import CPU, alone
@@ -48,12 +49,12 @@ class Slow(nn.Module):
 
 def test_spans_hold_their_own_time_only(monkeypatch: pytest.MonkeyPatch) -> None:
     hands = Hands()
-    monkeypatch.setattr("dsv3.observe.profile.time", hands)
+    monkeypatch.setattr("benchlib.profiler.time", hands)
     profiler, model = Profiler(CPU), Slow(hands, Slow(hands))
     profiler.attach(model)
     after = profiler.wrap("after", lambda: hands.go(FAST))
     for _ in range(2):
-        with profiler.step(Load(decode=1)):
+        with profiler.step(StepShape(decode=1)):
             model(torch.zeros(1))
             after()
             hands.go(1.0)
@@ -67,7 +68,7 @@ def test_spans_hold_their_own_time_only(monkeypatch: pytest.MonkeyPatch) -> None
         "after": (2 * FAST, 2),
     }
     assert profiler.steps == 2 and profiler.step_seconds == 2 * (2 * SLOW + FAST + 1.0)
-    assert profiler.loads == {Load(decode=1): 2}
+    assert profiler.shapes == {StepShape(decode=1): 2}
     profiler.detach()
     model(torch.zeros(1))
     assert isinstance(model.tp, SingleRank) and profiler.measured["model"].count == 2

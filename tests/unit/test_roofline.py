@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 
 from benchlib.experts_hit import experts_hit
+from benchlib.roofline import HARDWARE, Op, Setup, floor_seconds, step_ops
+from benchlib.step_shape import StepShape
 from dsv3.config import ParallelConfig
 from dsv3.config_files import load_model_config
 from dsv3.errors import ConfigError
-from dsv3.observe.profile import Load
-from dsv3.observe.roofline import HARDWARE, Op, Setup, floor_seconds, step_ops
 from tests.checkpoint_files import TINY
 
 V3 = load_model_config("v3-671b")
@@ -17,12 +17,12 @@ EIGHT = ParallelConfig(world_size=8)
 REPLICATED = Setup(config=V3, layout=EIGHT, kv_shard="none")
 
 
-def at_its_busiest(load: Load) -> Load:
+def at_its_busiest(load: StepShape) -> StepShape:
     """The load of the rank on which most experts are hit."""
     return replace(load, hit=experts_hit(V3, 8, load.tokens, busiest=True))
 
 
-def without_links(setup: Setup, load: Load, hardware: str) -> float:
+def without_links(setup: Setup, load: StepShape, hardware: str) -> float:
     """Milliseconds of a step."""
     ops = [op for op in step_ops(setup, load) if not op.span]
     return 1e3 * floor_seconds(ops, HARDWARE[hardware])
@@ -44,7 +44,7 @@ def test_a_decode_step_of_v3(
     batch: int, context: int, mean: float, busiest: float, h200: float
 ) -> None:
     """Rank 0 of 8, the cache replicated, no links: a table made independently of this code."""
-    load = Load(decode=batch, context=context)
+    load = StepShape(decode=batch, context=context)
     most = at_its_busiest(load)
     assert without_links(REPLICATED, load, "h100") == pytest.approx(mean, rel=0.02)
     assert without_links(REPLICATED, most, "h100") == pytest.approx(busiest, rel=0.02)
@@ -52,12 +52,12 @@ def test_a_decode_step_of_v3(
 
 
 def test_packed_latents_cost_less() -> None:
-    load = at_its_busiest(Load(decode=128, context=65536))
+    load = at_its_busiest(StepShape(decode=128, context=65536))
     packed = replace(REPLICATED, cache="fp8")
     assert without_links(packed, load, "h100") == pytest.approx(131.40, rel=0.02)
 
 
-def total(setup: Setup, load: Load, prefix: str) -> tuple[float, float]:
+def total(setup: Setup, load: StepShape, prefix: str) -> tuple[float, float]:
     """FLOPs and bytes of the operations below a name, all layers together."""
     ops = [op for op in step_ops(setup, load) if op.name.startswith(prefix)]
     assert ops, prefix
@@ -65,7 +65,7 @@ def total(setup: Setup, load: Load, prefix: str) -> tuple[float, float]:
 
 
 def test_dealt_positions_are_read_once_by_all_ranks_together() -> None:
-    load = Load(decode=64, context=65536)
+    load = StepShape(decode=64, context=65536)
     dealt = Setup(config=V3, layout=EIGHT)
     flops, moved = total(dealt, load, "self_attn.mla_decode")
     all_flops, all_moved = total(REPLICATED, load, "self_attn.mla_decode")
@@ -79,11 +79,11 @@ def test_dealt_positions_are_read_once_by_all_ranks_together() -> None:
 
 
 def test_prefill_is_the_causal_triangle() -> None:
-    load = Load(prefill=4096)
+    load = StepShape(prefill=4096)
     flops, _ = total(REPLICATED, load, "self_attn.mla_prefill")
     assert flops == pytest.approx(61 * 2 * 16 * (192 + 128) * 4096 * 4097 / 2)
     # Two halves one after the other attend to as many pairs as the whole.
-    half = Load(prefill=2048), Load(prefill=2048, cached=2048)
+    half = StepShape(prefill=2048), StepShape(prefill=2048, cached=2048)
     assert flops == sum(total(REPLICATED, h, "self_attn.mla_prefill")[0] for h in half)
     # Every token passes every weight that it activates: 2 FLOPs each.
     matrices, _ = total(Setup(config=V3, layout=ParallelConfig()), load, "")
@@ -96,9 +96,9 @@ def test_prefill_is_the_causal_triangle() -> None:
 def test_data_parallel_groups_exchange_tokens() -> None:
     layout = ParallelConfig(world_size=8, dp=8)
     wide = Setup(config=V3, layout=layout)
-    ops = {op.name: op for op in step_ops(wide, Load(decode=16, context=1024))}
+    ops = {op.name: op for op in step_ops(wide, StepShape(decode=16, context=1024))}
     # All 128 tokens reach the experts of this rank as they would over tp.
-    tp = {op.name: op for op in step_ops(REPLICATED, Load(decode=128, context=1024))}
+    tp = {op.name: op for op in step_ops(REPLICATED, StepShape(decode=128, context=1024))}
     assert ops["moe.experts.down"] == tp["moe.experts.down"]
     assert not any("all_reduce" in name for name in ops) and "moe.dispatch" not in tp
     sums = "layers.sum_norm.all_reduce", "model.sum_norm.all_reduce"
@@ -138,7 +138,7 @@ def test_every_family_has_a_floor(form: str, world: int) -> None:
         config = load_model_config(name)
         layout = ParallelConfig(world_size=world)
         setup = Setup(config=config, layout=layout, weights="bf16", form=form)
-        load = Load(decode=4, context=5000, prefill=100, prompts=2, cached=7)
+        load = StepShape(decode=4, context=5000, prefill=100, prompts=2, cached=7)
         ops = step_ops(setup, load)
         assert all(op.seconds(HARDWARE["h800"]) > 0 for op in ops)
         assert any(op.span for op in ops) == (world > 1)

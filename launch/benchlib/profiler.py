@@ -17,40 +17,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchlib.step_shape import StepShape
+from dsv3.engine.runner import Runner
+from dsv3.model.moe import MoE
+from dsv3.model.side_stream import SideStream
+
 _LAYER = re.compile(r"^layers\.\d+(\.|$)")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
-    """What one step computes in every dp group.
-
-    Attributes:
-        decode: sequences that add `queries` tokens each to `context` cached ones.
-        prefill: new tokens of `prompts` prompts together, each with `cached` positions before.
-        rows: rows of logits; None for all decode tokens and one of every prompt.
-        hit: local experts and their rows, where they were counted.
-    """
-
-    decode: int = 0
-    context: int = 0
-    queries: int = 1
-    prefill: int = 0
-    prompts: int = 1
-    cached: int = 0
-    rows: int | None = None
-    hit: tuple[float, float] | None = None
-
-    @property
-    def tokens(self) -> int:
-        """New tokens of a group."""
-        return self.decode * self.queries + self.prefill
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of logits of a group."""
-        if self.rows is not None:
-            return self.rows
-        return self.decode * self.queries + (self.prompts if self.prefill else 0)
 
 
 @dataclass(slots=True)
@@ -89,7 +61,7 @@ class Profiler:
     """Collects spans; `measured` holds them by name once their step has ended.
 
     Attributes:
-        loads: what the steps computed, and how many steps computed just that.
+        shapes: the steps' shapes, and the number of steps of each.
         steps: steps measured.
         step_seconds: their whole time.
     """
@@ -102,7 +74,7 @@ class Profiler:
     def clear(self) -> None:
         """Forget what was measured."""
         self.measured: dict[str, Measured] = {}
-        self.loads: Counter[Load] = Counter()
+        self.shapes: Counter[StepShape] = Counter()
         self.steps, self.step_seconds = 0, 0.0
         # Name, parent's index, begin, end.
         self._spans: list[tuple[str, int, Any, Any]] = []
@@ -122,7 +94,7 @@ class Profiler:
         self._spans[index] = (*self._spans[index][:3], self._clock.mark())
 
     @contextmanager
-    def step(self, load: Load) -> Iterator[None]:
+    def step(self, shape: StepShape) -> Iterator[None]:
         """Time a step and everything in it; waits for the device at its end."""
         self.begin("step")
         yield
@@ -137,7 +109,7 @@ class Profiler:
             found = self.measured.setdefault(name, Measured())
             found.seconds += seconds
             found.count += 1
-        self.loads[load] += 1
+        self.shapes[shape] += 1
         self.steps += 1
         self.step_seconds += sum(own)
         self._spans.clear()
@@ -182,6 +154,19 @@ class Profiler:
             return result
 
         return timed
+
+
+def profile(runner: Runner) -> Profiler:
+    """Measure every step of a runner from now on, operation by operation; they run eagerly."""
+    profiler = Profiler(runner.device)
+    profiler.attach(runner.model, runner.sampler, runner.cache)
+    runner.sampler = profiler.wrap("sampler", runner.sampler)
+    for module in runner.model.modules():
+        if isinstance(module, MoE):  # operations on a side stream have no time of their own
+            profiler.replace(module, "side", SideStream(torch.device("cpu")))
+    limit = runner.decode_limit
+    runner.run_eagerly(lambda plan: profiler.step(StepShape.of_plan(plan, limit)))
+    return profiler
 
 
 class _Timed:

@@ -25,7 +25,11 @@ from torch import Tensor
 from benchlib.bound import what_bounds
 from benchlib.flags import add_program_flags, at_least
 from benchlib.hardware import hardware
+from benchlib.kernel_timing import busy_and_idle, kernel_intervals
+from benchlib.profiler import Clock, Profiler, profile
 from benchlib.report import Report, Row, check_report, machine
+from benchlib.roofline import Hardware, Setup, floor_seconds, step_ops
+from benchlib.stand_in import StandIn
 from dsv3.cache.layout import CacheLayout
 from dsv3.cache.pool import CachePool
 from dsv3.checkpoint.load import fp8_products
@@ -34,19 +38,16 @@ from dsv3.checkpoint.sharding import FP8_DTYPE, scale_region, shard_region, tens
 from dsv3.config import ModelConfig, ParallelConfig
 from dsv3.config_files import load_model_config
 from dsv3.engine.plan import StepPlan
-from dsv3.engine.program import Parser, run_program, set_up_logging
+from dsv3.engine.program import Parser, set_up_logging
 from dsv3.engine.runner import Runner
 from dsv3.engine.start import set_launches
 from dsv3.errors import ConfigError
 from dsv3.model.attention import absorb_limit
 from dsv3.model.moe import MoE
 from dsv3.model.transformer import Transformer
-from dsv3.observe.profile import Clock, Profiler
-from dsv3.observe.roofline import Hardware, Setup, floor_seconds, step_ops
-from dsv3.parallel.collectives import SingleRank, StandIn
+from dsv3.parallel.collectives import SingleRank
 from dsv3.parallel.mesh import Mesh, join_world
 from dsv3.parallel.weights import FP8, BlockScale, WeightFormat
-from dsv3_kernels.benchmarks import busy_and_idle, kernel_intervals
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 # Keeps the device busy while the host launches a step, so that events show the device's time.
@@ -227,7 +228,7 @@ def time_steps(
 def profile_steps(rank: Rank, plans: Callable[[], StepPlan], steps: int) -> Profiler:
     """Run steps operation by operation; on a GPU each behind something that keeps it busy."""
     runner = rank.new_runner(eager=True)
-    profiler = runner.profile()
+    profiler = profile(runner)
     for i in range(1 + min(steps, 5)):
         if i == 1:  # the first one has compiled and warmed up
             profiler.clear()
@@ -264,8 +265,8 @@ def measure_step(
     # Several in a row, as they are served: the host launches one while the device runs another.
     ready = [[plans()] for _ in range(4 if on_gpu else 1)]
     seconds, launch = time_steps(served.run, ready, rank.device, steps)
-    load = replace(next(iter(profiler.loads)), hit=hits)
-    profiler.loads = Counter({load: profiler.steps})
+    load = replace(next(iter(profiler.shapes)), hit=hits)
+    profiler.shapes = Counter({load: profiler.steps})
     free = dict.fromkeys(("link", "net"), math.inf) | dict.fromkeys(
         ("link_latency", "net_latency"), 0.0
     )
@@ -354,9 +355,9 @@ def shape_of(args: argparse.Namespace, on_cpu: bool) -> RankShape:
     )
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(arguments: list[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = Parser(description=(__doc__ or "").split("\n")[0])
+    parser = Parser(prog="bench.py rank", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--config", default="v3-671b", help="a preset's name or a config file")
     parser.add_argument("--world", type=at_least(1), default=8, help="ranks there would be")
     parser.add_argument("--rank", type=int, default=0, help="which of them this is")
@@ -377,12 +378,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--overlap-launches", action="store_true", help="begin them early")
     parser.add_argument("--threads", type=at_least(1), help="on a CPU (default: all)")
     add_program_flags(parser)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
     """Make the share, measure, report."""
-    args = parse_args()
+    args = parse_args(arguments)
     check_report(args)
     set_up_logging(args.debug)
     with join_world(args.device) as mesh:
@@ -394,7 +395,3 @@ def main() -> int:
         report.setting |= machine(1) | {"overlapping launches": args.overlap_launches}
     report.publish(args.json)
     return 0
-
-
-if __name__ == "__main__":
-    run_program(main)

@@ -4,8 +4,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from benchlib import roofline
 from dsv3.config import ModelConfig
-from dsv3.observe import roofline
 
 _TRIALS = 64
 

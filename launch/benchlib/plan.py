@@ -19,10 +19,13 @@ import numpy as np
 import torch
 import yaml
 
+from benchlib.bound import weight_format
 from benchlib.experts_hit import experts_hit
 from benchlib.flags import at_least
 from benchlib.hardware import HARDWARE_FILE, hardware, read_hardware
 from benchlib.report import Report, Row, check_report, machine
+from benchlib.roofline import Hardware, Op, Setup, step_ops
+from benchlib.step_shape import StepShape
 from dsv3.cache.layout import CacheLayout
 from dsv3.checkpoint.sharding import tensor_specs
 from dsv3.config import ParallelConfig, divisors
@@ -35,14 +38,11 @@ from dsv3.engine.program import (
     Parser,
     add_engine_flags,
     engine_config,
-    run_program,
     set_up_logging,
 )
 from dsv3.engine.start import Started, start
 from dsv3.errors import ConfigError
 from dsv3.files import NamedFile, check_output, write_output
-from dsv3.observe.profile import Load
-from dsv3.observe.roofline import Hardware, Op, Setup, step_ops
 from dsv3.parallel.mesh import join_world
 
 _MANY, _REPEATS = 1_000_000, 30
@@ -74,7 +74,7 @@ class Layout:
     setup: Setup
     dispatch: str
 
-    def ops(self, load: Load) -> list[Op]:
+    def ops(self, load: StepShape) -> list[Op]:
         """Return the operations of a step that has this load in every dp group.
 
         They are those of the rank on which most experts are hit.
@@ -84,7 +84,7 @@ class Layout:
         ops = step_ops(self.setup, replace(load, hit=hit))
         return [self._gathered(op, load.tokens) for op in ops]
 
-    def seconds(self, load: Load, hw: Hardware) -> float:
+    def seconds(self, load: StepShape, hw: Hardware) -> float:
         """Return the time of a step: the floors of all operations, and their launches."""
         if not load.tokens:
             return 0.0
@@ -193,7 +193,7 @@ def rank_layouts(
     for layout in layouts(model, ranks):
         place = layout.setup.layout
         weights, room = memory(layout.setup, hw)
-        times = [layout.seconds(x, hw) for x in loads_of(place, batch, context, prefill)]
+        times = [layout.seconds(x, hw) for x in shapes_of(place, batch, context, prefill)]
         fits = room >= batch * context + prefill
         row: Row = {
             "tp": place.tp,
@@ -213,7 +213,7 @@ def rank_layouts(
         raise ConfigError(f"{ranks} ranks: no tp x dp splits the heads and experts of this model")
     found.sort(key=lambda one: one[:2])
     unfit, _, best, _ = found[0]
-    loads = loads_of(best.setup.layout, batch, context, prefill)
+    loads = shapes_of(best.setup.layout, batch, context, prefill)
     report = Report("plan", rows=[row for *_, row in found])
     report.notes = [
         f"{'nothing fits; fastest' if unfit else 'fastest that fits'}: {best.flags()}",
@@ -227,10 +227,12 @@ def rank_layouts(
     return report
 
 
-def loads_of(place: ParallelConfig, batch: int, context: int, prefill: int) -> tuple[Load, Load]:
+def shapes_of(
+    place: ParallelConfig, batch: int, context: int, prefill: int
+) -> tuple[StepShape, StepShape]:
     """Return what a dp group has to do in a decode step, and in a prefill step."""
-    decode = Load(decode=-(-batch // place.dp), context=context)
-    return decode, Load(prefill=-(-prefill // place.dp))
+    decode = StepShape(decode=-(-batch // place.dp), context=context)
+    return decode, StepShape(prefill=-(-prefill // place.dp))
 
 
 def shares(ops: list[Op], hw: Hardware) -> str:
@@ -299,7 +301,7 @@ def check_steps(started: Started, hw: Hardware, dispatch: str) -> tuple[Report, 
     setup = Setup(
         config=started.config,
         layout=started.mesh.layout,
-        weights=started.runner.weight_format,
+        weights=weight_format(started.runner.model),
         cache=cache.dtype,
         form=cache.form,
         kv_shard="tokens" if cache.shards > 1 else "none",
@@ -321,7 +323,7 @@ def check_steps(started: Started, hw: Hardware, dispatch: str) -> tuple[Report, 
             started.runner.run(plans).to_host()
 
         decode, prompt = (batch, 0) if count == 1 else (0, batch * count)
-        loads.append(Load(decode=decode, context=context, prefill=prompt))
+        loads.append(StepShape(decode=decode, context=context, prefill=prompt))
         clocked.append(least_seconds(step, started.mesh.device, started.mesh.world.size == 1))
     floors = [layout.seconds(load, replace(hw, launch=0.0)) for load in loads]
     counts = [sum(op.count for op in layout.ops(load)) for load in loads]
@@ -359,9 +361,9 @@ def figure(text: str) -> tuple[str, float]:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=NUMBER") from None
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(arguments: list[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = Parser(description=(__doc__ or "").split("\n")[0])
+    parser = Parser(prog="bench.py plan", description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "--figure", type=figure, nargs="+", default=[], metavar="NAME=N", help="other figures"
     )
@@ -373,12 +375,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--threads", type=at_least(0), help="of each rank (default: its share)")
     parser.add_argument("--json", type=Path, help="write the result here")
     add_engine_flags(parser)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
     """Compare, report."""
-    args = parse_args()
+    args = parse_args(arguments)
     check_report(args, inputs=("--hardware",), outputs=("--save-hardware",))
     if args.save_hardware:
         check_output(NamedFile("--save-hardware", args.save_hardware), HARDWARE_FILE)
@@ -387,7 +389,3 @@ def main() -> int:
     if report is not None:
         report.publish(args.json)
     return 0
-
-
-if __name__ == "__main__":
-    run_program(main)

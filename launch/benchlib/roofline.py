@@ -11,9 +11,9 @@ Source: the roofline model (Williams, Waterman, Patterson 2009).
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from benchlib.step_shape import StepShape
 from dsv3.config import ModelConfig, ParallelConfig, split_range
 from dsv3.errors import ConfigError
-from dsv3.observe.profile import Load
 
 _ITEMSIZE = {"fp8": 1, "bf16": 2, "fp32": 4}
 _BLOCK = 128
@@ -174,7 +174,7 @@ def experts_hit(config: ModelConfig, ranks: int, tokens: int) -> tuple[float, fl
 class _Writer:
     """Makes the operations of one setup, each once; sizes are this rank's."""
 
-    def __init__(self, setup: Setup, load: Load) -> None:
+    def __init__(self, setup: Setup, load: StepShape) -> None:
         self.setup, self.load, self.config = setup, load, setup.config
         self.item, self.weight_item = _ITEMSIZE[setup.plain], _ITEMSIZE[setup.weights]
         self.tp, self.tokens = setup.layout.tp, load.tokens
@@ -350,7 +350,7 @@ def _matrix_bytes(rows: float, cols: float, fmt: str) -> float:
     return rows * cols * _ITEMSIZE[fmt] + scales
 
 
-def step_ops(setup: Setup, load: Load) -> list[Op]:
+def step_ops(setup: Setup, load: StepShape) -> list[Op]:
     """Return the operations of a step on one rank; equal ones of all layers are one entry."""
     every = _Writer(setup, load).every()
     return [replace(op, count=count) for count, ops in every for op in ops]

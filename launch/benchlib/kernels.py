@@ -18,19 +18,20 @@ import torch
 from benchlib.bound import share_of_roof
 from benchlib.flags import add_program_flags
 from benchlib.hardware import hardware
+from benchlib.interpreter import mend_interpreter
+from benchlib.kernel_cases import Case, cases, check, measure
 from benchlib.report import Report, check_report, machine
-from dsv3.engine.program import Parser, run_program, set_up_logging
+from benchlib.roofline import Hardware, Op
+from dsv3.engine.program import Parser, set_up_logging
 from dsv3.engine.start import set_launches
 from dsv3.errors import ConfigError, RankError
-from dsv3.observe.roofline import Hardware, Op
-from dsv3_kernels.registry import Case, cases, check, measure
 
 log = logging.getLogger("dsv3")
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(arguments: list[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = Parser(description=(__doc__ or "").split("\n")[0])
+    parser = Parser(prog="bench.py kernels", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--ops", nargs="+", help="only these (default: all)")
     parser.add_argument(
         "--check", action="store_true", help="only compare; without a GPU in the interpreter"
@@ -38,7 +39,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--overlap-launches", action="store_true", help="begin them early")
     parser.add_argument("--hardware", default="measure", help="ceilings: measure, h100 or h200")
     add_program_flags(parser)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def compare_and_time(args: argparse.Namespace) -> Report:
@@ -50,6 +51,8 @@ def compare_and_time(args: argparse.Namespace) -> Report:
         # Triton looks at it while it is imported.
         os.execve(sys.executable, sys.orig_argv, os.environ | {"TRITON_INTERPRET": "1"})
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+    if not on_gpu:
+        mend_interpreter()
     set_launches(args.overlap_launches, device)
     known = [case for case in cases(small=not on_gpu) if not args.ops or case.op in args.ops]
     if not known:
@@ -86,9 +89,9 @@ def kernel_row(case: Case, device: torch.device, ceilings: Hardware | None) -> d
     return row | dict(zip(keys, values, strict=True))
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
     """Compare, time, report; wrong kernels are an error."""
-    args = parse_args()
+    args = parse_args(arguments)
     check_report(args)
     set_up_logging(args.debug)
     report = compare_and_time(args)
@@ -98,7 +101,3 @@ def main() -> int:
     if wrong:
         raise RankError(f"kernels are wrong and were not timed: {'; '.join(wrong)}")
     return 0
-
-
-if __name__ == "__main__":
-    run_program(main)

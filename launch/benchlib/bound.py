@@ -3,11 +3,15 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
+import torch
+
 from benchlib.hardware import hardware
+from benchlib.profiler import Measured, Profiler, profile
 from benchlib.report import Report
+from benchlib.roofline import Hardware, Op, Setup, step_ops
 from dsv3.engine.start import Started
-from dsv3.observe.profile import Measured, Profiler
-from dsv3.observe.roofline import Hardware, Op, Setup, step_ops
+from dsv3.model.transformer import Transformer
+from dsv3.parallel.weights import FP8
 
 Floors = dict[str, list[tuple[Op, int]]]
 
@@ -22,16 +26,24 @@ class Profile:
         self._setup = Setup(
             config=started.config,
             layout=mesh.layout,
-            weights=started.runner.weight_format,
+            weights=weight_format(started.runner.model),
             cache=cached.dtype,
             form=cached.form,
             kv_shard=kv_shard,
         )
-        self._profiler = started.runner.profile()
+        self._profiler = profile(started.runner)
 
     def report(self, run_seconds: float | None = None) -> Report:
         """Tell what bounded the steps so far."""
         return what_bounds(self._profiler, self._setup, self._hardware, run_seconds)
+
+
+def weight_format(model: Transformer) -> str:
+    """Return the format that holds the matrices: "fp8", "bf16" or "fp32"."""
+    if any(p.dtype == FP8 for p in model.parameters()):
+        return "fp8"
+    plain = model.embed_tokens.table.weight.dtype
+    return "fp32" if plain == torch.float32 else "bf16"
 
 
 def what_bounds(
@@ -52,7 +64,7 @@ def what_bounds(
         measured["host"] = Measured(max(0.0, run_seconds - whole), steps)
         whole = run_seconds
     floors = lay_beside(
-        measured, ((step_ops(setup, load), n) for load, n in profiler.loads.items())
+        measured, ((step_ops(setup, load), n) for load, n in profiler.shapes.items())
     )
     report = Report("profile", setting={"hardware": ceilings.name, "steps": profiler.steps})
     report.setting |= {"weights": setup.weights, "cache": setup.cache}

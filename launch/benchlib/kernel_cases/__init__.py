@@ -11,11 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv3_kernels._split_k import make_locks
-from dsv3_kernels.act_quant import act_quant_ref, act_quant_triton
-from dsv3_kernels.permute import permute_ref, permute_triton, unpermute_ref, unpermute_triton
-from dsv3_kernels.registry_attention import absorption, decode, latents, prefill
-from dsv3_kernels.registry_case import (
+from benchlib.kernel_cases.attention import absorption, decode, latents, prefill
+from benchlib.kernel_cases.case import (
     BLOCK,
     FF,
     FP8_TOL,
@@ -30,7 +27,10 @@ from dsv3_kernels.registry_case import (
     normal,
     scaled,
 )
-from dsv3_kernels.registry_gemm import experts, few_rows, gemm
+from benchlib.kernel_cases.gemm import experts, few_rows, gemm
+from dsv3_kernels._split_k import make_locks
+from dsv3_kernels.act_quant import act_quant_ref, act_quant_triton
+from dsv3_kernels.permute import permute_ref, permute_triton, unpermute_ref, unpermute_triton
 from dsv3_kernels.rmsnorm import add_rmsnorm_ref, add_rmsnorm_triton
 from dsv3_kernels.route import Routing, route_ref, route_triton
 from dsv3_kernels.route_and_permute import route_and_permute_ref, route_and_permute_triton

@@ -15,7 +15,7 @@ import numpy as np
 from benchlib.flags import add_program_flags, at_least
 from benchlib.report import Report, check_report
 from dsv3.config_files import DEMO, load_model_config
-from dsv3.engine.program import Parser, run_program, set_up_logging
+from dsv3.engine.program import Parser, set_up_logging
 from dsv3.errors import ConfigError
 from dsv3.files import NamedFile, check_output
 from dsv3.parallel.placement import Placement, layers_format, read_layers
@@ -57,9 +57,9 @@ def balance(args: argparse.Namespace) -> Report:
     return report
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(arguments: list[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = Parser(description=(__doc__ or "").split("\n")[0])
+    parser = Parser(prog="bench.py balance", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--load", type=Path, help="as --record-expert-load writes it")
     parser.add_argument("--config", help="the model (default: the demo model)")
     parser.add_argument("--skew", type=float, default=1.0, help="without --load: Zipf's exponent")
@@ -71,12 +71,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--redundant-experts", type=int, default=0, help="copies in a layer")
     parser.add_argument("--save", type=Path, help="write the placement here")
     add_program_flags(parser)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
     """Balance, report."""
-    args = parse_args()
+    args = parse_args(arguments)
     check_report(args, inputs=("--load",), outputs=("--save",))
     if args.save:
         check_output(NamedFile("--save", args.save), layers_format(["num_experts", "num_ranks"]))
@@ -84,7 +84,3 @@ def main() -> int:
     report = balance(args)
     report.publish(args.json)
     return 0
-
-
-if __name__ == "__main__":
-    run_program(main)

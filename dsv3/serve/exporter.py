@@ -5,8 +5,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
+from dsv3.engine.metrics import Metrics
 from dsv3.errors import ConfigError
-from dsv3.observe.metrics import Metrics
 
 
 @contextmanager

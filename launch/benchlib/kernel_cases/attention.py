@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchlib.kernel_cases.case import BLOCK, FP8_TOL, HEADS, QUERY, Args, C, Case, N, R, V, normal
 from dsv3_kernels.absorb_query import absorb_query_ref, absorb_query_triton
 from dsv3_kernels.expand_values import expand_values_ref, expand_values_triton
 from dsv3_kernels.kv_fp8 import pack_latent_ref, unpack_latent_ref
@@ -16,7 +17,6 @@ from dsv3_kernels.mla_prefill import mla_prefill_ref, mla_prefill_triton
 from dsv3_kernels.norm_and_cache import norm_and_cache_ref, norm_and_cache_triton
 from dsv3_kernels.paging import Paging
 from dsv3_kernels.parts import empty_parts, open_parts, part_bytes
-from dsv3_kernels.registry_case import BLOCK, FP8_TOL, HEADS, QUERY, Args, C, Case, N, R, V, normal
 from dsv3_kernels.rope_and_cache import ToCache, rope_and_cache_ref, rope_and_cache_triton
 
 
