@@ -3,38 +3,38 @@
 Knows nothing of models, ranks or requests. Shape letters: see `dsv3/__init__.py`.
 """
 
-from dsv3_kernels._split_k import make_locks
 from dsv3_kernels._triton import overlap_launches
-from dsv3_kernels.absorb_query import absorb_query
-from dsv3_kernels.act_quant import Quantized, act_quant
-from dsv3_kernels.bf16_gemm import linear
-from dsv3_kernels.expand_values import expand_values
-from dsv3_kernels.fp8_gemm import fp8_gemm
-from dsv3_kernels.grouped_down import grouped_down
-from dsv3_kernels.grouped_gate_up import grouped_gate_up
-from dsv3_kernels.grouped_gemm import Stack
-from dsv3_kernels.kv_fp8 import pack_latent, packed_bytes, unpack_latent
-from dsv3_kernels.merge_lse import merge_lse
-from dsv3_kernels.mha_decode import mha_decode
-from dsv3_kernels.mla_decode import mla_decode
-from dsv3_kernels.mla_decode_parts import mla_decode_parts
-from dsv3_kernels.mla_prefill import mla_prefill, mla_prefill_packed
-from dsv3_kernels.moe import experts
-from dsv3_kernels.norm_and_cache import norm_and_cache
-from dsv3_kernels.paging import Keys, Paging
-from dsv3_kernels.parts import empty_parts, open_parts
-from dsv3_kernels.permute import Groups, masked_groups, permute, unpermute
-from dsv3_kernels.rmsnorm import add_rmsnorm, rmsnorm, rmsnorm_quant
-from dsv3_kernels.rope import apply_rope, rotate
-from dsv3_kernels.rope_and_cache import ToCache, latent_entries, rope_and_cache
-from dsv3_kernels.route import Routing, route
-from dsv3_kernels.route_and_permute import route_and_permute
-from dsv3_kernels.router_logits import router_logits
-from dsv3_kernels.sample import sample
-from dsv3_kernels.silu_mul import silu_mul, silu_mul_quant
-from dsv3_kernels.sum_norm import Peers, fits_sum_norm, shared_bytes, sum_norm
-from dsv3_kernels.weight_dequant import weight_dequant
-from dsv3_kernels.write_slots import write_slots
+from dsv3_kernels.attention.absorb_query import absorb_query
+from dsv3_kernels.attention.expand_values import expand_values
+from dsv3_kernels.attention.kv_fp8 import pack_latent, packed_bytes, unpack_latent
+from dsv3_kernels.attention.merge_lse import merge_lse
+from dsv3_kernels.attention.mha_decode import mha_decode
+from dsv3_kernels.attention.mla_decode import mla_decode
+from dsv3_kernels.attention.mla_decode_parts import mla_decode_parts
+from dsv3_kernels.attention.mla_prefill import mla_prefill, mla_prefill_packed
+from dsv3_kernels.attention.norm_and_cache import norm_and_cache
+from dsv3_kernels.attention.paging import Keys, Paging
+from dsv3_kernels.attention.parts import empty_parts, open_parts
+from dsv3_kernels.attention.rope import apply_rope, rotate
+from dsv3_kernels.attention.rope_and_cache import ToCache, latent_entries, rope_and_cache
+from dsv3_kernels.attention.write_slots import write_slots
+from dsv3_kernels.gemm._split_k import make_locks
+from dsv3_kernels.gemm.act_quant import Quantized, act_quant
+from dsv3_kernels.gemm.bf16_gemm import linear
+from dsv3_kernels.gemm.fp8_gemm import fp8_gemm
+from dsv3_kernels.gemm.weight_dequant import weight_dequant
+from dsv3_kernels.moe.grouped_down import grouped_down
+from dsv3_kernels.moe.grouped_gate_up import grouped_gate_up
+from dsv3_kernels.moe.grouped_gemm import Stack
+from dsv3_kernels.moe.moe import experts
+from dsv3_kernels.moe.permute import Groups, masked_groups, permute, unpermute
+from dsv3_kernels.moe.route import Routing, route
+from dsv3_kernels.moe.route_and_permute import route_and_permute
+from dsv3_kernels.moe.router_logits import router_logits
+from dsv3_kernels.ops.rmsnorm import add_rmsnorm, rmsnorm, rmsnorm_quant
+from dsv3_kernels.ops.sample import sample
+from dsv3_kernels.ops.silu_mul import silu_mul, silu_mul_quant
+from dsv3_kernels.ops.sum_norm import Peers, fits_sum_norm, shared_bytes, sum_norm
 
 __all__ = [
     "Groups",

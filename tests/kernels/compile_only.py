@@ -24,38 +24,38 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import dsv3_kernels  # noqa: F401 - all of its modules are looked through below
-from dsv3_kernels._decode_tiles import tile_for as decode_tile
-from dsv3_kernels._split_k import make_locks
-from dsv3_kernels.absorb_query import absorb_query_triton
-from dsv3_kernels.act_quant import Quantized, act_quant_triton
-from dsv3_kernels.bf16_gemm import bf16_gemm_triton
-from dsv3_kernels.expand_values import expand_values_triton
-from dsv3_kernels.fp8_gemm import OLD_TILES, TILES, _launch_large, fp8_gemm_triton
-from dsv3_kernels.grouped_down import grouped_down_triton
-from dsv3_kernels.grouped_gate_up import grouped_gate_up_triton
-from dsv3_kernels.grouped_gemm import Stack
-from dsv3_kernels.kv_fp8 import packed_bytes
-from dsv3_kernels.merge_lse import merge_lse_triton
-from dsv3_kernels.mha_decode import mha_decode_triton
-from dsv3_kernels.mla_decode import mla_decode_triton
-from dsv3_kernels.mla_decode_parts import mla_decode_parts_triton
-from dsv3_kernels.mla_prefill import mla_prefill_packed_triton, mla_prefill_triton
-from dsv3_kernels.mla_prefill import tile_for as prefill_tile
-from dsv3_kernels.norm_and_cache import norm_and_cache_triton
-from dsv3_kernels.paging import Paging
-from dsv3_kernels.parts import empty_parts, open_parts
-from dsv3_kernels.permute import permute_triton, unpermute_triton
-from dsv3_kernels.rmsnorm import add_rmsnorm_triton
-from dsv3_kernels.rope import rotate_triton
-from dsv3_kernels.rope_and_cache import rope_and_cache_triton
-from dsv3_kernels.route import Routing, route_triton
-from dsv3_kernels.route_and_permute import route_and_permute_triton
-from dsv3_kernels.router_logits import router_logits_triton
-from dsv3_kernels.sample import sample_triton
-from dsv3_kernels.silu_mul import silu_mul_quant_triton
-from dsv3_kernels.sum_norm import Peers, sum_norm
-from dsv3_kernels.weight_dequant import weight_dequant_triton
-from dsv3_kernels.write_slots import write_slots_triton
+from dsv3_kernels.attention._decode_tiles import tile_for as decode_tile
+from dsv3_kernels.attention.absorb_query import absorb_query_triton
+from dsv3_kernels.attention.expand_values import expand_values_triton
+from dsv3_kernels.attention.kv_fp8 import packed_bytes
+from dsv3_kernels.attention.merge_lse import merge_lse_triton
+from dsv3_kernels.attention.mha_decode import mha_decode_triton
+from dsv3_kernels.attention.mla_decode import mla_decode_triton
+from dsv3_kernels.attention.mla_decode_parts import mla_decode_parts_triton
+from dsv3_kernels.attention.mla_prefill import mla_prefill_packed_triton, mla_prefill_triton
+from dsv3_kernels.attention.mla_prefill import tile_for as prefill_tile
+from dsv3_kernels.attention.norm_and_cache import norm_and_cache_triton
+from dsv3_kernels.attention.paging import Paging
+from dsv3_kernels.attention.parts import empty_parts, open_parts
+from dsv3_kernels.attention.rope import rotate_triton
+from dsv3_kernels.attention.rope_and_cache import rope_and_cache_triton
+from dsv3_kernels.attention.write_slots import write_slots_triton
+from dsv3_kernels.gemm._split_k import make_locks
+from dsv3_kernels.gemm.act_quant import Quantized, act_quant_triton
+from dsv3_kernels.gemm.bf16_gemm import bf16_gemm_triton
+from dsv3_kernels.gemm.fp8_gemm import OLD_TILES, TILES, _launch_large, fp8_gemm_triton
+from dsv3_kernels.gemm.weight_dequant import weight_dequant_triton
+from dsv3_kernels.moe.grouped_down import grouped_down_triton
+from dsv3_kernels.moe.grouped_gate_up import grouped_gate_up_triton
+from dsv3_kernels.moe.grouped_gemm import Stack
+from dsv3_kernels.moe.permute import permute_triton, unpermute_triton
+from dsv3_kernels.moe.route import Routing, route_triton
+from dsv3_kernels.moe.route_and_permute import route_and_permute_triton
+from dsv3_kernels.moe.router_logits import router_logits_triton
+from dsv3_kernels.ops.rmsnorm import add_rmsnorm_triton
+from dsv3_kernels.ops.sample import sample_triton
+from dsv3_kernels.ops.silu_mul import silu_mul_quant_triton
+from dsv3_kernels.ops.sum_norm import Peers, sum_norm
 
 # Hopper's matrix units, tiles through TMA, words to and from other GPUs, loads past the cache.
 MARKS = (

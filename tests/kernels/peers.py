@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dsv3.parallel.mesh import Mesh
 from dsv3_kernels import Peers, shared_bytes, sum_norm
-from dsv3_kernels.rmsnorm import add_rmsnorm_triton
-from dsv3_kernels.sum_norm import MAX_ROWS, sum_norm_ref
+from dsv3_kernels.ops.rmsnorm import add_rmsnorm_triton
+from dsv3_kernels.ops.sum_norm import MAX_ROWS, sum_norm_ref
 from dsv3_kernels.testing import assert_bitwise_equal
 from tests.distributed.matrix import run_case
 from tests.distributed.ranks import CPU
@@ -59,7 +59,7 @@ def operands(step: int, ranks: int) -> tuple[Tensor, list[Tensor], Tensor]:
 
 def disturb(patch: pytest.MonkeyPatch, is_slow: bool, how: str) -> None:
     """Let a rank read late, and take away what the kernel cannot do without."""
-    kernel = sys.modules["dsv3_kernels.sum_norm"]
+    kernel = sys.modules["dsv3_kernels.ops.sum_norm"]
     wait = kernel._await
 
     def slow_wait(flags: object, turn: object, mask: object) -> None:

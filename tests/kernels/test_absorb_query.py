@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dsv3_kernels import apply_rope
-from dsv3_kernels.absorb_query import absorb_query_ref, absorb_query_triton
+from dsv3_kernels.attention.absorb_query import absorb_query_ref, absorb_query_triton
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 
 

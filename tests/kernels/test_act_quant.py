@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dsv3_kernels import act_quant
-from dsv3_kernels.act_quant import act_quant_ref, act_quant_triton
+from dsv3_kernels.gemm.act_quant import act_quant_ref, act_quant_triton
 from dsv3_kernels.testing import assert_bitwise_equal
 
 

@@ -46,7 +46,7 @@ def test_layer(form: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
         outs = []
         for pool, by_kernel in zip(pools, (False, True), strict=True):
             for name in KERNELS:
-                module = sys.modules[f"dsv3_kernels.{name}"]
+                module = sys.modules[f"dsv3_kernels.attention.{name}"]
                 monkeypatch.setattr(module, "use_triton", lambda _, yes=by_kernel: yes)
             with torch.inference_mode():
                 outs.append(layer(x, rotary(batch.position_T), batch, pool.layer(0)))

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dsv3_kernels import linear, make_locks
-from dsv3_kernels._split_k import splits_of
-from dsv3_kernels.bf16_gemm import FEW_ROWS, bf16_gemm_ref, bf16_gemm_triton
+from dsv3_kernels.gemm._split_k import splits_of
+from dsv3_kernels.gemm.bf16_gemm import FEW_ROWS, bf16_gemm_ref, bf16_gemm_triton
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 
 BF16 = torch.bfloat16
@@ -87,7 +87,7 @@ def test_what_is_not_ours_is_left_to_torch() -> None:
 
 
 def test_few_rows_are_ours_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    module, calls = sys.modules["dsv3_kernels.bf16_gemm"], []
+    module, calls = sys.modules["dsv3_kernels.gemm.bf16_gemm"], []
 
     def ours(x: Tensor, *args: Any) -> Tensor:
         calls.append(len(x))

@@ -67,8 +67,8 @@ def nobody_looks() -> Iterator[None]:
 
 
 def use_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in pkgutil.iter_modules(dsv3_kernels.__path__):
-        loaded = importlib.import_module(f"dsv3_kernels.{module.name}")
+    for module in pkgutil.walk_packages(dsv3_kernels.__path__, "dsv3_kernels."):
+        loaded = importlib.import_module(module.name)
         if hasattr(loaded, "use_triton"):
             monkeypatch.setattr(loaded, "use_triton", lambda x: True)
 

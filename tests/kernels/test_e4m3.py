@@ -2,8 +2,8 @@
 
 import torch
 
-from dsv3_kernels._e4m3 import decode_e4m3, e4m3_view, encode_e4m3, load_e4m3
 from dsv3_kernels._triton import tl, triton
+from dsv3_kernels.gemm._e4m3 import decode_e4m3, e4m3_view, encode_e4m3, load_e4m3
 from dsv3_kernels.testing import assert_bitwise_equal
 
 FP8 = torch.float8_e4m3fn

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from dsv3_kernels import act_quant, empty_parts, expand_values, open_parts
-from dsv3_kernels.expand_values import expand_values_ref, expand_values_triton
-from dsv3_kernels.merge_lse import merge_lse_ref
+from dsv3_kernels.attention.expand_values import expand_values_ref, expand_values_triton
+from dsv3_kernels.attention.merge_lse import merge_lse_ref
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 
 both = pytest.mark.parametrize("expand", [expand_values_ref, expand_values_triton])

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from dsv3_kernels import Quantized, act_quant, fp8_gemm, make_locks, weight_dequant
-from dsv3_kernels._split_k import splits_of
-from dsv3_kernels.fp8_gemm import (
+from dsv3_kernels.gemm._split_k import splits_of
+from dsv3_kernels.gemm.fp8_gemm import (
     OLD_TILES,
     TILES,
     Tile,
@@ -79,7 +79,10 @@ def test_native_operands(M: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on GPUs whose e4m3 Triton knows, the interpreter multiplies e4m3 itself."""
     x, w, scale = matrices(M, 200, 1024)
     few, many = (fp8_gemm_triton(x, w, scale, torch.float32), large(x, w, scale, TILES[0], True))
-    for module in (sys.modules["dsv3_kernels._e4m3"], sys.modules["dsv3_kernels.fp8_gemm"]):
+    for module in (
+        sys.modules["dsv3_kernels.gemm._e4m3"],
+        sys.modules["dsv3_kernels.gemm.fp8_gemm"],
+    ):
         monkeypatch.setattr(module, "is_native", lambda x: True)
     # Tiles of 128 rows are then taken, whose blocks numpy adds in another order.
     assert_close("few", fp8_gemm_triton(x, w, scale, torch.float32), few, 1e-6)

@@ -11,7 +11,7 @@ from dsv3_kernels import (
     silu_mul_quant,
     weight_dequant,
 )
-from dsv3_kernels.act_quant import Quantized, act_quant_ref
+from dsv3_kernels.gemm.act_quant import Quantized, act_quant_ref
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 
 pytestmark = [

@@ -20,19 +20,19 @@ from dsv3_kernels import (
     rotate,
     sample,
 )
-from dsv3_kernels._decode_tiles import tile_for
 from dsv3_kernels._triton import is_hopper
-from dsv3_kernels.absorb_query import absorb_query_ref
-from dsv3_kernels.expand_values import expand_values_ref
-from dsv3_kernels.mha_decode import mha_decode_ref, mha_decode_triton
-from dsv3_kernels.mla_decode import (
+from dsv3_kernels.attention._decode_tiles import tile_for
+from dsv3_kernels.attention.absorb_query import absorb_query_ref
+from dsv3_kernels.attention.expand_values import expand_values_ref
+from dsv3_kernels.attention.mha_decode import mha_decode_ref, mha_decode_triton
+from dsv3_kernels.attention.mla_decode import (
     mla_decode_ref,
     mla_decode_triton,
 )
-from dsv3_kernels.mla_prefill import mla_prefill_packed, mla_prefill_ref
-from dsv3_kernels.rope import rotate_ref
-from dsv3_kernels.rope_and_cache import rope_and_cache_ref
-from dsv3_kernels.sample import sample_ref
+from dsv3_kernels.attention.mla_prefill import mla_prefill_packed, mla_prefill_ref
+from dsv3_kernels.attention.rope import rotate_ref
+from dsv3_kernels.attention.rope_and_cache import rope_and_cache_ref
+from dsv3_kernels.ops.sample import sample_ref
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 from tests.kernels.paged import scatter
 

@@ -15,11 +15,11 @@ from dsv3_kernels import (
     route_and_permute,
     router_logits,
 )
-from dsv3_kernels.grouped_gate_up import grouped_gate_up_ref, grouped_gate_up_triton
-from dsv3_kernels.grouped_gemm import dequantize
-from dsv3_kernels.moe import experts_ref
-from dsv3_kernels.permute import permute, permute_ref
-from dsv3_kernels.route import route_ref
+from dsv3_kernels.moe.grouped_gate_up import grouped_gate_up_ref, grouped_gate_up_triton
+from dsv3_kernels.moe.grouped_gemm import dequantize
+from dsv3_kernels.moe.moe import experts_ref
+from dsv3_kernels.moe.permute import permute, permute_ref
+from dsv3_kernels.moe.route import route_ref
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 
 pytestmark = [

@@ -12,8 +12,8 @@ from torch import multiprocessing as mp
 
 from dsv3.parallel.collectives import OneShotGroup, connect
 from dsv3_kernels import Peers, shared_bytes, sum_norm
-from dsv3_kernels.act_quant import act_quant_ref
-from dsv3_kernels.sum_norm import MAX_ROWS, sum_norm_ref
+from dsv3_kernels.gemm.act_quant import act_quant_ref
+from dsv3_kernels.ops.sum_norm import MAX_ROWS, sum_norm_ref
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 
 pytestmark = [

@@ -2,12 +2,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv3_kernels import grouped_gemm
-from dsv3_kernels.act_quant import Quantized, act_quant
-from dsv3_kernels.grouped_down import grouped_down_ref, grouped_down_triton
-from dsv3_kernels.grouped_gate_up import grouped_gate_up_ref, grouped_gate_up_triton
-from dsv3_kernels.grouped_gemm import Launch, Stack, Tile, dequantize
-from dsv3_kernels.permute import Groups, masked_groups, permute
+from dsv3_kernels.gemm.act_quant import Quantized, act_quant
+from dsv3_kernels.moe import grouped_gemm
+from dsv3_kernels.moe.grouped_down import grouped_down_ref, grouped_down_triton
+from dsv3_kernels.moe.grouped_gate_up import grouped_gate_up_ref, grouped_gate_up_triton
+from dsv3_kernels.moe.grouped_gemm import Launch, Stack, Tile, dequantize
+from dsv3_kernels.moe.permute import Groups, masked_groups, permute
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 
 E, D, F = 6, 256, 128

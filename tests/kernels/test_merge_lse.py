@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from dsv3_kernels.merge_lse import merge_lse_ref, merge_lse_triton, softmax_lse
+from dsv3_kernels.attention.merge_lse import merge_lse_ref, merge_lse_triton, softmax_lse
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 from tests.kernels.definitions import attend
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dsv3_kernels import Paging, mha_decode
-from dsv3_kernels.mha_decode import mha_decode_ref, mha_decode_triton
+from dsv3_kernels.attention.mha_decode import mha_decode_ref, mha_decode_triton
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 from tests.kernels.definitions import attend
 from tests.kernels.paged import scatter
@@ -49,7 +49,7 @@ def test_many_sequences_go_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     query_pos = torch.tensor(lengths) - 1
     whole = mha_decode(*args, query_pos, PAGING, 0.25)
     monkeypatch.setattr(
-        sys.modules["dsv3_kernels.mha_decode"], "_SCORES", 2 * 80 * args[1].shape[1]
+        sys.modules["dsv3_kernels.attention.mha_decode"], "_SCORES", 2 * 80 * args[1].shape[1]
     )
     assert_close("two at a time", mha_decode(*args, query_pos, PAGING, 0.25), whole, 1e-6)
 
@@ -73,8 +73,8 @@ def test_wide_tables_go_a_few_sequences_at_a_time(monkeypatch: pytest.MonkeyPatc
     _, args = make(lengths)
     args = *args, torch.tensor(lengths) - 1, PAGING, 0.25, 16
     want, launches = mha_decode_triton(*args), []
-    module = sys.modules["dsv3_kernels.mha_decode"]
-    monkeypatch.setattr(sys.modules["dsv3_kernels._decode_tiles"], "_SPLIT_BYTES", 1)
+    module = sys.modules["dsv3_kernels.attention.mha_decode"]
+    monkeypatch.setattr(sys.modules["dsv3_kernels.attention._decode_tiles"], "_SPLIT_BYTES", 1)
     several = module.programs_for
     monkeypatch.setattr(module, "programs_for", lambda *a: launches.append(a) or several(*a))
     assert_bitwise_equal("one at a time", mha_decode_triton(*args), want)

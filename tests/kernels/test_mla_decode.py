@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from dsv3_kernels import Paging, empty_parts, merge_lse, mla_decode, open_parts, pack_latent
-from dsv3_kernels._decode_tiles import Tile, split_for
-from dsv3_kernels.mla_decode import (
+from dsv3_kernels.attention._decode_tiles import Tile, split_for
+from dsv3_kernels.attention.mla_decode import (
     mla_decode_ref,
     mla_decode_triton,
 )
-from dsv3_kernels.mla_decode_parts import mla_decode_parts_ref, mla_decode_parts_triton
+from dsv3_kernels.attention.mla_decode_parts import mla_decode_parts_ref, mla_decode_parts_triton
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 from tests.kernels.definitions import attend
 from tests.kernels.paged import scatter
@@ -90,7 +90,9 @@ def test_tables_spelled_out_before_are_the_same(shards: int) -> None:
 def test_many_sequences_go_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     _, args = make([5, 64, 33, 7, 1], 1)
     whole = mla_decode(*args)
-    monkeypatch.setattr(sys.modules["dsv3_kernels.mla_decode"], "_SCORES", 80 * (C + R) * 2)
+    monkeypatch.setattr(
+        sys.modules["dsv3_kernels.attention.mla_decode"], "_SCORES", 80 * (C + R) * 2
+    )
     for got, want in zip(mla_decode(*args), whole, strict=True):
         assert_bitwise_equal("two sequences at a time", got, want)
 
@@ -186,7 +188,7 @@ def test_how_many_programs_share_the_splits_does_not_matter(
     tile = Tile(16, 16, 16, 4, 2)
     _, args = make([129, 3], 1)
     want = run(args, tile)
-    monkeypatch.setattr(sys.modules["dsv3_kernels._decode_tiles"], "_PROGRAMS", 2 * 4)
+    monkeypatch.setattr(sys.modules["dsv3_kernels.attention._decode_tiles"], "_PROGRAMS", 2 * 4)
     for got, expected in zip(run(args, tile), want, strict=True):
         assert_bitwise_equal("four programs, nine splits", got, expected)
 
@@ -228,7 +230,7 @@ def test_wide_tables_go_a_few_sequences_at_a_time(monkeypatch: pytest.MonkeyPatc
         return open_parts(every)
 
     want, wanted_parts = run(args, tile), parts()
-    module = sys.modules["dsv3_kernels._decode_tiles"]
+    module = sys.modules["dsv3_kernels.attention._decode_tiles"]
     monkeypatch.setattr(module, "_SPLIT_BYTES", allowed)  # of two sequences
     for block, expected in zip(parts(), wanted_parts, strict=True):
         assert_bitwise_equal("of three ranks' heads", block, expected)

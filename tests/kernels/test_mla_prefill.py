@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from dsv3_kernels import merge_lse, mla_prefill_packed
-from dsv3_kernels.mla_prefill import (
+from dsv3_kernels.attention.mla_prefill import (
     Tile,
     mla_prefill_packed_triton,
     mla_prefill_ref,
@@ -84,7 +84,7 @@ def test_long_prompts_go_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(3)
     q, k, v = torch.randn(40, H, X), torch.randn(40, H, X), torch.randn(40, H, V)
     whole = mla_prefill_ref(q, *parts(k), v, 0, 0, 0.3)
-    monkeypatch.setattr(sys.modules["dsv3_kernels.mla_prefill"], "_SCORES", 7 * H * 40)
+    monkeypatch.setattr(sys.modules["dsv3_kernels.attention.mla_prefill"], "_SCORES", 7 * H * 40)
     for got, want in zip(mla_prefill_ref(q, *parts(k), v, 0, 0, 0.3), whole, strict=True):
         assert_close("seven queries at a time", got, want, 1e-6)
 

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from dsv3_kernels import Stack, act_quant, experts, permute
-from dsv3_kernels.moe import experts_ref, experts_triton
+from dsv3_kernels.moe.moe import experts_ref, experts_triton
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 
 T, D, F, E, K = 19, 24, 10, 8, 3

@@ -43,7 +43,7 @@ def test_layer(
     outs = []
     for by_kernel in (False, True):
         for name in KERNELS:
-            module = sys.modules[f"dsv3_kernels.{name}"]
+            module = sys.modules[f"dsv3_kernels.moe.{name}"]
             monkeypatch.setattr(module, "use_triton", lambda _, yes=by_kernel: yes)
         with torch.inference_mode():
             outs.append(layer(x, x_q))

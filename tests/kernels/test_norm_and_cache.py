@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from dsv3_kernels import packed_bytes, rmsnorm
-from dsv3_kernels.norm_and_cache import norm_and_cache_ref, norm_and_cache_triton
-from dsv3_kernels.rmsnorm import add_rmsnorm_ref, add_rmsnorm_triton
-from dsv3_kernels.rope_and_cache import rope_and_cache_ref, rope_and_cache_triton
+from dsv3_kernels.attention.norm_and_cache import norm_and_cache_ref, norm_and_cache_triton
+from dsv3_kernels.attention.rope_and_cache import rope_and_cache_ref, rope_and_cache_triton
+from dsv3_kernels.ops.rmsnorm import add_rmsnorm_ref, add_rmsnorm_triton
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 
 APART = {

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv3_kernels.permute import (
+from dsv3_kernels.moe.permute import (
     masked_groups,
     permute,
     permute_ref,

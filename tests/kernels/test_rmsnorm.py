@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from dsv3_kernels import act_quant, add_rmsnorm, rmsnorm, rmsnorm_quant
-from dsv3_kernels.act_quant import act_quant_ref
-from dsv3_kernels.rmsnorm import add_rmsnorm_ref, add_rmsnorm_triton
+from dsv3_kernels.gemm.act_quant import act_quant_ref
+from dsv3_kernels.ops.rmsnorm import add_rmsnorm_ref, add_rmsnorm_triton
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 
 

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from dsv3_kernels import apply_rope
-from dsv3_kernels.rope import rotate_ref, rotate_triton
+from dsv3_kernels.attention.rope import rotate_ref, rotate_triton
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dsv3_kernels import apply_rope, pack_latent, packed_bytes, rmsnorm, unpack_latent
-from dsv3_kernels.rope_and_cache import rope_and_cache_ref, rope_and_cache_triton
+from dsv3_kernels.attention.rope_and_cache import rope_and_cache_ref, rope_and_cache_triton
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 
 both = pytest.mark.parametrize("op", [rope_and_cache_ref, rope_and_cache_triton])

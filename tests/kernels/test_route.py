@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dsv3_kernels import Routing, route
-from dsv3_kernels.route import route_ref, route_triton
+from dsv3_kernels.moe.route import route_ref, route_triton
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 
 

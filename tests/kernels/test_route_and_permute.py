@@ -3,9 +3,9 @@ import torch
 from torch import Tensor
 
 from dsv3_kernels import Routing, make_locks, route_and_permute
-from dsv3_kernels.permute import Groups, permute_ref, permute_triton
-from dsv3_kernels.route import route_ref, route_triton
-from dsv3_kernels.route_and_permute import route_and_permute_ref, route_and_permute_triton
+from dsv3_kernels.moe.permute import Groups, permute_ref, permute_triton
+from dsv3_kernels.moe.route import route_ref, route_triton
+from dsv3_kernels.moe.route_and_permute import route_and_permute_ref, route_and_permute_triton
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 
 V3 = Routing("sigmoid", "noaux_tc", 8, 8, 4, True, 2.5)

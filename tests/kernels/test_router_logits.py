@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dsv3_kernels.router_logits import router_logits, router_logits_triton
+from dsv3_kernels.moe.router_logits import router_logits, router_logits_triton
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 
 

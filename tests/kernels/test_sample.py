@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dsv3_kernels import sample
 from dsv3_kernels._triton import tl, triton
-from dsv3_kernels.sample import (
+from dsv3_kernels.ops.sample import (
     _keep_likeliest,
     gumbel,
     philox,

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from dsv3_kernels import act_quant, silu_mul, silu_mul_quant
-from dsv3_kernels.act_quant import act_quant_ref
-from dsv3_kernels.silu_mul import silu_mul_quant_triton, silu_mul_triton
+from dsv3_kernels.gemm.act_quant import act_quant_ref
+from dsv3_kernels.ops.silu_mul import silu_mul_quant_triton, silu_mul_triton
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dsv3_kernels._split_k import ROWS, WANTED, Shares, make_locks, splits_of
+from dsv3_kernels.gemm._split_k import ROWS, WANTED, Shares, make_locks, splits_of
 
 SHAPES = [(2112, 7168), (3072, 1536), (4096, 512), (7168, 2048), (512, 7168), (7168, 256)]
 SHAPES += [(4608, 7168), (7168, 2304), (24576, 1536), (7168, 16384), (16160, 7168)]

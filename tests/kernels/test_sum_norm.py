@@ -7,7 +7,7 @@ import torch
 
 from dsv3.config_files import DEMO
 from dsv3_kernels import Peers, fits_sum_norm, shared_bytes, sum_norm
-from dsv3_kernels.sum_norm import MAX_ROWS, sum_norm_ref
+from dsv3_kernels.ops.sum_norm import MAX_ROWS, sum_norm_ref
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 from tests.distributed.matrix import run_case
 from tests.distributed.ranks import CPU, alone, run_ranks

@@ -56,7 +56,7 @@ def test_launches_overlap_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_kernel_waits_its_turn() -> None:
     """With overlapping launches one that does not would read what is not written yet."""
     kernels = launches = 0
-    for path in (ROOT / "kernels/dsv3_kernels").glob("*.py"):
+    for path in (ROOT / "kernels/dsv3_kernels").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
                 first = next(ast.unparse(line) for line in node.body if not is_text(line))

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from dsv3_kernels import weight_dequant
+from dsv3_kernels.gemm.weight_dequant import weight_dequant_triton
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
-from dsv3_kernels.weight_dequant import weight_dequant_triton
 
 # kv_a_proj_with_mqa of V3 has 576 rows: four and a half blocks.
 ROWS, COLS = 576, 300

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from dsv3_kernels.attention.write_slots import write_slots_ref, write_slots_triton
 from dsv3_kernels.testing import assert_bitwise_equal
-from dsv3_kernels.write_slots import write_slots_ref, write_slots_triton
 
 
 @pytest.mark.parametrize("write", [write_slots_ref, write_slots_triton])

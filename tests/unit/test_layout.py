@@ -157,8 +157,8 @@ for name in {torch_free()!r}:
         ("from dsv3.engine import engine", "dsv3.engine.engine"),
         ("import dsv3.engine.engine as e", "dsv3.engine.engine"),
         ("from dsv3.engine.engine import Engine", "dsv3.engine.engine"),
-        ("from dsv3_kernels import rmsnorm", "dsv3_kernels.rmsnorm"),
-        ("from dsv3_kernels.route import Routing", "dsv3_kernels.route"),
+        ("from dsv3_kernels import rmsnorm", "dsv3_kernels"),
+        ("from dsv3_kernels.moe.route import Routing", "dsv3_kernels.moe.route"),
         ("import torch", None),
     ],
 )

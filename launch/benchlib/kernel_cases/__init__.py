@@ -28,17 +28,17 @@ from benchlib.kernel_cases.case import (
     scaled,
 )
 from benchlib.kernel_cases.gemm import experts, few_rows, gemm
-from dsv3_kernels._split_k import make_locks
-from dsv3_kernels.act_quant import act_quant_ref, act_quant_triton
-from dsv3_kernels.permute import permute_ref, permute_triton, unpermute_ref, unpermute_triton
-from dsv3_kernels.rmsnorm import add_rmsnorm_ref, add_rmsnorm_triton
-from dsv3_kernels.route import Routing, route_ref, route_triton
-from dsv3_kernels.route_and_permute import route_and_permute_ref, route_and_permute_triton
-from dsv3_kernels.router_logits import router_logits_ref, router_logits_triton
-from dsv3_kernels.sample import sample_ref, sample_triton
-from dsv3_kernels.silu_mul import silu_mul_quant_ref, silu_mul_quant_triton
-from dsv3_kernels.sum_norm import Peers, shared_bytes, sum_norm, sum_norm_ref
-from dsv3_kernels.weight_dequant import weight_dequant_ref, weight_dequant_triton
+from dsv3_kernels.gemm._split_k import make_locks
+from dsv3_kernels.gemm.act_quant import act_quant_ref, act_quant_triton
+from dsv3_kernels.gemm.weight_dequant import weight_dequant_ref, weight_dequant_triton
+from dsv3_kernels.moe.permute import permute_ref, permute_triton, unpermute_ref, unpermute_triton
+from dsv3_kernels.moe.route import Routing, route_ref, route_triton
+from dsv3_kernels.moe.route_and_permute import route_and_permute_ref, route_and_permute_triton
+from dsv3_kernels.moe.router_logits import router_logits_ref, router_logits_triton
+from dsv3_kernels.ops.rmsnorm import add_rmsnorm_ref, add_rmsnorm_triton
+from dsv3_kernels.ops.sample import sample_ref, sample_triton
+from dsv3_kernels.ops.silu_mul import silu_mul_quant_ref, silu_mul_quant_triton
+from dsv3_kernels.ops.sum_norm import Peers, shared_bytes, sum_norm, sum_norm_ref
 
 __all__ = ["Case", "cases", "check", "measure"]
 

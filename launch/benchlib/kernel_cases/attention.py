@@ -8,16 +8,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchlib.kernel_cases.case import BLOCK, FP8_TOL, HEADS, QUERY, Args, C, Case, N, R, V, normal
-from dsv3_kernels.absorb_query import absorb_query_ref, absorb_query_triton
-from dsv3_kernels.expand_values import expand_values_ref, expand_values_triton
-from dsv3_kernels.kv_fp8 import pack_latent_ref, unpack_latent_ref
-from dsv3_kernels.merge_lse import merge_lse_ref, merge_lse_triton
-from dsv3_kernels.mla_decode import mla_decode_ref, mla_decode_triton
-from dsv3_kernels.mla_prefill import mla_prefill_ref, mla_prefill_triton
-from dsv3_kernels.norm_and_cache import norm_and_cache_ref, norm_and_cache_triton
-from dsv3_kernels.paging import Paging
-from dsv3_kernels.parts import empty_parts, open_parts, part_bytes
-from dsv3_kernels.rope_and_cache import ToCache, rope_and_cache_ref, rope_and_cache_triton
+from dsv3_kernels.attention.absorb_query import absorb_query_ref, absorb_query_triton
+from dsv3_kernels.attention.expand_values import expand_values_ref, expand_values_triton
+from dsv3_kernels.attention.kv_fp8 import pack_latent_ref, unpack_latent_ref
+from dsv3_kernels.attention.merge_lse import merge_lse_ref, merge_lse_triton
+from dsv3_kernels.attention.mla_decode import mla_decode_ref, mla_decode_triton
+from dsv3_kernels.attention.mla_prefill import mla_prefill_ref, mla_prefill_triton
+from dsv3_kernels.attention.norm_and_cache import norm_and_cache_ref, norm_and_cache_triton
+from dsv3_kernels.attention.paging import Paging
+from dsv3_kernels.attention.parts import empty_parts, open_parts, part_bytes
+from dsv3_kernels.attention.rope_and_cache import ToCache, rope_and_cache_ref, rope_and_cache_triton
 
 
 def decode(small: bool) -> Iterator[Case]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchlib.kernel_timing import FP8, copies_needed, median_seconds
-from dsv3_kernels.act_quant import Quantized, act_quant_ref
+from dsv3_kernels.gemm.act_quant import Quantized, act_quant_ref
 from dsv3_kernels.testing import assert_close
 
 log = logging.getLogger(__name__)

@@ -18,15 +18,15 @@ from benchlib.kernel_cases.case import (
     quantized,
     scaled,
 )
-from dsv3_kernels._split_k import make_locks
-from dsv3_kernels.act_quant import Quantized
-from dsv3_kernels.bf16_gemm import bf16_gemm_ref, bf16_gemm_triton
-from dsv3_kernels.fp8_gemm import fp8_gemm_ref, fp8_gemm_triton
-from dsv3_kernels.grouped_down import grouped_down_ref, grouped_down_triton
-from dsv3_kernels.grouped_gate_up import grouped_gate_up_ref, grouped_gate_up_triton
-from dsv3_kernels.grouped_gemm import Stack
-from dsv3_kernels.moe import experts_ref, experts_triton
-from dsv3_kernels.permute import permute_ref
+from dsv3_kernels.gemm._split_k import make_locks
+from dsv3_kernels.gemm.act_quant import Quantized
+from dsv3_kernels.gemm.bf16_gemm import bf16_gemm_ref, bf16_gemm_triton
+from dsv3_kernels.gemm.fp8_gemm import fp8_gemm_ref, fp8_gemm_triton
+from dsv3_kernels.moe.grouped_down import grouped_down_ref, grouped_down_triton
+from dsv3_kernels.moe.grouped_gate_up import grouped_gate_up_ref, grouped_gate_up_triton
+from dsv3_kernels.moe.grouped_gemm import Stack
+from dsv3_kernels.moe.moe import experts_ref, experts_triton
+from dsv3_kernels.moe.permute import permute_ref
 
 # Name of the matrix, rows and columns.
 MATRICES = (

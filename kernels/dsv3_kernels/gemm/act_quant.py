@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dsv3_kernels._e4m3 import e4m3_view, encode_e4m3, is_native
 from dsv3_kernels._triton import in_turn, launch_options, tl, triton, use_triton
+from dsv3_kernels.gemm._e4m3 import e4m3_view, encode_e4m3, is_native
 
 BLOCK = 128
 FP8 = torch.float8_e4m3fn

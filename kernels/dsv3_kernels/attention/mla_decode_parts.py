@@ -5,11 +5,11 @@ The results are written as an all-to-all sends them back: no copy stands between
 
 from torch import Tensor
 
-from dsv3_kernels._decode_tiles import Tile
 from dsv3_kernels._triton import use_triton
-from dsv3_kernels.mla_decode import launch_decode, mla_decode_ref
-from dsv3_kernels.paging import Keys, Paging
-from dsv3_kernels.parts import open_parts
+from dsv3_kernels.attention._decode_tiles import Tile
+from dsv3_kernels.attention.mla_decode import launch_decode, mla_decode_ref
+from dsv3_kernels.attention.paging import Keys, Paging
+from dsv3_kernels.attention.parts import open_parts
 
 
 def mla_decode_parts_ref(

@@ -8,11 +8,11 @@ for few tokens, by bytes for many.
 import torch
 from torch import Tensor
 
-from dsv3_kernels._e4m3 import e4m3_view
 from dsv3_kernels._triton import triton, use_triton
-from dsv3_kernels.act_quant import BLOCK, Quantized
-from dsv3_kernels.rmsnorm import add_rmsnorm_ref
-from dsv3_kernels.rope_and_cache import ToCache, launch_entries, rope_and_cache_ref
+from dsv3_kernels.attention.rope_and_cache import ToCache, launch_entries, rope_and_cache_ref
+from dsv3_kernels.gemm._e4m3 import e4m3_view
+from dsv3_kernels.gemm.act_quant import BLOCK, Quantized
+from dsv3_kernels.ops.rmsnorm import add_rmsnorm_ref
 
 
 def norm_and_cache_ref(

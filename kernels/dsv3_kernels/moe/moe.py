@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dsv3_kernels._triton import use_triton
-from dsv3_kernels.act_quant import Quantized, act_quant_ref
-from dsv3_kernels.grouped_down import grouped_down_triton
-from dsv3_kernels.grouped_gate_up import grouped_gate_up_triton
-from dsv3_kernels.grouped_gemm import Stack, dequantize
-from dsv3_kernels.permute import Groups, permute_triton, unpermute_triton
-from dsv3_kernels.silu_mul import silu_mul_ref
+from dsv3_kernels.gemm.act_quant import Quantized, act_quant_ref
+from dsv3_kernels.moe.grouped_down import grouped_down_triton
+from dsv3_kernels.moe.grouped_gate_up import grouped_gate_up_triton
+from dsv3_kernels.moe.grouped_gemm import Stack, dequantize
+from dsv3_kernels.moe.permute import Groups, permute_triton, unpermute_triton
+from dsv3_kernels.ops.silu_mul import silu_mul_ref
 
 
 def experts_ref(

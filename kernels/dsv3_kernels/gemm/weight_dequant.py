@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from dsv3_kernels._e4m3 import decode_e4m3, e4m3_view, is_native
 from dsv3_kernels._triton import in_turn, launch_options, tl, triton, use_triton
+from dsv3_kernels.gemm._e4m3 import decode_e4m3, e4m3_view, is_native
 
 BLOCK = 128
 _TILE = (16, 128)

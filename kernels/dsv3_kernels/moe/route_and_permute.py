@@ -10,8 +10,8 @@ Bound by latency, a part of which is that of a launch.
 from torch import Tensor
 
 from dsv3_kernels._triton import triton, use_triton
-from dsv3_kernels.permute import Groups, empty_groups, permute_ref, permute_triton
-from dsv3_kernels.route import Routing, launch_route, route_ref, route_triton
+from dsv3_kernels.moe.permute import Groups, empty_groups, permute_ref, permute_triton
+from dsv3_kernels.moe.route import Routing, launch_route, route_ref, route_triton
 
 # Entries that one warp sorts by comparing each with each; not measured.
 _FEW = 128

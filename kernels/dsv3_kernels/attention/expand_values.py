@@ -10,16 +10,16 @@ up to four launches are one.
 import torch
 from torch import Tensor
 
-from dsv3_kernels._e4m3 import e4m3_view, is_native
 from dsv3_kernels._triton import in_turn, is_interpreted, launch_options, tl, triton, use_triton
-from dsv3_kernels.act_quant import (
+from dsv3_kernels.attention.merge_lse import merge_lse_ref
+from dsv3_kernels.gemm._e4m3 import e4m3_view, is_native
+from dsv3_kernels.gemm.act_quant import (
     BLOCK,
     Quantized,
     act_quant,
     act_quant_ref,
     quantize_block,
 )
-from dsv3_kernels.merge_lse import merge_lse_ref
 
 # Tokens of a program, always: a token's result does not depend on how many there are.
 _TOKENS = 16

@@ -8,13 +8,13 @@ How tiles are shared out and what bounds them: `grouped_gemm`.
 import torch
 from torch import Tensor
 
-from dsv3_kernels._e4m3 import e4m3_view
-from dsv3_kernels._grouped_tiles import multiply_few, multiply_many, place, row_tiles
 from dsv3_kernels._triton import in_turn, launch_options, tl, triton, use_triton
-from dsv3_kernels.act_quant import BLOCK, Quantized, act_quant, quantize_block
-from dsv3_kernels.grouped_gemm import Stack, dequantize, launch_of, products
-from dsv3_kernels.permute import Groups
-from dsv3_kernels.silu_mul import silu_mul_ref
+from dsv3_kernels.gemm._e4m3 import e4m3_view
+from dsv3_kernels.gemm.act_quant import BLOCK, Quantized, act_quant, quantize_block
+from dsv3_kernels.moe._grouped_tiles import multiply_few, multiply_many, place, row_tiles
+from dsv3_kernels.moe.grouped_gemm import Stack, dequantize, launch_of, products
+from dsv3_kernels.moe.permute import Groups
+from dsv3_kernels.ops.silu_mul import silu_mul_ref
 
 
 def _sorted_rows(x_TD: Tensor, groups: Groups) -> Tensor:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dsv3_kernels._split_k import ROWS, Shares, store_share
 from dsv3_kernels._triton import in_turn, is_interpreted, launch_options, tl, triton, use_triton
+from dsv3_kernels.gemm._split_k import ROWS, Shares, store_share
 
 # Rows of x up to which the kernel is taken: what one tile holds, by arithmetic; unmeasured.
 FEW_ROWS = 64

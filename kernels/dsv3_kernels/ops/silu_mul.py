@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dsv3_kernels._e4m3 import e4m3_view, is_native
 from dsv3_kernels._triton import in_turn, launch_options, tl, triton, use_triton
-from dsv3_kernels.act_quant import BLOCK, Quantized, act_quant_ref, quantize_block
+from dsv3_kernels.gemm._e4m3 import e4m3_view, is_native
+from dsv3_kernels.gemm.act_quant import BLOCK, Quantized, act_quant_ref, quantize_block
 
 # Blocks of 128 that a program takes.
 _BLOCKS = 8

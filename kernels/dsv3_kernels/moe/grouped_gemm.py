@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dsv3_kernels._e4m3 import e4m3_view, is_native
 from dsv3_kernels._triton import has_tma, is_interpreted, multiprocessors, triton
-from dsv3_kernels.act_quant import BLOCK, Quantized
-from dsv3_kernels.permute import Groups
-from dsv3_kernels.weight_dequant import weight_dequant
+from dsv3_kernels.gemm._e4m3 import e4m3_view, is_native
+from dsv3_kernels.gemm.act_quant import BLOCK, Quantized
+from dsv3_kernels.gemm.weight_dequant import weight_dequant
+from dsv3_kernels.moe.permute import Groups
 
 
 class Stack(NamedTuple):

@@ -33,10 +33,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dsv3_kernels._e4m3 import e4m3_view, is_native
 from dsv3_kernels._triton import HAS_TRITON, in_turn, launch_options, tl, triton
-from dsv3_kernels.act_quant import BLOCK, Quantized
-from dsv3_kernels.rmsnorm import add_rmsnorm_ref, norm_row
+from dsv3_kernels.gemm._e4m3 import e4m3_view, is_native
+from dsv3_kernels.gemm.act_quant import BLOCK, Quantized
+from dsv3_kernels.ops.rmsnorm import add_rmsnorm_ref, norm_row
 
 # Fewer than the multiprocessors of GPUs with links to others; the same on all ranks.
 MAX_ROWS = 48

@@ -8,9 +8,9 @@ A program owns a row, so rows do not see each other.
 import torch
 from torch import Tensor
 
-from dsv3_kernels._e4m3 import e4m3_view, is_native
 from dsv3_kernels._triton import in_turn, launch_options, tl, triton, use_triton
-from dsv3_kernels.act_quant import BLOCK, Quantized, act_quant_ref, quantize_block
+from dsv3_kernels.gemm._e4m3 import e4m3_view, is_native
+from dsv3_kernels.gemm.act_quant import BLOCK, Quantized, act_quant_ref, quantize_block
 
 
 def rmsnorm_ref(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dsv3_kernels._e4m3 import e4m3_operand, e4m3_view, is_native
-from dsv3_kernels._split_k import ROWS, WANTED, Shares, store_share
 from dsv3_kernels._triton import in_turn, launch_options, tl, triton, use_triton
-from dsv3_kernels.act_quant import BLOCK, Quantized
-from dsv3_kernels.weight_dequant import weight_dequant_ref
+from dsv3_kernels.gemm._e4m3 import e4m3_operand, e4m3_view, is_native
+from dsv3_kernels.gemm._split_k import ROWS, WANTED, Shares, store_share
+from dsv3_kernels.gemm.act_quant import BLOCK, Quantized
+from dsv3_kernels.gemm.weight_dequant import weight_dequant_ref
 
 
 def fp8_gemm_ref(

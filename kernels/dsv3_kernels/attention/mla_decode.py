@@ -19,14 +19,6 @@ import math
 import torch
 from torch import Tensor
 
-from dsv3_kernels._decode_tiles import (
-    Tile,
-    programs_for,
-    sequences_for,
-    split_for,
-    tile_for,
-)
-from dsv3_kernels._e4m3 import decode_e4m3, is_native
 from dsv3_kernels._triton import (
     in_turn,
     is_hopper,
@@ -37,9 +29,17 @@ from dsv3_kernels._triton import (
     triton,
     use_triton,
 )
-from dsv3_kernels.kv_fp8 import BLOCK, unpack_latent
-from dsv3_kernels.merge_lse import merge_splits_triton, softmax_lse
-from dsv3_kernels.paging import Keys, Paging
+from dsv3_kernels.attention._decode_tiles import (
+    Tile,
+    programs_for,
+    sequences_for,
+    split_for,
+    tile_for,
+)
+from dsv3_kernels.attention.kv_fp8 import BLOCK, unpack_latent
+from dsv3_kernels.attention.merge_lse import merge_splits_triton, softmax_lse
+from dsv3_kernels.attention.paging import Keys, Paging
+from dsv3_kernels.gemm._e4m3 import decode_e4m3, is_native
 
 # Values held at a time by the reference: 4 MiB of float32, which a processor's cache holds.
 _SCORES = 1 << 20

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dsv3_kernels._triton import in_turn, is_interpreted, launch_options, tl, triton, use_triton
-from dsv3_kernels.rope import apply_rope_ref, rotate_pairs
+from dsv3_kernels.attention.rope import apply_rope_ref, rotate_pairs
 
 # Tokens of a program, always: a token's result does not depend on how many there are.
 _TOKENS = 16

@@ -5,10 +5,10 @@ import math
 import torch
 from torch import Tensor
 
-from dsv3_kernels._decode_tiles import programs_for, sequences_for
 from dsv3_kernels._triton import in_turn, launch_options, tl, triton, use_triton
-from dsv3_kernels.merge_lse import merge_splits_triton, softmax_lse
-from dsv3_kernels.paging import Keys, Paging
+from dsv3_kernels.attention._decode_tiles import programs_for, sequences_for
+from dsv3_kernels.attention.merge_lse import merge_splits_triton, softmax_lse
+from dsv3_kernels.attention.paging import Keys, Paging
 
 # Values held at a time by the reference: 64 MiB of float32.
 _SCORES = 1 << 24

@@ -3,8 +3,8 @@
 Tiles of few rows are W x^T, those of many x W^T; `grouped_gemm` says why.
 """
 
-from dsv3_kernels._e4m3 import decode_e4m3
 from dsv3_kernels._triton import tl, triton
+from dsv3_kernels.gemm._e4m3 import decode_e4m3
 
 
 @triton.jit

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from dsv3_kernels._triton import in_turn, launch_options, tl, triton, use_triton
-from dsv3_kernels.paging import Paging
+from dsv3_kernels.attention.paging import Paging
 
 # Parts that the kernel weighs at a time. Always the same, so that the order of a sum depends on
 # the number of a row's parts only.

@@ -20,7 +20,7 @@ from dsv3_kernels._triton import (
     triton,
     use_triton,
 )
-from dsv3_kernels.merge_lse import softmax_lse
+from dsv3_kernels.attention.merge_lse import softmax_lse
 
 # Scores held at a time by the reference: 1 MiB of float32, which a processor's cache holds.
 _SCORES = 1 << 18

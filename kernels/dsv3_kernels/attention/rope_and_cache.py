@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv3_kernels._e4m3 import decode_e4m3, is_native
 from dsv3_kernels._triton import in_turn, launch_options, tl, triton, use_triton
-from dsv3_kernels.act_quant import quantize_block
-from dsv3_kernels.kv_fp8 import BLOCK, pack_latent_ref, unpack_latent_ref
-from dsv3_kernels.rmsnorm import norm_row, rmsnorm
-from dsv3_kernels.rope import apply_rope
-from dsv3_kernels.write_slots import write_slots_ref
+from dsv3_kernels.attention.kv_fp8 import BLOCK, pack_latent_ref, unpack_latent_ref
+from dsv3_kernels.attention.rope import apply_rope
+from dsv3_kernels.attention.write_slots import write_slots_ref
+from dsv3_kernels.gemm._e4m3 import decode_e4m3, is_native
+from dsv3_kernels.gemm.act_quant import quantize_block
+from dsv3_kernels.ops.rmsnorm import norm_row, rmsnorm
 
 # What `rope_and_cache` takes.
 ToCache = tuple[Tensor, Tensor, float, Tensor, Tensor, bool, Tensor, Tensor, int]

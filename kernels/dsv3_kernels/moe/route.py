@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dsv3_kernels._triton import in_turn, launch_options, tl, triton, use_triton
-from dsv3_kernels.permute import permute_last
+from dsv3_kernels.moe.permute import permute_last
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,1 @@
+"""Matrix products, and the FP8 format of their operands."""

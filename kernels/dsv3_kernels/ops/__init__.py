@@ -1,0 +1,1 @@
+"""Small operations: norms, activations, sampling."""
