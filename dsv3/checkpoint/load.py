@@ -5,8 +5,6 @@ through a bounded buffer, converted or dequantized on the way. So loading needs 
 and a few buffers, whatever the model's size.
 """
 
-import logging
-import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -28,20 +26,13 @@ from dsv3.checkpoint.sharding import (
 )
 from dsv3.config import ParallelConfig
 from dsv3.errors import CheckpointError
-from dsv3.parallel.weights import BLOCK, FP8, BlockScale, Target
+from dsv3.parallel.weights import BLOCK, FP8, Target
 from dsv3_kernels import weight_dequant
-
-log = logging.getLogger(__name__)
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, FP8_DTYPE: FP8}
 # Bytes read at a time by each worker where values are converted on the way.
 _BUFFER = 16 << 20
 _WORKERS = 4
-# Routers, queries and keys: a sigmoid or a softmax turns their infinities into finite numbers.
-_HIDING_INFINITY = tuple(
-    f".{name}.weight"
-    for name in ("mlp.gate", "q_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
-)
 
 
 def fp8_weights(source: Source) -> frozenset[str]:
@@ -59,36 +50,6 @@ def has_fp8_experts(source: Source) -> bool:
     """Return True if all routed experts of the main model are stored in FP8."""
     specs, stored = tensor_specs(source.config).values(), fp8_weights(source)
     return all(s.name in stored for s in specs if s.expert is not None and not s.mtp)
-
-
-def fp8_products(source: Source, layout: ParallelConfig) -> frozenset[str]:
-    """Return those of which this rank holds whole 128 x 128 blocks, as `fp8_gemm` wants them.
-
-    Only the last block of rows may be short, and only where no other weight is packed behind it;
-    packed weights are taken or left together.
-    """
-    specs, stored, cut = tensor_specs(source.config), fp8_weights(source), set()
-    for name in stored & specs.keys():
-        region = shard_region(specs[name], layout)
-        if region is None:
-            continue
-        (row, row_stop), (col, col_stop) = region
-        followed = name.endswith((".gate_proj.weight", ".q_a_proj.weight", ".q_proj.weight"))
-        edges = (row, col, col_stop - col, row_stop - row if followed else 0)
-        if any(edge % BLOCK for edge in edges) or col == col_stop:
-            cut |= {name, *_packed_with(name)}
-    if cut:
-        kinds = sorted({re.sub(r"\.\d+", "", name) for name in cut & stored})
-        log.info("FP8 weights whose shards cut blocks run dequantized: %s", ", ".join(kinds))
-    return stored - cut
-
-
-def _packed_with(name: str) -> Iterable[str]:
-    """Yield what a layer may pack into the same matrix."""
-    for pack in (("gate_proj", "up_proj"), ("q_proj", "q_a_proj", "kv_a_proj_with_mqa")):
-        for one in pack:
-            if name.endswith(f".{one}.weight"):
-                yield from (name.replace(f".{one}.", f".{other}.") for other in pack)
 
 
 def load_weights(source: Source, targets: Iterable[Target], layout: ParallelConfig) -> None:
@@ -124,16 +85,15 @@ def _load_target(source: Source, target: Target, spec: TensorSpec, layout: Paral
     else:
         for rows, part in _row_blocks(region, stored.itemsize):
             target.dest[rows].copy_(_read(source, target.name, part, stored))
-    hides_infinity = target.name.endswith(_HIDING_INFINITY) and target.dest.dtype != FP8
-    if target.dest.ndim == 1 or hides_infinity:
+    if target.must_be_finite and target.dest.dtype != FP8:
         _check_finite(source, target.name, target.dest)
 
 
 def _check_finite(source: Source, name: str, values: Tensor) -> None:
     """Raise CheckpointError if a tensor has NaN or infinity.
 
-    Norms, router biases and scales spoil every token, and `_HIDING_INFINITY` none visibly. All
-    other matrices make logits that are not finite, which fails the row.
+    Most matrices are not checked: an infinity in them makes logits that are not finite, which
+    fails the row.
     """
     if not values.isfinite().all():
         raise CheckpointError(
@@ -146,12 +106,11 @@ def _load_fp8(source: Source, target: Target, region: Region) -> None:
     """Keep FP8 rows with their covering scales, or dequantize them into the compute dtype."""
     scale = torch.from_numpy(read_scales(source, target.name, scale_region(region)))
     _check_finite(source, scale_name(target.name), scale)
-    row_offset, col_offset = region[0][0] % BLOCK, region[1][0] % BLOCK
-    if target.dest.dtype == FP8:
+    col_offset = region[1][0] % BLOCK
+    if target.scale is not None:
         for rows, part in _row_blocks(region, 1):
             target.dest[rows].copy_(_read(source, target.name, part, FP8))
-        kept = scale.to(target.dest.device)
-        target.keep_scale(BlockScale(kept, row_offset, col_offset))
+        target.scale.copy_(scale)
         return
     for rows, part in _row_blocks(region, 1):
         first, last = (n - region[0][0] // BLOCK for n in scale_region(part)[0])

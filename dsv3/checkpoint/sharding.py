@@ -9,6 +9,8 @@ the weight's slice. Where a slice begins inside a block, the block offset is
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import cache
+from types import MappingProxyType
 
 from dsv3.checkpoint.names import weight_name
 from dsv3.checkpoint.region import Region, whole
@@ -50,7 +52,8 @@ class TensorSpec:
     unit: int = 1
 
 
-def tensor_specs(config: ModelConfig) -> dict[str, TensorSpec]:
+@cache
+def tensor_specs(config: ModelConfig) -> Mapping[str, TensorSpec]:
     """Every weight of the model in canonical order, MTP and indexer included, scales not."""
     hidden, vocab = config.hidden_size, config.vocab_size
     specs = [TensorSpec("model.embed_tokens.weight", (vocab, hidden), Split.ROWS)]
@@ -60,7 +63,7 @@ def tensor_specs(config: ModelConfig) -> dict[str, TensorSpec]:
         specs.extend((replace(spec, mtp=True) for spec in own) if mtp else own)
     specs.append(TensorSpec("model.norm.weight", (hidden,)))
     specs.append(TensorSpec("lm_head.weight", (vocab, hidden), Split.ROWS))
-    return {spec.name: spec for spec in specs}
+    return MappingProxyType({spec.name: spec for spec in specs})
 
 
 def _layer_specs(config: ModelConfig, layer: int, mtp: bool) -> Iterator[TensorSpec]:

@@ -1,6 +1,6 @@
 """Map the tensor names of a directory to Hugging Face's names."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from dsv3.checkpoint.fused import split_experts
 from dsv3.checkpoint.names import (
@@ -76,7 +76,7 @@ def deepseek_tensors(stored: Iterable[StoredTensor], config: ModelConfig) -> dic
     return {name: _join(name, specs, parts) for name, parts in slices.items()}
 
 
-def _join(name: str, specs: dict[str, TensorSpec], parts: list[StoredTensor]) -> TensorInfo:
+def _join(name: str, specs: Mapping[str, TensorSpec], parts: list[StoredTensor]) -> TensorInfo:
     """Return one tensor made of the slices in the rank files."""
     spec = specs.get(name) or specs.get(weight_name(name) or "")
     first = parts[0].entry

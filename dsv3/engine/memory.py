@@ -1,19 +1,20 @@
 """The memory plan: what a rank will hold, known before anything is loaded."""
 
-import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from dsv3.cache.layout import CacheLayout
-from dsv3.checkpoint.region import region_shape
-from dsv3.checkpoint.sharding import Split, scale_region, shard_region, tensor_specs
-from dsv3.config import ModelConfig, ParallelConfig
+from dsv3.config import ModelConfig
 from dsv3.engine.config import EngineConfig
 from dsv3.engine.sizes import CacheSize
 from dsv3.errors import ConfigError
+from dsv3.model.transformer import Transformer
+from dsv3.parallel.mesh import Mesh
+from dsv3.parallel.placement import Placement
+from dsv3.parallel.weights import WeightFormat
 
 # Share of the memory left after the weights that `auto` gives to the cache; the rest is for
 # activations and for other programs.
@@ -66,35 +67,21 @@ def _size(num_bytes: float) -> str:
 
 
 def weight_bytes(
-    config: ModelConfig,
-    layout: ParallelConfig,
-    itemsize: int,
-    fp8_names: frozenset[str],
-    redundant: int = 0,
+    config: ModelConfig, mesh: Mesh, fmt: WeightFormat, placement: Placement | None = None
 ) -> int:
-    """Return the bytes of this rank's weights as the model will hold them.
+    """Return the bytes of this rank's weights: those of a model on the meta device.
 
     Args:
         config: the model; its MTP layers are not loaded.
-        layout: this rank's place.
-        itemsize: bytes of a weight in the compute dtype.
-        fp8_names: weights kept in FP8.
-        redundant: copies of routed experts beyond the first, in every layer, all ranks together.
+        mesh: this rank.
+        fmt: how weights are held.
+        placement: which rank holds which experts; None for equal ranges.
     """
-    total, of_experts = 0, 0
-    for spec in tensor_specs(config).values():
-        region = None if spec.mtp else shard_region(spec, layout)
-        if region is None:
-            continue
-        num_bytes = itemsize * math.prod(region_shape(region))
-        if len(region) == 1 or spec.name.endswith("mlp.gate.weight"):
-            num_bytes = 4 * math.prod(region_shape(region))
-        elif spec.name in fp8_names and "kv_b_proj" not in spec.name:
-            scales = region_shape(scale_region(region))
-            num_bytes = math.prod(region_shape(region)) + 4 * math.prod(scales)
-        total += num_bytes
-        of_experts += num_bytes if spec.split is Split.EXPERT else 0
-    return total + of_experts * redundant // config.n_routed_experts
+    meta = torch.device("meta")
+    model = Transformer(
+        config, replace(mesh, device=meta), replace(fmt, device=meta), placement=placement
+    )
+    return model.num_bytes
 
 
 def free_memory(device: torch.device, ranks_on_host: int) -> int:

@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,7 +20,6 @@ from dsv3.checkpoint.check import check_tensors
 from dsv3.checkpoint.contradictions import source_warnings
 from dsv3.checkpoint.fingerprint import digest_share, fingerprint
 from dsv3.checkpoint.load import (
-    fp8_products,
     fp8_weights,
     has_fp8_experts,
     has_fp8_weights,
@@ -180,6 +180,7 @@ def start(
             dispatch = replace(dispatch, groups=(1, 1))
         split_from = settings.split_from(mesh.device.type)
         model = Transformer(source.config, mesh, setup.fmt, dispatch, split_from, setup.placement)
+        _log_cut_weights(model)
         load_weights(source, model.eval().targets(), mesh.layout)
         weights = b""
         if settings.disk_cache:
@@ -213,6 +214,13 @@ def start(
     # What is there now stays: it need not be looked through whenever garbage is collected.
     gc.freeze()
     return Started(mesh, config, runner, channel, cache, plan, engine, seconds)
+
+
+def _log_cut_weights(model: Transformer) -> None:
+    """Name the kinds of weights that are stored in FP8 and cannot be held so on this rank."""
+    kinds = sorted({re.sub(r"\.\d+", "", name) for name in model.cut_names})
+    if kinds:
+        log.info("FP8 weights whose shards cut blocks run dequantized: %s", ", ".join(kinds))
 
 
 def set_launches(overlap: bool, device: torch.device) -> None:
@@ -259,8 +267,7 @@ def _set_up(source: Source, settings: EngineConfig, mesh: Mesh, n_experts: int |
     tp, tp_rank = mesh.layout.tp, mesh.layout.tp_rank
     layout = CacheLayout.make(config, settings.cache_form, settings.kv_shard, stored, tp, tp_rank)
     placement = place_experts(settings, config, mesh.layout)
-    redundant = 0 if placement is None else placement.num_slots - placement.num_experts
-    weights = weight_bytes(config, mesh.layout, dtype.itemsize, fmt.fp8_names, redundant)
+    weights = weight_bytes(config, mesh, fmt, placement)
     host_free = free_memory(torch.device("cpu"), mesh.ranks_on_host)
     plan_for = partial(plan_memory, config, settings, layout, weights, limit, host_free=host_free)
     plan = plan_for(free_memory(mesh.device, mesh.ranks_on_host), mesh.device)
@@ -276,7 +283,7 @@ def _weight_format(source: Source, settings: EngineConfig, mesh: Mesh) -> Weight
         return WeightFormat(dtype, mesh.device, kept)
     quantization = source.config.quantization
     ue8m0 = quantization is not None and quantization.scale_fmt == "ue8m0"
-    return WeightFormat(dtype, mesh.device, fp8_products(source, mesh.layout), True, ue8m0)
+    return WeightFormat(dtype, mesh.device, fp8_weights(source), True, ue8m0)
 
 
 def _measured_plan(

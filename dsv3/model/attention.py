@@ -12,7 +12,6 @@ Source: DeepSeek-V2 paper (arXiv 2405.04434), section 2.1 and appendix C.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import islice
 
 import torch
@@ -89,10 +88,16 @@ class MLA(nn.Module):
             first = {"q_a_proj": config.q_lora_rank}
             self.q_a_layernorm = Vector(f"{prefix}q_a_layernorm.weight", (config.q_lora_rank,), fmt)
             self.q_b_proj = ColumnParallelLinear(
-                prefix, {"q_b_proj": query}, config.q_lora_rank, layout, fmt
+                prefix,
+                {"q_b_proj": query},
+                config.q_lora_rank,
+                layout,
+                fmt,
+                must_be_finite=True,  # a softmax hides infinite scores
             )
         self.first_rows = sum(first.values())
-        self.in_proj = Linear(prefix, {**first, "kv_a_proj_with_mqa": latent}, hidden, fmt)
+        into_latents = {**first, "kv_a_proj_with_mqa": latent}
+        self.in_proj = Linear(prefix, into_latents, hidden, fmt, must_be_finite=True)
         self.kv_a_layernorm = Vector(f"{prefix}kv_a_layernorm.weight", (config.kv_lora_rank,), fmt)
         expanded = config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim)
         # Absorption multiplies by slices of this matrix at every step: never held in FP8.
@@ -101,7 +106,9 @@ class MLA(nn.Module):
             {"kv_b_proj": expanded},
             config.kv_lora_rank,
             layout,
-            replace(fmt, fp8_names=frozenset()),
+            fmt,
+            quantized=False,
+            must_be_finite=True,
         )
         values = config.num_attention_heads * config.v_head_dim
         self.o_proj = RowParallelLinear(prefix, "o_proj", hidden, values, layout, fmt)

@@ -4,8 +4,6 @@ Up to index_topk cached tokens the indexer selects every one of them, so attenti
 dense; the engine admits no longer context for these models.
 """
 
-from dataclasses import replace
-
 from torch import nn
 
 from dsv3.config import ModelConfig
@@ -20,9 +18,10 @@ class Indexer(nn.Module):
         super().__init__()
         assert config.index_n_heads and config.index_head_dim and config.q_lora_rank
         heads, dim = config.index_n_heads, config.index_head_dim
-        unquantized = replace(fmt, fp8_names=frozenset())
         self.wq_b = Linear(prefix, {"wq_b": heads * dim}, config.q_lora_rank, fmt)
         self.wk = Linear(prefix, {"wk": dim}, config.hidden_size, fmt)
-        self.k_norm = Vector(f"{prefix}k_norm.weight", (dim,), unquantized)
-        self.k_norm_bias = Vector(f"{prefix}k_norm.bias", (dim,), unquantized)
-        self.weights_proj = Linear(prefix, {"weights_proj": heads}, config.hidden_size, unquantized)
+        self.k_norm = Vector(f"{prefix}k_norm.weight", (dim,), fmt)
+        self.k_norm_bias = Vector(f"{prefix}k_norm.bias", (dim,), fmt)
+        self.weights_proj = Linear(
+            prefix, {"weights_proj": heads}, config.hidden_size, fmt, quantized=False
+        )

@@ -5,7 +5,6 @@ decoder layer sums it over ranks, routed and shared experts in one all-reduce.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -115,7 +114,7 @@ class MoE(nn.Module):
         super().__init__()
         self.dispatch, self.side, self.spread = dispatch, side, layout.ep
         self.slots = dispatch.slots.get(prefix)
-        self.router = Router(config, prefix, replace(fmt, fp8_names=frozenset()))
+        self.router = Router(config, prefix, fmt)
         self.top_k = config.num_experts_per_tok
         held = list(range(*split_range(config.n_routed_experts, layout.ep, layout.ep_rank)))
         if self.slots is not None:
@@ -124,9 +123,9 @@ class MoE(nn.Module):
         hidden, inner = config.hidden_size, config.moe_intermediate_size
         paths = [f"{prefix}experts.{e}." for e in held]
         pairs = [[f"{p}gate_proj.weight", f"{p}up_proj.weight"] for p in paths]
-        self.gate_up_proj = Matrix(pairs, [inner, inner], hidden, fmt, uncut=True)
+        self.gate_up_proj = Matrix(pairs, [inner, inner], hidden, fmt)
         downs = [[f"{p}down_proj.weight"] for p in paths]
-        self.down_proj = Matrix(downs, [hidden], inner, fmt, uncut=True)
+        self.down_proj = Matrix(downs, [hidden], inner, fmt)
         self.shared_experts: MLP | None = None
         if config.n_shared_experts:
             width = config.shared_intermediate_size

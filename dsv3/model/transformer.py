@@ -144,11 +144,14 @@ class Transformer(nn.Module):
     @property
     def num_bytes(self) -> int:
         """Bytes of this rank's weights, FP8 scales included."""
-        scales = (
-            s.scale for m in self.modules() if isinstance(m, Matrix) for s in m.scales.values()
-        )
-        held = (*self.parameters(), *self.buffers(), *scales)
+        held = (*self.parameters(), *self.buffers())
         return sum(t.numel() * t.element_size() for t in held)
+
+    @property
+    def cut_names(self) -> set[str]:
+        """Weights stored in FP8 but held in the compute dtype: an edge cuts their blocks."""
+        cut = (m.names for m in self.modules() if isinstance(m, Matrix) and m.is_cut)
+        return {name for stacked in cut for parts in stacked for name in parts}
 
     def targets(self) -> Iterator[Target]:
         """Yield every piece of memory to be filled from the checkpoint."""

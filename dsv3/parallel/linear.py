@@ -23,18 +23,34 @@ class Linear(Matrix):
         parts: projection name -> rows that this rank holds.
         in_features: columns that this rank holds.
         fmt: dtype and device.
+        offset, quantized, must_be_finite: see `Matrix`.
     """
 
     def __init__(
-        self, prefix: str, parts: dict[str, int], in_features: int, fmt: WeightFormat
+        self,
+        prefix: str,
+        parts: dict[str, int],
+        in_features: int,
+        fmt: WeightFormat,
+        *,
+        offset: int = 0,
+        quantized: bool = True,
+        must_be_finite: bool = False,
     ) -> None:
-        names = [f"{prefix}{part}.weight" for part in parts]
-        super().__init__([names], list(parts.values()), in_features, fmt)
+        super().__init__(
+            [[f"{prefix}{part}.weight" for part in parts]],
+            list(parts.values()),
+            in_features,
+            fmt,
+            offset=offset,
+            quantized=quantized,
+            must_be_finite=must_be_finite,
+        )
         self.locks = make_locks(self.weight[0])
 
     def forward(self, x_TD: Tensor, x_q: Quantized | None = None) -> Tensor:
         """Return [T, sum of rows]; `x_q` is x in FP8, where someone has it."""
-        if self.block_scale is None:
+        if not self.quantizes:
             return linear(x_TD.to(self.dtype), self.matrix(), locks=self.locks)
         return self.product(act_quant(x_TD, self.ue8m0) if x_q is None else x_q)
 
@@ -55,12 +71,23 @@ class ColumnParallelLinear(Linear):
         layout: ParallelConfig,
         fmt: WeightFormat,
         unit: int = 1,
+        *,
+        quantized: bool = True,
+        must_be_finite: bool = False,
     ) -> None:
-        local = {}
-        for part, size in parts.items():
-            start, stop = split_range(size, layout.tp, layout.tp_rank, unit)
-            local[part] = stop - start
-        super().__init__(prefix, local, in_features, fmt)
+        bounds = {
+            part: split_range(size, layout.tp, layout.tp_rank, unit) for part, size in parts.items()
+        }
+        assert len({start for start, _ in bounds.values()}) == 1, "parts of one size"
+        super().__init__(
+            prefix,
+            {part: stop - start for part, (start, stop) in bounds.items()},
+            in_features,
+            fmt,
+            offset=next(iter(bounds.values()))[0],
+            quantized=quantized,
+            must_be_finite=must_be_finite,
+        )
 
 
 class RowParallelLinear(Linear):
@@ -81,7 +108,7 @@ class RowParallelLinear(Linear):
         unit: int = 1,
     ) -> None:
         start, stop = split_range(in_features, layout.tp, layout.tp_rank, unit)
-        super().__init__(prefix, {part: out_features}, stop - start, fmt)
+        super().__init__(prefix, {part: out_features}, stop - start, fmt, offset=start)
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -99,7 +126,7 @@ class VocabParallelEmbedding(nn.Module):
         super().__init__()
         self.start, stop = split_range(vocab, layout.tp, layout.tp_rank)
         self.rows = stop - self.start
-        self.table = Matrix([[name]], [self.rows], dim, fmt)
+        self.table = Matrix([[name]], [self.rows], dim, fmt, quantized=False)
         self.tp = tp
 
     def forward(self, ids_T: Tensor) -> Tensor:
@@ -129,7 +156,7 @@ class VocabParallelHead(nn.Module):
         super().__init__()
         self.start, stop = split_range(vocab, layout.tp, layout.tp_rank)
         self.width = -(-vocab // layout.tp)
-        self.table = Matrix([[name]], [stop - self.start], dim, fmt)
+        self.table = Matrix([[name]], [stop - self.start], dim, fmt, quantized=False)
         self.locks = make_locks(self.table.weight[0])
 
     def forward(self, x_MD: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import argparse
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from statistics import median
 
@@ -25,10 +26,11 @@ from benchlib.flags import at_least
 from benchlib.hardware import HARDWARE_FILE, hardware, read_hardware
 from benchlib.report import Report, Row, check_report, machine
 from benchlib.roofline import Hardware, Op, Setup, step_ops
+from benchlib.stand_in import stand_in_mesh
 from benchlib.step_shape import StepShape
 from dsv3.cache.layout import CacheLayout
 from dsv3.checkpoint.sharding import tensor_specs
-from dsv3.config import ParallelConfig, divisors
+from dsv3.config import ModelConfig, ParallelConfig, divisors
 from dsv3.config_files import DEMO, load_model_config
 from dsv3.engine.config import EngineConfig
 from dsv3.engine.engine import follow
@@ -44,6 +46,7 @@ from dsv3.engine.start import Started, start
 from dsv3.errors import ConfigError
 from dsv3.files import NamedFile, check_output, write_output
 from dsv3.parallel.mesh import join_world
+from dsv3.parallel.weights import WeightFormat
 
 _MANY, _REPEATS = 1_000_000, 30
 # Steps held to the clock: sequences, new tokens of each, positions before them.
@@ -119,12 +122,20 @@ def layouts(model: Setup, ranks: int) -> Iterator[Layout]:
                 yield Layout(replace(model, layout=place, kv_shard=kv_shard), dispatch)
 
 
+@cache
+def weights_of(config: ModelConfig, layout: ParallelConfig, plain: str, is_fp8: bool) -> int:
+    """Return the bytes of a rank's weights."""
+    quantized = (s.name for s in tensor_specs(config).values() if s.quantizable)
+    dtype = torch.float32 if plain == "fp32" else torch.bfloat16
+    meta = torch.device("meta")
+    fmt = WeightFormat(dtype, meta, frozenset(quantized if is_fp8 else ()))
+    return weight_bytes(config, stand_in_mesh(layout, meta), fmt)
+
+
 def memory(setup: Setup, hw: Hardware) -> tuple[int, int]:
     """Return the bytes of a rank's weights, and the positions that all caches hold beside them."""
     config, place = setup.config, setup.layout
-    quantized = (s.name for s in tensor_specs(config).values() if s.quantizable)
-    names = frozenset(quantized if setup.weights == "fp8" else ())
-    weights = weight_bytes(config, place, 4 if setup.plain == "fp32" else 2, names)
+    weights = weights_of(config, place, setup.plain, setup.weights == "fp8")
     cache = CacheLayout.make(config, setup.form, setup.kv_shard, setup.cache, place.tp, 0)
     settings = EngineConfig(max_running=_MANY, max_batch_tokens=_MANY)
     longest, device = config.max_position_embeddings, torch.device("cuda")

@@ -15,8 +15,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from types import SimpleNamespace
-from typing import cast
 
 import numpy as np
 import torch
@@ -29,12 +27,10 @@ from benchlib.kernel_timing import busy_and_idle, kernel_intervals
 from benchlib.profiler import Clock, Profiler, profile
 from benchlib.report import Report, Row, check_report, machine
 from benchlib.roofline import Hardware, Setup, floor_seconds, step_ops
-from benchlib.stand_in import StandIn
+from benchlib.stand_in import stand_in_mesh
 from dsv3.cache.layout import CacheLayout
 from dsv3.cache.pool import CachePool
-from dsv3.checkpoint.load import fp8_products
-from dsv3.checkpoint.reader import Source
-from dsv3.checkpoint.sharding import FP8_DTYPE, scale_region, shard_region, tensor_specs
+from dsv3.checkpoint.sharding import tensor_specs
 from dsv3.config import ModelConfig, ParallelConfig
 from dsv3.config_files import load_model_config
 from dsv3.engine.plan import StepPlan
@@ -45,9 +41,8 @@ from dsv3.errors import ConfigError
 from dsv3.model.attention import absorb_limit
 from dsv3.model.moe import MoE
 from dsv3.model.transformer import Transformer
-from dsv3.parallel.collectives import SingleRank
-from dsv3.parallel.mesh import Mesh, join_world
-from dsv3.parallel.weights import FP8, BlockScale, WeightFormat
+from dsv3.parallel.mesh import join_world
+from dsv3.parallel.weights import FP8, WeightFormat
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 # Keeps the device busy while the host launches a step, so that events show the device's time.
@@ -103,14 +98,15 @@ class Rank:
         if shape.weights == "fp8" and self.config.quantization is None:
             raise ConfigError("--weights=fp8 but the model is not stored in FP8; use bf16")
         torch.manual_seed(shape.seed)
-        group = StandIn(shape.rank, shape.world, shape.moves)
-        self._mesh = Mesh(layout, device, group, group, SingleRank(), 1)
-        self.model = self._make_model(layout)
+        self._mesh = stand_in_mesh(layout, device, shape.moves)
+        self.model = self._make_model()
         cached = CacheLayout.make(
             self.config, "latent", shape.kv_shard, shape.cache, layout.tp, layout.tp_rank
         )
         pages = positions // cached.page_size
-        self.cache = CachePool(cached, self.config.num_hidden_layers, pages + 1, device, group)
+        self.cache = CachePool(
+            cached, self.config.num_hidden_layers, pages + 1, device, self._mesh.tp
+        )
         for layer in range(self.config.num_hidden_layers):  # a cache of zeros would cost less power
             page = torch.randn(cached.slots_per_page, cached.width, device=device)
             part = self.cache.layer(layer)
@@ -130,25 +126,18 @@ class Rank:
         static = self.device.type == "cuda" and not eager
         return Runner(self.model, self.cache, absorb_limit(self.config), static=static)
 
-    def _make_model(self, layout: ParallelConfig) -> Transformer:
+    def _make_model(self) -> Transformer:
         specs = tensor_specs(self.config)
         fmt = WeightFormat(_DTYPES[self.shape.weights], self.device)
         if self.shape.weights == "fp8" and self.config.quantization is not None:
-            info = SimpleNamespace(dtype=FP8_DTYPE)
-            stored = {name: info for name, spec in specs.items() if spec.quantizable}
-            source = SimpleNamespace(config=self.config, tensors=stored)
-            kept = fp8_products(cast(Source, source), layout)
+            kept = frozenset(name for name, spec in specs.items() if spec.quantizable)
             ue8m0 = self.config.quantization.scale_fmt == "ue8m0"
             fmt = replace(fmt, fp8_names=kept, fp8_products=True, ue8m0=ue8m0)
         model = Transformer(self.config, self._mesh, fmt)
         for target in model.targets():
             _fill(target.dest, target.name)
-            if target.dest.dtype == FP8:
-                region = shard_region(specs[target.name], layout)
-                assert region is not None, target.name
-                blocks = [stop - start for start, stop in scale_region(region)]
-                scale = torch.full(blocks, target.dest.shape[1] ** -0.5, device=self.device)
-                target.keep_scale(BlockScale(scale, region[0][0] % 128, region[1][0] % 128))
+            if target.scale is not None:
+                target.scale.fill_(target.dest.shape[1] ** -0.5)
         self._make_popular(model)
         return model.eval()
 

@@ -5,7 +5,9 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from dsv3.parallel.collectives import Collectives, Pending
+from dsv3.config import ParallelConfig
+from dsv3.parallel.collectives import Collectives, Pending, SingleRank
+from dsv3.parallel.mesh import Mesh
 
 
 class StandIn(Collectives):
@@ -46,3 +48,10 @@ class StandIn(Collectives):
     def broadcast(self, x: Tensor) -> Tensor:
         """Return `x`: plans come from rank 0, which this one is."""
         return x
+
+
+def stand_in_mesh(layout: ParallelConfig, device: torch.device, moves: bool = True) -> Mesh:
+    """Return the mesh of one rank whose peers do not exist."""
+    world = StandIn(layout.rank, layout.world_size, moves)
+    tp = world if layout.dp == 1 else StandIn(layout.tp_rank, layout.tp, moves)
+    return Mesh(layout, device, world, tp, SingleRank(), 1)

@@ -184,7 +184,7 @@ def test_small_tensors_are_refused_by_name_when_loaded(
     ]
     module = (
         Vector(spec.name, spec.shape, fmt)
-        if len(spec.shape) == 1
+        if len(spec.shape) == 1 or spec.name.endswith("mlp.gate.weight")
         else Matrix([[spec.name]], [spec.shape[0]], spec.shape[1], fmt)
     )
     with open_source(path) as source, pytest.raises(CheckpointError) as refused:

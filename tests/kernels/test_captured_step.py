@@ -133,7 +133,7 @@ def one_of_two_groups(form: str, device: torch.device, monkeypatch: pytest.Monke
     settings = DispatchSettings(form, FP8)
     shape = RankShape(config=config, world=2, rank=1, layers=2)
     monkeypatch.setattr(bench_rank, "ParallelConfig", lambda **_: layout)
-    monkeypatch.setattr(bench_rank, "Mesh", lambda *_: mesh)
+    monkeypatch.setattr(bench_rank, "stand_in_mesh", lambda *_: mesh)
     make = partial(Transformer, settings=settings, placement=placement)
     monkeypatch.setattr(bench_rank, "Transformer", make)
     return Rank(shape, device, 512)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dsv3.checkpoint.load import fp8_products, load_weights
+from dsv3.checkpoint.load import fp8_weights, load_weights
 from dsv3.checkpoint.source import open_source
 from dsv3.engine.config import EngineConfig
 from dsv3.engine.start import numerics_mode
@@ -68,7 +68,7 @@ def test_in_float32_it_is_the_emulation(oracle: MAKE, monkeypatch: pytest.Monkey
     made = oracle("v3-fp8-whole")
     started = start_alone(made.path)
     with open_source(made.path) as source:
-        mesh, names = started.mesh, fp8_products(source, started.mesh.layout)
+        mesh, names = started.mesh, fp8_weights(source)
         fmt = WeightFormat(torch.float32, mesh.device, names, fp8_products=True)
         model = Transformer(source.config, mesh, fmt)
         load_weights(source, model.targets(), mesh.layout)

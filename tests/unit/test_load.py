@@ -46,8 +46,9 @@ def targets(module: torch.nn.Module) -> list[tuple[Target, Tensor]]:
         if isinstance(part, Vector):
             found += [(t, part.weight) for t in part.targets()]
         elif isinstance(part, Matrix):
-            whole = [part.matrix(e).split(part.rows) for e in range(len(part.names))]
-            found += [(t, whole[t.part[0]][t.part[1]]) for t in part.targets()]
+            stacked = (part.matrix(e).split(part.rows) for e in range(len(part.names)))
+            values = [x for parts in stacked for x in parts]
+            found += list(zip(part.targets(), values, strict=True))
     return found
 
 

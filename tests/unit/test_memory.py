@@ -1,6 +1,7 @@
 """The memory plan is what the model and the cache really allocate."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ import torch
 
 from dsv3.cache.layout import CacheLayout
 from dsv3.cache.pool import CachePool
-from dsv3.checkpoint.load import fp8_products, fp8_weights, load_weights
+from dsv3.checkpoint.load import fp8_weights, load_weights
+from dsv3.checkpoint.region import region_shape
+from dsv3.checkpoint.sharding import shard_region, tensor_specs
 from dsv3.checkpoint.source import open_source
 from dsv3.config import ModelConfig, ParallelConfig
 from dsv3.config_files import PRESETS, load_model_config
@@ -49,17 +52,21 @@ FAMILIES = {
 }
 
 
+def mesh_of(layout: ParallelConfig, device: torch.device = CPU) -> Mesh:
+    return Mesh(layout, device, SingleRank(), SingleRank(), SingleRank(), 1)
+
+
 def model_of(config: ModelConfig, layout: ParallelConfig, fmt: WeightFormat) -> Transformer:
-    mesh = Mesh(layout, fmt.device, SingleRank(), SingleRank(), SingleRank(), 1)
-    return Transformer(config, mesh, fmt)
+    return Transformer(config, mesh_of(layout, fmt.device), fmt)
+
+
+def planned(config: ModelConfig, layout: ParallelConfig, fmt: WeightFormat) -> int:
+    return weight_bytes(config, mesh_of(layout), fmt)
 
 
 def held(model: Transformer) -> int:
     """Bytes behind every tensor of the model, counted once per storage."""
     tensors = [*model.parameters(), *model.buffers()]
-    for module in model.modules():
-        if isinstance(module, Matrix):
-            tensors += [s.scale for s in module.scales.values()]
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
 
@@ -72,12 +79,14 @@ def test_published_models(preset: str, world_size: int) -> None:
     config = dataclasses.replace(config, num_hidden_layers=config.first_k_dense_replace + 1)
     layout = ParallelConfig(world_size=world_size, rank=world_size - 1)
     layout.check(config)
-    model = model_of(config, layout, WeightFormat(torch.bfloat16, torch.device("meta")))
-    assert weight_bytes(config, layout, 2, NO_FP8) == held_on_meta(model)
-
-
-def held_on_meta(model: Transformer) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+    elements = dict.fromkeys(("matrices", "vectors"), 0)
+    for spec in tensor_specs(config).values():
+        region = None if spec.mtp else shard_region(spec, layout)
+        if region is not None:
+            is_float32 = len(region) == 1 or spec.name.endswith("mlp.gate.weight")
+            elements["vectors" if is_float32 else "matrices"] += math.prod(region_shape(region))
+    want = 2 * elements["matrices"] + 4 * elements["vectors"]
+    assert planned(config, layout, WeightFormat(torch.bfloat16, CPU)) == want
 
 
 @pytest.mark.parametrize(
@@ -95,10 +104,11 @@ def test_every_family_and_world(family: str, keep_fp8: bool, tmp_path: Path) -> 
         for world_size in (1, 2, 4, 8):
             for rank in range(world_size):
                 layout = ParallelConfig(world_size=world_size, rank=rank)
-                model = model_of(config, layout, WeightFormat(torch.float32, CPU, names))
+                fmt = WeightFormat(torch.float32, CPU, names)
+                model = model_of(config, layout, fmt)
                 load_weights(source, model.targets(), layout)
-                planned = weight_bytes(config, layout, 4, names)
-                assert planned == held(model) == model.num_bytes, (world_size, rank)
+                num_bytes = planned(config, layout, fmt)
+                assert num_bytes == held(model) == model.num_bytes, (world_size, rank)
                 for module in model.modules():
                     if isinstance(module, Matrix):
                         for e in range(len(module.names)):
@@ -122,13 +132,12 @@ def test_fp8_products(tmp_path: Path) -> None:
     with open_source(write_hf(tmp_path / "hf", WHOLE, random_tensors(WHOLE))) as source:
         for world_size in (1, 2, 4, 8):
             layout = ParallelConfig(world_size=world_size, rank=world_size - 1)
-            names = fp8_products(source, layout)
-            fmt = WeightFormat(torch.bfloat16, CPU, names, fp8_products=True)
+            fmt = WeightFormat(torch.bfloat16, CPU, fp8_weights(source), fp8_products=True)
             model = model_of(WHOLE, layout, fmt)
             plain = model_of(WHOLE, layout, WeightFormat(torch.bfloat16, CPU))
             load_weights(source, model.targets(), layout)
             load_weights(source, plain.targets(), layout)
-            assert weight_bytes(WHOLE, layout, 2, names) == held(model) == model.num_bytes
+            assert planned(WHOLE, layout, fmt) == held(model) == model.num_bytes
             for (name, got), want in zip(model.named_modules(), plain.modules(), strict=True):
                 if not isinstance(got, Matrix):
                     continue
@@ -153,7 +162,8 @@ def test_keeping_fp8_takes_a_quarter() -> None:
         for p in ("gate", "up", "down")
     )
     layout = ParallelConfig(world_size=8, rank=0)
-    saved = weight_bytes(config, layout, 2, NO_FP8) - weight_bytes(config, layout, 2, names)
+    plain, kept = (WeightFormat(torch.bfloat16, CPU, fp8) for fp8 in (NO_FP8, names))
+    saved = planned(config, layout, plain) - planned(config, layout, kept)
     experts = 58 * 32 * 3 * 7168 * 2048
     assert saved == experts - 4 * experts // 128**2
 
