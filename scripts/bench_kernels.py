@@ -50,7 +50,7 @@ def compare_and_time(args: argparse.Namespace) -> Report:
         # Triton looks at it while it is imported.
         os.execve(sys.executable, sys.orig_argv, os.environ | {"TRITON_INTERPRET": "1"})
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
-    try_forms(args.try_kernels, device)
+    try_forms(args.try_kernels, device, "--try-kernels")
     known = [case for case in cases(small=not on_gpu) if not args.ops or case.op in args.ops]
     if not known:
         every = sorted({case.op for case in cases(small=True)})

@@ -46,6 +46,7 @@ from dsv3.observe.roofline import Hardware, Setup, floor_seconds, step_ops
 from dsv3.parallel.collectives import SingleRank, StandIn
 from dsv3.parallel.mesh import Mesh, join_world
 from dsv3.parallel.weights import FP8, BlockScale, WeightFormat
+from dsv3.setting_names import flag
 from dsv3_kernels.benchmarks import busy_and_idle, kernel_intervals
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
@@ -385,9 +386,9 @@ def main() -> int:
     args = parse_args()
     check_report(args)
     set_up_logging(args.debug)
-    with join_world(args.device) as mesh:
+    with join_world(args.device, name=flag) as mesh:
         torch.set_num_threads(args.threads or torch.get_num_threads())
-        try_forms(args.try_kernels, mesh.device)
+        try_forms(args.try_kernels, mesh.device, "--try-kernels")
         shape = shape_of(args, mesh.device.type == "cpu")
         what = (args.batch, args.context, args.prefill, args.steps, args.enforce_eager)
         report = rank_report(shape, mesh.device, hardware(args.hardware, mesh.device), *what)
