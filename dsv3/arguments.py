@@ -6,7 +6,6 @@ Every reader raises ValueError for a value of another kind; its caller names the
 
 import os
 import re
-from collections.abc import Mapping
 from typing import Any
 
 _WHOLE = re.compile(r"\s*[+-]?[0-9]+\s*")
@@ -70,13 +69,6 @@ def token_ids(value: Any) -> tuple[int, ...]:
     if any(isinstance(each, str) for each in found):
         raise ValueError(value)
     return tuple(map(whole, found))
-
-
-def biases(value: Any) -> dict[int, float]:
-    """Return a mapping of token ids, which JSON writes as texts, to numbers."""
-    if not isinstance(value, Mapping):
-        raise ValueError(value)
-    return {whole(token_id): number(bias) for token_id, bias in value.items()}
 
 
 def _items(value: Any) -> list[Any]:

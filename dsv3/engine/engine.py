@@ -380,6 +380,7 @@ class Engine:
             prompt_logprobs=None if params.prompt_logprobs is None else seq.prompt_logprobs,
             cached_tokens=seq.num_cached or 0,
             error=error,
+            index=seq.request.answer,
         )
         del self._sequences[seq.request.request_id]
         self._lanes[seq.lane].remove(seq)
