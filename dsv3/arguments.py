@@ -6,6 +6,7 @@ Every reader raises ValueError for a value of another kind; its caller names the
 
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 _WHOLE = re.compile(r"\s*[+-]?[0-9]+\s*")
@@ -49,6 +50,14 @@ def text(value: Any) -> str:
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     return value if isinstance(value, str) else str(whole(value))
+
+
+def path(value: Any) -> Path:
+    """Return a path, which may be a text."""
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(value, str) or not value:
+        raise ValueError(value)
+    return Path(value)
 
 
 def texts(value: Any) -> tuple[str, ...]:

@@ -186,6 +186,12 @@ class PlanChannel:
         with self.watch.exchange():
             return self._control.broadcast(torch.from_numpy(words)).numpy()
 
+    def share(self, number: int) -> int:
+        """Return the number of rank 0 on all ranks. A collective."""
+        if self._control.size == 1:
+            return number
+        return int(self._broadcast(np.array([number], np.int32))[0])
+
     def send(self, plans: list[StepPlan] | None) -> None:
         """Send from rank 0."""
         if self._control.size == 1:

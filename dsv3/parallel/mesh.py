@@ -205,6 +205,11 @@ def _check_settings(
             f"{name('rank_timeout')}={rank_timeout:g} must be at least {_MIN_TIMEOUT} seconds, "
             f"and at most {_MAX_TIMEOUT:,}"
         )
+    if world_size > 1 and dist.is_initialized():
+        raise ConfigError(
+            "torch.distributed is in use in this process: close the LLM that was made before, or "
+            "destroy the script's own process group"
+        )
     return ParallelConfig(world_size=world_size, rank=rank, tp=tp, dp=dp)
 
 
