@@ -3,7 +3,7 @@
 import difflib
 import math
 import reprlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -219,10 +219,20 @@ def refuse_unknown(
     """
     unknown = [key for key in keys if key not in known]
     if unknown:
-        near = difflib.get_close_matches(str(unknown[0]), hints, n=1) if len(unknown) == 1 else []
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        fields = "field" if len(unknown) == 1 else "fields"
-        raise ConfigError(f"{where}: unknown {fields} {listed(unknown)}{hint}")
+        raise ConfigError(f"{where}: {describe_unknown(unknown, hints)}")
+
+
+def describe_unknown(unknown: Sequence[object], hints: Collection[str], noun: str = "field") -> str:
+    """Return "unknown field 'x'; did you mean 'y'?" for one unknown name or several.
+
+    Args:
+        unknown: the names.
+        hints: names that may be suggested in place of a single unknown one.
+        noun: of the names.
+    """
+    near = difflib.get_close_matches(str(unknown[0]), hints, n=1) if len(unknown) == 1 else []
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"unknown {noun}{'s' * (len(unknown) > 1)} {listed(unknown)}{hint}"
 
 
 def check_required(

@@ -95,7 +95,7 @@ def load_model_config(path_or_preset: str | Path, tensors_decide: bool = False) 
 def _load_directory(path: Path, tensors_decide: bool) -> ModelConfig:
     file = path / "config.json"
     if not os.path.lexists(file):
-        raise ConfigError(f"{path}: no config.json; give the model's configuration with --config")
+        raise ConfigError(f"{path}: no config.json; give the model's configuration by `config`")
     config = _load_file(file, tensors_decide)
     generation = path / "generation_config.json"
     if not os.path.lexists(generation):

@@ -102,4 +102,5 @@ def describe_error(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return one_line(f"{error.filename}: {error.strerror}")
     text = str(error).strip().split("\n")[0]
-    return one_line(f"{type(error).__name__}{': ' * bool(text)}{text}") + " (--debug shows more)"
+    line = one_line(f"{type(error).__name__}{': ' * bool(text)}{text}")
+    return f"{line} (debug logging shows more)"

@@ -4,44 +4,51 @@ Every rank runs the same script and so makes the same calls in the same order; r
 arguments and gets the results, the other ranks help and get empty ones.
 """
 
+import inspect
 import logging
 import signal
 import sys
 import traceback
 import weakref
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
-from types import NoneType
-from typing import Any
+from typing import Any, Self
 
+from dsv3 import arguments
 from dsv3.checkpoint.source import check_stored_form, declared_config
-from dsv3.config_files import DEMO
+from dsv3.config import ModelConfig
+from dsv3.config_fields import describe_unknown, shown
+from dsv3.config_files import DEMO, load_model_config
 from dsv3.engine.config import EngineConfig
-from dsv3.engine.engine import Engine, follow
+from dsv3.engine.engine import Engine
+from dsv3.engine.session import NoOutputs, Session
 from dsv3.engine.start import Started, start
-from dsv3.errors import Dsv3Error, Interrupted, RequestError
+from dsv3.errors import ConfigError, Dsv3Error, Interrupted, RequestError
 from dsv3.parallel.failure_report import is_lost
 from dsv3.parallel.mesh import before_joining, join_world
 from dsv3.parallel.together import fail_together
 from dsv3.request import Completion, Request, RequestOutput, SamplingParams
 from dsv3.text.chat import AnyFormat, ChatFormat, UnusableFormat
-from dsv3.text.text_request import TextRequest, encode_prompt, token_requests
-from dsv3.text.thoughts import (
-    Piece,
-    TextPiece,
-    ThoughtStream,
-    begins_in_thought,
-    split_answer,
+from dsv3.text.library_format import (
+    chat_requests,
+    check_conversation_id,
+    prompt_requests,
+    stream_requests,
 )
+from dsv3.text.messages import Message
+from dsv3.text.text_request import TextRequest, encode_prompt, token_requests
+from dsv3.text.thoughts import Piece, TextPiece, ThoughtStream, begins_in_thought, split_answer
 
 log = logging.getLogger(__name__)
 
-Prompt = str | list[int]
-Messages = list[dict[str, Any]]  # {"role": ..., "content": ...}
-Params = SamplingParams | Sequence[SamplingParams] | None
-_ONE_FOR_ALL = (SamplingParams, NoneType)
+# Token ids may also be in arrays and tensors, in which several prompts are rows.
+Prompt = str | Sequence[int]
+Messages = Sequence[Message]  # {"role": ..., "content": ...}
+OneParams = SamplingParams | Mapping[str, Any] | None
+Params = OneParams | Iterable[OneParams]
 
 
 class LLM(AbstractContextManager["LLM"]):
@@ -49,12 +56,15 @@ class LLM(AbstractContextManager["LLM"]):
 
     Args:
         path: a checkpoint directory; the demo model if left out.
+        config: the model's configuration where the directory has none: a file, or a preset's name.
         tp: tensor-parallel ranks; 0 takes all that dp leaves.
         dp: data-parallel groups of them, which answer different prompts.
         device: "auto" (CUDA where present), "cpu" or "cuda".
         rank_timeout: seconds after which a rank that hangs ends the program on all.
         chat_template: file with a Jinja template that takes the place of the checkpoint's own.
         settings: fields of `EngineConfig`, such as `max_seq_len` or `kv_cache_size`.
+
+    In a job of several ranks there is one model at a time: `close` it before the next one is made.
 
     Raises:
         ConfigError, CheckpointError: the model, the settings and the world do not fit together.
@@ -65,6 +75,7 @@ class LLM(AbstractContextManager["LLM"]):
         self,
         path: str | Path | None = None,
         *,
+        config: str | Path | None = None,
         tp: int = 0,
         dp: int = 1,
         device: str = "auto",
@@ -72,21 +83,28 @@ class LLM(AbstractContextManager["LLM"]):
         chat_template: str | Path | None = None,
         **settings: Any,
     ) -> None:
-        path = Path(path or DEMO)
         with before_joining():
-            config = EngineConfig(**settings)
+            folder = _read("path", path, arguments.path, "a path", DEMO)
+            config = _read("config", config, arguments.path, "a path or a preset's name", None)
+            template = _read("chat_template", chat_template, arguments.path, "a path", None)
+            tp = _read("tp", tp, arguments.whole, "a whole number", 0)
+            dp = _read("dp", dp, arguments.whole, "a whole number", 1)
+            seconds = _read("rank_timeout", rank_timeout, arguments.number, "a number", 60.0)
+            device = "auto" if device is None else str(device)  # torch has a type for it
+            engine_config = _engine_config(settings)
         with ExitStack() as stack:
-            common = EngineConfig.common(asdict(config)) | {"rank_timeout": str(rank_timeout)}
-            mesh = stack.enter_context(join_world(device, tp, dp, rank_timeout, common))
+            common = EngineConfig.common(asdict(engine_config)) | {"rank_timeout": f"{seconds:g}"}
+            mesh = stack.enter_context(join_world(device, tp, dp, seconds, common))
             self._chat: AnyFormat | None = None
-            with fail_together(mesh, "reading the chat template"):
+            with fail_together(mesh, "reading the configuration"):
+                model = None if config is None else load_model_config(config)
                 if mesh.layout.rank == 0:
-                    self._chat = _chat_format(path, chat_template)
-            self._started: Started = start(path, config, mesh)
+                    self._chat = _chat_format(folder, model, template)
+            self._started: Started = start(folder, engine_config, mesh, model)
             self._stack = stack.pop_all()
+        self._session = Session(self._started)
         # For scripts that forget `close()`: torch must not be left to the end of the interpreter.
-        self._forgotten = weakref.finalize(self, self._stack.close)
-        self._outputs: Generator[RequestOutput, None, None] | None = None
+        self._forgotten = weakref.finalize(self._session, self._stack.close)
         self._num_requests = 0
 
     @property
@@ -94,56 +112,65 @@ class LLM(AbstractContextManager["LLM"]):
         """Whether this is rank 0, which gets the results."""
         return self._started.engine is not None
 
+    def __enter__(self) -> Self:
+        """Return the model; `close` is called at the end."""
+        self._session.check_open("`with`")
+        return self
+
     def __exit__(self, *raised: Any) -> None:
         error = raised[1]
-        if error is None:
+        if error is None or self._session.is_closed:
             self.close()
             return
         if self._started.mesh.world.size > 1 and _is_of_script(error):
             traceback.print_exception(error)  # the other ranks may be anywhere: this ends the job
+        self._session.abandon()
         self._forgotten.detach()
         self._stack.__exit__(*raised)
         if isinstance(error, Interrupted) and error.number == signal.SIGTERM:
             sys.exit(error.exit_code)
 
     def close(self) -> None:
-        """Leave the other ranks; what is cached goes to disk, if there is a disk cache."""
-        self._end_stream()
-        if self._started.engine is None:
-            follow(self._started.runner, self._started.channel)
-        else:
-            self._started.engine.stop()
+        """Leave the other ranks; what is cached goes to disk, if there is a disk cache.
+
+        Every later call raises `Dsv3Error`, but for `close` itself.
+        """
+        if self._session.is_closed:
+            return
+        self._session.close()
         with self._started.mesh.watch.task("writing the experts' loads"):
             self._started.runner.finish()
         self._forgotten.detach()
         self._stack.close()
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt] | None, params: Params = None
+        self, prompts: Prompt | Iterable[Prompt] | None, params: Params = None
     ) -> list[Completion]:
         """Continue prompts, texts or lists of token ids, all at once.
 
         Args:
             prompts: one or several.
-            params: for all prompts or one for each; left out, they are greedy answers of at most
-                200 tokens.
+            params: for all prompts or one for each, `SamplingParams` or dicts of their names; left
+                out, they are greedy answers of at most 200 tokens.
 
         Returns:
-            The completions in the order of the prompts; on other ranks than 0 an empty list. One
-            whose logits are not finite ends with `finish_reason` "error", and a warning says so.
+            The completions in the order of the prompts, the `n` answers to each beside one another;
+            on other ranks than 0 an empty list. One whose logits are not finite ends with
+            `finish_reason` "error", and a warning says so.
 
         Raises:
             RequestError: on every rank, if a prompt cannot be served; none is then.
+            Dsv3Error: the model is closed.
         """
-        several = _several(prompts, _is_prompt)
-        return self._complete([{"prompt": prompt} for prompt in several], params)
+        return self._complete("generate()", partial(prompt_requests, prompts, params))
 
     def chat(
         self,
-        messages: Messages | Sequence[Messages] | None,
+        messages: Message | Messages | Iterable[Messages] | None,
         params: Params = None,
         thinking: bool | None = None,
         conversation_id: str | None = None,
+        system: str | None = None,
     ) -> list[Completion]:
         """Answer conversations through the model's chat format; else as `generate`.
 
@@ -154,128 +181,196 @@ class LLM(AbstractContextManager["LLM"]):
                 a warning says where it has none. The thought is `reasoning` of the completion,
                 apart from its `text`; stop strings end only the text.
             conversation_id: names the dialogue, for `drop_conversation`.
+            system: text of a system message in front; the messages then begin with none.
         """
-        several = _several(messages, _is_conversation)
-        common = {"thinking": thinking, "conversation_id": conversation_id}
-        return self._complete([{"messages": each, **common} for each in several], params)
+        asked = partial(chat_requests, messages, params, thinking, conversation_id, system)
+        return self._complete("chat()", asked)
 
     def drop_conversation(self, conversation_id: str) -> None:
         """Forget the cached prefixes that only this conversation has used."""
+        self._session.check_open("drop_conversation()")
         if self._started.engine is not None:
-            self._started.engine.drop_conversation(conversation_id)
+            self._started.engine.drop_conversation(check_conversation_id(conversation_id) or "")
 
     def stream(
         self,
         prompt: Prompt | Messages | None,
-        params: SamplingParams | None = None,
+        params: OneParams = None,
         thinking: bool | None = None,
+        conversation_id: str | None = None,
+        system: str | None = None,
     ) -> Iterator[TextPiece]:
         """Answer one prompt or conversation, piece by piece; other ranks than 0 get no pieces.
 
         All pieces join to the whole text. Where that is a conversation's answer with a thought,
         the pieces of the thought and its marks have `is_thought` set.
 
-        A loop over the pieces that is left early stops the answer, at the next call.
+        Several streams may be open at once and read in any order, and other calls made meanwhile.
+        An answer whose iterator is dropped, as by leaving a loop over it, is stopped at the next
+        call. Other ranks are let go from reading a stream when rank 0 has read one to its end, or
+        makes its next call.
 
         Raises:
-            Dsv3Error: the model's logits are not finite.
+            RequestError: on every rank, if the prompt cannot be served.
+            Dsv3Error: the model's logits are not finite, or the model is closed.
         """
-        what = {"messages": prompt, "thinking": thinking}
-        asked = what if _is_conversation(prompt) else {"prompt": prompt}
-        requests = self._submit([asked], params)
-        self._outputs = self._run(requests)
-        thoughts = None
-        if requests and requests[0].is_chat and (engine := self._started.engine) is not None:
-            thoughts = ThoughtStream(begins_in_thought(engine.tokenizer, requests[0].prompt_ids))
-        return _texts(self._outputs, thoughts)
 
-    def _complete(self, asked: list[dict[str, Any]], params: Params) -> list[Completion]:
-        requests = self._submit(asked, params)
-        done: dict[str, Completion] = {}
-        for output in self._run(requests):
-            if output.completion is not None:
-                done[output.request_id] = output.completion
-        completions = [self._split(r, done[r.request_id]) for r in requests]
-        for i, completion in enumerate(completions):
-            if completion.error:
-                log.warning("prompts[%d]: %s", i, completion.error)
-        return completions
+        def asked() -> list[TextRequest]:
+            found = stream_requests(prompt, params, thinking, conversation_id, system)
+            count = sum(each.params.n for each in found)
+            if count != 1:
+                raise RequestError(f"stream() gives one answer, not {count}: use streams()")
+            return found
 
-    def _split(self, request: Request, completion: Completion) -> Completion:
+        pieces = self._pieces(_flat(self._submit("stream()", asked)), is_only=True)
+        return pieces if isinstance(pieces, NoOutputs) else (piece for _, piece in pieces)
+
+    def streams(
+        self,
+        prompts: Prompt | Messages | Iterable[Prompt | Messages] | None,
+        params: Params = None,
+        thinking: bool | None = None,
+        conversation_id: str | None = None,
+        system: str | None = None,
+    ) -> Iterator[tuple[int, TextPiece]]:
+        """Answer several prompts or conversations at once; yield pieces as they come.
+
+        Else as `stream`. An answer whose logits are not finite just ends, and a warning says so.
+
+        Yields:
+            The number of the answer, in the order in which `generate` returns them, and its new
+            text.
+        """
+        asked = partial(stream_requests, prompts, params, thinking, conversation_id, system)
+        return self._pieces(_flat(self._submit("streams()", asked)), is_only=False)
+
+    def _complete(self, call: str, asked: Callable[[], list[TextRequest]]) -> list[Completion]:
+        groups = self._submit(call, asked)
+        done = self._session.run(_flat(groups))
+        for i, group in enumerate(groups):
+            for request in group:
+                completion = done[request.request_id]
+                self._split(request, completion)
+                if completion.error:
+                    log.warning("prompts[%d]: %s", i, completion.error)
+        return [done[request.request_id] for request in _flat(groups)]
+
+    def _split(self, request: Request, completion: Completion) -> None:
         """Tell the thought from the answer, if it is one of a conversation."""
         if request.is_chat and (engine := self._started.engine) is not None:
             inside = begins_in_thought(engine.tokenizer, request.prompt_ids)
             split = split_answer(completion.text, inside)
             completion.reasoning, completion.text = split.reasoning, split.content
-        return completion
 
-    def _submit(self, asked: list[dict[str, Any]], params: Params) -> list[Request]:
-        """Put requests in line on rank 0; if one cannot be served, all ranks hear of it."""
-        self._end_stream()
-        requests: list[Request] = []
-        engine = self._started.engine
+    def _submit(self, call: str, asked: Callable[[], list[TextRequest]]) -> list[list[Request]]:
+        """Put requests in line on rank 0; if one cannot be served, all ranks hear of it.
+
+        Returns:
+            for each prompt, the requests of its answers; nothing on other ranks.
+        """
+        self._session.begin(call)
+        groups: list[list[Request]] = []
         with fail_together(self._started.mesh, "reading the prompts", is_fatal=False):
-            if engine is not None:
-                each = [params] * len(asked) if isinstance(params, _ONE_FOR_ALL) else params
-                if len(each) != len(asked):
-                    raise RequestError(f"{len(each)} params for {len(asked)} prompts")
+            if self._started.engine is not None:
+                found = asked()
                 try:
-                    for what, chosen in zip(asked, each, strict=True):
-                        request = self._request(engine, what, chosen)
-                        engine.add(request)
-                        requests.append(request)
-                except Exception as error:
-                    for request in requests:
-                        engine.cancel(request.request_id)
-                    if isinstance(error, RequestError) and len(asked) > 1:
-                        raise RequestError(f"prompts[{len(requests)}]: {error}") from None
+                    for i, each in enumerate(found):
+                        with _named(each, i, len(found)):
+                            groups.append(self._add(each, self._started.engine))
+                except BaseException:
+                    self._session.drop([request.request_id for request in _flat(groups)])
                     raise
-        return requests
+        return groups
 
-    def _request(
-        self, engine: Engine, what: dict[str, Any], params: SamplingParams | None
-    ) -> Request:
-        asked = TextRequest(
-            **what, params=params or SamplingParams(), limit_is_default=params is None
-        )
-        if asked.messages is None and asked.prompt != [] and not _is_prompt(asked.prompt):
-            raise RequestError(f"a prompt is a text or token ids, not {asked.prompt!r:.60}")
+    def _add(self, asked: TextRequest, engine: Engine) -> list[Request]:
+        """Put the answers to one prompt in line."""
         self._num_requests += 1
         ids = encode_prompt(asked, engine.tokenizer, self._chat)
         name, limit = f"llm-{self._num_requests}", engine.max_seq_len
-        return token_requests(asked, ids, name, limit, engine.vocab_size)[0]
+        requests = token_requests(asked, ids, name, limit, engine.vocab_size)
+        self._session.add(requests)
+        return requests
 
-    def _run(self, requests: list[Request]) -> Generator[RequestOutput, None, None]:
-        """Run steps on all ranks until the requests are done, or nobody wants more of them."""
-        engine = self._started.engine
-        if engine is None:
-            follow(self._started.runner, self._started.channel)
-            return
-        unfinished = {request.request_id for request in requests}
-        try:
-            while unfinished:
-                for output in engine.step():
-                    if output.completion is not None:
-                        unfinished.discard(output.request_id)
-                    yield output
-        finally:
-            for request_id in unfinished:
-                engine.cancel(request_id)
-            engine.pause()
+    def _pieces(self, requests: list[Request], is_only: bool) -> Iterator[tuple[int, TextPiece]]:
+        """Return the numbers of answers and their new text, made as they are read.
 
-    def _end_stream(self) -> None:
-        """Stop an answer that was not read to its end."""
-        if self._outputs is not None:
-            next(self._outputs, None)  # one that was never begun could not be ended
-            self._outputs.close()
-            self._outputs = None
+        An error of the only answer is raised.
+        """
+        outputs = self._session.stream(requests)
+        if isinstance(outputs, NoOutputs):
+            return outputs
+        numbers = {request.request_id: i for i, request in enumerate(requests)}
+        thoughts = {r.request_id: self._thoughts(r) for r in requests if r.is_chat}
+        return _texts(outputs, numbers, thoughts, is_only)
+
+    def _thoughts(self, request: Request) -> ThoughtStream:
+        assert self._started.engine is not None
+        tokenizer = self._started.engine.tokenizer
+        return ThoughtStream(begins_in_thought(tokenizer, request.prompt_ids))
 
 
-def _chat_format(path: Path, template: str | Path | None) -> AnyFormat:
+def _texts(
+    outputs: Iterator[RequestOutput],
+    numbers: Mapping[str, int],
+    thoughts: Mapping[str, ThoughtStream],
+    is_only: bool,
+) -> Iterator[tuple[int, TextPiece]]:
+    for output in outputs:
+        number, stream = numbers[output.request_id], thoughts.get(output.request_id)
+        if stream is None:
+            pieces = [Piece(answer=output.new_text)]
+        else:
+            pieces = [stream.push(output.new_text)]
+            pieces += [] if output.completion is None else [stream.finish()]
+        for piece in pieces:
+            for text in piece.texts():
+                yield number, text
+        if output.completion is not None and output.completion.error:
+            if is_only:
+                raise Dsv3Error(output.completion.error)
+            log.warning("answer %d: %s", number, output.completion.error)
+
+
+def _flat(groups: list[list[Request]]) -> list[Request]:
+    return [request for group in groups for request in group]
+
+
+@contextmanager
+def _named(asked: TextRequest, number: int, count: int) -> Iterator[None]:
+    """Name the prompt in an error about one of several."""
+    try:
+        yield
+    except RequestError as error:
+        if count == 1:
+            raise
+        noun = "prompts" if asked.messages is None else "conversations"
+        raise RequestError(f"{noun}[{number}]: {error}") from None
+
+
+def _read(name: str, value: Any, as_kind: Callable[[Any], Any], kind: str, default: Any) -> Any:
+    """Return an argument read as its kind; None is as if not given.
+
+    Raises:
+        ConfigError: it is of another kind.
+    """
+    try:
+        return default if value is None else as_kind(value)
+    except ValueError:
+        raise ConfigError(f"{name}={shown(value)} must be {kind}") from None
+
+
+def _engine_config(settings: Mapping[str, Any]) -> EngineConfig:
+    known = {field.name for field in fields(EngineConfig)}
+    if unknown := [name for name in settings if name not in known]:
+        hints = known | set(inspect.signature(LLM).parameters) - {"settings"}
+        raise ConfigError(f"LLM: {describe_unknown(unknown, hints, 'argument')}")
+    return EngineConfig(**settings)
+
+
+def _chat_format(path: Path, config: ModelConfig | None, template: Path | None) -> AnyFormat:
     """Make the format of conversations and try it; raw prompts need none."""
     check_stored_form(path)
-    model_type = declared_config(path, None).model_type
-    made = ChatFormat.of_directory(path, model_type, None if template is None else Path(template))
+    made = ChatFormat.of_directory(path, declared_config(path, config).model_type, template)
     if isinstance(made, UnusableFormat):
         log.warning("%s: no conversations can be served", made.reason)
     return made
@@ -285,35 +380,3 @@ def _is_of_script(error: BaseException) -> bool:
     """Return True if the script itself has failed, not all ranks alike or a connection."""
     is_shared = getattr(error, "is_shared", False)
     return isinstance(error, Exception) and not is_shared and not is_lost(error)
-
-
-def _texts(outputs: Iterator[RequestOutput], thoughts: ThoughtStream | None) -> Iterator[TextPiece]:
-    for output in outputs:
-        if thoughts is None:
-            pieces = [Piece(answer=output.new_text)]
-        else:
-            pieces = [thoughts.push(output.new_text)]
-            pieces += [] if output.completion is None else [thoughts.finish()]
-        for piece in pieces:
-            yield from piece.texts()
-        if output.completion is not None and output.completion.error:
-            raise Dsv3Error(output.completion.error)
-
-
-def _is_prompt(value: Any) -> bool:
-    return isinstance(value, str) or _is_list_of(int, value)
-
-
-def _is_conversation(value: Any) -> bool:
-    return _is_list_of(Mapping, value)
-
-
-def _is_list_of(kind: type, value: Any) -> bool:
-    return isinstance(value, list) and value != [] and all(isinstance(i, kind) for i in value)
-
-
-def _several(value: Any, is_one: Callable[[Any], bool]) -> list[Any]:
-    """Make a list of one thing or of several; other ranks than 0 may have none."""
-    if value is None:
-        return []
-    return list(value) if isinstance(value, list | tuple) and not is_one(value) else [value]

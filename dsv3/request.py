@@ -4,26 +4,105 @@
 request is done. Nothing here knows how tokens are made.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
 
+from dsv3.arguments import number, plain, texts, token_ids, truth, whole
+from dsv3.config_fields import describe_unknown, shown
 from dsv3.errors import RequestError
 
 MAX_LOGPROBS = 20
 MAX_BIAS = 100.0
+MAX_ANSWERS = 128
+_MOST = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """Kind and range of a field.
+
+    Attributes:
+        as_kind: reads a value of the kind, and raises ValueError for others.
+        kind, limits: the rule as errors say it.
+    """
+
+    as_kind: Callable[[Any], Any]
+    kind: str
+    least: float = -math.inf
+    most: float = math.inf
+    limits: str = ""
+
+    def read(self, name: str, value: Any) -> Any:
+        """Return the value as the field holds it, or raise RequestError."""
+        try:
+            found = self.as_kind(value)
+        except RequestError:
+            raise
+        except ValueError:
+            rule = f"{self.kind}, {self.limits}" if self.limits else self.kind
+            raise RequestError(f"{name}={shown(value)} must be {rule}") from None
+        if self.limits and not self.least <= found <= self.most:
+            raise RequestError(f"{name}={shown(value)} must be {self.limits}")
+        return found
+
+
+def _whole(least: int, most: int, limits: str = "") -> _Rule:
+    return _Rule(whole, "a whole number", least, most, limits or f"from {least} to {most}")
+
+
+def _number(least: float, most: float, limits: str) -> _Rule:
+    return _Rule(number, "a number", least, most, limits)
+
+
+def _biases(value: Any) -> dict[int, float]:
+    if not isinstance(value, Mapping):
+        raise ValueError(value)
+    found = {}
+    for token_id, bias in value.items():
+        key, added = plain(token_id), plain(bias)
+        is_number = isinstance(added, int | float) and not isinstance(added, bool)
+        if type(key) is not int or not is_number or not -MAX_BIAS <= added <= MAX_BIAS:
+            rule = "a token id, and a number between -100 and 100"
+            raise RequestError(f"logit_bias[{shown(token_id)}]={shown(bias)} must be {rule}")
+        found[key] = added
+    return found
+
+
+_RULES = {
+    "n": _whole(1, MAX_ANSWERS),
+    "max_tokens": _whole(0, _MOST),
+    "temperature": _number(0, 100, "between 0 and 100"),
+    "top_k": _whole(-1, _MOST, f"from 0 to {_MOST} (0 keeps all tokens)"),
+    "top_p": _number(math.nextafter(0, 1), 1, "above 0 and at most 1"),
+    "min_p": _number(0, 1, "between 0 and 1"),
+    "repetition_penalty": _number(0.001, 1000, "from 0.001 to 1000"),
+    "frequency_penalty": _number(-2, 2, "between -2 and 2"),
+    "presence_penalty": _number(-2, 2, "between -2 and 2"),
+    "logit_bias": _Rule(_biases, "a mapping of token ids to numbers"),
+    "seed": _whole(-(2**63), 2**63 - 1),
+    "stop": _Rule(texts, "a text or a list of texts, none empty"),
+    "stop_token_ids": _Rule(token_ids, "a token id or a list of them"),
+    "ignore_eos": _Rule(truth, "True or False"),
+    "logprobs": _whole(0, MAX_LOGPROBS),
+    "prompt_logprobs": _whole(0, MAX_LOGPROBS),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How to choose the tokens of one answer.
+    """How to choose the tokens of an answer.
 
     In this order: bias, penalties, temperature, min_p, top_k, top_p. Greedy decoding applies
-    the first two. Log-probabilities are the model's own, before all of these.
+    the first two. Log-probabilities are the model's own, before all of these. Numbers may be
+    NumPy's, or texts; a value of another kind is a RequestError.
 
     Attributes:
+        n: answers to the prompt, each with random numbers of its own.
         max_tokens: tokens to generate at most; 0 only scores the prompt.
         temperature: 0 is greedy.
-        top_k: keep the k likeliest tokens; 0 keeps all.
+        top_k: keep the k likeliest tokens; 0 and -1 keep all.
         top_p: keep the smallest set of likeliest tokens with this probability; 1 keeps all.
         min_p: drop tokens less likely than this share of the likeliest one; 0 drops none.
         repetition_penalty: logits of tokens in the prompt or the answer are divided by it, or
@@ -33,13 +112,14 @@ class SamplingParams:
         logit_bias: token -> added to its logit.
         seed: names the random numbers; the same seed gives the same tokens in any batch, at any
             world size.
-        stop: texts that end the answer (not part of it).
-        stop_token_ids: tokens that end the answer, beside the model's own end tokens.
+        stop: text that ends the answer (not part of it), or several.
+        stop_token_ids: token that ends the answer, or several, beside the model's own end tokens.
         ignore_eos: go on after the model's end tokens.
         logprobs: number of likeliest alternatives reported per generated token; None reports none.
         prompt_logprobs: the same for the tokens of the prompt.
     """
 
+    n: int = 1
     max_tokens: int = 200
     temperature: float = 0.0
     top_k: int = 0
@@ -57,29 +137,35 @@ class SamplingParams:
     prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse values out of range, naming field and value."""
-        asked = {name: getattr(self, name) for name in ("logprobs", "prompt_logprobs")}
-        rules = (
-            ("max_tokens", self.max_tokens >= 0, "at least 0"),
-            ("temperature", 0.0 <= self.temperature <= 100.0, "between 0 and 100"),
-            ("top_k", self.top_k >= 0, "at least 0 (0 keeps all tokens)"),
-            ("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
-            ("min_p", 0.0 <= self.min_p <= 1.0, "between 0 and 1"),
-            (
-                "repetition_penalty",
-                0.001 <= self.repetition_penalty <= 1000.0,
-                "from 0.001 to 1000",
-            ),
-            ("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "between -2 and 2"),
-            ("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "between -2 and 2"),
-            ("seed", -(2**63) <= self.seed < 2**63, "a 64-bit integer"),
-            ("stop", all(self.stop), "without empty strings"),
-            *((n, top is None or 0 <= top <= MAX_LOGPROBS, "0 to 20") for n, top in asked.items()),
-        )
-        for name, holds, rule in rules:
-            if not holds:
-                raise RequestError(f"{name}={getattr(self, name)!r} must be {rule}")
-        _check_bias(self.logit_bias)
+        """Read every value as its field's kind; None is as if not given.
+
+        Raises:
+            RequestError: a value is of another kind or out of range; the error names both.
+        """
+        for field_ in fields(self):
+            value, rule = getattr(self, field_.name), _RULES[field_.name]
+            if value is not None:
+                value = rule.read(field_.name, value)
+            elif field_.default is not MISSING:
+                value = field_.default
+            else:
+                value = {}
+            object.__setattr__(self, field_.name, value)
+        if self.top_k == -1:
+            object.__setattr__(self, "top_k", 0)  # both are in use for "keep all"
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> "SamplingParams":
+        """Return the parameters that a mapping of their names to values stands for.
+
+        Raises:
+            RequestError: a name is unknown, or a value wrong.
+        """
+        known = [field_.name for field_ in fields(cls)]
+        unknown = [name for name in values if name not in known]
+        if unknown:
+            raise RequestError(f"params: {describe_unknown(unknown, known, 'parameter')}")
+        return cls(**values)
 
     @property
     def has_penalties(self) -> bool:
@@ -88,19 +174,9 @@ class SamplingParams:
         return penalties != (1.0, 0.0, 0.0)
 
 
-def _check_bias(logit_bias: object) -> None:
-    if not isinstance(logit_bias, Mapping):
-        raise RequestError(f"logit_bias={logit_bias!r:.60} must map token ids to numbers")
-    for token_id, bias in logit_bias.items():
-        is_number = isinstance(bias, int | float) and not isinstance(bias, bool)
-        if type(token_id) is not int or not is_number or not -MAX_BIAS <= bias <= MAX_BIAS:
-            rule = "a token id, and a number between -100 and 100"
-            raise RequestError(f"logit_bias[{token_id!r}]={bias!r} must be {rule}")
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One prompt and how to continue it.
+    """One prompt and how to continue it, once.
 
     Attributes:
         request_id: unique among the unfinished requests.
@@ -140,6 +216,7 @@ class Completion:
         token_ids: generated tokens, the end token not included.
         text: their text, cut before a stop string. With `LLM.chat` the answer without its thought.
         reasoning: the thought, where `LLM.chat` has found one; None elsewhere.
+        index: which of the `n` answers to its prompt this is.
         finish_reason: "stop" (end token or stop string), "length", "deadline", or "error".
         error: why there is no (whole) answer, with "error" only.
         logprobs: one entry per generated token when asked for.
@@ -157,6 +234,7 @@ class Completion:
     cached_tokens: int = 0
     error: str = ""
     reasoning: str | None = None
+    index: int = 0
 
 
 @dataclass(slots=True, kw_only=True)

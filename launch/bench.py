@@ -41,7 +41,7 @@ from dsv3.engine.engine import Engine, follow
 from dsv3.engine.program import (
     Parser,
     add_engine_flags,
-    common_flags,
+    common_settings,
     engine_config,
     run_program,
     set_up_logging,
@@ -49,6 +49,7 @@ from dsv3.engine.program import (
 from dsv3.engine.start import Started, start
 from dsv3.errors import ConfigError
 from dsv3.parallel.mesh import before_joining, join_world
+from dsv3.setting_names import flag
 from dsv3.text.tokenizer import Tokenizer
 
 # Benchmarks that read their own flags.
@@ -203,7 +204,7 @@ def run_dispatch(args: argparse.Namespace) -> Report | None:
         config = load_model_config(args.config or DEMO)
     if args.inner:
         config = replace(config, moe_intermediate_size=args.inner)
-    with join_world(args.device, args.tp, args.dp) as mesh:
+    with join_world(args.device, args.tp, args.dp, name=flag) as mesh:
         mesh.layout.check(config)
         report = dispatch_time(mesh, config, getattr(torch, args.dtype), args.tokens, args.repeats)
         report.setting |= {"config": args.config or "demo", "ranks": mesh.layout.world_size}
@@ -247,8 +248,8 @@ def main() -> int:
 
 def measure_model(args: argparse.Namespace) -> Report | None:
     """Measure on all ranks of the world; the report is rank 0's."""
-    flags = common_flags(args)
-    with join_world(args.device, args.tp, args.dp, args.rank_timeout, flags) as mesh:
+    place = args.device, args.tp, args.dp, args.rank_timeout
+    with join_world(*place, common_settings(args), flag) as mesh:
         if args.threads:
             torch.set_num_threads(args.threads)
         config = load_model_config(args.config) if args.config else None

@@ -26,7 +26,7 @@ from dsv3.engine.engine import Engine, follow
 from dsv3.engine.program import (
     Parser,
     add_engine_flags,
-    common_flags,
+    common_settings,
     engine_config,
     run_program,
     set_up_logging,
@@ -46,6 +46,7 @@ from dsv3.serve.one_shot import Prompt, answer_prompt, read_prompt
 from dsv3.serve.progress import Progress
 from dsv3.serve.sinks import JournalSink, TextSink
 from dsv3.serve.terminal import open_console
+from dsv3.setting_names import flag
 from dsv3.text.batch_file import BatchInput
 from dsv3.text.chat import AnyFormat, ChatFormat, UnusableFormat
 from dsv3.text.defaults import Defaults, Sampling
@@ -349,11 +350,10 @@ def main() -> int:
         args = parse_args()
         set_up_logging(args.debug, args.log_dir)
     begin = time.perf_counter()
+    place = args.device, args.tp, args.dp, args.rank_timeout
     try:
         with (
-            join_world(
-                args.device, args.tp, args.dp, args.rank_timeout, common_flags(args)
-            ) as mesh,
+            join_world(*place, common_settings(args), flag) as mesh,
             ExitStack() as files,
         ):
             return run(args, mesh, files, begin)

@@ -20,6 +20,7 @@ from dsv3.engine.start import start
 from dsv3.errors import ConfigError
 from dsv3.parallel.mesh import join_world
 from dsv3.request import Completion, Request, SamplingParams
+from dsv3.setting_names import flag
 from dsv3.text.chat import ChatFormat
 
 DEMO = Path(__file__).resolve().parent.parent / "checkpoints" / "demo-v3"
@@ -76,7 +77,7 @@ def main() -> int:
     args = parser.parse_args()
     if not (args.eval or args.tokens):
         raise ConfigError("nothing to measure: give --eval FILE, --tokens FILE, or both")
-    with join_world("cpu" if args.device == "auto" else args.device) as mesh:
+    with join_world("cpu" if args.device == "auto" else args.device, name=flag) as mesh:
         started = start(Path(args.ckpt_path or DEMO), engine_config(args), mesh)
         assert started.engine is not None, "run it on one rank"
         result: dict[str, object] = {"dtype": args.dtype, "kv_dtype": args.kv_dtype}

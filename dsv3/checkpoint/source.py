@@ -108,11 +108,11 @@ def declared_config(path: Path, given: ModelConfig | None) -> ModelConfig:
         is_size = field.type in (int, int | None) and field.name not in _MAY_DIFFER
         if is_size and have != want:
             where = path / "config.json"
-            raise ConfigError(f"{where}: {field.name}={have}, but --config says {want}")
+            raise ConfigError(f"{where}: {field.name}={have}, but `config` says {want}")
     ignored = [name for name in _COMPUTATION if getattr(own, name) != getattr(given, name)]
     if not ignored:
         return own
-    warning = f"config.json decides, although --config has another {', '.join(ignored)}"
+    warning = f"config.json decides, although `config` has another {', '.join(ignored)}"
     return replace(own, warning="; ".join(filter(None, (own.warning, warning))))
 
 

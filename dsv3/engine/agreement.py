@@ -87,7 +87,7 @@ def check_same_model(mesh: Mesh, source: Source, placement_file: str) -> None:
     digest = f"{reduce(xor, (shares[rank] for rank in sharers)):032x}"
     kind = "a converted one" if source.model_digest else "one"
     weights = f"{kind} with digest {(source.model_digest or digest)[:16]}"
-    facts = {"its checkpoint": weights, "--expert-placement's file": placement[:16] or "none"}
+    facts = {"its checkpoint": weights, "the expert placement's file": placement[:16] or "none"}
     check_same(mesh, facts)
 
 

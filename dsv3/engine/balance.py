@@ -52,7 +52,7 @@ def place_experts(
         ConfigError: the file of the placement does not fit, or that of the loads cannot be written.
     """
     if layout.rank == 0 and settings.record_expert_load:
-        file = NamedFile("--record-expert-load", Path(settings.record_expert_load))
+        file = NamedFile(settings.named("record_expert_load"), Path(settings.record_expert_load))
         check_output(file, layers_format(["num_experts"]))
     wanted = settings.expert_placement, settings.redundant_experts, settings.rebalance_every
     has_experts = config.first_k_dense_replace < config.num_hidden_layers
@@ -61,7 +61,7 @@ def place_experts(
     if not settings.expert_placement:
         return Placement.contiguous(config, layout.ep, settings.redundant_experts)
     placement = Placement.read(Path(settings.expert_placement))
-    placement.check(config, layout, f"--expert-placement={settings.expert_placement}")
+    placement.check(config, layout, settings.given("expert_placement"))
     return placement
 
 

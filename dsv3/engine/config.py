@@ -1,17 +1,26 @@
 """How to run a model: everything a user may choose that is neither the model nor the layout."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dsv3.arguments import text, truth, whole
+from dsv3.config_fields import shown
 from dsv3.engine.sizes import CacheSize, Size
 from dsv3.errors import ConfigError
+from dsv3.setting_names import argument
 
 # By arithmetic, not measured: for V3 on 8 ranks at 450 GB/s, fewer bytes of float32 sums and fewer
 # rows to normalize save two more launches' 20 us a layer from about 600 tokens on. Gloo saves none.
 _SPLIT_TOKENS = 1024
+# How values of a field's type are read, and what other ones are told.
+_KINDS: Mapping[Any, tuple[Callable[[Any], Any], str]] = {
+    int: (whole, "a whole number"),
+    bool: (truth, "True or False"),
+    str: (text, "a text"),
+}
 
 
 def _setting(group: str, default: Any, about: str = "", least: int = 0) -> Any:
@@ -38,7 +47,9 @@ _model, _layout, _experts, _cache, _steps = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """Settings of an engine; each is a flag of that name (DeepSeek's and ours).
+    """Settings of an engine, in the library arguments, in the programs flags of the same names.
+
+    Values are read as the types of their fields: NumPy's numbers, 8192.0, paths, a number of bytes.
 
     Attributes:
         attn_impl: "naive" caches expanded heads; "absorb" caches latents and always attends to
@@ -114,41 +125,60 @@ class EngineConfig:
     check_every: int = _steps(64, "steps between comparisons of what the ranks compute (0: never)")
 
     def __post_init__(self) -> None:
-        """Refuse unknown words and impossible numbers."""
+        """Read every value as its field's type; refuse unknown words and impossible numbers."""
         for f in fields(self):
-            value, words, least = getattr(self, f.name), f.metadata["words"], f.metadata["least"]
-            given = f"--{f.name.replace('_', '-')}={value}"
-            if words and value not in words:
-                raise ConfigError(f"{given} is unknown; use one of {', '.join(words)}")
-            if f.type is int and value < least:
-                raise ConfigError(f"{given} must be at least {least}")
+            self._read(f)
         if self.attn_impl == "naive" and self.kv_dtype == "fp8":
             raise ConfigError(
-                "--kv-dtype=fp8 packs latents, --attn-impl=naive caches expanded heads; "
-                "use --attn-impl auto"
+                f"{self.given('kv_dtype')} packs latents, {self.given('attn_impl')} caches "
+                f"expanded heads; use {self.named('attn_impl')}=auto"
             )
-        CacheSize.parse(self.kv_cache_size)
-        self._check_tiers()
         if self.pipeline_depth > 1:
-            raise ConfigError(f"--pipeline-depth={self.pipeline_depth} must be -1, 0 or 1")
+            raise ConfigError(f"{self.given('pipeline_depth')} must be -1, 0 or 1")
         if self.max_running > self.max_batch_tokens:
             raise ConfigError(
-                f"--max-running={self.max_running} needs as many --max-batch-tokens "
+                f"{self.given('max_running')} needs as many {self.named('max_batch_tokens')} "
                 f"(now {self.max_batch_tokens}): every running sequence adds a token each step"
             )
-
         if self.expert_placement and self.redundant_experts:
             raise ConfigError(
-                f"--redundant-experts={self.redundant_experts}: --expert-placement="
-                f"{self.expert_placement} has its own copies; leave one of them out"
+                f"{self.given('redundant_experts')}: {self.given('expert_placement')} has its own "
+                "copies; leave one of them out"
+            )
+        self._check_caches()
+
+    def _read(self, f: Field[Any]) -> None:
+        """Set a field to its value, read as its type; None is as if not given."""
+        value, words, least = getattr(self, f.name), f.metadata["words"], f.metadata["least"]
+        read, rule = _KINDS[f.type]
+        if f.type is int:
+            rule = f"{rule}, at least {least}"
+        try:
+            value = f.default if value is None else read(value)
+        except ValueError:
+            hint = f": one of {', '.join(words)}" if words else ""
+            raise ConfigError(f"{self.named(f.name)}={shown(value)} must be {rule}{hint}") from None
+        object.__setattr__(self, f.name, value)
+        if words and value not in words:
+            raise ConfigError(f"{self.given(f.name)} is unknown; use one of {', '.join(words)}")
+        if f.type is int and value < least:
+            raise ConfigError(f"{self.given(f.name)} must be at least {least}")
+
+    def _check_caches(self) -> None:
+        _, host_cache, disk_cache = self.cache_size, self.host_cache, self.disk_cache
+        if (host_cache or disk_cache) and not self.prefix_reuse:
+            raise ConfigError(
+                f"{self.named('kv_host_cache')} and {self.named('kv_disk_cache')} keep prefixes, "
+                f"{self.given('prefix_reuse')} uses none"
             )
 
-    def _check_tiers(self) -> None:
-        has_tiers = self.host_cache or self.disk_cache
-        if has_tiers and not self.prefix_reuse:
-            raise ConfigError(
-                "--kv-host-cache and --kv-disk-cache keep prefixes, --no-prefix-reuse uses none"
-            )
+    def named(self, field: str) -> str:
+        """Return the name of a field, or of an argument beside it, as errors call it."""
+        return argument(field)
+
+    def given(self, field: str) -> str:
+        """Return the name of a field with its value, as errors call it."""
+        return f"{self.named(field)}={getattr(self, field)}"
 
     @staticmethod
     def common(values: Mapping[str, Any]) -> dict[str, str]:
@@ -167,21 +197,24 @@ class EngineConfig:
         return texts
 
     @property
+    def cache_size(self) -> CacheSize:
+        """Return the size of the device's cache."""
+        return CacheSize.parse(self.named("kv_cache_size"), self.kv_cache_size)
+
+    @property
     def host_cache(self) -> Size:
         """Return the size of the host cache."""
-        return Size.parse("kv-host-cache", self.kv_host_cache, "the host's free memory")
+        return Size.parse(self.named("kv_host_cache"), self.kv_host_cache, "the host's free memory")
 
     @property
     def disk_cache(self) -> tuple[Path, Size] | None:
         """Directory and size of the disk cache; None if it is off."""
         if self.kv_disk_cache == "off":
             return None
-        folder, colon, text = self.kv_disk_cache.rpartition(":")
+        folder, colon, num_bytes = self.kv_disk_cache.rpartition(":")
         if not (folder and colon):
-            raise ConfigError(
-                f"--kv-disk-cache={self.kv_disk_cache} is not DIR:BYTES (DIR:100GiB) or off"
-            )
-        size = Size.parse("kv-disk-cache", text, "the directory's file system")
+            raise ConfigError(f"{self.given('kv_disk_cache')} is not DIR:BYTES (DIR:100GiB) or off")
+        size = Size.parse(self.named("kv_disk_cache"), num_bytes, "the directory's file system")
         return (Path(folder), size) if size else None
 
     @property

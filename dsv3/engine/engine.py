@@ -71,6 +71,7 @@ class Engine:
         self.tokenizer, self._context_limit = tokenizer, max_seq_len
         self.vocab_size, self.max_running = config.vocab_size, settings.max_running * len(tiers)
         self.metrics = Metrics()
+        self._settings = settings
         self._runner, self._layout, self._channel = runner, cache.layout, channel
         self._eos = frozenset(config.eos_token_ids)
         if not self._eos and tokenizer is not None and tokenizer.eos_id is not None:
@@ -123,7 +124,7 @@ class Engine:
             raise RequestError(
                 f"prompt of {len(request.prompt_ids)} tokens and max_tokens={params.max_tokens} "
                 f"need {longest} cached tokens, the cache holds {self._room}; "
-                "raise --kv-cache-size or lower max_tokens"
+                f"raise {self._settings.named('kv_cache_size')} or lower max_tokens"
             )
         stream = None
         if self.tokenizer is not None:
@@ -379,6 +380,7 @@ class Engine:
             prompt_logprobs=None if params.prompt_logprobs is None else seq.prompt_logprobs,
             cached_tokens=seq.num_cached or 0,
             error=error,
+            index=seq.request.answer,
         )
         del self._sequences[seq.request.request_id]
         self._lanes[seq.lane].remove(seq)

@@ -26,7 +26,7 @@ def ignored_settings(
     for name, reason in _reasons(settings, config, layout, has_fp8):
         value = getattr(settings, name)
         if value not in (_DEFAULTS[name], _MODEST.get(name)):
-            yield f"--{name.replace('_', '-')}={value} changes nothing: {reason}"
+            yield f"{settings.given(name)} changes nothing: {reason}"
 
 
 def _reasons(
@@ -35,13 +35,13 @@ def _reasons(
     """Yield every setting of no effect, whether or not it was given, and why."""
     if layout.dp == 1:
         for name in ("moe_dispatch", "dispatch_dtype"):
-            yield name, "without --dp every rank has all tokens already"
+            yield name, f"without {settings.named('dp')} every rank has all tokens already"
     if layout.tp == 1:
-        yield "sequence_parallel", "with --tp 1 there are no ranks to split over"
+        yield "sequence_parallel", f"with {settings.named('tp')}=1 there are no ranks to split over"
     elif settings.attn_impl == "naive":
-        yield "kv_shard", "--attn-impl=naive caches heads, which are split over tp"
+        yield "kv_shard", f"{settings.given('attn_impl')} caches heads, which are split over tp"
     if not settings.prefix_reuse:
-        yield "eviction", "--no-prefix-reuse keeps nothing to evict"
+        yield "eviction", f"{settings.given('prefix_reuse')} keeps nothing to evict"
     if layout.world_size == 1:
         yield "check_every", "there is one rank, and none to compare with"
         yield "rebalance_every", "there is one rank, which has all experts"

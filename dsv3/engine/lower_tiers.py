@@ -51,17 +51,17 @@ def make_tiers(
     if settings.disk_cache is None:
         return Mover(host, None, mesh.control, None), [Tiers(num_slots, page_size) for _ in groups]
     root, size = settings.disk_cache
-    limit = size.of(_disk_bytes(root)) if size.share else size.num_bytes
+    limit = size.of(_disk_bytes(root, settings)) if size.share else size.num_bytes
     model, session = _agree(mesh, weights)
     about = f"{numerics} {config}".encode()
     fmt = UnitFormat.make(blake2b(model + about).digest(), config, cache.layout)
     folder = root / fmt.key.hex()
     if limit < fmt.file_bytes:
         raise ConfigError(
-            f"--kv-disk-cache={settings.kv_disk_cache} is too small: a file of {UNIT} tokens takes "
+            f"{settings.given('kv_disk_cache')} is too small: a file of {UNIT} tokens takes "
             f"{fmt.file_bytes} bytes"
         )
-    _open_folder(mesh, folder, session)
+    _open_folder(mesh, folder, session, settings.named("kv_disk_cache"))
     shard = UnitShard(config, cache.layout, mesh.layout.tp_rank)
     files = DiskFiles(folder, session, fmt, shard, host.by_entry())
     tiers = None
@@ -72,11 +72,11 @@ def make_tiers(
     return Mover(host, files, mesh.control, tiers), [tiers]
 
 
-def _disk_bytes(folder: Path) -> int:
+def _disk_bytes(folder: Path, settings: EngineConfig) -> int:
     """Return the bytes of a directory's file system, used ones included: later runs agree."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
-    with os_errors_as(ConfigError, f"--kv-disk-cache: {folder}"):
+    with os_errors_as(ConfigError, f"{settings.named('kv_disk_cache')}: {folder}"):
         return shutil.disk_usage(folder).total
 
 
@@ -87,16 +87,16 @@ def _agree(mesh: Mesh, share: bytes) -> tuple[bytes, str]:
     return np.bitwise_xor.reduce(every[:, :-8]).tobytes(), every[0, -8:].tobytes().hex()
 
 
-def _open_folder(mesh: Mesh, folder: Path, session: str) -> None:
+def _open_folder(mesh: Mesh, folder: Path, session: str, setting: str) -> None:
     """Make a folder, and see that all ranks mean the same one. A collective."""
     probe = folder / f"{session}.tmp"
     with fail_together(mesh, "opening the disk cache"):
         if mesh.layout.rank == 0:
-            with os_errors_as(ConfigError, f"--kv-disk-cache: {folder}"):
+            with os_errors_as(ConfigError, f"{setting}: {folder}"):
                 folder.mkdir(parents=True, exist_ok=True)
                 probe.touch()
     with fail_together(mesh, "opening the disk cache"):
         if not probe.exists():
-            raise ConfigError(f"--kv-disk-cache: {folder.parent} is not shared by all hosts")
+            raise ConfigError(f"{setting}: {folder.parent} is not shared by all hosts")
     if mesh.layout.rank == 0:
         probe.unlink()

@@ -9,7 +9,6 @@ import torch
 from dsv3.cache.layout import CacheLayout
 from dsv3.config import ModelConfig
 from dsv3.engine.config import EngineConfig
-from dsv3.engine.sizes import CacheSize
 from dsv3.errors import ConfigError
 from dsv3.model.transformer import Transformer
 from dsv3.parallel.mesh import Mesh
@@ -139,19 +138,20 @@ def plan_memory(
     if activations is not None:
         # Allocators lose some to fragments.
         room -= activations + activations // 8 + page_bytes
-    size = CacheSize.parse(settings.kv_cache_size)
+    size = settings.cache_size
     if size.depends_on_memory and size.share is None:
         wanted = settings.max_running * cache.pages_for(max_seq_len)
         usable = int(_CACHE_SHARE[device.type] * room) if activations is None else room
         num_pages = min(wanted, usable // page_bytes)
     else:
-        num_pages = _pages_asked(settings.kv_cache_size, cache, page_bytes, room)
+        num_pages = _pages_asked(settings, cache, page_bytes, room)
     # One more page is allocated that no sequence uses.
     needed = fixed + (num_pages + 1) * page_bytes
     if num_pages < 1 or needed > free:
         raise ConfigError(
             f"weights need {_size(weights)} and the cache {_size(needed - weights)} on each rank, "
-            f"{_size(free)} are free; use more ranks, --weights fp8 or a smaller --kv-cache-size"
+            f"{_size(free)} are free; use more ranks, {settings.named('weights')}=fp8 or a smaller "
+            f"{settings.named('kv_cache_size')}"
         )
     return MemoryPlan(
         weight_bytes=weights,
@@ -164,13 +164,13 @@ def plan_memory(
     )
 
 
-def _pages_asked(text: str, cache: CacheLayout, page_bytes: int, room: int) -> int:
+def _pages_asked(settings: EngineConfig, cache: CacheLayout, page_bytes: int, room: int) -> int:
     """Return the pages that a size stands for; of a share, one is the page that no sequence uses.
 
     Raises:
         ConfigError: it is less than one page, though there is room for one.
     """
-    size = CacheSize.parse(text)
+    text, size = settings.kv_cache_size, settings.cache_size
     if size.num_tokens is not None:
         return cache.pages_for(size.num_tokens)
     if size.share is None:
@@ -183,8 +183,8 @@ def _pages_asked(text: str, cache: CacheLayout, page_bytes: int, room: int) -> i
         tokens = f"{text}tok" if text.isdecimal() else "65536tok"
         least = "two pages (one is always kept)" if size.share else "one page"
         raise ConfigError(
-            f"--kv-cache-size={text} is {num_bytes:,} bytes on each rank, less than {least}: "
-            f"a page of {cache.page_size} tokens takes {page_bytes:,}; to give tokens, "
+            f"{settings.given('kv_cache_size')} is {num_bytes:,} bytes on each rank, less than "
+            f"{least}: a page of {cache.page_size} tokens takes {page_bytes:,}; to give tokens, "
             f"write {tokens}"
         )
     return num_pages
@@ -194,7 +194,5 @@ def _host_pages(settings: EngineConfig, page_bytes: int, longest: int, host_free
     """Return what was asked for; pages on their way to and from disk need some in any case."""
     num_bytes = settings.host_cache.of(host_free)
     if settings.host_cache and num_bytes < page_bytes:
-        raise ConfigError(
-            f"--kv-host-cache={settings.kv_host_cache} holds no page of {_size(page_bytes)}"
-        )
+        raise ConfigError(f"{settings.given('kv_host_cache')} holds no page of {_size(page_bytes)}")
     return num_bytes // page_bytes or (longest if settings.disk_cache else 0)

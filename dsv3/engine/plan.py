@@ -5,12 +5,14 @@ reads for the sizes of the others' exchanges. Floats travel as their bits.
 """
 
 from dataclasses import dataclass, field, fields
+from typing import NoReturn
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from dsv3.cache.tiers import PageKey
+from dsv3.errors import RankError
 from dsv3.parallel.collectives import Collectives
 from dsv3.parallel.watch import Watch
 
@@ -19,6 +21,7 @@ Floats = NDArray[np.float32]
 
 # One broadcast carries this many words; longer plans need a second one.
 _FIRST_WORDS = 4096
+_PAUSE = -1
 
 NO_TARGET = -1
 NOT_FINITE = -1  # in the place of a sampled or scored token: its logits were NaN or infinite
@@ -159,7 +162,11 @@ def unpack_plans(words: Ints) -> list[StepPlan]:
 
 
 class PlanChannel:
-    """Rank 0's plans to all ranks, one a group; None tells them to stop."""
+    """Rank 0's plans to all ranks, one a group; None tells them to stop.
+
+    The first word of a message is the length of the plans, `_PAUSE`, or a number below it that is
+    shared. A rank that gets another kind of message than it waits for is in another call.
+    """
 
     def __init__(self, control: Collectives, watch: Watch | None = None) -> None:
         self._control, self.watch = control, watch or Watch()
@@ -168,13 +175,30 @@ class PlanChannel:
         with self.watch.exchange():
             return self._control.broadcast(torch.from_numpy(words)).numpy()
 
+    def share(self, number: int) -> int:
+        """Return rank 0's number on all ranks. A collective."""
+        if self._control.size == 1:
+            return number
+        first = np.zeros(_FIRST_WORDS, np.int32)
+        first[0] = _PAUSE - 1 - number
+        first = self._broadcast(first)
+        if first[0] >= _PAUSE:
+            self._fail()
+        return _PAUSE - 1 - int(first[0])
+
+    def _fail(self) -> NoReturn:
+        """End the job: the script has made other calls here than on rank 0."""
+        name, other = (self.watch.name_of(rank) for rank in (self._control.rank, 0))
+        reason = f"{name} makes another call than {other}: all ranks must make the same calls"
+        self.watch.fail(RankError(reason))
+
     def send(self, plans: list[StepPlan] | None) -> None:
         """Send from rank 0."""
         if self._control.size == 1:
             return
         words = np.zeros(0, np.int32) if plans is None else pack_plans(plans)
         first = np.zeros(_FIRST_WORDS, np.int32)
-        first[0] = -1 if plans is None else len(words)
+        first[0] = _PAUSE if plans is None else len(words)
         head = words[: _FIRST_WORDS - 1]
         first[1 : 1 + len(head)] = head
         self._broadcast(first)
@@ -185,7 +209,9 @@ class PlanChannel:
         """Receive on the other ranks."""
         first = self._broadcast(np.zeros(_FIRST_WORDS, np.int32))
         length = int(first[0])
-        if length < 0:
+        if length < _PAUSE:
+            self._fail()
+        if length == _PAUSE:
             return None
         words = first[1 : 1 + length]
         if length > len(words):

@@ -24,6 +24,7 @@ from dsv3.errors import ConfigError, Dsv3Error, RankError, one_line, os_errors_a
 from dsv3.files import open_closed_streams
 from dsv3.parallel.failure_report import leave_report, reason_of
 from dsv3.parallel.launcher import environment_rank
+from dsv3.setting_names import flag
 
 _INTERRUPTED = 130
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
@@ -92,16 +93,30 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="log more; tracebacks with errors")
 
 
+class _Flags(EngineConfig):
+    """Settings whose errors name flags."""
+
+    def named(self, field: str) -> str:
+        """Return the flag of a field."""
+        return flag(field)
+
+    def given(self, field: str) -> str:
+        """Return the flag of a field with its value."""
+        value = getattr(self, field)
+        if isinstance(value, bool):
+            return flag(field if value else f"no_{field}")
+        return super().given(field)
+
+
 def engine_config(args: argparse.Namespace) -> EngineConfig:
     """Return the settings; they check themselves."""
-    return EngineConfig(**{f.name: getattr(args, f.name) for f in fields(EngineConfig)})
+    return _Flags(**{f.name: getattr(args, f.name) for f in fields(EngineConfig)})
 
 
-def common_flags(args: argparse.Namespace) -> dict[str, str]:
-    """Return the flags that must be the same on all ranks, with their values as text."""
-    values = EngineConfig.common(vars(args))
-    values |= {name: str(getattr(args, name)) for name in ("profile", "rank_timeout")}
-    return {f"--{name.replace('_', '-')}": value for name, value in values.items()}
+def common_settings(args: argparse.Namespace) -> dict[str, str]:
+    """Return the settings that must be the same on all ranks, with their values as text."""
+    same = {name: str(getattr(args, name)) for name in ("profile", "rank_timeout")}
+    return EngineConfig.common(vars(args)) | same
 
 
 class _Printable(logging.Formatter):

@@ -1,4 +1,4 @@
-"""Sizes on the command line: bytes with a unit, a share of what there is, or tokens."""
+"""Sizes as settings: bytes with a unit, a share of what there is, or tokens."""
 
 import re
 from dataclasses import dataclass
@@ -25,11 +25,11 @@ class Size:
         return bool(self.num_bytes or self.share)
 
     @classmethod
-    def parse(cls, flag: str, text: str, whole: str) -> "Size":
+    def parse(cls, name: str, text: str, whole: str) -> "Size":
         """Read bytes, a share or `off`.
 
         Args:
-            flag: the name of the flag, without dashes.
+            name: of the setting, for errors.
             text: its value.
             whole: what a share is a share of, in words.
 
@@ -39,7 +39,7 @@ class Size:
         size = cls() if text == "off" else _bytes_or_share(text)
         if size is None:
             raise ConfigError(
-                f"--{flag}={text} is not a size; use {_FORMS}, a share of {whole} (50%) or off"
+                f"{name}={text} is not a size; use {_FORMS}, a share of {whole} (50%) or off"
             )
         return size
 
@@ -57,8 +57,12 @@ class CacheSize:
     share: float | None = None
 
     @classmethod
-    def parse(cls, text: str) -> "CacheSize":
+    def parse(cls, name: str, text: str) -> "CacheSize":
         """Read `auto`, bytes, a share or `Ntok`.
+
+        Args:
+            name: of the setting, for errors.
+            text: its value.
 
         Raises:
             ConfigError: it is no size, or nothing.
@@ -70,7 +74,7 @@ class CacheSize:
             return cls(num_tokens=int(tokens[1]))
         if not size:
             raise ConfigError(
-                f"--kv-cache-size={text} is not a size; use auto, {_FORMS}, a share of the memory "
+                f"{name}={text} is not a size; use auto, {_FORMS}, a share of the memory "
                 "left beside the weights (90%) or tokens (65536tok)"
             )
         return cls(share=size.share) if size.share else cls(num_bytes=size.num_bytes)

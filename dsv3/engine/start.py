@@ -39,7 +39,6 @@ from dsv3.engine.lower_tiers import make_tiers
 from dsv3.engine.memory import MemoryPlan, free_memory, plan_memory, weight_bytes
 from dsv3.engine.plan import PlanChannel, StepPlan
 from dsv3.engine.runner import Runner
-from dsv3.engine.sizes import CacheSize
 from dsv3.engine.static import most_rows
 from dsv3.errors import ConfigError
 from dsv3.model.attention import absorb_limit
@@ -96,8 +95,8 @@ def numerics_mode(settings: EngineConfig, source: Source, device: str) -> str:
             "" if source.declared.quantization is None else " (its quantization_config is stale)"
         )
         raise ConfigError(
-            f"--dtype=fp8 multiplies FP8 weights and the checkpoint has none{stale}; "
-            "make some with convert.py --to fp8, or use --dtype bfloat16"
+            f"{settings.given('dtype')} multiplies FP8 weights and the checkpoint has none{stale}; "
+            f"make some with convert.py --to fp8, or use {settings.named('dtype')}=bfloat16"
         )
     if settings.dtype != "auto":
         return settings.dtype
@@ -119,14 +118,14 @@ def context_limit(settings: EngineConfig, config: ModelConfig) -> int:
     limit = settings.max_seq_len or config.max_position_embeddings
     if limit > config.max_position_embeddings:
         raise ConfigError(
-            f"--max-seq-len={limit} exceeds max_position_embeddings="
+            f"{settings.given('max_seq_len')} exceeds max_position_embeddings="
             f"{config.max_position_embeddings} of the model"
         )
     if config.index_topk is not None and limit > config.index_topk:
         if settings.max_seq_len:
             raise ConfigError(
-                f"--max-seq-len={limit} exceeds index_topk={config.index_topk}: sparse attention "
-                "is not available yet, and below index_topk the model is exactly dense"
+                f"{settings.given('max_seq_len')} exceeds index_topk={config.index_topk}: sparse "
+                "attention is not available yet, and below index_topk the model is exactly dense"
             )
         log.warning(
             "context limited to index_topk=%d tokens: sparse attention is not available yet, "
@@ -174,7 +173,7 @@ def start(
                 log.warning("%s", line)
             log.info("%s", setup.plan.describe())
         _limit_threads(source.config, mesh)
-        set_launches(settings.overlap_launches, mesh.device)
+        set_launches(settings.overlap_launches, mesh.device, settings.named("overlap_launches"))
         dispatch = _dispatch(settings, source.config, setup.fmt, has_fp8_experts(source))
         if setup.placement is not None:  # a group's experts may be anywhere
             dispatch = replace(dispatch, groups=(1, 1))
@@ -223,14 +222,14 @@ def _log_cut_weights(model: Transformer) -> None:
         log.info("FP8 weights whose shards cut blocks run dequantized: %s", ", ".join(kinds))
 
 
-def set_launches(overlap: bool, device: torch.device) -> None:
-    """Switch on overlapping launches of kernels if `--overlap-launches` asks for them."""
+def set_launches(overlap: bool, device: torch.device, name: str) -> None:
+    """Switch on overlapping launches of kernels if the setting `name` asks for them."""
     if not overlap:
         return
     try:
         overlap_launches(device)
     except ValueError as error:
-        raise ConfigError(f"--overlap-launches: {error}") from error
+        raise ConfigError(f"{name}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -251,11 +250,13 @@ def _set_up(source: Source, settings: EngineConfig, mesh: Mesh, n_experts: int |
     mesh.layout.check(config)
     if mesh.layout.dp > 1 and settings.disk_cache:
         raise ConfigError(
-            f"--kv-disk-cache serves one data-parallel group, dp={mesh.layout.dp} has more; "
-            "use --kv-host-cache, or --dp 1"
+            f"{settings.named('kv_disk_cache')} serves one data-parallel group, "
+            f"dp={mesh.layout.dp} has more; use {settings.named('kv_host_cache')}, or "
+            f"{settings.named('dp')}=1"
         )
     if n_experts not in (None, config.n_routed_experts):
-        raise ConfigError(f"--n-experts={n_experts} but the model has {config.n_routed_experts}")
+        name = settings.named("n_experts")
+        raise ConfigError(f"{name}={n_experts} but the model has {config.n_routed_experts}")
     check_tensors(source)
     if mesh.layout.rank == 0:
         for line in source_warnings(source):
@@ -296,7 +297,7 @@ def _measured_plan(
 
     A collective.
     """
-    size = CacheSize.parse(settings.kv_cache_size)
+    size = settings.cache_size
     if mesh.device.type != "cuda" or not size.depends_on_memory:
         return setup.plan
     cache = CachePool(setup.layout, model.config.num_hidden_layers, 2, mesh.device, mesh.tp)
@@ -348,8 +349,8 @@ def _dispatch(
     fits, is_limited = config.hidden_size % 128 == 0, config.topk_method != "greedy"
     if settings.dispatch_dtype == "fp8" and not fits:
         raise ConfigError(
-            f"--dispatch-dtype=fp8 has a scale per 128 values, hidden_size={config.hidden_size} "
-            "is no multiple of them; use bf16"
+            f"{settings.given('dispatch_dtype')} has a scale per 128 values, "
+            f"hidden_size={config.hidden_size} is no multiple of them; use bf16"
         )
     numerics = FP8 if fmt.fp8_products and fits and fp8_experts else None
     dtypes = {"auto": numerics, "bf16": torch.bfloat16, "fp8": FP8}

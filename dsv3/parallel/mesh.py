@@ -29,6 +29,7 @@ from dsv3.parallel.launcher import (
 )
 from dsv3.parallel.rendezvous import Hello, Peer, Roster, meet
 from dsv3.parallel.watch import RUN, Watch, start_up_timeout
+from dsv3.setting_names import SettingName, argument
 from dsv3.version import __version__
 
 log = logging.getLogger(__name__)
@@ -97,12 +98,12 @@ def _device_kind(name: str) -> str:
     return name
 
 
-def _pick_device(name: str, local_rank: int) -> torch.device:
+def _pick_device(device: str, local_rank: int) -> torch.device:
     """Return the device of this rank; more ranks than GPUs on a host share them."""
-    if _device_kind(name) == "cpu":
+    if _device_kind(device) == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ConfigError("--device=cuda but torch finds no CUDA device; use --device cpu")
+        raise ConfigError("the device is cuda but torch finds no CUDA device; use cpu")
     return torch.device("cuda", local_rank % torch.cuda.device_count())
 
 
@@ -191,16 +192,23 @@ def before_joining() -> Iterator[None]:
         raise
 
 
-def _check_settings(device: str, tp: int, dp: int, rank_timeout: float) -> ParallelConfig:
+def _check_settings(
+    device: str, tp: int, dp: int, rank_timeout: float, name: SettingName
+) -> ParallelConfig:
     """Return the layout."""
     rank, world_size = environment_rank(), environment_world_size()
     environment_local_rank()  # wrong ones are refused here
     if device not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"--device={device} is unknown; use auto, cpu or cuda")
+        raise ConfigError(f"{name('device')}={device} is unknown; use auto, cpu or cuda")
     if not _MIN_TIMEOUT <= rank_timeout <= _MAX_TIMEOUT:
         raise ConfigError(
-            f"--rank-timeout={rank_timeout:g} must be at least {_MIN_TIMEOUT} seconds, and at most "
-            f"{_MAX_TIMEOUT:,}"
+            f"{name('rank_timeout')}={rank_timeout:g} must be at least {_MIN_TIMEOUT} seconds, "
+            f"and at most {_MAX_TIMEOUT:,}"
+        )
+    if world_size > 1 and dist.is_initialized():
+        raise ConfigError(
+            "torch.distributed is in use in this process: close the LLM that was made before, or "
+            "destroy the script's own process group"
         )
     return ParallelConfig(world_size=world_size, rank=rank, tp=tp, dp=dp)
 
@@ -212,6 +220,7 @@ def join_world(
     dp: int = 1,
     rank_timeout: float = 60.0,
     settings: Mapping[str, str] | None = None,
+    name: SettingName = argument,
 ) -> Iterator[Mesh]:
     """Meet the other ranks; leave them cleanly at the end.
 
@@ -222,8 +231,8 @@ def join_world(
         tp: tensor-parallel ranks; 0 takes all that dp leaves.
         dp: data-parallel groups.
         rank_timeout: seconds after which a rank that hangs ends the job.
-        settings: names and values of all else that must be the same on all ranks; the names
-            are flags ("--dtype") or a library's arguments ("dtype").
+        settings: names and values of all else that must be the same on all ranks.
+        name: how errors call a setting.
 
     Raises:
         ConfigError: the layout does not fit the world, there is no such device, or the ranks were
@@ -231,16 +240,15 @@ def join_world(
         RankError: the other ranks cannot be reached.
     """
     with before_joining():
-        layout = _check_settings(device, tp, dp, rank_timeout)
+        layout = _check_settings(device, tp, dp, rank_timeout, name)
     rank, world_size, met = layout.rank, layout.world_size, None
     if tasks := unused_tasks():
         log.info("alone in a Slurm job of %d tasks: srun starts a rank for each", tasks)
     if world_size > 1:
         meeting_point()
-        dashes = "--" if any(name.startswith("--") for name in settings or ()) else ""
         places = {"tp": layout.tp, "dp": layout.dp, "device": _device_kind(device)}
-        common = {f"{dashes}{name}": str(value) for name, value in places.items()}
-        common |= {**(settings or {}), "the version of dsv3": __version__}
+        same = {name(field): str(value) for field, value in {**places, **(settings or {})}.items()}
+        common = same | {"the version of dsv3": __version__}
         met = meet(Hello(Peer.here(rank), world_size, common), start_up_timeout(rank_timeout))
     watch = Watch(rank, met, rank_timeout)
     watch.start()

@@ -143,7 +143,7 @@ class Placement:
         share, spare = experts // num_ranks, redundant // num_ranks
         if redundant % num_ranks or experts % num_ranks:
             raise ConfigError(
-                f"{num_ranks} ranks must divide --redundant-experts={redundant} and "
+                f"{num_ranks} ranks must divide {redundant} redundant experts and "
                 f"n_routed_experts={experts}"
             )
         first = np.arange(num_ranks)[:, None] * share

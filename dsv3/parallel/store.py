@@ -49,7 +49,7 @@ class Patience:
         """Return the error that says which ranks, or what else, this rank has waited for."""
         seconds = time.monotonic() - self._start
         return RankError(
-            f"gave up after {seconds:.0f} s: {self._reason} (a longer --rank-timeout waits longer)"
+            f"gave up after {seconds:.0f} s: {self._reason} (a longer rank timeout waits longer)"
         )
 
     def check(self, here: Collection[int] | None = None) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from dsv3.config_fields import shown
 from dsv3.errors import RequestError
 
 Message = Mapping[str, Any]  # {"role": ..., "content": ...} as in the OpenAI format
@@ -32,7 +33,8 @@ def check_message(where: str, message: Any) -> dict[str, Any]:
         raise RequestError(f"{where} must be an object with role and content")
     role = message.get("role")
     if role not in ROLES:
-        raise RequestError(f"{where}.role={role!r} is unknown; use one of {', '.join(ROLES)}")
+        wrong = ".role is missing" if role is None else f".role={shown(role)} is unknown"
+        raise RequestError(f"{where}{wrong}; use one of {', '.join(ROLES)}")
     given = {field: value for field, value in message.items() if value}
     content = given.pop("content", message.get("content"))
     _take_reasoning(where, given)

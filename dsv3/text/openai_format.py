@@ -11,12 +11,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dsv3.errors import RequestError
-from dsv3.request import MAX_BIAS, MAX_LOGPROBS, SamplingParams
+from dsv3.request import MAX_ANSWERS, MAX_BIAS, MAX_LOGPROBS, SamplingParams
 from dsv3.text.defaults import CHAT_DEFAULTS, COMPLETION_DEFAULTS, Defaults, Sampling
 from dsv3.text.text_request import TextRequest, digest
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-MAX_CHOICES = 128
 
 # Change nothing in the answer.
 IGNORED = {"metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"}
@@ -61,6 +60,7 @@ def parse_request(url: str, body: Any, name: str, defaults: Defaults) -> TextReq
     request = TextRequest(
         params=SamplingParams(
             **sampling,
+            n=fields.integer("n", 1, MAX_ANSWERS) or 1,
             logit_bias=_logit_bias(fields),
             seed=_seed_of(name, defaults) if seed is None else seed,
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
@@ -71,7 +71,6 @@ def parse_request(url: str, body: Any, name: str, defaults: Defaults) -> TextReq
             logprobs=logprobs,
             prompt_logprobs=logprobs if specific.get("echo") else None,
         ),
-        n=fields.integer("n", 1, MAX_CHOICES) or 1,
         limit_is_default=asked.max_tokens is None,
         return_token_ids=fields.truth("return_token_ids") or False,
         priority=fields.integer("priority", -(2**31), 2**31 - 1) or 0,

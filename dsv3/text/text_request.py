@@ -24,8 +24,7 @@ class TextRequest:
 
     Attributes:
         messages, prompt: what to continue, one of the two.
-        params: of all answers; each has random numbers of its own.
-        n: number of answers.
+        params: of all its `n` answers.
         thinking: whether the model is to think first; None if it does not say.
         limit_is_default: max_tokens was not asked for: it is cut to the room in the context.
         echo: the answer's text begins with the prompt.
@@ -37,7 +36,6 @@ class TextRequest:
     messages: list[dict[str, Any]] | None = None
     prompt: str | list[int] | None = None
     params: SamplingParams
-    n: int = 1
     limit_is_default: bool = False
     thinking: bool | None = None
     echo: bool = False
@@ -52,6 +50,7 @@ class TextRequest:
         for name in _LATER:
             if content["params"][name] == neutral[name]:
                 del content["params"][name]
+        content["n"] = content["params"].pop("n")
         content["thinking"] = bool(self.thinking)  # as it was before None had a meaning
         return digest(json.dumps(content, sort_keys=True, separators=(",", ":")))
 
@@ -111,5 +110,5 @@ def token_requests(
             answer=i,
             is_chat=request.messages is not None,
         )
-        for i in range(request.n)
+        for i in range(params.n)
     ]

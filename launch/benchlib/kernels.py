@@ -53,7 +53,7 @@ def compare_and_time(args: argparse.Namespace) -> Report:
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
     if not on_gpu:
         mend_interpreter()
-    set_launches(args.overlap_launches, device)
+    set_launches(args.overlap_launches, device, "--overlap-launches")
     known = [case for case in cases(small=not on_gpu) if not args.ops or case.op in args.ops]
     if not known:
         every = sorted({case.op for case in cases(small=True)})

@@ -47,6 +47,7 @@ from dsv3.errors import ConfigError
 from dsv3.files import NamedFile, check_output, write_output
 from dsv3.parallel.mesh import join_world
 from dsv3.parallel.weights import WeightFormat
+from dsv3.setting_names import flag
 
 _MANY, _REPEATS = 1_000_000, 30
 # Steps held to the clock: sequences, new tokens of each, positions before them.
@@ -257,7 +258,7 @@ def on_this_machine(args: argparse.Namespace) -> Report | None:
     """Measure the machine, then foretell steps of the model; the report is rank 0's."""
     if args.hardware != "measure" or args.figure:
         raise ConfigError("--measure finds its own figures; leave --hardware and --figure out")
-    with join_world(args.device, args.tp, args.dp) as mesh:
+    with join_world(args.device, args.tp, args.dp, name=flag) as mesh:
         if args.threads:
             torch.set_num_threads(args.threads)
         config = load_model_config(args.config) if args.config else None

@@ -43,6 +43,7 @@ from dsv3.model.moe import MoE
 from dsv3.model.transformer import Transformer
 from dsv3.parallel.mesh import join_world
 from dsv3.parallel.weights import FP8, WeightFormat
+from dsv3.setting_names import flag
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 # Keeps the device busy while the host launches a step, so that events show the device's time.
@@ -375,9 +376,9 @@ def main(arguments: list[str]) -> int:
     args = parse_args(arguments)
     check_report(args)
     set_up_logging(args.debug)
-    with join_world(args.device) as mesh:
+    with join_world(args.device, name=flag) as mesh:
         torch.set_num_threads(args.threads or torch.get_num_threads())
-        set_launches(args.overlap_launches, mesh.device)
+        set_launches(args.overlap_launches, mesh.device, "--overlap-launches")
         shape = shape_of(args, mesh.device.type == "cpu")
         what = (args.batch, args.context, args.prefill, args.steps, args.enforce_eager)
         report = rank_report(shape, mesh.device, hardware(args.hardware, mesh.device), *what)

@@ -6,11 +6,14 @@ Usage: [torchrun ...] llm_script.py FOLDER
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dsv3 import LLM, SamplingParams
-from dsv3.errors import ConfigError, RequestError
+from dsv3.errors import ConfigError, Dsv3Error, RequestError
 
 ANNA = [
     {"role": "user", "content": "My name is Anna."},
@@ -19,6 +22,7 @@ ANNA = [
 ]
 MLA = [{"role": "user", "content": "What is MLA?"}]
 SHORT = SamplingParams(max_tokens=3)
+SIZES: dict[str, Any] = {"max_seq_len": 512, "kv_cache_size": "2048tok"}
 
 
 def refusal(llm: LLM, prompts: Any, params: Any = None) -> str:
@@ -51,18 +55,65 @@ def talk(llm: LLM) -> dict[str, Any]:
         refusal(llm, 5),
     ]
     got["none"] = llm.generate([])
+    got |= streams_at_once(llm)
+    several = llm.generate("1 + 1 =", {"n": 2, "temperature": 1.5, "max_tokens": 4, "seed": 5})
+    got["several"] = [(done.index, done.text) for done in several]
+    got["system"] = [done.prompt_ids for done in llm.chat(MLA, SHORT, system="Be brief.")]
     # Other ranks than 0 need not know what is asked.
     got["after"] = [done.text for done in llm.chat(ANNA if llm.is_main else None)]
     return got
 
 
-def main() -> None:
+def streams_at_once(llm: LLM) -> dict[str, Any]:
+    """Read streams that are open at the same time, with other calls in between."""
+    got: dict[str, Any] = {}
+    got["zipped"] = list(zip(llm.stream(ANNA), llm.stream(MLA), strict=False))
+    older = llm.stream(ANNA)
+    pieces = [next(older, "")]
+    newer = llm.stream(MLA)
+    pieces.append(next(older, ""))
+    got["between"] = [done.text for done in llm.chat(ANNA)]
+    got["older"] = "".join([*pieces, *older])
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # another stream is open
+    got["newer"] = "".join(newer)
+    got["numbered"] = list(llm.streams([MLA, "1 + 1 ="], [SHORT, {"max_tokens": 2}]))
+    return got
+
+
+def failure(make: Callable[[], Any], kind: type[Dsv3Error]) -> str:
+    """Return the error of a call, or nothing."""
     try:
-        LLM(tp=3)
-    except ConfigError as error:
-        reason = str(error)
-    with LLM(max_seq_len=512, kv_cache_size="2048tok") as llm:
+        make()
+    except kind as error:
+        return str(error)
+    return ""
+
+
+def closed(llm: LLM) -> list[str]:
+    """Make every call on a model that is closed."""
+    llm.close()
+    calls: list[Callable[[], Any]] = [
+        lambda: llm.generate("x"),
+        lambda: llm.chat(ANNA),
+        lambda: llm.stream("x"),
+        lambda: llm.streams(["x"]),
+        lambda: llm.drop_conversation("x"),
+        llm.__enter__,
+    ]
+    return [failure(call, Dsv3Error) for call in calls]
+
+
+def main() -> None:
+    reason = failure(lambda: LLM(tp=3), ConfigError)
+    with LLM(**SIZES) as llm:
         got = talk(llm) | {"tp": reason}
+        got["at once"] = failure(lambda: LLM(**SIZES).close(), ConfigError)
+        got["still there"] = [done.text for done in llm.chat(ANNA)]
+    got["closed"] = closed(llm)
+    with LLM(**SIZES) as llm:
+        got["next"] = [done.text for done in llm.chat(ANNA)]
+        llm.close()
     rank = os.environ.get("RANK", "0")
     (Path(sys.argv[1]) / f"{rank}.json").write_text(json.dumps(got))
 

@@ -1,6 +1,7 @@
 """The library: a user's script alone and on two ranks, every rank in step with the others."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 import dsv3
-from tests.programs import ALONE, run, torchrun
+from tests.programs import ALONE, ROOT, run, torchrun
 
 SCRIPT = str(Path(__file__).with_name("llm_script.py"))
 
@@ -45,15 +46,45 @@ def test_a_refused_prompt_is_named_and_harms_no_other_call(alone: dict[str, Any]
     assert number == "a prompt is a text or token ids, not 5"
 
 
+def test_streams_may_be_open_at_once(alone: dict[str, Any]) -> None:
+    answer, other = "Your name is Anna.", alone["newer"]
+    assert "".join(piece for piece, _ in alone["zipped"]) == answer
+    assert other.startswith("".join(piece for _, piece in alone["zipped"]))
+    assert alone["between"] == [answer] and alone["older"] == answer
+    assert {number for number, _ in alone["numbered"]} == {0, 1}
+    parts = ["".join(piece for i, piece in alone["numbered"] if i == number) for number in (0, 1)]
+    assert other.startswith(parts[0]) and len(parts[1]) == 2
+
+
+def test_several_answers_are_beside_one_another(alone: dict[str, Any]) -> None:
+    assert [index for index, _ in alone["several"]] == [0, 1]
+    assert len({text for _, text in alone["several"]}) == 2
+
+
+def test_a_closed_model_says_so(alone: dict[str, Any]) -> None:
+    calls = ("generate()", "chat()", "stream()", "streams()", "drop_conversation()", "`with`")
+    assert alone["closed"] == [f"this LLM is closed: {call} needs a new one" for call in calls]
+
+
 def test_two_ranks_answer_as_one_and_only_the_first_tells(
     alone: dict[str, Any], tmp_path: Path
 ) -> None:
     first, second = results(tmp_path, torchrun(2))
-    assert first == alone | {"tp": "tp=3 x dp=1 is not world_size=2"}
-    assert second["refusals"] == first["refusals"]
-    assert not second["main"]
-    for name in ("chat", "chats", "tokens", "stream", "left early", "none", "after"):
-        assert second[name] == []
+    at_once = first["at once"]
+    assert at_once.startswith("torch.distributed is in use in this process: close the LLM")
+    assert alone["at once"] == ""  # a world of one can have several
+    assert first == alone | {"tp": "tp=3 x dp=1 is not world_size=2", "at once": at_once}
+    same = {name: first[name] for name in ("refusals", "closed", "tp", "at once")}
+    assert second == {name: type(value)() for name, value in first.items()} | same
+
+
+def test_the_readme_example_runs_as_printed(tmp_path: Path) -> None:
+    readme = (ROOT / "README.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    (tmp_path / "answer.py").write_text(example)
+    done = run([*ALONE, str(tmp_path / "answer.py")])
+    assert done.returncode == 0, done.stderr
+    assert "MLA is multi-head latent attention" in done.stdout and "1 '" in done.stdout
 
 
 def test_the_package_imports_torch_only_when_asked_for_the_model() -> None:

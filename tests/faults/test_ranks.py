@@ -26,7 +26,10 @@ SILENT = r"is not heard of for \d s \(stopped, or its host cannot be reached\)"
 WAYS = {
     ("SIGSTOP", 0): rf"rank 0 on HOST {SILENT}",
     ("hang", 1): r"rank 1 on HOST is stuck in a step for \d s",
-    ("raise", 1): r"rank 1 on HOST: RuntimeError: the device is on fire \(--debug shows more\)",
+    (
+        "raise",
+        1,
+    ): r"rank 1 on HOST: RuntimeError: the device is on fire \(debug logging shows more\)",
     ("miscount", 1): "rank 1 on HOST has sampled other tokens than the other ranks in one of the "
     "last 4 steps: their answers cannot be trusted; look for a faulty device or memory",
 }

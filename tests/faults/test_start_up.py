@@ -53,8 +53,8 @@ WAYS = {
     "die 1": "rank 1 on HOST has died during run",
     "forget 1": "rank 1 on HOST has left the job while rank 0 on HOST waits for it: all ranks must",
     "forget all": "",
-    "return 0": "all ranks wait for each other for ",
-    "return 1": "all ranks wait for each other for ",
+    "return 0": "rank 1 on HOST makes another call than rank 0 on HOST: all ranks must make the",
+    "return 1": "rank 1 on HOST makes another call than rank 0 on HOST: all ranks must make the",
     "exit all": "",
     "return all": "",
 }

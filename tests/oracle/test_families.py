@@ -144,5 +144,5 @@ def test_sparse_model_above_its_threshold(oracle: MAKE) -> None:
         answers(started, [made.prompts[-1]], SamplingParams(max_tokens=1))
     with pytest.raises(RequestError, match="max_tokens may be 8"):
         answers(started, [made.prompts[-1][:40]], SamplingParams(max_tokens=9))
-    with pytest.raises(ConfigError, match="--max-seq-len=49 exceeds index_topk=48"):
+    with pytest.raises(ConfigError, match="max_seq_len=49 exceeds index_topk=48"):
         start_alone(made.path, max_seq_len=49)

@@ -125,5 +125,5 @@ def test_the_mode_of_a_device_and_a_checkpoint(oracle: MAKE) -> None:
         modes = [numerics_mode(EngineConfig(), c, d) for c in (fp8, bf16) for d in ("cpu", "cuda")]
         assert modes == ["float32", "fp8", "float32", "bfloat16"]
         assert numerics_mode(EngineConfig(dtype="bfloat16"), fp8, "cuda") == "bfloat16"
-    with pytest.raises(ConfigError, match="--dtype=fp8 multiplies FP8 weights"):
+    with pytest.raises(ConfigError, match="dtype=fp8 multiplies FP8 weights"):
         start_alone(oracle("v3-bf16").path, dtype="fp8")

@@ -68,10 +68,10 @@ def test_values_are_cut_in_the_middle() -> None:
     ("error", "line"),
     [
         (CheckpointError("x.json:\nbad\x1b"), r"x.json: bad\x1b"),
-        (RecursionError("too deep\nmore"), "RecursionError: too deep (--debug shows more)"),
-        (MemoryError(), "MemoryError (--debug shows more)"),
+        (RecursionError("too deep\nmore"), "RecursionError: too deep (debug logging shows more)"),
+        (MemoryError(), "MemoryError (debug logging shows more)"),
         (FileNotFoundError(2, "No such file", "/a\x1b"), r"/a\x1b: No such file"),
-        (OSError("odd"), "OSError: odd (--debug shows more)"),
+        (OSError("odd"), "OSError: odd (debug logging shows more)"),
     ],
 )
 def test_any_error_is_one_line(error: Exception, line: str) -> None:

@@ -26,7 +26,7 @@ LEVELS = {
 FOR_ALL = {"dsv3", "dsv3.config", "dsv3.config_files", "dsv3.errors", "dsv3.request"}
 FOR_ALL |= {"dsv3.config_fields", "dsv3.config_hf", "dsv3.config_rope"}
 FOR_ALL |= {"dsv3.config_quantization", "dsv3.files", "dsv3.read_files", "dsv3.version"}
-FOR_ALL |= {"dsv3.streams"}
+FOR_ALL |= {"dsv3.arguments", "dsv3.setting_names", "dsv3.streams"}
 
 
 def sources() -> dict[str, Path]:

@@ -106,5 +106,5 @@ def test_several_groups_have_no_disk_cache(tmp_path: Path) -> None:
     mesh = Mesh(
         ParallelConfig(world_size=2, dp=2), CPU, SingleRank(), SingleRank(), SingleRank(), 1
     )
-    with pytest.raises(ConfigError, match="--kv-disk-cache serves one data-parallel"):
+    with pytest.raises(ConfigError, match="kv_disk_cache serves one data-parallel"):
         start(path, EngineConfig(kv_disk_cache=f"{path}:1MiB"), mesh)

@@ -203,7 +203,7 @@ def test_auto_leaves_memory_for_others() -> None:
     ],
 )
 def test_too_little(size: str, free: int) -> None:
-    with pytest.raises(ConfigError, match="use more ranks, --weights fp8 or a smaller"):
+    with pytest.raises(ConfigError, match="use more ranks, weights=fp8 or a smaller"):
         plan(EngineConfig(kv_cache_size=size), free)
 
 
@@ -221,7 +221,7 @@ def test_too_little(size: str, free: int) -> None:
 def test_less_than_a_page_is_told_with_the_way_to_give_tokens(size: str, words: str) -> None:
     with pytest.raises(ConfigError) as refused:
         plan(EngineConfig(kv_cache_size=size), 10**9)
-    assert str(refused.value).startswith(f"--kv-cache-size={size} is ")
+    assert str(refused.value).startswith(f"kv_cache_size={size} is ")
     assert words in str(refused.value) and "tok" in str(refused.value)
 
 
@@ -253,9 +253,9 @@ def test_the_host_cache_takes_from_the_same_memory_on_a_cpu() -> None:
     free = 10_000_000 + (40 + 10 + 1) * page
     _, planned = plan(settings, free)
     assert planned.host_pages == 40 and "host cache 2.812 MiB (2,560 tokens)" in planned.describe()
-    with pytest.raises(ConfigError, match="a smaller --kv-cache-size"):
+    with pytest.raises(ConfigError, match="a smaller kv_cache_size"):
         plan(settings, free - 1)
-    with pytest.raises(ConfigError, match="--kv-host-cache=1KiB holds no page of 72 KiB"):
+    with pytest.raises(ConfigError, match="kv_host_cache=1KiB holds no page of 72 KiB"):
         plan(EngineConfig(kv_host_cache="1KiB"), free)
     # Pages on their way to and from disk need room too: that of a longest sequence.
     _, planned = plan(EngineConfig(kv_disk_cache="dir:1GiB"), 10**9)

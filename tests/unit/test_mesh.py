@@ -35,16 +35,16 @@ def test_threads_are_the_users_or_a_share_of_the_usable_cores(
 
 
 def test_impossible_settings_are_refused_before_anybody_is_met() -> None:
-    with pytest.raises(ConfigError, match="--device=tpu is unknown"), join_world("tpu"):
+    with pytest.raises(ConfigError, match="device=tpu is unknown"), join_world("tpu"):
         pass
     with (
-        pytest.raises(ConfigError, match="--rank-timeout=1 must be at least 3 seconds"),
+        pytest.raises(ConfigError, match="rank_timeout=1 must be at least 3 seconds"),
         join_world("cpu", rank_timeout=1),
     ):
         pass
     for endless in (float("nan"), float("inf")):
         with (
-            pytest.raises(ConfigError, match=r"--rank-timeout=(nan|inf) must be"),
+            pytest.raises(ConfigError, match=r"rank_timeout=(nan|inf) must be"),
             join_world("cpu", rank_timeout=endless),
         ):
             pass

@@ -56,7 +56,7 @@ def test_every_field_arrives() -> None:
     )
     params = request.params
     assert (request.prompt, request.messages, request.model) == ([5, 6], None, "m")
-    assert (request.n, request.echo, request.return_token_ids) == (2, True, True)
+    assert (request.params.n, request.echo, request.return_token_ids) == (2, True, True)
     assert (params.max_tokens, params.temperature, params.top_p) == (3, 0.5, 0.9)
     assert (params.top_k, params.seed, params.ignore_eos) == (7, -1, True)
     assert (params.min_p, params.repetition_penalty) == (0.1, 1.2)

@@ -116,7 +116,7 @@ def test_contiguous_slots() -> None:
     assert (placement.num_slots, placement.slots_per_rank) == (24, 6)
     assert placement.held(2, 1) == [4, 5, 6, 7, 4, 5]
     assert Placement.contiguous(SIXTEEN, 4).held(1, 3) == [12, 13, 14, 15]
-    with pytest.raises(ConfigError, match="4 ranks must divide --redundant-experts=3 and"):
+    with pytest.raises(ConfigError, match="4 ranks must divide 3 redundant experts and"):
         Placement.contiguous(SIXTEEN, 4, 3)
     with pytest.raises(ConfigError, match=r"3 ranks must divide .* n_routed_experts=16"):
         Placement.contiguous(SIXTEEN, 3)
@@ -176,9 +176,9 @@ def test_what_a_run_asks_for(tmp_path: Path) -> None:
     settings = EngineConfig(expert_placement=str(path))
     again = place_experts(settings, SIXTEEN, four)
     assert again is not None and again.held(1, 1) == placed.held(1, 1)
-    with pytest.raises(ConfigError, match=r"--expert-placement=.*json: num_ranks=4, but"):
+    with pytest.raises(ConfigError, match=r"expert_placement=.*json: num_ranks=4, but"):
         place_experts(settings, SIXTEEN, ParallelConfig(world_size=2))
-    with pytest.raises(ConfigError, match=r"--record-expert-load=.*: there is no such directory"):
+    with pytest.raises(ConfigError, match=r"record_expert_load=.*: there is no such directory"):
         place_experts(EngineConfig(record_expert_load=str(path / "load")), SIXTEEN, four)
 
 

@@ -7,8 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from dsv3.engine.program import run_program, set_up_logging
-from dsv3.errors import MAX_LINE, CheckpointError
+from dsv3.engine.program import (
+    Parser,
+    add_engine_flags,
+    engine_config,
+    run_program,
+    set_up_logging,
+)
+from dsv3.errors import MAX_LINE, CheckpointError, ConfigError
 
 
 @contextmanager
@@ -61,3 +67,27 @@ def test_an_error_is_one_harmless_line(
     assert "\x1b" not in "".join(story)
     assert line.startswith(r"error: \x1b]0;x\x07.json: damaged xxx")
     assert len(line) <= MAX_LINE + len("error: ")
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ("--max-seq-len -1", "--max-seq-len=-1 must be at least 0"),
+        ("--attn-impl fast", "--attn-impl=fast is unknown; use one of auto, naive, absorb"),
+        ("--kv-cache-size 4Q", "--kv-cache-size=4Q is not a size"),
+        ("--kv-disk-cache d:4Q", "--kv-disk-cache=4Q is not a size"),
+        ("--kv-disk-cache 4G", "--kv-disk-cache=4G is not DIR:BYTES"),
+        ("--max-running 9999", "--max-running=9999 needs as many --max-batch-tokens (now 2048)"),
+        (
+            "--kv-host-cache 1G --no-prefix-reuse",
+            "--kv-host-cache and --kv-disk-cache keep prefixes, --no-prefix-reuse uses none",
+        ),
+        ("--attn-impl naive --kv-dtype fp8", "--kv-dtype=fp8 packs latents, --attn-impl=naive"),
+    ],
+)
+def test_errors_of_settings_name_flags(line: str, error: str) -> None:
+    parser = Parser()
+    add_engine_flags(parser)
+    with pytest.raises(ConfigError) as refused:
+        engine_config(parser.parse_args(line.split()))
+    assert str(refused.value).startswith(error)

@@ -59,13 +59,11 @@ def test_what_tokens_travel_in() -> None:
         assert chosen.groups == (TINY.n_group, TINY.topk_group)
     ragged = WeightFormat(torch.bfloat16, cpu, names, True)
     assert start._dispatch(EngineConfig(), TINY, ragged, True).dtype is None
-    with pytest.raises(
-        ConfigError, match=r"--dispatch-dtype=fp8 .* hidden_size=320 is no multiple"
-    ):
+    with pytest.raises(ConfigError, match=r"dispatch_dtype=fp8 .* hidden_size=320 is no multiple"):
         start._dispatch(EngineConfig(dispatch_dtype="fp8"), TINY, ragged, True)
-    with pytest.raises(ConfigError, match="--dispatch-dtype=int8 is unknown"):
+    with pytest.raises(ConfigError, match="dispatch_dtype=int8 is unknown"):
         EngineConfig(dispatch_dtype="int8")
-    with pytest.raises(ConfigError, match="--moe-dispatch=some is unknown"):
+    with pytest.raises(ConfigError, match="moe_dispatch=some is unknown"):
         EngineConfig(moe_dispatch="some")
 
 

@@ -1,0 +1,15 @@
+"""How messages call a setting: by its argument in the library, by its flag in the programs."""
+
+from collections.abc import Callable
+
+SettingName = Callable[[str], str]
+
+
+def argument(name: str) -> str:
+    """Return the name of a setting in Python."""
+    return name
+
+
+def flag(name: str) -> str:
+    """Return the name of a setting on the command line."""
+    return f"--{name.replace('_', '-')}"
