@@ -17,9 +17,9 @@ from types import NoneType
 from typing import Any
 
 from dsv3.checkpoint.source import check_stored_form, declared_config
-from dsv3.config_files import DEMO
 from dsv3.engine.config import EngineConfig
 from dsv3.engine.engine import Engine, follow
+from dsv3.engine.locate import locate_checkpoint
 from dsv3.engine.start import Started, start
 from dsv3.errors import Dsv3Error, Interrupted, RequestError
 from dsv3.parallel.failure_report import is_lost
@@ -48,7 +48,8 @@ class LLM(AbstractContextManager["LLM"]):
     """A model on all ranks of the world, ready to answer.
 
     Args:
-        path: a checkpoint directory; the demo model if left out.
+        path: a checkpoint directory, or a text `owner/name[@revision]` that names a repository of
+            the Hugging Face hub; the demo model if left out.
         tp: tensor-parallel ranks; 0 takes all that dp leaves.
         dp: data-parallel groups of them, which answer different prompts.
         device: "auto" (CUDA where present), "cpu" or "cuda".
@@ -72,12 +73,12 @@ class LLM(AbstractContextManager["LLM"]):
         chat_template: str | Path | None = None,
         **settings: Any,
     ) -> None:
-        path = Path(path or DEMO)
         with before_joining():
             config = EngineConfig(**settings)
         with ExitStack() as stack:
             common = EngineConfig.common(asdict(config)) | {"rank_timeout": str(rank_timeout)}
             mesh = stack.enter_context(join_world(device, tp, dp, rank_timeout, common))
+            path = locate_checkpoint(path, mesh)
             self._chat: AnyFormat | None = None
             with fail_together(mesh, "reading the chat template"):
                 if mesh.layout.rank == 0:

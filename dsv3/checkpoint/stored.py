@@ -53,7 +53,7 @@ def _of_file(file: Path) -> tuple[StoredTensor, ...]:
 def _indexed(path: Path) -> tuple[StoredTensor, ...]:
     headers: dict[str, dict[str, Entry]] = {}
     tensors = []
-    for name, file_name in _read_index(path / INDEX).items():
+    for name, file_name in read_index(path / INDEX).items():
         file = path / file_name
         if file_name not in headers:
             if not os.path.isfile(file):
@@ -66,7 +66,7 @@ def _indexed(path: Path) -> tuple[StoredTensor, ...]:
     return tuple(tensors)
 
 
-def _read_index(file: Path) -> dict[str, str]:
+def read_index(file: Path) -> dict[str, str]:
     """Return the file of each tensor, as a path inside the directory."""
     index = read_json(file, CheckpointError, TABLE_BYTES, unique_keys=True)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
