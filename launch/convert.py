@@ -146,8 +146,8 @@ def run(args: argparse.Namespace) -> None:
             raise ConfigError(f"--n-experts {args.n_experts}: the checkpoint has {experts} experts")
         if args.save_path is None:
             with progress_bar(source.num_bytes, "verify") as advance:
-                verify_digests(source, args.workers, advance)
-            print_lines(f"verified: {source.path} matches the digests of its manifest")
+                digests = verify_digests(source, args.workers, advance)
+            print_lines(f"verified: {source.path} matches the digests of {digests}")
             return
         layout = read_layout(args)
         cast = {"bf16": Cast.BF16, "fp8": Cast.FP8}.get(args.to, Cast.NONE)

@@ -30,8 +30,8 @@ from tqdm import tqdm
 from dsv3.checkpoint.directory import INDEX, RANK_FILE, SINGLE, no_weights
 from dsv3.checkpoint.hub_errors import hub_error, hub_reason, may_pass
 from dsv3.checkpoint.hub_name import HubName
+from dsv3.checkpoint.index import read_index
 from dsv3.checkpoint.report import in_units
-from dsv3.checkpoint.stored import read_index
 from dsv3.errors import CheckpointError
 
 log = logging.getLogger(__name__)

@@ -13,6 +13,8 @@ _NAME = re.compile(
 _MOST_CHARACTERS = 96
 _FOLDER = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")  # of a repository in a cache
 
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
 
 @dataclass(frozen=True, slots=True)
 class HubName:
@@ -52,6 +54,14 @@ def repository_folder(path: Path) -> Path | None:
     folder = path.absolute().parent.parent
     is_snapshot = path.absolute().parent.name == "snapshots" and _FOLDER.fullmatch(folder.name)
     return folder if is_snapshot else None
+
+
+def blob_digest(file: Path) -> str:
+    """Return the SHA-256 of a snapshot's file, which its blob is named by; empty if unknown."""
+    if repository_folder(file.parent) is None or not file.is_symlink():
+        return ""
+    name = file.readlink().name
+    return name if _SHA256.fullmatch(name) else ""
 
 
 def model_name(path: Path) -> str:

@@ -89,6 +89,20 @@ def test_convert(hub: Hub, tmp_path: Path) -> None:
     assert "has no repository of this name" in wrong.stderr
 
 
+def test_verify(hub: Hub, tmp_path: Path) -> None:
+    """A snapshot's blobs are named by their digests."""
+    command = [*ALONE, CONVERT, "--hf-ckpt-path", "demo/V3", "--verify"]
+    done = run(command)
+    assert done.returncode == 0 and "matches the digests of the hub" in done.stdout, done.stderr
+    file = max((tmp_path / "home/hub/models--demo--V3/blobs").iterdir(), key=os.path.getsize)
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    done = run(command)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "does not match its digest on the hub; remove " in done.stderr
+
+
 def test_the_library_and_the_scripts(hub: Hub, tmp_path: Path) -> None:
     code = "from dsv3 import LLM\nwith LLM('demo/V3', device='cpu') as llm:\n"
     code += "    print(llm.generate(['2+2='])[0].text)"
