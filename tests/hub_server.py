@@ -27,6 +27,7 @@ class Hub:
         status: every request is answered with this error, with `error_code` if given.
         cut_at: bytes of a weight file after which connections end, for `num_cuts` of them.
         seconds: between two pieces of 64 KiB of a weight file.
+        is_gated: files are refused, the repositories' descriptions are not.
         ranges: parts of files are sent when asked for.
         sent: bytes of bodies, by file.
         asked: method and path of every request.
@@ -39,6 +40,7 @@ class Hub:
     cut_at: int = 0
     num_cuts: int = 0
     seconds: float = 0.0
+    is_gated: bool = False
     ranges: bool = True
     sent: dict[str, int] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
@@ -98,6 +100,8 @@ class _Handler(BaseHTTPRequestHandler):
         folder = self.hub.folders.get(repository)
         if folder is None or not (folder / name).is_file():
             return self.refuse(404, "EntryNotFound" if folder else "RepoNotFound")
+        if self.hub.is_gated:
+            return self.refuse(401, "GatedRepo")
         data = (folder / name).read_bytes()
         begin, part = 0, re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         if part and self.hub.ranges:

@@ -17,6 +17,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 
 _FILES_AT_ONCE = 8
 _TICK_SECONDS = 0.5
+_LINE_SECONDS = 60.0
 _LOCK_SECONDS = 1.0
 _ANSWER_SECONDS = 10.0
 _PARTIAL_CONTENT = 206  # a status of HTTP
@@ -78,13 +80,21 @@ class Download:
 
     @contextmanager
     def bar(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Yield a function that takes the bytes that are on the disk."""
+        """Yield a function that takes the bytes that are on the disk.
+
+        Where there is no bar, a line tells them from time to time.
+        """
         disable = None if self._shows_bar else True
         with tqdm(total=total, desc=name, unit="B", unit_scale=True, disable=disable) as shown:
+            told = time.monotonic()
 
             def advance(num_bytes: int) -> None:
+                nonlocal told
                 shown.update(num_bytes - self.num_bytes)
                 self.num_bytes = num_bytes
+                if shown.disable and time.monotonic() > told + _LINE_SECONDS:
+                    told = time.monotonic()
+                    self.say(f"{name}: {in_units(num_bytes)} of {in_units(total)} are there")
 
             shown.initial = shown.n = self.num_bytes
             yield advance

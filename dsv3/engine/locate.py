@@ -36,13 +36,12 @@ def locate_checkpoint(given: str | Path | None, mesh: Mesh) -> Path:
         return Path(given or DEMO)
     is_first = mesh.host_of_rank.index(mesh.host_of_rank[rank]) == rank
     download = Download(log.info, shows_bar=rank == 0)
-    mesh.watch.enter(f"downloading {name}")
-    with (
-        fail_together(mesh, f"downloading {name}"),
-        mesh.watch.counting(lambda: download.num_bytes),
-    ):
+    stage = f"downloading {name}"
+    mesh.watch.enter(stage, may_rest=not is_first)
+    with fail_together(mesh, stage), mesh.watch.counting(lambda: download.num_bytes):
         if is_first:
             fetch(name, revision, download)
+            mesh.watch.enter(stage, may_rest=True)  # for the other hosts
     return snapshot(name, revision.commit)
 
 

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -221,6 +222,28 @@ def test_refusals(hub: Hub, status: int, code: str, words: str) -> None:
     hub.status, hub.error_code = status, code
     with pytest.raises(CheckpointError, match=words):
         download()
+
+
+def test_a_licence_to_accept(hub: Hub) -> None:
+    """The hub describes such a repository to all, and refuses its files."""
+    hub.is_gated = True
+    assert f"accept a licence first: do so on {hub.url}/some/model" in failure()
+
+
+def test_lines_in_place_of_a_bar(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsv3.checkpoint.hub._LINE_SECONDS", -1.0)
+    lines = download()[1]
+    assert len(lines) > 1 and re.fullmatch(r"some/model: (.* .B) of \1 are there", lines[-1])
+
+
+def test_no_hub_but_a_web_page(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import HfApi
+
+    def fail(*_: object, **__: object) -> None:
+        raise json.JSONDecodeError("Expecting value", "<html>", 0)
+
+    monkeypatch.setattr(HfApi, "repo_info", fail)
+    assert "does not answer as a hub does (JSONDecodeError: Expecting value" in failure()
 
 
 def test_no_such_name_or_revision(hub: Hub) -> None:
