@@ -32,7 +32,8 @@ from tqdm import tqdm
 from dsv3.checkpoint.contradictions import source_warnings
 from dsv3.checkpoint.convert import check, convert, settle
 from dsv3.checkpoint.directory import check_directory
-from dsv3.checkpoint.hub import Download, fetch, resolve
+from dsv3.checkpoint.hub import fetch, resolve
+from dsv3.checkpoint.hub_files import Download
 from dsv3.checkpoint.hub_name import hub_name, repository_folder
 from dsv3.checkpoint.plan import Cast, make_plan
 from dsv3.checkpoint.reader import Source

@@ -43,7 +43,7 @@ def hub_name(given: str | Path | None) -> HubName | None:
     if found is None:
         return None
     repository = found["repository"]
-    is_valid = not ("--" in repository or ".." in repository or repository.endswith((".git", ".")))
+    is_valid = not ("--" in repository or ".." in given or repository.endswith((".git", ".")))
     if not is_valid or len(repository) > _MOST_CHARACTERS:
         return None
     return HubName(repository, found["revision"] or MAIN)

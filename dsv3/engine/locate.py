@@ -3,7 +3,8 @@
 import logging
 from pathlib import Path
 
-from dsv3.checkpoint.hub import Download, Revision, fetch, fetch_beside, resolve, snapshot
+from dsv3.checkpoint.hub import Revision, fetch, fetch_beside, resolve, snapshot
+from dsv3.checkpoint.hub_files import Download
 from dsv3.checkpoint.hub_name import hub_name
 from dsv3.config_files import DEMO
 from dsv3.engine.agreement import gather_texts

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from dsv3.checkpoint.hub import Download, Revision, fetch, fetch_beside, resolve
+from dsv3.checkpoint.hub import Revision, fetch, fetch_beside, resolve
+from dsv3.checkpoint.hub_files import Download
 from dsv3.checkpoint.hub_name import HubName, hub_name, model_name, repository_folder
 from dsv3.checkpoint.source import open_source
 from dsv3.errors import CheckpointError
@@ -42,7 +43,7 @@ def hub(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr("dsv3.checkpoint.hub._FIRST_PAUSE_SECONDS", 0.0)
+        monkeypatch.setattr("dsv3.checkpoint.hub_files._FIRST_PAUSE_SECONDS", 0.0)
         yield hub
 
 
@@ -76,7 +77,10 @@ def go_offline(monkeypatch: pytest.MonkeyPatch) -> None:
         ("a/b@v1.0", HubName("a/b", "v1.0")),
         ("a/b@refs/pr/3", HubName("a/b", "refs/pr/3")),
         *((path, None) for path in ("./a/b", "../a", "/a/b", "~/b", "a/b/c", "a", "a/b/", "a/..")),
-        *((path, None) for path in ("", "a--b/c", "a/b.git", "a/b@", "https://x/y", "é/b")),
+        *(
+            (path, None)
+            for path in ("", "a--b/c", "a/b.git", "a/b@", "a/b@v/../x", "https://x/y", "é/b")
+        ),
         (f"a/{'b' * 100}", None),
         (Path("a/b"), None),
         (None, None),
@@ -231,7 +235,7 @@ def test_a_licence_to_accept(hub: Hub) -> None:
 
 
 def test_lines_in_place_of_a_bar(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dsv3.checkpoint.hub._LINE_SECONDS", -1.0)
+    monkeypatch.setattr("dsv3.checkpoint.hub_files._LINE_SECONDS", -1.0)
     lines = download()[1]
     assert len(lines) > 1 and re.fullmatch(r"some/model: (.* .B) of \1 are there", lines[-1])
 
@@ -277,6 +281,11 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def test_a_digest_that_leaves_the_cache(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.hub_server._etag", lambda _: "../../x")
+    assert "has an ETag that names no file" in failure()
+
+
 def test_a_damaged_rest(hub: Hub, cache: Path) -> None:
     """What was there is not the file's beginning: found by the digest, and fetched again."""
     file = hub.folders["some/model"] / "model-00001-of-00003.safetensors"
@@ -300,7 +309,7 @@ def test_a_disk_that_refuses(hub: Hub, monkeypatch: pytest.MonkeyPatch, number: 
     def fail(*_: object, **__: object) -> None:
         raise OSError(number, os.strerror(number), "/the/file")
 
-    monkeypatch.setattr("dsv3.checkpoint.hub._Fetcher._receive_once", fail)
+    monkeypatch.setattr("dsv3.checkpoint.hub_files.Fetcher._receive_once", fail)
     full = "is full; the same command goes on"
     text = (
         full if number == errno.ENOSPC else f"/the/file: cannot be written: {os.strerror(number)}"
