@@ -30,6 +30,7 @@ class Hub:
         is_gated: files are refused, the repositories' descriptions are not.
         ranges: parts of files are sent when asked for.
         sent: bytes of bodies, by file.
+        begins: where the last request for a file's content began.
         asked: method and path of every request.
     """
 
@@ -43,6 +44,7 @@ class Hub:
     is_gated: bool = False
     ranges: bool = True
     sent: dict[str, int] = field(default_factory=dict)
+    begins: dict[str, int] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
     url: str = ""
 
@@ -115,6 +117,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data) - begin))
         self.end_headers()
         if self.command == "GET":
+            self.hub.begins[name] = begin
             self.send_body(name, data[begin:])
         return None
 
