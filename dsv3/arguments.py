@@ -60,6 +60,11 @@ def path(value: Any) -> Path:
     return Path(value)
 
 
+def path_or_name(value: Any) -> Path | str:
+    """Return a text as it is, which may name a repository, or another kind of path as a path."""
+    return value if isinstance(value, str) and value else path(value)
+
+
 def texts(value: Any) -> tuple[str, ...]:
     """Return one text, or a list of texts, as a tuple."""
     value = plain(value)

@@ -24,6 +24,7 @@ from dsv3.config_fields import describe_unknown, shown
 from dsv3.config_files import DEMO, load_model_config
 from dsv3.engine.config import EngineConfig
 from dsv3.engine.engine import Engine
+from dsv3.engine.locate import locate_checkpoint
 from dsv3.engine.session import NoOutputs, Session
 from dsv3.engine.start import Started, start
 from dsv3.errors import ConfigError, Dsv3Error, Interrupted, RequestError
@@ -55,7 +56,8 @@ class LLM(AbstractContextManager["LLM"]):
     """A model on all ranks of the world, ready to answer.
 
     Args:
-        path: a checkpoint directory; the demo model if left out.
+        path: a checkpoint directory, or a text `owner/name[@revision]` that names a repository of
+            the Hugging Face hub; the demo model if left out.
         config: the model's configuration where the directory has none: a file, or a preset's name.
         tp: tensor-parallel ranks; 0 takes all that dp leaves.
         dp: data-parallel groups of them, which answer different prompts.
@@ -84,7 +86,7 @@ class LLM(AbstractContextManager["LLM"]):
         **settings: Any,
     ) -> None:
         with before_joining():
-            folder = _read("path", path, arguments.path, "a path", DEMO)
+            given = _read("path", path, arguments.path_or_name, "a path or a name", DEMO)
             config = _read("config", config, arguments.path, "a path or a preset's name", None)
             template = _read("chat_template", chat_template, arguments.path, "a path", None)
             tp = _read("tp", tp, arguments.whole, "a whole number", 0)
@@ -95,6 +97,7 @@ class LLM(AbstractContextManager["LLM"]):
         with ExitStack() as stack:
             common = EngineConfig.common(asdict(engine_config)) | {"rank_timeout": f"{seconds:g}"}
             mesh = stack.enter_context(join_world(device, tp, dp, seconds, common))
+            folder = locate_checkpoint(given, mesh)
             self._chat: AnyFormat | None = None
             with fail_together(mesh, "reading the configuration"):
                 model = None if config is None else load_model_config(config)

@@ -38,6 +38,7 @@ from dsv3.cache.eviction import POLICIES
 from dsv3.config_files import DEMO, load_model_config
 from dsv3.engine.config import EngineConfig
 from dsv3.engine.engine import Engine, follow
+from dsv3.engine.locate import locate_checkpoint, locate_description
 from dsv3.engine.program import (
     Parser,
     add_engine_flags,
@@ -148,7 +149,7 @@ def run_throughput(args: argparse.Namespace, started: Started) -> Report:
     )
     contenders: list[Contender] = [EngineContender("dsv3", lambda: new_engine(started, settings))]
     if args.peer:
-        contenders.append(TransformersPeer(checkpoint(args), args.concurrency, started.config))
+        contenders.append(TransformersPeer(args.ckpt_path, args.concurrency, started.config))
     report = throughput(contenders, jobs, args.repeats)
     what = ("requests", "prompt_len", "answer_len", "concurrency", "seed")
     report.setting = {name: str(getattr(args, name)) for name in what}
@@ -170,7 +171,7 @@ def run_chat(args: argparse.Namespace, started: Started) -> Report:
         EngineContender("no reuse", lambda: new_engine(started, without)),
     ]
     if args.peer:
-        contenders.append(TransformersPeer(checkpoint(args), 1, started.config))
+        contenders.append(TransformersPeer(args.ckpt_path, 1, started.config))
     report = dialogue(contenders, shape, started.config.vocab_size, args.repeats)
     report.setting = {name: getattr(args, name) for name in ("turns", "user_len", "answer_len")}
     return report
@@ -178,8 +179,9 @@ def run_chat(args: argparse.Namespace, started: Started) -> Report:
 
 def run_host(args: argparse.Namespace) -> Report:
     """No model, no ranks."""
-    tokenizer = Tokenizer.load(checkpoint(args)) if args.text else None
-    config = load_model_config(args.config or checkpoint(args))
+    checkpoint = locate_description(args.ckpt_path)
+    tokenizer = Tokenizer.load(checkpoint) if args.text else None
+    config = load_model_config(args.config or checkpoint)
     return host_time(config, engine_config(args), tokenizer, args.context, args.steps)
 
 
@@ -209,11 +211,6 @@ def run_dispatch(args: argparse.Namespace) -> Report | None:
         report = dispatch_time(mesh, config, getattr(torch, args.dtype), args.tokens, args.repeats)
         report.setting |= {"config": args.config or "demo", "ranks": mesh.layout.world_size}
         return report if mesh.layout.rank == 0 else None
-
-
-def checkpoint(args: argparse.Namespace) -> Path:
-    """Return the checkpoint's directory."""
-    return Path(args.ckpt_path or DEMO)
 
 
 def new_engine(started: Started, settings: EngineConfig) -> Engine:
@@ -253,7 +250,8 @@ def measure_model(args: argparse.Namespace) -> Report | None:
         if args.threads:
             torch.set_num_threads(args.threads)
         config = load_model_config(args.config) if args.config else None
-        started = start(checkpoint(args), engine_config(args), mesh, config, args.n_experts)
+        args.ckpt_path = locate_checkpoint(args.ckpt_path, mesh)
+        started = start(args.ckpt_path, engine_config(args), mesh, config, args.n_experts)
         profile = Profile(args.hardware, started) if args.profile else None
         if started.engine is None:
             follow(started.runner, started.channel)

@@ -8,9 +8,10 @@
     convert.py --hf-ckpt-path OUT --verify                                check against its digests
 
 DIR may be a Hugging Face directory, one that this program made for any number of ranks, or one
-that DeepSeek's convert.py made (give --config then). `--to bf16` and `--to fp8` write a Hugging
-Face directory, or rank files where a layout is given. A conversion that was stopped goes on when
-the same command is given again.
+that DeepSeek's convert.py made (give --config then); or a name on the Hugging Face hub, such as
+deepseek-ai/DeepSeek-V2-Lite, which is downloaded into the hub's cache first. `--to bf16` and
+`--to fp8` write a Hugging Face directory, or rank files where a layout is given. A conversion that
+was stopped goes on when the same command is given again.
 
 A layout is tp ranks times dp data-parallel groups: dense layers are split over tp, routed experts
 over all ranks. A rank's file holds all that the rank needs, so that a host may have just the files
@@ -22,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -30,6 +32,9 @@ from tqdm import tqdm
 from dsv3.checkpoint.contradictions import source_warnings
 from dsv3.checkpoint.convert import check, convert, settle
 from dsv3.checkpoint.directory import check_directory
+from dsv3.checkpoint.hub import fetch, resolve
+from dsv3.checkpoint.hub_files import Download
+from dsv3.checkpoint.hub_name import hub_name, repository_folder
 from dsv3.checkpoint.plan import Cast, make_plan
 from dsv3.checkpoint.reader import Source
 from dsv3.checkpoint.report import describe, in_units
@@ -50,7 +55,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--hf-ckpt-path", type=Path, required=True, metavar="DIR", help="checkpoint to read")
+    text = "checkpoint to read, or owner/name[@revision] on the Hugging Face hub"
+    add("--hf-ckpt-path", required=True, metavar="DIR", help=text)
     add("--save-path", type=Path, metavar="OUT", help="directory to write; empty, or resumed")
     add("--model-parallel", type=int, metavar="N", help="the same as --tp N")
     add("--tp", type=int, metavar="T", help="write files for this many tensor-parallel ranks")
@@ -95,7 +101,7 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error("--scale-fmt goes with --to fp8")
     if args.workers < 1:
         parser.error("--workers must be at least 1")
-    if args.save_path.resolve() == args.hf_ckpt_path.resolve():
+    if args.save_path.resolve() == Path(args.hf_ckpt_path).resolve():
         parser.error("--save-path must not be the directory that is read")
 
 
@@ -130,9 +136,10 @@ def print_error(error: Exception) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Open the source and do what was asked for."""
-    check_directory(args.hf_ckpt_path)
+    path = locate(args)
+    check_directory(path)
     config = None if args.config is None else load_model_config(args.config)
-    with open_source(args.hf_ckpt_path, config) as source:
+    with open_source(path, config) as source:
         if source.config.warning:
             print(f"warning: {source.config.warning}", file=sys.stderr)
         experts = source.config.n_routed_experts
@@ -140,8 +147,8 @@ def run(args: argparse.Namespace) -> None:
             raise ConfigError(f"--n-experts {args.n_experts}: the checkpoint has {experts} experts")
         if args.save_path is None:
             with progress_bar(source.num_bytes, "verify") as advance:
-                verify_digests(source, args.workers, advance)
-            print_lines(f"verified: {source.path} matches the digests of its manifest")
+                digests = verify_digests(source, args.workers, advance)
+            print_lines(f"verified: {source.path} matches the digests of {digests}")
             return
         layout = read_layout(args)
         cast = {"bf16": Cast.BF16, "fp8": Cast.FP8}.get(args.to, Cast.NONE)
@@ -153,6 +160,22 @@ def run(args: argparse.Namespace) -> None:
             foretell(args, source, target)
         else:
             write(args, source, target)
+
+
+def locate(args: argparse.Namespace) -> Path:
+    """Return the directory to read; a hub name is downloaded first."""
+    name = hub_name(args.hf_ckpt_path)
+    if name is None:
+        path = Path(args.hf_ckpt_path)
+    else:
+        say = partial(print_lines, file=sys.stderr)
+        path = fetch(name, resolve(name), Download(say))
+    repository = repository_folder(path)
+    if repository is not None and args.save_path is not None:
+        cache, save_path = repository.parent.resolve(), args.save_path.resolve()
+        if cache in (save_path, *save_path.parents):
+            raise ConfigError(f"--save-path={args.save_path}: in the cache of the hub, {cache}")
+    return path
 
 
 def read_layout(args: argparse.Namespace) -> ParallelConfig | None:

@@ -4,7 +4,8 @@
     torchrun --nproc-per-node 8 launch/generate.py --ckpt-path DIR --input-file FILE
     torchrun --nproc-per-node 8 launch/generate.py --ckpt-path DIR --prompt TEXT
 
-The file holds one prompt a line, or OpenAI Batch rows (JSONL). Without a launcher: one rank.
+DIR may be a name on the Hugging Face hub, such as deepseek-ai/DeepSeek-V2-Lite. The file holds one
+prompt a line, or OpenAI Batch rows (JSONL). Without a launcher: one rank.
 """
 
 import argparse
@@ -19,10 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsv3.checkpoint.directory import check_directory
+from dsv3.checkpoint.hub_name import model_name
 from dsv3.checkpoint.source import check_stored_form, declared_config
 from dsv3.config import ModelConfig
 from dsv3.config_files import DEMO, load_model_config
 from dsv3.engine.engine import Engine, follow
+from dsv3.engine.locate import locate_checkpoint
 from dsv3.engine.program import (
     Parser,
     add_engine_flags,
@@ -293,9 +296,9 @@ def work(job: Job, started: Started, name: str) -> BatchSummary:
 
 def run(args: argparse.Namespace, mesh: Mesh, files: ExitStack, begin: float) -> int:
     """Load, answer, report; every rank runs this."""
-    checkpoint = Path(args.ckpt_path) if args.ckpt_path else DEMO
     seconds = {"rendezvous": time.perf_counter() - begin}
     is_first = mesh.layout.rank == 0
+    checkpoint = locate_checkpoint(args.ckpt_path, mesh)
     if is_first and not args.ckpt_path:
         log.info("no --ckpt-path: using the demo model in %s", DEMO)
     mesh.watch.enter("reading the input", may_rest=True)
@@ -318,7 +321,7 @@ def run(args: argparse.Namespace, mesh: Mesh, files: ExitStack, begin: float) ->
     with fail_together(mesh, "measuring the hardware"):
         profile = start_profile(args.hardware, started) if args.profile else None
     with fail_together(mesh, "answering"):
-        summary = work(job, started, checkpoint.name)
+        summary = work(job, started, model_name(checkpoint))
         with mesh.watch.task("writing the experts' loads"):
             started.runner.finish()
     seconds["run"] = summary.seconds

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from dsv3.engine.engine import Engine
+from dsv3.engine.locate import locate_checkpoint
 from dsv3.engine.program import Parser, add_engine_flags, engine_config, run_program
 from dsv3.engine.start import start
 from dsv3.errors import ConfigError
@@ -22,8 +23,6 @@ from dsv3.parallel.mesh import join_world
 from dsv3.request import Completion, Request, SamplingParams
 from dsv3.setting_names import flag
 from dsv3.text.chat import ChatFormat
-
-DEMO = Path(__file__).resolve().parent.parent / "checkpoints" / "demo-v3"
 
 
 def finish(engine: Engine) -> dict[str, Completion]:
@@ -78,7 +77,7 @@ def main() -> int:
     if not (args.eval or args.tokens):
         raise ConfigError("nothing to measure: give --eval FILE, --tokens FILE, or both")
     with join_world("cpu" if args.device == "auto" else args.device, name=flag) as mesh:
-        started = start(Path(args.ckpt_path or DEMO), engine_config(args), mesh)
+        started = start(locate_checkpoint(args.ckpt_path, mesh), engine_config(args), mesh)
         assert started.engine is not None, "run it on one rank"
         result: dict[str, object] = {"dtype": args.dtype, "kv_dtype": args.kv_dtype}
         if args.eval:

@@ -15,11 +15,12 @@ from pathlib import Path
 
 from dsv3.checkpoint.blocks import BlockReader
 from dsv3.checkpoint.digest import file_digest, model_digest
+from dsv3.checkpoint.index import IndexDigests, index_json
 from dsv3.checkpoint.journal import Journal, JournalRecord
 from dsv3.checkpoint.manifest import FileRecord, Manifest, Record, Shard
 from dsv3.checkpoint.plan import Job, Plan, fingerprint
 from dsv3.checkpoint.reader import Source
-from dsv3.checkpoint.side_files import index_json, write_content
+from dsv3.checkpoint.side_files import write_content
 from dsv3.checkpoint.target import Survey, Target
 from dsv3.checkpoint.workers import run_jobs
 from dsv3.checkpoint.writer import Digests, OutputFiles, Spreader
@@ -165,7 +166,7 @@ def _write(
 def _last_file(plan: Plan, files: OutputFiles, finished: Mapping[str, Digests]) -> bytes:
     """Return the index or manifest; the files of a manifest are signed with its digest."""
     if plan.layout is None:
-        return index_json(plan).encode()
+        return _index(plan, finished).encode()
     manifest = _manifest(plan, plan.layout, finished)
     files.sign(manifest.model_digest)
     files.sync()
@@ -218,6 +219,14 @@ def _write_tensors(
     jobs = [job for job in plan.jobs if not finished.keys() >= set(job.outputs)]
     for results in run_jobs(jobs, work, workers):
         yield from results.items()
+
+
+def _index(plan: Plan, finished: Mapping[str, Digests]) -> str:
+    digests = {name: finished[name][0] for name in plan.tensors}
+    kinds = ((name, out.dtype, out.shape, digests[name]) for name, out in plan.tensors.items())
+    files = {name: plan.files[out.slots[0].file].name for name, out in plan.tensors.items()}
+    total_size = sum(output.num_bytes for output in plan.tensors.values())
+    return index_json(files, total_size, IndexDigests(digests, model_digest(kinds)))
 
 
 def _manifest(plan: Plan, layout: ParallelConfig, finished: Mapping[str, Digests]) -> Manifest:

@@ -17,7 +17,10 @@ from dsv3.read_files import read_mapping
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 RANK_FILE = re.compile(r"model(\d+)-mp(\d+)\.safetensors")
-_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# `Path` has made one slash of two.
+_ADDRESS = re.compile(
+    r"(?:https?:/+(?:[\w.-]*huggingface\.co/(?P<repository>[\w.-]+/[\w.-]+))?|hf:)", re.ASCII
+)
 _MOST_FOLDERS = 100  # searched for a checkpoint
 _ADAPTER = "adapter_config.json"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -64,15 +67,10 @@ def _no_directory(path: Path) -> str:
         return f"{path}: a symbolic link to {path.readlink()}, which does not exist"
     if os.path.exists(path):
         return f"{path}: a file, not a checkpoint directory{_of_file(path)}"
-    if str(path).startswith(("https:", "http:", "hf:")):
-        return f"{path}: an address, not a directory; download the files and give their directory"
-    missing = f"{path}: no such directory"
-    if not _REPOSITORY.fullmatch(str(path)):
-        return missing
-    return (
-        f"{missing}; if it is a Hugging Face repository, download it first: hf download {path} "
-        f"--local-dir {path}"
-    )
+    if address := _ADDRESS.match(str(path)):
+        give = address["repository"] or "the name of a repository (owner/name)"
+        return f"{path}: an address, not a directory; give {give}, or a directory"
+    return f"{path}: no such directory"
 
 
 def _of_file(path: Path) -> str:
@@ -96,10 +94,8 @@ def _no_checkpoint(path: Path, names: set[str]) -> str:
         return f"a cache of the Hugging Face hub; give a snapshot in it: {_some(snapshots)}"
     if any(name.endswith(".safetensors.partial") for name in names):
         return "an unfinished conversion; run convert.py again"
-    for ending, kind in _OTHER_FORMATS.items():
-        found = sorted(name for name in names if name.endswith(ending))
-        if found:
-            return f"holds {kind} ({found[0]}); {_SAVE_FIRST}"
+    if _other_format(names):
+        return no_weights(names)
     below = [
         folder
         for folder in islice(sorted(path.iterdir()), _MOST_FOLDERS)
@@ -109,7 +105,20 @@ def _no_checkpoint(path: Path, names: set[str]) -> str:
         return f"no .safetensors files here, but in {_some(below)}; give that directory"
     if not names:
         return "an empty directory; download the model's files into it"
-    return "no .safetensors files here (other formats are not read)"
+    return no_weights(names)
+
+
+def no_weights(names: Iterable[str]) -> str:
+    """Return what files without any weights in safetensors files are."""
+    return _other_format(names) or "no .safetensors files here (other formats are not read)"
+
+
+def _other_format(names: Iterable[str]) -> str:
+    for ending, kind in _OTHER_FORMATS.items():
+        found = sorted(name for name in names if name.endswith(ending))
+        if found:
+            return f"holds {kind} ({found[0]}); {_SAVE_FIRST}"
+    return ""
 
 
 def _adapter(file: Path) -> str:

@@ -104,14 +104,6 @@ def differing_files(folder: Path, sides: Mapping[str, Content]) -> list[str]:
     return changed + [n for n in names if n not in sides and _FOUND_BY_NAME.fullmatch(n)]
 
 
-def index_json(plan: Plan) -> str:
-    """Return the text of the index of a Hugging Face directory."""
-    total = sum(output.num_bytes for output in plan.tensors.values())
-    files = {name: plan.files[output.slots[0].file].name for name, output in plan.tensors.items()}
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
-    return json.dumps(index, indent=2) + "\n"
-
-
 def content_bytes(content: Content) -> int:
     """Return the length of a content."""
     return len(content) if isinstance(content, bytes) else content.stat().st_size

@@ -2,14 +2,12 @@
 
 import os
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from dsv3.checkpoint.directory import INDEX, RANK_FILE, SINGLE
+from dsv3.checkpoint.index import read_index
 from dsv3.checkpoint.safetensors_file import Entry, read_header
-from dsv3.errors import CheckpointError, shorten
-from dsv3.read_files import TABLE_BYTES, read_json
-
-_LONGEST_NAME, _LONGEST_PATH = 255, 3000  # bytes, on every file system that holds checkpoints
+from dsv3.errors import CheckpointError
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +51,7 @@ def _of_file(file: Path) -> tuple[StoredTensor, ...]:
 def _indexed(path: Path) -> tuple[StoredTensor, ...]:
     headers: dict[str, dict[str, Entry]] = {}
     tensors = []
-    for name, file_name in _read_index(path / INDEX).items():
+    for name, file_name in read_index(path / INDEX).items():
         file = path / file_name
         if file_name not in headers:
             if not os.path.isfile(file):
@@ -64,31 +62,6 @@ def _indexed(path: Path) -> tuple[StoredTensor, ...]:
             raise CheckpointError(f"{file}: tensor {name} is missing, but {INDEX} names it")
         tensors.append(StoredTensor(name, file, entry))
     return tuple(tensors)
-
-
-def _read_index(file: Path) -> dict[str, str]:
-    """Return the file of each tensor, as a path inside the directory."""
-    index = read_json(file, CheckpointError, TABLE_BYTES, unique_keys=True)
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{file}: not an index of tensor names to file names; fetch it again")
-    for tensor, name in weight_map.items():
-        if not _is_inside(name):
-            raise CheckpointError(
-                f"{file}: not an index of tensor names to files in its directory "
-                f"({shorten(tensor)} is in none); fetch it again"
-            )
-    return {tensor: str(PurePosixPath(name)) for tensor, name in weight_map.items()}
-
-
-def _is_inside(name: object) -> bool:
-    """Return True if a file in a directory can have this path."""
-    if not isinstance(name, str) or "\0" in name:
-        return False
-    path = PurePosixPath(name)
-    is_below = bool(path.parts) and not path.is_absolute() and ".." not in path.parts
-    sizes = [len(part.encode(errors="surrogatepass")) for part in path.parts]
-    return is_below and max(sizes) <= _LONGEST_NAME and sum(sizes) <= _LONGEST_PATH
 
 
 def _rank_files(path: Path) -> list[Path]:

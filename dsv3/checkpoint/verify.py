@@ -3,19 +3,26 @@
 Nothing here knows how a conversion cuts tensors: the result is read as any loader reads it.
 """
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
 from dsv3.checkpoint.blocks import BLOCK_BYTES, BlockReader
-from dsv3.checkpoint.digest import Digest
+from dsv3.checkpoint.check import check_tensors
+from dsv3.checkpoint.digest import Digest, model_digest
+from dsv3.checkpoint.directory import INDEX
+from dsv3.checkpoint.hub_name import blob_digest
+from dsv3.checkpoint.index import IndexDigests, read_digests
 from dsv3.checkpoint.manifest import MANIFEST, read_manifest
 from dsv3.checkpoint.plan import Job, Plan
 from dsv3.checkpoint.reader import Source, TensorInfo
 from dsv3.checkpoint.region import whole
 from dsv3.checkpoint.workers import run_jobs
 from dsv3.errors import CheckpointError
+from dsv3.read_files import open_regular
 
 Progress = Callable[[int], None]
 
@@ -49,19 +56,80 @@ def verify_against(
         progress(size)
 
 
-def verify_digests(source: Source, workers: int, progress: Progress = lambda _: None) -> None:
-    """Hold every byte of a converted directory to the digests of its manifest.
+def verify_digests(source: Source, workers: int, progress: Progress = lambda _: None) -> str:
+    """Compare every byte of a directory's weights with the digests that are kept with it.
+
+    Returns:
+        where those are: in the manifest or index that a conversion has written, or in a hub cache.
 
     Raises:
-        CheckpointError: there is no manifest, or a file does not match it.
+        CheckpointError: there are none, or a file does not match them.
     """
-    if not (source.path / MANIFEST).is_file():
+    if (source.path / MANIFEST).is_file():
+        for size in run_jobs(source.tensors.values(), partial(_check_pieces, source), workers):
+            progress(size)
+        return "its manifest"
+    digests = read_digests(source.path / INDEX) if (source.path / INDEX).is_file() else None
+    if digests is not None:
+        _verify_index(source, digests, workers, progress)
+        return "its index"
+    blobs = _blobs(source)
+    if not blobs:
+        check_tensors(source)
         raise CheckpointError(
-            f"{source.path}: has no {MANIFEST}; only directories that convert.py made can be "
-            "verified without --save-path"
+            f"{source.path}: complete, with the right names, types and shapes, but without digests "
+            "to compare the bytes with; directories that convert.py has written hold them"
         )
-    for size in run_jobs(source.tensors.values(), partial(_check_pieces, source), workers):
+    for size in run_jobs(blobs.items(), _check_blob, workers):
         progress(size)
+    return "the hub"
+
+
+def _verify_index(source: Source, digests: IndexDigests, workers: int, progress: Progress) -> None:
+    """Compare a Hugging Face directory with the digests in its index."""
+    found, index = source.tensors, source.path / INDEX
+    known = [
+        (name, info.dtype, info.shape, digests.tensors.get(name, ""))
+        for name, info in found.items()
+    ]
+    if found.keys() != digests.tensors.keys() or model_digest(known) != digests.model_digest:
+        raise CheckpointError(f"{source.path}: not the tensors that {index} was written for")
+
+    def work(info: TensorInfo) -> int:
+        digest = Digest()
+        for block in source.stream(info, info.pieces[0], BLOCK_BYTES):
+            digest.update(block)
+        if str(digest) != digests.tensors[info.name]:
+            raise CheckpointError(
+                f"{info.pieces[0].file}: tensor {info.name} does not match its digest in {INDEX}; "
+                "copy or convert the file again"
+            )
+        return info.num_bytes
+
+    for size in run_jobs(found.values(), work, workers):
+        progress(size)
+
+
+def _blobs(source: Source) -> Mapping[Path, str]:
+    """Return the SHA-256 of each weight file of a hub's snapshot; nothing if one is unknown."""
+    files = {piece.file for info in source.tensors.values() for piece in info.pieces}
+    digests = {file: blob_digest(file) for file in sorted(files)}
+    return digests if all(digests.values()) else {}
+
+
+def _check_blob(blob: tuple[Path, str]) -> int:
+    file, wanted = blob
+    digest, size = hashlib.sha256(), 0
+    with open(open_regular(file, CheckpointError), "rb") as stream:
+        while block := stream.read(BLOCK_BYTES):
+            digest.update(block)
+            size += len(block)
+    if digest.hexdigest() != wanted:
+        raise CheckpointError(
+            f"{file}: does not match its digest on the hub; remove {file.resolve()}, then download "
+            "it again"
+        )
+    return size
 
 
 def check_kinds(plan: Plan, result: Source) -> None:

@@ -63,7 +63,8 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of model, layout, cache and steps; those of `EngineConfig` as it tells."""
     groups = {name: parser.add_argument_group(name) for name in ("model", "layout")}
     model, layout = groups.values()
-    model.add_argument("--ckpt-path", help="checkpoint directory (default: the demo model)")
+    text = "checkpoint directory, or owner/name[@revision] on the Hugging Face hub (default: demo)"
+    model.add_argument("--ckpt-path", help=text)
     model.add_argument("--config", help="config.json, DeepSeek's JSON, YAML or a preset's name")
     model.add_argument("--n-experts", type=int, help="checked against the model when given")
     layout.add_argument("--device", default="auto", help="auto, cpu or cuda")

@@ -31,9 +31,10 @@ from benchlib.step_shape import StepShape
 from dsv3.cache.layout import CacheLayout
 from dsv3.checkpoint.sharding import tensor_specs
 from dsv3.config import ModelConfig, ParallelConfig, divisors
-from dsv3.config_files import DEMO, load_model_config
+from dsv3.config_files import load_model_config
 from dsv3.engine.config import EngineConfig
 from dsv3.engine.engine import follow
+from dsv3.engine.locate import locate_checkpoint, locate_description
 from dsv3.engine.memory import plan_memory, weight_bytes
 from dsv3.engine.plan import StepPlan
 from dsv3.engine.program import (
@@ -170,7 +171,7 @@ def on_paper(args: argparse.Namespace) -> Report:
         raise ConfigError("give --hardware (h200x8, h800x16, FILE), or --measure this machine")
     if args.save_hardware:
         raise ConfigError("--save-hardware writes what --measure finds; add that, or leave it out")
-    config = load_model_config(args.config or args.ckpt_path or DEMO)
+    config = load_model_config(args.config or locate_description(args.ckpt_path))
     ceilings, ranks = read_hardware(args.hardware, dict(args.figure))
     weights = "fp8" if config.quantization and args.dtype in ("auto", "fp8") else "bf16"
     weights = "fp32" if args.dtype == "float32" else weights
@@ -262,9 +263,8 @@ def on_this_machine(args: argparse.Namespace) -> Report | None:
         if args.threads:
             torch.set_num_threads(args.threads)
         config = load_model_config(args.config) if args.config else None
-        started = start(
-            Path(args.ckpt_path or DEMO), engine_config(args), mesh, config, args.n_experts
-        )
+        checkpoint = locate_checkpoint(args.ckpt_path, mesh)
+        started = start(checkpoint, engine_config(args), mesh, config, args.n_experts)
         found = hardware("measure", mesh.device, mesh.world, float(started.plan.free_bytes))
         ceilings = replace(found, ranks_per_host=mesh.ranks_on_host)
         if started.engine is None:

@@ -300,3 +300,42 @@ def test_closed_standard_streams(hf: Path, tmp_path: Path) -> None:
     job = f"{shlex.join(command)} <&- >&- 2>&-"
     assert subprocess.run(job, shell=True, check=False).returncode == 0
     open_source(tmp_path / "out").close()
+
+
+@pytest.mark.parametrize("to", ["hf", "bf16"])
+def test_a_hugging_face_directory_holds_its_digests(
+    hf: Path, tmp_path: Path, convert: Convert, to: str
+) -> None:
+    """It can be verified without its source; damage is named."""
+    out = tmp_path / "out"
+    assert convert(hf, out, "--to", to)[0] == 0
+    code, text, err = convert(out, None, "--verify")
+    assert (code, err) == (0, "") and text == f"verified: {out} matches the digests of its index\n"
+
+    (file,) = out.glob("*.safetensors")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    code, _, err = convert(out, None, "--verify")
+    assert code == 2 and err.count("\n") == 1
+    assert f"{file}: tensor " in err and f"does not match its digest in {INDEX}" in err
+
+    file.write_bytes(whole.replace(b'"BF16"', b'"F16" ', 1))  # the same bytes, another type
+    code, _, err = convert(out, None, "--verify")
+    assert code == 2 and f"not the tensors that {out / INDEX} was written for" in err
+
+    index = json.loads((out / INDEX).read_text())
+    index["metadata"]["tensor_digests"] = ["x"]
+    (out / INDEX).write_text(json.dumps(index))
+    code, _, err = convert(out, None, "--verify")
+    assert code == 2 and "its tensor_digests are damaged; convert again" in err
+
+
+def test_a_directory_without_digests_is_not_verified(hf: Path, convert: Convert) -> None:
+    """The line says what was checked, and what cannot be."""
+    code, text, err = convert(hf, None, "--verify")
+    assert (code, text) == (2, "") and err == (
+        f"error: {hf}: complete, with the right names, types and shapes, but without digests to "
+        "compare the bytes with; directories that convert.py has written hold them\n"
+    )
+    (hf / SECOND).unlink()
+    assert f"{SECOND}: missing" in convert(hf, None, "--verify")[2]

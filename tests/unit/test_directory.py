@@ -34,12 +34,14 @@ def files(folder: Path, *names: str) -> Path:
 def test_nothing_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     refused(tmp_path / "some" / "where", "no such directory$")
-    refused("deepseek-ai/DeepSeek-V3", "no such directory; .* hf download deepseek-ai/DeepSeek-V3")
+    refused("deepseek-ai/DeepSeek-V3", "no such directory$")
     refused("DeepSeek-V2-Lite", "no such directory$")
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     refused(tmp_path / "link", "a symbolic link to .*gone, which does not exist")
-    with pytest.raises(CheckpointError, match="an address, not a directory"):
+    with pytest.raises(CheckpointError, match=r"an address, .*; give deepseek-ai/DeepSeek-V3, or"):
         check_directory(Path("https://huggingface.co/deepseek-ai/DeepSeek-V3"))
+    with pytest.raises(CheckpointError, match=r"an address, .*; give the name of a repository"):
+        check_directory(Path("https://example.org/model"))
     with pytest.raises(CheckpointError, match="no such directory"):
         check_directory(tmp_path / ("x" * 300))
 

@@ -1,0 +1,97 @@
+"""The hub's cache on this host, laid out as huggingface_hub documents it."""
+
+import logging
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsv3.checkpoint.directory import INDEX
+from dsv3.checkpoint.hub_name import HubName
+from dsv3.checkpoint.index import read_index
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """A file of a repository; `etag` names its content."""
+
+    name: str
+    size: int
+    etag: str
+
+
+@dataclass(frozen=True, slots=True)
+class HubCache:
+    """A repository's directory in the cache."""
+
+    folder: Path
+
+    @classmethod
+    def of(cls, name: HubName) -> "HubCache":
+        """Return the directory of a repository; it need not exist."""
+        from huggingface_hub import constants
+
+        return cls(Path(constants.HF_HUB_CACHE).expanduser().absolute() / name.folder)
+
+    def snapshot(self, commit: str) -> Path:
+        """Return the directory of a commit: links to blobs by the files' names."""
+        return self.folder / "snapshots" / commit
+
+    def commit(self, revision: str) -> str:
+        """Return the commit of a revision as of the last download; empty if there was none."""
+        ref = self.folder / "refs" / revision
+        if ref.is_file():
+            return ref.read_text(encoding="utf-8", errors="replace").strip()
+        return revision if self.snapshot(revision).is_dir() else ""
+
+    def note(self, revision: str, commit: str) -> None:
+        """Note the commit of a revision, where the cache can be written."""
+        ref = self.folder / "refs" / revision
+        if revision == commit or self.commit(revision) == commit:
+            return
+        partial = ref.with_name(f"{ref.name}.{secrets.token_hex(4)}.tmp")
+        try:
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(commit, encoding="utf-8")
+            partial.replace(ref)
+        except OSError as error:
+            log.debug("%s: %s", ref, error)
+
+    def blob(self, etag: str) -> Path:
+        """Return the file of a content."""
+        return self.folder / "blobs" / etag
+
+    def partial(self, etag: str) -> Path:
+        """Return the file of a content that is not complete."""
+        return self.folder / "blobs" / f"{etag}.incomplete"
+
+    def lock(self, etag: str) -> Path:
+        """Return the lock that all programs take for a blob."""
+        return self.folder.parent / ".locks" / self.folder.name / f"{etag}.lock"
+
+    def bytes_of(self, file: RemoteFile, commit: str) -> int:
+        """Return the bytes of a file that are on the disk."""
+        for path in (self.snapshot(commit) / file.name, self.blob(file.etag)):
+            if path.is_file():
+                return file.size
+        parts = self.blob(file.etag).parent.glob(f"{file.etag}*.incomplete")
+        return max((_size(part, file.size) for part in parts), default=0)
+
+    def missing(self, commit: str) -> Sequence[str]:
+        """Return the weights that a snapshot lacks; the index where there are none at all."""
+        folder = self.snapshot(commit)
+        if (folder / INDEX).is_file():
+            names = sorted(set(read_index(folder / INDEX).values()))
+            return [name for name in names if not (folder / name).is_file()]
+        has_weights = any(folder.glob("*.safetensors"))
+        return [] if has_weights else [INDEX]
+
+
+def _size(path: Path, most: int) -> int:
+    try:
+        status = path.stat()
+    except OSError:  # renamed meanwhile
+        return 0
+    return min(most, status.st_size, status.st_blocks * 512)  # it may have holes

@@ -1,0 +1,128 @@
+"""Errors of the Hugging Face hub, the network and the cache's disk, each as one line."""
+
+import errno
+import ssl
+from collections.abc import Iterator
+from pathlib import Path
+
+from dsv3.checkpoint.hub_name import HubName
+from dsv3.errors import CheckpointError, one_line
+
+# By the names of the HTTP library's types, which is another one in other versions of
+# huggingface_hub.
+_UNREACHABLE = {"ConnectError", "ConnectTimeout", "PoolTimeout", "ProxyError", "ConnectionError"}
+_CUT = {"ReadError", "WriteError", "RemoteProtocolError", "ConnectionResetError", "ReadTimeout"}
+_PASSING = {408, 429, 500, 502, 503, 504}  # statuses of HTTP
+_UNTRUSTED = "CERTIFICATE_VERIFY_FAILED"
+
+
+def hub_error(name: HubName, cache: Path, error: Exception) -> CheckpointError:
+    """Return the error to tell for one that was met with while fetching a checkpoint."""
+    if isinstance(error, CheckpointError):
+        return error
+    return CheckpointError(f"{name}: {hub_reason(name, cache, error)}")
+
+
+def hub_reason(name: HubName, cache: Path, error: Exception) -> str:
+    """Return the reason that is told for an error.
+
+    Args:
+        name: of the checkpoint.
+        cache: the directory that it is downloaded to.
+        error: of huggingface_hub, the HTTP library or the system.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    causes, hub = list(_causes(error)), constants.ENDPOINT
+    for cause in causes:
+        if isinstance(cause, HfHubHTTPError):
+            return _of_answer(name, hub, cause)
+        if isinstance(cause, OfflineModeIsEnabled):
+            return "HF_HUB_OFFLINE is set, so the hub is not asked"
+    for cause in causes:
+        if isinstance(cause, ssl.SSLCertVerificationError) or _UNTRUSTED in str(cause):
+            return (
+                f"the certificate of {hub} cannot be verified; if a proxy signs for it, set "
+                "SSL_CERT_FILE to the proxy's certificates"
+            )
+    for cause in causes:  # the outermost tells most
+        types = _types(cause)
+        if types & _UNREACHABLE:
+            return f"the hub ({hub}) cannot be reached: {_text(causes[-1])}"
+        if types & _CUT:
+            reason = _text(cause)
+            return (
+                f"the connection to {hub} was cut ({reason}); the same command goes on from there"
+            )
+        if isinstance(cause, OSError) and cause.errno:
+            return _of_disk(cache, cause)
+    return f"{hub} does not answer as a hub does ({type(error).__name__}: {_text(error)})"
+
+
+def may_pass(error: Exception) -> bool:
+    """Return True for a failure of the network or of a server that another try may not meet."""
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in _PASSING
+    return bool(_types(error) & (_UNREACHABLE | _CUT)) and not isinstance(
+        error, OfflineModeIsEnabled
+    )
+
+
+def _of_answer(name: HubName, hub: str, error: Exception) -> str:
+    """Return the reason for an answer of the hub that is an error."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    assert isinstance(error, HfHubHTTPError)
+    status = error.response.status_code
+    if isinstance(error, GatedRepoError):
+        return (
+            f"its owner asks to accept a licence first: do so on {hub}/{name.repository}, then set "
+            "HF_TOKEN to a token of your account"
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return f"{hub}/{name.repository} has no revision {name.revision}"
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            f"{hub} has no repository of this name; if it is a private one, set HF_TOKEN to a "
+            "token that may read it"
+        )
+    if status in (401, 403):
+        return f"{hub} refuses access ({status}); set HF_TOKEN to a token that may read it"
+    if status == 404:
+        return f"{hub} has nothing of this name ({error.response.url})"
+    return f"{hub} answers with status {status}; try again later"
+
+
+def _of_disk(cache: Path, error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"the disk of {cache} is full; the same command goes on from there when there is room"
+        )
+    path, reason = error.filename or cache, error.strerror
+    return f"{path}: cannot be written: {reason}; set HF_HOME to a directory that can be"
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error, the one that it was raised from, and so on."""
+    seen: set[int] = set()
+    found: BaseException | None = error
+    while found is not None and id(found) not in seen:
+        seen.add(id(found))
+        yield found
+        found = found.__cause__ or found.__context__
+
+
+def _types(error: BaseException) -> set[str]:
+    return {kind.__name__ for kind in type(error).__mro__}
+
+
+def _text(error: BaseException) -> str:
+    return one_line(str(error).strip().split("\n")[0]) or type(error).__name__
