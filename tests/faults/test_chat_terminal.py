@@ -69,13 +69,16 @@ def test_a_chat_from_greeting_to_goodbye(tmp_path: Path) -> None:
 def test_answers_are_stopped_and_a_full_context_is_said_in_words() -> None:
     # So hot that the model never comes to an end.
     flags = ["--temperature", "100", "--max-new-tokens", "5000", "--max-seq-len", "300"]
+    flags += ["--on-full", "stop"]
     with AtTerminal([*torchrun(2), *CHAT, *flags]) as chat:
         chat.wait_for(">>> ")
         chat.type("Tell me a story.\r")
         chat.wait_for(">>> Tell me a story.\n")
-        chat.type("/st")  # typed ahead
-        chat.type("\x03ats\r")
-        assert len(chat.wait_for("(stopped)\n\n>>> /stats\n")) < 2000
+        chat.type("never\ra\tline\r")  # typed ahead
+        chat.type("\x03/stats\r")
+        shown = chat.wait_for("(stopped)\n\n>>> /stats\n")
+        assert len(shown) < 2000
+        assert "never" not in shown
         assert "last answer" in chat.wait_for("\ncache ")
 
         chat.type("/clear\r")
