@@ -13,6 +13,7 @@ import subprocess
 import sys
 import termios
 import time
+from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -189,14 +190,12 @@ class AtTerminal:
         The line that the last call ended in counts anew: typed text is added to it.
         """
         deadline = time.monotonic() + HANG_SECONDS
-        self._at = self.seen.rfind("\n", 0, self._at) + 1
-        while text not in self.seen[self._at :]:
+        while text not in self.seen[(begin := self.seen.rfind("\n", 0, self._at) + 1) :]:
             assert time.monotonic() < deadline, f"no {text!r} after:\n{self.seen[-2000:]}"
             assert self.process.poll() is None or self._read(), f"ended:\n{self.seen[-2000:]}"
             self._read()
-        end = self.seen.index(text, self._at) + len(text)
-        before, self._at = self.seen[self._at : end], end
-        return before
+        self._at = self.seen.index(text, begin) + len(text)
+        return self.seen[begin : self._at]
 
     def wait(self) -> int:
         """Wait for the end of the program; return its exit code."""
@@ -221,5 +220,7 @@ class AtTerminal:
         text = self._decoder.decode(os.read(self._master, 65536))
         self.raw += text
         self._screen.write(text)
-        self.seen = self._screen.text
+        before, self.seen = self.seen[: self._at], self._screen.text
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(before, self.seen, strict=False))
+        self._at = sum(1 for _ in same)  # the end may have been drawn anew
         return True

@@ -14,16 +14,18 @@ import subprocess
 import sys
 import termios
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 from typing import Any, Self
 
 from prompt_toolkit import PromptSession
+from prompt_toolkit.application import get_app
 from prompt_toolkit.enums import DEFAULT_BUFFER
 from prompt_toolkit.filters import Condition, has_focus
 from prompt_toolkit.history import History
 from prompt_toolkit.input.posix_utils import PosixStdinReader
 from prompt_toolkit.input.typeahead import get_typeahead, store_typeahead
 from prompt_toolkit.input.vt100 import Vt100Input
-from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.key_binding import KeyBindings, KeyPress, KeyPressEvent
 from prompt_toolkit.keys import Keys
 from prompt_toolkit.layout.processors import TabsProcessor
 from prompt_toolkit.output.vt100 import Vt100_Output
@@ -63,7 +65,6 @@ class Terminal:
         output.enable_cpr = False  # the reply would come among the user's keys
         self._session: PromptSession[str] = PromptSession(
             [("fg:ansidefault", PROMPT)],  # spaces at a line's end are only drawn with a color
-            multiline=Condition(lambda: _is_open_block(self._session.default_buffer.text)),
             prompt_continuation=lambda width, _, wraps: "" if wraps else " " * width,
             input_processors=[TabsProcessor(tabstop=8, char1=" ", char2=" ")],
             key_bindings=_key_bindings(),
@@ -221,8 +222,26 @@ class _Input(Vt100Input):
         super().__init__(stdin)
         self.stdin_reader = _Reader(self._fileno)
 
+    def read_keys(self) -> list[KeyPress]:
+        """Return the keys; characters that come together are inserted together, as if pasted.
+
+        The first of them stays a key of its own, since it may complete a key sequence.
+        """
+        keys: list[KeyPress] = []
+        for is_text, group in groupby(super().read_keys(), _is_character):
+            run = list(group)
+            if is_text and len(run) > 2:
+                rest = "".join(key.data for key in run[1:])
+                run = [run[0], KeyPress(Keys.BracketedPaste, rest)]
+            keys += run
+        return keys
+
     def raw_mode(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
+
+
+def _is_character(key: KeyPress) -> bool:
+    return not isinstance(key.key, Keys)
 
 
 class _Output(Vt100_Output):
@@ -251,6 +270,9 @@ def _key_bindings() -> KeyBindings:
     """Return what keys do here beyond prompt_toolkit's own bindings."""
     keys = KeyBindings()
 
+    in_block = Condition(lambda: _is_open_block(get_app().current_buffer.text))
+
+    @keys.add("enter", filter=has_focus(DEFAULT_BUFFER) & in_block)
     @keys.add("escape", "enter")
     @keys.add("escape", "c-j")
     def _(event: KeyPressEvent) -> None:
