@@ -40,8 +40,9 @@ from dsv3.parallel.restarts import has_mark, set_mark
 from dsv3.parallel.together import fail_together
 from dsv3.read_files import read_bytes
 from dsv3.serve.batch import BatchSummary, prewarm_prompts, run_batch
-from dsv3.serve.chat import Chat, OnFull
+from dsv3.serve.chat import Chat
 from dsv3.serve.console import open_console
+from dsv3.serve.conversation import OnFull
 from dsv3.serve.input_history import InputHistory, history_path
 from dsv3.serve.one_shot import Prompt, answer_prompt, read_prompt
 from dsv3.serve.progress import Progress

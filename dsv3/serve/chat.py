@@ -2,16 +2,14 @@
 
 import re
 import time
-from bisect import bisect_left
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
-from typing import Any, Literal
 
 from dsv3.engine.engine import Engine
 from dsv3.errors import CheckpointError, RequestError, one_line, shorten
 from dsv3.request import Completion, Request, RequestOutput
+from dsv3.serve.conversation import Conversation, OnFull, Question, Turn, Written
 from dsv3.serve.settings import NAMES, Settings, known_name, split_setting
 from dsv3.serve.terminal import Console
 from dsv3.text.chat import ChatFormat
@@ -23,50 +21,14 @@ HELP = """\
 /clear            begin a new conversation
 /undo             forget the last message and its answer
 /regenerate       answer the last message again
-/set NAME VALUE   change temperature, top_p, max_tokens ... (/set shows all, - undoes)
-/system TEXT      set the system message (/system shows it, /system - removes it)
+/set NAME VALUE   change temperature, top_p, seed ...; - is the first value
+                  (/set alone shows all)
+/system TEXT      set the system message; - removes it (/system alone shows it)
 /stats            tokens, speed, room in the context
 /help             this list
 /exit             leave; also Ctrl-D
 A message may begin with / if a space goes before it.
 """
-OnFull = Literal["drop", "stop"]
-_ROOM = 8  # an answer finds this part of the context free, or the oldest turns are dropped
-
-
-@dataclass(frozen=True, slots=True)
-class _Question:
-    """A message of the user.
-
-    Attributes:
-        number: counts the messages of the chat; its random numbers depend on it.
-        attempt: counts the answers to it.
-    """
-
-    text: str
-    number: int
-    attempt: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Turn:
-    """A message of the user with the model's reply."""
-
-    question: _Question
-    reply: dict[str, Any]
-
-    @property
-    def messages(self) -> list[dict[str, Any]]:
-        """Both as the chat format takes them."""
-        return [{"role": "user", "content": self.question.text}, self.reply]
-
-
-@dataclass(frozen=True, slots=True)
-class _Written:
-    """A conversation as text and as tokens."""
-
-    text: str
-    ids: list[int]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -122,16 +84,16 @@ class Chat:
     console: Console
     on_full: OnFull = "drop"
     _settings: Settings = field(init=False)
-    _turns: list[_Turn] = field(default_factory=list)
-    _asked: _Question | None = None
+    _talk: Conversation = field(init=False)
+    _asked: Question | None = None
     _answers: list[_Answer] = field(default_factory=list)
-    _num_conversations: int = 1
+    _num_conversations: int = 0
     _num_questions: int = 0
-    # Prompts with their answers: the beginnings of further prompts. Two, to answer one again.
-    _known: deque[_Written] = field(default_factory=lambda: deque(maxlen=2))
+    _num_keys: int = 0
 
     def __post_init__(self) -> None:
         self._settings = Settings(self.defaults)
+        self._begin()
 
     def run(self, model: str) -> None:
         """Greet in the name of the model; answer until the user leaves."""
@@ -167,24 +129,30 @@ class Chat:
         self.console.note(f"{command} is not a command{hint}; /help lists them")
 
     @property
-    def _conversation(self) -> str:
+    def _name(self) -> str:
+        """The name of the conversation."""
         return f"chat-{self._num_conversations}"
+
+    def _begin(self) -> None:
+        self._talk = Conversation(self.format, self.engine.max_seq_len, self.on_full)
+        self._asked = None
+        self._num_conversations += 1
 
     def _say(self, text: str) -> None:
         if text.strip():
             self._num_questions += 1
-            self._ask(_Question(text, self._num_questions), self._turns)
+            self._num_keys += 1
+            self._ask(Question(text, self._num_questions, self._num_keys), self._talk.turns)
 
     def _regenerate(self) -> None:
         """Answer the last message again, with other random numbers."""
         if self._asked is None:
             self.console.note("there is no message to answer again")
             return
-        if self._settings.shown("temperature") in ("0", "0.0"):
+        if not self._settings.request([], "").params.temperature:
             self.console.note("the temperature is 0: the answer will be the same")
         question = replace(self._asked, attempt=self._asked.attempt + 1)
-        earlier = [turn for turn in self._turns if turn.question.number != question.number]
-        self._ask(question, earlier)
+        self._ask(question, self._before(question))
 
     def _undo(self) -> None:
         """Forget the last message, with its answer if it has one."""
@@ -192,100 +160,55 @@ class Chat:
             self.console.note("there is nothing to undo")
             return
         self.console.note(f"forgotten: {one_line(shorten(self._asked.text))}")
-        self._turns = [t for t in self._turns if t.question.number != self._asked.number]
-        self._asked = self._turns[-1].question if self._turns else None
+        turns = self._talk.turns = self._before(self._asked)
+        self._asked = turns[-1].question if turns else None
 
-    def _ask(self, question: _Question, earlier: list[_Turn]) -> None:
+    def _before(self, question: Question) -> list[Turn]:
+        return [turn for turn in self._talk.turns if turn.question.number < question.number]
+
+    def _ask(self, question: Question, earlier: list[Turn]) -> None:
         """Have a message answered after earlier turns; it joins them if there is an answer."""
         try:
-            kept, prompt = self._fit(question, earlier)
+            kept, prompt = self._talk.prompt(question, earlier, self._settings)
             request = self._request(question, prompt)
             self.engine.add(request)
         except (RequestError, CheckpointError) as error:
             self.console.note(one_line(f"not sent: {error}"))
             return
         self._asked = question
-        if len(kept) < len(earlier):
-            self._turns = self._turns[len(earlier) - len(kept) :]
-            self._note_dropped(len(earlier) - len(kept))
+        self._drop(len(earlier) - len(kept))
         answer = self._stream(request)
         self._answers.append(answer)
         completion = answer.completion
-        if completion is not None and not self._settings.stop:  # a stop text is in the tokens only
+        if completion is not None and not request.params.stop:  # a stop text is in the tokens only
             text = prompt.text + self.format.hide_answer(answer.text)
-            self._known.append(_Written(text, prompt.ids + completion.token_ids))
+            self._talk.remember(Written(text, prompt.ids + completion.token_ids))
         remark = self._remark(answer)
         if answer.content or (completion is not None and completion.finish_reason == "stop"):
             reply = {"role": "assistant", "content": answer.content}
             if answer.thought:
                 reply["reasoning_content"] = answer.thought.strip()
-            self._turns = [*kept, _Turn(question, reply)]
-        elif question.attempt and len(self._turns) > len(kept):
+            self._talk.turns = [*kept, Turn(question, reply)]
+        elif len(self._talk.turns) > len(kept):
             remark += "; the answer before stays"
         else:
             remark += "; without an answer the question is forgotten, too"
         self.console.end_answer(remark)
 
-    def _note_dropped(self, number: int) -> None:
-        oldest = "the oldest turn was" if number == 1 else f"the {number} oldest turns were"
-        self.console.note(
-            f"{oldest} dropped: the context of {self.engine.max_seq_len:,} tokens is full"
-        )
+    def _drop(self, number: int) -> None:
+        """Drop so many of the oldest turns."""
+        if number:
+            self._talk.turns = self._talk.turns[number:]
+            oldest = "the oldest turn was" if number == 1 else f"the {number} oldest turns were"
+            limit = self.engine.max_seq_len
+            self.console.note(f"{oldest} dropped: the context of {limit:,} tokens is full")
 
-    def _fit(self, question: _Question, earlier: list[_Turn]) -> tuple[list[_Turn], _Written]:
-        """Return the turns to keep before a message, and the prompt.
-
-        A full context is emptied down to its half: further turns find room then, and the part of
-        their prompts that is in the cache.
-        """
-        limit = self.engine.max_seq_len
-        prompt = self._write(question, earlier)
-        asked = self._settings.request([], "").params.max_tokens
-        if self.on_full == "stop" or len(prompt.ids) + min(asked, limit // _ROOM) <= limit:
-            return earlier, prompt
-
-        def fits(first: int) -> bool:
-            return len(self._write(question, earlier[first:]).ids) <= limit // 2
-
-        kept = earlier[bisect_left(range(len(earlier)), True, key=fits) :]
-        return kept, self._write(question, kept)
-
-    def _write(self, question: _Question, earlier: Sequence[_Turn]) -> _Written:
-        """Write a conversation up to the answer to a message.
-
-        Of a prompt with its answer, the tokens stay: the text of an answer may have others than the
-        model chose, and it is those that are in the cache.
-        """
-        messages = [message for turn in earlier for message in turn.messages]
-        messages.append({"role": "user", "content": question.text})
-        asked = self._settings.request(messages, "")
-        assert asked.messages is not None
-        text = self.format.render(asked.messages, bool(asked.thinking))
-        for known in reversed(self._known):
-            if text.startswith(known.text):
-                rest = self.format.encode(text.removeprefix(known.text))
-                return _Written(text, known.ids + rest)
-        return _Written(text, self.format.encode(text))
-
-    def _request(self, question: _Question, prompt: _Written) -> Request:
+    def _request(self, question: Question, prompt: Written) -> Request:
         """Return the engine's request for the answer to a message."""
-        limit = self.engine.max_seq_len
-        if len(prompt.ids) >= limit:
-            alone = self.on_full == "drop" or not self._turns
-            what = "it has" if alone else "the conversation with it has"
-            way_out = "it must be shorter"
-            if not alone:
-                way_out = "/clear begins a new one, --on-full drop drops the oldest turns"
-            raise RequestError(
-                f"{what} {len(prompt.ids):,} tokens and the context holds {limit:,}, question and "
-                f"answer together; {way_out}"
-            )
-        asked = self._settings.request([], f"chat-{question.number}")
-        name = f"{self._conversation}.{question.number}"
+        asked = self._settings.request([], f"chat-{question.key}")
+        name, limit = f"{self._name}.{question.number}", self.engine.max_seq_len
         request = token_requests(asked, prompt.ids, name, limit, self.engine.vocab_size)[0]
-        return replace(
-            request, conversation_id=self._conversation, answer=question.attempt, is_chat=True
-        )
+        return replace(request, conversation_id=self._name, answer=question.attempt)
 
     def _stream(self, request: Request) -> _Answer:
         """Show the answer as it is made, until it ends or the user has enough."""
@@ -340,10 +263,8 @@ class Chat:
         return f"cut at {answer.num_tokens:,} tokens; /set max_tokens allows more"
 
     def _clear(self) -> None:
-        self.engine.drop_conversation(self._conversation)
-        self._turns, self._asked = [], None
-        self._known.clear()
-        self._num_conversations += 1
+        self.engine.drop_conversation(self._name)
+        self._begin()
         self.console.note("a new conversation")
 
     def _set(self, text: str) -> None:
@@ -361,7 +282,7 @@ class Chat:
             self.console.note(one_line(f"not set: {error}"))
             return
         if value and name == "seed":  # the same messages get the same answers from here
-            self._num_questions = 0
+            self._num_keys = 0
         self.console.note(f"{name}: {self._settings.shown(name)}")
         if value and name == "thinking":
             self._remark_thinking()
@@ -382,7 +303,7 @@ class Chat:
             self.console.note("no answers yet")
             return
         last, metrics = self._answers[-1], self.engine.metrics
-        context = last.prompt_len + last.num_tokens if self._turns else 0
+        context = last.prompt_len + last.num_tokens if self._talk.turns else 0
         filled = metrics.pages_used + metrics.pages_idle
         cached = self.engine.cache_tokens * filled // max(1, filled + metrics.pages_free)
         summed = ("prompt_len", "computed", "reused", "num_tokens", "seconds")

@@ -10,7 +10,8 @@ import pytest
 
 from dsv3.observe.metrics import Metrics
 from dsv3.request import Completion, Request, RequestOutput
-from dsv3.serve.chat import Chat, OnFull
+from dsv3.serve.chat import Chat
+from dsv3.serve.conversation import OnFull
 from dsv3.text.chat import ChatFormat
 from dsv3.text.defaults import Defaults, Sampling
 from dsv3.text.tokenizer import Tokenizer
@@ -401,8 +402,9 @@ def test_set_shows_all_values() -> None:
 
 
 def test_a_seed_that_is_set_gives_the_same_answers_again() -> None:
-    lines = ["/set seed 5", "Hi.", "And?", "/clear", "/set seed 5", "Hi.", "/set seed 6", "Hi."]
+    lines = ["/set seed 5", "Hi.", "And?", "/set seed 5", "Ho.", "/undo", "/set seed 6", "Hm."]
     engine, _ = talk(lines, [["Yes."]] * 4)
+    assert [text in engine.prompts[3] for text in ("Hi.", "And?", "Ho.")] == [True, True, False]
     seeds = [request.params.seed for request in engine.requests]
     assert seeds[0] == seeds[2]
     assert len(set(seeds)) == 3
