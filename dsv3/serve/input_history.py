@@ -18,7 +18,7 @@ def history_path() -> Path | None:
     """Return the file under the user's state directory; None if the user has no home."""
     state = os.environ.get("XDG_STATE_HOME", "")
     if not os.path.isabs(state):  # as its specification asks
-        state = os.path.expanduser("~/.local/state")
+        state = os.path.join(os.environ.get("HOME", ""), ".local", "state")
     return Path(state, "dsv3", "chat_history") if os.path.isabs(state) else None
 
 
@@ -66,7 +66,7 @@ class InputHistory:
 
 
 def _lock(file: int) -> None:
-    """Wait a moment for other chats; go on without a lock where there is none to be had."""
+    """Wait a moment for other chats; some file systems have no locks."""
     deadline = time.monotonic() + _LOCK_SECONDS
     while True:
         try:
@@ -75,7 +75,7 @@ def _lock(file: int) -> None:
             if time.monotonic() > deadline:
                 raise
         except OSError:
-            return None  # not every file system has locks
+            return None
         time.sleep(0.01)
 
 
