@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,11 +44,13 @@ from dsv3.parallel.together import fail_together
 from dsv3.read_files import read_bytes
 from dsv3.serve.batch import BatchSummary, prewarm_prompts, run_batch
 from dsv3.serve.chat import Chat
+from dsv3.serve.console import open_console
+from dsv3.serve.conversation import OnFull
 from dsv3.serve.exporter import serve_metrics
+from dsv3.serve.input_history import InputHistory, history_path
 from dsv3.serve.one_shot import Prompt, answer_prompt, read_prompt
 from dsv3.serve.progress import Progress
 from dsv3.serve.sinks import JournalSink, TextSink
-from dsv3.serve.terminal import open_console
 from dsv3.setting_names import flag
 from dsv3.text.batch_file import BatchInput
 from dsv3.text.chat import AnyFormat, ChatFormat, UnusableFormat
@@ -67,6 +69,10 @@ def parse_args() -> argparse.Namespace:
     parser = Parser(description=(__doc__ or "").split("\n")[0])
     what = parser.add_argument_group("what to answer")
     what.add_argument("--interactive", action="store_true", help="chat on the terminal")
+    text = "when a chat's context is full: drop the oldest turns (default), or stop"
+    what.add_argument("--on-full", choices=("drop", "stop"), help=text)
+    text = "keep no messages of chats for the arrow keys of later ones"
+    what.add_argument("--no-history", action="store_true", help=text)
     text = "answer this on standard output; also read from a pipe if nothing else is asked for"
     what.add_argument("--prompt", action="append", help=text)
     what.add_argument("--input-file", help="prompts, one a line, or OpenAI Batch JSONL (-: stdin)")
@@ -144,6 +150,9 @@ def check_more_flags(args: argparse.Namespace) -> None:
         raise ConfigError("standard output is closed; give --output-file for the answers")
     if args.overwrite and not args.output_file:
         raise ConfigError("--overwrite starts an --output-file anew; there is none")
+    for name, value in (("--on-full", args.on_full), ("--no-history", args.no_history)):
+        if value and not args.interactive:
+            raise ConfigError(f"{name} is for a chat; add --interactive, or leave it out")
     if args.prompt_separator and not (args.input_file or args.prewarm):
         raise ConfigError("--prompt-separator is for an --input-file or --prewarm; there is none")
     if args.hardware != "measure" and not args.profile:
@@ -161,6 +170,8 @@ class Job:
     prewarm: BatchInput | None = None
     journal: Journal | None = None
     metrics_port: int | None = None
+    on_full: OnFull = "drop"
+    history: InputHistory = field(default_factory=lambda: InputHistory(None))
 
 
 def prepare_format(
@@ -220,7 +231,15 @@ def prepare(
         prompt = None
         if not args.interactive:
             prompt = Prompt(args.prompt[0]) if args.prompt else read_prompt()
-        return Job(defaults, chat_format, prompt, prewarm=prewarm, metrics_port=args.metrics_port)
+        return Job(
+            defaults,
+            chat_format,
+            prompt,
+            prewarm=prewarm,
+            metrics_port=args.metrics_port,
+            on_full=args.on_full or "drop",
+            history=InputHistory(None if args.no_history else history_path()),
+        )
     check_conversations(rows, chat_format)
     journal = None
     if args.output_file:
@@ -251,8 +270,8 @@ def say_ignored(args: argparse.Namespace, inputs: list[BatchInput]) -> None:
 def chat(job: Job, engine: Engine, name: str) -> None:
     """Talk until the user leaves."""
     assert isinstance(job.chat_format, ChatFormat)
-    with open_console() as console:
-        Chat(engine, job.chat_format, job.defaults, console).run(name)
+    with open_console(job.history) as console:
+        Chat(engine, job.chat_format, job.defaults, console, job.on_full).run(name)
 
 
 def answer(job: Job, engine: Engine) -> BatchSummary:

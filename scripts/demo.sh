@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/venv.sh
-install_dsv3 ""
+install_dsv3 "[chat]"
 
 generate() {
     OMP_NUM_THREADS=1 .venv/bin/torchrun --standalone --nproc-per-node 2 launch/generate.py "$@"

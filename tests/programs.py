@@ -1,5 +1,6 @@
 """Runs our programs as a user does: under torchrun or alone, at a terminal or through pipes."""
 
+import codecs
 import contextlib
 import fcntl
 import os
@@ -7,18 +8,23 @@ import pty
 import re
 import select
 import signal
+import struct
 import subprocess
 import sys
 import termios
 import time
+from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+from prompt_toolkit.utils import get_cwidth
 
 ROOT = Path(__file__).resolve().parents[1]
 GENERATE = str(ROOT / "launch" / "generate.py")
 ALONE = [sys.executable]
 HANG_SECONDS = 120.0  # nothing here takes a tenth of it
+_OUTPUT = re.compile(r"\x1b\[(?P<number>\d*)[\d;?]*(?P<command>[A-Za-z])|\x1b[^\[]|[^\x1b]")
 
 
 def torchrun(num_ranks: int) -> list[str]:
@@ -29,7 +35,8 @@ def torchrun(num_ranks: int) -> list[str]:
 def environment() -> dict[str, str]:
     """What a user's shell has: no kernel runs in Triton's interpreter there."""
     usual = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return usual | {"OMP_NUM_THREADS": "1", "TERM": "xterm"}
+    own = {"OMP_NUM_THREADS": "1", "TERM": "xterm"}
+    return usual | own | {"XDG_STATE_HOME": os.devnull}  # not the state of who runs the tests
 
 
 def run(command: list[str], stdin: str = "", **more: object) -> "subprocess.CompletedProcess[str]":
@@ -72,25 +79,81 @@ def end(process: "subprocess.Popen[bytes]") -> None:
     process.wait()
 
 
+class Screen:
+    """What a terminal without end shows: lines do not wrap, and none are scrolled away."""
+
+    def __init__(self) -> None:
+        self._lines: list[list[str]] = [[]]  # of cells; a wide character has an empty one behind
+        self._row, self._column, self._rest = 0, 0, ""
+
+    @property
+    def text(self) -> str:
+        self._cells(self._column)
+        return "\n".join("".join(line) for line in self._lines)
+
+    def write(self, text: str) -> None:
+        text, at = self._rest + text, 0
+        while match := _OUTPUT.match(text, at):
+            at = match.end()
+            if match["command"]:
+                self._obey(match["command"], int(match["number"] or 0))
+            elif match[0] == "\n":
+                self._row += 1
+                self._cells(0)
+            elif match[0] == "\r":
+                self._column = 0
+            elif not match[0].startswith("\x1b"):
+                self._put(match[0])
+        self._rest = text[at:]
+
+    def _cells(self, number: int) -> list[str]:
+        """Return the cells of the cursor's line; there are at least so many."""
+        self._lines += [[] for _ in range(self._row + 1 - len(self._lines))]
+        line = self._lines[self._row]
+        line += " " * (number - len(line))
+        return line
+
+    def _put(self, char: str) -> None:
+        line, width = self._cells(self._column), get_cwidth(char)
+        if width:
+            line[self._column : self._column + width] = [char, *[""] * (width - 1)]
+            self._column += width
+        else:
+            line[self._column - 1] += char
+
+    def _obey(self, command: str, number: int) -> None:
+        if command == "A":
+            self._row = max(0, self._row - max(1, number))
+        elif command in "CD":
+            step = max(1, number) * (1 if command == "C" else -1)
+            self._column = max(0, self._column + step)
+        elif command in "JK":
+            del self._cells(0)[self._column :]
+            if command == "J":
+                del self._lines[self._row + 1 :]
+
+
 class AtTerminal:
     """A program in the foreground of a terminal, as a shell would start it there.
 
     Attributes:
-        seen: everything it has written, without the commands to the terminal.
+        seen: everything that it has left on the screen.
+        raw: everything that it has written.
     """
 
-    def __init__(self, command: list[str]) -> None:
+    def __init__(self, command: list[str], **variables: str) -> None:
         self._master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, b"\x28\0\x50\0\0\0\0\0")  # 40 lines of 80
         self._slave = slave  # stays open, so that the terminal outlives the program
         self._modes = termios.tcgetattr(slave)
-        self._at, self.seen = 0, ""
+        self._at, self._screen, self.seen, self.raw = 0, Screen(), "", ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.process = subprocess.Popen(
             command,
             stdin=slave,
             stdout=slave,
             stderr=slave,
-            env=environment(),
+            env=environment() | variables,
             cwd=ROOT,
             start_new_session=True,
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # signals go to its group
@@ -110,18 +173,29 @@ class AtTerminal:
         os.close(self._slave)
 
     def type(self, keys: str) -> None:
-        os.write(self._master, keys.encode())
+        data = keys.encode()
+        while data:  # it may wait for us to read
+            data = data[os.write(self._master, data[:500]) :]
+            while data and self._read(0.0):
+                pass
+
+    def resize(self, columns: int) -> None:
+        """Change the width; the kernel tells the program."""
+        size = struct.pack("HHHH", 40, columns, 0, 0)
+        fcntl.ioctl(self._master, termios.TIOCSWINSZ, size)
 
     def wait_for(self, text: str) -> str:
-        """Wait until the program writes this; return what it wrote since the last call."""
+        """Wait until this is on the screen; return what has come there since the last call.
+
+        The line that the last call ended in counts anew: typed text is added to it.
+        """
         deadline = time.monotonic() + HANG_SECONDS
-        while text not in self.seen[self._at :]:
+        while text not in self.seen[(begin := self.seen.rfind("\n", 0, self._at) + 1) :]:
             assert time.monotonic() < deadline, f"no {text!r} after:\n{self.seen[-2000:]}"
             assert self.process.poll() is None or self._read(), f"ended:\n{self.seen[-2000:]}"
             self._read()
-        end = self.seen.index(text, self._at) + len(text)
-        before, self._at = self.seen[self._at : end], end
-        return before
+        self._at = self.seen.index(text, begin) + len(text)
+        return self.seen[begin : self._at]
 
     def wait(self) -> int:
         """Wait for the end of the program; return its exit code."""
@@ -140,9 +214,13 @@ class AtTerminal:
             time.sleep(0.05)
         return True
 
-    def _read(self) -> bool:
-        if not select.select([self._master], [], [], 0.1)[0]:
+    def _read(self, seconds: float = 0.1) -> bool:
+        if not select.select([self._master], [], [], seconds)[0]:
             return False
-        text = os.read(self._master, 65536).decode(errors="replace")
-        self.seen += re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r", "")
+        text = self._decoder.decode(os.read(self._master, 65536))
+        self.raw += text
+        self._screen.write(text)
+        before, self.seen = self.seen[: self._at], self._screen.text
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(before, self.seen, strict=False))
+        self._at = sum(1 for _ in same)  # the end may have been drawn anew
         return True

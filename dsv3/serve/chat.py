@@ -2,26 +2,33 @@
 
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from difflib import get_close_matches
 
 from dsv3.engine.engine import Engine
-from dsv3.errors import CheckpointError, RequestError, one_line
+from dsv3.errors import CheckpointError, RequestError, one_line, shorten
 from dsv3.request import Completion, Request, RequestOutput
+from dsv3.serve.conversation import Conversation, OnFull, Question, Turn, Written
+from dsv3.serve.settings import NAMES, Settings, known_name, split_setting
 from dsv3.serve.terminal import Console
 from dsv3.text.chat import ChatFormat
-from dsv3.text.defaults import TURN_DEFAULTS, Defaults
-from dsv3.text.openai_format import plain_request
+from dsv3.text.defaults import Defaults
 from dsv3.text.text_request import token_requests
 from dsv3.text.thoughts import Piece, ThoughtStream
 
 HELP = """\
-/clear         begin a new conversation
-/system TEXT   set the system message (/system shows it, /system - removes it)
-/stats         tokens, speed, room in the context
-/help          this list
-/exit          leave; also Ctrl-D
-Ctrl-C stops an answer. A message may begin with / if a space goes before it."""
+/clear            begin a new conversation
+/undo             forget the last message and its answer
+/regenerate       answer the last message again
+/set NAME VALUE   change temperature, top_p, seed ...; - is the first value
+                  (/set alone shows all)
+/system TEXT      set the system message; - removes it (/system alone shows it)
+/stats            tokens, speed, room in the context
+/help             this list
+/exit             leave; also Ctrl-D
+A message may begin with / if a space goes before it.
+"""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -68,18 +75,25 @@ class Chat:
         format: writes conversations.
         defaults: sampling, thinking and the system message.
         console: the user's side.
+        on_full: drop the oldest turns when the context is full, or stop.
     """
 
     engine: Engine
     format: ChatFormat
     defaults: Defaults
     console: Console
-    _messages: list[dict[str, Any]] = field(default_factory=list)
+    on_full: OnFull = "drop"
+    _settings: Settings = field(init=False)
+    _talk: Conversation = field(init=False)
+    _asked: Question | None = None
     _answers: list[_Answer] = field(default_factory=list)
-    _num_conversations: int = 1
-    _num_turns: int = 0
-    # A prompt with its answer, as text and as tokens: the beginning of the next prompt.
-    _known: tuple[str, list[int]] = ("", [])
+    _num_conversations: int = 0
+    _num_questions: int = 0
+    _num_keys: int = 0
+
+    def __post_init__(self) -> None:
+        self._settings = Settings(self.defaults)
+        self._begin()
 
     def run(self, model: str) -> None:
         """Greet in the name of the model; answer until the user leaves."""
@@ -87,91 +101,114 @@ class Chat:
             f"{model}, context of {self.engine.max_seq_len:,} tokens; /help lists the commands, "
             "Ctrl-D leaves"
         )
-        if remark := self.format.thinking_remark(self.defaults.thinking or None):
-            self.console.note(remark)
-        while (line := self.console.read()) is not None:
-            command = re.fullmatch(r"(/[a-zA-Z]*)(?:\s+(.*))?", line.rstrip(), re.DOTALL)
+        self._remark_thinking()
+        while (message := self.console.read()) is not None:
+            command = re.fullmatch(r"(/[a-zA-Z]*)(?:\s+(.*))?", message.rstrip(), re.DOTALL)
             if command is None:
-                self._turn(line.strip())
-            elif not self._obey(command[1].lower(), command[2] or ""):
+                self._say(message)
+            elif command[1].lower() == "/exit":
                 return
+            else:
+                self._obey(command[1].lower(), command[2] or "")
 
-    def _obey(self, command: str, text: str) -> bool:
-        """Do what a command says; return whether the chat goes on."""
-        if command == "/clear":
-            self._clear()
-        elif command == "/system":
-            self._system(text.strip())
-        elif command == "/stats":
-            self._stats()
-        elif command == "/help":
-            self.console.show(HELP)
-        elif command != "/exit":
-            self.console.note(f"{command} is not a command; /help lists them")
-        return command != "/exit"
+    def _obey(self, command: str, text: str) -> None:
+        commands: dict[str, Callable[[str], None]] = {
+            "/clear": lambda _: self._clear(),
+            "/undo": lambda _: self._undo(),
+            "/regenerate": lambda _: self._regenerate(),
+            "/set": self._set,
+            "/system": lambda text: self._system(text.strip()),
+            "/stats": lambda _: self._stats(),
+            "/help": lambda _: self.console.show(HELP + self.console.help),
+        }
+        if command in commands:
+            commands[command](text)
+            return
+        close = get_close_matches(command, [*commands, "/exit"], n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        self.console.note(f"{command} is not a command{hint}; /help lists them")
 
     @property
-    def _conversation(self) -> str:
+    def _name(self) -> str:
+        """The name of the conversation."""
         return f"chat-{self._num_conversations}"
 
-    def _turn(self, text: str) -> None:
-        if not text:
+    def _begin(self) -> None:
+        self._talk = Conversation(self.format, self.engine.max_seq_len, self.on_full)
+        self._asked = None
+        self._num_conversations += 1
+
+    def _say(self, text: str) -> None:
+        if text.strip():
+            self._num_questions += 1
+            self._num_keys += 1
+            self._ask(Question(text, self._num_questions, self._num_keys), self._talk.turns)
+
+    def _regenerate(self) -> None:
+        """Answer the last message again, with other random numbers."""
+        if self._asked is None:
+            self.console.note("there is no message to answer again")
             return
-        asked = [*self._messages, {"role": "user", "content": text}]
-        self._num_turns += 1
+        if not self._settings.request([], "").params.temperature:
+            self.console.note("the temperature is 0: the answer will be the same")
+        question = replace(self._asked, attempt=self._asked.attempt + 1)
+        self._ask(question, self._before(question))
+
+    def _undo(self) -> None:
+        """Forget the last message, with its answer if it has one."""
+        if self._asked is None:
+            self.console.note("there is nothing to undo")
+            return
+        self.console.note(f"forgotten: {one_line(shorten(self._asked.text))}")
+        turns = self._talk.turns = self._before(self._asked)
+        self._asked = turns[-1].question if turns else None
+
+    def _before(self, question: Question) -> list[Turn]:
+        return [turn for turn in self._talk.turns if turn.question.number < question.number]
+
+    def _ask(self, question: Question, earlier: list[Turn]) -> None:
+        """Have a message answered after earlier turns; it joins them if there is an answer."""
         try:
-            prompt, request = self._request(asked)
+            kept, prompt = self._talk.prompt(question, earlier, self._settings)
+            request = self._request(question, prompt)
             self.engine.add(request)
         except (RequestError, CheckpointError) as error:
             self.console.note(one_line(f"not sent: {error}"))
             return
+        self._asked = question
+        self._drop(len(earlier) - len(kept))
         answer = self._stream(request)
         self._answers.append(answer)
         completion = answer.completion
-        if completion is None:
-            self._known = ("", [])
-        else:
-            text = prompt + self.format.hide_answer(answer.text)
-            self._known = (text, request.prompt_ids + completion.token_ids)
+        if completion is not None and not request.params.stop:  # a stop text is in the tokens only
+            text = prompt.text + self.format.hide_answer(answer.text)
+            self._talk.remember(Written(text, prompt.ids + completion.token_ids))
         remark = self._remark(answer)
         if answer.content or (completion is not None and completion.finish_reason == "stop"):
-            said = {"role": "assistant", "content": answer.content}
+            reply = {"role": "assistant", "content": answer.content}
             if answer.thought:
-                said["reasoning_content"] = answer.thought.strip()
-            self._messages = [*asked, said]
+                reply["reasoning_content"] = answer.thought.strip()
+            self._talk.turns = [*kept, Turn(question, reply)]
+        elif len(self._talk.turns) > len(kept):
+            remark += "; the answer before stays"
         else:
             remark += "; without an answer the question is forgotten, too"
         self.console.end_answer(remark)
 
-    def _request(self, messages: list[dict[str, Any]]) -> tuple[str, Request]:
-        """Return the prompt of the next answer as text, and the request."""
-        name = f"chat-{self._num_turns}"
-        asked = plain_request(messages, name, self.defaults, TURN_DEFAULTS)
-        assert asked.messages is not None
-        prompt = self.format.render(asked.messages, bool(asked.thinking))
-        ids = self._encode(prompt)
-        limit = self.engine.max_seq_len
-        if len(ids) >= limit:
-            what = "the conversation with it has" if self._messages else "it has"
-            way_out = "/clear begins a new one" if self._messages else "it must be shorter"
-            raise RequestError(
-                f"{what} {len(ids):,} tokens and the context holds {limit:,}, question and "
-                f"answer together; {way_out}"
-            )
-        name = f"{self._conversation}.{self._num_turns}"
-        request = token_requests(asked, ids, name, limit, self.engine.vocab_size)[0]
-        return prompt, replace(request, conversation_id=self._conversation)
+    def _drop(self, number: int) -> None:
+        """Drop so many of the oldest turns."""
+        if number:
+            self._talk.turns = self._talk.turns[number:]
+            oldest = "the oldest turn was" if number == 1 else f"the {number} oldest turns were"
+            limit = self.engine.max_seq_len
+            self.console.note(f"{oldest} dropped: the context of {limit:,} tokens is full")
 
-    def _encode(self, prompt: str) -> list[int]:
-        """Make the tokens of a prompt; keep those it shares with the last one and its answer.
-
-        The text of an answer may have other tokens than those the model chose, and it is those
-        that are in the cache.
-        """
-        text, ids = self._known
-        if text and prompt.startswith(text):
-            return ids + self.format.encode(prompt.removeprefix(text))
-        return self.format.encode(prompt)
+    def _request(self, question: Question, prompt: Written) -> Request:
+        """Return the engine's request for the answer to a message."""
+        asked = self._settings.request([], f"chat-{question.key}")
+        name, limit = f"{self._name}.{question.number}", self.engine.max_seq_len
+        request = token_requests(asked, prompt.ids, name, limit, self.engine.vocab_size)[0]
+        return replace(request, conversation_id=self._name, answer=question.attempt)
 
     def _stream(self, request: Request) -> _Answer:
         """Show the answer as it is made, until it ends or the user has enough."""
@@ -219,19 +256,46 @@ class Chat:
         if answer.completion.finish_reason != "length":
             return ""
         if answer.prompt_len + answer.num_tokens >= limit:
-            return f"the context of {limit:,} tokens is full; /clear begins a new conversation"
-        return f"cut at {answer.num_tokens:,} tokens; --max-new-tokens allows more"
+            way_out = "/clear begins a new conversation"
+            if self.on_full == "drop":
+                way_out = "the next message drops the oldest turns"
+            return f"the context of {limit:,} tokens is full; {way_out}"
+        return f"cut at {answer.num_tokens:,} tokens; /set max_tokens allows more"
 
     def _clear(self) -> None:
-        self.engine.drop_conversation(self._conversation)
-        self._messages, self._known = [], ("", [])
-        self._num_conversations += 1
+        self.engine.drop_conversation(self._name)
+        self._begin()
         self.console.note("a new conversation")
+
+    def _set(self, text: str) -> None:
+        """Change a value, or show one or all."""
+        name, value = split_setting(text)
+        if not name:
+            self.console.show("\n".join(f"{n:<20}{self._settings.shown(n)}" for n in NAMES))
+            return
+        try:
+            name = known_name(name)
+            if value:
+                first = Settings(self.defaults)
+                self._settings = self._settings.with_value(name, value, first)
+        except RequestError as error:
+            self.console.note(one_line(f"not set: {error}"))
+            return
+        if value and name == "seed":  # the same messages get the same answers from here
+            self._num_keys = 0
+        self.console.note(f"{name}: {self._settings.shown(name)}")
+        if value and name == "thinking":
+            self._remark_thinking()
+
+    def _remark_thinking(self) -> None:
+        if remark := self.format.thinking_remark(self._settings.defaults.thinking or None):
+            self.console.note(remark)
 
     def _system(self, text: str) -> None:
         if text:
-            self.defaults = replace(self.defaults, system=None if text == "-" else text)
-        system = self.defaults.system
+            defaults = replace(self._settings.defaults, system=None if text == "-" else text)
+            self._settings = replace(self._settings, defaults=defaults)
+        system = self._settings.defaults.system
         self.console.note(f"system message: {system}" if system else "no system message")
 
     def _stats(self) -> None:
@@ -239,7 +303,7 @@ class Chat:
             self.console.note("no answers yet")
             return
         last, metrics = self._answers[-1], self.engine.metrics
-        context = last.prompt_len + last.num_tokens if self._messages else 0
+        context = last.prompt_len + last.num_tokens if self._talk.turns else 0
         filled = metrics.pages_used + metrics.pages_idle
         cached = self.engine.cache_tokens * filled // max(1, filled + metrics.pages_free)
         summed = ("prompt_len", "computed", "reused", "num_tokens", "seconds")

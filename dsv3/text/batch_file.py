@@ -173,7 +173,7 @@ def _read_row(
         else:
             if not text.strip("\0 \t\r\n"):  # a file system leaves such lines after a crash
                 raise RequestError("nothing but NUL characters")
-            messages = [{"role": "user", "content": text.strip()}]  # as in DeepSeek's generate.py
+            messages = [{"role": "user", "content": text.rstrip("\r\n")}]
             request = plain_request(messages, custom_id, defaults, LINE_DEFAULTS)
         return Row(number=number, custom_id=custom_id, request=request, digest=request.digest())
     except RequestError as reason:

@@ -47,7 +47,7 @@ def prompts(rows: list[Row]) -> list[tuple[str, Any]]:
 
 def test_one_prompt_a_line(path: Path) -> None:
     rows = read(path, "\n  What?  \r\n\n{not json}\nlast")
-    assert prompts(rows) == [("line-2", "What?"), ("line-4", "{not json}"), ("line-5", "last")]
+    assert prompts(rows) == [("line-2", "  What?  "), ("line-4", "{not json}"), ("line-5", "last")]
 
 
 def test_prompts_separated_by_blank_lines(path: Path) -> None:

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from dsv3.engine.metrics import Metrics
 from dsv3.request import Completion, Request, RequestOutput
 from dsv3.serve.chat import Chat
+from dsv3.serve.conversation import OnFull
 from dsv3.text.chat import ChatFormat
 from dsv3.text.defaults import Defaults, Sampling
 from dsv3.text.tokenizer import Tokenizer
@@ -82,6 +84,8 @@ class ToldEngine:
 class ListConsole:
     """Says the lines of a list, and notes all that it is shown."""
 
+    help = "how to type"
+
     def __init__(self, engine: ToldEngine, lines: Sequence[str]) -> None:
         self._engine, self._lines = engine, deque(lines)
         self.answers: list[str] = [""]
@@ -116,6 +120,7 @@ def talk(
     answers: Sequence[Sequence[str]] = (),
     template: str | None = None,
     max_seq_len: int = 1000,
+    on_full: OnFull = "drop",
     **defaults: object,
 ) -> tuple[ToldEngine, ListConsole]:
     """Have a chat; return what the engine heard and what the user saw."""
@@ -124,7 +129,7 @@ def talk(
     engine = ToldEngine(answers, max_seq_len)
     console = ListConsole(engine, lines)
     settings = replace(Defaults(flags=Sampling(temperature=0.0)), **defaults)
-    Chat(engine, ChatFormat(tokenizer), settings, console).run("demo")
+    Chat(engine, ChatFormat(tokenizer), settings, console, on_full).run("demo")
     return engine, console
 
 
@@ -237,15 +242,194 @@ def test_a_full_context_is_said_in_words() -> None:
         ["I am Anna.", "Who am I?", "/clear", "Hi.", "long " * 40],
         [["word " * 60], ["Hello."]],
         max_seq_len=40,
+        on_full="stop",
     )
     assert len(engine.requests) == 2
     full, refused, _, too_long = console.shown[1:]
     assert full == "the context of 40 tokens is full; /clear begins a new conversation"
     assert refused.startswith("not sent: the conversation with it has ")
     assert refused.endswith(
-        "the context holds 40, question and answer together; /clear begins a new one"
+        "the context holds 40, question and answer together; /clear begins a new one, --on-full "
+        "drop drops the oldest turns"
     )
-    assert too_long.endswith("; /clear begins a new one")
+    assert too_long.endswith(", --on-full drop drops the oldest turns")
+
+
+@pytest.mark.parametrize("answer", ["word " * 6, "Hm."])
+def test_the_oldest_turns_are_dropped_from_a_full_context(answer: str) -> None:
+    lines = [f"Message {i}?" for i in range(30)]
+    engine, console = talk(lines, [[answer]] * 30, max_seq_len=200, system="Be brief.")
+    dropped = [i for i, text in enumerate(console.shown) if "dropped" in text]
+    assert dropped
+    assert len(dropped) < 8  # several turns at once: most prompts begin as the one before
+    assert console.shown[dropped[0]].endswith(" dropped: the context of 200 tokens is full")
+    sizes = [len(request.prompt_ids) for request in engine.requests]
+    assert len(sizes) == 30
+    assert max(sizes) <= 175  # an eighth is for the answer
+    falls = [after for before, after in pairwise(sizes) if after < before]
+    assert len(falls) == len(dropped)
+    assert all(60 < after <= 100 for after in falls)
+    for i, prompt in enumerate(engine.prompts):
+        assert prompt.startswith("<｜begin▁of▁sentence｜>Be brief.<｜User｜>Message ")
+        assert prompt.endswith(f"<｜User｜>Message {i}?<｜Assistant｜>")
+
+
+def test_an_answer_that_fills_the_context_is_dropped_before_the_next_message() -> None:
+    lines = ["I am Anna.", "Who am I?", "long " * 60, "Hi."]
+    engine, console = talk(lines, [["word " * 60], ["You."], ["Hello."]], max_seq_len=40)
+    full, dropped, too_long = console.shown[1:]
+    assert full == "the context of 40 tokens is full; the next message drops the oldest turns"
+    assert dropped == "the oldest turn was dropped: the context of 40 tokens is full"
+    assert too_long.startswith("not sent: it has ")
+    assert "Who am I?" in engine.prompts[2]  # a message that is too long drops nothing
+
+
+def test_a_message_is_sent_as_it_was_typed() -> None:
+    lines = ["\tall:\n\t\tgcc a.c\n", " \t\n", "  Is that right? "]
+    engine, _ = talk(lines, [["It is."], ["It is."]])
+    assert engine.prompts[0].endswith("<｜User｜>\tall:\n\t\tgcc a.c\n<｜Assistant｜>")
+    assert engine.prompts[1].endswith("<｜User｜>  Is that right? <｜Assistant｜>")
+
+
+def test_regenerate_answers_again_with_other_random_numbers() -> None:
+    answers = [["Noted."], ["You?"], ["Anna."], ["Anna!"], ["Fine."]]
+    lines = ["/regenerate", "I am Anna.", "Who am I?", "/regenerate", "/regenerate", "Good."]
+    engine, console = talk(lines, answers, flags=Sampling(temperature=1.0))
+    assert console.shown[1] == "there is no message to answer again"
+    second, third, fourth = engine.requests[1:4]
+    assert second.prompt_ids == third.prompt_ids == fourth.prompt_ids
+    assert [second.answer, third.answer, fourth.answer] == [0, 1, 2]
+    assert second.params == third.params
+    assert "Anna!" in engine.prompts[4]
+    assert "You?" not in engine.prompts[4]
+
+
+def test_regenerate_at_temperature_zero_says_that_nothing_changes() -> None:
+    _, console = talk(["Hi.", "/regenerate"], [["Yes."], ["Yes."]])
+    assert console.shown[1] == "the temperature is 0: the answer will be the same"
+    _, console = talk(["Hi.", "/set temperature 1", "/regenerate"], [["Yes."], ["No."]])
+    assert console.shown[1:] == ["temperature: 1"]
+
+
+def test_regenerate_answers_a_question_whose_answer_was_stopped() -> None:
+    lines = ["I am Anna.", "Who am I?", "/regenerate", "/regenerate", "Sure?"]
+    answers = [["Noted."], [INTERRUPT], ["Anna."], [INTERRUPT], ["Yes."]]
+    engine, console = talk(lines, answers)
+    assert engine.prompts[1] == engine.prompts[2] == engine.prompts[3]
+    assert "Anna.<｜end" in engine.prompts[4]
+    assert [text for text in console.shown if text.startswith("stopped")] == [
+        "stopped; without an answer the question is forgotten, too",
+        "stopped; the answer before stays",
+    ]
+
+
+def test_undo_forgets_turns_one_by_one() -> None:
+    lines = ["I am Anna.", "Who am I?", "/undo", "Hi.", "/undo", "/undo", "/undo", "Hello."]
+    engine, console = talk(lines, [["Noted."], ["Anna."], ["Hi."], ["Hello."]])
+    assert "Who am I?" not in engine.prompts[2]
+    assert "Noted." in engine.prompts[2]
+    assert engine.prompts[3] == "<｜begin▁of▁sentence｜><｜User｜>Hello.<｜Assistant｜>"
+    forgotten = ["forgotten: Who am I?", "forgotten: Hi.", "forgotten: I am Anna."]
+    assert console.shown[1:] == [*forgotten, "there is nothing to undo"]
+
+
+def test_values_are_set_by_the_rules_of_rows() -> None:
+    lines = [
+        "/set temperature 0.7",
+        "/set top_k=3.0",
+        "/set --top-k -1",
+        "/set max-tokens 9",
+        "/set stop END",
+        "/set thinking on",
+        "Hi.",
+        "/set stop -",
+        "/set temperature -",
+        '/set stop ["a", "b"]',
+        "/set min_p",
+    ]
+    engine, console = talk(lines, [["Yes."]], THINKS)
+    params = engine.requests[0].params
+    assert (params.temperature, params.top_k, params.max_tokens) == (0.7, 0, 9)
+    assert params.stop == ("END",)
+    assert engine.prompts[0].endswith("<think>")
+    assert console.shown[1:] == [
+        "temperature: 0.7",
+        "top_k: 3",
+        "top_k: 0",
+        "max_tokens: 9",
+        'stop: ["END"]',
+        "thinking: true",
+        "stop: none",
+        "temperature: 0.0",
+        'stop: ["a", "b"]',
+        "min_p: 0.0",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("temperatur 1", "temperatur is no value of a chat; did you mean temperature?"),
+        ("xyz 1", "xyz is no value of a chat; /set shows all values"),
+        ("temperature hot", 'temperature="hot" must be a number'),
+        ("temperature NaN", "temperature=nan must be between 0 and 100"),
+        ("temperature 101", "temperature=101 must be between 0 and 100"),
+        ("temperature null", "temperature needs a value; - is the one at the start of the chat"),
+        ("max_tokens 5.5", "max_tokens=5.5 must be a whole number from 0 to 2147483647"),
+        ("top_p 0", "top_p=0 must be above 0 and at most 1"),
+        ("stop ['a']", None),
+        ('stop ["a", 5]', 'stop=["a", 5] must be a text or a list of texts, none empty'),
+        ('stop ""', 'stop="" must be a text or a list of texts, none empty'),
+        ("seed " + "9" * 20, f"seed={'9' * 20} must be a whole number from -92"),
+        ("thinking perhaps", 'thinking="perhaps" must be true or false'),
+    ],
+)
+def test_a_wrong_value_is_told_in_one_line(text: str, error: str | None) -> None:
+    _, console = talk([f"/set {text}"])
+    if error is None:
+        assert console.shown[1].startswith("stop: ")
+    else:
+        assert console.shown[1].startswith(f"not set: {error}")
+    assert len(console.shown) == 2
+
+
+def test_set_shows_all_values() -> None:
+    _, console = talk(["/set"], flags=Sampling(temperature=0.5), seed=7)
+    shown = dict(line.split(maxsplit=1) for line in console.shown[1].splitlines())
+    assert shown["temperature"] == "0.5"
+    assert shown["max_tokens"] == "all there is room for"
+    assert (shown["seed"], shown["stop"], shown["thinking"]) == ("7", "none", "false")
+
+
+def test_a_seed_that_is_set_gives_the_same_answers_again() -> None:
+    lines = ["/set seed 5", "Hi.", "And?", "/set seed 5", "Ho.", "/undo", "/set seed 6", "Hm."]
+    engine, _ = talk(lines, [["Yes."]] * 4)
+    assert [text in engine.prompts[3] for text in ("Hi.", "And?", "Ho.")] == [True, True, False]
+    seeds = [request.params.seed for request in engine.requests]
+    assert seeds[0] == seeds[2]
+    assert len(set(seeds)) == 3
+
+
+def test_a_stop_text_does_not_come_back_as_tokens() -> None:
+    class Stopping(ToldEngine):
+        def step(self) -> list[RequestOutput]:
+            outputs = super().step()
+            assert outputs[-1].completion is not None
+            outputs[-1].completion.token_ids += TOKENIZER.encode("END", False)
+            return outputs
+
+    engine = Stopping([["Noted."], ["Yes."]])
+    lines = ["/set stop END", "I am Anna.", "Really?"]
+    Chat(engine, ChatFormat(TOKENIZER), Defaults(), ListConsole(engine, lines)).run("demo")
+    assert "END" not in engine.prompts[1]
+
+
+def test_help_tells_commands_and_keys() -> None:
+    _, console = talk(["/help", "/regenrate"])
+    assert all(name in console.shown[1] for name in ("/undo", "/regenerate", "/set NAME VALUE"))
+    assert console.shown[1].endswith("how to type")
+    wrong = "/regenrate is not a command (did you mean /regenerate?); /help lists them"
+    assert console.shown[2] == wrong
 
 
 def test_a_message_longer_than_the_context_must_be_shorter() -> None:
@@ -255,10 +439,10 @@ def test_a_message_longer_than_the_context_must_be_shorter() -> None:
     assert console.shown[-1].endswith("it must be shorter")
 
 
-def test_an_answer_cut_short_says_which_flag_allows_more() -> None:
+def test_an_answer_cut_short_says_how_to_allow_more() -> None:
     flags = Sampling(max_tokens=2)
     _, console = talk(["Tell!"], [["one two"]], flags=flags)
-    assert console.shown[-1].endswith("--max-new-tokens allows more")
+    assert console.shown[-1].endswith("/set max_tokens allows more")
 
 
 def test_what_is_no_command_is_not_sent_unless_it_looks_like_text() -> None:

@@ -1,0 +1,28 @@
+"""Chooses the console of a chat."""
+
+import os
+import sys
+from contextlib import AbstractContextManager
+
+from dsv3.serve.input_history import InputHistory
+from dsv3.serve.terminal import Console, Lines
+
+_NO_EDITOR = (
+    "plain lines of at most 4,095 bytes, and Ctrl-C ends the program; "
+    "pip install 'dsv3[chat]' brings a line editor"
+)
+
+
+def open_console(history: InputHistory) -> AbstractContextManager[Console]:
+    """Return a line editor if input and output are a terminal that can do more than print."""
+    able = os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
+    ends = (sys.stdin, sys.stdout)  # None where they were closed
+    if not able or not all(end and end.isatty() for end in ends):
+        return Lines()
+    try:
+        from dsv3.serve.editor import Terminal
+    except ImportError:
+        lines = Lines()
+        lines.note(_NO_EDITOR)
+        return lines
+    return Terminal(history)
