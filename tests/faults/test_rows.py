@@ -126,7 +126,7 @@ MALFORMED = {
     "messages a text": (chat(messages="Hi"), 'messages="Hi" must be a list of messages'),
     "messages empty": (chat(messages=[]), "messages is empty; give at least one message"),
     "message a text": (chat(messages=["Hi"]), "messages[0] must be an object with role and"),
-    "no role": (message(role=None), "messages[0].role=None is unknown; use one of system, "),
+    "no role": (message(role=None), "messages[0].role is missing; use one of system, "),
     "role unknown": (message(role="robot"), "messages[0].role='robot' is unknown; use one of"),
     "role unknown to template": (
         message(role="tool"),
