@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 import time
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -46,7 +46,7 @@ from dsv3.serve.batch import BatchSummary, prewarm_prompts, run_batch
 from dsv3.serve.chat import Chat
 from dsv3.serve.console import open_console
 from dsv3.serve.conversation import OnFull
-from dsv3.serve.exporter import serve_metrics
+from dsv3.serve.exporter import check_exporter, serve_metrics
 from dsv3.serve.input_history import InputHistory, history_path
 from dsv3.serve.one_shot import Prompt, answer_prompt, read_prompt
 from dsv3.serve.progress import Progress
@@ -87,6 +87,7 @@ def parse_args() -> argparse.Namespace:
     )
     what.add_argument("--stats-file", help="write what the run used and did, as JSON")
     what.add_argument("--metrics-port", type=int, help="serve /metrics for Prometheus here")
+    what.add_argument("--metrics-host", default="127.0.0.1", help="at this address (0.0.0.0: all)")
     sampling = parser.add_argument_group("sampling, where a row does not say")
     sampling.add_argument(
         "--max-new-tokens", type=int, help="tokens of an answer (200; chat: no limit)"
@@ -148,6 +149,8 @@ def check_more_flags(args: argparse.Namespace) -> None:
     """Refuse flags that have no meaning without others."""
     if args.input_file and not args.output_file and sys.__stdout__ is None:
         raise ConfigError("standard output is closed; give --output-file for the answers")
+    if args.metrics_port is not None:
+        check_exporter(args.metrics_port)
     if args.overwrite and not args.output_file:
         raise ConfigError("--overwrite starts an --output-file anew; there is none")
     for name, value in (("--on-full", args.on_full), ("--no-history", args.no_history)):
@@ -170,6 +173,7 @@ class Job:
     prewarm: BatchInput | None = None
     journal: Journal | None = None
     metrics_port: int | None = None
+    metrics_host: str = "127.0.0.1"
     on_full: OnFull = "drop"
     history: InputHistory = field(default_factory=lambda: InputHistory(None))
 
@@ -237,6 +241,7 @@ def prepare(
             prompt,
             prewarm=prewarm,
             metrics_port=args.metrics_port,
+            metrics_host=args.metrics_host,
             on_full=args.on_full or "drop",
             history=InputHistory(None if args.no_history else history_path()),
         )
@@ -247,7 +252,15 @@ def prepare(
             model += f"-{digest(read_bytes(Path(args.chat_template)))[:8]}"
         journal = files.enter_context(open_journal(Path(args.output_file), args.overwrite, model))
         journal.resume(rows)
-    return Job(defaults, chat_format, None, rows, prewarm, journal, args.metrics_port)
+    return Job(
+        defaults,
+        chat_format,
+        rows=rows,
+        prewarm=prewarm,
+        journal=journal,
+        metrics_port=args.metrics_port,
+        metrics_host=args.metrics_host,
+    )
 
 
 def open_journal(path: Path, overwrite: bool, model: str) -> Journal:
@@ -296,9 +309,9 @@ def work(job: Job, started: Started, name: str) -> BatchSummary:
         follow(started.runner, started.channel)
         return BatchSummary()
     metrics = started.engine.metrics
-    serving = (
-        nullcontext() if job.metrics_port is None else serve_metrics(metrics, job.metrics_port)
-    )
+    serving: AbstractContextManager[object] = nullcontext()
+    if job.metrics_port is not None:
+        serving = serve_metrics(metrics, job.metrics_host, job.metrics_port)
     try:
         with serving:
             if job.prewarm is not None:

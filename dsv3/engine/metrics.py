@@ -1,4 +1,4 @@
-"""What an engine has done and is doing: counters, gauges, histograms; a summary, Prometheus text.
+"""What an engine has done and is doing: counters, gauges, histograms, and a summary.
 
 Counters and gauges are plain numbers, so that counting costs nothing. An engine owns one `Metrics`
 and nobody else writes to it; any thread may read.
@@ -9,10 +9,8 @@ and nobody else writes to it; any thread may read.
 import math
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 # Ten steps a decade, from 10 us to 1000 s.
@@ -125,22 +123,3 @@ class Metrics:
             f"each on the host; {self.preemptions:,} preemptions, {self.evictions:,} evictions"
             f"{tiers if self.offloads or self.disk_hits else ''}"
         )
-
-    def prometheus(self) -> str:
-        """Return all figures in Prometheus's text format."""
-        lines = []
-        for figure in fields(self):
-            kind, value = figure.metadata["kind"], getattr(self, figure.name)
-            name = f"dsv3_{figure.name}_total" if kind == "counter" else f"dsv3_{figure.name}"
-            lines += [f"# HELP {name} {figure.metadata['about']}", f"# TYPE {name} {kind}"]
-            lines += _buckets(name, value) if kind == "histogram" else [f"{name} {value}"]
-        return "\n".join(lines) + "\n"
-
-
-def _buckets(name: str, histogram: Histogram) -> Iterator[str]:
-    so_far = accumulate(histogram.counts)
-    bounds = [*(f"{bound:.4g}" for bound in histogram.bounds), "+Inf"]
-    for bound, count in zip(bounds, so_far, strict=True):
-        yield f'{name}_bucket{{le="{bound}"}} {count}'
-    yield f"{name}_sum {histogram.total}"
-    yield f"{name}_count {histogram.count}"

@@ -1,52 +1,89 @@
-"""Serves an engine's metrics over HTTP, for Prometheus to fetch."""
+"""Serves an engine's metrics over HTTP, for Prometheus to fetch (extra `metrics`)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from dataclasses import fields
+from importlib import import_module
+from itertools import accumulate
+from typing import TYPE_CHECKING
 
-from dsv3.engine.metrics import Metrics
+from dsv3.engine.metrics import Histogram, Metrics
 from dsv3.errors import ConfigError
+
+if TYPE_CHECKING:
+    from prometheus_client import Metric
+
+
+class MetricsCollector:
+    """Presents an engine's figures to prometheus-client, as they are at the moment of a request."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> "Iterator[Metric]":
+        """Yield every figure as a metric named `dsv3_...`."""
+        from prometheus_client.core import (
+            CounterMetricFamily,
+            GaugeMetricFamily,
+            HistogramMetricFamily,
+        )
+
+        for figure in fields(self._metrics):
+            value = getattr(self._metrics, figure.name)
+            name, about = f"dsv3_{figure.name}", figure.metadata["about"]
+            if isinstance(value, Histogram):
+                buckets = _cumulative(value)
+                yield HistogramMetricFamily(name, about, buckets=buckets, sum_value=value.total)
+            elif figure.metadata["kind"] == "counter":
+                yield CounterMetricFamily(name, about, value=value)
+            else:
+                yield GaugeMetricFamily(name, about, value=value)
+
+
+def _cumulative(histogram: Histogram) -> list[tuple[str, float]]:
+    """Return upper bounds and the number of observations up to each of them."""
+    bounds = [*(f"{bound:.4g}" for bound in histogram.bounds), "+Inf"]
+    return list(zip(bounds, map(float, accumulate(histogram.counts)), strict=True))
+
+
+def check_exporter(port: int) -> None:
+    """Raise ConfigError if prometheus-client is not installed."""
+    try:
+        import_module("prometheus_client")
+    except ImportError as error:
+        reason = "prometheus-client is not installed: pip install 'dsv3[metrics]'"
+        raise ConfigError(f"--metrics-port={port}: {reason}") from error
 
 
 @contextmanager
-def serve_metrics(metrics: Metrics, port: int) -> Iterator[int]:
+def serve_metrics(metrics: Metrics, host: str, port: int) -> Iterator[int]:
     """Answer GET /metrics from a thread of its own, as long as the context lasts.
 
     Args:
-        metrics: what to tell.
-        port: where to listen; 0 takes any free port.
+        metrics: the figures to serve.
+        host: address to listen at; "0.0.0.0" is every address of this machine.
+        port: port to listen at; 0 takes any free port.
 
     Yields:
         the port.
 
     Raises:
-        ConfigError: the port cannot be had.
+        ConfigError: prometheus-client is not installed, or the port cannot be had.
     """
+    check_exporter(port)
+    from prometheus_client import CollectorRegistry, start_http_server
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            """Answer."""
-            if self.path.partition("?")[0] != "/metrics":
-                self.send_error(404, "only /metrics is here")
-                return
-            body = metrics.prometheus().encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, format: str, *args: object) -> None:
-            """Say nothing of each request."""
-
+    registry = CollectorRegistry()
+    registry.register(MetricsCollector(metrics))
     try:
-        server = ThreadingHTTPServer(("", port), Handler)
+        server, thread = start_http_server(port, host, registry)
     except (OSError, OverflowError) as error:
-        raise ConfigError(f"--metrics-port={port} cannot be listened on: {error}") from error
-    with server:
-        Thread(target=server.serve_forever, name="metrics", daemon=True).start()
-        try:
-            yield server.server_address[1]
-        finally:
-            server.shutdown()
+        raise ConfigError(
+            f"--metrics-port={port} cannot be listened on at {host}: {error}"
+        ) from error
+    try:
+        yield server.server_address[1]
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -1,10 +1,12 @@
 """What the engine tells about itself: sums, quantiles, Prometheus text, and over HTTP."""
 
+import socket
+import sys
 from dataclasses import fields
-from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from dsv3.engine.metrics import COUNTS, SECONDS, Histogram, Metrics
 from dsv3.errors import ConfigError
@@ -41,20 +43,21 @@ def test_observations_beyond_the_buckets() -> None:
 
 
 def parse(text: str) -> dict[str, float]:
-    """Read Prometheus's text format, strictly enough."""
-    assert text.endswith("\n")
-    values: dict[str, float] = {}
-    about: list[str] = []
-    for line in text.splitlines():
-        if line.startswith("# "):
-            _, keyword, name, _ = line.split(" ", 3)
-            assert keyword in ("HELP", "TYPE")
-            about = [name]
-        else:
-            name, value = line.rsplit(" ", 1)
-            assert name.startswith(about[0]) and name not in values
-            values[name] = float(value)
-    return values
+    """Read Prometheus's text format."""
+    return {
+        s.name + (f"{{le={s.labels['le']}}}" if s.labels else ""): s.value
+        for family in text_string_to_metric_families(text)
+        for s in family.samples
+    }
+
+
+def served(metrics: Metrics) -> str:
+    with (
+        serve_metrics(metrics, "127.0.0.1", 0) as port,
+        urlopen(f"http://127.0.0.1:{port}/metrics") as answer,
+    ):
+        assert answer.headers["Content-Type"].startswith("text/plain; version=")
+        return answer.read().decode()
 
 
 def test_prometheus_text() -> None:
@@ -62,12 +65,12 @@ def test_prometheus_text() -> None:
     metrics.pages_free = 7
     for seconds in (0.002, 0.02, 5000.0):
         metrics.first_token_seconds.observe(seconds)
-    values = parse(metrics.prometheus())
+    values = parse(served(metrics))
     assert values["dsv3_steps_total"] == 3 and values["dsv3_run_seconds_total"] == 0.5
     assert values["dsv3_pages_free"] == 7
-    assert values['dsv3_first_token_seconds_bucket{le="0.01"}'] == 1
-    assert values['dsv3_first_token_seconds_bucket{le="1000"}'] == 2
-    assert values['dsv3_first_token_seconds_bucket{le="+Inf"}'] == 3
+    assert values["dsv3_first_token_seconds_bucket{le=0.01}"] == 1
+    assert values["dsv3_first_token_seconds_bucket{le=1000}"] == 2
+    assert values["dsv3_first_token_seconds_bucket{le=+Inf}"] == 3
     assert values["dsv3_first_token_seconds_count"] == 3
     assert values["dsv3_first_token_seconds_sum"] == pytest.approx(5000.022)
 
@@ -108,15 +111,21 @@ def test_pinned_pages() -> None:
 
 
 def test_served_over_http() -> None:
+    """Only at the address that was asked for; the figures are those of the moment."""
     metrics = Metrics(steps=1)
-    with serve_metrics(metrics, 0) as port:
+    with serve_metrics(metrics, "127.0.0.1", 0) as port:
         metrics.steps = 2
         with urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
-            assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
             assert parse(answer.read().decode())["dsv3_steps_total"] == 2
-        with pytest.raises(HTTPError, match="404"):
-            urlopen(f"http://127.0.0.1:{port}/")
+        with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.2", port)):
+            pass
         with pytest.raises(ConfigError, match=f"--metrics-port={port} cannot be listened on"):
-            serve_metrics(metrics, port).__enter__()
-    with serve_metrics(metrics, port):
+            serve_metrics(metrics, "127.0.0.1", port).__enter__()
+    with serve_metrics(metrics, "127.0.0.1", port):
         pass
+
+
+def test_without_prometheus_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    with pytest.raises(ConfigError, match=r"--metrics-port=1: .* pip install 'dsv3\[metrics\]'"):
+        serve_metrics(Metrics(), "127.0.0.1", 1).__enter__()
