@@ -112,6 +112,6 @@ def test_flags_that_change_nothing_are_said(job: list[str]) -> None:
     for said in (
         "--prompt-separator changes nothing: the input is JSONL",
         "--top-k, --seed: only for rows with a temperature, --temperature 0 is greedy",
-        "--sequence-parallel=9 changes nothing: with --tp 1",
+        "--sequence-parallel=9 changes nothing: with --tp=1",
     ):
         assert said in done.stderr
