@@ -29,8 +29,12 @@ from dsv3.errors import ConfigError, shorten
 from dsv3.read_files import read_mapping
 
 _ROOT = Path(__file__).resolve().parents[1]
-PRESETS = _ROOT / "configs"
 DEMO = _ROOT / "checkpoints" / "demo-v3"
+
+
+# A wheel holds the presets inside the package.
+_INSTALLED_PRESETS = Path(__file__).parent / "presets"
+PRESETS = _INSTALLED_PRESETS if _INSTALLED_PRESETS.is_dir() else _ROOT / "configs"
 
 # Fields of DeepSeek's inference JSON, with their values where the file leaves them out.
 _DEEPSEEK_DEFAULTS: dict[str, Any] = {

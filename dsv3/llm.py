@@ -21,7 +21,7 @@ from dsv3 import arguments
 from dsv3.checkpoint.source import check_stored_form, declared_config
 from dsv3.config import ModelConfig
 from dsv3.config_fields import describe_unknown, shown
-from dsv3.config_files import DEMO, load_model_config
+from dsv3.config_files import load_model_config
 from dsv3.engine.config import EngineConfig
 from dsv3.engine.engine import Engine
 from dsv3.engine.locate import locate_checkpoint
@@ -86,7 +86,7 @@ class LLM(AbstractContextManager["LLM"]):
         **settings: Any,
     ) -> None:
         with before_joining():
-            given = _read("path", path, arguments.path_or_name, "a path or a name", DEMO)
+            given = _read("path", path, arguments.path_or_name, "a path or a name", None)
             config = _read("config", config, arguments.path, "a path or a preset's name", None)
             template = _read("chat_template", chat_template, arguments.path, "a path", None)
             tp = _read("tp", tp, arguments.whole, "a whole number", 0)

@@ -34,7 +34,7 @@ def locate_checkpoint(given: str | Path | None, mesh: Mesh) -> Path:
         commit = _commit_of_first(mesh, revision.commit, name is not None)
         revision = revision if rank == 0 else Revision(commit)
     if name is None:
-        return Path(given or DEMO)
+        return _directory(given)
     is_first = mesh.host_of_rank.index(mesh.host_of_rank[rank]) == rank
     download = Download(log.info, shows_bar=rank == 0)
     stage = f"downloading {name}"
@@ -68,4 +68,15 @@ def locate_description(given: str | Path | None) -> Path:
     Of a hub name, no weights are downloaded.
     """
     name = hub_name(given)
-    return Path(given or DEMO) if name is None else fetch_beside(name, Download(log.info))
+    return _directory(given) if name is None else fetch_beside(name, Download(log.info))
+
+
+def _directory(given: str | Path | None) -> Path:
+    """Return a directory that was given, or the demo model's.
+
+    Raises:
+        ConfigError: none is given, and this is no checkout of dsv3, which has the demo model.
+    """
+    if given is None and not DEMO.exists():
+        raise ConfigError("give a checkpoint: the demo model is not installed with the package")
+    return Path(given or DEMO)
