@@ -31,6 +31,7 @@ from dsv3.parallel.failure_report import is_lost
 from dsv3.parallel.mesh import before_joining, join_world
 from dsv3.parallel.together import fail_together
 from dsv3.request import Completion, Request, RequestOutput, SamplingParams
+from dsv3.setting_names import argument
 from dsv3.text.chat import AnyFormat, ChatFormat, UnusableFormat
 from dsv3.text.library_format import (
     chat_requests,
@@ -370,7 +371,9 @@ def _engine_config(settings: Mapping[str, Any]) -> EngineConfig:
 def _chat_format(path: Path, config: ModelConfig | None, template: Path | None) -> AnyFormat:
     """Make the format of conversations and try it; raw prompts need none."""
     check_stored_form(path)
-    made = ChatFormat.of_directory(path, declared_config(path, config).model_type, template)
+    made = ChatFormat.of_directory(
+        path, declared_config(path, config, argument).model_type, template
+    )
     if isinstance(made, UnusableFormat):
         log.warning("%s: no conversations can be served", made.reason)
     return made

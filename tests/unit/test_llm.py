@@ -116,7 +116,7 @@ def test_conversations_are_messages_or_lists_of_them(llm: LLM) -> None:
         ({"messages": ["hi"]}, "messages[0]='hi' must be a message such as {\"role\""),
         ({"messages": 5}, "messages=5 must be a list of messages such as"),
         ({"messages": [[]]}, "messages is empty"),
-        ({"messages": {"content": "x"}}, "messages[0].role is missing; use one of system"),
+        ({"messages": {"content": "x"}}, "messages[0].role=None is unknown; use one of system"),
         ({"messages": {"role": ["user"], "content": "x"}}, "messages[0].role=['user'] is unknown"),
         ({"messages": {"role": "user"}}, "messages[0].content is missing"),
         ({"messages": [[USER], [{"role": "user"}]]}, "conversations[1]: messages[0].content is"),
