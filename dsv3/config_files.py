@@ -27,6 +27,7 @@ from dsv3.config_hf import from_hf
 from dsv3.config_quantization import QUANTIZATION_KEYS
 from dsv3.errors import ConfigError, shorten
 from dsv3.read_files import read_mapping
+from dsv3.setting_names import SettingName, flag
 
 _ROOT = Path(__file__).resolve().parents[1]
 DEMO = _ROOT / "checkpoints" / "demo-v3"
@@ -72,20 +73,23 @@ _DEEPSEEK_OTHER = ("dtype", "scale_fmt", "max_batch_size", "max_seq_len")
 _NOT_OF_HF = ("eos_token_ids", "quantization", "rope_scaling", "warning")
 
 
-def load_model_config(path_or_preset: str | Path, tensors_decide: bool = False) -> ModelConfig:
+def load_model_config(
+    path_or_preset: str | Path, tensors_decide: bool = False, name: SettingName = flag
+) -> ModelConfig:
     """Read a model's configuration.
 
     Args:
         path_or_preset: a checkpoint directory, a Hugging Face config.json, DeepSeek's inference
             JSON, our YAML, or the name of a preset in `configs/`.
         tensors_decide: see `from_hf`.
+        name: how errors call the setting of a configuration.
 
     Raises:
         ConfigError: nothing is there, or a field is missing, wrong or contradicts another one.
     """
     path = Path(path_or_preset)
     if os.path.isdir(path):  # unlike Path.is_dir, of any name
-        return _load_directory(path, tensors_decide)
+        return _load_directory(path, tensors_decide, name)
     if os.path.isfile(path):
         return _load_file(path, tensors_decide)
     preset = PRESETS / f"{path_or_preset}.yaml"
@@ -96,10 +100,11 @@ def load_model_config(path_or_preset: str | Path, tensors_decide: bool = False) 
     raise ConfigError(f"{asked}: no such file, and no preset of that name ({names})")
 
 
-def _load_directory(path: Path, tensors_decide: bool) -> ModelConfig:
+def _load_directory(path: Path, tensors_decide: bool, name: SettingName) -> ModelConfig:
     file = path / "config.json"
     if not os.path.lexists(file):
-        raise ConfigError(f"{path}: no config.json; give the model's configuration by `config`")
+        wanted = f"give the model's configuration with {name('config')}"
+        raise ConfigError(f"{path}: no config.json; {wanted}")
     config = _load_file(file, tensors_decide)
     generation = path / "generation_config.json"
     if not os.path.lexists(generation):

@@ -17,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+import torch
+
 from dsv3 import arguments
 from dsv3.checkpoint.source import check_stored_form, declared_config
 from dsv3.config import ModelConfig
@@ -32,6 +34,7 @@ from dsv3.parallel.failure_report import is_lost
 from dsv3.parallel.mesh import before_joining, join_world
 from dsv3.parallel.together import fail_together
 from dsv3.request import Completion, Request, RequestOutput, SamplingParams
+from dsv3.setting_names import argument
 from dsv3.text.chat import AnyFormat, ChatFormat, UnusableFormat
 from dsv3.text.library_format import (
     chat_requests,
@@ -67,6 +70,9 @@ class LLM(AbstractContextManager["LLM"]):
         settings: fields of `EngineConfig`, such as `max_seq_len` or `kv_cache_size`.
 
     In a job of several ranks there is one model at a time: `close` it before the next one is made.
+
+    Attributes:
+        is_main: this is rank 0, which gets the results.
 
     Raises:
         ConfigError, CheckpointError: the model, the settings and the world do not fit together.
@@ -109,11 +115,7 @@ class LLM(AbstractContextManager["LLM"]):
         # For scripts that forget `close()`: torch must not be left to the end of the interpreter.
         self._forgotten = weakref.finalize(self._session, self._stack.close)
         self._num_requests = 0
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this is rank 0, which gets the results."""
-        return self._started.engine is not None
+        self.is_main = self._started.engine is not None
 
     def __enter__(self) -> Self:
         """Return the model; `close` is called at the end."""
@@ -130,11 +132,12 @@ class LLM(AbstractContextManager["LLM"]):
         self._session.abandon()
         self._forgotten.detach()
         self._stack.__exit__(*raised)
+        self._free()
         if isinstance(error, Interrupted) and error.number == signal.SIGTERM:
             sys.exit(error.exit_code)
 
     def close(self) -> None:
-        """Leave the other ranks; what is cached goes to disk, if there is a disk cache.
+        """Leave the other ranks and free the memory; a disk cache gets what is cached.
 
         Every later call raises `Dsv3Error`, but for `close` itself.
         """
@@ -145,6 +148,14 @@ class LLM(AbstractContextManager["LLM"]):
             self._started.runner.finish()
         self._forgotten.detach()
         self._stack.close()
+        self._free()
+
+    def _free(self) -> None:
+        """Let go of weights and cache, though the script may keep this object."""
+        is_cuda = self._started.mesh.device.type == "cuda"
+        del self._started
+        if is_cuda:
+            torch.cuda.empty_cache()
 
     def generate(
         self, prompts: Prompt | Iterable[Prompt] | None, params: Params = None
@@ -373,7 +384,9 @@ def _engine_config(settings: Mapping[str, Any]) -> EngineConfig:
 def _chat_format(path: Path, config: ModelConfig | None, template: Path | None) -> AnyFormat:
     """Make the format of conversations and try it; raw prompts need none."""
     check_stored_form(path)
-    made = ChatFormat.of_directory(path, declared_config(path, config).model_type, template)
+    made = ChatFormat.of_directory(
+        path, declared_config(path, config, argument).model_type, template
+    )
     if isinstance(made, UnusableFormat):
         log.warning("%s: no conversations can be served", made.reason)
     return made

@@ -23,6 +23,7 @@ from dsv3.checkpoint.unsupported import refuse_unsupported
 from dsv3.config import ModelConfig
 from dsv3.config_files import load_model_config
 from dsv3.errors import CheckpointError, ConfigError
+from dsv3.setting_names import SettingName, flag
 
 __all__ = ["INDEX", "check_stored_form", "declared_config", "open_source"]
 
@@ -37,7 +38,10 @@ _COMPUTATION = (
 
 
 def open_source(
-    path: str | Path, config: ModelConfig | None = None, is_share: bool = False
+    path: str | Path,
+    config: ModelConfig | None = None,
+    is_share: bool = False,
+    name: SettingName = flag,
 ) -> Source:
     """Open a checkpoint directory; read its headers, but no tensor.
 
@@ -47,6 +51,7 @@ def open_source(
             against it.
         is_share: a directory of ours may hold the files of some ranks only; what is read must be
             in them.
+        name: how errors call the setting that `config` comes from.
 
     Raises:
         CheckpointError: a file is missing, truncated or of unknown kind.
@@ -54,7 +59,7 @@ def open_source(
     """
     path = Path(path)
     files = check_stored_form(path)
-    declared = declared_config(path, config)
+    declared = declared_config(path, config, name)
     num_unused, model_digest = 0, ""
     if files is None:
         manifest = read_manifest(path)
@@ -96,11 +101,14 @@ def _config_of_stored(declared: ModelConfig, tensors: dict[str, TensorInfo]) -> 
     )
 
 
-def declared_config(path: Path, given: ModelConfig | None) -> ModelConfig:
-    """Return the directory's own config, if it has one; sizes of `given` may not contradict it."""
+def declared_config(path: Path, given: ModelConfig | None, name: SettingName = flag) -> ModelConfig:
+    """Return the directory's own config, if it has one; sizes of `given` may not contradict it.
+
+    Errors call the setting that `given` comes from by its `name`.
+    """
     if given is not None and not (path / "config.json").is_file():
         return given
-    own = load_model_config(path, tensors_decide=True)
+    own = load_model_config(path, tensors_decide=True, name=name)
     if given is None:
         return own
     for field in fields(ModelConfig):
@@ -108,11 +116,11 @@ def declared_config(path: Path, given: ModelConfig | None) -> ModelConfig:
         is_size = field.type in (int, int | None) and field.name not in _MAY_DIFFER
         if is_size and have != want:
             where = path / "config.json"
-            raise ConfigError(f"{where}: {field.name}={have}, but `config` says {want}")
+            raise ConfigError(f"{where}: {field.name}={have}, but {name('config')} says {want}")
     ignored = [name for name in _COMPUTATION if getattr(own, name) != getattr(given, name)]
     if not ignored:
         return own
-    warning = f"config.json decides, although `config` has another {', '.join(ignored)}"
+    warning = f"config.json decides, although {name('config')} has another {', '.join(ignored)}"
     return replace(own, warning="; ".join(filter(None, (own.warning, warning))))
 
 

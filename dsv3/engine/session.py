@@ -121,10 +121,16 @@ class Session:
         else:
             self._cancel_dropped()
             self._engine.stop()
+        self._free()
 
     def abandon(self) -> None:
         """Close without the other ranks, which may be anywhere."""
         self._is_closed = True
+        self._free()
+
+    def _free(self) -> None:
+        """Let go of the model, though the script may keep its streams."""
+        del self._started, self._engine
 
     def drop(self, request_ids: Iterable[str]) -> None:
         """Stop requests at the next step or call: this may be called within one."""

@@ -107,7 +107,7 @@ def numerics_mode(settings: EngineConfig, source: Source, device: str) -> str:
 
 def identify(path: Path, settings: EngineConfig, mesh: Mesh, config: ModelConfig | None) -> str:
     """Name a model and the dtype it computes in, without loading it."""
-    with open_source(path, config, is_share=True) as source:
+    with open_source(path, config, is_share=True, name=settings.named) as source:
         check_tensors(source)
         mode = numerics_mode(settings, source, mesh.device.type)
         return fingerprint(source, str(_TORCH_DTYPES.get(mode, mode)))
@@ -160,7 +160,8 @@ def start(
     mesh.watch.enter("load")
     with _phase(seconds, "load"), ExitStack() as stack:
         with fail_together(mesh, "opening the checkpoint"):
-            source = stack.enter_context(open_source(path, config, is_share=True))
+            opened = open_source(path, config, is_share=True, name=settings.named)
+            source = stack.enter_context(opened)
         check_same_model(mesh, source, settings.expert_placement)
         stack.enter_context(fail_together(mesh, "loading"))
         stack.enter_context(mesh.watch.counting(lambda: source.bytes_read))

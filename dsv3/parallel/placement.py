@@ -142,10 +142,8 @@ class Placement:
         experts = config.n_routed_experts
         share, spare = experts // num_ranks, redundant // num_ranks
         if redundant % num_ranks or experts % num_ranks:
-            raise ConfigError(
-                f"{num_ranks} ranks must divide {redundant} redundant experts and "
-                f"n_routed_experts={experts}"
-            )
+            copies = f"{redundant} redundant experts and " if redundant else ""
+            raise ConfigError(f"{num_ranks} ranks must divide {copies}n_routed_experts={experts}")
         first = np.arange(num_ranks)[:, None] * share
         slots = (first + np.arange(share + spare) % share).flatten()
         return cls(experts, num_ranks, {layer: slots.copy() for layer in _moe_layers(config)})

@@ -33,8 +33,7 @@ def check_message(where: str, message: Any) -> dict[str, Any]:
         raise RequestError(f"{where} must be an object with role and content")
     role = message.get("role")
     if role not in ROLES:
-        wrong = ".role is missing" if role is None else f".role={shown(role)} is unknown"
-        raise RequestError(f"{where}{wrong}; use one of {', '.join(ROLES)}")
+        raise RequestError(f"{where}.role={shown(role)} is unknown; use one of {', '.join(ROLES)}")
     given = {field: value for field, value in message.items() if value}
     content = given.pop("content", message.get("content"))
     _take_reasoning(where, given)

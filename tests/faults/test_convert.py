@@ -167,7 +167,7 @@ def test_bad_input(fault: object, hf: Path, tmp_path: Path, convert: Convert) ->
         (["--model-parallel", 3], "does not divide num_attention_heads=8"),
         (["--model-parallel", 0], "must be at least 1"),
         (["--model-parallel", 2, "--n-experts", 9], "the checkpoint has 8 experts"),
-        (["--model-parallel", 2, "--config", "v3-671b"], "but `config` says 129280"),
+        (["--model-parallel", 2, "--config", "v3-671b"], "but --config says 129280"),
         (["--to", "fp8"], "no weights that are not FP8 already"),
         ([], "give --model-parallel N"),
         (["--to", "hf", "--model-parallel", 2], "leave --model-parallel out"),

@@ -2,7 +2,9 @@
 
 import re
 import threading
+import weakref
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +118,7 @@ def test_conversations_are_messages_or_lists_of_them(llm: LLM) -> None:
         ({"messages": ["hi"]}, "messages[0]='hi' must be a message such as {\"role\""),
         ({"messages": 5}, "messages=5 must be a list of messages such as"),
         ({"messages": [[]]}, "messages is empty"),
-        ({"messages": {"content": "x"}}, "messages[0].role is missing; use one of system"),
+        ({"messages": {"content": "x"}}, "messages[0].role=None is unknown; use one of system"),
         ({"messages": {"role": ["user"], "content": "x"}}, "messages[0].role=['user'] is unknown"),
         ({"messages": {"role": "user"}}, "messages[0].content is missing"),
         ({"messages": [[USER], [{"role": "user"}]]}, "conversations[1]: messages[0].content is"),
@@ -205,6 +207,19 @@ def test_a_stream_of_a_closed_model_ends_with_an_error() -> None:
     made.close()
     with pytest.raises(Dsv3Error, match=r"^this LLM is closed: stream\(\) needs a new one$"):
         list(pieces)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_end_frees_the_model_though_the_script_keeps_it(fails: bool) -> None:
+    with suppress(KeyError), LLM(max_seq_len=512, kv_cache_size="2048tok") as made:
+        pieces = made.stream([USER])
+        next(pieces)
+        cache = weakref.ref(made._started.cache)
+        if fails:
+            raise KeyError
+    assert cache() is None and made.is_main
+    with pytest.raises(Dsv3Error, match=r"^this LLM is closed: generate\(\) needs a new one$"):
+        made.generate("a")
 
 
 def test_two_models_of_a_world_of_one_work_at_once(llm: LLM) -> None:

@@ -118,7 +118,7 @@ def test_contiguous_slots() -> None:
     assert Placement.contiguous(SIXTEEN, 4).held(1, 3) == [12, 13, 14, 15]
     with pytest.raises(ConfigError, match="4 ranks must divide 3 redundant experts and"):
         Placement.contiguous(SIXTEEN, 4, 3)
-    with pytest.raises(ConfigError, match=r"3 ranks must divide .* n_routed_experts=16"):
+    with pytest.raises(ConfigError, match=r"3 ranks must divide n_routed_experts=16"):
         Placement.contiguous(SIXTEEN, 3)
 
 

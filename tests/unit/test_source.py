@@ -96,7 +96,7 @@ def test_deepseek_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with open_source(path, EVEN) as source:
         assert check_tensors(source) == ()
         assert_slices_equal(source, tensors)
-    with pytest.raises(ConfigError, match=r"no config.json; give .* by `config`"):
+    with pytest.raises(ConfigError, match=r"no config.json; give .* with --config"):
         open_source(path)
     (path / "model1-mp2.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"model1-mp2.safetensors: missing"):
@@ -225,7 +225,7 @@ def test_other_directories(tmp_path: Path) -> None:
 
 
 def test_config_that_contradicts(checkpoint: Path) -> None:
-    with pytest.raises(ConfigError, match="hidden_size=320, but `config` says 321"):
+    with pytest.raises(ConfigError, match="hidden_size=320, but --config says 321"):
         open_source(checkpoint, dataclasses.replace(CONFIG, hidden_size=321))
 
 
@@ -234,7 +234,7 @@ def test_a_given_config_that_computes_otherwise_is_named(checkpoint: Path) -> No
     with open_source(checkpoint, given) as source:
         assert source.config.rope_scaling == CONFIG.rope_scaling
         assert source.config.warning == (
-            "config.json decides, although `config` has another rope_scaling, rms_norm_eps"
+            "config.json decides, although --config has another rope_scaling, rms_norm_eps"
         )
     with open_source(checkpoint, CONFIG) as source:
         assert source.config.warning == ""
