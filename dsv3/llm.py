@@ -24,17 +24,17 @@ from dsv3.checkpoint.source import check_stored_form, declared_config
 from dsv3.config import ModelConfig
 from dsv3.config_fields import describe_unknown, shown
 from dsv3.config_files import load_model_config
-from dsv3.engine.config import EngineConfig
+from dsv3.distributed.failure_report import is_lost
+from dsv3.distributed.mesh import before_joining, join_world
+from dsv3.distributed.together import fail_together
 from dsv3.engine.engine import Engine
 from dsv3.engine.locate import locate_checkpoint
 from dsv3.engine.session import NoOutputs, Session
 from dsv3.engine.start import Started, start
 from dsv3.errors import ConfigError, Dsv3Error, Interrupted, RequestError
-from dsv3.parallel.failure_report import is_lost
-from dsv3.parallel.mesh import before_joining, join_world
-from dsv3.parallel.together import fail_together
 from dsv3.request import Completion, Request, RequestOutput, SamplingParams
 from dsv3.setting_names import argument
+from dsv3.settings import EngineConfig
 from dsv3.text.chat import AnyFormat, ChatFormat, UnusableFormat
 from dsv3.text.library_format import (
     chat_requests,

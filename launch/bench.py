@@ -36,7 +36,7 @@ from benchlib.throughput import throughput
 from benchlib.workload import Lengths, draw_jobs
 from dsv3.cache.eviction import POLICIES
 from dsv3.config_files import DEMO, load_model_config
-from dsv3.engine.config import EngineConfig
+from dsv3.distributed.mesh import before_joining, join_world
 from dsv3.engine.engine import Engine, follow
 from dsv3.engine.locate import locate_checkpoint, locate_description
 from dsv3.engine.program import (
@@ -49,8 +49,8 @@ from dsv3.engine.program import (
 )
 from dsv3.engine.start import Started, start
 from dsv3.errors import ConfigError
-from dsv3.parallel.mesh import before_joining, join_world
 from dsv3.setting_names import flag
+from dsv3.settings import EngineConfig
 from dsv3.text.tokenizer import Tokenizer
 
 # Benchmarks that read their own flags.

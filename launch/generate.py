@@ -24,6 +24,9 @@ from dsv3.checkpoint.hub_name import model_name
 from dsv3.checkpoint.source import check_stored_form, declared_config
 from dsv3.config import ModelConfig
 from dsv3.config_files import DEMO, load_model_config
+from dsv3.distributed.mesh import Mesh, before_joining, join_world
+from dsv3.distributed.restarts import has_mark, set_mark
+from dsv3.distributed.together import fail_together
 from dsv3.engine.engine import Engine, follow
 from dsv3.engine.locate import locate_checkpoint
 from dsv3.engine.program import (
@@ -38,24 +41,21 @@ from dsv3.engine.program_files import check_files
 from dsv3.engine.start import Started, identify, start
 from dsv3.engine.stats import check_stats_file, collect_stats, write_stats_file
 from dsv3.errors import CheckpointError, ConfigError
-from dsv3.parallel.mesh import Mesh, before_joining, join_world
-from dsv3.parallel.restarts import has_mark, set_mark
-from dsv3.parallel.together import fail_together
 from dsv3.read_files import read_bytes
 from dsv3.serve.batch import BatchSummary, prewarm_prompts, run_batch
+from dsv3.serve.batch_file import BatchInput
 from dsv3.serve.chat import Chat
 from dsv3.serve.console import open_console
 from dsv3.serve.conversation import OnFull
 from dsv3.serve.exporter import check_exporter, serve_metrics
 from dsv3.serve.input_history import InputHistory, history_path
+from dsv3.serve.journal import Journal
 from dsv3.serve.one_shot import Prompt, answer_prompt, read_prompt
 from dsv3.serve.progress import Progress
 from dsv3.serve.sinks import JournalSink, TextSink
 from dsv3.setting_names import flag
-from dsv3.text.batch_file import BatchInput
 from dsv3.text.chat import AnyFormat, ChatFormat, UnusableFormat
 from dsv3.text.defaults import Defaults, Sampling
-from dsv3.text.journal import Journal
 from dsv3.text.text_request import digest
 
 if TYPE_CHECKING:

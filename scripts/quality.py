@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
+from dsv3.distributed.mesh import join_world
 from dsv3.engine.engine import Engine
 from dsv3.engine.locate import locate_checkpoint
 from dsv3.engine.program import Parser, add_engine_flags, engine_config, run_program
 from dsv3.engine.start import start
 from dsv3.errors import ConfigError
-from dsv3.parallel.mesh import join_world
 from dsv3.request import Completion, Request, SamplingParams
 from dsv3.setting_names import flag
 from dsv3.text.chat import ChatFormat

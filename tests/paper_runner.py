@@ -16,8 +16,8 @@ import torch
 from dsv3.cache.layout import NULL_PAGE, CacheLayout
 from dsv3.cache.pool import CachePool
 from dsv3.cache.tiers import PageKey, Tiers
+from dsv3.distributed.collectives import SingleRank
 from dsv3.engine.adjust import Adjustments
-from dsv3.engine.config import EngineConfig
 from dsv3.engine.engine import Engine
 from dsv3.engine.plan import (
     NO_TARGET,
@@ -28,8 +28,8 @@ from dsv3.engine.plan import (
     unpack_plans,
 )
 from dsv3.engine.sampler import SampledOnDevice
-from dsv3.parallel.collectives import SingleRank
 from dsv3.request import Completion, Request
+from dsv3.settings import EngineConfig
 from tests.checkpoint_files import TINY
 
 CPU = torch.device("cpu")

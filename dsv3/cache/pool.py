@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dsv3.cache.layout import CacheLayout
-from dsv3.parallel.collectives import Collectives
+from dsv3.distributed.collectives import Collectives
 from dsv3_kernels import pack_latent, unpack_latent, write_slots
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.uint8}

@@ -17,10 +17,10 @@ import torch
 from dsv3.checkpoint.fingerprint import digest_share
 from dsv3.checkpoint.reader import Source
 from dsv3.config import ModelConfig
+from dsv3.distributed.mesh import Mesh
+from dsv3.distributed.rendezvous import Peer
+from dsv3.distributed.together import fail_together
 from dsv3.errors import ConfigError
-from dsv3.parallel.mesh import Mesh
-from dsv3.parallel.rendezvous import Peer
-from dsv3.parallel.together import fail_together
 
 
 def check_same(mesh: Mesh, facts: Mapping[str, str]) -> None:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from dsv3.config import ModelConfig, ParallelConfig
-from dsv3.engine.config import EngineConfig
+from dsv3.distributed.mesh import Mesh
 from dsv3.files import NamedFile, check_output
 from dsv3.model.moe import MoE
 from dsv3.model.transformer import Transformer
-from dsv3.parallel.mesh import Mesh
-from dsv3.parallel.placement import Longs, Placement, layers_format, write_layers
+from dsv3.parallel.expert_placement import Longs, Placement, layers_format, write_layers
+from dsv3.settings import EngineConfig
 
 log = logging.getLogger(__name__)
 

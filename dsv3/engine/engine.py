@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from dsv3.cache.pool import CachePool
 from dsv3.cache.tiers import Tiers
 from dsv3.config import ModelConfig
-from dsv3.engine.config import EngineConfig
 from dsv3.engine.lane import Lane, balance, choose_lane, report
 from dsv3.engine.metrics import Metrics
 from dsv3.engine.plan import NOT_FINITE, PlanChannel, StepPlan
@@ -24,6 +23,7 @@ from dsv3.engine.scheduler import Step
 from dsv3.engine.sequence import Sequence
 from dsv3.errors import ConfigError, RequestError
 from dsv3.request import Completion, Request, RequestOutput, SamplingParams, TokenLogprobs
+from dsv3.settings import EngineConfig
 from dsv3.text.detokenize import TextStream
 from dsv3.text.tokenizer import Tokenizer
 
@@ -236,7 +236,7 @@ class Engine:
         return outputs
 
     def task(self, name: str) -> AbstractContextManager[None]:
-        """Watch over work of this rank outside of steps: one that never ends, ends the job."""
+        """Watchdog over work of this rank outside of steps: one that never ends, ends the job."""
         return self._channel.watch.task(name)
 
     def pause(self) -> None:

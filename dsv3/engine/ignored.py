@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 
 from dsv3.config import ModelConfig, ParallelConfig
-from dsv3.engine.config import EngineConfig
+from dsv3.settings import EngineConfig
 
 _DEFAULTS = {field.name: field.default for field in fields(EngineConfig)}
 # These values ask for the behavior that there is in any case.

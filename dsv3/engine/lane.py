@@ -14,10 +14,10 @@ from dsv3.cache.pool import CachePool
 from dsv3.cache.prefix import PrefixTree
 from dsv3.cache.tiers import Moves, PageKey, Tiers, extend_keys
 from dsv3.config import ModelConfig
-from dsv3.engine.config import EngineConfig
 from dsv3.engine.metrics import Metrics
 from dsv3.engine.scheduler import Scheduler
 from dsv3.engine.sequence import Sequence
+from dsv3.settings import EngineConfig
 
 # What a group computes itself counts so often, against what comes before it: an idle group could
 # begin at once with a prefix that another one is computing, but that would be work done twice.

@@ -7,10 +7,10 @@ from dsv3.checkpoint.hub import Revision, fetch, fetch_beside, resolve, snapshot
 from dsv3.checkpoint.hub_files import Download
 from dsv3.checkpoint.hub_name import hub_name
 from dsv3.config_files import DEMO
+from dsv3.distributed.mesh import Mesh
+from dsv3.distributed.together import fail_together
 from dsv3.engine.agreement import gather_texts
 from dsv3.errors import ConfigError
-from dsv3.parallel.mesh import Mesh
-from dsv3.parallel.together import fail_together
 
 log = logging.getLogger(__name__)
 

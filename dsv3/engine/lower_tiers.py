@@ -15,11 +15,11 @@ from dsv3.cache.host import HostPool
 from dsv3.cache.pool import CachePool
 from dsv3.cache.tiers import Tiers
 from dsv3.config import ModelConfig
-from dsv3.engine.config import EngineConfig
-from dsv3.engine.mover import Mover
+from dsv3.distributed.mesh import Mesh
+from dsv3.distributed.together import fail_together
+from dsv3.engine.page_mover import PageMover
 from dsv3.errors import ConfigError, os_errors_as
-from dsv3.parallel.mesh import Mesh
-from dsv3.parallel.together import fail_together
+from dsv3.settings import EngineConfig
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def make_tiers(
     num_slots: int,
     weights: bytes,
     numerics: str,
-) -> tuple[Mover | None, list[Tiers | None]]:
+) -> tuple[PageMover | None, list[Tiers | None]]:
     """Return what moves pages on this rank, and rank 0's books for each group; None is unused.
 
     Args:
@@ -49,7 +49,9 @@ def make_tiers(
         return None, [None for _ in groups]
     host, page_size = HostPool(cache, num_slots), cache.layout.page_size
     if settings.disk_cache is None:
-        return Mover(host, None, mesh.control, None), [Tiers(num_slots, page_size) for _ in groups]
+        return PageMover(host, None, mesh.control, None), [
+            Tiers(num_slots, page_size) for _ in groups
+        ]
     root, size = settings.disk_cache
     limit = size.of(_disk_bytes(root, settings)) if size.share else size.num_bytes
     model, session = _agree(mesh, weights)
@@ -69,7 +71,7 @@ def make_tiers(
         index = DiskIndex(root, limit, fmt, files)
         tiers = Tiers(num_slots, page_size, index)
         log.info("%s", index.describe())
-    return Mover(host, files, mesh.control, tiers), [tiers]
+    return PageMover(host, files, mesh.control, tiers), [tiers]
 
 
 def _disk_bytes(folder: Path, settings: EngineConfig) -> int:

@@ -8,12 +8,12 @@ import torch
 
 from dsv3.cache.layout import CacheLayout
 from dsv3.config import ModelConfig
-from dsv3.engine.config import EngineConfig
+from dsv3.distributed.mesh import Mesh
 from dsv3.errors import ConfigError
 from dsv3.model.transformer import Transformer
-from dsv3.parallel.mesh import Mesh
-from dsv3.parallel.placement import Placement
+from dsv3.parallel.expert_placement import Placement
 from dsv3.parallel.weights import WeightFormat
+from dsv3.settings import EngineConfig
 
 # Share of the memory left after the weights that `auto` gives to the cache; the rest is for
 # activations and for other programs.

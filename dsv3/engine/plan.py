@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 from dsv3.cache.tiers import PageKey
+from dsv3.distributed.collectives import Collectives
+from dsv3.distributed.watchdog import Watchdog
 from dsv3.errors import RankError
-from dsv3.parallel.collectives import Collectives
-from dsv3.parallel.watch import Watch
 
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
@@ -168,8 +168,8 @@ class PlanChannel:
     shared. A rank that gets another kind of message than it waits for is in another call.
     """
 
-    def __init__(self, control: Collectives, watch: Watch | None = None) -> None:
-        self._control, self.watch = control, watch or Watch()
+    def __init__(self, control: Collectives, watch: Watchdog | None = None) -> None:
+        self._control, self.watch = control, watch or Watchdog()
 
     def _broadcast(self, words: Ints) -> Ints:
         with self.watch.exchange():

@@ -18,13 +18,13 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dsv3.engine.config import EngineConfig
+from dsv3.distributed.failure_report import leave_report, reason_of
+from dsv3.distributed.launcher import environment_rank
 from dsv3.engine.program_files import log_file
 from dsv3.errors import ConfigError, Dsv3Error, RankError, one_line, os_errors_as, printable
 from dsv3.files import open_closed_streams
-from dsv3.parallel.failure_report import leave_report, reason_of
-from dsv3.parallel.launcher import environment_rank
 from dsv3.setting_names import flag
+from dsv3.settings import EngineConfig
 
 _INTERRUPTED = 130
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl

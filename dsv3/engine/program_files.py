@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dsv3.config_files import DEMO, PRESETS
+from dsv3.distributed.launcher import environment_world_size, is_restarted
 from dsv3.errors import ConfigError
 from dsv3.files import NamedFile, refuse_same_files
-from dsv3.parallel.launcher import environment_world_size, is_restarted
 from dsv3.streams import STANDARD, is_stream
 
 # Names that mean something in a checkpoint's directory, whether or not there is such a file yet.

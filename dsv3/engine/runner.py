@@ -15,12 +15,12 @@ from torch.nn import functional as F
 from dsv3.cache.layout import NULL_PAGE, CacheLayout
 from dsv3.cache.pool import CachePool
 from dsv3.engine.balance import Balancer
-from dsv3.engine.guard import Guard
+from dsv3.engine.cuda_graphs import GraphRunner
+from dsv3.engine.divergence import DivergenceCheck
 from dsv3.engine.layer_check import LayerCheck
-from dsv3.engine.mover import Mover
+from dsv3.engine.page_mover import PageMover
 from dsv3.engine.plan import StepPlan
 from dsv3.engine.sampler import SampledOnDevice, Sampler
-from dsv3.engine.static import StaticSteps
 from dsv3.engine.transfer import to_device
 from dsv3.model.batch import Batch, Chunk, DecodeGroup
 from dsv3.model.transformer import Transformer
@@ -52,9 +52,9 @@ class Runner:
         model: Transformer,
         cache: CachePool,
         decode_limit: int,
-        mover: Mover | None = None,
+        mover: PageMover | None = None,
         static: bool = False,
-        guard: Guard | None = None,
+        guard: DivergenceCheck | None = None,
     ) -> None:
         self.model, self.cache, self.decode_limit = model, cache, decode_limit
         self._mesh, self._mover, self._guard = model.dispatch.mesh, mover, guard
@@ -63,7 +63,7 @@ class Runner:
         self.device = cache.slots.device
         sampler = Sampler(model, cache.tp, self.device)
         self.sampler: Callable[[Tensor, StepPlan, int, Tensor], SampledOnDevice] = sampler
-        self._static = StaticSteps(model, cache, sampler) if static else None
+        self._static = GraphRunner(model, cache, sampler) if static else None
         self._around: Callable[[StepPlan], AbstractContextManager[object]] = nullcontext
         self._last_token_M = torch.zeros(0, dtype=torch.int64, device=self.device)
 

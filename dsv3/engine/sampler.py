@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from dsv3.distributed.collectives import Collectives
 from dsv3.engine.adjust import Adjustments
 from dsv3.engine.plan import NO_TARGET, NOT_FINITE, StepPlan
 from dsv3.engine.transfer import to_device
 from dsv3.model.transformer import Transformer
-from dsv3.parallel.collectives import Collectives
 from dsv3_kernels import sample
 
 # Rows of logits held at a time: 512 rows of a 129,280 vocabulary are 256 MiB over tp ranks.

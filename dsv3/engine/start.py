@@ -28,27 +28,27 @@ from dsv3.checkpoint.load import (
 from dsv3.checkpoint.reader import Source
 from dsv3.checkpoint.source import open_source
 from dsv3.config import ModelConfig
+from dsv3.distributed.mesh import Mesh
+from dsv3.distributed.together import fail_together
+from dsv3.distributed.watchdog import RUN
 from dsv3.engine.agreement import check_same_model
 from dsv3.engine.balance import Balancer, place_experts
-from dsv3.engine.config import EngineConfig
+from dsv3.engine.cuda_graphs import most_rows
+from dsv3.engine.divergence import DivergenceCheck
 from dsv3.engine.engine import Engine
-from dsv3.engine.guard import Guard
 from dsv3.engine.ignored import ignored_settings
 from dsv3.engine.layer_check import LayerCheck
 from dsv3.engine.lower_tiers import make_tiers
 from dsv3.engine.memory import MemoryPlan, free_memory, plan_memory, weight_bytes
 from dsv3.engine.plan import PlanChannel, StepPlan
 from dsv3.engine.runner import Runner
-from dsv3.engine.static import most_rows
 from dsv3.errors import ConfigError
 from dsv3.model.attention import absorb_limit
 from dsv3.model.transformer import Transformer
-from dsv3.parallel.experts import DispatchSettings
-from dsv3.parallel.mesh import Mesh
-from dsv3.parallel.placement import Placement
-from dsv3.parallel.together import fail_together
-from dsv3.parallel.watch import RUN
+from dsv3.parallel.expert_dispatch import DispatchSettings
+from dsv3.parallel.expert_placement import Placement
 from dsv3.parallel.weights import FP8, WeightFormat
+from dsv3.settings import EngineConfig
 from dsv3.text.tokenizer import Tokenizer
 from dsv3_kernels import overlap_launches
 
@@ -197,7 +197,7 @@ def start(
     numerics = f"{fmt.dtype} {'fp8 products' if fmt.fp8_products else settings.weights}"
     mover, tiers = make_tiers(mesh, settings, config, cache, host_pages, weights, numerics)
     is_guarded = settings.check_every and mesh.world.size > 1
-    guard = Guard(mesh, settings.check_every) if is_guarded else None
+    guard = DivergenceCheck(mesh, settings.check_every) if is_guarded else None
     runner = Runner(model, cache, _decode_limit(settings, config), mover, static, guard)
     if log.isEnabledFor(logging.DEBUG):
         runner.layer_check = LayerCheck(model)

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from dsv3.cache.pool import LayerCache
 from dsv3.config import ModelConfig, ParallelConfig
+from dsv3.distributed.collectives import Collectives
 from dsv3.model.batch import Batch, Chunk, DecodeGroup
-from dsv3.parallel.collectives import Collectives
 from dsv3.parallel.linear import ColumnParallelLinear, Linear, RowParallelLinear
 from dsv3.parallel.weights import Vector, WeightFormat
 from dsv3_kernels import (

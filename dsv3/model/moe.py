@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dsv3.config import ModelConfig, ParallelConfig, split_range
 from dsv3.model.side_stream import SideStream
-from dsv3.parallel.experts import ExpertDispatch
+from dsv3.parallel.expert_dispatch import ExpertDispatch
 from dsv3.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from dsv3.parallel.weights import Matrix, Vector, WeightFormat
 from dsv3_kernels import (

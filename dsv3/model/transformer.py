@@ -6,18 +6,18 @@ from torch import Tensor, nn
 
 from dsv3.cache.pool import CachePool, LayerCache
 from dsv3.config import ModelConfig
+from dsv3.distributed.mesh import Mesh
 from dsv3.model.attention import MLA
 from dsv3.model.batch import Batch
 from dsv3.model.indexer import Indexer
 from dsv3.model.moe import MoE, feed_forward
 from dsv3.model.rotary import Rotary
 from dsv3.model.side_stream import SideStream
-from dsv3.parallel.experts import DispatchSettings, ExpertDispatch
+from dsv3.parallel.expert_dispatch import DispatchSettings, ExpertDispatch
+from dsv3.parallel.expert_placement import Placement
+from dsv3.parallel.expert_slots import ExpertSlots
 from dsv3.parallel.linear import VocabParallelEmbedding, VocabParallelHead
-from dsv3.parallel.mesh import Mesh
-from dsv3.parallel.placement import Placement
-from dsv3.parallel.rows import StreamRows
-from dsv3.parallel.slots import ExpertSlots
+from dsv3.parallel.sequence_parallel import SequenceParallel
 from dsv3.parallel.weights import Matrix, Target, Vector, WeightFormat
 
 
@@ -57,7 +57,7 @@ class DecoderLayer(nn.Module):
         rope: tuple[Tensor, Tensor],
         batch: Batch,
         cache: LayerCache,
-        rows: StreamRows,
+        rows: SequenceParallel,
     ) -> tuple[Tensor, Tensor]:
         """Take and return the residual stream and what is still to be added to it, [T, D].
 
@@ -122,7 +122,7 @@ class Transformer(nn.Module):
         if not len(batch.token_T):
             return self._serve_others()
         count = len(batch.token_T)
-        rows = StreamRows(self.tp, count, 0 < self.split_from <= count and self.tp.size > 1)
+        rows = SequenceParallel(self.tp, count, 0 < self.split_from <= count and self.tp.size > 1)
         x_TD, y_TD = rows.own(self.embed_tokens(batch.token_T)), None
         rope = self.rotary(batch.position_T)
         for i, layer in enumerate(self.layers):

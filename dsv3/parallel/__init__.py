@@ -1,1 +1,1 @@
-"""Ranks: groups, exchanges, parallel layers and how they hold their weights."""
+"""Sharded layers: weights, linear layers, expert dispatch and expert placement."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dsv3.config import ParallelConfig, split_range
-from dsv3.parallel.collectives import Collectives
+from dsv3.distributed.collectives import Collectives
 from dsv3.parallel.weights import Matrix, WeightFormat
 from dsv3_kernels import Quantized, act_quant, fp8_gemm, linear, make_locks
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from dsv3.engine.engine import Engine
 from dsv3.errors import CheckpointError, ConfigError, Dsv3Error, OutputError, RequestError, one_line
 from dsv3.request import Completion, Request, RequestOutput
+from dsv3.serve.batch_file import BatchInput, Row
 from dsv3.serve.progress import Progress
 from dsv3.serve.sinks import BAD_REQUEST, OUR_FAULT, Sink
-from dsv3.text.batch_file import BatchInput, Row
 from dsv3.text.chat import AnyFormat
 from dsv3.text.text_request import encode_prompt, token_requests
 from dsv3.text.tokenizer import Tokenizer

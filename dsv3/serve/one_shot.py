@@ -11,14 +11,14 @@ from dsv3.engine.engine import Engine
 from dsv3.errors import CheckpointError, ConfigError, OutputError, RequestError, os_errors_as
 from dsv3.request import Completion
 from dsv3.serve.batch import BatchSummary
+from dsv3.serve.batch_file import MAX_ROW_BYTES
+from dsv3.serve.input_file import InputFile
+from dsv3.serve.row_form import looks_like_rows
 from dsv3.serve.terminal import harmless
 from dsv3.streams import STANDARD
-from dsv3.text.batch_file import MAX_ROW_BYTES
 from dsv3.text.chat import AnyFormat, ChatFormat, UnusableFormat
 from dsv3.text.defaults import LINE_DEFAULTS, TURN_DEFAULTS, Defaults
-from dsv3.text.input_file import InputFile
 from dsv3.text.openai_format import plain_request
-from dsv3.text.row_form import looks_like_rows
 from dsv3.text.text_request import TextRequest, encode_prompt, token_requests
 from dsv3.text.thoughts import ThoughtStream
 

@@ -6,9 +6,9 @@ from typing import TextIO
 
 from dsv3.errors import OutputError, os_errors_as
 from dsv3.request import Completion
+from dsv3.serve.batch_file import Row, result_line
+from dsv3.serve.journal import Journal
 from dsv3.serve.terminal import harmless
-from dsv3.text.batch_file import Row, result_line
-from dsv3.text.journal import Journal
 from dsv3.text.openai_answer import error_body, response_body
 from dsv3.text.tokenizer import Tokenizer
 

@@ -18,7 +18,7 @@ from dsv3.config_files import DEMO, load_model_config
 from dsv3.engine.program import Parser, set_up_logging
 from dsv3.errors import ConfigError
 from dsv3.files import NamedFile, check_output
-from dsv3.parallel.placement import Placement, layers_format, read_layers
+from dsv3.parallel.expert_placement import Placement, layers_format, read_layers
 
 
 def balance(args: argparse.Namespace) -> Report:

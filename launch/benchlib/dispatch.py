@@ -11,10 +11,10 @@ from torch import Tensor
 
 from benchlib.report import Report, Row
 from dsv3.config import ModelConfig
+from dsv3.distributed.mesh import Mesh
 from dsv3.model.moe import MoE
 from dsv3.model.side_stream import SideStream
-from dsv3.parallel.experts import FP8, DispatchSettings, ExpertDispatch
-from dsv3.parallel.mesh import Mesh
+from dsv3.parallel.expert_dispatch import FP8, DispatchSettings, ExpertDispatch
 from dsv3.parallel.weights import WeightFormat
 
 Forms = dict[str, tuple[ExpertDispatch, bool]]

@@ -11,9 +11,9 @@ import torch
 from benchlib.kernel_timing import FP8, matrix_peak, median_seconds, read_bandwidth
 from benchlib.roofline import HARDWARE, Hardware
 from dsv3.config_fields import refuse_unknown
+from dsv3.distributed.collectives import Collectives, SingleRank
 from dsv3.errors import ConfigError
 from dsv3.files import Format
-from dsv3.parallel.collectives import Collectives, SingleRank
 from dsv3.read_files import read_mapping
 
 # Of what `Hardware` was measured to be, as YAML.

@@ -11,13 +11,13 @@ from benchlib.report import Report
 from dsv3.cache.layout import CacheLayout
 from dsv3.cache.pool import CachePool
 from dsv3.config import ModelConfig
-from dsv3.engine.config import EngineConfig
+from dsv3.distributed.collectives import SingleRank
 from dsv3.engine.engine import Engine
 from dsv3.engine.plan import PlanChannel, StepPlan
 from dsv3.engine.runner import BatchBuilder, Runner
 from dsv3.engine.sampler import SampledOnDevice
-from dsv3.parallel.collectives import SingleRank
 from dsv3.request import Request, SamplingParams
+from dsv3.settings import EngineConfig
 from dsv3.text.tokenizer import Tokenizer
 
 _CPU = torch.device("cpu")

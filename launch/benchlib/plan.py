@@ -32,7 +32,7 @@ from dsv3.cache.layout import CacheLayout
 from dsv3.checkpoint.sharding import tensor_specs
 from dsv3.config import ModelConfig, ParallelConfig, divisors
 from dsv3.config_files import load_model_config
-from dsv3.engine.config import EngineConfig
+from dsv3.distributed.mesh import join_world
 from dsv3.engine.engine import follow
 from dsv3.engine.locate import locate_checkpoint, locate_description
 from dsv3.engine.memory import plan_memory, weight_bytes
@@ -46,9 +46,9 @@ from dsv3.engine.program import (
 from dsv3.engine.start import Started, start
 from dsv3.errors import ConfigError
 from dsv3.files import NamedFile, check_output, write_output
-from dsv3.parallel.mesh import join_world
 from dsv3.parallel.weights import WeightFormat
 from dsv3.setting_names import flag
+from dsv3.settings import EngineConfig
 
 _MANY, _REPEATS = 1_000_000, 30
 # Steps held to the clock: sequences, new tokens of each, positions before them.

@@ -33,6 +33,7 @@ from dsv3.cache.pool import CachePool
 from dsv3.checkpoint.sharding import tensor_specs
 from dsv3.config import ModelConfig, ParallelConfig
 from dsv3.config_files import load_model_config
+from dsv3.distributed.mesh import join_world
 from dsv3.engine.plan import StepPlan
 from dsv3.engine.program import Parser, set_up_logging
 from dsv3.engine.runner import Runner
@@ -41,7 +42,6 @@ from dsv3.errors import ConfigError
 from dsv3.model.attention import absorb_limit
 from dsv3.model.moe import MoE
 from dsv3.model.transformer import Transformer
-from dsv3.parallel.mesh import join_world
 from dsv3.parallel.weights import FP8, WeightFormat
 from dsv3.setting_names import flag
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from dsv3.config import ParallelConfig
-from dsv3.parallel.collectives import Collectives, Pending, SingleRank
-from dsv3.parallel.mesh import Mesh
+from dsv3.distributed.collectives import Collectives, Pending, SingleRank
+from dsv3.distributed.mesh import Mesh
 
 
 class StandIn(Collectives):

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from benchlib.dispatch import dispatch_time
 from dsv3.config import ParallelConfig, split_range
+from dsv3.distributed.mesh import Mesh, make_mesh
 from dsv3.model.moe import MoE
 from dsv3.model.side_stream import SideStream
-from dsv3.parallel.experts import FP8, DispatchSettings, ExpertDispatch
-from dsv3.parallel.mesh import Mesh, make_mesh
+from dsv3.parallel.expert_dispatch import FP8, DispatchSettings, ExpertDispatch
 from dsv3_kernels import act_quant, weight_dequant
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 from tests.distributed.layers import CONFIG, FORMAT, filled

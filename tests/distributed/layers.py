@@ -17,6 +17,8 @@ from dsv3.cache.pool import CachePool
 from dsv3.checkpoint.region import whole as region_of
 from dsv3.checkpoint.sharding import shard_region, tensor_specs
 from dsv3.config import ModelConfig
+from dsv3.distributed.mesh import Mesh
+from dsv3.distributed.together import fail_together
 from dsv3.engine.plan import NO_TARGET, NOT_FINITE, PlanChannel, StepPlan, pack_plans
 from dsv3.engine.runner import BatchBuilder
 from dsv3.engine.sampler import Sampled, Sampler
@@ -26,11 +28,9 @@ from dsv3.model.attention import MLA
 from dsv3.model.moe import MLP, MoE
 from dsv3.model.rotary import Rotary
 from dsv3.model.side_stream import SideStream
-from dsv3.parallel.experts import ExpertDispatch
+from dsv3.parallel.expert_dispatch import ExpertDispatch
 from dsv3.parallel.linear import VocabParallelEmbedding, VocabParallelHead
-from dsv3.parallel.mesh import Mesh
-from dsv3.parallel.rows import StreamRows
-from dsv3.parallel.together import fail_together
+from dsv3.parallel.sequence_parallel import SequenceParallel
 from dsv3.parallel.weights import Matrix, Vector, WeightFormat
 from dsv3_kernels import add_rmsnorm
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
@@ -116,7 +116,7 @@ def check_rows(mesh: Mesh) -> None:
     for count in (1, mesh.tp.size, 2 * mesh.tp.size + 1):
         x = torch.arange(3.0 * count).view(count, 3)
         for is_split in (False, True):
-            rows = StreamRows(mesh.tp, count, is_split)
+            rows = SequenceParallel(mesh.tp, count, is_split)
             own = rows.own(x)
             assert len(own) == (-(-count // mesh.tp.size) if is_split else count)
             assert_bitwise_equal("gather", rows.gather(own), x)

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 
 from dsv3.config import ParallelConfig
-from dsv3.engine.config import EngineConfig
+from dsv3.distributed.mesh import Mesh, join_world, make_mesh
 from dsv3.engine.engine import Engine, follow
 from dsv3.engine.start import start
 from dsv3.engine.stats import collect_stats
-from dsv3.parallel.mesh import Mesh, join_world, make_mesh
 from dsv3.request import Request, SamplingParams
+from dsv3.settings import EngineConfig
 
 # Penalties, biases and floors, in greedy and in sampled answers.
 FILTERS: tuple[dict[str, Any], ...] = (

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsv3.parallel import collectives
-from dsv3.parallel.collectives import OneShotGroup, ProcessGroup
-from dsv3.parallel.mesh import Mesh
+from dsv3.distributed import collectives
+from dsv3.distributed.collectives import OneShotGroup, ProcessGroup
+from dsv3.distributed.mesh import Mesh
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 from tests.distributed.ranks import CPU
 from tests.kernels.peers import make_memory, map_memory

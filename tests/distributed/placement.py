@@ -6,17 +6,17 @@ import numpy as np
 import torch
 
 from dsv3.config_files import DEMO
+from dsv3.distributed.mesh import Mesh
 from dsv3.engine.balance import moves
-from dsv3.engine.config import EngineConfig
 from dsv3.engine.engine import follow
 from dsv3.engine.start import Started, start
 from dsv3.model.moe import MoE
 from dsv3.model.side_stream import SideStream
-from dsv3.parallel.experts import DispatchSettings, ExpertDispatch
-from dsv3.parallel.mesh import Mesh
-from dsv3.parallel.placement import Placement, read_layers
-from dsv3.parallel.slots import ExpertSlots
+from dsv3.parallel.expert_dispatch import DispatchSettings, ExpertDispatch
+from dsv3.parallel.expert_placement import Placement, read_layers
+from dsv3.parallel.expert_slots import ExpertSlots
 from dsv3.request import Request, SamplingParams
+from dsv3.settings import EngineConfig
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 from tests.distributed.dispatch import meshes
 from tests.distributed.layers import CONFIG, FORMAT, filled

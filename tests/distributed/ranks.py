@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import multiprocessing as mp
 
 from dsv3.config import ParallelConfig
-from dsv3.parallel.collectives import ProcessGroup, SingleRank
-from dsv3.parallel.mesh import Mesh
+from dsv3.distributed.collectives import ProcessGroup, SingleRank
+from dsv3.distributed.mesh import Mesh
 
 CPU = torch.device("cpu")
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dsv3.parallel.experts import FP8, DispatchSettings, pack, unpack
+from dsv3.parallel.expert_dispatch import FP8, DispatchSettings, pack, unpack
 from dsv3_kernels import act_quant
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 from tests.distributed import dispatch

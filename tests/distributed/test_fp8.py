@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from dsv3.engine.config import EngineConfig
+from dsv3.distributed.mesh import Mesh
 from dsv3.engine.engine import follow
 from dsv3.engine.start import start
-from dsv3.parallel.mesh import Mesh
 from dsv3.request import SamplingParams
+from dsv3.settings import EngineConfig
 from dsv3.text.chat import ChatFormat
 from tests.distributed.ranks import alone, run_ranks
 from tests.oracle.run import answers

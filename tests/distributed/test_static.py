@@ -7,24 +7,24 @@ import torch
 from benchlib.step_shape import StepShape
 from dsv3.cache.pool import CachePool
 from dsv3.config_files import DEMO
+from dsv3.distributed.mesh import Mesh
 from dsv3.engine.adjust import NOT_FED, AdjustedRow, Adjuster, pack_adjustments
-from dsv3.engine.config import EngineConfig
-from dsv3.engine.plan import NO_TARGET, StepPlan
-from dsv3.engine.runner import Runner
-from dsv3.engine.start import Started, largest_step, start
-from dsv3.engine.static import (
+from dsv3.engine.cuda_graphs import (
     _ARRAYS,
     MAX_GATHERED,
     MAX_ROWS,
     Bucket,
+    GraphRunner,
     Inputs,
-    StaticSteps,
     most_rows,
     page_bucket,
     row_bucket,
 )
-from dsv3.parallel.mesh import Mesh
+from dsv3.engine.plan import NO_TARGET, StepPlan
+from dsv3.engine.runner import Runner
+from dsv3.engine.start import Started, largest_step, start
 from dsv3.request import SamplingParams
+from dsv3.settings import EngineConfig
 from tests.distributed.ranks import CPU, alone, run_ranks
 
 PROMPTS = (30, 7, 100, 1, 64)
@@ -167,7 +167,7 @@ def started() -> Started:
 def test_what_is_not_a_decode_step(started: Started) -> None:
     runner = Runner(started.runner.model, started.cache, 1, static=True)
     steps = runner._static
-    assert isinstance(steps, StaticSteps)
+    assert isinstance(steps, GraphRunner)
     assert steps.bucket([plan([3, 70], [[1], [2]], 2)]) == Bucket(2, 16, False)
     scored, likeliest = np.array([-1, 7], np.int32), np.array([-1, 0], np.int32)
     assert steps.bucket([plan([3, 0], [[1], [2, 3]], 2)]) is None
@@ -188,7 +188,7 @@ def test_the_largest_steps_are_what_the_memory_plan_measures(started: Started) -
     cache = CachePool(layout, layers, 2, CPU, started.mesh.tp)
     runner = Runner(started.runner.model, cache, 1, static=True)
     steps = runner._static
-    assert isinstance(steps, StaticSteps)
+    assert isinstance(steps, GraphRunner)
     full = largest_step(3, 1300, layout.page_size, 40)
     assert StepShape.of_plan(full, 1) == StepShape(
         decode=3, context=433, prefill=37, cached=1300 - 37, rows=40

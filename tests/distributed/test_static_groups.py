@@ -9,13 +9,13 @@ import torch
 
 from dsv3.config import ParallelConfig
 from dsv3.config_files import DEMO
-from dsv3.engine.config import EngineConfig
+from dsv3.distributed.mesh import Mesh, make_mesh
+from dsv3.engine.cuda_graphs import MAX_GATHERED, Bucket, GraphRunner
 from dsv3.engine.engine import Engine, follow
 from dsv3.engine.plan import StepPlan
 from dsv3.engine.start import Started, start
-from dsv3.engine.static import MAX_GATHERED, Bucket, StaticSteps
-from dsv3.parallel.mesh import Mesh, make_mesh
 from dsv3.request import Request, SamplingParams
+from dsv3.settings import EngineConfig
 from tests.distributed.ranks import CPU, alone, run_ranks
 from tests.distributed.test_static import plan
 
@@ -50,7 +50,7 @@ def ask(engine: Engine) -> Answers:
 def watched(started: Started) -> list[tuple[Bucket, int]]:
     """Have a runner use static buffers; return what will be told about its steps."""
     runner, seen = started.runner, []
-    steps = StaticSteps(runner.model, started.cache, runner.sampler)  # type: ignore[arg-type]
+    steps = GraphRunner(runner.model, started.cache, runner.sampler)  # type: ignore[arg-type]
     run = steps.run
 
     def told(bucket: Bucket, mine: StepPlan, *tables: object) -> object:
@@ -138,7 +138,7 @@ def test_four_ranks(want: Answers) -> None:
 def test_all_groups_take_one_bucket() -> None:
     """That of the fullest group and the longest sequence; none if any group does more."""
     started = start(DEMO, EngineConfig(**CACHE), alone())
-    steps = StaticSteps(started.runner.model, started.cache, started.runner.sampler)  # type: ignore[arg-type]
+    steps = GraphRunner(started.runner.model, started.cache, started.runner.sampler)  # type: ignore[arg-type]
     few, far, idle = plan([3], [[1]], 1), plan([3] * 4 + [1200], [[1]] * 5, 20), StepPlan()
     assert steps.bucket([few, idle]) == Bucket(1, 16, False)
     assert steps.bucket([idle, few, far]) == Bucket(8, 32, False)

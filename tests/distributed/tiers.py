@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from dsv3.engine.config import EngineConfig
+from dsv3.distributed.mesh import Mesh, join_world
 from dsv3.engine.engine import Engine, follow
 from dsv3.engine.start import start
 from dsv3.engine.stats import collect_stats
-from dsv3.parallel.mesh import Mesh, join_world
 from dsv3.request import Completion, Request, SamplingParams
+from dsv3.settings import EngineConfig
 
 
 def ask(engine: Engine, name: str, prompt: list[int]) -> Completion:

@@ -24,7 +24,7 @@ def main() -> None:
         if place == "imports":
             os.kill(os.getpid(), signal.SIGSTOP)
         from dsv3.checkpoint import load, reader
-        from dsv3.parallel import mesh
+        from dsv3.distributed import mesh
         from dsv3.text.chat import ChatFormat
 
         if place == "closing":

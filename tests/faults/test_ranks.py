@@ -112,7 +112,7 @@ def test_a_rank_that_goes_bad_is_named_once(tmp_path: Path, jobs: Jobs) -> None:
         logs = [(folder / f"rank{r}.log").read_text() for r in (0, 1)]
         assert all(re.search(line, log) for log in logs)
         if what in ("SIGSTOP", "hang"):
-            assert all("most recent call first" in log and "watch.py" in log for log in logs)
+            assert all("most recent call first" in log and "watchdog.py" in log for log in logs)
 
 
 def shares(folder: Path) -> list[Path]:

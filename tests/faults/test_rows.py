@@ -10,11 +10,11 @@ import pytest
 from dsv3.errors import RequestError
 from dsv3.request import Completion, Request, RequestOutput
 from dsv3.serve.batch import run_batch
+from dsv3.serve.batch_file import BatchInput
+from dsv3.serve.journal import Journal
 from dsv3.serve.sinks import JournalSink
-from dsv3.text.batch_file import BatchInput
 from dsv3.text.chat import ChatFormat
 from dsv3.text.defaults import Defaults
-from dsv3.text.journal import Journal
 from dsv3.text.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.load(Path(__file__).parents[2] / "checkpoints" / "demo-v3")
@@ -126,7 +126,7 @@ MALFORMED = {
     "messages a text": (chat(messages="Hi"), 'messages="Hi" must be a list of messages'),
     "messages empty": (chat(messages=[]), "messages is empty; give at least one message"),
     "message a text": (chat(messages=["Hi"]), "messages[0] must be an object with role and"),
-    "no role": (message(role=None), "messages[0].role is missing; use one of system, "),
+    "no role": (message(role=None), "messages[0].role=None is unknown; use one of system, "),
     "role unknown": (message(role="robot"), "messages[0].role='robot' is unknown; use one of"),
     "role unknown to template": (
         message(role="tool"),

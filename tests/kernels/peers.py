@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv3.parallel.mesh import Mesh
+from dsv3.distributed.mesh import Mesh
 from dsv3_kernels import Peers, shared_bytes, sum_norm
 from dsv3_kernels.ops.rmsnorm import add_rmsnorm_triton
 from dsv3_kernels.ops.sum_norm import MAX_ROWS, sum_norm_ref

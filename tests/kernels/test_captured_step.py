@@ -19,15 +19,15 @@ from benchlib.rank import Rank, RankShape
 from benchlib.stand_in import StandIn
 from dsv3.config import ParallelConfig
 from dsv3.config_files import DEMO, load_model_config
+from dsv3.distributed.collectives import SingleRank
+from dsv3.distributed.mesh import Mesh
 from dsv3.engine.adjust import AdjustedRow, Adjuster, Adjustments, pack_adjustments
+from dsv3.engine.cuda_graphs import GraphRunner
 from dsv3.engine.plan import StepPlan
 from dsv3.engine.runner import BatchBuilder, Runner
-from dsv3.engine.static import StaticSteps
 from dsv3.model.transformer import Transformer
-from dsv3.parallel.collectives import SingleRank
-from dsv3.parallel.experts import FP8, DispatchSettings
-from dsv3.parallel.mesh import Mesh
-from dsv3.parallel.placement import Placement
+from dsv3.parallel.expert_dispatch import FP8, DispatchSettings
+from dsv3.parallel.expert_placement import Placement
 from dsv3.request import SamplingParams
 
 interpreter = pytest.importorskip("triton.runtime.interpreter")
@@ -85,7 +85,7 @@ def step(drawn: bool) -> StepPlan:
 
 def check_nobody_looks(
     rank: Rank, plans_of: Callable[[bool], list[StepPlan]], monkeypatch: pytest.MonkeyPatch
-) -> StaticSteps:
+) -> GraphRunner:
     """Run both kinds of step, then again over the kernels with everybody watched.
 
     The first plan is that of the rank's own group.

@@ -5,13 +5,13 @@ import torch
 
 from dsv3.config import ParallelConfig
 from dsv3.config_files import DEMO
-from dsv3.engine.config import EngineConfig
+from dsv3.distributed.collectives import SingleRank
+from dsv3.distributed.mesh import Mesh
+from dsv3.engine.cuda_graphs import GraphRunner
 from dsv3.engine.plan import StepPlan
 from dsv3.engine.runner import BatchBuilder, Runner
 from dsv3.engine.start import start
-from dsv3.engine.static import StaticSteps
-from dsv3.parallel.collectives import SingleRank
-from dsv3.parallel.mesh import Mesh
+from dsv3.settings import EngineConfig
 from dsv3_kernels.testing import assert_bitwise_equal
 from tests.distributed.test_static_groups import Answers, ask
 from tests.kernels.test_captured_step import one_of_two_groups, step
@@ -30,7 +30,7 @@ def test_one_of_several_groups(form: str, monkeypatch: pytest.MonkeyPatch) -> No
     rank = one_of_two_groups(form, device, monkeypatch)
     graphs = Runner(rank.model, rank.cache, 1, static=True)._static
     plain = Runner(rank.model, rank.cache, 1, static=True)._static
-    assert isinstance(graphs, StaticSteps) and isinstance(plain, StaticSteps)
+    assert isinstance(graphs, GraphRunner) and isinstance(plain, GraphRunner)
     plain._pool = None
     for drawn in (False, True, False, True):
         for plan in (step(drawn), StepPlan(), step(drawn)):

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch import multiprocessing as mp
 
-from dsv3.parallel.collectives import OneShotGroup, connect
+from dsv3.distributed.collectives import OneShotGroup, connect
 from dsv3_kernels import Peers, shared_bytes, sum_norm
 from dsv3_kernels.gemm.act_quant import act_quant_ref
 from dsv3_kernels.ops.sum_norm import MAX_ROWS, sum_norm_ref

@@ -14,12 +14,12 @@ from torch.nn import functional as F
 
 from dsv3.checkpoint.load import fp8_weights, load_weights
 from dsv3.checkpoint.source import open_source
-from dsv3.engine.config import EngineConfig
 from dsv3.engine.start import numerics_mode
 from dsv3.errors import ConfigError
 from dsv3.model.transformer import Transformer
 from dsv3.parallel.linear import Linear
 from dsv3.parallel.weights import WeightFormat
+from dsv3.settings import EngineConfig
 from tests.oracle.families import Oracle
 from tests.oracle.run import all_logits, start_alone
 from tests.oracle.test_bfloat16 import errors

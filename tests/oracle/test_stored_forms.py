@@ -11,11 +11,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dsv3.engine.config import EngineConfig
+from dsv3.distributed.mesh import Mesh
 from dsv3.engine.engine import follow
 from dsv3.engine.start import start
-from dsv3.parallel.mesh import Mesh
 from dsv3.request import SamplingParams
+from dsv3.settings import EngineConfig
 from tests.distributed.ranks import alone, run_ranks
 from tests.oracle.families import Oracle
 from tests.oracle.run import all_logits, answers, start_alone

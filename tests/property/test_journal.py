@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dsv3.errors import ConfigError, OutputError
-from dsv3.text.batch_file import BatchInput, Row, result_line
+from dsv3.serve.batch_file import BatchInput, Row, result_line
+from dsv3.serve.journal import LINE_START, Journal
 from dsv3.text.defaults import Defaults, Sampling
-from dsv3.text.journal import LINE_START, Journal
 from dsv3.text.openai_answer import error_body
 
 
@@ -365,7 +365,7 @@ def test_a_file_that_is_taken_away_is_an_error(
     tmp_path: Path, event: Callable[[Path], None], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At the next line once in a while, and always at the end."""
-    monkeypatch.setattr("dsv3.text.journal.CHECK_SECONDS", 0)
+    monkeypatch.setattr("dsv3.serve.journal.CHECK_SECONDS", 0)
     rows = list(batch(tmp_path / "in.jsonl", *GOOD))
     for last in (lambda journal: journal.write(result(rows[1])), lambda journal: journal.finish()):
         folder = tmp_path / "results"

@@ -12,12 +12,12 @@ import pytest
 from dsv3.errors import MAX_LINE, OutputError, RequestError
 from dsv3.request import Completion, Request, RequestOutput
 from dsv3.serve.batch import BatchSummary, run_batch
+from dsv3.serve.batch_file import BatchInput
+from dsv3.serve.journal import Journal
 from dsv3.serve.progress import Progress
 from dsv3.serve.sinks import JournalSink, TextSink
-from dsv3.text.batch_file import BatchInput
 from dsv3.text.chat import ChatFormat
 from dsv3.text.defaults import Defaults, Sampling
-from dsv3.text.journal import Journal
 from dsv3.text.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.load(Path(__file__).parents[2] / "checkpoints" / "demo-v3")

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from dsv3.errors import ConfigError
-from dsv3.text import batch_file
-from dsv3.text.batch_file import BatchInput, Row, result_line
+from dsv3.serve import batch_file
+from dsv3.serve.batch_file import BatchInput, Row, result_line
 from dsv3.text.defaults import Defaults, Sampling
 
 

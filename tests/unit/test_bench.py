@@ -14,8 +14,8 @@ from benchlib.host import host_time
 from benchlib.report import Report, machine
 from benchlib.throughput import throughput
 from benchlib.workload import Job, Lengths, draw_jobs
-from dsv3.engine.config import EngineConfig
 from dsv3.errors import ConfigError, OutputError
+from dsv3.settings import EngineConfig
 from launch import bench
 from tests.checkpoint_files import TINY
 from tests.paper_runner import paper_engine

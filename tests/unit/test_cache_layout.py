@@ -6,7 +6,7 @@ import torch
 from dsv3.cache.layout import CacheLayout
 from dsv3.cache.pool import CachePool
 from dsv3.config_files import load_model_config
-from dsv3.parallel.collectives import SingleRank
+from dsv3.distributed.collectives import SingleRank
 from tests.checkpoint_files import TINY
 
 WORLDS = (1, 2, 3, 4, 8, 48)

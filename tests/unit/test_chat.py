@@ -186,7 +186,7 @@ def test_developer_is_the_newer_name_of_system(demo: Tokenizer) -> None:
     [
         ([], "messages is empty; give at least one message"),
         (["hi"], "messages[0] must be an object with role and content"),
-        ([{"content": "hi"}], "messages[0].role is missing; use one of system, developer, "),
+        ([{"content": "hi"}], "messages[0].role=None is unknown; use one of system, developer, "),
         ([{"role": "robot", "content": "hi"}], "messages[0].role='robot' is unknown; use one of"),
         ([{"role": ["user"], "content": "hi"}], "messages[0].role=['user'] is unknown"),
         ([*SHORT, {"role": "user"}], "messages[1].content is missing"),

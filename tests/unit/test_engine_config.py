@@ -4,9 +4,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsv3.engine.config import EngineConfig
-from dsv3.engine.sizes import CacheSize, Size
 from dsv3.errors import ConfigError
+from dsv3.settings import EngineConfig
+from dsv3.sizes import CacheSize, Size
 
 
 @pytest.mark.parametrize(

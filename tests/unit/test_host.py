@@ -7,7 +7,7 @@ from dsv3.cache import host
 from dsv3.cache.host import HostPool
 from dsv3.cache.layout import CacheLayout
 from dsv3.cache.pool import CachePool
-from dsv3.parallel.collectives import SingleRank
+from dsv3.distributed.collectives import SingleRank
 
 CPU = torch.device("cpu")
 

@@ -4,8 +4,7 @@ import os
 
 import pytest
 
-from dsv3.errors import ConfigError
-from dsv3.parallel.launcher import (
+from dsv3.distributed.launcher import (
     environment_local_rank,
     environment_rank,
     environment_world_size,
@@ -13,6 +12,7 @@ from dsv3.parallel.launcher import (
     meeting_point,
     unused_tasks,
 )
+from dsv3.errors import ConfigError
 
 PREFIXES = ("SLURM_", "OMPI_", "PMI_", "MPI_", "MASTER_")
 STEP = {

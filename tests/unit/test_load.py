@@ -13,13 +13,13 @@ from dsv3.checkpoint.names import scale_name
 from dsv3.checkpoint.sharding import shard_region, tensor_specs
 from dsv3.checkpoint.source import open_source
 from dsv3.config import ModelConfig, ParallelConfig
-from dsv3.engine.config import EngineConfig
+from dsv3.distributed.collectives import SingleRank
+from dsv3.distributed.mesh import Mesh
 from dsv3.engine.start import start
 from dsv3.errors import ConfigError
 from dsv3.model.transformer import Transformer
-from dsv3.parallel.collectives import SingleRank
-from dsv3.parallel.mesh import Mesh
 from dsv3.parallel.weights import Matrix, Target, Vector, WeightFormat
+from dsv3.settings import EngineConfig
 from dsv3_kernels.testing import assert_bitwise_equal
 from tests.checkpoint_files import FP8, TINY, Tensors, random_tensors, write_hf
 

@@ -14,13 +14,13 @@ import torch.distributed as dist
 
 from benchlib.stand_in import StandIn
 from dsv3.config import ParallelConfig
+from dsv3.distributed import mesh, rendezvous
+from dsv3.distributed import store as store_module
+from dsv3.distributed.mesh import Mesh, _num_threads, join_world
+from dsv3.distributed.rendezvous import Hello, Peer, Roster
+from dsv3.distributed.store import Patience
+from dsv3.distributed.watchdog import Watchdog
 from dsv3.errors import ConfigError, RankError
-from dsv3.parallel import mesh, rendezvous
-from dsv3.parallel import store as store_module
-from dsv3.parallel.mesh import Mesh, _num_threads, join_world
-from dsv3.parallel.rendezvous import Hello, Peer, Roster
-from dsv3.parallel.store import Patience
-from dsv3.parallel.watch import Watch
 
 
 def test_threads_are_the_users_or_a_share_of_the_usable_cores(
@@ -181,7 +181,7 @@ def test_a_second_rank_0_is_refused(store: dist.Store) -> None:
 def test_a_server_that_is_no_store_ends_the_wait(rank: int, words: str) -> None:
     """It takes connections and says nothing. The process ends: torch's thread never would."""
     code = (
-        "from dsv3.parallel import rendezvous\n"
+        "from dsv3.distributed import rendezvous\n"
         "rendezvous.LATER_SECONDS = 0.5\n"
         f"me = rendezvous.Peer({rank}, 'node', 'boot', 1, '')\n"
         "rendezvous.meet(rendezvous.Hello(me, 4), 0.5)\n"
@@ -225,10 +225,10 @@ def test_ranks_that_never_come_are_named_in_time(store: dist.Store) -> None:
 def test_ranks_are_named_by_their_hosts() -> None:
     peers = [Peer(rank, f"node{rank // 2}", "boot", 1, "") for rank in range(4)]
     assert (
-        Watch(0, Roster(peers, dist.HashStore(), {})).name_of(1, 2)
+        Watchdog(0, Roster(peers, dist.HashStore(), {})).name_of(1, 2)
         == "rank 1 on node0, rank 2 on node1"
     )
-    assert Watch().name_of(0) == "rank 0"
+    assert Watchdog().name_of(0) == "rank 0"
 
 
 def test_graphs_hold_steps_of_all_groups_that_exchange_over_nccl() -> None:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from dsv3.cache.disk import BAD, GOOD, PENDING
-from dsv3.engine.mover import Mover
+from dsv3.distributed.collectives import SingleRank
+from dsv3.engine.page_mover import PageMover
 from dsv3.engine.plan import StepPlan
-from dsv3.parallel.collectives import SingleRank
 
 
 class Files:
@@ -58,7 +58,7 @@ def test_a_slot_is_settled_when_no_rank_reads_it(
     mine: int, theirs: int, settled: bool | None
 ) -> None:
     files, books = Files({7: mine, 3: GOOD}), Books()
-    mover = Mover(None, files, Peers([[theirs, GOOD], [GOOD, GOOD]]), books)
+    mover = PageMover(None, files, Peers([[theirs, GOOD], [GOOD, GOOD]]), books)
     mover.before_copies(StepPlan(settle=np.array([20, 7, 3], np.int32)))
     assert books.settled == {3: True} | ({} if settled is None else {7: settled})
     assert files.reads == ({7: mine} if settled is None else {})

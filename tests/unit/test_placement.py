@@ -9,9 +9,8 @@ import pytest
 
 from dsv3.config import ParallelConfig
 from dsv3.engine.balance import place_experts
-from dsv3.engine.config import EngineConfig
 from dsv3.errors import ConfigError, OutputError
-from dsv3.parallel.placement import (
+from dsv3.parallel.expert_placement import (
     Placement,
     balanced_slots,
     keep_in_place,
@@ -20,6 +19,7 @@ from dsv3.parallel.placement import (
     replicate,
     write_layers,
 )
+from dsv3.settings import EngineConfig
 from tests.checkpoint_files import TINY
 
 SIXTEEN = dataclasses.replace(TINY, n_routed_experts=16, n_group=4, num_hidden_layers=4)

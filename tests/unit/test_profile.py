@@ -12,11 +12,11 @@ from benchlib.profiler import Profiler
 from benchlib.roofline import HARDWARE, Op
 from benchlib.step_shape import StepShape
 from dsv3.config_files import DEMO
-from dsv3.engine.config import EngineConfig
+from dsv3.distributed.collectives import SingleRank
 from dsv3.engine.start import start
 from dsv3.errors import ConfigError
-from dsv3.parallel.collectives import SingleRank
 from dsv3.request import Request, SamplingParams
+from dsv3.settings import EngineConfig
 from tests.distributed.ranks import CPU, alone
 
 SLOW, FAST = 2.0, 0.5

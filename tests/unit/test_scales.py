@@ -13,9 +13,9 @@ from dsv3.checkpoint.plan import Cast, make_plan
 from dsv3.checkpoint.scales import read_scales
 from dsv3.checkpoint.source import open_source
 from dsv3.config import ParallelConfig
+from dsv3.distributed.collectives import SingleRank
+from dsv3.distributed.mesh import Mesh
 from dsv3.model.transformer import Transformer
-from dsv3.parallel.collectives import SingleRank
-from dsv3.parallel.mesh import Mesh
 from dsv3.parallel.weights import WeightFormat
 from tests.checkpoint_files import FP8, TINY, Tensors, random_tensors, write_hf
 

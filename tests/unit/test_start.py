@@ -10,15 +10,15 @@ import torch
 
 from dsv3.cache.layout import CacheLayout
 from dsv3.config import ParallelConfig
+from dsv3.distributed.collectives import SingleRank
+from dsv3.distributed.mesh import Mesh
 from dsv3.engine import start
-from dsv3.engine.config import EngineConfig
 from dsv3.engine.memory import plan_memory
 from dsv3.engine.plan import StepPlan
 from dsv3.errors import ConfigError
-from dsv3.parallel.collectives import SingleRank
-from dsv3.parallel.experts import FP8
-from dsv3.parallel.mesh import Mesh
+from dsv3.parallel.expert_dispatch import FP8
 from dsv3.parallel.weights import WeightFormat
+from dsv3.settings import EngineConfig
 from tests.checkpoint_files import TINY
 
 

@@ -7,11 +7,11 @@ from torch import Tensor
 from dsv3.cache.disk import GOOD, PENDING, DiskFiles
 from dsv3.cache.host import HostPool
 from dsv3.cache.tiers import Tiers
+from dsv3.distributed.collectives import Collectives
 from dsv3.engine.plan import Ints, StepPlan, unpack_pages
-from dsv3.parallel.collectives import Collectives
 
 
-class Mover:
+class PageMover:
     """Executes the part of a plan that concerns host memory and disk.
 
     Args:

@@ -6,8 +6,8 @@ Everything is changed in place, so that a CUDA graph goes on with the new values
 import torch
 from torch import Tensor
 
-from dsv3.parallel.mesh import Mesh
-from dsv3.parallel.placement import Placement
+from dsv3.distributed.mesh import Mesh
+from dsv3.parallel.expert_placement import Placement
 
 
 class ExpertSlots:

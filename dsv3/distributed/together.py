@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
+from dsv3.distributed.mesh import Mesh
 from dsv3.errors import (
     CheckpointError,
     ConfigError,
@@ -14,7 +15,6 @@ from dsv3.errors import (
     RequestError,
     describe_error,
 )
-from dsv3.parallel.mesh import Mesh
 
 _MESSAGE_BYTES = 1024
 # For all ranks to come to the end of a stage in which one has failed.

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from dsv3.errors import ConfigError, OutputError, os_errors_as
 from dsv3.files import is_at, lock, replacing
+from dsv3.serve.batch_file import Row, RowKey, row_key
 from dsv3.streams import STANDARD, is_named_pipe, is_stream, open_stream
-from dsv3.text.batch_file import Row, RowKey, row_key
 
 LINE_START = b'{"id": "batch_req_'  # of every line of ours, whole or torn
 SYNC_SECONDS = 5.0

@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
+from dsv3.distributed.launcher import meeting_point
+from dsv3.distributed.store import LATER_SECONDS, Patience, open_store
 from dsv3.errors import ConfigError, Dsv3Error, RankError
-from dsv3.parallel.launcher import meeting_point
-from dsv3.parallel.store import LATER_SECONDS, Patience, open_store
 
 _HELLO_SECONDS = 5.0  # for a connection to say hello
 _MAX_HELLO = 1 << 20  # bytes

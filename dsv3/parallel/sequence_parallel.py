@@ -8,11 +8,11 @@ activations' dtype, and less where they are in float32 (MoE): the gather is in t
 from torch import Tensor
 from torch.nn import functional as F
 
-from dsv3.parallel.collectives import Collectives
+from dsv3.distributed.collectives import Collectives
 from dsv3_kernels import Quantized, add_rmsnorm
 
 
-class StreamRows:
+class SequenceParallel:
     """The rows of one step.
 
     Args:

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from dsv3.cache.layout import NULL_PAGE
 from dsv3.cache.pool import CachePool
+from dsv3.distributed.together import fail_together
 from dsv3.engine.plan import NO_TARGET, StepPlan
 from dsv3.engine.sampler import Choice, SampledOnDevice, Sampler
 from dsv3.errors import RankError
 from dsv3.model.batch import Batch, DecodeGroup
 from dsv3.model.transformer import Transformer
-from dsv3.parallel.together import fail_together
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class Inputs:
             self._sent[self._turn].record()
 
 
-class StaticSteps:
+class GraphRunner:
     """Runs the decode steps of one rank on static buffers.
 
     Args:

@@ -10,7 +10,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from dsv3.parallel.launcher import is_restarted, meeting_point
+from dsv3.distributed.launcher import is_restarted, meeting_point
 
 _PREFIX = "dsv3/mark "
 _ANSWER_SECONDS = 10.0

@@ -6,12 +6,12 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
+from dsv3.distributed.mesh import Mesh
 from dsv3.engine.plan import StepPlan
 from dsv3.errors import RankError
-from dsv3.parallel.mesh import Mesh
 
 
-class Guard:
+class DivergenceCheck:
     """One rank's digests over all of its steps. The device is waited for at every `every`-th."""
 
     def __init__(self, mesh: Mesh, every: int) -> None:

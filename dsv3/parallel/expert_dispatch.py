@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dsv3.config import split_range
-from dsv3.parallel.collectives import Collectives
-from dsv3.parallel.mesh import Mesh
-from dsv3.parallel.slots import ExpertSlots
+from dsv3.distributed.collectives import Collectives
+from dsv3.distributed.mesh import Mesh
+from dsv3.parallel.expert_slots import ExpertSlots
 from dsv3_kernels import act_quant, weight_dequant
 
 FP8, BLOCK = torch.float8_e4m3fn, 128

@@ -10,8 +10,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from dsv3.distributed.launcher import environment_local_rank, meeting_point
 from dsv3.errors import RankError
-from dsv3.parallel.launcher import environment_local_rank, meeting_point
 
 log = logging.getLogger(__name__)
 

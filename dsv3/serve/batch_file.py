@@ -14,10 +14,10 @@ from typing import Any, BinaryIO
 
 from dsv3.errors import ConfigError, RequestError
 from dsv3.read_files import parse_json_text
+from dsv3.serve.input_file import InputFile
+from dsv3.serve.row_form import holds_json
 from dsv3.text.defaults import LINE_DEFAULTS, Defaults
-from dsv3.text.input_file import InputFile
 from dsv3.text.openai_format import Fields, parse_request, plain_request, show
-from dsv3.text.row_form import holds_json
 from dsv3.text.text_request import TextRequest, digest
 
 SEPARATORS = ("line", "blank-line")

@@ -18,17 +18,17 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from dsv3.config import ParallelConfig
-from dsv3.errors import ConfigError, RankError
-from dsv3.parallel.collectives import Collectives, ProcessGroup, SingleRank, connect
-from dsv3.parallel.launcher import (
+from dsv3.distributed.collectives import Collectives, ProcessGroup, SingleRank, connect
+from dsv3.distributed.launcher import (
     environment_local_rank,
     environment_rank,
     environment_world_size,
     meeting_point,
     unused_tasks,
 )
-from dsv3.parallel.rendezvous import Hello, Peer, Roster, meet
-from dsv3.parallel.watch import RUN, Watch, start_up_timeout
+from dsv3.distributed.rendezvous import Hello, Peer, Roster, meet
+from dsv3.distributed.watchdog import RUN, Watchdog, start_up_timeout
+from dsv3.errors import ConfigError, RankError
 from dsv3.setting_names import SettingName, argument
 from dsv3.version import __version__
 
@@ -65,7 +65,7 @@ class Mesh:
     host: Collectives = field(default_factory=SingleRank)
     hosts: Collectives = field(default_factory=SingleRank)
     host_of_rank: tuple[int, ...] = (0,)
-    watch: Watch = field(default_factory=Watch)
+    watch: Watchdog = field(default_factory=Watchdog)
 
     @property
     def groups(self) -> list[Collectives]:
@@ -141,11 +141,11 @@ def make_mesh(
     backend: str,
     via_host: bool,
     host_of_rank: Sequence[int],
-    watch: Watch | None = None,
+    watch: Watchdog | None = None,
 ) -> Mesh:
     """Make the groups of a world of several that has met. A collective."""
     assert dist.group.WORLD is not None
-    host_of_rank, watch = tuple(host_of_rank), watch or Watch()
+    host_of_rank, watch = tuple(host_of_rank), watch or Watchdog()
     ranks_on_host = host_of_rank.count(host_of_rank[layout.rank])
     world = connect(dist.group.WORLD, device, via_host, ranks_on_host)
     control = world
@@ -250,7 +250,7 @@ def join_world(
         same = {name(field): str(value) for field, value in {**places, **(settings or {})}.items()}
         common = same | {"the version of dsv3": __version__}
         met = meet(Hello(Peer.here(rank), world_size, common), start_up_timeout(rank_timeout))
-    watch = Watch(rank, met, rank_timeout)
+    watch = Watchdog(rank, met, rank_timeout)
     watch.start()
     mesh = None
     try:
@@ -269,7 +269,7 @@ def join_world(
                 dist.destroy_process_group()
 
 
-def _enter_mesh(layout: ParallelConfig, device: str, met: Roster | None, watch: Watch) -> Mesh:
+def _enter_mesh(layout: ParallelConfig, device: str, met: Roster | None, watch: Watchdog) -> Mesh:
     """Choose this rank's device and make its groups."""
     rank, peers = layout.rank, met.peers if met else ()
     hosts = [(peer.host, peer.boot) for peer in peers] or [("", "")]

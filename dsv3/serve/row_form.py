@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dsv3.errors import ConfigError
+from dsv3.serve.input_file import InputFile
 from dsv3.streams import STANDARD
-from dsv3.text.input_file import InputFile
 
 JSON_NAMES = (".jsonl", ".ndjson", ".json")
 _ROW_FIELDS = {"custom_id", "body", "url", "messages", "prompt"}

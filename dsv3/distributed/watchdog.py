@@ -30,11 +30,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from dsv3.distributed.failure_report import is_lost, leave_report, log_file, reason_of
+from dsv3.distributed.fuse import Fuse
+from dsv3.distributed.rendezvous import Peer, Roster
+from dsv3.distributed.seen import Seen
 from dsv3.errors import Interrupted, RankError, one_line
-from dsv3.parallel.failure_report import is_lost, leave_report, log_file, reason_of
-from dsv3.parallel.fuse import Fuse
-from dsv3.parallel.rendezvous import Peer, Roster
-from dsv3.parallel.seen import Seen
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ RUN = "run"  # the stage in which the program decides what is done
 _EXCHANGES = str(Path(__file__).with_name("collectives.py"))
 
 
-class Watch:
+class Watchdog:
     """This rank's part. In a world of one it only turns signals into exceptions.
 
     Args:

@@ -8,9 +8,9 @@ from typing import Any
 
 from dsv3.arguments import text, truth, whole
 from dsv3.config_fields import shown
-from dsv3.engine.sizes import CacheSize, Size
 from dsv3.errors import ConfigError
 from dsv3.setting_names import argument
+from dsv3.sizes import CacheSize, Size
 
 # By arithmetic, not measured: for V3 on 8 ranks at 450 GB/s, fewer bytes of float32 sums and fewer
 # rows to normalize save two more launches' 20 us a layer from about 600 tokens on. Gloo saves none.

@@ -1,0 +1,1 @@
+"""Ranks: the mesh, collectives, the rendezvous and the watchdog."""
