@@ -465,6 +465,24 @@ def test_stats_count_prompts_and_answers() -> None:
     assert lines[4] == "cache          1,024 of 4,096 tokens"
 
 
+def test_stats_after_undo_are_those_of_the_turns_that_are_left() -> None:
+    _, console = talk(["I am Anna.", "/stats", "Who?", "/undo", "/stats"], [["Noted."], ["You."]])
+    before, after = (text.splitlines()[3] for text in console.shown if "context  " in text)
+    assert before == after
+
+
+def test_thinking_that_cannot_be_switched_is_mentioned_when_it_is_set() -> None:
+    _, console = talk(["/set thinking on"])
+    reason = "this model's chat format has no switch for it"
+    assert console.shown[1:] == [
+        "thinking: true",
+        f"asking for thinking changes nothing: {reason}",
+    ]
+    always = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}<think>"
+    _, console = talk(["/set thinking off"], template=always)
+    assert console.shown[2].startswith("thinking cannot be switched off: ")
+
+
 def test_a_template_without_end_leaves_the_chat_open() -> None:
     engine, console = talk(["Hi", "Hi again"], template="{{ 'a' * 10 ** 10 }}")
     assert engine.requests == []
