@@ -101,7 +101,7 @@ class Chat:
             f"{model}, context of {self.engine.max_seq_len:,} tokens; /help lists the commands, "
             "Ctrl-D leaves"
         )
-        self._remark_thinking()
+        self._remark_thinking(self.defaults.thinking or None)
         while (message := self.console.read()) is not None:
             command = re.fullmatch(r"(/[a-zA-Z]*)(?:\s+(.*))?", message.rstrip(), re.DOTALL)
             if command is None:
@@ -188,7 +188,8 @@ class Chat:
             reply = {"role": "assistant", "content": answer.content}
             if answer.thought:
                 reply["reasoning_content"] = answer.thought.strip()
-            self._talk.turns = [*kept, Turn(question, reply)]
+            num_tokens = answer.prompt_len + answer.num_tokens
+            self._talk.turns = [*kept, Turn(question, reply, num_tokens)]
         elif len(self._talk.turns) > len(kept):
             remark += "; the answer before stays"
         else:
@@ -285,10 +286,10 @@ class Chat:
             self._num_keys = 0
         self.console.note(f"{name}: {self._settings.shown(name)}")
         if value and name == "thinking":
-            self._remark_thinking()
+            self._remark_thinking(self._settings.defaults.thinking)
 
-    def _remark_thinking(self) -> None:
-        if remark := self.format.thinking_remark(self._settings.defaults.thinking or None):
+    def _remark_thinking(self, thinking: bool | None) -> None:
+        if remark := self.format.thinking_remark(thinking):
             self.console.note(remark)
 
     def _system(self, text: str) -> None:
@@ -303,7 +304,7 @@ class Chat:
             self.console.note("no answers yet")
             return
         last, metrics = self._answers[-1], self.engine.metrics
-        context = last.prompt_len + last.num_tokens if self._talk.turns else 0
+        context = self._talk.turns[-1].num_tokens if self._talk.turns else 0
         filled = metrics.pages_used + metrics.pages_idle
         cached = self.engine.cache_tokens * filled // max(1, filled + metrics.pages_free)
         summed = ("prompt_len", "computed", "reused", "num_tokens", "seconds")

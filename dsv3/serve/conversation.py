@@ -32,10 +32,15 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A message of the user with the model's reply."""
+    """A message of the user with the model's reply.
+
+    Attributes:
+        num_tokens: of the conversation up to its end.
+    """
 
     question: Question
     reply: dict[str, Any]
+    num_tokens: int
 
     @property
     def messages(self) -> list[dict[str, Any]]:

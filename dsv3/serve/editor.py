@@ -7,6 +7,7 @@ the terminal, Ctrl-C (and Ctrl-Z) come as characters; Ctrl-\ still ends everythi
 import asyncio
 import codecs
 import contextlib
+import logging
 import os
 import select
 import signal
@@ -79,6 +80,7 @@ class Terminal:
         app.terminal_size_polling_interval = None  # SIGWINCH tells
 
     def __enter__(self) -> Self:
+        logging.getLogger("asyncio").setLevel(logging.INFO)  # --debug is not about event loops
         self._modes = termios.tcgetattr(self._in)
         self._guard = _guard(self._in)
         modes = termios.tcgetattr(self._in)

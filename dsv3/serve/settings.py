@@ -82,7 +82,7 @@ def known_name(text: str) -> str:
     name = text.lower().lstrip("-").replace("-", "_")
     if name in NAMES:
         return name
-    close = get_close_matches(name, NAMES, n=1)
+    close = [n for n in NAMES if name and n.startswith(name)] or get_close_matches(name, NAMES)
     hint = f"did you mean {close[0]}?" if close else "/set shows all values"
     raise RequestError(f"{text} is no value of a chat; {hint}")
 

@@ -124,6 +124,8 @@ def test_flags_without_a_meaning_are_refused(parse: Parse, rows: Path, tmp_path:
         (("--prompt", "x", "--prompt", "y"), "give --prompt once; an --input-file holds several"),
         (("--output-file", tmp_path / "x"), "--output-file is for the rows of an --input-file"),
         (("--prompt", "x", "--strict"), "--strict is for the rows of an --input-file"),
+        (("--on-full", "stop"), "--on-full is for a chat; add --interactive, or leave it out"),
+        ((*text, "--no-history"), "--no-history is for a chat; add --interactive"),
         ((*text, "--overwrite"), "--overwrite starts an --output-file anew; there is none"),
         ((*text, "--hardware", "h100"), "--hardware gives the ceilings of --profile"),
         (("--input-file", "-", "--prewarm", "-"), "--prewarm=-: --input-file reads it already"),
