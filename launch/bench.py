@@ -33,7 +33,7 @@ from benchlib.peer import TransformersPeer
 from benchlib.replay import read_trace, replay
 from benchlib.report import Report, check_report, machine
 from benchlib.throughput import throughput
-from benchlib.workload import Lengths, draw_jobs
+from benchlib.workload import Lengths, draw_requests
 from dsv3.cache.eviction import POLICIES
 from dsv3.config_files import DEMO, load_model_config
 from dsv3.distributed.mesh import before_joining, join_world
@@ -139,7 +139,7 @@ def run_throughput(args: argparse.Namespace, started: Started) -> Report:
     """Our engine beside static batches of the peer."""
     assert started.engine is not None
     settings = replace(engine_config(args), max_running=args.concurrency)
-    jobs = draw_jobs(
+    requests = draw_requests(
         args.requests,
         args.prompt_len,
         args.answer_len,
@@ -150,7 +150,7 @@ def run_throughput(args: argparse.Namespace, started: Started) -> Report:
     contenders: list[Contender] = [EngineContender("dsv3", lambda: new_engine(started, settings))]
     if args.peer:
         contenders.append(TransformersPeer(args.ckpt_path, args.concurrency, started.config))
-    report = throughput(contenders, jobs, args.repeats)
+    report = throughput(contenders, requests, args.repeats)
     what = ("requests", "prompt_len", "answer_len", "concurrency", "seed")
     report.setting = {name: str(getattr(args, name)) for name in what}
     return report

@@ -40,7 +40,7 @@ from dsv3.checkpoint.reader import Source
 from dsv3.checkpoint.report import describe, in_units
 from dsv3.checkpoint.side_files import has_tokenizer, is_document
 from dsv3.checkpoint.source import open_source
-from dsv3.checkpoint.target import Target, is_complete
+from dsv3.checkpoint.target import OutputDirectory, is_complete
 from dsv3.checkpoint.verify import check_kinds, verify_against, verify_digests
 from dsv3.checkpoint.workers import default_workers
 from dsv3.config import ParallelConfig
@@ -155,9 +155,9 @@ def run(args: argparse.Namespace) -> None:
         plan = make_plan(source, layout, cast, args.scale_fmt)
         for line in source_warnings(source):
             print(f"warning: {line}", file=sys.stderr)
-        target = Target(args.save_path, source, plan, args.overwrite, inputs(args))
+        target = OutputDirectory(args.save_path, source, plan, args.overwrite, inputs(args))
         if args.dry_run:
-            foretell(args, source, target)
+            print_plan(args, source, target)
         else:
             write(args, source, target)
 
@@ -198,7 +198,7 @@ def inputs(args: argparse.Namespace) -> list[Path]:
     return [file for file in (path, *(path / name for name in names)) if file.is_file()]
 
 
-def foretell(args: argparse.Namespace, source: Source, target: Target) -> None:
+def print_plan(args: argparse.Namespace, source: Source, target: OutputDirectory) -> None:
     """Print which files would be written, replaced and kept; raise the error that would stop it."""
     space = target.disk_space(target.read_record())
     print_lines(*describe(source, target.plan, *space))
@@ -216,7 +216,7 @@ def foretell(args: argparse.Namespace, source: Source, target: Target) -> None:
         print("then every byte is read back and compared")
 
 
-def write(args: argparse.Namespace, source: Source, target: Target) -> None:
+def write(args: argparse.Namespace, source: Source, target: OutputDirectory) -> None:
     """Convert, or compare a finished conversion with the source; then report."""
     if not has_tokenizer(source.path):
         print_lines(f"warning: {source.path} has no tokenizer files", file=sys.stderr)
@@ -250,7 +250,7 @@ def write(args: argparse.Namespace, source: Source, target: Target) -> None:
     say_differences(target)
 
 
-def say_differences(target: Target) -> None:
+def say_differences(target: OutputDirectory) -> None:
     """Print which files beside the weights are not as in the source."""
     names = target.differing_files()
     if documents := [name for name in names if is_document(name)]:

@@ -49,7 +49,7 @@ from dsv3.serve.console import open_console
 from dsv3.serve.conversation import OnFull
 from dsv3.serve.exporter import check_exporter, serve_metrics
 from dsv3.serve.input_history import InputHistory, history_path
-from dsv3.serve.journal import Journal
+from dsv3.serve.journal import BatchJournal
 from dsv3.serve.one_shot import Prompt, answer_prompt, read_prompt
 from dsv3.serve.progress import Progress
 from dsv3.serve.sinks import JournalSink, TextSink
@@ -163,7 +163,7 @@ def check_more_flags(args: argparse.Namespace) -> None:
 
 
 @dataclass(frozen=True)
-class Job:
+class Task:
     """What rank 0 is to do: answer a prompt or rows; a chat has neither."""
 
     defaults: Defaults
@@ -171,7 +171,7 @@ class Job:
     prompt: Prompt | None = None
     rows: BatchInput | None = None
     prewarm: BatchInput | None = None
-    journal: Journal | None = None
+    journal: BatchJournal | None = None
     metrics_port: int | None = None
     metrics_host: str = "127.0.0.1"
     on_full: OnFull = "drop"
@@ -207,8 +207,8 @@ def prepare(
     model: str,
     config: ModelConfig | None,
     files: ExitStack,
-) -> Job:
-    """Open and check all files of a job, before a model is loaded for it."""
+) -> Task:
+    """Open and check all files of a task, before a model is loaded for it."""
     same = ("temperature", "top_p", "top_k", "min_p")
     same += ("repetition_penalty", "frequency_penalty", "presence_penalty")
     values = {name: getattr(args, name) for name in same}
@@ -235,7 +235,7 @@ def prepare(
         prompt = None
         if not args.interactive:
             prompt = Prompt(args.prompt[0]) if args.prompt else read_prompt()
-        return Job(
+        return Task(
             defaults,
             chat_format,
             prompt,
@@ -252,7 +252,7 @@ def prepare(
             model += f"-{digest(read_bytes(Path(args.chat_template)))[:8]}"
         journal = files.enter_context(open_journal(Path(args.output_file), args.overwrite, model))
         journal.resume(rows)
-    return Job(
+    return Task(
         defaults,
         chat_format,
         rows=rows,
@@ -263,11 +263,11 @@ def prepare(
     )
 
 
-def open_journal(path: Path, overwrite: bool, model: str) -> Journal:
+def open_journal(path: Path, overwrite: bool, model: str) -> BatchJournal:
     """Open the results; once emptied for --overwrite, they are kept when torchrun restarts."""
     mark = f"emptied {os.path.realpath(path)}"
     overwrite = overwrite and not has_mark(mark)
-    return Journal(path, overwrite, model, when_emptied=partial(set_mark, mark))
+    return BatchJournal(path, overwrite, model, when_emptied=partial(set_mark, mark))
 
 
 def say_ignored(args: argparse.Namespace, inputs: list[BatchInput]) -> None:
@@ -280,21 +280,21 @@ def say_ignored(args: argparse.Namespace, inputs: list[BatchInput]) -> None:
         log.warning("%s: only for rows with a temperature, --temperature 0 is greedy", flags)
 
 
-def chat(job: Job, engine: Engine, name: str) -> None:
+def chat(task: Task, engine: Engine, name: str) -> None:
     """Talk until the user leaves."""
-    assert isinstance(job.chat_format, ChatFormat)
-    with open_console(job.history) as console:
-        Chat(engine, job.chat_format, job.defaults, console, job.on_full).run(name)
+    assert isinstance(task.chat_format, ChatFormat)
+    with open_console(task.history) as console:
+        Chat(engine, task.chat_format, task.defaults, console, task.on_full).run(name)
 
 
-def answer(job: Job, engine: Engine) -> BatchSummary:
+def answer(task: Task, engine: Engine) -> BatchSummary:
     """Answer all rows into the journal, or as text on standard output."""
-    assert job.rows is not None
-    if job.journal is None:
+    assert task.rows is not None
+    if task.journal is None:
         sink, done = TextSink(sys.stdout), 0
     else:
-        sink, done = JournalSink(job.journal, engine.tokenizer), job.journal.num_done
-    return run_batch(engine, job.rows, sink, job.chat_format, Progress(job.rows.count(), done))
+        sink, done = JournalSink(task.journal, engine.tokenizer), task.journal.num_done
+    return run_batch(engine, task.rows, sink, task.chat_format, Progress(task.rows.count(), done))
 
 
 def prewarm(rows: BatchInput, chat_format: AnyFormat | None, engine: Engine) -> None:
@@ -303,24 +303,24 @@ def prewarm(rows: BatchInput, chat_format: AnyFormat | None, engine: Engine) -> 
     log.info("prewarmed: %d tokens are cached and stay so", num_tokens)
 
 
-def work(job: Job, started: Started, name: str) -> BatchSummary:
-    """Do the job on rank 0; run its steps on the others."""
+def work(task: Task, started: Started, name: str) -> BatchSummary:
+    """Do the task on rank 0; run its steps on the others."""
     if started.engine is None:
         follow(started.runner, started.channel)
         return BatchSummary()
     metrics = started.engine.metrics
     serving: AbstractContextManager[object] = nullcontext()
-    if job.metrics_port is not None:
-        serving = serve_metrics(metrics, job.metrics_host, job.metrics_port)
+    if task.metrics_port is not None:
+        serving = serve_metrics(metrics, task.metrics_host, task.metrics_port)
     try:
         with serving:
-            if job.prewarm is not None:
-                prewarm(job.prewarm, job.chat_format, started.engine)
-            if job.rows is not None:
-                return answer(job, started.engine)
-            if job.prompt is not None:
-                return answer_prompt(started.engine, job.prompt, job.chat_format, job.defaults)
-            chat(job, started.engine, name)
+            if task.prewarm is not None:
+                prewarm(task.prewarm, task.chat_format, started.engine)
+            if task.rows is not None:
+                return answer(task, started.engine)
+            if task.prompt is not None:
+                return answer_prompt(started.engine, task.prompt, task.chat_format, task.defaults)
+            chat(task, started.engine, name)
             return BatchSummary(seconds=metrics.run_seconds)
     finally:
         started.engine.stop()
@@ -339,21 +339,21 @@ def run(args: argparse.Namespace, mesh: Mesh, files: ExitStack, begin: float) ->
             check_directory(checkpoint)
         config = load_model_config(args.config) if args.config else None
         settings = engine_config(args)
-        job = Job(Defaults())
+        task = Task(Defaults())
         if is_first:
             model = ""
             if args.output_file:
                 model = identify(checkpoint, settings, mesh, config)
             else:
                 check_stored_form(checkpoint)
-            job = prepare(args, checkpoint, model, config, files)
+            task = prepare(args, checkpoint, model, config, files)
     started = start(checkpoint, settings, mesh, config, args.n_experts)
     seconds.update(started.seconds)
     log.info("start-up: %s", ", ".join(f"{k} {v:.1f} s" for k, v in seconds.items()))
     with fail_together(mesh, "measuring the hardware"):
         profile = start_profile(args.hardware, started) if args.profile else None
     with fail_together(mesh, "answering"):
-        summary = work(job, started, model_name(checkpoint))
+        summary = work(task, started, model_name(checkpoint))
         with mesh.watch.task("writing the experts' loads"):
             started.runner.finish()
     seconds["run"] = summary.seconds
@@ -365,7 +365,7 @@ def run(args: argparse.Namespace, mesh: Mesh, files: ExitStack, begin: float) ->
     if args.stats_file:
         rows = {"rows": summary.rows, "failed": summary.failed}
         write_stats_file(Path(args.stats_file), {**stats, **rows})
-    if job.rows is not None:
+    if task.rows is not None:
         log.info("%s\n%s", summary, started.engine.metrics.summary())
     if profile is not None:
         log.info("\n%s", profile.report(started.engine.metrics.run_seconds))

@@ -16,12 +16,12 @@ from pathlib import Path
 from dsv3.checkpoint.blocks import BlockReader
 from dsv3.checkpoint.digest import file_digest, model_digest
 from dsv3.checkpoint.index import IndexDigests, index_json
-from dsv3.checkpoint.journal import Journal, JournalRecord
-from dsv3.checkpoint.manifest import FileRecord, Manifest, Record, Shard
+from dsv3.checkpoint.journal import ConversionJournal, JournalRecord
+from dsv3.checkpoint.manifest import FileRecord, Manifest, Shard, TensorRecord
 from dsv3.checkpoint.plan import Job, Plan, fingerprint
 from dsv3.checkpoint.reader import Source
 from dsv3.checkpoint.side_files import write_content
-from dsv3.checkpoint.target import Survey, Target
+from dsv3.checkpoint.target import OutputDirectory, Survey
 from dsv3.checkpoint.workers import run_jobs
 from dsv3.checkpoint.writer import Digests, OutputFiles, Spreader
 from dsv3.config import ParallelConfig
@@ -34,7 +34,7 @@ _COMPLETE = "(the new files are complete, as *.partial; give the same command ag
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class ConversionResult:
     """The result of a conversion.
 
     Attributes:
@@ -45,7 +45,7 @@ class Outcome:
     resumed: int
 
 
-def check(target: Target) -> Survey:
+def check(target: OutputDirectory) -> Survey:
     """Look whether a conversion may write to its directory; nothing is changed.
 
     Raises:
@@ -65,7 +65,7 @@ def convert(
     progress: Progress = lambda _: None,
     overwrite: bool = False,
     inputs: Sequence[Path] = (),
-) -> Outcome:
+) -> ConversionResult:
     """Write the files of a plan into a folder, going on where an earlier run was stopped.
 
     Args:
@@ -81,11 +81,11 @@ def convert(
         CheckpointError: the folder holds other files, or the disk is too small; a source file is
             damaged or was changed meanwhile; a file cannot be written.
     """
-    target = Target(folder, source, plan, overwrite, inputs)
+    target = OutputDirectory(folder, source, plan, overwrite, inputs)
     check(target)
     with os_errors_as(CheckpointError, f"{folder}: cannot be made"):
         folder.mkdir(parents=True, exist_ok=True)
-    with Journal(folder) as journal:
+    with ConversionJournal(folder) as journal:
         survey = target.survey(journal.record)  # again: with the lock, no other process writes
         written, is_written = 0, target.is_written(journal.record)
         if not is_written:
@@ -97,11 +97,11 @@ def convert(
             written = _write(source, target, survey, journal, workers, progress)
         _put_in_place(target, target.survey(journal.record))
         journal.remove()
-    return Outcome(written, resumed)
+    return ConversionResult(written, resumed)
 
 
 @contextmanager
-def settle(target: Target) -> Iterator[None]:
+def settle(target: OutputDirectory) -> Iterator[None]:
     """Remove the leftovers of a killed conversion, if the block finds that it is finished.
 
     Raises:
@@ -110,14 +110,14 @@ def settle(target: Target) -> Iterator[None]:
     if not target.read_record().plan:
         yield
         return
-    with Journal(target.folder) as journal:
+    with ConversionJournal(target.folder) as journal:
         yield
         if journal.record.plan == target.plan.fingerprint:
             _remove_partials(target, journal.record)
             journal.remove()
 
 
-def _begin(target: Target, survey: Survey, journal: Journal) -> None:
+def _begin(target: OutputDirectory, survey: Survey, journal: ConversionJournal) -> None:
     """Note which files are going to be written; begin anew where an earlier run is of no use."""
     plan, record, names = target.plan, journal.record, target.names(survey)
     with OutputFiles(target.folder, plan.files) as files:
@@ -128,16 +128,16 @@ def _begin(target: Target, survey: Survey, journal: Journal) -> None:
             _remove_partials(target, record)
 
 
-def _remove_partials(target: Target, record: JournalRecord) -> None:
+def _remove_partials(target: OutputDirectory, record: JournalRecord) -> None:
     for name in record.names:
         target.partial(name).unlink(missing_ok=True)
 
 
 def _write(
     source: Source,
-    target: Target,
+    target: OutputDirectory,
     survey: Survey,
-    journal: Journal,
+    journal: ConversionJournal,
     workers: int,
     progress: Progress,
 ) -> int:
@@ -181,7 +181,7 @@ def _check_unchanged(source: Source, plan: Plan) -> None:
         raise CheckpointError(f"{source.path}: was changed while it was read; convert again")
 
 
-def _put_in_place(target: Target, survey: Survey) -> None:
+def _put_in_place(target: OutputDirectory, survey: Survey) -> None:
     """Remove replaced files, and give the new ones their names; nothing is written any more."""
     names = target.names(survey)
     for name in survey.replaces:
@@ -199,7 +199,7 @@ def _put_in_place(target: Target, survey: Survey) -> None:
         sync_folder(target.folder)
 
 
-def _sync_folders(target: Target, survey: Survey) -> None:
+def _sync_folders(target: OutputDirectory, survey: Survey) -> None:
     for folder in {target.partial(name).parent for name in target.names(survey)}:
         sync_folder(folder)
 
@@ -224,20 +224,20 @@ def _write_tensors(
 def _index(plan: Plan, finished: Mapping[str, Digests]) -> str:
     digests = {name: finished[name][0] for name in plan.tensors}
     kinds = ((name, out.dtype, out.shape, digests[name]) for name, out in plan.tensors.items())
-    files = {name: plan.files[out.slots[0].file].name for name, out in plan.tensors.items()}
+    files = {name: plan.files[out.slices[0].file].name for name, out in plan.tensors.items()}
     total_size = sum(output.num_bytes for output in plan.tensors.values())
     return index_json(files, total_size, IndexDigests(digests, model_digest(kinds)))
 
 
 def _manifest(plan: Plan, layout: ParallelConfig, finished: Mapping[str, Digests]) -> Manifest:
     tensors = {
-        name: Record(
+        name: TensorRecord(
             output.dtype,
             output.shape,
             finished[name][0],
             tuple(
-                Shard(slot.file, slot.region, digest)
-                for slot, digest in zip(output.slots, finished[name][1:], strict=True)
+                Shard(part.file, part.region, digest)
+                for part, digest in zip(output.slices, finished[name][1:], strict=True)
             ),
         )
         for name, output in plan.tensors.items()

@@ -50,7 +50,7 @@ class JournalRecord:
         """Return True if all of it can be of this plan; a journal may be damaged."""
         return self.plan == plan.fingerprint and all(
             name in plan.tensors
-            and len(digests) == 1 + len(plan.tensors[name].slots)
+            and len(digests) == 1 + len(plan.tensors[name].slices)
             and all(isinstance(digest, str) for digest in digests)
             for name, digests in self.finished.items()
         )
@@ -115,7 +115,7 @@ def _foreign(path: Path, reason: str | None) -> CheckpointError:
     return CheckpointError(f"{path}: not the journal of a conversion ({reason}); move it away")
 
 
-class Journal(AbstractContextManager["Journal"]):
+class ConversionJournal(AbstractContextManager["ConversionJournal"]):
     """A journal open for writing. Only one process may have it, which is the directory's lock.
 
     Attributes:

@@ -33,7 +33,7 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class TensorRecord:
     """A tensor of the model and where its slices are."""
 
     dtype: str
@@ -57,7 +57,7 @@ class Manifest:
 
     layout: ParallelConfig
     files: tuple[FileRecord, ...]
-    tensors: Mapping[str, Record]
+    tensors: Mapping[str, TensorRecord]
     model_digest: str
 
     def to_json(self) -> str:
@@ -124,7 +124,7 @@ def read_manifest(path: Path) -> Manifest:
     return manifest
 
 
-def _record_json(record: Record) -> dict[str, Any]:
+def _record_json(record: TensorRecord) -> dict[str, Any]:
     """A shard is [rank] where it is the whole tensor, else [rank, region, digest]."""
     everything = whole(record.shape)
     shards = [
@@ -138,7 +138,7 @@ def _record_json(record: Record) -> dict[str, Any]:
     }
 
 
-def _record(item: Mapping[str, Any]) -> Record:
+def _record(item: Mapping[str, Any]) -> TensorRecord:
     shape, digest = tuple(map(_size, item["shape"])), _text(item["digest"])
     shards = tuple(
         Shard(_size(s[0]), whole(shape), digest)
@@ -149,7 +149,7 @@ def _record(item: Mapping[str, Any]) -> Record:
     dtype = _text(item["dtype"])
     if dtype not in DTYPE_BYTES:
         raise ValueError(f"dtype {dtype} is unknown")
-    return Record(dtype, shape, digest, shards)
+    return TensorRecord(dtype, shape, digest, shards)
 
 
 def _text(value: object) -> str:

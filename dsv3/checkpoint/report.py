@@ -46,13 +46,13 @@ def _shared(plan: Plan) -> Iterator[str]:
     copies: dict[str, list[str]] = {"on every rank": [], "in every group": []}
     extra: Counter[str] = Counter()
     for name, output in plan.tensors.items():
-        held = [tensor_bytes(output.dtype, region_shape(slot.region)) for slot in output.slots]
-        is_whole = output.slots[0].region == whole(output.shape)
+        held = [tensor_bytes(output.dtype, region_shape(part.region)) for part in output.slices]
+        is_whole = output.slices[0].region == whole(output.shape)
         if len(held) > 1 and (is_whole or (plan.layout is not None and plan.layout.dp > 1)):
             where = "on every rank" if is_whole else "in every group"
             copies[where].append(name)
             extra[where] += sum(held) - output.num_bytes
-        starts = (start for slot in output.slots for start, _ in slot.region)
+        starts = (start for part in output.slices for start, _ in part.region)
         if output.dtype == FP8_DTYPE and any(start % 128 for start in starts):
             cut.append(name)
     for where, names in copies.items():

@@ -54,7 +54,7 @@ class Survey:
     replaces: tuple[str, ...]
 
 
-class Target:
+class OutputDirectory:
     """The output directory of one conversion.
 
     Args:

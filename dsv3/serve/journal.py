@@ -40,7 +40,7 @@ class _Line:
     failed_at: Range | None  # where a bad request's line lies, in case it is to be dropped
 
 
-class Journal(contextlib.AbstractContextManager["Journal"]):
+class BatchJournal(contextlib.AbstractContextManager["BatchJournal"]):
     """An output file being written; use as a context manager.
 
     Attributes:

@@ -7,7 +7,7 @@ from typing import TextIO
 from dsv3.errors import OutputError, os_errors_as
 from dsv3.request import Completion
 from dsv3.serve.batch_file import Row, result_line
-from dsv3.serve.journal import Journal
+from dsv3.serve.journal import BatchJournal
 from dsv3.serve.terminal import harmless
 from dsv3.text.openai_answer import error_body, response_body
 from dsv3.text.tokenizer import Tokenizer
@@ -22,7 +22,7 @@ class JournalSink:
         failed_before: rows that earlier runs found to be bad requests.
     """
 
-    def __init__(self, journal: Journal, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, journal: BatchJournal, tokenizer: Tokenizer | None) -> None:
         self._journal, self._tokenizer = journal, tokenizer
         self.failed_before = journal.num_failed
 

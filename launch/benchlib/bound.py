@@ -6,9 +6,9 @@ from collections.abc import Iterable
 import torch
 
 from benchlib.hardware import hardware
-from benchlib.profiler import Measured, Profiler, profile
+from benchlib.profiler import Profiler, SpanTotal, profile
 from benchlib.report import Report
-from benchlib.roofline import Hardware, Op, Setup, step_ops
+from benchlib.roofline import Hardware, Op, RooflineSetup, step_ops
 from dsv3.engine.start import Started
 from dsv3.model.transformer import Transformer
 from dsv3.parallel.weights import FP8
@@ -23,7 +23,7 @@ class Profile:
         mesh, cached = started.mesh, started.cache.layout
         self._hardware = hardware(name, mesh.device, mesh.tp)
         kv_shard = "tokens" if cached.shards > 1 else "none"
-        self._setup = Setup(
+        self._setup = RooflineSetup(
             config=started.config,
             layout=mesh.layout,
             weights=weight_format(started.runner.model),
@@ -47,7 +47,7 @@ def weight_format(model: Transformer) -> str:
 
 
 def what_bounds(
-    profiler: Profiler, setup: Setup, ceilings: Hardware, run_seconds: float | None = None
+    profiler: Profiler, setup: RooflineSetup, ceilings: Hardware, run_seconds: float | None = None
 ) -> Report:
     """Lay measured times beside their floors, a mean step.
 
@@ -61,7 +61,7 @@ def what_bounds(
     steps, whole = max(1, profiler.steps), profiler.step_seconds
     measured = dict(profiler.measured)
     if run_seconds is not None:
-        measured["host"] = Measured(max(0.0, run_seconds - whole), steps)
+        measured["host"] = SpanTotal(max(0.0, run_seconds - whole), steps)
         whole = run_seconds
     floors = lay_beside(
         measured, ((step_ops(setup, load), n) for load, n in profiler.shapes.items())

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Protocol
 
-from benchlib.workload import Job
+from benchlib.workload import BenchRequest
 from dsv3.engine.engine import Engine
 from dsv3.errors import Dsv3Error
 from dsv3.request import Request, SamplingParams
@@ -21,16 +21,16 @@ log = logging.getLogger("dsv3")
 
 
 @dataclass(slots=True, kw_only=True)
-class Measured:
-    """What one run of some jobs took.
+class RunResult:
+    """What one run of some requests took.
 
     Attributes:
-        seconds: by the clock, for all jobs.
+        seconds: by the clock, for all requests.
         cpu_seconds: of this process, all threads.
-        first_token: seconds from the start to the first token of each job.
-        between_tokens: seconds between neighbouring tokens, of all jobs.
+        first_token: seconds from the start to the first token of each request.
+        between_tokens: seconds between neighbouring tokens, of all requests.
         host_step: mean seconds a step spent outside the model; None where that is not known.
-        answers: the tokens of each job.
+        answers: the tokens of each request.
     """
 
     seconds: float = 0.0
@@ -42,15 +42,15 @@ class Measured:
 
 
 class Contender(Protocol):
-    """Something that can run jobs."""
+    """Something that can run requests."""
 
     name: str
 
     def reset(self) -> None:
-        """Forget everything about earlier jobs."""
+        """Forget everything about earlier requests."""
 
-    def run(self, jobs: Sequence[Job]) -> Measured:
-        """Answer all jobs, greedily and at full length."""
+    def run(self, requests: Sequence[BenchRequest]) -> RunResult:
+        """Answer all requests, greedily and at full length."""
 
 
 class EngineContender:
@@ -69,15 +69,15 @@ class EngineContender:
         """Begin with an empty cache."""
         self._engine = self._make()
 
-    def run(self, jobs: Sequence[Job]) -> Measured:
-        """Hand all jobs to the engine at once; it runs as many together as it may."""
-        out, engine = Measured(answers=[[] for _ in jobs]), self._engine
+    def run(self, requests: Sequence[BenchRequest]) -> RunResult:
+        """Hand all requests to the engine at once; it runs as many together as it may."""
+        out, engine = RunResult(answers=[[] for _ in requests]), self._engine
         host, steps = engine.metrics.host_seconds.total, engine.metrics.steps
-        latest = [0.0] * len(jobs)
+        latest = [0.0] * len(requests)
         cpu, start = time.process_time(), time.perf_counter()
-        for i, job in enumerate(jobs):
-            params = SamplingParams(max_tokens=job.num_tokens, ignore_eos=True)
-            engine.add(Request(request_id=str(i), prompt_ids=job.prompt_ids, params=params))
+        for i, request in enumerate(requests):
+            params = SamplingParams(max_tokens=request.num_tokens, ignore_eos=True)
+            engine.add(Request(request_id=str(i), prompt_ids=request.prompt_ids, params=params))
         while engine.has_work():
             outputs, now = engine.step(), time.perf_counter() - start
             for output in outputs:
@@ -94,21 +94,21 @@ class EngineContender:
 
 
 def compete(
-    contenders: Sequence[Contender], jobs: Sequence[Job], repeats: int
-) -> dict[str, list[Measured]]:
-    """Let every contender run the jobs `repeats` times, in turns, after a run to warm up."""
-    runs: dict[str, list[Measured]] = defaultdict(list)
+    contenders: Sequence[Contender], requests: Sequence[BenchRequest], repeats: int
+) -> dict[str, list[RunResult]]:
+    """Let every contender run the requests `repeats` times, in turns, after a run to warm up."""
+    runs: dict[str, list[RunResult]] = defaultdict(list)
     for number in range(repeats + 1):
         for contender in contenders:
             what = f"run {number} of {repeats}" if number else "warm-up"
             log.info("%s: %s", contender.name, what)
             contender.reset()
-            measured = contender.run(jobs[:1] if number == 0 else jobs)
+            measured = contender.run(requests[:1] if number == 0 else requests)
             if number:
                 runs[contender.name].append(measured)
     return runs
 
 
-def middle(runs: Sequence[Measured], figure: Callable[[Measured], float]) -> float:
+def middle(runs: Sequence[RunResult], figure: Callable[[RunResult], float]) -> float:
     """Return the median of a figure over several runs."""
     return median(figure(run) for run in runs)

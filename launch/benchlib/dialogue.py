@@ -9,7 +9,7 @@ import numpy as np
 
 from benchlib.contest import Contender
 from benchlib.report import Report
-from benchlib.workload import Job
+from benchlib.workload import BenchRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ def _talk(contender: Contender, shape: Dialogue, vocab_size: int, seed: int) -> 
     contender.reset()
     for _ in range(shape.turns):
         context = context + rng.integers(0, vocab_size, shape.user).tolist()
-        done = contender.run([Job(context, shape.answer)])
+        done = contender.run([BenchRequest(context, shape.answer)])
         seconds += done.first_token
         context = context + done.answers[0]
     return seconds

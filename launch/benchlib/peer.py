@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from benchlib.contest import Measured
-from benchlib.workload import Job
+from benchlib.contest import RunResult
+from benchlib.workload import BenchRequest
 from dsv3.checkpoint.load import load_weights
 from dsv3.checkpoint.sharding import tensor_specs
 from dsv3.checkpoint.source import open_source
@@ -30,7 +30,7 @@ class TransformersPeer:
 
     Args:
         path: a checkpoint directory; weights become float32, FP8 ones dequantized.
-        batch: jobs of a batch.
+        batch: requests of a batch.
         config: the model, where the directory does not say.
     """
 
@@ -54,35 +54,37 @@ class TransformersPeer:
     def reset(self) -> None:
         """Do nothing: it remembers nothing."""
 
-    def run(self, jobs: Sequence[Job]) -> Measured:
-        """Answer the jobs batch by batch."""
-        out = Measured()
+    def run(self, requests: Sequence[BenchRequest]) -> RunResult:
+        """Answer the requests batch by batch."""
+        out = RunResult()
         cpu, start = time.process_time(), time.perf_counter()
-        for first in range(0, len(jobs), self._batch):
-            self._run_batch(jobs[first : first + self._batch], start, out)
+        for first in range(0, len(requests), self._batch):
+            self._run_batch(requests[first : first + self._batch], start, out)
         out.seconds, out.cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
         return out
 
     @torch.inference_mode()
-    def _run_batch(self, jobs: Sequence[Job], start: float, out: Measured) -> None:
-        longest = max(len(job.prompt_ids) for job in jobs)
-        padding = [longest - len(job.prompt_ids) for job in jobs]
-        rows = [[0] * pad + job.prompt_ids for job, pad in zip(jobs, padding, strict=True)]
+    def _run_batch(self, requests: Sequence[BenchRequest], start: float, out: RunResult) -> None:
+        longest = max(len(request.prompt_ids) for request in requests)
+        padding = [longest - len(request.prompt_ids) for request in requests]
+        rows = [
+            [0] * pad + request.prompt_ids for request, pad in zip(requests, padding, strict=True)
+        ]
         mask = torch.arange(longest) >= torch.tensor(padding)[:, None]
         clock = _Clock()
         answer = self._model.generate(
             torch.tensor(rows),
             attention_mask=mask.long(),
-            max_new_tokens=max(job.num_tokens for job in jobs),
+            max_new_tokens=max(request.num_tokens for request in requests),
             do_sample=False,
             streamer=clock,
         )
         first, *_ = times = [moment - start for moment in clock.moments[1:]]
         gaps = [later - earlier for earlier, later in pairwise(times)]
-        for job, row in zip(jobs, answer[:, longest:].tolist(), strict=True):
+        for request, row in zip(requests, answer[:, longest:].tolist(), strict=True):
             out.first_token.append(first)
-            out.between_tokens += gaps[: job.num_tokens - 1]
-            out.answers.append(row[: job.num_tokens])
+            out.between_tokens += gaps[: request.num_tokens - 1]
+            out.answers.append(row[: request.num_tokens])
 
 
 class _Clock:

@@ -25,7 +25,7 @@ from benchlib.experts_hit import experts_hit
 from benchlib.flags import at_least
 from benchlib.hardware import HARDWARE_FILE, hardware, read_hardware
 from benchlib.report import Report, Row, check_report, machine
-from benchlib.roofline import Hardware, Op, Setup, step_ops
+from benchlib.roofline import Hardware, Op, RooflineSetup, step_ops
 from benchlib.stand_in import stand_in_mesh
 from benchlib.step_shape import StepShape
 from dsv3.cache.layout import CacheLayout
@@ -76,7 +76,7 @@ class Layout:
         dispatch: how tokens of several dp groups come to their experts.
     """
 
-    setup: Setup
+    setup: RooflineSetup
     dispatch: str
 
     def ops(self, load: StepShape) -> list[Op]:
@@ -112,7 +112,7 @@ class Layout:
         return replace(op, bytes=(1 + dp) * num_bytes, wire=(dp - 1) * num_bytes)
 
 
-def layouts(model: Setup, ranks: int) -> Iterator[Layout]:
+def layouts(model: RooflineSetup, ranks: int) -> Iterator[Layout]:
     """Yield every way to run a model on so many ranks."""
     config = model.config
     for tp in divisors(ranks):
@@ -134,7 +134,7 @@ def weights_of(config: ModelConfig, layout: ParallelConfig, plain: str, is_fp8: 
     return weight_bytes(config, stand_in_mesh(layout, meta), fmt)
 
 
-def memory(setup: Setup, hw: Hardware) -> tuple[int, int]:
+def memory(setup: RooflineSetup, hw: Hardware) -> tuple[int, int]:
     """Return the bytes of a rank's weights, and the positions that all caches hold beside them."""
     config, place = setup.config, setup.layout
     weights = weights_of(config, place, setup.plain, setup.weights == "fp8")
@@ -178,7 +178,7 @@ def on_paper(args: argparse.Namespace) -> Report:
     cache = args.kv_dtype
     if cache == "auto":
         cache = "fp32" if weights == "fp32" else "bf16"
-    model = Setup(config=config, layout=ParallelConfig(), weights=weights, cache=cache)
+    model = RooflineSetup(config=config, layout=ParallelConfig(), weights=weights, cache=cache)
     report = rank_layouts(model, ranks, ceilings, args.batch, args.context, args.prefill)
     what = ("hardware", "batch", "context", "prefill")
     report.setting = {name: getattr(args, name) for name in what}
@@ -187,7 +187,7 @@ def on_paper(args: argparse.Namespace) -> Report:
 
 
 def rank_layouts(
-    model: Setup, ranks: int, hw: Hardware, batch: int, context: int, prefill: int
+    model: RooflineSetup, ranks: int, hw: Hardware, batch: int, context: int, prefill: int
 ) -> Report:
     """Compare all layouts, the fastest that fits first.
 
@@ -310,7 +310,7 @@ def check_steps(started: Started, hw: Hardware, dispatch: str) -> tuple[Report, 
         The report, and the hardware as these steps found it.
     """
     cache = started.cache.layout
-    setup = Setup(
+    setup = RooflineSetup(
         config=started.config,
         layout=started.mesh.layout,
         weights=weight_format(started.runner.model),

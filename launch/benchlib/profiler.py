@@ -1,4 +1,4 @@
-"""Measured time of a step's operations: spans around modules and exchanges, each one's own time.
+"""SpanTotal time of a step's operations: spans around modules and exchanges, each one's own time.
 
 A span's own time is its whole time without the spans inside it, so the own times of a step add up
 to the step. Spans are CUDA events on a GPU and the clock on a CPU. Nothing is hooked, and so
@@ -26,7 +26,7 @@ _LAYER = re.compile(r"^layers\.\d+(\.|$)")
 
 
 @dataclass(slots=True)
-class Measured:
+class SpanTotal:
     """Own time of all spans of one name."""
 
     seconds: float = 0.0
@@ -73,7 +73,7 @@ class Profiler:
 
     def clear(self) -> None:
         """Forget what was measured."""
-        self.measured: dict[str, Measured] = {}
+        self.measured: dict[str, SpanTotal] = {}
         self.shapes: Counter[StepShape] = Counter()
         self.steps, self.step_seconds = 0, 0.0
         # Name, parent's index, begin, end.
@@ -106,7 +106,7 @@ class Profiler:
             if parent >= 0:
                 own[parent] -= own[-1]
         for (name, *_), seconds in zip(self._spans, own, strict=True):
-            found = self.measured.setdefault(name, Measured())
+            found = self.measured.setdefault(name, SpanTotal())
             found.seconds += seconds
             found.count += 1
         self.shapes[shape] += 1

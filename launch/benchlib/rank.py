@@ -26,7 +26,7 @@ from benchlib.hardware import hardware
 from benchlib.kernel_timing import busy_and_idle, kernel_intervals
 from benchlib.profiler import Clock, Profiler, profile
 from benchlib.report import Report, Row, check_report, machine
-from benchlib.roofline import Hardware, Setup, floor_seconds, step_ops
+from benchlib.roofline import Hardware, RooflineSetup, floor_seconds, step_ops
 from benchlib.stand_in import stand_in_mesh
 from dsv3.cache.layout import CacheLayout
 from dsv3.cache.pool import CachePool
@@ -117,10 +117,10 @@ class Rank:
         self._rng = np.random.default_rng(shape.seed)
 
     @property
-    def setup(self) -> Setup:
+    def setup(self) -> RooflineSetup:
         """What the roofline must know."""
         formats = {name: getattr(self.shape, name) for name in ("weights", "cache", "kv_shard")}
-        return Setup(config=self.config, layout=self._mesh.layout, **formats)
+        return RooflineSetup(config=self.config, layout=self._mesh.layout, **formats)
 
     def new_runner(self, eager: bool = False) -> Runner:
         """Return a runner on the share."""

@@ -63,7 +63,7 @@ HARDWARE = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Setup:
+class RooflineSetup:
     """A model on its ranks.
 
     Attributes:
@@ -174,7 +174,7 @@ def experts_hit(config: ModelConfig, ranks: int, tokens: int) -> tuple[float, fl
 class _Writer:
     """Makes the operations of one setup, each once; sizes are this rank's."""
 
-    def __init__(self, setup: Setup, load: StepShape) -> None:
+    def __init__(self, setup: RooflineSetup, load: StepShape) -> None:
         self.setup, self.load, self.config = setup, load, setup.config
         self.item, self.weight_item = _ITEMSIZE[setup.plain], _ITEMSIZE[setup.weights]
         self.tp, self.tokens = setup.layout.tp, load.tokens
@@ -350,7 +350,7 @@ def _matrix_bytes(rows: float, cols: float, fmt: str) -> float:
     return rows * cols * _ITEMSIZE[fmt] + scales
 
 
-def step_ops(setup: Setup, load: StepShape) -> list[Op]:
+def step_ops(setup: RooflineSetup, load: StepShape) -> list[Op]:
     """Return the operations of a step on one rank; equal ones of all layers are one entry."""
     every = _Writer(setup, load).every()
     return [replace(op, count=count) for count, ops in every for op in ops]

@@ -54,17 +54,17 @@ class Lengths:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class BenchRequest:
     """A prompt, and how many tokens to answer with."""
 
     prompt_ids: list[int]
     num_tokens: int
 
 
-def draw_jobs(
+def draw_requests(
     count: int, prompts: Lengths, answers: Lengths, vocab_size: int, limit: int, seed: int
-) -> list[Job]:
-    """Return random jobs, the same for the same seed.
+) -> list[BenchRequest]:
+    """Return random requests, the same for the same seed.
 
     Args:
         count: how many.
@@ -75,8 +75,8 @@ def draw_jobs(
         seed: of all random numbers.
     """
     rng = np.random.default_rng(seed)
-    jobs = []
+    requests = []
     for length, num_tokens in zip(prompts.draw(rng, count), answers.draw(rng, count), strict=True):
         tokens = rng.integers(0, vocab_size, min(length, limit - 1)).tolist()
-        jobs.append(Job(tokens, min(num_tokens, limit - len(tokens))))
-    return jobs
+        requests.append(BenchRequest(tokens, min(num_tokens, limit - len(tokens))))
+    return requests

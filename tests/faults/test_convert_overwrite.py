@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from dsv3.checkpoint import convert as conversion
-from dsv3.checkpoint.journal import JOURNAL, Journal
+from dsv3.checkpoint.journal import JOURNAL, ConversionJournal
 from dsv3.checkpoint.plan import make_plan
 from dsv3.checkpoint.source import open_source
 from dsv3.config import ParallelConfig
@@ -190,7 +190,7 @@ def test_a_second_conversion_is_refused_whatever_its_flags(
     hf: Path, out: Path, convert: Convert
 ) -> None:
     assert convert(hf, out, "--model-parallel", 2)[0] == 0
-    with Journal(out) as journal:
+    with ConversionJournal(out) as journal:
         journal.begin("another", ["x.safetensors"], [])
         before = contents(out)
         for flags in (["--overwrite"], [], ["--overwrite", "--verify"]):

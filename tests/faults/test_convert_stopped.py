@@ -21,7 +21,7 @@ from tests.faults.converting import Convert, contents, looks_whole
 
 def test_one_writer_at_a_time(hf: Path, tmp_path: Path, convert: Convert) -> None:
     (tmp_path / "out").mkdir()
-    with conversion.Journal(tmp_path / "out"):
+    with conversion.ConversionJournal(tmp_path / "out"):
         code, _, err = convert(hf, tmp_path / "out", "--model-parallel", 2)
     assert code == 2
     assert "another conversion is writing here" in err

@@ -11,7 +11,7 @@ from dsv3.errors import RequestError
 from dsv3.request import Completion, Request, RequestOutput
 from dsv3.serve.batch import run_batch
 from dsv3.serve.batch_file import BatchInput
-from dsv3.serve.journal import Journal
+from dsv3.serve.journal import BatchJournal
 from dsv3.serve.sinks import JournalSink
 from dsv3.text.chat import ChatFormat
 from dsv3.text.defaults import Defaults
@@ -211,7 +211,7 @@ def results(folder: Path, lines: list[bytes]) -> list[dict[str, Any]]:
     """The output of a job with these rows."""
     (folder / "in.jsonl").write_bytes(b"\n".join(lines))
     rows = BatchInput(folder / "in.jsonl", Defaults())
-    with Journal(folder / "out.jsonl") as journal:
+    with BatchJournal(folder / "out.jsonl") as journal:
         journal.resume(rows)
         run_batch(EchoEngine(), rows, JournalSink(journal, TOKENIZER), ChatFormat(TOKENIZER))
     return [json.loads(line) for line in (folder / "out.jsonl").read_bytes().splitlines()]

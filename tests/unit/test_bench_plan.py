@@ -9,14 +9,14 @@ import pytest
 
 from benchlib import balance
 from benchlib import plan as bench
-from benchlib.roofline import HARDWARE, Setup
+from benchlib.roofline import HARDWARE, RooflineSetup
 from benchlib.step_shape import StepShape
 from dsv3.config import ParallelConfig
 from dsv3.config_files import load_model_config
 from dsv3.errors import ConfigError
 from tests import programs
 
-V3 = Setup(config=load_model_config("v3-671b"), layout=ParallelConfig())
+V3 = RooflineSetup(config=load_model_config("v3-671b"), layout=ParallelConfig())
 H200 = HARDWARE["h200"]
 
 
@@ -92,7 +92,9 @@ def test_hardware(tmp_path: Path) -> None:
 
 
 def test_ranking() -> None:
-    lite = Setup(config=load_model_config("v2-lite-16b"), layout=ParallelConfig(), weights="bf16")
+    lite = RooflineSetup(
+        config=load_model_config("v2-lite-16b"), layout=ParallelConfig(), weights="bf16"
+    )
     small = replace(H200, memory=16e9)
     report = bench.rank_layouts(lite, 8, small, 64, 20000, 256)
     fits = [row["fits"] for row in report.rows]
