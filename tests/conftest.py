@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from benchlib.interpreter import mend_interpreter
+from benchlib.interpreter import patch_interpreter
 
 if os.environ["TRITON_INTERPRET"] == "1":
-    mend_interpreter()
+    patch_interpreter()
 
 
 @pytest.fixture(scope="session")

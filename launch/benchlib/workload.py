@@ -1,4 +1,4 @@
-"""Requests to measure with: random tokens, lengths drawn from a distribution, all from one seed."""
+"""Benchmark requests: random tokens with lengths from a distribution, reproducible by seed."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,8 @@ class Lengths:
 
     Attributes:
         kind: "fixed", "uniform" or "lognormal".
-        numbers: the length; the least and the greatest; the median and the sigma of the logarithm.
+        numbers: fixed: the length; uniform: least and greatest length; lognormal: the median, and
+            sigma of the logarithm.
     """
 
     kind: str
@@ -55,7 +56,7 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True)
 class BenchRequest:
-    """A prompt, and how many tokens to answer with."""
+    """A prompt, and the number of tokens to answer it with."""
 
     prompt_ids: list[int]
     num_tokens: int
@@ -67,12 +68,12 @@ def draw_requests(
     """Return random requests, the same for the same seed.
 
     Args:
-        count: how many.
-        prompts: lengths of the prompts.
-        answers: lengths of the answers.
-        vocab_size: tokens are drawn from all of it.
-        limit: prompt and answer together are cut to this many tokens.
-        seed: of all random numbers.
+        count: number of requests.
+        prompts: distribution of prompt lengths.
+        answers: distribution of answer lengths.
+        vocab_size: tokens are drawn from 0 to vocab_size - 1.
+        limit: longest prompt and answer together; longer ones are cut.
+        seed: seed of all random numbers.
     """
     rng = np.random.default_rng(seed)
     requests = []

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchlib.contest import EngineContender, RunResult, compete, middle
+from benchlib.contest import EngineContender, RunResult, compete, median_of
 from benchlib.dialogue import Dialogue, dialogue
 from benchlib.host import host_time
 from benchlib.report import Report, machine
@@ -87,7 +87,7 @@ def test_contenders_take_turns() -> None:
         ("a", 0), ("a", 2), ("b", 0), ("b", 2)
     ]  # fmt: skip
     assert [run.seconds for run in runs["a"]] == [1, 2, 6]
-    assert middle(runs["a"], lambda run: run.seconds) == 2
+    assert median_of(runs["a"], lambda run: run.seconds) == 2
 
 
 def test_throughput() -> None:

@@ -113,7 +113,7 @@ def test_ranking() -> None:
 
 @pytest.mark.slow
 def test_measured_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Few small steps: what they take is told apart from what was foretold."""
+    """Few small steps: the errors of predicted times are reported."""
     monkeypatch.setattr(bench, "CHECKED", ((1, 1, 10), (4, 1, 64), (1, 64, 0)))
     report, figures = tmp_path / "report.json", tmp_path / "here.yaml"
     asked = ("--kv-cache-size", "1024tok", "--threads", "1", "--json", str(report))
@@ -123,7 +123,7 @@ def test_measured_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert [row["step"] for row in rows] == ["1 x 1 after 10", "4 x 1 after 64", "1 x 64 after 0"]
     assert all(row["measured ms"] > 0 and row["floor ms"] > 0 for row in rows)
     assert [row["error %"] is None for row in rows] == [True, False, True]
-    wanted = 100 * (rows[1]["foretold ms"] / rows[1]["measured ms"] - 1)
+    wanted = 100 * (rows[1]["predicted ms"] / rows[1]["measured ms"] - 1)
     assert rows[1]["error %"] == pytest.approx(wanted)
     hardware, ranks = bench.read_hardware(str(figures), {})
     assert ranks == 1 and 0 < hardware.read <= 1e12
@@ -137,7 +137,10 @@ def test_measured_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     [
         ((), "give --hardware"),
         (("--measure", "--hardware", "h100x8"), "--measure finds its own figures"),
-        (("--hardware", "h100x8", "--save-hardware", "x.yaml"), "--save-hardware writes what"),
+        (
+            ("--hardware", "h100x8", "--save-hardware", "x.yaml"),
+            "--save-hardware writes",
+        ),
         (("--hardware", "h100x8", "--figure", "read"), "'read' is not NAME=NUMBER"),
     ],
 )

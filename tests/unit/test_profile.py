@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchlib.bound import Profile, lay_beside, share_of_roof
+from benchlib.bound import Profile, assign_ops, share_of_roof
 from benchlib.hardware import hardware
 from benchlib.profiler import Profiler
 from benchlib.roofline import HARDWARE, Op
@@ -77,7 +77,7 @@ def test_spans_hold_their_own_time_only(monkeypatch: pytest.MonkeyPatch) -> None
 def test_floors_go_to_the_longest_name() -> None:
     names = ["self_attn.o_proj", "self_attn.mla_decode", "moe.shared_experts.down_proj", "norm"]
     ops = [Op(name, bytes=3.211e9) for name in names]
-    found = lay_beside({"self_attn", "self_attn.o_proj", "moe", "step"}, [(ops, 3), (ops[:1], 1)])
+    found = assign_ops({"self_attn", "self_attn.o_proj", "moe", "step"}, [(ops, 3), (ops[:1], 1)])
     assert found == {
         "self_attn.o_proj": [(ops[0], 3), (ops[0], 1)],
         "self_attn": [(ops[1], 3)],
