@@ -44,7 +44,13 @@ from dsv3.text.library_format import (
 )
 from dsv3.text.messages import Message
 from dsv3.text.text_request import TextRequest, encode_prompt, token_requests
-from dsv3.text.thoughts import Piece, TextPiece, ThoughtStream, begins_in_thought, split_answer
+from dsv3.text.thoughts import (
+    AnswerParts,
+    TextPiece,
+    ThoughtStream,
+    begins_in_thought,
+    split_answer,
+)
 
 log = logging.getLogger(__name__)
 
@@ -332,7 +338,7 @@ def _texts(
     for output in outputs:
         number, stream = numbers[output.request_id], thoughts.get(output.request_id)
         if stream is None:
-            pieces = [Piece(answer=output.new_text)]
+            pieces = [AnswerParts(answer=output.new_text)]
         else:
             pieces = [stream.push(output.new_text)]
             pieces += [] if output.completion is None else [stream.finish()]

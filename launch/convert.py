@@ -30,7 +30,7 @@ from typing import TextIO
 from tqdm import tqdm
 
 from dsv3.checkpoint.contradictions import source_warnings
-from dsv3.checkpoint.convert import check, convert, settle
+from dsv3.checkpoint.convert import check, clean_up_after, convert
 from dsv3.checkpoint.directory import check_directory
 from dsv3.checkpoint.hub import fetch, resolve
 from dsv3.checkpoint.hub_files import Download
@@ -248,7 +248,7 @@ def write(args: argparse.Namespace, source: Source, target: OutputDirectory) -> 
         )
     if is_done or args.verify:
         with (
-            settle(target),
+            clean_up_after(target),
             progress_bar(plan.tensor_bytes, "verify") as advance,
             open_source(args.save_path) as written,
         ):

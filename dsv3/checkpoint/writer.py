@@ -79,7 +79,7 @@ class OutputFiles(AbstractContextManager["OutputFiles"]):
                 os.fdatasync(descriptor)
 
 
-class Spreader:
+class TensorWriter:
     """Writer of one output tensor: cuts row blocks into slices, and digests equal slices once."""
 
     def __init__(self, output: Output, files: OutputFiles) -> None:
@@ -97,7 +97,7 @@ class Spreader:
         self._digests[self._whole].update(block.data.cast("B"))
         for box, slices in self._slices.items():
             start, stop = max(row, box.row), min(row + len(block), box.row_stop)
-            if start >= stop or box.empty:
+            if start >= stop or box.is_empty:
                 continue
             rows = np.ascontiguousarray(block[start - row : stop - row, box.col : box.col_stop])
             data = rows.data.cast("B")

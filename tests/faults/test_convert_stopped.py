@@ -61,8 +61,8 @@ def test_abandoned_conversion_gives_way(
 SLOW = """
 import runpy, sys, time
 from dsv3.checkpoint import journal, writer
-put = writer.Spreader.put
-writer.Spreader.put = lambda *args: (time.sleep(0.004), put(*args))
+put = writer.TensorWriter.put
+writer.TensorWriter.put = lambda *args: (time.sleep(0.004), put(*args))
 journal.COMMIT_BYTES = 50_000
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -189,7 +189,7 @@ def test_small_tensors_are_refused_by_name_when_loaded(
     )
     with open_source(path) as source, pytest.raises(CheckpointError) as refused:
         load_weights(source, module.targets(), ParallelConfig())
-    file = source.where(name)
+    file = source.file_of(name)
     assert str(refused.value).startswith(f"{file}: tensor {name} has values that are NaN")
 
 

@@ -317,7 +317,7 @@ def test_elsewhere_a_line_comes_now_and_then(
     stream = io.StringIO()
     with caplog.at_level(logging.INFO), Progress(10, 4, stream) as progress:
         progress.tokens(5)
-        progress.row(failed=True)
+        progress.row(is_failed=True)
     assert stream.getvalue() == ""
     assert "5 of 10 rows, " in caplog.text
     assert "s left, " in caplog.text

@@ -69,7 +69,7 @@ def test_every_rank_gets_its_slices(
     buffer: int,
 ) -> None:
     """A buffer of 700 bytes cuts every tensor within its FP8 blocks."""
-    monkeypatch.setattr(load, "_BUFFER", buffer)
+    monkeypatch.setattr(load, "_BUFFER_BYTES", buffer)
     path, config, values = stored
     specs = tensor_specs(config)
     with open_source(path) as source:

@@ -6,7 +6,7 @@ import pytest
 
 from dsv3.errors import CheckpointError, RequestError
 from dsv3.text.chat import ChatFormat
-from dsv3.text.defaults import ALL_THERE_IS_ROOM_FOR, LINE_DEFAULTS, Defaults, Sampling
+from dsv3.text.defaults import LINE_DEFAULTS, NO_TOKEN_LIMIT, Defaults, Sampling
 from dsv3.text.openai_format import CHAT, COMPLETIONS, parse_request, plain_request
 from dsv3.text.text_request import TextRequest, encode_prompt, token_requests
 from dsv3.text.tokenizer import Tokenizer
@@ -137,7 +137,7 @@ def test_defaults_of_the_formats() -> None:
     line = line_request(Defaults())
     assert (line.params.max_tokens, line.params.temperature) == (200, 0.2)
     assert (complete().params.max_tokens, complete().params.temperature) == (16, 1.0)
-    assert (chat().params.max_tokens, chat().params.temperature) == (ALL_THERE_IS_ROOM_FOR, 1.0)
+    assert (chat().params.max_tokens, chat().params.temperature) == (NO_TOKEN_LIMIT, 1.0)
 
 
 def test_generation_config() -> None:
@@ -211,7 +211,7 @@ def test_digest_names_the_effective_request() -> None:
         chat(Defaults(flags=Sampling(temperature=0.9)), n=2),
         chat(Defaults(seed=1)),
         chat(Defaults(system="Be brief.")),
-        chat(max_tokens=ALL_THERE_IS_ROOM_FOR),
+        chat(max_tokens=NO_TOKEN_LIMIT),
         complete(),
     ]
     assert len({request.digest() for request in [chat(), *others]}) == len(others) + 1
