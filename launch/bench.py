@@ -98,42 +98,28 @@ def parse_args() -> argparse.Namespace:
 def add_model_benchmarks(add: AddBenchmark) -> None:
     """Add the benchmarks with the engine's flags: throughput, chat and host."""
     batch = add("throughput", run_throughput, "an offline batch of random requests")
-    formats = "N, uniform:LOW:HIGH or lognormal:MEDIAN:SIGMA (default: 32)"
-    batch.add_argument(
-        "--requests", type=at_least(1), default=64, help="number of requests (default: 64)"
-    )
+    formats = "N, uniform:LOW:HIGH or lognormal:MEDIAN:SIGMA"
+    batch.add_argument("--requests", type=at_least(1), default=64, help="number of requests")
     batch.add_argument(
         "--prompt-len", type=lengths, default="32", help=f"tokens of prompts: {formats}"
     )
     batch.add_argument(
         "--answer-len", type=lengths, default="32", help=f"tokens of answers: {formats}"
     )
-    batch.add_argument(
-        "--concurrency", type=at_least(1), default=64, help="most running requests (default: 64)"
-    )
+    batch.add_argument("--concurrency", type=at_least(1), default=64, help="most running requests")
     batch.add_argument("--seed", type=int, default=0, help="of the random requests (default: 0)")
     talk = add("chat", run_chat, "dialogues of many turns, with and without prefix reuse")
-    talk.add_argument(
-        "--turns", type=at_least(1), default=8, help="turns of a dialogue (default: 8)"
-    )
-    talk.add_argument(
-        "--user-len", type=at_least(1), default=64, help="user tokens of each turn (default: 64)"
-    )
-    talk.add_argument(
-        "--answer-len", type=at_least(1), default=32, help="tokens of each answer (default: 32)"
-    )
+    talk.add_argument("--turns", type=at_least(1), default=8, help="turns of a dialogue")
+    talk.add_argument("--user-len", type=at_least(1), default=64, help="user tokens of each turn")
+    talk.add_argument("--answer-len", type=at_least(1), default=32, help="tokens of each answer")
     for command in (batch, talk):
         command.add_argument(
             "--peer", choices=["transformers"], help="also measure this library, alternating"
         )
-        command.add_argument(
-            "--repeats", type=at_least(1), default=5, help="timed runs of each (default: 5)"
-        )
+        command.add_argument("--repeats", type=at_least(1), default=5, help="timed runs of each")
     host = add("host", run_host, "planning and committing, without a model")
-    host.add_argument(
-        "--context", type=at_least(1), default=512, help="tokens of each prompt (default: 512)"
-    )
-    host.add_argument("--steps", type=at_least(1), default=200, help="timed steps (default: 200)")
+    host.add_argument("--context", type=at_least(1), default=512, help="tokens of each prompt")
+    host.add_argument("--steps", type=at_least(1), default=200, help="timed steps")
     host.add_argument("--text", action="store_true", help="also detokenize the answers")
     for command in (batch, talk, host):
         command.add_argument(
@@ -150,7 +136,7 @@ def add_dispatch_benchmark(add: AddBenchmark) -> None:
         type=at_least(1),
         nargs="+",
         default=[1, 8, 64, 512],
-        help="tokens of each dp group (default: 1 8 64 512)",
+        help="tokens of each dp group",
     )
     moe.add_argument("--config", help="model whose layer to build (default: the demo model)")
     moe.add_argument("--inner", type=at_least(1), help="width of an expert, to fit the memory")
@@ -158,16 +144,14 @@ def add_dispatch_benchmark(add: AddBenchmark) -> None:
         "--dtype",
         choices=["float32", "bfloat16"],
         default="bfloat16",
-        help="of weights and activations (default: bfloat16)",
+        help="of weights and activations",
     )
-    moe.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
+    moe.add_argument("--device", default="auto", help="auto, cpu or cuda")
     moe.add_argument(
         "--tp", type=int, default=0, help="tensor-parallel ranks (default: ranks / dp)"
     )
-    moe.add_argument("--dp", type=int, default=1, help="data-parallel groups (default: 1)")
-    moe.add_argument(
-        "--repeats", type=at_least(1), default=9, help="timed runs of each variant (default: 9)"
-    )
+    moe.add_argument("--dp", type=int, default=1, help="data-parallel groups")
+    moe.add_argument("--repeats", type=at_least(1), default=9, help="timed runs of each variant")
 
 
 def add_cache_benchmark(add: AddBenchmark) -> None:
@@ -179,14 +163,14 @@ def add_cache_benchmark(add: AddBenchmark) -> None:
         type=at_least(0),
         nargs="+",
         default=[1000, 3000, 10000, 30000],
-        help="blocks that the cache holds (default: 1000 3000 10000 30000)",
+        help="blocks that the cache holds",
     )
     trace.add_argument(
         "--policy",
         nargs="+",
         choices=POLICIES,
         default=["lru", "cost"],
-        help="eviction policies (default: lru cost)",
+        help="eviction policies",
     )
 
 

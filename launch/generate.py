@@ -114,7 +114,7 @@ def add_task_flags(group: argparse._ArgumentGroup) -> None:
     add(
         "--metrics-host",
         default="127.0.0.1",
-        help="address to serve /metrics on (default: 127.0.0.1; 0.0.0.0 is all interfaces)",
+        help="address to serve /metrics on; 0.0.0.0 is all interfaces",
     )
 
 

@@ -1,4 +1,4 @@
-"""What must be set before anything imports torch or triton, and what many tests share."""
+"""Settings required before torch or triton is imported, and common fixtures."""
 
 import os
 

@@ -129,7 +129,7 @@ def _check_layout(path: Path, entries: Mapping[str, Entry], begin: int, size: in
     end = max((entry.offset + entry.num_bytes for entry in entries.values()), default=begin)
     if end > size:
         raise CheckpointError(
-            f"{path}: truncated: {size} bytes, its header tells of {end}; fetch it again"
+            f"{path}: truncated: {size} bytes, its header needs {end}; fetch it again"
         )
     unused = size - begin - sum(entry.num_bytes for entry in entries.values())
     if unused:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ class Sampling:
         )
 
 
+_SAMPLING_FIELDS = tuple(field.name for field in fields(Sampling))
 _COUNT = FieldRule((int,), 0, NO_TOKEN_LIMIT, "an integer, at least 0")
 _GENERATION_RULES = {
     "temperature": FieldRule((int, float), 0, 100, "a number from 0 to 100"),
@@ -108,9 +109,12 @@ class Defaults:
 
     def sampling(self, requested: Sampling, fallback: Sampling) -> dict[str, Any]:
         """Return each value from the first source that sets it; `fallback` must set all."""
-        merged = asdict(fallback)
-        for source in (self.model, self.flags, requested):
-            merged |= {name: value for name, value in asdict(source).items() if value is not None}
+        merged: dict[str, Any] = {}
+        for source in (fallback, self.model, self.flags, requested):
+            for name in _SAMPLING_FIELDS:
+                value = getattr(source, name)
+                if value is not None:
+                    merged[name] = value
         return merged
 
     def with_system(self, messages: list[Any]) -> list[Any]:

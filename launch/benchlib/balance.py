@@ -62,16 +62,14 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(prog="bench.py balance", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--load", type=Path, help="a file that --record-expert-load has written")
     parser.add_argument("--config", help="model to place (default: the demo model)")
-    parser.add_argument(
-        "--skew", type=float, default=1.0, help="Zipf exponent of synthetic loads (default: 1)"
-    )
+    parser.add_argument("--skew", type=float, default=1.0, help="Zipf exponent of synthetic loads")
     parser.add_argument("--seed", type=int, default=0, help="of synthetic loads (default: 0)")
-    parser.add_argument("--ranks", type=at_least(1), default=8, help="number of ranks (default: 8)")
+    parser.add_argument("--ranks", type=at_least(1), default=8, help="number of ranks")
     parser.add_argument(
         "--nodes",
         type=at_least(1),
         default=1,
-        help="number of hosts (default: 1); each expert group stays on one",
+        help="number of hosts; each expert group stays on one",
     )
     parser.add_argument(
         "--redundant-experts", type=int, default=0, help="extra copies in a layer (default: 0)"

@@ -46,7 +46,7 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--hardware",
         default="measure",
-        help="ceilings: measure (default: on this machine), or the name of a device, such as h100",
+        help="ceilings: measure (on this machine), or the name of a device, such as h100",
     )
     add_program_flags(parser)
     return parser.parse_args(arguments)

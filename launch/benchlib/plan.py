@@ -416,19 +416,19 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
         "--batch",
         type=at_least(0),
         default=128,
-        help="decoding sequences, all dp groups together (default: 128)",
+        help="decoding sequences, all dp groups together",
     )
     parser.add_argument(
         "--context",
         type=at_least(0),
         default=4096,
-        help="cached positions of each sequence (default: 4096)",
+        help="cached positions of each sequence",
     )
     parser.add_argument(
         "--prefill",
         type=at_least(0),
         default=8192,
-        help="tokens of a prefill step, all dp groups together (default: 8192)",
+        help="tokens of a prefill step, all dp groups together",
     )
     parser.add_argument(
         "--measure", action="store_true", help="compare predicted with measured steps, here"

@@ -389,23 +389,21 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = Parser(prog="bench.py rank", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--config", default="v3-671b", help="a preset's name or a config file")
-    parser.add_argument("--world", type=at_least(1), default=8, help="number of ranks (default: 8)")
+    parser.add_argument("--world", type=at_least(1), default=8, help="number of ranks")
     parser.add_argument("--rank", type=int, default=0, help="rank to measure (default: 0)")
-    parser.add_argument(
-        "--layers", default="4", help="N: one dense and N - 1 MoE layers (default: 4); or all"
-    )
+    parser.add_argument("--layers", default="4", help="N: one dense and N - 1 MoE layers; or all")
     parser.add_argument(
         "--batch",
         type=at_least(1),
         nargs="+",
         default=[1, 8, 128],
-        help="sequences of a decode step (default: 1 8 128)",
+        help="sequences of a decode step",
     )
     parser.add_argument(
         "--context",
         type=at_least(1),
         default=1024,
-        help="cached tokens of each sequence (default: 1024)",
+        help="cached tokens of each sequence",
     )
     parser.add_argument(
         "--prefill", type=int, default=0, help="also measure a prompt of N tokens (default: none)"
@@ -414,33 +412,31 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
         "--weights",
         default="auto",
         choices=["auto", "fp8", "bf16", "fp32"],
-        help="format of the weights (default: as the model is stored)",
+        help="format of the weights; auto is the stored format",
     )
     parser.add_argument(
         "--kv-dtype",
         default="auto",
         choices=["auto", "fp8", "bf16", "fp32"],
-        help="format of the cache (default: bf16; on a CPU, fp32)",
+        help="format of the cache; auto is bf16, on a CPU fp32",
     )
     parser.add_argument(
         "--kv-shard",
         default="none",
         choices=["none", "tokens"],
-        help="split the cache's positions over tp, or replicate them (default: none)",
+        help="split the cache's positions over tp, or replicate them",
     )
     parser.add_argument(
         "--skew", type=float, default=0.0, help="Zipf exponent of the experts (default: 0, uniform)"
     )
     parser.add_argument("--no-comm", action="store_true", help="skip exchanges")
-    parser.add_argument(
-        "--steps", type=at_least(1), default=20, help="timed steps of each kind (default: 20)"
-    )
+    parser.add_argument("--steps", type=at_least(1), default=20, help="timed steps of each kind")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights (default: 0)")
-    parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument(
         "--hardware",
         default="measure",
-        help="ceilings: measure (default: on this device), or the name of a device, such as h100",
+        help="ceilings: measure (on this device), or the name of a device, such as h100",
     )
     parser.add_argument("--enforce-eager", action="store_true", help="run without CUDA graphs")
     parser.add_argument(

@@ -226,15 +226,15 @@ def test_malformed_row(tmp_path: Path, kind: str) -> None:
     (error,) = [line for line in lines if line["response"]["status_code"] == 400]
     assert len(lines) == 3
     assert error["custom_id"] in ("bad", "line-3", "good 0")
-    told = error["response"]["body"]["error"]
-    assert told["type"] == "invalid_request_error"
-    assert told["message"].startswith(f"row 3: {reason}")
-    assert "\n" not in told["message"]
-    assert len(told["message"]) < 250
+    body = error["response"]["body"]["error"]
+    assert body["type"] == "invalid_request_error"
+    assert body["message"].startswith(f"row 3: {reason}")
+    assert "\n" not in body["message"]
+    assert len(body["message"]) < 250
 
 
 def test_all_malformed_rows_in_one_file(tmp_path: Path) -> None:
-    # One id each: whichever row came second would only be told that its id was used.
+    # Different ids, since a repeated id is an error of its own.
     bad = [
         line.replace(b'"bad"', b'"bad %d"' % i) for i, (line, _) in enumerate(MALFORMED.values())
     ]

@@ -1,4 +1,4 @@
-"""Whatever happens to the output file, a start makes it good and every row is in it once."""
+"""After any damage to the output file, a start repairs it, and each row is in it once."""
 
 import json
 import os

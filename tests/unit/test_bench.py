@@ -56,7 +56,7 @@ def test_jobs_come_from_the_seed_and_fit_the_context() -> None:
 
 
 class Clockwork:
-    """A contender that takes as long as it is told."""
+    """A contender with given run times."""
 
     def __init__(self, name: str, seconds: Sequence[float], log: list[tuple[str, int]]) -> None:
         self.name, self._seconds, self._log = name, list(seconds), log

@@ -1,4 +1,4 @@
-"""The cost model: every layout, its memory and its time, on paper and held to the clock."""
+"""The cost model: memory and time of every layout, predicted and measured."""
 
 import json
 from dataclasses import replace

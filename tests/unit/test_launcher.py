@@ -1,4 +1,4 @@
-"""A process's place in its job, as different launchers tell it."""
+"""A process's place in its job, from the environment of several launchers."""
 
 import os
 

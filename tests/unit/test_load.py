@@ -85,7 +85,7 @@ def test_every_rank_gets_its_slices(
                 assert_bitwise_equal(f"{target.name} on {rank}", held.detach(), want.contiguous())
 
 
-def test_bfloat16_is_what_was_stored(tmp_path: Path) -> None:
+def test_bfloat16_values_are_loaded_unchanged(tmp_path: Path) -> None:
     """Nothing passes through another type; norms and the router stay float32."""
     tensors = random_tensors(TINY)
     with open_source(write_hf(tmp_path / "hf", TINY, tensors)) as source:

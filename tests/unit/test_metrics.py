@@ -1,4 +1,4 @@
-"""What the engine tells about itself: sums, quantiles, Prometheus text, and over HTTP."""
+"""Metrics of the engine: sums, quantiles, Prometheus text, HTTP."""
 
 import socket
 import sys

@@ -267,7 +267,7 @@ def test_prompts_become_tokens() -> None:
     assert tokens(complete(prompt=[9, 9]))[0].prompt_ids == [9, 9]
 
 
-def test_only_a_limit_that_nobody_asked_for_is_cut_to_the_context() -> None:
+def test_only_a_default_limit_is_cut_to_the_context() -> None:
     prompt = [5] * 90
     flags = Defaults(flags=Sampling(max_tokens=50))
     assert tokens(complete(prompt=prompt))[0].params.max_tokens == 10
@@ -308,7 +308,7 @@ def test_token_ids_need_no_tokenizer_and_text_says_that_it_does() -> None:
         ({"prompt": "a\udfff"}, "the text holds half of a surrogate pair (character 2)"),
     ],
 )
-def test_what_only_tokens_show(body: dict[str, Any], error: str) -> None:
+def test_errors_found_after_tokenization(body: dict[str, Any], error: str) -> None:
     with pytest.raises(RequestError) as caught:
         tokens(complete(**body))
     assert str(caught.value).startswith(error)

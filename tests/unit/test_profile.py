@@ -1,4 +1,4 @@
-"""Measured times add up to the step, and lie beside the floors of the same operations."""
+"""Measured times add up to the step, and are matched with floors of the same operations."""
 
 import time
 
@@ -23,7 +23,7 @@ SLOW, FAST = 2.0, 0.5
 
 
 class Hands:
-    """A clock that goes when it is told to."""
+    """A clock that is advanced by the test."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -120,6 +120,6 @@ def test_hardware() -> None:
         hardware("b200", CPU)
 
 
-def test_the_roof_of_memory_does_not_bind_what_stays_in_a_cache() -> None:
+def test_operations_in_a_cache_can_beat_the_memory_roof() -> None:
     assert share_of_roof(1.0, 2.0) == 50.0
     assert share_of_roof(2.0, 1.0) == "in cache"

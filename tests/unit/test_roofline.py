@@ -1,4 +1,4 @@
-"""The floor of a step: held to figures computed elsewhere, and to what must hold between them."""
+"""The roofline floor of a step, compared with independent figures and with each other."""
 
 from dataclasses import replace
 
@@ -121,7 +121,7 @@ def test_experts_hit() -> None:
     assert experts_hit(V3, 1, 10_000, skew=1.0)[1] == pytest.approx(80_000)
 
 
-def test_what_bounds_an_operation() -> None:
+def test_the_bound_of_an_operation() -> None:
     h100 = HARDWARE["h100"]
     assert Op("a", flops=1473e12, bytes=1.0, dtype="fp8", count=2).seconds(h100) == pytest.approx(
         2.0

@@ -30,7 +30,7 @@ from tests.checkpoint_files import (
 )
 
 CONFIG = dataclasses.replace(TINY, quantization=FP8)
-# What DeepSeek's converter can split in two: sizes and numbers of scales are even.
+# Sizes that DeepSeek's converter can split in two: even, also in scales.
 EVEN = dataclasses.replace(
     CONFIG,
     num_attention_heads=16,
@@ -43,7 +43,7 @@ SECOND = "model-00002-of-00003.safetensors"
 
 
 def write_deepseek(path: Path, tensors: Tensors, world: int) -> Path:
-    """What DeepSeek's convert.py makes: equal slices, its own names, no config, no manifest."""
+    """A directory in the format of DeepSeek's convert.py: equal slices, other names, no config."""
     specs = tensor_specs(EVEN)
     path.mkdir()
     for rank in range(world):

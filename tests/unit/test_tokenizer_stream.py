@@ -191,7 +191,7 @@ def test_stop_strings_cut_wherever_tokens_begin_and_end(text: str, stop: list[st
         (["plain"], (), ["plain"]),
     ],
 )
-def test_what_may_become_a_stop_string_waits(
+def test_the_beginning_of_a_stop_string_is_held_back(
     pieces: list[str], stop: tuple[str, ...], want: list[str]
 ) -> None:
     checker = StopChecker(stop)
