@@ -1,4 +1,4 @@
-"""generate.py with a fault of one rank at a given step; not repeated after a restart.
+"""generate.py, but one rank does something bad at one of its steps; not again after a restart.
 
 Usage: torchrun bad_rank.py WHAT RANK STEP [arguments of generate.py]
 """

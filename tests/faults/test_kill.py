@@ -68,7 +68,7 @@ def whole_lines(path: Path) -> list[bytes]:
 
 
 def kill_after(rows: int, command: list[str], out: Path, rank: int) -> None:
-    """Start a job; kill one of its ranks after a number of new rows."""
+    """Start a job; kill a rank of it once so many more rows are there."""
     wanted, deadline = len(whole_lines(out)) + rows, time.monotonic() + HANG_SECONDS
     process = subprocess.Popen(
         [*command, str(out)], stderr=subprocess.DEVNULL, env=environment(), cwd=ROOT
@@ -113,7 +113,7 @@ def test_a_full_disk_ends_all_ranks_with_one_line(job: list[str], tmp_path: Path
     assert 0 < len(answers(out)) < len(ROWS)
 
 
-def test_an_invalid_layout_is_reported_once(job: list[str], tmp_path: Path) -> None:
+def test_a_layout_that_does_not_fit_is_told_once(job: list[str], tmp_path: Path) -> None:
     done = run([*torchrun(3), *job, str(tmp_path / "out.jsonl")])
     assert done.returncode == 1
     assert our_lines(done.stderr)[-1] == (

@@ -139,8 +139,8 @@ def test_two_hosts_restart_from_their_own_files(tmp_path: Path, jobs: Jobs) -> N
         ]
         agents.append(jobs.start(*command, stderr=tmp_path / f"stderr{host}"))
     assert [process.wait(HANG_SECONDS) for process in agents] == [0, 0]
-    lines = errors(tmp_path / "stderr0")
-    assert re.fullmatch(rf"error: rank 1 on \S+ {SILENT}", "\n".join(lines)), lines
+    told = errors(tmp_path / "stderr0")
+    assert re.fullmatch(rf"error: rank 1 on \S+ {SILENT}", "\n".join(told)), told
     assert answers(out) == undisturbed()
 
 
@@ -160,9 +160,9 @@ def test_a_damaged_file_of_one_host_ends_all(tmp_path: Path, jobs: Jobs) -> None
     for process in agents:
         assert process.wait(HANG_SECONDS) == 1
     said = [(tmp_path / f"stderr{host}").read_text() for host in (0, 1)]
-    lines = [line for host in (0, 1) for line in errors(tmp_path / f"stderr{host}")]
-    assert len(lines) == 1, said
-    assert re.match(rf"error: rank 1 on \S+: {file}: truncated: ", lines[0])
+    told = [line for host in (0, 1) for line in errors(tmp_path / f"stderr{host}")]
+    assert len(told) == 1, said
+    assert re.match(rf"error: rank 1 on \S+: {file}: truncated: ", told[0])
     assert "exitcode  : 3" in said[0]  # the other agent may miss the store of the first
 
 

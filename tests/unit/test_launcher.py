@@ -1,4 +1,4 @@
-"""A process's place in its job, from the environment of several launchers."""
+"""A process's place in its job, as different launchers tell it."""
 
 import os
 

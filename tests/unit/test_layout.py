@@ -1,4 +1,4 @@
-"""Allowed imports between packages, checked by reading the imports."""
+"""Who may import whom: the direction of the architecture, held by reading the imports."""
 
 import ast
 import subprocess
@@ -121,7 +121,7 @@ def test_ranks_are_met_in_one_room_only() -> None:
         name
         for name, path in MODULES.items()
         for full in imported(path)
-        # elastic and run are torchrun: its start, and its reports of failures.
+        # elastic and run are torchrun: how it is started, and is told what went wrong.
         if full.startswith("torch.distributed")
         and not full.startswith(("torch.distributed.elastic.", "torch.distributed.run."))
     }
@@ -129,13 +129,13 @@ def test_ranks_are_met_in_one_room_only() -> None:
 
 
 def test_the_runtime_does_not_import_transformers() -> None:
-    """Benchmarks import it by name, only if a flag asks for the comparison."""
+    """Benchmarks may measure it: they import it by name, when they are told to."""
     for name, path in MODULES.items():
         assert not any(full.startswith("transformers") for full in imported(path)), name
 
 
 def torch_free() -> list[str]:
-    """Configs, text and files work without torch; only loading needs it."""
+    """What works on a machine without torch: configs, text, everything about files but loading."""
     rooms = ("dsv3.checkpoint", "dsv3.text")
     names = [n for n in MODULES if n in FOR_ALL or room(n) in rooms]
     return [n for n in names if n != "dsv3.checkpoint.load"]

@@ -1,4 +1,4 @@
-"""Metrics of the engine: sums, quantiles, Prometheus text, HTTP."""
+"""What the engine tells about itself: sums, quantiles, Prometheus text, and over HTTP."""
 
 import socket
 import sys
