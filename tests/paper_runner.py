@@ -101,23 +101,23 @@ class PaperDisk:
         return slot in self.reads and self.rng.random() < 0.5
 
     def run(self, plan: StepPlan, host: np.ndarray) -> dict[int, bool]:
-        """Do what a plan asks for; return which reads are settled, and how."""
+        """Execute a plan's stores and fetches; return the finished reads, True if successful."""
         for slot, key in unpack_pages(plan.store):
             self.files[key] = host[slot].copy()
         for slot, key in unpack_pages(plan.fetch):
             assert slot not in self.reads
             self.reads[slot] = key, self.rng.randrange(3)
             host[slot] = -2
-        settled = {}
-        for slot in plan.settle[1:].tolist():
+        finished = {}
+        for slot in plan.confirm_fetched[1:].tolist():
             key, delay = self.reads[slot]
             self.reads[slot] = key, delay - 1
             if delay <= 0:
                 del self.reads[slot]
-                settled[slot] = self.rng.random() >= self.damaged
-                if settled[slot]:
+                finished[slot] = self.rng.random() >= self.damaged
+                if finished[slot]:
                     host[slot] = self.files[key]
-        return settled
+        return finished
 
 
 class PaperRunner:
@@ -199,7 +199,7 @@ class PaperRunner:
         targets = [*copied_to.tolist(), *target.tolist()]
         assert NULL_PAGE not in targets and len(set(targets)) == len(targets)
         if self.disk is not None:
-            self.tiers.settle(self.disk.run(plan, self.host))
+            self.tiers.confirm_fetched(self.disk.run(plan, self.host))
         self.host[kept] = self.memory[leaving]
         self.memory[copied_to] = self.memory[copied_from]
         self.memory[target] = self.host[brought]

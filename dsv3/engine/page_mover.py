@@ -45,11 +45,11 @@ class PageMover:
             files.store(slot, key)
         for slot, key in unpack_pages(plan.fetch):
             files.fetch(slot, key)
-        if len(plan.settle):
-            milliseconds, *slots = plan.settle.tolist()
-            settled = self._agree(files, slots, milliseconds / 1000)
+        if len(plan.confirm_fetched):
+            milliseconds, *slots = plan.confirm_fetched.tolist()
+            outcomes = self._agree(files, slots, milliseconds / 1000)
             if self._tiers is not None:
-                self._tiers.settle(settled)
+                self._tiers.confirm_fetched(outcomes)
 
     def _agree(self, files: DiskFiles, slots: list[int], seconds: float) -> dict[int, bool]:
         """Return the fetched slots that no rank is still reading, and whether all ranks could."""

@@ -48,8 +48,8 @@ class StepPlan:
         store: pages to write from host memory to disk, as `pack_pages` has them. They are read
             before anything is written.
         fetch: pages to read from disk into host memory, in the background.
-        settle: [1 + N] milliseconds to wait, and slots of fetched pages: the ranks tell each
-            other which of them they have.
+        confirm_fetched: [1 + N] milliseconds to wait, then host slots of fetched pages: all ranks
+            report which of them they have read.
         token_ids: [T] new tokens of all sequences, one after the other; -1 - m stands for the
             token that row m of the step before has sampled.
         query_len: [B] new tokens of each sequence.
@@ -71,7 +71,7 @@ class StepPlan:
     restore: Ints = field(default_factory=_ints)
     store: Ints = field(default_factory=_ints)
     fetch: Ints = field(default_factory=_ints)
-    settle: Ints = field(default_factory=_ints)
+    confirm_fetched: Ints = field(default_factory=_ints)
     token_ids: Ints = field(default_factory=_ints)
     query_len: Ints = field(default_factory=_ints)
     context_len: Ints = field(default_factory=_ints)

@@ -79,7 +79,7 @@ def _write_plan(step: Step, number: int, num_rows: int) -> tuple[StepPlan, list[
         restore=_pairs(step.moves.restore),
         store=pack_pages(step.moves.store),
         fetch=pack_pages(step.moves.fetch),
-        settle=_ints(step.moves.settle),
+        confirm_fetched=_ints(step.moves.confirm_fetched),
         token_ids=_ints(tokens),
         query_len=_ints(count for _, count in step.chosen),
         context_len=_ints(context),

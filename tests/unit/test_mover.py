@@ -38,7 +38,7 @@ class Peers(SingleRank):
 class Books:
     settled: dict[int, bool] | None = None
 
-    def settle(self, outcomes: dict[int, bool]) -> None:
+    def confirm_fetched(self, outcomes: dict[int, bool]) -> None:
         self.settled = outcomes
 
 
@@ -59,7 +59,7 @@ def test_a_slot_is_settled_when_no_rank_reads_it(
 ) -> None:
     files, books = Files({7: mine, 3: GOOD}), Books()
     mover = PageMover(None, files, Peers([[theirs, GOOD], [GOOD, GOOD]]), books)
-    mover.before_copies(StepPlan(settle=np.array([20, 7, 3], np.int32)))
+    mover.before_copies(StepPlan(confirm_fetched=np.array([20, 7, 3], np.int32)))
     assert books.settled == {3: True} | ({} if settled is None else {7: settled})
     assert files.reads == ({7: mine} if settled is None else {})
     assert files.waited == 0.02
