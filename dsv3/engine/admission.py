@@ -13,7 +13,7 @@ from dsv3.engine.sequence import Sequence
 
 # Waiting sequences looked at, and how often one may be passed over.
 _WINDOW = 32
-_MAX_OVERTAKEN = 16
+_MAX_SKIPPED = 16
 # Tokens in common with a running sequence that are worth waiting for.
 _WORTH_WAITING = 32
 
@@ -64,7 +64,7 @@ class Admission:
             candidate = self._candidate(seq)
             if candidate.waits:
                 continue
-            if seq.overtaken >= _MAX_OVERTAKEN:
+            if seq.times_skipped >= _MAX_SKIPPED:
                 return seq
             if candidate.match.num_tokens > longest:
                 best, longest = seq, candidate.match.num_tokens
@@ -77,7 +77,7 @@ class Admission:
         for other in waiting:
             if other.order >= seq.order:
                 break
-            other.overtaken += 1
+            other.times_skipped += 1
 
     def _candidate(self, seq: Sequence) -> _Candidate:
         """Return what is known of a sequence, after a look at those that prefill by now."""

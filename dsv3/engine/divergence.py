@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dsv3.distributed.mesh import Mesh
-from dsv3.engine.plan import StepPlan
+from dsv3.engine.step_plan import StepPlan
 from dsv3.errors import RankError
 
 

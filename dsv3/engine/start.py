@@ -40,8 +40,8 @@ from dsv3.engine.ignored import ignored_settings
 from dsv3.engine.layer_check import LayerCheck
 from dsv3.engine.lower_tiers import make_tiers
 from dsv3.engine.memory import MemoryPlan, free_memory, plan_memory, weight_bytes
-from dsv3.engine.plan import PlanChannel, StepPlan
 from dsv3.engine.runner import Runner
+from dsv3.engine.step_plan import PlanChannel, StepPlan
 from dsv3.errors import ConfigError
 from dsv3.model.attention import absorb_limit
 from dsv3.model.transformer import Transformer

@@ -8,7 +8,7 @@ from torch import Tensor
 from dsv3.cache.disk import BAD, GOOD, PENDING
 from dsv3.distributed.collectives import SingleRank
 from dsv3.engine.page_mover import PageMover
-from dsv3.engine.plan import StepPlan
+from dsv3.engine.step_plan import StepPlan
 
 
 class Files:

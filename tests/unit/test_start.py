@@ -14,7 +14,7 @@ from dsv3.distributed.collectives import SingleRank
 from dsv3.distributed.mesh import Mesh
 from dsv3.engine import start
 from dsv3.engine.memory import plan_memory
-from dsv3.engine.plan import StepPlan
+from dsv3.engine.step_plan import StepPlan
 from dsv3.errors import ConfigError
 from dsv3.parallel.expert_dispatch import FP8
 from dsv3.parallel.weights import WeightFormat
