@@ -1,7 +1,7 @@
-"""Checks that all ranks load the same model: one with other weights would answer garbage.
+"""Checks that all ranks load the same model: with different weights they would answer garbage.
 
-A converted directory has a digest of its weights. Ranks that read the very same directory need
-none. Of other directories, the ranks that share one read samples of all tensors, each its part.
+A converted directory has a digest of its weights. Ranks that read the very same directory need no
+digest. For other directories, the ranks that share one read samples of its tensors, each a part.
 """
 
 import hashlib
@@ -33,10 +33,10 @@ def check_same(mesh: Mesh, facts: Mapping[str, str]) -> None:
     for name, first in everyone[0].items():
         for rank, theirs in enumerate(everyone):
             if theirs[name] != first:
-                where = mesh.watch.name_of
+                name_of = mesh.watch.name_of
                 error = ConfigError(
-                    f"the ranks do not load the same model: {name} is {first} on {where(0)} and "
-                    f"{theirs[name]} on {where(rank)}"
+                    f"the ranks do not load the same model: {name} is {first} on {name_of(0)} and "
+                    f"{theirs[name]} on {name_of(rank)}"
                 )
                 error.is_shared, error.told_elsewhere = True, mesh.layout.rank != 0
                 raise error

@@ -19,8 +19,9 @@ from torch import Tensor
 from dsv3.cache.layout import NULL_PAGE
 from dsv3.cache.pool import CachePool
 from dsv3.distributed.together import fail_together
-from dsv3.engine.plan import NO_TARGET, StepPlan
-from dsv3.engine.sampler import Choice, SampledOnDevice, Sampler
+from dsv3.engine.sampler import Choice, Sampler
+from dsv3.engine.step_plan import NO_TARGET, StepPlan
+from dsv3.engine.step_result import StepResult
 from dsv3.errors import RankError
 from dsv3.model.batch import Batch, DecodeGroup
 from dsv3.model.transformer import Transformer
@@ -176,7 +177,7 @@ class GraphRunner:
         plan: StepPlan,
         table_BG: NDArray[np.int32],
         slot_B: NDArray[np.int64],
-    ) -> SampledOnDevice | None:
+    ) -> StepResult | None:
         """Run a step. A collective.
 
         Args:
@@ -199,7 +200,7 @@ class GraphRunner:
         elif not self._replay(bucket, inputs):
             return None
         # The next step overwrites what this one left.
-        return SampledOnDevice(self._feed[: len(plan.row)].clone(), None)
+        return StepResult(self._feed[: len(plan.row)].clone(), None)
 
     def _compute(self, bucket: Bucket, inputs: Inputs) -> None:
         """Run the step on what the buffers hold; nothing here asks the device for anything."""

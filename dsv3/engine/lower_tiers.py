@@ -49,9 +49,7 @@ def make_tiers(
         return None, [None for _ in groups]
     host, page_size = HostPool(cache, num_slots), cache.layout.page_size
     if settings.disk_cache is None:
-        return PageMover(host, None, mesh.control, None), [
-            Tiers(num_slots, page_size) for _ in groups
-        ]
+        return PageMover(host, None, mesh.control), [Tiers(num_slots, page_size) for _ in groups]
     root, size = settings.disk_cache
     limit = size.of(_disk_bytes(root, settings)) if size.share else size.num_bytes
     model, session = _agree(mesh, weights)
@@ -71,7 +69,7 @@ def make_tiers(
         index = DiskIndex(root, limit, fmt, files)
         tiers = Tiers(num_slots, page_size, index)
         log.info("%s", index.describe())
-    return PageMover(host, files, mesh.control, tiers), [tiers]
+    return PageMover(host, files, mesh.control), [tiers]
 
 
 def _disk_bytes(folder: Path, settings: EngineConfig) -> int:

@@ -19,8 +19,9 @@ from dsv3.engine.cuda_graphs import GraphRunner
 from dsv3.engine.divergence import DivergenceCheck
 from dsv3.engine.layer_check import LayerCheck
 from dsv3.engine.page_mover import PageMover
-from dsv3.engine.plan import StepPlan
-from dsv3.engine.sampler import SampledOnDevice, Sampler
+from dsv3.engine.sampler import Sampler
+from dsv3.engine.step_plan import StepPlan
+from dsv3.engine.step_result import StepResult
 from dsv3.engine.transfer import to_device
 from dsv3.model.batch import Batch, Chunk, DecodeGroup
 from dsv3.model.transformer import Transformer
@@ -62,7 +63,7 @@ class Runner:
         self.layer_check: LayerCheck | None = None
         self.device = cache.slots.device
         sampler = Sampler(model, cache.tp, self.device)
-        self.sampler: Callable[[Tensor, StepPlan, int, Tensor], SampledOnDevice] = sampler
+        self.sampler: Callable[[Tensor, StepPlan, int, Tensor], StepResult] = sampler
         self._static = GraphRunner(model, cache, sampler) if static else None
         self._around: Callable[[StepPlan], AbstractContextManager[object]] = nullcontext
         self._last_token_M = torch.zeros(0, dtype=torch.int64, device=self.device)
@@ -96,7 +97,7 @@ class Runner:
         """Run every step from now on inside `around(plan)`, without static buffers or graphs."""
         self._static, self._around = None, around
 
-    def run(self, plans: list[StepPlan]) -> SampledOnDevice:
+    def run(self, plans: list[StepPlan]) -> StepResult:
         """Run one step: its group's plan, beside the other groups. A collective.
 
         Returns:
@@ -106,12 +107,12 @@ class Runner:
             return self._run(plans)
 
     @torch.inference_mode()
-    def _run(self, plans: list[StepPlan]) -> SampledOnDevice:
+    def _run(self, plans: list[StepPlan]) -> StepResult:
         plan = plans[self._mesh.layout.dp_rank]
-        self._move_pages(plan)
+        fetched = self._move_pages(plan)
         num_tokens = [len(each.token_ids) for each in plans]
         if not any(num_tokens):
-            return SampledOnDevice(self._last_token_M[:0], None)
+            return StepResult(self._last_token_M[:0], fetched=fetched)
         if self.balancer is not None:
             self.balancer.before_step()
         builder = BatchBuilder(plan, self.cache.layout, self.device, self.decode_limit)
@@ -138,9 +139,9 @@ class Runner:
         every = self._gather(sampled, [len(each.row) for each in plans])
         if self._guard is not None:
             self._guard.add(plans, every.token_M)
-        return every
+        return replace(every, fetched=fetched)
 
-    def _gather(self, mine: SampledOnDevice, num_rows: list[int]) -> SampledOnDevice:
+    def _gather(self, mine: StepResult, num_rows: list[int]) -> StepResult:
         """Put the results of all groups together; each rank has those of its own."""
         longest = max(num_rows)
         if len(num_rows) == 1 or not longest:
@@ -152,22 +153,22 @@ class Runner:
         every = self._mesh.dp.all_gather(padded)
         rows = torch.cat([part[:count] for part, count in zip(every, num_rows, strict=True)])
         scores = None if mine.scores is None else rows[:, 1:]
-        return SampledOnDevice(rows[:, 0].long(), scores, mine.bad_layer)
+        return StepResult(rows[:, 0].long(), scores, mine.bad_layer)
 
     def finish(self) -> None:
         """Write what is to be kept of a run, at its end. A collective."""
         if self.balancer is not None:
             self.balancer.finish()
 
-    def _move_pages(self, plan: StepPlan) -> None:
-        """Bring every page to where the step looks for it."""
-        if self._mover is not None:
-            self._mover.before_copies(plan)
+    def _move_pages(self, plan: StepPlan) -> dict[int, bool]:
+        """Bring every page to where the step looks for it; returns `StepResult.fetched`."""
+        fetched = {} if self._mover is None else self._mover.before_copies(plan)
         if len(plan.copies):
             pages = to_device(plan.copies.astype(np.int64), self.device)
             self.cache.copy_pages(*pages.view(2, -1))
         if self._mover is not None:
             self._mover.after_copies(plan)
+        return fetched
 
 
 class BatchBuilder:

@@ -32,17 +32,18 @@ class Sequence:
         arrival: order of coming; with the request's priority it decides who goes first.
         added_at, first_token_at: `time.monotonic()` when it came, and when its first token did.
         stream: turns tokens into text; None where there is no tokenizer.
-        lane: the data-parallel group that computes it.
-        burden: tokens of its prompt that this group has to compute, as far as was known.
+        group: the data-parallel group that computes it.
+        num_uncached: tokens of its prompt that this group must compute, as far as was known when
+            it came.
         token_ids: the prompt, then what was generated.
         pages: its page table, as the 32-bit words that plans are made of.
         match: what was cached of it when it was last looked up in line.
         num_cached: prompt tokens whose entries were found in the cache.
         num_scored: prompt tokens, from the second on, whose scores have been planned.
         num_preempted: how often it lost its pages.
-        overtaken: how often a later request was admitted before it.
+        times_skipped: later requests that were admitted before it.
         expires: `time.monotonic()` at which it ends as it is.
-        patience_ends: when it stops waiting for its prefix to come from disk.
+        disk_wait_until: `time.monotonic()` until which it waits for its prefix from disk.
         adjuster: its biases and penalties; None if it has none.
         choice: how it is sampled, as the words of `StepPlan`: top_k, the halves of the seed,
             answer, temperature, top_p, min_p.
@@ -53,8 +54,8 @@ class Sequence:
     arrival: int
     added_at: float
     stream: TextStream | None
-    lane: int = 0
-    burden: int = 0
+    group: int = 0
+    num_uncached: int = 0
     token_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_committed: int = 0
@@ -64,10 +65,10 @@ class Sequence:
     num_cached: int | None = None
     num_scored: int = 0
     num_preempted: int = 0
-    overtaken: int = 0
+    times_skipped: int = 0
     first_token_at: float | None = None
     expires: float | None = None
-    patience_ends: float | None = None
+    disk_wait_until: float | None = None
     is_running: bool = False
     is_done: bool = False
     page_keys: list[PageKey] = field(default_factory=list)

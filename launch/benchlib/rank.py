@@ -34,10 +34,10 @@ from dsv3.checkpoint.sharding import tensor_specs
 from dsv3.config import ModelConfig, ParallelConfig
 from dsv3.config_files import load_model_config
 from dsv3.distributed.mesh import join_world
-from dsv3.engine.plan import StepPlan
 from dsv3.engine.program import Parser, set_up_logging
 from dsv3.engine.runner import Runner
 from dsv3.engine.start import set_launches
+from dsv3.engine.step_plan import StepPlan
 from dsv3.errors import ConfigError
 from dsv3.model.attention import absorb_limit
 from dsv3.model.moe import MoE

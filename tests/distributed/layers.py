@@ -19,9 +19,10 @@ from dsv3.checkpoint.sharding import shard_region, tensor_specs
 from dsv3.config import ModelConfig
 from dsv3.distributed.mesh import Mesh
 from dsv3.distributed.together import fail_together
-from dsv3.engine.plan import NO_TARGET, NOT_FINITE, PlanChannel, StepPlan, pack_plans
 from dsv3.engine.runner import BatchBuilder
-from dsv3.engine.sampler import Sampled, Sampler
+from dsv3.engine.sampler import Sampler
+from dsv3.engine.step_plan import NO_TARGET, NOT_FINITE, PlanChannel, StepPlan, pack_plans
+from dsv3.engine.step_result import HostResult
 from dsv3.errors import ConfigError, RankError
 from dsv3.model import attention
 from dsv3.model.attention import MLA
@@ -301,7 +302,7 @@ def check_sampler(mesh: Mesh) -> None:
     assert greedy.sum() > 2 and set(results[0].token[greedy]) == {17}
 
 
-def sampled(mesh: Mesh, table: Tensor, plan: StepPlan) -> Sampled:
+def sampled(mesh: Mesh, table: Tensor, plan: StepPlan) -> HostResult:
     width = -(-table.shape[1] // mesh.tp.size)
     start = width * mesh.tp.rank
     padded = nn.functional.pad(table, (0, width * mesh.tp.size), value=-torch.inf)

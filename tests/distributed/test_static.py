@@ -20,9 +20,10 @@ from dsv3.engine.cuda_graphs import (
     page_bucket,
     row_bucket,
 )
-from dsv3.engine.plan import NO_TARGET, StepPlan
+from dsv3.engine.measured_memory import largest_step
 from dsv3.engine.runner import Runner
-from dsv3.engine.start import Started, largest_step, start
+from dsv3.engine.start import Started, start
+from dsv3.engine.step_plan import NO_TARGET, StepPlan
 from dsv3.request import SamplingParams
 from dsv3.settings import EngineConfig
 from tests.distributed.ranks import CPU, alone, run_ranks

@@ -10,7 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-from dsv3.engine.sampler import SampledOnDevice, Sampler
+from dsv3.engine.sampler import Sampler
+from dsv3.engine.step_result import StepResult
 
 GENERATE = str(Path(__file__).resolve().parents[2] / "launch" / "generate.py")
 
@@ -21,7 +22,7 @@ def main() -> None:
     mark = Path(sys.argv[sys.argv.index("--input-file") + 1] + ".bad")
     sample, steps = Sampler.__call__, 0
 
-    def sample_badly(self: Sampler, *args: object) -> SampledOnDevice:
+    def sample_badly(self: Sampler, *args: object) -> StepResult:
         nonlocal steps
         steps += 1
         sampled = sample(self, *args)  # type: ignore[arg-type]

@@ -10,8 +10,8 @@ from torch import Tensor
 from dsv3.distributed.collectives import SingleRank
 from dsv3.engine import sampler
 from dsv3.engine.adjust import AdjustedRow, Adjuster, pack_adjustments
-from dsv3.engine.plan import NO_TARGET, NOT_FINITE, StepPlan
 from dsv3.engine.sampler import Sampler
+from dsv3.engine.step_plan import NO_TARGET, NOT_FINITE, StepPlan
 from dsv3.request import SamplingParams
 from dsv3_kernels import sample
 

@@ -8,7 +8,7 @@ import pytest
 from dsv3.cache.pages import PageAllocator
 from dsv3.cache.prefix import Match, chain_hash, chain_hashes, encode
 from dsv3.cache.tiers import Moves, PageKey, Tiers, extend_keys
-from dsv3.engine.plan import StepPlan
+from dsv3.engine.step_plan import StepPlan
 from dsv3.request import Request, SamplingParams
 from tests.paper_runner import PaperDisk, answer, finish, paper_engine
 
