@@ -48,9 +48,9 @@ class Dsv3Error(Exception):
 
     exit_code = 2
     # Set where rank 0 has the same error to tell.
-    told_elsewhere = False
+    reported_by_rank0 = False
     # Set where every rank has met with it, in one collective.
-    is_shared = False
+    seen_by_all_ranks = False
 
     def __str__(self) -> str:
         return one_line(super().__str__())

@@ -81,7 +81,7 @@ class Balancer:
         self.placement = placement
         self._mesh, self._num_groups = mesh, model.config.n_group
         self._every, self._file = settings.rebalance_every, settings.record_expert_load
-        self._slots = list(model.dispatch.slots.values())
+        self._slots = list(model.dispatch.physical_experts.values())
         found = (module for module in model.modules() if isinstance(module, MoE))
         self._layers = dict(zip(placement.layers, found, strict=True))
         shape = len(self._slots), placement.num_experts

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dsv3.cache.layout import NULL_PAGE
 from dsv3.cache.pool import CachePool
-from dsv3.distributed.together import fail_together
+from dsv3.distributed.collective_errors import collective_errors
 from dsv3.engine.sampler import Choice, Sampler
 from dsv3.engine.step_plan import NO_TARGET, StepPlan
 from dsv3.engine.step_result import StepResult
@@ -230,7 +230,7 @@ class GraphRunner:
         """Replay the bucket's graph, captured at its first use; False if it cannot be."""
         if bucket not in self._graphs:
             try:
-                with fail_together(self._model.dispatch.mesh, "capturing", is_fatal=False):
+                with collective_errors(self._model.dispatch.mesh, "capturing", is_fatal=False):
                     self._graphs[bucket] = self._capture(bucket, inputs)
             except (RuntimeError, RankError) as error:
                 self._cannot.add(bucket.draws)

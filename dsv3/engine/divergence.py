@@ -42,8 +42,9 @@ class DivergenceCheck:
             return
         is_plan = reported[odd[0]][0] != usual[0]
         difference = "run other plans" if is_plan else "sampled other tokens"
+        names = self._mesh.watchdog.name_of(*odd)
         raise RankError(
-            f"{self._mesh.watch.name_of(*odd)} has {difference} than the other ranks in one of the "
+            f"{names} has {difference} than the other ranks in one of the "
             f"last {self._every} steps: their answers cannot be trusted; look for a faulty "
             "device or memory"
         )

@@ -261,7 +261,7 @@ class Engine:
         self.pause()
 
     def _save(self) -> None:
-        is_asked = self._channel.watch.asked
+        is_asked = self._channel.watch.end_signal
         deadline = time.monotonic() + (_HASTY_SAVE_SECONDS if is_asked else _SAVE_SECONDS)
         for group, scheduler in enumerate(self._schedulers):
             for moves in scheduler.save():

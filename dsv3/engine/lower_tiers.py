@@ -15,8 +15,8 @@ from dsv3.cache.host import HostPool
 from dsv3.cache.pool import CachePool
 from dsv3.cache.tiers import Tiers
 from dsv3.config import ModelConfig
+from dsv3.distributed.collective_errors import collective_errors
 from dsv3.distributed.mesh import Mesh
-from dsv3.distributed.together import fail_together
 from dsv3.engine.page_mover import PageMover
 from dsv3.errors import ConfigError, os_errors_as
 from dsv3.settings import EngineConfig
@@ -90,12 +90,12 @@ def _agree(mesh: Mesh, share: bytes) -> tuple[bytes, str]:
 def _open_folder(mesh: Mesh, folder: Path, session: str, setting: str) -> None:
     """Make a folder, and see that all ranks mean the same one. A collective."""
     probe = folder / f"{session}.tmp"
-    with fail_together(mesh, "opening the disk cache"):
+    with collective_errors(mesh, "opening the disk cache"):
         if mesh.layout.rank == 0:
             with os_errors_as(ConfigError, f"{setting}: {folder}"):
                 folder.mkdir(parents=True, exist_ok=True)
                 probe.touch()
-    with fail_together(mesh, "opening the disk cache"):
+    with collective_errors(mesh, "opening the disk cache"):
         if not probe.exists():
             raise ConfigError(f"{setting}: {folder.parent} is not shared by all hosts")
     if mesh.layout.rank == 0:

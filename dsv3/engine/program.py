@@ -202,7 +202,7 @@ def _report(error: Exception, debug: bool) -> None:
     rank = 0
     with suppress(ConfigError):  # RANK may be the very fault that is reported
         rank = environment_rank()
-    is_reported = getattr(error, "told_elsewhere", False)
+    is_reported = getattr(error, "reported_by_rank0", False)
     name = "" if rank == 0 or is_reported else f"rank {rank}: "
     line = f"error: {name}{reason_of(error)}"
     details = printable("".join(traceback.format_exception(error)))

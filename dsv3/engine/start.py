@@ -19,8 +19,8 @@ from dsv3.checkpoint.fingerprint import digest_share, fingerprint
 from dsv3.checkpoint.load import load_weights
 from dsv3.checkpoint.source import open_source
 from dsv3.config import ModelConfig
+from dsv3.distributed.collective_errors import collective_errors
 from dsv3.distributed.mesh import Mesh
-from dsv3.distributed.together import fail_together
 from dsv3.distributed.watchdog import RUN
 from dsv3.engine.agreement import check_same_model
 from dsv3.engine.balance import Balancer
@@ -104,7 +104,7 @@ def start(
         RankError: another rank failed.
     """
     seconds: dict[str, float] = {}
-    mesh.watch.enter("load")
+    mesh.watchdog.enter("load")
     with _phase(seconds, "load"):
         loaded = _load(path, settings, mesh, config, n_experts)
     setup, model = loaded.setup, loaded.model
@@ -131,12 +131,12 @@ def start(
     runner = Runner(model, cache, decode_limit(settings, model.config), mover, static, check)
     if log.isEnabledFor(logging.DEBUG):
         runner.layer_check = LayerCheck(model)
-    channel = PlanChannel(mesh.control, mesh.watch)
-    mesh.watch.enter("warm-up")
+    channel = PlanChannel(mesh.control, mesh.watchdog)
+    mesh.watchdog.enter("warm-up")
     _warm_up(runner, static, mesh.layout.dp, seconds)
     if setup.placement is not None:
         runner.balancer = Balancer(model, mesh, setup.placement, settings)
-    mesh.watch.enter(RUN, may_rest=True)
+    mesh.watchdog.enter(RUN, may_rest=True)
     engine = None
     if mesh.layout.rank == 0:
         engine = Engine(
@@ -164,12 +164,12 @@ def _load(
     """Open a checkpoint, decide how it runs, and load this rank's share."""
     rank = mesh.layout.rank
     with ExitStack() as stack:
-        with fail_together(mesh, "opening the checkpoint"):
+        with collective_errors(mesh, "opening the checkpoint"):
             opened = open_source(path, config, is_share=True, name=settings.named)
             source = stack.enter_context(opened)
         check_same_model(mesh, source, settings.expert_placement)
-        stack.enter_context(fail_together(mesh, "loading"))
-        stack.enter_context(mesh.watch.counting(lambda: source.bytes_read))
+        stack.enter_context(collective_errors(mesh, "loading"))
+        stack.enter_context(mesh.watchdog.counting(lambda: source.bytes_read))
         setup = decide(source, settings, mesh, n_experts)
         plan = setup.plan_memory(mesh, free_memory(mesh.device, mesh.ranks_on_host))
         if rank == 0:

@@ -113,12 +113,12 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         self.dispatch, self.side, self.spread = dispatch, side, layout.ep
-        self.slots = dispatch.slots.get(prefix)
+        self.slots = dispatch.physical_experts.get(prefix)
         self.router = Router(config, prefix, fmt)
         self.top_k = config.num_experts_per_tok
         held = list(range(*split_range(config.n_routed_experts, layout.ep, layout.ep_rank)))
         if self.slots is not None:
-            held = self.slots.held
+            held = self.slots.local_experts
         self.num_local, self.first_expert = len(held), layout.ep_rank * len(held)
         hidden, inner = config.hidden_size, config.moe_intermediate_size
         paths = [f"{prefix}experts.{e}." for e in held]

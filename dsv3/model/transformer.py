@@ -15,8 +15,8 @@ from dsv3.model.rotary import Rotary
 from dsv3.model.side_stream import SideStream
 from dsv3.parallel.expert_dispatch import DispatchSettings, ExpertDispatch
 from dsv3.parallel.expert_placement import Placement
-from dsv3.parallel.expert_slots import ExpertSlots
 from dsv3.parallel.linear import VocabParallelEmbedding, VocabParallelHead
+from dsv3.parallel.physical_experts import PhysicalExperts
 from dsv3.parallel.sequence_parallel import SequenceParallel
 from dsv3.parallel.weights import Matrix, Target, Vector, WeightFormat
 
@@ -97,7 +97,8 @@ class Transformer(nn.Module):
         self.dispatch = ExpertDispatch(mesh, num_slots, settings)
         if placement is not None:
             for i in placement.layers:
-                self.dispatch.slots[f"model.layers.{i}.mlp."] = ExpertSlots(placement, i, mesh)
+                physical_experts = PhysicalExperts(placement, i, mesh)
+                self.dispatch.physical_experts[f"model.layers.{i}.mlp."] = physical_experts
         self.config, self.tp, self.split_from = config, mesh.tp, split_from
         self.numerics = "fp8" if fmt.fp8_products else str(fmt.dtype).removeprefix("torch.")
         embed, head = "model.embed_tokens.weight", "lm_head.weight"

@@ -17,14 +17,14 @@ from dsv3.config import ParallelConfig, split_range
 from dsv3.distributed.mesh import Mesh, make_mesh
 from dsv3.model.moe import MoE
 from dsv3.model.side_stream import SideStream
-from dsv3.parallel.expert_dispatch import FP8, DispatchSettings, ExpertDispatch
+from dsv3.parallel.expert_dispatch import FP8, DispatchSettings, ExpertDispatch, TokenRows
 from dsv3_kernels import act_quant, weight_dequant
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 from tests.distributed.layers import CONFIG, FORMAT, filled
 from tests.distributed.ranks import CPU, alone
 
 DIM, EXPERTS, TOP_K = 128, 16, 4
-Drawn = list[tuple[Tensor, Tensor, Tensor]]
+Drawn = list[TokenRows]
 
 
 class Experts:
@@ -74,10 +74,10 @@ def draw(kind: str, counts: list[int], dtype: torch.dtype = torch.float32) -> Dr
     """Return hidden states, ids and weights of every dp group, the same on every rank."""
     generator = torch.Generator().manual_seed(sum(counts) + len(kind))
     return [
-        (
-            torch.randn(count, DIM, generator=generator).to(dtype),
-            routing(kind, count, generator),
-            torch.rand(count, TOP_K, generator=generator),
+        TokenRows(
+            x_MD=torch.randn(count, DIM, generator=generator).to(dtype),
+            ids_MK=routing(kind, count, generator),
+            weight_MK=torch.rand(count, TOP_K, generator=generator),
         )
         for count in counts
     ]
@@ -270,7 +270,7 @@ def check_auto(mesh: Mesh) -> None:
     """All ranks take the same form: gathering for few tokens, all-to-all if that saves bytes."""
     dispatch = ExpertDispatch(mesh, EXPERTS)
     one = draw("random", [1])[0]
-    wide = torch.empty(0, 1 << 20), one[1], one[2]
+    wide = TokenRows(torch.empty(0, 1 << 20), one.ids_MK, one.weight_MK)
     dp = mesh.layout.dp
     few, many = dispatch.form([1] * dp, one), dispatch.form([1 << 20] * dp, wide)
     assert few == "allreduce"

@@ -17,8 +17,8 @@ from dsv3.cache.pool import CachePool
 from dsv3.checkpoint.region import whole as region_of
 from dsv3.checkpoint.sharding import shard_region, tensor_specs
 from dsv3.config import ModelConfig
+from dsv3.distributed.collective_errors import collective_errors
 from dsv3.distributed.mesh import Mesh
-from dsv3.distributed.together import fail_together
 from dsv3.engine.runner import BatchBuilder
 from dsv3.engine.sampler import Sampler
 from dsv3.engine.step_plan import NO_TARGET, NOT_FINITE, PlanChannel, StepPlan, pack_plans
@@ -153,11 +153,11 @@ def check_plan_channel(mesh: Mesh) -> None:
 def check_fail_together(mesh: Mesh) -> None:
     """One rank's error stops every rank, with its words."""
     last = mesh.world.size - 1
-    with fail_together(mesh, "nothing"):
+    with collective_errors(mesh, "nothing"):
         pass
 
     def fail(who: int) -> None:
-        with fail_together(mesh, "trying"):
+        with collective_errors(mesh, "trying"):
             if mesh.world.rank == who:
                 raise ConfigError("the flag is wrong")
 

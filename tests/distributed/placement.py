@@ -14,7 +14,7 @@ from dsv3.model.moe import MoE
 from dsv3.model.side_stream import SideStream
 from dsv3.parallel.expert_dispatch import DispatchSettings, ExpertDispatch
 from dsv3.parallel.expert_placement import Placement, read_layers
-from dsv3.parallel.expert_slots import ExpertSlots
+from dsv3.parallel.physical_experts import PhysicalExperts
 from dsv3.request import Request, SamplingParams
 from dsv3.settings import EngineConfig
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
@@ -127,7 +127,7 @@ def check_layer(mesh: Mesh, placement: Placement, form: str, tokens: int) -> Non
     side = SideStream(FORMAT.device)
     want = filled(MoE(CONFIG, prefix, alone().layout, FORMAT, single, side), alone())
     dispatch = ExpertDispatch(mesh, placement.num_slots, settings)
-    dispatch.slots[prefix] = slots = ExpertSlots(placement, 1, mesh)
+    dispatch.physical_experts[prefix] = slots = PhysicalExperts(placement, 1, mesh)
     layer = filled(MoE(CONFIG, prefix, mesh.layout, FORMAT, dispatch, side), mesh)
     assert layer.num_local == placement.slots_per_rank
     dispatch.begin_step(None)

@@ -9,7 +9,7 @@ from dsv3.distributed.launcher import (
     environment_rank,
     environment_world_size,
     first_host,
-    meeting_point,
+    rendezvous_address,
     unused_tasks,
 )
 from dsv3.errors import ConfigError
@@ -105,11 +105,11 @@ def test_place(
         (OPEN_MPI | PLACE, "node0:29500"),
     ],
 )
-def test_meeting_point(
+def test_rendezvous_address(
     environment: pytest.MonkeyPatch, variables: dict[str, str], found: str
 ) -> None:
     set_all(environment, variables)
-    assert str(meeting_point()) == found
+    assert str(rendezvous_address()) == found
 
 
 @pytest.mark.parametrize(
@@ -123,12 +123,12 @@ def test_meeting_point(
         (STEP | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"} | OPEN_MPI, "MASTER_ADDR is"),
     ],
 )
-def test_a_missing_meeting_point_is_named(
+def test_a_missing_rendezvous_address_is_an_error(
     environment: pytest.MonkeyPatch, variables: dict[str, str], missing: str
 ) -> None:
     set_all(environment, variables)
     with pytest.raises(ConfigError, match=f"{missing}.*export MASTER_ADDR"):
-        meeting_point()
+        rendezvous_address()
 
 
 @pytest.mark.parametrize("value", ["", " ", "x", "-1", "1.5", "0x1"])
@@ -136,7 +136,7 @@ def test_a_missing_meeting_point_is_named(
 def test_wrong_numbers_are_named(environment: pytest.MonkeyPatch, name: str, value: str) -> None:
     set_all(environment, TORCHRUN | PLACE | {name: value})
     with pytest.raises(ConfigError, match=f"{name}={value} in the environment must be a whole"):
-        (place(), meeting_point())
+        (place(), rendezvous_address())
 
 
 def test_ranks_are_below_the_number_of_ranks(environment: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from dsv3.distributed import mesh, rendezvous
 from dsv3.distributed import store as store_module
 from dsv3.distributed.mesh import Mesh, _num_threads, join_world
 from dsv3.distributed.rendezvous import Hello, Peer, Roster
-from dsv3.distributed.store import Patience
+from dsv3.distributed.store import Backoff
 from dsv3.distributed.watchdog import Watchdog
 from dsv3.errors import ConfigError, RankError
 
@@ -68,8 +68,8 @@ def test_an_environment_that_no_launcher_makes_is_refused(
     usual = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     for variable, text in (usual | {name: value}).items():
         monkeypatch.setenv(variable, text)
-    monkeypatch.setattr(mesh, "_TELL_SECONDS", 0.1)
-    monkeypatch.setattr(rendezvous, "LATER_SECONDS", 0.1)
+    monkeypatch.setattr(mesh, "_REPORT_SECONDS", 0.1)
+    monkeypatch.setattr(rendezvous, "EXTRA_SECONDS", 0.1)
     with pytest.raises(ConfigError, match=reason), join_world("cpu"):
         pass
 
@@ -79,10 +79,10 @@ def hello(rank: int, failure: str = "", **settings: str) -> Hello:
 
 
 def call(store: dist.Store, mine: Hello, seconds: float = 20.0) -> Roster:
-    patience = Patience(mine.peer.rank, 4, seconds)
+    backoff = Backoff(mine.peer.rank, 4, seconds)
     if mine.peer.rank == 0:
-        return rendezvous._Invitation(store, mine, patience).roster()
-    return rendezvous._join(store, mine, patience)
+        return rendezvous._RosterServer(store, mine, backoff).roster()
+    return rendezvous._join_roster(store, mine, backoff)
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> dist.Store:
     monkeypatch.setenv("MASTER_PORT", "29500")
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setattr(rendezvous, "_HELLO_SECONDS", 0.2)
-    monkeypatch.setattr(store_module, "LATER_SECONDS", 0.5)
+    monkeypatch.setattr(store_module, "EXTRA_SECONDS", 0.5)
     store = dist.HashStore()
     store.set(rendezvous._ADDRESS, "1 old")  # of an attempt before, where nobody answers
     return store
@@ -143,7 +143,7 @@ def test_settings_that_differ_are_named_on_all_ranks(store: dist.Store) -> None:
     assert {type(error) for error in raised} == {ConfigError}
     (text,) = {str(error) for error in raised}
     assert re.search("b is 2 on rank 0 on node and (3|not known) on rank [23] on node$", text)
-    assert [error.told_elsewhere for error in raised] == [False, True, True, True]
+    assert [error.reported_by_rank0 for error in raised] == [False, True, True, True]
 
 
 def test_the_reason_is_told_though_a_rank_never_comes(store: dist.Store) -> None:
@@ -162,7 +162,7 @@ def test_a_rank_that_cannot_start_tells_all_others(store: dist.Store, rank: int)
     assert {type(error) for error in raised} == {ConfigError}
     where = "" if rank == 0 else "rank 1 on node: "
     assert {str(error) for error in raised} == {f"{where}--odd: unrecognized arguments"}
-    assert [error.told_elsewhere for error in raised] == [False, True, True]
+    assert [error.reported_by_rank0 for error in raised] == [False, True, True]
 
 
 def test_a_second_rank_0_is_refused(store: dist.Store) -> None:
@@ -182,9 +182,9 @@ def test_a_server_that_is_no_store_ends_the_wait(rank: int, words: str) -> None:
     """It takes connections and says nothing. The process ends: torch's thread never would."""
     code = (
         "from dsv3.distributed import rendezvous\n"
-        "rendezvous.LATER_SECONDS = 0.5\n"
+        "rendezvous.EXTRA_SECONDS = 0.5\n"
         f"me = rendezvous.Peer({rank}, 'node', 'boot', 1, '')\n"
-        "rendezvous.meet(rendezvous.Hello(me, 4), 0.5)\n"
+        "rendezvous.gather_roster(rendezvous.Hello(me, 4), 0.5)\n"
     )
     with socket.create_server(("localhost", 0)) as server:
         place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(server.getsockname()[1])}

@@ -14,7 +14,7 @@ from dsv3.parallel.expert_placement import (
     Placement,
     balanced_slots,
     keep_in_place,
-    pack,
+    pack_balanced,
     read_layers,
     replicate,
     write_layers,
@@ -37,9 +37,9 @@ def test_the_published_example() -> None:
 
 
 def test_packs_are_equal_in_number_and_close_in_load() -> None:
-    assert pack(np.array([5.0, 1, 4, 2]), 2).tolist() == [[0, 1], [2, 3]]
-    assert pack(np.array([1.0, 9, 2]), 3).tolist() == [[0], [1], [2]]
-    assert pack(np.zeros(4), 2).tolist() == [[0, 1], [2, 3]]
+    assert pack_balanced(np.array([5.0, 1, 4, 2]), 2).tolist() == [[0, 1], [2, 3]]
+    assert pack_balanced(np.array([1.0, 9, 2]), 3).tolist() == [[0], [1], [2]]
+    assert pack_balanced(np.zeros(4), 2).tolist() == [[0, 1], [2, 3]]
 
 
 def test_the_most_loaded_expert_is_copied_first() -> None:
@@ -114,8 +114,8 @@ def test_contiguous_slots() -> None:
     placement = Placement.contiguous(SIXTEEN, 4, 8)
     assert list(placement.layers) == [1, 2, 3]
     assert (placement.num_slots, placement.slots_per_rank) == (24, 6)
-    assert placement.held(2, 1) == [4, 5, 6, 7, 4, 5]
-    assert Placement.contiguous(SIXTEEN, 4).held(1, 3) == [12, 13, 14, 15]
+    assert placement.local_experts(2, 1) == [4, 5, 6, 7, 4, 5]
+    assert Placement.contiguous(SIXTEEN, 4).local_experts(1, 3) == [12, 13, 14, 15]
     with pytest.raises(ConfigError, match="4 ranks must divide 3 redundant experts and"):
         Placement.contiguous(SIXTEEN, 4, 3)
     with pytest.raises(ConfigError, match=r"3 ranks must divide n_routed_experts=16"):
@@ -175,7 +175,7 @@ def test_what_a_run_asks_for(tmp_path: Path) -> None:
     placed.write(path)
     settings = EngineConfig(expert_placement=str(path))
     again = place_experts(settings, SIXTEEN, four)
-    assert again is not None and again.held(1, 1) == placed.held(1, 1)
+    assert again is not None and again.local_experts(1, 1) == placed.local_experts(1, 1)
     with pytest.raises(ConfigError, match=r"expert_placement=.*json: num_ranks=4, but"):
         place_experts(settings, SIXTEEN, ParallelConfig(world_size=2))
     with pytest.raises(ConfigError, match=r"record_expert_load=.*: there is no such directory"):
