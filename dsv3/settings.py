@@ -222,7 +222,7 @@ class EngineConfig:
         """Return what the cache stores: "heads" or "latent"."""
         return "heads" if self.attn_impl == "naive" else "latent"
 
-    def split_from(self, device_type: str) -> int:
+    def sp_min_tokens(self, device_type: str) -> int:
         """Return from how many tokens on the residual stream is split over tp; 0 is never."""
         if self.sequence_parallel >= 0:
             return self.sequence_parallel

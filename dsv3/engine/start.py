@@ -176,9 +176,9 @@ def _load(
             log.info("%s", plan.describe())
         _limit_threads(source.config, mesh)
         set_launches(settings.overlap_launches, mesh.device, settings.named("overlap_launches"))
-        split_from = settings.split_from(mesh.device.type)
+        sp_min_tokens = settings.sp_min_tokens(mesh.device.type)
         model = Transformer(
-            source.config, mesh, setup.fmt, setup.dispatch, split_from, setup.placement
+            source.config, mesh, setup.fmt, setup.dispatch, sp_min_tokens, setup.placement
         )
         _log_cut_weights(model)
         load_weights(source, model.eval().targets(), mesh.layout)

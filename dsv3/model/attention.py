@@ -1,12 +1,12 @@
-"""Multi-head latent attention, in both forms, over this rank's shard of the cache.
+"""Multi-head latent attention, expanded and absorbed, over this rank's shard of the cache.
 
     c = norm(W_kva x), the latent; k_rope = rope(W_kva x), one for all heads
     expanded: k_h = [W_UK,h c ; k_rope], v_h = W_UV,h c               (FLOPs per query: few)
     absorbed: q_h' = [W_UK,h^T q_h ; q_rope,h] attends to [c ; k_rope] itself, o_h = W_UV,h z_h
 
-Heads are split over tp. A latent cache may be split by positions: then every rank needs all
-heads' absorbed queries (all-gather) and returns, per head, its part of the average with its
-log-sum-exp to the head's owner (all-to-all), which merges them exactly.
+Heads are split over tp. A latent cache may be sharded by positions: then every rank gets all
+heads' absorbed queries (all-gather), attends to its own positions, and sends the partial output of
+each head with its log-sum-exp to the head's rank (all-to-all), which merges them exactly.
 
 Source: DeepSeek-V2 paper (arXiv 2405.04434), section 2.1 and appendix C.
 """
@@ -44,20 +44,20 @@ from dsv3_kernels import (
     rotate,
 )
 
-# transformers and DeepSeek's own code leave the two inner norms at this value, whatever the
-# config's rms_norm_eps says.
+# transformers and DeepSeek's own code use this value for the two inner norms, independent of the
+# config's rms_norm_eps.
 _LATENT_NORM_EPS = 1e-6
 # Cached positions gathered and expanded at a time; a multiple of every usual page size.
 _BLOCK = 2048
-# Results of so many blocks are held at a time, then merged: those of 2,048 queries and V3's 128
-# heads are 134 MB each.
+# Partial outputs of this number of blocks are kept, then merged. With 2,048 queries and V3's 128
+# heads, each takes 134 MB.
 _PARTS = 4
 
 
 def absorb_limit(config: ModelConfig) -> int:
-    """Return the query tokens of a sequence up to which absorbing costs fewer FLOPs.
+    """Return the number of query tokens of a sequence up to which absorption takes fewer FLOPs.
 
-    Per head and key, expanding costs C (N + V) once, absorbing 2 C - N - V more per query.
+    Per head and key, expansion costs C (N + V) once; absorption costs 2 C - N - V more per query.
     """
     extra = 2 * config.kv_lora_rank - config.qk_nope_head_dim - config.v_head_dim
     if extra <= 0:
@@ -67,7 +67,7 @@ def absorb_limit(config: ModelConfig) -> int:
 
 
 class MLA(nn.Module):
-    """One layer's attention. Returns this rank's part of the output; the caller sums over tp."""
+    """Attention of one layer. Returns this rank's part of the output; the caller sums over tp."""
 
     def __init__(
         self,
@@ -78,9 +78,11 @@ class MLA(nn.Module):
         fmt: WeightFormat,
     ) -> None:
         super().__init__()
-        self.config, self.tp = config, tp
+        self.config = config
+        self.tp = tp
         self.heads = config.num_attention_heads // layout.tp
-        hidden, query = config.hidden_size, config.num_attention_heads * config.qk_head_dim
+        hidden = config.hidden_size
+        query = config.num_attention_heads * config.qk_head_dim
         latent = config.kv_lora_rank + config.qk_rope_head_dim
         if config.q_lora_rank is None:
             first = {"q_proj": self.heads * config.qk_head_dim}
@@ -96,11 +98,11 @@ class MLA(nn.Module):
                 must_be_finite=True,  # a softmax hides infinite scores
             )
         self.first_rows = sum(first.values())
-        into_latents = {**first, "kv_a_proj_with_mqa": latent}
-        self.in_proj = Linear(prefix, into_latents, hidden, fmt, must_be_finite=True)
+        in_parts = {**first, "kv_a_proj_with_mqa": latent}
+        self.in_proj = Linear(prefix, in_parts, hidden, fmt, must_be_finite=True)
         self.kv_a_layernorm = Vector(f"{prefix}kv_a_layernorm.weight", (config.kv_lora_rank,), fmt)
         expanded = config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim)
-        # Absorption multiplies by slices of this matrix at every step: never held in FP8.
+        # Absorption multiplies by slices of this matrix at every step: never kept in FP8.
         self.kv_b_proj = ColumnParallelLinear(
             prefix,
             {"kv_b_proj": expanded},

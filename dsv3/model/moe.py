@@ -1,7 +1,7 @@
 """Feed-forward layers: the dense MLP, and the mixture of routed and shared experts.
 
-Every forward returns this rank's part of the output in float32 or the activations' dtype; the
-decoder layer sums it over ranks, routed and shared experts in one all-reduce.
+Each forward returns this rank's part of the output, in float32 or the activations' dtype; the next
+layer sums it over tp, routed and shared experts in one all-reduce.
 """
 
 from collections.abc import Callable
@@ -29,13 +29,13 @@ from dsv3_kernels import (
     silu_mul_quant,
 )
 
-# The shared experts run beside the routed ones up to this many tokens: more keep a GPU busy anyway.
-# A guess that no GPU has confirmed yet.
+# Up to this number of tokens the shared experts run in parallel with the routed experts: larger
+# steps keep a GPU busy anyway. An estimate, not measured on a GPU.
 _OVERLAP_TOKENS = 256
 
 
 class MLP(nn.Module):
-    """W_down (silu(W_gate x) * W_up x), the inner dimension split over tp, in whole units."""
+    """W_down (silu(W_gate x) * W_up x), with `inner` split over tp in multiples of `unit`."""
 
     def __init__(
         self,
@@ -47,8 +47,8 @@ class MLP(nn.Module):
         unit: int = 1,
     ) -> None:
         super().__init__()
-        both = {"gate_proj": inner, "up_proj": inner}
-        self.gate_up_proj = ColumnParallelLinear(prefix, both, hidden, layout, fmt, unit)
+        parts = {"gate_proj": inner, "up_proj": inner}
+        self.gate_up_proj = ColumnParallelLinear(prefix, parts, hidden, layout, fmt, unit)
         self.down_proj = RowParallelLinear(prefix, "down_proj", hidden, inner, layout, fmt, unit)
         self.is_empty = not any(self.gate_up_proj.rows)
 
@@ -63,7 +63,7 @@ class MLP(nn.Module):
 
 
 class Router(nn.Module):
-    """Scores every expert for every token, in float32, the same on every rank."""
+    """Chooses experts for every token, in float32, with the same result on all tp ranks."""
 
     def __init__(self, config: ModelConfig, prefix: str, fmt: WeightFormat) -> None:
         super().__init__()
@@ -97,9 +97,9 @@ class Router(nn.Module):
 
 
 class MoE(nn.Module):
-    """Routed experts over the world, shared experts split over tp.
+    """Routed experts distributed over the world, shared experts split over tp.
 
-    Every rank has an equal range of the experts, or of the slots that they are placed in.
+    Each rank has an equal range of the experts, or of the physical experts of the placement.
     """
 
     def __init__(
@@ -112,25 +112,34 @@ class MoE(nn.Module):
         side: SideStream,
     ) -> None:
         super().__init__()
-        self.dispatch, self.side, self.spread = dispatch, side, layout.ep
+        self.dispatch = dispatch
+        self.side = side
+        self.spread = layout.ep
         self.slots = dispatch.physical_experts.get(prefix)
         self.router = Router(config, prefix, fmt)
         self.top_k = config.num_experts_per_tok
-        held = list(range(*split_range(config.n_routed_experts, layout.ep, layout.ep_rank)))
+        local = list(range(*split_range(config.n_routed_experts, layout.ep, layout.ep_rank)))
         if self.slots is not None:
-            held = self.slots.local_experts
-        self.num_local, self.first_expert = len(held), layout.ep_rank * len(held)
-        hidden, inner = config.hidden_size, config.moe_intermediate_size
-        paths = [f"{prefix}experts.{e}." for e in held]
-        pairs = [[f"{p}gate_proj.weight", f"{p}up_proj.weight"] for p in paths]
-        self.gate_up_proj = Matrix(pairs, [inner, inner], hidden, fmt)
-        downs = [[f"{p}down_proj.weight"] for p in paths]
-        self.down_proj = Matrix(downs, [hidden], inner, fmt)
+            local = self.slots.local_experts
+        self.num_local = len(local)
+        self.first_expert = layout.ep_rank * self.num_local
+        hidden = config.hidden_size
+        inner = config.moe_intermediate_size
+        prefixes = [f"{prefix}experts.{e}." for e in local]
+        gate_up_names = [[f"{p}gate_proj.weight", f"{p}up_proj.weight"] for p in prefixes]
+        self.gate_up_proj = Matrix(gate_up_names, [inner, inner], hidden, fmt)
+        down_names = [[f"{p}down_proj.weight"] for p in prefixes]
+        self.down_proj = Matrix(down_names, [hidden], inner, fmt)
         self.shared_experts: MLP | None = None
         if config.n_shared_experts:
-            width = config.shared_intermediate_size
-            name, unit = f"{prefix}shared_experts.", config.mlp_unit
-            self.shared_experts = MLP(name, hidden, width, layout, fmt, unit)
+            self.shared_experts = MLP(
+                f"{prefix}shared_experts.",
+                hidden,
+                inner=config.shared_intermediate_size,
+                layout=layout,
+                fmt=fmt,
+                unit=config.mlp_unit,
+            )
 
     def forward(self, x_TD: Tensor, x_q: Quantized | None = None) -> Tensor:
         """Return this rank's part, [T, D] float32: its experts' and its share of the shared."""
@@ -151,7 +160,7 @@ class MoE(nn.Module):
         return combine() if shared is None else combine().add_(shared())
 
     def _start_shared(self, x_TD: Tensor, x_q: Quantized | None) -> Callable[[], Tensor] | None:
-        """Begin the shared experts; return what waits for their part, [T, D]."""
+        """Start the shared experts; return a function that returns their part, [T, D]."""
         if self.shared_experts is None:
             return None
         work = partial(self.shared_experts, x_TD, x_q)
@@ -193,8 +202,14 @@ def feed_forward(
     dispatch: ExpertDispatch,
     side: SideStream,
 ) -> MLP | MoE:
-    """Return the feed-forward part of decoder layer `layer`; the first ones are dense."""
+    """Return the feed-forward part of decoder layer `layer`; the first layers are dense."""
     if config.is_moe_layer(layer):
         return MoE(config, prefix, layout, fmt, dispatch, side)
-    hidden, inner = config.hidden_size, config.intermediate_size
-    return MLP(prefix, hidden, inner, layout, fmt, config.mlp_unit)
+    return MLP(
+        prefix,
+        hidden=config.hidden_size,
+        inner=config.intermediate_size,
+        layout=layout,
+        fmt=fmt,
+        unit=config.mlp_unit,
+    )

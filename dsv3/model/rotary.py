@@ -1,7 +1,7 @@
 """Rotary frequencies with YaRN, applied at every length.
 
-DeepSeek's demo ties YaRN to max_seq_len > 4096, which silently changes the model; the weights were
-trained with it.
+DeepSeek's demo applies YaRN only if max_seq_len > 4096, which silently changes the model: the
+weights were trained with YaRN.
 """
 
 import math
@@ -13,16 +13,16 @@ from dsv3.config import ModelConfig, RopeScaling
 
 
 def _yarn_ramp(dim: int, theta: float, s: RopeScaling) -> Tensor:
-    """Return how far each frequency is interpolated: 0 not at all, 1 by the whole factor."""
+    """Return the degree of interpolation of each frequency, [R / 2]: 0 none, 1 the whole factor."""
 
     def pair_at(rotations: float) -> float:
-        """Pair index that turns `rotations` times over the original context."""
+        """Return the index of the pair that turns `rotations` times over the original context."""
         length = s.original_max_position_embeddings / (rotations * 2 * math.pi)
         return dim * math.log(length) / (2 * math.log(theta))
 
     low = max(math.floor(pair_at(s.beta_fast)), 0)
     high = min(math.ceil(pair_at(s.beta_slow)), dim - 1)
-    span = high - low or 0.001  # negative where the original context is shorter than a rotation
+    span = high - low or 0.001  # negative if the original context is shorter than a rotation
     return ((torch.arange(dim // 2, dtype=torch.float32) - low) / span).clamp(0, 1)
 
 

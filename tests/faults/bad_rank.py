@@ -1,6 +1,8 @@
-"""generate.py, but one rank does something bad at one of its steps; not again after a restart.
+"""generate.py with a fault of one rank at one of its steps; not repeated after a restart.
 
-Usage: torchrun bad_rank.py WHAT RANK STEP [arguments of generate.py]
+Usage: torchrun bad_rank.py FAULT RANK STEP [arguments of generate.py]
+
+FAULT: the name of a signal, hang, raise or miscount.
 """
 
 import os
@@ -17,7 +19,7 @@ GENERATE = str(Path(__file__).resolve().parents[2] / "launch" / "generate.py")
 
 
 def main() -> None:
-    what, bad_rank, bad_step = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    fault, bad_rank, bad_step = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     sys.argv = [GENERATE, *sys.argv[4:]]
     mark = Path(sys.argv[sys.argv.index("--input-file") + 1] + ".bad")
     sample, steps = Sampler.__call__, 0
@@ -28,11 +30,11 @@ def main() -> None:
         sampled = sample(self, *args)  # type: ignore[arg-type]
         if steps == bad_step and not mark.exists():
             mark.touch()
-            if what.startswith("SIG"):
-                os.kill(os.getpid(), getattr(signal, what))
-            while what == "hang":
+            if fault.startswith("SIG"):
+                os.kill(os.getpid(), getattr(signal, fault))
+            while fault == "hang":
                 time.sleep(1)
-            if what == "raise":
+            if fault == "raise":
                 raise RuntimeError("the device is on fire")
             sampled.token_M[:1] += 1
         return sampled
