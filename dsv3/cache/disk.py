@@ -296,7 +296,8 @@ class DiskFiles:
         return all(self._read_unit(slot, index, unit) for index, unit in enumerate(units))
 
     def _read_unit(self, slot: int, index: int, unit: bytes) -> bool:
-        fmt, lanes = self._fmt, self._shard.lanes(index)
+        fmt = self._fmt
+        lanes = self._shard.lanes(index)
         rows = np.empty((len(lanes), fmt.lane_bytes), np.uint8)
         try:
             with self.path(unit).open("rb", buffering=0) as file:

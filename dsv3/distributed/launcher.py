@@ -55,7 +55,8 @@ def environment_rank() -> int:
         ConfigError: the variable is no number below the number of ranks.
     """
     names = _names()
-    rank, world_size = _number(names.rank, 0, 0), environment_world_size()
+    rank = _number(names.rank, 0, 0)
+    world_size = environment_world_size()
     if rank >= world_size:
         raise ConfigError(
             f"{names.rank}={rank} in the environment must be below {names.world_size}={world_size}"

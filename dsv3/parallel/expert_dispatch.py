@@ -283,7 +283,8 @@ class ExpertDispatch:
         tp = self._layout.tp
         tp_rank = self._layout.tp_rank
         first_rank = self._layout.dp_rank * tp
-        hosts, host = self.mesh.hosts, self.mesh.host
+        hosts = self.mesh.hosts
+        host = self.mesh.host
         if min(hosts.size, host.size) == 1 or host.size % tp:
             return [
                 _Level(
