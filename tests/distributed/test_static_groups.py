@@ -101,7 +101,7 @@ def check_failure(world: Mesh, want: Answers) -> None:
         follow(started.runner, started.channel)
     else:
         assert ask(started.engine) == want
-    assert steps._cannot == {False, True}
+    assert steps._failed == {False, True}
     mesh.close()
 
 

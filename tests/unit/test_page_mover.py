@@ -35,15 +35,8 @@ class Peers(SingleRank):
         return torch.stack([x, *map(torch.tensor, self.others)])
 
 
-class Books:
-    settled: dict[int, bool] | None = None
-
-    def settle(self, outcomes: dict[int, bool]) -> None:
-        self.settled = outcomes
-
-
 @pytest.mark.parametrize(
-    ("mine", "theirs", "settled"),
+    ("mine", "theirs", "want"),
     [
         (GOOD, GOOD, True),
         (GOOD, BAD, False),
@@ -54,12 +47,12 @@ class Books:
         (PENDING, BAD, None),
     ],
 )
-def test_a_slot_is_settled_when_no_rank_reads_it(
-    mine: int, theirs: int, settled: bool | None
+def test_a_page_has_come_when_no_rank_reads_it_any_more(
+    mine: int, theirs: int, want: bool | None
 ) -> None:
-    files, books = Files({7: mine, 3: GOOD}), Books()
-    mover = PageMover(None, files, Peers([[theirs, GOOD], [GOOD, GOOD]]), books)
-    mover.before_copies(StepPlan(settle=np.array([20, 7, 3], np.int32)))
-    assert books.settled == {3: True} | ({} if settled is None else {7: settled})
-    assert files.reads == ({7: mine} if settled is None else {})
+    files = Files({7: mine, 3: GOOD})
+    mover = PageMover(None, files, Peers([[theirs, GOOD], [GOOD, GOOD]]))
+    fetched = mover.before_copies(StepPlan(settle=np.array([20, 7, 3], np.int32)))
+    assert fetched == {3: True} | ({} if want is None else {7: want})
+    assert files.reads == ({7: mine} if want is None else {})
     assert files.waited == 0.02
