@@ -1,4 +1,4 @@
-"""What every rank checks: dispatch, experts and combine give what one rank computes for all.
+"""Checks on every rank: dispatch, experts and combine give the result of a single rank.
 
 An expert multiplies by a matrix of its own; the reference applies all of them to all tokens.
 """
@@ -58,7 +58,7 @@ class Experts:
 
 def routing(kind: str, tokens: int, generator: torch.Generator) -> Tensor:
     """Return [T, K] ids, some of them adversarial."""
-    if kind == "one expert":  # and nobody else
+    if kind == "one expert":
         ids = torch.full((tokens, TOP_K), -1)
         ids[:, 2] = 5
         return ids
@@ -148,7 +148,7 @@ def check_step(dispatch: ExpertDispatch, mesh: Mesh, drawn: Drawn, what: str) ->
 
 
 def check_fixed(mesh: Mesh) -> None:
-    """Shapes that no routing changes: nothing is left behind, nobody looks, and the same bits.
+    """Static shapes: no row is dropped, the host reads no device value, results are bitwise equal.
 
     A CUDA graph can hold all forms, and rows that only fill a step up go nowhere.
     """

@@ -1,4 +1,4 @@
-"""What every rank checks: a layer split over the ranks computes what it computes on one.
+"""Checks on every rank: a layer split over ranks computes the same as on one rank.
 
 Both are made from the same whole weights, drawn from their names, so nothing has to be sent.
 """
@@ -156,9 +156,9 @@ def check_fail_together(mesh: Mesh) -> None:
     with fail_together(mesh, "nothing"):
         pass
 
-    def fail(who: int) -> None:
+    def fail(failing: int) -> None:
         with fail_together(mesh, "trying"):
-            if mesh.world.rank == who:
+            if mesh.world.rank == failing:
                 raise ConfigError("the flag is wrong")
 
     with pytest.raises(ConfigError, match=r"^the flag is wrong$"):
@@ -246,7 +246,7 @@ def run_attention(mesh: Mesh, form: str, kv_shard: str, limit: int) -> None:
         tp = where.layout.tp, where.layout.tp_rank
         layout = CacheLayout.make(CONFIG, form, kv_shard, "fp32", *tp)
         pool = CachePool(layout, 1, 60, CPU, where.tp)
-        # Whatever nobody wrote must not be seen; slot 0 pads rows and stays as it is.
+        # Unwritten slots must not be read; slot 0 pads rows and stays as it is.
         pool.slots[:, layout.slots_per_page :] = torch.nan
         places.append((where, layer, pool))
     sharded, single = (pool.slots.nbytes / pool.layout.page_size for *_, pool in places)

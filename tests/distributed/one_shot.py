@@ -1,4 +1,4 @@
-"""What every rank checks of sums in memory that ranks share."""
+"""Checks on every rank of sums in memory that ranks share."""
 
 import tempfile
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What every rank checks: wherever experts are, and while they move, the answers stay the same."""
+"""Checks on every rank: answers do not depend on the experts' placement, nor on its changes."""
 
 from pathlib import Path
 
@@ -86,7 +86,7 @@ def check_engine(mesh: Mesh, folder: str) -> None:
 
 
 def check_loads(mesh: Mesh, plain: Started, load: str) -> None:
-    """Every token chose so many experts, in every layer; the last token is never fed back."""
+    """Check that every token chose `top_k` experts in every layer; the last one is not fed back."""
     if mesh.world.rank == 0:
         (experts,), layers = read_layers(Path(load), ("num_experts",))
         fed = sum(len(prompt) for prompt in PROMPTS) + len(PROMPTS) * (TOKENS - 1)
@@ -96,7 +96,7 @@ def check_loads(mesh: Mesh, plain: Started, load: str) -> None:
 
 
 def check_weights(live: Started, fresh: Started) -> None:
-    """What a rank holds is what it would have read for this placement."""
+    """Check that a rank holds the weights that it would load for this placement."""
     for one, other in zip(moe_layers(live), moe_layers(fresh), strict=True):
         for name in ("gate_up_proj", "down_proj"):
             held = (getattr(x, name).take(list(range(x.num_local))) for x in (one, other))

@@ -1,4 +1,4 @@
-"""What ranks agree on when pages come from disk at different times, and not to all of them."""
+"""Ranks agree on pages that come from disk at different times, or not on all ranks."""
 
 import numpy as np
 import pytest
