@@ -56,7 +56,7 @@ def answer(request: Request) -> tuple[list[int], str]:
 
 
 def check_seen(row: Adjustments, text: list[int]) -> None:
-    """What a plan says about a penalized row is true of the prompt and of the answer so far."""
+    """Check that a plan's penalized tokens are those of the prompt and of the answer so far."""
     fed, (token, uses) = row.rows_4K[1, 0], row.seen_2E.tolist()
     assert len(set(token)) == len(token)
     count = Counter(dict(zip(token, (n // 2 for n in uses), strict=True)))

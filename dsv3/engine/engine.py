@@ -1,7 +1,7 @@
 """The engine of rank 0: requests in, tokens out, one step at a time.
 
-`add` puts a request in line, `step` plans, runs on all ranks and commits. The other ranks sit in
-`follow`, executing plans until rank 0 stops them.
+`add` puts a request in line; `step` plans, runs on all ranks and commits. The other ranks run
+`follow`, which executes plans until rank 0 stops them.
 """
 
 import logging
@@ -30,13 +30,13 @@ from dsv3.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-# For writing the cache to disk at the end, and if a signal brought it about.
+# Seconds for writing the cache to disk at the end, and at an end by a signal.
 _SAVE_SECONDS, _HASTY_SAVE_SECONDS = 60.0, 4.0
 
 
 @dataclass(frozen=True, slots=True)
 class _Launched:
-    """A step whose results have not been looked at."""
+    """A step whose results have not been committed."""
 
     number: int
     parts: list[ScheduledSeq]
@@ -54,8 +54,8 @@ class Engine:
         channel: carries plans to the other ranks.
         tokenizer: None serves token ids only.
         max_seq_len: longest context a request may reach.
-        tiers: for each data-parallel group, what is kept of its cache outside the device; None
-            keeps nothing.
+        tiers: the lower cache tiers of each data-parallel group; None keeps nothing outside the
+            device.
     """
 
     def __init__(
@@ -109,14 +109,14 @@ class Engine:
         return len(self._sequences)
 
     def has_work(self) -> bool:
-        """Tell whether a step would do anything."""
+        """Return True if a step would do anything."""
         return bool(self._sequences) or self._in_flight is not None
 
     def add(self, request: Request, group: int | None = None) -> None:
-        """Put a request in line: in the group that suits it best, or in one that is given.
+        """Put a request in line, in a given group or in the one with the least cost.
 
         Raises:
-            RequestError: it can never be served; the message says why and what would do.
+            RequestError: it can never be served; the message names the reason and a remedy.
         """
         if request.request_id in self._sequences:
             raise RequestError(f"request_id {request.request_id!r} is already in progress")
@@ -213,10 +213,10 @@ class Engine:
                 scheduler.tree.drop_group(conversation_id)
 
     def step(self) -> list[RequestOutput]:
-        """Run one step on all ranks; return what came out, request by request.
+        """Run one step on all ranks; return the outputs, request by request.
 
-        Where steps run asynchronously (CUDA), this launches a step and returns the results of
-        the one before: planning, sending and detokenizing overlap with the device's work.
+        Where steps run asynchronously (CUDA), this launches a step and returns the results of the
+        previous one: planning, sending and detokenizing overlap with the device's work.
         """
         with self._channel.watch.step():
             return self._step()
@@ -247,13 +247,13 @@ class Engine:
         return self._channel.watch.task(name)
 
     def pause(self) -> None:
-        """Let the other ranks leave `follow`, until they come back for more."""
+        """Tell the other ranks to return from `follow`."""
         self._channel.send(None)
 
     def stop(self) -> None:
-        """Let the other ranks leave `follow`; what is cached goes to disk first, if there is one.
+        """Save the cache to disk, if there is one, and tell the others to return from `follow`.
 
-        Not after a step that failed: the other ranks may be anywhere, or gone.
+        After a failed step nothing is saved: the other ranks may be anywhere, or gone.
         """
         if not self._is_stepping:
             with self._channel.watch.task("saving the cache"):
@@ -363,7 +363,7 @@ class Engine:
         return out
 
     def _fail(self, seq: Sequence, step: int, layer: int | None) -> RequestOutput:
-        """End a sequence whose logits are no numbers; the layer is known with --debug."""
+        """End a sequence whose logits are not finite; the layer is known with --debug."""
         where = "" if layer is None else f" (step {step}, from layer {layer} on)"
         error = f"the model's logits are not finite{where}: a weight or an activation overflowed"
         log.debug("%s: %s", seq.request.request_id, error)

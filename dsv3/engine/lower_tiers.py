@@ -1,4 +1,4 @@
-"""Sets up what lies below the device's cache: host memory on every rank, a directory on disk."""
+"""Sets up the lower cache tiers: host memory on every rank, a directory on disk."""
 
 import logging
 import os
@@ -33,7 +33,7 @@ def make_tiers(
     weights: bytes,
     numerics: str,
 ) -> tuple[PageMover | None, list[Tiers | None]]:
-    """Return what moves pages on this rank, and rank 0's books for each group; None is unused.
+    """Return this rank's page mover, and each group's tiers for rank 0; None where there are none.
 
     Args:
         mesh: this rank and its peers. With a disk cache this is a collective.
@@ -41,8 +41,8 @@ def make_tiers(
         config: the model.
         cache: the device's pages.
         num_slots: pages of host memory.
-        weights: this rank's share of the digest of the weights, if there is a disk cache.
-        numerics: how they are computed with.
+        weights: this rank's share of the digest of the weights; empty without a disk cache.
+        numerics: name of the arithmetic, since entries of another one differ.
     """
     groups = range(mesh.layout.dp)
     if not num_slots:
@@ -88,7 +88,7 @@ def _agree(mesh: Mesh, share: bytes) -> tuple[bytes, str]:
 
 
 def _open_folder(mesh: Mesh, folder: Path, session: str, setting: str) -> None:
-    """Make a folder, and see that all ranks mean the same one. A collective."""
+    """Make a folder, and check that all ranks see the same one. A collective."""
     probe = folder / f"{session}.tmp"
     with collective_errors(mesh, "opening the disk cache"):
         if mesh.layout.rank == 0:

@@ -37,9 +37,9 @@ class Runner:
         cache: this rank's cache.
         decode_limit: sequences with at most this many new tokens attend straight to the cache;
             longer ones in expanded form.
-        mover: moves pages to and from host memory; None where the plans never ask for it.
+        mover: moves pages between the cache's tiers; None without lower tiers.
         static: run decode steps on static buffers; on CUDA as graphs.
-        guard: compares what the ranks compute; None compares nothing.
+        check: compares digests over ranks; None compares nothing.
 
     Attributes:
         model, cache, decode_limit, device: as given.
@@ -55,10 +55,10 @@ class Runner:
         decode_limit: int,
         mover: PageMover | None = None,
         static: bool = False,
-        guard: DivergenceCheck | None = None,
+        check: DivergenceCheck | None = None,
     ) -> None:
         self.model, self.cache, self.decode_limit = model, cache, decode_limit
-        self._mesh, self._mover, self._guard = model.dispatch.mesh, mover, guard
+        self._mesh, self._mover, self._check = model.dispatch.mesh, mover, check
         self.balancer: Balancer | None = None
         self.layer_check: LayerCheck | None = None
         self.device = cache.slots.device
@@ -85,7 +85,7 @@ class Runner:
 
     @property
     def numerics(self) -> str:
-        """How it computes: float32, bfloat16 or fp8."""
+        """Arithmetic of the model: float32, bfloat16 or fp8."""
         return self.model.numerics
 
     @property
@@ -137,12 +137,12 @@ class Runner:
                 self._static.feed(sampled.token_M)
         self._last_token_M = sampled.token_M
         every = self._gather(sampled, [len(each.row) for each in plans])
-        if self._guard is not None:
-            self._guard.add(plans, every.token_M)
+        if self._check is not None:
+            self._check.add(plans, every.token_M)
         return replace(every, fetched=fetched)
 
     def _gather(self, mine: StepResult, num_rows: list[int]) -> StepResult:
-        """Put the results of all groups together; each rank has those of its own."""
+        """Return the results of all groups, one after the other; each rank has its own group's."""
         longest = max(num_rows)
         if len(num_rows) == 1 or not longest:
             return mine
@@ -156,7 +156,7 @@ class Runner:
         return StepResult(rows[:, 0].long(), scores, mine.bad_layer)
 
     def finish(self) -> None:
-        """Write what is to be kept of a run, at its end. A collective."""
+        """Write the experts' loads at the end of a run, if they are recorded. A collective."""
         if self.balancer is not None:
             self.balancer.finish()
 
@@ -222,7 +222,7 @@ class BatchBuilder:
         return self._page_table(0, count, width), self._own_slots(np.arange(count), position)
 
     def _own_slots(self, row_seq: Longs, position: Longs) -> Longs:
-        """Return the slots of the new entries; -1 for those of other ranks."""
+        """Return the slots of the new entries; -1 for entries of other ranks."""
         layout = self._layout
         page = self._plan.pages[self._page_start[row_seq] + position // layout.page_size]
         slot = page * layout.slots_per_page + position % layout.page_size // layout.shards

@@ -1,8 +1,8 @@
 """From hidden states to tokens over a vocabulary that is split over ranks.
 
 Greedy rows need no gathered logits: every rank offers its best, the best of them wins. Rows that
-are sampled, adjusted or scored are dealt to the ranks (all-to-all), so that each sees whole rows of
-1/tp of them; the small results are gathered. Every rank returns the same.
+are sampled, adjusted or scored are distributed over the ranks (all-to-all): each rank sees 1/tp of
+them as whole rows, and the small results are gathered. Every rank returns the same.
 
 A row with a logit that is NaN or infinite gives no token: its result is `NOT_FINITE`.
 """
@@ -28,7 +28,7 @@ _ROWS = 512
 
 
 class Choice(NamedTuple):
-    """How M rows are sampled, as `sample` takes it, or scored, if `target` is a token.
+    """Sampling parameters of M rows, as `sample` takes them; a row with a `target` is scored.
 
     The arrays of `StepPlan` on the device, int64 or float32; `seed` has both halves in one.
     """
@@ -44,7 +44,7 @@ class Choice(NamedTuple):
 
     @classmethod
     def of(cls, plan: StepPlan, index: NDArray[np.int64], device: torch.device) -> "Choice":
-        """Return some of a plan's rows."""
+        """Return the parameters of some of a plan's rows."""
         seed = plan.seed_high[index].astype(np.int64) << 32
         seed |= plan.seed_low[index].view(np.uint32)
         longs = (plan.top_k, plan.answer, plan.position, plan.target)
@@ -55,12 +55,12 @@ class Choice(NamedTuple):
         return cls(temperature, top_k, top_p, min_p, seed_M, answer, position, target)
 
     def part(self, start: int, stop: int) -> "Choice":
-        """Return rows start to stop, as far as there are any."""
+        """Return rows start to stop, as far as they exist."""
         return Choice(*(array[start:stop] for array in self))
 
 
 def _is_finite(logits_MW: Tensor) -> Tensor:
-    """Return [M] whether all logits of a row are finite: a sum is as bad as its worst term."""
+    """Return [M] True where all logits of a row are finite; a sum is finite only then."""
     return logits_MW.sum(-1).isfinite()
 
 
@@ -81,10 +81,10 @@ class Sampler:
         """Return tokens and probabilities of the plan's rows. A collective.
 
         Args:
-            hidden_TD: [T, D] what the model made of the plan.
+            hidden_TD: [T, D] normalized hidden states of the plan's tokens.
             plan: of this rank's group.
-            width: likeliest tokens to leave room for, -1 without room for probabilities; None is
-                what the plan asks for.
+            width: likeliest tokens to leave room for, -1 without room for probabilities; None for
+                the largest number that the plan asks for.
             fed_M: tokens of the step before, where adjusted rows count one of them.
         """
         if width is None:
@@ -136,7 +136,7 @@ class Sampler:
     def whole_rows(
         self, logits_MW: Tensor, choice: Choice, columns: int, adjust: Adjustments | None = None
     ) -> Tensor:
-        """Deal whole rows to the ranks, let each do its share, gather the results.
+        """Distribute whole rows over the ranks, sample each share there, and gather the results.
 
         Returns:
             [M, columns] float64: token, then the columns of `StepResult.scores`.

@@ -95,7 +95,7 @@ def static_is_as_other(mesh: Mesh, settings: EngineConfig) -> None:
         assert answers(static, sampling) == answers(eager, sampling)
         steps = static._static
         assert steps is not None
-        used = {(b.rows, b.draws) for b in steps._inputs}
+        used = {(b.rows, b.samples) for b in steps._inputs}
         assert used == {(8, bool(sampling)), (4, bool(sampling))}
 
 
@@ -115,7 +115,7 @@ def test_static_steps_of_two_ranks() -> None:
 
 
 def test_padding_sees_and_writes_nothing() -> None:
-    bucket = Bucket(rows=4, pages=16, draws=False)
+    bucket = Bucket(rows=4, pages=16, samples=False)
     inputs = Inputs(bucket, CPU)
     table = np.array([[5, 6], [7, 0], [9, 1]], np.int32)
     rows = (

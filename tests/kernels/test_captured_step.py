@@ -104,7 +104,7 @@ def check_nobody_looks(
         for bucket, inputs in steps._inputs.items():
             with nobody_looks():
                 steps._compute(bucket, inputs)
-    assert {bucket.draws for bucket in steps._inputs} == {False, True}
+    assert {bucket.samples for bucket in steps._inputs} == {False, True}
     return steps
 
 

@@ -40,7 +40,7 @@ events = st.lists(
 
 
 class History:
-    """What was asked, what came back so far, and what must hold at any time."""
+    """Requests, answers so far, and the invariants of every step."""
 
     def __init__(
         self,

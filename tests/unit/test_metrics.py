@@ -1,4 +1,4 @@
-"""What the engine tells about itself: sums, quantiles, Prometheus text, and over HTTP."""
+"""Metrics: sums, quantiles, and their export to Prometheus over HTTP."""
 
 import socket
 import sys

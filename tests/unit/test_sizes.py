@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from scripts.sizes import ROOT, count_lines, functions, main, rooms
+from scripts.sizes import ROOT, count_lines, functions, main, packages
 
 SOURCE = '''"""What it is.
 
@@ -31,13 +31,13 @@ def test_no_function_grows_out_of_hand() -> None:
 
 
 def test_counting(tmp_path: Path, capsys) -> None:
-    room = tmp_path / "pkg" / "room" / "inner"
-    room.mkdir(parents=True)
+    package = tmp_path / "pkg" / "package" / "inner"
+    package.mkdir(parents=True)
     (tmp_path / "pkg" / "top.py").write_text("a = 1\n")
-    (room / "x.py").write_text(SOURCE)
+    (package / "x.py").write_text(SOURCE)
     files = count_lines(tmp_path, "pkg")
-    assert files == {"pkg/room/inner/x.py": 7, "pkg/top.py": 1}
-    assert rooms(files) == {"pkg/room": 7, "pkg": 1}
-    assert [(f.name, f.lines) for f in functions(tmp_path, "pkg/room/inner/x.py")] == [("f", 7)]
+    assert files == {"pkg/package/inner/x.py": 7, "pkg/top.py": 1}
+    assert packages(files) == {"pkg/package": 7, "pkg": 1}
+    assert [(f.name, f.lines) for f in functions(tmp_path, "pkg/package/inner/x.py")] == [("f", 7)]
     main()
     assert "dsv3/engine/" in capsys.readouterr().out
