@@ -218,7 +218,7 @@ class Engine:
         Where steps run asynchronously (CUDA), this launches a step and returns the results of the
         previous one: planning, sending and detokenizing overlap with the device's work.
         """
-        with self._channel.watch.step():
+        with self._channel.watchdog.step():
             return self._step()
 
     def _step(self) -> list[RequestOutput]:
@@ -244,7 +244,7 @@ class Engine:
 
     def task(self, name: str) -> AbstractContextManager[None]:
         """Watchdog over work of this rank outside of steps: one that never ends, ends the job."""
-        return self._channel.watch.task(name)
+        return self._channel.watchdog.task(name)
 
     def pause(self) -> None:
         """Tell the other ranks to return from `follow`."""
@@ -256,12 +256,12 @@ class Engine:
         After a failed step nothing is saved: the other ranks may be anywhere, or gone.
         """
         if not self._is_stepping:
-            with self._channel.watch.task("saving the cache"):
+            with self._channel.watchdog.task("saving the cache"):
                 self._save()
         self.pause()
 
     def _save(self) -> None:
-        is_asked = self._channel.watch.end_signal
+        is_asked = self._channel.watchdog.end_signal
         deadline = time.monotonic() + (_HASTY_SAVE_SECONDS if is_asked else _SAVE_SECONDS)
         for group, scheduler in enumerate(self._schedulers):
             for moves in scheduler.save():
@@ -406,7 +406,7 @@ class Engine:
 def follow(runner: Runner, channel: PlanChannel) -> None:
     """Execute rank 0's plans until it stops; the whole life of every other rank."""
     while (plans := channel.receive()) is not None:
-        with channel.watch.step():
+        with channel.watchdog.step():
             runner.run(plans)
 
 

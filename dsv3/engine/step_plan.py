@@ -168,11 +168,12 @@ class PlanChannel:
     shared. A rank that gets another kind of message than it waits for is in another call.
     """
 
-    def __init__(self, control: Collectives, watch: Watchdog | None = None) -> None:
-        self._control, self.watch = control, watch or Watchdog()
+    def __init__(self, control: Collectives, watchdog: Watchdog | None = None) -> None:
+        self._control = control
+        self.watchdog = watchdog or Watchdog()
 
     def _broadcast(self, words: Ints) -> Ints:
-        with self.watch.exchange():
+        with self.watchdog.exchange():
             return self._control.broadcast(torch.from_numpy(words)).numpy()
 
     def share(self, number: int) -> int:
@@ -188,9 +189,9 @@ class PlanChannel:
 
     def _fail(self) -> NoReturn:
         """End the job: the script has made other calls here than on rank 0."""
-        name, other = (self.watch.name_of(rank) for rank in (self._control.rank, 0))
+        name, other = (self.watchdog.name_of(rank) for rank in (self._control.rank, 0))
         reason = f"{name} makes another call than {other}: all ranks must make the same calls"
-        self.watch.fail(RankError(reason))
+        self.watchdog.fail(RankError(reason))
 
     def send(self, plans: list[StepPlan] | None) -> None:
         """Send from rank 0."""
