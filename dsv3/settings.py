@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from dsv3.arguments import text, truth, whole
 from dsv3.config_fields import shown
@@ -15,7 +15,11 @@ from dsv3.sizes import CacheSize, Size
 # By arithmetic, not measured: for V3 on 8 ranks at 450 GB/s, fewer bytes of float32 sums and fewer
 # rows to normalize save two more launches' 20 us a layer from about 600 tokens on. Gloo saves none.
 _SPLIT_TOKENS = 1024
-# How values of a field's type are read, and what other ones are told.
+CacheForm = Literal["latent", "heads"]
+CacheDtype = Literal["fp32", "bf16", "fp8"]
+KvShard = Literal["tokens", "none"]
+DispatchForm = Literal["auto", "allreduce", "alltoall"]
+# By a field's type: the function that reads a value, and the rule in its error.
 _KINDS: Mapping[Any, tuple[Callable[[Any], Any], str]] = {
     int: (whole, "a whole number"),
     bool: (truth, "True or False"),
@@ -28,15 +32,16 @@ def _setting(group: str, default: Any, about: str = "", least: int = 0) -> Any:
 
     Args:
         group: of flags.
-        default: its value; or the words it may be, the usual one first.
-        about: what the flag does.
-        least: a number is this or more.
+        default: its value.
+        about: description of the flag.
+        least: lower limit of a number.
     """
-    words = default if isinstance(default, tuple) else ()
-    if words:
-        default = words[0]
-    metadata = {"group": group, "about": about, "words": words, "least": least}
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata={"group": group, "about": about, "least": least})
+
+
+def words_of(setting: Field[Any]) -> tuple[str, ...]:
+    """Return the possible values of a field whose type is a `Literal`; else nothing."""
+    return get_args(setting.type)
 
 
 _model, _layout, _experts, _cache, _steps = (
@@ -91,18 +96,18 @@ class EngineConfig:
         check_every: steps between comparisons of what the ranks have computed; 0 compares nothing.
     """
 
-    dtype: str = _model(("auto", "float32", "bfloat16", "fp8"), "numerics")
-    weights: str = _model(("auto", "fp8"), "fp8 keeps FP8 as stored")
-    moe_dispatch: str = _layout(("auto", "allreduce", "alltoall"), "tokens to experts")
-    dispatch_dtype: str = _layout(("auto", "bf16", "fp8"), "of hidden states on that way")
+    dtype: Literal["auto", "float32", "bfloat16", "fp8"] = _model("auto", "numerics")
+    weights: Literal["auto", "fp8"] = _model("auto", "fp8 keeps FP8 as stored")
+    moe_dispatch: Literal["auto", "allreduce", "alltoall"] = _layout("auto", "tokens to experts")
+    dispatch_dtype: Literal["auto", "bf16", "fp8"] = _layout("auto", "of hidden states on that way")
     sequence_parallel: int = _layout(-1, "split norms in steps of so many tokens", least=-1)
     expert_placement: str = _experts("", "FILE of which rank has which")
     redundant_experts: int = _experts(0, "copies, without a file")
     rebalance_every: int = _experts(0, "steps; 0: never move them")
     record_expert_load: str = _experts("", "FILE for the tokens each got")
-    attn_impl: str = _cache(("auto", "naive", "absorb"), "what is cached and attended to")
-    kv_shard: str = _cache(("tokens", "none"), "sharded by tokens, or replicated")
-    kv_dtype: str = _cache(("auto", "fp32", "bf16", "fp8"), "of the cache")
+    attn_impl: Literal["auto", "naive", "absorb"] = _cache("auto", "what is cached and attended to")
+    kv_shard: Literal["tokens", "none"] = _cache("tokens", "sharded by tokens, or replicated")
+    kv_dtype: Literal["auto", "fp32", "bf16", "fp8"] = _cache("auto", "of the cache")
     kv_cache_size: str = _cache(
         "auto",
         "auto, bytes per rank (4GiB; 4GB is 4 * 10^9), a share of what weights leave free (90%%), "
@@ -116,7 +121,7 @@ class EngineConfig:
     )
     max_seq_len: int = _cache(0, "longest context (0: the model's)")
     prefix_reuse: bool = _cache(True, "reuse no prefixes")
-    eviction: str = _cache(("cost", "lru"), "which idle page goes first")
+    eviction: Literal["cost", "lru"] = _cache("cost", "which idle page goes first")
     max_batch_tokens: int = _steps(2048, "new tokens of a step", least=1)
     max_running: int = _steps(64, "sequences at a time", least=1)
     pipeline_depth: int = _steps(-1, "0, 1 or -1: as the device", least=-1)
@@ -149,8 +154,10 @@ class EngineConfig:
 
     def _read(self, f: Field[Any]) -> None:
         """Set a field to its value, read as its type; None is as if not given."""
-        value, words, least = getattr(self, f.name), f.metadata["words"], f.metadata["least"]
-        read, rule = _KINDS[f.type]
+        value = getattr(self, f.name)
+        words = words_of(f)
+        least = f.metadata["least"]
+        read, rule = _KINDS[str if words else f.type]
         if f.type is int:
             rule = f"{rule}, at least {least}"
         try:
@@ -218,7 +225,7 @@ class EngineConfig:
         return (Path(folder), size) if size else None
 
     @property
-    def cache_form(self) -> str:
+    def cache_form(self) -> CacheForm:
         """Return what the cache stores: "heads" or "latent"."""
         return "heads" if self.attn_impl == "naive" else "latent"
 

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from dsv3.config import ModelConfig
+from dsv3.settings import CacheDtype, CacheForm, KvShard
 from dsv3_kernels import Paging
 
 # Page 0 is never allocated: its slots pad index rows and are never written.
@@ -33,17 +34,23 @@ class CacheLayout:
         shard: this rank's index among them.
     """
 
-    form: str
+    form: CacheForm
     width: int
     value_dim: int
-    dtype: str
+    dtype: CacheDtype
     page_size: int
     shards: int
     shard: int
 
     @classmethod
     def make(
-        cls, config: ModelConfig, form: str, kv_shard: str, dtype: str, tp: int, tp_rank: int
+        cls,
+        config: ModelConfig,
+        form: CacheForm,
+        kv_shard: KvShard,
+        dtype: CacheDtype,
+        tp: int,
+        tp_rank: int,
     ) -> "CacheLayout":
         """Return the layout of a model's cache on rank `tp_rank` of `tp`.
 

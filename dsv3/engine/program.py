@@ -24,7 +24,7 @@ from dsv3.engine.program_files import log_file
 from dsv3.errors import ConfigError, Dsv3Error, RankError, one_line, os_errors_as, printable
 from dsv3.files import open_closed_streams
 from dsv3.setting_names import flag
-from dsv3.settings import EngineConfig
+from dsv3.settings import EngineConfig, words_of
 
 _INTERRUPTED = 130
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
@@ -81,10 +81,11 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         elif f.default is False:
             groups[name].add_argument(f"--{flag}", action="store_true", help=text)
         else:
-            words = f.metadata["words"]  # EngineConfig checks them
+            words = words_of(f)  # EngineConfig checks them
+            kind = str if words else f.type
             metavar = f"{{{','.join(words)}}}" if words else None
             groups[name].add_argument(
-                f"--{flag}", type=f.type, default=f.default, metavar=metavar, help=text
+                f"--{flag}", type=kind, default=f.default, metavar=metavar, help=text
             )
     text = "measure the time of every operation and compare it with its roofline floor"
     parser.add_argument("--profile", action="store_true", help=text)

@@ -20,12 +20,12 @@ from dsv3.model.attention import absorb_limit
 from dsv3.parallel.expert_dispatch import DispatchSettings
 from dsv3.parallel.expert_placement import Placement
 from dsv3.parallel.weights import BLOCK, FP8, WeightFormat
-from dsv3.settings import EngineConfig
+from dsv3.settings import CacheDtype, EngineConfig
 
 log = logging.getLogger(__name__)
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_CACHE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+_CACHE_NAMES: dict[torch.dtype, CacheDtype] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True)

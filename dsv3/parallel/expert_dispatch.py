@@ -31,6 +31,7 @@ from dsv3.config import split_range
 from dsv3.distributed.collectives import Collectives
 from dsv3.distributed.mesh import Mesh
 from dsv3.parallel.physical_experts import PhysicalExperts
+from dsv3.settings import DispatchForm
 from dsv3_kernels import act_quant, weight_dequant
 
 FP8 = torch.float8_e4m3fn
@@ -74,7 +75,7 @@ class DispatchSettings:
             FP8 values again does not change them.
     """
 
-    form: str = "auto"
+    form: DispatchForm = "auto"
     dtype: torch.dtype | None = None
     groups: tuple[int, int] = (1, 1)
     ue8m0: bool = False

@@ -44,6 +44,7 @@ from dsv3.model.moe import MoE
 from dsv3.model.transformer import Transformer
 from dsv3.parallel.weights import FP8, WeightFormat
 from dsv3.setting_names import flag
+from dsv3.settings import CacheDtype, KvShard
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 # Keeps the device busy while the host launches a step, so that events show the device's time.
@@ -67,8 +68,8 @@ class RankShape:
     rank: int = 0
     layers: int = 0
     weights: str = "fp8"
-    cache: str = "bf16"
-    kv_shard: str = "tokens"
+    cache: CacheDtype = "bf16"
+    kv_shard: KvShard = "tokens"
     moves: bool = True
     skew: float = 0.0
     seed: int = 0
@@ -329,7 +330,7 @@ def shape_of(args: argparse.Namespace, on_cpu: bool) -> RankShape:
         raise ConfigError(f"--rank={args.rank} is not in 0..{args.world - 1}")
     if args.layers != "all" and not args.layers.isdecimal():
         raise ConfigError(f"--layers={args.layers} is neither a number nor all")
-    plain = "fp32" if on_cpu else "bf16"
+    plain: CacheDtype = "fp32" if on_cpu else "bf16"
     weights = plain if config.quantization is None else "fp8"
     return RankShape(
         config=config,
