@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dsv3_kernels import apply_rope
-from dsv3_kernels.attention.absorb_query import absorb_query_ref, absorb_query_triton
+from dsv3_kernels.attention.absorb_query import absorb_query
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 
 
@@ -15,7 +15,7 @@ def operands(T: int, H: int, N: int, C: int, R: int, dtype: torch.dtype = torch.
     return q, w, angle.cos(), angle.sin()
 
 
-@pytest.mark.parametrize("absorb", [absorb_query_ref, absorb_query_triton])
+@pytest.mark.parametrize("absorb", [absorb_query.reference, absorb_query.kernel])
 @pytest.mark.parametrize("interleaved", [True, False])
 def test_definition(absorb, interleaved: bool) -> None:
     q, w, cos, sin = operands(3, 2, 8, 16, 4)
@@ -32,22 +32,22 @@ def test_definition(absorb, interleaved: bool) -> None:
 )
 def test_kernel(shape: tuple[int, ...]) -> None:
     args = operands(*shape)
-    got = absorb_query_triton(*args, True)
+    got = absorb_query.kernel(*args, True)
     assert got.shape == (*shape[:2], shape[3] + shape[4])
     if got.numel():
-        assert_close("queries", got, absorb_query_ref(*args, True), 1e-5)
+        assert_close("queries", got, absorb_query.reference(*args, True), 1e-5)
 
 
 def test_bfloat16_is_rounded_once() -> None:
     args = operands(5, 2, 32, 64, 8, torch.bfloat16)
-    exact = absorb_query_ref(*(x.float() for x in args), False)
-    assert_close("queries", absorb_query_triton(*args, False).float(), exact, 2**-7)
+    exact = absorb_query.reference(*(x.float() for x in args), False)
+    assert_close("queries", absorb_query.kernel(*args, False).float(), exact, 2**-7)
 
 
 def test_a_token_does_not_depend_on_the_others() -> None:
     q, w, cos, sin = operands(40, 2, 16, 32, 8)
-    whole = absorb_query_triton(q, w, cos, sin, True)
+    whole = absorb_query.kernel(q, w, cos, sin, True)
     for t in (0, 16, 32):  # first rows of a tile: the interpreter sums others in another order
         one = slice(t, t + 1)
-        alone = absorb_query_triton(q[one], w, cos[one], sin[one], True)
+        alone = absorb_query.kernel(q[one], w, cos[one], sin[one], True)
         assert_bitwise_equal("alone", alone, whole[one])

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from dsv3_kernels import apply_rope
-from dsv3_kernels.attention.rope import rotate_ref, rotate_triton
+from dsv3_kernels.attention.rope import rotate
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 
 
@@ -49,7 +49,7 @@ def test_scores_depend_on_distance_only() -> None:
     assert abs(score(105, 101) - score(105, 100)) > 1e-3
 
 
-@pytest.mark.parametrize("rotate", [rotate_ref, rotate_triton])
+@pytest.mark.parametrize("rotate", [rotate.reference, rotate.kernel])
 @pytest.mark.parametrize("interleaved", [True, False])
 @pytest.mark.parametrize("shape", [(1, 1, 16), (5, 20, 8), (3, 16, 64), (2, 3, 12)])
 def test_in_place(rotate, interleaved: bool, shape: tuple[int, int, int]) -> None:

@@ -1,22 +1,12 @@
-"""Rotary position embedding of the last dimension, in both layouts the family uses."""
+"""Rotary position embedding of the last dimension, in both layouts of the model family."""
 
 import torch
 from torch import Tensor
 
-from dsv3_kernels._triton import in_turn, launch_options, tl, triton, use_triton
+from dsv3_kernels._triton import in_turn, launch_options, tl, triton
+from dsv3_kernels.operation import operation
 
-_HEADS = 16  # that a program rotates
-
-
-def apply_rope_ref(x_TR: Tensor, cos_Tr: Tensor, sin_Tr: Tensor, interleaved: bool) -> Tensor:
-    """Define `apply_rope`: a pair is a complex number, multiplied by cos + i sin."""
-    x = x_TR.float()
-    if interleaved:
-        pair = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
-        pair = pair * torch.complex(cos_Tr, sin_Tr)
-        return torch.view_as_real(pair).flatten(-2).to(x_TR.dtype)
-    a, b = x.chunk(2, -1)
-    return torch.cat((a * cos_Tr - b * sin_Tr, a * sin_Tr + b * cos_Tr), -1).to(x_TR.dtype)
+_HEADS = 16  # per program
 
 
 def apply_rope(x_TR: Tensor, cos_Tr: Tensor, sin_Tr: Tensor, interleaved: bool) -> Tensor:
@@ -33,12 +23,13 @@ def apply_rope(x_TR: Tensor, cos_Tr: Tensor, sin_Tr: Tensor, interleaved: bool) 
 
     Source: RoFormer (arXiv 2104.09864), eq. 34; DeepSeek's checkpoints are interleaved.
     """
-    return apply_rope_ref(x_TR, cos_Tr, sin_Tr, interleaved)
-
-
-def rotate_ref(x_THR: Tensor, cos_Tr: Tensor, sin_Tr: Tensor, interleaved: bool) -> None:
-    """Define `rotate`."""
-    x_THR.copy_(apply_rope_ref(x_THR, cos_Tr[:, None], sin_Tr[:, None], interleaved))
+    x = x_TR.float()
+    if interleaved:  # a pair is a complex number, multiplied by cos + i sin
+        pair = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+        pair = pair * torch.complex(cos_Tr, sin_Tr)
+        return torch.view_as_real(pair).flatten(-2).to(x_TR.dtype)
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos_Tr - b * sin_Tr, a * sin_Tr + b * cos_Tr), -1).to(x_TR.dtype)
 
 
 @triton.jit
@@ -66,32 +57,52 @@ def _rotate_kernel(
     HEADS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):
-    """One program: HEADS heads of a token."""
+    """Rotate HEADS heads of a token."""
     in_turn()
     t = tl.program_id(0).to(tl.int64)
-    h, r = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, HALF_PAD)
+    h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    r = tl.arange(0, HALF_PAD)
     is_r = r < HALF
     mask = (h < H)[:, None] & is_r[None, :]
     cos = tl.load(cos_ptr + t * HALF + r, mask=is_r, other=0.0)[None, :]
     sin = tl.load(sin_ptr + t * HALF + r, mask=is_r, other=0.0)[None, :]
     row = x_ptr + t * stride_t + (h * stride_h)[:, None]
-    rotate_pairs(row, row, r[None, :], mask, cos, sin, HALF, INTERLEAVED)
+    rotate_pairs(
+        x_row=row,
+        out_row=row,
+        r=r[None, :],
+        mask=mask,
+        cos=cos,
+        sin=sin,
+        HALF=HALF,
+        INTERLEAVED=INTERLEAVED,
+    )
 
 
-def rotate_triton(x_THR: Tensor, cos_Tr: Tensor, sin_Tr: Tensor, interleaved: bool) -> None:
+def _launch_rotate(x_THR: Tensor, cos_Tr: Tensor, sin_Tr: Tensor, interleaved: bool) -> None:
     """Launch a program per token and block of heads."""
-    (T, H, R), stride = x_THR.shape, x_THR.stride()
-    assert stride[2] == 1 and cos_Tr.is_contiguous() and sin_Tr.is_contiguous(), f"{stride=}"
+    T, H, R = x_THR.shape
+    assert x_THR.stride(2) == 1, f"{x_THR.stride()=}"
+    assert cos_Tr.is_contiguous() and sin_Tr.is_contiguous(), f"{cos_Tr.stride()=}"
     half = R // 2
     if T:
         _rotate_kernel[(T, triton.cdiv(H, _HEADS))](
-            *(x_THR, cos_Tr, sin_Tr, *stride[:2], H, half),
-            *(triton.next_power_of_2(half), _HEADS, interleaved),
+            x_ptr=x_THR,
+            cos_ptr=cos_Tr,
+            sin_ptr=sin_Tr,
+            stride_t=x_THR.stride(0),
+            stride_h=x_THR.stride(1),
+            H=H,
+            HALF=half,
+            HALF_PAD=triton.next_power_of_2(half),
+            HEADS=_HEADS,
+            INTERLEAVED=interleaved,
             num_warps=2,
             **launch_options(),
         )
 
 
+@operation(kernel=_launch_rotate)
 def rotate(x_THR: Tensor, cos_Tr: Tensor, sin_Tr: Tensor, interleaved: bool) -> None:
     """Do `apply_rope` in place.
 
@@ -101,4 +112,4 @@ def rotate(x_THR: Tensor, cos_Tr: Tensor, sin_Tr: Tensor, interleaved: bool) -> 
         sin_Tr: [T, R / 2] float32.
         interleaved: see `apply_rope`.
     """
-    (rotate_triton if use_triton(x_THR) else rotate_ref)(x_THR, cos_Tr, sin_Tr, interleaved)
+    x_THR.copy_(apply_rope(x_THR, cos_Tr[:, None], sin_Tr[:, None], interleaved))
