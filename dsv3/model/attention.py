@@ -29,6 +29,7 @@ from dsv3_kernels import (
     PageTables,
     PartialOutputs,
     Quantized,
+    Rotation,
     absorb_query,
     empty_parts,
     expand_values,
@@ -80,9 +81,11 @@ class MLA(nn.Module):
         fmt: WeightFormat,
     ) -> None:
         super().__init__()
-        self.config, self.tp = config, tp
+        self.config = config
+        self.tp = tp
         self.heads = config.num_attention_heads // layout.tp
-        hidden, query = config.hidden_size, config.num_attention_heads * config.qk_head_dim
+        hidden = config.hidden_size
+        query = config.num_attention_heads * config.qk_head_dim
         latent = config.kv_lora_rank + config.qk_rope_head_dim
         if config.q_lora_rank is None:
             first = {"q_proj": self.heads * config.qk_head_dim}
@@ -118,7 +121,7 @@ class MLA(nn.Module):
     def forward(
         self,
         x_TD: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rotation: Rotation,
         batch: Batch,
         cache: LayerCache,
         x_q: Quantized | None = None,
@@ -128,42 +131,34 @@ class MLA(nn.Module):
         decode = batch.num_decode_rows
         split = self.first_rows, c.kv_lora_rank + c.qk_rope_head_dim
         first, kv_TX = self.in_proj(x_TD, x_q).split(split, -1)
-        cos_Tr, sin_Tr = rope
         if cache.layout.form == "heads":
             if c.q_lora_rank is not None:
                 first = self.q_b_proj(rmsnorm(first, self.q_a_layernorm.weight, _LATENT_NORM_EPS))
             q_THX = first.view(-1, self.heads, c.qk_head_dim)
-            self._rotate(q_THX, rope)
-            entry_TX = latent_entries(
-                kv_TX,
-                weight_C=self.kv_a_layernorm.weight,
-                eps=_LATENT_NORM_EPS,
-                cos_Tr=cos_Tr,
-                sin_Tr=sin_Tr,
-                interleaved=c.rope_interleave,
-            )
+            self._rotate(q_THX, rotation)
+            norm = self.kv_a_layernorm.weight
+            entry_TX = latent_entries(kv_TX, norm, _LATENT_NORM_EPS, rotation)
             o_THV = self._naive(q_THX, entry_TX, batch, cache)
             return self.o_proj(o_THV.flatten(1))
         write = EntryWrite(
             kv_TX=kv_TX,
             weight_C=self.kv_a_layernorm.weight,
             eps=_LATENT_NORM_EPS,
-            cos_Tr=cos_Tr,
-            sin_Tr=sin_Tr,
-            interleaved=c.rope_interleave,
+            rotation=rotation,
             cache_SX=cache.slots,
             slot_T=batch.own_slot,
             keep_from=decode,
         )
         q_THX, chunk_TX = self._queries(first, write)
         if not batch.chunks:
-            return self.o_proj(*self._absorbed(q_THX, rope, batch, cache, self.o_proj.quantizes))
+            quant = self.o_proj.quantizes
+            o_TF, o_q = self._absorbed(q_THX, rotation, batch, cache, quant)
+            return self.o_proj(o_TF, o_q)
         q_decode, q_chunk = q_THX.tensor_split([decode])
-        self._rotate(q_chunk, (cos_Tr[decode:], sin_Tr[decode:]))
+        self._rotate(q_chunk, rotation.tokens(decode))
         o_TF = self._expanded(q_chunk, chunk_TX, batch, cache).flatten(1)
         if decode:
-            rope_decode = cos_Tr[:decode], sin_Tr[:decode]
-            first_TF, _ = self._absorbed(q_decode, rope_decode, batch, cache)
+            first_TF, _ = self._absorbed(q_decode, rotation.tokens(0, decode), batch, cache)
             o_TF = torch.cat((first_TF.to(o_TF.dtype), o_TF))
         return self.o_proj(o_TF)
 
@@ -184,9 +179,9 @@ class MLA(nn.Module):
             query = up(latent, latent_q)
         return query.view(-1, self.heads, self.config.qk_head_dim), entry_TX
 
-    def _rotate(self, q_THX: Tensor, rope: tuple[Tensor, Tensor]) -> None:
+    def _rotate(self, q_THX: Tensor, rotation: Rotation) -> None:
         """Rotate queries in place."""
-        rotate(q_THX[..., self.config.qk_nope_head_dim :], *rope, self.config.rope_interleave)
+        rotate(q_THX[..., self.config.qk_nope_head_dim :], rotation)
 
     def _expand(self, entry_SX: Tensor) -> KeysValues:
         """Return keys and values of the local heads."""
@@ -207,7 +202,7 @@ class MLA(nn.Module):
     def _absorbed(
         self,
         q_THX: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rotation: Rotation,
         batch: Batch,
         cache: LayerCache,
         quant: bool = False,
@@ -218,7 +213,7 @@ class MLA(nn.Module):
             [T, H * V] of the local heads, and that in FP8 if asked for.
         """
         w_uk, w_uv = self._absorption()
-        q_THX = absorb_query(q_THX, w_uk, *rope, self.config.rope_interleave)
+        q_THX = absorb_query(q_THX, w_uk, rotation)
         if cache.layout.shards == 1:
             z_THC = self._attend_groups(q_THX, batch, cache)
             return expand_values(z_THC[None], None, w_uv, quant, self.o_proj.ue8m0)

@@ -124,15 +124,18 @@ class MoE(nn.Module):
         side: SideStream,
     ) -> None:
         super().__init__()
-        self.dispatch, self.side, self.spread = dispatch, side, layout.ep
+        self.dispatch = dispatch
+        self.side = side
+        self.spread = layout.ep
         self.slots = dispatch.slots.get(prefix)
         self.router = Router(config, prefix, fmt)
         self.top_k = config.num_experts_per_tok
         held = list(range(*split_range(config.n_routed_experts, layout.ep, layout.ep_rank)))
         if self.slots is not None:
             held = self.slots.held
-        self.num_local, self.first_expert = len(held), layout.ep_rank * len(held)
-        hidden, inner = config.hidden_size, config.moe_intermediate_size
+        self.local = LocalExperts(first=layout.ep_rank * len(held), count=len(held))
+        hidden = config.hidden_size
+        inner = config.moe_intermediate_size
         paths = [f"{prefix}experts.{e}." for e in held]
         pairs = [[f"{p}gate_proj.weight", f"{p}up_proj.weight"] for p in paths]
         self.gate_up_proj = Matrix(pairs, [inner, inner], hidden, fmt)
@@ -141,8 +144,8 @@ class MoE(nn.Module):
         self.shared_experts: MLP | None = None
         if config.n_shared_experts:
             width = config.shared_intermediate_size
-            name, unit = f"{prefix}shared_experts.", config.mlp_unit
-            self.shared_experts = MLP(name, hidden, width, layout, fmt, unit)
+            name = f"{prefix}shared_experts."
+            self.shared_experts = MLP(name, hidden, width, layout, fmt, config.mlp_unit)
 
     def forward(self, x_TD: Tensor, x_q: Quantized | None = None) -> Tensor:
         """Return this rank's part, [T, D] float32: its experts' and its share of the shared."""
@@ -151,9 +154,7 @@ class MoE(nn.Module):
             return self.dispatch(x_TD, ids_TK, ids_TK.float(), self.run_experts)()
         is_local = self.dispatch.mesh.layout.dp == 1
         shared = self._start_shared(x_TD, x_q) if is_local else None
-        local = None
-        if is_local and self.slots is None:
-            local = LocalExperts(self.first_expert, self.num_local)
+        local = self.local if is_local and self.slots is None else None
         ids_TK, weight_TK, groups = self.router(x_TD, self.dispatch.position_T, local)
         if self.slots is not None:
             ids_TK = self.slots(ids_TK)
@@ -198,7 +199,7 @@ class MoE(nn.Module):
             x,
             ids_TK=ids_MK,
             weight_TK=weight_MK,
-            first_expert=self.first_expert,
+            first_expert=self.local.first,
             gate_up=self.gate_up_proj.stack(),
             down=self.down_proj.stack(),
             ue8m0=ue8m0,

@@ -19,6 +19,7 @@ from dsv3.parallel.placement import Placement
 from dsv3.parallel.rows import StreamRows
 from dsv3.parallel.slots import ExpertSlots
 from dsv3.parallel.weights import Matrix, Target, Vector, WeightFormat
+from dsv3_kernels import Rotation
 
 
 class DecoderLayer(nn.Module):
@@ -54,7 +55,7 @@ class DecoderLayer(nn.Module):
         self,
         x_TD: Tensor,
         y_TD: Tensor | None,
-        rope: tuple[Tensor, Tensor],
+        rotation: Rotation,
         batch: Batch,
         cache: LayerCache,
         rows: StreamRows,
@@ -65,7 +66,7 @@ class DecoderLayer(nn.Module):
         """
         norm_D, to = self.input_layernorm.weight, self.self_attn.in_proj
         x_TD, h_TD, h_q = rows.sum_norm(x_TD, y_TD, norm_D, self.eps, to.quantizes, to.ue8m0)
-        y_TD = self.self_attn(h_TD, rope, batch, cache, h_q)
+        y_TD = self.self_attn(h_TD, rotation, batch, cache, h_q)
         norm_D, up = self.post_attention_layernorm.weight, self.mlp.gate_up_proj
         x_TD, h_TD, h_q = rows.sum_norm(x_TD, y_TD, norm_D, self.eps, up.quantizes, up.ue8m0)
         return x_TD, self.mlp(h_TD, h_q)
@@ -124,9 +125,9 @@ class Transformer(nn.Module):
         count = len(batch.token_T)
         rows = StreamRows(self.tp, count, 0 < self.split_from <= count and self.tp.size > 1)
         x_TD, y_TD = rows.own(self.embed_tokens(batch.token_T)), None
-        rope = self.rotary(batch.position_T)
+        rotation = self.rotary(batch.position_T)
         for i, layer in enumerate(self.layers):
-            x_TD, y_TD = layer(x_TD, y_TD, rope, batch, cache.layer(i), rows)
+            x_TD, y_TD = layer(x_TD, y_TD, rotation, batch, cache.layer(i), rows)
         eps = self.config.rms_norm_eps
         return rows.sum_norm(x_TD, y_TD, self.norm.weight, eps, quant=False, ue8m0=False)[1]
 

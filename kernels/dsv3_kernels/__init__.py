@@ -15,7 +15,7 @@ from dsv3_kernels.attention.mla_prefill import KeysValues, mla_prefill, mla_pref
 from dsv3_kernels.attention.norm_and_cache import norm_and_cache
 from dsv3_kernels.attention.paging import Keys, PageTables, Paging
 from dsv3_kernels.attention.parts import PartialOutputs, empty_parts, open_parts
-from dsv3_kernels.attention.rope import apply_rope, rotate
+from dsv3_kernels.attention.rope import Rotation, apply_rope, rotate
 from dsv3_kernels.attention.rope_and_cache import EntryWrite, latent_entries, rope_and_cache
 from dsv3_kernels.attention.write_slots import write_slots
 from dsv3_kernels.gemm._split_k import make_locks
@@ -47,6 +47,7 @@ __all__ = [
     "PartialOutputs",
     "Peers",
     "Quantized",
+    "Rotation",
     "RouterInput",
     "Routing",
     "RowParams",

@@ -99,7 +99,7 @@ def check_weights(live: Started, fresh: Started) -> None:
     """What a rank holds is what it would have read for this placement."""
     for one, other in zip(moe_layers(live), moe_layers(fresh), strict=True):
         for name in ("gate_up_proj", "down_proj"):
-            held = (getattr(x, name).take(list(range(x.num_local))) for x in (one, other))
+            held = (getattr(x, name).take(list(range(x.local.count))) for x in (one, other))
             for got, wanted in zip(*held, strict=True):
                 assert_bitwise_equal(name, got, wanted)
 
@@ -129,7 +129,7 @@ def check_layer(mesh: Mesh, placement: Placement, form: str, tokens: int) -> Non
     dispatch = ExpertDispatch(mesh, placement.num_slots, settings)
     dispatch.slots[prefix] = slots = ExpertSlots(placement, 1, mesh)
     layer = filled(MoE(CONFIG, prefix, mesh.layout, FORMAT, dispatch, side), mesh)
-    assert layer.num_local == placement.slots_per_rank
+    assert layer.local.count == placement.slots_per_rank
     dispatch.begin_step(None)
     generator = torch.Generator().manual_seed(mesh.layout.dp_rank)
     x = torch.randn(tokens, CONFIG.hidden_size, generator=generator)

@@ -37,7 +37,7 @@ from dsv3_kernels.attention.mla_prefill import tile_for as prefill_tile
 from dsv3_kernels.attention.norm_and_cache import norm_and_cache
 from dsv3_kernels.attention.paging import PageTables, Paging
 from dsv3_kernels.attention.parts import empty_parts, open_parts
-from dsv3_kernels.attention.rope import rotate
+from dsv3_kernels.attention.rope import Rotation, rotate
 from dsv3_kernels.attention.rope_and_cache import EntryWrite, rope_and_cache
 from dsv3_kernels.attention.write_slots import write_slots
 from dsv3_kernels.gemm._split_k import make_locks
@@ -156,7 +156,8 @@ def attention(is_hopper: bool) -> None:
     """The kernels of the attention layer at V3's shapes, over every form of the cache."""
     page, pos = torch.zeros(2, 40, dtype=torch.int32), torch.zeros(2, 1, dtype=torch.int64)
     packed = torch.zeros(64, packed_bytes(512, 64), dtype=torch.uint8)
-    trig, slot = torch.zeros(4, 32), torch.zeros(4, dtype=torch.int64)
+    slot = torch.zeros(4, dtype=torch.int64)
+    rotation = Rotation(torch.zeros(4, 32), torch.zeros(4, 32), True)
     plain, kv = (torch.zeros(64, width, dtype=torch.bfloat16) for width in (576, 16 * 320))
     forms = (plain, 16), (packed, 16), (plain, 32), (plain, 128), (packed, 128), (plain.float(), 16)
     for cache, heads in forms:
@@ -168,9 +169,7 @@ def attention(is_hopper: bool) -> None:
             kv_TX=kv[:4, 1536:2112],
             weight_C=torch.ones(512),
             eps=1e-6,
-            cos_Tr=trig,
-            sin_Tr=trig,
-            interleaved=True,
+            rotation=rotation,
             cache_SX=cache,
             slot_T=slot,
             keep_from=2,
@@ -180,7 +179,7 @@ def attention(is_hopper: bool) -> None:
     write_slots.kernel(plain, slot, plain[:4])
     absorption(page, pos, plain)
     q = torch.zeros(4, 16, 192, dtype=torch.bfloat16)
-    rotate.kernel(q[..., 128:], trig, trig, True)
+    rotate.kernel(q[..., 128:], rotation)
     k_r, start = kv[:4, None, :64].expand(-1, 16, -1), torch.tensor([0, 1, 4], dtype=torch.int32)
     keys = KeysValues(q[..., :128], k_r, q[..., :128])
     launch_prefill(q, keys, start, 3, 0, 0.1, prefill_tile(False, is_hopper))
@@ -198,7 +197,7 @@ def absorption(page: torch.Tensor, pos: torch.Tensor, cache: torch.Tensor) -> No
     w = torch.zeros(16, 256, 512, dtype=torch.bfloat16)
     for dtype in (torch.bfloat16, torch.float32):
         q, trig = torch.zeros(2, 16, 192, dtype=dtype), torch.zeros(2, 32)
-        q = absorb_query.kernel(q, w[:, :128].to(dtype), trig, trig, True)
+        q = absorb_query.kernel(q, w[:, :128].to(dtype), Rotation(trig, trig, True))
         expand_values.kernel(q[None, ..., :512].float(), None, w[:, 128:].to(dtype), True)
     q = torch.zeros(8, 2, 16, 576, dtype=torch.bfloat16)
     parts = empty_parts(q, 512)

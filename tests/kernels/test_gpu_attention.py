@@ -1,6 +1,6 @@
 """The attention layer's kernels on a real GPU (TRITON_INTERPRET=0), at V3's shapes."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import pairwise
 
 import pytest
@@ -11,6 +11,7 @@ from dsv3_kernels import (
     KeysValues,
     PageTables,
     Paging,
+    Rotation,
     RowParams,
     absorb_query,
     act_quant,
@@ -85,10 +86,11 @@ def test_way_of_a_step_through_latent_space(dtype: torch.dtype, tokens: int) -> 
     """Absorb, attend with the heads of eight ranks, merge what eight ranks found, expand."""
     torch.manual_seed(5)
     w, angle = torch.randn(16, 256, 512).to(dtype) / 20, torch.rand(tokens, 32) * 50
-    rope = angle.cos(), angle.sin(), True
+    rotation = Rotation(angle.cos(), angle.sin(), True)
+    moved = Rotation(angle.cos().cuda(), angle.sin().cuda(), True)
     q = torch.randn(tokens, 16, 192).to(dtype)
-    absorbed = absorb_query(q.cuda(), w[:, :128].cuda(), *(x.cuda() for x in rope[:2]), True)
-    want = absorb_query.reference(q, w[:, :128], *rope)
+    absorbed = absorb_query(q.cuda(), w[:, :128].cuda(), moved)
+    want = absorb_query.reference(q, w[:, :128], rotation)
     assert_close("queries", absorbed.cpu().float(), want.float(), TOLERANCE[dtype])
     ranks = torch.stack([want.roll(i, -1) for i in range(8)])
     parts, sent = [], []
@@ -147,17 +149,33 @@ def test_rope_and_cache(dtype: torch.dtype, is_packed: bool) -> None:
     kv, angle = torch.randn(50, 2112).to(dtype)[:, 1536:], torch.rand(50, 32) * 50
     slot = torch.randperm(60)[:50].where(torch.rand(50) < 0.7, torch.tensor(-1))
     cache = torch.zeros(60, 656, dtype=torch.uint8) if is_packed else torch.zeros(60, 576)
-    args = kv, torch.rand(512) + 0.5, 1e-6, angle.cos(), angle.sin(), True, cache, slot, 20
-    moved = [x.cuda() if isinstance(x, torch.Tensor) else x for x in args]
-    got, want = rope_and_cache(EntryWrite(*moved)), rope_and_cache.reference(EntryWrite(*args))
+    write = EntryWrite(
+        kv_TX=kv,
+        weight_C=torch.rand(512) + 0.5,
+        eps=1e-6,
+        rotation=Rotation(angle.cos(), angle.sin(), True),
+        cache_SX=cache,
+        slot_T=slot,
+        keep_from=20,
+    )
+    rotation = Rotation(angle.cos().cuda(), angle.sin().cuda(), True)
+    moved = replace(
+        write,
+        kv_TX=kv.cuda(),
+        weight_C=write.weight_C.cuda(),
+        rotation=rotation,
+        cache_SX=cache.cuda(),
+        slot_T=slot.cuda(),
+    )
+    got, want = rope_and_cache(moved), rope_and_cache.reference(write)
     # A last place of e4m3 where a quotient falls to the other side.
     assert_close("kept", got.float().cpu(), want.float(), 2**-3 if is_packed else 2**-7)
     unwritten = cache.float().abs().sum(1) == 0
-    assert bool((moved[6].cpu()[unwritten] == 0).all())
+    assert bool((moved.cache_SX.cpu()[unwritten] == 0).all())
     x = torch.randn(50, 16, 192).to(dtype)
     y = x.cuda()
-    rotate(y[..., 128:], moved[3], moved[4], True)
-    rotate.reference(x[..., 128:], args[3], args[4], True)
+    rotate(y[..., 128:], rotation)
+    rotate.reference(x[..., 128:], write.rotation)
     assert_close("rotated", y.cpu().float(), x.float(), 2**-7)
 
 
@@ -172,7 +190,7 @@ def test_norm_and_cache(tokens: int, is_packed: bool) -> None:
     cache = torch.zeros(tokens, 656 if is_packed else 576, device="cuda")
     cache = cache.to(torch.uint8 if is_packed else torch.bfloat16)
     weights = torch.rand(1536).cuda() + 0.5, torch.rand(512).cuda() + 0.5
-    entry = kv, weights[1], 1e-6, angle.cos(), angle.sin(), True
+    entry = kv, weights[1], 1e-6, Rotation(angle.cos(), angle.sin(), True)
     others, keep = cache.clone(), tokens // 2
     write = EntryWrite(*entry, cache, slot, keep)
     norm_and_cache(query, weights[0], True, False, write)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dsv3_kernels import EntryWrite, packed_bytes, rmsnorm
+from dsv3_kernels import EntryWrite, Rotation, packed_bytes, rmsnorm
 from dsv3_kernels.attention.norm_and_cache import norm_and_cache
 from dsv3_kernels.attention.rope_and_cache import rope_and_cache
 from dsv3_kernels.ops.rmsnorm import add_rmsnorm
@@ -22,7 +22,8 @@ def test_the_bits_of_two_launches(op, dtype, form: str, tokens: int, A: int, C: 
     wide = torch.randn(tokens, A + 4 + C + R).to(dtype)
     x, kv, angle = wide[:, :A], wide[:, A + 4 :], torch.rand(tokens, R // 2) * 50
     weight, quant = torch.rand(A) + 0.5, A % 128 == 0
-    entry = kv, torch.rand(C) + 0.5, 1e-6, angle.cos(), angle.sin(), form != "packed"
+    rotation = Rotation(angle.cos(), angle.sin(), form != "packed")
+    entry = kv, torch.rand(C) + 0.5, 1e-6, rotation
     slot = torch.tensor([4, -1, 0, 3, 6])[:tokens]
     cache = torch.full((9, C + R), 5.0)
     if form == "packed":
@@ -50,9 +51,7 @@ def test_no_tokens() -> None:
         kv_TX=wide[:, 128:],
         weight_C=torch.ones(64),
         eps=1e-6,
-        cos_Tr=none,
-        sin_Tr=none,
-        interleaved=True,
+        rotation=Rotation(none, none, True),
         cache_SX=torch.zeros(3, 72),
         slot_T=none,
         keep_from=0,

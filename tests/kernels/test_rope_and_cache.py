@@ -1,7 +1,15 @@
 import pytest
 import torch
 
-from dsv3_kernels import EntryWrite, apply_rope, pack_latent, packed_bytes, rmsnorm, unpack_latent
+from dsv3_kernels import (
+    EntryWrite,
+    Rotation,
+    apply_rope,
+    pack_latent,
+    packed_bytes,
+    rmsnorm,
+    unpack_latent,
+)
 from dsv3_kernels.attention.rope_and_cache import rope_and_cache
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 
@@ -18,14 +26,15 @@ def make(T: int, C: int, R: int):
 
 
 def store(args, interleaved: bool, cache, slot_T, keep_from: int, op=rope_and_cache.kernel):
-    return op(EntryWrite(*args, interleaved, cache, slot_T, keep_from))
+    kv, weight, eps, cos, sin = args
+    rotation = Rotation(cos, sin, interleaved)
+    return op(EntryWrite(kv, weight, eps, rotation, cache, slot_T, keep_from))
 
 
 def entries(kv, weight, eps, cos, sin, interleaved):
     C = len(weight)
-    return torch.cat(
-        (rmsnorm(kv[:, :C], weight, eps), apply_rope(kv[:, C:], cos, sin, interleaved)), -1
-    )
+    rotated = apply_rope(kv[:, C:], Rotation(cos, sin, interleaved))
+    return torch.cat((rmsnorm(kv[:, :C], weight, eps), rotated), -1)
 
 
 @both

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dsv3_kernels._triton import in_turn, is_interpreted, launch_options, tl, triton
-from dsv3_kernels.attention.rope import apply_rope, rotate_pairs
+from dsv3_kernels.attention.rope import Rotation, apply_rope, rotate_pairs
 from dsv3_kernels.operation import operation
 
 # Tokens per program; constant, so a token's result does not depend on the number of tokens.
@@ -77,14 +77,12 @@ def _absorb_query_kernel(
         )
 
 
-def _launch_absorb_query(
-    q_THX: Tensor, w_uk_HNC: Tensor, cos_Tr: Tensor, sin_Tr: Tensor, interleaved: bool
-) -> Tensor:
+def _launch_absorb_query(q_THX: Tensor, w_uk_HNC: Tensor, rotation: Rotation) -> Tensor:
     """Launch a program per head, block of columns and block of tokens."""
     T, H, X = q_THX.shape
     _, N, C = w_uk_HNC.shape
     assert q_THX.stride(2) == w_uk_HNC.stride(2) == 1, f"{q_THX.stride()=} {w_uk_HNC.stride()=}"
-    assert cos_Tr.is_contiguous() and sin_Tr.is_contiguous(), f"{cos_Tr.stride()=}"
+    rotation.check_contiguous()
     out = torch.empty((T, H, C + X - N), dtype=q_THX.dtype, device=q_THX.device)
     half = (X - N) // 2
     is_exact = q_THX.dtype == torch.float32 or is_interpreted(q_THX)
@@ -93,8 +91,8 @@ def _launch_absorb_query(
         _absorb_query_kernel[(H, triton.cdiv(C, columns) + 1, triton.cdiv(T, _TOKENS))](
             q_ptr=q_THX,
             w_ptr=w_uk_HNC,
-            cos_ptr=cos_Tr,
-            sin_ptr=sin_Tr,
+            cos_ptr=rotation.cos_Tr,
+            sin_ptr=rotation.sin_Tr,
             out_ptr=out,
             T=T,
             q_stride_t=q_THX.stride(0),
@@ -109,7 +107,7 @@ def _launch_absorb_query(
             HALF_PAD=triton.next_power_of_2(half),
             BT=_TOKENS,
             BC=columns,
-            INTERLEAVED=interleaved,
+            INTERLEAVED=rotation.interleaved,
             DTYPE=tl.float32 if is_exact else tl.bfloat16,
             num_warps=4,
             **launch_options(),
@@ -118,17 +116,13 @@ def _launch_absorb_query(
 
 
 @operation(kernel=_launch_absorb_query)
-def absorb_query(
-    q_THX: Tensor, w_uk_HNC: Tensor, cos_Tr: Tensor, sin_Tr: Tensor, interleaved: bool
-) -> Tensor:
+def absorb_query(q_THX: Tensor, w_uk_HNC: Tensor, rotation: Rotation) -> Tensor:
     """Return queries as `mla_decode` takes them.
 
     Args:
         q_THX: [T, H, N + R] as projected; heads and tokens may be strided.
         w_uk_HNC: [H, N, C], any strides but the last.
-        cos_Tr: [T, R / 2] float32.
-        sin_Tr: [T, R / 2] float32.
-        interleaved: see `apply_rope`.
+        rotation: of the tokens.
 
     Returns:
         [T, H, C + R] in the dtype of `q_THX`.
@@ -137,5 +131,5 @@ def absorb_query(
     """
     q_THN, q_THR = q_THX.tensor_split([w_uk_HNC.shape[1]], -1)
     q_THC = torch.bmm(q_THN.transpose(0, 1), w_uk_HNC).transpose(0, 1)
-    rotated = apply_rope(q_THR, cos_Tr[:, None], sin_Tr[:, None], interleaved)
+    rotated = apply_rope(q_THR, rotation)
     return torch.cat((q_THC, rotated), -1)

@@ -1,5 +1,7 @@
 """Rotary position embedding of the last dimension, in both layouts of the model family."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -9,27 +11,53 @@ from dsv3_kernels.operation import operation
 _HEADS = 16  # per program
 
 
-def apply_rope(x_TR: Tensor, cos_Tr: Tensor, sin_Tr: Tensor, interleaved: bool) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """Rotations of the pairs of a rotary embedding.
+
+    Attributes:
+        cos_Tr: [T, R / 2] float32 cosines of the angles.
+        sin_Tr: [T, R / 2] float32 sines.
+        interleaved: True if pair i is (x[2i], x[2i+1]), as MLA stores it; else (x[i], x[i + R/2]).
+    """
+
+    cos_Tr: Tensor
+    sin_Tr: Tensor
+    interleaved: bool
+
+    def tokens(self, start: int, stop: int | None = None) -> "Rotation":
+        """Return the rotations of tokens start to stop."""
+        return Rotation(self.cos_Tr[start:stop], self.sin_Tr[start:stop], self.interleaved)
+
+    def check_contiguous(self) -> None:
+        """Assert that kernels can read the angles."""
+        assert self.cos_Tr.is_contiguous() and self.sin_Tr.is_contiguous(), f"{self.cos_Tr.shape=}"
+
+
+def apply_rope(x_TR: Tensor, rotation: Rotation) -> Tensor:
     """Rotate pair i of the last dimension by the angle of its token.
 
     Args:
         x_TR: [T, R] or [T, H, R], any float dtype.
-        cos_Tr: float32, broadcastable to [..., R / 2]: cosine of each pair's angle.
-        sin_Tr: the sines.
-        interleaved: pair i is (x[2i], x[2i+1]), as MLA stores it; else (x[i], x[i + R/2]).
+        rotation: of the tokens.
 
     Returns:
-        Same shape and dtype as `x_TR`, pairs in the layout they came in.
+        Same shape and dtype as `x_TR`, pairs in the layout of the input.
 
     Source: RoFormer (arXiv 2104.09864), eq. 34; DeepSeek's checkpoints are interleaved.
     """
     x = x_TR.float()
-    if interleaved:  # a pair is a complex number, multiplied by cos + i sin
+    cos = rotation.cos_Tr
+    sin = rotation.sin_Tr
+    if x_TR.dim() == 3:
+        cos = cos[:, None]
+        sin = sin[:, None]
+    if rotation.interleaved:  # a pair is a complex number, multiplied by cos + i sin
         pair = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
-        pair = pair * torch.complex(cos_Tr, sin_Tr)
+        pair = pair * torch.complex(cos, sin)
         return torch.view_as_real(pair).flatten(-2).to(x_TR.dtype)
     a, b = x.chunk(2, -1)
-    return torch.cat((a * cos_Tr - b * sin_Tr, a * sin_Tr + b * cos_Tr), -1).to(x_TR.dtype)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1).to(x_TR.dtype)
 
 
 @triton.jit
@@ -79,37 +107,35 @@ def _rotate_kernel(
     )
 
 
-def _launch_rotate(x_THR: Tensor, cos_Tr: Tensor, sin_Tr: Tensor, interleaved: bool) -> None:
+def _launch_rotate(x_THR: Tensor, rotation: Rotation) -> None:
     """Launch a program per token and block of heads."""
     T, H, R = x_THR.shape
     assert x_THR.stride(2) == 1, f"{x_THR.stride()=}"
-    assert cos_Tr.is_contiguous() and sin_Tr.is_contiguous(), f"{cos_Tr.stride()=}"
+    rotation.check_contiguous()
     half = R // 2
     if T:
         _rotate_kernel[(T, triton.cdiv(H, _HEADS))](
             x_ptr=x_THR,
-            cos_ptr=cos_Tr,
-            sin_ptr=sin_Tr,
+            cos_ptr=rotation.cos_Tr,
+            sin_ptr=rotation.sin_Tr,
             stride_t=x_THR.stride(0),
             stride_h=x_THR.stride(1),
             H=H,
             HALF=half,
             HALF_PAD=triton.next_power_of_2(half),
             HEADS=_HEADS,
-            INTERLEAVED=interleaved,
+            INTERLEAVED=rotation.interleaved,
             num_warps=2,
             **launch_options(),
         )
 
 
 @operation(kernel=_launch_rotate)
-def rotate(x_THR: Tensor, cos_Tr: Tensor, sin_Tr: Tensor, interleaved: bool) -> None:
+def rotate(x_THR: Tensor, rotation: Rotation) -> None:
     """Do `apply_rope` in place.
 
     Args:
         x_THR: [T, H, R], any float dtype; heads and tokens may be strided.
-        cos_Tr: [T, R / 2] float32.
-        sin_Tr: [T, R / 2] float32.
-        interleaved: see `apply_rope`.
+        rotation: of the tokens.
     """
-    x_THR.copy_(apply_rope(x_THR, cos_Tr[:, None], sin_Tr[:, None], interleaved))
+    x_THR.copy_(apply_rope(x_THR, rotation))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dsv3_kernels._triton import in_turn, launch_options, tl, triton
 from dsv3_kernels.attention.kv_fp8 import BLOCK, pack_latent, packed_views, unpack_latent
-from dsv3_kernels.attention.rope import apply_rope
+from dsv3_kernels.attention.rope import Rotation, apply_rope
 from dsv3_kernels.attention.write_slots import write_slots
 from dsv3_kernels.gemm._e4m3 import decode_e4m3, e4m3_view, is_native
 from dsv3_kernels.gemm.act_quant import Quantized, quantize_block
@@ -29,9 +29,7 @@ class EntryWrite:
         kv_TX: [T, C + R] as projected; rows may be strided.
         weight_C: [C] float32, weight of the latent's RMSNorm.
         eps: of the same norm.
-        cos_Tr: [T, R / 2] float32.
-        sin_Tr: [T, R / 2] float32.
-        interleaved: layout of the rotary pairs, see `apply_rope`.
+        rotation: of the keys.
         cache_SX: [slots, C + R] or, packed FP8, [slots, packed_bytes] uint8; written in place.
         slot_T: [T] int64; -1 stores nothing.
         keep_from: first row whose entry is returned; T for none.
@@ -40,9 +38,7 @@ class EntryWrite:
     kv_TX: Tensor
     weight_C: Tensor
     eps: float
-    cos_Tr: Tensor
-    sin_Tr: Tensor
-    interleaved: bool
+    rotation: Rotation
     cache_SX: Tensor
     slot_T: Tensor
     keep_from: int
@@ -72,16 +68,14 @@ class QueryNorm:
     ue8m0: bool
 
 
-def latent_entries(
-    kv_TX: Tensor, weight_C: Tensor, eps: float, cos_Tr: Tensor, sin_Tr: Tensor, interleaved: bool
-) -> Tensor:
+def latent_entries(kv_TX: Tensor, weight_C: Tensor, eps: float, rotation: Rotation) -> Tensor:
     """Return unrounded cache entries [T, C + R]: normalized latents, rotated keys.
 
     The arguments are those of `EntryWrite`.
     """
     C = len(weight_C)
     latent_TC = rmsnorm(kv_TX[:, :C], weight_C, eps)
-    return torch.cat((latent_TC, apply_rope(kv_TX[:, C:], cos_Tr, sin_Tr, interleaved)), -1)
+    return torch.cat((latent_TC, apply_rope(kv_TX[:, C:], rotation)), -1)
 
 
 @triton.jit(do_not_specialize=["keep_from"])
@@ -202,7 +196,7 @@ def launch_entries(write: EntryWrite, norm: QueryNorm | None) -> Tensor:
     C = len(write.weight_C)
     cache_SX = write.cache_SX
     assert write.kv_TX.stride(1) == cache_SX.stride(1) == 1, f"{write.kv_TX.stride()=}"
-    assert write.cos_Tr.is_contiguous() and write.sin_Tr.is_contiguous(), f"{write.cos_Tr.shape=}"
+    write.rotation.check_contiguous()
     is_packed = cache_SX.dtype == torch.uint8
     scale_Sc = cache_SX
     rope_SR = cache_SX[:, C:]
@@ -218,8 +212,8 @@ def launch_entries(write: EntryWrite, norm: QueryNorm | None) -> Tensor:
         _rope_and_cache_kernel[(T, 2 if norm_blocks else 1)](
             kv_ptr=write.kv_TX,
             weight_ptr=write.weight_C,
-            cos_ptr=write.cos_Tr,
-            sin_ptr=write.sin_Tr,
+            cos_ptr=write.rotation.cos_Tr,
+            sin_ptr=write.rotation.sin_Tr,
             slot_ptr=write.slot_T,
             latent_ptr=cache_SX,
             scale_ptr=scale_Sc,
@@ -242,7 +236,7 @@ def launch_entries(write: EntryWrite, norm: QueryNorm | None) -> Tensor:
             R=X - C,
             C_PAD=triton.next_power_of_2(C),
             HALF_PAD=triton.next_power_of_2((X - C) // 2),
-            INTERLEAVED=write.interleaved,
+            INTERLEAVED=write.rotation.interleaved,
             PACKED=is_packed,
             NATIVE=is_native(cache_SX),
             B=norm_blocks,
@@ -268,14 +262,7 @@ def rope_and_cache(write: EntryWrite) -> Tensor:
     """
     C = len(write.weight_C)
     dtype = write.kv_TX.dtype
-    entry_TX = latent_entries(
-        write.kv_TX,
-        weight_C=write.weight_C,
-        eps=write.eps,
-        cos_Tr=write.cos_Tr,
-        sin_Tr=write.sin_Tr,
-        interleaved=write.interleaved,
-    )
+    entry_TX = latent_entries(write.kv_TX, write.weight_C, write.eps, write.rotation)
     if write.cache_SX.dtype == torch.uint8:
         packed = pack_latent(entry_TX, C)
         write_slots.reference(write.cache_SX, write.slot_T, packed)

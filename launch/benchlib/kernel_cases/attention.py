@@ -18,6 +18,7 @@ from dsv3_kernels.attention.mla_prefill import KeysValues, mla_prefill
 from dsv3_kernels.attention.norm_and_cache import norm_and_cache
 from dsv3_kernels.attention.paging import PageTables, Paging
 from dsv3_kernels.attention.parts import empty_parts, open_parts, part_bytes
+from dsv3_kernels.attention.rope import Rotation
 from dsv3_kernels.attention.rope_and_cache import EntryWrite, rope_and_cache
 
 
@@ -78,7 +79,8 @@ def absorption(small: bool) -> Iterator[Case]:
             angle = torch.rand(T, R // 2, device=d)
             w, n, c = ((N + V) * C, 16, 32) if small else ((N + V) * C, N, C)
             w_HNC = normal(H, w // C, c, device=d)[:, :n]
-            return normal(T, H, n + R, device=d), w_HNC, angle.cos(), angle.sin(), True
+            rotation = Rotation(angle.cos(), angle.sin(), True)
+            return normal(T, H, n + R, device=d), w_HNC, rotation
 
         def parts(d: torch.device, T: int = T) -> Args:
             c = 32 if small else C
@@ -108,9 +110,7 @@ def latents(small: bool) -> Iterator[Case]:
                 kv_TX=normal(T, C + R, device=d),
                 weight_C=torch.rand(C, device=d) + 0.5,
                 eps=1e-6,
-                cos_Tr=angle.cos(),
-                sin_Tr=angle.sin(),
-                interleaved=True,
+                rotation=Rotation(angle.cos(), angle.sin(), True),
                 cache_SX=torch.zeros(2 * T, width, dtype=dtype, device=d),
                 slot_T=torch.arange(T, device=d),
                 keep_from=0,
