@@ -172,7 +172,7 @@ class Rank:
 
         for moe in self.model.modules():
             if isinstance(moe, MoE):
-                hooks.append(moe.router.register_forward_hook(partial(look, moe.first_expert)))
+                hooks.append(moe.router.register_forward_hook(partial(look, moe.local.first)))
         Runner(self.model, self.cache, absorb_limit(self.config)).run([plan])
         for hook in hooks:
             hook.remove()
