@@ -74,6 +74,8 @@ def main() -> int:
         return 1
     except SignalException as error:
         return 128 + error.sigval
+    except KeyboardInterrupt:  # before torchrun handles signals
+        return 128 + signal.SIGINT
     return 0
 
 

@@ -116,6 +116,18 @@ def test_help_shows_defaults_that_are_values() -> None:
     assert "reuse no prefixes --eviction" in text
 
 
+def run_program_file(program: str, first: Path) -> subprocess.CompletedProcess[bytes]:
+    """Run a program with modules of a folder before all others."""
+    root = Path(__file__).parents[2]
+    path = os.pathsep.join(map(str, (first, root, root / "kernels")))
+    return subprocess.run(
+        [sys.executable, root / "launch" / f"{program}.py", "--help"],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        check=False,
+    )
+
+
 @pytest.mark.parametrize(
     ("program", "module"),
     [("generate", "torch"), ("bench", "torch"), ("run", "torch"), ("convert", "tqdm")],
@@ -125,12 +137,29 @@ def test_ctrl_c_during_the_imports_is_no_traceback(
 ) -> None:
     interrupt = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
     (tmp_path / f"{module}.py").write_text(interrupt)
-    root = Path(__file__).parents[2]
-    path = os.pathsep.join(map(str, (tmp_path, root, root / "kernels")))
-    done = subprocess.run(
-        [sys.executable, root / "launch" / f"{program}.py", "--help"],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        check=False,
-    )
+    done = run_program_file(program, tmp_path)
     assert (done.returncode, done.stderr) == (-signal.SIGINT, b"")
+
+
+def test_ctrl_c_before_torchrun_handles_signals_is_no_traceback(tmp_path: Path) -> None:
+    package = tmp_path / "torch"
+    modules = {
+        "": "",
+        "distributed": "",
+        "distributed/elastic": "",
+        "distributed/elastic/multiprocessing": "class SignalException(Exception): pass",
+        "distributed/elastic/multiprocessing/errors": "class ChildFailedError(Exception): pass",
+        "distributed/elastic/rendezvous": "RendezvousHandler = RendezvousInfo = object",
+        "distributed/elastic/rendezvous/dynamic_rendezvous": (
+            "class DynamicRendezvousHandler: next_rendezvous = print"
+        ),
+        "distributed/elastic/rendezvous/static_tcp_rendezvous": (
+            "class StaticTCPRendezvous: next_rendezvous = print"
+        ),
+        "distributed/run": "def main(): import os; os.kill(os.getpid(), 2)",
+    }
+    for name, text in modules.items():
+        (package / name).mkdir()
+        (package / name / "__init__.py").write_text(text)
+    done = run_program_file("run", tmp_path)
+    assert (done.returncode, done.stderr) == (130, b"")
