@@ -1,6 +1,7 @@
 """The errors a user may meet. Each is one line: what is wrong, where, and what to do."""
 
 import re
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -104,3 +105,12 @@ def describe_error(error: BaseException) -> str:
     text = str(error).strip().split("\n")[0]
     line = one_line(f"{type(error).__name__}{': ' * bool(text)}{text}")
     return f"{line} (debug logging shows more)"
+
+
+def raise_at_ctrl_c() -> None:
+    """Raise KeyboardInterrupt at SIGINT, which ends a program without a word until then.
+
+    Where SIGINT is ignored, it stays so.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

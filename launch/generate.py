@@ -11,6 +11,7 @@ prompt a line, or OpenAI Batch rows (JSONL). Without a launcher: one rank.
 import argparse
 import logging
 import os
+import signal
 import sys
 import time
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -18,6 +19,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback out of the imports, which are slow
 
 from dsv3.checkpoint.directory import check_directory
 from dsv3.checkpoint.hub_name import model_name
@@ -131,8 +135,6 @@ def check_flags(args: argparse.Namespace) -> None:
         )
         if value
     ]
-    if args.input_file == "":
-        raise ConfigError("--input-file is empty; give a file, or - for standard input")
     if len(asked) > 1:
         raise ConfigError(f"give {asked[0]} or {asked[1]}, not both")
     if args.prompt is not None and len(args.prompt) > 1:

@@ -7,9 +7,13 @@ All flags are torchrun's.
 """
 
 import functools
+import signal
 import sys
 import threading
 from collections.abc import Callable
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback out of the imports, which are slow
 
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -17,6 +21,8 @@ from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousIn
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 from torch.distributed.run import main as torchrun
+
+from dsv3.errors import raise_at_ctrl_c
 
 Meet = Callable[[RendezvousHandler], RendezvousInfo]
 HINT_SECONDS, AGAIN_SECONDS = 5.0, 60.0
@@ -58,6 +64,7 @@ def talkative(meet: Meet) -> Meet:
 
 def main() -> int:
     """Run torchrun; its ranks have said why they ended, so their stacks are not printed again."""
+    raise_at_ctrl_c()
     try:
         torchrun()
     except ChildFailedError as error:
@@ -67,6 +74,8 @@ def main() -> int:
         return 1
     except SignalException as error:
         return 128 + error.sigval
+    except KeyboardInterrupt:  # before torchrun handles signals
+        return 128 + signal.SIGINT
     return 0
 
 

@@ -1,7 +1,7 @@
 """What a request gets where it is silent: from flags, from the checkpoint, from its format."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from dsv3.config_fields import FieldRule, shown
 from dsv3.errors import CheckpointError, ConfigError, RequestError
 from dsv3.read_files import read_mapping
 from dsv3.request import SamplingParams
+from dsv3.setting_names import flag
 
 ALL_THERE_IS_ROOM_FOR = 2**31 - 1  # tokens
 
@@ -96,12 +97,8 @@ class Defaults:
 
     def __post_init__(self) -> None:
         """Refuse values out of range here, where every row would fail for them."""
-        for source, values in (("flag", self.flags), ("generation_config.json:", self.model)):
-            given = {field: value for field, value in asdict(values).items() if value is not None}
-            try:
-                SamplingParams(**given)
-            except RequestError as error:
-                raise ConfigError(f"{source} {error}") from None
+        _check(self.flags, _flag_error)
+        _check(self.model, "generation_config.json: {}".format)
 
     def sampling(self, asked: Sampling, otherwise: Sampling) -> dict[str, Any]:
         """Take each value from the first source that has it; `otherwise` has them all."""
@@ -122,3 +119,17 @@ class Defaults:
         if self.system is None or has_one:
             return messages
         return [{"role": "system", "content": self.system}, *messages]
+
+
+def _check(values: Sampling, told: Callable[[RequestError], str]) -> None:
+    """Raise ConfigError, with an error as it is told, if a value is out of range."""
+    try:
+        SamplingParams(**asdict(values))
+    except RequestError as error:
+        raise ConfigError(told(error)) from None
+
+
+def _flag_error(error: RequestError) -> str:
+    """Return the error about a parameter, `NAME=VALUE must be ...`, with the name of its flag."""
+    name, _, rest = str(error).partition("=")
+    return f"{flag('max_new_tokens' if name == 'max_tokens' else name)}={rest}"
