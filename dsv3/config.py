@@ -313,10 +313,10 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         """Fill in tp; raise ConfigError for an inconsistent layout."""
-        if self.world_size < 1 or self.dp < 1 or (self.tp or 1) < 1:
-            raise ConfigError(
-                f"world_size={self.world_size}, dp={self.dp}, tp={self.tp} must be at least 1"
-            )
+        least = {"dp": 1, "tp": 0, "world_size": 1}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least {value}")
         if not self.tp:
             object.__setattr__(self, "tp", max(self.world_size // self.dp, 1))
         if self.tp * self.dp != self.world_size:

@@ -1,6 +1,7 @@
 """Errors for users. The message is one line: the fault, its place, and the remedy."""
 
 import re
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -49,9 +50,9 @@ class Dsv3Error(Exception):
 
     exit_code = 2
     # Set where rank 0 has the same error to tell.
-    told_elsewhere = False
+    reported_by_rank0 = False
     # Set where every rank has met with it, in one collective.
-    is_shared = False
+    seen_by_all_ranks = False
 
     def __str__(self) -> str:
         return one_line(super().__str__())
@@ -107,3 +108,12 @@ def describe_error(error: BaseException) -> str:
     kind = type(error).__name__
     line = one_line(f"{kind}: {text}" if text else kind)
     return f"{line} (debug logging shows more)"
+
+
+def raise_at_ctrl_c() -> None:
+    """Raise KeyboardInterrupt at SIGINT, which ends a program without a word until then.
+
+    Where SIGINT is ignored, it stays so.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

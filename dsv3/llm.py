@@ -24,9 +24,9 @@ from dsv3.checkpoint.source import check_stored_form, declared_config
 from dsv3.config import ModelConfig
 from dsv3.config_fields import describe_unknown, shown
 from dsv3.config_files import load_model_config
+from dsv3.distributed.collective_errors import collective_errors
 from dsv3.distributed.failure_report import is_lost
 from dsv3.distributed.mesh import before_joining, join_world
-from dsv3.distributed.together import fail_together
 from dsv3.engine.engine import Engine
 from dsv3.engine.locate import locate_checkpoint
 from dsv3.engine.session import NoOutputs, Session
@@ -111,7 +111,7 @@ class LLM(AbstractContextManager["LLM"]):
             mesh = stack.enter_context(join_world(device, tp, dp, seconds, common))
             folder = locate_checkpoint(given, mesh)
             self._chat: AnyFormat | None = None
-            with fail_together(mesh, "reading the configuration"):
+            with collective_errors(mesh, "reading the configuration"):
                 model = None if config is None else load_model_config(config)
                 if mesh.layout.rank == 0:
                     self._chat = _chat_format(folder, model, template)
@@ -150,7 +150,7 @@ class LLM(AbstractContextManager["LLM"]):
         if self._session.is_closed:
             return
         self._session.close()
-        with self._started.mesh.watch.task("writing the experts' loads"):
+        with self._started.mesh.watchdog.task("writing the experts' loads"):
             self._started.runner.finish()
         self._forgotten.detach()
         self._stack.close()
@@ -295,7 +295,7 @@ class LLM(AbstractContextManager["LLM"]):
         """
         self._session.begin(call)
         groups: list[list[Request]] = []
-        with fail_together(self._started.mesh, "reading the prompts", is_fatal=False):
+        with collective_errors(self._started.mesh, "reading the prompts", is_fatal=False):
             if self._started.engine is not None:
                 requests = make_requests()
                 try:
@@ -403,5 +403,5 @@ def _chat_format(path: Path, config: ModelConfig | None, template: Path | None) 
 
 def _is_of_script(error: BaseException) -> bool:
     """Return True if only this script has failed, not all ranks in common or a connection."""
-    is_shared = getattr(error, "is_shared", False)
-    return isinstance(error, Exception) and not is_shared and not is_lost(error)
+    seen_by_all_ranks = getattr(error, "seen_by_all_ranks", False)
+    return isinstance(error, Exception) and not seen_by_all_ranks and not is_lost(error)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
-from dsv3.arguments import number, plain, texts, token_ids, truth, whole
+from dsv3.arguments import number, texts, token_ids, truth, whole
 from dsv3.config_fields import describe_unknown, shown
 from dsv3.errors import RequestError
 
@@ -61,10 +61,13 @@ def _biases(value: Any) -> dict[int, float]:
         raise ValueError(value)
     biases: dict[int, float] = {}
     for token_id, bias in value.items():
-        key = plain(token_id)
-        added = plain(bias)
-        is_number = isinstance(added, int | float) and not isinstance(added, bool)
-        if type(key) is not int or not is_number or not -MAX_BIAS <= added <= MAX_BIAS:
+        try:
+            key = whole(token_id)
+            added = number(bias)
+        except ValueError:
+            key = 0
+            added = math.nan
+        if not -MAX_BIAS <= added <= MAX_BIAS:
             rule = "a token id, and a number between -100 and 100"
             raise RequestError(f"logit_bias[{shown(token_id)}]={shown(bias)} must be {rule}")
         biases[key] = added

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_args
 
 from dsv3.arguments import text, truth, whole
 from dsv3.config_fields import shown
@@ -16,6 +16,10 @@ from dsv3.sizes import CacheSize, Size
 # rows to normalize outweigh two more launches (20 us a layer) from about 600 tokens on. With Gloo
 # there is no gain.
 _SPLIT_TOKENS = 1024
+CacheForm = Literal["latent", "heads"]
+CacheDtype = Literal["fp32", "bf16", "fp8"]
+KvShard = Literal["tokens", "none"]
+DispatchForm = Literal["auto", "allreduce", "alltoall"]
 # Conversion of values by the type of their field, and the type in words for errors.
 _KINDS: Mapping[Any, tuple[Callable[[Any], Any], str]] = {
     int: (whole, "a whole number"),
@@ -36,9 +40,9 @@ def _setting(group: str, default: Any, about: str = "", least: int = 0) -> Any:
     return field(default=default, metadata={"group": group, "about": about, "least": least})
 
 
-def allowed_words(setting: Field[Any]) -> tuple[str, ...]:
-    """Return the words that a setting accepts; none for other settings."""
-    return get_args(setting.type) if get_origin(setting.type) is Literal else ()
+def words_of(setting: Field[Any]) -> tuple[str, ...]:
+    """Return the possible values of a field whose type is a `Literal`; none for other fields."""
+    return get_args(setting.type)
 
 
 _model, _layout, _experts, _cache, _steps = (
@@ -168,7 +172,7 @@ class EngineConfig:
     def _read(self, f: Field[Any]) -> None:
         """Convert and check the value of a field; None means the default."""
         value = getattr(self, f.name)
-        words = allowed_words(f)
+        words = words_of(f)
         least = f.metadata["least"]
         convert, rule = _KINDS[str if words else f.type]
         if f.type is int:
@@ -240,11 +244,11 @@ class EngineConfig:
         return (Path(folder), size) if size else None
 
     @property
-    def cache_form(self) -> str:
+    def cache_form(self) -> CacheForm:
         """Contents of the cache: "heads" or "latent"."""
         return "heads" if self.attn_impl == "naive" else "latent"
 
-    def split_from(self, device_type: str) -> int:
+    def sp_min_tokens(self, device_type: str) -> int:
         """Return the least number of tokens to split the residual stream over tp; 0 is never."""
         if self.sequence_parallel >= 0:
             return self.sequence_parallel

@@ -15,10 +15,14 @@ Without --ckpt-path: the demo model.
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback out of the imports, which are slow
 
 import torch
 
@@ -36,6 +40,7 @@ from benchlib.throughput import throughput
 from benchlib.workload import Lengths, draw_requests
 from dsv3.cache.eviction import POLICIES
 from dsv3.config_files import DEMO, load_model_config
+from dsv3.distributed.launcher import environment_rank
 from dsv3.distributed.mesh import before_joining, join_world
 from dsv3.engine.engine import Engine, follow
 from dsv3.engine.locate import locate_checkpoint, locate_description
@@ -279,6 +284,8 @@ def new_engine(started: Started, settings: EngineConfig) -> Engine:
 def main() -> int:
     """Run the benchmark that the command line names, and print its report."""
     name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in (*STANDALONE, "host", "cache") and environment_rank():
+        return 0  # of several ranks, the first measures
     if name in STANDALONE:
         run, _ = STANDALONE[name]
         return run(sys.argv[2:])

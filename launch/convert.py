@@ -19,6 +19,7 @@ of its own ranks; what every group needs is therefore written dp times (--dry-ru
 """
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +27,9 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TextIO
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback out of the imports, which are slow
 
 from tqdm import tqdm
 
@@ -45,7 +49,14 @@ from dsv3.checkpoint.verify import check_kinds, verify_against, verify_digests
 from dsv3.checkpoint.workers import default_workers
 from dsv3.config import ParallelConfig
 from dsv3.config_files import load_model_config
-from dsv3.errors import ConfigError, Dsv3Error, RankError, describe_error, printable
+from dsv3.errors import (
+    ConfigError,
+    Dsv3Error,
+    RankError,
+    describe_error,
+    printable,
+    raise_at_ctrl_c,
+)
 from dsv3.files import open_closed_streams
 
 
@@ -57,7 +68,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     text = "checkpoint to read, or owner/name[@revision] on the Hugging Face hub"
     add("--hf-ckpt-path", required=True, metavar="DIR", help=text)
-    add("--save-path", type=Path, metavar="OUT", help="directory to write or resume")
+    add("--save-path", metavar="OUT", help="directory to write or resume")
     add("--model-parallel", type=int, metavar="N", help="the same as --tp N")
     add("--tp", type=int, metavar="T", help="write files for T tensor-parallel ranks")
     add("--dp", type=int, metavar="D", help="write files for D data-parallel groups (default: 1)")
@@ -77,8 +88,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--overwrite", action="store_true", help="replace an existing checkpoint in OUT")
     add("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
+    _check_values(parser, args)
     _check_args(parser, args)
     return args
+
+
+def _check_values(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse empty texts, as of variables that are not set, and numbers below 1."""
+    for name, value in vars(args).items():
+        flag = f"--{name.replace('_', '-')}"
+        if value == "":
+            parser.error(f"{flag} is empty; give a value, or leave it out")
+        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+            parser.error(f"{flag} must be at least 1")
+    args.save_path = None if args.save_path is None else Path(args.save_path)
 
 
 def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -99,8 +122,6 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error("--to hf writes one whole checkpoint; leave --model-parallel out, --tp, --dp")
     if args.scale_fmt and args.to != "fp8":
         parser.error("--scale-fmt goes with --to fp8")
-    if args.workers < 1:
-        parser.error("--workers must be at least 1")
     if args.save_path.resolve() == Path(args.hf_ckpt_path).resolve():
         parser.error("--save-path must not be the directory that is read")
 
@@ -285,6 +306,7 @@ def progress_bar(num_bytes: int, title: str) -> Iterator[Callable[[int], None]]:
 
 def program() -> int:
     """Run the command; print an unexpected error in one line, too."""
+    raise_at_ctrl_c()
     open_closed_streams()
     try:
         return main()

@@ -11,6 +11,7 @@ per line, or OpenAI Batch rows (JSONL). Without torchrun, the program runs on on
 import argparse
 import logging
 import os
+import signal
 import sys
 import time
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -19,14 +20,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback out of the imports, which are slow
+
 from dsv3.checkpoint.directory import check_directory
 from dsv3.checkpoint.hub_name import model_name
 from dsv3.checkpoint.source import check_stored_form, declared_config
 from dsv3.config import ModelConfig
 from dsv3.config_files import DEMO, load_model_config
+from dsv3.distributed.collective_errors import collective_errors
 from dsv3.distributed.mesh import Mesh, before_joining, join_world
 from dsv3.distributed.restarts import has_mark, set_mark
-from dsv3.distributed.together import fail_together
 from dsv3.engine.engine import Engine, follow
 from dsv3.engine.locate import locate_checkpoint
 from dsv3.engine.program import (
@@ -168,8 +172,6 @@ def check_flags(args: argparse.Namespace) -> None:
         )
         if value
     ]
-    if args.input_file == "":
-        raise ConfigError("--input-file is empty; give a file, or - for standard input")
     if len(given) > 1:
         raise ConfigError(f"give {given[0]} or {given[1]}, not both")
     if args.prompt is not None and len(args.prompt) > 1:
@@ -378,8 +380,8 @@ def run(args: argparse.Namespace, mesh: Mesh, files: ExitStack, begin: float) ->
     checkpoint = locate_checkpoint(args.ckpt_path, mesh)
     if is_first and not args.ckpt_path:
         log.info("no --ckpt-path: using the demo model in %s", DEMO)
-    mesh.watch.enter("reading the input", may_rest=True)
-    with fail_together(mesh, "reading the input"):
+    mesh.watchdog.enter("reading the input", may_rest=True)
+    with collective_errors(mesh, "reading the input"):
         if is_first:
             check_directory(checkpoint)
         config = load_model_config(args.config) if args.config else None
@@ -395,11 +397,11 @@ def run(args: argparse.Namespace, mesh: Mesh, files: ExitStack, begin: float) ->
     started = start(checkpoint, settings, mesh, config, args.n_experts)
     seconds.update(started.seconds)
     log.info("start-up: %s", ", ".join(f"{k} {v:.1f} s" for k, v in seconds.items()))
-    with fail_together(mesh, "measuring the hardware"):
+    with collective_errors(mesh, "measuring the hardware"):
         profile = start_profile(args.hardware, started) if args.profile else None
-    with fail_together(mesh, "answering"):
+    with collective_errors(mesh, "answering"):
         summary = work(task, started, model_name(checkpoint))
-        with mesh.watch.task("writing the experts' loads"):
+        with mesh.watchdog.task("writing the experts' loads"):
             started.runner.finish()
     seconds["run"] = summary.seconds
     if "capture" in seconds:  # of all graphs; most are captured while it runs

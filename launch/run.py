@@ -7,10 +7,14 @@ All flags are torchrun's.
 """
 
 import functools
+import signal
 import sys
 import threading
 from collections.abc import Callable
 from typing import Any
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback out of the imports, which are slow
 
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -18,6 +22,8 @@ from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousIn
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 from torch.distributed.run import main as torchrun
+
+from dsv3.errors import raise_at_ctrl_c
 
 Rendezvous = Callable[[RendezvousHandler], RendezvousInfo]
 FIRST_HINT_SECONDS = 5.0
@@ -61,6 +67,7 @@ def with_hints(rendezvous: Rendezvous) -> Rendezvous:
 
 def main() -> int:
     """Run torchrun; print one line for a failed rank, which has reported its own error already."""
+    raise_at_ctrl_c()
     try:
         torchrun()
     except ChildFailedError as error:
@@ -70,6 +77,8 @@ def main() -> int:
         return 1
     except SignalException as error:
         return 128 + error.sigval
+    except KeyboardInterrupt:  # before torchrun handles signals
+        return 128 + signal.SIGINT
     return 0
 
 

@@ -38,16 +38,24 @@ def finish(engine: Engine) -> dict[str, Completion]:
 def accuracy(engine: Engine, path: str, model_type: str, longest: int) -> float:
     """Return the share of correct answers to the dialogues of at most `longest` tokens."""
     chat = ChatFormat(engine.tokenizer, model_type)
-    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
-    rows = [row for row in rows if row["n_tokens"] <= longest]
+    rows = []
+    for i, line in enumerate(Path(path).read_text().splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            messages, expected, num_tokens = row["messages"], row["expected"], row["n_tokens"]
+        except (ValueError, KeyError, TypeError):
+            rule = "must be an object with messages, expected and n_tokens"
+            raise ConfigError(f"{path}: line {i} {rule}") from None
+        if num_tokens <= longest:
+            rows.append((messages, expected))
     if not rows:
         raise ConfigError(f"{path}: no dialogue of up to --longest={longest} tokens")
     params = SamplingParams(max_tokens=96)
-    for i, row in enumerate(rows):
-        ids = chat.encode(chat.render(row["messages"]))
+    for i, (messages, _) in enumerate(rows):
+        ids = chat.encode(chat.render(messages))
         engine.add(Request(request_id=str(i), prompt_ids=ids, params=params))
     done = finish(engine)
-    right = [done[str(i)].text.strip() == row["expected"].strip() for i, row in enumerate(rows)]
+    right = [done[str(i)].text.strip() == text.strip() for i, (_, text) in enumerate(rows)]
     return sum(right) / len(right)
 
 

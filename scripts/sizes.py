@@ -1,9 +1,8 @@
-"""How large the house is: lines of code per room and file, and the longest functions.
+"""Size of the code: lines per package and file, and the longest functions.
 
 python scripts/sizes.py
 
-A line of code holds something that runs: blank lines, comments and docstrings are not counted, so
-that nobody saves on them.
+Blank lines, comments and docstrings are not counted, so that saving on them gains nothing.
 """
 
 import ast
@@ -59,12 +58,12 @@ def functions(root: Path, file: str) -> list[Function]:
     return found
 
 
-def rooms(files: dict[str, int]) -> dict[str, int]:
-    """Return the lines of every room: the folder below the top one, or the top one itself."""
+def packages(files: dict[str, int]) -> dict[str, int]:
+    """Return the lines of every package: the folder below the top one, or the top one itself."""
     total: dict[str, int] = {}
     for file, lines in files.items():
-        room = "/".join(Path(file).parts[:-1][:2])
-        total[room] = total.get(room, 0) + lines
+        package = "/".join(Path(file).parts[:-1][:2])
+        total[package] = total.get(package, 0) + lines
     return total
 
 
@@ -75,11 +74,11 @@ def main() -> None:
         files = count_lines(ROOT, folder)
         every |= files
         print(f"{sum(files.values()):6,}  {folder}/")
-        for room, lines in rooms(files).items():
-            print(f"{lines:6,}    {room}/")
+        for package, lines in packages(files).items():
+            print(f"{lines:6,}    {package}/")
             if folder in ("dsv3", "kernels"):
                 for file, size in files.items():
-                    if str(Path(file).parent) == room:
+                    if str(Path(file).parent) == package:
                         print(f"{size:6,}      {Path(file).name}")
     print(f"\nfiles over {FILE_LIMIT} lines of code:")
     for file, lines in every.items():

@@ -19,7 +19,7 @@ from dsv3.cache.tiers import PageKey, Tiers
 from dsv3.distributed.collectives import SingleRank
 from dsv3.engine.adjust import Adjustments
 from dsv3.engine.engine import Engine
-from dsv3.engine.plan import (
+from dsv3.engine.step_plan import (
     NO_TARGET,
     PlanChannel,
     StepPlan,
@@ -27,7 +27,7 @@ from dsv3.engine.plan import (
     unpack_pages,
     unpack_plans,
 )
-from dsv3.engine.sampler import SampledOnDevice
+from dsv3.engine.step_result import StepResult
 from dsv3.request import Completion, Request
 from dsv3.settings import EngineConfig
 from tests.checkpoint_files import TINY
@@ -56,7 +56,7 @@ def answer(request: Request) -> tuple[list[int], str]:
 
 
 def check_seen(row: Adjustments, text: list[int]) -> None:
-    """What a plan says about a penalized row is true of the prompt and of the answer so far."""
+    """Check that a plan's penalized tokens are those of the prompt and of the answer so far."""
     fed, (token, uses) = row.rows_4K[1, 0], row.seen_2E.tolist()
     assert len(set(token)) == len(token)
     count = Counter(dict(zip(token, (n // 2 for n in uses), strict=True)))
@@ -101,23 +101,23 @@ class PaperDisk:
         return slot in self.reads and self.rng.random() < 0.5
 
     def run(self, plan: StepPlan, host: np.ndarray) -> dict[int, bool]:
-        """Do what a plan asks for; return which reads are settled, and how."""
+        """Execute a plan's stores and fetches; return the finished reads, True if successful."""
         for slot, key in unpack_pages(plan.store):
             self.files[key] = host[slot].copy()
         for slot, key in unpack_pages(plan.fetch):
             assert slot not in self.reads
             self.reads[slot] = key, self.rng.randrange(3)
             host[slot] = -2
-        settled = {}
-        for slot in plan.settle[1:].tolist():
+        finished = {}
+        for slot in plan.confirm_fetched[1:].tolist():
             key, delay = self.reads[slot]
             self.reads[slot] = key, delay - 1
             if delay <= 0:
                 del self.reads[slot]
-                settled[slot] = self.rng.random() >= self.damaged
-                if settled[slot]:
+                finished[slot] = self.rng.random() >= self.damaged
+                if finished[slot]:
                     host[slot] = self.files[key]
-        return settled
+        return finished
 
 
 class PaperRunner:
@@ -141,12 +141,13 @@ class PaperRunner:
         self.plans: list[StepPlan] = []
         self.last: list[int] = []
 
-    def run(self, plan: StepPlan, width: int) -> SampledOnDevice:
+    def run(self, plan: StepPlan, width: int) -> StepResult:
         self.plans.append(plan)
-        self.move_pages(plan)
+        fetched = self.move_pages(plan)
         if not len(plan.token_ids):
             self.last = []
-            return SampledOnDevice(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 1 + 2 * width))
+            no_token_M, no_scores = torch.zeros(0, dtype=torch.int64), torch.zeros(0, 1 + 2 * width)
+            return StepResult(no_token_M, no_scores, fetched=fetched)
         lengths = plan.query_len.tolist()
         assert 0 < sum(lengths) == len(plan.token_ids) <= self.settings.max_batch_tokens
         assert min(lengths) > 0 and lengths == sorted(lengths)
@@ -183,9 +184,9 @@ class PaperRunner:
         self.last = chosen
         scores = torch.zeros(len(chosen), 1 + 2 * width, dtype=torch.float64)
         scores[:, 0] = -torch.from_numpy(plan.position)
-        return SampledOnDevice(torch.tensor(chosen, dtype=torch.int64), scores)
+        return StepResult(torch.tensor(chosen, dtype=torch.int64), scores, fetched=fetched)
 
-    def move_pages(self, plan: StepPlan) -> None:
+    def move_pages(self, plan: StepPlan) -> dict[int, bool]:
         """Offload, copy, restore: each is one whole, so the order within it does not matter."""
         (leaving, kept), (brought, target) = (
             plan.offload.reshape(2, -1),
@@ -198,11 +199,11 @@ class PaperRunner:
         copied_from, copied_to = plan.copies.reshape(2, -1)
         targets = [*copied_to.tolist(), *target.tolist()]
         assert NULL_PAGE not in targets and len(set(targets)) == len(targets)
-        if self.disk is not None:
-            self.tiers.settle(self.disk.run(plan, self.host))
+        fetched = {} if self.disk is None else self.disk.run(plan, self.host)
         self.host[kept] = self.memory[leaving]
         self.memory[copied_to] = self.memory[copied_from]
         self.memory[target] = self.host[brought]
+        return fetched
 
 
 class PaperWorld:
@@ -214,13 +215,15 @@ class PaperWorld:
         self.groups = groups
         self.num_steps = 0
 
-    def run(self, plans: list[StepPlan]) -> SampledOnDevice:
+    def run(self, plans: list[StepPlan]) -> StepResult:
         self.num_steps += 1
         plans = unpack_plans(pack_plans(plans))
         width = max(0, *(int(plan.top_logprobs.max(initial=0)) for plan in plans))
         results = [group.run(plan, width) for group, plan in zip(self.groups, plans, strict=True)]
-        return SampledOnDevice(
-            torch.cat([r.token_M for r in results]), torch.cat([r.scores for r in results])
+        return StepResult(
+            torch.cat([r.token_M for r in results]),
+            torch.cat([r.scores for r in results]),
+            fetched=results[0].fetched,  # only a single group has a disk
         )
 
 

@@ -1,4 +1,4 @@
-"""The children of a node of the prefix tree, in the order of their tokens."""
+"""Sorted container for the children of a prefix-tree node, ordered by their tokens."""
 
 from array import array
 from bisect import bisect_left
@@ -19,10 +19,13 @@ def encode(token_ids: Ids[int]) -> bytes:
 
 
 def _num_common(a: bytes, b: bytes) -> int:
-    """Return how many leading tokens two encodings share."""
+    """Return the number of leading tokens that two encodings share."""
     length = min(len(a), len(b))
+    # As big-endian numbers, the XOR of the two begins at the first byte that differs: one operation
+    # on large integers is much faster than a loop over the tokens of a page.
     differing = int.from_bytes(a[:length], "big") ^ int.from_bytes(b[:length], "big")
-    return (length - (differing.bit_length() + 7) // 8) // TOKEN_BYTES
+    num_differing_bytes = (differing.bit_length() + 7) // 8
+    return (length - num_differing_bytes) // TOKEN_BYTES
 
 
 class _Child(Protocol):
@@ -33,7 +36,7 @@ Child = TypeVar("Child", bound=_Child)
 
 
 class Children(Generic[Child]):
-    """Nodes by their encoded tokens; no two have the same."""
+    """Nodes sorted by their encoded tokens, which are unique among siblings."""
 
     __slots__ = ("_keys", "_nodes")
 
@@ -49,32 +52,41 @@ class Children(Generic[Child]):
 
     def find(self, tokens: bytes) -> Child | None:
         """Return the child with exactly these tokens."""
-        at = bisect_left(self._keys, tokens)
-        return self._nodes[at] if self._keys[at : at + 1] == [tokens] else None
+        index = bisect_left(self._keys, tokens)
+        if index < len(self._keys) and self._keys[index] == tokens:
+            return self._nodes[index]
+        return None
 
     def before(self, tokens: bytes) -> Child | None:
-        """Return the last child whose tokens come before these."""
-        at = bisect_left(self._keys, tokens)
-        return self._nodes[at - 1] if at else None
+        """Return the last child whose tokens sort before these."""
+        index = bisect_left(self._keys, tokens)
+        return self._nodes[index - 1] if index else None
 
     def nearest(self, tokens: bytes) -> tuple[Child | None, int]:
-        """Return the child that shares most leading tokens with these, and how many."""
-        at = bisect_left(self._keys, tokens)
-        best, most = None, 0
-        for child in self._nodes[max(0, at - 1) : at + 1]:
+        """Return the child with the longest common prefix, and its number of common tokens.
+
+        (None, 0) if no child shares the first token.
+        """
+        index = bisect_left(self._keys, tokens)
+        best: Child | None = None
+        max_common = 0
+        # Keys are sorted, so the longest common prefix is with one of the two neighbours.
+        for child in self._nodes[max(0, index - 1) : index + 1]:
             common = _num_common(child.tokens, tokens)
-            if common > most:
-                best, most = child, common
-        return best, most
+            if common > max_common:
+                best = child
+                max_common = common
+        return best, max_common
 
     def add(self, child: Child) -> None:
-        """Put a child in its place; moving the pointers behind it costs little among thousands."""
-        at = bisect_left(self._keys, child.tokens)
-        self._keys.insert(at, child.tokens)
-        self._nodes.insert(at, child)
+        """Insert a child at its sorted index. O(n) in the siblings, cheap up to thousands."""
+        index = bisect_left(self._keys, child.tokens)
+        self._keys.insert(index, child.tokens)
+        self._nodes.insert(index, child)
 
     def remove(self, child: Child) -> None:
-        """Take a child out."""
-        at = bisect_left(self._keys, child.tokens)
-        assert self._nodes[at] is child, "a node is not where it should be"
-        del self._keys[at], self._nodes[at]
+        """Remove a child."""
+        index = bisect_left(self._keys, child.tokens)
+        assert self._nodes[index] is child, "the children are not sorted by their tokens"
+        del self._keys[index]
+        del self._nodes[index]

@@ -1,17 +1,17 @@
-"""Cached pages as files, one for every 64 positions, written and read by all ranks together.
+"""The disk tier's files: one per unit of 64 cached positions, written and read by all ranks.
 
-A file lies in a folder named after model and format, under the hash of all tokens up to its last:
-nothing says how many ranks wrote it. It holds
+The folder is named after model and format, the file after the hash of all tokens up to its last
+one, so a file does not depend on the number of ranks that wrote it. File format:
 
-    header   magic, the folder's key, the unit's hash, CRC-32 of these
-    lanes    what one rank alone may own: a position of a latent cache, [layers, entry], or a head
-             of an expanded one, [layers, 64 positions, entry]
-    seals    CRC-32 of each lane, begun with the unit's hash and the lane's number
+    header     magic, the folder's key, the unit's hash, CRC-32 of these
+    lanes      smallest pieces that a single rank can own: a position of a latent cache,
+               [layers, entry], or a head of an expanded cache, [layers, 64 positions, entry]
+    checksums  CRC-32 of each lane, seeded with the unit's hash and the lane's index
 
-A rank writes its lanes, then their seals, into a temporary file. The first rank waits until it
-finds all seals, writes the header and gives the file its name. So nobody has to ask the others
-how far they are, an unfinished file is never found, and damage is always in something that a CRC
-covers. The hash stands for the token ids, which are not written: a cache is no copy of the chats.
+A rank writes its lanes, then their checksums, into a temporary file. The first rank polls until all
+checksums are present, writes the header and renames the file. So ranks need no messages to
+synchronize, an unfinished file is never found, and every byte is covered by a CRC. Token ids are
+not stored, only their hash: the cache directory contains no text of the conversations.
 """
 
 import contextlib
@@ -36,21 +36,22 @@ from dsv3.config import ModelConfig
 log = logging.getLogger(__name__)
 
 UNIT = 64  # positions of a file
-PENDING, GOOD, BAD = range(3)  # what became of a read
+PENDING, GOOD, BAD = range(3)  # states of a read
 _MAGIC = b"dsv3kv1\n"
 _FLAGS = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
-# The ranks write the same files in the same order, so they are never far apart.
-_SEAL_SECONDS = 20.0
+# Until the first rank gives up waiting for the other ranks' checksums. All ranks write the same
+# files in the same order, so they are never far apart.
+_CHECKSUM_SECONDS = 20.0
 Bytes = NDArray[np.uint8]
-# A directory of a format, and in it: units, unfinished ones, and what `lower_tiers` probes with.
+# A directory of a format; its files: units, unfinished units, and the set-up's probe files.
 _FOLDER = re.compile(r"[0-9a-f]{32}")
 _FILE = re.compile(r"[0-9a-f]{32}(\.kv|\.\w+\.tmp)|[0-9a-f]{16}\.tmp")
 
 
 def is_own(path: Path) -> bool:
-    """Return True for a file of a disk cache, by its names and how it begins.
+    """Return True if name, folder and first bytes of a file are those of a disk cache.
 
-    Its header is written last, so an unfinished or torn one begins with zeros, or is short.
+    The header is written last, so an unfinished or truncated file begins with zeros or is short.
     """
     if not (_FOLDER.fullmatch(path.parent.name) and _FILE.fullmatch(path.name)):
         return False
@@ -65,21 +66,21 @@ def is_own(path: Path) -> bool:
 
 
 def remove_own(path: Path) -> None:
-    """Delete a file of a disk cache, and no other."""
+    """Delete a file if it belongs to a disk cache; else log a warning."""
     if is_own(path):
         path.unlink(missing_ok=True)
     elif os.path.lexists(path):
-        log.warning("%s: not a file of a disk cache; it is left there", path)
+        log.warning("%s: not a file of a disk cache; not deleted", path)
 
 
 @dataclass(frozen=True, slots=True)
 class UnitFormat:
-    """What a file holds; the same at every world size.
+    """Layout of a unit's file; the same at every world size.
 
     Attributes:
-        key: names model and format.
+        key: 16-byte digest of model and format.
         num_lanes: lanes of a file.
-        lane_bytes: bytes of each.
+        lane_bytes: bytes of a lane.
     """
 
     key: bytes
@@ -88,37 +89,45 @@ class UnitFormat:
 
     @classmethod
     def make(cls, model: bytes, config: ModelConfig, layout: CacheLayout) -> "UnitFormat":
-        """Return the format for a cache of the model that the digest `model` names."""
-        lanes, lane_bytes = UNIT, config.num_hidden_layers * layout.entry_bytes
+        """Return the format of a model's cache.
+
+        Args:
+            model: digest of the model's weights.
+            config: the model.
+            layout: any rank's cache.
+        """
+        num_lanes = UNIT
+        lane_bytes = config.num_hidden_layers * layout.entry_bytes
         if layout.form == "heads":
-            lanes = config.num_attention_heads
-            head_values = config.qk_head_dim + config.v_head_dim
-            lane_bytes = lane_bytes * UNIT * head_values // layout.width
-        about = f"{layout.form} {layout.dtype} {lanes} {lane_bytes}"
-        return cls(blake2b(model + about.encode(), digest_size=16).digest(), lanes, lane_bytes)
+            num_lanes = config.num_attention_heads
+            values_per_head = config.qk_head_dim + config.v_head_dim
+            lane_bytes = lane_bytes * UNIT * values_per_head // layout.width
+        description = f"{layout.form} {layout.dtype} {num_lanes} {lane_bytes}"
+        key = blake2b(model + description.encode(), digest_size=16).digest()
+        return cls(key, num_lanes, lane_bytes)
 
     def header(self, unit: bytes) -> bytes:
         """Return the header of a unit's file."""
         head = _MAGIC + self.key + unit
         return head + zlib.crc32(head).to_bytes(4, "little")
 
-    def seal(self, unit: bytes, lane: int, data: memoryview) -> bytes:
-        """Return a lane's checksum, never zero: that is what an unwritten one reads as."""
-        start = zlib.crc32(unit + lane.to_bytes(4, "little"))
-        return (zlib.crc32(data, start) or 1).to_bytes(4, "little")
+    def checksum(self, unit: bytes, lane: int, data: memoryview) -> bytes:
+        """Return a lane's checksum, 4 bytes. Never zero, which stands for "not written yet"."""
+        seed = zlib.crc32(unit + lane.to_bytes(4, "little"))
+        return (zlib.crc32(data, seed) or 1).to_bytes(4, "little")
 
-    def lane_at(self, lane: int) -> int:
-        """Return where a lane begins; after the last one, the seals do."""
+    def lane_offset(self, lane: int) -> int:
+        """Return a lane's byte offset in the file; `num_lanes` gives the end of the last lane."""
         return len(self.header(bytes(16))) + lane * self.lane_bytes
 
-    def seal_at(self, lane: int) -> int:
-        """Return where a seal begins; after the last one, the file ends."""
-        return self.lane_at(self.num_lanes) + 4 * lane
+    def checksum_offset(self, lane: int) -> int:
+        """Return the byte offset of a lane's checksum; `num_lanes` gives the end of the file."""
+        return self.lane_offset(self.num_lanes) + 4 * lane
 
     @property
     def file_bytes(self) -> int:
         """Bytes of a file."""
-        return self.seal_at(self.num_lanes)
+        return self.checksum_offset(self.num_lanes)
 
 
 class UnitShard:
@@ -132,23 +141,30 @@ class UnitShard:
 
     def __init__(self, config: ModelConfig, layout: CacheLayout, rank: int) -> None:
         self._layout = layout
-        heads = layout.width // (config.qk_head_dim + config.v_head_dim)
-        self._heads = range(rank * heads, rank * heads + heads) if layout.form == "heads" else None
-        # Of what all ranks have, the first one writes everything.
+        self._heads: range | None = None
+        if layout.form == "heads":
+            num_heads = layout.width // (config.qk_head_dim + config.v_head_dim)
+            self._heads = range(rank * num_heads, (rank + 1) * num_heads)
+        # A replicated cache is written by the first rank alone.
         self.writes = layout.form == "heads" or layout.shards > 1 or rank == 0
         self.is_first = rank == 0
 
     def lanes(self, index: int) -> range:
-        """Return the lanes this rank has of a page's unit `index`."""
+        """Return this rank's lanes of a page's unit `index`."""
         if self._heads is not None:
             return self._heads
         shard, shards = self._layout.shard, self._layout.shards
         return range((shard - index * UNIT) % shards, UNIT, shards)
 
     def view(self, page: Bytes, index: int) -> Bytes:
-        """Return the part of a page, [layers, slots, entry bytes], that those lanes are.
+        """Return a view of this rank's lanes of a page's unit `index`.
 
-        The result is strided, [lanes, ...]; its values in order are the lanes' bytes.
+        Args:
+            page: [layers, slots, entry bytes].
+            index: of the unit in its page.
+
+        Returns:
+            [lanes, ...], strided; read in order, its values are the lanes' bytes.
         """
         if self._heads is not None:
             rows = page[:, index * UNIT : (index + 1) * UNIT]
@@ -159,25 +175,29 @@ class UnitShard:
 
 
 class DiskFiles:
-    """Writes and reads this rank's lanes, on threads of its own.
+    """Writes and reads this rank's lanes on background threads.
 
     Args:
         folder: of the model and format; must exist.
-        session: names this run's unfinished files; the same on all ranks, of no other run.
+        session: part of the names of this run's unfinished files; the same on all ranks, unique
+            to this run.
         fmt: the format.
         shard: this rank's part of it.
-        pages: [host slots, layers, slots of a page, entry bytes], shared with the host's memory.
+        pages: [host slots, layers, slots of a page, entry bytes], the memory of the host tier.
 
     Attributes:
-        writes: units being written, in order, and whether all ranks' parts are now in the file.
-            Only the first rank is told.
-        is_writable: whether all files could be written so far.
+        writes: units being written, in order; the future is True once the file is complete. On
+            the first rank only.
+        is_writable: False after the first file that could not be written.
     """
 
     def __init__(
         self, folder: Path, session: str, fmt: UnitFormat, shard: UnitShard, pages: Bytes
     ) -> None:
-        self._folder, self._session, self._fmt, self._shard = folder, session, fmt, shard
+        self._folder = folder
+        self._session = session
+        self._fmt = fmt
+        self._shard = shard
         self._pages = pages
         self._reads: dict[int, Future[bool]] = {}
         self.writes: deque[tuple[bytes, Future[bool]]] = deque()
@@ -186,11 +206,11 @@ class DiskFiles:
         self._reader = ThreadPoolExecutor(2, "kv-disk-reader")
 
     def path(self, unit: bytes) -> Path:
-        """Return where a unit's file lies."""
+        """Return the path of a unit's file."""
         return self._folder / f"{unit.hex()}.kv"
 
     def store(self, slot: int, units: tuple[bytes, ...]) -> None:
-        """Write a page in the background; its slot may be overwritten at once."""
+        """Write the page in a host slot in the background; its data is copied first."""
         if not self._shard.writes:
             return
         for index, unit in enumerate(units):
@@ -202,25 +222,25 @@ class DiskFiles:
                 self.writes.append((unit, done))
 
     def remove(self, path: Path) -> None:
-        """Delete a file of the cache, after those that are still to be written."""
+        """Delete a file in the background, after all writes that are queued."""
         self._writer.submit(remove_own, path)
 
     def fetch(self, slot: int, units: tuple[bytes, ...]) -> None:
-        """Read a page into a slot in the background."""
+        """Read a page into a host slot in the background."""
         self._reads[slot] = self._reader.submit(self._read, slot, units)
 
     def is_read(self, slot: int) -> bool:
-        """Tell whether this rank is done reading."""
+        """Return True if this rank has finished reading into a slot."""
         return slot in self._reads and self._reads[slot].done()
 
     def outcomes(self, slots: list[int], seconds: float) -> list[int]:
-        """Return what became of reads, after waiting for at most so long."""
+        """Return PENDING, GOOD or BAD for each slot's read, after waiting at most `seconds`."""
         reads = [self._reads[slot] for slot in slots]
         wait(reads, seconds)
-        return [(GOOD if r.result() else BAD) if r.done() else PENDING for r in reads]
+        return [_outcome(read) for read in reads]
 
     def forget(self, slot: int) -> None:
-        """Drop a read that is done with on all ranks."""
+        """Drop a read that all ranks have finished."""
         del self._reads[slot]
 
     def _write(self, unit: bytes, lanes: range, rows: Bytes) -> bool:
@@ -231,10 +251,10 @@ class DiskFiles:
             file = os.open(path, _FLAGS | os.O_CREAT, 0o644)
             try:
                 for lane, row in zip(lanes, rows, strict=True):
-                    _write_at(file, row.data, self._fmt.lane_at(lane))
+                    _write_at(file, row.data, self._fmt.lane_offset(lane))
                 for lane, row in zip(lanes, rows, strict=True):
-                    seal = self._fmt.seal(unit, lane, row.data)
-                    _write_at(file, seal, self._fmt.seal_at(lane))
+                    checksum = self._fmt.checksum(unit, lane, row.data)
+                    _write_at(file, checksum, self._fmt.checksum_offset(lane))
             finally:
                 os.close(file)
             return not self._shard.is_first or self._publish(path, unit)
@@ -242,17 +262,22 @@ class DiskFiles:
             self.is_writable = False
             with contextlib.suppress(OSError):
                 remove_own(path)
-            log.warning("%s: cannot be written (%s); the disk cache only reads now", path, error)
+            log.warning("%s: cannot be written (%s); the disk cache is now read-only", path, error)
             return False
 
     def _publish(self, path: Path, unit: bytes) -> bool:
-        """Give a file its name when all ranks have written their part; False if it is taken."""
-        deadline, fmt = time.monotonic() + _SEAL_SECONDS, self._fmt
+        """Rename a file once all ranks have written their lanes; return False if the name is taken.
+
+        Raises:
+            OSError: another rank has not written its lanes in time.
+        """
+        fmt = self._fmt
+        deadline = time.monotonic() + _CHECKSUM_SECONDS
         while True:
-            # Opened anew each time: a network file system then asks what others have written.
+            # Opened again each time, so that a network file system shows the other ranks' writes.
             with os.fdopen(os.open(path, _FLAGS), "r+b", buffering=0) as file:
-                seals = os.pread(file.fileno(), 4 * fmt.num_lanes, fmt.seal_at(0))
-                written = np.frombuffer(seals[: len(seals) // 4 * 4], np.uint32)
+                checksums = os.pread(file.fileno(), 4 * fmt.num_lanes, fmt.checksum_offset(0))
+                written = np.frombuffer(checksums[: len(checksums) // 4 * 4], np.uint32)
                 if len(written) == fmt.num_lanes and written.all():
                     _write_at(file.fileno(), fmt.header(unit), 0)
                     break
@@ -271,7 +296,8 @@ class DiskFiles:
         return all(self._read_unit(slot, index, unit) for index, unit in enumerate(units))
 
     def _read_unit(self, slot: int, index: int, unit: bytes) -> bool:
-        fmt, lanes = self._fmt, self._shard.lanes(index)
+        fmt = self._fmt
+        lanes = self._shard.lanes(index)
         rows = np.empty((len(lanes), fmt.lane_bytes), np.uint8)
         try:
             with self.path(unit).open("rb", buffering=0) as file:
@@ -280,9 +306,9 @@ class DiskFiles:
                 if os.fstat(number).st_size != fmt.file_bytes or file.read(len(header)) != header:
                     return False
                 for lane, row in zip(lanes, rows, strict=True):
-                    done = os.preadv(number, [row.data], fmt.lane_at(lane))
-                    seal = os.pread(number, 4, fmt.seal_at(lane))
-                    if done != len(row) or seal != fmt.seal(unit, lane, row.data):
+                    num_read = os.preadv(number, [row.data], fmt.lane_offset(lane))
+                    checksum = os.pread(number, 4, fmt.checksum_offset(lane))
+                    if num_read != len(row) or checksum != fmt.checksum(unit, lane, row.data):
                         return False
                 if self._shard.is_first:
                     with contextlib.suppress(PermissionError):  # another user's file
@@ -292,6 +318,12 @@ class DiskFiles:
         view = self._shard.view(self._pages[slot], index)
         view[...] = rows.reshape(view.shape)
         return True
+
+
+def _outcome(read: Future[bool]) -> int:
+    if not read.done():
+        return PENDING
+    return GOOD if read.result() else BAD
 
 
 def _write_at(file: int, data: bytes | memoryview, offset: int) -> None:

@@ -1,4 +1,4 @@
-"""Rank 0's list of what is on disk: which pages can be read, which files go when room is needed."""
+"""Rank 0's index of the disk tier: pages that can be read, and files to delete for space."""
 
 import logging
 import re
@@ -14,9 +14,9 @@ log = logging.getLogger(__name__)
 
 _FOLDER = "[0-9a-f]" * 32
 _NAME = re.compile(r"[0-9a-f]{32}\.kv")
-# Files may wait to be written for at most so many bytes of memory; more are not kept.
+# Limit of the copies in memory that wait to be written; pages beyond it are not stored.
 _BACKLOG_BYTES = 1 << 28
-# Unfinished files this old belong to a run that was killed.
+# Unfinished files older than this belong to a run that was killed.
 _STALE_SECONDS = 600
 _CATCH_UP_SECONDS = 30
 
@@ -24,26 +24,30 @@ _CATCH_UP_SECONDS = 30
 class DiskIndex:
     """The files of a directory, shared by all models and formats, least recently used first.
 
-    Several runs may use it at once: each keeps the limit by what it found and what it writes, and
-    takes a file that another one has deleted for an unreadable one.
+    Several runs may share the directory: each counts the files it found at the start and its own
+    writes towards the limit, and treats a file deleted by another run as unreadable.
 
     Args:
         root: the directory.
-        limit: bytes that all files together may take.
+        limit: bytes of all files together.
         fmt: the format of this run's files.
         files: writes and reads them.
 
     Attributes:
-        num_bytes: of all files, those included that are being written.
+        num_bytes: bytes of all files, including those being written.
+        num_written: files that this run has completed.
     """
 
     def __init__(self, root: Path, limit: int, fmt: UnitFormat, files: DiskFiles) -> None:
-        self._limit, self._fmt, self._disk = limit, fmt, files
+        self._limit = limit
+        self._fmt = fmt
+        self._files = files
         self._sizes: OrderedDict[Path, int] = OrderedDict()
-        # Of those, this run's own by their hash; and what is being written.
+        # Hashes of the complete files of this run's format, and of the files being written.
         self._units: set[bytes] = set()
-        self._coming: set[bytes] = set()
-        self.num_bytes = self.num_written = 0
+        self._writing: set[bytes] = set()
+        self.num_bytes = 0
+        self.num_written = 0
         self._own = root / fmt.key.hex()
         self._scan(root)
         self._make_room(0)
@@ -52,45 +56,48 @@ class DiskIndex:
         return self._units.issuperset(units)
 
     def describe(self) -> str:
-        """Return what there is, in one line."""
+        """Return a one-line summary: directory, bytes used, pages."""
         return (
             f"disk cache {self._own.parent}: {self.num_bytes:,} of {self._limit:,} bytes used, "
             f"{len(self._units):,} pages of this model and format"
         )
 
     def accept(self, units: tuple[bytes, ...]) -> bool:
-        """Tell whether to write a page: it is new, and writing keeps up. Makes room for it."""
-        new = [unit for unit in units if unit not in self._units and unit not in self._coming]
+        """Make room for a page and return True; return False if it shall not be written.
+
+        Pages are refused that are on disk already, or while the backlog of writes is too large.
+        """
+        new = [unit for unit in units if unit not in self._units and unit not in self._writing]
         num_bytes = len(new) * self._fmt.file_bytes
-        backlog = len(self._coming) * self._fmt.file_bytes
-        if not new or not self._disk.is_writable or num_bytes > self._limit:
+        backlog = len(self._writing) * self._fmt.file_bytes
+        if not new or not self._files.is_writable or num_bytes > self._limit:
             return False
-        if self._coming and backlog + num_bytes > min(_BACKLOG_BYTES, self._limit):
+        if self._writing and backlog + num_bytes > min(_BACKLOG_BYTES, self._limit):
             return False
         self._make_room(num_bytes)
-        self._coming.update(new)
+        self._writing.update(new)
         self.num_bytes += num_bytes
         return True
 
     def touch(self, units: tuple[bytes, ...]) -> None:
-        """Note that a page was used."""
+        """Mark a page as the most recently used."""
         for unit in units:
             if unit in self._units:
-                self._sizes.move_to_end(self._disk.path(unit))
+                self._sizes.move_to_end(self._files.path(unit))
 
     def discard(self, units: tuple[bytes, ...]) -> None:
-        """Delete a page that could not be read, unless it had to make room meanwhile."""
+        """Delete the files of a page that could not be read, unless they are gone already."""
         for unit in units:
             if unit in self._units:
-                self._reject(self._disk.path(unit))
+                self._reject(self._files.path(unit))
 
     def is_read(self, slot: int) -> bool:
-        """Tell whether this rank is done reading into a slot."""
-        return self._disk.is_read(slot)
+        """Return True if this rank has finished reading into a slot."""
+        return self._files.is_read(slot)
 
     def catch_up(self) -> None:
-        """Wait until all files are written, or too long."""
-        wait([done for _, done in self._disk.writes], _CATCH_UP_SECONDS)
+        """Wait until all queued files are written, for at most 30 seconds."""
+        wait([done for _, done in self._files.writes], _CATCH_UP_SECONDS)
         self.note_written()
 
     def _scan(self, root: Path) -> None:
@@ -116,16 +123,16 @@ class DiskIndex:
             self._units.add(bytes.fromhex(path.stem))
 
     def note_written(self) -> None:
-        """Find from now on what has been written meanwhile."""
-        writes = self._disk.writes
+        """Add the files that were completed since the last call to the index."""
+        writes = self._files.writes
         while writes and writes[0][1].done():
             unit, done = writes.popleft()
-            if unit not in self._coming:  # a neighbour in its page was new, it was not
+            if unit not in self._writing:  # on disk already; written again with its page
                 continue
-            self._coming.remove(unit)
+            self._writing.remove(unit)
             self.num_bytes -= self._fmt.file_bytes
             if done.result():
-                self._add(self._disk.path(unit), self._fmt.file_bytes)
+                self._add(self._files.path(unit), self._fmt.file_bytes)
                 self.num_written += 1
 
     def _make_room(self, num_bytes: int) -> None:
@@ -140,4 +147,4 @@ class DiskIndex:
         self.num_bytes -= self._sizes.pop(path)
         if path.parent == self._own:
             self._units.remove(bytes.fromhex(path.stem))
-        self._disk.remove(path)
+        self._files.remove(path)

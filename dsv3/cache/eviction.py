@@ -1,31 +1,32 @@
-"""Which cached page goes first when room is needed.
+"""Eviction policies: choose the cached page to evict when pages are needed.
 
-The prefix tree tells a policy what happens to its pages and puts those on offer that may go:
-leaves that nobody holds. The policy rates them and keeps them in a heap. Its time is logical: it
-passes as pages and requests come in, and stands still while none do.
+The prefix tree reports uses, insertions and removals of its pages to the policy, and offers idle
+leaves as candidates. The policy rates the candidates and keeps them in a heap. Time is logical: it
+advances with requests and inserted pages only.
 """
 
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from dsv3.cache.reuse import ReuseCurve, age_bucket, bucket_start
 
 
 class CacheEntry:
-    """What policies know about a cached page.
+    """A cached page as seen by policies.
 
     Attributes:
-        key: names the prefix that ends with this page, in this process.
-        depth: its index in the prefix, in pages: 0 for the first page, -1 for the root.
-        last_use: time of its latest reuse, or of its insertion.
-        num_hits: how often it was reused.
-        visit: the latest request that used it.
-        rating: the lower, the sooner it goes; as of when it was last rated.
-        slot: its place in the heap; -1 while it is not on offer.
+        key: hash of the prefix that ends with this page; valid in this process only.
+        depth: index in the prefix, in pages: 0 for the first page, -1 for the root.
+        last_use: time of the latest reuse, or of the insertion.
+        num_hits: number of reuses.
+        visit: the latest request that used the page.
+        rating: (worth, tie-breaker) when last rated; the page with the lowest is evicted first.
+        heap_index: index in the heap of candidates; -1 while not a candidate.
     """
 
-    __slots__ = ("depth", "key", "last_use", "num_hits", "rating", "slot", "visit")
+    __slots__ = ("depth", "heap_index", "key", "last_use", "num_hits", "rating", "visit")
 
     def __init__(self, parent: "CacheEntry | None", tokens: bytes) -> None:
         self.key: int = 0 if parent is None else hash((parent.key, tokens))
@@ -34,11 +35,11 @@ class CacheEntry:
         self.num_hits = 0
         self.visit: _Visit | None = None
         self.rating = (0.0, 0)
-        self.slot = -1
+        self.heap_index = -1
 
 
 class EvictionPolicy(ABC):
-    """Rates pages and chooses among those on offer: a heap that knows where its entries are."""
+    """Rates pages and keeps the candidates in a heap from which any of them can be withdrawn."""
 
     def __init__(self) -> None:
         self._heap: list[CacheEntry] = []
@@ -46,118 +47,138 @@ class EvictionPolicy(ABC):
 
     @abstractmethod
     def rate(self, entry: CacheEntry) -> tuple[float, int]:
-        """Rate a page as of now; the lowest goes first."""
+        """Return (worth, tie-breaker) of a page now; the lowest is evicted first."""
 
     @abstractmethod
     def hit(self, path: Sequence[CacheEntry], partial: CacheEntry | None = None) -> None:
-        """Note a request that reuses a path from the root (included) on, and part of a page."""
+        """Record a request that reuses pages.
+
+        Args:
+            path: reused nodes, from the root (included) on.
+            partial: page of which the request copies the beginning.
+        """
 
     @abstractmethod
     def inserted(self, entry: CacheEntry, parent: CacheEntry) -> None:
-        """Note a new page."""
+        """Record a new page."""
 
     @abstractmethod
     def replaced(self, old: CacheEntry, new: CacheEntry, parent: CacheEntry) -> None:
-        """Note that a page with more tokens takes the place of `old`."""
+        """Record that `new`, a page with more tokens, replaces `old`."""
 
     def removed(self, entry: CacheEntry, *, evicted: bool) -> None:
-        """Note that a page leaves the tree: evicted, or because nobody will ask for it again."""
+        """Record that a page is removed from the tree, by eviction or because it is obsolete."""
         self.withdraw(entry)
 
     def offer(self, entry: CacheEntry) -> None:
-        """Put a page on offer, or rate it afresh."""
+        """Add a page to the candidates, or update its rating."""
         entry.rating = self.rate(entry)
-        if entry.slot < 0:
-            entry.slot = len(self._heap)
+        if entry.heap_index < 0:
+            entry.heap_index = len(self._heap)
             self._heap.append(entry)
         self._sift(entry)
 
     def withdraw(self, entry: CacheEntry) -> None:
-        """Take a page off the offer, if it is on it."""
-        if entry.slot < 0:
+        """Remove a page from the candidates, if it is one of them."""
+        if entry.heap_index < 0:
             return
-        slot, last = entry.slot, self._heap.pop()
-        entry.slot = -1
+        last = self._heap.pop()
         if last is not entry:
-            last.slot = slot
+            last.heap_index = entry.heap_index
             self._sift(last)
+        entry.heap_index = -1
 
     def take(self) -> CacheEntry:
-        """Choose among the pages on offer, and withdraw the chosen one."""
+        """Remove the candidate to evict and return it."""
         entry = self._heap[0]
         self.withdraw(entry)
         return entry
 
     def _sift(self, entry: CacheEntry) -> None:
-        """Move an entry from its slot up or down to where its rating belongs."""
-        heap, slot, rating = self._heap, entry.slot, entry.rating
-        while slot and rating < (above := heap[(slot - 1) // 2]).rating:
-            heap[slot], above.slot, slot = above, slot, (slot - 1) // 2
-        while (child := 2 * slot + 1) < len(heap):
-            if child + 1 < len(heap) and heap[child + 1].rating < heap[child].rating:
-                child += 1
-            below = heap[child]
-            if rating <= below.rating:
+        """Restore the heap's order after the rating at an entry's index has changed."""
+        heap = self._heap
+        index = entry.heap_index
+        rating = entry.rating
+        while index > 0:
+            parent_index = (index - 1) // 2
+            parent = heap[parent_index]
+            if rating >= parent.rating:
                 break
-            heap[slot], below.slot, slot = below, slot, child
-        heap[slot], entry.slot = entry, slot
+            heap[index] = parent
+            parent.heap_index = index
+            index = parent_index
+        while (child_index := 2 * index + 1) < len(heap):
+            right_index = child_index + 1
+            if right_index < len(heap) and heap[right_index].rating < heap[child_index].rating:
+                child_index = right_index
+            child = heap[child_index]
+            if rating <= child.rating:
+                break
+            heap[index] = child
+            child.heap_index = index
+            index = child_index
+        heap[index] = entry
+        entry.heap_index = index
 
 
 class LeastRecentlyUsed(EvictionPolicy):
-    """Evicts what was not used for the longest time, the end of a prefix before its beginning."""
+    """Evicts the page with the oldest use, and the end of a prefix before its beginning."""
 
     def rate(self, entry: CacheEntry) -> tuple[float, int]:
         """Return the time of the last use."""
         return entry.last_use, 0
 
     def hit(self, path: Sequence[CacheEntry], partial: CacheEntry | None = None) -> None:
-        """Note the use."""
+        """Set the reused pages' time of last use."""
         self._now += 1
-        for entry in path if partial is None else (*path, partial):
+        for entry in path:
             entry.last_use = self._now
+        if partial is not None:
+            partial.last_use = self._now
 
     def inserted(self, entry: CacheEntry, parent: CacheEntry) -> None:
-        """Note the time; pages of one request have the same."""
+        """Set the page's time of last use; all pages of a request get the same."""
         entry.last_use = max(self._now, parent.last_use)
 
     def replaced(self, old: CacheEntry, new: CacheEntry, parent: CacheEntry) -> None:
-        """Note the time."""
+        """Treat the new page as inserted."""
         self.inserted(new, parent)
 
 
-# The rank of a page: 0 if it was never reused, k if it was 2^(k - 1) times or more; _END if its
-# latest request ends there, for where a request ends is mostly the concern of no other one.
+# The rank of a page: 0 if it was never reused, k if it was reused 2^(k - 1) times or more; _END if
+# it is the last page of its latest request, because other requests rarely share that page.
 _TOP_RANK = 7
 _END = 8
+_NUM_RANKS = 9
 # A kind of page is rank * _SIZES + the bit length of the number of pages its request added.
 _SIZES = 64
-_RANKS_IN = [[rank for rank in range(_END + 1) if mask >> rank & 1] for mask in range(2 << _END)]
 
 
 class _Visit:
-    """A request, as its pages remember it.
+    """A request that used pages.
 
     Attributes:
-        time: when it came.
-        num_new: pages it added that were not known before.
-        end: the page it reached, if that is still in the tree.
-        waiting: ranks of its pages that no later request has used yet, one bit each.
+        time: of the request.
+        num_new: pages it added that were neither cached nor recently evicted.
+        end: the last page it used; None once that page is removed.
+        unused_ranks: bit mask of the ranks of its pages that no later request has used yet.
     """
 
-    __slots__ = ("end", "num_new", "time", "waiting")
+    __slots__ = ("end", "num_new", "time", "unused_ranks")
 
     def __init__(self, time: int) -> None:
         self.time = time
         self.num_new = 0
         self.end: CacheEntry | None = None
-        self.waiting = 0
+        self.unused_ranks = 0
 
     def extend(self, entry: CacheEntry) -> None:
-        """Go on to the next page."""
+        """Append a page."""
         if self.end is not None and self.end.depth >= 0:
-            self.waiting |= 1 << _reuse_rank(self.end)
-        self.waiting |= 1 << _END
-        self.end, entry.visit = entry, self
+            self.unused_ranks |= 1 << _reuse_rank(self.end)
+        self.unused_ranks |= 1 << _END
+        self.end = entry
+        entry.visit = self
 
 
 def _reuse_rank(entry: CacheEntry) -> int:
@@ -169,15 +190,23 @@ def _rank(entry: CacheEntry) -> int:
     return _END if entry.visit.end is entry else _reuse_rank(entry)
 
 
-class CostAware(EvictionPolicy):
-    """Evicts the page that is worth least: by what it would cost and by when it will be wanted.
+class _Ghost(NamedTuple):
+    """An evicted page: the visit that used it last, its rank then, and its number of reuses."""
 
-    Pages are told apart by how often they were reused (their rank) and by how many new pages their
-    latest request brought along: a follow-up to a dialogue brings few and is likely to be followed
-    up in turn, a long prompt that is seen once brings many. For each such kind a `ReuseCurve`
-    learns at what age pages are reused, so what a kind is worth is not assumed but seen, and scans
-    lose against prefixes with a future whatever the traffic looks like. Pages that were evicted are
-    remembered for a while, or the policy would only ever learn about those it had kept.
+    visit: _Visit
+    rank: int
+    num_hits: int
+
+
+class CostAware(EvictionPolicy):
+    """Evicts the page of least worth: expected reuse rate times the cost of recomputing it.
+
+    Pages are classified by their number of reuses (the rank) and by the number of new pages of
+    their latest request: a dialogue's next turn adds few pages and is likely to be continued, a
+    long prompt that is seen once adds many. For each such kind a `ReuseCurve` learns at which ages
+    pages are reused. So the worth of a kind is measured, not assumed, and prefixes that will be
+    reused win against scans under any traffic. Evicted pages are remembered for a while (ghosts);
+    otherwise the policy would learn only about the pages that it kept.
 
     Args:
         num_pages: pages of the cache.
@@ -187,38 +216,37 @@ class CostAware(EvictionPolicy):
     def __init__(self, num_pages: int, depth_cost: float = 0.0) -> None:
         super().__init__()
         self._depth_cost = depth_cost
-        # Evicted pages: the visit that used them last, their rank, and how often they were reused.
-        # Four caches full of them show what would have come of keeping more.
-        self._ghosts: dict[int, tuple[_Visit, int, int]] = {}
+        # Evicted pages by their keys; four times the cache's size.
+        self._ghosts: dict[int, _Ghost] = {}
         self._max_ghosts = max(1 << 14, 4 * num_pages)
         num_buckets = age_bucket(2 * (num_pages + self._max_ghosts)) + 1
         self._last_bucket = num_buckets - 1
-        # Visits by age, oldest first, until they outgrow the last bucket.
+        # Visits by the bucket of their age, oldest first; dropped when older than the last bucket.
         self._visits: list[deque[_Visit]] = [deque() for _ in range(num_buckets)]
-        self._outgrown = [bucket_start(k + 1) for k in range(num_buckets)]
-        # Each rank resembles the one below it.
-        self._of_rank = [ReuseCurve(num_buckets)]
+        self._max_ages = [bucket_start(k + 1) for k in range(num_buckets)]
+        # The prior of each rank's curve is the curve of the rank below it.
+        self._rank_curves = [ReuseCurve(num_buckets)]
         for _ in range(_TOP_RANK):
-            self._of_rank.append(ReuseCurve(num_buckets, self._of_rank[-1]))
-        self._of_rank.append(ReuseCurve(num_buckets))
-        self._of_kind: dict[int, ReuseCurve] = {}
-        self._hand = 0
+            self._rank_curves.append(ReuseCurve(num_buckets, self._rank_curves[-1]))
+        self._rank_curves.append(ReuseCurve(num_buckets))
+        self._kind_curves: dict[int, ReuseCurve] = {}
+        self._next_to_rate = 0
 
     def rate(self, entry: CacheEntry) -> tuple[float, int]:
-        """Return the page's worth, and its time to settle ties."""
+        """Return the page's worth, and the time of its last use as the tie-breaker."""
         visit = entry.visit
         assert visit is not None
-        # Written out: it runs several times for every page that goes.
+        # `age_bucket` and `_curve` are inlined: this runs several times for every evicted page.
         kind = _rank(entry) * _SIZES + visit.num_new.bit_length()
-        curve = self._of_kind.get(kind) or self._curve(kind)
+        curve = self._kind_curves.get(kind) or self._curve(kind)
         age = self._now - visit.time + 1
         bucket = (age * age).bit_length() - 1
         worth = curve.worth[bucket] if bucket <= self._last_bucket else curve.worth[-1]
         return worth * (1 + self._depth_cost * entry.depth), visit.time
 
     def hit(self, path: Sequence[CacheEntry], partial: CacheEntry | None = None) -> None:
-        """Open a visit with the reused pages."""
-        visit = self._open()
+        """Begin a visit with the reused pages."""
+        visit = self._begin_visit()
         used = path[1:] if partial is None else [*path[1:], partial]
         for entry in used:
             assert entry.visit is not None
@@ -227,29 +255,31 @@ class CostAware(EvictionPolicy):
             entry.num_hits += 1
         if partial is not None:
             partial.visit = visit
-            visit.waiting |= 1 << _reuse_rank(partial)
-        visit.end, path[0].visit = path[0], visit
+            visit.unused_ranks |= 1 << _reuse_rank(partial)
+        root = path[0]
+        visit.end = root
+        root.visit = visit
         for entry in path[1:]:
             visit.extend(entry)
 
     def inserted(self, entry: CacheEntry, parent: CacheEntry) -> None:
-        """Let the page belong to the visit that ends with its parent, or open a visit."""
+        """Add the page to the visit that ends with its parent, or begin a visit."""
         visit = parent.visit
         if visit is None or visit.end is not parent:
-            visit = self._open()
+            visit = self._begin_visit()
         self._now += 1
         ghost = self._ghosts.pop(entry.key, None)
         if ghost is None:
             visit.num_new += 1
         else:
-            earlier, rank, num_hits = ghost
-            self._reused(earlier, rank)
-            entry.num_hits = num_hits + 1
+            self._reused(ghost.visit, ghost.rank)
+            entry.num_hits = ghost.num_hits + 1
         visit.extend(entry)
 
     def replaced(self, old: CacheEntry, new: CacheEntry, parent: CacheEntry) -> None:
-        """Let the page follow in the other's footsteps."""
-        visit = new.visit = old.visit
+        """Inherit hits and visit from the replaced page."""
+        visit = old.visit
+        new.visit = visit
         new.num_hits = old.num_hits
         if visit is not None and visit.end is old:
             visit.end = new
@@ -257,54 +287,62 @@ class CostAware(EvictionPolicy):
             visit.extend(new)
 
     def removed(self, entry: CacheEntry, *, evicted: bool) -> None:
-        """Let go of a page, and remember it if it may be asked for again."""
+        """Withdraw the page; an evicted page becomes a ghost."""
         super().removed(entry, evicted=evicted)
         visit = entry.visit
         assert visit is not None
         if evicted:
-            self._ghosts[entry.key] = visit, _rank(entry), entry.num_hits
+            self._ghosts[entry.key] = _Ghost(visit, _rank(entry), entry.num_hits)
             if len(self._ghosts) > self._max_ghosts:
                 del self._ghosts[next(iter(self._ghosts))]
         if visit.end is entry:
             visit.end = None
 
     def take(self) -> CacheEntry:
-        """Rate some pages afresh, going round, as their worth changes with age; then choose."""
+        """Remove the candidate to evict and return it.
+
+        Worth changes with age, so each call first updates the ratings of the next four entries of
+        the heap, in turn.
+        """
         for _ in range(4):
-            self._hand = (self._hand + 1) % len(self._heap)
-            self.offer(self._heap[self._hand])
+            self._next_to_rate = (self._next_to_rate + 1) % len(self._heap)
+            self.offer(self._heap[self._next_to_rate])
         return super().take()
 
     def _curve(self, kind: int) -> ReuseCurve:
-        """Return the curve of a kind: its rank and the bit length of its visit's new pages."""
-        curve = self._of_kind.get(kind)
+        """Return the curve of a kind of pages; see `_SIZES`."""
+        curve = self._kind_curves.get(kind)
         if curve is None:
-            parent = self._of_rank[kind // _SIZES]
-            curve = self._of_kind[kind] = ReuseCurve(len(self._visits), parent)
+            curve = ReuseCurve(len(self._visits), parent=self._rank_curves[kind // _SIZES])
+            self._kind_curves[kind] = curve
         return curve
 
     def _observe(self, visit: _Visit, rank: int, bucket: int, *, reused: bool) -> None:
-        self._of_rank[rank].observe(bucket, reused=reused)
+        self._rank_curves[rank].observe(bucket, reused=reused)
         kind = rank * _SIZES + visit.num_new.bit_length()
         self._curve(kind).observe(bucket, reused=reused)
 
     def _reused(self, visit: _Visit, rank: int) -> None:
-        """Learn from a reuse; of the many pages that a visit reuses together, the first counts."""
-        if visit.waiting >> rank & 1:
-            visit.waiting ^= 1 << rank
+        """Learn from a reuse of a page that `visit` used last.
+
+        Each rank of a visit counts once: a request usually reuses many of its pages together.
+        """
+        if visit.unused_ranks >> rank & 1:
+            visit.unused_ranks ^= 1 << rank
             bucket = min(age_bucket(self._now - visit.time + 1), self._last_bucket)
             self._observe(visit, rank, bucket, reused=True)
 
-    def _open(self) -> _Visit:
-        """Begin a visit; learn from those that have come of age unused since the last one."""
+    def _begin_visit(self) -> _Visit:
+        """Begin a visit; learn from older ones that have left their bucket of age unused."""
         self._now += 1
         for bucket, visits in enumerate(self._visits):
-            youngest = self._now + 1 - self._outgrown[bucket]
-            while visits and visits[0].time <= youngest:
+            latest_time = self._now + 1 - self._max_ages[bucket]
+            while visits and visits[0].time <= latest_time:
                 visit = visits.popleft()
-                for rank in _RANKS_IN[visit.waiting]:
-                    self._observe(visit, rank, bucket, reused=False)
-                if visit.waiting and bucket + 1 < len(self._visits):
+                for rank in range(_NUM_RANKS):
+                    if visit.unused_ranks >> rank & 1:
+                        self._observe(visit, rank, bucket, reused=False)
+                if visit.unused_ranks and bucket + 1 < len(self._visits):
                     self._visits[bucket + 1].append(visit)
         visit = _Visit(self._now)
         self._visits[0].append(visit)
@@ -315,10 +353,10 @@ POLICIES = ("cost", "lru")
 
 
 def make_policy(name: str, num_pages: int, depth_cost: float = 0.0) -> EvictionPolicy:
-    """Return a fresh policy of that name; see `CostAware` for the arguments.
+    """Return a new policy, one of `POLICIES`; see `CostAware` for the arguments.
 
     Raises:
-        ValueError: there is none.
+        ValueError: unknown name.
     """
     if name not in POLICIES:
         raise ValueError(f"eviction policy {name!r} is not one of {', '.join(POLICIES)}")

@@ -1,4 +1,4 @@
-"""Host memory for cached pages, on one rank: its own shard of every page."""
+"""The host-memory tier of one rank: offloads its shard of cached pages and restores it."""
 
 from collections.abc import Iterator
 
@@ -9,24 +9,25 @@ from torch import Tensor
 
 from dsv3.cache.pool import CachePool
 
-# Pages that move at once; a long prompt may evict or bring back thousands.
+# Pages per transfer; a long prompt may evict or restore thousands.
 _BLOCK = 64
 
 
 class HostPool:
-    """[slots, layers, slots_per_page * width]: pages as the device stores them.
+    """Pages in host memory, [host slots, layers, slots_per_page * width] in the storage dtype.
 
-    With CUDA the memory is pinned and moves on a stream of its own. Pages on their way out are
-    first gathered on the compute stream, so that the step that overwrites them does not wait for
-    the bus; pages on their way in are waited for by the compute stream, not by the host.
+    With CUDA the memory is pinned and transfers use a separate stream. Pages to offload are first
+    gathered on the compute stream, so that the step that overwrites them does not wait for the
+    bus. For pages to restore, the compute stream waits, not the host.
 
     Args:
         cache: the device's pages.
-        num_slots: pages that fit.
+        num_slots: capacity in pages.
     """
 
     def __init__(self, cache: CachePool, num_slots: int) -> None:
-        self._cache, self.device = cache, cache.slots.device
+        self._cache = cache
+        self.device = cache.slots.device
         is_cuda = self.device.type == "cuda"
         shape = (num_slots, *cache.read_pages(torch.zeros(1, dtype=torch.int64)).shape[1:])
         self.slots = torch.empty(shape, dtype=cache.slots.dtype, pin_memory=is_cuda)
@@ -38,12 +39,12 @@ class HostPool:
         return self.slots.numel() * self.slots.element_size()
 
     def by_entry(self) -> NDArray[np.uint8]:
-        """Return the memory itself as [slots, layers, slots of a page, entry bytes]."""
+        """Return a view of the memory, [host slots, layers, slots of a page, entry bytes] uint8."""
         entry_bytes = self._cache.layout.entry_bytes
         return self.slots.view(torch.uint8).unflatten(-1, (-1, entry_bytes)).numpy()
 
     def offload(self, page_N: Tensor, slot_N: Tensor) -> None:
-        """Copy pages to host memory."""
+        """Copy pages [N] to host slots [N]."""
         for pages, slots in self._blocks(page_N, slot_N):
             data_NLX = self._cache.read_pages(pages.to(self.device)).contiguous()
             if self._stream is not None:
@@ -54,7 +55,7 @@ class HostPool:
                     self.slots[slot].copy_(data_LX, non_blocking=True)
 
     def restore(self, slot_N: Tensor, page_N: Tensor) -> None:
-        """Copy pages back to the device."""
+        """Copy host slots [N] to pages [N] of the device."""
         for slots, pages in self._blocks(slot_N, page_N):
             with torch.cuda.stream(self._stream):
                 data = [self.slots[i].to(self.device, non_blocking=True) for i in slots.tolist()]
@@ -65,7 +66,7 @@ class HostPool:
             self._cache.write_pages(pages.to(self.device), torch.stack(data))
 
     def _blocks(self, source_N: Tensor, target_N: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Split a move that would take much memory of the device on its way."""
+        """Yield the transfer in blocks, to bound the device memory of its intermediate copies."""
         blocks = zip(source_N.split(_BLOCK), target_N.split(_BLOCK), strict=True)
         for number, block in enumerate(blocks):
             if number and self._stream is not None:
@@ -73,6 +74,6 @@ class HostPool:
             yield block
 
     def synchronize(self) -> None:
-        """Wait until everything that was asked for has moved."""
+        """Wait until all transfers are complete."""
         if self._stream is not None:
             self._stream.synchronize()

@@ -1,8 +1,8 @@
-"""Geometry of the paged KV cache: what a page is, and which rank holds which position.
+"""Geometry of the paged KV cache: the size of a page, and the rank that stores a position.
 
-A page is `page_size` consecutive positions of one sequence, whatever the world. With tokens
-sharded, rank r of tp holds the page's slots for positions p with p mod tp = r; with heads sharded
-or nothing sharded, every rank holds a slot for each position. So page tables, the allocator and
+A page is `page_size` consecutive positions of one sequence, at every world size. With tokens
+sharded, rank r of tp stores the positions p of the page with p mod tp = r; with heads sharded
+or nothing sharded, every rank has a slot for each position. So page tables, the allocator and
 prefix hashes are one host-side structure, the same for every rank and layout.
 """
 
@@ -10,12 +10,13 @@ import math
 from dataclasses import dataclass
 
 from dsv3.config import ModelConfig
+from dsv3.settings import CacheDtype, CacheForm, KvShard
 from dsv3_kernels import Paging
 
-# Page 0 belongs to nobody: its slots pad index rows and are never written.
+# Page 0 is never allocated: its slots pad index rows and are never written.
 NULL_PAGE = 0
 _PAGE_UNIT = 64
-# Latents that share a scale in the FP8 form.
+# Latent values that share a scale in the FP8 format.
 FP8_BLOCK = 128
 
 
@@ -26,26 +27,32 @@ class CacheLayout:
     Attributes:
         form: "latent" (normalized latent + rotated key) or "heads" (expanded keys and values).
         width: values of one entry on this rank.
-        value_dim: for a latent, how many of them come before the rotated key.
-        dtype: how they are stored: "fp32", "bf16" or, for latents, "fp8" (packed with scales).
+        value_dim: for "latent", the values before the rotated key (C); else `width`.
+        dtype: storage format: "fp32", "bf16" or, for latents, "fp8" (packed with scales).
         page_size: positions of a page, a multiple of 64 and of the token shards.
-        shards: ranks that a sequence's positions are dealt to; 1 if they are not.
+        shards: ranks over which a sequence's positions are sharded; 1 if they are not.
         shard: this rank's index among them.
     """
 
-    form: str
+    form: CacheForm
     width: int
     value_dim: int
-    dtype: str
+    dtype: CacheDtype
     page_size: int
     shards: int
     shard: int
 
     @classmethod
     def make(
-        cls, config: ModelConfig, form: str, kv_shard: str, dtype: str, tp: int, tp_rank: int
+        cls,
+        config: ModelConfig,
+        form: CacheForm,
+        kv_shard: KvShard,
+        dtype: CacheDtype,
+        tp: int,
+        tp_rank: int,
     ) -> "CacheLayout":
-        """Lay out the cache of `config` for rank `tp_rank` of `tp`.
+        """Return the layout of a model's cache on rank `tp_rank` of `tp`.
 
         Args:
             config: the model.
@@ -79,7 +86,7 @@ class CacheLayout:
 
     @property
     def paging(self) -> Paging:
-        """Where this rank finds a sequence's positions."""
+        """The mapping from positions to this rank's slots, as kernels take it."""
         return Paging(self.page_size, self.shards, self.shard)
 
     def pages_for(self, num_tokens: int) -> int:

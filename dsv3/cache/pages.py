@@ -1,7 +1,7 @@
-"""Host-side bookkeeping of pages: who holds them. Pages are numbers; nothing here touches data.
+"""Reference counts of pages. Pages are numbers; nothing here touches data.
 
-A page is free (nobody holds it), in use (a sequence holds it), or idle: only the prefix tree holds
-it, so its contents can be reused but nobody would miss it.
+A page is free (no holder), in use (held by a sequence), or idle: held by the prefix tree alone, so
+its contents can be reused, and it can be evicted.
 """
 
 from collections.abc import Callable, Iterable
@@ -10,12 +10,12 @@ from dsv3.cache.layout import NULL_PAGE
 
 
 class PageAllocator:
-    """Hands out pages 1 .. num_pages - 1, each shared by as many holders as retain it.
+    """Allocator of pages 1 .. num_pages - 1 with reference counts; page 0 is the null page.
 
     Attributes:
-        num_pages: pages there are to hand out.
-        num_idle: pages that only the prefix tree holds.
-        on_idle: called with a page whenever it has become idle.
+        num_pages: pages that can be allocated: one less than the argument.
+        num_idle: pages held by the prefix tree alone.
+        on_idle: called with a page whenever it becomes idle.
     """
 
     def __init__(self, num_pages: int) -> None:
@@ -29,19 +29,19 @@ class PageAllocator:
 
     @property
     def num_free(self) -> int:
-        """Pages that nobody holds."""
+        """Pages without a holder."""
         return len(self._free)
 
     def num_holders(self, page: int) -> int:
-        """Return how many hold a page, the prefix tree included."""
+        """Return the number of a page's holders, including the prefix tree."""
         return self._holders[page]
 
     def is_idle(self, page: int) -> bool:
-        """Tell whether only the prefix tree holds a page."""
+        """Return True if a page is held by the prefix tree alone."""
         return self._holders[page] == 1 and self._cached[page] == 1
 
     def allocate(self, count: int) -> list[int]:
-        """Take `count` free pages, each with one holder. The caller checks `num_free` first."""
+        """Return `count` free pages, each with one holder. The caller checks `num_free` first."""
         assert count <= len(self._free), f"{count} pages wanted, {len(self._free)} free"
         pages = [self._free.pop() for _ in range(count)]
         for page in pages:
@@ -75,7 +75,7 @@ class PageAllocator:
         self._holders[page] += 1
 
     def uncache(self, page: int) -> None:
-        """Take the prefix tree's hold off a page; an idle one becomes free."""
+        """Remove the prefix tree from the holders of a page; an idle page becomes free."""
         assert self._cached[page], f"page {page} is not in the prefix tree"
         if self._holders[page] == 1:
             self.num_idle -= 1

@@ -1,4 +1,4 @@
-"""The cache's memory on one rank: a tensor of slots per layer, written by slot, read by slot."""
+"""Device memory of the KV cache on one rank: a tensor of slots per layer."""
 
 import math
 
@@ -14,9 +14,10 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.uint8}
 
 
 class CachePool:
-    """[layers, num_pages * slots_per_page, width] in the storage dtype; bytes for packed FP8.
+    """All layers' slots, [layers, num_pages * slots_per_page, width] in the storage dtype.
 
-    Zeroed, so that memory nobody has written yet is finite and, on a CPU, not even resident.
+    The packed FP8 format is stored as bytes: dtype uint8, width `entry_bytes`. The memory is
+    zeroed: slots never written are finite and, on a CPU, not resident.
     """
 
     def __init__(
@@ -27,9 +28,12 @@ class CachePool:
         device: torch.device,
         tp: Collectives,
     ) -> None:
-        self.layout, self.num_pages, self.tp = layout, num_pages, tp
+        self.layout = layout
+        self.num_pages = num_pages
+        self.tp = tp
         dtype = _DTYPES[layout.dtype]
-        num_slots, width = num_pages * layout.slots_per_page, layout.entry_bytes // dtype.itemsize
+        num_slots = num_pages * layout.slots_per_page
+        width = layout.entry_bytes // dtype.itemsize
         self.slots = _zeros((num_layers, num_slots, width), dtype, device)
         self._pages = self.slots.view(num_layers, num_pages, -1)
 
@@ -40,7 +44,7 @@ class CachePool:
 
     @property
     def num_usable_pages(self) -> int:
-        """Pages that sequences can hold: all but the null page."""
+        """Pages that can be allocated: all but the null page."""
         return self.num_pages - 1
 
     def copy_pages(self, source_N: Tensor, target_N: Tensor) -> None:
@@ -48,20 +52,20 @@ class CachePool:
         self._pages[:, target_N] = self._pages[:, source_N]
 
     def read_pages(self, page_N: Tensor) -> Tensor:
-        """Return a copy of whole pages, [N, layers, slots_per_page * width] as stored."""
+        """Return a copy of whole pages, [N, layers, X] as stored; X = slots_per_page * width."""
         return self._pages[:, page_N].transpose(0, 1)
 
     def write_pages(self, page_N: Tensor, data_NLX: Tensor) -> None:
-        """Undo `read_pages`."""
+        """Overwrite whole pages with data in the format of `read_pages`, [N, layers, X]."""
         self._pages[:, page_N] = data_NLX.transpose(0, 1)
 
     def layer(self, index: int) -> "LayerCache":
-        """Return the part of one layer."""
+        """Return the cache of one layer, which shares this memory."""
         return LayerCache(self.layout, self.slots[index], self.tp)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return zeros; on a CPU, memory that becomes resident only where it is written."""
+    """Return zeros; on a CPU, memory that becomes resident only when it is written."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     untouched = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
@@ -72,7 +76,9 @@ class LayerCache:
     """One layer's slots, [slots, width]."""
 
     def __init__(self, layout: CacheLayout, slots: Tensor, tp: Collectives) -> None:
-        self.layout, self.slots, self.tp = layout, slots, tp
+        self.layout = layout
+        self.slots = slots
+        self.tp = tp
 
     def _store(self, entry_TX: Tensor) -> Tensor:
         if self.layout.dtype == "fp8":
@@ -85,29 +91,36 @@ class LayerCache:
         return stored_TY.to(dtype)
 
     def write(self, slot_T: Tensor, entry_TX: Tensor) -> None:
-        """Store entries, rounded to the storage format, in this rank's slots; none at slot -1."""
+        """Store entries, rounded to the storage format, in this rank's slots.
+
+        Args:
+            slot_T: [T] int64; entries with slot -1 are not stored.
+            entry_TX: [T, X], X = `layout.width` values.
+        """
         write_slots(self.slots, slot_T, self._store(entry_TX))
 
     def round(self, entry_TX: Tensor) -> Tensor:
-        """Return entries as they will be read back, in their own dtype.
+        """Return entries [T, X] rounded to the storage format, in their own dtype.
 
-        A chunk attends to its own keys through the cache format, so that its output does not
-        depend on where chunks were cut.
+        A chunk attends to its own keys as the cache rounds them, so that its output does not
+        depend on the chunk boundaries.
         """
         if entry_TX.dtype == self.slots.dtype:
             return entry_TX
         return self._load(self._store(entry_TX), entry_TX.dtype)
 
     def gather(self, page_G: Tensor, num_tokens: int, dtype: torch.dtype) -> Tensor:
-        """Return a sequence's entries in position order, all ranks' shards together.
+        """Return a sequence's entries of all ranks in position order.
+
+        A collective if positions are sharded; entries are sent in the storage format.
 
         Args:
             page_G: [G] int64 consecutive pages of the sequence.
-            num_tokens: positions wanted, from the first of the first page on.
+            num_tokens: positions to return, from the first position of the first page on.
             dtype: of the result.
 
         Returns:
-            [num_tokens, width]. A collective if positions are sharded; entries travel as stored.
+            [num_tokens, width].
         """
         layout = self.layout
         pages = self.slots.view(-1, layout.slots_per_page, self.slots.shape[-1])[page_G]

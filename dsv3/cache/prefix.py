@@ -1,12 +1,12 @@
-"""A tree over token ids whose nodes are cached pages: finds, shares and evicts prefixes.
+"""Prefix tree: finds, shares and evicts cached pages by the token ids of their prefixes.
 
-A node stands for one page and the tokens cached in it. A path from the root spells a prefix; only
-full pages have children, and a leaf may be a partial page, the tail of some sequence. A new
-sequence shares the full pages of the longest prefix it has in common with the tree, and copies the
-page after them if that one agrees with it in its first tokens.
+A node is one cached page with its tokens. The path from the root to a node is a prefix. Only full
+pages have children; a leaf may be a partial page, the tail of a sequence. A new sequence shares
+the full pages of its longest cached prefix, and copies the page after them if that page begins
+with the sequence's next tokens.
 
-Whoever holds a page of the tree holds the pages above it too. So an idle page (one that only the
-tree holds) has only idle pages below it, and all idle pages can be evicted, leaves first.
+A holder of a page also holds all pages above it. So below an idle page (held by the tree alone) all
+pages are idle, and all idle pages can be evicted, leaves first.
 """
 
 from collections.abc import Callable, Iterable, Iterator, MutableSequence
@@ -24,8 +24,14 @@ _HASH_UNIT = 64
 
 
 def chain_hashes(parent: bytes, tokens: bytes) -> list[bytes]:
-    """Return the hashes of the prefixes that end with each unit of the encoded tokens added."""
-    step, hashes = _HASH_UNIT * TOKEN_BYTES, []
+    """Return the hash of the prefix at the end of each unit of 64 tokens.
+
+    Args:
+        parent: hash of the prefix before `tokens`; empty at the start of a sequence.
+        tokens: encoded tokens.
+    """
+    step = _HASH_UNIT * TOKEN_BYTES
+    hashes = []
     for start in range(0, len(tokens), step):
         parent = blake2b(parent + tokens[start : start + step], digest_size=16).digest()
         hashes.append(parent)
@@ -33,46 +39,60 @@ def chain_hashes(parent: bytes, tokens: bytes) -> list[bytes]:
 
 
 def chain_hash(parent: bytes, tokens: bytes) -> bytes:
-    """Return the hash of a prefix from the hash of its beginning and the encoded tokens added."""
+    """Return the hash of a prefix: that of its parent prefix extended by encoded tokens."""
     return chain_hashes(parent, tokens)[-1] if tokens else parent
 
 
 class _Node(CacheEntry):
-    """A cached page: its tokens (encoded), its place in the tree, the group that owns it alone."""
+    """A cached page in the tree.
+
+    Attributes:
+        parent: node of the page before it; None for the root.
+        tokens: its encoded tokens.
+        page: number of the page.
+        group: the only group that has used the page; None if it is shared or has no group.
+        digest: cached result of `prefix_hash`.
+    """
 
     __slots__ = ("children", "digest", "group", "page", "parent", "tokens")
 
     def __init__(self, parent: "_Node | None", tokens: bytes, page: int, group: str | None) -> None:
         super().__init__(parent, tokens)
-        self.parent, self.tokens, self.page, self.group = parent, tokens, page, group
+        self.parent = parent
+        self.tokens = tokens
+        self.page = page
+        self.group = group
         self.digest: bytes | None = None
         self.children = Children[_Node]()
 
     def prefix_hash(self) -> bytes:
-        """Return the hash of the prefix that ends with this page, kept for the next time."""
-        missing, node = [], self
+        """Return the hash of the prefix that ends with this page; computed once."""
+        missing = []
+        node = self
         while node.digest is None:
             missing.append(node)
             assert node.parent is not None
             node = node.parent
         digest = node.digest
         for node in reversed(missing):
-            digest = node.digest = chain_hash(digest, node.tokens)
+            digest = chain_hash(digest, node.tokens)
+            node.digest = digest
         return digest
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """The part of a query that is cached.
+    """The cached prefix of a query.
 
     Attributes:
         pages: full pages to share, in order.
-        num_tokens: all tokens found, those in the partial page included.
-        partial_page: page whose first `partial_tokens` positions hold the next tokens; to be
-            copied before it is continued. None if there is no such page.
-        last: the node of the last of `pages`, from which a later look-up goes on.
-        host_slots: slots of host memory with the full pages after `pages`; see tiers.py.
-        on_disk: names of full pages after those that are on disk.
+        num_tokens: tokens found, including those in the partial page.
+        partial_page: page whose first `partial_tokens` positions hold the next tokens; must be
+            copied before the sequence writes to it. None if there is no such page.
+        partial_tokens: tokens found in the partial page.
+        last: node of the last of `pages`, from which a later look-up continues.
+        host_slots: host-memory slots of the full pages that follow `pages`; see tiers.py.
+        on_disk: keys of the full pages on disk that follow those; see `tiers.PageKey`.
     """
 
     pages: list[int]
@@ -90,14 +110,17 @@ class Match:
 
 
 class PrefixTree:
-    """The prefixes whose pages are cached.
+    """The tree of cached pages of one data-parallel group.
 
     Args:
         pages: the allocator the pages come from.
         page_size: positions of a page.
         policy: decides which idle page is evicted first.
-        on_evict: called before an evicted page is freed with the page, the hash of the prefix
+        on_evict: called before an evicted page is freed, with the page, the hash of the prefix
             before it, and its encoded tokens.
+
+    Attributes:
+        num_evicted: pages evicted so far.
     """
 
     def __init__(
@@ -107,7 +130,9 @@ class PrefixTree:
         policy: EvictionPolicy,
         on_evict: Callable[[int, bytes, bytes], None] | None = None,
     ) -> None:
-        self._pages, self._page_size, self._policy = pages, page_size, policy
+        self._pages = pages
+        self._page_size = page_size
+        self._policy = policy
         self._on_evict = on_evict
         self._root = _Node(None, b"", NULL_PAGE, None)
         self._root.digest = b""
@@ -122,26 +147,41 @@ class PrefixTree:
     ) -> Match:
         """Find the longest cached prefix of `token_ids`, of at most `limit` tokens.
 
-        A pure look-up. Its result is good until pages are evicted: `hold` it before making room.
-        `known` may be an earlier match of the same tokens: it saves finding its pages again.
+        A pure look-up. The result is valid until pages are evicted: `hold` it before making room.
+
+        Args:
+            token_ids: the query.
+            limit: maximal number of tokens; None for all.
+            known: an earlier match of the same tokens, from which the look-up continues.
         """
         stop = len(token_ids) if limit is None else min(limit, len(token_ids))
         node, pages = self._resume(known, stop)
         start = len(pages) * self._page_size
-        while True:
-            rest = encode(token_ids[start : min(start + self._page_size, stop)])
-            child = node.children.find(rest) if len(rest) == self._page_size * TOKEN_BYTES else None
+        tokens = encode(token_ids[start : min(start + self._page_size, stop)])
+        while len(tokens) == self._page_size * TOKEN_BYTES:
+            child = node.children.find(tokens)
             if child is None:
                 break
-            node, start = child, start + self._page_size
+            node = child
             pages.append(node.page)
-        partial, common = node.children.nearest(rest)
+            start += self._page_size
+            tokens = encode(token_ids[start : min(start + self._page_size, stop)])
+        partial, num_common = node.children.nearest(tokens)
         if partial is None:
             return Match(pages, start, last=node)
-        return Match(pages, start + common, partial.page, common, last=node)
+        return Match(
+            pages,
+            num_tokens=start + num_common,
+            partial_page=partial.page,
+            partial_tokens=num_common,
+            last=node,
+        )
 
     def _resume(self, known: Match | None, stop: int) -> tuple[_Node, list[int]]:
-        """Return where an earlier match ended, and its pages, if they are still cached."""
+        """Return the last node and the pages of an earlier match, if it is still valid.
+
+        Else the root and no pages.
+        """
         if known is None or known.last is None or self._nodes[known.last.page] is not known.last:
             return self._root, []
         if len(known.pages) * self._page_size > stop:
@@ -151,15 +191,16 @@ class PrefixTree:
     def hold(self, match: Match) -> None:
         """Retain a match's pages for the caller.
 
-        The caller releases the partial page once its copy is planned, the full ones when it is
-        done with them.
+        The caller releases the partial page once its copy is planned, the full pages when the
+        sequence ends.
         """
         self._pages.retain(match.held_pages)
 
     def count(self, match: Match, group: str | None = None, *, is_resumed: bool = False) -> None:
-        """Note that a request of a group goes on from a match it holds.
+        """Record that a request of a group continues a match that it holds.
 
-        One that was preempted and resumes has used these pages before: that is no reuse.
+        A request that resumes after preemption (`is_resumed`) has used these pages before, so this
+        does not count as a reuse.
         """
         path = [self._node(page) for page in match.pages]
         partial = None if match.partial_page is None else self._node(match.partial_page)
@@ -177,10 +218,10 @@ class PrefixTree:
     ) -> None:
         """Register a sequence's pages for its first `num_computed` tokens.
 
-        May be called as often as the sequence grows; only what is new is looked at. A full page
-        whose tokens are in the tree under another page is replaced by that one in `pages`, and
-        released: equal prefixes are stored once. The sequence may go on writing to its last page
-        behind the tokens registered.
+        May be called repeatedly as the sequence grows; only new pages are processed. Equal prefixes
+        are stored once: a full page whose tokens are in the tree under another page is released,
+        and replaced by that page in `pages`. The sequence may continue to write to its last page
+        after the registered tokens.
         """
         num_full = num_computed // self._page_size
         node, first = self._deepest(pages, num_full)
@@ -201,28 +242,30 @@ class PrefixTree:
             self._attach(node, tail, pages[num_full], group)
 
     def make_room(self, num_pages: int) -> bool:
-        """Evict until `num_pages` pages are free; return False, evicting none, if that is too many.
+        """Evict idle pages until `num_pages` pages are free.
 
-        Pages that a sequence holds and pinned ones are never touched.
+        Returns False, without evicting, if there are not enough idle pages. Pages held by sequences
+        and pinned pages are never evicted.
         """
         if self._pages.num_free + self._pages.num_idle < num_pages:
             return False
         while self._pages.num_free < num_pages:
             node = self._policy.take()
             assert isinstance(node, _Node)
-            # One that is held again or continued again is offered again when that ends.
+            # A page that is in use again or has children again becomes a candidate later.
             if self._is_evictable(node):
                 self._evict_run(node, num_pages)
         return True
 
     @property
     def num_pinned(self) -> int:
-        """Pages kept by `pin`."""
+        """Number of pages kept by `pin`."""
         return len({page for pages in self._pinned.values() for page in pages})
 
     def pin(self, token_ids: Ids[int]) -> int:
-        """Keep the cached part of a prefix from eviction until `unpin`; return its tokens."""
-        key, match = encode(token_ids), self.match(token_ids)
+        """Protect the cached part of a prefix from eviction; return its number of tokens."""
+        key = encode(token_ids)
+        match = self.match(token_ids)
         if key not in self._pinned:
             self._pages.retain(match.held_pages)
             self._pinned[key] = match.held_pages
@@ -234,9 +277,9 @@ class PrefixTree:
         self._pages.release(self._pinned.pop(encode(token_ids)))
 
     def drop_group(self, group: str) -> int:
-        """Forget the pages that only this group has used; return how many.
+        """Remove the pages that only this group has used from the tree; return their number.
 
-        Those that a running sequence holds stay its own until it releases them.
+        A running sequence keeps its pages until it releases them.
         """
         nodes = sorted(self._groups.get(group, ()), key=lambda node: -node.depth)
         for node in nodes:
@@ -246,9 +289,9 @@ class PrefixTree:
         return len(nodes)
 
     def forget(self, token_ids: Ids[int], start: int) -> None:
-        """Take the pages with a prefix's tokens from `start` on out of the tree.
+        """Remove the pages with a prefix's tokens from index `start` on from the tree.
 
-        Pages that other sequences' prefixes continue stay, and pinned ones.
+        Pinned pages stay, and pages that are part of other cached prefixes.
         """
         for page in reversed(self.match(token_ids).held_pages):
             node = self._node(page)
@@ -266,7 +309,7 @@ class PrefixTree:
         return self._node(page).prefix_hash()
 
     def deepest_first(self) -> Iterator[tuple[int, bytes, bytes]]:
-        """Iterate over what `on_evict` would be told if all pages were evicted."""
+        """Iterate over all pages as the arguments of `on_evict`, the deepest first."""
         for node in sorted(filter(None, self._nodes), key=lambda node: -node.depth):
             assert node.parent is not None
             yield node.page, node.parent.prefix_hash(), node.tokens
@@ -281,16 +324,16 @@ class PrefixTree:
         return node
 
     def _deepest(self, pages: Ids[int], num_full: int) -> tuple[_Node, int]:
-        """Return the last node of a sequence's full pages, and how many it accounts for."""
-        full = self._page_size * TOKEN_BYTES
+        """Return the node of a sequence's last full page in the tree, and its number of pages."""
+        page_bytes = self._page_size * TOKEN_BYTES
         for i in range(num_full, 0, -1):
             node = self._nodes[pages[i - 1]]
-            if node is not None and len(node.tokens) == full:
+            if node is not None and len(node.tokens) == page_bytes:
                 return node, i
         return self._root, 0
 
     def _attach(self, parent: _Node, tokens: bytes, page: int, group: str | None) -> _Node:
-        """Add a page below `parent`; it takes the place of a tail that it continues."""
+        """Add a page below `parent`; it replaces a partial page whose tokens it begins with."""
         tail = self._nodes[page]
         if tail is None:
             before = parent.children.before(tokens)
@@ -309,7 +352,7 @@ class PrefixTree:
         return node
 
     def _remove(self, node: _Node, *, evicted: bool = False) -> None:
-        """Take a leaf out of the tree."""
+        """Remove a leaf from the tree."""
         assert node.parent is not None and not node.children
         self._policy.removed(node, evicted=evicted)
         node.parent.children.remove(node)
@@ -318,7 +361,7 @@ class PrefixTree:
         self._pages.uncache(node.page)
 
     def _evict_run(self, node: _Node, num_pages: int) -> None:
-        """Evict the page of lowest rating, and those above it as long as they rate no higher."""
+        """Evict the page of lowest rating, and pages above it while they rate no higher."""
         lowest = node.rating
         while True:
             assert node.parent is not None
@@ -349,7 +392,7 @@ class PrefixTree:
         return any(pages[-1:] == [node.page] for pages in self._pinned.values())
 
     def _share(self, nodes: Iterable[_Node], group: str | None) -> None:
-        """Note that a group uses nodes: they no longer belong to another one alone."""
+        """Record that a group uses nodes: nodes owned by another group become shared."""
         for node in nodes:
             if node.group != group:
                 self._disown(node)

@@ -1,18 +1,19 @@
-"""How soon a cached page will be used again, learned from how soon pages like it were.
+"""Estimates of when cached pages are reused, learned from pages of the same kind.
 
-Ages are integers in the cache's own time and fall into buckets of half an octave: bucket k holds
-the ages from sqrt(2)^k up to sqrt(2)^(k + 1).
+Ages are integers in the policy's logical time, in buckets of half an octave: bucket k holds the
+ages from sqrt(2)^k up to sqrt(2)^(k + 1).
 """
 
 from itertools import pairwise
 from math import isqrt
+from typing import NamedTuple
 
-# What is known before anything is seen: of the pages that reach a bucket the same small share is
-# reused in it, so that the rate of reuse falls as 1 / age and the oldest page is worth least.
+# Prior: of the pages that reach a bucket, this share is reused in it, in every bucket. So the rate
+# of reuse falls as 1 / age and the oldest page is worth least.
 _PRIOR_HAZARD = 0.05
-# The prior, or the parent curve, counts for so many observations.
+# Weight of the prior or of the parent curve, in observations.
 _PRIOR_WEIGHT = 20.0
-# A curve that has seen so many lives counts each of them half from then on, and forgets in time.
+# After this number of lives a curve halves its counts, so that old observations fade.
 _MEMORY = 4096.0
 
 
@@ -22,86 +23,115 @@ def age_bucket(age: int) -> int:
 
 
 def bucket_start(bucket: int) -> int:
-    """Return the lowest age in a bucket, or above it if it holds no integer."""
+    """Return the lowest integer age in a bucket; the next higher one if the bucket has none."""
     return isqrt((1 << bucket) - 1) + 1
 
 
 class ReuseCurve:
-    """What became of one kind of pages, and what a page of this kind is worth at every age.
+    """Observed reuses of one kind of pages, and the worth of such a page at every age.
 
     A life begins when a page is used and ends when it is used again. The worth at age a is the best
-    rate, in reuses per unit of time held, that any plan "hold it until its reuse or age b" has from
-    there on: max over b of P(reused before b) / E(time held until then), a Gittins index. So a page
-    whose time is likely to come soon can be worth more than one that was used just now.
+    rate, in reuses per unit of time held, of all plans "hold the page until its reuse or age b"
+    from there on: max over b of P(reused before b) / E(time held until then), a Gittins index. So a
+    page that is likely to be reused soon can be worth more than one that was just used.
 
     Args:
         num_buckets: buckets of age; older pages count as in the last one.
-        parent: curve of a kind that this one resembles until it has seen enough: reuses come when
-            they come there, and their number is scaled to what was seen here.
+        parent: curve of a similar kind, used as the prior: its ages of reuse, scaled to the number
+            of reuses observed here.
 
     Attributes:
         worth: by bucket of age.
     """
 
-    __slots__ = ("_due", "_hazard", "_num_seen", "_parent", "_reused", "_survived", "worth")
+    __slots__ = ("_hazard", "_num_seen", "_parent", "_refresh_at", "_reused", "_survived", "worth")
 
     def __init__(self, num_buckets: int, parent: "ReuseCurve | None" = None) -> None:
         self._parent = parent
         self._reused = [0.0] * num_buckets
         self._survived = [0.0] * num_buckets
-        self._num_seen = self._due = 0.0
+        self._num_seen = 0.0
+        self._refresh_at = 0.0
         self._hazard = [_PRIOR_HAZARD] * num_buckets
         self.refresh()
 
     def observe(self, bucket: int, *, reused: bool) -> None:
-        """Note that a page was reused at an age of this bucket, or grew older unused."""
-        (self._reused if reused else self._survived)[bucket] += 1
+        """Record that a page was reused at an age of this bucket, or grew older unused."""
+        counts = self._reused if reused else self._survived
+        counts[bucket] += 1
         self._num_seen += 1
-        # An eighth of what was seen is new: drawing the curve costs next to nothing per event.
-        if self._num_seen >= self._due:
+        # Refreshed whenever an eighth of the observations is new: a negligible cost per event.
+        if self._num_seen >= self._refresh_at:
             self.refresh()
 
     def refresh(self) -> None:
-        """Draw the curve from what was seen so far."""
+        """Compute the curve from the observations."""
         if self._survived[0] + self._reused[0] > _MEMORY:
             self._reused = [count / 2 for count in self._reused]
             self._survived = [count / 2 for count in self._survived]
             self._num_seen /= 2
-        self._due = self._num_seen * 9 / 8 + 1
+        self._refresh_at = self._num_seen * 9 / 8 + 1
         self._hazard = self._estimate()
         self.worth = _worth(self._hazard)
 
     def _estimate(self) -> list[float]:
-        """Return by bucket which share of the pages that reach it is reused in it."""
-        flat = [_PRIOR_HAZARD] * len(self._hazard)
-        likeness = flat if self._parent is None else self._parent._hazard
+        """Return for each bucket the share of the pages reaching it that is reused in it."""
+        prior_hazard = [_PRIOR_HAZARD] * len(self._hazard)
+        if self._parent is not None:
+            prior_hazard = self._parent._hazard
         seen = [r + s for r, s in zip(self._reused, self._survived, strict=True)]
-        expected = sum(n * h for n, h in zip(seen, likeness, strict=True))
-        scale = (sum(self._reused) + _PRIOR_WEIGHT) / (expected + _PRIOR_WEIGHT)
+        num_expected = sum(n * h for n, h in zip(seen, prior_hazard, strict=True))
+        scale = (sum(self._reused) + _PRIOR_WEIGHT) / (num_expected + _PRIOR_WEIGHT)
         hazard = []
-        for k, h in enumerate(likeness):
-            # Neighbouring buckets are pooled: the truth is smooth, the counts are small.
+        for k, h in enumerate(prior_hazard):
+            # Neighbouring buckets are pooled: the true curve is smooth, the counts are small.
             near = slice(max(0, k - 1), k + 2)
             prior = _PRIOR_WEIGHT * min(0.9, scale * h)
             hazard.append((sum(self._reused[near]) + prior) / (sum(seen[near]) + _PRIOR_WEIGHT))
         return hazard
 
 
+class _Stretch(NamedTuple):
+    """A range of ages in which a page is held.
+
+    Attributes:
+        gain: expected reuses in it, of a page that reaches it.
+        time: expected time in it.
+        survival: probability of leaving it unused.
+    """
+
+    gain: float
+    time: float
+    survival: float
+
+    @property
+    def rate(self) -> float:
+        """Reuses per unit of time."""
+        return self.gain / self.time
+
+    def joined(self, after: "_Stretch") -> "_Stretch":
+        """Return the range of this stretch and the one after it."""
+        return _Stretch(
+            gain=self.gain + self.survival * after.gain,
+            time=self.time + self.survival * after.time,
+            survival=self.survival * after.survival,
+        )
+
+
 def _worth(hazard: list[float]) -> list[float]:
     """Return the best rate of reuse from each bucket on.
 
-    From the last bucket to the first: what is gained and the time it takes in the bucket itself,
-    joined with the stretch after it as long as that raises the rate.
+    From the last bucket to the first: the bucket's own stretch is joined with the stretch after it
+    as long as that one has the higher rate.
     """
     edges = [2 ** (k / 2) for k in range(len(hazard) + 1)]
     widths = [end - start for start, end in pairwise(edges)]
-    stretches: list[tuple[float, float, float, float]] = []
+    stretches: list[_Stretch] = []
     worth = []
     for width, h in zip(reversed(widths), reversed(hazard), strict=True):
-        gain, time, left = h, width * (1 - h / 2), 1 - h
-        while stretches and stretches[-1][0] * time > gain:
-            _, more_gain, more_time, more_left = stretches.pop()
-            gain, time, left = gain + left * more_gain, time + left * more_time, left * more_left
-        stretches.append((gain / time, gain, time, left))
-        worth.append(gain / time)
+        stretch = _Stretch(h, width * (1 - h / 2), 1 - h)
+        while stretches and stretches[-1].rate * stretch.time > stretch.gain:
+            stretch = stretch.joined(stretches.pop())
+        stretches.append(stretch)
+        worth.append(stretch.rate)
     return worth[::-1]

@@ -1,8 +1,8 @@
-"""This process's place in its job, as the program that started it left it in the environment.
+"""Rank, world size and rendezvous address of this process, from its launcher's environment.
 
-torchrun's variables come first, each for itself. Where one is missing, those of mpirun (Open MPI,
-MPICH and its kin) and of srun stand in. Nothing else in the project reads a rank from the
-environment, and nothing here changes it.
+torchrun's variables take precedence, each on its own. A missing variable is replaced by that of
+mpirun (Open MPI, MPICH and relatives) or srun. No other module reads a rank from the environment,
+and this one does not change it.
 """
 
 import os
@@ -11,13 +11,15 @@ from dataclasses import dataclass
 
 from dsv3.errors import ConfigError, shorten
 
-_FIRST_PORT, _NUM_PORTS = 15000, 15000  # below the ports that systems hand out by themselves
+# Below the range of ephemeral ports.
+_FIRST_PORT = 15000
+_NUM_PORTS = 15000
 _MAX_PORT = 2**16 - 1
 
 
 @dataclass(frozen=True, slots=True)
 class _Names:
-    """The variables of a launcher."""
+    """Names of a launcher's variables."""
 
     rank: str
     world_size: str
@@ -25,19 +27,19 @@ class _Names:
 
 
 _TORCHRUN = _Names("RANK", "WORLD_SIZE", "LOCAL_RANK")
-# mpirun may start its own helpers with srun, so srun's variables count last.
+# mpirun may start its own helpers with srun, so srun's variables have the lowest precedence.
 _MPIRUN = (
     _Names("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
     _Names("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
 )
 _SRUN = _Names("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
-# In containers that get only the variables that are passed by name.
+# In containers to which only selected variables are passed.
 _SRUN_PASSED_ON = _Names("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
 
 
 @dataclass(frozen=True, slots=True)
-class MeetingPoint:
-    """Where the ranks find each other: rank 0's host, and a port there."""
+class RendezvousAddress:
+    """Rank 0's host, and a port on it."""
 
     host: str
     port: int
@@ -47,13 +49,14 @@ class MeetingPoint:
 
 
 def environment_rank() -> int:
-    """Return this process's rank; 0 where no launcher has set one.
+    """Return this process's rank; 0 without a launcher.
 
     Raises:
         ConfigError: the variable is no number below the number of ranks.
     """
     names = _names()
-    rank, world_size = _number(names.rank, 0, 0), environment_world_size()
+    rank = _number(names.rank, 0, 0)
+    world_size = environment_world_size()
     if rank >= world_size:
         raise ConfigError(
             f"{names.rank}={rank} in the environment must be below {names.world_size}={world_size}"
@@ -63,7 +66,7 @@ def environment_rank() -> int:
 
 
 def environment_world_size() -> int:
-    """Return the number of ranks; 1 where no launcher has set one.
+    """Return the number of ranks; 1 without a launcher.
 
     Raises:
         ConfigError: the variable is no number.
@@ -72,7 +75,7 @@ def environment_world_size() -> int:
 
 
 def environment_local_rank() -> int:
-    """Return this process's number on its host; 0 where no launcher has set one.
+    """Return this process's index on its host; 0 without a launcher.
 
     Raises:
         ConfigError: the variable is no number.
@@ -80,16 +83,17 @@ def environment_local_rank() -> int:
     return _number(_names().local_rank, 0, 0)
 
 
-def meeting_point() -> MeetingPoint:
-    """Return where the ranks of a job of several meet.
+def rendezvous_address() -> RendezvousAddress:
+    """Return the address of the rendezvous.
 
-    srun names the hosts of its step, so that the first of them and a port made of the job's number
-    serve where MASTER_ADDR and MASTER_PORT are missing.
+    Under srun, missing MASTER_ADDR and MASTER_PORT are replaced by the first host of the step and a
+    port derived from the job's number.
 
     Raises:
         ConfigError: a variable is missing or no port.
     """
-    host, port = os.environ.get("MASTER_ADDR"), None
+    host = os.environ.get("MASTER_ADDR")
+    port = None
     if "MASTER_PORT" in os.environ:
         port = _number("MASTER_PORT", 1, 1, _MAX_PORT)
     if _has_ranks_of_step():
@@ -98,20 +102,20 @@ def meeting_point() -> MeetingPoint:
     if not host or port is None:
         missing = "MASTER_PORT" if host else "MASTER_ADDR"
         raise ConfigError(
-            f"no place to meet: {_names().world_size}={environment_world_size()} but {missing} is "
-            "not set; start with torchrun, or export MASTER_ADDR (rank 0's host) and MASTER_PORT "
-            "(a free port there) on all ranks, with mpirun by -x or -genv"
+            f"no rendezvous address: {_names().world_size}={environment_world_size()} but "
+            f"{missing} is not set; start with torchrun, or export MASTER_ADDR (rank 0's host) and "
+            "MASTER_PORT (a free port there) on all ranks, with mpirun by -x or -genv"
         )
-    return MeetingPoint(host, port)
+    return RendezvousAddress(host, port)
 
 
 def is_restarted() -> bool:
-    """Return True if torchrun has started the ranks of this job before."""
+    """Return True if torchrun has restarted the ranks of this job."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 def unused_tasks() -> int:
-    """Return the tasks of a Slurm job of several that this process, alone, does not use; or 0."""
+    """Return the number of tasks of a Slurm job if this process runs alone in it, else 0."""
     if environment_world_size() > 1 or _TORCHRUN.world_size in os.environ:
         return 0
     text = os.environ.get("SLURM_NTASKS", "")
@@ -125,14 +129,17 @@ def first_host(nodes: str) -> str:
 
 
 def _names() -> _Names:
-    """Return the variables that count, torchrun's where they are set."""
+    """Return the variables to read: torchrun's if set, else the other launcher's."""
     other = _other_launcher()
-    names = (
-        (_TORCHRUN.rank, other.rank),
-        (_TORCHRUN.world_size, other.world_size),
-        (_TORCHRUN.local_rank, other.local_rank),
+
+    def choose(name: str, other_name: str) -> str:
+        return name if name in os.environ else other_name
+
+    return _Names(
+        rank=choose(_TORCHRUN.rank, other.rank),
+        world_size=choose(_TORCHRUN.world_size, other.world_size),
+        local_rank=choose(_TORCHRUN.local_rank, other.local_rank),
     )
-    return _Names(*(own if own in os.environ else others for own, others in names))
 
 
 def _other_launcher() -> _Names:
@@ -145,22 +152,22 @@ def _other_launcher() -> _Names:
 
 
 def _is_step() -> bool:
-    """Return True for a task that srun has started.
+    """Return True if srun has started this process as a task of a step.
 
-    A job's script and its shell have SLURM_PROCID and SLURM_NTASKS too, and are alone. A shell that
-    srun has started as a step of its own is at a terminal (`srun --pty`).
+    A job's script and its shell, which run alone, have SLURM_PROCID and SLURM_NTASKS too. A shell
+    started as a step of its own has a terminal (`srun --pty`).
     """
     if _SRUN.rank not in os.environ or "SLURM_PTY_PORT" in os.environ:
         return False
     if _SRUN.world_size in os.environ:
         return "SLURM_STEP_ID" in os.environ or "SLURM_STEPID" in os.environ
     is_script = os.environ.get("ENVIRONMENT") == "BATCH"
-    has_place = "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ
-    return _SRUN_PASSED_ON.world_size in os.environ and has_place and not is_script
+    has_address = "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ
+    return _SRUN_PASSED_ON.world_size in os.environ and has_address and not is_script
 
 
 def _has_ranks_of_step() -> bool:
-    """Return True if the ranks are the tasks of a step, the first of them on its first host.
+    """Return True if the ranks are the tasks of a step, with rank 0 on its first host.
 
     Helpers of mpirun that srun has started are no ranks.
     """
@@ -175,7 +182,7 @@ def _first_host() -> str:
 
 
 def _job_port() -> int | None:
-    """Return a port for this step: others of the job may run on the same host."""
+    """Return a port derived from job and step: steps of a job may run on the same host."""
     job = os.environ.get("SLURM_JOB_ID") or os.environ.get("SLURM_JOBID", "")
     step = os.environ.get("SLURM_STEP_ID") or os.environ.get("SLURM_STEPID", "")
     if not job.isdecimal():
@@ -191,6 +198,6 @@ def _number(name: str, default: int, least: int, most: int = 2**31 - 1) -> int:
         raise ConfigError(
             f"{name}={shorten(text)} in the environment must be a whole number from {least}"
             f"{f' to {most}' if most == _MAX_PORT else ''}; launchers such as torchrun set it, "
-            "unset it where there is none"
+            "unset it without one"
         )
     return int(text)

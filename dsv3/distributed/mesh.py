@@ -1,7 +1,7 @@
 """Process groups of the world: one mesh of dp x tp ranks, tp fastest.
 
-`join_world` takes this process's place from its launcher (without one, a world of one), meets the
-other ranks, picks device and backend, and hands out the groups.
+`join_world` reads rank and world size from the launcher's environment (without a launcher, a world
+of one), runs the rendezvous, chooses device and backend, and makes the groups.
 """
 
 import ctypes
@@ -19,40 +19,53 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from dsv3.config import ParallelConfig
 from dsv3.distributed.collectives import Collectives, ProcessGroup, SingleRank, connect
+from dsv3.distributed.heartbeat import start_up_timeout
 from dsv3.distributed.launcher import (
     environment_local_rank,
     environment_rank,
     environment_world_size,
-    meeting_point,
+    rendezvous_address,
     unused_tasks,
 )
-from dsv3.distributed.rendezvous import Hello, Peer, Roster, meet
-from dsv3.distributed.watchdog import RUN, Watchdog, start_up_timeout
+from dsv3.distributed.rendezvous import Hello, Peer, Roster, gather_roster
+from dsv3.distributed.watchdog import RUN, Watchdog
 from dsv3.errors import ConfigError, RankError
 from dsv3.setting_names import SettingName, argument
 from dsv3.version import __version__
 
 log = logging.getLogger(__name__)
 
-# Rank 0 may wait for a user's next line for days while the others wait for its plan. The watch
-# notices ranks that die or hang.
+# Rank 0 may wait for a user's next line for days while the others wait for its plan. The watchdog
+# detects ranks that die or hang.
 _IDLE = timedelta(days=365)
-_MIN_TIMEOUT, _MAX_TIMEOUT = 3, 1_000_000  # seconds; the system's timers end somewhere above
-# That a rank which cannot start waits for rank 0, to tell it.
-_TELL_SECONDS = 10.0
-# Of <malloc.h>.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+# Seconds. The operating system's timers have a limit somewhat above.
+_MIN_TIMEOUT = 3
+_MAX_TIMEOUT = 1_000_000
+# For a rank that cannot start to reach rank 0 and report the reason.
+_REPORT_SECONDS = 10.0
+# From <malloc.h>.
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """This rank's place: its layout, its device and the groups it exchanges with.
+    """This rank's layout, device and process groups.
 
-    `control` reaches the whole world from host memory: plans travel on it. Ranks wait on it
-    without work to do, which over NCCL would keep a core and a kernel of every rank busy.
-    `dp` holds the ranks at the same place of every tp group. Where hosts of equal size hold several
-    ranks each, `host` holds the ranks of this one and `hosts` those at the same place of every one.
-    `host_of_rank` numbers the hosts in the order of their first ranks.
+    Attributes:
+        layout: parallel sizes and this rank's coordinates.
+        device: of this rank.
+        world: all ranks.
+        tp: this rank's tensor-parallel group.
+        control: all ranks, from host memory, for step plans. Idle ranks wait on it; over NCCL this
+            would keep a core and a kernel of every rank busy.
+        ranks_on_host: ranks of this host.
+        dp: the ranks with the same tp rank in all tp groups.
+        host: the ranks of this host, if all hosts have the same number of several ranks; else this
+            rank alone.
+        hosts: the ranks with the same index on all hosts, under the same condition.
+        host_of_rank: index of each rank's host; hosts are in the order of their first ranks.
+        watchdog: of this job.
     """
 
     layout: ParallelConfig
@@ -65,34 +78,34 @@ class Mesh:
     host: Collectives = field(default_factory=SingleRank)
     hosts: Collectives = field(default_factory=SingleRank)
     host_of_rank: tuple[int, ...] = (0,)
-    watch: Watchdog = field(default_factory=Watchdog)
+    watchdog: Watchdog = field(default_factory=Watchdog)
 
     @property
     def groups(self) -> list[Collectives]:
-        """The groups, each once."""
-        every = (self.world, self.tp, self.control, self.dp, self.host, self.hosts)
-        return list({id(group): group for group in every}.values())
+        """All groups, without duplicates."""
+        groups = (self.world, self.tp, self.control, self.dp, self.host, self.hosts)
+        return list({id(group): group for group in groups}.values())
 
     @property
     def sent_bytes(self) -> int:
-        """Bytes that this rank had to send to others so far, plans included."""
+        """Bytes that this rank had to send to others so far, including step plans."""
         return sum(group.sent.total() for group in self.groups)
 
     def close(self) -> None:
-        """Let go of all groups."""
+        """Drop the references to all process groups, before they are destroyed."""
         for group in self.groups:
             if isinstance(group, ProcessGroup):
                 group.close()
 
     @property
     def is_capturable(self) -> bool:
-        """Whether CUDA graphs can hold a step, its exchanges included."""
+        """True if CUDA graphs can contain a step with its exchanges."""
         groups = self.world, self.tp, self.dp, self.host, self.hosts
         return self.device.type == "cuda" and all(group.is_capturable for group in groups)
 
 
 def _device_kind(name: str) -> str:
-    """Return "cpu" or "cuda"; "auto" is CUDA where present."""
+    """Return "cpu" or "cuda"; "auto" is CUDA if available."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return name
@@ -108,25 +121,27 @@ def _pick_device(device: str, local_rank: int) -> torch.device:
 
 
 def _num_threads(ranks_on_host: int) -> int:
-    """Return what OMP_NUM_THREADS says, else this rank's share of the cores it may use.
+    """Return OMP_NUM_THREADS if the user has set it, else this rank's share of the usable cores.
 
-    torchrun sets it to 1 where the user has not; its own environment tells.
+    torchrun sets OMP_NUM_THREADS=1 if it is not set; its own environment shows the user's setting.
     """
     with suppress(OSError):
-        parents = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
-        is_users = any(entry.startswith(b"OMP_NUM_THREADS=") for entry in parents)
+        parent_environment = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
+        is_users = any(entry.startswith(b"OMP_NUM_THREADS=") for entry in parent_environment)
         if "TORCHELASTIC_RUN_ID" in os.environ and not is_users:
             os.environ.pop("OMP_NUM_THREADS", None)
     if os.environ.get("OMP_NUM_THREADS", "").isdecimal():
         return int(os.environ["OMP_NUM_THREADS"])
-    usable = getattr(os, "sched_getaffinity", None)
-    return max(1, (len(usable(0)) if usable else os.cpu_count() or 1) // ranks_on_host)
+    num_cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        num_cores = len(os.sched_getaffinity(0))
+    return max(1, num_cores // ranks_on_host)
 
 
 def _keep_freed_memory() -> None:
-    """Let the C library keep what is freed for the next step, not return it to the system.
+    """Make the C library keep freed memory for the next step instead of returning it.
 
-    Faulting a step's temporaries in anew costs a quarter of a prefill of 2048 tokens on the demo
+    Page faults of a step's temporaries cost a quarter of a prefill of 2048 tokens on the demo
     model. Only glibc has this function.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -141,13 +156,28 @@ def make_mesh(
     backend: str,
     via_host: bool,
     host_of_rank: Sequence[int],
-    watch: Watchdog | None = None,
+    watchdog: Watchdog | None = None,
 ) -> Mesh:
-    """Make the groups of a world of several that has met. A collective."""
+    """Make the groups of a world of several ranks, after the rendezvous. A collective.
+
+    Args:
+        layout: parallel sizes and this rank's coordinates.
+        device: this rank's.
+        backend: "nccl" or "gloo".
+        via_host: see `ProcessGroup`.
+        host_of_rank: see `Mesh`.
+        watchdog: counts exchanges as progress.
+    """
     assert dist.group.WORLD is not None
-    host_of_rank, watch = tuple(host_of_rank), watch or Watchdog()
+    host_of_rank = tuple(host_of_rank)
+    watchdog = watchdog or Watchdog()
     ranks_on_host = host_of_rank.count(host_of_rank[layout.rank])
-    world = connect(dist.group.WORLD, device, via_host, ranks_on_host)
+
+    def connected(group: dist.ProcessGroup) -> ProcessGroup:
+        with watchdog.waiting():
+            return connect(group, device, via_host, ranks_on_host)
+
+    world = connected(dist.group.WORLD)
     control = world
     if backend == "nccl":
         control = ProcessGroup(dist.new_group(backend="gloo", timeout=_IDLE))
@@ -159,7 +189,7 @@ def make_mesh(
         if max(sizes) == world.size:
             return [world if size > 1 else SingleRank() for size in sizes]
         mesh = init_device_mesh(kind, sizes, mesh_dim_names=names)
-        return [connect(mesh.get_group(n), device, via_host, ranks_on_host) for n in names]
+        return [connected(mesh.get_group(name)) for name in names]
 
     dp, tp = grid(("dp", layout.dp), ("tp", layout.tp))
     host: Collectives = SingleRank()
@@ -167,37 +197,55 @@ def make_mesh(
     is_even = host_of_rank == tuple(rank // ranks_on_host for rank in range(world.size))
     if layout.dp > 1 and is_even and world.size % ranks_on_host == 0:
         hosts, host = grid(("hosts", world.size // ranks_on_host), ("host", ranks_on_host))
-    places = ranks_on_host, dp, host, hosts, host_of_rank
-    mesh = Mesh(layout, device, world, tp, control, *places, watch)
+    mesh = Mesh(
+        layout=layout,
+        device=device,
+        world=world,
+        tp=tp,
+        control=control,
+        ranks_on_host=ranks_on_host,
+        dp=dp,
+        host=host,
+        hosts=hosts,
+        host_of_rank=host_of_rank,
+        watchdog=watchdog,
+    )
     groups = [group for group in mesh.groups if isinstance(group, ProcessGroup)]
-    watch.counters.append(lambda: sum(group.num_calls for group in groups))
+    watchdog.counters.append(lambda: sum(group.num_calls for group in groups))
+    watchdog.in_exchange = lambda: any(group.in_exchange for group in groups)
     return mesh
 
 
 @contextmanager
 def before_joining() -> Iterator[None]:
-    """Check settings before `join_world`: the other ranks hear of an error, and do not wait.
+    """Check settings before `join_world`: report an error to the other ranks, so none waits.
 
     Raises:
-        ConfigError: on every rank, a setting of one is wrong. If the others cannot be reached, on
-            this rank alone.
+        ConfigError: on all ranks, a setting of one rank is wrong. If the others cannot be reached,
+            on this rank alone.
     """
     try:
         yield
     except ConfigError as error:
-        rank, world_size = environment_rank(), environment_world_size()
+        world_size = environment_world_size()
         if world_size > 1:
+            hello = Hello(Peer.here(environment_rank()), world_size, failure=str(error))
             with suppress(RankError):
-                meet(Hello(Peer.here(rank), world_size, failure=str(error)), _TELL_SECONDS)
+                gather_roster(hello, _REPORT_SECONDS)
         raise
 
 
 def _check_settings(
     device: str, tp: int, dp: int, rank_timeout: float, name: SettingName
 ) -> ParallelConfig:
-    """Return the layout."""
-    rank, world_size = environment_rank(), environment_world_size()
-    environment_local_rank()  # wrong ones are refused here
+    """Return the layout.
+
+    Raises:
+        ConfigError: a setting or a variable of the launcher is wrong.
+    """
+    rank = environment_rank()
+    world_size = environment_world_size()
+    environment_local_rank()  # raises if it is invalid
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"{name('device')}={device} is unknown; use auto, cpu or cuda")
     if not _MIN_TIMEOUT <= rank_timeout <= _MAX_TIMEOUT:
@@ -222,17 +270,17 @@ def join_world(
     settings: Mapping[str, str] | None = None,
     name: SettingName = argument,
 ) -> Iterator[Mesh]:
-    """Meet the other ranks; leave them cleanly at the end.
+    """Join the world for the duration of the block, and leave it in order at its end.
 
-    In a world of several, an error that not every rank has met with ends the program on all.
+    In a world of several, an error that is not raised on all ranks ends the program on all ranks.
 
     Args:
-        device: "auto" (CUDA where present), "cpu" or "cuda".
-        tp: tensor-parallel ranks; 0 takes all that dp leaves.
+        device: "auto" (CUDA if available), "cpu" or "cuda".
+        tp: tensor-parallel ranks; 0 for world size / dp.
         dp: data-parallel groups.
         rank_timeout: seconds after which a rank that hangs ends the job.
-        settings: names and values of all else that must be the same on all ranks.
-        name: how errors call a setting.
+        settings: names and values of other settings that must be the same on all ranks.
+        name: returns the name of a setting in error messages.
 
     Raises:
         ConfigError: the layout does not fit the world, there is no such device, or the ranks were
@@ -241,57 +289,73 @@ def join_world(
     """
     with before_joining():
         layout = _check_settings(device, tp, dp, rank_timeout, name)
-    rank, world_size, met = layout.rank, layout.world_size, None
     if tasks := unused_tasks():
         log.info("alone in a Slurm job of %d tasks: srun starts a rank for each", tasks)
-    if world_size > 1:
-        meeting_point()
-        places = {"tp": layout.tp, "dp": layout.dp, "device": _device_kind(device)}
-        same = {name(field): str(value) for field, value in {**places, **(settings or {})}.items()}
-        common = same | {"the version of dsv3": __version__}
-        met = meet(Hello(Peer.here(rank), world_size, common), start_up_timeout(rank_timeout))
-    watch = Watchdog(rank, met, rank_timeout)
-    watch.start()
+    roster = None
+    if layout.world_size > 1:
+        rendezvous_address()
+        common = {"tp": layout.tp, "dp": layout.dp, "device": _device_kind(device)}
+        common |= settings or {}
+        named = {name(field): str(value) for field, value in common.items()}
+        named["the version of dsv3"] = __version__
+        hello = Hello(Peer.here(layout.rank), layout.world_size, named)
+        roster = gather_roster(hello, start_up_timeout(rank_timeout))
+    watchdog = Watchdog(layout.rank, roster, rank_timeout)
+    watchdog.start()
     mesh = None
     try:
-        mesh = _enter_mesh(layout, device, met, watch)
-        watch.enter(RUN, may_rest=True)
+        mesh = _enter_mesh(layout, device, roster, watchdog)
+        watchdog.enter(RUN, may_rest=True)
         yield mesh
     except BaseException as error:
-        watch.leave(error)
+        watchdog.leave(error)
         raise
     else:
-        watch.leave()
+        watchdog.leave()
     finally:
-        if met and mesh:
-            with watch.closing():
+        if roster and mesh:
+            with watchdog.closing():
                 mesh.close()
                 dist.destroy_process_group()
 
 
-def _enter_mesh(layout: ParallelConfig, device: str, met: Roster | None, watch: Watchdog) -> Mesh:
+def _enter_mesh(
+    layout: ParallelConfig, device_name: str, roster: Roster | None, watchdog: Watchdog
+) -> Mesh:
     """Choose this rank's device and make its groups."""
-    rank, peers = layout.rank, met.peers if met else ()
+    rank = layout.rank
+    peers = roster.peers if roster else ()
     hosts = [(peer.host, peer.boot) for peer in peers] or [("", "")]
-    order, ranks_on_host = list(dict.fromkeys(hosts)), hosts.count(hosts[rank])
-    # Of several agents on a host, each may let its ranks see other devices.
-    sights = [(peer.host, peer.boot, peer.gpus) for peer in peers] or [("", "", "")]
-    place = _pick_device(device, sights[:rank].count(sights[rank]))
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
+    ranks_on_host = hosts.count(hosts[rank])
+    # Several torchrun agents of a host may show different devices to their ranks.
+    device_sets = [(peer.host, peer.boot, peer.gpus) for peer in peers] or [("", "", "")]
+    device = _pick_device(device_name, device_sets[:rank].count(device_sets[rank]))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     else:
         torch.set_num_threads(_num_threads(ranks_on_host))
         _keep_freed_memory()
-    if met is None:
+    if roster is None:
         alone = SingleRank()
-        return Mesh(layout, place, alone, alone, alone, 1, watch=watch)
-    is_cuda = place.type == "cuda"
-    shared_gpu = is_cuda and sights.count(sights[rank]) > torch.cuda.device_count()
-    backend = "nccl" if is_cuda and not shared_gpu else "gloo"
-    met.store.set_timeout(_IDLE)
-    with watch.waiting():
+        return Mesh(layout, device, alone, alone, alone, 1, watchdog=watchdog)
+    is_cuda = device.type == "cuda"
+    is_shared_gpu = is_cuda and device_sets.count(device_sets[rank]) > torch.cuda.device_count()
+    backend = "nccl" if is_cuda and not is_shared_gpu else "gloo"
+    roster.store.set_timeout(_IDLE)
+    with watchdog.waiting():
         dist.init_process_group(
-            backend, store=met.store, rank=layout.rank, world_size=layout.world_size, timeout=_IDLE
+            backend,
+            store=roster.store,
+            rank=layout.rank,
+            world_size=layout.world_size,
+            timeout=_IDLE,
         )
-    host_of_rank = [order.index(host) for host in hosts]
-    return make_mesh(layout, place, backend, shared_gpu, host_of_rank, watch)
+    distinct_hosts = list(dict.fromkeys(hosts))
+    return make_mesh(
+        layout,
+        device,
+        backend,
+        via_host=is_shared_gpu,
+        host_of_rank=[distinct_hosts.index(host) for host in hosts],
+        watchdog=watchdog,
+    )

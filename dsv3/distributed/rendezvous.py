@@ -1,12 +1,12 @@
-"""Rendezvous of the ranks: who they are, how they were started, and a connection of each to rank 0.
+"""Rendezvous of the ranks: a roster of all ranks, and a connection of each rank to rank 0.
 
-The launcher names rank 0's host and a store, nothing more. Rank 0 leaves a port and a token in the
-store. Every other rank connects there and says hello: the token, its peer record and the settings
-that must be the same on all ranks. When all have come, rank 0 answers with the roster, or with the
-reason why there is none: also a rank that cannot start says hello, with its reason. The connections
-stay: the system closes them the moment a rank dies, on whatever host, which no store tells. A port
-that an attempt before a restart has left in the store does no harm: nothing answers there, or a
-program that does not know the token.
+The launcher provides the address of a store only. Rank 0 writes a port and a token to the store.
+Every other rank connects to the port and sends a hello: the token, its peer record and the settings
+that must be the same on all ranks. A rank that cannot start sends the reason. When all ranks have
+connected, rank 0 answers with the roster, or with the reason why the job cannot start. The
+connections stay open: the operating system closes them when a rank dies, on any host, which a store
+does not report. A stale port from an attempt before a restart does no harm: nothing answers there,
+or a program that does not know the token.
 """
 
 import json
@@ -25,11 +25,11 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from dsv3.distributed.launcher import meeting_point
-from dsv3.distributed.store import LATER_SECONDS, Patience, open_store
+from dsv3.distributed.launcher import rendezvous_address
+from dsv3.distributed.store import EXTRA_SECONDS, Backoff, open_store
 from dsv3.errors import ConfigError, Dsv3Error, RankError
 
-_HELLO_SECONDS = 5.0  # for a connection to say hello
+_HELLO_SECONDS = 5.0  # for a new connection to send its hello
 _MAX_HELLO = 1 << 20  # bytes
 _ADDRESS = "dsv3/address of rank 0"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -37,11 +37,14 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A rank as the others know it.
+    """Record of a rank.
 
     Attributes:
-        boot: the same for all processes of a running kernel.
-        gpus: the devices it is allowed to see, empty for all.
+        rank: of the world.
+        host: host name.
+        boot: boot id, the same for all processes of a running operating system.
+        pid: process id.
+        gpus: its CUDA_VISIBLE_DEVICES; empty for all devices.
     """
 
     rank: int
@@ -69,7 +72,7 @@ class Hello:
         peer: the rank.
         world_size: the number of ranks it expects.
         settings: names and values that must be the same on all ranks.
-        failure: why it cannot start, if so.
+        failure: the reason if the rank cannot start; else empty.
     """
 
     peer: Peer
@@ -78,12 +81,12 @@ class Hello:
     failure: str = ""
 
     def line(self, token: str) -> bytes:
-        """Return the message."""
+        """Return the message as a line of JSON."""
         return json.dumps({"token": token, **asdict(self)}).encode() + b"\n"
 
     @classmethod
     def read(cls, line: bytes, token: str) -> "Hello | None":
-        """Return the message of a rank of this job; None for any other."""
+        """Return the message in a line; None if it is not from a rank of this job."""
         with suppress(ValueError, TypeError, KeyError, RecursionError):
             data = json.loads(line)
             if data.pop("token") == token:
@@ -93,9 +96,12 @@ class Hello:
 
 
 class Roster(NamedTuple):
-    """All ranks, a part of the store that no other attempt uses, and this rank's connections.
+    """Result of the rendezvous.
 
-    Rank 0 has one to every other rank, these have one to rank 0.
+    Attributes:
+        peers: all ranks, in order.
+        store: a part of the store that no other attempt uses.
+        links: this rank's connections: to every other rank on rank 0, to rank 0 on the others.
     """
 
     peers: Sequence[Peer]
@@ -103,63 +109,67 @@ class Roster(NamedTuple):
     links: Mapping[int, socket.socket]
 
 
-def meet(hello: Hello, timeout: float) -> Roster:
-    """Wait for all ranks.
+def gather_roster(hello: Hello, timeout: float) -> Roster:
+    """Wait for all ranks and return the roster.
 
     Args:
-        hello: this rank's.
+        hello: this rank's message.
         timeout: seconds after which rank 0 gives up waiting.
 
     Raises:
         ConfigError: on every rank, the ranks were started in different ways, or one cannot start.
-        RankError: a rank has not come in time, or has come and died.
+        RankError: a rank has not connected in time, or has connected and died.
     """
     rank = hello.peer.rank
-    seconds = timeout if rank == 0 else timeout + LATER_SECONDS
-    patience = Patience(rank, hello.world_size, seconds)
-    found: Future[Roster] = Future()
+    seconds = timeout if rank == 0 else timeout + EXTRA_SECONDS
+    backoff = Backoff(rank, hello.world_size, seconds)
+    roster: Future[Roster] = Future()
 
     def run() -> None:
         try:
-            store = open_store(patience)
+            store = open_store(backoff)
             if rank:
-                found.set_result(_join(store, hello, patience))
+                roster.set_result(_join_roster(store, hello, backoff))
             else:
-                found.set_result(_Invitation(store, hello, patience).roster())
+                roster.set_result(_RosterServer(store, hello, backoff).roster())
         except BaseException as error:
-            found.set_exception(error)
+            roster.set_exception(error)
 
-    # Connecting to the store may take for ever.
+    # In a thread, because connecting to the store may never return.
     threading.Thread(target=run, name="rendezvous", daemon=True).start()
     try:
-        return found.result(timeout + 2 * LATER_SECONDS)
+        return roster.result(timeout + 2 * EXTRA_SECONDS)
     except TimeoutError:
-        # Not raised: the interpreter aborts at its end if that thread is still within the store.
-        os.write(2, f"error: {patience.error()}\n".encode())
+        # Not raised: the interpreter aborts at exit if the thread is still within the store.
+        os.write(2, f"error: {backoff.error()}\n".encode())
         os._exit(RankError.exit_code)
 
 
-class _Invitation:
-    """Rank 0's side: takes a connection from every other rank, then answers all of them."""
+class _RosterServer:
+    """Rank 0's side: accepts a connection from every other rank, then answers all of them."""
 
-    def __init__(self, store: dist.Store, hello: Hello, patience: Patience) -> None:
-        self._store, self._hello, self._patience = store, hello, patience
+    def __init__(self, store: dist.Store, hello: Hello, backoff: Backoff) -> None:
+        self._store = store
+        self._hello = hello
+        self._backoff = backoff
         self._token = uuid.uuid4().hex
         self._hellos = {0: hello}
         self._links: dict[int, socket.socket] = {}
         self._refused: list[socket.socket] = []
-        self._unread: dict[socket.socket, bytes] = {}  # of connections without a hello
-        self._silent_since: dict[socket.socket, float] = {}
+        # Connections that have not sent a hello: bytes received, and time of connection.
+        self._unread: dict[socket.socket, bytes] = {}
+        self._connected_at: dict[socket.socket, float] = {}
+        # The first reason why the job cannot start.
         self._refusal = hello.failure
         if hello.failure:
-            patience.end_soon()
+            backoff.end_soon()
 
     def roster(self) -> Roster:
-        """Wait for all ranks."""
-        both = socket.has_dualstack_ipv6()
-        family = socket.AF_INET6 if both else socket.AF_INET
+        """Wait for all ranks, answer them, and return the roster."""
+        dualstack = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if dualstack else socket.AF_INET
         with (
-            socket.create_server(("", 0), family=family, dualstack_ipv6=both) as server,
+            socket.create_server(("", 0), family=family, dualstack_ipv6=dualstack) as server,
             selectors.DefaultSelector() as selector,
         ):
             selector.register(server, selectors.EVENT_READ)
@@ -167,7 +177,10 @@ class _Invitation:
             with self._answer_failures():
                 while len(self._links) < self._hello.world_size - 1:
                     for key, _ in selector.select(0.1):
-                        self._take(selector, server, key.fileobj)
+                        if key.fileobj is server:
+                            self._accept(selector, server)
+                        else:
+                            self._receive(selector, key.fileobj)
                     self._drop_silent(selector)
                     self._check_others()
                 if self._refusal:
@@ -178,21 +191,33 @@ class _Invitation:
         return Roster(peers, dist.PrefixStore(name, self._store), self._links)
 
     def _publish(self, address: str) -> None:
-        """Leave the address in the store; if another rank 0 answers at the one there, raise."""
-        before = ""
-        while (found := self._store.compare_set(_ADDRESS, before, address).decode()) != address:
-            call = _say_hello(found, self._hello, _HELLO_SECONDS)
+        """Write the address to the store.
+
+        Raises:
+            ConfigError: another rank 0 answers at the address that is in the store.
+        """
+        previous = ""
+        while True:
+            stored = self._store.compare_set(_ADDRESS, previous, address).decode()
+            if stored == address:
+                return
+            call = _send_hello(stored, self._hello, _HELLO_SECONDS)
             if call is not None and call.answer is not None:
                 _check_answer(call.answer)
-            before = found
+            previous = stored
 
     def _check_others(self) -> None:
-        """Give up if a rank has died, or is missing for too long; a known reason is told first."""
+        """Give up if a rank has died, or is missing for too long.
+
+        Raises:
+            ConfigError: the reason why the job cannot start, if it is known.
+            RankError: otherwise.
+        """
         try:
             for rank, link in self._links.items():
                 if _is_closed(link):
                     raise RankError(f"{self._hellos[rank].peer} has died during rendezvous")
-            self._patience.check(self._hellos)
+            self._backoff.check(self._hellos)
         except RankError:
             if self._refusal:
                 raise ConfigError(self._refusal) from None
@@ -200,23 +225,24 @@ class _Invitation:
 
     @contextmanager
     def _answer_failures(self) -> Iterator[None]:
-        """Tell the ranks that have come why the job does not start."""
+        """Send an error raised in the block to all ranks that have connected."""
         try:
             yield
         except Dsv3Error as error:
             self._answer({"error": str(error), "is_config": isinstance(error, ConfigError)})
-            error.is_shared = True
+            error.seen_by_all_ranks = True
             raise
 
-    def _take(self, selector: selectors.BaseSelector, server: socket.socket, ready: Any) -> None:
-        """Take a new connection, or the next bytes of one."""
-        if ready is server:
-            link = server.accept()[0]
-            link.setblocking(False)
-            self._unread[link], self._silent_since[link] = b"", time.monotonic()
-            selector.register(link, selectors.EVENT_READ)
-            return
-        link = ready
+    def _accept(self, selector: selectors.BaseSelector, server: socket.socket) -> None:
+        """Accept a new connection."""
+        link = server.accept()[0]
+        link.setblocking(False)
+        self._unread[link] = b""
+        self._connected_at[link] = time.monotonic()
+        selector.register(link, selectors.EVENT_READ)
+
+    def _receive(self, selector: selectors.BaseSelector, link: Any) -> None:
+        """Read from a connection that has not sent a hello; drop it unless it sends one."""
         with suppress(OSError):
             data = link.recv(1 << 16)
             line = self._unread[link] + data
@@ -225,25 +251,33 @@ class _Invitation:
                 return
             hello = Hello.read(line, self._token)
             if hello is not None:
-                selector.unregister(link)
-                del self._unread[link], self._silent_since[link]
+                self._forget(selector, link)
                 self._admit(link, hello)
                 return
-        self._drop(selector, link)  # others than ours may knock
+        self._forget(selector, link)
+        link.close()
 
     def _drop_silent(self, selector: selectors.BaseSelector) -> None:
         limit = time.monotonic() - _HELLO_SECONDS
-        for link in [link for link, since in self._silent_since.items() if since < limit]:
-            self._drop(selector, link)
+        silent = [link for link, connected_at in self._connected_at.items() if connected_at < limit]
+        for link in silent:
+            self._forget(selector, link)
+            link.close()
 
-    def _drop(self, selector: selectors.BaseSelector, link: socket.socket) -> None:
+    def _forget(self, selector: selectors.BaseSelector, link: socket.socket) -> None:
+        """Remove a connection from those without a hello."""
         selector.unregister(link)
-        del self._unread[link], self._silent_since[link]
-        link.close()
+        del self._unread[link]
+        del self._connected_at[link]
 
     def _admit(self, link: socket.socket, hello: Hello) -> None:
-        """Add a rank; note why the job cannot start with it."""
-        rank, world_size = hello.peer.rank, self._hello.world_size
+        """Add a rank; record the reason if the job cannot start with it.
+
+        Raises:
+            ConfigError: there is no such rank, or it has connected already.
+        """
+        rank = hello.peer.rank
+        world_size = self._hello.world_size
         link.setblocking(True)
         link.settimeout(_HELLO_SECONDS)
         if not 0 < rank < world_size or rank in self._links:
@@ -252,65 +286,72 @@ class _Invitation:
             if rank in self._hellos:
                 text = f"the process {self._hellos[rank].peer.pid} is this rank already"
             raise ConfigError(f"{hello.peer} (process {hello.peer.pid}) cannot join: {text}")
-        self._links[rank], self._hellos[rank] = link, hello
+        self._links[rank] = link
+        self._hellos[rank] = hello
         if not self._refusal:
             self._refusal = reason_against(self._hello, hello)
             if self._refusal:
-                self._patience.end_soon()
+                self._backoff.end_soon()
 
     def _answer(self, answer: dict[str, Any]) -> None:
         line = json.dumps(answer).encode() + b"\n"
         for link in (*self._links.values(), *self._refused):
             link.settimeout(_HELLO_SECONDS)
-            with suppress(OSError):  # the watch notices ranks that have died meanwhile
+            with suppress(OSError):  # the watchdog detects ranks that have died
                 link.sendall(line)
 
 
 def reason_against(first: Hello, second: Hello) -> str:
-    """Return why a job cannot start with these two ranks; empty if it can."""
+    """Return the reason why a job cannot start with these two ranks; empty if it can."""
     if second.failure:
         return f"{second.peer}: {second.failure}"
     pairs = [("WORLD_SIZE", str(first.world_size), str(second.world_size))]
     for name in dict.fromkeys((*first.settings, *second.settings)):
-        mine, other = (each.settings.get(name, "not known") for each in (first, second))
-        pairs.append((name, mine, other))
-    found = "; ".join(
-        f"{name} is {mine or 'empty'} on {first.peer} and {other or 'empty'} on {second.peer}"
-        for name, mine, other in pairs
-        if mine != other
+        unknown = "not known"
+        pairs.append((name, first.settings.get(name, unknown), second.settings.get(name, unknown)))
+    differences = "; ".join(
+        f"{name} is {a or 'empty'} on {first.peer} and {b or 'empty'} on {second.peer}"
+        for name, a, b in pairs
+        if a != b
     )
-    return f"the ranks were started in different ways: {found}" if found else ""
+    return f"the ranks were started in different ways: {differences}" if differences else ""
 
 
-def _join(store: dist.Store, hello: Hello, patience: Patience) -> Roster:
-    """Connect to rank 0 and wait until it has heard of all ranks."""
+def _join_roster(store: dist.Store, hello: Hello, backoff: Backoff) -> Roster:
+    """Connect to rank 0 and wait for the roster."""
     while True:
         if store.check([_ADDRESS]):
             address = store.get(_ADDRESS).decode()
-            call = _say_hello(address, hello, patience.seconds_left)
+            call = _send_hello(address, hello, backoff.seconds_left)
             if call is not None and call.answer is not None:
                 _check_answer(call.answer)
                 peers = [Peer(**peer) for peer in call.answer["peers"]]
                 store = dist.PrefixStore(call.answer["name"], store)
                 return Roster(peers, store, {0: call.link})
             if call is not None:  # rank 0 has died
-                patience.end_soon()
-        patience.wait()
+                backoff.end_soon()
+        backoff.wait()
 
 
 class _Call(NamedTuple):
-    """A connection to rank 0 and its answer; None if it was closed without one."""
+    """A connection to rank 0, and its answer; None if it was closed without an answer."""
 
     link: socket.socket
     answer: dict[str, Any] | None
 
 
-def _say_hello(address: str, hello: Hello, seconds: float) -> _Call | None:
-    """Say hello to rank 0 and wait for its answer; None if nothing listens there."""
+def _send_hello(address: str, hello: Hello, seconds: float) -> _Call | None:
+    """Send a hello to rank 0 and wait for its answer; None if nothing listens at the address.
+
+    Args:
+        address: port and token, as in the store.
+        hello: the message.
+        seconds: to wait for the answer.
+    """
     with suppress(OSError, ValueError):
         port, token = address.split()
-        place = meeting_point().host, int(port)
-        link = socket.create_connection(place, timeout=_HELLO_SECONDS)
+        host = rendezvous_address().host
+        link = socket.create_connection((host, int(port)), timeout=_HELLO_SECONDS)
         with suppress(OSError, ValueError):
             link.sendall(hello.line(token))
             answer = json.loads(_read_line(link, seconds))
@@ -321,19 +362,24 @@ def _say_hello(address: str, hello: Hello, seconds: float) -> _Call | None:
 
 
 def _check_answer(answer: Mapping[str, Any]) -> None:
-    """Raise the error that rank 0 has met with, if it has."""
+    """Raise rank 0's error if the answer contains one."""
     if "error" in answer:
-        error = (ConfigError if answer["is_config"] else RankError)(answer["error"])
-        error.is_shared = error.told_elsewhere = True
+        error_type = ConfigError if answer["is_config"] else RankError
+        error = error_type(answer["error"])
+        error.seen_by_all_ranks = True
+        error.reported_by_rank0 = True
         raise error
 
 
 def _read_line(link: socket.socket, seconds: float) -> str:
-    """Return the one line that the other side sends; empty if it does not."""
+    """Return one received line; incomplete or empty if the connection is closed before."""
     link.settimeout(seconds)
     data = b""
-    while not data.endswith(b"\n") and (more := link.recv(1 << 16)):
-        data += more
+    while not data.endswith(b"\n"):
+        received = link.recv(1 << 16)
+        if not received:
+            break
+        data += received
     return data.decode()
 
 

@@ -1,7 +1,7 @@
-"""The memory of a job over restarts of its ranks by torchrun.
+"""Marks that survive restarts of a job's ranks by torchrun.
 
-torchrun's agent outlives the ranks, and so does its store: a mark left there is seen by every later
-attempt of the same job, on whatever host rank 0 then is, and by no other job.
+torchrun's agent and its store outlive the ranks: a mark in the store is seen by all later attempts
+of the same job, on any host, and by no other job.
 """
 
 import os
@@ -10,16 +10,16 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from dsv3.distributed.launcher import is_restarted, meeting_point
+from dsv3.distributed.launcher import is_restarted, rendezvous_address
 
 _PREFIX = "dsv3/mark "
 _ANSWER_SECONDS = 10.0
 
 
 def has_mark(name: str) -> bool:
-    """Return True if this job has left a mark, in this attempt or an earlier one.
+    """Return True if this job has set a mark, in this attempt or an earlier one.
 
-    Where the store does not outlive the ranks, every attempt but the first is taken to have one.
+    If the store does not outlive the ranks, the result is True in every attempt but the first.
     """
     with suppress(RuntimeError):
         store = _agent_store()
@@ -29,7 +29,7 @@ def has_mark(name: str) -> bool:
 
 
 def set_mark(name: str) -> None:
-    """Leave a mark. Without torchrun, or if its store is gone, there will be no other attempt."""
+    """Set a mark. Does nothing without torchrun's store, because then there are no restarts."""
     with suppress(RuntimeError):
         store = _agent_store()
         if store is not None:
@@ -39,5 +39,12 @@ def set_mark(name: str) -> None:
 def _agent_store() -> dist.Store | None:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
-    place, seconds = meeting_point(), timedelta(seconds=_ANSWER_SECONDS)
-    return dist.TCPStore(place.host, place.port, None, False, seconds, wait_for_workers=False)
+    address = rendezvous_address()
+    return dist.TCPStore(
+        address.host,
+        address.port,
+        world_size=None,
+        is_master=False,
+        timeout=timedelta(seconds=_ANSWER_SECONDS),
+        wait_for_workers=False,
+    )

@@ -1,132 +1,145 @@
-"""Watches over a job: a rank that dies, hangs or fails ends it, by name.
+"""Watchdog of a job: a rank that dies, hangs or fails ends the job, with an error that names it.
 
-A thread of every rank keeps the connection to rank 0 (see `rendezvous`). A closed one is a death.
-Once a second each rank reports its stage and its progress: steps, and within them exchanges begun
-and bytes read. Rank 0 ends the job when a rank is not heard of, or makes no progress, for the
-seconds that its stage may take; the other ranks watch rank 0. Where a rank waits for its user,
-between steps or for input, there is no limit.
+A thread of every rank keeps the connection to rank 0 (see `rendezvous`). A closed connection means
+that the rank has died. Once a second each rank sends a heartbeat with its stage and its progress:
+steps, and within them exchanges begun and bytes read. Rank 0 ends the job when a rank sends no
+heartbeat, or makes no progress, for the seconds that its stage may take; the other ranks watch
+rank 0. While a rank waits for its user, between steps or for input, there is no limit.
 
-A rank that has left the job in order takes part in no exchange any more: if another one waits in
+A rank that has left the job in order takes part in no further exchange: if another rank waits in
 an exchange then, the job is ended as well.
 
-Ending means `os._exit`: the main thread may sit in an exchange that will never end.
+A process is ended by `os._exit`, because the main thread may be in an exchange that never ends.
 """
 
-import faulthandler
-import json
 import logging
 import os
 import selectors
 import signal
 import socket
-import sys
-import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
-from dsv3.distributed.failure_report import is_lost, leave_report, log_file, reason_of
-from dsv3.distributed.fuse import Fuse
+from dsv3.distributed.failure_report import is_lost, leave_report, reason_of, report_in_log
+from dsv3.distributed.heartbeat import LONGEST_TICK, HeartbeatMonitor, start_up_timeout
+from dsv3.distributed.kill_timer import KillTimer
+from dsv3.distributed.peer_links import PeerLinks
 from dsv3.distributed.rendezvous import Peer, Roster
-from dsv3.distributed.seen import Seen
 from dsv3.errors import Interrupted, RankError, one_line
 
 log = logging.getLogger(__name__)
 
 _TICK_SECONDS = 1.0
-_LONGEST_TICK = 2.0  # more than that between two looks: this process was stopped, too
 _STOP_SECONDS = 6.0  # for all ranks to end after a signal
-_HINT_SECONDS = 30.0  # until we say who keeps the others from starting, and say it again
-_START_UP_SECONDS, _START_UP_TIMEOUTS = 20.0, 3  # see `start_up_timeout`
-_QUIET_SECONDS = 5.0  # without a word, a rank is the likeliest to be why the others wait
-_FUSE_SECONDS = 3.0  # for the other ranks to say that one is stopped, before the system kills it
-_DESERTED_SECONDS = 5.0  # in an exchange after another rank has left the job
+_KILL_SECONDS = 3.0  # for other ranks to report that this one is stopped, before it is killed
 _GRACE_SECONDS = 3.0  # for all ranks to leave the job after one has left it early
-_CAUSE_SECONDS = 2.0  # a lost connection has a cause that another rank may tell
+_CAUSE_SECONDS = 2.0  # for another rank to report the cause of a lost connection
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 RUN = "run"  # the stage in which the program decides what is done
-_EXCHANGES = str(Path(__file__).with_name("collectives.py"))
+
+
+class _ScheduledExit(NamedTuple):
+    """The end of this process: when (monotonic seconds), why, and its exit code."""
+
+    at: float
+    reason: str
+    code: int
 
 
 class Watchdog:
-    """This rank's part. In a world of one it only turns signals into exceptions.
+    """This rank's part of the watchdog. In a world of one it only turns signals into exceptions.
 
     Args:
         rank: of this process.
-        met: all ranks, and connections; None in a world of one.
+        roster: all ranks, and this rank's connections; None in a world of one.
         timeout: seconds after which a silent or stuck rank ends the job.
 
     Attributes:
-        asked: the signal that asked the job to end, or 0.
-        counters: functions whose results grow as this rank gets on.
+        end_signal: number of the signal that asked the job to end, or 0.
+        counters: functions whose results grow while this rank makes progress.
+        in_exchange: returns True while the main thread waits for other ranks in a collective.
     """
 
-    def __init__(self, rank: int = 0, met: Roster | None = None, timeout: float = 60.0) -> None:
-        self.asked = 0
+    def __init__(self, rank: int = 0, roster: Roster | None = None, timeout: float = 60.0) -> None:
+        self.end_signal = 0
         self.counters: list[Callable[[], int]] = []
-        self._rank, self._timeout = rank, timeout
-        self._stage, self._limit = "start-up", start_up_timeout(timeout)
+        self.in_exchange: Callable[[], bool] = lambda: False
+        self._rank = rank
+        self._timeout = timeout
+        self._peers: Sequence[Peer] = roster.peers if roster else ()
+        self._links = PeerLinks(roster.links if roster else {})
+        self._monitor = HeartbeatMonitor(rank, self._links, timeout, self.name_of)
+        # State of the main thread.
+        self._stage = "start-up"
+        self._limit = start_up_timeout(timeout)
         self._is_starting = True
-        self._peers: Sequence[Peer] = met.peers if met else ()
-        self._links = dict(met.links) if met else {}
-        self._unread = dict.fromkeys(self._links, b"")
-        self._seen = {r: Seen() for r in (rank, *self._links)}
-        self._advances, self._busy, self._leaving, self._stopping = 0, False, False, False
-        self._is_waiting, self._has_news = False, False
-        self._pending, self._interrupted, self._waited = False, False, 0.0
-        self._due: tuple[float, str, int] | None = None  # when to end, why, with which exit code
+        self._num_advances = 0
+        self._is_in_step = False
+        self._is_waiting = False
+        self._is_leaving = False
         self._handlers: dict[int, Any] = {}
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._is_interrupt_due = False
+        self._is_interrupted = False
+        # State of the thread.
+        self._is_heartbeat_due = False
+        self._has_sent_signal = False
+        self._exit: _ScheduledExit | None = None
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def name_of(self, *ranks: int) -> str:
-        """Return names for messages."""
+        """Return the names of ranks for messages, separated by commas."""
         return ", ".join(str(self._peers[r]) if self._peers else f"rank {r}" for r in ranks)
 
-    # What the main thread calls.
+    # Called by the main thread.
 
     def start(self) -> None:
-        """Begin; from now on signals end the job in order."""
+        """Start the thread; from now on SIGTERM and SIGINT end the job in order."""
         if threading.current_thread() is threading.main_thread():
             usual = (signal.SIG_DFL, signal.default_int_handler)
             free = [number for number in _SIGNALS if signal.getsignal(number) in usual]
             self._handlers = {number: signal.signal(number, self._on_signal) for number in free}
         if self._peers:
-            self._bell, self._ringer = socket.socketpair()
-            self._ringer.setblocking(False)
+            self._wakeup_reader, self._wakeup_writer = socket.socketpair()
+            self._wakeup_writer.setblocking(False)
             if self._handlers:
-                signal.set_wakeup_fd(self._ringer.fileno(), warn_on_full_buffer=False)
+                signal.set_wakeup_fd(self._wakeup_writer.fileno(), warn_on_full_buffer=False)
             self._thread.start()
 
     def enter(self, stage: str, may_rest: bool = False) -> None:
-        """Name the stage of the main thread from now on; one that may not rest must get on."""
-        self._stage, self._limit = stage, 0.0 if may_rest else start_up_timeout(self._timeout)
-        self._is_starting, self._has_news = stage != RUN, True
+        """Begin a stage of the main thread; unless it may rest, it must make progress."""
+        self._stage = stage
+        self._limit = 0.0 if may_rest else start_up_timeout(self._timeout)
+        self._is_starting = stage != RUN
+        self._is_heartbeat_due = True
         self.advance()
-        self._ring()
+        self._wake()
 
     def advance(self) -> None:
-        """Note that this rank gets on."""
-        self._advances += 1
+        """Record that this rank makes progress."""
+        self._num_advances += 1
 
     @contextmanager
     def task(self, stage: str) -> Iterator[None]:
-        """Do work that must get on, between stages that may rest."""
-        before = self._stage, self._limit
-        self._stage, self._limit = stage, self._timeout
+        """Run work that must make progress, within a stage that may rest."""
+        outer_stage = self._stage
+        outer_limit = self._limit
+        self._stage = stage
+        self._limit = self._timeout
         self.advance()
         try:
             yield
         finally:
-            self._stage, self._limit = before
+            self._stage = outer_stage
+            self._limit = outer_limit
 
     @contextmanager
     def counting(self, count: Callable[[], int]) -> Iterator[None]:
-        """Take a counter into account for a while."""
+        """Count the growth of `count()` as progress within the block."""
         self.counters.append(count)
         try:
             yield
@@ -135,7 +148,7 @@ class Watchdog:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Mark a place, outside of the collectives, that waits for other ranks."""
+        """Mark a block, outside of the collectives, that waits for other ranks."""
         self._is_waiting = True
         try:
             yield
@@ -144,8 +157,8 @@ class Watchdog:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Run a step of the main loop: it must get on, and if it fails it ends the job."""
-        self._busy = True
+        """Run a step of the main loop: it must make progress, and a failure ends the job."""
+        self._is_in_step = True
         try:
             with self.task("a step"):
                 yield
@@ -156,13 +169,13 @@ class Watchdog:
                 self.fail(error)
             raise
         finally:
-            self._busy = False
-        if self._pending and self._rank == 0:
+            self._is_in_step = False
+        if self._is_interrupt_due and self._rank == 0:
             self._interrupt()
 
     @contextmanager
     def exchange(self) -> Iterator[None]:
-        """Run an exchange outside of a step: one that fails since a rank is gone ends the job."""
+        """Run an exchange outside of a step: if it fails because a rank is gone, end the job."""
         try:
             yield
         except RuntimeError as error:
@@ -172,7 +185,7 @@ class Watchdog:
 
     @contextmanager
     def closing(self) -> Iterator[None]:
-        """Close the groups after `leave`; it must not take longer than a rank may be stuck."""
+        """Close the groups after `leave`, within the timeout of a stuck rank."""
         seconds = self._timeout
         text = f"{self.name_of(self._rank)} is stuck in closing its connections for {seconds:.0f} s"
         timer = threading.Timer(seconds, self._end, (text, True))
@@ -184,271 +197,203 @@ class Watchdog:
             timer.cancel()
 
     def warn(self, reason: str, seconds: float) -> None:
-        """Tell the others that this rank fails; who has not left by then is ended."""
+        """Report to the others that this rank fails; ranks still in the job then are ended."""
         if self._rank:
-            self._send("fault", [reason, seconds])
-            seconds += _STOP_SECONDS / 2  # rank 0 is to end us all
-        self._condemn(reason, seconds)
+            self._links.send("failure", [reason, seconds])
+            seconds += _STOP_SECONDS / 2  # rank 0 ends all ranks before that
+        self._schedule_exit(reason, seconds)
 
     def fail(self, error: BaseException) -> NoReturn:
-        """End the job: this rank cannot go on, and the others may be anywhere."""
+        """End the job: this rank cannot continue, and the other ranks may be anywhere."""
         log.debug("rank %d", self._rank, exc_info=error)
         name = "" if isinstance(error, RankError) else f"{self.name_of(self._rank)}: "
-        if not self.asked:  # then the thread ends the job
+        if not self.end_signal:  # otherwise the thread ends the job
             self.warn(name + reason_of(error), _CAUSE_SECONDS if is_lost(error) else 0.0)
         while True:
             time.sleep(_TICK_SECONDS)
 
     def leave(self, error: BaseException | None = None) -> None:
-        """Leave the others: in order if all do, else ending them.
+        """Leave the job: in order if all ranks leave, else the job is ended.
 
         A script may leave early on all ranks alike (`sys.exit`). If the others do not follow, the
         job is ended, as it is at once by any error that is not shared by all ranks.
         """
         if isinstance(error, KeyboardInterrupt):
-            self.asked = self.asked or signal.SIGINT
-        elif self._peers and error is not None and not getattr(error, "is_shared", False):
+            self.end_signal = self.end_signal or signal.SIGINT
+        elif self._peers and error is not None and not getattr(error, "seen_by_all_ranks", False):
             if not isinstance(error, SystemExit | GeneratorExit):
                 self.fail(error)
             reason = f"{type(error).__name__}: {error}".rstrip(": ")
-            who = f"{self.name_of(self._rank)} has left the job ({reason})"
-            self.warn(f"{who} while other ranks go on", _GRACE_SECONDS)
-        self._leaving = True
+            name = self.name_of(self._rank)
+            self.warn(f"{name} has left the job ({reason}) while other ranks go on", _GRACE_SECONDS)
+        self._is_leaving = True
         if self._peers:
-            self._ring()
-            if not self.asked:
+            self._wake()
+            if not self.end_signal:
                 self._thread.join()
-        if self._handlers and self._peers and not self.asked:
+        if self._handlers and self._peers and not self.end_signal:
             signal.set_wakeup_fd(-1)
         for number, handler in self._handlers.items():
-            signal.signal(number, handler if not self.asked else signal.SIG_IGN)
+            signal.signal(number, handler if not self.end_signal else signal.SIG_IGN)
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
-        if not self._interrupted:
-            self.asked, self._pending = number, True
-            if self._rank == 0 and not self._busy:
+        if not self._is_interrupted:
+            self.end_signal = number
+            self._is_interrupt_due = True
+            if self._rank == 0 and not self._is_in_step:
                 self._interrupt()
 
     def _interrupt(self) -> NoReturn:
-        """Raise at once or after the step; with other ranks only once, as all will end soon."""
-        self._pending, self._interrupted = False, bool(self._peers)
-        raise Interrupted(self.asked)
+        """Raise `Interrupted`; in a world of several only once, because all ranks end soon."""
+        self._is_interrupt_due = False
+        self._is_interrupted = bool(self._peers)
+        raise Interrupted(self.end_signal)
 
-    def _ring(self) -> None:
+    def _wake(self) -> None:
+        """Make the thread run at once."""
         if self._thread.is_alive():
             with suppress(OSError):
-                self._ringer.send(b"\0")
+                self._wakeup_writer.send(b"\0")
 
-    def _condemn(self, text: str, seconds: float, code: int = 3) -> None:
-        """End this rank in a while, unless it has left by then."""
+    def _schedule_exit(self, reason: str, seconds: float, code: int = 3) -> None:
+        """End this rank after `seconds`, unless it has left by then."""
         at = time.monotonic() + seconds
-        if self._due is None or at < self._due[0]:
-            self._due = at, text, code
-        self._ring()
+        if self._exit is None or at < self._exit.at:
+            self._exit = _ScheduledExit(at, reason, code)
+        self._wake()
 
-    # The thread: listen, tell, judge.
+    # The thread.
 
     def _run(self) -> None:
-        fuse = Fuse()
+        kill_timer = KillTimer()
         try:
             with selectors.DefaultSelector() as selector:
-                selector.register(self._bell, selectors.EVENT_READ)
-                for link in self._links.values():
-                    link.settimeout(_TICK_SECONDS)
-                    selector.register(link, selectors.EVENT_READ)
-                told = heard = time.monotonic()
-                while not (self._leaving and self._all_have_left()):
-                    self._listen(selector, told + _TICK_SECONDS)
+                selector.register(self._wakeup_reader, selectors.EVENT_READ)
+                self._links.register(selector, _TICK_SECONDS)
+                last_sent = last_judged = time.monotonic()
+                while not (self._is_leaving and self._have_all_left()):
+                    self._listen(selector, last_sent + _TICK_SECONDS)
                     now = time.monotonic()
-                    if now >= told + _TICK_SECONDS or self._has_news:
-                        told = now
-                        fuse.set(self._timeout + _FUSE_SECONDS)
-                        self._tell_progress()
-                    self._judge(min(now - heard, _LONGEST_TICK))
-                    heard = now
-            fuse.set(0)
+                    if now >= last_sent + _TICK_SECONDS or self._is_heartbeat_due:
+                        last_sent = now
+                        kill_timer.set(self._timeout + _KILL_SECONDS)
+                        self._send_heartbeat()
+                    self._judge(min(now - last_judged, LONGEST_TICK))
+                    last_judged = now
+            kill_timer.set(0)
         except BaseException:
             traceback.print_exc()
             os._exit(RankError.exit_code)
 
     def _listen(self, selector: selectors.BaseSelector, until: float) -> None:
-        """Take in what the others tell and what the main thread or a signal wants."""
-        if self._due is not None:
-            until = min(until, self._due[0])
+        """Read messages from peers, wake-ups from the main thread, and signals."""
+        if self._exit is not None:
+            until = min(until, self._exit.at)
         ready = {key.fd for key, _ in selector.select(max(0.0, until - time.monotonic()))}
-        # Deaths before signals: torchrun ends the others when one has died.
-        for rank, link in list(self._links.items()):
-            if link.fileno() in ready and not self._receive(rank, link):
-                selector.unregister(link)
-                del self._links[rank]
-        if self._bell.fileno() in ready:
-            for byte in self._bell.recv(4096):
-                self.asked = byte or self.asked
-        if self.asked and not self._stopping:
-            self._stopping = True
-            self._send("signal", self.asked)
-            self._condemn("", _STOP_SECONDS, 128 + self.asked)
-        if self._due is not None and time.monotonic() >= self._due[0]:
-            self._end(self._due[1], code=self._due[2])
+        # Closed connections before signals: torchrun ends the other ranks when one has died.
+        for rank in self._links:
+            if self._links.descriptor(rank) in ready and not self._receive(rank):
+                self._links.drop(rank, selector)
+        if self._wakeup_reader.fileno() in ready:
+            for byte in self._wakeup_reader.recv(4096):
+                self.end_signal = byte or self.end_signal
+        if self.end_signal and not self._has_sent_signal:
+            self._has_sent_signal = True
+            self._links.send("signal", self.end_signal)
+            self._schedule_exit("", _STOP_SECONDS, 128 + self.end_signal)
+        if self._exit is not None and time.monotonic() >= self._exit.at:
+            self._end(self._exit.reason, code=self._exit.code)
 
-    def _receive(self, rank: int, link: socket.socket) -> bool:
-        """Hear a rank; return whether it is still there."""
-        try:
-            data = link.recv(1 << 16)
-        except OSError:
-            data = b""
-        *lines, self._unread[rank] = (self._unread[rank] + data).split(b"\n")
-        for line in lines:
-            self._hear(rank, *json.loads(line))
-        if not data and self.asked:
-            self._hear(rank, "bye", None)
-        elif not data and not self._seen[rank].left:
-            stage = self._seen[rank].stage
-            self._end(f"{self.name_of(rank)} has died during {stage} (killed, or out of memory)")
-        return bool(data)
+    def _receive(self, rank: int) -> bool:
+        """Handle the messages of a rank; return False if its connection is closed."""
+        messages, is_open = self._links.receive(rank)
+        for kind, value in messages:
+            self._handle(rank, kind, value)
+        beat = self._monitor.heartbeats[rank]
+        if not is_open and self.end_signal:
+            self._handle(rank, "left", None)
+        elif not is_open and not beat.has_left:
+            name = self.name_of(rank)
+            self._end(f"{name} has died during {beat.stage} (killed, or out of memory)")
+        return is_open
 
-    def _hear(self, rank: int, kind: str, value: Any) -> None:
-        self._seen[rank].silent = 0.0
-        if kind == "progress":
-            self._seen[rank].note(*value)
-        elif kind == "fault":
-            self._condemn(*value)
+    def _handle(self, rank: int, kind: str, value: Any) -> None:
+        """Act on a message of another rank."""
+        beat = self._monitor.heartbeats[rank]
+        beat.silent = 0.0
+        if kind == "heartbeat":
+            beat.update(*value)
+        elif kind == "failure":
+            self._schedule_exit(*value)
         elif kind == "end":
-            self._end(value[0], value[1], told=True)
+            self._end(value[0], value[1], is_reported=True)
         elif kind == "signal" and self._rank == 0:
             signal.pthread_kill(threading.main_thread().ident or 0, value)
         elif kind == "signal":
-            self.asked = value
-        elif kind == "bye":
-            self._seen[rank].left = True
-            if self.asked and self._rank and not self._leaving:
-                self._end("", code=128 + self.asked)  # the main thread may wait for rank 0
+            self.end_signal = value
+        elif kind == "left":
+            beat.has_left = True
+            if self.end_signal and self._rank and not self._is_leaving:
+                self._end("", code=128 + self.end_signal)  # the main thread may wait for rank 0
 
-    def _send(self, kind: str, value: Any) -> None:
-        data = json.dumps([kind, value]).encode() + b"\n"
-        for link in list(self._links.values()):
-            with suppress(OSError):  # it is noticed where we read
-                link.sendall(data)
+    def _send_heartbeat(self) -> None:
+        self._is_heartbeat_due = False
+        progress = self._num_advances + sum(count() for count in self.counters)
+        is_waiting = self._is_waiting or self.in_exchange()
+        heartbeat = (progress, self._limit, is_waiting, self._stage)
+        self._monitor.own.update(*heartbeat)
+        self._links.send("heartbeat", heartbeat)
 
-    def _tell_progress(self) -> None:
-        self._has_news = False
-        progress = self._advances + sum(count() for count in self.counters)
-        waits = self._is_waiting or _is_in_exchange()
-        mine = (progress, self._limit, waits, self._stage)
-        self._seen[self._rank].note(*mine)
-        self._send("progress", mine)
+    def _have_all_left(self) -> bool:
+        """Send that this rank leaves; return True if all others have left.
 
-    def _all_have_left(self) -> bool:
-        """Say that this rank leaves; rank 0 says so last, and then all may go."""
-        others = all(seen.left for rank, seen in self._seen.items() if rank != self._rank)
-        mine = self._seen[self._rank]
-        if not mine.left and (self._rank or self.asked or others):
-            mine.left = True
-            self._send("bye", None)
-        return others
+        Rank 0 sends it last, which lets all ranks go.
+        """
+        have_others_left = self._monitor.have_others_left
+        own = self._monitor.own
+        if not own.has_left and (self._rank or self.end_signal or have_others_left):
+            own.has_left = True
+            self._links.send("left", None)
+        return have_others_left
 
     def _judge(self, elapsed: float) -> None:
-        """End the job if a rank is silent, stuck or deserted for too long."""
-        present = {rank: seen for rank, seen in self._seen.items() if not seen.left}
-        for rank, seen in present.items():
-            seen.silent += elapsed * (rank != self._rank)
-            seen.stalled += elapsed
-        if self.asked:
+        """End the job if a rank is silent, stuck or deserted; during start-up name slow ranks."""
+        self._monitor.add_seconds(elapsed)
+        if self.end_signal:
             return
         if self._rank == 0 and self._is_starting:
-            self._hint([rank for rank, seen in present.items() if not seen.waits], elapsed)
-        longest = max((seen.silent for seen in present.values()), default=0.0)
-        if longest > self._timeout:
-            limit = min(_QUIET_SECONDS, self._timeout / 2)
-            quiet = [rank for rank, seen in present.items() if seen.silent > limit]
-            what = f"not heard of for {longest:.0f} s (stopped, or its host cannot be reached)"
-            self._end(f"{self.name_of(*quiet)} is {what}", stacks=True)
-        if self._rank == 0:
-            self._judge_progress(present)
-            self._judge_left(present, elapsed)
+            slow = self._monitor.slow_to_start(elapsed)
+            if slow:
+                os.write(2, f"waiting for {self.name_of(*slow)}: {self._stage}\n".encode())
+        verdict = self._monitor.verdict(elapsed, self._is_leaving)
+        if verdict is not None:
+            self._end(verdict.reason, verdict.with_stacks)
 
-    def _judge_progress(self, present: Mapping[int, Seen]) -> None:
-        """End the job if a rank is stuck, or if all wait for each other.
+    def _end(
+        self, text: str, with_stacks: bool = False, is_reported: bool = False, code: int = 3
+    ) -> NoReturn:
+        """End this rank and the others.
 
-        A rank that waits is stuck because of another one: of one that rests, if none else is.
+        Args:
+            text: the error; empty after a signal. Rank 0 prints it, and one other rank of each
+                host, in case rank 0 cannot.
+            with_stacks: write the stacks of all threads to the log.
+            is_reported: another rank has sent the error to all ranks.
+            code: exit code.
         """
-        stuck = [rank for rank, seen in present.items() if seen.is_stuck]
-        causes = [rank for rank in stuck if not present[rank].waits]
-        if stuck and not causes:
-            causes = [rank for rank, seen in present.items() if not seen.waits and not seen.limit]
-        if causes:
-            seconds = max(present[rank].stalled for rank in stuck)
-            stages = dict.fromkeys(present[rank].stage for rank in causes)
-            what = f"stuck in {', '.join(stages)} for {seconds:.0f} s"
-            self._end(f"{self.name_of(*causes)} is {what}", stacks=True)
-        stalled = min((seen.stalled for seen in present.values() if seen.waits), default=0.0)
-        are_all = len(present) == len(self._seen) and all(seen.waits for seen in present.values())
-        if are_all and stalled > self._timeout:
-            self._end(
-                f"all ranks wait for each other for {stalled:.0f} s, in different exchanges: they "
-                "must make the same calls",
-                stacks=True,
-            )
-
-    def _judge_left(self, present: Mapping[int, Seen], elapsed: float) -> None:
-        """End the job if a rank waits in an exchange for one that has left."""
-        left = [rank for rank, seen in self._seen.items() if seen.left]
-        if self._leaving:
-            left.append(self._rank)
-        for rank, seen in present.items():
-            if left and rank not in left and seen.waits and seen.silent < _LONGEST_TICK:
-                seen.deserted += elapsed
-            if seen.deserted > _DESERTED_SECONDS:
-                self._end(
-                    f"{self.name_of(*left)} has left the job while {self.name_of(rank)} waits for "
-                    "it: all ranks must make the same calls"
-                )
-
-    def _hint(self, slow: Sequence[int], elapsed: float) -> None:
-        """Say for whom the others wait during start-up, which may take long."""
-        self._waited = self._waited + elapsed if 0 < len(slow) < len(self._peers) else 0.0
-        if self._waited > _HINT_SECONDS:
-            self._waited = 0.0
-            os.write(2, f"waiting for {self.name_of(*slow)}: {self._stage}\n".encode())
-
-    def _end(self, text: str, stacks: bool = False, told: bool = False, code: int = 3) -> NoReturn:
-        """End this rank and the others. Rank 0 tells why; without it, one rank of each host."""
-        threading.Timer(_CAUSE_SECONDS, os._exit, (code,)).start()  # should a terminal be paused
+        # Writing may block, for example on a paused terminal.
+        threading.Timer(_CAUSE_SECONDS, os._exit, (code,)).start()
         text = one_line(text)
-        mine = self._peers[self._rank]
-        here = [p for p in self._peers if (p.host, p.boot) == (mine.host, mine.boot)]
-        if text and not told:
-            self._send("end", [text, stacks])
-            if self._rank in (0, *[p.rank for p in here if p.rank][:1]):
+        own = self._peers[self._rank]
+        local = [peer for peer in self._peers if (peer.host, peer.boot) == (own.host, own.boot)]
+        if text and not is_reported:
+            self._links.send("end", [text, with_stacks])
+            if self._rank in (0, *[peer.rank for peer in local if peer.rank][:1]):
                 os.write(2, f"error: {text}\n".encode())
-        for peer in here:  # torchrun would wait half a minute for the end of one that is stopped
+        for peer in local:  # torchrun would wait half a minute for a stopped process to end
             with suppress(OSError):
                 os.kill(peer.pid, signal.SIGCONT)
-        own_log = log_file()
-        report = f"error: {text}\n" if own_log != 2 else ""
-        if stacks:
-            with tempfile.TemporaryFile("w+") as file:
-                faulthandler.dump_traceback(file, all_threads=True)
-                file.seek(0)
-                report += f"stacks of {self.name_of(self._rank)}:\n{file.read()}"
-        if stacks or own_log != 2:
-            os.write(own_log, report.encode())
+        report_in_log(f"error: {text}", self.name_of(self._rank), with_stacks)
         if text:
             leave_report(f"error: {text}")
         os._exit(code)
-
-
-def start_up_timeout(timeout: float) -> float:
-    """Return the seconds without progress that a stage of start-up may take.
-
-    Hosts do not start at the same moment, and the first steps compile kernels.
-    """
-    return max(_START_UP_SECONDS, _START_UP_TIMEOUTS * timeout)
-
-
-def _is_in_exchange() -> bool:
-    """Tell whether the main thread waits for other ranks."""
-    frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    while frame is not None and frame.f_code.co_filename != _EXCHANGES:
-        frame = frame.f_back
-    return frame is not None

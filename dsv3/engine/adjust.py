@@ -27,7 +27,7 @@ Longs = NDArray[np.int64]
 
 NOT_FED = -1
 _IN_PROMPT = 1
-_ONCE = 2  # a token's uses: twice its number in the answer, plus one if it is in the prompt
+_ONCE = 2  # a token's uses: twice its count in the answer, plus one if it is in the prompt
 
 
 class Adjuster:
@@ -76,8 +76,8 @@ class AdjustedRow(NamedTuple):
     """A row of a plan whose logits are adjusted.
 
     Attributes:
-        row: its number among those whose logits are wanted.
-        fed: row of the step before whose token is part of the answer too, or NOT_FED.
+        row: number of the result row.
+        fed: result row of the previous step whose token is part of the answer too, or NOT_FED.
         adjuster: of its request.
         token_ids: the prompt and the answer so far.
     """
@@ -89,7 +89,7 @@ class AdjustedRow(NamedTuple):
 
 
 def pack_adjustments(rows: list[AdjustedRow]) -> Ints:
-    """Write the adjusted rows of a plan down, in ascending order; no words if there are none."""
+    """Return the adjusted rows of a plan as words, in ascending order; empty without any."""
     if not rows:
         return np.zeros(0, np.int32)
     adjusters = [row.adjuster for row in rows]

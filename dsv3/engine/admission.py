@@ -1,7 +1,7 @@
 """Which waiting sequence is admitted next: the one with the longest cached prefix, within fairness.
 
 A sequence waits while a running one is about to compute much of its prefix, or while much of it is
-on its way from disk; and it is passed over by others only so often.
+on its way from disk. It can be skipped a limited number of times.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,20 +11,21 @@ from itertools import islice
 from dsv3.cache.prefix import Match
 from dsv3.engine.sequence import Sequence
 
-# Waiting sequences looked at, and how often one may be passed over.
+# Waiting sequences that compete for admission, and the times that one may be skipped.
 _WINDOW = 32
-_MAX_OVERTAKEN = 16
-# Tokens in common with a running sequence that are worth waiting for.
+_MAX_SKIPPED = 16
+# Least common prefix with a running sequence, in tokens, that is worth waiting for.
 _WORTH_WAITING = 32
 
 
 @dataclass(slots=True)
 class _Candidate:
-    """What is known of a waiting sequence.
+    """A waiting sequence that competes for admission.
 
     Attributes:
+        match: its longest cached prefix.
         num_compared: prefilling sequences that it was compared with.
-        waits: more of its prefix than is cached will be there soon.
+        waits: more of its prefix will be cached soon.
     """
 
     match: Match
@@ -33,12 +34,12 @@ class _Candidate:
 
 
 class Admission:
-    """The choices of one step. Every candidate is looked up and compared once, not once a choice.
+    """The admissions of one step. Each candidate is looked up and compared once in all.
 
     Args:
-        look_up: finds the cached prefix of a sequence.
-        is_coming: tells whether to wait for more of it than was found.
-        running: the sequences whose prefixes may be worth waiting for; None if none ever is.
+        look_up: returns the cached prefix of a sequence.
+        is_coming: returns True if more of the prefix than was found is on its way.
+        running: sequences whose prefixes may be worth waiting for; None if none ever is.
     """
 
     def __init__(
@@ -48,14 +49,14 @@ class Admission:
         running: Iterable[Sequence] | None,
     ) -> None:
         self._look_up, self._is_coming, self._never_waits = look_up, is_coming, running is None
-        # Those whose prefixes are not all cached yet.
+        # Running sequences whose prefixes are not all cached yet.
         self._prefilling = [seq for seq in running or () if seq.num_committed < seq.prompt_len]
         self._candidates: dict[Sequence, _Candidate] = {}
 
     def choose(self, waiting: list[Sequence]) -> Sequence | None:
         """Return the best of the waiting sequences, which are in order; None if all should wait.
 
-        Only sequences of the best priority compete, and one that was passed over too often wins.
+        Only sequences of the best priority compete; one that was skipped too often wins.
         """
         best, longest = None, -1
         for seq in islice(waiting, _WINDOW):
@@ -64,23 +65,23 @@ class Admission:
             candidate = self._candidate(seq)
             if candidate.waits:
                 continue
-            if seq.overtaken >= _MAX_OVERTAKEN:
+            if seq.times_skipped >= _MAX_SKIPPED:
                 return seq
             if candidate.match.num_tokens > longest:
                 best, longest = seq, candidate.match.num_tokens
         return best
 
     def admitted(self, seq: Sequence, waiting: list[Sequence]) -> None:
-        """Note that a sequence has left the line and is about to be prefilled."""
+        """Record that a sequence was admitted and is about to be prefilled."""
         if not self._never_waits:
             self._prefilling.append(seq)
         for other in waiting:
             if other.order >= seq.order:
                 break
-            other.overtaken += 1
+            other.times_skipped += 1
 
     def _candidate(self, seq: Sequence) -> _Candidate:
-        """Return what is known of a sequence, after a look at those that prefill by now."""
+        """Return the candidate of a sequence, compared with all sequences that prefill by now."""
         known = self._candidates.get(seq)
         candidate = known or _Candidate(self._look_up(seq))
         while not candidate.waits and candidate.num_compared < len(self._prefilling):
@@ -94,12 +95,12 @@ class Admission:
 
 
 def _shares_more(seq: Sequence, other: Sequence, num_cached: int) -> bool:
-    """Tell whether the prompt of `other` has much of a sequence's prefix, more than is cached."""
+    """Return True if the prompt of `other` shares a long prefix, longer than the cached one."""
     length = max(_WORTH_WAITING, num_cached + 1)
     prompt = other.request.prompt_ids
     if length > min(seq.reuse_limit, len(prompt)):
         return False
-    # The last token first: it tells most of them apart.
+    # The last token first: it differs in most cases.
     return prompt[length - 1] == seq.token_ids[length - 1] and (
         prompt[:length] == seq.token_ids[:length]
     )

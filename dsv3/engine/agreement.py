@@ -1,7 +1,7 @@
-"""Checks that all ranks load the same model: one with other weights would answer garbage.
+"""Checks that all ranks load the same model: with different weights they would answer garbage.
 
-A converted directory has a digest of its weights. Ranks that read the very same directory need
-none. Of other directories, the ranks that share one read samples of all tensors, each its part.
+A converted directory has a digest of its weights. Ranks that read the very same directory need no
+digest. For other directories, the ranks that share one read samples of its tensors, each a part.
 """
 
 import hashlib
@@ -17,9 +17,9 @@ import torch
 from dsv3.checkpoint.fingerprint import digest_share
 from dsv3.checkpoint.reader import Source
 from dsv3.config import ModelConfig
+from dsv3.distributed.collective_errors import collective_errors
 from dsv3.distributed.mesh import Mesh
 from dsv3.distributed.rendezvous import Peer
-from dsv3.distributed.together import fail_together
 from dsv3.errors import ConfigError
 
 
@@ -33,12 +33,12 @@ def check_same(mesh: Mesh, facts: Mapping[str, str]) -> None:
     for name, first in everyone[0].items():
         for rank, theirs in enumerate(everyone):
             if theirs[name] != first:
-                where = mesh.watch.name_of
+                name_of = mesh.watchdog.name_of
                 error = ConfigError(
-                    f"the ranks do not load the same model: {name} is {first} on {where(0)} and "
-                    f"{theirs[name]} on {where(rank)}"
+                    f"the ranks do not load the same model: {name} is {first} on {name_of(0)} and "
+                    f"{theirs[name]} on {name_of(rank)}"
                 )
-                error.is_shared, error.told_elsewhere = True, mesh.layout.rank != 0
+                error.seen_by_all_ranks, error.reported_by_rank0 = True, mesh.layout.rank != 0
                 raise error
 
 
@@ -77,12 +77,12 @@ def check_same_model(mesh: Mesh, source: Source, placement_file: str) -> None:
     places = gather_texts(mesh, place)
     sharers = [rank for rank, other in enumerate(places) if other == place]
     share, placement = bytes(16), ""
-    with fail_together(mesh, "comparing the checkpoints of the ranks"):
+    with collective_errors(mesh, "comparing the checkpoints of the ranks"):
         if placement_file:
             placement = hashlib.sha256(Path(placement_file).read_bytes()).hexdigest()
         if len(sharers) < len(places) and not source.model_digest:
             index = sharers.index(mesh.layout.rank)
-            share = digest_share(source, index, len(sharers), mesh.watch.advance)
+            share = digest_share(source, index, len(sharers), mesh.watchdog.advance)
     shares = [int(text, 16) for text in gather_texts(mesh, share.hex())]
     digest = f"{reduce(xor, (shares[rank] for rank in sharers)):032x}"
     kind = "a converted one" if source.model_digest else "one"

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 # A layer's experts are moved if that takes this share off its most loaded rank.
 _GAIN = 0.05
-# Weight of what was counted before the last time, against what was counted since.
+# Weight of the loads before the last rebalancing, against the loads since.
 _MEMORY = 0.5
 
 
@@ -46,10 +46,10 @@ def moves(old_P: Longs, new_P: Longs, num_ranks: int, ranks_on_host: int) -> lis
 def place_experts(
     settings: EngineConfig, config: ModelConfig, layout: ParallelConfig
 ) -> Placement | None:
-    """Return where experts are to be, or None for equal ranges that nobody asks about.
+    """Return the placement of experts; None for equal ranges whose loads are not recorded.
 
     Raises:
-        ConfigError: the file of the placement does not fit, or that of the loads cannot be written.
+        ConfigError: the placement file does not fit the model, or the loads cannot be written.
     """
     if layout.rank == 0 and settings.record_expert_load:
         file = NamedFile(settings.named("record_expert_load"), Path(settings.record_expert_load))
@@ -66,13 +66,13 @@ def place_experts(
 
 
 class Balancer:
-    """One rank's share of balancing. Every method is called on all ranks, at the same step.
+    """One rank's part of expert balancing. Every method is called on all ranks, at the same step.
 
     Args:
-        model: this rank's, loaded as `placement` says.
+        model: this rank's model, loaded as `placement` says.
         mesh: the ranks.
-        placement: where experts are.
-        settings: when to move them, and where to write their loads.
+        placement: the ranks of the experts.
+        settings: the steps between rebalancings, and the file for the loads.
     """
 
     def __init__(
@@ -81,15 +81,15 @@ class Balancer:
         self.placement = placement
         self._mesh, self._num_groups = mesh, model.config.n_group
         self._every, self._file = settings.rebalance_every, settings.record_expert_load
-        self._slots = list(model.dispatch.slots.values())
+        self._slots = list(model.dispatch.physical_experts.values())
         found = (module for module in model.modules() if isinstance(module, MoE))
         self._layers = dict(zip(placement.layers, found, strict=True))
         shape = len(self._slots), placement.num_experts
         self._total, self._recent, self._steps = np.zeros(shape, np.int64), np.zeros(shape), 0
-        self._take()  # the warm-up's
+        self._take_counts()  # those of the warm-up
 
     def before_step(self) -> None:
-        """Count a step; every so many steps, move experts to where they are better placed."""
+        """Count a step; at every `rebalance_every`-th step, move experts to a better placement."""
         self._steps += 1
         if not self._every or self._steps % self._every:
             return
@@ -101,17 +101,18 @@ class Balancer:
             num_nodes = max(1, old.num_ranks // self._mesh.ranks_on_host)
             new = old.rebalanced(loads, self._num_groups, num_nodes, _GAIN)
         slots = torch.from_numpy(np.stack(list(new.layers.values())))
-        told = self._mesh.control.broadcast(slots).numpy()
-        self.placement = replace(old, layers=dict(zip(self._layers, told, strict=True)))
+        agreed = self._mesh.control.broadcast(slots).numpy()
+        self.placement = replace(old, layers=dict(zip(self._layers, agreed, strict=True)))
         moved = sum(self._move(layer, old.layers[layer]) for layer in self._layers)
         for layer_slots in self._slots:
             layer_slots.place(self.placement)
         busiest = f"{self.placement.imbalance(loads):.2f}, was {old.imbalance(loads):.2f}"
-        what = f"{moved} experts moved in {time.perf_counter() - begin:.2f} s"
-        log.info("step %d: %s; load of the busiest rank / mean %s", self._steps, what, busiest)
+        seconds = time.perf_counter() - begin
+        text = "step %d: %d experts moved in %.2f s; load of the busiest rank / mean %s"
+        log.info(text, self._steps, moved, seconds, busiest)
 
     def finish(self) -> None:
-        """Write the tokens that every expert got, from rank 0."""
+        """Write the number of tokens that every expert got, from rank 0."""
         if not self._file:
             return
         self._count()
@@ -120,35 +121,47 @@ class Balancer:
             write_layers(Path(self._file), {"num_experts": self.placement.num_experts}, loads)
 
     def _count(self) -> Longs:
-        """Return the tokens of every layer's experts since the last time."""
-        new = self._mesh.dp.all_reduce(self._take()).cpu().numpy()
+        """Return the tokens of every layer's experts since the last call, over all groups."""
+        new = self._mesh.dp.all_reduce(self._take_counts()).cpu().numpy()
         self._total += new
         return new
 
-    def _take(self) -> Tensor:
-        """Return what this rank counted, and begin anew."""
+    def _take_counts(self) -> Tensor:
+        """Return this rank's counts since the last call, and reset them."""
         mine = torch.stack([slots.load_E for slots in self._slots])
         for slots in self._slots:
             slots.load_E.zero_()
         return mine
 
     def _move(self, layer: int, old_P: Longs) -> int:
-        """Bring the experts of one layer to their new slots; return how many were moved."""
+        """Bring the experts of one layer to their new slots; return the number of moved ones."""
         world, size = self._mesh.world, self.placement.slots_per_rank
         rank, module = world.rank, self._layers[layer]
         found = moves(old_P, self.placement.layers[layer], world.size, self._mesh.ranks_on_host)
         if not found:
             return 0
-        # By peer and slot, so that both sides have them in the same order.
-        here = [(a % size, b % size) for a, b in found if a // size == b // size == rank]
-        out = sorted((b // size, b, a % size) for a, b in found if a // size == rank != b // size)
-        into = sorted((a // size, b, b % size) for a, b in found if b // size == rank != a // size)
-        send, receive = (
-            [sum(peer == r for peer, *_ in x) for r in range(world.size)] for x in (out, into)
+        within = [(a % size, b % size) for a, b in found if a // size == b // size == rank]
+        # (peer, global slot, own slot), sorted so that both sides have the same order.
+        outgoing = sorted(
+            (b // size, b, a % size) for a, b in found if a // size == rank != b // size
         )
+        incoming = sorted(
+            (a // size, b, b % size) for a, b in found if b // size == rank != a // size
+        )
+        num_sent = _counts_by_peer(outgoing, world.size)
+        num_received = _counts_by_peer(incoming, world.size)
         for matrix in (module.gate_up_proj, module.down_proj):
-            kept, sent = matrix.take([a for a, _ in here]), matrix.take([a for *_, a in out])
-            got = [world.start_exchange(x, send, receive, "experts").wait() for x in sent]
-            matrix.put([b for _, b in here], kept)
-            matrix.put([b for *_, b in into], got)
+            kept = matrix.take([source for source, _ in within])
+            sent = matrix.take([slot for _, _, slot in outgoing])
+            received = [
+                world.start_exchange(x, num_sent, num_received, "experts").wait() for x in sent
+            ]
+            matrix.put([target for _, target in within], kept)
+            matrix.put([slot for _, _, slot in incoming], received)
         return len(found)
+
+
+def _counts_by_peer(transfers: list[tuple[int, int, int]], num_ranks: int) -> list[int]:
+    """Return the number of transfers with each rank; the peer comes first in a transfer."""
+    peers = [peer for peer, _, _ in transfers]
+    return [peers.count(rank) for rank in range(num_ranks)]

@@ -1,9 +1,10 @@
 """Decode steps on buffers that never move, so that one CUDA graph holds a whole step.
 
-A step of new tokens one per sequence is padded to a bucket of sequences and pages, the same in all
-data-parallel groups: every rank has all plans, so no word is needed. Its inputs are written into
-one block of memory, then everything from the embedding to the sampled tokens runs on it: replayed
-from a graph on CUDA, captured when the bucket is first used, or called as it is.
+A step with one new token per sequence is padded to a bucket of sequences and pages. All
+data-parallel groups choose the same bucket without an exchange, because every rank has all plans.
+The inputs are written into one block of memory; everything from the embedding to the sampled tokens
+runs on it. On CUDA it is a graph, captured when the bucket is first used; elsewhere the same
+function is called.
 """
 
 import logging
@@ -18,9 +19,10 @@ from torch import Tensor
 
 from dsv3.cache.layout import NULL_PAGE
 from dsv3.cache.pool import CachePool
-from dsv3.distributed.together import fail_together
-from dsv3.engine.plan import NO_TARGET, StepPlan
-from dsv3.engine.sampler import Choice, SampledOnDevice, Sampler
+from dsv3.distributed.collective_errors import collective_errors
+from dsv3.engine.sampler import Choice, Sampler
+from dsv3.engine.step_plan import NO_TARGET, StepPlan
+from dsv3.engine.step_result import StepResult
 from dsv3.errors import RankError
 from dsv3.model.batch import Batch, DecodeGroup
 from dsv3.model.transformer import Transformer
@@ -28,8 +30,8 @@ from dsv3.model.transformer import Transformer
 log = logging.getLogger(__name__)
 
 MAX_ROWS = 256
-# In all groups together. Every group's rows travel to all others, padding and all: more of them are
-# better sent where they are needed, kernel by kernel. A guess that no GPU has confirmed yet.
+# Most rows of all groups together. Every group's rows travel to all others, padding included;
+# larger steps run without graphs and send rows only to ranks that need them. Not measured on a GPU.
 MAX_GATHERED = 2048
 _FEWEST_PAGES = 16
 # Arrays of a step, one value a row.
@@ -38,7 +40,7 @@ _ARRAYS = ("token", "position", "slot", "seed", "answer", "top_k", *_FLOATS)
 
 
 def row_bucket(count: int) -> int:
-    """Return the rows that `count` are padded to: at most a quarter more, or up to three."""
+    """Return the padded number of rows: at most a quarter more than `count`, or up to three."""
     if count <= 2:
         return count
     step = max(4, (1 << (count - 1).bit_length()) >> 3)
@@ -46,34 +48,35 @@ def row_bucket(count: int) -> int:
 
 
 def most_rows(max_running: int, groups: int) -> int:
-    """Return the most sequences of a group in a step on static buffers."""
+    """Return the largest number of sequences of a group in a step on static buffers."""
     counts = range(1, min(max_running, MAX_ROWS) + 1)
     return max((n for n in counts if row_bucket(n) * groups <= MAX_GATHERED), default=1)
 
 
 def page_bucket(count: int) -> int:
-    """Return the pages of a row that `count` are padded to: a power of two."""
+    """Return the padded number of pages of a row: a power of two."""
     return max(_FEWEST_PAGES, 1 << (count - 1).bit_length())
 
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """What graphs differ in.
+    """Sizes and kind of a step; there is one graph for each.
 
     Attributes:
         rows, pages: sizes of the buffers.
-        draws: tokens are drawn from whole rows of logits, not the local best ones compared.
+        samples: tokens are sampled from whole rows of logits; otherwise the ranks' best logits are
+            compared.
     """
 
     rows: int
     pages: int
-    draws: bool
+    samples: bool
 
 
 class Inputs:
-    """Inputs of one bucket: arrays of rows as int64 (or float64 in their place) and page tables.
+    """Inputs of one bucket: arrays of rows (int64, or float64 as its bits) and page tables.
 
-    The host has two of each: it writes one while the other may still be on its way.
+    The host has two copies of each: it writes one while the other may still be in transfer.
     """
 
     def __init__(self, bucket: Bucket, device: torch.device) -> None:
@@ -101,7 +104,7 @@ class Inputs:
     def fill(self, table_BG: NDArray[np.int32], arrays: tuple[NDArray[Any], ...]) -> None:
         """Write a step's page tables and arrays, and send them; does not wait for the device.
 
-        Rows that pad see no key, choose no expert and write nothing.
+        Padding rows see no key, choose no expert and write nothing.
         """
         self._turn ^= 1
         if self._sent:
@@ -123,10 +126,10 @@ class GraphRunner:
 
     Args:
         model, cache, sampler: of the rank.
-        max_feed: rows of a step that the next one can be fed from.
+        max_feed: sampled rows that the next step can read its tokens from.
 
     Attributes:
-        seconds: spent on capturing.
+        seconds: time spent on capturing.
     """
 
     def __init__(
@@ -138,16 +141,18 @@ class GraphRunner:
         self._inputs: dict[Bucket, Inputs] = {}
         self._graphs: dict[Bucket, torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
-        self._cannot: set[bool] = set()  # capture steps that draw, or that do not
+        # Kinds of steps, by `Bucket.samples`, that could not be captured.
+        self._failed: set[bool] = set()
         self.seconds = 0.0
 
     def bucket(self, plans: list[StepPlan]) -> Bucket | None:
-        """Return the bucket of a step; None if any group does anything but decode.
+        """Return the bucket of a step; None if it must run eagerly.
 
-        Rows with penalties or biases are not what the buffers are for: all of their steps run
-        eagerly.
+        A step runs eagerly if any group prefills, scores or reports log-probabilities, or has rows
+        with penalties or biases.
         """
-        count, longest, draws = 0, 0, False
+        count = longest = 0
+        samples = False
         for plan in plans:
             if not len(plan.token_ids) == len(plan.row) == len(plan.query_len):
                 return None
@@ -159,14 +164,14 @@ class GraphRunner:
                 return None
             count = max(count, len(plan.row))
             longest = max(longest, int(plan.context_len.max(initial=0)))
-            draws |= bool((plan.temperature > 0).any())
+            samples |= bool((plan.temperature > 0).any())
         rows = row_bucket(count)
-        if not 0 < count <= MAX_ROWS or rows * len(plans) > MAX_GATHERED or draws in self._cannot:
+        if not 0 < count <= MAX_ROWS or rows * len(plans) > MAX_GATHERED or samples in self._failed:
             return None
-        return Bucket(rows, page_bucket(self._cache.layout.pages_for(longest + 1)), draws)
+        return Bucket(rows, page_bucket(self._cache.layout.pages_for(longest + 1)), samples)
 
     def feed(self, token_M: Tensor) -> None:
-        """Take over the tokens of a step that ran elsewhere."""
+        """Take over the sampled tokens of a step that ran eagerly."""
         count = min(len(token_M), len(self._feed))
         self._feed[:count] = token_M[:count]
 
@@ -176,14 +181,14 @@ class GraphRunner:
         plan: StepPlan,
         table_BG: NDArray[np.int32],
         slot_B: NDArray[np.int64],
-    ) -> SampledOnDevice | None:
+    ) -> StepResult | None:
         """Run a step. A collective.
 
         Args:
-            bucket: what `bucket` returned for it.
-            plan: of this rank's group, perhaps empty.
+            bucket: the step's, from `bucket`.
+            plan: of this rank's group, possibly empty.
             table_BG: [B, G] pages of the sequences, as many as the longest needs.
-            slot_B: [B] slots of the new entries; -1 for those of other ranks.
+            slot_B: [B] slots of the new entries; -1 for entries of other ranks.
 
         Returns:
             the tokens; None if the step cannot be captured and did not run.
@@ -198,11 +203,11 @@ class GraphRunner:
             self._compute(bucket, inputs)
         elif not self._replay(bucket, inputs):
             return None
-        # The next step overwrites what this one left.
-        return SampledOnDevice(self._feed[: len(plan.row)].clone(), None)
+        # The next step overwrites the buffer.
+        return StepResult(self._feed[: len(plan.row)].clone(), None)
 
     def _compute(self, bucket: Bucket, inputs: Inputs) -> None:
-        """Run the step on what the buffers hold; nothing here asks the device for anything."""
+        """Run the step on the buffers; the host never waits for the device here."""
         token_T, position_T = inputs.row("token"), inputs.row("position")
         dispatch = self._model.dispatch
         dispatch.begin_step([bucket.rows] * dispatch.mesh.layout.dp, True, position_T)
@@ -215,7 +220,7 @@ class GraphRunner:
             groups=[DecodeGroup(0, bucket.rows, inputs.page_BG, position_T[:, None])],
         )
         logits_MW = self._model.logits(self._model(batch, self._cache))
-        if bucket.draws:
+        if bucket.samples:
             names = ("temperature", "top_k", "top_p", "min_p", "seed", "answer")
             arrays = [inputs.row(name) for name in names]
             arrays += [position_T + 1, torch.full_like(position_T, NO_TARGET)]
@@ -229,10 +234,10 @@ class GraphRunner:
         """Replay the bucket's graph, captured at its first use; False if it cannot be."""
         if bucket not in self._graphs:
             try:
-                with fail_together(self._model.dispatch.mesh, "capturing", is_fatal=False):
+                with collective_errors(self._model.dispatch.mesh, "capturing", is_fatal=False):
                     self._graphs[bucket] = self._capture(bucket, inputs)
             except (RuntimeError, RankError) as error:
-                self._cannot.add(bucket.draws)
+                self._failed.add(bucket.samples)
                 log.warning("steps run without CUDA graphs: %s", str(error).split("\n")[0])
                 return False
         self._graphs[bucket].replay()
@@ -243,13 +248,13 @@ class GraphRunner:
         fed = self._feed.clone()
         side, main = torch.cuda.Stream(), torch.cuda.current_stream()
         side.wait_stream(main)
-        # Compiles kernels and opens connections; writes what replay does.
+        # A first run compiles kernels and opens connections; it writes what a replay writes.
         with torch.cuda.stream(side):
             self._compute(bucket, inputs)
         main.wait_stream(side)
         self._feed.copy_(fed)
         graph = torch.cuda.CUDAGraph()
-        # Other threads (NCCL's) may ask the device for something meanwhile.
+        # Other threads (NCCL's) may use the device during the capture.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             self._compute(bucket, inputs)
         self.seconds += time.perf_counter() - begin

@@ -1,4 +1,4 @@
-"""Notices ranks that compute otherwise: digests of plans and of sampled tokens, compared."""
+"""Compares digests of plans and sampled tokens over ranks, to find a rank that is wrong."""
 
 import zlib
 from dataclasses import fields
@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from dsv3.distributed.mesh import Mesh
-from dsv3.engine.plan import StepPlan
+from dsv3.engine.step_plan import StepPlan
 from dsv3.errors import RankError
 
 
 class DivergenceCheck:
-    """One rank's digests over all of its steps. The device is waited for at every `every`-th."""
+    """One rank's digests over all of its steps; every `every`-th waits for the device."""
 
     def __init__(self, mesh: Mesh, every: int) -> None:
         self._mesh, self._every = mesh, every
@@ -20,10 +20,10 @@ class DivergenceCheck:
         self._token_digest = torch.zeros((), dtype=torch.int64, device=mesh.device)
 
     def add(self, plans: list[StepPlan], token_M: Tensor) -> None:
-        """Take in a step of all groups; its order among the others counts, and that of its tokens.
+        """Add a step of all groups to the digests, which depend on the order of steps and tokens.
 
         Raises:
-            RankError: the ranks have not all done the same. A collective, now and then.
+            RankError: the ranks have not all done the same. A collective at every `every`-th step.
         """
         for plan in plans:
             for f in fields(plan):
@@ -35,13 +35,16 @@ class DivergenceCheck:
             self._compare(torch.tensor([self._plan_digest, int(self._token_digest)]))
 
     def _compare(self, mine: Tensor) -> None:
-        told = [tuple(row) for row in self._mesh.control.all_gather(mine).tolist()]
-        usual = max(told, key=told.count)
-        odd = [rank for rank, digests in enumerate(told) if digests != usual]
-        if odd:
-            what = "run other plans" if told[odd[0]][0] != usual[0] else "sampled other tokens"
-            raise RankError(
-                f"{self._mesh.watch.name_of(*odd)} has {what} than the other ranks in one of the "
-                f"last {self._every} steps: their answers cannot be trusted; look for a faulty "
-                "device or memory"
-            )
+        reported = [tuple(row) for row in self._mesh.control.all_gather(mine).tolist()]
+        usual = max(reported, key=reported.count)
+        odd = [rank for rank, digests in enumerate(reported) if digests != usual]
+        if not odd:
+            return
+        is_plan = reported[odd[0]][0] != usual[0]
+        difference = "run other plans" if is_plan else "sampled other tokens"
+        names = self._mesh.watchdog.name_of(*odd)
+        raise RankError(
+            f"{names} has {difference} than the other ranks in one of the "
+            f"last {self._every} steps: their answers cannot be trusted; look for a faulty "
+            "device or memory"
+        )

@@ -1,7 +1,7 @@
 """The engine of rank 0: requests in, tokens out, one step at a time.
 
-`add` puts a request in line, `step` plans, runs on all ranks and commits. The other ranks sit in
-`follow`, executing plans until rank 0 stops them.
+`add` puts a request in line; `step` plans, runs on all ranks and commits. The other ranks run
+`follow`, which executes plans until rank 0 stops them.
 """
 
 import logging
@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from dsv3.cache.pool import CachePool
 from dsv3.cache.tiers import Tiers
 from dsv3.config import ModelConfig
-from dsv3.engine.lane import Lane, balance, choose_lane, report
+from dsv3.engine.groups import choose_group, rebalance_waiting, update_gauges
 from dsv3.engine.metrics import Metrics
-from dsv3.engine.plan import NOT_FINITE, PlanChannel, StepPlan
-from dsv3.engine.planner import Work, write_plans
+from dsv3.engine.plan_writer import write_plans
 from dsv3.engine.runner import Runner
-from dsv3.engine.sampler import Sampled, SampledOnDevice
-from dsv3.engine.scheduler import Step
+from dsv3.engine.scheduled import ScheduledSeq, ScheduledStep
+from dsv3.engine.scheduler import Scheduler
 from dsv3.engine.sequence import Sequence
+from dsv3.engine.step_plan import NOT_FINITE, PlanChannel, StepPlan
+from dsv3.engine.step_result import HostResult, StepResult
 from dsv3.errors import ConfigError, RequestError
 from dsv3.request import Completion, Request, RequestOutput, SamplingParams, TokenLogprobs
 from dsv3.settings import EngineConfig
@@ -29,17 +30,17 @@ from dsv3.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-# For writing the cache to disk at the end, and if a signal brought it about.
+# Seconds for writing the cache to disk at the end, and at an end by a signal.
 _SAVE_SECONDS, _HASTY_SAVE_SECONDS = 60.0, 4.0
 
 
 @dataclass(frozen=True, slots=True)
 class _Launched:
-    """A step whose results have not been looked at."""
+    """A step whose results have not been committed."""
 
     number: int
-    work: list[Work]
-    sampled: SampledOnDevice
+    parts: list[ScheduledSeq]
+    result: StepResult
 
 
 class Engine:
@@ -53,8 +54,8 @@ class Engine:
         channel: carries plans to the other ranks.
         tokenizer: None serves token ids only.
         max_seq_len: longest context a request may reach.
-        tiers: for each data-parallel group, what is kept of its cache outside the device; None
-            keeps nothing.
+        tiers: the lower cache tiers of each data-parallel group; None keeps nothing outside the
+            device.
     """
 
     def __init__(
@@ -78,7 +79,10 @@ class Engine:
             # DeepSeek's own config files do not name the end token.
             self._eos = frozenset({tokenizer.eos_id})
         is_only = len(tiers) == 1
-        self._lanes = [Lane(config, cache, settings, each, self.metrics, is_only) for each in tiers]
+        self._schedulers = [
+            Scheduler(config, cache.layout, cache.num_pages, settings, each, self.metrics, is_only)
+            for each in tiers
+        ]
         self._pipelined = settings.is_pipelined(cache.slots.device.type)
         self._in_flight: _Launched | None = None
         self._is_stepping = self._is_prewarming = False
@@ -90,12 +94,14 @@ class Engine:
     @property
     def cache_tokens(self) -> int:
         """Positions the caches of all groups hold."""
-        return sum(lane.pages.num_pages for lane in self._lanes) * self._layout.page_size
+        num_pages = sum(scheduler.pages.num_pages for scheduler in self._schedulers)
+        return num_pages * self._layout.page_size
 
     @property
     def _room(self) -> int:
         """Positions that one group has for requests."""
-        return min(lane.num_usable for lane in self._lanes) * self._layout.page_size
+        num_pages = min(scheduler.num_usable_pages for scheduler in self._schedulers)
+        return num_pages * self._layout.page_size
 
     @property
     def num_unfinished(self) -> int:
@@ -103,14 +109,14 @@ class Engine:
         return len(self._sequences)
 
     def has_work(self) -> bool:
-        """Tell whether a step would do anything."""
+        """Return True if a step would do anything."""
         return bool(self._sequences) or self._in_flight is not None
 
-    def add(self, request: Request, lane: int | None = None) -> None:
-        """Put a request in line: in the group that suits it best, or in one that is given.
+    def add(self, request: Request, group: int | None = None) -> None:
+        """Put a request in line, in a given group or in the one with the least cost.
 
         Raises:
-            RequestError: it can never be served; the message says why and what would do.
+            RequestError: it can never be served; the message names the reason and a remedy.
         """
         if request.request_id in self._sequences:
             raise RequestError(f"request_id {request.request_id!r} is already in progress")
@@ -135,8 +141,8 @@ class Engine:
         if request.deadline is not None:
             seq.expires = seq.added_at + request.deadline
         self._sequences[request.request_id] = seq
-        seq.lane = choose_lane(self._lanes, seq) if lane is None else lane
-        self._lanes[seq.lane].add(seq)
+        seq.group = choose_group(self._schedulers, seq) if group is None else group
+        self._schedulers[seq.group].add(seq)
 
     def _check_tokens(self, request: Request) -> None:
         prompt, params = request.prompt_ids, request.params
@@ -164,7 +170,7 @@ class Engine:
         """Drop a request without an answer; unknown ids are ignored."""
         seq = self._sequences.pop(request_id, None)
         if seq is not None:
-            self._lanes[seq.lane].remove(seq)
+            self._schedulers[seq.group].remove(seq)
 
     def prewarm(self, prompts: list[list[int]]) -> int:
         """Compute prompts before the first request, in every group, and keep them cached.
@@ -176,22 +182,22 @@ class Engine:
             RequestError: one cannot be served.
             ConfigError: the logits of one are not finite, or they leave too little of the cache.
         """
-        if any(lane.tree is None for lane in self._lanes):
+        if any(scheduler.tree is None for scheduler in self._schedulers):
             raise ConfigError("--prewarm keeps prefixes for reuse; drop --no-prefix-reuse")
         all_room, params = self._room, SamplingParams(max_tokens=0)
         names = {}
         self._is_prewarming = True
-        for lane in range(len(self._lanes)):
+        for group in range(len(self._schedulers)):
             for number, ids in enumerate(prompts, 1):
-                name = f"prewarm-{lane}-{number}"
+                name = f"prewarm-{group}-{number}"
                 names[name] = f"--prewarm, prompt {number}"
-                self.add(Request(request_id=name, prompt_ids=ids, params=params), lane)
+                self.add(Request(request_id=name, prompt_ids=ids, params=params), group)
         while self.has_work():
             for output in self.step():
                 if output.completion is not None and output.completion.error:
                     raise ConfigError(f"{names[output.request_id]}: {output.completion.error}")
         self._is_prewarming = False
-        total = min(lane.pin(prompts) for lane in self._lanes)
+        total = min(scheduler.pin(prompts) for scheduler in self._schedulers)
         if 2 * self._room < all_room:
             raise ConfigError(
                 f"--prewarm pins {all_room - self._room} of {all_room} cached tokens, more than "
@@ -202,69 +208,71 @@ class Engine:
 
     def drop_conversation(self, conversation_id: str) -> None:
         """Forget the cached prefixes that only this conversation has used."""
-        for lane in self._lanes:
-            if lane.tree is not None:
-                lane.tree.drop_group(conversation_id)
+        for scheduler in self._schedulers:
+            if scheduler.tree is not None:
+                scheduler.tree.drop_group(conversation_id)
 
     def step(self) -> list[RequestOutput]:
-        """Run one step on all ranks; return what came out, request by request.
+        """Run one step on all ranks; return the outputs, request by request.
 
-        Where steps run asynchronously (CUDA), this launches a step and returns the results of
-        the one before: planning, sending and detokenizing overlap with the device's work.
+        Where steps run asynchronously (CUDA), this launches a step and returns the results of the
+        previous one: planning, sending and detokenizing overlap with the device's work.
         """
-        with self._channel.watch.step():
+        with self._channel.watchdog.step():
             return self._step()
 
     def _step(self) -> list[RequestOutput]:
         begin = time.monotonic()
         self._is_stepping = True
         outputs = self._expire(begin)
-        planned = self._plan()
+        steps = self._schedule()
+        plans = write_plans(steps, self._num_launched) if steps else []
         planned_at = time.monotonic()
-        launched = None if planned is None else self._launch(*planned)
+        launched = self._launch(steps, plans) if steps else None
         if self._pipelined:
             launched, self._in_flight = self._in_flight, launched
-        if launched is not None and launched.work:
-            sampled = launched.sampled.to_host()
+        if launched is not None and launched.parts:
+            result = launched.result.to_host()
             self._now = time.monotonic()
-            for work in launched.work:
-                out = self._commit(work, launched.number, sampled)
+            for part in launched.parts:
+                out = self._commit(part, launched.number, result)
                 if out is not None:
                     outputs.append(out)
-            self._measure(launched.work, begin, planned_at)
+            self._measure(launched.parts, begin, planned_at)
         self._is_stepping = False
         return outputs
 
     def task(self, name: str) -> AbstractContextManager[None]:
         """Watchdog over work of this rank outside of steps: one that never ends, ends the job."""
-        return self._channel.watch.task(name)
+        return self._channel.watchdog.task(name)
 
     def pause(self) -> None:
-        """Let the other ranks leave `follow`, until they come back for more."""
+        """Tell the other ranks to return from `follow`."""
         self._channel.send(None)
 
     def stop(self) -> None:
-        """Let the other ranks leave `follow`; what is cached goes to disk first, if there is one.
+        """Save the cache to disk, if there is one, and tell the others to return from `follow`.
 
-        Not after a step that failed: the other ranks may be anywhere, or gone.
+        After a failed step nothing is saved: the other ranks may be anywhere, or gone.
         """
         if not self._is_stepping:
-            with self._channel.watch.task("saving the cache"):
+            with self._channel.watchdog.task("saving the cache"):
                 self._save()
         self.pause()
 
     def _save(self) -> None:
-        is_asked = self._channel.watch.asked
+        is_asked = self._channel.watchdog.end_signal
         deadline = time.monotonic() + (_HASTY_SAVE_SECONDS if is_asked else _SAVE_SECONDS)
-        for lane in self._lanes:
-            for moves in lane.save():
+        for group, scheduler in enumerate(self._schedulers):
+            for moves in scheduler.save():
                 if moves:
-                    steps = [Step(moves=moves) if it is lane else Step() for it in self._lanes]
-                    self._launch(*write_plans(steps, self._num_launched))
+                    steps = [ScheduledStep() for _ in self._schedulers]
+                    steps[group].moves = moves
+                    self._launch(steps, write_plans(steps, self._num_launched))
                 if time.monotonic() > deadline:
                     log.warning("the disk is slow: not all of the cache is saved")
                     break
-        report(self._lanes, self.metrics)
+        update_gauges(self._schedulers, self.metrics)
 
     def _expire(self, now: float) -> list[RequestOutput]:
         expired = [s for s in self._sequences.values() if s.expires and s.expires <= now]
@@ -273,64 +281,68 @@ class Engine:
             for seq in expired
         ]
 
-    def _plan(self) -> tuple[list[StepPlan], list[Work]] | None:
-        """Choose the next step's work and write it down; None if there is nothing to do."""
-        steps = [lane.scheduler.schedule() for lane in self._lanes]
+    def _schedule(self) -> list[ScheduledStep]:
+        """Return the next step's work, one part for each group; empty if there is nothing to do."""
+        steps = [scheduler.schedule() for scheduler in self._schedulers]
         if not self._is_prewarming:
-            balance(self._lanes)
-        if not any(step.chosen or step.moves for step in steps):
-            return None
-        self._num_launched += any(step.chosen for step in steps)
-        return write_plans(steps, self._num_launched)
+            rebalance_waiting(self._schedulers)
+        if not any(step.seqs or step.moves for step in steps):
+            return []
+        self._num_launched += any(step.seqs for step in steps)
+        return steps
 
-    def _launch(self, plans: list[StepPlan], work: list[Work]) -> _Launched:
+    def _launch(self, steps: list[ScheduledStep], plans: list[StepPlan]) -> _Launched:
         """Start a step on all ranks."""
         self._channel.send(plans)
-        return _Launched(self._num_launched, work, self._runner.run(plans).send())
+        result = self._runner.run(plans)
+        if result.fetched:  # only a single group has a disk cache
+            tiers = self._schedulers[0].tiers
+            assert tiers is not None
+            tiers.confirm_fetched(result.fetched)
+        parts = [part for step in steps for part in step.seqs]
+        return _Launched(self._num_launched, parts, result.send())
 
-    def _measure(self, work: list[Work], begin: float, planned_at: float) -> None:
-        """Note what a step took, and how things are after it."""
+    def _measure(self, parts: list[ScheduledSeq], begin: float, planned_at: float) -> None:
+        """Record the time of a step, and the state after it."""
         m, now = self.metrics, time.monotonic()
         m.steps += 1
         m.run_seconds += now - begin
         # Without sending the plan, running it and waiting for the results.
         m.host_seconds.observe(planned_at - begin + now - self._now)
         m.sent_bytes = self._runner.sent_bytes
-        m.step_sequences.observe(len(work))
-        m.step_tokens.observe(sum(w.num_tokens for w in work))
-        report(self._lanes, m)
+        m.step_sequences.observe(len(parts))
+        m.step_tokens.observe(sum(part.num_tokens for part in parts))
+        update_gauges(self._schedulers, m)
 
-    def _commit(self, work: Work, number: int, sampled: Sampled) -> RequestOutput | None:
+    def _commit(self, part: ScheduledSeq, number: int, result: HostResult) -> RequestOutput | None:
         """Record a step's results for one sequence."""
-        seq = work.seq
+        seq = part.seq
         if seq.is_done:
             return None
-        rows = slice(work.first_row, work.first_row + work.num_scored + 1)
-        if (sampled.token[rows] == NOT_FINITE).any():
-            return self._fail(seq, number, sampled.bad_layer)
-        start = work.stop - work.num_tokens
-        num_decoded = 1 if start >= seq.prompt_len and work.num_tokens == 1 else 0
-        self.metrics.prefill_tokens += work.num_tokens - num_decoded
-        self.metrics.decode_tokens += num_decoded
-        if seq.num_preempted == work.num_preempted and seq.is_running:
-            seq.num_committed = work.stop
-            if work.num_tokens > 1 or work.stop % self._layout.page_size == 0:
-                self._lanes[seq.lane].scheduler.register(seq)
-        top = seq.request.params.prompt_logprobs or 0
-        for row in range(work.first_row, work.first_row + work.num_scored):
-            seq.prompt_logprobs.append(_token_logprobs(sampled, row, top))
-        if not work.is_last:
+        rows = slice(part.first_row, part.last_row + 1)
+        if (result.token[rows] == NOT_FINITE).any():
+            return self._fail(seq, number, result.bad_layer)
+        is_decode = part.num_tokens == 1 and part.start >= seq.prompt_len
+        if is_decode:
+            self.metrics.decode_tokens += 1
+        else:
+            self.metrics.prefill_tokens += part.num_tokens
+        self._schedulers[seq.group].commit(part)
+        num_top = seq.request.params.prompt_logprobs or 0
+        for row in range(part.first_row, part.last_row):
+            seq.prompt_logprobs.append(_token_logprobs(result, row, num_top))
+        if not part.is_last:
             return None
-        if seq.request.params.max_tokens == 0:
+        if not part.num_samples:
             return self._finish(seq, "length", RequestOutput(request_id=seq.request.request_id))
         if seq.pending is not None and seq.pending[0] == number:
             seq.pending = None
-        return self._append(seq, sampled, work.first_row + work.num_scored)
+        return self._append(seq, result, part.last_row)
 
-    def _append(self, seq: Sequence, sampled: Sampled, row: int) -> RequestOutput:
+    def _append(self, seq: Sequence, result: HostResult, row: int) -> RequestOutput:
         """Add a sampled token; finish the sequence if it was the last."""
         out = RequestOutput(request_id=seq.request.request_id)
-        token, params = int(sampled.token[row]), seq.request.params
+        token, params = int(result.token[row]), seq.request.params
         if seq.first_token_at is None:
             seq.first_token_at = self._now
             self.metrics.first_token_seconds.observe(self._now - seq.added_at)
@@ -340,7 +352,7 @@ class Engine:
         seq.token_ids.append(token)
         out.new_token_ids.append(token)
         if params.logprobs is not None:
-            seq.logprobs.append(_token_logprobs(sampled, row, params.logprobs))
+            seq.logprobs.append(_token_logprobs(result, row, params.logprobs))
         stopped = False
         if seq.stream is not None:
             out.new_text, stopped = seq.stream.push(token)
@@ -351,11 +363,11 @@ class Engine:
         return out
 
     def _fail(self, seq: Sequence, step: int, layer: int | None) -> RequestOutput:
-        """End a sequence whose logits are no numbers; the layer is known with --debug."""
+        """End a sequence whose logits are not finite; the layer is known with --debug."""
         where = "" if layer is None else f" (step {step}, from layer {layer} on)"
         error = f"the model's logits are not finite{where}: a weight or an activation overflowed"
         log.debug("%s: %s", seq.request.request_id, error)
-        self._lanes[seq.lane].scheduler.forget(seq)
+        self._schedulers[seq.group].withdraw(seq)
         out = RequestOutput(request_id=seq.request.request_id)
         return self._finish(seq, "error", out, error=error)
 
@@ -383,7 +395,7 @@ class Engine:
             index=seq.request.answer,
         )
         del self._sequences[seq.request.request_id]
-        self._lanes[seq.lane].remove(seq)
+        self._schedulers[seq.group].remove(seq)
         self.metrics.requests += 1
         if seq.first_token_at is not None and seq.num_generated > 1:
             seconds = self._now - seq.first_token_at
@@ -394,12 +406,12 @@ class Engine:
 def follow(runner: Runner, channel: PlanChannel) -> None:
     """Execute rank 0's plans until it stops; the whole life of every other rank."""
     while (plans := channel.receive()) is not None:
-        with channel.watch.step():
+        with channel.watchdog.step():
             runner.run(plans)
 
 
-def _token_logprobs(sampled: Sampled, row: int, top: int) -> TokenLogprobs:
-    alternatives = zip(
-        sampled.top_token[row, :top].tolist(), sampled.top_logprob[row, :top].tolist(), strict=True
-    )
-    return TokenLogprobs(int(sampled.token[row]), float(sampled.logprob[row]), tuple(alternatives))
+def _token_logprobs(result: HostResult, row: int, num_top: int) -> TokenLogprobs:
+    top_tokens = result.top_token[row, :num_top].tolist()
+    top_logprobs = result.top_logprob[row, :num_top].tolist()
+    alternatives = tuple(zip(top_tokens, top_logprobs, strict=True))
+    return TokenLogprobs(int(result.token[row]), float(result.logprob[row]), alternatives)

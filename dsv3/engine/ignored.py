@@ -1,4 +1,4 @@
-"""Settings without effect beside others, for this model or in this world: said, not refused."""
+"""Settings that change nothing beside others, for this model or world: a warning for each."""
 
 from collections.abc import Iterator
 from dataclasses import fields
@@ -7,15 +7,15 @@ from dsv3.config import ModelConfig, ParallelConfig
 from dsv3.settings import EngineConfig
 
 _DEFAULTS = {field.name: field.default for field in fields(EngineConfig)}
-# These values ask for the behavior that there is in any case.
-_MODEST = {"sequence_parallel": 0, "check_every": 0, "moe_dispatch": "allreduce"}
+# Values that ask for the behavior of a single rank, or for none; they are never warned about.
+_HARMLESS = {"sequence_parallel": 0, "check_every": 0, "moe_dispatch": "allreduce"}
 _OF_EXPERTS = ("expert_placement", "redundant_experts", "rebalance_every", "record_expert_load")
 
 
 def ignored_settings(
     settings: EngineConfig, config: ModelConfig, layout: ParallelConfig, has_fp8: bool
 ) -> Iterator[str]:
-    """Yield a line for every setting that was given and changes nothing.
+    """Yield a warning for every setting that was given and changes nothing.
 
     Args:
         settings: as given.
@@ -25,14 +25,14 @@ def ignored_settings(
     """
     for name, reason in _reasons(settings, config, layout, has_fp8):
         value = getattr(settings, name)
-        if value not in (_DEFAULTS[name], _MODEST.get(name)):
+        if value not in (_DEFAULTS[name], _HARMLESS.get(name)):
             yield f"{settings.given(name)} changes nothing: {reason}"
 
 
 def _reasons(
     settings: EngineConfig, config: ModelConfig, layout: ParallelConfig, has_fp8: bool
 ) -> Iterator[tuple[str, str]]:
-    """Yield every setting of no effect, whether or not it was given, and why."""
+    """Yield every setting without effect, given or not, and the reason."""
     if layout.dp == 1:
         for name in ("moe_dispatch", "dispatch_dtype"):
             yield name, f"without {settings.named('dp')} every rank has all tokens already"

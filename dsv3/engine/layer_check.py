@@ -1,4 +1,4 @@
-"""Finds the layer in which numbers stop being finite. Costs a pass over every layer's output."""
+"""Finds the first layer whose output is not finite. Costs a pass over every layer's output."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from dsv3.model.transformer import Transformer
 
 
 class LayerCheck:
-    """Looks at the output of every layer in steps that run eagerly.
+    """Checks the output of every layer in steps that run eagerly.
 
     Attributes:
         bad_layer: the first layer of the last step whose output was not finite; None if all were.
@@ -19,7 +19,7 @@ class LayerCheck:
         self.bad_layer: int | None = None
         self._is_finite: list[Tensor] | None = None
         for layer in model.layers:
-            layer.register_forward_hook(self._note)
+            layer.register_forward_hook(self._check)
 
     def run(self, step: Callable[[], Tensor]) -> Tensor:
         """Run a step of the model; wait for it and set `bad_layer`."""
@@ -30,6 +30,6 @@ class LayerCheck:
         self._is_finite = None
         return hidden_TD
 
-    def _note(self, _: nn.Module, __: object, output: tuple[Tensor, Tensor]) -> None:
+    def _check(self, _: nn.Module, __: object, output: tuple[Tensor, Tensor]) -> None:
         if self._is_finite is not None:
             self._is_finite.append(torch.stack([x.isfinite().all() for x in output]).all())

@@ -7,8 +7,8 @@ from dsv3.checkpoint.hub import Revision, fetch, fetch_beside, resolve, snapshot
 from dsv3.checkpoint.hub_files import Download
 from dsv3.checkpoint.hub_name import hub_name
 from dsv3.config_files import DEMO
+from dsv3.distributed.collective_errors import collective_errors
 from dsv3.distributed.mesh import Mesh
-from dsv3.distributed.together import fail_together
 from dsv3.engine.agreement import gather_texts
 from dsv3.errors import ConfigError
 
@@ -27,7 +27,7 @@ def locate_checkpoint(given: str | Path | None, mesh: Mesh) -> Path:
     """
     name, rank = hub_name(given), mesh.layout.rank
     revision = Revision("")
-    with fail_together(mesh, "asking the hub"):
+    with collective_errors(mesh, "asking the hub"):
         if name is not None and rank == 0:
             revision = resolve(name)
     if mesh.world.size > 1:
@@ -38,11 +38,11 @@ def locate_checkpoint(given: str | Path | None, mesh: Mesh) -> Path:
     is_first = mesh.host_of_rank.index(mesh.host_of_rank[rank]) == rank
     download = Download(log.info, shows_bar=rank == 0)
     stage = f"downloading {name}"
-    mesh.watch.enter(stage, may_rest=not is_first)
-    with fail_together(mesh, stage), mesh.watch.counting(lambda: download.num_bytes):
+    mesh.watchdog.enter(stage, may_rest=not is_first)
+    with collective_errors(mesh, stage), mesh.watchdog.counting(lambda: download.num_bytes):
         if is_first:
             fetch(name, revision, download)
-            mesh.watch.enter(stage, may_rest=True)  # for the other hosts
+            mesh.watchdog.enter(stage, may_rest=True)  # for the other hosts
     return snapshot(name, revision.commit)
 
 
@@ -52,12 +52,15 @@ def _commit_of_first(mesh: Mesh, commit: str, is_name: bool) -> str:
     kinds = [text.split(" ")[0] for text in texts]
     for other, kind in enumerate(kinds):
         if kind != kinds[0]:
-            names, where = {"name": "a name on the hub", "path": "a directory"}, mesh.watch.name_of
+            names, where = (
+                {"name": "a name on the hub", "path": "a directory"},
+                mesh.watchdog.name_of,
+            )
             error = ConfigError(
                 f"the checkpoint is {names[kinds[0]]} on {where(0)} and {names[kind]} on "
                 f"{where(other)}; give the same on all"
             )
-            error.is_shared, error.told_elsewhere = True, mesh.layout.rank != 0
+            error.seen_by_all_ranks, error.reported_by_rank0 = True, mesh.layout.rank != 0
             raise error
     return texts[0].split(" ")[1]
 

@@ -1,4 +1,4 @@
-"""Sets up what lies below the device's cache: host memory on every rank, a directory on disk."""
+"""Sets up the lower cache tiers: host memory on every rank, a directory on disk."""
 
 import logging
 import os
@@ -15,8 +15,8 @@ from dsv3.cache.host import HostPool
 from dsv3.cache.pool import CachePool
 from dsv3.cache.tiers import Tiers
 from dsv3.config import ModelConfig
+from dsv3.distributed.collective_errors import collective_errors
 from dsv3.distributed.mesh import Mesh
-from dsv3.distributed.together import fail_together
 from dsv3.engine.page_mover import PageMover
 from dsv3.errors import ConfigError, os_errors_as
 from dsv3.settings import EngineConfig
@@ -33,7 +33,7 @@ def make_tiers(
     weights: bytes,
     numerics: str,
 ) -> tuple[PageMover | None, list[Tiers | None]]:
-    """Return what moves pages on this rank, and rank 0's books for each group; None is unused.
+    """Return this rank's page mover, and each group's tiers for rank 0; None where there are none.
 
     Args:
         mesh: this rank and its peers. With a disk cache this is a collective.
@@ -41,17 +41,15 @@ def make_tiers(
         config: the model.
         cache: the device's pages.
         num_slots: pages of host memory.
-        weights: this rank's share of the digest of the weights, if there is a disk cache.
-        numerics: how they are computed with.
+        weights: this rank's share of the digest of the weights; empty without a disk cache.
+        numerics: name of the arithmetic, since entries of another one differ.
     """
     groups = range(mesh.layout.dp)
     if not num_slots:
         return None, [None for _ in groups]
     host, page_size = HostPool(cache, num_slots), cache.layout.page_size
     if settings.disk_cache is None:
-        return PageMover(host, None, mesh.control, None), [
-            Tiers(num_slots, page_size) for _ in groups
-        ]
+        return PageMover(host, None, mesh.control), [Tiers(num_slots, page_size) for _ in groups]
     root, size = settings.disk_cache
     limit = size.of(_disk_bytes(root, settings)) if size.share else size.num_bytes
     model, session = _agree(mesh, weights)
@@ -71,7 +69,7 @@ def make_tiers(
         index = DiskIndex(root, limit, fmt, files)
         tiers = Tiers(num_slots, page_size, index)
         log.info("%s", index.describe())
-    return PageMover(host, files, mesh.control, tiers), [tiers]
+    return PageMover(host, files, mesh.control), [tiers]
 
 
 def _disk_bytes(folder: Path, settings: EngineConfig) -> int:
@@ -90,14 +88,14 @@ def _agree(mesh: Mesh, share: bytes) -> tuple[bytes, str]:
 
 
 def _open_folder(mesh: Mesh, folder: Path, session: str, setting: str) -> None:
-    """Make a folder, and see that all ranks mean the same one. A collective."""
+    """Make a folder, and check that all ranks see the same one. A collective."""
     probe = folder / f"{session}.tmp"
-    with fail_together(mesh, "opening the disk cache"):
+    with collective_errors(mesh, "opening the disk cache"):
         if mesh.layout.rank == 0:
             with os_errors_as(ConfigError, f"{setting}: {folder}"):
                 folder.mkdir(parents=True, exist_ok=True)
                 probe.touch()
-    with fail_together(mesh, "opening the disk cache"):
+    with collective_errors(mesh, "opening the disk cache"):
         if not probe.exists():
             raise ConfigError(f"{setting}: {folder.parent} is not shared by all hosts")
     if mesh.layout.rank == 0:

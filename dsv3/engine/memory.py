@@ -1,4 +1,4 @@
-"""The memory plan: what a rank will hold, known before anything is loaded."""
+"""The memory plan: the bytes that a rank will hold, known before anything is loaded."""
 
 import os
 from dataclasses import dataclass, replace
@@ -15,8 +15,8 @@ from dsv3.parallel.expert_placement import Placement
 from dsv3.parallel.weights import WeightFormat
 from dsv3.settings import EngineConfig
 
-# Share of the memory left after the weights that `auto` gives to the cache; the rest is for
-# activations and for other programs.
+# Share of the memory beside the weights that `auto` gives to the cache. The rest is for activations
+# and for other programs.
 _CACHE_SHARE = {"cpu": 0.25, "cuda": 0.85}
 
 
@@ -25,14 +25,14 @@ class MemoryPlan:
     """Bytes of one rank.
 
     Attributes:
-        weight_bytes: the weights it will hold.
+        weight_bytes: bytes of its weights.
         bytes_per_token: cache bytes of a token of context on this rank, averaged over a page.
         num_pages: pages of the cache, the null page not counted.
-        cache_tokens: positions they hold, for the whole tp group.
-        free_bytes: memory there was before loading.
+        cache_tokens: positions that these pages hold, for the whole tp group.
+        free_bytes: free memory before loading.
         host_pages: pages of the host cache.
-        activation_bytes: what steps were measured to need, CUDA graphs included; 0 if they were
-            not.
+        activation_bytes: measured need of the largest steps, CUDA graphs included; 0 if it was not
+            measured.
     """
 
     weight_bytes: int
@@ -112,23 +112,23 @@ def plan_memory(
 ) -> MemoryPlan:
     """Decide the cache's size.
 
-    `auto` takes what the most running sequences could use, but no more than the memory that
-    weights and activations leave; while the bytes of activations are not measured (None), a share
-    of what the weights leave. A share that is asked for is one of the same memory.
+    `auto` takes the pages that the most running sequences could use, limited by the memory beside
+    weights and activations; while the bytes of activations are not measured (None), by a share of
+    the memory beside the weights. A share in the settings is one of the same memory.
 
     Args:
         config: the model.
-        settings: what was asked for.
-        cache: this rank's form of the cache.
+        settings: the sizes of the caches.
+        cache: layout of this rank's cache.
         weights: bytes of this rank's weights.
         max_seq_len: the longest context.
         free: bytes of the device that this rank may use.
         device: where weights and cache are.
-        activations: bytes that the largest steps were measured to need.
+        activations: measured need of the largest steps in bytes; None if it was not measured.
         host_free: bytes of host memory that this rank may use, for a host cache.
 
     Raises:
-        ConfigError: not even one page fits, or not all that was asked for.
+        ConfigError: not even one page fits, or not the size in the settings.
     """
     page_bytes = config.num_hidden_layers * cache.slots_per_page * cache.entry_bytes
     host_pages = _host_pages(settings, page_bytes, cache.pages_for(max_seq_len), host_free)
@@ -145,7 +145,7 @@ def plan_memory(
         num_pages = min(wanted, usable // page_bytes)
     else:
         num_pages = _pages_asked(settings, cache, page_bytes, room)
-    # One more page is allocated that no sequence uses.
+    # The null page is allocated too.
     needed = fixed + (num_pages + 1) * page_bytes
     if num_pages < 1 or needed > free:
         raise ConfigError(
@@ -165,7 +165,7 @@ def plan_memory(
 
 
 def _pages_asked(settings: EngineConfig, cache: CacheLayout, page_bytes: int, room: int) -> int:
-    """Return the pages that a size stands for; of a share, one is the page that no sequence uses.
+    """Return the number of pages of a cache size; of a share, one is the null page.
 
     Raises:
         ConfigError: it is less than one page, though there is room for one.
@@ -191,7 +191,7 @@ def _pages_asked(settings: EngineConfig, cache: CacheLayout, page_bytes: int, ro
 
 
 def _host_pages(settings: EngineConfig, page_bytes: int, longest: int, host_free: int) -> int:
-    """Return what was asked for; pages on their way to and from disk need some in any case."""
+    """Return the pages of the host cache; a disk cache needs some for pages in transfer."""
     num_bytes = settings.host_cache.of(host_free)
     if settings.host_cache and num_bytes < page_bytes:
         raise ConfigError(f"{settings.given('kv_host_cache')} holds no page of {_size(page_bytes)}")

@@ -1,7 +1,7 @@
-"""What an engine has done and is doing: counters, gauges, histograms, and a summary.
+"""Figures of an engine: counters, gauges, histograms, and a summary.
 
-Counters and gauges are plain numbers, so that counting costs nothing. An engine owns one `Metrics`
-and nobody else writes to it; any thread may read.
+Counters and gauges are plain numbers, so that counting costs nothing. An engine owns one `Metrics`;
+only its thread writes to it, any thread may read.
 """
 
 # ruff: noqa: RUF009 (the calls in Metrics make fields, not values)
@@ -71,7 +71,7 @@ _seconds, _counts = partial(_histogram, SECONDS), partial(_histogram, COUNTS)
 
 @dataclass(slots=True)
 class Metrics:
-    """One engine's figures, in tokens, pages and seconds, each with what it is."""
+    """One engine's figures in tokens, pages and seconds, each with its description."""
 
     steps: int = _counter("steps run")
     requests: int = _counter("requests answered")
@@ -93,7 +93,7 @@ class Metrics:
     running: int = _gauge("requests in progress")
     pages_used: int = _gauge("pages that requests hold, and pinned ones")
     pages_pinned: int = _gauge("cached pages that are never evicted")
-    pages_idle: int = _gauge("cached pages that nobody holds")
+    pages_idle: int = _gauge("cached pages that no request holds")
     pages_free: int = _gauge("empty pages")
     disk_bytes: int = _gauge("bytes of the disk cache, of all models and runs")
 
@@ -110,7 +110,7 @@ class Metrics:
         return self.reused_tokens / max(1, self.reused_tokens + self.prefill_tokens)
 
     def summary(self) -> str:
-        """Return what tells how it went, in two lines."""
+        """Return a two-line summary of the run."""
         first, computed = self.first_token_seconds, self.prefill_tokens + self.decode_tokens
         tiers = f"; {self.host_hits:,} pages back from host memory, {self.disk_hits:,} from disk"
         return (

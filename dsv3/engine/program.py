@@ -1,4 +1,4 @@
-"""What the programs in `launch/` share: flags, logging, one-line errors, exit codes."""
+"""Flags, logging, one-line errors and exit codes of the programs in `launch/`."""
 
 import argparse
 import ctypes
@@ -21,30 +21,42 @@ from typing import Any, NoReturn
 from dsv3.distributed.failure_report import leave_report, reason_of
 from dsv3.distributed.launcher import environment_rank
 from dsv3.engine.program_files import log_file
-from dsv3.errors import ConfigError, Dsv3Error, RankError, one_line, os_errors_as, printable
+from dsv3.errors import (
+    ConfigError,
+    Dsv3Error,
+    RankError,
+    one_line,
+    os_errors_as,
+    printable,
+    raise_at_ctrl_c,
+)
 from dsv3.files import open_closed_streams
 from dsv3.setting_names import flag
-from dsv3.settings import EngineConfig, allowed_words
+from dsv3.settings import EngineConfig, words_of
 
 _INTERRUPTED = 130
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
-# torchrun ends all ranks as soon as one has failed. A rank that has nothing to tell waits so long
-# for the one that has.
-_TELL_SECONDS = 2.0
+# torchrun ends all ranks as soon as one has failed. A rank whose error rank 0 reports waits this
+# many seconds, so that rank 0 can report it.
+_REPORT_SECONDS = 2.0
+
+_MAY_BE_EMPTY = ("system",)  # no system message
 
 
 class _Help(argparse.HelpFormatter):
     """Shows the default of every flag that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        has_default = action.default not in (None, False, "", argparse.SUPPRESS)
-        if not has_default or action.help is None or not action.option_strings or action.const:
-            return action.help
-        return f"{action.help} (default: %(default)s)"
+        value, text = action.default, action.help
+        if isinstance(value, bool | None) or value in ("", argparse.SUPPRESS):
+            return text
+        if text is None or "(default" in text or not action.option_strings or action.const:
+            return text
+        return f"{text} (default: %(default)s)"
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports wrong flags as `ConfigError`, so that one rank tells them and not all."""
+    """Argument parser that raises ConfigError, so that one rank reports a wrong flag, not all."""
 
     def __init__(self, **more: Any) -> None:
         super().__init__(**{"formatter_class": _Help, **more})
@@ -53,6 +65,15 @@ class Parser(argparse.ArgumentParser):
         """Raise instead of exiting."""
         raise ConfigError(f"{message}; see --help")
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Read the flags; an empty text, as of a variable that is not set, is refused."""
+        found, rest = super().parse_known_args(args, namespace)
+        for action in self._actions:
+            value = getattr(found, action.dest, None)
+            if value == "" and action.default != "" and action.dest not in _MAY_BE_EMPTY:
+                raise ConfigError(f"{flag(action.dest)} is empty; give a value, or leave it out")
+        return found, rest
+
     def print_help(self, file: Any = None) -> None:
         """Print the help once, not once a rank."""
         if environment_rank() == 0:
@@ -60,7 +81,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of model, layout, cache and steps; those of `EngineConfig` as it tells."""
+    """Add the common flags of model, layout, cache and steps; one per field of `EngineConfig`."""
     groups = {name: parser.add_argument_group(name) for name in ("model", "layout")}
     model, layout = groups.values()
     text = "checkpoint directory, or owner/name[@revision] on the Hugging Face hub (default: demo)"
@@ -81,13 +102,13 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         elif f.default is False:
             groups[name].add_argument(f"--{flag}", action="store_true", help=text)
         else:
-            words = allowed_words(f)  # EngineConfig checks them
+            words = words_of(f)  # EngineConfig checks them
             metavar = f"{{{','.join(words)}}}" if words else None
             kind = str if words else f.type
             groups[name].add_argument(
                 f"--{flag}", type=kind, default=f.default, metavar=metavar, help=text
             )
-    text = "measure every operation: what bounds a step"
+    text = "measure the time of every operation and compare it with its roofline floor"
     parser.add_argument("--profile", action="store_true", help=text)
     text = "ceilings of --profile: measure, h100, h200 or h800"
     parser.add_argument("--hardware", default="measure", help=text)
@@ -135,9 +156,9 @@ class _Printable(logging.Formatter):
 
 
 def set_up_logging(debug: bool, folder: str | None = None) -> None:
-    """Log to stderr: rank 0 its progress, the others only what is wrong, each with its name.
+    """Log to stderr: progress of rank 0, and warnings of all ranks with their names.
 
-    Everything of every rank goes to a file of its own in the folder, if there is one.
+    With a folder, every rank also writes everything to its own file there.
     """
     rank = environment_rank()
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
@@ -173,8 +194,9 @@ class _LogFile(logging.FileHandler):
 def run_program(main: Callable[[], int]) -> NoReturn:
     """Run `main` and exit: 0 done, 2 wrong usage or checkpoint, 3 a rank or device failed.
 
-    Our one line goes to stderr, and into the report that torchrun prints after it.
+    The error's line goes to stderr, and into the report that torchrun prints after it.
     """
+    raise_at_ctrl_c()
     open_closed_streams()
     _end_with_torchrun()
     try:
@@ -183,34 +205,34 @@ def run_program(main: Callable[[], int]) -> NoReturn:
         code = getattr(asked, "exit_code", _INTERRUPTED)
     except Exception as error:
         code = error.exit_code if isinstance(error, Dsv3Error) else RankError.exit_code
-        _tell(error, "--debug" in sys.argv)
+        _report(error, "--debug" in sys.argv)
     try:
         if sys.stdout is not None:  # it may have been closed from the start
             sys.stdout.flush()
-    except OSError:  # nobody reads any more; the interpreter would complain of it once again
+    except OSError:  # the reader is gone; the interpreter would report it again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
 
 def _end_with_torchrun() -> None:
-    """Have this rank ended if torchrun is killed: it would keep its GPU and the terminal."""
+    """End this rank when torchrun is killed: it would keep its GPU and the terminal."""
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _tell(error: Exception, debug: bool) -> None:
-    """Write the line of an error; the whole story with --debug."""
+def _report(error: Exception, debug: bool) -> None:
+    """Write an error as one line; with --debug, its traceback too."""
     rank = 0
-    with suppress(ConfigError):  # it may be this very error
+    with suppress(ConfigError):  # RANK may be the very fault that is reported
         rank = environment_rank()
-    is_told = getattr(error, "told_elsewhere", False)
-    name = "" if rank == 0 or is_told else f"rank {rank}: "
+    is_reported = getattr(error, "reported_by_rank0", False)
+    name = "" if rank == 0 or is_reported else f"rank {rank}: "
     line = f"error: {name}{reason_of(error)}"
-    story = printable("".join(traceback.format_exception(error)))
-    leave_report(line, story if debug else line)
+    details = printable("".join(traceback.format_exception(error)))
+    leave_report(line, details if debug else line)
     if debug:
-        sys.stderr.write(story)
-    if rank != 0 and (is_told or isinstance(error, ConfigError)):
-        time.sleep(_TELL_SECONDS)  # ended by torchrun meanwhile, if rank 0 has met with it as well
-    if not is_told:
+        sys.stderr.write(details)
+    if rank != 0 and (is_reported or isinstance(error, ConfigError)):
+        time.sleep(_REPORT_SECONDS)  # torchrun ends this rank if rank 0 fails with the same error
+    if not is_reported:
         sys.stderr.write(line + "\n")

@@ -12,7 +12,7 @@ from dsv3.errors import ConfigError
 from dsv3.files import NamedFile, refuse_same_files
 from dsv3.streams import STANDARD, is_stream
 
-# Names that mean something in a checkpoint's directory, whether or not there is such a file yet.
+# Names of a checkpoint's files, whether or not such a file exists yet.
 _OF_CHECKPOINTS = re.compile(
     r".*\.(safetensors|index\.json|jinja|py|model|bin|pt|pth|gguf)"
     r"|(.*_)?(config|configuration|manifest|tokenizer|vocab|tokens|tokens_map|template)\.json"
@@ -36,7 +36,7 @@ def check_files(
     `-` is standard input or output.
 
     Args:
-        args: flags, those of the engine included where the program has them.
+        args: the program's flags.
         inputs: other flags that name files to read.
         outputs: other flags that name files to write.
         prints: results go to standard output, which may be a file.
@@ -74,7 +74,7 @@ def _named(args: argparse.Namespace, *flags: str) -> Iterator[NamedFile]:
 
 
 def _refuse_two_readers(inputs: Sequence[NamedFile]) -> None:
-    """Check that no stream is to be read twice, and none by a job that has been restarted."""
+    """Raise if a stream would be read twice, or by a restarted job."""
     for number, file in enumerate(inputs):
         if is_restarted():
             raise ConfigError(

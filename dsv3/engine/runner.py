@@ -19,8 +19,9 @@ from dsv3.engine.cuda_graphs import GraphRunner
 from dsv3.engine.divergence import DivergenceCheck
 from dsv3.engine.layer_check import LayerCheck
 from dsv3.engine.page_mover import PageMover
-from dsv3.engine.plan import StepPlan
-from dsv3.engine.sampler import SampledOnDevice, Sampler
+from dsv3.engine.sampler import Sampler
+from dsv3.engine.step_plan import StepPlan
+from dsv3.engine.step_result import StepResult
 from dsv3.engine.transfer import to_device
 from dsv3.model.batch import Batch, Chunk, DecodeGroup
 from dsv3.model.transformer import Transformer
@@ -36,9 +37,9 @@ class Runner:
         cache: this rank's cache.
         decode_limit: sequences with at most this many new tokens attend straight to the cache;
             longer ones in expanded form.
-        mover: moves pages to and from host memory; None where the plans never ask for it.
+        mover: moves pages between the cache's tiers; None without lower tiers.
         static: run decode steps on static buffers; on CUDA as graphs.
-        guard: compares what the ranks compute; None compares nothing.
+        check: compares digests over ranks; None compares nothing.
 
     Attributes:
         model, cache, decode_limit, device: as given.
@@ -54,15 +55,15 @@ class Runner:
         decode_limit: int,
         mover: PageMover | None = None,
         static: bool = False,
-        guard: DivergenceCheck | None = None,
+        check: DivergenceCheck | None = None,
     ) -> None:
         self.model, self.cache, self.decode_limit = model, cache, decode_limit
-        self._mesh, self._mover, self._guard = model.dispatch.mesh, mover, guard
+        self._mesh, self._mover, self._check = model.dispatch.mesh, mover, check
         self.balancer: Balancer | None = None
         self.layer_check: LayerCheck | None = None
         self.device = cache.slots.device
         sampler = Sampler(model, cache.tp, self.device)
-        self.sampler: Callable[[Tensor, StepPlan, int, Tensor], SampledOnDevice] = sampler
+        self.sampler: Callable[[Tensor, StepPlan, int, Tensor], StepResult] = sampler
         self._static = GraphRunner(model, cache, sampler) if static else None
         self._around: Callable[[StepPlan], AbstractContextManager[object]] = nullcontext
         self._last_token_M = torch.zeros(0, dtype=torch.int64, device=self.device)
@@ -84,7 +85,7 @@ class Runner:
 
     @property
     def numerics(self) -> str:
-        """How it computes: float32, bfloat16 or fp8."""
+        """Arithmetic of the model: float32, bfloat16 or fp8."""
         return self.model.numerics
 
     @property
@@ -96,7 +97,7 @@ class Runner:
         """Run every step from now on inside `around(plan)`, without static buffers or graphs."""
         self._static, self._around = None, around
 
-    def run(self, plans: list[StepPlan]) -> SampledOnDevice:
+    def run(self, plans: list[StepPlan]) -> StepResult:
         """Run one step: its group's plan, beside the other groups. A collective.
 
         Returns:
@@ -106,12 +107,12 @@ class Runner:
             return self._run(plans)
 
     @torch.inference_mode()
-    def _run(self, plans: list[StepPlan]) -> SampledOnDevice:
+    def _run(self, plans: list[StepPlan]) -> StepResult:
         plan = plans[self._mesh.layout.dp_rank]
-        self._move_pages(plan)
+        fetched = self._move_pages(plan)
         num_tokens = [len(each.token_ids) for each in plans]
         if not any(num_tokens):
-            return SampledOnDevice(self._last_token_M[:0], None)
+            return StepResult(self._last_token_M[:0], fetched=fetched)
         if self.balancer is not None:
             self.balancer.before_step()
         builder = BatchBuilder(plan, self.cache.layout, self.device, self.decode_limit)
@@ -136,12 +137,12 @@ class Runner:
                 self._static.feed(sampled.token_M)
         self._last_token_M = sampled.token_M
         every = self._gather(sampled, [len(each.row) for each in plans])
-        if self._guard is not None:
-            self._guard.add(plans, every.token_M)
-        return every
+        if self._check is not None:
+            self._check.add(plans, every.token_M)
+        return replace(every, fetched=fetched)
 
-    def _gather(self, mine: SampledOnDevice, num_rows: list[int]) -> SampledOnDevice:
-        """Put the results of all groups together; each rank has those of its own."""
+    def _gather(self, mine: StepResult, num_rows: list[int]) -> StepResult:
+        """Return the results of all groups, one after the other; each rank has its own group's."""
         longest = max(num_rows)
         if len(num_rows) == 1 or not longest:
             return mine
@@ -152,22 +153,22 @@ class Runner:
         every = self._mesh.dp.all_gather(padded)
         rows = torch.cat([part[:count] for part, count in zip(every, num_rows, strict=True)])
         scores = None if mine.scores is None else rows[:, 1:]
-        return SampledOnDevice(rows[:, 0].long(), scores, mine.bad_layer)
+        return StepResult(rows[:, 0].long(), scores, mine.bad_layer)
 
     def finish(self) -> None:
-        """Write what is to be kept of a run, at its end. A collective."""
+        """Write the experts' loads at the end of a run, if they are recorded. A collective."""
         if self.balancer is not None:
             self.balancer.finish()
 
-    def _move_pages(self, plan: StepPlan) -> None:
-        """Bring every page to where the step looks for it."""
-        if self._mover is not None:
-            self._mover.before_copies(plan)
+    def _move_pages(self, plan: StepPlan) -> dict[int, bool]:
+        """Bring every page to where the step looks for it; returns `StepResult.fetched`."""
+        fetched = {} if self._mover is None else self._mover.before_copies(plan)
         if len(plan.copies):
             pages = to_device(plan.copies.astype(np.int64), self.device)
             self.cache.copy_pages(*pages.view(2, -1))
         if self._mover is not None:
             self._mover.after_copies(plan)
+        return fetched
 
 
 class BatchBuilder:
@@ -221,7 +222,7 @@ class BatchBuilder:
         return self._page_table(0, count, width), self._own_slots(np.arange(count), position)
 
     def _own_slots(self, row_seq: Longs, position: Longs) -> Longs:
-        """Return the slots of the new entries; -1 for those of other ranks."""
+        """Return the slots of the new entries; -1 for entries of other ranks."""
         layout = self._layout
         page = self._plan.pages[self._page_start[row_seq] + position // layout.page_size]
         slot = page * layout.slots_per_page + position % layout.page_size // layout.shards

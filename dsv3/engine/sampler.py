@@ -1,13 +1,12 @@
 """From hidden states to tokens over a vocabulary that is split over ranks.
 
 Greedy rows need no gathered logits: every rank offers its best, the best of them wins. Rows that
-are sampled, adjusted or scored are dealt to the ranks (all-to-all), so that each sees whole rows of
-1/tp of them; the small results are gathered. Every rank returns the same.
+are sampled, adjusted or scored are distributed over the ranks (all-to-all): each rank sees 1/tp of
+them as whole rows, and the small results are gathered. Every rank returns the same.
 
 A row with a logit that is NaN or infinite gives no token: its result is `NOT_FINITE`.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -18,79 +17,18 @@ from torch.nn import functional as F
 
 from dsv3.distributed.collectives import Collectives
 from dsv3.engine.adjust import Adjustments
-from dsv3.engine.plan import NO_TARGET, NOT_FINITE, StepPlan
+from dsv3.engine.step_plan import NO_TARGET, NOT_FINITE, StepPlan
+from dsv3.engine.step_result import StepResult
 from dsv3.engine.transfer import to_device
 from dsv3.model.transformer import Transformer
-from dsv3_kernels import sample
+from dsv3_kernels import RowParams, sample
 
 # Rows of logits held at a time: 512 rows of a 129,280 vocabulary are 256 MiB over tp ranks.
 _ROWS = 512
 
 
-@dataclass
-class Sampled:
-    """What the planned rows gave, in their order.
-
-    Attributes:
-        token: [M] the sampled token, or the scored target; NOT_FINITE if there is neither.
-        logprob: [M] its log-probability under the model; 0 where none was asked for.
-        top_token, top_logprob: [M, L] the likeliest tokens, best first.
-        bad_layer: see `SampledOnDevice`.
-    """
-
-    token: NDArray[np.int64]
-    logprob: NDArray[np.float64]
-    top_token: NDArray[np.int64]
-    top_logprob: NDArray[np.float64]
-    bad_layer: int | None = None
-
-
-@dataclass(frozen=True)
-class SampledOnDevice:
-    """The same on the device, where the next step may already use it.
-
-    Attributes:
-        token_M: [M] int64.
-        scores: [M, 1 + 2 L] float64: log-probability, likeliest tokens, theirs; None if no row
-            asked for any.
-        bad_layer: the first layer of this rank's group whose output is not finite; looked for
-            with --debug only, and not in steps that are CUDA graphs.
-        sent: when both will have come to the host, where they have been sent.
-    """
-
-    token_M: Tensor
-    scores: Tensor | None
-    bad_layer: int | None = None
-    sent: torch.cuda.Event | None = None
-
-    def send(self) -> "SampledOnDevice":
-        """Send them to the host as soon as the step is done, before any that is launched later."""
-        if not self.token_M.is_cuda:
-            return self
-        # Where nobody waits, torch copies to pinned memory.
-        token_M = self.token_M.to("cpu", non_blocking=True)
-        scores = None if self.scores is None else self.scores.to("cpu", non_blocking=True)
-        sent = torch.cuda.current_stream().record_event()
-        return SampledOnDevice(token_M, scores, self.bad_layer, sent)
-
-    def to_host(self) -> Sampled:
-        """Wait for the step and fetch its results."""
-        if self.sent is not None:
-            self.sent.synchronize()
-        token = self.token_M.cpu().numpy()
-        if self.scores is None:
-            none = np.zeros((len(token), 0))
-            none_ids = none.astype(np.int64)
-            return Sampled(token, np.zeros(len(token)), none_ids, none, self.bad_layer)
-        scores = self.scores.cpu().numpy()
-        width = (scores.shape[1] - 1) // 2
-        top_token = scores[:, 1 : 1 + width].astype(np.int64)
-        top_logprob = scores[:, 1 + width :]
-        return Sampled(token, scores[:, 0], top_token, top_logprob, self.bad_layer)
-
-
 class Choice(NamedTuple):
-    """How M rows are sampled, as `sample` takes it, or scored, if `target` is a token.
+    """Sampling parameters of M rows; a row with a `target` is scored instead.
 
     The arrays of `StepPlan` on the device, int64 or float32; `seed` has both halves in one.
     """
@@ -106,7 +44,7 @@ class Choice(NamedTuple):
 
     @classmethod
     def of(cls, plan: StepPlan, index: NDArray[np.int64], device: torch.device) -> "Choice":
-        """Return some of a plan's rows."""
+        """Return the parameters of some of a plan's rows."""
         seed = plan.seed_high[index].astype(np.int64) << 32
         seed |= plan.seed_low[index].view(np.uint32)
         longs = (plan.top_k, plan.answer, plan.position, plan.target)
@@ -116,13 +54,25 @@ class Choice(NamedTuple):
         temperature, top_p, min_p = to_device(floats_3M, device)
         return cls(temperature, top_k, top_p, min_p, seed_M, answer, position, target)
 
+    def row_params(self) -> RowParams:
+        """Return the parameters of `sample`."""
+        return RowParams(
+            temperature_B=self.temperature,
+            top_k_B=self.top_k,
+            top_p_B=self.top_p,
+            min_p_B=self.min_p,
+            seed_B=self.seed,
+            answer_B=self.answer,
+            position_B=self.position,
+        )
+
     def part(self, start: int, stop: int) -> "Choice":
-        """Return rows start to stop, as far as there are any."""
+        """Return rows start to stop, as far as they exist."""
         return Choice(*(array[start:stop] for array in self))
 
 
 def _is_finite(logits_MW: Tensor) -> Tensor:
-    """Return [M] whether all logits of a row are finite: a sum is as bad as its worst term."""
+    """Return [M] True where all logits of a row are finite; a sum is finite only then."""
     return logits_MW.sum(-1).isfinite()
 
 
@@ -139,14 +89,14 @@ class Sampler:
         plan: StepPlan,
         width: int | None = None,
         fed_M: Tensor | None = None,
-    ) -> SampledOnDevice:
+    ) -> StepResult:
         """Return tokens and probabilities of the plan's rows. A collective.
 
         Args:
-            hidden_TD: [T, D] what the model made of the plan.
+            hidden_TD: [T, D] normalized hidden states of the plan's tokens.
             plan: of this rank's group.
-            width: likeliest tokens to leave room for, -1 without room for probabilities; None is
-                what the plan asks for.
+            width: likeliest tokens to leave room for, -1 without room for probabilities; None for
+                the largest number that the plan asks for.
             fed_M: tokens of the step before, where adjusted rows count one of them.
         """
         if width is None:
@@ -176,7 +126,7 @@ class Sampler:
                 token_M[at] = result[:, 0].long()
                 if scores is not None:
                     scores[at] = result[:, 1:]
-        return SampledOnDevice(token_M, scores)
+        return StepResult(token_M, scores)
 
     def greedy(self, logits_MW: Tensor) -> Tensor:
         """Return the best of the ranks' best, [M]; equal logits go to the lowest id."""
@@ -198,10 +148,10 @@ class Sampler:
     def whole_rows(
         self, logits_MW: Tensor, choice: Choice, columns: int, adjust: Adjustments | None = None
     ) -> Tensor:
-        """Deal whole rows to the ranks, let each do its share, gather the results.
+        """Distribute whole rows over the ranks, sample each share there, and gather the results.
 
         Returns:
-            [M, columns] float64: token, then the columns of `SampledOnDevice.scores`.
+            [M, columns] float64: token, then the columns of `StepResult.scores`.
         """
         size, count = self._tp.size, len(logits_MW)
         share = -(-count // size)
@@ -220,15 +170,14 @@ class Sampler:
     def _choose(
         self, logits_BW: Tensor, choice: Choice, adjust: Adjustments | None, result: Tensor
     ) -> None:
-        """Fill result rows: token, then the columns of `SampledOnDevice.scores`."""
+        """Fill result rows: token, then the columns of `StepResult.scores`."""
         is_finite_B = _is_finite(logits_BW)
         # Of the model itself, so before the rows are adjusted.
         logprob_BW = logits_BW.log_softmax(-1) if result.shape[1] > 1 else None
         if adjust is not None:
             adjust.apply(logits_BW)
-        *how, target = choice
-        token = sample(logits_BW, *how)
-        token = torch.where(target == NO_TARGET, token, target)
+        token = sample(logits_BW, choice.row_params())
+        token = torch.where(choice.target == NO_TARGET, token, choice.target)
         result[:, 0] = token.where(is_finite_B, NOT_FINITE)
         if logprob_BW is None:
             return

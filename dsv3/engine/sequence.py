@@ -13,7 +13,7 @@ from dsv3.text.detokenize import TextStream
 
 
 def pack_choice(params: SamplingParams, answer: int = 0) -> bytes:
-    """Return how a row is sampled, as the words of `StepPlan`."""
+    """Return the sampling parameters of a row as words of `StepPlan`."""
     numbers = np.array([min(params.top_k, 2**31 - 1), 0, 0, answer], np.int32)
     numbers[1:3] = np.array([params.seed], np.int64).view(np.int32)
     floats = np.array([params.temperature, params.top_p, params.min_p], np.float32)
@@ -25,26 +25,27 @@ class Sequence:
     """State of one request between steps.
 
     Planning runs ahead of results by at most one step: `num_computed` counts what has been
-    planned, `num_committed` what has come back. `pending` tells which (step, row) in flight
-    samples the token after `token_ids`.
+    planned, `num_committed` what has come back. `pending` is the (step, row) in flight that samples
+    the token after `token_ids`.
 
     Attributes:
-        arrival: order of coming; with the request's priority it decides who goes first.
-        added_at, first_token_at: `time.monotonic()` when it came, and when its first token did.
+        arrival: order of arrival; priority and arrival decide which sequence goes first.
+        added_at, first_token_at: `time.monotonic()` at its arrival, and at its first token.
         stream: turns tokens into text; None where there is no tokenizer.
-        lane: the data-parallel group that computes it.
-        burden: tokens of its prompt that this group has to compute, as far as was known.
-        token_ids: the prompt, then what was generated.
+        group: the data-parallel group that computes it.
+        num_uncached: tokens of its prompt that this group must compute, as far as was known when
+            it came.
+        token_ids: the prompt, then the generated tokens.
         pages: its page table, as the 32-bit words that plans are made of.
-        match: what was cached of it when it was last looked up in line.
+        match: its cached prefix when it was last looked up while waiting.
         num_cached: prompt tokens whose entries were found in the cache.
         num_scored: prompt tokens, from the second on, whose scores have been planned.
-        num_preempted: how often it lost its pages.
-        overtaken: how often a later request was admitted before it.
+        num_preempted: times that it lost its pages.
+        times_skipped: later requests that were admitted before it.
         expires: `time.monotonic()` at which it ends as it is.
-        patience_ends: when it stops waiting for its prefix to come from disk.
+        disk_wait_until: `time.monotonic()` until which it waits for its prefix from disk.
         adjuster: its biases and penalties; None if it has none.
-        choice: how it is sampled, as the words of `StepPlan`: top_k, the halves of the seed,
+        choice: its sampling parameters as words of `StepPlan`: top_k, the halves of the seed,
             answer, temperature, top_p, min_p.
         page_keys: names of its full pages in the cache's lower tiers, as far as asked for.
     """
@@ -53,8 +54,8 @@ class Sequence:
     arrival: int
     added_at: float
     stream: TextStream | None
-    lane: int = 0
-    burden: int = 0
+    group: int = 0
+    num_uncached: int = 0
     token_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_committed: int = 0
@@ -64,10 +65,10 @@ class Sequence:
     num_cached: int | None = None
     num_scored: int = 0
     num_preempted: int = 0
-    overtaken: int = 0
+    times_skipped: int = 0
     first_token_at: float | None = None
     expires: float | None = None
-    patience_ends: float | None = None
+    disk_wait_until: float | None = None
     is_running: bool = False
     is_done: bool = False
     page_keys: list[PageKey] = field(default_factory=list)
@@ -118,7 +119,7 @@ class Sequence:
         return len(self.token_ids) - 1
 
     def rewind(self) -> None:
-        """Forget what is computed (its pages are gone); the tokens stay."""
+        """Reset the computed positions after a preemption; the tokens stay."""
         self.pages, self.num_computed, self.num_committed = array("i"), 0, 0
         self.is_running = False
         self.num_preempted += 1

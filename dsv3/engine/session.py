@@ -112,7 +112,7 @@ class Session:
             self._pause()
 
     def close(self) -> None:
-        """End all requests; what is cached goes to disk, if there is a disk cache."""
+        """End all requests; the cache is saved to disk, if there is a disk cache."""
         self.drop(list(self._unread))
         self._let_all_go()
         self._is_closed = True

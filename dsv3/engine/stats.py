@@ -1,4 +1,4 @@
-"""What a run used and did, as one JSON object."""
+"""Figures of a run: memory, tokens, events and seconds, as one JSON object."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""A step's flat batch as the model sees it, on the device: tokens, positions, cache indices."""
+"""The flat batch of a step on the device: tokens, positions and cache indices."""
 
 from dataclasses import dataclass, field
 
@@ -9,13 +9,13 @@ from dsv3_kernels import Keys
 
 @dataclass(frozen=True, slots=True)
 class DecodeGroup:
-    """Sequences with the same number of new tokens, attended together straight from the cache.
+    """Sequences with the same number of new tokens Q, which attend directly to the cache.
 
     Attributes:
-        start, stop: their rows of the batch, B * Q of them.
-        page_BG: [B, G] int32 pages of each sequence, filled up with the null page.
-        query_pos_BQ: [B, Q] int64; -1 for a row that pads the batch.
-        keys: on a CPU, the tables spelled out once for all layers.
+        start, stop: their B * Q rows of the batch.
+        page_BG: [B, G] int32 pages of each sequence, padded with the null page.
+        query_pos_BQ: [B, Q] int64 positions; -1 for rows that pad the batch.
+        keys: on a CPU, the expanded page tables, computed once for all layers.
     """
 
     start: int
@@ -27,12 +27,12 @@ class DecodeGroup:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """New tokens of one sequence, attended in expanded form.
+    """New tokens of one sequence that attend to expanded keys and values.
 
     Attributes:
         start, stop: its rows of the batch.
-        context_len: positions cached before.
-        page_G: [G] int64 pages that cover the context.
+        context_len: cached positions before the chunk.
+        page_G: [G] int64 pages of the context.
     """
 
     start: int
@@ -43,16 +43,17 @@ class Chunk:
 
 @dataclass(slots=True)
 class Batch:
-    """T new tokens. Rows of decode groups come first, then the chunks.
+    """T new tokens: first the rows of decode groups, then those of chunks.
 
     Attributes:
         token_T: [T] int64 ids.
         position_T: [T] int64 positions in their sequences.
-        own_slot: [T] int64 slots the cache entries go to; -1 where another rank holds the entry.
-        num_decode_rows: rows covered by `groups`.
-        groups, chunks: how the rows attend.
-        chunk_start_L: [L + 1] int32 first row of each of L chunks and their end, counted from
-            the first chunk's; None without any.
+        own_slot: [T] int64 slots for the cache entries; -1 if another rank stores the entry.
+        num_decode_rows: rows of all `groups`.
+        groups: rows that attend to the cache directly.
+        chunks: rows that attend to expanded keys and values.
+        chunk_start_L: [L + 1] int32 first rows of the L chunks and the end of the last one,
+            counted from the first chunk's; None without chunks.
     """
 
     token_T: Tensor

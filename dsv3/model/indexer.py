@@ -1,7 +1,7 @@
-"""V3.2's lightning indexer: its weights, held on every rank, in the place where selection goes.
+"""V3.2's lightning indexer: its weights only, replicated on all ranks.
 
-Up to index_topk cached tokens the indexer selects every one of them, so attention is exactly
-dense; the engine admits no longer context for these models.
+Up to index_topk cached tokens the indexer selects all of them, so attention is exactly dense; the
+engine does not admit longer contexts for these models.
 """
 
 from torch import nn
@@ -17,7 +17,8 @@ class Indexer(nn.Module):
     def __init__(self, config: ModelConfig, prefix: str, fmt: WeightFormat) -> None:
         super().__init__()
         assert config.index_n_heads and config.index_head_dim and config.q_lora_rank
-        heads, dim = config.index_n_heads, config.index_head_dim
+        heads = config.index_n_heads
+        dim = config.index_head_dim
         self.wq_b = Linear(prefix, {"wq_b": heads * dim}, config.q_lora_rank, fmt)
         self.wk = Linear(prefix, {"wk": dim}, config.hidden_size, fmt)
         self.k_norm = Vector(f"{prefix}k_norm.weight", (dim,), fmt)

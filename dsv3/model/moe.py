@@ -1,7 +1,7 @@
 """Feed-forward layers: the dense MLP, and the mixture of routed and shared experts.
 
-Every forward returns this rank's part of the output in float32 or the activations' dtype; the
-decoder layer sums it over ranks, routed and shared experts in one all-reduce.
+Each forward returns this rank's part of the output, in float32 or the activations' dtype; the next
+layer sums it over tp, routed and shared experts in one all-reduce.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,9 @@ from dsv3.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from dsv3.parallel.weights import Matrix, Vector, WeightFormat
 from dsv3_kernels import (
     Groups,
+    LocalExperts,
     Quantized,
+    RouterInput,
     Routing,
     act_quant,
     experts,
@@ -29,13 +31,13 @@ from dsv3_kernels import (
     silu_mul_quant,
 )
 
-# The shared experts run beside the routed ones up to this many tokens: more keep a GPU busy anyway.
-# A guess that no GPU has confirmed yet.
+# Up to this number of tokens the shared experts run in parallel with the routed experts: larger
+# steps keep a GPU busy anyway. An estimate, not measured on a GPU.
 _OVERLAP_TOKENS = 256
 
 
 class MLP(nn.Module):
-    """W_down (silu(W_gate x) * W_up x), the inner dimension split over tp, in whole units."""
+    """W_down (silu(W_gate x) * W_up x), with `inner` split over tp in multiples of `unit`."""
 
     def __init__(
         self,
@@ -47,8 +49,8 @@ class MLP(nn.Module):
         unit: int = 1,
     ) -> None:
         super().__init__()
-        both = {"gate_proj": inner, "up_proj": inner}
-        self.gate_up_proj = ColumnParallelLinear(prefix, both, hidden, layout, fmt, unit)
+        parts = {"gate_proj": inner, "up_proj": inner}
+        self.gate_up_proj = ColumnParallelLinear(prefix, parts, hidden, layout, fmt, unit)
         self.down_proj = RowParallelLinear(prefix, "down_proj", hidden, inner, layout, fmt, unit)
         self.is_empty = not any(self.gate_up_proj.rows)
 
@@ -63,7 +65,7 @@ class MLP(nn.Module):
 
 
 class Router(nn.Module):
-    """Scores every expert for every token, in float32, the same on every rank."""
+    """Chooses experts for every token, in float32, with the same result on all tp ranks."""
 
     def __init__(self, config: ModelConfig, prefix: str, fmt: WeightFormat) -> None:
         super().__init__()
@@ -85,21 +87,31 @@ class Router(nn.Module):
         )
 
     def forward(
-        self, x_TD: Tensor, position_T: Tensor | None = None, held: tuple[int, int] | None = None
+        self,
+        x_TD: Tensor,
+        position_T: Tensor | None = None,
+        local: LocalExperts | None = None,
     ) -> tuple[Tensor, Tensor, Groups | None]:
-        """Return ids [T, K] int64, weights [T, K] float32, and where the entries of experts lie.
+        """Return expert ids [T, K] int64, weights [T, K] float32, and the groups of local experts.
 
-        There are no experts at position -1. `held`: first expert and number of those here.
+        Rows at position -1 choose no expert. Groups are None without `local`, and on a CPU.
         """
-        bias = None if self.bias is None else self.bias.weight
-        how = router_logits(x_TD, self.gate.weight), bias, self.rule, position_T
-        return (*route(*how), None) if held is None else route_and_permute(*how, *held, self.locks)
+        router = RouterInput(
+            logits_STE=router_logits(x_TD, self.gate.weight),
+            bias_E=None if self.bias is None else self.bias.weight,
+            rule=self.rule,
+            position_T=position_T,
+        )
+        if local is None:
+            ids_TK, weight_TK = route(router)
+            return ids_TK, weight_TK, None
+        return route_and_permute(router, local, self.locks)
 
 
 class MoE(nn.Module):
-    """Routed experts over the world, shared experts split over tp.
+    """Routed experts distributed over the world, shared experts split over tp.
 
-    Every rank has an equal range of the experts, or of the slots that they are placed in.
+    Each rank has an equal range of the experts, or of the physical experts of the placement.
     """
 
     def __init__(
@@ -112,25 +124,33 @@ class MoE(nn.Module):
         side: SideStream,
     ) -> None:
         super().__init__()
-        self.dispatch, self.side, self.spread = dispatch, side, layout.ep
-        self.slots = dispatch.slots.get(prefix)
+        self.dispatch = dispatch
+        self.side = side
+        self.spread = layout.ep
+        self.slots = dispatch.physical_experts.get(prefix)
         self.router = Router(config, prefix, fmt)
         self.top_k = config.num_experts_per_tok
-        held = list(range(*split_range(config.n_routed_experts, layout.ep, layout.ep_rank)))
+        local = list(range(*split_range(config.n_routed_experts, layout.ep, layout.ep_rank)))
         if self.slots is not None:
-            held = self.slots.held
-        self.num_local, self.first_expert = len(held), layout.ep_rank * len(held)
-        hidden, inner = config.hidden_size, config.moe_intermediate_size
-        paths = [f"{prefix}experts.{e}." for e in held]
-        pairs = [[f"{p}gate_proj.weight", f"{p}up_proj.weight"] for p in paths]
-        self.gate_up_proj = Matrix(pairs, [inner, inner], hidden, fmt)
-        downs = [[f"{p}down_proj.weight"] for p in paths]
-        self.down_proj = Matrix(downs, [hidden], inner, fmt)
+            local = self.slots.local_experts
+        self.local = LocalExperts(first=layout.ep_rank * len(local), count=len(local))
+        hidden = config.hidden_size
+        inner = config.moe_intermediate_size
+        prefixes = [f"{prefix}experts.{e}." for e in local]
+        gate_up_names = [[f"{p}gate_proj.weight", f"{p}up_proj.weight"] for p in prefixes]
+        self.gate_up_proj = Matrix(gate_up_names, [inner, inner], hidden, fmt)
+        down_names = [[f"{p}down_proj.weight"] for p in prefixes]
+        self.down_proj = Matrix(down_names, [hidden], inner, fmt)
         self.shared_experts: MLP | None = None
         if config.n_shared_experts:
-            width = config.shared_intermediate_size
-            name, unit = f"{prefix}shared_experts.", config.mlp_unit
-            self.shared_experts = MLP(name, hidden, width, layout, fmt, unit)
+            self.shared_experts = MLP(
+                f"{prefix}shared_experts.",
+                hidden,
+                inner=config.shared_intermediate_size,
+                layout=layout,
+                fmt=fmt,
+                unit=config.mlp_unit,
+            )
 
     def forward(self, x_TD: Tensor, x_q: Quantized | None = None) -> Tensor:
         """Return this rank's part, [T, D] float32: its experts' and its share of the shared."""
@@ -139,19 +159,19 @@ class MoE(nn.Module):
             return self.dispatch(x_TD, ids_TK, ids_TK.float(), self.run_experts)()
         is_local = self.dispatch.mesh.layout.dp == 1
         shared = self._start_shared(x_TD, x_q) if is_local else None
-        held = (self.first_expert, self.num_local) if is_local and self.slots is None else None
-        ids_TK, weight_TK, groups = self.router(x_TD, self.dispatch.position_T, held)
+        local = self.local if is_local and self.slots is None else None
+        ids_TK, weight_TK, groups = self.router(x_TD, self.dispatch.position_T, local)
         if self.slots is not None:
             ids_TK = self.slots(ids_TK)
         if is_local:  # the tokens stay where they are, so x_q is theirs
-            run = partial(self.run_experts, x_q=x_q, also=shared, groups=groups)
+            run = partial(self.run_experts, x_q=x_q, addend=shared, groups=groups)
             return self.dispatch(x_TD, ids_TK, weight_TK, run)()
         combine = self.dispatch(x_TD, ids_TK, weight_TK, self.run_experts)
         shared = self._start_shared(x_TD, x_q)
         return combine() if shared is None else combine().add_(shared())
 
     def _start_shared(self, x_TD: Tensor, x_q: Quantized | None) -> Callable[[], Tensor] | None:
-        """Begin the shared experts; return what waits for their part, [T, D]."""
+        """Start the shared experts; return a function that returns their part, [T, D]."""
         if self.shared_experts is None:
             return None
         work = partial(self.shared_experts, x_TD, x_q)
@@ -163,7 +183,7 @@ class MoE(nn.Module):
         ids_MK: Tensor,
         weight_MK: Tensor,
         x_q: Quantized | None = None,
-        also: Callable[[], Tensor] | None = None,
+        addend: Callable[[], Tensor] | None = None,
         groups: Groups | None = None,
     ) -> Tensor:
         """Return the sums over this rank's experts, [M, D] float32.
@@ -172,16 +192,26 @@ class MoE(nn.Module):
             x_MD: hidden states.
             ids_MK: slots of experts.
             weight_MK: their weights.
-            x_q: x in FP8, where someone has it.
-            also: returns what is added to the sums.
-            groups: where the entries lie, where someone knows.
+            x_q: x in FP8, if known.
+            addend: returns [M, D] to be added to the sums.
+            groups: `permute` of the ids, if known.
         """
-        ue8m0, stacks = self.gate_up_proj.ue8m0, (self.gate_up_proj.stack(), self.down_proj.stack())
+        ue8m0 = self.gate_up_proj.ue8m0
         x: Tensor | Quantized = x_MD
         if self.gate_up_proj.quantizes:
             x = act_quant(x_MD, ue8m0) if x_q is None else x_q
-        held = self.first_expert, *stacks, ue8m0
-        return experts(x, ids_MK, weight_MK, *held, also, self.spread, groups)
+        return experts(
+            x,
+            ids_TK=ids_MK,
+            weight_TK=weight_MK,
+            first_expert=self.local.first,
+            gate_up=self.gate_up_proj.stack(),
+            down=self.down_proj.stack(),
+            ue8m0=ue8m0,
+            addend=addend,
+            spread=self.spread,
+            groups=groups,
+        )
 
 
 def feed_forward(
@@ -193,8 +223,14 @@ def feed_forward(
     dispatch: ExpertDispatch,
     side: SideStream,
 ) -> MLP | MoE:
-    """Return the feed-forward part of decoder layer `layer`; the first ones are dense."""
+    """Return the feed-forward part of decoder layer `layer`; the first layers are dense."""
     if config.is_moe_layer(layer):
         return MoE(config, prefix, layout, fmt, dispatch, side)
-    hidden, inner = config.hidden_size, config.intermediate_size
-    return MLP(prefix, hidden, inner, layout, fmt, config.mlp_unit)
+    return MLP(
+        prefix,
+        hidden=config.hidden_size,
+        inner=config.intermediate_size,
+        layout=layout,
+        fmt=fmt,
+        unit=config.mlp_unit,
+    )

@@ -1,7 +1,7 @@
 """Rotary frequencies with YaRN, applied at every length.
 
-DeepSeek's demo ties YaRN to max_seq_len > 4096, which silently changes the model; the weights were
-trained with it.
+DeepSeek's demo applies YaRN only if max_seq_len > 4096, which silently changes the model: the
+weights were trained with YaRN.
 """
 
 import math
@@ -10,19 +10,20 @@ import torch
 from torch import Tensor
 
 from dsv3.config import ModelConfig, RopeScaling
+from dsv3_kernels import Rotation
 
 
 def _yarn_ramp(dim: int, theta: float, s: RopeScaling) -> Tensor:
-    """Return how far each frequency is interpolated: 0 not at all, 1 by the whole factor."""
+    """Return the degree of interpolation of each frequency, [R / 2]: 0 none, 1 the whole factor."""
 
     def pair_at(rotations: float) -> float:
-        """Pair index that turns `rotations` times over the original context."""
+        """Return the index of the pair that turns `rotations` times over the original context."""
         length = s.original_max_position_embeddings / (rotations * 2 * math.pi)
         return dim * math.log(length) / (2 * math.log(theta))
 
     low = max(math.floor(pair_at(s.beta_fast)), 0)
     high = min(math.ceil(pair_at(s.beta_slow)), dim - 1)
-    span = high - low or 0.001  # negative where the original context is shorter than a rotation
+    span = high - low or 0.001  # negative if the original context is shorter than a rotation
     return ((torch.arange(dim // 2, dtype=torch.float32) - low) / span).clamp(0, 1)
 
 
@@ -46,8 +47,13 @@ class Rotary:
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
         self._frequency = inverse_frequencies(config).to(device)
         self._mscale = config.cos_sin_mscale
+        self._interleaved = config.rope_interleave
 
-    def __call__(self, position_T: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (cos, sin), each [T, R / 2] float32."""
+    def __call__(self, position_T: Tensor) -> Rotation:
+        """Return the rotations of tokens at these positions."""
         angle = position_T[:, None].float() * self._frequency
-        return angle.cos() * self._mscale, angle.sin() * self._mscale
+        return Rotation(
+            cos_Tr=angle.cos() * self._mscale,
+            sin_Tr=angle.sin() * self._mscale,
+            interleaved=self._interleaved,
+        )

@@ -1,4 +1,4 @@
-"""A second CUDA stream for work that nobody waits for yet."""
+"""A second CUDA stream for work whose result is needed later."""
 
 from collections.abc import Callable
 
@@ -7,21 +7,22 @@ from torch import Tensor
 
 
 class SideStream:
-    """Runs one piece of work beside the main stream; without CUDA, at once.
+    """Runs work in parallel with the main stream; without CUDA, immediately.
 
-    Work begins after all that was launched before it and ends before its result is handed out, so
-    memory may pass between the streams. Events alone order them: a CUDA graph captures the fork.
+    The work starts after all kernels launched before it, and the main stream waits for it before
+    the result is used, so the streams may share memory. Only events order the streams, so a CUDA
+    graph can capture them.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def start(self, work: Callable[[], Tensor], beside: bool = True) -> Callable[[], Tensor]:
-        """Begin `work`; return a function that waits for it and returns its result.
+        """Start `work`; return a function that waits for it and returns its result.
 
         Args:
-            work: launches kernels and returns what they write.
-            beside: else it runs on the main stream.
+            work: launches kernels and returns their output.
+            beside: use the second stream; otherwise the work runs on the main stream.
         """
         stream = self._stream
         if stream is None or not beside:

@@ -15,17 +15,18 @@ from dsv3.model.rotary import Rotary
 from dsv3.model.side_stream import SideStream
 from dsv3.parallel.expert_dispatch import DispatchSettings, ExpertDispatch
 from dsv3.parallel.expert_placement import Placement
-from dsv3.parallel.expert_slots import ExpertSlots
 from dsv3.parallel.linear import VocabParallelEmbedding, VocabParallelHead
+from dsv3.parallel.physical_experts import PhysicalExperts
 from dsv3.parallel.sequence_parallel import SequenceParallel
 from dsv3.parallel.weights import Matrix, Target, Vector, WeightFormat
+from dsv3_kernels import Rotation
 
 
 class DecoderLayer(nn.Module):
     """x += attention(norm(x)); x += feed_forward(norm(x)).
 
-    What a layer adds last is left to the next one, which sums over tp, adds, normalizes and
-    quantizes at once.
+    The last addition of a layer is done by the next layer, which sums over tp, adds, normalizes and
+    quantizes in one operation.
     """
 
     def __init__(
@@ -38,7 +39,8 @@ class DecoderLayer(nn.Module):
         side: SideStream,
     ) -> None:
         super().__init__()
-        prefix, shape = f"model.layers.{layer}.", (config.hidden_size,)
+        prefix = f"model.layers.{layer}."
+        shape = (config.hidden_size,)
         self.eps = config.rms_norm_eps
         self.input_layernorm = Vector(f"{prefix}input_layernorm.weight", shape, fmt)
         self.self_attn = MLA(config, f"{prefix}self_attn.", mesh.layout, mesh.tp, fmt)
@@ -54,33 +56,57 @@ class DecoderLayer(nn.Module):
         self,
         x_TD: Tensor,
         y_TD: Tensor | None,
-        rope: tuple[Tensor, Tensor],
+        rotation: Rotation,
         batch: Batch,
         cache: LayerCache,
         rows: SequenceParallel,
     ) -> tuple[Tensor, Tensor]:
-        """Take and return the residual stream and what is still to be added to it, [T, D].
+        """Run the layer.
 
-        The stream is all rows, or this rank's; what is to be added is all rows of this rank's part.
+        Args:
+            x_TD: residual stream: all rows, or this rank's (see `SequenceParallel`).
+            y_TD: this rank's part of the previous layer's last summand, all rows; None for zero.
+            rotation: rotary embedding of the positions.
+            batch: the step.
+            cache: of this layer.
+            rows: distribution of the rows over tp.
+
+        Returns:
+            The new x_TD and y_TD.
         """
-        norm_D, to = self.input_layernorm.weight, self.self_attn.in_proj
-        x_TD, h_TD, h_q = rows.sum_norm(x_TD, y_TD, norm_D, self.eps, to.quantizes, to.ue8m0)
-        y_TD = self.self_attn(h_TD, rope, batch, cache, h_q)
-        norm_D, up = self.post_attention_layernorm.weight, self.mlp.gate_up_proj
-        x_TD, h_TD, h_q = rows.sum_norm(x_TD, y_TD, norm_D, self.eps, up.quantizes, up.ue8m0)
+        in_proj = self.self_attn.in_proj
+        x_TD, h_TD, h_q = rows.sum_norm(
+            x_TD,
+            y_TD,
+            self.input_layernorm.weight,
+            self.eps,
+            quant=in_proj.quantizes,
+            ue8m0=in_proj.ue8m0,
+        )
+        y_TD = self.self_attn(h_TD, rotation, batch, cache, h_q)
+        gate_up_proj = self.mlp.gate_up_proj
+        x_TD, h_TD, h_q = rows.sum_norm(
+            x_TD,
+            y_TD,
+            self.post_attention_layernorm.weight,
+            self.eps,
+            quant=gate_up_proj.quantizes,
+            ue8m0=gate_up_proj.ue8m0,
+        )
         return x_TD, self.mlp(h_TD, h_q)
 
 
 class Transformer(nn.Module):
-    """The main model of one rank. MTP layers stay in the checkpoint.
+    """The main model on one rank. MTP layers are not loaded.
 
     Args:
-        config: its shape.
-        mesh: this rank and its peers.
-        fmt: how weights are held.
-        settings: how tokens come to their experts.
-        split_from: steps of so many tokens split the residual stream over tp; 0 never does.
-        placement: which rank holds which experts; None for equal ranges.
+        config: the model.
+        mesh: this rank and its groups.
+        fmt: storage format of weights.
+        settings: of expert dispatch.
+        sp_min_tokens: steps of at least this number of tokens split the residual stream over tp;
+            0 never does.
+        placement: of experts; None for equal ranges.
     """
 
     def __init__(
@@ -89,7 +115,7 @@ class Transformer(nn.Module):
         mesh: Mesh,
         fmt: WeightFormat,
         settings: DispatchSettings | None = None,
-        split_from: int = 0,
+        sp_min_tokens: int = 0,
         placement: Placement | None = None,
     ) -> None:
         super().__init__()
@@ -97,11 +123,16 @@ class Transformer(nn.Module):
         self.dispatch = ExpertDispatch(mesh, num_slots, settings)
         if placement is not None:
             for i in placement.layers:
-                self.dispatch.slots[f"model.layers.{i}.mlp."] = ExpertSlots(placement, i, mesh)
-        self.config, self.tp, self.split_from = config, mesh.tp, split_from
+                physical_experts = PhysicalExperts(placement, i, mesh)
+                self.dispatch.physical_experts[f"model.layers.{i}.mlp."] = physical_experts
+        self.config = config
+        self.tp = mesh.tp
+        self.sp_min_tokens = sp_min_tokens
         self.numerics = "fp8" if fmt.fp8_products else str(fmt.dtype).removeprefix("torch.")
-        embed, head = "model.embed_tokens.weight", "lm_head.weight"
-        vocab, hidden = config.vocab_size, config.hidden_size
+        embed = "model.embed_tokens.weight"
+        head = "lm_head.weight"
+        vocab = config.vocab_size
+        hidden = config.hidden_size
         self.embed_tokens = VocabParallelEmbedding(embed, vocab, hidden, mesh.layout, mesh.tp, fmt)
         side = SideStream(fmt.device)
         self.layers = nn.ModuleList(
@@ -117,18 +148,22 @@ class Transformer(nn.Module):
     def forward(self, batch: Batch, cache: CachePool) -> Tensor:
         """Run the new tokens through all layers; return the normalized hidden states, [T, D].
 
-        A group without tokens takes part in what the whole world does: its experts serve others.
+        A dp group without tokens takes part in the exchanges of the whole world: its experts serve
+        the other groups.
         """
         if not len(batch.token_T):
             return self._serve_others()
         count = len(batch.token_T)
-        rows = SequenceParallel(self.tp, count, 0 < self.split_from <= count and self.tp.size > 1)
-        x_TD, y_TD = rows.own(self.embed_tokens(batch.token_T)), None
-        rope = self.rotary(batch.position_T)
+        is_split = 0 < self.sp_min_tokens <= count and self.tp.size > 1
+        rows = SequenceParallel(self.tp, count, is_split)
+        x_TD = rows.own(self.embed_tokens(batch.token_T))
+        y_TD = None
+        rotation = self.rotary(batch.position_T)
         for i, layer in enumerate(self.layers):
-            x_TD, y_TD = layer(x_TD, y_TD, rope, batch, cache.layer(i), rows)
+            x_TD, y_TD = layer(x_TD, y_TD, rotation, batch, cache.layer(i), rows)
         eps = self.config.rms_norm_eps
-        return rows.sum_norm(x_TD, y_TD, self.norm.weight, eps, quant=False, ue8m0=False)[1]
+        _, h_TD, _ = rows.sum_norm(x_TD, y_TD, self.norm.weight, eps, quant=False, ue8m0=False)
+        return h_TD
 
     def _serve_others(self) -> Tensor:
         x_TD = self.embed_tokens.table.weight.new_empty(0, self.config.hidden_size)
@@ -144,17 +179,17 @@ class Transformer(nn.Module):
     @property
     def num_bytes(self) -> int:
         """Bytes of this rank's weights, FP8 scales included."""
-        held = (*self.parameters(), *self.buffers())
-        return sum(t.numel() * t.element_size() for t in held)
+        tensors = (*self.parameters(), *self.buffers())
+        return sum(t.numel() * t.element_size() for t in tensors)
 
     @property
     def cut_names(self) -> set[str]:
-        """Weights stored in FP8 but held in the compute dtype: an edge cuts their blocks."""
+        """Weights stored in FP8 but kept in the compute dtype: an edge cuts their blocks."""
         cut = (m.names for m in self.modules() if isinstance(m, Matrix) and m.is_cut)
         return {name for stacked in cut for parts in stacked for name in parts}
 
     def targets(self) -> Iterator[Target]:
-        """Yield every piece of memory to be filled from the checkpoint."""
+        """Yield the targets of all weights, for the loader."""
         for module in self.modules():
             if isinstance(module, Matrix | Vector):
                 yield from module.targets()

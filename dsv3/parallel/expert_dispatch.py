@@ -1,25 +1,27 @@
-"""Dispatch and combine: tokens travel to the ranks that hold their experts, and results back.
+"""Expert dispatch and combine: tokens are sent to the ranks of their experts, and results back.
 
-Experts lie in equal contiguous ranges over the world; the tokens of a dp group are on all of its tp
-ranks, and the caller sums over tp. Two forms of the same sum:
+Each rank has an equal contiguous range of the (physical) experts; the tokens of a dp group are on
+all of its tp ranks, and the caller sums over tp. Two variants compute the same sum:
 
-* `allreduce`: every rank sees every token (those of other dp groups are gathered), runs its experts
-  on those that chose them, and the partial sums are added up where the tokens came from.
-* `alltoall`: a token is sent once to every rank outside its own tp group that holds any of its
-  experts, by one tp rank, which splits the work with its peers; one partial sum comes back.
+* `allreduce`: every rank gets every token (tokens of other dp groups are gathered) and runs its
+  experts on the tokens that chose them; the partial sums are added on the tokens' own ranks.
+* `alltoall`: a token is sent once to every rank outside its tp group that has any of its experts,
+  by one rank of its tp group (the ranks of a tp group share the tokens); one partial sum per
+  destination is sent back.
 
-Between hosts a token is sent once to every host that it needs (to the rank at the same place
-there), which spreads it inside: two levels of the same exchange.
+With several hosts, a token is sent once to every host that has any of its experts (to the rank with
+the same index there), and that rank distributes it within the host: two levels of exchange.
 
-In steps of static shape there is room for every row at every destination. On one level that moves
-as many bytes as gathering, which `auto` then takes; between hosts it moves fewer.
+In steps of static shape (CUDA graphs) every destination has room for all rows. On one level this
+sends as many bytes as gathering, so `auto` chooses `allreduce`; between hosts it sends fewer.
 
-Letters: W members of a group, R rows at hand on this one, S those of them that it may send.
+Letters: W members of a group, R rows on this member, S the rows of R that it may send.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,63 +30,92 @@ from torch.nn import functional as F
 from dsv3.config import split_range
 from dsv3.distributed.collectives import Collectives
 from dsv3.distributed.mesh import Mesh
-from dsv3.parallel.expert_slots import ExpertSlots
+from dsv3.parallel.physical_experts import PhysicalExperts
+from dsv3.settings import DispatchForm
 from dsv3_kernels import act_quant, weight_dequant
 
-FP8, BLOCK = torch.float8_e4m3fn, 128
-Rows = tuple[Tensor, Tensor, Tensor]
-Run = Callable[[Tensor, Tensor, Tensor], Tensor]
-Finish = Callable[[], Tensor]
-# By device: an all-to-all of exact sizes has to save so many bytes a rank to be worth its exchange
-# of counts. Gloo: measured, eight ranks of V3's width on two cores change between 16 and 32 tokens
-# a dp group (1.4 and 2.8 MB). NCCL: not measured, 60 us at 300 GB/s.
-_WORTH_BYTES = {"cpu": 2 << 20, "cuda": 18 << 20}
+FP8 = torch.float8_e4m3fn
+BLOCK = 128
+# (x_MD, ids_MK, weight_MK) -> [M, D] float32: the weighted sums of this rank's experts. Ids of
+# other ranks' experts are skipped.
+RunExperts = Callable[[Tensor, Tensor, Tensor], Tensor]
+# Waits for an exchange and returns [T, D] float32.
+Combine = Callable[[], Tensor]
+# By device: bytes that an all-to-all of exact sizes must save on each rank to be worth its exchange
+# of counts. Gloo: measured, eight ranks of V3's width on two cores break even between 16 and 32
+# tokens per dp group (1.4 and 2.8 MB). NCCL: not measured, 60 us at 300 GB/s.
+_MIN_SAVED_BYTES = {"cpu": 2 << 20, "cuda": 18 << 20}
+
+
+class TokenRows(NamedTuple):
+    """Tokens with their choice of experts, one row each.
+
+    Attributes:
+        x_MD: hidden states.
+        ids_MK: ids of physical experts; -1 for none.
+        weight_MK: float32 weights of the experts.
+    """
+
+    x_MD: Tensor
+    ids_MK: Tensor
+    weight_MK: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class DispatchSettings:
-    """How tokens are brought to their experts.
+    """Settings of the exchange of tokens.
 
     Attributes:
-        form: "allreduce", "alltoall", or "auto", by the number of tokens.
-        dtype: hidden states travel in this one, e4m3 with a scale per 128; None: as they are.
-            Sums come back in the dtype of the activations.
-        groups: groups of neighbouring experts, and how many of them a token chooses from.
-        ue8m0: scales are powers of two, as the experts' products have them: quantizing again what
-            came in FP8 then gives the same values.
+        form: "allreduce", "alltoall", or "auto", which decides by the number of tokens.
+        dtype: of hidden states during dispatch; e4m3 has a scale per 128 values, None keeps the
+            activations' dtype. Sums are sent back in the activations' dtype.
+        groups: number of groups of neighbouring experts, and the number of groups that a token
+            chooses from.
+        ue8m0: FP8 scales are powers of two, as in the experts' products: then quantizing received
+            FP8 values again does not change them.
     """
 
-    form: str = "auto"
+    form: DispatchForm = "auto"
     dtype: torch.dtype | None = None
     groups: tuple[int, int] = (1, 1)
     ue8m0: bool = False
 
 
-def pack(rows: Rows, settings: DispatchSettings) -> Tensor:
-    """Return hidden state, ids and weights as the bytes of one row each, [M, ...] uint8."""
-    x_MD, ids_MK, weight_MK = rows
-    x_parts: tuple[Tensor, ...]
+def serialize_rows(rows: TokenRows, settings: DispatchSettings) -> Tensor:
+    """Return each row's hidden state, ids and weights as bytes, [M, bytes per row] uint8."""
+    x_MD = rows.x_MD
     if settings.dtype == FP8:
-        x_parts = act_quant(x_MD.contiguous(), settings.ue8m0)
+        parts = [*act_quant(x_MD.contiguous(), settings.ue8m0)]
     else:
-        x_parts = (x_MD.to(settings.dtype or x_MD.dtype),)
-    parts = (*x_parts, ids_MK.int(), weight_MK)
+        parts = [x_MD.to(settings.dtype or x_MD.dtype)]
+    parts += [rows.ids_MK.int(), rows.weight_MK]
     if not len(x_MD):  # a reduction over no rows leaves strides that `view` refuses
-        parts = tuple(part.new_empty(part.shape) for part in parts)
+        parts = [part.new_empty(part.shape) for part in parts]
     return torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=1)
 
 
-def unpack(packed: Tensor, like: Rows, settings: DispatchSettings) -> Rows:
-    """Return what was packed, in the dtypes and widths of `like`."""
-    x_RD, ids_RK, weight_RK = like
-    dim, top_k, dtype = x_RD.shape[1], ids_RK.shape[1], settings.dtype or x_RD.dtype
-    scales = 4 * (dim // BLOCK) if dtype == FP8 else 0
-    widths = [dim * dtype.itemsize, scales, 4 * top_k, 4 * top_k]
-    x, scale, ids, weight = packed.split(widths, dim=1)
+def deserialize_rows(data: Tensor, like: TokenRows, settings: DispatchSettings) -> TokenRows:
+    """Undo `serialize_rows`.
+
+    Args:
+        data: [M, bytes per row] uint8.
+        like: rows of the same widths and dtypes.
+        settings: as for `serialize_rows`.
+    """
+    dim = like.x_MD.shape[1]
+    top_k = like.ids_MK.shape[1]
+    dtype = settings.dtype or like.x_MD.dtype
+    num_scale_bytes = 4 * (dim // BLOCK) if dtype == FP8 else 0
+    widths = [dim * dtype.itemsize, num_scale_bytes, 4 * top_k, 4 * top_k]
+    x, scale, ids, weight = data.split(widths, dim=1)
     x = x.view(dtype)
     if dtype == FP8:
-        x = weight_dequant(x, scale.view(torch.float32), x_RD.dtype, block=(1, BLOCK))
-    return x.to(x_RD.dtype), ids.view(torch.int32).to(ids_RK.dtype), weight.view(weight_RK.dtype)
+        x = weight_dequant(x, scale.view(torch.float32), like.x_MD.dtype, block=(1, BLOCK))
+    return TokenRows(
+        x_MD=x.to(like.x_MD.dtype),
+        ids_MK=ids.view(torch.int32).to(like.ids_MK.dtype),
+        weight_MK=weight.view(like.weight_MK.dtype),
+    )
 
 
 @dataclass(frozen=True)
@@ -92,218 +123,301 @@ class _Level:
     """An exchange among the members of one group.
 
     Attributes:
-        group: its members hold `per_member` experts each, from `first` on.
-        same: the members that need not be sent own rows, this one among them.
-        share: in so many parts ranks divide own rows, and the one that is this rank's.
-        settings: how rows travel.
-        is_inner: it passes on what came from other hosts, beside sending own rows.
+        group: the members.
+        first_expert: the first expert of the first member.
+        experts_per_member: experts of each member; member m has those from
+            first_expert + m * experts_per_member on.
+        own_members: members that have this rank's own rows anyway, this one among them.
+        num_shares: parts into which the tp ranks split their rows.
+        share: this rank's part.
+        settings: dtype of rows, and groups of experts.
+        is_inner: the level within a host, which also forwards rows received from other hosts.
     """
 
     group: Collectives
-    first: int
-    per_member: int
-    same: range
-    share: tuple[int, int]
+    first_expert: int
+    experts_per_member: int
+    own_members: range
+    num_shares: int
+    share: int
     settings: DispatchSettings
     is_inner: bool = False
 
     @property
-    def silent(self) -> range:
-        """The members that no row is sent to."""
-        return range(self.group.rank, self.group.rank + 1) if self.is_inner else self.same
+    def skipped_members(self) -> range:
+        """The members to which this one sends no rows."""
+        if self.is_inner:
+            return range(self.group.rank, self.group.rank + 1)
+        return self.own_members
 
     def reach(self, top_k: int) -> int:
-        """Return how many members a token can need: a group of experts lies on few of them."""
-        size, (groups, chosen) = self.group.size, self.settings.groups
-        return min(top_k, size, size if self.is_inner else chosen * -(-size // groups))
+        """Return the maximal number of members that a token is sent to.
 
-    def start(self, rows_R: Rows, num_own: int, run: Run, max_rows: int) -> Finish:
-        """Send rows to the members that hold their experts.
+        A group of experts is on few members, and a token chooses from few groups.
+        """
+        size = self.group.size
+        if self.is_inner:
+            return min(top_k, size)
+        num_groups, num_chosen = self.settings.groups
+        return min(top_k, size, num_chosen * -(-size // num_groups))
+
+    def start(self, rows_R: TokenRows, num_own: int, run: RunExperts, max_rows: int) -> Combine:
+        """Send rows to the members that have their experts.
 
         Args:
-            rows_R: hidden states, ids (those of nobody here are skipped) and weights.
-            num_own: so many of them, the first ones, are those of the dp group.
+            rows_R: rows on this member; ids outside of the group's experts are skipped.
+            num_own: the first `num_own` rows are those of the dp group.
             run: called with all rows for this member; returns their partial sums, in float32.
-            max_rows: the most that any member sends, for static shapes; 0 for exact ones.
+            max_rows: maximal number of rows that a member sends to another one, for static shapes;
+                0 for exact numbers.
 
         Returns:
             A function that completes the exchange and returns this rank's part of the sums.
         """
-        index_R = torch.arange(len(rows_R[0]), device=rows_R[0].device)
-        start, stop = split_range(num_own, *self.share)
-        mine_S = torch.cat([index_R[start:stop], index_R[num_own:]])
-        member_SK = self._members(rows_R[1], num_own)[mine_S]
+        index_R = torch.arange(len(rows_R.x_MD), device=rows_R.x_MD.device)
+        start, stop = split_range(num_own, self.num_shares, self.share)
+        source_S = torch.cat([index_R[start:stop], index_R[num_own:]])
+        member_SK = self._members(rows_R.ids_MK, num_own)[source_S]
         row_SK, send, receive = self._arrange(member_SK, max_rows)
         source_M = torch.full((sum(send) + 1,), len(index_R), device=index_R.device)
-        source_M.scatter_(0, row_SK.flatten(), mine_S.repeat_interleave(row_SK.shape[1]))
-        # Room that nothing takes is filled with a row past the end, which has no experts.
-        pad = (0, 0, 0, 1)
-        padded_R = [F.pad(part, pad, value=-1) if max_rows else part for part in rows_R]
-        x, ids, weight = (part[source_M[:-1]] for part in padded_R)
-        packed = pack((x, ids, weight), self.settings)
-        pending = self.group.start_exchange(packed, send, receive, "dispatch")
+        source_M.scatter_(0, row_SK.flatten(), source_S.repeat_interleave(row_SK.shape[1]))
+        source_M = source_M[:-1]
+        # In static shapes, unused rows of the buffer read a row past the end, without experts.
+        padded_R = rows_R
+        if max_rows:
+            padded_R = TokenRows(*(F.pad(part, (0, 0, 0, 1), value=-1) for part in rows_R))
+        sent_M = TokenRows(*(part[source_M] for part in padded_R))
+        data = serialize_rows(sent_M, self.settings)
+        pending = self.group.start_exchange(data, send, receive, "dispatch")
 
-        def finish() -> Tensor:
-            arrived = unpack(pending.wait(), rows_R, self.settings)
-            x, ids, weight = (torch.cat(pair) for pair in zip(rows_R, arrived, strict=True))
+        def combine() -> Tensor:
+            received = deserialize_rows(pending.wait(), rows_R, self.settings)
+            x, ids, weight = (torch.cat(pair) for pair in zip(rows_R, received, strict=True))
             y_RD, y_MD = run(x, ids, weight).split([len(index_R), sum(receive)])
             y_MD = y_MD.to(x.dtype)
             back_MD = self.group.start_exchange(y_MD, receive, send, "combine").wait()
-            # In the order of the members; what went nowhere looks at a row past the end.
+            # Summed in the order of the members; destinations not used read a row past the end.
             table_MD = F.pad(back_MD.float(), (0, 0, 0, 1))
-            y_RD[mine_S] += F.embedding_bag(row_SK, table_MD, mode="sum", padding_idx=len(back_MD))
+            sums_SD = F.embedding_bag(row_SK, table_MD, mode="sum", padding_idx=len(back_MD))
+            y_RD[source_S] += sums_SD
             return y_RD
 
-        return finish
+        return combine
 
     def _arrange(self, member_SK: Tensor, max_rows: int) -> tuple[Tensor, list[int], list[int]]:
-        """Return where each row goes in the send buffer, and the rows for and from each member.
+        """Assign rows of the send buffer.
 
-        A row that goes nowhere has the number of all rows. In static shapes there is room for all
-        rows at every member, so that nothing is ever left behind.
+        In static shapes there is room for all rows at every member, so no row is dropped.
+
+        Args:
+            member_SK: result of `_members`.
+            max_rows: see `start`.
+
+        Returns:
+            row_SK: rows of the send buffer; its length where member_SK is the group's size.
+            send: number of rows for each member.
+            receive: number of rows from each member.
         """
         size = self.group.size
         is_sent_SW = member_SK.new_zeros(len(member_SK), size + 1).scatter_(1, member_SK, 1)
         count_W = is_sent_SW.sum(0)
         if max_rows:
-            send = receive = [0 if w in self.silent else max_rows for w in range(size)]
+            skipped = self.skipped_members
+            send = [0 if w in skipped else max_rows for w in range(size)]
+            receive = send
             w = torch.arange(size + 1, device=count_W.device)
-            count_W = max_rows * ((w < self.silent.start) | (w >= self.silent.stop))
+            count_W = max_rows * ((w < skipped.start) | (w >= skipped.stop))
         else:
-            both = torch.stack([count_W[:-1], self.group.all_to_all(count_W[:-1])])
-            send, receive = both.tolist()
+            counts = torch.stack([count_W[:-1], self.group.all_to_all(count_W[:-1])])
+            send, receive = counts.tolist()
         count_W[-1] = 0
-        place_SK = (is_sent_SW.cumsum(0) - 1).gather(1, member_SK)
-        row_SK = (count_W.cumsum(0) - count_W)[member_SK] + place_SK
-        return row_SK.masked_fill(place_SK >= count_W[member_SK], sum(send)), send, receive
+        index_SK = (is_sent_SW.cumsum(0) - 1).gather(1, member_SK)
+        row_SK = (count_W.cumsum(0) - count_W)[member_SK] + index_SK
+        row_SK = row_SK.masked_fill(index_SK >= count_W[member_SK], sum(send))
+        return row_SK, send, receive
 
     def _members(self, ids_RK: Tensor, num_own: int) -> Tensor:
-        """Return the members that the rows go to, each once and ascending; size for no more."""
-        nobody = self.group.size
-        member_RK = (ids_RK - self.first).div(self.per_member, rounding_mode="floor")
-        is_silent_RK = (member_RK < 0) | (member_RK >= nobody) | (member_RK == self.group.rank)
-        is_same = (member_RK >= self.same.start) & (member_RK < self.same.stop)
-        is_silent_RK[:num_own] |= is_same[:num_own]
-        member_RK = member_RK.masked_fill(is_silent_RK, nobody).sort(dim=1).values
+        """Return the members each row is sent to, [R, K] ascending, each once; then the size."""
+        none = self.group.size
+        member_RK = ids_RK - self.first_expert
+        member_RK = member_RK.div(self.experts_per_member, rounding_mode="floor")
+        is_skipped_RK = (member_RK < 0) | (member_RK >= none) | (member_RK == self.group.rank)
+        is_own = (member_RK >= self.own_members.start) & (member_RK < self.own_members.stop)
+        is_skipped_RK[:num_own] |= is_own[:num_own]
+        member_RK = member_RK.masked_fill(is_skipped_RK, none).sort(dim=1).values
         is_repeated = member_RK[:, 1:] == member_RK[:, :-1]
-        member_RK[:, 1:].masked_fill_(is_repeated, nobody)
+        member_RK[:, 1:].masked_fill_(is_repeated, none)
         return member_RK
 
 
 class ExpertDispatch:
-    """Brings the tokens of a step to their experts, in all MoE layers of a model.
+    """Sends the tokens of a step to their experts and combines results, for all MoE layers.
 
     Args:
         mesh: the ranks.
-        num_slots: experts, or physical slots for them and their copies, over the whole world.
-        settings: which form, and how tokens travel.
+        num_slots: physical experts (experts and their copies) of the whole world.
+        settings: variant and dtype of the exchange.
 
     Attributes:
-        slots: by the prefix of each layer whose experts are placed; others' lie in equal ranges.
-        position_T: as `begin_step` was told.
+        physical_experts: by the prefix of each layer with an expert placement; in other layers the
+            experts are in equal ranges.
+        position_T: see `begin_step`.
     """
 
     def __init__(
         self, mesh: Mesh, num_slots: int, settings: DispatchSettings | None = None
     ) -> None:
-        self.settings = settings = settings or DispatchSettings()
-        self.mesh, self._layout = mesh, mesh.layout
-        self.slots: dict[str, ExpertSlots] = {}
-        self._tokens: list[int] | None = None
+        self.settings = settings or DispatchSettings()
+        self.mesh = mesh
+        self.physical_experts: dict[str, PhysicalExperts] = {}
         self.position_T: Tensor | None = None
+        self._layout = mesh.layout
+        self._tokens: list[int] | None = None
         self._is_fixed = False
-        tp, hosts, host = mesh.layout.tp, mesh.hosts, mesh.host
-        each, first = num_slots // mesh.layout.ep, mesh.layout.dp_rank * tp
-        # Outermost first: hosts, then ranks. One level where a tp group spans hosts.
-        own, share = range(first, first + tp), (tp, mesh.layout.tp_rank)
-        self._levels = [_Level(mesh.world, 0, each, own, share, settings)]
-        if min(hosts.size, host.size) > 1 and host.size % tp == 0:
-            here, first_rank = range(hosts.rank, hosts.rank + 1), hosts.rank * host.size
-            own = range(own.start - first_rank, own.stop - first_rank)
-            self._levels = [
-                _Level(hosts, 0, each * host.size, here, share, settings),
-                _Level(host, first_rank * each, each, own, share, settings, is_inner=True),
+        self._levels = self._make_levels(num_slots // mesh.layout.ep)
+
+    def _make_levels(self, experts_per_rank: int) -> list[_Level]:
+        """Return the levels of the exchange, outermost first: hosts, then ranks of a host.
+
+        There is one level if a tp group spans hosts, or if there is one host, or one rank per host.
+        """
+        tp = self._layout.tp
+        tp_rank = self._layout.tp_rank
+        first_rank = self._layout.dp_rank * tp
+        hosts = self.mesh.hosts
+        host = self.mesh.host
+        if min(hosts.size, host.size) == 1 or host.size % tp:
+            return [
+                _Level(
+                    group=self.mesh.world,
+                    first_expert=0,
+                    experts_per_member=experts_per_rank,
+                    own_members=range(first_rank, first_rank + tp),
+                    num_shares=tp,
+                    share=tp_rank,
+                    settings=self.settings,
+                )
             ]
+        first_on_host = hosts.rank * host.size
+        between_hosts = _Level(
+            group=hosts,
+            first_expert=0,
+            experts_per_member=experts_per_rank * host.size,
+            own_members=range(hosts.rank, hosts.rank + 1),
+            num_shares=tp,
+            share=tp_rank,
+            settings=self.settings,
+        )
+        within_host = _Level(
+            group=host,
+            first_expert=first_on_host * experts_per_rank,
+            experts_per_member=experts_per_rank,
+            own_members=range(first_rank - first_on_host, first_rank - first_on_host + tp),
+            num_shares=tp,
+            share=tp_rank,
+            settings=self.settings,
+            is_inner=True,
+        )
+        return [between_hosts, within_host]
 
     def begin_step(
         self, tokens: Sequence[int] | None, fixed: bool = False, position_T: Tensor | None = None
     ) -> None:
-        """Say how many tokens every dp group has in the coming step.
+        """Set the number of tokens of all dp groups in the next step.
 
         Args:
-            tokens: by dp group; None has them exchanged in every layer.
+            tokens: by dp group; None: the ranks exchange the numbers in every layer.
             fixed: shapes depend on `tokens` only, not on the routing (CUDA graphs).
-            position_T: [T] of this group's tokens; those at -1 fill the step up and have no
-                experts. None if there are no such ones.
+            position_T: [T] int64 positions of this group's tokens; -1 for tokens that pad the step
+                and have no experts. None without padding.
         """
         assert tokens is not None or not fixed
         self._tokens = None if tokens is None else list(tokens)
-        self._is_fixed, self.position_T = fixed, position_T
+        self._is_fixed = fixed
+        self.position_T = position_T
 
-    def __call__(self, x_TD: Tensor, ids_TK: Tensor, weight_TK: Tensor, run: Run) -> Finish:
-        """Send tokens to their experts; other work may be done before the result is asked for.
+    def __call__(self, x_TD: Tensor, ids_TK: Tensor, weight_TK: Tensor, run: RunExperts) -> Combine:
+        """Send tokens to their experts. The caller may do other work before it calls the result.
 
         Args:
             x_TD: [T, D] hidden states, the same on all tp ranks of a dp group.
-            ids_TK: [T, K] int64 slots of experts; -1 for none.
+            ids_TK: [T, K] int64 physical experts; -1 for none.
             weight_TK: [T, K] float32.
-            run: (x_MD, ids_MK, weight_MK) -> [M, D] float32, the sums over this rank's experts;
-                it skips other ids.
+            run: see `RunExperts`.
 
         Returns:
             A function that returns [T, D] float32; its sum over tp is the layer's output.
         """
-        rows = x_TD, ids_TK, weight_TK
+        rows = TokenRows(x_TD, ids_TK, weight_TK)
         if self._layout.dp == 1:
-            return lambda: run(*rows)
+            return lambda: run(x_TD, ids_TK, weight_TK)
         tokens = self._tokens
         if tokens is None:
-            mine = torch.tensor([len(x_TD)], device=x_TD.device)
-            tokens = self.mesh.dp.all_gather(mine).flatten().tolist()
+            count = torch.tensor([len(x_TD)], device=x_TD.device)
+            tokens = self.mesh.dp.all_gather(count).flatten().tolist()
         assert tokens[self._layout.dp_rank] == len(x_TD), f"{tokens=} but {len(x_TD)} here"
         if self.form(tokens, rows) == "allreduce":
             return self._gather(rows, run, tokens)
         return self._send(rows, run, tokens)
 
-    def form(self, tokens: Sequence[int], rows: Rows) -> str:
-        """Return the form of a step of so many tokens in every dp group, `rows` in this one."""
+    def form(self, tokens: Sequence[int], rows: TokenRows) -> str:
+        """Return "allreduce" or "alltoall" for a step.
+
+        Args:
+            tokens: number of tokens of all dp groups.
+            rows: those of this group.
+        """
         if self.settings.form != "auto":
             return self.settings.form
-        layout, top_k, outer = self._layout, rows[1].shape[1], self._levels[0]
-        share, others, worth = max(tokens) / layout.tp, layout.ep - layout.tp, 0
+        layout = self._layout
+        outer = self._levels[0]
+        tokens_per_rank = max(tokens) / layout.tp
+        num_others = layout.ep - layout.tp
         if self._is_fixed:
-            needed = others / layout.ep * outer.group.size * math.ceil(share)
+            min_saved_bytes = 0
+            num_sent = num_others / layout.ep * outer.group.size * math.ceil(tokens_per_rank)
         else:
-            worth = _WORTH_BYTES[rows[0].device.type]
-            needed = share * min(others * (1 - (1 - 1 / layout.ep) ** top_k), outer.reach(top_k))
-        saved = 2 * (max(tokens) * (layout.dp - 1) - needed)
-        return "alltoall" if saved * rows[0].shape[1] * rows[0].itemsize > worth else "allreduce"
+            min_saved_bytes = _MIN_SAVED_BYTES[rows.x_MD.device.type]
+            top_k = rows.ids_MK.shape[1]
+            expected_members = num_others * (1 - (1 - 1 / layout.ep) ** top_k)
+            num_sent = tokens_per_rank * min(expected_members, outer.reach(top_k))
+        num_gathered = max(tokens) * (layout.dp - 1)
+        # Rows are sent twice: dispatch and combine.
+        saved_bytes = 2 * (num_gathered - num_sent) * rows.x_MD.shape[1] * rows.x_MD.itemsize
+        return "alltoall" if saved_bytes > min_saved_bytes else "allreduce"
 
-    def _gather(self, rows: Rows, run: Run, tokens: Sequence[int]) -> Finish:
-        """Run on the tokens of all dp groups; each gets its partial sums back."""
-        count, dp, settings = len(rows[0]), self.mesh.dp, self.settings
-        packed = F.pad(pack(rows, settings), (0, 0, 0, max(tokens) - count))
-        every = torch.cat([g[:n] for g, n in zip(dp.all_gather(packed), tokens, strict=True)])
+    def _gather(self, rows: TokenRows, run: RunExperts, tokens: Sequence[int]) -> Combine:
+        """Run this rank's experts on the tokens of all dp groups; return the partial sums."""
+        count = len(rows.x_MD)
+        dp = self.mesh.dp
+        padding = max(tokens) - count
+        data = F.pad(serialize_rows(rows, self.settings), (0, 0, 0, padding))
+        gathered = dp.all_gather(data)
+        all_data = torch.cat([part[:n] for part, n in zip(gathered, tokens, strict=True)])
 
-        def finish() -> Tensor:
-            y_MD = run(*unpack(every, rows, settings)).to(rows[0].dtype)
+        def combine() -> Tensor:
+            x, ids, weight = deserialize_rows(all_data, rows, self.settings)
+            y_MD = run(x, ids, weight).to(rows.x_MD.dtype)
             counts = [count] * dp.size
             back = dp.start_exchange(y_MD, list(tokens), counts, "combine").wait()
-            y_TD = torch.zeros(rows[0].shape, dtype=torch.float32, device=y_MD.device)
+            y_TD = torch.zeros(rows.x_MD.shape, dtype=torch.float32, device=y_MD.device)
             for part in back.split(counts):
                 y_TD += part
             return y_TD
 
-        return finish
+        return combine
 
-    def _send(self, rows: Rows, run: Run, tokens: Sequence[int]) -> Finish:
-        """Run on the tokens that chose this rank's experts, wherever they are."""
-        share = -(-max(tokens) // self._layout.tp) if self._is_fixed else 0
-        limits, count = (share, share * self._levels[0].group.size), len(rows[0])
-
-        def at(level: int, run: Run, rows: Rows) -> Finish:
-            return self._levels[level].start(rows, count, run, limits[level])
-
+    def _send(self, rows: TokenRows, run: RunExperts, tokens: Sequence[int]) -> Combine:
+        """Send tokens to the ranks of their experts."""
+        count = len(rows.x_MD)
+        max_rows = -(-max(tokens) // self._layout.tp) if self._is_fixed else 0
+        outer = self._levels[0]
         if len(self._levels) == 1:
-            return at(0, run, rows)
-        return at(0, lambda *joined: at(1, run, joined)(), rows)
+            return outer.start(rows, count, run, max_rows)
+        inner = self._levels[1]
+
+        def run_on_host(x_MD: Tensor, ids_MK: Tensor, weight_MK: Tensor) -> Tensor:
+            joined = TokenRows(x_MD, ids_MK, weight_MK)
+            return inner.start(joined, count, run, max_rows * outer.group.size)()
+
+        return outer.start(rows, count, run_on_host, max_rows)

@@ -1,10 +1,10 @@
-"""Where routed experts live: which expert every physical slot of every MoE layer holds.
+"""Expert placement: the routed (logical) expert in every physical slot of every MoE layer.
 
-Rank r holds the slots r * slots_per_rank and following. With more slots than experts, the most
-loaded experts have several copies and each takes its share of the tokens. `balanced_slots` is the
-expert-parallel load balancer that DeepSeek published for V3.
+Rank r has the slots from r * slots_per_rank on. With more slots than experts, the most loaded
+experts have several copies, which share their tokens. `balanced_slots` is the expert-parallel load
+balancer (EPLB) that DeepSeek published for V3.
 
-Letters: E experts, P physical slots, L packs (nodes, ranks) that loads are packed in.
+Letters: E experts, P physical slots, L packs (nodes or ranks).
 """
 
 import json
@@ -25,11 +25,11 @@ Longs = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 
-def pack(load: Floats, num_packs: int) -> Longs:
-    """Deal items to packs of equal counts, the heaviest first, each to the lightest open pack.
+def pack_balanced(load: Floats, num_packs: int) -> Longs:
+    """Distribute items to packs of equal counts: the heaviest first, to the lightest open pack.
 
     Returns:
-        [num_packs, items a pack]: the items of every pack, in the order they came.
+        [num_packs, items per pack]: the items of each pack, in the order of distribution.
     """
     size = len(load) // num_packs
     assert size * num_packs == len(load), f"{len(load)=} {num_packs=}"
@@ -47,8 +47,9 @@ def pack(load: Floats, num_packs: int) -> Longs:
 
 
 def replicate(load: Floats, num_slots: int) -> Longs:
-    """Return the expert of each of `num_slots` slots: all once, then the most loaded again."""
-    slots, copies_E = list(range(len(load))), np.ones(len(load))
+    """Return the expert of each slot: all experts once, then more copies of the most loaded."""
+    slots = list(range(len(load)))
+    copies_E = np.ones(len(load))
     for _ in range(num_slots - len(load)):
         slots.append(int((load / copies_E).argmax()))
         copies_E[slots[-1]] += 1
@@ -58,11 +59,11 @@ def replicate(load: Floats, num_slots: int) -> Longs:
 def balanced_slots(
     load_E: ArrayLike, num_slots: int, num_groups: int, num_nodes: int, num_ranks: int
 ) -> Longs:
-    """Spread the experts of one layer over ranks so that all are equally loaded.
+    """Distribute the experts of one layer over ranks with equal loads.
 
-    Where nodes divide the routing groups (the hierarchical policy), a group's experts stay on one
-    node, so that a token whose groups are limited reaches few nodes. Otherwise (the global policy)
-    nodes and groups are ignored. An expert's load is shared equally by its copies.
+    If the number of nodes divides the number of routing groups (hierarchical policy), a group's
+    experts stay on one node, so that group-limited routing reaches few nodes. Otherwise (global
+    policy) nodes and groups are ignored. An expert's load is shared equally by its copies.
 
     Args:
         load_E: [E] tokens of every expert.
@@ -81,12 +82,13 @@ def balanced_slots(
         num_groups = num_nodes = 1
     expert_GE = np.arange(len(load)).reshape(num_groups, -1)
     nodes = []
-    for groups in pack(load[expert_GE].sum(-1), num_nodes):
+    for groups in pack_balanced(load[expert_GE].sum(-1), num_nodes):
         expert_E = expert_GE[groups].flatten()
         slot_P = replicate(load[expert_E], num_slots // num_nodes)
         copies_E = np.bincount(slot_P)
         share_P = (load[expert_E] / copies_E)[slot_P]
-        nodes.append(expert_E[slot_P[pack(share_P, num_ranks // num_nodes)]].flatten())
+        ranks = pack_balanced(share_P, num_ranks // num_nodes)
+        nodes.append(expert_E[slot_P[ranks]].flatten())
     return np.concatenate(nodes)
 
 
@@ -96,22 +98,26 @@ def keep_in_place(new: Longs, old: Longs) -> Longs:
     Args:
         new: [nodes, ranks, slots] experts. Nodes are interchangeable, and so are the ranks of a
             node and the slots of a rank.
-        old: the same shape; each part gets the part of `new` that shares most with it.
+        old: the same shape, the layer before. Each of its parts is replaced by the part of `new`
+            with most experts in common.
     """
     if new.ndim == 0:
         return new
-    size = 1 + max(int(new.max()), int(old.max()))
-    before, after = (
-        np.stack([np.bincount(part.ravel(), minlength=size) > 0 for part in x]).astype(np.int64)
-        for x in (old, new)
-    )
-    shared = before @ after.T
-    order = np.zeros(len(old), np.int64)
+    num_experts = 1 + max(int(new.max()), int(old.max()))
+    num_common = _membership(old, num_experts) @ _membership(new, num_experts).T
+    new_part_of_old = np.zeros(len(old), np.int64)
     for _ in old:
-        a, b = divmod(int(shared.argmax()), len(new))
-        order[a] = b
-        shared[a, :], shared[:, b] = -1, -1
-    return np.stack([keep_in_place(new[b], old[a]) for a, b in enumerate(order)])
+        old_part, new_part = divmod(int(num_common.argmax()), len(new))
+        new_part_of_old[old_part] = new_part
+        num_common[old_part, :] = -1
+        num_common[:, new_part] = -1
+    return np.stack([keep_in_place(new[b], old[a]) for a, b in enumerate(new_part_of_old)])
+
+
+def _membership(parts: Longs, num_experts: int) -> Longs:
+    """Return [parts, num_experts]: 1 where the part has the expert, else 0."""
+    rows = [np.bincount(part.ravel(), minlength=num_experts) > 0 for part in parts]
+    return np.stack(rows).astype(np.int64)
 
 
 def _moe_layers(config: ModelConfig) -> list[int]:
@@ -120,11 +126,11 @@ def _moe_layers(config: ModelConfig) -> list[int]:
 
 @dataclass(frozen=True)
 class Placement:
-    """The expert of every slot.
+    """The expert in every physical slot of the MoE layers.
 
     Attributes:
         num_experts: routed experts of a layer.
-        num_ranks: ranks; each holds the same number of slots of every layer.
+        num_ranks: ranks; each has the same number of slots in every layer.
         layers: MoE layer -> [P] the expert of each slot.
     """
 
@@ -134,65 +140,82 @@ class Placement:
 
     @classmethod
     def contiguous(cls, config: ModelConfig, num_ranks: int, redundant: int = 0) -> "Placement":
-        """Return equal ranges of experts; each rank holds its first ones twice to fill its slots.
+        """Return equal ranges of experts, with copies of each rank's first experts.
+
+        Args:
+            config: the model.
+            num_ranks: ranks.
+            redundant: copies of all ranks together, in each layer.
 
         Raises:
-            ConfigError: the ranks cannot all hold as many.
+            ConfigError: num_ranks does not divide the number of experts or of copies.
         """
-        experts = config.n_routed_experts
-        share, spare = experts // num_ranks, redundant // num_ranks
-        if redundant % num_ranks or experts % num_ranks:
+        num_experts = config.n_routed_experts
+        if redundant % num_ranks or num_experts % num_ranks:
             copies = f"{redundant} redundant experts and " if redundant else ""
-            raise ConfigError(f"{num_ranks} ranks must divide {copies}n_routed_experts={experts}")
-        first = np.arange(num_ranks)[:, None] * share
-        slots = (first + np.arange(share + spare) % share).flatten()
-        return cls(experts, num_ranks, {layer: slots.copy() for layer in _moe_layers(config)})
+            raise ConfigError(
+                f"{num_ranks} ranks must divide {copies}n_routed_experts={num_experts}"
+            )
+        per_rank = num_experts // num_ranks
+        copies_per_rank = redundant // num_ranks
+        first = np.arange(num_ranks)[:, None] * per_rank
+        slots = (first + np.arange(per_rank + copies_per_rank) % per_rank).flatten()
+        return cls(num_experts, num_ranks, {layer: slots.copy() for layer in _moe_layers(config)})
 
     @property
     def num_slots(self) -> int:
-        """Slots of all ranks together, in one layer."""
+        """Slots of a layer, over all ranks."""
         return len(next(iter(self.layers.values()), ()))
 
     @property
     def slots_per_rank(self) -> int:
-        """Slots of one rank in one layer."""
+        """Slots of a layer on one rank."""
         return self.num_slots // self.num_ranks
 
-    def held(self, layer: int, rank: int) -> list[int]:
+    def local_experts(self, layer: int, rank: int) -> list[int]:
         """Return the experts in a rank's slots."""
         return self.layers[layer].reshape(self.num_ranks, -1)[rank].tolist()
 
     def copies(self, layer: int) -> tuple[Longs, Longs]:
-        """Return where to find the experts of a layer.
+        """Return the slots of the experts of a layer.
 
         Returns:
-            slots: [E, C] slots that hold an expert, rows filled up by repetition; C = P - E + 1
-                is the most copies there can be, so the shape never changes.
-            counts: [E] copies.
+            slots: [E, C] the slots with copies of each expert, repeated cyclically; C = P - E + 1
+                is the maximal number of copies, so the shape never changes.
+            counts: [E] number of copies.
         """
-        slot_P = self.layers[layer]
-        counts = np.bincount(slot_P, minlength=self.num_experts)
-        order, start = np.argsort(slot_P, kind="stable"), counts.cumsum() - counts
-        nth = np.arange(len(slot_P) - self.num_experts + 1) % counts[:, None]
-        return order[start[:, None] + nth], counts
+        expert_P = self.layers[layer]
+        counts = np.bincount(expert_P, minlength=self.num_experts)
+        slots_by_expert = np.argsort(expert_P, kind="stable")
+        start = counts.cumsum() - counts
+        copy_EC = np.arange(len(expert_P) - self.num_experts + 1) % counts[:, None]
+        return slots_by_expert[start[:, None] + copy_EC], counts
 
     def rank_loads(self, layer: int, load_E: ArrayLike) -> Floats:
-        """Return the tokens that every rank's experts get."""
-        slot_P = self.layers[layer]
-        share_E = np.asarray(load_E, np.float64) / np.bincount(slot_P, minlength=self.num_experts)
-        return share_E[slot_P].reshape(self.num_ranks, -1).sum(1)
+        """Return the number of tokens of each rank, [num_ranks], given those of each expert."""
+        expert_P = self.layers[layer]
+        copies_E = np.bincount(expert_P, minlength=self.num_experts)
+        share_E = np.asarray(load_E, np.float64) / copies_E
+        return share_E[expert_P].reshape(self.num_ranks, -1).sum(1)
 
     def imbalance(self, loads: Mapping[int, ArrayLike]) -> float:
-        """Return max / mean load of a rank, the layers' maxima and means summed."""
+        """Return max / mean load of a rank, after summing maxima and means over the layers."""
         ranks = np.stack([self.rank_loads(layer, load) for layer, load in loads.items()])
         return float(ranks.max(1).sum() / max(ranks.mean(1).sum(), 1e-9))
 
     def rebalanced(
         self, loads: Mapping[int, ArrayLike], num_groups: int, num_nodes: int, gain: float = 0.0
     ) -> "Placement":
-        """Return a placement balanced for these loads, which moves no more than it must.
+        """Return a placement balanced for these loads that moves few experts.
 
-        A layer is left alone unless its most loaded rank sheds more than a share `gain`.
+        A layer changes only if the load of its most loaded rank falls by more than the share
+        `gain`.
+
+        Args:
+            loads: MoE layer -> [E] tokens of every expert.
+            num_groups: routing groups.
+            num_nodes: hosts.
+            gain: 0 to 1.
         """
         layers = dict(self.layers)
         if num_groups % num_nodes or self.num_ranks % num_nodes:
@@ -202,13 +225,23 @@ class Placement:
             slots = balanced_slots(load_E, self.num_slots, num_groups, num_nodes, self.num_ranks)
             slots = keep_in_place(slots.reshape(shape), layers[layer].reshape(shape)).flatten()
             new = replace(self, layers={layer: slots})
-            before, after = (p.rank_loads(layer, load_E).max() for p in (self, new))
-            if after < (1 - gain) * before:
+            load_before = self.rank_loads(layer, load_E).max()
+            load_after = new.rank_loads(layer, load_E).max()
+            if load_after < (1 - gain) * load_before:
                 layers[layer] = slots
         return replace(self, layers=layers)
 
     def check(self, config: ModelConfig, layout: ParallelConfig, where: str) -> None:
-        """Raise ConfigError where this does not fit the model or the world."""
+        """Check that the placement fits the model and the world.
+
+        Args:
+            config: the model.
+            layout: the world.
+            where: file or flag, for the error.
+
+        Raises:
+            ConfigError: it does not fit.
+        """
         for name, ours, theirs in (
             ("num_experts", self.num_experts, config.n_routed_experts),
             ("num_ranks", self.num_ranks, layout.ep),
@@ -224,10 +257,10 @@ class Placement:
 
     @classmethod
     def read(cls, path: Path) -> "Placement":
-        """Read what `write` wrote.
+        """Return the placement in a file made by `write`.
 
         Raises:
-            ConfigError: it cannot be read, or a layer lacks an expert.
+            ConfigError: the file cannot be read, or a layer lacks an expert.
         """
         (experts, ranks), layers = read_layers(path, ("num_experts", "num_ranks"))
         size = max(len(slots) for slots in layers.values())
@@ -244,10 +277,15 @@ class Placement:
 
 
 def write_layers(path: Path, sizes: Mapping[str, int], layers: Mapping[int, Longs]) -> None:
-    """Write numbers of every layer as JSON, all of it or nothing.
+    """Write arrays of every layer as JSON, atomically.
+
+    Args:
+        path: of the file.
+        sizes: further entries of the JSON object.
+        layers: MoE layer -> array.
 
     Raises:
-        OutputError: it cannot be written, or another file is there.
+        OutputError: the file cannot be written, or a file of another kind exists there.
     """
     text = json.dumps({**sizes, "layers": {str(i): n.tolist() for i, n in layers.items()}})
     write_output(NamedFile("", path), layers_format(sizes), text + "\n")
@@ -256,15 +294,15 @@ def write_layers(path: Path, sizes: Mapping[str, int], layers: Mapping[int, Long
 def layers_format(sizes: Iterable[str]) -> Format:
     """Return the format of the files that `write_layers` makes with sizes of these names."""
     keys = r",\s*".join([*(rf'"{name}":\s*\d+' for name in sizes), '"layers":'])
-    what = "a placement of experts" if "num_ranks" in keys else "loads of experts"
-    return Format(what, re.compile(rf"\{{\s*{keys}".encode()))
+    description = "a placement of experts" if "num_ranks" in keys else "loads of experts"
+    return Format(description, re.compile(rf"\{{\s*{keys}".encode()))
 
 
 def read_layers(path: Path, sizes: tuple[str, ...]) -> tuple[list[int], dict[int, Longs]]:
-    """Read what `write_layers` wrote: the sizes of these names, and the layers' numbers.
+    """Return the sizes of these names and the layers' arrays in a file made by `write_layers`.
 
     Raises:
-        ConfigError: it cannot be read, or is something else.
+        ConfigError: the file cannot be read or is of another kind.
     """
     data = read_mapping(path)
     try:

@@ -1,8 +1,8 @@
 """Column-, row- and vocabulary-parallel layers.
 
-Column: output features are split, nothing is exchanged. Row: input features are split, the partial
-products are summed over tp. Vocabulary: rows of the embedding or the head are split; ids outside a
-rank's range contribute zero.
+Column: output features are split, no exchange. Row: input features are split, the partial products
+are summed over tp. Vocabulary: rows of the embedding or the head are split; ids outside a rank's
+range contribute zero.
 """
 
 import torch
@@ -16,12 +16,12 @@ from dsv3_kernels import Quantized, act_quant, fp8_gemm, linear, make_locks
 
 
 class Linear(Matrix):
-    """y = x W^T with W packed from the named parts; every rank computes what it holds.
+    """y = x W^T with W packed from the named parts; each rank computes with its own slice of W.
 
     Args:
         prefix: checkpoint name of the owning layer, with its final dot.
-        parts: projection name -> rows that this rank holds.
-        in_features: columns that this rank holds.
+        parts: projection name -> rows on this rank.
+        in_features: columns on this rank.
         fmt: dtype and device.
         offset, quantized, must_be_finite: see `Matrix`.
     """
@@ -49,7 +49,7 @@ class Linear(Matrix):
         self.locks = make_locks(self.weight[0])
 
     def forward(self, x_TD: Tensor, x_q: Quantized | None = None) -> Tensor:
-        """Return [T, sum of rows]; `x_q` is x in FP8, where someone has it."""
+        """Return [T, sum of rows]; `x_q` is x in FP8, if known."""
         if not self.quantizes:
             return linear(x_TD.to(self.dtype), self.matrix(), locks=self.locks)
         return self.product(act_quant(x_TD, self.ue8m0) if x_q is None else x_q)
@@ -57,11 +57,27 @@ class Linear(Matrix):
     def product(self, x: Quantized) -> Tensor:
         """Return [T, sum of rows] of FP8 activations."""
         assert self.block_scale is not None
-        return fp8_gemm(x, self._weights[0], self.block_scale[0], self.dtype, self.locks)
+        return fp8_gemm(
+            x,
+            w_FD=self._weights[0],
+            scale_fd=self.block_scale[0],
+            dtype=self.dtype,
+            locks=self.locks,
+        )
 
 
 class ColumnParallelLinear(Linear):
-    """`Linear` whose parts, of the given full sizes, are split by rows over tp, in whole units."""
+    """`Linear` with rows split over tp.
+
+    Args:
+        prefix: checkpoint name of the owning layer, with its final dot.
+        parts: projection name -> rows on all ranks, the same for all parts.
+        in_features: columns.
+        layout: parallel sizes and this rank's coordinates.
+        fmt: dtype and device.
+        unit: rows are split in multiples of this.
+        quantized, must_be_finite: see `Matrix`.
+    """
 
     def __init__(
         self,
@@ -91,10 +107,10 @@ class ColumnParallelLinear(Linear):
 
 
 class RowParallelLinear(Linear):
-    """`Linear` whose input features are split over tp, in whole units.
+    """`Linear` with input features split over tp, in multiples of `unit`.
 
-    `forward` returns this rank's partial product; the caller sums it over tp, together with
-    whatever else is partial there (one all-reduce instead of two).
+    `forward` returns this rank's partial product; the caller sums it over tp, together with other
+    partial results (one all-reduce instead of two).
     """
 
     def __init__(
@@ -146,8 +162,8 @@ class VocabParallelEmbedding(nn.Module):
 class VocabParallelHead(nn.Module):
     """LM head: this rank's columns of the logits.
 
-    Every rank returns the same number of columns; where the vocabulary does not divide, the last
-    ones are -inf.
+    Every rank returns the same number of columns; if tp does not divide the vocabulary size, the
+    last columns are -inf.
     """
 
     def __init__(
@@ -161,7 +177,7 @@ class VocabParallelHead(nn.Module):
 
     def forward(self, x_MD: Tensor) -> Tensor:
         """Return [M, ceil(W / tp)] float32 logits of ids start, start + 1, ..."""
-        logits = linear(x_MD, self.table.matrix(), torch.float32, self.locks)
+        logits = linear(x_MD, self.table.matrix(), dtype=torch.float32, locks=self.locks)
         missing = self.width - logits.shape[1]
         if missing:
             logits = F.pad(logits, (0, missing), value=float("-inf"))

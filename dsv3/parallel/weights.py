@@ -1,12 +1,12 @@
-"""Weight matrices as the layers hold them: rows of several checkpoint tensors packed into one.
+"""Weight matrices of layers: rows of several checkpoint tensors packed into one.
 
 The layer that builds a matrix declares its packing (`{"q_a_proj": 1536, "kv_a_proj_with_mqa":
-576}`) and whether it may be held in FP8. The loader walks `targets()` and fills the memory in
-place; the memory plan builds the model on torch's meta device and adds up its bytes.
+576}`) and whether it may be kept in FP8. The loader iterates over `targets()` and fills the memory
+in place; the memory plan builds the model on torch's meta device and adds up its bytes.
 
-A matrix is held in the compute dtype or, where the checkpoint stores FP8 and the user keeps it, as
-e4m3 with one scale per 128 x 128 block. Where the edge of this rank's slice or of a packed part
-cuts a block, the matrix is held in the compute dtype and the loader dequantizes it.
+A matrix is kept in the compute dtype or, if the checkpoint stores FP8 and the user keeps it, as
+e4m3 with one scale per 128 x 128 block. If the edge of this rank's slice or of a packed part cuts a
+block, the matrix is kept in the compute dtype and the loader dequantizes it.
 """
 
 from collections.abc import Iterator
@@ -23,13 +23,13 @@ BLOCK = 128
 
 @dataclass(frozen=True)
 class Target:
-    """One checkpoint tensor and the memory that this rank's part of it goes to.
+    """One checkpoint tensor, and the memory for this rank's part of it.
 
     Attributes:
         name: of the tensor.
         dest: view of a parameter.
-        scale: view of the block scales where `dest` is FP8; None where the loader dequantizes.
-        must_be_finite: an infinity in it would not show in the logits, so loading refuses it.
+        scale: view of the block scales if `dest` is FP8; None if the loader dequantizes.
+        must_be_finite: loading refuses infinities, because they would not show in the logits.
     """
 
     name: str
@@ -40,12 +40,13 @@ class Target:
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How weights are held.
+    """Storage format of weights.
 
     Attributes:
         dtype: of activations, and of weights not kept in FP8.
-        fp8_names: weights to keep in FP8 where no edge cuts their blocks.
-        fp8_products: multiply them by activations in FP8; that takes whole blocks of columns.
+        device: of the weights.
+        fp8_names: weights to keep in FP8 if no edge cuts their blocks.
+        fp8_products: multiply them by activations in FP8; this needs whole blocks of columns.
         ue8m0: the scales of those activations are powers of two.
     """
 
@@ -65,13 +66,13 @@ class Matrix(nn.Module):
         cols: columns.
         fmt: dtype and device.
         offset: first row or column of the parts in their checkpoint tensors.
-        quantized: may be held in FP8, if `fmt` keeps all of its parts so.
+        quantized: may be kept in FP8, if `fmt` keeps all of its parts in FP8.
         must_be_finite: see `Target`.
 
     Attributes:
-        block_scale: [E, ceil(rows / 128), ceil(cols / 128)] float32 of a matrix held in FP8.
-        quantizes: it is multiplied in FP8, so its input is best made in FP8 at once.
-        is_cut: it would be held in FP8 if no edge cut its blocks.
+        block_scale: [E, ceil(rows / 128), ceil(cols / 128)] float32 of a matrix kept in FP8.
+        quantizes: the product is in FP8, so its input is best produced in FP8.
+        is_cut: the matrix would be kept in FP8 if no edge cut its blocks.
     """
 
     block_scale: Tensor | None
@@ -88,8 +89,11 @@ class Matrix(nn.Module):
         must_be_finite: bool = False,
     ) -> None:
         super().__init__()
-        self.dtype, self.ue8m0 = fmt.dtype, fmt.ue8m0
-        self.names, self.rows, self._must_be_finite = names, rows, must_be_finite
+        self.dtype = fmt.dtype
+        self.ue8m0 = fmt.ue8m0
+        self.names = names
+        self.rows = rows
+        self._must_be_finite = must_be_finite
         is_kept = quantized and bool(names) and _are_all_in(fmt.fp8_names, names)
         is_whole = not any(edge % BLOCK for edge in (offset, *rows[:-1]))
         if fmt.fp8_products:
@@ -101,7 +105,7 @@ class Matrix(nn.Module):
             (len(names), sum(rows), cols), dtype=FP8 if is_fp8 else fmt.dtype, device=fmt.device
         )
         self.weight = nn.Parameter(data, requires_grad=False)
-        self._weights = self.weight.unbind()  # a view of each, made once and not at every use
+        self._weights = self.weight.unbind()  # views, made once instead of at every use
         scale = None
         if is_fp8:
             shape = (len(names), -(-sum(rows) // BLOCK), -(-cols // BLOCK))
@@ -128,20 +132,20 @@ class Matrix(nn.Module):
         return weight_dequant(self._weights[e], self.block_scale[e], self.dtype)
 
     def stack(self) -> Stack:
-        """Return all matrices as `experts` takes them."""
+        """Return all matrices as the argument of `dsv3_kernels.experts`."""
         return Stack(self.weight, self.block_scale)
 
     def take(self, stacked: list[int]) -> list[Tensor]:
-        """Return copies of some stacked matrices and of their scales, as bytes."""
+        """Return copies of the given stacked matrices and of their scales, as bytes."""
         return [t[stacked] for t in self._bytes()]
 
     def put(self, stacked: list[int], values: list[Tensor]) -> None:
-        """Overwrite some stacked matrices with what another rank's `take` returned."""
+        """Overwrite the given stacked matrices with the result of another rank's `take`."""
         for t, value in zip(self._bytes(), values, strict=True):
             t[stacked] = value
 
     def _bytes(self) -> list[Tensor]:
-        """Return views of all that is stacked: Gloo sends no FP8, and nothing computes with it."""
+        """Return views of weights and scales as bytes, because Gloo does not support FP8."""
         return [t.view(torch.uint8) for t in (*self.parameters(), *self.buffers())]
 
 
@@ -150,7 +154,7 @@ def _are_all_in(known: frozenset[str], names: list[list[str]]) -> bool:
 
 
 class Vector(nn.Module):
-    """A replicated small tensor held in float32 (norms, router bias), whatever is stored."""
+    """A small replicated tensor (norms, router), kept in float32 for any stored dtype."""
 
     def __init__(self, name: str, shape: tuple[int, ...], fmt: WeightFormat) -> None:
         super().__init__()

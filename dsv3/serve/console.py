@@ -9,7 +9,7 @@ from dsv3.serve.terminal import Console, Lines
 
 _NO_EDITOR = (
     "plain lines of at most 4,095 bytes, and Ctrl-C ends the program; "
-    "pip install 'dsv3[chat]' brings a line editor"
+    "pip install prompt_toolkit brings a line editor"
 )
 
 

@@ -51,7 +51,7 @@ def check_exporter(port: int) -> None:
     try:
         import_module("prometheus_client")
     except ImportError as error:
-        reason = "prometheus-client is not installed: pip install 'dsv3[metrics]'"
+        reason = "prometheus-client is not installed: pip install prometheus-client"
         raise ConfigError(f"--metrics-port={port}: {reason}") from error
 
 

@@ -1,7 +1,7 @@
 """Default values of requests: from flags, from the checkpoint, from the request's format."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from dsv3.config_fields import FieldRule, shown
 from dsv3.errors import CheckpointError, ConfigError, RequestError
 from dsv3.read_files import read_mapping
 from dsv3.request import SamplingParams
+from dsv3.setting_names import flag
 
 NO_TOKEN_LIMIT = 2**31 - 1
 
@@ -100,12 +101,8 @@ class Defaults:
 
     def __post_init__(self) -> None:
         """Raise ConfigError for values out of range, which would fail every row."""
-        for source, values in (("flag", self.flags), ("generation_config.json:", self.model)):
-            given = {field: value for field, value in asdict(values).items() if value is not None}
-            try:
-                SamplingParams(**given)
-            except RequestError as error:
-                raise ConfigError(f"{source} {error}") from None
+        _check(self.flags, _flag_error)
+        _check(self.model, "generation_config.json: {}".format)
 
     def sampling(self, requested: Sampling, fallback: Sampling) -> dict[str, Any]:
         """Return each value from the first source that sets it; `fallback` must set all."""
@@ -126,3 +123,17 @@ class Defaults:
         if self.system is None or has_system:
             return messages
         return [{"role": "system", "content": self.system}, *messages]
+
+
+def _check(values: Sampling, message: Callable[[RequestError], str]) -> None:
+    """Raise ConfigError with a message made from the error if a value is out of range."""
+    try:
+        SamplingParams(**asdict(values))
+    except RequestError as error:
+        raise ConfigError(message(error)) from None
+
+
+def _flag_error(error: RequestError) -> str:
+    """Return the error about a parameter, `NAME=VALUE must be ...`, with the name of its flag."""
+    name, _, value_and_rule = str(error).partition("=")
+    return f"{flag('max_new_tokens' if name == 'max_tokens' else name)}={value_and_rule}"

@@ -45,7 +45,7 @@ class TiktokenVocabulary:
             import tiktoken
         except ImportError:
             raise NoTokenizer(
-                f"{path}: this vocabulary needs the tiktoken library: pip install 'dsv3[kimi]'"
+                f"{path}: this vocabulary needs the tiktoken library: pip install tiktoken"
             ) from None
         ranks = _read_ranks(path)
         reserved = range(len(ranks), len(ranks) + RESERVED_TOKENS)

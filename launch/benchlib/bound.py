@@ -12,6 +12,7 @@ from benchlib.roofline import Hardware, Op, RooflineSetup, step_ops
 from dsv3.engine.start import Started
 from dsv3.model.transformer import Transformer
 from dsv3.parallel.weights import FP8
+from dsv3.settings import KvShard
 
 Floors = dict[str, list[tuple[Op, int]]]
 
@@ -23,7 +24,7 @@ class Profile:
         mesh = started.mesh
         cached = started.cache.layout
         self._hardware = hardware(name, mesh.device, mesh.tp)
-        kv_shard = "tokens" if cached.shards > 1 else "none"
+        kv_shard: KvShard = "tokens" if cached.shards > 1 else "none"
         self._setup = RooflineSetup(
             config=started.config,
             layout=mesh.layout,

@@ -13,9 +13,9 @@ from dsv3.cache.pool import CachePool
 from dsv3.config import ModelConfig
 from dsv3.distributed.collectives import SingleRank
 from dsv3.engine.engine import Engine
-from dsv3.engine.plan import PlanChannel, StepPlan
 from dsv3.engine.runner import BatchBuilder, Runner
-from dsv3.engine.sampler import SampledOnDevice
+from dsv3.engine.step_plan import PlanChannel, StepPlan
+from dsv3.engine.step_result import StepResult
 from dsv3.request import Request, SamplingParams
 from dsv3.settings import EngineConfig
 from dsv3.text.tokenizer import Tokenizer
@@ -32,12 +32,12 @@ class NoModel:
         self._layout = layout
         self.seconds = 0.0
 
-    def run(self, plans: list[StepPlan]) -> SampledOnDevice:
+    def run(self, plans: list[StepPlan]) -> StepResult:
         """Build the batch of the only dp group and return constant tokens."""
         start = time.perf_counter()
         (plan,) = plans
         BatchBuilder(plan, self._layout, _CPU, decode_limit=1).build()
-        sampled = SampledOnDevice(torch.full((len(plan.row),), 7), None)
+        sampled = StepResult(torch.full((len(plan.row),), 7), None)
         self.seconds += time.perf_counter() - start
         return sampled
 

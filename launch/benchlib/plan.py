@@ -37,7 +37,6 @@ from dsv3.distributed.mesh import join_world
 from dsv3.engine.engine import follow
 from dsv3.engine.locate import locate_checkpoint, locate_description
 from dsv3.engine.memory import plan_memory, weight_bytes
-from dsv3.engine.plan import StepPlan
 from dsv3.engine.program import (
     Parser,
     add_engine_flags,
@@ -45,6 +44,7 @@ from dsv3.engine.program import (
     set_up_logging,
 )
 from dsv3.engine.start import Started, start
+from dsv3.engine.step_plan import StepPlan
 from dsv3.errors import ConfigError
 from dsv3.files import NamedFile, check_output, write_output
 from dsv3.parallel.weights import WeightFormat

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from benchlib.step_shape import StepShape
+from dsv3.distributed.collectives import Collectives
 from dsv3.engine.runner import Runner
 from dsv3.model.moe import MoE
 from dsv3.model.side_stream import SideStream
@@ -180,7 +181,7 @@ def profile(runner: Runner) -> Profiler:
 
 
 class _Timed:
-    """Proxy that records every method call as a child span of the caller."""
+    """Proxy that records every method call as a child span of the caller's span."""
 
     def __init__(self, profiler: Profiler, inner: object) -> None:
         self._profiler, self._inner = profiler, inner
@@ -188,6 +189,6 @@ class _Timed:
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._inner, name)
         owner = next((base for base in type(self._inner).__mro__ if name in vars(base)), None)
-        if callable(value) and getattr(owner, "_is_protocol", False):
-            value = partial(vars(owner)[name], self)  # so that its calls are recorded, too
+        if callable(value) and owner is Collectives:
+            value = partial(vars(owner)[name], self)  # so that its own exchanges are recorded, too
         return self._profiler.wrap(name, value, is_part=True) if callable(value) else value

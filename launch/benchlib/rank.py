@@ -35,16 +35,17 @@ from dsv3.checkpoint.sharding import tensor_specs
 from dsv3.config import ModelConfig, ParallelConfig
 from dsv3.config_files import load_model_config
 from dsv3.distributed.mesh import join_world
-from dsv3.engine.plan import StepPlan
 from dsv3.engine.program import Parser, set_up_logging
 from dsv3.engine.runner import Runner
 from dsv3.engine.start import set_launches
+from dsv3.engine.step_plan import StepPlan
 from dsv3.errors import ConfigError
 from dsv3.model.attention import absorb_limit
 from dsv3.model.moe import MoE
 from dsv3.model.transformer import Transformer
 from dsv3.parallel.weights import FP8, WeightFormat
 from dsv3.setting_names import flag
+from dsv3.settings import CacheDtype, KvShard
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 # Keeps the device busy while the host launches a step, so that events show the device's time.
@@ -69,8 +70,8 @@ class RankShape:
     rank: int = 0
     layers: int = 0
     weights: str = "fp8"
-    cache: str = "bf16"
-    kv_shard: str = "tokens"
+    cache: CacheDtype = "bf16"
+    kv_shard: KvShard = "tokens"
     moves: bool = True
     skew: float = 0.0
     seed: int = 0
@@ -185,7 +186,7 @@ class Rank:
 
         for moe in self.model.modules():
             if isinstance(moe, MoE):
-                hooks.append(moe.router.register_forward_hook(partial(count, moe.first_expert)))
+                hooks.append(moe.router.register_forward_hook(partial(count, moe.local.first)))
         Runner(self.model, self.cache, absorb_limit(self.config)).run([plan])
         for hook in hooks:
             hook.remove()
@@ -369,7 +370,7 @@ def shape_of(args: argparse.Namespace, on_cpu: bool) -> RankShape:
         raise ConfigError(f"--rank={args.rank} is not in 0..{args.world - 1}")
     if args.layers != "all" and not args.layers.isdecimal():
         raise ConfigError(f"--layers={args.layers} is neither a number nor all")
-    plain = "fp32" if on_cpu else "bf16"
+    plain: CacheDtype = "fp32" if on_cpu else "bf16"
     weights = plain if config.quantization is None else "fp8"
     return RankShape(
         config=config,

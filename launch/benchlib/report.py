@@ -108,7 +108,7 @@ def check_report(
         check_output(NamedFile("--json", args.json), _JSON)
     if plot_file:
         if importlib.util.find_spec("matplotlib") is None:
-            raise ConfigError("--plot: matplotlib is not installed; pip install 'dsv3[plot]'")
+            raise ConfigError("--plot: matplotlib is not installed; pip install matplotlib")
         check_output(NamedFile("--plot", plot_file), _PLOT)
 
 

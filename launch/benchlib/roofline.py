@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from benchlib.step_shape import StepShape
 from dsv3.config import ModelConfig, ParallelConfig, split_range
 from dsv3.errors import ConfigError
+from dsv3.settings import CacheDtype, CacheForm, KvShard
 
 _ITEMSIZE = {"fp8": 1, "bf16": 2, "fp32": 4}
 _BLOCK = 128
@@ -78,9 +79,9 @@ class RooflineSetup:
     config: ModelConfig
     layout: ParallelConfig
     weights: str = "fp8"
-    cache: str = "bf16"
-    form: str = "latent"
-    kv_shard: str = "tokens"
+    cache: CacheDtype = "bf16"
+    form: CacheForm = "latent"
+    kv_shard: KvShard = "tokens"
 
     def __post_init__(self) -> None:
         """Raise ConfigError for unknown formats."""

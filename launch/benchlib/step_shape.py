@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from dsv3.engine.plan import StepPlan
+from dsv3.engine.step_plan import StepPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,6 @@
-"""What every rank checks: dispatch, experts and combine give what one rank computes for all.
+"""Checks on every rank: dispatch, experts and combine equal the computation on one rank.
 
-An expert multiplies by a matrix of its own; the reference applies all of them to all tokens.
+Each expert multiplies by its own matrix; the reference applies all experts to all tokens.
 """
 
 import dataclasses
@@ -17,18 +17,18 @@ from dsv3.config import ParallelConfig, split_range
 from dsv3.distributed.mesh import Mesh, make_mesh
 from dsv3.model.moe import MoE
 from dsv3.model.side_stream import SideStream
-from dsv3.parallel.expert_dispatch import FP8, DispatchSettings, ExpertDispatch
+from dsv3.parallel.expert_dispatch import FP8, DispatchSettings, ExpertDispatch, TokenRows
 from dsv3_kernels import act_quant, weight_dequant
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 from tests.distributed.layers import CONFIG, FORMAT, filled
 from tests.distributed.ranks import CPU, alone
 
 DIM, EXPERTS, TOP_K = 128, 16, 4
-Drawn = list[tuple[Tensor, Tensor, Tensor]]
+Drawn = list[TokenRows]
 
 
 class Experts:
-    """The experts of one rank; counts what they were given."""
+    """The experts of one rank, and the number of rows they have processed."""
 
     def __init__(self, layout: ParallelConfig) -> None:
         generator = torch.Generator().manual_seed(5)
@@ -38,7 +38,7 @@ class Experts:
         self.num_rows = 0
 
     def run(self, x_MD: Tensor, ids_MK: Tensor, weight_MK: Tensor) -> Tensor:
-        """Only this rank's experts."""
+        """Return the sums over this rank's experts."""
         assert len(x_MD) == len(ids_MK) == len(weight_MK)
         is_local = self.is_local(ids_MK)
         self.num_rows += int(is_local.any(1).sum())
@@ -48,7 +48,7 @@ class Experts:
         return (ids_MK >= self.first) & (ids_MK < self.first + self.num_local)
 
     def all(self, x_MD: Tensor, ids_MK: Tensor, weight_MK: Tensor) -> Tensor:
-        """The definition."""
+        """Return the sums over all experts."""
         y_MD = torch.zeros(x_MD.shape)
         for expert, weight_DD in enumerate(self.weight_EDD):
             share_M = (weight_MK * (ids_MK == expert)).sum(1)
@@ -58,7 +58,7 @@ class Experts:
 
 def routing(kind: str, tokens: int, generator: torch.Generator) -> Tensor:
     """Return [T, K] ids, some of them adversarial."""
-    if kind == "one expert":  # and nobody else
+    if kind == "one expert":  # and no other
         ids = torch.full((tokens, TOP_K), -1)
         ids[:, 2] = 5
         return ids
@@ -74,10 +74,10 @@ def draw(kind: str, counts: list[int], dtype: torch.dtype = torch.float32) -> Dr
     """Return hidden states, ids and weights of every dp group, the same on every rank."""
     generator = torch.Generator().manual_seed(sum(counts) + len(kind))
     return [
-        (
-            torch.randn(count, DIM, generator=generator).to(dtype),
-            routing(kind, count, generator),
-            torch.rand(count, TOP_K, generator=generator),
+        TokenRows(
+            x_MD=torch.randn(count, DIM, generator=generator).to(dtype),
+            ids_MK=routing(kind, count, generator),
+            weight_MK=torch.rand(count, TOP_K, generator=generator),
         )
         for count in counts
     ]
@@ -120,9 +120,11 @@ def check_one_rank() -> None:
 
 
 def check_routings(mesh: Mesh) -> None:
-    """All forms; groups without a token, all tokens to one expert, ranks that get none."""
+    """Check both variants: groups without tokens, all tokens to one expert, ranks without any."""
     dp = mesh.layout.dp
-    even, ragged, last = [8] * dp, [(5 * g) % 7 for g in range(dp)], [0] * (dp - 1) + [33]
+    even = [8] * dp
+    ragged = [(5 * g) % 7 for g in range(dp)]
+    last = [0] * (dp - 1) + [33]
     cases = [(even, "random"), (even, "one expert"), (ragged, "skewed"), (ragged, "last rank")]
     cases += [(last, "one expert"), (last, "random"), ([0] * dp, "random")]
     for form, steps in (("allreduce", ["known"]), ("alltoall", ["known", "fixed", "unknown"])):
@@ -133,24 +135,24 @@ def check_routings(mesh: Mesh) -> None:
                 check_step(dispatch, mesh, draw(kind, counts), f"{form} {step} {kind} {counts}")
 
 
-def check_step(dispatch: ExpertDispatch, mesh: Mesh, drawn: Drawn, what: str) -> None:
+def check_step(dispatch: ExpertDispatch, mesh: Mesh, drawn: Drawn, case: str) -> None:
     experts = Experts(mesh.layout)
     x, ids, weight = drawn[mesh.layout.dp_rank]
     given = x.clone(), ids.clone(), weight.clone()
     y = mesh.tp.all_reduce(dispatch(x, ids, weight, experts.run)())
     assert all(torch.equal(a, b) for a, b in zip(given, (x, ids, weight), strict=True))
-    name = f"{what} tp {mesh.layout.tp} hosts {mesh.hosts.size}"
+    name = f"{case} tp {mesh.layout.tp} hosts {mesh.hosts.size}"
     assert y.dtype == torch.float32 and y.shape == x.shape, name
     assert_close(name, y, experts.all(x, ids, weight), 1e-5)
-    # Every token was run here exactly once if it chose an expert of this rank.
+    # Every token that chose an expert of this rank was processed here exactly once.
     chosen = [experts.is_local(ids).any(1) for _, ids, _ in drawn]
     assert experts.num_rows == sum(int(c.sum()) for c in chosen), name
 
 
 def check_fixed(mesh: Mesh) -> None:
-    """Shapes that no routing changes: nothing is left behind, nobody looks, and the same bits.
+    """Check static shapes: the same bits as with exact ones, and no value is read by the host.
 
-    A CUDA graph can hold all forms, and rows that only fill a step up go nowhere.
+    So CUDA graphs can contain both variants. Rows that pad a step are not sent.
     """
     dp = mesh.layout.dp
     experts = Experts(mesh.layout)
@@ -176,26 +178,26 @@ def check_fixed(mesh: Mesh) -> None:
 
 
 def refuse(*args: object) -> None:
-    raise AssertionError("a CUDA graph cannot hold this: the host looks at values")
+    raise AssertionError("not possible in a CUDA graph: the host reads values")
 
 
 NO_HOST = dict.fromkeys(("item", "tolist", "nonzero", "__bool__", "__int__"), refuse)
 
 
 def sent(mesh: Mesh, name: str) -> list[int]:
-    """Return the bytes sent by this rank over the world and its parts."""
+    """Return the bytes that this rank has sent over the world and its parts."""
     return [group.sent[name] for group in (mesh.world, mesh.dp, mesh.hosts, mesh.host)]
 
 
 def check_bytes(mesh: Mesh, is_one_level: bool) -> None:
-    """A token goes to every destination once, and in FP8 in little more than half the bytes."""
+    """A token is sent to every destination once; FP8 takes little more than half the bytes."""
     layout, world = mesh.layout, mesh.world.size
     counts = [3 + 2 * g for g in range(layout.dp)]
     own = range(layout.dp_rank * layout.tp, (layout.dp_rank + 1) * layout.tp)
     drawn = draw("random", counts, torch.bfloat16)
     rank_of = [(ids // (EXPERTS // world)).tolist() for _, ids, _ in drawn]
     start, stop = split_range(counts[layout.dp_rank], layout.tp, layout.tp_rank)
-    mine = [set(ranks) - set(own) for ranks in rank_of[layout.dp_rank][start:stop]]
+    destinations = [set(ranks) - set(own) for ranks in rank_of[layout.dp_rank][start:stop]]
     for fp8, row in ((False, 2 * DIM + 8 * TOP_K), (True, DIM + 4 + 8 * TOP_K)):
         settings = DispatchSettings("alltoall", FP8 if fp8 else None)
         dispatch = ExpertDispatch(mesh, EXPERTS, settings)
@@ -207,39 +209,39 @@ def check_bytes(mesh: Mesh, is_one_level: bool) -> None:
             [b - a for a, b in zip(*pair, strict=True)] for pair in zip(before, after, strict=True)
         )
         if is_one_level:
-            assert flat == row * sum(map(len, mine))
+            assert flat == row * sum(map(len, destinations))
             total = torch.tensor([flat // row, flat_back // (2 * DIM)])
             rows, back = mesh.world.all_reduce(total).tolist()
             assert rows == back > 0
         else:
-            on_host, here = mesh.host.size, mesh.hosts.rank
-            away = [{r // on_host for r in ranks} - {here} for ranks in mine]
-            got = spread(mesh, rank_of, counts) + [
-                {r for r in ranks if r // on_host == here} for ranks in mine
+            host_size = mesh.host.size
+            own_host = mesh.hosts.rank
+            other_hosts = [{r // host_size for r in ranks} - {own_host} for ranks in destinations]
+            within_host = forwarded(mesh, rank_of, counts) + [
+                {r for r in ranks if r // host_size == own_host} for ranks in destinations
             ]
-            assert hosts == row * sum(map(len, away))
-            assert host == row * sum(map(len, got))
+            assert hosts == row * sum(map(len, other_hosts))
+            assert host == row * sum(map(len, within_host))
 
 
-def spread(mesh: Mesh, rank_of: list[list[list[int]]], counts: list[int]) -> list[set[int]]:
-    """Return where this rank passes on the tokens that came from other hosts to this place."""
-    layout, on_host = mesh.layout, mesh.host.size
-    found = []
+def forwarded(mesh: Mesh, rank_of: list[list[list[int]]], counts: list[int]) -> list[set[int]]:
+    """Return the ranks to which this one forwards each token received from other hosts."""
+    layout, host_size = mesh.layout, mesh.host.size
+    destinations = []
     for host in range(mesh.hosts.size):
-        sender = host * on_host + mesh.host.rank
+        sender = host * host_size + mesh.host.rank
         if host == mesh.hosts.rank:
             continue
         group = sender // layout.tp
-        for ranks in rank_of[group][
-            slice(*split_range(counts[group], layout.tp, sender % layout.tp))
-        ]:
-            here = {r for r in ranks if r // on_host == mesh.hosts.rank}
-            found.append(here - {layout.rank})
-    return found
+        start, stop = split_range(counts[group], layout.tp, sender % layout.tp)
+        for ranks in rank_of[group][start:stop]:
+            on_host = {r for r in ranks if r // host_size == mesh.hosts.rank}
+            destinations.append(on_host - {layout.rank})
+    return destinations
 
 
 def check_fp8(mesh: Mesh) -> None:
-    """Experts elsewhere see the rounded hidden states, those of the own tp group exact ones."""
+    """Experts of other tp groups get rounded hidden states, those of the own group exact ones."""
     layout = mesh.layout
     own_ranks = torch.arange(layout.dp_rank * layout.tp, (layout.dp_rank + 1) * layout.tp)
     counts = [6 + g for g in range(layout.dp)]
@@ -250,7 +252,7 @@ def check_fp8(mesh: Mesh) -> None:
     want = experts.all(x, ids, weight * is_own) + experts.all(rounded, ids, weight * ~is_own)
     dispatch = ExpertDispatch(mesh, EXPERTS, DispatchSettings("alltoall", FP8))
     got = mesh.tp.all_reduce(dispatch(x, ids, weight, experts.run)())
-    # What is on its way over two levels is rounded twice, to the same e4m3.
+    # Rows sent over two levels are rounded twice, to the same e4m3 values.
     assert_close("fp8", got, want, 1e-5)
     assert (got - experts.all(x, ids, weight)).abs().max() > 1e-3
     got = mesh.tp.all_reduce(
@@ -267,25 +269,24 @@ def check_fp8(mesh: Mesh) -> None:
 
 
 def check_auto(mesh: Mesh) -> None:
-    """All ranks take the same form: gathering for few tokens, all-to-all if that saves bytes."""
+    """All ranks choose the same: gathering for few tokens, all-to-all if that saves bytes."""
     dispatch = ExpertDispatch(mesh, EXPERTS)
     one = draw("random", [1])[0]
-    wide = torch.empty(0, 1 << 20), one[1], one[2]
+    wide = TokenRows(torch.empty(0, 1 << 20), one.ids_MK, one.weight_MK)
     dp = mesh.layout.dp
-    few, many = dispatch.form([1] * dp, one), dispatch.form([1 << 20] * dp, wide)
-    assert few == "allreduce"
-    assert many == "alltoall"
+    assert dispatch.form([1] * dp, one) == "allreduce"
+    assert dispatch.form([1 << 20] * dp, wide) == "alltoall"
 
 
 def check_moe(mesh: Mesh) -> None:
-    """The layer with its shared expert: every dp group gets what one rank would compute."""
+    """The layer with its shared expert: every dp group's result equals that of one rank."""
     config = dataclasses.replace(CONFIG, topk_group=3)
 
-    def make(where: Mesh, form: str) -> MoE:
-        dispatch = ExpertDispatch(where, config.n_routed_experts, DispatchSettings(form))
+    def make(mesh: Mesh, form: str) -> MoE:
+        dispatch = ExpertDispatch(mesh, config.n_routed_experts, DispatchSettings(form))
         side = SideStream(FORMAT.device)
-        moe = MoE(config, "model.layers.1.mlp.", where.layout, FORMAT, dispatch, side)
-        return filled(moe, where, config)
+        moe = MoE(config, "model.layers.1.mlp.", mesh.layout, FORMAT, dispatch, side)
+        return filled(moe, mesh, config)
 
     count = 4 + mesh.layout.dp_rank
     generator = torch.Generator().manual_seed(count)
@@ -296,7 +297,7 @@ def check_moe(mesh: Mesh) -> None:
 
 
 def check_bench(mesh: Mesh) -> None:
-    """Two groups of two: a token is gathered by two ranks, or sent to at most two."""
+    """Two groups of two ranks: a token is gathered by two ranks, or sent to at most two."""
     config = dataclasses.replace(CONFIG, hidden_size=DIM, topk_group=3)
     report = dispatch_time(mesh, config, torch.bfloat16, [3, 8], repeats=1)
     rows = {(row["form"], row["tokens"]): row for row in report.rows}

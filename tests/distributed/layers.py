@@ -1,6 +1,6 @@
-"""What every rank checks: a layer split over the ranks computes what it computes on one.
+"""Checks on every rank: a layer split over the ranks equals the same layer on one rank.
 
-Both are made from the same whole weights, drawn from their names, so nothing has to be sent.
+Weights are random with seeds made from their names, so that no weight has to be sent.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dsv3.cache.layout import CacheLayout
@@ -17,11 +18,12 @@ from dsv3.cache.pool import CachePool
 from dsv3.checkpoint.region import whole as region_of
 from dsv3.checkpoint.sharding import shard_region, tensor_specs
 from dsv3.config import ModelConfig
+from dsv3.distributed.collective_errors import collective_errors
 from dsv3.distributed.mesh import Mesh
-from dsv3.distributed.together import fail_together
-from dsv3.engine.plan import NO_TARGET, NOT_FINITE, PlanChannel, StepPlan, pack_plans
 from dsv3.engine.runner import BatchBuilder
-from dsv3.engine.sampler import Sampled, Sampler
+from dsv3.engine.sampler import Sampler
+from dsv3.engine.step_plan import NO_TARGET, NOT_FINITE, PlanChannel, StepPlan, pack_plans
+from dsv3.engine.step_result import HostResult
 from dsv3.errors import ConfigError, RankError
 from dsv3.model import attention
 from dsv3.model.attention import MLA
@@ -38,7 +40,7 @@ from tests.checkpoint_files import TINY
 from tests.distributed.one_shot import check_connect, check_one_shot, check_sum_norm
 from tests.distributed.ranks import CPU, alone
 
-# Twelve heads and experts for two, three and four ranks; the rest does not divide.
+# Twelve heads and experts for two, three and four ranks; other sizes do not divide.
 CONFIG = dataclasses.replace(
     TINY,
     vocab_size=331,
@@ -60,19 +62,19 @@ FORMAT = WeightFormat(torch.float32, CPU)
 
 
 def whole(name: str, shape: tuple[int, ...]) -> Tensor:
-    """Return a weight that depends on its name only."""
+    """Return a random weight that depends on its name and shape only."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     return torch.randn(shape, generator=generator) / (shape[-1] ** 0.5 if len(shape) > 1 else 1)
 
 
 def filled(module: nn.Module, mesh: Mesh, config: ModelConfig = CONFIG) -> nn.Module:
-    """Give every matrix its slice of the whole weights."""
+    """Fill every matrix with its slice of the whole weights."""
     specs = tensor_specs(config)
     for part in module.modules():
         if isinstance(part, Matrix | Vector):
             for target in part.targets():
                 weight = whole(target.name, specs[target.name].shape)
-                # Experts that are placed elsewhere are whole, too.
+                # An expert that is not in this rank's equal range has no region; it is whole.
                 region = shard_region(specs[target.name], mesh.layout) or region_of(weight.shape)
                 target.dest.copy_(weight[tuple(slice(*bounds) for bounds in region)])
     return module
@@ -81,12 +83,13 @@ def filled(module: nn.Module, mesh: Mesh, config: ModelConfig = CONFIG) -> nn.Mo
 def check_all(mesh: Mesh) -> None:
     with torch.inference_mode():
         check_collectives(mesh)
-        check_rows(mesh)
+        check_in_exchange(mesh)
+        check_sequence_parallel(mesh)
         check_one_shot(mesh)
         check_sum_norm(mesh)
         check_connect(mesh)
         check_plan_channel(mesh)
-        check_fail_together(mesh)
+        check_collective_errors(mesh)
         check_vocabulary(mesh)
         check_mlp(mesh)
         check_moe(mesh)
@@ -96,23 +99,37 @@ def check_all(mesh: Mesh) -> None:
 
 def check_collectives(mesh: Mesh) -> None:
     tp, rank, size = mesh.tp, mesh.tp.rank, mesh.tp.size
-    mine = torch.arange(6.0).view(2, 3) + 100 * rank
-    every = torch.stack([torch.arange(6.0).view(2, 3) + 100 * r for r in range(size)])
-    assert_bitwise_equal("gather", tp.all_gather(mine), every)
-    assert_bitwise_equal("reduce", tp.all_reduce(mine.clone()), every.sum(0))
+    own = torch.arange(6.0).view(2, 3) + 100 * rank
+    stacked = torch.stack([torch.arange(6.0).view(2, 3) + 100 * r for r in range(size)])
+    assert_bitwise_equal("gather", tp.all_gather(own), stacked)
+    assert_bitwise_equal("reduce", tp.all_reduce(own.clone()), stacked.sum(0))
     parts = torch.arange(4.0 * size).view(2 * size, 2) * (rank + 1)
     wanted = torch.arange(4.0 * size).view(size, 2, 2)[rank] * sum(range(1, size + 1))
     assert_bitwise_equal("reduce scatter", tp.reduce_scatter(parts), wanted)
-    # Strided views are sent as what they show.
-    assert_bitwise_equal("gather of a view", tp.all_gather(mine.T), every.transpose(1, 2))
+    assert_bitwise_equal("gather of a view", tp.all_gather(own.T), stacked.transpose(1, 2))
     sent = torch.stack([torch.full((2,), 10.0 * rank + to) for to in range(size)])
     received = torch.stack([torch.full((2,), 10.0 * sender + rank) for sender in range(size)])
     assert_bitwise_equal("all to all", tp.all_to_all(sent), received)
-    assert_bitwise_equal("broadcast", tp.broadcast(mine.clone()), every[0])
+    assert_bitwise_equal("broadcast", tp.broadcast(own.clone()), stacked[0])
 
 
-def check_rows(mesh: Mesh) -> None:
-    """Split or not, rows come back in order, and their sums; the last rank may have fewer."""
+def check_in_exchange(mesh: Mesh) -> None:
+    """A group is marked as in an exchange during the exchange only."""
+    group, all_reduce = mesh.world, dist.all_reduce
+    states = []
+
+    def recorded(*args: object, **kwargs: object) -> None:
+        states.append(group.in_exchange)
+        all_reduce(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", recorded)
+        group.all_reduce(torch.ones(1))
+    assert states == [True] and not group.in_exchange
+
+
+def check_sequence_parallel(mesh: Mesh) -> None:
+    """Rows are returned in order, split or not, and so are their sums."""
     for count in (1, mesh.tp.size, 2 * mesh.tp.size + 1):
         x = torch.arange(3.0 * count).view(count, 3)
         for is_split in (False, True):
@@ -120,17 +137,18 @@ def check_rows(mesh: Mesh) -> None:
             own = rows.own(x)
             assert len(own) == (-(-count // mesh.tp.size) if is_split else count)
             assert_bitwise_equal("gather", rows.gather(own), x)
-            mine, every = x * (mesh.tp.rank + 1), x * sum(range(1, mesh.tp.size + 1))
+            part = x * (mesh.tp.rank + 1)
+            sum_of_parts = x * sum(range(1, mesh.tp.size + 1))
             norm = torch.ones(3), 1e-6, False, False
-            total, h, _ = rows.sum_norm(own, mine, *norm)
-            want = add_rmsnorm(x, every, *norm)
+            total, h, _ = rows.sum_norm(own, part, *norm)
+            want = add_rmsnorm(x, sum_of_parts, *norm)
             assert_bitwise_equal("sum", rows.gather(total), want[0])
             assert_bitwise_equal("norm", h, want[1])
             assert_bitwise_equal("nothing to add", rows.sum_norm(total, None, *norm)[1], want[1])
 
 
 def check_plan_channel(mesh: Mesh) -> None:
-    """Plans that fit one broadcast, just do, just do not, and much longer ones."""
+    """Plans that fit in one broadcast, barely fit, barely do not fit, and are much longer."""
     channel = PlanChannel(mesh.control)
     empty = len(pack_plans([StepPlan(), StepPlan(temperature=np.zeros(3, np.float32))]))
     for words in (0, 1, 4094 - empty, 4095 - empty, 4096 - empty, 4097 - empty, 50_000):
@@ -149,15 +167,15 @@ def check_plan_channel(mesh: Mesh) -> None:
         assert channel.receive() is None
 
 
-def check_fail_together(mesh: Mesh) -> None:
-    """One rank's error stops every rank, with its words."""
+def check_collective_errors(mesh: Mesh) -> None:
+    """All ranks raise the error of one rank."""
     last = mesh.world.size - 1
-    with fail_together(mesh, "nothing"):
+    with collective_errors(mesh, "nothing"):
         pass
 
-    def fail(who: int) -> None:
-        with fail_together(mesh, "trying"):
-            if mesh.world.rank == who:
+    def fail(rank: int) -> None:
+        with collective_errors(mesh, "trying"):
+            if mesh.world.rank == rank:
                 raise ConfigError("the flag is wrong")
 
     with pytest.raises(ConfigError, match=r"^the flag is wrong$"):
@@ -167,7 +185,7 @@ def check_fail_together(mesh: Mesh) -> None:
 
 
 def check_vocabulary(mesh: Mesh) -> None:
-    """331 rows do not divide; of 5 rows over 4 ranks the last rank has none."""
+    """331 rows do not divide evenly; of 5 rows over 4 ranks the last rank has none."""
     for vocab in (331, 5):
         config = dataclasses.replace(CONFIG, vocab_size=vocab)
         name, dim = "model.embed_tokens.weight", config.hidden_size
@@ -188,9 +206,9 @@ def check_mlp(mesh: Mesh) -> None:
     """Fifty columns over the ranks: column-parallel, then row-parallel, then one sum."""
     x = torch.randn(5, CONFIG.hidden_size, generator=torch.Generator().manual_seed(1))
 
-    def make(where: Mesh) -> MLP:
-        sizes = CONFIG.hidden_size, CONFIG.intermediate_size
-        return filled(MLP("model.layers.0.mlp.", *sizes, where.layout, FORMAT), where)
+    def make(mesh: Mesh) -> MLP:
+        hidden, inner = CONFIG.hidden_size, CONFIG.intermediate_size
+        return filled(MLP("model.layers.0.mlp.", hidden, inner, mesh.layout, FORMAT), mesh)
 
     part = make(mesh)(x)
     want = make(alone())(x)
@@ -201,14 +219,14 @@ def check_mlp(mesh: Mesh) -> None:
 def check_moe(mesh: Mesh) -> None:
     """Experts over the ranks, the shared expert's columns over the ranks, one sum."""
 
-    def make(where: Mesh) -> MoE:
-        dispatch = ExpertDispatch(where, CONFIG.n_routed_experts)
+    def make(mesh: Mesh) -> MoE:
+        dispatch = ExpertDispatch(mesh, CONFIG.n_routed_experts)
         side = SideStream(FORMAT.device)
-        moe = MoE(CONFIG, "model.layers.1.mlp.", where.layout, FORMAT, dispatch, side)
-        return filled(moe, where)
+        moe = MoE(CONFIG, "model.layers.1.mlp.", mesh.layout, FORMAT, dispatch, side)
+        return filled(moe, mesh)
 
     layer, single = make(mesh), make(alone())
-    assert layer.num_local * mesh.world.size == CONFIG.n_routed_experts
+    assert layer.local.count * mesh.world.size == CONFIG.n_routed_experts
     for tokens in (1, 33):
         x = torch.randn(tokens, CONFIG.hidden_size, generator=torch.Generator().manual_seed(tokens))
         assert_close(f"moe {tokens}", mesh.tp.all_reduce(layer(x)), single(x), 1e-5)
@@ -226,8 +244,8 @@ def check_attention(mesh: Mesh) -> None:
         run_attention(mesh, form, kv_shard, limit)
 
 
-# (context, new tokens) of four sequences over five steps: prompts in chunks beside single tokens,
-# contexts of 0, 1 and 2 tokens, shorter than the number of ranks.
+# (context, new tokens) of four sequences over five steps: chunked prompts together with single
+# tokens, and contexts of 0, 1 and 2 tokens, shorter than the number of ranks.
 STEPS = [
     {0: (0, 1), 1: (0, 200)},
     {0: (1, 1), 2: (0, 3), 1: (200, 70)},
@@ -238,17 +256,17 @@ STEPS = [
 
 
 def run_attention(mesh: Mesh, form: str, kv_shard: str, limit: int) -> None:
-    places = []
-    for where in (mesh, alone()):
+    setups = []
+    for tested in (mesh, alone()):
         prefix = "model.layers.0.self_attn."
-        layer = filled(MLA(CONFIG, prefix, where.layout, where.tp, FORMAT), where)
-        tp = where.layout.tp, where.layout.tp_rank
-        layout = CacheLayout.make(CONFIG, form, kv_shard, "fp32", *tp)
-        pool = CachePool(layout, 1, 60, CPU, where.tp)
-        # Whatever nobody wrote must not be seen; slot 0 pads rows and stays as it is.
+        layer = filled(MLA(CONFIG, prefix, tested.layout, tested.tp, FORMAT), tested)
+        tp, tp_rank = tested.layout.tp, tested.layout.tp_rank
+        layout = CacheLayout.make(CONFIG, form, kv_shard, "fp32", tp, tp_rank)
+        pool = CachePool(layout, 1, 60, CPU, tested.tp)
+        # Slots that were not written must not be read, except those of the null page.
         pool.slots[:, layout.slots_per_page :] = torch.nan
-        places.append((where, layer, pool))
-    sharded, single = (pool.slots.nbytes / pool.layout.page_size for *_, pool in places)
+        setups.append((tested, layer, pool))
+    sharded, single = (pool.slots.nbytes / pool.layout.page_size for *_, pool in setups)
     assert sharded * (1 if kv_shard == "none" else mesh.tp.size) == single
     rotary = Rotary(CONFIG, CPU)
     for number, step in enumerate(STEPS):
@@ -256,16 +274,16 @@ def run_attention(mesh: Mesh, form: str, kv_shard: str, limit: int) -> None:
         generator = torch.Generator().manual_seed(number)
         x = torch.randn(plan_tokens, CONFIG.hidden_size, generator=generator)
         results = []
-        for where, layer, pool in places:
+        for tested, layer, pool in setups:
             plan = attention_plan(step, pool.layout)
             batch = BatchBuilder(plan, pool.layout, CPU, limit).build()
             part = layer(x, rotary(batch.position_T), batch, pool.layer(0))
-            results.append(where.tp.all_reduce(part))
+            results.append(tested.tp.all_reduce(part))
         assert_close(f"{form} {kv_shard} {limit} step {number}", *results, 1e-5)
 
 
 def attention_plan(step: dict[int, tuple[int, int]], layout: CacheLayout) -> StepPlan:
-    """Every sequence owns seven pages; they interleave."""
+    """Return a plan in which the pages of the sequences interleave."""
     return StepPlan(
         token_ids=np.zeros(sum(n for _, n in step.values()), np.int32),
         query_len=np.array([n for _, n in step.values()], np.int32),
@@ -283,13 +301,13 @@ def attention_plan(step: dict[int, tuple[int, int]], layout: CacheLayout) -> Ste
 
 
 def check_sampler(mesh: Mesh) -> None:
-    """The same logits, split over the ranks or not: the same tokens and probabilities."""
+    """Logits split over the ranks give the same tokens and probabilities as whole ones."""
     vocab, rows = 331, 41
     table = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(2)) * 3
-    table[:9, 300] = table[:9, 17] = 50.0  # equal bests on different ranks
+    table[:9, [17, 300]] = 50.0  # equal maxima on different ranks
     table[20, 5], table[21, 330], table[22, 0] = torch.nan, torch.inf, -torch.inf
     plan = sampler_plan(rows, vocab)
-    results = [sampled(where, table, plan) for where in (mesh, alone())]
+    results = [sampled(tested, table, plan) for tested in (mesh, alone())]
     assert np.array_equal(*(result.token for result in results))
     is_bad = np.isin(plan.row, [20, 21, 22])
     assert ((results[0].token == NOT_FINITE) == is_bad).all()
@@ -301,7 +319,7 @@ def check_sampler(mesh: Mesh) -> None:
     assert greedy.sum() > 2 and set(results[0].token[greedy]) == {17}
 
 
-def sampled(mesh: Mesh, table: Tensor, plan: StepPlan) -> Sampled:
+def sampled(mesh: Mesh, table: Tensor, plan: StepPlan) -> HostResult:
     width = -(-table.shape[1] // mesh.tp.size)
     start = width * mesh.tp.rank
     padded = nn.functional.pad(table, (0, width * mesh.tp.size), value=-torch.inf)

@@ -46,7 +46,7 @@ def talk(llm: LLM) -> dict[str, Any]:
         pieces.append(piece)
         break
     got["left early"] = pieces
-    llm.stream("a prompt whose answer nobody reads")
+    llm.stream("a prompt whose answer is not read")
     got["refusals"] = [
         refusal(llm, ["fine", ""]),
         refusal(llm, [[5, 4000]]),

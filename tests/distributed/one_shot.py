@@ -1,4 +1,4 @@
-"""What every rank checks of sums in memory that ranks share."""
+"""Checks on every rank: sums in memory that ranks share."""
 
 import tempfile
 from pathlib import Path
@@ -17,7 +17,7 @@ from tests.kernels.peers import make_memory, map_memory
 
 
 class OneShotOnPaper(OneShotGroup):
-    """Its kernel is Gloo."""
+    """A `OneShotGroup` whose kernel is replaced by Gloo."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         ProcessGroup.__init__(self, group)
@@ -38,7 +38,7 @@ def check_one_shot(mesh: Mesh) -> None:
         group.calls = 0
         x = (torch.arange(4).repeat(*shape)[..., : shape[-1]] + mesh.world.rank).to(dtype)
         want = mesh.world.all_reduce(x.clone())
-        # What comes out is not overwritten by the next exchange.
+        # A result is not overwritten by the next exchange.
         got = [group.all_reduce(x.clone()) for _ in range(2)]
         assert_bitwise_equal("sum", got[0], want)
         assert_bitwise_equal("sum of a transposed one", group.all_reduce(x.t()), want.t())
@@ -46,7 +46,7 @@ def check_one_shot(mesh: Mesh) -> None:
 
 
 def check_connect(mesh: Mesh) -> None:
-    """One rank whose memory cannot be shared is enough, and all take the same form."""
+    """If the memory of one rank cannot be shared, all ranks use the usual group."""
     agree, failing = collectives._all_agree, mesh.world.rank == mesh.world.size - 1
 
     def one_shot(group: dist.ProcessGroup, _device: torch.device) -> ProcessGroup:
@@ -62,14 +62,14 @@ def check_connect(mesh: Mesh) -> None:
             patch.setattr(torch.cuda, "device_count", lambda: 2)
             patch.setattr(torch.cuda, "can_device_access_peer", can_access)
             patch.setattr(collectives, "OneShotGroup", one_shot)
-            patch.setattr(collectives, "_all_agree", lambda group, _, mine: agree(group, CPU, mine))
+            patch.setattr(collectives, "_all_agree", lambda group, _, ok: agree(group, CPU, ok))
             size = mesh.world.size
             found = collectives.connect(mesh.world.group, torch.device("cuda", 0), False, size)
         assert isinstance(found, OneShotOnPaper) == (case == "shared"), case
 
 
 def check_sum_norm(mesh: Mesh) -> None:
-    """In one kernel where rows are few, in two elsewhere: the same sums, and bytes counted."""
+    """One kernel for few rows, two for many: the same sums, and bytes are counted."""
     rank, size = mesh.world.rank, mesh.world.size
     group = OneShotOnPaper(mesh.world.group)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""What every rank checks: wherever experts are, and while they move, the answers stay the same."""
+"""Checks on every rank: answers do not depend on the expert placement, also while experts move."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from dsv3.model.moe import MoE
 from dsv3.model.side_stream import SideStream
 from dsv3.parallel.expert_dispatch import DispatchSettings, ExpertDispatch
 from dsv3.parallel.expert_placement import Placement, read_layers
-from dsv3.parallel.expert_slots import ExpertSlots
+from dsv3.parallel.physical_experts import PhysicalExperts
 from dsv3.request import Request, SamplingParams
 from dsv3.settings import EngineConfig
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
@@ -28,7 +28,7 @@ CACHE = {"kv_cache_size": "1024tok", "max_seq_len": 128}
 
 
 def answers(mesh: Mesh, **settings: object) -> tuple[list[list[int]], Started]:
-    """Return greedy answers on rank 0, nothing elsewhere; and what gave them."""
+    """Return greedy answers (on rank 0 only) and the engine that made them."""
     started = start(DEMO, EngineConfig(**CACHE, **settings), mesh)
     found: dict[str, list[int]] = {}
     if started.engine is None:
@@ -47,7 +47,7 @@ def answers(mesh: Mesh, **settings: object) -> tuple[list[list[int]], Started]:
 
 
 def check_engine(mesh: Mesh, folder: str) -> None:
-    """The demo model: from a file, and moved live, at two ranks as it is, at four with copies."""
+    """The demo model with placements from a file and moved live; on four ranks with copies."""
     assert mesh.layout.tp == 2
     size, load, file = mesh.world.size, f"{folder}/load.json", f"{folder}/placement.json"
     want, plain = answers(mesh)
@@ -86,7 +86,7 @@ def check_engine(mesh: Mesh, folder: str) -> None:
 
 
 def check_loads(mesh: Mesh, plain: Started, load: str) -> None:
-    """Every token chose so many experts, in every layer; the last token is never fed back."""
+    """The recorded loads count every token; the last token of an answer is never an input."""
     if mesh.world.rank == 0:
         (experts,), layers = read_layers(Path(load), ("num_experts",))
         fed = sum(len(prompt) for prompt in PROMPTS) + len(PROMPTS) * (TOKENS - 1)
@@ -96,12 +96,14 @@ def check_loads(mesh: Mesh, plain: Started, load: str) -> None:
 
 
 def check_weights(live: Started, fresh: Started) -> None:
-    """What a rank holds is what it would have read for this placement."""
-    for one, other in zip(moe_layers(live), moe_layers(fresh), strict=True):
+    """Moved weights equal weights loaded for the same placement."""
+    for live_layer, fresh_layer in zip(moe_layers(live), moe_layers(fresh), strict=True):
+        local = list(range(live_layer.local.count))
         for name in ("gate_up_proj", "down_proj"):
-            held = (getattr(x, name).take(list(range(x.num_local))) for x in (one, other))
-            for got, wanted in zip(*held, strict=True):
-                assert_bitwise_equal(name, got, wanted)
+            got = getattr(live_layer, name).take(local)
+            want = getattr(fresh_layer, name).take(local)
+            for got_bytes, want_bytes in zip(got, want, strict=True):
+                assert_bitwise_equal(name, got_bytes, want_bytes)
 
 
 def moe_layers(started: Started) -> list[MoE]:
@@ -109,7 +111,7 @@ def moe_layers(started: Started) -> list[MoE]:
 
 
 def check_layers(world: Mesh) -> None:
-    """One layer, tokens of several dp groups: copies take turns, and every token is counted."""
+    """One layer, tokens of several dp groups: copies are used in turn, every token is counted."""
     size, tokens = world.world.size, 11
     start = Placement.contiguous(CONFIG, size, 2 * size)
     rng = np.random.default_rng(0)
@@ -127,9 +129,10 @@ def check_layer(mesh: Mesh, placement: Placement, form: str, tokens: int) -> Non
     side = SideStream(FORMAT.device)
     want = filled(MoE(CONFIG, prefix, alone().layout, FORMAT, single, side), alone())
     dispatch = ExpertDispatch(mesh, placement.num_slots, settings)
-    dispatch.slots[prefix] = slots = ExpertSlots(placement, 1, mesh)
+    slots = PhysicalExperts(placement, 1, mesh)
+    dispatch.physical_experts[prefix] = slots
     layer = filled(MoE(CONFIG, prefix, mesh.layout, FORMAT, dispatch, side), mesh)
-    assert layer.num_local == placement.slots_per_rank
+    assert layer.local.count == placement.slots_per_rank
     dispatch.begin_step(None)
     generator = torch.Generator().manual_seed(mesh.layout.dp_rank)
     x = torch.randn(tokens, CONFIG.hidden_size, generator=generator)
@@ -140,8 +143,8 @@ def check_layer(mesh: Mesh, placement: Placement, form: str, tokens: int) -> Non
     assert (torch.from_numpy(placement.layers[1])[slot] == ids).all()
     assert all(len(set(row)) == len(row) for row in slot.tolist())
     assert slots.load_E.tolist() == (2 * ids.flatten().bincount(minlength=12)).tolist()
-    some = torch.where(torch.arange(tokens)[:, None] % 2 == 0, ids, -1)  # others fill the step up
-    assert torch.equal(slots(some), torch.where(some < 0, -1, slot))
+    padded = torch.where(torch.arange(tokens)[:, None] % 2 == 0, ids, -1)
+    assert torch.equal(slots(padded), torch.where(padded < 0, -1, slot))
     counted = 2 * ids.flatten().bincount(minlength=12) + ids[::2].flatten().bincount(minlength=12)
     assert slots.load_E.tolist() == counted.tolist()
     hot = torch.zeros(6, 1, dtype=torch.int64)
@@ -158,9 +161,9 @@ def check_all(mesh: Mesh, folder: str) -> None:
 
 
 def check_moves() -> None:
-    """An expert comes from the nearest holder."""
+    """An expert is copied from the nearest rank that has it."""
     old = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7]).numpy()
     new = torch.tensor([1, 1, 3, 3, 0, 0, 2, 7, 4, 5, 6, 7]).numpy()
-    # Ranks of two slots, hosts of two ranks: 1 is there, 3 is there, 0 is there, 7 is far away.
+    # Ranks of two slots, hosts of two ranks: 1, 3 and 0 are on the same host, 7 on another one.
     assert moves(old, new, 6, 2) == [(1, 0), (3, 2), (4, 5), (11, 7)]
     assert moves(old, old, 6, 2) == []

@@ -33,7 +33,7 @@ def run_ranks(fn: Callable[..., None], world_size: int, *args: object) -> None:
     """Run `fn(mesh, *args)` in `world_size` processes over gloo; raise the first failure."""
     with tempfile.TemporaryDirectory() as folder:
         init = f"file://{folder}/rendezvous"
-        # The server imports once what every rank of every test needs.
+        # The fork server imports the modules that all ranks need once.
         multiprocessing.set_forkserver_preload(["dsv3.engine.start"])
         mp.start_processes(
             _rank_main,

@@ -1,4 +1,4 @@
-"""Layers, collectives and the sampler over several ranks; `layers.py` says what is checked."""
+"""Layers, collectives and the sampler over several ranks; the checks are in `layers.py`."""
 
 import pytest
 

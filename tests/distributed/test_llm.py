@@ -1,7 +1,6 @@
 """The library: a user's script alone and on two ranks, every rank in step with the others."""
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 
 import dsv3
-from tests.programs import ALONE, ROOT, run, torchrun
+from tests.programs import ALONE, run, torchrun
 
 SCRIPT = str(Path(__file__).with_name("llm_script.py"))
 
@@ -76,15 +75,6 @@ def test_two_ranks_answer_as_one_and_only_the_first_tells(
     assert first == alone | {"tp": "tp=3 x dp=1 is not world_size=2", "at once": at_once}
     same = {name: first[name] for name in ("refusals", "closed", "tp", "at once")}
     assert second == {name: type(value)() for name, value in first.items()} | same
-
-
-def test_the_readme_example_runs_as_printed(tmp_path: Path) -> None:
-    readme = (ROOT / "README.md").read_text()
-    (example,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    (tmp_path / "answer.py").write_text(example)
-    done = run([*ALONE, str(tmp_path / "answer.py")])
-    assert done.returncode == 0, done.stderr
-    assert "MLA is multi-head latent attention" in done.stdout and "1 '" in done.stdout
 
 
 def test_the_package_imports_torch_only_when_asked_for_the_model() -> None:

@@ -1,7 +1,7 @@
 """The same answers at every world size, in every layout, whatever the chunks and the batch.
 
-One torchrun per world size runs all cases (`matrix.py`); everything is held to the plainest case
-on one rank, which tests/oracle holds to transformers. All of it is float32.
+One torchrun per world size runs all cases (`matrix.py`). They are compared with the plainest case
+on one rank, which tests/oracle compares with transformers. All of it is float32.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Experts placed by file and moved live, over several ranks; `placement.py` has the checks."""
+"""Experts placed by file and moved live, over several ranks; the checks are in `placement.py`."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from tests.distributed import placement
 from tests.distributed.ranks import run_ranks
 
 
-def test_an_expert_comes_from_the_nearest_holder() -> None:
+def test_an_expert_is_copied_from_the_nearest_rank() -> None:
     placement.check_moves()
 
 

@@ -20,9 +20,10 @@ from dsv3.engine.cuda_graphs import (
     page_bucket,
     row_bucket,
 )
-from dsv3.engine.plan import NO_TARGET, StepPlan
+from dsv3.engine.measured_memory import largest_step
 from dsv3.engine.runner import Runner
-from dsv3.engine.start import Started, largest_step, start
+from dsv3.engine.start import Started, start
+from dsv3.engine.step_plan import NO_TARGET, StepPlan
 from dsv3.request import SamplingParams
 from dsv3.settings import EngineConfig
 from tests.distributed.ranks import CPU, alone, run_ranks
@@ -94,7 +95,7 @@ def static_is_as_other(mesh: Mesh, settings: EngineConfig) -> None:
         assert answers(static, sampling) == answers(eager, sampling)
         steps = static._static
         assert steps is not None
-        used = {(b.rows, b.draws) for b in steps._inputs}
+        used = {(b.rows, b.samples) for b in steps._inputs}
         assert used == {(8, bool(sampling)), (4, bool(sampling))}
 
 
@@ -114,7 +115,7 @@ def test_static_steps_of_two_ranks() -> None:
 
 
 def test_padding_sees_and_writes_nothing() -> None:
-    bucket = Bucket(rows=4, pages=16, draws=False)
+    bucket = Bucket(rows=4, pages=16, samples=False)
     inputs = Inputs(bucket, CPU)
     table = np.array([[5, 6], [7, 0], [9, 1]], np.int32)
     rows = (

@@ -1,7 +1,7 @@
 """Decode steps on static buffers in several data-parallel groups: one rank's answers, idle or not.
 
 What runs here without a graph is what a graph holds; `tests/kernels/test_captured_step.py` sees to
-it that nobody looks at values meanwhile.
+it that the host reads no device value meanwhile.
 """
 
 import pytest
@@ -12,8 +12,8 @@ from dsv3.config_files import DEMO
 from dsv3.distributed.mesh import Mesh, make_mesh
 from dsv3.engine.cuda_graphs import MAX_GATHERED, Bucket, GraphRunner
 from dsv3.engine.engine import Engine, follow
-from dsv3.engine.plan import StepPlan
 from dsv3.engine.start import Started, start
+from dsv3.engine.step_plan import StepPlan
 from dsv3.request import Request, SamplingParams
 from dsv3.settings import EngineConfig
 from tests.distributed.ranks import CPU, alone, run_ranks
@@ -48,16 +48,16 @@ def ask(engine: Engine) -> Answers:
 
 
 def watched(started: Started) -> list[tuple[Bucket, int]]:
-    """Have a runner use static buffers; return what will be told about its steps."""
+    """Make a runner use static buffers; return a list that will hold its steps."""
     runner, seen = started.runner, []
     steps = GraphRunner(runner.model, started.cache, runner.sampler)  # type: ignore[arg-type]
     run = steps.run
 
-    def told(bucket: Bucket, mine: StepPlan, *tables: object) -> object:
+    def recorded(bucket: Bucket, mine: StepPlan, *tables: object) -> object:
         seen.append((bucket, len(mine.row)))
         return run(bucket, mine, *tables)  # type: ignore[arg-type]
 
-    steps.run, runner._static = told, steps  # type: ignore[assignment, method-assign]
+    steps.run, runner._static = recorded, steps  # type: ignore[assignment, method-assign]
     return seen
 
 
@@ -101,7 +101,7 @@ def check_failure(world: Mesh, want: Answers) -> None:
         follow(started.runner, started.channel)
     else:
         assert ask(started.engine) == want
-    assert steps._cannot == {False, True}
+    assert steps._failed == {False, True}
     mesh.close()
 
 

@@ -1,6 +1,6 @@
-"""Pages in host memory and on disk: the same answers, and found again at another world size.
+"""Host-memory and disk tiers: equal answers, and disk pages are found at other world sizes.
 
-Four ranks write a directory, which then one, two and eight ranks read; a torchrun each.
+Four ranks write a directory, which one, two and eight ranks then read, each in a torchrun job.
 """
 
 import json
@@ -74,7 +74,7 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[int, World]:
         4: run(folder, 4, {name: few | s for name, s in KINDS.items()}),
         1: run(folder, 1, plain | found),
         8: run(folder, 8, {"latent": few}),
-        # The last one, because it finds some pages damaged.
+        # Last, because the damage must not affect the other worlds.
         2: (damage(cache), run(folder, 2, host | found))[1],
     }
 
@@ -93,7 +93,7 @@ def test_without_tiers_everything_is_computed_twice(worlds: dict[int, World]) ->
         assert worlds[1].results[f"plain, {name}"]["cached"] == [0] * 2 * NUM_PROMPTS
 
 
-def test_what_was_evicted_comes_back(worlds: dict[int, World]) -> None:
+def test_evicted_prefixes_are_restored(worlds: dict[int, World]) -> None:
     for world_size, names in ((2, ["host"]), (4, KINDS)):
         for name in names:
             result = worlds[world_size].results[name]
@@ -102,7 +102,9 @@ def test_what_was_evicted_comes_back(worlds: dict[int, World]) -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 8])
-def test_four_ranks_pages_are_found_by(worlds: dict[int, World], world_size: int) -> None:
+def test_pages_of_four_ranks_are_found_at_other_world_sizes(
+    worlds: dict[int, World], world_size: int
+) -> None:
     for name, result in worlds[world_size].results.items():
         if "plain" in name:
             continue
@@ -124,7 +126,7 @@ def test_damaged_pages_are_computed_again_and_written_again(worlds: dict[int, Wo
     assert worlds[2].results["replicated"]["cached"] == [FULL] * 2 * NUM_PROMPTS
 
 
-def test_bytes_are_told(worlds: dict[int, World]) -> None:
+def test_stats_report_the_bytes_of_the_tiers(worlds: dict[int, World]) -> None:
     for name in KINDS:
         stats = worlds[4].results[name]["stats"]
         assert all(0 < rank["host_cache_bytes"] <= 2**20 for rank in stats["ranks"])

@@ -1,4 +1,4 @@
-"""Two turns of several conversations on a device cache that holds one of them.
+"""Run two turns of several conversations on a device cache that holds one of them.
 
 torchrun --standalone --nproc-per-node N tests/distributed/tiers.py JOB.json RESULT.json
 

@@ -1,6 +1,8 @@
-"""generate.py, but one rank does something bad at one of its steps; not again after a restart.
+"""generate.py with a fault of one rank at one of its steps; not repeated after a restart.
 
-Usage: torchrun bad_rank.py WHAT RANK STEP [arguments of generate.py]
+Usage: torchrun bad_rank.py FAULT RANK STEP [arguments of generate.py]
+
+FAULT: the name of a signal, hang, raise or miscount.
 """
 
 import os
@@ -10,28 +12,29 @@ import sys
 import time
 from pathlib import Path
 
-from dsv3.engine.sampler import SampledOnDevice, Sampler
+from dsv3.engine.sampler import Sampler
+from dsv3.engine.step_result import StepResult
 
 GENERATE = str(Path(__file__).resolve().parents[2] / "launch" / "generate.py")
 
 
 def main() -> None:
-    what, bad_rank, bad_step = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    fault, bad_rank, bad_step = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     sys.argv = [GENERATE, *sys.argv[4:]]
     mark = Path(sys.argv[sys.argv.index("--input-file") + 1] + ".bad")
     sample, steps = Sampler.__call__, 0
 
-    def sample_badly(self: Sampler, *args: object) -> SampledOnDevice:
+    def sample_badly(self: Sampler, *args: object) -> StepResult:
         nonlocal steps
         steps += 1
         sampled = sample(self, *args)  # type: ignore[arg-type]
         if steps == bad_step and not mark.exists():
             mark.touch()
-            if what.startswith("SIG"):
-                os.kill(os.getpid(), getattr(signal, what))
-            while what == "hang":
+            if fault.startswith("SIG"):
+                os.kill(os.getpid(), getattr(signal, fault))
+            while fault == "hang":
                 time.sleep(1)
-            if what == "raise":
+            if fault == "raise":
                 raise RuntimeError("the device is on fire")
             sampled.token_M[:1] += 1
         return sampled

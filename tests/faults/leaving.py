@@ -1,6 +1,8 @@
 """A user's script that leaves its model early, on one rank or on all.
 
-Usage: torchrun leaving.py HOW RANK
+Usage: torchrun leaving.py WAY RANK
+
+WAY: exit, abort, return, die, term or forget. RANK: a number or "all".
 """
 
 import os
@@ -11,24 +13,24 @@ from dsv3 import LLM, SamplingParams
 
 
 class Aborted(BaseException):
-    """No Exception, as an interpreter's own or a foreign library's may be."""
+    """An error that is no `Exception`, such as the interpreter's own."""
 
 
 def main() -> None:
-    how, rank = sys.argv[1], sys.argv[2]
+    way, rank = sys.argv[1:3]
     params = SamplingParams(max_tokens=2)
     with LLM(kv_cache_size="2048tok", rank_timeout=5.0) as llm:
         llm.generate(["x"], params)
         if rank in (os.environ["RANK"], "all"):
-            if how == "exit":
+            if way == "exit":
                 sys.exit(7)
-            if how == "abort":
+            if way == "abort":
                 raise Aborted("enough")
-            if how == "return":
+            if way == "return":
                 return
-            if how == "die":
+            if way == "die":
                 os._exit(0)
-            if how == "term":
+            if way == "term":
                 os.kill(os.getpid(), signal.SIGTERM)
         llm.generate(["x"], params)
 

@@ -1,4 +1,4 @@
-"""generate.py, but one rank never comes past a certain place.
+"""generate.py with one rank that hangs at a certain place.
 
 Usage: HANG_AT="PLACE RANK" python slow_rank.py [arguments of generate.py]
 """

@@ -197,7 +197,7 @@ def test_without_an_editor_the_terminal_gives_lines(tmp_path: Path) -> None:
     program = tmp_path / "plain.py"
     program.write_text(f"import sys\nsys.modules['prompt_toolkit'] = None\n{AS_GENERATE}")
     with AtTerminal([*ALONE, str(program), "--interactive"]) as chat:
-        assert "(plain lines" in chat.wait_for("pip install 'dsv3[chat]' brings a line editor)\n")
+        assert "(plain lines" in chat.wait_for("pip install prompt_toolkit brings a line editor)\n")
         chat.wait_for(">>> ")
         chat.type('"""\nMy name is\n Anna.\n"""\n')
         chat.wait_for("Noted.\n")

@@ -1,4 +1,4 @@
-"""Batch jobs under torchrun, killed, failing or unable to begin: none hangs or loses a row."""
+"""Batch jobs under torchrun that are killed, fail or cannot start: none hangs or loses a row."""
 
 import json
 import os
@@ -29,7 +29,7 @@ ROWS = [{"prompt": f"Story {i}:", "max_tokens": 4 + i % 20, "ignore_eos": True} 
 
 
 def write_job(folder: Path) -> list[str]:
-    """Return the arguments of a job of many short answers, but for the output file's name."""
+    """Return the arguments of a job of many short answers, without the output file's name."""
     rows = [
         {"custom_id": f"row-{i}", "url": "/v1/completions", "body": body}
         for i, body in enumerate(ROWS)
@@ -46,7 +46,7 @@ def job(tmp_path: Path) -> list[str]:
 
 
 def answers(path: Path) -> dict[str, str]:
-    """Return the answer of every row; each must be there once."""
+    """Return the answers by row; each row must occur once."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     bodies = {line["custom_id"]: line["response"]["body"] for line in lines}
     assert len(bodies) == len(lines)
@@ -55,7 +55,7 @@ def answers(path: Path) -> dict[str, str]:
 
 @cache
 def undisturbed() -> dict[str, str]:
-    """Return the same answers, made on one rank."""
+    """Return the same answers, computed on one rank without faults."""
     prompts = [row["prompt"] for row in ROWS]
     params = [SamplingParams(max_tokens=row["max_tokens"], ignore_eos=True) for row in ROWS]
     with LLM(kv_cache_size="8192tok") as llm:
@@ -68,8 +68,9 @@ def whole_lines(path: Path) -> list[bytes]:
 
 
 def kill_after(rows: int, command: list[str], out: Path, rank: int) -> None:
-    """Start a job; kill a rank of it once so many more rows are there."""
-    wanted, deadline = len(whole_lines(out)) + rows, time.monotonic() + HANG_SECONDS
+    """Start a job; kill one of its ranks when it has written `rows` more rows."""
+    wanted = len(whole_lines(out)) + rows
+    deadline = time.monotonic() + HANG_SECONDS
     process = subprocess.Popen(
         [*command, str(out)], stderr=subprocess.DEVNULL, env=environment(), cwd=ROOT
     )
@@ -113,7 +114,7 @@ def test_a_full_disk_ends_all_ranks_with_one_line(job: list[str], tmp_path: Path
     assert 0 < len(answers(out)) < len(ROWS)
 
 
-def test_a_layout_that_does_not_fit_is_told_once(job: list[str], tmp_path: Path) -> None:
+def test_a_layout_that_does_not_fit_is_reported_once(job: list[str], tmp_path: Path) -> None:
     done = run([*torchrun(3), *job, str(tmp_path / "out.jsonl")])
     assert done.returncode == 1
     assert our_lines(done.stderr)[-1] == (

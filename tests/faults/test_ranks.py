@@ -1,4 +1,4 @@
-"""Ranks that stop, hang, fail, miscount or never come, on one host or several: every job ends."""
+"""Ranks that stop, hang, fail, miscount or are missing, on one or two hosts: every job ends."""
 
 import os
 import random
@@ -23,7 +23,8 @@ from tests.programs import GENERATE, HANG_SECONDS, ROOT, end, environment, our_l
 
 BAD_RANK = str(Path(__file__).with_name("bad_rank.py"))
 SILENT = r"is not heard of for \d s \(stopped, or its host cannot be reached\)"
-WAYS = {
+# (Fault, rank) and the error.
+FAULTS = {
     ("SIGSTOP", 0): rf"rank 0 on HOST {SILENT}",
     ("hang", 1): r"rank 1 on HOST is stuck in a step for \d s",
     (
@@ -36,14 +37,14 @@ WAYS = {
 
 
 class Jobs:
-    """Programs that run side by side: most of their time is starting and waiting."""
+    """Programs that run concurrently: they spend most of their time starting and waiting."""
 
     def __init__(self) -> None:
         self._running: list[subprocess.Popen[bytes]] = []
 
-    def start(self, *command: str, stderr: Path, **more: str) -> "subprocess.Popen[bytes]":
+    def start(self, *command: str, stderr: Path, **variables: str) -> "subprocess.Popen[bytes]":
         with stderr.open("wb") as file:
-            env = environment() | more
+            env = environment() | variables
             process = subprocess.Popen(command, stderr=file, env=env, cwd=ROOT)
         self._running.append(process)
         return process
@@ -65,9 +66,9 @@ def agent(*flags: str) -> list[str]:
 
 
 def host_agents(*flags: str) -> list[list[str]]:
-    """Return two agents as on two hosts, which are ranked by their addresses."""
-    where = f"localhost:{free_port()}"
-    flags = ("--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", where, *flags)
+    """Return the commands of two agents as on two hosts, which are ranked by their addresses."""
+    endpoint = f"localhost:{free_port()}"
+    flags = ("--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, *flags)
     agents = [agent(*flags, "--local-addr", address) for address in ("127.0.0.1", "localhost")]
     if subprocess.run(["unshare", "--uts", "true"], stderr=subprocess.DEVNULL).returncode == 0:
         renamed = ["unshare", "--uts", "sh", "-c", 'hostname localhost; exec "$@"', "sh"]
@@ -91,32 +92,33 @@ def wait_for(stderr: Path, words: str) -> None:
         time.sleep(0.05)
 
 
-def test_a_rank_that_goes_bad_is_named_once(tmp_path: Path, jobs: Jobs) -> None:
-    moment = random.Random(7)
-    begun = []
-    for what, rank in WAYS:
-        folder = tmp_path / f"{what}{rank}"
+def test_a_faulty_rank_is_named_once(tmp_path: Path, jobs: Jobs) -> None:
+    rng = random.Random(7)
+    started = []
+    for fault, rank in FAULTS:
+        folder = tmp_path / f"{fault}{rank}"
         folder.mkdir()
-        bad = [BAD_RANK, what, str(rank), str(moment.randrange(2, 16))]
+        bad = [BAD_RANK, fault, str(rank), str(rng.randrange(2, 16))]
         flags = ["--rank-timeout", "6", "--check-every", "4", "--log-dir", str(folder)]
         out, stderr = str(folder / "out.jsonl"), folder / "stderr"
         ranks = ["--standalone", "--nproc-per-node", "2"]
         process = jobs.start(*agent(*ranks), *bad, *write_job(folder), out, *flags, stderr=stderr)
-        begun.append((what, folder, WAYS[what, rank], process))
-    for what, folder, wanted, process in begun:
+        started.append((fault, folder, FAULTS[fault, rank], process))
+    for fault, folder, wanted, process in started:
         process.wait(HANG_SECONDS)
-        said = (folder / "stderr").read_text()
+        stderr_text = (folder / "stderr").read_text()
         line = "error: " + wanted.replace("HOST", re.escape(socket.gethostname()))
-        assert [bool(re.fullmatch(line, e)) for e in errors(folder / "stderr")] == [True], said
-        assert "exitcode  : 3" in said
+        matches = [bool(re.fullmatch(line, error)) for error in errors(folder / "stderr")]
+        assert matches == [True], stderr_text
+        assert "exitcode  : 3" in stderr_text
         logs = [(folder / f"rank{r}.log").read_text() for r in (0, 1)]
         assert all(re.search(line, log) for log in logs)
-        if what in ("SIGSTOP", "hang"):
+        if fault in ("SIGSTOP", "hang"):
             assert all("most recent call first" in log and "watchdog.py" in log for log in logs)
 
 
 def shares(folder: Path) -> list[Path]:
-    """Convert the demo model for two ranks; return a directory for each, with its file alone."""
+    """Convert the demo model for two ranks; return a directory per rank, with its file only."""
     folders = [folder / "host0", folder / "host1"]
     for rank, other in ((0, 1), (1, 0)):
         with open_source(DEMO) as source:
@@ -127,7 +129,7 @@ def shares(folder: Path) -> list[Path]:
 
 
 def test_two_hosts_restart_from_their_own_files(tmp_path: Path, jobs: Jobs) -> None:
-    """Two agents, as on two hosts; the second's rank is stopped; both begin again."""
+    """Two agents, as on two hosts; the second's rank is stopped; both are restarted."""
     folders, out = shares(tmp_path), tmp_path / "out.jsonl"
     launches = host_agents("--max-restarts=1")
     agents = []
@@ -139,8 +141,8 @@ def test_two_hosts_restart_from_their_own_files(tmp_path: Path, jobs: Jobs) -> N
         ]
         agents.append(jobs.start(*command, stderr=tmp_path / f"stderr{host}"))
     assert [process.wait(HANG_SECONDS) for process in agents] == [0, 0]
-    told = errors(tmp_path / "stderr0")
-    assert re.fullmatch(rf"error: rank 1 on \S+ {SILENT}", "\n".join(told)), told
+    found = errors(tmp_path / "stderr0")
+    assert re.fullmatch(rf"error: rank 1 on \S+ {SILENT}", "\n".join(found)), found
     assert answers(out) == undisturbed()
 
 
@@ -159,32 +161,32 @@ def test_a_damaged_file_of_one_host_ends_all(tmp_path: Path, jobs: Jobs) -> None
     ]
     for process in agents:
         assert process.wait(HANG_SECONDS) == 1
-    said = [(tmp_path / f"stderr{host}").read_text() for host in (0, 1)]
-    told = [line for host in (0, 1) for line in errors(tmp_path / f"stderr{host}")]
-    assert len(told) == 1, said
-    assert re.match(rf"error: rank 1 on \S+: {file}: truncated: ", told[0])
-    assert "exitcode  : 3" in said[0]  # the other agent may miss the store of the first
+    stderr_texts = [(tmp_path / f"stderr{host}").read_text() for host in (0, 1)]
+    found = [line for host in (0, 1) for line in errors(tmp_path / f"stderr{host}")]
+    assert len(found) == 1, stderr_texts
+    assert re.match(rf"error: rank 1 on \S+: {file}: truncated: ", found[0])
+    assert "exitcode  : 3" in stderr_texts[0]  # the other agent may lose the store of the first
 
 
-def test_a_missing_host_is_hinted_at(tmp_path: Path, jobs: Jobs) -> None:
-    """By the rank where there is no torchrun, else by our torchrun, which meets its own first."""
+def test_a_missing_host_is_named_in_a_hint(tmp_path: Path, jobs: Jobs) -> None:
+    """The hint comes from the rank without torchrun, and from `run.py` with torchrun."""
     job = [GENERATE, *write_job(tmp_path), str(tmp_path / "out")]
-    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     world = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
     launch = [sys.executable, str(ROOT / "launch" / "run.py"), "--nnodes", "2"]
     c10d = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}"]
     static = ["--node-rank", "0", "--master-addr", "localhost", "--master-port", str(free_port())]
-    said = [tmp_path / f"stderr{way}" for way in range(3)]
-    begun = [
-        jobs.start(sys.executable, *job, stderr=said[0], **place, **world),
-        jobs.start(*launch, *c10d, *job, stderr=said[1]),
-        jobs.start(*launch, *static, *job, stderr=said[2]),
+    stderrs = [tmp_path / f"stderr{number}" for number in range(3)]
+    started = [
+        jobs.start(sys.executable, *job, stderr=stderrs[0], **address, **world),
+        jobs.start(*launch, *c10d, *job, stderr=stderrs[1]),
+        jobs.start(*launch, *static, *job, stderr=stderrs[2]),
     ]
     hints = ["for 1 of 2 ranks (1); ", "waiting for 1 of 2 nodes: ", "waiting for 1 of 2 nodes: "]
-    for process, stderr, hint in zip(begun, said, hints, strict=True):
+    for process, stderr, hint in zip(started, stderrs, hints, strict=True):
         wait_for(stderr, hint)
         process.terminate()
-    assert begun[0].wait(10) != 0
+    assert started[0].wait(10) != 0
 
 
 def test_a_signal_ends_a_job_though_a_rank_is_stopped(tmp_path: Path, jobs: Jobs) -> None:

@@ -1,4 +1,4 @@
-"""Ranks that do not start alike, hang anywhere or leave early: every job ends with one line."""
+"""Ranks that start differently, hang or leave early: every job ends with one line of error."""
 
 import os
 import re
@@ -22,8 +22,8 @@ SLOW_RANK = str(Path(__file__).with_name("slow_rank.py"))
 LEAVING = str(Path(__file__).with_name("leaving.py"))
 DIFFERENT = "the ranks were started in different ways: "
 OTHER_MODEL = "the ranks do not load the same model: "
-# Flags of the second rank, and the error of the first; COPY is a copy of the checkpoint, VALUE one
-# with another value in one weight, CONFIG one with another configuration.
+# Flags of the second rank, and the error. COPY is a copy of the checkpoint, VALUE a copy with
+# another value in one weight, CONFIG a copy with another configuration.
 FLAGS = {
     "--attn-impl naive": f"{DIFFERENT}--attn-impl is auto on rank 0 on HOST and naive on rank 1",
     "--tp 1 --dp 2": f"{DIFFERENT}--tp is 2 on rank 0 on HOST and 1 on rank 1 on HOST; --dp is 1",
@@ -35,7 +35,7 @@ FLAGS = {
     "--ckpt-path CONFIG": f"{OTHER_MODEL}routed_scaling_factor of the model is 2.5 on rank 0",
     "--ckpt-path COPY": "",
 }
-# Where a rank hangs, and the error of the first rank that is not stopped.
+# The place and the rank that hangs, and the error.
 PLACES = {
     "imports 1": r"gave up after \d+ s: waiting at \S+ for 1 of 2 ranks \(1\)",
     "groups 1": "rank 1 on HOST is stuck in start-up for ",
@@ -44,7 +44,7 @@ PLACES = {
     "closing 0": "rank 0 on HOST is stuck in closing its connections for ",
     "template 0": "rank 0 on HOST is stuck in writing the prompt of row 1 for ",
 }
-# How a script leaves, on which rank, and the error.
+# The way in which a script leaves, the rank, and the error.
 WAYS = {
     "exit 0": r"rank 0 on HOST has left the job \(SystemExit: 7\) while other ranks go on",
     "exit 1": r"rank 1 on HOST has left the job \(SystemExit: 7\) while other ranks go on",
@@ -73,13 +73,13 @@ class Outcome:
         return [line for line in lines if line.startswith("error: ")]
 
 
-def two_ranks(program: str, folder: Path, flags: list[list[str]], **more: str) -> Outcome:
+def two_ranks(program: str, folder: Path, flags: list[list[str]], **variables: str) -> Outcome:
     """Start two ranks by hand, as on two hosts, and wait for them."""
     folder.mkdir()
     (folder / "in.txt").write_text("What is MLA?\n")
     job = [program, "--input-file", str(folder / "in.txt"), "--kv-cache-size", "2048tok"]
     world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
-    world |= {"MASTER_PORT": str(free_port()), **more}
+    world |= {"MASTER_PORT": str(free_port()), **variables}
     ranks = [
         subprocess.Popen(
             [sys.executable, *job, *flags[rank]],
@@ -91,7 +91,7 @@ def two_ranks(program: str, folder: Path, flags: list[list[str]], **more: str) -
     ]
     try:
         codes = [ranks[0].wait(HANG_SECONDS)]
-        if more.get("HANG_AT", "").startswith("imports"):  # that one is stopped
+        if variables.get("HANG_AT", "").startswith("imports"):  # rank 1 is stopped
             ranks[1].kill()
         codes.append(ranks[1].wait(HANG_SECONDS))
     finally:
@@ -100,10 +100,10 @@ def two_ranks(program: str, folder: Path, flags: list[list[str]], **more: str) -
     return Outcome(codes, [(folder / f"stderr{rank}").read_text() for rank in (0, 1)])
 
 
-def script(how: str, rank: str) -> Outcome:
-    """Run a script on two ranks under torchrun."""
+def script(way: str, rank: str) -> Outcome:
+    """Run leaving.py on two ranks under torchrun."""
     done = subprocess.run(
-        [*torchrun(2), LEAVING, how, rank],
+        [*torchrun(2), LEAVING, way, rank],
         stderr=subprocess.PIPE,
         text=True,
         env=environment(),
@@ -114,7 +114,7 @@ def script(how: str, rank: str) -> Outcome:
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Outcome]]]:
-    """All jobs, a few at a time: they mostly wait."""
+    """Run all jobs, a few at a time: they mostly wait."""
     folder = tmp_path_factory.mktemp("jobs")
     copies = {
         name: str(shutil.copytree(DEMO, folder / name)) for name in ("COPY", "VALUE", "CONFIG")
@@ -122,10 +122,10 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Fut
     change_a_value(Path(copies["VALUE"]))
     change_the_config(Path(copies["CONFIG"]))
     with ThreadPoolExecutor(4) as pool:
-        begun: dict[str, Future[Outcome]] = {}
+        started: dict[str, Future[Outcome]] = {}
 
-        def begin(name: str, call: Any, *args: Any, **more: str) -> None:
-            begun[name] = pool.submit(call, *args, **more)
+        def begin(name: str, call: Any, *args: Any, **variables: str) -> None:
+            started[name] = pool.submit(call, *args, **variables)
 
         for place in PLACES:
             flags = [["--rank-timeout", "5"]] * 2
@@ -135,17 +135,16 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Fut
             begin(text, two_ranks, GENERATE, folder / str(i), flags)
         for way in WAYS:
             begin(way, script, *way.split())
-        yield begun
+        yield started
 
 
 def change_a_value(folder: Path) -> None:
-    """Change one byte of an expert that only the last rank holds."""
+    """Change one byte of an expert that only the last rank has."""
     name = "model.layers.2.mlp.experts.15.up_proj.weight"
     for file in folder.glob("*.safetensors"):
         if name in (entries := read_header(file).entries):
-            at = entries[name].offset + 1000
             data = bytearray(file.read_bytes())
-            data[at] ^= 0x80
+            data[entries[name].offset + 1000] ^= 0x80
             file.write_bytes(data)
             return
     raise AssertionError(name)
@@ -159,14 +158,16 @@ def change_the_config(folder: Path) -> None:
 
 
 def check_error(outcome: Outcome, wanted: str) -> None:
-    """One rank says why, once."""
+    """Check that one rank reports the error, once."""
     assert len(outcome.errors) == 1, outcome.stderr
     pattern = "error: " + wanted.replace("HOST", re.escape(os.uname().nodename))
     assert re.match(pattern, outcome.errors[0]), outcome.errors
 
 
 @pytest.mark.parametrize("flags", FLAGS)
-def test_ranks_must_be_started_alike(outcomes: dict[str, Future[Outcome]], flags: str) -> None:
+def test_ranks_started_in_different_ways_are_refused(
+    outcomes: dict[str, Future[Outcome]], flags: str
+) -> None:
     outcome = outcomes[flags].result()
     if not FLAGS[flags]:
         assert outcome.codes == [0, 0] and not outcome.errors
@@ -179,7 +180,7 @@ def test_ranks_must_be_started_alike(outcomes: dict[str, Future[Outcome]], flags
 def test_a_rank_that_hangs_anywhere_is_named(
     outcomes: dict[str, Future[Outcome]], place: str
 ) -> None:
-    """Sleeping stands for a disk, a driver or a network that never answers."""
+    """A sleep simulates a disk, a driver or a network that never answers."""
     outcome = outcomes[place].result()
     check_error(outcome, PLACES[place])
     assert outcome.codes[0] == 3
@@ -189,7 +190,7 @@ def test_a_rank_that_hangs_anywhere_is_named(
 def test_a_script_that_leaves_early_ends_on_all_ranks(
     outcomes: dict[str, Future[Outcome]], way: str
 ) -> None:
-    """Alone it ends the job; where all ranks leave alike, each ends with its own exit code."""
+    """One rank alone ends the job; if all ranks leave alike, each has its own exit code."""
     outcome = outcomes[way].result()
     if WAYS[way]:
         check_error(outcome, WAYS[way])

@@ -1,4 +1,4 @@
-"""What `torch.cuda` and triton find of a GPU that is not there: graphs, streams, events, facts."""
+"""`torch.cuda` and Triton's driver for a pretended GPU: graphs, streams, events, properties."""
 
 import threading
 import time

@@ -23,7 +23,7 @@ CUDA, CPU, META = torch.device("cuda", 0), torch.device("cpu"), torch.device("me
 # Tensors of more values hold none.
 MOST_VALUES = 1 << 16
 MOST_SHARED, MOST_PROGRAMS = 227 << 10, (2**31 - 1, 65535, 65535)
-# The host waits for the device, to be told how many or what.
+# Operations in which the host waits for values of the device.
 ASKING = {
     *("_local_scalar_dense", "item", "equal", "is_nonzero", "nonzero", "argwhere", "bincount"),
     *("masked_select", "unique", "_unique2", "unique_dim", "unique_consecutive", "histc"),
@@ -45,7 +45,7 @@ class OnGpu(torch.Tensor):
 
     @staticmethod
     def __new__(cls, held: torch.Tensor) -> "OnGpu":
-        # For the code of torch that is in C++ it is on `meta`: nobody looks for a driver.
+        # For the code of torch that is in C++ it is on `meta`: no driver is asked.
         made = torch.Tensor._make_wrapper_subclass(
             cls,
             held.shape,
@@ -164,7 +164,7 @@ class Gpu:
         host: list[torch.Tensor],
         ours: list[OnGpu],
     ) -> None:
-        """Refuse what mixes host and device, and see who waits."""
+        """Refuse operations that mix host and device, and record waits."""
         if name in ASKING:
             self.wait(name)
         target = kwargs.get("device")
@@ -205,7 +205,7 @@ class Gpu:
             return self._shapes(func, name, args, kwargs)
 
     def _new(self, func: Any, args: Any, kwargs: dict[str, Any], is_like: bool) -> torch.Tensor:
-        """Return a new tensor; one that nobody has written is 0."""
+        """Return a new tensor; unwritten values are 0."""
         shaped = tree_map_only(OnGpu, lambda x: _shape(x.held), args) if is_like else args
         made = func(*shaped, **kwargs, device=META)
         if made.numel() > MOST_VALUES:

@@ -8,9 +8,9 @@ from dsv3.config_files import DEMO
 from dsv3.distributed.collectives import SingleRank
 from dsv3.distributed.mesh import Mesh
 from dsv3.engine.cuda_graphs import GraphRunner
-from dsv3.engine.plan import StepPlan
 from dsv3.engine.runner import BatchBuilder, Runner
 from dsv3.engine.start import start
+from dsv3.engine.step_plan import StepPlan
 from dsv3.settings import EngineConfig
 from dsv3_kernels.testing import assert_bitwise_equal
 from tests.distributed.test_static_groups import Answers, ask

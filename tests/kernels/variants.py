@@ -21,8 +21,8 @@ from triton.runtime.jit import JITFunction
 
 from benchlib.rank import Rank, RankShape
 from dsv3.config_files import DEMO, load_model_config
-from dsv3.engine.plan import StepPlan
 from dsv3.engine.runner import Runner
+from dsv3.engine.step_plan import StepPlan
 from dsv3_kernels import weight_dequant
 
 Found = dict[tuple[Any, ...], set[tuple[str, ...]]]

@@ -9,9 +9,9 @@ from torch import Tensor
 from dsv3.config import ParallelConfig
 from dsv3.distributed.collectives import SingleRank
 from dsv3.distributed.mesh import Mesh
-from dsv3.engine.plan import StepPlan
 from dsv3.engine.runner import BatchBuilder
 from dsv3.engine.start import Started, start
+from dsv3.engine.step_plan import StepPlan
 from dsv3.request import Completion, Request, SamplingParams
 from dsv3.settings import EngineConfig
 

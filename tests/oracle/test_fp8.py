@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from dsv3.checkpoint.load import fp8_weights, load_weights
 from dsv3.checkpoint.source import open_source
-from dsv3.engine.start import numerics_mode
+from dsv3.engine.setup import numerics_mode
 from dsv3.errors import ConfigError
 from dsv3.model.transformer import Transformer
 from dsv3.parallel.linear import Linear

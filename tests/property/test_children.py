@@ -1,4 +1,4 @@
-"""A node's children against a plain sorted list."""
+"""`Children` compared with a plain dictionary and a sorted list."""
 
 from bisect import bisect_left
 from dataclasses import dataclass
@@ -25,23 +25,23 @@ TOKENS = st.lists(st.integers(0, 3), min_size=1, max_size=4).map(encode)
 
 
 @given(st.lists(st.tuples(st.booleans(), TOKENS), max_size=60))
-def test_like_a_sorted_list(steps: list[tuple[bool, bytes]]) -> None:
-    held: dict[bytes, Child] = {}
-    those = Children[Child]()
+def test_children_equal_a_sorted_list(steps: list[tuple[bool, bytes]]) -> None:
+    expected: dict[bytes, Child] = {}
+    children = Children[Child]()
     for is_new, tokens in steps:
-        if is_new and tokens not in held:
-            held[tokens] = Child(tokens)
-            those.add(held[tokens])
-        elif not is_new and held:
-            keys = sorted(held)
-            those.remove(held.pop(keys[bisect_left(keys, tokens) % len(keys)]))
-        keys = sorted(held)
-        assert [child.tokens for child in those] == keys
-        assert bool(those) == bool(held)
-        assert those.find(tokens) is held.get(tokens)
-        at = bisect_left(keys, tokens)
-        assert those.before(tokens) is (held[keys[at - 1]] if at else None)
-        best, most = those.nearest(tokens)
-        assert most == max((common(key, tokens) for key in keys), default=0)
-        assert (best is None) == (most == 0)
-        assert best is None or common(best.tokens, tokens) == most
+        if is_new and tokens not in expected:
+            expected[tokens] = Child(tokens)
+            children.add(expected[tokens])
+        elif not is_new and expected:
+            keys = sorted(expected)
+            children.remove(expected.pop(keys[bisect_left(keys, tokens) % len(keys)]))
+        keys = sorted(expected)
+        assert [child.tokens for child in children] == keys
+        assert bool(children) == bool(expected)
+        assert children.find(tokens) is expected.get(tokens)
+        index = bisect_left(keys, tokens)
+        assert children.before(tokens) is (expected[keys[index - 1]] if index else None)
+        best, num_common = children.nearest(tokens)
+        assert num_common == max((common(key, tokens) for key in keys), default=0)
+        assert (best is None) == (num_common == 0)
+        assert best is None or common(best.tokens, tokens) == num_common

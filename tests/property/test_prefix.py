@@ -1,4 +1,4 @@
-"""The prefix tree under any history: contents match, counts are exact, nothing leaks."""
+"""The prefix tree under random histories: contents match, counts are exact, no page leaks."""
 
 import random
 from collections import Counter
@@ -13,7 +13,7 @@ from dsv3.cache.pages import PageAllocator
 from dsv3.cache.prefix import PrefixTree, encode
 
 PAGE_SIZE, NUM_PAGES = 4, 24
-# Few distinct tokens, so that prefixes meet, part in the middle of a page, and meet again.
+# Few distinct tokens, so that prefixes often agree, and diverge in the middle of a page.
 TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=14)
 GROUPS = st.sampled_from([None, "a", "b"])
 
@@ -25,19 +25,19 @@ class Running:
     tokens: list[int]
     group: str | None
     pages: list[int] = field(default_factory=list)
-    # Full pages that must be in the tree as long as the sequence runs.
+    # Number of full pages that must be in the tree as long as the sequence runs.
     num_cached: int = 0
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """Sequences come, grow, are cached and go, on far too few pages, beside a plain model."""
+    """Sequences that start, grow, are cached and finish on far too few pages, and a plain model."""
 
     def __init__(self) -> None:
         super().__init__()
         self.pages = PageAllocator(NUM_PAGES + 1)
         self.running: list[Running] = []
         self.pinned: list[tuple[list[int], int, list[int]]] = []
-        # What the pages hold: written by sequences, never cleared, as on a device.
+        # The pages' tokens: written by sequences, never cleared, as on a device.
         self.memory = [[-1] * PAGE_SIZE for _ in range(NUM_PAGES + 1)]
 
     @initialize(policy=st.sampled_from(sorted(POLICIES)))
@@ -48,7 +48,7 @@ class CacheMachine(RuleBasedStateMachine):
         return [token for page in pages for token in self.memory[page]]
 
     def extend(self, seq: Running, tokens: list[int]) -> bool:
-        """Compute more tokens of a sequence; False if there are no pages for them."""
+        """Compute more tokens of a sequence; return False if there are no pages for them."""
         wanted = -(-(len(seq.tokens) + len(tokens)) // PAGE_SIZE) - len(seq.pages)
         if not self.tree.make_room(wanted):
             return False
@@ -69,7 +69,7 @@ class CacheMachine(RuleBasedStateMachine):
         num_full = len(match.pages)
         seq = Running(prompt[: num_full * PAGE_SIZE], group, list(match.pages), num_full)
         self.running.append(seq)
-        # Computing the tokens of the partial page again is what its copy amounts to.
+        # Instead of copying the partial page, compute its tokens again.
         fits = self.extend(seq, prompt[len(seq.tokens) :])
         if match.partial_page is not None:
             self.pages.release([match.partial_page])
@@ -77,23 +77,23 @@ class CacheMachine(RuleBasedStateMachine):
             self.finish(len(self.running) - 1)
 
     @precondition(lambda self: self.running)
-    @rule(which=st.integers(0), more=TOKENS)
-    def grow(self, which: int, more: list[int]) -> None:
-        self.extend(self.running[which % len(self.running)], more)
+    @rule(index=st.integers(0), tokens=TOKENS)
+    def grow(self, index: int, tokens: list[int]) -> None:
+        self.extend(self.running[index % len(self.running)], tokens)
 
     @precondition(lambda self: self.running)
-    @rule(which=st.integers(0))
-    def insert(self, which: int) -> None:
-        seq = self.running[which % len(self.running)]
+    @rule(index=st.integers(0))
+    def insert(self, index: int) -> None:
+        seq = self.running[index % len(self.running)]
         self.tree.insert(seq.tokens, len(seq.tokens), seq.pages, group=seq.group)
         seq.num_cached = len(seq.tokens) // PAGE_SIZE
         assert self.tree.match(seq.tokens).num_tokens == len(seq.tokens)
         assert self.content(seq.pages)[: len(seq.tokens)] == seq.tokens
 
     @precondition(lambda self: self.running)
-    @rule(which=st.integers(0))
-    def finish(self, which: int) -> None:
-        self.pages.release(self.running.pop(which % len(self.running)).pages)
+    @rule(index=st.integers(0))
+    def finish(self, index: int) -> None:
+        self.pages.release(self.running.pop(index % len(self.running)).pages)
 
     @rule(count=st.integers(0, NUM_PAGES))
     def make_room(self, count: int) -> None:
@@ -111,9 +111,9 @@ class CacheMachine(RuleBasedStateMachine):
         self.pinned.append((tokens, match.num_tokens, match.held_pages))
 
     @precondition(lambda self: self.pinned)
-    @rule(which=st.integers(0))
-    def unpin(self, which: int) -> None:
-        self.tree.unpin(self.pinned.pop(which % len(self.pinned))[0])
+    @rule(index=st.integers(0))
+    def unpin(self, index: int) -> None:
+        self.tree.unpin(self.pinned.pop(index % len(self.pinned))[0])
 
     @rule(tokens=TOKENS, start=st.integers(0, 14))
     def forget(self, tokens: list[int], start: int) -> None:
@@ -137,9 +137,11 @@ class CacheMachine(RuleBasedStateMachine):
         holders = Counter(page for page, _ in self.tree)
         assert max(holders.values(), default=0) <= 1, "a page is in two places of the tree"
         idle = set(holders)
-        for held in [*(seq.pages for seq in self.running), *(pages for _, _, pages in self.pinned)]:
-            holders.update(held)
-            idle -= set(held)
+        seq_pages = [seq.pages for seq in self.running]
+        pinned_pages = [pages for _, _, pages in self.pinned]
+        for held_pages in seq_pages + pinned_pages:
+            holders.update(held_pages)
+            idle -= set(held_pages)
         pages = range(1, NUM_PAGES + 1)
         assert [self.pages.num_holders(page) for page in pages] == [holders[p] for p in pages]
         assert self.pages.num_free + len(holders) == self.pages.num_pages == NUM_PAGES
@@ -169,33 +171,33 @@ CacheMachine.TestCase.settings = settings(
 TestCache = CacheMachine.TestCase
 
 
-def test_a_million_operations_leave_nothing_behind() -> None:
+def test_a_million_operations_leak_no_page() -> None:
     """Allocate, fork and free at random: counts stay exact, and no page becomes unreachable."""
     num_pages, rng = 500, random.Random(11)
     pages = PageAllocator(num_pages + 1)
     holders = [0] * (num_pages + 1)
-    held: list[list[int]] = []
+    allocations: list[list[int]] = []
     for step in range(1_000_000):
         action = rng.random()
-        if held and (action < 0.45 or pages.num_free < 4):
-            own = held.pop(rng.randrange(len(held)))
-            pages.release(own)
+        if allocations and (action < 0.45 or pages.num_free < 4):
+            changed = allocations.pop(rng.randrange(len(allocations)))
+            pages.release(changed)
             change = -1
-        elif held and action < 0.6:
-            own = held[rng.randrange(len(held))]
-            pages.retain(own)
-            held.append(list(own))
+        elif allocations and action < 0.6:
+            changed = allocations[rng.randrange(len(allocations))]
+            pages.retain(changed)
+            allocations.append(list(changed))
             change = 1
         else:
-            own = pages.allocate(rng.randrange(1, 5))
-            assert not any(holders[page] for page in own)
-            held.append(own)
+            changed = pages.allocate(rng.randrange(1, 5))
+            assert not any(holders[page] for page in changed)
+            allocations.append(changed)
             change = 1
-        for page in own:
+        for page in changed:
             holders[page] += change
         if step % 50_000 == 0:
             assert holders == [pages.num_holders(page) for page in range(num_pages + 1)]
             assert pages.num_free == holders[1:].count(0)
-    for own in held:
-        pages.release(own)
+    for allocated in allocations:
+        pages.release(allocated)
     assert sorted(pages.allocate(num_pages)) == list(range(1, num_pages + 1))

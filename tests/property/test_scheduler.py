@@ -40,7 +40,7 @@ events = st.lists(
 
 
 class History:
-    """What was asked, what came back so far, and what must hold at any time."""
+    """Requests, answers so far, and the invariants of every step."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class History:
             num_slots=num_slots,
             disk=PaperDisk() if disk and num_slots and num_groups == 1 else None,
         )
-        self.lanes = self.engine._lanes
+        self.schedulers = self.engine._schedulers
         self.num_pages, self.capacity = num_pages, num_pages * page_size
         self.expected: dict[str, Request] = {}
         self.done: dict[str, Completion] = {}
@@ -101,20 +101,22 @@ class History:
 
     def check_pages(self) -> None:
         """A page has as many holders as sequences list it, and one more if the tree does."""
-        for group, (lane, runner) in enumerate(zip(self.lanes, self.world.groups, strict=True)):
-            running, pages = lane.scheduler.running, lane.pages
-            assert all(seq.lane == group for seq in (*running, *lane.scheduler.waiting))
+        for group, (scheduler, runner) in enumerate(
+            zip(self.schedulers, self.world.groups, strict=True)
+        ):
+            running, pages = scheduler.running, scheduler.pages
+            assert all(seq.group == group for seq in (*running, *scheduler.waiting))
             owned = Counter(page for seq in running for page in seq.pages)
-            cached = [] if lane.tree is None else [page for page, _ in lane.tree]
+            cached = [] if scheduler.tree is None else [page for page, _ in scheduler.tree]
             assert len(set(cached)) == len(cached)
             owned.update(cached)
             for page in range(1, self.num_pages + 1):
                 assert pages.num_holders(page) == owned[page]
             assert pages.num_free == self.num_pages - len(owned)
-            waiting = sum(seq.burden for seq in lane.scheduler.waiting)
-            assert lane.scheduler._num_waiting_tokens == waiting
-            if lane.tiers is not None:
-                self.check_slots(lane.tiers, runner)
+            waiting = sum(seq.num_uncached for seq in scheduler.waiting)
+            assert scheduler._num_waiting_tokens == waiting
+            if scheduler.tiers is not None:
+                self.check_slots(scheduler.tiers, runner)
 
     def check_slots(self, tiers: Tiers, runner: PaperRunner) -> None:
         """A slot is free or holds one full page; what a name stands for lies in its slot."""
@@ -135,8 +137,8 @@ class History:
     def finish(self) -> None:
         self.done |= finish(self.engine)
         self.check_pages()
-        for lane in self.lanes:
-            assert lane.pages.num_free + lane.pages.num_idle == self.num_pages
+        for scheduler in self.schedulers:
+            assert scheduler.pages.num_free + scheduler.pages.num_idle == self.num_pages
         assert self.done.keys() == self.expected.keys()
         for name, request in self.expected.items():
             tokens, reason = answer(request)

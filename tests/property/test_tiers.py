@@ -1,4 +1,4 @@
-"""Conversations that return to a cache far too small for them, with host memory and disk below."""
+"""Conversations on a device cache far too small for them, with host memory and disk tiers."""
 
 import random
 
@@ -9,7 +9,7 @@ from tests.property.test_scheduler import History
 
 
 def turn_of(draw: random.Random, documents: list[list[int]]) -> tuple[list[int], SamplingParams]:
-    """Ask about the beginning of some document."""
+    """Return a prompt that begins with part of a random document."""
     document = draw.choice(documents)
     prompt = document[: draw.randrange(len(document) // 2, len(document) + 1)]
     scored = 0 if draw.random() < 0.1 else None
@@ -50,7 +50,7 @@ def run(seed: int, depth: int, with_disk: bool, num_groups: int = 1) -> History:
 
 @pytest.mark.parametrize("with_disk", [False, True], ids=["host", "disk"])
 @pytest.mark.parametrize("depth", [0, 1])
-def test_answers_survive_every_move(depth: int, with_disk: bool) -> None:
+def test_answers_are_right_with_offload_and_restore(depth: int, with_disk: bool) -> None:
     offloads = host_hits = disk_hits = 0
     for seed in range(8):
         history = run(seed, depth, with_disk)
@@ -58,7 +58,7 @@ def test_answers_survive_every_move(depth: int, with_disk: bool) -> None:
         offloads += metrics.offloads
         host_hits += metrics.host_hits
         disk_hits += metrics.disk_hits
-    # The cases are what they are meant to be.
+    # The histories do exercise the tiers.
     assert offloads > 400 and host_hits > 200
     assert (disk_hits > 80) == with_disk
 
@@ -68,7 +68,7 @@ def test_every_group_has_its_own_host_memory(depth: int) -> None:
     total = [0, 0]
     for seed in range(4):
         history = run(seed, depth, with_disk=False, num_groups=2)
-        hits = [lane.tiers.num_restored for lane in history.lanes]
+        hits = [each.tiers.num_restored for each in history.schedulers]
         assert history.engine.metrics.host_hits == sum(hits)
         total = [total[0] + hits[0], total[1] + hits[1]]
     assert min(total) > 10

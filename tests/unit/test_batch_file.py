@@ -310,7 +310,9 @@ def test_a_line_of_nul_characters_is_no_prompt(path: Path) -> None:
 
 
 def test_flags_out_of_range_are_not_left_to_the_rows() -> None:
-    with pytest.raises(ConfigError, match="flag temperature=1000 must be between 0 and 100"):
+    with pytest.raises(ConfigError, match=r"^--temperature=1000 must be between 0 and 100"):
         Defaults(flags=Sampling(temperature=1000))
+    with pytest.raises(ConfigError, match=r"^--max-new-tokens=-1 must be from 0"):
+        Defaults(flags=Sampling(max_tokens=-1))
     with pytest.raises(ConfigError, match=r"generation_config\.json: top_p=2 must be above 0"):
         Defaults(model=Sampling(top_p=2))

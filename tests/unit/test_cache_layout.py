@@ -18,31 +18,31 @@ def layouts(form: str, kv_shard: str, tp: int, dtype: str = "bf16") -> list[Cach
 
 
 @pytest.mark.parametrize("tp", WORLDS)
-def test_a_page_is_the_same_positions_everywhere(tp: int) -> None:
-    every = [
+def test_page_size_is_the_same_for_all_layouts_and_ranks(tp: int) -> None:
+    all_layouts = [
         layout
         for form, shard in (("latent", "tokens"), ("latent", "none"), ("heads", "tokens"))
         for layout in layouts(form, shard, tp)
     ]
-    sizes = {layout.page_size for layout in every}
+    sizes = {layout.page_size for layout in all_layouts}
     assert len(sizes) == 1
     size = sizes.pop()
     assert size % 64 == 0 and size % tp == 0
-    assert [every[0].pages_for(n) for n in (0, 1, size, size + 1)] == [0, 1, 1, 2]
+    assert [all_layouts[0].pages_for(n) for n in (0, 1, size, size + 1)] == [0, 1, 1, 2]
 
 
 @pytest.mark.parametrize("tp", WORLDS)
-def test_tokens_are_dealt_evenly(tp: int) -> None:
+def test_positions_are_sharded_evenly(tp: int) -> None:
     ranks = layouts("latent", "tokens", tp)
     assert [r.slots_per_page * tp for r in ranks] == [r.page_size for r in ranks]
     for n in (0, 1, tp - 1, tp, tp + 1, 1000):
-        held = [[p for p in range(n) if p % tp == r.shard] for r in ranks]
-        assert [r.paging.local_len(n) for r in ranks] == [len(h) for h in held], n
+        positions = [[p for p in range(n) if p % tp == r.shard] for r in ranks]
+        assert [r.paging.local_len(n) for r in ranks] == [len(p) for p in positions], n
 
 
 @pytest.mark.parametrize("tp", WORLDS)
-def test_bytes_per_rank_are_one_nth(tp: int) -> None:
-    """For heads and for tokens; without sharding every rank holds everything."""
+def test_bytes_per_rank_are_divided_by_tp(tp: int) -> None:
+    """For sharded heads and for sharded tokens; without sharding every rank stores all entries."""
 
     def page_bytes(layout: CacheLayout) -> float:
         pool = CachePool(layout, 2, 3, torch.device("cpu"), SingleRank())
@@ -57,7 +57,7 @@ def test_bytes_per_rank_are_one_nth(tp: int) -> None:
 
 
 def test_published_sizes() -> None:
-    """V3: 70,272 bytes of bf16 latents a token over 61 layers; expanded heads are 57 times that."""
+    """V3 has 70,272 bytes of bf16 latents per token in 61 layers; expanded heads 57 times that."""
     config = load_model_config("v3-671b")
     latent = CacheLayout.make(config, "latent", "tokens", "bf16", 8, 3)
     assert latent.entry_bytes * config.num_hidden_layers == 70_272
@@ -78,7 +78,7 @@ def test_gather_returns_position_order() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
-def test_rounding_is_what_storage_does(dtype: str) -> None:
+def test_round_equals_write_and_gather(dtype: str) -> None:
     layout = layouts("latent", "none", 1, dtype)[0]
     pool = CachePool(layout, 1, 2, torch.device("cpu"), SingleRank())
     cache, entry = pool.layer(0), torch.randn(5, layout.width)

@@ -168,7 +168,9 @@ def test_layout_is_tp_fastest() -> None:
         ({"world_size": 4, "tp": 3}, "tp=3 x dp=1 is not world_size=4"),
         ({"world_size": 3, "dp": 2}, "tp=1 x dp=2 is not world_size=3"),
         ({"world_size": 2, "rank": 2}, "rank=2 is not in 0..1"),
-        ({"world_size": 0}, "world_size=0"),
+        ({"world_size": 0}, "^world_size=0 must be at least 1$"),
+        ({"world_size": 2, "dp": 0}, "^dp=0 must be at least 1$"),
+        ({"world_size": 2, "tp": -1}, "^tp=-1 must be at least 0$"),
     ],
 )
 def test_bad_layouts(kwargs: dict[str, int], words: str) -> None:

@@ -16,7 +16,7 @@ from dsv3.checkpoint.plan import Cast, make_plan
 from dsv3.checkpoint.source import open_source
 from dsv3.config import ModelConfig, ParallelConfig
 from dsv3.config_files import load_model_config
-from dsv3.engine.start import numerics_mode
+from dsv3.engine.setup import numerics_mode
 from dsv3.errors import CheckpointError, ConfigError
 from dsv3.settings import EngineConfig
 from tests.checkpoint_files import FP8, TINY, Tensors, random_tensors, write_hf

@@ -1,4 +1,4 @@
-"""Files of the disk cache: any world writes, any other reads, and nothing damaged is believed."""
+"""Files of the disk cache: readable at any world size; damaged and foreign files are rejected."""
 
 import dataclasses
 import errno
@@ -33,7 +33,7 @@ def unit(number: int) -> bytes:
 
 
 class Ranks:
-    """All ranks of a world over one folder; slot 0 holds a page, slot 1 is empty."""
+    """All ranks of a world, sharing one folder; slot 0 holds a page, slot 1 is empty."""
 
     def __init__(self, root: Path, kind: str, tp: int, model: bytes = MODEL, seed: int = 0) -> None:
         form, shard, dtype = KINDS[kind]
@@ -51,7 +51,7 @@ class Ranks:
 
     @staticmethod
     def page(layout: CacheLayout, rank: int, tp: int, seed: int) -> np.ndarray:
-        """A rank's part of a page of which every byte is known by layer, position and place."""
+        """A rank's part of a page whose bytes depend on layer, position and index only."""
         width = layout.entry_bytes * (tp if layout.form == "heads" else 1)
         shape = (SMALL.num_hidden_layers, layout.page_size, width)
         layer, position, byte = np.indices(shape)
@@ -84,7 +84,7 @@ class Ranks:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("writers", [1, 4])
-def test_any_world_finds_what_another_wrote(tmp_path: Path, kind: str, writers: int) -> None:
+def test_files_are_readable_at_any_world_size(tmp_path: Path, kind: str, writers: int) -> None:
     written = Ranks(tmp_path, kind, writers)
     assert written.store()
     assert written.path().stat().st_size == written.fmt.file_bytes
@@ -96,10 +96,10 @@ def test_any_world_finds_what_another_wrote(tmp_path: Path, kind: str, writers: 
 
 
 def test_pages_of_several_units(tmp_path: Path) -> None:
-    """Three ranks have pages of 192 positions; one rank has pages of 64."""
+    """With three ranks a page has 192 positions; with one rank it has 64."""
     assert Ranks(tmp_path, "sharded", 3).store()
     assert len(list(tmp_path.glob("*/*.kv"))) == 3
-    # Of 96 ranks, 32 have nothing of a unit.
+    # Of 96 ranks, 32 have no lane of a unit.
     one, many = Ranks(tmp_path, "sharded", 1), Ranks(tmp_path, "sharded", 96)
     assert one.fetch() == [GOOD] and one.has_fetched()
     assert many.fetch() == [GOOD] * 96 and many.has_fetched()
@@ -118,16 +118,22 @@ def test_a_stored_slot_may_be_overwritten_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["sharded", "heads"])
-def test_damage_anywhere_is_seen(tmp_path: Path, kind: str) -> None:
+def test_damage_at_any_offset_is_detected(tmp_path: Path, kind: str) -> None:
     ranks = Ranks(tmp_path, kind, 2)
     assert ranks.store()
     whole = ranks.path().read_bytes()
-    lanes_at, seals_at = ranks.fmt.lane_at(0), ranks.fmt.seal_at(0)
-    places = [*range(lanes_at), *range(lanes_at, seals_at, 211), *range(seals_at, len(whole), 5)]
-    for at in [*places, seals_at - 1, len(whole) - 1]:
-        ranks.path().write_bytes(whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :])
-        assert BAD in ranks.fetch(), at
-    for length in (0, 1, lanes_at, seals_at - 1, seals_at, len(whole) - 1):
+    lanes_start, checksums_start = ranks.fmt.lane_offset(0), ranks.fmt.checksum_offset(0)
+    offsets = [
+        *range(lanes_start),
+        *range(lanes_start, checksums_start, 211),
+        *range(checksums_start, len(whole), 5),
+    ]
+    for offset in [*offsets, checksums_start - 1, len(whole) - 1]:
+        damaged = bytearray(whole)
+        damaged[offset] ^= 0x10
+        ranks.path().write_bytes(damaged)
+        assert BAD in ranks.fetch(), offset
+    for length in (0, 1, lanes_start, checksums_start - 1, checksums_start, len(whole) - 1):
         ranks.path().write_bytes(whole[:length])
         assert ranks.fetch() == [BAD] * 2, length
     ranks.path().write_bytes(whole + b"\0")
@@ -136,11 +142,11 @@ def test_damage_anywhere_is_seen(tmp_path: Path, kind: str) -> None:
     assert ranks.fetch() == [GOOD] * 2
 
 
-def test_foreign_files_are_not_believed(tmp_path: Path) -> None:
+def test_files_of_other_models_and_tokens_are_rejected(tmp_path: Path) -> None:
     ours, theirs = (Ranks(tmp_path, "sharded", 1, m.ljust(16)) for m in (b"ours", b"theirs"))
     assert ours.fmt.key != theirs.fmt.key != Ranks(tmp_path, "fp8", 1).fmt.key
     assert theirs.store() and ours.fetch() == [BAD]
-    # The same weights' name, the same tokens, another model; then other tokens of ours.
+    # A file of another model under the same hash; then a file of other tokens of this model.
     ours.path().write_bytes(theirs.path().read_bytes())
     assert ours.fetch() == [BAD]
     assert ours.store() and ours.fetch() == [GOOD]
@@ -148,10 +154,10 @@ def test_foreign_files_are_not_believed(tmp_path: Path) -> None:
     assert ours.fetch((unit(1),)) == [BAD]
 
 
-def test_a_file_that_a_rank_did_not_finish_is_never_found(
+def test_unfinished_files_are_never_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(disk, "_SEAL_SECONDS", 0.05)
+    monkeypatch.setattr(disk, "_CHECKSUM_SECONDS", 0.05)
     ranks = Ranks(tmp_path, "sharded", 2)
     ranks.files[0].store(0, (unit(1),))
     ranks.files[0].store(0, (unit(2),))
@@ -161,7 +167,7 @@ def test_a_file_that_a_rank_did_not_finish_is_never_found(
     assert not list(tmp_path.glob("*/*"))
 
 
-def test_a_full_disk_stops_the_writing_only(
+def test_a_full_disk_stops_writing_but_not_reading(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     ranks = Ranks(tmp_path, "sharded", 1)
@@ -184,7 +190,7 @@ def index_of(ranks: Ranks, root: Path, num_files: int) -> DiskIndex:
 
 
 def keep(index: DiskIndex, ranks: Ranks, number: int) -> bool:
-    """Offer a page; write it if it is wanted."""
+    """Write a page if the index accepts it."""
     if not index.accept((unit(number),)):
         return False
     for files in ranks.files:
@@ -197,8 +203,8 @@ def on_disk(root: Path) -> set[int]:
     return {bytes.fromhex(path.stem)[0] for path in root.glob("*/*.kv")}
 
 
-def settle(ranks: Ranks) -> None:
-    """Wait for the files that are being deleted."""
+def wait_for_deletions(ranks: Ranks) -> None:
+    """Wait until queued deletions are done."""
     ranks.files[0]._writer.submit(int).result()
 
 
@@ -208,12 +214,12 @@ def test_the_directory_is_bounded(tmp_path: Path) -> None:
     assert all(keep(index, ranks, number) for number in range(3))
     index.touch((unit(0),))
     assert not index.accept((unit(0),)) and keep(index, ranks, 3)
-    settle(ranks)
+    wait_for_deletions(ranks)
     assert on_disk(tmp_path) == {0, 2, 3} and (unit(1),) not in index
     assert index.num_bytes == 3 * ranks.fmt.file_bytes and index.num_written == 4
 
 
-def test_a_restart_finds_the_files_in_order_of_their_use(tmp_path: Path) -> None:
+def test_a_restart_keeps_the_order_of_use(tmp_path: Path) -> None:
     ranks = Ranks(tmp_path, "sharded", 2)
     index = index_of(ranks, tmp_path, 4)
     for number in range(3):
@@ -222,7 +228,7 @@ def test_a_restart_finds_the_files_in_order_of_their_use(tmp_path: Path) -> None
     assert ranks.fetch((unit(0),)) == [GOOD] * 2
     again = Ranks(tmp_path, "sharded", 1)
     smaller = index_of(again, tmp_path, 2)
-    settle(again)
+    wait_for_deletions(again)
     assert on_disk(tmp_path) == {0, 2}
     assert (unit(0),) in smaller and (unit(1),) not in smaller
     assert "2 pages of this model" in smaller.describe()
@@ -234,21 +240,23 @@ def test_other_models_share_the_space(tmp_path: Path) -> None:
     index = index_of(ours, tmp_path, 2)
     assert (unit(0),) not in index and index.num_bytes == ours.fmt.file_bytes
     assert keep(index, ours, 1) and keep(index, ours, 2)
-    settle(ours)
+    wait_for_deletions(ours)
     assert on_disk(tmp_path) == {1, 2}
 
 
-def test_what_does_not_belong_there(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_torn_stale_and_unknown_files_in_the_folder(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     ranks = Ranks(tmp_path, "sharded", 1)
     folder = ranks.path().parent
     ranks.path(1).write_bytes(b"torn")
-    (folder / "notes.txt").write_text("somebody's own")
+    (folder / "notes.txt").write_text("a user's file")
     for name, age in (("old", 10_000), ("new", 0)):
         file = folder / f"{unit(2).hex()}.{name}.tmp"
         file.touch()
         os.utime(file, (0, time.time() - age))
     index = index_of(ranks, tmp_path, 2)
-    settle(ranks)
+    wait_for_deletions(ranks)
     assert {path.suffix for path in folder.iterdir()} == {".txt", ".tmp"}
     assert len(list(folder.glob("*.tmp"))) == 1 and index.num_bytes == 0
     assert len(caplog.messages) == 1 and "ignored and deleted" in caplog.text
@@ -263,12 +271,12 @@ def test_a_damaged_file_is_deleted_with_one_warning(
     with caplog.at_level(logging.WARNING):
         index.discard((unit(0),))
         index.discard((unit(0),))
-    settle(ranks)
+    wait_for_deletions(ranks)
     assert len(caplog.messages) == 1 and not ranks.path().exists() and index.num_bytes == 0
     assert keep(index, ranks, 0)
 
 
-def test_writing_that_does_not_keep_up_is_left_out(
+def test_pages_beyond_the_write_backlog_are_not_stored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ranks = Ranks(tmp_path, "sharded", 2)
@@ -285,7 +293,7 @@ def test_writing_that_does_not_keep_up_is_left_out(
 def test_other_programs_files_are_left_alone(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whatever they are called, they are not deleted, replaced or written through."""
+    """Files of any name are not deleted or replaced, and symbolic links are not followed."""
     ranks = Ranks(tmp_path, "sharded", 1)
     assert ranks.store()
     folder, project = ranks.path().parent, tmp_path / "project"
@@ -306,8 +314,8 @@ def test_other_programs_files_are_left_alone(
     index = DiskIndex(tmp_path, 2 * ranks.fmt.file_bytes, ranks.fmt, ranks.files[0])
     assert not any(keep(index, ranks, number) for number in (1, 2))
     assert keep(index, ranks, 3) and keep(index, ranks, 4)
-    settle(ranks)
+    wait_for_deletions(ranks)
     assert {path: path.read_text() for path in old} == old
     assert ranks.path(2).is_symlink()
     assert "not a file of a disk cache" in caplog.text
-    assert not ranks.path(0).exists()  # room was made, of the cache's own
+    assert not ranks.path(0).exists()  # only the cache's own file was deleted for space

@@ -1,4 +1,4 @@
-"""Eviction policies, alone and through the replay of small traces."""
+"""Eviction policies: their heap, their records of pages, and hit rates on small traces."""
 
 import json
 import random
@@ -23,7 +23,7 @@ def test_unknown_policies_are_refused() -> None:
 
 
 def test_the_lowest_rating_is_taken_first() -> None:
-    """The heap under random offers, changes of mind and withdrawals, beside a plain dictionary."""
+    """Compare the heap with a plain dictionary under random offers, re-ratings and withdrawals."""
     rng, policy = random.Random(3), LeastRecentlyUsed()
     entries = [Page(str(i)) for i in range(50)]
     offered: dict[CacheEntry, int] = {}
@@ -40,11 +40,11 @@ def test_the_lowest_rating_is_taken_first() -> None:
         elif offered:
             taken = policy.take()
             assert offered.pop(taken) == min([taken.last_use, *offered.values()])
-        assert all((entry.slot >= 0) == (entry in offered) for entry in entries)
+        assert all((entry.heap_index >= 0) == (entry in offered) for entry in entries)
 
 
 def reference_lru(requests: list[list[int]], capacity: int) -> int:
-    """Count the hits of a cache that evicts, one by one, the oldest block that none continues."""
+    """Count the hits of a cache that evicts the oldest leaf block, one at a time."""
     used: dict[tuple[int, ...], int] = {}
     hits = 0
     for now, blocks in enumerate(requests):
@@ -58,7 +58,7 @@ def reference_lru(requests: list[list[int]], capacity: int) -> int:
 
 
 @pytest.mark.parametrize("capacity", [0, 1, 7, 20, 60])
-def test_lru_is_lru(capacity: int) -> None:
+def test_lru_equals_a_reference_implementation(capacity: int) -> None:
     rng = random.Random(capacity)
     requests = [[rng.randrange(3) for _ in range(rng.randrange(1, 7))] for _ in range(300)]
     assert replay(requests, capacity, "lru")["hits"] == reference_lru(requests, capacity)
@@ -78,7 +78,7 @@ def pages() -> dict[str, Page]:
     return {"root": root, **{name: Page(name, root) for name in "abcdefg"}}
 
 
-def test_pages_share_the_visit_that_brought_them(pages: dict[str, Page]) -> None:
+def test_pages_share_the_visit_that_added_them(pages: dict[str, Page]) -> None:
     root, a, b, c, *_ = pages.values()
     policy = make_policy("cost", 10)
     policy.hit([root])
@@ -104,7 +104,7 @@ def test_requests_that_run_side_by_side_count_their_own_pages(pages: dict[str, P
     assert b.visit and c.visit and (b.visit.num_new, c.visit.num_new) == (2, 2)
 
 
-def test_a_copied_tail_goes_on_as_what_it_was(pages: dict[str, Page]) -> None:
+def test_a_copied_tail_inherits_hits_and_visit(pages: dict[str, Page]) -> None:
     root, a, tail, copy, more, *_ = pages.values()
     policy = make_policy("cost", 10)
     policy.hit([root])
@@ -118,7 +118,7 @@ def test_a_copied_tail_goes_on_as_what_it_was(pages: dict[str, Page]) -> None:
     assert copy.num_hits == 1 and more.visit and more.visit.num_new == 1
 
 
-def test_an_evicted_page_is_known_when_it_returns(pages: dict[str, Page]) -> None:
+def test_an_evicted_page_that_returns_keeps_its_hits(pages: dict[str, Page]) -> None:
     root, a, b, *_ = pages.values()
     policy = make_policy("cost", 10)
     for expected_hits in range(3):
@@ -135,7 +135,7 @@ def test_an_evicted_page_is_known_when_it_returns(pages: dict[str, Page]) -> Non
 
 
 class Traffic:
-    """Requests as lists of block numbers; `new` numbers never come twice."""
+    """Requests as lists of block numbers; `new` returns unused numbers."""
 
     def __init__(self, seed: int = 1) -> None:
         self.rng, self._last = random.Random(seed), 0
@@ -145,19 +145,19 @@ class Traffic:
         return list(range(self._last - count, self._last))
 
     def dialogues(self, num_requests: int, scans: float) -> list[list[int]]:
-        """Turns of eight dialogues at a time, among prompts that come once and are long."""
+        """Turns of eight concurrent dialogues, mixed with long prompts that occur once."""
         system = self.new(2)
-        open_: list[list[int]] = [[] for _ in range(8)]
+        dialogues: list[list[int]] = [[] for _ in range(8)]
         requests = []
         for _ in range(num_requests):
             if self.rng.random() < scans:
                 requests.append(self.new(self.rng.randrange(30, 90)))
                 continue
-            which = self.rng.randrange(8)
-            if not open_[which] or self.rng.random() < 0.1:
-                open_[which] = [*system, *self.new(5)]
-            open_[which] += self.new(2)
-            requests.append([*open_[which], *self.new(1)])
+            index = self.rng.randrange(8)
+            if not dialogues[index] or self.rng.random() < 0.1:
+                dialogues[index] = [*system, *self.new(5)]
+            dialogues[index] += self.new(2)
+            requests.append([*dialogues[index], *self.new(1)])
         return requests
 
 
@@ -171,7 +171,7 @@ def test_scans_do_not_flush_dialogues() -> None:
 
 
 def test_cost_equals_lru_where_lru_is_best() -> None:
-    """Dialogues alone, in a cache that nearly holds them: recency says it all."""
+    """Dialogues only, in a cache that nearly holds them: recency is the best predictor."""
     requests = Traffic().dialogues(3000, scans=0.0)
     cost, lru = (replay(requests, 250, policy)["hit_rate"] for policy in ("cost", "lru"))
     assert cost > 0.98 * lru > 0.5
@@ -194,7 +194,7 @@ def test_popular_prefixes_stay() -> None:
 
 
 def test_the_policy_follows_when_traffic_changes() -> None:
-    """What was popular and is no more must make room for what is."""
+    """Prefixes that are no longer popular are evicted in favour of those that are."""
     rng, requests = random.Random(7), []
     for i in range(8000):
         topic = (0 if i < 4000 else 10_000) + min(int(rng.paretovariate(1.0)), 2000)
@@ -213,13 +213,13 @@ def run(pages: PageAllocator, tree: PrefixTree, tokens: list[int]) -> None:
     tree.hold(match)
     tree.count(match)
     assert tree.make_room(len(tokens) - match.num_tokens)
-    held = match.pages + pages.allocate(len(tokens) - match.num_tokens)
-    tree.insert(tokens, len(tokens), held)
-    pages.release(held)
+    seq_pages = match.pages + pages.allocate(len(tokens) - match.num_tokens)
+    tree.insert(tokens, len(tokens), seq_pages)
+    pages.release(seq_pages)
 
 
-def test_what_is_deep_costs_more_to_lose() -> None:
-    """A page that is a little older is kept if it attends to much more before it."""
+def test_deep_pages_are_worth_more() -> None:
+    """A slightly older page is kept if its prefix is much longer."""
     kept = {}
     for depth_cost in (0.0, 0.5):
         pages, tree = tree_of(make_policy("cost", 64, depth_cost), 64)

@@ -1,4 +1,4 @@
-"""Pages in host memory: every byte of every layer goes out and comes back."""
+"""The host-memory tier: every byte of every layer is offloaded and restored."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
     "device",
     ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)],
 )
-def test_pages_come_back_as_they_went(
+def test_restored_pages_equal_offloaded_pages(
     layout: CacheLayout, device: str, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(host, "_BLOCK", block)
@@ -40,7 +40,7 @@ def test_pages_come_back_as_they_went(
     assert pool.num_bytes * 9 == cache.num_bytes * 5
     pages, slots = torch.tensor([2, 7, 4]), torch.tensor([3, 0, 4])
     pool.offload(pages, slots)
-    # What follows at once must not change what is kept.
+    # Work launched right after the offload must not change the offloaded data.
     cache.slots.zero_()
     pool.restore(slots, torch.tensor([1, 2, 3]))
     after, before = (x.view(3, 9, -1).view(torch.uint8) for x in (cache.slots, before))

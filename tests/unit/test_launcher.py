@@ -1,4 +1,4 @@
-"""A process's place in its job, as different launchers tell it."""
+"""Rank, world size and rendezvous address in the environments of different launchers."""
 
 import os
 
@@ -9,7 +9,7 @@ from dsv3.distributed.launcher import (
     environment_rank,
     environment_world_size,
     first_host,
-    meeting_point,
+    rendezvous_address,
     unused_tasks,
 )
 from dsv3.errors import ConfigError
@@ -40,7 +40,7 @@ OPEN_MPI = {
 }
 MPICH = {"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1"}
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "2"}
-PLACE = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
+ADDRESS = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def set_all(environment: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
         environment.setenv(name, value)
 
 
-def place() -> tuple[int, int, int]:
+def ranks() -> tuple[int, int, int]:
     return environment_rank(), environment_world_size(), environment_local_rank()
 
 
@@ -82,16 +82,16 @@ def place() -> tuple[int, int, int]:
         ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"}, (0, 1, 0)),
         (STEP | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_PTY_PORT": "4"}, (0, 1, 0)),
         (STEP | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, (0, 1, 1)),
-        (SCRIPT | PLACE, (0, 1, 0)),
+        (SCRIPT | ADDRESS, (0, 1, 0)),
         # A container that gets few variables.
-        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1"} | PLACE, (1, 2, 1)),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1"} | ADDRESS, (1, 2, 1)),
     ],
 )
-def test_place(
+def test_ranks_of_each_launcher(
     environment: pytest.MonkeyPatch, variables: dict[str, str], expected: tuple[int, int, int]
 ) -> None:
     set_all(environment, variables)
-    assert place() == expected
+    assert ranks() == expected
 
 
 @pytest.mark.parametrize(
@@ -99,17 +99,17 @@ def test_place(
     [
         (STEP, "gpu03:19711"),
         (STEP | {"SLURM_STEP_ID": "2"}, "gpu03:19913"),
-        (STEP | PLACE, "node0:29500"),
+        (STEP | ADDRESS, "node0:29500"),
         (STEP | {"MASTER_PORT": "1234"}, "gpu03:1234"),
         (STEP | {"PMI_RANK": "9", "PMI_SIZE": "16"}, "gpu03:19711"),  # srun --mpi=pmi2
-        (OPEN_MPI | PLACE, "node0:29500"),
+        (OPEN_MPI | ADDRESS, "node0:29500"),
     ],
 )
-def test_meeting_point(
+def test_rendezvous_address(
     environment: pytest.MonkeyPatch, variables: dict[str, str], found: str
 ) -> None:
     set_all(environment, variables)
-    assert str(meeting_point()) == found
+    assert str(rendezvous_address()) == found
 
 
 @pytest.mark.parametrize(
@@ -123,20 +123,20 @@ def test_meeting_point(
         (STEP | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"} | OPEN_MPI, "MASTER_ADDR is"),
     ],
 )
-def test_a_missing_meeting_point_is_named(
+def test_a_missing_rendezvous_address_is_an_error(
     environment: pytest.MonkeyPatch, variables: dict[str, str], missing: str
 ) -> None:
     set_all(environment, variables)
     with pytest.raises(ConfigError, match=f"{missing}.*export MASTER_ADDR"):
-        meeting_point()
+        rendezvous_address()
 
 
 @pytest.mark.parametrize("value", ["", " ", "x", "-1", "1.5", "0x1"])
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"])
 def test_wrong_numbers_are_named(environment: pytest.MonkeyPatch, name: str, value: str) -> None:
-    set_all(environment, TORCHRUN | PLACE | {name: value})
+    set_all(environment, TORCHRUN | ADDRESS | {name: value})
     with pytest.raises(ConfigError, match=f"{name}={value} in the environment must be a whole"):
-        (place(), meeting_point())
+        (ranks(), rendezvous_address())
 
 
 def test_ranks_are_below_the_number_of_ranks(environment: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Who may import whom: the direction of the architecture, held by reading the imports."""
+"""Direction of imports between packages, checked on the source."""
 
 import ast
 import subprocess
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# A room imports from rooms below its own level, and within its level without going in circles.
+# A package imports from packages below its level, and within its level without cycles.
 LEVELS = {
     "dsv3_kernels": 0,
     "dsv3.distributed": 1,
@@ -24,10 +24,10 @@ LEVELS = {
     "benchlib": 6,
     "launch": 7,
 }
-FOR_ALL = {"dsv3", "dsv3.config", "dsv3.config_files", "dsv3.errors", "dsv3.request"}
-FOR_ALL |= {"dsv3.config_fields", "dsv3.config_hf", "dsv3.config_rope"}
-FOR_ALL |= {"dsv3.config_quantization", "dsv3.files", "dsv3.read_files", "dsv3.version"}
-FOR_ALL |= {"dsv3.arguments", "dsv3.setting_names", "dsv3.settings", "dsv3.sizes", "dsv3.streams"}
+SHARED = {"dsv3", "dsv3.config", "dsv3.config_files", "dsv3.errors", "dsv3.request"}
+SHARED |= {"dsv3.config_fields", "dsv3.config_hf", "dsv3.config_rope"}
+SHARED |= {"dsv3.config_quantization", "dsv3.files", "dsv3.read_files", "dsv3.version"}
+SHARED |= {"dsv3.arguments", "dsv3.setting_names", "dsv3.settings", "dsv3.sizes", "dsv3.streams"}
 
 
 def sources() -> dict[str, Path]:
@@ -63,7 +63,7 @@ def module_of(name: str) -> str | None:
     return name or None
 
 
-def room(module: str) -> str:
+def package_of(module: str) -> str:
     parts = module.split(".")
     return ".".join(parts[:2]) if parts[0] == "dsv3" else parts[0]
 
@@ -78,36 +78,36 @@ def edges() -> list[tuple[str, str]]:
 
 
 def test_benchmarks_are_no_part_of_the_runtime() -> None:
-    users = {room(source) for source, target in edges() if room(target) == "benchlib"}
+    users = {package_of(source) for source, target in edges() if package_of(target) == "benchlib"}
     assert users == {"benchlib", "launch"}
 
 
-def test_the_rooms_are_those_of_the_plan() -> None:
-    assert {room(name) for name in MODULES} <= LEVELS.keys() | FOR_ALL
+def test_the_packages_are_those_of_the_plan() -> None:
+    assert {package_of(name) for name in MODULES} <= LEVELS.keys() | SHARED
     assert len(edges()) > 100
 
 
 def test_imports_point_down() -> None:
     wrong = []
     for source, target in edges():
-        a, b = room(source), room(target)
-        if b in FOR_ALL or a == b or source == "dsv3":  # it hands out doors, when asked for
+        a, b = package_of(source), package_of(target)
+        if b in SHARED or a == b or source == "dsv3":  # it hands out doors, when asked for
             continue
-        if a in FOR_ALL or LEVELS[b] > LEVELS[a]:
+        if a in SHARED or LEVELS[b] > LEVELS[a]:
             wrong.append(f"{source} imports {target}")
     assert not wrong
 
 
-def test_rooms_of_one_level_do_not_go_in_circles() -> None:
+def test_packages_of_one_level_have_no_cycles() -> None:
     graph: dict[str, set[str]] = {}
     for source, target in edges():
-        a, b = room(source), room(target)
-        if a != b and b not in FOR_ALL:
+        a, b = package_of(source), package_of(target)
+        if a != b and b not in SHARED:
             graph.setdefault(a, set()).add(b)
     TopologicalSorter(graph).prepare()
 
 
-def test_modules_do_not_go_in_circles() -> None:
+def test_modules_have_no_cycles() -> None:
     graph: dict[str, set[str]] = {}
     for source, target in edges():
         if source != target:
@@ -115,29 +115,29 @@ def test_modules_do_not_go_in_circles() -> None:
     TopologicalSorter(graph).prepare()
 
 
-def test_ranks_are_met_in_one_room_only() -> None:
+def test_one_package_imports_torch_distributed() -> None:
     """No layer calls torch.distributed: collectives are handed to it."""
     users = {
         name
         for name, path in MODULES.items()
         for full in imported(path)
-        # elastic and run are torchrun: how it is started, and is told what went wrong.
+        # elastic and run are torchrun: how ranks are started, and its failure reports.
         if full.startswith("torch.distributed")
         and not full.startswith(("torch.distributed.elastic.", "torch.distributed.run."))
     }
-    assert {room(name) for name in users} == {"dsv3.distributed"}
+    assert {package_of(name) for name in users} == {"dsv3.distributed"}
 
 
 def test_the_runtime_does_not_import_transformers() -> None:
-    """Benchmarks may measure it: they import it by name, when they are told to."""
+    """Benchmarks may measure it: they import it by name, if a flag asks for it."""
     for name, path in MODULES.items():
         assert not any(full.startswith("transformers") for full in imported(path)), name
 
 
 def torch_free() -> list[str]:
-    """What works on a machine without torch: configs, text, everything about files but loading."""
-    rooms = ("dsv3.checkpoint", "dsv3.text")
-    names = [n for n in MODULES if n in FOR_ALL or room(n) in rooms]
+    """Modules that work without torch: configs, text, everything about files but loading."""
+    packages = ("dsv3.checkpoint", "dsv3.text")
+    names = [n for n in MODULES if n in SHARED or package_of(n) in packages]
     return [n for n in names if n != "dsv3.checkpoint.load"]
 
 

@@ -1,4 +1,4 @@
-"""What a rank decides by itself before it meets the others."""
+"""Settings of a rank before the rendezvous, the rendezvous, and properties of the mesh."""
 
 import os
 import re
@@ -18,12 +18,12 @@ from dsv3.distributed import mesh, rendezvous
 from dsv3.distributed import store as store_module
 from dsv3.distributed.mesh import Mesh, _num_threads, join_world
 from dsv3.distributed.rendezvous import Hello, Peer, Roster
-from dsv3.distributed.store import Patience
+from dsv3.distributed.store import Backoff
 from dsv3.distributed.watchdog import Watchdog
 from dsv3.errors import ConfigError, RankError
 
 
-def test_threads_are_the_users_or_a_share_of_the_usable_cores(
+def test_threads_are_the_users_setting_or_a_share_of_the_cores(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
@@ -34,7 +34,7 @@ def test_threads_are_the_users_or_a_share_of_the_usable_cores(
     assert _num_threads(24) == 1
 
 
-def test_impossible_settings_are_refused_before_anybody_is_met() -> None:
+def test_impossible_settings_are_refused_before_the_rendezvous() -> None:
     with pytest.raises(ConfigError, match="device=tpu is unknown"), join_world("tpu"):
         pass
     with (
@@ -42,10 +42,10 @@ def test_impossible_settings_are_refused_before_anybody_is_met() -> None:
         join_world("cpu", rank_timeout=1),
     ):
         pass
-    for endless in (float("nan"), float("inf")):
+    for timeout in (float("nan"), float("inf")):
         with (
             pytest.raises(ConfigError, match=r"rank_timeout=(nan|inf) must be"),
-            join_world("cpu", rank_timeout=endless),
+            join_world("cpu", rank_timeout=timeout),
         ):
             pass
 
@@ -62,14 +62,14 @@ def test_impossible_settings_are_refused_before_anybody_is_met() -> None:
         ("MASTER_PORT", "99999", "MASTER_PORT=99999 in the environment must be"),
     ],
 )
-def test_an_environment_that_no_launcher_makes_is_refused(
+def test_an_invalid_environment_is_refused(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str, reason: str
 ) -> None:
     usual = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     for variable, text in (usual | {name: value}).items():
         monkeypatch.setenv(variable, text)
-    monkeypatch.setattr(mesh, "_TELL_SECONDS", 0.1)
-    monkeypatch.setattr(rendezvous, "LATER_SECONDS", 0.1)
+    monkeypatch.setattr(mesh, "_REPORT_SECONDS", 0.1)
+    monkeypatch.setattr(rendezvous, "EXTRA_SECONDS", 0.1)
     with pytest.raises(ConfigError, match=reason), join_world("cpu"):
         pass
 
@@ -79,10 +79,10 @@ def hello(rank: int, failure: str = "", **settings: str) -> Hello:
 
 
 def call(store: dist.Store, mine: Hello, seconds: float = 20.0) -> Roster:
-    patience = Patience(mine.peer.rank, 4, seconds)
+    backoff = Backoff(mine.peer.rank, 4, seconds)
     if mine.peer.rank == 0:
-        return rendezvous._Invitation(store, mine, patience).roster()
-    return rendezvous._join(store, mine, patience)
+        return rendezvous._RosterServer(store, mine, backoff).roster()
+    return rendezvous._join_roster(store, mine, backoff)
 
 
 @pytest.fixture
@@ -91,39 +91,39 @@ def store(monkeypatch: pytest.MonkeyPatch) -> dist.Store:
     monkeypatch.setenv("MASTER_PORT", "29500")
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setattr(rendezvous, "_HELLO_SECONDS", 0.2)
-    monkeypatch.setattr(store_module, "LATER_SECONDS", 0.5)
+    monkeypatch.setattr(store_module, "EXTRA_SECONDS", 0.5)
     store = dist.HashStore()
-    store.set(rendezvous._ADDRESS, "1 old")  # of an attempt before, where nobody answers
+    store.set(rendezvous._ADDRESS, "1 old")  # of an earlier attempt; nothing listens there
     return store
 
 
 def address(store: dist.Store) -> tuple[int, str]:
-    """Return the port and the token of rank 0, when it has come."""
+    """Return the port and the token of rank 0, after waiting for it."""
     while store.get(rendezvous._ADDRESS) == b"1 old":
         time.sleep(0.01)
     port, token = store.get(rendezvous._ADDRESS).decode().split()
     return int(port), token
 
 
-def test_ranks_meet_in_any_order_and_past_strangers(store: dist.Store) -> None:
-    """Strangers say nothing, something else, or hello without the token of this job."""
+def test_rendezvous_in_any_order_and_with_strangers(store: dist.Store) -> None:
+    """Strangers send nothing, another protocol, or a hello without the token of this job."""
     with ThreadPoolExecutor() as pool:
         calls = [pool.submit(call, store, hello(rank)) for rank in (3, 0)]
         port, _ = address(store)
-        sayings = (b"", b"GET / HTTP/1.1\r\n\r\n", b"[" * 10_000 + b"\n", hello(2).line("other"))
-        strangers = [socket.create_connection(("localhost", port)) for _ in sayings]
-        for stranger, saying in zip(strangers, sayings, strict=True):
-            stranger.sendall(saying)
+        messages = (b"", b"GET / HTTP/1.1\r\n\r\n", b"[" * 10_000 + b"\n", hello(2).line("other"))
+        strangers = [socket.create_connection(("localhost", port)) for _ in messages]
+        for stranger, message in zip(strangers, messages, strict=True):
+            stranger.sendall(message)
         time.sleep(0.5)
         calls += [pool.submit(call, store, hello(rank)) for rank in (2, 1)]
-        met = [done.result() for done in calls]
+        rosters = [done.result() for done in calls]
         for stranger in strangers:
             stranger.close()
-    assert [[peer.rank for peer in each.peers] for each in met] == [[0, 1, 2, 3]] * 4
-    assert [sorted(each.links) for each in met] == [[0], [1, 2, 3], [0], [0]]
+    assert [[peer.rank for peer in roster.peers] for roster in rosters] == [[0, 1, 2, 3]] * 4
+    assert [sorted(roster.links) for roster in rosters] == [[0], [1, 2, 3], [0], [0]]
 
 
-def test_a_rank_that_dies_while_others_are_waited_for_is_named(store: dist.Store) -> None:
+def test_a_rank_that_dies_during_rendezvous_is_named(store: dist.Store) -> None:
     with ThreadPoolExecutor() as pool:
         first = pool.submit(call, store, hello(0))
         port, token = address(store)
@@ -138,15 +138,15 @@ def test_a_rank_that_dies_while_others_are_waited_for_is_named(store: dist.Store
 def test_settings_that_differ_are_named_on_all_ranks(store: dist.Store) -> None:
     with ThreadPoolExecutor() as pool:
         settings = [{"a": "1", "b": "2"}, {"a": "1", "b": "2"}, {"a": "1", "b": "3"}, {"a": "1"}]
-        calls = [pool.submit(call, store, hello(i, **each)) for i, each in enumerate(settings)]
+        calls = [pool.submit(call, store, hello(rank, **s)) for rank, s in enumerate(settings)]
         raised = [done.exception(20) for done in calls]
     assert {type(error) for error in raised} == {ConfigError}
     (text,) = {str(error) for error in raised}
     assert re.search("b is 2 on rank 0 on node and (3|not known) on rank [23] on node$", text)
-    assert [error.told_elsewhere for error in raised] == [False, True, True, True]
+    assert [error.reported_by_rank0 for error in raised] == [False, True, True, True]
 
 
-def test_the_reason_is_told_though_a_rank_never_comes(store: dist.Store) -> None:
+def test_the_reason_is_reported_though_a_rank_is_missing(store: dist.Store) -> None:
     with ThreadPoolExecutor() as pool:
         calls = [pool.submit(call, store, hello(rank, a=str(rank))) for rank in (0, 1)]
         raised = [done.exception(20) for done in calls]
@@ -154,22 +154,23 @@ def test_the_reason_is_told_though_a_rank_never_comes(store: dist.Store) -> None
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_cannot_start_tells_all_others(store: dist.Store, rank: int) -> None:
+def test_a_rank_that_cannot_start_reports_to_all_others(store: dist.Store, rank: int) -> None:
     reasons = {rank: "--odd: unrecognized arguments"}
     with ThreadPoolExecutor() as pool:
         calls = [pool.submit(call, store, hello(i, reasons.get(i, ""))) for i in (0, 1, 3)]
         raised = [done.exception(20) for done in calls]
     assert {type(error) for error in raised} == {ConfigError}
-    where = "" if rank == 0 else "rank 1 on node: "
-    assert {str(error) for error in raised} == {f"{where}--odd: unrecognized arguments"}
-    assert [error.told_elsewhere for error in raised] == [False, True, True]
+    name = "" if rank == 0 else "rank 1 on node: "
+    assert {str(error) for error in raised} == {f"{name}--odd: unrecognized arguments"}
+    assert [error.reported_by_rank0 for error in raised] == [False, True, True]
 
 
 def test_a_second_rank_0_is_refused(store: dist.Store) -> None:
     with ThreadPoolExecutor() as pool:
         first = pool.submit(call, store, hello(0))
         address(store)
-        raised = [each.exception(20) for each in (first, pool.submit(call, store, hello(0)))]
+        second = pool.submit(call, store, hello(0))
+        raised = [first.exception(20), second.exception(20)]
     reason = "rank 0 on node (process 1) cannot join: the process 1 is this rank already"
     assert [str(error) for error in raised] == [reason] * 2
 
@@ -178,19 +179,19 @@ def test_a_second_rank_0_is_refused(store: dist.Store) -> None:
     ("rank", "words"), [(0, "is used by another program"), (1, "no answer at localhost")]
 )
 @pytest.mark.slow
-def test_a_server_that_is_no_store_ends_the_wait(rank: int, words: str) -> None:
-    """It takes connections and says nothing. The process ends: torch's thread never would."""
+def test_a_server_that_is_no_store_ends_the_process(rank: int, words: str) -> None:
+    """The server accepts connections and sends nothing; torch's thread would wait for ever."""
     code = (
         "from dsv3.distributed import rendezvous\n"
-        "rendezvous.LATER_SECONDS = 0.5\n"
+        "rendezvous.EXTRA_SECONDS = 0.5\n"
         f"me = rendezvous.Peer({rank}, 'node', 'boot', 1, '')\n"
-        "rendezvous.meet(rendezvous.Hello(me, 4), 0.5)\n"
+        "rendezvous.gather_roster(rendezvous.Hello(me, 4), 0.5)\n"
     )
     with socket.create_server(("localhost", 0)) as server:
-        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(server.getsockname()[1])}
+        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(server.getsockname()[1])}
         done = subprocess.run(
             [sys.executable, "-c", code],
-            env=os.environ | place,
+            env=os.environ | address,
             capture_output=True,
             text=True,
             timeout=60,
@@ -203,7 +204,7 @@ def test_a_server_that_is_no_store_ends_the_wait(rank: int, words: str) -> None:
     ("rank", "reason"),
     [(7, "RANK must be below WORLD_SIZE=4"), (1, "the process 1 is this rank already")],
 )
-def test_a_rank_that_cannot_be_is_refused(store: dist.Store, rank: int, reason: str) -> None:
+def test_an_invalid_or_duplicate_rank_is_refused(store: dist.Store, rank: int, reason: str) -> None:
     with ThreadPoolExecutor() as pool:
         calls = [pool.submit(call, store, hello(0))]
         address(store)
@@ -214,7 +215,7 @@ def test_a_rank_that_cannot_be_is_refused(store: dist.Store, rank: int, reason: 
     assert all(f"rank {rank} on node (process 1) cannot join: {reason}" in str(e) for e in raised)
 
 
-def test_ranks_that_never_come_are_named_in_time(store: dist.Store) -> None:
+def test_missing_ranks_are_named_after_the_timeout(store: dist.Store) -> None:
     with ThreadPoolExecutor() as pool:
         calls = [pool.submit(call, store, hello(rank), 1.0 + rank) for rank in (0, 2)]
         raised = [done.exception(20) for done in calls]
@@ -231,8 +232,8 @@ def test_ranks_are_named_by_their_hosts() -> None:
     assert Watchdog().name_of(0) == "rank 0"
 
 
-def test_graphs_hold_steps_of_all_groups_that_exchange_over_nccl() -> None:
-    """Plans travel beside them, over Gloo; where that is all there is, nothing can be captured."""
+def test_steps_are_capturable_if_all_groups_use_nccl() -> None:
+    """Step plans are sent over Gloo, outside of graphs; with Gloo only, nothing is captured."""
     layout, cuda = ParallelConfig(world_size=4, rank=0, dp=2), torch.device("cuda")
     nccl, gloo = StandIn(0, 4), StandIn(0, 4)
     gloo.is_capturable = False

@@ -3,7 +3,7 @@ import pytest
 from dsv3.cache.pages import PageAllocator
 
 
-def test_every_page_but_the_null_page_once() -> None:
+def test_all_pages_except_the_null_page_are_allocated_once() -> None:
     pages = PageAllocator(6)
     assert pages.num_pages == pages.num_free == 5
     assert pages.allocate(2) == [1, 2]
@@ -25,7 +25,7 @@ def test_shared_pages_are_freed_by_their_last_holder() -> None:
     assert sorted(pages.allocate(3)) == [1, 2, 3]
 
 
-def test_misuse() -> None:
+def test_double_release_and_retaining_free_pages_are_errors() -> None:
     pages = PageAllocator(4)
     held = pages.allocate(1)
     pages.release(held)

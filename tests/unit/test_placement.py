@@ -1,4 +1,4 @@
-"""Where experts live: the published balancer, copies, few moves, files."""
+"""Expert placement: the published balancer, copies, few moves, files."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from dsv3.parallel.expert_placement import (
     Placement,
     balanced_slots,
     keep_in_place,
-    pack,
+    pack_balanced,
     read_layers,
     replicate,
     write_layers,
@@ -37,9 +37,9 @@ def test_the_published_example() -> None:
 
 
 def test_packs_are_equal_in_number_and_close_in_load() -> None:
-    assert pack(np.array([5.0, 1, 4, 2]), 2).tolist() == [[0, 1], [2, 3]]
-    assert pack(np.array([1.0, 9, 2]), 3).tolist() == [[0], [1], [2]]
-    assert pack(np.zeros(4), 2).tolist() == [[0, 1], [2, 3]]
+    assert pack_balanced(np.array([5.0, 1, 4, 2]), 2).tolist() == [[0, 1], [2, 3]]
+    assert pack_balanced(np.array([1.0, 9, 2]), 3).tolist() == [[0], [1], [2]]
+    assert pack_balanced(np.zeros(4), 2).tolist() == [[0, 1], [2, 3]]
 
 
 def test_the_most_loaded_expert_is_copied_first() -> None:
@@ -59,7 +59,7 @@ def test_the_most_loaded_expert_is_copied_first() -> None:
     ],
 )
 def test_random_loads(experts: int, slots: int, groups: int, nodes: int, ranks: int) -> None:
-    """Every expert has a copy, nodes keep whole groups, and no load is worse off than before."""
+    """Every expert has a slot, nodes keep whole groups, and no balance gets worse."""
     config = dataclasses.replace(TINY, n_routed_experts=experts, n_group=groups)
     start = Placement.contiguous(config, ranks, slots - experts)
     rng = np.random.default_rng(experts + slots)
@@ -89,8 +89,8 @@ def test_all_tokens_on_one_expert_and_on_none() -> None:
     assert start.imbalance(nothing) == 0.0
 
 
-def test_only_what_must_move_moves() -> None:
-    """A balanced layer stays as it is; shuffled nodes, ranks and slots come back."""
+def test_balanced_layers_stay_and_few_experts_move() -> None:
+    """A balanced layer stays as it is; a shuffled one is restored."""
     rng = np.random.default_rng(0)
     load = rng.random(16)
     balanced = balanced_slots(load, 24, 4, 2, 8)
@@ -105,8 +105,10 @@ def test_only_what_must_move_moves() -> None:
     moved = placement.rebalanced({1: load}, 4, 2).layers[1]
     fresh = balanced_slots(load, 24, 4, 2, 8)
     assert 0 < (moved != balanced).sum() < (fresh != balanced).sum()
-    both = [Placement(16, 8, {1: slots}).rank_loads(1, load) for slots in (moved, fresh)]
-    assert sorted(both[0]) == pytest.approx(sorted(both[1]))
+    moved_loads, fresh_loads = (
+        Placement(16, 8, {1: slots}).rank_loads(1, load) for slots in (moved, fresh)
+    )
+    assert sorted(moved_loads) == pytest.approx(sorted(fresh_loads))
     assert placement.rebalanced({1: load}, 4, 2, gain=0.9).layers[1].tolist() == balanced.tolist()
 
 
@@ -114,15 +116,15 @@ def test_contiguous_slots() -> None:
     placement = Placement.contiguous(SIXTEEN, 4, 8)
     assert list(placement.layers) == [1, 2, 3]
     assert (placement.num_slots, placement.slots_per_rank) == (24, 6)
-    assert placement.held(2, 1) == [4, 5, 6, 7, 4, 5]
-    assert Placement.contiguous(SIXTEEN, 4).held(1, 3) == [12, 13, 14, 15]
+    assert placement.local_experts(2, 1) == [4, 5, 6, 7, 4, 5]
+    assert Placement.contiguous(SIXTEEN, 4).local_experts(1, 3) == [12, 13, 14, 15]
     with pytest.raises(ConfigError, match="4 ranks must divide 3 redundant experts and"):
         Placement.contiguous(SIXTEEN, 4, 3)
     with pytest.raises(ConfigError, match=r"3 ranks must divide n_routed_experts=16"):
         Placement.contiguous(SIXTEEN, 3)
 
 
-def test_every_copy_is_found() -> None:
+def test_copies_of_an_expert() -> None:
     placement = Placement(4, 2, {1: np.array([3, 0, 1, 2, 0, 0])})
     slots, counts = placement.copies(1)
     assert counts.tolist() == [3, 1, 1, 1]
@@ -163,8 +165,8 @@ def test_files(tmp_path: Path) -> None:
         write_layers(tmp_path / "no" / "file", {}, {})
 
 
-def test_what_a_run_asks_for(tmp_path: Path) -> None:
-    """Experts are placed only where somebody asks; what cannot be is refused before loading."""
+def test_placement_by_settings(tmp_path: Path) -> None:
+    """Experts are placed only on request; impossible placements are refused before loading."""
     four = ParallelConfig(world_size=4)
     assert place_experts(EngineConfig(), SIXTEEN, four) is None
     dense = dataclasses.replace(SIXTEEN, first_k_dense_replace=4)
@@ -175,7 +177,7 @@ def test_what_a_run_asks_for(tmp_path: Path) -> None:
     placed.write(path)
     settings = EngineConfig(expert_placement=str(path))
     again = place_experts(settings, SIXTEEN, four)
-    assert again is not None and again.held(1, 1) == placed.held(1, 1)
+    assert again is not None and again.local_experts(1, 1) == placed.local_experts(1, 1)
     with pytest.raises(ConfigError, match=r"expert_placement=.*json: num_ranks=4, but"):
         place_experts(settings, SIXTEEN, ParallelConfig(world_size=2))
     with pytest.raises(ConfigError, match=r"record_expert_load=.*: there is no such directory"):
@@ -204,7 +206,7 @@ def test_bad_files(tmp_path: Path, layers: object, fault: str) -> None:
         Placement.read(path)
 
 
-def test_more_experts_than_any_memory_holds(tmp_path: Path) -> None:
+def test_an_absurd_number_of_experts(tmp_path: Path) -> None:
     path = tmp_path / "bad.json"
     sizes = {"num_experts": 10**15, "num_ranks": 1}
     path.write_text(json.dumps({**sizes, "layers": {"1": [0, 1]}}))
@@ -212,7 +214,7 @@ def test_more_experts_than_any_memory_holds(tmp_path: Path) -> None:
         Placement.read(path)
 
 
-def test_no_file(tmp_path: Path) -> None:
+def test_missing_and_broken_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot be read: .*No such file"):
         read_layers(tmp_path / "none", ())
     (tmp_path / "text").write_text("{")

@@ -2,7 +2,7 @@ from dataclasses import fields
 
 import numpy as np
 
-from dsv3.engine.plan import StepPlan
+from dsv3.engine.step_plan import StepPlan
 
 
 def random_plan(rng: np.random.Generator, size: int) -> StepPlan:

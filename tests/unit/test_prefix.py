@@ -1,4 +1,4 @@
-"""The prefix tree: what is shared, copied, kept and evicted."""
+"""The prefix tree: sharing, copying, pinning, groups and eviction."""
 
 import gc
 from array import array
@@ -15,19 +15,21 @@ P = 4
 
 
 class Cache:
-    """A tree of pages of four tokens, and requests that run to their end at once."""
+    """A prefix tree, and sequences that are computed at once."""
 
     def __init__(self, num_pages: int = 16, policy: str = "lru", page_size: int = P) -> None:
         self.pages = PageAllocator(num_pages + 1)
         self.evicted: list[tuple[int, bytes, bytes]] = []
         self.size = page_size
-        policy_ = make_policy(policy, num_pages)
         self.tree = PrefixTree(
-            self.pages, page_size, policy_, on_evict=lambda *page: self.evicted.append(page)
+            self.pages,
+            page_size,
+            make_policy(policy, num_pages),
+            on_evict=lambda *page: self.evicted.append(page),
         )
 
     def start(self, tokens: Sequence[int], group: str | None = None) -> list[int]:
-        """Compute and register a sequence; return the pages it still holds."""
+        """Compute and register a sequence; return its pages, which it still holds."""
         match = self.tree.match(tokens)
         self.tree.hold(match)
         self.tree.count(match, group)
@@ -40,7 +42,7 @@ class Cache:
         return held
 
     def run(self, tokens: Sequence[int], group: str | None = None) -> list[int]:
-        """Start a sequence and let go of its pages; return them."""
+        """Start a sequence and release its pages; return them."""
         held = self.start(tokens, group)
         self.pages.release(held)
         return held
@@ -82,10 +84,10 @@ def test_tokens_of_any_kind(cache: Cache, tokens: Sequence[int]) -> None:
 def test_a_partial_page_matches_token_by_token(cache: Cache, common: int) -> None:
     pages = cache.run(ids(0, 10))
     match = cache.tree.match([*ids(0, common), 90, 91, 92, 93, 94])
-    full, rest = divmod(common, P)
-    assert match.pages == pages[:full] and match.num_tokens == common
-    assert match.partial_tokens == rest
-    assert match.partial_page == (pages[full] if rest else None)
+    num_full, partial_tokens = divmod(common, P)
+    assert match.pages == pages[:num_full] and match.num_tokens == common
+    assert match.partial_tokens == partial_tokens
+    assert match.partial_page == (pages[num_full] if partial_tokens else None)
 
 
 def test_the_best_of_many_siblings_is_found(cache: Cache) -> None:
@@ -108,7 +110,7 @@ def test_the_limit_cuts_inside_a_full_page(cache: Cache) -> None:
     assert cache.tree.match(ids(0, 8), 0) == Match([], 0)
 
 
-def test_use_holds_what_it_takes_until_released(cache: Cache) -> None:
+def test_held_pages_are_not_evicted_until_released(cache: Cache) -> None:
     pages = cache.run(ids(0, 10))
     match = cache.tree.match(ids(0, 10))
     cache.tree.hold(match)
@@ -137,7 +139,7 @@ def test_a_longer_tail_replaces_the_one_it_continues(cache: Cache) -> None:
     assert cache.pages.num_free == 14
 
 
-def test_what_is_cached_already_is_not_stored_again(cache: Cache) -> None:
+def test_cached_tokens_are_not_stored_again(cache: Cache) -> None:
     cache.run(ids(0, 11))
     own = cache.pages.allocate(2)
     cache.tree.insert(ids(0, 6), 6, own)
@@ -155,7 +157,7 @@ def test_equal_pages_computed_twice_are_stored_once(cache: Cache) -> None:
     assert [cache.pages.num_holders(page) for page in own] == [0, 0, 2]
 
 
-def test_leaves_go_before_what_they_continue() -> None:
+def test_leaves_are_evicted_before_their_parents() -> None:
     for policy in ("lru", "cost"):
         cache = Cache(policy=policy)
         pages = cache.run(ids(0, 16))
@@ -177,7 +179,7 @@ def test_pages_in_use_are_never_evicted(cache: Cache) -> None:
 
 
 @pytest.mark.parametrize("policy", ["lru", "cost"])
-def test_a_page_that_is_used_again_is_no_longer_on_offer(policy: str) -> None:
+def test_a_page_in_use_again_is_not_evicted(policy: str) -> None:
     cache = Cache(policy=policy)
     cache.run(ids(0, 8))
     held = cache.start(ids(0, 8))
@@ -189,10 +191,10 @@ def test_a_page_that_is_used_again_is_no_longer_on_offer(policy: str) -> None:
 
 def count_entries() -> int:
     gc.collect()
-    return sum(issubclass(type(thing), CacheEntry) for thing in gc.get_objects())
+    return sum(issubclass(type(obj), CacheEntry) for obj in gc.get_objects())
 
 
-def test_nothing_is_left_of_evicted_pages() -> None:
+def test_evicted_pages_leave_no_objects_behind() -> None:
     before = count_entries()
     cache = Cache(policy="cost")
     for start in range(0, 4000, 20):
@@ -201,7 +203,7 @@ def test_nothing_is_left_of_evicted_pages() -> None:
     assert count_entries() - before < 10
 
 
-def test_evicted_pages_name_their_prefix(cache: Cache) -> None:
+def test_on_evict_gets_the_hash_of_the_prefix(cache: Cache) -> None:
     tokens = ids(0, 10)
     pages = cache.run(tokens)
     root = chain_hash(b"", encode(tokens[:4]))
@@ -240,7 +242,7 @@ def test_pinned_prefixes_stay(policy: str) -> None:
     assert cache.tree.make_room(8) and cache.cached(template) == 0
 
 
-def test_a_group_takes_along_only_what_it_alone_has_used(cache: Cache) -> None:
+def test_drop_group_removes_only_pages_used_by_that_group_alone(cache: Cache) -> None:
     system = ids(0, 4)
     cache.run(system)
     cache.run([*system, *ids(10, 6)], "mine")
@@ -254,7 +256,7 @@ def test_a_group_takes_along_only_what_it_alone_has_used(cache: Cache) -> None:
     assert cache.pages.num_idle == 2 and cache.tree.make_room(16)
 
 
-def test_what_two_groups_computed_belongs_to_neither(cache: Cache) -> None:
+def test_pages_computed_by_two_groups_belong_to_neither(cache: Cache) -> None:
     for group in ("mine", "yours"):
         held = cache.pages.allocate(1)
         cache.tree.insert(ids(0, 4), 4, held, group=group)
@@ -272,14 +274,14 @@ def test_a_dropped_group_may_still_be_running(cache: Cache) -> None:
     assert cache.tree.drop_group("chat") == 3 and cache.pages.num_free == 16
 
 
-def test_a_prefix_is_forgotten_up_to_what_others_use(cache: Cache) -> None:
+def test_forget_keeps_pages_that_others_use(cache: Cache) -> None:
     cache.run(ids(0, 4))
     cache.run(ids(0, 14))
     cache.tree.forget(ids(0, 14), 4)
     assert cache.cached(ids(0, 14)) == 4 and cache.pages.num_idle == 1
     cache.run(ids(0, 14))
     cache.run([*ids(0, 8), 99])
-    cache.tree.forget(ids(0, 14), 0)  # its second page goes on another way
+    cache.tree.forget(ids(0, 14), 0)  # its second page is shared with another prefix
     assert cache.cached(ids(0, 14)) == 8 and cache.cached([*ids(0, 8), 99]) == 9
     cache.tree.pin([*ids(0, 8), 99])
     cache.tree.forget([*ids(0, 8), 99], 0)

@@ -1,4 +1,4 @@
-"""Reuse curves: what they learn, and that a page's worth is the best that any plan makes of it."""
+"""Reuse curves: learning from observations; the worth is the best rate of all plans."""
 
 import random
 from itertools import pairwise
@@ -34,7 +34,7 @@ def test_worth_is_the_best_of_all_plans(hazard: list[float]) -> None:
 
 
 def live(curve: ReuseCurve, age: int | None, limit: int = BUCKETS) -> None:
-    """Observe one life: a reuse at `age`, or none."""
+    """Observe one life: a reuse at `age`, or no reuse up to bucket `limit`."""
     end = limit if age is None else min(age_bucket(age), limit - 1)
     for bucket in range(end):
         curve.observe(bucket, reused=False)
@@ -42,13 +42,13 @@ def live(curve: ReuseCurve, age: int | None, limit: int = BUCKETS) -> None:
         curve.observe(end, reused=True)
 
 
-def test_before_anything_is_seen_the_oldest_goes_first() -> None:
+def test_without_observations_the_oldest_page_is_worth_least() -> None:
     worth = ReuseCurve(BUCKETS).worth
     assert all(young > old for young, old in pairwise(worth))
 
 
-def test_the_time_to_come_counts() -> None:
-    """Pages that come back after about 100 are worth most just before, nothing long after."""
+def test_pages_about_to_be_reused_are_worth_most() -> None:
+    """Pages reused at an age of about 100 are worth most just before it, little long after it."""
     curve, rng = ReuseCurve(BUCKETS), random.Random(1)
     for _ in range(3000):
         live(curve, rng.randrange(90, 128) if rng.random() < 0.5 else None)
@@ -56,12 +56,12 @@ def test_the_time_to_come_counts() -> None:
     assert max(curve.worth) in curve.worth[peak - 1 : peak + 1]
     assert curve.worth[0] < 0.7 * max(curve.worth)
     assert curve.worth[age_bucket(300)] < 0.05 * max(curve.worth)
-    # Half of them come back, after 90 to 128, and those that do not are held for 128. The estimate
-    # is blurred by a bucket on both sides.
+    # Half of the pages are reused at ages 90 to 128; the others are held for 128. The estimate is
+    # smoothed over one bucket on both sides.
     assert curve.worth[0] == pytest.approx(0.5 / 118, rel=0.25)
 
 
-def test_a_kind_takes_after_its_parent_until_it_has_seen_enough() -> None:
+def test_a_curve_follows_its_parent_until_it_has_enough_observations() -> None:
     parent, rng = ReuseCurve(BUCKETS), random.Random(2)
     for _ in range(2000):
         live(parent, rng.randrange(30, 60) if rng.random() < 0.3 else None)
@@ -75,8 +75,8 @@ def test_a_kind_takes_after_its_parent_until_it_has_seen_enough() -> None:
     assert child.worth[5] < 0.1 * parent.worth[5]
 
 
-def test_a_kind_scales_what_its_parent_has_seen() -> None:
-    """Reused often while young, it is expected to be reused more often than others later on."""
+def test_a_curve_scales_its_parents_hazard() -> None:
+    """A kind reused often at young ages is expected to be reused more often at old ages too."""
     parent, rng = ReuseCurve(BUCKETS), random.Random(2)
     for _ in range(4000):
         live(parent, int(2 ** rng.uniform(0, 8)) if rng.random() < 0.3 else None)
@@ -87,7 +87,7 @@ def test_a_kind_scales_what_its_parent_has_seen() -> None:
     assert child.worth[12] > 1.5 * parent.worth[12]
 
 
-def test_the_past_fades() -> None:
+def test_old_observations_fade() -> None:
     curve = ReuseCurve(BUCKETS)
     for _ in range(20_000):
         live(curve, None)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dsv3.cache.layout import NULL_PAGE, CacheLayout
-from dsv3.engine.plan import StepPlan
 from dsv3.engine.runner import BatchBuilder
+from dsv3.engine.step_plan import StepPlan
 from dsv3.model.batch import Batch
 
 CPU = torch.device("cpu")

@@ -1,4 +1,4 @@
-"""What runs when, on paper: `tests/paper_runner.py` checks every plan and every answer."""
+"""Scheduling decisions; `tests/paper_runner.py` executes and checks every plan."""
 
 import pytest
 
@@ -56,7 +56,7 @@ def test_sequences_join_and_leave_between_steps() -> None:
 
 
 def test_first_come_first_served() -> None:
-    """The cache is full: the next in line waits, and nobody overtakes it."""
+    """The cache is full: the next request in line waits, and no other request passes it."""
     engine, runner = paper_engine(10, max_batch_tokens=100, max_running=4)
     first, big, small = ask("first", 26), ask("big", 20), ask("small", 1, max_tokens=1)
     for r in (first, big, small):
@@ -82,7 +82,7 @@ def test_the_last_to_come_gives_way_and_resumes(depth: int) -> None:
 
 
 def test_only_what_is_admitted_first_counts_as_a_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither one that finds no room yet nor one that resumes tells the policy of a reuse."""
+    """Neither a request without room nor a resumed one counts as a reuse for the policy."""
     hits = []
     count = CostAware.hit
 
@@ -155,7 +155,7 @@ def test_a_common_prefix_is_computed_once() -> None:
     assert runner.plans[0].query_len.tolist() == [50]
 
 
-def test_without_reuse_nobody_waits() -> None:
+def test_without_reuse_no_request_waits_for_another() -> None:
     engine, runner = paper_engine(200, max_batch_tokens=500, max_running=8, prefix_reuse=False)
     requests = [shared(f"r{i}", 120, 5) for i in range(3)]
     for r in requests:
@@ -174,7 +174,7 @@ def test_those_admitted_together_share_too() -> None:
     assert [p.query_len.tolist() for p in runner.plans[:2]] == [[50, 125], [1, 1, 5, 5]]
 
 
-def test_nobody_is_overtaken_forever() -> None:
+def test_a_request_is_skipped_a_limited_number_of_times() -> None:
     engine, _ = paper_engine(400, max_batch_tokens=100, max_running=1)
     engine.add(shared("warm", 80, 1))
     finish(engine)

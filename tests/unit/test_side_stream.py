@@ -5,7 +5,7 @@ from dsv3.model.side_stream import SideStream
 
 
 @pytest.mark.parametrize("beside", [False, True])
-def test_without_cuda_work_is_done_at_once(beside: bool) -> None:
+def test_without_cuda_work_runs_immediately(beside: bool) -> None:
     done = []
 
     def work() -> torch.Tensor:
@@ -18,7 +18,7 @@ def test_without_cuda_work_is_done_at_once(beside: bool) -> None:
 
 
 @pytest.mark.gpu
-def test_a_graph_captures_the_fork() -> None:
+def test_a_cuda_graph_captures_the_side_stream() -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     device = torch.device("cuda")

@@ -1,7 +1,6 @@
 """Start-up decisions that need no checkpoint."""
 
-import dataclasses
-from functools import partial
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,11 +11,10 @@ from dsv3.cache.layout import CacheLayout
 from dsv3.config import ParallelConfig
 from dsv3.distributed.collectives import SingleRank
 from dsv3.distributed.mesh import Mesh
-from dsv3.engine import start
-from dsv3.engine.memory import plan_memory
-from dsv3.engine.plan import StepPlan
+from dsv3.engine import measured_memory, setup, start
+from dsv3.engine.step_plan import StepPlan
 from dsv3.errors import ConfigError
-from dsv3.parallel.expert_dispatch import FP8
+from dsv3.parallel.expert_dispatch import FP8, DispatchSettings
 from dsv3.parallel.weights import WeightFormat
 from dsv3.settings import EngineConfig
 from tests.checkpoint_files import TINY
@@ -37,13 +35,13 @@ def test_threads_that_a_model_keeps_busy(
         monkeypatch.setenv("OMP_NUM_THREADS", str(chosen))
     one = SingleRank()
     mesh = Mesh(ParallelConfig(world_size=1, rank=0), torch.device("cpu"), one, one, one, 1)
-    start._limit_threads(dataclasses.replace(TINY, hidden_size=hidden), mesh)
+    start._limit_threads(replace(TINY, hidden_size=hidden), mesh)
     assert asked[-1] == threads
 
 
 def test_what_tokens_travel_in() -> None:
     """FP8 where they are multiplied in it by experts stored in it, or where the user says so."""
-    wide, cpu = dataclasses.replace(TINY, hidden_size=256), torch.device("cpu")
+    wide, cpu = replace(TINY, hidden_size=256), torch.device("cpu")
     names = frozenset(["some"])
     for asked, products, fp8_experts, travels in (
         ("auto", False, True, None),
@@ -54,13 +52,13 @@ def test_what_tokens_travel_in() -> None:
     ):
         settings = EngineConfig(dispatch_dtype=asked, moe_dispatch="alltoall")
         fmt = WeightFormat(torch.bfloat16, cpu, names, products, products)
-        chosen = start._dispatch(settings, wide, fmt, fp8_experts)
+        chosen = setup.dispatch_settings(settings, wide, fmt, fp8_experts)
         assert (chosen.form, chosen.dtype, chosen.ue8m0) == ("alltoall", travels, products)
         assert chosen.groups == (TINY.n_group, TINY.topk_group)
     ragged = WeightFormat(torch.bfloat16, cpu, names, True)
-    assert start._dispatch(EngineConfig(), TINY, ragged, True).dtype is None
+    assert setup.dispatch_settings(EngineConfig(), TINY, ragged, True).dtype is None
     with pytest.raises(ConfigError, match=r"dispatch_dtype=fp8 .* hidden_size=320 is no multiple"):
-        start._dispatch(EngineConfig(dispatch_dtype="fp8"), TINY, ragged, True)
+        setup.dispatch_settings(EngineConfig(dispatch_dtype="fp8"), TINY, ragged, True)
     with pytest.raises(ConfigError, match="dispatch_dtype=int8 is unknown"):
         EngineConfig(dispatch_dtype="int8")
     with pytest.raises(ConfigError, match="moe_dispatch=some is unknown"):
@@ -103,22 +101,21 @@ def test_the_cache_leaves_what_the_largest_steps_take(
         ("empty_cache", gpu.empty_cache),
     ):
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(start, "CachePool", lambda *_: None)
-    monkeypatch.setattr(start, "Runner", gpu.runner)
-    monkeypatch.setattr(start, "free_memory", lambda *_: 50_000_000)
+    monkeypatch.setattr(measured_memory, "CachePool", lambda *_: None)
+    monkeypatch.setattr(measured_memory, "Runner", gpu.runner)
+    monkeypatch.setattr(measured_memory, "free_memory", lambda *_: 50_000_000)
     settings = EngineConfig(max_running=1000, max_batch_tokens=1200)
     layout = CacheLayout.make(TINY, "latent", "none", "fp32", 1, 0)
-    make = partial(plan_memory, TINY, settings, layout, 10**6, 512)
-    plan = make(60_000_000, torch.device("cpu"))
     fmt = WeightFormat(torch.float32, torch.device("cpu"))
-    setup = start._SetUp(fmt, layout, 512, None, plan, make)
+    made = setup.Setup(TINY, settings, fmt, layout, 512, None, DispatchSettings(), 10**6)
     mesh = Mesh(ParallelConfig(), device, one, one, one, 1)
+    plan = made.plan_memory(replace(mesh, device=torch.device("cpu")), 60_000_000)
     model: Any = SimpleNamespace(config=TINY)
-    measured = start._measured_plan(setup, settings, mesh, model, static)
+    measured = measured_memory.measured_plan(plan, made, mesh, model, static)
     assert measured.activation_bytes == 60_000 + 300 * static
     assert f"steps {measured.activation_bytes / 1024:.4g} KiB" in measured.describe()
     full, *decode = gpu.steps
     assert full.query_len.tolist() == [1] * 1000 + [200] and full.context_len.max() == 511
     assert [len(step.row) for step in decode] == [256] * static
-    fixed = dataclasses.replace(settings, kv_cache_size="640tok")
-    assert start._measured_plan(setup, fixed, mesh, model, static) is plan
+    fixed = replace(made, settings=replace(settings, kv_cache_size="640tok"))
+    assert measured_memory.measured_plan(plan, fixed, mesh, model, static) is plan

@@ -1,4 +1,4 @@
-"""Host memory on paper: what goes there, what comes back, what is forgotten first."""
+"""The tier index: offloads, restores, eviction from host memory, and the disk tier."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ import pytest
 from dsv3.cache.pages import PageAllocator
 from dsv3.cache.prefix import Match, chain_hash, chain_hashes, encode
 from dsv3.cache.tiers import Moves, PageKey, Tiers, extend_keys
-from dsv3.engine.plan import StepPlan
+from dsv3.engine.step_plan import StepPlan
 from dsv3.request import Request, SamplingParams
 from tests.paper_runner import PaperDisk, answer, finish, paper_engine
 
@@ -22,7 +22,7 @@ def keys_of(tokens: list[int], page_size: int = PAGE) -> list[PageKey]:
 
 
 def evict(tiers: Tiers, tokens: list[int], first_page: int = 1) -> None:
-    """Offload the full pages of a sequence as the tree does: from the end."""
+    """Offload the full pages of a sequence in the prefix tree's order: from the end."""
     for i in reversed(range(len(tokens) // PAGE)):
         parent = chain_hash(b"", encode(tokens[: i * PAGE]))
         tiers.offload(first_page + i, parent, encode(tokens[i * PAGE : (i + 1) * PAGE]))
@@ -42,7 +42,7 @@ def test_keys_do_not_depend_on_the_page_size() -> None:
     assert keys_of([5, *tokens], 64)[1] != keys_of(tokens, 64)[1]
 
 
-def test_what_goes_out_is_found_from_the_next_plan_on() -> None:
+def test_offloaded_pages_are_found_from_the_next_plan_on() -> None:
     tiers, tokens = Tiers(4, PAGE), list(range(10))
     evict(tiers, tokens)
     assert found(tiers, tokens) == 0
@@ -72,7 +72,7 @@ def test_restoring() -> None:
     assert pages.num_free == 2 and found(tiers, tokens) == 2
 
 
-def test_the_least_recently_used_goes_first_the_end_before_the_beginning() -> None:
+def test_host_memory_evicts_the_least_recently_used_prefix_from_its_end() -> None:
     tiers, old, new = Tiers(4, PAGE), list(range(8)), list(range(50, 58))
     for tokens in (old, new):
         evict(tiers, tokens)
@@ -109,7 +109,7 @@ def test_an_evicted_prefix_comes_back_without_being_computed(depth: int, num_slo
             engine.add(request)
             done = finish(engine)[request.request_id]
             assert done.token_ids == answer(request)[0]
-            # Seven full pages; and where the tail is still on the device, some tokens of it.
+            # Seven full pages; and some tokens of the tail if it is still on the device.
             assert done.cached_tokens >= (28 if turn and num_slots else 0)
     if num_slots:
         assert engine.metrics.host_hits >= 2 * 7 and engine.metrics.offloads >= 3 * 7
@@ -119,9 +119,10 @@ def test_an_evicted_prefix_comes_back_without_being_computed(depth: int, num_slo
 
 
 class StuckDisk(PaperDisk):
-    """A disk that keeps everything and gives nothing back before `gives` is set."""
+    """A disk that accepts all pages, and whose reads do not finish until `gives` is set."""
 
-    gives, damaged = False, 0.0
+    gives = False
+    damaged = 0.0
 
     def accept(self, key: PageKey) -> bool:
         return key not in self.files
@@ -129,7 +130,8 @@ class StuckDisk(PaperDisk):
     def run(self, plan: StepPlan, host: np.ndarray) -> dict[int, bool]:
         if self.gives:
             return super().run(plan, host)
-        return super().run(dataclasses.replace(plan, settle=plan.settle[:0]), host)
+        plan = dataclasses.replace(plan, confirm_fetched=plan.confirm_fetched[:0])
+        return super().run(plan, host)
 
 
 def ask(name: str, token: int, max_tokens: int = 3) -> Request:
@@ -139,7 +141,7 @@ def ask(name: str, token: int, max_tokens: int = 3) -> Request:
 
 @pytest.mark.parametrize("patience", [0.05, 60.0])
 def test_waiting_for_the_disk(patience: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Others go on meanwhile; whoever waited long enough computes its prefix after all."""
+    """Other requests run meanwhile; a request that has waited too long computes its prefix."""
     monkeypatch.setattr("dsv3.engine.scheduler._DISK_PATIENCE", patience)
     disk = StuckDisk()
     engine, _ = paper_engine(12, max_batch_tokens=64, max_running=2, num_slots=8, disk=disk)
@@ -162,8 +164,8 @@ def test_waiting_for_the_disk(patience: float, monkeypatch: pytest.MonkeyPatch) 
     assert (done["waiting"].cached_tokens > 0) == disk.gives
 
 
-def test_saving() -> None:
-    """Everything cached goes to disk, however little host memory there is, and once."""
+def test_save_writes_all_cached_pages_once() -> None:
+    """All cached pages are written to disk exactly once, even with little host memory."""
     disk = StuckDisk()
     engine, _ = paper_engine(40, max_batch_tokens=64, max_running=2, num_slots=3, disk=disk)
     for i in range(3):

@@ -1,4 +1,4 @@
-"""A timer of the system that kills this process."""
+"""A timer of the operating system that kills this process."""
 
 import ctypes
 import math
@@ -7,8 +7,11 @@ import sys
 import time
 
 
-class Fuse:
-    """Has the system kill this process unless it is set again: a stopped one cannot end itself."""
+class KillTimer:
+    """POSIX timer that sends SIGKILL to this process unless it is set again. Linux only.
+
+    A process that is stopped (SIGSTOP) cannot end itself; the kernel's timer still fires.
+    """
 
     def __init__(self) -> None:
         self._libc = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -19,7 +22,7 @@ class Fuse:
                 self._libc = None
 
     def set(self, seconds: float) -> None:
-        """Kill in so many seconds; 0: never."""
+        """Restart the timer: the process is killed after `seconds`; 0 disarms it."""
         if self._libc is not None:
             spec = (ctypes.c_long * 4)(0, 0, math.ceil(seconds), 0)  # struct itimerspec
             self._libc.timer_settime(self._timer, 0, spec, None)

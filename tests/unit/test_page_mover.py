@@ -8,7 +8,7 @@ from torch import Tensor
 from dsv3.cache.disk import BAD, GOOD, PENDING
 from dsv3.distributed.collectives import SingleRank
 from dsv3.engine.page_mover import PageMover
-from dsv3.engine.plan import StepPlan
+from dsv3.engine.step_plan import StepPlan
 
 
 class Files:
@@ -35,31 +35,24 @@ class Peers(SingleRank):
         return torch.stack([x, *map(torch.tensor, self.others)])
 
 
-class Books:
-    settled: dict[int, bool] | None = None
-
-    def settle(self, outcomes: dict[int, bool]) -> None:
-        self.settled = outcomes
-
-
 @pytest.mark.parametrize(
-    ("mine", "theirs", "settled"),
+    ("mine", "theirs", "is_good"),
     [
         (GOOD, GOOD, True),
         (GOOD, BAD, False),
         (BAD, GOOD, False),
-        # A rank that still reads will write to the slot, whatever the others know already.
+        # A rank that is still reading will write to the slot, whatever the other ranks' results.
         (GOOD, PENDING, None),
         (BAD, PENDING, None),
         (PENDING, BAD, None),
     ],
 )
-def test_a_slot_is_settled_when_no_rank_reads_it(
-    mine: int, theirs: int, settled: bool | None
+def test_a_read_is_finished_when_no_rank_reads_the_slot(
+    mine: int, theirs: int, is_good: bool | None
 ) -> None:
-    files, books = Files({7: mine, 3: GOOD}), Books()
-    mover = PageMover(None, files, Peers([[theirs, GOOD], [GOOD, GOOD]]), books)
-    mover.before_copies(StepPlan(settle=np.array([20, 7, 3], np.int32)))
-    assert books.settled == {3: True} | ({} if settled is None else {7: settled})
-    assert files.reads == ({7: mine} if settled is None else {})
+    files = Files({7: mine, 3: GOOD})
+    mover = PageMover(None, files, Peers([[theirs, GOOD], [GOOD, GOOD]]))
+    fetched = mover.before_copies(StepPlan(confirm_fetched=np.array([20, 7, 3], np.int32)))
+    assert fetched == {3: True} | ({} if is_good is None else {7: is_good})
+    assert files.reads == ({7: mine} if is_good is None else {})
     assert files.waited == 0.02

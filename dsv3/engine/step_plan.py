@@ -1,7 +1,7 @@
 """The step plan: everything the ranks must know to run one step, in one small integer buffer.
 
-Rank 0 makes it, every rank executes it: one section for each data-parallel group, which every rank
-reads for the sizes of the others' exchanges. Floats travel as their bits.
+Rank 0 makes it and every rank executes it. It has a section for each data-parallel group; every
+rank reads all sections for the sizes of the exchanges. Floats travel as their bits.
 """
 
 from dataclasses import dataclass, field, fields
@@ -19,12 +19,12 @@ from dsv3.errors import RankError
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
 
-# One broadcast carries this many words; longer plans need a second one.
+# Words of one broadcast; longer plans need a second one.
 _FIRST_WORDS = 4096
 _PAUSE = -1
 
 NO_TARGET = -1
-NOT_FINITE = -1  # in the place of a sampled or scored token: its logits were NaN or infinite
+NOT_FINITE = -1  # instead of a sampled or scored token whose logits are NaN or infinite
 _HASH_WORDS = 4
 
 
@@ -48,16 +48,16 @@ class StepPlan:
         store: pages to write from host memory to disk, as `pack_pages` has them. They are read
             before anything is written.
         fetch: pages to read from disk into host memory, in the background.
-        settle: [1 + N] milliseconds to wait, and slots of fetched pages: the ranks tell each
-            other which of them they have.
-        token_ids: [T] new tokens of all sequences, one after the other; -1 - m stands for the
-            token that row m of the step before has sampled.
+        confirm_fetched: [1 + N] milliseconds to wait, then host slots of fetched pages: all ranks
+            report which of them they have read.
+        token_ids: [T] new tokens of all sequences, one after the other; -1 - m is the token that
+            row m of the previous step has sampled.
         query_len: [B] new tokens of each sequence.
         context_len: [B] positions already cached before this step.
         page_count: [B] pages of each sequence, covering context and new tokens.
         pages: their page tables, one after the other.
         row: [M] rows of the batch whose logits are wanted.
-        position: [M] position of the token that those logits predict.
+        position: [M] position of the token that these logits predict.
         target: [M] the token to score there, or NO_TARGET to sample one.
         top_logprobs: [M] likeliest tokens to report; -1 reports no probabilities at all.
         temperature, top_k, top_p, min_p: [M] as in SamplingParams.
@@ -71,7 +71,7 @@ class StepPlan:
     restore: Ints = field(default_factory=_ints)
     store: Ints = field(default_factory=_ints)
     fetch: Ints = field(default_factory=_ints)
-    settle: Ints = field(default_factory=_ints)
+    confirm_fetched: Ints = field(default_factory=_ints)
     token_ids: Ints = field(default_factory=_ints)
     query_len: Ints = field(default_factory=_ints)
     context_len: Ints = field(default_factory=_ints)
@@ -92,7 +92,7 @@ class StepPlan:
 
     @classmethod
     def greedy(cls, token_ids: Ints, context_len: Ints, pages_BG: Ints) -> "StepPlan":
-        """Return a step that samples the likeliest token after equally many new ones of each."""
+        """Return a step that samples the likeliest token of sequences with as many new tokens."""
         count, none = len(context_len), np.zeros(len(context_len), np.int32)
         new = len(token_ids) // count
         return cls(
@@ -128,7 +128,7 @@ class StepPlan:
 
 
 def pack_pages(pages: list[tuple[int, PageKey]]) -> Ints:
-    """Write (host slot, name) of pages down: their number, the slots, the words of the names."""
+    """Return (host slot, name) of pages as words: their number, the slots, the names."""
     if not pages:
         return _ints()
     slots = np.array([len(pages), *(slot for slot, _ in pages)], np.int32)
@@ -147,7 +147,7 @@ def unpack_pages(words: Ints) -> list[tuple[int, PageKey]]:
 
 
 def pack_plans(plans: list[StepPlan]) -> Ints:
-    """Write a step down: the number of groups, the lengths of their plans, the plans."""
+    """Return a step as words: the number of groups, the lengths of their plans, the plans."""
     sections = [plan.pack() for plan in plans]
     head = np.array([len(plans), *map(len, sections)], np.int32)
     return np.concatenate([head, *sections])
@@ -162,17 +162,18 @@ def unpack_plans(words: Ints) -> list[StepPlan]:
 
 
 class PlanChannel:
-    """Rank 0's plans to all ranks, one a group; None tells them to stop.
+    """Sends rank 0's plans to all ranks, one for each group; None tells them to stop.
 
     The first word of a message is the length of the plans, `_PAUSE`, or a number below it that is
     shared. A rank that gets another kind of message than it waits for is in another call.
     """
 
-    def __init__(self, control: Collectives, watch: Watchdog | None = None) -> None:
-        self._control, self.watch = control, watch or Watchdog()
+    def __init__(self, control: Collectives, watchdog: Watchdog | None = None) -> None:
+        self._control = control
+        self.watchdog = watchdog or Watchdog()
 
     def _broadcast(self, words: Ints) -> Ints:
-        with self.watch.exchange():
+        with self.watchdog.exchange():
             return self._control.broadcast(torch.from_numpy(words)).numpy()
 
     def share(self, number: int) -> int:
@@ -188,9 +189,9 @@ class PlanChannel:
 
     def _fail(self) -> NoReturn:
         """End the job: the script has made other calls here than on rank 0."""
-        name, other = (self.watch.name_of(rank) for rank in (self._control.rank, 0))
+        name, other = (self.watchdog.name_of(rank) for rank in (self._control.rank, 0))
         reason = f"{name} makes another call than {other}: all ranks must make the same calls"
-        self.watch.fail(RankError(reason))
+        self.watchdog.fail(RankError(reason))
 
     def send(self, plans: list[StepPlan] | None) -> None:
         """Send from rank 0."""

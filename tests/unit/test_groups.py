@@ -50,7 +50,7 @@ def test_a_conversation_stays_where_it_is_cached() -> None:
         for i in (2, 0, 1):
             request = ask(f"{turn} {i}", talks[i])
             engine.add(request)
-            homes.append(engine._sequences[request.request_id].lane)
+            homes.append(engine._sequences[request.request_id].group)
             done = finish(engine)[request.request_id]
             assert done.cached_tokens == (0 if turn == 0 else len(talks[i]) - 4)
             talks[i] = [*talks[i], *done.token_ids, 5, 6, 7]
@@ -61,11 +61,11 @@ def test_a_long_line_counts_more_than_a_short_prefix() -> None:
     engine, _ = paper_world(2, 1000, max_batch_tokens=500, max_running=8)
     engine.add(ask("first", text(1, 40)))
     finish(engine)
-    lanes = []
+    groups = []
     for i in range(4):
         engine.add(ask(f"r{i}", text(1, 40) + text(i, 200)))
-        lanes.append(engine._sequences[f"r{i}"].lane)
-    assert lanes[:2] == [0, 1] and sorted(lanes) == [0, 0, 1, 1]
+        groups.append(engine._sequences[f"r{i}"].group)
+    assert groups[:2] == [0, 1] and sorted(groups) == [0, 0, 1, 1]
     finish(engine)
 
 
@@ -75,15 +75,15 @@ def test_requests_about_one_text_go_where_it_is_computed(shared: int) -> None:
     engine, _ = paper_world(3, 600, max_batch_tokens=100, max_running=8)
     texts = [text(0, shared) + text(100 + i, 600) for i in range(3)]
     requests = [ask(f"{q} {i}", texts[i] + text(q, 5)) for i in range(3) for q in range(6)]
-    lanes = {}
+    groups = {}
     for r in requests:
         engine.add(r)
-        lanes.setdefault(r.request_id[2:], set()).add(engine._sequences[r.request_id].lane)
-    assert sorted(lanes.values(), key=min) == [{0}, {1}, {2}]
+        groups.setdefault(r.request_id[2:], set()).add(engine._sequences[r.request_id].group)
+    assert sorted(groups.values(), key=min) == [{0}, {1}, {2}]
     done = finish(engine)
     check(done, *requests)
     assert engine.metrics.prefill_tokens == sum(len(t) for t in texts) + 18 * 5
-    assert not any(lane._coming for lane in engine._lanes)
+    assert not any(scheduler._pages_to_come for scheduler in engine._schedulers)
 
 
 def test_a_group_that_has_run_dry_helps_the_others() -> None:
@@ -92,7 +92,7 @@ def test_a_group_that_has_run_dry_helps_the_others() -> None:
     requests = [ask(f"r{i}", text(i, 8), 40 if i % 2 == 0 else 2) for i in range(8)]
     for r in requests:
         engine.add(r)
-    assert [engine._sequences[r.request_id].lane for r in requests] == [0, 1] * 4
+    assert [engine._sequences[r.request_id].group for r in requests] == [0, 1] * 4
     check(finish(engine), *requests)
     first, second = (sum(busy) for busy in busy_steps(world))
     # All long answers in the first group would take 160 steps, beside 8 of the second.
@@ -177,4 +177,4 @@ def test_a_forgotten_conversation_is_gone_from_every_group() -> None:
         engine.add(request, group)
         finish(engine)
     engine.drop_conversation("talk")
-    assert [lane.pages.num_idle for lane in engine._lanes] == [0, 0]
+    assert [scheduler.pages.num_idle for scheduler in engine._schedulers] == [0, 0]

@@ -1,0 +1,59 @@
+"""Data-parallel groups beside each other: which one takes a request, and their figures together.
+
+A request goes to the group where little of it must be computed and little comes before it. Waiting
+requests of a full group move to one that has room.
+"""
+
+from collections.abc import Sequence as Ordered
+
+from dsv3.engine.metrics import Metrics
+from dsv3.engine.scheduler import Scheduler
+from dsv3.engine.sequence import Sequence
+
+
+def choose_group(schedulers: Ordered[Scheduler], seq: Sequence) -> int:
+    """Return the group for a new sequence."""
+    if len(schedulers) == 1:
+        return 0
+    costs = [scheduler.cost(seq) for scheduler in schedulers]
+    return costs.index(min(costs))
+
+
+def rebalance_waiting(schedulers: Ordered[Scheduler]) -> None:
+    """Move waiting requests of full groups to groups with free places; after a step is planned.
+
+    Not before: a sequence that lost its pages may have a token in flight, on its old group's ranks.
+    """
+    full = [scheduler for scheduler in schedulers if scheduler.is_full]
+    if not full:
+        return
+    for group, scheduler in enumerate(schedulers):
+        while scheduler.num_free_places > 0:
+            longest = max(full, key=lambda other: len(other.waiting))
+            if len(longest.waiting) <= len(scheduler.waiting):
+                break
+            seq = longest.pop_last_waiting()
+            seq.group = group
+            scheduler.add(seq)
+
+
+def update_gauges(schedulers: Ordered[Scheduler], metrics: Metrics) -> None:
+    """Write the state of all groups together into the metrics."""
+    metrics.waiting = sum(len(each.waiting) for each in schedulers)
+    metrics.running = sum(len(each.running) for each in schedulers)
+    metrics.pages_free = sum(each.pages.num_free for each in schedulers)
+    metrics.pages_idle = sum(each.pages.num_idle for each in schedulers)
+    num_pages = sum(each.pages.num_pages for each in schedulers)
+    metrics.pages_used = num_pages - metrics.pages_free - metrics.pages_idle
+    metrics.pages_pinned = sum(each.num_pinned for each in schedulers)
+    metrics.evictions = sum(each.tree.num_evicted for each in schedulers if each.tree is not None)
+    counts = [each.tiers.counts() for each in schedulers if each.tiers is not None]
+    if counts:
+        offloads, host_hits, disk_hits, disk_writes, disk_bytes = map(
+            sum, zip(*counts, strict=True)
+        )
+        metrics.offloads = offloads
+        metrics.host_hits = host_hits
+        metrics.disk_hits = disk_hits
+        metrics.disk_writes = disk_writes
+        metrics.disk_bytes = disk_bytes

@@ -1,0 +1,153 @@
+"""Writes scheduled steps as `StepPlan`s, and notes which rows of the results belong to whom."""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from dsv3.engine.adjust import NOT_FED, AdjustedRow, pack_adjustments
+from dsv3.engine.scheduled import ScheduledSeq, ScheduledStep
+from dsv3.engine.sequence import Sequence, pack_choice
+from dsv3.engine.step_plan import NO_TARGET, Ints, StepPlan, pack_pages
+from dsv3.request import SamplingParams
+
+_GREEDY = pack_choice(SamplingParams())
+
+
+def write_plans(steps: list[ScheduledStep], number: int) -> list[StepPlan]:
+    """Return the plans of step `number`, one for each group, and advance all sequences past it."""
+    plans: list[StepPlan] = []
+    for step in steps:
+        num_rows_before = sum(len(plan.row) for plan in plans)
+        plans.append(_write_plan(step, number, num_rows_before))
+    return plans
+
+
+def _write_plan(step: ScheduledStep, number: int, num_rows_before: int) -> StepPlan:
+    """Write one group's plan.
+
+    Args:
+        step: the group's part of the step.
+        number: of the step.
+        num_rows_before: rows of other groups among the results, ahead of this group's.
+    """
+    rows = _ResultRows()
+    token_ids: list[int] = []
+    contexts = [part.seq.num_computed for part in step.seqs]
+    for part in step.seqs:
+        part.first_row = num_rows_before + len(rows)
+        _write_sequence(part, number, token_ids, rows)
+    plan = StepPlan(
+        copies=_pairs(step.copies),
+        offload=_pairs(step.moves.offload),
+        restore=_pairs(step.moves.restore),
+        store=pack_pages(step.moves.store),
+        fetch=pack_pages(step.moves.fetch),
+        confirm_fetched=_ints(step.moves.confirm_fetched),
+        token_ids=_ints(token_ids),
+        query_len=_ints(part.num_tokens for part in step.seqs),
+        context_len=_ints(contexts),
+        page_count=_ints(len(part.seq.pages) for part in step.seqs),
+        pages=np.frombuffer(b"".join(part.seq.pages for part in step.seqs), np.int32),
+    )
+    rows.fill(plan)
+    return plan
+
+
+def _write_sequence(
+    part: ScheduledSeq, number: int, token_ids: list[int], rows: "_ResultRows"
+) -> None:
+    """Add a sequence's new tokens and its result rows, and advance it past the step."""
+    seq = part.seq
+    part.start = seq.num_computed
+    first_row = len(token_ids)
+    part.num_scored = rows.add_scored(seq, part.stop, first_row)
+    token_ids += seq.token_ids[part.start : part.stop]
+    fed_row = NOT_FED
+    if part.stop > len(seq.token_ids):
+        assert seq.pending is not None and seq.pending[0] == number - 1, f"{seq.pending=}"
+        fed_row = seq.pending[1]
+        token_ids.append(-1 - fed_row)
+    last_row = len(token_ids) - 1
+    if part.num_samples:
+        rows.add_sampled(seq, part.stop, last_row, fed_row)
+        seq.pending = number, len(rows) - 1
+    else:
+        rows.add_checked(part.stop, last_row)
+    seq.num_computed = part.stop
+
+
+def _ints(values: Iterable[int]) -> Ints:
+    return np.array(values if isinstance(values, list) else list(values), np.int32)
+
+
+def _pairs(pairs: list[tuple[int, int]]) -> Ints:
+    """Write all first elements, then all second ones."""
+    return _ints([a for a, _ in pairs] + [b for _, b in pairs])
+
+
+class _ResultRows:
+    """Collects the rows of a plan whose logits are wanted."""
+
+    def __init__(self) -> None:
+        # Row of the batch, position, target, likeliest tokens to report.
+        self._numbers: list[tuple[int, int, int, int]] = []
+        self._choices: list[bytes] = []
+        self._adjusted: list[AdjustedRow] = []
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def add_scored(self, seq: Sequence, stop: int, first_row: int) -> int:
+        """Add the prompt tokens to score that were not scored before; return their number.
+
+        Args:
+            seq: the sequence.
+            stop: positions computed after the step.
+            first_row: row of its first new token in the batch.
+        """
+        num_top = seq.request.params.prompt_logprobs
+        if num_top is None:
+            return 0
+        first = max(seq.num_computed, seq.num_scored)
+        last = min(stop, seq.prompt_len - 1)
+        seq.num_scored = max(seq.num_scored, last)
+        for position in range(first, last):
+            row = first_row + position - seq.num_computed
+            self._add(seq.choice, row, position + 1, seq.token_ids[position + 1], num_top)
+        return max(0, last - first)
+
+    def add_sampled(self, seq: Sequence, position: int, row: int, fed_row: int) -> None:
+        """Sample the token of `position`; the one before may come from row `fed_row` in flight."""
+        if seq.adjuster is not None:
+            self._adjusted.append(AdjustedRow(len(self), fed_row, seq.adjuster, seq.token_ids))
+        self._add(seq.choice, row, position, NO_TARGET, seq.request.params.logprobs)
+
+    def add_checked(self, position: int, row: int) -> None:
+        """Check that the logits for `position` are finite, in the cheapest way."""
+        self._add(_GREEDY, row, position, NO_TARGET, None)
+
+    def _add(
+        self, choice: bytes, row: int, position: int, target: int, num_top: int | None
+    ) -> None:
+        self._numbers.append((row, position, target, -1 if num_top is None else num_top))
+        self._choices.append(choice)
+
+    def fill(self, plan: StepPlan) -> None:
+        """Write the rows into a plan."""
+        numbers = np.array(self._numbers, np.int32).reshape(-1, 4)
+        columns = np.ascontiguousarray(numbers.T)
+        plan.row = columns[0]
+        plan.position = columns[1]
+        plan.target = columns[2]
+        plan.top_logprobs = columns[3]
+        words = np.frombuffer(b"".join(self._choices), np.int32).reshape(-1, 7)
+        choices = np.ascontiguousarray(words.T)
+        plan.top_k = choices[0]
+        plan.seed_low = choices[1]
+        plan.seed_high = choices[2]
+        plan.answer = choices[3]
+        floats = choices[4:].view(np.float32)
+        plan.temperature = floats[0]
+        plan.top_p = floats[1]
+        plan.min_p = floats[2]
+        plan.adjust = pack_adjustments(self._adjusted)

@@ -1,0 +1,64 @@
+"""What a scheduler chooses for a step; the plan writer adds where the results will be."""
+
+from dataclasses import dataclass, field
+
+from dsv3.cache.tiers import Moves
+from dsv3.engine.sequence import Sequence
+
+
+@dataclass(slots=True)
+class ScheduledSeq:
+    """One sequence's part of a step.
+
+    Attributes:
+        seq: the sequence.
+        num_tokens: new tokens that the step computes.
+        is_last: the step computes all tokens that the sequence has so far.
+        num_samples: rows that give next tokens; 0 where the last row is only checked: a row whose
+            logits are not finite must not leave its cache entries to be reused.
+        num_preempted: preemptions of the sequence before this step.
+        num_scored: rows that score prompt tokens, ahead of the others. Set with the plan.
+        first_row: first row among the results of all groups. Set with the plan.
+        start: position of the first new token. Set with the plan.
+    """
+
+    seq: Sequence
+    num_tokens: int
+    is_last: bool
+    num_samples: int
+    num_preempted: int
+    num_scored: int = 0
+    first_row: int = -1
+    start: int = -1
+
+    @classmethod
+    def of(cls, seq: Sequence, num_tokens: int) -> "ScheduledSeq":
+        """Schedule the next `num_tokens` tokens of a sequence."""
+        is_last = seq.num_left == num_tokens
+        num_samples = 1 if is_last and seq.request.params.max_tokens > 0 else 0
+        return cls(seq, num_tokens, is_last, num_samples, seq.num_preempted)
+
+    @property
+    def stop(self) -> int:
+        """Positions of the sequence that are computed after the step."""
+        return self.start + self.num_tokens
+
+    @property
+    def last_row(self) -> int:
+        """Row of the last new token among the results of all groups."""
+        return self.first_row + self.num_scored
+
+
+@dataclass(slots=True)
+class ScheduledStep:
+    """One group's part of a step.
+
+    Attributes:
+        seqs: sequences in the order that `StepPlan` demands: fewest new tokens first.
+        copies: pages to copy first, (from, to): partial pages that are continued.
+        moves: pages to move between the cache's tiers.
+    """
+
+    seqs: list[ScheduledSeq] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    moves: Moves = field(default_factory=Moves)

@@ -1,0 +1,221 @@
+"""Decisions of the start-up, before anything is loaded: numerics, formats, limits, placement."""
+
+import logging
+from dataclasses import dataclass, replace
+
+import torch
+
+from dsv3.cache.layout import CacheLayout
+from dsv3.checkpoint.check import check_tensors
+from dsv3.checkpoint.contradictions import source_warnings
+from dsv3.checkpoint.load import fp8_weights, has_fp8_experts, has_fp8_weights
+from dsv3.checkpoint.reader import Source
+from dsv3.config import ModelConfig
+from dsv3.distributed.mesh import Mesh
+from dsv3.engine.balance import place_experts
+from dsv3.engine.ignored import ignored_settings
+from dsv3.engine.memory import MemoryPlan, free_memory, plan_memory, weight_bytes
+from dsv3.errors import ConfigError
+from dsv3.model.attention import absorb_limit
+from dsv3.parallel.expert_dispatch import DispatchSettings
+from dsv3.parallel.expert_placement import Placement
+from dsv3.parallel.weights import BLOCK, FP8, WeightFormat
+from dsv3.settings import CacheDtype, EngineConfig
+
+log = logging.getLogger(__name__)
+
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_CACHE_NAMES: dict[torch.dtype, CacheDtype] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a model runs on this rank.
+
+    Attributes:
+        config: the model.
+        settings: as the user gave them.
+        fmt: format of the weights.
+        layout: geometry and format of this rank's cache.
+        context_limit: longest context of a request, in tokens.
+        placement: ranks of the experts; None for equal ranges.
+        dispatch: how tokens reach their experts.
+        weight_bytes: bytes of this rank's weights.
+    """
+
+    config: ModelConfig
+    settings: EngineConfig
+    fmt: WeightFormat
+    layout: CacheLayout
+    context_limit: int
+    placement: Placement | None
+    dispatch: DispatchSettings
+    weight_bytes: int
+
+    def plan_memory(self, mesh: Mesh, free: int, activations: int | None = None) -> MemoryPlan:
+        """Return the memory plan of this rank.
+
+        Args:
+            mesh: this rank.
+            free: bytes that it may use on its device.
+            activations: bytes that the largest steps need, if they were measured.
+        """
+        return plan_memory(
+            self.config,
+            self.settings,
+            self.layout,
+            self.weight_bytes,
+            self.context_limit,
+            free,
+            mesh.device,
+            activations,
+            host_free=free_memory(torch.device("cpu"), mesh.ranks_on_host),
+        )
+
+
+def decide(source: Source, settings: EngineConfig, mesh: Mesh, n_experts: int | None) -> Setup:
+    """Check that model, files, layout and settings fit together, and decide how the model runs.
+
+    Args:
+        source: the open checkpoint.
+        settings: the user's.
+        mesh: this rank and its peers.
+        n_experts: routed experts that the user expects; None for any number.
+
+    Raises:
+        ConfigError, CheckpointError: they do not fit together.
+    """
+    config = source.config
+    mesh.layout.check(config)
+    if mesh.layout.dp > 1 and settings.disk_cache:
+        raise ConfigError(
+            f"{settings.named('kv_disk_cache')} serves one data-parallel group, "
+            f"dp={mesh.layout.dp} has more; use {settings.named('kv_host_cache')}, or "
+            f"{settings.named('dp')}=1"
+        )
+    if n_experts not in (None, config.n_routed_experts):
+        name = settings.named("n_experts")
+        raise ConfigError(f"{name}={n_experts} but the model has {config.n_routed_experts}")
+    check_tensors(source)
+    if mesh.layout.rank == 0:
+        _warn(source, settings, mesh)
+    fmt = weight_format(source, settings, mesh)
+    placement = place_experts(settings, config, mesh.layout)
+    dispatch = dispatch_settings(settings, config, fmt, has_fp8_experts(source))
+    if placement is not None:  # a group's experts may be anywhere
+        dispatch = replace(dispatch, groups=(1, 1))
+    return Setup(
+        config=config,
+        settings=settings,
+        fmt=fmt,
+        layout=CacheLayout.make(
+            config,
+            settings.cache_form,
+            settings.kv_shard,
+            _CACHE_NAMES[fmt.dtype] if settings.kv_dtype == "auto" else settings.kv_dtype,
+            mesh.layout.tp,
+            mesh.layout.tp_rank,
+        ),
+        context_limit=context_limit(settings, config),
+        placement=placement,
+        dispatch=dispatch,
+        weight_bytes=weight_bytes(config, mesh, fmt, placement),
+    )
+
+
+def _warn(source: Source, settings: EngineConfig, mesh: Mesh) -> None:
+    """Log what is contradictory in a checkpoint, and settings that change nothing."""
+    if source.config.warning:
+        log.warning("%s", source.config.warning)
+    for line in source_warnings(source):
+        log.warning("%s", line)
+    for line in ignored_settings(settings, source.config, mesh.layout, bool(fp8_weights(source))):
+        log.warning("%s", line)
+
+
+def numerics_mode(settings: EngineConfig, source: Source, device: str) -> str:
+    """Return float32, bfloat16 or fp8; `auto` is float32 on a CPU, the stored format on CUDA."""
+    config = source.config
+    stored = "fp8" if has_fp8_weights(source) else "bfloat16"
+    if settings.dtype == "fp8" and stored != "fp8":
+        is_stale = source.declared.quantization is not None
+        stale = " (its quantization_config is stale)" if is_stale else ""
+        raise ConfigError(
+            f"{settings.given('dtype')} multiplies FP8 weights and the checkpoint has none{stale}; "
+            f"make some with convert.py --to fp8, or use {settings.named('dtype')}=bfloat16"
+        )
+    if settings.dtype != "auto":
+        return settings.dtype
+    if device == "cpu" or (stored == "bfloat16" and config.torch_dtype == "float32"):
+        return "float32"
+    return stored
+
+
+def weight_format(source: Source, settings: EngineConfig, mesh: Mesh) -> WeightFormat:
+    """Return the format that weights are held in, and the names of those kept in FP8."""
+    mode = numerics_mode(settings, source, mesh.device.type)
+    dtype = TORCH_DTYPES.get(mode, torch.bfloat16)
+    if mode == "fp8":
+        quantization = source.config.quantization
+        return WeightFormat(
+            dtype,
+            mesh.device,
+            fp8_names=fp8_weights(source),
+            fp8_products=True,
+            ue8m0=quantization is not None and quantization.scale_fmt == "ue8m0",
+        )
+    kept = fp8_weights(source) if settings.weights == "fp8" else frozenset()
+    return WeightFormat(dtype, mesh.device, kept)
+
+
+def context_limit(settings: EngineConfig, config: ModelConfig) -> int:
+    """Return the longest context: the user's, the model's, or the end of dense attention."""
+    limit = settings.max_seq_len or config.max_position_embeddings
+    if limit > config.max_position_embeddings:
+        raise ConfigError(
+            f"{settings.given('max_seq_len')} exceeds max_position_embeddings="
+            f"{config.max_position_embeddings} of the model"
+        )
+    if config.index_topk is not None and limit > config.index_topk:
+        if settings.max_seq_len:
+            raise ConfigError(
+                f"{settings.given('max_seq_len')} exceeds index_topk={config.index_topk}: sparse "
+                "attention is not available yet, and below index_topk the model is exactly dense"
+            )
+        log.warning(
+            "context limited to index_topk=%d tokens: sparse attention is not available yet, "
+            "and up to there the model is exactly dense",
+            config.index_topk,
+        )
+        limit = config.index_topk
+    return limit
+
+
+def dispatch_settings(
+    settings: EngineConfig, config: ModelConfig, fmt: WeightFormat, has_fp8_experts: bool
+) -> DispatchSettings:
+    """Return how tokens reach their experts; by default in FP8 only if the experts are in FP8."""
+    has_whole_blocks = config.hidden_size % BLOCK == 0
+    if settings.dispatch_dtype == "fp8" and not has_whole_blocks:
+        raise ConfigError(
+            f"{settings.given('dispatch_dtype')} has a scale per {BLOCK} values, "
+            f"hidden_size={config.hidden_size} is no multiple of them; use bf16"
+        )
+    is_fp8 = fmt.fp8_products and has_whole_blocks and has_fp8_experts
+    dtypes = {"auto": FP8 if is_fp8 else None, "bf16": torch.bfloat16, "fp8": FP8}
+    is_limited = config.topk_method != "greedy"
+    return DispatchSettings(
+        settings.moe_dispatch,
+        dtypes[settings.dispatch_dtype],
+        groups=(config.n_group, config.topk_group) if is_limited else (1, 1),
+        ue8m0=fmt.ue8m0,
+    )
+
+
+def decode_limit(settings: EngineConfig, config: ModelConfig) -> int:
+    """Return the most new tokens of a sequence that attends to the cache in absorbed form."""
+    if settings.attn_impl == "naive":
+        return 1
+    if settings.attn_impl == "absorb":
+        return config.max_position_embeddings
+    return absorb_limit(config)
