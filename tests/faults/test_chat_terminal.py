@@ -18,7 +18,7 @@ import runpy, sys
 sys.argv[0] = {GENERATE!r}
 runpy.run_path({GENERATE!r}, run_name="__main__")
 """
-# Whatever waits longer than a second without being told that it may is found out.
+# A wait of more than a second that is not announced to the watchdog fails the test.
 IMPATIENT = f"""
 import datetime
 from torch.distributed import distributed_c10d
@@ -105,7 +105,7 @@ def test_answers_are_stopped_and_a_full_context_is_said_in_words() -> None:
         chat.wait_for("Go on.\n")
 
         ranks = ranks_of(chat.process.pid).values()
-        chat.process.kill()  # in the middle of an answer, and torchrun itself: it can end nobody
+        chat.process.kill()  # in an answer; torchrun, too, so it cannot end ranks
         chat.wait()
         assert chat.modes_are_restored()
         assert all(is_gone(rank) for rank in ranks)

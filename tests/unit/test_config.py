@@ -128,7 +128,7 @@ def test_every_number_has_a_rule() -> None:
     assert sorted(RULES) == sorted({name for _, name, _ in NUMBERS})
 
 
-def test_whole_numbers_are_as_good_as_floats() -> None:
+def test_whole_numbers_are_accepted_as_floats() -> None:
     assert TINY.rope_scaling is not None
     whole = dataclasses.replace(TINY.rope_scaling, factor=4, mscale=1)
     config = dataclasses.replace(TINY, rope_theta=10000, rope_scaling=whole)
