@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from dsv3.arguments import text, truth, whole
 from dsv3.config_fields import shown
@@ -40,9 +40,9 @@ def _setting(group: str, default: Any, about: str = "", least: int = 0) -> Any:
     return field(default=default, metadata={"group": group, "about": about, "least": least})
 
 
-def words_of(setting: Field[Any]) -> tuple[str, ...]:
-    """Return the possible values of a field whose type is a `Literal`; none for other fields."""
-    return get_args(setting.type)
+def allowed_words(setting: Field[Any]) -> tuple[str, ...]:
+    """Return the words that a setting accepts; none for other settings."""
+    return get_args(setting.type) if get_origin(setting.type) is Literal else ()
 
 
 _model, _layout, _experts, _cache, _steps = (
@@ -172,7 +172,7 @@ class EngineConfig:
     def _read(self, f: Field[Any]) -> None:
         """Convert and check the value of a field; None means the default."""
         value = getattr(self, f.name)
-        words = words_of(f)
+        words = allowed_words(f)
         least = f.metadata["least"]
         convert, rule = _KINDS[str if words else f.type]
         if f.type is int:

@@ -32,7 +32,7 @@ from dsv3.errors import (
 )
 from dsv3.files import open_closed_streams
 from dsv3.setting_names import flag
-from dsv3.settings import EngineConfig, words_of
+from dsv3.settings import EngineConfig, allowed_words
 
 _INTERRUPTED = 130
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
@@ -102,7 +102,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         elif f.default is False:
             groups[name].add_argument(f"--{flag}", action="store_true", help=text)
         else:
-            words = words_of(f)  # EngineConfig checks them
+            words = allowed_words(f)  # EngineConfig checks them
             metavar = f"{{{','.join(words)}}}" if words else None
             kind = str if words else f.type
             groups[name].add_argument(

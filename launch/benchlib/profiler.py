@@ -181,7 +181,7 @@ def profile(runner: Runner) -> Profiler:
 
 
 class _Timed:
-    """Proxy that records every method call as a child span of the caller's span."""
+    """Proxy that records every method call as a child span of the caller."""
 
     def __init__(self, profiler: Profiler, inner: object) -> None:
         self._profiler, self._inner = profiler, inner
@@ -190,5 +190,5 @@ class _Timed:
         value = getattr(self._inner, name)
         owner = next((base for base in type(self._inner).__mro__ if name in vars(base)), None)
         if callable(value) and owner is Collectives:
-            value = partial(vars(owner)[name], self)  # so that its own exchanges are recorded, too
+            value = partial(vars(owner)[name], self)  # so that its calls are recorded, too
         return self._profiler.wrap(name, value, is_part=True) if callable(value) else value
