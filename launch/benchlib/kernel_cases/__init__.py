@@ -1,7 +1,7 @@
-"""Every Triton kernel at DeepSeek-V3's shapes: inputs, bytes, FLOPs, reference, what libraries do.
+"""Every Triton kernel at DeepSeek-V3's shapes: operands, bytes, FLOPs, reference, library peer.
 
-`cases(small=False)` are the shapes of rank 0 of 8 (and some whole ones); with `small` ragged ones
-that the interpreter can run.
+`cases(small=False)` has the shapes of rank 0 of 8, and some unsplit ones; with `small`, ragged
+shapes that the interpreter can run.
 """
 
 from collections.abc import Iterator
@@ -44,7 +44,7 @@ __all__ = ["Case", "cases", "check", "measure"]
 
 
 def cases(small: bool = False) -> Iterator[Case]:
-    """Yield all cases."""
+    """Yield the cases of all kernels."""
     products, attention = (gemm, few_rows, expert_products), (absorption, decode, latents, prefill)
     for family in (_elementwise, *products, _routing, *attention, _sampling):
         yield from family(small)
@@ -75,7 +75,7 @@ def _elementwise(small: bool) -> Iterator[Case]:
 
 
 def _sum_norm(T: int, dim: int) -> Case:
-    """Return the sum over a world of one: its signal and its memory, without links."""
+    """Return the case of a single rank: signals and memory traffic, without links."""
 
     def operands(d: torch.device) -> Args:
         x, y = (normal(T, dim, device=d) for _ in range(2))
@@ -164,7 +164,7 @@ def _route_and_permute(T: int, rule: Routing) -> Case:
 
 
 def _sorted(result: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Put every token's experts in the order of their ids."""
+    """Sort the experts of each token by id."""
     ids, weight = result
     order = ids.argsort(-1)
     return ids.gather(1, order), weight.gather(1, order)

@@ -1,4 +1,4 @@
-"""Cases of the attention layer: over the cache, into the cache, over a prompt."""
+"""Cases of the attention layer: decode, cache writes, prefill."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -71,7 +71,7 @@ def _mla_decode(batch: int, context: int, heads: int, packed: bool) -> Case:
 
 
 def absorption(small: bool) -> Iterator[Case]:
-    """Yield queries on their way into latent space, and results of eight ranks on theirs out."""
+    """Yield the absorption of queries, and the expansion of eight ranks' partial outputs."""
     H, held = (2, 32 * 16) if small else (HEADS, HEADS * C * N)
     for T in (3,) if small else (1, 8, 128):
 
@@ -100,7 +100,7 @@ def absorption(small: bool) -> Iterator[Case]:
 
 
 def latents(small: bool) -> Iterator[Case]:
-    """Yield the way of new tokens into the cache, alone and beside the query's norm."""
+    """Yield cache writes of new tokens, alone and fused with the query's norm."""
     for T, packed in [(3, True)] if small else [(t, p) for t in (1, 128, 4096) for p in (0, 1)]:
 
         def write(d: torch.device, T: int = T, packed: bool = bool(packed)) -> EntryWrite:
@@ -168,7 +168,7 @@ def _entries(result: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def prefill(small: bool) -> Iterator[Case]:
-    """Yield prompts without a prefix."""
+    """Yield prompts without a cached prefix."""
     for S, H in [(70, 2)] if small else [(1024, 16), (4096, 16), (4096, 128)]:
 
         def operands(d: torch.device, S: int = S, H: int = H) -> Args:

@@ -1,4 +1,4 @@
-"""A kernel at one shape: whether it is right and how fast; shapes and operands that cases share."""
+"""A kernel at one shape: its check and its timing; shapes and operands shared by the cases."""
 
 import logging
 from collections.abc import Callable
@@ -27,14 +27,14 @@ class Case:
     """One operation at one shape.
 
     Attributes:
-        op, shape: its name.
-        make: fresh random operands on a device.
-        kernel, reference: take them; what they return must agree.
-        bytes, flops: that it cannot do without.
-        dtype: of the matrix units: "fp8" or "bf16".
+        op, shape: name of the kernel, and its shape in words.
+        make: returns fresh random operands on a device.
+        kernel, reference: called with the operands; their results must agree.
+        bytes, flops: least bytes of memory and FLOPs of the operation.
+        dtype: format of the matrix products: "fp8" or "bf16".
         tol: allowed difference, as a share of the largest value.
-        peer: what cuBLAS or torch has for it; None if they cannot do it.
-        view: makes results comparable that may differ in order.
+        peer: the same operation by cuBLAS or torch; None if they do not have it.
+        view: sorts results whose order may differ.
     """
 
     op: str
@@ -51,7 +51,7 @@ class Case:
 
 
 def check(case: Case, device: torch.device) -> str:
-    """Return what is wrong with a kernel on fresh operands; nothing if it is right."""
+    """Return the difference of a kernel from its reference on fresh operands; empty if none."""
     operands = case.make(device)
     want = _tensors(case.view(case.reference(*operands)))
     try:
@@ -66,7 +66,7 @@ def check(case: Case, device: torch.device) -> str:
 
 
 def measure(case: Case, device: torch.device) -> tuple[float, float | None]:
-    """Return the seconds of the kernel, and of its peer where that can do the job."""
+    """Return the seconds of the kernel, and of its peer if it has one that runs here."""
     sets = [case.make(device) for _ in range(copies_needed(case.bytes))]
 
     def seconds(run: Callable[..., Any]) -> float:
@@ -91,12 +91,12 @@ def _tensors(result: Any) -> list[Tensor]:
 
 
 def normal(*shape: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Return random values."""
+    """Return a tensor of normally distributed values."""
     return torch.randn(shape, device=device).to(dtype)
 
 
 def scaled(rows: int, cols: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return an FP8 matrix and scales of clearly different size."""
+    """Return a random FP8 matrix, and scales that differ clearly between blocks."""
     w = (torch.randn(rows, cols, device=device) * 20).to(FP8)
     scale = torch.rand(-(-rows // BLOCK), -(-cols // BLOCK), device=device) + 0.1
     return w, scale / 20 / cols**0.5

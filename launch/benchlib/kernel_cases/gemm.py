@@ -1,4 +1,4 @@
-"""Cases of the products with weights: one matrix, and those of experts."""
+"""Cases of matrix products with weights: one matrix, and the stacked matrices of experts."""
 
 from collections.abc import Iterator
 
@@ -41,7 +41,7 @@ MATRICES = (
     ("dense gate_up tp8", 4608, 7168),
     ("dense down tp8", 7168, 2304),
 )
-# Two that are bfloat16 in the FP8 checkpoint too, and some of where all are.
+# Two matrices that FP8 checkpoints store in bfloat16, then some of a bfloat16 checkpoint.
 BF16_MATRICES = (
     ("lm_head tp8", 16160, 7168),
     ("eh_proj", 7168, 14336),
@@ -54,7 +54,7 @@ BF16_MATRICES = (
 
 
 def gemm(small: bool) -> Iterator[Case]:
-    """Yield the product of FP8 rows with one matrix."""
+    """Yield products of FP8 rows with one matrix."""
     rows = (1, 5) if small else (1, 8, 16, 64, 128, 1024, 4096)
     for name, F_out, dim in [("ragged", 72, 384)] if small else MATRICES:
         for M in rows:
@@ -77,7 +77,7 @@ def gemm(small: bool) -> Iterator[Case]:
 
 
 def few_rows(small: bool) -> Iterator[Case]:
-    """Yield the product of few bfloat16 rows with one matrix."""
+    """Yield products of few bfloat16 rows with one matrix."""
     for name, F_out, dim in [("ragged", 72, 200)] if small else BF16_MATRICES:
         for M in (1, 33) if small else (1, 8, 16, 64):
 
@@ -100,13 +100,13 @@ def few_rows(small: bool) -> Iterator[Case]:
 def _block_scaled_mm(
     x: Quantized, w_FD: Tensor, scale_fd: Tensor, dtype: torch.dtype, _locks: Tensor
 ) -> Tensor:
-    """Multiply as cuBLASLt does where it knows block scales (CUDA 12.9 and on, Hopper)."""
+    """Multiply with cuBLASLt's block scales (from CUDA 12.9, on Hopper)."""
     scale_Td = x.scale.t().contiguous().t()  # by columns
     return torch._scaled_mm(x.q, w_FD.t(), scale_a=scale_Td, scale_b=scale_fd.t(), out_dtype=dtype)
 
 
 def expert_products(small: bool) -> Iterator[Case]:
-    """Yield the experts as a whole, and their two products, with equally many tokens each."""
+    """Yield all experts together and their two products; each expert has the same token count."""
     held, dim, inner = (3, 256, 128) if small else (E, D, FF)
     matrix = dim * inner
     for each in (2,) if small else (1, 8, 64, 256):
