@@ -239,7 +239,7 @@ def test_two_models_of_a_world_of_one_work_at_once(llm: LLM) -> None:
         ({"kv_host_cache": "1B"}, "kv_host_cache=1B holds no page of"),
         ({"tp": 2.5}, "tp=2.5 must be a whole number"),
         ({"dp": "x"}, "dp='x' must be a whole number"),
-        ({"tp": -1}, "world_size=1, dp=1, tp=-1 must be at least 1"),
+        ({"tp": -1}, "tp=-1 must be at least 0"),
         ({"device": "tpu"}, "device=tpu is unknown; use auto, cpu or cuda"),
         ({"device": 5}, "device=5 is unknown; use auto, cpu or cuda"),
         ({"rank_timeout": "soon"}, "rank_timeout='soon' must be a number"),

@@ -112,7 +112,7 @@ def test_help_shows_defaults_that_are_values() -> None:
     parser = Parser()
     add_engine_flags(parser)
     text = " ".join(parser.format_help().split())
-    assert "copies, without a file (default: 0)" in text
+    assert "copies of experts in a layer, without a file (default: 0)" in text
     assert "reuse no prefixes --eviction" in text
 
 
