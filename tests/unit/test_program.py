@@ -113,7 +113,7 @@ def test_help_shows_defaults_that_are_values() -> None:
     add_engine_flags(parser)
     text = " ".join(parser.format_help().split())
     assert "copies of experts in a layer, without a file (default: 0)" in text
-    assert "reuse no prefixes --eviction" in text
+    assert "do not reuse computed prefixes --eviction" in text
 
 
 def run_program_file(program: str, first: Path) -> subprocess.CompletedProcess[bytes]:
