@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from inspect import isabstract
 from typing import Any
 
 import torch
@@ -178,6 +179,6 @@ class _Timed:
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._inner, name)
         owner = next((each for each in type(self._inner).__mro__ if name in vars(each)), None)
-        if callable(value) and getattr(owner, "_is_protocol", False):
+        if callable(value) and isabstract(owner):
             value = partial(vars(owner)[name], self)  # what it calls in turn is to be seen, too
         return self._profiler.wrap(name, value, is_part=True) if callable(value) else value
