@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from dsv3.cache.children import encode
 from dsv3.cache.eviction import CacheEntry, make_policy
 from dsv3.cache.pages import PageAllocator
-from dsv3.cache.prefix import Match, PrefixTree, chain_hash, chain_hashes, encode
+from dsv3.cache.prefix import Match, PrefixTree
+from dsv3.cache.prefix_hash import chain_hash, chain_hashes
 
 P = 4
 
