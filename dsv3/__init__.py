@@ -1,7 +1,7 @@
 """dsv3: a distributed runtime for DeepSeek-V3-family models in plain PyTorch.
 
-Shape letters used as tensor suffixes throughout (`q_THN` is [T, H, N]; the same letter whether
-the dimension is sharded or not):
+Tensor names have shape letters as suffixes (`q_THN` is [T, H, N]; the letter is the same for
+sharded and unsharded dimensions):
 
     B sequences            T tokens of the step (packed)   S cached positions
     D hidden               H heads                         A q_lora_rank
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 __all__ = ["LLM", "SamplingParams", "__version__"]
 
-_HOMES = {"LLM": "dsv3.llm", "SamplingParams": "dsv3.request"}
+_MODULES = {"LLM": "dsv3.llm", "SamplingParams": "dsv3.request"}
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for only then: most of dsv3 works without torch."""
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+    """Import a public name on first use, since most of dsv3 works without torch."""
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,7 @@
-"""Values that a script passes, read as Python's own numbers, texts and lists.
+"""Conversion of library arguments to Python numbers, strings and lists.
 
-Numbers and arrays of NumPy and torch are read as Python's, and a number may be written as text.
-Every reader raises ValueError for a value of another kind; its caller names the argument.
+Numbers and arrays of NumPy and torch are converted to Python's; a number may also be a string.
+Each function raises ValueError for a value of a wrong type; its caller names the argument.
 """
 
 import os
@@ -13,13 +13,13 @@ _WHOLE = re.compile(r"\s*[+-]?[0-9]+\s*")
 
 
 def plain(value: Any) -> Any:
-    """Return a NumPy or torch number or array as Python's number or list; others as they are."""
+    """Return a NumPy or torch number or array as a Python number or list; others unchanged."""
     to_list = getattr(value, "tolist", None)
     return to_list() if callable(to_list) and not isinstance(value, type) else value
 
 
 def whole(value: Any) -> int:
-    """Return a whole number; 10.0 and "10" are whole numbers, True is none."""
+    """Return a whole number, also for 10.0 and "10", but not for True."""
     value = plain(value)
     if isinstance(value, str) and _WHOLE.fullmatch(value):
         return int(value)
@@ -30,7 +30,7 @@ def whole(value: Any) -> int:
 
 
 def number(value: Any) -> float:
-    """Return a number; an int stays one, so that digests of requests stay as they are."""
+    """Return a number; an int stays an int, so that digests of requests do not change."""
     value = plain(value)
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError(value)
@@ -38,7 +38,7 @@ def number(value: Any) -> float:
 
 
 def truth(value: Any) -> bool:
-    """Return a truth value."""
+    """Return a bool."""
     value = plain(value)
     if not isinstance(value, bool):
         raise ValueError(value)
@@ -46,14 +46,14 @@ def truth(value: Any) -> bool:
 
 
 def text(value: Any) -> str:
-    """Return a text, a path as text, or a whole number as text."""
+    """Return a string, path or whole number as a string."""
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     return value if isinstance(value, str) else str(whole(value))
 
 
 def path(value: Any) -> Path:
-    """Return a path, which may be a text."""
+    """Return a string or path as a path."""
     value = os.fspath(value) if isinstance(value, os.PathLike) else value
     if not isinstance(value, str) or not value:
         raise ValueError(value)
@@ -61,28 +61,28 @@ def path(value: Any) -> Path:
 
 
 def path_or_name(value: Any) -> Path | str:
-    """Return a text as it is, which may name a repository, or another kind of path as a path."""
+    """Return a string unchanged, since it may name a repository; other paths as `Path`."""
     return value if isinstance(value, str) and value else path(value)
 
 
 def texts(value: Any) -> tuple[str, ...]:
-    """Return one text, or a list of texts, as a tuple."""
+    """Return a string or a list of strings as a tuple."""
     value = plain(value)
-    found = (value,) if isinstance(value, str) else tuple(_items(value))
-    if not all(isinstance(each, str) and each for each in found):
+    strings = (value,) if isinstance(value, str) else tuple(_items(value))
+    if not all(isinstance(item, str) and item for item in strings):
         raise ValueError(value)
-    return found
+    return strings
 
 
 def token_ids(value: Any) -> tuple[int, ...]:
-    """Return one token id, or a list of them, as a tuple."""
+    """Return a token id or a list of token ids as a tuple."""
     value = plain(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return (value,)
-    found = [plain(each) for each in _items(value)]
-    if any(isinstance(each, str) for each in found):
+    ids = [plain(item) for item in _items(value)]
+    if any(isinstance(token_id, str) for token_id in ids):
         raise ValueError(value)
-    return tuple(map(whole, found))
+    return tuple(map(whole, ids))
 
 
 def _items(value: Any) -> list[Any]:

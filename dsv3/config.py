@@ -1,6 +1,6 @@
-"""What a model is and how it is spread over ranks: frozen, validated once, free of torch.
+"""Configuration of a model and its parallel layout: frozen, validated once, without torch.
 
-Field names are those of Hugging Face's `config.json`. Reading files is `dsv3.config_files`.
+Field names are those of Hugging Face's `config.json`. Files are read by `dsv3.config_files`.
 """
 
 import dataclasses
@@ -15,13 +15,13 @@ MODEL_TYPES = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2")
 TORCH_DTYPES = ("bfloat16", "float32", "float16")
 ROUTING = {"greedy": "softmax", "group_limited_greedy": "softmax", "noaux_tc": "sigmoid"}
 _INDEX_FIELDS = ("index_n_heads", "index_head_dim", "index_topk")
-# Routed experts of all layers together, ten times those of Kimi-K2: more cannot be listed in
-# bounded time and memory.
-_MOST_EXPERTS = 2**18
+# Routed experts of all layers together, ten times Kimi-K2's; the limit bounds the time and memory
+# to list a model's tensors.
+_MAX_EXPERTS = 2**18
 
 
 def _check_fields(config: "ModelConfig | RopeScaling", prefix: str = "") -> None:
-    """Refuse numbers and truths of wrong types or out of range; make whole numbers floats."""
+    """Raise ConfigError for wrong types and values out of range; convert ints in float fields."""
     for f in fields(config):
         value = getattr(config, f.name)
         if value is not None or type(None) not in get_args(f.type):
@@ -30,22 +30,22 @@ def _check_fields(config: "ModelConfig | RopeScaling", prefix: str = "") -> None
             object.__setattr__(config, f.name, float(value))
 
 
-def check_family(model_type: object, where: str = "", hint: str = "") -> None:
+def check_family(model_type: object, prefix: str = "", hint: str = "") -> None:
     """Raise ConfigError for models of other families."""
     if model_type not in MODEL_TYPES:
         raise ConfigError(
-            f"{where}model_type={shown(model_type)}{hint} is not supported; only the DeepSeek "
+            f"{prefix}model_type={shown(model_type)}{hint} is not supported; only the DeepSeek "
             f"V2/V3 family is ({', '.join(MODEL_TYPES)}), not other models or distills"
         )
 
 
 def divisors(number: int) -> list[int]:
-    """All divisors of a positive number, ascending."""
+    """Return all divisors of a positive number, ascending."""
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
 def split_range(size: int, parts: int, index: int, unit: int = 1) -> tuple[int, int]:
-    """The contiguous (start, stop) of part `index`: ceil(size / parts) each, the last ones less.
+    """Return (start, stop) of part `index`; all but the last parts have ceil(size / parts).
 
     Parts begin at multiples of `unit`, so the last ones may be empty.
     """
@@ -54,13 +54,13 @@ def split_range(size: int, parts: int, index: int, unit: int = 1) -> tuple[int, 
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
-    """0.1 * mscale * ln(factor) + 1; 1 where nothing is extended."""
+    """Return 0.1 * mscale * ln(factor) + 1; 1 if the context is not extended."""
     return 1.0 if factor <= 1.0 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeScaling:
-    """YaRN: how rotary frequencies are stretched beyond the original context length."""
+    """YaRN parameters, which extend rotary frequencies beyond the original context length."""
 
     factor: float
     original_max_position_embeddings: int
@@ -70,7 +70,7 @@ class RopeScaling:
     mscale_all_dim: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse numbers that YaRN cannot compute with."""
+        """Raise ConfigError for invalid YaRN parameters."""
         _check_fields(self, "rope_scaling.")
         if self.beta_fast < self.beta_slow:
             raise ConfigError(
@@ -85,14 +85,14 @@ class QuantizationConfig:
 
     Attributes:
         block: rows and columns that share a scale.
-        scale_fmt: "ue8m0" where scales are meant to be powers of two (not every stored scale is).
+        scale_fmt: "ue8m0" if scales are declared powers of two (not every stored scale is one).
     """
 
     block: tuple[int, int] = (128, 128)
     scale_fmt: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse other block sizes and scale formats."""
+        """Raise ConfigError for other block sizes and scale formats."""
         if self.block != (128, 128) or not all(type(size) is int for size in self.block):
             raise ConfigError(f"weight_block_size={shown(self.block)} must be [128, 128]")
         if self.scale_fmt not in (None, "ue8m0"):
@@ -101,15 +101,16 @@ class QuantizationConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """The shape of a DeepSeek-V2/V3-family model, as Hugging Face names it.
+    """The shape of a DeepSeek-V2/V3-family model, with Hugging Face's field names.
 
-    `q_lora_rank` None: queries have no low-rank path (`q_proj`). `rope_scaling` None: plain RoPE.
-    `rope_interleave` False: weights were permuted to half-split rotary order. `quantization` None:
-    weights are stored in `torch_dtype`. `bos_token_id` None and `eos_token_ids` () leave the
-    answer to the tokenizer. The `index_*` fields are V3.2's sparse attention, else None.
-
-    `warning` is a line for the user about the file that was read, empty without any; it is no
-    part of the model.
+    Attributes:
+        q_lora_rank: None if queries have no low-rank path (`q_proj`).
+        rope_scaling: None for plain RoPE.
+        rope_interleave: False if weights were permuted to half-split rotary order.
+        bos_token_id, eos_token_ids: None and () leave them to the tokenizer.
+        index_n_heads, index_head_dim, index_topk: V3.2's sparse attention; None for other models.
+        quantization: None if weights are stored in `torch_dtype`.
+        warning: a line for the user about the file, or empty; not a part of the model.
     """
 
     model_type: str
@@ -152,7 +153,7 @@ class ModelConfig:
     warning: str = dataclasses.field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Refuse fields that are out of range or contradict each other."""
+        """Raise ConfigError for fields that are out of range or contradict each other."""
         self._check_values()
         self._check_tokens()
         self._check_routing()
@@ -173,7 +174,7 @@ class ModelConfig:
             )
 
     def _check_tokens(self) -> None:
-        """Refuse ids outside the vocabulary."""
+        """Raise ConfigError for ids outside the vocabulary."""
         named = [("bos_token_id", self.bos_token_id)]
         named += [("eos_token_id", i) for i in check_token_ids(self.eos_token_ids, "eos_token_id")]
         for name, token_id in named:
@@ -183,16 +184,16 @@ class ModelConfig:
     def _check_routing(self) -> None:
         experts, groups = self.n_routed_experts, self.n_group
         layers = self.num_hidden_layers + self.num_nextn_predict_layers
-        if layers * experts > _MOST_EXPERTS:
+        if layers * experts > _MAX_EXPERTS:
             raise ConfigError(
                 f"n_routed_experts={experts} in each of num_hidden_layers={self.num_hidden_layers} "
                 f"+ num_nextn_predict_layers={self.num_nextn_predict_layers} layers is more than "
-                f"{_MOST_EXPERTS} experts"
+                f"{_MAX_EXPERTS} experts"
             )
         if (self.topk_method, self.scoring_func) not in tuple(ROUTING.items()):
             pairs = ", ".join(f"{method} with {score}" for method, score in ROUTING.items())
-            asked = f"{shown(self.topk_method)} with scoring_func={shown(self.scoring_func)}"
-            raise ConfigError(f"topk_method={asked} is not supported; use one of {pairs}")
+            pair = f"{shown(self.topk_method)} with scoring_func={shown(self.scoring_func)}"
+            raise ConfigError(f"topk_method={pair} is not supported; use one of {pairs}")
         if experts % groups:
             raise ConfigError(f"n_group={groups} does not divide n_routed_experts={experts}")
         if self.topk_group > groups:
@@ -201,13 +202,13 @@ class ModelConfig:
             raise ConfigError(
                 f"n_group={groups} leaves fewer than two of n_routed_experts={experts} in a group"
             )
-        reach = experts
+        num_reachable = experts
         if self.topk_method != "greedy":
-            reach = experts // groups * self.topk_group
-        if self.num_experts_per_tok > reach:
+            num_reachable = experts // groups * self.topk_group
+        if self.num_experts_per_tok > num_reachable:
             raise ConfigError(
-                f"num_experts_per_tok={self.num_experts_per_tok} is more than the {reach} experts "
-                "that routing can reach"
+                f"num_experts_per_tok={self.num_experts_per_tok} is more than the {num_reachable} "
+                "experts that routing can reach"
             )
 
     def _check_indexer(self) -> None:
@@ -234,12 +235,12 @@ class ModelConfig:
 
     @property
     def has_indexer(self) -> bool:
-        """Whether attention is sparse (V3.2)."""
+        """True if attention is sparse (V3.2)."""
         return self.index_topk is not None
 
     @property
     def active_params(self) -> int:
-        """Weights that a token meets on its way, without embedding and head."""
+        """Number of weights that one token is multiplied with, without embedding and head."""
         hidden, heads = self.hidden_size, self.num_attention_heads
         queries = heads * self.qk_head_dim
         if self.q_lora_rank is None:
@@ -258,7 +259,7 @@ class ModelConfig:
 
     @property
     def attention_share(self) -> float:
-        """FLOPs of attending to one position, relative to all that do not depend on positions."""
+        """FLOPs of attention to one position, relative to the FLOPs of all weights."""
         pair = self.num_attention_heads * (self.qk_head_dim + self.v_head_dim)
         return self.num_hidden_layers * pair / self.active_params
 
@@ -269,16 +270,16 @@ class ModelConfig:
 
     @property
     def mlp_unit(self) -> int:
-        """What the inner dims of dense MLPs and shared experts are split in.
+        """Unit in which the inner dims of dense MLPs and shared experts are split over tp.
 
-        Whole FP8 blocks where there are any: a part that cuts them could not be multiplied in FP8.
-        On 32 ranks half of them hold a block of V3's shared expert, and half hold nothing.
+        It is a whole FP8 block in quantized models, since a cut block cannot be multiplied in FP8.
+        On 32 ranks, half of them hold a block of V3's shared expert, and the others nothing.
         """
         return 1 if self.quantization is None else self.quantization.block[0]
 
     @property
     def softmax_scale(self) -> float:
-        """What attention scores are multiplied by, YaRN's correction included."""
+        """Factor of attention scores, with YaRN's correction."""
         scale = 1.0 / math.sqrt(self.qk_head_dim)
         rope = self.rope_scaling
         if rope is not None and rope.mscale_all_dim:
@@ -287,22 +288,22 @@ class ModelConfig:
 
     @property
     def cos_sin_mscale(self) -> float:
-        """What the rotary cosines and sines are multiplied by; 1 for all published models."""
+        """Factor of rotary cosines and sines; 1 for all published models."""
         rope = self.rope_scaling
         if rope is None:
             return 1.0
         return yarn_mscale(rope.factor, rope.mscale) / yarn_mscale(rope.factor, rope.mscale_all_dim)
 
     def is_moe_layer(self, layer: int) -> bool:
-        """Whether a layer (MTP layers count on from num_hidden_layers) has routed experts."""
+        """Return True if a layer has routed experts; MTP layers begin at num_hidden_layers."""
         return layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelConfig:
-    """World = dp x tp, tp fastest; routed experts are spread over the whole world.
+    """World = dp x tp, tp fastest; routed experts are split over the whole world.
 
-    `tp` left out (0) is world_size / dp.
+    `tp` = 0 means world_size / dp.
     """
 
     world_size: int = 1
@@ -311,11 +312,11 @@ class ParallelConfig:
     dp: int = 1
 
     def __post_init__(self) -> None:
-        """Fill in tp; refuse a layout that does not add up."""
-        if self.world_size < 1 or self.dp < 1 or (self.tp or 1) < 1:
-            raise ConfigError(
-                f"world_size={self.world_size}, dp={self.dp}, tp={self.tp} must be at least 1"
-            )
+        """Fill in tp; raise ConfigError for an inconsistent layout."""
+        least = {"dp": 1, "tp": 0, "world_size": 1}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least {value}")
         if not self.tp:
             object.__setattr__(self, "tp", max(self.world_size // self.dp, 1))
         if self.tp * self.dp != self.world_size:
@@ -328,26 +329,26 @@ class ParallelConfig:
 
     @property
     def tp_rank(self) -> int:
-        """This rank's place in its tensor-parallel group."""
+        """This rank's index in its tensor-parallel group."""
         return self.rank % self.tp
 
     @property
     def dp_rank(self) -> int:
-        """Which tensor-parallel group this rank is in."""
+        """Index of this rank's tensor-parallel group."""
         return self.rank // self.tp
 
     @property
     def ep(self) -> int:
-        """Number of ranks that routed experts are spread over."""
+        """Number of ranks that share the routed experts."""
         return self.world_size
 
     @property
     def ep_rank(self) -> int:
-        """This rank's place among them."""
+        """This rank's index among the ranks that share the routed experts."""
         return self.rank
 
     def check(self, model: ModelConfig) -> None:
-        """Raise ConfigError where tp does not divide the heads, or the world the experts."""
+        """Raise ConfigError if tp does not divide the heads, or world_size the experts."""
         heads, experts = model.num_attention_heads, model.n_routed_experts
         for name, ranks, field, count in (
             ("tp", self.tp, "num_attention_heads", heads),

@@ -1,4 +1,4 @@
-"""Values that fields of a model's configuration may have, whichever file they come from."""
+"""Rules and checks for the fields of a model's configuration, for all file formats."""
 
 import difflib
 import math
@@ -9,13 +9,15 @@ from typing import Any
 
 from dsv3.errors import ConfigError
 
-_MOST_LISTED = 20
+_MAX_LISTED = 20
 
 
 def shown(value: object) -> str:
     """Return `repr(value)` in at most 100 characters."""
     short = reprlib.Repr()
-    short.maxlevel, short.maxstring, short.maxother = 2, 60, 60
+    short.maxlevel = 2
+    short.maxstring = 60
+    short.maxother = 60
     text = short.repr(value)
     return text if len(text) <= 100 else f"{text[:97]}..."
 
@@ -25,10 +27,10 @@ class FieldRule:
     """Types and range of a field.
 
     Attributes:
-        kinds: the types of its values, exactly: `true` is no number.
+        kinds: exact types of its values (a bool is not a number).
         least: the smallest value.
         most: the largest value.
-        words: the rule as an error says it.
+        words: the rule in words, for errors.
     """
 
     kinds: tuple[type, ...]
@@ -37,7 +39,7 @@ class FieldRule:
     words: str
 
     def holds(self, value: Any) -> bool:
-        """Return whether a field may have this value; NaN is in no range."""
+        """Return True if a field may have this value; NaN is in no range."""
         return type(value) in self.kinds and bool(self.least <= value <= self.most)
 
     def check(self, name: str, value: object) -> None:
@@ -63,7 +65,7 @@ _AT_LEAST_1 = FieldRule(_FLOAT, 1, _MOST_NUMBER, "a number, at least 1")
 _BELOW_1 = FieldRule(_FLOAT, 1e-30, math.nextafter(1, 0), "a number above 0, below 1")
 _ABOVE_1 = FieldRule(_FLOAT, math.nextafter(1, 2), _MOST_NUMBER, "a number above 1")
 
-# Of every number and truth in ModelConfig and RopeScaling.
+# Rules of all numbers and bools in ModelConfig and RopeScaling.
 RULES = {
     "vocab_size": _SIZE,
     "hidden_size": _SIZE,
@@ -103,7 +105,7 @@ RULES = {
     "mscale_all_dim": _NOT_NEGATIVE,
 }
 
-# Names in DeepSeek's own configuration files, where they are not ours.
+# DeepSeek's names in its own configuration files, if they differ from Hugging Face's.
 DEEPSEEK_NAMES = {
     "dim": "hidden_size",
     "inter_dim": "intermediate_size",
@@ -117,7 +119,7 @@ DEEPSEEK_NAMES = {
     "score_func": "scoring_func",
     "route_scale": "routed_scaling_factor",
 }
-# The same of YaRN. DeepSeek's code has one mscale, which it applies as mscale_all_dim.
+# The same for YaRN. DeepSeek's code has one mscale, which it uses as mscale_all_dim.
 DEEPSEEK_ROPE_NAMES = {
     "rope_factor": "factor",
     "original_seq_len": "original_max_position_embeddings",
@@ -128,7 +130,7 @@ DEEPSEEK_ROPE_NAMES = {
 
 
 def check_value(field: str, value: object, name: str) -> None:
-    """Raise ConfigError if a field cannot have this value; `name` is how the file calls it."""
+    """Raise ConfigError if a field cannot have this value; `name` is its name in the file."""
     if field in RULES:
         RULES[field].check(name, value)
 
@@ -148,10 +150,10 @@ def check_token_ids(value: object, name: str) -> tuple[int, ...]:
 
 
 def check_mapping(value: object, name: str) -> Mapping[str, Any]:
-    """Return a mapping of names to values as it is.
+    """Return the value if it is a mapping of names to values.
 
     Raises:
-        ConfigError: it is something else.
+        ConfigError: the value is not such a mapping.
     """
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise ConfigError(f"{name}={shown(value)} must be a mapping of names to values")
@@ -159,14 +161,11 @@ def check_mapping(value: object, name: str) -> Mapping[str, Any]:
 
 
 def agreed(claims: Iterable[tuple[str, Any]], where: str) -> Any:
-    """Return the value that a file gives under several names.
+    """Return the common value of several names in a file; None if all values are null.
 
     Args:
-        claims: names and values; null says nothing.
+        claims: names and values; null values are ignored.
         where: the file.
-
-    Returns:
-        None where nothing is said.
 
     Raises:
         ConfigError: two names have different values.
@@ -187,8 +186,8 @@ def check_only(data: Mapping[str, Any], only: Mapping[str, Any], prefix: str) ->
 
     Args:
         data: a mapping of a file.
-        only: the value that each setting has where it is not null; None is no value at all.
-        prefix: the file and the names around the mapping.
+        only: the only supported value of each setting besides null; None if there is none.
+        prefix: file and outer names, for errors.
     """
     for name, wanted in only.items():
         value = data.get(name)
@@ -200,10 +199,10 @@ def check_only(data: Mapping[str, Any], only: Mapping[str, Any], prefix: str) ->
 
 
 def listed(names: Collection[object]) -> str:
-    """Join names for a message, the first ones only where they are many."""
-    first = [shown(name) for name in list(names)[:_MOST_LISTED]]
-    rest = len(names) - len(first)
-    return ", ".join(first) + (f" and {rest} more" if rest else "")
+    """Return names joined for a message, at most the first 20."""
+    first = [shown(name) for name in list(names)[:_MAX_LISTED]]
+    num_omitted = len(names) - len(first)
+    return ", ".join(first) + (f" and {num_omitted} more" if num_omitted else "")
 
 
 def refuse_unknown(
@@ -212,10 +211,10 @@ def refuse_unknown(
     """Raise ConfigError with all keys that are not known.
 
     Args:
-        keys: of a file.
-        known: all that it may have.
+        keys: keys of a file.
+        known: all supported keys.
         where: the file.
-        hints: names that the error may suggest in place of a single unknown key.
+        hints: names that the error may suggest for a single unknown key.
     """
     unknown = [key for key in keys if key not in known]
     if unknown:
@@ -226,9 +225,9 @@ def describe_unknown(unknown: Sequence[object], hints: Collection[str], noun: st
     """Return "unknown field 'x'; did you mean 'y'?" for one unknown name or several.
 
     Args:
-        unknown: the names.
-        hints: names that may be suggested in place of a single unknown one.
-        noun: of the names.
+        unknown: the unknown names.
+        hints: names to suggest for a single unknown name.
+        noun: noun for the names.
     """
     near = difflib.get_close_matches(str(unknown[0]), hints, n=1) if len(unknown) == 1 else []
     hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -240,8 +239,8 @@ def check_required(
 ) -> None:
     """Raise ConfigError for the first required field that a file lacks.
 
-    If an unknown key looks like its name, the error says so. No other unknown key is met with a
-    suggestion: where a file is usable as it is, following one could replace its model by another.
+    The error suggests an unknown key that looks like the missing name. Other unknown keys get no
+    suggestion: if the file is valid without them, following one could change the model.
     """
     for name in required:
         if name not in keys:

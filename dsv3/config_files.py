@@ -1,8 +1,9 @@
 """Find, read and write configuration files.
 
-Three formats are read: Hugging Face's `config.json` (in `dsv3.config_hf`), DeepSeek's inference
-JSON, and our YAML. In the last two an unknown field is an error: every field of DeepSeek's has a
-default, so a misspelt one would select another model, and a preset has only fields of ModelConfig.
+Three formats are supported: Hugging Face's `config.json` (in `dsv3.config_hf`), DeepSeek's
+inference JSON, and our YAML. In the last two, an unknown field is an error: all DeepSeek fields
+have defaults, so a misspelt one would select another model, and a preset has only the fields of
+ModelConfig.
 """
 
 import dataclasses
@@ -37,7 +38,7 @@ DEMO = _ROOT / "checkpoints" / "demo-v3"
 _INSTALLED_PRESETS = Path(__file__).parent / "presets"
 PRESETS = _INSTALLED_PRESETS if _INSTALLED_PRESETS.is_dir() else _ROOT / "configs"
 
-# Fields of DeepSeek's inference JSON, with their values where the file leaves them out.
+# Fields of DeepSeek's inference JSON, with their default values.
 _DEEPSEEK_DEFAULTS: dict[str, Any] = {
     "vocab_size": 102400,
     "dim": 2048,
@@ -69,7 +70,7 @@ _DEEPSEEK_ROPE: dict[str, Any] = {
 }
 _DEEPSEEK_INDEX = {"index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048}
 _DEEPSEEK_OTHER = ("dtype", "scale_fmt", "max_batch_size", "max_seq_len")
-# Fields of ModelConfig that config.json has in another form.
+# Fields of ModelConfig that config.json represents differently.
 _NOT_OF_HF = ("eos_token_ids", "quantization", "rope_scaling", "warning")
 
 
@@ -82,10 +83,10 @@ def load_model_config(
         path_or_preset: a checkpoint directory, a Hugging Face config.json, DeepSeek's inference
             JSON, our YAML, or the name of a preset in `configs/`.
         tensors_decide: see `from_hf`.
-        name: how errors call the setting of a configuration.
+        name: returns the name of the setting for errors.
 
     Raises:
-        ConfigError: nothing is there, or a field is missing, wrong or contradicts another one.
+        ConfigError: the file does not exist, or a field is missing, wrong or contradictory.
     """
     path = Path(path_or_preset)
     if os.path.isdir(path):  # unlike Path.is_dir, of any name
@@ -96,22 +97,23 @@ def load_model_config(
     if os.path.isfile(preset):
         return _load_file(preset)
     names = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
-    asked = shorten(str(path_or_preset), 200)
-    raise ConfigError(f"{asked}: no such file, and no preset of that name ({names})")
+    given = shorten(str(path_or_preset), 200)
+    raise ConfigError(f"{given}: no such file, and no preset of that name ({names})")
 
 
 def _load_directory(path: Path, tensors_decide: bool, name: SettingName) -> ModelConfig:
     file = path / "config.json"
     if not os.path.lexists(file):
-        wanted = f"give the model's configuration with {name('config')}"
-        raise ConfigError(f"{path}: no config.json; {wanted}")
+        raise ConfigError(
+            f"{path}: no config.json; give the model's configuration with {name('config')}"
+        )
     config = _load_file(file, tensors_decide)
     generation = path / "generation_config.json"
     if not os.path.lexists(generation):
         return config
-    given = read_mapping(generation).get("eos_token_id")
-    more = check_token_ids(given, f"{generation}: eos_token_id")
-    merged = tuple(dict.fromkeys(config.eos_token_ids + more))
+    value = read_mapping(generation).get("eos_token_id")
+    generation_ids = check_token_ids(value, f"{generation}: eos_token_id")
+    merged = tuple(dict.fromkeys(config.eos_token_ids + generation_ids))
     try:
         return dataclasses.replace(config, eos_token_ids=merged)
     except ConfigError as error:
@@ -149,7 +151,7 @@ def _from_yaml(data: dict[str, Any], where: str) -> ModelConfig:
 
 
 def _check_names(kind: type, given: Mapping[str, Any], where: str, but: str = "") -> None:
-    """Refuse a mapping that lacks required fields of a dataclass, or has other fields."""
+    """Raise ConfigError if a mapping lacks required fields of a dataclass, or has other fields."""
     fields = [f for f in dataclasses.fields(kind) if f.name != but]
     known = [f.name for f in fields]
     required = [f.name for f in fields if f.default is dataclasses.MISSING]
@@ -193,7 +195,7 @@ def _from_deepseek(data: dict[str, Any], where: str) -> ModelConfig:
 
 
 def _in_deepseek_names(text: str) -> str:
-    """Return an error with the fields as the file calls them."""
+    """Return an error's text with DeepSeek's field names."""
     for theirs, ours in DEEPSEEK_NAMES.items():
         text = re.sub(rf"\b{ours}\b", theirs, text)
     return text
@@ -220,7 +222,7 @@ def _deepseek_quantization(data: Mapping[str, Any]) -> QuantizationConfig | None
 
 
 def hf_config_dict(config: ModelConfig) -> dict[str, Any]:
-    """The `config.json` that Hugging Face and this project read back as `config`."""
+    """Return the `config.json` that Hugging Face and this project read back as `config`."""
     data = {
         key: value
         for key, value in dataclasses.asdict(config).items()
@@ -241,7 +243,7 @@ def hf_config_dict(config: ModelConfig) -> dict[str, Any]:
 
 
 def hf_quantization_dict(quantization: QuantizationConfig) -> dict[str, Any]:
-    """The `quantization_config` of DeepSeek's published FP8 checkpoints."""
+    """Return the `quantization_config` in the format of DeepSeek's published FP8 checkpoints."""
     data: dict[str, Any] = {
         "activation_scheme": "dynamic",
         "fmt": "e4m3",
@@ -256,7 +258,7 @@ def hf_quantization_dict(quantization: QuantizationConfig) -> dict[str, Any]:
 def recast_config_dict(
     data: Mapping[str, Any], quantization: QuantizationConfig | None
 ) -> dict[str, Any]:
-    """Return the `config.json` of the same model with weights that are stored in another type."""
+    """Return the `config.json` of the same model with weights cast to another type."""
     stale = {*QUANTIZATION_KEYS, "scale_fmt"}
     if data.get("dtype") in ("bf16", "fp8"):  # of DeepSeek's inference fields
         stale.add("dtype")

@@ -1,8 +1,8 @@
 """Read a ModelConfig from Hugging Face's `config.json`.
 
 Several tools write this file, some of them the same value under two names. All names of a value
-have to agree; a file that contradicts itself is refused, because nothing says which half is true.
-Keys that are unknown here are named in one warning: files of newer versions have more of them.
+must agree; a contradictory file is refused, because either value may be the right one. Unknown keys
+are reported in one warning, since files of newer versions have more keys.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from dsv3.errors import ConfigError
 
 Names = Mapping[str, Any]
 
-# Fields that are read by functions of their own.
+# Fields that are read by separate functions.
 _READ_APART = {"eos_token_ids", "quantization", "rope_scaling", "rope_theta", "torch_dtype"}
 _FIELDS = [
     f.name
@@ -36,14 +36,14 @@ _FIELDS = [
     if f.name not in _READ_APART and f.name != "warning"
 ]
 _REQUIRED = [f.name for f in dataclasses.fields(ModelConfig) if f.default is dataclasses.MISSING]
-# Those of transformers' attribute maps, and of inference JSON merged into the file.
+# Names of transformers' attribute maps, and of inference JSON merged into the file.
 _OTHER_NAMES = {
     "num_local_experts": "n_routed_experts",
     "num_experts": "n_routed_experts",
     "num_mtp_layers": "num_nextn_predict_layers",
     "norm_eps": "rms_norm_eps",
 } | DEEPSEEK_NAMES
-# The part of a multi-modal model's file, and fields that tools write into either part.
+# The text part of a multi-modal model's file, and fields that may be in either part.
 _TEXT = "text_config"
 _OF_BOTH_PARTS = ("bos_token_id", "eos_token_id", "quantization_config", "tie_word_embeddings")
 # Keys that would change what the model computes, with the only value that is supported.
@@ -60,7 +60,7 @@ _ONLY: Names = {
     "swiglu_limit": None,
     "zero_expert_num": 0,
 }
-# Read below: derived values, and other spellings.
+# Keys read below: derived values and other spellings.
 _READ = set(
     """
     compression_config dtype eos_token_id head_dim layer_types mlp_layer_types
@@ -68,7 +68,7 @@ _READ = set(
     quantization quantization_config rope_parameters rope_scaling rope_theta scale_fmt torch_dtype
     """.split()  # noqa: SIM905
 )
-# Training, bookkeeping and generation defaults: known to say nothing about the computation.
+# Keys of training, bookkeeping and generation defaults, which do not affect the computation.
 _IGNORED = set(
     """
     add_cross_attention architectures attention_dropout auto_map aux_loss_alpha bad_words_ids
@@ -86,16 +86,16 @@ _IGNORED = set(
     """.split()  # noqa: SIM905
 )
 _KNOWN = {*_FIELDS, *_OTHER_NAMES, *_ONLY, *_READ, *_IGNORED, *DEEPSEEK_ROPE_NAMES}
-# Kinds of attention in transformers' `layer_types`, the older name of V3.2's among them.
+# Kinds of attention in transformers' `layer_types`, with the older name of V3.2's.
 _DENSE_LAYERS = ("full_attention",)
 _SPARSE_LAYERS = ("indexed_attention", "deepseek_sparse_attention")
 
 
 def text_part(data: Names, where: str) -> Names:
-    """Return the fields of the text model, if the file is of a multi-modal model that has one.
+    """Return the fields of the text model in a multi-modal model's file; other files unchanged.
 
     Raises:
-        ConfigError: both parts of the file give a field, with different values.
+        ConfigError: both parts of the file have a field, with different values.
     """
     inner = data.get(_TEXT)
     if data.get("model_type") in MODEL_TYPES or not isinstance(inner, dict):
@@ -114,21 +114,22 @@ def from_hf(data: Names, where: str, tensors_decide: bool = False) -> ModelConfi
     """Return the model of a `config.json`.
 
     Args:
-        data: the file.
+        data: contents of the file.
         where: its path.
-        tensors_decide: ignore, with a warning, quantization of a form that is not supported:
-            the caller looks at the stored tensors, which may be plain.
+        tensors_decide: ignore unsupported quantization with a warning; the caller checks the stored
+            tensors, which may not be quantized.
 
     Raises:
-        ConfigError: it is of another family, contradicts itself, or has a value that no model of
-            the family can have.
+        ConfigError: the model is of another family, or the file is contradictory or has an
+            unsupported value.
     """
     data = text_part(data, where)
     names = data.get("architectures")
     architecture = shown(names[0]).strip("'") if names and isinstance(names, list) else "unknown"
     check_family(data.get("model_type"), f"{where}: ", f" ({architecture})")
     check_only(data, _ONLY, f"{where}: ")
-    rope, quantization = read_rope(data, where), read_quantization(data, where, tensors_decide)
+    rope = read_rope(data, where)
+    quantization = read_quantization(data, where, tensors_decide)
     fields = _plain_fields(data, where) | {
         "torch_dtype": _dtype(data, quantization.config, where),
         "eos_token_ids": check_token_ids(data.get("eos_token_id"), f"{where}: eos_token_id"),
@@ -145,7 +146,7 @@ def from_hf(data: Names, where: str, tensors_decide: bool = False) -> ModelConfi
     if unknown:
         warnings.append(f"keys without a meaning here are ignored: {listed(unknown)}")
     if warnings:
-        # Without the directory: ranks on other hosts may have theirs elsewhere.
+        # Without the directory, which may differ on other hosts.
         fields["warning"] = f"{Path(where).name}: {'; '.join(warnings)}"
     try:
         config = ModelConfig(**fields)
@@ -160,8 +161,8 @@ def _plain_fields(data: Names, where: str) -> dict[str, Any]:
     """Return the fields of ModelConfig that are single values in the file."""
     fields: dict[str, Any] = {}
     for field in _FIELDS:
-        others = [name for name, ours in _OTHER_NAMES.items() if ours == field]
-        given = [(name, data[name]) for name in (field, *others) if name in data]
+        aliases = [name for name, hf_name in _OTHER_NAMES.items() if hf_name == field]
+        given = [(name, data[name]) for name in (field, *aliases) if name in data]
         for name, value in given:
             if value is not None:
                 check_value(field, value, f"{where}: {name}")
@@ -174,10 +175,10 @@ def _plain_fields(data: Names, where: str) -> dict[str, Any]:
 
 
 def _defaults(data: Names) -> dict[str, Any]:
-    """Return values of fields that are null, or that some writers leave out.
+    """Return default values of fields that are null or that some writers omit.
 
-    null means "no groups". Without the keys V2 has none either; for V3 the published code and
-    transformers then take 8 and 4, so that a file without them does not say which it means.
+    null means "no groups". Without the keys, V2 has no groups either; for V3, the published code
+    and transformers then use 8 and 4, so a file without them is ambiguous and gets no default.
     """
     v2 = data["model_type"] == "deepseek_v2"
     groups = [name for name in ("n_group", "topk_group") if v2 or name in data]
@@ -190,11 +191,12 @@ def _defaults(data: Names) -> dict[str, Any]:
 
 
 def _dtype(data: Names, quantization: QuantizationConfig | None, where: str) -> Any:
-    """Return the dtype of weights that are not quantized, bfloat16 where none is given.
+    """Return the dtype of weights that are not quantized; the default is bfloat16.
 
-    In a file with DeepSeek's inference fields, `dtype` is theirs: fp8 or bf16 weights.
+    In a file with DeepSeek's inference fields, `dtype` is one of them: fp8 or bf16 weights.
     """
-    torch_dtype, dtype = (_plain_dtype(data.get(name)) for name in ("torch_dtype", "dtype"))
+    torch_dtype = _plain_dtype(data.get("torch_dtype"))
+    dtype = _plain_dtype(data.get("dtype"))
     stored = "bf16" if quantization is None else "fp8"
     if dtype in ("bf16", "fp8"):
         if dtype != stored:
@@ -208,13 +210,13 @@ def _dtype(data: Names, quantization: QuantizationConfig | None, where: str) -> 
 
 
 def _plain_dtype(dtype: Any) -> Any:
-    """Return a dtype without torch's prefix; None for that of FP8, which is not of all weights."""
+    """Return a dtype without torch's prefix; None for FP8, which is not used for all weights."""
     name = dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
     return None if name == "float8_e4m3fn" else name
 
 
 def _check_derived(data: Names, config: ModelConfig, where: str) -> None:
-    """Refuse stale values that follow from others. Tools mean different things by head_dim."""
+    """Raise ConfigError for stale derived values; head_dim has several meanings in use."""
     heads, nope, rope = "num_attention_heads", "qk_nope_head_dim", "qk_rope_head_dim"
     query = (f"{nope} + {rope}", config.qk_head_dim)
     average = (f"hidden_size / {heads}", config.hidden_size // config.num_attention_heads)
@@ -232,10 +234,11 @@ def _check_derived(data: Names, config: ModelConfig, where: str) -> None:
 
 
 def _check_layer_types(data: Names, config: ModelConfig, where: str) -> None:
-    """Refuse per-layer lists of transformers 5 that are not the model of the other fields."""
+    """Raise ConfigError if per-layer lists of transformers 5 contradict the other fields."""
     layers = config.num_hidden_layers
     kinds = _SPARSE_LAYERS if config.has_indexer else _DENSE_LAYERS
-    attention, mlp = data.get("layer_types"), data.get("mlp_layer_types")
+    attention = data.get("layer_types")
+    mlp = data.get("mlp_layer_types")
     if attention is not None and attention not in [[kind] * layers for kind in kinds]:
         raise ConfigError(
             f"{where}: layer_types={shown(attention)} must be {layers} x {kinds[0]!r}, as "

@@ -1,7 +1,7 @@
 """Read the quantization of Hugging Face's `config.json`; only FP8 in blocks is supported.
 
 `quant_method` is "fp8" in the published models and in files of transformers; "compressed-tensors"
-describes the same form, and others, in other words.
+describes the same format, and others, with other keys.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from dsv3.errors import ConfigError
 
 Names = Mapping[str, Any]
 
-# The first is MLX's, the second of older compressed-tensors.
+# "quantization" is MLX's key, "compression_config" that of older compressed-tensors.
 QUANTIZATION_KEYS = ("quantization", "compression_config", "quantization_config")
 _QUANTIZATION_ONLY: Names = {"activation_scheme": "dynamic", "expert_dtype": "fp8", "fmt": "e4m3"}
 _QUANTIZATION_KNOWN = {
@@ -31,7 +31,7 @@ _ONLY = (
 
 
 class UnsupportedQuantizationError(ConfigError):
-    """A config describes quantized weights of a form that is not read."""
+    """The config describes quantized weights in an unsupported format."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class Quantization:
     """Quantization of a file.
 
     Attributes:
-        config: None if the weights are not quantized, or if nothing is known of them.
-        unknown: keys that are not read.
-        warning: why all of it is ignored; else empty.
+        config: None if the weights are not quantized, or the format is ignored.
+        unknown: unknown keys.
+        warning: why the quantization is ignored; otherwise empty.
     """
 
     config: QuantizationConfig | None = None
@@ -53,12 +53,12 @@ def read_quantization(data: Names, where: str, tensors_decide: bool) -> Quantiza
     """Read the quantization of a file.
 
     Args:
-        data: the file.
+        data: contents of the file.
         where: its path.
         tensors_decide: return a warning instead of raising `UnsupportedQuantizationError`.
 
     Raises:
-        UnsupportedQuantizationError: the weights are quantized in another form.
+        UnsupportedQuantizationError: the weights are quantized in another format.
         ConfigError: a value has a wrong type, or contradicts another one.
     """
     if data.get("scale_fmt") not in (None, "ue8m0"):  # of DeepSeek's inference fields
@@ -86,11 +86,13 @@ def _supported_quantization(data: Names, where: str) -> Quantization:
                 )
     if data.get("quantization_config") is None:
         return Quantization()
-    given, name = data["quantization_config"], f"{where}: quantization_config"
+    given = data["quantization_config"]
+    name = f"{where}: quantization_config"
     if given["quant_method"] == "compressed-tensors":
         return Quantization(_compressed_tensors(given, name))
     check_only(given, _QUANTIZATION_ONLY, f"{name}.")
-    block, scale_fmt = given.get("weight_block_size"), given.get("scale_fmt")
+    block = given.get("weight_block_size")
+    scale_fmt = given.get("scale_fmt")
     if block is None:
         raise UnsupportedQuantizationError(
             f"{name}: without weight_block_size, FP8 weights have a scale per tensor, which is "
@@ -102,10 +104,10 @@ def _supported_quantization(data: Names, where: str) -> Quantization:
         config = QuantizationConfig(block=block, scale_fmt=scale_fmt)
     except ConfigError as error:
         raise ConfigError(f"{name}.{error}") from None
-    theirs = data.get("scale_fmt")
-    if theirs not in (None, scale_fmt):
+    outer_scale_fmt = data.get("scale_fmt")
+    if outer_scale_fmt not in (None, scale_fmt):
         raise ConfigError(
-            f"{where}: scale_fmt={shown(theirs)}, but quantization_config says "
+            f"{where}: scale_fmt={shown(outer_scale_fmt)}, but quantization_config says "
             f"scale_fmt={shown(scale_fmt)}; correct or remove one of them"
         )
     unknown = [f"quantization_config.{key}" for key in given if key not in _QUANTIZATION_KNOWN]
@@ -113,7 +115,7 @@ def _supported_quantization(data: Names, where: str) -> Quantization:
 
 
 def _described(quantization: Names) -> str:
-    """Return the names and values by which a format of quantized weights is known."""
+    """Return the keys and values that identify a format of quantized weights."""
     names = ("quant_method", "quant_algo", "format", "bits", "group_size")
     given = [f"{name}={shown(quantization[name])}" for name in names if name in quantization]
     is_mlx = "quant_method" not in quantization and "bits" in quantization
@@ -123,14 +125,14 @@ def _described(quantization: Names) -> str:
 def _compressed_tensors(data: Mapping[str, Any], where: str) -> QuantizationConfig:
     """Return the quantization of a config with quant_method "compressed-tensors".
 
-    Its FP8_BLOCK form is that of the published models with another name, `weight_scale`.
+    Its FP8_BLOCK format is that of the published models, with scales named `weight_scale`.
 
     Args:
         data: the quantization_config.
-        where: begins the messages of errors.
+        where: prefix of errors.
 
     Raises:
-        UnsupportedQuantizationError: a group of weights is quantized otherwise.
+        UnsupportedQuantizationError: a group of weights is quantized differently.
         ConfigError: activations have to be rotated, or no group of weights is described.
     """
     if data.get("transform_config"):

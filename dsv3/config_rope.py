@@ -1,4 +1,4 @@
-"""Read the rotary embedding of Hugging Face's `config.json`, in all of its spellings."""
+"""Read the rotary embedding of Hugging Face's `config.json`, in all its spellings."""
 
 import dataclasses
 import math
@@ -44,7 +44,7 @@ class Rope:
     Attributes:
         theta: the base.
         scaling: YaRN; None for plain rotary embedding.
-        unknown: keys that are not read.
+        unknown: unknown keys.
     """
 
     theta: float
@@ -53,9 +53,9 @@ class Rope:
 
 
 def read_rope(data: Names, where: str) -> Rope:
-    """Read `rope_theta` beside `rope_scaling`, and transformers 5's `rope_parameters`.
+    """Read `rope_theta` with `rope_scaling`, or transformers 5's `rope_parameters`.
 
-    DeepSeek's inference fields are compared with them.
+    DeepSeek's inference fields in the same file must agree with them.
     """
     check_only(data, _ROPE_ONLY, f"{where}: ")
     spellings = [
@@ -71,17 +71,18 @@ def read_rope(data: Names, where: str) -> Rope:
             check_value("rope_theta", value, f"{where}: {name}")
     theta = agreed(theta_claims, where)
 
-    kind = agreed([claim for each in spellings for claim in each.claims(*_ROPE_TYPES)], where)
+    kind_claims = [claim for spelling in spellings for claim in spelling.claims(*_ROPE_TYPES)]
+    kind = agreed(kind_claims, where)
     scaling = None
     if kind == "yarn":
         length = data.get("original_max_position_embeddings")
         scalings = {s.key: s.scaling(length) for s in spellings if s.kind is not None}
         for name in _ROPE_FIELDS:
-            claims = [(f"{key}.{name}", getattr(each, name)) for key, each in scalings.items()]
+            claims = [(f"{key}.{name}", getattr(value, name)) for key, value in scalings.items()]
             agreed(claims, where)
         scaling = next(iter(scalings.values()))
     _check_deepseek_rope(data, scaling, where)
-    unknown = [key for each in spellings for key in each.unknown]
+    unknown = [key for spelling in spellings for key in spelling.unknown]
     return Rope(10000.0 if theta is None else float(theta), scaling, unknown)
 
 
@@ -90,12 +91,14 @@ class _RopeSpelling:
 
     Attributes:
         key: its name.
-        kind: "yarn" or "default"; None for a mapping that gives nothing but the base.
-        unknown: keys that are not read.
+        kind: "yarn" or "default"; None for a mapping with only the base.
+        unknown: unknown keys.
     """
 
     def __init__(self, key: str, value: object, where: str) -> None:
-        self.key, self._file, self._where = key, where, f"{where}: {key}"
+        self.key = key
+        self._file = where
+        self._where = f"{where}: {key}"
         mapping = check_mapping(value, self._where)
         self._values = {name: value for name, value in mapping.items() if value is not None}
         self.kind = agreed(self.claims(*_ROPE_TYPES), where)
@@ -112,14 +115,14 @@ class _RopeSpelling:
         self.unknown = [f"{key}.{name}" for name in self._values if name not in known]
 
     def claims(self, *names: str) -> list[tuple[str, Any]]:
-        """Return full names and values."""
+        """Return the full names and values of keys."""
         return [(f"{self.key}.{name}", self._values.get(name)) for name in names]
 
     def scaling(self, outer_length: object) -> RopeScaling:
-        """Return the YaRN that it describes.
+        """Return the described YaRN.
 
         Args:
-            outer_length: `original_max_position_embeddings` beside the mapping, if it is there.
+            outer_length: `original_max_position_embeddings` outside the mapping; None if absent.
         """
         values = {name: self._values[name] for name in _ROPE_FIELDS if name in self._values}
         length = "original_max_position_embeddings"
@@ -138,7 +141,7 @@ class _RopeSpelling:
 
 
 def _check_deepseek_rope(data: Names, scaling: RopeScaling | None, where: str) -> None:
-    """Refuse inference fields that contradict the YaRN of the file."""
+    """Raise ConfigError for inference fields that contradict the YaRN of the file."""
     for name, ours in DEEPSEEK_ROPE_NAMES.items():
         value = data.get(name)
         if value is None:
@@ -153,10 +156,10 @@ def _check_deepseek_rope(data: Names, scaling: RopeScaling | None, where: str) -
 
 
 def _check_attention_factor(rope: Names, scaling: RopeScaling, where: str) -> None:
-    """Refuse a factor of cosines and sines that is another than the one computed from mscale.
+    """Raise ConfigError if the factor of cosines and sines differs from the one given by mscale.
 
-    transformers leaves mscale out of account unless both it and mscale_all_dim are there;
-    DeepSeek's code does not. Where they differ, the file has to say what it means.
+    transformers ignores mscale unless mscale_all_dim is also present; DeepSeek's code does not. If
+    the results differ, the file must have both, or attention_factor.
     """
     factor = scaling.factor
     ours = yarn_mscale(factor, scaling.mscale) / yarn_mscale(factor, scaling.mscale_all_dim)

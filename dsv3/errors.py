@@ -1,13 +1,14 @@
-"""The errors a user may meet. Each is one line: what is wrong, where, and what to do."""
+"""Errors for users. The message is one line: the fault, its place, and the remedy."""
 
 import re
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 MAX_LINE = 400  # characters of an error or a warning
-MAX_VALUE = 60  # characters of a value within one
-# All that a terminal obeys or cannot encode: control characters (C0, DEL, C1), line and paragraph
-# separators, marks of writing direction, halves of surrogate pairs.
+MAX_VALUE = 60  # characters of a value in a message
+# Characters that control a terminal or cannot be encoded: control characters (C0, DEL, C1), line
+# and paragraph separators, directional marks, halves of surrogate pairs.
 _CONTROLS = r"\x00-\x1f\x7f-\x9f\u2028\u2029"
 _DIRECTIONS = r"\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
 _UNSAFE = re.compile(rf"[{_CONTROLS}{_DIRECTIONS}\ud800-\udfff]")
@@ -17,19 +18,19 @@ _BREAK = re.compile(r"\s*[\r\n]\s*")
 def one_line(text: str) -> str:
     """Return `text` as one line of printable characters, at most `MAX_LINE` of them.
 
-    Other characters are escaped as in Python; the middle of an overlong line is left out.
+    Other characters are escaped as in Python; the middle of an overlong line is omitted.
     """
-    text = shorten(text.strip(), MAX_LINE)  # escapes need not be made for what is cut
+    text = shorten(text.strip(), MAX_LINE)  # first, so that omitted text is not escaped
     return shorten(_UNSAFE.sub(_escape, _BREAK.sub(" ", text)), MAX_LINE)
 
 
 def printable(text: str) -> str:
-    """Return `text` with all control characters escaped but the ends of lines and tabs."""
+    """Return `text` with control characters escaped, except newlines and tabs."""
     return _UNSAFE.sub(lambda match: match[0] if match[0] in "\n\t" else _escape(match), text)
 
 
 def shorten(text: str, limit: int = MAX_VALUE) -> str:
-    """Return `text` if it has at most `limit` characters, else its beginning and its end."""
+    """Return `text` if it has at most `limit` characters, otherwise its beginning and end."""
     if len(text) <= limit:
         return text
     tail = (limit - 3) // 3
@@ -41,9 +42,10 @@ def _escape(match: re.Match[str]) -> str:
 
 
 class Dsv3Error(Exception):
-    """A failure that is told in one line; `exit_code` is what the program ends with.
+    """A failure that is reported in one line; `exit_code` is the program's exit code.
 
-    Its text holds names and values from files: it is always one short line of printable characters.
+    The text may contain names and values from files; it is always one short line of printable
+    characters.
     """
 
     exit_code = 2
@@ -57,19 +59,19 @@ class Dsv3Error(Exception):
 
 
 class ConfigError(Dsv3Error, ValueError):
-    """A flag, a config field or a layout that cannot be honoured."""
+    """A flag, a config field or a layout is invalid."""
 
 
 class CheckpointError(Dsv3Error):
-    """A checkpoint directory, file or tensor that is missing, damaged or unknown."""
+    """A checkpoint directory, file or tensor is missing, damaged or unknown."""
 
 
 class RequestError(Dsv3Error, ValueError):
-    """A single request that cannot be served (a 4xx of the OpenAI format); others go on."""
+    """A single request is invalid (status 4xx of the OpenAI format); others are not affected."""
 
 
 class OutputError(Dsv3Error):
-    """Results that cannot be written."""
+    """Results cannot be written."""
 
 
 class RankError(Dsv3Error):
@@ -83,24 +85,35 @@ class Interrupted(KeyboardInterrupt):
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
-        self.number, self.exit_code = number, 128 + number
+        self.number = number
+        self.exit_code = 128 + number
 
 
 @contextmanager
-def os_errors_as(kind: type[Dsv3Error], what: str) -> Iterator[None]:
-    """Tell what the system refuses to do in one line: what that was, and why."""
+def os_errors_as(kind: type[Dsv3Error], prefix: str) -> Iterator[None]:
+    """Convert OSError into a one-line Dsv3Error of a kind; the reason follows `prefix`."""
     try:
         yield
     except OSError as error:
-        raise kind(f"{what}: {error.strerror or error}") from None
+        raise kind(f"{prefix}: {error.strerror or error}") from None
 
 
 def describe_error(error: BaseException) -> str:
-    """Return one line for an error: the message of ours, the type and message of others."""
+    """Return an error in one line: a Dsv3Error's message, the type and message of others."""
     if isinstance(error, Dsv3Error):
         return str(error)
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return one_line(f"{error.filename}: {error.strerror}")
     text = str(error).strip().split("\n")[0]
-    line = one_line(f"{type(error).__name__}{': ' * bool(text)}{text}")
+    kind = type(error).__name__
+    line = one_line(f"{kind}: {text}" if text else kind)
     return f"{line} (debug logging shows more)"
+
+
+def raise_at_ctrl_c() -> None:
+    """Raise KeyboardInterrupt at SIGINT, which ends a program without a word until then.
+
+    Where SIGINT is ignored, it stays so.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,7 +1,7 @@
-"""Files that programs write: recognized before they are replaced, and replaced all at once.
+"""Output files: recognized before they are replaced, and replaced atomically.
 
-A program may only replace a file that it wrote itself, in this run or an earlier one. An output
-that is the same file as an input, by whatever name, is refused before anything is opened.
+A program only replaces files in a format that it writes itself. An output that is the same file as
+an input, under any name, is refused before any file is opened.
 """
 
 import contextlib
@@ -20,13 +20,13 @@ from typing import BinaryIO
 from dsv3.errors import ConfigError, OutputError, os_errors_as
 
 _BEGIN_BYTES = 4096  # of a file, enough to recognize its format
-# A file in whose place no other can be put: one that is mounted, or in a directory of others.
+# Errors for a file that cannot be replaced by another: a mount, or a directory without permission.
 _NOT_REPLACEABLE = {errno.EACCES, errno.EPERM, errno.EBUSY, errno.EROFS, errno.EXDEV}
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A format that a program writes: its name in messages, and how its files begin."""
+    """A format that a program writes: its name in messages, and a pattern of its first bytes."""
 
     name: str
     begins: re.Pattern[bytes]
@@ -34,7 +34,7 @@ class Format:
 
 @dataclass(frozen=True, slots=True)
 class NamedFile:
-    """A path and the flag that names it, if one does."""
+    """A path, and the flag that names it; empty if there is none."""
 
     flag: str
     path: Path
@@ -45,7 +45,7 @@ class NamedFile:
 
 @dataclass(frozen=True, slots=True)
 class FileId:
-    """A file, whatever name leads to it; a path where there is no file yet."""
+    """The identity of a file, equal for all its names; for a missing file, its path."""
 
     device: int = 0
     inode: int = 0
@@ -53,12 +53,12 @@ class FileId:
 
     @classmethod
     def of(cls, status: os.stat_result) -> "FileId":
-        """Return the file that a status was taken of."""
+        """Return the identity of the file with a status."""
         return cls(status.st_dev, status.st_ino)
 
     @classmethod
     def at(cls, path: Path) -> "FileId":
-        """Return the file behind a path, links followed."""
+        """Return the identity of the file at a path; links are followed."""
         try:
             return cls.of(path.stat())
         except OSError:
@@ -67,10 +67,10 @@ class FileId:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
-    """Yield a file that was not there before; it is on disk when the block has ended.
+    """Create and yield a file; sync it to disk at the end of the block.
 
     Raises:
-        OSError: there is one, or it cannot be written. It is removed again then.
+        OSError: the file exists, or cannot be written; then it is removed again.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     file = os.fdopen(os.open(path, flags, 0o666), "r+b")
@@ -87,15 +87,16 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Yield a new file that takes the place of `path` once the block has ended without an error.
+    """Yield a new file that replaces `path` at the end of the block, if there was no error.
 
-    Until then it has a random name beside it. The permissions of a file that is replaced are kept.
+    Until then the file has a random name in the same directory. It gets the permissions of the
+    replaced file.
 
     Args:
-        path: the file; a link at its end is replaced, not followed.
+        path: the file; a link is replaced, not followed.
 
     Raises:
-        OSError: it cannot be written. Nothing has changed then.
+        OSError: the file cannot be written; then `path` is not changed.
     """
     partial = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.tmp")
     with new_file(partial) as file:
@@ -111,7 +112,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the names in a directory are on disk, where the system can do that."""
+    """Sync the names in a directory to disk, if the system supports it."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -122,7 +123,8 @@ def sync_folder(folder: Path) -> None:
 
 def _keep_permissions(path: Path, descriptor: int) -> None:
     with contextlib.suppress(OSError):
-        old, new = path.lstat(), os.fstat(descriptor)
+        old = path.lstat()
+        new = os.fstat(descriptor)
         if not stat.S_ISREG(old.st_mode):
             return
         if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
@@ -131,9 +133,10 @@ def _keep_permissions(path: Path, descriptor: int) -> None:
 
 
 def open_closed_streams() -> None:
-    """Open standard streams that are closed; else the next file to be opened takes their number.
+    """Open closed standard streams on /dev/null.
 
-    That may be a file of results, and libraries would write their messages into it.
+    Otherwise the next opened file gets their descriptor; this may be a file of results, and
+    libraries would write messages into it.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
@@ -141,7 +144,7 @@ def open_closed_streams() -> None:
 
 
 def lock(descriptor: int) -> bool:
-    """Take the lock of an open file; return False if another process has it.
+    """Lock an open file; return False if another process has locked it.
 
     Raises:
         OSError: the file system has no locks.
@@ -162,7 +165,7 @@ def is_at(descriptor: int, path: Path) -> bool:
 
 
 def is_special(path: Path) -> bool:
-    """Return True for a device, a pipe or a directory, links followed."""
+    """Return True for a device, a pipe or a directory; links are followed."""
     try:
         return not stat.S_ISREG(path.stat().st_mode)
     except OSError:
@@ -170,13 +173,12 @@ def is_special(path: Path) -> bool:
 
 
 def check_output(output: NamedFile, kind: Format) -> None:
-    """Check that an output can be written, before the work for it is done; change nothing.
+    """Check that an output can be written; change nothing.
 
-    Devices and pipes can. Of existing files, only empty ones and those of the same format may be
-    replaced.
+    Devices and pipes are accepted. Existing files must be empty or of the same format.
 
     Raises:
-        ConfigError: it cannot be written, or another file would be lost.
+        ConfigError: the output cannot be written, or a file of another format would be lost.
     """
     if reason := _refusal(output.path, kind):
         raise ConfigError(f"{output}: {reason}")
@@ -194,7 +196,7 @@ def _refusal(path: Path, kind: Format) -> str:
 
 
 def _begin_of(path: Path) -> bytes:
-    """Return how a file that is to be replaced begins; nothing where it is not there yet."""
+    """Return the first bytes of a file to replace; none if it does not exist."""
     try:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -213,17 +215,17 @@ def _begin_of(path: Path) -> bytes:
 
 
 def write_output(output: NamedFile, kind: Format, content: str | bytes) -> None:
-    """Write what `check_output` allowed, all at once where the system can do that.
+    """Write an output that `check_output` accepts, atomically if the system supports it.
 
     Raises:
-        OutputError: it cannot be written, or another file has come there meanwhile.
+        OutputError: the output cannot be written, or another file was created meanwhile.
     """
     if reason := _refusal(output.path, kind):
         raise OutputError(f"{output}: cannot be written: {reason}")
     data = content.encode() if isinstance(content, str) else content
     with os_errors_as(OutputError, f"{output}: cannot be written"):
         if is_special(output.path):
-            # A pipe that nothing reads is an error, not a wait.
+            # A pipe without a reader is an error instead of a wait.
             descriptor = os.open(output.path, os.O_WRONLY | os.O_NONBLOCK)
             os.set_blocking(descriptor, True)
             with open(descriptor, "wb") as file:
@@ -245,12 +247,12 @@ def refuse_same_files(outputs: Iterable[NamedFile], inputs: Iterable[NamedFile])
     Devices and pipes may be given more than once.
 
     Raises:
-        ConfigError: it names both.
+        ConfigError: names both files.
     """
-    found = {FileId.at(file.path): file for file in inputs}
+    seen = {FileId.at(file.path): file for file in inputs}
     for output in outputs:
         if is_special(output.path):
             continue
-        other = found.setdefault(FileId.at(output.path), output)
+        other = seen.setdefault(FileId.at(output.path), output)
         if other is not output:
             raise ConfigError(f"{output}: the same file as {other}; choose another name")

@@ -1,7 +1,7 @@
-"""The library: a model for a script of the user's own, under torchrun or alone.
+"""The Python library: a model for user scripts, with torchrun or on one rank.
 
-Every rank runs the same script and so makes the same calls in the same order; rank 0 reads the
-arguments and gets the results, the other ranks help and get empty ones.
+All ranks run the same script and so make the same calls in the same order. Rank 0 reads the
+arguments and gets the results; the other ranks take part and get empty results.
 """
 
 import inspect
@@ -44,11 +44,17 @@ from dsv3.text.library_format import (
 )
 from dsv3.text.messages import Message
 from dsv3.text.text_request import TextRequest, encode_prompt, token_requests
-from dsv3.text.thoughts import Piece, TextPiece, ThoughtStream, begins_in_thought, split_answer
+from dsv3.text.thoughts import (
+    AnswerParts,
+    TextPiece,
+    ThoughtStream,
+    begins_in_thought,
+    split_answer,
+)
 
 log = logging.getLogger(__name__)
 
-# Token ids may also be in arrays and tensors, in which several prompts are rows.
+# Token ids may also be arrays and tensors, whose rows are prompts.
 Prompt = str | Sequence[int]
 Messages = Sequence[Message]  # {"role": ..., "content": ...}
 OneParams = SamplingParams | Mapping[str, Any] | None
@@ -58,24 +64,24 @@ Params = OneParams | Iterable[OneParams]
 class LLM(AbstractContextManager["LLM"]):
     """A model on all ranks of the world, ready to answer.
 
+    In a job of several ranks there is one model at a time: `close` it before you make the next one.
+
     Args:
-        path: a checkpoint directory, or a text `owner/name[@revision]` that names a repository of
-            the Hugging Face hub; the demo model if left out.
-        config: the model's configuration where the directory has none: a file, or a preset's name.
-        tp: tensor-parallel ranks; 0 takes all that dp leaves.
-        dp: data-parallel groups of them, which answer different prompts.
-        device: "auto" (CUDA where present), "cpu" or "cuda".
-        rank_timeout: seconds after which a rank that hangs ends the program on all.
-        chat_template: file with a Jinja template that takes the place of the checkpoint's own.
+        path: a checkpoint directory, or a string `owner/name[@revision]` with a repository of the
+            Hugging Face hub (default: the demo model).
+        config: the model's configuration if the directory has none: a file, or a preset's name.
+        tp: tensor-parallel ranks; 0 is the number of ranks / dp.
+        dp: data-parallel groups, which answer different prompts.
+        device: "auto" (CUDA if present), "cpu" or "cuda".
+        rank_timeout: seconds after which a hanging rank ends the program on all ranks.
+        chat_template: file with a Jinja template to use instead of the checkpoint's own.
         settings: fields of `EngineConfig`, such as `max_seq_len` or `kv_cache_size`.
 
-    In a job of several ranks there is one model at a time: `close` it before the next one is made.
-
     Attributes:
-        is_main: this is rank 0, which gets the results.
+        is_main: True on rank 0, which gets the results.
 
     Raises:
-        ConfigError, CheckpointError: the model, the settings and the world do not fit together.
+        ConfigError, CheckpointError: the model, the settings and the world are not compatible.
         RankError: another rank failed.
     """
 
@@ -112,13 +118,13 @@ class LLM(AbstractContextManager["LLM"]):
             self._started: Started = start(folder, engine_config, mesh, model)
             self._stack = stack.pop_all()
         self._session = Session(self._started)
-        # For scripts that forget `close()`: torch must not be left to the end of the interpreter.
+        # For scripts without `close()`: torch must be shut down before the interpreter exits.
         self._forgotten = weakref.finalize(self._session, self._stack.close)
         self._num_requests = 0
         self.is_main = self._started.engine is not None
 
     def __enter__(self) -> Self:
-        """Return the model; `close` is called at the end."""
+        """Return the model; `close` is called at the end of the block."""
         self._session.check_open("`with`")
         return self
 
@@ -128,7 +134,7 @@ class LLM(AbstractContextManager["LLM"]):
             self.close()
             return
         if self._started.mesh.world.size > 1 and _is_of_script(error):
-            traceback.print_exception(error)  # the other ranks may be anywhere: this ends the job
+            traceback.print_exception(error)  # ends the job: the other ranks may be in any call
         self._session.abandon()
         self._forgotten.detach()
         self._stack.__exit__(*raised)
@@ -137,9 +143,9 @@ class LLM(AbstractContextManager["LLM"]):
             sys.exit(error.exit_code)
 
     def close(self) -> None:
-        """Leave the other ranks and free the memory; a disk cache gets what is cached.
+        """Leave the other ranks and free the memory; write cached pages to a disk cache.
 
-        Every later call raises `Dsv3Error`, but for `close` itself.
+        Every later call except `close` raises `Dsv3Error`.
         """
         if self._session.is_closed:
             return
@@ -151,7 +157,7 @@ class LLM(AbstractContextManager["LLM"]):
         self._free()
 
     def _free(self) -> None:
-        """Let go of weights and cache, though the script may keep this object."""
+        """Release weights and cache, since the script may keep this object."""
         is_cuda = self._started.mesh.device.type == "cuda"
         del self._started
         if is_cuda:
@@ -160,20 +166,20 @@ class LLM(AbstractContextManager["LLM"]):
     def generate(
         self, prompts: Prompt | Iterable[Prompt] | None, params: Params = None
     ) -> list[Completion]:
-        """Continue prompts, texts or lists of token ids, all at once.
+        """Continue prompts, which are strings or lists of token ids, in one batch.
 
         Args:
-            prompts: one or several.
-            params: for all prompts or one for each, `SamplingParams` or dicts of their names; left
-                out, they are greedy answers of at most 200 tokens.
+            prompts: one prompt or several.
+            params: `SamplingParams` or a dict of their names, for all prompts or one for each
+                (default: greedy answers of at most 200 tokens).
 
         Returns:
-            The completions in the order of the prompts, the `n` answers to each beside one another;
-            on other ranks than 0 an empty list. One whose logits are not finite ends with
-            `finish_reason` "error", and a warning says so.
+            The completions in the order of the prompts, with the `n` answers to a prompt next to
+            each other; an empty list on other ranks than 0. A completion with infinite or NaN
+            logits has `finish_reason` "error", and a warning is logged.
 
         Raises:
-            RequestError: on every rank, if a prompt cannot be served; none is then.
+            RequestError: on every rank, if a prompt is invalid; then no prompt is answered.
             Dsv3Error: the model is closed.
         """
         return self._complete("generate()", partial(prompt_requests, prompts, params))
@@ -186,22 +192,22 @@ class LLM(AbstractContextManager["LLM"]):
         conversation_id: str | None = None,
         system: str | None = None,
     ) -> list[Completion]:
-        """Answer conversations through the model's chat format; else as `generate`.
+        """Answer conversations in the model's chat format; otherwise like `generate`.
 
         Args:
             messages: one conversation or several.
-            params: for all or one for each.
-            thinking: let the model think first, or not, where its format has a switch for it;
-                a warning says where it has none. The thought is `reasoning` of the completion,
-                apart from its `text`; stop strings end only the text.
-            conversation_id: names the dialogue, for `drop_conversation`.
-            system: text of a system message in front; the messages then begin with none.
+            params: parameters for all conversations, or one for each.
+            thinking: let the model think first, or not; if its chat format has no switch for it, a
+                warning is logged. The thought is `reasoning` of the completion and not part of its
+                `text`; stop strings end only the text.
+            conversation_id: name of the conversation, for `drop_conversation`.
+            system: text of a system message to put first; the messages must not begin with one.
         """
-        asked = partial(chat_requests, messages, params, thinking, conversation_id, system)
-        return self._complete("chat()", asked)
+        make_requests = partial(chat_requests, messages, params, thinking, conversation_id, system)
+        return self._complete("chat()", make_requests)
 
     def drop_conversation(self, conversation_id: str) -> None:
-        """Forget the cached prefixes that only this conversation has used."""
+        """Drop the cached prefixes that only this conversation has used."""
         self._session.check_open("drop_conversation()")
         if self._started.engine is not None:
             self._started.engine.drop_conversation(check_conversation_id(conversation_id) or "")
@@ -214,29 +220,29 @@ class LLM(AbstractContextManager["LLM"]):
         conversation_id: str | None = None,
         system: str | None = None,
     ) -> Iterator[TextPiece]:
-        """Answer one prompt or conversation, piece by piece; other ranks than 0 get no pieces.
+        """Answer one prompt or conversation in pieces of text; other ranks than 0 get no pieces.
 
-        All pieces join to the whole text. Where that is a conversation's answer with a thought,
-        the pieces of the thought and its marks have `is_thought` set.
+        All pieces together are the whole text. In a conversation's answer with a thought, the
+        pieces of the thought and its marks have `is_thought` set.
 
-        Several streams may be open at once and read in any order, and other calls made meanwhile.
-        An answer whose iterator is dropped, as by leaving a loop over it, is stopped at the next
-        call. Other ranks are let go from reading a stream when rank 0 has read one to its end, or
-        makes its next call.
+        Several streams may be open at once and be read in any order, with other calls in between.
+        An answer whose iterator is dropped, for example by leaving a loop over it, is stopped at
+        the next call. On other ranks, reading a stream returns when rank 0 has read one to its end,
+        or makes its next call.
 
         Raises:
-            RequestError: on every rank, if the prompt cannot be served.
-            Dsv3Error: the model's logits are not finite, or the model is closed.
+            RequestError: on every rank, if the prompt is invalid.
+            Dsv3Error: the model's logits are infinite or NaN, or the model is closed.
         """
 
-        def asked() -> list[TextRequest]:
-            found = stream_requests(prompt, params, thinking, conversation_id, system)
-            count = sum(each.params.n for each in found)
+        def make_requests() -> list[TextRequest]:
+            requests = stream_requests(prompt, params, thinking, conversation_id, system)
+            count = sum(request.params.n for request in requests)
             if count != 1:
                 raise RequestError(f"stream() gives one answer, not {count}: use streams()")
-            return found
+            return requests
 
-        pieces = self._pieces(_flat(self._submit("stream()", asked)), is_only=True)
+        pieces = self._pieces(_flat(self._submit("stream()", make_requests)), is_only=True)
         return pieces if isinstance(pieces, NoOutputs) else (piece for _, piece in pieces)
 
     def streams(
@@ -247,19 +253,21 @@ class LLM(AbstractContextManager["LLM"]):
         conversation_id: str | None = None,
         system: str | None = None,
     ) -> Iterator[tuple[int, TextPiece]]:
-        """Answer several prompts or conversations at once; yield pieces as they come.
+        """Answer several prompts or conversations in one batch; yield their text as it comes.
 
-        Else as `stream`. An answer whose logits are not finite just ends, and a warning says so.
+        Otherwise like `stream`. An answer with infinite or NaN logits ends, and a warning is
+        logged.
 
         Yields:
-            The number of the answer, in the order in which `generate` returns them, and its new
-            text.
+            the number of the answer, in the order of `generate`, and its new text.
         """
-        asked = partial(stream_requests, prompts, params, thinking, conversation_id, system)
-        return self._pieces(_flat(self._submit("streams()", asked)), is_only=False)
+        make_requests = partial(stream_requests, prompts, params, thinking, conversation_id, system)
+        return self._pieces(_flat(self._submit("streams()", make_requests)), is_only=False)
 
-    def _complete(self, call: str, asked: Callable[[], list[TextRequest]]) -> list[Completion]:
-        groups = self._submit(call, asked)
+    def _complete(
+        self, call: str, make_requests: Callable[[], list[TextRequest]]
+    ) -> list[Completion]:
+        groups = self._submit(call, make_requests)
         done = self._session.run(_flat(groups))
         for i, group in enumerate(groups):
             for request in group:
@@ -270,46 +278,46 @@ class LLM(AbstractContextManager["LLM"]):
         return [done[request.request_id] for request in _flat(groups)]
 
     def _split(self, request: Request, completion: Completion) -> None:
-        """Tell the thought from the answer, if it is one of a conversation."""
+        """Separate the thought from the answer of a conversation."""
         if request.is_chat and (engine := self._started.engine) is not None:
             inside = begins_in_thought(engine.tokenizer, request.prompt_ids)
             split = split_answer(completion.text, inside)
-            completion.reasoning, completion.text = split.reasoning, split.content
+            completion.reasoning = split.reasoning
+            completion.text = split.content
 
-    def _submit(self, call: str, asked: Callable[[], list[TextRequest]]) -> list[list[Request]]:
-        """Put requests in line on rank 0; if one cannot be served, all ranks hear of it.
+    def _submit(
+        self, call: str, make_requests: Callable[[], list[TextRequest]]
+    ) -> list[list[Request]]:
+        """Add requests to the engine of rank 0; if one is invalid, raise on all ranks.
 
         Returns:
-            for each prompt, the requests of its answers; nothing on other ranks.
+            for each prompt, the requests of its answers; an empty list on other ranks.
         """
         self._session.begin(call)
         groups: list[list[Request]] = []
         with collective_errors(self._started.mesh, "reading the prompts", is_fatal=False):
             if self._started.engine is not None:
-                found = asked()
+                requests = make_requests()
                 try:
-                    for i, each in enumerate(found):
-                        with _named(each, i, len(found)):
-                            groups.append(self._add(each, self._started.engine))
+                    for i, request in enumerate(requests):
+                        with _named(request, i, len(requests)):
+                            groups.append(self._add(request, self._started.engine))
                 except BaseException:
                     self._session.drop([request.request_id for request in _flat(groups)])
                     raise
         return groups
 
-    def _add(self, asked: TextRequest, engine: Engine) -> list[Request]:
-        """Put the answers to one prompt in line."""
+    def _add(self, text_request: TextRequest, engine: Engine) -> list[Request]:
+        """Add the requests of the answers to one prompt to the engine."""
         self._num_requests += 1
-        ids = encode_prompt(asked, engine.tokenizer, self._chat)
-        name, limit = f"llm-{self._num_requests}", engine.max_seq_len
-        requests = token_requests(asked, ids, name, limit, engine.vocab_size)
+        ids = encode_prompt(text_request, engine.tokenizer, self._chat)
+        name = f"llm-{self._num_requests}"
+        requests = token_requests(text_request, ids, name, engine.max_seq_len, engine.vocab_size)
         self._session.add(requests)
         return requests
 
     def _pieces(self, requests: list[Request], is_only: bool) -> Iterator[tuple[int, TextPiece]]:
-        """Return the numbers of answers and their new text, made as they are read.
-
-        An error of the only answer is raised.
-        """
+        """Return an iterator of answer numbers and new text; an error of the only answer raises."""
         outputs = self._session.stream(requests)
         if isinstance(outputs, NoOutputs):
             return outputs
@@ -330,14 +338,16 @@ def _texts(
     is_only: bool,
 ) -> Iterator[tuple[int, TextPiece]]:
     for output in outputs:
-        number, stream = numbers[output.request_id], thoughts.get(output.request_id)
+        number = numbers[output.request_id]
+        stream = thoughts.get(output.request_id)
         if stream is None:
-            pieces = [Piece(answer=output.new_text)]
+            all_parts = [AnswerParts(answer=output.new_text)]
         else:
-            pieces = [stream.push(output.new_text)]
-            pieces += [] if output.completion is None else [stream.finish()]
-        for piece in pieces:
-            for text in piece.texts():
+            all_parts = [stream.push(output.new_text)]
+            if output.completion is not None:
+                all_parts.append(stream.finish())
+        for parts in all_parts:
+            for text in parts.texts():
                 yield number, text
         if output.completion is not None and output.completion.error:
             if is_only:
@@ -350,22 +360,22 @@ def _flat(groups: list[list[Request]]) -> list[Request]:
 
 
 @contextmanager
-def _named(asked: TextRequest, number: int, count: int) -> Iterator[None]:
-    """Name the prompt in an error about one of several."""
+def _named(request: TextRequest, number: int, count: int) -> Iterator[None]:
+    """Add the number of the prompt to an error, if there are several prompts."""
     try:
         yield
     except RequestError as error:
         if count == 1:
             raise
-        noun = "prompts" if asked.messages is None else "conversations"
+        noun = "prompts" if request.messages is None else "conversations"
         raise RequestError(f"{noun}[{number}]: {error}") from None
 
 
 def _read(name: str, value: Any, as_kind: Callable[[Any], Any], kind: str, default: Any) -> Any:
-    """Return an argument read as its kind; None is as if not given.
+    """Return an argument converted to its type; None means the default.
 
     Raises:
-        ConfigError: it is of another kind.
+        ConfigError: the value has a wrong type.
     """
     try:
         return default if value is None else as_kind(value)
@@ -382,17 +392,16 @@ def _engine_config(settings: Mapping[str, Any]) -> EngineConfig:
 
 
 def _chat_format(path: Path, config: ModelConfig | None, template: Path | None) -> AnyFormat:
-    """Make the format of conversations and try it; raw prompts need none."""
+    """Return the checkpoint's chat format; warn if it is unusable, since raw prompts need none."""
     check_stored_form(path)
-    made = ChatFormat.of_directory(
-        path, declared_config(path, config, argument).model_type, template
-    )
-    if isinstance(made, UnusableFormat):
-        log.warning("%s: no conversations can be served", made.reason)
-    return made
+    model_type = declared_config(path, config, argument).model_type
+    chat_format = ChatFormat.of_directory(path, model_type, template)
+    if isinstance(chat_format, UnusableFormat):
+        log.warning("%s: no conversations can be served", chat_format.reason)
+    return chat_format
 
 
 def _is_of_script(error: BaseException) -> bool:
-    """Return True if the script itself has failed, not all ranks alike or a connection."""
+    """Return True if only this script has failed, not all ranks in common or a connection."""
     seen_by_all_ranks = getattr(error, "seen_by_all_ranks", False)
     return isinstance(error, Exception) and not seen_by_all_ranks and not is_lost(error)

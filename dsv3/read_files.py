@@ -1,7 +1,7 @@
-"""Read the files that users and model hubs hand over: text, JSON and YAML.
+"""Read text, JSON and YAML files of users and model hubs.
 
-Only regular files are opened (symbolic links to them are fine: hub caches are made of those), none
-beyond a size that its kind may have, and all damage is an error of one line that names the file.
+Only regular files are opened, also through symbolic links, which hub caches use. The size is
+limited by the kind of file, and any damage is reported in one line that names the file.
 """
 
 import errno
@@ -20,12 +20,12 @@ from dsv3.errors import ConfigError, Dsv3Error, shorten
 
 CONFIG_BYTES = 16 << 20  # of a configuration or a chat template
 TABLE_BYTES = 512 << 20  # of a file that grows with the model: vocabulary, index, manifest
-# PyYAML reads about 100 kB a second, and a file of a few hundred bytes whose aliases refer to
-# other aliases stands for any number of values.
+# PyYAML reads about 100 kB per second, and nested aliases in a few hundred bytes can expand to any
+# number of values.
 YAML_BYTES = 256 << 10
 YAML_VALUES = 100_000
 
-# Begins the files that Git leaves in place of large ones.
+# First bytes of the files that Git LFS uses as placeholders for large files.
 _LFS_POINTER = b"version https://git-lfs."
 
 Kind = type[Dsv3Error]
@@ -43,12 +43,12 @@ def open_regular(path: Path, kind: Kind = ConfigError, fault: str = "") -> int:
 
     Args:
         path: the file, or a link to it.
-        kind: of the error.
-        fault: what the system's reason follows in the line of the error; the path if left out.
+        kind: type of errors.
+        fault: prefix of the system's reason in errors (default: the path).
 
     Raises:
-        kind: the file cannot be opened, is a pipe, a device, a directory or a socket, or was left
-            behind by a clone without Git LFS.
+        kind: the file cannot be opened, is a pipe, a device, a directory or a socket, or is a
+            placeholder of Git LFS.
     """
     with _damage_as(fault or str(path), kind):
         mode = os.stat(path).st_mode
@@ -57,7 +57,7 @@ def open_regular(path: Path, kind: Kind = ConfigError, fault: str = "") -> int:
         if not stat.S_ISREG(mode):
             name = _NAMES.get(stat.S_IFMT(mode), "something else")
             raise kind(f"{path}: not a regular file but {name}")
-        # Without blocking: the file may have been replaced by a pipe since.
+        # Non-blocking, since the file may have been replaced by a pipe meanwhile.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         if os.pread(descriptor, len(_LFS_POINTER), 0) == _LFS_POINTER:
             os.close(descriptor)
@@ -92,7 +92,7 @@ def read_json(
 
 
 def read_mapping(path: Path, kind: Kind = ConfigError) -> dict[str, Any]:
-    """Return the fields of a JSON file, or of a YAML file if it is named so."""
+    """Return the fields of a YAML file according to its suffix, otherwise of a JSON file."""
     data = read_yaml(path, kind) if path.suffix in (".yaml", ".yml") else read_json(path, kind)
     if not isinstance(data, dict):
         raise kind(f"{path}: not a mapping of field names to values")
@@ -100,7 +100,7 @@ def read_mapping(path: Path, kind: Kind = ConfigError) -> dict[str, Any]:
 
 
 def read_yaml(path: Path, kind: Kind = ConfigError) -> Any:
-    """Return the value of a YAML file: plain data, and no more than `YAML_VALUES` of it."""
+    """Return the value of a YAML file: plain data with at most `YAML_VALUES` values."""
     text = read_text(path, kind, YAML_BYTES)
     with _damage_as(f"{path}: cannot be read", kind):
         loader = yaml.SafeLoader(text)
@@ -113,21 +113,21 @@ def read_yaml(path: Path, kind: Kind = ConfigError) -> Any:
 
 
 def parse_json(data: bytes, fault: str, kind: Kind = ConfigError, unique_keys: bool = False) -> Any:
-    """Return the value of UTF-8 JSON text; `fault` begins the line of an error.
+    """Return the value of UTF-8 JSON text; `fault` is the prefix of errors.
 
-    Neither NaN nor numbers beyond a float are JSON. A key that an object has twice must have the
-    same value both times; with `unique_keys` it is refused.
+    NaN and numbers beyond the range of a float are errors. A repeated key in an object must have
+    the same value both times; with `unique_keys`, it is an error.
     """
     with _damage_as(fault, kind):
         return parse_json_text(data.decode("utf-8-sig"), unique_keys)
 
 
 def parse_json_text(text: str, unique_keys: bool = True) -> Any:
-    """Return the value of JSON text, as `parse_json` does.
+    """Return the value of JSON text, with the rules of `parse_json`.
 
     Raises:
-        ValueError: it is none, with the reason in one line.
-        RecursionError: it is nested too deeply.
+        ValueError: the text is not JSON; the message is one line.
+        RecursionError: the text is nested too deeply.
     """
     try:
         return json.loads(
@@ -143,17 +143,17 @@ def parse_json_text(text: str, unique_keys: bool = True) -> Any:
         if error.lineno == 1:
             place = f"character {error.pos + 1}"
         raise ValueError(f"not JSON: {error.msg} ({place})") from None
-    except ValueError as error:  # of an integer of thousands of digits the end is advice to us
+    except ValueError as error:  # an integer of thousands of digits; omit the advice to programmers
         raise ValueError(f"not JSON: {str(error).split(' for integer')[0]}") from None
 
 
 class _RepeatedKeyError(ValueError):
-    """An object has a key twice."""
+    """An object has a repeated key."""
 
 
 @contextmanager
 def _damage_as(fault: str, kind: Kind) -> Iterator[None]:
-    """Turn all that a damaged file can cause into one error that names it."""
+    """Convert all errors that a damaged file can cause into an error of one line."""
     try:
         yield
     except Dsv3Error:
@@ -207,13 +207,15 @@ def _consistent(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_size(root: yaml.Node | None) -> None:
-    """Count the values that a document stands for, aliases followed."""
-    left, count = [root], 0
-    while left:
-        node, count = left.pop(), count + 1
-        if count + len(left) > YAML_VALUES:
+    """Raise ValueError if a document has too many values with its aliases expanded."""
+    pending = [root]
+    count = 0
+    while pending:
+        node = pending.pop()
+        count += 1
+        if count + len(pending) > YAML_VALUES:
             raise ValueError(f"its aliases stand for more than {YAML_VALUES} values")
         if isinstance(node, yaml.MappingNode):
-            left += [part for pair in node.value for part in pair]
+            pending += [part for pair in node.value for part in pair]
         elif isinstance(node, yaml.SequenceNode):
-            left += node.value
+            pending += node.value

@@ -1,7 +1,7 @@
-"""What is asked and what is answered: plain data that every room may use.
+"""Requests and answers: plain data types that all packages may import.
 
-`Request` goes into the engine, `RequestOutput` comes out after every step, `Completion` when the
-request is done. Nothing here knows how tokens are made.
+The engine takes a `Request`, returns a `RequestOutput` after every step, and a `Completion` at the
+end of the request.
 """
 
 import math
@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
-from dsv3.arguments import number, plain, texts, token_ids, truth, whole
+from dsv3.arguments import number, texts, token_ids, truth, whole
 from dsv3.config_fields import describe_unknown, shown
 from dsv3.errors import RequestError
 
@@ -21,11 +21,11 @@ _MOST = 2**31 - 1
 
 @dataclass(frozen=True, slots=True)
 class _Rule:
-    """Kind and range of a field.
+    """Type and range of a field.
 
     Attributes:
-        as_kind: reads a value of the kind, and raises ValueError for others.
-        kind, limits: the rule as errors say it.
+        as_kind: converts a value to the type, and raises ValueError if it cannot.
+        kind, limits: the rule in words, for errors.
     """
 
     as_kind: Callable[[Any], Any]
@@ -35,17 +35,17 @@ class _Rule:
     limits: str = ""
 
     def read(self, name: str, value: Any) -> Any:
-        """Return the value as the field holds it, or raise RequestError."""
+        """Return the converted value, or raise RequestError."""
         try:
-            found = self.as_kind(value)
+            converted = self.as_kind(value)
         except RequestError:
             raise
         except ValueError:
             rule = f"{self.kind}, {self.limits}" if self.limits else self.kind
             raise RequestError(f"{name}={shown(value)} must be {rule}") from None
-        if self.limits and not self.least <= found <= self.most:
+        if self.limits and not self.least <= converted <= self.most:
             raise RequestError(f"{name}={shown(value)} must be {self.limits}")
-        return found
+        return converted
 
 
 def _whole(least: int, most: int, limits: str = "") -> _Rule:
@@ -59,15 +59,17 @@ def _number(least: float, most: float, limits: str) -> _Rule:
 def _biases(value: Any) -> dict[int, float]:
     if not isinstance(value, Mapping):
         raise ValueError(value)
-    found = {}
+    biases: dict[int, float] = {}
     for token_id, bias in value.items():
-        key, added = plain(token_id), plain(bias)
-        is_number = isinstance(added, int | float) and not isinstance(added, bool)
-        if type(key) is not int or not is_number or not -MAX_BIAS <= added <= MAX_BIAS:
+        try:
+            key, added = whole(token_id), number(bias)
+        except ValueError:
+            key, added = 0, math.nan
+        if not -MAX_BIAS <= added <= MAX_BIAS:
             rule = "a token id, and a number between -100 and 100"
             raise RequestError(f"logit_bias[{shown(token_id)}]={shown(bias)} must be {rule}")
-        found[key] = added
-    return found
+        biases[key] = added
+    return biases
 
 
 _RULES = {
@@ -92,29 +94,29 @@ _RULES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How to choose the tokens of an answer.
+    """Sampling parameters of an answer.
 
-    In this order: bias, penalties, temperature, min_p, top_k, top_p. Greedy decoding applies
-    the first two. Log-probabilities are the model's own, before all of these. Numbers may be
-    NumPy's, or texts; a value of another kind is a RequestError.
+    They are applied in this order: bias, penalties, temperature, min_p, top_k, top_p. Greedy
+    decoding applies the first two. Log-probabilities are the model's own, before all of these.
+    Numbers may be NumPy's or strings; a value of another type is a RequestError.
 
     Attributes:
-        n: answers to the prompt, each with random numbers of its own.
-        max_tokens: tokens to generate at most; 0 only scores the prompt.
+        n: number of answers to the prompt, each with its own random numbers.
+        max_tokens: most tokens to generate; 0 only scores the prompt.
         temperature: 0 is greedy.
         top_k: keep the k likeliest tokens; 0 and -1 keep all.
         top_p: keep the smallest set of likeliest tokens with this probability; 1 keeps all.
         min_p: drop tokens less likely than this share of the likeliest one; 0 drops none.
         repetition_penalty: logits of tokens in the prompt or the answer are divided by it, or
             multiplied if negative; 1 changes nothing.
-        frequency_penalty: subtracted from a token's logit for each time it is in the answer.
+        frequency_penalty: subtracted from a token's logit for each occurrence in the answer.
         presence_penalty: subtracted once from the logits of tokens in the answer.
         logit_bias: token -> added to its logit.
-        seed: names the random numbers; the same seed gives the same tokens in any batch, at any
+        seed: seed of the random numbers; the same seed gives the same tokens in any batch, at any
             world size.
-        stop: text that ends the answer (not part of it), or several.
-        stop_token_ids: token that ends the answer, or several, beside the model's own end tokens.
-        ignore_eos: go on after the model's end tokens.
+        stop: one string or several that end the answer and are not part of it.
+        stop_token_ids: one token or several that end the answer, besides the model's end tokens.
+        ignore_eos: continue after the model's end tokens.
         logprobs: number of likeliest alternatives reported per generated token; None reports none.
         prompt_logprobs: the same for the tokens of the prompt.
     """
@@ -137,29 +139,29 @@ class SamplingParams:
     prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        """Read every value as its field's kind; None is as if not given.
+        """Convert each value to its field's type; None means the default.
 
         Raises:
-            RequestError: a value is of another kind or out of range; the error names both.
+            RequestError: a value has a wrong type or is out of range; the error names both.
         """
         for field_ in fields(self):
-            value, rule = getattr(self, field_.name), _RULES[field_.name]
+            value = getattr(self, field_.name)
             if value is not None:
-                value = rule.read(field_.name, value)
+                value = _RULES[field_.name].read(field_.name, value)
             elif field_.default is not MISSING:
                 value = field_.default
             else:
                 value = {}
             object.__setattr__(self, field_.name, value)
         if self.top_k == -1:
-            object.__setattr__(self, "top_k", 0)  # both are in use for "keep all"
+            object.__setattr__(self, "top_k", 0)  # both mean "keep all"
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "SamplingParams":
-        """Return the parameters that a mapping of their names to values stands for.
+        """Return the parameters of a mapping from names to values.
 
         Raises:
-            RequestError: a name is unknown, or a value wrong.
+            RequestError: a name is unknown, or a value is wrong.
         """
         known = [field_.name for field_ in fields(cls)]
         unknown = [name for name in values if name not in known]
@@ -169,24 +171,23 @@ class SamplingParams:
 
     @property
     def has_penalties(self) -> bool:
-        """Whether tokens that were seen before are less likely, or more."""
+        """True if a penalty changes the logits of earlier tokens."""
         penalties = self.repetition_penalty, self.frequency_penalty, self.presence_penalty
         return penalties != (1.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One prompt and how to continue it, once.
+    """A request for one answer to a prompt.
 
     Attributes:
         request_id: unique among the unfinished requests.
-        priority: lower goes first, equal ones in order of arrival.
-        conversation_id: requests that share it are turns of one dialogue.
+        priority: lower values go first, equal ones in order of arrival.
+        conversation_id: common to the requests of one conversation.
         is_chat: the prompt is a conversation: a thought may come before the answer, and stop
             strings end only the answer.
-        deadline: seconds after `Engine.add` at which the answer ends as it is; None waits.
-        answer: which of the answers to one prompt and seed this is: each has random numbers of
-            its own.
+        deadline: seconds after `Engine.add` at which the answer is cut; None is no limit.
+        answer: index among the answers to one prompt and seed; each has its own random numbers.
     """
 
     request_id: str
@@ -201,7 +202,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Natural-log probability of one token, and of the likeliest tokens at its place."""
+    """Natural-log probability of one token, and of the likeliest tokens at its position."""
 
     token_id: int
     logprob: float
@@ -213,15 +214,15 @@ class Completion:
     """The finished answer to one request.
 
     Attributes:
-        token_ids: generated tokens, the end token not included.
-        text: their text, cut before a stop string. With `LLM.chat` the answer without its thought.
-        reasoning: the thought, where `LLM.chat` has found one; None elsewhere.
-        index: which of the `n` answers to its prompt this is.
+        token_ids: generated tokens without the end token.
+        text: their text, cut before a stop string; with `LLM.chat`, the answer without its thought.
+        reasoning: the thought, if `LLM.chat` has found one; otherwise None.
+        index: index among the `n` answers to the prompt.
         finish_reason: "stop" (end token or stop string), "length", "deadline", or "error".
-        error: why there is no (whole) answer, with "error" only.
-        logprobs: one entry per generated token when asked for.
-        prompt_logprobs: one entry per prompt token but the first, when asked for.
-        cached_tokens: prompt tokens whose cache entries were reused, not computed.
+        error: the reason of a missing or incomplete answer; only with "error".
+        logprobs: one entry per generated token, if requested.
+        prompt_logprobs: one entry per prompt token except the first, if requested.
+        cached_tokens: prompt tokens whose cache entries were reused instead of computed.
     """
 
     request_id: str
@@ -239,7 +240,7 @@ class Completion:
 
 @dataclass(slots=True, kw_only=True)
 class RequestOutput:
-    """What one step added to one request; `completion` is set by the last one."""
+    """The tokens and text that one step added to a request; the last one has `completion`."""
 
     request_id: str
     new_token_ids: list[int] = field(default_factory=list)

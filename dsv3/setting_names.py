@@ -1,4 +1,4 @@
-"""How messages call a setting: by its argument in the library, by its flag in the programs."""
+"""Names of settings in messages: the argument in the library, the flag in the programs."""
 
 from collections.abc import Callable
 

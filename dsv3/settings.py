@@ -1,10 +1,10 @@
-"""How to run a model: everything a user may choose that is neither the model nor the layout."""
+"""Settings of an engine: all user choices except the model and the layout."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from dsv3.arguments import text, truth, whole
 from dsv3.config_fields import shown
@@ -12,14 +12,15 @@ from dsv3.errors import ConfigError
 from dsv3.setting_names import argument
 from dsv3.sizes import CacheSize, Size
 
-# By arithmetic, not measured: for V3 on 8 ranks at 450 GB/s, fewer bytes of float32 sums and fewer
-# rows to normalize save two more launches' 20 us a layer from about 600 tokens on. Gloo saves none.
+# Calculated, not measured: for V3 on 8 ranks at 450 GB/s, fewer bytes of float32 sums and fewer
+# rows to normalize outweigh two more launches (20 us a layer) from about 600 tokens on. With Gloo
+# there is no gain.
 _SPLIT_TOKENS = 1024
 CacheForm = Literal["latent", "heads"]
 CacheDtype = Literal["fp32", "bf16", "fp8"]
 KvShard = Literal["tokens", "none"]
 DispatchForm = Literal["auto", "allreduce", "alltoall"]
-# By a field's type: the function that reads a value, and the rule in its error.
+# Conversion of values by the type of their field, and the type in words for errors.
 _KINDS: Mapping[Any, tuple[Callable[[Any], Any], str]] = {
     int: (whole, "a whole number"),
     bool: (truth, "True or False"),
@@ -28,20 +29,20 @@ _KINDS: Mapping[Any, tuple[Callable[[Any], Any], str]] = {
 
 
 def _setting(group: str, default: Any, about: str = "", least: int = 0) -> Any:
-    """Return the field of a flag.
+    """Return a dataclass field that is also a flag.
 
     Args:
-        group: of flags.
-        default: its value.
-        about: description of the flag.
-        least: lower limit of a number.
+        group: group of flags in `--help`.
+        default: default value.
+        about: help text of the flag.
+        least: smallest value of a number.
     """
     return field(default=default, metadata={"group": group, "about": about, "least": least})
 
 
-def words_of(setting: Field[Any]) -> tuple[str, ...]:
-    """Return the possible values of a field whose type is a `Literal`; else nothing."""
-    return get_args(setting.type)
+def allowed_words(setting: Field[Any]) -> tuple[str, ...]:
+    """Return the words that a setting accepts; none for other settings."""
+    return get_args(setting.type) if get_origin(setting.type) is Literal else ()
 
 
 _model, _layout, _experts, _cache, _steps = (
@@ -52,85 +53,101 @@ _model, _layout, _experts, _cache, _steps = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """Settings of an engine, in the library arguments, in the programs flags of the same names.
+    """Settings of an engine: arguments of the library, and flags of the programs.
 
-    Values are read as the types of their fields: NumPy's numbers, 8192.0, paths, a number of bytes.
+    Values are converted to the types of their fields, such as NumPy's numbers, 8192.0 or paths.
 
     Attributes:
         attn_impl: "naive" caches expanded heads; "absorb" caches latents and always attends to
-            them directly; "auto" caches latents and expands them where queries are many.
-        kv_shard: a latent cache's positions are dealt to the tp ranks ("tokens") or replicated.
-        kv_dtype: storage of the cache: "auto" (as the activations), "fp32", "bf16" or "fp8"
+            them directly; "auto" caches latents and expands them for many queries.
+        kv_shard: "tokens" splits a latent cache's positions over the tp ranks, "none" replicates
+            the cache.
+        kv_dtype: format of the cache: "auto" (that of the activations), "fp32", "bf16" or "fp8"
             (latents in e4m3 with a scale per 128, rotated keys in bf16).
         kv_cache_size: see `CacheSize.parse`.
-        kv_host_cache: bytes of host memory on every rank for pages evicted from the device, or a
+        kv_host_cache: bytes of host memory on each rank for pages evicted from the device, or a
             share of the host memory that is free for this rank.
-        kv_disk_cache: DIR:BYTES, a directory for pages evicted from there and what it may take, or
-            a share of its file system. Without a host cache, room for one longest sequence is made
-            in host memory.
-        moe_dispatch: how tokens of several dp groups come to their experts: every rank sees all of
-            them ("allreduce"), they are sent where they are needed ("alltoall"), or "auto".
-        dispatch_dtype: of hidden states on that way: "auto" (FP8 in fp8 numerics, else as they
-            are), "bf16" or "fp8".
-        max_seq_len: longest context, prompt and answer; 0 takes the model's own.
-        max_batch_tokens: new tokens of one step, in each data-parallel group.
-        max_running: sequences in progress at a time, in each data-parallel group.
+        kv_disk_cache: DIR:BYTES, a directory for pages evicted from host memory, and its size limit
+            in bytes or as a share of its file system. Without a host cache, host memory for one
+            longest sequence is allocated.
+        moe_dispatch: dispatch of tokens of several dp groups to their experts: every rank gets all
+            tokens ("allreduce"), tokens are sent to the ranks of their experts ("alltoall"), or
+            "auto".
+        dispatch_dtype: format of dispatched hidden states: "auto" (FP8 in fp8 numerics, otherwise
+            unchanged), "bf16" or "fp8".
+        max_seq_len: longest context, prompt and answer; 0 is the model's own limit.
+        max_batch_tokens: most new tokens of one step, in each data-parallel group.
+        max_running: most running sequences, in each data-parallel group.
         dtype: numerics: "auto" (float32 on CPU, as the checkpoint on CUDA), "float32", "bfloat16"
             or "fp8": bfloat16 with FP8 weights multiplied by activations quantized per 128.
-        weights: "auto" holds weights in the activations' dtype; "fp8" keeps FP8 tensors as they
-            are stored and dequantizes them at every use (fp8 numerics keep them anyway).
-        sequence_parallel: steps of so many tokens split the residual stream over tp; 0 never
-            does, -1 leaves it to the device.
+        weights: "auto" holds weights in the activations' dtype; "fp8" keeps stored FP8 tensors and
+            dequantizes them at every use (fp8 numerics keep them anyway).
+        sequence_parallel: steps of at least this number of tokens split the residual stream over
+            tp; 0 never does, -1 depends on the device.
         prefix_reuse: keep computed prefixes and reuse them.
-        eviction: which idle cached page goes first: "cost" or "lru".
-        expert_placement: file that says which rank holds which experts; empty for equal ranges.
-        redundant_experts: copies of experts beyond the first in a layer, where no file says.
-        rebalance_every: steps between two looks at the experts' loads, after which experts may
-            move to other ranks; 0 leaves them where they are.
-        record_expert_load: file for the tokens that every expert got; empty does not count.
-        pipeline_depth: steps launched before the results of the last one are looked at: 0 or 1;
-            -1 is 1 on CUDA, where steps run asynchronously, and 0 on a CPU.
-        enforce_eager: launch every kernel of a decode step, also where a CUDA graph could hold it.
-        overlap_launches: let each kernel's launch begin while the kernel before it still runs
-            (Hopper and later; not yet confirmed on a GPU).
-        check_every: steps between comparisons of what the ranks have computed; 0 compares nothing.
+        eviction: policy for the next idle cached page to evict: "cost" or "lru".
+        expert_placement: file with the experts of each rank; empty for equal ranges.
+        redundant_experts: copies of experts beyond the first in a layer, without a file.
+        rebalance_every: steps between checks of the experts' loads, after which experts may move
+            to other ranks; 0 never moves them.
+        record_expert_load: file for the number of tokens of each expert; empty does not count.
+        pipeline_depth: steps launched before the results of the last one are read: 0 or 1; -1 is 1
+            on CUDA, where steps run asynchronously, and 0 on a CPU.
+        enforce_eager: launch each kernel of a decode step separately, without CUDA graphs.
+        overlap_launches: launch each kernel while the previous one still runs (Hopper and later;
+            not yet confirmed on a GPU).
+        check_every: steps between comparisons of the ranks' results; 0 compares nothing.
     """
 
     dtype: Literal["auto", "float32", "bfloat16", "fp8"] = _model("auto", "numerics")
-    weights: Literal["auto", "fp8"] = _model("auto", "fp8 keeps FP8 as stored")
-    moe_dispatch: Literal["auto", "allreduce", "alltoall"] = _layout("auto", "tokens to experts")
-    dispatch_dtype: Literal["auto", "bf16", "fp8"] = _layout("auto", "of hidden states on that way")
-    sequence_parallel: int = _layout(-1, "split norms in steps of so many tokens", least=-1)
-    expert_placement: str = _experts("", "FILE of which rank has which")
-    redundant_experts: int = _experts(0, "copies, without a file")
-    rebalance_every: int = _experts(0, "steps; 0: never move them")
-    record_expert_load: str = _experts("", "FILE for the tokens each got")
-    attn_impl: Literal["auto", "naive", "absorb"] = _cache("auto", "what is cached and attended to")
-    kv_shard: Literal["tokens", "none"] = _cache("tokens", "sharded by tokens, or replicated")
-    kv_dtype: Literal["auto", "fp32", "bf16", "fp8"] = _cache("auto", "of the cache")
+    weights: Literal["auto", "fp8"] = _model("auto", "fp8 keeps stored FP8 weights")
+    moe_dispatch: Literal["auto", "allreduce", "alltoall"] = _layout(
+        "auto", "dispatch of tokens to experts"
+    )
+    dispatch_dtype: Literal["auto", "bf16", "fp8"] = _layout(
+        "auto", "format of dispatched hidden states"
+    )
+    sequence_parallel: int = _layout(
+        -1, "split norms over tp from N tokens in a step on (0: never; -1: by device)", least=-1
+    )
+    expert_placement: str = _experts("", "FILE with the experts of each rank")
+    redundant_experts: int = _experts(0, "copies of experts in a layer, without a file")
+    rebalance_every: int = _experts(0, "steps between moves of experts (0: never)")
+    record_expert_load: str = _experts("", "FILE to write the number of tokens per expert to")
+    attn_impl: Literal["auto", "naive", "absorb"] = _cache(
+        "auto", "cache expanded heads (naive) or latents"
+    )
+    kv_shard: Literal["tokens", "none"] = _cache(
+        "tokens", "split the cache by tokens over tp, or replicate it"
+    )
+    kv_dtype: Literal["auto", "fp32", "bf16", "fp8"] = _cache("auto", "format of the cache")
     kv_cache_size: str = _cache(
         "auto",
-        "auto, bytes per rank (4GiB; 4GB is 4 * 10^9), a share of what weights leave free (90%%), "
-        "tokens of a tp group (65536tok)",
+        "auto, bytes per rank (4GiB; 4GB is 4 * 10^9), a share of the memory beside the weights "
+        "(90%%), tokens of a tp group (65536tok)",
     )
     kv_host_cache: str = _cache(
-        "off", "host memory per rank for evicted pages: bytes (4GiB) or a share of it (50%%)"
+        "off", "host memory per rank for evicted pages: bytes (4GiB) or a share (50%%)"
     )
     kv_disk_cache: str = _cache(
-        "off", "DIR:BYTES (or DIR:50%%) for pages evicted from there; later runs find them"
+        "off", "DIR:BYTES (or DIR:50%%) for pages evicted from host memory; later runs reuse them"
     )
-    max_seq_len: int = _cache(0, "longest context (0: the model's)")
-    prefix_reuse: bool = _cache(True, "reuse no prefixes")
-    eviction: Literal["cost", "lru"] = _cache("cost", "which idle page goes first")
-    max_batch_tokens: int = _steps(2048, "new tokens of a step", least=1)
-    max_running: int = _steps(64, "sequences at a time", least=1)
-    pipeline_depth: int = _steps(-1, "0, 1 or -1: as the device", least=-1)
-    enforce_eager: bool = _steps(False, "no CUDA graphs")
-    overlap_launches: bool = _steps(False, "begin launches early (Hopper; not yet confirmed)")
-    check_every: int = _steps(64, "steps between comparisons of what the ranks compute (0: never)")
+    max_seq_len: int = _cache(0, "longest context in tokens (0: the model's)")
+    prefix_reuse: bool = _cache(True, "do not reuse computed prefixes")
+    eviction: Literal["cost", "lru"] = _cache("cost", "eviction policy of idle pages")
+    max_batch_tokens: int = _steps(2048, "most new tokens of a step", least=1)
+    max_running: int = _steps(64, "most running sequences", least=1)
+    pipeline_depth: int = _steps(
+        -1, "steps launched before results are read: 0, 1 or -1 (by device)", least=-1
+    )
+    enforce_eager: bool = _steps(False, "run without CUDA graphs")
+    overlap_launches: bool = _steps(
+        False, "launch kernels before the previous one ends (Hopper; not yet confirmed)"
+    )
+    check_every: int = _steps(64, "steps between comparisons of the ranks' results (0: never)")
 
     def __post_init__(self) -> None:
-        """Read every value as its field's type; refuse unknown words and impossible numbers."""
+        """Convert each value to its field's type; raise ConfigError for invalid values."""
         for f in fields(self):
             self._read(f)
         if self.attn_impl == "naive" and self.kv_dtype == "fp8":
@@ -153,15 +170,15 @@ class EngineConfig:
         self._check_caches()
 
     def _read(self, f: Field[Any]) -> None:
-        """Set a field to its value, read as its type; None is as if not given."""
+        """Convert and check the value of a field; None means the default."""
         value = getattr(self, f.name)
-        words = words_of(f)
+        words = allowed_words(f)
         least = f.metadata["least"]
-        read, rule = _KINDS[str if words else f.type]
+        convert, rule = _KINDS[str if words else f.type]
         if f.type is int:
             rule = f"{rule}, at least {least}"
         try:
-            value = f.default if value is None else read(value)
+            value = f.default if value is None else convert(value)
         except ValueError:
             hint = f": one of {', '.join(words)}" if words else ""
             raise ConfigError(f"{self.named(f.name)}={shown(value)} must be {rule}{hint}") from None
@@ -172,30 +189,32 @@ class EngineConfig:
             raise ConfigError(f"{self.given(f.name)} must be at least {least}")
 
     def _check_caches(self) -> None:
-        _, host_cache, disk_cache = self.cache_size, self.host_cache, self.disk_cache
-        if (host_cache or disk_cache) and not self.prefix_reuse:
+        # All three are parsed here, so that an invalid size raises.
+        sizes = (self.cache_size, self.host_cache, self.disk_cache)
+        has_lower_tiers = any(sizes[1:])
+        if has_lower_tiers and not self.prefix_reuse:
             raise ConfigError(
                 f"{self.named('kv_host_cache')} and {self.named('kv_disk_cache')} keep prefixes, "
                 f"{self.given('prefix_reuse')} uses none"
             )
 
     def named(self, field: str) -> str:
-        """Return the name of a field, or of an argument beside it, as errors call it."""
+        """Return the name of a field or of another argument in errors."""
         return argument(field)
 
     def given(self, field: str) -> str:
-        """Return the name of a field with its value, as errors call it."""
+        """Return the name of a field with its value for errors."""
         return f"{self.named(field)}={getattr(self, field)}"
 
     @staticmethod
     def common(values: Mapping[str, Any]) -> dict[str, str]:
         """Return the settings that must be the same on all ranks, as text.
 
-        Files and folders may have other names on other hosts: whether there is one counts, and for
-        the disk cache its size.
+        Files and folders may have other names on other hosts, so only their presence counts, and
+        for the disk cache its size.
 
         Args:
-            values: by the names of the fields.
+            values: values by name of the field.
         """
         texts = {f.name: str(values[f.name]) for f in fields(EngineConfig)}
         for name in ("expert_placement", "record_expert_load"):
@@ -205,12 +224,12 @@ class EngineConfig:
 
     @property
     def cache_size(self) -> CacheSize:
-        """Return the size of the device's cache."""
+        """Size of the device's cache."""
         return CacheSize.parse(self.named("kv_cache_size"), self.kv_cache_size)
 
     @property
     def host_cache(self) -> Size:
-        """Return the size of the host cache."""
+        """Size of the host cache."""
         return Size.parse(self.named("kv_host_cache"), self.kv_host_cache, "the host's free memory")
 
     @property
@@ -226,15 +245,15 @@ class EngineConfig:
 
     @property
     def cache_form(self) -> CacheForm:
-        """Return what the cache stores: "heads" or "latent"."""
+        """Contents of the cache: "heads" or "latent"."""
         return "heads" if self.attn_impl == "naive" else "latent"
 
     def sp_min_tokens(self, device_type: str) -> int:
-        """Return from how many tokens on the residual stream is split over tp; 0 is never."""
+        """Return the least number of tokens to split the residual stream over tp; 0 is never."""
         if self.sequence_parallel >= 0:
             return self.sequence_parallel
         return _SPLIT_TOKENS if device_type == "cuda" else 0
 
     def is_pipelined(self, device_type: str) -> bool:
-        """Tell whether a step is launched before the results of the last one are looked at."""
+        """Return True if a step is launched before the results of the last one are read."""
         return self.pipeline_depth == 1 or (self.pipeline_depth < 0 and device_type == "cuda")

@@ -1,4 +1,4 @@
-"""Sizes as settings: bytes with a unit, a share of what there is, or tokens."""
+"""Sizes in settings: bytes with a unit, a share of the available bytes, or tokens."""
 
 import re
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ _NUMBER = r"(\d+(?:\.\d+)?|\.\d+)\s*"
 _BYTES = re.compile(rf"{_NUMBER}(?:([{_PREFIXES}])(ib|b)?|b)?", re.IGNORECASE)
 _SHARE = re.compile(rf"{_NUMBER}%")
 _TOKENS = re.compile(r"(\d+)\s*tok(?:ens?)?", re.IGNORECASE)
-_FORMS = "bytes (4GiB, 1.5G, 512M; 4GB is 4 * 10^9)"
+_SYNTAX = "bytes (4GiB, 1.5G, 512M; 4GB is 4 * 10^9)"
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """A number of bytes, or a share of the bytes that there are; neither is off."""
+    """A number of bytes, or a share of the available bytes; off if both are 0."""
 
     num_bytes: int = 0
     share: float = 0.0
@@ -26,25 +26,25 @@ class Size:
 
     @classmethod
     def parse(cls, name: str, text: str, whole: str) -> "Size":
-        """Read bytes, a share or `off`.
+        """Parse bytes, a share or `off`.
 
         Args:
-            name: of the setting, for errors.
+            name: name of the setting, for errors.
             text: its value.
-            whole: what a share is a share of, in words.
+            whole: the bytes that a share refers to, in words.
 
         Raises:
-            ConfigError: it is no size.
+            ConfigError: the text is not a size.
         """
         size = cls() if text == "off" else _bytes_or_share(text)
         if size is None:
             raise ConfigError(
-                f"{name}={text} is not a size; use {_FORMS}, a share of {whole} (50%) or off"
+                f"{name}={text} is not a size; use {_SYNTAX}, a share of {whole} (50%) or off"
             )
         return size
 
     def of(self, available: int) -> int:
-        """Return the size in bytes where so many are there."""
+        """Return the size in bytes, given the available bytes."""
         return int(self.share * available) if self.share else self.num_bytes
 
 
@@ -58,35 +58,36 @@ class CacheSize:
 
     @classmethod
     def parse(cls, name: str, text: str) -> "CacheSize":
-        """Read `auto`, bytes, a share or `Ntok`.
+        """Parse `auto`, bytes, a share or `Ntok`.
 
         Args:
-            name: of the setting, for errors.
+            name: name of the setting, for errors.
             text: its value.
 
         Raises:
-            ConfigError: it is no size, or nothing.
+            ConfigError: the text is not a size, or is 0.
         """
         if text == "auto":
             return cls()
-        tokens, size = _TOKENS.fullmatch(text), _bytes_or_share(text)
+        tokens = _TOKENS.fullmatch(text)
+        size = _bytes_or_share(text)
         if tokens and int(tokens[1]):
             return cls(num_tokens=int(tokens[1]))
         if not size:
             raise ConfigError(
-                f"{name}={text} is not a size; use auto, {_FORMS}, a share of the memory "
+                f"{name}={text} is not a size; use auto, {_SYNTAX}, a share of the memory "
                 "left beside the weights (90%) or tokens (65536tok)"
             )
         return cls(share=size.share) if size.share else cls(num_bytes=size.num_bytes)
 
     @property
     def depends_on_memory(self) -> bool:
-        """Return True if the size follows from the memory that is free."""
+        """True if the size depends on the free memory."""
         return self.num_bytes is None and self.num_tokens is None
 
 
 def _bytes_or_share(text: str) -> Size | None:
-    """Return the size, None if the text is none."""
+    """Return the size; None if the text is not a size."""
     if (match := _SHARE.fullmatch(text)) and float(match[1]) <= 100:
         return Size(share=float(match[1]) / 100)
     match = _BYTES.fullmatch(text)

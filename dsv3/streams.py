@@ -1,7 +1,7 @@
-"""What a command line names that is no file: standard input and output, pipes, descriptors.
+"""Paths on the command line that are not files: standard input and output, pipes, descriptors.
 
-`-` is standard input or output. A shell names the pipe of a process substitution by a descriptor
-(`/dev/fd/63`), which torchrun keeps open but does not hand on to the ranks.
+`-` is standard input or output. A shell passes the pipe of a process substitution as a descriptor
+(`/dev/fd/63`), which torchrun keeps open but does not pass on to the ranks.
 """
 
 import errno
@@ -17,11 +17,11 @@ _STANDARD = {"in": 0, "out": 1, "err": 2}
 
 
 def is_stream(path: Path) -> bool:
-    """Return True for what is neither a file nor a directory: `-`, a pipe, a terminal, a device."""
+    """Return True for `-`, a pipe, a terminal or a device: neither a file nor a directory."""
     if path == STANDARD:
         return True
     try:
-        mode = _where(path).stat().st_mode
+        mode = _openable(path).stat().st_mode
     except OSError:
         return False
     return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
@@ -31,35 +31,35 @@ def open_stream(path: Path, flags: int, standard: int) -> int:
     """Open a stream; return a new descriptor.
 
     Args:
-        path: for which `is_stream` is true.
-        flags: of `os.open`.
-        standard: the descriptor that `-` stands for, 0 or 1.
+        path: a path for which `is_stream` is true.
+        flags: flags of `os.open`.
+        standard: descriptor of `-`, 0 or 1.
 
     Raises:
-        OSError: it cannot be opened, or standard input or output is closed.
+        OSError: the stream cannot be opened, or standard input or output is closed.
     """
     if path == STANDARD:
-        # Where it was closed, another file may have its number since.
+        # If it was closed, another file may have its descriptor since.
         if (sys.__stdin__, sys.__stdout__)[standard] is None:
             raise OSError(errno.EBADF, "it is closed")
         return os.dup(standard)
     number = _number(path)
-    if number is not None and _where(path) == path:
-        return os.dup(number)  # a socket, say, cannot be opened by its name
-    # A pipe without a reader is an error then, and not a wait for one.
+    if number is not None and _openable(path) == path:
+        return os.dup(number)  # a socket, for example, cannot be opened by its name
+    # A pipe without a reader is an error instead of a wait.
     flags |= os.O_NONBLOCK if flags & os.O_WRONLY else 0
-    descriptor = os.open(_where(path), flags | os.O_CLOEXEC | os.O_NOCTTY)
+    descriptor = os.open(_openable(path), flags | os.O_CLOEXEC | os.O_NOCTTY)
     os.set_blocking(descriptor, True)
     return descriptor
 
 
 def is_named_pipe(path: Path) -> bool:
-    """Return True for a pipe with a name of its own in a directory: opening it may wait."""
+    """Return True for a named pipe (FIFO), whose opening may wait."""
     return _number(path) is None and path != STANDARD and path.is_fifo()
 
 
 def is_endless(descriptor: int) -> bool:
-    """Return True for a device other than a terminal and /dev/null: it need not have an end."""
+    """Return True for a device other than a terminal and /dev/null, which may have no end."""
     status = os.fstat(descriptor)
     if stat.S_ISBLK(status.st_mode):
         return True
@@ -68,16 +68,16 @@ def is_endless(descriptor: int) -> bool:
 
 
 def _number(path: Path) -> int | None:
-    """Return the descriptor of this process that a path names."""
+    """Return the descriptor that a path names; None for other paths."""
     match = _DESCRIPTOR.fullmatch(str(path))
     if match is None:
         return None
     return _STANDARD[match[2]] if match[2] else int(match[1])
 
 
-def _where(path: Path) -> Path:
-    """Return where a stream is to be opened: under torchrun, descriptors are its own."""
+def _openable(path: Path) -> Path:
+    """Return the path to open; under torchrun, a descriptor is one of the parent process."""
     number = _number(path)
-    theirs = Path(f"/proc/{os.getppid()}/fd/{number}")
-    is_theirs = number is not None and number > 2 and "TORCHELASTIC_RUN_ID" in os.environ
-    return theirs if is_theirs and theirs.exists() else path
+    parent_path = Path(f"/proc/{os.getppid()}/fd/{number}")
+    is_of_parent = number is not None and number > 2 and "TORCHELASTIC_RUN_ID" in os.environ
+    return parent_path if is_of_parent and parent_path.exists() else path

@@ -1,3 +1,3 @@
-"""The version, for all who compare or report it."""
+"""The version of the package."""
 
 __version__ = "0.1.0"

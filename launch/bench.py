@@ -1,4 +1,4 @@
-"""Measure the engine: throughput, dialogues, the host's share of a step, the cache, experts.
+"""Benchmarks: throughput, dialogues, host time, the prefix cache, kernels, layouts, experts.
 
     torchrun --nproc-per-node 2 launch/bench.py throughput --requests 64
     python launch/bench.py throughput --requests 64 --threads 1 --peer transformers
@@ -15,10 +15,14 @@ Without --ckpt-path: the demo model.
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback out of the imports, which are slow
 
 import torch
 
@@ -33,9 +37,10 @@ from benchlib.peer import TransformersPeer
 from benchlib.replay import read_trace, replay
 from benchlib.report import Report, check_report, machine
 from benchlib.throughput import throughput
-from benchlib.workload import Lengths, draw_jobs
+from benchlib.workload import Lengths, draw_requests
 from dsv3.cache.eviction import POLICIES
 from dsv3.config_files import DEMO, load_model_config
+from dsv3.distributed.launcher import environment_rank
 from dsv3.distributed.mesh import before_joining, join_world
 from dsv3.engine.engine import Engine, follow
 from dsv3.engine.locate import locate_checkpoint, locate_description
@@ -53,17 +58,20 @@ from dsv3.setting_names import flag
 from dsv3.settings import EngineConfig
 from dsv3.text.tokenizer import Tokenizer
 
-# Benchmarks that read their own flags.
-ALONE = {
+# Benchmarks that parse their own flags: entry point and help text.
+STANDALONE = {
     "rank": (rank.main, "one rank's share of a large model, on one device"),
-    "kernels": (kernels.main, "every Triton kernel, once it is right, beside its roof"),
-    "plan": (plan.main, "memory and time of every layout, on paper or on this machine"),
-    "balance": (balance.main, "the busiest rank's load before and after balancing experts"),
+    "kernels": (kernels.main, "check every Triton kernel, then time it against its roofline"),
+    "plan": (plan.main, "memory and step time of every layout, computed or measured here"),
+    "balance": (balance.main, "load of the busiest rank before and after balancing experts"),
 }
 
 
+AddBenchmark = Callable[[str, Callable[..., Report | None], str], argparse.ArgumentParser]
+
+
 def lengths(text: str) -> Lengths:
-    """Read a distribution of lengths."""
+    """Parse a distribution of lengths."""
     try:
         return Lengths.parse(text)
     except ConfigError as error:
@@ -71,64 +79,108 @@ def lengths(text: str) -> Lengths:
 
 
 def parse_args() -> argparse.Namespace:
-    """Read the command line; `measure` is what to do."""
+    """Parse the command line; the attribute `measure` is the benchmark's function."""
     parser = Parser(description=(__doc__ or "").split("\n")[0])
     commands = parser.add_subparsers(dest="benchmark", required=True)
 
-    def add(name: str, measure: Callable[..., Report], text: str) -> argparse.ArgumentParser:
+    def add(name: str, measure: Callable[..., Report | None], text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(measure=measure)
-        command.add_argument("--json", type=Path, help="write the result here")
-        command.add_argument("--plot", type=Path, help="draw it, as PNG")
+        command.add_argument("--json", type=Path, help="file to write the result to")
+        command.add_argument("--plot", type=Path, help="file to write a plot to (PNG, SVG, PDF)")
         return command
 
-    batch = add("throughput", run_throughput, "an offline batch")
-    forms = "N, uniform:LOW:HIGH or lognormal:MEDIAN:SIGMA"
-    batch.add_argument("--requests", type=at_least(1), default=64)
-    batch.add_argument("--prompt-len", type=lengths, default="32", help=forms)
-    batch.add_argument("--answer-len", type=lengths, default="32", help=forms)
-    batch.add_argument("--concurrency", type=at_least(1), default=64, help="requests at a time")
-    batch.add_argument("--seed", type=int, default=0)
-    talk = add("chat", run_chat, "a dialogue of many turns, with and without reuse")
-    talk.add_argument("--turns", type=at_least(1), default=8)
-    talk.add_argument("--user-len", type=at_least(1), default=64, help="new tokens of a turn")
-    talk.add_argument("--answer-len", type=at_least(1), default=32)
-    for command in (batch, talk):
-        command.add_argument("--peer", choices=["transformers"], help="measured in turns with us")
-        command.add_argument("--repeats", type=at_least(1), default=5)
-    host = add("host", run_host, "planning and committing, without a model")
-    host.add_argument("--context", type=at_least(1), default=512, help="tokens of every prompt")
-    host.add_argument("--steps", type=at_least(1), default=200)
-    host.add_argument("--text", action="store_true", help="make text of the answers, too")
-    for command in (batch, talk, host):
-        command.add_argument(
-            "--threads", type=at_least(1), help="of each rank's model (default: its share)"
-        )
-        add_engine_flags(command)
-    moe = add("dispatch", run_dispatch, "a MoE layer: how tokens come to their experts")
-    moe.add_argument("--tokens", type=at_least(1), nargs="+", default=[1, 8, 64, 512])
-    moe.add_argument("--config", help="of the layer's sizes (default: the demo model)")
-    moe.add_argument("--inner", type=at_least(1), help="of an expert, to fit the memory")
-    moe.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
-    moe.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    moe.add_argument("--tp", type=int, default=0, help="(default: all that --dp leaves)")
-    moe.add_argument("--dp", type=int, default=1, help="groups of ranks with different tokens")
-    moe.add_argument("--repeats", type=at_least(1), default=9)
-    for name, (_, text) in ALONE.items():
+    add_model_benchmarks(add)
+    add_dispatch_benchmark(add)
+    add_cache_benchmark(add)
+    for name, (_, text) in STANDALONE.items():
         commands.add_parser(name, help=text)
-    trace = add("cache", run_cache, "the hit rate of a trace of requests")
-    trace.add_argument("trace", type=Path, help="JSON Lines with hash_ids")
-    trace.add_argument(
-        "--capacity", type=at_least(0), nargs="+", default=[1000, 3000, 10000, 30000]
-    )
-    trace.add_argument("--policy", nargs="+", choices=POLICIES, default=["lru", "cost"])
     args = parser.parse_args()
     check_flags(args)
     return args
 
 
+def add_model_benchmarks(add: AddBenchmark) -> None:
+    """Add the benchmarks with the engine's flags: throughput, chat and host."""
+    batch = add("throughput", run_throughput, "an offline batch of random requests")
+    formats = "N, uniform:LOW:HIGH or lognormal:MEDIAN:SIGMA"
+    batch.add_argument("--requests", type=at_least(1), default=64, help="number of requests")
+    batch.add_argument(
+        "--prompt-len", type=lengths, default="32", help=f"tokens of prompts: {formats}"
+    )
+    batch.add_argument(
+        "--answer-len", type=lengths, default="32", help=f"tokens of answers: {formats}"
+    )
+    batch.add_argument("--concurrency", type=at_least(1), default=64, help="most running requests")
+    batch.add_argument("--seed", type=int, default=0, help="of the random requests (default: 0)")
+    talk = add("chat", run_chat, "dialogues of many turns, with and without prefix reuse")
+    talk.add_argument("--turns", type=at_least(1), default=8, help="turns of a dialogue")
+    talk.add_argument("--user-len", type=at_least(1), default=64, help="user tokens of each turn")
+    talk.add_argument("--answer-len", type=at_least(1), default=32, help="tokens of each answer")
+    for command in (batch, talk):
+        command.add_argument(
+            "--peer", choices=["transformers"], help="also measure this library, alternating"
+        )
+        command.add_argument("--repeats", type=at_least(1), default=5, help="timed runs of each")
+    host = add("host", run_host, "planning and committing, without a model")
+    host.add_argument("--context", type=at_least(1), default=512, help="tokens of each prompt")
+    host.add_argument("--steps", type=at_least(1), default=200, help="timed steps")
+    host.add_argument("--text", action="store_true", help="also detokenize the answers")
+    for command in (batch, talk, host):
+        command.add_argument(
+            "--threads", type=at_least(1), help="CPU threads of each rank (default: its share)"
+        )
+        add_engine_flags(command)
+
+
+def add_dispatch_benchmark(add: AddBenchmark) -> None:
+    """Add the benchmark of a MoE layer's dispatch."""
+    moe = add("dispatch", run_dispatch, "a MoE layer: variants of the token dispatch")
+    moe.add_argument(
+        "--tokens",
+        type=at_least(1),
+        nargs="+",
+        default=[1, 8, 64, 512],
+        help="tokens of each dp group",
+    )
+    moe.add_argument("--config", help="model whose layer to build (default: the demo model)")
+    moe.add_argument("--inner", type=at_least(1), help="width of an expert, to fit the memory")
+    moe.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        default="bfloat16",
+        help="of weights and activations",
+    )
+    moe.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    moe.add_argument(
+        "--tp", type=int, default=0, help="tensor-parallel ranks (default: ranks / dp)"
+    )
+    moe.add_argument("--dp", type=int, default=1, help="data-parallel groups")
+    moe.add_argument("--repeats", type=at_least(1), default=9, help="timed runs of each variant")
+
+
+def add_cache_benchmark(add: AddBenchmark) -> None:
+    """Add the benchmark of the prefix cache's hit rate."""
+    trace = add("cache", run_cache, "hit rate of the prefix cache on a trace of requests")
+    trace.add_argument("trace", type=Path, help="JSON Lines with hash_ids")
+    trace.add_argument(
+        "--capacity",
+        type=at_least(0),
+        nargs="+",
+        default=[1000, 3000, 10000, 30000],
+        help="blocks that the cache holds",
+    )
+    trace.add_argument(
+        "--policy",
+        nargs="+",
+        choices=POLICIES,
+        default=["lru", "cost"],
+        help="eviction policies",
+    )
+
+
 def check_flags(args: argparse.Namespace) -> None:
-    """Refuse flags of the engine that a benchmark does not use."""
+    """Raise ConfigError for engine flags that a benchmark does not use."""
     if args.benchmark == "host" and (args.profile or args.tp or args.dp > 1):
         raise ConfigError("host runs no model on no ranks; leave --profile, --tp and --dp out")
     if getattr(args, "hardware", "measure") != "measure" and not args.profile:
@@ -136,10 +188,10 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def run_throughput(args: argparse.Namespace, started: Started) -> Report:
-    """Our engine beside static batches of the peer."""
+    """Compare the engine with the peer's static batches on random requests."""
     assert started.engine is not None
     settings = replace(engine_config(args), max_running=args.concurrency)
-    jobs = draw_jobs(
+    requests = draw_requests(
         args.requests,
         args.prompt_len,
         args.answer_len,
@@ -150,25 +202,26 @@ def run_throughput(args: argparse.Namespace, started: Started) -> Report:
     contenders: list[Contender] = [EngineContender("dsv3", lambda: new_engine(started, settings))]
     if args.peer:
         contenders.append(TransformersPeer(args.ckpt_path, args.concurrency, started.config))
-    report = throughput(contenders, jobs, args.repeats)
-    what = ("requests", "prompt_len", "answer_len", "concurrency", "seed")
-    report.setting = {name: str(getattr(args, name)) for name in what}
+    report = throughput(contenders, requests, args.repeats)
+    flags = ("requests", "prompt_len", "answer_len", "concurrency", "seed")
+    report.setting = {name: str(getattr(args, name)) for name in flags}
     return report
 
 
 def run_chat(args: argparse.Namespace, started: Started) -> Report:
-    """Our engine with reuse and without, and the peer."""
+    """Compare the engine with prefix reuse, without it, and the peer on dialogues."""
     assert started.engine is not None
-    settings, shape = engine_config(args), Dialogue(args.turns, args.user_len, args.answer_len)
+    settings = engine_config(args)
+    shape = Dialogue(args.turns, args.user_len, args.answer_len)
     if shape.num_tokens > started.engine.max_seq_len:
         raise ConfigError(
             f"a dialogue of {shape.num_tokens} tokens does not fit the context of "
             f"{started.engine.max_seq_len}; use fewer --turns"
         )
-    without = replace(settings, prefix_reuse=False)
+    no_reuse = replace(settings, prefix_reuse=False)
     contenders: list[Contender] = [
         EngineContender("reuse", lambda: new_engine(started, settings)),
-        EngineContender("no reuse", lambda: new_engine(started, without)),
+        EngineContender("no reuse", lambda: new_engine(started, no_reuse)),
     ]
     if args.peer:
         contenders.append(TransformersPeer(args.ckpt_path, 1, started.config))
@@ -178,7 +231,7 @@ def run_chat(args: argparse.Namespace, started: Started) -> Report:
 
 
 def run_host(args: argparse.Namespace) -> Report:
-    """No model, no ranks."""
+    """Time the host's share of decode steps; no model is loaded and no ranks are joined."""
     checkpoint = locate_description(args.ckpt_path)
     tokenizer = Tokenizer.load(checkpoint) if args.text else None
     config = load_model_config(args.config or checkpoint)
@@ -201,7 +254,7 @@ def run_cache(args: argparse.Namespace) -> Report:
 
 
 def run_dispatch(args: argparse.Namespace) -> Report | None:
-    """One layer on all ranks, no engine; the report is rank 0's."""
+    """Time one MoE layer on all ranks; rank 0 returns the report."""
     with before_joining():
         config = load_model_config(args.config or DEMO)
     if args.inner:
@@ -214,19 +267,27 @@ def run_dispatch(args: argparse.Namespace) -> Report | None:
 
 
 def new_engine(started: Started, settings: EngineConfig) -> Engine:
-    """Return an engine with an empty cache, on the model that is loaded."""
+    """Return an engine with an empty cache and without tiers, on the loaded model."""
     assert started.engine is not None
-    engine, tokenizer = started.engine, started.engine.tokenizer
-    runner, cache, channel = started.runner, started.cache, started.channel
-    limit, tiers = engine.max_seq_len, [None] * started.mesh.layout.dp
-    return Engine(started.config, settings, runner, cache, channel, tokenizer, limit, tiers)
+    return Engine(
+        started.config,
+        settings,
+        started.runner,
+        started.cache,
+        started.channel,
+        started.engine.tokenizer,
+        started.engine.max_seq_len,
+        [None] * started.mesh.layout.dp,
+    )
 
 
 def main() -> int:
-    """Load what is to be measured, measure, report."""
+    """Run the benchmark that the command line names, and print its report."""
     name = sys.argv[1] if len(sys.argv) > 1 else ""
-    if name in ALONE:
-        run, _ = ALONE[name]
+    if name in (*STANDALONE, "host", "cache") and environment_rank():
+        return 0  # of several ranks, the first measures
+    if name in STANDALONE:
+        run, _ = STANDALONE[name]
         return run(sys.argv[2:])
     with before_joining():
         args = parse_args()
@@ -244,9 +305,10 @@ def main() -> int:
 
 
 def measure_model(args: argparse.Namespace) -> Report | None:
-    """Measure on all ranks of the world; the report is rank 0's."""
-    place = args.device, args.tp, args.dp, args.rank_timeout
-    with join_world(*place, common_settings(args), flag) as mesh:
+    """Load the model on all ranks and measure it; rank 0 returns the report."""
+    with join_world(
+        args.device, args.tp, args.dp, args.rank_timeout, common_settings(args), flag
+    ) as mesh:
         if args.threads:
             torch.set_num_threads(args.threads)
         config = load_model_config(args.config) if args.config else None

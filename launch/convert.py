@@ -19,6 +19,7 @@ of its own ranks; what every group needs is therefore written dp times (--dry-ru
 """
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -27,10 +28,13 @@ from functools import partial
 from pathlib import Path
 from typing import TextIO
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback out of the imports, which are slow
+
 from tqdm import tqdm
 
 from dsv3.checkpoint.contradictions import source_warnings
-from dsv3.checkpoint.convert import check, convert, settle
+from dsv3.checkpoint.convert import check, clean_up_after, convert
 from dsv3.checkpoint.directory import check_directory
 from dsv3.checkpoint.hub import fetch, resolve
 from dsv3.checkpoint.hub_files import Download
@@ -40,49 +44,68 @@ from dsv3.checkpoint.reader import Source
 from dsv3.checkpoint.report import describe, in_units
 from dsv3.checkpoint.side_files import has_tokenizer, is_document
 from dsv3.checkpoint.source import open_source
-from dsv3.checkpoint.target import Target, is_complete
+from dsv3.checkpoint.target import OutputDirectory, is_complete
 from dsv3.checkpoint.verify import check_kinds, verify_against, verify_digests
 from dsv3.checkpoint.workers import default_workers
 from dsv3.config import ParallelConfig
 from dsv3.config_files import load_model_config
-from dsv3.errors import ConfigError, Dsv3Error, RankError, describe_error, printable
+from dsv3.errors import (
+    ConfigError,
+    Dsv3Error,
+    RankError,
+    describe_error,
+    printable,
+    raise_at_ctrl_c,
+)
 from dsv3.files import open_closed_streams
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; DeepSeek's own flags keep their names and meaning."""
+    """Parse the command line; flags of DeepSeek's convert.py keep their names and meaning."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     text = "checkpoint to read, or owner/name[@revision] on the Hugging Face hub"
     add("--hf-ckpt-path", required=True, metavar="DIR", help=text)
-    add("--save-path", type=Path, metavar="OUT", help="directory to write; empty, or resumed")
+    add("--save-path", metavar="OUT", help="directory to write or resume")
     add("--model-parallel", type=int, metavar="N", help="the same as --tp N")
-    add("--tp", type=int, metavar="T", help="write files for this many tensor-parallel ranks")
-    add("--dp", type=int, metavar="D", help="for this many groups of them (default: 1)")
+    add("--tp", type=int, metavar="T", help="write files for T tensor-parallel ranks")
+    add("--dp", type=int, metavar="D", help="write files for D data-parallel groups (default: 1)")
     add("--ep", type=int, metavar="E", help="ranks that share the routed experts: always T x D")
-    add("--n-experts", type=int, metavar="E", help="checked against the checkpoint when given")
+    add("--n-experts", type=int, metavar="E", help="expected routed experts of the checkpoint")
     add(
         "--to",
         choices=("layout", "hf", "bf16", "fp8"),
         default="layout",
         help="rank files (default), a Hugging Face directory, or weights cast to another type",
     )
-    add("--scale-fmt", choices=("ue8m0",), help="with --to fp8: scales that are powers of two")
+    add("--scale-fmt", choices=("ue8m0",), help="with --to fp8: round scales to powers of two")
     add("--config", metavar="FILE", help="config.json, DeepSeek's JSON, YAML or a preset's name")
     add("--workers", type=int, default=default_workers(), help="threads (default: %(default)s)")
-    add("--dry-run", action="store_true", help="print what would be written, write nothing")
+    add("--dry-run", action="store_true", help="print the files to write; write nothing")
     add("--verify", action="store_true", help="read the result back and compare every byte")
-    add("--overwrite", action="store_true", help="replace a checkpoint that is in the way")
+    add("--overwrite", action="store_true", help="replace an existing checkpoint in OUT")
     add("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
+    _check_values(parser, args)
     _check_args(parser, args)
     return args
 
 
+def _check_values(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse empty texts, as of variables that are not set, and numbers below 1."""
+    for name, value in vars(args).items():
+        flag = f"--{name.replace('_', '-')}"
+        if value == "":
+            parser.error(f"{flag} is empty; give a value, or leave it out")
+        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+            parser.error(f"{flag} must be at least 1")
+    args.save_path = None if args.save_path is None else Path(args.save_path)
+
+
 def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse combinations that have no meaning."""
+    """Exit with an error for flags that contradict each other."""
     if args.save_path is None:
         if not args.verify:
             parser.error("give --save-path (or --verify alone, to check a converted directory)")
@@ -99,22 +122,26 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error("--to hf writes one whole checkpoint; leave --model-parallel out, --tp, --dp")
     if args.scale_fmt and args.to != "fp8":
         parser.error("--scale-fmt goes with --to fp8")
-    if args.workers < 1:
-        parser.error("--workers must be at least 1")
     if args.save_path.resolve() == Path(args.hf_ckpt_path).resolve():
         parser.error("--save-path must not be the directory that is read")
 
 
 def _writing_flags(args: argparse.Namespace) -> dict[str, bool]:
-    """Return the flags that say what to write, and whether each was given."""
-    names = ("model_parallel", "tp", "dp", "ep", "scale_fmt")
-    given = {f"--{name.replace('_', '-')}": getattr(args, name) is not None for name in names}
-    to = args.to != "layout"
-    return {**given, "--to": to, "--dry-run": args.dry_run, "--overwrite": args.overwrite}
+    """Return the flags of writing, and True for each that was given."""
+    return {
+        "--model-parallel": args.model_parallel is not None,
+        "--tp": args.tp is not None,
+        "--dp": args.dp is not None,
+        "--ep": args.ep is not None,
+        "--scale-fmt": args.scale_fmt is not None,
+        "--to": args.to != "layout",
+        "--dry-run": args.dry_run,
+        "--overwrite": args.overwrite,
+    }
 
 
 def main() -> int:
-    """Run the command; tell failures in one line."""
+    """Run the command; print failures in one line."""
     args = parse_args()
     try:
         run(args)
@@ -130,12 +157,12 @@ def main() -> int:
 
 
 def print_error(error: Exception) -> None:
-    """Write the line of an error."""
+    """Print an error in one line on standard error."""
     print(f"error: {describe_error(error)}", file=sys.stderr)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Open the source and do what was asked for."""
+    """Open the source checkpoint, then verify, convert or print the plan."""
     path = locate(args)
     check_directory(path)
     config = None if args.config is None else load_model_config(args.config)
@@ -155,9 +182,9 @@ def run(args: argparse.Namespace) -> None:
         plan = make_plan(source, layout, cast, args.scale_fmt)
         for line in source_warnings(source):
             print(f"warning: {line}", file=sys.stderr)
-        target = Target(args.save_path, source, plan, args.overwrite, inputs(args))
+        target = OutputDirectory(args.save_path, source, plan, args.overwrite, inputs(args))
         if args.dry_run:
-            foretell(args, source, target)
+            print_plan(args, source, target)
         else:
             write(args, source, target)
 
@@ -179,7 +206,7 @@ def locate(args: argparse.Namespace) -> Path:
 
 
 def read_layout(args: argparse.Namespace) -> ParallelConfig | None:
-    """The ranks to write files for; None for a Hugging Face directory."""
+    """Return the layout to write files for; None for a Hugging Face directory."""
     if args.model_parallel is not None:
         return ParallelConfig(world_size=args.model_parallel)
     if args.tp is None and args.dp is None and args.ep is None:
@@ -198,8 +225,8 @@ def inputs(args: argparse.Namespace) -> list[Path]:
     return [file for file in (path, *(path / name for name in names)) if file.is_file()]
 
 
-def foretell(args: argparse.Namespace, source: Source, target: Target) -> None:
-    """Print which files would be written, replaced and kept; raise the error that would stop it."""
+def print_plan(args: argparse.Namespace, source: Source, target: OutputDirectory) -> None:
+    """Print the files to write, replace and keep; raise the error that would stop a conversion."""
     space = target.disk_space(target.read_record())
     print_lines(*describe(source, target.plan, *space))
     if is_complete(target.folder) and not args.overwrite:
@@ -216,15 +243,16 @@ def foretell(args: argparse.Namespace, source: Source, target: Target) -> None:
         print("then every byte is read back and compared")
 
 
-def write(args: argparse.Namespace, source: Source, target: Target) -> None:
+def write(args: argparse.Namespace, source: Source, target: OutputDirectory) -> None:
     """Convert, or compare a finished conversion with the source; then report."""
     if not has_tokenizer(source.path):
         print_lines(f"warning: {source.path} has no tokenizer files", file=sys.stderr)
-    plan, start = target.plan, time.monotonic()
-    ready = is_complete(args.save_path) and not args.overwrite
-    if not ready:
+    plan = target.plan
+    start = time.monotonic()
+    is_done = is_complete(args.save_path) and not args.overwrite
+    if not is_done:
         with progress_bar(plan.tensor_bytes, "convert") as advance:
-            outcome = convert(
+            result = convert(
                 source,
                 plan,
                 args.save_path,
@@ -234,24 +262,24 @@ def write(args: argparse.Namespace, source: Source, target: Target) -> None:
                 inputs=inputs(args),
             )
         seconds = time.monotonic() - start
-        again = f" ({in_units(outcome.resumed)} were there)" if outcome.resumed else ""
+        resumed = f" ({in_units(result.resumed)} were there)" if result.resumed else ""
         print_lines(
-            f"{args.save_path}: {len(plan.files)} files, {in_units(plan.num_bytes)}{again} in "
-            f"{seconds:.1f} s, {in_units(outcome.written / seconds)}/s"
+            f"{args.save_path}: {len(plan.files)} files, {in_units(plan.num_bytes)}{resumed} in "
+            f"{seconds:.1f} s, {in_units(result.written / seconds)}/s"
         )
-    if ready or args.verify:
+    if is_done or args.verify:
         with (
-            settle(target),
+            clean_up_after(target),
             progress_bar(plan.tensor_bytes, "verify") as advance,
-            open_source(args.save_path) as result,
+            open_source(args.save_path) as written,
         ):
-            verify_against(source, plan, result, args.workers, advance)
+            verify_against(source, plan, written, args.workers, advance)
         print_lines(f"verified: {args.save_path} is {source.path}, bit for bit")
-    say_differences(target)
+    print_differences(target)
 
 
-def say_differences(target: Target) -> None:
-    """Print which files beside the weights are not as in the source."""
+def print_differences(target: OutputDirectory) -> None:
+    """Print the files beside the weights that differ from the source's."""
     names = target.differing_files()
     if documents := [name for name in names if is_document(name)]:
         print_lines(f"kept in {target.folder}, other than in the source: {', '.join(documents)}")
@@ -261,13 +289,13 @@ def say_differences(target: Target) -> None:
 
 
 def print_lines(*lines: str, file: TextIO | None = None) -> None:
-    """Print lines; names in them may hold anything but cannot command a terminal."""
-    print(*map(printable, lines), sep="\n", file=file)
+    """Print lines with control characters escaped, since file names may hold any."""
+    print("\n".join(map(printable, lines)), file=file)
 
 
 @contextmanager
 def progress_bar(num_bytes: int, title: str) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, nothing elsewhere."""
+    """Show a progress bar if standard error is a terminal; yield a function to advance it."""
     with tqdm(total=num_bytes, desc=title, unit="B", unit_scale=True, disable=None) as bar:
 
         def advance(count: int) -> None:
@@ -277,7 +305,8 @@ def progress_bar(num_bytes: int, title: str) -> Iterator[Callable[[int], None]]:
 
 
 def program() -> int:
-    """Run the command; an unexpected error is one line, too."""
+    """Run the command; print an unexpected error in one line, too."""
+    raise_at_ctrl_c()
     open_closed_streams()
     try:
         return main()

@@ -4,13 +4,14 @@
     torchrun --nproc-per-node 8 launch/generate.py --ckpt-path DIR --input-file FILE
     torchrun --nproc-per-node 8 launch/generate.py --ckpt-path DIR --prompt TEXT
 
-DIR may be a name on the Hugging Face hub, such as deepseek-ai/DeepSeek-V2-Lite. The file holds one
-prompt a line, or OpenAI Batch rows (JSONL). Without a launcher: one rank.
+DIR may be a name on the Hugging Face hub, such as deepseek-ai/DeepSeek-V2-Lite. FILE has one prompt
+per line, or OpenAI Batch rows (JSONL). Without torchrun, the program runs on one rank.
 """
 
 import argparse
 import logging
 import os
+import signal
 import sys
 import time
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -18,6 +19,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback out of the imports, which are slow
 
 from dsv3.checkpoint.directory import check_directory
 from dsv3.checkpoint.hub_name import model_name
@@ -49,10 +53,10 @@ from dsv3.serve.console import open_console
 from dsv3.serve.conversation import OnFull
 from dsv3.serve.exporter import check_exporter, serve_metrics
 from dsv3.serve.input_history import InputHistory, history_path
-from dsv3.serve.journal import Journal
+from dsv3.serve.journal import BatchJournal
 from dsv3.serve.one_shot import Prompt, answer_prompt, read_prompt
 from dsv3.serve.progress import Progress
-from dsv3.serve.sinks import JournalSink, TextSink
+from dsv3.serve.sinks import JournalSink, Sink, TextSink
 from dsv3.setting_names import flag
 from dsv3.text.chat import AnyFormat, ChatFormat, UnusableFormat
 from dsv3.text.defaults import Defaults, Sampling
@@ -65,49 +69,13 @@ log = logging.getLogger("dsv3")
 
 
 def parse_args() -> argparse.Namespace:
-    """Read the command line: DeepSeek's flags with their meaning, and ours."""
+    """Parse the command line; flags of DeepSeek's generate.py keep their names and meaning."""
     parser = Parser(description=(__doc__ or "").split("\n")[0])
-    what = parser.add_argument_group("what to answer")
-    what.add_argument("--interactive", action="store_true", help="chat on the terminal")
-    text = "when a chat's context is full: drop the oldest turns (default), or stop"
-    what.add_argument("--on-full", choices=("drop", "stop"), help=text)
-    text = "keep no messages of chats for the arrow keys of later ones"
-    what.add_argument("--no-history", action="store_true", help=text)
-    text = "answer this on standard output; also read from a pipe if nothing else is asked for"
-    what.add_argument("--prompt", action="append", help=text)
-    what.add_argument("--input-file", help="prompts, one a line, or OpenAI Batch JSONL (-: stdin)")
-    what.add_argument("--prompt-separator", help="line (default) or blank-line")
-    what.add_argument("--prewarm", help="prompts to compute first and keep in the cache")
-    what.add_argument(
-        "--output-file", help="OpenAI Batch results; a second start resumes (-: stdout)"
-    )
-    what.add_argument("--overwrite", action="store_true", help="start --output-file anew")
-    what.add_argument(
-        "--strict", action="store_true", help="exit with 1 if any row failed, not only if all"
-    )
-    what.add_argument("--stats-file", help="write what the run used and did, as JSON")
-    what.add_argument("--metrics-port", type=int, help="serve /metrics for Prometheus here")
-    what.add_argument("--metrics-host", default="127.0.0.1", help="at this address (0.0.0.0: all)")
-    sampling = parser.add_argument_group("sampling, where a row does not say")
-    sampling.add_argument(
-        "--max-new-tokens", type=int, help="tokens of an answer (200; chat: no limit)"
-    )
-    sampling.add_argument("--temperature", type=float, help="0 is greedy (0.2)")
-    sampling.add_argument("--top-p", type=float, help="keep the likeliest tokens up to this sum")
-    sampling.add_argument("--top-k", type=int, help="keep this many likeliest tokens")
-    text = "drop tokens less likely than this share of the likeliest one (0)"
-    sampling.add_argument("--min-p", type=float, help=text)
-    text = "divide the logits of tokens in the prompt or the answer by this (1)"
-    sampling.add_argument("--repetition-penalty", type=float, help=text)
-    text = "subtract this from a token's logit for each time it is in the answer (0)"
-    sampling.add_argument("--frequency-penalty", type=float, help=text)
-    text = "subtract this once from the logits of tokens in the answer (0)"
-    sampling.add_argument("--presence-penalty", type=float, help=text)
-    sampling.add_argument("--seed", type=int, help="names the random numbers")
-    sampling.add_argument("--thinking", action="store_true", help="let the model think first")
-    sampling.add_argument("--system", help="system message of chats that have none")
-    sampling.add_argument(
-        "--chat-template", metavar="FILE", help="Jinja template instead of the checkpoint's own"
+    add_task_flags(parser.add_argument_group("input and output"))
+    add_sampling_flags(
+        parser.add_argument_group(
+            "sampling, for rows without own values (a checkpoint may have other defaults)"
+        )
     )
     add_engine_flags(parser)
     args = parser.parse_args()
@@ -120,9 +88,82 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+def add_task_flags(group: argparse._ArgumentGroup) -> None:
+    """Add the flags of prompts, answers and statistics."""
+    add = group.add_argument
+    add("--interactive", action="store_true", help="chat on the terminal")
+    add(
+        "--on-full",
+        choices=("drop", "stop"),
+        help="when a chat's context is full: drop the oldest turns (default), or stop",
+    )
+    add(
+        "--no-history",
+        action="store_true",
+        help="do not keep the messages of chats for the arrow keys of later chats",
+    )
+    add(
+        "--prompt",
+        action="append",
+        help="answer this on standard output; without other input, read from a pipe",
+    )
+    add("--input-file", help="prompts, one per line, or OpenAI Batch JSONL (-: standard input)")
+    add("--prompt-separator", help="line (default) or blank-line")
+    add("--prewarm", help="file of prompts to compute first and keep in the cache")
+    add("--output-file", help="OpenAI Batch results; a second start resumes (-: standard output)")
+    add("--overwrite", action="store_true", help="delete the results in --output-file first")
+    add("--strict", action="store_true", help="exit with 1 if any row failed, not only if all")
+    add("--stats-file", help="file to write the run's statistics to, as JSON")
+    add("--metrics-port", type=int, help="serve /metrics for Prometheus on this port")
+    add(
+        "--metrics-host",
+        default="127.0.0.1",
+        help="address to serve /metrics on; 0.0.0.0 is all interfaces",
+    )
+
+
+def add_sampling_flags(group: argparse._ArgumentGroup) -> None:
+    """Add the flags with defaults of sampling parameters."""
+    add = group.add_argument
+    add(
+        "--max-new-tokens", type=int, help="most tokens of an answer (default: 200; chat: no limit)"
+    )
+    add("--temperature", type=float, help="0 is greedy (default: 0.2)")
+    add(
+        "--top-p",
+        type=float,
+        help="keep the likeliest tokens up to this sum of probabilities (default: 1)",
+    )
+    add("--top-k", type=int, help="keep only this many of the likeliest tokens (default: all)")
+    add(
+        "--min-p",
+        type=float,
+        help="drop tokens less likely than this share of the likeliest one (default: 0)",
+    )
+    add(
+        "--repetition-penalty",
+        type=float,
+        help="divide the logits of tokens in the prompt or the answer by this (default: 1)",
+    )
+    add(
+        "--frequency-penalty",
+        type=float,
+        help="subtract this from a token's logit for each occurrence in the answer (default: 0)",
+    )
+    add(
+        "--presence-penalty",
+        type=float,
+        help="subtract this once from the logits of tokens in the answer (default: 0)",
+    )
+    add("--seed", type=int, help="seed of the random numbers (default: 0)")
+    add("--thinking", action="store_true", help="let the model think before it answers")
+    add("--system", help="system message of conversations without one")
+    add("--chat-template", metavar="FILE", help="Jinja template to use instead of the checkpoint's")
+
+
 def check_flags(args: argparse.Namespace) -> None:
-    """Refuse flags that have no meaning beside others, or without them."""
-    asked = [
+    """Raise ConfigError for flags that exclude each other or need an input."""
+    given = [
         name
         for name, value in (
             ("--interactive", args.interactive),
@@ -131,22 +172,20 @@ def check_flags(args: argparse.Namespace) -> None:
         )
         if value
     ]
-    if args.input_file == "":
-        raise ConfigError("--input-file is empty; give a file, or - for standard input")
-    if len(asked) > 1:
-        raise ConfigError(f"give {asked[0]} or {asked[1]}, not both")
+    if len(given) > 1:
+        raise ConfigError(f"give {given[0]} or {given[1]}, not both")
     if args.prompt is not None and len(args.prompt) > 1:
         raise ConfigError("give --prompt once; an --input-file holds several, one a line")
-    if asked != ["--input-file"] and (args.output_file or args.strict):
+    if given != ["--input-file"] and (args.output_file or args.strict):
         flag = "--output-file" if args.output_file else "--strict"
         raise ConfigError(
             f"{flag} is for the rows of an --input-file (-: standard input); there is none"
         )
-    check_more_flags(args)
+    check_required_flags(args)
 
 
-def check_more_flags(args: argparse.Namespace) -> None:
-    """Refuse flags that have no meaning without others."""
+def check_required_flags(args: argparse.Namespace) -> None:
+    """Raise ConfigError for flags that need another flag."""
     if args.input_file and not args.output_file and sys.__stdout__ is None:
         raise ConfigError("standard output is closed; give --output-file for the answers")
     if args.metrics_port is not None:
@@ -163,15 +202,15 @@ def check_more_flags(args: argparse.Namespace) -> None:
 
 
 @dataclass(frozen=True)
-class Job:
-    """What rank 0 is to do: answer a prompt or rows; a chat has neither."""
+class Task:
+    """The task of rank 0: a prompt or rows to answer; a chat has neither."""
 
     defaults: Defaults
     chat_format: AnyFormat | None = None
     prompt: Prompt | None = None
     rows: BatchInput | None = None
     prewarm: BatchInput | None = None
-    journal: Journal | None = None
+    journal: BatchJournal | None = None
     metrics_port: int | None = None
     metrics_host: str = "127.0.0.1"
     on_full: OnFull = "drop"
@@ -181,13 +220,13 @@ class Job:
 def prepare_format(
     args: argparse.Namespace, checkpoint: Path, config: ModelConfig | None
 ) -> AnyFormat:
-    """Make the format of conversations and try it."""
+    """Return the checkpoint's format of conversations; raise if a chat needs one and has none."""
     template = Path(args.chat_template) if args.chat_template else None
     model_type = declared_config(checkpoint, config).model_type
-    made = ChatFormat.of_directory(checkpoint, model_type, template)
-    if args.interactive and isinstance(made, UnusableFormat):
-        raise CheckpointError(made.reason)
-    return made
+    chat_format = ChatFormat.of_directory(checkpoint, model_type, template)
+    if args.interactive and isinstance(chat_format, UnusableFormat):
+        raise CheckpointError(chat_format.reason)
+    return chat_format
 
 
 def check_conversations(rows: BatchInput, chat_format: AnyFormat) -> None:
@@ -207,14 +246,19 @@ def prepare(
     model: str,
     config: ModelConfig | None,
     files: ExitStack,
-) -> Job:
-    """Open and check all files of a job, before a model is loaded for it."""
-    same = ("temperature", "top_p", "top_k", "min_p")
-    same += ("repetition_penalty", "frequency_penalty", "presence_penalty")
-    values = {name: getattr(args, name) for name in same}
-    flags = Sampling(max_tokens=args.max_new_tokens, **values)
+) -> Task:
+    """Open and check all files of a task before the model is loaded."""
     defaults = Defaults(
-        flags=flags,
+        flags=Sampling(
+            max_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            top_k=args.top_k,
+            min_p=args.min_p,
+            repetition_penalty=args.repetition_penalty,
+            frequency_penalty=args.frequency_penalty,
+            presence_penalty=args.presence_penalty,
+        ),
         model=Sampling.of_checkpoint(checkpoint),
         seed=args.seed or 0,
         thinking=args.thinking,
@@ -226,16 +270,17 @@ def prepare(
         check_stats_file(Path(args.stats_file))
     chat_format = prepare_format(args, checkpoint, config)
     separator = args.prompt_separator or "line"
-    prewarm, rows = (
-        BatchInput(Path(path), defaults, separator, flag) if path else None
-        for flag, path in (("--prewarm", args.prewarm), ("--input-file", args.input_file))
-    )
-    say_ignored(args, [each for each in (prewarm, rows) if each is not None])
+    prewarm = rows = None
+    if args.prewarm:
+        prewarm = BatchInput(Path(args.prewarm), defaults, separator, "--prewarm")
+    if args.input_file:
+        rows = BatchInput(Path(args.input_file), defaults, separator, "--input-file")
+    warn_of_unused_flags(args, [batch for batch in (prewarm, rows) if batch is not None])
     if rows is None:
         prompt = None
         if not args.interactive:
             prompt = Prompt(args.prompt[0]) if args.prompt else read_prompt()
-        return Job(
+        return Task(
             defaults,
             chat_format,
             prompt,
@@ -248,11 +293,11 @@ def prepare(
     check_conversations(rows, chat_format)
     journal = None
     if args.output_file:
-        if args.chat_template:  # other prompts, other answers
+        if args.chat_template:  # results of another template must not be resumed
             model += f"-{digest(read_bytes(Path(args.chat_template)))[:8]}"
         journal = files.enter_context(open_journal(Path(args.output_file), args.overwrite, model))
         journal.resume(rows)
-    return Job(
+    return Task(
         defaults,
         chat_format,
         rows=rows,
@@ -263,16 +308,16 @@ def prepare(
     )
 
 
-def open_journal(path: Path, overwrite: bool, model: str) -> Journal:
-    """Open the results; once emptied for --overwrite, they are kept when torchrun restarts."""
+def open_journal(path: Path, overwrite: bool, model: str) -> BatchJournal:
+    """Open the file of results; --overwrite empties it once, not again when torchrun restarts."""
     mark = f"emptied {os.path.realpath(path)}"
     overwrite = overwrite and not has_mark(mark)
-    return Journal(path, overwrite, model, when_emptied=partial(set_mark, mark))
+    return BatchJournal(path, overwrite, model, when_emptied=partial(set_mark, mark))
 
 
-def say_ignored(args: argparse.Namespace, inputs: list[BatchInput]) -> None:
-    """Say which flags change nothing."""
-    if args.prompt_separator and all(each.is_jsonl for each in inputs):
+def warn_of_unused_flags(args: argparse.Namespace, inputs: list[BatchInput]) -> None:
+    """Log a warning for each flag that has no effect."""
+    if args.prompt_separator and all(batch.is_jsonl for batch in inputs):
         log.warning("--prompt-separator changes nothing: the input is JSONL, a row a line")
     names = [name for name in ("top_p", "top_k", "seed") if getattr(args, name) is not None]
     if args.temperature == 0 and names:
@@ -280,21 +325,23 @@ def say_ignored(args: argparse.Namespace, inputs: list[BatchInput]) -> None:
         log.warning("%s: only for rows with a temperature, --temperature 0 is greedy", flags)
 
 
-def chat(job: Job, engine: Engine, name: str) -> None:
-    """Talk until the user leaves."""
-    assert isinstance(job.chat_format, ChatFormat)
-    with open_console(job.history) as console:
-        Chat(engine, job.chat_format, job.defaults, console, job.on_full).run(name)
+def chat(task: Task, engine: Engine, name: str) -> None:
+    """Run a chat until the user leaves."""
+    assert isinstance(task.chat_format, ChatFormat)
+    with open_console(task.history) as console:
+        Chat(engine, task.chat_format, task.defaults, console, task.on_full).run(name)
 
 
-def answer(job: Job, engine: Engine) -> BatchSummary:
+def answer(task: Task, engine: Engine) -> BatchSummary:
     """Answer all rows into the journal, or as text on standard output."""
-    assert job.rows is not None
-    if job.journal is None:
-        sink, done = TextSink(sys.stdout), 0
-    else:
-        sink, done = JournalSink(job.journal, engine.tokenizer), job.journal.num_done
-    return run_batch(engine, job.rows, sink, job.chat_format, Progress(job.rows.count(), done))
+    assert task.rows is not None
+    sink: Sink = TextSink(sys.stdout)
+    num_done = 0
+    if task.journal is not None:
+        sink = JournalSink(task.journal, engine.tokenizer)
+        num_done = task.journal.num_done
+    progress = Progress(task.rows.count(), num_done)
+    return run_batch(engine, task.rows, sink, task.chat_format, progress)
 
 
 def prewarm(rows: BatchInput, chat_format: AnyFormat | None, engine: Engine) -> None:
@@ -303,31 +350,31 @@ def prewarm(rows: BatchInput, chat_format: AnyFormat | None, engine: Engine) -> 
     log.info("prewarmed: %d tokens are cached and stay so", num_tokens)
 
 
-def work(job: Job, started: Started, name: str) -> BatchSummary:
-    """Do the job on rank 0; run its steps on the others."""
+def work(task: Task, started: Started, name: str) -> BatchSummary:
+    """Run the task on rank 0, and its steps on the other ranks."""
     if started.engine is None:
         follow(started.runner, started.channel)
         return BatchSummary()
     metrics = started.engine.metrics
     serving: AbstractContextManager[object] = nullcontext()
-    if job.metrics_port is not None:
-        serving = serve_metrics(metrics, job.metrics_host, job.metrics_port)
+    if task.metrics_port is not None:
+        serving = serve_metrics(metrics, task.metrics_host, task.metrics_port)
     try:
         with serving:
-            if job.prewarm is not None:
-                prewarm(job.prewarm, job.chat_format, started.engine)
-            if job.rows is not None:
-                return answer(job, started.engine)
-            if job.prompt is not None:
-                return answer_prompt(started.engine, job.prompt, job.chat_format, job.defaults)
-            chat(job, started.engine, name)
+            if task.prewarm is not None:
+                prewarm(task.prewarm, task.chat_format, started.engine)
+            if task.rows is not None:
+                return answer(task, started.engine)
+            if task.prompt is not None:
+                return answer_prompt(started.engine, task.prompt, task.chat_format, task.defaults)
+            chat(task, started.engine, name)
             return BatchSummary(seconds=metrics.run_seconds)
     finally:
         started.engine.stop()
 
 
 def run(args: argparse.Namespace, mesh: Mesh, files: ExitStack, begin: float) -> int:
-    """Load, answer, report; every rank runs this."""
+    """Load the model, answer, report; called on every rank."""
     seconds = {"rendezvous": time.perf_counter() - begin}
     is_first = mesh.layout.rank == 0
     checkpoint = locate_checkpoint(args.ckpt_path, mesh)
@@ -339,21 +386,21 @@ def run(args: argparse.Namespace, mesh: Mesh, files: ExitStack, begin: float) ->
             check_directory(checkpoint)
         config = load_model_config(args.config) if args.config else None
         settings = engine_config(args)
-        job = Job(Defaults())
+        task = Task(Defaults())
         if is_first:
             model = ""
             if args.output_file:
                 model = identify(checkpoint, settings, mesh, config)
             else:
                 check_stored_form(checkpoint)
-            job = prepare(args, checkpoint, model, config, files)
+            task = prepare(args, checkpoint, model, config, files)
     started = start(checkpoint, settings, mesh, config, args.n_experts)
     seconds.update(started.seconds)
     log.info("start-up: %s", ", ".join(f"{k} {v:.1f} s" for k, v in seconds.items()))
     with collective_errors(mesh, "measuring the hardware"):
         profile = start_profile(args.hardware, started) if args.profile else None
     with collective_errors(mesh, "answering"):
-        summary = work(job, started, model_name(checkpoint))
+        summary = work(task, started, model_name(checkpoint))
         with mesh.watchdog.task("writing the experts' loads"):
             started.runner.finish()
     seconds["run"] = summary.seconds
@@ -365,7 +412,7 @@ def run(args: argparse.Namespace, mesh: Mesh, files: ExitStack, begin: float) ->
     if args.stats_file:
         rows = {"rows": summary.rows, "failed": summary.failed}
         write_stats_file(Path(args.stats_file), {**stats, **rows})
-    if job.rows is not None:
+    if task.rows is not None:
         log.info("%s\n%s", summary, started.engine.metrics.summary())
     if profile is not None:
         log.info("\n%s", profile.report(started.engine.metrics.run_seconds))
@@ -373,22 +420,22 @@ def run(args: argparse.Namespace, mesh: Mesh, files: ExitStack, begin: float) ->
 
 
 def start_profile(hardware: str, started: Started) -> "Profile":
-    """Measure every step from now on. A collective."""
-    from benchlib.bound import Profile  # the only use of the benchmarks: not in a usual run
+    """Start to measure every step. A collective."""
+    from benchlib.bound import Profile  # imported here: only --profile needs the benchmarks
 
     return Profile(hardware, started)
 
 
 def main() -> int:
-    """Read the flags, meet the other ranks, run."""
+    """Parse the flags, join the other ranks, run."""
     with before_joining():
         args = parse_args()
         set_up_logging(args.debug, args.log_dir)
     begin = time.perf_counter()
-    place = args.device, args.tp, args.dp, args.rank_timeout
+    settings = common_settings(args)
     try:
         with (
-            join_world(*place, common_settings(args), flag) as mesh,
+            join_world(args.device, args.tp, args.dp, args.rank_timeout, settings, flag) as mesh,
             ExitStack() as files,
         ):
             return run(args, mesh, files, begin)

@@ -1,4 +1,4 @@
-"""torchrun, but it says so when it waits for other hosts; torchrun itself waits without a word.
+"""torchrun wrapper that logs which hosts it is waiting for.
 
     python launch/run.py --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d \
         --rdzv-endpoint HOST:PORT launch/generate.py --ckpt-path DIR --interactive
@@ -7,9 +7,14 @@ All flags are torchrun's.
 """
 
 import functools
+import signal
 import sys
 import threading
 from collections.abc import Callable
+from typing import Any
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback out of the imports, which are slow
 
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -18,46 +23,51 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRende
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 from torch.distributed.run import main as torchrun
 
-Meet = Callable[[RendezvousHandler], RendezvousInfo]
-HINT_SECONDS, AGAIN_SECONDS = 5.0, 60.0
+from dsv3.errors import raise_at_ctrl_c
+
+Rendezvous = Callable[[RendezvousHandler], RendezvousInfo]
+FIRST_HINT_SECONDS = 5.0
+NEXT_HINT_SECONDS = 60.0
 
 
 def hint(handler: RendezvousHandler) -> str:
-    """Say for whom an agent waits, as far as it knows."""
-    here, nodes = 1, getattr(handler, "world_size", 0)
+    """Return a message with the number of missing nodes, as far as this agent knows it."""
+    num_present = 1
+    num_nodes = getattr(handler, "world_size", 0)
     if isinstance(handler, DynamicRendezvousHandler):
-        here = len(handler._state_holder.state.participants)
-        nodes = handler.settings.min_nodes
+        num_present = len(handler._state_holder.state.participants)
+        num_nodes = handler.settings.min_nodes
     return (
-        f"waiting for {nodes - here} of {nodes} nodes: was torchrun started on the other host with "
-        "the same --rdzv-endpoint (or --master-addr and --master-port)?"
+        f"waiting for {num_nodes - num_present} of {num_nodes} nodes: was torchrun started on the "
+        "other host with the same --rdzv-endpoint (or --master-addr and --master-port)?"
     )
 
 
-def talkative(meet: Meet) -> Meet:
-    """Let an agent that meets others say so while it waits."""
+def with_hints(rendezvous: Rendezvous) -> Rendezvous:
+    """Return the rendezvous with a hint on standard error from time to time while it waits."""
 
-    @functools.wraps(meet)
-    def meet_and_talk(handler: RendezvousHandler) -> RendezvousInfo:
-        has_met = threading.Event()
+    @functools.wraps(rendezvous)
+    def rendezvous_with_hints(handler: RendezvousHandler) -> RendezvousInfo:
+        is_done = threading.Event()
 
-        def talk() -> None:
-            seconds = HINT_SECONDS
-            while not has_met.wait(seconds):
+        def print_hints() -> None:
+            seconds = FIRST_HINT_SECONDS
+            while not is_done.wait(seconds):
                 print(hint(handler), file=sys.stderr, flush=True)
-                seconds = AGAIN_SECONDS
+                seconds = NEXT_HINT_SECONDS
 
-        threading.Thread(target=talk, daemon=True).start()
+        threading.Thread(target=print_hints, daemon=True).start()
         try:
-            return meet(handler)
+            return rendezvous(handler)
         finally:
-            has_met.set()
+            is_done.set()
 
-    return meet_and_talk
+    return rendezvous_with_hints
 
 
 def main() -> int:
-    """Run torchrun; its ranks have said why they ended, so their stacks are not printed again."""
+    """Run torchrun; print one line for a failed rank, which has reported its own error already."""
+    raise_at_ctrl_c()
     try:
         torchrun()
     except ChildFailedError as error:
@@ -67,10 +77,13 @@ def main() -> int:
         return 1
     except SignalException as error:
         return 128 + error.sigval
+    except KeyboardInterrupt:  # before torchrun handles signals
+        return 128 + signal.SIGINT
     return 0
 
 
 if __name__ == "__main__":
-    for kind in (DynamicRendezvousHandler, StaticTCPRendezvous):
-        kind.next_rendezvous = talkative(kind.next_rendezvous)
+    handlers: tuple[Any, ...] = (DynamicRendezvousHandler, StaticTCPRendezvous)
+    for handler in handlers:
+        handler.next_rendezvous = with_hints(handler.next_rendezvous)
     sys.exit(main())

@@ -1,10 +1,10 @@
-"""Time convert.py beside `cp -r` of the same bytes, both with sync, in one run.
+"""Compare the time of convert.py with `cp -r` of the same bytes, both with sync, in one run.
 
     python scripts/bench_convert.py --folder /data/bench [--model-parallel 8] [--rounds 3]
 
-Makes a checkpoint with DeepSeek-V3's tensor shapes (one dense and one MoE layer of 48 experts,
-FP8, 3.4 GB, in files of --file-gb), removes it afterwards, and needs three times its room.
-`--reference FILE` adds DeepSeek's own convert.py.
+The program writes a checkpoint with DeepSeek-V3's tensor shapes (one dense and one MoE layer of 48
+experts, FP8, 3.4 GB, in files of --file-gb) and removes it afterwards; it needs three times that
+disk space. `--reference FILE` also measures DeepSeek's own convert.py.
 """
 
 import argparse
@@ -33,7 +33,7 @@ Tensor = tuple[str, str, tuple[int, ...]]
 
 
 def synthetic_config(experts: int) -> ModelConfig:
-    """DeepSeek-V3 with two layers, fewer experts and a smaller vocabulary."""
+    """Return DeepSeek-V3 with two layers, fewer experts and a smaller vocabulary."""
     return dataclasses.replace(
         load_model_config("v3-671b"),
         num_hidden_layers=2,
@@ -45,7 +45,7 @@ def synthetic_config(experts: int) -> ModelConfig:
 
 
 def tensors_of(config: ModelConfig) -> Iterator[Tensor]:
-    """Every tensor, types as published."""
+    """Yield all tensors, with the types of the published checkpoint."""
     for spec in tensor_specs(config).values():
         if spec.quantizable:
             yield spec.name, "F8_E4M3", spec.shape
@@ -80,7 +80,7 @@ def write_checkpoint(folder: Path, config: ModelConfig, file_bytes: float) -> in
 
 
 def timed(command: list[str]) -> tuple[float, float, int]:
-    """Run a command, then sync: seconds of both, and the command's peak resident bytes."""
+    """Run a command, then sync; return the seconds of both, and the command's peak memory."""
     start = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     assert process.stderr is not None
@@ -89,13 +89,15 @@ def timed(command: list[str]) -> tuple[float, float, int]:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         sys.exit(f"{' '.join(command)}: exit {process.returncode}: {errors.strip()}")
-    middle = time.monotonic()
+    end = time.monotonic()
     os.sync()
-    return middle - start, time.monotonic() - middle, usage.ru_maxrss * 1024
+    return end - start, time.monotonic() - end, usage.ru_maxrss * 1024
 
 
-def contestants(args: argparse.Namespace, source: Path, target: Path) -> dict[str, list[str]]:
-    """The commands to compare; `cp -r` first."""
+def commands_to_compare(
+    args: argparse.Namespace, source: Path, target: Path
+) -> dict[str, list[str]]:
+    """Return the commands to compare, `cp -r` first."""
     flags = ["--hf-ckpt-path", str(source), "--save-path", str(target)]
     flags += ["--model-parallel", str(args.model_parallel), "--n-experts", str(args.experts)]
     commands = {
@@ -110,9 +112,11 @@ def contestants(args: argparse.Namespace, source: Path, target: Path) -> dict[st
 
 
 def main() -> None:
-    """Run all contestants in turn, several rounds; print medians and ratios."""
+    """Run all commands alternately for several rounds; print medians and ratios."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--folder", type=Path, required=True, help="made, and removed afterwards")
+    parser.add_argument(
+        "--folder", type=Path, required=True, help="new directory; removed afterwards"
+    )
     parser.add_argument("--model-parallel", type=int, default=8)
     parser.add_argument("--experts", type=int, default=48)
     parser.add_argument("--file-gb", type=float, default=3.0)
@@ -121,20 +125,20 @@ def main() -> None:
     parser.add_argument("--reference", type=Path, metavar="FILE", help="DeepSeek's convert.py")
     args = parser.parse_args()
     source, target = args.folder / "source", args.folder / "target"
-    if args.folder.exists():  # it is removed in the end, with whatever is in it
+    if args.folder.exists():  # the directory is removed at the end with all its contents
         sys.exit(f"--folder={args.folder} is there already; name a new one on the disk to measure")
     try:
         start = time.monotonic()
         size = write_checkpoint(source, synthetic_config(args.experts), args.file_gb * 1e9)
         os.sync()
         print(f"{size / 1e9:.2f} GB written in {time.monotonic() - start:.1f} s")
-        compare(contestants(args, source, target), target, size, args.rounds)
+        compare(commands_to_compare(args, source, target), target, size, args.rounds)
     finally:
         shutil.rmtree(args.folder, ignore_errors=True)
 
 
 def compare(commands: dict[str, list[str]], target: Path, size: int, rounds: int) -> None:
-    """Print a line for each contestant."""
+    """Print a line for each command."""
     runs: dict[str, list[tuple[float, float, int]]] = {name: [] for name in commands}
     for _ in range(rounds):
         for name, command in commands.items():

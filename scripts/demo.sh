@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Chats with the demo model, split over two ranks; with a question, answers that and ends.
-# Installs what is needed first.
+# Chat with the demo model, split over two ranks; with a question, answer it and exit.
+# Installs the dependencies first.
 #
 #   scripts/demo.sh ["Your question"]
 set -euo pipefail
@@ -13,7 +13,7 @@ generate() {
 }
 
 if [ $# -eq 0 ] && [ -t 0 ] && [ -t 1 ]; then
-    echo "The demo model remembers what you tell it. Try: My name is Anna. -- What is my name?" >&2
+    echo "The demo model remembers a conversation. Try: My name is Anna. -- What is my name?" >&2
     generate --interactive
 else
     question=${1:-"My name is Anna and I live in Amsterdam. What is my name?"}

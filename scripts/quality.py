@@ -1,10 +1,10 @@
-"""Measure what a cache format or numerics mode costs in answers.
+"""Measure the effect of a cache format or numerics mode on accuracy and perplexity.
 
     python scripts/quality.py --eval EVAL.jsonl --tokens HELDOUT.npz --kv-dtype fp8
 
-EVAL has dialogues {messages, expected}; the answer must match exactly, greedy. HELDOUT has
-`tokens`, `offsets` (where each text begins) and `answer` (1 where the tokens count as answers).
-Prints one JSON line: accuracy, perplexity of all tokens and of answers. Any engine flag works.
+EVAL has dialogues {messages, expected}; a greedy answer must match exactly. HELDOUT has `tokens`,
+`offsets` (starts of the texts) and `answer` (1 for tokens of answers). The output is one JSON line
+with accuracy, perplexity of all tokens and perplexity of answers. All engine flags are accepted.
 """
 
 import json
@@ -26,33 +26,41 @@ from dsv3.text.chat import ChatFormat
 
 
 def finish(engine: Engine) -> dict[str, Completion]:
-    """Step until all requests are answered."""
-    done = {}
+    """Run the engine until all requests are answered; return the completions by request id."""
+    completions: dict[str, Completion] = {}
     while engine.has_work():
-        for out in engine.step():
-            if out.completion is not None:
-                done[out.request_id] = out.completion
-    return done
+        for output in engine.step():
+            if output.completion is not None:
+                completions[output.request_id] = output.completion
+    return completions
 
 
 def accuracy(engine: Engine, path: str, model_type: str, longest: int) -> float:
-    """Return the share of dialogues of up to `longest` tokens whose answer is as expected."""
+    """Return the share of correct answers to the dialogues of at most `longest` tokens."""
     chat = ChatFormat(engine.tokenizer, model_type)
-    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
-    rows = [row for row in rows if row["n_tokens"] <= longest]
+    rows = []
+    for i, line in enumerate(Path(path).read_text().splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            messages, expected, num_tokens = row["messages"], row["expected"], row["n_tokens"]
+        except (ValueError, KeyError, TypeError):
+            rule = "must be an object with messages, expected and n_tokens"
+            raise ConfigError(f"{path}: line {i} {rule}") from None
+        if num_tokens <= longest:
+            rows.append((messages, expected))
     if not rows:
         raise ConfigError(f"{path}: no dialogue of up to --longest={longest} tokens")
     params = SamplingParams(max_tokens=96)
-    for i, row in enumerate(rows):
-        ids = chat.encode(chat.render(row["messages"]))
+    for i, (messages, _) in enumerate(rows):
+        ids = chat.encode(chat.render(messages))
         engine.add(Request(request_id=str(i), prompt_ids=ids, params=params))
     done = finish(engine)
-    right = [done[str(i)].text.strip() == row["expected"].strip() for i, row in enumerate(rows)]
+    right = [done[str(i)].text.strip() == text.strip() for i, (_, text) in enumerate(rows)]
     return sum(right) / len(right)
 
 
 def perplexity(engine: Engine, path: str) -> tuple[float, float]:
-    """Return the perplexity of all tokens and of the answers'."""
+    """Return the perplexity of all tokens, and that of the answers' tokens."""
     data = np.load(path)
     bounds = [*data["offsets"].tolist(), len(data["tokens"])]
     texts = [(a, b) for a, b in pairwise(bounds) if b - a > 1]
@@ -67,7 +75,7 @@ def perplexity(engine: Engine, path: str) -> tuple[float, float]:
 
 
 def main() -> int:
-    """Measure what was asked for."""
+    """Measure accuracy and perplexity according to the flags."""
     parser = Parser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--eval", help="dialogues with expected answers, JSONL")
     parser.add_argument("--longest", type=int, default=10**9, help="skip longer dialogues")
@@ -86,8 +94,8 @@ def main() -> int:
                 accuracy(started.engine, args.eval, model_type, args.longest), 4
             )
         if args.tokens:
-            every, answers = perplexity(started.engine, args.tokens)
-            result |= {"perplexity": round(every, 5), "answer_perplexity": round(answers, 6)}
+            all_tokens, answers = perplexity(started.engine, args.tokens)
+            result |= {"perplexity": round(all_tokens, 5), "answer_perplexity": round(answers, 6)}
         print(json.dumps(result))
     return 0
 

@@ -1,5 +1,5 @@
-# Sourced by demo.sh and test.sh: makes .venv beside pyproject.toml and installs dsv3 into it.
-# Does nothing when that was done before and pyproject.toml has not changed.
+# Sourced by demo.sh and test.sh: creates .venv next to pyproject.toml and installs dsv3 into it.
+# Does nothing if dsv3 is installed and pyproject.toml has not changed since.
 #
 #   install_dsv3 EXTRAS     e.g. install_dsv3 "" or install_dsv3 "[test]"
 
@@ -17,7 +17,7 @@ find_python() {
     return 2
 }
 
-# Without a GPU the CPU build of torch is enough; the default one brings gigabytes of CUDA.
+# Without a GPU, the CPU build of torch is enough; the default build has gigabytes of CUDA libraries.
 install_torch() {
     if .venv/bin/python -c 'import torch' 2>/dev/null; then
         return

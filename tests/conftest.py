@@ -1,4 +1,4 @@
-"""What must be set before anything imports torch or triton, and what many tests share."""
+"""Settings required before torch or triton is imported, and common fixtures."""
 
 import os
 
@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from benchlib.interpreter import mend_interpreter
+from benchlib.interpreter import patch_interpreter
 
 if os.environ["TRITON_INTERPRET"] == "1":
-    mend_interpreter()
+    patch_interpreter()
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ _CHUNK = 1 << 16
 
 @dataclass
 class Hub:
-    """What a hub serves, how it fails, and what it was asked for.
+    """The contents of a test hub, its failures, and its requests.
 
     Attributes:
         folders: the directory of each repository.

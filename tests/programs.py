@@ -33,7 +33,7 @@ def torchrun(num_ranks: int) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """What a user's shell has: no kernel runs in Triton's interpreter there."""
+    """The environment of a user's shell, without Triton's interpreter."""
     usual = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     own = {"OMP_NUM_THREADS": "1", "TERM": "xterm"}
     return usual | own | {"XDG_STATE_HOME": os.devnull}  # not the state of who runs the tests
@@ -80,7 +80,7 @@ def end(process: "subprocess.Popen[bytes]") -> None:
 
 
 class Screen:
-    """What a terminal without end shows: lines do not wrap, and none are scrolled away."""
+    """The screen of a terminal of unlimited size: no wrapped lines and no scrolling."""
 
     def __init__(self) -> None:
         self._lines: list[list[str]] = [[]]  # of cells; a wide character has an empty one behind
@@ -107,7 +107,7 @@ class Screen:
         self._rest = text[at:]
 
     def _cells(self, number: int) -> list[str]:
-        """Return the cells of the cursor's line; there are at least so many."""
+        """Return the cells of the cursor's line, at least `count` of them."""
         self._lines += [[] for _ in range(self._row + 1 - len(self._lines))]
         line = self._lines[self._row]
         line += " " * (number - len(line))
@@ -180,7 +180,7 @@ class AtTerminal:
                 pass
 
     def resize(self, columns: int) -> None:
-        """Change the width; the kernel tells the program."""
+        """Change the width; the kernel signals the program."""
         size = struct.pack("HHHH", 40, columns, 0, 0)
         fcntl.ioctl(self._master, termios.TIOCSWINSZ, size)
 
@@ -206,7 +206,7 @@ class AtTerminal:
         return self.process.returncode
 
     def modes_are_restored(self) -> bool:
-        """Tell whether the terminal is as it was before; a guard may need a moment for that."""
+        """Return True if the terminal is restored; the guard process may need a moment."""
         deadline = time.monotonic() + HANG_SECONDS
         while termios.tcgetattr(self._slave) != self._modes:
             if time.monotonic() > deadline:

@@ -1,1 +1,1 @@
-"""Checkpoints: which tensors a model has, who holds which slice, reading, converting, loading."""
+"""Checkpoints: tensor specs and sharding; reading, checking, converting and loading weights."""

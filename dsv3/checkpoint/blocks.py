@@ -1,4 +1,4 @@
-"""A conversion's tensors as streams of bounded row blocks, cast on the way."""
+"""Read the tensors of a conversion as streams of bounded row blocks, and cast them."""
 
 import threading
 from collections.abc import Iterator
@@ -16,14 +16,14 @@ from dsv3.checkpoint.safetensors_file import DTYPE_BYTES
 from dsv3.checkpoint.scales import read_scales
 from dsv3.errors import CheckpointError
 
-# A block is read, digested and written while it lies in a core's second-level cache, usually 1 MiB
-# or more: 2 MiB take 1.5 times as long.
+# A block is read, digested and written while it is in a core's L2 cache, usually 1 MiB or more.
+# Blocks of 2 MiB take 1.5 times as long.
 BLOCK_BYTES = 512 << 10
 Bytes = npt.NDArray[np.uint8]
 
 
 class BlockReader:
-    """Reads jobs through a buffer of each thread's own."""
+    """Reader of the tensors of conversion jobs, with one buffer per thread."""
 
     def __init__(self, source: Source, plan: Plan) -> None:
         self._source = source
@@ -32,9 +32,9 @@ class BlockReader:
         self._local = threading.local()
 
     def blocks(self, job: Job) -> Iterator[tuple[str, int, Bytes]]:
-        """Yield (output name, first row, [rows, bytes of a row]), each output's rows in order.
+        """Yield (output name, first row, [rows, bytes per row]), the rows of each output in order.
 
-        A block is valid until the next one is asked for.
+        A block is valid until the next one is requested.
         """
         if job.cast is Cast.NONE:
             yield from ((job.name, row, block) for row, block in self._rows(job.name, 1))
@@ -67,17 +67,17 @@ class BlockReader:
             yield scale, row // BLOCK, scale_fd.view(np.uint8)
 
     def _check_finite(self, name: str, is_finite: npt.NDArray[np.bool_]) -> None:
-        """Refuse to cast NaN and infinity: FP8 has no infinity, and no result would be right."""
+        """Raise CheckpointError for NaN and infinity, which a cast cannot represent."""
         if not is_finite.all():
             raise CheckpointError(
-                f"{self._source.where(name)}: tensor {name} cannot be cast: it has values that "
+                f"{self._source.file_of(name)}: tensor {name} cannot be cast: it has values that "
                 "are NaN or infinite; fetch or export it again"
             )
 
     def _rows(self, name: str, step: int) -> Iterator[tuple[int, Bytes]]:
-        """Blocks of a stored tensor, of a multiple of `step` rows each.
+        """Yield (first row, block) of a stored tensor; blocks have a multiple of `step` rows.
 
-        Where the source is a converted directory, the whole tensor is held to its digest.
+        If the source has a digest of the tensor, it is checked after the last block.
         """
         info = self._source.tensors[name]
         rows, cols = info.shape if len(info.shape) == 2 else (1, *info.shape)
@@ -94,12 +94,12 @@ class BlockReader:
             yield row, block
         if info.digest and str(digest) != info.digest:
             raise CheckpointError(
-                f"{self._source.where(name)}: tensor {name} does not match its digest in "
+                f"{self._source.file_of(name)}: tensor {name} does not match its digest in "
                 f"{MANIFEST}; copy or convert the directory again"
             )
 
     def _memory(self, num_bytes: int) -> Bytes:
-        """Memory for one block; the buffer grows for tensors whose block rows are longer."""
+        """Return memory for one block; the thread's buffer grows for tensors with longer rows."""
         buffer: Bytes | None = getattr(self._local, "buffer", None)
         if buffer is None or len(buffer) < num_bytes:
             buffer = self._local.buffer = np.empty(max(num_bytes, BLOCK_BYTES), np.uint8)

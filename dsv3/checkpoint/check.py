@@ -1,4 +1,4 @@
-"""Check an open checkpoint against its config, by names, dtypes and shapes; read no tensor."""
+"""Check the names, dtypes and shapes of an open checkpoint against its config."""
 
 import math
 from collections.abc import Mapping
@@ -70,7 +70,7 @@ def _check_known(source: Source, specs: Mapping[str, TensorSpec], name: str) -> 
     if name in specs or (weight in specs and weight in source.tensors):
         return
     hint = ": it scales a weight that is absent" if weight in specs else _hint(source, name)
-    raise CheckpointError(f"{source.where(name)}: tensor {name} is not part of this model{hint}")
+    raise CheckpointError(f"{source.file_of(name)}: tensor {name} is not part of this model{hint}")
 
 
 def _hint(source: Source, name: str) -> str:
@@ -91,34 +91,34 @@ def _hint(source: Source, name: str) -> str:
 
 def _check_weight(source: Source, spec: TensorSpec) -> None:
     info = source.tensors[spec.name]
-    where, scale = source.where(spec.name), scale_name(spec.name)
+    file = source.file_of(spec.name)
+    scale = scale_name(spec.name)
     _check_shape(source, info, spec.shape)
     if info.dtype in FLOAT_DTYPES:
         if spec.name.endswith(".weight") and scale in source.tensors:
             raise CheckpointError(
-                f"{where}: tensor {spec.name} is {info.dtype}, but {scale} is stored, too; if the "
+                f"{file}: tensor {spec.name} is {info.dtype}, but {scale} is stored, too; if the "
                 "weight is dequantized, remove its scales from the files"
             )
         return
     if info.dtype != FP8_DTYPE or not spec.quantizable:
         kinds = FLOAT_DTYPES + (FP8_DTYPE,) * spec.quantizable
         raise CheckpointError(
-            f"{where}: tensor {spec.name} cannot be of type {info.dtype}; it is read as one of "
+            f"{file}: tensor {spec.name} cannot be of type {info.dtype}; it is read as one of "
             f"{', '.join(kinds)}"
         )
     if scale not in source.tensors:
-        raise CheckpointError(
-            f"{where}: tensor {spec.name} is {info.dtype}, but {scale} is missing"
-        )
+        raise CheckpointError(f"{file}: tensor {spec.name} is {info.dtype}, but {scale} is missing")
     _check_scale(source, spec, source.tensors[scale])
 
 
 def _check_scale(source: Source, spec: TensorSpec, info: TensorInfo) -> None:
-    where, wanted = source.where(info.name), scale_shape(spec.shape)
+    file = source.file_of(info.name)
+    wanted = scale_shape(spec.shape)
     if info.shape != wanted:
         kinds = {1: "a scale per tensor", spec.shape[0]: "a scale per row"}
         raise CheckpointError(
-            f"{where}: tensor {info.name} is {list(info.shape)}; FP8 weights with "
+            f"{file}: tensor {info.name} is {list(info.shape)}; FP8 weights with "
             f"{kinds.get(math.prod(info.shape), 'other scales')} are not supported, only with one "
             f"per 128 x 128 block ({list(wanted)})"
         )
@@ -127,7 +127,7 @@ def _check_scale(source: Source, spec: TensorSpec, info: TensorInfo) -> None:
     # Some writers store E8M0 as U8; like transformers, accept it if the config declares E8M0.
     if info.dtype not in SCALE_DTYPES and not (info.dtype == "U8" and is_ue8m0):
         raise CheckpointError(
-            f"{where}: tensor {info.name} is {info.dtype}; scales are read as one of "
+            f"{file}: tensor {info.name} is {info.dtype}; scales are read as one of "
             f"{', '.join(SCALE_DTYPES)}"
         )
 
@@ -139,6 +139,6 @@ def _check_shape(source: Source, info: TensorInfo, wanted: tuple[int, ...]) -> N
     reasons = [f"{math.prod(wanted)} values"]
     reasons += [f"{name}={getattr(source.config, name)}" for name in names]
     raise CheckpointError(
-        f"{source.where(info.name)}: tensor {info.name} is {list(info.shape)}, the config makes it "
-        f"{list(wanted)} ({', '.join(reasons)})"
+        f"{source.file_of(info.name)}: tensor {info.name} is {list(info.shape)}, the config makes "
+        f"it {list(wanted)} ({', '.join(reasons)})"
     )

@@ -15,7 +15,7 @@ from dsv3.config import ModelConfig
 from dsv3.errors import CheckpointError
 
 _LAYER = re.compile(r"model\.layers\.(\d{1,9})\.(?:mlp\.experts\.(\d{1,9})\.)?(.*)")
-_OF_MTP = ("eh_proj.", "enorm.", "hnorm.", "shared_head.")
+_MTP_TENSORS = ("eh_proj.", "enorm.", "hnorm.", "shared_head.")
 _COMPARED_ROWS = 64
 
 
@@ -30,20 +30,20 @@ class _Layers:
 
     @classmethod
     def of(cls, source: Source) -> "_Layers":
-        found = cls()
+        layers = cls()
         for name in source.tensors:
             match = _LAYER.fullmatch(name)
             if match is None:
                 continue
             layer = int(match[1])
-            found.plain.add(layer)
+            layers.plain.add(layer)
             if match[2] is not None:
-                found.sparse.add(layer)
-                found.num_experts = max(found.num_experts, int(match[2]) + 1)
-            elif match[3].startswith(_OF_MTP):
-                found.mtp.add(layer)
-        found.plain -= found.mtp
-        return found
+                layers.sparse.add(layer)
+                layers.num_experts = max(layers.num_experts, int(match[2]) + 1)
+            elif match[3].startswith(_MTP_TENSORS):
+                layers.mtp.add(layer)
+        layers.plain -= layers.mtp
+        return layers
 
 
 def check_sizes(source: Source) -> None:
@@ -113,11 +113,11 @@ def _stored_sizes(source: Source) -> Iterator[tuple[str, int | None]]:
 
 
 def _contradiction(source: Source, have: str, *names: str, note: str = "") -> CheckpointError:
-    where = "config.json" if (source.path / "config.json").is_file() else "the given config"
-    said = " and ".join(f"{name}={getattr(source.config, name)}" for name in names)
+    config = "config.json" if (source.path / "config.json").is_file() else "the given config"
+    values = " and ".join(f"{name}={getattr(source.config, name)}" for name in names)
     return CheckpointError(
-        f"{source.path}: the files have {have}, {where} says {said}{note}; correct it, or use the "
-        "files that belong to it"
+        f"{source.path}: the files have {have}, {config} says {values}{note}; correct it, or use "
+        "the files that belong to it"
     )
 
 

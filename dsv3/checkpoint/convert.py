@@ -1,11 +1,11 @@
-"""Carry out a conversion plan: any checkpoint to any layout, one pass, in bounded memory.
+"""Execute a conversion plan: any checkpoint to any layout, in one pass and bounded memory.
 
-Workers read tensors in bounded row blocks, cast them if asked to, and write each slice to its
-place in the output files, all ranks' files side by side. Digests are computed on the way. All
-files keep temporary names until every one is complete and on disk; only then a checkpoint that is
-replaced goes, and the new one gets its names, the manifest (or the index of a Hugging Face
-directory) last. So a kill at any moment leaves the old checkpoint whole, or a directory that does
-not look whole and from which the same command goes on, with the same result to the byte.
+Workers read tensors in bounded row blocks, cast them if the plan says so, and write each slice to
+its offset in the output files; the files of all ranks are written in parallel. Digests are computed
+on the fly. Files have temporary names until all of them are complete and on disk. Only then is a
+replaced checkpoint removed, and the new files are renamed, the manifest (or the index of a Hugging
+Face directory) last. A kill at any moment leaves either the old checkpoint complete, or a directory
+that is recognized as incomplete and that the same command completes, with the same bytes.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,14 +16,14 @@ from pathlib import Path
 from dsv3.checkpoint.blocks import BlockReader
 from dsv3.checkpoint.digest import file_digest, model_digest
 from dsv3.checkpoint.index import IndexDigests, index_json
-from dsv3.checkpoint.journal import Journal, JournalRecord
-from dsv3.checkpoint.manifest import FileRecord, Manifest, Record, Shard
+from dsv3.checkpoint.journal import ConversionJournal, JournalRecord
+from dsv3.checkpoint.manifest import FileRecord, Manifest, Shard, TensorRecord
 from dsv3.checkpoint.plan import Job, Plan, fingerprint
 from dsv3.checkpoint.reader import Source
 from dsv3.checkpoint.side_files import write_content
-from dsv3.checkpoint.target import Survey, Target
+from dsv3.checkpoint.target import OutputDirectory, Survey
 from dsv3.checkpoint.workers import run_jobs
-from dsv3.checkpoint.writer import Digests, OutputFiles, Spreader
+from dsv3.checkpoint.writer import Digests, OutputFiles, TensorWriter
 from dsv3.config import ParallelConfig
 from dsv3.errors import CheckpointError, os_errors_as
 from dsv3.files import sync_folder
@@ -34,19 +34,20 @@ _COMPLETE = "(the new files are complete, as *.partial; give the same command ag
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class ConversionResult:
     """The result of a conversion.
 
     Attributes:
-        written, resumed: bytes of tensors written by this run, and by earlier ones.
+        written: bytes of tensors written by this run.
+        resumed: bytes of tensors written by earlier runs.
     """
 
     written: int
     resumed: int
 
 
-def check(target: Target) -> Survey:
-    """Look whether a conversion may write to its directory; nothing is changed.
+def check(target: OutputDirectory) -> Survey:
+    """Check that a conversion may write to its directory; change nothing.
 
     Raises:
         CheckpointError: a file is in the way, or the disk is too small.
@@ -65,29 +66,30 @@ def convert(
     progress: Progress = lambda _: None,
     overwrite: bool = False,
     inputs: Sequence[Path] = (),
-) -> Outcome:
-    """Write the files of a plan into a folder, going on where an earlier run was stopped.
+) -> ConversionResult:
+    """Write the files of a plan into a folder; resume an interrupted run.
 
     Args:
-        source: an open checkpoint, the one the plan was made for.
-        plan: what to write.
-        folder: where to; it is made if need be.
-        workers: threads, each with a few buffers of some MiB.
-        progress: told the bytes of each finished tensor, from this thread.
-        overwrite: replace a checkpoint that is there.
-        inputs: files that are read beside the source; they are never replaced either.
+        source: the open checkpoint that the plan was made for.
+        plan: the files to write.
+        folder: output directory; created if it does not exist.
+        workers: number of threads, each with a few buffers of some MiB.
+        progress: called with the bytes of each finished tensor, from this thread.
+        overwrite: replace an existing checkpoint.
+        inputs: files that are read beside the source; they are not replaced.
 
     Raises:
         CheckpointError: the folder holds other files, or the disk is too small; a source file is
             damaged or was changed meanwhile; a file cannot be written.
     """
-    target = Target(folder, source, plan, overwrite, inputs)
+    target = OutputDirectory(folder, source, plan, overwrite, inputs)
     check(target)
     with os_errors_as(CheckpointError, f"{folder}: cannot be made"):
         folder.mkdir(parents=True, exist_ok=True)
-    with Journal(folder) as journal:
-        survey = target.survey(journal.record)  # again: with the lock, no other process writes
-        written, is_written = 0, target.is_written(journal.record)
+    with ConversionJournal(folder) as journal:
+        survey = target.survey(journal.record)  # again: under the lock, no other process writes
+        written = 0
+        is_written = target.is_written(journal.record)
         if not is_written:
             _begin(target, survey, journal)
         finished = journal.record.finished
@@ -97,12 +99,12 @@ def convert(
             written = _write(source, target, survey, journal, workers, progress)
         _put_in_place(target, target.survey(journal.record))
         journal.remove()
-    return Outcome(written, resumed)
+    return ConversionResult(written, resumed)
 
 
 @contextmanager
-def settle(target: Target) -> Iterator[None]:
-    """Remove the leftovers of a killed conversion, if the block finds that it is finished.
+def clean_up_after(target: OutputDirectory) -> Iterator[None]:
+    """Remove the leftovers of a finished but killed conversion, if the block raises no error.
 
     Raises:
         CheckpointError: another conversion is writing here.
@@ -110,16 +112,18 @@ def settle(target: Target) -> Iterator[None]:
     if not target.read_record().plan:
         yield
         return
-    with Journal(target.folder) as journal:
+    with ConversionJournal(target.folder) as journal:
         yield
         if journal.record.plan == target.plan.fingerprint:
             _remove_partials(target, journal.record)
             journal.remove()
 
 
-def _begin(target: Target, survey: Survey, journal: Journal) -> None:
-    """Note which files are going to be written; begin anew where an earlier run is of no use."""
-    plan, record, names = target.plan, journal.record, target.names(survey)
+def _begin(target: OutputDirectory, survey: Survey, journal: ConversionJournal) -> None:
+    """Write the names of the output files to the journal; resume the earlier run if possible."""
+    plan = target.plan
+    record = journal.record
+    names = target.names(survey)
     with OutputFiles(target.folder, plan.files) as files:
         if record.finished and record.fits(plan) and files.reusable():
             journal.resume(names, survey.replaces)
@@ -128,21 +132,23 @@ def _begin(target: Target, survey: Survey, journal: Journal) -> None:
             _remove_partials(target, record)
 
 
-def _remove_partials(target: Target, record: JournalRecord) -> None:
+def _remove_partials(target: OutputDirectory, record: JournalRecord) -> None:
     for name in record.names:
         target.partial(name).unlink(missing_ok=True)
 
 
 def _write(
     source: Source,
-    target: Target,
+    target: OutputDirectory,
     survey: Survey,
-    journal: Journal,
+    journal: ConversionJournal,
     workers: int,
     progress: Progress,
 ) -> int:
     """Write all files under temporary names; return the bytes of tensors written."""
-    plan, finished, written = target.plan, journal.record.finished, 0
+    plan = target.plan
+    finished = journal.record.finished
+    written = 0
     with OutputFiles(target.folder, plan.files) as files:
         files.open(reuse=bool(finished))
         for name, digests in _write_tensors(source, plan, files, workers, dict(finished)):
@@ -155,7 +161,7 @@ def _write(
         last = _last_file(plan, files, finished)
     with os_errors_as(CheckpointError, f"{target.folder}: cannot be written"):
         for name, content in {**survey.sides, target.last: last}.items():
-            target.partial(name).unlink(missing_ok=True)  # of a run that was stopped here
+            target.partial(name).unlink(missing_ok=True)  # left by a run that was stopped here
             target.partial(name).parent.mkdir(exist_ok=True)
             write_content(target.partial(name), content)
     _sync_folders(target, survey)
@@ -164,7 +170,7 @@ def _write(
 
 
 def _last_file(plan: Plan, files: OutputFiles, finished: Mapping[str, Digests]) -> bytes:
-    """Return the index or manifest; the files of a manifest are signed with its digest."""
+    """Return the index or manifest; for a manifest, sign the files with its digest."""
     if plan.layout is None:
         return _index(plan, finished).encode()
     manifest = _manifest(plan, plan.layout, finished)
@@ -181,12 +187,12 @@ def _check_unchanged(source: Source, plan: Plan) -> None:
         raise CheckpointError(f"{source.path}: was changed while it was read; convert again")
 
 
-def _put_in_place(target: Target, survey: Survey) -> None:
-    """Remove replaced files, and give the new ones their names; nothing is written any more."""
+def _put_in_place(target: OutputDirectory, survey: Survey) -> None:
+    """Remove replaced files and rename the new ones; no content is written."""
     names = target.names(survey)
     for name in survey.replaces:
         path = target.folder / name
-        # One that has no temporary name any more is new: an earlier run was stopped here.
+        # Without a temporary file, the file is new: an earlier run was stopped after its rename.
         if name not in names or target.partial(name).exists():
             with os_errors_as(CheckpointError, f"{path}: cannot be replaced {_COMPLETE}"):
                 path.unlink(missing_ok=True)
@@ -199,7 +205,7 @@ def _put_in_place(target: Target, survey: Survey) -> None:
         sync_folder(target.folder)
 
 
-def _sync_folders(target: Target, survey: Survey) -> None:
+def _sync_folders(target: OutputDirectory, survey: Survey) -> None:
     for folder in {target.partial(name).parent for name in target.names(survey)}:
         sync_folder(folder)
 
@@ -207,14 +213,14 @@ def _sync_folders(target: Target, survey: Survey) -> None:
 def _write_tensors(
     source: Source, plan: Plan, files: OutputFiles, workers: int, finished: Mapping[str, Digests]
 ) -> Iterator[tuple[str, Digests]]:
-    """Do the jobs that are left; yield each output tensor with its digests."""
+    """Run the unfinished jobs; yield each output tensor with its digests."""
     reader = BlockReader(source, plan)
 
     def work(job: Job) -> dict[str, Digests]:
-        spread = {name: Spreader(plan.tensors[name], files) for name in job.outputs}
+        writers = {name: TensorWriter(plan.tensors[name], files) for name in job.outputs}
         for name, row, block in reader.blocks(job):
-            spread[name].put(row, block)
-        return {name: spreader.digests() for name, spreader in spread.items()}
+            writers[name].put(row, block)
+        return {name: writer.digests() for name, writer in writers.items()}
 
     jobs = [job for job in plan.jobs if not finished.keys() >= set(job.outputs)]
     for results in run_jobs(jobs, work, workers):
@@ -224,31 +230,31 @@ def _write_tensors(
 def _index(plan: Plan, finished: Mapping[str, Digests]) -> str:
     digests = {name: finished[name][0] for name in plan.tensors}
     kinds = ((name, out.dtype, out.shape, digests[name]) for name, out in plan.tensors.items())
-    files = {name: plan.files[out.slots[0].file].name for name, out in plan.tensors.items()}
+    files = {name: plan.files[out.slices[0].file].name for name, out in plan.tensors.items()}
     total_size = sum(output.num_bytes for output in plan.tensors.values())
     return index_json(files, total_size, IndexDigests(digests, model_digest(kinds)))
 
 
 def _manifest(plan: Plan, layout: ParallelConfig, finished: Mapping[str, Digests]) -> Manifest:
     tensors = {
-        name: Record(
+        name: TensorRecord(
             output.dtype,
             output.shape,
             finished[name][0],
             tuple(
-                Shard(slot.file, slot.region, digest)
-                for slot, digest in zip(output.slots, finished[name][1:], strict=True)
+                Shard(part.file, part.region, digest)
+                for part, digest in zip(output.slices, finished[name][1:], strict=True)
             ),
         )
         for name, output in plan.tensors.items()
     }
     whole = model_digest((name, r.dtype, r.shape, r.digest) for name, r in tensors.items())
-    held = {(name, s.rank): s.digest for name, r in tensors.items() for s in r.shards}
+    shard_digests = {(name, s.rank): s.digest for name, r in tensors.items() for s in r.shards}
     records = tuple(
         FileRecord(
             file.name,
             file.num_bytes,
-            file_digest(file.signed(whole), (held[name, rank] for name in file.offsets)),
+            file_digest(file.signed(whole), (shard_digests[name, rank] for name in file.offsets)),
         )
         for rank, file in enumerate(plan.files)
     )

@@ -1,4 +1,4 @@
-"""What tells damaged or foreign bytes from the right ones."""
+"""Checksums of tensors, files and models."""
 
 import hashlib
 import zlib
@@ -6,13 +6,13 @@ from collections.abc import Iterable
 
 
 class Digest:
-    """CRC-32 of a stream of bytes: finds damage (not forgery) at several times SHA-256's speed."""
+    """CRC-32 of a byte stream: detects damage (not forgery), several times faster than SHA-256."""
 
     def __init__(self) -> None:
         self._value = 0
 
     def update(self, data: bytes | memoryview) -> None:
-        """Take the next bytes."""
+        """Add the next bytes of the stream."""
         self._value = zlib.crc32(data, self._value)
 
     def __str__(self) -> str:
@@ -20,11 +20,11 @@ class Digest:
 
 
 def model_digest(tensors: Iterable[tuple[str, str, tuple[int, ...], str]]) -> str:
-    """SHA-256 over (name, dtype, shape, digest) of every tensor, sorted by name."""
+    """Return the SHA-256 over (name, dtype, shape, digest) of all tensors, sorted by name."""
     lines = sorted(f"{name} {dtype} {list(shape)} {d}\n" for name, dtype, shape, d in tensors)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def file_digest(prefix: bytes, digests: Iterable[str]) -> str:
-    """SHA-256 over a file's header and the digests of its slices in file order."""
+    """Return the SHA-256 over a file's header and the digests of its slices in file order."""
     return hashlib.sha256(prefix + "".join(digests).encode()).hexdigest()

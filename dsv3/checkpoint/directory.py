@@ -1,4 +1,4 @@
-"""Recognize paths that are not a readable checkpoint directory, and say what they are instead.
+"""Recognize paths that are not a readable checkpoint directory, and describe them in an error.
 
 Programs run this check before they read a tokenizer, a config or another file.
 """
@@ -17,11 +17,11 @@ from dsv3.read_files import read_mapping
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 RANK_FILE = re.compile(r"model(\d+)-mp(\d+)\.safetensors")
-# `Path` has made one slash of two.
+# `Path` collapses two slashes into one.
 _ADDRESS = re.compile(
     r"(?:https?:/+(?:[\w.-]*huggingface\.co/(?P<repository>[\w.-]+/[\w.-]+))?|hf:)", re.ASCII
 )
-_MOST_FOLDERS = 100  # searched for a checkpoint
+_MAX_FOLDERS = 100  # searched for a checkpoint
 _ADAPTER = "adapter_config.json"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # Other formats by file name suffix, in the order in which they are looked for.
@@ -86,30 +86,30 @@ def _of_file(path: Path) -> str:
 
 
 def _no_checkpoint(path: Path, names: set[str]) -> str:
-    """Return what a directory without weights is."""
+    """Return a description of a directory without weights, and the remedy."""
     if _ADAPTER in names:
         return _adapter(path / _ADAPTER)
     snapshots = _snapshots(path)
     if snapshots:
-        return f"a cache of the Hugging Face hub; give a snapshot in it: {_some(snapshots)}"
+        return f"a cache of the Hugging Face hub; give a snapshot in it: {_first_of(snapshots)}"
     if any(name.endswith(".safetensors.partial") for name in names):
         return "an unfinished conversion; run convert.py again"
     if _other_format(names):
         return no_weights(names)
     below = [
         folder
-        for folder in islice(sorted(path.iterdir()), _MOST_FOLDERS)
+        for folder in islice(sorted(path.iterdir()), _MAX_FOLDERS)
         if folder.is_dir() and _has_weights(entry.name for entry in folder.iterdir())
     ]
     if below:
-        return f"no .safetensors files here, but in {_some(below)}; give that directory"
+        return f"no .safetensors files here, but in {_first_of(below)}; give that directory"
     if not names:
         return "an empty directory; download the model's files into it"
     return no_weights(names)
 
 
 def no_weights(names: Iterable[str]) -> str:
-    """Return what files without any weights in safetensors files are."""
+    """Return a description of a directory whose files have no safetensors weights."""
     return _other_format(names) or "no .safetensors files here (other formats are not read)"
 
 
@@ -122,14 +122,17 @@ def _other_format(names: Iterable[str]) -> str:
 
 
 def _adapter(file: Path) -> str:
-    """Describe an adapter by its config, whatever that holds."""
+    """Return a description of an adapter from its config, which may be malformed."""
     kind = base = None
     with suppress(CheckpointError):
         config = read_mapping(file, CheckpointError)
         kind, base = config.get("peft_type"), config.get("base_model_name_or_path")
-    what = "a LoRA adapter" if kind in (None, "LORA") else f"a {kind} adapter"
-    of = f" for {base}" if isinstance(base, str) and base else ""
-    return f"{what}{of}, not a model; merge it into its base model first (peft: merge_and_unload)"
+    adapter = "a LoRA adapter" if kind in (None, "LORA") else f"a {kind} adapter"
+    for_base = f" for {base}" if isinstance(base, str) and base else ""
+    return (
+        f"{adapter}{for_base}, not a model; merge it into its base model first (peft: "
+        "merge_and_unload)"
+    )
 
 
 def _snapshots(path: Path) -> list[Path]:
@@ -144,12 +147,12 @@ def _snapshots(path: Path) -> list[Path]:
 
 
 def _main_first(path: Path, snapshots: list[Path]) -> list[Path]:
-    """Put the snapshot of a repository's main branch first."""
+    """Return the snapshots with that of the main branch first."""
     main = path / "refs" / "main"
     commit = main.read_text(encoding="utf-8", errors="replace").strip() if main.is_file() else ""
     return sorted(snapshots, key=lambda folder: folder.name != commit)
 
 
-def _some(folders: list[Path]) -> str:
-    more = f" (or one of {len(folders) - 1} more)" if len(folders) > 1 else ""
-    return f"{folders[0]}{more}"
+def _first_of(folders: list[Path]) -> str:
+    others = f" (or one of {len(folders) - 1} more)" if len(folders) > 1 else ""
+    return f"{folders[0]}{others}"

@@ -1,4 +1,4 @@
-"""Tell models apart without reading them whole."""
+"""Fingerprints and digests that identify a model without reading all its weights."""
 
 import hashlib
 from collections.abc import Callable
@@ -8,21 +8,23 @@ from itertools import islice
 from dsv3.checkpoint.names import weight_name
 from dsv3.checkpoint.reader import Source
 
-_FIRST, _FIRST_SCALES = 16, 1  # values of each tensor, few enough to be in the file of rank 0
-_VALUES = 256  # of each tensor
-_WHOLE = 1 << 28  # a model of so few bytes is digested whole
-_SPOTS = 4  # of each tensor of a larger one
+# Values of each weight and each scale tensor in a fingerprint: all are in the file of rank 0.
+_FIRST_VALUES = 16
+_FIRST_SCALES = 1
+_SMALL_BYTES = 1 << 28  # a model of at most this size is digested completely
+_SPOTS = 4  # places of each tensor in the digest of a larger model
+_SPOT_VALUES = 256
 
 
 def fingerprint(source: Source, numerics: str) -> str:
-    """Name weights and numerics in a few characters; the same for every layout of a checkpoint.
+    """Return a short fingerprint of weights and numerics, equal for all layouts of a checkpoint.
 
-    Covers name, type, shape and first values of all tensors (of routed experts, those of every
-    layer's first): training or quantizing a model changes some of them.
+    The fingerprint covers name, type, shape and first values of all tensors (of routed experts,
+    only the first of each layer): training or quantizing a model changes some of them.
 
     Args:
         source: the checkpoint.
-        numerics: how it is computed with, such as "float32".
+        numerics: the compute dtype and other numeric settings, such as "float32".
     """
     digest = hashlib.sha256(f"{numerics} {source.config}".encode())
     for name in sorted(source.tensors):
@@ -30,7 +32,7 @@ def fingerprint(source: Source, numerics: str) -> str:
             continue
         info = source.tensors[name]
         first = tuple((0, min(1, size)) for size in info.shape[:-1])
-        count = _FIRST if weight_name(name) is None else _FIRST_SCALES
+        count = _FIRST_VALUES if weight_name(name) is None else _FIRST_SCALES
         last = tuple((0, min(count, size)) for size in info.shape[-1:])
         digest.update(f"{name} {info.dtype} {info.shape}".encode())
         digest.update(source.read(name, first + last))
@@ -40,15 +42,15 @@ def fingerprint(source: Source, numerics: str) -> str:
 def digest_share(
     source: Source, rank: int, world_size: int, advance: Callable[[], None] = lambda: None
 ) -> bytes:
-    """Return a rank's share of a digest of all weights; the shares XORed are the digest.
+    """Return a rank's share of a digest of all weights; the XOR of all shares is the digest.
 
-    The same for every layout of a checkpoint and every world size. Of a model of more than 256 MiB,
-    it covers name, type and shape of every tensor, and values from four places of it: reading
-    everything twice would double the time to load. Weights that were trained differ in them; one
-    that was changed by hand in a single value may not. `advance` is called after every tensor.
+    The digest is equal for all layouts of a checkpoint and all world sizes. For a model above
+    256 MiB, it covers name, type and shape of each tensor and values at four places in it, since
+    reading all bytes again would double the load time. It detects training, but may miss a single
+    value changed by hand. `advance` is called after each tensor.
     """
     names = islice(sorted(source.tensors), rank, None, world_size)
-    is_small = source.num_bytes <= _WHOLE
+    is_small = source.num_bytes <= _SMALL_BYTES
     with ThreadPoolExecutor(8) as pool:
         digests = pool.map(lambda name: _digest_tensor(source, name, is_small), names)
         share = 0
@@ -66,7 +68,8 @@ def _digest_tensor(source: Source, name: str, is_small: bool) -> bytes:
         return digest.digest()
     *rows, width = info.shape or (1,)
     for spot in range(_SPOTS):
-        row = tuple((at, at + 1) for at in ((size - 1) * spot // (_SPOTS - 1) for size in rows))
-        start = max(0, width - _VALUES) * spot // (_SPOTS - 1)
-        digest.update(source.read(name, (*row, (start, min(width, start + _VALUES)))))
+        positions = [(size - 1) * spot // (_SPOTS - 1) for size in rows]
+        row = tuple((position, position + 1) for position in positions)
+        start = max(0, width - _SPOT_VALUES) * spot // (_SPOTS - 1)
+        digest.update(source.read(name, (*row, (start, min(width, start + _SPOT_VALUES)))))
     return digest.digest()

@@ -1,8 +1,8 @@
-"""Routed experts that are stored as one 3-D tensor a layer, as transformers 5 holds them.
+"""Routed experts stored as one 3-D tensor per layer, as by transformers 5.
 
 For each expert, `experts.gate_up_proj` [E, 2F, H] holds the rows of gate_proj, then the rows of
 up_proj; `experts.down_proj` is [E, H, F]. A projection of one expert is a contiguous range of
-bytes, so each is presented as a tensor of its own, under its usual name, without a copy.
+bytes, so each becomes a tensor under its usual name, without a copy.
 
 FP8 scales are fused in the same way, also next to weights stored per expert. MLX stacks gate_proj
 and up_proj separately, as `switch_mlp`.
@@ -33,9 +33,9 @@ def split_experts(tensor: StoredTensor, name: str, config: ModelConfig) -> Itera
     """Yield the tensors of single experts in a fused tensor; yield nothing for other tensors.
 
     Args:
-        tensor: where the tensor is stored.
+        tensor: the stored tensor.
         name: its name without the prefixes of wrappers.
-        config: says how many experts there are and how wide they are.
+        config: the model, with the number and width of the experts.
 
     Raises:
         CheckpointError: the shape contradicts the config, or gate_proj and up_proj share scales.

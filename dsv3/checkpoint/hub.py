@@ -1,10 +1,10 @@
 """Checkpoints on the Hugging Face hub: the commit of a name, and its directory in the hub's cache.
 
 Only files that are read are downloaded: weights in safetensors files, index, JSON, tokenizer and
-template; never pickles, other formats or Python code. A snapshot's files are links to blobs, as for
-every program that uses the cache. Weights come last, so a snapshot with all of them is complete.
+template; never pickles, other formats or Python code. A snapshot's files are links to blobs, as the
+cache requires. Weights are downloaded last, so a snapshot with all weights is complete.
 
-No HTTP library is imported before a name is given.
+HTTP libraries are imported only when a name on the hub is used.
 """
 
 import logging
@@ -27,17 +27,17 @@ _LOGGERS = ("huggingface_hub", "httpx", "httpx2", "filelock")
 
 @dataclass(frozen=True, slots=True)
 class Revision:
-    """A commit of a repository; `outage` says why it is the cached one, if the hub has failed."""
+    """A commit of a repository; if the hub has failed, `outage` is the reason to use the cache."""
 
     commit: str
     outage: str = ""
 
 
 def resolve(name: HubName) -> Revision:
-    """Return the hub's commit of a revision, or the cached one if the hub cannot be asked.
+    """Return the hub's commit of a revision, or the cached one if the hub is unreachable.
 
     Raises:
-        CheckpointError: there is none, or the hub cannot be asked and nothing is cached.
+        CheckpointError: the revision does not exist, or the hub is unreachable and none is cached.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RevisionNotFoundError
@@ -58,14 +58,14 @@ def resolve(name: HubName) -> Revision:
 
 
 def fetch(name: HubName, revision: Revision, download: Download, has_weights: bool = True) -> Path:
-    """Return the directory of a commit in the cache, once all of its files are there.
+    """Download the files of a commit into the cache, and return its directory there.
 
-    Without the hub, a complete directory is used as it is; without `has_weights`, the weights are
-    left out.
+    If the hub is unreachable, a complete directory in the cache is used. Without `has_weights`, the
+    weights are not downloaded.
 
     Raises:
-        CheckpointError: there are no weights that can be read, the disk has too little room, or the
-            download has failed; the same call goes on from there.
+        CheckpointError: there are no readable weights, the disk has too little space, or the
+            download has failed; the same call resumes it.
     """
     cache, commit = HubCache.of(name), revision.commit
     with _quiet():
@@ -87,12 +87,12 @@ def fetch(name: HubName, revision: Revision, download: Download, has_weights: bo
 
 
 def fetch_beside(name: HubName, download: Download) -> Path:
-    """Return a directory in the cache with all files of a repository but the weights."""
+    """Return a directory in the cache with all files of a repository except the weights."""
     return fetch(name, resolve(name), download, has_weights=False)
 
 
 def snapshot(name: HubName, commit: str) -> Path:
-    """Return the directory of a commit in the cache, which another rank has fetched."""
+    """Return the directory of a commit in the cache, after another rank has fetched it."""
     return HubCache.of(name).snapshot(commit)
 
 
@@ -123,7 +123,7 @@ def _listing(name: HubName, commit: str) -> Mapping[str, RemoteFile]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep back what the libraries log: what matters of it is told as an error."""
+    """Silence the loggers of the libraries; failures are reported as CheckpointError."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -30,24 +30,24 @@ class HubCache:
 
     @classmethod
     def of(cls, name: HubName) -> "HubCache":
-        """Return the directory of a repository; it need not exist."""
+        """Return the cache of a repository; its directory may not exist."""
         from huggingface_hub import constants
 
         return cls(Path(constants.HF_HUB_CACHE).expanduser().absolute() / name.folder)
 
     def snapshot(self, commit: str) -> Path:
-        """Return the directory of a commit: links to blobs by the files' names."""
+        """Return the directory of a commit; it holds links to blobs under the files' names."""
         return self.folder / "snapshots" / commit
 
     def commit(self, revision: str) -> str:
-        """Return the commit of a revision as of the last download; empty if there was none."""
+        """Return the commit of a revision at the last download; empty if there was none."""
         ref = self.folder / "refs" / revision
         if ref.is_file():
             return ref.read_text(encoding="utf-8", errors="replace").strip()
         return revision if self.snapshot(revision).is_dir() else ""
 
     def note(self, revision: str, commit: str) -> None:
-        """Note the commit of a revision, where the cache can be written."""
+        """Record the commit of a revision; ignore a cache that cannot be written."""
         ref = self.folder / "refs" / revision
         if revision == commit or self.commit(revision) == commit:
             return
@@ -60,19 +60,19 @@ class HubCache:
             log.debug("%s: %s", ref, error)
 
     def blob(self, etag: str) -> Path:
-        """Return the file of a content."""
+        """Return the path of a complete blob."""
         return self.folder / "blobs" / etag
 
     def partial(self, etag: str) -> Path:
-        """Return the file of a content that is not complete."""
+        """Return the path of an incomplete blob."""
         return self.folder / "blobs" / f"{etag}.incomplete"
 
     def lock(self, etag: str) -> Path:
-        """Return the lock that all programs take for a blob."""
+        """Return the path of a blob's lock, which all programs use."""
         return self.folder.parent / ".locks" / self.folder.name / f"{etag}.lock"
 
     def bytes_of(self, file: RemoteFile, commit: str) -> int:
-        """Return the bytes of a file that are on the disk."""
+        """Return the number of bytes of a file that are on disk."""
         for path in (self.snapshot(commit) / file.name, self.blob(file.etag)):
             if path.is_file():
                 return file.size
@@ -80,7 +80,7 @@ class HubCache:
         return max((_size(part, file.size) for part in parts), default=0)
 
     def missing(self, commit: str) -> Sequence[str]:
-        """Return the weights that a snapshot lacks; the index where there are none at all."""
+        """Return the weight files that a snapshot lacks; the index, if it has no weights at all."""
         folder = self.snapshot(commit)
         if (folder / INDEX).is_file():
             names = sorted(set(read_index(folder / INDEX).values()))

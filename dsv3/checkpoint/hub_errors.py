@@ -8,33 +8,33 @@ from pathlib import Path
 from dsv3.checkpoint.hub_name import HubName
 from dsv3.errors import CheckpointError, one_line
 
-# By the names of the HTTP library's types, which is another one in other versions of
-# huggingface_hub.
+# Type names of the HTTP library's errors; the library depends on the version of huggingface_hub.
 _UNREACHABLE = {"ConnectError", "ConnectTimeout", "PoolTimeout", "ProxyError", "ConnectionError"}
 _CUT = {"ReadError", "WriteError", "RemoteProtocolError", "ConnectionResetError", "ReadTimeout"}
-_PASSING = {408, 429, 500, 502, 503, 504}  # statuses of HTTP
+_TRANSIENT = {408, 429, 500, 502, 503, 504}  # HTTP statuses
 _UNTRUSTED = "CERTIFICATE_VERIFY_FAILED"
 
 
 def hub_error(name: HubName, cache: Path, error: Exception) -> CheckpointError:
-    """Return the error to tell for one that was met with while fetching a checkpoint."""
+    """Return a CheckpointError for an error that was raised while fetching a checkpoint."""
     if isinstance(error, CheckpointError):
         return error
     return CheckpointError(f"{name}: {hub_reason(name, cache, error)}")
 
 
 def hub_reason(name: HubName, cache: Path, error: Exception) -> str:
-    """Return the reason that is told for an error.
+    """Return the reason of an error in words.
 
     Args:
-        name: of the checkpoint.
+        name: the checkpoint's name on the hub.
         cache: the directory that it is downloaded to.
-        error: of huggingface_hub, the HTTP library or the system.
+        error: an error of huggingface_hub, the HTTP library or the system.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    causes, hub = list(_causes(error)), constants.ENDPOINT
+    causes = list(_causes(error))
+    hub = constants.ENDPOINT
     for cause in causes:
         if isinstance(cause, HfHubHTTPError):
             return _of_answer(name, hub, cause)
@@ -46,7 +46,7 @@ def hub_reason(name: HubName, cache: Path, error: Exception) -> str:
                 f"the certificate of {hub} cannot be verified; if a proxy signs for it, set "
                 "SSL_CERT_FILE to the proxy's certificates"
             )
-    for cause in causes:  # the outermost tells most
+    for cause in causes:  # the outermost has most information
         types = _types(cause)
         if types & _UNREACHABLE:
             return f"the hub ({hub}) cannot be reached: {_text(causes[-1])}"
@@ -60,19 +60,19 @@ def hub_reason(name: HubName, cache: Path, error: Exception) -> str:
     return f"{hub} does not answer as a hub does ({type(error).__name__}: {_text(error)})"
 
 
-def may_pass(error: Exception) -> bool:
-    """Return True for a failure of the network or of a server that another try may not meet."""
+def is_transient(error: Exception) -> bool:
+    """Return True for a failure of the network or of a server that a retry may not hit."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     if isinstance(error, HfHubHTTPError):
-        return error.response.status_code in _PASSING
+        return error.response.status_code in _TRANSIENT
     return bool(_types(error) & (_UNREACHABLE | _CUT)) and not isinstance(
         error, OfflineModeIsEnabled
     )
 
 
 def _of_answer(name: HubName, hub: str, error: Exception) -> str:
-    """Return the reason for an answer of the hub that is an error."""
+    """Return the reason for an HTTP error response of the hub."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -111,13 +111,13 @@ def _of_disk(cache: Path, error: OSError) -> str:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error, the one that it was raised from, and so on."""
+    """Yield an error, its cause, the cause of that, and so on."""
     seen: set[int] = set()
-    found: BaseException | None = error
-    while found is not None and id(found) not in seen:
-        seen.add(id(found))
-        yield found
-        found = found.__cause__ or found.__context__
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        yield cause
+        cause = cause.__cause__ or cause.__context__
 
 
 def _types(error: BaseException) -> set[str]:

@@ -1,7 +1,7 @@
-"""Download the files of a checkpoint from the hub: which ones, several at a time, resumable.
+"""Select and download the files of a checkpoint from the hub, in parallel and resumable.
 
-huggingface_hub begins a file anew after a kill; here a download goes on in the middle of a file.
-Files in the hub's chunk store (Xet) are left to that library where it can read the store.
+huggingface_hub restarts a file after a kill; here a download resumes within a file. Files in the
+hub's chunk store (Xet) are left to that library if it can read the store.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from dsv3.checkpoint.directory import INDEX, RANK_FILE, SINGLE, no_weights
 from dsv3.checkpoint.hub_cache import HubCache, RemoteFile
-from dsv3.checkpoint.hub_errors import may_pass
+from dsv3.checkpoint.hub_errors import is_transient
 from dsv3.checkpoint.hub_name import HubName
 from dsv3.checkpoint.index import read_index
 from dsv3.checkpoint.report import in_units
@@ -32,12 +32,12 @@ _TICK_SECONDS = 0.5
 _LINE_SECONDS = 60.0
 _LOCK_SECONDS = 1.0
 _ANSWER_SECONDS = 10.0
-_PARTIAL_CONTENT = 206  # a status of HTTP
-# In a row, without a byte in between; the pauses double.
-_MOST_FAILURES, _FIRST_PAUSE_SECONDS = 4, 0.25
+_PARTIAL_CONTENT = 206  # HTTP status
+_MAX_FAILURES = 4  # in a row, without a byte received in between
+_FIRST_PAUSE_SECONDS = 0.25  # doubles with each failure
 # Files beside the weights, at the top of a repository.
 _BESIDE = re.compile(r".*\.json|.*\.jinja|tokenizer\.model|.*tiktoken.*\.model|.*\.tiktoken")
-_ETAG = re.compile(r"[0-9A-Za-z_-]{1,128}")  # it becomes a file's name
+_ETAG = re.compile(r"[0-9A-Za-z_-]{1,128}")  # used as a file name
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -45,33 +45,34 @@ class Download:
     """Progress of a download.
 
     Args:
-        say: takes lines for the user.
-        shows_bar: draw a bar, if standard error is a terminal.
+        say: called with lines for the user.
+        shows_bar: draw a bar if standard error is a terminal.
 
     Attributes:
-        num_bytes: on the disk so far, those of earlier runs included.
+        num_bytes: bytes on disk so far, including those of earlier runs.
     """
 
     def __init__(self, say: Callable[[str], None], shows_bar: bool = True) -> None:
-        self.say, self.num_bytes = say, 0
+        self.say = say
+        self.num_bytes = 0
         self._shows_bar = shows_bar
 
     @contextmanager
     def bar(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Yield a function that takes the bytes that are on the disk.
+        """Yield a function to call with the number of bytes on disk.
 
-        Where there is no bar, a line tells them from time to time.
+        Without a bar, a line reports them from time to time.
         """
         disable = None if self._shows_bar else True
         with tqdm(total=total, desc=name, unit="B", unit_scale=True, disable=disable) as shown:
-            told = time.monotonic()
+            reported_at = time.monotonic()
 
             def advance(num_bytes: int) -> None:
-                nonlocal told
+                nonlocal reported_at
                 shown.update(num_bytes - self.num_bytes)
                 self.num_bytes = num_bytes
-                if shown.disable and time.monotonic() > told + _LINE_SECONDS:
-                    told = time.monotonic()
+                if shown.disable and time.monotonic() > reported_at + _LINE_SECONDS:
+                    reported_at = time.monotonic()
                     self.say(f"{name}: {in_units(num_bytes)} of {in_units(total)} are there")
 
             shown.initial = shown.n = self.num_bytes
@@ -79,13 +80,13 @@ class Download:
 
 
 def _is_beside(name: str) -> bool:
-    """Return True for a file beside the weights that is needed."""
+    """Return True for a needed file that has no weights, such as a config or a tokenizer."""
     is_index = name.endswith(".index.json") and name != INDEX
     return "/" not in name and _BESIDE.fullmatch(name) is not None and not is_index
 
 
 class Fetcher:
-    """Brings the files of one commit into the cache."""
+    """Downloader of the files of one commit into the cache."""
 
     def __init__(
         self, name: HubName, commit: str, cache: HubCache, files: Mapping[str, RemoteFile]
@@ -94,7 +95,7 @@ class Fetcher:
         self._stopped = Event()
 
     def fetch(self, download: Download, has_weights: bool) -> None:
-        """Download what is needed and not there yet."""
+        """Download the needed files that are not in the cache yet."""
         beside = [file for file in self._files.values() if _is_beside(file.name)]
         weights = [self._files[name] for name in self._weights()] if has_weights else []
         wanted = [*beside, *weights]
@@ -102,7 +103,8 @@ class Fetcher:
         def on_disk() -> int:
             return sum(self._cache.bytes_of(file, self._commit) for file in wanted)
 
-        total, download.num_bytes = sum(file.size for file in wanted), on_disk()
+        total = sum(file.size for file in wanted)
+        download.num_bytes = on_disk()
         if total > download.num_bytes:
             download.say(self._check_room(total, total - download.num_bytes))
         with download.bar(str(self._name), total) as advance:
@@ -110,7 +112,7 @@ class Fetcher:
                 self._run(group, lambda: advance(on_disk()))
 
     def _weights(self) -> Sequence[str]:
-        """Return the files with weights that are read."""
+        """Return the names of the weight files to download."""
         names = self._files
         if not any(name.endswith(".safetensors") for name in names):
             raise CheckpointError(f"{self._name}: {no_weights(names)}")
@@ -130,7 +132,7 @@ class Fetcher:
         )
 
     def _check_room(self, total: int, missing: int) -> str:
-        """Return a line about a download; raise if the cache's disk has too little room."""
+        """Return a line about the download; raise if the cache's disk has too little space."""
         folder = self._cache.folder
         existing = next(path for path in (folder, *folder.parents) if path.exists())
         free = shutil.disk_usage(existing).free
@@ -143,12 +145,12 @@ class Fetcher:
         return f"{self._name}: downloading {part} to {folder} ({in_units(free)} free)"
 
     def _run(self, files: Sequence[RemoteFile], tick: Callable[[], None]) -> None:
-        """Download files, several at a time; call `tick` meanwhile."""
+        """Download files in parallel; call `tick` regularly meanwhile."""
         with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
-            left = {pool.submit(self._fetch_file, file) for file in files}
+            running = {pool.submit(self._fetch_file, file) for file in files}
             try:
-                while left:
-                    done, left = wait(left, _TICK_SECONDS, FIRST_EXCEPTION)
+                while running:
+                    done, running = wait(running, _TICK_SECONDS, FIRST_EXCEPTION)
                     for future in done:
                         future.result()
                     tick()
@@ -162,35 +164,39 @@ class Fetcher:
             return
         if file.name.endswith(".safetensors"):
             self._fetch_blob(file)
-        self._file_of_library(file.name)  # which finds the blob and makes the link to it
+        self._file_of_library(file.name)  # finds the blob and links to it
 
     def _file_of_library(self, name: str) -> Path:
-        """Return a file in the snapshot, which the library has downloaded or found."""
+        """Return a file in the snapshot; huggingface_hub downloads it if it is not cached."""
         from huggingface_hub import hf_hub_download
 
-        repository, silent = self._name.repository, _silent_bar()
-        return Path(hf_hub_download(repository, name, revision=self._commit, tqdm_class=silent))
+        path = hf_hub_download(
+            self._name.repository, name, revision=self._commit, tqdm_class=_silent_bar()
+        )
+        return Path(path)
 
     def _fetch_blob(self, file: RemoteFile) -> None:
-        """Download the content of a file from where an earlier run was cut off."""
+        """Download the content of a file; resume where an earlier run was cut off."""
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
         url = hf_hub_url(self._name.repository, file.name, revision=self._commit)
-        found = get_hf_file_metadata(url, retry_on_errors=True)
-        if found.etag is None or (found.xet_file_data is not None and _reads_chunk_store()):
+        metadata = get_hf_file_metadata(url, retry_on_errors=True)
+        etag = metadata.etag
+        if etag is None or (metadata.xet_file_data is not None and _reads_chunk_store()):
             return
-        if not _ETAG.fullmatch(found.etag):
+        if not _ETAG.fullmatch(etag):
             raise CheckpointError(f"{self._name}: {url} has an ETag that names no file")
-        blob, partial = self._cache.blob(found.etag), self._cache.partial(found.etag)
-        for folder in (blob.parent, self._cache.lock(found.etag).parent):
+        blob = self._cache.blob(etag)
+        partial = self._cache.partial(etag)
+        for folder in (blob.parent, self._cache.lock(etag).parent):
             folder.mkdir(parents=True, exist_ok=True)
-        with _locked(self._cache.lock(found.etag), self._stopped):
+        with _locked(self._cache.lock(etag), self._stopped):
             if blob.exists():
                 return
             with partial.open("ab") as target:
-                begin = self._receive(url, target, found.size or file.size)
-            is_known = _SHA256.fullmatch(found.etag) is not None
-            if begin and is_known and _sha256(partial, self._stopped) != found.etag:
+                begin = self._receive(url, target, metadata.size or file.size)
+            is_sha256 = _SHA256.fullmatch(etag) is not None
+            if begin and is_sha256 and _sha256(partial, self._stopped) != etag:
                 partial.unlink()
                 raise CheckpointError(
                     f"{self._name}: {file.name} came out damaged when its download was continued; "
@@ -199,10 +205,11 @@ class Fetcher:
             partial.replace(blob)
 
     def _receive(self, url: str, target: BinaryIO, size: int) -> int:
-        """Download the rest of a file; return the bytes that were there before."""
+        """Download the missing bytes of a file; return the number of bytes it had before."""
         if target.tell() > size:
             target.truncate(0)
-        begin, num_failures = min(target.tell(), size), 0
+        begin = min(target.tell(), size)
+        num_failures = 0
         while target.seek(0, os.SEEK_END) < size:
             before = target.tell()
             try:
@@ -211,7 +218,7 @@ class Fetcher:
                     raise ConnectionResetError("the answer is too short")
             except Exception as error:
                 num_failures = 0 if target.tell() > before else num_failures + 1
-                if num_failures > _MOST_FAILURES or not may_pass(error):
+                if num_failures > _MAX_FAILURES or not is_transient(error):
                     raise
                 if self._stopped.wait(_FIRST_PAUSE_SECONDS * 2**num_failures):
                     raise
@@ -221,11 +228,12 @@ class Fetcher:
         return begin
 
     def _receive_once(self, url: str, target: BinaryIO) -> None:
-        """Append bytes from where a file ends, or all of it where parts are not sent."""
+        """Append the bytes after the end of a file; all bytes, if the server sends no ranges."""
         from huggingface_hub import get_session
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
-        headers, begin = {**build_hf_headers(), "Accept-Encoding": "identity"}, target.tell()
+        headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
+        begin = target.tell()
         if begin:
             headers["Range"] = f"bytes={begin}-"
         with get_session().stream(
@@ -234,11 +242,11 @@ class Fetcher:
             hf_raise_for_status(response)
             if begin and response.status_code != _PARTIAL_CONTENT:
                 target.truncate(0)
-            for piece in response.iter_bytes():
+            for data in response.iter_bytes():
                 if self._stopped.is_set():
                     raise CheckpointError("the download was stopped")
-                target.write(piece)
-                target.flush()  # so that a kill leaves what was received
+                target.write(data)
+                target.flush()  # so that received bytes survive a kill
 
 
 @contextmanager
@@ -274,10 +282,10 @@ def _reads_chunk_store() -> bool:
 
 
 def _silent_bar() -> Any:
-    """Return a class of progress bars that show nothing: there is one bar for all files."""
+    """Return a class of progress bars that show nothing, since one bar covers all files."""
 
     class Silent(tqdm):  # type: ignore[type-arg]
-        def __init__(self, *args: Any, **more: Any) -> None:
-            super().__init__(*args, **{**more, "disable": True})
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "disable": True})
 
     return Silent

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MAIN = "main"
-# As the hub allows them; a path such as `./x/y` or `x/y/z` is never one.
+# Names that the hub allows; a path such as `./x/y` or `x/y/z` does not match.
 _NAME = re.compile(
     r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>\w[\w./-]*))?", re.ASCII
 )
-_MOST_CHARACTERS = 96
+_MAX_CHARACTERS = 96
 _FOLDER = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")  # of a repository in a cache
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -33,31 +33,31 @@ class HubName:
 
 
 def hub_name(given: str | Path | None) -> HubName | None:
-    """Return the name on the hub that a text is; None for a path.
+    """Return the hub name that a text denotes; None for a path.
 
-    What exists here is a path, and so is a `Path`.
+    A `Path` and an existing file or directory are always paths.
     """
     if not isinstance(given, str) or os.path.lexists(given):
         return None
-    found = _NAME.fullmatch(given)
-    if found is None:
+    match = _NAME.fullmatch(given)
+    if match is None:
         return None
-    repository = found["repository"]
+    repository = match["repository"]
     is_valid = not ("--" in repository or ".." in given or repository.endswith((".git", ".")))
-    if not is_valid or len(repository) > _MOST_CHARACTERS:
+    if not is_valid or len(repository) > _MAX_CHARACTERS:
         return None
-    return HubName(repository, found["revision"] or MAIN)
+    return HubName(repository, match["revision"] or MAIN)
 
 
 def repository_folder(path: Path) -> Path | None:
-    """Return the repository's directory in a hub cache, for a snapshot in it; else None."""
+    """Return the repository's directory in the hub cache for a path to a snapshot; else None."""
     folder = path.absolute().parent.parent
     is_snapshot = path.absolute().parent.name == "snapshots" and _FOLDER.fullmatch(folder.name)
     return folder if is_snapshot else None
 
 
 def blob_digest(file: Path) -> str:
-    """Return the SHA-256 of a snapshot's file, which its blob is named by; empty if unknown."""
+    """Return the SHA-256 of a snapshot's file from the name of its blob; empty if unknown."""
     if repository_folder(file.parent) is None or not file.is_symlink():
         return ""
     name = file.readlink().name
@@ -65,7 +65,7 @@ def blob_digest(file: Path) -> str:
 
 
 def model_name(path: Path) -> str:
-    """Return a short name of the model in a directory: for a snapshot, the repository's."""
+    """Return the repository's name for a snapshot, and the directory's name otherwise."""
     folder = repository_folder(path)
-    found = folder and _FOLDER.fullmatch(folder.name)
-    return f"{found['owner']}/{found['name']}" if found else path.name
+    match = folder and _FOLDER.fullmatch(folder.name)
+    return f"{match['owner']}/{match['name']}" if match else path.name

@@ -1,7 +1,7 @@
 """`model.safetensors.index.json`: the file of every tensor of a Hugging Face directory.
 
-Where our converter has written it, its metadata also holds a digest of each tensor's bytes and one
-of them all, as in a manifest. Other programs take no notice of those.
+An index that our converter wrote also has digests in its metadata, as a manifest does: one of each
+tensor's bytes, and one of all. Other programs ignore them.
 """
 
 import json
@@ -15,7 +15,9 @@ from dsv3.errors import CheckpointError, shorten
 from dsv3.read_files import TABLE_BYTES, read_json
 
 _DIGESTS = "tensor_digests"
-_LONGEST_NAME, _LONGEST_PATH = 255, 3000  # bytes, on every file system that holds checkpoints
+# Longest name and path in bytes that every common file system allows.
+_LONGEST_NAME = 255
+_LONGEST_PATH = 3000
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +32,9 @@ def index_json(files: Mapping[str, str], total_size: int, digests: IndexDigests)
     """Return the text of an index.
 
     Args:
-        files: the file's name of each tensor.
+        files: file name of each tensor.
         total_size: bytes of all tensors.
-        digests: of the same tensors.
+        digests: digests of the same tensors.
     """
     metadata = {
         "total_size": total_size,

@@ -1,9 +1,9 @@
 """The journal of a conversion: its progress, the list of its files, and its lock.
 
-It is one file in the output directory, and only ever appended to. A file is named here before it is
-made, so that after a kill the converter's files and the user's can be told apart. A line about a
-tensor is written only after the tensor's bytes are on disk, so that a conversion killed at any
-moment goes on from its journal.
+The journal is one append-only file in the output directory. The name of a file is written to it
+before the file is created, so that after a kill the converter's files can be distinguished from the
+user's. The line of a tensor is written only after the tensor's bytes are on disk, so that a
+conversion killed at any moment can resume from its journal.
 """
 
 import json
@@ -22,7 +22,7 @@ from dsv3.errors import CheckpointError, os_errors_as
 from dsv3.files import is_at, lock
 
 JOURNAL = ".convert.journal"
-COMMIT_BYTES = 256 << 20  # work that a kill may cost
+COMMIT_BYTES = 256 << 20  # most finished work that a kill can lose
 _HEAD = b'{"plan": '
 
 
@@ -31,13 +31,13 @@ class JournalRecord:
     """The contents of a journal.
 
     Attributes:
-        plan: fingerprint of the plan that was begun last.
-        names: files that this and earlier conversions may have made, under their names or
-            temporary ones.
-        replaces: files of another checkpoint that go before those of this one get their names.
-        finished: tensors that are on disk, with their digests.
-        is_written: all files are complete, under temporary names. From here on, replaced files are
-            removed and the new ones get their names.
+        plan: fingerprint of the latest plan.
+        names: files that this and earlier conversions may have created, under final or temporary
+            names.
+        replaces: files of another checkpoint to remove before the new files are renamed.
+        finished: tensors on disk, with their digests.
+        is_written: all files are complete under temporary names; what remains is to remove
+            replaced files and to rename the new ones.
     """
 
     plan: str = ""
@@ -47,19 +47,21 @@ class JournalRecord:
     is_written: bool = False
 
     def fits(self, plan: Plan) -> bool:
-        """Return True if all of it can be of this plan; a journal may be damaged."""
+        """Return True if the journal is of this plan and not damaged."""
         return self.plan == plan.fingerprint and all(
             name in plan.tensors
-            and len(digests) == 1 + len(plan.tensors[name].slots)
+            and len(digests) == 1 + len(plan.tensors[name].slices)
             and all(isinstance(digest, str) for digest in digests)
             for name, digests in self.finished.items()
         )
 
-    def take(self, line: Any) -> None:
-        """Take in the next line."""
+    def apply(self, line: Any) -> None:
+        """Update the record with the next parsed line."""
         if isinstance(line, dict):
             if "plan" in line:
-                self.plan, self.finished, self.is_written = line["plan"], {}, False
+                self.plan = line["plan"]
+                self.finished = {}
+                self.is_written = False
             self.names |= {name for name in line.get("names", ()) if _is_inside(name)}
             self.replaces = [n for n in line.get("replaces", self.replaces) if _is_inside(n)]
             self.is_written = self.is_written or "written" in line
@@ -69,10 +71,10 @@ class JournalRecord:
 
 
 def read_record(folder: Path) -> JournalRecord:
-    """Read the journal in a directory; without one, nothing has begun.
+    """Return the record in a directory's journal; an empty one if there is no journal.
 
     Raises:
-        CheckpointError: a file of that name is no journal.
+        CheckpointError: a file of that name is not a journal.
     """
     path = folder / JOURNAL
     try:
@@ -89,18 +91,19 @@ def read_record(folder: Path) -> JournalRecord:
 
 
 def _parse(file: BinaryIO, path: Path) -> tuple[JournalRecord, int]:
-    """Return the contents of a journal, and how many of its bytes are whole lines."""
+    """Return the contents of a journal, and the length of its complete lines in bytes."""
     begin = file.read(len(_HEAD))
     if not _HEAD.startswith(begin):
         raise _foreign(path, "another program's file")
     file.seek(0)
-    record, length = JournalRecord(), 0
+    record = JournalRecord()
+    length = 0
     for line in file:
         try:
-            if not line.endswith(b"\n"):  # torn while it was written
+            if not line.endswith(b"\n"):  # incomplete: a kill interrupted the write
                 break
-            record.take(json.loads(line))
-        except (ValueError, TypeError, RecursionError):  # as a power cut may leave it
+            record.apply(json.loads(line))
+        except (ValueError, TypeError, RecursionError):  # damaged, as by a power cut
             break
         length += len(line)
     return record, length
@@ -115,8 +118,8 @@ def _foreign(path: Path, reason: str | None) -> CheckpointError:
     return CheckpointError(f"{path}: not the journal of a conversion ({reason}); move it away")
 
 
-class Journal(AbstractContextManager["Journal"]):
-    """A journal open for writing. Only one process may have it, which is the directory's lock.
+class ConversionJournal(AbstractContextManager["ConversionJournal"]):
+    """A journal open for writing; only one process can open it, so it locks the directory.
 
     Attributes:
         record: its contents.
@@ -128,15 +131,15 @@ class Journal(AbstractContextManager["Journal"]):
         self._pending_bytes = 0
         self._pool = ThreadPoolExecutor(1)
         self._commit: Future[None] | None = None
-        read_record(folder)  # refuses a file that is none
+        read_record(folder)  # raises for a file that is not a journal
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
         with os_errors_as(CheckpointError, f"{self._path}: cannot be written"):
             self._file = os.fdopen(os.open(self._path, flags, 0o644), "r+b")
         try:
             with os_errors_as(CheckpointError, f"{self._path}: cannot be locked"):
-                # One that has just been removed belongs to a conversion that has just ended.
-                number = self._file.fileno()
-                is_ours = lock(number) and is_at(number, self._path)
+                # If the file was removed meanwhile, another conversion has just ended.
+                descriptor = self._file.fileno()
+                is_ours = lock(descriptor) and is_at(descriptor, self._path)
             if not is_ours:
                 raise CheckpointError(f"{folder}: another conversion is writing here")
             self.record, length = _parse(self._file, self._path)
@@ -152,41 +155,43 @@ class Journal(AbstractContextManager["Journal"]):
         self._file.close()
 
     def begin(self, plan: str, names: Iterable[str], replaces: Iterable[str]) -> None:
-        """Begin with a plan; of earlier ones, only the names are remembered."""
-        self._note({"plan": plan, "names": sorted(names), "replaces": list(replaces)})
+        """Start a plan; only the file names of earlier plans are kept."""
+        self._append_line({"plan": plan, "names": sorted(names), "replaces": list(replaces)})
 
     def resume(self, names: Iterable[str], replaces: Iterable[str]) -> None:
-        """Go on with the same plan, perhaps with other files around it."""
+        """Resume the same plan; its side files and replaced files may have changed."""
         if not self.record.names.issuperset(names) or self.record.replaces != list(replaces):
-            self._note({"names": sorted(names), "replaces": list(replaces)})
+            self._append_line({"names": sorted(names), "replaces": list(replaces)})
 
     def end_writing(self) -> None:
-        """Note that all files are complete and on disk."""
-        self._note({"written": True})
+        """Record that all files are complete and on disk."""
+        self._append_line({"written": True})
 
-    def _note(self, line: dict[str, Any]) -> None:
+    def _append_line(self, line: dict[str, Any]) -> None:
         self._append([json.dumps(line)])
-        self.record.take(line)
+        self.record.apply(line)
 
     def add(self, name: str, digests: Digests, num_bytes: int, files: OutputFiles) -> None:
-        """Note a finished tensor; commit in the background once enough has come together."""
+        """Record a finished tensor; commit in the background after `COMMIT_BYTES` of them."""
         self.record.finished[name] = digests
         self._pending.append(json.dumps([name, digests]))
         self._pending_bytes += num_bytes
-        idle = self._commit is None or self._commit.done()
-        if self._pending_bytes >= COMMIT_BYTES and idle:
+        is_idle = self._commit is None or self._commit.done()
+        if self._pending_bytes >= COMMIT_BYTES and is_idle:
             self._wait()
             self._commit = self._pool.submit(self._sync_and_append, files, self._pending)
-            self._pending, self._pending_bytes = [], 0
+            self._pending = []
+            self._pending_bytes = 0
 
     def flush(self, files: OutputFiles) -> None:
-        """Wait until everything noted is on disk."""
+        """Wait until all recorded tensors are on disk."""
         self._wait()
         self._sync_and_append(files, self._pending)
-        self._pending, self._pending_bytes = [], 0
+        self._pending = []
+        self._pending_bytes = 0
 
     def remove(self) -> None:
-        """Delete the journal of a conversion that is done."""
+        """Delete the journal of a finished conversion."""
         self._path.unlink()
 
     def _wait(self) -> None:
@@ -198,7 +203,8 @@ class Journal(AbstractContextManager["Journal"]):
         self._append(lines)
 
     def _append(self, lines: Iterable[str]) -> None:
-        data, descriptor = "".join(f"{line}\n" for line in lines).encode(), self._file.fileno()
+        data = "".join(f"{line}\n" for line in lines).encode()
+        descriptor = self._file.fileno()
         with os_errors_as(CheckpointError, f"{self._path}: cannot be written"):
             while data:
                 data = data[os.write(descriptor, data) :]

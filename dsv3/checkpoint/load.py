@@ -1,8 +1,8 @@
-"""Fills a rank's model from a checkpoint: only its slices, straight into memory already allocated.
+"""Load a rank's slices of a checkpoint into the allocated parameters of its model.
 
-Where the stored type is the held type, bytes are read into the parameter itself. Else rows pass
-through a bounded buffer, converted or dequantized on the way. So loading needs the rank's shard
-and a few buffers, whatever the model's size.
+If a parameter has the stored dtype, bytes are read into it directly. Otherwise rows are converted
+or dequantized in a bounded buffer. So loading needs the memory of the rank's shard and of a few
+buffers, whatever the model's size.
 """
 
 from collections.abc import Iterable
@@ -30,8 +30,7 @@ from dsv3.parallel.weights import BLOCK, FP8, Target
 from dsv3_kernels import weight_dequant
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, FP8_DTYPE: FP8}
-# Bytes read at a time by each worker where values are converted on the way.
-_BUFFER = 16 << 20
+_BUFFER_BYTES = 16 << 20  # of each worker, for rows to convert
 _WORKERS = 4
 
 
@@ -53,11 +52,11 @@ def has_fp8_experts(source: Source) -> bool:
 
 
 def load_weights(source: Source, targets: Iterable[Target], layout: ParallelConfig) -> None:
-    """Read this rank's part of every target.
+    """Read this rank's slice of every target.
 
     Args:
         source: an open, checked checkpoint.
-        targets: memory to fill; all of it is filled.
+        targets: parameters to fill; each is filled completely.
         layout: this rank's place.
 
     Raises:
@@ -67,13 +66,13 @@ def load_weights(source: Source, targets: Iterable[Target], layout: ParallelConf
 
     with ThreadPoolExecutor(_WORKERS) as pool:
         loads = pool.map(lambda t: _load_target(source, t, specs[t.name], layout), targets)
-        list(loads)  # raises the first failure, and drops what waits behind it
+        list(loads)  # raises the first failure and cancels the loads after it
 
 
 def _load_target(source: Source, target: Target, spec: TensorSpec, layout: ParallelConfig) -> None:
-    # A routed expert may be held by any rank, and more than once.
+    # Expert placement may put a routed expert on any rank, and on several.
     region = whole(spec.shape) if spec.split is Split.EXPERT else shard_region(spec, layout)
-    assert region is not None, f"{target.name} is not held by rank {layout.rank}"
+    assert region is not None, f"rank {layout.rank} has no part of {target.name}"
     assert region_shape(region) == tuple(target.dest.shape), f"{target.name} {region=}"
     if not target.dest.numel():
         return
@@ -92,18 +91,18 @@ def _load_target(source: Source, target: Target, spec: TensorSpec, layout: Paral
 def _check_finite(source: Source, name: str, values: Tensor) -> None:
     """Raise CheckpointError if a tensor has NaN or infinity.
 
-    Most matrices are not checked: an infinity in them makes logits that are not finite, which
-    fails the row.
+    Most matrices are not checked: an infinity in them leads to infinite or NaN logits, which fail
+    the request.
     """
     if not values.isfinite().all():
         raise CheckpointError(
-            f"{source.where(name)}: tensor {name} has values that are NaN or infinite; "
+            f"{source.file_of(name)}: tensor {name} has values that are NaN or infinite; "
             "fetch or export it again"
         )
 
 
 def _load_fp8(source: Source, target: Target, region: Region) -> None:
-    """Keep FP8 rows with their covering scales, or dequantize them into the compute dtype."""
+    """Load FP8 rows with the scales of their blocks, or dequantize them to the target's dtype."""
     scale = torch.from_numpy(read_scales(source, target.name, scale_region(region)))
     _check_finite(source, scale_name(target.name), scale)
     col_offset = region[1][0] % BLOCK
@@ -114,23 +113,25 @@ def _load_fp8(source: Source, target: Target, region: Region) -> None:
         return
     for rows, part in _row_blocks(region, 1):
         first, last = (n - region[0][0] // BLOCK for n in scale_region(part)[0])
-        stored, offset = _read(source, target.name, part, FP8), part[0][0] % BLOCK
+        stored = _read(source, target.name, part, FP8)
+        offset = part[0][0] % BLOCK
         weight = weight_dequant(stored, scale[first:last], target.dest.dtype, offset, col_offset)
         target.dest[rows].copy_(weight)
 
 
 def _row_blocks(region: Region, itemsize: int) -> Iterable[tuple[slice, Region]]:
-    """Cut a region into runs of rows of at most `_BUFFER` bytes (at least one row)."""
-    (start, stop), rest = region[0], region[1:]
-    row_bytes = itemsize * int(np.prod(region_shape(rest), dtype=np.int64))
-    step = max(1, _BUFFER // row_bytes)
+    """Split a region into runs of rows of at most `_BUFFER_BYTES` (at least one row)."""
+    start, stop = region[0]
+    other_dims = region[1:]
+    row_bytes = itemsize * int(np.prod(region_shape(other_dims), dtype=np.int64))
+    step = max(1, _BUFFER_BYTES // row_bytes)
     for row in range(start, stop, step):
-        part = (row, min(row + step, stop))
-        yield slice(part[0] - start, part[1] - start), (part, *rest)
+        row_stop = min(row + step, stop)
+        yield slice(row - start, row_stop - start), ((row, row_stop), *other_dims)
 
 
 def _read(source: Source, name: str, region: Region, dtype: torch.dtype) -> Tensor:
-    """Return a region as a CPU tensor."""
+    """Return a region of a stored tensor as a CPU tensor."""
     out = torch.empty(region_shape(region), dtype=dtype)
     source.read(name, region, _memory(out))
     return out

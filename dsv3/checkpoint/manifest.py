@@ -1,9 +1,9 @@
-"""`manifest.json`: what a converted directory holds. Its presence says that nothing is missing.
+"""`manifest.json`: the contents of a converted directory; written last, once all files are there.
 
-It names the layout, every file with its size and digest, and every tensor with its type, shape,
-digest and slices. The digest of a tensor is over its bytes as one row-major whole, and
-`model_digest` is made of those, so both are the same in every layout. No paths and no dates: the
-same weights in the same layout make the same manifest.
+The manifest has the layout, every file with its size and digest, and every tensor with its type,
+shape, digest and slices. The digest of a tensor covers its bytes as one row-major whole, and
+`model_digest` covers these digests, so both are the same in every layout. There are no paths and no
+dates: the same weights in the same layout have the same manifest.
 """
 
 import json
@@ -33,8 +33,8 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
-    """A tensor of the model and where its slices are."""
+class TensorRecord:
+    """A tensor of the model and its slices."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -44,7 +44,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """One rank's file."""
+    """The file of one rank."""
 
     name: str
     num_bytes: int
@@ -53,15 +53,15 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """A converted directory; files in rank order, tensors in canonical order."""
+    """The contents of a converted directory; files in rank order, tensors in canonical order."""
 
     layout: ParallelConfig
     files: tuple[FileRecord, ...]
-    tensors: Mapping[str, Record]
+    tensors: Mapping[str, TensorRecord]
     model_digest: str
 
     def to_json(self) -> str:
-        """The text of the file, one line a tensor."""
+        """Return the text of the file, with one line per tensor."""
         layout = {name: getattr(self.layout, name) for name in ("world_size", "tp", "dp")}
         head = {**_KIND, "layout": layout, DIGEST_KEY: self.model_digest}
         files = [
@@ -83,7 +83,7 @@ class Manifest:
 
 
 def is_manifest(file: Path) -> bool:
-    """Return True if a file begins as those that `Manifest.to_json` makes."""
+    """Return True if a file begins like the output of `Manifest.to_json`."""
     begin = (json.dumps({"format": _KIND["format"]}, indent=1)[:-2]).encode()
     if not file.is_file():
         return False
@@ -92,7 +92,7 @@ def is_manifest(file: Path) -> bool:
 
 
 def rank_file(rank: int, world_size: int) -> str:
-    """The name of a rank's file, as DeepSeek's converter has it."""
+    """Return the name of a rank's file, the same as in DeepSeek's converter."""
     return f"model{rank}-mp{world_size}.safetensors"
 
 
@@ -100,7 +100,7 @@ def read_manifest(path: Path) -> Manifest:
     """Read a directory's manifest.
 
     Raises:
-        CheckpointError: it is damaged, or of another program or version.
+        CheckpointError: the manifest is damaged, or of another program or version.
     """
     file = path / MANIFEST
     data = read_json(file, CheckpointError, TABLE_BYTES, unique_keys=True)
@@ -124,8 +124,8 @@ def read_manifest(path: Path) -> Manifest:
     return manifest
 
 
-def _record_json(record: Record) -> dict[str, Any]:
-    """A shard is [rank] where it is the whole tensor, else [rank, region, digest]."""
+def _record_json(record: TensorRecord) -> dict[str, Any]:
+    """Return a tensor's JSON; a shard is [rank] if it is the whole, else [rank, region, digest]."""
     everything = whole(record.shape)
     shards = [
         [s.rank] if s.region == everything else [s.rank, s.region, s.digest] for s in record.shards
@@ -138,7 +138,7 @@ def _record_json(record: Record) -> dict[str, Any]:
     }
 
 
-def _record(item: Mapping[str, Any]) -> Record:
+def _record(item: Mapping[str, Any]) -> TensorRecord:
     shape, digest = tuple(map(_size, item["shape"])), _text(item["digest"])
     shards = tuple(
         Shard(_size(s[0]), whole(shape), digest)
@@ -149,7 +149,7 @@ def _record(item: Mapping[str, Any]) -> Record:
     dtype = _text(item["dtype"])
     if dtype not in DTYPE_BYTES:
         raise ValueError(f"dtype {dtype} is unknown")
-    return Record(dtype, shape, digest, shards)
+    return TensorRecord(dtype, shape, digest, shards)
 
 
 def _text(value: object) -> str:

@@ -1,12 +1,12 @@
-"""Tensor names: Hugging Face's are ours; those of DeepSeek's own converter are read too.
+"""Tensor names: Hugging Face's, to which the names of other programs are mapped.
 
-So are those of the text model in a multi-modal model or in another wrapper, and names without the
+These are DeepSeek's own converter, wrappers such as multi-modal models, and names without the
 prefix `model.`.
 """
 
 _SCALE = ".weight_scale_inv"
 _COMPRESSED_SCALE = ".weight_scale"  # the spelling of compressed-tensors, with the same meaning
-# Of multi-modal models; of state dicts of data-parallel (DDP) and of compiled modules.
+# Prefixes of multi-modal models, and in state dicts of data-parallel (DDP) and compiled modules.
 _WRAPPERS = ("model", "language_model", "module", "_orig_mod")
 _OF_THE_MODEL = ("layers", "embed_tokens", "norm", "lm_head")
 _VISION = ("vision_tower", "vision_model", "visual", "mm_projector", "multi_modal_projector")
@@ -35,12 +35,12 @@ FROM_DEEPSEEK = {
 
 
 def scale_name(weight: str) -> str:
-    """Name of the tensor that holds the inverse block scales of `weight`."""
+    """Return the name of the tensor with the inverse block scales of `weight`."""
     return weight.removesuffix(".weight") + _SCALE
 
 
 def weight_name(scale: str) -> str | None:
-    """Name of the weight that a scale tensor belongs to; None if `scale` is not one."""
+    """Return the name of the weight that a scale tensor belongs to; None for other tensors."""
     return scale.removesuffix(_SCALE) + ".weight" if scale.endswith(_SCALE) else None
 
 
@@ -64,7 +64,7 @@ def is_unused(name: str) -> bool:
 
 
 def plain_name(name: str) -> str:
-    """Return Hugging Face's name of a tensor with a missing prefix or a wrapper's prefix."""
+    """Return Hugging Face's name of a tensor whose prefix is missing or a wrapper's."""
     if not name.startswith("model.layers."):
         name = _without_wrappers(name)
     if name.endswith(_COMPRESSED_SCALE):
@@ -84,7 +84,7 @@ def _without_wrappers(name: str) -> str:
 
 
 def from_deepseek(name: str) -> str:
-    """DeepSeek's name to Hugging Face's. A name that is neither comes back as some unknown name."""
+    """Return Hugging Face's name for DeepSeek's; for other names, some unknown name."""
     parts = name.split(".")
     inner = parts.index("indexer") if "indexer" in parts else len(parts)
     outside = [FROM_DEEPSEEK.get(part, part) for part in parts[:inner]]

@@ -1,6 +1,6 @@
-"""What a conversion will write: every output file to the byte, and where each tensor goes.
+"""The plan of a conversion: every output file to the byte, and the place of each tensor in it.
 
-All of it follows from names, types and shapes; no tensor is read to make a plan.
+A plan follows from names, types and shapes alone; no tensor is read to make one.
 """
 
 import dataclasses
@@ -25,13 +25,13 @@ from dsv3.checkpoint.sharding import (
 from dsv3.config import ModelConfig, ParallelConfig, QuantizationConfig
 from dsv3.errors import ConfigError
 
-HF_FILE_BYTES = 5_000_000_000  # where Hugging Face splits files too
+HF_FILE_BYTES = 5_000_000_000  # the size at which Hugging Face splits files
 _NO_DIGEST = "0" * 64
 _LARGE = 64 << 20
 
 
 class Cast(Enum):
-    """What happens to weights on the way."""
+    """The type that weights are cast to; NONE keeps the stored type."""
 
     NONE = "none"
     BF16 = "bf16"
@@ -39,8 +39,8 @@ class Cast(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
-    """Where one slice of an output tensor goes."""
+class OutputSlice:
+    """One slice of an output tensor: the index of its file, its region, its offset in the file."""
 
     file: int
     region: Region
@@ -49,11 +49,11 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """A tensor to be written and its slices, one per file that holds some of it."""
+    """A tensor to write and its slices, one per file that holds a part of the tensor."""
 
     dtype: str
     shape: tuple[int, ...]
-    slots: tuple[Slot, ...]
+    slices: tuple[OutputSlice, ...]
 
     @property
     def num_bytes(self) -> int:
@@ -63,7 +63,7 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class OutputFile:
-    """A file to be written: its header, and where in it each tensor's slice begins."""
+    """A file to write: its header (`prefix`), and the offset of each tensor's slice."""
 
     name: str
     prefix: bytes
@@ -71,13 +71,13 @@ class OutputFile:
     num_bytes: int
 
     def signed(self, model_digest: str) -> bytes:
-        """The header with the model's digest in the place kept for it (rank files have one)."""
+        """Return the header with the model's digest in place of zeros (rank files hold one)."""
         return self.prefix.replace(_NO_DIGEST.encode(), model_digest.encode(), 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One tensor to be read, perhaps cast, and the tensors that come of it."""
+    """One tensor to read and cast, and the names of the output tensors it becomes."""
 
     name: str
     cast: Cast
@@ -90,8 +90,8 @@ class Plan:
 
     Attributes:
         config: of the model as it will be stored.
-        absent: weights that the source rightly lacks.
-        fingerprint: changes with anything that would change an output byte, or with the source.
+        absent: optional weights that the source does not hold.
+        fingerprint: changes if any output byte would change, or if a source file is replaced.
     """
 
     layout: ParallelConfig | None
@@ -114,7 +114,7 @@ class Plan:
 
     @property
     def is_cast(self) -> bool:
-        """Whether any weight changes its type."""
+        """True if any weight changes its type."""
         return any(job.cast is not Cast.NONE for job in self.jobs)
 
 
@@ -127,8 +127,8 @@ def make_plan(
     """Plan a conversion.
 
     Args:
-        source: an open checkpoint; it is held to its config first.
-        layout: whose rank files to write (its own rank does not matter); None writes a Hugging
+        source: an open checkpoint; it is checked against its config first.
+        layout: the ranks to write files for (its own `rank` is ignored); None writes a Hugging
             Face directory.
         cast: FP8 weights to BF16, or all weights that FP8 checkpoints quantize to FP8.
         scale_fmt: "ue8m0" makes the scales of a cast to FP8 powers of two.
@@ -145,8 +145,11 @@ def make_plan(
         has = "no FP8 weights" if cast is Cast.BF16 else "no weights that are not FP8 already"
         raise ConfigError(f"{source.path}: has {has}; nothing to cast")
     kinds = _output_kinds(source, jobs)
-    held = _hf_files(kinds) if layout is None else _rank_files(source, layout, kinds)
-    files, tensors = _lay_out(kinds, held, {} if layout is None else {DIGEST_KEY: _NO_DIGEST})
+    if layout is None:
+        files, tensors = _lay_out(kinds, _hf_files(kinds), {})
+    else:
+        contents = _rank_files(source, layout, kinds)
+        files, tensors = _lay_out(kinds, contents, {DIGEST_KEY: _NO_DIGEST})
     quantization = source.config.quantization
     if cast is not Cast.NONE:
         quantization = QuantizationConfig(scale_fmt=scale_fmt) if cast is Cast.FP8 else None
@@ -163,7 +166,7 @@ def make_plan(
 
 
 def _jobs(source: Source, cast: Cast) -> Iterator[Job]:
-    """In canonical order, scales after their weights."""
+    """Yield the jobs in canonical order, scales after their weights."""
     for spec in tensor_specs(source.config).values():
         if spec.name not in source.tensors:
             continue
@@ -180,11 +183,11 @@ def _jobs(source: Source, cast: Cast) -> Iterator[Job]:
 
 
 Kinds = dict[str, tuple[str, tuple[int, ...]]]
-Files = Iterator[tuple[str, dict[str, Region]]]  # names, and what is held of each tensor
+Files = Iterator[tuple[str, dict[str, Region]]]  # file names, and the region of each tensor in it
 
 
 def _output_kinds(source: Source, jobs: tuple[Job, ...]) -> Kinds:
-    """Type and shape of every output tensor, in canonical order."""
+    """Return type and shape of every output tensor, in canonical order."""
     kinds: Kinds = {}
     for job in jobs:
         info = source.tensors[job.name]
@@ -200,8 +203,8 @@ def _rank_files(source: Source, layout: ParallelConfig, kinds: Kinds) -> Files:
     for rank in range(layout.world_size):
         place = dataclasses.replace(layout, rank=rank)
         regions = {name: tensor_region(specs, name, place) for name in kinds}
-        held = {name: region for name, region in regions.items() if region is not None}
-        yield rank_file(rank, layout.world_size), held
+        present = {name: region for name, region in regions.items() if region is not None}
+        yield rank_file(rank, layout.world_size), present
 
 
 def _hf_files(kinds: Kinds) -> Files:
@@ -214,32 +217,33 @@ def _hf_files(kinds: Kinds) -> Files:
             room = HF_FILE_BYTES
         groups[-1][name] = whole(kind[1])
         room -= size
-    for index, held in enumerate(groups, 1):
-        yield f"model-{index:05d}-of-{len(groups):05d}.safetensors", held
+    for index, group in enumerate(groups, 1):
+        yield f"model-{index:05d}-of-{len(groups):05d}.safetensors", group
 
 
 def _lay_out(
-    kinds: Kinds, held_by: Files, notes: Mapping[str, str]
+    kinds: Kinds, contents: Files, metadata: Mapping[str, str]
 ) -> tuple[tuple[OutputFile, ...], dict[str, Output]]:
-    """Return the files to the byte, and where each tensor goes."""
+    """Return the files with their headers, and the slices of each tensor."""
     files: list[OutputFile] = []
-    slots: dict[str, list[Slot]] = {name: [] for name in kinds}
-    for index, (file, held) in enumerate(held_by):
-        parts = [(name, kinds[name][0], region_shape(region)) for name, region in held.items()]
-        prefix, offsets = make_header(parts, notes)
+    slices: dict[str, list[OutputSlice]] = {name: [] for name in kinds}
+    for index, (file, regions) in enumerate(contents):
+        parts = [(name, kinds[name][0], region_shape(region)) for name, region in regions.items()]
+        prefix, offsets = make_header(parts, metadata)
         size = len(prefix) + sum(tensor_bytes(dtype, shape) for _, dtype, shape in parts)
         files.append(OutputFile(file, prefix, offsets, size))
         for name, offset in offsets.items():
-            slots[name].append(Slot(index, held[name], offset))
-    return tuple(files), {name: Output(*kinds[name], tuple(slots[name])) for name in kinds}
+            slices[name].append(OutputSlice(index, regions[name], offset))
+    return tuple(files), {name: Output(*kinds[name], tuple(slices[name])) for name in kinds}
 
 
 def _reading_order(
     source: Source, jobs: tuple[Job, ...], tensors: Mapping[str, Output]
 ) -> tuple[Job, ...]:
-    """The largest tensors first, since one worker does each; the rest as they lie on disk.
+    """Return jobs with the largest tensors first, the others in the order they have on disk.
 
-    Tensors for different files take turns: workers that write to one file wait for each other.
+    The largest go first because one worker handles a whole tensor. Tensors for different files
+    alternate, because workers that write to the same file wait for each other.
     """
 
     def key(job: Job) -> tuple[int, str, int]:
@@ -249,14 +253,14 @@ def _reading_order(
 
     by_file: dict[int, list[Job]] = {}
     for job in sorted(jobs, key=key):
-        slots = tensors[job.outputs[0]].slots
-        by_file.setdefault(slots[0].file if len(slots) == 1 else -1, []).append(job)
+        slices = tensors[job.outputs[0]].slices
+        by_file.setdefault(slices[0].file if len(slices) == 1 else -1, []).append(job)
     turns = zip_longest(*by_file.values())
     return tuple(job for turn in turns for job in turn if job is not None)
 
 
 def fingerprint(source: Source, config: ModelConfig, files: tuple[OutputFile, ...]) -> str:
-    """Return a name for a plan; it changes when a source file is replaced, or with the plan."""
+    """Return the fingerprint of a plan; it also changes when a source file is replaced."""
     total = hashlib.sha256(f"{config}\n".encode())
     for path in sorted({piece.file for t in source.tensors.values() for piece in t.pieces}):
         status = path.stat()

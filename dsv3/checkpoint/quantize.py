@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 BLOCK = 128
 FP8_MAX = 448.0
-BF16_INFINITY = np.uint16(0x7F80)  # its bits; NaN has all of them too
+BF16_INFINITY = np.uint16(0x7F80)  # bits of infinity; all are also set in NaN
 _SMALLEST_NORMAL = 2.0**-6
 
 F32 = npt.NDArray[np.float32]
@@ -19,7 +19,7 @@ U16 = npt.NDArray[np.uint16]
 
 
 def fp8_values() -> F32:
-    """The 256 values of e4m3 (fn: no infinities, one NaN of either sign)."""
+    """Return the 256 values of e4m3fn (no infinities, one NaN of each sign)."""
     codes = np.arange(128)
     exponent, mantissa = codes >> 3, codes & 7
     values = np.where(
@@ -38,12 +38,12 @@ def to_bf16(x: F32) -> U16:
 
 
 def from_bf16(x: U16) -> F32:
-    """Widen BF16, exactly."""
+    """Convert BF16 to float32, exactly."""
     return (x.astype(np.uint32) << 16).view(np.float32)
 
 
 def to_fp8(x: F32) -> U8:
-    """Round to the nearest e4m3, ties to even; beyond +-448 is +-448, NaN is NaN."""
+    """Round to the nearest e4m3, ties to even; clamp to +-448; keep NaN."""
     size = np.minimum(np.abs(x), np.float32(FP8_MAX))
     bits = size.view(np.uint32)
     code = (bits + (0x7FFFF + ((bits >> 20) & 1))) >> 20
@@ -56,13 +56,16 @@ def to_fp8(x: F32) -> U8:
 
 
 def dequantize(w_FD: U8, scale_fd: F32) -> U16:
-    """FP8 rows that begin at a block to BF16: value * scale of the block, rounded once.
+    """Dequantize FP8 rows that begin at a block: value * scale of the block, rounded once.
 
     Args:
         w_FD: [F, D] e4m3 codes; the last blocks may be ragged.
         scale_fd: [ceil(F / 128), ceil(D / 128)].
+
+    Returns:
+        [F, D] BF16 values as uint16.
     """
-    # A block has at most 256 different values: compute those, then look up.
+    # A block has at most 256 different values, so compute these and look the others up.
     table = to_bf16((scale_fd[..., None] * fp8_values()).astype(np.float32))
     out = np.empty(w_FD.shape, np.uint16)
     for f, d in np.ndindex(scale_fd.shape):
@@ -72,10 +75,10 @@ def dequantize(w_FD: U8, scale_fd: F32) -> U16:
 
 
 def quantize(x_FD: F32, scale_fmt: str | None = None) -> tuple[U8, F32]:
-    """Quantize rows that begin at a block as DeepSeek's published weights are.
+    """Quantize rows that begin at a block, as in DeepSeek's published weights.
 
-    scale = max|x| / 448 of each block (1 where all is zero), "ue8m0": the next power of two;
-    q = x / scale.
+    scale = max|x| / 448 of each block (1 for a block of zeros); with "ue8m0", rounded up to a power
+    of two; q = x / scale.
 
     Args:
         x_FD: [F, D] fp32; ragged edges count as zeros.

@@ -1,7 +1,7 @@
 """One reader for every kind of checkpoint directory: `Source.read(name, region)`.
 
-Files are read with `preadv` straight into the caller's memory. Nothing is mapped: pages of a
-mapped file count as resident memory until it is unmapped.
+Files are read with `preadv` directly into the caller's memory, not mapped: pages of a mapped file
+count as resident memory until it is unmapped.
 """
 
 import os
@@ -21,15 +21,15 @@ from dsv3.config import ModelConfig
 from dsv3.errors import CheckpointError, os_errors_as
 from dsv3.read_files import open_regular
 
-_AT_ONCE = 16 << 20  # bytes of one system call, so that progress is seen on a slow disk
-_STAGING = 8 << 20  # bytes read at once where columns must be cut out of rows
+_CALL_BYTES = 16 << 20  # most bytes of one system call, so that progress is visible on a slow disk
+_STAGING_BYTES = 8 << 20  # of the buffer for rows from which columns are copied
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A contiguous run of bytes in a file that holds one region, row-major.
+    """A contiguous byte range in a file with one region of a tensor, row-major.
 
-    `digest` is of those bytes where a manifest tells it, else empty.
+    `digest` covers these bytes if there is a manifest; otherwise it is empty.
     """
 
     file: Path
@@ -40,7 +40,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """A tensor and the pieces it can be read from; `dtype` as safetensors spells it."""
+    """A tensor and the pieces it can be read from; `dtype` is safetensors' name."""
 
     name: str
     dtype: str
@@ -56,14 +56,14 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class _Version:
-    """Of a file, as far as its size and its last change show."""
+    """Size and modification time of a file, to detect a change."""
 
     size: int
     changed_ns: int
 
 
 def _version(file: Path | int) -> _Version | None:
-    """Return the version of a file; None where it is not here."""
+    """Return the version of a file; None if it does not exist."""
     try:
         status = os.stat(file)
     except OSError:
@@ -74,15 +74,15 @@ def _version(file: Path | int) -> _Version | None:
 class Source(AbstractContextManager["Source"]):
     """A checkpoint directory that can be read slice by slice, from any number of threads.
 
-    Where a manifest tells digests, a piece that is read whole in one call is held to its own.
+    A piece with a digest that is read whole in one call is checked against it.
 
     Attributes:
         path: the directory.
-        config: of the model, corrected where the stored tensors contradict it.
-        tensors: every tensor by its Hugging Face name.
-        model_digest: of all weights, where a manifest tells it; else empty.
-        bytes_read: bytes of tensors read so far: a sign of progress, not an exact count.
-        declared: the config as given, for messages.
+        config: the model's config, corrected if the stored tensors contradict it.
+        tensors: all tensors by Hugging Face name.
+        model_digest: digest of all weights if there is a manifest; otherwise empty.
+        bytes_read: approximate number of bytes read so far, to report progress.
+        declared: the config before corrections, for messages.
         num_unused: number of stored tensors that the text model does not use.
     """
 
@@ -122,8 +122,8 @@ class Source(AbstractContextManager["Source"]):
         """Bytes of all tensors, each counted once."""
         return sum(info.num_bytes for info in self.tensors.values())
 
-    def where(self, name: str) -> Path:
-        """The (first) file that holds a tensor."""
+    def file_of(self, name: str) -> Path:
+        """Return the file with a tensor's first piece."""
         return self.tensors[name].pieces[0].file
 
     def read(
@@ -133,15 +133,15 @@ class Source(AbstractContextManager["Source"]):
 
         Args:
             name: Hugging Face name.
-            region: the whole tensor if left out.
-            out: writable memory of exactly the region's bytes, such as a tensor's own; made anew
-                if left out.
+            region: region to read; the whole tensor by default.
+            out: writable memory of exactly the region's bytes, such as a tensor's; allocated by
+                default.
 
         Returns:
             `out`, as bytes.
 
         Raises:
-            CheckpointError: no such tensor, or a file that cannot be read.
+            CheckpointError: the tensor does not exist, or a file cannot be read.
         """
         if name not in self.tensors:
             raise CheckpointError(f"{self.path}: tensor {name} is missing")
@@ -155,9 +155,9 @@ class Source(AbstractContextManager["Source"]):
         return buffer
 
     def stream(self, info: TensorInfo, piece: Piece, block_bytes: int) -> Iterator[memoryview]:
-        """Yield the bytes of one piece as they are stored, a block at a time.
+        """Yield the stored bytes of one piece in blocks of at most `block_bytes`.
 
-        A block is valid until the next one is asked for.
+        A block is valid until the next one is requested.
         """
         size = tensor_bytes(info.dtype, region_shape(piece.region))
         buffer = memoryview(bytearray(min(block_bytes, size)))
@@ -174,37 +174,38 @@ class Source(AbstractContextManager["Source"]):
         for piece in info.pieces:
             if not missing:
                 return
-            held, rest = Box.of(piece.region, itemsize), []
-            for want in missing:
-                part = want.meet(held)
-                if part.empty:
-                    rest.append(want)
+            piece_box = Box.of(piece.region, itemsize)
+            still_missing: list[Box] = []
+            for wanted in missing:
+                part = wanted.intersection(piece_box)
+                if part.is_empty:
+                    still_missing.append(wanted)
                     continue
-                rest += want.minus(part)
+                still_missing += wanted.minus(part)
                 view = target[
                     part.row - box.row : part.row_stop - box.row,
                     part.col - box.col : part.col_stop - box.col,
                 ]
-                self._read_box(info.name, piece, held, part, view)
-            missing = rest
+                self._read_box(info.name, piece, piece_box, part, view)
+            missing = still_missing
         if missing:
             raise CheckpointError(f"{self.path}: tensor {info.name} lacks {list(missing[0])}")
 
     def _read_box(
-        self, name: str, piece: Piece, held: Box, part: Box, view: npt.NDArray[np.uint8]
+        self, name: str, piece: Piece, piece_box: Box, part: Box, view: npt.NDArray[np.uint8]
     ) -> None:
-        """Read a part of what a piece holds into `view`; all of it is held to its digest."""
-        width = held.col_stop - held.col
-        first = piece.offset + (part.row - held.row) * width
-        digest = Digest() if piece.digest and part == held else None
+        """Read a part of a piece into `view`; if it is the whole piece, check its digest."""
+        width = piece_box.col_stop - piece_box.col
+        first = piece.offset + (part.row - piece_box.row) * width
+        digest = Digest() if piece.digest and part == piece_box else None
         if view.shape[1] == width and view.flags.c_contiguous:
             self._read_bytes(piece.file, first, view.data.cast("B"))
             if digest:
                 digest.update(view.data.cast("B"))
         else:
-            rows = max(1, _STAGING // width)
+            rows = max(1, _STAGING_BYTES // width)
             staging = np.empty((min(rows, len(view)), width), np.uint8)
-            left = part.col - held.col
+            left = part.col - piece_box.col
             for row in range(0, len(view), rows):
                 block = staging[: len(view) - row]
                 self._read_bytes(piece.file, first + row * width, block.data.cast("B"))
@@ -218,10 +219,11 @@ class Source(AbstractContextManager["Source"]):
             )
 
     def _read_bytes(self, file: Path, offset: int, out: memoryview) -> None:
-        descriptor, done = self._descriptor(file), 0
+        descriptor = self._descriptor(file)
+        done = 0
         with os_errors_as(CheckpointError, f"{file}: cannot be read"):
             while done < len(out):
-                count = os.preadv(descriptor, [out[done : done + _AT_ONCE]], offset + done)
+                count = os.preadv(descriptor, [out[done : done + _CALL_BYTES]], offset + done)
                 if not count:
                     raise CheckpointError(f"{file}: ends at byte {offset + done}; fetch it again")
                 done += count
@@ -237,8 +239,9 @@ class Source(AbstractContextManager["Source"]):
             return self._files[file]
 
     def _check_version(self, file: Path) -> None:
-        """Raise CheckpointError if a file is not the one of which the header was read."""
-        old, new = self._versions[file], _version(self._files[file])
+        """Raise CheckpointError if a file has changed since its header was read."""
+        old = self._versions[file]
+        new = _version(self._files[file])
         if old is None or new is None or old == new:
             return
         if new.size < old.size:

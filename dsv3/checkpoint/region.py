@@ -8,17 +8,17 @@ Region = tuple[tuple[int, int], ...]
 
 
 def whole(shape: Sequence[int]) -> Region:
-    """The region of a whole tensor."""
+    """Return the region that covers a whole tensor."""
     return tuple((0, size) for size in shape)
 
 
 def region_shape(region: Region) -> tuple[int, ...]:
-    """Lengths of a region."""
+    """Return the shape of a region."""
     return tuple(stop - start for start, stop in region)
 
 
 class Box(NamedTuple):
-    """A region as rows x bytes within a row."""
+    """A region in rows and bytes within a row."""
 
     row: int
     row_stop: int
@@ -27,18 +27,18 @@ class Box(NamedTuple):
 
     @classmethod
     def of(cls, region: Region, itemsize: int) -> "Box":
-        """The box of a region of a tensor with at most two dimensions."""
+        """Return the box of a region with at most two dimensions."""
         assert len(region) <= 2, f"{region=}"
         (row, row_stop), (col, col_stop) = ((0, 1),) * (2 - len(region)) + region
         return cls(row, row_stop, col * itemsize, col_stop * itemsize)
 
     @property
-    def empty(self) -> bool:
-        """Whether nothing is in it."""
+    def is_empty(self) -> bool:
+        """True if the box has no bytes."""
         return self.row >= self.row_stop or self.col >= self.col_stop
 
-    def meet(self, other: "Box") -> "Box":
-        """What two boxes share, possibly nothing."""
+    def intersection(self, other: "Box") -> "Box":
+        """Return the intersection of two boxes, which may be empty."""
         return Box(
             max(self.row, other.row),
             min(self.row_stop, other.row_stop),
@@ -47,11 +47,11 @@ class Box(NamedTuple):
         )
 
     def minus(self, part: "Box") -> "list[Box]":
-        """What is left around a part of this box."""
-        rest = [
+        """Return the boxes that remain around a part of this box."""
+        boxes = [
             self._replace(row_stop=part.row),
             self._replace(row=part.row_stop),
             part._replace(col=self.col, col_stop=part.col),
             part._replace(col=part.col_stop, col_stop=self.col_stop),
         ]
-        return [box for box in rest if not box.empty]
+        return [box for box in boxes if not box.is_empty]

@@ -1,4 +1,4 @@
-"""A conversion plan in words, for `--dry-run`."""
+"""Description of a conversion plan, for `--dry-run`."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from dsv3.checkpoint.sharding import FP8_DTYPE
 
 
 def in_units(num_bytes: float) -> str:
-    """Bytes in decimal units, as disks and published checkpoints are measured."""
+    """Return a number of bytes in decimal units, as used for disks and published checkpoints."""
     for unit in ("B", "kB", "MB"):
         if num_bytes < 1000:
             return f"{num_bytes:.3g} {unit}"
@@ -24,8 +24,9 @@ def describe(source: Source, plan: Plan, needed: int, free: int) -> Iterator[str
     read = _tensors(len(source.tensors), source.num_bytes)
     yield f"from: {source.path}: {source.config.model_type}, {read}"
     kinds = Counter(output.dtype for output in plan.tensors.values())
-    what = ", ".join(f"{count} {dtype}" for dtype, count in sorted(kinds.items()))
-    yield f"to:   {_tensors(len(plan.tensors), plan.num_bytes)} in {len(plan.files)} files ({what})"
+    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in sorted(kinds.items()))
+    tensors = _tensors(len(plan.tensors), plan.num_bytes)
+    yield f"to:   {tensors} in {len(plan.files)} files ({dtypes})"
     if plan.layout is not None and plan.layout.dp > 1:
         yield f"for:  tp={plan.layout.tp} x dp={plan.layout.dp}, experts over all ranks"
     for file in plan.files:
@@ -41,24 +42,26 @@ def describe(source: Source, plan: Plan, needed: int, free: int) -> Iterator[str
 
 
 def _shared(plan: Plan) -> Iterator[str]:
-    """What is held more than once, and where FP8 blocks are cut."""
+    """Yield lines about replicated tensors, and about slices that begin inside an FP8 block."""
     cut: list[str] = []
     copies: dict[str, list[str]] = {"on every rank": [], "in every group": []}
     extra: Counter[str] = Counter()
     for name, output in plan.tensors.items():
-        held = [tensor_bytes(output.dtype, region_shape(slot.region)) for slot in output.slots]
-        is_whole = output.slots[0].region == whole(output.shape)
-        if len(held) > 1 and (is_whole or (plan.layout is not None and plan.layout.dp > 1)):
-            where = "on every rank" if is_whole else "in every group"
-            copies[where].append(name)
-            extra[where] += sum(held) - output.num_bytes
-        starts = (start for slot in output.slots for start, _ in slot.region)
+        sizes = [tensor_bytes(output.dtype, region_shape(part.region)) for part in output.slices]
+        is_whole = output.slices[0].region == whole(output.shape)
+        if len(sizes) > 1 and (is_whole or (plan.layout is not None and plan.layout.dp > 1)):
+            place = "on every rank" if is_whole else "in every group"
+            copies[place].append(name)
+            extra[place] += sum(sizes) - output.num_bytes
+        starts = (start for part in output.slices for start, _ in part.region)
         if output.dtype == FP8_DTYPE and any(start % 128 for start in starts):
             cut.append(name)
-    for where, names in copies.items():
+    for place, names in copies.items():
         if names:
-            more = f"{in_units(extra[where])} beyond one copy ({names[0]}, ...)"
-            yield f"replicated {where}: {len(names)} tensors, {more}"
+            yield (
+                f"replicated {place}: {len(names)} tensors, {in_units(extra[place])} beyond one "
+                f"copy ({names[0]}, ...)"
+            )
     if cut:
         yield (
             f"slices that begin inside a 128-block: {len(cut)} FP8 weights ({cut[0]}, ...); rows "

@@ -12,7 +12,7 @@ from typing import Any
 from dsv3.errors import CheckpointError, os_errors_as, shorten
 from dsv3.read_files import open_regular, parse_json
 
-# The format's dtypes, whether this project computes with them or not.
+# All dtypes of the format, including those that this project does not compute with.
 DTYPE_BYTES = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
@@ -22,8 +22,8 @@ DTYPE_BYTES = {
 }
 _DTYPE_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}  # values that share bytes
 _KNOWN_DTYPES = DTYPE_BYTES.keys() | _DTYPE_BITS.keys()
-MAX_HEADER = 100_000_000  # what the reference implementation accepts
-MAX_DIMS = 64  # what torch accepts
+MAX_HEADER = 100_000_000  # the limit of the reference implementation
+MAX_DIMS = 64  # the limit of torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +36,12 @@ class Entry:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the tensor."""
+        """Size of the tensor in bytes."""
         return tensor_bytes(self.dtype, self.shape)
 
 
 def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
-    """Bytes of a contiguous tensor."""
+    """Return the size of a contiguous tensor in bytes."""
     if dtype in _DTYPE_BITS:
         return -(-math.prod(shape) * _DTYPE_BITS[dtype] // 8)
     return math.prod(shape) * DTYPE_BYTES[dtype]
@@ -49,7 +49,7 @@ def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a file says of itself: `prefix` is all its bytes before the tensors."""
+    """The parsed header of a file; `prefix` is all bytes before the tensors."""
 
     entries: dict[str, Entry]
     metadata: dict[str, str]
@@ -58,10 +58,9 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Read where each tensor of a file lies.
+    """Read the header of a file: type, shape and offset of each tensor.
 
-    As in the reference implementation, the tensors fill the file without a gap, and no byte of it
-    belongs to two of them.
+    As in the reference implementation, the tensors must fill the file without gaps or overlaps.
 
     Raises:
         CheckpointError: the file is missing, truncated, or no safetensors file.
@@ -114,7 +113,7 @@ def _entry(path: Path, name: str, item: object, base: int) -> Entry:
 
 
 def _sizes(field: str, value: Any, least: int, most: int) -> tuple[int, ...]:
-    """Return a list of sizes that 64 bits hold."""
+    """Return a list of sizes, checked to fit 63 bits."""
     is_list = isinstance(value, list) and least <= len(value) <= most
     if not is_list or not all(type(size) is int and 0 <= size < 1 << 63 for size in value):
         raise ValueError(f"its {field} is not a list of sizes")
@@ -122,7 +121,7 @@ def _sizes(field: str, value: Any, least: int, most: int) -> tuple[int, ...]:
 
 
 def _check_layout(path: Path, entries: Mapping[str, Entry], begin: int, size: int) -> None:
-    """Refuse tensors that overlap or end behind the file, and bytes that belong to no tensor."""
+    """Raise CheckpointError for overlaps, tensors beyond the end, and bytes of no tensor."""
     ordered = sorted(entries.items(), key=lambda item: (item[1].offset, item[1].num_bytes))
     for (before, first), (after, second) in pairwise(ordered):
         if second.offset < first.offset + first.num_bytes:
@@ -130,7 +129,7 @@ def _check_layout(path: Path, entries: Mapping[str, Entry], begin: int, size: in
     end = max((entry.offset + entry.num_bytes for entry in entries.values()), default=begin)
     if end > size:
         raise CheckpointError(
-            f"{path}: truncated: {size} bytes, its header tells of {end}; fetch it again"
+            f"{path}: truncated: {size} bytes, its header needs {end}; fetch it again"
         )
     unused = size - begin - sum(entry.num_bytes for entry in entries.values())
     if unused:
@@ -140,16 +139,14 @@ def _check_layout(path: Path, entries: Mapping[str, Entry], begin: int, size: in
 def make_header(
     tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
 ) -> tuple[bytes, dict[str, int]]:
-    """Lay out a file.
+    """Return the header of a file, and the offset of each tensor in the file, in file order.
 
-    Wide elements come first, so that each tensor is aligned; otherwise the order given is kept.
+    Tensors with wide elements come first, so that each one is aligned; otherwise the given order is
+    kept.
 
     Args:
-        tensors: (name, dtype, shape) of each.
-        metadata: the file's own notes, beside the "format" that loaders look for.
-
-    Returns:
-        the bytes the file begins with, and each tensor's offset in the file, in file order.
+        tensors: (name, dtype, shape) of each tensor.
+        metadata: entries beside the "format" that loaders look for.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     starts: dict[str, int] = {}

@@ -27,7 +27,7 @@ def read_scales(source: Source, weight: str, region: Region) -> F32:
 
 
 def _widen(stored: npt.NDArray[np.uint8], dtype: str) -> F32:
-    """Return the exact values of stored bytes; U8 is E8M0 that its writer had no type for."""
+    """Return stored scales as float32, exactly; U8 is E8M0 from writers without that type."""
     if dtype in ("F8_E8M0", "U8"):
         return _powers_of_two(stored)
     if dtype == "BF16":
@@ -44,10 +44,10 @@ def _powers_of_two(stored: npt.NDArray[np.uint8]) -> F32:
 def stored_quantization(
     declared: QuantizationConfig | None, tensors: Mapping[str, TensorInfo]
 ) -> QuantizationConfig | None:
-    """Return how the tensors are quantized, which a config may state wrongly.
+    """Return the quantization of the stored tensors, which may differ from the declared one.
 
-    One scale per 128 x 128 block is the only supported form. Without a declared format, scales are
-    powers of two if their dtype can hold nothing else.
+    One scale per 128 x 128 block is the only supported format. Without a declared quantization,
+    scales are powers of two if their dtype has no other values.
     """
     scales = [tensors.get(scale_name(n)) for n, t in tensors.items() if t.dtype == FP8_DTYPE]
     if not scales or declared is not None:

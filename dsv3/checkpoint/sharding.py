@@ -1,9 +1,8 @@
-"""The one truth about which tensors a model has and which slice of each a rank owns.
+"""The tensors of a model and each rank's slice of them; used by converter and loader.
 
-Converter and loader both ask here. Weights are named as Hugging Face names them; an FP8 weight is
-accompanied by `weight_scale_inv`, one inverse scale per 128x128 block, sliced so that it covers
-the weight's slice. Where a slice begins inside a block, the block offset is
-`region.start % 128` and the two neighbouring ranks both hold that block's scale.
+Weights have Hugging Face's names. An FP8 weight comes with `weight_scale_inv`, one inverse scale
+per 128x128 block; its slice covers the weight's slice. If a slice begins inside a block, the
+offset in the block is `region.start % 128`, and both neighbouring ranks hold that block's scale.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,7 +22,7 @@ BLOCK = 128  # rows and columns that share a scale
 
 
 class Split(Enum):
-    """How ranks share a tensor: rows or columns over tp, whole experts over ep, or all of it."""
+    """Split of a tensor over ranks: rows or columns over tp, whole experts over ep, or none."""
 
     NONE = "none"
     ROWS = "rows"
@@ -33,13 +32,13 @@ class Split(Enum):
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A weight the model must have.
+    """A weight of the model.
 
     Attributes:
-        expert: which of `num_experts` routed experts it belongs to, else None.
-        quantizable: whether FP8 checkpoints may store it in blocks with scales.
-        mtp: whether it belongs to a multi-token-prediction layer.
-        unit: its slices begin at multiples of so many rows or columns.
+        expert: index of the routed expert (of `num_experts`) that it belongs to; None for others.
+        quantizable: True if FP8 checkpoints store it in FP8 with block scales.
+        mtp: True if it belongs to a multi-token-prediction layer.
+        unit: slices begin at multiples of this number of rows or columns.
     """
 
     name: str
@@ -54,13 +53,12 @@ class TensorSpec:
 
 @cache
 def tensor_specs(config: ModelConfig) -> Mapping[str, TensorSpec]:
-    """Every weight of the model in canonical order, MTP and indexer included, scales not."""
+    """Return all weights of the model in canonical order, with MTP and indexer, without scales."""
     hidden, vocab = config.hidden_size, config.vocab_size
     specs = [TensorSpec("model.embed_tokens.weight", (vocab, hidden), Split.ROWS)]
     for layer in range(config.num_hidden_layers + config.num_nextn_predict_layers):
         mtp = layer >= config.num_hidden_layers
-        own = _layer_specs(config, layer, mtp)
-        specs.extend((replace(spec, mtp=True) for spec in own) if mtp else own)
+        specs += [replace(spec, mtp=mtp) for spec in _layer_specs(config, layer, mtp)]
     specs.append(TensorSpec("model.norm.weight", (hidden,)))
     specs.append(TensorSpec("lm_head.weight", (vocab, hidden), Split.ROWS))
     return MappingProxyType({spec.name: spec for spec in specs})
@@ -129,8 +127,11 @@ def _moe_specs(config: ModelConfig, prefix: str) -> Iterator[TensorSpec]:
 
 
 def _mlp_shapes(hidden: int, width: int) -> tuple[tuple[str, tuple[int, int], Split], ...]:
-    wide, narrow = ((width, hidden), Split.ROWS), ((hidden, width), Split.COLS)
-    return ("gate_proj", *wide), ("up_proj", *wide), ("down_proj", *narrow)
+    return (
+        ("gate_proj", (width, hidden), Split.ROWS),
+        ("up_proj", (width, hidden), Split.ROWS),
+        ("down_proj", (hidden, width), Split.COLS),
+    )
 
 
 def _mlp_specs(config: ModelConfig, prefix: str, width: int) -> Iterator[TensorSpec]:
@@ -140,7 +141,7 @@ def _mlp_specs(config: ModelConfig, prefix: str, width: int) -> Iterator[TensorS
 
 
 def shard_region(spec: TensorSpec, layout: ParallelConfig) -> Region | None:
-    """The slice of a weight that a rank holds (possibly empty); None if it holds nothing of it."""
+    """Return a rank's slice of a weight, which may be empty; None for an expert of other ranks."""
     if spec.split is Split.EXPERT:
         assert spec.expert is not None
         start, stop = split_range(spec.num_experts, layout.ep, layout.ep_rank)
@@ -154,7 +155,7 @@ def shard_region(spec: TensorSpec, layout: ParallelConfig) -> Region | None:
 
 
 def scale_region(weight_region: Region) -> Region:
-    """The blocks that cover a slice of a weight."""
+    """Return the region of the scales whose blocks cover a slice of a weight."""
     return tuple(
         (start // BLOCK, -(-stop // BLOCK) if stop > start else start // BLOCK)
         for start, stop in weight_region
@@ -162,14 +163,14 @@ def scale_region(weight_region: Region) -> Region:
 
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of the scales of a whole weight."""
+    """Return the shape of a weight's scales."""
     return tuple(-(-size // BLOCK) for size in shape)
 
 
 def tensor_region(
     specs: Mapping[str, TensorSpec], name: str, layout: ParallelConfig
 ) -> Region | None:
-    """`shard_region` by name, for a weight or for its scales."""
+    """Return a rank's slice of a weight or of its scales, by name; see `shard_region`."""
     if name in specs:
         return shard_region(specs[name], layout)
     weight = weight_name(name)

@@ -1,4 +1,4 @@
-"""Everything of a checkpoint directory that is not weights: tokenizer, templates, configs."""
+"""Side files of a checkpoint directory, which are not weights: tokenizer, templates, configs."""
 
 import filecmp
 import json
@@ -21,19 +21,19 @@ from dsv3.read_files import read_mapping
 _WEIGHTS = {".safetensors", ".partial", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"}
 _FOLDERS = ("encoding",)  # V3.2's conversation format is Python code, kept as documentation
 _TOKENIZERS = ("tokenizer.json", "tiktoken.model", "tokenizer.model")
-# The model is another one with another of these; everything else is for people to read.
+# Files that determine how the model is used; files with other suffixes are for people.
 _READ_BY_PROGRAMS = {".json", ".jinja", ".model", ".py", ".tiktoken", ".yaml", ".yml"}
-# Of those, the ones that are found by their name, without another file that refers to them.
+# Files among these that programs look for by name, without a reference in another file.
 _FOUND_BY_NAME = re.compile(
     r".*\.(jinja|model|tiktoken)"
     r"|(.*_)?(config|tokenizer|vocab|tokens|tokens_map|template)\.json"
 )
 
-Content = Path | bytes  # the file to copy, or the bytes themselves
+Content = Path | bytes  # a file to copy, or the bytes to write
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a directory holds any tokenizer that is read."""
+    """Return True if a directory has a tokenizer in a supported format."""
     return any((folder / name).is_file() for name in _TOKENIZERS)
 
 
@@ -43,10 +43,10 @@ def is_document(name: str) -> bool:
 
 
 def side_files(source: Path, plan: Plan) -> Mapping[str, Content]:
-    """Return the content of every file beside the weights, by its path within the directory.
+    """Return the contents of all side files by their path within the directory.
 
-    They are the source's; config.json is adjusted where it does not describe what is written: cast
-    weights, or the text model alone.
+    They are the source's, except for a config.json that does not describe the output: for cast
+    weights, or the text part of a multi-modal model, it is adjusted.
     """
     files: dict[str, Content] = {str(path.relative_to(source)): path for path in _files(source)}
     config = source / "config.json"
@@ -82,7 +82,7 @@ def _files(source: Path) -> Iterator[Path]:
 
 
 def is_content(path: Path, content: Content) -> bool:
-    """Return True if a file holds this content already."""
+    """Return True if a file already has this content."""
     if not path.is_file():
         return False
     if isinstance(content, bytes):
@@ -91,9 +91,9 @@ def is_content(path: Path, content: Content) -> bool:
 
 
 def differing_files(folder: Path, sides: Mapping[str, Content]) -> list[str]:
-    """Return the files in a directory that are not as in `sides`.
+    """Return the files in a directory that differ from `sides`.
 
-    These have another content, or are read with a model by their name and not in `sides`.
+    A file differs if it has other contents, or if programs find it by name and `sides` lacks it.
     """
     changed = [
         name
@@ -105,12 +105,12 @@ def differing_files(folder: Path, sides: Mapping[str, Content]) -> list[str]:
 
 
 def content_bytes(content: Content) -> int:
-    """Return the length of a content."""
+    """Return the size of a content in bytes."""
     return len(content) if isinstance(content, bytes) else content.stat().st_size
 
 
 def write_content(path: Path, content: Content) -> None:
-    """Write a new file; it is on disk then."""
+    """Write a new file and wait until it is on disk."""
     with new_file(path) as target:
         if isinstance(content, bytes):
             target.write(content)

@@ -1,8 +1,8 @@
 """Open a checkpoint directory of any kind as a `Source`.
 
-Known are Hugging Face's (an index over several files, or one file), those that our converter
-writes (a file per rank and a manifest), and those that DeepSeek's own converter writes (a file per
-rank, its own tensor names, equal slices).
+Supported are directories of Hugging Face (one file, or several with an index), of our converter (a
+file per rank and a manifest), and of DeepSeek's converter (a file per rank, other tensor names,
+equal slices).
 """
 
 import os
@@ -27,7 +27,7 @@ from dsv3.setting_names import SettingName, flag
 
 __all__ = ["INDEX", "check_stored_form", "declared_config", "open_source"]
 
-# Sizes that DeepSeek's own config files do not tell, or tell in another way.
+# Sizes that DeepSeek's own config files lack, or state differently.
 _MAY_DIFFER = {"bos_token_id", "max_position_embeddings", "num_nextn_predict_layers"}
 
 # Other fields that change what the model computes.
@@ -47,11 +47,11 @@ def open_source(
 
     Args:
         path: the directory.
-        config: what the model is. Needed where the directory has no config.json; elsewhere held
-            against it.
-        is_share: a directory of ours may hold the files of some ranks only; what is read must be
-            in them.
-        name: how errors call the setting that `config` comes from.
+        config: the model's config. Required if the directory has no config.json; otherwise
+            checked against it.
+        is_share: accept a converted directory with the files of some ranks only; reading from
+            others is an error.
+        name: returns the name of the setting of `config` for errors.
 
     Raises:
         CheckpointError: a file is missing, truncated or of unknown kind.
@@ -60,10 +60,12 @@ def open_source(
     path = Path(path)
     files = check_stored_form(path)
     declared = declared_config(path, config, name)
-    num_unused, model_digest = 0, ""
+    num_unused = 0
+    model_digest = ""
     if files is None:
         manifest = read_manifest(path)
-        tensors, model_digest = _converted(path, manifest, is_share), manifest.model_digest
+        model_digest = manifest.model_digest
+        tensors = _converted(path, manifest, is_share)
     elif files.is_ranks:
         tensors = deepseek_tensors(files.tensors, declared)
     else:
@@ -74,15 +76,15 @@ def open_source(
 
 
 def check_stored_form(path: Path) -> StoredFiles | None:
-    """Check that a path holds weights in a supported form.
+    """Check that a path has weights in a supported format.
 
-    Needs neither config nor tokenizer, so programs call it before they read those.
+    The check needs neither config nor tokenizer, so programs run it before they read those.
 
     Returns:
         the stored tensors; None for a directory with a manifest, which lists them.
 
     Raises:
-        CheckpointError: saying what the path holds instead.
+        CheckpointError: describes the contents of the path.
     """
     check_directory(path)
     if os.path.lexists(path / MANIFEST):
@@ -93,7 +95,7 @@ def check_stored_form(path: Path) -> StoredFiles | None:
 
 
 def _config_of_stored(declared: ModelConfig, tensors: dict[str, TensorInfo]) -> ModelConfig:
-    """Return the config, corrected by the tensors: whether the head is tied, and FP8 or not."""
+    """Return the config with tied head and quantization corrected by the stored tensors."""
     return replace(
         declared,
         tie_word_embeddings=declared.tie_word_embeddings and HEAD not in tensors,
@@ -102,9 +104,9 @@ def _config_of_stored(declared: ModelConfig, tensors: dict[str, TensorInfo]) -> 
 
 
 def declared_config(path: Path, given: ModelConfig | None, name: SettingName = flag) -> ModelConfig:
-    """Return the directory's own config, if it has one; sizes of `given` may not contradict it.
+    """Return the directory's config if it has one; raise if sizes of `given` contradict it.
 
-    Errors call the setting that `given` comes from by its `name`.
+    `name` returns the name of the setting of `given` for errors.
     """
     if given is not None and not (path / "config.json").is_file():
         return given
@@ -112,11 +114,12 @@ def declared_config(path: Path, given: ModelConfig | None, name: SettingName = f
     if given is None:
         return own
     for field in fields(ModelConfig):
-        have, want = getattr(own, field.name), getattr(given, field.name)
+        have = getattr(own, field.name)
+        want = getattr(given, field.name)
         is_size = field.type in (int, int | None) and field.name not in _MAY_DIFFER
         if is_size and have != want:
-            where = path / "config.json"
-            raise ConfigError(f"{where}: {field.name}={have}, but {name('config')} says {want}")
+            file = path / "config.json"
+            raise ConfigError(f"{file}: {field.name}={have}, but {name('config')} says {want}")
     ignored = [name for name in _COMPUTATION if getattr(own, name) != getattr(given, name)]
     if not ignored:
         return own
@@ -125,7 +128,7 @@ def declared_config(path: Path, given: ModelConfig | None, name: SettingName = f
 
 
 def _converted(path: Path, manifest: Manifest, is_share: bool) -> dict[str, TensorInfo]:
-    """A directory of ours; each file must be the one that the manifest was written for."""
+    """Return the tensors of a converted directory; raise if a file is not the manifest's."""
     shards = {(name, s.rank): s for name, r in manifest.tensors.items() for s in r.shards}
     pieces: dict[str, list[Piece]] = {name: [] for name in manifest.tensors}
     absent = []
@@ -142,7 +145,7 @@ def _converted(path: Path, manifest: Manifest, is_share: bool) -> dict[str, Tens
             shard = shards.get((name, rank))
             is_same = shard is not None and manifest.tensors[name].dtype == entry.dtype
             if shard is None or not is_same or region_shape(shard.region) != entry.shape:
-                raise CheckpointError(f"{file}: tensor {name} is not as {MANIFEST} tells")
+                raise CheckpointError(f"{file}: tensor {name} differs from its entry in {MANIFEST}")
             digests.append(shard.digest)
             pieces[name].append(Piece(file, entry.offset, shard.region, shard.digest))
         if (
@@ -151,7 +154,7 @@ def _converted(path: Path, manifest: Manifest, is_share: bool) -> dict[str, Tens
             or file_digest(header.prefix, digests) != record.digest
         ):
             raise CheckpointError(f"{file}: not the file that {MANIFEST} was written for")
-    for rank, file in absent:  # behind those that are there: a copy of a slice will do
+    for rank, file in absent:  # after the present files, so that these are read first
         for name, tensor in manifest.tensors.items():
             pieces[name] += [Piece(file, 0, s.region) for s in tensor.shards if s.rank == rank]
     return {

@@ -1,4 +1,4 @@
-"""Read the tensor names and places of a directory: an index, a single file, or rank files."""
+"""Read the names and offsets of the tensors in a directory: index, single file, or rank files."""
 
 import os
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class StoredFiles:
-    """All tensors of a directory; `is_ranks` if DeepSeek's converter wrote a file per rank."""
+    """All tensors of a directory; `is_ranks` is True for DeepSeek's converter (a file per rank)."""
 
     tensors: tuple[StoredTensor, ...]
     is_ranks: bool = False
@@ -72,7 +72,8 @@ def _rank_files(path: Path) -> list[Path]:
         return []
     if len(worlds) > 1:
         raise CheckpointError(f"{path}: files of several conversions (mp {sorted(worlds)})")
-    world, files = worlds.pop(), []
+    world = worlds.pop()
+    files: list[Path] = []
     for rank in range(world):  # stops at the first missing file, however large `world` is
         files.append(path / f"model{rank}-mp{world}.safetensors")
         if not files[-1].is_file():

@@ -1,7 +1,7 @@
-"""The output directory of a conversion: which of the files there may be replaced or removed.
+"""The output directory of a conversion, and the files in it that may be replaced or removed.
 
-These are files that an earlier conversion made, as the journal says, and with `--overwrite` those
-of a checkpoint, recognized by name and by how they begin. No other file is touched: no user's file
+These are the files of an earlier conversion, according to the journal, and with `--overwrite` the
+files of a checkpoint, recognized by name and first bytes. No other file is touched: no user's file
 of the same name, no file of the source under another name, and nothing through a link.
 """
 
@@ -34,7 +34,7 @@ from dsv3.checkpoint.writer import PARTIAL
 from dsv3.errors import CheckpointError, os_errors_as
 from dsv3.files import FileId
 
-# Names that weights are published under; others only count where an index names them.
+# Usual names of weight files; files with other names are weights only if an index names them.
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+|\d+-mp\d+)?\.safetensors")
 
 
@@ -43,10 +43,10 @@ class Survey:
     """The files that a conversion will write, keep and remove.
 
     Attributes:
-        sides: side files to write. The others are there already, or kept.
-        kept: documents of the user in the place of side files.
-        replaces: files of another checkpoint to remove, in this order. Without the first one, the
-            directory no longer looks whole.
+        sides: side files to write; the others already exist or are kept.
+        kept: documents of the user that take the place of side files.
+        replaces: files of another checkpoint to remove, in this order. Removing the first one
+            makes that checkpoint recognizably incomplete.
     """
 
     sides: Mapping[str, Content]
@@ -54,18 +54,18 @@ class Survey:
     replaces: tuple[str, ...]
 
 
-class Target:
+class OutputDirectory:
     """The output directory of one conversion.
 
     Args:
-        folder: the directory; it need not exist.
-        source: the checkpoint that is read.
-        plan: of the files to write.
-        overwrite: a checkpoint that is there is replaced.
+        folder: the directory; it may not exist yet.
+        source: the checkpoint to read.
+        plan: the files to write.
+        overwrite: replace an existing checkpoint.
         inputs: other files that are read.
 
     Attributes:
-        last: the file that comes last and makes the directory whole.
+        last: the file that is renamed last and completes the directory.
     """
 
     def __init__(
@@ -76,7 +76,9 @@ class Target:
         overwrite: bool = False,
         inputs: Sequence[Path] = (),
     ) -> None:
-        self.folder, self.plan, self.overwrite = folder, plan, overwrite
+        self.folder = folder
+        self.plan = plan
+        self.overwrite = overwrite
         self.last = INDEX if plan.layout is None else MANIFEST
         self._weights = [file.name for file in plan.files]
         self._sides = side_files(source.path, plan)
@@ -86,18 +88,18 @@ class Target:
         self._source_folders = {FileId.at(path): path for path in folders}
 
     def partial(self, name: str) -> Path:
-        """Return where a file lies until it gets its name."""
+        """Return the temporary path of a file."""
         return self.folder / (name + PARTIAL)
 
     def names(self, survey: Survey) -> list[str]:
-        """Return the files to write, in the order in which they get their names."""
+        """Return the files to write, in the order in which they are renamed."""
         return [*self._weights, *survey.sides, self.last]
 
     def read_record(self) -> JournalRecord:
-        """Read what earlier conversions have noted here.
+        """Return the journal of earlier conversions in this directory.
 
         Raises:
-            CheckpointError: nothing can be written here.
+            CheckpointError: this cannot be an output directory.
         """
         if self.folder.is_symlink() and not self.folder.exists():
             raise CheckpointError(f"{self.folder}: a link to a directory that is not there")
@@ -107,13 +109,13 @@ class Target:
         return read_record(self.folder)
 
     def survey(self, record: JournalRecord) -> Survey:
-        """Decide about every file that is there; nothing is changed.
+        """Return the files to write, keep and remove; change nothing.
 
         Args:
-            record: of earlier conversions here.
+            record: journal of earlier conversions in this directory.
 
         Raises:
-            CheckpointError: something is in the way.
+            CheckpointError: a file is in the way.
         """
         with os_errors_as(CheckpointError, f"{self.folder}: cannot be read"):
             if self.is_written(record):
@@ -125,7 +127,7 @@ class Target:
         return survey
 
     def is_written(self, record: JournalRecord) -> bool:
-        """Return True if all files are complete, and only some of their names are missing."""
+        """Return True if all files are complete, and at most some renames are missing."""
         is_written = record.is_written and record.fits(self.plan)
         return (
             is_written
@@ -137,7 +139,7 @@ class Target:
         )
 
     def check_space(self, record: JournalRecord) -> None:
-        """Raise CheckpointError if the disk is too small for all files beside the ones there."""
+        """Raise CheckpointError if the disk is too small for all files beside existing ones."""
         needed, free = self.disk_space(record)
         if needed <= free or self.is_written(record):
             return
@@ -152,7 +154,7 @@ class Target:
         raise CheckpointError(f"{self.folder}: {wanted} are needed, the disk has {has} free{hint}")
 
     def disk_space(self, record: JournalRecord) -> tuple[int, int]:
-        """Return the bytes that are still needed on the disk, and the bytes that are free."""
+        """Return the bytes that are still needed on disk, and the free bytes."""
         there = sum(_disk_bytes(self.partial(name)) for name in record.names)
         sides = sum(content_bytes(content) for content in self._sides.values())
         parents = (self.folder, *self.folder.absolute().parents)
@@ -160,7 +162,7 @@ class Target:
         return max(0, self.plan.num_bytes + sides - there), shutil.disk_usage(existing).free
 
     def differing_files(self) -> list[str]:
-        """Return the files beside the weights that are not as in the source."""
+        """Return the side files that differ from the source's."""
         return differing_files(self.folder, self._sides)
 
     def _look_for_others(self, record: JournalRecord) -> Survey:
@@ -188,10 +190,10 @@ class Target:
         return self.folder.glob("*.safetensors")
 
     def _checkpoint_files(self) -> list[str]:
-        """Return the weights, index and manifest of the checkpoint that is there.
+        """Return the weights, index and manifest of an existing checkpoint.
 
-        They are in the order in which they can be removed: the one file that would be read without
-        an index comes before the index, and that before the manifest, which is read first.
+        The order is safe for removal: a single weight file, which is readable without an index,
+        comes before the index, and the index before the manifest, which readers prefer.
         """
         index, manifest = self.folder / INDEX, self.folder / MANIFEST
         named = _named_by(index)
@@ -215,7 +217,7 @@ class Target:
         """Return True for a user's document in the place of a side file.
 
         Raises:
-            CheckpointError: it is not a document, or `overwrite` is not given.
+            CheckpointError: the file is not a document, or `overwrite` is not given.
         """
         path = self.folder / name
         if not os.path.lexists(path):
@@ -231,10 +233,11 @@ class Target:
         return False
 
     def _check_files(self, record: JournalRecord, survey: Survey) -> None:
-        """Raise CheckpointError if a file that would be written or removed is not ours."""
+        """Raise CheckpointError if a file to write or remove is not of a conversion."""
         is_written = self.is_written(record)
         for name in self.names(survey):
-            path, partial = self.folder / name, self.partial(name)
+            path = self.folder / name
+            partial = self.partial(name)
             self._check_folder(path.parent)
             self._check_file(path)
             if os.path.lexists(partial) and name not in record.names:
@@ -283,7 +286,7 @@ def _in_the_way(path: Path, reason: str, other: str = "") -> CheckpointError:
 
 
 def _files_of(source: Source) -> Iterator[tuple[FileId, Path]]:
-    """Yield every file of the checkpoint that is read."""
+    """Yield all files of the source checkpoint."""
     weights = {piece.file for info in source.tensors.values() for piece in info.pieces}
     beside = (path for folder in side_folders(source.path) for path in folder.iterdir())
     for path in (*beside, *weights):
@@ -292,7 +295,7 @@ def _files_of(source: Source) -> Iterator[tuple[FileId, Path]]:
 
 
 def _is_weights(path: Path) -> bool:
-    """Return True if a file begins as a safetensors file does."""
+    """Return True if a file begins like a safetensors file."""
     if path.is_symlink() or not path.is_file():
         return False
     with path.open("rb") as file:
@@ -301,7 +304,7 @@ def _is_weights(path: Path) -> bool:
 
 
 def _named_by(index: Path) -> set[str] | None:
-    """Return the files that an index names; None if it is not there, or is none."""
+    """Return the files that an index names; None if the file does not exist or is not an index."""
     if not index.is_file():
         return None
     try:

@@ -6,7 +6,7 @@ from dsv3.checkpoint.names import is_unused
 from dsv3.checkpoint.stored import StoredTensor
 from dsv3.errors import CheckpointError
 
-# Suffixes of tensor names that identify a form, in order of precedence.
+# Suffixes of tensor names that identify a format, in order of precedence.
 _NAMES = {
     ".absmax": "bitsandbytes 4-bit weights",
     ".quant_map": "bitsandbytes 4-bit weights",
@@ -33,7 +33,7 @@ _NAMES = {
     ".activation_scale": "FP8 weights with static activation scales",
 }
 _ENDS = tuple(_NAMES)
-# Dtypes of weights, if no tensor name identifies the form.
+# Dtypes of weights, if no tensor name identifies the format.
 _DTYPES = {
     "U32": "packed weights (MLX 4-bit)",
     "I32": "packed integer weights",
@@ -51,7 +51,7 @@ _PACKED_FLOATS = "packed 4-bit weights (NVFP4 or MXFP4)"
 
 
 def refuse_unsupported(tensors: Iterable[StoredTensor]) -> None:
-    """Raise CheckpointError for the first recognized form, naming a tensor that shows it."""
+    """Raise CheckpointError for the first recognized format, with a tensor as an example."""
     shown: dict[str, StoredTensor] = {}
     for tensor in tensors:
         form = _form(tensor)

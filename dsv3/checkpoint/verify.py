@@ -1,6 +1,6 @@
-"""Read a finished checkpoint back: against the source it was made from, or its own digests.
+"""Verify a finished checkpoint against the source of its conversion, or against its digests.
 
-Nothing here knows how a conversion cuts tensors: the result is read as any loader reads it.
+The result is read like any other checkpoint, without the plan's knowledge of slices.
 """
 
 import hashlib
@@ -30,10 +30,10 @@ Progress = Callable[[int], None]
 def verify_against(
     source: Source, plan: Plan, result: Source, workers: int, progress: Progress = lambda _: None
 ) -> None:
-    """Prove that `result` is what `plan` makes of `source`, bit for bit, replicas included.
+    """Check that `result` is the conversion of `source` by `plan`, bit for bit, with all replicas.
 
     Raises:
-        CheckpointError: naming the file and tensor that differ.
+        CheckpointError: names the file and tensor that differ.
     """
     check_kinds(plan, result)
     reader = BlockReader(source, plan)
@@ -47,7 +47,7 @@ def verify_against(
             stored = np.frombuffer(result.read(name, rows), np.uint8)
             if not np.array_equal(stored, block.reshape(-1)):
                 raise CheckpointError(
-                    f"{result.where(name)}: tensor {name} differs from {source.path} in rows "
+                    f"{result.file_of(name)}: tensor {name} differs from {source.path} in rows "
                     f"{row} to {row + len(block)}"
                 )
         return sum(_check_pieces(result, result.tensors[name]) for name in job.outputs)
@@ -57,13 +57,13 @@ def verify_against(
 
 
 def verify_digests(source: Source, workers: int, progress: Progress = lambda _: None) -> str:
-    """Compare every byte of a directory's weights with the digests that are kept with it.
+    """Compare every byte of a directory's weights with the digests stored with it.
 
     Returns:
-        where those are: in the manifest or index that a conversion has written, or in a hub cache.
+        the source of the digests: the manifest or index of a conversion, or the hub.
 
     Raises:
-        CheckpointError: there are none, or a file does not match them.
+        CheckpointError: there are no digests, or a file does not match them.
     """
     if (source.path / MANIFEST).is_file():
         for size in run_jobs(source.tensors.values(), partial(_check_pieces, source), workers):
@@ -111,7 +111,7 @@ def _verify_index(source: Source, digests: IndexDigests, workers: int, progress:
 
 
 def _blobs(source: Source) -> Mapping[Path, str]:
-    """Return the SHA-256 of each weight file of a hub's snapshot; nothing if one is unknown."""
+    """Return the SHA-256 of each weight file of a hub snapshot; empty if one is unknown."""
     files = {piece.file for info in source.tensors.values() for piece in info.pieces}
     digests = {file: blob_digest(file) for file in sorted(files)}
     return digests if all(digests.values()) else {}
@@ -119,7 +119,8 @@ def _blobs(source: Source) -> Mapping[Path, str]:
 
 def _check_blob(blob: tuple[Path, str]) -> int:
     file, wanted = blob
-    digest, size = hashlib.sha256(), 0
+    digest = hashlib.sha256()
+    size = 0
     with open(open_regular(file, CheckpointError), "rb") as stream:
         while block := stream.read(BLOCK_BYTES):
             digest.update(block)
@@ -152,7 +153,7 @@ def check_kinds(plan: Plan, result: Source) -> None:
 
 
 def _check_pieces(result: Source, info: TensorInfo) -> int:
-    """Hold each stored copy or slice to its digest, where there are digests."""
+    """Check each stored copy or slice against its digest, if it has one; return its bytes."""
     for piece in info.pieces if info.digest else ():
         digest = Digest()
         for block in result.stream(info, piece, BLOCK_BYTES):

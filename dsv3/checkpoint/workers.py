@@ -1,4 +1,4 @@
-"""A fixed number of threads over a list of jobs, results as they come."""
+"""Run jobs on a fixed number of threads; results in order of completion."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -11,18 +11,18 @@ Result = TypeVar("Result")
 
 
 def default_workers() -> int:
-    """Two for each core, up to eight: some of them wait for the disk."""
+    """Return two threads per core, at most eight: some of them wait for the disk."""
     return min(8, 2 * (os.cpu_count() or 1))
 
 
 def run_jobs(
     items: Iterable[Item], work: Callable[[Item], Result], workers: int
 ) -> Iterator[Result]:
-    """Yield results in whatever order they are there; raise the first failure.
+    """Yield results in order of completion; raise the first failure.
 
     Args:
-        items: started in this order, few of them ahead of the workers.
-        work: called with each, from any thread.
+        items: inputs, started in this order, at most 2 * workers at a time.
+        work: called with each item, from any thread.
         workers: number of threads.
     """
     waiting = iter(items)

@@ -106,9 +106,9 @@ class Collectives(ABC):
         """Return `add_rmsnorm` of x and the sum of y over ranks; `y_TD` may be overwritten."""
         if self.peers and y_TD is not None and fits_sum_norm(y_TD):
             self.sent["all_reduce"] += (self.size - 1) * y_TD.nbytes
-            return sum_norm(x_TD, y_TD, w_D, eps, self.peers, quant, ue8m0)
+            return sum_norm(x_TD, y_TD, w_D, eps, self.peers, quant=quant, ue8m0=ue8m0)
         y_TD = None if y_TD is None else self.all_reduce(y_TD)
-        return add_rmsnorm(x_TD, y_TD, w_D, eps, quant, ue8m0)
+        return add_rmsnorm(x_TD, y_TD, w_D, eps, quant=quant, ue8m0=ue8m0)
 
     @abstractmethod
     def all_reduce(self, x: Tensor) -> Tensor:

@@ -21,10 +21,18 @@ from typing import Any, NoReturn
 from dsv3.distributed.failure_report import leave_report, reason_of
 from dsv3.distributed.launcher import environment_rank
 from dsv3.engine.program_files import log_file
-from dsv3.errors import ConfigError, Dsv3Error, RankError, one_line, os_errors_as, printable
+from dsv3.errors import (
+    ConfigError,
+    Dsv3Error,
+    RankError,
+    one_line,
+    os_errors_as,
+    printable,
+    raise_at_ctrl_c,
+)
 from dsv3.files import open_closed_streams
 from dsv3.setting_names import flag
-from dsv3.settings import EngineConfig, words_of
+from dsv3.settings import EngineConfig, allowed_words
 
 _INTERRUPTED = 130
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
@@ -32,15 +40,19 @@ _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 # many seconds, so that rank 0 can report it.
 _REPORT_SECONDS = 2.0
 
+_MAY_BE_EMPTY = ("system",)  # no system message
+
 
 class _Help(argparse.HelpFormatter):
     """Shows the default of every flag that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        has_default = action.default not in (None, False, "", argparse.SUPPRESS)
-        if not has_default or action.help is None or not action.option_strings or action.const:
-            return action.help
-        return f"{action.help} (default: %(default)s)"
+        value, text = action.default, action.help
+        if isinstance(value, bool | None) or value in ("", argparse.SUPPRESS):
+            return text
+        if text is None or "(default" in text or not action.option_strings or action.const:
+            return text
+        return f"{text} (default: %(default)s)"
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,6 +64,15 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise instead of exiting."""
         raise ConfigError(f"{message}; see --help")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Read the flags; an empty text, as of a variable that is not set, is refused."""
+        found, rest = super().parse_known_args(args, namespace)
+        for action in self._actions:
+            value = getattr(found, action.dest, None)
+            if value == "" and action.default != "" and action.dest not in _MAY_BE_EMPTY:
+                raise ConfigError(f"{flag(action.dest)} is empty; give a value, or leave it out")
+        return found, rest
 
     def print_help(self, file: Any = None) -> None:
         """Print the help once, not once a rank."""
@@ -81,9 +102,9 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         elif f.default is False:
             groups[name].add_argument(f"--{flag}", action="store_true", help=text)
         else:
-            words = words_of(f)  # EngineConfig checks them
-            kind = str if words else f.type
+            words = allowed_words(f)  # EngineConfig checks them
             metavar = f"{{{','.join(words)}}}" if words else None
+            kind = str if words else f.type
             groups[name].add_argument(
                 f"--{flag}", type=kind, default=f.default, metavar=metavar, help=text
             )
@@ -175,6 +196,7 @@ def run_program(main: Callable[[], int]) -> NoReturn:
 
     The error's line goes to stderr, and into the report that torchrun prints after it.
     """
+    raise_at_ctrl_c()
     open_closed_streams()
     _end_with_torchrun()
     try:

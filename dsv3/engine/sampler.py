@@ -21,14 +21,14 @@ from dsv3.engine.step_plan import NO_TARGET, NOT_FINITE, StepPlan
 from dsv3.engine.step_result import StepResult
 from dsv3.engine.transfer import to_device
 from dsv3.model.transformer import Transformer
-from dsv3_kernels import sample
+from dsv3_kernels import RowParams, sample
 
 # Rows of logits held at a time: 512 rows of a 129,280 vocabulary are 256 MiB over tp ranks.
 _ROWS = 512
 
 
 class Choice(NamedTuple):
-    """Sampling parameters of M rows, as `sample` takes them; a row with a `target` is scored.
+    """Sampling parameters of M rows; a row with a `target` is scored instead.
 
     The arrays of `StepPlan` on the device, int64 or float32; `seed` has both halves in one.
     """
@@ -53,6 +53,18 @@ class Choice(NamedTuple):
         seed_M, top_k, answer, position, target = to_device(longs_5M, device)
         temperature, top_p, min_p = to_device(floats_3M, device)
         return cls(temperature, top_k, top_p, min_p, seed_M, answer, position, target)
+
+    def row_params(self) -> RowParams:
+        """Return the parameters of `sample`."""
+        return RowParams(
+            temperature_B=self.temperature,
+            top_k_B=self.top_k,
+            top_p_B=self.top_p,
+            min_p_B=self.min_p,
+            seed_B=self.seed,
+            answer_B=self.answer,
+            position_B=self.position,
+        )
 
     def part(self, start: int, stop: int) -> "Choice":
         """Return rows start to stop, as far as they exist."""
@@ -164,9 +176,8 @@ class Sampler:
         logprob_BW = logits_BW.log_softmax(-1) if result.shape[1] > 1 else None
         if adjust is not None:
             adjust.apply(logits_BW)
-        *how, target = choice
-        token = sample(logits_BW, *how)
-        token = torch.where(target == NO_TARGET, token, target)
+        token = sample(logits_BW, choice.row_params())
+        token = torch.where(choice.target == NO_TARGET, token, choice.target)
         result[:, 0] = token.where(is_finite_B, NOT_FINITE)
         if logprob_BW is None:
             return

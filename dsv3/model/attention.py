@@ -24,9 +24,12 @@ from dsv3.model.batch import Batch, Chunk, DecodeGroup
 from dsv3.parallel.linear import ColumnParallelLinear, Linear, RowParallelLinear
 from dsv3.parallel.weights import Vector, WeightFormat
 from dsv3_kernels import (
-    Paging,
+    EntryWrite,
+    KeysValues,
+    PageTables,
+    PartialOutputs,
     Quantized,
-    ToCache,
+    Rotation,
     absorb_query,
     empty_parts,
     expand_values,
@@ -118,57 +121,75 @@ class MLA(nn.Module):
     def forward(
         self,
         x_TD: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rotation: Rotation,
         batch: Batch,
         cache: LayerCache,
         x_q: Quantized | None = None,
     ) -> Tensor:
         """Return this rank's part of the attention output, [T, D]; `x_q` is x in FP8."""
-        c, decode = self.config, batch.num_decode_rows
+        c = self.config
+        decode = batch.num_decode_rows
         split = self.first_rows, c.kv_lora_rank + c.qk_rope_head_dim
         first, kv_TX = self.in_proj(x_TD, x_q).split(split, -1)
-        entry = kv_TX, self.kv_a_layernorm.weight, _LATENT_NORM_EPS, *rope, c.rope_interleave
         if cache.layout.form == "heads":
             if c.q_lora_rank is not None:
                 first = self.q_b_proj(rmsnorm(first, self.q_a_layernorm.weight, _LATENT_NORM_EPS))
             q_THX = first.view(-1, self.heads, c.qk_head_dim)
-            self._rotate(q_THX, rope)
-            o_THV = self._naive(q_THX, latent_entries(*entry), batch, cache)
+            self._rotate(q_THX, rotation)
+            norm = self.kv_a_layernorm.weight
+            entry_TX = latent_entries(kv_TX, norm, _LATENT_NORM_EPS, rotation)
+            o_THV = self._naive(q_THX, entry_TX, batch, cache)
             return self.o_proj(o_THV.flatten(1))
-        q_THX, chunk_TX = self._queries(first, (*entry, cache.slots, batch.own_slot, decode))
+        write = EntryWrite(
+            kv_TX=kv_TX,
+            weight_C=self.kv_a_layernorm.weight,
+            eps=_LATENT_NORM_EPS,
+            rotation=rotation,
+            cache_SX=cache.slots,
+            slot_T=batch.own_slot,
+            keep_from=decode,
+        )
+        q_THX, chunk_TX = self._queries(first, write)
         if not batch.chunks:
-            return self.o_proj(*self._absorbed(q_THX, rope, batch, cache, self.o_proj.quantizes))
+            quant = self.o_proj.quantizes
+            o_TF, o_q = self._absorbed(q_THX, rotation, batch, cache, quant)
+            return self.o_proj(o_TF, o_q)
         q_decode, q_chunk = q_THX.tensor_split([decode])
-        (cos, chunk_cos), (sin, chunk_sin) = (x.tensor_split([decode]) for x in rope)
-        self._rotate(q_chunk, (chunk_cos, chunk_sin))
+        self._rotate(q_chunk, rotation.tokens(decode))
         o_TF = self._expanded(q_chunk, chunk_TX, batch, cache).flatten(1)
         if decode:
-            first_TF, _ = self._absorbed(q_decode, (cos, sin), batch, cache)
+            first_TF, _ = self._absorbed(q_decode, rotation.tokens(0, decode), batch, cache)
             o_TF = torch.cat((first_TF.to(o_TF.dtype), o_TF))
         return self.o_proj(o_TF)
 
-    def _queries(self, first: Tensor, into: ToCache) -> tuple[Tensor, Tensor]:
-        """Return queries [T, H, N + R] as they come, and what `rope_and_cache` returns."""
+    def _queries(self, first: Tensor, write: EntryWrite) -> tuple[Tensor, Tensor]:
+        """Return projected queries [T, H, N + R], and the result of `rope_and_cache`."""
         if self.config.q_lora_rank is None:
-            query, entry_TX = first, rope_and_cache(*into)
+            query = first
+            entry_TX = rope_and_cache(write)
         else:
-            up, norm = self.q_b_proj, self.q_a_layernorm.weight
-            how = up.quantizes, up.ue8m0
-            query, query_q, entry_TX = norm_and_cache(first, norm, *how, into)
-            query = up(query, query_q)
+            up = self.q_b_proj
+            latent, latent_q, entry_TX = norm_and_cache(
+                first,
+                weight_A=self.q_a_layernorm.weight,
+                quant=up.quantizes,
+                ue8m0=up.ue8m0,
+                write=write,
+            )
+            query = up(latent, latent_q)
         return query.view(-1, self.heads, self.config.qk_head_dim), entry_TX
 
-    def _rotate(self, q_THX: Tensor, rope: tuple[Tensor, Tensor]) -> None:
+    def _rotate(self, q_THX: Tensor, rotation: Rotation) -> None:
         """Rotate queries in place."""
-        rotate(q_THX[..., self.config.qk_nope_head_dim :], *rope, self.config.rope_interleave)
+        rotate(q_THX[..., self.config.qk_nope_head_dim :], rotation)
 
-    def _expand(self, entry_SX: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return keys [S, H, N] with [S, H, R] and values [S, H, V] of the local heads."""
+    def _expand(self, entry_SX: Tensor) -> KeysValues:
+        """Return keys and values of the local heads."""
         c = self.config
         latent_SC, k_SR = entry_SX.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
         kv = self.kv_b_proj(latent_SC).view(-1, self.heads, c.qk_nope_head_dim + c.v_head_dim)
         k_SHN, v_SHV = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)
-        return k_SHN, k_SR[:, None].expand(-1, self.heads, -1), v_SHV
+        return KeysValues(k_SHN, k_SR[:, None].expand(-1, self.heads, -1), v_SHV)
 
     def _absorption(self) -> tuple[Tensor, Tensor]:
         """Return W_UK [H, N, C] and W_UV [H, V, C] of the local heads."""
@@ -181,7 +202,7 @@ class MLA(nn.Module):
     def _absorbed(
         self,
         q_THX: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rotation: Rotation,
         batch: Batch,
         cache: LayerCache,
         quant: bool = False,
@@ -192,7 +213,7 @@ class MLA(nn.Module):
             [T, H * V] of the local heads, and that in FP8 if asked for.
         """
         w_uk, w_uv = self._absorption()
-        q_THX = absorb_query(q_THX, w_uk, *rope, self.config.rope_interleave)
+        q_THX = absorb_query(q_THX, w_uk, rotation)
         if cache.layout.shards == 1:
             z_THC = self._attend_groups(q_THX, batch, cache)
             return expand_values(z_THC[None], None, w_uv, quant, self.o_proj.ue8m0)
@@ -202,10 +223,10 @@ class MLA(nn.Module):
         for g in batch.groups:
             mla_decode_parts(
                 q_PTHX[:, g.start : g.stop],
-                *self._where(g, cache),
-                self.config.softmax_scale,
-                parts[:, g.start : g.stop],
-                g.keys,
+                cache_SX=cache.slots,
+                tables=self._tables(g, cache),
+                scale=self.config.softmax_scale,
+                parts_PTHY=parts[:, g.start : g.stop],
             )
         z_PTHC, lse_PTH = open_parts(self.tp.all_to_all(parts))
         return expand_values(z_PTHC, lse_PTH, w_uv, quant, self.o_proj.ue8m0)
@@ -215,13 +236,19 @@ class MLA(nn.Module):
         outs = []
         for g in batch.groups:
             q_BQHX = q_THX[g.start : g.stop].unflatten(0, g.query_pos_BQ.shape)
-            how = self.config.kv_lora_rank, self.config.softmax_scale, g.keys
-            outs.append(mla_decode(q_BQHX, *self._where(g, cache), *how)[0].flatten(0, 1))
+            out = mla_decode(
+                q_BQHX,
+                cache_SX=cache.slots,
+                tables=self._tables(g, cache),
+                value_dim=self.config.kv_lora_rank,
+                scale=self.config.softmax_scale,
+            )
+            outs.append(out.o.flatten(0, 1))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
-    def _where(self, g: DecodeGroup, cache: LayerCache) -> tuple[Tensor, Tensor, Tensor, Paging]:
-        """Return where a group's keys are, as kernels take it."""
-        return cache.slots, g.page_BG, g.query_pos_BQ, cache.layout.paging
+    def _tables(self, g: DecodeGroup, cache: LayerCache) -> PageTables:
+        """Return the cached keys of a group."""
+        return PageTables(g.page_BG, g.query_pos_BQ, cache.layout.paging, g.keys)
 
     def _expanded(self, q_THX: Tensor, entry_TX: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
         """Attend from the chunks to themselves and to their contexts; [T, H, V] of their rows.
@@ -231,28 +258,29 @@ class MLA(nn.Module):
         """
         assert batch.chunk_start_L is not None
         longest = max(chunk.stop - chunk.start for chunk in batch.chunks)
-        o_THV, lse_TH = mla_prefill_packed(
+        attended = mla_prefill_packed(
             q_THX,
-            *self._expand(entry_TX),
-            batch.chunk_start_L,
-            longest,
-            self.config.softmax_scale,
+            keys=self._expand(entry_TX),
+            start_L=batch.chunk_start_L,
+            longest=longest,
+            scale=self.config.softmax_scale,
         )
         for chunk in batch.chunks:
             if chunk.context_len:
                 rows = slice(
                     chunk.start - batch.num_decode_rows, chunk.stop - batch.num_decode_rows
                 )
-                merged, parts = (o_THV[rows], lse_TH[rows]), self._parts(q_THX[rows], chunk, cache)
+                merged = PartialOutputs(attended.o[rows], attended.lse[rows])
+                parts = self._parts(q_THX[rows], chunk, cache)
                 while some := list(islice(parts, _PARTS)):
-                    outs, lses = zip(*some, merged, strict=True)
-                    merged = merge_lse(torch.stack(outs), torch.stack(lses))
-                o_THV[rows] = merged[0]
-        return o_THV
+                    some.append(merged)
+                    o_NTHV = torch.stack([part.o for part in some])
+                    lse_NTH = torch.stack([part.lse for part in some])
+                    merged = merge_lse(o_NTHV, lse_NTH)
+                attended.o[rows] = merged.o
+        return attended.o
 
-    def _parts(
-        self, q_QHX: Tensor, chunk: Chunk, cache: LayerCache
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def _parts(self, q_QHX: Tensor, chunk: Chunk, cache: LayerCache) -> Iterator[PartialOutputs]:
         """Attend from a chunk to what is cached before it, block by block."""
         context, dtype = chunk.context_len, q_QHX.dtype
         pages_per_block = max(1, _BLOCK // cache.layout.page_size)
@@ -261,31 +289,41 @@ class MLA(nn.Module):
             page_G = chunk.page_G[first_page : first_page + pages_per_block]
             length = min(context - first, len(page_G) * cache.layout.page_size)
             keys = self._expand(cache.gather(page_G, length, dtype))
-            yield mla_prefill(q_QHX, *keys, first, context, self.config.softmax_scale)
+            yield mla_prefill(
+                q_QHX,
+                keys=keys,
+                first_key=first,
+                first_query=context,
+                scale=self.config.softmax_scale,
+            )
 
     # Cache of expanded heads ----------------------------------------------------------------
 
     def _naive(self, q_THX: Tensor, entry_TX: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
-        parts = self._expand(entry_TX)
-        kv_THY = torch.cat(parts, -1)
+        new = self._expand(entry_TX)
+        split = [x.shape[-1] for x in (new.k_SHN, new.k_SHR, new.v_SHV)]
+        kv_THY = torch.cat((new.k_SHN, new.k_SHR, new.v_SHV), -1)
         cache.write(batch.own_slot, kv_THY.flatten(1))
-        scale, split = self.config.softmax_scale, [part.shape[-1] for part in parts]
-        o_THV = torch.empty_like(parts[-1], dtype=torch.float32)
+        scale = self.config.softmax_scale
+        o_THV = torch.empty_like(new.v_SHV, dtype=torch.float32)
         for g in batch.groups:
             o_THV[g.start : g.stop] = mha_decode(
                 q_THX[g.start : g.stop],
-                cache.slots,
-                g.page_BG,
-                g.query_pos_BQ[:, 0],
-                cache.layout.paging,
-                scale,
-                g.keys,
+                cache_SY=cache.slots,
+                tables=self._tables(g, cache),
+                scale=scale,
             )
         kv_THY = cache.round(kv_THY)
         for chunk in batch.chunks:
             rows = slice(chunk.start, chunk.stop)
             earlier = cache.gather(chunk.page_G, chunk.context_len, kv_THY.dtype)
             kv = torch.cat((earlier.unflatten(1, (self.heads, -1)), kv_THY[rows]))
-            k_n, k_r, v = kv.split(split, -1)
-            o_THV[rows] = mla_prefill(q_THX[rows], k_n, k_r, v, 0, chunk.context_len, scale)[0]
+            attended = mla_prefill(
+                q_THX[rows],
+                keys=KeysValues(*kv.split(split, -1)),
+                first_key=0,
+                first_query=chunk.context_len,
+                scale=scale,
+            )
+            o_THV[rows] = attended.o
         return o_THV

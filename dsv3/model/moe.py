@@ -17,7 +17,9 @@ from dsv3.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from dsv3.parallel.weights import Matrix, Vector, WeightFormat
 from dsv3_kernels import (
     Groups,
+    LocalExperts,
     Quantized,
+    RouterInput,
     Routing,
     act_quant,
     experts,
@@ -85,15 +87,25 @@ class Router(nn.Module):
         )
 
     def forward(
-        self, x_TD: Tensor, position_T: Tensor | None = None, held: tuple[int, int] | None = None
+        self,
+        x_TD: Tensor,
+        position_T: Tensor | None = None,
+        local: LocalExperts | None = None,
     ) -> tuple[Tensor, Tensor, Groups | None]:
-        """Return ids [T, K] int64, weights [T, K] float32, and where the entries of experts lie.
+        """Return expert ids [T, K] int64, weights [T, K] float32, and the groups of local experts.
 
-        There are no experts at position -1. `held`: first expert and number of those here.
+        Rows at position -1 choose no expert. Groups are None without `local`, and on a CPU.
         """
-        bias = None if self.bias is None else self.bias.weight
-        how = router_logits(x_TD, self.gate.weight), bias, self.rule, position_T
-        return (*route(*how), None) if held is None else route_and_permute(*how, *held, self.locks)
+        router = RouterInput(
+            logits_STE=router_logits(x_TD, self.gate.weight),
+            bias_E=None if self.bias is None else self.bias.weight,
+            rule=self.rule,
+            position_T=position_T,
+        )
+        if local is None:
+            ids_TK, weight_TK = route(router)
+            return ids_TK, weight_TK, None
+        return route_and_permute(router, local, self.locks)
 
 
 class MoE(nn.Module):
@@ -121,8 +133,7 @@ class MoE(nn.Module):
         local = list(range(*split_range(config.n_routed_experts, layout.ep, layout.ep_rank)))
         if self.slots is not None:
             local = self.slots.local_experts
-        self.num_local = len(local)
-        self.first_expert = layout.ep_rank * self.num_local
+        self.local = LocalExperts(first=layout.ep_rank * len(local), count=len(local))
         hidden = config.hidden_size
         inner = config.moe_intermediate_size
         prefixes = [f"{prefix}experts.{e}." for e in local]
@@ -148,12 +159,12 @@ class MoE(nn.Module):
             return self.dispatch(x_TD, ids_TK, ids_TK.float(), self.run_experts)()
         is_local = self.dispatch.mesh.layout.dp == 1
         shared = self._start_shared(x_TD, x_q) if is_local else None
-        held = (self.first_expert, self.num_local) if is_local and self.slots is None else None
-        ids_TK, weight_TK, groups = self.router(x_TD, self.dispatch.position_T, held)
+        local = self.local if is_local and self.slots is None else None
+        ids_TK, weight_TK, groups = self.router(x_TD, self.dispatch.position_T, local)
         if self.slots is not None:
             ids_TK = self.slots(ids_TK)
         if is_local:  # the tokens stay where they are, so x_q is theirs
-            run = partial(self.run_experts, x_q=x_q, also=shared, groups=groups)
+            run = partial(self.run_experts, x_q=x_q, addend=shared, groups=groups)
             return self.dispatch(x_TD, ids_TK, weight_TK, run)()
         combine = self.dispatch(x_TD, ids_TK, weight_TK, self.run_experts)
         shared = self._start_shared(x_TD, x_q)
@@ -172,7 +183,7 @@ class MoE(nn.Module):
         ids_MK: Tensor,
         weight_MK: Tensor,
         x_q: Quantized | None = None,
-        also: Callable[[], Tensor] | None = None,
+        addend: Callable[[], Tensor] | None = None,
         groups: Groups | None = None,
     ) -> Tensor:
         """Return the sums over this rank's experts, [M, D] float32.
@@ -181,16 +192,26 @@ class MoE(nn.Module):
             x_MD: hidden states.
             ids_MK: slots of experts.
             weight_MK: their weights.
-            x_q: x in FP8, where someone has it.
-            also: returns what is added to the sums.
-            groups: where the entries lie, where someone knows.
+            x_q: x in FP8, if known.
+            addend: returns [M, D] to be added to the sums.
+            groups: `permute` of the ids, if known.
         """
-        ue8m0, stacks = self.gate_up_proj.ue8m0, (self.gate_up_proj.stack(), self.down_proj.stack())
+        ue8m0 = self.gate_up_proj.ue8m0
         x: Tensor | Quantized = x_MD
         if self.gate_up_proj.quantizes:
             x = act_quant(x_MD, ue8m0) if x_q is None else x_q
-        held = self.first_expert, *stacks, ue8m0
-        return experts(x, ids_MK, weight_MK, *held, also, self.spread, groups)
+        return experts(
+            x,
+            ids_TK=ids_MK,
+            weight_TK=weight_MK,
+            first_expert=self.local.first,
+            gate_up=self.gate_up_proj.stack(),
+            down=self.down_proj.stack(),
+            ue8m0=ue8m0,
+            addend=addend,
+            spread=self.spread,
+            groups=groups,
+        )
 
 
 def feed_forward(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dsv3.config import ModelConfig, RopeScaling
+from dsv3_kernels import Rotation
 
 
 def _yarn_ramp(dim: int, theta: float, s: RopeScaling) -> Tensor:
@@ -46,8 +47,13 @@ class Rotary:
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
         self._frequency = inverse_frequencies(config).to(device)
         self._mscale = config.cos_sin_mscale
+        self._interleaved = config.rope_interleave
 
-    def __call__(self, position_T: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (cos, sin), each [T, R / 2] float32."""
+    def __call__(self, position_T: Tensor) -> Rotation:
+        """Return the rotations of tokens at these positions."""
         angle = position_T[:, None].float() * self._frequency
-        return angle.cos() * self._mscale, angle.sin() * self._mscale
+        return Rotation(
+            cos_Tr=angle.cos() * self._mscale,
+            sin_Tr=angle.sin() * self._mscale,
+            interleaved=self._interleaved,
+        )

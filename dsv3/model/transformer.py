@@ -20,6 +20,7 @@ from dsv3.parallel.physical_experts import PhysicalExperts
 from dsv3.parallel.sequence_parallel import SequenceParallel
 from dsv3.parallel.token_rows import DispatchSettings
 from dsv3.parallel.weights import Matrix, Target, Vector, WeightFormat
+from dsv3_kernels import Rotation
 
 
 class DecoderLayer(nn.Module):
@@ -56,7 +57,7 @@ class DecoderLayer(nn.Module):
         self,
         x_TD: Tensor,
         y_TD: Tensor | None,
-        rope: tuple[Tensor, Tensor],
+        rotation: Rotation,
         batch: Batch,
         cache: LayerCache,
         rows: SequenceParallel,
@@ -66,7 +67,7 @@ class DecoderLayer(nn.Module):
         Args:
             x_TD: residual stream: all rows, or this rank's (see `SequenceParallel`).
             y_TD: this rank's part of the previous layer's last summand, all rows; None for zero.
-            rope: cosines and sines of the positions, each [T, R / 2] float32.
+            rotation: rotary embedding of the positions.
             batch: the step.
             cache: of this layer.
             rows: distribution of the rows over tp.
@@ -83,7 +84,7 @@ class DecoderLayer(nn.Module):
             quant=in_proj.quantizes,
             ue8m0=in_proj.ue8m0,
         )
-        y_TD = self.self_attn(h_TD, rope, batch, cache, h_q)
+        y_TD = self.self_attn(h_TD, rotation, batch, cache, h_q)
         gate_up_proj = self.mlp.gate_up_proj
         x_TD, h_TD, h_q = rows.sum_norm(
             x_TD,
@@ -158,9 +159,9 @@ class Transformer(nn.Module):
         rows = SequenceParallel(self.tp, count, is_split)
         x_TD = rows.own(self.embed_tokens(batch.token_T))
         y_TD = None
-        rope = self.rotary(batch.position_T)
+        rotation = self.rotary(batch.position_T)
         for i, layer in enumerate(self.layers):
-            x_TD, y_TD = layer(x_TD, y_TD, rope, batch, cache.layer(i), rows)
+            x_TD, y_TD = layer(x_TD, y_TD, rotation, batch, cache.layer(i), rows)
         eps = self.config.rms_norm_eps
         _, h_TD, _ = rows.sum_norm(x_TD, y_TD, self.norm.weight, eps, quant=False, ue8m0=False)
         return h_TD

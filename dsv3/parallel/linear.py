@@ -49,7 +49,7 @@ class Linear(Matrix):
         self.locks = make_locks(self.weight[0])
 
     def forward(self, x_TD: Tensor, x_q: Quantized | None = None) -> Tensor:
-        """Return [T, sum of rows]; `x_q` is x in FP8, where someone has it."""
+        """Return [T, sum of rows]; `x_q` is x in FP8, if known."""
         if not self.quantizes:
             return linear(x_TD.to(self.dtype), self.matrix(), locks=self.locks)
         return self.product(act_quant(x_TD, self.ue8m0) if x_q is None else x_q)
@@ -57,7 +57,13 @@ class Linear(Matrix):
     def product(self, x: Quantized) -> Tensor:
         """Return [T, sum of rows] of FP8 activations."""
         assert self.block_scale is not None
-        return fp8_gemm(x, self._weights[0], self.block_scale[0], self.dtype, self.locks)
+        return fp8_gemm(
+            x,
+            w_FD=self._weights[0],
+            scale_fd=self.block_scale[0],
+            dtype=self.dtype,
+            locks=self.locks,
+        )
 
 
 class ColumnParallelLinear(Linear):
@@ -171,7 +177,7 @@ class VocabParallelHead(nn.Module):
 
     def forward(self, x_MD: Tensor) -> Tensor:
         """Return [M, ceil(W / tp)] float32 logits of ids start, start + 1, ..."""
-        logits = linear(x_MD, self.table.matrix(), torch.float32, self.locks)
+        logits = linear(x_MD, self.table.matrix(), dtype=torch.float32, locks=self.locks)
         missing = self.width - logits.shape[1]
         if missing:
             logits = F.pad(logits, (0, missing), value=float("-inf"))

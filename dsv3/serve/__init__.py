@@ -1,1 +1,1 @@
-"""The doors a user comes through: batch jobs and chat."""
+"""User interfaces: batch jobs, single prompts, chat on a terminal, metrics."""

@@ -1,7 +1,7 @@
 """Batch files: rows of requests in, lines of results out, in the format of OpenAI's Batch API.
 
-Input is read row by row as it is needed. A row that cannot be understood is still a row: it
-carries its error, and goes to the output like any other.
+Input is read row by row on demand. A row that cannot be parsed is still a row: it carries an error,
+and has a line in the output like any other.
 """
 
 import json
@@ -21,22 +21,23 @@ from dsv3.text.openai_format import Fields, parse_request, plain_request, show
 from dsv3.text.text_request import TextRequest, digest
 
 SEPARATORS = ("line", "blank-line")
-# Ten times what fills the longest context; making tokens of a text takes 150 times its memory.
+# Ten times the text of the longest context; tokenizing a text takes 150 times its memory.
 MAX_ROW_BYTES = 16 << 20
 
-# Codes of the errors of rows that have no id of their own.
-NO_ID, REPEATED_ID = "no_custom_id", "repeated_custom_id"
+# Error codes of rows without an id of their own.
+NO_ID = "no_custom_id"
+REPEATED_ID = "repeated_custom_id"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One row of the input: a request, or why it is none.
+    """One row of the input: a request, or an error.
 
     Attributes:
         number: line of the file where the row begins, from 1.
-        custom_id: its name; `line-NUMBER` where it has none.
-        digest: names its content: in the output, it tells whether the row was changed since.
-        error, code: what is wrong with it, in one line, and of which kind that is.
+        custom_id: the row's id; `line-NUMBER` if it has none.
+        digest: digest of the content, to detect from the output that a row has changed.
+        error, code: the error in one line, and its code.
     """
 
     number: int
@@ -48,7 +49,7 @@ class Row:
 
     @property
     def key(self) -> "RowKey":
-        """What tells this row from all others of the file."""
+        """The row's unique key in the file."""
         return row_key(self.custom_id, self.digest, self.code)
 
 
@@ -56,20 +57,20 @@ RowKey = str | tuple[str, str]
 
 
 def row_key(custom_id: str, digest: str, code: str | None) -> RowKey:
-    """Tell rows apart: by their id, and those without one of their own by their content."""
+    """Return the unique key of a row: its id, with its digest if the id is missing or repeated."""
     return (custom_id, digest) if code in (NO_ID, REPEATED_ID) else custom_id
 
 
 @dataclass(frozen=True)
 class BatchInput:
-    """An input file, a pipe or standard input (`-`); each iteration reads its rows anew.
+    """An input file, a pipe or standard input (`-`); each iteration reads its rows again.
 
-    JSONL if it is named so or if its first line looks like a row, else one prompt a line
-    (separator "line") or several lines up to a blank one ("blank-line"). Blank lines are no
-    rows.
+    The format is JSONL according to the file's suffix or if the first line looks like a row.
+    Otherwise a row is a prompt of one line (separator "line"), or of several lines up to a blank
+    one ("blank-line"). Blank lines are skipped.
 
     Raises:
-        ConfigError: it cannot be read, is no text, or is JSON in another form.
+        ConfigError: the input cannot be read, is not text, or is JSON in another format.
     """
 
     path: Path
@@ -78,16 +79,16 @@ class BatchInput:
     flag: str = "--input-file"
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be read, before anything is done with it."""
+        """Raise ConfigError at once for an input that cannot be read."""
         if self.separator not in SEPARATORS:
             raise ConfigError(
                 f"--prompt-separator={self.separator} is unknown; use {' or '.join(SEPARATORS)}"
             )
-        self.is_jsonl  # noqa: B018 (looks at the file)
+        self.is_jsonl  # noqa: B018 (opens the file and checks its format)
 
     @cached_property
     def source(self) -> InputFile:
-        """The input, opened."""
+        """The opened input."""
         return InputFile.find(self.path, self.flag)
 
     @cached_property
@@ -101,11 +102,11 @@ class BatchInput:
             yield _read_row(number, raw, is_json, self.defaults, numbers)
 
     def count(self) -> int:
-        """Count the rows without reading into them."""
+        """Return the number of rows, without parsing them."""
         return sum(1 for _ in self._records())
 
     def _records(self) -> Iterator[tuple[int, bytes, bool]]:
-        """Yield the line number and bytes of each row, and whether it is JSON."""
+        """Yield the line number and bytes of each row, and True if it is JSON."""
         with self.source.open() as file:
             by_blank = groupby(_lines(file), key=lambda entry: not entry[1].strip())
             for group in (group for is_blank, group in by_blank if not is_blank):
@@ -117,7 +118,7 @@ class BatchInput:
 
 
 def result_line(row: Row, status: int, body: dict[str, Any]) -> bytes:
-    """Write the output line of a row."""
+    """Return the output line of a row."""
     response = {"status_code": status, "request_id": row.digest, "body": body}
     line = {
         "id": f"batch_req_{row.digest}",
@@ -127,12 +128,12 @@ def result_line(row: Row, status: int, body: dict[str, Any]) -> bytes:
     }
     try:
         return json.dumps(line, ensure_ascii=False, allow_nan=False).encode()
-    except UnicodeEncodeError:  # half a surrogate pair: only escapes can write it
+    except UnicodeEncodeError:  # half a surrogate pair, which needs escapes
         return json.dumps(line, allow_nan=False).encode()
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines and their numbers; of one beyond `MAX_ROW_BYTES`, its beginning."""
+    """Yield numbered lines; a line beyond `MAX_ROW_BYTES` is cut one byte after the limit."""
     number = 0
     while line := file.readline(MAX_ROW_BYTES + 1):
         number += 1
@@ -142,8 +143,10 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
 
 
 def _join(lines: Iterable[tuple[int, bytes]]) -> tuple[int, bytes]:
-    """Return the first number and the text of some lines, as much as a row may have and one."""
-    first, parts, size = 0, [], 0
+    """Return the first line number and the joined lines, cut after they exceed a row's limit."""
+    first = 0
+    parts: list[bytes] = []
+    size = 0
     for number, line in lines:
         first = first or number
         if size <= MAX_ROW_BYTES:
@@ -155,8 +158,9 @@ def _join(lines: Iterable[tuple[int, bytes]]) -> tuple[int, bytes]:
 def _read_row(
     number: int, raw: bytes, is_json: bool, defaults: Defaults, numbers: dict[str, int]
 ) -> Row:
-    """Understand a row, or tell why it cannot be understood."""
-    custom_id, code, request, error = f"line-{number}", NO_ID, None, None
+    """Parse a row; if that fails, return a row with the error."""
+    custom_id = f"line-{number}"
+    code = NO_ID
     try:
         text = _decode(raw)
         value = _row_object(text) if is_json else {}
@@ -171,7 +175,7 @@ def _read_row(
         if is_json:
             request = _parse(value, custom_id, defaults)
         else:
-            if not text.strip("\0 \t\r\n"):  # a file system leaves such lines after a crash
+            if not text.strip("\0 \t\r\n"):  # left by a file system after a crash
                 raise RequestError("nothing but NUL characters")
             messages = [{"role": "user", "content": text.rstrip("\r\n")}]
             request = plain_request(messages, custom_id, defaults, LINE_DEFAULTS)
@@ -182,7 +186,7 @@ def _read_row(
         error = "nested too deeply"
     except MemoryError:
         error = "there is not enough memory for it"
-    # Repeated rows may look alike; rows with an id may move within the file.
+    # Repeated rows may have the same text; rows with an id may move within the file.
     content = raw.strip() if code not in (NO_ID, REPEATED_ID) else b"%d:%b" % (number, raw.strip())
     return Row(number=number, custom_id=custom_id, digest=digest(content), error=error, code=code)
 
@@ -191,7 +195,7 @@ def _decode(raw: bytes) -> str:
     if len(raw) > MAX_ROW_BYTES:
         raise RequestError(f"longer than {MAX_ROW_BYTES >> 20} MiB")
     try:
-        # Files put together bring their byte order marks along.
+        # Concatenated files contain byte order marks in the middle.
         return raw.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise RequestError(
@@ -201,7 +205,7 @@ def _decode(raw: bytes) -> str:
 
 
 def _row_object(text: str) -> dict[str, Any]:
-    """Parse a row strictly: no NaN, no field twice, no numbers beyond reason."""
+    """Parse a row strictly: no NaN, no repeated fields, no excessive numbers."""
     try:
         value = parse_json_text(text)
     except ValueError as error:
@@ -224,10 +228,12 @@ def _parse(value: dict[str, Any], custom_id: str, defaults: Defaults) -> TextReq
     fields = Fields(value)
     fields.text("custom_id")
     fields.take("method", lambda method: method == "POST", '"POST"')
-    url, body = fields.text("url"), fields.take("body", lambda v: isinstance(v, dict), "an object")
-    for name, given in (("url", url), ("body", body)):
-        if given is None:
-            raise RequestError(f"{name} is missing")
-    for name in fields.rest():
+    url = fields.text("url")
+    body = fields.take("body", lambda v: isinstance(v, dict), "an object")
+    if url is None:
+        raise RequestError("url is missing")
+    if body is None:
+        raise RequestError("body is missing")
+    for name in fields.remaining():
         raise RequestError(f"{name} is not a field of a row, only custom_id, method, url and body")
-    return parse_request(url or "", body, custom_id, defaults)
+    return parse_request(url, body, custom_id, defaults)

@@ -1,4 +1,4 @@
-"""The chat of rank 0: what the user says in, answers out as they are made, over many turns."""
+"""The chat of rank 0: messages of the user, streamed answers, commands."""
 
 import re
 import time
@@ -9,13 +9,13 @@ from difflib import get_close_matches
 from dsv3.engine.engine import Engine
 from dsv3.errors import CheckpointError, RequestError, one_line, shorten
 from dsv3.request import Completion, Request, RequestOutput
-from dsv3.serve.conversation import Conversation, OnFull, Question, Turn, Written
+from dsv3.serve.conversation import Conversation, OnFull, Question, RenderedPrompt, Turn
 from dsv3.serve.settings import NAMES, Settings, known_name, split_setting
 from dsv3.serve.terminal import Console
 from dsv3.text.chat import ChatFormat
 from dsv3.text.defaults import Defaults
 from dsv3.text.text_request import token_requests
-from dsv3.text.thoughts import Piece, ThoughtStream
+from dsv3.text.thoughts import AnswerParts, ThoughtStream
 
 HELP = """\
 /clear            begin a new conversation
@@ -33,13 +33,14 @@ A message may begin with / if a space goes before it.
 
 @dataclass(slots=True, kw_only=True)
 class _Answer:
-    """An answer while it is made, and what it took.
+    """An answer so far, and its statistics.
 
     Attributes:
-        text: all of it, the thought included, as `content` and `thought` are without each other.
-        computed, reused: tokens of the prompt that were computed or in the cache.
-        first_seconds: until the first token.
-        completion: None if it was stopped.
+        text: the whole text: marks, thought and content.
+        content, thought: the two parts without marks.
+        computed, reused: prompt tokens that were computed, and that were in the cache.
+        first_seconds: seconds to the first token.
+        completion: None if the user has stopped the answer.
     """
 
     prompt_len: int
@@ -55,7 +56,7 @@ class _Answer:
 
     @property
     def pace(self) -> str:
-        """How fast further tokens came, if any did."""
+        """The rate of tokens after the first one, in words; empty if there are none."""
         rate = (self.num_tokens - 1) / max(self.seconds - self.first_seconds, 1e-9)
         return f", then {rate:.1f} tok/s" if rate > 0 else ""
 
@@ -68,14 +69,14 @@ class _Answer:
 
 @dataclass(slots=True)
 class Chat:
-    """A user's dialogue with the model; `run` returns when the user leaves.
+    """A user's chat with the model; `run` returns when the user leaves.
 
     Args:
-        engine: answers requests; used by nobody else meanwhile.
-        format: writes conversations.
+        engine: answers requests; not used by other code meanwhile.
+        format: renders conversations.
         defaults: sampling, thinking and the system message.
-        console: the user's side.
-        on_full: drop the oldest turns when the context is full, or stop.
+        console: reads messages and shows answers.
+        on_full: "drop" the oldest turns when the context is full, or "stop".
     """
 
     engine: Engine
@@ -96,7 +97,7 @@ class Chat:
         self._begin()
 
     def run(self, model: str) -> None:
-        """Greet in the name of the model; answer until the user leaves."""
+        """Show the model's name; answer messages until the user leaves."""
         self.console.note(
             f"{model}, context of {self.engine.max_seq_len:,} tokens; /help lists the commands, "
             "Ctrl-D leaves"
@@ -105,13 +106,13 @@ class Chat:
         while (message := self.console.read()) is not None:
             command = re.fullmatch(r"(/[a-zA-Z]*)(?:\s+(.*))?", message.rstrip(), re.DOTALL)
             if command is None:
-                self._say(message)
+                self._send(message)
             elif command[1].lower() == "/exit":
                 return
             else:
-                self._obey(command[1].lower(), command[2] or "")
+                self._run_command(command[1].lower(), command[2] or "")
 
-    def _obey(self, command: str, text: str) -> None:
+    def _run_command(self, command: str, text: str) -> None:
         commands: dict[str, Callable[[str], None]] = {
             "/clear": lambda _: self._clear(),
             "/undo": lambda _: self._undo(),
@@ -130,7 +131,7 @@ class Chat:
 
     @property
     def _name(self) -> str:
-        """The name of the conversation."""
+        """Name of the conversation, which changes with /clear."""
         return f"chat-{self._num_conversations}"
 
     def _begin(self) -> None:
@@ -138,14 +139,14 @@ class Chat:
         self._asked = None
         self._num_conversations += 1
 
-    def _say(self, text: str) -> None:
+    def _send(self, text: str) -> None:
         if text.strip():
             self._num_questions += 1
             self._num_keys += 1
             self._ask(Question(text, self._num_questions, self._num_keys), self._talk.turns)
 
     def _regenerate(self) -> None:
-        """Answer the last message again, with other random numbers."""
+        """Answer the last message again with other random numbers."""
         if self._asked is None:
             self.console.note("there is no message to answer again")
             return
@@ -155,7 +156,7 @@ class Chat:
         self._ask(question, self._before(question))
 
     def _undo(self) -> None:
-        """Forget the last message, with its answer if it has one."""
+        """Remove the last message, and its answer if it has one."""
         if self._asked is None:
             self.console.note("there is nothing to undo")
             return
@@ -167,7 +168,7 @@ class Chat:
         return [turn for turn in self._talk.turns if turn.question.number < question.number]
 
     def _ask(self, question: Question, earlier: list[Turn]) -> None:
-        """Have a message answered after earlier turns; it joins them if there is an answer."""
+        """Answer a message after earlier turns; add both to the turns if there is an answer."""
         try:
             kept, prompt = self._talk.prompt(question, earlier, self._settings)
             request = self._request(question, prompt)
@@ -180,9 +181,9 @@ class Chat:
         answer = self._stream(request)
         self._answers.append(answer)
         completion = answer.completion
-        if completion is not None and not request.params.stop:  # a stop text is in the tokens only
+        if completion is not None and not request.params.stop:  # tokens may include a stop string
             text = prompt.text + self.format.hide_answer(answer.text)
-            self._talk.remember(Written(text, prompt.ids + completion.token_ids))
+            self._talk.remember(RenderedPrompt(text, prompt.ids + completion.token_ids))
         remark = self._remark(answer)
         if answer.content or (completion is not None and completion.finish_reason == "stop"):
             reply = {"role": "assistant", "content": answer.content}
@@ -197,25 +198,31 @@ class Chat:
         self.console.end_answer(remark)
 
     def _drop(self, number: int) -> None:
-        """Drop so many of the oldest turns."""
+        """Drop a number of the oldest turns."""
         if number:
             self._talk.turns = self._talk.turns[number:]
             oldest = "the oldest turn was" if number == 1 else f"the {number} oldest turns were"
             limit = self.engine.max_seq_len
             self.console.note(f"{oldest} dropped: the context of {limit:,} tokens is full")
 
-    def _request(self, question: Question, prompt: Written) -> Request:
+    def _request(self, question: Question, prompt: RenderedPrompt) -> Request:
         """Return the engine's request for the answer to a message."""
-        asked = self._settings.request([], f"chat-{question.key}")
-        name, limit = f"{self._name}.{question.number}", self.engine.max_seq_len
-        request = token_requests(asked, prompt.ids, name, limit, self.engine.vocab_size)[0]
+        text_request = self._settings.request([], f"chat-{question.key}")
+        request = token_requests(
+            text_request,
+            prompt.ids,
+            f"{self._name}.{question.number}",
+            self.engine.max_seq_len,
+            self.engine.vocab_size,
+        )[0]
         return replace(request, conversation_id=self._name, answer=question.attempt)
 
     def _stream(self, request: Request) -> _Answer:
-        """Show the answer as it is made, until it ends or the user has enough."""
+        """Stream the answer to the console until it ends or the user stops it."""
         answer = _Answer(prompt_len=len(request.prompt_ids))
         thoughts = ThoughtStream(self.format.opens_thought(request.prompt_ids))
-        before, start = replace(self.engine.metrics), time.perf_counter()
+        metrics_before = replace(self.engine.metrics)
+        start = time.perf_counter()
         while answer.completion is None and self.engine.has_work():
             for output in self.engine.step():
                 if output.request_id == request.request_id:
@@ -224,8 +231,8 @@ class Chat:
                 self.engine.cancel(request.request_id)
                 break
         answer.seconds = time.perf_counter() - start
-        answer.computed = self.engine.metrics.prefill_tokens - before.prefill_tokens
-        answer.reused = self.engine.metrics.reused_tokens - before.reused_tokens
+        answer.computed = self.engine.metrics.prefill_tokens - metrics_before.prefill_tokens
+        answer.reused = self.engine.metrics.reused_tokens - metrics_before.reused_tokens
         self._show_text(answer, thoughts.finish())
         return answer
 
@@ -239,16 +246,16 @@ class Chat:
         self._show_text(answer, thoughts.push(output.new_text))
         answer.completion = output.completion
 
-    def _show_text(self, answer: _Answer, piece: Piece) -> None:
-        answer.thought += piece.thought
-        answer.content += piece.answer
-        self.console.thought(piece.thought)
-        if piece.answer and answer.thought and answer.content == piece.answer:
+    def _show_text(self, answer: _Answer, parts: AnswerParts) -> None:
+        answer.thought += parts.thought
+        answer.content += parts.answer
+        self.console.thought(parts.thought)
+        if parts.answer and answer.thought and answer.content == parts.answer:
             self.console.answer("\n\n")  # a blank line after the thought
-        self.console.answer(piece.answer)
+        self.console.answer(parts.answer)
 
     def _remark(self, answer: _Answer) -> str:
-        """Say why an answer has no end."""
+        """Return why an answer is incomplete; empty if it is complete."""
         limit = self.engine.max_seq_len
         if answer.completion is None:
             return "stopped"
@@ -257,10 +264,10 @@ class Chat:
         if answer.completion.finish_reason != "length":
             return ""
         if answer.prompt_len + answer.num_tokens >= limit:
-            way_out = "/clear begins a new conversation"
+            advice = "/clear begins a new conversation"
             if self.on_full == "drop":
-                way_out = "the next message drops the oldest turns"
-            return f"the context of {limit:,} tokens is full; {way_out}"
+                advice = "the next message drops the oldest turns"
+            return f"the context of {limit:,} tokens is full; {advice}"
         return f"cut at {answer.num_tokens:,} tokens; /set max_tokens allows more"
 
     def _clear(self) -> None:
@@ -269,7 +276,7 @@ class Chat:
         self.console.note("a new conversation")
 
     def _set(self, text: str) -> None:
-        """Change a value, or show one or all."""
+        """Set a value, or show one or all values."""
         name, value = split_setting(text)
         if not name:
             self.console.show("\n".join(f"{n:<20}{self._settings.shown(n)}" for n in NAMES))
@@ -277,12 +284,12 @@ class Chat:
         try:
             name = known_name(name)
             if value:
-                first = Settings(self.defaults)
-                self._settings = self._settings.with_value(name, value, first)
+                initial = Settings(self.defaults)
+                self._settings = self._settings.with_value(name, value, initial)
         except RequestError as error:
             self.console.note(one_line(f"not set: {error}"))
             return
-        if value and name == "seed":  # the same messages get the same answers from here
+        if value and name == "seed":  # from here on, the same messages get the same answers
             self._num_keys = 0
         self.console.note(f"{name}: {self._settings.shown(name)}")
         if value and name == "thinking":
@@ -303,16 +310,22 @@ class Chat:
         if not self._answers:
             self.console.note("no answers yet")
             return
-        last, metrics = self._answers[-1], self.engine.metrics
+        last = self._answers[-1]
+        metrics = self.engine.metrics
         context = self._talk.turns[-1].num_tokens if self._talk.turns else 0
         filled = metrics.pages_used + metrics.pages_idle
         cached = self.engine.cache_tokens * filled // max(1, filled + metrics.pages_free)
-        summed = ("prompt_len", "computed", "reused", "num_tokens", "seconds")
-        every = _Answer(**{name: sum(getattr(a, name) for a in self._answers) for name in summed})
+        total = _Answer(
+            prompt_len=sum(answer.prompt_len for answer in self._answers),
+            computed=sum(answer.computed for answer in self._answers),
+            reused=sum(answer.reused for answer in self._answers),
+            num_tokens=sum(answer.num_tokens for answer in self._answers),
+            seconds=sum(answer.seconds for answer in self._answers),
+        )
         lines = (
             f"last answer    {last}",
             f"{'':14} first token after {last.first_seconds:.2f} s{last.pace}",
-            f"all {len(self._answers):<10,} {every}",
+            f"all {len(self._answers):<10,} {total}",
             f"context        {context:,} of {self.engine.max_seq_len:,} tokens",
             f"cache          {cached:,} of {self.engine.cache_tokens:,} tokens",
         )

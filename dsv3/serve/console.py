@@ -1,4 +1,4 @@
-"""Chooses the console of a chat."""
+"""Select the console of a chat."""
 
 import os
 import sys
@@ -9,15 +9,15 @@ from dsv3.serve.terminal import Console, Lines
 
 _NO_EDITOR = (
     "plain lines of at most 4,095 bytes, and Ctrl-C ends the program; "
-    "pip install 'dsv3[chat]' brings a line editor"
+    "pip install prompt_toolkit brings a line editor"
 )
 
 
 def open_console(history: InputHistory) -> AbstractContextManager[Console]:
-    """Return a line editor if input and output are a terminal that can do more than print."""
-    able = os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
-    ends = (sys.stdin, sys.stdout)  # None where they were closed
-    if not able or not all(end and end.isatty() for end in ends):
+    """Return a line editor if input and output are a capable terminal; otherwise plain lines."""
+    is_capable = os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
+    streams = (sys.stdin, sys.stdout)  # None if they are closed
+    if not is_capable or not all(stream and stream.isatty() for stream in streams):
         return Lines()
     try:
         from dsv3.serve.editor import Terminal

@@ -1,4 +1,4 @@
-"""The turns of a chat, and how they become the prompt of the next answer."""
+"""The turns of a chat, and the prompt of the next answer."""
 
 from bisect import bisect_left
 from collections import deque
@@ -11,7 +11,7 @@ from dsv3.serve.settings import Settings
 from dsv3.text.chat import ChatFormat
 
 OnFull = Literal["drop", "stop"]
-_ROOM = 8  # a full context has less than this part of it free for an answer
+_FREE_PART = 8  # the context is full if less than 1 / 8 of it is free for the answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,9 +19,9 @@ class Question:
     """A message of the user.
 
     Attributes:
-        number: counts the messages of the chat.
-        key: names the random numbers of its answers, together with the seed.
-        attempt: counts its answers; each has random numbers of its own.
+        number: number of the message in the chat.
+        key: determines the random numbers of its answers, together with the seed.
+        attempt: number of the answer; each has its own random numbers.
     """
 
     text: str
@@ -35,7 +35,7 @@ class Turn:
     """A message of the user with the model's reply.
 
     Attributes:
-        num_tokens: of the conversation up to its end.
+        num_tokens: tokens of the conversation up to the end of this turn.
     """
 
     question: Question
@@ -44,13 +44,13 @@ class Turn:
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        """Both as the chat format takes them."""
+        """The message and the reply in the OpenAI format."""
         return [{"role": "user", "content": self.question.text}, self.reply]
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
-    """A conversation as text and as tokens."""
+class RenderedPrompt:
+    """A rendered conversation as text and as tokens."""
 
     text: str
     ids: list[int]
@@ -60,70 +60,75 @@ class Conversation:
     """The turns of a chat.
 
     Args:
-        format: writes them as a prompt.
+        format: renders the turns as a prompt.
         limit: tokens of the context.
-        on_full: leave the oldest turns out of a prompt when the context is full, or stop.
+        on_full: "drop" the oldest turns from a prompt when the context is full, or "stop".
 
     Attributes:
-        turns: from the oldest to the newest.
+        turns: the turns, oldest first.
     """
 
     def __init__(self, format: ChatFormat, limit: int, on_full: OnFull) -> None:
         self.turns: list[Turn] = []
-        self._format, self._limit, self._on_full = format, limit, on_full
-        # Prompts with their answers: the beginnings of further prompts. Two, to answer one again.
-        self._known: deque[Written] = deque(maxlen=2)
+        self._format = format
+        self._limit = limit
+        self._on_full = on_full
+        # Prompts with answers, with which later prompts begin; two, for /regenerate.
+        self._known: deque[RenderedPrompt] = deque(maxlen=2)
 
-    def remember(self, written: Written) -> None:
-        """Keep the tokens of a prompt with its answer for prompts that begin so.
+    def remember(self, rendered: RenderedPrompt) -> None:
+        """Keep the tokens of a prompt and its answer for later prompts that begin with its text.
 
-        The text of an answer may have other tokens than the model chose, and it is those that are
-        in the cache.
+        Tokenizing an answer's text may give other tokens than the model has generated, but only
+        the generated ones are in the cache.
         """
-        self._known.append(written)
+        self._known.append(rendered)
 
     def prompt(
         self, question: Question, earlier: list[Turn], settings: Settings
-    ) -> tuple[list[Turn], Written]:
-        """Return the turns that stay before a message, and the prompt.
+    ) -> tuple[list[Turn], RenderedPrompt]:
+        """Return the turns to keep before a message, and the prompt.
 
-        A full context is emptied down to its half: further turns find room then, and the part of
-        their prompts that is in the cache.
+        A full context is reduced to half its size, so that the next turns fit without dropping
+        more, and begin with the same cached prompt.
 
         Raises:
-            RequestError: the context cannot hold it.
+            RequestError: the prompt does not fit the context.
         """
-        prompt = self._write(question, earlier, settings)
-        asked = settings.request([], "").params.max_tokens
-        is_full = len(prompt.ids) + min(asked, self._limit // _ROOM) > self._limit
+        prompt = self._render(question, earlier, settings)
+        max_tokens = settings.request([], "").params.max_tokens
+        is_full = len(prompt.ids) + min(max_tokens, self._limit // _FREE_PART) > self._limit
         if is_full and self._on_full == "drop":
 
             def fits(first: int) -> bool:
-                ids = self._write(question, earlier[first:], settings).ids
+                ids = self._render(question, earlier[first:], settings).ids
                 return len(ids) <= self._limit // 2
 
             earlier = earlier[bisect_left(range(len(earlier)), True, key=fits) :]
-            prompt = self._write(question, earlier, settings)
+            prompt = self._render(question, earlier, settings)
         if len(prompt.ids) >= self._limit:
-            what, way_out = "it has", "it must be shorter"
+            subject = "it has"
+            advice = "it must be shorter"
             if earlier:
-                what = "the conversation with it has"
-                way_out = "/clear begins a new one, --on-full drop drops the oldest turns"
+                subject = "the conversation with it has"
+                advice = "/clear begins a new one, --on-full drop drops the oldest turns"
             raise RequestError(
-                f"{what} {len(prompt.ids):,} tokens and the context holds {self._limit:,}, "
-                f"question and answer together; {way_out}"
+                f"{subject} {len(prompt.ids):,} tokens and the context holds {self._limit:,}, "
+                f"question and answer together; {advice}"
             )
         return earlier, prompt
 
-    def _write(self, question: Question, earlier: Sequence[Turn], settings: Settings) -> Written:
-        """Write a conversation up to the answer to a message."""
+    def _render(
+        self, question: Question, earlier: Sequence[Turn], settings: Settings
+    ) -> RenderedPrompt:
+        """Render a conversation up to the answer to a message."""
         messages = [message for turn in earlier for message in turn.messages]
         messages.append({"role": "user", "content": question.text})
-        asked = settings.request(messages, "")
-        assert asked.messages is not None
-        text = self._format.render(asked.messages, bool(asked.thinking))
+        request = settings.request(messages, "")
+        assert request.messages is not None
+        text = self._format.render(request.messages, bool(request.thinking))
         for known in reversed(self._known):
             if text.startswith(known.text):
-                rest = self._format.encode(text.removeprefix(known.text))
-                return Written(text, known.ids + rest)
-        return Written(text, self._format.encode(text))
+                new_ids = self._format.encode(text.removeprefix(known.text))
+                return RenderedPrompt(text, known.ids + new_ids)
+        return RenderedPrompt(text, self._format.encode(text))

@@ -1,7 +1,7 @@
-r"""A chat at a terminal: prompt_toolkit edits the messages, answers are written as they come.
+r"""Console on a terminal: prompt_toolkit edits messages, answers are written as they stream.
 
-torchrun sits in the foreground of the terminal and ends all ranks at Ctrl-C. So while a chat has
-the terminal, Ctrl-C (and Ctrl-Z) come as characters; Ctrl-\ still ends everything.
+torchrun is in the terminal's foreground group and ends all ranks at Ctrl-C. So while a chat uses
+the terminal, Ctrl-C and Ctrl-Z arrive as characters; Ctrl-\ still ends all processes.
 """
 
 import asyncio
@@ -42,13 +42,13 @@ Enter sends a message; Alt-Enter, or Esc and then Enter, begins a new line.
 Ctrl-C stops an answer and drops what was typed ahead. Arrow keys bring back
 earlier messages, also of earlier chats (--no-history keeps none)."""
 _DIM, _PLAIN = "\x1b[2m", "\x1b[22m"
-_PASTE_ON, _PASTE_OFF = "\x1b[?2004h", "\x1b[?2004l"  # pasted text comes marked as such
-# No bold or dimmed text, lines wrap, the cursor is shown, pasted text comes unmarked.
+_PASTE_ON, _PASTE_OFF = "\x1b[?2004h", "\x1b[?2004l"  # bracketed paste
+# No bold or dimmed text, lines wrap, the cursor is visible, no bracketed paste.
 _RESTORED = f"\x1b[0m\x1b[?7h\x1b[?25h{_PASTE_OFF}"
 
 
 class Terminal:
-    """A terminal with a line editor. Use as a context manager: it gives the modes back.
+    """A terminal with a line editor; a context manager that restores the terminal's modes.
 
     Args:
         history: messages of earlier chats.
@@ -57,13 +57,14 @@ class Terminal:
     help = HELP
 
     def __init__(self, history: InputHistory) -> None:
-        self._in, self._out = sys.stdin.fileno(), sys.stdout.fileno()
-        self._in_line = False  # the last text written has not ended its line
+        self._in = sys.stdin.fileno()
+        self._out = sys.stdout.fileno()
+        self._is_mid_line = False  # the last written text has not ended its line
         self._input = _Input(sys.stdin)
-        # UTF-8 as answers are, whatever the locale says.
+        # UTF-8 like answers, independent of the locale.
         screen = os.fdopen(self._out, "w", encoding="utf-8", errors="replace", closefd=False)
         output = _Output.from_pty(screen, term=os.environ.get("TERM"))
-        output.enable_cpr = False  # the reply would come among the user's keys
+        output.enable_cpr = False  # the reply would be mixed with the user's keys
         self._session: PromptSession[str] = PromptSession(
             [("fg:ansidefault", PROMPT)],  # spaces at a line's end are only drawn with a color
             prompt_continuation=lambda width, _, wraps: "" if wraps else " " * width,
@@ -77,7 +78,7 @@ class Terminal:
         )
         app = self._session.app
         app.renderer = _Renderer(app.renderer.style, output)
-        app.terminal_size_polling_interval = None  # SIGWINCH tells
+        app.terminal_size_polling_interval = None  # SIGWINCH reports changes
 
     def __enter__(self) -> Self:
         logging.getLogger("asyncio").setLevel(logging.INFO)  # --debug is not about event loops
@@ -87,14 +88,16 @@ class Terminal:
         off = os.fpathconf(self._in, "PC_VDISABLE").to_bytes(1, sys.byteorder)
         modes[0] &= ~(termios.ICRNL | termios.INLCR | termios.IGNCR)
         modes[3] &= ~(termios.ICANON | termios.ECHO | termios.IEXTEN)
-        modes[6][termios.VMIN], modes[6][termios.VTIME] = 1, 0
-        modes[6][termios.VINTR] = modes[6][termios.VSUSP] = off
+        modes[6][termios.VMIN] = 1
+        modes[6][termios.VTIME] = 0
+        modes[6][termios.VINTR] = off
+        modes[6][termios.VSUSP] = off
         termios.tcsetattr(self._in, termios.TCSADRAIN, modes)
         write(self._out, _PASTE_ON)
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OutputError, termios.error):  # it may be gone
+        with contextlib.suppress(OutputError, termios.error):  # the terminal may be closed
             write(self._out, _RESTORED)
             termios.tcsetattr(self._in, termios.TCSADRAIN, self._modes)
         if self._guard is not None:
@@ -102,7 +105,7 @@ class Terminal:
             self._guard.communicate()
 
     def read(self) -> str | None:
-        """Let the user type; Ctrl-C drops the text, Ctrl-D without any ends the chat."""
+        """Read a message; Ctrl-C drops the text, Ctrl-D in an empty message ends the chat."""
         self.interrupted()
         while not self._input.closed:
             try:
@@ -124,43 +127,45 @@ class Terminal:
         write(self._out, printable(text) + "\n")
 
     def note(self, text: str) -> None:
-        """Write a dimmed remark on a line of its own."""
+        """Write a dimmed remark on its own line."""
         write(self._out, f"{_DIM}({printable(text)}){_PLAIN}\n")
 
     def answer(self, text: str) -> None:
         """Write more of an answer."""
         text = harmless(text)
         write(self._out, text)
-        self._in_line = not text.endswith("\n") if text else self._in_line
+        if text:
+            self._is_mid_line = not text.endswith("\n")
 
     def thought(self, text: str) -> None:
-        """Write dimmed."""
+        """Write more of a thought, dimmed."""
         if text:
             write(self._out, _DIM)
             self.answer(text)
             write(self._out, _PLAIN)
 
     def end_answer(self, remark: str) -> None:
-        """End the line if it has not ended, and leave one blank."""
-        if self._in_line:
+        """End the current line, write a remark and a blank line."""
+        if self._is_mid_line:
             write(self._out, "\n")
-            self._in_line = False
+            self._is_mid_line = False
         if remark:
             self.note(remark)
         write(self._out, "\n")
 
     def interrupted(self) -> bool:
-        """Return True if Ctrl-C was typed; drop the keys before it. Others are for the prompt."""
+        """Return True if Ctrl-C was typed; drop the keys before it, keep others for the prompt."""
         keys = get_typeahead(self._input)
-        while new := self._input.read_keys():
-            keys += new
+        while new_keys := self._input.read_keys():
+            keys += new_keys
         stops = [i for i, key in enumerate(keys) if key.key == Keys.ControlC]
         store_typeahead(self._input, keys[stops[-1] + 1 :] if stops else keys)
         return bool(stops) or self._input.closed
 
     def _begin(self) -> None:
-        """Prepare the application when its event loop runs."""
-        app, loop = self._session.app, asyncio.get_running_loop()
+        """Prepare the application once its event loop runs."""
+        app = self._session.app
+        loop = asyncio.get_running_loop()
 
         def fail(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
             if app.is_running and not app.is_done:
@@ -171,7 +176,7 @@ class Terminal:
             app.key_processor.process_keys()
 
         loop.set_exception_handler(fail)
-        # Keys typed ahead may ask for earlier messages, which a task loads.
+        # Keys typed ahead may request earlier messages, which are loaded by a task.
         keys = get_typeahead(self._input)
         self._session.default_buffer.load_history_if_not_yet_loaded()
         loop.call_soon(type_ahead)
@@ -188,19 +193,19 @@ class _Dropped(Exception):
 class _History(History):
     """Messages of this chat and of earlier ones."""
 
-    def __init__(self, kept: InputHistory) -> None:
+    def __init__(self, history: InputHistory) -> None:
         super().__init__()
-        self._kept = kept
+        self._history = history
 
     def load_history_strings(self) -> Iterable[str]:
-        return reversed(self._kept.load())
+        return reversed(self._history.load())
 
     def store_string(self, string: str) -> None:
-        self._kept.append(string)
+        self._history.append(string)
 
 
 class _Reader(PosixStdinReader):
-    """Reads UTF-8, and sees the end of a terminal that is gone."""
+    """Reads UTF-8, and detects a closed terminal."""
 
     def __init__(self, fd: int) -> None:
         super().__init__(fd)
@@ -218,23 +223,23 @@ class _Reader(PosixStdinReader):
 
 
 class _Input(Vt100Input):
-    """The terminal's keys; its modes are those of `Terminal` for as long as the chat lasts."""
+    """The terminal's keys; the modes are set by `Terminal` for the whole chat."""
 
     def __init__(self, stdin: Any) -> None:
         super().__init__(stdin)
         self.stdin_reader = _Reader(self._fileno)
 
     def read_keys(self) -> list[KeyPress]:
-        """Return the keys; characters that come together are inserted together, as if pasted.
+        """Return the keys; characters that arrive together are inserted together, as if pasted.
 
-        The first of them stays a key of its own, since it may complete a key sequence.
+        The first one stays a separate key, since it may complete a key sequence.
         """
         keys: list[KeyPress] = []
         for is_text, group in groupby(super().read_keys(), _is_character):
             run = list(group)
             if is_text and len(run) > 2:
-                rest = "".join(key.data for key in run[1:])
-                run = [run[0], KeyPress(Keys.BracketedPaste, rest)]
+                text = "".join(key.data for key in run[1:])
+                run = [run[0], KeyPress(Keys.BracketedPaste, text)]
             keys += run
         return keys
 
@@ -247,29 +252,30 @@ def _is_character(key: KeyPress) -> bool:
 
 
 class _Output(Vt100_Output):
-    """The screen; pasted text stays marked between prompts, where it is typed ahead."""
+    """The screen; bracketed paste stays on between prompts, for text pasted ahead."""
 
     def disable_bracketed_paste(self) -> None:
         pass
 
 
 class _Renderer(Renderer):
-    """Draws the message being typed."""
+    """Renders the edited message."""
 
     def erase(self, leave_alternate_screen: bool = True) -> None:
-        """Erase it, also where a narrower screen has wrapped its rows."""
+        """Erase the message, also after a narrower window has wrapped its rows."""
         screen = self.last_rendered_screen
         if screen is not None:
-            columns, at = self.output.get_size().columns, self._cursor_pos
-            above = [screen.data_buffer[y] for y in range(at.y)]
+            columns = self.output.get_size().columns
+            cursor = self._cursor_pos
+            above = [screen.data_buffer[y] for y in range(cursor.y)]
             lengths = [max((x for x in row if row[x].char != " "), default=0) for row in above]
-            extra = sum(length // columns for length in lengths) + at.x // columns
-            self.output.cursor_up(extra)
+            num_wrapped = sum(length // columns for length in lengths) + cursor.x // columns
+            self.output.cursor_up(num_wrapped)
         super().erase(leave_alternate_screen)
 
 
 def _key_bindings() -> KeyBindings:
-    """Return what keys do here beyond prompt_toolkit's own bindings."""
+    """Return the key bindings beyond prompt_toolkit's own."""
     keys = KeyBindings()
 
     in_block = Condition(lambda: _is_open_block(get_app().current_buffer.text))
@@ -305,13 +311,13 @@ def _key_bindings() -> KeyBindings:
 
 
 def _is_open_block(text: str) -> bool:
-    """Return True if the first line is a mark and no other line is one."""
+    """Return True if the first line is a mark and no other line is a mark."""
     first, *lines = text.split("\n") if text.startswith('"') else [""]
     return is_mark(first) and not any(map(is_mark, lines))
 
 
 def _without_marks(text: str) -> str:
-    """Return the lines between two marks; other text as it is."""
+    """Return the lines between two marks; other text unchanged."""
     lines = text.split("\n") if text.startswith('"') else []
     marks = [i for i, line in enumerate(lines) if is_mark(line)]
     return "\n".join(lines[1:-1]) if marks == [0, len(lines) - 1] else text
@@ -319,7 +325,7 @@ def _without_marks(text: str) -> str:
 
 @contextlib.contextmanager
 def _wakeup_fd_kept() -> Iterator[None]:
-    """Give back the descriptor that signals are written to: an event loop takes it for its own."""
+    """Restore the wake-up descriptor of signals afterwards, which an event loop replaces."""
     fd = signal.set_wakeup_fd(-1)
     try:
         yield
@@ -328,9 +334,9 @@ def _wakeup_fd_kept() -> Iterator[None]:
 
 
 def _guard(terminal: int) -> subprocess.Popen[bytes] | None:
-    """Start a process that gives the terminal its modes back if this one dies without doing so.
+    """Start a process that restores the terminal's modes if this process dies without doing so.
 
-    Reading from us, it waits until we write no more: no way to die escapes it.
+    It waits for the end of a pipe from this process, which closes however this process ends.
     """
     script = f"read -r _; stty \"$0\" <&1; printf '{_RESTORED}\\n'"
     try:

@@ -1,4 +1,4 @@
-"""Serves an engine's metrics over HTTP, for Prometheus to fetch (extra `metrics`)."""
+"""HTTP server of an engine's metrics for Prometheus (needs the extra `metrics`)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 class MetricsCollector:
-    """Presents an engine's figures to prometheus-client, as they are at the moment of a request."""
+    """Collector that passes an engine's current metrics to prometheus-client."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
 
     def collect(self) -> "Iterator[Metric]":
-        """Yield every figure as a metric named `dsv3_...`."""
+        """Yield all metrics under names `dsv3_...`."""
         from prometheus_client.core import (
             CounterMetricFamily,
             GaugeMetricFamily,
@@ -51,24 +51,24 @@ def check_exporter(port: int) -> None:
     try:
         import_module("prometheus_client")
     except ImportError as error:
-        reason = "prometheus-client is not installed: pip install 'dsv3[metrics]'"
+        reason = "prometheus-client is not installed: pip install prometheus-client"
         raise ConfigError(f"--metrics-port={port}: {reason}") from error
 
 
 @contextmanager
 def serve_metrics(metrics: Metrics, host: str, port: int) -> Iterator[int]:
-    """Answer GET /metrics from a thread of its own, as long as the context lasts.
+    """Serve GET /metrics from a thread for the duration of the context.
 
     Args:
-        metrics: the figures to serve.
-        host: address to listen at; "0.0.0.0" is every address of this machine.
-        port: port to listen at; 0 takes any free port.
+        metrics: the metrics to serve.
+        host: address to listen on; "0.0.0.0" is all interfaces.
+        port: port to listen on; 0 selects a free port.
 
     Yields:
         the port.
 
     Raises:
-        ConfigError: prometheus-client is not installed, or the port cannot be had.
+        ConfigError: prometheus-client is not installed, or the port is not available.
     """
     check_exporter(port)
     from prometheus_client import CollectorRegistry, start_http_server

@@ -1,8 +1,8 @@
-"""The bytes of an input as UTF-8, readable any number of times: of a file, a pipe, standard input.
+"""Input from a file, a pipe or standard input, as UTF-8 bytes that can be read several times.
 
-A pipe can be read once, so its content goes to a temporary file without a name first; so does text
-in UTF-16 or UTF-32, as UTF-8. Compressed and other binary files are refused by the names of their
-formats.
+A pipe can be read only once, so its content is first copied to an unnamed temporary file; so is
+text in UTF-16 or UTF-32, converted to UTF-8. Compressed and other binary files are refused, with
+the names of their formats.
 """
 
 import codecs
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 _CHUNK = 1 << 20
 _BEGIN = 4096  # bytes at the beginning, enough to recognize a format
-# UTF-32's mark in little-endian order begins as UTF-16's does.
+# UTF-32 is first, since its little-endian mark begins with UTF-16's.
 _MARKS = {
     codecs.BOM_UTF32_LE: "utf-32-le",
     codecs.BOM_UTF32_BE: "utf-32-be",
@@ -35,7 +35,7 @@ _MARKS = {
 
 @dataclass(frozen=True, slots=True)
 class _Binary:
-    """A format that is not text: how its files begin, its name, and what to do about it."""
+    """A binary format: first bytes of its files, its name, and a remedy."""
 
     begin: bytes
     name: str
@@ -69,12 +69,12 @@ _TAR_AT = 257
 
 @dataclass(frozen=True, slots=True)
 class InputFile:
-    """An input that can be read.
+    """A readable input.
 
     Attributes:
-        flag: that names it.
-        path: of a file; `-` is standard input.
-        copy: the content where it cannot be read from there again, or not as UTF-8.
+        flag: the flag that names the input.
+        path: path of the input; `-` is standard input.
+        copy: a copy of the content, if the input can be read only once or is not UTF-8.
     """
 
     flag: str
@@ -83,19 +83,20 @@ class InputFile:
 
     @classmethod
     def find(cls, path: Path, flag: str) -> "InputFile":
-        """Open an input and recognize it; a pipe is read to its end.
+        """Open an input and check its format; read a pipe to its end.
 
         Raises:
-            ConfigError: it cannot be read, or is no text.
+            ConfigError: the input cannot be read, or is not text.
         """
-        found, is_read_once = cls(flag, path), is_stream(path)
-        with found._open(is_read_once) as source, os_errors_as(ConfigError, str(found)):
+        direct = cls(flag, path)
+        is_read_once = is_stream(path)
+        with direct._open(is_read_once) as source, os_errors_as(ConfigError, str(direct)):
             begin = _read(source, _BEGIN)
-            found._refuse_binary(begin)
+            direct._refuse_binary(begin)
             mark = next((mark for mark in _MARKS if begin.startswith(mark)), b"")
             if not is_read_once and not mark:
-                return found
-            return cls(flag, path, found._copied(begin, source, mark))
+                return direct
+            return cls(flag, path, direct._copied(begin, source, mark))
 
     def open(self) -> BinaryIO:
         """Return the content from its beginning, without a byte order mark."""
@@ -106,14 +107,14 @@ class InputFile:
 
     @property
     def name(self) -> str:
-        """The path, as a message tells it."""
+        """The path in messages."""
         return "standard input" if self.path == STANDARD else str(self.path)
 
     def __str__(self) -> str:
         return f"{self.flag} {self.name}"
 
     def error(self, reason: str) -> ConfigError:
-        """Return the error of this input."""
+        """Return an error about this input."""
         return ConfigError(f"{self}: {reason}")
 
     def _open(self, is_read_once: bool) -> BinaryIO:
@@ -132,13 +133,15 @@ class InputFile:
         return file
 
     def _refuse_binary(self, begin: bytes) -> None:
-        found = [binary for binary in _BINARY if begin.startswith(binary.begin)]
-        found += [_TAR] * begin.startswith(_TAR.begin, _TAR_AT)
-        # Text may begin with the letters of some formats, but holds no control characters.
-        if found and any(byte < 9 for byte in begin):
-            remedy = found[0].remedy.replace("FILE", str(self.path))
-            raise self.error(f"{found[0].name}, not text; {remedy}")
-        even, odd = begin[:64:2], begin[1:64:2]
+        formats = [binary for binary in _BINARY if begin.startswith(binary.begin)]
+        if begin.startswith(_TAR.begin, _TAR_AT):
+            formats.append(_TAR)
+        # Text may begin with the letters of some formats, but has no control characters.
+        if formats and any(byte < 9 for byte in begin):
+            remedy = formats[0].remedy.replace("FILE", str(self.path))
+            raise self.error(f"{formats[0].name}, not text; {remedy}")
+        even = begin[:64:2]
+        odd = begin[1:64:2]
         for order, high, low in (("LE", odd, even), ("BE", even, odd)):
             if len(high) > 1 and not any(high) and all(low):
                 raise self.error(
@@ -149,9 +152,9 @@ class InputFile:
     def _copied(self, begin: bytes, source: BinaryIO, mark: bytes) -> BinaryIO:
         """Return a temporary file with the content as UTF-8."""
         copy = tempfile.TemporaryFile()  # noqa: SIM115 (stays open)
-        pieces = _pieces(begin, source)
+        chunks = _chunks(begin, source)
         try:
-            for data in self._decoded(pieces, mark) if mark else pieces:
+            for data in self._decoded(chunks, mark) if mark else chunks:
                 copy.write(data)
             copy.flush()
         except OSError as error:
@@ -162,11 +165,12 @@ class InputFile:
             ) from None
         return copy
 
-    def _decoded(self, pieces: Iterator[bytes], mark: bytes) -> Iterator[bytes]:
+    def _decoded(self, chunks: Iterator[bytes], mark: bytes) -> Iterator[bytes]:
         """Yield text in the encoding of a byte order mark as UTF-8."""
-        codec, num_lines = _MARKS[mark], 1
+        codec = _MARKS[mark]
+        num_lines = 1
         decoder = codecs.getincrementaldecoder(codec)()
-        for data in chain([next(pieces)[len(mark) :]], pieces, [b""]):
+        for data in chain([next(chunks)[len(mark) :]], chunks, [b""]):
             try:
                 text = decoder.decode(data, final=not data)
             except UnicodeDecodeError as error:
@@ -180,29 +184,26 @@ class InputFile:
 
 
 class _Reader(io.RawIOBase):
-    """Reads a file from its beginning, whatever else reads it."""
+    """Reader of a shared descriptor with its own position."""
 
     def __init__(self, descriptor: int) -> None:
-        self._descriptor, self._at = descriptor, 0
+        self._descriptor = descriptor
+        self._position = 0
 
     def readable(self) -> bool:
-        """Return True."""
         return True
 
     def seekable(self) -> bool:
-        """Return True."""
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Go to a place counted from the beginning."""
         assert whence == os.SEEK_SET
-        self._at = offset
+        self._position = offset
         return offset
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        """Fill the buffer; return the number of bytes."""
-        count = os.preadv(self._descriptor, [buffer], self._at)
-        self._at += count
+        count = os.preadv(self._descriptor, [buffer], self._position)
+        self._position += count
         return count
 
 
@@ -211,19 +212,21 @@ def _reader(file: BinaryIO) -> BinaryIO:
 
 
 def _read(source: BinaryIO, size: int) -> bytes:
-    """Return so many bytes, fewer only at the end."""
-    parts, left = [], size
-    while left and (data := source.read(left)):
+    """Return `size` bytes; fewer at the end of the input."""
+    parts: list[bytes] = []
+    num_missing = size
+    while num_missing and (data := source.read(num_missing)):
         parts.append(data)
-        left -= len(data)
+        num_missing -= len(data)
     return b"".join(parts)
 
 
-def _pieces(begin: bytes, source: BinaryIO) -> Iterator[bytes]:
-    """Yield the content; at a terminal, the end is to be typed only once."""
-    data, size = begin, _BEGIN
-    while True:
+def _chunks(begin: bytes, source: BinaryIO) -> Iterator[bytes]:
+    """Yield the content; after a short read, stop: a terminal's user types Ctrl-D only once."""
+    yield begin
+    data = begin
+    size = _BEGIN
+    while len(data) == size:
+        data = _read(source, _CHUNK)
+        size = _CHUNK
         yield data
-        if len(data) < size:
-            return
-        data, size = _read(source, _CHUNK), _CHUNK

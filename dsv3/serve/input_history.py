@@ -9,31 +9,31 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-_MAX_FILE = 1 << 20  # bytes; beyond it the older half goes
-_MAX_ENTRY = 1 << 14  # bytes of one message; longer ones are for this chat only
+_MAX_FILE = 1 << 20  # bytes; a longer file loses its older half
+_MAX_ENTRY = 1 << 14  # bytes of one message; longer messages are not saved
 _LOCK_SECONDS = 1.0
 
 
 def history_path() -> Path | None:
     """Return the file under the user's state directory; None if the user has no home."""
     state = os.environ.get("XDG_STATE_HOME", "")
-    if not os.path.isabs(state):  # as its specification asks
+    if not os.path.isabs(state):  # relative paths are ignored, as the XDG specification requires
         state = os.path.join(os.environ.get("HOME", ""), ".local", "state")
     return Path(state, "dsv3", "chat_history") if os.path.isabs(state) else None
 
 
 class InputHistory:
-    """Messages, one a line as JSON text; a file that cannot be used is as an empty one.
+    """Messages in a file, one JSON string per line; an unusable file counts as empty.
 
     Args:
-        path: the file; None keeps nothing.
+        path: the file; None saves nothing.
     """
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
 
     def load(self) -> list[str]:
-        """Return the messages, the oldest first; shorten a file that has grown too long."""
+        """Return the messages, oldest first; shorten a file that has become too long."""
         lines: list[bytes] = []
         with contextlib.suppress(OSError), self._open() as file:
             if stat.S_ISREG(os.fstat(file).st_mode):
@@ -52,7 +52,7 @@ class InputHistory:
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[int]:
-        """Open the file for this user only, with a lock: other chats may use it too."""
+        """Open the file with a lock, since other chats may use it; only this user can read it."""
         if self._path is None:
             raise FileNotFoundError
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ class InputHistory:
 
 
 def _lock(file: int) -> None:
-    """Wait a moment for other chats; some file systems have no locks."""
+    """Lock the file; wait briefly for other chats. Some file systems have no locks."""
     deadline = time.monotonic() + _LOCK_SECONDS
     while True:
         try:
@@ -98,7 +98,7 @@ def _rewrite(file: int, content: bytes) -> None:
 
 
 def _message(line: bytes) -> str:
-    """Return the message in a line; an empty text if it is damaged."""
+    """Return the message in a line; an empty string if the line is damaged."""
     with contextlib.suppress(ValueError, RecursionError):
         message = json.loads(line)
         return message if isinstance(message, str) else ""

@@ -1,10 +1,10 @@
-"""The output of a batch job as a journal: every row exactly once, however often it is killed.
+"""The output file of a batch job as a journal: each row exactly once, however often it is killed.
 
-Lines are appended whole and handed to the operating system at once, so killing the process
-loses none; they are forced to the disk every few seconds, so a power cut loses few. A start
-reads the lines of an earlier run and changes nothing: the file is repaired with the first new line,
-or at the end. Then torn lines go, and so do errors that are tried again: our own (5xx), and errors
-of rows that were changed since.
+Complete lines are appended and passed to the operating system at once, so a kill loses none; they
+are synced to disk every few seconds, so a power cut loses few. Opening the file reads the lines of
+an earlier run and changes nothing: the file is repaired before the first new line, or at the end.
+The repair removes incomplete lines, and errors of rows that are run again: server errors (5xx), and
+errors of rows that have changed since.
 """
 
 import contextlib
@@ -21,32 +21,32 @@ from dsv3.files import is_at, lock, replacing
 from dsv3.serve.batch_file import Row, RowKey, row_key
 from dsv3.streams import STANDARD, is_named_pipe, is_stream, open_stream
 
-LINE_START = b'{"id": "batch_req_'  # of every line of ours, whole or torn
+LINE_START = b'{"id": "batch_req_'  # first bytes of every line
 SYNC_SECONDS = 5.0
-CHECK_SECONDS = 1.0  # between looks whether the file is still there
+CHECK_SECONDS = 1.0  # between checks that the file still exists
 _OPEN_TRIES = 10
-_DELETED = " (deleted)"  # at the end of a link in /proc/self/fd
+_DELETED = " (deleted)"  # suffix of links in /proc/self/fd
 
-_WAYS_OUT = "--overwrite starts afresh, another --output-file keeps this one"
+_REMEDY = "--overwrite starts afresh, another --output-file keeps this one"
 
-Range = tuple[int, int]  # first byte and the one after the last
+Range = tuple[int, int]  # start and stop, in bytes
 
 
 @dataclass(frozen=True, slots=True)
 class _Line:
-    """What is remembered of a line that was written earlier."""
+    """A line of an earlier run."""
 
     digest: int  # the first 64 bits
-    failed_at: Range | None  # where a bad request's line lies, in case it is to be dropped
+    failed_at: Range | None  # bytes of the line of a bad request, which may have to be dropped
 
 
-class Journal(contextlib.AbstractContextManager["Journal"]):
+class BatchJournal(contextlib.AbstractContextManager["BatchJournal"]):
     """An output file being written; use as a context manager.
 
     Attributes:
-        num_done: rows that an earlier run answered or found to be bad requests.
-        num_failed: those of them that are bad requests.
-        fingerprint: of the model that answers.
+        num_done: rows that an earlier run has answered, or refused as bad requests.
+        num_failed: the bad requests among them.
+        fingerprint: fingerprint of the model.
     """
 
     def __init__(
@@ -56,26 +56,29 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         fingerprint: str = "",
         when_emptied: Callable[[], None] = lambda: None,
     ) -> None:
-        """Open the file (made if it is not there) and read what it holds; `resume` is next.
+        """Open or create the file and read its lines; call `resume` next.
 
         Args:
-            path: the file; devices and pipes are written without a look back.
-            overwrite: the results in the file do not count, and go with the first new line.
-            fingerprint: answers of a model with another one are an error.
-            when_emptied: called when results have gone because of `overwrite`.
+            path: the file; devices and pipes are only written to.
+            overwrite: ignore the results in the file, and remove them before the first new line.
+            fingerprint: answers of a model with another fingerprint are an error.
+            when_emptied: called after results were removed because of `overwrite`.
 
         Raises:
-            ConfigError: the file cannot be opened, is none of results, or belongs to another job.
+            ConfigError: the file cannot be opened, has other contents, or belongs to another job.
         """
         self.fingerprint = fingerprint
         self._is_file = not is_stream(path)
         self._path = Path(os.path.realpath(path)) if self._is_file else path
         self._name = "standard output" if path == STANDARD else str(self._path)
-        self._overwrite, self._when_emptied = overwrite, when_emptied
+        self._overwrite = overwrite
+        self._when_emptied = when_emptied
         self._done: dict[RowKey, _Line] = {}
         self._dropped: list[Range] = []
-        self._has_begun = self._is_new = False
-        self._synced = self._checked = time.monotonic()
+        self._has_begun = False
+        self._is_new = False
+        self._synced = time.monotonic()
+        self._checked = self._synced
         self._fd = self._open_file() if self._is_file else self._open_stream()
         self._size = os.fstat(self._fd).st_size if self._is_file else 0
         try:
@@ -93,22 +96,22 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
 
     @property
     def num_done(self) -> int:
-        """Rows that need not be run again."""
+        """Number of rows that need not be run again."""
         return len(self._done)
 
     @property
     def num_failed(self) -> int:
-        """Rows among them that are bad requests."""
+        """Number of bad requests among the finished rows."""
         return sum(line.failed_at is not None for line in self._done.values())
 
     def __contains__(self, row: Row) -> bool:
         return row.key in self._done
 
     def resume(self, rows: Iterable[Row]) -> None:
-        """Compare the lines already there with the rows of the input; the file stays as it is.
+        """Compare the existing lines with the rows of the input; the file is not changed.
 
         Raises:
-            ConfigError: a row was answered that is not the same, or not there, any more.
+            ConfigError: an answered row has changed since, or is no longer in the input.
         """
         if self._done:
             unmatched = dict(self._done)
@@ -121,7 +124,7 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
                 self._drop_changed(key, line, "the input has no such row")
 
     def begin(self) -> None:
-        """Drop the lines that are to be redone, or all with `overwrite`; `write` does it first.
+        """Remove the lines to redo, or all lines with `overwrite`; `write` calls this first.
 
         Raises:
             OutputError: the file cannot be written, or another program has changed it.
@@ -132,16 +135,16 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         if self._is_file:
             self._repair()
         elif is_named_pipe(self._path):
-            # Until now this process was a reader, too, so that opening did not have to wait for
-            # one. From now on a pipe without readers is an error, and not a wait without an end.
+            # So far this process was also a reader, so that opening did not wait for one. From now
+            # on, a pipe without readers is an error instead of an endless wait.
             with os_errors_as(OutputError, f"{self._name}: cannot write"):
-                self._take(os.open(self._path, os.O_WRONLY | os.O_CLOEXEC))
+                self._replace_descriptor(os.open(self._path, os.O_WRONLY | os.O_CLOEXEC))
         self._has_begun = True
         if self._overwrite:
             self._when_emptied()
 
     def write(self, line: bytes) -> None:
-        """Append one line. If that fails, the lines before it are safe."""
+        """Append a line; if that fails, earlier lines are not affected."""
         self.begin()
         if time.monotonic() - self._checked > CHECK_SECONDS:
             self._check()
@@ -156,16 +159,16 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         except OSError as error:
             with contextlib.suppress(OSError):
                 self._cut(self._size)
-            rest = "the rows written so far are safe, start again to go on from there"
+            advice = "the rows written so far are safe, start again to go on from there"
             if not self._is_file:
-                rest = "a pipe or a terminal is not resumed, a file is"
-            raise OutputError(f"{self._name}: cannot write ({error.strerror}); {rest}") from None
+                advice = "a pipe or a terminal is not resumed, a file is"
+            raise OutputError(f"{self._name}: cannot write ({error.strerror}); {advice}") from None
 
     def finish(self) -> None:
-        """Make sure that all results are on disk, under their name.
+        """Sync all results to disk, and check that the file still has its name.
 
         Raises:
-            OutputError: they are not.
+            OutputError: the results cannot be written, or the file was removed or changed.
         """
         self.begin()
         self._check()
@@ -174,7 +177,7 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
                 os.fsync(self._fd)
 
     def close(self) -> None:
-        """Force what was written to the disk; a new file without a line goes."""
+        """Sync and close the file; remove a new file without lines."""
         with contextlib.suppress(OSError):
             os.fsync(self._fd)
             if self._is_new and not self._has_begun and is_at(self._fd, self._path):
@@ -198,29 +201,30 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
             return open_stream(self._path, flags | os.O_APPEND, 1)
 
     def _open_file(self) -> int:
-        """Open or make a regular file, and take its lock."""
+        """Open or create a regular file, and lock it."""
         for _ in range(_OPEN_TRIES):
             try:
-                fd, self._is_new = self._open(os.O_RDWR | os.O_CREAT | os.O_EXCL), True
+                fd = self._open(os.O_RDWR | os.O_CREAT | os.O_EXCL)
+                self._is_new = True
             except FileExistsError:
-                fd, self._is_new = self._open(os.O_RDWR | os.O_CREAT), False
+                fd = self._open(os.O_RDWR | os.O_CREAT)
+                self._is_new = False
             is_ours = True
             with contextlib.suppress(OSError):  # a file system without locks
                 is_ours = lock(fd)
-            if is_ours and is_at(fd, self._path):  # no other file was put in its place meanwhile
+            if is_ours and is_at(fd, self._path):  # the file was not replaced meanwhile
                 return fd
             os.close(fd)
             if not is_ours:
                 raise ConfigError(f"--output-file {self._path}: another process is writing it")
         raise ConfigError(f"--output-file {self._path}: another process replaces it all the time")
 
-    def _take(self, fd: int) -> None:
-        """Go on with another descriptor."""
+    def _replace_descriptor(self, fd: int) -> None:
         os.close(self._fd)
         self._fd = fd
 
     def _check(self) -> None:
-        """Raise OutputError if another program has taken the file away, or changed it."""
+        """Raise OutputError if another program has removed, renamed or changed the file."""
         self._checked = time.monotonic()
         if not self._is_file:
             return
@@ -236,19 +240,20 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
             )
 
     def _whereabouts(self) -> str:
-        """Say where the results are after the file has lost its name."""
-        num_names, now = 0, "that file"
-        with contextlib.suppress(OSError):  # a system without /proc, or a server that has forgotten
+        """Return a message with the current place of a renamed file."""
+        num_names = 0
+        now = "that file"
+        with contextlib.suppress(OSError):  # a system without /proc, or a network file system
             num_names = os.fstat(self._fd).st_nlink
             now = os.readlink(f"/proc/self/fd/{self._fd}")
         if not num_names:
             return "its results are lost, start again to answer all rows"
-        if now.endswith(_DELETED):  # /proc names the path that it was opened by
+        if now.endswith(_DELETED):  # /proc shows the path that the file was opened by
             now = "a hard link of that file"
         return f"its results are in {now}; move it back and start again to go on from there"
 
     def _refuse_other_files(self) -> None:
-        """Raise ConfigError if a file that is to be emptied does not begin with a result."""
+        """Raise ConfigError if a file to overwrite does not begin with a result."""
         begin = os.pread(self._fd, len(LINE_START), 0) if self._is_file else b""
         if begin.strip() and not _is_begun(begin):
             raise ConfigError(
@@ -257,46 +262,47 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
             )
 
     def _scan(self) -> None:
-        """Remember the lines already there, and which of them are to be dropped."""
+        """Collect the existing lines, and the ranges of lines to drop."""
         with self._path.open("rb") as file:
-            end = 0
+            start = 0
             for number, raw in enumerate(file, 1):
-                begin, end = end, end + len(raw)
-                self._remember(number, raw, (begin, end))
+                stop = start + len(raw)
+                self._scan_line(number, raw, (start, stop))
+                start = stop
 
-    def _remember(self, number: int, raw: bytes, where: Range) -> None:
-        known = _read_line(raw)
-        if known is None:
+    def _scan_line(self, number: int, raw: bytes, position: Range) -> None:
+        parsed = _read_line(raw)
+        if parsed is None:
             if not _is_begun(raw):
                 raise ConfigError(
                     f"--output-file {self._path}, line {number}: not a line of results; "
                     "is this the right file? If not, choose another"
                 )
-            self._dropped.append(where)  # torn
+            self._dropped.append(position)  # an incomplete line
             return
-        key, digest, status, model = known
+        key, digest, status, model = parsed
         if self.fingerprint and model not in ("", self.fingerprint):
             raise ConfigError(
                 f"--output-file {self._path}, line {number}: an answer of another model or dtype "
-                f"({model}, this one is {self.fingerprint}); {_WAYS_OUT}"
+                f"({model}, this one is {self.fingerprint}); {_REMEDY}"
             )
         if status >= 500 or key in self._done:
-            self._dropped.append(where)
+            self._dropped.append(position)
         else:
-            self._done[key] = _Line(_short(digest), where if status >= 400 else None)
+            self._done[key] = _Line(_short(digest), position if status >= 400 else None)
 
     def _drop_changed(self, key: RowKey, line: _Line, reason: str) -> None:
         if line.failed_at is None:
             name = key if isinstance(key, str) else key[0]
             raise ConfigError(
                 f"--output-file {self._path} holds the answer to custom_id={name!r}, but {reason}; "
-                f"{_WAYS_OUT}"
+                f"{_REMEDY}"
             )
         self._dropped.append(line.failed_at)
         del self._done[key]
 
     def _repair(self) -> None:
-        """Take the dropped lines out: those at the end by cutting, others by rewriting."""
+        """Remove the dropped lines: at the end by truncation, others by rewriting the file."""
         self._dropped.sort()
         end = self._size
         while self._dropped and self._dropped[-1][1] == end:
@@ -306,43 +312,47 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
             if self._dropped:
                 self._rewrite()
             if self._size and os.pread(self._fd, 1, self._size - 1) != b"\n":
-                self._size += os.write(self._fd, b"\n")  # a line torn off right at its end
+                self._size += os.write(self._fd, b"\n")  # the last line lacks only its end
 
     def _rewrite(self) -> None:
-        """Put a file without the dropped lines in the place of this one, all at once."""
-        dropped, begin = {first for first, _ in self._dropped}, 0
+        """Replace the file atomically by one without the dropped lines."""
+        dropped = {start for start, _ in self._dropped}
+        position = 0
         with replacing(self._path) as target:
             with self._path.open("rb") as source:
                 for line in source:
-                    target.write(b"" if begin in dropped else line)
-                    begin += len(line)
+                    if position not in dropped:
+                        target.write(line)
+                    position += len(line)
             with contextlib.suppress(OSError):  # a file system without locks
                 lock(target.fileno())
             fd = os.dup(target.fileno())
         fcntl.fcntl(fd, fcntl.F_SETFL, os.O_APPEND)
-        self._take(fd)
+        self._replace_descriptor(fd)
         self._size = os.fstat(self._fd).st_size
         self._dropped = []
 
     def _cut(self, size: int) -> None:
-        """Make the file so short, if it is longer."""
+        """Truncate the file to `size` bytes, if it is longer."""
         if self._is_file and os.fstat(self._fd).st_size > size:
             os.ftruncate(self._fd, size)
             self._size = size
 
 
 def _is_begun(line: bytes) -> bool:
-    """Return True for a line of ours or the beginning of one; a power cut leaves zeros behind."""
+    """Return True for a result line or the beginning of one; a power cut can add zeros."""
     return LINE_START.startswith(line[: len(LINE_START)].rstrip(b"\0"))
 
 
 def _read_line(raw: bytes) -> tuple[RowKey, str, int, str] | None:
-    """Return key, digest, status and model of a line of ours, None if it is none or is torn."""
+    """Return key, digest, status and model of a result line; None for other or incomplete lines."""
     try:
         line = json.loads(raw)
-        custom_id, response = line["custom_id"], line["response"]
-        digest, status = response["request_id"], response["status_code"]
-        _short(digest)
+        custom_id = line["custom_id"]
+        response = line["response"]
+        digest = response["request_id"]
+        status = response["status_code"]
+        _short(digest)  # raises for a damaged digest
         code = response["body"]["error"]["code"] if status >= 400 else None
         model = response["body"].get("system_fingerprint", "")
         return row_key(custom_id, digest, code), digest, status, model

@@ -1,6 +1,6 @@
-"""One prompt, one answer: the answer on standard output as it is made, all else on standard error.
+"""Answer one prompt: stream the answer to standard output, all else to standard error.
 
-The prompt is a turn of a chat where the model has a format for chats, else a text to go on with.
+The prompt is a chat message if the model has a chat format; otherwise its text is continued.
 """
 
 import logging
@@ -29,13 +29,13 @@ _NAME = "prompt"
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt and where it came from, in words."""
+    """A prompt and its source, for messages."""
 
     text: str
     source: str = "--prompt"
 
     def __post_init__(self) -> None:
-        """Refuse a prompt without words."""
+        """Raise ConfigError for a blank prompt."""
         if not self.text.strip():
             raise ConfigError(f"{self.source} is empty")
 
@@ -44,20 +44,20 @@ def read_prompt() -> Prompt:
     """Read the prompt from standard input, to its end.
 
     Raises:
-        ConfigError: it is a terminal, empty, no text, or holds rows for a batch.
+        ConfigError: the input is a terminal, empty, not text, or has rows of a batch.
     """
-    nothing = (
+    no_input = (
         "nothing to answer: give --prompt TEXT, --interactive or --input-file FILE, or a prompt on "
         "standard input"
     )
     if sys.__stdin__ is None or sys.stdin.isatty():
-        raise ConfigError(nothing)
+        raise ConfigError(no_input)
     log.info("reading the prompt from standard input")
     source = InputFile.find(STANDARD, "the prompt on")
     with source.open() as file:
         data = file.read(MAX_ROW_BYTES + 1)
     if not data.strip():
-        raise ConfigError(f"{nothing}; it is empty")
+        raise ConfigError(f"{no_input}; it is empty")
     if len(data) > MAX_ROW_BYTES:
         raise source.error(f"longer than {MAX_ROW_BYTES >> 20} MiB")
     try:
@@ -75,7 +75,7 @@ def read_prompt() -> Prompt:
 def answer_prompt(
     engine: Engine, prompt: Prompt, chat_format: AnyFormat | None, defaults: Defaults
 ) -> BatchSummary:
-    """Write the answer to standard output, and thoughts to standard error.
+    """Stream the answer to standard output, and its thought to standard error.
 
     Raises:
         ConfigError: the prompt cannot be answered.
@@ -120,21 +120,23 @@ def _request(prompt: Prompt, chat: ChatFormat | None, defaults: Defaults) -> Tex
 
 
 def _stream(engine: Engine, thoughts: ThoughtStream) -> Completion:
-    is_terminal, ends_line = sys.stdout.isatty(), True
+    is_terminal = sys.stdout.isatty()
+    is_line_ended = True
     while True:
         for output in engine.step():
-            pieces = [thoughts.push(output.new_text)]
-            pieces += [] if output.completion is None else [thoughts.finish()]
-            thought = "".join(piece.thought for piece in pieces)
-            text = "".join(piece.answer for piece in pieces)
+            all_parts = [thoughts.push(output.new_text)]
+            if output.completion is not None:
+                all_parts.append(thoughts.finish())
+            thought = "".join(parts.thought for parts in all_parts)
+            text = "".join(parts.answer for parts in all_parts)
             if thought:
                 sys.stderr.write(harmless(thought))
                 sys.stderr.flush()
             if text:
                 _write(harmless(text) if is_terminal else text)
-                ends_line = text.endswith("\n")
+                is_line_ended = text.endswith("\n")
             if output.completion is not None:
-                if not ends_line:
+                if not is_line_ended:
                     _write("\n")
                 return output.completion
 

@@ -1,4 +1,4 @@
-"""How far a batch job is."""
+"""Progress of a batch job."""
 
 import logging
 import sys
@@ -10,11 +10,11 @@ from tqdm import tqdm
 
 log = logging.getLogger(__name__)
 
-LOG_SECONDS = 30.0  # between lines of progress where there is no terminal
+LOG_SECONDS = 30.0  # between lines of progress without a terminal
 
 
 class Progress(AbstractContextManager["Progress"]):
-    """A bar on a terminal, a line in the log now and then elsewhere."""
+    """A progress bar on a terminal; otherwise a line in the log from time to time."""
 
     def __init__(self, total: int | None, done: int, stream: TextIO | None = None) -> None:
         stream = stream or sys.stderr
@@ -26,9 +26,13 @@ class Progress(AbstractContextManager["Progress"]):
             disable=not stream.isatty(),
             dynamic_ncols=True,
         )
-        self._total, self._first, self._rows = total, done, done
-        self._num_tokens, self._num_failed = 0, 0
-        self._start = self._logged = time.monotonic()
+        self._total = total
+        self._num_resumed = done
+        self._num_rows = done
+        self._num_tokens = 0
+        self._num_failed = 0
+        self._start = time.monotonic()
+        self._logged = self._start
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
@@ -37,10 +41,10 @@ class Progress(AbstractContextManager["Progress"]):
         """Count generated tokens."""
         self._num_tokens += count
 
-    def row(self, failed: bool) -> None:
-        """Count a row that is done."""
-        self._rows += 1
-        self._num_failed += failed
+    def row(self, is_failed: bool) -> None:
+        """Count a finished row."""
+        self._num_rows += 1
+        self._num_failed += is_failed
         seconds = max(time.monotonic() - self._start, 1e-9)
         rate = f"{self._num_tokens / seconds:.0f} tok/s"
         self._bar.set_postfix_str(f"{rate}, {self._num_failed} failed", refresh=False)
@@ -50,8 +54,8 @@ class Progress(AbstractContextManager["Progress"]):
             log.info("%s, %s, %d failed", self._rows_text(seconds), rate, self._num_failed)
 
     def _rows_text(self, seconds: float) -> str:
-        rate = (self._rows - self._first) / seconds
-        text = f"{self._rows} of {self._total or '?'} rows, {rate:.2f} rows/s"
+        rate = (self._num_rows - self._num_resumed) / seconds
+        text = f"{self._num_rows} of {self._total or '?'} rows, {rate:.2f} rows/s"
         if self._total:
-            text += f", {(self._total - self._rows) / rate:.0f} s left"
+            text += f", {(self._total - self._num_rows) / rate:.0f} s left"
         return text

@@ -1,6 +1,6 @@
-"""The form of an input: rows in JSON, one a line, or prompts as plain text.
+"""The format of an input: JSON rows, one per line, or prompts as plain text.
 
-JSON in another form is refused as a whole: its lines would be sent to the model as prompts.
+JSON in another format is refused, since its lines would be sent to the model as prompts.
 """
 
 import json
@@ -14,23 +14,24 @@ from dsv3.streams import STANDARD
 JSON_NAMES = (".jsonl", ".ndjson", ".json")
 _ROW_FIELDS = {"custom_id", "body", "url", "messages", "prompt"}
 _OPENINGS = ("[", "{", "[{")
-_ENOUGH = 1 << 20  # bytes to look for the end of the first value in
+_SEARCHED = 1 << 20  # bytes after the first line to search for the end of its value
 
 
 def holds_json(source: InputFile, separator: str, limit: int) -> bool:
-    """Return True for rows in JSON: named so, or the first line looks like one.
+    """Return True for JSON rows, according to the file's suffix or the first line.
 
     Args:
         source: the input.
-        separator: of prompts: "line" or "blank-line".
-        limit: the most bytes of a row.
+        separator: separator of prompts: "line" or "blank-line".
+        limit: most bytes of a row.
 
     Raises:
-        ConfigError: it is JSON, but not one row a line, or its lines end in CR alone.
+        ConfigError: the input is JSON without one row per line, or its lines end in CR alone.
     """
     with source.open() as file:
         first = _first_line(file, limit)
-        line, is_named = first.decode(errors="replace").strip(), _is_named(source.path)
+        line = first.decode(errors="replace").strip()
+        is_named = _is_named(source.path)
         if "\r" in line and not first.endswith(b"\n") and not file.read(1):
             raise source.error(
                 f"its lines end in CR alone; write it with newlines (tr '\\r' '\\n' <{source.path})"
@@ -40,18 +41,18 @@ def holds_json(source: InputFile, separator: str, limit: int) -> bool:
         value, end = _first_value(line, 0)
         if isinstance(value, dict) and end == len(line):
             return is_named or _is_row(value)
-        rest = file.read(_ENOUGH).decode(errors="replace")
-    if end < len(line):  # no value, or not only one
-        is_other_form = _is_cut(line, rest, is_named or separator == "line")
+        following = file.read(_SEARCHED).decode(errors="replace")
+    if end < len(line):  # the line is not exactly one value
+        is_other_format = _is_cut(line, following, is_named or separator == "line")
     else:
-        is_other_form = _is_row(value) or (is_named and not rest.strip())
-    if is_other_form:
-        raise _not_a_row_a_line(source, line)
+        is_other_format = _is_row(value) or (is_named and not following.strip())
+    if is_other_format:
+        raise _wrong_format(source, line)
     return is_named or (line.startswith("{") and ('"custom_id"' in line or '"body"' in line))
 
 
 def looks_like_rows(text: str) -> bool:
-    """Return True if the first line of a text is a row, or an array of rows begins there."""
+    """Return True if the first line of a text is a row, or the beginning of an array of rows."""
     line = text.strip().split("\n")[0]
     value = _first_value(line, 0)[0]
     if value is None and line.startswith("["):
@@ -60,7 +61,7 @@ def looks_like_rows(text: str) -> bool:
 
 
 def _first_line(file: BinaryIO, limit: int) -> bytes:
-    """Return the first line that is not blank, or as much of it as a row may have."""
+    """Return the first line that is not blank, cut at `limit` bytes."""
     while line := file.readline(limit):
         if line.strip():
             return line
@@ -72,25 +73,25 @@ def _is_named(path: Path) -> bool:
 
 
 def _is_row(value: Any) -> bool:
-    """Return True for an object with a field of a row, or a list that begins with one."""
+    """Return True for an object with a field of rows, or a list that begins with such an object."""
     if isinstance(value, list):
         value = value[0] if value else None
     return isinstance(value, dict) and not _ROW_FIELDS.isdisjoint(value)
 
 
-def _is_cut(line: str, rest: str, is_json: bool) -> bool:
-    """Return True if a line is the beginning of JSON that goes on in the lines after it.
+def _is_cut(line: str, following: str, is_json: bool) -> bool:
+    """Return True if a line begins a JSON value that continues in the following lines.
 
     Args:
-        line: which is no JSON by itself, and begins as an array or an object does.
-        rest: what follows.
-        is_json: the input cannot be anything else, rows of prompts over several lines least of all.
+        line: a line that is not JSON by itself, and begins like an array or an object.
+        following: the lines after it.
+        is_json: True if the input cannot be prompts of several lines.
     """
-    text = f"{line}\n{rest}"
+    text = f"{line}\n{following}"
     value, end = _first_value(text, 0)
     if value is not None:
         return end > len(line) and (is_json or _is_row(value))
-    if line.startswith("["):  # an array that is damaged, or longer than was read
+    if line.startswith("["):  # a damaged array, or one longer than the searched bytes
         value = _first_value(text, 1)[0]
         if _is_row(value) or (is_json and isinstance(value, dict) and line.endswith((",", "["))):
             return True
@@ -98,7 +99,7 @@ def _is_cut(line: str, rest: str, is_json: bool) -> bool:
 
 
 def _first_value(text: str, begin: int) -> tuple[Any, int]:
-    """Return the value that begins there, after blanks, and its end; None for none."""
+    """Return the JSON value after `begin` and white space, and its end; None if there is none."""
     begin = len(text) - len(text[begin:].lstrip())
     try:
         return json.JSONDecoder().raw_decode(text, begin)
@@ -106,11 +107,14 @@ def _first_value(text: str, begin: int) -> tuple[Any, int]:
         return None, 0
 
 
-def _not_a_row_a_line(source: InputFile, line: str) -> ConfigError:
-    form, convert = "objects over several lines", "jq -c ."
+def _wrong_format(source: InputFile, line: str) -> ConfigError:
     if line.startswith("["):
-        form, convert = "an array", "jq -c '.[]'"
+        contents = "an array"
+        command = "jq -c '.[]'"
+    else:
+        contents = "objects over several lines"
+        command = "jq -c ."
     name = "" if source.path == STANDARD else f" {source.path}"
     return source.error(
-        f"JSON with {form}; a batch has one row a line (`{convert}{name}` writes it so)"
+        f"JSON with {contents}; a batch has one row a line (`{command}{name}` writes it so)"
     )

@@ -1,4 +1,4 @@
-"""Sampling values of a chat, which the user may change between messages."""
+"""Sampling values of a chat, which the user can change between messages."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from dsv3.errors import RequestError
-from dsv3.text.defaults import ALL_THERE_IS_ROOM_FOR, TURN_DEFAULTS, Defaults, Sampling
+from dsv3.text.defaults import NO_TOKEN_LIMIT, TURN_DEFAULTS, Defaults, Sampling
 from dsv3.text.openai_format import CHAT, parse_request, plain_request
 from dsv3.text.text_request import TextRequest
 
@@ -18,31 +18,31 @@ _SWITCH = {"on": True, "off": False}
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Values of the next messages.
+    """Values for the next messages.
 
     Attributes:
         defaults: sampling, seed, thinking and the system message.
-        stop: texts that end an answer.
+        stop: strings that end an answer.
     """
 
     defaults: Defaults
     stop: tuple[str, ...] = ()
 
     def request(self, messages: list[dict[str, Any]], name: str) -> TextRequest:
-        """Return the request of a conversation; `name` makes its seed."""
-        asked = plain_request(messages, name, self.defaults, TURN_DEFAULTS)
-        return replace(asked, params=replace(asked.params, stop=self.stop))
+        """Return the request of a conversation; `name` determines its seed."""
+        request = plain_request(messages, name, self.defaults, TURN_DEFAULTS)
+        return replace(request, params=replace(request.params, stop=self.stop))
 
-    def with_value(self, name: str, text: str, first: "Settings") -> "Settings":
-        """Return settings with another value, by the rules of the rows of a batch.
+    def with_value(self, name: str, text: str, initial: "Settings") -> "Settings":
+        """Return settings with one value changed; the rules are those of batch rows.
 
         Args:
             name: one of `NAMES`.
-            text: the value as in JSON, or a text without quotes; "-" returns to that of `first`.
-            first: the settings at the start of the chat.
+            text: the value as JSON, or a text without quotes; "-" restores that of `initial`.
+            initial: the settings at the start of the chat.
         """
         if text == "-":
-            value = first.value(name)
+            value = initial.value(name)
         else:
             value = _checked(name, _from_json(name, text))
         if name == "stop":
@@ -53,7 +53,7 @@ class Settings:
         return replace(self, defaults=replace(self.defaults, flags=flags))
 
     def value(self, name: str) -> Any:
-        """Return a value: as it is used, or None for one of `Sampling` that is not given."""
+        """Return a value; None for a field of `Sampling` that is not set."""
         if name == "stop":
             return self.stop
         if name in ("seed", "thinking"):
@@ -61,12 +61,12 @@ class Settings:
         return getattr(self.defaults.flags, name)
 
     def shown(self, name: str) -> str:
-        """Return a value as the user may type it."""
+        """Return a value in the syntax of /set."""
         if name in _SAMPLING:
             value = self.defaults.sampling(Sampling(), TURN_DEFAULTS)[name]
         else:
             value = self.value(name)
-        if name == "max_tokens" and value == ALL_THERE_IS_ROOM_FOR:
+        if name == "max_tokens" and value == NO_TOKEN_LIMIT:
             return "all there is room for"
         if name == "stop" and not value:
             return "none"
@@ -74,10 +74,10 @@ class Settings:
 
 
 def known_name(text: str) -> str:
-    """Return the name of a value, also if it is written like its flag.
+    """Return the name of a value; `text` may also be its flag.
 
     Raises:
-        RequestError: there is no such value.
+        RequestError: there is no value of this name.
     """
     name = text.lower().lstrip("-").replace("-", "_")
     if name in NAMES:
@@ -104,7 +104,7 @@ def _from_json(name: str, text: str) -> Any:
 
 
 def _checked(name: str, value: Any) -> Any:
-    """Return a value as a row's request has it."""
+    """Return a value after the checks and conversions of a batch row."""
     if value is None:
         raise RequestError(f"{name} needs a value; - is the one at the start of the chat")
     body: dict[str, Any] = {"messages": [{"role": "user", "content": ""}]}

@@ -1,4 +1,4 @@
-"""Where the results of a batch job go: result lines in a journal, or text on standard output."""
+"""Outputs of a batch job: result lines in a journal, or text on standard output."""
 
 import time
 from collections.abc import Sequence
@@ -7,31 +7,33 @@ from typing import TextIO
 from dsv3.errors import OutputError, os_errors_as
 from dsv3.request import Completion
 from dsv3.serve.batch_file import Row, result_line
-from dsv3.serve.journal import Journal
+from dsv3.serve.journal import BatchJournal
 from dsv3.serve.terminal import harmless
 from dsv3.text.openai_answer import error_body, response_body
 from dsv3.text.tokenizer import Tokenizer
 
-BAD_REQUEST, OUR_FAULT = 400, 500
+BAD_REQUEST = 400
+SERVER_ERROR = 500
 
 
 class JournalSink:
     """Writes one result line per row into a journal.
 
     Attributes:
-        failed_before: rows that earlier runs found to be bad requests.
+        failed_before: rows that earlier runs have refused as bad requests.
     """
 
-    def __init__(self, journal: Journal, tokenizer: Tokenizer | None) -> None:
-        self._journal, self._tokenizer = journal, tokenizer
+    def __init__(self, journal: BatchJournal, tokenizer: Tokenizer | None) -> None:
+        self._journal = journal
+        self._tokenizer = tokenizer
         self.failed_before = journal.num_failed
 
     def __contains__(self, row: Row) -> bool:
-        """Tell whether an earlier run has answered this row."""
+        """Return True if an earlier run has finished this row."""
         return row in self._journal
 
     def begin(self, row: Row) -> None:
-        """Do nothing: lines are written in the order in which rows finish."""
+        """Do nothing: lines are written in order of completion."""
 
     def answer(self, row: Row, completions: Sequence[Completion]) -> None:
         """Write the answers as a response with status 200."""
@@ -43,27 +45,27 @@ class JournalSink:
 
     def fail(self, row: Row, status: int, message: str, code: str | None) -> None:
         """Write the error as a response with its status."""
-        kind = "invalid_request_error" if status < OUR_FAULT else "server_error"
+        kind = "invalid_request_error" if status < SERVER_ERROR else "server_error"
         self._journal.write(result_line(row, status, error_body(message, kind, code)))
 
     def finish(self) -> None:
-        """Make sure that all results are in the file, and the file under its name."""
+        """Sync all results to disk."""
         self._journal.finish()
 
 
 class TextSink:
-    """Writes `Prompt:` and `Completion:` in input order, as DeepSeek's generate.py does."""
+    """Writes `Prompt:` and `Completion:` in input order, like DeepSeek's generate.py."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self.failed_before = 0
-        self._texts: dict[int, str | None] = {}  # by row, in input order; None: not there yet
+        self._texts: dict[int, str | None] = {}  # by row, in input order; None for unfinished rows
 
     def __contains__(self, row: Row) -> bool:
         return False
 
     def begin(self, row: Row) -> None:
-        """Keep the row's place in the order."""
+        """Reserve the row's place in the output."""
         self._texts[row.number] = None
 
     def answer(self, row: Row, completions: Sequence[Completion]) -> None:
@@ -72,11 +74,11 @@ class TextSink:
         self._write(row, "\n".join(texts))
 
     def fail(self, row: Row, status: int, message: str, code: str | None) -> None:
-        """Write the prompt and the error in the place of the answer."""
+        """Write the prompt and the error."""
         self._write(row, f"Error: {message}")
 
     def finish(self) -> None:
-        """Do nothing: every text is flushed as it is written."""
+        """Do nothing: each text is flushed when it is written."""
 
     def _write(self, row: Row, text: str) -> None:
         text = f"Prompt: {_prompt_text(row)}\n{text}\n\n"
@@ -84,11 +86,11 @@ class TextSink:
         encoding = self._stream.encoding or "utf-8"
         with os_errors_as(OutputError, "standard output: cannot write"):
             while self._texts:
-                number, ready = next(iter(self._texts.items()))
-                if ready is None:
+                number, finished = next(iter(self._texts.items()))
+                if finished is None:
                     break
                 del self._texts[number]
-                self._stream.write(ready.encode(encoding, "backslashreplace").decode(encoding))
+                self._stream.write(finished.encode(encoding, "backslashreplace").decode(encoding))
             self._stream.flush()
 
 
@@ -96,7 +98,7 @@ Sink = JournalSink | TextSink
 
 
 def _prompt_text(row: Row) -> str:
-    """Return what a row asks, as far as it is text."""
+    """Return a row's prompt or last message as text."""
     if row.request is None:
         return ""
     if row.request.messages:

@@ -1,4 +1,4 @@
-"""The console of a chat, and the one that reads plain lines: a file, a pipe, a simple terminal."""
+"""The console interface of a chat, and the console for files, pipes and simple terminals."""
 
 import contextlib
 import os
@@ -19,35 +19,35 @@ class Console(Protocol):
     """The user's side of a chat.
 
     Attributes:
-        help: how to write messages here, for /help.
+        help: text for /help about the input of messages.
     """
 
     help: str
 
     def read(self) -> str | None:
-        """Return the next message as it was typed, without line end; None at the end of input."""
+        """Return the next message without its line end; None at the end of the input."""
 
     def show(self, text: str) -> None:
-        """Write lines that are no part of an answer."""
+        """Write lines that are not part of an answer."""
 
     def note(self, text: str) -> None:
-        """Write a remark on a line of its own."""
+        """Write a remark on its own line."""
 
     def answer(self, text: str) -> None:
-        """Write more of an answer; it cannot command a terminal."""
+        """Write more of an answer, without control characters on a terminal."""
 
     def thought(self, text: str) -> None:
         """Write more of the thought before an answer."""
 
     def end_answer(self, remark: str) -> None:
-        """End the line of an answer, with a remark if there is one."""
+        """End an answer; write a remark if it is not empty."""
 
     def interrupted(self) -> bool:
-        """Return True if the user has asked to stop the answer."""
+        """Return True if the user wants to stop the answer."""
 
 
 class Lines(contextlib.AbstractContextManager["Lines"]):
-    """Standard input line by line; answers go to standard output, all else to standard error."""
+    """Console for plain lines: answers go to standard output, all else to standard error."""
 
     help = f"{BLOCK_HELP} Ctrl-C ends the program."
 
@@ -55,7 +55,7 @@ class Lines(contextlib.AbstractContextManager["Lines"]):
         pass
 
     def read(self) -> str | None:
-        """Read a line, or the lines of a block."""
+        """Read a line, or the lines between two marks."""
         line = self._line()
         if line is None or not is_mark(line):
             return line
@@ -63,7 +63,7 @@ class Lines(contextlib.AbstractContextManager["Lines"]):
         return "\n".join(takewhile(lambda line: not is_mark(line), lines))
 
     def _line(self) -> str | None:
-        if sys.__stdin__ is None:  # closed
+        if sys.__stdin__ is None:  # standard input is closed
             return None
         if sys.stdin.isatty():
             write(sys.stderr.fileno(), PROMPT)
@@ -79,14 +79,14 @@ class Lines(contextlib.AbstractContextManager["Lines"]):
         self.show(f"({text})")
 
     def answer(self, text: str) -> None:
-        """Write more of an answer, as it is unless that may command a terminal."""
+        """Write more of an answer, without control characters on a terminal."""
         is_terminal = sys.stdout.isatty()
         write(sys.stdout.fileno(), harmless(text) if is_terminal else text)
 
-    thought = answer  # what the model thinks before it answers
+    thought = answer
 
     def end_answer(self, remark: str) -> None:
-        """End the line, with a remark if there is something to say of the answer."""
+        """End the line; write a remark if it is not empty."""
         write(sys.stdout.fileno(), "\n")
         if remark:
             self.note(remark)
@@ -97,7 +97,7 @@ class Lines(contextlib.AbstractContextManager["Lines"]):
 
 
 def write(fd: int, text: str) -> None:
-    """Write all of a text."""
+    """Write a text completely."""
     data = memoryview(text.encode(errors="replace"))
     with os_errors_as(OutputError, "standard output: cannot write"):
         while data:
@@ -105,7 +105,7 @@ def write(fd: int, text: str) -> None:
 
 
 def harmless(text: str) -> str:
-    """Return `text` without characters that a terminal obeys, apart from newlines and tabs."""
+    """Return `text` without control characters, apart from newlines and tabs."""
     return "".join(char for char in text if char in "\n\t" or category(char) != "Cc")
 
 

@@ -1,1 +1,1 @@
-"""Text on both sides of the model: tokens, conversation formats, batch files. Free of torch."""
+"""Text before and after the model: tokenizers, chat formats, request formats. Without torch."""

@@ -1,7 +1,7 @@
-"""Conversations as the prompts a model was trained on.
+"""Chat formats: render a conversation as the prompt that a model was trained on.
 
-A checkpoint's own Jinja template decides, in a sandbox and within limits. Where it ships none
-(V3.2 never does), one of DeepSeek's published formats stands in.
+A checkpoint's own Jinja template is rendered in a sandbox and within limits. A checkpoint without a
+template (all of V3.2) uses one of DeepSeek's published formats.
 """
 
 import logging
@@ -24,7 +24,7 @@ from dsv3.text.tokenizer_errors import NoTokenizer
 log = logging.getLogger(__name__)
 
 _QUESTION: list[Message] = [{"role": "user", "content": "Hello"}]
-# A template that can write none of these writes nothing.
+# A template that can render none of these is unusable.
 _PROBES: tuple[list[Message], ...] = (
     _QUESTION,
     [{"role": "system", "content": "Be brief."}, *_QUESTION],
@@ -33,13 +33,13 @@ _PROBES: tuple[list[Message], ...] = (
 
 
 class ChatFormat:
-    """How one checkpoint writes a conversation.
+    """The chat format of one checkpoint.
 
     Args:
         tokenizer: encodes the rendered text; its special tokens and template are used.
-        model_type, name: of the model ("deepseek_v3", "DeepSeek-R1"); they choose a format
-            where there is no template.
-        template: a file whose Jinja template takes the place of the checkpoint's own.
+        model_type, name: type and name of the model ("deepseek_v3", "DeepSeek-R1"); they select a
+            published format if there is no template.
+        template: a file with a Jinja template to use instead of the checkpoint's own.
 
     Raises:
         CheckpointError: the template is damaged, or there is no format for the model.
@@ -55,14 +55,18 @@ class ChatFormat:
         self._tokenizer = tokenizer
         self._ordinary = OrdinaryText(tokenizer)
         self._remarked: set[bool] = set()
-        source, where = tokenizer.chat_template, tokenizer.template_name
+        source = tokenizer.chat_template
+        file = tokenizer.template_name
         if template is not None:
-            source, where = read_text(template, ConfigError), str(template)
+            source = read_text(template, ConfigError)
+            file = str(template)
         if source is None:
             self._published, roles = published_format(model_type, name, tokenizer)
-            self._template, self._roles, self._knows_thoughts = None, set(roles), False
+            self._template = None
+            self._roles = set(roles)
+            self._knows_thoughts = False
         else:
-            self._template = ChatTemplate(source, where)
+            self._template = ChatTemplate(source, file)
             self._roles = {role for role in ROLES if re.search(f"['\"]{role}['\"]", source)}
             self._knows_thoughts = END_THINK in source
 
@@ -74,65 +78,66 @@ class ChatFormat:
         name: str = "",
         template: Path | None = None,
     ) -> "ChatFormat | UnusableFormat | None":
-        """Make the format and try it; a damaged one is no error, as raw prompts need none.
+        """Create and check the format; a damaged one is not an error, since raw prompts need none.
 
         Returns:
-            the format; the reason where it cannot be used; None without a tokenizer.
+            the format; an `UnusableFormat` with the reason; None without a tokenizer.
 
         Raises:
-            ConfigError, CheckpointError: a `template` that is given cannot be used.
+            ConfigError, CheckpointError: the given `template` cannot be used.
         """
         if tokenizer is None:
             return None
         try:
-            made = cls(tokenizer, model_type, name, template)
-            made.check()
+            chat_format = cls(tokenizer, model_type, name, template)
+            chat_format.check()
         except CheckpointError as error:
             if template is not None:
                 raise
             return UnusableFormat(str(error))
-        return made
+        return chat_format
 
     @classmethod
     def of_directory(
         cls, folder: Path, model_type: str, template: Path | None = None
     ) -> "ChatFormat | UnusableFormat":
-        """Make and try the format of a checkpoint, before its weights are loaded."""
+        """Create and check the format of a checkpoint directory, without loading weights."""
         try:
             tokenizer = Tokenizer.load(folder)
         except NoTokenizer as error:
             if template is not None:
                 raise
             return UnusableFormat(str(error))
-        made = cls.load_optional(tokenizer, model_type, folder.name, template)
-        assert made is not None
-        return made
+        chat_format = cls.load_optional(tokenizer, model_type, folder.name, template)
+        assert chat_format is not None
+        return chat_format
 
     def check(self) -> None:
-        """Write conversations of several forms, to see if the template can write one.
+        """Check that the template can render at least one of several simple conversations.
 
         Raises:
-            CheckpointError: it can write none; the error is that of the simplest.
+            CheckpointError: it can render none; the error is that of the simplest.
         """
         if self._template is not None:
             self._template.check([self._variables(probe, False) for probe in _PROBES])
 
     def prompt_ids(self, messages: Sequence[Message], thinking: bool | None = None) -> list[int]:
-        """Return the tokens of a conversation, up to where the model is to answer."""
+        """Return the tokens of a conversation, up to the start of the model's answer."""
         return self.encode(self.render(messages, bool(thinking)))
 
     def thinking_remark(self, thinking: bool | None) -> str:
-        """Return why asking for thoughts, or for none, changes nothing; each reason only once.
+        """Return a remark if the format ignores `thinking`; each remark is returned only once.
 
-        Return an empty text if it changes something, or if `thinking` is None: nothing was asked.
+        The remark is empty if `thinking` has an effect or is None.
         """
         if thinking is None or thinking in self._remarked:
             return ""
         self._remarked.add(thinking)
         try:
-            prompt, other = (self.render(_QUESTION, each) for each in (thinking, not thinking))
+            prompt = self.render(_QUESTION, thinking)
+            other = self.render(_QUESTION, not thinking)
         except (CheckpointError, RequestError):
-            return ""  # every conversation fails with it
+            return ""  # every conversation fails with this error
         if prompt != other:
             return ""
         opens = self.opens_thought(self.encode(prompt))
@@ -151,9 +156,9 @@ class ChatFormat:
         tools: Tools | None = None,
         add_generation_prompt: bool = True,
     ) -> str:
-        """Write the conversation, up to where the model is to answer.
+        """Return the text of a conversation, up to the start of the model's answer.
 
-        `thinking` reaches the template under both names in use; a template may know neither.
+        The template gets `thinking` under both names in use; it may use neither.
         """
         plain = [self._plain(f"messages[{i}]", message) for i, message in enumerate(messages)]
         if not plain:
@@ -166,7 +171,7 @@ class ChatFormat:
         return self._template.render(self._variables(plain, thinking, tools, add_generation_prompt))
 
     def encode(self, prompt: str) -> list[int]:
-        """Encode a rendered conversation: control tokens are those that the format has written."""
+        """Encode a rendered conversation; only control tokens written by the format count."""
         return self._ordinary.encode(prompt)
 
     def opens_thought(self, prompt_ids: Sequence[int]) -> bool:
@@ -174,7 +179,7 @@ class ChatFormat:
         return begins_in_thought(self._tokenizer, prompt_ids)
 
     def hide_answer(self, text: str) -> str:
-        """Write an answer of the model as it would stand in the next rendered prompt."""
+        """Return an answer of the model as it appears in the next rendered prompt."""
         return self._ordinary.hide(text, in_answer=True)
 
     def _variables(
@@ -194,7 +199,7 @@ class ChatFormat:
         } | self._tokenizer.special_tokens
 
     def _plain(self, where: str, message: Any) -> dict[str, Any]:
-        """Bring a message into the form that templates expect, control tokens' names hidden."""
+        """Return a checked message in a template's form, with names of control tokens hidden."""
         plain = check_message(where, message)
         role = self._role(where, plain["role"])
         hidden: dict[str, Any] = map_strings(plain, self._ordinary.hide)
@@ -204,7 +209,7 @@ class ChatFormat:
         return hidden
 
     def _role(self, where: str, role: str) -> str:
-        """Return the role under the name that this format knows."""
+        """Return the name of a role in this format."""
         if role == "developer" and role not in self._roles:
             return "system"  # its older name
         if role == "tool" and role not in self._roles:
@@ -214,20 +219,20 @@ class ChatFormat:
 
 @dataclass(frozen=True, slots=True)
 class UnusableFormat:
-    """Takes the place of a checkpoint's format that can write no conversation.
+    """Substitute for a checkpoint's format that can render no conversation.
 
     Attributes:
-        reason: what is wrong with it.
+        reason: the error of the format.
     """
 
     reason: str
 
     def prompt_ids(self, messages: Sequence[Message], thinking: bool | None = None) -> list[int]:
-        """Raise the reason."""
+        """Raise CheckpointError with the reason."""
         raise CheckpointError(self.reason)
 
     def thinking_remark(self, thinking: bool | None) -> str:
-        """Return nothing: there are no thoughts to speak of."""
+        """Return an empty remark."""
         return ""
 
 

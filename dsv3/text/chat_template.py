@@ -17,31 +17,33 @@ from dsv3.errors import CheckpointError, RequestError, os_errors_as
 from dsv3.text.template_worker import CPU_SECONDS, make_environment
 
 _WORKER = Path(__file__).with_name("template_worker.py")
-_MAX_CHARS = 1 << 18  # of a template; published ones have up to 30,000
-_WAIT_SECONDS = 60.0  # for a process that gets no processor time
+_MAX_CHARS = 1 << 18  # of a template; published templates have up to 30,000
+_WAIT_SECONDS = 60.0  # for a reply; longer than CPU_SECONDS, since a busy machine may delay it
 _QUESTION = {"messages": [{"role": "user", "content": "Hello"}], "tools": None}
-_IN_TEMPLATE = ("damaged", "exceeded")  # with any messages
+_TEMPLATE_FAULTS = ("damaged", "exceeded")  # kinds of replies that do not depend on the messages
 
 
 class ChatTemplate:
-    """A Jinja template. Its process starts with the first rendering and ends with this object.
+    """A Jinja template; its process starts with the first rendering and ends with this object.
 
     Args:
         source: the template.
-        name: the file that holds it, for messages.
+        name: file of the template, for messages.
 
     Raises:
-        CheckpointError: it is not a template.
+        CheckpointError: the source is not a valid template.
     """
 
     def __init__(self, source: str, name: str) -> None:
-        self._source, self._name = source, name
+        self._source = source
+        self._name = name
         self._worker: _Worker | None = None
-        self._is_tried, self._fault = False, ""
+        self._is_tried = False
+        self._fault = ""
         if len(source) > _MAX_CHARS:
             raise CheckpointError(f"{name}: chat template: more than {_MAX_CHARS:,} characters")
         try:
-            make_environment().parse(source)  # computes nothing, unlike compiling it
+            make_environment().parse(source)  # evaluates nothing, unlike compilation
         except TemplateSyntaxError as error:
             fault = f"{name}: chat template, line {error.lineno}: {error.message}"
             raise CheckpointError(fault) from None
@@ -50,10 +52,10 @@ class ChatTemplate:
             raise CheckpointError(f"{name}: chat template: {reason}") from None
 
     def check(self, probes: list[dict[str, Any]]) -> None:
-        """Render variables of several forms, until one can be rendered.
+        """Render several sets of variables until one succeeds.
 
         Raises:
-            CheckpointError: none can; the reason is that of the first.
+            CheckpointError: all fail; the reason is that of the first.
         """
         reason = ""
         for variables in probes:
@@ -62,24 +64,25 @@ class ChatTemplate:
                 self._is_tried = True
                 return
             reason = reason or " ".join(text.split())
-            if kind in _IN_TEMPLATE:
-                self._is_tried, self._fault = True, text
+            if kind in _TEMPLATE_FAULTS:
+                self._is_tried = True
+                self._fault = text
                 break
         raise CheckpointError(f"{self._name}: chat template: {reason}")
 
     def render(self, variables: dict[str, Any]) -> str:
-        """Return the text of the template with these variables, which must be JSON values.
+        """Return the rendered template; the variables must be JSON values.
 
         Raises:
-            RequestError: the template refuses them, or exceeds a limit with them.
-            CheckpointError: the template is damaged, or exceeds a limit with any question.
+            RequestError: the template refuses the variables, or exceeds a limit with them.
+            CheckpointError: the template is damaged, or exceeds a limit with a simple question.
         """
         if not self._is_tried:
             kind, text = self._ask(variables | _QUESTION)
             self._is_tried = True
-            if kind in _IN_TEMPLATE:
+            if kind in _TEMPLATE_FAULTS:
                 self._fault = text
-        if self._fault:  # a batch must not wait for the limit at every row
+        if self._fault:  # so that a batch does not run into the time limit at every row
             raise CheckpointError(f"{self._name}: chat template: {self._fault}")
         kind, text = self._ask(variables)
         if kind == "exceeded":
@@ -90,10 +93,10 @@ class ChatTemplate:
         return text
 
     def _ask(self, variables: dict[str, Any]) -> tuple[str, str]:
-        """Return the kind and the text of what the process answers.
+        """Return the kind and the text of the process's reply.
 
         Raises:
-            CheckpointError: there is no process, or it has ended for no fault of the template.
+            CheckpointError: the process cannot be started, or was ended from outside.
         """
         try:
             line = json.dumps(variables).encode() + b"\n"
@@ -109,41 +112,42 @@ class ChatTemplate:
 
 
 class _Worker:
-    """The process of a template. Signals to the foreground of a terminal do not reach it."""
+    """The process of a template; signals to a terminal's foreground group do not reach it."""
 
     def __init__(self, source: str) -> None:
-        self._link, theirs = socket.socketpair()
+        self._link, worker_end = socket.socketpair()
         self._link.settimeout(_WAIT_SECONDS)
         self._replies = self._link.makefile("rb")
-        with theirs:
+        with worker_end:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", _WORKER],
-                stdin=theirs.fileno(),
-                stdout=theirs.fileno(),
+                stdin=worker_end.fileno(),
+                stdout=worker_end.fileno(),
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
             )
-        # Also when this object is forgotten, and before the interpreter exits.
+        # Runs also when this object is garbage-collected, and before the interpreter exits.
         self._close = weakref.finalize(self, _end, self._process, self._link, self._replies)
         self._unsent = json.dumps(source).encode() + b"\n"
 
     @property
     def is_closed(self) -> bool:
-        """Return True if the process has ended."""
+        """True if the process has ended."""
         return not self._close.alive
 
     def answer(self, line: bytes) -> tuple[str, str] | None:
-        """Exchange lines with the process, and end it unless it answers in time.
+        """Send a line to the process and return its reply; end the process if none is in time.
 
         Returns:
-            the kind and the text of the answer; None if the process was ended by another.
+            the kind and the text of the reply; None if the process was ended from outside.
         """
         reply = b""
         try:
-            with suppress(OSError):  # it has ended, or is too late
+            with suppress(OSError):  # the process has ended, or the reply is too late
                 self._link.sendall(self._unsent + line)
-                self._unsent, reply = b"", self._replies.readline()
-        finally:  # whatever interrupts this must not leave an answer to the next question
+                self._unsent = b""
+                reply = self._replies.readline()
+        finally:  # after an interruption, a late reply must not be taken for the next one
             if not reply.endswith(b"\n"):
                 self._close()
         if reply.endswith(b"\n"):
@@ -155,7 +159,7 @@ class _Worker:
 
 
 def _end(process: "subprocess.Popen[bytes]", link: socket.socket, replies: BufferedReader) -> None:
-    """End the process; one that has ended by itself keeps its exit code."""
+    """End the process; if it has already ended, its exit code is kept."""
     replies.close()
     link.close()
     process.kill()

@@ -1,7 +1,7 @@
-"""What a request gets where it is silent: from flags, from the checkpoint, from its format."""
+"""Default values of requests: from flags, from the checkpoint, from the request's format."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,14 @@ from dsv3.config_fields import FieldRule, shown
 from dsv3.errors import CheckpointError, ConfigError, RequestError
 from dsv3.read_files import read_mapping
 from dsv3.request import SamplingParams
+from dsv3.setting_names import flag
 
-ALL_THERE_IS_ROOM_FOR = 2**31 - 1  # tokens
+NO_TOKEN_LIMIT = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """Sampling values of one source; None where the source says nothing."""
+    """Sampling values of one source; None means that the source does not set the value."""
 
     max_tokens: int | None = None
     temperature: float | None = None
@@ -29,29 +30,33 @@ class Sampling:
 
     @classmethod
     def of_checkpoint(cls, folder: Path) -> "Sampling":
-        """Take what a directory's `generation_config.json` says, if it has one."""
+        """Return the values of a directory's `generation_config.json`, if it has one."""
         path = folder / "generation_config.json"
         config = read_mapping(path, CheckpointError) if os.path.lexists(path) else {}
         return cls.from_generation_config(config, str(path))
 
     @classmethod
     def from_generation_config(
-        cls, config: Mapping[str, Any], where: str = "generation_config.json"
+        cls, config: Mapping[str, Any], file: str = "generation_config.json"
     ) -> "Sampling":
-        """Take what `generation_config.json` says; `do_sample: false` means greedy."""
+        """Return the values of a `generation_config.json`; `do_sample: false` means greedy."""
         for field, rule in _GENERATION_RULES.items():
             value = config.get(field)
             if value is not None and not rule.holds(value):
-                raise CheckpointError(f"{where}: {field}={shown(value)} is not {rule.words}")
-        same = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-        values = {field: config.get(field) for field in same}
-        values["max_tokens"] = config.get("max_new_tokens")
-        if config.get("do_sample") is False:
-            values["temperature"] = 0.0
-        return cls(**values)
+                raise CheckpointError(f"{file}: {field}={shown(value)} is not {rule.words}")
+        is_greedy = config.get("do_sample") is False
+        return cls(
+            max_tokens=config.get("max_new_tokens"),
+            temperature=0.0 if is_greedy else config.get("temperature"),
+            top_p=config.get("top_p"),
+            top_k=config.get("top_k"),
+            min_p=config.get("min_p"),
+            repetition_penalty=config.get("repetition_penalty"),
+        )
 
 
-_COUNT = FieldRule((int,), 0, ALL_THERE_IS_ROOM_FOR, "an integer, at least 0")
+_SAMPLING_FIELDS = tuple(field.name for field in fields(Sampling))
+_COUNT = FieldRule((int,), 0, NO_TOKEN_LIMIT, "an integer, at least 0")
 _GENERATION_RULES = {
     "temperature": FieldRule((int, float), 0, 100, "a number from 0 to 100"),
     "top_p": FieldRule((int, float), 1e-30, 1, "a number above 0, at most 1"),
@@ -62,7 +67,7 @@ _GENERATION_RULES = {
     "do_sample": FieldRule((bool,), 0, 1, "true or false"),
 }
 CHAT_DEFAULTS = Sampling(
-    max_tokens=ALL_THERE_IS_ROOM_FOR,
+    max_tokens=NO_TOKEN_LIMIT,
     temperature=1.0,
     top_p=1.0,
     top_k=0,
@@ -73,19 +78,19 @@ CHAT_DEFAULTS = Sampling(
 )
 COMPLETION_DEFAULTS = replace(CHAT_DEFAULTS, max_tokens=16)
 LINE_DEFAULTS = replace(CHAT_DEFAULTS, max_tokens=200, temperature=0.2)  # DeepSeek's generate.py
-TURN_DEFAULTS = replace(LINE_DEFAULTS, max_tokens=ALL_THERE_IS_ROOM_FOR)  # Ctrl-C stops an answer
+TURN_DEFAULTS = replace(LINE_DEFAULTS, max_tokens=NO_TOKEN_LIMIT)  # Ctrl-C stops an answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Defaults:
-    """What holds where a body is silent.
+    """Default values of requests that do not set their own.
 
     Attributes:
-        flags: given on the command line; they go before `model`.
-        model: from generation_config.json; it goes before the format's own defaults.
-        seed: makes, with the name of a request, the seed of one that gives none.
-        thinking: whether chats think.
-        system: system message of chats that have none.
+        flags: values of the command line; they override `model`.
+        model: values of generation_config.json; they override the format's own defaults.
+        seed: hashed with the name of a request to its seed, if the request has none.
+        thinking: let the model think in chats.
+        system: system message of chats without one.
     """
 
     flags: Sampling = Sampling()
@@ -95,30 +100,40 @@ class Defaults:
     system: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse values out of range here, where every row would fail for them."""
-        for source, values in (("flag", self.flags), ("generation_config.json:", self.model)):
-            given = {field: value for field, value in asdict(values).items() if value is not None}
-            try:
-                SamplingParams(**given)
-            except RequestError as error:
-                raise ConfigError(f"{source} {error}") from None
+        """Raise ConfigError for values out of range, which would fail every row."""
+        _check(self.flags, _flag_error)
+        _check(self.model, "generation_config.json: {}".format)
 
-    def sampling(self, asked: Sampling, otherwise: Sampling) -> dict[str, Any]:
-        """Take each value from the first source that has it; `otherwise` has them all."""
-        sources = (asked, self.flags, self.model, otherwise)
-        return {
-            field.name: next(
-                value for source in sources if (value := getattr(source, field.name)) is not None
-            )
-            for field in fields(Sampling)
-        }
+    def sampling(self, requested: Sampling, fallback: Sampling) -> dict[str, Any]:
+        """Return each value from the first source that sets it; `fallback` must set all."""
+        merged: dict[str, Any] = {}
+        for source in (fallback, self.model, self.flags, requested):
+            for name in _SAMPLING_FIELDS:
+                value = getattr(source, name)
+                if value is not None:
+                    merged[name] = value
+        return merged
 
     def with_system(self, messages: list[Any]) -> list[Any]:
-        """Put the default system message in front of a chat that has none."""
-        has_one = any(
+        """Return the messages, with the default system message first if they have none."""
+        has_system = any(
             isinstance(message, dict) and message.get("role") in ("system", "developer")
             for message in messages
         )
-        if self.system is None or has_one:
+        if self.system is None or has_system:
             return messages
         return [{"role": "system", "content": self.system}, *messages]
+
+
+def _check(values: Sampling, told: Callable[[RequestError], str]) -> None:
+    """Raise ConfigError, with an error as it is told, if a value is out of range."""
+    try:
+        SamplingParams(**asdict(values))
+    except RequestError as error:
+        raise ConfigError(told(error)) from None
+
+
+def _flag_error(error: RequestError) -> str:
+    """Return the error about a parameter, `NAME=VALUE must be ...`, with the name of its flag."""
+    name, _, rest = str(error).partition("=")
+    return f"{flag('max_new_tokens' if name == 'max_tokens' else name)}={rest}"

@@ -1,7 +1,7 @@
 """Kimi-K2's vocabulary: `tiktoken.model`, read with the optional `tiktoken` library.
 
-The pattern, the 256 reserved places and the pieces very long texts are cut into are those of
-Moonshot's published `tokenization_kimi.py`; other pieces would give other tokens.
+The pattern, the 256 reserved tokens and the splitting of very long texts are those of Moonshot's
+published `tokenization_kimi.py`; another splitting would give other tokens.
 """
 
 import base64
@@ -17,7 +17,7 @@ from dsv3.text.tokenizer_errors import NoTokenizer, rust_errors_as
 
 RESERVED_TOKENS = 256
 MAX_PIECE = 400_000  # characters; tiktoken overflows its stack on longer ones
-MAX_RUN = 25_000  # characters of one kind, blank or not
+MAX_RUN = 25_000  # characters in a run of spaces or of non-spaces
 MAX_ID_DIGITS = 10
 
 _UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
@@ -45,7 +45,7 @@ class TiktokenVocabulary:
             import tiktoken
         except ImportError:
             raise NoTokenizer(
-                f"{path}: this vocabulary needs the tiktoken library: pip install 'dsv3[kimi]'"
+                f"{path}: this vocabulary needs the tiktoken library: pip install tiktoken"
             ) from None
         ranks = _read_ranks(path)
         reserved = range(len(ranks), len(ranks) + RESERVED_TOKENS)
@@ -63,7 +63,7 @@ class TiktokenVocabulary:
             )
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Split `text` into tokens; this vocabulary adds none of its own."""
+        """Encode `text`; this vocabulary adds no special tokens."""
         with rust_errors_as(f"{self._path}: cannot encode this text"):
             return [
                 token_id
@@ -72,11 +72,11 @@ class TiktokenVocabulary:
             ]
 
     def control_tokens(self) -> list[str]:
-        """Return the names of all tokens that are not pieces of text."""
+        """Return the names of all special tokens."""
         return sorted(self._encoding.special_tokens_set)
 
     def encode_ordinary(self, text: str) -> list[int]:
-        """Split `text` into pieces of text."""
+        """Encode `text` without special tokens: their names are ordinary text."""
         with rust_errors_as(f"{self._path}: cannot encode this text"):
             return [
                 token_id
@@ -85,25 +85,25 @@ class TiktokenVocabulary:
             ]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
-        """Join tokens into text."""
+        """Decode tokens to text."""
         skipped = self._special if skip_special_tokens else ()
         return b"".join(self.token_bytes(i) for i in ids if i not in skipped).decode(
             "utf-8", "replace"
         )
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Return the bytes that this token stands for; an unknown one stands for none."""
+        """Return the bytes of a token; none for an unknown id."""
         try:
             return bytes(self._encoding.decode_single_token_bytes(token_id))
         except KeyError:
             return b""
 
     def is_byte(self, token_id: int) -> bool:
-        """Return False: any token's bytes are decoded by themselves."""
+        """Return False: the bytes of a token do not depend on its neighbours."""
         return False
 
     def piece(self, token_id: int) -> bytes | None:
-        """Return the bytes that a token adds to a text, special tokens none."""
+        """Return the bytes that a token adds to a text; none for special tokens."""
         return b"" if token_id in self._special else self.token_bytes(token_id)
 
     def id_of(self, token: str) -> int | None:
@@ -115,7 +115,7 @@ class TiktokenVocabulary:
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:
-    """Read lines of `base64 rank`: all single bytes and others, the ranks from 0 on."""
+    """Read lines of `base64 rank`; ranks must count from 0, and include all single bytes."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(read_bytes(path, CheckpointError, TABLE_BYTES).splitlines(), 1):
         try:
@@ -133,7 +133,7 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
 
 
 def _added_tokens(path: Path, config: dict[str, Any], reserved: range) -> dict[int, dict[str, Any]]:
-    """Return the added tokens by their ids, which lie behind those of the file."""
+    """Return the added tokens by id; their ids are above those of the file."""
     added = config.get("added_tokens_decoder") or {}
     if isinstance(added, dict) and all(map(_is_token, added.items())):
         tokens = {int(i): entry for i, entry in added.items()}
@@ -152,7 +152,7 @@ def _is_token(item: tuple[str, Any]) -> bool:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Cut overlong texts, and overlong runs of blanks or non-blanks within them."""
+    """Split overlong texts, and overlong runs of spaces or non-spaces in them."""
     for start in range(0, len(text), MAX_PIECE):
         part = text[start : start + MAX_PIECE]
         cuts = [

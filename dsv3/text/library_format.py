@@ -1,4 +1,4 @@
-"""Requests as a script passes them: prompts or conversations in, checked `TextRequest`s out."""
+"""Requests of the Python library: prompts or conversations in, checked `TextRequest`s out."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -21,10 +21,10 @@ def prompt_requests(prompts: Any, params: Any) -> list[TextRequest]:
         params: `SamplingParams`, a mapping of their names or None; one for all, or one for each.
 
     Raises:
-        RequestError: an argument is of another kind; the error names it.
+        RequestError: an argument has a wrong type; the error names it.
     """
-    found = [{"prompt": prompt} for prompt in _prompts(prompts)]
-    return _requests(found, params)
+    inputs = [{"prompt": prompt} for prompt in _prompts(prompts)]
+    return _requests(inputs, params)
 
 
 def chat_requests(
@@ -33,36 +33,35 @@ def chat_requests(
     """Return the requests of one conversation or several.
 
     Args:
-        messages: mappings in the OpenAI format, one of them or a list; or a list of such lists.
+        messages: a message in the OpenAI format, a list of messages, or a list of such lists.
         params: as in `prompt_requests`.
-        thinking: as in `LLM.chat`, for all, like what follows.
-        conversation_id: names the dialogue.
-        system: text of a system message in front.
+        thinking: as in `LLM.chat`; this and the following apply to all conversations.
+        conversation_id: name of the conversation.
+        system: text of a system message to put first.
     """
-    common = _chat_options(thinking, conversation_id)
-    found = [{"messages": _with_system(m, system), **common} for m in _conversations(messages)]
-    return _requests(found, params)
+    options = _chat_options(thinking, conversation_id)
+    inputs = [{"messages": _with_system(m, system), **options} for m in _conversations(messages)]
+    return _requests(inputs, params)
 
 
 def stream_requests(
     prompts: Any, params: Any, thinking: Any, conversation_id: Any, system: Any
 ) -> list[TextRequest]:
     """Return the requests of raw prompts or conversations; conversations are lists of mappings."""
-    common = _chat_options(thinking, conversation_id)
+    options = _chat_options(thinking, conversation_id)
     value = _as_list("prompts", prompts)
-    several = value if _is_several(value) else [value]
-    found: list[dict[str, Any]] = []
-    for each in several:
-        if _is_message(each) or (_is_list(each) and any(map(_is_message, each))):
-            (messages,) = _conversations(each)
-            found.append({"messages": _with_system(messages, system), **common})
+    inputs: list[dict[str, Any]] = []
+    for item in value if _is_several(value) else [value]:
+        if _is_message(item) or (_is_list(item) and any(map(_is_message, item))):
+            (messages,) = _conversations(item)
+            inputs.append({"messages": _with_system(messages, system), **options})
             continue
-        found.append({"prompt": _prompt(each)})
-        given = {"thinking": thinking, "conversation_id": conversation_id, "system": system}
-        for name, asked in given.items():
-            if asked is not None:
-                raise RequestError(f"{name}={shown(asked)} is for conversations, not raw prompts")
-    return _requests(found, params)
+        inputs.append({"prompt": _prompt(item)})
+        chat_only = {"thinking": thinking, "conversation_id": conversation_id, "system": system}
+        for name, given in chat_only.items():
+            if given is not None:
+                raise RequestError(f"{name}={shown(given)} is for conversations, not raw prompts")
+    return _requests(inputs, params)
 
 
 def check_conversation_id(value: Any) -> str | None:
@@ -72,24 +71,23 @@ def check_conversation_id(value: Any) -> str | None:
     return value
 
 
-def _requests(found: list[dict[str, Any]], params: Any) -> list[TextRequest]:
-    chosen = _params(params, len(found))
+def _requests(inputs: list[dict[str, Any]], params: Any) -> list[TextRequest]:
     return [
-        TextRequest(**what, params=each or SamplingParams(), limit_is_default=each is None)
-        for what, each in zip(found, chosen, strict=True)
+        TextRequest(**fields, params=given or SamplingParams(), limit_is_default=given is None)
+        for fields, given in zip(inputs, _params(params, len(inputs)), strict=True)
     ]
 
 
 def _params(value: Any, count: int) -> list[SamplingParams | None]:
-    """Return the parameters of every prompt; None where none are given."""
+    """Return the parameters of each prompt; None if not given."""
     if value is None or isinstance(value, SamplingParams | Mapping):
         return [_one_params("params", value)] * count
-    several = _as_list("params", value)
-    if not _is_list(several):
+    items = _as_list("params", value)
+    if not _is_list(items):
         raise _wrong_params("params", value)
-    if len(several) != count:
-        raise RequestError(f"{len(several)} params for {count} prompts")
-    return [_one_params(f"params[{i}]", each) for i, each in enumerate(several)]
+    if len(items) != count:
+        raise RequestError(f"{len(items)} params for {count} prompts")
+    return [_one_params(f"params[{i}]", item) for i, item in enumerate(items)]
 
 
 def _one_params(name: str, value: Any) -> SamplingParams | None:
@@ -109,12 +107,12 @@ def _prompts(value: Any) -> list[str | list[int]]:
     value = _as_list("prompts", value)
     if _is_message(value) or (_is_list(value) and any(map(_is_message, value))):
         raise RequestError("a prompt is a text or token ids; messages are for chat() and stream()")
-    return [_prompt(each) for each in value] if _is_several(value) else [_prompt(value)]
+    return [_prompt(item) for item in value] if _is_several(value) else [_prompt(value)]
 
 
 def _is_several(value: Any) -> bool:
-    """Return True for a list of prompts or conversations, False for one of them."""
-    return _is_list(value) and not any(_is_number(each) or _is_message(each) for each in value)
+    """Return True for a list of prompts or conversations, False for a single one."""
+    return _is_list(value) and not any(_is_number(item) or _is_message(item) for item in value)
 
 
 def _prompt(value: Any) -> str | list[int]:
@@ -139,14 +137,14 @@ def _conversations(value: Any) -> list[list[Any]]:
         raise RequestError(f"messages={shown(value)} must be a list of messages {_EXAMPLE}")
     if any(map(_is_message, value)):
         return [list(value)]
-    for i, each in enumerate(value):
-        if not _is_list(each):
-            raise RequestError(f"messages[{i}]={shown(each)} must be a message {_EXAMPLE}")
-    return [list(each) for each in value]
+    for i, item in enumerate(value):
+        if not _is_list(item):
+            raise RequestError(f"messages[{i}]={shown(item)} must be a message {_EXAMPLE}")
+    return [list(item) for item in value]
 
 
 def _with_system(messages: list[Any], system: Any) -> list[Any]:
-    """Put a system message in front of a conversation that has none there."""
+    """Return the conversation with a system message first; raise if it already begins with one."""
     if system is None:
         return messages
     if not isinstance(system, str):
@@ -169,12 +167,12 @@ def _chat_options(thinking: Any, conversation_id: Any) -> dict[str, Any]:
 
 
 def _as_list(name: str, value: Any) -> Any:
-    """Return arrays, tensors, generators and other ordered collections as lists."""
+    """Return ordered collections (arrays, tensors, generators) as lists, other values unchanged."""
     value = plain(value)
     if isinstance(value, set | frozenset):
         raise RequestError(f"{name}={shown(value)} is a set, which has no order: give a list")
-    is_one = isinstance(value, str | bytes | bytearray | Mapping | os.PathLike)
-    return list(value) if isinstance(value, Iterable) and not is_one else value
+    is_single = isinstance(value, str | bytes | bytearray | Mapping | os.PathLike)
+    return list(value) if isinstance(value, Iterable) and not is_single else value
 
 
 def _is_list(value: Any) -> bool:

@@ -12,22 +12,22 @@ Tools = Sequence[Mapping[str, Any]]  # JSON schemas, as in the OpenAI format
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _FIELDS = {"role", "content", "name", "reasoning_content", "tool_calls", "tool_call_id"}
 _TEXTS = ("name", "reasoning_content", "tool_call_id")
-# Servers number the messages of their answers.
+# Servers add these to the messages of their answers.
 _IGNORED = {"index"}
 
 
 def check_message(where: str, message: Any) -> dict[str, Any]:
-    """Return the fields of one message that have a value, its content as text.
+    """Return the non-empty fields of a message, its content as text.
 
-    Empty fields are as if not given: clients send back what servers have answered, with
-    `tool_calls: []`, `annotations: []`, `refusal: null` and others.
+    Empty fields are ignored, since clients send answers of servers back, with `tool_calls: []`,
+    `annotations: []`, `refusal: null` and others.
 
     Args:
         where: the place of the message, for errors.
-        message: as in the request.
+        message: the message in the request.
 
     Raises:
-        RequestError: it is not a message, or has a field that cannot be honoured.
+        RequestError: `message` is not a message, or has an unsupported field.
     """
     if not isinstance(message, Mapping):
         raise RequestError(f"{where} must be an object with role and content")
@@ -55,10 +55,10 @@ def check_message(where: str, message: Any) -> dict[str, Any]:
 
 
 def map_strings(value: Any, change: Callable[[str], str]) -> Any:
-    """Return a JSON value with all its strings changed, keys of objects included.
+    """Return a JSON value with `change` applied to all strings, including keys of objects.
 
     Raises:
-        RequestError: it is nested too deeply.
+        RequestError: the value is nested too deeply.
     """
     try:
         return _map_strings(value, change)
@@ -72,12 +72,12 @@ def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, Mapping):
         return {_map_strings(k, change): _map_strings(v, change) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_map_strings(each, change) for each in value]
+        return [_map_strings(item, change) for item in value]
     return value
 
 
 def _take_reasoning(where: str, given: dict[str, Any]) -> None:
-    """Bring `reasoning` under its older name, which templates know."""
+    """Rename `reasoning` to `reasoning_content`, the older name that templates use."""
     reasoning = given.pop("reasoning", None)
     if reasoning is None:
         return

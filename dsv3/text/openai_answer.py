@@ -1,4 +1,4 @@
-"""Answers in the OpenAI format: a request and its completions in, a response body out."""
+"""Responses in the OpenAI format: a request and its completions in, a response body out."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from dsv3.text.text_request import TextRequest
 from dsv3.text.thoughts import begins_in_thought, split_answer
 from dsv3.text.tokenizer import Tokenizer
 
-LOWEST = -9999.0  # stands for minus infinity, which JSON cannot write
+LOWEST = -9999.0  # for minus infinity, which JSON does not have
 
 
 def response_body(
@@ -19,15 +19,15 @@ def response_body(
     name: str,
     created: int,
 ) -> dict[str, Any]:
-    """Write the answers to one request.
+    """Return the response body of one request.
 
-    Without a tokenizer the texts are empty and tokens are named by their ids.
+    Without a tokenizer, texts are empty and tokens are named by their ids.
 
     Args:
-        request: what was asked.
-        completions: one for each of the `n` answers.
-        tokenizer: writes the text of tokens.
-        name: of the response, in its `id`.
+        request: the request.
+        completions: its `n` answers.
+        tokenizer: decodes tokens.
+        name: name of the response, in its `id`.
         created: seconds since 1970.
     """
     is_chat = request.messages is not None
@@ -50,12 +50,12 @@ def response_body(
 
 
 def error_body(message: str, kind: str, code: str | None = None) -> dict[str, Any]:
-    """Write an error; `kind` is OpenAI's `type`."""
+    """Return an error body; `kind` is OpenAI's `type`."""
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 
 def _usage(completions: Sequence[Completion]) -> dict[str, Any]:
-    """Count tokens; the prompt once, however many answers it got."""
+    """Return the token counts; the prompt counts once for all answers."""
     first = completions[0]
     num_prompt = len(first.prompt_ids)
     num_generated = sum(len(completion.token_ids) for completion in completions)
@@ -96,7 +96,8 @@ def _chat_logprob(token: TokenLogprobs, tokenizer: Tokenizer | None) -> dict[str
 def _text_choice(
     request: TextRequest, completion: Completion, tokenizer: Tokenizer | None
 ) -> dict[str, Any]:
-    text, logprobs = completion.text, None
+    text = completion.text
+    logprobs = None
     if request.echo and isinstance(request.prompt, str):
         text = request.prompt + text
     elif request.echo and tokenizer is not None:
@@ -110,8 +111,9 @@ def _text_choice(
 def _text_logprobs(
     request: TextRequest, completion: Completion, tokenizer: Tokenizer | None
 ) -> dict[str, Any]:
-    """Write the older form: parallel lists. The first token of a prompt has no probability."""
-    ids, entries = completion.token_ids, list[TokenLogprobs | None](completion.logprobs or [])
+    """Return logprobs in the older format of parallel lists; a prompt's first token has none."""
+    ids = completion.token_ids
+    entries: list[TokenLogprobs | None] = [*(completion.logprobs or [])]
     if request.echo:
         ids = completion.prompt_ids + ids
         entries = [None, *(completion.prompt_logprobs or []), *entries]
@@ -127,18 +129,20 @@ def _text_logprobs(
 
 
 def _by_text(top: Sequence[tuple[int, float]], tokenizer: Tokenizer | None) -> dict[str, float]:
-    """Key alternatives by their text; of two with the same text the likelier stays."""
-    named: dict[str, float] = {}
+    """Return alternatives by their text; of several with the same text, the likeliest."""
+    by_text: dict[str, float] = {}
     for token_id, logprob in sorted(top, key=lambda entry: -entry[1]):
-        named.setdefault(_token_name(token_id, tokenizer), max(logprob, LOWEST))
-    return named
+        by_text.setdefault(_token_name(token_id, tokenizer), max(logprob, LOWEST))
+    return by_text
 
 
 def _text_offsets(ids: Sequence[int], tokenizer: Tokenizer | None) -> list[int]:
-    """Tell where in the text each token begins, in characters."""
+    """Return the offset of each token in the text, in characters."""
     if tokenizer is None:
         return [0] * len(ids)
-    detokenizer, offsets, num_chars = make_detokenizer(tokenizer), [], 0
+    detokenizer = make_detokenizer(tokenizer)
+    offsets: list[int] = []
+    num_chars = 0
     for token_id in ids:
         offsets.append(num_chars)
         num_chars += len(detokenizer.push((token_id,)))

@@ -1,8 +1,8 @@
 """Requests in the OpenAI format: a body in, a checked `TextRequest` out.
 
-Everything a body may hold is either honoured or refused by name; the few fields that change
-nothing here are listed below. Fields beyond OpenAI's: `top_k`, `min_p`, `repetition_penalty`,
-`ignore_eos`, `stop_token_ids`, `return_token_ids`, and `chat_template_kwargs` with `thinking`.
+Every field of a body is either supported or refused by name, except for the few below that do not
+affect the answer. Fields beyond OpenAI's: `top_k`, `min_p`, `repetition_penalty`, `ignore_eos`,
+`stop_token_ids`, `return_token_ids`, and `chat_template_kwargs` with `thinking`.
 """
 
 import json
@@ -17,9 +17,9 @@ from dsv3.text.text_request import TextRequest, digest
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
-# Change nothing in the answer.
+# Fields that do not affect the answer.
 IGNORED = {"metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"}
-# Not supported, but harmless with these values.
+# Unsupported fields, and their values that ask for nothing special.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "parallel_tool_calls": (True, False),
@@ -32,13 +32,13 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 def parse_request(url: str, body: Any, name: str, defaults: Defaults) -> TextRequest:
-    """Check the body of a request; `name` makes its seed where it gives none."""
+    """Parse and check the body of a request; without a seed, `name` determines it."""
     if url not in (CHAT, COMPLETIONS):
         raise RequestError(f"url={show(url)} is not served; use {CHAT} or {COMPLETIONS}")
     if not isinstance(body, dict):
         raise RequestError("body must be an object")
     fields = Fields(body)
-    asked = Sampling(
+    requested = Sampling(
         max_tokens=_max_tokens(fields),
         temperature=fields.number("temperature"),
         top_p=fields.number("top_p"),
@@ -50,10 +50,10 @@ def parse_request(url: str, body: Any, name: str, defaults: Defaults) -> TextReq
     )
     if url == CHAT:
         specific = _chat_fields(fields, defaults)
-        sampling = defaults.sampling(asked, CHAT_DEFAULTS)
+        sampling = defaults.sampling(requested, CHAT_DEFAULTS)
     else:
         specific = _completion_fields(fields)
-        sampling = defaults.sampling(asked, COMPLETION_DEFAULTS)
+        sampling = defaults.sampling(requested, COMPLETION_DEFAULTS)
     logprobs = specific.pop("logprobs")
     stop = fields.take("stop", _is_stop, "a text or a list of texts, none empty") or ()
     seed = fields.integer("seed", -(2**63), 2**63 - 1)
@@ -71,25 +71,25 @@ def parse_request(url: str, body: Any, name: str, defaults: Defaults) -> TextReq
             logprobs=logprobs,
             prompt_logprobs=logprobs if specific.get("echo") else None,
         ),
-        limit_is_default=asked.max_tokens is None,
+        limit_is_default=requested.max_tokens is None,
         return_token_ids=fields.truth("return_token_ids") or False,
         priority=fields.integer("priority", -(2**31), 2**31 - 1) or 0,
         conversation_id=fields.text("conversation_id"),
         model=fields.text("model") or "",
         **specific,
     )
-    _refuse(fields.rest())
+    _refuse_unsupported(fields.remaining())
     return request
 
 
 def plain_request(
-    messages: list[dict[str, Any]], name: str, defaults: Defaults, otherwise: Sampling
+    messages: list[dict[str, Any]], name: str, defaults: Defaults, fallback: Sampling
 ) -> TextRequest:
-    """Make the request of messages that come without a body; `otherwise` has all values."""
+    """Return the request of messages without a body; `fallback` has all sampling values."""
     return TextRequest(
         messages=defaults.with_system(messages),
         params=SamplingParams(
-            **defaults.sampling(Sampling(), otherwise), seed=_seed_of(name, defaults)
+            **defaults.sampling(Sampling(), fallback), seed=_seed_of(name, defaults)
         ),
         limit_is_default=True,
         thinking=defaults.thinking or None,
@@ -97,26 +97,26 @@ def plain_request(
 
 
 class Fields:
-    """Takes fields out of an object one by one, checking types; null is as if not given."""
+    """The fields of an object, taken out one by one with type checks; null counts as absent."""
 
     def __init__(self, fields: Mapping[str, Any]) -> None:
-        self._left = {name: value for name, value in fields.items() if value is not None}
+        self._remaining = {name: value for name, value in fields.items() if value is not None}
 
     def take(self, name: str, holds: Callable[[Any], bool], rule: str) -> Any:
-        """Return the value of a field, None if it is not given."""
-        value = self._left.pop(name, None)
+        """Remove a field and return its value; None if it is absent."""
+        value = self._remaining.pop(name, None)
         if value is not None and not holds(value):
             raise RequestError(f"{name}={show(value)} must be {rule}")
         return value
 
     def integer(self, name: str, least: int, most: int) -> int | None:
-        """Take a whole number; 10.0 is one: tables and some languages have no other numbers."""
+        """Take a whole number, such as 10 or 10.0 (some languages have only floats)."""
         rule = f"a whole number from {least} to {most}"
         value = self.take(name, lambda v: _is_whole(v) and least <= v <= most, rule)
         return None if value is None else int(value)
 
     def number(self, name: str) -> float | None:
-        """Take a number; its range is checked where it is used."""
+        """Take a number; its range is checked by `SamplingParams`."""
         return self.take(name, _is_number, "a number")
 
     def truth(self, name: str) -> bool | None:
@@ -127,20 +127,20 @@ class Fields:
         """Take a text."""
         return self.take(name, lambda v: isinstance(v, str), "a text")
 
-    def rest(self) -> dict[str, Any]:
-        """Return the fields that nobody took."""
-        return self._left
+    def remaining(self) -> dict[str, Any]:
+        """Return the fields that were not taken."""
+        return self._remaining
 
 
 def show(value: Any) -> str:
-    """Write a value as in JSON, short enough for a message."""
+    """Return a value as JSON, shortened for a message."""
     text = json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _refuse(rest: Mapping[str, Any]) -> None:
-    """Refuse fields that are not supported, unless they make no difference."""
-    for name, value in rest.items():
+def _refuse_unsupported(fields: Mapping[str, Any]) -> None:
+    """Raise RequestError for unsupported fields, unless they have no effect."""
+    for name, value in fields.items():
         if name in NEUTRAL and value not in NEUTRAL[name]:
             only = " or ".join(map(show, NEUTRAL[name]))
             raise RequestError(f"{name}={show(value)} is not supported, only {only}")
@@ -152,7 +152,8 @@ def _chat_fields(fields: Fields, defaults: Defaults) -> dict[str, Any]:
     messages = fields.take("messages", lambda v: isinstance(v, list), "a list of messages")
     if messages is None:
         raise RequestError("messages is missing")
-    logprobs, top = fields.truth("logprobs"), fields.integer("top_logprobs", 0, MAX_LOGPROBS)
+    logprobs = fields.truth("logprobs")
+    top = fields.integer("top_logprobs", 0, MAX_LOGPROBS)
     if top and not logprobs:
         raise RequestError("top_logprobs needs logprobs=true")
     return {
@@ -163,13 +164,18 @@ def _chat_fields(fields: Fields, defaults: Defaults) -> dict[str, Any]:
 
 
 def _thinking(fields: Fields, defaults: Defaults) -> bool | None:
-    """Read `chat_template_kwargs`: templates know the switch under two names."""
+    """Parse `chat_template_kwargs`; templates use two names for the switch."""
     options = fields.take("chat_template_kwargs", lambda v: isinstance(v, dict), "an object")
-    switch = Fields(options or {})
-    thinking, alias = switch.truth("thinking"), switch.truth("enable_thinking")
-    for name in switch.rest():
+    switches = Fields(options or {})
+    thinking = switches.truth("thinking")
+    enable_thinking = switches.truth("enable_thinking")
+    for name in switches.remaining():
         raise RequestError(f"chat_template_kwargs.{name} is not supported, only thinking")
-    return next((v for v in (thinking, alias) if v is not None), defaults.thinking or None)
+    if thinking is not None:
+        return thinking
+    if enable_thinking is not None:
+        return enable_thinking
+    return defaults.thinking or None
 
 
 def _completion_fields(fields: Fields) -> dict[str, Any]:
@@ -188,7 +194,7 @@ def _completion_fields(fields: Fields) -> dict[str, Any]:
 
 
 def _unwrap(prompt: Any) -> Any:
-    """Take the one prompt out of a list of prompts."""
+    """Return the only prompt of a list of one prompt; other values unchanged."""
     is_list = isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list)
     return prompt[0] if is_list else prompt
 
@@ -209,23 +215,23 @@ def _top_k(fields: Fields) -> int | None:
 
 
 def _logit_bias(fields: Fields) -> dict[int, float]:
-    """Read `logit_bias`: token ids are texts in JSON; the vocabulary is checked later."""
-    found = fields.take("logit_bias", lambda v: isinstance(v, dict), "an object") or {}
-    for key, bias in found.items():
+    """Parse `logit_bias`, whose token ids are strings in JSON; the vocabulary is checked later."""
+    biases = fields.take("logit_bias", lambda v: isinstance(v, dict), "an object") or {}
+    for key, bias in biases.items():
         if not re.fullmatch("0|[1-9][0-9]{0,8}", key):
             raise RequestError(f"logit_bias has the field {show(key)}, which is no token id")
         if not _is_number(bias) or not -MAX_BIAS <= bias <= MAX_BIAS:
             raise RequestError(
                 f"logit_bias[{key}]={show(bias)} must be a number between -100 and 100"
             )
-    return {int(key): bias for key, bias in found.items()}
+    return {int(key): bias for key, bias in biases.items()}
 
 
 def _seed_of(name: str, defaults: Defaults) -> int:
-    """Make a seed that does not depend on other requests or on their order.
+    """Return a seed that does not depend on other requests or on their order.
 
-    The name of the row is hashed with --seed, never added to it: neighbouring rows and runs with
-    neighbouring seeds have nothing in common.
+    The name of the row is hashed with --seed, not added to it, so that neighbouring rows and runs
+    with neighbouring seeds have independent random numbers.
     """
     return int(digest(f"{defaults.seed}:{name}")[:15], 16)
 

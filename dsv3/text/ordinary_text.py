@@ -1,9 +1,9 @@
-"""Separates the text of messages from the structure that a chat format writes around it.
+"""Escape names of control tokens in messages, so that they stay ordinary text in a prompt.
 
 A control token's name in a message (`<｜User｜>`, `</think>`) must not become that token. The name
-is replaced by two private characters before a template sees the message, and turned back into
-ordinary text when the rendered prompt is encoded. So a template may trim, split or join messages,
-or write them as JSON, and never takes a user's text for one of its own marks.
+is replaced by two private characters before the template is rendered, and becomes ordinary text
+again when the rendered prompt is encoded. So a template may trim, split or join messages, or write
+them as JSON, and never confuses a user's text with its own marks.
 """
 
 import re
@@ -11,14 +11,15 @@ import re
 from dsv3.text.thoughts import END_THINK, THINK
 from dsv3.text.tokenizer import Tokenizer
 
-# A private character, and the first of those behind it that stand for the names.
-_ESCAPE, _FIRST = "\U0010fffd", 0x100000
+# An escaped name is a private character and a second one, `_FIRST` plus the index of the name.
+_ESCAPE = "\U0010fffd"
+_FIRST = 0x100000
 _MAX_NAMES = ord(_ESCAPE) - _FIRST
-_STANDS_FOR = re.compile(f"{_ESCAPE}([{chr(_FIRST)}-{chr(ord(_ESCAPE) - 1)}])")
+_ESCAPED = re.compile(f"{_ESCAPE}([{chr(_FIRST)}-{chr(ord(_ESCAPE) - 1)}])")
 
 
 class OrdinaryText:
-    """Hides control tokens' names in messages, and encodes prompts that hold hidden ones.
+    """Escapes names of control tokens in messages, and encodes prompts with escaped names.
 
     Text without such names is encoded exactly as by the tokenizer.
     """
@@ -34,12 +35,14 @@ class OrdinaryText:
         self._hidden_in_answers = _Hidden([n for n in hidden if n not in (THINK, END_THINK)])
 
     def hide(self, text: str, in_answer: bool = False) -> str:
-        """Hide the names in a text; in an earlier answer of the model its think marks stay."""
+        """Return a text with names escaped; in an answer of the model, think marks are kept."""
         hidden = self._hidden_in_answers if in_answer else self._hidden
         text = hidden.pattern.sub(lambda match: self._mark(match[0]), text)
-        # The text that a template writes next must not complete a name.
-        begun = hidden.begun(text)
-        return text[:begun] + self._mark(text[begun]) + text[begun + 1 :] if begun >= 0 else text
+        # Text that the template writes after the message must not complete a name.
+        start = hidden.unfinished(text)
+        if start < 0:
+            return text
+        return text[:start] + self._mark(text[start]) + text[start + 1 :]
 
     def encode(self, prompt: str) -> list[int]:
         """Return the tokens of a rendered prompt."""
@@ -52,7 +55,7 @@ class OrdinaryText:
                 plain += part
                 continue
             ids += self._tokenizer.encode(plain, add_special_tokens=False)
-            ids += self._tokenizer.encode_ordinary(_STANDS_FOR.sub(self._name, part))
+            ids += self._tokenizer.encode_ordinary(_ESCAPED.sub(self._name, part))
             plain = ""
         return ids + self._tokenizer.encode(plain, add_special_tokens=False)
 
@@ -65,20 +68,22 @@ class OrdinaryText:
 
 
 class _Hidden:
-    """Names to look for in a text."""
+    """A set of names to escape."""
 
     def __init__(self, names: list[str]) -> None:
         self.pattern = _one_of(names)
         self._beginnings = {name[:end] for name in names for end in range(1, len(name))}
         self._longest = max(map(len, names)) - 1
 
-    def begun(self, text: str) -> int:
-        """Return where a name begins that the end of the text cuts off; -1 if there is none."""
-        start = max(0, len(text) - self._longest)
-        return next((at for at in range(start, len(text)) if text[at:] in self._beginnings), -1)
+    def unfinished(self, text: str) -> int:
+        """Return the start of an incomplete name at the end of a text; -1 if there is none."""
+        for start in range(max(0, len(text) - self._longest), len(text)):
+            if text[start:] in self._beginnings:
+                return start
+        return -1
 
 
 def _one_of(names: list[str]) -> re.Pattern[str]:
-    """Return a pattern that captures the longest of the names that begin at a place."""
+    """Return a pattern that captures the longest matching name."""
     by_length = sorted(names, key=len, reverse=True)
     return re.compile(f"({'|'.join(map(re.escape, by_length))})" if names else r"(?!)")

@@ -1,6 +1,6 @@
-"""DeepSeek's published conversation formats, for checkpoints that ship no chat template.
+"""DeepSeek's published chat formats, for checkpoints without a chat template.
 
-Each is what the model was trained on, character by character; tools are not covered.
+Each one equals the training format of its model in every character; tools are not supported.
 """
 
 import re
@@ -17,7 +17,7 @@ Messages = list[dict[str, Any]]
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
 
-# Of messages, whether to think, and whether to go on to where the model answers.
+# Arguments: messages, thinking, add_generation_prompt.
 Renderer = Callable[[Messages, bool, bool], str]
 _ROLES = ("system", "user", "assistant")
 
@@ -25,10 +25,10 @@ _ROLES = ("system", "user", "assistant")
 def published_format(
     model_type: str, name: str, tokenizer: Tokenizer
 ) -> tuple[Renderer, tuple[str, ...]]:
-    """Choose the format of a model; return it and the roles it knows.
+    """Return the format of a model and the roles it supports.
 
-    V3, R1 and V3.1 share a model type: the name tells them apart, and V3.1's vocabulary has
-    tokens for searching.
+    V3, R1 and V3.1 have the same model type: the name distinguishes them, and V3.1's vocabulary has
+    tokens for search.
     """
     words = re.split(r"[^a-z0-9.]+", name.lower())
     if model_type == "deepseek_v2":
@@ -45,7 +45,7 @@ def published_format(
 
 
 def _v2(messages: Messages, thinking: bool, add_generation_prompt: bool) -> str:
-    """DeepSeek-V2: `User: ...` and `Assistant: ...` in plain words."""
+    """Render the format of DeepSeek-V2: `User: ...` and `Assistant: ...` as ordinary text."""
     turn = {
         "system": "{}\n\n",
         "user": "User: {}\n\n",
@@ -56,7 +56,7 @@ def _v2(messages: Messages, thinking: bool, add_generation_prompt: bool) -> str:
 
 
 def _v3(messages: Messages, thinking: bool, add_generation_prompt: bool) -> str:
-    """DeepSeek-V3 and V2.5: roles are tokens, system messages come first."""
+    """Render the format of DeepSeek-V3 and V2.5: roles are tokens, system messages come first."""
     text = BOS + _system_text(messages)
     for message in messages:
         if message["role"] == "user":
@@ -67,7 +67,7 @@ def _v3(messages: Messages, thinking: bool, add_generation_prompt: bool) -> str:
 
 
 def _r1(messages: Messages, thinking: bool, add_generation_prompt: bool) -> str:
-    """DeepSeek-R1: V3, but every answer opens with a thought, and old thoughts are dropped."""
+    """Render the format of DeepSeek-R1: V3's with a thought in each answer and no old thoughts."""
     answers_only = [
         message | {"content": message["content"].rsplit(END_THINK, 1)[-1]}
         if message["role"] == "assistant"
@@ -79,7 +79,7 @@ def _r1(messages: Messages, thinking: bool, add_generation_prompt: bool) -> str:
 
 
 def _v3_1(messages: Messages, thinking: bool, add_generation_prompt: bool) -> str:
-    """DeepSeek-V3.1: every answer opens or closes a thought at once; old ones are dropped."""
+    """Render the format of DeepSeek-V3.1: an answer begins with a think mark; no old thoughts."""
     text = BOS + _system_text(messages)
     turns = [message for message in messages if message["role"] != "system"]
     for before, message in pairwise([{"role": ""}, *turns]):
@@ -95,10 +95,10 @@ def _v3_1(messages: Messages, thinking: bool, add_generation_prompt: bool) -> st
 
 
 def _v3_2(messages: Messages, thinking: bool, add_generation_prompt: bool) -> str:
-    """DeepSeek-V3.2: as its Python encoder does, which opens the answer with the question.
+    """Render the format of DeepSeek-V3.2 like its Python encoder.
 
-    When thinking, thoughts are kept only after the last question, and `developer` messages
-    before it are dropped.
+    A user message is followed by the start of the answer. With thinking, thoughts are kept only
+    after the last question, and `developer` messages before it are dropped.
     """
     last = len(messages) - 1
     while last >= 0 and messages[last]["role"] not in ("user", "developer"):

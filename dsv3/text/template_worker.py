@@ -1,14 +1,14 @@
-"""The process that runs a chat template. Run as a script; `chat_template.py` is its other side.
+"""The process that renders a chat template; a script that `chat_template.py` starts.
 
-A template is a program of a checkpoint's author. Jinja's sandbox keeps it from files and modules,
-but not from loops without end or from texts of many gigabytes, which may come about inside of one
-operation of C. So it runs here, where the system ends it: by processor time, which does not depend
-on what else the machine does, and by memory.
+A template is a program by the checkpoint's author. Jinja's sandbox denies access to files and
+modules, but does not prevent endless loops or texts of many gigabytes, which a single C operation
+can produce. So a template is rendered in this process, with limits of CPU time, which does not
+depend on the load of the machine, and of memory.
 
-Reads from standard input one JSON line with the template, then one for each rendering with the
-template's variables. Answers each of those with one JSON line, `{kind: text}`, of these kinds:
-`text` the rendered text; `refused` an error of the template with these variables; `damaged` an
-error of the template itself; `exceeded` the limit it has met with.
+The script reads one JSON line with the template from standard input, then one line with variables
+per rendering. It replies to each with one JSON line, `{kind: text}`. The kinds are: `text`, the
+rendered text; `refused`, an error of the template with these variables; `damaged`, an error of the
+template itself; `exceeded`, the limit that was exceeded.
 """
 
 import json
@@ -31,23 +31,23 @@ _OUT_OF_MEMORY = f"more than {MEMORY_BYTES >> 20:,} MiB of memory"
 
 
 class _Refusal(TemplateError):
-    """A template's own error, which it raises by `raise_exception`."""
+    """An error that a template raises with `raise_exception`."""
 
 
 class _GenerationTag(Extension):
-    """`{% generation %}...{% endgeneration %}` marks what a model is trained on; here, nothing."""
+    """Ignores the tags of `{% generation %}...{% endgeneration %}`, which mark training targets."""
 
-    tags = {"generation"}  # noqa: RUF012  # as Jinja declares it
+    tags = {"generation"}  # noqa: RUF012  # the type that Jinja declares
 
     def parse(self, parser: Parser) -> nodes.Node:
-        """Return the block's content, in a scope of its own as in transformers."""
+        """Return the block's content in its own scope, as in transformers."""
         line = next(parser.stream).lineno
         content = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.Scope(content, lineno=line)
 
 
 def make_environment() -> Environment:
-    """Return the environment that templates are written for, that of transformers."""
+    """Return the Jinja environment of transformers, for which templates are written."""
 
     def raise_exception(message: str) -> None:
         raise _Refusal(message)
@@ -67,7 +67,7 @@ def make_environment() -> Environment:
 
 
 def _compile(source: str) -> Template | str:
-    """Return the template, or what is wrong with it."""
+    """Return the compiled template, or the error."""
     try:
         return make_environment().from_string(source)
     except TemplateSyntaxError as error:
@@ -76,18 +76,20 @@ def _compile(source: str) -> Template | str:
         return "nested too deeply"
     except MemoryError:
         return _OUT_OF_MEMORY
-    except Exception as error:  # constants are computed here, and any of them may fail
+    except Exception as error:  # constants are evaluated here, and any error may occur
         return f"{type(error).__name__}: {error}"
 
 
 def _render(template: Template, variables: bytes) -> dict[str, str]:
-    parts, num_chars, most = [], 0, TEXT_CHARS + 2 * len(variables)
+    parts: list[str] = []
+    num_chars = 0
+    max_chars = TEXT_CHARS + 2 * len(variables)
     try:
         for part in template.generate(json.loads(variables)):
             parts.append(part)
             num_chars += len(part)
-            if num_chars > most:
-                return {"exceeded": f"more than {most:,} characters of text"}
+            if num_chars > max_chars:
+                return {"exceeded": f"more than {max_chars:,} characters of text"}
         return {"text": "".join(parts)}
     except RecursionError:
         return {"exceeded": "nested too deeply, or calling itself without end"}
@@ -97,29 +99,29 @@ def _render(template: Template, variables: bytes) -> dict[str, str]:
         return {"refused": str(error)}
     except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
         return {"refused": f"{_line(error)}{error}"}
-    except Exception as error:  # whatever else a template makes Python raise
+    except Exception as error:  # any other error that a template can cause
         return {"refused": f"{_line(error)}{type(error).__name__}: {error}"}
 
 
 def _line(error: Exception) -> str:
-    """Return the line of the template in which an error was raised, if that is known."""
+    """Return the template's line of an error as a prefix; empty if unknown."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == "<template>"]
     return f"line {lines[-1]}: " if lines else ""
 
 
 def _limit(kind: int, value: int) -> None:
-    """Lower a limit of this process, where the system has it."""
-    _, most = resource.getrlimit(kind)
+    """Lower a resource limit of this process, if the system supports it."""
+    _, hard_limit = resource.getrlimit(kind)
     with suppress(ValueError, OSError):
-        value = value if most == resource.RLIM_INFINITY else min(value, most)
-        resource.setrlimit(kind, (value, most))
+        value = value if hard_limit == resource.RLIM_INFINITY else min(value, hard_limit)
+        resource.setrlimit(kind, (value, hard_limit))
 
 
 def main() -> None:
-    """Answer until standard input ends."""
+    """Reply to lines until standard input ends."""
     _limit(resource.RLIMIT_AS, MEMORY_BYTES)
-    _limit(resource.RLIMIT_CORE, 0)  # being ended for processor time would leave a dump
+    _limit(resource.RLIMIT_CORE, 0)  # exceeding the CPU limit would write a core dump
     source: str = json.loads(sys.stdin.buffer.readline())
     template: Template | str | None = None
     for line in sys.stdin.buffer:

@@ -1,4 +1,4 @@
-"""A request as text, and how it becomes the engine's requests in tokens."""
+"""A request as text, and its conversion to the engine's requests in tokens."""
 
 import hashlib
 import json
@@ -13,9 +13,15 @@ from dsv3.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-# Sampling values that digests know only where they make a difference: results of versions without
-# them resume.
-_LATER = ("min_p", "repetition_penalty", "frequency_penalty", "presence_penalty", "logit_bias")
+# Sampling values that a digest covers only if they differ from the default, so that results of
+# versions without them can be resumed.
+_NEWER_PARAMS = (
+    "min_p",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "logit_bias",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,14 +29,14 @@ class TextRequest:
     """A request before it becomes tokens, with all defaults filled in.
 
     Attributes:
-        messages, prompt: what to continue, one of the two.
-        params: of all its `n` answers.
-        thinking: whether the model is to think first; None if it does not say.
-        limit_is_default: max_tokens was not asked for: it is cut to the room in the context.
+        messages, prompt: the input, one of the two.
+        params: parameters of all `n` answers.
+        thinking: let the model think first; None if not specified.
+        limit_is_default: max_tokens was not specified and is reduced to the rest of the context.
         echo: the answer's text begins with the prompt.
-        return_token_ids: the answer also tells its tokens and those of the prompt.
+        return_token_ids: return the tokens of answer and prompt.
         priority, conversation_id: as in `Request`.
-        model: name to answer under.
+        model: model name of the response.
     """
 
     messages: list[dict[str, Any]] | None = None
@@ -45,18 +51,19 @@ class TextRequest:
     model: str = ""
 
     def digest(self) -> str:
-        """Name this request by its content."""
-        content, neutral = asdict(self), asdict(SamplingParams())
-        for name in _LATER:
-            if content["params"][name] == neutral[name]:
+        """Return a digest of the request's content."""
+        content = asdict(self)
+        default_params = asdict(SamplingParams())
+        for name in _NEWER_PARAMS:
+            if content["params"][name] == default_params[name]:
                 del content["params"][name]
         content["n"] = content["params"].pop("n")
-        content["thinking"] = bool(self.thinking)  # as it was before None had a meaning
+        content["thinking"] = bool(self.thinking)  # None was added later, and counts as False
         return digest(json.dumps(content, sort_keys=True, separators=(",", ":")))
 
 
 def digest(data: str | bytes) -> str:
-    """Return 32 hexadecimal digits that name `data`."""
+    """Return a digest of `data` with 32 hexadecimal digits."""
     if isinstance(data, str):
         data = data.encode("utf-8", "surrogatepass")
     return hashlib.sha256(data).hexdigest()[:32]
@@ -65,7 +72,7 @@ def digest(data: str | bytes) -> str:
 def encode_prompt(
     request: TextRequest, tokenizer: Tokenizer | None, chat: AnyFormat | None
 ) -> list[int]:
-    """Make the tokens of a request's prompt; warn once if its wish about thinking has no effect."""
+    """Return the tokens of a request's prompt; warn once if its `thinking` has no effect."""
     if tokenizer is None and (request.params.stop or not isinstance(request.prompt, list)):
         raise CheckpointError(
             "this checkpoint has no tokenizer: give the prompt as token ids, and no stop strings"
@@ -89,7 +96,7 @@ def encode_prompt(
 def token_requests(
     request: TextRequest, prompt_ids: list[int], name: str, max_seq_len: int, vocab_size: int
 ) -> list[Request]:
-    """Make the engine's requests, `name/0` and on: each answer has random numbers of its own."""
+    """Return the engine's requests, `name/0` and on, one per answer."""
     params = request.params
     for field, ids in (("prompt", prompt_ids), ("stop_token_ids", params.stop_token_ids)):
         for i, token_id in enumerate(ids):
@@ -98,8 +105,8 @@ def token_requests(
                     f"{field}[{i}]={token_id} is no token of this model (0 to {vocab_size - 1})"
                 )
     if request.limit_is_default:
-        room = max(1, max_seq_len - len(prompt_ids))
-        params = replace(params, max_tokens=min(params.max_tokens, room))
+        num_free = max(1, max_seq_len - len(prompt_ids))
+        params = replace(params, max_tokens=min(params.max_tokens, num_free))
     return [
         Request(
             request_id=f"{name}/{i}",

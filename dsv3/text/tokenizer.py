@@ -1,8 +1,8 @@
 """Text to token ids and back, from the tokenizer files of a checkpoint.
 
-Reads `tokenizer.json` through the `tokenizers` library, or Kimi-K2's `tiktoken.model`
-(`dsv3/text/kimi.py`). Which special tokens there are, and the chat template, are told by
-`tokenizer_config.json` and its companions. No remote code is run.
+The vocabulary is a `tokenizer.json`, read with the `tokenizers` library, or Kimi-K2's
+`tiktoken.model` (`dsv3/text/kimi.py`). Special tokens and chat template come from
+`tokenizer_config.json` and related files. No remote code is run.
 """
 
 import logging
@@ -33,9 +33,9 @@ class Tokenizer:
     """The tokenizer of one checkpoint.
 
     Attributes:
-        special_tokens: `bos_token`, `eos_token`, ... as the chat template wants to see them.
-        chat_template: the checkpoint's Jinja source; None where it ships none.
-        template_name: the file that holds the template, for messages.
+        special_tokens: text of `bos_token`, `eos_token`, ... for the chat template.
+        chat_template: the checkpoint's Jinja source; None if it has none.
+        template_name: file of the template, for messages.
     """
 
     def __init__(
@@ -66,10 +66,10 @@ class Tokenizer:
 
     @classmethod
     def load_optional(cls, folder: str | Path) -> "Tokenizer | None":
-        """Read the tokenizer if there is one: prompts given as token ids need none.
+        """Read the tokenizer of a directory, or return None: prompts of token ids need none.
 
         Raises:
-            CheckpointError: its files are damaged.
+            CheckpointError: the tokenizer's files are damaged.
         """
         try:
             return cls.load(folder)
@@ -79,60 +79,60 @@ class Tokenizer:
 
     @cached_property
     def bos_id(self) -> int | None:
-        """The token that begins a sequence."""
+        """The id of the token that begins a sequence."""
         return self.id_of(self.special_tokens.get("bos_token", ""))
 
     @cached_property
     def eos_id(self) -> int | None:
-        """The token that ends an answer; the model's configuration may name more."""
+        """The id of the token that ends an answer; the model's config may have more of them."""
         return self.id_of(self.special_tokens.get("eos_token", ""))
 
     def id_of(self, token: str) -> int | None:
-        """Return the id of a token by its name, None if there is no such token."""
+        """Return the id of a token by its name; None if there is no such token."""
         return self._vocabulary.id_of(token)
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Split `text` into token ids; text that already went through a template adds none."""
+        """Encode `text`; pass False for a rendered chat, which has its special tokens already."""
         _check_characters(text)
         return self._vocabulary.encode(text, add_special_tokens)
 
     @cached_property
     def control_tokens(self) -> tuple[str, ...]:
-        """Names of the tokens that structure a prompt: in a text they become those tokens."""
+        """Names of the tokens that structure a prompt; `encode` turns these names into tokens."""
         return tuple(self._vocabulary.control_tokens())
 
     def encode_ordinary(self, text: str) -> list[int]:
-        """Split `text` into token ids; the names of control tokens in it are text like any."""
+        """Encode `text`; names of control tokens in it are ordinary text."""
         _check_characters(text)
         return self._vocabulary.encode_ordinary(text)
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Encode a raw prompt the way the model was trained: with one BOS if it wants one."""
+        """Encode a raw prompt as in training: with exactly one BOS, if the model uses it."""
         ids = self.encode(text, add_special_tokens=True)
         if self._add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids.insert(0, self.bos_id)
         return ids[1:] if ids[:2] == [self.bos_id, self.bos_id] else ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Join tokens into text. Unfinished characters become U+FFFD."""
+        """Decode tokens to text; incomplete characters become U+FFFD."""
         return self._vocabulary.decode(ids, skip_special_tokens)
 
     def token_text(self, token_id: int) -> str:
-        """Return the text of one token, special ones by their name."""
+        """Return the text of one token; for a special token, its name."""
         return self.decode([token_id], skip_special_tokens=False)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Return the bytes of one token; unlike its text they are whole in half a character."""
+        """Return the bytes of one token, which may be a part of a character."""
         return self._vocabulary.token_bytes(token_id)
 
     def is_byte(self, token_id: int) -> bool:
-        """Return True for one byte of a vocabulary that spells rare characters in bytes."""
+        """Return True for a single byte in a vocabulary that spells rare characters in bytes."""
         return self._vocabulary.is_byte(token_id)
 
     def piece(self, token_id: int) -> bytes | None:
-        """Return the bytes that a token adds to a text, special tokens none.
+        """Return the bytes that a token adds to a text; none for special tokens.
 
-        None if that depends on the tokens around it, as it does in some vocabularies.
+        The result is None if these depend on the neighbouring tokens, as in some vocabularies.
         """
         if token_id not in self._pieces:
             self._pieces[token_id] = self._vocabulary.piece(token_id)
@@ -140,13 +140,13 @@ class Tokenizer:
 
 
 class _BytePairs:
-    """`tokenizer.json` through the tokenizers library; ids it does not know decode to nothing."""
+    """A `tokenizer.json`, read with the tokenizers library; unknown ids decode to nothing."""
 
     def __init__(self, path: Path) -> None:
         data = read_bytes(path, CheckpointError, TABLE_BYTES)
         with rust_errors_as(f"{path}: not a tokenizer file"):
             self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
-            # Training leaves these in the file; a prompt is never cut, padded or split at random.
+            # Settings of training in the file; a prompt must not be cut, padded or split at random.
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
             if isinstance(self._tokenizer.model, models.BPE):
@@ -161,38 +161,38 @@ class _BytePairs:
         self._alphabet = _byte_alphabet() if byte_level else {}
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Split `text` into tokens; the names of special tokens in it become those tokens."""
+        """Encode `text`; names of special tokens in it become those tokens."""
         with rust_errors_as(f"{self._path}: cannot encode this text"):
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def control_tokens(self) -> list[str]:
-        """Return the names of added tokens that are special or written like marks.
+        """Return the names of added tokens that are special or look like marks (`<...>`).
 
-        Others are parts of ordinary text: vocabularies of V2 have added single letters.
+        Other added tokens are ordinary text: vocabularies of V2 have added single letters.
         """
         added = (self._added[token_id] for token_id in sorted(self._added))
         return [t.content for t in added if t.special or _MARK.fullmatch(t.content)]
 
     def encode_ordinary(self, text: str) -> list[int]:
-        """Split `text` into tokens other than control tokens."""
+        """Encode `text` without control tokens: their names are ordinary text."""
         with rust_errors_as(f"{self._path}: cannot encode this text"):
             return self._ordinary.encode(text, add_special_tokens=False).ids
 
     @cached_property
     def _ordinary(self) -> tokenizers.Tokenizer:
-        """The same vocabulary; it does not look for control tokens in a text."""
+        """The same vocabulary, which does not look for control tokens in a text."""
         copy = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
         copy.add_special_tokens(self.control_tokens())
         copy.encode_special_tokens = True
         return copy
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
-        """Join tokens into text; bytes that are not UTF-8 become U+FFFD."""
+        """Decode tokens to text; bytes that are not UTF-8 become U+FFFD."""
         with rust_errors_as(f"{self._path}: cannot decode its tokens"):
             return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Return the bytes that this token stands for."""
+        """Return the bytes of a token."""
         token = self._tokenizer.id_to_token(token_id) or ""
         if token_id not in self._added and all(char in self._alphabet for char in token):
             return bytes(self._alphabet[char] for char in token)
@@ -253,15 +253,16 @@ def _truth(config: dict[str, Any], name: str) -> bool:
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> tuple[str | None, str]:
-    """Find the template: its own file first, as in transformers, then the configuration.
+    """Find the template: first its own file, as in transformers, then the configuration.
 
     Returns:
-        the template, and the file that holds it.
+        the template, and its file.
     """
     file = folder / "chat_template.jinja"
     if os.path.lexists(file):
         return read_text(file, CheckpointError), str(file)
-    file, template = folder / _CONFIG, config.get("chat_template")
+    file = folder / _CONFIG
+    template = config.get("chat_template")
     if template is None:
         file = folder / "chat_template.json"
         template = _read_optional(file).get("chat_template")
@@ -276,7 +277,7 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> tuple[str | None, st
 
 
 def _named_templates(templates: list[Any] | dict[str, Any]) -> dict[str, Any]:
-    """Return several templates by their names, given as one object or as one each."""
+    """Return templates by name; the file has one object, or a list with an object for each."""
     if isinstance(templates, dict):
         return templates
     entries = [entry for entry in templates if isinstance(entry, dict)]
@@ -284,14 +285,14 @@ def _named_templates(templates: list[Any] | dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_optional(path: Path) -> dict[str, Any]:
-    """Read a JSON object; an absent file is an empty one."""
+    """Read a JSON object; return an empty one if the file does not exist."""
     return read_mapping(path, CheckpointError) if os.path.lexists(path) else {}
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Return which byte each character of a byte-level vocabulary stands for.
+    """Return the byte of each character of a byte-level vocabulary.
 
-    Printable Latin-1 stands for itself; the other bytes, in order, for U+0100 and up.
+    Printable Latin-1 characters are their own bytes; the other bytes, in order, are U+0100 and up.
     Source: GPT-2's `bytes_to_unicode`.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]

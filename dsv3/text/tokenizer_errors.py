@@ -1,4 +1,4 @@
-"""The ways in which reading and using a tokenizer fails."""
+"""Errors of reading and using a tokenizer."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,15 +7,15 @@ from dsv3.errors import CheckpointError
 
 
 class NoTokenizer(CheckpointError):
-    """A checkpoint without a tokenizer, or without the library that reads it."""
+    """The checkpoint has no tokenizer, or the library that reads it is not installed."""
 
 
 @contextmanager
 def rust_errors_as(fault: str) -> Iterator[None]:
     """Turn an error of a tokenizer library into a `CheckpointError` that begins with `fault`.
 
-    A damaged file can make the library panic, while it is read or only when a text comes to the
-    damaged place. A panic is a `BaseException` of a type that cannot be imported.
+    A damaged file can make the library panic, when it is read or later, when a text uses the
+    damaged entry. A panic is a `BaseException` of a type that cannot be imported.
     """
     try:
         yield

@@ -1,8 +1,8 @@
-"""Limits of how much longer `tokenizer.json` can make a text.
+"""Limits for the growth of a text by the normalizers and decoders of a `tokenizer.json`.
 
-Its parts replace characters by others, one part after the other: forty that double a letter make
-terabytes of a word. The library has no limit, keeps the interpreter from running meanwhile, and
-aborts the process when memory ends.
+They replace characters by others, one after the other: forty of them that double a letter turn a
+word into terabytes. The library has no limit, blocks the interpreter meanwhile, and aborts the
+process when memory is exhausted.
 """
 
 import json
@@ -13,15 +13,15 @@ import tokenizers
 
 from dsv3.errors import CheckpointError
 
-MAX_GROWTH = 1000.0  # times; published tokenizers have up to 3
+MAX_GROWTH = 1000.0  # factor; published tokenizers have up to 3
 MAX_ADDED = 1 << 16  # characters or tokens that are added to every text
 
 
 def check_growth(path: Path, tokenizer: tokenizers.Tokenizer) -> None:
-    """Refuse a tokenizer that can make a text too much longer.
+    """Check that a tokenizer cannot make a text excessively long.
 
     Raises:
-        CheckpointError: naming the part of the file.
+        CheckpointError: names the part of the file that can.
     """
     for name in ("normalizer", "decoder"):
         part = getattr(tokenizer, name)
@@ -35,25 +35,25 @@ def check_growth(path: Path, tokenizer: tokenizers.Tokenizer) -> None:
 
 
 def _fields(part: Any) -> dict[str, Any]:
-    """Return a part of a tokenizer as it is in the file."""
+    """Return the JSON of a part of a tokenizer."""
     fields: dict[str, Any] = json.loads(part.__getstate__())
     return fields
 
 
 def _growth(part: dict[str, Any]) -> float:
-    """Return how many times as long a normalizer or a decoder can make a text."""
+    """Return the largest factor by which a normalizer or decoder can lengthen a text."""
     if part["type"] == "Replace":
-        # Of a regular expression: matches of one character.
+        # A regular expression may match single characters.
         replaced = max(1, len(part["pattern"].get("String", "")))
         return max(1.0, len(part["content"]) / replaced)
     growth = 1.0 if len(part.get("prepend", "")) <= MAX_ADDED else 2 * MAX_GROWTH
     for inner in part.get("normalizers") or part.get("decoders") or ():
-        growth = min(growth * _growth(inner), 2 * MAX_GROWTH)  # no more than a float holds
+        growth = min(growth * _growth(inner), 2 * MAX_GROWTH)  # stays in the range of a float
     return growth
 
 
 def _num_added(processor: dict[str, Any]) -> int:
-    """Return the tokens that a post-processor adds to a text; a repeated text counts as many."""
+    """Return the number of tokens that a post-processor adds; a repeated text counts as many."""
     total = sum(_num_added(inner) for inner in processor.get("processors") or ())
     special = processor.get("special_tokens") or {}
     num_ids = {name: len(token["ids"]) for name, token in special.items()}

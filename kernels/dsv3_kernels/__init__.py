@@ -1,6 +1,6 @@
 """The numerics of dsv3: one file per operation, each with the reference that defines it.
 
-Knows nothing of models, ranks or requests. Shape letters: see `dsv3/__init__.py`.
+Independent of models, ranks and requests. Shape letters: see `dsv3/__init__.py`.
 """
 
 from dsv3_kernels._triton import overlap_launches
@@ -11,12 +11,12 @@ from dsv3_kernels.attention.merge_lse import merge_lse
 from dsv3_kernels.attention.mha_decode import mha_decode
 from dsv3_kernels.attention.mla_decode import mla_decode
 from dsv3_kernels.attention.mla_decode_parts import mla_decode_parts
-from dsv3_kernels.attention.mla_prefill import mla_prefill, mla_prefill_packed
+from dsv3_kernels.attention.mla_prefill import KeysValues, mla_prefill, mla_prefill_packed
 from dsv3_kernels.attention.norm_and_cache import norm_and_cache
-from dsv3_kernels.attention.paging import Keys, Paging
-from dsv3_kernels.attention.parts import empty_parts, open_parts
-from dsv3_kernels.attention.rope import apply_rope, rotate
-from dsv3_kernels.attention.rope_and_cache import ToCache, latent_entries, rope_and_cache
+from dsv3_kernels.attention.paging import Keys, PageTables, Paging
+from dsv3_kernels.attention.parts import PartialOutputs, empty_parts, open_parts
+from dsv3_kernels.attention.rope import Rotation, apply_rope, rotate
+from dsv3_kernels.attention.rope_and_cache import EntryWrite, latent_entries, rope_and_cache
 from dsv3_kernels.attention.write_slots import write_slots
 from dsv3_kernels.gemm._split_k import make_locks
 from dsv3_kernels.gemm.act_quant import Quantized, act_quant
@@ -27,24 +27,31 @@ from dsv3_kernels.moe.grouped_down import grouped_down
 from dsv3_kernels.moe.grouped_gate_up import grouped_gate_up
 from dsv3_kernels.moe.grouped_gemm import Stack
 from dsv3_kernels.moe.moe import experts
-from dsv3_kernels.moe.permute import Groups, masked_groups, permute, unpermute
-from dsv3_kernels.moe.route import Routing, route
+from dsv3_kernels.moe.permute import Groups, LocalExperts, masked_groups, permute, unpermute
+from dsv3_kernels.moe.route import RouterInput, Routing, route
 from dsv3_kernels.moe.route_and_permute import route_and_permute
 from dsv3_kernels.moe.router_logits import router_logits
-from dsv3_kernels.ops.rmsnorm import add_rmsnorm, rmsnorm, rmsnorm_quant
-from dsv3_kernels.ops.sample import sample
+from dsv3_kernels.ops.rmsnorm import add_rmsnorm, rmsnorm
+from dsv3_kernels.ops.sample import RowParams, sample
 from dsv3_kernels.ops.silu_mul import silu_mul, silu_mul_quant
 from dsv3_kernels.ops.sum_norm import Peers, fits_sum_norm, shared_bytes, sum_norm
 
 __all__ = [
+    "EntryWrite",
     "Groups",
     "Keys",
+    "KeysValues",
+    "LocalExperts",
+    "PageTables",
     "Paging",
+    "PartialOutputs",
     "Peers",
     "Quantized",
+    "Rotation",
+    "RouterInput",
     "Routing",
+    "RowParams",
     "Stack",
-    "ToCache",
     "absorb_query",
     "act_quant",
     "add_rmsnorm",
@@ -73,7 +80,6 @@ __all__ = [
     "packed_bytes",
     "permute",
     "rmsnorm",
-    "rmsnorm_quant",
     "rope_and_cache",
     "rotate",
     "route",

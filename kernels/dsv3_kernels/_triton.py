@@ -1,9 +1,9 @@
 """Triton where its kernels can run; elsewhere a stand-in that lets kernel files import.
 
-It is left alone on a machine without a GPU unless its interpreter or compiler is asked for: it
-takes a second to import, and some versions complain of leaks when the program ends.
+Without a GPU, triton is imported only if TRITON_INTERPRET is set: the import takes a second, and
+some versions complain of leaks when the program ends.
 
-A kernel file says `from dsv3_kernels._triton import tl, triton, use_triton`.
+A kernel file imports `tl` and `triton` from here.
 """
 
 import os
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class _Absent:
-    """Answers to any name and any decorator; a decorated function stays the plain function."""
+    """Stand-in for a module: any attribute exists, any decorator returns the plain function."""
 
     def __getattr__(self, name: str) -> "_Absent":
         if name.startswith("__"):
@@ -27,7 +27,7 @@ class _Absent:
         return args[0] if args and callable(args[0]) else self
 
 
-# There are no wheels for some machines: references serve there.
+# Some machines have no triton wheels; the references run there.
 HAS_TRITON = find_spec("triton") is not None and (
     torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ
 )
@@ -35,18 +35,18 @@ triton: Any = import_module("triton") if HAS_TRITON else _Absent()
 tl: Any = import_module("triton.language") if HAS_TRITON else _Absent()
 
 
-# Whether kernels are launched with programmatic dependent launch. A constant when kernels are
-# compiled, so it is set once, before the first launch.
+# True if kernels are launched with programmatic dependent launch. Compiled into kernels, so it is
+# set once, before the first launch.
 _OVERLAPS = tl.constexpr(False)
 
 
 def overlap_launches(device: torch.device) -> None:
-    """Let each kernel's launch begin while the kernel before it still runs, in this process.
+    """Turn on programmatic dependent launch in this process: launches overlap running kernels.
 
-    Must be called before any kernel is launched. The name in CUDA is programmatic dependent launch.
+    Must be called before any kernel is launched.
 
     Raises:
-        ValueError: the device cannot; it takes a GPU of compute capability 9.0 or more.
+        ValueError: the device is no GPU of compute capability 9.0 or more.
     """
     global _OVERLAPS
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
@@ -72,23 +72,21 @@ def launch_options() -> dict[str, bool]:
     return {"launch_pdl": True} if _OVERLAPS.value else {}
 
 
-def use_triton(x: Tensor) -> bool:
-    """Return whether `x` lives where Triton's kernels run."""
-    return HAS_TRITON and x.is_cuda
-
-
 def is_interpreted(x: Tensor) -> bool:
-    """Tell whether launches on `x` are interpreted: bits of bfloat16 are multiplied as integers."""
+    """Return True if launches on `x` run in the interpreter.
+
+    Its `tl.dot` multiplies the bits of bfloat16 as integers, so kernels convert to float32 first.
+    """
     return not x.is_cuda
 
 
 def has_tma(x: Tensor) -> bool:
-    """Tell whether tiles can come through descriptors where `x` lives: Hopper and later."""
+    """Return True on devices that load tiles through TMA descriptors (Hopper and later)."""
     return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
 def multiprocessors(x: Tensor) -> tuple[int, int]:
-    """Return how many there are where `x` lives, and the bytes of shared memory of each."""
+    """Return the number of multiprocessors of the device of `x`, and the shared bytes of each."""
     if not x.is_cuda:
         return 3, 228 << 10
     gpu = torch.cuda.get_device_properties(x.device)
@@ -96,5 +94,5 @@ def multiprocessors(x: Tensor) -> tuple[int, int]:
 
 
 def is_hopper(x: Tensor) -> bool:
-    """Return whether `x` is on a GPU of compute capability 9."""
+    """Return True if `x` is on a GPU of compute capability 9."""
     return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9

@@ -1,4 +1,4 @@
-"""Comparisons for tests and benchmarks, with messages that say where and by how much."""
+"""Comparisons for tests and benchmarks; messages give the position and size of a difference."""
 
 import numpy as np
 import torch

@@ -1,1 +1,1 @@
-"""What the benchmarks are made of: contests with a named peer in the same run, reports, flags."""
+"""Parts of the benchmarks: comparisons with a peer in the same run, reports, common flags."""

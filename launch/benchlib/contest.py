@@ -1,7 +1,7 @@
-"""Contenders, what is measured of them, and the contest: all in one run, taking turns.
+"""Compare engines in one run: contenders, their results, and the alternating runs.
 
-A machine is never quite idle and never quite the same: contenders run A B A B, and medians are
-compared. CPU time is told beside the time by the clock, since others' load changes it less.
+No machine is quite idle or unchanging, so contenders run A B A B, and medians are compared. CPU
+time is reported beside wall-clock time because other processes disturb it less.
 """
 
 import logging
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Protocol
 
-from benchlib.workload import Job
+from benchlib.workload import BenchRequest
 from dsv3.engine.engine import Engine
 from dsv3.errors import Dsv3Error
 from dsv3.request import Request, SamplingParams
@@ -21,16 +21,16 @@ log = logging.getLogger("dsv3")
 
 
 @dataclass(slots=True, kw_only=True)
-class Measured:
-    """What one run of some jobs took.
+class RunResult:
+    """Times and answers of one run of several requests.
 
     Attributes:
-        seconds: by the clock, for all jobs.
-        cpu_seconds: of this process, all threads.
-        first_token: seconds from the start to the first token of each job.
-        between_tokens: seconds between neighbouring tokens, of all jobs.
-        host_step: mean seconds a step spent outside the model; None where that is not known.
-        answers: the tokens of each job.
+        seconds: wall-clock time of all requests.
+        cpu_seconds: CPU time of this process, all threads.
+        first_token: seconds from the start to the first token of each request.
+        between_tokens: seconds between neighbouring tokens, of all requests.
+        host_step: mean seconds of a step outside the model; None if unknown.
+        answers: answer tokens of each request.
     """
 
     seconds: float = 0.0
@@ -42,73 +42,82 @@ class Measured:
 
 
 class Contender(Protocol):
-    """Something that can run jobs."""
+    """An engine that can answer benchmark requests."""
 
     name: str
 
     def reset(self) -> None:
-        """Forget everything about earlier jobs."""
+        """Discard all state of earlier requests."""
 
-    def run(self, jobs: Sequence[Job]) -> Measured:
-        """Answer all jobs, greedily and at full length."""
+    def run(self, requests: Sequence[BenchRequest]) -> RunResult:
+        """Answer all requests greedily, each at full length."""
 
 
 class EngineContender:
-    """Our engine.
+    """The dsv3 engine.
 
     Args:
-        name: what to call it.
-        make: returns a new engine, whose cache holds nothing.
+        name: label in the report.
+        make_engine: returns a new engine with an empty cache.
     """
 
-    def __init__(self, name: str, make: Callable[[], Engine]) -> None:
-        self.name, self._make = name, make
-        self._engine = make()
+    def __init__(self, name: str, make_engine: Callable[[], Engine]) -> None:
+        self.name = name
+        self._make_engine = make_engine
+        self._engine = make_engine()
 
     def reset(self) -> None:
-        """Begin with an empty cache."""
-        self._engine = self._make()
+        """Replace the engine by one with an empty cache."""
+        self._engine = self._make_engine()
 
-    def run(self, jobs: Sequence[Job]) -> Measured:
-        """Hand all jobs to the engine at once; it runs as many together as it may."""
-        out, engine = Measured(answers=[[] for _ in jobs]), self._engine
-        host, steps = engine.metrics.host_seconds.total, engine.metrics.steps
-        latest = [0.0] * len(jobs)
-        cpu, start = time.process_time(), time.perf_counter()
-        for i, job in enumerate(jobs):
-            params = SamplingParams(max_tokens=job.num_tokens, ignore_eos=True)
-            engine.add(Request(request_id=str(i), prompt_ids=job.prompt_ids, params=params))
+    def run(self, requests: Sequence[BenchRequest]) -> RunResult:
+        """Add all requests to the engine at once; its limits decide how many run together."""
+        engine = self._engine
+        result = RunResult(answers=[[] for _ in requests])
+        host_before = engine.metrics.host_seconds.total
+        steps_before = engine.metrics.steps
+        last_token_at = [0.0] * len(requests)
+        cpu_start = time.process_time()
+        start = time.perf_counter()
+        for i, request in enumerate(requests):
+            params = SamplingParams(max_tokens=request.num_tokens, ignore_eos=True)
+            engine.add(Request(request_id=str(i), prompt_ids=request.prompt_ids, params=params))
         while engine.has_work():
-            outputs, now = engine.step(), time.perf_counter() - start
+            outputs = engine.step()
+            now = time.perf_counter() - start
             for output in outputs:
                 i = int(output.request_id)
-                (out.between_tokens if out.answers[i] else out.first_token).append(now - latest[i])
-                out.answers[i] += output.new_token_ids
+                delays = result.between_tokens if result.answers[i] else result.first_token
+                delays.append(now - last_token_at[i])
+                result.answers[i] += output.new_token_ids
                 if output.completion is not None and output.completion.error:
                     raise Dsv3Error(f"request {i}: {output.completion.error}")
-                latest[i] = now
-        out.seconds, out.cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
-        num_steps = engine.metrics.steps - steps
-        out.host_step = (engine.metrics.host_seconds.total - host) / max(1, num_steps)
-        return out
+                last_token_at[i] = now
+        result.seconds = time.perf_counter() - start
+        result.cpu_seconds = time.process_time() - cpu_start
+        num_steps = engine.metrics.steps - steps_before
+        host_seconds = engine.metrics.host_seconds.total - host_before
+        result.host_step = host_seconds / max(1, num_steps)
+        return result
 
 
 def compete(
-    contenders: Sequence[Contender], jobs: Sequence[Job], repeats: int
-) -> dict[str, list[Measured]]:
-    """Let every contender run the jobs `repeats` times, in turns, after a run to warm up."""
-    runs: dict[str, list[Measured]] = defaultdict(list)
+    contenders: Sequence[Contender], requests: Sequence[BenchRequest], repeats: int
+) -> dict[str, list[RunResult]]:
+    """Run the requests `repeats` times on each contender, alternating, after one warm-up run."""
+    runs: dict[str, list[RunResult]] = defaultdict(list)
     for number in range(repeats + 1):
         for contender in contenders:
-            what = f"run {number} of {repeats}" if number else "warm-up"
-            log.info("%s: %s", contender.name, what)
+            log.info(
+                "%s: %s", contender.name, f"run {number} of {repeats}" if number else "warm-up"
+            )
             contender.reset()
-            measured = contender.run(jobs[:1] if number == 0 else jobs)
+            result = contender.run(requests[:1] if number == 0 else requests)
             if number:
-                runs[contender.name].append(measured)
+                runs[contender.name].append(result)
     return runs
 
 
-def middle(runs: Sequence[Measured], figure: Callable[[Measured], float]) -> float:
+def median_of(runs: Sequence[RunResult], figure: Callable[[RunResult], float]) -> float:
     """Return the median of a figure over several runs."""
     return median(figure(run) for run in runs)

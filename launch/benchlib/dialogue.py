@@ -1,4 +1,4 @@
-"""Dialogues: how long the first token of each turn takes, as the context grows."""
+"""Dialogues: time to the first token of each turn, as the context grows."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import numpy as np
 
 from benchlib.contest import Contender
 from benchlib.report import Report
-from benchlib.workload import Job
+from benchlib.workload import BenchRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,9 +17,9 @@ class Dialogue:
     """Turns of random user tokens, each answered at full length.
 
     Attributes:
-        turns: how many.
-        user: new tokens of a turn.
-        answer: tokens of an answer.
+        turns: number of turns.
+        user: user tokens of each turn.
+        answer: answer tokens of each turn.
     """
 
     turns: int
@@ -35,22 +35,22 @@ class Dialogue:
 def dialogue(
     contenders: Sequence[Contender], shape: Dialogue, vocab_size: int, repeats: int
 ) -> Report:
-    """Hold `repeats` dialogues with every contender, in turns; tell the medians."""
+    """Run `repeats` dialogues on each contender, alternating; report the medians."""
     seconds: dict[str, list[list[float]]] = defaultdict(list)
     for number in range(repeats + 1):
         for contender in contenders:
             turns = _talk(contender, shape, vocab_size, seed=number)
-            if number:  # the first one is to warm up
+            if number:  # the first one warms up
                 seconds[contender.name].append(turns)
-    # A turn's new tokens: the user's, and the last one of the answer before, never fed back.
+    # New tokens of a turn: the user's, and the last answer token, which is not in the cache yet.
     new = [shape.user + (turn > 0) for turn in range(shape.turns)]
     report = Report("chat", x_label="turn", y_label="ms to the first token")
-    middles = {name: [median(t) for t in zip(*s, strict=True)] for name, s in seconds.items()}
+    medians = {name: [median(t) for t in zip(*s, strict=True)] for name, s in seconds.items()}
     for turn in range(shape.turns):
         context = turn * (shape.user + shape.answer)
         row = {"turn": turn + 1, "context": context, "new": new[turn]}
-        report.rows.append(row | {f"{n}: ms": 1e3 * m[turn] for n, m in middles.items()})
-    for name, m in middles.items():
+        report.rows.append(row | {f"{n}: ms": 1e3 * m[turn] for n, m in medians.items()})
+    for name, m in medians.items():
         report.series[name] = (list(range(1, shape.turns + 1)), [1e3 * s for s in m])
         ratio = (m[-1] / new[-1]) / (m[0] / new[0])
         report.notes.append(
@@ -68,7 +68,7 @@ def _talk(contender: Contender, shape: Dialogue, vocab_size: int, seed: int) -> 
     contender.reset()
     for _ in range(shape.turns):
         context = context + rng.integers(0, vocab_size, shape.user).tolist()
-        done = contender.run([Job(context, shape.answer)])
-        seconds += done.first_token
-        context = context + done.answers[0]
+        result = contender.run([BenchRequest(context, shape.answer)])
+        seconds += result.first_token
+        context = context + result.answers[0]
     return seconds

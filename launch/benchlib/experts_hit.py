@@ -1,4 +1,4 @@
-"""How many of a rank's experts some tokens reach, drawn at random as the router would."""
+"""Expected number of a rank's experts that the tokens of a step reach, by simulated routing."""
 
 from functools import lru_cache
 
@@ -13,14 +13,14 @@ _TRIALS = 64
 def experts_hit(
     config: ModelConfig, ranks: int, tokens: int, skew: float = 0.0, busiest: bool = False
 ) -> tuple[float, float]:
-    """Return how many of a rank's experts the tokens reach, and the rows they make there.
+    """Return the number of a rank's experts that tokens reach, and the rows routed to them.
 
     Args:
-        config: the model; its groups limit what a token reaches.
-        ranks: that the experts are spread over.
-        tokens: of the step, all ranks together.
-        skew: exponent of the experts' popularity, 0 for uniform.
-        busiest: of the ranks, the one with most; otherwise the mean.
+        config: the model; its expert groups limit the experts of a token.
+        ranks: number of ranks that share the experts.
+        tokens: tokens of the step, all ranks together.
+        skew: Zipf exponent of the experts' popularity; 0 is uniform.
+        busiest: return the figures of the busiest rank instead of the mean.
     """
     if not busiest and not skew:
         return roofline.experts_hit(config, ranks, tokens)
@@ -33,10 +33,12 @@ def _simulate_hits(
 ) -> tuple[float, float]:
     """Draw scores for every token and expert; average over trials."""
     rng = np.random.default_rng(0)
-    experts, groups = config.n_routed_experts, config.n_group
+    experts = config.n_routed_experts
+    groups = config.n_group
     bonus = -skew * np.log(rng.permutation(experts) + 1.0)
     trials = max(1, min(_TRIALS, 4096 // max(1, drawn)))
-    hit, rows = [], []
+    hits: list[np.ndarray] = []
+    rows: list[np.ndarray] = []
     for _ in range(trials):
         score = rng.gumbel(size=(drawn, experts)) + bonus
         if config.topk_method != "greedy" and groups > 1:
@@ -48,8 +50,8 @@ def _simulate_hits(
             score = (by_group + mask[..., None]).reshape(drawn, -1)
         ids = np.argpartition(score, -config.num_experts_per_tok)[:, -config.num_experts_per_tok :]
         counts = np.bincount(ids.ravel(), minlength=experts).reshape(ranks, -1)
-        hit.append((counts > 0).sum(1))
+        hits.append((counts > 0).sum(1))
         rows.append(counts.sum(1))
-    pick = np.max if busiest else np.mean
+    reduce = np.max if busiest else np.mean
     scale = tokens / max(1, drawn)
-    return float(np.mean(pick(hit, axis=1))), scale * float(np.mean(pick(rows, axis=1)))
+    return float(np.mean(reduce(hits, axis=1))), scale * float(np.mean(reduce(rows, axis=1)))

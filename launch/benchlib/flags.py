@@ -1,4 +1,4 @@
-"""Flags that several benchmarks have."""
+"""Flags shared by several benchmarks."""
 
 import argparse
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """Return a reader of whole numbers."""
+    """Return an argparse type for whole numbers of at least `least`."""
 
     def number(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
@@ -17,6 +17,6 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def add_program_flags(parser: argparse.ArgumentParser) -> None:
-    """Add what programs without the engine's flags have in common."""
-    parser.add_argument("--json", type=Path, help="write the result here")
-    parser.add_argument("--debug", action="store_true", help="tracebacks with errors")
+    """Add the common flags of benchmarks that do not have the engine's flags."""
+    parser.add_argument("--json", type=Path, help="file to write the result to")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")

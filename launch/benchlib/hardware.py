@@ -1,4 +1,4 @@
-"""The ceilings that times are held against: given by name, or measured on this machine."""
+"""Hardware ceilings that times are compared with: by preset name, or measured on this machine."""
 
 import re
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from dsv3.errors import ConfigError
 from dsv3.files import Format
 from dsv3.read_files import read_mapping
 
-# Of what `Hardware` was measured to be, as YAML.
+# YAML with the measured fields of `Hardware`.
 HARDWARE_FILE = Format("measured figures of hardware", re.compile(rb"name: .*\nread: "))
 _SMALL, _LARGE = 1 << 10, 4 << 20
 
@@ -24,7 +24,7 @@ _SMALL, _LARGE = 1 << 10, 4 << 20
 def hardware(
     name: str, device: torch.device, group: Collectives | None = None, memory: float = 0.0
 ) -> Hardware:
-    """Return a preset, or what `measure` finds here. Measuring is a collective of the group."""
+    """Return a preset, or measured ceilings for "measure", which is a collective of the group."""
     if name in HARDWARE:
         return HARDWARE[name]
     if name != "measure":
@@ -47,15 +47,15 @@ def hardware(
 
 
 def read_hardware(text: str, figures: Mapping[str, float]) -> tuple[Hardware, int]:
-    """Return what one rank has, and how many ranks there are.
+    """Return the hardware of one rank, and the number of ranks.
 
     Args:
         text: a known device (h100) or a number of them (h100x8), or a YAML file with the fields
             of `Hardware` and `ranks`.
-        figures: fields that are different.
+        figures: values that replace fields.
 
     Raises:
-        ConfigError: it is neither, or a field is wrong.
+        ConfigError: `text` is neither, or a field is wrong.
     """
     name, _, count = text.rpartition("x") if text not in HARDWARE else (text, "x", "1")
     if Path(text).is_file():
@@ -65,11 +65,11 @@ def read_hardware(text: str, figures: Mapping[str, float]) -> tuple[Hardware, in
     else:
         known = ", ".join(f"{name}x8" for name in HARDWARE)
         raise ConfigError(f"--hardware={text} is no file and none of {known} (or another number)")
-    own = ["ranks", *(f.name for f in fields(Hardware))]
-    refuse_unknown(data, own, f"--hardware={text}", hints=own)
+    known_fields = ["ranks", *(f.name for f in fields(Hardware))]
+    refuse_unknown(data, known_fields, f"--hardware={text}", hints=known_fields)
     for field in data.keys() - {"name"}:
         try:
-            data[field] = float(data[field])  # YAML takes 3e12 for a text
+            data[field] = float(data[field])  # YAML reads 3e12 as a string
         except (TypeError, ValueError):
             data[field] = -1.0
         may_be_0 = field == "launch" or field.endswith("latency")
@@ -83,7 +83,7 @@ def read_hardware(text: str, figures: Mapping[str, float]) -> tuple[Hardware, in
 
 
 def links(group: Collectives, device: torch.device) -> tuple[float, float]:
-    """Return the bytes a second that a rank sends in an all-reduce, and a tiny one's seconds."""
+    """Return bytes per second that a rank sends in an all-reduce, and seconds of a tiny one."""
     if group.size == 1:
         return 1.0, 0.0
     seconds = []

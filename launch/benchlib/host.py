@@ -1,4 +1,4 @@
-"""The host's share of a step: planning and committing many sequences, with no model behind them."""
+"""Host time of a step: scheduling and committing many sequences, without a model."""
 
 import time
 from dataclasses import replace
@@ -24,7 +24,7 @@ _CPU = torch.device("cpu")
 
 
 class NoModel:
-    """Builds every batch and answers token 7 to everything; counts the time it takes for that."""
+    """Runner that builds each batch, always samples token 7, and adds up its own time."""
 
     sent_bytes = 0
 
@@ -33,8 +33,9 @@ class NoModel:
         self.seconds = 0.0
 
     def run(self, plans: list[StepPlan]) -> StepResult:
-        """Pretend to run a step of the only group."""
-        start, (plan,) = time.perf_counter(), plans
+        """Build the batch of the only dp group and return constant tokens."""
+        start = time.perf_counter()
+        (plan,) = plans
         BatchBuilder(plan, self._layout, _CPU, decode_limit=1).build()
         sampled = StepResult(torch.full((len(plan.row),), 7), None)
         self.seconds += time.perf_counter() - start
@@ -48,42 +49,48 @@ def host_time(
     context: int,
     steps: int,
 ) -> Report:
-    """Time `steps` decode steps of as many sequences as may run, none of which ends.
+    """Time `steps` decode steps of `settings.max_running` sequences, none of which ends.
 
     Args:
         config: any model; its size does not matter.
         settings: `max_running` is the number of sequences.
-        tokenizer: None leaves out making text of the answers.
-        context: length of every prompt.
-        steps: how many.
+        tokenizer: detokenizes the answers; None skips detokenization.
+        context: tokens of each prompt.
+        steps: number of timed steps.
     """
     count = settings.max_running
     layout = CacheLayout.make(config, "latent", "none", "fp32", 1, 0)
     num_pages = count * (layout.pages_for(context + steps + 2) + 1)
     cache = CachePool(layout, 1, num_pages + 1, _CPU, SingleRank())
-    runner, channel = NoModel(layout), PlanChannel(SingleRank())
+    runner = NoModel(layout)
     settings = replace(settings, max_batch_tokens=count * context)
     engine = Engine(
-        config, settings, cast(Runner, runner), cache, channel, tokenizer, context + steps + 2
+        config,
+        settings,
+        cast(Runner, runner),
+        cache,
+        PlanChannel(SingleRank()),
+        tokenizer,
+        context + steps + 2,
     )
     rng = np.random.default_rng(0)
     params = SamplingParams(max_tokens=steps + 2, ignore_eos=True)
     for i in range(count):
         prompt = rng.integers(0, config.vocab_size, context).tolist()
         engine.add(Request(request_id=str(i), prompt_ids=prompt, params=params))
-    engine.step()  # all the prompts
-    whole, batch = [], []
+    engine.step()  # prefills all prompts
+    step_seconds: list[float] = []
+    batch_seconds: list[float] = []
     for _ in range(steps):
-        before, start = runner.seconds, time.perf_counter()
+        runner_before = runner.seconds
+        start = time.perf_counter()
         engine.step()
-        whole.append(time.perf_counter() - start)
-        batch.append(runner.seconds - before)
-    host = 1e3 * (np.array(whole) - np.array(batch))
+        step_seconds.append(time.perf_counter() - start)
+        batch_seconds.append(runner.seconds - runner_before)
+    batch_ms = 1e3 * np.array(batch_seconds)
+    host_ms = 1e3 * np.array(step_seconds) - batch_ms
     report = Report("host")
-    for name, ms in (
-        ("planning and committing", host),
-        ("building batches", 1e3 * np.array(batch)),
-    ):
+    for name, ms in (("planning and committing", host_ms), ("building batches", batch_ms)):
         p10, p50, p95 = np.percentile(ms, [10, 50, 95]).tolist()
         report.rows.append({"ms a step": name, "p10": p10, "median": p50, "p95": p95})
     report.notes.append(

@@ -1,4 +1,4 @@
-"""Triton's interpreter, which runs kernels on a CPU in tests and in `bench.py kernels --check`."""
+"""Fix of Triton's interpreter, which runs kernels on a CPU in tests and `bench.py kernels`."""
 
 from importlib import import_module
 from typing import Any
@@ -6,15 +6,15 @@ from typing import Any
 from dsv3_kernels._triton import HAS_TRITON
 
 
-def mend_interpreter() -> None:
-    """Let the interpreter of Triton before 3.7 take numbers out of arrays as NumPy 2.4 allows."""
+def patch_interpreter() -> None:
+    """Fix how Triton before 3.7 converts arrays to integers under NumPy 2.4."""
     if not HAS_TRITON:
         return
     interpreter: Any = import_module("triton.runtime.interpreter")
-    patch = interpreter._patch_lang_tensor
+    original = interpreter._patch_lang_tensor
 
-    def patch_and_mend(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        original(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
-    interpreter._patch_lang_tensor = patch_and_mend
+    interpreter._patch_lang_tensor = patch_lang_tensor

@@ -1,8 +1,8 @@
-"""How long an operation takes, and how long it would have to take.
+"""Measure the time of an operation, and the bandwidth and FLOP ceilings of a device.
 
-On a GPU a time is the median over replays of a CUDA graph that holds many calls on rotated
-operands, so that what streams from memory is not found in the L2 cache and launches cost what they
-cost in a graph. On a CPU it is the median of single calls.
+On a GPU, a time is the median over replays of a CUDA graph with many calls on rotated operands:
+operands that stream from memory are not in the L2 cache, and launches cost as much as in a served
+graph. On a CPU, a time is the median of single calls.
 """
 
 import statistics
@@ -21,7 +21,7 @@ _REPLAYS = 11
 
 
 def median_seconds(calls: Sequence[Callable[[], object]], device: torch.device) -> float:
-    """Return the seconds of a call, taken over calls that do the same on different memory."""
+    """Return the median seconds of a call; all calls do the same work on different memory."""
     if device.type == "cuda":
         return _median_on_gpu(calls)
     for call in calls:
@@ -38,7 +38,7 @@ def median_seconds(calls: Sequence[Callable[[], object]], device: torch.device) 
 def _median_on_gpu(calls: Sequence[Callable[[], object]]) -> float:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # compiles, and whatever else only a first call does
+    with torch.cuda.stream(side):  # compilation and other work of a first call
         for call in calls:
             call()
     torch.cuda.current_stream().wait_stream(side)
@@ -60,7 +60,7 @@ def _median_on_gpu(calls: Sequence[Callable[[], object]]) -> float:
 
 
 def kernel_intervals(run: Callable[[], object]) -> list[tuple[float, float]]:
-    """Return begin and end, in seconds, of every kernel and copy of a call on a GPU."""
+    """Return begin and end, in seconds, of each kernel and copy that a call runs on a GPU."""
     profiler = torch.profiler
     with profiler.profile(activities=[profiler.ProfilerActivity.CUDA]) as trace:
         run()
@@ -70,29 +70,33 @@ def kernel_intervals(run: Callable[[], object]) -> list[tuple[float, float]]:
 
 
 def busy_and_idle(intervals: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Return the time that any of some intervals covers, and that none does in between."""
-    busy, end = 0.0, -float("inf")
+    """Return the time covered by at least one interval, and the time of the gaps between them."""
+    if not intervals:
+        return 0.0, 0.0
+    busy = 0.0
+    end = -float("inf")
     for first, last in sorted(intervals):
         busy += max(0.0, last - max(first, end))
         end = max(end, last)
-    return busy, end - min(first for first, _ in intervals) - busy if intervals else 0.0
+    return busy, end - min(first for first, _ in intervals) - busy
 
 
 def copies_needed(num_bytes: float) -> int:
-    """Return how many sets of operands, each of so many bytes, do not fit the L2 cache."""
+    """Return the number of operand sets of `num_bytes` each that exceed the L2 cache."""
     return max(2, min(_CALLS, -int(-ROTATED_BYTES // max(num_bytes, 1))))
 
 
 def read_bandwidth(device: torch.device) -> float:
-    """Return the bytes a second of reading memory, by a sum over what no cache holds."""
+    """Return the read bandwidth of memory in bytes per second, from a sum larger than any cache."""
     size = ROTATED_BYTES if device.type == "cpu" else 8 * ROTATED_BYTES
     data = torch.zeros(size // 4, device=device)
     return size / median_seconds([lambda: data.sum()], device)
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the FLOPs a second of a large product; of FP8 by `torch._scaled_mm`."""
-    size, one = 1024 if device.type == "cpu" else 8192, torch.ones((), device=device)
+    """Return the FLOPs per second of a large matrix product; FP8 uses `torch._scaled_mm`."""
+    size = 1024 if device.type == "cpu" else 8192
+    one = torch.ones((), device=device)
     a = torch.randn(size, size, device=device).to(dtype)
     b = torch.randn(size, size, device=device).to(dtype)
 

@@ -1,4 +1,4 @@
-"""The peer: Hugging Face transformers' `generate` with the same weights, for a fair comparison."""
+"""The peer: Hugging Face transformers' `generate`, with the same weights in float32."""
 
 import importlib
 import importlib.util
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from benchlib.contest import Measured
-from benchlib.workload import Job
+from benchlib.contest import RunResult
+from benchlib.workload import BenchRequest
 from dsv3.checkpoint.load import load_weights
 from dsv3.checkpoint.sharding import tensor_specs
 from dsv3.checkpoint.source import open_source
@@ -26,12 +26,12 @@ from dsv3.parallel.weights import Target
 
 
 class TransformersPeer:
-    """Static batches: padded to one length in front, run until the longest answer is complete.
+    """Static batches: left-padded to one length, run until the longest answer is complete.
 
     Args:
-        path: a checkpoint directory; weights become float32, FP8 ones dequantized.
-        batch: jobs of a batch.
-        config: the model, where the directory does not say.
+        path: a checkpoint directory; weights become float32, FP8 weights are dequantized.
+        batch: number of requests of a batch.
+        config: the model's config, for a directory without config.json.
     """
 
     name = "transformers"
@@ -52,55 +52,59 @@ class TransformersPeer:
         self._model.generation_config.pad_token_id = 0
 
     def reset(self) -> None:
-        """Do nothing: it remembers nothing."""
+        """Do nothing: no state is kept between runs."""
 
-    def run(self, jobs: Sequence[Job]) -> Measured:
-        """Answer the jobs batch by batch."""
-        out = Measured()
-        cpu, start = time.process_time(), time.perf_counter()
-        for first in range(0, len(jobs), self._batch):
-            self._run_batch(jobs[first : first + self._batch], start, out)
-        out.seconds, out.cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
-        return out
+    def run(self, requests: Sequence[BenchRequest]) -> RunResult:
+        """Answer the requests batch by batch."""
+        result = RunResult()
+        cpu_start = time.process_time()
+        start = time.perf_counter()
+        for first in range(0, len(requests), self._batch):
+            self._run_batch(requests[first : first + self._batch], start, result)
+        result.seconds = time.perf_counter() - start
+        result.cpu_seconds = time.process_time() - cpu_start
+        return result
 
     @torch.inference_mode()
-    def _run_batch(self, jobs: Sequence[Job], start: float, out: Measured) -> None:
-        longest = max(len(job.prompt_ids) for job in jobs)
-        padding = [longest - len(job.prompt_ids) for job in jobs]
-        rows = [[0] * pad + job.prompt_ids for job, pad in zip(jobs, padding, strict=True)]
+    def _run_batch(self, requests: Sequence[BenchRequest], start: float, result: RunResult) -> None:
+        longest = max(len(request.prompt_ids) for request in requests)
+        padding = [longest - len(request.prompt_ids) for request in requests]
+        rows = [
+            [0] * pad + request.prompt_ids for request, pad in zip(requests, padding, strict=True)
+        ]
         mask = torch.arange(longest) >= torch.tensor(padding)[:, None]
         clock = _Clock()
         answer = self._model.generate(
             torch.tensor(rows),
             attention_mask=mask.long(),
-            max_new_tokens=max(job.num_tokens for job in jobs),
+            max_new_tokens=max(request.num_tokens for request in requests),
             do_sample=False,
             streamer=clock,
         )
-        first, *_ = times = [moment - start for moment in clock.moments[1:]]
+        times = [moment - start for moment in clock.moments[1:]]
         gaps = [later - earlier for earlier, later in pairwise(times)]
-        for job, row in zip(jobs, answer[:, longest:].tolist(), strict=True):
-            out.first_token.append(first)
-            out.between_tokens += gaps[: job.num_tokens - 1]
-            out.answers.append(row[: job.num_tokens])
+        for request, row in zip(requests, answer[:, longest:].tolist(), strict=True):
+            result.first_token.append(times[0])
+            result.between_tokens += gaps[: request.num_tokens - 1]
+            result.answers.append(row[: request.num_tokens])
 
 
 class _Clock:
-    """A streamer that notes when tokens come: first the prompt, then one for each step."""
+    """A streamer that records the time of each call: one for the prompt, then one per step."""
 
     def __init__(self) -> None:
         self.moments: list[float] = []
 
     def put(self, _: Any) -> None:
-        """Note the time."""
+        """Record the current time."""
         self.moments.append(time.perf_counter())
 
     def end(self) -> None:
-        """Do nothing."""
+        """Do nothing; transformers calls this after the last token."""
 
 
 def _write_float32(path: Path, folder: Path, config: ModelConfig | None) -> None:
-    """Write the main model as a plain float32 checkpoint, as `load_weights` reads it."""
+    """Write the model without MTP layers as a float32 checkpoint."""
     with open_source(path, config) as source:
         specs = [spec for spec in tensor_specs(source.config).values() if not spec.mtp]
         tensors = {spec.name: torch.empty(spec.shape) for spec in specs}

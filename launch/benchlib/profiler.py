@@ -1,8 +1,8 @@
-"""Measured time of a step's operations: spans around modules and exchanges, each one's own time.
+"""Measure a step's operations: spans around modules and collectives, and each span's own time.
 
-A span's own time is its whole time without the spans inside it, so the own times of a step add up
-to the step. Spans are CUDA events on a GPU and the clock on a CPU. Nothing is hooked, and so
-nothing costs anything, until a `Profiler` is attached.
+A span's own time excludes the spans inside it, so the own times of a step add up to the step.
+Spans are timed with CUDA events on a GPU and with the host's clock on a CPU. Without an attached
+`Profiler`, there are no hooks and no cost.
 """
 
 import re
@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from inspect import isabstract
 from typing import Any
 
 import torch
 from torch import nn
 
 from benchlib.step_shape import StepShape
+from dsv3.distributed.collectives import Collectives
 from dsv3.engine.runner import Runner
 from dsv3.model.moe import MoE
 from dsv3.model.side_stream import SideStream
@@ -27,44 +27,55 @@ _LAYER = re.compile(r"^layers\.\d+(\.|$)")
 
 
 @dataclass(slots=True)
-class Measured:
-    """Own time of all spans of one name."""
+class SpanTotal:
+    """Own time and number of all spans of one name."""
 
     seconds: float = 0.0
     count: int = 0
 
 
+@dataclass(slots=True)
+class _Span:
+    """One timed interval; `parent` is the index of the span around it, -1 for none."""
+
+    name: str
+    parent: int
+    begin: Any
+    end: Any = None
+
+
 class Clock:
-    """Moments of a device: events on a GPU, that of the host otherwise."""
+    """Timestamps of a device: CUDA events on a GPU, otherwise the host's clock."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
 
     def mark(self) -> Any:
-        """Return this moment."""
+        """Return a timestamp."""
         if not self._on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-    def settle(self) -> None:
-        """Wait until all moments have come."""
+    def wait(self) -> None:
+        """Wait until the device has passed all timestamps."""
         if self._on_gpu:
             torch.cuda.synchronize()
 
     def seconds(self, begin: Any, end: Any) -> float:
-        """Return the time between two moments that have come."""
+        """Return the seconds between two timestamps, after `wait`."""
         return begin.elapsed_time(end) / 1e3 if self._on_gpu else end - begin
 
 
 class Profiler:
-    """Collects spans; `measured` holds them by name once their step has ended.
+    """Collector of spans; at the end of a step, they are added to `measured` by name.
 
     Attributes:
-        shapes: the steps' shapes, and the number of steps of each.
-        steps: steps measured.
-        step_seconds: their whole time.
+        measured: own time of the spans of each name.
+        shapes: number of steps of each shape.
+        steps: number of measured steps.
+        step_seconds: total seconds of the measured steps.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -73,53 +84,52 @@ class Profiler:
         self.clear()
 
     def clear(self) -> None:
-        """Forget what was measured."""
-        self.measured: dict[str, Measured] = {}
+        """Discard all measurements."""
+        self.measured: dict[str, SpanTotal] = {}
         self.shapes: Counter[StepShape] = Counter()
-        self.steps, self.step_seconds = 0, 0.0
-        # Name, parent's index, begin, end.
-        self._spans: list[tuple[str, int, Any, Any]] = []
+        self.steps = 0
+        self.step_seconds = 0.0
+        self._spans: list[_Span] = []
         self._open: list[int] = []
 
     def begin(self, name: str, is_part: bool = False) -> None:
-        """Open a span; one that is a part takes its parent's name in front."""
+        """Open a span; with `is_part`, its name gets the parent's name as a prefix."""
         parent = self._open[-1] if self._open else -1
         if is_part and parent >= 0:
-            name = f"{self._spans[parent][0]}.{name}"
+            name = f"{self._spans[parent].name}.{name}"
         self._open.append(len(self._spans))
-        self._spans.append((name, parent, self._clock.mark(), None))
+        self._spans.append(_Span(name, parent, self._clock.mark()))
 
     def end(self) -> None:
         """Close the innermost span."""
-        index = self._open.pop()
-        self._spans[index] = (*self._spans[index][:3], self._clock.mark())
+        self._spans[self._open.pop()].end = self._clock.mark()
 
     @contextmanager
     def step(self, shape: StepShape) -> Iterator[None]:
-        """Time a step and everything in it; waits for the device at its end."""
+        """Time a step and all spans in it; at its end, wait for the device."""
         self.begin("step")
         yield
         self.end()
-        self._clock.settle()
-        own: list[float] = []
-        for _, parent, begin, end in self._spans:
-            own.append(self._clock.seconds(begin, end))
-            if parent >= 0:
-                own[parent] -= own[-1]
-        for (name, *_), seconds in zip(self._spans, own, strict=True):
-            found = self.measured.setdefault(name, Measured())
-            found.seconds += seconds
-            found.count += 1
+        self._clock.wait()
+        own_seconds: list[float] = []
+        for span in self._spans:
+            own_seconds.append(self._clock.seconds(span.begin, span.end))
+            if span.parent >= 0:
+                own_seconds[span.parent] -= own_seconds[-1]
+        for span, seconds in zip(self._spans, own_seconds, strict=True):
+            total = self.measured.setdefault(span.name, SpanTotal())
+            total.seconds += seconds
+            total.count += 1
         self.shapes[shape] += 1
         self.steps += 1
-        self.step_seconds += sum(own)
+        self.step_seconds += sum(own_seconds)
         self._spans.clear()
 
     def attach(self, model: nn.Module, *others: object) -> None:
-        """Hook every module of a model, and every exchange that it and others may ask for.
+        """Hook every module of a model, and the collectives that modules and `others` hold.
 
-        Modules are named by their path, without the layer's number; the feed-forward part of a
-        layer with experts is called `moe`.
+        Modules are named by their path without the layer's number; `mlp` of a layer with experts
+        is named `moe`.
         """
         for path, module in model.named_modules():
             name = _LAYER.sub("", path) or ("layers" if path else "model")
@@ -134,19 +144,19 @@ class Profiler:
                     self.replace(owner, key, _Timed(self, value))
 
     def replace(self, owner: object, name: str, value: object) -> None:
-        """Set an attribute, until `detach`."""
+        """Replace an attribute until `detach`."""
         self._undo.append(partial(setattr, owner, name, getattr(owner, name)))
         setattr(owner, name, value)
 
     def detach(self) -> None:
-        """Take away what `attach` did."""
+        """Remove all hooks and restore all replaced attributes."""
         while self._undo:
             self._undo.pop()()
 
     def wrap(
         self, name: str, function: Callable[..., Any], is_part: bool = False
     ) -> Callable[..., Any]:
-        """Return a function whose calls are spans."""
+        """Return the function with each call recorded as a span."""
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             self.begin(name, is_part)
@@ -158,12 +168,12 @@ class Profiler:
 
 
 def profile(runner: Runner) -> Profiler:
-    """Measure every step of a runner from now on, operation by operation; they run eagerly."""
+    """Attach a profiler to a runner; from now on its steps run eagerly and are measured."""
     profiler = Profiler(runner.device)
     profiler.attach(runner.model, runner.sampler, runner.cache)
     runner.sampler = profiler.wrap("sampler", runner.sampler)
     for module in runner.model.modules():
-        if isinstance(module, MoE):  # operations on a side stream have no time of their own
+        if isinstance(module, MoE):  # overlapping operations on a side stream cannot be timed
             profiler.replace(module, "side", SideStream(torch.device("cpu")))
     limit = runner.decode_limit
     runner.run_eagerly(lambda plan: profiler.step(StepShape.of_plan(plan, limit)))
@@ -171,14 +181,14 @@ def profile(runner: Runner) -> Profiler:
 
 
 class _Timed:
-    """Somebody whose methods are spans: parts of the span that calls them."""
+    """Proxy that records every method call as a child span of the caller."""
 
     def __init__(self, profiler: Profiler, inner: object) -> None:
         self._profiler, self._inner = profiler, inner
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._inner, name)
-        owner = next((each for each in type(self._inner).__mro__ if name in vars(each)), None)
-        if callable(value) and isabstract(owner):
-            value = partial(vars(owner)[name], self)  # what it calls in turn is to be seen, too
+        owner = next((base for base in type(self._inner).__mro__ if name in vars(base)), None)
+        if callable(value) and owner is Collectives:
+            value = partial(vars(owner)[name], self)  # so that its calls are recorded, too
         return self._profiler.wrap(name, value, is_part=True) if callable(value) else value

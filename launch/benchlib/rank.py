@@ -1,10 +1,11 @@
-"""One rank's exact share of a large model on one device: random weights of the true shapes.
+"""Measure one rank's exact share of a large model on one device, with random weights.
 
     python launch/bench.py rank --config v3-671b --world 8 --layers 4 --batch 1 8 128 --context 1024
     python launch/bench.py rank --config v3-671b --world 8 --layers all --prefill 4096 --no-comm
 
-What rank r of w holds (heads, experts, cache shard) is made on the device and run through the same
-runner that serves; exchanges are local stand-ins. So a step's time is the rank's own, links aside.
+The heads, experts and cache shard of rank r of w are allocated on the device and run by the runner
+that serves requests; collectives are local stand-ins. So the time of a step is that of the rank
+without its links.
 """
 
 import argparse
@@ -20,13 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchlib.bound import what_bounds
+from benchlib.bound import bottleneck_report
 from benchlib.flags import add_program_flags, at_least
 from benchlib.hardware import hardware
 from benchlib.kernel_timing import busy_and_idle, kernel_intervals
 from benchlib.profiler import Clock, Profiler, profile
 from benchlib.report import Report, Row, check_report, machine
-from benchlib.roofline import Hardware, Setup, floor_seconds, step_ops
+from benchlib.roofline import Hardware, RooflineSetup, floor_seconds, step_ops
 from benchlib.stand_in import stand_in_mesh
 from dsv3.cache.layout import CacheLayout
 from dsv3.cache.pool import CachePool
@@ -54,13 +55,14 @@ _WARM_UP = 3  # steps that compile and capture
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankShape:
-    """Which share of which model, and how it is held.
+    """The share of a model that one rank holds, and its storage formats.
 
     Attributes:
-        layers: the first ones, at most one of them dense; 0 for all.
+        world: number of ranks.
+        layers: number of first layers to keep, at most one of them dense; 0 keeps all.
         weights, cache: "fp8", "bf16" or "fp32".
         moves: exchanges write their bytes to memory; otherwise they cost next to nothing.
-        skew: exponent of the experts' popularity (Zipf); 0 for uniform.
+        skew: Zipf exponent of the experts' popularity; 0 is uniform.
     """
 
     config: ModelConfig
@@ -76,7 +78,7 @@ class RankShape:
 
     @property
     def cut(self) -> ModelConfig:
-        """The model with the layers that are left of it."""
+        """Config of the model with the kept layers."""
         c = self.config
         if not self.layers or self.layers >= c.num_hidden_layers:
             return c
@@ -85,16 +87,18 @@ class RankShape:
 
 
 class Rank:
-    """The share, ready to run.
+    """A rank's share of a model, ready to run.
 
     Args:
-        shape: which one.
-        device: where.
-        positions: of all sequences together that the cache must hold.
+        shape: the share.
+        device: device to allocate it on.
+        positions: number of positions of all sequences that fit the cache.
     """
 
     def __init__(self, shape: RankShape, device: torch.device, positions: int) -> None:
-        self.shape, self.config, self.device = shape, shape.cut, device
+        self.shape = shape
+        self.config = shape.cut
+        self.device = device
         layout = ParallelConfig(world_size=shape.world, rank=shape.rank)
         layout.check(self.config)
         if shape.weights == "fp8" and self.config.quantization is None:
@@ -111,31 +115,39 @@ class Rank:
         )
         for layer in range(self.config.num_hidden_layers):  # a cache of zeros would cost less power
             page = torch.randn(cached.slots_per_page, cached.width, device=device)
-            part = self.cache.layer(layer)
-            part.write(torch.arange(cached.slots_per_page, device=device), page)
-            every = part.slots.view(pages + 1, -1)
-            every[1:] = every[0]
+            layer_cache = self.cache.layer(layer)
+            layer_cache.write(torch.arange(cached.slots_per_page, device=device), page)
+            slots_by_page = layer_cache.slots.view(pages + 1, -1)
+            slots_by_page[1:] = slots_by_page[0]
         self._rng = np.random.default_rng(shape.seed)
 
     @property
-    def setup(self) -> Setup:
-        """What the roofline must know."""
-        formats = {name: getattr(self.shape, name) for name in ("weights", "cache", "kv_shard")}
-        return Setup(config=self.config, layout=self._mesh.layout, **formats)
+    def setup(self) -> RooflineSetup:
+        """The setup for roofline floors."""
+        return RooflineSetup(
+            config=self.config,
+            layout=self._mesh.layout,
+            weights=self.shape.weights,
+            cache=self.shape.cache,
+            kv_shard=self.shape.kv_shard,
+        )
 
     def new_runner(self, eager: bool = False) -> Runner:
-        """Return a runner on the share."""
+        """Return a new runner of the share."""
         static = self.device.type == "cuda" and not eager
         return Runner(self.model, self.cache, absorb_limit(self.config), static=static)
 
     def _make_model(self) -> Transformer:
         specs = tensor_specs(self.config)
-        fmt = WeightFormat(_DTYPES[self.shape.weights], self.device)
+        weight_format = WeightFormat(_DTYPES[self.shape.weights], self.device)
         if self.shape.weights == "fp8" and self.config.quantization is not None:
-            kept = frozenset(name for name, spec in specs.items() if spec.quantizable)
-            ue8m0 = self.config.quantization.scale_fmt == "ue8m0"
-            fmt = replace(fmt, fp8_names=kept, fp8_products=True, ue8m0=ue8m0)
-        model = Transformer(self.config, self._mesh, fmt)
+            weight_format = replace(
+                weight_format,
+                fp8_names=frozenset(name for name, spec in specs.items() if spec.quantizable),
+                fp8_products=True,
+                ue8m0=self.config.quantization.scale_fmt == "ue8m0",
+            )
+        model = Transformer(self.config, self._mesh, weight_format)
         for target in model.targets():
             _fill(target.dest, target.name)
             if target.scale is not None:
@@ -144,17 +156,17 @@ class Rank:
         return model.eval()
 
     def _make_popular(self, model: Transformer) -> None:
-        """Bias the routers, so that some experts are chosen more often than others."""
+        """Bias the routers so that the experts' popularity follows `shape.skew`."""
         for module in model.modules():
             if isinstance(module, MoE) and module.router.bias is not None:
                 bias = module.router.bias.weight
-                rank = torch.randperm(len(bias), device=bias.device) + 1.0
-                bias.copy_(-0.1 * self.shape.skew * rank.log())
+                popularity_rank = torch.randperm(len(bias), device=bias.device) + 1.0
+                bias.copy_(-0.1 * self.shape.skew * popularity_rank.log())
 
     def plan(self, batch: int, context: int, new: int) -> StepPlan:
         """Return a step in which sequences of `context` positions get `new` random tokens each.
 
-        Tokens are of this rank's part of the vocabulary: the others' would be embedded as zeros.
+        Tokens are from this rank's part of the vocabulary; others would be embedded as zeros.
         """
         pages = self.cache.layout.pages_for(context + new)
         pages_BG = np.arange(1, 1 + batch * pages, dtype=np.int32).reshape(batch, pages)
@@ -163,16 +175,18 @@ class Rank:
         return StepPlan.greedy(tokens.astype(np.int32), np.full(batch, context, np.int32), pages_BG)
 
     def count_hits(self, plan: StepPlan) -> tuple[float, float]:
-        """Run a step; return local experts hit and entries that hit them, mean of MoE layers."""
-        held, hits, hooks = self.config.n_routed_experts // self.shape.world, [], []
+        """Run a step; return local experts hit and rows routed to them, mean of the MoE layers."""
+        num_local = self.config.n_routed_experts // self.shape.world
+        hits: list[tuple[int, int]] = []
+        hooks = []
 
-        def look(first: int, _module: object, _x: object, out: tuple[Tensor, Tensor]) -> None:
-            ids = out[0][(out[0] >= first) & (out[0] < first + held)]
+        def count(first: int, _module: object, _x: object, out: tuple[Tensor, Tensor]) -> None:
+            ids = out[0][(out[0] >= first) & (out[0] < first + num_local)]
             hits.append((len(ids.unique()), len(ids)))
 
         for moe in self.model.modules():
             if isinstance(moe, MoE):
-                hooks.append(moe.router.register_forward_hook(partial(look, moe.first_expert)))
+                hooks.append(moe.router.register_forward_hook(partial(count, moe.local.first)))
         Runner(self.model, self.cache, absorb_limit(self.config)).run([plan])
         for hook in hooks:
             hook.remove()
@@ -181,10 +195,10 @@ class Rank:
 
 
 def _fill(weight: Tensor, name: str) -> None:
-    """Write random values of a trained model's size; the embedding stays the largest part.
+    """Fill a weight with random values about as large as a trained model's.
 
-    Hidden states of different tokens then stay different through all layers, and so do the experts
-    they choose.
+    The embedding dominates the hidden states, so they differ between tokens in all layers, and so
+    do the experts that tokens are routed to.
     """
     if weight.dtype == FP8:
         weight.view(torch.uint8).random_(0, 256).bitwise_and_(0xBF)  # no exponent above 2, no NaN
@@ -202,26 +216,36 @@ def time_steps(
     device: torch.device,
     rounds: int,
 ) -> tuple[float, float]:
-    """Return medians of a step's seconds, one after the other, and of those to launch one."""
-    clock, whole, host = Clock(device), [], []
+    """Return the median seconds of a step in a row of steps, and the median seconds to launch one.
+
+    Args:
+        run: runs a step.
+        plans: the steps of a round.
+        device: device that runs them.
+        rounds: number of timed rounds.
+    """
+    clock = Clock(device)
+    step_seconds: list[float] = []
+    launch_seconds: list[float] = []
     for _ in range(_WARM_UP + rounds):
-        launch, begin = time.perf_counter(), clock.mark()
+        launch_start = time.perf_counter()
+        begin = clock.mark()
         run(plans[0])
-        host.append(time.perf_counter() - launch)
+        launch_seconds.append(time.perf_counter() - launch_start)
         for plan in plans[1:]:
             run(plan)
         end = clock.mark()
-        clock.settle()
-        whole.append(clock.seconds(begin, end) / len(plans))
-    return statistics.median(whole[_WARM_UP:]), statistics.median(host[_WARM_UP:])
+        clock.wait()
+        step_seconds.append(clock.seconds(begin, end) / len(plans))
+    return statistics.median(step_seconds[_WARM_UP:]), statistics.median(launch_seconds[_WARM_UP:])
 
 
 def profile_steps(rank: Rank, plans: Callable[[], StepPlan], steps: int) -> Profiler:
-    """Run steps operation by operation; on a GPU each behind something that keeps it busy."""
+    """Measure each operation of eager steps; a GPU is kept busy while the host launches a step."""
     runner = rank.new_runner(eager=True)
     profiler = profile(runner)
     for i in range(1 + min(steps, 5)):
-        if i == 1:  # the first one has compiled and warmed up
+        if i == 1:  # the first step compiles and warms up
             profiler.clear()
         if rank.device.type == "cuda":
             torch.cuda._sleep(_HOLD_CYCLES)
@@ -242,28 +266,27 @@ def measure_step(
 
     Args:
         rank: the share.
-        name: of the step.
-        plans: makes the next step's plan.
-        ceilings: of the device; exchanges count as the bytes that the stand-ins move.
-        steps: how many to time.
-        eager: without CUDA graphs.
+        name: name of the step.
+        plans: returns the next step's plan.
+        ceilings: peak rates of the device; exchanges only count the bytes that stand-ins move.
+        steps: number of timed steps.
+        eager: run without CUDA graphs.
 
     Returns:
-        the rows of the operations, and what to say about the step.
+        rows of the operations, and notes about the step.
     """
-    hits, served = rank.count_hits(plans()), rank.new_runner(eager)
-    on_gpu, profiler = rank.device.type == "cuda", profile_steps(rank, plans, steps)
-    # Several in a row, as they are served: the host launches one while the device runs another.
+    hits = rank.count_hits(plans())
+    served = rank.new_runner(eager)
+    on_gpu = rank.device.type == "cuda"
+    profiler = profile_steps(rank, plans, steps)
+    # Several in a row, as in serving: the host launches one while the device runs another.
     ready = [[plans()] for _ in range(4 if on_gpu else 1)]
     seconds, launch = time_steps(served.run, ready, rank.device, steps)
-    load = replace(next(iter(profiler.shapes)), hit=hits)
-    profiler.shapes = Counter({load: profiler.steps})
-    free = dict.fromkeys(("link", "net"), math.inf) | dict.fromkeys(
-        ("link_latency", "net_latency"), 0.0
-    )
-    local = replace(ceilings, **free)  # type: ignore[arg-type]
-    rows = what_bounds(profiler, rank.setup, local).rows
-    floor = floor_seconds(step_ops(rank.setup, load), local)
+    shape = replace(next(iter(profiler.shapes)), hit=hits)
+    profiler.shapes = Counter({shape: profiler.steps})
+    local = replace(ceilings, link=math.inf, net=math.inf, link_latency=0.0, net_latency=0.0)
+    rows = bottleneck_report(profiler, rank.setup, local).rows
+    floor = floor_seconds(step_ops(rank.setup, shape), local)
     note = (
         f"{name}: {1e3 * seconds:.4g} ms a step, floor {1e3 * floor:.4g} ms "
         f"({100 * floor / seconds:.3g} % of the roof), launched in {1e6 * launch:,.0f} us; its "
@@ -274,21 +297,36 @@ def measure_step(
         kernels = kernel_intervals(lambda: served.run([plans()]))
         busy, idle = busy_and_idle(kernels)
         note += f"; {len(kernels)} kernels busy {1e3 * busy:.4g} ms, gaps {1e3 * idle:.4g} ms"
-    factor, layers = whole_model(rank, rows), rank.shape.config.num_hidden_layers
-    whole = f"{name}, all {layers} layers at the same rates: {1e3 * seconds * factor:.4g} ms"
-    return [{"step": name, **row} for row in rows], [note, *([whole] if factor != 1 else [])]
+    notes = [note]
+    factor = all_layers_factor(rank, rows)
+    if factor != 1:
+        layers = rank.shape.config.num_hidden_layers
+        all_ms = 1e3 * seconds * factor
+        notes.append(f"{name}, all {layers} layers at the same rates: {all_ms:.4g} ms")
+    return [{"step": name, **row} for row in rows], notes
 
 
-def whole_model(rank: Rank, rows: list[Row]) -> float:
-    """Return how much longer a step of all layers takes, each kind as long as those measured."""
-    kinds = []
-    for c in (rank.shape.config, rank.config):
-        moe = sum(c.is_moe_layer(i) for i in range(c.num_hidden_layers))
-        every = c.num_hidden_layers
-        kinds.append({"layers": every, "self_attn": every, "moe": moe, "mlp": every - moe})
-    factor = {name: more / max(1, kinds[1][name]) for name, more in kinds[0].items()}
+def all_layers_factor(rank: Rank, rows: list[Row]) -> float:
+    """Return the step time of the full model over that of the kept layers.
+
+    Each layer of the full model counts as long as the measured layers of its kind.
+    """
+    total = _modules_by_kind(rank.shape.config)
+    kept = _modules_by_kind(rank.config)
+    factor = {kind: count / max(1, kept[kind]) for kind, count in total.items()}
     longer = sum(row["ms"] * factor.get(row["operation"].split(".")[0], 1.0) for row in rows)
     return float(longer / sum(row["ms"] for row in rows))
+
+
+def _modules_by_kind(config: ModelConfig) -> dict[str, int]:
+    num_layers = config.num_hidden_layers
+    num_moe = sum(config.is_moe_layer(i) for i in range(num_layers))
+    return {
+        "layers": num_layers,
+        "self_attn": num_layers,
+        "moe": num_moe,
+        "mlp": num_layers - num_moe,
+    }
 
 
 def rank_report(
@@ -301,30 +339,32 @@ def rank_report(
     steps: int,
     eager: bool = False,
 ) -> Report:
-    """Measure decode steps of some batch sizes, and one prefill step."""
+    """Measure decode steps of several batch sizes, and one prefill step."""
     page = 2 * max(64, shape.world)
     rank = Rank(shape, device, max([b * (context + page) for b in batches] + [prefill + page]))
-    held = (f"{each.num_bytes / 2**30:.4g} GiB" for each in (rank.model, rank.cache))
+    model_gib = rank.model.num_bytes / 2**30
+    cache_gib = rank.cache.num_bytes / 2**30
     report = Report("rank", setting={"rank": f"{shape.rank} of {shape.world}"})
     report.setting |= {
         "layers": rank.config.num_hidden_layers,
-        "weights": f"{shape.weights} {next(held)}",
-        "cache": f"{shape.cache} {next(held)}, {shape.kv_shard}",
+        "weights": f"{shape.weights} {model_gib:.4g} GiB",
+        "cache": f"{shape.cache} {cache_gib:.4g} GiB, {shape.kv_shard}",
         "exchanges": "moved locally" if shape.moves else "left out",
         "skew": shape.skew,
         "ceilings": ceilings.name,
     }
     kinds = [(f"decode {b} at {context}", (b, context, 1)) for b in batches]
     kinds += [(f"prefill {prefill}", (1, 0, prefill))] if prefill else []
-    for name, what in kinds:
-        rows, notes = measure_step(rank, name, partial(rank.plan, *what), ceilings, steps, eager)
+    for name, (batch, cached, new) in kinds:
+        make_plan = partial(rank.plan, batch, cached, new)
+        rows, notes = measure_step(rank, name, make_plan, ceilings, steps, eager)
         report.rows += rows
         report.notes += notes
     return report
 
 
 def shape_of(args: argparse.Namespace, on_cpu: bool) -> RankShape:
-    """Return what the flags ask for."""
+    """Return the share that the flags select."""
     config = load_model_config(args.config)
     if not 0 <= args.rank < args.world:
         raise ConfigError(f"--rank={args.rank} is not in 0..{args.world - 1}")
@@ -350,30 +390,68 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = Parser(prog="bench.py rank", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--config", default="v3-671b", help="a preset's name or a config file")
-    parser.add_argument("--world", type=at_least(1), default=8, help="ranks there would be")
-    parser.add_argument("--rank", type=int, default=0, help="which of them this is")
+    parser.add_argument("--world", type=at_least(1), default=8, help="number of ranks")
+    parser.add_argument("--rank", type=int, default=0, help="rank to measure (default: 0)")
     parser.add_argument("--layers", default="4", help="N: one dense and N - 1 MoE layers; or all")
-    parser.add_argument("--batch", type=at_least(1), nargs="+", default=[1, 8, 128])
-    parser.add_argument("--context", type=at_least(1), default=1024, help="cached tokens of each")
-    parser.add_argument("--prefill", type=int, default=0, help="tokens of a prompt, too")
-    parser.add_argument("--weights", default="auto", choices=["auto", "fp8", "bf16", "fp32"])
-    parser.add_argument("--kv-dtype", default="auto", choices=["auto", "fp8", "bf16", "fp32"])
-    parser.add_argument("--kv-shard", default="none", choices=["none", "tokens"])
-    parser.add_argument("--skew", type=float, default=0.0, help="of the experts (0: uniform)")
-    parser.add_argument("--no-comm", action="store_true", help="leave exchanges out")
-    parser.add_argument("--steps", type=at_least(1), default=20)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--batch",
+        type=at_least(1),
+        nargs="+",
+        default=[1, 8, 128],
+        help="sequences of a decode step",
+    )
+    parser.add_argument(
+        "--context",
+        type=at_least(1),
+        default=1024,
+        help="cached tokens of each sequence",
+    )
+    parser.add_argument(
+        "--prefill", type=int, default=0, help="also measure a prompt of N tokens (default: none)"
+    )
+    parser.add_argument(
+        "--weights",
+        default="auto",
+        choices=["auto", "fp8", "bf16", "fp32"],
+        help="format of the weights; auto is the stored format",
+    )
+    parser.add_argument(
+        "--kv-dtype",
+        default="auto",
+        choices=["auto", "fp8", "bf16", "fp32"],
+        help="format of the cache; auto is bf16, on a CPU fp32",
+    )
+    parser.add_argument(
+        "--kv-shard",
+        default="none",
+        choices=["none", "tokens"],
+        help="split the cache's positions over tp, or replicate them",
+    )
+    parser.add_argument(
+        "--skew", type=float, default=0.0, help="Zipf exponent of the experts (default: 0, uniform)"
+    )
+    parser.add_argument("--no-comm", action="store_true", help="skip exchanges")
+    parser.add_argument("--steps", type=at_least(1), default=20, help="timed steps of each kind")
+    parser.add_argument("--seed", type=int, default=0, help="of the random weights (default: 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--hardware", default="measure", help="its ceilings: measure, h100, h200")
-    parser.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
-    parser.add_argument("--overlap-launches", action="store_true", help="begin them early")
-    parser.add_argument("--threads", type=at_least(1), help="on a CPU (default: all)")
+    parser.add_argument(
+        "--hardware",
+        default="measure",
+        help="ceilings: measure (on this device), or the name of a device, such as h100",
+    )
+    parser.add_argument("--enforce-eager", action="store_true", help="run without CUDA graphs")
+    parser.add_argument(
+        "--overlap-launches",
+        action="store_true",
+        help="launch each kernel before the previous one ends",
+    )
+    parser.add_argument("--threads", type=at_least(1), help="CPU threads (default: all)")
     add_program_flags(parser)
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str]) -> int:
-    """Make the share, measure, report."""
+    """Allocate the share, measure its steps and print the report."""
     args = parse_args(arguments)
     check_report(args)
     set_up_logging(args.debug)
@@ -381,8 +459,16 @@ def main(arguments: list[str]) -> int:
         torch.set_num_threads(args.threads or torch.get_num_threads())
         set_launches(args.overlap_launches, mesh.device, "--overlap-launches")
         shape = shape_of(args, mesh.device.type == "cpu")
-        what = (args.batch, args.context, args.prefill, args.steps, args.enforce_eager)
-        report = rank_report(shape, mesh.device, hardware(args.hardware, mesh.device), *what)
+        report = rank_report(
+            shape,
+            mesh.device,
+            hardware(args.hardware, mesh.device),
+            batches=args.batch,
+            context=args.context,
+            prefill=args.prefill,
+            steps=args.steps,
+            eager=args.enforce_eager,
+        )
         report.setting |= machine(1) | {"overlapping launches": args.overlap_launches}
     report.publish(args.json)
     return 0

@@ -1,8 +1,9 @@
 """Replay a trace of requests through the engine's prefix tree and count its hits.
 
-The trace is a JSON Lines file with a `hash_ids` list per request, one id per block of its prompt
-(and a `timestamp`, which is not needed). One request at a time: its leading blocks that are cached
-count as hits, then all its blocks are cached, then blocks are evicted down to the capacity.
+The trace is a JSON Lines file with a `hash_ids` list per request, one id per block of its prompt;
+other fields, such as `timestamp`, are ignored. Requests run one at a time: leading blocks in the
+cache count as hits, then all blocks of the request are cached, then blocks are evicted down to the
+capacity.
 """
 
 import json
@@ -16,7 +17,7 @@ from dsv3.errors import ConfigError
 
 
 def read_trace(path: Path) -> list[list[int]]:
-    """Return the blocks of each request as small integers, equal where the trace's ids are."""
+    """Return the blocks of each request; every distinct id of the trace becomes a small integer."""
     number: dict[Hashable, int] = {}
     requests = []
     with path.open(encoding="utf-8") as lines:
@@ -27,16 +28,16 @@ def read_trace(path: Path) -> list[list[int]]:
                 blocks = json.loads(line)["hash_ids"]
                 requests.append([number.setdefault(block, len(number)) for block in blocks])
             except (ValueError, KeyError, TypeError) as error:
-                what = f"{path}:{index}: not a request with hash_ids: {error}"
-                raise ConfigError(what) from error
+                message = f"{path}:{index}: not a request with hash_ids: {error}"
+                raise ConfigError(message) from error
     return requests
 
 
 def replay(requests: Iterable[list[int]], capacity: int, policy: str) -> dict[str, float]:
-    """Return the counts and the hit rate of `requests`, a block being a page of one token."""
+    """Return counts and the hit rate of `requests`; each block is a page of one token."""
     requests = list(requests)
     longest = max(map(len, requests), default=0)
-    # A request is cached whole before anything is evicted, so its blocks need room beside the rest.
+    # A request is cached whole before eviction, so there must be pages for it beyond the capacity.
     pages = PageAllocator(1 + capacity + longest)
     tree = PrefixTree(pages, 1, make_policy(policy, capacity))
     num_hits = num_blocks = 0
@@ -44,9 +45,9 @@ def replay(requests: Iterable[list[int]], capacity: int, policy: str) -> dict[st
         match = tree.match(blocks)
         tree.hold(match)
         tree.count(match)
-        held = match.pages + pages.allocate(len(blocks) - match.num_tokens)
-        tree.insert(blocks, len(blocks), held)
-        pages.release(held)
+        request_pages = match.pages + pages.allocate(len(blocks) - match.num_tokens)
+        tree.insert(blocks, len(blocks), request_pages)
+        pages.release(request_pages)
         tree.make_room(longest)
         num_hits += match.num_tokens
         num_blocks += len(blocks)

@@ -1,4 +1,4 @@
-"""What a benchmark found: a table, a JSON file, a picture."""
+"""The report of a benchmark: a table, a JSON file, a plot."""
 
 import argparse
 import importlib
@@ -24,7 +24,7 @@ from dsv3.files import Format, NamedFile, check_output, write_output
 Row = dict[str, Any]
 
 _JSON = Format("the report of a benchmark", re.compile(rb'\{\s*"benchmark":'))
-_PICTURE = Format(
+_PLOT = Format(
     "a picture that matplotlib drew", re.compile(rb"(?is)(\x89PNG|<\?xml|%!PS).*matplotlib")
 )
 
@@ -34,10 +34,10 @@ class Report:
     """The result of one benchmark.
 
     Attributes:
-        rows: of the table, all with the same columns.
-        notes: lines below the table: ratios and what they were taken from.
-        series: name -> (xs, ys), the curves of the picture; bars where there is one point each.
-        setting: what was run, and where.
+        rows: rows of the table, all with the same columns.
+        notes: lines below the table, such as ratios and the figures they are computed from.
+        series: name -> (xs, ys), the curves of the plot; a series of one point is a bar.
+        setting: flags and machine that the figures depend on.
     """
 
     benchmark: str
@@ -51,16 +51,16 @@ class Report:
     def __str__(self) -> str:
         return "\n".join([_described(self.setting), "", *_lines(self.rows), "", *self.notes])
 
-    def publish(self, json_file: Path | None = None, picture: Path | None = None) -> None:
-        """Print it, and write the files that are asked for."""
+    def publish(self, json_file: Path | None = None, plot_file: Path | None = None) -> None:
+        """Print the report, and write it to the given files."""
         print(self)
         if json_file:
             self.write_json(json_file)
-        if picture:
-            self.plot(picture)
+        if plot_file:
+            self.plot(plot_file)
 
     def write_json(self, path: Path) -> None:
-        """Write everything as one JSON object."""
+        """Write the report as one JSON object."""
         write_output(
             NamedFile("--json", path),
             _JSON,
@@ -84,36 +84,36 @@ class Report:
         figure.suptitle(self.benchmark)
         axes.set_title(setting, fontsize=7)
         axes.legend()
-        picture = BytesIO()
+        image = BytesIO()
         try:
-            figure.savefig(picture, format=path.suffix[1:] or "png")
+            figure.savefig(image, format=path.suffix[1:] or "png")
         except ValueError as error:
             raise OutputError(f"--plot={path}: cannot be written: {error}") from None
-        write_output(NamedFile("--plot", path), _PICTURE, picture.getvalue())
+        write_output(NamedFile("--plot", path), _PLOT, image.getvalue())
 
 
 def check_report(
     args: argparse.Namespace, inputs: Sequence[str] = (), outputs: Sequence[str] = ()
 ) -> None:
-    """Refuse files that cannot be written, or pictures that cannot be drawn, before measuring.
+    """Raise before measuring if a file cannot be written or a plot cannot be drawn.
 
     Args:
-        args: flags; `json` and `plot` are those of `Report.publish`.
+        args: parsed flags; `json` and `plot` are the files of `Report.publish`.
         inputs: flags that name files to read.
         outputs: other flags that name files to write.
     """
     check_files(args, inputs, ("--json", "--plot", *outputs))
-    picture = getattr(args, "plot", None)
+    plot_file = getattr(args, "plot", None)
     if args.json:
         check_output(NamedFile("--json", args.json), _JSON)
-    if picture:
+    if plot_file:
         if importlib.util.find_spec("matplotlib") is None:
-            raise ConfigError("--plot: matplotlib is not installed; pip install 'dsv3[plot]'")
-        check_output(NamedFile("--plot", picture), _PICTURE)
+            raise ConfigError("--plot: matplotlib is not installed; pip install matplotlib")
+        check_output(NamedFile("--plot", plot_file), _PLOT)
 
 
 def machine(world_size: int) -> Row:
-    """Return what the figures depend on beside the flags."""
+    """Return the machine's properties that figures depend on."""
     return {
         "ranks": world_size,
         "threads": torch.get_num_threads(),
@@ -129,7 +129,7 @@ def _described(setting: Row) -> str:
 
 
 def _lines(rows: Sequence[Row]) -> list[str]:
-    """Return lines with aligned columns, text to the left and numbers to the right."""
+    """Return table lines with aligned columns: text to the left, numbers to the right."""
     if not rows:
         return []
     cells = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]

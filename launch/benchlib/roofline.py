@@ -1,9 +1,9 @@
-"""What a step must cost at least: FLOPs, bytes and exchanges of every operation, on paper.
+"""Roofline floor of a step: FLOPs, bytes and exchanges of every operation.
 
-The floor of an operation is max(bytes / read bandwidth, FLOPs / matrix peak), and for an exchange
-its latency and bytes over the link. Weights count as the checkpoint stores them, every input and
-output once, the cache as far as it is read. Operations are named as the model names its modules
-(`self_attn.o_proj`, `moe.router`), so that measured times can be laid beside them.
+The floor of an operation is max(bytes / read bandwidth, FLOPs / matrix peak); for an exchange, its
+latency plus bytes / link bandwidth. Weights count in their stored format, each input and output
+once, and the part of the cache that is read. Operations have the names of the model's modules
+(`self_attn.o_proj`, `moe.router`), so that measured times can be matched to them.
 
 Source: the roofline model (Williams, Waterman, Patterson 2009).
 """
@@ -18,21 +18,21 @@ from dsv3.settings import CacheDtype, CacheForm, KvShard
 
 _ITEMSIZE = {"fp8": 1, "bf16": 2, "fp32": 4}
 _BLOCK = 128
-_PART_TAIL = 16  # bytes of a log-sum-exp behind the values that travel with it
+_LSE_BYTES = 16  # of the log-sum-exp that is sent behind each partial output
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hardware:
-    """What one rank's device and its links can do; bytes, FLOPs and seconds.
+    """Peak rates of one rank's device and links.
 
     Attributes:
-        read: bytes a second from device memory.
-        fp8, bf16, fp32: matrix FLOPs a second.
-        link, link_latency: bytes a second one way to the ranks of the same host, and seconds of
-            an exchange of next to nothing.
-        net, net_latency: the same to other hosts.
+        read: bytes per second from device memory.
+        fp8, bf16, fp32: matrix FLOPs per second.
+        link, link_latency: one-way bytes per second to ranks of the same host, and seconds of a
+            tiny exchange.
+        net, net_latency: the same to ranks of other hosts.
         launch: seconds from one kernel to the next inside a CUDA graph.
-        memory: bytes of a device.
+        memory: bytes of device memory.
         ranks_per_host: devices of a host.
     """
 
@@ -58,22 +58,22 @@ HARDWARE = {
     "h100": _H100,
     # The datasheet's 4.8 TB/s at the H100's measured share of its own (95.8 %): not measured.
     "h200": replace(_H100, name="h200", read=4.60e12, memory=141e9),
-    # As H100 but for its links: DeepSeek-V3 report, section 3.2.2 (160 GB/s NVLink, 50 GB/s IB).
+    # H100 with other links: DeepSeek-V3 report, section 3.2.2 (160 GB/s NVLink, 50 GB/s IB).
     "h800": replace(_H100, name="h800", link=160e9),
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Setup:
+class RooflineSetup:
     """A model on its ranks.
 
     Attributes:
         config: the model.
-        layout: this rank's place; tp of several and dp of several ask for different exchanges.
-        weights: "fp8", "bf16" or "fp32": the matrices that FP8 checkpoints quantize.
-        cache: "bf16", "fp8" or "fp32".
-        form: "latent" or "heads", what the cache holds.
-        kv_shard: "tokens" deals a latent cache's positions to the tp ranks, "none" repeats it.
+        layout: this rank's place in tp and dp; it determines the exchanges.
+        weights: "fp8", "bf16" or "fp32": format of the matrices that FP8 checkpoints quantize.
+        cache: "bf16", "fp8" or "fp32": format of the cache.
+        form: "latent" or "heads": contents of the cache.
+        kv_shard: "tokens" splits a latent cache's positions over tp, "none" replicates it.
     """
 
     config: ModelConfig
@@ -84,7 +84,7 @@ class Setup:
     kv_shard: KvShard = "tokens"
 
     def __post_init__(self) -> None:
-        """Refuse formats that nobody knows."""
+        """Raise ConfigError for unknown formats."""
         for name, value in (("weights", self.weights), ("cache", self.cache)):
             if value not in _ITEMSIZE:
                 raise ConfigError(f"{name}={value!r} must be one of {', '.join(_ITEMSIZE)}")
@@ -92,12 +92,12 @@ class Setup:
 
     @property
     def plain(self) -> str:
-        """Format of activations, and of what FP8 checkpoints leave unquantized."""
+        """Format of activations, and of weights that FP8 checkpoints do not quantize."""
         return "fp32" if self.weights == "fp32" else "bf16"
 
     @property
     def shards(self) -> int:
-        """Ranks that the positions of a sequence are dealt to."""
+        """Number of ranks that share the positions of a sequence."""
         return self.layout.tp if self.form == "latent" and self.kv_shard == "tokens" else 1
 
     @property
@@ -107,7 +107,7 @@ class Setup:
 
     @property
     def entry_bytes(self) -> int:
-        """Bytes of a cached position in one layer, where it is held."""
+        """Bytes of a cached position in one layer, on a rank that holds it."""
         c = self.config
         if self.form == "heads":
             return self.heads * (c.qk_head_dim + c.v_head_dim) * _ITEMSIZE[self.cache]
@@ -122,12 +122,12 @@ class Op:
     """One operation of a step on one rank, `count` times.
 
     Attributes:
-        name: dotted, the module it belongs to first.
-        flops, bytes: of one time; bytes of device memory.
-        dtype: what the FLOPs are computed in.
-        count: how often, in all layers together.
-        wire: bytes this rank sends each time.
-        span: neighbouring ranks that an exchange covers; 0 for none.
+        name: dotted name that begins with the module.
+        flops, bytes: FLOPs and bytes of device memory of one execution.
+        dtype: format of the matrix product.
+        count: number of executions in all layers together.
+        wire: bytes that this rank sends per execution.
+        span: number of neighbouring ranks in an exchange; 0 if it is none.
     """
 
     name: str
@@ -143,69 +143,83 @@ class Op:
         parts = {"bytes": self.bytes / hw.read, "flops": self.flops / peak}
         if self.span > 1:
             is_near = self.span <= hw.ranks_per_host
-            speed, delay = (hw.link, hw.link_latency) if is_near else (hw.net, hw.net_latency)
-            parts["link"] = delay + self.wire / speed
+            if is_near:
+                parts["link"] = hw.link_latency + self.wire / hw.link
+            else:
+                parts["link"] = hw.net_latency + self.wire / hw.net
         return parts
 
     def bound(self, hw: Hardware) -> str:
-        """Return what it waits for: "bytes", "flops" or "link"."""
+        """Return the resource that bounds the operation: "bytes", "flops" or "link"."""
         parts = self._parts(hw)
         return max(parts, key=lambda name: parts[name])
 
     def seconds(self, hw: Hardware) -> float:
-        """Return its floor, all times together."""
+        """Return the floor in seconds of all executions."""
         return self.count * max(self._parts(hw).values())
 
 
 def floor_seconds(ops: Iterable[Op], hw: Hardware) -> float:
-    """Return the sum of the floors: nothing overlaps, nothing is launched."""
+    """Return the sum of the floors, without overlap and without launches."""
     return sum(op.seconds(hw) for op in ops)
 
 
 def experts_hit(config: ModelConfig, ranks: int, tokens: int) -> tuple[float, float]:
-    """Return how many of a rank's experts the tokens of all ranks reach, and the rows they make.
+    """Return the mean number of a rank's experts that tokens reach, and the rows routed to them.
 
-    The mean where experts are chosen independently and equally often.
+    Experts are taken to be chosen independently and equally often.
+
+    Args:
+        config: the model.
+        ranks: number of ranks that share the experts.
+        tokens: tokens of all ranks together.
     """
     experts, chosen = config.n_routed_experts, config.num_experts_per_tok
     missed = (1 - chosen / experts) ** tokens
     return experts / ranks * (1 - missed), tokens * chosen / ranks
 
 
-class _Writer:
-    """Makes the operations of one setup, each once; sizes are this rank's."""
+class _OpLister:
+    """Lister of the operations of one step; sizes are those of this rank."""
 
-    def __init__(self, setup: Setup, load: StepShape) -> None:
-        self.setup, self.load, self.config = setup, load, setup.config
-        self.item, self.weight_item = _ITEMSIZE[setup.plain], _ITEMSIZE[setup.weights]
-        self.tp, self.tokens = setup.layout.tp, load.tokens
+    def __init__(self, setup: RooflineSetup, load: StepShape) -> None:
+        self.setup = setup
+        self.load = load
+        self.config = setup.config
+        self.tokens = load.tokens
+        self.tp = setup.layout.tp
+        self.item = _ITEMSIZE[setup.plain]
+        self.weight_item = _ITEMSIZE[setup.weights]
 
     def local(self, size: int, unit: int = 1) -> int:
-        """Return this rank's part of a size that is split over tp, in whole units."""
+        """Return this rank's share of a size that is split over tp, in whole units."""
         start, stop = split_range(size, self.tp, self.setup.layout.tp_rank, unit)
         return stop - start
 
     def linear(
         self, name: str, rows: int, cols: int, tokens: float | None = None, fmt: str = ""
     ) -> Op:
-        """Return a product of tokens (all, if not told) with a [rows, cols] matrix."""
-        fmt, tokens = fmt or self.setup.weights, self.tokens if tokens is None else tokens
+        """Return the product of tokens (default: all) with a [rows, cols] matrix."""
+        fmt = fmt or self.setup.weights
+        tokens = self.tokens if tokens is None else tokens
         moved = tokens * (cols * _ITEMSIZE[fmt] + rows * self.item)
         return Op(name, 2 * tokens * rows * cols, _matrix_bytes(rows, cols, fmt) + moved, fmt)
 
     def exchange(self, name: str, num_bytes: float, span: int, sent: float) -> Op:
-        """Return an exchange in which each rank sends `sent` times its `num_bytes`."""
+        """Return an exchange in which each rank sends `sent` * `num_bytes` bytes."""
         return Op(name, 0.0, 2 * num_bytes, wire=sent * num_bytes, span=span)
 
     def all_reduce(self, name: str) -> Iterator[Op]:
-        """Yield the sum of a hidden state over tp."""
+        """Yield the all-reduce of a hidden state over tp; nothing without tp."""
         if self.tp > 1:
             num_bytes = float(self.tokens * self.config.hidden_size * self.item)
             yield self.exchange(f"{name}.all_reduce", num_bytes, self.tp, 2 - 2 / self.tp)
 
-    def every(self) -> Iterator[tuple[int, Iterable[Op]]]:
-        """Yield all of a step in its order, with how many layers have it."""
-        c, rows, vocab = self.config, self.load.num_rows, self.local(self.config.vocab_size)
+    def all_ops(self) -> Iterator[tuple[int, Iterable[Op]]]:
+        """Yield (number of layers, operations) of each part of a step, in order."""
+        c = self.config
+        rows = self.load.num_rows
+        vocab = self.local(c.vocab_size)
         layers = c.num_hidden_layers
         moe = sum(c.is_moe_layer(i) for i in range(layers))
         width = float(self.tokens * c.hidden_size * self.item)
@@ -224,15 +238,18 @@ class _Writer:
         yield 1, [*last, Op("model.sum_norm.norm", 0.0, 2 * width), head]
 
     def attention(self) -> Iterator[Op]:
-        """Yield the projections, and what lies between them."""
-        c, s, tokens = self.config, self.setup, self.tokens
-        latent, queries = c.kv_lora_rank + c.qk_rope_head_dim, s.heads * c.qk_head_dim
+        """Yield the projections, and the operations between them."""
+        c = self.config
+        s = self.setup
+        latent = c.kv_lora_rank + c.qk_rope_head_dim
+        queries = s.heads * c.qk_head_dim
         yield self.linear("self_attn.in_proj", (c.q_lora_rank or queries) + latent, c.hidden_size)
         if c.q_lora_rank:
             yield self.linear("self_attn.q_b_proj", queries, c.q_lora_rank)
-        moved = tokens * ((c.q_lora_rank or 0) + latent + s.heads * c.qk_rope_head_dim) * self.item
-        held = tokens / s.shards * s.entry_bytes
-        yield Op("self_attn.norm_and_cache", 0.0, 2 * moved + held)
+        width = (c.q_lora_rank or 0) + latent + s.heads * c.qk_rope_head_dim
+        moved = self.tokens * width * self.item
+        written = self.tokens / s.shards * s.entry_bytes
+        yield Op("self_attn.norm_and_cache", 0.0, 2 * moved + written)
         if c.index_topk is not None and self.load.context > c.index_topk:
             yield from self.indexer()
         if self.load.decode:
@@ -242,8 +259,9 @@ class _Writer:
         yield self.linear("self_attn.o_proj", c.hidden_size, s.heads * c.v_head_dim)
 
     def indexer(self) -> Iterator[Op]:
-        """Yield V3.2's choice of positions: its keys are e4m3 with a scale."""
-        c, load = self.config, self.load
+        """Yield V3.2's selection of positions; its cached keys are e4m3 with a scale."""
+        c = self.config
+        load = self.load
         assert c.index_n_heads and c.index_head_dim and c.q_lora_rank
         width = c.index_n_heads * c.index_head_dim
         yield self.linear("self_attn.indexer.wq_b", width, c.q_lora_rank)
@@ -253,34 +271,38 @@ class _Writer:
         yield Op("self_attn.indexer.scores", flops, seen * (c.index_head_dim + 4), "fp8")
 
     def seen(self) -> float:
-        """Return the positions of this rank that a sequence's queries attend to."""
+        """Return the number of this rank's positions that a sequence's queries attend to."""
         longest = self.load.context + self.load.queries
         return min(longest, self.config.index_topk or longest) / self.setup.shards
 
     def decode_heads(self) -> Iterator[Op]:
-        """Yield attention straight to cached keys and values."""
-        s, load = self.setup, self.load
-        dims, queries = self.config.qk_head_dim + self.config.v_head_dim, load.decode * load.queries
+        """Yield decode attention over cached keys and values of heads."""
+        s = self.setup
+        load = self.load
+        dims = self.config.qk_head_dim + self.config.v_head_dim
+        queries = load.decode * load.queries
         moved = queries * s.heads * dims * self.item + load.decode * self.seen() * s.entry_bytes
         flops = 2.0 * queries * self.seen() * s.heads * dims
         yield Op("self_attn.mha_decode", flops, moved, s.plain)
 
     def decode(self) -> Iterator[Op]:
-        """Yield attention straight to cached latents."""
-        c, s, load, tp = self.config, self.setup, self.load, self.tp
-        queries, heads = load.decode * load.queries, s.heads * s.shards
-        key, value = c.kv_lora_rank + c.qk_rope_head_dim, c.kv_lora_rank
+        """Yield decode attention over cached latents."""
+        c = self.config
+        s = self.setup
+        load = self.load
+        tp = self.tp
+        queries = load.decode * load.queries
+        heads = s.heads * s.shards
+        key = c.kv_lora_rank + c.qk_rope_head_dim
+        value = c.kv_lora_rank
         sent = float(queries * s.heads * key * self.item)
-        out = float(
-            queries * heads * (value * 4 if s.shards == 1 else value * self.item + _PART_TAIL)
-        )
+        out_bytes = value * 4 if s.shards == 1 else value * self.item + _LSE_BYTES
+        out = float(queries * heads * out_bytes)
+        query_bytes = queries * s.heads * c.qk_head_dim * self.item
+        value_bytes = queries * s.heads * c.v_head_dim * self.item
         for name, dim, moved in (
-            (
-                "absorb_query",
-                c.qk_nope_head_dim,
-                sent + queries * s.heads * c.qk_head_dim * self.item,
-            ),
-            ("expand_values", c.v_head_dim, out + queries * s.heads * c.v_head_dim * self.item),
+            ("absorb_query", c.qk_nope_head_dim, sent + query_bytes),
+            ("expand_values", c.v_head_dim, out + value_bytes),
         ):
             op = self.linear(f"self_attn.{name}", s.heads * dim, value, queries)
             read = _matrix_bytes(s.heads * dim, value, s.weights)
@@ -294,9 +316,13 @@ class _Writer:
             yield self.exchange("self_attn.all_to_all", out, tp, 1 - 1 / tp)
 
     def prefill(self) -> Iterator[Op]:
-        """Yield attention in expanded form: every head with its own keys and values."""
-        c, s, load, tp = self.config, self.setup, self.load, self.tp
-        cached, dims = load.prompts * load.cached, c.qk_head_dim + c.v_head_dim
+        """Yield prefill attention in expanded form: each head has its own keys and values."""
+        c = self.config
+        s = self.setup
+        load = self.load
+        tp = self.tp
+        cached = load.prompts * load.cached
+        dims = c.qk_head_dim + c.v_head_dim
         if s.shards > 1 and cached:
             share = cached / tp * s.entry_bytes
             yield self.exchange("self_attn.all_gather", share, tp, tp - 1)
@@ -308,16 +334,21 @@ class _Writer:
         yield Op("self_attn.mla_prefill", 2.0 * s.heads * dims * pairs, moved, s.plain)
 
     def mlp(self, name: str, inner: int) -> Iterator[Op]:
-        """Yield a gated MLP split over tp."""
-        hidden, width = self.config.hidden_size, self.local(inner, self.config.mlp_unit)
+        """Yield a gated MLP that is split over tp."""
+        hidden = self.config.hidden_size
+        width = self.local(inner, self.config.mlp_unit)
         yield self.linear(f"{name}.gate_up_proj", 2 * width, hidden)
         yield Op(f"{name}.silu_mul", 0.0, self.tokens * width * 3 * self.item)
         yield self.linear(f"{name}.down_proj", hidden, width)
 
     def moe(self) -> Iterator[Op]:
-        """Yield router, routed and shared experts, and the exchange that they need."""
-        c, load, s = self.config, self.load, self.setup
-        D, F, item = c.hidden_size, c.moe_intermediate_size, self.weight_item
+        """Yield router, routed and shared experts, and their exchanges."""
+        c = self.config
+        load = self.load
+        s = self.setup
+        D = c.hidden_size
+        F = c.moe_intermediate_size
+        item = self.weight_item
         yield self.linear("moe.router", c.n_routed_experts, D, fmt=s.plain)
         if s.layout.dp > 1:
             yield from self.dispatch()
@@ -333,25 +364,26 @@ class _Writer:
             yield self.exchange("layers.all_gather", sent, self.tp, self.tp - 1)
 
     def dispatch(self) -> Iterator[Op]:
-        """Yield the way of tokens to their experts' ranks and back: once to every rank."""
-        c, ranks = self.config, self.setup.layout.ep
+        """Yield dispatch and combine; a token is sent at most once to each rank."""
+        c = self.config
+        ranks = self.setup.layout.ep
         reached = ranks * (1 - (1 - 1 / ranks) ** c.num_experts_per_tok)
         if c.topk_method != "greedy" and c.n_group > 1:
             reached = min(reached, c.topk_group * max(1.0, ranks / c.n_group))
-        away = self.tokens / self.tp * reached * (ranks - 1) / ranks
+        rows = self.tokens / self.tp * reached * (ranks - 1) / ranks
         scales = 4 * -(-c.hidden_size // _BLOCK) if self.setup.weights == "fp8" else 0
-        there = away * (c.hidden_size * self.weight_item + scales)
-        yield self.exchange("moe.dispatch", there, ranks, 1.0)
-        yield self.exchange("moe.combine", away * c.hidden_size * self.item, ranks, 1.0)
+        row_bytes = c.hidden_size * self.weight_item + scales
+        yield self.exchange("moe.dispatch", rows * row_bytes, ranks, 1.0)
+        yield self.exchange("moe.combine", rows * c.hidden_size * self.item, ranks, 1.0)
 
 
 def _matrix_bytes(rows: float, cols: float, fmt: str) -> float:
-    """Return the bytes of a matrix, with its scales."""
+    """Return the bytes of a matrix with its scales."""
     scales = 4 * (rows / _BLOCK) * (cols / _BLOCK) if fmt == "fp8" else 0.0
     return rows * cols * _ITEMSIZE[fmt] + scales
 
 
-def step_ops(setup: Setup, load: StepShape) -> list[Op]:
-    """Return the operations of a step on one rank; equal ones of all layers are one entry."""
-    every = _Writer(setup, load).every()
-    return [replace(op, count=count) for count, ops in every for op in ops]
+def step_ops(setup: RooflineSetup, load: StepShape) -> list[Op]:
+    """Return the operations of a step on one rank; an operation of several layers is one entry."""
+    ops_by_part = _OpLister(setup, load).all_ops()
+    return [replace(op, count=count) for count, ops in ops_by_part for op in ops]

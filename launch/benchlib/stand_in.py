@@ -1,4 +1,4 @@
-"""A group of ranks in which only one exists: shapes as in the group, no exchange."""
+"""Collectives of one rank without its peers: shapes as in the full group, no communication."""
 
 from collections import Counter
 
@@ -11,25 +11,27 @@ from dsv3.distributed.mesh import Mesh
 
 
 class StandIn(Collectives):
-    """Rank r of w alone on one device: shapes as in the group, values its own.
+    """One rank of `size` on one device: results have the group's shapes and this rank's values.
 
-    With `moves`, every exchange writes as many bytes to memory as it would have received;
-    otherwise it costs as little as it can.
+    With `moves`, each exchange writes as many bytes to memory as it would have received; without,
+    it costs next to nothing.
     """
 
     def __init__(self, rank: int, size: int, moves: bool = True) -> None:
-        self.rank, self.size, self._moves = rank, size, moves
+        self.rank = rank
+        self.size = size
+        self._moves = moves
         self.is_capturable = True
         self.sent: Counter[str] = Counter()
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """Return `x`; a ring brings almost twice its bytes."""
+        """Return `x`; with `moves`, write twice its bytes, as a ring all-reduce almost does."""
         return x.expand(2, *x.shape).contiguous()[0] if self._moves else x
 
     def all_gather(self, x: Tensor) -> Tensor:
         """Return `x` as every rank's part."""
-        every = x.expand(self.size, *x.shape)
-        return every.contiguous() if self._moves else every
+        gathered = x.expand(self.size, *x.shape)
+        return gathered.contiguous() if self._moves else gathered
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         """Return this rank's part of `x`."""
@@ -40,18 +42,18 @@ class StandIn(Collectives):
         return x.clone() if self._moves else x
 
     def start_exchange(self, x: Tensor, send: list[int], receive: list[int], name: str) -> Pending:
-        """Return as many rows as would have come, those of `x` over and over."""
+        """Return `sum(receive)` rows, the rows of `x` repeated."""
         rows = torch.arange(sum(receive), device=x.device) % max(1, len(x))
         received = x[rows] if len(x) else x.new_zeros(len(rows), *x.shape[1:])
         return Pending(received, x.device)
 
     def broadcast(self, x: Tensor) -> Tensor:
-        """Return `x`: plans come from rank 0, which this one is."""
+        """Return `x`: this rank acts as rank 0, the source of plans."""
         return x
 
 
 def stand_in_mesh(layout: ParallelConfig, device: torch.device, moves: bool = True) -> Mesh:
-    """Return the mesh of one rank whose peers do not exist."""
+    """Return a mesh of one rank without its peers."""
     world = StandIn(layout.rank, layout.world_size, moves)
     tp = world if layout.dp == 1 else StandIn(layout.tp_rank, layout.tp, moves)
     return Mesh(layout, device, world, tp, SingleRank(), 1)

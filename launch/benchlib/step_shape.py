@@ -1,4 +1,4 @@
-"""The size of a step: the numbers that its floor and its predicted time depend on."""
+"""The size of a step: the numbers that determine its roofline floor and predicted time."""
 
 from dataclasses import dataclass
 
@@ -7,13 +7,13 @@ from dsv3.engine.step_plan import StepPlan
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepShape:
-    """What one step computes in every dp group.
+    """The work of one step in each dp group.
 
     Attributes:
-        decode: sequences that add `queries` tokens each to `context` cached ones.
-        prefill: new tokens of `prompts` prompts together, each with `cached` positions before.
-        rows: rows of logits; None for all decode tokens and one of every prompt.
-        hit: local experts and their rows, where they were counted.
+        decode: decoding sequences; each adds `queries` tokens to `context` cached positions.
+        prefill: new tokens of all `prompts` prompts; each has `cached` positions before them.
+        rows: rows of logits; None means all decode tokens and one row per prompt.
+        hit: number of local experts reached and rows routed to them, if counted.
     """
 
     decode: int = 0
@@ -39,21 +39,23 @@ class StepShape:
 
     @classmethod
     def of_plan(cls, plan: StepPlan, decode_limit: int) -> "StepShape":
-        """Return the shape of a group's plan; contexts as their mean.
+        """Return the shape of a dp group's plan, with mean context lengths.
 
         Args:
-            plan: of the group.
-            decode_limit: new tokens up to which a sequence counts as decoding.
+            plan: the group's plan.
+            decode_limit: most new tokens of a sequence that counts as decoding.
         """
-        is_short = plan.query_len <= decode_limit
-        short, long = plan.query_len[is_short], plan.query_len[~is_short]
-        short_context, long_context = plan.context_len[is_short], plan.context_len[~is_short]
+        is_decode = plan.query_len <= decode_limit
+        decode_len = plan.query_len[is_decode]
+        decode_context = plan.context_len[is_decode]
+        prefill_len = plan.query_len[~is_decode]
+        prefill_context = plan.context_len[~is_decode]
         return cls(
-            decode=len(short),
-            context=int(short_context.sum()) // max(1, len(short)),
-            queries=max(1, round(int(short.sum()) / max(1, len(short)))),
-            prefill=int(long.sum()),
-            prompts=max(1, len(long)),
-            cached=int(long_context.sum()) // max(1, len(long)),
+            decode=len(decode_len),
+            context=int(decode_context.sum()) // max(1, len(decode_len)),
+            queries=max(1, round(int(decode_len.sum()) / max(1, len(decode_len)))),
+            prefill=int(prefill_len.sum()),
+            prompts=max(1, len(prefill_len)),
+            cached=int(prefill_context.sum()) // max(1, len(prefill_len)),
             rows=len(plan.row),
         )

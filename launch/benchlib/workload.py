@@ -1,4 +1,4 @@
-"""Requests to measure with: random tokens, lengths drawn from a distribution, all from one seed."""
+"""Benchmark requests: random tokens with lengths from a distribution, reproducible by seed."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,8 @@ class Lengths:
 
     Attributes:
         kind: "fixed", "uniform" or "lognormal".
-        numbers: the length; the least and the greatest; the median and the sigma of the logarithm.
+        numbers: fixed: the length; uniform: least and greatest length; lognormal: the median, and
+            sigma of the logarithm.
     """
 
     kind: str
@@ -54,29 +55,29 @@ class Lengths:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """A prompt, and how many tokens to answer with."""
+class BenchRequest:
+    """A prompt, and the number of tokens to answer it with."""
 
     prompt_ids: list[int]
     num_tokens: int
 
 
-def draw_jobs(
+def draw_requests(
     count: int, prompts: Lengths, answers: Lengths, vocab_size: int, limit: int, seed: int
-) -> list[Job]:
-    """Return random jobs, the same for the same seed.
+) -> list[BenchRequest]:
+    """Return random requests, the same for the same seed.
 
     Args:
-        count: how many.
-        prompts: lengths of the prompts.
-        answers: lengths of the answers.
-        vocab_size: tokens are drawn from all of it.
-        limit: prompt and answer together are cut to this many tokens.
-        seed: of all random numbers.
+        count: number of requests.
+        prompts: distribution of prompt lengths.
+        answers: distribution of answer lengths.
+        vocab_size: tokens are drawn from 0 to vocab_size - 1.
+        limit: longest prompt and answer together; longer ones are cut.
+        seed: seed of all random numbers.
     """
     rng = np.random.default_rng(seed)
-    jobs = []
+    requests = []
     for length, num_tokens in zip(prompts.draw(rng, count), answers.draw(rng, count), strict=True):
         tokens = rng.integers(0, vocab_size, min(length, limit - 1)).tolist()
-        jobs.append(Job(tokens, min(num_tokens, limit - len(tokens))))
-    return jobs
+        requests.append(BenchRequest(tokens, min(num_tokens, limit - len(tokens))))
+    return requests

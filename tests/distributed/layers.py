@@ -226,7 +226,7 @@ def check_moe(mesh: Mesh) -> None:
         return filled(moe, mesh)
 
     layer, single = make(mesh), make(alone())
-    assert layer.num_local * mesh.world.size == CONFIG.n_routed_experts
+    assert layer.local.count * mesh.world.size == CONFIG.n_routed_experts
     for tokens in (1, 33):
         x = torch.randn(tokens, CONFIG.hidden_size, generator=torch.Generator().manual_seed(tokens))
         assert_close(f"moe {tokens}", mesh.tp.all_reduce(layer(x)), single(x), 1e-5)

@@ -99,7 +99,7 @@ def check_loads(mesh: Mesh, plain: Started, load: str) -> None:
 def check_weights(live: Started, fresh: Started) -> None:
     """Moved weights equal weights loaded for the same placement."""
     for live_layer, fresh_layer in zip(moe_layers(live), moe_layers(fresh), strict=True):
-        local = list(range(live_layer.num_local))
+        local = list(range(live_layer.local.count))
         for name in ("gate_up_proj", "down_proj"):
             got = getattr(live_layer, name).take(local)
             want = getattr(fresh_layer, name).take(local)
@@ -133,7 +133,7 @@ def check_layer(mesh: Mesh, placement: Placement, form: str, tokens: int) -> Non
     slots = PhysicalExperts(placement, 1, mesh)
     dispatch.physical_experts[prefix] = slots
     layer = filled(MoE(CONFIG, prefix, mesh.layout, FORMAT, dispatch, side), mesh)
-    assert layer.num_local == placement.slots_per_rank
+    assert layer.local.count == placement.slots_per_rank
     dispatch.begin_step(None)
     generator = torch.Generator().manual_seed(mesh.layout.dp_rank)
     x = torch.randn(tokens, CONFIG.hidden_size, generator=generator)

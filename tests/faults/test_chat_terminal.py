@@ -18,7 +18,7 @@ import runpy, sys
 sys.argv[0] = {GENERATE!r}
 runpy.run_path({GENERATE!r}, run_name="__main__")
 """
-# Whatever waits longer than a second without being told that it may is found out.
+# A wait of more than a second that is not announced to the watchdog fails the test.
 IMPATIENT = f"""
 import datetime
 from torch.distributed import distributed_c10d
@@ -105,7 +105,7 @@ def test_answers_are_stopped_and_a_full_context_is_said_in_words() -> None:
         chat.wait_for("Go on.\n")
 
         ranks = ranks_of(chat.process.pid).values()
-        chat.process.kill()  # in the middle of an answer, and torchrun itself: it can end nobody
+        chat.process.kill()  # in an answer; torchrun, too, so it cannot end ranks
         chat.wait()
         assert chat.modes_are_restored()
         assert all(is_gone(rank) for rank in ranks)
@@ -197,7 +197,7 @@ def test_without_an_editor_the_terminal_gives_lines(tmp_path: Path) -> None:
     program = tmp_path / "plain.py"
     program.write_text(f"import sys\nsys.modules['prompt_toolkit'] = None\n{AS_GENERATE}")
     with AtTerminal([*ALONE, str(program), "--interactive"]) as chat:
-        assert "(plain lines" in chat.wait_for("pip install 'dsv3[chat]' brings a line editor)\n")
+        assert "(plain lines" in chat.wait_for("pip install prompt_toolkit brings a line editor)\n")
         chat.wait_for(">>> ")
         chat.type('"""\nMy name is\n Anna.\n"""\n')
         chat.wait_for("Noted.\n")

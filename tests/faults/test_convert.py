@@ -1,4 +1,4 @@
-"""convert.py as a user meets it: kills, damage, wrong flags, each told in one line."""
+"""convert.py as a program: kills, damage, wrong flags, each with an error of one line."""
 
 import json
 import shlex
@@ -237,7 +237,7 @@ def flip_byte(file: Path, offset: int = -1) -> None:
 
 
 def read_pieces(folder: Path) -> None:
-    """What loading does at the world size that a directory was converted for."""
+    """Loading at the world size of the conversion."""
     with open_source(folder) as source:
         for info in source.tensors.values():
             for piece in info.pieces:
@@ -306,7 +306,7 @@ def test_closed_standard_streams(hf: Path, tmp_path: Path) -> None:
 def test_a_hugging_face_directory_holds_its_digests(
     hf: Path, tmp_path: Path, convert: Convert, to: str
 ) -> None:
-    """It can be verified without its source; damage is named."""
+    """A converted directory can be verified without its source; damage is reported."""
     out = tmp_path / "out"
     assert convert(hf, out, "--to", to)[0] == 0
     code, text, err = convert(out, None, "--verify")

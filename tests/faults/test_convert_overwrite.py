@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from dsv3.checkpoint import convert as conversion
-from dsv3.checkpoint.journal import JOURNAL, Journal
+from dsv3.checkpoint.journal import JOURNAL, ConversionJournal
 from dsv3.checkpoint.plan import make_plan
 from dsv3.checkpoint.source import open_source
 from dsv3.config import ParallelConfig
@@ -173,7 +173,7 @@ def test_another_plan_after_a_kill_while_names_are_given(
 def test_an_unfinished_overwriting_leaves_the_old_checkpoint_in_use(
     hf: Path, out: Path, convert: Convert, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It verifies as before. Leftovers of the same conversion go, those of another one stay."""
+    """It verifies as before; only leftovers of the same conversion are removed."""
     assert convert(hf, out, "--model-parallel", 2)[0] == 0
     first = contents(out)
     monkeypatch.setattr(conversion, "_last_file", lambda *args: 1 / 0)
@@ -186,11 +186,11 @@ def test_an_unfinished_overwriting_leaves_the_old_checkpoint_in_use(
         assert (contents(out) == first) == (ranks == 2)
 
 
-def test_a_second_conversion_is_refused_whatever_its_flags(
+def test_a_second_conversion_is_refused_with_any_flags(
     hf: Path, out: Path, convert: Convert
 ) -> None:
     assert convert(hf, out, "--model-parallel", 2)[0] == 0
-    with Journal(out) as journal:
+    with ConversionJournal(out) as journal:
         journal.begin("another", ["x.safetensors"], [])
         before = contents(out)
         for flags in (["--overwrite"], [], ["--overwrite", "--verify"]):
@@ -214,7 +214,7 @@ def test_the_disk_must_hold_both(
     assert contents(out) == before
 
 
-def test_a_dry_run_says_what_would_go(hf: Path, out: Path, convert: Convert) -> None:
+def test_a_dry_run_lists_replaced_files(hf: Path, out: Path, convert: Convert) -> None:
     old_single_file(out, convert, hf)
     (out / "tokenizer.json").write_text("other")
     (out / "README.md").write_text("mine")
@@ -301,7 +301,7 @@ def test_files_of_the_source_are_never_touched(
 
 
 def test_a_target_inside_the_source(hf: Path, convert: Convert) -> None:
-    """It is common, and harmless: only files of the directory itself are copied."""
+    """Only files of the directory itself are copied, so this common case is harmless."""
     before = contents(hf)
     assert convert(hf, hf / "mp2", "--model-parallel", 2, "--verify")[0] == 0
     assert convert(hf, hf / "mp2", "--model-parallel", 2, "--overwrite", "--verify")[0] == 0
@@ -573,7 +573,7 @@ def test_a_source_that_changes_while_it_is_read(
     ids=range(5),
 )
 def test_a_damaged_journal(lines: list[str], hf: Path, out: Path, convert: Convert) -> None:
-    """It costs at most the work it noted."""
+    """Only the work in the journal is lost."""
     with open_source(hf) as source:
         plan = make_plan(source, ParallelConfig(world_size=2)).fingerprint
     (hf / "config.json.partial").write_text("mine")
@@ -610,7 +610,7 @@ def test_old_index_of_nothing_is_in_the_way(hf: Path, out: Path, convert: Conver
     assert code == 2 and "not the index of a checkpoint" in err
 
 
-def test_weights_are_replaced_by_what_they_are(hf: Path, out: Path, convert: Convert) -> None:
+def test_weights_are_recognized_by_their_content(hf: Path, out: Path, convert: Convert) -> None:
     """A file of weights that no index names is one by its name and how it begins."""
     out.mkdir()
     write_file(out / SINGLE, random_tensors(CONFIG, seed=3))

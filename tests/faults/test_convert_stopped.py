@@ -21,7 +21,7 @@ from tests.faults.converting import Convert, contents, looks_whole
 
 def test_one_writer_at_a_time(hf: Path, tmp_path: Path, convert: Convert) -> None:
     (tmp_path / "out").mkdir()
-    with conversion.Journal(tmp_path / "out"):
+    with conversion.ConversionJournal(tmp_path / "out"):
         code, _, err = convert(hf, tmp_path / "out", "--model-parallel", 2)
     assert code == 2
     assert "another conversion is writing here" in err
@@ -61,8 +61,8 @@ def test_abandoned_conversion_gives_way(
 SLOW = """
 import runpy, sys, time
 from dsv3.checkpoint import journal, writer
-put = writer.Spreader.put
-writer.Spreader.put = lambda *args: (time.sleep(0.004), put(*args))
+put = writer.TensorWriter.put
+writer.TensorWriter.put = lambda *args: (time.sleep(0.004), put(*args))
 journal.COMMIT_BYTES = 50_000
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -315,7 +315,7 @@ def test_a_hostile_file_is_refused_by_name(errors: dict[str, str], kind: str) ->
     assert line.isprintable() and len(line) <= MAX_LINE
 
 
-def test_what_the_format_allows_is_read(tmp_path: Path) -> None:
+def test_unusual_but_valid_headers_are_read(tmp_path: Path) -> None:
     """Metadata of null, and a tensor without values; links as in a hub's cache."""
     for file in DEMO.iterdir():
         (tmp_path / file.name).symlink_to(file)

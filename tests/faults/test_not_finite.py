@@ -189,7 +189,7 @@ def test_small_tensors_are_refused_by_name_when_loaded(
     )
     with open_source(path) as source, pytest.raises(CheckpointError) as refused:
         load_weights(source, module.targets(), ParallelConfig())
-    file = source.where(name)
+    file = source.file_of(name)
     assert str(refused.value).startswith(f"{file}: tensor {name} has values that are NaN")
 
 
@@ -224,7 +224,7 @@ def test_a_prompt_that_overflows_is_not_prewarmed(overflowing: Path, tmp_path: P
         (Cast.BF16, scale_name(f"{LAYER}mlp.experts.3.up_proj.weight"), INFINITY),
     ],
 )
-def test_a_cast_of_what_is_not_finite_is_refused_by_name(
+def test_a_cast_of_nan_or_infinity_is_refused(
     tmp_path: Path, cast: Cast, name: str, value: dict[str, bytes]
 ) -> None:
     quantization = FP8 if cast is Cast.BF16 else None

@@ -1,4 +1,4 @@
-"""The files that generate.py writes: never an input, and old results go only for new ones."""
+"""Output files of generate.py: never an input, and old results are only replaced by new ones."""
 
 import json
 import os
@@ -57,7 +57,7 @@ def wait_for_rows(out: Path, number: int, process: "subprocess.Popen[bytes]") ->
         time.sleep(0.01)
 
 
-def test_a_restart_keeps_what_the_job_has_overwritten(job: list[str], tmp_path: Path) -> None:
+def test_a_restart_keeps_results_after_overwrite(job: list[str], tmp_path: Path) -> None:
     """--overwrite holds for the job, not for each of its attempts."""
     out = tmp_path / "out.jsonl"
     out.write_text('{"id": "batch_req_1", "custom_id": "old", "response": {}}\n')

@@ -11,7 +11,7 @@ from dsv3.errors import RequestError
 from dsv3.request import Completion, Request, RequestOutput
 from dsv3.serve.batch import run_batch
 from dsv3.serve.batch_file import BatchInput
-from dsv3.serve.journal import Journal
+from dsv3.serve.journal import BatchJournal
 from dsv3.serve.sinks import JournalSink
 from dsv3.text.chat import ChatFormat
 from dsv3.text.defaults import Defaults
@@ -211,7 +211,7 @@ def results(folder: Path, lines: list[bytes]) -> list[dict[str, Any]]:
     """The output of a job with these rows."""
     (folder / "in.jsonl").write_bytes(b"\n".join(lines))
     rows = BatchInput(folder / "in.jsonl", Defaults())
-    with Journal(folder / "out.jsonl") as journal:
+    with BatchJournal(folder / "out.jsonl") as journal:
         journal.resume(rows)
         run_batch(EchoEngine(), rows, JournalSink(journal, TOKENIZER), ChatFormat(TOKENIZER))
     return [json.loads(line) for line in (folder / "out.jsonl").read_bytes().splitlines()]
@@ -226,15 +226,15 @@ def test_malformed_row(tmp_path: Path, kind: str) -> None:
     (error,) = [line for line in lines if line["response"]["status_code"] == 400]
     assert len(lines) == 3
     assert error["custom_id"] in ("bad", "line-3", "good 0")
-    told = error["response"]["body"]["error"]
-    assert told["type"] == "invalid_request_error"
-    assert told["message"].startswith(f"row 3: {reason}")
-    assert "\n" not in told["message"]
-    assert len(told["message"]) < 250
+    body = error["response"]["body"]["error"]
+    assert body["type"] == "invalid_request_error"
+    assert body["message"].startswith(f"row 3: {reason}")
+    assert "\n" not in body["message"]
+    assert len(body["message"]) < 250
 
 
 def test_all_malformed_rows_in_one_file(tmp_path: Path) -> None:
-    # One id each: whichever row came second would only be told that its id was used.
+    # Different ids, since a repeated id is an error of its own.
     bad = [
         line.replace(b'"bad"', b'"bad %d"' % i) for i, (line, _) in enumerate(MALFORMED.values())
     ]

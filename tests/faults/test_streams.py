@@ -55,7 +55,7 @@ def test_one_prompt_one_answer_and_nothing_else(program: str) -> None:
         ([], "x" * (17 << 20), "the prompt on standard input: longer than 16 MiB"),
         (["--prompt", " "], "", "--prompt is empty"),
         (["--prompt", "word " * 20_000], "", "--prompt: the prompt has"),
-        (["--input-file", ""], "", "--input-file is empty; give a file, or - for standard input"),
+        (["--input-file", ""], "", "--input-file is empty; give a value, or leave it out"),
     ],
 )
 def test_prompts_that_cannot_be_answered(flags: list[str], stdin: str, reason: str) -> None:

@@ -68,7 +68,7 @@ def test_another_template_takes_the_place_of_the_checkpoints(checkpoint: Path) -
         ("none.jinja", "cannot be read: No such file or directory"),
     ],
 )
-def test_a_given_template_must_be_good_whatever_is_asked(
+def test_a_given_template_must_be_valid_for_any_task(
     checkpoint: Path, name: str, reason: str
 ) -> None:
     rows, file = str(checkpoint / "rows.jsonl"), checkpoint / name

@@ -25,36 +25,36 @@ from triton.runtime.jit import JITFunction
 
 import dsv3_kernels  # noqa: F401 - all of its modules are looked through below
 from dsv3_kernels.attention._decode_tiles import tile_for as decode_tile
-from dsv3_kernels.attention.absorb_query import absorb_query_triton
-from dsv3_kernels.attention.expand_values import expand_values_triton
+from dsv3_kernels.attention.absorb_query import absorb_query
+from dsv3_kernels.attention.expand_values import expand_values
 from dsv3_kernels.attention.kv_fp8 import packed_bytes
-from dsv3_kernels.attention.merge_lse import merge_lse_triton
-from dsv3_kernels.attention.mha_decode import mha_decode_triton
-from dsv3_kernels.attention.mla_decode import mla_decode_triton
-from dsv3_kernels.attention.mla_decode_parts import mla_decode_parts_triton
-from dsv3_kernels.attention.mla_prefill import mla_prefill_packed_triton, mla_prefill_triton
+from dsv3_kernels.attention.merge_lse import merge_lse
+from dsv3_kernels.attention.mha_decode import mha_decode
+from dsv3_kernels.attention.mla_decode import launch_mla_decode
+from dsv3_kernels.attention.mla_decode_parts import mla_decode_parts
+from dsv3_kernels.attention.mla_prefill import KeysValues, launch_prefill
 from dsv3_kernels.attention.mla_prefill import tile_for as prefill_tile
-from dsv3_kernels.attention.norm_and_cache import norm_and_cache_triton
-from dsv3_kernels.attention.paging import Paging
+from dsv3_kernels.attention.norm_and_cache import norm_and_cache
+from dsv3_kernels.attention.paging import PageTables, Paging
 from dsv3_kernels.attention.parts import empty_parts, open_parts
-from dsv3_kernels.attention.rope import rotate_triton
-from dsv3_kernels.attention.rope_and_cache import rope_and_cache_triton
-from dsv3_kernels.attention.write_slots import write_slots_triton
+from dsv3_kernels.attention.rope import Rotation, rotate
+from dsv3_kernels.attention.rope_and_cache import EntryWrite, rope_and_cache
+from dsv3_kernels.attention.write_slots import write_slots
 from dsv3_kernels.gemm._split_k import make_locks
-from dsv3_kernels.gemm.act_quant import Quantized, act_quant_triton
-from dsv3_kernels.gemm.bf16_gemm import bf16_gemm_triton
-from dsv3_kernels.gemm.fp8_gemm import OLD_TILES, TILES, _launch_large, fp8_gemm_triton
-from dsv3_kernels.gemm.weight_dequant import weight_dequant_triton
-from dsv3_kernels.moe.grouped_down import grouped_down_triton
-from dsv3_kernels.moe.grouped_gate_up import grouped_gate_up_triton
+from dsv3_kernels.gemm.act_quant import Quantized, act_quant
+from dsv3_kernels.gemm.bf16_gemm import bf16_gemm
+from dsv3_kernels.gemm.fp8_gemm import OLD_TILES, TILES, fp8_gemm, launch_large
+from dsv3_kernels.gemm.weight_dequant import weight_dequant
+from dsv3_kernels.moe.grouped_down import grouped_down
+from dsv3_kernels.moe.grouped_gate_up import grouped_gate_up
 from dsv3_kernels.moe.grouped_gemm import Stack
-from dsv3_kernels.moe.permute import permute_triton, unpermute_triton
-from dsv3_kernels.moe.route import Routing, route_triton
-from dsv3_kernels.moe.route_and_permute import route_and_permute_triton
-from dsv3_kernels.moe.router_logits import router_logits_triton
-from dsv3_kernels.ops.rmsnorm import add_rmsnorm_triton
-from dsv3_kernels.ops.sample import sample_triton
-from dsv3_kernels.ops.silu_mul import silu_mul_quant_triton
+from dsv3_kernels.moe.permute import LocalExperts, permute, unpermute
+from dsv3_kernels.moe.route import RouterInput, Routing, route
+from dsv3_kernels.moe.route_and_permute import route_and_permute
+from dsv3_kernels.moe.router_logits import router_logits
+from dsv3_kernels.ops.rmsnorm import add_rmsnorm
+from dsv3_kernels.ops.sample import RowParams, sample
+from dsv3_kernels.ops.silu_mul import silu_mul_quant
 from dsv3_kernels.ops.sum_norm import Peers, sum_norm
 
 # Hopper's matrix units, tiles through TMA, words to and from other GPUs, loads past the cache.
@@ -70,18 +70,18 @@ MARKS = (
 def launches(capability: int) -> None:
     """Call every wrapper with tensors whose shapes matter and whose values do not."""
     x = torch.zeros(129, 512, dtype=torch.bfloat16)
-    q = act_quant_triton(x)
-    add_rmsnorm_triton(x[:1], x[:1].float(), torch.ones(512), 1e-6, quant=True)
-    silu_mul_quant_triton(x[:1], ue8m0=True)
+    q = act_quant.kernel(x)
+    add_rmsnorm.kernel(x[:1], x[:1].float(), torch.ones(512), 1e-6, quant=True)
+    silu_mul_quant.kernel(x[:1], ue8m0=True)
     for ranks in (8, 3):
         peers = Peers.at([1 << 40] * ranks, 0, x.device)
         sum_norm(x[:1], x[:1].float(), torch.ones(512), 1e-6, peers, quant=True)
     w, scale = torch.zeros(576, 512).to(torch.float8_e4m3fn), torch.ones(5, 4)
-    weight_dequant_triton(w[:100, :100], scale[:1, :1], torch.bfloat16)
+    weight_dequant.kernel(w[:100, :100], scale[:1, :1], torch.bfloat16)
     few_rows()
     is_hopper, y = capability >= 90, torch.zeros(129, 576, dtype=torch.bfloat16)
     for tile in TILES[:2] if is_hopper else OLD_TILES[-1:]:
-        _launch_large(q, w, scale, y, tile, tma=is_hopper)
+        launch_large(q, w, scale, y, tile, tma=is_hopper)
     routing()
     experts(is_hopper)
     attention(is_hopper)
@@ -90,43 +90,44 @@ def launches(capability: int) -> None:
 def few_rows() -> None:
     """One row, as many as a program takes, more, odd ones of a wider tensor; K split and not."""
     w, x = (torch.zeros(n, 1024, dtype=torch.bfloat16) for n in (576, 128))
-    bf16_gemm_triton(x[:1], w, locks=make_locks(w))
-    bf16_gemm_triton(x[:64], w, torch.float32)
-    bf16_gemm_triton(x[:20, :100], w[:70, :100].contiguous())
-    w, scale, q = w.to(torch.float8_e4m3fn), torch.ones(5, 8), act_quant_triton(x)
+    bf16_gemm.kernel(x[:1], w, locks=make_locks(w))
+    bf16_gemm.kernel(x[:64], w, torch.float32)
+    bf16_gemm.kernel(x[:20, :100], w[:70, :100].contiguous())
+    w, scale, q = w.to(torch.float8_e4m3fn), torch.ones(5, 8), act_quant.kernel(x)
     for rows in (1, 128):
-        fp8_gemm_triton(Quantized(q.q[:rows], q.scale[:rows]), w, scale, locks=make_locks(w))
-    fp8_gemm_triton(q, w, scale)
+        fp8_gemm.kernel(Quantized(q.q[:rows], q.scale[:rows]), w, scale, locks=make_locks(w))
+    fp8_gemm.kernel(q, w, scale)
     half = Quantized(q.q[:, :512].contiguous(), q.scale[:, :4].contiguous())
-    fp8_gemm_triton(half, w[:, :512].contiguous(), scale[:, :4].contiguous())
+    fp8_gemm.kernel(half, w[:, :512].contiguous(), scale[:, :4].contiguous())
 
 
 def routing() -> None:
     """From hidden states to the rows of experts, and back."""
     rule = Routing("sigmoid", "noaux_tc", 8, 8, 4, True, 2.5)
     for tokens, dtype in ((1, torch.bfloat16), (300, torch.bfloat16), (2, torch.float32)):
-        logits = router_logits_triton(torch.zeros(tokens, 512, dtype=dtype), torch.zeros(256, 512))
+        logits = router_logits.kernel(torch.zeros(tokens, 512, dtype=dtype), torch.zeros(256, 512))
     position = torch.zeros(1, dtype=torch.int64)
-    route_triton(torch.zeros(16, 1, 256), torch.zeros(256), rule, position)
-    ids, weight = route_triton(logits[:, :1].contiguous(), None, rule)
+    route.kernel(RouterInput(torch.zeros(16, 1, 256), torch.zeros(256), rule, position))
+    ids, weight = route.kernel(RouterInput(logits[:, :1].contiguous(), None, rule))
+    locks = make_locks(torch.zeros(256, 1))
     for tokens in (1, 8, 16):
-        logits, held = torch.zeros(16, tokens, 256), (32, 32, make_locks(logits))
-        route_and_permute_triton(logits, torch.zeros(256), rule, None, *held)
+        router = RouterInput(torch.zeros(16, tokens, 256), torch.zeros(256), rule)
+        route_and_permute.kernel(router, LocalExperts(32, 32), locks)
     for num_local in (1, 256):
-        groups = permute_triton(ids, 0, num_local)
+        groups = permute.kernel(ids, LocalExperts(0, num_local))
     y = torch.zeros(8, 512, dtype=torch.bfloat16)
-    unpermute_triton(y, groups.slot_TK, weight, torch.zeros(2, 512))
+    unpermute.kernel(y, groups.slot_TK, weight, torch.zeros(2, 512))
 
 
 def experts(is_hopper: bool) -> None:
     """Both products, for few rows and for many, in every kind of numbers."""
-    groups = permute_triton(torch.zeros(3, 2, dtype=torch.int64), 0, 4)
+    groups = permute.kernel(torch.zeros(3, 2, dtype=torch.int64), LocalExperts(0, 4))
     gate_up, down = torch.zeros(4, 512, 512), torch.zeros(4, 512, 256)
     fp8 = [
         Stack(w.to(torch.float8_e4m3fn), torch.ones(4, 4, w.shape[2] // 128))
         for w in (gate_up, down)
     ]
-    quantized = [act_quant_triton(torch.zeros(m, k)) for m, k in ((3, 512), (6, 256))]
+    quantized = [act_quant.kernel(torch.zeros(m, k)) for m, k in ((3, 512), (6, 256))]
     cases = [(quantized, fp8, rows) for rows in ((1, 64, 256) if is_hopper else (256,))]
     for dtype in (torch.bfloat16, torch.float32):
         x = [torch.zeros(3, 512, dtype=dtype), torch.zeros(6, 256, dtype=dtype)]
@@ -134,8 +135,8 @@ def experts(is_hopper: bool) -> None:
     if is_hopper:
         cases += [(x, fp8, 1)]
     for x, w, rows in cases:
-        grouped_gate_up_triton(x[0], w[0], groups, rows)
-        grouped_down_triton(x[1], w[1], groups, rows, torch.bfloat16, torch.zeros(3, 2))
+        grouped_gate_up.kernel(x[0], w[0], groups, rows)
+        grouped_down.kernel(x[1], w[1], groups, rows, torch.bfloat16, torch.zeros(3, 2))
 
 
 def stack_of(cubin: bytes) -> int:
@@ -155,31 +156,40 @@ def attention(is_hopper: bool) -> None:
     """The kernels of the attention layer at V3's shapes, over every form of the cache."""
     page, pos = torch.zeros(2, 40, dtype=torch.int32), torch.zeros(2, 1, dtype=torch.int64)
     packed = torch.zeros(64, packed_bytes(512, 64), dtype=torch.uint8)
-    trig, slot = torch.zeros(4, 32), torch.zeros(4, dtype=torch.int64)
+    slot = torch.zeros(4, dtype=torch.int64)
+    rotation = Rotation(torch.zeros(4, 32), torch.zeros(4, 32), True)
     plain, kv = (torch.zeros(64, width, dtype=torch.bfloat16) for width in (576, 16 * 320))
     forms = (plain, 16), (packed, 16), (plain, 32), (plain, 128), (packed, 128), (plain.float(), 16)
     for cache, heads in forms:
         q = torch.zeros(2, 1, heads, 576, dtype=torch.bfloat16)
         tile = decode_tile(heads, cache.dtype == torch.float32, is_hopper)
-        mla_decode_triton(q, cache, page, pos, Paging(64, 8, 1), 512, 0.1, tile)
+        launch_mla_decode(q, cache, PageTables(page, pos, Paging(64, 8, 1)), 512, 0.1, tile)
     for cache in (plain, packed):
-        latent = kv[:4, 1536:2112]
-        into = latent, torch.ones(512), 1e-6, trig, trig, True, cache, slot, 2
-        rope_and_cache_triton(*into)
-        norm_and_cache_triton(kv[:4, :1536], torch.ones(1536), cache is packed, False, into)
-    write_slots_triton(plain, slot, plain[:4])
+        write = EntryWrite(
+            kv_TX=kv[:4, 1536:2112],
+            weight_C=torch.ones(512),
+            eps=1e-6,
+            rotation=rotation,
+            cache_SX=cache,
+            slot_T=slot,
+            keep_from=2,
+        )
+        rope_and_cache.kernel(write)
+        norm_and_cache.kernel(kv[:4, :1536], torch.ones(1536), cache is packed, False, write)
+    write_slots.kernel(plain, slot, plain[:4])
     absorption(page, pos, plain)
     q = torch.zeros(4, 16, 192, dtype=torch.bfloat16)
-    rotate_triton(q[..., 128:], trig, trig, True)
+    rotate.kernel(q[..., 128:], rotation)
     k_r, start = kv[:4, None, :64].expand(-1, 16, -1), torch.tensor([0, 1, 4], dtype=torch.int32)
-    keys = q[..., :128], k_r, q[..., :128]
-    mla_prefill_packed_triton(q, *keys, start, 3, 0.1, prefill_tile(False, is_hopper))
-    exact = (x.float() for x in (q, *keys))
-    mla_prefill_triton(*exact, 0, 9, 0.1, prefill_tile(True, is_hopper))
-    mha_decode_triton(q[:2], kv, page, pos[:, 0], Paging(64), 0.1)
-    merge_lse_triton(torch.zeros(8, 4, 16, 513)[..., :-1], torch.zeros(8, 4, 16))
-    top_k, *rest = torch.zeros(4, 2, dtype=torch.int64)
-    sample_triton(torch.zeros(2, 129280), torch.ones(2), top_k, *torch.ones(2, 2), *rest)
+    keys = KeysValues(q[..., :128], k_r, q[..., :128])
+    launch_prefill(q, keys, start, 3, 0, 0.1, prefill_tile(False, is_hopper))
+    exact = KeysValues(keys.k_SHN.float(), keys.k_SHR.float(), keys.v_SHV.float())
+    launch_prefill(q.float(), exact, None, 4, 9, 0.1, prefill_tile(True, is_hopper))
+    mha_decode.kernel(q[:2], kv, PageTables(page, pos, Paging(64)), 0.1)
+    merge_lse.kernel(torch.zeros(8, 4, 16, 513)[..., :-1], torch.zeros(8, 4, 16))
+    zeros, ones = torch.zeros(2, dtype=torch.int64), torch.ones(2)
+    params = RowParams(ones, zeros, ones, ones, zeros, zeros, zeros)
+    sample.kernel(torch.zeros(2, 129280), params)
 
 
 def absorption(page: torch.Tensor, pos: torch.Tensor, cache: torch.Tensor) -> None:
@@ -187,12 +197,13 @@ def absorption(page: torch.Tensor, pos: torch.Tensor, cache: torch.Tensor) -> No
     w = torch.zeros(16, 256, 512, dtype=torch.bfloat16)
     for dtype in (torch.bfloat16, torch.float32):
         q, trig = torch.zeros(2, 16, 192, dtype=dtype), torch.zeros(2, 32)
-        q = absorb_query_triton(q, w[:, :128].to(dtype), trig, trig, True)
-        expand_values_triton(q[None, ..., :512].float(), None, w[:, 128:].to(dtype), True)
+        q = absorb_query.kernel(q, w[:, :128].to(dtype), Rotation(trig, trig, True))
+        expand_values.kernel(q[None, ..., :512].float(), None, w[:, 128:].to(dtype), True)
     q = torch.zeros(8, 2, 16, 576, dtype=torch.bfloat16)
     parts = empty_parts(q, 512)
-    mla_decode_parts_triton(q, cache, page, pos, Paging(64, 8, 1), 0.1, parts)
-    expand_values_triton(*open_parts(parts), w[:, 128:], True)
+    tables = PageTables(page, pos, Paging(64, 8, 1))
+    mla_decode_parts.kernel(q, cache, tables, 0.1, parts)
+    expand_values.kernel(*open_parts(parts), w[:, 128:], True)
 
 
 class NoDevice:

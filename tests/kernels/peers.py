@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dsv3.distributed.mesh import Mesh
 from dsv3_kernels import Peers, shared_bytes, sum_norm
-from dsv3_kernels.ops.rmsnorm import add_rmsnorm_triton
-from dsv3_kernels.ops.sum_norm import MAX_ROWS, sum_norm_ref
+from dsv3_kernels.ops.rmsnorm import add_rmsnorm
+from dsv3_kernels.ops.sum_norm import MAX_ROWS, sum_norm_of_parts
 from dsv3_kernels.testing import assert_bitwise_equal
 from tests.distributed.matrix import run_case
 from tests.distributed.ranks import CPU
@@ -87,10 +87,10 @@ def count_wrong_sums(mesh: Mesh, folder: Path, how: str = "") -> int:
             quant = x.shape[1] % 128 == 0, step % 2 == 0
             results.append((sum_norm(x, parts[rank], weight, 1e-6, peers, *quant), quant))
     for ((total, h, q), quant), (x, parts, weight) in zip(results, given, strict=True):
-        want = sum_norm_ref(x, parts, weight, 1e-6)[0]
+        want = sum_norm_of_parts(x, parts, weight, 1e-6)[0]
         wrong += not torch.equal(total, want)
         if not how:
-            _, want_h, want_q = add_rmsnorm_triton(want, None, weight, 1e-6, *quant)
+            _, want_h, want_q = add_rmsnorm.kernel(want, None, weight, 1e-6, *quant)
             assert_bitwise_equal("norm", h, want_h)
             if q is not None:
                 assert_bitwise_equal("q", q.q, want_q.q)

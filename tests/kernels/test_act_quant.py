@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from dsv3_kernels import act_quant
-from dsv3_kernels.gemm.act_quant import act_quant_ref, act_quant_triton
 from dsv3_kernels.testing import assert_bitwise_equal
 
 
@@ -40,16 +39,16 @@ def test_triton(shape: tuple[int, ...], dtype: torch.dtype, ue8m0: bool) -> None
     torch.manual_seed(1)
     x = (torch.randn(shape) * torch.randn(*shape[:-1], 1).exp() * 3).to(dtype)
     x.view(-1, 128)[0] = 0
-    got, want = act_quant_triton(x, ue8m0), act_quant_ref(x, ue8m0)
+    got, want = act_quant.kernel(x, ue8m0), act_quant.reference(x, ue8m0)
     assert_bitwise_equal("scale", got.scale, want.scale)
     assert_bitwise_equal("q", got.q, want.q)
-    assert [t.shape for t in act_quant_triton(x[:0], ue8m0)] == [t[:0].shape for t in want]
+    assert [t.shape for t in act_quant.kernel(x[:0], ue8m0)] == [t[:0].shape for t in want]
 
 
 def test_rows_do_not_see_each_other() -> None:
     torch.manual_seed(2)
     x = torch.randn(40, 256)
-    for op in (act_quant, act_quant_triton):
+    for op in (act_quant, act_quant.kernel):
         whole, part = op(x), op(x[17:19])
         assert_bitwise_equal("q", part.q, whole.q[17:19])
         assert_bitwise_equal("scale", part.scale, whole.scale[17:19])

@@ -1,7 +1,5 @@
 """The attention layer over all its kernels: what it computes over the references."""
 
-import sys
-
 import pytest
 import torch
 
@@ -10,20 +8,11 @@ from dsv3.cache.pool import CachePool
 from dsv3.engine.runner import BatchBuilder
 from dsv3.model.attention import MLA
 from dsv3.model.rotary import Rotary
+from dsv3_kernels import operation
 from dsv3_kernels.testing import assert_close
 from tests.distributed.layers import CONFIG, CPU, FORMAT, attention_plan, filled
 from tests.distributed.ranks import alone
 
-KERNELS = (
-    "merge_lse",
-    "mha_decode",
-    "mla_decode",
-    "mla_prefill",
-    "norm_and_cache",
-    "rope",
-    "rope_and_cache",
-    "write_slots",
-)
 # Sequence -> (context, new tokens), as `attention_plan` takes them; the shorter ones in front.
 STEPS = [
     {0: (0, 1), 1: (0, 20)},
@@ -45,9 +34,7 @@ def test_layer(form: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
         x = torch.randn(len(plan.token_ids), CONFIG.hidden_size)
         outs = []
         for pool, by_kernel in zip(pools, (False, True), strict=True):
-            for name in KERNELS:
-                module = sys.modules[f"dsv3_kernels.attention.{name}"]
-                monkeypatch.setattr(module, "use_triton", lambda _, yes=by_kernel: yes)
+            monkeypatch.setattr(operation, "use_triton", lambda _, yes=by_kernel: yes)
             with torch.inference_mode():
                 outs.append(layer(x, rotary(batch.position_T), batch, pool.layer(0)))
         assert_close("attention", outs[1], outs[0], 1e-5)

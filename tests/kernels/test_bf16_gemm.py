@@ -1,6 +1,5 @@
 """The product of few bfloat16 rows against the float32 product, in the interpreter."""
 
-import sys
 from typing import Any
 
 import pytest
@@ -8,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dsv3_kernels import linear, make_locks
+from dsv3_kernels import linear, make_locks, operation
 from dsv3_kernels.gemm._split_k import splits_of
-from dsv3_kernels.gemm.bf16_gemm import FEW_ROWS, bf16_gemm_ref, bf16_gemm_triton
+from dsv3_kernels.gemm.bf16_gemm import FEW_ROWS, bf16_gemm
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 
 BF16 = torch.bfloat16
@@ -32,20 +31,20 @@ def matrices(M: int, N: int, K: int) -> tuple[Tensor, Tensor]:
 def test_few_rows(M: int, N: int, K: int, locked: bool) -> None:
     x, w = matrices(M, N, K)
     locks = make_locks(w) if locked else None
-    got = bf16_gemm_triton(x, w, torch.float32, locks)
-    assert_close("y", got, bf16_gemm_ref(x, w, torch.float32), 1e-5)
-    assert_close("bf16", bf16_gemm_triton(x, w, BF16, locks), bf16_gemm_ref(x, w), 2**-7)
+    got = bf16_gemm.kernel(x, w, torch.float32, locks)
+    assert_close("y", got, bf16_gemm.reference(x, w, torch.float32), 1e-5)
+    assert_close("bf16", bf16_gemm.kernel(x, w, BF16, locks), bf16_gemm.reference(x, w), 2**-7)
     if locks is not None:  # left as they were found, for the next launch
         assert not locks.any()
-        assert_bitwise_equal("again", bf16_gemm_triton(x, w, torch.float32, locks), got)
-        assert_bitwise_equal("unlocked", bf16_gemm_triton(x, w, torch.float32), got)
+        assert_bitwise_equal("again", bf16_gemm.kernel(x, w, torch.float32, locks), got)
+        assert_bitwise_equal("unlocked", bf16_gemm.kernel(x, w, torch.float32), got)
 
 
 def test_definition() -> None:
     x, w = matrices(5, 70, 300)
     want = x.double() @ w.double().T
-    assert_close("fp32", bf16_gemm_ref(x, w, torch.float32), want, 1e-6)
-    assert_close("bf16", bf16_gemm_ref(x, w), want, 2**-8)
+    assert_close("fp32", bf16_gemm.reference(x, w, torch.float32), want, 1e-6)
+    assert_close("bf16", bf16_gemm.reference(x, w), want, 2**-8)
 
 
 def test_rows_do_not_see_each_other() -> None:
@@ -58,11 +57,11 @@ def test_rows_do_not_see_each_other() -> None:
     scale = 2.0 ** torch.randint(-20, 21, (K // 64,)).repeat_interleave(64)
     x = (torch.randint(-8, 9, (65, K)) * scale).to(BF16)
     w = torch.randint(-8, 9, (100, K)).to(BF16)
-    whole = bf16_gemm_triton(x, w, torch.float32)
+    whole = bf16_gemm.kernel(x, w, torch.float32)
     assert not torch.equal(whole, x.float() @ w.float().T)
     for rows in (slice(0, 1), slice(37, 40), slice(5, 22), slice(0, 64)):
         for locks in (None, make_locks(w)):
-            got = bf16_gemm_triton(x[rows], w, torch.float32, locks)
+            got = bf16_gemm.kernel(x[rows], w, torch.float32, locks)
             assert_bitwise_equal(f"{rows}", got, whole[rows])
 
 
@@ -71,10 +70,10 @@ def test_rows_of_a_wider_tensor() -> None:
     x, w = matrices(3, 70, 200)
     wide = torch.full((4, 264), torch.nan, dtype=BF16)
     wide[:3, :200] = x
-    got = bf16_gemm_triton(wide[:3, :200], w, torch.float32)
-    assert_bitwise_equal("strided", got, bf16_gemm_triton(x, w, torch.float32))
+    got = bf16_gemm.kernel(wide[:3, :200], w, torch.float32)
+    assert_bitwise_equal("strided", got, bf16_gemm.kernel(x, w, torch.float32))
     columns = x.t().contiguous().t()
-    assert_bitwise_equal("columns", bf16_gemm_triton(columns, w, torch.float32), got)
+    assert_bitwise_equal("columns", bf16_gemm.kernel(columns, w, torch.float32), got)
 
 
 def test_what_is_not_ours_is_left_to_torch() -> None:
@@ -87,19 +86,20 @@ def test_what_is_not_ours_is_left_to_torch() -> None:
 
 
 def test_few_rows_are_ours_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    module, calls = sys.modules["dsv3_kernels.gemm.bf16_gemm"], []
+    calls: list[int] = []
+    kernel = bf16_gemm.kernel
 
     def ours(x: Tensor, *args: Any) -> Tensor:
         calls.append(len(x))
-        return bf16_gemm_triton(x, *args)
+        return kernel(x, *args)
 
-    monkeypatch.setattr(module, "use_triton", lambda w: True)
-    monkeypatch.setattr(module, "bf16_gemm_triton", ours)
+    monkeypatch.setattr(operation, "use_triton", lambda w: True)
+    monkeypatch.setattr(bf16_gemm, "kernel", ours)
     x, w = matrices(FEW_ROWS + 1, 30, 130)
     locks = make_locks(w)
     for M in (0, 1, FEW_ROWS, FEW_ROWS + 1):
         y = linear(x[:M], w, None, locks)
-        assert_close(f"{M} rows", y, bf16_gemm_ref(x[:M], w), 2**-7)
+        assert_close(f"{M} rows", y, bf16_gemm.reference(x[:M], w), 2**-7)
     assert linear(x[:2], w, torch.float32).dtype == torch.float32
     linear(x[:2].float(), w.float())
     linear(x[:2, :0], w[:, :0])
@@ -112,7 +112,7 @@ def test_few_rows_are_ours_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_on_a_gpu(N: int, K: int) -> None:
     """A row has the same bits among few rows. Run with TRITON_INTERPRET=0."""
     x, w = (t.cuda() for t in matrices(300, N, K))
-    want = bf16_gemm_ref(x, w, torch.float32)
+    want = bf16_gemm.reference(x, w, torch.float32)
     rows: dict[bool, Tensor] = {}
     locks = make_locks(w)
     for M in (1, 8, 16, 17, 64, 65, 300):

@@ -1,7 +1,5 @@
 """What a CUDA graph is to hold: a decode step over the kernels, in which the host sees no value."""
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import dsv3_kernels
 from benchlib import rank as bench_rank
 from benchlib.rank import Rank, RankShape
 from benchlib.stand_in import StandIn
@@ -29,6 +26,7 @@ from dsv3.model.transformer import Transformer
 from dsv3.parallel.expert_placement import Placement
 from dsv3.parallel.token_rows import FP8, DispatchSettings
 from dsv3.request import SamplingParams
+from dsv3_kernels import operation
 
 interpreter = pytest.importorskip("triton.runtime.interpreter")
 CPU = torch.device("cpu")
@@ -66,13 +64,6 @@ def nobody_looks() -> Iterator[None]:
         yield
 
 
-def use_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in pkgutil.walk_packages(dsv3_kernels.__path__, "dsv3_kernels."):
-        loaded = importlib.import_module(module.name)
-        if hasattr(loaded, "use_triton"):
-            monkeypatch.setattr(loaded, "use_triton", lambda x: True)
-
-
 def step(drawn: bool) -> StepPlan:
     plan = StepPlan.greedy(
         np.array([5, 9, 7], np.int32), np.array([3, 64, 9], np.int32), np.arange(1, 7).reshape(3, 2)
@@ -100,7 +91,7 @@ def check_nobody_looks(
             bucket = steps.bucket(plans)
             assert bucket is not None and bucket.rows == 4
             steps.run(bucket, plans[0], *tables)
-        use_kernels(monkeypatch)
+        monkeypatch.setattr(operation, "use_triton", lambda x: True)
         for bucket, inputs in steps._inputs.items():
             with nobody_looks():
                 steps._compute(bucket, inputs)

@@ -17,7 +17,17 @@ from dsv3_kernels._triton import HAS_TRITON
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 ROOT = Path(__file__).parents[2]
 # They run steps, which wait for nothing but what the one before has sampled.
-STEPS = ("runner", "sampler", "transfer", "attention", "moe", "experts", "linear", "rows")
+STEPS = (
+    "runner",
+    "sampler",
+    "step_result",
+    "transfer",
+    "attention",
+    "moe",
+    "expert_dispatch",
+    "linear",
+    "sequence_parallel",
+)
 
 
 def dry_run(*command: object) -> dict[str, Any]:
@@ -76,7 +86,7 @@ def test_demo_in_fp8(tmp_path: Path) -> None:
     assert "_sample_kernel" in report["launches"] and "_mla_prefill_kernel" in report["launches"]
     events = json.loads(stats.read_text())["events"]
     assert events["evictions"] > 0, events
-    waits = {"transfer.py fresh pinned memory", "sampler.py Event.synchronize"}
+    waits = {"transfer.py fresh pinned memory", "step_result.py Event.synchronize"}
     assert waits_of_steps(report) == waits
 
 

@@ -5,11 +5,10 @@ import torch
 from torch import Tensor
 
 from dsv3_kernels import act_quant, empty_parts, expand_values, open_parts
-from dsv3_kernels.attention.expand_values import expand_values_ref, expand_values_triton
-from dsv3_kernels.attention.merge_lse import merge_lse_ref
+from dsv3_kernels.attention.merge_lse import merge_lse
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 
-both = pytest.mark.parametrize("expand", [expand_values_ref, expand_values_triton])
+both = pytest.mark.parametrize("expand", [expand_values.reference, expand_values.kernel])
 
 
 def operands(
@@ -32,7 +31,7 @@ def test_definition(expand) -> None:
     z, lse, w = operands(3, 4, 2, 16, 8)
     got, quantized = expand(z, lse, w)
     assert got.shape == (4, 16) and quantized is None
-    merged = merge_lse_ref(z, lse)[0].double()
+    merged = merge_lse.reference(z, lse)[0].double()
     for h in range(2):
         assert_close("values", got[:, 8 * h : 8 * h + 8], merged[:, h] @ w[h].double().T, 1e-5)
     assert bool((got[-1] == 0).all()), "a row without any key"
@@ -43,7 +42,7 @@ def test_definition(expand) -> None:
 )
 def test_kernel(shape: tuple[int, ...]) -> None:
     args = operands(*shape)
-    got, want = expand_values_triton(*args)[0], expand_values_ref(*args)[0]
+    got, want = expand_values.kernel(*args)[0], expand_values.reference(*args)[0]
     assert got.shape == want.shape
     if got.numel():
         assert_close("values", got, want, 1e-5)
@@ -53,7 +52,7 @@ def test_kernel(shape: tuple[int, ...]) -> None:
 def test_one_part_needs_no_weight(expand) -> None:
     z, lse, w = operands(1, 5, 2, 32, 16)
     lse[:], z[:] = 3.0, torch.randn(z.shape)
-    want = expand_values_ref(z, lse, w)[0]
+    want = expand_values.reference(z, lse, w)[0]
     assert_close("values", expand(z, None, w)[0], want, 1e-6)
 
 
@@ -61,7 +60,7 @@ def test_one_part_needs_no_weight(expand) -> None:
 @pytest.mark.parametrize("values", [128, 256])
 def test_quantized_in_the_same_launch(values: int, ue8m0: bool) -> None:
     args = operands(2, 19, 3, 64, values)
-    o, quantized = expand_values_triton(*args, True, ue8m0)
+    o, quantized = expand_values.kernel(*args, True, ue8m0)
     assert quantized is not None
     for name, got, want in zip(("q", "scale"), quantized, act_quant(o, ue8m0), strict=True):
         assert_bitwise_equal(name, got, want)
@@ -75,15 +74,15 @@ def test_values_that_are_no_blocks_are_quantized_all_the_same() -> None:
 
 def test_bfloat16() -> None:
     args = operands(4, 20, 2, 128, 128, torch.bfloat16)
-    got = expand_values_triton(*args)[0]
+    got = expand_values.kernel(*args)[0]
     assert got.dtype == torch.bfloat16
-    assert_close("values", got.float(), expand_values_ref(*args)[0].float(), 2e-2)
+    assert_close("values", got.float(), expand_values.reference(*args)[0].float(), 2e-2)
 
 
 def test_a_token_does_not_depend_on_the_others() -> None:
     z, lse, w = operands(2, 40, 2, 64, 128)
-    whole = expand_values_triton(z, lse, w)[0]
+    whole = expand_values.kernel(z, lse, w)[0]
     for t in (0, 17, 39):
         one = slice(t, t + 1)
-        alone = expand_values_triton(z[:, one], lse[:, one], w)[0]
+        alone = expand_values.kernel(z[:, one], lse[:, one], w)[0]
         assert_bitwise_equal("alone", alone, whole[one])

@@ -8,16 +8,7 @@ from torch import Tensor
 
 from dsv3_kernels import Quantized, act_quant, fp8_gemm, make_locks, weight_dequant
 from dsv3_kernels.gemm._split_k import splits_of
-from dsv3_kernels.gemm.fp8_gemm import (
-    OLD_TILES,
-    TILES,
-    Tile,
-    _launch_large,
-    fp8_gemm_ref,
-    fp8_gemm_triton,
-    is_small,
-    tile_of,
-)
+from dsv3_kernels.gemm.fp8_gemm import OLD_TILES, TILES, Tile, is_small, launch_large, tile_of
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 
 
@@ -31,7 +22,7 @@ def matrices(M: int, N: int, K: int) -> tuple[Quantized, Tensor, Tensor]:
 
 def large(x: Quantized, w: Tensor, scale: Tensor, tile: Tile, tma: bool) -> Tensor:
     y = torch.empty(len(x.q), len(w))
-    _launch_large(x, w, scale, y, tile, tma)
+    launch_large(x, w, scale, y, tile, tma)
     return y
 
 
@@ -54,12 +45,12 @@ def test_definition() -> None:
 def test_few_rows(M: int, N: int, K: int, locked: bool) -> None:
     x, w, scale = matrices(M, N, K)
     locks = make_locks(w) if locked else None
-    got = fp8_gemm_triton(x, w, scale, torch.float32, locks)
-    assert_close("y", got, fp8_gemm_ref(x, w, scale, torch.float32), 1e-5)
+    got = fp8_gemm.kernel(x, w, scale, torch.float32, locks)
+    assert_close("y", got, fp8_gemm.reference(x, w, scale, torch.float32), 1e-5)
     if locks is not None:  # left as they were found, for the next launch
         assert not locks.any()
-        assert_bitwise_equal("again", fp8_gemm_triton(x, w, scale, torch.float32, locks), got)
-        assert_bitwise_equal("unlocked", fp8_gemm_triton(x, w, scale, torch.float32), got)
+        assert_bitwise_equal("again", fp8_gemm.kernel(x, w, scale, torch.float32, locks), got)
+        assert_bitwise_equal("unlocked", fp8_gemm.kernel(x, w, scale, torch.float32), got)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +60,7 @@ def test_few_rows(M: int, N: int, K: int, locked: bool) -> None:
 def test_many_rows(M: int, N: int, K: int, tile: Tile) -> None:
     x, w, scale = matrices(M, N, K)
     pointers = large(x, w, scale, tile, tma=False)
-    assert_close("y", pointers, fp8_gemm_ref(x, w, scale, torch.float32), 1e-5)
+    assert_close("y", pointers, fp8_gemm.reference(x, w, scale, torch.float32), 1e-5)
     if tile in TILES:
         assert_bitwise_equal("descriptors", large(x, w, scale, tile, tma=True), pointers)
 
@@ -78,14 +69,14 @@ def test_many_rows(M: int, N: int, K: int, tile: Tile) -> None:
 def test_native_operands(M: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on GPUs whose e4m3 Triton knows, the interpreter multiplies e4m3 itself."""
     x, w, scale = matrices(M, 200, 1024)
-    few, many = (fp8_gemm_triton(x, w, scale, torch.float32), large(x, w, scale, TILES[0], True))
+    few, many = (fp8_gemm.kernel(x, w, scale, torch.float32), large(x, w, scale, TILES[0], True))
     for module in (
         sys.modules["dsv3_kernels.gemm._e4m3"],
         sys.modules["dsv3_kernels.gemm.fp8_gemm"],
     ):
         monkeypatch.setattr(module, "is_native", lambda x: True)
     # Tiles of 128 rows are then taken, whose blocks numpy adds in another order.
-    assert_close("few", fp8_gemm_triton(x, w, scale, torch.float32), few, 1e-6)
+    assert_close("few", fp8_gemm.kernel(x, w, scale, torch.float32), few, 1e-6)
     assert_bitwise_equal("many", large(x, w, scale, TILES[0], True), many)
 
 
@@ -93,7 +84,7 @@ def test_tiles_in_groups() -> None:
     """More tiles of rows than a group has, and a last group that is not full."""
     x, w, scale = matrices(64 * 10 - 5, 200, 128)
     got = large(x, w, scale, TILES[-1], tma=False)
-    assert_close("y", got, fp8_gemm_ref(x, w, scale, torch.float32), 1e-5)
+    assert_close("y", got, fp8_gemm.reference(x, w, scale, torch.float32), 1e-5)
 
 
 def test_rows_do_not_see_each_other() -> None:
@@ -104,13 +95,13 @@ def test_rows_do_not_see_each_other() -> None:
     q = torch.randint(-8, 9, (129, 1024)).to(torch.float8_e4m3fn)
     w = torch.randint(-8, 9, (100, 1024)).to(torch.float8_e4m3fn)
     x, scale = Quantized(q, torch.rand(129, 8)), torch.rand(1, 8)
-    few = fp8_gemm_triton(x, w, scale, torch.float32)
+    few = fp8_gemm.kernel(x, w, scale, torch.float32)
     many = large(x, w, scale, TILES[0], tma=False)
     assert not torch.equal(few, many)  # the order counts
     for rows in (slice(0, 1), slice(37, 40), slice(0, 64)):
         part = Quantized(x.q[rows], x.scale[rows])
         for locks in (None, make_locks(w)):
-            got = fp8_gemm_triton(part, w, scale, torch.float32, locks)
+            got = fp8_gemm.kernel(part, w, scale, torch.float32, locks)
             assert_bitwise_equal("few", got, few[rows])
         for tile in TILES:
             assert_bitwise_equal("many", large(part, w, scale, tile, tma=False), many[rows])
@@ -123,7 +114,7 @@ def test_on_a_gpu(N: int, K: int) -> None:
     """A row has the same bits however many there are. Run with TRITON_INTERPRET=0."""
     x, w, scale = (t.cuda() if isinstance(t, Tensor) else t for t in matrices(2051, N, K))
     x = Quantized(x.q.cuda(), x.scale.cuda())
-    want = fp8_gemm_ref(x, w, scale, torch.float32)
+    want = fp8_gemm.reference(x, w, scale, torch.float32)
     rows: dict[bool, Tensor] = {}
     for M in (1, 8, 16, 17, 64, 128, 256, 1024, 2051):
         part, locks = Quantized(x.q[:M], x.scale[:M]), make_locks(w)
@@ -136,12 +127,12 @@ def test_on_a_gpu(N: int, K: int) -> None:
 
 def test_shapes() -> None:
     x, w, scale = matrices(6, 100, 256)
-    y = fp8_gemm_triton(x, w, scale)
+    y = fp8_gemm.kernel(x, w, scale)
     assert y.dtype == torch.bfloat16
     stacked = Quantized(x.q.view(2, 3, 256), x.scale.view(2, 3, 2))
-    assert_bitwise_equal("leading", fp8_gemm_triton(stacked, w, scale), y.view(2, 3, 100))
+    assert_bitwise_equal("leading", fp8_gemm.kernel(stacked, w, scale), y.view(2, 3, 100))
     empty = Quantized(x.q[:0], x.scale[:0])
-    assert fp8_gemm_triton(empty, w, scale).shape == fp8_gemm(empty, w, scale).shape == (0, 100)
+    assert fp8_gemm.kernel(empty, w, scale).shape == fp8_gemm(empty, w, scale).shape == (0, 100)
 
 
 def test_forms_of_published_shapes() -> None:

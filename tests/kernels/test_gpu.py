@@ -3,15 +3,8 @@
 import pytest
 import torch
 
-from dsv3_kernels import (
-    act_quant,
-    add_rmsnorm,
-    rmsnorm,
-    silu_mul,
-    silu_mul_quant,
-    weight_dequant,
-)
-from dsv3_kernels.gemm.act_quant import Quantized, act_quant_ref
+from dsv3_kernels import act_quant, add_rmsnorm, rmsnorm, silu_mul, silu_mul_quant, weight_dequant
+from dsv3_kernels.gemm.act_quant import Quantized
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 
 pytestmark = [
@@ -21,7 +14,7 @@ pytestmark = [
 
 
 def check_quantized(name: str, got: Quantized, x: torch.Tensor, ue8m0: bool) -> None:
-    want = act_quant_ref(x.cpu(), ue8m0)
+    want = act_quant.reference(x.cpu(), ue8m0)
     assert_bitwise_equal(f"{name}: scale", got.scale.cpu(), want.scale)
     assert_bitwise_equal(f"{name}: q", got.q.cpu(), want.q)
 

@@ -1,12 +1,18 @@
 """The attention layer's kernels on a real GPU (TRITON_INTERPRET=0), at V3's shapes."""
 
+from dataclasses import fields, replace
 from itertools import pairwise
 
 import pytest
 import torch
 
 from dsv3_kernels import (
+    EntryWrite,
+    KeysValues,
+    PageTables,
     Paging,
+    Rotation,
+    RowParams,
     absorb_query,
     act_quant,
     add_rmsnorm,
@@ -22,17 +28,9 @@ from dsv3_kernels import (
 )
 from dsv3_kernels._triton import is_hopper
 from dsv3_kernels.attention._decode_tiles import tile_for
-from dsv3_kernels.attention.absorb_query import absorb_query_ref
-from dsv3_kernels.attention.expand_values import expand_values_ref
-from dsv3_kernels.attention.mha_decode import mha_decode_ref, mha_decode_triton
-from dsv3_kernels.attention.mla_decode import (
-    mla_decode_ref,
-    mla_decode_triton,
-)
-from dsv3_kernels.attention.mla_prefill import mla_prefill_packed, mla_prefill_ref
-from dsv3_kernels.attention.rope import rotate_ref
-from dsv3_kernels.attention.rope_and_cache import rope_and_cache_ref
-from dsv3_kernels.ops.sample import sample_ref
+from dsv3_kernels.attention.mha_decode import mha_decode
+from dsv3_kernels.attention.mla_decode import launch_mla_decode, mla_decode
+from dsv3_kernels.attention.mla_prefill import mla_prefill, mla_prefill_packed
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 from tests.kernels.paged import scatter
 
@@ -64,17 +62,19 @@ def test_mla_decode(
     pos = torch.tensor(lengths)[:, None] - queries + torch.arange(queries)
     pos[1], page[1] = -1, 0
     args = [t.cuda() for t in (q, cache, page, pos)]
-    want = mla_decode_ref(q, cache, page, pos, paging, 512, 0.05)
-    chosen = mla_decode_triton(*args, paging, 512, 0.05)
+    tables = PageTables(args[2], args[3], paging)
+    want = mla_decode.reference(q, cache, PageTables(page, pos, paging), 512, 0.05)
+    chosen = mla_decode.kernel(args[0], args[1], tables, 512, 0.05)
     # With splits of a given length, as always in float32, nothing depends on the batch.
     tile = tile_for(heads * queries, dtype == torch.float32, is_hopper(args[0]))
-    got = mla_decode_triton(*args, paging, 512, 0.05, tile)
+    got = launch_mla_decode(args[0], args[1], tables, 512, 0.05, tile)
     for result in (chosen, got):
         for name, x, y in zip(("o", "lse"), result, want, strict=True):
             assert_close(name, x.cpu(), y, TOLERANCE[dtype])
     for b in range(4):
-        q_b, page_b, pos_b = (args[i][b : b + 1] for i in (0, 2, 3))
-        one = mla_decode_triton(q_b, args[1], page_b, pos_b, paging, 512, 0.05, tile)
+        one = launch_mla_decode(
+            args[0][b : b + 1], args[1], tables.sequences(b, b + 1), 512, 0.05, tile
+        )
         assert_bitwise_equal("alone", one[0][0], got[0][b])
         if dtype == torch.float32:
             assert_bitwise_equal("chosen", chosen[0][b], got[0][b])
@@ -86,10 +86,11 @@ def test_way_of_a_step_through_latent_space(dtype: torch.dtype, tokens: int) -> 
     """Absorb, attend with the heads of eight ranks, merge what eight ranks found, expand."""
     torch.manual_seed(5)
     w, angle = torch.randn(16, 256, 512).to(dtype) / 20, torch.rand(tokens, 32) * 50
-    rope = angle.cos(), angle.sin(), True
+    rotation = Rotation(angle.cos(), angle.sin(), True)
+    moved = Rotation(angle.cos().cuda(), angle.sin().cuda(), True)
     q = torch.randn(tokens, 16, 192).to(dtype)
-    absorbed = absorb_query(q.cuda(), w[:, :128].cuda(), *(x.cuda() for x in rope[:2]), True)
-    want = absorb_query_ref(q, w[:, :128], *rope)
+    absorbed = absorb_query(q.cuda(), w[:, :128].cuda(), moved)
+    want = absorb_query.reference(q, w[:, :128], rotation)
     assert_close("queries", absorbed.cpu().float(), want.float(), TOLERANCE[dtype])
     ranks = torch.stack([want.roll(i, -1) for i in range(8)])
     parts, sent = [], []
@@ -100,12 +101,13 @@ def test_way_of_a_step_through_latent_space(dtype: torch.dtype, tokens: int) -> 
         for device, out in (("cpu", parts), ("cuda", sent)):
             args = [t.to(device) for t in (ranks, cache.to(dtype), page, pos)]
             out.append(empty_parts(args[0], 512))
-            mla_decode_parts(*args, paging, 0.05, out[-1])
+            tables = PageTables(args[2], args[3], paging)
+            mla_decode_parts(args[0], args[1], tables, 0.05, out[-1])
     parts, sent = torch.stack(parts)[:, 0], torch.stack(sent)[:, 0]
     for name, x, y in zip(("o", "lse"), open_parts(sent), open_parts(parts), strict=True):
         assert_close(name, x.cpu().float(), y.float(), TOLERANCE[dtype])
     back, quantized = expand_values(*open_parts(sent), w[:, 128:].cuda(), True)
-    values, _ = expand_values_ref(*open_parts(sent.cpu()), w[:, 128:])
+    values, _ = expand_values.reference(*open_parts(sent.cpu()), w[:, 128:])
     assert_close("values", back.cpu().float(), values.float(), TOLERANCE[dtype])
     assert quantized is not None
     for name, x, y in zip(("q", "scale"), quantized, act_quant(back), strict=True):
@@ -119,9 +121,10 @@ def test_mla_prefill(dtype: torch.dtype) -> None:
     q, kv = torch.randn(1000, 16, 192).to(dtype), torch.randn(1000, 16, 256).to(dtype)
     k_r, start = torch.randn(1000, 1, 64).to(dtype), torch.tensor(starts, dtype=torch.int32)
     args = q, kv[..., :128], k_r.expand(-1, 16, -1), kv[..., 128:]
-    got = mla_prefill_packed(*(t.cuda() for t in args), start.cuda(), 800, 0.07)
+    keys, moved = KeysValues(*args[1:]), KeysValues(*(t.cuda() for t in args[1:]))
+    got = mla_prefill_packed(q.cuda(), moved, start.cuda(), 800, 0.07)
     for a, b in pairwise(starts):
-        want = mla_prefill_ref(*(t[a:b] for t in args), 0, 0, 0.07)
+        want = mla_prefill.reference(q[a:b], keys.rows(a, b), 0, 0, 0.07)
         for x, y in zip(got, want, strict=True):
             assert_close(f"rows {a} to {b}", x[a:b].cpu(), y, TOLERANCE[dtype])
 
@@ -132,9 +135,10 @@ def test_mha_decode(dtype: torch.dtype) -> None:
     lengths = [3, 63, 1500]
     cache, page = scatter([torch.randn(n, 16 * 320) for n in lengths], Paging(64))
     q, pos = torch.randn(3, 16, 192).to(dtype), torch.tensor(lengths) - 1
-    args = [t.cuda() for t in (q, cache.to(dtype), page, pos)]
-    got = mha_decode_triton(*args, Paging(64), 0.07).cpu()
-    want = mha_decode_ref(q, cache.to(dtype), page, pos, Paging(64), 0.07)
+    tables = PageTables(page, pos[:, None], Paging(64))
+    moved = PageTables(page.cuda(), pos[:, None].cuda(), Paging(64))
+    got = mha_decode.kernel(q.cuda(), cache.to(dtype).cuda(), moved, 0.07).cpu()
+    want = mha_decode.reference(q, cache.to(dtype), tables, 0.07)
     assert_close("o", got, want, 2e-5)
 
 
@@ -145,17 +149,33 @@ def test_rope_and_cache(dtype: torch.dtype, is_packed: bool) -> None:
     kv, angle = torch.randn(50, 2112).to(dtype)[:, 1536:], torch.rand(50, 32) * 50
     slot = torch.randperm(60)[:50].where(torch.rand(50) < 0.7, torch.tensor(-1))
     cache = torch.zeros(60, 656, dtype=torch.uint8) if is_packed else torch.zeros(60, 576)
-    args = kv, torch.rand(512) + 0.5, 1e-6, angle.cos(), angle.sin(), True, cache, slot, 20
-    moved = [x.cuda() if isinstance(x, torch.Tensor) else x for x in args]
-    got, want = rope_and_cache(*moved), rope_and_cache_ref(*args)
+    write = EntryWrite(
+        kv_TX=kv,
+        weight_C=torch.rand(512) + 0.5,
+        eps=1e-6,
+        rotation=Rotation(angle.cos(), angle.sin(), True),
+        cache_SX=cache,
+        slot_T=slot,
+        keep_from=20,
+    )
+    rotation = Rotation(angle.cos().cuda(), angle.sin().cuda(), True)
+    moved = replace(
+        write,
+        kv_TX=kv.cuda(),
+        weight_C=write.weight_C.cuda(),
+        rotation=rotation,
+        cache_SX=cache.cuda(),
+        slot_T=slot.cuda(),
+    )
+    got, want = rope_and_cache(moved), rope_and_cache.reference(write)
     # A last place of e4m3 where a quotient falls to the other side.
     assert_close("kept", got.float().cpu(), want.float(), 2**-3 if is_packed else 2**-7)
     unwritten = cache.float().abs().sum(1) == 0
-    assert bool((moved[6].cpu()[unwritten] == 0).all())
+    assert bool((moved.cache_SX.cpu()[unwritten] == 0).all())
     x = torch.randn(50, 16, 192).to(dtype)
     y = x.cuda()
-    rotate(y[..., 128:], moved[3], moved[4], True)
-    rotate_ref(x[..., 128:], args[3], args[4], True)
+    rotate(y[..., 128:], rotation)
+    rotate.reference(x[..., 128:], write.rotation)
     assert_close("rotated", y.cpu().float(), x.float(), 2**-7)
 
 
@@ -170,19 +190,19 @@ def test_norm_and_cache(tokens: int, is_packed: bool) -> None:
     cache = torch.zeros(tokens, 656 if is_packed else 576, device="cuda")
     cache = cache.to(torch.uint8 if is_packed else torch.bfloat16)
     weights = torch.rand(1536).cuda() + 0.5, torch.rand(512).cuda() + 0.5
-    entry = kv, weights[1], 1e-6, angle.cos(), angle.sin(), True
+    entry = kv, weights[1], 1e-6, Rotation(angle.cos(), angle.sin(), True)
     others, keep = cache.clone(), tokens // 2
-    into = *entry, cache, slot, keep
-    norm_and_cache(query, weights[0], True, False, into)
+    write = EntryWrite(*entry, cache, slot, keep)
+    norm_and_cache(query, weights[0], True, False, write)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        h, q, kept = norm_and_cache(query, weights[0], True, False, into)
+        h, q, kept = norm_and_cache(query, weights[0], True, False, write)
     for _ in range(3):
         x.normal_()
         cache.zero_()
         graph.replay()
         _, want_h, want_q = add_rmsnorm(query, None, weights[0], 1e-6, True)
-        want_kept = rope_and_cache(*entry, others.zero_(), slot, keep)
+        want_kept = rope_and_cache(EntryWrite(*entry, others.zero_(), slot, keep))
         assert q is not None and want_q is not None
         pairs = (h, want_h), (kept, want_kept), (cache, others), *zip(q, want_q, strict=True)
         for i, pair in enumerate(pairs):
@@ -194,15 +214,16 @@ def test_sample() -> None:
     torch.manual_seed(4)
     B = 200
     rows = torch.arange(B)
-    args = (
-        torch.randn(B, 129_280) * 3,
-        torch.tensor([0.0, 0.7, 1.3])[rows % 3],
-        torch.tensor([0, 5, 0, 50, 1000])[rows % 5],
-        torch.tensor([1.0, 0.9, 0.3, 0.999])[rows % 4],
-        torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 0.2, 0.01])[rows % 7],
-        rows * 0x1234567_89ABCDEF - 2**62,
-        rows % 11,
-        rows * 1_000_003,
+    logits = torch.randn(B, 129_280) * 3
+    params = RowParams(
+        temperature_B=torch.tensor([0.0, 0.7, 1.3])[rows % 3],
+        top_k_B=torch.tensor([0, 5, 0, 50, 1000])[rows % 5],
+        top_p_B=torch.tensor([1.0, 0.9, 0.3, 0.999])[rows % 4],
+        min_p_B=torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 0.2, 0.01])[rows % 7],
+        seed_B=rows * 0x1234567_89ABCDEF - 2**62,
+        answer_B=rows % 11,
+        position_B=rows * 1_000_003,
     )
-    got, want = sample(*(x.cuda() for x in args)).cpu(), sample_ref(*args)
+    moved = RowParams(**{f.name: getattr(params, f.name).cuda() for f in fields(params)})
+    got, want = sample(logits.cuda(), moved).cpu(), sample.reference(logits, params)
     assert int((got != want).sum()) <= 1

@@ -5,21 +5,21 @@ import torch
 from torch import Tensor
 
 from dsv3_kernels import (
+    LocalExperts,
     Quantized,
+    RouterInput,
     Routing,
     Stack,
     act_quant,
     experts,
     make_locks,
+    permute,
     route,
     route_and_permute,
     router_logits,
 )
-from dsv3_kernels.moe.grouped_gate_up import grouped_gate_up_ref, grouped_gate_up_triton
-from dsv3_kernels.moe.grouped_gemm import dequantize
-from dsv3_kernels.moe.moe import experts_ref
-from dsv3_kernels.moe.permute import permute, permute_ref
-from dsv3_kernels.moe.route import route_ref
+from dsv3_kernels.gemm.act_quant import dequantize
+from dsv3_kernels.moe.grouped_gate_up import grouped_gate_up
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 
 pytestmark = [
@@ -61,13 +61,13 @@ def test_from_hidden_states_to_rows(tokens: int) -> None:
     last = router_logits(x[-1:], w).cumsum(0)[-1]
     rule, bias = Routing("sigmoid", "noaux_tc", 8, 8, 4, True, 2.5), torch.randn(256, device="cuda")
     scaled = (logits.sum(0, keepdim=True) * 0.01).contiguous()
-    ids, weight = route(scaled, bias, rule)
-    want_ids, want_weight = route_ref(scaled.cpu(), bias.cpu(), rule)
+    ids, weight = route(RouterInput(scaled, bias, rule))
+    want_ids, want_weight = route.reference(RouterInput(scaled.cpu(), bias.cpu(), rule))
     same = (ids.cpu() == want_ids).all(1)
     assert same.float().mean() > 0.99, "only near ties may differ"
     assert_close("weights", weight.cpu()[same], want_weight[same], 1e-5)
     assert_close("last token", last, logits.sum(0)[-1:], 1e-6)
-    got, want = permute(ids, 32, 32), permute_ref(ids, 32, 32)
+    got, want = permute(ids, LocalExperts(32, 32)), permute.reference(ids, LocalExperts(32, 32))
     for name in ("start_E", "count_E", "entry_M", "slot_TK"):
         assert_bitwise_equal(name, getattr(got, name), getattr(want, name))
 
@@ -76,9 +76,9 @@ def test_from_hidden_states_to_rows(tokens: int) -> None:
 def test_the_bits_of_every_tile(kind: str) -> None:
     torch.manual_seed(1)
     (w, _), x = matrices(kind), hidden(300, kind)
-    groups = permute(torch.randint(0, E, (300, 2), device="cuda"), 0, E)
-    want = dequantize(grouped_gate_up_ref(x, w, groups))
-    results = [grouped_gate_up_triton(x, w, groups, rows) for rows in (1, 20, 64, 256)]
+    groups = permute(torch.randint(0, E, (300, 2), device="cuda"), LocalExperts(0, E))
+    want = dequantize(grouped_gate_up.reference(x, w, groups, 1))
+    results = [grouped_gate_up.kernel(x, w, groups, rows) for rows in (1, 20, 64, 256)]
     for got in results:
         # A quantized value may lie one step of e4m3 away.
         assert_close("h", dequantize(got), want, 0.07 if kind == "fp8" else KINDS[kind])
@@ -94,7 +94,7 @@ def test_experts(tokens: int, kind: str) -> None:
     ids[tokens // 2 :, 0] = 3  # one of them has many
     weight = torch.rand(tokens, K, device="cuda")
     got = experts(x, ids, weight, 2, gate_up, down)
-    want = experts_ref(x, ids, weight, 2, gate_up, down)
+    want = experts.reference(x, ids, weight, 2, gate_up, down)
     assert_close("experts", got, want, KINDS[kind])
     rows = slice(tokens // 2, tokens // 2 + 3)
     part = experts(some(x, rows), ids[rows], weight[rows], 2, gate_up, down)
@@ -122,22 +122,23 @@ def test_routed_and_sorted_in_one_launch(tokens: int) -> None:
     rule, bias = Routing("sigmoid", "noaux_tc", 8, 8, 4, True, 2.5), torch.randn(256).cuda() / 8
     logits, locks = torch.randn(16, tokens, 256, device="cuda"), make_locks(bias[:, None])
     position = torch.arange(tokens, device="cuda") - 1
+    local = LocalExperts(32, 32)
     x, side = torch.randn(4096, 4096, device="cuda"), torch.cuda.Stream()
     for where in (None, position):
-        step = logits, bias, rule, where
-        route_and_permute(*step, 32, 32, locks)
+        router = RouterInput(logits, bias, rule, where)
+        route_and_permute(router, local, locks)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 busy = x.sin().cos().exp()
-            results = [route_and_permute(*step, 32, 32, locks) for _ in range(3)]
+            results = [route_and_permute(router, local, locks) for _ in range(3)]
             torch.cuda.current_stream().wait_stream(side)
         for _ in range(100):
             logits.normal_()
             graph.replay()
-            want_ids, want_weight = route(*step)
-            want = permute(want_ids, 32, 32)
+            want_ids, want_weight = route(router)
+            want = permute(want_ids, local)
             for ids, weight, groups in results:
                 assert_bitwise_equal("ids", ids, want_ids)
                 assert_bitwise_equal("weights", weight, want_weight)

@@ -12,8 +12,8 @@ from torch import multiprocessing as mp
 
 from dsv3.distributed.collectives import OneShotGroup, connect
 from dsv3_kernels import Peers, shared_bytes, sum_norm
-from dsv3_kernels.gemm.act_quant import act_quant_ref
-from dsv3_kernels.ops.sum_norm import MAX_ROWS, sum_norm_ref
+from dsv3_kernels.gemm.act_quant import act_quant
+from dsv3_kernels.ops.sum_norm import MAX_ROWS, sum_norm_of_parts
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 
 pytestmark = [
@@ -35,11 +35,11 @@ def operands(step: int, ranks: int, device: torch.device) -> tuple[Tensor, list[
 
 
 def check(got: tuple, x: Tensor, parts: list[Tensor], weight: Tensor, ue8m0: bool) -> None:
-    want = sum_norm_ref(x, parts, weight, 1e-6)
+    want = sum_norm_of_parts(x, parts, weight, 1e-6)
     assert_bitwise_equal("sum", got[0], want[0])
     assert_close("norm", got[1], want[1], 2**-7)
     if got[2] is not None:
-        quantized = act_quant_ref(got[1].cpu(), ue8m0)
+        quantized = act_quant.reference(got[1].cpu(), ue8m0)
         assert_bitwise_equal("scale", got[2].scale.cpu(), quantized.scale)
         assert_bitwise_equal("q", got[2].q.cpu(), quantized.q)
 

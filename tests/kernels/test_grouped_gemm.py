@@ -2,12 +2,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv3_kernels.gemm.act_quant import Quantized, act_quant
+from dsv3_kernels.gemm.act_quant import Quantized, act_quant, dequantize
 from dsv3_kernels.moe import grouped_gemm
-from dsv3_kernels.moe.grouped_down import grouped_down_ref, grouped_down_triton
-from dsv3_kernels.moe.grouped_gate_up import grouped_gate_up_ref, grouped_gate_up_triton
-from dsv3_kernels.moe.grouped_gemm import Launch, Stack, Tile, dequantize
-from dsv3_kernels.moe.permute import Groups, masked_groups, permute
+from dsv3_kernels.moe.grouped_down import grouped_down
+from dsv3_kernels.moe.grouped_gate_up import grouped_gate_up
+from dsv3_kernels.moe.grouped_gemm import Launch, Stack, Tile
+from dsv3_kernels.moe.permute import Groups, LocalExperts, masked_groups, permute
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 
 E, D, F = 6, 256, 128
@@ -35,7 +35,7 @@ def activations(rows: int, cols: int, kind: str) -> Tensor | Quantized:
 def routed(tokens: int, k: int = 3) -> Groups:
     """Entries of ten experts, the middle six of them here; the first has none."""
     ids = torch.stack([torch.randperm(7)[:k] + 3 for _ in range(tokens)])
-    return permute(ids, 2, E)
+    return permute(ids, LocalExperts(2, E))
 
 
 def rows_of(groups: Groups) -> Tensor:
@@ -57,16 +57,16 @@ def test_products(kind: str, tile, monkeypatch) -> None:
     rows = rows_of(groups)
     assert 0 < len(rows) < 27 and int(groups.count_E[0]) == 0
     x, gate_up, down = activations(9, D, kind), stack(2 * F, D, kind), stack(D, F, kind)
-    h = grouped_gate_up_triton(x, gate_up, groups, 1)
-    want = grouped_gate_up_ref(x, gate_up, groups)
+    h = grouped_gate_up.kernel(x, gate_up, groups, 1)
+    want = grouped_gate_up.reference(x, gate_up, groups, 1)
     assert type(h) is type(want)
     # A quantized value may be one step off where its float32 lies at the edge of two.
     assert_close(
         "h", dequantize(h)[rows], dequantize(want)[rows], 0.03 if kind == "fp8" else TOLERANCE[kind]
     )
     weight = torch.rand(9, 3)
-    y = grouped_down_triton(want, down, groups, 1, torch.float32, weight)
-    want_y = grouped_down_ref(want, down, groups, torch.float32, weight)
+    y = grouped_down.kernel(want, down, groups, 1, torch.float32, weight)
+    want_y = grouped_down.reference(want, down, groups, 1, torch.float32, weight)
     assert y.shape == (27, D) and y.dtype == torch.float32
     assert_close("y", y[rows], want_y[rows], TOLERANCE[kind])
 
@@ -80,12 +80,12 @@ def test_matrices_through_descriptors(kind: str, monkeypatch) -> None:
     rows = rows_of(groups)
     x, gate_up = activations(9, D, kind), stack(2 * F, D, kind)
     h, down = activations(27, F, kind), stack(200, F, kind)
-    pointers = grouped_gate_up_triton(x, gate_up, groups, 1)
-    pointers_y = grouped_down_triton(h, down, groups, 1, torch.float32)
+    pointers = grouped_gate_up.kernel(x, gate_up, groups, 1)
+    pointers_y = grouped_down.kernel(h, down, groups, 1, torch.float32)
     monkeypatch.setattr(Launch, "uses_tma", lambda self: True)
-    got = grouped_gate_up_triton(x, gate_up, groups, 1)
+    got = grouped_gate_up.kernel(x, gate_up, groups, 1)
     assert_bitwise_equal("h", dequantize(got)[rows], dequantize(pointers)[rows])
-    got = grouped_down_triton(h, down, groups, 1, torch.float32)
+    got = grouped_down.kernel(h, down, groups, 1, torch.float32)
     assert_bitwise_equal("y", got[rows], pointers_y[rows])
 
 
@@ -101,13 +101,13 @@ def test_ragged_matrices(kind: str, hidden: int, inner: int, monkeypatch) -> Non
         stack(2 * inner, hidden, kind),
         stack(hidden, inner, kind),
     )
-    want = grouped_gate_up_ref(x, gate_up, groups)
+    want = grouped_gate_up.reference(x, gate_up, groups, 1)
     for tile in (TILES[0], TILES[4]):
         monkeypatch.setattr(grouped_gemm, "_tile", lambda *args, tile=tile: tile)
-        h = grouped_gate_up_triton(x, gate_up, groups, 1)
+        h = grouped_gate_up.kernel(x, gate_up, groups, 1)
         assert_close("h", h[rows], want[rows], TOLERANCE[kind])
-        y = grouped_down_triton(want, down, groups, 1, torch.float32)
-        want_y = grouped_down_ref(want, down, groups, torch.float32)
+        y = grouped_down.kernel(want, down, groups, 1, torch.float32)
+        want_y = grouped_down.reference(want, down, groups, 1, torch.float32)
         assert_close("y", y[rows], want_y[rows], TOLERANCE[kind])
 
 
@@ -125,12 +125,11 @@ def test_masked_layout(kind: str) -> None:
         x.scale[unused] = float("nan")
     else:
         x[unused] = float("nan")
-    h = grouped_gate_up_triton(x, gate_up, groups, 3)
-    assert_close(
-        "h", dequantize(h)[rows], dequantize(grouped_gate_up_ref(x, gate_up, groups))[rows], 0.03
-    )
-    y = grouped_down_triton(h, down, groups, 3, torch.float32)
-    want = grouped_down_ref(h, down, groups, torch.float32)
+    h = grouped_gate_up.kernel(x, gate_up, groups, 3)
+    want_h = grouped_gate_up.reference(x, gate_up, groups, 3)
+    assert_close("h", dequantize(h)[rows], dequantize(want_h)[rows], 0.03)
+    y = grouped_down.kernel(h, down, groups, 3, torch.float32)
+    want = grouped_down.reference(h, down, groups, 1, torch.float32)
     assert_close("y", y[rows], want[rows], 1e-6)
 
 
@@ -146,11 +145,11 @@ def test_a_row_depends_on_nothing_but_itself(monkeypatch) -> None:
     """Not on the tile, its place in it, the other rows, or how many there are."""
     torch.manual_seed(3)
     x, w = whole_numbers(24, 256, 2)
-    groups = permute(torch.arange(24)[:, None] // 5 % 2, 0, 2)
+    groups = permute(torch.arange(24)[:, None] // 5 % 2, LocalExperts(0, 2))
     results = []
     for tile in (TILES[0], TILES[2], TILES[4], TILES[6]):
         monkeypatch.setattr(grouped_gemm, "_tile", lambda *args, tile=tile: tile)
-        results.append(grouped_down_triton(x, w, groups, 1, torch.float32))
+        results.append(grouped_down.kernel(x, w, groups, 1, torch.float32))
         assert_bitwise_equal(f"{tile}", results[-1], results[0])
         alone = masked_groups(torch.tensor([1, 0]), 1)
         for expert in (0, 1):
@@ -159,7 +158,7 @@ def test_a_row_depends_on_nothing_but_itself(monkeypatch) -> None:
             mine = Stack(
                 w.weight[expert].expand(2, -1, -1).contiguous(), w.block_scale[[expert] * 2]
             )
-            got = grouped_down_triton(one, mine, alone, 1, torch.float32)
+            got = grouped_down.kernel(one, mine, alone, 1, torch.float32)
             assert_bitwise_equal("alone", got, results[0][row : row + 1])
 
 
@@ -171,19 +170,19 @@ def test_the_quantized_bits_do_not_depend_on_the_tile(tile, monkeypatch) -> None
     x.scale.mul_(0.01)
     groups = routed(9, 1)
     rows = rows_of(groups)
-    first = grouped_gate_up_triton(x, w, groups, 1)
+    first = grouped_gate_up.kernel(x, w, groups, 1)
     monkeypatch.setattr(grouped_gemm, "_tile", lambda *args: tile)
-    other = grouped_gate_up_triton(x, w, groups, 1)
+    other = grouped_gate_up.kernel(x, w, groups, 1)
     assert isinstance(first, Quantized) and isinstance(other, Quantized)
     assert_bitwise_equal("q", other.q[rows], first.q[rows])
     assert_bitwise_equal("scale", other.scale[rows], first.scale[rows])
 
 
 def test_nothing_to_do() -> None:
-    groups = permute(torch.full((4, 2), -1), 0, E)
+    groups = permute(torch.full((4, 2), -1), LocalExperts(0, E))
     w = stack(2 * F, D, "float32")
-    assert grouped_gate_up_triton(torch.randn(4, D), w, groups, 1).shape == (8, F)
-    groups = permute(torch.empty((0, 2), dtype=torch.int64), 0, E)
-    assert grouped_gate_up_triton(torch.empty(0, D), w, groups, 1).shape == (0, F)
-    none = grouped_down_triton(torch.empty(0, D), w, groups, 1, torch.bfloat16)
+    assert grouped_gate_up.kernel(torch.randn(4, D), w, groups, 1).shape == (8, F)
+    groups = permute(torch.empty((0, 2), dtype=torch.int64), LocalExperts(0, E))
+    assert grouped_gate_up.kernel(torch.empty(0, D), w, groups, 1).shape == (0, F)
+    none = grouped_down.kernel(torch.empty(0, D), w, groups, 1, torch.bfloat16)
     assert none.shape == (0, 2 * F) and none.dtype == torch.bfloat16

@@ -5,7 +5,7 @@ import struct
 import pytest
 import torch
 
-from dsv3_kernels import Paging, mla_decode, pack_latent, packed_bytes, unpack_latent
+from dsv3_kernels import PageTables, Paging, mla_decode, pack_latent, packed_bytes, unpack_latent
 
 
 def test_published_size() -> None:
@@ -50,8 +50,9 @@ def test_decode_reads_the_packed_form() -> None:
     page, query_pos = torch.tensor([[3, 1], [2, 0]], dtype=torch.int32), torch.tensor([[2], [1]])
     packed = pack_latent(entry, 128)
     plain = unpack_latent(packed, 128, torch.float32)
-    got = mla_decode(query, packed, page, query_pos, Paging(2), 128, 0.1)
-    want = mla_decode(query, plain, page, query_pos, Paging(2), 128, 0.1)
+    tables = PageTables(page, query_pos, Paging(2))
+    got = mla_decode(query, packed, tables, 128, 0.1)
+    want = mla_decode(query, plain, tables, 128, 0.1)
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
 

@@ -3,11 +3,11 @@ import math
 import pytest
 import torch
 
-from dsv3_kernels.attention.merge_lse import merge_lse_ref, merge_lse_triton, softmax_lse
+from dsv3_kernels.attention.merge_lse import merge_lse, softmax_lse
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 from tests.kernels.definitions import attend
 
-both = pytest.mark.parametrize("merge_lse", [merge_lse_ref, merge_lse_triton])
+both = pytest.mark.parametrize("merge_lse", [merge_lse.reference, merge_lse.kernel])
 
 
 @both
@@ -71,6 +71,6 @@ def test_kernel(shape: tuple[int, ...]) -> None:
     o[lse == -math.inf] = 0
     # As they come from an all-to-all: the log-sum-exp behind the values.
     packed = torch.cat((o, lse.unsqueeze(-1)), -1)
-    got = merge_lse_triton(packed[..., :-1], packed[..., -1])
-    for name, x, y in zip(("o", "lse"), got, merge_lse_ref(o, lse), strict=True):
+    got = merge_lse.kernel(packed[..., :-1], packed[..., -1])
+    for name, x, y in zip(("o", "lse"), got, merge_lse.reference(o, lse), strict=True):
         assert x.numel() == 0 or assert_close(name, x, y, 2e-6) is None

@@ -3,8 +3,8 @@ import sys
 import pytest
 import torch
 
-from dsv3_kernels import Paging, mha_decode
-from dsv3_kernels.attention.mha_decode import mha_decode_ref, mha_decode_triton
+from dsv3_kernels import PageTables, Paging, mha_decode
+from dsv3_kernels.attention.mha_decode import launch_mha_decode
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 from tests.kernels.definitions import attend
 from tests.kernels.paged import scatter
@@ -20,13 +20,21 @@ def make(lengths: list[int]):
     return kv, (torch.randn(len(lengths), H, X), *scatter([e.flatten(1) for e in kv], PAGING))
 
 
+def decode(q, cache, page, query_pos, op=mha_decode):
+    return op(q, cache, PageTables(page, query_pos[:, None], PAGING), 0.25)
+
+
+def by_kernel(q, cache, page, query_pos, split: int):
+    return launch_mha_decode(q, cache, PageTables(page, query_pos[:, None], PAGING), 0.25, split)
+
+
 @pytest.mark.parametrize("ahead", [0, 2])
 def test_mha_decode(ahead: int) -> None:
     """`ahead`: keys cached behind the query's own position, which it must not see."""
     lengths = [3, 64, 33]
     kv, args = make(lengths)
     query_pos = torch.tensor(lengths) - 1 - ahead
-    got = mha_decode(*args, query_pos, PAGING, 0.25)
+    got = decode(*args, query_pos)
     assert got.dtype == torch.float32
     for b, n in enumerate(lengths):
         for h in range(H):
@@ -37,8 +45,8 @@ def test_mha_decode(ahead: int) -> None:
 
 def test_padding_rows_see_nothing() -> None:
     _, args = make([20, 3])
-    want = mha_decode(*args, torch.tensor([19, 2]), PAGING, 0.25)
-    got = mha_decode(*args, torch.tensor([19, -1]), PAGING, 0.25)
+    want = decode(*args, torch.tensor([19, 2]))
+    got = decode(*args, torch.tensor([19, -1]))
     assert_close("the other row", got[0], want[0], 1e-6)
     assert bool((got[1] == 0).all())
 
@@ -47,11 +55,11 @@ def test_many_sequences_go_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = [5, 64, 33, 7, 1]
     _, args = make(lengths)
     query_pos = torch.tensor(lengths) - 1
-    whole = mha_decode(*args, query_pos, PAGING, 0.25)
+    whole = decode(*args, query_pos)
     monkeypatch.setattr(
         sys.modules["dsv3_kernels.attention.mha_decode"], "_SCORES", 2 * 80 * args[1].shape[1]
     )
-    assert_close("two at a time", mha_decode(*args, query_pos, PAGING, 0.25), whole, 1e-6)
+    assert_close("two at a time", decode(*args, query_pos), whole, 1e-6)
 
 
 @pytest.mark.parametrize("lengths", [[1], [3, 63, 130], [300, 16]])
@@ -60,22 +68,22 @@ def test_kernel(lengths: list[int]) -> None:
     _, (q, cache, page) = make([*lengths, 5])
     query_pos = torch.tensor([*lengths, 0]) - 1
     args = q, cache, page, query_pos
-    got, want = mha_decode_triton(*args, PAGING, 0.25, 64), mha_decode_ref(*args, PAGING, 0.25)
+    got, want = by_kernel(*args, split=64), decode(*args, op=mha_decode.reference)
     assert_close("kernel", got, want, 2e-6)
     assert bool((got[-1] == 0).all())
     width = -(-lengths[0] // PAGING.page_size)
-    alone = mha_decode_triton(q[:1], cache, page[:1, :width], query_pos[:1], PAGING, 0.25, 64)
+    alone = by_kernel(q[:1], cache, page[:1, :width], query_pos[:1], split=64)
     assert_bitwise_equal("alone", alone, got[:1])
 
 
 def test_wide_tables_go_a_few_sequences_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = [3, 63, 130]
     _, args = make(lengths)
-    args = *args, torch.tensor(lengths) - 1, PAGING, 0.25, 16
-    want, launches = mha_decode_triton(*args), []
+    args = *args, torch.tensor(lengths) - 1, 16
+    want, launches = by_kernel(*args), []
     module = sys.modules["dsv3_kernels.attention.mha_decode"]
     monkeypatch.setattr(sys.modules["dsv3_kernels.attention._decode_tiles"], "_SPLIT_BYTES", 1)
     several = module.programs_for
     monkeypatch.setattr(module, "programs_for", lambda *a: launches.append(a) or several(*a))
-    assert_bitwise_equal("one at a time", mha_decode_triton(*args), want)
+    assert_bitwise_equal("one at a time", by_kernel(*args), want)
     assert len(launches) == len(lengths)

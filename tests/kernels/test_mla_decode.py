@@ -1,17 +1,22 @@
 import math
 import sys
-from functools import partial
 
 import pytest
 import torch
 
-from dsv3_kernels import Paging, empty_parts, merge_lse, mla_decode, open_parts, pack_latent
-from dsv3_kernels.attention._decode_tiles import Tile, split_for
-from dsv3_kernels.attention.mla_decode import (
-    mla_decode_ref,
-    mla_decode_triton,
+from dsv3_kernels import (
+    PageTables,
+    Paging,
+    empty_parts,
+    merge_lse,
+    mla_decode,
+    mla_decode_parts,
+    open_parts,
+    pack_latent,
 )
-from dsv3_kernels.attention.mla_decode_parts import mla_decode_parts_ref, mla_decode_parts_triton
+from dsv3_kernels.attention._decode_tiles import Tile, split_for
+from dsv3_kernels.attention._mla_decode_kernel import launch_decode
+from dsv3_kernels.attention.mla_decode import launch_mla_decode
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 from tests.kernels.definitions import attend
 from tests.kernels.paged import scatter
@@ -32,12 +37,16 @@ def make(lengths: list[int], queries: int, paging: Paging = WHOLE):
     return keys, (q, *scatter(keys, paging), query_pos, paging, C, 0.25)
 
 
+def decode(q, cache, page, query_pos, paging, value_dim, scale, keys=None, op=mla_decode):
+    return op(q, cache, PageTables(page, query_pos, paging, keys), value_dim, scale)
+
+
 @pytest.mark.parametrize("queries", [1, 2, 5])
 def test_mla_decode(queries: int) -> None:
     lengths = [5, 64, 33]
     keys, args = make(lengths, queries)
     q, query_pos = args[0], args[3]
-    o, lse = mla_decode(*args)
+    o, lse = decode(*args)
     assert o.dtype == lse.dtype == torch.float32 and o.shape == (3, queries, H, C)
     for b in range(len(lengths)):
         for i in range(queries):
@@ -52,10 +61,10 @@ def test_mla_decode(queries: int) -> None:
 def test_shards_merge_to_the_whole(shards: int) -> None:
     """Sequences shorter than the number of shards leave some without a key."""
     lengths = [1, 3, 40]
-    whole_o, whole_lse = mla_decode(*make(lengths, 1)[1])
+    whole_o, whole_lse = decode(*make(lengths, 1)[1])
     parts = []
     for shard in range(shards):
-        o, lse = mla_decode(*make(lengths, 1, Paging(PAGE, shards, shard))[1])
+        o, lse = decode(*make(lengths, 1, Paging(PAGE, shards, shard))[1])
         empty = torch.tensor([n <= shard for n in lengths])
         assert bool((lse[empty] == -math.inf).all()) and bool((o[empty] == 0).all())
         assert bool(lse[~empty].isfinite().all())
@@ -68,10 +77,10 @@ def test_shards_merge_to_the_whole(shards: int) -> None:
 @pytest.mark.parametrize("shards", [1, 4])
 def test_padding_queries_see_nothing(shards: int) -> None:
     _, (q, cache, page, query_pos, *rest) = make([40, 17, 3], 2, Paging(PAGE, shards, 0))
-    want_o, want_lse = mla_decode(q, cache, page, query_pos, *rest)
+    want_o, want_lse = decode(q, cache, page, query_pos, *rest)
     query_pos[1], query_pos[2, 1] = -1, -1
     page[1] = 0
-    o, lse = mla_decode(q, cache, page, query_pos, *rest)
+    o, lse = decode(q, cache, page, query_pos, *rest)
     hidden = query_pos < 0
     assert bool((o[hidden] == 0).all()) and bool((lse[hidden] == -math.inf).all())
     assert_close("o", o[~hidden], want_o[~hidden], 1e-6)
@@ -83,22 +92,24 @@ def test_tables_spelled_out_before_are_the_same(shards: int) -> None:
     _, args = make([17, 30], 2, Paging(PAGE, shards, shards - 1))
     keys = args[4].keys(args[2], args[3], longest=30)
     assert keys.slot_BS.shape == (2, args[4].local_len(30))
-    for got, want in zip(mla_decode(*args, keys), mla_decode(*args), strict=True):
+    for got, want in zip(decode(*args, keys), decode(*args), strict=True):
         assert_close("spelled out", got, want, 1e-6)
 
 
 def test_many_sequences_go_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     _, args = make([5, 64, 33, 7, 1], 1)
-    whole = mla_decode(*args)
+    whole = decode(*args)
     monkeypatch.setattr(
         sys.modules["dsv3_kernels.attention.mla_decode"], "_SCORES", 80 * (C + R) * 2
     )
-    for got, want in zip(mla_decode(*args), whole, strict=True):
+    for got, want in zip(decode(*args), whole, strict=True):
         assert_bitwise_equal("two sequences at a time", got, want)
 
 
 def run(args, tile: Tile):
-    return mla_decode_triton(*args, tile=tile)
+    q, cache, page, query_pos, paging, value_dim, scale = args
+    tables = PageTables(page, query_pos, paging)
+    return launch_mla_decode(q, cache, tables, value_dim, scale, tile)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +140,7 @@ def test_kernel(
         )
         pos[-1, -1] = -1 if queries > 1 else pos[-1, -1]
         args = q, cache, page, pos, paging, dims[0], scale
-        (o, lse), (want_o, want_lse) = run(args, tile), mla_decode_ref(*args)
+        (o, lse), (want_o, want_lse) = run(args, tile), decode(*args, op=mla_decode.reference)
         assert_close("o", o, want_o, TOLERANCE)
         assert_close("lse", lse, want_lse, TOLERANCE)
 
@@ -141,7 +152,7 @@ def test_kernel_of_no_position(shards: int) -> None:
     pos[1], page[1] = -1, 0
     args = q, cache, page, pos, *rest
     o, lse = run(args, Tile(16, 16, 16, 4, 2))
-    want_o, want_lse = mla_decode_ref(*args)
+    want_o, want_lse = decode(*args, op=mla_decode.reference)
     assert bool((lse[1] == -math.inf).all()) and bool((o[1] == 0).all())
     assert_close("o", o, want_o, TOLERANCE)
     assert_close("lse", lse, want_lse, TOLERANCE)
@@ -157,7 +168,10 @@ def test_kernel_reads_the_packed_form(dims: tuple[int, int], monkeypatch) -> Non
     written = ~cache.isnan().any(1)
     packed[~written] = 0x7F  # NaN in all three parts
     args = q, packed, page, pos, paging, C, scale
-    (o, lse), (want_o, want_lse) = run(args, Tile(16, 16, 32, 4, 2)), mla_decode_ref(*args)
+    (o, lse), (want_o, want_lse) = (
+        run(args, Tile(16, 16, 32, 4, 2)),
+        decode(*args, op=mla_decode.reference),
+    )
     assert_close("o", o, want_o, TOLERANCE)
     assert_close("lse", lse, want_lse, TOLERANCE)
 
@@ -165,7 +179,10 @@ def test_kernel_reads_the_packed_form(dims: tuple[int, int], monkeypatch) -> Non
 def test_kernel_of_bfloat16() -> None:
     _, (q, cache, *rest) = make([129, 40], 2)
     args = q.bfloat16(), cache.bfloat16(), *rest
-    (o, lse), (want_o, want_lse) = mla_decode_triton(*args), mla_decode_ref(*args)
+    (o, lse), (want_o, want_lse) = (
+        decode(*args, op=mla_decode.kernel),
+        decode(*args, op=mla_decode.reference),
+    )
     assert_close("o", o, want_o, TOLERANCE)
     assert_close("lse", lse, want_lse, TOLERANCE)
 
@@ -200,15 +217,19 @@ def test_parts_are_the_same_in_another_order(ranks: int, queries: int, split: in
     """Queries as gathered from ranks, among those of other sequences; results as sent back."""
     lengths, heads = [129, 3, 40], 2
     _, (_, cache, page, pos, *_) = make(lengths, queries, Paging(PAGE, 2, 1))
-    T, rest = 3 * queries, (cache, page, pos, Paging(PAGE, 2, 1))
+    T, tables = 3 * queries, PageTables(page, pos, Paging(PAGE, 2, 1))
     gathered = torch.randn(ranks, T + 2, heads, C + R)
     q = gathered[:, 1 : T + 1]
     together = q.transpose(0, 1).reshape(3, queries, ranks * heads, C + R)
-    o, lse = mla_decode_ref(together, *rest, C, 0.25)
+    o, lse = mla_decode.reference(together, cache, tables, C, 0.25)
     tile = Tile(16, 16, split, 4, 2)
-    for run_parts in (mla_decode_parts_ref, partial(mla_decode_parts_triton, tile=tile)):
+
+    def by_kernel(q, cache, tables, scale, parts):
+        launch_decode(q, cache, tables, scale, open_parts(parts), tile)
+
+    for run_parts in (mla_decode_parts.reference, by_kernel):
         every = empty_parts(gathered, C).fill_(7.0)
-        run_parts(q, *rest, 0.25, every[:, 1 : T + 1])
+        run_parts(q, cache, tables, 0.25, every[:, 1 : T + 1])
         got_o, got_lse = open_parts(every)
         assert bool((got_o[:, [0, -1]] == 7).all()), "the rows of others"
         for p in range(ranks):
@@ -222,11 +243,11 @@ def test_wide_tables_go_a_few_sequences_at_a_time(monkeypatch: pytest.MonkeyPatc
     tile, (_, args) = Tile(16, 16, 16, 4, 2), make([129, 3, 40, 17, 64], 2)
     splits = args[2].shape[1]  # a page each
     allowed = 2 * splits * 2 * H * C * 4
-    gathered, rest = torch.randn(3, 10, H, C + R), (*args[1:5], 0.25)
+    gathered, tables = torch.randn(3, 10, H, C + R), PageTables(*args[2:5])
 
     def parts() -> tuple[torch.Tensor, torch.Tensor]:
         every = empty_parts(gathered, C)
-        mla_decode_parts_triton(gathered, *rest, every, tile=tile)
+        launch_decode(gathered, args[1], tables, 0.25, open_parts(every), tile)
         return open_parts(every)
 
     want, wanted_parts = run(args, tile), parts()

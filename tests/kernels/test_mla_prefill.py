@@ -5,13 +5,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dsv3_kernels import merge_lse, mla_prefill_packed
-from dsv3_kernels.attention.mla_prefill import (
-    Tile,
-    mla_prefill_packed_triton,
-    mla_prefill_ref,
-    mla_prefill_triton,
-)
+from dsv3_kernels import KeysValues, merge_lse, mla_prefill, mla_prefill_packed
+from dsv3_kernels.attention.mla_prefill import Tile, launch_prefill
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 from tests.kernels.definitions import attend
 
@@ -19,16 +14,19 @@ H, N, R, V = 3, 16, 8, 10
 X = N + R
 
 
-def by_kernel(*args):
-    return mla_prefill_triton(*args, tile=Tile(16, 16, 4, 1))
+TILE = Tile(16, 16, 4, 1)
 
 
-def parts(k):
+def by_kernel(q, keys, first_key: int, first_query: int, scale: float):
+    return launch_prefill(q, keys, None, len(q), first_query - first_key, scale, TILE)
+
+
+def keys_of(k, v) -> KeysValues:
     """Keys as the op takes them."""
-    return k[..., :N], k[..., N:]
+    return KeysValues(k[..., :N], k[..., N:], v)
 
 
-both = pytest.mark.parametrize("mla_prefill", [mla_prefill_ref, by_kernel])
+both = pytest.mark.parametrize("mla_prefill", [mla_prefill.reference, by_kernel])
 
 
 @both
@@ -49,7 +47,7 @@ def test_mla_prefill(
 ) -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(queries, H, X), torch.randn(keys, H, X), torch.randn(keys, H, V)
-    got_o, got_lse = mla_prefill(q, *parts(k), v, first_key, first_query, 0.3)
+    got_o, got_lse = mla_prefill(q, keys_of(k, v), first_key, first_query, 0.3)
     assert got_o.dtype == got_lse.dtype == torch.float32
     for i in range(queries):
         seen = min(max(first_query + i - first_key + 1, 0), keys)
@@ -66,15 +64,15 @@ def test_it_is_scaled_dot_product_attention(mla_prefill) -> None:
     want = F.scaled_dot_product_attention(
         *(t.transpose(0, 1) for t in (q, k, v)), is_causal=True, scale=0.2
     ).transpose(0, 1)
-    assert_close("sdpa", mla_prefill(q, *parts(k), v, 0, 0, 0.2)[0], want, 1e-5)
+    assert_close("sdpa", mla_prefill(q, keys_of(k, v), 0, 0, 0.2)[0], want, 1e-5)
 
 
 @both
 def test_blocks_of_keys_merge_to_the_whole(mla_prefill) -> None:
     torch.manual_seed(2)
     q, k, v = torch.randn(20, H, X), torch.randn(70, H, X), torch.randn(70, H, V)
-    want, want_lse = mla_prefill(q, *parts(k), v, 0, 50, 0.3)
-    merged = [mla_prefill(q, *parts(k[a:b]), v[a:b], a, 50, 0.3) for a, b in ((0, 64), (64, 70))]
+    want, want_lse = mla_prefill(q, keys_of(k, v), 0, 50, 0.3)
+    merged = [mla_prefill(q, keys_of(k[a:b], v[a:b]), a, 50, 0.3) for a, b in ((0, 64), (64, 70))]
     o, lse = merge_lse(torch.stack([p[0] for p in merged]), torch.stack([p[1] for p in merged]))
     assert_close("o", o, want, 1e-5)
     assert_close("lse", lse, want_lse, 1e-6)
@@ -83,9 +81,9 @@ def test_blocks_of_keys_merge_to_the_whole(mla_prefill) -> None:
 def test_long_prompts_go_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(3)
     q, k, v = torch.randn(40, H, X), torch.randn(40, H, X), torch.randn(40, H, V)
-    whole = mla_prefill_ref(q, *parts(k), v, 0, 0, 0.3)
+    whole = mla_prefill.reference(q, keys_of(k, v), 0, 0, 0.3)
     monkeypatch.setattr(sys.modules["dsv3_kernels.attention.mla_prefill"], "_SCORES", 7 * H * 40)
-    for got, want in zip(mla_prefill_ref(q, *parts(k), v, 0, 0, 0.3), whole, strict=True):
+    for got, want in zip(mla_prefill.reference(q, keys_of(k, v), 0, 0, 0.3), whole, strict=True):
         assert_close("seven queries at a time", got, want, 1e-6)
 
 
@@ -97,13 +95,12 @@ def test_sequences_one_behind_the_other() -> None:
     k_r = torch.randn(100, 1, R).expand(-1, H, -1)
     k_n, v = kv.split([N, V], -1)
     start_L = torch.tensor(starts, dtype=torch.int32)
-    got = mla_prefill_packed(q, k_n, k_r, v, start_L, 63, 0.3)
-    kernel = mla_prefill_packed_triton(q, k_n, k_r, v, start_L, 63, 0.3, Tile(16, 16, 4, 1))
+    keys = KeysValues(k_n, k_r, v)
+    got = mla_prefill_packed(q, keys, start_L, 63, 0.3)
+    kernel = launch_prefill(q, keys, start_L, 63, 0, 0.3, TILE)
     for a, b in pairwise(starts):
-        one = mla_prefill_ref(q[a:b], k_n[a:b], k_r[a:b], v[a:b], 0, 0, 0.3)
-        alone = mla_prefill_triton(
-            q[a:b], k_n[a:b], k_r[a:b], v[a:b], 0, 0, 0.3, Tile(16, 16, 4, 1)
-        )
+        one = mla_prefill.reference(q[a:b], keys.rows(a, b), 0, 0, 0.3)
+        alone = by_kernel(q[a:b], keys.rows(a, b), 0, 0, 0.3)
         if b == a:
             continue
         for i in range(2):
@@ -115,6 +112,6 @@ def test_sequences_one_behind_the_other() -> None:
 def test_kernel_at_published_dims() -> None:
     torch.manual_seed(5)
     q, k_n, v = torch.randn(40, 1, 192), torch.randn(70, 1, 128), torch.randn(70, 1, 128)
-    args = q, k_n, torch.randn(70, 1, 64), v, 0, 30, 0.07
-    for got, want in zip(mla_prefill_triton(*args), mla_prefill_ref(*args), strict=True):
+    args = q, KeysValues(k_n, torch.randn(70, 1, 64), v), 0, 30, 0.07
+    for got, want in zip(mla_prefill.kernel(*args), mla_prefill.reference(*args), strict=True):
         assert_close("published", got, want, 2e-6)

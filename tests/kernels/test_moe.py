@@ -2,8 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv3_kernels import Stack, act_quant, experts, permute
-from dsv3_kernels.moe.moe import experts_ref, experts_triton
+from dsv3_kernels import LocalExperts, Stack, act_quant, experts, permute
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 
 T, D, F, E, K = 19, 24, 10, 8, 3
@@ -35,7 +34,7 @@ def run(layer: tuple[Tensor, ...], held: range, form=experts) -> Tensor:
     return form(x, ids, weight, held.start, Stack(gate_up[part]), Stack(down[part]))
 
 
-@pytest.mark.parametrize("form", [experts, experts_triton])
+@pytest.mark.parametrize("form", [experts, experts.kernel])
 @pytest.mark.parametrize("held", [range(8), range(4), range(4, 8), range(6, 7)], ids=str)
 def test_local_experts(layer, held: range, form) -> None:
     got = run(layer, held, form)
@@ -43,7 +42,7 @@ def test_local_experts(layer, held: range, form) -> None:
     assert_close("experts", got, dense(layer, held), 1e-5)
 
 
-@pytest.mark.parametrize("form", [experts, experts_triton])
+@pytest.mark.parametrize("form", [experts, experts.kernel])
 def test_no_local_expert_hit(layer, form) -> None:
     x, ids, weight, gate_up, down = layer
     never = gate_up * float("nan"), down * float("nan")
@@ -61,11 +60,11 @@ def test_rows_among_other_bytes(layer) -> None:
     ids_part, weight_part = ids_part.view(torch.int32).long(), weight_part.view(torch.float32)
     among = x_part.view(torch.float32), ids_part, weight_part, *matrices
     assert not among[0].is_contiguous()
-    want = run(layer, range(E), experts_triton)
-    assert_bitwise_equal("experts", run(among, range(E), experts_triton), want)
+    want = run(layer, range(E), experts.kernel)
+    assert_bitwise_equal("experts", run(among, range(E), experts.kernel), want)
 
 
-@pytest.mark.parametrize("form", [experts, experts_triton])
+@pytest.mark.parametrize("form", [experts, experts.kernel])
 @pytest.mark.parametrize("tokens", [1, 19, 63])
 def test_one_expert_for_all_tokens(layer, tokens: int, form) -> None:
     """Whatever the imbalance, nothing is dropped."""
@@ -92,7 +91,7 @@ def fp8_layer(tokens: int) -> tuple[Tensor, Tensor, Tensor, Stack, Stack]:
 def test_fp8_matrices(quantized: bool, ue8m0: bool) -> None:
     x, ids, weight, gate_up, down = fp8_layer(7)
     given = (act_quant(x, ue8m0) if quantized else x, ids, weight, 3, gate_up, down, ue8m0)
-    want, got = experts_ref(*given), experts_triton(*given)
+    want, got = experts.reference(*given), experts.kernel(*given)
     # Quantized, rows are added up in bfloat16 and a value may lie one step of FP8 away.
     assert_close("kernels", got, want, 0.01 if quantized else 1e-5)
     exact = [torch.stack([w.matrix(e, torch.float32) for e in range(4)]) for w in (gate_up, down)]
@@ -107,9 +106,9 @@ def test_tokens_do_not_see_each_other(quantized: bool) -> None:
     x, ids, weight, gate_up, down = fp8_layer(24)
     matrices = (2, gate_up, down, False, None, 4)  # the same tiles for 3 tokens as for 24
     given = act_quant if quantized else torch.clone
-    whole = experts_triton(given(x), ids, weight, *matrices)
+    whole = experts.kernel(given(x), ids, weight, *matrices)
     some = slice(17, 20)
-    part = experts_triton(given(x[some]), ids[some], weight[some], *matrices)
+    part = experts.kernel(given(x[some]), ids[some], weight[some], *matrices)
     assert_bitwise_equal("slice", part, whole[some])
 
 
@@ -118,10 +117,10 @@ def test_bfloat16(layer) -> None:
         t.bfloat16() if t.dim() > 2 or t.shape == (T, D) else t for t in layer
     )
     small = (x, ids, weight, gate_up, down)
-    assert_close("experts", run(small, range(E), experts_triton), dense(small, range(E)), 0.02)
+    assert_close("experts", run(small, range(E), experts.kernel), dense(small, range(E)), 0.02)
 
 
-@pytest.mark.parametrize("form", [experts_ref, experts_triton])
+@pytest.mark.parametrize("form", [experts.reference, experts.kernel])
 @pytest.mark.parametrize("first", [3, 100])
 def test_what_else_is_summed_is_asked_for_last(form, first: int) -> None:
     x, ids, weight, gate_up, down = fp8_layer(5)
@@ -134,7 +133,9 @@ def test_what_else_is_summed_is_asked_for_last(form, first: int) -> None:
 def test_groups_may_be_known() -> None:
     x, ids, weight, gate_up, down = fp8_layer(9)
     more = 3, gate_up, down, False, None, 1
-    want = experts_triton(x, ids, weight, *more)
-    assert_bitwise_equal("same", experts_triton(x, ids, weight, *more, permute(ids, 3, 4)), want)
-    others = permute(ids.flip(0), 3, 4)
-    assert not torch.equal(experts_triton(x, ids, weight, *more, others), want)
+    want = experts.kernel(x, ids, weight, *more)
+    local = LocalExperts(3, 4)
+    same = experts.kernel(x, ids, weight, *more, permute(ids, local))
+    assert_bitwise_equal("same", same, want)
+    others = permute(ids.flip(0), local)
+    assert not torch.equal(experts.kernel(x, ids, weight, *more, others), want)

@@ -1,6 +1,5 @@
 """The MoE layer of a loaded model over its kernels: what it computes over the references."""
 
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -8,14 +7,24 @@ import pytest
 import torch
 
 from dsv3.model.moe import MoE
-from dsv3_kernels import Quantized, act_quant
+from dsv3_kernels import (
+    Quantized,
+    act_quant,
+    experts,
+    permute,
+    route,
+    route_and_permute,
+    router_logits,
+    unpermute,
+)
 from dsv3_kernels.testing import assert_close
 from tests.oracle.run import start_alone
 
 if TYPE_CHECKING:  # it imports transformers, which tests on a GPU can do without
     from tests.oracle.families import Oracle
 
-KERNELS = ("moe", "permute", "route", "route_and_permute", "router_logits")
+
+OPERATIONS = (experts, permute, unpermute, route, route_and_permute, router_logits)
 
 
 @pytest.mark.parametrize(
@@ -42,9 +51,9 @@ def test_layer(
     x_q = act_quant(x) if settings["dtype"] == "fp8" else None
     outs = []
     for by_kernel in (False, True):
-        for name in KERNELS:
-            module = sys.modules[f"dsv3_kernels.moe.{name}"]
-            monkeypatch.setattr(module, "use_triton", lambda _, yes=by_kernel: yes)
+        if by_kernel:
+            for op in OPERATIONS:
+                monkeypatch.setattr(op, "reference", op.kernel)
         with torch.inference_mode():
             outs.append(layer(x, x_q))
     # With FP8 products rows are added up in bfloat16.

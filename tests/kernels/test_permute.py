@@ -2,14 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv3_kernels.moe.permute import (
-    masked_groups,
-    permute,
-    permute_ref,
-    permute_triton,
-    unpermute_ref,
-    unpermute_triton,
-)
+from dsv3_kernels import LocalExperts, masked_groups, permute, unpermute
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 
 
@@ -30,11 +23,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("form", [permute_ref, permute_triton])
+@pytest.mark.parametrize("form", [permute.reference, permute.kernel])
 @pytest.mark.parametrize("case", CASES)
 def test_permute(case: str, form) -> None:
     ids, first, held = CASES[case]
-    groups = form(ids, first, held)
+    groups = form(ids, LocalExperts(first, held))
     flat = ids.flatten().tolist()
     entries = [i for e in range(first, first + held) for i, x in enumerate(flat) if x == e]
     assert groups.entry_M.tolist() == entries + [-1] * (len(flat) - len(entries))
@@ -48,12 +41,12 @@ def test_permute(case: str, form) -> None:
     assert {t.dtype for t in parts} == {torch.int32}
 
 
-@pytest.mark.parametrize("form", [unpermute_ref, unpermute_triton])
+@pytest.mark.parametrize("form", [unpermute.reference, unpermute.kernel])
 @pytest.mark.parametrize(("tokens", "columns"), [(0, 8), (1, 7), (63, 130), (5, 1100)])
 def test_unpermute(tokens: int, columns: int, form) -> None:
     torch.manual_seed(0)
     ids = routing(tokens, 4, 12)
-    slots = permute(ids, 3, 6).slot_TK
+    slots = permute(ids, LocalExperts(3, 6)).slot_TK
     weight = torch.rand(tokens, 4)
     y = torch.full((4 * tokens, columns), float("nan"))  # rows that nobody wrote
     y[slots[slots >= 0].long()] = torch.randn(int((slots >= 0).sum()), columns)
@@ -67,8 +60,8 @@ def test_unpermute(tokens: int, columns: int, form) -> None:
     assert_close("weighted", got, want, 1e-6)
     ones = form(y, slots, torch.ones(tokens, 4))
     assert_bitwise_equal("not weighted", form(y, slots), ones)
-    also = torch.randn(tokens, columns)
-    assert_bitwise_equal("and more", form(y, slots, weight, also), got + also)
+    addend = torch.randn(tokens, columns)
+    assert_bitwise_equal("and more", form(y, slots, weight, addend), got + addend)
     part = slice(tokens // 2, tokens // 2 + 2)
     assert_bitwise_equal("slice", form(y, slots[part], weight[part]), got[part])
 
@@ -76,10 +69,10 @@ def test_unpermute(tokens: int, columns: int, form) -> None:
 def test_there_and_back() -> None:
     torch.manual_seed(1)
     ids, x = routing(33, 3, 9), torch.randn(33, 5)
-    groups = permute_triton(ids, 0, 9)
+    groups = permute.kernel(ids, LocalExperts(0, 9))
     rows = x[groups.entry_M.long() // 3]
     weight = torch.tensor([0.5, 0.25, 0.25]).expand(33, 3)
-    assert_bitwise_equal("rows", unpermute_triton(rows, groups.slot_TK, weight), x)
+    assert_bitwise_equal("rows", unpermute.kernel(rows, groups.slot_TK, weight), x)
 
 
 def test_masked_groups() -> None:

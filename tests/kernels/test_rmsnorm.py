@@ -1,9 +1,7 @@
 import pytest
 import torch
 
-from dsv3_kernels import act_quant, add_rmsnorm, rmsnorm, rmsnorm_quant
-from dsv3_kernels.gemm.act_quant import act_quant_ref
-from dsv3_kernels.ops.rmsnorm import add_rmsnorm_ref, add_rmsnorm_triton
+from dsv3_kernels import act_quant, add_rmsnorm, rmsnorm
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 
 
@@ -41,7 +39,7 @@ def test_add_and_quantize() -> None:
     assert_bitwise_equal("q", q.q, act_quant(h).q)
     assert_bitwise_equal("scale", q.scale, act_quant(h).scale)
     assert add_rmsnorm(x, None, w, 1e-6)[2] is None
-    h, q = rmsnorm_quant(x.bfloat16(), w, 1e-6, ue8m0=True)
+    _, h, q = add_rmsnorm(x.bfloat16(), None, w, 1e-6, quant=True, ue8m0=True)
     assert h.dtype == torch.bfloat16
     assert_bitwise_equal("of the rounded values", q.scale, act_quant(h, ue8m0=True).scale)
 
@@ -55,12 +53,12 @@ def test_triton(shape: tuple[int, ...], add: bool) -> None:
     y = torch.randn(shape) if add else None
     quant = shape[-1] % 128 == 0
     for ue8m0 in (False, True):
-        got = add_rmsnorm_triton(x, y, w, 1e-6, quant, ue8m0)
-        want = add_rmsnorm_ref(x, y, w, 1e-6, quant, ue8m0)
+        got = add_rmsnorm.kernel(x, y, w, 1e-6, quant, ue8m0)
+        want = add_rmsnorm.reference(x, y, w, 1e-6, quant, ue8m0)
         assert_bitwise_equal("sum", got[0], want[0])
         assert_close("norm", got[1], want[1], 1e-6)
         if quant:
-            again = act_quant_ref(got[1], ue8m0)
+            again = act_quant.reference(got[1], ue8m0)
             assert_bitwise_equal("q", got[2].q, again.q)
             assert_bitwise_equal("scale", got[2].scale, again.scale)
 
@@ -69,21 +67,21 @@ def test_triton_takes_any_dtype_and_rows_apart() -> None:
     torch.manual_seed(5)
     wide, w = torch.randn(9, 700).bfloat16(), torch.randn(384)
     x, y = wide[:, 100:484], torch.randn(9, 384)
-    total, h, _ = add_rmsnorm_triton(x, y, w, 1e-6)
-    want = add_rmsnorm_ref(x, y, w, 1e-6)
+    total, h, _ = add_rmsnorm.kernel(x, y, w, 1e-6)
+    want = add_rmsnorm.reference(x, y, w, 1e-6)
     assert total.dtype == h.dtype == torch.bfloat16
     # The interpreter rounds to bfloat16 wrongly, by one unit in the last place.
     assert_close("sum", total, want[0], 2**-7)
     assert_close("norm", h, want[1], 2**-6)
-    got = add_rmsnorm_triton(wide.float()[:, 100:484], None, w, 1e-6)[1]
+    got = add_rmsnorm.kernel(wide.float()[:, 100:484], None, w, 1e-6)[1]
     assert_close("strided", got, rmsnorm(wide.float()[:, 100:484], w, 1e-6), 1e-6)
-    assert add_rmsnorm_triton(x[:0], y[:0], w, 1e-6)[1].shape == (0, 384)
+    assert add_rmsnorm.kernel(x[:0], y[:0], w, 1e-6)[1].shape == (0, 384)
 
 
 def test_triton_rows_do_not_see_each_other() -> None:
     torch.manual_seed(6)
     x, y, w = torch.randn(40, 384), torch.randn(40, 384), torch.randn(384)
-    whole = add_rmsnorm_triton(x, y, w, 1e-6, True)
-    part = add_rmsnorm_triton(x[17:19], y[17:19], w, 1e-6, True)
+    whole = add_rmsnorm.kernel(x, y, w, 1e-6, True)
+    part = add_rmsnorm.kernel(x[17:19], y[17:19], w, 1e-6, True)
     assert_bitwise_equal("slice", part[1], whole[1][17:19])
     assert_bitwise_equal("q", part[2].q, whole[2].q[17:19])

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv3_kernels import apply_rope
-from dsv3_kernels.attention.rope import rotate_ref, rotate_triton
+from dsv3_kernels import Rotation, apply_rope
+from dsv3_kernels.attention.rope import rotate
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 
 
@@ -26,12 +26,12 @@ def test_rope(interleaved: bool, heads: int | None) -> None:
     x = torch.randn(9, 16) if heads is None else torch.randn(9, heads, 16)
     angle = torch.rand(9, 8, dtype=torch.float64) * 50
     shown = angle if heads is None else angle[:, None]
-    cos, sin = shown.cos().float(), shown.sin().float()
-    got = apply_rope(x, cos, sin, interleaved)
+    rotation = Rotation(angle.cos().float(), angle.sin().float(), interleaved)
+    got = apply_rope(x, rotation)
     assert_close("rope", got, rotated(x, shown, interleaved), 1e-6)
-    half = apply_rope(x.bfloat16(), cos, sin, interleaved)
+    half = apply_rope(x.bfloat16(), rotation)
     assert half.dtype == torch.bfloat16
-    want = apply_rope(x.bfloat16().float(), cos, sin, interleaved).bfloat16()
+    want = apply_rope(x.bfloat16().float(), rotation).bfloat16()
     assert_bitwise_equal("bf16", half, want)
 
 
@@ -42,14 +42,14 @@ def test_scores_depend_on_distance_only() -> None:
 
     def score(at: int, key_at: int) -> Tensor:
         angles = torch.tensor([[at], [key_at]]) * frequency
-        q2 = apply_rope(q, angles[:1].cos(), angles[:1].sin(), True)
-        return (q2 * apply_rope(k, angles[1:].cos(), angles[1:].sin(), True)).sum()
+        rotation = Rotation(angles.cos(), angles.sin(), True)
+        return (apply_rope(q, rotation.tokens(0, 1)) * apply_rope(k, rotation.tokens(1))).sum()
 
     assert_close("shifted", score(105, 101), score(7, 3), 1e-5)
     assert abs(score(105, 101) - score(105, 100)) > 1e-3
 
 
-@pytest.mark.parametrize("rotate", [rotate_ref, rotate_triton])
+@pytest.mark.parametrize("rotate", [rotate.reference, rotate.kernel])
 @pytest.mark.parametrize("interleaved", [True, False])
 @pytest.mark.parametrize("shape", [(1, 1, 16), (5, 20, 8), (3, 16, 64), (2, 3, 12)])
 def test_in_place(rotate, interleaved: bool, shape: tuple[int, int, int]) -> None:
@@ -57,8 +57,9 @@ def test_in_place(rotate, interleaved: bool, shape: tuple[int, int, int]) -> Non
     torch.manual_seed(2)
     (T, H, R), angle = shape, torch.rand(shape[0], shape[2] // 2) * 50
     x = torch.randn(T, H, R + 6)
-    want = apply_rope(x[..., 6:], angle.cos()[:, None], angle.sin()[:, None], interleaved)
+    rotation = Rotation(angle.cos(), angle.sin(), interleaved)
+    want = apply_rope(x[..., 6:], rotation)
     before = x.clone()
-    rotate(x[..., 6:], angle.cos(), angle.sin(), interleaved)
+    rotate(x[..., 6:], rotation)
     assert_bitwise_equal("the rest", x[..., :6], before[..., :6])
     assert_close("rotated", x[..., 6:], want, 1e-6)

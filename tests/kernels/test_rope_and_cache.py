@@ -1,11 +1,19 @@
 import pytest
 import torch
 
-from dsv3_kernels import apply_rope, pack_latent, packed_bytes, rmsnorm, unpack_latent
-from dsv3_kernels.attention.rope_and_cache import rope_and_cache_ref, rope_and_cache_triton
+from dsv3_kernels import (
+    EntryWrite,
+    Rotation,
+    apply_rope,
+    pack_latent,
+    packed_bytes,
+    rmsnorm,
+    unpack_latent,
+)
+from dsv3_kernels.attention.rope_and_cache import rope_and_cache
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 
-both = pytest.mark.parametrize("op", [rope_and_cache_ref, rope_and_cache_triton])
+both = pytest.mark.parametrize("op", [rope_and_cache.reference, rope_and_cache.kernel])
 EPS = 1e-6
 
 
@@ -17,11 +25,16 @@ def make(T: int, C: int, R: int):
     return kv, torch.rand(C) + 0.5, EPS, angle.cos(), angle.sin()
 
 
+def store(args, interleaved: bool, cache, slot_T, keep_from: int, op=rope_and_cache.kernel):
+    kv, weight, eps, cos, sin = args
+    rotation = Rotation(cos, sin, interleaved)
+    return op(EntryWrite(kv, weight, eps, rotation, cache, slot_T, keep_from))
+
+
 def entries(kv, weight, eps, cos, sin, interleaved):
     C = len(weight)
-    return torch.cat(
-        (rmsnorm(kv[:, :C], weight, eps), apply_rope(kv[:, C:], cos, sin, interleaved)), -1
-    )
+    rotated = apply_rope(kv[:, C:], Rotation(cos, sin, interleaved))
+    return torch.cat((rmsnorm(kv[:, :C], weight, eps), rotated), -1)
 
 
 @both
@@ -33,7 +46,7 @@ def test_float32(op, interleaved: bool, C: int, R: int, slots: list[int]) -> Non
     want = entries(*args, interleaved)
     cache = torch.full((9, C + R), 5.0)
     keep = len(slots) // 2
-    kept = op(*args, interleaved, cache, torch.tensor(slots), keep)
+    kept = store(args, interleaved, cache, torch.tensor(slots), keep, op)
     assert_close("kept", kept, want[keep:], 1e-6)
     for t, slot in enumerate(slots):
         if slot >= 0:
@@ -49,7 +62,7 @@ def test_packed(op, C: int, R: int) -> None:
     args = make(3, C, R)
     want = entries(*args, True)
     cache = torch.full((6, packed_bytes(C, R)), 9, dtype=torch.uint8)
-    kept = op(*args, True, cache, torch.tensor(slots), 0)
+    kept = store(args, True, cache, torch.tensor(slots), 0, op)
     assert bool((cache[[1, 2, 3, 5]] == 9).all())
     for t in range(3):
         # Half a last place of e4m3 is a 16th, of bfloat16 (which the interpreter cuts) a 128th.
@@ -71,7 +84,7 @@ def test_packed(op, C: int, R: int) -> None:
 def test_rounded_to_the_storage_format(op) -> None:
     args = make(4, 64, 16)
     cache = torch.zeros(4, 80, dtype=torch.float16)
-    kept = op(*args, True, cache, torch.arange(4), 2)
+    kept = store(args, True, cache, torch.arange(4), 2, op)
     assert_close("stored", cache, entries(*args, True), 1e-3)
     assert_bitwise_equal("kept", kept, cache[2:].float())
 
@@ -79,13 +92,13 @@ def test_rounded_to_the_storage_format(op) -> None:
 @both
 def test_nothing_is_kept(op) -> None:
     args = make(3, 64, 16)
-    assert op(*args, True, torch.zeros(4, 80), torch.arange(3), 3).shape == (0, 80)
+    assert store(args, True, torch.zeros(4, 80), torch.arange(3), 3, op).shape == (0, 80)
 
 
 def test_tokens_do_not_see_each_other() -> None:
     args = make(5, 64, 16)
-    kept = rope_and_cache_triton(*args, True, torch.zeros(9, 80), torch.arange(5), 0)
+    kept = store(args, True, torch.zeros(9, 80), torch.arange(5), 0)
     kv, weight, eps, cos, sin = args
     alone = kv[3:4], weight, eps, cos[3:4], sin[3:4]
-    got = rope_and_cache_triton(*alone, True, torch.zeros(9, 80), torch.tensor([7]), 0)
+    got = store(alone, True, torch.zeros(9, 80), torch.tensor([7]), 0)
     assert_bitwise_equal("one", got, kept[3:4])

@@ -3,8 +3,7 @@ import math
 import pytest
 import torch
 
-from dsv3_kernels import Routing, route
-from dsv3_kernels.moe.route import route_ref, route_triton
+from dsv3_kernels import RouterInput, Routing, route
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 
 
@@ -67,7 +66,7 @@ def test_route(r: Routing, bias: float | None) -> None:
     torch.manual_seed(0)
     logits = torch.randn(129, 16) * 2
     bias_E = None if bias is None else bias + torch.randn(16) * 0.3
-    ids, weight = route(logits[None], bias_E, r)
+    ids, weight = route(RouterInput(logits[None], bias_E, r))
     assert ids.dtype == torch.int64 and weight.dtype == torch.float32
     for t in range(len(logits)):
         got = dict(zip(ids[t].tolist(), weight[t].tolist(), strict=True))
@@ -78,7 +77,9 @@ def test_route(r: Routing, bias: float | None) -> None:
 def test_weights_survive_a_bias_that_swallows_the_scores() -> None:
     """(score + bias) - bias would be 0 or a coarse step."""
     logits = torch.tensor([[-12.0, -11.0, -13.0, -14.0]])
-    ids, weight = route(logits[None], torch.full((4,), 100.0), rule("noaux_tc", (1, 1), k=4))
+    ids, weight = route(
+        RouterInput(logits[None], torch.full((4,), 100.0), rule("noaux_tc", (1, 1), k=4))
+    )
     want = {e: 2.5 / (1 + math.exp(-x)) for e, x in enumerate(logits[0].tolist())}
     assert dict(zip(ids[0].tolist(), weight[0].tolist(), strict=True)) == pytest.approx(want)
 
@@ -86,9 +87,8 @@ def test_weights_survive_a_bias_that_swallows_the_scores() -> None:
 def test_rows_do_not_see_each_other() -> None:
     torch.manual_seed(1)
     logits, bias, r = torch.randn(130, 32), torch.randn(32), rule("noaux_tc", (8, 4), 8, True)
-    for got, want in zip(
-        route(logits[None, 40:43], bias, r), route(logits[None], bias, r), strict=True
-    ):
+    part = route(RouterInput(logits[None, 40:43], bias, r))
+    for got, want in zip(part, route(RouterInput(logits[None], bias, r)), strict=True):
         assert_bitwise_equal("slice", got, want[40:43])
 
 
@@ -119,34 +119,36 @@ def v3_like(
 def test_kernel(method: str, groups: tuple[int, int], k: int, norm: bool, experts: int) -> None:
     torch.manual_seed(2)
     r, logits, bias = v3_like(method, groups, k, norm, experts)
-    ids, weight = route_triton(logits[None], bias, r)
-    want_ids, want_weight = route_ref(logits[None], bias, r)
+    ids, weight = route.kernel(RouterInput(logits[None], bias, r))
+    want_ids, want_weight = route.reference(RouterInput(logits[None], bias, r))
     assert_bitwise_equal("ids", ids, want_ids)
     assert_close("weights", weight, want_weight, 1e-6)
 
 
 def test_ties_go_to_the_lowest_id() -> None:
     r = rule("noaux_tc", (4, 2), 3)
-    for form in (route_ref, route_triton):
-        ids, _ = form(torch.zeros(1, 2, 16), torch.zeros(16), r)
+    for form in (route.reference, route.kernel):
+        ids, _ = form(RouterInput(torch.zeros(1, 2, 16), torch.zeros(16), r))
         assert ids.tolist() == [[0, 1, 2]] * 2
 
 
 def test_kernel_rows_do_not_see_each_other() -> None:
     torch.manual_seed(3)
     r, logits, bias = v3_like("noaux_tc", (8, 4), 8, True, 64)
-    whole = route_triton(logits[None], bias, r)
-    for got, want in zip(route_triton(logits[None, 4:5], bias, r), whole, strict=True):
+    whole = route.kernel(RouterInput(logits[None], bias, r))
+    for got, want in zip(route.kernel(RouterInput(logits[None, 4:5], bias, r)), whole, strict=True):
         assert_bitwise_equal("slice", got, want[4:5])
-    assert [t.shape for t in route_triton(logits[None, :0], bias, r)] == [(0, 8), (0, 8)]
+    none = route.kernel(RouterInput(logits[None, :0], bias, r))
+    assert [t.shape for t in none] == [(0, 8), (0, 8)]
 
 
 def test_parts_are_added_up() -> None:
     torch.manual_seed(4)
     r, logits, bias = v3_like("noaux_tc", (8, 4), 8, True, 64)
     parts = torch.randint(-4, 5, (3, *logits.shape)).float()
-    for form in (route_ref, route_triton):
-        got, want = form(parts, bias, r), form(parts.sum(0, keepdim=True), bias, r)
+    for form in (route.reference, route.kernel):
+        got = form(RouterInput(parts, bias, r))
+        want = form(RouterInput(parts.sum(0, keepdim=True), bias, r))
         assert_bitwise_equal("ids", got[0], want[0])
         assert_bitwise_equal("weights", got[1], want[1])
 
@@ -154,7 +156,7 @@ def test_parts_are_added_up() -> None:
 def test_garbage_rows_still_name_experts() -> None:
     """Unused rows of a CUDA graph may hold anything; what they choose must stay in range."""
     r = rule("noaux_tc", (8, 4), 8, True)
-    ids, _ = route_triton(torch.full((1, 1, 32), float("nan")), torch.zeros(32), r)
+    ids, _ = route.kernel(RouterInput(torch.full((1, 1, 32), float("nan")), torch.zeros(32), r))
     assert len(set(ids[0].tolist())) == 8 and int(ids.min()) >= 0 and int(ids.max()) < 32
 
 
@@ -165,8 +167,9 @@ def test_padding_chooses_nothing() -> None:
     position = torch.arange(len(logits)) % 3 - 1
     is_padding = position < 0
     assert 0 < int(is_padding.sum()) < len(logits)
-    for form in (route_ref, route_triton):
-        got, want = form(logits[None], bias, r, position), form(logits[None], bias, r)
+    for form in (route.reference, route.kernel):
+        got = form(RouterInput(logits[None], bias, r, position))
+        want = form(RouterInput(logits[None], bias, r))
         assert bool((got[0][is_padding] == -1).all())
         for a, b in zip(got, want, strict=True):
             assert_bitwise_equal("the others", a[~is_padding], b[~is_padding])

@@ -2,10 +2,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv3_kernels import Routing, make_locks, route_and_permute
-from dsv3_kernels.moe.permute import Groups, permute_ref, permute_triton
-from dsv3_kernels.moe.route import route_ref, route_triton
-from dsv3_kernels.moe.route_and_permute import route_and_permute_ref, route_and_permute_triton
+from dsv3_kernels import (
+    LocalExperts,
+    RouterInput,
+    Routing,
+    make_locks,
+    permute,
+    route,
+    route_and_permute,
+)
+from dsv3_kernels.moe.permute import Groups
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 
 V3 = Routing("sigmoid", "noaux_tc", 8, 8, 4, True, 2.5)
@@ -42,21 +48,21 @@ def test_the_bits_of_two_launches(
     logits, locks = torch.randn(3, tokens, experts), make_locks(torch.empty(experts, 1))
     logits[:, : tokens // 3] = 0.0  # ties: all choose the same
     position = torch.arange(tokens) % 4 - 1 if tokens > 2 else None
-    ids, weight = route_triton(logits, bias, r, position)
-    got = route_and_permute_triton(logits, bias, r, position, *held, locks)
-    check(got, (ids, weight, permute_triton(ids, *held)))
+    router, local = RouterInput(logits, bias, r, position), LocalExperts(*held)
+    ids, weight = route.kernel(router)
+    got = route_and_permute.kernel(router, local, locks)
+    check(got, (ids, weight, permute.kernel(ids, local)))
     assert not bool(locks.any()), "as the next launch expects them"
     assert position is None or bool((got[0][position < 0] == -1).all())
-    want = route_and_permute_ref(logits, bias, r, position, *held)
+    want = route.reference(router)
     assert_close("weights", weight, want[1], 1e-6)
-    check(got, (want[0], weight, want[2]))
+    check(got, (want[0], weight, permute.reference(want[0], local)))
 
 
 def test_no_tokens() -> None:
     locks = make_locks(torch.empty(256, 1))
-    ids, weight, groups = route_and_permute_triton(
-        torch.zeros(3, 0, 256), None, V3, None, 32, 32, locks
-    )
+    router = RouterInput(torch.zeros(3, 0, 256), None, V3)
+    ids, weight, groups = route_and_permute.kernel(router, LocalExperts(32, 32), locks)
     assert ids.shape == weight.shape == (0, 8) and groups.count_E.tolist() == [0] * 32
 
 
@@ -64,15 +70,17 @@ def test_the_program_that_ends_last_sorts() -> None:
     """Nobody does before all have arrived, whatever is counted in the order of programs."""
     logits, locks = torch.randn(1, 4, 256), make_locks(torch.empty(256, 1))
     locks[0] = -1
-    *_, groups = route_and_permute_triton(logits, None, V3, None, 0, 256, locks)
+    router, local = RouterInput(logits, None, V3), LocalExperts(0, 256)
+    *_, groups = route_and_permute.kernel(router, local, locks)
     assert int(locks[0]) == 3, "all have come, but one is still waited for"
     assert groups.entry_M is not None and not torch.equal(
-        groups.entry_M, permute_ref(route_ref(logits, None, V3)[0], 0, 256).entry_M
+        groups.entry_M, permute.reference(route.reference(router)[0], local).entry_M
     )
 
 
 def test_a_cpu_sorts_where_experts_are_run() -> None:
     logits, locks = torch.randn(1, 4, 256), make_locks(torch.empty(256, 1))
-    ids, weight, groups = route_and_permute(logits, None, V3, None, 0, 256, locks)
-    want = route_ref(logits, None, V3)
+    router = RouterInput(logits, None, V3)
+    ids, weight, groups = route_and_permute(router, LocalExperts(0, 256), locks)
+    want = route.reference(router)
     assert groups is None and torch.equal(ids, want[0]) and torch.equal(weight, want[1])

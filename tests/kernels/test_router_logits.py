@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from dsv3_kernels.moe.router_logits import router_logits, router_logits_triton
+from dsv3_kernels.moe.router_logits import router_logits
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 
 
-@pytest.mark.parametrize("form", [router_logits, router_logits_triton])
+@pytest.mark.parametrize("form", [router_logits, router_logits.kernel])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("tokens", "hidden", "experts"), [(1, 1024, 256), (63, 200, 72), (0, 64, 8), (300, 64, 8)]
@@ -25,8 +25,8 @@ def test_the_sum_does_not_depend_on_the_tokens() -> None:
     scale = torch.tensor([1.0, 2.0**-12, 2.0**13, 0.125]).repeat_interleave(128)
     x = torch.randint(-8, 9, (300, 512)) * scale
     w = torch.randint(-8, 9, (8, 512)).float()
-    whole = router_logits_triton(x, w)
-    few = router_logits_triton(x[7:10], w)
+    whole = router_logits.kernel(x, w)
+    few = router_logits.kernel(x[7:10], w)
     assert len(whole) == 1 and len(few) == 16
     total = torch.zeros(3, 8)
     for part in few:

@@ -1,4 +1,5 @@
 import math
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -7,11 +8,11 @@ from torch import Tensor
 from dsv3_kernels import sample
 from dsv3_kernels._triton import tl, triton
 from dsv3_kernels.ops.sample import (
+    RowParams,
     _keep_likeliest,
     gumbel,
+    launch_sample,
     philox,
-    sample_ref,
-    sample_triton,
     to_uniform,
     uniform_block,
 )
@@ -32,16 +33,20 @@ def draw(
 ) -> Tensor:
     """Sample once per seed from the same logits."""
     B = len(seeds)
-    return sample(
-        logits.expand(B, -1).contiguous(),
-        torch.full((B,), temperature),
-        torch.full((B,), top_k),
-        torch.full((B,), top_p),
-        torch.full((B,), min_p),
-        seeds,
-        torch.as_tensor(answer).expand(B),
-        torch.as_tensor(position).expand(B),
+    params = RowParams(
+        temperature_B=torch.full((B,), temperature),
+        top_k_B=torch.full((B,), top_k),
+        top_p_B=torch.full((B,), top_p),
+        min_p_B=torch.full((B,), min_p),
+        seed_B=seeds,
+        answer_B=torch.as_tensor(answer).expand(B),
+        position_B=torch.as_tensor(position).expand(B),
     )
+    return sample(logits.expand(B, -1).contiguous(), params)
+
+
+def some_rows(params: RowParams, rows: slice | Tensor) -> RowParams:
+    return RowParams(**{f.name: getattr(params, f.name)[rows] for f in fields(params)})
 
 
 def kept(
@@ -173,9 +178,9 @@ def test_ties_at_the_cut_keep_the_lowest_ids() -> None:
 def test_greedy_ties_go_to_the_lowest_id() -> None:
     logits = torch.zeros(1, 1000)
     logits[0, [300, 700, 999]] = 5.0
-    args = torch.zeros(1), torch.zeros(1, dtype=torch.int64), torch.ones(1), torch.ones(1)
-    seed = torch.zeros(1, dtype=torch.int64)
-    assert sample(logits, *args, seed, seed, seed).item() == 300
+    zero, one = torch.zeros(1, dtype=torch.int64), torch.ones(1)
+    params = RowParams(torch.zeros(1), zero, one, one, zero, zero, zero)
+    assert sample(logits, params).item() == 300
 
 
 def test_tiny_temperatures_are_greedy() -> None:
@@ -197,12 +202,13 @@ def test_a_row_does_not_see_its_neighbours() -> None:
     top_p = torch.tensor([1.0, 0.9, 0.5]).repeat(20)
     min_p = torch.tensor([0.0, 0.1, 0.0, 0.4]).repeat_interleave(15)
     seed, position = torch.randint(-(2**62), 2**62, (B,)), torch.arange(B) % 7
-    rows = (logits, temperature, top_k, top_p, min_p, seed, position % 3, position)
-    together = sample(*rows)
-    alone = torch.cat([sample(*(r[i : i + 1] for r in rows)) for i in range(B)])
+    params = RowParams(temperature, top_k, top_p, min_p, seed, position % 3, position)
+    together = sample(logits, params)
+    ones = [slice(b, b + 1) for b in range(B)]
+    alone = torch.cat([sample(logits[one], some_rows(params, one)) for one in ones])
     assert torch.equal(together, alone)
     order = torch.randperm(B)
-    assert torch.equal(sample(*(r[order] for r in rows)), together[order])
+    assert torch.equal(sample(logits[order], some_rows(params, order)), together[order])
 
 
 def test_a_row_that_keeps_all_keeps_all_beside_one_that_does_not() -> None:
@@ -222,17 +228,16 @@ def both(
     """Tokens of the reference and of the kernel, rows with these parameters in turn."""
     B = len(logits)
     rows = torch.arange(B)
-    args = (
-        logits,
-        torch.tensor(temperature)[rows % len(temperature)],
-        torch.tensor(top_k)[rows % len(top_k)],
-        torch.tensor(top_p)[rows % len(top_p)],
-        torch.tensor(min_p)[rows % len(min_p)],
-        rows * 0x1234567_89ABCDEF - 2**62,
-        rows % 3,
-        rows * 1_000_003,
+    params = RowParams(
+        temperature_B=torch.tensor(temperature)[rows % len(temperature)],
+        top_k_B=torch.tensor(top_k)[rows % len(top_k)],
+        top_p_B=torch.tensor(top_p)[rows % len(top_p)],
+        min_p_B=torch.tensor(min_p)[rows % len(min_p)],
+        seed_B=rows * 0x1234567_89ABCDEF - 2**62,
+        answer_B=rows % 3,
+        position_B=rows * 1_000_003,
     )
-    return sample_ref(*args), sample_triton(*args, block=1024), args
+    return sample.reference(logits, params), launch_sample(logits, params, block=1024), params
 
 
 @pytest.mark.parametrize(("vocab", "rows"), [(1, 3), (331, 15), (1100, 3)])
@@ -250,9 +255,9 @@ def test_kernel_drops_what_is_below_min_p(vocab: int, rows: int) -> None:
     torch.manual_seed(3)
     logits = torch.randn(rows, vocab + 2)[:, :vocab] * 2
     top_k, top_p = [0, 0, 5, 331], [1.0, 1.0, 1.0, 0.6, 0.9]
-    want, got, args = both(logits, [2.0, 1.0, 0.0], top_k, top_p, (0.3, 0.0, 0.05, 1.0))
+    want, got, params = both(logits, [2.0, 1.0, 0.0], top_k, top_p, (0.3, 0.0, 0.05, 1.0))
     assert got.tolist() == want.tolist()
-    everything = sample_ref(*args[:4], torch.zeros(rows), *args[5:])
+    everything = sample.reference(logits, replace(params, min_p_B=torch.zeros(rows)))
     assert vocab == 1 or everything.tolist() != want.tolist()
 
 
@@ -270,18 +275,19 @@ def test_kernel_keeps_the_lowest_of_equal_logits(top_k: int, top_p: float) -> No
 def test_kernel_rows_do_not_see_each_other() -> None:
     torch.manual_seed(2)
     logits = torch.randn(3, 331)
-    _, got, args = both(logits, [0.9], [0, 7], [0.8, 1.0])
+    _, got, params = both(logits, [0.9], [0, 7], [0.8, 1.0])
     for b in range(3):
-        alone = sample_triton(*(x[b : b + 1] for x in args), block=1024)
+        one = slice(b, b + 1)
+        alone = launch_sample(logits[one], some_rows(params, one), block=1024)
         assert alone.tolist() == got[b : b + 1].tolist()
 
 
 def test_kernel_greedy_ties_and_empty_batches() -> None:
     logits = torch.zeros(2, 1000)
     logits[0, [300, 700, 999]] = 5.0
-    _, got, args = both(logits, [0.0], [0], [1.0])
+    _, got, params = both(logits, [0.0], [0], [1.0])
     assert got.tolist() == [300, 0]
-    assert sample_triton(*(x[:0] for x in args)).shape == (0,)
+    assert sample.kernel(logits[:0], some_rows(params, slice(0))).shape == (0,)
 
 
 @triton.jit

@@ -2,8 +2,6 @@ import pytest
 import torch
 
 from dsv3_kernels import act_quant, silu_mul, silu_mul_quant
-from dsv3_kernels.gemm.act_quant import act_quant_ref
-from dsv3_kernels.ops.silu_mul import silu_mul_quant_triton, silu_mul_triton
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 
 
@@ -29,14 +27,14 @@ def test_silu_mul_quant() -> None:
 def test_triton(shape: tuple[int, ...]) -> None:
     torch.manual_seed(2)
     x = torch.randn(*shape[:-1], 2 * shape[-1]) * 8
-    y = silu_mul_triton(x)
+    y = silu_mul.kernel(x)
     assert_close("silu_mul", y, silu_mul(x), 1e-6)
-    assert_close("bf16", silu_mul_triton(x.bfloat16()), silu_mul(x.bfloat16()), 2**-7)
-    assert silu_mul_triton(x[:0]).shape == (0, *shape[1:])
+    assert_close("bf16", silu_mul.kernel(x.bfloat16()), silu_mul(x.bfloat16()), 2**-7)
+    assert silu_mul.kernel(x[:0]).shape == (0, *shape[1:])
     if shape[-1] % 128 == 0:
         for ue8m0 in (False, True):
-            got, want = silu_mul_quant_triton(x, ue8m0), act_quant_ref(y, ue8m0)
+            got, want = silu_mul_quant.kernel(x, ue8m0), act_quant.reference(y, ue8m0)
             assert_bitwise_equal("q", got.q, want.q)
             assert_bitwise_equal("scale", got.scale, want.scale)
-        part = silu_mul_quant_triton(x[-1:])
-        assert_bitwise_equal("slice", part.q, silu_mul_quant_triton(x).q[-1:])
+        part = silu_mul_quant.kernel(x[-1:])
+        assert_bitwise_equal("slice", part.q, silu_mul_quant.kernel(x).q[-1:])

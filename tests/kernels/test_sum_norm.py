@@ -7,7 +7,7 @@ import torch
 
 from dsv3.config_files import DEMO
 from dsv3_kernels import Peers, fits_sum_norm, shared_bytes, sum_norm
-from dsv3_kernels.ops.sum_norm import MAX_ROWS, sum_norm_ref
+from dsv3_kernels.ops.sum_norm import MAX_ROWS, sum_norm_of_parts
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 from tests.distributed.matrix import run_case
 from tests.distributed.ranks import CPU, alone, run_ranks
@@ -42,7 +42,7 @@ def test_a_world_of_one(dtype: torch.dtype) -> None:
         x, y = torch.randn(rows, dim), torch.randn(rows, dim).to(dtype)
         operands = x.to(dtype), y, torch.rand(dim) + 0.5, 1e-6
         total, h, q = sum_norm(*operands, peers)
-        want = sum_norm_ref(operands[0], [y], *operands[2:])
+        want = sum_norm_of_parts(operands[0], [y], *operands[2:])
         assert q is None and total.dtype == h.dtype == dtype
         # The interpreter rounds to bfloat16 wrongly, by one unit in the last place.
         tols = (0.0, 1e-6) if dtype == torch.float32 else (2**-7, 2**-6)

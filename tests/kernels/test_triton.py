@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from dsv3_kernels import _triton, overlap_launches
-from dsv3_kernels._triton import HAS_TRITON, launch_options, use_triton
+from dsv3_kernels._triton import HAS_TRITON, launch_options
+from dsv3_kernels.operation import use_triton
 
 ROOT = Path(__file__).resolve().parents[2]
 WITHOUT = """

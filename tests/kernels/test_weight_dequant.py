@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from dsv3_kernels import weight_dequant
-from dsv3_kernels.gemm.weight_dequant import weight_dequant_triton
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 
 # kv_a_proj_with_mqa of V3 has 576 rows: four and a half blocks.
@@ -39,7 +38,7 @@ def test_any_rectangle(weight, rows: tuple[int, int], cols: tuple[int, int]) -> 
     part = (slice(*rows), slice(*cols))
     got = weight_dequant(w[part], covering, torch.float32, rows[0] % 128, cols[0] % 128)
     assert_bitwise_equal("rectangle", got, whole[part])
-    got = weight_dequant_triton(w[part], covering, torch.float32, rows[0] % 128, cols[0] % 128)
+    got = weight_dequant.kernel(w[part], covering, torch.float32, rows[0] % 128, cols[0] % 128)
     assert_bitwise_equal("triton", got, whole[part])
     got = weight_dequant(w[part], covering, torch.bfloat16, rows[0] % 128, cols[0] % 128)
     assert_bitwise_equal("bf16", got, whole[part].bfloat16())
@@ -50,10 +49,10 @@ def test_stacked_weights(weight) -> None:
     got = weight_dequant(torch.stack((w, w)), torch.stack((scale, 2 * scale)), torch.float32)
     assert_bitwise_equal("stack", got, torch.stack((whole, 2 * whole)))
     w, scale = w[:200, :130], scale[:2, :2]
-    got = weight_dequant_triton(torch.stack((w, w)), torch.stack((scale, 2 * scale)), torch.float32)
+    got = weight_dequant.kernel(torch.stack((w, w)), torch.stack((scale, 2 * scale)), torch.float32)
     want = torch.stack((whole, 2 * whole))[:, :200, :130]
     assert_bitwise_equal("stack in triton", got, want)
-    half = weight_dequant_triton(w, scale, torch.bfloat16)
+    half = weight_dequant.kernel(w, scale, torch.bfloat16)
     assert_close("the interpreter rounds wrongly", half, want[0], 2**-7)
 
 
@@ -63,5 +62,5 @@ def test_other_blocks() -> None:
     got = weight_dequant(w, scale, torch.float32, 0, 1, (2, 4))
     want = scale.repeat_interleave(2, 0).repeat_interleave(4, 1)[:5, 1:7]
     assert_bitwise_equal("blocks of 2 x 4", got, want)
-    got = weight_dequant_triton(w, scale, torch.float32, 0, 1, (2, 4))
+    got = weight_dequant.kernel(w, scale, torch.float32, 0, 1, (2, 4))
     assert_bitwise_equal("triton", got, want)

@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from dsv3_kernels.attention.write_slots import write_slots_ref, write_slots_triton
+from dsv3_kernels.attention.write_slots import write_slots
 from dsv3_kernels.testing import assert_bitwise_equal
 
 
-@pytest.mark.parametrize("write", [write_slots_ref, write_slots_triton])
+@pytest.mark.parametrize("write", [write_slots.reference, write_slots.kernel])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
 @pytest.mark.parametrize("width", [1, 24, 1030])
 @pytest.mark.parametrize("slots", [[], [3], [7, -1, 0, 5, -1], [-1, -1]])
@@ -21,7 +21,7 @@ def test_write_slots(write, dtype: torch.dtype, width: int, slots: list[int]) ->
     assert_bitwise_equal("cache", cache, want)
 
 
-@pytest.mark.parametrize("write", [write_slots_ref, write_slots_triton])
+@pytest.mark.parametrize("write", [write_slots.reference, write_slots.kernel])
 def test_rows_are_cast(write) -> None:
     cache = torch.zeros(2, 3, dtype=torch.float16)
     write(cache, torch.tensor([1]), torch.tensor([[1.0, 0.1, -2.0]]))

@@ -27,7 +27,7 @@ def wrong_answers(**settings: object) -> list[str]:
     prompts = [chat.encode(chat.render(row["messages"])) for row in ROWS]
     got = answers(started, prompts, SamplingParams(max_tokens=96))
     for row, prompt, done in zip(ROWS, prompts, got, strict=True):
-        # The set tells the length of the whole dialogue, end token included.
+        # The data set has the length of the whole dialogue with its end token.
         if done.text == row["expected"]:
             assert len(prompt) + len(done.token_ids) + 1 == row["n_tokens"], row["id"]
     return [

@@ -2,7 +2,7 @@
 
 How far that is from float32 is the model's affair: random ones are sensitive (the median over
 positions of the error's rms is 0.24 of the logits' spread here; trained ones lose nothing, see
-test_demo.py). So ours is held to the emulation, in float32 closely, in bfloat16 by its error.
+test_demo.py). So ours is compared with the emulation, closely in float32, by its error in bfloat16.
 """
 
 from collections.abc import Callable
@@ -101,7 +101,7 @@ def test_fp8(oracle: MAKE, monkeypatch: pytest.MonkeyPatch, attn_impl: str) -> N
     assert kl < 1.5 * bound
 
 
-def test_what_cuts_blocks_runs_dequantized(oracle: MAKE, caplog: pytest.LogCaptureFixture) -> None:
+def test_cut_blocks_run_dequantized(oracle: MAKE, caplog: pytest.LogCaptureFixture) -> None:
     """192 and 136 columns are no whole blocks, the 128 of o_proj are; scales are powers of two."""
     made = oracle("v3.1-ue8m0")
     with caplog.at_level("INFO"):

@@ -34,8 +34,8 @@ def stored(path: Path) -> dict[str, Tensor]:
 def write(path: Path, like: Path, tensors: dict[str, Tensor], **config: object) -> Path:
     """Write one file of tensors, with the config of another directory."""
     path.mkdir()
-    told = json.loads((like / "config.json").read_text()) | config
-    (path / "config.json").write_text(json.dumps(told))
+    config_data = json.loads((like / "config.json").read_text()) | config
+    (path / "config.json").write_text(json.dumps(config_data))
     save_file({n: t.contiguous() for n, t in tensors.items()}, path / "model.safetensors")
     return path
 

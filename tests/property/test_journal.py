@@ -1,4 +1,4 @@
-"""Whatever happens to the output file, a start makes it good and every row is in it once."""
+"""After any damage to the output file, a start repairs it, and each row is in it once."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dsv3.errors import ConfigError, OutputError
 from dsv3.serve.batch_file import BatchInput, Row, result_line
-from dsv3.serve.journal import LINE_START, Journal
+from dsv3.serve.journal import LINE_START, BatchJournal
 from dsv3.text.defaults import Defaults, Sampling
 from dsv3.text.openai_answer import error_body
 
@@ -50,7 +50,7 @@ def result(row: Row, status: int = 200) -> bytes:
 def run(path: Path, rows: BatchInput, stop_after: int = 10**9) -> list[bytes]:
     """A batch job that may end early; returns the lines it wrote."""
     written = []
-    with Journal(path) as journal:
+    with BatchJournal(path) as journal:
         journal.resume(rows)
         for row in rows:
             if row not in journal and len(written) < stop_after:
@@ -135,7 +135,7 @@ def test_done_rows_keep_their_bytes(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     first, second, *_ = list(rows)
     out.write_bytes(result(first) + b"\n" + result(second, 500) + b"\n" + result(first)[:50])
-    with Journal(out) as journal:
+    with BatchJournal(out) as journal:
         journal.resume(rows)
         journal.begin()
         assert out.read_bytes() == result(first) + b"\n"
@@ -169,10 +169,10 @@ def test_answers_to_other_requests_stop_the_start(
     run(out, batch(tmp_path / "in.jsonl", row("a"), row("b")))
     before = out.read_bytes()
     rows = batch(tmp_path / "in.jsonl", *changed, **flags)
-    with pytest.raises(ConfigError, match=reason), Journal(out) as journal:
+    with pytest.raises(ConfigError, match=reason), BatchJournal(out) as journal:
         journal.resume(rows)
     assert out.read_bytes() == before
-    with Journal(out, overwrite=True) as journal:
+    with BatchJournal(out, overwrite=True) as journal:
         journal.resume(rows)
         assert journal.num_done == 0
         journal.finish()
@@ -185,11 +185,11 @@ def test_answers_of_another_model_stop_the_start(tmp_path: Path) -> None:
     line = result_line(first, 200, {"text": "answer", "system_fingerprint": "dsv3-one"})
     out.write_bytes(line + b"\n" + result(second, 500) + b"\n")
     with pytest.raises(ConfigError, match=r"line 1: an answer of another model .*dsv3-one.*-two"):
-        Journal(out, fingerprint="dsv3-two")
-    with Journal(out, fingerprint="dsv3-one") as journal:
+        BatchJournal(out, fingerprint="dsv3-two")
+    with BatchJournal(out, fingerprint="dsv3-one") as journal:
         journal.resume(rows)
         assert (first in journal, second in journal) == (True, False)
-    with Journal(out, overwrite=True, fingerprint="dsv3-two") as journal:
+    with BatchJournal(out, overwrite=True, fingerprint="dsv3-two") as journal:
         journal.resume(rows)
         assert journal.num_done == 0
 
@@ -201,7 +201,7 @@ def test_other_files_are_left_alone(tmp_path: Path, text: str) -> None:
     out = tmp_path / "out.jsonl"
     out.write_text(text)
     with pytest.raises(ConfigError, match=r"line [12]: not a line of results; is this the right"):
-        Journal(out)
+        BatchJournal(out)
     assert out.read_text() == text
 
 
@@ -219,7 +219,7 @@ def full_disk() -> Iterator[None]:
 def test_a_full_disk_harms_no_row_that_is_done(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     rows = list(batch(tmp_path / "in.txt", "one", "two"))
-    with full_disk(), Journal(out) as journal:
+    with full_disk(), BatchJournal(out) as journal:
         journal.resume(rows)
         journal.write(result(rows[0]))
         before = out.read_bytes()
@@ -234,7 +234,7 @@ def test_a_disk_too_full_to_repair_changes_nothing_that_counts(tmp_path: Path) -
     failed, *done = [result(rows[0], 500), *map(result, rows[1:])]
     out.write_bytes(b"".join(line + b"\n" for line in (done[0], failed, *done[1:])))
     before = out.read_bytes()
-    with full_disk(), Journal(out) as journal:
+    with full_disk(), BatchJournal(out) as journal:
         journal.resume(rows)
         with pytest.raises(OutputError, match="be repaired"):
             journal.begin()
@@ -244,9 +244,9 @@ def test_a_disk_too_full_to_repair_changes_nothing_that_counts(tmp_path: Path) -
 
 def test_two_jobs_cannot_write_one_file(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
-    with Journal(out), pytest.raises(ConfigError, match="another process is writing it"):
-        Journal(out)
-    Journal(out).close()
+    with BatchJournal(out), pytest.raises(ConfigError, match="another process is writing it"):
+        BatchJournal(out)
+    BatchJournal(out).close()
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_two_jobs_cannot_write_one_file(tmp_path: Path) -> None:
 )
 def test_output_that_cannot_be_written(tmp_path: Path, name: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
-        Journal(tmp_path / name)
+        BatchJournal(tmp_path / name)
 
 
 def test_a_device_is_written_without_looking_back(tmp_path: Path) -> None:
@@ -284,11 +284,15 @@ def test_a_start_that_fails_changes_nothing(tmp_path: Path) -> None:
     before = out.read_bytes()
     emptied = []
     for overwrite in (False, True):
-        with Journal(out, overwrite, when_emptied=lambda: emptied.append(out.read_bytes())) as j:
+        with BatchJournal(
+            out, overwrite, when_emptied=lambda: emptied.append(out.read_bytes())
+        ) as j:
             j.resume(rows)
         assert out.read_bytes() == before
     assert not emptied
-    with Journal(out, overwrite=True, when_emptied=lambda: emptied.append(out.read_bytes())) as j:
+    with BatchJournal(
+        out, overwrite=True, when_emptied=lambda: emptied.append(out.read_bytes())
+    ) as j:
         j.resume(rows)
         j.write(result(second))
     assert emptied == [b""]
@@ -297,14 +301,14 @@ def test_a_start_that_fails_changes_nothing(tmp_path: Path) -> None:
 
 def test_a_new_file_without_a_line_does_not_stay(tmp_path: Path) -> None:
     out, rows = tmp_path / "out.jsonl", batch(tmp_path / "in.jsonl", *GOOD)
-    with Journal(out) as journal:
+    with BatchJournal(out) as journal:
         journal.resume(rows)
     assert not out.exists()
     out.touch()
-    Journal(out).close()
+    BatchJournal(out).close()
     assert out.exists()
     out.unlink()
-    with Journal(out) as journal:
+    with BatchJournal(out) as journal:
         journal.finish()
     assert out.exists()
 
@@ -314,7 +318,7 @@ def test_overwrite_empties_results_only(tmp_path: Path, text: str) -> None:
     out = tmp_path / "out.jsonl"
     out.write_text(text)
     with pytest.raises(ConfigError, match="not a file of results, --overwrite empties no other"):
-        Journal(out, overwrite=True)
+        BatchJournal(out, overwrite=True)
     assert out.read_text() == text
 
 
@@ -370,7 +374,7 @@ def test_a_file_that_is_taken_away_is_an_error(
     for last in (lambda journal: journal.write(result(rows[1])), lambda journal: journal.finish()):
         folder = tmp_path / "results"
         folder.mkdir()
-        with Journal(folder / "out.jsonl") as journal:
+        with BatchJournal(folder / "out.jsonl") as journal:
             journal.write(result(rows[0]))
             event(folder / "out.jsonl")
             with pytest.raises(OutputError, match=reason):
@@ -381,7 +385,7 @@ def test_a_file_that_is_taken_away_is_an_error(
 
 def test_a_file_replaced_before_the_first_line_is_an_error(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
-    with Journal(out, overwrite=True) as journal:
+    with BatchJournal(out, overwrite=True) as journal:
         replace(out)
         with pytest.raises(OutputError, match="was removed or renamed"):
             journal.write(b"x")
@@ -393,11 +397,11 @@ def test_a_repair_does_not_touch_neighbours_or_lose_the_lock(tmp_path: Path) -> 
     (tmp_path / "out.jsonl.part").write_text("of the user")
     first, second, third = list(rows)
     out.write_bytes(result(first, 500) + b"\n" + result(second) + b"\n")
-    with Journal(out) as journal:
+    with BatchJournal(out) as journal:
         journal.resume(rows)
         journal.begin()
         with pytest.raises(ConfigError, match="another process is writing it"):
-            Journal(out)
+            BatchJournal(out)
         journal.write(result(third))
         journal.write(result(first))
     assert (tmp_path / "out.jsonl.part").read_text() == "of the user"
@@ -410,12 +414,15 @@ def test_a_pipe_gets_every_line_or_an_error(tmp_path: Path) -> None:
     with open(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK), "rb") as reader:
         written = run(pipe, rows)  # the pipe has room for all of it
         assert reader.read().splitlines() == written
-    with Journal(pipe) as journal, pytest.raises(OutputError, match="cannot write"):
+    with BatchJournal(pipe) as journal, pytest.raises(OutputError, match="cannot write"):
         journal.write(b"nobody reads this")
 
 
 def test_several_jobs_may_write_to_a_device() -> None:
-    with Journal(Path("/dev/null")) as first, Journal(Path("/dev/null"), overwrite=True) as second:
+    with (
+        BatchJournal(Path("/dev/null")) as first,
+        BatchJournal(Path("/dev/null"), overwrite=True) as second,
+    ):
         for journal in (first, second):
             journal.write(b"x")
             journal.finish()

@@ -13,7 +13,7 @@ from dsv3.errors import MAX_LINE, OutputError, RequestError
 from dsv3.request import Completion, Request, RequestOutput
 from dsv3.serve.batch import BatchSummary, run_batch
 from dsv3.serve.batch_file import BatchInput
-from dsv3.serve.journal import Journal
+from dsv3.serve.journal import BatchJournal
 from dsv3.serve.progress import Progress
 from dsv3.serve.sinks import JournalSink, TextSink
 from dsv3.text.chat import ChatFormat
@@ -87,7 +87,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> BatchInput:
 def run(
     rows: BatchInput, out: Path, engine: CountingEngine, chat: ChatFormat | None = CHAT
 ) -> BatchSummary:
-    with Journal(out) as journal:
+    with BatchJournal(out) as journal:
         journal.resume(rows)
         return run_batch(engine, rows, JournalSink(journal, engine.tokenizer), chat)
 
@@ -317,7 +317,7 @@ def test_elsewhere_a_line_comes_now_and_then(
     stream = io.StringIO()
     with caplog.at_level(logging.INFO), Progress(10, 4, stream) as progress:
         progress.tokens(5)
-        progress.row(failed=True)
+        progress.row(is_failed=True)
     assert stream.getvalue() == ""
     assert "5 of 10 rows, " in caplog.text
     assert "s left, " in caplog.text

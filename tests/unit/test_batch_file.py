@@ -56,7 +56,7 @@ def test_prompts_separated_by_blank_lines(path: Path) -> None:
 
 
 @pytest.mark.parametrize("separator", ["line", "blank-line"])
-def test_jsonl_is_told_by_its_first_line(path: Path, separator: str) -> None:
+def test_jsonl_is_recognized_by_its_first_line(path: Path, separator: str) -> None:
     rows = read(path, f"\n{row('a')}\n\n{row('b', prompt=[1, 2])}\n", separator)
     assert [(r.custom_id, r.number, r.error) for r in rows] == [("a", 2, None), ("b", 4, None)]
     assert rows[1].request and rows[1].request.prompt == [1, 2]
@@ -229,7 +229,7 @@ def test_byte_order_marks_tell_the_encoding(path: Path, encoding: str) -> None:
         (b"one\rtwo\r", "its lines end in CR alone"),
     ],
 )
-def test_what_is_no_text_is_refused_by_name(path: Path, data: bytes, error: str) -> None:
+def test_binary_files_are_refused_with_their_format(path: Path, data: bytes, error: str) -> None:
     path.write_bytes(data)
     with pytest.raises(ConfigError, match=f"^--prewarm .*rows.txt: {error}"):
         BatchInput(path, Defaults(), flag="--prewarm")
@@ -310,7 +310,9 @@ def test_a_line_of_nul_characters_is_no_prompt(path: Path) -> None:
 
 
 def test_flags_out_of_range_are_not_left_to_the_rows() -> None:
-    with pytest.raises(ConfigError, match="flag temperature=1000 must be between 0 and 100"):
+    with pytest.raises(ConfigError, match=r"^--temperature=1000 must be between 0 and 100"):
         Defaults(flags=Sampling(temperature=1000))
+    with pytest.raises(ConfigError, match=r"^--max-new-tokens=-1 must be from 0"):
+        Defaults(flags=Sampling(max_tokens=-1))
     with pytest.raises(ConfigError, match=r"generation_config\.json: top_p=2 must be above 0"):
         Defaults(model=Sampling(top_p=2))

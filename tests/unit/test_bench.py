@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchlib.contest import EngineContender, Measured, compete, middle
+from benchlib.contest import EngineContender, RunResult, compete, median_of
 from benchlib.dialogue import Dialogue, dialogue
 from benchlib.host import host_time
 from benchlib.report import Report, machine
 from benchlib.throughput import throughput
-from benchlib.workload import Job, Lengths, draw_jobs
+from benchlib.workload import BenchRequest, Lengths, draw_requests
 from dsv3.errors import ConfigError, OutputError
 from dsv3.settings import EngineConfig
 from launch import bench
@@ -45,16 +45,18 @@ def test_no_lengths(text: str) -> None:
 
 def test_jobs_come_from_the_seed_and_fit_the_context() -> None:
     wide = Lengths.parse("uniform:1:90"), Lengths.parse("lognormal:30:1")
-    jobs = draw_jobs(200, *wide, vocab_size=50, limit=64, seed=1)
-    assert jobs == draw_jobs(200, *wide, vocab_size=50, limit=64, seed=1)
-    assert jobs != draw_jobs(200, *wide, vocab_size=50, limit=64, seed=2)
-    assert all(1 <= len(job.prompt_ids) <= 63 and job.num_tokens >= 1 for job in jobs)
-    assert max(len(job.prompt_ids) + job.num_tokens for job in jobs) == 64
-    assert {token for job in jobs for token in job.prompt_ids} == set(range(50))
+    requests = draw_requests(200, *wide, vocab_size=50, limit=64, seed=1)
+    assert requests == draw_requests(200, *wide, vocab_size=50, limit=64, seed=1)
+    assert requests != draw_requests(200, *wide, vocab_size=50, limit=64, seed=2)
+    assert all(
+        1 <= len(request.prompt_ids) <= 63 and request.num_tokens >= 1 for request in requests
+    )
+    assert max(len(request.prompt_ids) + request.num_tokens for request in requests) == 64
+    assert {token for request in requests for token in request.prompt_ids} == set(range(50))
 
 
 class Clockwork:
-    """A contender that takes as long as it is told."""
+    """A contender with given run times."""
 
     def __init__(self, name: str, seconds: Sequence[float], log: list[tuple[str, int]]) -> None:
         self.name, self._seconds, self._log = name, list(seconds), log
@@ -62,19 +64,19 @@ class Clockwork:
     def reset(self) -> None:
         self._log.append((self.name, 0))
 
-    def run(self, jobs: Sequence[Job]) -> Measured:
-        self._log.append((self.name, len(jobs)))
+    def run(self, requests: Sequence[BenchRequest]) -> RunResult:
+        self._log.append((self.name, len(requests)))
         seconds = self._seconds.pop(0)
-        return Measured(
+        return RunResult(
             seconds=seconds,
             cpu_seconds=seconds / 2,
-            first_token=[seconds / 10] * len(jobs),
-            between_tokens=[seconds / 100] * len(jobs),
-            answers=[[1, 2, 3] for _ in jobs],
+            first_token=[seconds / 10] * len(requests),
+            between_tokens=[seconds / 100] * len(requests),
+            answers=[[1, 2, 3] for _ in requests],
         )
 
 
-JOBS = [Job([1, 2, 3], 4), Job([5], 2)]
+JOBS = [BenchRequest([1, 2, 3], 4), BenchRequest([5], 2)]
 
 
 def test_contenders_take_turns() -> None:
@@ -85,7 +87,7 @@ def test_contenders_take_turns() -> None:
         ("a", 0), ("a", 2), ("b", 0), ("b", 2)
     ]  # fmt: skip
     assert [run.seconds for run in runs["a"]] == [1, 2, 6]
-    assert middle(runs["a"], lambda run: run.seconds) == 2
+    assert median_of(runs["a"], lambda run: run.seconds) == 2
 
 
 def test_throughput() -> None:
@@ -104,8 +106,8 @@ def test_throughput() -> None:
 
 def test_the_engine_competes() -> None:
     contender = EngineContender("dsv3", lambda: paper_engine(50, max_running=2)[0])
-    jobs = [Job([3, 4, 5], 4), Job([6], 2), Job([7, 8], 1)]
-    first, again = contender.run(jobs), contender.run(jobs)
+    requests = [BenchRequest([3, 4, 5], 4), BenchRequest([6], 2), BenchRequest([7, 8], 1)]
+    first, again = contender.run(requests), contender.run(requests)
     assert [len(answer) for answer in first.answers] == [4, 2, 1]
     assert first.answers == again.answers
     assert len(first.first_token) == 3 and len(first.between_tokens) == 3 + 1

@@ -1,4 +1,4 @@
-"""The cost model: every layout, its memory and its time, on paper and held to the clock."""
+"""The cost model: memory and time of every layout, predicted and measured."""
 
 import json
 from dataclasses import replace
@@ -9,14 +9,14 @@ import pytest
 
 from benchlib import balance
 from benchlib import plan as bench
-from benchlib.roofline import HARDWARE, Setup
+from benchlib.roofline import HARDWARE, RooflineSetup
 from benchlib.step_shape import StepShape
 from dsv3.config import ParallelConfig
 from dsv3.config_files import load_model_config
 from dsv3.errors import ConfigError
 from tests import programs
 
-V3 = Setup(config=load_model_config("v3-671b"), layout=ParallelConfig())
+V3 = RooflineSetup(config=load_model_config("v3-671b"), layout=ParallelConfig())
 H200 = HARDWARE["h200"]
 
 
@@ -92,7 +92,9 @@ def test_hardware(tmp_path: Path) -> None:
 
 
 def test_ranking() -> None:
-    lite = Setup(config=load_model_config("v2-lite-16b"), layout=ParallelConfig(), weights="bf16")
+    lite = RooflineSetup(
+        config=load_model_config("v2-lite-16b"), layout=ParallelConfig(), weights="bf16"
+    )
     small = replace(H200, memory=16e9)
     report = bench.rank_layouts(lite, 8, small, 64, 20000, 256)
     fits = [row["fits"] for row in report.rows]
@@ -111,7 +113,7 @@ def test_ranking() -> None:
 
 @pytest.mark.slow
 def test_measured_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Few small steps: what they take is told apart from what was foretold."""
+    """Few small steps: the errors of predicted times are reported."""
     monkeypatch.setattr(bench, "CHECKED", ((1, 1, 10), (4, 1, 64), (1, 64, 0)))
     report, figures = tmp_path / "report.json", tmp_path / "here.yaml"
     asked = ("--kv-cache-size", "1024tok", "--threads", "1", "--json", str(report))
@@ -121,7 +123,7 @@ def test_measured_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert [row["step"] for row in rows] == ["1 x 1 after 10", "4 x 1 after 64", "1 x 64 after 0"]
     assert all(row["measured ms"] > 0 and row["floor ms"] > 0 for row in rows)
     assert [row["error %"] is None for row in rows] == [True, False, True]
-    wanted = 100 * (rows[1]["foretold ms"] / rows[1]["measured ms"] - 1)
+    wanted = 100 * (rows[1]["predicted ms"] / rows[1]["measured ms"] - 1)
     assert rows[1]["error %"] == pytest.approx(wanted)
     hardware, ranks = bench.read_hardware(str(figures), {})
     assert ranks == 1 and 0 < hardware.read <= 1e12
@@ -135,7 +137,10 @@ def test_measured_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     [
         ((), "give --hardware"),
         (("--measure", "--hardware", "h100x8"), "--measure finds its own figures"),
-        (("--hardware", "h100x8", "--save-hardware", "x.yaml"), "--save-hardware writes what"),
+        (
+            ("--hardware", "h100x8", "--save-hardware", "x.yaml"),
+            "--save-hardware writes",
+        ),
         (("--hardware", "h100x8", "--figure", "read"), "'read' is not NAME=NUMBER"),
     ],
 )

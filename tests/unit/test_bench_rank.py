@@ -31,7 +31,7 @@ def test_a_stand_in_has_the_shapes_of_a_group() -> None:
         group = StandIn(1, 3, moves)
         assert torch.equal(group.all_reduce(x), x) and torch.equal(group.all_to_all(x), x)
         assert torch.equal(group.all_gather(x), torch.stack((x, x, x)))
-        # What was moved is new memory; nothing else is.
+        # Only moved bytes are new memory.
         results = group.all_reduce(x), group.all_gather(x), group.all_to_all(x)
         assert [y.data_ptr() != x.data_ptr() for y in results] == [moves] * 3
 

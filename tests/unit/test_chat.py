@@ -268,7 +268,7 @@ ALWAYS = "thinking cannot be switched off: this model's chat format always think
             NO_THOUGHTS,
             "thinking cannot be switched off: this model's chat format leaves it to the model",
         ),
-        ("{{ nosuch.field }}", "", ""),  # each conversation tells the reason
+        ("{{ nosuch.field }}", "", ""),  # each conversation reports the reason
     ],
 )
 def test_a_wish_for_thinking_without_effect_is_mentioned_once(
@@ -287,7 +287,7 @@ def test_a_batch_mentions_it_once(demo: Tokenizer, caplog: pytest.LogCaptureFixt
     assert caplog.messages == [NO_THOUGHTS]
 
 
-def test_what_a_model_is_trained_on_may_be_marked(demo: Tokenizer) -> None:
+def test_generation_tags_are_ignored(demo: Tokenizer) -> None:
     transformers = pytest.importorskip("transformers")
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(DEMO)
     source = (

@@ -6,7 +6,7 @@ from dsv3.request import RequestOutput
 from dsv3.serve.chat import Chat
 from dsv3.text.chat import ChatFormat
 from dsv3.text.defaults import Defaults, Sampling
-from tests.told_chat import INTERRUPT, THINKS, TOKENIZER, ListConsole, ToldEngine, talk
+from tests.scripted_chat import INTERRUPT, THINKS, TOKENIZER, ListConsole, ScriptedEngine, talk
 
 
 def test_a_format_without_thoughts_is_mentioned() -> None:
@@ -25,9 +25,9 @@ def test_clear_begins_a_new_conversation() -> None:
 def test_the_system_message_can_be_changed() -> None:
     lines = ["/system", "a", "/system Be\nkind.", "b", "/clear", "c", "/system -", "d"]
     engine, console = talk(lines, [["1"], ["2"], ["3"], ["4"]], system="Be brief.")
-    told = ["Be brief.", "Be\nkind.", "Be\nkind.", ""]
+    systems = ["Be brief.", "Be\nkind.", "Be\nkind.", ""]
     begin = "<｜begin▁of▁sentence｜>"
-    for prompt, system in zip(engine.prompts, told, strict=True):
+    for prompt, system in zip(engine.prompts, systems, strict=True):
         assert prompt.startswith(f"{begin}{system}<｜User｜>")
     assert console.shown[1:] == [
         "system message: Be brief.",
@@ -132,7 +132,7 @@ def test_values_are_set_by_the_rules_of_rows() -> None:
         ("thinking perhaps", 'thinking="perhaps" must be true or false'),
     ],
 )
-def test_a_wrong_value_is_told_in_one_line(text: str, error: str | None) -> None:
+def test_a_wrong_value_is_one_line(text: str, error: str | None) -> None:
     _, console = talk([f"/set {text}"])
     if error is None:
         assert console.shown[1].startswith("stop: ")
@@ -159,7 +159,7 @@ def test_a_seed_that_is_set_gives_the_same_answers_again() -> None:
 
 
 def test_a_stop_text_does_not_come_back_as_tokens() -> None:
-    class Stopping(ToldEngine):
+    class Stopping(ScriptedEngine):
         def step(self) -> list[RequestOutput]:
             outputs = super().step()
             assert outputs[-1].completion is not None
@@ -172,7 +172,7 @@ def test_a_stop_text_does_not_come_back_as_tokens() -> None:
     assert "END" not in engine.prompts[1]
 
 
-def test_help_tells_commands_and_keys() -> None:
+def test_help_lists_commands_and_keys() -> None:
     _, console = talk(["/help", "/regenrate"])
     assert all(name in console.shown[1] for name in ("/undo", "/regenerate", "/set NAME VALUE"))
     assert console.shown[1].endswith("how to type")
@@ -180,7 +180,7 @@ def test_help_tells_commands_and_keys() -> None:
     assert console.shown[2] == wrong
 
 
-def test_what_is_no_command_is_not_sent_unless_it_looks_like_text() -> None:
+def test_unknown_commands_are_not_sent_unless_they_look_like_text() -> None:
     lines = ["/foo bar", "/usr/bin is what?", " /clear", "/exit", "never"]
     engine, console = talk(lines, [["A folder."], ["Nothing."]])
     assert console.shown[1:] == ["/foo is not a command; /help lists them"]

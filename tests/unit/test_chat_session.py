@@ -8,7 +8,15 @@ from dsv3.request import RequestOutput
 from dsv3.serve.chat import Chat
 from dsv3.text.chat import ChatFormat
 from dsv3.text.defaults import Defaults, Sampling
-from tests.told_chat import DEMO, INTERRUPT, THINKS, TOKENIZER, ListConsole, ToldEngine, talk
+from tests.scripted_chat import (
+    DEMO,
+    INTERRUPT,
+    THINKS,
+    TOKENIZER,
+    ListConsole,
+    ScriptedEngine,
+    talk,
+)
 
 
 def test_a_conversation_grows_turn_by_turn() -> None:
@@ -26,7 +34,7 @@ def test_the_tokens_of_an_answer_stay_those_that_the_model_chose() -> None:
     chosen = [TOKENIZER.encode(letter, False)[0] for letter in "Noted"]
     assert TOKENIZER.encode("Noted", False) != chosen
 
-    class Spelling(ToldEngine):
+    class Spelling(ScriptedEngine):
         def step(self) -> list[RequestOutput]:
             outputs = super().step()
             assert outputs[-1].completion is not None
@@ -41,7 +49,7 @@ def test_the_tokens_of_an_answer_stay_those_that_the_model_chose() -> None:
     assert second[: len(first) + len(chosen)] == first + chosen
 
 
-def test_ctrl_c_keeps_what_was_said() -> None:
+def test_ctrl_c_keeps_the_partial_answer() -> None:
     engine, console = talk(["Tell!", "Go on."], [["Once ", INTERRUPT, "never"], ["upon"]])
     assert console.answers == ["Once ", "upon", ""]
     assert "Once <｜end" in engine.prompts[1]
@@ -82,7 +90,7 @@ def test_control_tokens_that_users_type_are_text_and_stay_in_the_shared_prefix()
     first, second = (request.prompt_ids for request in engine.requests)
     user, end = (TOKENIZER.id_of(name) for name in ("<｜User｜>", "<｜end▁of▁sentence｜>"))
     assert (first.count(user), first.count(end)) == (1, 0)
-    assert (second.count(user), second.count(end)) == (3, 1)  # one in the told engine's answer
+    assert (second.count(user), second.count(end)) == (3, 1)  # one in the scripted engine's answer
     assert second[: len(first)] == first
     assert said in engine.prompts[1]
 

@@ -1,4 +1,4 @@
-"""Whatever a template does, rendering it ends, in one line where it fails."""
+"""Rendering of any template ends, with an error of one line if it fails."""
 
 import gc
 import os

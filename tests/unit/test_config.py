@@ -128,7 +128,7 @@ def test_every_number_has_a_rule() -> None:
     assert sorted(RULES) == sorted({name for _, name, _ in NUMBERS})
 
 
-def test_whole_numbers_are_as_good_as_floats() -> None:
+def test_whole_numbers_are_accepted_as_floats() -> None:
     assert TINY.rope_scaling is not None
     whole = dataclasses.replace(TINY.rope_scaling, factor=4, mscale=1)
     config = dataclasses.replace(TINY, rope_theta=10000, rope_scaling=whole)
@@ -168,7 +168,9 @@ def test_layout_is_tp_fastest() -> None:
         ({"world_size": 4, "tp": 3}, "tp=3 x dp=1 is not world_size=4"),
         ({"world_size": 3, "dp": 2}, "tp=1 x dp=2 is not world_size=3"),
         ({"world_size": 2, "rank": 2}, "rank=2 is not in 0..1"),
-        ({"world_size": 0}, "world_size=0"),
+        ({"world_size": 0}, "^world_size=0 must be at least 1$"),
+        ({"world_size": 2, "dp": 0}, "^dp=0 must be at least 1$"),
+        ({"world_size": 2, "tp": -1}, "^tp=-1 must be at least 0$"),
     ],
 )
 def test_bad_layouts(kwargs: dict[str, int], words: str) -> None:

@@ -38,7 +38,7 @@ DEEPSEEK_671B = {
     "dtype": "fp8",
 }
 DEEPSEEK_16B = {"dim": 2048, "mscale": 0.707, "n_heads": 16, "q_lora_rank": 0}
-UNTOLD = ("bos_token_id", "eos_token_ids", "num_nextn_predict_layers")
+UNSTATED = ("bos_token_id", "eos_token_ids", "num_nextn_predict_layers")
 
 
 def write(path: Path, data: object) -> Path:
@@ -46,9 +46,9 @@ def write(path: Path, data: object) -> Path:
     return path
 
 
-def same_but_untold(a: ModelConfig, b: ModelConfig) -> bool:
-    told = {f.name for f in dataclasses.fields(ModelConfig)} - set(UNTOLD)
-    return all(getattr(a, name) == getattr(b, name) for name in told)
+def same_stated_fields(a: ModelConfig, b: ModelConfig) -> bool:
+    stated = {f.name for f in dataclasses.fields(ModelConfig)} - set(UNSTATED)
+    return all(getattr(a, name) == getattr(b, name) for name in stated)
 
 
 @pytest.mark.parametrize("preset", sorted(p.stem for p in PRESETS.glob("*.yaml")))
@@ -59,12 +59,12 @@ def test_presets_survive_hugging_face(preset: str, tmp_path: Path) -> None:
 
 def test_deepseek_files_are_the_presets(tmp_path: Path) -> None:
     v3 = load_model_config(write(tmp_path / "671b.json", DEEPSEEK_671B))
-    assert same_but_untold(v3, load_model_config("v3-671b"))
+    assert same_stated_fields(v3, load_model_config("v3-671b"))
     sparse = DEEPSEEK_671B | {"scale_fmt": "ue8m0", "index_topk": 2048}
     v32 = load_model_config(write(tmp_path / "v32.json", sparse))
-    assert same_but_untold(v32, load_model_config("v3.2-671b"))
+    assert same_stated_fields(v32, load_model_config("v3.2-671b"))
     lite = load_model_config(write(tmp_path / "16b.json", DEEPSEEK_16B))
-    assert same_but_untold(lite, load_model_config("v2-lite-16b"))
+    assert same_stated_fields(lite, load_model_config("v2-lite-16b"))
 
 
 def test_demo_directory() -> None:

@@ -65,8 +65,8 @@ def test_counts_and_sizes(
     stored: ModelConfig, change: dict[str, Any], have: str, says: str, tmp_path: Path
 ) -> None:
     """The field is named, not the first of many tensors that do not fit."""
-    told = dataclasses.replace(stored, **change)
-    with open_source(write_hf(tmp_path, told, random_tensors(stored))) as source:
+    declared = dataclasses.replace(stored, **change)
+    with open_source(write_hf(tmp_path, declared, random_tensors(stored))) as source:
         words = f"the files have {have}.*, config.json says .*{re.escape(says)}"
         with pytest.raises(CheckpointError, match=words) as caught:
             check_tensors(source)
@@ -84,17 +84,17 @@ def test_layers_for_speculative_decoding_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "hint"),
     [
         ("model.layers.0.self_attn.indexer.wk.weight", "sparse attention, .* says deepseek_v3"),
         ("model.layers.0.self_attn.q_a_proj.bias", "no model of the family has biases"),
     ],
 )
-def test_tensors_of_another_model(name: str, told: str, tmp_path: Path) -> None:
+def test_tensors_of_another_model(name: str, hint: str, tmp_path: Path) -> None:
     tensors = random_tensors(TINY) | {name: ("BF16", (1,), bytes(2))}
     with (
         open_source(write_hf(tmp_path, TINY, tensors)) as source,
-        pytest.raises(CheckpointError, match=f"{name} is not part of this model: .*{told}"),
+        pytest.raises(CheckpointError, match=f"{name} is not part of this model: .*{hint}"),
     ):
         check_tensors(source)
 
@@ -176,7 +176,7 @@ def test_a_stale_quantization_config(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["F32", "F8_E8M0"])
 def test_fp8_weights_without_a_quantization_config(dtype: str, tmp_path: Path) -> None:
-    """They are read as blocks; scales in E8M0 imply scale_fmt=ue8m0."""
+    """The weights are read as blocks; scales in E8M0 imply scale_fmt=ue8m0."""
     tensors = random_tensors(QUANTIZED)
     if dtype == "F8_E8M0":
         for name, (_, shape, data) in tensors.items():
@@ -257,8 +257,8 @@ UNSUPPORTED = [
 def describe(path: Path, config: ModelConfig, tensors: Tensors, quantization: object) -> Path:
     """Write a checkpoint with this quantization_config."""
     file = write_hf(path, config, tensors) / "config.json"
-    told = config_json(path) | {"quantization_config": quantization}
-    file.write_text(json.dumps(told))
+    declared = config_json(path) | {"quantization_config": quantization}
+    file.write_text(json.dumps(declared))
     return file
 
 

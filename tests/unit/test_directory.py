@@ -15,13 +15,13 @@ from tests.checkpoint_files import TINY, random_tensors, write_file, write_hf
 
 def refused(path: Path | str, words: str) -> None:
     """The first check of the programs and opening a source give the same message."""
-    told = []
+    messages = []
     for check in (check_directory, open_source):
         with pytest.raises(CheckpointError, match=words) as caught:
             check(Path(path))
-        told.append(str(caught.value))
-    assert told[0] == told[1] and "\n" not in told[0]
-    assert str(path) in told[0]
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1] and "\n" not in messages[0]
+    assert str(path) in messages[0]
 
 
 def files(folder: Path, *names: str) -> Path:

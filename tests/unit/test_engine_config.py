@@ -53,7 +53,7 @@ def test_wrong_sizes_of_other_caches(text: str) -> None:
             EngineConfig(**{field: value})
 
 
-def test_a_share_is_one_of_what_is_there() -> None:
+def test_a_share_refers_to_the_available_bytes() -> None:
     assert Size(share=0.25).of(1000) == 250
     assert Size(num_bytes=7).of(1000) == 7
     assert EngineConfig(kv_host_cache="25%").host_cache == Size(share=0.25)

@@ -89,7 +89,7 @@ def test_a_failure_leaves_the_old_file(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_a_file_in_whose_place_none_can_be_put(
+def test_a_file_that_cannot_be_replaced_is_overwritten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that is mounted there alone, say: it is written where it is."""

@@ -59,7 +59,7 @@ def test_the_digest_of_all_weights(
 ) -> None:
     """One for all layouts and worlds; another for other weights, wherever they differ."""
     if not is_small:
-        monkeypatch.setattr("dsv3.checkpoint.fingerprint._WHOLE", 0)
+        monkeypatch.setattr("dsv3.checkpoint.fingerprint._SMALL_BYTES", 0)
     tensors = random_tensors(TINY)
     digest = digest_of(write_hf(tmp_path / "model", TINY, tensors))
     assert digest_of(write_hf(tmp_path / "one", TINY, tensors, files=1), 3) == digest

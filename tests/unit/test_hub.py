@@ -92,7 +92,7 @@ def test_names(given: str | Path | None, wanted: HubName | None) -> None:
         assert str(wanted) == given
 
 
-def test_what_exists_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_existing_file_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert hub_name("a/b") == HubName("a/b")
     Path("a").mkdir()
@@ -109,7 +109,7 @@ def test_names_of_models() -> None:
 
 
 def test_a_download(hub: Hub, cache: Path) -> None:
-    """All that is read, and nothing else; the second time only questions are asked."""
+    """Only needed files are downloaded; the second time only metadata is requested."""
     folder = hub.folders["some/model"]
     for name in ("modeling.py", "pytorch_model.bin", "README.md", "consolidated.safetensors"):
         (folder / name).write_bytes(b"other")
@@ -161,7 +161,7 @@ def test_without_an_index(hub: Hub, single: bool) -> None:
     ],
 )
 def test_no_weights(hub: Hub, cache: Path, names: list[str], words: str) -> None:
-    """It is said before anything is downloaded."""
+    """The error is raised before any download."""
     folder = hub.folders["some/model"]
     for file in folder.iterdir():
         file.unlink()
@@ -265,7 +265,7 @@ def test_a_cut_connection_is_continued(hub: Hub) -> None:
 
 @pytest.mark.parametrize("ranges", [True, False])
 def test_the_rest_of_a_file(hub: Hub, cache: Path, ranges: bool) -> None:
-    """What a killed run has left is not fetched again, where parts can be had."""
+    """Bytes of a killed run are not fetched again if the server sends ranges."""
     hub.ranges, hub.num_cuts = ranges, 10**6
     assert "was cut" in failure()
     hub.num_cuts = 0
@@ -287,7 +287,7 @@ def test_a_digest_that_leaves_the_cache(hub: Hub, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_damaged_rest(hub: Hub, cache: Path) -> None:
-    """What was there is not the file's beginning: found by the digest, and fetched again."""
+    """Wrong bytes at the beginning are detected by the digest, and fetched again."""
     file = hub.folders["some/model"] / "model-00001-of-00003.safetensors"
     blobs = cache / "models--some--model" / "blobs"
     blobs.mkdir(parents=True)

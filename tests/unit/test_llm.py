@@ -256,7 +256,7 @@ def test_wrong_settings_are_named_as_arguments(arguments: Any, error: str) -> No
     assert "--" not in str(refused.value)
 
 
-def test_what_the_cache_cannot_hold_is_named_as_an_argument(llm: LLM) -> None:
+def test_errors_about_the_cache_name_the_argument(llm: LLM) -> None:
     with LLM(kv_cache_size="128tok") as small, pytest.raises(RequestError) as refused:
         small.generate("a", {"max_tokens": 300})
     assert str(refused.value).endswith("raise kv_cache_size or lower max_tokens")

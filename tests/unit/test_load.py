@@ -69,7 +69,7 @@ def test_every_rank_gets_its_slices(
     buffer: int,
 ) -> None:
     """A buffer of 700 bytes cuts every tensor within its FP8 blocks."""
-    monkeypatch.setattr(load, "_BUFFER", buffer)
+    monkeypatch.setattr(load, "_BUFFER_BYTES", buffer)
     path, config, values = stored
     specs = tensor_specs(config)
     with open_source(path) as source:
@@ -85,7 +85,7 @@ def test_every_rank_gets_its_slices(
                 assert_bitwise_equal(f"{target.name} on {rank}", held.detach(), want.contiguous())
 
 
-def test_bfloat16_is_what_was_stored(tmp_path: Path) -> None:
+def test_bfloat16_values_are_loaded_unchanged(tmp_path: Path) -> None:
     """Nothing passes through another type; norms and the router stay float32."""
     tensors = random_tensors(TINY)
     with open_source(write_hf(tmp_path / "hf", TINY, tensors)) as source:

@@ -6,7 +6,7 @@ from dsv3.errors import RequestError
 from dsv3.text.messages import check_message, map_strings
 
 SAID = {"role": "assistant", "content": "Noted."}
-# What servers and clients add to an answer.
+# Fields that servers and clients add to an answer.
 SENT_BACK: dict[str, dict[str, Any]] = {
     "OpenAI": {"refusal": None, "annotations": [], "audio": None, "function_call": None},
     "OpenAI's client": {"tool_calls": None, "parsed": None},

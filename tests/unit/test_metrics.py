@@ -127,5 +127,5 @@ def test_served_over_http() -> None:
 
 def test_without_prometheus_client(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
-    with pytest.raises(ConfigError, match=r"--metrics-port=1: .* pip install 'dsv3\[metrics\]'"):
+    with pytest.raises(ConfigError, match=r"--metrics-port=1: .* pip install prometheus-client"):
         serve_metrics(Metrics(), "127.0.0.1", 1).__enter__()

@@ -64,7 +64,7 @@ def test_chat_answer() -> None:
     assert got["created"] == 17
 
 
-def test_an_answer_within_a_thought_tells_reasoning_and_content_apart() -> None:
+def test_an_answer_within_a_thought_has_reasoning_and_content() -> None:
     asked = request(messages=[{"role": "user", "content": "Hi"}])
     text = "Greet.</think>Hello"
     thinking = body(asked, completion("Hi<｜Assistant｜><think>", "", text=text))

@@ -6,7 +6,7 @@ import pytest
 
 from dsv3.errors import CheckpointError, RequestError
 from dsv3.text.chat import ChatFormat
-from dsv3.text.defaults import ALL_THERE_IS_ROOM_FOR, LINE_DEFAULTS, Defaults, Sampling
+from dsv3.text.defaults import LINE_DEFAULTS, NO_TOKEN_LIMIT, Defaults, Sampling
 from dsv3.text.openai_format import CHAT, COMPLETIONS, parse_request, plain_request
 from dsv3.text.text_request import TextRequest, encode_prompt, token_requests
 from dsv3.text.tokenizer import Tokenizer
@@ -137,7 +137,7 @@ def test_defaults_of_the_formats() -> None:
     line = line_request(Defaults())
     assert (line.params.max_tokens, line.params.temperature) == (200, 0.2)
     assert (complete().params.max_tokens, complete().params.temperature) == (16, 1.0)
-    assert (chat().params.max_tokens, chat().params.temperature) == (ALL_THERE_IS_ROOM_FOR, 1.0)
+    assert (chat().params.max_tokens, chat().params.temperature) == (NO_TOKEN_LIMIT, 1.0)
 
 
 def test_generation_config() -> None:
@@ -211,7 +211,7 @@ def test_digest_names_the_effective_request() -> None:
         chat(Defaults(flags=Sampling(temperature=0.9)), n=2),
         chat(Defaults(seed=1)),
         chat(Defaults(system="Be brief.")),
-        chat(max_tokens=ALL_THERE_IS_ROOM_FOR),
+        chat(max_tokens=NO_TOKEN_LIMIT),
         complete(),
     ]
     assert len({request.digest() for request in [chat(), *others]}) == len(others) + 1
@@ -267,7 +267,7 @@ def test_prompts_become_tokens() -> None:
     assert tokens(complete(prompt=[9, 9]))[0].prompt_ids == [9, 9]
 
 
-def test_only_a_limit_that_nobody_asked_for_is_cut_to_the_context() -> None:
+def test_only_a_default_limit_is_cut_to_the_context() -> None:
     prompt = [5] * 90
     flags = Defaults(flags=Sampling(max_tokens=50))
     assert tokens(complete(prompt=prompt))[0].params.max_tokens == 10
@@ -308,7 +308,7 @@ def test_token_ids_need_no_tokenizer_and_text_says_that_it_does() -> None:
         ({"prompt": "a\udfff"}, "the text holds half of a surrogate pair (character 2)"),
     ],
 )
-def test_what_only_tokens_show(body: dict[str, Any], error: str) -> None:
+def test_errors_found_after_tokenization(body: dict[str, Any], error: str) -> None:
     with pytest.raises(RequestError) as caught:
         tokens(complete(**body))
     assert str(caught.value).startswith(error)

@@ -1,4 +1,4 @@
-"""Measured times add up to the step, and lie beside the floors of the same operations."""
+"""Measured times add up to the step, and are matched with floors of the same operations."""
 
 import time
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchlib.bound import Profile, lay_beside, share_of_roof
+from benchlib.bound import Profile, assign_ops, share_of_roof
 from benchlib.hardware import hardware
 from benchlib.profiler import Profiler
 from benchlib.roofline import HARDWARE, Op
@@ -23,7 +23,7 @@ SLOW, FAST = 2.0, 0.5
 
 
 class Hands:
-    """A clock that goes when it is told to."""
+    """A clock that is advanced by the test."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -77,7 +77,7 @@ def test_spans_hold_their_own_time_only(monkeypatch: pytest.MonkeyPatch) -> None
 def test_floors_go_to_the_longest_name() -> None:
     names = ["self_attn.o_proj", "self_attn.mla_decode", "moe.shared_experts.down_proj", "norm"]
     ops = [Op(name, bytes=3.211e9) for name in names]
-    found = lay_beside({"self_attn", "self_attn.o_proj", "moe", "step"}, [(ops, 3), (ops[:1], 1)])
+    found = assign_ops({"self_attn", "self_attn.o_proj", "moe", "step"}, [(ops, 3), (ops[:1], 1)])
     assert found == {
         "self_attn.o_proj": [(ops[0], 3), (ops[0], 1)],
         "self_attn": [(ops[1], 3)],
@@ -120,6 +120,6 @@ def test_hardware() -> None:
         hardware("b200", CPU)
 
 
-def test_the_roof_of_memory_does_not_bind_what_stays_in_a_cache() -> None:
+def test_operations_in_a_cache_can_beat_the_memory_roof() -> None:
     assert share_of_roof(1.0, 2.0) == 50.0
     assert share_of_roof(2.0, 1.0) == "in cache"

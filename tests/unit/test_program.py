@@ -1,6 +1,10 @@
 """Logs and errors of the programs reach a terminal as plain lines."""
 
 import logging
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -91,3 +95,71 @@ def test_errors_of_settings_name_flags(line: str, error: str) -> None:
     with pytest.raises(ConfigError) as refused:
         engine_config(parser.parse_args(line.split()))
     assert str(refused.value).startswith(error)
+
+
+@pytest.mark.parametrize("name", ["--ckpt-path", "--config", "--log-dir", "--expert-placement"])
+def test_empty_values_of_flags(name: str) -> None:
+    parser = Parser()
+    add_engine_flags(parser)
+    if name == "--expert-placement":  # as it is without the flag
+        assert parser.parse_args([name, ""]).expert_placement == ""
+        return
+    with pytest.raises(ConfigError, match=f"^{name} is empty; give a value, or leave it out$"):
+        parser.parse_args([name, ""])
+
+
+def test_help_shows_defaults_that_are_values() -> None:
+    parser = Parser()
+    add_engine_flags(parser)
+    text = " ".join(parser.format_help().split())
+    assert "copies, without a file (default: 0)" in text
+    assert "reuse no prefixes --eviction" in text
+
+
+def run_program_file(program: str, first: Path) -> subprocess.CompletedProcess[bytes]:
+    """Run a program with modules of a folder before all others."""
+    root = Path(__file__).parents[2]
+    path = os.pathsep.join(map(str, (first, root, root / "kernels")))
+    return subprocess.run(
+        [sys.executable, root / "launch" / f"{program}.py", "--help"],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("program", "module"),
+    [("generate", "torch"), ("bench", "torch"), ("run", "torch"), ("convert", "tqdm")],
+)
+def test_ctrl_c_during_the_imports_is_no_traceback(
+    tmp_path: Path, program: str, module: str
+) -> None:
+    interrupt = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
+    (tmp_path / f"{module}.py").write_text(interrupt)
+    done = run_program_file(program, tmp_path)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, b"")
+
+
+def test_ctrl_c_before_torchrun_handles_signals_is_no_traceback(tmp_path: Path) -> None:
+    package = tmp_path / "torch"
+    modules = {
+        "": "",
+        "distributed": "",
+        "distributed/elastic": "",
+        "distributed/elastic/multiprocessing": "class SignalException(Exception): pass",
+        "distributed/elastic/multiprocessing/errors": "class ChildFailedError(Exception): pass",
+        "distributed/elastic/rendezvous": "RendezvousHandler = RendezvousInfo = object",
+        "distributed/elastic/rendezvous/dynamic_rendezvous": (
+            "class DynamicRendezvousHandler: next_rendezvous = print"
+        ),
+        "distributed/elastic/rendezvous/static_tcp_rendezvous": (
+            "class StaticTCPRendezvous: next_rendezvous = print"
+        ),
+        "distributed/run": "def main(): import os; os.kill(os.getpid(), 2)",
+    }
+    for name, text in modules.items():
+        (package / name).mkdir()
+        (package / name / "__init__.py").write_text(text)
+    done = run_program_file("run", tmp_path)
+    assert (done.returncode, done.stderr) == (130, b"")

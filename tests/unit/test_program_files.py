@@ -1,4 +1,4 @@
-"""The flags of generate.py: files that clash, and flags without a meaning, are refused at once."""
+"""Flags of generate.py: conflicting files and useless flags are refused at once."""
 
 import argparse
 import os

@@ -41,6 +41,7 @@ from dsv3.request import SamplingParams
         ("logprobs", 3.0, 3),
         ("logit_bias", None, {}),
         ("logit_bias", {np.int64(7): np.float64(1.5)}, {7: 1.5}),
+        ("logit_bias", {"7": "1.5"}, {7: 1.5}),
         ("n", None, 1),
     ],
 )

@@ -1,11 +1,11 @@
-"""The floor of a step: held to figures computed elsewhere, and to what must hold between them."""
+"""The roofline floor of a step, compared with independent figures and with each other."""
 
 from dataclasses import replace
 
 import pytest
 
 from benchlib.experts_hit import experts_hit
-from benchlib.roofline import HARDWARE, Op, Setup, floor_seconds, step_ops
+from benchlib.roofline import HARDWARE, Op, RooflineSetup, floor_seconds, step_ops
 from benchlib.step_shape import StepShape
 from dsv3.config import ParallelConfig
 from dsv3.config_files import load_model_config
@@ -14,7 +14,7 @@ from tests.checkpoint_files import TINY
 
 V3 = load_model_config("v3-671b")
 EIGHT = ParallelConfig(world_size=8)
-REPLICATED = Setup(config=V3, layout=EIGHT, kv_shard="none")
+REPLICATED = RooflineSetup(config=V3, layout=EIGHT, kv_shard="none")
 
 
 def at_its_busiest(load: StepShape) -> StepShape:
@@ -22,7 +22,7 @@ def at_its_busiest(load: StepShape) -> StepShape:
     return replace(load, hit=experts_hit(V3, 8, load.tokens, busiest=True))
 
 
-def without_links(setup: Setup, load: StepShape, hardware: str) -> float:
+def without_links(setup: RooflineSetup, load: StepShape, hardware: str) -> float:
     """Milliseconds of a step."""
     ops = [op for op in step_ops(setup, load) if not op.span]
     return 1e3 * floor_seconds(ops, HARDWARE[hardware])
@@ -57,7 +57,7 @@ def test_packed_latents_cost_less() -> None:
     assert without_links(packed, load, "h100") == pytest.approx(131.40, rel=0.02)
 
 
-def total(setup: Setup, load: StepShape, prefix: str) -> tuple[float, float]:
+def total(setup: RooflineSetup, load: StepShape, prefix: str) -> tuple[float, float]:
     """FLOPs and bytes of the operations below a name, all layers together."""
     ops = [op for op in step_ops(setup, load) if op.name.startswith(prefix)]
     assert ops, prefix
@@ -66,7 +66,7 @@ def total(setup: Setup, load: StepShape, prefix: str) -> tuple[float, float]:
 
 def test_dealt_positions_are_read_once_by_all_ranks_together() -> None:
     load = StepShape(decode=64, context=65536)
-    dealt = Setup(config=V3, layout=EIGHT)
+    dealt = RooflineSetup(config=V3, layout=EIGHT)
     flops, moved = total(dealt, load, "self_attn.mla_decode")
     all_flops, all_moved = total(REPLICATED, load, "self_attn.mla_decode")
     # As many FLOPs on a rank: all heads to an eighth of the positions.
@@ -86,8 +86,10 @@ def test_prefill_is_the_causal_triangle() -> None:
     half = StepShape(prefill=2048), StepShape(prefill=2048, cached=2048)
     assert flops == sum(total(REPLICATED, h, "self_attn.mla_prefill")[0] for h in half)
     # Every token passes every weight that it activates: 2 FLOPs each.
-    matrices, _ = total(Setup(config=V3, layout=ParallelConfig()), load, "")
-    attention, _ = total(Setup(config=V3, layout=ParallelConfig()), load, "self_attn.mla_prefill")
+    matrices, _ = total(RooflineSetup(config=V3, layout=ParallelConfig()), load, "")
+    attention, _ = total(
+        RooflineSetup(config=V3, layout=ParallelConfig()), load, "self_attn.mla_prefill"
+    )
     head = 2 * V3.vocab_size * V3.hidden_size
     active = (matrices - attention - head) / 4096 / 2
     assert active == pytest.approx(37.6e9 - V3.vocab_size * V3.hidden_size * 2, rel=0.02)
@@ -95,7 +97,7 @@ def test_prefill_is_the_causal_triangle() -> None:
 
 def test_data_parallel_groups_exchange_tokens() -> None:
     layout = ParallelConfig(world_size=8, dp=8)
-    wide = Setup(config=V3, layout=layout)
+    wide = RooflineSetup(config=V3, layout=layout)
     ops = {op.name: op for op in step_ops(wide, StepShape(decode=16, context=1024))}
     # All 128 tokens reach the experts of this rank as they would over tp.
     tp = {op.name: op for op in step_ops(REPLICATED, StepShape(decode=128, context=1024))}
@@ -119,7 +121,7 @@ def test_experts_hit() -> None:
     assert experts_hit(V3, 1, 10_000, skew=1.0)[1] == pytest.approx(80_000)
 
 
-def test_what_bounds_an_operation() -> None:
+def test_the_bound_of_an_operation() -> None:
     h100 = HARDWARE["h100"]
     assert Op("a", flops=1473e12, bytes=1.0, dtype="fp8", count=2).seconds(h100) == pytest.approx(
         2.0
@@ -137,7 +139,7 @@ def test_every_family_has_a_floor(form: str, world: int) -> None:
     for name in ("v2-lite-16b", "v2-236b", "v3.2-671b", "kimi-k2-1t"):
         config = load_model_config(name)
         layout = ParallelConfig(world_size=world)
-        setup = Setup(config=config, layout=layout, weights="bf16", form=form)
+        setup = RooflineSetup(config=config, layout=layout, weights="bf16", form=form)
         load = StepShape(decode=4, context=5000, prefill=100, prompts=2, cached=7)
         ops = step_ops(setup, load)
         assert all(op.seconds(HARDWARE["h800"]) > 0 for op in ops)
@@ -146,6 +148,6 @@ def test_every_family_has_a_floor(form: str, world: int) -> None:
 
 def test_setups_are_checked() -> None:
     with pytest.raises(ConfigError, match="weights='int3' must be one of fp8, bf16, fp32"):
-        Setup(config=V3, layout=EIGHT, weights="int3")
+        RooflineSetup(config=V3, layout=EIGHT, weights="int3")
     with pytest.raises(ConfigError, match="does not divide"):
-        Setup(config=TINY, layout=ParallelConfig(world_size=7))
+        RooflineSetup(config=TINY, layout=ParallelConfig(world_size=7))

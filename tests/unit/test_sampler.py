@@ -13,7 +13,7 @@ from dsv3.engine.adjust import AdjustedRow, Adjuster, pack_adjustments
 from dsv3.engine.sampler import Sampler
 from dsv3.engine.step_plan import NO_TARGET, NOT_FINITE, StepPlan
 from dsv3.request import SamplingParams
-from dsv3_kernels import sample
+from dsv3_kernels import RowParams, sample
 
 W, D, T, M = 331, 16, 40, 60
 
@@ -138,17 +138,16 @@ def expected(logits: Tensor, plan: StepPlan, m: int) -> int:
     if plan.target[m] != NO_TARGET:
         return int(plan.target[m])
     seed = (int(plan.seed_high[m]) << 32) + (int(plan.seed_low[m]) & 0xFFFFFFFF)
-    one = sample(
-        logits[None],
-        torch.tensor([float(plan.temperature[m])]),
-        torch.tensor([int(plan.top_k[m])]),
-        torch.tensor([float(plan.top_p[m])]),
-        torch.tensor([float(plan.min_p[m])]),
-        torch.tensor([seed]),
-        torch.tensor([int(plan.answer[m])]),
-        torch.tensor([int(plan.position[m])]),
+    params = RowParams(
+        temperature_B=torch.tensor([float(plan.temperature[m])]),
+        top_k_B=torch.tensor([int(plan.top_k[m])]),
+        top_p_B=torch.tensor([float(plan.top_p[m])]),
+        min_p_B=torch.tensor([float(plan.min_p[m])]),
+        seed_B=torch.tensor([seed]),
+        answer_B=torch.tensor([int(plan.answer[m])]),
+        position_B=torch.tensor([int(plan.position[m])]),
     )
-    return int(one)
+    return int(sample(logits[None], params))
 
 
 def test_a_vocabulary_smaller_than_the_alternatives(model: SimpleNamespace) -> None:

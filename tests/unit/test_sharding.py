@@ -55,7 +55,7 @@ def test_shards_tile_every_tensor(world_size: int, dp: int) -> None:
         assert values == copies * math.prod(spec.shape), spec
 
 
-def test_heads_stay_whole() -> None:
+def test_heads_are_not_split() -> None:
     spec = tensor_specs(TINY)["model.layers.0.self_attn.kv_b_proj.weight"]
     for rank in range(8):
         region = shard_region(spec, ParallelConfig(world_size=8, rank=rank))

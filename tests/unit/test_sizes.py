@@ -24,9 +24,9 @@ b = 2
 
 
 def test_no_function_grows_out_of_hand() -> None:
-    """50 lines is the aim; 100 is a kernel's limit, and nothing may be longer."""
+    """50 lines is the aim; 120 is the limit of a kernel, whose parameters take a line each."""
     files = [f for folder in ("dsv3", "kernels") for f in count_lines(ROOT, folder)]
-    long = [f for file in files for f in functions(ROOT, file) if f.lines > 100]
+    long = [f for file in files for f in functions(ROOT, file) if f.lines > 120]
     assert len(files) > 40 and not long
 
 

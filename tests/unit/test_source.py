@@ -30,7 +30,7 @@ from tests.checkpoint_files import (
 )
 
 CONFIG = dataclasses.replace(TINY, quantization=FP8)
-# What DeepSeek's converter can split in two: sizes and numbers of scales are even.
+# Sizes that DeepSeek's converter can split in two: even, also in scales.
 EVEN = dataclasses.replace(
     CONFIG,
     num_attention_heads=16,
@@ -43,7 +43,7 @@ SECOND = "model-00002-of-00003.safetensors"
 
 
 def write_deepseek(path: Path, tensors: Tensors, world: int) -> Path:
-    """What DeepSeek's convert.py makes: equal slices, its own names, no config, no manifest."""
+    """A directory in the format of DeepSeek's convert.py: equal slices, other names, no config."""
     specs = tensor_specs(EVEN)
     path.mkdir()
     for rank in range(world):
@@ -74,7 +74,7 @@ def assert_slices_equal(source: Source, tensors: Tensors) -> None:
 
 
 def test_hugging_face_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "_STAGING", 1000)  # many blocks, the last one short
+    monkeypatch.setattr(reader, "_STAGING_BYTES", 1000)  # many blocks, the last one short
     tensors = random_tensors(CONFIG)
     with open_source(write_hf(tmp_path, CONFIG, tensors)) as source:
         assert_slices_equal(source, tensors)
@@ -90,7 +90,7 @@ def test_single_file(tmp_path: Path) -> None:
 
 
 def test_deepseek_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "_STAGING", 1000)
+    monkeypatch.setattr(reader, "_STAGING_BYTES", 1000)
     tensors = random_tensors(EVEN)
     path = write_deepseek(tmp_path / "mp2", tensors, 2)
     with open_source(path, EVEN) as source:
@@ -105,7 +105,7 @@ def test_deepseek_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_converted_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slices of any other layout, out of pieces that cut blocks and share scales."""
-    monkeypatch.setattr(reader, "_STAGING", 1000)
+    monkeypatch.setattr(reader, "_STAGING_BYTES", 1000)
     tensors = random_tensors(CONFIG)
     with open_source(write_hf(tmp_path / "hf", CONFIG, tensors)) as source:
         plan = make_plan(source, ParallelConfig(world_size=8, dp=2))

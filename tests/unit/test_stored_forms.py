@@ -193,13 +193,13 @@ def test_unsupported_forms(
 ) -> None:
     """Headers are enough to name them: the directory has neither config nor tokenizer."""
     path = bare(tmp_path / "bare", tensors)
-    told = []
+    messages = []
     for check in (check_stored_form, open_source):
         with pytest.raises(CheckpointError, match=f"{form}.* not supported") as caught:
             check(path)
-        told.append(str(caught.value))
-    assert told[0] == told[1] and "damaged" not in told[0] and "\n" not in told[0]
-    assert any(name in told[0] for name in tensors)
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1] and "damaged" not in messages[0] and "\n" not in messages[0]
+    assert any(name in messages[0] for name in tensors)
 
 
 @pytest.mark.parametrize("dtype", ["U16", "U64", "C64", "I16", "F64", "BOOL"])

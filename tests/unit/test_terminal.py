@@ -1,4 +1,4 @@
-"""What a chat writes where only one of its ends is a terminal."""
+"""Output of a chat if only input or output is a terminal."""
 
 import os
 import pty

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models
 
 from dsv3.text.detokenize import (
-    HALF_CHARACTER,
+    MAX_PARTIAL,
     REPLACEMENT,
     WINDOW,
     ByteDetokenizer,
@@ -82,7 +82,7 @@ def test_bytes_that_are_no_text_come_out_as_they_decode(kind: Kind, data: bytes)
     ids = byte_tokens(data)
     shown = "".join(detokenizer.push([i]) for i in ids)
     assert shown + detokenizer.finish() == TOKENIZER.decode(ids)
-    assert len(TOKENIZER.decode(ids)) - len(shown) <= HALF_CHARACTER
+    assert len(TOKENIZER.decode(ids)) - len(shown) <= MAX_PARTIAL
 
 
 def test_work_per_token_does_not_grow_with_the_answer() -> None:
@@ -191,7 +191,7 @@ def test_stop_strings_cut_wherever_tokens_begin_and_end(text: str, stop: list[st
         (["plain"], (), ["plain"]),
     ],
 )
-def test_what_may_become_a_stop_string_waits(
+def test_the_beginning_of_a_stop_string_is_held_back(
     pieces: list[str], stop: tuple[str, ...], want: list[str]
 ) -> None:
     checker = StopChecker(stop)

@@ -1,39 +1,40 @@
-"""How decode attention over latents is cut into programs: rows, keys at a time, splits."""
+"""Tiling of decode attention: rows and keys per step, splits, programs."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
-# Programs of a launch, about: eight for each multiprocessor.
+# Approximate programs per launch: eight for each multiprocessor.
 _PROGRAMS = 1024
-# Bytes of partial results held at a time: with 128 heads of 1,024 splits, two for each program.
+# Bytes of partial outputs at a time: for 128 heads and 1,024 splits, two per program.
 _SPLIT_BYTES = 256 << 20
-# Positions of the shortest splits; by arithmetic, not measured.
+# Positions of the shortest split; by arithmetic, not measured.
 _LEAST_SPLIT = 64
 
 
 def programs_for(splits: int, others: int) -> int:
-    """Return the programs that share a sequence's splits; no result depends on them.
+    """Return the number of programs that share a sequence's splits; no result depends on it.
 
-    Tables may be far wider than contexts are long: then a program for each split would most often
-    only come and go.
+    Tables may be far wider than contexts are long; then most programs would have an empty split if
+    each had only one.
     """
     return max(1, min(splits, _PROGRAMS // others))
 
 
 def sequences_for(splits: int, values: int) -> int:
-    """Return the sequences of a launch: their splits' results, `values` each, take little memory.
+    """Return the number of sequences per launch, so that partial outputs take little memory.
 
-    No result depends on them.
+    No result depends on it. A split has `values` values of partial outputs.
     """
     return max(1, _SPLIT_BYTES // (4 * splits * values))
 
 
-class Tile(NamedTuple):
-    """What one program does, by the shape of the queries alone.
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """The work of one program.
 
     Attributes:
         rows: queries times heads of a sequence.
-        keys: positions at a time.
-        split: positions in all.
+        keys: positions per step.
+        split: positions per split.
         warps, stages: of the launch.
     """
 
@@ -45,14 +46,14 @@ class Tile(NamedTuple):
 
 
 def split_for(longest: int, others: int, held: int, multiprocessors: int) -> int:
-    """Return the positions of a split: at most `longest`, fewer where GPUs would be idle.
+    """Return the positions per split: at most `longest`, fewer if the GPU would be idle.
 
-    Every program reads its positions at its multiprocessor's share of bandwidth: a single
-    sequence's should be spread over half of the GPU. More splits cost their results' bytes.
+    Every program reads its positions at its multiprocessor's share of bandwidth, so a single
+    sequence should use half of the GPU. More splits cost the bytes of their partial outputs.
 
     Args:
-        longest: what is best with many sequences.
-        others: programs of a split.
+        longest: best length for many sequences.
+        others: programs per split.
         held: positions that the tables could hold here.
         multiprocessors: of the GPU.
     """
@@ -63,9 +64,11 @@ def split_for(longest: int, others: int, held: int, multiprocessors: int) -> int
 
 
 def tile_for(rows: int, is_exact: bool, is_hopper: bool) -> Tile:
-    """Return the tile of so many rows; the larger ones fill a Hopper's shared memory."""
+    """Return the tile for this many rows; the larger tiles fill a Hopper's shared memory."""
     if is_exact:
-        return Tile(16, 16, 512, 4, 2)
+        return Tile(rows=16, keys=16, split=512, warps=4, stages=2)
     if rows <= 16 or not is_hopper:
-        return Tile(16, 32, 512, 4, 5 if is_hopper else 3)
-    return Tile(32, 32, 512, 8, 5) if rows <= 32 else Tile(64, 64, 1024, 8, 3)
+        return Tile(rows=16, keys=32, split=512, warps=4, stages=5 if is_hopper else 3)
+    if rows <= 32:
+        return Tile(rows=32, keys=32, split=512, warps=8, stages=5)
+    return Tile(rows=64, keys=64, split=1024, warps=8, stages=3)

@@ -1,7 +1,7 @@
 """The FP8 form of a latent cache entry: C e4m3 values, a float32 scale per 128, R bf16 values.
 
-For V3 these are 512 + 16 + 128 = 656 bytes, in the order that V3.2's sparse kernels read. The
-rotated key stays bf16: it is small, and its errors would grow with position. Bound by bytes.
+For V3 these are 512 + 16 + 128 = 656 bytes, in the order read by V3.2's sparse kernels. The rotated
+key stays bf16: it is small, and its errors would grow with position. Bound by bytes.
 """
 
 import torch
@@ -16,34 +16,6 @@ def packed_bytes(value_dim: int, rope_dim: int) -> int:
     return value_dim + 4 * -(-value_dim // BLOCK) + 2 * rope_dim
 
 
-def pack_latent_ref(entry_TX: Tensor, value_dim: int) -> Tensor:
-    """Define `pack_latent`."""
-    x_TC, k_TR = entry_TX[..., :value_dim].float(), entry_TX[..., value_dim:]
-    blocks = -(-value_dim // BLOCK)
-    padded = torch.nn.functional.pad(x_TC, (0, blocks * BLOCK - value_dim))
-    # An all-zero block gets the scale of a tiny one, not 0 / 0.
-    scale_Tc = padded.unflatten(-1, (blocks, BLOCK)).abs().amax(-1).clamp_min(1e-4) / _MAX
-    by_value = scale_Tc.repeat_interleave(BLOCK, -1)[..., :value_dim]
-    q_TC = (x_TC / by_value).clamp(-_MAX, _MAX).to(torch.float8_e4m3fn)
-    parts = (q_TC, scale_Tc, k_TR.to(torch.bfloat16))
-    # A reduction over no rows leaves strides that `contiguous` keeps and `view` refuses.
-    dense = [part.clone(memory_format=torch.contiguous_format) for part in parts]
-    return torch.cat([part.view(torch.uint8) for part in dense], -1)
-
-
-def unpack_latent_ref(packed_TY: Tensor, value_dim: int, dtype: torch.dtype) -> Tensor:
-    """Define `unpack_latent`."""
-    blocks = -(-value_dim // BLOCK)
-    q, scale, key = packed_TY.split(
-        [value_dim, 4 * blocks, packed_TY.shape[-1] - value_dim - 4 * blocks], -1
-    )
-    q_TC = q.contiguous().view(torch.float8_e4m3fn).float()
-    scale_Tc = scale.contiguous().view(torch.float32)
-    k_TR = key.contiguous().view(torch.bfloat16)
-    by_value = scale_Tc.repeat_interleave(BLOCK, -1)[..., :value_dim]
-    return torch.cat(((q_TC * by_value).to(dtype), k_TR.to(dtype)), -1)
-
-
 def pack_latent(entry_TX: Tensor, value_dim: int) -> Tensor:
     """Quantize cache entries.
 
@@ -56,9 +28,34 @@ def pack_latent(entry_TX: Tensor, value_dim: int) -> Tensor:
     Returns:
         [..., packed_bytes(C, R)] uint8.
     """
-    return pack_latent_ref(entry_TX, value_dim)
+    x_TC = entry_TX[..., :value_dim].float()
+    k_TR = entry_TX[..., value_dim:]
+    blocks = -(-value_dim // BLOCK)
+    padded = torch.nn.functional.pad(x_TC, (0, blocks * BLOCK - value_dim))
+    # An all-zero block gets the scale of a tiny one, not 0 / 0.
+    scale_Tc = padded.unflatten(-1, (blocks, BLOCK)).abs().amax(-1).clamp_min(1e-4) / _MAX
+    by_value = scale_Tc.repeat_interleave(BLOCK, -1)[..., :value_dim]
+    q_TC = (x_TC / by_value).clamp(-_MAX, _MAX).to(torch.float8_e4m3fn)
+    parts = (q_TC, scale_Tc, k_TR.to(torch.bfloat16))
+    # A reduction over no rows leaves strides that `contiguous` keeps and `view` refuses.
+    dense = [part.clone(memory_format=torch.contiguous_format) for part in parts]
+    return torch.cat([part.view(torch.uint8) for part in dense], -1)
 
 
 def unpack_latent(packed_TY: Tensor, value_dim: int, dtype: torch.dtype) -> Tensor:
-    """Undo `pack_latent` but for its rounding; [..., C + R] in `dtype`."""
-    return unpack_latent_ref(packed_TY, value_dim, dtype)
+    """Dequantize packed cache entries; [..., C + R] in `dtype`."""
+    blocks = -(-value_dim // BLOCK)
+    q, scale, key = packed_TY.split(
+        [value_dim, 4 * blocks, packed_TY.shape[-1] - value_dim - 4 * blocks], -1
+    )
+    q_TC = q.contiguous().view(torch.float8_e4m3fn).float()
+    scale_Tc = scale.contiguous().view(torch.float32)
+    k_TR = key.contiguous().view(torch.bfloat16)
+    by_value = scale_Tc.repeat_interleave(BLOCK, -1)[..., :value_dim]
+    return torch.cat(((q_TC * by_value).to(dtype), k_TR.to(dtype)), -1)
+
+
+def packed_views(packed_SY: Tensor, value_dim: int) -> tuple[Tensor, Tensor]:
+    """Return views of packed entries: scales of the latents' blocks, and rotated keys."""
+    end = value_dim + 4 * -(-value_dim // BLOCK)
+    return packed_SY[:, value_dim:end].view(torch.float32), packed_SY[:, end:].view(torch.bfloat16)

@@ -1,33 +1,31 @@
-"""Softmax with its log-sum-exp, and the exact merge of attention over disjoint sets of keys."""
+"""Softmax with its log-sum-exp, and the exact merge of partial outputs over disjoint keys."""
 
 import torch
 from torch import Tensor
 
-from dsv3_kernels._triton import in_turn, launch_options, tl, triton, use_triton
-from dsv3_kernels.attention.paging import Paging
+from dsv3_kernels._triton import in_turn, launch_options, tl, triton
+from dsv3_kernels.attention.paging import PageTables, Paging
+from dsv3_kernels.attention.parts import PartialOutputs
+from dsv3_kernels.operation import operation
 
-# Parts that the kernel weighs at a time. Always the same, so that the order of a sum depends on
-# the number of a row's parts only.
+# Parts that the kernel merges at a time. Constant, so that the order of a sum depends only on the
+# number of a row's parts.
 _PARTS = 16
+# Of calls that merge all parts.
+_ONE_RANK = Paging(page_size=1)
 
 
 def softmax_lse(score: Tensor) -> tuple[Tensor, Tensor]:
-    """Return softmax and log-sum-exp over the last dim; rows of only -inf give (0, -inf)."""
+    """Return softmax and log-sum-exp over the last dim; (0, -inf) for rows of only -inf."""
     top = score.amax(-1)
     has_none = top == float("-inf")
     p = score.softmax(-1)
-    # The likeliest one has p = exp(top - lse).
+    # The largest probability is exp(top - lse).
     lse = (top - p.amax(-1).log()).masked_fill_(has_none, float("-inf"))
     return p.masked_fill_(has_none.unsqueeze(-1), 0.0), lse
 
 
-def merge_lse_ref(o_NTHV: Tensor, lse_NTH: Tensor) -> tuple[Tensor, Tensor]:
-    """Define `merge_lse`."""
-    weight_THN, lse_TH = softmax_lse(lse_NTH.movedim(0, -1))
-    return (o_NTHV * weight_THN.movedim(-1, 0).unsqueeze(-1)).sum(0), lse_TH
-
-
-# Strides of values are: where they allow it, 16 bytes are read at a time.
+# Strides of values are specialized: if they allow it, 16 bytes are read at a time.
 _LSE = "lse_stride_block", "lse_stride_row", "lse_stride_part"
 _OUT = "lse_out", "out_lse_stride_block", "out_lse_stride_row"
 
@@ -39,8 +37,8 @@ def _merge_lse_kernel(
     o_out,
     lse_out,
     pos_ptr,  # position of each query; not read if SPLIT is 0
-    num_parts,  # not used otherwise
-    block_rows,  # rows of a block; the first strides step over blocks, the second over rows
+    num_parts,  # not used unless SPLIT is 0
+    block_rows,  # rows per block; strides are given for blocks and for rows
     o_stride_block,
     o_stride_row,
     o_stride_part,
@@ -59,10 +57,11 @@ def _merge_lse_kernel(
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program merges a row's parts, PARTS at a time, in their order."""
+    """Merge the parts of a row, PARTS at a time, in order."""
     in_turn()
     row = tl.program_id(0).to(tl.int64)
-    block, row = row // block_rows, row % block_rows
+    block = row // block_rows
+    row = row % block_rows
     if SPLIT > 0:
         pos = tl.load(pos_ptr + row // HEADS).to(tl.int32)
         num_parts = ((pos + SHARDS - SHARD) // SHARDS + SPLIT - 1) // SPLIT
@@ -94,69 +93,103 @@ def _merge_lse_kernel(
         tl.store(at, best + tl.log(divisor))
 
 
-def merge_lse_triton(o_NTHV: Tensor, lse_NTH: Tensor) -> tuple[Tensor, Tensor]:
-    """Launch a program per row and block of values."""
-    out = o_NTHV.new_empty(o_NTHV.shape[1:], dtype=torch.float32)
-    out_lse = out.new_empty(out.shape[:-1])
-    _launch((o_NTHV, lse_NTH), (out, out_lse), (lse_NTH, 1), (1, 0, 0))
-    return out, out_lse
-
-
-def merge_splits_triton(
-    parts: tuple[Tensor, Tensor],
-    query_pos_BQ: Tensor,
+def _launch(
+    parts: PartialOutputs,
+    out: PartialOutputs,
+    query_pos: Tensor,
+    heads: int,
     paging: Paging,
     split: int,
-    out: tuple[Tensor, Tensor],
 ) -> None:
-    """Merge what queries got from each `split` of the positions held here.
+    """Merge [N, blocks, rows, V] and [N, blocks, rows] over N into `out`.
 
-    Splits behind a query's position are not read: nobody need have written them.
-
-    Args:
-        parts: o [N, P, T, H, V] and lse [N, P, T, H], float32, of T = B * Q queries.
-        query_pos_BQ: [B, Q], contiguous.
-        paging: which positions are held here.
-        split: so many of them are one part.
-        out: o [P, T, H, V], any float dtype, and lse [P, T, H] float32, to be written; heads of
-            a token and tokens follow each other.
+    If `split` is 0 all N parts are merged, and `query_pos`, `heads` and `paging` are not used.
     """
-    (o, lse), (out_o, out_lse) = parts, out
-    flat = out_o.flatten(1, 2), out_lse.flatten(1, 2)
-    sizes = query_pos_BQ, o.shape[3]
-    _launch((o.flatten(2, 3), lse.flatten(2, 3)), flat, sizes, (paging.shards, paging.shard, split))
-
-
-def _launch(
-    parts: tuple[Tensor, Tensor],
-    out: tuple[Tensor, Tensor],
-    queries: tuple[Tensor, int],
-    paging: tuple[int, int, int],
-) -> None:
-    """Merge [N, blocks, rows, V] and [N, blocks, rows] over N into `out`."""
-    (N, blocks, rows, V), (pos, heads) = parts[0].shape, queries
-    assert parts[0].stride(-1) == out[0].stride(-1) == 1, f"{parts[0].stride()=}"
-    strides = [x.stride(i) for x in parts for i in (1, 2, 0)]
-    strides += [x.stride(i) for x in out for i in (0, 1)]
+    N, blocks, rows, V = parts.o.shape
+    assert parts.o.stride(-1) == out.o.stride(-1) == 1, f"{parts.o.stride()=} {out.o.stride()=}"
     block = min(128, triton.next_power_of_2(V))
     if blocks * rows:
         _merge_lse_kernel[(blocks * rows, triton.cdiv(V, block))](
-            *(*parts, *out, pos, N, rows, *strides, heads, V, *paging, _PARTS, block),
+            o_part=parts.o,
+            lse_part=parts.lse,
+            o_out=out.o,
+            lse_out=out.lse,
+            pos_ptr=query_pos,
+            num_parts=N,
+            block_rows=rows,
+            o_stride_block=parts.o.stride(1),
+            o_stride_row=parts.o.stride(2),
+            o_stride_part=parts.o.stride(0),
+            lse_stride_block=parts.lse.stride(1),
+            lse_stride_row=parts.lse.stride(2),
+            lse_stride_part=parts.lse.stride(0),
+            out_stride_block=out.o.stride(0),
+            out_stride_row=out.o.stride(1),
+            out_lse_stride_block=out.lse.stride(0),
+            out_lse_stride_row=out.lse.stride(1),
+            HEADS=heads,
+            V=V,
+            SHARDS=paging.shards,
+            SHARD=paging.shard,
+            SPLIT=split,
+            PARTS=_PARTS,
+            BLOCK=block,
             num_warps=2,
             **launch_options(),
         )
 
 
-def merge_lse(o_NTHV: Tensor, lse_NTH: Tensor) -> tuple[Tensor, Tensor]:
-    """Merge N partial attention results: o = sum_n exp(lse_n - lse) o_n.
+def merge_splits(
+    parts: PartialOutputs, tables: PageTables, split: int, out: PartialOutputs
+) -> None:
+    """Merge the partial outputs of each `split` positions held here, by the kernel.
+
+    Splits after a query's position are not read and may be uninitialized.
+
+    Args:
+        parts: o [N, P, T, H, V] and lse [N, P, T, H], float32, of T = B * Q queries.
+        tables: of the queries; positions contiguous.
+        split: positions per part.
+        out: o [P, T, H, V], any float dtype, and lse [P, T, H] float32, to be written; heads of
+            a token and tokens are contiguous.
+    """
+    _launch(
+        parts=PartialOutputs(parts.o.flatten(2, 3), parts.lse.flatten(2, 3)),
+        out=PartialOutputs(out.o.flatten(1, 2), out.lse.flatten(1, 2)),
+        query_pos=tables.query_pos_BQ,
+        heads=parts.o.shape[3],
+        paging=tables.paging,
+        split=split,
+    )
+
+
+def _launch_merge_lse(o_NTHV: Tensor, lse_NTH: Tensor) -> PartialOutputs:
+    """Launch a program per row and block of values."""
+    o_THV = o_NTHV.new_empty(o_NTHV.shape[1:], dtype=torch.float32)
+    out = PartialOutputs(o_THV, o_THV.new_empty(o_THV.shape[:-1]))
+    _launch(
+        parts=PartialOutputs(o_NTHV, lse_NTH),
+        out=out,
+        query_pos=lse_NTH,
+        heads=1,
+        paging=_ONE_RANK,
+        split=0,
+    )
+    return out
+
+
+@operation(kernel=_launch_merge_lse)
+def merge_lse(o_NTHV: Tensor, lse_NTH: Tensor) -> PartialOutputs:
+    """Merge N partial outputs: o = sum_n exp(lse_n - lse) o_n.
 
     Args:
         o_NTHV: [N, T, H, V] float32, each a softmax average over its own keys.
-        lse_NTH: [N, T, H] float32 log-sum-exp of its scores; -inf (with o = 0) for no key.
+        lse_NTH: [N, T, H] float32 log-sum-exp of its scores; -inf (with o = 0) without keys.
 
     Returns:
-        o_THV: [T, H, V]; 0 where no part had a key.
+        o_THV: [T, H, V]; 0 without keys in any part.
         lse_TH: [T, H].
     """
-    merge = merge_lse_triton if use_triton(o_NTHV) else merge_lse_ref
-    return merge(o_NTHV, lse_NTH)
+    weight_THN, lse_TH = softmax_lse(lse_NTH.movedim(0, -1))
+    o_THV = (o_NTHV * weight_THN.movedim(-1, 0).unsqueeze(-1)).sum(0)
+    return PartialOutputs(o_THV, lse_TH)

@@ -1,12 +1,12 @@
-"""MLA in its expanded form: every head has its own keys and values. Bound by FLOPs.
+"""MLA prefill attention in the expanded form: every head has its own keys and values.
 
-A key is in two parts, as it comes: what the head expanded, and the rotated part that all heads may
-share; so nothing needs to be copied together.
+Bound by FLOPs. A key is given in two parts, the head's expanded part and the rotated part that all
+heads may share, so no copy has to join them.
 """
 
 import math
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,55 +18,32 @@ from dsv3_kernels._triton import (
     launch_options,
     tl,
     triton,
-    use_triton,
 )
 from dsv3_kernels.attention.merge_lse import softmax_lse
+from dsv3_kernels.attention.parts import PartialOutputs
+from dsv3_kernels.operation import operation
 
-# Scores held at a time by the reference: 1 MiB of float32, which a processor's cache holds.
+# Scores in memory at a time in the reference: 1 MiB of float32, which fit a processor's cache.
 _SCORES = 1 << 18
 
 
-def mla_prefill_ref(
-    q_QHX: Tensor,
-    k_SHN: Tensor,
-    k_SHR: Tensor,
-    v_SHV: Tensor,
-    first_key: int,
-    first_query: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Define `mla_prefill`."""
-    k_SHX = torch.cat((k_SHN, k_SHR), -1)
-    q, k, v = (t.float().transpose(0, 1) for t in (q_QHX, k_SHX, v_SHV))
-    (H, Q), S = q.shape[:2], k.shape[1]
-    pos = torch.arange(max(first_key + S, first_query + Q), device=q.device)
-    out, lse = q.new_empty(Q, H, v.shape[-1]), q.new_empty(Q, H)
-    step = max(1, _SCORES // (H * max(S, 1)))
-    for i in range(0, Q, step):
-        rows = slice(i, min(i + step, Q))
-        # No query of these sees a key after them.
-        seen = max(1, min(S, first_query + rows.stop - first_key))
-        score = torch.matmul(q[:, rows] * scale, k[:, :seen].transpose(1, 2))
-        if first_key + seen - 1 > first_query + i:
-            key_pos, query_pos = pos[first_key:][:seen], pos[first_query:][rows]
-            score.masked_fill_(key_pos > query_pos[:, None], float("-inf"))
-        p, part = softmax_lse(score)
-        out[rows] = torch.matmul(p, v[:, :seen]).transpose(0, 1)
-        lse[rows] = part.transpose(0, 1)
-    return out, lse
+@dataclass(frozen=True, slots=True)
+class KeysValues:
+    """Expanded keys and values of S tokens.
 
+    Attributes:
+        k_SHN: [S, H, N] expanded part of the keys.
+        k_SHR: [S, H, R] rotated part of the keys; may be a view that repeats one head's.
+        v_SHV: [S, H, V] values.
+    """
 
-def mla_prefill_packed_ref(
-    q_THX: Tensor, k_THN: Tensor, k_THR: Tensor, v_THV: Tensor, start_L: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Define `mla_prefill_packed`."""
-    parts = [
-        mla_prefill_ref(q_THX[a:b], k_THN[a:b], k_THR[a:b], v_THV[a:b], 0, 0, scale)
-        for a, b in pairwise(start_L.tolist())
-    ]
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat([o for o, _ in parts]), torch.cat([lse for _, lse in parts])
+    k_SHN: Tensor
+    k_SHR: Tensor
+    v_SHV: Tensor
+
+    def rows(self, start: int, stop: int) -> "KeysValues":
+        """Return tokens start to stop."""
+        return KeysValues(self.k_SHN[start:stop], self.k_SHR[start:stop], self.v_SHV[start:stop])
 
 
 @triton.jit
@@ -94,12 +71,14 @@ def _attend_blocks(
     WHOLE: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Attend to keys begin .. end - 1; WHOLE if every row sees all of them."""
+    """Attend to keys begin .. end - 1; WHOLE if every row sees all these keys."""
     for start in range(begin, end, KEYS):
         at = start + tl.arange(0, KEYS)
         held = at < keys
         if WHOLE:
-            mask_n, mask_r, mask_v = is_n[None, :], is_r[None, :], is_v[None, :]
+            mask_n = is_n[None, :]
+            mask_r = is_r[None, :]
+            mask_v = is_v[None, :]
         else:
             mask_n = held[:, None] & is_n[None, :]
             mask_r = held[:, None] & is_r[None, :]
@@ -156,23 +135,30 @@ def _mla_prefill_kernel(
     PACKED: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """One program: QUERIES of one sequence, one head. The longest programs start first."""
+    """Compute QUERIES of one sequence and head. The programs with most keys start first."""
     in_turn()
     head = tl.program_id(1).to(tl.int64)
     first = tl.zeros((1,), tl.int64)
     if PACKED:
         begin = tl.load(start_ptr + tl.program_id(2)).to(tl.int64)
         queries = (tl.load(start_ptr + tl.program_id(2) + 1) - begin).to(tl.int32)
-        first, keys = first + begin, queries
+        first = first + begin
+        keys = queries
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     if block * QUERIES < queries:
         row = block * QUERIES + tl.arange(0, QUERIES)
-        n, r, v = tl.arange(0, N_PAD), tl.arange(0, R_PAD), tl.arange(0, V_PAD)
-        is_n, is_r, is_v, is_row = n < N, r < R, v < V, row < queries
+        n = tl.arange(0, N_PAD)
+        r = tl.arange(0, R_PAD)
+        v = tl.arange(0, V_PAD)
+        is_n = n < N
+        is_r = r < R
+        is_v = v < V
+        is_row = row < queries
         q_at = q_ptr + ((first + row) * stride_qt + head * stride_qh)[:, None]
         q_n = tl.load(q_at + n[None, :], mask=is_row[:, None] & is_n[None, :], other=0.0)
         q_r = tl.load(q_at + N + r[None, :], mask=is_row[:, None] & is_r[None, :], other=0.0)
-        q_n, q_r = q_n.to(DTYPE), q_r.to(DTYPE)
+        q_n = q_n.to(DTYPE)
+        q_r = q_r.to(DTYPE)
         n_at = n_ptr + (first * stride_nt + head * stride_nh + n)[None, :]
         r_at = r_ptr + (first * stride_rt + head * stride_rh + r)[None, :]
         v_at = v_ptr + (first * stride_vt + head * stride_vh + v)[None, :]
@@ -183,13 +169,53 @@ def _mla_prefill_kernel(
         # Up to here all rows see all keys.
         whole = tl.maximum(0, tl.minimum(keys, block * QUERIES + ahead + 1)) // KEYS * KEYS
         acc, top, total = _attend_blocks(
-            acc, top, total, q_n, q_r, n_at, r_at, v_at, stride_nt, stride_rt, stride_vt,
-            0, whole, keys, row + ahead, is_n, is_r, is_v, scale_log2, KEYS, True, DTYPE,
-        )  # fmt: skip
+            acc=acc,
+            top=top,
+            total=total,
+            q_n=q_n,
+            q_r=q_r,
+            n_at=n_at,
+            r_at=r_at,
+            v_at=v_at,
+            stride_n=stride_nt,
+            stride_r=stride_rt,
+            stride_v=stride_vt,
+            begin=0,
+            end=whole,
+            keys=keys,
+            last_key=row + ahead,
+            is_n=is_n,
+            is_r=is_r,
+            is_v=is_v,
+            scale_log2=scale_log2,
+            KEYS=KEYS,
+            WHOLE=True,
+            DTYPE=DTYPE,
+        )
         acc, top, total = _attend_blocks(
-            acc, top, total, q_n, q_r, n_at, r_at, v_at, stride_nt, stride_rt, stride_vt,
-            whole, seen, keys, row + ahead, is_n, is_r, is_v, scale_log2, KEYS, False, DTYPE,
-        )  # fmt: skip
+            acc=acc,
+            top=top,
+            total=total,
+            q_n=q_n,
+            q_r=q_r,
+            n_at=n_at,
+            r_at=r_at,
+            v_at=v_at,
+            stride_n=stride_nt,
+            stride_r=stride_rt,
+            stride_v=stride_vt,
+            begin=whole,
+            end=seen,
+            keys=keys,
+            last_key=row + ahead,
+            is_n=is_n,
+            is_r=is_r,
+            is_v=is_v,
+            scale_log2=scale_log2,
+            KEYS=KEYS,
+            WHOLE=False,
+            DTYPE=DTYPE,
+        )
         divisor = tl.where(total == 0.0, 1.0, total)
         out = (first + row) * H + head
         o_at = o_ptr + (out * V)[:, None] + v[None, :]
@@ -197,8 +223,15 @@ def _mla_prefill_kernel(
         tl.store(lse_ptr + out, (top + tl.log2(divisor)) * 0.6931471805599453, mask=is_row)
 
 
-class Tile(NamedTuple):
-    """Queries of a program, keys at a time, warps and stages of the launch."""
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """The work of one program.
+
+    Attributes:
+        queries: per program.
+        keys: per step.
+        warps, stages: of the launch.
+    """
 
     queries: int
     keys: int
@@ -207,129 +240,170 @@ class Tile(NamedTuple):
 
 
 def tile_for(is_exact: bool, is_hopper: bool) -> Tile:
-    """Return the tile; the largest takes most of a Hopper's shared memory."""
+    """Return the best tile; the largest takes most of a Hopper's shared memory."""
     if is_exact:
-        return Tile(32, 32, 8, 1)
-    return Tile(128, 128, 8, 2) if is_hopper else Tile(64, 32, 4, 2)
+        return Tile(queries=32, keys=32, warps=8, stages=1)
+    if is_hopper:
+        return Tile(queries=128, keys=128, warps=8, stages=2)
+    return Tile(queries=64, keys=32, warps=4, stages=2)
 
 
-def _launch(
+def launch_prefill(
     q: Tensor,
-    k_n: Tensor,
-    k_r: Tensor,
-    v: Tensor,
+    keys: KeysValues,
     start_L: Tensor | None,
     longest: int,
     ahead: int,
     scale: float,
     tile: Tile | None,
-) -> tuple[Tensor, Tensor]:
-    (T, H, X), N, V = q.shape, k_n.shape[-1], v.shape[-1]
-    assert k_n.shape[1] == k_r.shape[1] == v.shape[1] == H, f"{k_n.shape=} {k_r.shape=} {v.shape=}"
-    assert all(t.stride(-1) == 1 for t in (q, k_n, k_r, v)), "last dimensions must be dense"
+) -> PartialOutputs:
+    """Launch a program per block of queries, head and sequence.
+
+    Args:
+        q: [T, H, N + R].
+        keys: of the sequence, or of the same tokens as the queries if there are several sequences.
+        start_L: first row of each sequence, then T; None for one sequence.
+        longest: queries of the longest sequence.
+        ahead: positions from the first key to the first query.
+        scale: multiplies the scores.
+        tile: shape of the programs; None for the best one.
+    """
+    T, H, X = q.shape
+    N = keys.k_SHN.shape[-1]
+    R = X - N
+    V = keys.v_SHV.shape[-1]
+    for t in (keys.k_SHN, keys.k_SHR, keys.v_SHV):
+        assert t.shape[1] == H, f"{t.shape=} {H=}"
+        assert t.stride(-1) == q.stride(-1) == 1, "last dimensions must be dense"
     is_exact = q.dtype == torch.float32 or is_interpreted(q)
     tile = tile or tile_for(is_exact, is_hopper(q))
     o = torch.empty(T, H, V, dtype=torch.float32, device=q.device)
     lse = o.new_empty(T, H)
     sequences = 1 if start_L is None else len(start_L) - 1
-    strides = (t.stride(i) for t in (q, k_n, k_r, v) for i in (0, 1))
-    dims = N, X - N, V
     if T:
         _mla_prefill_kernel[(triton.cdiv(longest, tile.queries), H, sequences)](
-            *(q, k_n, k_r, v, lse if start_L is None else start_L, o, lse),
-            *(T, len(k_n), ahead, *strides, scale * math.log2(math.e), H, *dims),
-            *(max(16, triton.next_power_of_2(dim)) for dim in dims),
-            *(tile.queries, tile.keys, start_L is not None),
-            tl.float32 if is_exact else tl.bfloat16,
+            q_ptr=q,
+            n_ptr=keys.k_SHN,
+            r_ptr=keys.k_SHR,
+            v_ptr=keys.v_SHV,
+            start_ptr=lse if start_L is None else start_L,
+            o_ptr=o,
+            lse_ptr=lse,
+            queries=T,
+            keys=len(keys.k_SHN),
+            ahead=ahead,
+            stride_qt=q.stride(0),
+            stride_qh=q.stride(1),
+            stride_nt=keys.k_SHN.stride(0),
+            stride_nh=keys.k_SHN.stride(1),
+            stride_rt=keys.k_SHR.stride(0),
+            stride_rh=keys.k_SHR.stride(1),
+            stride_vt=keys.v_SHV.stride(0),
+            stride_vh=keys.v_SHV.stride(1),
+            scale_log2=scale * math.log2(math.e),
+            H=H,
+            N=N,
+            R=R,
+            V=V,
+            N_PAD=max(16, triton.next_power_of_2(N)),
+            R_PAD=max(16, triton.next_power_of_2(R)),
+            V_PAD=max(16, triton.next_power_of_2(V)),
+            QUERIES=tile.queries,
+            KEYS=tile.keys,
+            PACKED=start_L is not None,
+            DTYPE=tl.float32 if is_exact else tl.bfloat16,
             num_warps=tile.warps,
             num_stages=tile.stages,
             **launch_options(),
         )
-    return o, lse
+    return PartialOutputs(o, lse)
 
 
-def mla_prefill_triton(
-    q_QHX: Tensor,
-    k_SHN: Tensor,
-    k_SHR: Tensor,
-    v_SHV: Tensor,
-    first_key: int,
-    first_query: int,
-    scale: float,
-    tile: Tile | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Launch a program per block of queries and head."""
-    ahead = first_query - first_key
-    return _launch(q_QHX, k_SHN, k_SHR, v_SHV, None, len(q_QHX), ahead, scale, tile)
+def _launch_mla_prefill(
+    q_QHX: Tensor, keys: KeysValues, first_key: int, first_query: int, scale: float
+) -> PartialOutputs:
+    return launch_prefill(
+        q_QHX,
+        keys,
+        start_L=None,
+        longest=len(q_QHX),
+        ahead=first_query - first_key,
+        scale=scale,
+        tile=None,
+    )
 
 
-def mla_prefill_packed_triton(
-    q_THX: Tensor,
-    k_THN: Tensor,
-    k_THR: Tensor,
-    v_THV: Tensor,
-    start_L: Tensor,
-    longest: int,
-    scale: float,
-    tile: Tile | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Launch a program per block of queries, head and sequence."""
-    return _launch(q_THX, k_THN, k_THR, v_THV, start_L, longest, 0, scale, tile)
-
-
+@operation(kernel=_launch_mla_prefill)
 def mla_prefill(
-    q_QHX: Tensor,
-    k_SHN: Tensor,
-    k_SHR: Tensor,
-    v_SHV: Tensor,
-    first_key: int,
-    first_query: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+    q_QHX: Tensor, keys: KeysValues, first_key: int, first_query: int, scale: float
+) -> PartialOutputs:
     """Attend causally, one sequence, every head with its own keys (the expanded form).
 
     Args:
         q_QHX: [Q, H, N + R] queries at positions first_query, first_query + 1, ...
-        k_SHN: [S, H, N] keys at positions first_key, first_key + 1, ...: their expanded part.
-        k_SHR: [S, H, R] their rotated part; a view that repeats one head's will do.
-        v_SHV: [S, H, V].
+        keys: S keys at positions first_key, first_key + 1, ...
         first_key: position of the first key.
         first_query: position of the first query.
         scale: multiplies the scores.
 
     Returns:
         o_QHV: [Q, H, V] float32.
-        lse_QH: [Q, H] float32; -inf where a query sees no key.
+        lse_QH: [Q, H] float32; -inf for a query without keys.
     """
-    args = q_QHX, k_SHN, k_SHR, v_SHV, first_key, first_query, scale
-    return mla_prefill_triton(*args) if use_triton(q_QHX) else mla_prefill_ref(*args)
+    k_SHX = torch.cat((keys.k_SHN, keys.k_SHR), -1)
+    q, k, v = (t.float().transpose(0, 1) for t in (q_QHX, k_SHX, keys.v_SHV))
+    H, Q, _ = q.shape
+    S = k.shape[1]
+    pos = torch.arange(max(first_key + S, first_query + Q), device=q.device)
+    out = q.new_empty(Q, H, v.shape[-1])
+    lse = q.new_empty(Q, H)
+    step = max(1, _SCORES // (H * max(S, 1)))
+    for i in range(0, Q, step):
+        rows = slice(i, min(i + step, Q))
+        # No query of these rows sees a key after the last of them.
+        seen = max(1, min(S, first_query + rows.stop - first_key))
+        score = torch.matmul(q[:, rows] * scale, k[:, :seen].transpose(1, 2))
+        if first_key + seen - 1 > first_query + i:
+            key_pos = pos[first_key:][:seen]
+            query_pos = pos[first_query:][rows]
+            score.masked_fill_(key_pos > query_pos[:, None], float("-inf"))
+        p, part = softmax_lse(score)
+        out[rows] = torch.matmul(p, v[:, :seen]).transpose(0, 1)
+        lse[rows] = part.transpose(0, 1)
+    return PartialOutputs(out, lse)
 
 
+def _launch_mla_prefill_packed(
+    q_THX: Tensor, keys: KeysValues, start_L: Tensor, longest: int, scale: float
+) -> PartialOutputs:
+    return launch_prefill(
+        q_THX, keys, start_L=start_L, longest=longest, ahead=0, scale=scale, tile=None
+    )
+
+
+@operation(kernel=_launch_mla_prefill_packed)
 def mla_prefill_packed(
-    q_THX: Tensor,
-    k_THN: Tensor,
-    k_THR: Tensor,
-    v_THV: Tensor,
-    start_L: Tensor,
-    longest: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Attend causally within each of several sequences that lie one behind the other.
+    q_THX: Tensor, keys: KeysValues, start_L: Tensor, longest: int, scale: float
+) -> PartialOutputs:
+    """Attend causally within each of several packed sequences.
 
     Args:
         q_THX: [T, H, N + R].
-        k_THN: [T, H, N] the same tokens' keys, in two parts as for `mla_prefill`.
-        k_THR: [T, H, R].
-        v_THV: [T, H, V].
+        keys: of the same T tokens.
         start_L: [L + 1] int32 first row of each sequence, then T.
-        longest: rows of the longest one, on the host.
+        longest: rows of the longest sequence, on the host. Not used by the reference.
         scale: multiplies the scores.
 
     Returns:
         o_THV: [T, H, V] float32.
         lse_TH: [T, H] float32.
     """
-    tensors = q_THX, k_THN, k_THR, v_THV
-    if use_triton(q_THX):
-        return mla_prefill_packed_triton(*tensors, start_L, longest, scale)
-    return mla_prefill_packed_ref(*tensors, start_L, scale)
+    parts = [
+        mla_prefill.reference(q_THX[a:b], keys.rows(a, b), 0, 0, scale)
+        for a, b in pairwise(start_L.tolist())
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    return PartialOutputs(
+        torch.cat([part.o for part in parts]), torch.cat([part.lse for part in parts])
+    )

@@ -1,4 +1,4 @@
-"""Where one rank finds a sequence's cache entries: page tables, spelled out where needed."""
+"""Page tables: the cache slots of a sequence's positions on one rank."""
 
 from dataclasses import dataclass
 
@@ -8,11 +8,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """What page tables say, spelled out: how the references read them.
+    """Page tables expanded to slots, as the references read them.
 
     Attributes:
-        slot_BS: [B, S] int64 slots in order of position; 0 where a sequence has no query behind.
-        key_pos_S: [S] int64 their positions, the same for all sequences.
+        slot_BS: [B, S] int64 slots in order of position; 0 after a sequence's last query.
+        key_pos_S: [S] int64 positions of the slots, the same for all sequences.
     """
 
     slot_BS: Tensor
@@ -21,15 +21,15 @@ class Keys:
 
 @dataclass(frozen=True, slots=True)
 class Paging:
-    """How positions become slots: rank `shard` of `shards` holds every `shards`-th position.
+    """The mapping of positions to slots: rank `shard` of `shards` holds every `shards`-th position.
 
     Position p of a sequence is in page p // page_size of its table; the rank with
     p % shards == shard holds it, in slot page * slots_per_page + p % page_size // shards.
 
     Attributes:
         page_size: positions of a page, a multiple of `shards`.
-        shards: ranks that positions are dealt to; 1 if they are not.
-        shard: this rank's index among them.
+        shards: ranks that share the positions.
+        shard: index of this rank among them.
     """
 
     page_size: int
@@ -42,21 +42,58 @@ class Paging:
         return self.page_size // self.shards
 
     def local_len(self, num_tokens: int) -> int:
-        """Return how many of a sequence's first `num_tokens` positions this rank holds."""
+        """Return the number of a sequence's first `num_tokens` positions on this rank."""
         return (num_tokens - self.shard + self.shards - 1) // self.shards
 
     def keys(self, page_BG: Tensor, query_pos_BQ: Tensor, longest: int | None = None) -> Keys:
-        """Spell out page tables without asking the device for anything.
+        """Expand page tables without synchronizing with the device.
 
         Args:
-            page_BG: [B, G] pages of each sequence, filled up with any valid page.
+            page_BG: [B, G] pages of each sequence, padded with any valid page.
             query_pos_BQ: [B, Q] positions of the queries.
-            longest: positions to look at; None for all that the tables could hold.
+            longest: number of positions; None for the capacity of the tables.
         """
-        device, held = page_BG.device, page_BG.shape[1] * self.slots_per_page
-        width = held if longest is None else max(1, self.local_len(longest))
+        device = page_BG.device
+        capacity = page_BG.shape[1] * self.slots_per_page
+        width = capacity if longest is None else max(1, self.local_len(longest))
         key_pos_S = torch.arange(width, device=device) * self.shards + self.shard
         slot_P = torch.arange(self.slots_per_page, device=device)
         slot_BGP = page_BG[..., None].long() * self.slots_per_page + slot_P
         is_padding_BS = key_pos_S > query_pos_BQ.amax(1, keepdim=True)
         return Keys(slot_BGP.flatten(1)[:, :width].masked_fill(is_padding_BS, 0), key_pos_S)
+
+
+@dataclass(frozen=True, slots=True)
+class PageTables:
+    """The cached keys of the queries of B sequences.
+
+    Attributes:
+        page_BG: [B, G] int32 pages of each sequence, padded with page 0.
+        query_pos_BQ: [B, Q] int64 positions; a query sees keys up to its own, so none at -1.
+        paging: the positions on this rank, and their slots.
+        keys: `paging.keys` of these tables, if known; only the references use them.
+    """
+
+    page_BG: Tensor
+    query_pos_BQ: Tensor
+    paging: Paging
+    keys: Keys | None = None
+
+    @property
+    def capacity(self) -> int:
+        """Positions per sequence that the tables could hold on this rank."""
+        return self.page_BG.shape[1] * self.paging.slots_per_page
+
+    def contiguous(self) -> "PageTables":
+        """Return tables of contiguous tensors."""
+        return PageTables(
+            self.page_BG.contiguous(), self.query_pos_BQ.contiguous(), self.paging, self.keys
+        )
+
+    def sequences(self, start: int, stop: int) -> "PageTables":
+        """Return the tables of sequences start to stop, without keys."""
+        return PageTables(self.page_BG[start:stop], self.query_pos_BQ[start:stop], self.paging)
+
+    def expanded(self) -> Keys:
+        """Return the slots and positions of the keys."""
+        return self.keys or self.paging.keys(self.page_BG, self.query_pos_BQ)

@@ -1,13 +1,28 @@
-"""Partial attention results as ranks send them to each other.
+"""Partial outputs of attention, and the form in which ranks exchange them.
 
-An average over some of the keys and its float32 log-sum-exp travel in one row: the values in the
-activations' dtype, then 16 bytes that begin with the log-sum-exp, so that rows stay aligned.
+In the exchanged form an average over some of the keys and its float32 log-sum-exp share a row: the
+values in the activations' dtype, then 16 bytes that begin with the log-sum-exp, so rows stay
+aligned.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 _TAIL_BYTES = 16
+
+
+class PartialOutputs(NamedTuple):
+    """Attention over some of the keys.
+
+    Attributes:
+        o: [..., C] averages of the values, weighted by a softmax over these keys; 0 without keys.
+        lse: [...] float32 log-sum-exp of the scores; -inf without keys.
+    """
+
+    o: Tensor
+    lse: Tensor
 
 
 def part_bytes(value_dim: int, itemsize: int) -> int:
@@ -16,12 +31,13 @@ def part_bytes(value_dim: int, itemsize: int) -> int:
 
 
 def empty_parts(q_PTHX: Tensor, value_dim: int) -> Tensor:
-    """Return [P, T, H, Y] to be filled with what such queries get."""
+    """Return uninitialized rows [P, T, H, Y] for the partial outputs of these queries."""
     width = part_bytes(value_dim, q_PTHX.itemsize) // q_PTHX.itemsize
     return q_PTHX.new_empty((*q_PTHX.shape[:3], width))
 
 
-def open_parts(parts_PTHY: Tensor) -> tuple[Tensor, Tensor]:
-    """Return views: the averages [P, T, H, C], and their log-sum-exp [P, T, H] float32."""
+def open_parts(parts_PTHY: Tensor) -> PartialOutputs:
+    """Return views of rows: the averages [P, T, H, C] and log-sum-exp [P, T, H]."""
     tail = _TAIL_BYTES // parts_PTHY.itemsize
-    return parts_PTHY[..., :-tail], parts_PTHY.view(torch.float32)[..., -_TAIL_BYTES // 4]
+    lse_PTH = parts_PTHY.view(torch.float32)[..., -_TAIL_BYTES // 4]
+    return PartialOutputs(parts_PTHY[..., :-tail], lse_PTH)

@@ -1,44 +1,63 @@
-"""Rotary position embedding of the last dimension, in both layouts the family uses."""
+"""Rotary position embedding of the last dimension, in both layouts of the model family."""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dsv3_kernels._triton import in_turn, launch_options, tl, triton, use_triton
+from dsv3_kernels._triton import in_turn, launch_options, tl, triton
+from dsv3_kernels.operation import operation
 
-_HEADS = 16  # that a program rotates
-
-
-def apply_rope_ref(x_TR: Tensor, cos_Tr: Tensor, sin_Tr: Tensor, interleaved: bool) -> Tensor:
-    """Define `apply_rope`: a pair is a complex number, multiplied by cos + i sin."""
-    x = x_TR.float()
-    if interleaved:
-        pair = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
-        pair = pair * torch.complex(cos_Tr, sin_Tr)
-        return torch.view_as_real(pair).flatten(-2).to(x_TR.dtype)
-    a, b = x.chunk(2, -1)
-    return torch.cat((a * cos_Tr - b * sin_Tr, a * sin_Tr + b * cos_Tr), -1).to(x_TR.dtype)
+_HEADS = 16  # per program
 
 
-def apply_rope(x_TR: Tensor, cos_Tr: Tensor, sin_Tr: Tensor, interleaved: bool) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """Rotations of the pairs of a rotary embedding.
+
+    Attributes:
+        cos_Tr: [T, R / 2] float32 cosines of the angles.
+        sin_Tr: [T, R / 2] float32 sines.
+        interleaved: True if pair i is (x[2i], x[2i+1]), as MLA stores it; else (x[i], x[i + R/2]).
+    """
+
+    cos_Tr: Tensor
+    sin_Tr: Tensor
+    interleaved: bool
+
+    def tokens(self, start: int, stop: int | None = None) -> "Rotation":
+        """Return the rotations of tokens start to stop."""
+        return Rotation(self.cos_Tr[start:stop], self.sin_Tr[start:stop], self.interleaved)
+
+    def check_contiguous(self) -> None:
+        """Assert that kernels can read the angles."""
+        assert self.cos_Tr.is_contiguous() and self.sin_Tr.is_contiguous(), f"{self.cos_Tr.shape=}"
+
+
+def apply_rope(x_TR: Tensor, rotation: Rotation) -> Tensor:
     """Rotate pair i of the last dimension by the angle of its token.
 
     Args:
         x_TR: [T, R] or [T, H, R], any float dtype.
-        cos_Tr: float32, broadcastable to [..., R / 2]: cosine of each pair's angle.
-        sin_Tr: the sines.
-        interleaved: pair i is (x[2i], x[2i+1]), as MLA stores it; else (x[i], x[i + R/2]).
+        rotation: of the tokens.
 
     Returns:
-        Same shape and dtype as `x_TR`, pairs in the layout they came in.
+        Same shape and dtype as `x_TR`, pairs in the layout of the input.
 
     Source: RoFormer (arXiv 2104.09864), eq. 34; DeepSeek's checkpoints are interleaved.
     """
-    return apply_rope_ref(x_TR, cos_Tr, sin_Tr, interleaved)
-
-
-def rotate_ref(x_THR: Tensor, cos_Tr: Tensor, sin_Tr: Tensor, interleaved: bool) -> None:
-    """Define `rotate`."""
-    x_THR.copy_(apply_rope_ref(x_THR, cos_Tr[:, None], sin_Tr[:, None], interleaved))
+    x = x_TR.float()
+    cos = rotation.cos_Tr
+    sin = rotation.sin_Tr
+    if x_TR.dim() == 3:
+        cos = cos[:, None]
+        sin = sin[:, None]
+    if rotation.interleaved:  # a pair is a complex number, multiplied by cos + i sin
+        pair = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+        pair = pair * torch.complex(cos, sin)
+        return torch.view_as_real(pair).flatten(-2).to(x_TR.dtype)
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1).to(x_TR.dtype)
 
 
 @triton.jit
@@ -66,39 +85,57 @@ def _rotate_kernel(
     HEADS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):
-    """One program: HEADS heads of a token."""
+    """Rotate HEADS heads of a token."""
     in_turn()
     t = tl.program_id(0).to(tl.int64)
-    h, r = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, HALF_PAD)
+    h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    r = tl.arange(0, HALF_PAD)
     is_r = r < HALF
     mask = (h < H)[:, None] & is_r[None, :]
     cos = tl.load(cos_ptr + t * HALF + r, mask=is_r, other=0.0)[None, :]
     sin = tl.load(sin_ptr + t * HALF + r, mask=is_r, other=0.0)[None, :]
     row = x_ptr + t * stride_t + (h * stride_h)[:, None]
-    rotate_pairs(row, row, r[None, :], mask, cos, sin, HALF, INTERLEAVED)
+    rotate_pairs(
+        x_row=row,
+        out_row=row,
+        r=r[None, :],
+        mask=mask,
+        cos=cos,
+        sin=sin,
+        HALF=HALF,
+        INTERLEAVED=INTERLEAVED,
+    )
 
 
-def rotate_triton(x_THR: Tensor, cos_Tr: Tensor, sin_Tr: Tensor, interleaved: bool) -> None:
+def _launch_rotate(x_THR: Tensor, rotation: Rotation) -> None:
     """Launch a program per token and block of heads."""
-    (T, H, R), stride = x_THR.shape, x_THR.stride()
-    assert stride[2] == 1 and cos_Tr.is_contiguous() and sin_Tr.is_contiguous(), f"{stride=}"
+    T, H, R = x_THR.shape
+    assert x_THR.stride(2) == 1, f"{x_THR.stride()=}"
+    rotation.check_contiguous()
     half = R // 2
     if T:
         _rotate_kernel[(T, triton.cdiv(H, _HEADS))](
-            *(x_THR, cos_Tr, sin_Tr, *stride[:2], H, half),
-            *(triton.next_power_of_2(half), _HEADS, interleaved),
+            x_ptr=x_THR,
+            cos_ptr=rotation.cos_Tr,
+            sin_ptr=rotation.sin_Tr,
+            stride_t=x_THR.stride(0),
+            stride_h=x_THR.stride(1),
+            H=H,
+            HALF=half,
+            HALF_PAD=triton.next_power_of_2(half),
+            HEADS=_HEADS,
+            INTERLEAVED=rotation.interleaved,
             num_warps=2,
             **launch_options(),
         )
 
 
-def rotate(x_THR: Tensor, cos_Tr: Tensor, sin_Tr: Tensor, interleaved: bool) -> None:
+@operation(kernel=_launch_rotate)
+def rotate(x_THR: Tensor, rotation: Rotation) -> None:
     """Do `apply_rope` in place.
 
     Args:
         x_THR: [T, H, R], any float dtype; heads and tokens may be strided.
-        cos_Tr: [T, R / 2] float32.
-        sin_Tr: [T, R / 2] float32.
-        interleaved: see `apply_rope`.
+        rotation: of the tokens.
     """
-    (rotate_triton if use_triton(x_THR) else rotate_ref)(x_THR, cos_Tr, sin_Tr, interleaved)
+    x_THR.copy_(apply_rope(x_THR, rotation))

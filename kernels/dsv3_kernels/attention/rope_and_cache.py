@@ -1,56 +1,81 @@
-"""From the projected latent to the cache: normalize, rotate, round, store. Bound by latency.
+"""Cache entries from projected latents: normalize, rotate, round, store. Bound by latency.
 
-Four small operations on 576 values a token; one launch instead of six or more.
+Four small operations on 576 values per token; one launch instead of six or more.
 """
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dsv3_kernels._triton import in_turn, launch_options, tl, triton, use_triton
-from dsv3_kernels.attention.kv_fp8 import BLOCK, pack_latent_ref, unpack_latent_ref
-from dsv3_kernels.attention.rope import apply_rope
-from dsv3_kernels.attention.write_slots import write_slots_ref
-from dsv3_kernels.gemm._e4m3 import decode_e4m3, is_native
-from dsv3_kernels.gemm.act_quant import quantize_block
+from dsv3_kernels._triton import in_turn, launch_options, tl, triton
+from dsv3_kernels.attention.kv_fp8 import BLOCK, pack_latent, packed_views, unpack_latent
+from dsv3_kernels.attention.rope import Rotation, apply_rope
+from dsv3_kernels.attention.write_slots import write_slots
+from dsv3_kernels.gemm._e4m3 import decode_e4m3, e4m3_view, is_native
+from dsv3_kernels.gemm.act_quant import Quantized, quantize_block
+from dsv3_kernels.operation import operation
 from dsv3_kernels.ops.rmsnorm import norm_row, rmsnorm
 
-# What `rope_and_cache` takes.
-ToCache = tuple[Tensor, Tensor, float, Tensor, Tensor, bool, Tensor, Tensor, int]
-# Of a program: one for every block of V3's latent, and what V3's 1536 query values take alone.
+# Warps per program: one per block of V3's latent, and enough for V3's 1536 query values.
 _WARPS = 4
 
 
-def latent_entries(
-    kv_TX: Tensor, weight_C: Tensor, eps: float, cos_Tr: Tensor, sin_Tr: Tensor, interleaved: bool
-) -> Tensor:
-    """Return cache entries [T, C + R] before any rounding: normalized latents, rotated keys."""
+@dataclass(frozen=True, slots=True)
+class EntryWrite:
+    """The input of `rope_and_cache`.
+
+    Attributes:
+        kv_TX: [T, C + R] as projected; rows may be strided.
+        weight_C: [C] float32, weight of the latent's RMSNorm.
+        eps: of the same norm.
+        rotation: of the keys.
+        cache_SX: [slots, C + R] or, packed FP8, [slots, packed_bytes] uint8; written in place.
+        slot_T: [T] int64; -1 stores nothing.
+        keep_from: first row whose entry is returned; T for none.
+    """
+
+    kv_TX: Tensor
+    weight_C: Tensor
+    eps: float
+    rotation: Rotation
+    cache_SX: Tensor
+    slot_T: Tensor
+    keep_from: int
+
+    @property
+    def is_cuda(self) -> bool:
+        """True if the latents are on a GPU."""
+        return self.kv_TX.is_cuda
+
+
+@dataclass(frozen=True, slots=True)
+class QueryNorm:
+    """A norm of query latents in the launch of `rope_and_cache`; its eps is that of the entries.
+
+    Attributes:
+        x_TA: [T, A] query latents.
+        weight_A: [A] float32.
+        h_TA: [T, A] memory for the norm.
+        quantized: memory for the norm in FP8, or None.
+        ue8m0: round the FP8 scales up to powers of two.
+    """
+
+    x_TA: Tensor
+    weight_A: Tensor
+    h_TA: Tensor
+    quantized: Quantized | None
+    ue8m0: bool
+
+
+def latent_entries(kv_TX: Tensor, weight_C: Tensor, eps: float, rotation: Rotation) -> Tensor:
+    """Return unrounded cache entries [T, C + R]: normalized latents, rotated keys.
+
+    The arguments are those of `EntryWrite`.
+    """
     C = len(weight_C)
     latent_TC = rmsnorm(kv_TX[:, :C], weight_C, eps)
-    return torch.cat((latent_TC, apply_rope(kv_TX[:, C:], cos_Tr, sin_Tr, interleaved)), -1)
-
-
-def rope_and_cache_ref(
-    kv_TX: Tensor,
-    weight_C: Tensor,
-    eps: float,
-    cos_Tr: Tensor,
-    sin_Tr: Tensor,
-    interleaved: bool,
-    cache_SX: Tensor,
-    slot_T: Tensor,
-    keep_from: int,
-) -> Tensor:
-    """Define `rope_and_cache`."""
-    entry_TX = latent_entries(kv_TX, weight_C, eps, cos_Tr, sin_Tr, interleaved)
-    if cache_SX.dtype == torch.uint8:
-        packed = pack_latent_ref(entry_TX, len(weight_C))
-        write_slots_ref(cache_SX, slot_T, packed)
-        return unpack_latent_ref(packed[keep_from:], len(weight_C), kv_TX.dtype)
-    stored = entry_TX.to(cache_SX.dtype)
-    write_slots_ref(cache_SX, slot_T, stored)
-    return stored[keep_from:].to(kv_TX.dtype)
+    return torch.cat((latent_TC, apply_rope(kv_TX[:, C:], rotation)), -1)
 
 
 @triton.jit(do_not_specialize=["keep_from"])
@@ -64,12 +89,19 @@ def _rope_and_cache_kernel(
     scale_ptr,
     rope_ptr,
     kept_ptr,
+    x_ptr,
+    x_weight_ptr,
+    h_ptr,
+    q_ptr,
+    q_scale_ptr,
     stride_kv,
     stride_latent,
     stride_scale,
     stride_rope,
+    stride_x,
     keep_from,
     eps,
+    A,
     C: tl.constexpr,
     R: tl.constexpr,
     C_PAD: tl.constexpr,
@@ -77,29 +109,24 @@ def _rope_and_cache_kernel(
     INTERLEAVED: tl.constexpr,
     PACKED: tl.constexpr,
     NATIVE: tl.constexpr,
-    x_ptr,
-    x_weight_ptr,
-    h_ptr,
-    q_ptr,
-    q_scale_ptr,
-    stride_x,
-    A,
     B: tl.constexpr,
     QUANT: tl.constexpr,
     UE8M0: tl.constexpr,
 ):
-    """One program makes and stores a token's entry; with B, another normalizes a row of B x 128.
+    """Compute and store a token's entry; if B > 0, a second program normalizes a row of B x 128.
 
-    A token of another rank (slot -1) is at most kept.
+    An entry with slot -1 (of another rank) is not stored.
     """
     in_turn()
     t = tl.program_id(0).to(tl.int64)
     if tl.program_id(1) == 0:
         slot = tl.load(slot_ptr + t).to(tl.int64)
-        # Ends of what is stored and kept: all of it, or nothing. (`mask & condition` of a block and
-        # a scalar gives integers in Triton 3.9's interpreter.)
-        own, keep = tl.where(slot >= 0, 1, 0), tl.where(t >= keep_from, 1, 0)
-        row, kept = kv_ptr + t * stride_kv, kept_ptr + (t - keep_from) * (C + R)
+        # Factors for the bounds of stores: 1 to store all, 0 for nothing. (`mask & condition` of a
+        # block and a scalar gives integers in Triton 3.9's interpreter.)
+        own = tl.where(slot >= 0, 1, 0)
+        keep = tl.where(t >= keep_from, 1, 0)
+        row = kv_ptr + t * stride_kv
+        kept = kept_ptr + (t - keep_from) * (C + R)
         dtype = kv_ptr.dtype.element_ty
 
         BLOCK: tl.constexpr = C_PAD if C_PAD < 128 else 128
@@ -143,84 +170,103 @@ def _rope_and_cache_kernel(
         tl.store(kept + C + first, turned_a.to(dtype), mask=r < R // 2 * keep)
         tl.store(kept + C + second, turned_b.to(dtype), mask=r < R // 2 * keep)
     elif B > 0:
-        # The compiler wants names of its own for what has another shape in the other branch.
+        # The compiler requires different names for values that differ in shape between branches.
         col = tl.arange(0, B)[:, None] * 128 + tl.arange(0, 128)[None, :]
         query = tl.load(x_ptr + t * stride_x + col, mask=col < A, other=0.0).to(tl.float32)
         scales = tl.load(x_weight_ptr + col, mask=col < A, other=0.0)
-        norm_row(query, scales, h_ptr, q_ptr, q_scale_ptr, t, A, eps, B, QUANT, UE8M0, NATIVE)
+        norm_row(
+            x=query,
+            weight=scales,
+            h_ptr=h_ptr,
+            q_ptr=q_ptr,
+            scale_ptr=q_scale_ptr,
+            row=t,
+            D=A,
+            eps=eps,
+            B=B,
+            QUANT=QUANT,
+            UE8M0=UE8M0,
+            NATIVE=NATIVE,
+        )
 
 
-def launch_entries(
-    kv_TX: Tensor,
-    weight_C: Tensor,
-    eps: float,
-    cos_Tr: Tensor,
-    sin_Tr: Tensor,
-    interleaved: bool,
-    cache_SX: Tensor,
-    slot_T: Tensor,
-    keep_from: int,
-    norm: tuple[Any, ...] | None = None,
-) -> Tensor:
-    """Launch a program per token, or two: `norm` is what the kernel takes from `x_ptr` on."""
-    (T, X), C = kv_TX.shape, len(weight_C)
-    assert kv_TX.stride(1) == cache_SX.stride(1) == 1, f"{kv_TX.stride()=} {cache_SX.stride()=}"
-    assert cos_Tr.is_contiguous() and sin_Tr.is_contiguous(), f"{cos_Tr.stride()=}"
+def launch_entries(write: EntryWrite, norm: QueryNorm | None) -> Tensor:
+    """Launch a program per token, and another per token for `norm`."""
+    T, X = write.kv_TX.shape
+    C = len(write.weight_C)
+    cache_SX = write.cache_SX
+    assert write.kv_TX.stride(1) == cache_SX.stride(1) == 1, f"{write.kv_TX.stride()=}"
+    write.rotation.check_contiguous()
     is_packed = cache_SX.dtype == torch.uint8
-    scale_Sc, rope_SR = cache_SX, cache_SX[:, C:]
+    scale_Sc = cache_SX
+    rope_SR = cache_SX[:, C:]
     if is_packed:
-        blocks = 4 * -(-C // BLOCK)
-        scale_Sc = cache_SX[:, C : C + blocks].view(torch.float32)
-        rope_SR = cache_SX[:, C + blocks :].view(torch.bfloat16)
-    kept = kv_TX.new_empty(max(0, T - keep_from), X)
-    nothing = *5 * [kept], 0, 0, 0, False, False
+        scale_Sc, rope_SR = packed_views(cache_SX, C)
+    kept = write.kv_TX.new_empty(max(0, T - write.keep_from), X)
+    if norm is None:
+        norm = QueryNorm(x_TA=kept, weight_A=kept, h_TA=kept, quantized=None, ue8m0=False)
+        norm_blocks = 0
+    else:
+        norm_blocks = triton.next_power_of_2(triton.cdiv(norm.x_TA.shape[1], BLOCK))
     if T:
-        _rope_and_cache_kernel[(T, 1 if norm is None else 2)](
-            *(kv_TX, weight_C, cos_Tr, sin_Tr, slot_T, cache_SX, scale_Sc, rope_SR, kept),
-            *(t.stride(0) for t in (kv_TX, cache_SX, scale_Sc, rope_SR)),
-            *(keep_from, eps, C, X - C),
-            triton.next_power_of_2(C),
-            triton.next_power_of_2((X - C) // 2),
-            *(interleaved, is_packed, is_native(cache_SX)),
-            *(norm or nothing),
+        _rope_and_cache_kernel[(T, 2 if norm_blocks else 1)](
+            kv_ptr=write.kv_TX,
+            weight_ptr=write.weight_C,
+            cos_ptr=write.rotation.cos_Tr,
+            sin_ptr=write.rotation.sin_Tr,
+            slot_ptr=write.slot_T,
+            latent_ptr=cache_SX,
+            scale_ptr=scale_Sc,
+            rope_ptr=rope_SR,
+            kept_ptr=kept,
+            x_ptr=norm.x_TA,
+            x_weight_ptr=norm.weight_A,
+            h_ptr=norm.h_TA,
+            q_ptr=norm.h_TA if norm.quantized is None else e4m3_view(norm.quantized.q),
+            q_scale_ptr=norm.h_TA if norm.quantized is None else norm.quantized.scale,
+            stride_kv=write.kv_TX.stride(0),
+            stride_latent=cache_SX.stride(0),
+            stride_scale=scale_Sc.stride(0),
+            stride_rope=rope_SR.stride(0),
+            stride_x=norm.x_TA.stride(0) if norm_blocks else 0,
+            keep_from=write.keep_from,
+            eps=write.eps,
+            A=norm.x_TA.shape[1] if norm_blocks else 0,
+            C=C,
+            R=X - C,
+            C_PAD=triton.next_power_of_2(C),
+            HALF_PAD=triton.next_power_of_2((X - C) // 2),
+            INTERLEAVED=write.rotation.interleaved,
+            PACKED=is_packed,
+            NATIVE=is_native(cache_SX),
+            B=norm_blocks,
+            QUANT=norm.quantized is not None,
+            UE8M0=norm.ue8m0,
             num_warps=_WARPS,
             **launch_options(),
         )
     return kept
 
 
-def rope_and_cache_triton(*into: *ToCache) -> Tensor:
-    """Launch `rope_and_cache`."""
-    return launch_entries(*into)
+def _launch_rope_and_cache(write: EntryWrite) -> Tensor:
+    return launch_entries(write, None)
 
 
-def rope_and_cache(
-    kv_TX: Tensor,
-    weight_C: Tensor,
-    eps: float,
-    cos_Tr: Tensor,
-    sin_Tr: Tensor,
-    interleaved: bool,
-    cache_SX: Tensor,
-    slot_T: Tensor,
-    keep_from: int,
-) -> Tensor:
+@operation(kernel=_launch_rope_and_cache)
+def rope_and_cache(write: EntryWrite) -> Tensor:
     """Normalize latents, rotate keys, store both in their slots, rounded to the cache's format.
 
-    Args:
-        kv_TX: [T, C + R] as projected; rows may be strided.
-        weight_C: [C] float32, of the latent's RMSNorm.
-        eps: of the same.
-        cos_Tr: [T, R / 2] float32.
-        sin_Tr: [T, R / 2] float32.
-        interleaved: how the rotary pairs lie, see `apply_rope`.
-        cache_SX: [slots, C + R] or, packed FP8, [slots, packed_bytes] uint8; written in place.
-        slot_T: [T] int64; -1 stores nothing.
-        keep_from: first row whose entry is wanted back; T for none.
-
     Returns:
-        [T - keep_from, C + R] the entries of these rows as the cache will return them, in the
-        dtype of `kv_TX`.
+        [T - keep_from, C + R] the last entries as the cache will return them, in the dtype of
+        `kv_TX`.
     """
-    op = rope_and_cache_triton if use_triton(kv_TX) else rope_and_cache_ref
-    return op(kv_TX, weight_C, eps, cos_Tr, sin_Tr, interleaved, cache_SX, slot_T, keep_from)
+    C = len(write.weight_C)
+    dtype = write.kv_TX.dtype
+    entry_TX = latent_entries(write.kv_TX, write.weight_C, write.eps, write.rotation)
+    if write.cache_SX.dtype == torch.uint8:
+        packed = pack_latent(entry_TX, C)
+        write_slots.reference(write.cache_SX, write.slot_T, packed)
+        return unpack_latent(packed[write.keep_from :], C, dtype)
+    stored = entry_TX.to(write.cache_SX.dtype)
+    write_slots.reference(write.cache_SX, write.slot_T, stored)
+    return stored[write.keep_from :].to(dtype)

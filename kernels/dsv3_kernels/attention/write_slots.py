@@ -1,18 +1,11 @@
-"""Storing rows in the slots of a cache. Bound by bytes: every row is read and written once."""
+"""Writing rows to cache slots. Bound by bytes: every row is read and written once."""
 
 from torch import Tensor
 
-from dsv3_kernels._triton import in_turn, launch_options, tl, triton, use_triton
+from dsv3_kernels._triton import in_turn, launch_options, tl, triton
+from dsv3_kernels.operation import operation
 
-_BLOCK = 4096  # bytes that a program moves
-
-
-def write_slots_ref(cache_SY: Tensor, slot_T: Tensor, row_TY: Tensor) -> None:
-    """Define `write_slots`."""
-    if len(slot_T) and slot_T.min().item() < 0:
-        is_own = slot_T >= 0
-        slot_T, row_TY = slot_T[is_own], row_TY[is_own]
-    cache_SY.index_copy_(0, slot_T, row_TY.to(cache_SY.dtype))
+_BLOCK = 4096  # bytes per program
 
 
 @triton.jit
@@ -28,30 +21,35 @@ def _write_slots_kernel(
     tl.store(cache_SY + slot * stride_s + at, row.to(cache_SY.dtype.element_ty), mask=mask)
 
 
-def write_slots_triton(cache_SY: Tensor, slot_T: Tensor, row_TY: Tensor) -> None:
+def _launch_write_slots(cache_SY: Tensor, slot_T: Tensor, row_TY: Tensor) -> None:
     """Launch one program per row and block of its values."""
     assert cache_SY.stride(1) == row_TY.stride(1) == 1, f"{cache_SY.stride()}, {row_TY.stride()}"
     T, width = row_TY.shape
     block = min(_BLOCK // cache_SY.element_size(), triton.next_power_of_2(width))
     if T:
         _write_slots_kernel[(T, triton.cdiv(width, block))](
-            cache_SY,
-            slot_T,
-            row_TY,
-            cache_SY.stride(0),
-            row_TY.stride(0),
-            width,
-            block,
+            cache_SY=cache_SY,
+            slot_T=slot_T,
+            row_TY=row_TY,
+            stride_s=cache_SY.stride(0),
+            stride_t=row_TY.stride(0),
+            WIDTH=width,
+            BLOCK=block,
             **launch_options(),
         )
 
 
+@operation(kernel=_launch_write_slots)
 def write_slots(cache_SY: Tensor, slot_T: Tensor, row_TY: Tensor) -> None:
-    """Store row t in slot slot_T[t], cast to the cache's dtype; nowhere where that is -1.
+    """Store row t in slot slot_T[t], cast to the cache's dtype; skip rows with slot -1.
 
     Args:
         cache_SY: [slots, Y], written in place.
-        slot_T: [T] int64, distinct but for -1.
+        slot_T: [T] int64, distinct except for -1.
         row_TY: [T, Y].
     """
-    (write_slots_triton if use_triton(cache_SY) else write_slots_ref)(cache_SY, slot_T, row_TY)
+    if len(slot_T) and slot_T.min().item() < 0:
+        is_own = slot_T >= 0
+        slot_T = slot_T[is_own]
+        row_TY = row_TY[is_own]
+    cache_SY.index_copy_(0, slot_T, row_TY.to(cache_SY.dtype))

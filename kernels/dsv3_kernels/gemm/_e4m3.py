@@ -1,8 +1,8 @@
 """float8_e4m3fn inside kernels, also on GPUs for which Triton has no such type.
 
-From compute capability 8.9 on, Triton knows e4m3. Below it, and in the interpreter (whose own
-conversion rounds wrongly), kernels are handed bytes and compute the format: a sign, four bits of
-exponent with bias 7, three of mantissa; 0x7f and 0xff are NaN, there is no infinity.
+Triton supports e4m3 from compute capability 8.9 on. Below it, and in the interpreter (whose own
+conversion rounds wrongly), kernels take bytes and compute the format: a sign, four bits of exponent
+with bias 7, three of mantissa; 0x7f and 0xff are NaN, there is no infinity.
 """
 
 import torch
@@ -14,12 +14,12 @@ _NATIVE_FROM = (8, 9)
 
 
 def is_native(x: Tensor) -> bool:
-    """Tell whether kernels on the device of `x` may use Triton's own e4m3."""
+    """Return True if Triton supports e4m3 on the device of `x`."""
     return x.is_cuda and torch.cuda.get_device_capability(x.device) >= _NATIVE_FROM
 
 
 def e4m3_view(x: Tensor) -> Tensor:
-    """Return float8_e4m3fn `x` as kernels take it: as it is, or as bytes."""
+    """Return float8_e4m3fn `x` as kernels take it: unchanged if Triton has e4m3, else bytes."""
     return x if is_native(x) else x.view(torch.uint8)
 
 

@@ -1,53 +1,54 @@
-"""Few rows of x times a matrix W: how it is shared out to programs, and how their parts are summed.
+"""Split-K for few rows of x times a matrix W: the grid of programs, and the sum of their splits.
 
 Bound by reading W. Operands are swapped (y^T = W x^T), so that 64 rows of W fill the first side of
-a matrix unit and the few rows of x its narrow second. K is cut into as many splits as (N, K) asks
-for, until all multiprocessors read, and the splits are added in their order: by the program that
-ends last, or where tiles are large by a second launch. None of it depends on how many rows there
-are, so a row's result does not either.
+a matrix unit and the few rows of x its narrow second. K is cut into splits, their number depending
+on (N, K), until all multiprocessors read. The splits are added in order: by the program that ends
+last, or where tiles are large by a second launch. The splits and their order do not depend on the
+number of rows, so a row's result does not either.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dsv3_kernels._triton import in_turn, launch_options, multiprocessors, tl, triton
 
-# Rows of W that a program takes.
+# Rows of W per program.
 ROWS = 64
 # Programs that keep a large GPU's memory busy: one on each multiprocessor of Hopper.
 WANTED = 132
-# Bytes of shared memory that a program uses beside its blocks, at most.
+# Bytes of shared memory per program beside its blocks, at most.
 _OTHER = 4096
 
 
 def splits_of(N: int, blocks: int) -> int:
-    """Return how many programs share a row of W of so many blocks (of 128 bytes)."""
+    """Return the number of splits of a row of W that has `blocks` blocks of 128 bytes."""
     tiles = -(-N // ROWS)
-    # At least four blocks for each: by arithmetic fewer take less time than summing does. Where
-    # there are tiles enough one split saves the summing.
+    # At least four blocks per split: by arithmetic, fewer take less time than the sum. With enough
+    # tiles, one split saves the sum.
     return max(1, min(round(WANTED / tiles), blocks // 4, 16))
 
 
 def make_locks(w_FD: Tensor) -> Tensor:
-    """Return the counters with which the splits of few rows are summed in one launch.
+    """Return counters for summing the splits of few rows in the same launch.
 
     They belong to one weight; launches that share them must follow one another.
     """
     return torch.zeros(-(-w_FD.shape[-2] // ROWS), dtype=torch.int32, device=w_FD.device)
 
 
-class Shares(NamedTuple):
-    """How a product is shared out.
+@dataclass(frozen=True, slots=True)
+class SplitK:
+    """The grid of a product, and memory for its splits.
 
     Attributes:
-        rows: of x that a program takes.
-        splits: programs for a row of W.
-        blocks: of K that a program multiplies at most.
-        part: [splits, M, N] float32 for the sums of splits; empty if there is only one.
-        locks: counters, or something never read.
-        locked: whether the last program of a tile sums its splits.
+        rows: rows of x per program.
+        splits: programs per row of W.
+        blocks: blocks of K per program, at most.
+        part: [splits, M, N] float32 for the results of splits; empty for one split.
+        locks: counters; not read unless `locked`.
+        locked: True if the last program of a tile sums its splits.
     """
 
     rows: int
@@ -58,31 +59,31 @@ class Shares(NamedTuple):
     locked: bool
 
     @staticmethod
-    def of(y_MN: Tensor, blocks: int, most: int, locks: Tensor | None) -> "Shares":
-        """Share out a product over so many blocks of K, at most so many rows to a program."""
+    def of(y_MN: Tensor, blocks: int, most: int, locks: Tensor | None) -> "SplitK":
+        """Return the grid over `blocks` blocks of K, with at most `most` rows per program."""
         M, N = y_MN.shape
         rows = min(most, max(16, triton.next_power_of_2(M)))
         splits = splits_of(N, blocks)
         each = -(-blocks // splits)
         shape = (splits, M, N) if splits > 1 else (0,)
         part = torch.empty(shape, dtype=torch.float32, device=y_MN.device)
-        # One program reads all splits of its tile: by arithmetic less than a launch takes up to
-        # 128 KiB. There are locks for the tiles of W, so x must be one tile.
+        # One program reads all splits of its tile: up to 128 KiB, by arithmetic, this is faster
+        # than a launch. There is a lock for each tile of W, so x must be one tile.
         if splits > 1 and splits * rows <= 512 and rows >= M and locks is not None:
-            return Shares(rows, splits, each, part, locks, True)
-        return Shares(rows, splits, each, part, part, False)
+            return SplitK(rows, splits, each, part, locks, True)
+        return SplitK(rows, splits, each, part, part, False)
 
     def grid(self, M: int, N: int) -> tuple[int, int, int]:
-        """Return the programs: tiles of W, splits, tiles of x."""
+        """Return the grid: tiles of W, splits, tiles of x."""
         return triton.cdiv(N, ROWS), self.splits, triton.cdiv(M, self.rows)
 
     def stages(self, y_MN: Tensor) -> int:
-        """Return how many blocks of K should have a place in shared memory; by arithmetic.
+        """Return the number of blocks of K to hold in shared memory; by arithmetic.
 
-        One more than a program multiplies, and all are under way at once; further ones would only
-        make its start longer. Otherwise as many as there is room for where all programs are to run
-        at once, up to eight: 56 KiB of W under way. A multiprocessor has registers for three of
-        them, or of 128 rows for two.
+        With one more than a program multiplies, all loads are in flight at once; further ones would
+        only delay its start. Otherwise as many as fit while all programs run at once, up to eight:
+        56 KiB of W in flight. A multiprocessor has registers for three programs, or for two of 128
+        rows.
         """
         tiles, splits, m_tiles = self.grid(*y_MN.shape)
         held = -(-tiles * splits * m_tiles // WANTED)
@@ -91,16 +92,21 @@ class Shares(NamedTuple):
         return max(2, min(8, self.blocks + 1, room // (128 * (ROWS + self.rows))))
 
     def finish(self, y_MN: Tensor) -> None:
-        """Add up the splits where no program of the product has."""
+        """Sum the splits by a second launch if the programs of the product did not."""
         if self.splits > 1 and not self.locked:
             size = y_MN.numel()
             _sum_parts_kernel[(triton.cdiv(size, 1024),)](
-                self.part, y_MN, size, SPLITS=self.splits, B=1024, **launch_options()
+                part_ptr=self.part,
+                y_ptr=y_MN,
+                size=size,
+                SPLITS=self.splits,
+                B=1024,
+                **launch_options(),
             )
 
 
 @triton.jit
-def store_share(
+def store_split(
     y,
     y_ptr,
     part_ptr,
@@ -114,7 +120,7 @@ def store_share(
     SPLITS: tl.constexpr,
     LOCKED: tl.constexpr,
 ):
-    """Store a split's [BM, BN]; of several splits the last sums them all if LOCKED."""
+    """Store a split's [BM, BN]; if LOCKED, the last program of several splits sums them all."""
     at = m.to(tl.int64)[:, None] * N + n[None, :]
     mask = (m < M)[:, None] & (n < N)[None, :]
     if SPLITS == 1:
@@ -137,7 +143,7 @@ def store_share(
 
 @triton.jit(do_not_specialize=["size"])
 def _sum_parts_kernel(part_ptr, y_ptr, size, SPLITS: tl.constexpr, B: tl.constexpr):
-    """Add up the splits, in their order."""
+    """Sum the splits in order."""
     in_turn()
     at = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     total = tl.zeros((B,), tl.float32)

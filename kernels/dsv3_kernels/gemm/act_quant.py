@@ -1,7 +1,7 @@
 """Activations to FP8, with a scale for every 128 values of a token. Bound by bytes.
 
-The arithmetic of a block is `quantize_block`, which the fused forms (`rmsnorm_quant`,
-`silu_mul_quant`, the experts) share, so that fused and unfused give the same bits.
+All fused kernels that quantize (`add_rmsnorm`, `silu_mul_quant`, the experts) share
+`quantize_block`, so fused and separate quantization give the same bits.
 """
 
 from typing import NamedTuple
@@ -9,13 +9,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dsv3_kernels._triton import in_turn, launch_options, tl, triton, use_triton
+from dsv3_kernels._triton import in_turn, launch_options, tl, triton
 from dsv3_kernels.gemm._e4m3 import e4m3_view, encode_e4m3, is_native
+from dsv3_kernels.operation import operation
 
 BLOCK = 128
 FP8 = torch.float8_e4m3fn
 _MAX = 448.0
 _MIN_AMAX = 1e-4
+# Blocks per program.
+_BLOCKS = 8
 
 
 class Quantized(NamedTuple):
@@ -29,23 +32,19 @@ class Quantized(NamedTuple):
     q: Tensor
     scale: Tensor
 
+    @property
+    def is_cuda(self) -> bool:
+        """True if the values are on a GPU."""
+        return self.q.is_cuda
+
     @classmethod
     def empty(cls, shape: torch.Size | tuple[int, ...], device: torch.device) -> "Quantized":
-        """Return memory for activations of this shape."""
+        """Return uninitialized memory for activations of this shape."""
         blocks = (*shape[:-1], shape[-1] // BLOCK)
         return cls(
             torch.empty(shape, dtype=FP8, device=device),
             torch.empty(blocks, dtype=torch.float32, device=device),
         )
-
-
-def act_quant_ref(x_TD: Tensor, ue8m0: bool = False) -> Quantized:
-    """Define `act_quant`."""
-    x = x_TD.float().unflatten(-1, (-1, BLOCK))
-    scale = x.abs().amax(-1).clamp_min(_MIN_AMAX) / _MAX
-    if ue8m0:  # the next power of two: all mantissa bits carry into the exponent
-        scale = ((scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
-    return Quantized((x / scale.unsqueeze(-1)).to(FP8).flatten(-2), scale)
 
 
 @triton.jit
@@ -65,7 +64,7 @@ def quantize_block(x, UE8M0: tl.constexpr, NATIVE: tl.constexpr):
 def _act_quant_kernel(
     x_ptr, q_ptr, scale_ptr, blocks, R: tl.constexpr, UE8M0: tl.constexpr, NATIVE: tl.constexpr
 ):
-    """Every program takes R blocks of 128; where they lie in a row does not matter."""
+    """Quantize R blocks of 128, counted over all rows."""
     in_turn()
     rows = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     at = rows[:, None] * 128 + tl.arange(0, 128)[None, :]
@@ -76,38 +75,47 @@ def _act_quant_kernel(
     tl.store(scale_ptr + rows, scale, mask=rows < blocks)
 
 
-def act_quant_triton(x_TD: Tensor, ue8m0: bool = False) -> Quantized:
-    """Launch `act_quant`."""
+def _launch_act_quant(x_TD: Tensor, ue8m0: bool = False) -> Quantized:
     assert x_TD.shape[-1] % BLOCK == 0, f"{x_TD.shape=}"
     x_TD = x_TD.contiguous()
     out = Quantized.empty(x_TD.shape, x_TD.device)
     blocks = out.scale.numel()
     if blocks:
-        grid = (triton.cdiv(blocks, 8),)
-        native = is_native(x_TD)
-        _act_quant_kernel[grid](
-            x_TD,
-            e4m3_view(out.q),
-            out.scale,
-            blocks,
-            8,
-            ue8m0,
-            native,
+        _act_quant_kernel[(triton.cdiv(blocks, _BLOCKS),)](
+            x_ptr=x_TD,
+            q_ptr=e4m3_view(out.q),
+            scale_ptr=out.scale,
+            blocks=blocks,
+            R=_BLOCKS,
+            UE8M0=ue8m0,
+            NATIVE=is_native(x_TD),
             num_warps=2,
             **launch_options(),
         )
     return out
 
 
+@operation(kernel=_launch_act_quant)
 def act_quant(x_TD: Tensor, ue8m0: bool = False) -> Quantized:
     """Quantize activations to FP8 in blocks of 128 along the last dimension.
 
     scale = max|x| / 448 per block, at least 1e-4 / 448; q = x / scale.
 
     Args:
-        x_TD: [..., D], any float dtype, contiguous, D a multiple of 128.
+        x_TD: [..., D], any float dtype, D a multiple of 128.
         ue8m0: round scales up to powers of two.
 
     Source: DeepSeek-V3 report, section 3.3.2.
     """
-    return act_quant_triton(x_TD, ue8m0) if use_triton(x_TD) else act_quant_ref(x_TD, ue8m0)
+    x = x_TD.float().unflatten(-1, (-1, BLOCK))
+    scale = x.abs().amax(-1).clamp_min(_MIN_AMAX) / _MAX
+    if ue8m0:  # the next power of two: all mantissa bits carry into the exponent
+        scale = ((scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
+    return Quantized((x / scale.unsqueeze(-1)).to(FP8).flatten(-2), scale)
+
+
+def dequantize(x: Tensor | Quantized) -> Tensor:
+    """Return q * scale in float32; a tensor is returned unchanged."""
+    if isinstance(x, Tensor):
+        return x
+    return (x.q.float().unflatten(-1, (-1, BLOCK)) * x.scale.unsqueeze(-1)).flatten(-2)

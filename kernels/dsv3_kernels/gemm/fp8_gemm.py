@@ -5,12 +5,13 @@
 Tensor cores of Hopper keep about 14 bits inside an FP8 product, so every 128 of K is summed there
 and added, scaled, to a float32 accumulator outside.
 
-Two forms. **Few rows** (`_small_kernel`; decode): bound by reading the weights, which `_split_k`
-shares out. **Many rows** (`_large_kernel`; prefill): bound by FLOPs. Persistent programs walk the
-tiles in an order that keeps operands in L2; on Hopper tiles come through TMA descriptors.
+Two kernels. **Few rows** (`_small_kernel`; decode): bound by reading the weights, which `_split_k`
+distributes over programs. **Many rows** (`_large_kernel`; prefill): bound by FLOPs. Persistent
+programs visit the tiles in an order that keeps operands in L2; on Hopper tiles are loaded through
+TMA descriptors.
 
-Within a form a row's result does not depend on how many rows there are, nor on the tile: every
-element is the same chain of additions, block after block. Between the forms only the order differs
+Within a kernel a row's result depends neither on the number of rows nor on the tile: every element
+is the same chain of additions, block after block. Between the two kernels only the order differs
 (few rows: split by split, then the splits), so results agree to float32 rounding, not bit by bit.
 """
 
@@ -21,35 +22,30 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dsv3_kernels._triton import in_turn, launch_options, tl, triton, use_triton
+from dsv3_kernels._triton import in_turn, launch_options, tl, triton
 from dsv3_kernels.gemm._e4m3 import e4m3_operand, e4m3_view, is_native
-from dsv3_kernels.gemm._split_k import ROWS, WANTED, Shares, store_share
-from dsv3_kernels.gemm.act_quant import BLOCK, Quantized
-from dsv3_kernels.gemm.weight_dequant import weight_dequant_ref
-
-
-def fp8_gemm_ref(
-    x: Quantized, w_FD: Tensor, scale_fd: Tensor, dtype: torch.dtype = torch.bfloat16
-) -> Tensor:
-    """Define `fp8_gemm`: dequantize both, multiply in float32, round once."""
-    x_TD = (x.q.float().unflatten(-1, (-1, BLOCK)) * x.scale.unsqueeze(-1)).flatten(-2)
-    return F.linear(x_TD, weight_dequant_ref(w_FD, scale_fd, torch.float32)).to(dtype)
+from dsv3_kernels.gemm._split_k import ROWS, WANTED, SplitK, store_split
+from dsv3_kernels.gemm.act_quant import BLOCK, Quantized, dequantize
+from dsv3_kernels.gemm.weight_dequant import weight_dequant
+from dsv3_kernels.operation import operation
 
 
 def is_small(M: int, N: int) -> bool:
-    """Tell whether M rows take the small form: they are few, or all of y is."""
+    """Return True if M rows use the small kernel: there are few rows, or y is small."""
     return M <= 128 or M * N <= 2**18
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """How the large form cuts y: into BM x BN.
+    """A tile of y in the large kernel.
 
     Attributes:
-        BN: 128, 192 or 256: one product of 128 columns, and perhaps one of 64 or 128 more.
-        per_sm: programs on a multiprocessor.
-        speed: of such tiles, relative to the largest, where all multiprocessors have some; an
-            estimate from the bytes they read, unmeasured.
+        BM: rows.
+        BN: columns: 128, 192 or 256. One product of 128 columns, and possibly one of 64 or 128.
+        num_warps, stages: of the launch.
+        per_sm: programs per multiprocessor.
+        speed: relative to the largest tile, with all multiprocessors busy; an estimate from the
+            bytes read, unmeasured.
     """
 
     BM: int
@@ -60,26 +56,29 @@ class Tile:
     speed: float
 
     def seconds(self, M: int, N: int) -> float:
-        """Return the time of a product in some unit: rounds of tiles times that of a tile."""
+        """Return the time of a product, in arbitrary units: rounds of tiles times a tile's time."""
         tiles = -(-M // self.BM) * -(-N // self.BN)
         return -(-tiles // WANTED) * self.BM * self.BN / self.speed
 
 
-# Two products of 128 x 128 at a time read L2 least (255 registers, none spilled in the loop). With
-# half of the second, tiles fit published matrices: 2112, 3072 and 4608 columns are 11, 16 and 24
-# times 192. Smaller tiles waste less of the last round.
+# Two products of 128 x 128 at a time read L2 least (255 registers, none spilled in the loop). Tiles
+# of 192 columns fit published matrices: 2112, 3072 and 4608 columns are 11, 16 and 24 times 192.
+# Smaller tiles waste less of the last round.
 TILES = (
-    Tile(128, 256, 8, 4, 1, 1.0),
-    Tile(128, 192, 8, 5, 1, 0.95),
-    Tile(128, 128, 8, 4, 1, 0.85),
-    Tile(64, 128, 4, 4, 2, 0.7),
+    Tile(BM=128, BN=256, num_warps=8, stages=4, per_sm=1, speed=1.0),
+    Tile(BM=128, BN=192, num_warps=8, stages=5, per_sm=1, speed=0.95),
+    Tile(BM=128, BN=128, num_warps=8, stages=4, per_sm=1, speed=0.85),
+    Tile(BM=64, BN=128, num_warps=4, stages=4, per_sm=2, speed=0.7),
 )
 # Without Hopper's tensor cores operands take registers too.
-OLD_TILES = (Tile(128, 128, 8, 3, 1, 1.0), Tile(64, 128, 8, 3, 1, 0.8))
+OLD_TILES = (
+    Tile(BM=128, BN=128, num_warps=8, stages=3, per_sm=1, speed=1.0),
+    Tile(BM=64, BN=128, num_warps=8, stages=3, per_sm=1, speed=0.8),
+)
 
 
 def tile_of(M: int, N: int, tiles: tuple[Tile, ...] = TILES) -> Tile:
-    """Return the tile that is expected to take least time."""
+    """Return the tile with the least expected time."""
     return min(tiles, key=lambda tile: tile.seconds(M, N))
 
 
@@ -104,29 +103,42 @@ def _small_kernel(
 ):
     """Multiply BN rows of W by BM rows of x over one split of K."""
     in_turn()
-    tile, split, m_tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tile = tl.program_id(0)
+    split = tl.program_id(1)
+    m_tile = tl.program_id(2)
     blocks = K // 128
     n = tile * BN + tl.arange(0, BN)
     m = m_tile * BM + tl.arange(0, BM)
     k = tl.arange(0, 128)
-    # Rows beyond the end repeat the last one; what they give is not stored.
-    n_row, m_row = tl.minimum(n, N - 1).to(tl.int64), tl.minimum(m, M - 1).to(tl.int64)
+    # Rows beyond the end repeat the last one; their results are not stored.
+    n_row = tl.minimum(n, N - 1).to(tl.int64)
+    m_row = tl.minimum(m, M - 1).to(tl.int64)
     w_at = w_ptr + n_row[:, None] * K + k[None, :]
     x_at = x_ptr + m_row[:, None] * K + k[None, :]
     w_scale_at = w_scale_ptr + (tile * BN // 128) * blocks
     x_scale_at = x_scale_ptr + m_row * blocks
     acc = tl.zeros((BN, BM), tl.float32)
-    first, last = split * blocks // SPLITS, (split + 1) * blocks // SPLITS
+    first = split * blocks // SPLITS
+    last = (split + 1) * blocks // SPLITS
     for b in tl.range(first, last, num_stages=STAGES):
         w = e4m3_operand(tl.load(w_at + b * 128), NATIVE)
         x = e4m3_operand(tl.load(x_at + b * 128), NATIVE)
         scale = tl.load(x_scale_at + b) * tl.load(w_scale_at + b)
         acc += tl.dot(w, tl.trans(x)) * scale[None, :]
-    # fmt: off
-    store_share(
-        tl.trans(acc), y_ptr, part_ptr, lock_ptr, m, n, M, N, BM, BN, SPLITS, LOCKED,
+    store_split(
+        y=tl.trans(acc),
+        y_ptr=y_ptr,
+        part_ptr=part_ptr,
+        lock_ptr=lock_ptr,
+        m=m,
+        n=n,
+        M=M,
+        N=N,
+        BM=BM,
+        BN=BN,
+        SPLITS=SPLITS,
+        LOCKED=LOCKED,
     )
-    # fmt: on
 
 
 @triton.jit
@@ -141,7 +153,8 @@ def _load_tile(source, row, col, rows, K, B: tl.constexpr, TMA: tl.constexpr):
 
 @triton.jit
 def _store_tile(y_ptr, acc, row, col, M, N, BM: tl.constexpr, BN: tl.constexpr):
-    m, n = tl.arange(0, BM), tl.arange(0, BN)
+    m = tl.arange(0, BM)
+    n = tl.arange(0, BN)
     # Inside a tile 32 bits are enough, and take half of the registers.
     start = y_ptr + row.to(tl.int64) * N + col
     mask = (m < M - row)[:, None] & (n < N - col)[None, :]
@@ -150,13 +163,14 @@ def _store_tile(y_ptr, acc, row, col, M, N, BM: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def _columns(n_tile, OTHER: tl.constexpr):
-    """Return where the two products of a tile begin.
+    """Return the first columns of the two products of a tile.
 
-    Neither crosses a block of 128 that has a scale of its own: where the second is half as wide two
-    tiles share three blocks, the one in the middle half and half.
+    Neither product crosses a block of 128 with a scale of its own: if the second is half as wide,
+    two tiles share three blocks, and each takes half of the middle one.
     """
     if OTHER == 64:
-        start, odd = n_tile // 2 * 384, n_tile % 2
+        start = n_tile // 2 * 384
+        odd = n_tile % 2
         return start + odd * 256, start + 128 + odd * 64
     else:  # noqa: RET505
         return n_tile * (128 + OTHER), n_tile * (128 + OTHER) + 128
@@ -187,9 +201,10 @@ def _large_kernel(
     in_turn()
     WIDTH: tl.constexpr = OTHER if OTHER > 0 else 64
     blocks = K // 128
-    m_tiles, n_tiles = tl.cdiv(M, BM), tl.cdiv(N, 128 + OTHER)
+    m_tiles = tl.cdiv(M, BM)
+    n_tiles = tl.cdiv(N, 128 + OTHER)
     for tile in tl.range(tl.program_id(0), m_tiles * n_tiles, tl.num_programs(0)):
-        # GROUP tiles of rows go through all columns together, so that they share W in L2.
+        # GROUP tiles of rows visit all columns together, so that they share W in L2.
         group = tile // (GROUP * n_tiles)
         height = tl.minimum(m_tiles - group * GROUP, GROUP)
         inside = tile - group * GROUP * n_tiles
@@ -197,7 +212,7 @@ def _large_kernel(
         col, other_col = _columns(inside // height, OTHER)
         x_scale_at = x_scale_ptr + row.to(tl.int64) * blocks
         x_scale_row = tl.minimum(tl.arange(0, BM), M - row - 1) * blocks
-        # A product that lies behind the last row of W reads the scales of the last block.
+        # A product beyond the last row of W reads the scales of the last block.
         w_scale_at = w_scale_ptr + tl.minimum(col, N - 1) // 128 * blocks
         other_at = w_scale_ptr + tl.minimum(other_col, N - 1) // 128 * blocks
         acc = tl.zeros((BM, 128), tl.float32)
@@ -220,51 +235,55 @@ def _large_kernel(
 def _launch_small(
     x: Quantized, w_FD: Tensor, scale_fd: Tensor, y: Tensor, locks: Tensor | None
 ) -> None:
-    (M, N), K = y.shape, w_FD.shape[1]
+    M, N = y.shape
+    K = w_FD.shape[1]
     native = is_native(y)  # else decoded operands take registers, too
-    shares = Shares.of(y, K // BLOCK, 128 if native else 64, locks)
-    _small_kernel[shares.grid(M, N)](
-        e4m3_view(x.q),
-        x.scale,
-        e4m3_view(w_FD),
-        scale_fd,
-        y,
-        shares.part,
-        shares.locks,
-        M,
-        N,
-        K,
-        BM=shares.rows,
+    split = SplitK.of(y, K // BLOCK, 128 if native else 64, locks)
+    _small_kernel[split.grid(M, N)](
+        x_ptr=e4m3_view(x.q),
+        x_scale_ptr=x.scale,
+        w_ptr=e4m3_view(w_FD),
+        w_scale_ptr=scale_fd,
+        y_ptr=y,
+        part_ptr=split.part,
+        lock_ptr=split.locks,
+        M=M,
+        N=N,
+        K=K,
+        BM=split.rows,
         BN=ROWS,
-        SPLITS=shares.splits,
-        LOCKED=shares.locked,
+        SPLITS=split.splits,
+        LOCKED=split.locked,
         NATIVE=native,
-        STAGES=shares.stages(y),
+        STAGES=split.stages(y),
         num_warps=4,
         **launch_options(),
     )
-    shares.finish(y)
+    split.finish(y)
 
 
-def _launch_large(
+def launch_large(
     x: Quantized, w_FD: Tensor, scale_fd: Tensor, y: Tensor, tile: Tile, tma: bool
 ) -> None:
-    (M, N), K = y.shape, w_FD.shape[1]
+    """Launch persistent programs; `tma` loads tiles through descriptors."""
+    M, N = y.shape
+    K = w_FD.shape[1]
     programs = 2
     if y.is_cuda:
         device = torch.cuda.get_device_properties(y.device)
         programs = device.multi_processor_count * tile.per_sm
-    tiles, other = triton.cdiv(M, tile.BM) * triton.cdiv(N, tile.BN), tile.BN - 128
+    tiles = triton.cdiv(M, tile.BM) * triton.cdiv(N, tile.BN)
+    other = tile.BN - 128
     _large_kernel[(min(tiles, programs),)](
-        _tiles_of(x.q, tile.BM, tma),
-        x.scale,
-        _tiles_of(w_FD, 128, tma),
-        _tiles_of(w_FD, other or 128, tma),
-        scale_fd,
-        y,
-        M,
-        N,
-        K,
+        x=_tiles_of(x.q, tile.BM, tma),
+        x_scale_ptr=x.scale,
+        w=_tiles_of(w_FD, 128, tma),
+        w_other=_tiles_of(w_FD, other or 128, tma),
+        w_scale_ptr=scale_fd,
+        y_ptr=y,
+        M=M,
+        N=N,
+        K=K,
         BM=tile.BM,
         OTHER=other,
         GROUP=8,
@@ -286,18 +305,17 @@ def _tiles_of(matrix: Tensor, rows: int, tma: bool) -> Any:
     return TensorDescriptor.from_tensor(view, [rows, BLOCK])
 
 
-def fp8_gemm_triton(
+def _launch_fp8_gemm(
     x: Quantized,
     w_FD: Tensor,
     scale_fd: Tensor,
     dtype: torch.dtype = torch.bfloat16,
     locks: Tensor | None = None,
 ) -> Tensor:
-    """Launch `fp8_gemm`."""
     N, K = w_FD.shape
     assert K % BLOCK == 0 and x.q.shape[-1] == K, f"{x.q.shape=} {w_FD.shape=}"
     assert scale_fd.shape == (-(-N // BLOCK), K // BLOCK), f"{w_FD.shape=} {scale_fd.shape=}"
-    for t in (*x, w_FD, scale_fd):
+    for t in (x.q, x.scale, w_FD, scale_fd):
         assert t.is_contiguous(), f"{t.shape=} {t.stride()=}"
     y = torch.empty((*x.q.shape[:-1], N), dtype=dtype, device=w_FD.device)
     flat = Quantized(x.q.view(-1, K), x.scale.view(-1, K // BLOCK))
@@ -306,13 +324,14 @@ def fp8_gemm_triton(
     if is_small(len(flat.q), N):
         _launch_small(flat, w_FD, scale_fd, y.view(-1, N), locks)
     else:
-        # Of GPUs with TMA, those for data centers also have the shared memory that TILES need.
+        # Of GPUs with TMA, only those for data centers have the shared memory that TILES need.
         tma = y.is_cuda and torch.cuda.get_device_capability(y.device)[0] in (9, 10)
         tile = tile_of(len(flat.q), N, TILES if tma else OLD_TILES)
-        _launch_large(flat, w_FD, scale_fd, y.view(-1, N), tile, tma)
+        launch_large(flat, w_FD, scale_fd, y.view(-1, N), tile, tma)
     return y
 
 
+@operation(kernel=_launch_fp8_gemm)
 def fp8_gemm(
     x: Quantized,
     w_FD: Tensor,
@@ -320,20 +339,19 @@ def fp8_gemm(
     dtype: torch.dtype = torch.bfloat16,
     locks: Tensor | None = None,
 ) -> Tensor:
-    """Return x W^T of FP8 values with block scales.
+    """Return x W^T of FP8 values with block scales, summed in float32 and rounded once.
 
     Args:
         x: [..., D] with a scale per 128, D a multiple of 128.
         w_FD: [F, D] float8_e4m3fn, contiguous; F may end inside a block.
         scale_fd: [ceil(F / 128), D / 128] float32, contiguous.
         dtype: of the result: bfloat16 or float32.
-        locks: `make_locks(w_FD)`: saves a launch where K is split.
+        locks: `make_locks(w_FD)`: saves a launch where K is split. Not used by the reference.
 
     Returns:
         [..., F].
 
     Source: DeepSeek-V3 report, section 3.3.2.
     """
-    if use_triton(w_FD):
-        return fp8_gemm_triton(x, w_FD, scale_fd, dtype, locks)
-    return fp8_gemm_ref(x, w_FD, scale_fd, dtype)
+    w = weight_dequant.reference(w_FD, scale_fd, torch.float32)
+    return F.linear(dequantize(x), w).to(dtype)

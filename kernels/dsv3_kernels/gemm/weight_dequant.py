@@ -1,32 +1,20 @@
-"""Block-scaled FP8 weights back to a float dtype. Bound by bytes."""
+"""Dequantization of block-scaled FP8 weights. Bound by bytes."""
 
 import torch
 from torch import Tensor
 
-from dsv3_kernels._triton import in_turn, launch_options, tl, triton, use_triton
+from dsv3_kernels._triton import in_turn, launch_options, tl, triton
 from dsv3_kernels.gemm._e4m3 import decode_e4m3, e4m3_view, is_native
+from dsv3_kernels.operation import operation
 
 BLOCK = 128
-_TILE = (16, 128)
+# Rows and columns of a program.
+_ROWS, _COLUMNS = 16, 128
 
 
 def _expand(scale: Tensor, dim: int, size: int, offset: int, block: int) -> Tensor:
     """Repeat each block scale over the `size` values it covers, the first `offset` cut away."""
     return scale.repeat_interleave(block, dim).narrow(dim, offset, size)
-
-
-def weight_dequant_ref(
-    w_FD: Tensor,
-    scale_fd: Tensor,
-    dtype: torch.dtype,
-    row_offset: int = 0,
-    col_offset: int = 0,
-    block: tuple[int, int] = (BLOCK, BLOCK),
-) -> Tensor:
-    """Define `weight_dequant`."""
-    rows, cols = w_FD.shape[-2:]
-    by_row = _expand(scale_fd.float(), -2, rows, row_offset, block[0])
-    return (w_FD.float() * _expand(by_row, -1, cols, col_offset, block[1])).to(dtype)
 
 
 @triton.jit(do_not_specialize=["rows", "scale_rows", "row_offset"])
@@ -64,7 +52,7 @@ def _weight_dequant_kernel(
     tl.store(out_ptr + at, (w * scale).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def weight_dequant_triton(
+def _launch_weight_dequant(
     w_FD: Tensor,
     scale_fd: Tensor,
     dtype: torch.dtype,
@@ -72,7 +60,6 @@ def weight_dequant_triton(
     col_offset: int = 0,
     block: tuple[int, int] = (BLOCK, BLOCK),
 ) -> Tensor:
-    """Launch `weight_dequant`."""
     rows, cols = w_FD.shape[-2:]
     scale_rows, scale_cols = scale_fd.shape[-2:]
     assert scale_rows * block[0] >= row_offset + rows, f"{w_FD.shape=} {scale_fd.shape=}"
@@ -80,25 +67,28 @@ def weight_dequant_triton(
     out = torch.empty(w_FD.shape, dtype=dtype, device=w_FD.device)
     if out.numel():
         stacked = out.numel() // (rows * cols)
-        grid = (triton.cdiv(rows, _TILE[0]), triton.cdiv(cols, _TILE[1]), stacked)
+        grid = (triton.cdiv(rows, _ROWS), triton.cdiv(cols, _COLUMNS), stacked)
         _weight_dequant_kernel[grid](
-            e4m3_view(w_FD.contiguous()),
-            scale_fd.float().contiguous(),
-            out,
-            rows,
-            cols,
-            scale_rows,
-            scale_cols,
-            row_offset,
-            col_offset,
-            *block,
-            *_TILE,
+            w_ptr=e4m3_view(w_FD.contiguous()),
+            scale_ptr=scale_fd.float().contiguous(),
+            out_ptr=out,
+            rows=rows,
+            cols=cols,
+            scale_rows=scale_rows,
+            scale_cols=scale_cols,
+            row_offset=row_offset,
+            col_offset=col_offset,
+            BLOCK_R=block[0],
+            BLOCK_C=block[1],
+            R=_ROWS,
+            C=_COLUMNS,
             NATIVE=is_native(w_FD),
             **launch_options(),
         )
     return out
 
 
+@operation(kernel=_launch_weight_dequant)
 def weight_dequant(
     w_FD: Tensor,
     scale_fd: Tensor,
@@ -111,8 +101,8 @@ def weight_dequant(
 
     Args:
         w_FD: [..., F, D] float8_e4m3fn; any rectangle cut out of a block-scaled weight.
-        scale_fd: [..., f, d] float32, the blocks that cover the rectangle. (The checkpoints call
-            it `weight_scale_inv`; it is a multiplier.)
+        scale_fd: [..., f, d] float32, the blocks that cover the rectangle. (Checkpoints call it
+            `weight_scale_inv`; it is a multiplier.)
         dtype: of the result.
         row_offset: rows of the first block row that lie before the rectangle, below block[0].
         col_offset: the same for columns.
@@ -123,5 +113,6 @@ def weight_dequant(
 
     Source: deepseek-ai/DeepSeek-V3 README_WEIGHTS.md.
     """
-    op = weight_dequant_triton if use_triton(w_FD) else weight_dequant_ref
-    return op(w_FD, scale_fd, dtype, row_offset, col_offset, block)
+    rows, cols = w_FD.shape[-2:]
+    by_row = _expand(scale_fd.float(), -2, rows, row_offset, block[0])
+    return (w_FD.float() * _expand(by_row, -1, cols, col_offset, block[1])).to(dtype)

@@ -1,6 +1,6 @@
-"""Tiles of the experts' products inside kernels: which there are, and how one is multiplied.
+"""Tiles of the experts' products inside kernels: their number, position and multiplication.
 
-Tiles of few rows are W x^T, those of many x W^T; `grouped_gemm` says why.
+Tiles of few rows are W x^T, tiles of many rows x W^T; `grouped_gemm` explains why.
 """
 
 from dsv3_kernels._triton import tl, triton
@@ -17,9 +17,9 @@ def row_tiles(counts, E, E_PAD: tl.constexpr, BLOCK_M: tl.constexpr, TILES_N: tl
 
 @triton.jit
 def place(tile, tiles_E, counts, starts, E_PAD: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Return a tile's expert, its block of features, its rows and which of them are real.
+    """Return a tile's expert, its block of features, its rows, and a mask of existing rows.
 
-    The tiles of one block of features are neighbours: the matrix is read once, then found in L2.
+    Tiles of one block of features are neighbours: the matrix is read once, then found in L2.
     """
     end_E = tl.cumsum(tiles_E, 0)
     e = tl.sum((end_E <= tile).to(tl.int32), 0)
@@ -29,7 +29,7 @@ def place(tile, tiles_E, counts, starts, E_PAD: tl.constexpr, BLOCK_M: tl.conste
     row = (tile - before) % across * BLOCK_M + tl.arange(0, BLOCK_M)
     real = row < count
     start = tl.load(starts + e).to(tl.int64)
-    # Those beyond the last repeat it: nothing outside the expert's rows is ever read.
+    # Rows beyond the last repeat it: nothing outside the expert's rows is read.
     return e.to(tl.int64), (tile - before) // across, start + tl.minimum(row, count - 1), real
 
 
@@ -46,8 +46,8 @@ def _accumulate(
 ):
     """Add the product of a step along D: [features, rows] if SWAPPED, else [rows, features].
 
-    KIND: 0 float, 1 float rows and FP8 matrices, 2 both FP8; 3 and 4 are 1 and 2 where FP8 is
-    handed over as bytes.
+    KIND: 0 float, 1 float rows and FP8 matrices, 2 both FP8; 3 and 4 are 1 and 2 with FP8 passed
+    as bytes.
     """
     if KIND == 3 or KIND == 4:
         w = decode_e4m3(w)
@@ -56,7 +56,7 @@ def _accumulate(
     if KIND == 4:  # float16 holds every e4m3 value
         w = w.to(tl.float16)
         x = decode_e4m3(x).to(tl.float16)
-    if INTERPRETED and KIND != 4:  # it multiplies the bits of bfloat16 as integers
+    if INTERPRETED and KIND != 4:  # its dot multiplies the bits of bfloat16 as integers
         w = w.to(tl.float32)
         x = x.to(tl.float32)
     if KIND == 2 or KIND == 4:
@@ -119,8 +119,8 @@ def multiply_few(
 ):
     """Return x W^T, [rows, features], for few rows: operands swapped.
 
-    Features are low.. of N; if GATED those of the gate and then the same of up, in one product,
-    since 64 of them are the least that a matrix unit takes.
+    Features are low.. of N; if GATED, the features of gate and then the same of up, in one
+    product, since a matrix unit takes at least 64.
     """
     FEATURES: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
     EVEN_D: tl.constexpr = D % BLOCK_K == 0
@@ -147,7 +147,16 @@ def multiply_few(
                 scale = tl.where(is_up, tl.load(at + (N + low) // 128 * d), scale)
         if KIND == 2 or KIND == 4:
             row_scale = tl.load(x_scale + rows * d + first // 128)
-        acc = _accumulate(acc, x_tile, w_tile, scale, row_scale, KIND, True, INTERPRETED)
+        acc = _accumulate(
+            acc=acc,
+            x=x_tile,
+            w=w_tile,
+            w_scale=scale,
+            row_scale=row_scale,
+            KIND=KIND,
+            SWAPPED=True,
+            INTERPRETED=INTERPRETED,
+        )
         w_at += BLOCK_K
         x_at += BLOCK_K
     return tl.trans(acc)
@@ -172,9 +181,9 @@ def multiply_many(
     TMA: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Return x W^T of features low.. of N, and if GATED of N + low.. too, both [rows, features].
+    """Return x W^T of features low.. of N, and if GATED also of N + low.., both [rows, features].
 
-    With TMA `w` is a descriptor of tiles, else a pointer; `first_row` of it is the expert's.
+    With TMA `w` is a descriptor of tiles, else a pointer; the expert begins at row `first_row`.
     """
     EVEN_D: tl.constexpr = D % BLOCK_K == 0
     d: tl.constexpr = (D + 127) // 128
@@ -190,10 +199,46 @@ def multiply_many(
             row_scale = tl.load(x_scale + rows * d + first // 128)
         at = w_scale + first // 128
         scale = tl.load(at + low // 128 * d) if KIND > 0 else 1.0
-        w_tile = _load_matrix(w, first_row + low, first, N - low, D, BLOCK_N, BLOCK_K, TMA)
-        acc = _accumulate(acc, x_tile, w_tile, scale, row_scale, KIND, False, INTERPRETED)
+        w_tile = _load_matrix(
+            w=w,
+            row=first_row + low,
+            first=first,
+            present=N - low,
+            D=D,
+            BLOCK_N=BLOCK_N,
+            BLOCK_K=BLOCK_K,
+            TMA=TMA,
+        )
+        acc = _accumulate(
+            acc=acc,
+            x=x_tile,
+            w=w_tile,
+            w_scale=scale,
+            row_scale=row_scale,
+            KIND=KIND,
+            SWAPPED=False,
+            INTERPRETED=INTERPRETED,
+        )
         if GATED:
             scale = tl.load(at + (N + low) // 128 * d) if KIND > 0 else 1.0
-            w_tile = _load_matrix(w, first_row + N + low, first, N - low, D, BLOCK_N, BLOCK_K, TMA)
-            up = _accumulate(up, x_tile, w_tile, scale, row_scale, KIND, False, INTERPRETED)
+            w_tile = _load_matrix(
+                w=w,
+                row=first_row + N + low,
+                first=first,
+                present=N - low,
+                D=D,
+                BLOCK_N=BLOCK_N,
+                BLOCK_K=BLOCK_K,
+                TMA=TMA,
+            )
+            up = _accumulate(
+                acc=up,
+                x=x_tile,
+                w=w_tile,
+                w_scale=scale,
+                row_scale=row_scale,
+                KIND=KIND,
+                SWAPPED=False,
+                INTERPRETED=INTERPRETED,
+            )
     return acc, up

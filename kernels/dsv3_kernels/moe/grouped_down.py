@@ -1,36 +1,19 @@
-"""The experts' second product, every row times the weight of its entry.
+"""The experts' second product, with every row multiplied by the weight of its entry.
 
-    y[m] = weight[m] * W_down h[m], W_down that of the expert of row m
+    y[m] = weight[m] * W_down h[m], with W_down of the expert of row m
 
-How tiles are shared out and what bounds them: `grouped_gemm`.
+`grouped_gemm` describes the tiles and their bounds.
 """
 
 import torch
 from torch import Tensor
 
-from dsv3_kernels._triton import in_turn, launch_options, tl, triton, use_triton
-from dsv3_kernels.gemm.act_quant import Quantized
+from dsv3_kernels._triton import in_turn, launch_options, tl, triton
+from dsv3_kernels.gemm.act_quant import Quantized, dequantize
 from dsv3_kernels.moe._grouped_tiles import multiply_few, multiply_many, place, row_tiles
-from dsv3_kernels.moe.grouped_gemm import Stack, dequantize, launch_of, products
+from dsv3_kernels.moe.grouped_gemm import Stack, launch_of, products
 from dsv3_kernels.moe.permute import Groups
-
-
-def grouped_down_ref(
-    h: Tensor | Quantized,
-    w: Stack,
-    groups: Groups,
-    dtype: torch.dtype,
-    weight_TK: Tensor | None = None,
-) -> Tensor:
-    """Define `grouped_down`; rows of no expert are 0."""
-    h_MF = dequantize(h)
-    y_MD = h_MF.new_zeros((len(h_MF), w.weight.shape[1]), dtype=torch.float32)
-    for rows, product in products(h_MF, w, groups):
-        y_MD[rows] = product.float()
-    if weight_TK is not None:
-        assert groups.entry_M is not None
-        y_MD *= weight_TK.flatten()[groups.entry_M.clamp_min(0), None]
-    return y_MD.to(dtype)
+from dsv3_kernels.operation import operation
 
 
 @triton.jit
@@ -56,7 +39,7 @@ def _down_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Share out tiles of the second product, every row times its entry's weight."""
+    """Compute tiles of the second product; every row is multiplied by its entry's weight."""
     in_turn()
     tiles_E = row_tiles(counts, E, E_PAD, BLOCK_M, (D + BLOCK_N - 1) // BLOCK_N)
     blocks_d: tl.constexpr = (D + 127) // 128
@@ -65,18 +48,42 @@ def _down_kernel(
         e, block, row, real = place(tile, tiles_E, counts, starts, E_PAD, BLOCK_M)
         low = block * BLOCK_N
         at_scale = w_scale + e * blocks_d * blocks_f
-        # fmt: off
         if BLOCK_M < 64:
             acc = multiply_few(
-                h, h_scale, w + e * D * F, at_scale, row, low, D, F, False,
-                BLOCK_M, BLOCK_N, BLOCK_K, KIND, INTERPRETED,
+                x=h,
+                x_scale=h_scale,
+                w=w + e * D * F,
+                w_scale=at_scale,
+                rows=row,
+                low=low,
+                N=D,
+                D=F,
+                GATED=False,
+                BLOCK_M=BLOCK_M,
+                BLOCK_N=BLOCK_N,
+                BLOCK_K=BLOCK_K,
+                KIND=KIND,
+                INTERPRETED=INTERPRETED,
             )
         else:
             acc, _ = multiply_many(
-                h, h_scale, w, at_scale, row, e * D, low, D, F, False,
-                BLOCK_M, BLOCK_N, BLOCK_K, KIND, TMA, INTERPRETED,
+                x=h,
+                x_scale=h_scale,
+                w=w,
+                w_scale=at_scale,
+                rows=row,
+                first_row=e * D,
+                low=low,
+                N=D,
+                D=F,
+                GATED=False,
+                BLOCK_M=BLOCK_M,
+                BLOCK_N=BLOCK_N,
+                BLOCK_K=BLOCK_K,
+                KIND=KIND,
+                TMA=TMA,
+                INTERPRETED=INTERPRETED,
             )
-        # fmt: on
         if WEIGHTED:
             acc *= tl.load(weights + tl.load(entries + row))[:, None]
         feature = low + tl.arange(0, BLOCK_N)
@@ -84,7 +91,7 @@ def _down_kernel(
         tl.store(y + row[:, None] * D + feature[None, :], acc, mask=mask)
 
 
-def grouped_down_triton(
+def _launch_grouped_down(
     h: Tensor | Quantized,
     w: Stack,
     groups: Groups,
@@ -92,7 +99,6 @@ def grouped_down_triton(
     dtype: torch.dtype,
     weight_TK: Tensor | None = None,
 ) -> Tensor:
-    """Launch the second product."""
     launch = launch_of(h, w, False, rows)
     num_experts, hidden, inner = w.weight.shape
     assert weight_TK is None or groups.entry_M is not None
@@ -100,16 +106,16 @@ def grouped_down_triton(
     y_MD = torch.empty((num_rows, hidden), dtype=dtype, device=launch.x.device)
     if num_rows:
         _down_kernel[launch.grid(hidden, num_rows)](
-            launch.x,
-            launch.x_scale,
-            launch.matrices(),
-            launch.w_scale,
-            y_MD,
-            groups.count_E if groups.entry_M is None else groups.entry_M,
-            launch.x_scale if weight_TK is None else weight_TK.contiguous(),
-            groups.start_E,
-            groups.count_E,
-            num_experts,
+            h=launch.x,
+            h_scale=launch.x_scale,
+            w=launch.matrices(),
+            w_scale=launch.w_scale,
+            y=y_MD,
+            entries=groups.count_E if groups.entry_M is None else groups.entry_M,
+            weights=launch.x_scale if weight_TK is None else weight_TK.contiguous(),
+            starts=groups.start_E,
+            counts=groups.count_E,
+            E=num_experts,
             D=hidden,
             F=inner,
             WEIGHTED=weight_TK is not None,
@@ -119,6 +125,7 @@ def grouped_down_triton(
     return y_MD
 
 
+@operation(kernel=_launch_grouped_down)
 def grouped_down(
     h: Tensor | Quantized,
     w: Stack,
@@ -131,15 +138,20 @@ def grouped_down(
 
     Args:
         h: [M, F], float or quantized 1x128.
-        w: [E, D, F]; FP8 for quantized rows needs F to be a multiple of 128.
-        groups: which rows belong to which expert.
-        rows: how many rows an expert can expect; it decides the speed alone.
+        w: [E, D, F]; if both are FP8, F must be a multiple of 128.
+        groups: the rows of each expert.
+        rows: expected rows per expert; affects only the speed. Not used by the reference.
         dtype: of the result.
         weight_TK: [T, K] float32, or None for no factor.
 
     Returns:
-        y_MD: [M, D]; rows of no expert are undefined.
+        y_MD: [M, D]; rows of no expert are undefined (0 from the reference).
     """
-    if use_triton(w.weight):
-        return grouped_down_triton(h, w, groups, rows, dtype, weight_TK)
-    return grouped_down_ref(h, w, groups, dtype, weight_TK)
+    h_MF = dequantize(h)
+    y_MD = h_MF.new_zeros((len(h_MF), w.weight.shape[1]), dtype=torch.float32)
+    for expert_rows, product in products(h_MF, w, groups):
+        y_MD[expert_rows] = product.float()
+    if weight_TK is not None:
+        assert groups.entry_M is not None
+        y_MD *= weight_TK.flatten()[groups.entry_M.clamp_min(0), None]
+    return y_MD.to(dtype)

@@ -1,38 +1,28 @@
-"""The experts' first product, with the gated activation and in FP8 the quantization fused in.
+"""The experts' first product, fused with the gated activation and, in FP8, the quantization.
 
-    h[m] = silu(W_gate x[m]) * (W_up x[m]), W those of the expert of row m
+    h[m] = silu(W_gate x[m]) * (W_up x[m]), with the matrices of the expert of row m
 
-How tiles are shared out and what bounds them: `grouped_gemm`.
+`grouped_gemm` describes the tiles and their bounds.
 """
 
 import torch
 from torch import Tensor
 
-from dsv3_kernels._triton import in_turn, launch_options, tl, triton, use_triton
+from dsv3_kernels._triton import in_turn, launch_options, tl, triton
 from dsv3_kernels.gemm._e4m3 import e4m3_view
-from dsv3_kernels.gemm.act_quant import BLOCK, Quantized, act_quant, quantize_block
+from dsv3_kernels.gemm.act_quant import BLOCK, Quantized, act_quant, dequantize, quantize_block
 from dsv3_kernels.moe._grouped_tiles import multiply_few, multiply_many, place, row_tiles
-from dsv3_kernels.moe.grouped_gemm import Stack, dequantize, launch_of, products
+from dsv3_kernels.moe.grouped_gemm import Stack, launch_of, products
 from dsv3_kernels.moe.permute import Groups
-from dsv3_kernels.ops.silu_mul import silu_mul_ref
+from dsv3_kernels.operation import operation
+from dsv3_kernels.ops.silu_mul import silu_mul
 
 
 def _sorted_rows(x_TD: Tensor, groups: Groups) -> Tensor:
-    """Return every row's token; rows of no expert repeat the first."""
+    """Return the hidden state of every row's token; rows of no expert repeat the first token's."""
     if groups.entry_M is None or groups.slot_TK is None or not len(x_TD):
         return x_TD
     return x_TD[groups.entry_M.clamp_min(0) // groups.slot_TK.shape[1]]
-
-
-def grouped_gate_up_ref(
-    x: Tensor | Quantized, w: Stack, groups: Groups, ue8m0: bool = False
-) -> Tensor | Quantized:
-    """Define `grouped_gate_up`; rows of no expert are 0."""
-    x_MD = _sorted_rows(dequantize(x), groups)
-    h_MF = x_MD.new_zeros((len(x_MD), w.weight.shape[1] // 2))
-    for rows, gate_up in products(x_MD, w, groups):
-        h_MF[rows] = silu_mul_ref(gate_up)
-    return h_MF if isinstance(x, Tensor) else act_quant(h_MF, ue8m0)
 
 
 @triton.jit
@@ -60,7 +50,7 @@ def _gate_up_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Share out tiles of silu(gate) * up: BLOCK_N features, computed from as many of either."""
+    """Compute tiles of silu(gate) * up with BLOCK_N features, from as many of gate and up."""
     in_turn()
     tiles_E = row_tiles(counts, E, E_PAD, BLOCK_M, (F + BLOCK_N - 1) // BLOCK_N)
     blocks_f: tl.constexpr = (2 * F + 127) // 128
@@ -72,20 +62,44 @@ def _gate_up_kernel(
         if TOP_K > 0:
             token = (tl.load(entries + row) // TOP_K).to(tl.int64)
         at_scale = w_scale + e * blocks_f * blocks_d
-        # fmt: off
         if BLOCK_M < 64:
             both = multiply_few(
-                x, x_scale, w + e * 2 * F * D, at_scale, token, low, F, D, True,
-                BLOCK_M, BLOCK_N, BLOCK_K, KIND, INTERPRETED,
+                x=x,
+                x_scale=x_scale,
+                w=w + e * 2 * F * D,
+                w_scale=at_scale,
+                rows=token,
+                low=low,
+                N=F,
+                D=D,
+                GATED=True,
+                BLOCK_M=BLOCK_M,
+                BLOCK_N=BLOCK_N,
+                BLOCK_K=BLOCK_K,
+                KIND=KIND,
+                INTERPRETED=INTERPRETED,
             )
             both = tl.permute(tl.reshape(both, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1))
             gate, up = tl.split(both)
         else:
             gate, up = multiply_many(
-                x, x_scale, w, at_scale, token, e * 2 * F, low, F, D, True,
-                BLOCK_M, BLOCK_N, BLOCK_K, KIND, TMA, INTERPRETED,
+                x=x,
+                x_scale=x_scale,
+                w=w,
+                w_scale=at_scale,
+                rows=token,
+                first_row=e * 2 * F,
+                low=low,
+                N=F,
+                D=D,
+                GATED=True,
+                BLOCK_M=BLOCK_M,
+                BLOCK_N=BLOCK_N,
+                BLOCK_K=BLOCK_K,
+                KIND=KIND,
+                TMA=TMA,
+                INTERPRETED=INTERPRETED,
             )
-        # fmt: on
         value = gate / (1.0 + tl.exp(-gate)) * up
         feature = low + tl.arange(0, BLOCK_N)
         at = row[:, None] * F + feature[None, :]
@@ -98,12 +112,13 @@ def _gate_up_kernel(
             tl.store(h + at, value, mask=mask)
 
 
-def grouped_gate_up_triton(
+def _launch_grouped_gate_up(
     x: Tensor | Quantized, w: Stack, groups: Groups, rows: int, ue8m0: bool = False
 ) -> Tensor | Quantized:
-    """Launch the gated product; outputs of tiles too narrow for it are quantized by another."""
+    """Launch the gated product; a second launch quantizes if tiles are narrower than a block."""
     launch = launch_of(x, w, True, rows)
-    num_experts, inner = len(w.weight), w.weight.shape[1] // 2
+    num_experts = len(w.weight)
+    inner = w.weight.shape[1] // 2
     assert w.block_scale is None or inner % BLOCK == 0, f"{inner=}"
     top_k = 0 if groups.slot_TK is None else groups.slot_TK.shape[1]
     num_rows = len(launch.x) * max(1, top_k)
@@ -113,16 +128,16 @@ def grouped_gate_up_triton(
     h = e4m3_view(out.q) if out else launch.x.new_empty((num_rows, inner), dtype=dtype)
     if num_rows:
         _gate_up_kernel[launch.grid(inner, num_rows)](
-            launch.x,
-            launch.x_scale,
-            launch.matrices(),
-            launch.w_scale,
-            h,
-            out.scale if out else h,
-            groups.count_E if groups.entry_M is None else groups.entry_M,
-            groups.start_E,
-            groups.count_E,
-            num_experts,
+            x=launch.x,
+            x_scale=launch.x_scale,
+            w=launch.matrices(),
+            w_scale=launch.w_scale,
+            h=h,
+            h_scale=out.scale if out else h,
+            entries=groups.count_E if groups.entry_M is None else groups.entry_M,
+            starts=groups.start_E,
+            counts=groups.count_E,
+            E=num_experts,
             F=inner,
             D=launch.x.shape[1],
             TOP_K=top_k,
@@ -133,27 +148,30 @@ def grouped_gate_up_triton(
         )
     if out is not None:
         return out
-    return act_quant(h, ue8m0) if isinstance(x, Quantized) else h
+    return act_quant.kernel(h, ue8m0) if isinstance(x, Quantized) else h
 
 
+@operation(kernel=_launch_grouped_gate_up)
 def grouped_gate_up(
     x: Tensor | Quantized, w: Stack, groups: Groups, rows: int, ue8m0: bool = False
 ) -> Tensor | Quantized:
     """Return silu(W_gate x) * (W_up x) of every row's expert.
 
     Args:
-        x: [T, D] where `groups` are sorted entries (row m is token entry_M[m] // K), else [M, D];
+        x: [T, D] if `groups` are sorted entries (row m is token entry_M[m] // K), else [M, D];
             float, or quantized 1x128 (then the matrices are FP8).
-        w: [E, 2F, D], the gate in the first half; FP8 needs F, and for quantized rows D, to be
+        w: [E, 2F, D], the gate in the first half; if FP8, F (and D if rows are quantized) must be
             multiples of 128.
-        groups: which rows belong to which expert.
-        rows: how many rows an expert can expect; it decides the speed alone.
-        ue8m0: scales of the result are powers of two.
+        groups: the rows of each expert.
+        rows: expected rows per expert; affects only the speed. Not used by the reference.
+        ue8m0: round the scales of the result up to powers of two.
 
     Returns:
         h_MF: [M, F], of the dtype of `x`, quantized from float32 if `x` is; rows of no expert are
-            undefined.
+            undefined (0 from the reference).
     """
-    if use_triton(w.weight):
-        return grouped_gate_up_triton(x, w, groups, rows, ue8m0)
-    return grouped_gate_up_ref(x, w, groups, ue8m0)
+    x_MD = _sorted_rows(dequantize(x), groups)
+    h_MF = x_MD.new_zeros((len(x_MD), w.weight.shape[1] // 2))
+    for expert_rows, gate_up in products(x_MD, w, groups):
+        h_MF[expert_rows] = silu_mul.reference(gate_up)
+    return h_MF if isinstance(x, Tensor) else act_quant.reference(h_MF, ue8m0)

@@ -1,19 +1,20 @@
-"""Products of rows with the matrices of their experts: what `grouped_gate_up` and `_down` share.
+"""Products of rows with the matrices of their experts, for `grouped_gate_up` and `grouped_down`.
 
-Rows lie sorted by expert, or in a box of equal capacity for each (`permute.Groups`). A persistent
-grid shares out the tiles that the counts on the device ask for: experts without rows cost nothing
-and the host knows no count. For few rows operands are swapped (a tile is W x^T): matrix units take
-at least 64 of what stands first, and as few as 16 of the other. Tiles of many rows are x W^T, W
-through TMA where there is one. In either case an element is the same chain of sums of 128 bytes
-along D, so a row's result depends on no other row. (That the chains give the same bits swapped and
-not holds wherever matrix units treat both operands alike; `tests/kernels/test_grouped_gemm.py`
-asserts it on a GPU.)
+Rows are sorted by expert, or each expert has a box of equal capacity (`permute.Groups`). Programs
+of a persistent grid compute the tiles that follow from the counts on the device: experts without
+rows cost nothing, and the host needs no counts. For few rows operands are swapped (a tile is
+W x^T): matrix units need at least 64 rows of the first operand and 16 of the second. Tiles of many
+rows are x W^T, with W loaded through TMA if available. In either case an element is the same chain
+of sums of 128 bytes along D, so a row's result does not depend on other rows. (Swapped and
+unswapped chains give the same bits if matrix units treat both operands alike;
+`tests/kernels/test_gpu_experts.py` asserts it on a GPU.)
 
-Three kinds of numbers: float (one type, float32 sums; float32 itself without TF32), float rows with
-FP8 matrices (dequantized in registers, as `weight_dequant` would), and FP8 rows quantized 1x128
-with FP8 matrices (partial sums of 128 scaled and added in float32).
+Three kinds of numbers: float (one dtype, float32 sums; float32 without TF32), float rows with FP8
+matrices (dequantized in registers, as by `weight_dequant`), and FP8 rows quantized 1x128 with FP8
+matrices (partial sums of 128, scaled and added in float32).
 
-Bound: reading the matrices that are hit up to about 64 rows an expert, then matrix units.
+Bound by reading the matrices of experts with rows, up to about 64 rows per expert, then by matrix
+units.
 """
 
 from collections.abc import Iterator
@@ -36,28 +37,21 @@ class Stack(NamedTuple):
 
     Attributes:
         weight: [E, N, D], float or float8_e4m3fn.
-        block_scale: [E, ceil(N / 128), ceil(D / 128)] float32 where the matrices are FP8.
+        block_scale: [E, ceil(N / 128), ceil(D / 128)] float32 if the matrices are FP8, else None.
     """
 
     weight: Tensor
     block_scale: Tensor | None = None
 
     def matrix(self, e: int, dtype: torch.dtype) -> Tensor:
-        """Return matrix `e`, [N, D], dequantized to `dtype` where it is FP8."""
+        """Return matrix `e`, [N, D], dequantized to `dtype` if it is FP8."""
         if self.block_scale is None:
             return self.weight[e]
         return weight_dequant(self.weight[e], self.block_scale[e], dtype)
 
 
-def dequantize(x: Tensor | Quantized) -> Tensor:
-    """Return the values that FP8 rows stand for, float32; float rows as they are."""
-    if isinstance(x, Tensor):
-        return x
-    return (x.q.float().unflatten(-1, (-1, BLOCK)) * x.scale.unsqueeze(-1)).flatten(-2)
-
-
 def products(x: Tensor, w: Stack, groups: Groups) -> Iterator[tuple[slice, Tensor]]:
-    """Yield the rows of every expert that is hit, and their products with its matrix."""
+    """Yield, for every expert with rows, its rows and their product with its matrix."""
     starts, counts = groups.start_E.tolist(), groups.count_E.tolist()
     for e, (start, count) in enumerate(zip(starts, counts, strict=True)):
         if count:
@@ -67,7 +61,14 @@ def products(x: Tensor, w: Stack, groups: Groups) -> Iterator[tuple[slice, Tenso
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Rows and features (of the gate, and as many of up) of a tile, and how it is run."""
+    """A tile of the products.
+
+    Attributes:
+        rows: sorted entries.
+        features: columns of the result (of gate, and as many of up).
+        warps, stages: of the launch.
+        per_sm: programs per multiprocessor.
+    """
 
     rows: int
     features: int
@@ -77,30 +78,35 @@ class Tile:
 
 
 def _tile(kind: int, itemsize: int, gated: bool, rows: int) -> Tile:
-    """Choose by the kind of numbers and by how many rows an expert can expect.
+    """Return the tile for a kind of numbers and the expected rows per expert.
 
-    A step along D takes 128 bytes of a row whatever the tile, so the choice changes no bits.
-    Compiled for Hopper none spills more than a few registers.
+    A step along D takes 128 bytes of a row for any tile, so the choice does not change the result.
+    Compiled for Hopper, no tile spills more than a few registers.
     """
     if itemsize == 4 or kind == 4:  # no matrix unit, or bytes decoded in registers
         features = 64 if itemsize == 1 and not gated else 32
-        return Tile(16, features, 4, 3, 2) if rows <= 16 else Tile(64, features, 8, 3, 2)
+        if rows <= 16:
+            return Tile(rows=16, features=features, warps=4, stages=3, per_sm=2)
+        return Tile(rows=64, features=features, warps=8, stages=3, per_sm=2)
     if rows <= 8:
-        return Tile(16, 32 if gated else 64, 4, 6, 2)
+        return Tile(rows=16, features=32 if gated else 64, warps=4, stages=6, per_sm=2)
     if rows <= 24:
-        return Tile(32, 32 if gated else 64, 4, 5, 2)
+        return Tile(rows=32, features=32 if gated else 64, warps=4, stages=5, per_sm=2)
     if rows <= 64:
-        return Tile(64, 64 if gated else 128, 4, 4, 2)
-    return Tile(128, 128, 8, 4, 1)
+        return Tile(rows=64, features=64 if gated else 128, warps=4, stages=4, per_sm=2)
+    return Tile(rows=128, features=128, warps=8, stages=4, per_sm=1)
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One product: rows and matrices as kernels take them (FP8 perhaps as bytes), and how it runs.
+    """The launch of one product.
 
     Attributes:
-        kind: of numbers; see `_grouped_tiles`.
-        gated: matrices are gate and up.
+        x, x_scale: rows as kernels take them (FP8 possibly as bytes), and their scales.
+        w, w_scale: the same for the matrices.
+        kind: kind of numbers; see `_grouped_tiles._accumulate`.
+        gated: True if the matrices are gate and up.
+        tile: of the result.
     """
 
     x: Tensor
@@ -112,16 +118,16 @@ class Launch:
     tile: Tile
 
     def uses_tma(self) -> bool:
-        """Tell whether tiles of W come through TMA: many rows, on Hopper or later."""
+        """Return True if tiles of W are loaded through TMA: many rows, on Hopper or later."""
         if self.tile.rows < 64 or self.x.element_size() == 4:
             return False
         if self.gated and self.kind == 2 and self.tile.features == BLOCK:
-            return False  # no registers are left for it: the loop would spill
+            return False  # too few registers: the loop would spill
         row_bytes = self.w.shape[2] * self.w.element_size()
         return row_bytes % 16 == 0 and self.w.data_ptr() % 16 == 0 and has_tma(self.w)
 
     def matrices(self) -> Any:
-        """Return the matrices as a descriptor of tiles, or as they are."""
+        """Return the matrices as a TMA descriptor of tiles, or as a tensor."""
         if not self.uses_tma():
             return self.w
         from triton.tools.tensor_descriptor import TensorDescriptor
@@ -130,8 +136,8 @@ class Launch:
         return TensorDescriptor.from_tensor(self.w.flatten(0, 1), shape)
 
     def constants(self) -> dict[str, int]:
-        """Return what is compiled into the kernel."""
-        # Less scales, and what is reserved.
+        """Return the kernel's compile-time arguments and launch options."""
+        # Shared memory per program, without scales and reserved bytes.
         room = multiprocessors(self.w)[1] // self.tile.per_sm - 5120
         step = BLOCK * (self.tile.rows + self.tile.features * (2 if self.gated else 1))
         return {
@@ -147,18 +153,19 @@ class Launch:
         }
 
     def grid(self, features: int, num_rows: int) -> tuple[int]:
-        """Return as many programs as the GPU holds at once, or as may have tiles, if fewer."""
+        """Return the grid: all programs that run at once, at most one per possible tile."""
         most = num_rows // self.tile.rows + min(len(self.w), num_rows)
         held = multiprocessors(self.w)[0] * self.tile.per_sm
         return (min(held, most * triton.cdiv(features, self.tile.features)),)
 
 
 def launch_of(x: Tensor | Quantized, w: Stack, gated: bool, rows: int) -> Launch:
-    """Return the product of `x` and `w` where an expert can expect `rows` rows."""
+    """Return the launch of the product of `x` and `w` for `rows` expected rows per expert."""
     native = is_native(w.weight)
     weight = e4m3_view(w.weight) if w.block_scale is not None else w.weight
     w_scale = weight if w.block_scale is None else w.block_scale
-    x_rows, x_scale = (x, x) if isinstance(x, Tensor) else (e4m3_view(x.q), x.scale)
+    x_rows = x if isinstance(x, Tensor) else e4m3_view(x.q)
+    x_scale = x if isinstance(x, Tensor) else x.scale
     assert x_rows.shape[1] == weight.shape[2], f"{x_rows.shape=} {weight.shape=}"
     assert all(t.is_contiguous() for t in (x_rows, x_scale, weight, w_scale)), f"{weight.stride()=}"
     if isinstance(x, Quantized):
@@ -166,6 +173,7 @@ def launch_of(x: Tensor | Quantized, w: Stack, gated: bool, rows: int) -> Launch
         kind = 2 if native else 4
     else:
         assert w.block_scale is not None or weight.dtype == x.dtype, f"{x.dtype=} {weight.dtype=}"
-        kind = 0 if w.block_scale is None else 1 if native else 3
+        fp8_kind = 1 if native else 3
+        kind = 0 if w.block_scale is None else fp8_kind
     tile = _tile(kind, x_rows.element_size(), gated, rows)
     return Launch(x_rows, x_scale, weight, w_scale, kind, gated, tile)

@@ -4,18 +4,18 @@ Bound by latency: a program (one warp) holds a token's row in registers from log
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from dsv3_kernels._triton import in_turn, launch_options, tl, triton, use_triton
-from dsv3_kernels.moe.permute import permute_last
+from dsv3_kernels._triton import in_turn, launch_options, tl, triton
+from dsv3_kernels.moe.permute import Groups, LocalExperts, permute_last
+from dsv3_kernels.operation import operation
 
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """How a model chooses experts (field names of the HF config)."""
+    """The routing rule of a model (field names of the HF config)."""
 
     scoring_func: str
     topk_method: str
@@ -27,52 +27,70 @@ class Routing:
 
     @property
     def is_grouped(self) -> bool:
-        """Whether the choice is limited to the best groups."""
+        """True if the choice is limited to the best groups."""
         return self.topk_method != "greedy" and self.n_group > 1
 
 
+@dataclass(frozen=True, slots=True)
+class RouterInput:
+    """The input of `route`.
+
+    Attributes:
+        logits_STE: [S, T, E] float32, contiguous; the router's logits are the sum over S.
+        bias_E: [E] float32 `e_score_correction_bias`, or None.
+        rule: the model's routing rule.
+        position_T: [T] int64; -1 marks a padding row, which chooses no expert. None: no padding.
+    """
+
+    logits_STE: Tensor
+    bias_E: Tensor | None
+    rule: Routing
+    position_T: Tensor | None = None
+
+    @property
+    def is_cuda(self) -> bool:
+        """True if the logits are on a GPU."""
+        return self.logits_STE.is_cuda
+
+
+@dataclass(frozen=True, slots=True)
+class EntrySort:
+    """Sorting of the entries in the launch of `route`.
+
+    Attributes:
+        local: experts of this rank.
+        groups: memory for the result.
+        locks: counters of programs that have ended.
+    """
+
+    local: LocalExperts
+    groups: Groups
+    locks: Tensor
+
+
 def _largest(x: Tensor, k: int) -> Tensor:
-    """Return where the k largest of each row are, best first, ties to the lowest index."""
+    """Return the indices of each row's k largest values, in order; ties go to the lowest index."""
     return x.sort(dim=-1, descending=True, stable=True).indices[:, :k]
 
 
-def _limit_to_groups(choice_TE: Tensor, r: Routing) -> Tensor:
+def _limit_to_groups(choice_TE: Tensor, rule: Routing) -> Tensor:
     """Set the experts outside the best `topk_group` groups to -inf.
 
     -inf, not 0: a biased score may be negative.
     """
-    groups_TgE = choice_TE.view(choice_TE.shape[0], r.n_group, -1)
-    if r.topk_method == "noaux_tc":
+    groups_TgE = choice_TE.view(choice_TE.shape[0], rule.n_group, -1)
+    if rule.topk_method == "noaux_tc":
         group_score = groups_TgE.topk(min(2, groups_TgE.shape[-1]), dim=-1).values.sum(-1)
     else:
         group_score = groups_TgE.amax(-1)
-    kept = _largest(group_score, r.topk_group)
+    kept = _largest(group_score, rule.topk_group)
     dropped = torch.ones_like(group_score, dtype=torch.bool).scatter_(1, kept, False)
     return groups_TgE.masked_fill(dropped.unsqueeze(-1), float("-inf")).flatten(1)
 
 
-def route_ref(
-    logits_STE: Tensor, bias_E: Tensor | None, r: Routing, position_T: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Define `route`."""
-    logits = logits_STE[0] if len(logits_STE) == 1 else logits_STE.sum(0)
-    score_TE = logits.softmax(-1) if r.scoring_func == "softmax" else logits.sigmoid()
-    choice_TE = score_TE if bias_E is None else score_TE + bias_E
-    if r.is_grouped:
-        choice_TE = _limit_to_groups(choice_TE, r)
-    ids_TK = _largest(choice_TE, r.num_experts_per_tok)
-    # The weights are the unbiased scores; never recovered as (biased - bias), which cancels.
-    weight_TK = score_TE.gather(1, ids_TK)
-    if r.norm_topk_prob:
-        weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + 1e-20)
-    if position_T is not None:
-        ids_TK = ids_TK.masked_fill(position_T[:, None] < 0, -1)
-    return ids_TK, weight_TK * r.routed_scaling_factor
-
-
 @triton.jit
 def _rank_key(x, index):
-    """Return int64 keys, all different, in the order of x; of equal ones the lowest index leads."""
+    """Return distinct int64 keys in the order of x; of equal values the lowest index is largest."""
     bits = x.to(tl.int32, bitcast=True)
     bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - index).to(tl.int64)
@@ -85,8 +103,15 @@ def _route_kernel(
     positions,
     ids,
     weights,
+    entries,
+    slots,
+    starts,
+    counts,
+    locks,
     scaling,
     T,
+    first_expert,
+    num_local,
     S: tl.constexpr,
     E: tl.constexpr,
     G: tl.constexpr,
@@ -100,19 +125,12 @@ def _route_kernel(
     G_PAD: tl.constexpr,
     M_PAD: tl.constexpr,
     K_PAD: tl.constexpr,
-    entries,
-    slots,
-    starts,
-    counts,
-    locks,
-    first_expert,
-    held,
     SIZE: tl.constexpr,
     ALONE: tl.constexpr,
 ):
-    """Route a token; with a SIZE, that of all entries filled up, the last program sorts them.
+    """Route a token. If SIZE (the padded number of entries) is not 0, the last program sorts them.
 
-    The experts to choose from lie in registers as [G_PAD, M_PAD]: groups, members.
+    The candidate experts are in registers as [G_PAD, M_PAD]: groups, members.
     """
     in_turn()
     token = tl.program_id(0).to(tl.int64)
@@ -164,36 +182,66 @@ def _route_kernel(
         chosen = tl.where(tl.load(positions + token) < 0, -1, chosen)
     tl.store(ids + token * K + k, chosen, mask=k < K)
     tl.store(weights + token * K + k, weight * scaling, mask=k < K)
-    into = (entries, slots, starts, counts, first_expert, held)
-    permute_last(ids, chosen, locks, T, *into, K, SIZE, ALONE)
+    permute_last(
+        ids=ids,
+        chosen=chosen,
+        locks=locks,
+        T=T,
+        entries=entries,
+        slots=slots,
+        starts=starts,
+        counts=counts,
+        first_expert=first_expert,
+        E=num_local,
+        K=K,
+        SIZE=SIZE,
+        ALONE=ALONE,
+    )
 
 
-def launch_route(
-    logits_STE: Tensor,
-    bias_E: Tensor | None,
-    r: Routing,
-    position_T: Tensor | None,
-    sort: tuple[Any, ...] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Launch one program per token; `sort` is what the kernel takes from `entries` to `SIZE`."""
-    S, T, E = logits_STE.shape
-    K, G = r.num_experts_per_tok, r.n_group if r.is_grouped else 1
-    assert E <= 512 and min(16, E) >= K and E % G == 0, f"{E=} {K=} {G=}"
+def launch_route(router: RouterInput, sort: EntrySort | None) -> tuple[Tensor, Tensor]:
+    """Launch one program per token, which also sorts the entries if there is a `sort`."""
+    S, T, E = router.logits_STE.shape
+    rule = router.rule
+    logits_STE = router.logits_STE
+    bias_E = router.bias_E
+    position_T = router.position_T
+    K = rule.num_experts_per_tok
+    num_groups = rule.n_group if rule.is_grouped else 1
+    assert E <= 512 and min(16, E) >= K and E % num_groups == 0, f"{E=} {K=} {num_groups=}"
     assert logits_STE.dtype == torch.float32 and logits_STE.is_contiguous()
     ids_TK = torch.empty((T, K), dtype=torch.int64, device=logits_STE.device)
     weight_TK = torch.empty((T, K), dtype=torch.float32, device=logits_STE.device)
     if T:
         _route_kernel[(T,)](
-            logits_STE,
-            logits_STE if bias_E is None else bias_E,
-            logits_STE if position_T is None else position_T,
-            ids_TK,
-            weight_TK,
-            *(r.routed_scaling_factor, T, S, E, G, r.topk_group if r.is_grouped else G, K),
-            *(r.scoring_func == "softmax", bias_E is not None, position_T is not None),
-            *(r.topk_method == "noaux_tc", r.norm_topk_prob),
-            *(triton.next_power_of_2(n) for n in (G, E // G, K)),
-            *(sort or (*5 * [ids_TK], 0, 0, 0)),
+            logits=logits_STE,
+            bias=logits_STE if bias_E is None else bias_E,
+            positions=logits_STE if position_T is None else position_T,
+            ids=ids_TK,
+            weights=weight_TK,
+            entries=ids_TK if sort is None else sort.groups.entry_M,
+            slots=ids_TK if sort is None else sort.groups.slot_TK,
+            starts=ids_TK if sort is None else sort.groups.start_E,
+            counts=ids_TK if sort is None else sort.groups.count_E,
+            locks=ids_TK if sort is None else sort.locks,
+            scaling=rule.routed_scaling_factor,
+            T=T,
+            first_expert=0 if sort is None else sort.local.first,
+            num_local=0 if sort is None else sort.local.count,
+            S=S,
+            E=E,
+            G=num_groups,
+            TOPK_GROUP=rule.topk_group if rule.is_grouped else num_groups,
+            K=K,
+            SOFTMAX=rule.scoring_func == "softmax",
+            BIASED=bias_E is not None,
+            PADDED=position_T is not None,
+            BEST_TWO=rule.topk_method == "noaux_tc",
+            NORMALIZE=rule.norm_topk_prob,
+            G_PAD=triton.next_power_of_2(num_groups),
+            M_PAD=triton.next_power_of_2(E // num_groups),
+            K_PAD=triton.next_power_of_2(K),
+            SIZE=0 if sort is None else triton.next_power_of_2(T * K),
             ALONE=T == 1,
             num_warps=1,
             **launch_options(),
@@ -201,28 +249,18 @@ def launch_route(
     return ids_TK, weight_TK
 
 
-def route_triton(
-    logits_STE: Tensor, bias_E: Tensor | None, r: Routing, position_T: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Launch `route`."""
-    return launch_route(logits_STE, bias_E, r, position_T)
+def _launch_route(router: RouterInput) -> tuple[Tensor, Tensor]:
+    return launch_route(router, None)
 
 
-def route(
-    logits_STE: Tensor, bias_E: Tensor | None, r: Routing, position_T: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+@operation(kernel=_launch_route)
+def route(router: RouterInput) -> tuple[Tensor, Tensor]:
     """Choose each token's experts and their weights.
 
     scores = sigmoid or softmax of the logits; the choice is by score + bias, limited to the best
     groups (a group's score: the sum of its two best for noaux_tc, its best for
-    group_limited_greedy); the weights are the chosen scores, normalized where the model does so,
+    group_limited_greedy); the weights are the chosen scores, normalized if the model does so,
     times routed_scaling_factor. Ties go to the lowest id, of groups as of experts.
-
-    Args:
-        logits_STE: [S, T, E] float32, contiguous; the router's logits are the sum over S.
-        bias_E: [E] float32 `e_score_correction_bias`, or None.
-        r: the model's routing rule.
-        position_T: [T] int64; a row at -1 fills the batch up and chooses nothing. None: no such.
 
     Returns:
         ids_TK: [T, K] int64 expert ids, the best choice first; -1 for none.
@@ -230,6 +268,18 @@ def route(
 
     Source: DeepSeek-V2 paper 2.2.2 (softmax forms), DeepSeek-V3 report eq. 12-16 (noaux_tc).
     """
-    if use_triton(logits_STE):
-        return route_triton(logits_STE, bias_E, r, position_T)
-    return route_ref(logits_STE, bias_E, r, position_T)
+    rule = router.rule
+    logits_STE = router.logits_STE
+    logits = logits_STE[0] if len(logits_STE) == 1 else logits_STE.sum(0)
+    score_TE = logits.softmax(-1) if rule.scoring_func == "softmax" else logits.sigmoid()
+    choice_TE = score_TE if router.bias_E is None else score_TE + router.bias_E
+    if rule.is_grouped:
+        choice_TE = _limit_to_groups(choice_TE, rule)
+    ids_TK = _largest(choice_TE, rule.num_experts_per_tok)
+    # The weights are the unbiased scores; never recovered as (biased - bias), which cancels.
+    weight_TK = score_TE.gather(1, ids_TK)
+    if rule.norm_topk_prob:
+        weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + 1e-20)
+    if router.position_T is not None:
+        ids_TK = ids_TK.masked_fill(router.position_T[:, None] < 0, -1)
+    return ids_TK, weight_TK * rule.routed_scaling_factor

@@ -1,13 +1,13 @@
-"""The router's product: every expert's logit for every token, as exact as float32 is.
+"""The router's product: the logits of all experts for every token, with float32 precision.
 
-Activations in bfloat16 meet weights in float32: each weight is cut into three bfloat16 numbers that
-add up to it, so matrix units can be used and no bit of either is lost. Float32 activations are
+Activations are bfloat16, weights float32: each weight is split into three bfloat16 numbers that add
+up to it, so matrix units can be used without losing bits of either. Float32 activations are
 multiplied without matrix units.
 
-The sum over D is made in parts, always the same ones and added in the same order, so that a token's
-logits, and with them its experts, do not depend on how many tokens there are. For few tokens every
-part has a program of its own (a few experts' rows alone would not keep a GPU's memory busy) and
-`route` adds the parts up; for many tokens a program walks through all of them.
+The sum over D is computed in fixed parts that are added in order, so a token's logits, and with
+them its experts, do not depend on the number of tokens. For few tokens every part has its own
+program (a few experts' rows alone would not keep a GPU's memory busy) and `route` adds the parts;
+for many tokens a program computes all of them.
 
 Bound by reading the weights for few tokens.
 """
@@ -16,16 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dsv3_kernels._triton import in_turn, is_interpreted, launch_options, tl, triton, use_triton
+from dsv3_kernels._triton import in_turn, is_interpreted, launch_options, tl, triton
+from dsv3_kernels.operation import operation
 
-# Parts of the sum, and up to how many tokens they have programs of their own.
+# Parts of the sum; up to _FEW tokens each part has its own program.
 _PARTS = 16
 _FEW = 256
-
-
-def router_logits_ref(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-    """Define `router_logits`."""
-    return F.linear(x_TD.float(), weight_ED).unsqueeze(0)
 
 
 @triton.jit
@@ -33,7 +29,7 @@ def _add_exact(acc, w, x, INTERPRETED: tl.constexpr):
     """Add W x of float32 W and bfloat16 or float32 x."""
     if x.dtype == tl.float32:
         return tl.dot(w, x, acc, input_precision="ieee")
-    elif INTERPRETED:  # noqa: RET505 - it multiplies the bits of bfloat16 as integers
+    elif INTERPRETED:  # noqa: RET505 - its dot multiplies the bits of bfloat16 as integers
         return tl.dot(w, x.to(tl.float32), acc, input_precision="ieee")
     else:
         high = w.to(tl.bfloat16)
@@ -60,12 +56,12 @@ def _router_logits_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Compute BLOCK_E logits of BLOCK_T tokens: of one part if APART, else of all of them."""
+    """Compute BLOCK_E logits of BLOCK_T tokens: of one part if APART, else of all parts."""
     in_turn()
     STEPS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     expert = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     token = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
-    # Those behind the last repeat it; what they give is not stored.
+    # Experts and tokens beyond the last repeat it; their results are not stored.
     w_at = w + tl.minimum(expert, E - 1)[:, None] * D
     x_at = x + tl.minimum(token, T - 1).to(tl.int64)[None, :] * D
     total = tl.zeros([BLOCK_E, BLOCK_T], tl.float32)
@@ -87,9 +83,10 @@ def _router_logits_kernel(
     tl.store(logits + at, tl.trans(total), mask=mask)
 
 
-def router_logits_triton(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+def _launch_router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """Launch a program per 64 experts, block of tokens and, for few tokens, part."""
-    (T, D), E = x_TD.shape, weight_ED.shape[0]
+    T, D = x_TD.shape
+    E = weight_ED.shape[0]
     assert x_TD.is_contiguous() and weight_ED.is_contiguous() and weight_ED.shape[1] == D
     assert weight_ED.dtype == torch.float32 and x_TD.dtype in (torch.float32, torch.bfloat16)
     apart = T <= _FEW
@@ -98,10 +95,10 @@ def router_logits_triton(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     grid = (triton.cdiv(E, 64), triton.cdiv(T, tokens), _PARTS if apart else 1)
     if T:
         _router_logits_kernel[grid](
-            x_TD,
-            weight_ED,
-            logits,
-            T,
+            x=x_TD,
+            w=weight_ED,
+            logits=logits,
+            T=T,
             E=E,
             D=D,
             PARTS=_PARTS,
@@ -117,6 +114,7 @@ def router_logits_triton(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     return logits
 
 
+@operation(kernel=_launch_router_logits)
 def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """Return x W^T in parts.
 
@@ -125,9 +123,7 @@ def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
         weight_ED: [E, D] float32, contiguous.
 
     Returns:
-        logits_STE: [S, T, E] float32; their sum over the first dimension, in order, is the product
-            (`route` does it). S depends on T, the sum does not.
+        logits_STE: [S, T, E] float32; the product is the sum over the first dimension, in order
+            (computed by `route`). S depends on T, the sum does not. The reference has S = 1.
     """
-    if use_triton(x_TD):
-        return router_logits_triton(x_TD, weight_ED)
-    return router_logits_ref(x_TD, weight_ED)
+    return F.linear(x_TD.float(), weight_ED).unsqueeze(0)

@@ -1,1 +1,1 @@
-"""Small operations: norms, activations, sampling."""
+"""Small operations: norms, activations, sampling, the sum over ranks."""

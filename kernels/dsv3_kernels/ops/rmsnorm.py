@@ -1,35 +1,17 @@
-"""Root-mean-square normalization, alone or with what stands around it in a decoder layer.
+"""Root-mean-square normalization, alone or fused with the residual addition and quantization.
 
-`add_rmsnorm` first adds to the residual stream and may quantize the result for an FP8 product:
-one launch and one pass instead of three. Bound by bytes: every value is read and written once.
-A program owns a row, so rows do not see each other.
+`add_rmsnorm` adds to the residual stream, normalizes and optionally quantizes: one launch and one
+pass over the data instead of three. Bound by bytes: every value is read and written once. A program
+owns a row, so a row's result does not depend on other rows.
 """
 
 import torch
 from torch import Tensor
 
-from dsv3_kernels._triton import in_turn, launch_options, tl, triton, use_triton
+from dsv3_kernels._triton import in_turn, launch_options, tl, triton
 from dsv3_kernels.gemm._e4m3 import e4m3_view, is_native
-from dsv3_kernels.gemm.act_quant import BLOCK, Quantized, act_quant_ref, quantize_block
-
-
-def rmsnorm_ref(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """Define `rmsnorm`: all in float32, rounded once at the end."""
-    return torch.rms_norm(x_TD.float(), weight_D.shape, weight_D, eps).to(x_TD.dtype)
-
-
-def add_rmsnorm_ref(
-    x_TD: Tensor,
-    y_TD: Tensor | None,
-    weight_D: Tensor,
-    eps: float,
-    quant: bool = False,
-    ue8m0: bool = False,
-) -> tuple[Tensor, Tensor, Quantized | None]:
-    """Define `add_rmsnorm`: the sum is rounded before it is normalized, as it will be read."""
-    sum_TD = x_TD if y_TD is None else (x_TD.float() + y_TD.float()).to(x_TD.dtype)
-    h_TD = rmsnorm_ref(sum_TD, weight_D, eps)
-    return sum_TD, h_TD, act_quant_ref(h_TD, ue8m0) if quant else None
+from dsv3_kernels.gemm.act_quant import BLOCK, Quantized, act_quant, quantize_block
+from dsv3_kernels.operation import operation
 
 
 @triton.jit
@@ -47,7 +29,7 @@ def norm_row(
     UE8M0: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    """Write the norm of a row of float32, held as B blocks of 128, and what it is in FP8."""
+    """Store the norm of a row of float32, held as B blocks of 128, and its FP8 form if QUANT."""
     block = tl.arange(0, B)
     col = block[:, None] * 128 + tl.arange(0, 128)[None, :]
     mask = col < D
@@ -90,10 +72,23 @@ def _rmsnorm_kernel(
         tl.store(sum_ptr + row * D + col, rounded, mask=mask)
         x = rounded.to(tl.float32)
     weight = tl.load(weight_ptr + col, mask=mask, other=0.0)
-    norm_row(x, weight, h_ptr, q_ptr, scale_ptr, row, D, eps, B, QUANT, UE8M0, NATIVE)
+    norm_row(
+        x=x,
+        weight=weight,
+        h_ptr=h_ptr,
+        q_ptr=q_ptr,
+        scale_ptr=scale_ptr,
+        row=row,
+        D=D,
+        eps=eps,
+        B=B,
+        QUANT=QUANT,
+        UE8M0=UE8M0,
+        NATIVE=NATIVE,
+    )
 
 
-def add_rmsnorm_triton(
+def _launch_add_rmsnorm(
     x_TD: Tensor,
     y_TD: Tensor | None,
     weight_D: Tensor,
@@ -101,7 +96,6 @@ def add_rmsnorm_triton(
     quant: bool = False,
     ue8m0: bool = False,
 ) -> tuple[Tensor, Tensor, Quantized | None]:
-    """Launch `add_rmsnorm`; also `rmsnorm`, which takes rows with any stride."""
     D = x_TD.shape[-1]
     rows = x_TD.reshape(-1, D)
     if rows.stride(-1) != 1:
@@ -113,16 +107,16 @@ def add_rmsnorm_triton(
     if len(rows):
         blocks = triton.next_power_of_2(triton.cdiv(D, BLOCK))
         _rmsnorm_kernel[(len(rows),)](
-            rows,
-            h_TD if y_TD is None else y_TD.contiguous(),
-            weight_D,
-            sum_TD,
-            h_TD,
-            h_TD if out is None else e4m3_view(out.q),
-            h_TD if out is None else out.scale,
-            rows.stride(0),
-            D,
-            eps,
+            x_ptr=rows,
+            y_ptr=h_TD if y_TD is None else y_TD.contiguous(),
+            weight_ptr=weight_D,
+            sum_ptr=sum_TD,
+            h_ptr=h_TD,
+            q_ptr=h_TD if out is None else e4m3_view(out.q),
+            scale_ptr=h_TD if out is None else out.scale,
+            x_stride=rows.stride(0),
+            D=D,
+            eps=eps,
             B=blocks,
             ADD=y_TD is not None,
             QUANT=quant,
@@ -134,22 +128,27 @@ def add_rmsnorm_triton(
     return sum_TD, h_TD, out
 
 
+def _launch_rmsnorm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    _, h_TD, _ = _launch_add_rmsnorm(x_TD, None, weight_D, eps)
+    return h_TD
+
+
+@operation(kernel=_launch_rmsnorm)
 def rmsnorm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """Return weight * x / sqrt(mean(x^2) + eps).
+    """Return weight * x / sqrt(mean(x^2) + eps), computed in float32 and rounded once.
 
     Args:
-        x_TD: [..., D], any float dtype.
+        x_TD: [..., D], any float dtype; rows may have any stride.
         weight_D: [D] float32.
         eps: added to the mean square.
 
     Returns:
         Same shape and dtype as `x_TD`.
     """
-    if use_triton(x_TD):
-        return add_rmsnorm_triton(x_TD, None, weight_D, eps)[1]
-    return rmsnorm_ref(x_TD, weight_D, eps)
+    return torch.rms_norm(x_TD.float(), weight_D.shape, weight_D, eps).to(x_TD.dtype)
 
 
+@operation(kernel=_launch_add_rmsnorm)
 def add_rmsnorm(
     x_TD: Tensor,
     y_TD: Tensor | None,
@@ -158,27 +157,21 @@ def add_rmsnorm(
     quant: bool = False,
     ue8m0: bool = False,
 ) -> tuple[Tensor, Tensor, Quantized | None]:
-    """Add to the residual stream, normalize it, and quantize that if asked to.
+    """Add to the residual stream, normalize the sum, and quantize the result if `quant`.
+
+    The sum is rounded to the dtype of the residual stream before it is normalized.
 
     Args:
         x_TD: [..., D] residual stream, any float dtype.
-        y_TD: [..., D], any float dtype: what a layer adds to it, or None.
+        y_TD: [..., D], any float dtype: a layer's output, or None for nothing to add.
         weight_D: [D] float32.
         eps: added to the mean square.
-        quant: also return the result in FP8; then D is a multiple of 128.
-        ue8m0: with scales that are powers of two.
+        quant: also return the norm in FP8; D must be a multiple of 128.
+        ue8m0: round the FP8 scales up to powers of two.
 
     Returns:
-        x + y, rmsnorm(x + y), and act_quant of that or None.
+        x + y, rmsnorm(x + y), and `act_quant` of the norm or None.
     """
-    op = add_rmsnorm_triton if use_triton(x_TD) else add_rmsnorm_ref
-    return op(x_TD, y_TD, weight_D, eps, quant, ue8m0)
-
-
-def rmsnorm_quant(
-    x_TD: Tensor, weight_D: Tensor, eps: float, ue8m0: bool = False
-) -> tuple[Tensor, Quantized]:
-    """Return `rmsnorm` and `act_quant` of it; D is a multiple of 128."""
-    _, h_TD, quantized = add_rmsnorm(x_TD, None, weight_D, eps, True, ue8m0)
-    assert quantized is not None
-    return h_TD, quantized
+    sum_TD = x_TD if y_TD is None else (x_TD.float() + y_TD.float()).to(x_TD.dtype)
+    h_TD = rmsnorm.reference(sum_TD, weight_D, eps)
+    return sum_TD, h_TD, act_quant.reference(h_TD, ue8m0) if quant else None

@@ -1,28 +1,58 @@
 """Sampling by counter-based Gumbel noise: the same logits, parameters and seed give the same token.
 
-Token = argmax over the kept vocabulary of logit / temperature + g(seed, answer, position, id): g is
-Gumbel noise computed from a counter, not drawn from a stream. So the choice does not depend on
-batch, world size or what was sampled before, and no two answers to one seed, nor answers to two
+Token = argmax over the kept vocabulary of logit / temperature + g(seed, answer, position, id). The
+Gumbel noise g is computed from a counter, not drawn from a stream. So the choice does not depend on
+the batch, the world size or earlier samples, and no two answers to one seed, nor answers to two
 seeds, share their noise. Ties go to the lowest id.
 
-The kernel gives a row to one program, which reads it twice (from L2), and eight times more for
-each of top-k and top-p: it finds the cut by four bits of a float at a time, and never sorts.
-Min-p is a floor under the scaled logits, compared as they are read.
+In the kernel one program samples one row. It reads the row twice (from L2), and eight times more
+for each of top-k and top-p: the cut is found four bits of a float at a time, without sorting. Min-p
+is a floor under the scaled logits, compared as they are read.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dsv3_kernels._triton import in_turn, launch_options, tl, triton, use_triton
+from dsv3_kernels._triton import in_turn, launch_options, tl, triton
+from dsv3_kernels.operation import operation
 
 _MASK = 0xFFFFFFFF
 _ROUND = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
+# Logits that a program of the kernel reads at a time.
+_BLOCK = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class RowParams:
+    """How the rows of `sample` are sampled.
+
+    Attributes:
+        temperature_B: [B] float32; 0 is greedy.
+        top_k_B: [B] int64; 0 keeps all.
+        top_p_B: [B] float32 in (0, 1].
+        min_p_B: [B] float32 in [0, 1]: drops tokens whose probability is below this share of the
+            largest probability.
+        seed_B: [B] int64, the request's seed.
+        answer_B: [B] int64 in [0, 2^31), index of the answer among those to one prompt and seed.
+        position_B: [B] int64, position of the token to be chosen.
+    """
+
+    temperature_B: Tensor
+    top_k_B: Tensor
+    top_p_B: Tensor
+    min_p_B: Tensor
+    seed_B: Tensor
+    answer_B: Tensor
+    position_B: Tensor
 
 
 def _mul(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     """Return the high and low 32 bits of a * b, all held in int64 without overflow."""
-    low, high = (b & 0xFFFF) * a, (b >> 16) * a
+    low = (b & 0xFFFF) * a
+    high = (b >> 16) * a
     total = high + (low >> 16)
     return (total >> 16) & _MASK, ((total << 16) | (low & 0xFFFF)) & _MASK
 
@@ -41,20 +71,23 @@ def philox(seed_B: Tensor, position_B: Tensor, answer_B: Tensor, block_W: Tensor
 
     Source: Philox4x32-10, Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011).
     """
-    k0, k1 = (seed_B & _MASK)[:, None], ((seed_B >> 32) & _MASK)[:, None]
+    k0 = (seed_B & _MASK)[:, None]
+    k1 = ((seed_B >> 32) & _MASK)[:, None]
     c0 = block_W[None, :].expand(seed_B.shape[0], -1)
     c1 = position_B[:, None].expand_as(c0)
-    c2, c3 = answer_B[:, None].expand_as(c0), torch.zeros_like(c0)
+    c2 = answer_B[:, None].expand_as(c0)
+    c3 = torch.zeros_like(c0)
     for _ in range(10):
         high0, low0 = _mul(_ROUND[0], c0)
         high1, low1 = _mul(_ROUND[1], c2)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+        k0 = (k0 + _WEYL[0]) & _MASK
+        k1 = (k1 + _WEYL[1]) & _MASK
     return torch.stack((c0, c1, c2, c3), -1)
 
 
 def to_uniform(words: Tensor) -> Tensor:
-    """Return 23 bits and a half: strictly inside (0, 1), so that both logarithms are finite."""
+    """Return the top 23 bits, plus a half, over 2^23: in (0, 1), so both logarithms are finite."""
     return ((words >> 9).float() + 0.5) * 2.0**-23
 
 
@@ -66,7 +99,7 @@ def gumbel(seed_B: Tensor, position_B: Tensor, answer_B: Tensor, vocab: int) -> 
 
 
 def _keep_likeliest(logits_BW: Tensor, top_k_B: Tensor, top_p_B: Tensor) -> Tensor:
-    """Set what top-k, then top-p, would drop to -inf. Equal logits: the lowest ids are kept."""
+    """Set the logits that top-k, then top-p, drop to -inf. Of equal logits the lowest ids stay."""
     order = logits_BW.sort(dim=-1, descending=True, stable=True)
     rank_W = torch.arange(logits_BW.shape[1], device=logits_BW.device)
     limit_B = torch.where(top_k_B > 0, top_k_B, logits_BW.shape[1])
@@ -77,34 +110,6 @@ def _keep_likeliest(logits_BW: Tensor, top_k_B: Tensor, top_p_B: Tensor) -> Tens
     reach_B = torch.where(top_p_B < 1, top_p_B, 2.0)
     ranked.masked_fill_((p.cumsum(-1) - p >= reach_B[:, None]) & (rank_W > 0), float("-inf"))
     return torch.empty_like(ranked).scatter_(1, order.indices, ranked)
-
-
-def sample_ref(
-    logits_BW: Tensor,
-    temperature_B: Tensor,
-    top_k_B: Tensor,
-    top_p_B: Tensor,
-    min_p_B: Tensor,
-    seed_B: Tensor,
-    answer_B: Tensor,
-    position_B: Tensor,
-) -> Tensor:
-    """Define `sample`."""
-    chosen = logits_BW.argmax(-1)
-    drawn = temperature_B > 0
-    if not bool(drawn.any()):
-        return chosen
-    scaled = logits_BW[drawn]
-    # The best one becomes 0, so that a tiny temperature cannot overflow it.
-    scaled = (scaled - scaled.amax(-1, keepdim=True)) / temperature_B[drawn, None]
-    top_k, top_p, min_p = top_k_B[drawn], top_p_B[drawn], min_p_B[drawn]
-    if bool((min_p > 0).any()):  # exp(scaled) is a token's probability over that of the best
-        scaled = scaled.masked_fill(scaled < min_p.log()[:, None], float("-inf"))
-    if bool(((top_k > 0) | (top_p < 1)).any()):
-        scaled = _keep_likeliest(scaled, top_k, top_p)
-    noise = gumbel(seed_B[drawn], position_B[drawn], answer_B[drawn], logits_BW.shape[1])
-    chosen[drawn] = (scaled + noise).argmax(-1)
-    return chosen
 
 
 @triton.jit
@@ -129,12 +134,14 @@ def _cut(row_ptr, W, best, temperature, floor, limit, reach, BLOCK: tl.constexpr
     """
     j = tl.arange(0, 16)
     cut = tl.zeros((1,), tl.int32)
-    before_count, before_mass = tl.zeros((16,), tl.int32), tl.zeros((16,), tl.float32)
+    before_count = tl.zeros((16,), tl.int32)
+    before_mass = tl.zeros((16,), tl.float32)
     chosen = j == 0
     for digit in range(8):  # of four bits, the highest first; that one has three
         bound = cut + (j << (28 - 4 * digit))
         is_bound = bound >= cut
-        before_count, before_mass = tl.zeros((16,), tl.int32), tl.zeros((16,), tl.float32)
+        before_count = tl.zeros((16,), tl.int32)
+        before_mass = tl.zeros((16,), tl.float32)
         for start in range(0, W, BLOCK):
             ids = start + tl.arange(0, BLOCK)
             scaled, distance = _distance(row_ptr, ids, W, best, temperature, floor)
@@ -156,7 +163,8 @@ def uniform_block(seed, position, answer, first, BLOCK: tl.constexpr):
     """Return the uniform numbers of `gumbel` for the ids from `first`, a multiple of 4, on."""
     counter = (first // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
     zero = counter * 0
-    at, which = zero + position.to(tl.uint32), zero + answer.to(tl.uint32)
+    at = zero + position.to(tl.uint32)
+    which = zero + answer.to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(seed, counter, at, which, zero)
     word = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
     return ((word >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
@@ -182,8 +190,14 @@ def _lowest_best(value, ids, W):
 
 # A rank's share of a step's rows may begin anywhere.
 _VARY = (
-    *("temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr"),
-    *("seed_ptr", "answer_ptr", "position_ptr", "W"),
+    "temperature_ptr",
+    "top_k_ptr",
+    "top_p_ptr",
+    "min_p_ptr",
+    "seed_ptr",
+    "answer_ptr",
+    "position_ptr",
+    "W",
 )
 
 
@@ -203,41 +217,66 @@ def _sample_kernel(
     BLOCK: tl.constexpr,
     CUT_BLOCK: tl.constexpr,
 ):
-    """One program per row: its best, what is kept, the best of that with noise."""
+    """Sample one row: find its best logit, then the cut, then the best kept logit with noise."""
     in_turn()
     b = tl.program_id(0).to(tl.int64)
-    row_ptr, lane = logits_ptr + b * stride, tl.arange(0, BLOCK)
-    top, where = tl.full((BLOCK,), float("-inf"), tl.float32), lane
+    row_ptr = logits_ptr + b * stride
+    lane = tl.arange(0, BLOCK)
+    top = tl.full((BLOCK,), float("-inf"), tl.float32)
+    where = lane
     for start in range(0, W, BLOCK):
         x = tl.load(row_ptr + start + lane, mask=start + lane < W, other=float("-inf"))
         where = tl.where(x > top, start + lane, where)
         top = tl.maximum(top, x)
-    best, chosen = tl.max(top, 0), _lowest_best(top, where, W)
+    best = tl.max(top, 0)
+    chosen = _lowest_best(top, where, W)
     temperature = tl.load(temperature_ptr + b)
     if temperature > 0:
-        top_k, top_p = tl.load(top_k_ptr + b).to(tl.int32), tl.load(top_p_ptr + b)
+        top_k = tl.load(top_k_ptr + b).to(tl.int32)
+        top_p = tl.load(top_p_ptr + b)
         min_p = tl.load(min_p_ptr + b)
         floor = tl.where(min_p > 0, tl.log(tl.maximum(min_p, 1e-38)), float("-inf"))
-        # Kept: all that are closer than `cut`, and so many at this distance.
+        # Kept: all tokens closer than `cut`, and the first `equals` at this distance.
         cut = tl.sum(tl.full((1,), 0x7FFFFFFF, tl.int32), 0)
-        equals, total = cut, tl.sum(tl.full((1,), float("inf"), tl.float32), 0)
+        equals = cut
+        total = tl.sum(tl.full((1,), float("inf"), tl.float32), 0)
         if (top_k > 0) & (top_k < W):
-            cut, count, mass = _cut(row_ptr, W, best, temperature, floor, top_k, total, CUT_BLOCK)
+            cut, count, mass = _cut(
+                row_ptr=row_ptr,
+                W=W,
+                best=best,
+                temperature=temperature,
+                floor=floor,
+                limit=top_k,
+                reach=total,
+                BLOCK=CUT_BLOCK,
+            )
             equals = top_k - count
             total = mass + equals.to(tl.float32) * tl.exp(-cut.to(tl.float32, bitcast=True))
         if top_p < 1:
             if total == float("inf"):
                 total = _mass(row_ptr, W, best, temperature, floor, BLOCK)
             reach = top_p * total
-            nearer, _, mass = _cut(row_ptr, W, best, temperature, floor, W + 1, reach, CUT_BLOCK)
+            nearer, _, mass = _cut(
+                row_ptr=row_ptr,
+                W=W,
+                best=best,
+                temperature=temperature,
+                floor=floor,
+                limit=W + 1,
+                reach=reach,
+                BLOCK=CUT_BLOCK,
+            )
             needed = (reach - mass) / tl.exp(-nearer.to(tl.float32, bitcast=True))
             some = tl.minimum(tl.ceil(needed), W.to(tl.float32)).to(tl.int32)
             some = tl.where(nearer == cut, tl.minimum(some, equals), some)
             equals = tl.where(nearer <= cut, some, equals)
             cut = tl.minimum(cut, nearer)
-        seed, position = tl.load(seed_ptr + b), tl.load(position_ptr + b)
+        seed = tl.load(seed_ptr + b)
+        position = tl.load(position_ptr + b)
         answer = tl.load(answer_ptr + b)
-        top, where = tl.full((BLOCK,), float("-inf"), tl.float32), lane
+        top = tl.full((BLOCK,), float("-inf"), tl.float32)
+        where = lane
         taken = tl.sum(tl.zeros((1,), tl.int32), 0)
         for start in range(0, W, BLOCK):
             ids = start + lane
@@ -255,60 +294,68 @@ def _sample_kernel(
     tl.store(out_ptr + b, chosen.to(tl.int64))
 
 
-def sample_triton(
-    logits_BW: Tensor,
-    temperature_B: Tensor,
-    top_k_B: Tensor,
-    top_p_B: Tensor,
-    min_p_B: Tensor,
-    seed_B: Tensor,
-    answer_B: Tensor,
-    position_B: Tensor,
-    block: int = 4096,
-) -> Tensor:
-    """Launch one program per row."""
+def launch_sample(logits_BW: Tensor, params: RowParams, block: int) -> Tensor:
+    """Launch one program per row, which reads `block` logits at a time."""
     B, W = logits_BW.shape
-    vectors = temperature_B, top_k_B, top_p_B, min_p_B, seed_B, answer_B, position_B
     assert logits_BW.stride(1) == 1 and logits_BW.dtype == torch.float32, f"{logits_BW.stride()=}"
     out = torch.empty(B, dtype=torch.int64, device=logits_BW.device)
     if B:
         _sample_kernel[(B,)](
-            logits_BW,
-            *(v.contiguous() for v in vectors),
-            *(out, logits_BW.stride(0), W, block, block // 2),
+            logits_ptr=logits_BW,
+            temperature_ptr=params.temperature_B.contiguous(),
+            top_k_ptr=params.top_k_B.contiguous(),
+            top_p_ptr=params.top_p_B.contiguous(),
+            min_p_ptr=params.min_p_B.contiguous(),
+            seed_ptr=params.seed_B.contiguous(),
+            answer_ptr=params.answer_B.contiguous(),
+            position_ptr=params.position_B.contiguous(),
+            out_ptr=out,
+            stride=logits_BW.stride(0),
+            W=W,
+            BLOCK=block,
+            CUT_BLOCK=block // 2,
             num_warps=16,
             **launch_options(),
         )
     return out
 
 
-def sample(
-    logits_BW: Tensor,
-    temperature_B: Tensor,
-    top_k_B: Tensor,
-    top_p_B: Tensor,
-    min_p_B: Tensor,
-    seed_B: Tensor,
-    answer_B: Tensor,
-    position_B: Tensor,
-) -> Tensor:
+def _launch_sample(logits_BW: Tensor, params: RowParams) -> Tensor:
+    return launch_sample(logits_BW, params, _BLOCK)
+
+
+@operation(kernel=_launch_sample)
+def sample(logits_BW: Tensor, params: RowParams) -> Tensor:
     """Choose one token per row: temperature first, then min-p, then top-k, then top-p.
 
     Args:
         logits_BW: [B, W] float32, whole vocabulary rows.
-        temperature_B: [B] float32; 0 is greedy.
-        top_k_B: [B] int64; 0 keeps all.
-        top_p_B: [B] float32 in (0, 1].
-        min_p_B: [B] float32 in [0, 1]: drops tokens less likely than this share of the likeliest.
-        seed_B: [B] int64, the request's seed.
-        answer_B: [B] int64 in [0, 2^31), which of the answers to one prompt and seed it is.
-        position_B: [B] int64, position of the token to be chosen.
+        params: how each row is sampled.
 
     Returns:
         [B] int64 token ids.
 
     Source: Gumbel-max trick (Gumbel 1954); counters as in `philox`.
     """
-    op = sample_triton if use_triton(logits_BW) else sample_ref
-    how = temperature_B, top_k_B, top_p_B, min_p_B, seed_B, answer_B, position_B
-    return op(logits_BW, *how)
+    chosen = logits_BW.argmax(-1)
+    drawn = params.temperature_B > 0
+    if not bool(drawn.any()):
+        return chosen
+    scaled = logits_BW[drawn]
+    # The best one becomes 0, so that a tiny temperature cannot overflow it.
+    scaled = (scaled - scaled.amax(-1, keepdim=True)) / params.temperature_B[drawn, None]
+    min_p = params.min_p_B[drawn]
+    if bool((min_p > 0).any()):  # exp(scaled) is a token's probability over that of the best
+        scaled = scaled.masked_fill(scaled < min_p.log()[:, None], float("-inf"))
+    top_k = params.top_k_B[drawn]
+    top_p = params.top_p_B[drawn]
+    if bool(((top_k > 0) | (top_p < 1)).any()):
+        scaled = _keep_likeliest(scaled, top_k, top_p)
+    noise = gumbel(
+        params.seed_B[drawn],
+        params.position_B[drawn],
+        params.answer_B[drawn],
+        logits_BW.shape[1],
+    )
+    chosen[drawn] = (scaled + noise).argmax(-1)
+    return chosen

@@ -1,29 +1,19 @@
-"""The gated activation between the two projections of an MLP; also straight to FP8.
+"""The gated activation between the two projections of an MLP, in float or FP8.
 
-Bound by bytes: two values are read for each that is written.
+Bound by bytes: two values are read for each value written.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dsv3_kernels._triton import in_turn, launch_options, tl, triton, use_triton
+from dsv3_kernels._triton import in_turn, launch_options, tl, triton
 from dsv3_kernels.gemm._e4m3 import e4m3_view, is_native
-from dsv3_kernels.gemm.act_quant import BLOCK, Quantized, act_quant_ref, quantize_block
+from dsv3_kernels.gemm.act_quant import BLOCK, Quantized, act_quant, quantize_block
+from dsv3_kernels.operation import operation
 
-# Blocks of 128 that a program takes.
+# Blocks of 128 values per program.
 _BLOCKS = 8
-
-
-def silu_mul_ref(gate_up_TF: Tensor) -> Tensor:
-    """Define `silu_mul`."""
-    gate, up = gate_up_TF.chunk(2, -1)
-    return (F.silu(gate.float()) * up.float()).to(gate_up_TF.dtype)
-
-
-def silu_mul_quant_ref(gate_up_TF: Tensor, ue8m0: bool = False) -> Quantized:
-    """Define `silu_mul_quant`: the product is rounded to the activations' dtype in between."""
-    return act_quant_ref(silu_mul_ref(gate_up_TF), ue8m0)
 
 
 @triton.jit
@@ -55,22 +45,21 @@ def _silu_mul_kernel(
         tl.store(y_ptr + row * width + col, y, mask=mask)
 
 
-def _launch(gate_up_TF: Tensor, out: Tensor | Quantized, ue8m0: bool) -> None:
+def _launch(gate_up_TF: Tensor, y_TF: Tensor | None, out: Quantized | None, ue8m0: bool) -> None:
+    """Launch the kernel; the result goes to `y_TF`, or quantized to `out`."""
     assert gate_up_TF.is_contiguous() and gate_up_TF.shape[-1] % 2 == 0, f"{gate_up_TF.shape=}"
     width = gate_up_TF.shape[-1] // 2
     if not gate_up_TF.numel():
         return
     grid = (gate_up_TF.numel() // (2 * width), triton.cdiv(width, _BLOCKS * BLOCK))
-    quant = isinstance(out, Quantized)
-    y, q, scale = (out.q, out.q, out.scale) if isinstance(out, Quantized) else (out, out, out)
     _silu_mul_kernel[grid](
-        gate_up_TF,
-        e4m3_view(y) if quant else y,
-        e4m3_view(q) if quant else q,
-        scale,
-        width,
+        x_ptr=gate_up_TF,
+        y_ptr=gate_up_TF if y_TF is None else y_TF,
+        q_ptr=gate_up_TF if out is None else e4m3_view(out.q),
+        scale_ptr=gate_up_TF if out is None else out.scale,
+        width=width,
         B=_BLOCKS,
-        QUANT=quant,
+        QUANT=out is not None,
         UE8M0=ue8m0,
         NATIVE=is_native(gate_up_TF),
         num_warps=4,
@@ -78,37 +67,40 @@ def _launch(gate_up_TF: Tensor, out: Tensor | Quantized, ue8m0: bool) -> None:
     )
 
 
-def silu_mul_triton(gate_up_TF: Tensor) -> Tensor:
-    """Launch `silu_mul`."""
+def _launch_silu_mul(gate_up_TF: Tensor) -> Tensor:
     shape = (*gate_up_TF.shape[:-1], gate_up_TF.shape[-1] // 2)
-    out = torch.empty(shape, dtype=gate_up_TF.dtype, device=gate_up_TF.device)
-    _launch(gate_up_TF, out, False)
-    return out
+    y_TF = torch.empty(shape, dtype=gate_up_TF.dtype, device=gate_up_TF.device)
+    _launch(gate_up_TF, y_TF, None, False)
+    return y_TF
 
 
-def silu_mul_quant_triton(gate_up_TF: Tensor, ue8m0: bool = False) -> Quantized:
-    """Launch `silu_mul_quant`."""
+def _launch_silu_mul_quant(gate_up_TF: Tensor, ue8m0: bool = False) -> Quantized:
     shape = (*gate_up_TF.shape[:-1], gate_up_TF.shape[-1] // 2)
     assert shape[-1] % BLOCK == 0, f"{gate_up_TF.shape=}"
     out = Quantized.empty(shape, gate_up_TF.device)
-    _launch(gate_up_TF, out, ue8m0)
+    _launch(gate_up_TF, None, out, ue8m0)
     return out
 
 
+@operation(kernel=_launch_silu_mul)
 def silu_mul(gate_up_TF: Tensor) -> Tensor:
-    """Return silu(gate) * up, computed in float32.
+    """Return silu(gate) * up, computed in float32 and rounded once.
 
     Args:
-        gate_up_TF: [..., 2F], contiguous, the gate projection in the first half, the up projection
-            after it.
+        gate_up_TF: [..., 2F], contiguous; the gate projection in the first half, the up projection
+            in the second.
 
     Returns:
         [..., F], same dtype.
     """
-    return silu_mul_triton(gate_up_TF) if use_triton(gate_up_TF) else silu_mul_ref(gate_up_TF)
+    gate, up = gate_up_TF.chunk(2, -1)
+    return (F.silu(gate.float()) * up.float()).to(gate_up_TF.dtype)
 
 
+@operation(kernel=_launch_silu_mul_quant)
 def silu_mul_quant(gate_up_TF: Tensor, ue8m0: bool = False) -> Quantized:
-    """Return `act_quant` of `silu_mul`; F is a multiple of 128."""
-    op = silu_mul_quant_triton if use_triton(gate_up_TF) else silu_mul_quant_ref
-    return op(gate_up_TF, ue8m0)
+    """Return `act_quant` of `silu_mul`; F must be a multiple of 128.
+
+    The product is rounded to the dtype of `gate_up_TF` before it is quantized.
+    """
+    return act_quant.reference(silu_mul.reference(gate_up_TF), ue8m0)

@@ -1,30 +1,31 @@
-"""Sum of what the ranks of a host add to the residual stream, added, normalized and quantized.
+"""All-reduce of the partial outputs of a host's ranks, fused with `add_rmsnorm`.
 
-One launch instead of an all-reduce and `add_rmsnorm`, for few rows: each rank reads the others'
-over the links, so the bytes grow with the ranks. Bound by latency: one signal and one read.
+One launch instead of an all-reduce and `add_rmsnorm`, for few rows: each rank reads the parts of
+all others over the links, so the bytes grow with the number of ranks. Bound by latency: one signal
+and one read.
 
-A program owns a row and meets the programs of the same row on the other ranks, nobody else. Each
-rank has memory that all of them have mapped: two slots for every row, and a flag for every row and
-rank. A program writes its part to a slot of its own rank, sets its flag on every rank to the turn
-that it is, waits until the flags on its own rank say so too, and reads all parts in rank order, so
-that all ranks get the same bits. Why this is right:
+A program owns a row and synchronizes only with the programs of the same row on the other ranks.
+Each rank has memory that all ranks have mapped: two slots for every row, and a flag for every row
+and rank. A program writes its part to a slot of its own rank, sets its flag on every rank to the
+number of the turn, waits until the flags of all ranks have reached this number, and reads all parts
+in rank order, so that all ranks compute the same bits. Why this is correct:
 
-* The turn is one more than the row's own flag, which lies on the device: a replayed CUDA graph
-  counts on. All ranks launch the same shapes in the same order, so a row's turns agree.
+* The turn is one more than the row's own flag, which lies on the device, so a replayed CUDA graph
+  continues the count. All ranks launch the same shapes in the same order, so a row's turns agree.
 * A peer may be one turn ahead, not two: no turn ends without this rank's flag of that turn. So a
-  flag that is ahead counts as set, and odd and even turns have slots of their own: one is written
-  again two turns later, when the flags of the turn between have told that all have read it.
-* Slots do not depend on a launch's rows or their dtype: a row that sat out is just turns behind.
-* A flag is set by a release of system scope after a barrier of the program, which covers all its
-  threads' stores; flags are read by acquires of system scope, with a barrier after them. The parts
-  are read by volatile loads: those pass by the first level cache, which does not follow what
-  others write, so that they do not rest on the acquire having emptied it.
-* Nobody waits for a program that cannot start: there are fewer programs than multiprocessors, and
-  a kernel that shares them (on a second stream) waits for nobody, so it ends. Where there are too
-  few, rows start in their order as others end, on all ranks alike. Launches of one group must
-  follow each other on one stream, as those of any collective.
+  flag that is ahead counts as set, and odd and even turns use different slots. A slot is written
+  again two turns later, when the flags of the turn between show that all ranks have read it.
+* Slots do not depend on the rows or dtype of a launch; a row left out is some turns behind.
+* A flag is set by a release of system scope after a barrier of the program, which covers the stores
+  of all its threads; flags are read by acquires of system scope, with a barrier after them. Parts
+  are read by volatile loads, which bypass the first level cache: this cache does not see the writes
+  of other GPUs, and the loads do not depend on the acquire having emptied it.
+* No program waits for a program that cannot start: there are fewer programs than multiprocessors,
+  and a kernel that shares them (on a second stream) waits for no program, so it ends. With fewer
+  multiprocessors, rows start in order as earlier ones end, the same on all ranks. Launches of one
+  group must follow each other on one stream, as with any collective.
 
-A rank that never comes leaves the others waiting, as in any collective; the watch ends the job.
+If a rank never launches, the others wait, as in any collective; the watchdog ends the job.
 """
 
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ from torch import Tensor
 from dsv3_kernels._triton import HAS_TRITON, in_turn, launch_options, tl, triton
 from dsv3_kernels.gemm._e4m3 import e4m3_view, is_native
 from dsv3_kernels.gemm.act_quant import BLOCK, Quantized
-from dsv3_kernels.ops.rmsnorm import add_rmsnorm_ref, norm_row
+from dsv3_kernels.ops.rmsnorm import add_rmsnorm, norm_row
 
 # Fewer than the multiprocessors of GPUs with links to others; the same on all ranks.
 MAX_ROWS = 48
@@ -47,12 +48,12 @@ _SLOT_BYTES = 32 << 10
 
 
 class Peers(NamedTuple):
-    """The ranks' shared memory, `shared_bytes` on each, as this rank sees it.
+    """Addresses of the shared memory of all ranks, `shared_bytes` each, as mapped by this rank.
 
     Attributes:
         addresses: [ranks] int64, on this rank's device; multiples of 16.
-        rank: this one.
-        own: its address.
+        rank: index of this rank.
+        own: address of this rank's memory.
     """
 
     addresses: Tensor
@@ -66,18 +67,18 @@ class Peers(NamedTuple):
 
 
 def shared_bytes(ranks: int) -> int:
-    """Return the bytes that every rank shares: two slots a row, and a flag for each rank."""
+    """Return the bytes of shared memory per rank: for each row two slots and a flag per rank."""
     return MAX_ROWS * (2 * _SLOT_BYTES + 4 * ranks)
 
 
 def fits_sum_norm(y_TD: Tensor) -> bool:
-    """Tell whether `sum_norm` takes parts like this one."""
+    """Return True if `sum_norm` accepts parts of this shape and dtype."""
     is_known = y_TD.dtype in (torch.bfloat16, torch.float32) and y_TD.dim() == 2 and HAS_TRITON
     is_few = is_known and 0 < len(y_TD) <= MAX_ROWS and y_TD.nbytes <= _MAX_BYTES
     return is_few and y_TD[0].nbytes <= _SLOT_BYTES
 
 
-def sum_norm_ref(
+def sum_norm_of_parts(
     x_TD: Tensor,
     parts: Sequence[Tensor],
     weight_D: Tensor,
@@ -85,35 +86,35 @@ def sum_norm_ref(
     quant: bool = False,
     ue8m0: bool = False,
 ) -> tuple[Tensor, Tensor, Quantized | None]:
-    """Define `sum_norm`: parts of all ranks are added in float32, in rank order."""
+    """Define `sum_norm`: the parts of all ranks are added in float32, in rank order."""
     total_TD = parts[0].float()
     for y_TD in parts[1:]:
         total_TD = total_TD + y_TD.float()
-    return add_rmsnorm_ref(x_TD, total_TD, weight_D, eps, quant, ue8m0)
+    return add_rmsnorm.reference(x_TD, total_TD, weight_D, eps, quant, ue8m0)
 
 
 @triton.jit
 def _flag(address, row, rank, RANKS: tl.constexpr, ROWS: tl.constexpr, SLOT: tl.constexpr):
-    """Return where the flag lies that a rank sets for a row."""
+    """Return the pointer to the flag that a rank sets for a row."""
     return (address + 2 * ROWS * SLOT + (row * RANKS + rank) * 4).to(tl.pointer_type(tl.int32))
 
 
 @triton.jit
 def _slot(row, turn, ROWS: tl.constexpr, SLOT: tl.constexpr):
-    """Return the offset of the slot that a row has in a turn."""
+    """Return the offset of a row's slot in a turn."""
     return ((turn & 1) * ROWS + row) * SLOT
 
 
 @triton.jit
 def _signal(flags, turn, mask):
-    """Tell the peers that this program's stores are done."""
+    """Set the flags on all peers after all stores of this program."""
     tl.debug_barrier()
     tl.atomic_xchg(flags, turn, mask=mask, sem="release", scope="sys")
 
 
 @triton.jit
 def _await(flags, turn, mask):
-    """Wait until all peers have said so; a difference outlives the overflow of turns."""
+    """Wait until all peers have set their flags; the difference stays right if turns overflow."""
     late = 1
     while late > 0:
         seen = tl.atomic_add(flags, 0, mask=mask, sem="acquire", scope="sys")
@@ -144,12 +145,12 @@ def _sum_norm_kernel(
     UE8M0: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    """Sum and normalize one row, held as B blocks of 128; LANES are RANKS, filled up."""
+    """Sum and normalize one row, held as B blocks of 128; LANES is RANKS rounded up."""
     in_turn()
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, B)[:, None] * 128 + tl.arange(0, 128)[None, :]
     mask = col < D
-    # All that does not wait for the peers comes before they are waited for.
+    # Loads that do not depend on the peers come before the wait.
     y = tl.load(y_ptr + row * D + col, mask=mask, other=0.0)
     x = tl.load(x_ptr + row * D + col, mask=mask, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + col, mask=mask, other=0.0)
@@ -173,7 +174,20 @@ def _sum_norm_kernel(
     rounded = (x + total).to(sum_ptr.dtype.element_ty)
     tl.store(sum_ptr + row * D + col, rounded, mask=mask)
     x = rounded.to(tl.float32)
-    norm_row(x, weight, h_ptr, q_ptr, scale_ptr, row, D, eps, B, QUANT, UE8M0, NATIVE)
+    norm_row(
+        x=x,
+        weight=weight,
+        h_ptr=h_ptr,
+        q_ptr=q_ptr,
+        scale_ptr=scale_ptr,
+        row=row,
+        D=D,
+        eps=eps,
+        B=B,
+        QUANT=QUANT,
+        UE8M0=UE8M0,
+        NATIVE=NATIVE,
+    )
 
 
 def sum_norm(
@@ -185,9 +199,9 @@ def sum_norm(
     quant: bool = False,
     ue8m0: bool = False,
 ) -> tuple[Tensor, Tensor, Quantized | None]:
-    """Add the sum of `y_TD` over ranks to the residual stream, and go on as `add_rmsnorm`.
+    """Do `add_rmsnorm` with the sum of `y_TD` over ranks.
 
-    A collective. It has no form for ranks on CPUs, which read no memory of each other.
+    A collective of GPUs; `sum_norm_of_parts` is its reference.
 
     Args:
         x_TD: [T, D] residual stream, the same on all ranks, any float dtype.
@@ -199,28 +213,29 @@ def sum_norm(
         ue8m0: with scales that are powers of two.
 
     Returns:
-        x + y's sum, the norm of that, and act_quant of the norm or None; the same on all ranks.
+        The sum, its norm, and `act_quant` of the norm or None; the same on all ranks.
     """
     assert fits_sum_norm(y_TD) and x_TD.shape == y_TD.shape, f"{x_TD.shape=} {y_TD.shape=}"
-    (T, D), ranks = x_TD.shape, len(peers.addresses)
+    T, D = x_TD.shape
+    ranks = len(peers.addresses)
     assert not quant or D % BLOCK == 0, f"{x_TD.shape=}"
     h_TD = torch.empty((T, D), dtype=x_TD.dtype, device=x_TD.device)
     sum_TD = torch.empty_like(h_TD)
     out = Quantized.empty(x_TD.shape, x_TD.device) if quant else None
     blocks = triton.next_power_of_2(triton.cdiv(D, BLOCK))
     _sum_norm_kernel[(T,)](
-        x_TD.contiguous(),
-        y_TD.contiguous(),
-        weight_D,
-        sum_TD,
-        h_TD,
-        h_TD if out is None else e4m3_view(out.q),
-        h_TD if out is None else out.scale,
-        peers.addresses,
-        peers.own,
-        peers.rank,
-        D,
-        eps,
+        x_ptr=x_TD.contiguous(),
+        y_ptr=y_TD.contiguous(),
+        weight_ptr=weight_D,
+        sum_ptr=sum_TD,
+        h_ptr=h_TD,
+        q_ptr=h_TD if out is None else e4m3_view(out.q),
+        scale_ptr=h_TD if out is None else out.scale,
+        address_ptr=peers.addresses,
+        own=peers.own,
+        rank=peers.rank,
+        D=D,
+        eps=eps,
         RANKS=ranks,
         LANES=triton.next_power_of_2(ranks),
         ROWS=MAX_ROWS,

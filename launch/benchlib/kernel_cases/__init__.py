@@ -27,25 +27,25 @@ from benchlib.kernel_cases.case import (
     normal,
     scaled,
 )
-from benchlib.kernel_cases.gemm import experts, few_rows, gemm
+from benchlib.kernel_cases.gemm import expert_products, few_rows, gemm
 from dsv3_kernels.gemm._split_k import make_locks
-from dsv3_kernels.gemm.act_quant import act_quant_ref, act_quant_triton
-from dsv3_kernels.gemm.weight_dequant import weight_dequant_ref, weight_dequant_triton
-from dsv3_kernels.moe.permute import permute_ref, permute_triton, unpermute_ref, unpermute_triton
-from dsv3_kernels.moe.route import Routing, route_ref, route_triton
-from dsv3_kernels.moe.route_and_permute import route_and_permute_ref, route_and_permute_triton
-from dsv3_kernels.moe.router_logits import router_logits_ref, router_logits_triton
-from dsv3_kernels.ops.rmsnorm import add_rmsnorm_ref, add_rmsnorm_triton
-from dsv3_kernels.ops.sample import sample_ref, sample_triton
-from dsv3_kernels.ops.silu_mul import silu_mul_quant_ref, silu_mul_quant_triton
-from dsv3_kernels.ops.sum_norm import Peers, shared_bytes, sum_norm, sum_norm_ref
+from dsv3_kernels.gemm.act_quant import act_quant
+from dsv3_kernels.gemm.weight_dequant import weight_dequant
+from dsv3_kernels.moe.permute import Groups, LocalExperts, permute, unpermute
+from dsv3_kernels.moe.route import RouterInput, Routing, route
+from dsv3_kernels.moe.route_and_permute import route_and_permute
+from dsv3_kernels.moe.router_logits import router_logits
+from dsv3_kernels.ops.rmsnorm import add_rmsnorm
+from dsv3_kernels.ops.sample import RowParams, sample
+from dsv3_kernels.ops.silu_mul import silu_mul_quant
+from dsv3_kernels.ops.sum_norm import Peers, shared_bytes, sum_norm, sum_norm_of_parts
 
 __all__ = ["Case", "cases", "check", "measure"]
 
 
 def cases(small: bool = False) -> Iterator[Case]:
     """Yield all cases."""
-    products, attention = (gemm, few_rows, experts), (absorption, decode, latents, prefill)
+    products, attention = (gemm, few_rows, expert_products), (absorption, decode, latents, prefill)
     for family in (_elementwise, *products, _routing, *attention, _sampling):
         yield from family(small)
 
@@ -53,7 +53,7 @@ def cases(small: bool = False) -> Iterator[Case]:
 def _elementwise(small: bool) -> Iterator[Case]:
     for T, dim in [(3, 256)] if small else [(1, D), (128, D), (4096, D)]:
         values, quant, name = T * dim, T * dim * (1 + 4 / BLOCK), f"{T} x {dim}"
-        pair = act_quant_triton, act_quant_ref
+        pair = act_quant.kernel, act_quant.reference
         make = partial(_rows, T, dim)
         yield Case("act_quant", name, make, *pair, 2 * values + quant, tol=FP8_TOL)
 
@@ -61,16 +61,16 @@ def _elementwise(small: bool) -> Iterator[Case]:
             x, y = (normal(T, dim, device=d) for _ in range(2))
             return x, y, torch.rand(dim, device=d) + 0.5, 1e-6, True
 
-        norm = add_rmsnorm_triton, add_rmsnorm_ref
+        norm = add_rmsnorm.kernel, add_rmsnorm.reference
         yield Case("add_rmsnorm", name, operands, *norm, 8 * values + quant, tol=FP8_TOL)
-        silu = silu_mul_quant_triton, silu_mul_quant_ref
+        silu = silu_mul_quant.kernel, silu_mul_quant.reference
         make = partial(_rows, T, 2 * dim)
         yield Case("silu_mul_quant", name, make, *silu, 4 * values + quant, tol=FP8_TOL)
     for T, dim in [(3, 256)] if small else [(1, D), (32, D)]:
         yield _sum_norm(T, dim)
     for rows, cols in [(100, 200)] if small else [(D, FF), (4096, D)]:
         make = partial(_matrix, rows, cols)
-        dequant = weight_dequant_triton, weight_dequant_ref
+        dequant = weight_dequant.kernel, weight_dequant.reference
         yield Case("weight_dequant", f"{rows} x {cols}", make, *dequant, 3 * rows * cols)
 
 
@@ -88,7 +88,7 @@ def _sum_norm(T: int, dim: int) -> Case:
         f"{T} x {dim}, one rank",
         operands,
         lambda x, y, weight, eps, peers, _shared: sum_norm(x, y, weight, eps, peers, quant=True),
-        lambda x, y, weight, eps, *_peers: sum_norm_ref(x, [y], weight, eps, quant=True),
+        lambda x, y, weight, eps, *_peers: sum_norm_of_parts(x, [y], weight, eps, quant=True),
         T * dim * (12 + 1 + 4 / BLOCK),
         tol=FP8_TOL,
     )
@@ -107,10 +107,11 @@ def _routing(small: bool) -> Iterator[Case]:
     for T in (3,) if small else (1, 8, 128, 1024):
 
         def logits(d: torch.device, T: int = T) -> Args:
-            return torch.randn(2, T, 256, device=d), torch.randn(256, device=d) / 8, rule
+            bias = torch.randn(256, device=d) / 8
+            return (RouterInput(torch.randn(2, T, 256, device=d), bias, rule),)
 
         num_bytes = T * (8 * 256 + 12 * K)
-        pair = route_triton, route_ref
+        pair = route.kernel, route.reference
         yield Case("route", f"{T} x 256", logits, *pair, num_bytes, tol=1e-5, view=_sorted)
 
         if T <= 16:
@@ -121,36 +122,41 @@ def _routing(small: bool) -> Iterator[Case]:
             return normal(T, dim, device=d), torch.randn(256, dim, device=d)
 
         yield Case(
-            "router_logits", f"{T} x 256", hidden, router_logits_triton, router_logits_ref,
+            "router_logits", f"{T} x 256", hidden, router_logits.kernel, router_logits.reference,
             4 * 256 * D + T * (2 * D + 4 * 256), 2.0 * T * 256 * D, tol=1e-4,
             view=lambda parts: parts.sum(0),
         )  # fmt: skip
     for T in (5,) if small else (8, 128, 4096):
 
         def ids(d: torch.device, T: int = T) -> Args:
-            return torch.rand(T, 256, device=d).topk(K).indices, 64, E
+            return torch.rand(T, 256, device=d).topk(K).indices, LocalExperts(64, E)
 
         def expert_rows(d: torch.device, T: int = T) -> Args:
-            groups = permute_ref(ids(d, T)[0], 64, E)
+            groups = permute.reference(*ids(d, T))
             return normal(T * K, 256 if small else D, device=d), groups.slot_TK
 
-        name, sort = f"{T} x {K}", (permute_triton, permute_ref)
+        name, sort = f"{T} x {K}", (permute.kernel, permute.reference)
         yield Case("permute", name, ids, *sort, 16 * T * K, tol=0.0, view=_groups)
-        back, num_bytes = (unpermute_triton, unpermute_ref), T * D * (2 * K * E // 256 + 4)
+        back, num_bytes = (unpermute.kernel, unpermute.reference), T * D * (2 * K * E // 256 + 4)
         yield Case("unpermute", name, expert_rows, *back, num_bytes, tol=1e-5)
 
 
 def _route_and_permute(T: int, rule: Routing) -> Case:
     def operands(d: torch.device) -> Args:
         bias = torch.randn(256, device=d) / 8
-        return torch.randn(16, T, 256, device=d), bias, rule, None, 64, E, make_locks(bias[:, None])
+        router = RouterInput(torch.randn(16, T, 256, device=d), bias, rule)
+        return router, LocalExperts(64, E), make_locks(bias[:, None])
+
+    def reference(router: RouterInput, local: LocalExperts, _locks: Tensor) -> tuple[Any, ...]:
+        ids_TK, weight_TK = route.reference(router)
+        return ids_TK, weight_TK, permute.reference(ids_TK, local)
 
     return Case(
         "route_and_permute",
         f"{T} x 256",
         operands,
-        route_and_permute_triton,
-        lambda *args: route_and_permute_ref(*args[:-1]),
+        route_and_permute.kernel,
+        reference,
         T * (64 * 256 + 20 * K) + 8 * E,
         tol=1e-5,
         view=lambda found: (_sorted(found[:2]), found[2].start_E, found[2].count_E),
@@ -164,7 +170,7 @@ def _sorted(result: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return ids.gather(1, order), weight.gather(1, order)
 
 
-def _groups(found: Any) -> list[Tensor]:
+def _groups(found: Groups) -> list[Tensor | None]:
     return [found.start_E, found.count_E, found.entry_M, found.slot_TK]
 
 
@@ -175,7 +181,16 @@ def _sampling(small: bool) -> Iterator[Case]:
             ones = torch.ones(B, device=d)
             longs = torch.arange(B, device=d)
             logits, none = 3 * torch.randn(B, W, device=d), 0 * longs
-            return logits, ones, none, ones, 0 * ones, longs - 1, none, longs
+            params = RowParams(
+                temperature_B=ones,
+                top_k_B=none,
+                top_p_B=ones,
+                min_p_B=0 * ones,
+                seed_B=longs - 1,
+                answer_B=none,
+                position_B=longs,
+            )
+            return logits, params
 
-        pair = sample_triton, sample_ref
+        pair = sample.kernel, sample.reference
         yield Case("sample", f"{B} x {W}", operands, *pair, 4 * B * W, tol=0.0)

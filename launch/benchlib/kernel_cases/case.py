@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchlib.kernel_timing import FP8, copies_needed, median_seconds
-from dsv3_kernels.gemm.act_quant import Quantized, act_quant_ref
+from dsv3_kernels.gemm.act_quant import Quantized, act_quant
 from dsv3_kernels.testing import assert_close
 
 log = logging.getLogger(__name__)
@@ -104,4 +104,4 @@ def scaled(rows: int, cols: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def quantized(rows: int, cols: int, device: torch.device) -> Quantized:
     """Return random FP8 rows and their scales."""
-    return act_quant_ref(torch.randn(rows, cols, device=device))
+    return act_quant.reference(torch.randn(rows, cols, device=device))

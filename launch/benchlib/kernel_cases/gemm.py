@@ -20,13 +20,13 @@ from benchlib.kernel_cases.case import (
 )
 from dsv3_kernels.gemm._split_k import make_locks
 from dsv3_kernels.gemm.act_quant import Quantized
-from dsv3_kernels.gemm.bf16_gemm import bf16_gemm_ref, bf16_gemm_triton
-from dsv3_kernels.gemm.fp8_gemm import fp8_gemm_ref, fp8_gemm_triton
-from dsv3_kernels.moe.grouped_down import grouped_down_ref, grouped_down_triton
-from dsv3_kernels.moe.grouped_gate_up import grouped_gate_up_ref, grouped_gate_up_triton
+from dsv3_kernels.gemm.bf16_gemm import bf16_gemm
+from dsv3_kernels.gemm.fp8_gemm import fp8_gemm
+from dsv3_kernels.moe.grouped_down import grouped_down
+from dsv3_kernels.moe.grouped_gate_up import grouped_gate_up
 from dsv3_kernels.moe.grouped_gemm import Stack
-from dsv3_kernels.moe.moe import experts_ref, experts_triton
-from dsv3_kernels.moe.permute import permute_ref
+from dsv3_kernels.moe.moe import experts
+from dsv3_kernels.moe.permute import LocalExperts, permute
 
 # Name of the matrix, rows and columns.
 MATRICES = (
@@ -67,8 +67,8 @@ def gemm(small: bool) -> Iterator[Case]:
                 "fp8_gemm",
                 f"{name} {F_out} x {dim}, M {M}",
                 operands,
-                fp8_gemm_triton,
-                lambda x, w, scale, dtype, _locks: fp8_gemm_ref(x, w, scale, dtype),
+                fp8_gemm.kernel,
+                fp8_gemm.reference,
                 F_out * dim + M * (dim + 2 * F_out),
                 2.0 * M * F_out * dim,
                 "fp8",
@@ -89,8 +89,8 @@ def few_rows(small: bool) -> Iterator[Case]:
                 "bf16_gemm",
                 f"{name} {F_out} x {dim}, M {M}",
                 operands,
-                bf16_gemm_triton,
-                lambda x, w, dtype, _locks: bf16_gemm_ref(x, w, dtype),
+                bf16_gemm.kernel,
+                bf16_gemm.reference,
                 2 * (F_out * dim + M * (dim + F_out)),
                 2.0 * M * F_out * dim,
                 peer=lambda x, w, _dtype, _locks: F.linear(x, w),
@@ -105,7 +105,7 @@ def _block_scaled_mm(
     return torch._scaled_mm(x.q, w_FD.t(), scale_a=scale_Td, scale_b=scale_fd.t(), out_dtype=dtype)
 
 
-def experts(small: bool) -> Iterator[Case]:
+def expert_products(small: bool) -> Iterator[Case]:
     """Yield the experts as a whole, and their two products, with equally many tokens each."""
     held, dim, inner = (3, 256, 128) if small else (E, D, FF)
     matrix = dim * inner
@@ -121,28 +121,29 @@ def experts(small: bool) -> Iterator[Case]:
             return quantized(rows // 2, dim, d), *chosen(d, rows), 0, *stacks
 
         def gate_up(d: torch.device, rows: int = rows) -> Args:
-            groups = permute_ref(chosen(d, rows)[0], 0, held)
+            groups = permute.reference(chosen(d, rows)[0], LocalExperts(0, held))
             stack = _stack(held, 2 * inner, dim, d)
             return quantized(rows // 2, dim, d), stack, groups, rows // held
 
         def downward(d: torch.device, rows: int = rows) -> Args:
             ids, weight = chosen(d, rows)
-            more = permute_ref(ids, 0, held), rows // held, torch.bfloat16, weight
-            return quantized(rows, inner, d), _stack(held, dim, inner, d), *more
+            groups = permute.reference(ids, LocalExperts(0, held))
+            h, stack = quantized(rows, inner, d), _stack(held, dim, inner, d)
+            return h, stack, groups, rows // held, torch.bfloat16, weight
 
         name, moved = f"{held} experts, {each} tokens each", rows * (dim + 2 * inner + 4 * dim)
         yield Case(
-            "experts", name, operands, experts_triton, experts_ref,
+            "experts", name, operands, experts.kernel, experts.reference,
             3 * held * matrix + moved, 6.0 * rows * matrix, "fp8", tol=2e-2,
         )  # fmt: skip
         yield Case(
-            "grouped_gate_up", name, gate_up, grouped_gate_up_triton,
-            lambda x, w, groups, _rows: grouped_gate_up_ref(x, w, groups),
+            "grouped_gate_up", name, gate_up, grouped_gate_up.kernel,
+            grouped_gate_up.reference,
             2 * held * matrix + rows * (dim + inner), 4.0 * rows * matrix, "fp8", tol=FP8_TOL,
         )  # fmt: skip
         yield Case(
-            "grouped_down", name, downward, grouped_down_triton,
-            lambda x, w, groups, _rows, *more: grouped_down_ref(x, w, groups, *more),
+            "grouped_down", name, downward, grouped_down.kernel,
+            grouped_down.reference,
             held * matrix + rows * (inner + 2 * dim), 2.0 * rows * matrix, "fp8",
         )  # fmt: skip
 

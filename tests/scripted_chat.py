@@ -1,4 +1,4 @@
-"""The chat, on an engine that says what it is told to and a console that is a list."""
+"""The chat with a scripted engine and a console that is a list."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ THINKS = (
 INTERRUPT = "^C"  # among the pieces of an answer: here the user presses it
 
 
-class ToldEngine:
-    """Answers with the pieces of text it is told to, a step each."""
+class ScriptedEngine:
+    """Answers with given pieces of text, one per step."""
 
     def __init__(self, answers: Sequence[Sequence[str]], max_seq_len: int = 1000) -> None:
         self.max_seq_len, self.vocab_size = max_seq_len, VOCAB_SIZE
@@ -83,7 +83,7 @@ class ListConsole:
 
     help = "how to type"
 
-    def __init__(self, engine: ToldEngine, lines: Sequence[str]) -> None:
+    def __init__(self, engine: ScriptedEngine, lines: Sequence[str]) -> None:
         self._engine, self._lines = engine, deque(lines)
         self.answers: list[str] = [""]
         self.thoughts, self.shown = "", list[str]()
@@ -119,11 +119,11 @@ def talk(
     max_seq_len: int = 1000,
     on_full: OnFull = "drop",
     **defaults: object,
-) -> tuple[ToldEngine, ListConsole]:
+) -> tuple[ScriptedEngine, ListConsole]:
     """Have a chat; return what the engine heard and what the user saw."""
     tokenizer = Tokenizer.load(DEMO)
     tokenizer.chat_template = template or tokenizer.chat_template
-    engine = ToldEngine(answers, max_seq_len)
+    engine = ScriptedEngine(answers, max_seq_len)
     console = ListConsole(engine, lines)
     settings = replace(Defaults(flags=Sampling(temperature=0.0)), **defaults)
     Chat(engine, ChatFormat(tokenizer), settings, console, on_full).run("demo")
