@@ -49,9 +49,9 @@ class Dsv3Error(Exception):
     """
 
     exit_code = 2
-    # Set where rank 0 has the same error to tell.
+    # Set if rank 0 reports the same error.
     reported_by_rank0 = False
-    # Set where every rank has met with it, in one collective.
+    # Set if all ranks have the same error, from one collective.
     seen_by_all_ranks = False
 
     def __str__(self) -> str:

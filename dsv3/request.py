@@ -62,9 +62,11 @@ def _biases(value: Any) -> dict[int, float]:
     biases: dict[int, float] = {}
     for token_id, bias in value.items():
         try:
-            key, added = whole(token_id), number(bias)
+            key = whole(token_id)
+            added = number(bias)
         except ValueError:
-            key, added = 0, math.nan
+            key = 0
+            added = math.nan
         if not -MAX_BIAS <= added <= MAX_BIAS:
             rule = "a token id, and a number between -100 and 100"
             raise RequestError(f"logit_bias[{shown(token_id)}]={shown(bias)} must be {rule}")

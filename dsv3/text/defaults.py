@@ -125,15 +125,15 @@ class Defaults:
         return [{"role": "system", "content": self.system}, *messages]
 
 
-def _check(values: Sampling, told: Callable[[RequestError], str]) -> None:
-    """Raise ConfigError, with an error as it is told, if a value is out of range."""
+def _check(values: Sampling, message: Callable[[RequestError], str]) -> None:
+    """Raise ConfigError with a message made from the error if a value is out of range."""
     try:
         SamplingParams(**asdict(values))
     except RequestError as error:
-        raise ConfigError(told(error)) from None
+        raise ConfigError(message(error)) from None
 
 
 def _flag_error(error: RequestError) -> str:
     """Return the error about a parameter, `NAME=VALUE must be ...`, with the name of its flag."""
-    name, _, rest = str(error).partition("=")
-    return f"{flag('max_new_tokens' if name == 'max_tokens' else name)}={rest}"
+    name, _, value_and_rule = str(error).partition("=")
+    return f"{flag('max_new_tokens' if name == 'max_tokens' else name)}={value_and_rule}"
