@@ -12,35 +12,12 @@ pages are idle, and all idle pages can be evicted, leaves first.
 from collections.abc import Callable, Iterable, Iterator, MutableSequence
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
-from hashlib import blake2b
 
 from dsv3.cache.children import TOKEN_BYTES, Children, encode
 from dsv3.cache.eviction import CacheEntry, EvictionPolicy
 from dsv3.cache.layout import NULL_PAGE
 from dsv3.cache.pages import PageAllocator
-
-# Hashes are chained over units of this many positions, so that they do not depend on page_size.
-_HASH_UNIT = 64
-
-
-def chain_hashes(parent: bytes, tokens: bytes) -> list[bytes]:
-    """Return the hash of the prefix at the end of each unit of 64 tokens.
-
-    Args:
-        parent: hash of the prefix before `tokens`; empty at the start of a sequence.
-        tokens: encoded tokens.
-    """
-    step = _HASH_UNIT * TOKEN_BYTES
-    hashes = []
-    for start in range(0, len(tokens), step):
-        parent = blake2b(parent + tokens[start : start + step], digest_size=16).digest()
-        hashes.append(parent)
-    return hashes
-
-
-def chain_hash(parent: bytes, tokens: bytes) -> bytes:
-    """Return the hash of a prefix: that of its parent prefix extended by encoded tokens."""
-    return chain_hashes(parent, tokens)[-1] if tokens else parent
+from dsv3.cache.prefix_hash import chain_hash
 
 
 class _Node(CacheEntry):

@@ -16,9 +16,11 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from dsv3.cache.children import encode
 from dsv3.cache.disk_index import DiskIndex
 from dsv3.cache.pages import PageAllocator
-from dsv3.cache.prefix import Match, PrefixTree, chain_hashes, encode
+from dsv3.cache.prefix import Match, PrefixTree
+from dsv3.cache.prefix_hash import chain_hashes
 
 # Hashes of the prefixes that end with each of a page's units of 64 positions. They do not depend on
 # the page size, and so not on the world size. The last one identifies the page.

@@ -17,8 +17,8 @@ from dsv3.engine.ignored import ignored_settings
 from dsv3.engine.memory import MemoryPlan, free_memory, plan_memory, weight_bytes
 from dsv3.errors import ConfigError
 from dsv3.model.attention import absorb_limit
-from dsv3.parallel.expert_dispatch import DispatchSettings
 from dsv3.parallel.expert_placement import Placement
+from dsv3.parallel.token_rows import DispatchSettings
 from dsv3.parallel.weights import BLOCK, FP8, WeightFormat
 from dsv3.settings import CacheDtype, EngineConfig
 

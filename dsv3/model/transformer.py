@@ -13,11 +13,12 @@ from dsv3.model.indexer import Indexer
 from dsv3.model.moe import MoE, feed_forward
 from dsv3.model.rotary import Rotary
 from dsv3.model.side_stream import SideStream
-from dsv3.parallel.expert_dispatch import DispatchSettings, ExpertDispatch
+from dsv3.parallel.expert_dispatch import ExpertDispatch
 from dsv3.parallel.expert_placement import Placement
 from dsv3.parallel.linear import VocabParallelEmbedding, VocabParallelHead
 from dsv3.parallel.physical_experts import PhysicalExperts
 from dsv3.parallel.sequence_parallel import SequenceParallel
+from dsv3.parallel.token_rows import DispatchSettings
 from dsv3.parallel.weights import Matrix, Target, Vector, WeightFormat
 from dsv3_kernels import Rotation
 

@@ -6,12 +6,13 @@ Independent of models, ranks and requests. Shape letters: see `dsv3/__init__.py`
 from dsv3_kernels._triton import overlap_launches
 from dsv3_kernels.attention.absorb_query import absorb_query
 from dsv3_kernels.attention.expand_values import expand_values
+from dsv3_kernels.attention.keys_values import KeysValues
 from dsv3_kernels.attention.kv_fp8 import pack_latent, packed_bytes, unpack_latent
 from dsv3_kernels.attention.merge_lse import merge_lse
 from dsv3_kernels.attention.mha_decode import mha_decode
 from dsv3_kernels.attention.mla_decode import mla_decode
 from dsv3_kernels.attention.mla_decode_parts import mla_decode_parts
-from dsv3_kernels.attention.mla_prefill import KeysValues, mla_prefill, mla_prefill_packed
+from dsv3_kernels.attention.mla_prefill import mla_prefill, mla_prefill_packed
 from dsv3_kernels.attention.norm_and_cache import norm_and_cache
 from dsv3_kernels.attention.paging import Keys, PageTables, Paging
 from dsv3_kernels.attention.parts import PartialOutputs, empty_parts, open_parts

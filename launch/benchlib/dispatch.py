@@ -14,7 +14,8 @@ from dsv3.config import ModelConfig
 from dsv3.distributed.mesh import Mesh
 from dsv3.model.moe import MoE
 from dsv3.model.side_stream import SideStream
-from dsv3.parallel.expert_dispatch import FP8, DispatchSettings, ExpertDispatch
+from dsv3.parallel.expert_dispatch import ExpertDispatch
+from dsv3.parallel.token_rows import FP8, DispatchSettings
 from dsv3.parallel.weights import WeightFormat
 
 # The dispatch of each variant, and whether its shapes are static.

@@ -17,7 +17,8 @@ from dsv3.config import ParallelConfig, split_range
 from dsv3.distributed.mesh import Mesh, make_mesh
 from dsv3.model.moe import MoE
 from dsv3.model.side_stream import SideStream
-from dsv3.parallel.expert_dispatch import FP8, DispatchSettings, ExpertDispatch, TokenRows
+from dsv3.parallel.expert_dispatch import ExpertDispatch
+from dsv3.parallel.token_rows import FP8, DispatchSettings, TokenRows
 from dsv3_kernels import act_quant, weight_dequant
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 from tests.distributed.layers import CONFIG, FORMAT, filled

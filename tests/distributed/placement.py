@@ -12,9 +12,10 @@ from dsv3.engine.engine import follow
 from dsv3.engine.start import Started, start
 from dsv3.model.moe import MoE
 from dsv3.model.side_stream import SideStream
-from dsv3.parallel.expert_dispatch import DispatchSettings, ExpertDispatch
+from dsv3.parallel.expert_dispatch import ExpertDispatch
 from dsv3.parallel.expert_placement import Placement, read_layers
 from dsv3.parallel.physical_experts import PhysicalExperts
+from dsv3.parallel.token_rows import DispatchSettings
 from dsv3.request import Request, SamplingParams
 from dsv3.settings import EngineConfig
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close

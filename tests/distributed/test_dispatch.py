@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dsv3.parallel.expert_dispatch import (
+from dsv3.parallel.token_rows import (
     FP8,
     DispatchSettings,
     TokenRows,

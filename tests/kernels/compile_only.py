@@ -25,15 +25,16 @@ from triton.runtime.jit import JITFunction
 
 import dsv3_kernels  # noqa: F401 - all of its modules are looked through below
 from dsv3_kernels.attention._decode_tiles import tile_for as decode_tile
+from dsv3_kernels.attention._mla_prefill_kernel import launch_prefill
+from dsv3_kernels.attention._mla_prefill_kernel import tile_for as prefill_tile
 from dsv3_kernels.attention.absorb_query import absorb_query
 from dsv3_kernels.attention.expand_values import expand_values
+from dsv3_kernels.attention.keys_values import KeysValues
 from dsv3_kernels.attention.kv_fp8 import packed_bytes
 from dsv3_kernels.attention.merge_lse import merge_lse
 from dsv3_kernels.attention.mha_decode import mha_decode
 from dsv3_kernels.attention.mla_decode import launch_mla_decode
 from dsv3_kernels.attention.mla_decode_parts import mla_decode_parts
-from dsv3_kernels.attention.mla_prefill import KeysValues, launch_prefill
-from dsv3_kernels.attention.mla_prefill import tile_for as prefill_tile
 from dsv3_kernels.attention.norm_and_cache import norm_and_cache
 from dsv3_kernels.attention.paging import PageTables, Paging
 from dsv3_kernels.attention.parts import empty_parts, open_parts

@@ -23,8 +23,8 @@ from dsv3.engine.cuda_graphs import GraphRunner
 from dsv3.engine.runner import BatchBuilder, Runner
 from dsv3.engine.step_plan import StepPlan
 from dsv3.model.transformer import Transformer
-from dsv3.parallel.expert_dispatch import FP8, DispatchSettings
 from dsv3.parallel.expert_placement import Placement
+from dsv3.parallel.token_rows import FP8, DispatchSettings
 from dsv3.request import SamplingParams
 from dsv3_kernels import operation
 

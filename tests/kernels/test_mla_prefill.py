@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from dsv3_kernels import KeysValues, merge_lse, mla_prefill, mla_prefill_packed
-from dsv3_kernels.attention.mla_prefill import Tile, launch_prefill
+from dsv3_kernels.attention._mla_prefill_kernel import Tile, launch_prefill
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 from tests.kernels.definitions import attend
 

@@ -8,9 +8,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from dsv3.cache.children import encode
 from dsv3.cache.eviction import POLICIES, make_policy
 from dsv3.cache.pages import PageAllocator
-from dsv3.cache.prefix import PrefixTree, encode
+from dsv3.cache.prefix import PrefixTree
 
 PAGE_SIZE, NUM_PAGES = 4, 24
 # Few distinct tokens, so that prefixes often agree, and diverge in the middle of a page.

@@ -138,13 +138,13 @@ def test_biases_beyond_the_vocabulary_are_refused() -> None:
             "logit_bias[7]=101 must be a token id, and a number between -100 and 100",
         ),
         (
-            {"logit_bias": {7: "1"}},
-            "logit_bias[7]='1' must be a token id, and a number between -100 and 100",
+            {"logit_bias": {7: "x"}},
+            "logit_bias[7]='x' must be a token id, and a number between -100 and 100",
         ),
         ({"logit_bias": [7]}, "logit_bias=[7] must be a mapping of token ids to numbers"),
         (
-            {"logit_bias": {"7": 1}},
-            "logit_bias['7']=1 must be a token id, and a number between -100 and 100",
+            {"logit_bias": {"a": 1}},
+            "logit_bias['a']=1 must be a token id, and a number between -100 and 100",
         ),
     ],
 )

@@ -16,20 +16,20 @@ def test_all_pages_except_the_null_page_are_allocated_once() -> None:
 
 def test_shared_pages_are_freed_by_their_last_holder() -> None:
     pages = PageAllocator(4)
-    held = pages.allocate(2)
-    pages.retain(held[:1])
-    pages.release(held)
+    allocated = pages.allocate(2)
+    pages.retain(allocated[:1])
+    pages.release(allocated)
     assert pages.num_free == 2
-    pages.release(held[:1])
+    pages.release(allocated[:1])
     assert pages.num_free == 3
     assert sorted(pages.allocate(3)) == [1, 2, 3]
 
 
 def test_double_release_and_retaining_free_pages_are_errors() -> None:
     pages = PageAllocator(4)
-    held = pages.allocate(1)
-    pages.release(held)
+    allocated = pages.allocate(1)
+    pages.release(allocated)
     with pytest.raises(AssertionError, match="released twice"):
-        pages.release(held)
+        pages.release(allocated)
     with pytest.raises(AssertionError, match="is free"):
-        pages.retain(held)
+        pages.retain(allocated)

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from dsv3.cache.children import encode
 from dsv3.cache.eviction import CacheEntry, make_policy
 from dsv3.cache.pages import PageAllocator
-from dsv3.cache.prefix import Match, PrefixTree, chain_hash, chain_hashes, encode
+from dsv3.cache.prefix import Match, PrefixTree
+from dsv3.cache.prefix_hash import chain_hash, chain_hashes
 
 P = 4
 
@@ -35,17 +37,17 @@ class Cache:
         self.tree.count(match, group)
         missing = -(-len(tokens) // self.size) - len(match.pages)
         assert self.tree.make_room(missing)
-        held = match.pages + self.pages.allocate(missing)
+        seq_pages = match.pages + self.pages.allocate(missing)
         if match.partial_page is not None:
             self.pages.release([match.partial_page])
-        self.tree.insert(tokens, len(tokens), held, group=group)
-        return held
+        self.tree.insert(tokens, len(tokens), seq_pages, group=group)
+        return seq_pages
 
     def run(self, tokens: Sequence[int], group: str | None = None) -> list[int]:
         """Start a sequence and release its pages; return them."""
-        held = self.start(tokens, group)
-        self.pages.release(held)
-        return held
+        seq_pages = self.start(tokens, group)
+        self.pages.release(seq_pages)
+        return seq_pages
 
     def cached(self, tokens: Sequence[int]) -> int:
         return self.tree.match(tokens).num_tokens
@@ -123,12 +125,12 @@ def test_held_pages_are_not_evicted_until_released(cache: Cache) -> None:
 
 def test_a_tail_grows_with_its_sequence(cache: Cache) -> None:
     tokens = ids(0, 30)
-    held = cache.pages.allocate(8)
+    seq_pages = cache.pages.allocate(8)
     for num_computed in (2, 3, 4, 5, 9, 9, 12, 30):
-        cache.tree.insert(tokens, num_computed, held)
+        cache.tree.insert(tokens, num_computed, seq_pages)
         assert cache.cached(tokens) == num_computed
         in_tree = [page for page, _ in cache.tree]
-        assert sorted(in_tree) == sorted(held[: -(-num_computed // P)])
+        assert sorted(in_tree) == sorted(seq_pages[: -(-num_computed // P)])
 
 
 def test_a_longer_tail_replaces_the_one_it_continues(cache: Cache) -> None:
@@ -141,20 +143,20 @@ def test_a_longer_tail_replaces_the_one_it_continues(cache: Cache) -> None:
 
 def test_cached_tokens_are_not_stored_again(cache: Cache) -> None:
     cache.run(ids(0, 11))
-    own = cache.pages.allocate(2)
-    cache.tree.insert(ids(0, 6), 6, own)
-    cache.pages.release(own)
+    recomputed = cache.pages.allocate(2)
+    cache.tree.insert(ids(0, 6), 6, recomputed)
+    cache.pages.release(recomputed)
     assert len(list(cache.tree)) == 3 and cache.pages.num_free == 13
 
 
 def test_equal_pages_computed_twice_are_stored_once(cache: Cache) -> None:
     first, second = cache.pages.allocate(2), cache.pages.allocate(3)
-    own = list(second)
+    recomputed = list(second)
     cache.tree.insert(ids(0, 8), 8, first)
     cache.tree.insert(ids(0, 10), 10, second)
-    assert second == [*first, own[2]]
+    assert second == [*first, recomputed[2]]
     assert [cache.pages.num_holders(page) for page in first] == [3, 3]
-    assert [cache.pages.num_holders(page) for page in own] == [0, 0, 2]
+    assert [cache.pages.num_holders(page) for page in recomputed] == [0, 0, 2]
 
 
 def test_leaves_are_evicted_before_their_parents() -> None:
@@ -168,13 +170,13 @@ def test_leaves_are_evicted_before_their_parents() -> None:
 
 
 def test_pages_in_use_are_never_evicted(cache: Cache) -> None:
-    held = cache.start(ids(0, 12))
+    seq_pages = cache.start(ids(0, 12))
     cache.run([*ids(0, 4), *ids(50, 8)])
     assert cache.pages.num_idle == 2
     assert not cache.tree.make_room(14) and not cache.evicted
     assert cache.tree.make_room(13)
     assert cache.cached(ids(0, 12)) == 12
-    cache.pages.release(held)
+    cache.pages.release(seq_pages)
     assert cache.tree.make_room(16)
 
 
@@ -182,10 +184,10 @@ def test_pages_in_use_are_never_evicted(cache: Cache) -> None:
 def test_a_page_in_use_again_is_not_evicted(policy: str) -> None:
     cache = Cache(policy=policy)
     cache.run(ids(0, 8))
-    held = cache.start(ids(0, 8))
+    seq_pages = cache.start(ids(0, 8))
     cache.run(ids(50, 8))
     assert cache.tree.make_room(14) and cache.cached(ids(0, 8)) == 8
-    cache.pages.release(held)
+    cache.pages.release(seq_pages)
     assert cache.tree.make_room(16)
 
 
@@ -258,19 +260,19 @@ def test_drop_group_removes_only_pages_used_by_that_group_alone(cache: Cache) ->
 
 def test_pages_computed_by_two_groups_belong_to_neither(cache: Cache) -> None:
     for group in ("mine", "yours"):
-        held = cache.pages.allocate(1)
-        cache.tree.insert(ids(0, 4), 4, held, group=group)
-        cache.pages.release(held)
+        seq_pages = cache.pages.allocate(1)
+        cache.tree.insert(ids(0, 4), 4, seq_pages, group=group)
+        cache.pages.release(seq_pages)
     assert cache.tree.drop_group("mine") == 0
 
 
 def test_a_dropped_group_may_still_be_running(cache: Cache) -> None:
-    held = cache.start(ids(0, 10), "chat")
+    seq_pages = cache.start(ids(0, 10), "chat")
     assert cache.tree.drop_group("chat") == 3
     assert cache.cached(ids(0, 10)) == 0 and cache.pages.num_free == 13
-    cache.tree.insert(ids(0, 12), 12, held, group="chat")
+    cache.tree.insert(ids(0, 12), 12, seq_pages, group="chat")
     assert cache.cached(ids(0, 12)) == 12
-    cache.pages.release(held)
+    cache.pages.release(seq_pages)
     assert cache.tree.drop_group("chat") == 3 and cache.pages.num_free == 16
 
 

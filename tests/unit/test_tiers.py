@@ -5,8 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
+from dsv3.cache.children import encode
 from dsv3.cache.pages import PageAllocator
-from dsv3.cache.prefix import Match, chain_hash, chain_hashes, encode
+from dsv3.cache.prefix import Match
+from dsv3.cache.prefix_hash import chain_hash, chain_hashes
 from dsv3.cache.tiers import Moves, PageKey, Tiers, extend_keys
 from dsv3.engine.step_plan import StepPlan
 from dsv3.request import Request, SamplingParams

@@ -11,10 +11,11 @@ from torch.nn import functional as F
 from benchlib.kernel_cases.case import BLOCK, FP8_TOL, HEADS, QUERY, Args, C, Case, N, R, V, normal
 from dsv3_kernels.attention.absorb_query import absorb_query
 from dsv3_kernels.attention.expand_values import expand_values
+from dsv3_kernels.attention.keys_values import KeysValues
 from dsv3_kernels.attention.kv_fp8 import pack_latent, unpack_latent
 from dsv3_kernels.attention.merge_lse import merge_lse
 from dsv3_kernels.attention.mla_decode import mla_decode
-from dsv3_kernels.attention.mla_prefill import KeysValues, mla_prefill
+from dsv3_kernels.attention.mla_prefill import mla_prefill
 from dsv3_kernels.attention.norm_and_cache import norm_and_cache
 from dsv3_kernels.attention.paging import PageTables, Paging
 from dsv3_kernels.attention.parts import empty_parts, open_parts, part_bytes
