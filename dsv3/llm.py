@@ -387,7 +387,9 @@ def _engine_config(settings: Mapping[str, Any]) -> EngineConfig:
     known = {field.name for field in fields(EngineConfig)}
     if unknown := [name for name in settings if name not in known]:
         hints = known | set(inspect.signature(LLM).parameters) - {"settings"}
-        raise ConfigError(f"LLM: {describe_unknown(unknown, hints, 'argument')}")
+        is_sampling = unknown[0] in {field.name for field in fields(SamplingParams)}
+        where = "; give it to SamplingParams" if is_sampling and len(unknown) == 1 else ""
+        raise ConfigError(f"LLM: {describe_unknown(unknown, hints, 'argument')}{where}")
     return EngineConfig(**settings)
 
 

@@ -191,6 +191,12 @@ def run_throughput(args: argparse.Namespace, started: Started) -> Report:
     """Compare the engine with the peer's static batches on random requests."""
     assert started.engine is not None
     settings = replace(engine_config(args), max_running=args.concurrency)
+    least = args.prompt_len.least + args.answer_len.least
+    if least > started.engine.max_seq_len:
+        raise ConfigError(
+            f"--prompt-len={args.prompt_len} and --answer-len={args.answer_len} need {least} "
+            f"tokens, the context has {started.engine.max_seq_len}"
+        )
     requests = draw_requests(
         args.requests,
         args.prompt_len,

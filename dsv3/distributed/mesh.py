@@ -231,8 +231,16 @@ def before_joining() -> Iterator[None]:
         if world_size > 1:
             hello = Hello(Peer.here(environment_rank()), world_size, failure=str(error))
             with suppress(RankError):
-                gather_roster(hello, _REPORT_SECONDS)
+                _report_failure(hello)
         raise
+
+
+def _report_failure(hello: Hello) -> None:
+    """Tell the other ranks of an error; the roster raises it again, without its context."""
+    try:
+        gather_roster(hello, _REPORT_SECONDS)
+    except ConfigError as error:
+        raise error.with_traceback(None) from None
 
 
 def _check_settings(

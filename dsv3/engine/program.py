@@ -6,6 +6,7 @@ import errno
 import faulthandler
 import logging
 import os
+import re
 import signal
 import stat
 import sys
@@ -14,6 +15,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields
+from difflib import get_close_matches
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
@@ -62,8 +64,11 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**{"formatter_class": _Help, **more})
 
     def error(self, message: str) -> NoReturn:
-        """Raise instead of exiting."""
-        raise ConfigError(f"{message}; see --help")
+        """Raise instead of exiting; suggest a flag for a misspelt one."""
+        misspelt = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
+        close = get_close_matches(misspelt[1], self._option_string_actions) if misspelt else []
+        hint = f"did you mean {close[0]}?" if close else "see --help"
+        raise ConfigError(f"{message}; {hint}")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Read the flags; an empty text, as of a variable that is not set, is refused."""

@@ -125,7 +125,11 @@ class Chat:
         if command in commands:
             commands[command](text)
             return
-        close = get_close_matches(command, [*commands, "/exit"], n=1)
+        value_name = command.removeprefix("/").replace("-", "_")
+        if value_name in NAMES:
+            close = [f"/set {value_name}"]
+        else:
+            close = get_close_matches(command, [*commands, "/exit"], n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         self.console.note(f"{command} is not a command{hint}; /help lists them")
 

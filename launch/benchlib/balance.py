@@ -53,7 +53,8 @@ def balance(args: argparse.Namespace) -> Report:
     if args.save:
         balanced.write(args.save)
     flags = ("load", "ranks", "nodes", "redundant_experts", "skew", "seed")
-    report.setting = {name: str(getattr(args, name)) for name in flags}
+    values = {name: getattr(args, name) for name in flags}
+    report.setting = {name: str(value) for name, value in values.items() if value is not None}
     return report
 
 

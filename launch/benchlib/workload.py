@@ -31,10 +31,12 @@ class Lengths:
             numbers = tuple(float(part) for part in parts)
         except ValueError:
             numbers = ()
-        if len(numbers) != _SIZES.get(kind) or not (1 <= numbers[0] < np.inf and min(numbers) >= 0):
+        is_complete = len(numbers) == _SIZES.get(kind)
+        is_valid = is_complete and 1 <= numbers[0] < np.inf and min(numbers) >= 0
+        if not is_valid or (kind == "uniform" and numbers[1] < numbers[0]):
             raise ConfigError(
                 f"{text!r} is no distribution of lengths; use N, uniform:LOW:HIGH or "
-                "lognormal:MEDIAN:SIGMA, with lengths of 1 and more"
+                "lognormal:MEDIAN:SIGMA, with lengths of 1 and more and LOW up to HIGH"
             )
         return cls(kind, numbers)
 
@@ -42,13 +44,18 @@ class Lengths:
         numbers = ":".join(f"{number:g}" for number in self.numbers)
         return numbers if self.kind == "fixed" else f"{self.kind}:{numbers}"
 
+    @property
+    def least(self) -> int:
+        """Smallest length."""
+        return 1 if self.kind == "lognormal" else int(self.numbers[0])
+
     def draw(self, rng: Rng, count: int) -> list[int]:
         """Return `count` lengths, each at least 1."""
         if self.kind == "fixed":
             return [int(self.numbers[0])] * count
         low, high = self.numbers
         if self.kind == "uniform":
-            drawn = rng.integers(int(low), int(max(low, high)) + 1, count)
+            drawn = rng.integers(int(low), int(high) + 1, count)
         else:
             drawn = np.rint(rng.lognormal(np.log(low), high, count)).astype(np.int64)
         return [max(1, int(length)) for length in drawn]

@@ -36,7 +36,20 @@ def test_lengths(text: str, low: int, high: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "0", "x", "-3", "nan", "inf", "uniform:3", "uniform:0:4", "normal:1:2", "fixed:"]
+    "text",
+    [
+        "",
+        "0",
+        "x",
+        "-3",
+        "nan",
+        "inf",
+        "uniform:3",
+        "uniform:0:4",
+        "uniform:5:2",
+        "normal:1:2",
+        "fixed:",
+    ],
 )
 def test_no_lengths(text: str) -> None:
     with pytest.raises(ConfigError, match="no distribution of lengths"):

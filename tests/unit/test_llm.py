@@ -232,6 +232,7 @@ def test_two_models_of_a_world_of_one_work_at_once(llm: LLM) -> None:
     ("arguments", "error"),
     [
         ({"max_seq_length": 5}, "LLM: unknown argument 'max_seq_length'; did you mean 'max_seq_l"),
+        ({"seed": 1}, "LLM: unknown argument 'seed'; give it to SamplingParams"),
         ({"temperature": 1, "seed": 2}, "LLM: unknown arguments 'temperature', 'seed'"),
         ({"max_seq_len": "8k"}, "max_seq_len='8k' must be a whole number, at least 0"),
         ({"max_seq_len": 10**6}, "max_seq_len=1000000 exceeds max_position_embeddings=8192"),

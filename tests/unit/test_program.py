@@ -108,6 +108,13 @@ def test_empty_values_of_flags(name: str) -> None:
         parser.parse_args([name, ""])
 
 
+def test_a_misspelt_flag_is_compared_with_the_flags() -> None:
+    parser = Parser()
+    add_engine_flags(parser)
+    with pytest.raises(ConfigError, match=r"--max-runing=3; did you mean --max-running\?$"):
+        parser.parse_args(["--max-runing=3"])
+
+
 def test_help_shows_defaults_that_are_values() -> None:
     parser = Parser()
     add_engine_flags(parser)
