@@ -178,8 +178,8 @@ def test_help_lists_commands_and_keys() -> None:
     assert console.shown[1].endswith("how to type")
     wrong = "/regenrate is not a command (did you mean /regenerate?); /help lists them"
     assert console.shown[2] == wrong
-    _, console = talk(["/top-p 0.5"])
-    assert console.shown[1].startswith("/top-p is not a command (did you mean /set top_p?)")
+    _, console = talk(["/temperature 0.5"])
+    assert console.shown[1].startswith("/temperature is not a command (did you mean /set temperature?)")
 
 
 def test_unknown_commands_are_not_sent_unless_they_look_like_text() -> None:
