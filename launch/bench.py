@@ -38,6 +38,7 @@ from benchlib.replay import read_trace, replay
 from benchlib.report import Report, check_report, machine
 from benchlib.throughput import throughput
 from benchlib.workload import Lengths, draw_requests
+from common import tune_for_model, tune_process
 from dsv3.cache.eviction import POLICIES
 from dsv3.config_files import DEMO, load_model_config
 from dsv3.distributed.launcher import environment_rank
@@ -266,6 +267,7 @@ def run_dispatch(args: argparse.Namespace) -> Report | None:
     if args.inner:
         config = replace(config, moe_intermediate_size=args.inner)
     with join_world(args.device, args.tp, args.dp, name=flag) as mesh:
+        tune_process(mesh)
         mesh.layout.check(config)
         report = dispatch_time(mesh, config, getattr(torch, args.dtype), args.tokens, args.repeats)
         report.setting |= {"config": args.config or "demo", "ranks": mesh.layout.world_size}
@@ -315,11 +317,11 @@ def measure_model(args: argparse.Namespace) -> Report | None:
     with join_world(
         args.device, args.tp, args.dp, args.rank_timeout, common_settings(args), flag
     ) as mesh:
-        if args.threads:
-            torch.set_num_threads(args.threads)
+        tune_process(mesh, args.threads)
         config = load_model_config(args.config) if args.config else None
         args.ckpt_path = locate_checkpoint(args.ckpt_path, mesh)
         started = start(args.ckpt_path, engine_config(args), mesh, config, args.n_experts)
+        tune_for_model(started.config, mesh, args.threads)
         profile = Profile(args.hardware, started) if args.profile else None
         if started.engine is None:
             follow(started.runner, started.channel)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback out of the imports, which are slow
 
+from common import tune_for_model, tune_process
 from dsv3.checkpoint.directory import check_directory
 from dsv3.checkpoint.hub_name import model_name
 from dsv3.checkpoint.source import check_stored_form, declared_config
@@ -395,6 +396,7 @@ def run(args: argparse.Namespace, mesh: Mesh, files: ExitStack, begin: float) ->
                 check_stored_form(checkpoint)
             task = prepare(args, checkpoint, model, config, files)
     started = start(checkpoint, settings, mesh, config, args.n_experts)
+    tune_for_model(started.config, mesh)
     seconds.update(started.seconds)
     log.info("start-up: %s", ", ".join(f"{k} {v:.1f} s" for k, v in seconds.items()))
     with collective_errors(mesh, "measuring the hardware"):
@@ -438,6 +440,7 @@ def main() -> int:
             join_world(args.device, args.tp, args.dp, args.rank_timeout, settings, flag) as mesh,
             ExitStack() as files,
         ):
+            tune_process(mesh)
             return run(args, mesh, files, begin)
     except KeyboardInterrupt:
         log.info("stopped%s", "; start again to go on from there" if args.output_file else "")

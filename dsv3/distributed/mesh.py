@@ -4,14 +4,11 @@
 of one), runs the rendezvous, chooses device and backend, and makes the groups.
 """
 
-import ctypes
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -43,9 +40,6 @@ _MIN_TIMEOUT = 3
 _MAX_TIMEOUT = 1_000_000
 # For a rank that cannot start to reach rank 0 and report the reason.
 _REPORT_SECONDS = 10.0
-# From <malloc.h>.
-_M_TRIM_THRESHOLD = -1
-_M_MMAP_THRESHOLD = -3
 
 
 @dataclass(frozen=True)
@@ -118,36 +112,6 @@ def _pick_device(device: str, local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         raise ConfigError("the device is cuda but torch finds no CUDA device; use cpu")
     return torch.device("cuda", local_rank % torch.cuda.device_count())
-
-
-def _num_threads(ranks_on_host: int) -> int:
-    """Return OMP_NUM_THREADS if the user has set it, else this rank's share of the usable cores.
-
-    torchrun sets OMP_NUM_THREADS=1 if it is not set; its own environment shows the user's setting.
-    """
-    with suppress(OSError):
-        parent_environment = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
-        is_users = any(entry.startswith(b"OMP_NUM_THREADS=") for entry in parent_environment)
-        if "TORCHELASTIC_RUN_ID" in os.environ and not is_users:
-            os.environ.pop("OMP_NUM_THREADS", None)
-    if os.environ.get("OMP_NUM_THREADS", "").isdecimal():
-        return int(os.environ["OMP_NUM_THREADS"])
-    num_cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        num_cores = len(os.sched_getaffinity(0))
-    return max(1, num_cores // ranks_on_host)
-
-
-def _keep_freed_memory() -> None:
-    """Make the C library keep freed memory for the next step instead of returning it.
-
-    Page faults of a step's temporaries cost a quarter of a prefill of 2048 tokens on the demo
-    model. Only glibc has this function.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
-        mallopt(_M_TRIM_THRESHOLD, 1 << 30)
 
 
 def make_mesh(
@@ -334,15 +298,11 @@ def _enter_mesh(
     rank = layout.rank
     peers = roster.peers if roster else ()
     hosts = [(peer.host, peer.boot) for peer in peers] or [("", "")]
-    ranks_on_host = hosts.count(hosts[rank])
     # Several torchrun agents of a host may show different devices to their ranks.
     device_sets = [(peer.host, peer.boot, peer.gpus) for peer in peers] or [("", "", "")]
     device = _pick_device(device_name, device_sets[:rank].count(device_sets[rank]))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    else:
-        torch.set_num_threads(_num_threads(ranks_on_host))
-        _keep_freed_memory()
     if roster is None:
         alone = SingleRank()
         return Mesh(layout, device, alone, alone, alone, 1, watchdog=watchdog)

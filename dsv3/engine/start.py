@@ -1,8 +1,6 @@
 """Start-up: checkpoint directory + settings + mesh -> an engine, phase by phase."""
 
-import gc
 import logging
-import os
 import re
 import time
 from collections.abc import Iterator
@@ -40,8 +38,6 @@ from dsv3.text.tokenizer import Tokenizer
 from dsv3_kernels import overlap_launches
 
 log = logging.getLogger(__name__)
-
-_COLUMNS_PER_THREAD = 512
 
 
 @dataclass
@@ -149,8 +145,6 @@ def start(
             setup.context_limit,
             tiers,
         )
-    # Objects that exist now stay: the garbage collector need not visit them again.
-    gc.freeze()
     return Started(mesh, model.config, runner, channel, cache, plan, engine, seconds)
 
 
@@ -174,7 +168,6 @@ def _load(
         plan = setup.plan_memory(mesh, free_memory(mesh.device, mesh.ranks_on_host))
         if rank == 0:
             log.info("%s", plan.describe())
-        _limit_threads(source.config, mesh)
         set_launches(settings.overlap_launches, mesh.device, settings.named("overlap_launches"))
         sp_min_tokens = settings.sp_min_tokens(mesh.device.type)
         model = Transformer(
@@ -219,17 +212,6 @@ def set_launches(overlap: bool, device: torch.device, name: str) -> None:
         overlap_launches(device)
     except ValueError as error:
         raise ConfigError(f"{name}: {error}") from error
-
-
-def _limit_threads(config: ModelConfig, mesh: Mesh) -> None:
-    """Use no more threads than a small model's products keep busy, unless the user chose.
-
-    Every operation ends when its last thread does. Where other programs want the cores too, a
-    second thread made decoding the demo model 16 times slower.
-    """
-    if mesh.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        num_useful = max(1, config.hidden_size // _COLUMNS_PER_THREAD)
-        torch.set_num_threads(min(torch.get_num_threads(), num_useful))
 
 
 def _warm_up(runner: Runner, static: bool, num_groups: int, seconds: dict[str, float]) -> None:

@@ -29,6 +29,7 @@ from benchlib.report import Report, Row, check_report, machine
 from benchlib.roofline import Hardware, Op, RooflineSetup, step_ops
 from benchlib.stand_in import stand_in_mesh
 from benchlib.step_shape import StepShape
+from common import tune_for_model, tune_process
 from dsv3.cache.layout import CacheLayout
 from dsv3.checkpoint.sharding import tensor_specs
 from dsv3.config import ModelConfig, ParallelConfig, divisors
@@ -275,11 +276,11 @@ def measured_plan(args: argparse.Namespace) -> Report | None:
     if args.hardware != "measure" or args.figure:
         raise ConfigError("--measure finds its own figures; leave --hardware and --figure out")
     with join_world(args.device, args.tp, args.dp, name=flag) as mesh:
-        if args.threads:
-            torch.set_num_threads(args.threads)
+        tune_process(mesh, args.threads)
         config = load_model_config(args.config) if args.config else None
         checkpoint = locate_checkpoint(args.ckpt_path, mesh)
         started = start(checkpoint, engine_config(args), mesh, config, args.n_experts)
+        tune_for_model(started.config, mesh, args.threads)
         ceilings = hardware("measure", mesh.device, mesh.world, float(started.plan.free_bytes))
         ceilings = replace(ceilings, ranks_per_host=mesh.ranks_on_host)
         if started.engine is None:

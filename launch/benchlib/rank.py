@@ -29,6 +29,7 @@ from benchlib.profiler import Clock, Profiler, profile
 from benchlib.report import Report, Row, check_report, machine
 from benchlib.roofline import Hardware, RooflineSetup, floor_seconds, step_ops
 from benchlib.stand_in import stand_in_mesh
+from common import tune_process
 from dsv3.cache.layout import CacheLayout
 from dsv3.cache.pool import CachePool
 from dsv3.checkpoint.sharding import tensor_specs
@@ -456,7 +457,7 @@ def main(arguments: list[str]) -> int:
     check_report(args)
     set_up_logging(args.debug)
     with join_world(args.device, name=flag) as mesh:
-        torch.set_num_threads(args.threads or torch.get_num_threads())
+        tune_process(mesh, args.threads)
         set_launches(args.overlap_launches, mesh.device, "--overlap-launches")
         shape = shape_of(args, mesh.device.type == "cpu")
         report = rank_report(

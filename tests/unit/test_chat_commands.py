@@ -179,7 +179,9 @@ def test_help_lists_commands_and_keys() -> None:
     wrong = "/regenrate is not a command (did you mean /regenerate?); /help lists them"
     assert console.shown[2] == wrong
     _, console = talk(["/temperature 0.5"])
-    assert console.shown[1].startswith("/temperature is not a command (did you mean /set temperature?)")
+    assert console.shown[1].startswith(
+        "/temperature is not a command (did you mean /set temperature?)"
+    )
 
 
 def test_unknown_commands_are_not_sent_unless_they_look_like_text() -> None:

@@ -16,22 +16,11 @@ from benchlib.stand_in import StandIn
 from dsv3.config import ParallelConfig
 from dsv3.distributed import mesh, rendezvous
 from dsv3.distributed import store as store_module
-from dsv3.distributed.mesh import Mesh, _num_threads, join_world
+from dsv3.distributed.mesh import Mesh, join_world
 from dsv3.distributed.rendezvous import Hello, Peer, Roster
 from dsv3.distributed.store import Backoff
 from dsv3.distributed.watchdog import Watchdog
 from dsv3.errors import ConfigError, RankError
-
-
-def test_threads_are_the_users_setting_or_a_share_of_the_cores(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
-    monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    assert _num_threads(4) == 5
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    assert _num_threads(4) == 3
-    assert _num_threads(24) == 1
 
 
 def test_impossible_settings_are_refused_before_the_rendezvous() -> None:
