@@ -26,6 +26,7 @@ from dsv3.engine.step_result import StepResult
 from dsv3.errors import RankError
 from dsv3.model.batch import Batch, DecodeGroup
 from dsv3.model.transformer import Transformer
+from dsv3.parallel.expert_dispatch import StepTokens
 
 log = logging.getLogger(__name__)
 
@@ -209,14 +210,15 @@ class GraphRunner:
     def _compute(self, bucket: Bucket, inputs: Inputs) -> None:
         """Run the step on the buffers; the host never waits for the device here."""
         token_T, position_T = inputs.row("token"), inputs.row("position")
-        dispatch = self._model.dispatch
-        dispatch.begin_step([bucket.rows] * dispatch.mesh.layout.dp, True, position_T)
+        num_groups = self._model.dispatch.mesh.layout.dp
+        tokens = StepTokens([bucket.rows] * num_groups, is_static=True, position_T=position_T)
         fed_T = self._feed[(-1 - token_T).clamp_min(0)].clamp_min(0)  # a row may have failed
         batch = Batch(
             token_T=torch.where(token_T < 0, fed_T, token_T),
             position_T=position_T,
             own_slot=inputs.row("slot"),
             num_decode_rows=bucket.rows,
+            tokens=tokens,
             groups=[DecodeGroup(0, bucket.rows, inputs.page_BG, position_T[:, None])],
         )
         logits_MW = self._model.logits(self._model(batch, self._cache))

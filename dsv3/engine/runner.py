@@ -25,6 +25,7 @@ from dsv3.engine.step_result import StepResult
 from dsv3.engine.transfer import to_device
 from dsv3.model.batch import Batch, Chunk, DecodeGroup
 from dsv3.model.transformer import Transformer
+from dsv3.parallel.expert_dispatch import StepTokens
 
 Longs = NDArray[np.int64]
 
@@ -120,8 +121,8 @@ class Runner:
         if self._static is not None and (bucket := self._static.bucket(plans)) is not None:
             sampled = self._static.run(bucket, plan, *builder.decode_tables())
         if sampled is None:
-            self.model.dispatch.begin_step(num_tokens)
             batch = builder.build()
+            batch.tokens = StepTokens(num_tokens)
             if plan.token_ids.min(initial=0) < 0:
                 known = batch.token_T.clamp_min(0)
                 fed = self._last_token_M[(-1 - batch.token_T).clamp_min(0)]

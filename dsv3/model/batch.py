@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from dsv3.parallel.expert_dispatch import StepTokens
 from dsv3_kernels import Keys
 
 
@@ -52,6 +53,7 @@ class Batch:
         num_decode_rows: rows of all `groups`.
         groups: rows that attend to the cache directly.
         chunks: rows that attend to expanded keys and values.
+        tokens: number of tokens of all dp groups.
         chunk_start_L: [L + 1] int32 first rows of the L chunks and the end of the last one,
             counted from the first chunk's; None without chunks.
     """
@@ -60,6 +62,7 @@ class Batch:
     position_T: Tensor
     own_slot: Tensor
     num_decode_rows: int
+    tokens: StepTokens = field(default_factory=StepTokens)
     groups: list[DecodeGroup] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
     chunk_start_L: Tensor | None = None

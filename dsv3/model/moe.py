@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dsv3.config import ModelConfig, ParallelConfig, split_range
 from dsv3.model.side_stream import SideStream
-from dsv3.parallel.expert_dispatch import ExpertDispatch
+from dsv3.parallel.expert_dispatch import ExpertDispatch, StepTokens
 from dsv3.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from dsv3.parallel.weights import Matrix, Vector, WeightFormat
 from dsv3_kernels import (
@@ -152,21 +152,30 @@ class MoE(nn.Module):
                 unit=config.mlp_unit,
             )
 
-    def forward(self, x_TD: Tensor, x_q: Quantized | None = None) -> Tensor:
-        """Return this rank's part, [T, D] float32: its experts' and its share of the shared."""
+    def forward(
+        self, x_TD: Tensor, x_q: Quantized | None = None, tokens: StepTokens | None = None
+    ) -> Tensor:
+        """Return this rank's part, [T, D] float32: its experts' and its share of the shared.
+
+        Args:
+            x_TD: hidden states of this dp group.
+            x_q: x in FP8, if known.
+            tokens: number of tokens of all dp groups, if known.
+        """
+        tokens = tokens or StepTokens()
         if not len(x_TD):  # an idle group's experts serve the others
             ids_TK = torch.zeros((0, self.top_k), dtype=torch.int64, device=x_TD.device)
-            return self.dispatch(x_TD, ids_TK, ids_TK.float(), self.run_experts)()
+            return self.dispatch(x_TD, ids_TK, ids_TK.float(), self.run_experts, tokens)()
         is_local = self.dispatch.mesh.layout.dp == 1
         shared = self._start_shared(x_TD, x_q) if is_local else None
         local = self.local if is_local and self.slots is None else None
-        ids_TK, weight_TK, groups = self.router(x_TD, self.dispatch.position_T, local)
+        ids_TK, weight_TK, groups = self.router(x_TD, tokens.position_T, local)
         if self.slots is not None:
             ids_TK = self.slots(ids_TK)
         if is_local:  # the tokens stay where they are, so x_q is theirs
             run = partial(self.run_experts, x_q=x_q, addend=shared, groups=groups)
-            return self.dispatch(x_TD, ids_TK, weight_TK, run)()
-        combine = self.dispatch(x_TD, ids_TK, weight_TK, self.run_experts)
+            return self.dispatch(x_TD, ids_TK, weight_TK, run, tokens)()
+        combine = self.dispatch(x_TD, ids_TK, weight_TK, self.run_experts, tokens)
         shared = self._start_shared(x_TD, x_q)
         return combine() if shared is None else combine().add_(shared())
 

@@ -13,7 +13,7 @@ from dsv3.model.indexer import Indexer
 from dsv3.model.moe import MoE, feed_forward
 from dsv3.model.rotary import Rotary
 from dsv3.model.side_stream import SideStream
-from dsv3.parallel.expert_dispatch import ExpertDispatch
+from dsv3.parallel.expert_dispatch import ExpertDispatch, StepTokens
 from dsv3.parallel.expert_placement import Placement
 from dsv3.parallel.linear import VocabParallelEmbedding, VocabParallelHead
 from dsv3.parallel.physical_experts import PhysicalExperts
@@ -94,6 +94,8 @@ class DecoderLayer(nn.Module):
             quant=gate_up_proj.quantizes,
             ue8m0=gate_up_proj.ue8m0,
         )
+        if isinstance(self.mlp, MoE):
+            return x_TD, self.mlp(h_TD, h_q, batch.tokens)
         return x_TD, self.mlp(h_TD, h_q)
 
 
@@ -153,7 +155,7 @@ class Transformer(nn.Module):
         the other groups.
         """
         if not len(batch.token_T):
-            return self._serve_others()
+            return self._serve_others(batch.tokens)
         count = len(batch.token_T)
         is_split = 0 < self.sp_min_tokens <= count and self.tp.size > 1
         rows = SequenceParallel(self.tp, count, is_split)
@@ -166,11 +168,11 @@ class Transformer(nn.Module):
         _, h_TD, _ = rows.sum_norm(x_TD, y_TD, self.norm.weight, eps, quant=False, ue8m0=False)
         return h_TD
 
-    def _serve_others(self) -> Tensor:
+    def _serve_others(self, tokens: StepTokens) -> Tensor:
         x_TD = self.embed_tokens.table.weight.new_empty(0, self.config.hidden_size)
         for layer in self.modules():
             if isinstance(layer, MoE):
-                layer(x_TD)
+                layer(x_TD, tokens=tokens)
         return x_TD
 
     def logits(self, x_MD: Tensor) -> Tensor:

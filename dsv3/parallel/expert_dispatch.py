@@ -180,6 +180,29 @@ class _Level:
         return member_RK
 
 
+@dataclass(frozen=True, slots=True)
+class StepTokens:
+    """Number of tokens of a step, which the shapes of the exchanges follow from.
+
+    Attributes:
+        per_group: by dp group; None: the ranks exchange the numbers in every layer.
+        is_static: shapes depend on `per_group` only, not on the routing (CUDA graphs).
+        position_T: [T] int64 positions of this group's tokens; -1 for tokens that pad the step and
+            have no experts. None without padding.
+    """
+
+    per_group: Sequence[int] | None = None
+    is_static: bool = False
+    position_T: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Check that static shapes have numbers to depend on."""
+        assert self.per_group is not None or not self.is_static
+
+
+_UNKNOWN = StepTokens()
+
+
 class ExpertDispatch:
     """Sends the tokens of a step to their experts and combines results, for all MoE layers.
 
@@ -191,7 +214,6 @@ class ExpertDispatch:
     Attributes:
         physical_experts: by the prefix of each layer with an expert placement; in other layers the
             experts are in equal ranges.
-        position_T: see `begin_step`.
     """
 
     def __init__(
@@ -200,10 +222,7 @@ class ExpertDispatch:
         self.settings = settings or DispatchSettings()
         self.mesh = mesh
         self.physical_experts: dict[str, PhysicalExperts] = {}
-        self.position_T: Tensor | None = None
         self._layout = mesh.layout
-        self._tokens: list[int] | None = None
-        self._is_fixed = False
         self._levels = self._make_levels(num_slots // mesh.layout.ep)
 
     def _make_levels(self, experts_per_rank: int) -> list[_Level]:
@@ -250,23 +269,14 @@ class ExpertDispatch:
         )
         return [between_hosts, within_host]
 
-    def begin_step(
-        self, tokens: Sequence[int] | None, fixed: bool = False, position_T: Tensor | None = None
-    ) -> None:
-        """Set the number of tokens of all dp groups in the next step.
-
-        Args:
-            tokens: by dp group; None: the ranks exchange the numbers in every layer.
-            fixed: shapes depend on `tokens` only, not on the routing (CUDA graphs).
-            position_T: [T] int64 positions of this group's tokens; -1 for tokens that pad the step
-                and have no experts. None without padding.
-        """
-        assert tokens is not None or not fixed
-        self._tokens = None if tokens is None else list(tokens)
-        self._is_fixed = fixed
-        self.position_T = position_T
-
-    def __call__(self, x_TD: Tensor, ids_TK: Tensor, weight_TK: Tensor, run: RunExperts) -> Combine:
+    def __call__(
+        self,
+        x_TD: Tensor,
+        ids_TK: Tensor,
+        weight_TK: Tensor,
+        run: RunExperts,
+        step: StepTokens = _UNKNOWN,
+    ) -> Combine:
         """Send tokens to their experts. The caller may do other work before it calls the result.
 
         Args:
@@ -274,6 +284,7 @@ class ExpertDispatch:
             ids_TK: [T, K] int64 physical experts; -1 for none.
             weight_TK: [T, K] float32.
             run: see `RunExperts`.
+            step: tokens of all dp groups.
 
         Returns:
             A function that returns [T, D] float32; its sum over tp is the layer's output.
@@ -281,21 +292,22 @@ class ExpertDispatch:
         rows = TokenRows(x_TD, ids_TK, weight_TK)
         if self._layout.dp == 1:
             return lambda: run(x_TD, ids_TK, weight_TK)
-        tokens = self._tokens
+        tokens = step.per_group
         if tokens is None:
             count = torch.tensor([len(x_TD)], device=x_TD.device)
             tokens = self.mesh.dp.all_gather(count).flatten().tolist()
         assert tokens[self._layout.dp_rank] == len(x_TD), f"{tokens=} but {len(x_TD)} here"
-        if self.form(tokens, rows) == "allreduce":
+        if self.form(tokens, rows, step.is_static) == "allreduce":
             return self._gather(rows, run, tokens)
-        return self._send(rows, run, tokens)
+        return self._send(rows, run, tokens, step.is_static)
 
-    def form(self, tokens: Sequence[int], rows: TokenRows) -> str:
+    def form(self, tokens: Sequence[int], rows: TokenRows, is_static: bool = False) -> str:
         """Return "allreduce" or "alltoall" for a step.
 
         Args:
             tokens: number of tokens of all dp groups.
             rows: those of this group.
+            is_static: see `StepTokens`.
         """
         if self.settings.form != "auto":
             return self.settings.form
@@ -303,7 +315,7 @@ class ExpertDispatch:
         outer = self._levels[0]
         tokens_per_rank = max(tokens) / layout.tp
         num_others = layout.ep - layout.tp
-        if self._is_fixed:
+        if is_static:
             min_saved_bytes = 0
             num_sent = num_others / layout.ep * outer.group.size * math.ceil(tokens_per_rank)
         else:
@@ -337,10 +349,12 @@ class ExpertDispatch:
 
         return combine
 
-    def _send(self, rows: TokenRows, run: RunExperts, tokens: Sequence[int]) -> Combine:
+    def _send(
+        self, rows: TokenRows, run: RunExperts, tokens: Sequence[int], is_static: bool
+    ) -> Combine:
         """Send tokens to the ranks of their experts."""
         count = len(rows.x_MD)
-        max_rows = -(-max(tokens) // self._layout.tp) if self._is_fixed else 0
+        max_rows = -(-max(tokens) // self._layout.tp) if is_static else 0
         outer = self._levels[0]
         if len(self._levels) == 1:
             return outer.start(rows, count, run, max_rows)

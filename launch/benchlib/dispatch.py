@@ -14,7 +14,7 @@ from dsv3.config import ModelConfig
 from dsv3.distributed.mesh import Mesh
 from dsv3.model.moe import MoE
 from dsv3.model.side_stream import SideStream
-from dsv3.parallel.expert_dispatch import ExpertDispatch
+from dsv3.parallel.expert_dispatch import ExpertDispatch, StepTokens
 from dsv3.parallel.token_rows import FP8, DispatchSettings
 from dsv3.parallel.weights import WeightFormat
 
@@ -82,11 +82,11 @@ def _measure(
     for _ in range(1 + repeats):  # the first round warms up
         for name, (dispatch, is_static) in variants.items():
             moe.dispatch = dispatch
-            dispatch.begin_step([len(x_TD)] * mesh.layout.dp, is_static)
+            tokens = StepTokens([len(x_TD)] * mesh.layout.dp, is_static)
             mesh.world.all_gather(torch.zeros(1, device=mesh.device)).sum().item()  # start together
             sent_before = _sent(mesh)
             begin = time.perf_counter()
-            mesh.tp.all_reduce(moe(x_TD)).sum().item()
+            mesh.tp.all_reduce(moe(x_TD, tokens=tokens)).sum().item()
             seconds[name].append(time.perf_counter() - begin)
             sent[name] = _sent(mesh) - sent_before
     rows: dict[str, Row] = {}

@@ -17,7 +17,7 @@ from dsv3.config import ParallelConfig, split_range
 from dsv3.distributed.mesh import Mesh, make_mesh
 from dsv3.model.moe import MoE
 from dsv3.model.side_stream import SideStream
-from dsv3.parallel.expert_dispatch import ExpertDispatch
+from dsv3.parallel.expert_dispatch import ExpertDispatch, StepTokens
 from dsv3.parallel.token_rows import FP8, DispatchSettings, TokenRows
 from dsv3_kernels import act_quant, weight_dequant
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
@@ -132,15 +132,18 @@ def check_routings(mesh: Mesh) -> None:
         dispatch = ExpertDispatch(mesh, EXPERTS, DispatchSettings(form))
         for counts, kind in cases:
             for step in steps:
-                dispatch.begin_step(None if step == "unknown" else counts, step == "fixed")
-                check_step(dispatch, mesh, draw(kind, counts), f"{form} {step} {kind} {counts}")
+                tokens = StepTokens(None if step == "unknown" else counts, step == "fixed")
+                case = f"{form} {step} {kind} {counts}"
+                check_step(dispatch, mesh, draw(kind, counts), case, tokens)
 
 
-def check_step(dispatch: ExpertDispatch, mesh: Mesh, drawn: Drawn, case: str) -> None:
+def check_step(
+    dispatch: ExpertDispatch, mesh: Mesh, drawn: Drawn, case: str, tokens: StepTokens
+) -> None:
     experts = Experts(mesh.layout)
     x, ids, weight = drawn[mesh.layout.dp_rank]
     given = x.clone(), ids.clone(), weight.clone()
-    y = mesh.tp.all_reduce(dispatch(x, ids, weight, experts.run)())
+    y = mesh.tp.all_reduce(dispatch(x, ids, weight, experts.run, tokens)())
     assert all(torch.equal(a, b) for a, b in zip(given, (x, ids, weight), strict=True))
     name = f"{case} tp {mesh.layout.tp} hosts {mesh.hosts.size}"
     assert y.dtype == torch.float32 and y.shape == x.shape, name
@@ -168,14 +171,14 @@ def check_fixed(mesh: Mesh) -> None:
         drawn[-1][1].fill_(-1)
         dispatch, parts = ExpertDispatch(mesh, EXPERTS, DispatchSettings(form)), []
         for fixed in (True, False):
-            dispatch.begin_step([9] * dp, fixed)
+            tokens = StepTokens([9] * dp, fixed)
             before = [sent(mesh, name) for name in ("all_to_all", "all_reduce")]
             with mock.patch.multiple(Tensor, **NO_HOST) if fixed else nullcontext():
-                parts.append(dispatch(*drawn[mesh.layout.dp_rank], local)())
+                parts.append(dispatch(*drawn[mesh.layout.dp_rank], local, tokens)())
             after = [sent(mesh, name) for name in ("all_to_all", "all_reduce")]
             assert (before == after) == (fixed or dp == 1 or form == "allreduce")  # no counts
         assert_bitwise_equal("fixed and exact", *parts)
-        check_step(dispatch, mesh, drawn, f"padded {form}")
+        check_step(dispatch, mesh, drawn, f"padded {form}", tokens)
 
 
 def refuse(*args: object) -> None:
@@ -202,9 +205,8 @@ def check_bytes(mesh: Mesh, is_one_level: bool) -> None:
     for fp8, row in ((False, 2 * DIM + 8 * TOP_K), (True, DIM + 4 + 8 * TOP_K)):
         settings = DispatchSettings("alltoall", FP8 if fp8 else None)
         dispatch = ExpertDispatch(mesh, EXPERTS, settings)
-        dispatch.begin_step(counts)
         before = [sent(mesh, name) for name in ("dispatch", "combine")]
-        dispatch(*drawn[layout.dp_rank], Experts(layout).run)()
+        dispatch(*drawn[layout.dp_rank], Experts(layout).run, StepTokens(counts))()
         after = [sent(mesh, name) for name in ("dispatch", "combine")]
         (flat, _, hosts, host), (flat_back, *_) = (
             [b - a for a, b in zip(*pair, strict=True)] for pair in zip(before, after, strict=True)

@@ -134,7 +134,6 @@ def check_layer(mesh: Mesh, placement: Placement, form: str, tokens: int) -> Non
     dispatch.physical_experts[prefix] = slots
     layer = filled(MoE(CONFIG, prefix, mesh.layout, FORMAT, dispatch, side), mesh)
     assert layer.local.count == placement.slots_per_rank
-    dispatch.begin_step(None)
     generator = torch.Generator().manual_seed(mesh.layout.dp_rank)
     x = torch.randn(tokens, CONFIG.hidden_size, generator=generator)
     name = f"{form} tp {mesh.layout.tp} dp {mesh.layout.dp}"
