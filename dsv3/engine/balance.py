@@ -27,7 +27,7 @@ _MEMORY = 0.5
 
 
 def moves(old_P: Longs, new_P: Longs, num_ranks: int, ranks_on_host: int) -> list[tuple[int, int]]:
-    """Return (from, to) for every slot whose expert changes.
+    """Return (from, to) for every physical expert that becomes a copy of another expert.
 
     An expert comes from the rank itself, else from its host, else from any rank that has it.
     """
@@ -81,10 +81,10 @@ class Balancer:
         self.placement = placement
         self._mesh, self._num_groups = mesh, model.config.n_group
         self._every, self._file = settings.rebalance_every, settings.record_expert_load
-        self._slots = list(model.dispatch.physical_experts.values())
+        self._physical_experts = list(model.dispatch.physical_experts.values())
         found = (module for module in model.modules() if isinstance(module, MoE))
         self._layers = dict(zip(placement.layers, found, strict=True))
-        shape = len(self._slots), placement.num_experts
+        shape = len(self._physical_experts), placement.num_experts
         self._total, self._recent, self._steps = np.zeros(shape, np.int64), np.zeros(shape), 0
         self._take_counts()  # those of the warm-up
 
@@ -104,8 +104,8 @@ class Balancer:
         agreed = self._mesh.control.broadcast(slots).numpy()
         self.placement = replace(old, layers=dict(zip(self._layers, agreed, strict=True)))
         moved = sum(self._move(layer, old.layers[layer]) for layer in self._layers)
-        for layer_slots in self._slots:
-            layer_slots.place(self.placement)
+        for experts in self._physical_experts:
+            experts.place(self.placement)
         busiest = f"{self.placement.imbalance(loads):.2f}, was {old.imbalance(loads):.2f}"
         seconds = time.perf_counter() - begin
         text = "step %d: %d experts moved in %.2f s; load of the busiest rank / mean %s"
@@ -128,9 +128,9 @@ class Balancer:
 
     def _take_counts(self) -> Tensor:
         """Return this rank's counts since the last call, and reset them."""
-        mine = torch.stack([slots.load_E for slots in self._slots])
-        for slots in self._slots:
-            slots.load_E.zero_()
+        mine = torch.stack([experts.load_E for experts in self._physical_experts])
+        for experts in self._physical_experts:
+            experts.load_E.zero_()
         return mine
 
     def _move(self, layer: int, old_P: Longs) -> int:

@@ -127,12 +127,12 @@ class MoE(nn.Module):
         self.dispatch = dispatch
         self.side = side
         self.spread = layout.ep
-        self.slots = dispatch.physical_experts.get(prefix)
+        self.physical_experts = dispatch.physical_experts.get(prefix)
         self.router = Router(config, prefix, fmt)
         self.top_k = config.num_experts_per_tok
         local = list(range(*split_range(config.n_routed_experts, layout.ep, layout.ep_rank)))
-        if self.slots is not None:
-            local = self.slots.local_experts
+        if self.physical_experts is not None:
+            local = self.physical_experts.local_experts
         self.local = LocalExperts(first=layout.ep_rank * len(local), count=len(local))
         hidden = config.hidden_size
         inner = config.moe_intermediate_size
@@ -168,10 +168,10 @@ class MoE(nn.Module):
             return self.dispatch(x_TD, ids_TK, ids_TK.float(), self.run_experts, tokens)()
         is_local = self.dispatch.mesh.layout.dp == 1
         shared = self._start_shared(x_TD, x_q) if is_local else None
-        local = self.local if is_local and self.slots is None else None
+        local = self.local if is_local and self.physical_experts is None else None
         ids_TK, weight_TK, groups = self.router(x_TD, tokens.position_T, local)
-        if self.slots is not None:
-            ids_TK = self.slots(ids_TK)
+        if self.physical_experts is not None:
+            ids_TK = self.physical_experts(ids_TK)
         if is_local:  # the tokens stay where they are, so x_q is theirs
             run = partial(self.run_experts, x_q=x_q, addend=shared, groups=groups)
             return self.dispatch(x_TD, ids_TK, weight_TK, run, tokens)()
@@ -199,7 +199,7 @@ class MoE(nn.Module):
 
         Args:
             x_MD: hidden states.
-            ids_MK: slots of experts.
+            ids_MK: ids of physical experts; those of other ranks are skipped.
             weight_MK: their weights.
             x_q: x in FP8, if known.
             addend: returns [M, D] to be added to the sums.

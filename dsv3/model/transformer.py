@@ -122,8 +122,8 @@ class Transformer(nn.Module):
         placement: Placement | None = None,
     ) -> None:
         super().__init__()
-        num_slots = config.n_routed_experts if placement is None else placement.num_slots
-        self.dispatch = ExpertDispatch(mesh, num_slots, settings)
+        num_physical = config.n_routed_experts if placement is None else placement.num_slots
+        self.dispatch = ExpertDispatch(mesh, num_physical, settings)
         if placement is not None:
             for i in placement.layers:
                 physical_experts = PhysicalExperts(placement, i, mesh)

@@ -208,7 +208,7 @@ class ExpertDispatch:
 
     Args:
         mesh: the ranks.
-        num_slots: physical experts (experts and their copies) of the whole world.
+        num_physical: physical experts (experts and their copies) of the whole world.
         settings: variant and dtype of the exchange.
 
     Attributes:
@@ -217,13 +217,13 @@ class ExpertDispatch:
     """
 
     def __init__(
-        self, mesh: Mesh, num_slots: int, settings: DispatchSettings | None = None
+        self, mesh: Mesh, num_physical: int, settings: DispatchSettings | None = None
     ) -> None:
         self.settings = settings or DispatchSettings()
         self.mesh = mesh
         self.physical_experts: dict[str, PhysicalExperts] = {}
         self._layout = mesh.layout
-        self._levels = self._make_levels(num_slots // mesh.layout.ep)
+        self._levels = self._make_levels(num_physical // mesh.layout.ep)
 
     def _make_levels(self, experts_per_rank: int) -> list[_Level]:
         """Return the levels of the exchange, outermost first: hosts, then ranks of a host.
