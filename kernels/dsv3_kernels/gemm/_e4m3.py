@@ -66,12 +66,3 @@ def e4m3_operand(x, NATIVE: tl.constexpr):
         return x
     else:  # noqa: RET505
         return decode_e4m3(x).to(tl.float16)
-
-
-@triton.jit
-def load_e4m3(pointers, mask, NATIVE: tl.constexpr):
-    """Load a block for `tl.dot`: e4m3 if NATIVE, else its exact float16 values; 0 if masked."""
-    if NATIVE:
-        return tl.load(pointers, mask=mask, other=0.0)
-    else:  # noqa: RET505
-        return decode_e4m3(tl.load(pointers, mask=mask, other=0)).to(tl.float16)
