@@ -1,4 +1,4 @@
-"""Which waiting sequence is admitted next: the one with the longest cached prefix, within fairness.
+"""Admission of waiting sequences: the longest cached prefix first, within bounds of fairness.
 
 A sequence waits while a running one is about to compute much of its prefix, or while much of it is
 on its way from disk. It can be skipped a limited number of times.

@@ -1,6 +1,6 @@
 """The engine of rank 0: requests in, tokens out, one step at a time.
 
-`add` puts a request in line; `step` plans, runs on all ranks and commits. The other ranks run
+`add` queues a request; `step` plans, runs on all ranks and commits. The other ranks run
 `follow`, which executes plans until rank 0 stops them.
 """
 
@@ -113,7 +113,7 @@ class Engine:
         return bool(self._sequences) or self._in_flight is not None
 
     def add(self, request: Request, group: int | None = None) -> None:
-        """Put a request in line, in a given group or in the one with the least cost.
+        """Queue a request, in a given group or in the one with the least cost.
 
         Raises:
             RequestError: it can never be served; the message names the reason and a remedy.

@@ -1,7 +1,7 @@
-"""Data-parallel groups beside each other: which one takes a request, and their figures together.
+"""Data-parallel groups: the choice of a group for a request, and the metrics of all of them.
 
-A request goes to the group where little of it must be computed and little comes before it. Waiting
-requests of a full group move to one that has room.
+A request goes to the group that has least to compute for it, work ahead of it included. Waiting
+requests of a full group move to one with free places.
 """
 
 from collections.abc import Sequence as Ordered

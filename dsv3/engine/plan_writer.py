@@ -1,4 +1,4 @@
-"""Writes scheduled steps as `StepPlan`s, and notes which rows of the results belong to whom."""
+"""Writes scheduled steps as `StepPlan`s, and records each sequence's rows of the results."""
 
 from collections.abc import Iterable
 

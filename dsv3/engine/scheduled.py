@@ -1,4 +1,4 @@
-"""What a scheduler chooses for a step; the plan writer adds where the results will be."""
+"""A scheduler's choice for a step; the plan writer adds the rows of the results."""
 
 from dataclasses import dataclass, field
 

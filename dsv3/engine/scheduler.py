@@ -89,7 +89,7 @@ class Scheduler:
     # Requests ---------------------------------------------------------------------------------
 
     def add(self, seq: Sequence) -> None:
-        """Put a new sequence in line."""
+        """Add a new sequence to the waiting ones."""
         seq.num_uncached = self._num_uncached(seq)
         self._pages_to_come.update(self._prompt_keys(seq))
         self._enqueue(seq)
@@ -216,7 +216,7 @@ class Scheduler:
         return self.pages.num_pages - self.num_pinned
 
     def pin(self, prompts: list[list[int]]) -> int:
-        """Keep cached prompts for good; return their tokens."""
+        """Protect cached prompts from eviction; return their number of tokens."""
         assert self.tree is not None, "nothing is cached"
         num_tokens = sum(self.tree.pin(ids) for ids in prompts)
         self.num_pinned = self.tree.num_pinned

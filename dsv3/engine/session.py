@@ -60,7 +60,7 @@ class Session:
         self.num_calls += 1
 
     def add(self, requests: Sequence[Request]) -> None:
-        """Put requests in line on rank 0: all of them, or none if one cannot be served."""
+        """Queue requests on rank 0: all of them, or none if one cannot be served."""
         assert self._engine is not None
         with self._lock:
             self._cancel_dropped()
@@ -129,7 +129,7 @@ class Session:
         self._free()
 
     def _free(self) -> None:
-        """Let go of the model, though the script may keep its streams."""
+        """Release the model, since the script may keep its streams."""
         del self._started, self._engine
 
     def drop(self, request_ids: Iterable[str]) -> None:
@@ -147,7 +147,7 @@ class Session:
             self._pause()
 
     def _pause(self) -> None:
-        """Follow until rank 0 comes here too; on rank 0, let the other ranks go on."""
+        """Follow until rank 0 pauses; on rank 0, make the other ranks return from `follow`."""
         if self._engine is None:
             follow(self._started.runner, self._started.channel)
         else:

@@ -124,7 +124,7 @@ def decide(source: Source, settings: EngineConfig, mesh: Mesh, n_experts: int | 
 
 
 def _warn(source: Source, settings: EngineConfig, mesh: Mesh) -> None:
-    """Log what is contradictory in a checkpoint, and settings that change nothing."""
+    """Log contradictions in a checkpoint, and settings that change nothing."""
     if source.config.warning:
         log.warning("%s", source.config.warning)
     for line in source_warnings(source):

@@ -162,7 +162,7 @@ def unpack_plans(words: Ints) -> list[StepPlan]:
 
 
 class PlanChannel:
-    """Sends rank 0's plans to all ranks, one for each group; None tells them to stop.
+    """Sends rank 0's plans to all ranks, one for each group; None makes them return from `follow`.
 
     The first word of a message is the length of the plans, `_PAUSE`, or a number below it that is
     shared. A rank that gets another kind of message than it waits for is in another call.

@@ -1,4 +1,4 @@
-"""What a step returns: sampled tokens and log-probabilities, on the device and on the host."""
+"""Results of a step: sampled tokens and log-probabilities, on the device and on the host."""
 
 from dataclasses import dataclass, field, replace
 

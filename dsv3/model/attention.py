@@ -232,7 +232,7 @@ class MLA(nn.Module):
         return expand_values(z_PTHC, lse_PTH, w_uv, quant, self.o_proj.ue8m0)
 
     def _attend_groups(self, q_THX: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
-        """Attend to what is held here, which is all; [T, H, C]."""
+        """Attend to a cache that is not sharded; [T, H, C]."""
         outs = []
         for g in batch.groups:
             q_BQHX = q_THX[g.start : g.stop].unflatten(0, g.query_pos_BQ.shape)
@@ -281,7 +281,7 @@ class MLA(nn.Module):
         return attended.o
 
     def _parts(self, q_QHX: Tensor, chunk: Chunk, cache: LayerCache) -> Iterator[PartialOutputs]:
-        """Attend from a chunk to what is cached before it, block by block."""
+        """Attend from a chunk to its cached context, block by block."""
         context, dtype = chunk.context_len, q_QHX.dtype
         pages_per_block = max(1, _BLOCK // cache.layout.page_size)
         for first_page in range(0, cache.layout.pages_for(context), pages_per_block):

@@ -1,4 +1,4 @@
-"""The numerics of dsv3: one file per operation, each with the reference that defines it.
+"""The operations of dsv3: one file each, with the torch reference that defines it.
 
 Independent of models, ranks and requests. Shape letters: see `dsv3/__init__.py`.
 """

@@ -246,7 +246,7 @@ def launch_decode(
 
 
 def _best_tile(q_PTHX: Tensor, rows: int, sequences: int, capacity: int, is_exact: bool) -> Tile:
-    """Return the tile for so many rows of so many sequences of `capacity` positions."""
+    """Return the tile for a number of rows of each of `sequences` of `capacity` positions."""
     tile = tile_for(rows, is_exact, is_hopper(q_PTHX))
     if is_exact:
         return tile

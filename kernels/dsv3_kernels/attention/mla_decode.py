@@ -23,7 +23,7 @@ def _attend(
     value_dim: int,
     scale: float,
 ) -> PartialOutputs:
-    """Do the reference of `mla_decode` for few sequences, with all keys in memory at once."""
+    """Compute the reference of `mla_decode` for few sequences, with all keys in memory at once."""
     B, Q, H, _ = q_BQHX.shape
     kv = cache_SX.index_select(0, keys.slot_BS.flatten())
     if kv.dtype == torch.uint8:
