@@ -20,7 +20,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory():
-    """Fill torch.empty with NaN, so that a value nobody wrote is seen."""
+    """Fill torch.empty with NaN, so that a value that was never written is seen."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(3).isnan().all() and torch.ones(2).new_empty(3).isnan().all()
     yield

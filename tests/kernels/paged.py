@@ -1,4 +1,4 @@
-"""Sequences in the scattered pages of a cache in which all that nobody wrote is poison."""
+"""Sequences in the scattered pages of a cache; entries that were never written are poison."""
 
 import math
 

@@ -99,7 +99,7 @@ def count_wrong_sums(mesh: Mesh, folder: Path, how: str = "") -> int:
 
 
 def check_sums(mesh: Mesh, folder: Path) -> None:
-    """All ranks get the bits of the reference, whoever is late."""
+    """All ranks get the bits of the reference, whichever rank is late."""
     torch.use_deterministic_algorithms(True, warn_only=True)  # memory is poisoned
     assert count_wrong_sums(mesh, folder) == 0
 

@@ -48,7 +48,7 @@ def test_definition() -> None:
 
 
 def test_rows_do_not_see_each_other() -> None:
-    """Sums of 64 products of integers are exact, whoever adds them; those of splits, times a power
+    """Sums of 64 products of integers are exact in any order; those of splits, times a power
     of two for each, are not: their order counts and must not change.
     """
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""What a CUDA graph is to hold: a decode step over the kernels, in which the host sees no value."""
+"""The content of a CUDA graph: a decode step over the kernels, in which the host reads no value."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,8 +34,8 @@ LOOKS = ("item", "tolist", "cpu", "nonzero", "unique", "numpy", "__bool__", "__i
 
 
 @contextmanager
-def nobody_looks() -> Iterator[None]:
-    """Refuse what waits for the device, outside of the kernels themselves."""
+def no_host_reads() -> Iterator[None]:
+    """Refuse calls that wait for the device, outside of the kernels themselves."""
     inside = [False]
     launch = interpreter.GridExecutor.__call__
 
@@ -74,10 +74,10 @@ def step(drawn: bool) -> StepPlan:
     return plan
 
 
-def check_nobody_looks(
+def check_no_host_reads(
     rank: Rank, plans_of: Callable[[bool], list[StepPlan]], monkeypatch: pytest.MonkeyPatch
 ) -> GraphRunner:
-    """Run both kinds of step, then again over the kernels with everybody watched.
+    """Run both kinds of step, then again over the kernels with host reads refused.
 
     The first plan is that of the rank's own group.
     """
@@ -93,23 +93,23 @@ def check_nobody_looks(
             steps.run(bucket, plans[0], *tables)
         monkeypatch.setattr(operation, "use_triton", lambda x: True)
         for bucket, inputs in steps._inputs.items():
-            with nobody_looks():
+            with no_host_reads():
                 steps._compute(bucket, inputs)
     assert {bucket.samples for bucket in steps._inputs} == {False, True}
     return steps
 
 
 @pytest.mark.parametrize(("weights", "cache"), [("fp8", "fp8"), ("bf16", "bf16")])
-def test_nobody_looks_at_a_decode_step(
+def test_a_decode_step_reads_no_values_on_the_host(
     weights: str, cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(load_model_config(DEMO), num_attention_heads=2, vocab_size=300)
     shape = RankShape(config=config, world=2, layers=2, weights=weights, cache=cache)
     rank = Rank(shape, CPU, 512)
-    steps = check_nobody_looks(rank, lambda drawn: [step(drawn)], monkeypatch)
-    with nobody_looks(), pytest.raises(AssertionError, match="looks at values: item"):
+    steps = check_no_host_reads(rank, lambda drawn: [step(drawn)], monkeypatch)
+    with no_host_reads(), pytest.raises(AssertionError, match="looks at values: item"):
         steps._feed.sum().item()
-    with nobody_looks(), pytest.raises(AssertionError, match="__getitem__"):
+    with no_host_reads(), pytest.raises(AssertionError, match="__getitem__"):
         steps._feed[steps._feed > 0]
 
 
@@ -131,19 +131,21 @@ def one_of_two_groups(form: str, device: torch.device, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("form", ["allreduce", "alltoall"])
-def test_nobody_looks_in_one_of_several_groups(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is idle."""
+def test_a_step_of_several_groups_reads_no_values_on_the_host(
+    form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This rank's own group is idle."""
     rank = one_of_two_groups(form, CPU, monkeypatch)
-    check_nobody_looks(rank, lambda drawn: [StepPlan(), step(drawn)], monkeypatch)
+    check_no_host_reads(rank, lambda drawn: [StepPlan(), step(drawn)], monkeypatch)
 
 
-def test_adjusting_logits_looks_at_nothing() -> None:
+def test_adjusting_logits_reads_no_values_on_the_host() -> None:
     """The token in flight is compared where it is."""
     params = SamplingParams(repetition_penalty=1.5, frequency_penalty=0.5, logit_bias={3: 1.0})
     rows = [AdjustedRow(m, m - 1, Adjuster(params, [1, 2]), [1, 2, 5]) for m in range(3)]
     adjust = Adjustments.unpack(pack_adjustments(rows), torch.tensor([5, 6]))
     logits = torch.ones(3, 9)
-    with nobody_looks():
+    with no_host_reads():
         adjust.apply(logits)
     assert logits[:, 5].tolist() == pytest.approx([1 / 1.5 - 0.5, 1 / 1.5 - 1.0, 1 / 1.5 - 0.5])
     assert logits[:, 6].tolist() == pytest.approx([1.0, 1.0, 1 / 1.5 - 0.5])

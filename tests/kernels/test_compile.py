@@ -45,9 +45,11 @@ def test_kernels_compile(capability: int, tmp_path: Path) -> None:
             units = [wgmma for name, _, _, wgmma, *_ in compiled if name == kernel]
             assert any(units) and not all(units), "float32 is multiplied without rounding"
         assert any(each[4] for each in compiled if each[0] == "_down_kernel")
-    told = [each[5:] for each in compiled if each[0] == "_sum_norm_kernel"]
+    fences = [each[5:] for each in compiled if each[0] == "_sum_norm_kernel"]
     # One word to the peers, one wait for theirs, and every part read past the cache.
-    assert [(release, acquire, loads > 0) for release, acquire, loads in told] == 2 * [(1, 1, True)]
+    assert [(release, acquire, loads > 0) for release, acquire, loads in fences] == 2 * [
+        (1, 1, True)
+    ]
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs triton")

@@ -53,9 +53,9 @@ def test_mla_decode(
     lengths, paging = [3, 63, 2500, 129], Paging(64, shards, shards - 1)
     cache, page = scatter([torch.randn(n, 576) for n in lengths], paging)
     if is_packed:
-        nobodys = cache.isnan().any(1)
+        is_unwritten = cache.isnan().any(1)
         cache = pack_latent(cache.nan_to_num(0), 512)
-        cache[nobodys] = 0x7F
+        cache[is_unwritten] = 0x7F
     else:
         cache = cache.to(dtype)
     q = torch.randn(4, queries, heads, 576).to(dtype)

@@ -57,7 +57,7 @@ def test_two_ranks_on_two_streams(step: int) -> None:
     ranks = [Peers.at([memory.data_ptr() for memory in shared], r, device) for r in range(2)]
     x, parts, weight = operands(step, 2, device)
     flags = [flags_of(memory, 2) for memory in shared]
-    flags[0][:, 1] = 1 << 20  # the first launch waits for nobody: it compiles and loads
+    flags[0][:, 1] = 1 << 20  # the first launch waits for no peer: it compiles and loads
     sum_norm(x, parts[0], weight, 1e-6, ranks[0], *quant)
     for each in flags:
         each.zero_()

@@ -18,7 +18,7 @@ CASES = {
     "nothing": (routing(0, 4, 8), 0, 4),
     "all to one": (torch.full((9, 1), 3), 2, 4),
     "none held here": (torch.full((9, 2), 3), 4, 4),
-    "nobody's": (torch.full((5, 3), -1), 0, 2),
+    "no expert's": (torch.full((5, 3), -1), 0, 2),
     "twice the same": (torch.tensor([[1, 1, 0], [0, -1, 1]]), 0, 2),
 }
 
@@ -48,7 +48,7 @@ def test_unpermute(tokens: int, columns: int, form) -> None:
     ids = routing(tokens, 4, 12)
     slots = permute(ids, LocalExperts(3, 6)).slot_TK
     weight = torch.rand(tokens, 4)
-    y = torch.full((4 * tokens, columns), float("nan"))  # rows that nobody wrote
+    y = torch.full((4 * tokens, columns), float("nan"))  # rows that are never written
     y[slots[slots >= 0].long()] = torch.randn(int((slots >= 0).sum()), columns)
     want = torch.zeros(tokens, columns, dtype=torch.float64)
     for t in range(tokens):

@@ -415,7 +415,7 @@ def test_a_pipe_gets_every_line_or_an_error(tmp_path: Path) -> None:
         written = run(pipe, rows)  # the pipe has room for all of it
         assert reader.read().splitlines() == written
     with BatchJournal(pipe) as journal, pytest.raises(OutputError, match="cannot write"):
-        journal.write(b"nobody reads this")
+        journal.write(b"never read")
 
 
 def test_several_jobs_may_write_to_a_device() -> None:
