@@ -19,7 +19,7 @@ _SPLIT_TOKENS = 1024
 CacheForm = Literal["latent", "heads"]
 CacheDtype = Literal["fp32", "bf16", "fp8"]
 KvShard = Literal["tokens", "none"]
-DispatchForm = Literal["auto", "allreduce", "alltoall"]
+DispatchVariant = Literal["auto", "allreduce", "alltoall"]
 # Conversion of values by the type of their field, and the type in words for errors.
 _KINDS: Mapping[Any, tuple[Callable[[Any], Any], str]] = {
     int: (whole, "a whole number"),

@@ -3,8 +3,8 @@
 A step with one new token per sequence is padded to a bucket of sequences and pages. All
 data-parallel groups choose the same bucket without an exchange, because every rank has all plans.
 The inputs are written into one block of memory; everything from the embedding to the sampled tokens
-runs on it. On CUDA it is a graph, captured when the bucket is first used; elsewhere the same
-function is called.
+runs on it. On CUDA it is a graph, captured when the bucket is first used; elsewhere, in tests and
+benchmarks, the same function is called.
 """
 
 import logging
@@ -74,8 +74,8 @@ class Bucket:
     samples: bool
 
 
-class Inputs:
-    """Inputs of one bucket: arrays of rows (int64, or float64 as its bits) and page tables.
+class StaticBuffers:
+    """Input buffers of one bucket: arrays of rows (int64, or float64 as its bits) and page tables.
 
     The host has two copies of each: it writes one while the other may still be in transfer.
     """
@@ -139,7 +139,7 @@ class GraphRunner:
         self._model, self._cache, self._sampler = model, cache, sampler
         self._device = cache.slots.device
         self._feed = torch.zeros(max_feed, dtype=torch.int64, device=self._device)
-        self._inputs: dict[Bucket, Inputs] = {}
+        self._inputs: dict[Bucket, StaticBuffers] = {}
         self._graphs: dict[Bucket, torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
         # Kinds of steps, by `Bucket.samples`, that could not be captured.
@@ -196,7 +196,7 @@ class GraphRunner:
         """
         inputs = self._inputs.get(bucket)
         if inputs is None:
-            inputs = self._inputs[bucket] = Inputs(bucket, self._device)
+            inputs = self._inputs[bucket] = StaticBuffers(bucket, self._device)
         seed = plan.seed_high.astype(np.int64) << 32 | plan.seed_low.view(np.uint32)
         longs = (plan.token_ids, plan.context_len, slot_B, seed, plan.answer, plan.top_k)
         inputs.fill(table_BG, (*longs, plan.temperature, plan.top_p, plan.min_p))
@@ -207,7 +207,7 @@ class GraphRunner:
         # The next step overwrites the buffer.
         return StepResult(self._feed[: len(plan.row)].clone(), None)
 
-    def _compute(self, bucket: Bucket, inputs: Inputs) -> None:
+    def _compute(self, bucket: Bucket, inputs: StaticBuffers) -> None:
         """Run the step on the buffers; the host never waits for the device here."""
         token_T, position_T = inputs.row("token"), inputs.row("position")
         num_groups = self._model.dispatch.mesh.layout.dp
@@ -232,7 +232,7 @@ class GraphRunner:
             token_M = self._sampler.greedy(logits_MW)
         self._feed[: bucket.rows] = token_M
 
-    def _replay(self, bucket: Bucket, inputs: Inputs) -> bool:
+    def _replay(self, bucket: Bucket, inputs: StaticBuffers) -> bool:
         """Replay the bucket's graph, captured at its first use; False if it cannot be."""
         if bucket not in self._graphs:
             try:
@@ -245,7 +245,7 @@ class GraphRunner:
         self._graphs[bucket].replay()
         return True
 
-    def _capture(self, bucket: Bucket, inputs: Inputs) -> torch.cuda.CUDAGraph:
+    def _capture(self, bucket: Bucket, inputs: StaticBuffers) -> torch.cuda.CUDAGraph:
         begin = time.perf_counter()
         fed = self._feed.clone()
         side, main = torch.cuda.Stream(), torch.cuda.current_stream()

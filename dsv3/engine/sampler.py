@@ -1,8 +1,8 @@
 """From hidden states to tokens over a vocabulary that is split over ranks.
 
-Greedy rows need no gathered logits: every rank offers its best, the best of them wins. Rows that
-are sampled, adjusted or scored are distributed over the ranks (all-to-all): each rank sees 1/tp of
-them as whole rows, and the small results are gathered. Every rank returns the same.
+Greedy rows need no gathered logits: the ranks' best logits are compared. Rows that are sampled,
+adjusted or scored are distributed over the ranks (all-to-all): each rank gets 1/tp of them as whole
+rows, and the small results are gathered. Every rank returns the same.
 
 A row with a logit that is NaN or infinite gives no token: its result is `NOT_FINITE`.
 """
@@ -161,10 +161,10 @@ class Sampler:
         first = self._tp.rank * share
         mine = choice.part(first, first + share)
         result = torch.zeros(share, columns, dtype=torch.float64, device=self._device)
-        held = len(mine.target)
-        if held:
-            own = None if adjust is None else adjust.select(np.arange(first, first + held))
-            self._choose(whole[:held], mine, own, result[:held])
+        count_here = len(mine.target)
+        if count_here:
+            own = None if adjust is None else adjust.select(np.arange(first, first + count_here))
+            self._choose(whole[:count_here], mine, own, result[:count_here])
         return self._tp.all_gather(result).flatten(0, 1)[:count]
 
     def _choose(

@@ -297,11 +297,11 @@ class ExpertDispatch:
             count = torch.tensor([len(x_TD)], device=x_TD.device)
             tokens = self.mesh.dp.all_gather(count).flatten().tolist()
         assert tokens[self._layout.dp_rank] == len(x_TD), f"{tokens=} but {len(x_TD)} here"
-        if self.form(tokens, rows, step.is_static) == "allreduce":
+        if self.variant(tokens, rows, step.is_static) == "allreduce":
             return self._gather(rows, run, tokens)
         return self._send(rows, run, tokens, step.is_static)
 
-    def form(self, tokens: Sequence[int], rows: TokenRows, is_static: bool = False) -> str:
+    def variant(self, tokens: Sequence[int], rows: TokenRows, is_static: bool = False) -> str:
         """Return "allreduce" or "alltoall" for a step.
 
         Args:
@@ -309,8 +309,8 @@ class ExpertDispatch:
             rows: those of this group.
             is_static: see `StepTokens`.
         """
-        if self.settings.form != "auto":
-            return self.settings.form
+        if self.settings.variant != "auto":
+            return self.settings.variant
         layout = self._layout
         outer = self._levels[0]
         tokens_per_rank = max(tokens) / layout.tp

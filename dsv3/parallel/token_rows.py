@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dsv3.settings import DispatchForm
+from dsv3.settings import DispatchVariant
 from dsv3_kernels import act_quant, weight_dequant
 
 FP8 = torch.float8_e4m3fn
@@ -32,7 +32,7 @@ class DispatchSettings:
     """Settings of the exchange of tokens.
 
     Attributes:
-        form: "allreduce", "alltoall", or "auto", which decides by the number of tokens.
+        variant: "allreduce", "alltoall", or "auto", which decides by the number of tokens.
         dtype: of hidden states during dispatch; e4m3 has a scale per 128 values, None keeps the
             activations' dtype. Sums are sent back in the activations' dtype.
         groups: number of groups of neighbouring experts, and the number of groups that a token
@@ -41,7 +41,7 @@ class DispatchSettings:
             FP8 values again does not change them.
     """
 
-    form: DispatchForm = "auto"
+    variant: DispatchVariant = "auto"
     dtype: torch.dtype | None = None
     groups: tuple[int, int] = (1, 1)
     ue8m0: bool = False

@@ -277,8 +277,8 @@ def check_auto(mesh: Mesh) -> None:
     one = draw("random", [1])[0]
     wide = TokenRows(torch.empty(0, 1 << 20), one.ids_MK, one.weight_MK)
     dp = mesh.layout.dp
-    assert dispatch.form([1] * dp, one) == "allreduce"
-    assert dispatch.form([1 << 20] * dp, wide) == "alltoall"
+    assert dispatch.variant([1] * dp, one) == "allreduce"
+    assert dispatch.variant([1 << 20] * dp, wide) == "alltoall"
 
 
 def check_moe(mesh: Mesh) -> None:

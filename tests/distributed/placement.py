@@ -125,7 +125,7 @@ def check_layers(world: Mesh) -> None:
 
 
 def check_layer(mesh: Mesh, placement: Placement, form: str, tokens: int) -> None:
-    prefix, settings = "model.layers.1.mlp.", DispatchSettings(form=form)
+    prefix, settings = "model.layers.1.mlp.", DispatchSettings(variant=form)
     single = ExpertDispatch(alone(), CONFIG.n_routed_experts)
     side = SideStream(FORMAT.device)
     want = filled(MoE(CONFIG, prefix, alone().layout, FORMAT, single, side), alone())

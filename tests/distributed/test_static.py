@@ -15,7 +15,7 @@ from dsv3.engine.cuda_graphs import (
     MAX_ROWS,
     Bucket,
     GraphRunner,
-    Inputs,
+    StaticBuffers,
     most_rows,
     page_bucket,
     row_bucket,
@@ -116,7 +116,7 @@ def test_static_steps_of_two_ranks() -> None:
 
 def test_padding_sees_and_writes_nothing() -> None:
     bucket = Bucket(rows=4, pages=16, samples=False)
-    inputs = Inputs(bucket, CPU)
+    inputs = StaticBuffers(bucket, CPU)
     table = np.array([[5, 6], [7, 0], [9, 1]], np.int32)
     rows = (
         *([11, -2, 13], [70, 3, 65], [100, -1, 102]),

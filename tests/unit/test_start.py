@@ -20,7 +20,7 @@ from dsv3.settings import EngineConfig
 from tests.checkpoint_files import TINY
 
 
-def test_what_tokens_travel_in() -> None:
+def test_dtype_of_dispatched_tokens() -> None:
     """FP8 where they are multiplied in it by experts stored in it, or where the user says so."""
     wide, cpu = replace(TINY, hidden_size=256), torch.device("cpu")
     names = frozenset(["some"])
@@ -34,7 +34,7 @@ def test_what_tokens_travel_in() -> None:
         settings = EngineConfig(dispatch_dtype=asked, moe_dispatch="alltoall")
         fmt = WeightFormat(torch.bfloat16, cpu, names, products, products)
         chosen = setup.dispatch_settings(settings, wide, fmt, fp8_experts)
-        assert (chosen.form, chosen.dtype, chosen.ue8m0) == ("alltoall", travels, products)
+        assert (chosen.variant, chosen.dtype, chosen.ue8m0) == ("alltoall", travels, products)
         assert chosen.groups == (TINY.n_group, TINY.topk_group)
     ragged = WeightFormat(torch.bfloat16, cpu, names, True)
     assert setup.dispatch_settings(EngineConfig(), TINY, ragged, True).dtype is None
