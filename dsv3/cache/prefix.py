@@ -27,18 +27,21 @@ class _Node(CacheEntry):
         parent: node of the page before it; None for the root.
         tokens: its encoded tokens.
         page: number of the page.
-        group: the only group that has used the page; None if it is shared or has no group.
+        conversation: the only conversation that has used the page; None if there are several, or if
+            a request without a conversation has used it.
         digest: cached result of `prefix_hash`.
     """
 
-    __slots__ = ("children", "digest", "group", "page", "parent", "tokens")
+    __slots__ = ("children", "conversation", "digest", "page", "parent", "tokens")
 
-    def __init__(self, parent: "_Node | None", tokens: bytes, page: int, group: str | None) -> None:
+    def __init__(
+        self, parent: "_Node | None", tokens: bytes, page: int, conversation: str | None
+    ) -> None:
         super().__init__(parent, tokens)
         self.parent = parent
         self.tokens = tokens
         self.page = page
-        self.group = group
+        self.conversation = conversation
         self.digest: bytes | None = None
         self.children = Children[_Node]()
 
@@ -114,7 +117,7 @@ class PrefixTree:
         self._root = _Node(None, b"", NULL_PAGE, None)
         self._root.digest = b""
         self._nodes: list[_Node | None] = [None] * (pages.num_pages + 1)
-        self._groups: dict[str, set[_Node]] = {}
+        self._conversations: dict[str, set[_Node]] = {}
         self._pinned: dict[bytes, list[int]] = {}
         self.num_evicted = 0
         pages.on_idle = self._on_idle
@@ -173,15 +176,17 @@ class PrefixTree:
         """
         self._pages.retain(match.held_pages)
 
-    def count(self, match: Match, group: str | None = None, *, is_resumed: bool = False) -> None:
-        """Record that a request of a group continues a match that it holds.
+    def count(
+        self, match: Match, conversation: str | None = None, *, is_resumed: bool = False
+    ) -> None:
+        """Record that a request of a conversation continues a match that it holds.
 
         A request that resumes after preemption (`is_resumed`) has used these pages before, so this
         does not count as a reuse.
         """
         path = [self._node(page) for page in match.pages]
         partial = None if match.partial_page is None else self._node(match.partial_page)
-        self._share(path if partial is None else [*path, partial], group)
+        self._share(path if partial is None else [*path, partial], conversation)
         if not is_resumed:
             self._policy.hit([self._root, *path], partial)
 
@@ -191,7 +196,7 @@ class PrefixTree:
         num_computed: int,
         pages: MutableSequence[int],
         *,
-        group: str | None = None,
+        conversation: str | None = None,
     ) -> None:
         """Register a sequence's pages for its first `num_computed` tokens.
 
@@ -207,16 +212,16 @@ class PrefixTree:
             tokens = encode(token_ids[start : start + self._page_size])
             child = node.children.find(tokens)
             if child is None:
-                child = self._attach(node, tokens, pages[i], group)
+                child = self._attach(node, tokens, pages[i], conversation)
             elif child.page != pages[i]:
                 self._pages.retain([child.page])
                 self._pages.release([pages[i]])
                 pages[i] = child.page
-                self._share([child], group)
+                self._share([child], conversation)
             node = child
         tail = encode(token_ids[num_full * self._page_size : num_computed])
         if tail and node.children.nearest(tail)[1] * TOKEN_BYTES < len(tail):
-            self._attach(node, tail, pages[num_full], group)
+            self._attach(node, tail, pages[num_full], conversation)
 
     def make_room(self, num_pages: int) -> bool:
         """Evict idle pages until `num_pages` pages are free.
@@ -253,12 +258,12 @@ class PrefixTree:
         """Undo `pin` of the same tokens."""
         self._pages.release(self._pinned.pop(encode(token_ids)))
 
-    def drop_group(self, group: str) -> int:
-        """Remove the pages that only this group has used from the tree; return their number.
+    def drop_conversation(self, conversation: str) -> int:
+        """Remove the pages that only this conversation has used from the tree; return their number.
 
         A running sequence keeps its pages until it releases them.
         """
-        nodes = sorted(self._groups.get(group, ()), key=lambda node: -node.depth)
+        nodes = sorted(self._conversations.get(conversation, ()), key=lambda node: -node.depth)
         for node in nodes:
             self._remove(node)
             assert node.parent is not None
@@ -309,13 +314,13 @@ class PrefixTree:
                 return node, i
         return self._root, 0
 
-    def _attach(self, parent: _Node, tokens: bytes, page: int, group: str | None) -> _Node:
+    def _attach(self, parent: _Node, tokens: bytes, page: int, conversation: str | None) -> _Node:
         """Add a page below `parent`; it replaces a partial page whose tokens it begins with."""
         tail = self._nodes[page]
         if tail is None:
             before = parent.children.before(tokens)
             tail = before if before is not None and tokens.startswith(before.tokens) else None
-        node = _Node(parent, tokens, page, group)
+        node = _Node(parent, tokens, page, conversation)
         if tail is not None and (tail.page == page or not self._ends_pin(tail)):
             self._policy.replaced(tail, node, parent)
             self._remove(tail)
@@ -324,8 +329,8 @@ class PrefixTree:
         parent.children.add(node)
         self._nodes[page] = node
         self._pages.cache(page)
-        if group is not None:
-            self._groups.setdefault(group, set()).add(node)
+        if conversation is not None:
+            self._conversations.setdefault(conversation, set()).add(node)
         return node
 
     def _remove(self, node: _Node, *, evicted: bool = False) -> None:
@@ -368,16 +373,16 @@ class PrefixTree:
     def _ends_pin(self, node: _Node) -> bool:
         return any(pages[-1:] == [node.page] for pages in self._pinned.values())
 
-    def _share(self, nodes: Iterable[_Node], group: str | None) -> None:
-        """Record that a group uses nodes: nodes owned by another group become shared."""
+    def _share(self, nodes: Iterable[_Node], conversation: str | None) -> None:
+        """Record that a conversation uses nodes: those of another conversation become shared."""
         for node in nodes:
-            if node.group != group:
+            if node.conversation != conversation:
                 self._disown(node)
 
     def _disown(self, node: _Node) -> None:
-        if node.group is not None:
-            members = self._groups[node.group]
+        if node.conversation is not None:
+            members = self._conversations[node.conversation]
             members.remove(node)
             if not members:
-                del self._groups[node.group]
-            node.group = None
+                del self._conversations[node.conversation]
+            node.conversation = None

@@ -210,7 +210,7 @@ class Engine:
         """Forget the cached prefixes that only this conversation has used."""
         for scheduler in self._schedulers:
             if scheduler.tree is not None:
-                scheduler.tree.drop_group(conversation_id)
+                scheduler.tree.drop_conversation(conversation_id)
 
     def step(self) -> list[RequestOutput]:
         """Run one step on all ranks; return the outputs, request by request.

@@ -259,7 +259,7 @@ class Scheduler:
     def _offer_prefix(self, seq: Sequence) -> None:
         if self.tree is not None and seq.is_running:
             conversation = seq.request.conversation_id
-            self.tree.insert(seq.token_ids, seq.num_committed, seq.pages, group=conversation)
+            self.tree.insert(seq.token_ids, seq.num_committed, seq.pages, conversation=conversation)
 
     # Admission --------------------------------------------------------------------------------
 

@@ -86,7 +86,7 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(index=st.integers(0))
     def insert(self, index: int) -> None:
         seq = self.running[index % len(self.running)]
-        self.tree.insert(seq.tokens, len(seq.tokens), seq.pages, group=seq.group)
+        self.tree.insert(seq.tokens, len(seq.tokens), seq.pages, conversation=seq.group)
         seq.num_cached = len(seq.tokens) // PAGE_SIZE
         assert self.tree.match(seq.tokens).num_tokens == len(seq.tokens)
         assert self.content(seq.pages)[: len(seq.tokens)] == seq.tokens
@@ -127,8 +127,8 @@ class CacheMachine(RuleBasedStateMachine):
                 seq.num_cached = 0
 
     @rule(group=st.sampled_from(["a", "b"]))
-    def drop_group(self, group: str) -> None:
-        self.tree.drop_group(group)
+    def drop_conversation(self, group: str) -> None:
+        self.tree.drop_conversation(group)
         for seq in self.running:
             if seq.group == group:
                 seq.num_cached = 0

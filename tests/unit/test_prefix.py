@@ -40,7 +40,7 @@ class Cache:
         seq_pages = match.pages + self.pages.allocate(missing)
         if match.partial_page is not None:
             self.pages.release([match.partial_page])
-        self.tree.insert(tokens, len(tokens), seq_pages, group=group)
+        self.tree.insert(tokens, len(tokens), seq_pages, conversation=group)
         return seq_pages
 
     def run(self, tokens: Sequence[int], group: str | None = None) -> list[int]:
@@ -244,36 +244,36 @@ def test_pinned_prefixes_stay(policy: str) -> None:
     assert cache.tree.make_room(8) and cache.cached(template) == 0
 
 
-def test_drop_group_removes_only_pages_used_by_that_group_alone(cache: Cache) -> None:
+def test_drop_conversation_removes_only_pages_used_by_it_alone(cache: Cache) -> None:
     system = ids(0, 4)
     cache.run(system)
     cache.run([*system, *ids(10, 6)], "mine")
     cache.run([*system, *ids(20, 6)], "mine")
     cache.run([*system, *ids(20, 4), 99], "yours")
-    assert cache.tree.drop_group("mine") == 3
+    assert cache.tree.drop_conversation("mine") == 3
     assert cache.cached([*system, *ids(10, 6)]) == 4
     assert cache.cached([*system, *ids(20, 6)]) == 8
-    assert cache.tree.drop_group("mine") == 0
-    assert cache.tree.drop_group("yours") == 1
+    assert cache.tree.drop_conversation("mine") == 0
+    assert cache.tree.drop_conversation("yours") == 1
     assert cache.pages.num_idle == 2 and cache.tree.make_room(16)
 
 
 def test_pages_computed_by_two_groups_belong_to_neither(cache: Cache) -> None:
     for group in ("mine", "yours"):
         seq_pages = cache.pages.allocate(1)
-        cache.tree.insert(ids(0, 4), 4, seq_pages, group=group)
+        cache.tree.insert(ids(0, 4), 4, seq_pages, conversation=group)
         cache.pages.release(seq_pages)
-    assert cache.tree.drop_group("mine") == 0
+    assert cache.tree.drop_conversation("mine") == 0
 
 
 def test_a_dropped_group_may_still_be_running(cache: Cache) -> None:
     seq_pages = cache.start(ids(0, 10), "chat")
-    assert cache.tree.drop_group("chat") == 3
+    assert cache.tree.drop_conversation("chat") == 3
     assert cache.cached(ids(0, 10)) == 0 and cache.pages.num_free == 13
-    cache.tree.insert(ids(0, 12), 12, seq_pages, group="chat")
+    cache.tree.insert(ids(0, 12), 12, seq_pages, conversation="chat")
     assert cache.cached(ids(0, 12)) == 12
     cache.pages.release(seq_pages)
-    assert cache.tree.drop_group("chat") == 3 and cache.pages.num_free == 16
+    assert cache.tree.drop_conversation("chat") == 3 and cache.pages.num_free == 16
 
 
 def test_forget_keeps_pages_that_others_use(cache: Cache) -> None:
@@ -295,7 +295,7 @@ def test_forget_keeps_pages_that_others_use(cache: Cache) -> None:
 def test_pinning_takes_a_prefix_from_its_group(cache: Cache) -> None:
     cache.run(ids(0, 8), "chat")
     cache.tree.pin(ids(0, 4))
-    assert cache.tree.drop_group("chat") == 1
+    assert cache.tree.drop_conversation("chat") == 1
     assert cache.cached(ids(0, 8)) == 4
 
 
