@@ -111,7 +111,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def raise_at_ctrl_c() -> None:
-    """Raise KeyboardInterrupt at SIGINT, which ends a program without a word until then.
+    """Raise KeyboardInterrupt at SIGINT, which ends a program silently until this call.
 
     Where SIGINT is ignored, it stays so.
     """

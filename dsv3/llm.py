@@ -404,6 +404,6 @@ def _chat_format(path: Path, config: ModelConfig | None, template: Path | None) 
 
 
 def _is_of_script(error: BaseException) -> bool:
-    """Return True if only this script has failed, not all ranks in common or a connection."""
+    """Return True if this rank's script failed: not all ranks alike, and not a connection."""
     seen_by_all_ranks = getattr(error, "seen_by_all_ranks", False)
     return isinstance(error, Exception) and not seen_by_all_ranks and not is_lost(error)

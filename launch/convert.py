@@ -10,8 +10,8 @@
 DIR may be a Hugging Face directory, one that this program made for any number of ranks, or one
 that DeepSeek's convert.py made (give --config then); or a name on the Hugging Face hub, such as
 deepseek-ai/DeepSeek-V2-Lite, which is downloaded into the hub's cache first. `--to bf16` and
-`--to fp8` write a Hugging Face directory, or rank files where a layout is given. A conversion that
-was stopped goes on when the same command is given again.
+`--to fp8` write a Hugging Face directory, or rank files where a layout is given. An
+interrupted conversion resumes when the same command is given again.
 
 A layout is tp ranks times dp data-parallel groups: dense layers are split over tp, routed experts
 over all ranks. A rank's file holds all that the rank needs, so that a host may have just the files

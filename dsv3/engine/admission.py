@@ -34,7 +34,7 @@ class _Candidate:
 
 
 class Admission:
-    """The admissions of one step. Each candidate is looked up and compared once in all.
+    """The admissions of one step; each candidate is looked up only once.
 
     Args:
         look_up: returns the cached prefix of a sequence.
@@ -81,7 +81,7 @@ class Admission:
             other.times_skipped += 1
 
     def _candidate(self, seq: Sequence) -> _Candidate:
-        """Return the candidate of a sequence, compared with all sequences that prefill by now."""
+        """Return the candidate of a sequence, compared with all sequences prefilling so far."""
         known = self._candidates.get(seq)
         candidate = known or _Candidate(self._look_up(seq))
         while not candidate.waits and candidate.num_compared < len(self._prefilling):

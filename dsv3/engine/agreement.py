@@ -1,7 +1,7 @@
-"""Checks that all ranks load the same model: with different weights they would answer garbage.
+"""Checks that all ranks load the same model: different weights would give wrong answers.
 
 A converted directory has a digest of its weights. Ranks that read the very same directory need no
-digest. For other directories, the ranks that share one read samples of its tensors, each a part.
+digest. Otherwise the ranks that share a directory read samples of its tensors, each a part.
 """
 
 import hashlib

@@ -197,7 +197,7 @@ class _LogFile(logging.FileHandler):
 
 
 def run_program(main: Callable[[], int]) -> NoReturn:
-    """Run `main` and exit: 0 done, 2 wrong usage or checkpoint, 3 a rank or device failed.
+    """Run `main` and exit with its result, or 2: wrong usage or checkpoint, 3: a rank failed.
 
     The error's line goes to stderr, and into the report that torchrun prints after it.
     """

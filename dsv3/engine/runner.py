@@ -162,7 +162,7 @@ class Runner:
             self.balancer.finish()
 
     def _move_pages(self, plan: StepPlan) -> dict[int, bool]:
-        """Bring every page to where the step looks for it; returns `StepResult.fetched`."""
+        """Execute the plan's copies and transfers of pages; return `StepResult.fetched`."""
         fetched = {} if self._mover is None else self._mover.before_copies(plan)
         if len(plan.copies):
             pages = to_device(plan.copies.astype(np.int64), self.device)

@@ -133,7 +133,7 @@ class Session:
         del self._started, self._engine
 
     def drop(self, request_ids: Iterable[str]) -> None:
-        """Stop requests at the next step or call: this may be called within one."""
+        """Stop requests at the next step or call; may be called during either."""
         self._dropped += request_ids
 
     def read(self, request_ids: Iterable[str]) -> list[RequestOutput]:

@@ -58,7 +58,7 @@ def collect_stats(started: Started, seconds: dict[str, float]) -> dict[str, Any]
 
 
 def check_stats_file(path: Path) -> None:
-    """Refuse a file that cannot be written before the work is done, not after."""
+    """Raise ConfigError for a file that cannot be written; called before the work begins."""
     check_output(NamedFile("--stats-file", path), _FORMAT)
 
 
