@@ -40,7 +40,7 @@ _KILL_SECONDS = 3.0  # for other ranks to report that this one is stopped, befor
 _GRACE_SECONDS = 3.0  # for all ranks to leave the job after one has left it early
 _CAUSE_SECONDS = 2.0  # for another rank to report the cause of a lost connection
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-RUN = "run"  # the stage in which the program decides what is done
+RUN = "run"  # the stage after start-up
 
 
 class _ScheduledExit(NamedTuple):

@@ -86,7 +86,7 @@ class Balancer:
         self._layers = dict(zip(placement.layers, found, strict=True))
         shape = len(self._physical_experts), placement.num_experts
         self._total, self._recent, self._steps = np.zeros(shape, np.int64), np.zeros(shape), 0
-        self._take_counts()  # those of the warm-up
+        self._take_counts()  # drops the counts of the warm-up
 
     def before_step(self) -> None:
         """Count a step; at every `rebalance_every`-th step, move experts to a better placement."""

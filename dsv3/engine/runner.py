@@ -126,7 +126,7 @@ class Runner:
             if plan.token_ids.min(initial=0) < 0:
                 known = batch.token_T.clamp_min(0)
                 fed = self._last_token_M[(-1 - batch.token_T).clamp_min(0)]
-                fed = fed.clamp_min(0)  # of a row that failed: it is not looked at any more
+                fed = fed.clamp_min(0)  # NOT_FINITE; the result of such a sequence is ignored
                 batch.token_T = torch.where(batch.token_T < 0, fed, known)
             width = max(int(each.top_logprobs.max(initial=-1)) for each in plans)
             step = partial(self.model, batch, self.cache)
