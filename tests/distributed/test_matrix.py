@@ -184,8 +184,12 @@ def test_weight_bytes(run: Run) -> None:
         one = run(1)[name]["stats"]["ranks"][0]["weight_bytes"]
         four = [r["weight_bytes"] for r in run(4)[name]["stats"]["ranks"]]
         assert one <= sum(four) < 1.6 * one and max(four) < 0.4 * one
-    kept, plain = (run(1)[n]["stats"]["ranks"][0]["weight_bytes"] for n in ("fp8, kept", "fp8"))
-    assert kept < 0.5 * plain
+    # Part edges of the random checkpoint cut blocks: those matrices are dequantized at load.
+    for kept, plain, share in (("demo, naive, kept", "demo", 0.5), ("fp8, kept", "fp8", 0.8)):
+        kept_bytes, plain_bytes = (
+            run(1)[name]["stats"]["ranks"][0]["weight_bytes"] for name in (kept, plain)
+        )
+        assert kept_bytes < share * plain_bytes
 
 
 def test_small_steps_and_small_caches_were_just_that(run: Run) -> None:
