@@ -66,7 +66,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise instead of exiting; suggest a flag for a misspelt one."""
         misspelt = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
-        close = get_close_matches(misspelt[1], self._option_string_actions) if misspelt else []
+        flags = self._option_string_actions
+        close = get_close_matches(misspelt[1], flags, cutoff=0.75) if misspelt else []
         hint = f"did you mean {close[0]}?" if close else "see --help"
         raise ConfigError(f"{message}; {hint}")
 
