@@ -41,6 +41,7 @@ def main() -> None:
 
     if int(os.environ["RANK"]) == bad_rank:
         Sampler.__call__ = sample_badly  # type: ignore[method-assign]
+    sys.path.insert(0, str(Path(GENERATE).parent))  # as Python does for a program
     runpy.run_path(GENERATE, run_name="__main__")
 
 

@@ -6,6 +6,7 @@ Usage: HANG_AT="PLACE RANK" python slow_rank.py [arguments of generate.py]
 import os
 import runpy
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ def main() -> None:
             load._load_target = hang  # type: ignore[assignment]
         if place == "template":
             ChatFormat.render = hang  # type: ignore[method-assign, assignment]
+    sys.path.insert(0, str(Path(GENERATE).parent))  # as Python does for a program
     runpy.run_path(GENERATE, run_name="__main__")
 
 

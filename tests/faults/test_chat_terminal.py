@@ -16,6 +16,7 @@ CHAT = [GENERATE, "--interactive"]
 AS_GENERATE = f"""
 import runpy, sys
 sys.argv[0] = {GENERATE!r}
+sys.path.insert(0, {str(Path(GENERATE).parent)!r})  # as Python does for a program
 runpy.run_path({GENERATE!r}, run_name="__main__")
 """
 # A wait of more than a second that is not announced to the watchdog fails the test.
