@@ -16,6 +16,7 @@ from dsv3.config import ModelConfig
 from dsv3.engine.groups import choose_group, rebalance_waiting, update_gauges
 from dsv3.engine.metrics import Metrics
 from dsv3.engine.plan_writer import write_plans
+from dsv3.engine.request_check import check_request
 from dsv3.engine.runner import Runner
 from dsv3.engine.scheduled import ScheduledSeq, ScheduledStep
 from dsv3.engine.scheduler import Scheduler
@@ -120,7 +121,7 @@ class Engine:
         """
         if request.request_id in self._sequences:
             raise RequestError(f"request_id {request.request_id!r} is already in progress")
-        self._check_tokens(request)
+        check_request(request, self.vocab_size, self._context_limit)
         params = request.params
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer; this checkpoint has none")
@@ -143,28 +144,6 @@ class Engine:
         self._sequences[request.request_id] = seq
         seq.group = choose_group(self._schedulers, seq) if group is None else group
         self._schedulers[seq.group].add(seq)
-
-    def _check_tokens(self, request: Request) -> None:
-        prompt, params = request.prompt_ids, request.params
-        if not prompt:
-            raise RequestError("the prompt is empty; give at least one token")
-        if min(prompt) < 0 or max(prompt) >= self.vocab_size:
-            bad = next(t for t in prompt if not 0 <= t < self.vocab_size)
-            raise RequestError(f"prompt token {bad} is not in 0..{self.vocab_size - 1}")
-        for token in params.logit_bias:
-            if not 0 <= token < self.vocab_size:
-                raise RequestError(
-                    f"logit_bias[{token}] is no token of this model (0 to {self.vocab_size - 1})"
-                )
-        room = self._context_limit - len(prompt)
-        if room < min(1, params.max_tokens):
-            most = self._context_limit - min(1, params.max_tokens)
-            raise RequestError(f"the prompt has {len(prompt)} tokens, it may have {most}")
-        if params.max_tokens > room:
-            raise RequestError(
-                f"prompt of {len(prompt)} tokens + max_tokens={params.max_tokens} exceed the "
-                f"context of {self._context_limit}; max_tokens may be {room}"
-            )
 
     def cancel(self, request_id: str) -> None:
         """Drop a request without an answer; unknown ids are ignored."""
