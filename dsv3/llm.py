@@ -36,7 +36,7 @@ from dsv3.request import Completion, Request, RequestOutput, SamplingParams
 from dsv3.setting_names import argument
 from dsv3.settings import EngineConfig
 from dsv3.text.chat import AnyFormat, ChatFormat, UnusableFormat
-from dsv3.text.library_format import (
+from dsv3.text.llm_format import (
     chat_requests,
     check_conversation_id,
     prompt_requests,

@@ -35,14 +35,11 @@ from dsv3.distributed.restarts import has_mark, set_mark
 from dsv3.engine.engine import Engine, follow
 from dsv3.engine.locate import locate_checkpoint
 from dsv3.engine.program import (
-    Parser,
-    add_engine_flags,
     common_settings,
     engine_config,
     run_program,
     set_up_logging,
 )
-from dsv3.engine.program_files import check_files
 from dsv3.engine.start import Started, identify, start
 from dsv3.engine.stats import check_stats_file, collect_stats, write_stats_file
 from dsv3.errors import CheckpointError, ConfigError
@@ -52,7 +49,7 @@ from dsv3.serve.batch_file import BatchInput
 from dsv3.serve.chat import Chat
 from dsv3.serve.console import open_console
 from dsv3.serve.conversation import OnFull
-from dsv3.serve.exporter import check_exporter, serve_metrics
+from dsv3.serve.exporter import serve_metrics
 from dsv3.serve.input_history import InputHistory, history_path
 from dsv3.serve.journal import BatchJournal
 from dsv3.serve.one_shot import Prompt, answer_prompt, read_prompt
@@ -62,144 +59,12 @@ from dsv3.setting_names import flag
 from dsv3.text.chat import AnyFormat, ChatFormat, UnusableFormat
 from dsv3.text.defaults import Defaults, Sampling
 from dsv3.text.text_request import digest
+from generate_flags import parse_args
 
 if TYPE_CHECKING:
     from benchlib.bound import Profile
 
 log = logging.getLogger("dsv3")
-
-
-def parse_args() -> argparse.Namespace:
-    """Parse the command line; flags of DeepSeek's generate.py keep their names and meaning."""
-    parser = Parser(description=(__doc__ or "").split("\n")[0])
-    add_task_flags(parser.add_argument_group("input and output"))
-    add_sampling_flags(
-        parser.add_argument_group(
-            "sampling, for rows without own values (a checkpoint may have other defaults)"
-        )
-    )
-    add_engine_flags(parser)
-    args = parser.parse_args()
-    check_flags(args)
-    inputs, outputs = ("--input-file", "--prewarm"), ("--output-file", "--stats-file")
-    check_files(args, inputs, outputs, prints=not args.output_file)
-    for name in ("stats_file", "record_expert_load"):
-        if getattr(args, name) == "-":
-            setattr(args, name, "/dev/stdout")
-    return args
-
-
-def add_task_flags(group: argparse._ArgumentGroup) -> None:
-    """Add the flags of prompts, answers and statistics."""
-    add = group.add_argument
-    add("--interactive", action="store_true", help="chat on the terminal")
-    add(
-        "--on-full",
-        choices=("drop", "stop"),
-        help="when a chat's context is full: drop the oldest turns (default), or stop",
-    )
-    add(
-        "--no-history",
-        action="store_true",
-        help="do not keep the messages of chats for the arrow keys of later chats",
-    )
-    add(
-        "--prompt",
-        action="append",
-        help="answer this on standard output; without other input, read from a pipe",
-    )
-    add("--input-file", help="prompts, one per line, or OpenAI Batch JSONL (-: standard input)")
-    add("--prompt-separator", help="line (default) or blank-line")
-    add("--prewarm", help="file of prompts to compute first and keep in the cache")
-    add("--output-file", help="OpenAI Batch results; a second start resumes (-: standard output)")
-    add("--overwrite", action="store_true", help="delete the results in --output-file first")
-    add("--strict", action="store_true", help="exit with 1 if any row failed, not only if all")
-    add("--stats-file", help="file to write the run's statistics to, as JSON")
-    add("--metrics-port", type=int, help="serve /metrics for Prometheus on this port")
-    add(
-        "--metrics-host",
-        default="127.0.0.1",
-        help="address to serve /metrics on; 0.0.0.0 is all interfaces",
-    )
-
-
-def add_sampling_flags(group: argparse._ArgumentGroup) -> None:
-    """Add the flags with defaults of sampling parameters."""
-    add = group.add_argument
-    add(
-        "--max-new-tokens", type=int, help="most tokens of an answer (default: 200; chat: no limit)"
-    )
-    add("--temperature", type=float, help="0 is greedy (default: 0.2)")
-    add(
-        "--top-p",
-        type=float,
-        help="keep the likeliest tokens up to this sum of probabilities (default: 1)",
-    )
-    add("--top-k", type=int, help="keep only this many of the likeliest tokens (default: all)")
-    add(
-        "--min-p",
-        type=float,
-        help="drop tokens less likely than this share of the likeliest one (default: 0)",
-    )
-    add(
-        "--repetition-penalty",
-        type=float,
-        help="divide the logits of tokens in the prompt or the answer by this (default: 1)",
-    )
-    add(
-        "--frequency-penalty",
-        type=float,
-        help="subtract this from a token's logit for each occurrence in the answer (default: 0)",
-    )
-    add(
-        "--presence-penalty",
-        type=float,
-        help="subtract this once from the logits of tokens in the answer (default: 0)",
-    )
-    add("--seed", type=int, help="seed of the random numbers (default: 0)")
-    add("--thinking", action="store_true", help="let the model think before it answers")
-    add("--system", help="system message of conversations without one")
-    add("--chat-template", metavar="FILE", help="Jinja template to use instead of the checkpoint's")
-
-
-def check_flags(args: argparse.Namespace) -> None:
-    """Raise ConfigError for flags that exclude each other or need an input."""
-    given = [
-        name
-        for name, value in (
-            ("--interactive", args.interactive),
-            ("--input-file", args.input_file is not None),
-            ("--prompt", args.prompt is not None),
-        )
-        if value
-    ]
-    if len(given) > 1:
-        raise ConfigError(f"give {given[0]} or {given[1]}, not both")
-    if args.prompt is not None and len(args.prompt) > 1:
-        raise ConfigError("give --prompt once; an --input-file holds several, one a line")
-    if given != ["--input-file"] and (args.output_file or args.strict):
-        flag = "--output-file" if args.output_file else "--strict"
-        raise ConfigError(
-            f"{flag} is for the rows of an --input-file (-: standard input); there is none"
-        )
-    check_required_flags(args)
-
-
-def check_required_flags(args: argparse.Namespace) -> None:
-    """Raise ConfigError for flags that need another flag."""
-    if args.input_file and not args.output_file and sys.__stdout__ is None:
-        raise ConfigError("standard output is closed; give --output-file for the answers")
-    if args.metrics_port is not None:
-        check_exporter(args.metrics_port)
-    if args.overwrite and not args.output_file:
-        raise ConfigError("--overwrite starts an --output-file anew; there is none")
-    for name, value in (("--on-full", args.on_full), ("--no-history", args.no_history)):
-        if value and not args.interactive:
-            raise ConfigError(f"{name} is for a chat; add --interactive, or leave it out")
-    if args.prompt_separator and not (args.input_file or args.prewarm):
-        raise ConfigError("--prompt-separator is for an --input-file or --prewarm; there is none")
-    if args.hardware != "measure" and not args.profile:
-        raise ConfigError("--hardware gives the ceilings of --profile; add that, or leave it out")
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ class Adjustments:
             of the answer too, or NOT_FED; its entries in `seen_2E`; in `bias`.
         factors_3K: repetition, frequency and presence penalties.
         seen_2E: tokens that penalties concern, distinct in each row, and their uses.
-        bias_token, bias: [N] tokens, and what is added to their logits.
+        bias_token, bias: [N] tokens, and the numbers to add to their logits.
         fed_M: [M] tokens of the step before, on the device; negative where there is none.
     """
 

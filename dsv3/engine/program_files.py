@@ -45,7 +45,7 @@ def check_files(
         ConfigError: an output is an input, another output, or a file of the checkpoint.
     """
     checkpoint = Path(getattr(args, "ckpt_path", None) or DEMO)
-    written = [*_named(args, *outputs, *_ENGINE_OUTPUTS), *_logs(args)]
+    written = [*_named(args, [*outputs, *_ENGINE_OUTPUTS]), *_logs(args)]
     stdout = Path("/dev/stdout")
     written = [NamedFile(o.flag, stdout) if o.path == STANDARD else o for o in written]
     for output in written:
@@ -54,8 +54,8 @@ def check_files(
             raise ConfigError(
                 f"{output}: the name of a checkpoint's file, in its directory; choose another name"
             )
-    _refuse_two_readers([file for file in _named(args, *inputs) if is_stream(file.path)])
-    read = [*_checkpoint_files(checkpoint), *_named(args, *inputs, *_ENGINE_INPUTS)]
+    _refuse_two_readers([file for file in _named(args, inputs) if is_stream(file.path)])
+    read = [*_checkpoint_files(checkpoint), *_named(args, [*inputs, *_ENGINE_INPUTS])]
     standard = {name: NamedFile("", Path(f"/dev/std{name}")) for name in ("in", "out", "err")}
     if prints:  # often to the same file as errors
         files = [file for file in read if not is_stream(file.path)]
@@ -64,7 +64,7 @@ def check_files(
     refuse_same_files(written, [*streams, *read])
 
 
-def _named(args: argparse.Namespace, *flags: str) -> Iterator[NamedFile]:
+def _named(args: argparse.Namespace, flags: Sequence[str]) -> Iterator[NamedFile]:
     for flag in flags:
         value = getattr(args, flag.removeprefix("--").replace("-", "_"), None)
         if value:

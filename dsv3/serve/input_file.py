@@ -129,7 +129,7 @@ class InputFile:
             file.close()
             raise self.error("a device, neither a file nor a pipe")
         if file.isatty():
-            log.info("%s: reading what is typed; Ctrl-D ends it", self.name)
+            log.info("%s: reading from the terminal; Ctrl-D ends it", self.name)
         return file
 
     def _refuse_binary(self, begin: bytes) -> None:

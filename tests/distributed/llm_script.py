@@ -59,7 +59,7 @@ def talk(llm: LLM) -> dict[str, Any]:
     several = llm.generate("1 + 1 =", {"n": 2, "temperature": 1.5, "max_tokens": 4, "seed": 5})
     got["several"] = [(done.index, done.text) for done in several]
     got["system"] = [done.prompt_ids for done in llm.chat(MLA, SHORT, system="Be brief.")]
-    # Other ranks than 0 need not know what is asked.
+    # Other ranks than 0 need no prompt.
     got["after"] = [done.text for done in llm.chat(ANNA if llm.is_main else None)]
     return got
 

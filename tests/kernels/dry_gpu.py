@@ -185,7 +185,7 @@ class Gpu:
     def _values(
         self, func: Any, name: str, args: Any, kwargs: dict[str, Any], ours: list[OnGpu]
     ) -> Any:
-        """Compute with what is held; only shapes, where something of it holds no values."""
+        """Compute with the held values; only shapes, where an argument has no values."""
         target = kwargs.pop("device", None)
         for key in ("pin_memory", "non_blocking"):
             kwargs.pop(key, None)
@@ -201,7 +201,7 @@ class Gpu:
             return self._shapes(func, name, args, kwargs | device)
         try:
             return func(*args, **kwargs, **device)
-        except NotImplementedError:  # what only CUDA has
+        except NotImplementedError:  # the operation runs on CUDA only: compute its shapes
             return self._shapes(func, name, args, kwargs)
 
     def _new(self, func: Any, args: Any, kwargs: dict[str, Any], is_like: bool) -> torch.Tensor:
@@ -215,7 +215,7 @@ class Gpu:
         return torch.empty_strided(made.shape, made.stride(), dtype=made.dtype).zero_()
 
     def _shapes(self, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Return results without values. What is changed in place keeps the values it has."""
+        """Return results without values. Tensors changed in place keep their values."""
         first = args[0].held if args and isinstance(args[0], OnGpu) else args[0]
         if name == "copy_":
             torch.broadcast_shapes(args[0].shape, args[1].shape)

@@ -50,7 +50,7 @@ def map_memory(folder: Path, rank: int, ranks: int) -> tuple[Peers, list[Tensor]
 
 
 def operands(step: int, ranks: int) -> tuple[Tensor, list[Tensor], Tensor]:
-    """Return what is added to, all ranks' parts, and the weights; the same on every rank."""
+    """Return the residual, all ranks' parts and the weights; the same on every rank."""
     rows, dim, dtype = STEPS[step]
     rng = torch.Generator().manual_seed(step)
     x, *parts = (torch.randn(rows, dim, generator=rng) for _ in range(ranks + 1))

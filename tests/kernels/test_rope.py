@@ -53,7 +53,7 @@ def test_scores_depend_on_distance_only() -> None:
 @pytest.mark.parametrize("interleaved", [True, False])
 @pytest.mark.parametrize("shape", [(1, 1, 16), (5, 20, 8), (3, 16, 64), (2, 3, 12)])
 def test_in_place(rotate, interleaved: bool, shape: tuple[int, int, int]) -> None:
-    """The last part of longer rows; what is before it stays."""
+    """The last part of longer rows; the part before it stays."""
     torch.manual_seed(2)
     (T, H, R), angle = shape, torch.rand(shape[0], shape[2] // 2) * 50
     x = torch.randn(T, H, R + 6)

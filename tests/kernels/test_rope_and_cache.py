@@ -18,7 +18,7 @@ EPS = 1e-6
 
 
 def make(T: int, C: int, R: int):
-    """What is projected, as a part of wider rows, with all that goes with it."""
+    """Return the projections, as parts of wider rows, and the kernel's other arguments."""
     torch.manual_seed(0)
     kv = torch.randn(T, 7 + C + R)[:, 7:] * 3
     angle = torch.rand(T, R // 2) * 50

@@ -67,7 +67,7 @@ def test_no_tokens() -> None:
 
 
 def test_the_program_that_ends_last_sorts() -> None:
-    """Nobody does before all have arrived, whatever is counted in the order of programs."""
+    """No program sorts before all have arrived, whatever their order."""
     logits, locks = torch.randn(1, 4, 256), make_locks(torch.empty(256, 1))
     locks[0] = -1
     router, local = RouterInput(logits, None, V3), LocalExperts(0, 256)

@@ -55,7 +55,7 @@ def test_launches_overlap_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_kernel_waits_its_turn() -> None:
-    """With overlapping launches one that does not would read what is not written yet."""
+    """With overlapping launches, one that does not could read values not yet written."""
     kernels = launches = 0
     for path in (ROOT / "kernels/dsv3_kernels").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -1,8 +1,8 @@
 """Tiny random checkpoints of every family, made by Hugging Face transformers.
 
-transformers initializes the model, names its tensors and computes what is expected; this file only
-draws the weights and stores them as the released checkpoints do: several shards, FP8 weights with
-block scales in another shard, a router bias in float32. The expected logits are those of the
+transformers initializes the model, names its tensors and computes the expected logits; this file
+only draws the weights and stores them as the released checkpoints do: several shards, FP8 weights
+with block scales in another shard, a router bias in float32. The expected logits are those of the
 stored values, FP8 dequantized, in float32.
 """
 

@@ -27,7 +27,7 @@ from tests.oracle.test_bfloat16 import errors
 MAKE = Callable[[str], Oracle]
 
 
-# Of transformers' parameters: what is multiplied by activations that are not quantized.
+# transformers' parameters whose activations are not quantized.
 PLAIN = ("lm_head", "gate.weight", "kv_b_proj")
 
 

@@ -81,7 +81,7 @@ def test_an_empty_file_has_no_rows(path: Path) -> None:
 def test_rows_are_read_as_they_are_needed(path: Path) -> None:
     num_rows, size = 500, 10_000
     path.write_text("".join(f"{row(f'r{i}', prompt='x' * size)}\n" for i in range(num_rows)))
-    next(iter(BatchInput(path, Defaults())))  # what is imported and cached once counts no more
+    next(iter(BatchInput(path, Defaults())))  # imports and caches are not counted
     tracemalloc.start()
     assert sum(1 for r in BatchInput(path, Defaults()) if r.request) == num_rows
     _, peak = tracemalloc.get_traced_memory()

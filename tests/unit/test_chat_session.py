@@ -1,4 +1,4 @@
-"""The turns of a chat: what is sent, shown, kept and forgotten."""
+"""The turns of a chat: requests, output, history and dropped turns."""
 
 from itertools import pairwise
 

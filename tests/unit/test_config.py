@@ -1,4 +1,4 @@
-"""Configurations: what is derived, and what is refused with which words."""
+"""Configurations: derived values, and the errors of invalid ones."""
 
 import dataclasses
 import math

@@ -208,7 +208,7 @@ def test_prewarmed_prompts_stay() -> None:
     finish(engine)
     engine.add(shared("user", 30, 9))
     assert finish(engine)["user"].cached_tokens == 30
-    # What is pinned is not there for others: they are refused, not left waiting.
+    # Others cannot use pinned tokens: their requests fail at once, instead of waiting.
     with pytest.raises(RequestError, match="need 60 cached tokens, the cache holds 48"):
         engine.add(ask("big", 53))
     with pytest.raises(ConfigError, match="more than half; raise --kv-cache-size"):
