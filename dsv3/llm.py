@@ -11,7 +11,7 @@ import sys
 import traceback
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,7 @@ from dsv3.text.chat import AnyFormat, ChatFormat, UnusableFormat
 from dsv3.text.llm_format import (
     chat_requests,
     check_conversation_id,
+    name_prompt,
     prompt_requests,
     stream_requests,
 )
@@ -300,7 +301,7 @@ class LLM(AbstractContextManager["LLM"]):
                 requests = make_requests()
                 try:
                     for i, request in enumerate(requests):
-                        with _named(request, i, len(requests)):
+                        with name_prompt(request, i, len(requests)):
                             groups.append(self._add(request, self._started.engine))
                 except BaseException:
                     self._session.drop([request.request_id for request in _flat(groups)])
@@ -357,18 +358,6 @@ def _texts(
 
 def _flat(groups: list[list[Request]]) -> list[Request]:
     return [request for group in groups for request in group]
-
-
-@contextmanager
-def _named(request: TextRequest, number: int, count: int) -> Iterator[None]:
-    """Add the number of the prompt to an error, if there are several prompts."""
-    try:
-        yield
-    except RequestError as error:
-        if count == 1:
-            raise
-        noun = "prompts" if request.messages is None else "conversations"
-        raise RequestError(f"{noun}[{number}]: {error}") from None
 
 
 def _read(name: str, value: Any, as_kind: Callable[[Any], Any], kind: str, default: Any) -> Any:

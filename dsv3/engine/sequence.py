@@ -24,8 +24,8 @@ def pack_choice(params: SamplingParams, answer: int = 0) -> bytes:
 class Sequence:
     """State of one request between steps.
 
-    Planning runs ahead of results by at most one step: `num_computed` counts what has been
-    planned, `num_committed` what has come back. `pending` is the (step, row) in flight that samples
+    Planning runs ahead of results by at most one step: `num_computed` counts the planned
+    tokens, `num_committed` those with results. `pending` is the (step, row) in flight that samples
     the token after `token_ids`.
 
     Attributes:

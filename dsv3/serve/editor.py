@@ -39,7 +39,7 @@ from dsv3.serve.terminal import BLOCK_HELP, PROMPT, harmless, is_mark, write
 HELP = f"""\
 Enter sends a message; Alt-Enter, or Esc and then Enter, begins a new line.
 {BLOCK_HELP}
-Ctrl-C stops an answer and drops what was typed ahead. Arrow keys bring back
+Ctrl-C stops an answer and drops text typed ahead. Arrow keys bring back
 earlier messages, also of earlier chats (--no-history keeps none)."""
 _DIM, _PLAIN = "\x1b[2m", "\x1b[22m"
 _PASTE_ON, _PASTE_OFF = "\x1b[?2004h", "\x1b[?2004l"  # bracketed paste

@@ -1,7 +1,8 @@
 """Requests of the Python library: prompts or conversations in, checked `TextRequest`s out."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from dsv3.arguments import plain, truth, whole
@@ -62,6 +63,18 @@ def stream_requests(
             if given is not None:
                 raise RequestError(f"{name}={shown(given)} is for conversations, not raw prompts")
     return _requests(inputs, params)
+
+
+@contextmanager
+def name_prompt(request: TextRequest, number: int, count: int) -> Iterator[None]:
+    """Add the number of the prompt to an error, if there are several prompts."""
+    try:
+        yield
+    except RequestError as error:
+        if count == 1:
+            raise
+        noun = "prompts" if request.messages is None else "conversations"
+        raise RequestError(f"{noun}[{number}]: {error}") from None
 
 
 def check_conversation_id(value: Any) -> str | None:

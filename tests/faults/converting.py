@@ -1,4 +1,4 @@
-"""convert.py run in this process, and what it has left behind."""
+"""Run convert.py in this process, and look at the files it leaves."""
 
 import contextlib
 import dataclasses

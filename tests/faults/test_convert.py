@@ -331,7 +331,7 @@ def test_a_hugging_face_directory_holds_its_digests(
 
 
 def test_a_directory_without_digests_is_not_verified(hf: Path, convert: Convert) -> None:
-    """The line says what was checked, and what cannot be."""
+    """The line names the checked and the unchecked properties."""
     code, text, err = convert(hf, None, "--verify")
     assert (code, text) == (2, "") and err == (
         f"error: {hf}: complete, with the right names, types and shapes, but without digests to "

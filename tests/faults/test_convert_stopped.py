@@ -1,4 +1,4 @@
-"""convert.py stopped, killed or short of memory: what it leaves never looks whole, and goes on."""
+"""convert.py stopped, killed or short of memory: no partial output looks complete; it resumes."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""Compiles, for a GPU that need not be there, what the wrappers would launch on it.
+"""Compiles the kernels that the wrappers would launch, without a GPU.
 
 TRITON_INTERPRET=0 python tests/kernels/compile_only.py 90
 

@@ -19,7 +19,7 @@ from tests.kernels.dry_gpu import CPU, CUDA, Gpu, OnGpu, gpu, is_cuda
 
 
 class Graph:
-    """A CUDA graph. What it uses and has not made itself must live as long as it does."""
+    """A CUDA graph. Tensors that it uses and did not allocate must live as long as it does."""
 
     def __init__(self, keep_graph: bool = False) -> None:
         self._used: dict[int, tuple[StorageWeakRef, str]] = {}

@@ -58,7 +58,7 @@ def operands(step: int, ranks: int) -> tuple[Tensor, list[Tensor], Tensor]:
 
 
 def disturb(patch: pytest.MonkeyPatch, is_slow: bool, how: str) -> None:
-    """Let a rank read late, and take away what the kernel cannot do without."""
+    """Let a rank read late, and remove a step that the kernel needs."""
     kernel = sys.modules["dsv3_kernels.ops.sum_norm"]
     wait = kernel._await
 
@@ -112,7 +112,7 @@ def check_all(mesh: Mesh, folder: Path) -> None:
 
 
 def check_answers(mesh: Mesh, folder: Path, job: tuple, want: dict[str, list[int]]) -> None:
-    """A model whose ranks sum this way says what it says on one rank."""
+    """A model whose ranks sum this way answers as on one rank."""
     mesh.tp.peers, shared = map_memory(folder, mesh.tp.rank, mesh.tp.size)
     got = run_case(mesh, *job)["answers"]
     flags = shared[0][-4 * MAX_ROWS * mesh.tp.size :].view(torch.int32)

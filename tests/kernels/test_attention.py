@@ -1,4 +1,4 @@
-"""The attention layer over all its kernels: what it computes over the references."""
+"""The attention layer over all its kernels gives the references' results."""
 
 import pytest
 import torch

@@ -16,7 +16,7 @@ from dsv3_kernels._triton import HAS_TRITON
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 ROOT = Path(__file__).parents[2]
-# They run steps, which wait for nothing but what the one before has sampled.
+# They run steps, which wait only for the tokens of the step before.
 STEPS = (
     "runner",
     "sampler",

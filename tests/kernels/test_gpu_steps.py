@@ -1,4 +1,4 @@
-"""Steps on a real GPU (TRITON_INTERPRET=0): graphs give what they were captured from."""
+"""Steps on a real GPU (TRITON_INTERPRET=0): graphs give the results of the steps they captured."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The MoE layer of a loaded model over its kernels: what it computes over the references."""
+"""The MoE layer of a loaded model over its kernels gives the references' results."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING

@@ -154,7 +154,7 @@ def test_parts_are_added_up() -> None:
 
 
 def test_garbage_rows_still_name_experts() -> None:
-    """Unused rows of a CUDA graph may hold anything; what they choose must stay in range."""
+    """Unused rows of a CUDA graph may hold any bits; their expert ids must stay in range."""
     r = rule("noaux_tc", (8, 4), 8, True)
     ids, _ = route.kernel(RouterInput(torch.full((1, 1, 32), float("nan")), torch.zeros(32), r))
     assert len(set(ids[0].tolist())) == 8 and int(ids.min()) >= 0 and int(ids.max()) < 32

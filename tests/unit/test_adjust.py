@@ -56,7 +56,7 @@ def test_adjusted_logits(seed: int, in_flight: str) -> None:
         adjust.apply(logits)
         assert torch.allclose(logits, torch.tensor(want), rtol=1e-5, atol=1e-5), step
         for k, text in enumerate(texts):
-            # What was in flight is known later; few tokens come often.
+            # Tokens in flight are known later; few tokens come often.
             text.append(int(last[fed[k]]) if fed[k] >= 0 else int(rng.integers(0, 9)))
 
 

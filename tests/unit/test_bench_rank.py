@@ -68,7 +68,7 @@ def test_a_rank_is_measured(kv_shard: str) -> None:
         assert sum(row["share %"] for row in rows.values()) == pytest.approx(100)
         is_gathered = kv_shard == "tokens" and kind.startswith("decode")
         assert ("self_attn.all_gather" in rows) == is_gathered
-        # The floor of what was measured: nothing of it is lost.
+        # The lowest measured values: none is lost.
         assert all(row["floor ms"] > 0 for n, row in rows.items() if n in ("moe", "self_attn"))
     assert len(report.notes) == 6
     assert "all 4 layers at the same rates" in report.notes[1]

@@ -1,4 +1,4 @@
-"""The memory plan is what the model and the cache really allocate."""
+"""The memory plan equals the allocations of the model and the cache."""
 
 import dataclasses
 import math
@@ -187,7 +187,7 @@ def test_the_cache_is_what_was_planned(tp: int, size: str) -> None:
 
 
 def test_auto_leaves_memory_for_others() -> None:
-    """A quarter of what the weights leave, on a CPU."""
+    """A quarter of the memory beside the weights, on a CPU."""
     page = 64 * 1152
     _, planned = plan(EngineConfig(), 10_000_000 + 100 * page)
     assert planned.num_pages == 25

@@ -76,7 +76,7 @@ def test_the_last_to_come_gives_way_and_resumes(depth: int) -> None:
     engine.add(last)
     check(finish(engine), first, last)
     assert engine.metrics.preemptions == 1
-    # The first never stops; the other goes on afterwards, from what was left of its prefix.
+    # The first never stops; the other goes on afterwards, from the rest of its prefix.
     contexts = [p.context_len.max() for p in runner.plans]
     assert sorted(contexts[: 20 - 1]) == contexts[: 20 - 1]
 
@@ -143,7 +143,7 @@ def test_the_last_token_is_computed_again() -> None:
 
 
 def test_a_common_prefix_is_computed_once() -> None:
-    """Requests that come together wait for the first to compute what they share."""
+    """Requests that come together wait for the first to compute their common prefix."""
     engine, runner = paper_engine(200, max_batch_tokens=50, max_running=8)
     requests = [shared(f"r{i}", 120, 5) for i in range(6)]
     for r in requests:

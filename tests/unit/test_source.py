@@ -116,7 +116,7 @@ def test_converted_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_share_of_a_converted_directory(tmp_path: Path) -> None:
-    """A host may hold the files of its own ranks only; what they do not read is not missed."""
+    """A host may hold the files of its own ranks only; the files of other ranks may be missing."""
     with open_source(write_hf(tmp_path / "hf", CONFIG, random_tensors(CONFIG))) as source:
         layout = ParallelConfig(world_size=2)
         convert(source, make_plan(source, layout), tmp_path / "mp2", workers=1)

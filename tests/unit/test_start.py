@@ -47,7 +47,7 @@ def test_dtype_of_dispatched_tokens() -> None:
 
 
 class Gpu:
-    """Memory of a device that is not there: every step takes some, graphs keep what they took."""
+    """The memory of a pretended device: every step takes some, graphs keep theirs."""
 
     def __init__(self) -> None:
         self.allocated, self.reserved, self.peak, self.kept = 1000, 5000, 0, 0
