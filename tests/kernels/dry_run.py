@@ -29,7 +29,7 @@ def main() -> None:
     compiles = sys.argv[1] == "--compile"
     del sys.argv[: 1 + compiles]
     sys.path.insert(0, str(Path(sys.argv[0]).parent))  # as Python does for a program
-    # CUDA's own profiler would tell.
+    # CUDA's own profiler finds these on a GPU.
     intervals = mock.patch("benchlib.rank.kernel_intervals", lambda run: run() and [])
     with dry_gpu(compiles) as gpu, intervals:
         try:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchlib import rank as bench_rank
-from benchlib.rank import Rank, RankShape
+from benchlib import rank_share
+from benchlib.rank_share import Rank, RankShape
 from benchlib.stand_in import StandIn
 from dsv3.config import ParallelConfig
 from dsv3.config_files import DEMO, load_model_config
@@ -123,10 +123,10 @@ def one_of_two_groups(form: str, device: torch.device, monkeypatch: pytest.Monke
     placement = Placement.contiguous(replace(config, num_hidden_layers=2), 4, 4)
     settings = DispatchSettings(form, FP8)
     shape = RankShape(config=config, world=2, rank=1, layers=2)
-    monkeypatch.setattr(bench_rank, "ParallelConfig", lambda **_: layout)
-    monkeypatch.setattr(bench_rank, "stand_in_mesh", lambda *_: mesh)
+    monkeypatch.setattr(rank_share, "ParallelConfig", lambda **_: layout)
+    monkeypatch.setattr(rank_share, "stand_in_mesh", lambda *_: mesh)
     make = partial(Transformer, settings=settings, placement=placement)
-    monkeypatch.setattr(bench_rank, "Transformer", make)
+    monkeypatch.setattr(rank_share, "Transformer", make)
     return Rank(shape, device, 512)
 
 

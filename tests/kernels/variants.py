@@ -19,7 +19,7 @@ from compile_only import NoDevice, pretend
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from benchlib.rank import Rank, RankShape
+from benchlib.rank_share import Rank, RankShape
 from dsv3.config_files import DEMO, load_model_config
 from dsv3.engine.runner import Runner
 from dsv3.engine.step_plan import StepPlan

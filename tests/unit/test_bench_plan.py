@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchlib import balance
+from benchlib import balance, layouts, plan_measured
 from benchlib import plan as bench
+from benchlib.hardware import read_hardware
 from benchlib.roofline import HARDWARE, RooflineSetup
 from benchlib.step_shape import StepShape
 from dsv3.config import ParallelConfig
@@ -21,7 +22,7 @@ H200 = HARDWARE["h200"]
 
 
 def test_every_layout_once() -> None:
-    found = [(x.setup.layout.tp, x.setup.kv_shard, x.dispatch) for x in bench.layouts(V3, 4)]
+    found = [(x.setup.layout.tp, x.setup.kv_shard, x.dispatch) for x in layouts.layouts(V3, 4)]
     assert found == [
         (1, "none", "alltoall"),
         (1, "none", "allreduce"),
@@ -32,28 +33,28 @@ def test_every_layout_once() -> None:
         (4, "tokens", "allreduce"),
         (4, "none", "allreduce"),
     ]
-    assert [x.flags() for x in bench.layouts(V3, 1)] == ["--tp 1 --dp 1 --kv-shard none"]
-    assert next(bench.layouts(V3, 2)).flags().endswith("--moe-dispatch alltoall")
-    assert list(bench.layouts(V3, 3)) == []
+    assert [x.flags() for x in layouts.layouts(V3, 1)] == ["--tp 1 --dp 1 --kv-shard none"]
+    assert next(layouts.layouts(V3, 2)).flags().endswith("--moe-dispatch alltoall")
+    assert list(layouts.layouts(V3, 3)) == []
 
 
 @pytest.mark.slow
 def test_memory() -> None:
     eight = ParallelConfig(world_size=8)
     dealt, repeated = (replace(V3, layout=eight, kv_shard=kind) for kind in ("tokens", "none"))
-    weights, tokens = bench.memory(dealt, H200)
+    weights, tokens = layouts.memory(dealt, H200)
     assert 79 < weights / 2**30 < 86
-    assert tokens == pytest.approx(8 * bench.memory(repeated, H200)[1], rel=0.01)
+    assert tokens == pytest.approx(8 * layouts.memory(repeated, H200)[1], rel=0.01)
     assert weights + tokens / 8 * 61 * 1152 < H200.memory
-    assert bench.memory(dealt, HARDWARE["h100"]) == (weights, 0)
+    assert layouts.memory(dealt, HARDWARE["h100"]) == (weights, 0)
     groups = replace(V3, layout=ParallelConfig(world_size=8, tp=1, dp=8))
-    assert bench.memory(groups, H200)[0] > weights
+    assert layouts.memory(groups, H200)[0] > weights
 
 
 def test_time() -> None:
     place = ParallelConfig(world_size=8, tp=1, dp=8)
     sent, gathered = (
-        bench.Layout(replace(V3, layout=place), kind) for kind in ("alltoall", "allreduce")
+        layouts.Layout(replace(V3, layout=place), kind) for kind in ("alltoall", "allreduce")
     )
     prompt, decode = StepShape(prefill=1024), StepShape(decode=16, context=1000)
     # A token needs 4 groups at most, so sending it there costs less than telling all of them.
@@ -71,11 +72,11 @@ def test_time() -> None:
 
 
 def test_hardware(tmp_path: Path) -> None:
-    hardware, ranks = bench.read_hardware("h800x16", {"read": 2e12})
+    hardware, ranks = read_hardware("h800x16", {"read": 2e12})
     assert (ranks, hardware.read, hardware.link) == (16, 2e12, HARDWARE["h800"].link)
     file = tmp_path / "mine.yaml"
     file.write_text("read: 1e12\nfp8: 1e15\nbf16: 5e14\nfp32: 5e13\nranks: 4\n")
-    hardware, ranks = bench.read_hardware(str(file), {})
+    hardware, ranks = read_hardware(str(file), {})
     assert (ranks, hardware.bf16) == (4, 5e14)
     for text, figures, fault in (
         ("h1000", {}, "--hardware=h1000 is no file and none of h100x8"),
@@ -85,10 +86,10 @@ def test_hardware(tmp_path: Path) -> None:
         ("h100x0", {}, "ranks must be a number above 0"),
     ):
         with pytest.raises(ConfigError, match=fault):
-            bench.read_hardware(text, figures)
+            read_hardware(text, figures)
     file.write_text("read: 1e12\n")
     with pytest.raises(ConfigError, match="missing 3 required"):
-        bench.read_hardware(str(file), {})
+        read_hardware(str(file), {})
 
 
 def test_ranking() -> None:
@@ -114,7 +115,7 @@ def test_ranking() -> None:
 @pytest.mark.slow
 def test_measured_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Few small steps: the errors of predicted times are reported."""
-    monkeypatch.setattr(bench, "CHECKED", ((1, 1, 10), (4, 1, 64), (1, 64, 0)))
+    monkeypatch.setattr(plan_measured, "CHECKED", ((1, 1, 10), (4, 1, 64), (1, 64, 0)))
     report, figures = tmp_path / "report.json", tmp_path / "here.yaml"
     asked = ("--kv-cache-size", "1024tok", "--threads", "1", "--json", str(report))
     saved = ("--save-hardware", str(figures))
@@ -125,7 +126,7 @@ def test_measured_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert [row["error %"] is None for row in rows] == [True, False, True]
     wanted = 100 * (rows[1]["predicted ms"] / rows[1]["measured ms"] - 1)
     assert rows[1]["error %"] == pytest.approx(wanted)
-    hardware, ranks = bench.read_hardware(str(figures), {})
+    hardware, ranks = read_hardware(str(figures), {})
     assert ranks == 1 and 0 < hardware.read <= 1e12
     paper = ("--hardware", str(figures), "--batch", "2", "--context", "64", "--dtype", "float32")
     assert bench.main([*paper, "--json", str(report)]) == 0
@@ -151,10 +152,10 @@ def test_wrong_commands(command: tuple[str, ...], fault: str) -> None:
 
 def test_fit() -> None:
     floors, counts = np.array([1.0, 2, 9]), np.array([50.0, 50, 40])
-    slower, launch = bench.fit(np.stack([floors, counts, 1.5 * floors + 0.01 * counts]))
+    slower, launch = plan_measured.fit(np.stack([floors, counts, 1.5 * floors + 0.01 * counts]))
     assert (slower, launch) == pytest.approx((1.5, 0.01))
-    assert bench.fit(np.stack([floors, counts, floors / 2]))[0] == 1.0
-    assert bench.fit(np.stack([floors, counts, 1.5 * floors]))[1] < 1e-8
+    assert plan_measured.fit(np.stack([floors, counts, floors / 2]))[0] == 1.0
+    assert plan_measured.fit(np.stack([floors, counts, 1.5 * floors]))[1] < 1e-8
 
 
 def test_balance(tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from benchlib.hardware import hardware
-from benchlib.rank import Rank, RankShape, rank_report
+from benchlib.rank import rank_report
+from benchlib.rank_share import Rank, RankShape
 from benchlib.roofline import HARDWARE
 from benchlib.stand_in import StandIn, stand_in_mesh
 from dsv3.config import ParallelConfig

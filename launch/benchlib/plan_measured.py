@@ -1,0 +1,185 @@
+"""Step times on this machine: measured, and predicted from measured rates."""
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from statistics import median
+
+import numpy as np
+import torch
+import yaml
+
+from benchlib.bound import weight_format
+from benchlib.hardware import HARDWARE_FILE, hardware
+from benchlib.layouts import Layout
+from benchlib.report import Report, machine
+from benchlib.roofline import Hardware, RooflineSetup
+from benchlib.step_shape import StepShape
+from common import tune_for_model, tune_process
+from dsv3.config_files import load_model_config
+from dsv3.distributed.mesh import join_world
+from dsv3.engine.engine import follow
+from dsv3.engine.locate import locate_checkpoint
+from dsv3.engine.program import engine_config
+from dsv3.engine.start import Started, start
+from dsv3.engine.step_plan import StepPlan
+from dsv3.errors import ConfigError
+from dsv3.files import NamedFile, write_output
+from dsv3.setting_names import flag
+
+_REPEATS = 30
+# Steps to measure: sequences, new tokens of each, positions before them. Every other one is used to
+# fit the rates, the others to check the prediction.
+CHECKED = (
+    (1, 1, 64),
+    (2, 1, 64),
+    (8, 1, 64),
+    (64, 1, 64),
+    (32, 1, 256),
+    (8, 1, 1000),
+    (1, 64, 0),
+    (1, 256, 0),
+    (1, 1000, 0),
+)
+RATES = ("read", "fp8", "bf16", "fp32", "link", "net")
+MEASURED = ("read", "fp32", "bf16", "link", "link_latency")
+
+
+def least_seconds(run: Callable[[], object], device: torch.device, alone: bool) -> float:
+    """Return the least time of a call after a warm-up call; other processes only add to a time.
+
+    A CPU rank that runs `alone`, without waiting for other ranks, is timed in CPU time: on a busy
+    machine, other processes interrupt every long call.
+    """
+    clock = time.thread_time if alone and device.type == "cpu" else time.perf_counter
+    times = []
+    for _ in range(_REPEATS):
+        begin = clock()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(clock() - begin)
+    return min(times[1:])
+
+
+def measured_plan(args: argparse.Namespace) -> Report | None:
+    """Measure the machine and compare predicted with measured steps; rank 0 returns the report."""
+    if args.hardware != "measure" or args.figure:
+        raise ConfigError("--measure finds its own figures; leave --hardware and --figure out")
+    with join_world(args.device, args.tp, args.dp, name=flag) as mesh:
+        tune_process(mesh, args.threads)
+        config = load_model_config(args.config) if args.config else None
+        checkpoint = locate_checkpoint(args.ckpt_path, mesh)
+        started = start(checkpoint, engine_config(args), mesh, config, args.n_experts)
+        tune_for_model(started.config, mesh, args.threads)
+        ceilings = hardware("measure", mesh.device, mesh.world, float(started.plan.free_bytes))
+        ceilings = replace(ceilings, ranks_per_host=mesh.ranks_on_host)
+        if started.engine is None:
+            follow(started.runner, started.channel)
+            return None
+        try:
+            dispatch = "allreduce" if args.moe_dispatch == "allreduce" else "alltoall"
+            report, fitted = check_steps(started, ceilings, dispatch)
+        finally:
+            started.engine.stop()
+        if args.save_hardware:
+            figures = asdict(fitted) | {"ranks": mesh.layout.world_size}
+            file = NamedFile("--save-hardware", args.save_hardware)
+            write_output(file, HARDWARE_FILE, yaml.safe_dump(figures, sort_keys=False))
+        report.setting = {name: f"{getattr(ceilings, name):.3g}" for name in MEASURED}
+        report.setting |= machine(mesh.layout.world_size)
+        return report
+
+
+def fit(rows: np.ndarray) -> tuple[float, float]:
+    """Fit slowdown * floor + launch * count = time with the least relative error.
+
+    Args:
+        rows: [3, steps]: floor in seconds, number of operations, measured seconds.
+
+    Returns:
+        slowdown, at least 1, and launch, the seconds beside each operation, above 0.
+    """
+    floor = rows[0] / rows[2]
+    count = rows[1] / rows[2]
+    ones = np.ones(rows.shape[1])
+    solution = np.linalg.lstsq(np.stack([floor, count], 1), ones, rcond=None)[0]
+    slowdown, launch = solution.tolist()
+    if launch <= 0:
+        slowdown = float(floor @ ones / (floor @ floor))
+    if slowdown < 1:
+        launch = float(count @ (ones - floor) / (count @ count))
+    return max(slowdown, 1.0), max(launch, 1e-9)
+
+
+def check_steps(started: Started, hw: Hardware, dispatch: str) -> tuple[Report, Hardware]:
+    """Compare predicted with measured step times, on rank 0; the other ranks follow.
+
+    The model of a step's time is slowdown * floor + launch * operations. Every other step is used
+    to fit the two; the times of the steps between are predicted. All dp groups run the same plan.
+
+    Returns:
+        the report, and the hardware with the fitted rates.
+    """
+    cache = started.cache.layout
+    setup = RooflineSetup(
+        config=started.config,
+        layout=started.mesh.layout,
+        weights=weight_format(started.runner.model),
+        cache=cache.dtype,
+        form=cache.form,
+        kv_shard="tokens" if cache.shards > 1 else "none",
+    )
+    layout = Layout(setup, dispatch)
+    shapes: list[StepShape] = []
+    measured: list[float] = []
+    for batch, count, context in CHECKED:
+        pages = -(-(context + count) // cache.page_size)
+        if batch * pages > started.cache.num_usable_pages:
+            raise ConfigError(
+                "the cache is too small for these steps; give --kv-cache-size 16384tok"
+            )
+        page_table = np.arange(1, 1 + batch * pages, dtype=np.int32).reshape(batch, -1)
+        token_ids = np.zeros(batch * count, np.int32)
+        context_len = np.full(batch, context, np.int32)
+        plans = [StepPlan.greedy(token_ids, context_len, page_table)] * setup.layout.dp
+
+        def step(plans: list[StepPlan] = plans) -> None:
+            started.channel.send(plans)
+            started.runner.run(plans).to_host()
+
+        is_decode = count == 1
+        shapes.append(
+            StepShape(
+                decode=batch if is_decode else 0,
+                context=context,
+                prefill=0 if is_decode else batch * count,
+            )
+        )
+        measured.append(least_seconds(step, started.mesh.device, started.mesh.world.size == 1))
+    floors = [layout.seconds(shape, replace(hw, launch=0.0)) for shape in shapes]
+    counts = [sum(op.count for op in layout.ops(shape)) for shape in shapes]
+    slowdown, launch = fit(np.array([floors, counts, measured])[:, ::2])
+    rates = {name: getattr(hw, name) / slowdown for name in RATES}
+    hw = replace(hw, launch=launch, **rates)
+    report = Report("plan --measure")
+    for i, (batch, count, context) in enumerate(CHECKED):
+        predicted = layout.seconds(shapes[i], hw)
+        is_predicted = i % 2 == 1
+        report.rows.append(
+            {
+                "step": f"{batch} x {count} after {context}",
+                "floor ms": 1e3 * floors[i],
+                "predicted ms": 1e3 * predicted if is_predicted else None,
+                "measured ms": 1e3 * measured[i],
+                "error %": 100 * (predicted / measured[i] - 1) if is_predicted else None,
+            }
+        )
+    errors = [abs(row["error %"]) for row in report.rows[1::2]]
+    report.notes = [
+        f"the steps without an error were fitted: {1 / slowdown:.0%} of the measured rates, "
+        f"{1e6 * hw.launch:.3g} us beside every operation",
+        f"error of the others: {median(errors):.0f} % in the median, {max(errors):.0f} % at most",
+    ]
+    return report, hw

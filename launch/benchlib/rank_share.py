@@ -1,0 +1,182 @@
+"""One rank's share of a model, with random weights: model, cache and step plans."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchlib.roofline import RooflineSetup
+from benchlib.stand_in import stand_in_mesh
+from dsv3.cache.layout import CacheLayout
+from dsv3.cache.pool import CachePool
+from dsv3.checkpoint.sharding import tensor_specs
+from dsv3.config import ModelConfig, ParallelConfig
+from dsv3.engine.runner import Runner
+from dsv3.engine.step_plan import StepPlan
+from dsv3.errors import ConfigError
+from dsv3.model.attention import absorb_limit
+from dsv3.model.moe import MoE
+from dsv3.model.transformer import Transformer
+from dsv3.parallel.weights import FP8, WeightFormat
+from dsv3.settings import CacheDtype, KvShard
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankShape:
+    """The share of a model that one rank holds, and its storage formats.
+
+    Attributes:
+        world: number of ranks.
+        layers: number of first layers to keep, at most one of them dense; 0 keeps all.
+        weights, cache: "fp8", "bf16" or "fp32".
+        moves: exchanges write their bytes to memory; otherwise they cost next to nothing.
+        skew: Zipf exponent of the experts' popularity; 0 is uniform.
+    """
+
+    config: ModelConfig
+    world: int
+    rank: int = 0
+    layers: int = 0
+    weights: str = "fp8"
+    cache: CacheDtype = "bf16"
+    kv_shard: KvShard = "tokens"
+    moves: bool = True
+    skew: float = 0.0
+    seed: int = 0
+
+    @property
+    def cut(self) -> ModelConfig:
+        """Config of the model with the kept layers."""
+        c = self.config
+        if not self.layers or self.layers >= c.num_hidden_layers:
+            return c
+        dense = min(1, c.first_k_dense_replace)
+        return replace(c, num_hidden_layers=self.layers, first_k_dense_replace=dense)
+
+
+class Rank:
+    """A rank's share of a model, ready to run.
+
+    Args:
+        shape: the share.
+        device: device to allocate it on.
+        positions: number of positions of all sequences that fit the cache.
+    """
+
+    def __init__(self, shape: RankShape, device: torch.device, positions: int) -> None:
+        self.shape = shape
+        self.config = shape.cut
+        self.device = device
+        layout = ParallelConfig(world_size=shape.world, rank=shape.rank)
+        layout.check(self.config)
+        if shape.weights == "fp8" and self.config.quantization is None:
+            raise ConfigError("--weights=fp8 but the model is not stored in FP8; use bf16")
+        torch.manual_seed(shape.seed)
+        self._mesh = stand_in_mesh(layout, device, shape.moves)
+        self.model = self._make_model()
+        cached = CacheLayout.make(
+            self.config, "latent", shape.kv_shard, shape.cache, layout.tp, layout.tp_rank
+        )
+        pages = positions // cached.page_size
+        self.cache = CachePool(
+            cached, self.config.num_hidden_layers, pages + 1, device, self._mesh.tp
+        )
+        for layer in range(self.config.num_hidden_layers):  # a cache of zeros would cost less power
+            page = torch.randn(cached.slots_per_page, cached.width, device=device)
+            layer_cache = self.cache.layer(layer)
+            layer_cache.write(torch.arange(cached.slots_per_page, device=device), page)
+            slots_by_page = layer_cache.slots.view(pages + 1, -1)
+            slots_by_page[1:] = slots_by_page[0]
+        self._rng = np.random.default_rng(shape.seed)
+
+    @property
+    def setup(self) -> RooflineSetup:
+        """The setup for roofline floors."""
+        return RooflineSetup(
+            config=self.config,
+            layout=self._mesh.layout,
+            weights=self.shape.weights,
+            cache=self.shape.cache,
+            kv_shard=self.shape.kv_shard,
+        )
+
+    def new_runner(self, eager: bool = False) -> Runner:
+        """Return a new runner of the share."""
+        static = self.device.type == "cuda" and not eager
+        return Runner(self.model, self.cache, absorb_limit(self.config), static=static)
+
+    def _make_model(self) -> Transformer:
+        specs = tensor_specs(self.config)
+        weight_format = WeightFormat(_DTYPES[self.shape.weights], self.device)
+        if self.shape.weights == "fp8" and self.config.quantization is not None:
+            weight_format = replace(
+                weight_format,
+                fp8_names=frozenset(name for name, spec in specs.items() if spec.quantizable),
+                fp8_products=True,
+                ue8m0=self.config.quantization.scale_fmt == "ue8m0",
+            )
+        model = Transformer(self.config, self._mesh, weight_format)
+        for target in model.targets():
+            _fill(target.dest, target.name)
+            if target.scale is not None:
+                target.scale.fill_(target.dest.shape[1] ** -0.5)
+        self._make_popular(model)
+        return model.eval()
+
+    def _make_popular(self, model: Transformer) -> None:
+        """Bias the routers so that the experts' popularity follows `shape.skew`."""
+        for module in model.modules():
+            if isinstance(module, MoE) and module.router.bias is not None:
+                bias = module.router.bias.weight
+                popularity_rank = torch.randperm(len(bias), device=bias.device) + 1.0
+                bias.copy_(-0.1 * self.shape.skew * popularity_rank.log())
+
+    def plan(self, batch: int, context: int, new: int) -> StepPlan:
+        """Return a step in which sequences of `context` positions get `new` random tokens each.
+
+        Tokens are from this rank's part of the vocabulary; others would be embedded as zeros.
+        """
+        pages = self.cache.layout.pages_for(context + new)
+        pages_BG = np.arange(1, 1 + batch * pages, dtype=np.int32).reshape(batch, pages)
+        embed = self.model.embed_tokens
+        tokens = embed.start + self._rng.integers(0, embed.rows, batch * new)
+        return StepPlan.greedy(tokens.astype(np.int32), np.full(batch, context, np.int32), pages_BG)
+
+    def count_hits(self, plan: StepPlan) -> tuple[float, float]:
+        """Run a step; return local experts hit and rows routed to them, mean of the MoE layers."""
+        num_local = self.config.n_routed_experts // self.shape.world
+        hits: list[tuple[int, int]] = []
+        hooks = []
+
+        def count(first: int, _module: object, _x: object, out: tuple[Tensor, Tensor]) -> None:
+            ids = out[0][(out[0] >= first) & (out[0] < first + num_local)]
+            hits.append((len(ids.unique()), len(ids)))
+
+        for moe in self.model.modules():
+            if isinstance(moe, MoE):
+                hooks.append(moe.router.register_forward_hook(partial(count, moe.local.first)))
+        Runner(self.model, self.cache, absorb_limit(self.config)).run([plan])
+        for hook in hooks:
+            hook.remove()
+        experts, entries = np.mean(hits or [(0, 0)], axis=0)
+        return float(experts), float(entries)
+
+
+def _fill(weight: Tensor, name: str) -> None:
+    """Fill a weight with random values about as large as a trained model's.
+
+    The embedding dominates the hidden states, so they differ between tokens in all layers, and so
+    do the experts that tokens are routed to.
+    """
+    if weight.dtype == FP8:
+        weight.view(torch.uint8).random_(0, 256).bitwise_and_(0xBF)  # no exponent above 2, no NaN
+    elif weight.dim() == 1:
+        weight.fill_(1.0)
+    elif "embed_tokens" in name:
+        weight.normal_()
+    elif weight.numel():
+        weight.normal_(std=weight.shape[-1] ** -0.5)
