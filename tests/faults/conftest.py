@@ -16,3 +16,8 @@ def hf(tmp_path: Path) -> Path:
 @pytest.fixture
 def convert(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Convert:
     return Convert(monkeypatch, capsys)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from dsv3.checkpoint.directory import INDEX, SINGLE
 from dsv3.checkpoint.source import open_source
 from dsv3.errors import CheckpointError
 from launch import convert as cli
-from tests.checkpoint_files import FP8, TINY
+from tests.checkpoint_files import FP8, TINY, random_tensors, write_hf
 
 CONFIG = dataclasses.replace(TINY, quantization=FP8, num_nextn_predict_layers=1)
 
@@ -43,3 +44,24 @@ def looks_whole(folder: Path) -> bool:
         open_source(folder, CONFIG).close()
         return True
     return False
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    """Return the contents of all files below a directory."""
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
+
+
+def old_hugging_face(folder: Path) -> None:
+    """Write a checkpoint in two files and an index, to be replaced by a conversion."""
+    write_hf(folder, CONFIG, random_tensors(CONFIG, seed=5), files=2)
+
+
+def old_single_file(folder: Path) -> None:
+    """Write a checkpoint in one file without an index, to be replaced by a conversion."""
+    write_hf(folder, CONFIG, random_tensors(CONFIG, seed=5), files=1)
+    (folder / INDEX).unlink()
+    (folder / "model-00001-of-00001.safetensors").rename(folder / SINGLE)

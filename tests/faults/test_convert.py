@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dsv3.checkpoint.directory import INDEX
 from dsv3.checkpoint.source import open_source
 from dsv3.config_files import hf_config_dict
 from dsv3.errors import CheckpointError
@@ -17,7 +18,6 @@ from tests.faults.converting import CONFIG, Convert, contents
 from tests.programs import ROOT
 from tests.unit.test_source import EVEN, write_deepseek
 
-INDEX = "model.safetensors.index.json"
 SECOND = "model-00002-of-00003.safetensors"
 Q_B = "model.layers.0.self_attn.q_b_proj.weight"
 

@@ -4,186 +4,25 @@ import errno
 import json
 import os
 import shutil
-import signal
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dsv3.checkpoint import convert as conversion
+from dsv3.checkpoint.directory import INDEX, SINGLE
 from dsv3.checkpoint.journal import JOURNAL, ConversionJournal
-from dsv3.checkpoint.plan import make_plan
 from dsv3.checkpoint.source import open_source
-from dsv3.config import ParallelConfig
-from dsv3.config_files import hf_config_dict
 from dsv3.errors import CheckpointError
-from tests.checkpoint_files import random_tensors, write_file, write_hf
-from tests.faults.converting import CONFIG, Convert, contents, looks_whole
-from tests.unit.test_source import EVEN, write_deepseek
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "out"
-
-
-def everything(folder: Path) -> dict[str, bytes]:
-    """All files below a directory."""
-    return {
-        str(file.relative_to(folder)): file.read_bytes()
-        for file in folder.rglob("*")
-        if file.is_file()
-    }
-
-
-class Killer:
-    """Kills the process at one of the calls that change something on a disk."""
-
-    calls = ("unlink", "replace", "open", "fsync", "fdatasync", "ftruncate", "mkdir")
-
-    def __init__(self, moment: int) -> None:
-        self.left = moment
-        for name in self.calls:
-            setattr(os, name, self.counting(getattr(os, name)))
-
-    def counting(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*args: Any, **more: Any) -> Any:
-            self.left -= 1
-            if not self.left:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return call(*args, **more)
-
-        return counted
-
-
-def killed_at(moment: int, run: Callable[[], object]) -> bool:
-    """Run something in a process of its own; return True if it was killed at that moment."""
-    child = os.fork()
-    if not child:
-        code = 1
-        try:
-            Killer(moment)
-            run()
-            code = 0
-        finally:
-            os._exit(code)
-    status = os.waitpid(child, 0)[1]
-    assert os.WIFSIGNALED(status) or not os.waitstatus_to_exitcode(status)
-    return os.WIFSIGNALED(status)
-
-
-def old_rank_files(folder: Path, convert: Convert, hf: Path) -> None:
-    assert convert(hf, folder, "--model-parallel", 2)[0] == 0
-
-
-def old_hugging_face(folder: Path, convert: Convert, hf: Path) -> None:
-    write_hf(folder, CONFIG, random_tensors(CONFIG, seed=5), files=2)
-
-
-def old_single_file(folder: Path, convert: Convert, hf: Path) -> None:
-    write_hf(folder, CONFIG, random_tensors(CONFIG, seed=5), files=1)
-    (folder / INDEX).unlink()
-    (folder / "model-00001-of-00001.safetensors").rename(folder / SINGLE)
-
-
-def old_deepseek(folder: Path, convert: Convert, hf: Path) -> None:
-    write_deepseek(folder, random_tensors(EVEN, seed=5), 2)
-    shutil.copy(hf / "tokenizer.json", folder)
-
-
-TO_RANKS, TO_HF = ("--model-parallel", "2"), ("--to", "hf")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("old", "flags"),
-    [
-        (old_rank_files, TO_RANKS),
-        (old_hugging_face, TO_HF),
-        (old_single_file, TO_HF),
-        (old_deepseek, TO_RANKS),
-    ],
-    ids=lambda value: getattr(value, "__name__", ""),
+from tests.checkpoint_files import random_tensors, write_file
+from tests.faults.converting import (
+    CONFIG,
+    Convert,
+    contents,
+    everything,
+    old_single_file,
 )
-def test_a_kill_at_any_moment_leaves_the_old_checkpoint_or_goes_on(
-    old: Callable[[Path, Convert, Path], None],
-    flags: tuple[str, ...],
-    hf: Path,
-    out: Path,
-    tmp_path: Path,
-    convert: Convert,
-) -> None:
-    (hf / "encoding").mkdir()
-    (hf / "encoding" / "encode.py").write_text("print()")
-    new = write_hf(tmp_path / "new", CONFIG, random_tensors(CONFIG, seed=9))
-    (new / "tokenizer.json").write_text('{"other": 1}')
-    assert convert(new, tmp_path / "direct", *flags)[0] == 0
-    want = everything(tmp_path / "direct")
-    old(tmp_path / "old", convert, hf)
-    before = everything(tmp_path / "old")
-    kept = {name: data for name, data in before.items() if name.startswith("encoding")}
-    moment = kills = wholes = 0
-    while True:
-        moment += 1
-        shutil.rmtree(out, ignore_errors=True)
-        shutil.copytree(tmp_path / "old", out)
-        run = partial(convert, new, out, *flags, "--overwrite", "--workers", 1)
-        if not killed_at(moment, run):
-            break
-        kills += 1
-        if moment % 2:
-            killed_at(1 + moment % 11, run)  # while it is being mended
-        is_old = everything(out).items() >= before.items()
-        is_new = everything(out).items() >= want.items()
-        wholes += is_old
-        assert is_old or is_new or not looks_whole(out), moment
-        # Once the old one is broken, the command works without --overwrite, too.
-        more = ["--overwrite"] if is_old or moment % 2 else []
-        code, _, err = convert(new, out, *flags, *more, "--verify")
-        assert (code, err) == (0, ""), moment
-        assert everything(out) == want | kept, moment
-    assert kills > 30
-    assert 0 < wholes < kills
-    assert everything(out) == want | kept
-
-
-def test_another_plan_after_a_kill_while_names_are_given(
-    hf: Path, out: Path, convert: Convert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Complete files that lack only their names are not thrown away unasked."""
-    old_single_file(out, convert, hf)
-    monkeypatch.setattr(conversion, "_put_in_place", lambda *args: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        convert(hf, out, "--model-parallel", 2, "--overwrite")
-    monkeypatch.undo()
-    (out / SINGLE).unlink()  # the first that goes
-    code, _, err = convert(hf, out, "--model-parallel", 4)
-    assert (code, err.count("\n")) == (2, 1)
-    assert "another conversion was stopped while its files got their names" in err
-    assert convert(hf, out, "--model-parallel", 4, "--overwrite", "--verify")[0] == 0
-    assert convert(hf, tmp_path / "direct", "--model-parallel", 4)[0] == 0
-    assert contents(out) == contents(tmp_path / "direct")
-
-
-def test_an_unfinished_overwriting_leaves_the_old_checkpoint_in_use(
-    hf: Path, out: Path, convert: Convert, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It verifies as before; only leftovers of the same conversion are removed."""
-    assert convert(hf, out, "--model-parallel", 2)[0] == 0
-    first = contents(out)
-    monkeypatch.setattr(conversion, "_last_file", lambda *args: 1 / 0)
-    for ranks in (4, 2):
-        with pytest.raises(ZeroDivisionError):
-            convert(hf, out, "--model-parallel", ranks, "--overwrite")
-        assert contents(out).items() > first.items()
-        assert convert(out, None, "--verify")[0] == 0
-        assert "bit for bit" in convert(hf, out, "--model-parallel", 2)[1]
-        assert (contents(out) == first) == (ranks == 2)
 
 
 def test_a_second_conversion_is_refused_with_any_flags(
@@ -202,7 +41,7 @@ def test_a_second_conversion_is_refused_with_any_flags(
 def test_the_disk_must_hold_both(
     hf: Path, out: Path, convert: Convert, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old_single_file(out, convert, hf)
+    old_single_file(out)
     before = contents(out)
     usage = shutil.disk_usage(out)._replace(free=6_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
@@ -215,7 +54,7 @@ def test_the_disk_must_hold_both(
 
 
 def test_a_dry_run_lists_replaced_files(hf: Path, out: Path, convert: Convert) -> None:
-    old_single_file(out, convert, hf)
+    old_single_file(out)
     (out / "tokenizer.json").write_text("other")
     (out / "README.md").write_text("mine")
     (hf / "README.md").write_text("theirs")
@@ -253,7 +92,7 @@ def link_one_file(model: Path, edited: Path) -> Path:
     """One file of the source lies in the target."""
     shutil.copytree(model, edited)
     target = model.with_name("target")
-    old_single_file(target, None, model)  # type: ignore[arg-type]
+    old_single_file(target)
     name = "model-00002-of-00003.safetensors"
     (edited / name).rename(target / name)
     (edited / name).symlink_to(target / name)
@@ -325,7 +164,7 @@ def test_a_file_that_cannot_be_replaced_is_named(
     hf: Path, out: Path, convert: Convert, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As one that is mounted, or immutable."""
-    old_single_file(out, convert, hf)
+    old_single_file(out)
     unlink = Path.unlink
 
     def refuse(path: Path, missing_ok: bool = False) -> None:
@@ -354,7 +193,7 @@ def test_the_disk_becomes_full(
     convert: Convert,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    old_single_file(out, convert, hf)
+    old_single_file(out)
     before = contents(out)
 
     def fail(*_: object) -> None:
@@ -388,166 +227,10 @@ def test_a_target_that_is_a_link_to_a_directory(
         assert code == 2 and f"{path}: {reason}" in err
 
 
-OWN = ["README.md", "config.json", "tokenizer.json", "manifest.json", INDEX, SINGLE]
-OWN += ["model0-mp2.safetensors", "model0-mp2.safetensors.partial", "README.md.partial", JOURNAL]
-OWN += ["config.json.partial", "manifest.json.partial"]
-
-
-@pytest.mark.parametrize("name", OWN)
-def test_a_users_file_is_neither_replaced_nor_removed(
-    name: str, hf: Path, out: Path, convert: Convert
-) -> None:
-    (hf / "README.md").write_text("the source's")
-    out.mkdir()
-    (out / name).write_text("mine")
-    for flags in ([], ["--overwrite"]):
-        code, text, err = convert(hf, out, "--model-parallel", 2, *flags)
-        if name == "README.md" and flags:
-            assert (code, (out / name).read_text()) == (0, "mine")
-            assert f"kept in {out}, other than in the source: README.md" in text
-            return
-        assert (code, err.count("\n")) == (2, 1)
-        assert name.removesuffix(".partial") in err
-        assert contents(out) == {name: b"mine"}
-
-
-def test_the_config_that_is_read_is_not_replaced(tmp_path: Path, convert: Convert) -> None:
-    theirs = write_deepseek(tmp_path / "theirs", random_tensors(EVEN), 2)
-    out = write_hf(tmp_path / "out", EVEN, random_tensors(EVEN, seed=1))
-    config = out / "config.json"
-    config.write_text(json.dumps({"transformers_version": "5"} | hf_config_dict(EVEN)))
-    before = contents(out)
-    flags = ("--model-parallel", 2, "--overwrite", "--config", config)
-    code, _, err = convert(theirs, out, *flags)
-    assert code == 2 and f"{config}: the same file as {config}, which is read" in err
-    code, _, err = convert(theirs, out, *flags[:-1], out)
-    assert code == 2 and f"{config}: the same file as {config}, which is read" in err
-    assert contents(out) == before
-
-
-@pytest.mark.parametrize("flags", [[], ["--overwrite"]], ids=str)
-@pytest.mark.parametrize("name", OWN)
-def test_nothing_is_written_through_a_link(
-    name: str, flags: list[str], hf: Path, out: Path, tmp_path: Path, convert: Convert
-) -> None:
-    (hf / "README.md").write_text("the source's")
-    for wanted, target in (("mine", tmp_path / "mine"), (None, tmp_path / "none")):
-        shutil.rmtree(out, ignore_errors=True)
-        out.mkdir()
-        (out / name).symlink_to(target)
-        if wanted:
-            target.write_text(wanted)
-        code, _, _ = convert(hf, out, "--model-parallel", 2, *flags)
-        assert code == (0 if name == "README.md" and flags else 2)
-        assert (out / name).is_symlink()
-        assert (target.read_text() if wanted else target.exists()) == (wanted or False)
-
-
-@pytest.mark.parametrize(
-    "name", ["config.json", INDEX, "manifest.json", SINGLE, JOURNAL, "encoding"]
-)
-def test_pipes_and_directories_in_the_way(name: str, hf: Path, out: Path, convert: Convert) -> None:
-    (hf / "encoding").mkdir()
-    (hf / "encoding" / "encode.py").write_text("print()")
-    for make in (os.mkfifo, os.mkdir):
-        shutil.rmtree(out, ignore_errors=True)
-        out.mkdir()
-        make(out / name)
-        code, _, err = convert(hf, out, "--model-parallel", 2, "--overwrite")
-        if name == "encoding" and make is os.mkdir:
-            assert code == 0
-            continue
-        assert (code, err.count("\n")) == (2, 1)
-        assert name in err
-
-
-def test_a_linked_folder_of_side_files(
-    hf: Path, out: Path, tmp_path: Path, convert: Convert
-) -> None:
-    """Files that are the same behind it are left alone, no other is written there."""
-    for folder in (hf / "encoding", tmp_path / "theirs", out):
-        folder.mkdir()
-    (hf / "encoding" / "encode.py").write_text("new")
-    (out / "encoding").symlink_to(tmp_path / "theirs")
-    for text in (None, "mine"):
-        if text:
-            (tmp_path / "theirs" / "encode.py").write_text(text)
-        for flags in ([], ["--overwrite"]):
-            code, _, err = convert(hf, out, "--model-parallel", 2, *flags)
-            assert code == 2 and "encoding" in err
-        assert contents(tmp_path / "theirs") == ({"encode.py": b"mine"} if text else {})
-    (tmp_path / "theirs" / "encode.py").write_text("new")
-    assert convert(hf, out, "--model-parallel", 2, "--verify")[0] == 0
-
-
-def test_the_same_side_files_are_left_alone(
-    hf: Path, out: Path, tmp_path: Path, convert: Convert
-) -> None:
-    out.mkdir()
-    (out / "tokenizer.json").symlink_to(hf / "tokenizer.json")
-    os.link(hf / "config.json", out / "config.json")
-    for _ in range(2):
-        assert convert(hf, out, "--model-parallel", 2, "--verify")[0] == 0
-    assert (out / "tokenizer.json").is_symlink()
-    # Here config.json has to change, and it is the source's own.
-    before = contents(hf)
-    code, _, err = convert(hf, out, "--to", "bf16", "--overwrite")
-    assert code == 2 and "config.json: the same file as" in err
-    assert contents(hf) == before
-
-
-def test_files_that_change_the_model_and_are_not_of_the_source_are_named(
-    hf: Path, out: Path, convert: Convert
-) -> None:
-    old_hugging_face(out, convert, hf)
-    for name in ("chat_template.jinja", "vocab.json", "results.json", "train.py"):
-        (out / name).write_text("mine")
-    line = f"warning: {out}: read with the model, but not as in the source: "
-    flags = ("--model-parallel", 2)
-    code, _, err = convert(hf, out, *flags, "--overwrite")
-    assert code == 0 and f"{line}chat_template.jinja, vocab.json\n" in err
-    (hf / "tokenizer.json").write_text('{"another": 1}')
-    for again in (flags, (*flags, "--verify")):
-        code, text, err = convert(hf, out, *again)
-        assert code == 0 and "verified" in text
-        assert f"{line}tokenizer.json, chat_template.jinja, vocab.json\n" in err
-
-
-def test_files_that_no_checkpoint_names_stay(hf: Path, out: Path, convert: Convert) -> None:
-    old_hugging_face(out, convert, hf)
-    for name in ("adapter.safetensors", "notes.json", "model.safetensors.partial", "x.partial"):
-        (out / name).write_text("mine")
-    code, _, _ = convert(hf, out, "--model-parallel", 2, "--overwrite", "--verify")
-    assert code == 0
-    mine = {name for name, data in contents(out).items() if data == b"mine"}
-    assert mine == {"adapter.safetensors", "notes.json", "model.safetensors.partial", "x.partial"}
-    assert not (out / INDEX).exists() and not list(out.glob("model-0*"))
-
-
-def test_a_file_that_comes_while_converting_is_not_replaced(
-    hf: Path, out: Path, convert: Convert, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write = conversion._write
-
-    def slow(*args: Any) -> int:
-        (out / "tokenizer.json").write_text("mine")
-        return write(*args)
-
-    monkeypatch.setattr(conversion, "_write", slow)
-    code, _, err = convert(hf, out, "--model-parallel", 2)
-    assert code == 2 and "tokenizer.json: is in the way" in err
-    assert (out / "tokenizer.json").read_text() == "mine"
-    assert not looks_whole(out)
-    monkeypatch.undo()
-    (out / "tokenizer.json").rename(out / "mine.json")
-    code, text, _ = convert(hf, out, "--model-parallel", 2, "--verify")
-    assert code == 0 and "were there" in text
-
-
 def test_a_source_that_changes_while_it_is_read(
     hf: Path, out: Path, convert: Convert, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old_single_file(out, convert, hf)
+    old_single_file(out)
     before = contents(out)
     last = conversion._write_tensors
 
@@ -559,31 +242,6 @@ def test_a_source_that_changes_while_it_is_read(
     code, _, err = convert(hf, out, "--model-parallel", 2, "--overwrite")
     assert code == 2 and f"{hf}: was changed while it was read" in err
     assert contents(out).items() > before.items()
-
-
-@pytest.mark.parametrize(
-    "lines",
-    [
-        ['{"plan": "x", "names": ["../hf/config.json", "/x"], "replaces": ["../hf/config.json"]}'],
-        ['{"plan": ', "\0\0"],
-        ['{"plan": "PLAN", "names": []}', '["nothing", ["1"]]', '{"written": true}'],
-        ['{"plan": "PLAN", "names": 3}'],
-        ['{"plan": "PLAN", "names": ["a"]}', '["model.norm.weight", []]', "[[[["],
-    ],
-    ids=range(5),
-)
-def test_a_damaged_journal(lines: list[str], hf: Path, out: Path, convert: Convert) -> None:
-    """Only the work in the journal is lost."""
-    with open_source(hf) as source:
-        plan = make_plan(source, ParallelConfig(world_size=2)).fingerprint
-    (hf / "config.json.partial").write_text("mine")
-    before = contents(hf)
-    out.mkdir()
-    (out / JOURNAL).write_text("\n".join(lines).replace("PLAN", plan) + "\n")
-    code, _, err = convert(hf, out, "--model-parallel", 2, "--verify")
-    assert (code, err) == (0, "")
-    assert contents(hf) == before
-    assert not (out / JOURNAL).exists()
 
 
 def test_without_a_new_checkpoint_nothing_is_made(hf: Path, out: Path, convert: Convert) -> None:

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
+from dsv3.checkpoint.directory import INDEX
 from dsv3.config_files import DEMO
 from dsv3.errors import MAX_LINE, one_line
 from tests.programs import ALONE, GENERATE, HANG_SECONDS, ROOT, environment, run
 
 WEIGHTS = "model-00001-of-00002.safetensors"
-INDEX = "model.safetensors.index.json"
 CONFIG, GENERATION = "config.json", "generation_config.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 A, B = "model.layers.0.input_layernorm.weight", "model.layers.0.post_attention_layernorm.weight"

@@ -11,6 +11,7 @@ import pytest
 from dsv3.checkpoint import reader
 from dsv3.checkpoint.check import check_tensors
 from dsv3.checkpoint.convert import convert
+from dsv3.checkpoint.directory import INDEX
 from dsv3.checkpoint.names import weight_name
 from dsv3.checkpoint.plan import make_plan
 from dsv3.checkpoint.reader import Source
@@ -38,7 +39,6 @@ EVEN = dataclasses.replace(
     intermediate_size=512,
     moe_intermediate_size=256,
 )
-INDEX = "model.safetensors.index.json"
 SECOND = "model-00002-of-00003.safetensors"
 
 

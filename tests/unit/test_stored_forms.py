@@ -9,6 +9,7 @@ import pytest
 from dsv3.checkpoint.check import check_tensors
 from dsv3.checkpoint.contradictions import source_warnings
 from dsv3.checkpoint.convert import convert
+from dsv3.checkpoint.directory import INDEX
 from dsv3.checkpoint.plan import make_plan
 from dsv3.checkpoint.scales import read_scales
 from dsv3.checkpoint.source import check_stored_form, open_source
@@ -16,7 +17,6 @@ from dsv3.errors import CheckpointError
 from tests.checkpoint_files import FP8, TINY, Tensors, random_tensors, write_file, write_hf
 
 CONFIG = dataclasses.replace(TINY, quantization=FP8)
-INDEX = "model.safetensors.index.json"
 Q_A = "model.layers.0.self_attn.q_a_proj"
 
 
