@@ -4,8 +4,8 @@ TRITON_INTERPRET=0 python tests/kernels/compile_only.py 90
 
 The interpreter runs kernels as Python: it forgives branches of different types, and never makes a
 constant of an integer argument that is 1. The compiler does not. Prints a line for each kernel: its
-name, bytes of shared memory, bytes of a thread's stack (registers that did not suffice), and how
-often it holds each of `MARKS`.
+name, bytes of shared memory, bytes of a thread's stack (registers that did not suffice), how often
+it holds each of `MARKS`, a thread's registers and the number of instructions.
 """
 
 import re
@@ -140,17 +140,35 @@ def experts(is_hopper: bool) -> None:
         grouped_down.kernel(x[1], w[1], groups, rows, torch.bfloat16, torch.zeros(3, 2))
 
 
-def stack_of(cubin: bytes) -> int:
-    """Return the bytes of memory that a thread needs beside its registers."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+def _tool(name: str, *flags: str, cubin: bytes) -> str:
+    """Return the output of one of the tools that come with triton."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(tool), "-res-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"STACK:(\d+)", usage)
+        command = [str(path), *flags, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def usage_of(cubin: bytes) -> tuple[int, int]:
+    """Return a thread's registers, and the bytes of memory that it needs beside them."""
+    usage = _tool("cuobjdump", "-res-usage", cubin=cubin)
+    found = re.search(r"REG:(\d+).*?STACK:(\d+)", usage)
     assert found is not None, usage
-    return int(found[1])
+    return int(found[1]), int(found[2])
+
+
+def stack_of(cubin: bytes) -> int:
+    """Return the bytes of memory that a thread needs beside its registers."""
+    return usage_of(cubin)[1]
+
+
+def instructions_of(cubin: bytes) -> int:
+    """Return the number of machine instructions, without those that pad the end."""
+    lines = _tool("nvdisasm", "-c", cubin=cubin).splitlines()
+    return sum(
+        bool(re.search(r"/\*[0-9a-f]{4,}\*/", line)) and " NOP " not in line for line in lines
+    )
 
 
 def attention(is_hopper: bool) -> None:
@@ -245,9 +263,11 @@ def main() -> None:
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        ptx, stack = kernel.asm["ptx"], stack_of(kernel.asm["cubin"])
-        counts = " ".join(str(ptx.count(mark)) for mark in MARKS)
-        sys.stdout.write(f"{self.__name__} {kernel.metadata.shared} {stack} {counts}\n")
+        ptx, cubin = kernel.asm["ptx"], kernel.asm["cubin"]
+        registers, stack = usage_of(cubin)
+        counts = [ptx.count(mark) for mark in MARKS]
+        facts = (kernel.metadata.shared, stack, *counts, registers, instructions_of(cubin))
+        sys.stdout.write(f"{self.__name__} {' '.join(map(str, facts))}\n")
 
     JITFunction.run = compile_only
     pretend(capability)

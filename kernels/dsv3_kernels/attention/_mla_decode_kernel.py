@@ -100,6 +100,7 @@ def _mla_decode_kernel(
     pages,
     queries,
     num_rows,
+    split_len,  # positions of a split, a multiple of 16
     scale_log2,
     H: tl.constexpr,
     HEADS: tl.constexpr,
@@ -114,7 +115,6 @@ def _mla_decode_kernel(
     SHARD: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    SPLIT: tl.constexpr,
     PACKED: tl.constexpr,
     NATIVE: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -134,7 +134,7 @@ def _mla_decode_kernel(
     query_pos = tl.load(pos_ptr + b * queries + row // H, mask=is_row, other=-1).to(tl.int32)
     # Positions held here that any row of the program sees.
     seen = (tl.max(query_pos, 0) + SHARDS - SHARD) // SHARDS
-    needed = tl.maximum(1, tl.cdiv(seen, SPLIT))
+    needed = tl.maximum(1, tl.cdiv(seen, split_len))
     if tl.program_id(1) < needed:
         owner = row % H // HEADS
         owned = row // H * HEADS + row % HEADS
@@ -148,7 +148,7 @@ def _mla_decode_kernel(
             top = tl.full((ROWS,), float("-inf"), tl.float32)
             total = tl.zeros((ROWS,), tl.float32)
             acc = tl.zeros((ROWS, C_PAD), tl.float32)
-            for start in range(split * SPLIT, min((split + 1) * SPLIT, seen), KEYS):
+            for start in range(split * split_len, min((split + 1) * split_len, seen), KEYS):
                 at = start + tl.arange(0, KEYS)
                 held = at < seen
                 page = tl.load(page_ptr + b * pages + at // PAGE, mask=held, other=0).to(tl.int64)
@@ -295,6 +295,7 @@ def _launch_splits(
         pages=tables.page_BG.shape[1],
         queries=Q,
         num_rows=rows,
+        split_len=tile.split,
         scale_log2=scale * math.log2(math.e),
         H=P * heads,
         HEADS=heads,
@@ -309,7 +310,6 @@ def _launch_splits(
         SHARD=tables.paging.shard,
         ROWS=tile.rows,
         KEYS=tile.keys,
-        SPLIT=tile.split,
         PACKED=is_packed,
         NATIVE=is_native(cache_SX),
         DTYPE=tl.float32 if is_exact else tl.bfloat16,

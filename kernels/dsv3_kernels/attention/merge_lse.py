@@ -36,8 +36,9 @@ def _merge_lse_kernel(
     lse_part,
     o_out,
     lse_out,
-    pos_ptr,  # position of each query; not read if SPLIT is 0
-    num_parts,  # not used unless SPLIT is 0
+    pos_ptr,  # position of each query; read if BY_POSITION
+    num_parts,  # not used if BY_POSITION
+    split_len,  # positions of a part, a multiple of 16; used if BY_POSITION
     block_rows,  # rows per block; strides are given for blocks and for rows
     o_stride_block,
     o_stride_row,
@@ -53,7 +54,7 @@ def _merge_lse_kernel(
     V: tl.constexpr,
     SHARDS: tl.constexpr,
     SHARD: tl.constexpr,
-    SPLIT: tl.constexpr,
+    BY_POSITION: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -62,9 +63,9 @@ def _merge_lse_kernel(
     row = tl.program_id(0).to(tl.int64)
     block = row // block_rows
     row = row % block_rows
-    if SPLIT > 0:
+    if BY_POSITION:
         pos = tl.load(pos_ptr + row // HEADS).to(tl.int32)
-        num_parts = ((pos + SHARDS - SHARD) // SHARDS + SPLIT - 1) // SPLIT
+        num_parts = ((pos + SHARDS - SHARD) // SHARDS + split_len - 1) // split_len
     o_row = o_part + block * o_stride_block + row * o_stride_row
     lse_row = lse_part + block * lse_stride_block + row * lse_stride_row
     part = tl.arange(0, PARTS).to(tl.int64)
@@ -116,6 +117,7 @@ def _launch(
             lse_out=out.lse,
             pos_ptr=query_pos,
             num_parts=N,
+            split_len=split,
             block_rows=rows,
             o_stride_block=parts.o.stride(1),
             o_stride_row=parts.o.stride(2),
@@ -131,7 +133,7 @@ def _launch(
             V=V,
             SHARDS=paging.shards,
             SHARD=paging.shard,
-            SPLIT=split,
+            BY_POSITION=split > 0,
             PARTS=_PARTS,
             BLOCK=block,
             num_warps=2,

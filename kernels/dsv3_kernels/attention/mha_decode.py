@@ -32,6 +32,7 @@ def _mha_decode_kernel(
     pages,
     o_stride_split,
     lse_stride_split,
+    split_len,  # positions of a split, a multiple of 16
     scale_log2,
     H: tl.constexpr,
     X: tl.constexpr,
@@ -42,14 +43,13 @@ def _mha_decode_kernel(
     SHARDS: tl.constexpr,
     SHARD: tl.constexpr,
     KEYS: tl.constexpr,
-    SPLIT: tl.constexpr,
 ):
     """Compute some splits of the positions held here, for a head of a sequence."""
     in_turn()
     head = tl.program_id(0)
     b = tl.program_id(2).to(tl.int64)
     seen = (tl.load(pos_ptr + b).to(tl.int32) + SHARDS - SHARD) // SHARDS
-    needed = tl.maximum(1, tl.cdiv(seen, SPLIT))
+    needed = tl.maximum(1, tl.cdiv(seen, split_len))
     if tl.program_id(1) < needed:
         x = tl.arange(0, X_PAD)
         v = tl.arange(0, V_PAD)
@@ -57,11 +57,11 @@ def _mha_decode_kernel(
         is_v = v < V
         q = tl.load(q_ptr + (b * H + head) * X + x, mask=is_x, other=0.0).to(tl.float32)
         for split in range(tl.program_id(1), needed, tl.num_programs(1)):
-            first = split * SPLIT
+            first = split * split_len
             top = tl.full((1,), float("-inf"), tl.float32)
             total = tl.zeros((1,), tl.float32)
             acc = tl.zeros((V_PAD,), tl.float32)
-            for start in range(first, min(first + SPLIT, seen), KEYS):
+            for start in range(first, min(first + split_len, seen), KEYS):
                 at = start + tl.arange(0, KEYS)
                 held = at < seen
                 page = tl.load(page_ptr + b * pages + at // PAGE, mask=held, other=0).to(tl.int64)
@@ -123,6 +123,7 @@ def launch_mha_decode(
         pages=tables.page_BG.shape[1],
         o_stride_split=o.stride(0),
         lse_stride_split=lse.stride(0),
+        split_len=split,
         scale_log2=scale * math.log2(math.e),
         H=H,
         X=X,
@@ -133,7 +134,6 @@ def launch_mha_decode(
         SHARDS=tables.paging.shards,
         SHARD=tables.paging.shard,
         KEYS=_KEYS,
-        SPLIT=split,
         num_warps=4,
         num_stages=2,
         **launch_options(),
