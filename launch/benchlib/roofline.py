@@ -15,10 +15,10 @@ from benchlib.step_shape import StepShape
 from dsv3.config import ModelConfig, ParallelConfig, split_range
 from dsv3.errors import ConfigError
 from dsv3.settings import CacheDtype, CacheForm, KvShard
+from dsv3_kernels.attention.parts import part_bytes
 
 _ITEMSIZE = {"fp8": 1, "bf16": 2, "fp32": 4}
 _BLOCK = 128
-_LSE_BYTES = 16  # of the log-sum-exp that is sent behind each partial output
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -296,7 +296,7 @@ class _OpLister:
         key = c.kv_lora_rank + c.qk_rope_head_dim
         value = c.kv_lora_rank
         sent = float(queries * s.heads * key * self.item)
-        out_bytes = value * 4 if s.shards == 1 else value * self.item + _LSE_BYTES
+        out_bytes = value * 4 if s.shards == 1 else part_bytes(value, self.item)
         out = float(queries * heads * out_bytes)
         query_bytes = queries * s.heads * c.qk_head_dim * self.item
         value_bytes = queries * s.heads * c.v_head_dim * self.item

@@ -166,9 +166,7 @@ def stack_of(cubin: bytes) -> int:
 def instructions_of(cubin: bytes) -> int:
     """Return the number of machine instructions, without those that pad the end."""
     lines = _tool("nvdisasm", "-c", cubin=cubin).splitlines()
-    return sum(
-        bool(re.search(r"/\*[0-9a-f]{4,}\*/", line)) and " NOP " not in line for line in lines
-    )
+    return sum("NOP" not in line for line in lines if re.search(r"/\*[0-9a-f]{4,}\*/", line))
 
 
 def attention(is_hopper: bool) -> None:

@@ -72,10 +72,10 @@ def test_dealt_positions_are_read_once_by_all_ranks_together() -> None:
     # As many FLOPs on a rank: all heads to an eighth of the positions.
     assert flops == pytest.approx(all_flops)
     assert moved == pytest.approx(all_moved / 8, rel=0.05)
-    # Per head and token 576 values are gathered, and 512 returned with 16 bytes behind them.
+    # Per head and token 576 values are gathered, and 512 returned with 64 bytes behind them.
     ops = {op.name: op for op in step_ops(dealt, load)}
     assert ops["self_attn.all_gather"].wire == 64 * 16 * 576 * 2 * 7
-    assert ops["self_attn.all_to_all"].wire == 64 * 128 * (512 * 2 + 16) * 7 / 8
+    assert ops["self_attn.all_to_all"].wire == 64 * 128 * (512 * 2 + 64) * 7 / 8
 
 
 def test_prefill_is_the_causal_triangle() -> None:
