@@ -89,11 +89,10 @@ def _limit_to_groups(choice_TE: Tensor, rule: Routing) -> Tensor:
 
 
 @triton.jit
-def _rank_key(x, index):
-    """Return distinct int64 keys in the order of x; of equal values the lowest index is largest."""
+def _order_key(x):
+    """Return int32 keys in the order of x; that of -inf is above -2^31."""
     bits = x.to(tl.int32, bitcast=True)
-    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - index).to(tl.int64)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 @triton.jit(do_not_specialize=["positions", "T", "first_expert"])
@@ -135,7 +134,8 @@ def _route_kernel(
     in_turn()
     token = tl.program_id(0).to(tl.int64)
     MEMBERS: tl.constexpr = E // G
-    LOWEST: tl.constexpr = -(1 << 63)
+    LOWEST: tl.constexpr = -(1 << 31)
+    LANES: tl.constexpr = G_PAD * M_PAD
     group = tl.arange(0, G_PAD)
     member = tl.arange(0, M_PAD)
     expert = group[:, None] * MEMBERS + member[None, :]
@@ -153,29 +153,33 @@ def _route_kernel(
     if BIASED:
         choice += tl.load(bias + expert, mask=real, other=0.0)
     choice = tl.where(real, choice, float("-inf"))
-    position = group[:, None] * M_PAD + member[None, :]
+    # Keys of 32 bits, which a warp reduces in one instruction; of equals the first lane is best.
     if TOPK_GROUP < G:
         value = tl.max(choice, 1)
         if BEST_TWO and MEMBERS > 1:
-            order = _rank_key(choice, position)
-            first = order == tl.max(order, 1)[:, None]
-            value += tl.max(tl.where(first, float("-inf"), choice), 1)
-        key = tl.where(group < G, _rank_key(value, group), LOWEST)
+            order = _order_key(choice)
+            is_best = order == tl.max(order, 1)[:, None]
+            first = tl.min(tl.where(is_best, member[None, :], M_PAD), 1)
+            value += tl.max(tl.where(member[None, :] == first[:, None], float("-inf"), choice), 1)
+        key = tl.where(group < G, _order_key(value), LOWEST)
         kept = tl.zeros([G_PAD], tl.int32)
         for _ in tl.static_range(TOPK_GROUP):
-            best = key == tl.max(key, 0)
+            best = group == tl.min(tl.where(key == tl.max(key, 0), group, G_PAD), 0)
             kept = tl.where(best, 1, kept)
             key = tl.where(best, LOWEST, key)
         choice = tl.where(kept[:, None] > 0, choice, float("-inf"))
-    key = tl.where(real, _rank_key(choice, position), LOWEST)
+    lane = tl.arange(0, LANES)
+    key = tl.reshape(tl.where(real, _order_key(choice), LOWEST), (LANES,))
+    bits = tl.reshape(score.to(tl.int32, bitcast=True), (LANES,))
     k = tl.arange(0, K_PAD)
     chosen = tl.zeros([K_PAD], tl.int64)
     weight = tl.zeros([K_PAD], tl.float32)
     for i in tl.static_range(K):
-        best = key == tl.max(tl.max(key, 1), 0)
-        chosen = tl.where(k == i, tl.sum(tl.sum(tl.where(best, expert, 0), 1), 0), chosen)
-        weight = tl.where(k == i, tl.sum(tl.sum(tl.where(best, score, 0.0), 1), 0), weight)
-        key = tl.where(best, LOWEST, key)
+        at = tl.min(tl.where(key == tl.max(key, 0), lane, LANES), 0)
+        won = tl.sum(tl.where(lane == at, bits, 0), 0).to(tl.float32, bitcast=True)
+        chosen = tl.where(k == i, (at // M_PAD * MEMBERS + at % M_PAD).to(tl.int64), chosen)
+        weight = tl.where(k == i, won, weight)
+        key = tl.where(lane == at, LOWEST, key)
     if NORMALIZE:
         weight = weight / (tl.sum(weight, 0) + 1e-20)
     if PADDED:
