@@ -10,7 +10,7 @@ from dsv3_kernels.operation import operation
 
 # Parts that the kernel merges at a time. Constant, so that the order of a sum depends only on the
 # number of a row's parts.
-_PARTS = 16
+_PARTS = 32
 # Of calls that merge all parts.
 _ONE_RANK = Paging(page_size=1)
 
