@@ -18,7 +18,7 @@ from dsv3.checkpoint.digest import file_digest, model_digest
 from dsv3.checkpoint.index import IndexDigests, index_json
 from dsv3.checkpoint.journal import ConversionJournal, JournalRecord
 from dsv3.checkpoint.manifest import FileRecord, Manifest, Shard, TensorRecord
-from dsv3.checkpoint.plan import Job, Plan, fingerprint
+from dsv3.checkpoint.plan import Job, Plan
 from dsv3.checkpoint.reader import Source
 from dsv3.checkpoint.side_files import write_content
 from dsv3.checkpoint.target import OutputDirectory, Survey
@@ -114,7 +114,7 @@ def clean_up_after(target: OutputDirectory) -> Iterator[None]:
         return
     with ConversionJournal(target.folder) as journal:
         yield
-        if journal.record.plan == target.plan.fingerprint:
+        if journal.record.plan == target.plan.id:
             _remove_partials(target, journal.record)
             journal.remove()
 
@@ -128,7 +128,7 @@ def _begin(target: OutputDirectory, survey: Survey, journal: ConversionJournal) 
         if record.finished and record.fits(plan) and files.reusable():
             journal.resume(names, survey.replaces)
         else:
-            journal.begin(plan.fingerprint, names, survey.replaces)
+            journal.begin(plan.id, names, survey.replaces)
             _remove_partials(target, record)
 
 
@@ -157,7 +157,8 @@ def _write(
             written += size
             progress(size)
         journal.flush(files)
-        _check_unchanged(source, plan)
+        if source.is_changed():
+            raise CheckpointError(f"{source.path}: was changed while it was read; convert again")
         last = _last_file(plan, files, finished)
     with os_errors_as(CheckpointError, f"{target.folder}: cannot be written"):
         for name, content in {**survey.sides, target.last: last}.items():
@@ -177,14 +178,6 @@ def _last_file(plan: Plan, files: OutputFiles, finished: Mapping[str, Digests]) 
     files.sign(manifest.model_digest)
     files.sync()
     return manifest.to_json().encode()
-
-
-def _check_unchanged(source: Source, plan: Plan) -> None:
-    """Raise CheckpointError if the source was replaced while it was read."""
-    with os_errors_as(CheckpointError, f"{source.path}: was changed while it was read"):
-        is_same = fingerprint(source, plan.config, plan.files) == plan.fingerprint
-    if not is_same:
-        raise CheckpointError(f"{source.path}: was changed while it was read; convert again")
 
 
 def _put_in_place(target: OutputDirectory, survey: Survey) -> None:

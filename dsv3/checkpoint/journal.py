@@ -31,7 +31,7 @@ class JournalRecord:
     """The contents of a journal.
 
     Attributes:
-        plan: fingerprint of the latest plan.
+        plan: id of the latest plan.
         names: files that this and earlier conversions may have created, under final or temporary
             names.
         replaces: files of another checkpoint to remove before the new files are renamed.
@@ -48,7 +48,7 @@ class JournalRecord:
 
     def fits(self, plan: Plan) -> bool:
         """Return True if the journal is of this plan and not damaged."""
-        return self.plan == plan.fingerprint and all(
+        return self.plan == plan.id and all(
             name in plan.tensors
             and len(digests) == 1 + len(plan.tensors[name].slices)
             and all(isinstance(digest, str) for digest in digests)

@@ -91,7 +91,7 @@ class Plan:
     Attributes:
         config: of the model as it will be stored.
         absent: optional weights that the source does not hold.
-        fingerprint: changes if any output byte would change, or if a source file is replaced.
+        id: changes if any output byte would change, or if a source file is replaced.
     """
 
     layout: ParallelConfig | None
@@ -100,7 +100,7 @@ class Plan:
     tensors: Mapping[str, Output]
     jobs: tuple[Job, ...]
     absent: tuple[str, ...]
-    fingerprint: str
+    id: str
 
     @property
     def num_bytes(self) -> int:
@@ -161,7 +161,7 @@ def make_plan(
         tensors=tensors,
         jobs=_reading_order(source, jobs, tensors),
         absent=absent,
-        fingerprint=fingerprint(source, config, files),
+        id=_plan_id(source, config, files),
     )
 
 
@@ -259,12 +259,11 @@ def _reading_order(
     return tuple(job for turn in turns for job in turn if job is not None)
 
 
-def fingerprint(source: Source, config: ModelConfig, files: tuple[OutputFile, ...]) -> str:
-    """Return the fingerprint of a plan; it also changes when a source file is replaced."""
+def _plan_id(source: Source, config: ModelConfig, files: tuple[OutputFile, ...]) -> str:
     total = hashlib.sha256(f"{config}\n".encode())
-    for path in sorted({piece.file for t in source.tensors.values() for piece in t.pieces}):
-        status = path.stat()
-        total.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    for path, version in source.versions.items():
+        assert version is not None, f"{path=}"  # a source has all files
+        total.update(f"{path.name} {version.size} {version.changed_ns}\n".encode())
     for file in files:
         total.update(file.name.encode() + file.prefix)
     return total.hexdigest()

@@ -55,20 +55,20 @@ class TensorInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class _Version:
+class Version:
     """Size and modification time of a file, to detect a change."""
 
     size: int
     changed_ns: int
 
 
-def _version(file: Path | int) -> _Version | None:
+def _version(file: Path | int) -> Version | None:
     """Return the version of a file; None if it does not exist."""
     try:
         status = os.stat(file)
     except OSError:
         return None
-    return _Version(status.st_size, status.st_mtime_ns)
+    return Version(status.st_size, status.st_mtime_ns)
 
 
 class Source(AbstractContextManager["Source"]):
@@ -84,6 +84,8 @@ class Source(AbstractContextManager["Source"]):
         bytes_read: approximate number of bytes read so far, to report progress.
         declared: the config before corrections, for messages.
         num_unused: number of stored tensors that the text model does not use.
+        versions: size and modification time of each file with tensors, when it was opened; None
+            for a file of another rank that is not here.
     """
 
     def __init__(
@@ -103,7 +105,7 @@ class Source(AbstractContextManager["Source"]):
         self.model_digest = model_digest
         self.bytes_read = 0
         files = {piece.file for info in tensors.values() for piece in info.pieces}
-        self._versions = {file: _version(file) for file in files}
+        self.versions = {file: _version(file) for file in sorted(files)}
         self._files: dict[Path, int] = {}
         self._lock = threading.Lock()
 
@@ -121,6 +123,10 @@ class Source(AbstractContextManager["Source"]):
     def num_bytes(self) -> int:
         """Bytes of all tensors, each counted once."""
         return sum(info.num_bytes for info in self.tensors.values())
+
+    def is_changed(self) -> bool:
+        """Return True if a file was replaced since the checkpoint was opened."""
+        return any(_version(file) != version for file, version in self.versions.items())
 
     def file_of(self, name: str) -> Path:
         """Return the file with a tensor's first piece."""
@@ -240,7 +246,7 @@ class Source(AbstractContextManager["Source"]):
 
     def _check_version(self, file: Path) -> None:
         """Raise CheckpointError if a file has changed since its header was read."""
-        old = self._versions[file]
+        old = self.versions[file]
         new = _version(self._files[file])
         if old is None or new is None or old == new:
             return

@@ -167,7 +167,7 @@ class OutputDirectory:
 
     def _look_for_others(self, record: JournalRecord) -> Survey:
         """Find files of other checkpoints and of the user."""
-        is_ours = record.plan == self.plan.fingerprint
+        is_ours = record.plan == self.plan.id
         if record.is_written and not is_ours and not self.overwrite:
             raise CheckpointError(
                 f"{self.folder}: another conversion was stopped while its files got their names; "

@@ -1,7 +1,7 @@
 """Checks that all ranks load the same model: different weights would give wrong answers.
 
 A converted directory has a digest of its weights. Ranks that read the very same directory need no
-digest. Otherwise the ranks that share a directory read samples of its tensors, each a part.
+comparison. Otherwise the ranks that share a directory read the weights' identity, each a part.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from dsv3.checkpoint.fingerprint import digest_share
+from dsv3.checkpoint.identity import model_identity
 from dsv3.checkpoint.reader import Source
 from dsv3.config import ModelConfig
 from dsv3.distributed.collective_errors import collective_errors
@@ -58,37 +58,43 @@ def config_facts(config: ModelConfig) -> dict[str, str]:
     return {f"{name} of the model": str(getattr(config, name)) for name in names}
 
 
-def check_same_model(mesh: Mesh, source: Source, placement_file: str) -> None:
+def agree_on_model(mesh: Mesh, source: Source, placement_file: str, wants_identity: bool) -> int:
     """Compare the ranks' configurations, weights and expert placements. A collective.
 
     Args:
         mesh: the ranks.
         source: this rank's open checkpoint.
         placement_file: this rank's file of expert placement, or empty.
+        wants_identity: read the identity even if the ranks can be compared without it.
+
+    Returns:
+        the identity of the weights; 0 if it was not read.
 
     Raises:
         ConfigError: on every rank, they differ.
         CheckpointError: a file cannot be read.
     """
     if mesh.world.size == 1:
-        return
+        return model_identity(source) if wants_identity else 0
     check_same(mesh, config_facts(source.config))
     place = source.model_digest or _directory(mesh.layout.rank, source.path)
     places = gather_texts(mesh, place)
     sharers = [rank for rank, other in enumerate(places) if other == place]
-    share, placement = bytes(16), ""
+    is_compared = len(sharers) < len(places) and not source.model_digest
+    part, placement = 0, ""
     with collective_errors(mesh, "comparing the checkpoints of the ranks"):
         if placement_file:
             placement = hashlib.sha256(Path(placement_file).read_bytes()).hexdigest()
-        if len(sharers) < len(places) and not source.model_digest:
+        if wants_identity or is_compared:
             index = sharers.index(mesh.layout.rank)
-            share = digest_share(source, index, len(sharers), mesh.watchdog.advance)
-    shares = [int(text, 16) for text in gather_texts(mesh, share.hex())]
-    digest = f"{reduce(xor, (shares[rank] for rank in sharers)):032x}"
+            part = model_identity(source, index, len(sharers), mesh.watchdog.advance)
+    parts = [int(text, 16) for text in gather_texts(mesh, f"{part:x}")]
+    identity = reduce(xor, (parts[rank] for rank in sharers))
     kind = "a converted one" if source.model_digest else "one"
-    weights = f"{kind} with digest {(source.model_digest or digest)[:16]}"
+    weights = f"{kind} with digest {(source.model_digest or f'{identity:032x}')[:16]}"
     facts = {"its checkpoint": weights, "the expert placement's file": placement[:16] or "none"}
     check_same(mesh, facts)
+    return identity
 
 
 def _directory(rank: int, path: Path) -> str:

@@ -6,9 +6,6 @@ import shutil
 from hashlib import blake2b
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from dsv3.cache.disk import UNIT, DiskFiles, UnitFormat, UnitShard
 from dsv3.cache.disk_index import DiskIndex
 from dsv3.cache.host import HostPool
@@ -17,6 +14,7 @@ from dsv3.cache.tiers import Tiers
 from dsv3.config import ModelConfig
 from dsv3.distributed.collective_errors import collective_errors
 from dsv3.distributed.mesh import Mesh
+from dsv3.engine.agreement import gather_texts
 from dsv3.engine.page_mover import PageMover
 from dsv3.errors import ConfigError, os_errors_as
 from dsv3.settings import EngineConfig
@@ -30,7 +28,7 @@ def make_tiers(
     config: ModelConfig,
     cache: CachePool,
     num_slots: int,
-    weights: bytes,
+    identity: int,
     numerics: str,
 ) -> tuple[PageMover | None, list[Tiers | None]]:
     """Return this rank's page mover, and each group's tiers for rank 0; None where there are none.
@@ -41,7 +39,7 @@ def make_tiers(
         config: the model.
         cache: the device's pages.
         num_slots: pages of host memory.
-        weights: this rank's share of the digest of the weights; empty without a disk cache.
+        identity: identity of the weights; not used without a disk cache.
         numerics: name of the arithmetic, since entries of another one differ.
     """
     groups = range(mesh.layout.dp)
@@ -52,9 +50,11 @@ def make_tiers(
         return PageMover(host, None, mesh.control), [Tiers(num_slots, page_size) for _ in groups]
     root, size = settings.disk_cache
     limit = size.of(_disk_bytes(root, settings)) if size.share else size.num_bytes
-    model, session = _agree(mesh, weights)
+    session = gather_texts(mesh, os.urandom(8).hex())[0]  # rank 0's name for this run
     about = f"{numerics} {config}".encode()
-    fmt = UnitFormat.make(blake2b(model + about).digest(), config, cache.layout)
+    fmt = UnitFormat.make(
+        blake2b(identity.to_bytes(16, "big") + about).digest(), config, cache.layout
+    )
     folder = root / fmt.key.hex()
     if limit < fmt.file_bytes:
         raise ConfigError(
@@ -78,13 +78,6 @@ def _disk_bytes(folder: Path, settings: EngineConfig) -> int:
         folder = folder.parent
     with os_errors_as(ConfigError, f"{settings.named('kv_disk_cache')}: {folder}"):
         return shutil.disk_usage(folder).total
-
-
-def _agree(mesh: Mesh, share: bytes) -> tuple[bytes, str]:
-    """Return the digest of all weights, and a name for this run. A collective."""
-    mine = np.frombuffer(share + os.urandom(8), np.uint8).copy()
-    every = mesh.world.all_gather(torch.from_numpy(mine).to(mesh.device)).cpu().numpy()
-    return np.bitwise_xor.reduce(every[:, :-8]).tobytes(), every[0, -8:].tobytes().hex()
 
 
 def _open_folder(mesh: Mesh, folder: Path, session: str, setting: str) -> None:

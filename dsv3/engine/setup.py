@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from dsv3.cache.layout import CacheLayout
-from dsv3.checkpoint.check import check_tensors
 from dsv3.checkpoint.contradictions import source_warnings
 from dsv3.checkpoint.load import fp8_weights, has_fp8_experts, has_fp8_weights
 from dsv3.checkpoint.reader import Source
@@ -96,7 +95,6 @@ def decide(source: Source, settings: EngineConfig, mesh: Mesh, n_experts: int | 
     if n_experts not in (None, config.n_routed_experts):
         name = settings.named("n_experts")
         raise ConfigError(f"{name}={n_experts} but the model has {config.n_routed_experts}")
-    check_tensors(source)
     if mesh.layout.rank == 0:
         _warn(source, settings, mesh)
     fmt = weight_format(source, settings, mesh)

@@ -13,14 +13,14 @@ import torch
 
 from dsv3.cache.pool import CachePool
 from dsv3.checkpoint.check import check_tensors
-from dsv3.checkpoint.fingerprint import digest_share, fingerprint
+from dsv3.checkpoint.identity import model_fingerprint
 from dsv3.checkpoint.load import load_weights
 from dsv3.checkpoint.source import open_source
 from dsv3.config import ModelConfig
 from dsv3.distributed.collective_errors import collective_errors
 from dsv3.distributed.mesh import Mesh
 from dsv3.distributed.watchdog import RUN
-from dsv3.engine.agreement import check_same_model
+from dsv3.engine.agreement import agree_on_model
 from dsv3.engine.balance import Balancer
 from dsv3.engine.divergence import DivergenceCheck
 from dsv3.engine.engine import Engine
@@ -69,14 +69,14 @@ class _Loaded:
         plan: the memory plan, made before loading.
         model: with its weights.
         tokenizer: on rank 0, if the checkpoint has one.
-        weight_digest: this rank's share of the digest of all weights; empty without a disk cache.
+        identity: identity of the weights; 0 if nothing needed it.
     """
 
     setup: Setup
     plan: MemoryPlan
     model: Transformer
     tokenizer: Tokenizer | None
-    weight_digest: bytes
+    identity: int
 
 
 def start(
@@ -119,7 +119,7 @@ def start(
         model.config,
         cache,
         num_host_pages,
-        loaded.weight_digest,
+        loaded.identity,
         numerics=f"{setup.fmt.dtype} {products}",
     )
     is_checked = settings.check_every and mesh.world.size > 1
@@ -161,7 +161,10 @@ def _load(
         with collective_errors(mesh, "opening the checkpoint"):
             opened = open_source(path, config, is_share=True, name=settings.named)
             source = stack.enter_context(opened)
-        check_same_model(mesh, source, settings.expert_placement)
+            check_tensors(source)
+        identity = agree_on_model(
+            mesh, source, settings.expert_placement, settings.disk_cache is not None
+        )
         stack.enter_context(collective_errors(mesh, "loading"))
         stack.enter_context(mesh.watchdog.counting(lambda: source.bytes_read))
         setup = decide(source, settings, mesh, n_experts)
@@ -175,19 +178,16 @@ def _load(
         )
         _log_cut_weights(model)
         load_weights(source, model.eval().targets(), mesh.layout)
-        digest = b""
-        if settings.disk_cache:
-            digest = digest_share(source, rank, mesh.layout.world_size)
         tokenizer = Tokenizer.load_optional(path) if rank == 0 else None
-    return _Loaded(setup, plan, model, tokenizer, digest)
+    return _Loaded(setup, plan, model, tokenizer, identity)
 
 
 def identify(path: Path, settings: EngineConfig, mesh: Mesh, config: ModelConfig | None) -> str:
-    """Return a name of a model and of its numerics, without loading it."""
+    """Return the fingerprint of a model and of its numerics, without loading it."""
     with open_source(path, config, is_share=True, name=settings.named) as source:
         check_tensors(source)
         mode = numerics_mode(settings, source, mesh.device.type)
-        return fingerprint(source, str(TORCH_DTYPES.get(mode, mode)))
+        return model_fingerprint(source, str(TORCH_DTYPES.get(mode, mode)))
 
 
 @contextmanager

@@ -186,7 +186,7 @@ def test_an_unfinished_overwriting_leaves_the_old_checkpoint_in_use(
 def test_a_damaged_journal(lines: list[str], hf: Path, out: Path, convert: Convert) -> None:
     """Only the work in the journal is lost."""
     with open_source(hf) as source:
-        plan = make_plan(source, ParallelConfig(world_size=2)).fingerprint
+        plan = make_plan(source, ParallelConfig(world_size=2)).id
     (hf / "config.json.partial").write_text("mine")
     before = contents(hf)
     out.mkdir()

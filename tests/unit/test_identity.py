@@ -1,4 +1,4 @@
-"""A model's fingerprint is its own: whatever the layout, and for no other weights."""
+"""Identity and fingerprint are the same in every layout, and differ for other weights."""
 
 from functools import reduce
 from operator import xor
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dsv3.checkpoint.convert import convert
-from dsv3.checkpoint.fingerprint import digest_share, fingerprint
+from dsv3.checkpoint.identity import model_fingerprint, model_identity
 from dsv3.checkpoint.plan import make_plan
 from dsv3.checkpoint.source import open_source
 from dsv3.config import ParallelConfig
@@ -16,7 +16,7 @@ from tests.checkpoint_files import TINY, random_tensors, write_hf
 
 def name_of(path: Path, numerics: str = "float32") -> str:
     with open_source(path) as source:
-        return fingerprint(source, numerics)
+        return model_fingerprint(source, numerics)
 
 
 def test_every_layout_of_a_checkpoint_has_one_fingerprint(tmp_path: Path) -> None:
@@ -47,32 +47,31 @@ def test_other_weights_or_numerics_have_another(tmp_path: Path) -> None:
     assert len(names) == 4
 
 
-def digest_of(path: Path, world_size: int = 1) -> int:
+def identity_of(path: Path, num_parts: int = 1) -> int:
     with open_source(path) as source:
-        shares = [digest_share(source, rank, world_size) for rank in range(world_size)]
-    return reduce(xor, (int.from_bytes(share, "big") for share in shares))
+        return reduce(xor, (model_identity(source, part, num_parts) for part in range(num_parts)))
 
 
 @pytest.mark.parametrize("is_small", [True, False])
-def test_the_digest_of_all_weights(
+def test_the_identity_of_all_weights(
     tmp_path: Path, is_small: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One for all layouts and worlds; another for other weights, wherever they differ."""
     if not is_small:
-        monkeypatch.setattr("dsv3.checkpoint.fingerprint._SMALL_BYTES", 0)
+        monkeypatch.setattr("dsv3.checkpoint.identity._SMALL_BYTES", 0)
     tensors = random_tensors(TINY)
-    digest = digest_of(write_hf(tmp_path / "model", TINY, tensors))
-    assert digest_of(write_hf(tmp_path / "one", TINY, tensors, files=1), 3) == digest
+    identity = identity_of(write_hf(tmp_path / "model", TINY, tensors))
+    assert identity_of(write_hf(tmp_path / "one", TINY, tensors, files=1), 3) == identity
     with open_source(tmp_path / "model") as source:
         plan = make_plan(source, ParallelConfig(world_size=4))
         convert(source, plan, tmp_path / "mp4", workers=1)
     (tmp_path / "mp4" / "config.json").write_bytes((tmp_path / "one/config.json").read_bytes())
-    assert digest_of(tmp_path / "mp4", 4) == digest
-    seen = {digest}
+    assert identity_of(tmp_path / "mp4", 4) == identity
+    seen = {identity}
     for name in ("model.layers.1.mlp.experts.5.down_proj.weight", "model.norm.weight"):
         dtype, shape, data = tensors[name]
         tuned = {**tensors, name: (dtype, shape, bytes(reversed(data)))}
-        seen.add(digest_of(write_hf(tmp_path / name, TINY, tuned)))
+        seen.add(identity_of(write_hf(tmp_path / name, TINY, tuned)))
     assert len(seen) == 3
     dtype, shape, data = tensors["lm_head.weight"]
     middle = len(data) // 2
@@ -80,4 +79,4 @@ def test_the_digest_of_all_weights(
         **tensors,
         "lm_head.weight": (dtype, shape, data[:middle] + b"\0" + data[middle + 1 :]),
     }
-    assert (digest_of(write_hf(tmp_path / "byte", TINY, tuned)) != digest) == is_small
+    assert (identity_of(write_hf(tmp_path / "byte", TINY, tuned)) != identity) == is_small

@@ -1,4 +1,10 @@
-"""Fingerprints and digests that identify a model without reading all its weights."""
+"""The identity of a model's weights, which does not depend on how a checkpoint stores them.
+
+It is the same for all layouts and world sizes, so pages and answers of a model are recognized after
+a conversion. `model_identity` samples every tensor, and several ranks can read a part each.
+`model_fingerprint` is read by rank 0 alone, before loading, so it samples less, and only what is in
+the file of rank 0. Ranks that have a manifest compare its `model_digest`, which covers every byte.
+"""
 
 import hashlib
 from collections.abc import Callable
@@ -11,15 +17,15 @@ from dsv3.checkpoint.reader import Source
 # Values of each weight and each scale tensor in a fingerprint: all are in the file of rank 0.
 _FIRST_VALUES = 16
 _FIRST_SCALES = 1
-_SMALL_BYTES = 1 << 28  # a model of at most this size is digested completely
-_SPOTS = 4  # places of each tensor in the digest of a larger model
+_SMALL_BYTES = 1 << 28  # a model of at most this size is read completely
+_SPOTS = 4  # places of each tensor in the identity of a larger model
 _SPOT_VALUES = 256
 
 
-def fingerprint(source: Source, numerics: str) -> str:
-    """Return a short fingerprint of weights and numerics, equal for all layouts of a checkpoint.
+def model_fingerprint(source: Source, numerics: str) -> str:
+    """Return a short name of weights and numerics, for the results of batches.
 
-    The fingerprint covers name, type, shape and first values of all tensors (of routed experts,
+    It covers name, type, shape and first values of all tensors (of routed experts,
     only the first of each layer): training or quantizing a model changes some of them.
 
     Args:
@@ -39,25 +45,29 @@ def fingerprint(source: Source, numerics: str) -> str:
     return f"dsv3-{digest.hexdigest()[:12]}"
 
 
-def digest_share(
-    source: Source, rank: int, world_size: int, advance: Callable[[], None] = lambda: None
-) -> bytes:
-    """Return a rank's share of a digest of all weights; the XOR of all shares is the digest.
+def model_identity(
+    source: Source, part: int = 0, num_parts: int = 1, advance: Callable[[], None] = lambda: None
+) -> int:
+    """Return a part of the 128-bit identity of all weights; the XOR of all parts is the identity.
 
-    The digest is equal for all layouts of a checkpoint and all world sizes. For a model above
-    256 MiB, it covers name, type and shape of each tensor and values at four places in it, since
-    reading all bytes again would double the load time. It detects training, but may miss a single
-    value changed by hand. `advance` is called after each tensor.
+    For a model above 256 MiB, it covers name, type and shape of each tensor and values at four
+    places in it, since reading all bytes again would double the load time. It detects training, but
+    may miss a single value changed by hand.
+
+    Args:
+        source: the checkpoint.
+        part: which part of the tensors to read.
+        num_parts: number of parts, if several ranks read one each.
+        advance: called after each tensor.
     """
-    names = islice(sorted(source.tensors), rank, None, world_size)
+    names = islice(sorted(source.tensors), part, None, num_parts)
     is_small = source.num_bytes <= _SMALL_BYTES
+    identity = 0
     with ThreadPoolExecutor(8) as pool:
-        digests = pool.map(lambda name: _digest_tensor(source, name, is_small), names)
-        share = 0
-        for digest in digests:
-            share ^= int.from_bytes(digest, "big")
+        for digest in pool.map(lambda name: _digest_tensor(source, name, is_small), names):
+            identity ^= int.from_bytes(digest, "big")
             advance()
-    return share.to_bytes(16, "big")
+    return identity
 
 
 def _digest_tensor(source: Source, name: str, is_small: bool) -> bytes:
