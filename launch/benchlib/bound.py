@@ -23,12 +23,13 @@ class Profile:
     def __init__(self, name: str, started: Started) -> None:
         mesh = started.mesh
         cached = started.cache.layout
-        self._hardware = hardware(name, mesh.device, mesh.tp)
+        weights = weight_format(started.runner.model)
+        self._hardware = hardware(name, mesh.device, mesh.tp, fp32=weights == "fp32")
         kv_shard: KvShard = "tokens" if cached.shards > 1 else "none"
         self._setup = RooflineSetup(
             config=started.config,
             layout=mesh.layout,
-            weights=weight_format(started.runner.model),
+            weights=weights,
             cache=cached.dtype,
             form=cached.form,
             kv_shard=kv_shard,

@@ -22,9 +22,21 @@ _SMALL, _LARGE = 1 << 10, 4 << 20
 
 
 def hardware(
-    name: str, device: torch.device, group: Collectives | None = None, memory: float = 0.0
+    name: str,
+    device: torch.device,
+    group: Collectives | None = None,
+    memory: float = 0.0,
+    fp32: bool = False,
 ) -> Hardware:
-    """Return a preset, or measured ceilings for "measure", which is a collective of the group."""
+    """Return a preset, or measured ceilings for "measure", which is a collective of the group.
+
+    Args:
+        name: "measure" or a preset's name.
+        device: the device to measure.
+        group: ranks whose links are measured.
+        memory: bytes of device memory.
+        fp32: also measure float32 products; without it, their ceiling is 0: not known.
+    """
     if name in HARDWARE:
         return HARDWARE[name]
     if name != "measure":
@@ -37,7 +49,7 @@ def hardware(
         read=read_bandwidth(device),
         fp8=matrix_peak(device, FP8) if has_fp8 else plain,
         bf16=plain,
-        fp32=matrix_peak(device, torch.float32),
+        fp32=matrix_peak(device, torch.float32) if fp32 else 0.0,
         link=link,
         link_latency=latency,
         net=link,

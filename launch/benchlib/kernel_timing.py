@@ -18,31 +18,52 @@ FP8 = torch.float8_e4m3fn
 ROTATED_BYTES = 300 << 20
 _CALLS = 64
 _REPLAYS = 11
+_LEAST_REPLAYS = 3
+# Seconds of a ceiling's measurement, so that all of a device take less than two.
+_CEILING_SECONDS = 0.25
 
 
-def median_seconds(calls: Sequence[Callable[[], object]], device: torch.device) -> float:
-    """Return the median seconds of a call; all calls do the same work on different memory."""
+def median_seconds(
+    calls: Sequence[Callable[[], object]], device: torch.device, budget: float = 1.0
+) -> float:
+    """Return the median seconds of a call; all calls do the same work on different memory.
+
+    Args:
+        calls: the calls.
+        device: device that runs them.
+        budget: seconds that the timed calls may take together; long calls are timed less often.
+    """
     if device.type == "cuda":
-        return _median_on_gpu(calls)
+        return _median_on_gpu(calls, budget)
     for call in calls:
         call()
-    seconds = []
-    for _ in range(_REPLAYS):
+    seconds: list[float] = []
+    while len(seconds) < _REPLAYS:
         begin = time.perf_counter()
         for call in calls:
             call()
         seconds.append((time.perf_counter() - begin) / len(calls))
+        if len(seconds) >= _LEAST_REPLAYS and sum(seconds) * len(calls) > budget:
+            break
     return statistics.median(seconds)
 
 
-def _median_on_gpu(calls: Sequence[Callable[[], object]]) -> float:
+def _median_on_gpu(calls: Sequence[Callable[[], object]], budget: float) -> float:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # compilation and other work of a first call
         for call in calls:
             call()
     torch.cuda.current_stream().wait_stream(side)
-    rounds = max(1, _CALLS // len(calls))
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for call in calls:
+        call()
+    end.record()
+    torch.cuda.synchronize()
+    one_round = begin.elapsed_time(end) / 1e3
+    affordable = int(budget / _REPLAYS / max(one_round, 1e-9))
+    rounds = max(1, min(affordable, _CALLS // len(calls)))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(rounds):
@@ -90,7 +111,7 @@ def read_bandwidth(device: torch.device) -> float:
     """Return the read bandwidth of memory in bytes per second, from a sum larger than any cache."""
     size = ROTATED_BYTES if device.type == "cpu" else 8 * ROTATED_BYTES
     data = torch.zeros(size // 4, device=device)
-    return size / median_seconds([lambda: data.sum()], device)
+    return size / median_seconds([lambda: data.sum()], device, _CEILING_SECONDS)
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
@@ -105,4 +126,4 @@ def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
             return F.linear(a, b)
         return torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
 
-    return 2.0 * size**3 / median_seconds([product], device)
+    return 2.0 * size**3 / median_seconds([product], device, _CEILING_SECONDS)

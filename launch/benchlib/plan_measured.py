@@ -73,7 +73,8 @@ def measured_plan(args: argparse.Namespace) -> Report | None:
         checkpoint = locate_checkpoint(args.ckpt_path, mesh)
         started = start(checkpoint, engine_config(args), mesh, config, args.n_experts)
         tune_for_model(started.config, mesh, args.threads)
-        ceilings = hardware("measure", mesh.device, mesh.world, float(started.plan.free_bytes))
+        free_bytes = float(started.plan.free_bytes)
+        ceilings = hardware("measure", mesh.device, mesh.world, free_bytes, fp32=True)
         ceilings = replace(ceilings, ranks_per_host=mesh.ranks_on_host)
         if started.engine is None:
             follow(started.runner, started.channel)

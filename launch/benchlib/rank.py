@@ -295,7 +295,7 @@ def main(arguments: list[str]) -> int:
         report = rank_report(
             shape,
             mesh.device,
-            hardware(args.hardware, mesh.device),
+            hardware(args.hardware, mesh.device, fp32=shape.weights == "fp32"),
             batches=args.batch,
             context=args.context,
             prefill=args.prefill,

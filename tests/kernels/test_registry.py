@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchlib.hardware import hardware
 from benchlib.kernel_cases import Case, cases, check, measure
 from benchlib.kernel_timing import (
     FP8,
@@ -18,6 +19,7 @@ from benchlib.kernel_timing import (
     median_seconds,
     read_bandwidth,
 )
+from dsv3_kernels._triton import HAS_TRITON
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,7 +69,32 @@ def test_times(caplog: pytest.LogCaptureFixture) -> None:
     assert "half" in caplog.text and "no peer" in caplog.text
     assert [copies_needed(n) for n in (1, 1e8, 1e10)] == [64, 4, 2]
     assert median_seconds([lambda: time.sleep(0.01)], CPU) >= 0.01 > median_seconds([bool], CPU)
+    runs: list[int] = []
+    median_seconds([lambda: time.sleep(0.01), lambda: runs.append(1)], CPU, budget=0.02)
+    assert len(runs) == 1 + 3, "a warm-up and the least number of timed runs"
     assert read_bandwidth(CPU) > 1e8 and matrix_peak(CPU, torch.float32) > 1e8
+
+
+def test_ceilings_measure_what_is_asked_for() -> None:
+    assert hardware("measure", CPU).fp32 == 0.0 < hardware("measure", CPU, fp32=True).fp32
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+@pytest.mark.parametrize(("seconds", "in_graph"), [(0.0, 64), (0.03, 2)])
+def test_long_calls_are_captured_less_often(seconds: float, in_graph: int) -> None:
+    from tests.kernels.dry_cuda import dry_gpu
+
+    runs: list[int] = []
+    with dry_gpu(False):
+        x = torch.zeros(4, device="cuda")
+
+        def call() -> None:
+            runs.append(1)
+            time.sleep(seconds)
+            x.add_(1)
+
+        median_seconds([call], torch.device("cuda", 0), budget=11 * 0.075)
+    assert 2 < len(runs) <= 2 + in_graph and (seconds or len(runs) == 66)
 
 
 def test_busy_and_idle() -> None:
