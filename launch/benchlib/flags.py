@@ -1,8 +1,33 @@
 """Flags shared by several benchmarks."""
 
 import argparse
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
+
+_Item = TypeVar("_Item")
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Every `count`-th item from number `index` on: one of `count` equal shares of a list."""
+
+    index: int
+    count: int
+
+    def of(self, items: Sequence[_Item]) -> list[_Item]:
+        """Return the items of this share."""
+        return list(items[self.index :: self.count])
+
+
+def share(text: str) -> Share:
+    """Parse a share written I/N, with I from 0 to N - 1."""
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 0 to N - 1")
+    return Share(int(match[1]), int(match[2]))
 
 
 def at_least(least: int) -> Callable[[str], int]:

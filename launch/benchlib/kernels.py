@@ -1,22 +1,29 @@
 """Check every Triton kernel at DeepSeek-V3's shapes against its reference, then time it.
 
     python launch/bench.py kernels --ops fp8_gemm mla_decode --json kernels.json
+    python launch/bench.py kernels --rows kernels.jsonl
     python launch/bench.py kernels --check
 
-A wrong kernel is not timed. Operands that stream from memory are rotated, so that they are not in
-the L2 cache; times are medians of CUDA graphs with many calls. Without a GPU, `--check` compares
-small shapes in Triton's interpreter.
+A wrong kernel is not timed. A kernel that cannot be compiled or launched costs its own row; after
+an error of CUDA, which the process cannot use any more, the report has the rows so far. Operands
+that stream from memory are rotated, so that they are not in the L2 cache; times are medians of
+CUDA graphs with many calls. Without a GPU, `--check` compares small shapes in Triton's interpreter.
 """
 
 import argparse
+import gc
 import logging
 import os
 import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
 
 import torch
 
 from benchlib.bound import share_of_roof
-from benchlib.flags import add_program_flags
+from benchlib.case_log import CaseLog, Row, describe, spoils_device
+from benchlib.flags import Share, add_program_flags, share
 from benchlib.hardware import hardware
 from benchlib.interpreter import patch_interpreter
 from benchlib.kernel_cases import Case, cases, check, measure
@@ -28,11 +35,22 @@ from dsv3.errors import ConfigError, RankError
 
 log = logging.getLogger("dsv3")
 
+RIGHT = "right"
+_FIGURES = ("us", "GB/s", "TFLOP/s", "floor us", "% of roof", "peer us", "x peer")
+
 
 def parse_args(arguments: list[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = Parser(prog="bench.py kernels", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--ops", nargs="+", help="names of kernels (default: all)")
+    parser.add_argument("--ops", nargs="+", help="names of kernels, in this order (default: all)")
+    parser.add_argument(
+        "--share", type=share, default=Share(0, 1), help="I/N: every N-th case from number I on"
+    )
+    parser.add_argument(
+        "--rows",
+        type=Path,
+        help="file to write each row to, as it is made; its cases are not run again",
+    )
     parser.add_argument(
         "--check",
         action="store_true",
@@ -64,39 +82,95 @@ def compare_and_time(args: argparse.Namespace) -> Report:
     if not on_gpu:
         patch_interpreter()
     set_launches(args.overlap_launches, device, "--overlap-launches")
-    selected = [case for case in cases(small=not on_gpu) if not args.ops or case.op in args.ops]
-    if not selected:
-        names = sorted({case.op for case in cases(small=True)})
-        raise ConfigError(f"--ops={' '.join(args.ops or [])}: no such kernel; there are {names}")
+    selected = select_cases(args.ops, small=not on_gpu)
+    selected = args.share.of(selected)
     ceilings = None if args.check else hardware(args.hardware, device)
-    torch.manual_seed(0)
     report = Report(
         "kernels", setting={"device": torch.cuda.get_device_name() if on_gpu else "cpu"}
     )
-    for case in selected:
-        log.info("%s, %s", case.op, case.shape)
-        report.rows.append(kernel_row(case, device, ceilings))
-    wrong = [f"{row['kernel']}, {row['shape']}" for row in report.rows if row["check"] != "right"]
-    report.notes = [f"{len(report.rows) - len(wrong)} of {len(report.rows)} are right"]
+    measure_cases(selected, device, ceilings, CaseLog(args.rows, "--rows"), report)
     return report
 
 
-def kernel_row(case: Case, device: torch.device, ceilings: Hardware | None) -> dict[str, object]:
+def select_cases(ops: Sequence[str] | None, small: bool) -> list[Case]:
+    """Return the cases of the kernels that are asked for, in that order; None gives all.
+
+    Raises:
+        ConfigError: there is no such kernel.
+    """
+    every = list(cases(small))
+    names = {case.op for case in every}
+    if ops is None:
+        return every
+    for op in ops:
+        if op not in names:
+            close = get_close_matches(op, names)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(names))}"
+            raise ConfigError(f"--ops={op}: no such kernel; {hint}")
+    return [case for op in dict.fromkeys(ops) for case in every if case.op == op]
+
+
+def measure_cases(
+    selected: Sequence[Case],
+    device: torch.device,
+    ceilings: Hardware | None,
+    rows: CaseLog,
+    report: Report,
+) -> None:
+    """Add a row of every case to the report, as long as the device can be used.
+
+    Args:
+        selected: the cases.
+        device: device that runs them.
+        ceilings: peak rates of the device; None compares results only.
+        rows: also gets each row, and has the cases that are not run again.
+        report: gets the rows, and notes about them.
+    """
+    names = [f"{case.op} {case.shape}" for case in selected]
+    left = [(name, case) for name, case in zip(names, selected, strict=True)]
+    left = [(name, case) for name, case in left if name not in rows.begun]
+    if len(left) < len(selected):
+        report.notes.append(f"{len(selected) - len(left)} cases are in --rows and were not run")
+    for number, (name, case) in enumerate(left, 1):
+        log.info("%s, %s", case.op, case.shape)
+        rows.begin(name)
+        row = kernel_row(case, device, ceilings)
+        difference = "" if row["check"] == RIGHT else row["check"]
+        rows.end(name, difference, **row)
+        report.rows.append(row)
+        if spoils_device(difference):
+            report.notes.append(
+                f"stopped at {name}: after this error the process cannot use the GPU; "
+                f"{len(left) - number} cases were not run"
+            )
+            break
+    num_right = sum(row["check"] == RIGHT for row in report.rows)
+    report.notes.insert(0, f"{num_right} of {len(report.rows)} are right")
+
+
+def kernel_row(case: Case, device: torch.device, ceilings: Hardware | None) -> Row:
     """Return the report's row of one case: the check's result, then times if it is correct."""
-    difference = check(case, device)
-    row: dict[str, object] = {
-        "kernel": case.op,
-        "shape": case.shape,
-        "check": difference or "right",
-    }
-    if ceilings is None:
-        return row
-    if difference:
-        columns = ("us", "GB/s", "TFLOP/s", "floor us", "% of roof", "peer us", "x peer")
-        return row | dict.fromkeys(columns)
+    row: Row = {"kernel": case.op, "shape": case.shape, "check": RIGHT}
+    if ceilings is not None:
+        row |= dict.fromkeys(_FIGURES)
+    torch.manual_seed(0)
+    try:
+        row["check"] = check(case, device) or RIGHT
+        if ceilings is not None and row["check"] == RIGHT:
+            row |= _timed(case, device, ceilings)
+    except Exception as error:  # Triton's compilers and drivers raise errors of many kinds
+        log.debug("%s, %s", case.op, case.shape, exc_info=True)
+        row["check"] = describe(error)
+    if device.type == "cuda" and not spoils_device(row["check"]):
+        gc.collect()  # a captured graph keeps its memory
+        torch.cuda.empty_cache()
+    return row
+
+
+def _timed(case: Case, device: torch.device, ceilings: Hardware) -> Row:
     seconds, peer_seconds = measure(case, device)
     floor = Op(case.op, case.flops, case.bytes, case.dtype).seconds(ceilings)
-    return row | {
+    return {
         "us": 1e6 * seconds,
         "GB/s": case.bytes / seconds / 1e9,
         "TFLOP/s": case.flops / seconds / 1e12,
@@ -110,12 +184,12 @@ def kernel_row(case: Case, device: torch.device, ceilings: Hardware | None) -> d
 def main(arguments: list[str]) -> int:
     """Check and time the kernels and print the report; wrong kernels are an error."""
     args = parse_args(arguments)
-    check_report(args)
+    check_report(args, outputs=("--rows",))
     set_up_logging(args.debug)
     report = compare_and_time(args)
     report.setting |= machine(1)
     report.publish(args.json)
-    wrong = [f"{row['kernel']}, {row['shape']}" for row in report.rows if row["check"] != "right"]
+    wrong = [f"{row['kernel']}, {row['shape']}" for row in report.rows if row["check"] != RIGHT]
     if wrong:
-        raise RankError(f"kernels are wrong and were not timed: {'; '.join(wrong)}")
+        raise RankError(f"kernels failed and have no times: {'; '.join(wrong)}")
     return 0
