@@ -109,7 +109,8 @@ class LLM(AbstractContextManager["LLM"]):
             engine_config = _engine_config(settings)
         with ExitStack() as stack:
             common = EngineConfig.common(asdict(engine_config)) | {"rank_timeout": f"{seconds:g}"}
-            mesh = stack.enter_context(join_world(device, tp, dp, seconds, common))
+            joined = join_world(device, tp, dp, seconds, common, one_shot=engine_config.one_shot)
+            mesh = stack.enter_context(joined)
             folder = locate_checkpoint(given, mesh)
             self._chat: AnyFormat | None = None
             with collective_errors(mesh, "reading the configuration"):

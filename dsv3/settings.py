@@ -75,6 +75,8 @@ class EngineConfig:
             "auto".
         dispatch_dtype: format of dispatched hidden states: "auto" (FP8 in fp8 numerics, otherwise
             unchanged), "bf16" or "fp8".
+        one_shot: make small sums over the GPUs of a host by one kernel in memory that they share;
+            without it, and where they cannot share memory, by NCCL. Not yet confirmed on GPUs.
         max_seq_len: longest context, prompt and answer; 0 is the model's own limit.
         max_batch_tokens: most new tokens of one step, in each data-parallel group.
         max_running: most running sequences, in each data-parallel group.
@@ -106,6 +108,9 @@ class EngineConfig:
     )
     dispatch_dtype: Literal["auto", "bf16", "fp8"] = _layout(
         "auto", "format of dispatched hidden states"
+    )
+    one_shot: bool = _layout(
+        False, "sum in memory that the GPUs of a host share (not yet confirmed)"
     )
     sequence_parallel: int = _layout(
         -1, "split norms over tp from N tokens in a step on (0: never; -1: by device)", least=-1

@@ -315,7 +315,13 @@ def main() -> int:
 def measure_model(args: argparse.Namespace) -> Report | None:
     """Load the model on all ranks and measure it; rank 0 returns the report."""
     with join_world(
-        args.device, args.tp, args.dp, args.rank_timeout, common_settings(args), flag
+        args.device,
+        args.tp,
+        args.dp,
+        args.rank_timeout,
+        common_settings(args),
+        flag,
+        one_shot=args.one_shot,
     ) as mesh:
         tune_process(mesh, args.threads)
         config = load_model_config(args.config) if args.config else None

@@ -302,7 +302,15 @@ def main() -> int:
     settings = common_settings(args)
     try:
         with (
-            join_world(args.device, args.tp, args.dp, args.rank_timeout, settings, flag) as mesh,
+            join_world(
+                args.device,
+                args.tp,
+                args.dp,
+                args.rank_timeout,
+                settings,
+                flag,
+                one_shot=args.one_shot,
+            ) as mesh,
             ExitStack() as files,
         ):
             tune_process(mesh)

@@ -1,27 +1,19 @@
 """Exchanges with other ranks: layers get a `Collectives` and never call `torch.distributed`.
 
-`ProcessGroup` and `OneShotGroup` exchange over a torch.distributed group; `SingleRank` is a group
-of one rank, without exchanges.
+`ProcessGroup` exchanges over a torch.distributed group, `OneShotGroup` (`one_shot_group.py`) also
+through memory that GPUs share; `SingleRank` is a group of one rank, without exchanges.
 """
 
-import logging
 from abc import ABC, abstractmethod
 from collections import Counter
-from importlib import import_module
 from types import TracebackType
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsv3_kernels import Peers, Quantized, add_rmsnorm, fits_sum_norm, shared_bytes, sum_norm
+from dsv3_kernels import Peers, Quantized, add_rmsnorm, fits_sum_norm, sum_norm
 
-log = logging.getLogger(__name__)
-
-# Above this size NCCL is faster. Calculated (8 ranks read 3.5 MiB at 450 GB/s in 8 us), not
-# measured.
-_ONE_SHOT_BYTES = 512 << 10
-_ONE_SHOT_DTYPES = (torch.bfloat16, torch.float32)
 # torch 2.13 renamed these functions and warns about the old names.
 _all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
@@ -266,69 +258,3 @@ class ProcessGroup(Collectives):
             sent = self._prepare("broadcast", x, self.size - 1 if self.rank == 0 else 0)
             dist.broadcast(sent, group=self.group, group_src=0)
             return sent.to(x.device)
-
-
-class OneShotGroup(ProcessGroup):
-    """GPUs of one host that read each other's memory: a small sum is one kernel, without NCCL.
-
-    For few rows the same kernel also adds and normalizes (`sum_norm`, in separate memory). Every
-    rank reads all parts: more bytes than a ring (size - 1 times x), but less latency.
-    """
-
-    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
-        super().__init__(group)
-        symmetric = import_module("torch.distributed._symmetric_memory")
-        self._name = group.group_name
-        self._add = torch.ops.symm_mem.one_shot_all_reduce_copy
-        num_bytes = _ONE_SHOT_BYTES + shared_bytes(self.size)
-        self._shared = symmetric.empty(num_bytes, dtype=torch.uint8, device=device).zero_()
-        torch.cuda.synchronize(device)  # a peer may write right after the rendezvous
-        handle = symmetric.rendezvous(self._shared, group)
-        offset = self._shared[_ONE_SHOT_BYTES:].data_ptr() - handle.buffer_ptrs[self.rank]
-        addresses = [pointer + offset for pointer in handle.buffer_ptrs]
-        self.peers = Peers.at(addresses, self.rank, device)
-
-    def all_reduce(self, x: Tensor) -> Tensor:
-        if x.nbytes > _ONE_SHOT_BYTES or x.nbytes % 16 or x.dtype not in _ONE_SHOT_DTYPES:
-            return super().all_reduce(x)
-        self.sent["all_reduce"] += (self.size - 1) * x.nbytes
-        shared = self._shared[: x.nbytes].view(x.dtype)
-        return self._sum(shared, x.contiguous().flatten()).view(x.shape)
-
-    def _sum(self, shared: Tensor, x: Tensor) -> Tensor:
-        return self._add(shared, x, "sum", self._name)
-
-
-def connect(
-    group: dist.ProcessGroup, device: torch.device, via_host: bool, ranks_on_host: int
-) -> ProcessGroup:
-    """Return the fastest implementation for a group, the same on all its ranks. A collective.
-
-    Args:
-        group: a subset of the world, in which each host has `ranks_on_host` consecutive ranks.
-        device: this rank's.
-        via_host: see `ProcessGroup`.
-        ranks_on_host: ranks of this host.
-    """
-    ranks = dist.get_process_group_ranks(group)
-    is_one_host = len({rank // ranks_on_host for rank in ranks}) == 1
-    if device.type != "cuda" or via_host or not is_one_host:
-        return ProcessGroup(group, via_host)
-    others = [i for i in range(torch.cuda.device_count()) if i != device.index]
-    has_peers = all(torch.cuda.can_device_access_peer(device, i) for i in others)
-    if len(ranks) == 1 or not _all_agree(group, device, has_peers):
-        return ProcessGroup(group)
-    one_shot = None
-    try:
-        one_shot = OneShotGroup(group, device)
-    except (AttributeError, RuntimeError) as error:  # not supported by this torch or machine
-        log.info("sums go through NCCL: %s", str(error).split("\n")[0])
-    is_possible = _all_agree(group, device, one_shot is not None)
-    return one_shot if one_shot and is_possible else ProcessGroup(group)
-
-
-def _all_agree(group: dist.ProcessGroup, device: torch.device, agrees: bool) -> bool:
-    """Return True if `agrees` is True on all ranks of a group. A collective."""
-    lowest = torch.tensor(int(agrees), device=device)
-    dist.all_reduce(lowest, dist.ReduceOp.MIN, group=group)
-    return bool(lowest.item())

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from dsv3.config import ParallelConfig
-from dsv3.distributed.collectives import Collectives, ProcessGroup, SingleRank, connect
+from dsv3.distributed.collectives import Collectives, ProcessGroup, SingleRank
 from dsv3.distributed.heartbeat import start_up_timeout
 from dsv3.distributed.launcher import (
     environment_local_rank,
@@ -24,6 +24,7 @@ from dsv3.distributed.launcher import (
     rendezvous_address,
     unused_tasks,
 )
+from dsv3.distributed.one_shot_group import connect
 from dsv3.distributed.rendezvous import Hello, Peer, Roster, gather_roster
 from dsv3.distributed.watchdog import RUN, Watchdog
 from dsv3.errors import ConfigError, RankError
@@ -121,6 +122,7 @@ def make_mesh(
     via_host: bool,
     host_of_rank: Sequence[int],
     watchdog: Watchdog | None = None,
+    one_shot: bool = False,
 ) -> Mesh:
     """Make the groups of a world of several ranks, after the rendezvous. A collective.
 
@@ -131,6 +133,7 @@ def make_mesh(
         via_host: see `ProcessGroup`.
         host_of_rank: see `Mesh`.
         watchdog: counts exchanges as progress.
+        one_shot: see `connect`.
     """
     assert dist.group.WORLD is not None
     host_of_rank = tuple(host_of_rank)
@@ -139,7 +142,9 @@ def make_mesh(
 
     def connected(group: dist.ProcessGroup) -> ProcessGroup:
         with watchdog.waiting():
-            return connect(group, device, via_host, ranks_on_host)
+            return connect(
+                group, device, via_host=via_host, ranks_on_host=ranks_on_host, one_shot=one_shot
+            )
 
     world = connected(dist.group.WORLD)
     control = world
@@ -241,6 +246,7 @@ def join_world(
     rank_timeout: float = 60.0,
     settings: Mapping[str, str] | None = None,
     name: SettingName = argument,
+    one_shot: bool = False,
 ) -> Iterator[Mesh]:
     """Join the world for the duration of the block, and leave it in order at its end.
 
@@ -253,6 +259,7 @@ def join_world(
         rank_timeout: seconds after which a rank that hangs ends the job.
         settings: names and values of other settings that must be the same on all ranks.
         name: returns the name of a setting in error messages.
+        one_shot: see `connect`.
 
     Raises:
         ConfigError: the layout does not fit the world, there is no such device, or the ranks were
@@ -276,7 +283,7 @@ def join_world(
     watchdog.start()
     mesh = None
     try:
-        mesh = _enter_mesh(layout, device, roster, watchdog)
+        mesh = _enter_mesh(layout, device, roster, watchdog, one_shot)
         watchdog.enter(RUN, may_rest=True)
         yield mesh
     except BaseException as error:
@@ -292,7 +299,11 @@ def join_world(
 
 
 def _enter_mesh(
-    layout: ParallelConfig, device_name: str, roster: Roster | None, watchdog: Watchdog
+    layout: ParallelConfig,
+    device_name: str,
+    roster: Roster | None,
+    watchdog: Watchdog,
+    one_shot: bool,
 ) -> Mesh:
     """Choose this rank's device and make its groups."""
     rank = layout.rank
@@ -326,4 +337,5 @@ def _enter_mesh(
         via_host=is_shared_gpu,
         host_of_rank=[distinct_hosts.index(host) for host in hosts],
         watchdog=watchdog,
+        one_shot=one_shot,
     )

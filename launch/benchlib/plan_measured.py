@@ -67,7 +67,7 @@ def measured_plan(args: argparse.Namespace) -> Report | None:
     """Measure the machine and compare predicted with measured steps; rank 0 returns the report."""
     if args.hardware != "measure" or args.figure:
         raise ConfigError("--measure finds its own figures; leave --hardware and --figure out")
-    with join_world(args.device, args.tp, args.dp, name=flag) as mesh:
+    with join_world(args.device, args.tp, args.dp, name=flag, one_shot=args.one_shot) as mesh:
         tune_process(mesh, args.threads)
         config = load_model_config(args.config) if args.config else None
         checkpoint = locate_checkpoint(args.ckpt_path, mesh)

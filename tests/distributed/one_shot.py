@@ -1,6 +1,9 @@
 """Checks on every rank: sums in memory that ranks share."""
 
+import logging
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -8,9 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsv3.distributed import collectives
-from dsv3.distributed.collectives import OneShotGroup, ProcessGroup
+from dsv3.distributed import one_shot_group
+from dsv3.distributed.collectives import ProcessGroup
 from dsv3.distributed.mesh import Mesh
+from dsv3.distributed.one_shot_group import OneShotGroup, connect
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 from tests.distributed.ranks import CPU
 from tests.kernels.peers import make_memory, map_memory
@@ -22,6 +26,9 @@ class OneShotOnPaper(OneShotGroup):
     def __init__(self, group: dist.ProcessGroup) -> None:
         ProcessGroup.__init__(self, group)
         self._shared, self.calls = torch.full((512 << 10,), 255, dtype=torch.uint8), 0
+
+    def share(self) -> None:
+        pass
 
     def _sum(self, shared: Tensor, x: Tensor) -> Tensor:
         assert shared.dtype == x.dtype and shared.data_ptr() == self._shared.data_ptr()
@@ -45,27 +52,66 @@ def check_one_shot(mesh: Mesh) -> None:
         assert group.calls == 3 * calls, f"{shape} {dtype}"
 
 
+class NoMemory(OneShotOnPaper):
+    """The memory of the last rank cannot be allocated."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__(group)
+        if self.rank == self.size - 1:
+            raise RuntimeError("no such memory\nat some line of torch")
+
+
+class NotShared(OneShotOnPaper):
+    """Two ranks cannot map the memory of the others."""
+
+    def share(self) -> None:
+        if self.rank:
+            raise RuntimeError("no handle")
+
+
 def check_connect(mesh: Mesh) -> None:
-    """If the memory of one rank cannot be shared, all ranks use the usual group."""
-    agree, failing = collectives._all_agree, mesh.world.rank == mesh.world.size - 1
+    """Sums are one-shot only if asked for, and if all ranks of the group can share memory.
 
-    def one_shot(group: dist.ProcessGroup, _device: torch.device) -> ProcessGroup:
-        if failing and case == "refused":
-            raise RuntimeError("no such memory")
-        return OneShotOnPaper(group)
-
-    def can_access(*_: object) -> bool:
-        return not (failing and case == "no peers")
-
-    for case in ("shared", "no peers", "refused"):
-        with pytest.MonkeyPatch.context() as patch:
+    One rank says why not.
+    """
+    rank, size, agree = mesh.world.rank, mesh.world.size, one_shot_group._first_failed
+    gpu, last = torch.device("cuda", 0), size - 1
+    cases = (
+        ("not asked", OneShotOnPaper, {"one_shot": False}, None),
+        ("by host", OneShotOnPaper, {"via_host": True}, None),
+        ("two hosts", OneShotOnPaper, {"ranks_on_host": 1}, None),
+        ("shared", OneShotOnPaper, {}, None),
+        ("no peers", OneShotOnPaper, {}, last),
+        ("no memory", NoMemory, {}, last),
+        ("not shared", NotShared, {}, 1),
+    )
+    for case, kind, other, blamed in cases:
+        with pytest.MonkeyPatch.context() as patch, logged() as lines:
+            can_access = case != "no peers" or rank != last
             patch.setattr(torch.cuda, "device_count", lambda: 2)
-            patch.setattr(torch.cuda, "can_device_access_peer", can_access)
-            patch.setattr(collectives, "OneShotGroup", one_shot)
-            patch.setattr(collectives, "_all_agree", lambda group, _, ok: agree(group, CPU, ok))
-            size = mesh.world.size
-            found = collectives.connect(mesh.world.group, torch.device("cuda", 0), False, size)
+            patch.setattr(torch.cuda, "can_device_access_peer", lambda *_, can=can_access: can)
+            patch.setattr(one_shot_group, "OneShotGroup", lambda group, _, kind=kind: kind(group))
+            patch.setattr(
+                one_shot_group, "_first_failed", lambda group, _, failed: agree(group, CPU, failed)
+            )
+            how = {"via_host": False, "ranks_on_host": size, "one_shot": True} | other
+            found = connect(mesh.world.group, gpu, **how)
         assert isinstance(found, OneShotOnPaper) == (case == "shared"), case
+        assert len(lines) == (rank == blamed), (case, lines)
+        assert all("\n" not in line and "go on with NCCL" in line for line in lines)
+
+
+@contextmanager
+def logged() -> Iterator[list[str]]:
+    """Collect the warnings of a block."""
+    lines: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    one_shot_group.log.addHandler(handler)
+    try:
+        yield lines
+    finally:
+        one_shot_group.log.removeHandler(handler)
 
 
 def check_sum_norm(mesh: Mesh) -> None:

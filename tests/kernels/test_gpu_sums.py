@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch import multiprocessing as mp
 
-from dsv3.distributed.collectives import OneShotGroup, connect
+from dsv3.distributed.one_shot_group import OneShotGroup, connect
 from dsv3_kernels import Peers, shared_bytes, sum_norm
 from dsv3_kernels.gemm.act_quant import act_quant
 from dsv3_kernels.ops.sum_norm import MAX_ROWS, sum_norm_of_parts
@@ -137,7 +137,7 @@ def _rank_main(rank: int, size: int, folder: str) -> None:
     init = f"file://{folder}/rendezvous"
     dist.init_process_group("nccl", init_method=init, rank=rank, world_size=size)
     assert dist.group.WORLD is not None
-    group = connect(dist.group.WORLD, device, False, size)
+    group = connect(dist.group.WORLD, device, via_host=False, ranks_on_host=size, one_shot=True)
     try:
         assert isinstance(group, OneShotGroup)
         _check_group(group, device)

@@ -6,13 +6,18 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.distributed as dist
 
+import bench
+import generate
+from benchlib import plan
 from benchlib.stand_in import StandIn
+from dsv3 import llm
 from dsv3.config import ParallelConfig
 from dsv3.distributed import mesh, rendezvous
 from dsv3.distributed import store as store_module
@@ -231,3 +236,26 @@ def test_steps_are_capturable_if_all_groups_use_nccl() -> None:
     assert not Mesh(layout, cuda, nccl, nccl, gloo, 4, dp=nccl, hosts=gloo).is_capturable
     assert not Mesh(layout, cuda, gloo, gloo, gloo, 4).is_capturable
     assert not Mesh(layout, torch.device("cpu"), nccl, nccl, nccl, 4).is_capturable
+
+
+@pytest.mark.parametrize("is_asked", [False, True])
+def test_one_shot_sums_are_asked_for(is_asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library and the programs pass the setting on when they join the world."""
+
+    def join(*_: object, one_shot: bool, **__: object) -> None:
+        raise RuntimeError(f"{one_shot=}")
+
+    for module in (llm, generate, bench, plan):
+        monkeypatch.setattr(module, "join_world", join)
+        monkeypatch.setattr(module, "set_up_logging", lambda *_: None, raising=False)
+    flags = ["--one-shot"] if is_asked else []
+    calls: tuple[tuple[list[str], Callable[[], object]], ...] = (
+        ([], lambda: llm.LLM(one_shot=is_asked)),
+        (["--prompt", "Hi", *flags], generate.main),
+        (["throughput", *flags], bench.main),
+        (["plan", "--measure", *flags], bench.main),
+    )
+    for arguments, call in calls:
+        monkeypatch.setattr("sys.argv", ["program", *arguments])
+        with pytest.raises(RuntimeError, match=f"one_shot={is_asked}"):
+            call()
