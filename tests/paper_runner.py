@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dsv3.cache.layout import NULL_PAGE, CacheLayout
+from dsv3.cache.layout import NULL_PAGE, CacheLayout, Plane
 from dsv3.cache.pool import CachePool
 from dsv3.cache.tiers import PageKey, Tiers
 from dsv3.distributed.collectives import SingleRank
@@ -30,6 +30,7 @@ from dsv3.engine.step_plan import (
 from dsv3.engine.step_result import StepResult
 from dsv3.request import Completion, Request
 from dsv3.settings import EngineConfig
+from dsv3_kernels import Paging
 from tests.checkpoint_files import TINY
 
 CPU = torch.device("cpu")
@@ -244,8 +245,8 @@ def paper_world(
 ) -> tuple[Engine, PaperWorld]:
     """Return an engine over groups of `num_pages` pages and `num_slots` of host memory."""
     config = EngineConfig(**settings)
-    layout = CacheLayout("latent", 1, 1, "fp32", page_size, 1, 0)
-    cache = CachePool(layout, 1, num_pages + 1, CPU, SingleRank())
+    layout = CacheLayout((Plane("latent", 1, 1, "fp32"),), 1, Paging(page_size))
+    cache = CachePool(layout, num_pages + 1, CPU, SingleRank())
     groups = [
         PaperRunner(layout, num_pages + 1, config, num_slots, disk) for _ in range(num_groups)
     ]

@@ -4,24 +4,26 @@ The folder is named after model and format, the file after the hash of all token
 one, so a file does not depend on the number of ranks that wrote it. File format:
 
     header     magic, the folder's key, the unit's hash, CRC-32 of these
-    lanes      smallest pieces that a single rank can own: a position of a latent cache,
-               [layers, entry], or a head of an expanded cache, [layers, 64 positions, entry]
-    checksums  CRC-32 of each lane, seeded with the unit's hash and the lane's index
+    segments   smallest parts that a single rank can own: a position, [layers, entry] for each plane
+               of the cache, or a head of an expanded cache, [layers, 64 positions, entry]
+    checksums  CRC-32 of each segment, seeded with the unit's hash and the segment's index
 
-A rank writes its lanes, then their checksums, into a temporary file. The first rank polls until all
-checksums are present, writes the header and renames the file. So ranks need no messages to
+A rank writes its segments, then their checksums, into a temporary file. The first rank polls until
+all checksums are present, writes the header and renames the file. So ranks need no messages to
 synchronize, an unfinished file is never found, and every byte is covered by a CRC. Token ids are
 not stored, only their hash: the cache directory contains no text of the conversations.
 """
 
 import contextlib
 import logging
+import math
 import os
 import re
 import stat
 import time
 import zlib
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -79,13 +81,13 @@ class UnitFormat:
 
     Attributes:
         key: 16-byte digest of model and format.
-        num_lanes: lanes of a file.
-        lane_bytes: bytes of a lane.
+        num_segments: segments of a file.
+        segment_bytes: bytes of a segment.
     """
 
     key: bytes
-    num_lanes: int
-    lane_bytes: int
+    num_segments: int
+    segment_bytes: int
 
     @classmethod
     def make(cls, model: bytes, config: ModelConfig, layout: CacheLayout) -> "UnitFormat":
@@ -96,38 +98,39 @@ class UnitFormat:
             config: the model.
             layout: any rank's cache.
         """
-        num_lanes = UNIT
-        lane_bytes = config.num_hidden_layers * layout.entry_bytes
+        num_segments = UNIT
+        segment_bytes = layout.num_layers * layout.entry_bytes
         if layout.form == "heads":
-            num_lanes = config.num_attention_heads
+            num_segments = config.num_attention_heads
             values_per_head = config.qk_head_dim + config.v_head_dim
-            lane_bytes = lane_bytes * UNIT * values_per_head // layout.width
-        description = f"{layout.form} {layout.dtype} {num_lanes} {lane_bytes}"
+            segment_bytes = segment_bytes * UNIT * values_per_head // layout.main.width
+        planes = " ".join(f"{plane.name} {plane.dtype}" for plane in layout.planes)
+        description = f"{planes} {num_segments} {segment_bytes}"
         key = blake2b(model + description.encode(), digest_size=16).digest()
-        return cls(key, num_lanes, lane_bytes)
+        return cls(key, num_segments, segment_bytes)
 
     def header(self, unit: bytes) -> bytes:
         """Return the header of a unit's file."""
         head = _MAGIC + self.key + unit
         return head + zlib.crc32(head).to_bytes(4, "little")
 
-    def checksum(self, unit: bytes, lane: int, data: memoryview) -> bytes:
-        """Return a lane's checksum, 4 bytes. Never zero, which stands for "not written yet"."""
-        seed = zlib.crc32(unit + lane.to_bytes(4, "little"))
+    def checksum(self, unit: bytes, segment: int, data: memoryview) -> bytes:
+        """Return a segment's checksum, 4 bytes. Never zero, which stands for "not written yet"."""
+        seed = zlib.crc32(unit + segment.to_bytes(4, "little"))
         return (zlib.crc32(data, seed) or 1).to_bytes(4, "little")
 
-    def lane_offset(self, lane: int) -> int:
-        """Return a lane's byte offset in the file; `num_lanes` gives the end of the last lane."""
-        return len(self.header(bytes(16))) + lane * self.lane_bytes
+    def segment_offset(self, segment: int) -> int:
+        """Return a segment's byte offset; `num_segments` gives the end of the last segment."""
+        return len(self.header(bytes(16))) + segment * self.segment_bytes
 
-    def checksum_offset(self, lane: int) -> int:
-        """Return the byte offset of a lane's checksum; `num_lanes` gives the end of the file."""
-        return self.lane_offset(self.num_lanes) + 4 * lane
+    def checksum_offset(self, segment: int) -> int:
+        """Return the offset of a segment's checksum; `num_segments` gives the end of the file."""
+        return self.segment_offset(self.num_segments) + 4 * segment
 
     @property
     def file_bytes(self) -> int:
         """Bytes of a file."""
-        return self.checksum_offset(self.num_lanes)
+        return self.checksum_offset(self.num_segments)
 
 
 class UnitShard:
@@ -143,39 +146,57 @@ class UnitShard:
         self._layout = layout
         self._heads: range | None = None
         if layout.form == "heads":
-            num_heads = layout.width // (config.qk_head_dim + config.v_head_dim)
+            assert len(layout.planes) == 1, f"{layout.planes=}: only heads are shared out"
+            num_heads = layout.main.width // (config.qk_head_dim + config.v_head_dim)
             self._heads = range(rank * num_heads, (rank + 1) * num_heads)
         # A replicated cache is written by the first rank alone.
-        self.writes = layout.form == "heads" or layout.shards > 1 or rank == 0
+        self.writes = self._heads is not None or layout.paging.shards > 1 or rank == 0
         self.is_first = rank == 0
 
-    def lanes(self, index: int) -> range:
-        """Return this rank's lanes of a page's unit `index`."""
+    def segments(self, index: int) -> range:
+        """Return this rank's segments of a page's unit `index`."""
         if self._heads is not None:
             return self._heads
-        shard, shards = self._layout.shard, self._layout.shards
-        return range((shard - index * UNIT) % shards, UNIT, shards)
+        paging = self._layout.paging
+        return range((paging.shard - index * UNIT) % paging.shards, UNIT, paging.shards)
 
-    def view(self, page: Bytes, index: int) -> Bytes:
-        """Return a view of this rank's lanes of a page's unit `index`.
+    def load(self, page: Bytes, index: int) -> Bytes:
+        """Return a copy of this rank's segments of a page's unit `index`.
 
         Args:
-            page: [layers, slots, entry bytes].
+            page: [page_bytes], as `CachePool.read_pages` returns it.
             index: of the unit in its page.
 
         Returns:
-            [lanes, ...], strided; read in order, its values are the lanes' bytes.
+            [segments, segment_bytes].
         """
-        if self._heads is not None:
-            rows = page[:, index * UNIT : (index + 1) * UNIT]
-            return rows.reshape(*rows.shape[:2], len(self._heads), -1).transpose(2, 0, 1, 3)
-        lanes = self.lanes(index)
-        first = (index * UNIT + lanes.start) // self._layout.shards
-        return page[:, first : first + len(lanes)].transpose(1, 0, 2)
+        fields = self._fields(page, index)
+        rows = [field.reshape(len(field), math.prod(field.shape[1:])) for field in fields]
+        return np.concatenate(rows, axis=1)
+
+    def save(self, page: Bytes, index: int, rows: Bytes) -> None:
+        """Copy segments, as `load` returns them, to a page."""
+        start = 0
+        for field in self._fields(page, index):
+            stop = start + math.prod(field.shape[1:])
+            field[...] = rows[:, start:stop].reshape(field.shape)
+            start = stop
+
+    def _fields(self, page: Bytes, index: int) -> Iterator[Bytes]:
+        """Yield views of a unit's fields in a page, [segments, layers, ...]."""
+        for field in self._layout.fields(page):
+            if self._heads is not None:
+                rows = field[:, index * UNIT : (index + 1) * UNIT]
+                by_head = rows.reshape(*rows.shape[:2], len(self._heads), -1)
+                yield by_head.transpose(2, 0, 1, 3)
+            else:
+                segments = self.segments(index)
+                first = (index * UNIT + segments.start) // self._layout.paging.shards
+                yield field[:, first : first + len(segments)].transpose(1, 0, 2)
 
 
 class DiskFiles:
-    """Writes and reads this rank's lanes on background threads.
+    """Writes and reads this rank's segments on background threads.
 
     Args:
         folder: of the model and format; must exist.
@@ -183,7 +204,7 @@ class DiskFiles:
             to this run.
         fmt: the format.
         shard: this rank's part of it.
-        pages: [host slots, layers, slots of a page, entry bytes], the memory of the host tier.
+        pages: [pages, page_bytes], the memory of the host tier.
 
     Attributes:
         writes: units being written, in order; the future is True once the file is complete. On
@@ -209,15 +230,14 @@ class DiskFiles:
         """Return the path of a unit's file."""
         return self._folder / f"{unit.hex()}.kv"
 
-    def store(self, slot: int, units: tuple[bytes, ...]) -> None:
-        """Write the page in a host slot in the background; its data is copied first."""
+    def store(self, page: int, units: tuple[bytes, ...]) -> None:
+        """Write the page of host memory in the background; its data is copied first."""
         if not self._shard.writes:
             return
         for index, unit in enumerate(units):
-            lanes = self._shard.lanes(index)
-            rows = self._shard.view(self._pages[slot], index).copy()
-            rows = rows.reshape(len(lanes), self._fmt.lane_bytes)
-            done = self._writer.submit(self._write, unit, lanes, rows)
+            segments = self._shard.segments(index)
+            rows = self._shard.load(self._pages[page], index)
+            done = self._writer.submit(self._write, unit, segments, rows)
             if self._shard.is_first:
                 self.writes.append((unit, done))
 
@@ -225,36 +245,36 @@ class DiskFiles:
         """Delete a file in the background, after all writes that are queued."""
         self._writer.submit(remove_own, path)
 
-    def fetch(self, slot: int, units: tuple[bytes, ...]) -> None:
-        """Read a page into a host slot in the background."""
-        self._reads[slot] = self._reader.submit(self._read, slot, units)
+    def fetch(self, page: int, units: tuple[bytes, ...]) -> None:
+        """Read a page of host memory in the background."""
+        self._reads[page] = self._reader.submit(self._read, page, units)
 
-    def is_read(self, slot: int) -> bool:
-        """Return True if this rank has finished reading into a slot."""
-        return slot in self._reads and self._reads[slot].done()
+    def is_read(self, page: int) -> bool:
+        """Return True if this rank has finished reading a page."""
+        return page in self._reads and self._reads[page].done()
 
-    def outcomes(self, slots: list[int], seconds: float) -> list[int]:
-        """Return PENDING, GOOD or BAD for each slot's read, after waiting at most `seconds`."""
-        reads = [self._reads[slot] for slot in slots]
+    def outcomes(self, pages: list[int], seconds: float) -> list[int]:
+        """Return PENDING, GOOD or BAD for each page's read, after waiting at most `seconds`."""
+        reads = [self._reads[page] for page in pages]
         wait(reads, seconds)
         return [_outcome(read) for read in reads]
 
-    def forget(self, slot: int) -> None:
+    def forget(self, page: int) -> None:
         """Drop a read that all ranks have finished."""
-        del self._reads[slot]
+        del self._reads[page]
 
-    def _write(self, unit: bytes, lanes: range, rows: Bytes) -> bool:
+    def _write(self, unit: bytes, segments: range, rows: Bytes) -> bool:
         if not self.is_writable:
             return False
         path = self._folder / f"{unit.hex()}.{self._session}.tmp"
         try:
             file = os.open(path, _FLAGS | os.O_CREAT, 0o644)
             try:
-                for lane, row in zip(lanes, rows, strict=True):
-                    _write_at(file, row.data, self._fmt.lane_offset(lane))
-                for lane, row in zip(lanes, rows, strict=True):
-                    checksum = self._fmt.checksum(unit, lane, row.data)
-                    _write_at(file, checksum, self._fmt.checksum_offset(lane))
+                for segment, row in zip(segments, rows, strict=True):
+                    _write_at(file, row.data, self._fmt.segment_offset(segment))
+                for segment, row in zip(segments, rows, strict=True):
+                    checksum = self._fmt.checksum(unit, segment, row.data)
+                    _write_at(file, checksum, self._fmt.checksum_offset(segment))
             finally:
                 os.close(file)
             return not self._shard.is_first or self._publish(path, unit)
@@ -266,19 +286,19 @@ class DiskFiles:
             return False
 
     def _publish(self, path: Path, unit: bytes) -> bool:
-        """Rename a file once all ranks have written their lanes; return False if the name is taken.
+        """Rename a file that all ranks have written to; return False if the name is taken.
 
         Raises:
-            OSError: another rank has not written its lanes in time.
+            OSError: another rank has not written its segments in time.
         """
         fmt = self._fmt
         deadline = time.monotonic() + _CHECKSUM_SECONDS
         while True:
             # Opened again each time, so that a network file system shows the other ranks' writes.
             with os.fdopen(os.open(path, _FLAGS), "r+b", buffering=0) as file:
-                checksums = os.pread(file.fileno(), 4 * fmt.num_lanes, fmt.checksum_offset(0))
+                checksums = os.pread(file.fileno(), 4 * fmt.num_segments, fmt.checksum_offset(0))
                 written = np.frombuffer(checksums[: len(checksums) // 4 * 4], np.uint32)
-                if len(written) == fmt.num_lanes and written.all():
+                if len(written) == fmt.num_segments and written.all():
                     _write_at(file.fileno(), fmt.header(unit), 0)
                     break
             if time.monotonic() > deadline:
@@ -292,31 +312,30 @@ class DiskFiles:
         path.replace(target)
         return True
 
-    def _read(self, slot: int, units: tuple[bytes, ...]) -> bool:
-        return all(self._read_unit(slot, index, unit) for index, unit in enumerate(units))
+    def _read(self, page: int, units: tuple[bytes, ...]) -> bool:
+        return all(self._read_unit(page, index, unit) for index, unit in enumerate(units))
 
-    def _read_unit(self, slot: int, index: int, unit: bytes) -> bool:
+    def _read_unit(self, page: int, index: int, unit: bytes) -> bool:
         fmt = self._fmt
-        lanes = self._shard.lanes(index)
-        rows = np.empty((len(lanes), fmt.lane_bytes), np.uint8)
+        segments = self._shard.segments(index)
+        rows = np.empty((len(segments), fmt.segment_bytes), np.uint8)
         try:
             with self.path(unit).open("rb", buffering=0) as file:
                 number = file.fileno()
                 header = fmt.header(unit)
                 if os.fstat(number).st_size != fmt.file_bytes or file.read(len(header)) != header:
                     return False
-                for lane, row in zip(lanes, rows, strict=True):
-                    num_read = os.preadv(number, [row.data], fmt.lane_offset(lane))
-                    checksum = os.pread(number, 4, fmt.checksum_offset(lane))
-                    if num_read != len(row) or checksum != fmt.checksum(unit, lane, row.data):
+                for segment, row in zip(segments, rows, strict=True):
+                    num_read = os.preadv(number, [row.data], fmt.segment_offset(segment))
+                    checksum = os.pread(number, 4, fmt.checksum_offset(segment))
+                    if num_read != len(row) or checksum != fmt.checksum(unit, segment, row.data):
                         return False
                 if self._shard.is_first:
                     with contextlib.suppress(PermissionError):  # another user's file
                         os.utime(number)
         except OSError:
             return False
-        view = self._shard.view(self._pages[slot], index)
-        view[...] = rows.reshape(view.shape)
+        self._shard.save(self._pages[page], index, rows)
         return True
 
 

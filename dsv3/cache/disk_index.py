@@ -91,9 +91,9 @@ class DiskIndex:
             if unit in self._units:
                 self._reject(self._files.path(unit))
 
-    def is_read(self, slot: int) -> bool:
-        """Return True if this rank has finished reading into a slot."""
-        return self._files.is_read(slot)
+    def is_read(self, page: int) -> bool:
+        """Return True if this rank has finished reading a page."""
+        return self._files.is_read(page)
 
     def catch_up(self) -> None:
         """Wait until all queued files are written, for at most 30 seconds."""

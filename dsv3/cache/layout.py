@@ -1,13 +1,21 @@
-"""Geometry of the paged KV cache: the size of a page, and the rank that stores a position.
+"""Geometry of the paged KV cache: the entries of a position, and the rank that stores them.
 
 A page is `page_size` consecutive positions of one sequence, at every world size. With tokens
 sharded, rank r of tp stores the positions p of the page with p mod tp = r; with heads sharded
 or nothing sharded, every rank has a slot for each position. So page tables, the allocator and
 prefix hashes are one host-side structure, the same for every rank and layout.
+
+A plane holds one kind of entry, a tensor of slots in every layer. All planes have the same pages
+and slots, so a page is moved and stored with all its planes, as `page_bytes` bytes: plane by plane,
+each [layers, slots of a page, entry].
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from dsv3.config import ModelConfig
 from dsv3.settings import CacheDtype, CacheForm, KvShard
@@ -16,8 +24,43 @@ from dsv3_kernels import Paging
 # Page 0 is never allocated: its slots pad index rows and are never written.
 NULL_PAGE = 0
 _PAGE_UNIT = 64
-# Latent values that share a scale in the FP8 format.
+# Values that share a scale in the FP8 format.
 FP8_BLOCK = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Plane:
+    """Format of one kind of entry on one rank.
+
+    Attributes:
+        name: "latent" (normalized latent + rotated key) or "heads" (expanded keys and values).
+        width: values of an entry.
+        value_dim: values that FP8 quantizes, the others stay in bf16: for "latent" those before the
+            rotated key (C); else `width`.
+        dtype: storage format: "fp32", "bf16" or "fp8" (with scales).
+        has_scales_apart: in FP8, the scales are a field of their own: all values of a page come
+            before all its scales. Else every entry is packed with its scales.
+    """
+
+    name: str
+    width: int
+    value_dim: int
+    dtype: CacheDtype
+    has_scales_apart: bool = False
+
+    @property
+    def field_bytes(self) -> tuple[int, ...]:
+        """Bytes of the fields of an entry; a page has each field of all its entries in one run."""
+        if self.dtype != "fp8":
+            return (self.width * (4 if self.dtype == "fp32" else 2),)
+        values = self.value_dim + 2 * (self.width - self.value_dim)
+        scales = 4 * -(-self.value_dim // FP8_BLOCK)
+        return (values, scales) if self.has_scales_apart else (values + scales,)
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of one entry."""
+        return sum(self.field_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,22 +68,15 @@ class CacheLayout:
     """One rank's view of the cache.
 
     Attributes:
-        form: "latent" (normalized latent + rotated key) or "heads" (expanded keys and values).
-        width: values of one entry on this rank.
-        value_dim: for "latent", the values before the rotated key (C); else `width`.
-        dtype: storage format: "fp32", "bf16" or, for latents, "fp8" (packed with scales).
-        page_size: positions of a page, a multiple of 64 and of the token shards.
-        shards: ranks over which a sequence's positions are sharded; 1 if they are not.
-        shard: this rank's index among them.
+        planes: the entries of a position in each layer; the first is the keys and values of
+            attention.
+        num_layers: layers with a cache.
+        paging: positions of a page, a multiple of 64 and of the shards, and those on this rank.
     """
 
-    form: CacheForm
-    width: int
-    value_dim: int
-    dtype: CacheDtype
-    page_size: int
-    shards: int
-    shard: int
+    planes: tuple[Plane, ...]
+    num_layers: int
+    paging: Paging
 
     @classmethod
     def make(
@@ -65,29 +101,49 @@ class CacheLayout:
         page_size = math.lcm(_PAGE_UNIT, tp)
         if form == "heads":
             width = (config.num_attention_heads // tp) * (config.qk_head_dim + config.v_head_dim)
-            return cls(form, width, width, dtype, page_size, 1, 0)
-        latent = config.kv_lora_rank
-        shards, shard = (tp, tp_rank) if kv_shard == "tokens" else (1, 0)
-        width = latent + config.qk_rope_head_dim
-        return cls(form, width, latent, dtype, page_size, shards, shard)
+            plane, paging = Plane(form, width, width, dtype), Paging(page_size)
+        else:
+            latent = config.kv_lora_rank
+            plane = Plane(form, latent + config.qk_rope_head_dim, latent, dtype)
+            is_sharded = kv_shard == "tokens"
+            paging = Paging(page_size, tp, tp_rank) if is_sharded else Paging(page_size)
+        return cls((plane,), config.num_hidden_layers, paging)
+
+    @property
+    def main(self) -> Plane:
+        """The plane of the keys and values of attention."""
+        return self.planes[0]
+
+    @property
+    def form(self) -> CacheForm:
+        """Content of the main plane."""
+        return "heads" if self.main.name == "heads" else "latent"
+
+    @property
+    def page_size(self) -> int:
+        """Positions of a page."""
+        return self.paging.page_size
 
     @property
     def entry_bytes(self) -> int:
-        """Bytes of one entry on this rank."""
-        if self.dtype == "fp8":
-            scales = -(-self.value_dim // FP8_BLOCK)
-            return self.value_dim + 4 * scales + 2 * (self.width - self.value_dim)
-        return self.width * (4 if self.dtype == "fp32" else 2)
+        """Bytes of a position in one layer, on a rank that stores it."""
+        return sum(plane.entry_bytes for plane in self.planes)
 
     @property
-    def slots_per_page(self) -> int:
-        """Slots of a page on this rank."""
-        return self.page_size // self.shards
+    def page_bytes(self) -> int:
+        """Bytes of a page on this rank, all layers and planes."""
+        return self.num_layers * self.paging.slots_per_page * self.entry_bytes
 
-    @property
-    def paging(self) -> Paging:
-        """The mapping from positions to this rank's slots, as kernels take it."""
-        return Paging(self.page_size, self.shards, self.shard)
+    def fields(self, page: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
+        """Yield views of the fields of a page [page_bytes]: [layers, slots of a page, bytes]."""
+        slots = self.paging.slots_per_page
+        sizes = [self.num_layers * slots * plane.entry_bytes for plane in self.planes]
+        planes = np.split(page, np.cumsum(sizes)[:-1])
+        for plane, data in zip(self.planes, planes, strict=True):
+            by_layer = data.reshape(self.num_layers, -1)
+            ends = np.cumsum([slots * size for size in plane.field_bytes])[:-1]
+            for field in np.split(by_layer, ends, axis=1):
+                yield field.reshape(self.num_layers, slots, -1)
 
     def pages_for(self, num_tokens: int) -> int:
         """Return the pages that `num_tokens` positions of one sequence need."""

@@ -1,4 +1,4 @@
-"""Device memory of the KV cache on one rank: a tensor of slots per layer."""
+"""Device memory of the KV cache on one rank: a tensor of slots per plane and layer."""
 
 import math
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsv3.cache.layout import CacheLayout
+from dsv3.cache.layout import CacheLayout, Plane
 from dsv3.distributed.collectives import Collectives
 from dsv3_kernels import pack_latent, unpack_latent, write_slots
 
@@ -14,33 +14,37 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.uint8}
 
 
 class CachePool:
-    """All layers' slots, [layers, num_pages * slots_per_page, width] in the storage dtype.
+    """The slots of all planes and layers. The memory is zeroed: slots never written are finite.
 
-    The packed FP8 format is stored as bytes: dtype uint8, width `entry_bytes`. The memory is
-    zeroed: slots never written are finite and, on a CPU, not resident.
+    Attributes:
+        planes: a tensor per plane, [layers, num_pages * slots_per_page, width] in the storage
+            dtype. FP8 is stored as bytes: dtype uint8, width `entry_bytes`.
     """
 
     def __init__(
-        self,
-        layout: CacheLayout,
-        num_layers: int,
-        num_pages: int,
-        device: torch.device,
-        tp: Collectives,
+        self, layout: CacheLayout, num_pages: int, device: torch.device, tp: Collectives
     ) -> None:
         self.layout = layout
         self.num_pages = num_pages
         self.tp = tp
-        dtype = _DTYPES[layout.dtype]
-        num_slots = num_pages * layout.slots_per_page
-        width = layout.entry_bytes // dtype.itemsize
-        self.slots = _zeros((num_layers, num_slots, width), dtype, device)
-        self._pages = self.slots.view(num_layers, num_pages, -1)
+        self.planes = tuple(self._allocate(plane, device) for plane in layout.planes)
+        self._pages = [x.view(layout.num_layers, num_pages, -1) for x in self.planes]
+
+    def _allocate(self, plane: Plane, device: torch.device) -> Tensor:
+        dtype = _DTYPES[plane.dtype]
+        num_slots = self.num_pages * self.layout.paging.slots_per_page
+        width = plane.entry_bytes // dtype.itemsize
+        return _zeros((self.layout.num_layers, num_slots, width), dtype, device)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the memory."""
+        return self.planes[0].device
 
     @property
     def num_bytes(self) -> int:
         """Bytes allocated on this rank."""
-        return self.slots.numel() * self.slots.element_size()
+        return sum(plane.nbytes for plane in self.planes)
 
     @property
     def num_usable_pages(self) -> int:
@@ -48,20 +52,26 @@ class CachePool:
         return self.num_pages - 1
 
     def copy_pages(self, source_N: Tensor, target_N: Tensor) -> None:
-        """Copy whole pages in all layers; all sources are read before any target is written."""
-        self._pages[:, target_N] = self._pages[:, source_N]
+        """Copy whole pages; all sources are read before any target is written."""
+        for pages in self._pages:
+            pages[:, target_N] = pages[:, source_N]
 
     def read_pages(self, page_N: Tensor) -> Tensor:
-        """Return a copy of whole pages, [N, layers, X] as stored; X = slots_per_page * width."""
-        return self._pages[:, page_N].transpose(0, 1)
+        """Return a copy of whole pages, [N, page_bytes] uint8."""
+        planes = [x[:, page_N].transpose(0, 1).flatten(1).view(torch.uint8) for x in self._pages]
+        return planes[0] if len(planes) == 1 else torch.cat(planes, 1)
 
-    def write_pages(self, page_N: Tensor, data_NLX: Tensor) -> None:
-        """Overwrite whole pages with data in the format of `read_pages`, [N, layers, X]."""
-        self._pages[:, page_N] = data_NLX.transpose(0, 1)
+    def write_pages(self, page_N: Tensor, data_NX: Tensor) -> None:
+        """Overwrite whole pages with data in the format of `read_pages`, [N, page_bytes]."""
+        sizes = [x[:, 0].nbytes for x in self._pages]
+        for pages, data in zip(self._pages, data_NX.split(sizes, 1), strict=True):
+            # A copy is aligned for every dtype; in the data, a plane may begin at any byte.
+            values = data.clone(memory_format=torch.contiguous_format).view(pages.dtype)
+            pages[:, page_N] = values.unflatten(1, (len(pages), -1)).transpose(0, 1)
 
     def layer(self, index: int) -> "LayerCache":
         """Return the cache of one layer, which shares this memory."""
-        return LayerCache(self.layout, self.slots[index], self.tp)
+        return LayerCache(self.layout, tuple(plane[index] for plane in self.planes), self.tp)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -73,21 +83,26 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 class LayerCache:
-    """One layer's slots, [slots, width]."""
+    """One layer's cache.
 
-    def __init__(self, layout: CacheLayout, slots: Tensor, tp: Collectives) -> None:
+    Attributes:
+        slots: [slots, width] of the main plane; the methods read and write its entries.
+    """
+
+    def __init__(self, layout: CacheLayout, planes: tuple[Tensor, ...], tp: Collectives) -> None:
         self.layout = layout
-        self.slots = slots
-        self.tp = tp
+        self.slots = planes[0]
+        self._plane = layout.main
+        self._tp = tp
 
     def _store(self, entry_TX: Tensor) -> Tensor:
-        if self.layout.dtype == "fp8":
-            return pack_latent(entry_TX, self.layout.value_dim)
+        if self._plane.dtype == "fp8":
+            return pack_latent(entry_TX, self._plane.value_dim)
         return entry_TX.to(self.slots.dtype)
 
     def _load(self, stored_TY: Tensor, dtype: torch.dtype) -> Tensor:
-        if self.layout.dtype == "fp8":
-            return unpack_latent(stored_TY, self.layout.value_dim, dtype)
+        if self._plane.dtype == "fp8":
+            return unpack_latent(stored_TY, self._plane.value_dim, dtype)
         return stored_TY.to(dtype)
 
     def write(self, slot_T: Tensor, entry_TX: Tensor) -> None:
@@ -95,7 +110,7 @@ class LayerCache:
 
         Args:
             slot_T: [T] int64; entries with slot -1 are not stored.
-            entry_TX: [T, X], X = `layout.width` values.
+            entry_TX: [T, X], X = the width of the plane.
         """
         write_slots(self.slots, slot_T, self._store(entry_TX))
 
@@ -122,10 +137,10 @@ class LayerCache:
         Returns:
             [num_tokens, width].
         """
-        layout = self.layout
-        pages = self.slots.view(-1, layout.slots_per_page, self.slots.shape[-1])[page_G]
+        paging = self.layout.paging
+        pages = self.slots.view(-1, paging.slots_per_page, self.slots.shape[-1])[page_G]
         local = pages.flatten(0, 1)
-        if layout.shards > 1:
+        if paging.shards > 1:
             # Local slot j of rank r is position j * shards + r.
-            local = self.tp.all_gather(local).transpose(0, 1).flatten(0, 1)
+            local = self._tp.all_gather(local).transpose(0, 1).flatten(0, 1)
         return self._load(local[:num_tokens], dtype)

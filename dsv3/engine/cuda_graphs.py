@@ -137,7 +137,7 @@ class GraphRunner:
         self, model: Transformer, cache: CachePool, sampler: Sampler, max_feed: int = 4096
     ) -> None:
         self._model, self._cache, self._sampler = model, cache, sampler
-        self._device = cache.slots.device
+        self._device = cache.device
         self._feed = torch.zeros(max_feed, dtype=torch.int64, device=self._device)
         self._inputs: dict[Bucket, StaticBuffers] = {}
         self._graphs: dict[Bucket, torch.cuda.CUDAGraph] = {}

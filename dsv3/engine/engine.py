@@ -84,7 +84,7 @@ class Engine:
             Scheduler(config, cache.layout, cache.num_pages, settings, each, self.metrics, is_only)
             for each in tiers
         ]
-        self._pipelined = settings.is_pipelined(cache.slots.device.type)
+        self._pipelined = settings.is_pipelined(cache.device.type)
         self._in_flight: _Launched | None = None
         self._is_stepping = self._is_prewarming = False
         self._sequences: dict[str, Sequence] = {}

@@ -63,7 +63,7 @@ def make_tiers(
         )
     _open_folder(mesh, folder, session, settings.named("kv_disk_cache"))
     shard = UnitShard(config, cache.layout, mesh.layout.tp_rank)
-    files = DiskFiles(folder, session, fmt, shard, host.by_entry())
+    files = DiskFiles(folder, session, fmt, shard, host.pages.numpy())
     tiers = None
     if mesh.layout.rank == 0:
         index = DiskIndex(root, limit, fmt, files)

@@ -36,7 +36,7 @@ def measured_plan(
     settings = setup.settings
     if mesh.device.type != "cuda" or not settings.cache_size.depends_on_memory:
         return plan
-    cache = CachePool(setup.layout, model.config.num_hidden_layers, 2, mesh.device, mesh.tp)
+    cache = CachePool(setup.layout, 2, mesh.device, mesh.tp)
     runner = Runner(model, cache, decode_limit(settings, model.config), static=static)
     num_groups, page_size = mesh.layout.dp, setup.layout.page_size
     before = torch.cuda.memory_allocated(mesh.device)

@@ -100,7 +100,6 @@ def free_memory(device: torch.device, ranks_on_host: int) -> int:
 
 
 def plan_memory(
-    config: ModelConfig,
     settings: EngineConfig,
     cache: CacheLayout,
     weights: int,
@@ -117,7 +116,6 @@ def plan_memory(
     the memory beside the weights. A share in the settings is one of the same memory.
 
     Args:
-        config: the model.
         settings: the sizes of the caches.
         cache: layout of this rank's cache.
         weights: bytes of this rank's weights.
@@ -130,7 +128,7 @@ def plan_memory(
     Raises:
         ConfigError: not even one page fits, or not the size in the settings.
     """
-    page_bytes = config.num_hidden_layers * cache.slots_per_page * cache.entry_bytes
+    page_bytes = cache.page_bytes
     host_pages = _host_pages(settings, page_bytes, cache.pages_for(max_seq_len), host_free)
     # On a CPU the host cache takes from the same memory.
     fixed = weights + (host_pages * page_bytes if device.type == "cpu" else 0)

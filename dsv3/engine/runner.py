@@ -62,7 +62,7 @@ class Runner:
         self._mesh, self._mover, self._check = model.dispatch.mesh, mover, check
         self.balancer: Balancer | None = None
         self.layer_check: LayerCheck | None = None
-        self.device = cache.slots.device
+        self.device = cache.device
         sampler = Sampler(model, cache.tp, self.device)
         self.sampler: Callable[[Tensor, StepPlan, int, Tensor], StepResult] = sampler
         self._static = GraphRunner(model, cache, sampler) if static else None
@@ -224,10 +224,10 @@ class BatchBuilder:
 
     def _own_slots(self, row_seq: Longs, position: Longs) -> Longs:
         """Return the slots of the new entries; -1 for entries of other ranks."""
-        layout = self._layout
-        page = self._plan.pages[self._page_start[row_seq] + position // layout.page_size]
-        slot = page * layout.slots_per_page + position % layout.page_size // layout.shards
-        return np.where(position % layout.shards == layout.shard, slot, -1).astype(np.int64)
+        paging = self._layout.paging
+        page = self._plan.pages[self._page_start[row_seq] + position // paging.page_size]
+        slot = page * paging.slots_per_page + position % paging.page_size // paging.shards
+        return np.where(position % paging.shards == paging.shard, slot, -1).astype(np.int64)
 
     def _group_bounds(self, num_short: int) -> list[tuple[int, int]]:
         """Split the short sequences where their new tokens differ.

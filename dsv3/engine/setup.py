@@ -60,7 +60,6 @@ class Setup:
             activations: bytes that the largest steps need, if they were measured.
         """
         return plan_memory(
-            self.config,
             self.settings,
             self.layout,
             self.weight_bytes,

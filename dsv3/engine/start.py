@@ -110,8 +110,7 @@ def start(
     with _phase(seconds, "cache"):
         plan = measured_plan(loaded.plan, setup, mesh, model, static)
         num_pages, num_host_pages = agree_on_pages(mesh, plan)
-        num_layers = model.config.num_hidden_layers
-        cache = CachePool(setup.layout, num_layers, num_pages + 1, mesh.device, mesh.tp)
+        cache = CachePool(setup.layout, num_pages + 1, mesh.device, mesh.tp)
     products = "fp8 products" if setup.fmt.fp8_products else settings.weights
     mover, tiers = make_tiers(
         mesh,

@@ -214,7 +214,7 @@ class MLA(nn.Module):
         """
         w_uk, w_uv = self._absorption()
         q_THX = absorb_query(q_THX, w_uk, rotation)
-        if cache.layout.shards == 1:
+        if cache.layout.paging.shards == 1:
             z_THC = self._attend_groups(q_THX, batch, cache)
             return expand_values(z_THC[None], None, w_uv, quant, self.o_proj.ue8m0)
         # From here on all ranks' heads, until every head's results are with its owner again.

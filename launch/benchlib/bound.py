@@ -25,12 +25,12 @@ class Profile:
         cached = started.cache.layout
         weights = weight_format(started.runner.model)
         self._hardware = hardware(name, mesh.device, mesh.tp, fp32=weights == "fp32")
-        kv_shard: KvShard = "tokens" if cached.shards > 1 else "none"
+        kv_shard: KvShard = "tokens" if cached.paging.shards > 1 else "none"
         self._setup = RooflineSetup(
             config=started.config,
             layout=mesh.layout,
             weights=weights,
-            cache=cached.dtype,
+            cache=cached.main.dtype,
             form=cached.form,
             kv_shard=kv_shard,
         )

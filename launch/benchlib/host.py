@@ -60,8 +60,9 @@ def host_time(
     """
     count = settings.max_running
     layout = CacheLayout.make(config, "latent", "none", "fp32", 1, 0)
+    layout = replace(layout, num_layers=1)
     num_pages = count * (layout.pages_for(context + steps + 2) + 1)
-    cache = CachePool(layout, 1, num_pages + 1, _CPU, SingleRank())
+    cache = CachePool(layout, num_pages + 1, _CPU, SingleRank())
     runner = NoModel(layout)
     settings = replace(settings, max_batch_tokens=count * context)
     engine = Engine(

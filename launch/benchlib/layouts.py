@@ -97,7 +97,7 @@ def memory(setup: RooflineSetup, hw: Hardware) -> tuple[int, int]:
     max_seq_len = config.max_position_embeddings
     device = torch.device("cuda")
     try:
-        plan = plan_memory(config, settings, cache, weights, max_seq_len, int(hw.memory), device)
+        plan = plan_memory(settings, cache, weights, max_seq_len, int(hw.memory), device)
     except ConfigError:
         return weights, 0
     return weights, place.dp * plan.cache_tokens

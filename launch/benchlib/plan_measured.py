@@ -128,9 +128,9 @@ def check_steps(started: Started, hw: Hardware, dispatch: str) -> tuple[Report, 
         config=started.config,
         layout=started.mesh.layout,
         weights=weight_format(started.runner.model),
-        cache=cache.dtype,
+        cache=cache.main.dtype,
         form=cache.form,
-        kv_shard="tokens" if cache.shards > 1 else "none",
+        kv_shard="tokens" if cache.paging.shards > 1 else "none",
     )
     layout = Layout(setup, dispatch)
     shapes: list[StepShape] = []

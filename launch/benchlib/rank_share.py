@@ -81,14 +81,12 @@ class Rank:
         cached = CacheLayout.make(
             self.config, "latent", shape.kv_shard, shape.cache, layout.tp, layout.tp_rank
         )
-        pages = positions // cached.page_size
-        self.cache = CachePool(
-            cached, self.config.num_hidden_layers, pages + 1, device, self._mesh.tp
-        )
+        pages, slots = positions // cached.page_size, cached.paging.slots_per_page
+        self.cache = CachePool(cached, pages + 1, device, self._mesh.tp)
         for layer in range(self.config.num_hidden_layers):  # a cache of zeros would cost less power
-            page = torch.randn(cached.slots_per_page, cached.width, device=device)
+            page = torch.randn(slots, cached.main.width, device=device)
             layer_cache = self.cache.layer(layer)
-            layer_cache.write(torch.arange(cached.slots_per_page, device=device), page)
+            layer_cache.write(torch.arange(slots, device=device), page)
             slots_by_page = layer_cache.slots.view(pages + 1, -1)
             slots_by_page[1:] = slots_by_page[0]
         self._rng = np.random.default_rng(shape.seed)

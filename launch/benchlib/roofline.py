@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from benchlib.step_shape import StepShape
+from dsv3.cache.layout import CacheLayout
 from dsv3.config import ModelConfig, ParallelConfig, split_range
 from dsv3.errors import ConfigError
 from dsv3.settings import CacheDtype, CacheForm, KvShard
@@ -98,7 +99,7 @@ class RooflineSetup:
     @property
     def shards(self) -> int:
         """Number of ranks that share the positions of a sequence."""
-        return self.layout.tp if self.form == "latent" and self.kv_shard == "tokens" else 1
+        return self._cached.paging.shards
 
     @property
     def heads(self) -> int:
@@ -108,13 +109,14 @@ class RooflineSetup:
     @property
     def entry_bytes(self) -> int:
         """Bytes of a cached position in one layer, on a rank that holds it."""
-        c = self.config
-        if self.form == "heads":
-            return self.heads * (c.qk_head_dim + c.v_head_dim) * _ITEMSIZE[self.cache]
-        if self.cache == "fp8":
-            scales = 4 * -(-c.kv_lora_rank // _BLOCK)
-            return c.kv_lora_rank + scales + 2 * c.qk_rope_head_dim
-        return (c.kv_lora_rank + c.qk_rope_head_dim) * _ITEMSIZE[self.cache]
+        return self._cached.entry_bytes
+
+    @property
+    def _cached(self) -> CacheLayout:
+        place = self.layout
+        return CacheLayout.make(
+            self.config, self.form, self.kv_shard, self.cache, place.tp, place.tp_rank
+        )
 
 
 @dataclass(frozen=True, slots=True)

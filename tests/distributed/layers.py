@@ -262,11 +262,11 @@ def run_attention(mesh: Mesh, form: str, kv_shard: str, limit: int) -> None:
         layer = filled(MLA(CONFIG, prefix, tested.layout, tested.tp, FORMAT), tested)
         tp, tp_rank = tested.layout.tp, tested.layout.tp_rank
         layout = CacheLayout.make(CONFIG, form, kv_shard, "fp32", tp, tp_rank)
-        pool = CachePool(layout, 1, 60, CPU, tested.tp)
+        pool = CachePool(layout, 60, CPU, tested.tp)
         # Slots that were not written must not be read, except those of the null page.
-        pool.slots[:, layout.slots_per_page :] = torch.nan
+        pool.planes[0][:, layout.paging.slots_per_page :] = torch.nan
         setups.append((tested, layer, pool))
-    sharded, single = (pool.slots.nbytes / pool.layout.page_size for *_, pool in setups)
+    sharded, single = (pool.num_bytes / pool.layout.page_size for *_, pool in setups)
     assert sharded * (1 if kv_shard == "none" else mesh.tp.size) == single
     rotary = Rotary(CONFIG, CPU)
     for number, step in enumerate(STEPS):

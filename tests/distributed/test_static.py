@@ -185,8 +185,8 @@ def test_what_is_not_a_decode_step(started: Started) -> None:
 
 def test_the_largest_steps_are_what_the_memory_plan_measures(started: Started) -> None:
     """All in two pages: sequences that decode beside a prompt, and a decode step of one bucket."""
-    layout, layers = started.cache.layout, started.config.num_hidden_layers
-    cache = CachePool(layout, layers, 2, CPU, started.mesh.tp)
+    layout = started.cache.layout
+    cache = CachePool(layout, 2, CPU, started.mesh.tp)
     runner = Runner(started.runner.model, cache, 1, static=True)
     steps = runner._static
     assert isinstance(steps, GraphRunner)

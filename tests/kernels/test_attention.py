@@ -27,7 +27,7 @@ def test_layer(form: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = filled(MLA(CONFIG, "model.layers.0.self_attn.", where.layout, where.tp, FORMAT), where)
     rotary = Rotary(CONFIG, CPU)
     layout = CacheLayout.make(CONFIG, form, "tokens", "fp32", 1, 0)
-    pools = [CachePool(layout, 1, 60, CPU, where.tp) for _ in range(2)]
+    pools = [CachePool(layout, 60, CPU, where.tp) for _ in range(2)]
     for step in STEPS:
         plan = attention_plan(step, layout)
         batch = BatchBuilder(plan, layout, CPU, limit).build()
@@ -38,4 +38,4 @@ def test_layer(form: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
             with torch.inference_mode():
                 outs.append(layer(x, rotary(batch.position_T), batch, pool.layer(0)))
         assert_close("attention", outs[1], outs[0], 1e-5)
-        assert_close("cache", pools[1].slots, pools[0].slots, 1e-6)
+        assert_close("cache", pools[1].planes[0], pools[0].planes[0], 1e-6)

@@ -34,9 +34,9 @@ def test_page_size_is_the_same_for_all_layouts_and_ranks(tp: int) -> None:
 @pytest.mark.parametrize("tp", WORLDS)
 def test_positions_are_sharded_evenly(tp: int) -> None:
     ranks = layouts("latent", "tokens", tp)
-    assert [r.slots_per_page * tp for r in ranks] == [r.page_size for r in ranks]
+    assert [r.paging.slots_per_page * tp for r in ranks] == [r.page_size for r in ranks]
     for n in (0, 1, tp - 1, tp, tp + 1, 1000):
-        positions = [[p for p in range(n) if p % tp == r.shard] for r in ranks]
+        positions = [[p for p in range(n) if p % tp == r.paging.shard] for r in ranks]
         assert [r.paging.local_len(n) for r in ranks] == [len(p) for p in positions], n
 
 
@@ -45,8 +45,8 @@ def test_bytes_per_rank_are_divided_by_tp(tp: int) -> None:
     """For sharded heads and for sharded tokens; without sharding every rank stores all entries."""
 
     def page_bytes(layout: CacheLayout) -> float:
-        pool = CachePool(layout, 2, 3, torch.device("cpu"), SingleRank())
-        assert pool.num_bytes == pool.slots.untyped_storage().nbytes()
+        pool = CachePool(layout, 3, torch.device("cpu"), SingleRank())
+        assert pool.num_bytes == pool.planes[0].untyped_storage().nbytes()
         return pool.num_bytes / layout.page_size
 
     for form, shard, parts in (("latent", "tokens", tp), ("heads", "tokens", tp)):
@@ -68,9 +68,8 @@ def test_published_sizes() -> None:
 
 
 def test_gather_returns_position_order() -> None:
-    pool = CachePool(
-        layouts("latent", "none", 1, "fp32")[0], 1, 4, torch.device("cpu"), SingleRank()
-    )
+    layout = layouts("latent", "none", 1, "fp32")[0]
+    pool = CachePool(layout, 4, torch.device("cpu"), SingleRank())
     cache = pool.layer(0)
     cache.slots.copy_(torch.arange(4 * 64.0)[:, None].expand(-1, cache.slots.shape[1]))
     got = cache.gather(torch.tensor([3, 1]), 70, torch.float32)[:, 0]
@@ -80,8 +79,8 @@ def test_gather_returns_position_order() -> None:
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
 def test_round_equals_write_and_gather(dtype: str) -> None:
     layout = layouts("latent", "none", 1, dtype)[0]
-    pool = CachePool(layout, 1, 2, torch.device("cpu"), SingleRank())
-    cache, entry = pool.layer(0), torch.randn(5, layout.width)
+    pool = CachePool(layout, 2, torch.device("cpu"), SingleRank())
+    cache, entry = pool.layer(0), torch.randn(5, layout.main.width)
     cache.write(torch.arange(64, 69), entry)
     read = cache.gather(torch.tensor([1]), 5, entry.dtype)
     assert torch.equal(cache.round(entry), read) and not torch.equal(read, entry)

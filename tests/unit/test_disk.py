@@ -33,7 +33,7 @@ def unit(number: int) -> bytes:
 
 
 class Ranks:
-    """All ranks of a world, sharing one folder; slot 0 holds a page, slot 1 is empty."""
+    """All ranks of a world, sharing one folder; page 0 has data, page 1 is empty."""
 
     def __init__(self, root: Path, kind: str, tp: int, model: bytes = MODEL, seed: int = 0) -> None:
         form, shard, dtype = KINDS[kind]
@@ -44,7 +44,9 @@ class Ranks:
         self.truth = [self.page(layout, r, tp, seed) for r, layout in enumerate(layouts)]
         self.pages = [np.stack([page, np.zeros_like(page)]) for page in self.truth]
         self.files = [
-            DiskFiles(folder, f"run{tp}", self.fmt, UnitShard(SMALL, layout, r), pages)
+            DiskFiles(
+                folder, f"run{tp}", self.fmt, UnitShard(SMALL, layout, r), pages.reshape(2, -1)
+            )
             for r, (layout, pages) in enumerate(zip(layouts, self.pages, strict=True))
         ]
         self.units = tuple(unit(i) for i in range(layouts[0].page_size // UNIT))
@@ -59,7 +61,7 @@ class Ranks:
         whole = whole[(layer * 4001 + position * 1009 + byte * 7) % 9973]
         if layout.form == "heads":
             return whole[..., rank * layout.entry_bytes : (rank + 1) * layout.entry_bytes]
-        return whole[:, layout.shard :: layout.shards]
+        return whole[:, layout.paging.shard :: layout.paging.shards]
 
     def store(self) -> bool:
         for files in self.files:
@@ -99,7 +101,7 @@ def test_pages_of_several_units(tmp_path: Path) -> None:
     """With three ranks a page has 192 positions; with one rank it has 64."""
     assert Ranks(tmp_path, "sharded", 3).store()
     assert len(list(tmp_path.glob("*/*.kv"))) == 3
-    # Of 96 ranks, 32 have no lane of a unit.
+    # Of 96 ranks, 32 have no segment of a unit.
     one, many = Ranks(tmp_path, "sharded", 1), Ranks(tmp_path, "sharded", 96)
     assert one.fetch() == [GOOD] and one.has_fetched()
     assert many.fetch() == [GOOD] * 96 and many.has_fetched()
@@ -108,7 +110,7 @@ def test_pages_of_several_units(tmp_path: Path) -> None:
     assert BAD in many.fetch()
 
 
-def test_a_stored_slot_may_be_overwritten_at_once(tmp_path: Path) -> None:
+def test_a_stored_page_may_be_overwritten_at_once(tmp_path: Path) -> None:
     ranks = Ranks(tmp_path, "sharded", 2)
     for files, pages in zip(ranks.files, ranks.pages, strict=True):
         files.store(0, ranks.units)
@@ -122,10 +124,10 @@ def test_damage_at_any_offset_is_detected(tmp_path: Path, kind: str) -> None:
     ranks = Ranks(tmp_path, kind, 2)
     assert ranks.store()
     whole = ranks.path().read_bytes()
-    lanes_start, checksums_start = ranks.fmt.lane_offset(0), ranks.fmt.checksum_offset(0)
+    segments_start, checksums_start = ranks.fmt.segment_offset(0), ranks.fmt.checksum_offset(0)
     offsets = [
-        *range(lanes_start),
-        *range(lanes_start, checksums_start, 211),
+        *range(segments_start),
+        *range(segments_start, checksums_start, 211),
         *range(checksums_start, len(whole), 5),
     ]
     for offset in [*offsets, checksums_start - 1, len(whole) - 1]:
@@ -133,7 +135,7 @@ def test_damage_at_any_offset_is_detected(tmp_path: Path, kind: str) -> None:
         damaged[offset] ^= 0x10
         ranks.path().write_bytes(damaged)
         assert BAD in ranks.fetch(), offset
-    for length in (0, 1, lanes_start, checksums_start - 1, checksums_start, len(whole) - 1):
+    for length in (0, 1, segments_start, checksums_start - 1, checksums_start, len(whole) - 1):
         ranks.path().write_bytes(whole[:length])
         assert ranks.fetch() == [BAD] * 2, length
     ranks.path().write_bytes(whole + b"\0")

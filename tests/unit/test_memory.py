@@ -170,14 +170,14 @@ def test_keeping_fp8_takes_a_quarter() -> None:
 
 def plan(settings: EngineConfig, free: int, tp: int = 1, weights: int = 10_000_000):
     layout = CacheLayout.make(TINY, settings.cache_form, settings.kv_shard, "fp32", tp, 0)
-    return layout, plan_memory(TINY, settings, layout, weights, 256, free, CPU)
+    return layout, plan_memory(settings, layout, weights, 256, free, CPU)
 
 
 @pytest.mark.parametrize("tp", [1, 4])
 @pytest.mark.parametrize("size", ["auto", "1000tok", "500KiB"])
 def test_the_cache_is_what_was_planned(tp: int, size: str) -> None:
     layout, planned = plan(EngineConfig(kv_cache_size=size, max_running=8), 10**9, tp)
-    pool = CachePool(layout, TINY.num_hidden_layers, planned.num_pages, CPU, SingleRank())
+    pool = CachePool(layout, planned.num_pages, CPU, SingleRank())
     assert planned.cache_tokens * planned.bytes_per_token == pool.num_bytes
     # 144 values of 4 bytes in two layers, dealt to tp ranks.
     assert planned.bytes_per_token == 144 * 4 * 2 / tp
@@ -233,7 +233,7 @@ def test_a_share_is_one_of_what_the_weights_leave() -> None:
     layout, planned = plan(EngineConfig(kv_cache_size="100%"), 10_000_000 + 100 * page)
     assert planned.num_pages == 99
     settings, free = EngineConfig(kv_cache_size="50%"), 10_000_000 + 100 * page
-    measured = plan_memory(TINY, settings, layout, 10_000_000, 256, free, CPU, 8 * page)
+    measured = plan_memory(settings, layout, 10_000_000, 256, free, CPU, 8 * page)
     assert measured.num_pages == (100 - 8 - 1 - 1) // 2 - 1
 
 
@@ -242,7 +242,7 @@ def test_a_share_of_host_memory() -> None:
     settings, free = EngineConfig(kv_host_cache="25%", kv_cache_size="64tok"), 10**9
     layout = CacheLayout.make(TINY, settings.cache_form, settings.kv_shard, "fp32", 1, 0)
     planned = plan_memory(
-        TINY, settings, layout, 0, 256, free, torch.device("cuda"), host_free=100 * page
+        settings, layout, 0, 256, free, torch.device("cuda"), host_free=100 * page
     )
     assert planned.host_pages == 25
 
@@ -269,7 +269,7 @@ def test_free_memory_is_shared_by_the_ranks_of_a_host() -> None:
 def test_auto_leaves_what_a_step_was_measured_to_need() -> None:
     settings = EngineConfig(max_running=10**6, max_batch_tokens=10**6)
     layout, _ = plan(settings, 10**9)
-    measured = plan_memory(TINY, settings, layout, 10**7, 256, 10**9, CPU, activations=8 * 10**7)
+    measured = plan_memory(settings, layout, 10**7, 256, 10**9, CPU, activations=8 * 10**7)
     page_bytes = 64 * 1152
     left = 10**9 - 10**7 - 9 * 10**7 - (measured.num_pages + 1) * page_bytes
     assert 0 <= left < page_bytes

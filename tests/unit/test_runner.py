@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from dsv3.cache.layout import NULL_PAGE, CacheLayout
+from dsv3.cache.layout import NULL_PAGE, CacheLayout, Plane
 from dsv3.engine.runner import BatchBuilder
 from dsv3.engine.step_plan import StepPlan
 from dsv3.model.batch import Batch
+from dsv3_kernels import Paging
 
 CPU = torch.device("cpu")
 PAGE = 12
@@ -42,16 +43,16 @@ def stored(plan: StepPlan, layout: CacheLayout) -> dict[int, tuple[int, int]]:
     tables = np.split(plan.pages, plan.page_count.cumsum()[:-1])
     for seq, table in enumerate(tables):
         for p in range(int(plan.context_len[seq] + plan.query_len[seq])):
-            if p % layout.shards == layout.shard:
-                in_page = p % PAGE // layout.shards
-                slot = int(table[p // PAGE]) * layout.slots_per_page + in_page
+            if p % layout.paging.shards == layout.paging.shard:
+                in_page = p % PAGE // layout.paging.shards
+                slot = int(table[p // PAGE]) * layout.paging.slots_per_page + in_page
                 assert slot not in slots
                 slots[slot] = seq, p
     return slots
 
 
 def build(plan: StepPlan, shards: int, shard: int, limit: int = 1) -> tuple[Batch, CacheLayout]:
-    layout = CacheLayout("latent", 1, 1, "fp32", PAGE, shards, shard)
+    layout = CacheLayout((Plane("latent", 1, 1, "fp32"),), 1, Paging(PAGE, shards, shard))
     return BatchBuilder(plan, layout, CPU, limit).build(), layout
 
 
