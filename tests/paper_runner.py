@@ -76,7 +76,7 @@ class PaperDisk:
     def __init__(self) -> None:
         self.rng = random.Random(0)
         self.files: dict[PageKey, np.ndarray] = {}
-        # By slot: the page's name, and how often it is still asked for in vain.
+        # By host page: the page's name, and how often it is still asked for in vain.
         self.reads: dict[int, tuple[PageKey, int]] = {}
         self.num_bytes = self.num_written = 0
 
@@ -98,26 +98,26 @@ class PaperDisk:
     def catch_up(self) -> None:
         pass
 
-    def is_read(self, slot: int) -> bool:
-        return slot in self.reads and self.rng.random() < 0.5
+    def is_read(self, host_page: int) -> bool:
+        return host_page in self.reads and self.rng.random() < 0.5
 
     def run(self, plan: StepPlan, host: np.ndarray) -> dict[int, bool]:
         """Execute a plan's stores and fetches; return the finished reads, True if successful."""
-        for slot, key in unpack_pages(plan.store):
-            self.files[key] = host[slot].copy()
-        for slot, key in unpack_pages(plan.fetch):
-            assert slot not in self.reads
-            self.reads[slot] = key, self.rng.randrange(3)
-            host[slot] = -2
+        for host_page, key in unpack_pages(plan.store):
+            self.files[key] = host[host_page].copy()
+        for host_page, key in unpack_pages(plan.fetch):
+            assert host_page not in self.reads
+            self.reads[host_page] = key, self.rng.randrange(3)
+            host[host_page] = -2
         finished = {}
-        for slot in plan.confirm_fetched[1:].tolist():
-            key, delay = self.reads[slot]
-            self.reads[slot] = key, delay - 1
+        for host_page in plan.confirm_fetched[1:].tolist():
+            key, delay = self.reads[host_page]
+            self.reads[host_page] = key, delay - 1
             if delay <= 0:
-                del self.reads[slot]
-                finished[slot] = self.rng.random() >= self.damaged
-                if finished[slot]:
-                    host[slot] = self.files[key]
+                del self.reads[host_page]
+                finished[host_page] = self.rng.random() >= self.damaged
+                if finished[host_page]:
+                    host[host_page] = self.files[key]
         return finished
 
 
@@ -129,16 +129,16 @@ class PaperRunner:
         layout: CacheLayout,
         num_pages: int,
         settings: EngineConfig,
-        num_slots: int = 0,
+        num_host_pages: int = 0,
         disk: PaperDisk | None = None,
     ) -> None:
         self.disk, self.tiers = (
             disk,
-            Tiers(num_slots, layout.page_size, disk) if num_slots else None,
+            Tiers(num_host_pages, layout.page_size, disk) if num_host_pages else None,
         )
         self.page_size, self.settings = layout.page_size, settings
         self.memory = np.full((num_pages, layout.page_size), -1)
-        self.host = np.full((num_slots, layout.page_size), -1)
+        self.host = np.full((num_host_pages, layout.page_size), -1)
         self.plans: list[StepPlan] = []
         self.last: list[int] = []
 
@@ -194,9 +194,11 @@ class PaperRunner:
             plan.restore.reshape(2, -1),
         )
         busy = [] if self.disk is None else [*self.disk.reads]
-        busy += [slot for slot, _ in unpack_pages(plan.fetch)]
-        slots = [*kept.tolist(), *set(brought.tolist()), *busy]
-        assert len(set(slots)) == len(slots), "a slot is read and written, or written twice"
+        busy += [host_page for host_page, _ in unpack_pages(plan.fetch)]
+        host_pages = [*kept.tolist(), *set(brought.tolist()), *busy]
+        assert len(set(host_pages)) == len(host_pages), (
+            "a host page is read and written, or written twice"
+        )
         copied_from, copied_to = plan.copies.reshape(2, -1)
         targets = [*copied_to.tolist(), *target.tolist()]
         assert NULL_PAGE not in targets and len(set(targets)) == len(targets)
@@ -239,16 +241,16 @@ def paper_world(
     num_pages: int,
     page_size: int = 4,
     max_seq_len: int = 10**6,
-    num_slots: int = 0,
+    num_host_pages: int = 0,
     disk: PaperDisk | None = None,
     **settings: int,
 ) -> tuple[Engine, PaperWorld]:
-    """Return an engine over groups of `num_pages` pages and `num_slots` of host memory."""
+    """Return an engine over groups of `num_pages` pages and `num_host_pages` of host memory."""
     config = EngineConfig(**settings)
     layout = CacheLayout((Plane("latent", 1, 1, "fp32"),), 1, Paging(page_size))
     cache = CachePool(layout, num_pages + 1, CPU, SingleRank())
     groups = [
-        PaperRunner(layout, num_pages + 1, config, num_slots, disk) for _ in range(num_groups)
+        PaperRunner(layout, num_pages + 1, config, num_host_pages, disk) for _ in range(num_groups)
     ]
     world, channel, tiers = PaperWorld(groups), PlanChannel(SingleRank()), [g.tiers for g in groups]
     return Engine(TINY, config, world, cache, channel, None, max_seq_len, tiers), world

@@ -71,7 +71,7 @@ class Match:
             copied before the sequence writes to it. None if there is no such page.
         partial_tokens: tokens found in the partial page.
         last: node of the last of `pages`, from which a later look-up continues.
-        host_slots: host-memory slots of the full pages that follow `pages`; see tiers.py.
+        host_pages: pages of host memory that hold the full pages after `pages`; see tiers.py.
         on_disk: keys of the full pages on disk that follow those; see `tiers.PageKey`.
     """
 
@@ -80,7 +80,7 @@ class Match:
     partial_page: int | None = None
     partial_tokens: int = 0
     last: _Node | None = field(default=None, repr=False, compare=False)
-    host_slots: tuple[int, ...] = ()
+    host_pages: tuple[int, ...] = ()
     on_disk: tuple[tuple[bytes, ...], ...] = ()
 
     @property

@@ -1,13 +1,14 @@
 """Index of the cache tiers below the device: prefixes in host memory and on disk.
 
-Rank 0 only, and bookkeeping only. A page that is evicted from the device is offloaded to a slot of
+Rank 0 only, and bookkeeping only. A page that is evicted from the device is offloaded to a page of
 host memory, and restored when a request begins with its prefix. Every rank moves its own shard of
 the data, as listed in the step plan: first offloads, then copies between pages, then restores, then
 the model runs. Two rules make this order correct: an offloaded page can be restored with the next
-plan at the earliest, and a slot that a plan reads is not written by the same plan.
+plan at the earliest, and a host page that a plan reads is not written by the same plan.
 
 Pages that are evicted from host memory may be stored on disk. A page is fetched from disk into a
-slot that cannot be used until all ranks have read their part; a rank may find its part damaged.
+host page, which cannot be used until all ranks have read their part. A rank may find its part
+damaged.
 
 Only full pages are kept; the partial page at the end of a sequence is cheap to recompute.
 """
@@ -43,12 +44,12 @@ class Moves:
     """The transfers of a step.
 
     Attributes:
-        offload: (page, host slot) pairs.
-        restore: (host slot, page) pairs.
-        store: (host slot, key) of each page to write to disk.
-        fetch: (host slot, key) of each page to begin to read from disk.
-        confirm_fetched: milliseconds to wait, then the slots of fetched pages whose state all ranks
-            report; empty if there are none.
+        offload: (page, host page) pairs.
+        restore: (host page, page) pairs.
+        store: (host page, key) of each page to write to disk.
+        fetch: (host page, key) of each page to begin to read from disk.
+        confirm_fetched: milliseconds to wait, then the host pages whose state all ranks report;
+            empty if there are none.
     """
 
     offload: list[tuple[int, int]] = field(default_factory=list)
@@ -67,7 +68,7 @@ class Tiers:
     """The pages in host memory, with least-recently-used eviction, and the transfers to plan.
 
     Args:
-        num_slots: capacity in pages.
+        num_host_pages: pages of host memory.
         page_size: positions of a page.
         disk: stores pages evicted from host memory; None drops them.
 
@@ -75,16 +76,16 @@ class Tiers:
         num_offloaded, num_restored, num_fetched: pages so far.
     """
 
-    def __init__(self, num_slots: int, page_size: int, disk: DiskIndex | None = None) -> None:
+    def __init__(self, num_host_pages: int, page_size: int, disk: DiskIndex | None = None) -> None:
         self._page_size = page_size
         self._disk = disk
-        self._free = list(range(num_slots - 1, -1, -1))
+        self._free = list(range(num_host_pages - 1, -1, -1))
         # Least recently used first. The end of a prefix is evicted before its beginning.
-        self._slots: OrderedDict[PageKey, int] = OrderedDict()
-        self._keys: list[PageKey] = [()] * num_slots
+        self._host_pages: OrderedDict[PageKey, int] = OrderedDict()
+        self._keys: list[PageKey] = [()] * num_host_pages
         # Pages being read from disk; not usable until all ranks have them.
         self._fetching: dict[PageKey, int] = {}
-        # Pages that the next plan offloads, and slots that it must not write to.
+        # Pages that the next plan offloads, and host pages that it must not write to.
         self._offloading: dict[PageKey, int] = {}
         self._protected: set[int] = set()
         self._moves = Moves()
@@ -97,15 +98,15 @@ class Tiers:
         if len(tokens) < len(encode([0])) * self._page_size:
             return
         key = tuple(chain_hashes(parent, tokens))
-        if key in self._slots:
-            self._slots.move_to_end(key)
+        if key in self._host_pages:
+            self._host_pages.move_to_end(key)
             return
-        slot = self._take_slot()
-        if slot is None:
+        host_page = self._take_host_page()
+        if host_page is None:
             return
-        self._offloading[key] = slot
-        self._keys[slot] = key
-        self._moves.offload.append((page, slot))
+        self._offloading[key] = host_page
+        self._keys[host_page] = key
+        self._moves.offload.append((page, host_page))
         self.num_offloaded += 1
 
     def extend(self, match: Match, keys: Sequence[PageKey]) -> Match:
@@ -117,65 +118,65 @@ class Tiers:
         """
         host_start = len(match.pages)
         host_stop = host_start
-        while host_stop < len(keys) and keys[host_stop] in self._slots:
+        while host_stop < len(keys) and keys[host_stop] in self._host_pages:
             host_stop += 1
-        slots = tuple(self._slots[key] for key in keys[host_start:host_stop])
+        host_pages = tuple(self._host_pages[key] for key in keys[host_start:host_stop])
         disk_stop = host_stop
         while disk_stop < len(keys) and self._is_on_disk(keys[disk_stop]):
             disk_stop += 1
         on_disk = tuple(keys[host_stop:disk_stop])
-        if slots:
+        if host_pages:
             match = Match(match.pages, host_stop * self._page_size)
-        if slots or on_disk:
-            match = replace(match, host_slots=slots, on_disk=on_disk)
+        if host_pages or on_disk:
+            match = replace(match, host_pages=host_pages, on_disk=on_disk)
         return match
 
     def fetch(self, match: Match) -> bool:
         """Plan to read the pages of a match that are on disk.
 
-        Returns True if the first of them is being read; False if host memory has no slot for it.
+        Returns True if the first of them is being read; False if host memory has no page for it.
         """
-        self.hold(match.host_slots)
+        self.hold(match.host_pages)
         for key in match.on_disk:
             if key in self._fetching:
                 continue
-            slot = self._take_slot()
-            if slot is None:
+            host_page = self._take_host_page()
+            if host_page is None:
                 break
-            self._fetching[key] = slot
-            self._keys[slot] = key
-            self._moves.fetch.append((slot, key))
+            self._fetching[key] = host_page
+            self._keys[host_page] = key
+            self._moves.fetch.append((host_page, key))
         return match.on_disk[0] in self._fetching
 
     def confirm_fetched(self, outcomes: dict[int, bool]) -> None:
         """Make fetched pages usable, or drop them.
 
         Args:
-            outcomes: by host slot, True if all ranks have read their part of the page.
+            outcomes: by host page, True if all ranks have read their part of the page.
         """
-        for slot, is_good in reversed(outcomes.items()):
-            key = self._keys[slot]
+        for host_page, is_good in reversed(outcomes.items()):
+            key = self._keys[host_page]
             del self._fetching[key]
             assert self._disk is not None
-            if is_good and key not in self._slots:
-                self._slots[key] = slot
+            if is_good and key not in self._host_pages:
+                self._host_pages[key] = host_page
                 self._disk.touch(key)
                 self.num_fetched += 1
                 continue
-            self._free.append(slot)
+            self._free.append(host_page)
             if not is_good:
                 self._disk.discard(key)
 
-    def hold(self, slots: Sequence[int]) -> None:
-        """Protect slots from being overwritten by the next plan, and mark them as used."""
-        self._protected.update(slots)
-        for slot in reversed(slots):
-            self._slots.move_to_end(self._keys[slot])
+    def hold(self, host_pages: Sequence[int]) -> None:
+        """Protect host pages from being overwritten by the next plan, and mark them as used."""
+        self._protected.update(host_pages)
+        for host_page in reversed(host_pages):
+            self._host_pages.move_to_end(self._keys[host_page])
 
-    def restore(self, slots: Sequence[int], pages: PageAllocator) -> list[int]:
-        """Allocate pages and plan to copy host slots to them; return the pages."""
-        restored = pages.allocate(len(slots))
-        self._moves.restore += zip(slots, restored, strict=True)
+    def restore(self, host_pages: Sequence[int], pages: PageAllocator) -> list[int]:
+        """Allocate pages and plan to copy host pages to them; return the pages."""
+        restored = pages.allocate(len(host_pages))
+        self._moves.restore += zip(host_pages, restored, strict=True)
         self.num_restored += len(restored)
         return restored
 
@@ -190,10 +191,10 @@ class Tiers:
         if self._disk is not None:
             self._disk.note_written()
             fetching = self._fetching.values()
-            read = [slot for slot in fetching if is_idle or self._disk.is_read(slot)]
+            read = [host_page for host_page in fetching if is_idle or self._disk.is_read(host_page)]
             if read:
                 moves.confirm_fetched = [_IDLE_MS if is_idle else 0, *read]
-        self._slots.update(self._offloading)
+        self._host_pages.update(self._offloading)
         self._offloading.clear()
         self._protected.clear()
         return moves
@@ -210,8 +211,8 @@ class Tiers:
                 yield self.draw()
                 self._disk.catch_up()
         yield self.draw()
-        for key, slot in list(self._slots.items()):
-            self._spill(key, slot)
+        for key, host_page in list(self._host_pages.items()):
+            self._spill(key, host_page)
             if len(self._moves.store) == pages_per_plan:
                 yield self.draw()
                 self._disk.catch_up()
@@ -236,18 +237,18 @@ class Tiers:
     def _is_on_disk(self, key: PageKey) -> bool:
         return key in self._fetching or (self._disk is not None and key in self._disk)
 
-    def _spill(self, key: PageKey, slot: int) -> None:
+    def _spill(self, key: PageKey, host_page: int) -> None:
         """Plan to write a page to disk, if the disk index accepts it."""
         if self._disk is not None and self._disk.accept(key):
-            self._moves.store.append((slot, key))
+            self._moves.store.append((host_page, key))
 
-    def _take_slot(self) -> int | None:
-        """Return a slot to write to, evicting its page; None if the plan reads all slots."""
+    def _take_host_page(self) -> int | None:
+        """Return a host page to write to, evicting its content; None if the plan reads all."""
         if self._free:
             return self._free.pop()
-        for key, slot in self._slots.items():
-            if slot not in self._protected:
-                del self._slots[key]
-                self._spill(key, slot)
-                return slot
+        for key, host_page in self._host_pages.items():
+            if host_page not in self._protected:
+                del self._host_pages[key]
+                self._spill(key, host_page)
+                return host_page
         return None

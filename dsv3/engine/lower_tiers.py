@@ -27,7 +27,7 @@ def make_tiers(
     settings: EngineConfig,
     config: ModelConfig,
     cache: CachePool,
-    num_slots: int,
+    num_host_pages: int,
     identity: int,
     numerics: str,
 ) -> tuple[PageMover | None, list[Tiers | None]]:
@@ -38,16 +38,17 @@ def make_tiers(
         settings: where the disk cache is.
         config: the model.
         cache: the device's pages.
-        num_slots: pages of host memory.
+        num_host_pages: pages of host memory.
         identity: identity of the weights; not used without a disk cache.
         numerics: name of the arithmetic, since entries of another one differ.
     """
     groups = range(mesh.layout.dp)
-    if not num_slots:
+    if not num_host_pages:
         return None, [None for _ in groups]
-    host, page_size = HostPool(cache, num_slots), cache.layout.page_size
+    host, page_size = HostPool(cache, num_host_pages), cache.layout.page_size
     if settings.disk_cache is None:
-        return PageMover(host, None, mesh.control), [Tiers(num_slots, page_size) for _ in groups]
+        tiers: list[Tiers | None] = [Tiers(num_host_pages, page_size) for _ in groups]
+        return PageMover(host, None, mesh.control), tiers
     root, size = settings.disk_cache
     limit = size.of(_disk_bytes(root, settings)) if size.share else size.num_bytes
     session = gather_texts(mesh, os.urandom(8).hex())[0]  # rank 0's name for this run
@@ -64,12 +65,12 @@ def make_tiers(
     _open_folder(mesh, folder, session, settings.named("kv_disk_cache"))
     shard = UnitShard(config, cache.layout, mesh.layout.tp_rank)
     files = DiskFiles(folder, session, fmt, shard, host.pages.numpy())
-    tiers = None
+    tiers = [None]
     if mesh.layout.rank == 0:
         index = DiskIndex(root, limit, fmt, files)
-        tiers = Tiers(num_slots, page_size, index)
+        tiers = [Tiers(num_host_pages, page_size, index)]
         log.info("%s", index.describe())
-    return PageMover(host, files, mesh.control), [tiers]
+    return PageMover(host, files, mesh.control), tiers
 
 
 def _disk_bytes(folder: Path, settings: EngineConfig) -> int:

@@ -43,26 +43,26 @@ class PageMover:
     def _use_disk(self, files: DiskFiles, plan: StepPlan) -> dict[int, bool]:
         if len(plan.store) or len(plan.fetch):
             self.host.synchronize()
-        for slot, key in unpack_pages(plan.store):
-            files.store(slot, key)
-        for slot, key in unpack_pages(plan.fetch):
-            files.fetch(slot, key)
+        for page, key in unpack_pages(plan.store):
+            files.store(page, key)
+        for page, key in unpack_pages(plan.fetch):
+            files.fetch(page, key)
         if not len(plan.confirm_fetched):
             return {}
-        milliseconds, *slots = plan.confirm_fetched.tolist()
-        return self._agree(files, slots, milliseconds / 1000)
+        milliseconds, *pages = plan.confirm_fetched.tolist()
+        return self._agree(files, pages, milliseconds / 1000)
 
-    def _agree(self, files: DiskFiles, slots: list[int], seconds: float) -> dict[int, bool]:
-        """Return the slots that no rank is still reading: True if all ranks could read theirs."""
-        mine = torch.tensor(files.outcomes(slots, seconds))
+    def _agree(self, files: DiskFiles, pages: list[int], seconds: float) -> dict[int, bool]:
+        """Return the pages that no rank is still reading: True if all ranks could read theirs."""
+        mine = torch.tensor(files.outcomes(pages, seconds))
         outcomes = self._ranks.all_gather(mine)
         is_done = (outcomes != PENDING).all(0).tolist()
         is_good = (outcomes == GOOD).all(0).tolist()
         fetched = {}
-        for slot, done, good in zip(slots, is_done, is_good, strict=True):
+        for page, done, good in zip(pages, is_done, is_good, strict=True):
             if done:
-                fetched[slot] = good
-                files.forget(slot)
+                fetched[page] = good
+                files.forget(page)
         return fetched
 
 

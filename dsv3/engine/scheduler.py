@@ -312,7 +312,7 @@ class Scheduler:
         if self.tree is not None:
             self.tree.hold(match)
         if self.tiers is not None:
-            self.tiers.hold(match.host_slots)
+            self.tiers.hold(match.host_pages)
         # One spare page for each running sequence, or the new one would soon be preempted.
         missing = self._layout.pages_for(len(seq.token_ids)) - len(match.pages)
         wanted = missing + len(self.running)
@@ -341,7 +341,7 @@ class Scheduler:
                 seq.pages.extend(self.pages.allocate(1))
                 step.copies.append((match.partial_page, seq.pages[-1]))
                 num_found = match.num_tokens
-        if self.tiers is not None and match.host_slots:
-            seq.pages.extend(self.tiers.restore(match.host_slots, self.pages))
+        if self.tiers is not None and match.host_pages:
+            seq.pages.extend(self.tiers.restore(match.host_pages, self.pages))
             num_found = match.num_tokens
         return num_found

@@ -43,13 +43,13 @@ class StepPlan:
     Attributes:
         copies: [2 N] pages to copy before anything is written: all sources, then all
             destinations.
-        offload: [2 N] pages to keep in host memory before that: all pages, then their slots.
-        restore: [2 N] pages to bring back from there after it: all slots, then their pages.
+        offload: [2 N] pages to keep in host memory before that: all pages, then the host pages.
+        restore: [2 N] pages to bring back from there after it: all host pages, then the pages.
         store: pages to write from host memory to disk, as `pack_pages` has them. They are read
             before anything is written.
         fetch: pages to read from disk into host memory, in the background.
-        confirm_fetched: [1 + N] milliseconds to wait, then host slots of fetched pages: all ranks
-            report which of them they have read.
+        confirm_fetched: [1 + N] milliseconds to wait, then host pages: all ranks report which of
+            them they have read.
         token_ids: [T] new tokens of all sequences, one after the other; -1 - m is the token that
             row m of the previous step has sampled.
         query_len: [B] new tokens of each sequence.
@@ -128,12 +128,12 @@ class StepPlan:
 
 
 def pack_pages(pages: list[tuple[int, PageKey]]) -> Ints:
-    """Return (host slot, name) of pages as words: their number, the slots, the names."""
+    """Return (host page, key) pairs as words: their number, the host pages, the keys."""
     if not pages:
         return _ints()
-    slots = np.array([len(pages), *(slot for slot, _ in pages)], np.int32)
-    names = b"".join(unit for _, key in pages for unit in key)
-    return np.concatenate([slots, np.frombuffer(names, np.int32)])
+    numbers = np.array([len(pages), *(host_page for host_page, _ in pages)], np.int32)
+    keys = b"".join(unit for _, key in pages for unit in key)
+    return np.concatenate([numbers, np.frombuffer(keys, np.int32)])
 
 
 def unpack_pages(words: Ints) -> list[tuple[int, PageKey]]:

@@ -18,7 +18,7 @@ class StepResult:
             their log-probabilities; None if no row asked for any.
         bad_layer: the first layer of this rank's group whose output is not finite; looked for
             with --debug only, and not in steps that are CUDA graphs.
-        fetched: host slots whose pages have come from disk on all ranks (True), or which some rank
+        fetched: host pages that have come from disk on all ranks (True), or which some rank
             could not read (False).
         sent: event after which a copy to the host is complete; None where there is nothing to wait
             for.

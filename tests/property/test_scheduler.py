@@ -51,7 +51,7 @@ class History:
         running: int,
         depth: int,
         reuse: bool,
-        num_slots: int,
+        num_host_pages: int,
         disk: bool,
     ) -> None:
         self.engine, self.world = paper_world(
@@ -62,8 +62,8 @@ class History:
             max_running=running,
             pipeline_depth=depth,
             prefix_reuse=reuse,
-            num_slots=num_slots,
-            disk=PaperDisk() if disk and num_slots and num_groups == 1 else None,
+            num_host_pages=num_host_pages,
+            disk=PaperDisk() if disk and num_host_pages and num_groups == 1 else None,
         )
         self.schedulers = self.engine._schedulers
         self.num_pages, self.capacity = num_pages, num_pages * page_size
@@ -116,12 +116,12 @@ class History:
             waiting = sum(seq.num_uncached for seq in scheduler.waiting)
             assert scheduler._num_waiting_tokens == waiting
             if scheduler.tiers is not None:
-                self.check_slots(scheduler.tiers, runner)
+                self.check_host_pages(scheduler.tiers, runner)
 
-    def check_slots(self, tiers: Tiers, runner: PaperRunner) -> None:
-        """A slot is free or holds one full page; what a name stands for lies in its slot."""
-        slots = [*tiers._free, *tiers._slots.values(), *tiers._fetching.values()]
-        assert sorted(slots) == list(range(len(tiers._keys)))
+    def check_host_pages(self, tiers: Tiers, runner: PaperRunner) -> None:
+        """A host page is free or full, and holds the tokens that its name stands for."""
+        host_pages = [*tiers._free, *tiers._host_pages.values(), *tiers._fetching.values()]
+        assert sorted(host_pages) == list(range(len(tiers._keys)))
         texts: dict[tuple[bytes, ...], list[int]] = {}
         for request in self.expected.values():
             keys: list[tuple[bytes, ...]] = []
@@ -130,9 +130,9 @@ class History:
             extend_keys(keys, tokens, len(tokens) // size, size)
             for i, key in enumerate(keys):
                 texts[key] = tokens[i * size : (i + 1) * size]
-        for key, slot in tiers._slots.items():
+        for key, host_page in tiers._host_pages.items():
             if key in texts:
-                assert runner.host[slot].tolist() == texts[key]
+                assert runner.host[host_page].tolist() == texts[key]
 
     def finish(self) -> None:
         self.done |= finish(self.engine)
@@ -161,7 +161,7 @@ class History:
     running=st.integers(1, 3),
     depth=st.integers(0, 1),
     reuse=st.booleans(),
-    num_slots=st.integers(0, 6),
+    num_host_pages=st.integers(0, 6),
     disk=st.booleans(),
 )
 def test_any_history(
@@ -173,11 +173,11 @@ def test_any_history(
     running: int,
     depth: int,
     reuse: bool,
-    num_slots: int,
+    num_host_pages: int,
     disk: bool,
 ) -> None:
-    num_slots *= reuse
-    limits = budget, running, depth, reuse, num_slots, disk
+    num_host_pages *= reuse
+    limits = budget, running, depth, reuse, num_host_pages, disk
     history = History(num_groups, num_pages, page_size, *limits)
     for number, (kind, value) in enumerate(events):
         if kind == "add":

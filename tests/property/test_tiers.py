@@ -29,7 +29,7 @@ def run(seed: int, depth: int, with_disk: bool, num_groups: int = 1) -> History:
         running=draw.randrange(1, 5 if depth == 0 else 4),
         depth=depth,
         reuse=True,
-        num_slots=draw.randrange(1, 24),
+        num_host_pages=draw.randrange(1, 24),
         disk=with_disk,
     )
     shared = [draw.randrange(2, 300) for _ in range(9)]

@@ -139,7 +139,7 @@ def test_figures_are_of_all_groups_and_limits_of_one() -> None:
 
 
 def test_host_memory_is_each_groups_own() -> None:
-    engine, world = paper_world(2, 8, max_batch_tokens=100, max_running=1, num_slots=20)
+    engine, world = paper_world(2, 8, max_batch_tokens=100, max_running=1, num_host_pages=20)
     prompts = [text(10 * i, 24) for i in range(6)]
     for turn in range(2):
         for i, prompt in enumerate(prompts):

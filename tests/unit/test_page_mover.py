@@ -17,12 +17,12 @@ class Files:
     def __init__(self, outcomes: dict[int, int]) -> None:
         self.reads, self.waited = outcomes, -1.0
 
-    def outcomes(self, slots: list[int], seconds: float) -> list[int]:
+    def outcomes(self, host_pages: list[int], seconds: float) -> list[int]:
         self.waited = seconds
-        return [self.reads[slot] for slot in slots]
+        return [self.reads[host_page] for host_page in host_pages]
 
-    def forget(self, slot: int) -> None:
-        del self.reads[slot]
+    def forget(self, host_page: int) -> None:
+        del self.reads[host_page]
 
 
 class Peers(SingleRank):
@@ -41,7 +41,7 @@ class Peers(SingleRank):
         (GOOD, GOOD, True),
         (GOOD, BAD, False),
         (BAD, GOOD, False),
-        # A rank that is still reading will write to the slot, whatever the other ranks' results.
+        # A rank that is still reading will write to the page, whatever the other ranks' results.
         (GOOD, PENDING, None),
         (BAD, PENDING, None),
         (PENDING, BAD, None),

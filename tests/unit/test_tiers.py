@@ -32,7 +32,7 @@ def evict(tiers: Tiers, tokens: list[int], first_page: int = 1) -> None:
 
 def found(tiers: Tiers, tokens: list[int], on_device: int = 0) -> int:
     match = Match(list(range(100, 100 + on_device)), on_device * PAGE)
-    return len(tiers.extend(match, keys_of(tokens)).host_slots)
+    return len(tiers.extend(match, keys_of(tokens)).host_pages)
 
 
 def test_keys_do_not_depend_on_the_page_size() -> None:
@@ -68,9 +68,9 @@ def test_restoring() -> None:
     tiers.draw()
     match = tiers.extend(Match([], 3, partial_page=9, partial_tokens=3), keys_of(tokens))
     assert (match.num_tokens, match.held_pages) == (8, [])
-    tiers.hold(match.host_slots)
-    taken = tiers.restore(match.host_slots, pages)
-    assert tiers.draw() == Moves([], list(zip(match.host_slots, taken, strict=True)))
+    tiers.hold(match.host_pages)
+    taken = tiers.restore(match.host_pages, pages)
+    assert tiers.draw() == Moves([], list(zip(match.host_pages, taken, strict=True)))
     assert pages.num_free == 2 and found(tiers, tokens) == 2
 
 
@@ -79,18 +79,18 @@ def test_host_memory_evicts_the_least_recently_used_prefix_from_its_end() -> Non
     for tokens in (old, new):
         evict(tiers, tokens)
         tiers.draw()
-    tiers.hold(tiers.extend(Match([], 0), keys_of(old)).host_slots)
+    tiers.hold(tiers.extend(Match([], 0), keys_of(old)).host_pages)
     tiers.draw()
     evict(tiers, list(range(90, 94)))
     tiers.draw()
     assert (found(tiers, old), found(tiers, new)) == (2, 1)
 
 
-def test_a_slot_is_not_written_while_it_is_read() -> None:
+def test_a_host_page_is_not_written_while_it_is_read() -> None:
     tiers, old, new = Tiers(2, PAGE), list(range(8)), list(range(50, 62))
     evict(tiers, old)
     tiers.draw()
-    tiers.hold(tiers.extend(Match([], 0), keys_of(old)).host_slots)
+    tiers.hold(tiers.extend(Match([], 0), keys_of(old)).host_pages)
     evict(tiers, new)
     assert not tiers.draw() and found(tiers, old) == 2
     evict(tiers, new)
@@ -98,10 +98,12 @@ def test_a_slot_is_not_written_while_it_is_read() -> None:
 
 
 @pytest.mark.parametrize("depth", [0, 1])
-@pytest.mark.parametrize("num_slots", [0, 40])
-def test_an_evicted_prefix_comes_back_without_being_computed(depth: int, num_slots: int) -> None:
+@pytest.mark.parametrize("num_host_pages", [0, 40])
+def test_an_evicted_prefix_comes_back_without_being_computed(
+    depth: int, num_host_pages: int
+) -> None:
     engine, _ = paper_engine(
-        12, max_batch_tokens=64, max_running=2, pipeline_depth=depth, num_slots=num_slots
+        12, max_batch_tokens=64, max_running=2, pipeline_depth=depth, num_host_pages=num_host_pages
     )
     params = SamplingParams(max_tokens=3, ignore_eos=True)
     prompts = [[100 + i] * 30 for i in range(3)]
@@ -112,8 +114,8 @@ def test_an_evicted_prefix_comes_back_without_being_computed(depth: int, num_slo
             done = finish(engine)[request.request_id]
             assert done.token_ids == answer(request)[0]
             # Seven full pages; and some tokens of the tail if it is still on the device.
-            assert done.cached_tokens >= (28 if turn and num_slots else 0)
-    if num_slots:
+            assert done.cached_tokens >= (28 if turn and num_host_pages else 0)
+    if num_host_pages:
         assert engine.metrics.host_hits >= 2 * 7 and engine.metrics.offloads >= 3 * 7
         assert engine.metrics.prefill_tokens <= 3 * 30 + 6 * 2
     else:
@@ -146,7 +148,7 @@ def test_waiting_for_the_disk(patience: float, monkeypatch: pytest.MonkeyPatch) 
     """Other requests run meanwhile; a request that has waited too long computes its prefix."""
     monkeypatch.setattr("dsv3.engine.scheduler._DISK_PATIENCE", patience)
     disk = StuckDisk()
-    engine, _ = paper_engine(12, max_batch_tokens=64, max_running=2, num_slots=8, disk=disk)
+    engine, _ = paper_engine(12, max_batch_tokens=64, max_running=2, num_host_pages=8, disk=disk)
     for i in range(4):
         engine.add(ask(f"first {i}", 100 + i))
         finish(engine)
@@ -169,7 +171,7 @@ def test_waiting_for_the_disk(patience: float, monkeypatch: pytest.MonkeyPatch) 
 def test_save_writes_all_cached_pages_once() -> None:
     """All cached pages are written to disk exactly once, even with little host memory."""
     disk = StuckDisk()
-    engine, _ = paper_engine(40, max_batch_tokens=64, max_running=2, num_slots=3, disk=disk)
+    engine, _ = paper_engine(40, max_batch_tokens=64, max_running=2, num_host_pages=3, disk=disk)
     for i in range(3):
         engine.add(ask(f"{i}", 100 + i))
         finish(engine)
