@@ -32,10 +32,6 @@ class PageAllocator:
         """Pages without a holder."""
         return len(self._free)
 
-    def num_holders(self, page: int) -> int:
-        """Return the number of a page's holders, including the prefix tree."""
-        return self._holders[page]
-
     def is_idle(self, page: int) -> bool:
         """Return True if a page is held by the prefix tree alone."""
         return self._holders[page] == 1 and self._cached[page] == 1

@@ -67,9 +67,8 @@ class Match:
     Attributes:
         pages: full pages to share, in order.
         num_tokens: tokens found, including those in the partial page.
-        partial_page: page whose first `partial_tokens` positions hold the next tokens; must be
-            copied before the sequence writes to it. None if there is no such page.
-        partial_tokens: tokens found in the partial page.
+        partial_page: page that begins with the tokens found after those of `pages`; must be copied
+            before the sequence writes to it. None if there is no such page.
         last: node of the last of `pages`, from which a later look-up continues.
         host_pages: pages of host memory that hold the full pages after `pages`; see tiers.py.
         on_disk: keys of the full pages on disk that follow those; see `tiers.PageKey`.
@@ -78,7 +77,6 @@ class Match:
     pages: list[int]
     num_tokens: int
     partial_page: int | None = None
-    partial_tokens: int = 0
     last: _Node | None = field(default=None, repr=False, compare=False)
     host_pages: tuple[int, ...] = ()
     on_disk: tuple[tuple[bytes, ...], ...] = ()
@@ -153,7 +151,6 @@ class PrefixTree:
             pages,
             num_tokens=start + num_common,
             partial_page=partial.page,
-            partial_tokens=num_common,
             last=node,
         )
 
@@ -254,10 +251,6 @@ class PrefixTree:
             self._share(map(self._node, match.held_pages), None)
         return match.num_tokens
 
-    def unpin(self, token_ids: Ids[int]) -> None:
-        """Undo `pin` of the same tokens."""
-        self._pages.release(self._pinned.pop(encode(token_ids)))
-
     def drop_conversation(self, conversation: str) -> int:
         """Remove the pages that only this conversation has used from the tree; return their number.
 
@@ -285,10 +278,6 @@ class PrefixTree:
             self._remove(node)
             assert node.parent is not None
             self._offer(node.parent)
-
-    def page_hash(self, page: int) -> bytes:
-        """Return the hash of the prefix that ends with a page of the tree."""
-        return self._node(page).prefix_hash()
 
     def deepest_first(self) -> Iterator[tuple[int, bytes, bytes]]:
         """Iterate over all pages as the arguments of `on_evict`, the deepest first."""

@@ -63,7 +63,9 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(prompt=TOKENS, group=GROUPS, limit=st.integers(0, 14))
     def start(self, prompt: list[int], group: str | None, limit: int) -> None:
         match = self.tree.match(prompt, limit)
-        assert match.num_tokens == len(match.pages) * PAGE_SIZE + match.partial_tokens <= limit
+        num_partial = match.num_tokens - len(match.pages) * PAGE_SIZE
+        assert match.num_tokens <= limit and 0 <= num_partial <= PAGE_SIZE
+        assert (match.partial_page is None) == (num_partial == 0)
         assert self.content(match.held_pages)[: match.num_tokens] == prompt[: match.num_tokens]
         self.tree.hold(match)
         self.tree.count(match, group)
@@ -111,11 +113,6 @@ class CacheMachine(RuleBasedStateMachine):
         assert self.tree.pin(tokens) == match.num_tokens
         self.pinned.append((tokens, match.num_tokens, match.held_pages))
 
-    @precondition(lambda self: self.pinned)
-    @rule(index=st.integers(0))
-    def unpin(self, index: int) -> None:
-        self.tree.unpin(self.pinned.pop(index % len(self.pinned))[0])
-
     @rule(tokens=TOKENS, start=st.integers(0, 14))
     def forget(self, tokens: list[int], start: int) -> None:
         kept = dict(self.tree)
@@ -144,7 +141,7 @@ class CacheMachine(RuleBasedStateMachine):
             holders.update(held_pages)
             idle -= set(held_pages)
         pages = range(1, NUM_PAGES + 1)
-        assert [self.pages.num_holders(page) for page in pages] == [holders[p] for p in pages]
+        assert [self.pages._holders[page] for page in pages] == [holders[p] for p in pages]
         assert self.pages.num_free + len(holders) == self.pages.num_pages == NUM_PAGES
         assert self.pages.num_idle == len(idle)
 
@@ -197,7 +194,7 @@ def test_a_million_operations_leak_no_page() -> None:
         for page in changed:
             holders[page] += change
         if step % 50_000 == 0:
-            assert holders == [pages.num_holders(page) for page in range(num_pages + 1)]
+            assert holders == [pages._holders[page] for page in range(num_pages + 1)]
             assert pages.num_free == holders[1:].count(0)
     for allocated in allocations:
         pages.release(allocated)

@@ -111,7 +111,7 @@ class History:
             assert len(set(cached)) == len(cached)
             owned.update(cached)
             for page in range(1, self.num_pages + 1):
-                assert pages.num_holders(page) == owned[page]
+                assert pages._holders[page] == owned[page]
             assert pages.num_free == self.num_pages - len(owned)
             waiting = sum(seq.num_uncached for seq in scheduler.waiting)
             assert scheduler._num_waiting_tokens == waiting

@@ -66,7 +66,7 @@ def test_restoring() -> None:
     tiers, tokens, pages = Tiers(4, PAGE), list(range(8)), PageAllocator(5)
     evict(tiers, tokens)
     tiers.draw()
-    match = tiers.extend(Match([], 3, partial_page=9, partial_tokens=3), keys_of(tokens))
+    match = tiers.extend(Match([], 3, partial_page=9), keys_of(tokens))
     assert (match.num_tokens, match.held_pages) == (8, [])
     tiers.hold(match.host_pages)
     taken = tiers.restore(match.host_pages, pages)
