@@ -100,8 +100,8 @@ class Balancer:
         if self._mesh.layout.rank == 0:
             num_nodes = max(1, old.num_ranks // self._mesh.ranks_on_host)
             new = old.rebalanced(loads, self._num_groups, num_nodes, _GAIN)
-        slots = torch.from_numpy(np.stack(list(new.layers.values())))
-        agreed = self._mesh.control.broadcast(slots).numpy()
+        layers_LP = torch.from_numpy(np.stack(list(new.layers.values())))
+        agreed = self._mesh.control.broadcast(layers_LP).numpy()
         self.placement = replace(old, layers=dict(zip(self._layers, agreed, strict=True)))
         moved = sum(self._move(layer, old.layers[layer]) for layer in self._layers)
         for experts in self._physical_experts:
@@ -134,14 +134,14 @@ class Balancer:
         return mine
 
     def _move(self, layer: int, old_P: Longs) -> int:
-        """Bring the experts of one layer to their new slots; return the number of moved ones."""
-        world, size = self._mesh.world, self.placement.slots_per_rank
+        """Bring the experts of one layer to their new places; return the number of moved ones."""
+        world, size = self._mesh.world, self.placement.physical_per_rank
         rank, module = world.rank, self._layers[layer]
         found = moves(old_P, self.placement.layers[layer], world.size, self._mesh.ranks_on_host)
         if not found:
             return 0
         within = [(a % size, b % size) for a, b in found if a // size == b // size == rank]
-        # (peer, global slot, own slot), sorted so that both sides have the same order.
+        # (peer, physical expert, its index on this rank), sorted: both sides have the same order.
         outgoing = sorted(
             (b // size, b, a % size) for a, b in found if a // size == rank != b // size
         )
@@ -152,12 +152,12 @@ class Balancer:
         num_received = _counts_by_peer(incoming, world.size)
         for matrix in (module.gate_up_proj, module.down_proj):
             kept = matrix.take([source for source, _ in within])
-            sent = matrix.take([slot for _, _, slot in outgoing])
+            sent = matrix.take([index for _, _, index in outgoing])
             received = [
                 world.start_exchange(x, num_sent, num_received, "experts").wait() for x in sent
             ]
             matrix.put([target for _, target in within], kept)
-            matrix.put([slot for _, _, slot in incoming], received)
+            matrix.put([index for _, _, index in incoming], received)
         return len(found)
 
 

@@ -122,7 +122,7 @@ class Transformer(nn.Module):
         placement: Placement | None = None,
     ) -> None:
         super().__init__()
-        num_physical = config.n_routed_experts if placement is None else placement.num_slots
+        num_physical = config.n_routed_experts if placement is None else placement.num_physical
         self.dispatch = ExpertDispatch(mesh, num_physical, settings)
         if placement is not None:
             for i in placement.layers:

@@ -1,10 +1,10 @@
-"""Expert placement: the routed (logical) expert in every physical slot of every MoE layer.
+"""Expert placement: the routed (logical) expert of every physical expert of every MoE layer.
 
-Rank r has the slots from r * slots_per_rank on. With more slots than experts, the most loaded
-experts have several copies, which share their tokens. `balanced_slots` is the expert-parallel load
-balancer (EPLB) that DeepSeek published for V3.
+Rank r has the physical experts from r * physical_per_rank on. With more of them than experts, the
+most loaded experts have several copies, which share their tokens. `balanced_experts` is the
+expert-parallel load balancer (EPLB) that DeepSeek published for V3.
 
-Letters: E experts, P physical slots, L packs (nodes or ranks).
+Letters: E experts, P physical experts, L packs (nodes or ranks).
 """
 
 import json
@@ -46,18 +46,18 @@ def pack_balanced(load: Floats, num_packs: int) -> Longs:
     return np.array(packs)
 
 
-def replicate(load: Floats, num_slots: int) -> Longs:
-    """Return the expert of each slot: all experts once, then more copies of the most loaded."""
-    slots = list(range(len(load)))
+def replicate(load: Floats, num_physical: int) -> Longs:
+    """Return the expert of each physical one: all once, then more copies of the most loaded."""
+    experts = list(range(len(load)))
     copies_E = np.ones(len(load))
-    for _ in range(num_slots - len(load)):
-        slots.append(int((load / copies_E).argmax()))
-        copies_E[slots[-1]] += 1
-    return np.array(slots)
+    for _ in range(num_physical - len(load)):
+        experts.append(int((load / copies_E).argmax()))
+        copies_E[experts[-1]] += 1
+    return np.array(experts)
 
 
-def balanced_slots(
-    load_E: ArrayLike, num_slots: int, num_groups: int, num_nodes: int, num_ranks: int
+def balanced_experts(
+    load_E: ArrayLike, num_physical: int, num_groups: int, num_nodes: int, num_ranks: int
 ) -> Longs:
     """Distribute the experts of one layer over ranks with equal loads.
 
@@ -67,13 +67,13 @@ def balanced_slots(
 
     Args:
         load_E: [E] tokens of every expert.
-        num_slots: slots of all ranks together; a multiple of num_ranks, at least E.
+        num_physical: physical experts of all ranks; a multiple of num_ranks, at least E.
         num_groups: groups of neighbouring experts; divides E.
         num_nodes: hosts; divides num_ranks.
         num_ranks: ranks.
 
     Returns:
-        [P] the expert of every slot, rank by rank.
+        [P] the expert of every physical expert, rank by rank.
 
     Source: deepseek-ai/EPLB, README and policies "hierarchical" and "global".
     """
@@ -84,11 +84,11 @@ def balanced_slots(
     nodes = []
     for groups in pack_balanced(load[expert_GE].sum(-1), num_nodes):
         expert_E = expert_GE[groups].flatten()
-        slot_P = replicate(load[expert_E], num_slots // num_nodes)
-        copies_E = np.bincount(slot_P)
-        share_P = (load[expert_E] / copies_E)[slot_P]
+        index_P = replicate(load[expert_E], num_physical // num_nodes)
+        copies_E = np.bincount(index_P)
+        share_P = (load[expert_E] / copies_E)[index_P]
         ranks = pack_balanced(share_P, num_ranks // num_nodes)
-        nodes.append(expert_E[slot_P[ranks]].flatten())
+        nodes.append(expert_E[index_P[ranks]].flatten())
     return np.concatenate(nodes)
 
 
@@ -96,8 +96,8 @@ def keep_in_place(new: Longs, old: Longs) -> Longs:
     """Rearrange a balanced layer, without changing its balance, to move few experts.
 
     Args:
-        new: [nodes, ranks, slots] experts. Nodes are interchangeable, and so are the ranks of a
-            node and the slots of a rank.
+        new: [nodes, ranks, experts of a rank]. Nodes are interchangeable, and so are the ranks of
+            a node and the experts of a rank.
         old: the same shape, the layer before. Each of its parts is replaced by the part of `new`
             with most experts in common.
     """
@@ -126,12 +126,12 @@ def _moe_layers(config: ModelConfig) -> list[int]:
 
 @dataclass(frozen=True)
 class Placement:
-    """The expert in every physical slot of the MoE layers.
+    """The expert of every physical expert of the MoE layers.
 
     Attributes:
         num_experts: routed experts of a layer.
-        num_ranks: ranks; each has the same number of slots in every layer.
-        layers: MoE layer -> [P] the expert of each slot.
+        num_ranks: ranks; each has the same number of physical experts in every layer.
+        layers: MoE layer -> [P] the expert of each physical expert.
     """
 
     num_experts: int
@@ -159,37 +159,38 @@ class Placement:
         per_rank = num_experts // num_ranks
         copies_per_rank = redundant // num_ranks
         first = np.arange(num_ranks)[:, None] * per_rank
-        slots = (first + np.arange(per_rank + copies_per_rank) % per_rank).flatten()
-        return cls(num_experts, num_ranks, {layer: slots.copy() for layer in _moe_layers(config)})
+        expert_P = (first + np.arange(per_rank + copies_per_rank) % per_rank).flatten()
+        layers = {layer: expert_P.copy() for layer in _moe_layers(config)}
+        return cls(num_experts, num_ranks, layers)
 
     @property
-    def num_slots(self) -> int:
-        """Slots of a layer, over all ranks."""
+    def num_physical(self) -> int:
+        """Physical experts of a layer, over all ranks."""
         return len(next(iter(self.layers.values()), ()))
 
     @property
-    def slots_per_rank(self) -> int:
-        """Slots of a layer on one rank."""
-        return self.num_slots // self.num_ranks
+    def physical_per_rank(self) -> int:
+        """Physical experts of a layer on one rank."""
+        return self.num_physical // self.num_ranks
 
     def local_experts(self, layer: int, rank: int) -> list[int]:
-        """Return the experts in a rank's slots."""
+        """Return the expert of each of a rank's physical experts."""
         return self.layers[layer].reshape(self.num_ranks, -1)[rank].tolist()
 
     def copies(self, layer: int) -> tuple[Longs, Longs]:
-        """Return the slots of the experts of a layer.
+        """Return the physical experts of each expert of a layer.
 
         Returns:
-            slots: [E, C] the slots with copies of each expert, repeated cyclically; C = P - E + 1
-                is the maximal number of copies, so the shape never changes.
+            copies: [E, C] the copies of each expert, repeated cyclically; C = P - E + 1 is the
+                maximal number of copies, so the shape never changes.
             counts: [E] number of copies.
         """
         expert_P = self.layers[layer]
         counts = np.bincount(expert_P, minlength=self.num_experts)
-        slots_by_expert = np.argsort(expert_P, kind="stable")
+        physical_by_expert = np.argsort(expert_P, kind="stable")
         start = counts.cumsum() - counts
         copy_EC = np.arange(len(expert_P) - self.num_experts + 1) % counts[:, None]
-        return slots_by_expert[start[:, None] + copy_EC], counts
+        return physical_by_expert[start[:, None] + copy_EC], counts
 
     def rank_loads(self, layer: int, load_E: ArrayLike) -> Floats:
         """Return the number of tokens of each rank, [num_ranks], given those of each expert."""
@@ -220,15 +221,18 @@ class Placement:
         layers = dict(self.layers)
         if num_groups % num_nodes or self.num_ranks % num_nodes:
             num_nodes = 1  # the global policy
-        shape = num_nodes, -1, self.slots_per_rank
+        shape = num_nodes, -1, self.physical_per_rank
         for layer, load_E in loads.items():
-            slots = balanced_slots(load_E, self.num_slots, num_groups, num_nodes, self.num_ranks)
-            slots = keep_in_place(slots.reshape(shape), layers[layer].reshape(shape)).flatten()
-            new = replace(self, layers={layer: slots})
+            balanced = balanced_experts(
+                load_E, self.num_physical, num_groups, num_nodes, self.num_ranks
+            )
+            old = layers[layer].reshape(shape)
+            expert_P = keep_in_place(balanced.reshape(shape), old).flatten()
+            new = replace(self, layers={layer: expert_P})
             load_before = self.rank_loads(layer, load_E).max()
             load_after = new.rank_loads(layer, load_E).max()
             if load_after < (1 - gain) * load_before:
-                layers[layer] = slots
+                layers[layer] = expert_P
         return replace(self, layers=layers)
 
     def check(self, config: ModelConfig, layout: ParallelConfig, where: str) -> None:
@@ -263,16 +267,18 @@ class Placement:
             ConfigError: the file cannot be read, or a layer lacks an expert.
         """
         (experts, ranks), layers = read_layers(path, ("num_experts", "num_ranks"))
-        size = max(len(slots) for slots in layers.values())
+        size = max(len(expert_P) for expert_P in layers.values())
         if experts > size:
-            raise ConfigError(f"{path}: num_experts={experts}, but no layer has as many slots")
-        for layer, slots in layers.items():
-            if odd := set(range(experts)) ^ set(slots.tolist()):
-                fault = "no slot with" if min(odd) < experts else "there is no"
+            raise ConfigError(f"{path}: num_experts={experts}, but no layer has as many")
+        for layer, expert_P in layers.items():
+            if odd := set(range(experts)) ^ set(expert_P.tolist()):
+                fault = "no copy of" if min(odd) < experts else "there is no"
                 raise ConfigError(f"{path}: layer {layer}: {fault} expert {min(odd)}")
-            if len(slots) != size or size % ranks:
+            if len(expert_P) != size or size % ranks:
                 rule = f"all layers need the same number, a multiple of num_ranks={ranks}"
-                raise ConfigError(f"{path}: layer {layer}: {len(slots)} slots; {rule}")
+                raise ConfigError(
+                    f"{path}: layer {layer}: {len(expert_P)} physical experts; {rule}"
+                )
         return cls(experts, ranks, layers)
 
 

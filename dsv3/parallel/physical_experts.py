@@ -13,7 +13,7 @@ from dsv3.parallel.expert_placement import Placement
 class PhysicalExperts:
     """The physical experts of one layer, and the number of tokens of each logical expert.
 
-    A physical expert is a slot of `Placement`: an expert or one of its copies.
+    A physical expert is one copy of an expert, at its place in `Placement`.
 
     Args:
         placement: of all layers.
@@ -21,7 +21,7 @@ class PhysicalExperts:
         mesh: this rank.
 
     Attributes:
-        local_experts: logical experts in this rank's slots at the start.
+        local_experts: logical experts of this rank's physical experts at the start.
         load_E: [E] int64 tokens of every logical expert since the tensor was last zeroed.
     """
 
@@ -29,16 +29,16 @@ class PhysicalExperts:
         self.layer = layer
         self.local_experts = placement.local_experts(layer, mesh.layout.ep_rank)
         self._dp_rank = mesh.layout.dp_rank
-        slots, copies = placement.copies(layer)
-        self._slot_EC = torch.from_numpy(slots).to(mesh.device)
-        self._copies_E = torch.from_numpy(copies).to(mesh.device)
-        self.load_E = torch.zeros_like(self._copies_E)
+        copies, counts = placement.copies(layer)
+        self._copy_EC = torch.from_numpy(copies).to(mesh.device)
+        self._count_E = torch.from_numpy(counts).to(mesh.device)
+        self.load_E = torch.zeros_like(self._count_E)
 
     def place(self, placement: Placement) -> None:
         """Use another placement from now on."""
-        slots, copies = placement.copies(self.layer)
-        self._slot_EC.copy_(torch.from_numpy(slots))
-        self._copies_E.copy_(torch.from_numpy(copies))
+        copies, counts = placement.copies(self.layer)
+        self._copy_EC.copy_(torch.from_numpy(copies))
+        self._count_E.copy_(torch.from_numpy(counts))
 
     def __call__(self, ids_TK: Tensor) -> Tensor:
         """Return the physical expert for each chosen logical expert, [T, K]; count the tokens.
@@ -50,5 +50,5 @@ class PhysicalExperts:
         ids_TK = ids_TK.clamp_min(0)
         self.load_E.index_add_(0, ids_TK.flatten(), (~is_none_TK).long().flatten())
         turn_T1 = torch.arange(len(ids_TK), device=ids_TK.device).unsqueeze(1) + self._dp_rank
-        slot_TK = self._slot_EC[ids_TK, turn_T1 % self._copies_E[ids_TK]]
-        return slot_TK.masked_fill(is_none_TK, -1)
+        physical_TK = self._copy_EC[ids_TK, turn_T1 % self._count_E[ids_TK]]
+        return physical_TK.masked_fill(is_none_TK, -1)

@@ -42,11 +42,11 @@ def balance(args: argparse.Namespace) -> Report:
         report.rows.append(
             {
                 "experts": name,
-                "slots a rank": placement.slots_per_rank,
+                "experts a rank": placement.physical_per_rank,
                 "max/mean load": placement.imbalance(loads),
                 "best layer": min(layers),
                 "worst layer": max(layers),
-                "moved slots": moved if placement is balanced else None,
+                "moved experts": moved if placement is balanced else None,
             }
         )
         report.series[name] = ([name], [report.rows[-1]["max/mean load"]])

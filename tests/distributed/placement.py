@@ -129,26 +129,26 @@ def check_layer(mesh: Mesh, placement: Placement, form: str, tokens: int) -> Non
     single = ExpertDispatch(alone(), CONFIG.n_routed_experts)
     side = SideStream(FORMAT.device)
     want = filled(MoE(CONFIG, prefix, alone().layout, FORMAT, single, side), alone())
-    dispatch = ExpertDispatch(mesh, placement.num_slots, settings)
-    slots = PhysicalExperts(placement, 1, mesh)
-    dispatch.physical_experts[prefix] = slots
+    dispatch = ExpertDispatch(mesh, placement.num_physical, settings)
+    physical = PhysicalExperts(placement, 1, mesh)
+    dispatch.physical_experts[prefix] = physical
     layer = filled(MoE(CONFIG, prefix, mesh.layout, FORMAT, dispatch, side), mesh)
-    assert layer.local.count == placement.slots_per_rank
+    assert layer.local.count == placement.physical_per_rank
     generator = torch.Generator().manual_seed(mesh.layout.dp_rank)
     x = torch.randn(tokens, CONFIG.hidden_size, generator=generator)
     name = f"{form} tp {mesh.layout.tp} dp {mesh.layout.dp}"
     assert_close(name, mesh.tp.all_reduce(layer(x)), want(x), 1e-5)
     ids = want.router(x)[0]
-    slot = slots(ids)
-    assert (torch.from_numpy(placement.layers[1])[slot] == ids).all()
-    assert all(len(set(row)) == len(row) for row in slot.tolist())
-    assert slots.load_E.tolist() == (2 * ids.flatten().bincount(minlength=12)).tolist()
+    chosen = physical(ids)
+    assert (torch.from_numpy(placement.layers[1])[chosen] == ids).all()
+    assert all(len(set(row)) == len(row) for row in chosen.tolist())
+    assert physical.load_E.tolist() == (2 * ids.flatten().bincount(minlength=12)).tolist()
     padded = torch.where(torch.arange(tokens)[:, None] % 2 == 0, ids, -1)
-    assert torch.equal(slots(padded), torch.where(padded < 0, -1, slot))
+    assert torch.equal(physical(padded), torch.where(padded < 0, -1, chosen))
     counted = 2 * ids.flatten().bincount(minlength=12) + ids[::2].flatten().bincount(minlength=12)
-    assert slots.load_E.tolist() == counted.tolist()
+    assert physical.load_E.tolist() == counted.tolist()
     hot = torch.zeros(6, 1, dtype=torch.int64)
-    used = slots(hot).flatten().bincount(minlength=placement.num_slots)
+    used = physical(hot).flatten().bincount(minlength=placement.num_physical)
     copies = (placement.layers[1] == 0).sum()
     assert used.max() - used[used > 0].min() <= 1 and (used > 0).sum() == min(6, copies)
 
@@ -164,6 +164,6 @@ def check_moves() -> None:
     """An expert is copied from the nearest rank that has it."""
     old = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7]).numpy()
     new = torch.tensor([1, 1, 3, 3, 0, 0, 2, 7, 4, 5, 6, 7]).numpy()
-    # Ranks of two slots, hosts of two ranks: 1, 3 and 0 are on the same host, 7 on another one.
+    # Ranks of two experts, hosts of two ranks: 1, 3 and 0 are on the same host, 7 on another one.
     assert moves(old, new, 6, 2) == [(1, 0), (3, 2), (4, 5), (11, 7)]
     assert moves(old, old, 6, 2) == []

@@ -117,7 +117,7 @@ def routing() -> None:
     for num_local in (1, 256):
         groups = permute.kernel(ids, LocalExperts(0, num_local))
     y = torch.zeros(8, 512, dtype=torch.bfloat16)
-    unpermute.kernel(y, groups.slot_TK, weight, torch.zeros(2, 512))
+    unpermute.kernel(y, groups.row_TK, weight, torch.zeros(2, 512))
 
 
 def experts(is_hopper: bool) -> None:

@@ -36,10 +36,10 @@ SECONDS = 0.02
 def make_memory(folder: Path, ranks: int, turn: int = 0) -> None:
     """Write every rank's memory: flags at `turn`, everything else NaN."""
     flags = torch.full((MAX_ROWS * ranks,), turn, dtype=torch.int32).view(torch.uint8)
-    slots = torch.full((shared_bytes(ranks) - len(flags),), 255, dtype=torch.uint8)
+    buffers = torch.full((shared_bytes(ranks) - len(flags),), 255, dtype=torch.uint8)
     folder.mkdir(exist_ok=True)
     for rank in range(ranks):
-        (folder / str(rank)).write_bytes(torch.cat((slots, flags)).numpy().tobytes())
+        (folder / str(rank)).write_bytes(torch.cat((buffers, flags)).numpy().tobytes())
 
 
 def map_memory(folder: Path, rank: int, ranks: int) -> tuple[Peers, list[Tensor]]:
@@ -69,8 +69,8 @@ def disturb(patch: pytest.MonkeyPatch, is_slow: bool, how: str) -> None:
             time.sleep(5 * SECONDS if how else SECONDS)
 
     patch.setattr(kernel, "_await", slow_wait)
-    if how == "one slot":
-        patch.setattr(kernel, "_slot", lambda row, turn, ROWS, SLOT: row * SLOT)
+    if how == "one buffer":
+        patch.setattr(kernel, "_buffer", lambda row, turn, ROWS, BUFFER: row * BUFFER)
 
 
 def count_wrong_sums(mesh: Mesh, folder: Path, how: str = "") -> int:
@@ -107,7 +107,7 @@ def check_sums(mesh: Mesh, folder: Path) -> None:
 def check_all(mesh: Mesh, folder: Path) -> None:
     """The test sees it if something is missing."""
     check_sums(mesh, folder)
-    for how in ("no waiting", "one slot"):
+    for how in ("no waiting", "one buffer"):
         assert count_wrong_sums(mesh, folder / how, how) > 0, how
 
 

@@ -68,7 +68,7 @@ def test_from_hidden_states_to_rows(tokens: int) -> None:
     assert_close("weights", weight.cpu()[same], want_weight[same], 1e-5)
     assert_close("last token", last, logits.sum(0)[-1:], 1e-6)
     got, want = permute(ids, LocalExperts(32, 32)), permute.reference(ids, LocalExperts(32, 32))
-    for name in ("start_E", "count_E", "entry_M", "slot_TK"):
+    for name in ("start_E", "count_E", "entry_M", "row_TK"):
         assert_bitwise_equal(name, getattr(got, name), getattr(want, name))
 
 
@@ -142,6 +142,6 @@ def test_routed_and_sorted_in_one_launch(tokens: int) -> None:
             for ids, weight, groups in results:
                 assert_bitwise_equal("ids", ids, want_ids)
                 assert_bitwise_equal("weights", weight, want_weight)
-                for name in ("start_E", "count_E", "entry_M", "slot_TK"):
+                for name in ("start_E", "count_E", "entry_M", "row_TK"):
                     assert_bitwise_equal(name, getattr(groups, name), getattr(want, name))
         assert not bool(locks.any()) and bool(busy.isfinite().all())

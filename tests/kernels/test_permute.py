@@ -31,13 +31,13 @@ def test_permute(case: str, form) -> None:
     flat = ids.flatten().tolist()
     entries = [i for e in range(first, first + held) for i, x in enumerate(flat) if x == e]
     assert groups.entry_M.tolist() == entries + [-1] * (len(flat) - len(entries))
-    assert groups.slot_TK.shape == ids.shape
-    slots = {i: row for row, i in enumerate(entries)}
-    assert groups.slot_TK.flatten().tolist() == [slots.get(i, -1) for i in range(len(flat))]
+    assert groups.row_TK.shape == ids.shape
+    rows = {i: row for row, i in enumerate(entries)}
+    assert groups.row_TK.flatten().tolist() == [rows.get(i, -1) for i in range(len(flat))]
     counts = [flat.count(e) for e in range(first, first + held)]
     assert groups.count_E.tolist() == counts
     assert groups.start_E.tolist() == [sum(counts[:e]) for e in range(held)]
-    parts = (groups.entry_M, groups.slot_TK, groups.count_E, groups.start_E)
+    parts = (groups.entry_M, groups.row_TK, groups.count_E, groups.start_E)
     assert {t.dtype for t in parts} == {torch.int32}
 
 
@@ -46,24 +46,24 @@ def test_permute(case: str, form) -> None:
 def test_unpermute(tokens: int, columns: int, form) -> None:
     torch.manual_seed(0)
     ids = routing(tokens, 4, 12)
-    slots = permute(ids, LocalExperts(3, 6)).slot_TK
+    rows = permute(ids, LocalExperts(3, 6)).row_TK
     weight = torch.rand(tokens, 4)
     y = torch.full((4 * tokens, columns), float("nan"))  # rows that are never written
-    y[slots[slots >= 0].long()] = torch.randn(int((slots >= 0).sum()), columns)
+    y[rows[rows >= 0].long()] = torch.randn(int((rows >= 0).sum()), columns)
     want = torch.zeros(tokens, columns, dtype=torch.float64)
     for t in range(tokens):
         for k in range(4):
             if 3 <= ids[t, k] < 9:
-                want[t] += weight[t, k].double() * y[slots[t, k]].double()
-    got = form(y, slots, weight)
+                want[t] += weight[t, k].double() * y[rows[t, k]].double()
+    got = form(y, rows, weight)
     assert got.dtype == torch.float32
     assert_close("weighted", got, want, 1e-6)
-    ones = form(y, slots, torch.ones(tokens, 4))
-    assert_bitwise_equal("not weighted", form(y, slots), ones)
+    ones = form(y, rows, torch.ones(tokens, 4))
+    assert_bitwise_equal("not weighted", form(y, rows), ones)
     addend = torch.randn(tokens, columns)
-    assert_bitwise_equal("and more", form(y, slots, weight, addend), got + addend)
+    assert_bitwise_equal("and more", form(y, rows, weight, addend), got + addend)
     part = slice(tokens // 2, tokens // 2 + 2)
-    assert_bitwise_equal("slice", form(y, slots[part], weight[part]), got[part])
+    assert_bitwise_equal("slice", form(y, rows[part], weight[part]), got[part])
 
 
 def test_there_and_back() -> None:
@@ -72,7 +72,7 @@ def test_there_and_back() -> None:
     groups = permute.kernel(ids, LocalExperts(0, 9))
     rows = x[groups.entry_M.long() // 3]
     weight = torch.tensor([0.5, 0.25, 0.25]).expand(33, 3)
-    assert_bitwise_equal("rows", unpermute.kernel(rows, groups.slot_TK, weight), x)
+    assert_bitwise_equal("rows", unpermute.kernel(rows, groups.row_TK, weight), x)
 
 
 def test_masked_groups() -> None:

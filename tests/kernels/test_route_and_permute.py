@@ -22,7 +22,7 @@ ONE_OF_THREE = Routing("softmax", "greedy", 1, 1, 1, True, 1.0)
 def check(got: tuple[Tensor, Tensor, Groups], want: tuple[Tensor, Tensor, Groups]) -> None:
     for name, x, y in zip(("ids", "weights"), got, want, strict=False):
         assert_bitwise_equal(name, x, y)
-    for name in ("start_E", "count_E", "entry_M", "slot_TK"):
+    for name in ("start_E", "count_E", "entry_M", "row_TK"):
         assert_bitwise_equal(name, getattr(got[2], name), getattr(want[2], name))
 
 

@@ -15,7 +15,7 @@ from tests.kernels.peers import check_all, check_answers, check_sums, make_memor
 
 
 def test_all_ranks_get_the_bits_of_the_reference(tmp_path: Path) -> None:
-    for folder in (tmp_path, tmp_path / "no waiting", tmp_path / "one slot"):
+    for folder in (tmp_path, tmp_path / "no waiting", tmp_path / "one buffer"):
         make_memory(folder, 2)
     run_ranks(check_all, 2, tmp_path)
 

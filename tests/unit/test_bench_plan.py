@@ -164,9 +164,9 @@ def test_balance(tmp_path: Path) -> None:
     assert balance.main([*command, "--save", str(file)]) == 0
     before, after = json.loads(report.read_text())["rows"]
     assert 1 <= after["max/mean load"] < before["max/mean load"] <= 4
-    assert (before["slots a rank"], after["slots a rank"]) == (4, 5)
+    assert (before["experts a rank"], after["experts a rank"]) == (4, 5)
     placement = balance.Placement.read(file)
-    assert placement.num_slots == 20 and after["moved slots"] > 0
+    assert placement.num_physical == 20 and after["moved experts"] > 0
     loads = tmp_path / "loads.json"
     layers = {str(i): list(range(16)) for i in (1, 2, 3)}
     loads.write_text(json.dumps({"num_experts": 16, "layers": layers}))

@@ -12,7 +12,7 @@ from dsv3.engine.balance import place_experts
 from dsv3.errors import ConfigError, OutputError
 from dsv3.parallel.expert_placement import (
     Placement,
-    balanced_slots,
+    balanced_experts,
     keep_in_place,
     pack_balanced,
     read_layers,
@@ -26,14 +26,14 @@ SIXTEEN = dataclasses.replace(TINY, n_routed_experts=16, n_group=4, num_hidden_l
 
 
 def test_the_published_example() -> None:
-    """Two layers of 12 experts in 4 groups, 16 slots, 2 nodes, 8 ranks."""
+    """Two layers of 12 experts in 4 groups, 16 physical experts, 2 nodes, 8 ranks."""
     examples = {
         "90 132 40 61 104 165 39 4 73 56 183 86": "5 6 5 7 8 4 3 4 10 9 10 2 0 1 11 1",
         "20 107 104 64 19 197 187 157 172 86 16 27": "7 10 6 8 6 11 8 9 2 4 5 1 5 0 3 1",
     }
     for load, wanted in examples.items():
-        slots = balanced_slots([float(n) for n in load.split()], 16, 4, 2, 8)
-        assert slots.tolist() == [int(n) for n in wanted.split()]
+        physical = balanced_experts([float(n) for n in load.split()], 16, 4, 2, 8)
+        assert physical.tolist() == [int(n) for n in wanted.split()]
 
 
 def test_packs_are_equal_in_number_and_close_in_load() -> None:
@@ -48,7 +48,7 @@ def test_the_most_loaded_expert_is_copied_first() -> None:
 
 
 @pytest.mark.parametrize(
-    ("experts", "slots", "groups", "nodes", "ranks"),
+    ("experts", "physical", "groups", "nodes", "ranks"),
     [
         (16, 16, 4, 2, 4),
         (16, 16, 4, 3, 4),
@@ -58,16 +58,16 @@ def test_the_most_loaded_expert_is_copied_first() -> None:
         (8, 8, 1, 1, 8),
     ],
 )
-def test_random_loads(experts: int, slots: int, groups: int, nodes: int, ranks: int) -> None:
-    """Every expert has a slot, nodes keep whole groups, and no balance gets worse."""
+def test_random_loads(experts: int, physical: int, groups: int, nodes: int, ranks: int) -> None:
+    """Every expert has a place, nodes keep whole groups, and no balance gets worse."""
     config = dataclasses.replace(TINY, n_routed_experts=experts, n_group=groups)
-    start = Placement.contiguous(config, ranks, slots - experts)
-    rng = np.random.default_rng(experts + slots)
+    start = Placement.contiguous(config, ranks, physical - experts)
+    rng = np.random.default_rng(experts + physical)
     for skew in (0.0, 1.0, 3.0):
         load = (1000 * rng.random(experts) ** (1 + skew)).astype(np.int64)
-        layer = balanced_slots(load, slots, groups, nodes, ranks)
-        assert layer.tolist() == balanced_slots(load, slots, groups, nodes, ranks).tolist()
-        assert set(layer.tolist()) == set(range(experts)) and len(layer) == slots
+        layer = balanced_experts(load, physical, groups, nodes, ranks)
+        assert layer.tolist() == balanced_experts(load, physical, groups, nodes, ranks).tolist()
+        assert set(layer.tolist()) == set(range(experts)) and len(layer) == physical
         if groups % nodes == 0:
             group = layer.reshape(nodes, -1) // (experts // groups)
             assert sum(len(set(row)) for row in group.tolist()) == groups
@@ -93,7 +93,7 @@ def test_balanced_layers_stay_and_few_experts_move() -> None:
     """A balanced layer stays as it is; a shuffled one is restored."""
     rng = np.random.default_rng(0)
     load = rng.random(16)
-    balanced = balanced_slots(load, 24, 4, 2, 8)
+    balanced = balanced_experts(load, 24, 4, 2, 8)
     shuffled = balanced.reshape(2, 4, 3)[::-1, rng.permutation(4)][..., [2, 0, 1]].flatten()
     shape = 2, 4, 3
     kept = keep_in_place(shuffled.reshape(shape), balanced.reshape(shape))
@@ -103,19 +103,19 @@ def test_balanced_layers_stay_and_few_experts_move() -> None:
     assert again.layers[1].tolist() == balanced.tolist()
     load[3] += 2
     moved = placement.rebalanced({1: load}, 4, 2).layers[1]
-    fresh = balanced_slots(load, 24, 4, 2, 8)
+    fresh = balanced_experts(load, 24, 4, 2, 8)
     assert 0 < (moved != balanced).sum() < (fresh != balanced).sum()
     moved_loads, fresh_loads = (
-        Placement(16, 8, {1: slots}).rank_loads(1, load) for slots in (moved, fresh)
+        Placement(16, 8, {1: physical}).rank_loads(1, load) for physical in (moved, fresh)
     )
     assert sorted(moved_loads) == pytest.approx(sorted(fresh_loads))
     assert placement.rebalanced({1: load}, 4, 2, gain=0.9).layers[1].tolist() == balanced.tolist()
 
 
-def test_contiguous_slots() -> None:
+def test_contiguous_experts() -> None:
     placement = Placement.contiguous(SIXTEEN, 4, 8)
     assert list(placement.layers) == [1, 2, 3]
-    assert (placement.num_slots, placement.slots_per_rank) == (24, 6)
+    assert (placement.num_physical, placement.physical_per_rank) == (24, 6)
     assert placement.local_experts(2, 1) == [4, 5, 6, 7, 4, 5]
     assert Placement.contiguous(SIXTEEN, 4).local_experts(1, 3) == [12, 13, 14, 15]
     with pytest.raises(ConfigError, match="4 ranks must divide 3 redundant experts and"):
@@ -126,9 +126,9 @@ def test_contiguous_slots() -> None:
 
 def test_copies_of_an_expert() -> None:
     placement = Placement(4, 2, {1: np.array([3, 0, 1, 2, 0, 0])})
-    slots, counts = placement.copies(1)
+    copies, counts = placement.copies(1)
     assert counts.tolist() == [3, 1, 1, 1]
-    assert slots.tolist() == [[1, 4, 5], [2, 2, 2], [3, 3, 3], [0, 0, 0]]
+    assert copies.tolist() == [[1, 4, 5], [2, 2, 2], [3, 3, 3], [0, 0, 0]]
 
 
 def test_files(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_placement_by_settings(tmp_path: Path) -> None:
     dense = dataclasses.replace(SIXTEEN, first_k_dense_replace=4)
     assert place_experts(EngineConfig(rebalance_every=5), dense, four) is None
     placed = place_experts(EngineConfig(redundant_experts=8), SIXTEEN, four)
-    assert placed is not None and placed.slots_per_rank == 6
+    assert placed is not None and placed.physical_per_rank == 6
     path = tmp_path / "placement.json"
     placed.write(path)
     settings = EngineConfig(expert_placement=str(path))
@@ -187,10 +187,10 @@ def test_placement_by_settings(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("layers", "fault"),
     [
-        ({"1": [0, 1, 2, 2]}, "layer 1: no slot with expert 3"),
+        ({"1": [0, 1, 2, 2]}, "layer 1: no copy of expert 3"),
         ({"1": [0, 1, 2, 3, 3, 4]}, "layer 1: there is no expert 4"),
-        ({"1": [0, 1, 2, 3, 3]}, "layer 1: 5 slots"),
-        ({"1": [0, 1, 2, 3], "2": [0, 1, 2, 3, 0, 1]}, "layer 1: 4 slots"),
+        ({"1": [0, 1, 2, 3, 3]}, "layer 1: 5 physical experts"),
+        ({"1": [0, 1, 2, 3], "2": [0, 1, 2, 3, 0, 1]}, "layer 1: 4 physical experts"),
         ({"1": [0, 1, -2, 3]}, "with a list of numbers from 0 on"),
         ({"1": [0.5, 1]}, "with a list of numbers from 0 on"),
         ({"1": []}, "with a list of numbers from 0 on"),

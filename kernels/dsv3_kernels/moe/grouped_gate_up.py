@@ -20,9 +20,9 @@ from dsv3_kernels.ops.silu_mul import silu_mul
 
 def _sorted_rows(x_TD: Tensor, groups: Groups) -> Tensor:
     """Return the hidden state of every row's token; rows of no expert repeat the first token's."""
-    if groups.entry_M is None or groups.slot_TK is None or not len(x_TD):
+    if groups.entry_M is None or groups.row_TK is None or not len(x_TD):
         return x_TD
-    return x_TD[groups.entry_M.clamp_min(0) // groups.slot_TK.shape[1]]
+    return x_TD[groups.entry_M.clamp_min(0) // groups.row_TK.shape[1]]
 
 
 @triton.jit
@@ -120,7 +120,7 @@ def _launch_grouped_gate_up(
     num_experts = len(w.weight)
     inner = w.weight.shape[1] // 2
     assert w.block_scale is None or inner % BLOCK == 0, f"{inner=}"
-    top_k = 0 if groups.slot_TK is None else groups.slot_TK.shape[1]
+    top_k = 0 if groups.row_TK is None else groups.row_TK.shape[1]
     num_rows = len(launch.x) * max(1, top_k)
     fused = isinstance(x, Quantized) and launch.tile.features == BLOCK
     dtype = x.dtype if isinstance(x, Tensor) else torch.float32

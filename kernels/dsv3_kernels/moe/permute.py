@@ -39,13 +39,13 @@ class Groups:
         count_E: [E] int32 rows of each expert.
         entry_M: [M] int32 t * K + k of each row, -1 after the last row; None if rows are not
             sorted entries (`masked_groups`).
-        slot_TK: [T, K] int32 row of each entry, -1 if its expert is on another rank; None as above.
+        row_TK: [T, K] int32 row of each entry, -1 if its expert is on another rank; None as above.
     """
 
     start_E: Tensor
     count_E: Tensor
     entry_M: Tensor | None = None
-    slot_TK: Tensor | None = None
+    row_TK: Tensor | None = None
 
 
 def masked_groups(count_E: Tensor, capacity: int) -> Groups:
@@ -56,7 +56,7 @@ def masked_groups(count_E: Tensor, capacity: int) -> Groups:
 
 @triton.jit(do_not_specialize=["first_expert", "num_entries"])
 def _permute_kernel(
-    ids, entries, slots, starts, counts, first_expert, E, num_entries, BLOCK: tl.constexpr
+    ids, entries, rows, starts, counts, first_expert, E, num_entries, BLOCK: tl.constexpr
 ):
     """Place the entries of one expert; the last program places those of other ranks' experts."""
     in_turn()
@@ -80,9 +80,9 @@ def _permute_kernel(
         local = tl.load(ids + entry, mask=entry < num_entries, other=-1) - first_expert
         local = tl.where((local >= 0) & (local < E), local, E)
         mine = (entry < num_entries) & (local == e)
-        slot = row + tl.cumsum(mine.to(tl.int32), 0) - 1
-        tl.store(entries + slot, tl.where(e < E, entry, -1), mask=mine)
-        tl.store(slots + entry, tl.where(e < E, slot, -1), mask=mine)
+        target = row + tl.cumsum(mine.to(tl.int32), 0) - 1
+        tl.store(entries + target, tl.where(e < E, entry, -1), mask=mine)
+        tl.store(rows + entry, tl.where(e < E, target, -1), mask=mine)
         row += tl.sum(mine.to(tl.int32), 0)
 
 
@@ -90,7 +90,7 @@ def _permute_kernel(
 def _permute_few(
     ids,
     entries,
-    slots,
+    rows,
     starts,
     counts,
     first_expert,
@@ -107,7 +107,7 @@ def _permute_few(
     key = local * SIZE + entry
     row = tl.sum((key[None, :] < key[:, None]).to(tl.int32), 1)
     tl.store(entries + row, tl.where(local < E, entry, -1), mask=entry < num_entries)
-    tl.store(slots + entry, tl.where(local < E, row, -1), mask=entry < num_entries)
+    tl.store(rows + entry, tl.where(local < E, row, -1), mask=entry < num_entries)
     for first in range(0, E, EXPERTS):
         e = first + tl.arange(0, EXPERTS)
         before = (local[None, :] < e[:, None]).to(tl.int32)
@@ -123,7 +123,7 @@ def permute_last(
     locks,
     T,
     entries,
-    slots,
+    rows,
     starts,
     counts,
     first_expert,
@@ -140,7 +140,7 @@ def permute_last(
         _permute_few(
             ids=chosen,
             entries=entries,
-            slots=slots,
+            rows=rows,
             starts=starts,
             counts=counts,
             first_expert=first_expert,
@@ -157,7 +157,7 @@ def permute_last(
             _permute_few(
                 ids=all_ids,
                 entries=entries,
-                slots=slots,
+                rows=rows,
                 starts=starts,
                 counts=counts,
                 first_expert=first_expert,
@@ -175,7 +175,7 @@ def empty_groups(shape: tuple[int, int], num_local: int, device: torch.device) -
         start_E=start_E,
         count_E=count_E,
         entry_M=torch.empty(shape[0] * shape[1], dtype=torch.int32, device=device),
-        slot_TK=torch.empty(shape, dtype=torch.int32, device=device),
+        row_TK=torch.empty(shape, dtype=torch.int32, device=device),
     )
 
 
@@ -189,7 +189,7 @@ def _launch_permute(ids_TK: Tensor, local: LocalExperts) -> Groups:
     _permute_kernel[(local.count + 1,)](
         ids=ids_TK,
         entries=groups.entry_M,
-        slots=groups.slot_TK,
+        rows=groups.row_TK,
         starts=groups.start_E,
         counts=groups.count_E,
         first_expert=local.first,
@@ -220,18 +220,18 @@ def permute(ids_TK: Tensor, local: LocalExperts) -> Groups:
     count.scatter_add_(0, index, torch.ones_like(index))
     num_rows = len(order) - count[-1]
     row = torch.arange(len(order), device=ids_TK.device)
-    slot = torch.empty_like(row)
-    slot[order] = torch.where(row < num_rows, row, -1)
+    row_of_entry = torch.empty_like(row)
+    row_of_entry[order] = torch.where(row < num_rows, row, -1)
     entry = torch.where(row < num_rows, order, -1)
     count_E = count[:-1]
     start_E = count_E.cumsum(0) - count_E
-    return Groups(start_E.int(), count_E.int(), entry.int(), slot.view(ids_TK.shape).int())
+    return Groups(start_E.int(), count_E.int(), entry.int(), row_of_entry.view(ids_TK.shape).int())
 
 
 @triton.jit
 def _unpermute_kernel(
     y_rows,
-    slots,
+    rows,
     weights,
     addend,
     y,
@@ -247,12 +247,12 @@ def _unpermute_kernel(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for k in tl.static_range(K):
-        slot = tl.load(slots + token * K + k).to(tl.int64)
-        mask = column < tl.where(slot >= 0, D, 0)
-        part = tl.load(y_rows + slot * D + column, mask=mask, other=0.0).to(tl.float32)
+        row = tl.load(rows + token * K + k).to(tl.int64)
+        mask = column < tl.where(row >= 0, D, 0)
+        part = tl.load(y_rows + row * D + column, mask=mask, other=0.0).to(tl.float32)
         if WEIGHTED:
             part *= tl.load(weights + token * K + k)
-        total += tl.where(slot >= 0, part, 0.0)
+        total += tl.where(row >= 0, part, 0.0)
     at = token * D + column
     if ADD:
         total += tl.load(addend + at, mask=column < D, other=0.0).to(tl.float32)
@@ -261,20 +261,20 @@ def _unpermute_kernel(
 
 def _launch_unpermute(
     y_MD: Tensor,
-    slot_TK: Tensor,
+    row_TK: Tensor,
     weight_TK: Tensor | None = None,
     addend_TD: Tensor | None = None,
 ) -> Tensor:
     """Launch one program per token and 1024 columns."""
-    T, K = slot_TK.shape
+    T, K = row_TK.shape
     D = y_MD.shape[1]
-    assert y_MD.is_contiguous() and slot_TK.is_contiguous(), f"{y_MD.stride()=}"
+    assert y_MD.is_contiguous() and row_TK.is_contiguous(), f"{y_MD.stride()=}"
     y_TD = y_MD.new_empty((T, D), dtype=torch.float32)
     block = min(1024, triton.next_power_of_2(D))
     if T:
         _unpermute_kernel[(T, triton.cdiv(D, block))](
             y_rows=y_MD,
-            slots=slot_TK,
+            rows=row_TK,
             weights=y_MD if weight_TK is None else weight_TK.contiguous(),
             addend=y_MD if addend_TD is None else addend_TD.contiguous(),
             y=y_TD,
@@ -291,7 +291,7 @@ def _launch_unpermute(
 @operation(kernel=_launch_unpermute)
 def unpermute(
     y_MD: Tensor,
-    slot_TK: Tensor,
+    row_TK: Tensor,
     weight_TK: Tensor | None = None,
     addend_TD: Tensor | None = None,
 ) -> Tensor:
@@ -299,16 +299,16 @@ def unpermute(
 
     Args:
         y_MD: [M, D] rows as `permute` ordered them, any float dtype, contiguous.
-        slot_TK: [T, K] int32 row of each entry, -1 for none.
+        row_TK: [T, K] int32 row of each entry, -1 for none.
         weight_TK: [T, K] float32 factor of each entry, or None for no factor.
         addend_TD: [T, D], any float dtype, added last; None for nothing.
 
     Returns:
         [T, D] float32; `addend_TD` or 0 for a token without rows.
     """
-    y_TD = y_MD.new_zeros((slot_TK.shape[0], y_MD.shape[1]), dtype=torch.float32)
-    for k, slot_T in enumerate(slot_TK.long().unbind(1)):
-        rows = slot_T >= 0
-        part = y_MD[slot_T[rows]].float()
-        y_TD[rows] += part if weight_TK is None else part * weight_TK[rows, k, None]
+    y_TD = y_MD.new_zeros((row_TK.shape[0], y_MD.shape[1]), dtype=torch.float32)
+    for k, row_T in enumerate(row_TK.long().unbind(1)):
+        is_row_T = row_T >= 0
+        part = y_MD[row_T[is_row_T]].float()
+        y_TD[is_row_T] += part if weight_TK is None else part * weight_TK[is_row_T, k, None]
     return y_TD if addend_TD is None else y_TD.add_(addend_TD)

@@ -103,7 +103,7 @@ def _route_kernel(
     ids,
     weights,
     entries,
-    slots,
+    rows,
     starts,
     counts,
     locks,
@@ -135,7 +135,7 @@ def _route_kernel(
     token = tl.program_id(0).to(tl.int64)
     MEMBERS: tl.constexpr = E // G
     LOWEST: tl.constexpr = -(1 << 31)
-    LANES: tl.constexpr = G_PAD * M_PAD
+    PLACES: tl.constexpr = G_PAD * M_PAD
     group = tl.arange(0, G_PAD)
     member = tl.arange(0, M_PAD)
     expert = group[:, None] * MEMBERS + member[None, :]
@@ -153,7 +153,7 @@ def _route_kernel(
     if BIASED:
         choice += tl.load(bias + expert, mask=real, other=0.0)
     choice = tl.where(real, choice, float("-inf"))
-    # Keys of 32 bits, which a warp reduces in one instruction; of equals the first lane is best.
+    # Keys of 32 bits, which a warp reduces in one instruction; of equals the first place is best.
     if TOPK_GROUP < G:
         value = tl.max(choice, 1)
         if BEST_TWO and MEMBERS > 1:
@@ -168,18 +168,18 @@ def _route_kernel(
             kept = tl.where(best, 1, kept)
             key = tl.where(best, LOWEST, key)
         choice = tl.where(kept[:, None] > 0, choice, float("-inf"))
-    lane = tl.arange(0, LANES)
-    key = tl.reshape(tl.where(real, _order_key(choice), LOWEST), (LANES,))
-    bits = tl.reshape(score.to(tl.int32, bitcast=True), (LANES,))
+    place = tl.arange(0, PLACES)
+    key = tl.reshape(tl.where(real, _order_key(choice), LOWEST), (PLACES,))
+    bits = tl.reshape(score.to(tl.int32, bitcast=True), (PLACES,))
     k = tl.arange(0, K_PAD)
     chosen = tl.zeros([K_PAD], tl.int64)
     weight = tl.zeros([K_PAD], tl.float32)
     for i in tl.static_range(K):
-        at = tl.min(tl.where(key == tl.max(key, 0), lane, LANES), 0)
-        won = tl.sum(tl.where(lane == at, bits, 0), 0).to(tl.float32, bitcast=True)
+        at = tl.min(tl.where(key == tl.max(key, 0), place, PLACES), 0)
+        won = tl.sum(tl.where(place == at, bits, 0), 0).to(tl.float32, bitcast=True)
         chosen = tl.where(k == i, (at // M_PAD * MEMBERS + at % M_PAD).to(tl.int64), chosen)
         weight = tl.where(k == i, won, weight)
-        key = tl.where(lane == at, LOWEST, key)
+        key = tl.where(place == at, LOWEST, key)
     if NORMALIZE:
         weight = weight / (tl.sum(weight, 0) + 1e-20)
     if PADDED:
@@ -192,7 +192,7 @@ def _route_kernel(
         locks=locks,
         T=T,
         entries=entries,
-        slots=slots,
+        rows=rows,
         starts=starts,
         counts=counts,
         first_expert=first_expert,
@@ -224,7 +224,7 @@ def launch_route(router: RouterInput, sort: EntrySort | None) -> tuple[Tensor, T
             ids=ids_TK,
             weights=weight_TK,
             entries=ids_TK if sort is None else sort.groups.entry_M,
-            slots=ids_TK if sort is None else sort.groups.slot_TK,
+            rows=ids_TK if sort is None else sort.groups.row_TK,
             starts=ids_TK if sort is None else sort.groups.start_E,
             counts=ids_TK if sort is None else sort.groups.count_E,
             locks=ids_TK if sort is None else sort.locks,

@@ -221,12 +221,12 @@ def _sample_kernel(
     in_turn()
     b = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + b * stride
-    lane = tl.arange(0, BLOCK)
+    step = tl.arange(0, BLOCK)
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
-    where = lane
+    where = step
     for start in range(0, W, BLOCK):
-        x = tl.load(row_ptr + start + lane, mask=start + lane < W, other=float("-inf"))
-        where = tl.where(x > top, start + lane, where)
+        x = tl.load(row_ptr + start + step, mask=start + step < W, other=float("-inf"))
+        where = tl.where(x > top, start + step, where)
         top = tl.maximum(top, x)
     best = tl.max(top, 0)
     chosen = _lowest_best(top, where, W)
@@ -276,10 +276,10 @@ def _sample_kernel(
         position = tl.load(position_ptr + b)
         answer = tl.load(answer_ptr + b)
         top = tl.full((BLOCK,), float("-inf"), tl.float32)
-        where = lane
+        where = step
         taken = tl.sum(tl.zeros((1,), tl.int32), 0)
         for start in range(0, W, BLOCK):
-            ids = start + lane
+            ids = start + step
             scaled, distance = _distance(row_ptr, ids, W, best, temperature, floor)
             is_equal = (distance == cut).to(tl.int32)
             is_kept = (distance < cut) | (

@@ -5,17 +5,17 @@ all others over the links, so the bytes grow with the number of ranks. Bound by 
 and one read.
 
 A program owns a row and synchronizes only with the programs of the same row on the other ranks.
-Each rank has memory that all ranks have mapped: two slots for every row, and a flag for every row
-and rank. A program writes its part to a slot of its own rank, sets its flag on every rank to the
+Each rank has memory that all ranks have mapped: two buffers for every row, and a flag for every row
+and rank. A program writes its part to a buffer of its own rank, sets its flag on every rank to the
 number of the turn, waits until the flags of all ranks have reached this number, and reads all parts
 in rank order, so that all ranks compute the same bits. Why this is correct:
 
 * The turn is one more than the row's own flag, which lies on the device, so a replayed CUDA graph
   continues the count. All ranks launch the same shapes in the same order, so a row's turns agree.
 * A peer may be one turn ahead, not two: no turn ends without this rank's flag of that turn. So a
-  flag that is ahead counts as set, and odd and even turns use different slots. A slot is written
+  flag that is ahead counts as set, and odd and even turns use different buffers. One is written
   again two turns later, when the flags of the turn between show that all ranks have read it.
-* Slots do not depend on the rows or dtype of a launch; a row left out is some turns behind.
+* Buffers do not depend on the rows or dtype of a launch; a row left out is some turns behind.
 * A flag is set by a release of system scope after a barrier of the program, which covers the stores
   of all its threads; flags are read by acquires of system scope, with a barrier after them. Parts
   are read by volatile loads, which bypass the first level cache: this cache does not see the writes
@@ -44,7 +44,7 @@ MAX_ROWS = 48
 # Above this a ring is faster, which sends fewer bytes: by arithmetic, not measured.
 _MAX_BYTES = 512 << 10
 # Holds 8192 values in float32. A multiple of 16, as vector loads ask for.
-_SLOT_BYTES = 32 << 10
+_BUFFER_BYTES = 32 << 10
 
 
 class Peers(NamedTuple):
@@ -67,15 +67,15 @@ class Peers(NamedTuple):
 
 
 def shared_bytes(ranks: int) -> int:
-    """Return the bytes of shared memory per rank: for each row two slots and a flag per rank."""
-    return MAX_ROWS * (2 * _SLOT_BYTES + 4 * ranks)
+    """Return the bytes of shared memory per rank: for each row two buffers and a flag per rank."""
+    return MAX_ROWS * (2 * _BUFFER_BYTES + 4 * ranks)
 
 
 def fits_sum_norm(y_TD: Tensor) -> bool:
     """Return True if `sum_norm` accepts parts of this shape and dtype."""
     is_known = y_TD.dtype in (torch.bfloat16, torch.float32) and y_TD.dim() == 2 and HAS_TRITON
     is_few = is_known and 0 < len(y_TD) <= MAX_ROWS and y_TD.nbytes <= _MAX_BYTES
-    return is_few and y_TD[0].nbytes <= _SLOT_BYTES
+    return is_few and y_TD[0].nbytes <= _BUFFER_BYTES
 
 
 def sum_norm_of_parts(
@@ -94,15 +94,15 @@ def sum_norm_of_parts(
 
 
 @triton.jit
-def _flag(address, row, rank, RANKS: tl.constexpr, ROWS: tl.constexpr, SLOT: tl.constexpr):
+def _flag(address, row, rank, RANKS: tl.constexpr, ROWS: tl.constexpr, BUFFER: tl.constexpr):
     """Return the pointer to the flag that a rank sets for a row."""
-    return (address + 2 * ROWS * SLOT + (row * RANKS + rank) * 4).to(tl.pointer_type(tl.int32))
+    return (address + 2 * ROWS * BUFFER + (row * RANKS + rank) * 4).to(tl.pointer_type(tl.int32))
 
 
 @triton.jit
-def _slot(row, turn, ROWS: tl.constexpr, SLOT: tl.constexpr):
-    """Return the offset of a row's slot in a turn."""
-    return ((turn & 1) * ROWS + row) * SLOT
+def _buffer(row, turn, ROWS: tl.constexpr, BUFFER: tl.constexpr):
+    """Return the offset of a row's buffer in a turn."""
+    return ((turn & 1) * ROWS + row) * BUFFER
 
 
 @triton.jit
@@ -137,15 +137,15 @@ def _sum_norm_kernel(
     D,
     eps,
     RANKS: tl.constexpr,
-    LANES: tl.constexpr,
+    PEERS: tl.constexpr,
     ROWS: tl.constexpr,
-    SLOT: tl.constexpr,
+    BUFFER: tl.constexpr,
     B: tl.constexpr,
     QUANT: tl.constexpr,
     UE8M0: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    """Sum and normalize one row, held as B blocks of 128; LANES is RANKS rounded up."""
+    """Sum and normalize one row, held as B blocks of 128; PEERS is RANKS rounded up."""
     in_turn()
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, B)[:, None] * 128 + tl.arange(0, 128)[None, :]
@@ -154,21 +154,21 @@ def _sum_norm_kernel(
     y = tl.load(y_ptr + row * D + col, mask=mask, other=0.0)
     x = tl.load(x_ptr + row * D + col, mask=mask, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + col, mask=mask, other=0.0)
-    peer = tl.arange(0, LANES)
+    peer = tl.arange(0, PEERS)
     is_peer = peer < RANKS
     peers = tl.load(address_ptr + peer, mask=is_peer, other=0)
     parts = ()
     for r in tl.static_range(RANKS):
         parts += (tl.load(address_ptr + r),)  # type: ignore[assignment]
-    turn = tl.load(_flag(own, row, rank, RANKS, ROWS, SLOT)) + 1
-    slot = _slot(row, turn, ROWS, SLOT)
-    own_ptr = tl.multiple_of((own + slot).to(y_ptr.dtype), 16)
+    turn = tl.load(_flag(own, row, rank, RANKS, ROWS, BUFFER)) + 1
+    buffer = _buffer(row, turn, ROWS, BUFFER)
+    own_ptr = tl.multiple_of((own + buffer).to(y_ptr.dtype), 16)
     tl.store(own_ptr + col, y, mask=mask)
-    _signal(_flag(peers, row, rank, RANKS, ROWS, SLOT), turn, is_peer)
-    _await(_flag(own, row, peer, RANKS, ROWS, SLOT), turn, is_peer)
+    _signal(_flag(peers, row, rank, RANKS, ROWS, BUFFER), turn, is_peer)
+    _await(_flag(own, row, peer, RANKS, ROWS, BUFFER), turn, is_peer)
     total = x
     for r in tl.static_range(RANKS):
-        part_ptr = tl.multiple_of((parts[r] + slot).to(y_ptr.dtype), 16)
+        part_ptr = tl.multiple_of((parts[r] + buffer).to(y_ptr.dtype), 16)
         part = tl.load(part_ptr + col, mask=mask, other=0.0, volatile=True).to(tl.float32)
         total = part if r == 0 else total + part
     rounded = (x + total).to(sum_ptr.dtype.element_ty)
@@ -237,9 +237,9 @@ def sum_norm(
         D=D,
         eps=eps,
         RANKS=ranks,
-        LANES=triton.next_power_of_2(ranks),
+        PEERS=triton.next_power_of_2(ranks),
         ROWS=MAX_ROWS,
-        SLOT=_SLOT_BYTES,
+        BUFFER=_BUFFER_BYTES,
         B=blocks,
         QUANT=quant,
         UE8M0=ue8m0,

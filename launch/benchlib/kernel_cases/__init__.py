@@ -133,7 +133,7 @@ def _routing(small: bool) -> Iterator[Case]:
 
         def expert_rows(d: torch.device, T: int = T) -> Args:
             groups = permute.reference(*ids(d, T))
-            return normal(T * K, 256 if small else D, device=d), groups.slot_TK
+            return normal(T * K, 256 if small else D, device=d), groups.row_TK
 
         name, sort = f"{T} x {K}", (permute.kernel, permute.reference)
         yield Case("permute", name, ids, *sort, 16 * T * K, tol=0.0, view=_groups)
@@ -171,7 +171,7 @@ def _sorted(result: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _groups(found: Groups) -> list[Tensor | None]:
-    return [found.start_E, found.count_E, found.entry_M, found.slot_TK]
+    return [found.start_E, found.count_E, found.entry_M, found.row_TK]
 
 
 def _sampling(small: bool) -> Iterator[Case]:
