@@ -2,7 +2,6 @@
 
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterator
 from collections.abc import Sequence as Ids
 from sys import byteorder
 from typing import Generic, Protocol, TypeVar
@@ -46,9 +45,6 @@ class Children(Generic[Child]):
 
     def __bool__(self) -> bool:
         return bool(self._keys)
-
-    def __iter__(self) -> Iterator[Child]:
-        return iter(self._nodes)
 
     def find(self, tokens: bytes) -> Child | None:
         """Return the child with exactly these tokens."""

@@ -285,10 +285,6 @@ class PrefixTree:
             assert node.parent is not None
             yield node.page, node.parent.prefix_hash(), node.tokens
 
-    def __iter__(self) -> Iterator[tuple[int, bytes]]:
-        """Iterate over (page, encoded tokens)."""
-        return ((node.page, node.tokens) for node in self._nodes if node is not None)
-
     def _node(self, page: int) -> _Node:
         node = self._nodes[page]
         assert node is not None, f"page {page} is not in the tree"

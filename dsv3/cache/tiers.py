@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from dsv3.cache.children import encode
+from dsv3.cache.children import TOKEN_BYTES, encode
 from dsv3.cache.disk_index import DiskIndex
 from dsv3.cache.pages import PageAllocator
 from dsv3.cache.prefix import Match, PrefixTree
@@ -95,7 +95,7 @@ class Tiers:
 
     def offload(self, page: int, parent: bytes, tokens: bytes) -> None:
         """Plan to offload a page that is being evicted; the prefix tree's `on_evict`."""
-        if len(tokens) < len(encode([0])) * self._page_size:
+        if len(tokens) < TOKEN_BYTES * self._page_size:
             return
         key = tuple(chain_hashes(parent, tokens))
         if key in self._host_pages:
@@ -219,20 +219,15 @@ class Tiers:
         yield self.draw()
         self._disk.catch_up()
 
-    def counts(self) -> tuple[int, int, int, int, int]:
-        """Return pages offloaded, restored and fetched so far, files written, bytes on disk."""
-        num_written = 0
-        num_bytes = 0
-        if self._disk is not None:
-            num_written = self._disk.num_written
-            num_bytes = self._disk.num_bytes
-        return (
-            self.num_offloaded,
-            self.num_restored,
-            self.num_fetched,
-            num_written,
-            num_bytes,
-        )
+    @property
+    def num_written(self) -> int:
+        """Files written to disk so far."""
+        return 0 if self._disk is None else self._disk.num_written
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes on disk, those being written included."""
+        return 0 if self._disk is None else self._disk.num_bytes
 
     def _is_on_disk(self, key: PageKey) -> bool:
         return key in self._fetching or (self._disk is not None and key in self._disk)

@@ -47,13 +47,9 @@ def update_gauges(schedulers: Ordered[Scheduler], metrics: Metrics) -> None:
     metrics.pages_used = num_pages - metrics.pages_free - metrics.pages_idle
     metrics.pages_pinned = sum(each.num_pinned for each in schedulers)
     metrics.evictions = sum(each.tree.num_evicted for each in schedulers if each.tree is not None)
-    counts = [each.tiers.counts() for each in schedulers if each.tiers is not None]
-    if counts:
-        offloads, host_hits, disk_hits, disk_writes, disk_bytes = map(
-            sum, zip(*counts, strict=True)
-        )
-        metrics.offloads = offloads
-        metrics.host_hits = host_hits
-        metrics.disk_hits = disk_hits
-        metrics.disk_writes = disk_writes
-        metrics.disk_bytes = disk_bytes
+    tiers = [each.tiers for each in schedulers if each.tiers is not None]
+    metrics.offloads = sum(each.num_offloaded for each in tiers)
+    metrics.host_hits = sum(each.num_restored for each in tiers)
+    metrics.disk_hits = sum(each.num_fetched for each in tiers)
+    metrics.disk_writes = sum(each.num_written for each in tiers)
+    metrics.disk_bytes = sum(each.disk_bytes for each in tiers)

@@ -36,7 +36,7 @@ def test_children_equal_a_sorted_list(steps: list[tuple[bool, bytes]]) -> None:
             keys = sorted(expected)
             children.remove(expected.pop(keys[bisect_left(keys, tokens) % len(keys)]))
         keys = sorted(expected)
-        assert [child.tokens for child in children] == keys
+        assert [child.tokens for child in children._nodes] == keys
         assert bool(children) == bool(expected)
         assert children.find(tokens) is expected.get(tokens)
         index = bisect_left(keys, tokens)

@@ -48,6 +48,10 @@ class CacheMachine(RuleBasedStateMachine):
     def content(self, pages: list[int]) -> list[int]:
         return [token for page in pages for token in self.memory[page]]
 
+    def cached(self) -> dict[int, bytes]:
+        """The encoded tokens of the cached pages."""
+        return {page: tokens for page, _, tokens in self.tree.deepest_first()}
+
     def extend(self, seq: Running, tokens: list[int]) -> bool:
         """Compute more tokens of a sequence; return False if there are no pages for them."""
         wanted = -(-(len(seq.tokens) + len(tokens)) // PAGE_SIZE) - len(seq.pages)
@@ -115,9 +119,9 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(tokens=TOKENS, start=st.integers(0, 14))
     def forget(self, tokens: list[int], start: int) -> None:
-        kept = dict(self.tree)
+        kept = self.cached()
         self.tree.forget(tokens, start)
-        gone = kept.keys() - dict(self.tree).keys()
+        gone = kept.keys() - self.cached().keys()
         assert not any(page in pinned[-1:] for page in gone for _, _, pinned in self.pinned)
         for seq in self.running:
             if gone & set(seq.pages):
@@ -132,7 +136,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @invariant()
     def holders_are_exact(self) -> None:
-        holders = Counter(page for page, _ in self.tree)
+        holders = Counter(page for page, _, _ in self.tree.deepest_first())
         assert max(holders.values(), default=0) <= 1, "a page is in two places of the tree"
         idle = set(holders)
         seq_pages = [seq.pages for seq in self.running]
@@ -147,7 +151,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @invariant()
     def tree_pages_hold_their_tokens(self) -> None:
-        for page, tokens in self.tree:
+        for page, tokens in self.cached().items():
             assert encode(self.memory[page]).startswith(tokens)
 
     @invariant()

@@ -148,10 +148,10 @@ def test_host_memory_is_each_groups_own() -> None:
             done = finish(engine)
             check(done, request)
             assert done[request.request_id].cached_tokens >= 16 * turn
-    counts = [g.tiers.counts() for g in world.groups]
-    assert all(offloads and restored for offloads, restored, *_ in counts)
-    assert engine.metrics.offloads == counts[0][0] + counts[1][0]
-    assert engine.metrics.host_hits == counts[0][1] + counts[1][1]
+    tiers = [g.tiers for g in world.groups]
+    assert all(each.num_offloaded and each.num_restored for each in tiers)
+    assert engine.metrics.offloads == tiers[0].num_offloaded + tiers[1].num_offloaded
+    assert engine.metrics.host_hits == tiers[0].num_restored + tiers[1].num_restored
 
 
 def test_a_cancelled_request_leaves_its_group() -> None:

@@ -128,7 +128,7 @@ def test_a_tail_grows_with_its_sequence(cache: Cache) -> None:
     for num_computed in (2, 3, 4, 5, 9, 9, 12, 30):
         cache.tree.insert(tokens, num_computed, seq_pages)
         assert cache.cached(tokens) == num_computed
-        in_tree = [page for page, _ in cache.tree]
+        in_tree = [page for page, _, _ in cache.tree.deepest_first()]
         assert sorted(in_tree) == sorted(seq_pages[: -(-num_computed // P)])
 
 
@@ -136,7 +136,7 @@ def test_a_longer_tail_replaces_the_one_it_continues(cache: Cache) -> None:
     old = cache.run(ids(0, 6))
     new = cache.run(ids(0, 7))
     assert new[0] == old[0] and new[1] != old[1]
-    assert {page for page, _ in cache.tree} == set(new)
+    assert {page for page, _, _ in cache.tree.deepest_first()} == set(new)
     assert cache.pages.num_free == 14
 
 
@@ -145,7 +145,7 @@ def test_cached_tokens_are_not_stored_again(cache: Cache) -> None:
     recomputed = cache.pages.allocate(2)
     cache.tree.insert(ids(0, 6), 6, recomputed)
     cache.pages.release(recomputed)
-    assert len(list(cache.tree)) == 3 and cache.pages.num_free == 13
+    assert len(list(cache.tree.deepest_first())) == 3 and cache.pages.num_free == 13
 
 
 def test_equal_pages_computed_twice_are_stored_once(cache: Cache) -> None:
