@@ -7,14 +7,15 @@ and the next process goes on with the cases that have not begun.
 import json
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchlib.table import Row
 from dsv3.errors import OutputError, one_line, os_errors_as
 from dsv3.files import Format, NamedFile, check_output
 
-Row = dict[str, Any]
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 
 _FORMAT = Format("rows of cases", re.compile(rb'\{"(begin|case)":'))
@@ -57,7 +58,7 @@ class CaseLog:
         """Write that a case begins."""
         self._write({"begin": case, "at": round(time.time(), 2)})
 
-    def end(self, case: str, why: str = "", **figures: Any) -> None:
+    def end(self, case: str, why: str = "", figures: Mapping[str, Any] | None = None) -> None:
         """Write the result of a case, which has passed unless there is a reason.
 
         Args:
@@ -68,7 +69,7 @@ class CaseLog:
         self._write(
             {"case": case, "result": FAILED if why else PASSED}
             | ({"why": why} if why else {})
-            | figures
+            | dict(figures or {})
         )
 
     def skip(self, case: str, why: str) -> None:

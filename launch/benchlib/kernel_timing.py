@@ -24,7 +24,7 @@ _CEILING_SECONDS = 0.25
 
 
 def median_seconds(
-    calls: Sequence[Callable[[], object]], device: torch.device, budget: float = 1.0
+    calls: Sequence[Callable[[], object]], device: torch.device, budget: float | None = None
 ) -> float:
     """Return the median seconds of a call; all calls do the same work on different memory.
 
@@ -32,6 +32,7 @@ def median_seconds(
         calls: the calls.
         device: device that runs them.
         budget: seconds that the timed calls may take together; long calls are timed less often.
+            None always runs the same number of calls, as a collective needs.
     """
     if device.type == "cuda":
         return _median_on_gpu(calls, budget)
@@ -43,27 +44,29 @@ def median_seconds(
         for call in calls:
             call()
         seconds.append((time.perf_counter() - begin) / len(calls))
-        if len(seconds) >= _LEAST_REPLAYS and sum(seconds) * len(calls) > budget:
+        is_long = budget is not None and sum(seconds) * len(calls) > budget
+        if is_long and len(seconds) >= _LEAST_REPLAYS:
             break
     return statistics.median(seconds)
 
 
-def _median_on_gpu(calls: Sequence[Callable[[], object]], budget: float) -> float:
+def _median_on_gpu(calls: Sequence[Callable[[], object]], budget: float | None) -> float:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # compilation and other work of a first call
         for call in calls:
             call()
     torch.cuda.current_stream().wait_stream(side)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for call in calls:
-        call()
-    end.record()
-    torch.cuda.synchronize()
-    one_round = begin.elapsed_time(end) / 1e3
-    affordable = int(budget / _REPLAYS / max(one_round, 1e-9))
-    rounds = max(1, min(affordable, _CALLS // len(calls)))
+    rounds = max(1, _CALLS // len(calls))
+    if budget is not None:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for call in calls:
+            call()
+        end.record()
+        torch.cuda.synchronize()
+        seconds_of_round = begin.elapsed_time(end) / 1e3
+        rounds = max(1, min(rounds, int(budget / _REPLAYS / max(seconds_of_round, 1e-9))))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(rounds):

@@ -22,12 +22,12 @@ from pathlib import Path
 import torch
 
 from benchlib.bound import share_of_roof
-from benchlib.case_log import CaseLog, Row, describe, spoils_device
+from benchlib.case_log import CaseLog, describe, spoils_device
 from benchlib.flags import Share, add_program_flags, share
 from benchlib.hardware import hardware
 from benchlib.interpreter import patch_interpreter
 from benchlib.kernel_cases import Case, cases, check, measure
-from benchlib.report import Report, check_report, machine
+from benchlib.report import Report, Row, check_report, machine
 from benchlib.roofline import Hardware, Op
 from dsv3.engine.program import Parser, set_up_logging
 from dsv3.engine.start import set_launches
@@ -136,7 +136,7 @@ def measure_cases(
         rows.begin(name)
         row = kernel_row(case, device, ceilings)
         difference = "" if row["check"] == RIGHT else row["check"]
-        rows.end(name, difference, **row)
+        rows.end(name, difference, row)
         report.rows.append(row)
         if spoils_device(difference):
             report.notes.append(

@@ -14,14 +14,12 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from benchlib.table import Row, cell, table_lines
 from dsv3.engine.program_files import check_files
 from dsv3.errors import ConfigError, OutputError
 from dsv3.files import Format, NamedFile, check_output, write_output
-
-Row = dict[str, Any]
 
 _JSON = Format("the report of a benchmark", re.compile(rb'\{\s*"benchmark":'))
 _PLOT = Format(
@@ -49,7 +47,7 @@ class Report:
     setting: Row = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return "\n".join([_described(self.setting), "", *_lines(self.rows), "", *self.notes])
+        return "\n".join([_described(self.setting), "", *table_lines(self.rows), "", *self.notes])
 
     def publish(self, json_file: Path | None = None, plot_file: Path | None = None) -> None:
         """Print the report, and write it to the given files."""
@@ -74,11 +72,11 @@ class Report:
         figure, axes = importlib.import_module("matplotlib.pyplot").subplots(layout="constrained")
         for name, (xs, ys) in self.series.items():
             if len(xs) == 1:
-                axes.bar_label(axes.bar(xs, ys, label=name), fmt=_cell)
+                axes.bar_label(axes.bar(xs, ys, label=name), fmt=cell)
             else:
                 axes.plot(xs, ys, marker="o", label=name)
                 for x, y in zip(xs, ys, strict=True):
-                    axes.annotate(_cell(y), (x, y), (0, 5), textcoords="offset points", fontsize=7)
+                    axes.annotate(cell(y), (x, y), (0, 5), textcoords="offset points", fontsize=7)
         axes.set(xlabel=self.x_label, ylabel=self.y_label, ylim=(0, None))
         setting = textwrap.fill(_described(self.setting), 100)
         figure.suptitle(self.benchmark)
@@ -126,27 +124,3 @@ def machine(world_size: int) -> Row:
 
 def _described(setting: Row) -> str:
     return ", ".join(f"{name} {value}" for name, value in setting.items())
-
-
-def _lines(rows: Sequence[Row]) -> list[str]:
-    """Return table lines with aligned columns: text to the left, numbers to the right."""
-    if not rows:
-        return []
-    cells = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
-    widths = np.max([[len(cell) for cell in line] for line in cells], axis=0)
-    is_text = [isinstance(value, str) for value in rows[0].values()]
-    return [
-        "  ".join(
-            cell.ljust(width) if text else cell.rjust(width)
-            for cell, width, text in zip(line, widths, is_text, strict=True)
-        ).rstrip()
-        for line in cells
-    ]
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

@@ -1,0 +1,140 @@
+"""Check this machine's GPUs and measure them; see scripts/gpu_check.sh."""
+
+import argparse
+import os
+import shlex
+import signal
+import sys
+import time
+from difflib import get_close_matches
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback out of the imports
+
+from benchlib.gpu_check.check import PARTS, run_check
+from benchlib.gpu_check.facts import ask_facts, commit_of
+from benchlib.gpu_check.jobs import Budget
+from benchlib.gpu_check.parts import Part, Setup
+from benchlib.gpu_check.report import CheckReport
+from dsv3.engine.program import Parser, run_program
+from dsv3.errors import ConfigError, Interrupted, os_errors_as
+
+_ROOT = Path(__file__).resolve().parents[3]
+_BUDGET = 560.0
+_LEAST_BUDGET = 10.0
+_EPILOG = """variables:
+  OUT     directory of the results, which must hold no older ones
+          (default: gpu_check_results/DATE-TIME)
+  BUDGET  seconds that the whole check may take (default: {budget:.0f})
+  PYTHON  the Python that runs everything (default: python3)
+
+results in OUT:
+  summary.txt   the table that is printed at the end
+  results.json  the same for programs
+  logs/         output of every process
+  rows/         a JSON line as each case begins, and one as it ends
+
+exit code: 0 all parts have passed, 1 a part has failed or was not finished, 2 wrong usage"""
+
+
+def parse_args(arguments: list[str]) -> argparse.Namespace:
+    """Read the command line."""
+    default = [f"  {_described(part)}" for part in PARTS if part.by_default]
+    named = [f"  {_described(part)}" for part in PARTS if not part.by_default]
+    heading = "parts (largest number of seconds; all are run by default):"
+    parts = "\n".join([heading, *default, "only by name:", *named])
+    parser = Parser(
+        prog="scripts/gpu_check.sh",
+        description="Is this GPU right, and how fast? Every part is run, a table is printed.",
+        epilog=f"{parts}\n\n{_EPILOG.format(budget=_BUDGET)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("parts", nargs="*", metavar="PART", help="parts to run (default: all)")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="run every part without a GPU; measures nothing"
+    )
+    parser.add_argument(
+        "--one-shot", action="store_true", help="part ranks: also sums in memory that GPUs share"
+    )
+    parser.add_argument(
+        "--tests", metavar="ARGS", help="parts tests and sanitize: pytest arguments, such as a file"
+    )
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    return parser.parse_args(arguments)
+
+
+def _described(part: Part) -> str:
+    return f"{part.name:9} {part.limit:3.0f}  {part.about}"
+
+
+def select_parts(names: list[str]) -> list[Part]:
+    """Return the parts that are named, in the order of the check; those by default if none is."""
+    known = {part.name: part for part in PARTS}
+    for name in names:
+        if name not in known:
+            close = get_close_matches(name, known)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+            raise ConfigError(f"there is no part {name!r}; {hint}")
+    return [p for p in PARTS if p.name in names or (p.by_default and not names)]
+
+
+def read_budget(text: str) -> float:
+    """Return the seconds of the variable BUDGET."""
+    if not text.isdecimal() or float(text) < _LEAST_BUDGET:
+        raise ConfigError(f"BUDGET={text!r} is not a number of {_LEAST_BUDGET:.0f} seconds or more")
+    return float(text)
+
+
+def make_out(text: str) -> Path:
+    """Create and return the directory of the results.
+
+    Raises:
+        ConfigError: it cannot be written, or holds the results of another check.
+    """
+    folder = Path(text or f"gpu_check_results/{time.strftime('%Y%m%d-%H%M%S')}").absolute()
+    with os_errors_as(ConfigError, f"OUT={folder}"):
+        for name in ("logs", "rows"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            if any((folder / name).iterdir()):
+                raise ConfigError(f"OUT={folder} has results of another check; name an empty one")
+        (folder / "summary.txt").write_text("the check has not ended\n")
+    return folder
+
+
+def main() -> int:
+    """Run the check; return its exit code."""
+    args = parse_args(sys.argv[1:])
+    parts = select_parts(args.parts)
+    budget = Budget(read_budget(os.environ.get("BUDGET") or f"{_BUDGET:.0f}"))
+    out = make_out(os.environ.get("OUT", ""))
+    print(f"results: {out}", flush=True)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    facts = ask_facts(_ROOT)
+    commit = commit_of(_ROOT)
+    machine = [*facts.lines, f"dsv3: {commit}, in {_ROOT}"]
+    print("\n".join(machine), flush=True)
+    if not facts.gpus and not args.rehearse:
+        raise ConfigError("torch finds no GPU; --rehearse runs every part without one")
+    setup = Setup(
+        root=_ROOT,
+        out=out,
+        python=sys.executable,
+        facts=facts,
+        rehearse=args.rehearse,
+        one_shot=args.one_shot,
+        tests=tuple(shlex.split(args.tests)) if args.tests else None,
+    )
+    report = CheckReport(machine, {"commit": commit, "facts": facts.to_row(), "args": sys.argv[1:]})
+    return run_check(setup, parts, budget, report)
+
+
+def _interrupt(number: int, _frame: FrameType | None) -> NoReturn:
+    raise Interrupted(number)
+
+
+if __name__ == "__main__":
+    run_program(main)

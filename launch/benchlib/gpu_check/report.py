@@ -1,0 +1,97 @@
+"""Results of the parts: a table for the terminal, and a file for programs."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from benchlib.table import Row, table_lines
+from dsv3.errors import OutputError, one_line, os_errors_as
+
+Status = Literal["passed", "failed", "incomplete", "skipped"]
+_MOST_PROBLEMS = 40
+
+
+@dataclass(slots=True)
+class PartResult:
+    """The result of a part.
+
+    Attributes:
+        name: the part.
+        status: incomplete if the time did not suffice to check everything.
+        summary: counts in one line, or the reason why it was skipped.
+        problems: a line for each failure.
+        rows: a table of measured times; all rows have the same columns.
+        seconds: time it took, side by side with other parts perhaps.
+    """
+
+    name: str
+    status: Status = "passed"
+    summary: str = ""
+    problems: list[str] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def fail(self, problem: str) -> None:
+        """Add a problem."""
+        self.status = "failed"
+        self.problems.append(problem)
+
+
+@dataclass(slots=True)
+class CheckReport:
+    """All results.
+
+    Attributes:
+        machine: lines about the machine and the checkout.
+        setting: the same, by name.
+        parts: results so far.
+        notes: lines at the end.
+    """
+
+    machine: list[str]
+    setting: Row
+    parts: list[PartResult] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> int:
+        """0 if all parts have passed, otherwise 1."""
+        return int(any(part.status in ("failed", "incomplete") for part in self.parts))
+
+    def lines(self) -> list[str]:
+        """Return the report as text."""
+        lines = [*self.machine, ""]
+        lines += table_lines(
+            [
+                {
+                    "part": part.name,
+                    "result": part.status,
+                    "s": round(part.seconds),
+                    "": part.summary,
+                }
+                for part in self.parts
+            ]
+        )
+        for part in self.parts:
+            if part.rows:
+                lines += ["", f"{part.name}:", *table_lines(part.rows)]
+        problems = [f"{part.name}: {text}" for part in self.parts for text in part.problems]
+        if problems:
+            lines += ["", f"{len(problems)} problems:"]
+            lines += [f"- {one_line(problem)}" for problem in problems[:_MOST_PROBLEMS]]
+        if len(problems) > _MOST_PROBLEMS:
+            lines.append(f"- {len(problems) - _MOST_PROBLEMS} more are in results.json")
+        return [*lines, "", *self.notes]
+
+    def write(self, folder: Path) -> None:
+        """Write summary.txt and results.json."""
+        result = {
+            "gpu_check": self.setting,
+            "passed": self.exit_code == 0,
+            "parts": [asdict(part) for part in self.parts],
+            "notes": self.notes,
+        }
+        with os_errors_as(OutputError, f"OUT={folder}"):
+            (folder / "summary.txt").write_text("\n".join(self.lines()) + "\n", encoding="utf-8")
+            (folder / "results.json").write_text(json.dumps(result, indent=1) + "\n")
