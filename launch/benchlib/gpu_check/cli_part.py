@@ -30,7 +30,7 @@ def _cli_jobs(setup: Setup) -> list[Job]:
 def _judge_cli(_setup: Setup, results: Sequence[JobResult], part: PartResult) -> None:
     for result in results:
         if result.out_of_time:
-            part.status = "incomplete"
+            part.leave_unfinished()
         elif result.fault:
             part.fail(f"{result.job.name}: {result.fault}")
     done = sum(not result.fault for result in results)

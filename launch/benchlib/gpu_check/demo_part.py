@@ -142,7 +142,8 @@ def judge_answers(
                 f"not {shorten(want[key], 50)!r}"
             )
     total = len(others) * len(PROMPTS)
-    part.summary = f"{num_same} of {total} answers of {len(others)} runs are the CPU's"
+    if others:
+        part.summary = f"{num_same} of {total} answers of {len(others)} runs are the CPU's"
 
 
 def judge_runs(
@@ -152,14 +153,15 @@ def judge_runs(
     by_name = dict(zip((run.name for run in runs), results, strict=True))
     for name, result in by_name.items():
         if result.out_of_time:
-            part.status = "incomplete"
+            part.leave_unfinished()
         elif result.fault:
             part.fail(f"{name}: {result.fault}")
     done = [run for run in runs if not by_name[run.name].fault and not by_name[run.reference].fault]
     answers = {run.name: read_answers(_file(setup, part.name, run.name, ".jsonl")) for run in done}
     judge_answers(done, answers, part)
     if len(done) < len(runs):
-        part.summary += f", {len(runs) - len(done)} runs have no answers"
+        missing = f"{len(runs) - len(done)} runs have no answers to compare"
+        part.summary = "; ".join(filter(None, [part.summary, missing]))
 
 
 def _judge_demo(setup: Setup, results: Sequence[JobResult], part: PartResult) -> None:

@@ -10,7 +10,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchlib.case_log import CaseLog, read_results
+from benchlib.case_log import CaseLog, CaseResults, read_results
+from dsv3.errors import one_line
 
 _POLL = 0.1
 # A process that is asked to end has this many seconds; torchrun ends its ranks in them.
@@ -95,8 +96,9 @@ class JobResult:
         """Failure in one line with the end of its output; empty for exit code 0."""
         if self.code == 0 and not self.cut:
             return ""
-        tail = [line.strip() for line in tail_of(self.job.log, 3) if line.strip()]
-        return ": ".join([self.cut or describe_exit(self.code), " | ".join(tail)[-500:]])
+        if self.cut.startswith("not started"):
+            return self.cut
+        return f"{self.cut or describe_exit(self.code)}: {reason_in(self.job.log)}"
 
 
 def describe_exit(code: int | None) -> str:
@@ -110,11 +112,13 @@ def describe_exit(code: int | None) -> str:
     return f"ended by signal {-code}"
 
 
-def tail_of(path: Path, count: int) -> list[str]:
-    """Return the last lines of a file; none if it does not exist."""
-    if not path.exists():
-        return []
-    return path.read_text(encoding="utf-8", errors="replace").splitlines()[-count:]
+def reason_in(log: Path) -> str:
+    """Return the last error line of the output of the last process, or its last line."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    begins = [i for i, line in enumerate(lines) if line.startswith("$ ")]
+    output = [line.strip() for line in lines[begins[-1] + 1 :] if line.strip()] if begins else []
+    errors = [line for line in output if line.startswith("error: ")]
+    return one_line((errors or output or ["no output"])[-1])
 
 
 class _Run:
@@ -173,19 +177,14 @@ class _Run:
 
     def _continues(self, hung: bool) -> bool:
         """Record the case that has ended the process; return True if others can go on."""
-        job, cut = self.result.job, ""
-        if hung:
-            cut = f"hung: no output for {job.silence:.0f} s"
-        is_spoiled = is_ended_by_case = False
+        job = self.result.job
+        cut = f"hung: no output for {job.silence:.0f} s" if hung else ""
+        found = CaseResults()
         if job.rows is not None and self.result.code != 0:
             found = read_results(job.rows)
-            is_spoiled = found.has_spoiled_device
             for case in found.unended:
-                is_ended_by_case = True
-                CaseLog(job.rows).end(
-                    case, cut or f"{describe_exit(self.result.code)} in this case"
-                )
-        if not (is_spoiled or is_ended_by_case):
+                CaseLog(job.rows).end(case, cut or self.result.fault)
+        if not found.unended and not found.has_spoiled_device:
             self.result.cut = cut
             return False
         if self._num_tries < job.tries:

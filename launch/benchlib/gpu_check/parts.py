@@ -138,7 +138,7 @@ def judge_cases(results: Sequence[JobResult], part: PartResult) -> list[CaseResu
     Cases that did not fit the time make the part incomplete.
     """
     counts = dict.fromkeys((PASSED, FAILED, SKIPPED), 0)
-    num_unfinished = 0
+    unfinished: list[str] = []
     every = []
     for result in results:
         assert result.job.rows is not None
@@ -149,14 +149,14 @@ def judge_cases(results: Sequence[JobResult], part: PartResult) -> list[CaseResu
         for row in found.failed:
             part.fail(f"{row['case']}: {row['why']}")
         if result.out_of_time:
-            num_unfinished += 1
+            unfinished += found.unended or [result.job.name]
         elif result.fault and (result.cut or not found.failed):
             part.fail(f"{result.job.name}: {result.fault}")
-    if not sum(counts.values()) and not num_unfinished and not part.problems:
+    if not sum(counts.values()) and not unfinished and not part.problems:
         part.fail("no case has run")
     part.summary = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-    if num_unfinished:
-        part.summary = ", ".join(filter(None, [part.summary, "out of time"]))
-        if part.status == "passed":
-            part.status = "incomplete"
+    if unfinished:
+        reason = f"out of time in {unfinished[0]}"
+        part.summary = ", ".join(filter(None, [part.summary, reason]))
+        part.leave_unfinished()
     return every

@@ -37,6 +37,11 @@ class PartResult:
         self.status = "failed"
         self.problems.append(problem)
 
+    def leave_unfinished(self) -> None:
+        """Record that the time did not suffice."""
+        if self.status == "passed":
+            self.status = "incomplete"
+
 
 @dataclass(slots=True)
 class CheckReport:
