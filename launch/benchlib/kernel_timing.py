@@ -8,16 +8,20 @@ graph. On a CPU, a time is the median of single calls.
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from benchlib.table import Row
 
 FP8 = torch.float8_e4m3fn
 # Six times the L2 cache of an H100.
 ROTATED_BYTES = 300 << 20
 _CALLS = 64
 _REPLAYS = 11
+_NAME_LENGTH = 80
 _LEAST_REPLAYS = 3
 # Seconds of a ceiling's measurement, so that all of a device take less than two.
 _CEILING_SECONDS = 0.25
@@ -83,14 +87,45 @@ def _median_on_gpu(calls: Sequence[Callable[[], object]], budget: float | None) 
     return statistics.median(seconds)
 
 
-def kernel_intervals(run: Callable[[], object]) -> list[tuple[float, float]]:
-    """Return begin and end, in seconds, of each kernel and copy that a call runs on a GPU."""
+@dataclass(frozen=True, slots=True)
+class KernelEvent:
+    """A kernel or copy that a GPU ran; begin and end in seconds."""
+
+    name: str
+    begin: float
+    end: float
+
+
+def kernel_events(run: Callable[[], object]) -> list[KernelEvent]:
+    """Return the kernels and copies that a call runs on a GPU."""
     profiler = torch.profiler
     with profiler.profile(activities=[profiler.ProfilerActivity.CUDA]) as trace:
         run()
         torch.cuda.synchronize()
-    ranges = [e.time_range for e in trace.events() if e.device_type.name == "CUDA"]
-    return [(r.start / 1e6, r.end / 1e6) for r in ranges]
+    return [
+        KernelEvent(e.name, e.time_range.start / 1e6, e.time_range.end / 1e6)
+        for e in trace.events()
+        if e.device_type.name == "CUDA"
+    ]
+
+
+def kernel_table(events: Sequence[KernelEvent]) -> list[Row]:
+    """Return a row for each kernel, the one with the longest time first."""
+    times: dict[str, list[float]] = {}
+    for event in events:
+        name = event.name.split("(")[0][:_NAME_LENGTH]  # without the types of C++ arguments
+        times.setdefault(name, []).append(event.end - event.begin)
+    total = sum(map(sum, times.values()))
+    return [
+        {
+            "kernel": name,
+            "launches": len(seconds),
+            "us each": 1e6 * statistics.fmean(seconds),
+            "us": 1e6 * sum(seconds),
+            "share %": 100 * sum(seconds) / max(total, 1e-12),
+        }
+        for name, seconds in sorted(times.items(), key=lambda item: -sum(item[1]))
+    ]
 
 
 def busy_and_idle(intervals: Sequence[tuple[float, float]]) -> tuple[float, float]:

@@ -31,7 +31,7 @@ from benchlib.report import Report, Row, check_report, machine
 from benchlib.roofline import Hardware, Op
 from dsv3.engine.program import Parser, set_up_logging
 from dsv3.engine.start import set_launches
-from dsv3.errors import ConfigError, RankError
+from dsv3.errors import ConfigError
 
 log = logging.getLogger("dsv3")
 
@@ -138,6 +138,8 @@ def measure_cases(
         difference = "" if row["check"] == RIGHT else row["check"]
         rows.end(name, difference, row)
         report.rows.append(row)
+        if difference:
+            report.failures.append(f"{case.op}, {case.shape}")
         if spoils_device(difference):
             report.notes.append(
                 f"stopped at {name}: after this error the process cannot use the GPU; "
@@ -189,7 +191,5 @@ def main(arguments: list[str]) -> int:
     report = compare_and_time(args)
     report.setting |= machine(1)
     report.publish(args.json)
-    wrong = [f"{row['kernel']}, {row['shape']}" for row in report.rows if row["check"] != RIGHT]
-    if wrong:
-        raise RankError(f"kernels failed and have no times: {'; '.join(wrong)}")
+    report.raise_failures("kernels failed and have no times")
     return 0

@@ -9,157 +9,28 @@ without its links.
 """
 
 import argparse
-import math
-import statistics
-import time
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
+import logging
+from pathlib import Path
 
 import torch
 
-from benchlib.bound import bottleneck_report
+from benchlib.case_log import CaseLog, describe, spoils_device
 from benchlib.flags import add_program_flags, at_least
 from benchlib.hardware import hardware
-from benchlib.kernel_timing import busy_and_idle, kernel_intervals
-from benchlib.profiler import Clock, Profiler, profile
 from benchlib.rank_share import Rank, RankShape
+from benchlib.rank_steps import StepKind, measure_step
 from benchlib.report import Report, Row, check_report, machine
-from benchlib.roofline import Hardware, floor_seconds, step_ops
+from benchlib.roofline import Hardware
 from common import tune_process
-from dsv3.config import ModelConfig
 from dsv3.config_files import load_model_config
 from dsv3.distributed.mesh import join_world
 from dsv3.engine.program import Parser, set_up_logging
 from dsv3.engine.start import set_launches
-from dsv3.engine.step_plan import StepPlan
 from dsv3.errors import ConfigError
 from dsv3.setting_names import flag
 from dsv3.settings import CacheDtype
 
-# Keeps the device busy while the host launches a step, so that events show the device's time.
-_HOLD_CYCLES = 200_000_000
-_WARM_UP = 3  # steps that compile and capture
-
-
-def time_steps(
-    run: Callable[[list[StepPlan]], object],
-    plans: list[list[StepPlan]],
-    device: torch.device,
-    rounds: int,
-) -> tuple[float, float]:
-    """Return the median seconds of a step in a row of steps, and the median seconds to launch one.
-
-    Args:
-        run: runs a step.
-        plans: the steps of a round.
-        device: device that runs them.
-        rounds: number of timed rounds.
-    """
-    clock = Clock(device)
-    step_seconds: list[float] = []
-    launch_seconds: list[float] = []
-    for _ in range(_WARM_UP + rounds):
-        launch_start = time.perf_counter()
-        begin = clock.mark()
-        run(plans[0])
-        launch_seconds.append(time.perf_counter() - launch_start)
-        for plan in plans[1:]:
-            run(plan)
-        end = clock.mark()
-        clock.wait()
-        step_seconds.append(clock.seconds(begin, end) / len(plans))
-    return statistics.median(step_seconds[_WARM_UP:]), statistics.median(launch_seconds[_WARM_UP:])
-
-
-def profile_steps(rank: Rank, plans: Callable[[], StepPlan], steps: int) -> Profiler:
-    """Measure each operation of eager steps; a GPU is kept busy while the host launches a step."""
-    runner = rank.new_runner(eager=True)
-    profiler = profile(runner)
-    for i in range(1 + min(steps, 5)):
-        if i == 1:  # the first step compiles and warms up
-            profiler.clear()
-        if rank.device.type == "cuda":
-            torch.cuda._sleep(_HOLD_CYCLES)
-        runner.run([plans()])
-    profiler.detach()
-    return profiler
-
-
-def measure_step(
-    rank: Rank,
-    name: str,
-    plans: Callable[[], StepPlan],
-    ceilings: Hardware,
-    steps: int,
-    eager: bool,
-) -> tuple[list[Row], list[str]]:
-    """Measure one kind of step: as it is served, and operation by operation.
-
-    Args:
-        rank: the share.
-        name: name of the step.
-        plans: returns the next step's plan.
-        ceilings: peak rates of the device; exchanges only count the bytes that stand-ins move.
-        steps: number of timed steps.
-        eager: run without CUDA graphs.
-
-    Returns:
-        rows of the operations, and notes about the step.
-    """
-    hits = rank.count_hits(plans())
-    served = rank.new_runner(eager)
-    on_gpu = rank.device.type == "cuda"
-    profiler = profile_steps(rank, plans, steps)
-    # Several in a row, as in serving: the host launches one while the device runs another.
-    ready = [[plans()] for _ in range(4 if on_gpu else 1)]
-    seconds, launch = time_steps(served.run, ready, rank.device, steps)
-    shape = replace(next(iter(profiler.shapes)), hit=hits)
-    profiler.shapes = Counter({shape: profiler.steps})
-    local = replace(ceilings, link=math.inf, net=math.inf, link_latency=0.0, net_latency=0.0)
-    rows = bottleneck_report(profiler, rank.setup, local).rows
-    floor = floor_seconds(step_ops(rank.setup, shape), local)
-    note = (
-        f"{name}: {1e3 * seconds:.4g} ms a step, floor {1e3 * floor:.4g} ms "
-        f"({100 * floor / seconds:.3g} % of the roof), launched in {1e6 * launch:,.0f} us; its "
-        f"operations one by one {1e3 * profiler.step_seconds / profiler.steps:.4g} ms; "
-        f"{hits[0]:.1f} local experts hit by {hits[1]:.1f} entries"
-    )
-    if on_gpu:
-        kernels = kernel_intervals(lambda: served.run([plans()]))
-        busy, idle = busy_and_idle(kernels)
-        note += f"; {len(kernels)} kernels busy {1e3 * busy:.4g} ms, gaps {1e3 * idle:.4g} ms"
-    notes = [note]
-    factor = all_layers_factor(rank, rows)
-    if factor != 1:
-        layers = rank.shape.config.num_hidden_layers
-        all_ms = 1e3 * seconds * factor
-        notes.append(f"{name}, all {layers} layers at the same rates: {all_ms:.4g} ms")
-    return [{"step": name, **row} for row in rows], notes
-
-
-def all_layers_factor(rank: Rank, rows: list[Row]) -> float:
-    """Return the step time of the full model over that of the kept layers.
-
-    Each layer of the full model counts as long as the measured layers of its kind.
-    """
-    total = _modules_by_kind(rank.shape.config)
-    kept = _modules_by_kind(rank.config)
-    factor = {kind: count / max(1, kept[kind]) for kind, count in total.items()}
-    longer = sum(row["ms"] * factor.get(row["operation"].split(".")[0], 1.0) for row in rows)
-    return float(longer / sum(row["ms"] for row in rows))
-
-
-def _modules_by_kind(config: ModelConfig) -> dict[str, int]:
-    num_layers = config.num_hidden_layers
-    num_moe = sum(config.is_moe_layer(i) for i in range(num_layers))
-    return {
-        "layers": num_layers,
-        "self_attn": num_layers,
-        "moe": num_moe,
-        "mlp": num_layers - num_moe,
-    }
+_log = logging.getLogger("dsv3")
 
 
 def rank_report(
@@ -171,14 +42,61 @@ def rank_report(
     prefill: int,
     steps: int,
     eager: bool = False,
+    log: CaseLog | None = None,
 ) -> Report:
-    """Measure decode steps of several batch sizes, and one prefill step."""
+    """Measure decode steps of several batch sizes, and one prefill step.
+
+    A step that raises is a failure of the report, which has the other steps. After an error that
+    leaves the GPU unusable it has the steps before it.
+
+    Args:
+        shape: the share.
+        device: device to allocate it on.
+        ceilings: peak rates of the device.
+        batches: sequences of the decode steps.
+        context: cached tokens of each sequence.
+        prefill: tokens of a prompt; 0 measures none.
+        steps: timed steps of each kind.
+        eager: run without CUDA graphs.
+        log: gets each step as it is measured, and has the steps that are not measured again.
+    """
     page = 2 * max(64, shape.world)
     rank = Rank(shape, device, max([b * (context + page) for b in batches] + [prefill + page]))
+    report = Report("rank", setting=_setting(rank, ceilings))
+    kinds = [StepKind(f"decode {b} at {context}", b, context, 1) for b in batches]
+    kinds += [StepKind(f"prefill {prefill}", 1, 0, prefill)] if prefill else []
+    log = log or CaseLog(None)
+    for kind in kinds:
+        if kind.name in log.begun:
+            report.notes.append(f"{kind.name} is in --rows and was not measured")
+            continue
+        _log.info("%s", kind.name)
+        log.begin(kind.name)
+        try:
+            result = measure_step(rank, kind, ceilings, steps, eager)
+        except Exception as error:  # Triton's compilers and drivers raise errors of many kinds
+            _log.debug("%s", kind.name, exc_info=True)
+            why = describe(error)
+            log.end(kind.name, why)
+            report.failures.append(f"{kind.name}: {why}")
+            if spoils_device(why):
+                report.notes.append("after this error the process cannot use the GPU: stopped")
+                break
+            continue
+        log.end(kind.name, figures=result.figures | {"kernel table": result.kernels})
+        report.rows += result.rows
+        report.notes += result.notes
+        if result.kernels:
+            report.tables[f"kernels of a step, {kind.name}"] = result.kernels
+    return report
+
+
+def _setting(rank: Rank, ceilings: Hardware) -> Row:
+    shape = rank.shape
     model_gib = rank.model.num_bytes / 2**30
     cache_gib = rank.cache.num_bytes / 2**30
-    report = Report("rank", setting={"rank": f"{shape.rank} of {shape.world}"})
-    report.setting |= {
+    return {
+        "rank": f"{shape.rank} of {shape.world}",
         "layers": rank.config.num_hidden_layers,
         "weights": f"{shape.weights} {model_gib:.4g} GiB",
         "cache": f"{shape.cache} {cache_gib:.4g} GiB, {shape.kv_shard}",
@@ -186,14 +104,6 @@ def rank_report(
         "skew": shape.skew,
         "ceilings": ceilings.name,
     }
-    kinds = [(f"decode {b} at {context}", (b, context, 1)) for b in batches]
-    kinds += [(f"prefill {prefill}", (1, 0, prefill))] if prefill else []
-    for name, (batch, cached, new) in kinds:
-        make_plan = partial(rank.plan, batch, cached, new)
-        rows, notes = measure_step(rank, name, make_plan, ceilings, steps, eager)
-        report.rows += rows
-        report.notes += notes
-    return report
 
 
 def shape_of(args: argparse.Namespace, on_cpu: bool) -> RankShape:
@@ -278,6 +188,11 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
         action="store_true",
         help="launch each kernel before the previous one ends",
     )
+    parser.add_argument(
+        "--rows",
+        type=Path,
+        help="file to write each step to, as it is measured; its steps are not measured again",
+    )
     parser.add_argument("--threads", type=at_least(1), help="CPU threads (default: all)")
     add_program_flags(parser)
     return parser.parse_args(arguments)
@@ -286,8 +201,9 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     """Allocate the share, measure its steps and print the report."""
     args = parse_args(arguments)
-    check_report(args)
+    check_report(args, outputs=("--rows",))
     set_up_logging(args.debug)
+    log = CaseLog(args.rows, "--rows")
     with join_world(args.device, name=flag) as mesh:
         tune_process(mesh, args.threads)
         set_launches(args.overlap_launches, mesh.device, "--overlap-launches")
@@ -301,7 +217,9 @@ def main(arguments: list[str]) -> int:
             prefill=args.prefill,
             steps=args.steps,
             eager=args.enforce_eager,
+            log=log,
         )
         report.setting |= machine(1) | {"overlapping launches": args.overlap_launches}
     report.publish(args.json)
+    report.raise_failures("steps failed")
     return 0

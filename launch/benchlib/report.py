@@ -18,7 +18,7 @@ import torch
 
 from benchlib.table import Row, cell, table_lines
 from dsv3.engine.program_files import check_files
-from dsv3.errors import ConfigError, OutputError
+from dsv3.errors import ConfigError, OutputError, RankError
 from dsv3.files import Format, NamedFile, check_output, write_output
 
 _JSON = Format("the report of a benchmark", re.compile(rb'\{\s*"benchmark":'))
@@ -34,6 +34,8 @@ class Report:
     Attributes:
         rows: rows of the table, all with the same columns.
         notes: lines below the table, such as ratios and the figures they are computed from.
+        tables: title -> rows of a further table, printed below.
+        failures: a line for each case that could not be measured.
         series: name -> (xs, ys), the curves of the plot; a series of one point is a bar.
         setting: flags and machine that the figures depend on.
     """
@@ -43,11 +45,16 @@ class Report:
     y_label: str = ""
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    tables: dict[str, list[Row]] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
     series: dict[str, tuple[Sequence[Any], Sequence[float]]] = field(default_factory=dict)
     setting: Row = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return "\n".join([_described(self.setting), "", *table_lines(self.rows), "", *self.notes])
+        lines = [_described(self.setting), "", *table_lines(self.rows)]
+        for title, rows in self.tables.items():
+            lines += ["", f"{title}:", *table_lines(rows)]
+        return "\n".join([*lines, "", *self.notes])
 
     def publish(self, json_file: Path | None = None, plot_file: Path | None = None) -> None:
         """Print the report, and write it to the given files."""
@@ -56,6 +63,11 @@ class Report:
             self.write_json(json_file)
         if plot_file:
             self.plot(plot_file)
+
+    def raise_failures(self, prefix: str) -> None:
+        """Raise RankError that names the failures, if there are any."""
+        if self.failures:
+            raise RankError(f"{prefix}: {'; '.join(self.failures)}")
 
     def write_json(self, path: Path) -> None:
         """Write the report as one JSON object."""

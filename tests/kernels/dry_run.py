@@ -30,8 +30,8 @@ def main() -> None:
     del sys.argv[: 1 + compiles]
     sys.path.insert(0, str(Path(sys.argv[0]).parent))  # as Python does for a program
     # CUDA's own profiler finds these on a GPU.
-    intervals = mock.patch("benchlib.rank.kernel_intervals", lambda run: run() and [])
-    with dry_gpu(compiles) as gpu, intervals:
+    events = mock.patch("benchlib.rank_steps.kernel_events", lambda run: run() and [])
+    with dry_gpu(compiles) as gpu, events:
         try:
             runpy.run_path(sys.argv[0], run_name="__main__")
         except SystemExit as end:

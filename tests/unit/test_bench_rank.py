@@ -1,19 +1,25 @@
 """One rank alone: it holds what that rank of the world would, and its times are accounted for."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from benchlib import rank as rank_module
+from benchlib.case_log import CaseLog, read_results
 from benchlib.hardware import hardware
+from benchlib.kernel_timing import KernelEvent, kernel_table
 from benchlib.rank import rank_report
 from benchlib.rank_share import Rank, RankShape
-from benchlib.roofline import HARDWARE
+from benchlib.rank_steps import StepKind, StepResult
+from benchlib.report import Report
+from benchlib.roofline import HARDWARE, experts_hit
 from benchlib.stand_in import StandIn, stand_in_mesh
 from dsv3.config import ParallelConfig
 from dsv3.config_files import DEMO, load_model_config
 from dsv3.engine.memory import weight_bytes
-from dsv3.errors import ConfigError
+from dsv3.errors import ConfigError, RankError
 from dsv3.parallel.weights import Matrix, WeightFormat
 from tests.checkpoint_files import TINY
 from tests.distributed.ranks import CPU
@@ -82,6 +88,57 @@ def test_experts_are_hit_evenly_unless_some_are_popular() -> None:
     assert sum(rows for _, rows in hits[:2]) == pytest.approx(entries, rel=0.1)
     assert hits[0][1] == pytest.approx(entries / 2, rel=0.25)
     assert hits[2][0] + hits[3][0] < hits[0][0] + hits[1][0]
+
+
+def test_a_plan_reaches_the_usual_number_of_experts() -> None:
+    rank = Rank(shape(seed=3), CPU, 64 * 64)
+    usual, _ = experts_hit(DEMO_CONFIG, 2, 2)
+    drawn = [rank.count_hits(rank.plan(2, 8, 1))[0] for _ in range(10)]
+    chosen = [rank.usual_plan(2, 8, 1)[1][0] for _ in range(5)]
+    spread = max(abs(hits - usual) for hits in drawn)
+    assert max(abs(hits - usual) for hits in chosen) < spread
+    plan, hits = rank.usual_plan(2, 8, 1)
+    assert rank.count_hits(plan) == hits
+
+
+def test_a_step_that_raises_costs_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure, rows = rank_module.measure_step, tmp_path / "rows.jsonl"
+    errors = {"decode 2 at 8": ValueError("no such tile"), "decode 3 at 8": None}
+
+    def failing(rank: Rank, kind: StepKind, *more: object) -> StepResult:
+        if error := errors.get(kind.name):
+            raise error
+        return measure(rank, kind, *more)
+
+    def report() -> Report:
+        sizes = {"batches": [1, 2, 3, 4], "context": 8, "prefill": 0, "steps": 1}
+        return rank_report(shape(layers=2), CPU, HARDWARE["h100"], **sizes, log=CaseLog(rows))
+
+    monkeypatch.setattr(rank_module, "measure_step", failing)
+    first = report()
+    assert {row["step"] for row in first.rows} == {f"decode {b} at 8" for b in (1, 3, 4)}
+    assert first.failures == ["decode 2 at 8: ValueError: no such tile"]
+    with pytest.raises(RankError, match="steps failed: decode 2 at 8: ValueError: no such tile"):
+        first.raise_failures("steps failed")
+    results = read_results(rows)
+    assert [row["result"] for row in results.rows] == ["passed", "failed", "passed", "passed"]
+    assert results.rows[0]["ms"] > 0 and results.rows[0]["kernel table"] == []
+    assert not report().rows, "all steps are in the file"
+    rows.unlink()
+    errors["decode 3 at 8"] = RuntimeError("CUDA error: an illegal memory access")
+    spoiled = report()
+    assert {row["step"] for row in spoiled.rows} == {"decode 1 at 8"}
+    assert len(spoiled.failures) == 2 and "cannot use the GPU" in spoiled.notes[-1]
+
+
+def test_kernels_are_added_up_by_name() -> None:
+    events = [("gemm(int)", 0.0, 2e-6), ("norm", 2e-6, 3e-6), ("gemm(float)", 4e-6, 8e-6)]
+    gemm, norm = kernel_table([KernelEvent(*event) for event in events])
+    assert gemm["kernel"] == "gemm" and gemm["launches"] == 2
+    assert gemm["us"] == pytest.approx(6.0) and gemm["us each"] == pytest.approx(3.0)
+    assert norm["share %"] == pytest.approx(100 / 7)
+    report = Report("rank", tables={"kernels of a step": [gemm, norm]})
+    assert "kernels of a step:\nkernel  launches" in str(report)
 
 
 def test_no_such_rank() -> None:
