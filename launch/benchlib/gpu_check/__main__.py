@@ -23,12 +23,14 @@ from dsv3.engine.program import Parser, run_program
 from dsv3.errors import ConfigError, Interrupted, os_errors_as
 
 _ROOT = Path(__file__).resolve().parents[3]
-_BUDGET = 560.0
+_BUDGET = 560
+_REHEARSAL_BUDGET = 1800
 _LEAST_BUDGET = 10.0
 _EPILOG = """variables:
   OUT     directory of the results, which must hold no older ones
           (default: gpu_check_results/DATE-TIME)
-  BUDGET  seconds that the whole check may take (default: {budget:.0f})
+  BUDGET  seconds that the whole check may take (default: {budget}, in a rehearsal
+          {rehearsal})
   PYTHON  the Python that runs everything (default: python3)
 
 results in OUT:
@@ -49,7 +51,7 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(
         prog="scripts/gpu_check.sh",
         description="Is this GPU right, and how fast? Every part is run, a table is printed.",
-        epilog=f"{parts}\n\n{_EPILOG.format(budget=_BUDGET)}",
+        epilog=f"{parts}\n\n{_EPILOG.format(budget=_BUDGET, rehearsal=_REHEARSAL_BUDGET)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("parts", nargs="*", metavar="PART", help="parts to run (default: all)")
@@ -108,7 +110,8 @@ def main() -> int:
     """Run the check; return its exit code."""
     args = parse_args(sys.argv[1:])
     parts = select_parts(args.parts)
-    budget = Budget(read_budget(os.environ.get("BUDGET") or f"{_BUDGET:.0f}"))
+    default = _REHEARSAL_BUDGET if args.rehearse else _BUDGET
+    budget = Budget(read_budget(os.environ.get("BUDGET") or str(default)))
     out = make_out(os.environ.get("OUT", ""))
     print(f"results: {out}", flush=True)
     for number in (signal.SIGTERM, signal.SIGHUP):

@@ -17,6 +17,8 @@ from benchlib.gpu_check.test_parts import SANITIZE, TESTS
 # In the order of the check: results first, then times.
 PARTS = (SMOKE, TESTS, CHECK, DEMO, RANKS, RANK, KERNELS, CLI, OVERLAP, SHARD, SANITIZE)
 
+_REHEARSAL_FACTOR = 2.5  # CPUs are slower than a GPU, and one job runs at a time
+
 
 def run_check(setup: Setup, parts: Sequence[Part], budget: Budget, report: CheckReport) -> int:
     """Run the parts, print and write the report; return the exit code."""
@@ -75,15 +77,18 @@ def _run_able(
     jobs_by_part = {part.name: part.make_jobs(setup) for part in parts}
     jobs = [job for part in parts for job in jobs_by_part[part.name]]
     counts = (f"{name} ({len(part_jobs)})" for name, part_jobs in jobs_by_part.items())
-    _say(budget, f"{', '.join(counts)}: at most {max(part.limit for part in parts):.0f} s")
+    limit = max(part.limit for part in parts)
+    if setup.rehearse:
+        limit *= _REHEARSAL_FACTOR
+    limit = min(limit, max(0.0, budget.left))
+    _say(budget, f"{', '.join(counts)}: at most {limit:.0f} s")
 
     def on_end(result: JobResult) -> None:
         fault = result.fault.split("\n")[0][:200]
         _say(budget, f"  {result.job.name}: {fault or 'done'}, {result.seconds:.0f} s")
 
     at_once = 1 if parts[0].is_timed else setup.processes
-    limit = max(part.limit for part in parts)
-    ends = run_jobs(jobs, min(limit, budget.left), at_once, on_end)
+    ends = run_jobs(jobs, limit, at_once, on_end)
     by_name = {end.job.name: end for end in ends}
     for part in parts:
         result = results[part.name]

@@ -34,9 +34,9 @@ def _judge(setup: Setup, results: Sequence[JobResult], part: PartResult) -> None
     if setup.rehearse:
         return
     dense_ms = {row["case"]: row["ms"] for row in dense.rows if row["result"] == PASSED}
-    for row in whole.rows:
-        if row["result"] == PASSED:
-            part.rows.append(_step_row(row, dense_ms.get(row["case"])))
+    steps = [row for row in whole.rows if row["result"] == PASSED]
+    part.tables["steps"] = [_step_row(row, dense_ms.get(row["case"])) for row in steps]
+    part.tables |= {f"kernels of {row['case']}": row["kernel table"] for row in steps}
 
 
 def _step_row(row: Row, dense_ms: float | None) -> Row:
@@ -50,9 +50,7 @@ def _step_row(row: Row, dense_ms: float | None) -> Row:
         f"ms, {_LAYERS} layers": row["ms"],
         f"ms, {_DENSE} layer": dense_ms,
         "experts hit": row["experts hit"],
-        "kernels": row["kernels"],
-        "busy ms": row["busy ms"],
-        "gaps ms": row["gaps ms"],
+        **{name: row.get(name) for name in ("kernels", "busy ms", "gaps ms")},
         "launch us": row["launch us"],
     }
 

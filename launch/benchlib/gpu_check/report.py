@@ -21,7 +21,7 @@ class PartResult:
         status: incomplete if the time did not suffice to check everything.
         summary: counts in one line, or the reason why it was skipped.
         problems: a line for each failure.
-        rows: a table of measured times; all rows have the same columns.
+        tables: measured times by the title of their table; its rows have the same columns.
         seconds: time it took, side by side with other parts perhaps.
     """
 
@@ -29,7 +29,7 @@ class PartResult:
     status: Status = "passed"
     summary: str = ""
     problems: list[str] = field(default_factory=list)
-    rows: list[Row] = field(default_factory=list)
+    tables: dict[str, list[Row]] = field(default_factory=dict)
     seconds: float = 0.0
 
     def fail(self, problem: str) -> None:
@@ -65,25 +65,15 @@ class CheckReport:
         return int(any(part.status in ("failed", "incomplete") for part in self.parts))
 
     def lines(self) -> list[str]:
-        """Return the report as text."""
-        lines = [*self.machine, ""]
-        lines += table_lines(
-            [
-                {
-                    "part": part.name,
-                    "result": part.status,
-                    "s": round(part.seconds),
-                    "": part.summary,
-                }
-                for part in self.parts
-            ]
-        )
+        """Return the report as text; what matters most is at its end."""
+        lines = list(self.machine)
         for part in self.parts:
-            if part.rows:
-                lines += ["", f"{part.name}:", *table_lines(part.rows)]
+            for title, rows in part.tables.items():
+                lines += ["", f"{part.name}: {title}", *table_lines(rows)] if rows else []
+        lines += ["", *table_lines([_table_row(part) for part in self.parts])]
         problems = [f"{part.name}: {text}" for part in self.parts for text in part.problems]
         if problems:
-            lines += ["", f"{len(problems)} problems:"]
+            lines += ["", "problems:"]
             lines += [f"- {one_line(problem)}" for problem in problems[:_MOST_PROBLEMS]]
         if len(problems) > _MOST_PROBLEMS:
             lines.append(f"- {len(problems) - _MOST_PROBLEMS} more are in results.json")
@@ -100,3 +90,8 @@ class CheckReport:
         with os_errors_as(OutputError, f"OUT={folder}"):
             (folder / "summary.txt").write_text("\n".join(self.lines()) + "\n", encoding="utf-8")
             (folder / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _table_row(part: PartResult) -> Row:
+    row = {"part": part.name, "result": part.status, "s": round(part.seconds)}
+    return row | {"found": part.summary}

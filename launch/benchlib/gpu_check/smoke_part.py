@@ -15,7 +15,7 @@ def _jobs(setup: Setup) -> list[Job]:
 
 def _judge(setup: Setup, results: Sequence[JobResult], part: PartResult) -> None:
     found = judge_cases(results, part)
-    part.rows = [
+    part.tables["ceilings"] = [
         {k: row[k] for k in ("TB/s", "bf16 TFLOP/s", "fp8 TFLOP/s")}
         for cases in found
         for row in cases.rows
