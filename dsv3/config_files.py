@@ -1,24 +1,20 @@
 """Find, read and write configuration files.
 
-Three formats are supported: Hugging Face's `config.json` (in `dsv3.config_hf`), DeepSeek's
-inference JSON, and our YAML. In the last two, an unknown field is an error: all DeepSeek fields
-have defaults, so a misspelt one would select another model, and a preset has only the fields of
-ModelConfig.
+`dsv3.config_hf` reads the keys of Hugging Face's `config.json`, as JSON or as YAML (the presets).
+DeepSeek's inference JSON is completed to such a file first. All its fields have defaults, so an
+unknown field in it is an error: a misspelt one would select another model.
 """
 
 import dataclasses
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dsv3.config import ModelConfig, QuantizationConfig, RopeScaling
+from dsv3.config import ModelConfig, QuantizationConfig
 from dsv3.config_fields import (
     DEEPSEEK_NAMES,
     DEEPSEEK_ROPE_NAMES,
-    check_mapping,
-    check_required,
     check_token_ids,
     check_value,
     refuse_unknown,
@@ -80,8 +76,8 @@ def load_model_config(
     """Read a model's configuration.
 
     Args:
-        path_or_preset: a checkpoint directory, a Hugging Face config.json, DeepSeek's inference
-            JSON, our YAML, or the name of a preset in `configs/`.
+        path_or_preset: a checkpoint directory, a Hugging Face config.json (or its keys in YAML),
+            DeepSeek's inference JSON, or the name of a preset in `configs/`.
         tensors_decide: see `from_hf`.
         name: returns the name of the setting for errors.
 
@@ -121,46 +117,45 @@ def _load_directory(path: Path, tensors_decide: bool, name: SettingName) -> Mode
 
 
 def _load_file(path: Path, tensors_decide: bool = False) -> ModelConfig:
-    data = read_mapping(path)
     where = str(path)
-    if path.suffix in (".yaml", ".yml"):
-        return _from_yaml(data, where)
+    data = read_mapping(path)
     if not data:
         raise ConfigError(f"{where}: has no fields")
-    if {"model_type", "architectures", "hidden_size"} & data.keys():
-        return from_hf(data, where, tensors_decide)
-    return _from_deepseek(data, where)
+    if not {"model_type", "architectures", "hidden_size"} & data.keys():
+        data = _hf_of_deepseek(data, where)
+    return from_hf(data, where, tensors_decide)
 
 
-def _from_yaml(data: dict[str, Any], where: str) -> ModelConfig:
-    """Read the fields of ModelConfig under their own names."""
-    _check_names(ModelConfig, data, where, but="warning")
-    fields = dict(data)
-    try:
-        for name, kind in (("rope_scaling", RopeScaling), ("quantization", QuantizationConfig)):
-            if fields.get(name) is not None:
-                given = dict(check_mapping(fields[name], name))
-                _check_names(kind, given, name)
-                if isinstance(given.get("block"), list):
-                    given["block"] = tuple(given["block"])
-                fields[name] = kind(**given)
-        fields["eos_token_ids"] = check_token_ids(fields.get("eos_token_ids"), "eos_token_ids")
-        return ModelConfig(**fields)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
+def _hf_of_deepseek(data: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return DeepSeek's own file with the fields it lacks: family, routing method, YaRN.
+
+    `from_hf` reads the other fields under DeepSeek's names.
+    """
+    _check_deepseek(data, where)
+    hf = _DEEPSEEK_DEFAULTS | {key: data[key] for key in data if key not in _DEEPSEEK_ROPE}
+    has_indexer = not _DEEPSEEK_INDEX.keys().isdisjoint(data)
+    if has_indexer:
+        hf = _DEEPSEEK_INDEX | hf
+    if data.get("dtype") == "fp8":
+        quantization = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+        hf["quantization_config"] = quantization | {"scale_fmt": data.get("scale_fmt")}
+    is_sigmoid = hf["score_func"] == "sigmoid"
+    dense = "deepseek_v3" if is_sigmoid else "deepseek_v2"
+    method = "group_limited_greedy" if hf["n_expert_groups"] > 1 else "greedy"
+    return (
+        hf
+        | _deepseek_rope(data, where)
+        | {
+            "model_type": "deepseek_v32" if has_indexer else dense,
+            "q_lora_rank": hf["q_lora_rank"] or None,
+            "norm_topk_prob": is_sigmoid,
+            "topk_method": "noaux_tc" if is_sigmoid else method,
+        }
+    )
 
 
-def _check_names(kind: type, given: Mapping[str, Any], where: str, but: str = "") -> None:
-    """Raise ConfigError if a mapping lacks required fields of a dataclass, or has other fields."""
-    fields = [f for f in dataclasses.fields(kind) if f.name != but]
-    known = [f.name for f in fields]
-    required = [f.name for f in fields if f.default is dataclasses.MISSING]
-    check_required(required, given, [key for key in given if key not in known], where)
-    refuse_unknown(given, known, where)
-
-
-def _from_deepseek(data: dict[str, Any], where: str) -> ModelConfig:
-    """Read DeepSeek's own file, which lacks eps, routing method, end tokens and MTP layers."""
+def _check_deepseek(data: Mapping[str, Any], where: str) -> None:
+    """Raise ConfigError for an unknown field or an impossible value."""
     refuse_unknown(
         data, {*_DEEPSEEK_DEFAULTS, *_DEEPSEEK_ROPE, *_DEEPSEEK_INDEX, *_DEEPSEEK_OTHER}, where
     )
@@ -169,56 +164,19 @@ def _from_deepseek(data: dict[str, Any], where: str) -> ModelConfig:
         has_no_rank = key == "q_lora_rank" and type(value) is int and value == 0
         if not has_no_rank:
             check_value(ours.get(key, key), value, f"{where}: {key}")
-    model = {k: data.get(k, default) for k, default in _DEEPSEEK_DEFAULTS.items()}
-    fields = {ours.get(key, key): value for key, value in model.items()}
-    index = {key: data[key] for key in _DEEPSEEK_INDEX if key in data}
-    if index:
-        fields |= _DEEPSEEK_INDEX | index
-    sigmoid = fields["scoring_func"] == "sigmoid"
-    method = "group_limited_greedy" if fields["n_group"] > 1 else "greedy"
-    try:
-        scaling = _deepseek_rope(data)
-        length = int(scaling.original_max_position_embeddings * scaling.factor)
-        check_value("max_position_embeddings", length, "original_seq_len x rope_factor")
-        fields |= {
-            "model_type": "deepseek_v32" if index else "deepseek_v3" if sigmoid else "deepseek_v2",
-            "q_lora_rank": fields["q_lora_rank"] or None,
-            "norm_topk_prob": sigmoid,
-            "topk_method": "noaux_tc" if sigmoid else method,
-            "max_position_embeddings": length,
-            "rope_scaling": scaling,
-            "quantization": _deepseek_quantization(data),
-        }
-        return ModelConfig(**fields)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {_in_deepseek_names(str(error))}") from None
+    if data.get("dtype", "bf16") not in ("bf16", "fp8"):
+        raise ConfigError(f"{where}: dtype={shown(data['dtype'])} must be 'bf16' or 'fp8'")
 
 
-def _in_deepseek_names(text: str) -> str:
-    """Return an error's text with DeepSeek's field names."""
-    for theirs, ours in DEEPSEEK_NAMES.items():
-        text = re.sub(rf"\b{ours}\b", theirs, text)
-    return text
-
-
-def _deepseek_rope(data: Mapping[str, Any]) -> RopeScaling:
+def _deepseek_rope(data: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return YaRN and the longest context, in Hugging Face's fields."""
     rope = {key: data.get(key, default) for key, default in _DEEPSEEK_ROPE.items()}
-    return RopeScaling(
-        factor=rope["rope_factor"],
-        original_max_position_embeddings=rope["original_seq_len"],
-        beta_fast=rope["beta_fast"],
-        beta_slow=rope["beta_slow"],
-        mscale=rope["mscale"],
-        mscale_all_dim=rope["mscale"],
-    )
-
-
-def _deepseek_quantization(data: Mapping[str, Any]) -> QuantizationConfig | None:
-    dtype = data.get("dtype", "bf16")
-    if dtype not in ("bf16", "fp8"):
-        raise ConfigError(f"dtype={shown(dtype)} must be 'bf16' or 'fp8'")
-    config = QuantizationConfig(scale_fmt=data.get("scale_fmt"))
-    return config if dtype == "fp8" else None
+    length = int(rope["original_seq_len"] * rope["rope_factor"])
+    check_value("max_position_embeddings", length, f"{where}: original_seq_len x rope_factor")
+    scaling = {ours: rope[theirs] for theirs, ours in DEEPSEEK_ROPE_NAMES.items()}
+    # DeepSeek's code uses its one mscale for both, so cosines and sines are not scaled.
+    scaling |= {"type": "yarn", "mscale": rope["mscale"], "attention_factor": 1.0}
+    return {"max_position_embeddings": length, "rope_scaling": scaling}
 
 
 def hf_config_dict(config: ModelConfig) -> dict[str, Any]:

@@ -6,6 +6,7 @@ are reported in one warning, since files of newer versions have more keys.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -151,10 +152,18 @@ def from_hf(data: Names, where: str, tensors_decide: bool = False) -> ModelConfi
     try:
         config = ModelConfig(**fields)
     except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
+        raise ConfigError(f"{where}: {_in_names_of_file(str(error), data)}") from None
     _check_derived(data, config, where)
     _check_layer_types(data, config, where)
     return config
+
+
+def _in_names_of_file(text: str, data: Names) -> str:
+    """Return the text of an error with the names that the file uses for fields."""
+    for name, field in _OTHER_NAMES.items():
+        if name in data and field not in data:
+            text = re.sub(rf"\b{field}\b", name, text)
+    return text
 
 
 def _plain_fields(data: Names, where: str) -> dict[str, Any]:

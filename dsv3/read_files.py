@@ -94,7 +94,7 @@ def read_json(
 def read_mapping(path: Path, kind: Kind = ConfigError) -> dict[str, Any]:
     """Return the fields of a YAML file according to its suffix, otherwise of a JSON file."""
     data = read_yaml(path, kind) if path.suffix in (".yaml", ".yml") else read_json(path, kind)
-    if not isinstance(data, dict):
+    if not isinstance(data, dict) or not all(isinstance(name, str) for name in data):
         raise kind(f"{path}: not a mapping of field names to values")
     return data
 

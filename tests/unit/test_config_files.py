@@ -113,20 +113,25 @@ def test_deepseek_files_are_checked(change: dict[str, Any], words: str, tmp_path
         ("rope_theta: 1e4", ": rope_theta='1e4' must be a number"),  # YAML's floats have a dot
         ("rms_norm_eps: .nan", ": rms_norm_eps=nan must be"),
         ("rope_scaling: yarn", ": rope_scaling='yarn' must be a mapping"),
-        ("rope_scaling: {factor: 4.0}", ": rope_scaling: missing field 'original_max_position"),
+        ("rope_scaling: {factor: 4.0}", ": rope_scaling has no rope_type; add rope_type='yarn'"),
+        (
+            "rope_scaling: {factor: 4.0, type: yarn}",
+            ": rope_scaling: missing field 'original_max_position",
+        ),
         (
             "rope_scaling: {factor: 4.0, original_max_position_embeddings: 64, type: linear}",
-            ": rope_scaling: unknown field 'type'$",
+            ": rope_scaling: rope type 'linear' is not supported",
         ),
-        ("quantization: fp8", ": quantization='fp8' must be a mapping"),
-        ("quantization: {block: 128}", ": weight_block_size=128 must be"),
-        ("quantization: {block: [128, 128], scales: x}", ": quantization: unknown field 'scales'$"),
-        ("eos_token_ids: end", ": eos_token_ids='end' must be an integer"),
-        ("1: 2", ": unknown field 1$"),
-        ("warning: none", ": unknown field 'warning'$"),
+        ("quantization_config: fp8", ": quantization_config='fp8' must be a mapping"),
+        (
+            "quantization_config: {quant_method: fp8, weight_block_size: 128}",
+            r": quantization_config\.weight_block_size=128 must be",
+        ),
+        ("eos_token_id: end", ": eos_token_id='end' must be an integer"),
+        ("1: 2", ": not a mapping of field names to values$"),
     ],
 )
-def test_our_files_are_checked(line: str, words: str, tmp_path: Path) -> None:
+def test_yaml_files_are_checked(line: str, words: str, tmp_path: Path) -> None:
     field = line.partition(":")[0]
     preset = yaml.safe_load((PRESETS / "v3-671b.yaml").read_text())
     kept = {name: value for name, value in preset.items() if name != field}
@@ -135,6 +140,15 @@ def test_our_files_are_checked(line: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=words) as caught:
         load_model_config(file)
     assert str(caught.value).startswith(f"{file}: ")
+
+
+def test_unknown_keys_in_yaml_are_reported_as_in_json(tmp_path: Path) -> None:
+    file = tmp_path / "ours.yaml"
+    file.write_text(f"{(PRESETS / 'v3-671b.yaml').read_text()}\nwarning: none\nscales: x\n")
+    config = load_model_config(file)
+    assert config == load_model_config("v3-671b")
+    words = "ours.yaml: keys without a meaning here are ignored: 'warning', 'scales'"
+    assert config.warning == words
 
 
 def test_a_hint_names_a_required_field_that_is_absent(tmp_path: Path) -> None:
