@@ -37,8 +37,8 @@ from dsv3.checkpoint.contradictions import source_warnings
 from dsv3.checkpoint.convert import check, clean_up_after, convert
 from dsv3.checkpoint.directory import check_directory
 from dsv3.checkpoint.hub import fetch, resolve
+from dsv3.checkpoint.hub_cache import hub_name, repository_folder
 from dsv3.checkpoint.hub_files import Download
-from dsv3.checkpoint.hub_name import hub_name, repository_folder
 from dsv3.checkpoint.plan import Cast, make_plan
 from dsv3.checkpoint.reader import Source
 from dsv3.checkpoint.report import describe, in_units

@@ -25,7 +25,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 from common import tune_for_model, tune_process
 from dsv3.checkpoint.directory import check_directory
-from dsv3.checkpoint.hub_name import model_name
+from dsv3.checkpoint.hub_cache import model_name
 from dsv3.checkpoint.source import check_stored_form, declared_config
 from dsv3.config import ModelConfig
 from dsv3.config_files import DEMO, load_model_config

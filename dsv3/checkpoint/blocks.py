@@ -92,11 +92,8 @@ class BlockReader:
             if info.digest:
                 digest.update(block.data.cast("B"))
             yield row, block
-        if info.digest and str(digest) != info.digest:
-            raise CheckpointError(
-                f"{self._source.file_of(name)}: tensor {name} does not match its digest in "
-                f"{MANIFEST}; copy or convert the directory again"
-            )
+        if info.digest:
+            digest.check(info.digest, self._source.file_of(name), name, MANIFEST)
 
     def _memory(self, num_bytes: int) -> Bytes:
         """Return memory for one block; the thread's buffer grows for tensors with longer rows."""

@@ -3,6 +3,9 @@
 import hashlib
 import zlib
 from collections.abc import Iterable
+from pathlib import Path
+
+from dsv3.errors import CheckpointError
 
 
 class Digest:
@@ -17,6 +20,14 @@ class Digest:
 
     def __str__(self) -> str:
         return f"{self._value:08x}"
+
+    def check(self, wanted: str, file: Path, name: str, listed_in: str) -> None:
+        """Raise CheckpointError if this is not the digest of a tensor in manifest or index."""
+        if str(self) != wanted:
+            raise CheckpointError(
+                f"{file}: tensor {name} does not match its digest in {listed_in}; copy or convert "
+                "the file again"
+            )
 
 
 def model_digest(tensors: Iterable[tuple[str, str, tuple[int, ...], str]]) -> str:

@@ -14,10 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsv3.checkpoint.hub_cache import HubCache, RemoteFile
+from dsv3.checkpoint.hub_cache import HubCache, HubName, RemoteFile
 from dsv3.checkpoint.hub_errors import hub_error, hub_reason
 from dsv3.checkpoint.hub_files import Download, Fetcher
-from dsv3.checkpoint.hub_name import HubName
 from dsv3.errors import CheckpointError
 
 _ANSWER_SECONDS = 10.0

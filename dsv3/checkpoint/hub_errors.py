@@ -5,7 +5,7 @@ import ssl
 from collections.abc import Iterator
 from pathlib import Path
 
-from dsv3.checkpoint.hub_name import HubName
+from dsv3.checkpoint.hub_cache import HubName
 from dsv3.errors import CheckpointError, one_line
 
 # Type names of the HTTP library's errors; the library depends on the version of huggingface_hub.

@@ -20,9 +20,8 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from dsv3.checkpoint.directory import INDEX, RANK_FILE, SINGLE, no_weights
-from dsv3.checkpoint.hub_cache import HubCache, RemoteFile
+from dsv3.checkpoint.hub_cache import SHA256, HubCache, HubName, RemoteFile
 from dsv3.checkpoint.hub_errors import is_transient
-from dsv3.checkpoint.hub_name import HubName
 from dsv3.checkpoint.index import read_index
 from dsv3.checkpoint.report import in_units
 from dsv3.errors import CheckpointError
@@ -38,7 +37,6 @@ _FIRST_PAUSE_SECONDS = 0.25  # doubles with each failure
 # Files beside the weights, at the top of a repository.
 _BESIDE = re.compile(r".*\.json|.*\.jinja|tokenizer\.model|.*tiktoken.*\.model|.*\.tiktoken")
 _ETAG = re.compile(r"[0-9A-Za-z_-]{1,128}")  # used as a file name
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class Download:
@@ -195,7 +193,7 @@ class Fetcher:
                 return
             with partial.open("ab") as target:
                 begin = self._receive(url, target, metadata.size or file.size)
-            is_sha256 = _SHA256.fullmatch(etag) is not None
+            is_sha256 = SHA256.fullmatch(etag) is not None
             if begin and is_sha256 and _sha256(partial, self._stopped) != etag:
                 partial.unlink()
                 raise CheckpointError(

@@ -218,11 +218,8 @@ class Source(AbstractContextManager["Source"]):
                 view[row : row + rows] = block[:, left : left + view.shape[1]]
                 if digest:
                     digest.update(block.data.cast("B"))
-        if digest and str(digest) != piece.digest:
-            raise CheckpointError(
-                f"{piece.file}: tensor {name} does not match its digest in manifest.json; copy or "
-                "convert the file again"
-            )
+        if digest:
+            digest.check(piece.digest, piece.file, name, "manifest.json")
 
     def _read_bytes(self, file: Path, offset: int, out: memoryview) -> None:
         descriptor = self._descriptor(file)

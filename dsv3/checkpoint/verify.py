@@ -14,11 +14,11 @@ from dsv3.checkpoint.blocks import BLOCK_BYTES, BlockReader
 from dsv3.checkpoint.check import check_tensors
 from dsv3.checkpoint.digest import Digest, model_digest
 from dsv3.checkpoint.directory import INDEX
-from dsv3.checkpoint.hub_name import blob_digest
+from dsv3.checkpoint.hub_cache import blob_digest
 from dsv3.checkpoint.index import IndexDigests, read_digests
 from dsv3.checkpoint.manifest import MANIFEST, read_manifest
 from dsv3.checkpoint.plan import Job, Plan
-from dsv3.checkpoint.reader import Source, TensorInfo
+from dsv3.checkpoint.reader import Piece, Source, TensorInfo
 from dsv3.checkpoint.region import whole
 from dsv3.checkpoint.workers import run_jobs
 from dsv3.errors import CheckpointError
@@ -96,14 +96,7 @@ def _verify_index(source: Source, digests: IndexDigests, workers: int, progress:
         raise CheckpointError(f"{source.path}: not the tensors that {index} was written for")
 
     def work(info: TensorInfo) -> int:
-        digest = Digest()
-        for block in source.stream(info, info.pieces[0], BLOCK_BYTES):
-            digest.update(block)
-        if str(digest) != digests.tensors[info.name]:
-            raise CheckpointError(
-                f"{info.pieces[0].file}: tensor {info.name} does not match its digest in {INDEX}; "
-                "copy or convert the file again"
-            )
+        _check_piece(source, info, info.pieces[0], digests.tensors[info.name], INDEX)
         return info.num_bytes
 
     for size in run_jobs(found.values(), work, workers):
@@ -155,12 +148,14 @@ def check_kinds(plan: Plan, result: Source) -> None:
 def _check_pieces(result: Source, info: TensorInfo) -> int:
     """Check each stored copy or slice against its digest, if it has one; return its bytes."""
     for piece in info.pieces if info.digest else ():
-        digest = Digest()
-        for block in result.stream(info, piece, BLOCK_BYTES):
-            digest.update(block)
-        if str(digest) != piece.digest:
-            raise CheckpointError(
-                f"{piece.file}: tensor {info.name} does not match its digest in {MANIFEST}; "
-                "copy or convert the file again"
-            )
+        _check_piece(result, info, piece, piece.digest, MANIFEST)
     return info.num_bytes
+
+
+def _check_piece(
+    source: Source, info: TensorInfo, piece: Piece, wanted: str, listed_in: str
+) -> None:
+    digest = Digest()
+    for block in source.stream(info, piece, BLOCK_BYTES):
+        digest.update(block)
+    digest.check(wanted, piece.file, info.name, listed_in)

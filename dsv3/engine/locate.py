@@ -4,8 +4,8 @@ import logging
 from pathlib import Path
 
 from dsv3.checkpoint.hub import Revision, fetch, fetch_beside, resolve, snapshot
+from dsv3.checkpoint.hub_cache import hub_name
 from dsv3.checkpoint.hub_files import Download
-from dsv3.checkpoint.hub_name import hub_name
 from dsv3.config_files import DEMO
 from dsv3.distributed.collective_errors import collective_errors
 from dsv3.distributed.mesh import Mesh

@@ -8,13 +8,13 @@ import sys
 from dataclasses import dataclass, replace
 
 from dsv3.engine.engine import Engine
-from dsv3.errors import CheckpointError, ConfigError, OutputError, RequestError, os_errors_as
+from dsv3.errors import CheckpointError, ConfigError, RequestError
 from dsv3.request import Completion
 from dsv3.serve.batch import BatchSummary
 from dsv3.serve.batch_file import MAX_ROW_BYTES
 from dsv3.serve.input_file import InputFile
 from dsv3.serve.row_form import looks_like_rows
-from dsv3.serve.terminal import harmless
+from dsv3.serve.terminal import harmless, write_text
 from dsv3.streams import STANDARD
 from dsv3.text.chat import AnyFormat, ChatFormat, UnusableFormat
 from dsv3.text.defaults import LINE_DEFAULTS, TURN_DEFAULTS, Defaults
@@ -133,16 +133,9 @@ def _stream(engine: Engine, thoughts: ThoughtStream) -> Completion:
                 sys.stderr.write(harmless(thought))
                 sys.stderr.flush()
             if text:
-                _write(harmless(text) if is_terminal else text)
+                write_text(sys.stdout, harmless(text) if is_terminal else text)
                 is_line_ended = text.endswith("\n")
             if output.completion is not None:
                 if not is_line_ended:
-                    _write("\n")
+                    write_text(sys.stdout, "\n")
                 return output.completion
-
-
-def _write(text: str) -> None:
-    encoding = sys.stdout.encoding or "utf-8"
-    with os_errors_as(OutputError, "standard output: cannot write"):
-        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
-        sys.stdout.flush()

@@ -4,11 +4,10 @@ import time
 from collections.abc import Sequence
 from typing import TextIO
 
-from dsv3.errors import OutputError, os_errors_as
 from dsv3.request import Completion
 from dsv3.serve.batch_file import Row, result_line
 from dsv3.serve.journal import BatchJournal
-from dsv3.serve.terminal import harmless
+from dsv3.serve.terminal import harmless, write_text
 from dsv3.text.openai_answer import error_body, response_body
 from dsv3.text.tokenizer import Tokenizer
 
@@ -83,15 +82,12 @@ class TextSink:
     def _write(self, row: Row, text: str) -> None:
         text = f"Prompt: {_prompt_text(row)}\n{text}\n\n"
         self._texts[row.number] = harmless(text) if self._stream.isatty() else text
-        encoding = self._stream.encoding or "utf-8"
-        with os_errors_as(OutputError, "standard output: cannot write"):
-            while self._texts:
-                number, finished = next(iter(self._texts.items()))
-                if finished is None:
-                    break
-                del self._texts[number]
-                self._stream.write(finished.encode(encoding, "backslashreplace").decode(encoding))
-            self._stream.flush()
+        while self._texts:
+            number, finished = next(iter(self._texts.items()))
+            if finished is None:
+                break
+            del self._texts[number]
+            write_text(self._stream, finished)
 
 
 Sink = JournalSink | TextSink

@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from itertools import takewhile
-from typing import Protocol
+from typing import Protocol, TextIO
 from unicodedata import category
 
 from dsv3.errors import OutputError, os_errors_as, printable
@@ -102,6 +102,14 @@ def write(fd: int, text: str) -> None:
     with os_errors_as(OutputError, "standard output: cannot write"):
         while data:
             data = data[os.write(fd, data) :]
+
+
+def write_text(stream: TextIO, text: str) -> None:
+    """Write a text at once; characters that the stream's encoding lacks are escaped."""
+    encoding = stream.encoding or "utf-8"
+    with os_errors_as(OutputError, "standard output: cannot write"):
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        stream.flush()
 
 
 def harmless(text: str) -> str:

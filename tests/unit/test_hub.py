@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from dsv3.checkpoint.hub import Revision, fetch, fetch_beside, resolve
+from dsv3.checkpoint.hub_cache import HubName, hub_name, model_name, repository_folder
 from dsv3.checkpoint.hub_files import Download
-from dsv3.checkpoint.hub_name import HubName, hub_name, model_name, repository_folder
 from dsv3.checkpoint.source import open_source
 from dsv3.errors import CheckpointError
 from tests.checkpoint_files import TINY, random_tensors, write_file, write_hf
@@ -360,8 +360,8 @@ def test_progress(hub: Hub) -> None:
 def test_the_library_is_imported_for_names_only() -> None:
     code = """
 import sys
-import dsv3.checkpoint.hub, dsv3.checkpoint.hub_name
-dsv3.checkpoint.hub_name.hub_name("a/b")
+import dsv3.checkpoint.hub, dsv3.checkpoint.hub_cache
+dsv3.checkpoint.hub_cache.hub_name("a/b")
 assert not {"huggingface_hub", "torch"} & sys.modules.keys()
 """
     subprocess.run([sys.executable, "-c", code], check=True)
