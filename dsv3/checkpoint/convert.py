@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsv3.checkpoint.blocks import BlockReader
-from dsv3.checkpoint.digest import file_digest, model_digest
+from dsv3.checkpoint.digest import model_digest
 from dsv3.checkpoint.index import IndexDigests, index_json
 from dsv3.checkpoint.journal import ConversionJournal, JournalRecord
 from dsv3.checkpoint.manifest import FileRecord, Manifest, Shard, TensorRecord
@@ -242,13 +242,5 @@ def _manifest(plan: Plan, layout: ParallelConfig, finished: Mapping[str, Digests
         for name, output in plan.tensors.items()
     }
     whole = model_digest((name, r.dtype, r.shape, r.digest) for name, r in tensors.items())
-    shard_digests = {(name, s.rank): s.digest for name, r in tensors.items() for s in r.shards}
-    records = tuple(
-        FileRecord(
-            file.name,
-            file.num_bytes,
-            file_digest(file.signed(whole), (shard_digests[name, rank] for name in file.offsets)),
-        )
-        for rank, file in enumerate(plan.files)
-    )
+    records = tuple(FileRecord(file.name, file.num_bytes) for file in plan.files)
     return Manifest(layout, records, tensors, whole)

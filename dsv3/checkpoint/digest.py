@@ -1,4 +1,4 @@
-"""Checksums of tensors, files and models."""
+"""Checksums of tensors and models."""
 
 import hashlib
 import zlib
@@ -34,8 +34,3 @@ def model_digest(tensors: Iterable[tuple[str, str, tuple[int, ...], str]]) -> st
     """Return the SHA-256 over (name, dtype, shape, digest) of all tensors, sorted by name."""
     lines = sorted(f"{name} {dtype} {list(shape)} {d}\n" for name, dtype, shape, d in tensors)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def file_digest(prefix: bytes, digests: Iterable[str]) -> str:
-    """Return the SHA-256 over a file's header and the digests of its slices in file order."""
-    return hashlib.sha256(prefix + "".join(digests).encode()).hexdigest()

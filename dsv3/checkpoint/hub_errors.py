@@ -104,7 +104,7 @@ def _of_answer(name: HubName, hub: str, error: Exception) -> str:
 def _of_disk(cache: Path, error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return (
-            f"the disk of {cache} is full; the same command goes on from there when there is room"
+            f"the disk of {cache} is full; the same command goes on from there once space is free"
         )
     path, reason = error.filename or cache, error.strerror
     return f"{path}: cannot be written: {reason}; set HF_HOME to a directory that can be"

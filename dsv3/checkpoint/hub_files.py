@@ -104,7 +104,7 @@ class Fetcher:
         total = sum(file.size for file in wanted)
         download.num_bytes = on_disk()
         if total > download.num_bytes:
-            download.say(self._check_room(total, total - download.num_bytes))
+            download.say(self._check_space(total, total - download.num_bytes))
         with download.bar(str(self._name), total) as advance:
             for group in (beside, weights):
                 self._run(group, lambda: advance(on_disk()))
@@ -129,7 +129,7 @@ class Fetcher:
             f"{self._name}: neither {INDEX} nor {SINGLE} is there, so its weights cannot be read"
         )
 
-    def _check_room(self, total: int, missing: int) -> str:
+    def _check_space(self, total: int, missing: int) -> str:
         """Return a line about the download; raise if the cache's disk has too little space."""
         folder = self._cache.folder
         existing = next(path for path in (folder, *folder.parents) if path.exists())

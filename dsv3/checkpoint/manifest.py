@@ -1,7 +1,7 @@
 """`manifest.json`: the contents of a converted directory; written last, once all files are there.
 
-The manifest has the layout, every file with its size and digest, and every tensor with its type,
-shape, digest and slices. The digest of a tensor covers its bytes as one row-major whole, and
+The manifest has the layout, every file with its size, and every tensor with its type, shape, digest
+and slices. The digest of a tensor covers its bytes as one row-major whole, and
 `model_digest` covers these digests, so both are the same in every layout. There are no paths and no
 dates: the same weights in the same layout have the same manifest.
 """
@@ -20,7 +20,9 @@ from dsv3.read_files import TABLE_BYTES, read_json
 
 MANIFEST = "manifest.json"
 DIGEST_KEY = "model_digest"  # in the metadata of every file, so that files cannot be mixed
-_KIND = {"format": "dsv3-checkpoint", "version": 1}
+_FORMAT = "dsv3-checkpoint"
+_VERSION = 2
+_VERSIONS = (1, _VERSION)  # version 1 also has a digest of each file, which is not needed
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,6 @@ class FileRecord:
 
     name: str
     num_bytes: int
-    digest: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +64,13 @@ class Manifest:
     def to_json(self) -> str:
         """Return the text of the file, with one line per tensor."""
         layout = {name: getattr(self.layout, name) for name in ("world_size", "tp", "dp")}
-        head = {**_KIND, "layout": layout, DIGEST_KEY: self.model_digest}
-        files = [
-            json.dumps({"name": file.name, "bytes": file.num_bytes, "digest": file.digest})
-            for file in self.files
-        ]
+        head = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "layout": layout,
+            DIGEST_KEY: self.model_digest,
+        }
+        files = [json.dumps({"name": file.name, "bytes": file.num_bytes}) for file in self.files]
         tensors = [
             f"{json.dumps(name)}: {json.dumps(_record_json(record))}"
             for name, record in self.tensors.items()
@@ -84,7 +87,7 @@ class Manifest:
 
 def is_manifest(file: Path) -> bool:
     """Return True if a file begins like the output of `Manifest.to_json`."""
-    begin = (json.dumps({"format": _KIND["format"]}, indent=1)[:-2]).encode()
+    begin = (json.dumps({"format": _FORMAT}, indent=1)[:-2]).encode()
     if not file.is_file():
         return False
     with file.open("rb") as stream:
@@ -104,15 +107,12 @@ def read_manifest(path: Path) -> Manifest:
     """
     file = path / MANIFEST
     data = read_json(file, CheckpointError, TABLE_BYTES, unique_keys=True)
-    kind = {key: data.get(key) for key in _KIND} if isinstance(data, dict) else None
-    if kind != _KIND:
+    kind = {key: data.get(key) for key in ("format", "version")} if isinstance(data, dict) else None
+    if kind not in [{"format": _FORMAT, "version": version} for version in _VERSIONS]:
         raise CheckpointError(f"{file}: not a manifest that this version reads ({kind})")
     try:
         layout = ParallelConfig(**data["layout"])
-        files = tuple(
-            FileRecord(_text(f["name"]), _size(f["bytes"]), _text(f["digest"]))
-            for f in data["files"]
-        )
+        files = tuple(FileRecord(_text(f["name"]), _size(f["bytes"])) for f in data["files"])
         tensors = {name: _record(item) for name, item in data["tensors"].items()}
         manifest = Manifest(layout, files, tensors, _text(data[DIGEST_KEY]))
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:

@@ -209,14 +209,14 @@ def _rank_files(source: Source, layout: ParallelConfig, kinds: Kinds) -> Files:
 
 def _hf_files(kinds: Kinds) -> Files:
     groups: list[dict[str, Region]] = [{}]
-    room = HF_FILE_BYTES
+    num_free = HF_FILE_BYTES
     for name, kind in kinds.items():
         size = tensor_bytes(*kind)
-        if groups[-1] and size > room:
+        if groups[-1] and size > num_free:
             groups.append({})
-            room = HF_FILE_BYTES
+            num_free = HF_FILE_BYTES
         groups[-1][name] = whole(kind[1])
-        room -= size
+        num_free -= size
     for index, group in enumerate(groups, 1):
         yield f"model-{index:05d}-of-{len(groups):05d}.safetensors", group
 

@@ -49,11 +49,10 @@ def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The parsed header of a file; `prefix` is all bytes before the tensors."""
+    """The parsed header of a file, and the file's size."""
 
     entries: dict[str, Entry]
     metadata: dict[str, str]
-    prefix: bytes
     file_bytes: int
 
 
@@ -79,10 +78,10 @@ def read_header(path: Path) -> Header:
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: its safetensors header is not a JSON object")
     metadata = _metadata(path, header.pop("__metadata__", None))
-    prefix = length.to_bytes(8, "little") + text
-    entries = {name: _entry(path, name, item, len(prefix)) for name, item in header.items()}
-    _check_layout(path, entries, len(prefix), size)
-    return Header(entries, metadata, prefix, size)
+    begin = 8 + length
+    entries = {name: _entry(path, name, item, begin) for name, item in header.items()}
+    _check_layout(path, entries, begin, size)
+    return Header(entries, metadata, size)
 
 
 def _metadata(path: Path, item: object) -> dict[str, str]:

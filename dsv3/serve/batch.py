@@ -1,4 +1,4 @@
-"""Batch job of rank 0: add rows while the engine has room, write results as rows finish."""
+"""Batch job of rank 0: add rows while the engine accepts more, write results as rows finish."""
 
 import logging
 import time
@@ -79,7 +79,7 @@ def run_batch(
 
     Args:
         engine: answers requests.
-        rows: read only while the engine has room, so that memory does not grow with their number.
+        rows: read only while the engine accepts more, so that memory does not grow with them.
         sink: receives each row's result as soon as the row finishes.
         chat: renders conversations; None if the model has no chat format.
         progress: shows the progress.

@@ -24,7 +24,7 @@ HELP = """\
 /set NAME VALUE   change temperature, top_p, seed ...; - is the first value
                   (/set alone shows all)
 /system TEXT      set the system message; - removes it (/system alone shows it)
-/stats            tokens, speed, room in the context
+/stats            tokens, speed, use of the context
 /help             this list
 /exit             leave; also Ctrl-D
 A message may begin with / if a space goes before it.

@@ -277,6 +277,25 @@ def test_files_of_other_conversions_are_refused(hf: Path, tmp_path: Path, conver
         open_source(mp2)
 
 
+def test_a_manifest_of_the_first_version_is_read(
+    hf: Path, tmp_path: Path, convert: Convert
+) -> None:
+    """It has a digest of each file, which is not compared."""
+    mp2, again = tmp_path / "mp2", tmp_path / "again"
+    assert convert(hf, mp2, "--model-parallel", 2)[0] == 0
+    manifest = json.loads((mp2 / "manifest.json").read_text())
+    manifest["version"] = 1
+    for file in manifest["files"]:
+        file["digest"] = "0" * 64
+    (mp2 / "manifest.json").write_text(json.dumps(manifest))
+    assert convert(mp2, None, "--verify")[0] == 0
+    assert convert(mp2, again, "--to", "hf", "--verify")[0] == 0
+    manifest["version"] = 3
+    (mp2 / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"manifest.json: not a manifest that this version"):
+        open_source(mp2)
+
+
 def test_deepseek_directory(tmp_path: Path, convert: Convert) -> None:
     tensors = random_tensors(EVEN)
     theirs = write_deepseek(tmp_path / "theirs", tensors, 2)
