@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsv3.checkpoint.blocks import BlockReader
-from dsv3.checkpoint.digest import model_digest
+from dsv3.checkpoint.identity import model_digest
 from dsv3.checkpoint.index import IndexDigests, index_json
 from dsv3.checkpoint.journal import ConversionJournal, JournalRecord
 from dsv3.checkpoint.manifest import FileRecord, Manifest, Shard, TensorRecord

@@ -1,8 +1,6 @@
-"""Checksums of tensors and models."""
+"""Checksums of tensors."""
 
-import hashlib
 import zlib
-from collections.abc import Iterable
 from pathlib import Path
 
 from dsv3.errors import CheckpointError
@@ -28,9 +26,3 @@ class Digest:
                 f"{file}: tensor {name} does not match its digest in {listed_in}; copy or convert "
                 "the file again"
             )
-
-
-def model_digest(tensors: Iterable[tuple[str, str, tuple[int, ...], str]]) -> str:
-    """Return the SHA-256 over (name, dtype, shape, digest) of all tensors, sorted by name."""
-    lines = sorted(f"{name} {dtype} {list(shape)} {d}\n" for name, dtype, shape, d in tensors)
-    return hashlib.sha256("".join(lines).encode()).hexdigest()

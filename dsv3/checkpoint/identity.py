@@ -1,13 +1,18 @@
 """The identity of a model's weights, which does not depend on how a checkpoint stores them.
 
 It is the same for all layouts and world sizes, so pages and answers of a model are recognized after
-a conversion. `model_identity` samples every tensor, and several ranks can read a part each.
-`model_fingerprint` is read by rank 0 alone, before loading, so it samples less, and only what is in
-the file of rank 0. Ranks that have a manifest compare its `model_digest`, which covers every byte.
+a conversion. Three values differ in how much they read:
+
+- `model_digest` covers every byte. The converter writes it into manifest or index, and ranks that
+  read converted directories compare it.
+- `model_identity` samples every tensor, and several ranks can read a part each. Stored pages are
+  named by it, and ranks that read different directories compare it.
+- `model_fingerprint` is read by rank 0 alone, before loading, so it samples less, and only tensors
+  and values in the file of rank 0. Results of a batch hold it.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
@@ -22,11 +27,17 @@ _SPOTS = 4  # places of each tensor in the identity of a larger model
 _SPOT_VALUES = 256
 
 
+def model_digest(tensors: Iterable[tuple[str, str, tuple[int, ...], str]]) -> str:
+    """Return the SHA-256 over (name, dtype, shape, digest) of all tensors, sorted by name."""
+    lines = sorted(f"{name} {dtype} {list(shape)} {d}\n" for name, dtype, shape, d in tensors)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 def model_fingerprint(source: Source, numerics: str) -> str:
     """Return a short name of weights and numerics, for the results of batches.
 
-    It covers name, type, shape and first values of all tensors (of routed experts,
-    only the first of each layer): training or quantizing a model changes some of them.
+    It covers name, type, shape and first values of all tensors (of routed experts, only the first
+    of each layer): training or quantizing a model changes some of them.
 
     Args:
         source: the checkpoint.

@@ -12,9 +12,10 @@ import numpy as np
 
 from dsv3.checkpoint.blocks import BLOCK_BYTES, BlockReader
 from dsv3.checkpoint.check import check_tensors
-from dsv3.checkpoint.digest import Digest, model_digest
+from dsv3.checkpoint.digest import Digest
 from dsv3.checkpoint.directory import INDEX
 from dsv3.checkpoint.hub_cache import blob_digest
+from dsv3.checkpoint.identity import model_digest
 from dsv3.checkpoint.index import IndexDigests, read_digests
 from dsv3.checkpoint.manifest import MANIFEST, read_manifest
 from dsv3.checkpoint.plan import Job, Plan
