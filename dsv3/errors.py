@@ -1,7 +1,6 @@
 """Errors for users. The message is one line: the fault, its place, and the remedy."""
 
 import re
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -108,12 +107,3 @@ def describe_error(error: BaseException) -> str:
     kind = type(error).__name__
     line = one_line(f"{kind}: {text}" if text else kind)
     return f"{line} (debug logging shows more)"
-
-
-def raise_at_ctrl_c() -> None:
-    """Raise KeyboardInterrupt at SIGINT, which ends a program silently until this call.
-
-    Where SIGINT is ignored, it stays so.
-    """
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)

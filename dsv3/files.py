@@ -11,7 +11,6 @@ import os
 import re
 import secrets
 import stat
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,17 +129,6 @@ def _keep_permissions(path: Path, descriptor: int) -> None:
         if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
             os.fchown(descriptor, old.st_uid, old.st_gid)
         os.fchmod(descriptor, stat.S_IMODE(old.st_mode))
-
-
-def open_closed_streams() -> None:
-    """Open closed standard streams on /dev/null.
-
-    Otherwise the next opened file gets their descriptor; this may be a file of results, and
-    libraries would write messages into it.
-    """
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
 
 
 def lock(descriptor: int) -> bool:

@@ -42,22 +42,22 @@ from common import tune_for_model, tune_process
 from dsv3.cache.eviction import POLICIES
 from dsv3.config_files import DEMO, load_model_config
 from dsv3.distributed.launcher import environment_rank
-from dsv3.distributed.mesh import before_joining, join_world
+from dsv3.distributed.mesh import before_joining
 from dsv3.engine.engine import Engine, follow
 from dsv3.engine.locate import locate_checkpoint, locate_description
-from dsv3.engine.program import (
+from dsv3.engine.start import Started, start
+from dsv3.errors import ConfigError
+from dsv3.settings import EngineConfig
+from dsv3.text.tokenizer import Tokenizer
+from program import (
     Parser,
     add_engine_flags,
     common_settings,
     engine_config,
+    join_ranks,
     run_program,
     set_up_logging,
 )
-from dsv3.engine.start import Started, start
-from dsv3.errors import ConfigError
-from dsv3.setting_names import flag
-from dsv3.settings import EngineConfig
-from dsv3.text.tokenizer import Tokenizer
 
 # Benchmarks that parse their own flags: entry point and help text.
 STANDALONE = {
@@ -266,7 +266,7 @@ def run_dispatch(args: argparse.Namespace) -> Report | None:
         config = load_model_config(args.config or DEMO)
     if args.inner:
         config = replace(config, moe_intermediate_size=args.inner)
-    with join_world(args.device, args.tp, args.dp, name=flag) as mesh:
+    with join_ranks(args.device, args.tp, args.dp) as mesh:
         tune_process(mesh)
         mesh.layout.check(config)
         report = dispatch_time(mesh, config, getattr(torch, args.dtype), args.tokens, args.repeats)
@@ -314,13 +314,12 @@ def main() -> int:
 
 def measure_model(args: argparse.Namespace) -> Report | None:
     """Load the model on all ranks and measure it; rank 0 returns the report."""
-    with join_world(
+    with join_ranks(
         args.device,
         args.tp,
         args.dp,
         args.rank_timeout,
         common_settings(args),
-        flag,
         one_shot=args.one_shot,
     ) as mesh:
         tune_process(mesh, args.threads)

@@ -55,9 +55,8 @@ from dsv3.errors import (
     RankError,
     describe_error,
     printable,
-    raise_at_ctrl_c,
 )
-from dsv3.files import open_closed_streams
+from process import open_closed_streams, raise_at_ctrl_c
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

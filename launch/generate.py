@@ -30,16 +30,10 @@ from dsv3.checkpoint.source import check_stored_form, declared_config
 from dsv3.config import ModelConfig
 from dsv3.config_files import DEMO, load_model_config
 from dsv3.distributed.collective_errors import collective_errors
-from dsv3.distributed.mesh import Mesh, before_joining, join_world
+from dsv3.distributed.mesh import Mesh, before_joining
 from dsv3.distributed.restarts import has_mark, set_mark
 from dsv3.engine.engine import Engine, follow
 from dsv3.engine.locate import locate_checkpoint
-from dsv3.engine.program import (
-    common_settings,
-    engine_config,
-    run_program,
-    set_up_logging,
-)
 from dsv3.engine.start import Started, identify, start
 from dsv3.engine.stats import check_stats_file, collect_stats, write_stats_file
 from dsv3.errors import CheckpointError, ConfigError
@@ -55,11 +49,17 @@ from dsv3.serve.journal import BatchJournal
 from dsv3.serve.one_shot import Prompt, answer_prompt, read_prompt
 from dsv3.serve.progress import Progress
 from dsv3.serve.sinks import JournalSink, Sink, TextSink
-from dsv3.setting_names import flag
 from dsv3.text.chat import AnyFormat, ChatFormat, UnusableFormat
 from dsv3.text.defaults import Defaults, Sampling
 from dsv3.text.text_request import digest
 from generate_flags import parse_args
+from program import (
+    common_settings,
+    engine_config,
+    join_ranks,
+    run_program,
+    set_up_logging,
+)
 
 if TYPE_CHECKING:
     from benchlib.bound import Profile
@@ -302,13 +302,12 @@ def main() -> int:
     settings = common_settings(args)
     try:
         with (
-            join_world(
+            join_ranks(
                 args.device,
                 args.tp,
                 args.dp,
                 args.rank_timeout,
                 settings,
-                flag,
                 one_shot=args.one_shot,
             ) as mesh,
             ExitStack() as files,

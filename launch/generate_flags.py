@@ -3,10 +3,10 @@
 import argparse
 import sys
 
-from dsv3.engine.program import Parser, add_engine_flags
-from dsv3.engine.program_files import check_files
 from dsv3.errors import ConfigError
 from dsv3.serve.exporter import check_exporter
+from program import Parser, add_engine_flags
+from program_files import check_files
 
 
 def parse_args() -> argparse.Namespace:

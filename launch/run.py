@@ -23,7 +23,7 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRende
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 from torch.distributed.run import main as torchrun
 
-from dsv3.errors import raise_at_ctrl_c
+from process import raise_at_ctrl_c
 
 Rendezvous = Callable[[RendezvousHandler], RendezvousInfo]
 FIRST_HINT_SECONDS = 5.0

@@ -5,8 +5,9 @@ of one), runs the rendezvous, chooses device and backend, and makes the groups.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -247,6 +248,7 @@ def join_world(
     settings: Mapping[str, str] | None = None,
     name: SettingName = argument,
     one_shot: bool = False,
+    around: Callable[[Watchdog], AbstractContextManager[object]] = nullcontext,
 ) -> Iterator[Mesh]:
     """Join the world for the duration of the block, and leave it in order at its end.
 
@@ -260,6 +262,8 @@ def join_world(
         settings: names and values of other settings that must be the same on all ranks.
         name: returns the name of a setting in error messages.
         one_shot: see `connect`.
+        around: a program's context around its part in the job, in which its signal handlers call
+            the watchdog; entered before the groups are made.
 
     Raises:
         ConfigError: the layout does not fit the world, there is no such device, or the ranks were
@@ -283,14 +287,10 @@ def join_world(
     watchdog.start()
     mesh = None
     try:
-        mesh = _enter_mesh(layout, device, roster, watchdog, one_shot)
-        watchdog.enter(RUN, may_rest=True)
-        yield mesh
-    except BaseException as error:
-        watchdog.leave(error)
-        raise
-    else:
-        watchdog.leave()
+        with around(watchdog), watchdog.membership():
+            mesh = _enter_mesh(layout, device, roster, watchdog, one_shot)
+            watchdog.enter(RUN, may_rest=True)
+            yield mesh
     finally:
         if roster and mesh:
             with watchdog.closing():
@@ -321,6 +321,7 @@ def _enter_mesh(
     is_shared_gpu = is_cuda and device_sets.count(device_sets[rank]) > torch.cuda.device_count()
     backend = "nccl" if is_cuda and not is_shared_gpu else "gloo"
     roster.store.set_timeout(_IDLE)
+    excepthook = sys.excepthook
     with watchdog.waiting():
         dist.init_process_group(
             backend,
@@ -329,6 +330,7 @@ def _enter_mesh(
             world_size=layout.world_size,
             timeout=_IDLE,
         )
+    sys.excepthook = excepthook  # torch has replaced it
     distinct_hosts = list(dict.fromkeys(hosts))
     return make_mesh(
         layout,

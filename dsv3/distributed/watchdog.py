@@ -9,7 +9,11 @@ rank 0. While a rank waits for its user, between steps or for input, there is no
 A rank that has left the job in order takes part in no further exchange: if another rank waits in
 an exchange then, the job is ended as well.
 
-A process is ended by `os._exit`, because the main thread may be in an exchange that never ends.
+A process is ended by `os._exit`, in a user's script too: the main thread may be in an exchange that
+never ends. Gloo's exchanges raise when a peer has died, but not when it is stopped or hangs, and
+aborting the process group (`ProcessGroupGloo.abort`, torch 2.13) does not free a waiting thread.
+
+No signal handler is installed here: those of a program call `request_end` (launch/process.py).
 """
 
 import logging
@@ -22,12 +26,10 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from types import FrameType
 from typing import Any, NamedTuple, NoReturn
 
 from dsv3.distributed.failure_report import is_lost, leave_report, reason_of, report_in_log
 from dsv3.distributed.heartbeat import LONGEST_TICK, HeartbeatMonitor, start_up_timeout
-from dsv3.distributed.kill_timer import KillTimer
 from dsv3.distributed.peer_links import PeerLinks
 from dsv3.distributed.rendezvous import Peer, Roster
 from dsv3.errors import Interrupted, RankError, one_line
@@ -36,10 +38,8 @@ log = logging.getLogger(__name__)
 
 _TICK_SECONDS = 1.0
 _STOP_SECONDS = 6.0  # for all ranks to end after a signal
-_KILL_SECONDS = 3.0  # for other ranks to report that this one is stopped, before it is killed
 _GRACE_SECONDS = 3.0  # for all ranks to leave the job after one has left it early
 _CAUSE_SECONDS = 2.0  # for another rank to report the cause of a lost connection
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 RUN = "run"  # the stage after start-up
 
 
@@ -52,7 +52,10 @@ class _ScheduledExit(NamedTuple):
 
 
 class Watchdog:
-    """This rank's part of the watchdog. In a world of one it only turns signals into exceptions.
+    """This rank's part of the watchdog. In a world of one it has no thread.
+
+    Messages of other ranks may ask for an end as well: rank 0 then sends the signal to its own main
+    thread, where it has the effect that the program or the script has chosen.
 
     Args:
         rank: of this process.
@@ -82,7 +85,6 @@ class Watchdog:
         self._is_in_step = False
         self._is_waiting = False
         self._is_leaving = False
-        self._handlers: dict[int, Any] = {}
         self._is_interrupt_due = False
         self._is_interrupted = False
         # State of the thread.
@@ -98,17 +100,19 @@ class Watchdog:
     # Called by the main thread.
 
     def start(self) -> None:
-        """Start the thread; from now on SIGTERM and SIGINT end the job in order."""
-        if threading.current_thread() is threading.main_thread():
-            usual = (signal.SIG_DFL, signal.default_int_handler)
-            free = [number for number in _SIGNALS if signal.getsignal(number) in usual]
-            self._handlers = {number: signal.signal(number, self._on_signal) for number in free}
+        """Start the thread, in a world of several."""
         if self._peers:
             self._wakeup_reader, self._wakeup_writer = socket.socketpair()
             self._wakeup_writer.setblocking(False)
-            if self._handlers:
-                signal.set_wakeup_fd(self._wakeup_writer.fileno(), warn_on_full_buffer=False)
             self._thread.start()
+
+    @property
+    def wakeup_fd(self) -> int:
+        """Descriptor for `signal.set_wakeup_fd`: the thread learns of a signal at once.
+
+        -1 in a world of one.
+        """
+        return self._wakeup_writer.fileno() if self._peers else -1
 
     def enter(self, stage: str, may_rest: bool = False) -> None:
         """Begin a stage of the main thread; unless it may rest, it must make progress."""
@@ -162,7 +166,7 @@ class Watchdog:
         try:
             with self.task("a step"):
                 yield
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):  # `leave` ends the job
             raise
         except BaseException as error:
             if self._peers:
@@ -195,6 +199,7 @@ class Watchdog:
             yield
         finally:
             timer.cancel()
+            timer.join()
 
     def warn(self, reason: str, seconds: float) -> None:
         """Report to the others that this rank fails; ranks still in the job then are ended."""
@@ -212,7 +217,17 @@ class Watchdog:
         while True:
             time.sleep(_TICK_SECONDS)
 
-    def leave(self, error: BaseException | None = None) -> None:
+    @contextmanager
+    def membership(self) -> Iterator[None]:
+        """Leave the job at the end of the block."""
+        try:
+            yield
+        except BaseException as error:
+            self._leave(error)
+            raise
+        self._leave()
+
+    def _leave(self, error: BaseException | None = None) -> None:
         """Leave the job: in order if all ranks leave, else the job is ended.
 
         A script may leave early on all ranks alike (`sys.exit`). If the others do not follow, the
@@ -231,12 +246,12 @@ class Watchdog:
             self._wake()
             if not self.end_signal:
                 self._thread.join()
-        if self._handlers and self._peers and not self.end_signal:
-            signal.set_wakeup_fd(-1)
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler if not self.end_signal else signal.SIG_IGN)
 
-    def _on_signal(self, number: int, _: FrameType | None) -> None:
+    def request_end(self, number: int) -> None:
+        """End the job in order, as a signal asks. Called by a signal handler of the main thread.
+
+        On rank 0, raises `Interrupted` between steps: now, or at the end of the current one.
+        """
         if not self._is_interrupted:
             self.end_signal = number
             self._is_interrupt_due = True
@@ -265,7 +280,6 @@ class Watchdog:
     # The thread.
 
     def _run(self) -> None:
-        kill_timer = KillTimer()
         try:
             with selectors.DefaultSelector() as selector:
                 selector.register(self._wakeup_reader, selectors.EVENT_READ)
@@ -276,11 +290,9 @@ class Watchdog:
                     now = time.monotonic()
                     if now >= last_sent + _TICK_SECONDS or self._is_heartbeat_due:
                         last_sent = now
-                        kill_timer.set(self._timeout + _KILL_SECONDS)
                         self._send_heartbeat()
                     self._judge(min(now - last_judged, LONGEST_TICK))
                     last_judged = now
-            kill_timer.set(0)
         except BaseException:
             traceback.print_exc()
             os._exit(RankError.exit_code)
@@ -327,10 +339,11 @@ class Watchdog:
             self._schedule_exit(*value)
         elif kind == "end":
             self._end(value[0], value[1], is_reported=True)
-        elif kind == "signal" and self._rank == 0:
-            signal.pthread_kill(threading.main_thread().ident or 0, value)
         elif kind == "signal":
+            is_new = not self.end_signal
             self.end_signal = value
+            if self._rank == 0 and is_new:
+                signal.pthread_kill(threading.main_thread().ident or 0, value)
         elif kind == "left":
             beat.has_left = True
             if self.end_signal and self._rank and not self._is_leaving:

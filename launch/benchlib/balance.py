@@ -15,10 +15,10 @@ import numpy as np
 from benchlib.flags import add_program_flags, at_least
 from benchlib.report import Report, check_report
 from dsv3.config_files import DEMO, load_model_config
-from dsv3.engine.program import Parser, set_up_logging
 from dsv3.errors import ConfigError
 from dsv3.files import NamedFile, check_output
 from dsv3.parallel.expert_placement import Placement, layers_format, read_layers
+from program import Parser, set_up_logging
 
 
 def balance(args: argparse.Namespace) -> Report:

@@ -29,9 +29,9 @@ from benchlib.interpreter import patch_interpreter
 from benchlib.kernel_cases import Case, cases, check, measure
 from benchlib.report import Report, Row, check_report, machine
 from benchlib.roofline import Hardware, Op
-from dsv3.engine.program import Parser, set_up_logging
 from dsv3.engine.start import set_launches
 from dsv3.errors import ConfigError
+from program import Parser, set_up_logging
 
 log = logging.getLogger("dsv3")
 

@@ -23,9 +23,9 @@ from benchlib.step_shape import StepShape
 from dsv3.config import ParallelConfig
 from dsv3.config_files import load_model_config
 from dsv3.engine.locate import locate_description
-from dsv3.engine.program import Parser, add_engine_flags, set_up_logging
 from dsv3.errors import ConfigError
 from dsv3.files import NamedFile, check_output
+from program import Parser, add_engine_flags, set_up_logging
 
 
 def computed_plan(args: argparse.Namespace) -> Report:

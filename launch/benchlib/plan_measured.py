@@ -18,15 +18,13 @@ from benchlib.roofline import Hardware, RooflineSetup
 from benchlib.step_shape import StepShape
 from common import tune_for_model, tune_process
 from dsv3.config_files import load_model_config
-from dsv3.distributed.mesh import join_world
 from dsv3.engine.engine import follow
 from dsv3.engine.locate import locate_checkpoint
-from dsv3.engine.program import engine_config
 from dsv3.engine.start import Started, start
 from dsv3.engine.step_plan import StepPlan
 from dsv3.errors import ConfigError
 from dsv3.files import NamedFile, write_output
-from dsv3.setting_names import flag
+from program import engine_config, join_ranks
 
 _REPEATS = 30
 # Steps to measure: sequences, new tokens of each, positions before them. Every other one is used to
@@ -67,7 +65,7 @@ def measured_plan(args: argparse.Namespace) -> Report | None:
     """Measure the machine and compare predicted with measured steps; rank 0 returns the report."""
     if args.hardware != "measure" or args.figure:
         raise ConfigError("--measure finds its own figures; leave --hardware and --figure out")
-    with join_world(args.device, args.tp, args.dp, name=flag, one_shot=args.one_shot) as mesh:
+    with join_ranks(args.device, args.tp, args.dp, one_shot=args.one_shot) as mesh:
         tune_process(mesh, args.threads)
         config = load_model_config(args.config) if args.config else None
         checkpoint = locate_checkpoint(args.ckpt_path, mesh)

@@ -23,12 +23,10 @@ from benchlib.report import Report, Row, check_report, machine
 from benchlib.roofline import Hardware
 from common import tune_process
 from dsv3.config_files import load_model_config
-from dsv3.distributed.mesh import join_world
-from dsv3.engine.program import Parser, set_up_logging
 from dsv3.engine.start import set_launches
 from dsv3.errors import ConfigError
-from dsv3.setting_names import flag
 from dsv3.settings import CacheDtype
+from program import Parser, join_ranks, set_up_logging
 
 _log = logging.getLogger("dsv3")
 
@@ -204,7 +202,7 @@ def main(arguments: list[str]) -> int:
     check_report(args, outputs=("--rows",))
     set_up_logging(args.debug)
     log = CaseLog(args.rows, "--rows")
-    with join_world(args.device, name=flag) as mesh:
+    with join_ranks(args.device) as mesh:
         tune_process(mesh, args.threads)
         set_launches(args.overlap_launches, mesh.device, "--overlap-launches")
         shape = shape_of(args, mesh.device.type == "cpu")

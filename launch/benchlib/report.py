@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from benchlib.table import Row, cell, table_lines
-from dsv3.engine.program_files import check_files
 from dsv3.errors import ConfigError, OutputError, RankError
 from dsv3.files import Format, NamedFile, check_output, write_output
+from program_files import check_files
 
 _JSON = Format("the report of a benchmark", re.compile(rb'\{\s*"benchmark":'))
 _PLOT = Format(

@@ -2,11 +2,10 @@
 
 Usage: torchrun leaving.py WAY RANK
 
-WAY: exit, abort, return, die, term or forget. RANK: a number or "all".
+WAY: exit, abort, return, die or forget. RANK: a number or "all".
 """
 
 import os
-import signal
 import sys
 
 from dsv3 import LLM, SamplingParams
@@ -30,8 +29,6 @@ def main() -> None:
                 return
             if way == "die":
                 os._exit(0)
-            if way == "term":
-                os.kill(os.getpid(), signal.SIGTERM)
         llm.generate(["x"], params)
 
 

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from dsv3.engine.program import (
+from dsv3.errors import MAX_LINE, CheckpointError, ConfigError
+from program import (
     Parser,
     add_engine_flags,
     engine_config,
     run_program,
     set_up_logging,
 )
-from dsv3.errors import MAX_LINE, CheckpointError, ConfigError
 
 
 @contextmanager

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from dsv3.engine.program_files import check_files
 from dsv3.errors import ConfigError
 from launch import generate
+from program_files import check_files
 from tests.checkpoint_files import TINY, random_tensors, write_hf
 from tests.programs import ROOT
 

@@ -19,8 +19,8 @@ from benchlib.gpu_check.facts import ask_facts, commit_of
 from benchlib.gpu_check.jobs import Budget
 from benchlib.gpu_check.parts import Part, Setup
 from benchlib.gpu_check.report import CheckReport
-from dsv3.engine.program import Parser, run_program
 from dsv3.errors import ConfigError, Interrupted, os_errors_as
+from program import Parser, run_program
 
 _ROOT = Path(__file__).resolve().parents[3]
 _BUDGET = 560

@@ -19,10 +19,10 @@ from benchlib.case_log import CaseLog
 from benchlib.kernel_timing import median_seconds
 from dsv3.distributed.collectives import Collectives
 from dsv3.distributed.mesh import Mesh, join_world
-from dsv3.engine.program import Parser, run_program, set_up_logging
 from dsv3.errors import ConfigError, RankError
 from dsv3.setting_names import flag
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
+from program import Parser, run_program, set_up_logging
 
 _HIDDEN = 7168
 _ROWS = (1, 8, 64, 2048)  # one-shot sums take at most 36 rows

@@ -1,6 +1,6 @@
 """Measure the effect of a cache format or numerics mode on accuracy and perplexity.
 
-    python scripts/quality.py --eval EVAL.jsonl --tokens HELDOUT.npz --kv-dtype fp8
+    python launch/quality.py --eval EVAL.jsonl --tokens HELDOUT.npz --kv-dtype fp8
 
 EVAL has dialogues {messages, expected}; a greedy answer must match exactly. HELDOUT has `tokens`,
 `offsets` (starts of the texts) and `answer` (1 for tokens of answers). The output is one JSON line
@@ -14,15 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from dsv3.distributed.mesh import join_world
 from dsv3.engine.engine import Engine
 from dsv3.engine.locate import locate_checkpoint
-from dsv3.engine.program import Parser, add_engine_flags, engine_config, run_program
 from dsv3.engine.start import start
 from dsv3.errors import ConfigError
 from dsv3.request import Completion, Request, SamplingParams
-from dsv3.setting_names import flag
 from dsv3.text.chat import ChatFormat
+from program import Parser, add_engine_flags, engine_config, join_ranks, run_program
 
 
 def finish(engine: Engine) -> dict[str, Completion]:
@@ -37,6 +35,8 @@ def finish(engine: Engine) -> dict[str, Completion]:
 
 def accuracy(engine: Engine, path: str, model_type: str, longest: int) -> float:
     """Return the share of correct answers to the dialogues of at most `longest` tokens."""
+    if engine.tokenizer is None:
+        raise ConfigError("--eval needs a checkpoint with a tokenizer")
     chat = ChatFormat(engine.tokenizer, model_type)
     rows = []
     for i, line in enumerate(Path(path).read_text().splitlines(), start=1):
@@ -84,7 +84,7 @@ def main() -> int:
     args = parser.parse_args()
     if not (args.eval or args.tokens):
         raise ConfigError("nothing to measure: give --eval FILE, --tokens FILE, or both")
-    with join_world("cpu" if args.device == "auto" else args.device, name=flag) as mesh:
+    with join_ranks("cpu" if args.device == "auto" else args.device) as mesh:
         started = start(locate_checkpoint(args.ckpt_path, mesh), engine_config(args), mesh)
         assert started.engine is not None, "run it on one rank"
         result: dict[str, object] = {"dtype": args.dtype, "kv_dtype": args.kv_dtype}

@@ -1,19 +1,16 @@
 """Flags, logging, one-line errors and exit codes of the programs in `launch/`."""
 
 import argparse
-import ctypes
 import errno
-import faulthandler
 import logging
 import os
 import re
-import signal
 import stat
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, suppress
 from dataclasses import fields
 from difflib import get_close_matches
 from io import TextIOWrapper
@@ -22,7 +19,7 @@ from typing import Any, NoReturn
 
 from dsv3.distributed.failure_report import leave_report, reason_of
 from dsv3.distributed.launcher import environment_rank
-from dsv3.engine.program_files import log_file
+from dsv3.distributed.mesh import Mesh, join_world
 from dsv3.errors import (
     ConfigError,
     Dsv3Error,
@@ -30,14 +27,13 @@ from dsv3.errors import (
     one_line,
     os_errors_as,
     printable,
-    raise_at_ctrl_c,
 )
-from dsv3.files import open_closed_streams
 from dsv3.setting_names import flag
 from dsv3.settings import EngineConfig, allowed_words
+from process import end_at_signals, prepare_process
+from program_files import log_file
 
 _INTERRUPTED = 130
-_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 # torchrun ends all ranks as soon as one has failed. A rank whose error rank 0 reports waits this
 # many seconds, so that rank 0 can report it.
 _REPORT_SECONDS = 2.0
@@ -148,6 +144,18 @@ def common_settings(args: argparse.Namespace) -> dict[str, str]:
     return EngineConfig.common(vars(args)) | same
 
 
+def join_ranks(
+    device: str,
+    tp: int = 0,
+    dp: int = 1,
+    rank_timeout: float = 60.0,
+    settings: Mapping[str, str] | None = None,
+    one_shot: bool = False,
+) -> AbstractContextManager[Mesh]:
+    """Return `join_world` for a program: errors name flags, and signals end the job in order."""
+    return join_world(device, tp, dp, rank_timeout, settings, flag, one_shot, end_at_signals)
+
+
 class _Printable(logging.Formatter):
     """Escapes control characters in the log; a warning is one line of bounded length."""
 
@@ -179,8 +187,6 @@ def set_up_logging(debug: bool, folder: str | None = None) -> None:
         handlers[1].setFormatter(_Printable("%(asctime)s %(levelname)s %(message)s"))
     level = logging.DEBUG if debug else logging.INFO
     logging.basicConfig(level=level, handlers=handlers, force=True)
-    if hasattr(signal, "SIGUSR1"):
-        faulthandler.register(signal.SIGUSR1)
 
 
 class _LogFile(logging.FileHandler):
@@ -202,9 +208,7 @@ def run_program(main: Callable[[], int]) -> NoReturn:
 
     The error's line goes to stderr, and into the report that torchrun prints after it.
     """
-    raise_at_ctrl_c()
-    open_closed_streams()
-    _end_with_torchrun()
+    prepare_process()
     try:
         code = main() or 0
     except KeyboardInterrupt as asked:
@@ -218,12 +222,6 @@ def run_program(main: Callable[[], int]) -> NoReturn:
     except OSError:  # the reader is gone; the interpreter would report it again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
-
-
-def _end_with_torchrun() -> None:
-    """End this rank when torchrun is killed: it would keep its GPU and the terminal."""
-    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _report(error: Exception, debug: bool) -> None:
