@@ -6,8 +6,6 @@ arguments and gets the results; the other ranks take part and get empty results.
 
 import inspect
 import logging
-import signal
-import sys
 import traceback
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,7 +29,7 @@ from dsv3.engine.engine import Engine
 from dsv3.engine.locate import locate_checkpoint
 from dsv3.engine.session import NoOutputs, Session
 from dsv3.engine.start import Started, start
-from dsv3.errors import ConfigError, Dsv3Error, Interrupted, RequestError
+from dsv3.errors import ConfigError, Dsv3Error, RequestError
 from dsv3.request import Completion, Request, RequestOutput, SamplingParams
 from dsv3.setting_names import argument
 from dsv3.settings import EngineConfig
@@ -66,6 +64,12 @@ class LLM(AbstractContextManager["LLM"]):
     """A model on all ranks of the world, ready to answer.
 
     In a job of several ranks there is one model at a time: `close` it before you make the next one.
+    If a rank dies or hangs there, the others end with one line of error and exit code 3, without
+    cleaning up (`os._exit`): a thread that waits for another rank cannot be freed.
+
+    Signal handlers, threads, environment and other settings of the process stay as they are.
+    KeyboardInterrupt may be raised anywhere: after one within a step the model takes no further
+    call, but can be closed. On several ranks it ends the others too, with exit code 130.
 
     Args:
         path: a checkpoint directory, or a string `owner/name[@revision]` with a repository of the
@@ -141,8 +145,6 @@ class LLM(AbstractContextManager["LLM"]):
         self._forgotten.detach()
         self._stack.__exit__(*raised)
         self._free()
-        if isinstance(error, Interrupted) and error.number == signal.SIGTERM:
-            sys.exit(error.exit_code)
 
     def close(self) -> None:
         """Leave the other ranks and free the memory; write cached pages to a disk cache.
@@ -150,6 +152,9 @@ class LLM(AbstractContextManager["LLM"]):
         Every later call except `close` raises `Dsv3Error`.
         """
         if self._session.is_closed:
+            return
+        if self._session.is_interrupted:
+            self.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
             return
         self._session.close()
         with self._started.mesh.watchdog.task("writing the experts' loads"):
@@ -297,7 +302,10 @@ class LLM(AbstractContextManager["LLM"]):
         """
         self._session.begin(call)
         groups: list[list[Request]] = []
-        with collective_errors(self._started.mesh, "reading the prompts", is_fatal=False):
+        with (
+            self._session.exchange(),
+            collective_errors(self._started.mesh, "reading the prompts", is_fatal=False),
+        ):
             if self._started.engine is not None:
                 requests = make_requests()
                 try:

@@ -4,12 +4,17 @@ All ranks make the same calls in the same order. When a call begins, they agree 
 streams that are open. For each of these rank 0 pauses once: at the stream's end, at the latest when
 the next call begins; the other ranks follow its plans until a pause when they read a stream, or at
 the next call. Steps serve all unfinished requests, and outputs wait here until they are read.
+
+Python may raise KeyboardInterrupt at any statement. Within a step it leaves pages and requests half
+done, and between ranks it leaves the others in another exchange, so the session takes no further
+call then.
 """
 
 import threading
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from dsv3.engine.engine import follow
@@ -26,11 +31,13 @@ class Session:
 
     Attributes:
         num_calls: calls that have begun.
+        is_interrupted: an interrupt was raised within a step or an exchange.
     """
 
     def __init__(self, started: Started) -> None:
         self._started, self._engine = started, started.engine
         self.num_calls = self._num_pauses = 0
+        self.is_interrupted = False
         self._is_closed = False
         self._open: weakref.WeakSet[OutputStream] = weakref.WeakSet()
         self._unread: dict[str, list[RequestOutput]] = {}
@@ -44,19 +51,33 @@ class Session:
         return self._is_closed
 
     def check_open(self, call: str) -> None:
-        """Raise if the session is closed.
+        """Raise if the session is closed or was interrupted.
 
         Args:
             call: for the error.
         """
         if self._is_closed:
             raise Dsv3Error(f"this LLM is closed: {call} needs a new one")
+        if self.is_interrupted:
+            raise Dsv3Error(f"this LLM was interrupted within a step: {call} needs a new one")
+
+    @contextmanager
+    def exchange(self, is_step: bool = False) -> Iterator[None]:
+        """Run a block that all ranks must run to its end; alone, only a step must end."""
+        try:
+            yield
+        except BaseException as error:
+            is_shared = is_step or self._started.mesh.world.size > 1
+            if is_shared and not isinstance(error, Exception):
+                self.is_interrupted = True
+            raise
 
     def begin(self, call: str) -> None:
         """Begin a call, on all ranks."""
         self.check_open(call)
         self._let_all_go()
-        self._num_pauses = self._started.channel.share(len(self._open))
+        with self.exchange():
+            self._num_pauses = self._started.channel.share(len(self._open))
         self.num_calls += 1
 
     def add(self, requests: Sequence[Request]) -> None:
@@ -85,7 +106,8 @@ class Session:
                 unfinished -= done.keys()
         finally:
             self.drop(unfinished)
-            self._pause()
+            if not self.is_interrupted:
+                self._pause()
         return done
 
     def stream(self, requests: Sequence[Request]) -> Iterator[RequestOutput]:
@@ -101,7 +123,7 @@ class Session:
         """Let the other ranks go on after a stream has been read."""
         if stream in self._open:
             self._open.discard(stream)
-            if self._num_pauses:
+            if self._num_pauses and not self.is_interrupted:
                 self._num_pauses -= 1
                 self._pause()
 
@@ -148,10 +170,11 @@ class Session:
 
     def _pause(self) -> None:
         """Follow until rank 0 pauses; on rank 0, make the other ranks return from `follow`."""
-        if self._engine is None:
-            follow(self._started.runner, self._started.channel)
-        else:
-            self._engine.pause()
+        with self.exchange():
+            if self._engine is None:
+                follow(self._started.runner, self._started.channel)
+            else:
+                self._engine.pause()
 
     def _read(self, request_ids: Iterable[str]) -> list[RequestOutput]:
         assert self._engine is not None
@@ -161,7 +184,9 @@ class Session:
                 if found:
                     return found
                 self._cancel_dropped()
-                for output in self._engine.step():
+                with self.exchange(is_step=True):
+                    outputs = self._engine.step()
+                for output in outputs:
                     if output.request_id in self._unread:
                         self._unread[output.request_id].append(output)
 
