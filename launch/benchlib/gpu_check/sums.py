@@ -18,11 +18,10 @@ from torch import Tensor
 from benchlib.case_log import CaseLog
 from benchlib.kernel_timing import median_seconds
 from dsv3.distributed.collectives import Collectives
-from dsv3.distributed.mesh import Mesh, join_world
+from dsv3.distributed.mesh import Mesh
 from dsv3.errors import ConfigError, RankError
-from dsv3.setting_names import flag
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
-from program import Parser, run_program, set_up_logging
+from program import Parser, join_ranks, run_program, set_up_logging
 
 _HIDDEN = 7168
 _ROWS = (1, 8, 64, 2048)  # one-shot sums take at most 36 rows
@@ -127,7 +126,7 @@ def main() -> int:
     args: argparse.Namespace = parser.parse_args(sys.argv[1:])
     set_up_logging(args.debug)
     log = CaseLog(args.rows, "--rows")  # all ranks read it before the first one writes
-    with join_world(args.device, name=flag, one_shot=args.one_shot) as mesh:
+    with join_ranks(args.device, one_shot=args.one_shot) as mesh:
         if mesh.world.size == 1:
             raise ConfigError("there is one rank; start two or more with torchrun")
         run_cases(mesh, log)
