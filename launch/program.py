@@ -153,7 +153,9 @@ def join_ranks(
     one_shot: bool = False,
 ) -> AbstractContextManager[Mesh]:
     """Return `join_world` for a program: errors name flags, and signals end the job in order."""
-    return join_world(device, tp, dp, rank_timeout, settings, flag, one_shot, end_at_signals)
+    return join_world(
+        device, tp, dp, rank_timeout, settings, flag, one_shot=one_shot, around=end_at_signals
+    )
 
 
 class _Printable(logging.Formatter):

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 import bench
 import generate
+import program
 from benchlib import plan
 from benchlib.stand_in import StandIn
 from dsv3 import llm
@@ -245,9 +246,10 @@ def test_one_shot_sums_are_asked_for(is_asked: bool, monkeypatch: pytest.MonkeyP
     def join(*_: object, one_shot: bool, **__: object) -> None:
         raise RuntimeError(f"{one_shot=}")
 
-    for module in (llm, generate, bench, plan):
+    for module in (llm, program):
         monkeypatch.setattr(module, "join_world", join)
-        monkeypatch.setattr(module, "set_up_logging", lambda *_: None, raising=False)
+    for module in (generate, bench, plan):
+        monkeypatch.setattr(module, "set_up_logging", lambda *_: None)
     flags = ["--one-shot"] if is_asked else []
     calls: tuple[tuple[list[str], Callable[[], object]], ...] = (
         ([], lambda: llm.LLM(one_shot=is_asked)),
