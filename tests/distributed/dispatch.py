@@ -7,8 +7,9 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from unittest import mock
+from functools import partial
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -19,12 +20,14 @@ from dsv3.model.moe import MoE
 from dsv3.model.side_stream import SideStream
 from dsv3.parallel.expert_dispatch import ExpertDispatch, StepTokens
 from dsv3.parallel.token_rows import FP8, DispatchSettings, TokenRows
+from dsv3.settings import DispatchVariant
 from dsv3_kernels import act_quant, weight_dequant
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 from tests.distributed.layers import CONFIG, FORMAT, filled
-from tests.distributed.ranks import CPU, alone
+from tests.distributed.ranks import CPU, Check, alone
 
 DIM, EXPERTS, TOP_K = 128, 16, 4
+VARIANTS: tuple[DispatchVariant, ...] = ("allreduce", "alltoall")
 Drawn = list[TokenRows]
 
 
@@ -95,29 +98,32 @@ def meshes(world: Mesh, tp: int, ranks_on_host: int) -> Iterator[Mesh]:
         mesh.close()
 
 
-def check_all(world: Mesh) -> None:
-    size = world.world.size
+def checks(size: int) -> dict[str, Check]:
+    """Return the checks of every layout of a world over tp ranks and hosts, by name."""
+    found: dict[str, Check] = {}
     for tp, hosts in ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (4, 1), (4, 2), (8, 1)):
-        if tp <= size and hosts < size and (hosts == 1 or tp < size):
-            with meshes(world, tp, size // hosts) as mesh:
-                is_one_level = hosts == 1 or tp > size // hosts
-                assert (mesh.hosts.size == 1) == (hosts == 1)
-                check_routings(mesh)
-                check_fixed(mesh)
-                if tp < size:
-                    check_bytes(mesh, is_one_level)
-                    check_fp8(mesh)
-                    check_auto(mesh)
-                if CONFIG.n_routed_experts % size == 0:
-                    check_moe(mesh)
-                if (tp, hosts, size) == (2, 1, 4):
-                    check_bench(mesh)
+        if tp > size or hosts >= size or (hosts > 1 and tp == size):
+            continue
+        kinds: list[Check] = [check_routings, check_fixed]
+        if tp < size:
+            kinds += [check_bytes, check_fp8, check_auto]
+        if CONFIG.n_routed_experts % size == 0:
+            kinds.append(check_moe)
+        if (size, tp, hosts) == (4, 2, 1):
+            kinds.append(check_bench)
+        for kind in kinds:
+            name = kind.__name__.removeprefix("check_")
+            found[f"{name} tp {tp} hosts {hosts}"] = partial(
+                check_layout, check=kind, tp=tp, hosts=hosts
+            )
+    return found
 
 
-def check_one_rank() -> None:
-    check_routings(alone())
-    check_fixed(alone())
-    check_moe(alone())
+def check_layout(world: Mesh, check: Check, tp: int, hosts: int) -> None:
+    """Run a check on the world's ranks in a layout."""
+    with meshes(world, tp, world.world.size // hosts) as mesh:
+        assert (mesh.hosts.size == 1) == (hosts == 1)
+        check(mesh)
 
 
 def check_routings(mesh: Mesh) -> None:
@@ -128,12 +134,16 @@ def check_routings(mesh: Mesh) -> None:
     last = [0] * (dp - 1) + [33]
     cases = [(even, "random"), (even, "one expert"), (ragged, "skewed"), (ragged, "last rank")]
     cases += [(last, "one expert"), (last, "random"), ([0] * dp, "random")]
-    for form, steps in (("allreduce", ["known"]), ("alltoall", ["known", "fixed", "unknown"])):
-        dispatch = ExpertDispatch(mesh, EXPERTS, DispatchSettings(form))
+    kinds_of_steps: dict[DispatchVariant, list[str]] = {
+        "allreduce": ["known"],
+        "alltoall": ["known", "fixed", "unknown"],
+    }
+    for variant, steps in kinds_of_steps.items():
+        dispatch = ExpertDispatch(mesh, EXPERTS, DispatchSettings(variant))
         for counts, kind in cases:
             for step in steps:
                 tokens = StepTokens(None if step == "unknown" else counts, step == "fixed")
-                case = f"{form} {step} {kind} {counts}"
+                case = f"{variant} {step} {kind} {counts}"
                 check_step(dispatch, mesh, draw(kind, counts), case, tokens)
 
 
@@ -164,28 +174,34 @@ def check_fixed(mesh: Mesh) -> None:
     def local(x_MD: Tensor, ids_MK: Tensor, weight_MK: Tensor) -> Tensor:
         return experts.all(x_MD, ids_MK, weight_MK * experts.is_local(ids_MK))
 
-    for form, kind in itertools.product(("allreduce", "alltoall"), ("random", "last rank")):
+    for variant, kind in itertools.product(VARIANTS, ("random", "last rank")):
         drawn = draw(kind, [9] * dp)
         for _, ids, _ in drawn[1:]:  # padding; the last group has nothing else
             ids[3:] = -1
         drawn[-1][1].fill_(-1)
-        dispatch, parts = ExpertDispatch(mesh, EXPERTS, DispatchSettings(form)), []
+        dispatch = ExpertDispatch(mesh, EXPERTS, DispatchSettings(variant))
+        parts: list[Tensor] = []
         for fixed in (True, False):
             tokens = StepTokens([9] * dp, fixed)
             before = [sent(mesh, name) for name in ("all_to_all", "all_reduce")]
-            with mock.patch.multiple(Tensor, **NO_HOST) if fixed else nullcontext():
+            with no_host_reads() if fixed else nullcontext():
                 parts.append(dispatch(*drawn[mesh.layout.dp_rank], local, tokens)())
             after = [sent(mesh, name) for name in ("all_to_all", "all_reduce")]
-            assert (before == after) == (fixed or dp == 1 or form == "allreduce")  # no counts
-        assert_bitwise_equal("fixed and exact", *parts)
-        check_step(dispatch, mesh, drawn, f"padded {form}", tokens)
+            assert (before == after) == (fixed or dp == 1 or variant == "allreduce")  # no counts
+        assert_bitwise_equal("fixed and exact", parts[0], parts[1])
+        check_step(dispatch, mesh, drawn, f"padded {variant}", tokens)
 
 
 def refuse(*args: object) -> None:
     raise AssertionError("not possible in a CUDA graph: the host reads values")
 
 
-NO_HOST = dict.fromkeys(("item", "tolist", "nonzero", "__bool__", "__int__"), refuse)
+@contextmanager
+def no_host_reads() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("item", "tolist", "nonzero", "__bool__", "__int__"):
+            patch.setattr(Tensor, name, refuse)
+        yield
 
 
 def sent(mesh: Mesh, name: str) -> list[int]:
@@ -193,9 +209,10 @@ def sent(mesh: Mesh, name: str) -> list[int]:
     return [group.sent[name] for group in (mesh.world, mesh.dp, mesh.hosts, mesh.host)]
 
 
-def check_bytes(mesh: Mesh, is_one_level: bool) -> None:
+def check_bytes(mesh: Mesh) -> None:
     """A token is sent to every destination once; FP8 takes little more than half the bytes."""
     layout, world = mesh.layout, mesh.world.size
+    is_one_level = mesh.hosts.size == 1 or layout.tp > mesh.host.size
     counts = [3 + 2 * g for g in range(layout.dp)]
     own = range(layout.dp_rank * layout.tp, (layout.dp_rank + 1) * layout.tp)
     drawn = draw("random", counts, torch.bfloat16)
@@ -265,10 +282,10 @@ def check_fp8(mesh: Mesh) -> None:
     )
     assert_close("fp8 gathered", got, experts.all(rounded, ids, weight), 1e-5)
     halved = draw("random", counts, torch.bfloat16)[layout.dp_rank]
-    for form in ("allreduce", "alltoall"):
-        dispatch = ExpertDispatch(mesh, EXPERTS, DispatchSettings(form))
+    for variant in VARIANTS:
+        dispatch = ExpertDispatch(mesh, EXPERTS, DispatchSettings(variant))
         got = mesh.tp.all_reduce(dispatch(*halved, experts.run)())
-        assert_close(f"bfloat16 {form}", got, experts.all(*halved), 2e-2)
+        assert_close(f"bfloat16 {variant}", got, experts.all(*halved), 2e-2)
 
 
 def check_auto(mesh: Mesh) -> None:
@@ -285,8 +302,8 @@ def check_moe(mesh: Mesh) -> None:
     """The layer with its shared expert: every dp group's result equals that of one rank."""
     config = dataclasses.replace(CONFIG, topk_group=3)
 
-    def make(mesh: Mesh, form: str) -> MoE:
-        dispatch = ExpertDispatch(mesh, config.n_routed_experts, DispatchSettings(form))
+    def make(mesh: Mesh, variant: DispatchVariant) -> MoE:
+        dispatch = ExpertDispatch(mesh, config.n_routed_experts, DispatchSettings(variant))
         side = SideStream(FORMAT.device)
         moe = MoE(config, "model.layers.1.mlp.", mesh.layout, FORMAT, dispatch, side)
         return filled(moe, mesh, config)
@@ -295,8 +312,8 @@ def check_moe(mesh: Mesh) -> None:
     generator = torch.Generator().manual_seed(count)
     x = torch.randn(count, CONFIG.hidden_size, generator=generator)
     want = make(alone(), "auto")(x)
-    for form in ("allreduce", "alltoall"):
-        assert_close(f"moe {form}", mesh.tp.all_reduce(make(mesh, form)(x)), want, 1e-5)
+    for variant in VARIANTS:
+        assert_close(f"moe {variant}", mesh.tp.all_reduce(make(mesh, variant)(x)), want, 1e-5)
 
 
 def check_bench(mesh: Mesh) -> None:

@@ -5,7 +5,9 @@ Weights are random with seeds made from their names, so that no weight has to be
 
 import dataclasses
 import zlib
+from functools import partial
 from types import SimpleNamespace
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import pytest
@@ -30,15 +32,17 @@ from dsv3.model.attention import MLA
 from dsv3.model.moe import MLP, MoE
 from dsv3.model.rotary import Rotary
 from dsv3.model.side_stream import SideStream
+from dsv3.model.transformer import Transformer
 from dsv3.parallel.expert_dispatch import ExpertDispatch
 from dsv3.parallel.linear import VocabParallelEmbedding, VocabParallelHead
 from dsv3.parallel.sequence_parallel import SequenceParallel
 from dsv3.parallel.weights import Matrix, Vector, WeightFormat
+from dsv3.settings import CacheForm, KvShard
 from dsv3_kernels import add_rmsnorm
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 from tests.checkpoint_files import TINY
 from tests.distributed.one_shot import check_connect, check_one_shot, check_sum_norm
-from tests.distributed.ranks import CPU, alone
+from tests.distributed.ranks import CPU, Check, alone
 
 # Twelve heads and experts for two, three and four ranks; other sizes do not divide.
 CONFIG = dataclasses.replace(
@@ -59,6 +63,7 @@ CONFIG = dataclasses.replace(
     num_experts_per_tok=3,
 )
 FORMAT = WeightFormat(torch.float32, CPU)
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def whole(name: str, shape: tuple[int, ...]) -> Tensor:
@@ -67,7 +72,7 @@ def whole(name: str, shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, generator=generator) / (shape[-1] ** 0.5 if len(shape) > 1 else 1)
 
 
-def filled(module: nn.Module, mesh: Mesh, config: ModelConfig = CONFIG) -> nn.Module:
+def filled(module: Module, mesh: Mesh, config: ModelConfig = CONFIG) -> Module:
     """Fill every matrix with its slice of the whole weights."""
     specs = tensor_specs(config)
     for part in module.modules():
@@ -78,23 +83,6 @@ def filled(module: nn.Module, mesh: Mesh, config: ModelConfig = CONFIG) -> nn.Mo
                 region = shard_region(specs[target.name], mesh.layout) or region_of(weight.shape)
                 target.dest.copy_(weight[tuple(slice(*bounds) for bounds in region)])
     return module
-
-
-def check_all(mesh: Mesh) -> None:
-    with torch.inference_mode():
-        check_collectives(mesh)
-        check_in_exchange(mesh)
-        check_sequence_parallel(mesh)
-        check_one_shot(mesh)
-        check_sum_norm(mesh)
-        check_connect(mesh)
-        check_plan_channel(mesh)
-        check_collective_errors(mesh)
-        check_vocabulary(mesh)
-        check_mlp(mesh)
-        check_moe(mesh)
-        check_sampler(mesh)
-        check_attention(mesh)
 
 
 def check_collectives(mesh: Mesh) -> None:
@@ -115,10 +103,11 @@ def check_collectives(mesh: Mesh) -> None:
 
 def check_in_exchange(mesh: Mesh) -> None:
     """A group is marked as in an exchange during the exchange only."""
-    group, all_reduce = mesh.world, dist.all_reduce
-    states = []
+    group = mesh.world
+    all_reduce = dist.all_reduce
+    states: list[bool] = []
 
-    def recorded(*args: object, **kwargs: object) -> None:
+    def recorded(*args: Any, **kwargs: Any) -> None:
         states.append(group.in_exchange)
         all_reduce(*args, **kwargs)
 
@@ -232,18 +221,6 @@ def check_moe(mesh: Mesh) -> None:
         assert_close(f"moe {tokens}", mesh.tp.all_reduce(layer(x)), single(x), 1e-5)
 
 
-def check_attention(mesh: Mesh) -> None:
-    attention._BLOCK = 64  # contexts of several blocks, merged
-    for form, kv_shard, limit in (
-        ("latent", "tokens", 1),
-        ("latent", "tokens", 100),
-        ("latent", "none", 1),
-        ("latent", "none", 4),
-        ("heads", "tokens", 1),
-    ):
-        run_attention(mesh, form, kv_shard, limit)
-
-
 # (context, new tokens) of four sequences over five steps: chunked prompts together with single
 # tokens, and contexts of 0, 1 and 2 tokens, shorter than the number of ranks.
 STEPS = [
@@ -255,7 +232,19 @@ STEPS = [
 ]
 
 
-def run_attention(mesh: Mesh, form: str, kv_shard: str, limit: int) -> None:
+def check_attention(mesh: Mesh, form: CacheForm, kv_shard: KvShard, limit: int) -> None:
+    """Chunked prompts and single tokens together give the results of one rank.
+
+    Args:
+        form, kv_shard: of the cache.
+        limit: largest number of new tokens of a sequence that attend to latents.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "_BLOCK", 64)  # contexts of several blocks, merged
+        compare_attention(mesh, form, kv_shard, limit)
+
+
+def compare_attention(mesh: Mesh, form: CacheForm, kv_shard: KvShard, limit: int) -> None:
     setups = []
     for tested in (mesh, alone()):
         prefix = "model.layers.0.self_attn."
@@ -279,7 +268,8 @@ def run_attention(mesh: Mesh, form: str, kv_shard: str, limit: int) -> None:
             batch = BatchBuilder(plan, pool.layout, CPU, limit).build()
             part = layer(x, rotary(batch.position_T), batch, pool.layer(0))
             results.append(tested.tp.all_reduce(part))
-        assert_close(f"{form} {kv_shard} {limit} step {number}", *results, 1e-5)
+        sharded_result, single_result = results
+        assert_close(f"step {number}", sharded_result, single_result, 1e-5)
 
 
 def attention_plan(step: dict[int, tuple[int, int]], layout: CacheLayout) -> StepPlan:
@@ -307,16 +297,16 @@ def check_sampler(mesh: Mesh) -> None:
     table[:9, [17, 300]] = 50.0  # equal maxima on different ranks
     table[20, 5], table[21, 330], table[22, 0] = torch.nan, torch.inf, -torch.inf
     plan = sampler_plan(rows, vocab)
-    results = [sampled(tested, table, plan) for tested in (mesh, alone())]
-    assert np.array_equal(*(result.token for result in results))
+    split, whole = (sampled(tested, table, plan) for tested in (mesh, alone()))
+    assert np.array_equal(split.token, whole.token)
     is_bad = np.isin(plan.row, [20, 21, 22])
-    assert ((results[0].token == NOT_FINITE) == is_bad).all()
+    assert ((split.token == NOT_FINITE) == is_bad).all()
     for name in ("logprob", "top_logprob"):
-        got, want = (torch.from_numpy(getattr(r, name)[~is_bad]) for r in results)
+        got, want = (torch.from_numpy(getattr(r, name)[~is_bad]) for r in (split, whole))
         assert_close(name, got, want, 1e-6)
-    assert np.array_equal(*(result.top_token[~is_bad] for result in results))
+    assert np.array_equal(split.top_token[~is_bad], whole.top_token[~is_bad])
     greedy = (plan.temperature == 0) & (plan.target == NO_TARGET) & (plan.row < 9)
-    assert greedy.sum() > 2 and set(results[0].token[greedy]) == {17}
+    assert greedy.sum() > 2 and set(split.token[greedy]) == {17}
 
 
 def sampled(mesh: Mesh, table: Tensor, plan: StepPlan) -> HostResult:
@@ -329,7 +319,7 @@ def sampled(mesh: Mesh, table: Tensor, plan: StepPlan) -> HostResult:
         logits=lambda x: padded[x[:, 0].long(), start : start + width],
     )
     hidden = torch.arange(float(len(table)))[:, None]
-    return Sampler(model, mesh.tp, CPU)(hidden, plan).to_host()
+    return Sampler(cast(Transformer, model), mesh.tp, CPU)(hidden, plan).to_host()
 
 
 def sampler_plan(rows: int, vocab: int) -> StepPlan:
@@ -352,6 +342,33 @@ def sampler_plan(rows: int, vocab: int) -> StepPlan:
     )
 
 
+CHECKS: dict[str, Check] = {
+    "collectives": check_collectives,
+    "in_exchange": check_in_exchange,
+    "sequence_parallel": check_sequence_parallel,
+    "one_shot": check_one_shot,
+    "sum_norm": check_sum_norm,
+    "connect": check_connect,
+    "plan_channel": check_plan_channel,
+    "collective_errors": check_collective_errors,
+    "vocabulary": check_vocabulary,
+    "mlp": check_mlp,
+    "moe": check_moe,
+    "sampler": check_sampler,
+    "attention latent tokens 1": partial(
+        check_attention, form="latent", kv_shard="tokens", limit=1
+    ),
+    "attention latent tokens 100": partial(
+        check_attention, form="latent", kv_shard="tokens", limit=100
+    ),
+    "attention latent none 1": partial(check_attention, form="latent", kv_shard="none", limit=1),
+    "attention latent none 4": partial(check_attention, form="latent", kv_shard="none", limit=4),
+    "attention heads tokens 1": partial(check_attention, form="heads", kv_shard="tokens", limit=1),
+}
+
+
 def fail_on_rank_1(mesh: Mesh) -> None:
+    """The other ranks wait for rank 1 in an exchange."""
     if mesh.world.rank == 1:
         raise RuntimeError("rank 1 says no")
+    mesh.world.all_reduce(torch.ones(1))

@@ -39,7 +39,8 @@ def talk(llm: LLM) -> dict[str, Any]:
     got: dict[str, Any] = {"main": llm.is_main}
     got["chat"] = [done.text for done in llm.chat(ANNA)]
     got["chats"] = [done.text for done in llm.chat([ANNA, MLA], [SamplingParams(), SHORT])]
-    got["tokens"] = [done.token_ids for done in llm.generate([[0, 3, 50, 60], "1 + 1 ="], SHORT)]
+    prompts: list[str | list[int]] = [[0, 3, 50, 60], "1 + 1 ="]
+    got["tokens"] = [done.token_ids for done in llm.generate(prompts, SHORT)]
     got["stream"] = list(llm.stream(ANNA))
     pieces = []
     for piece in llm.stream(MLA):
@@ -77,7 +78,8 @@ def streams_at_once(llm: LLM) -> dict[str, Any]:
     if torch.distributed.is_initialized():
         torch.distributed.barrier()  # another stream is open
     got["newer"] = "".join(newer)
-    got["numbered"] = list(llm.streams([MLA, "1 + 1 ="], [SHORT, {"max_tokens": 2}]))
+    mixed: list[str | list[dict[str, str]]] = [MLA, "1 + 1 ="]
+    got["numbered"] = list(llm.streams(mixed, [SHORT, {"max_tokens": 2}]))
     return got
 
 

@@ -82,8 +82,14 @@ def answer(engine: Engine, asked: list[Request]) -> dict[str, list[int] | list[f
     return answers
 
 
-def run_case(mesh: Mesh, path: str, settings: dict, prompts: list[list[int]], max_tokens: int):
-    """Run one case on all ranks; the result is rank 0's."""
+def run_case(
+    mesh: Mesh,
+    path: str,
+    settings: dict[str, Any],
+    prompts: list[list[int]],
+    max_tokens: int,
+) -> dict[str, Any]:
+    """Run one case on all ranks; the answers are rank 0's."""
     started = start(Path(path), EngineConfig(**settings), mesh)
     answers = {}
     if started.engine is None:

@@ -1,13 +1,16 @@
 """Checks on every rank: answers do not depend on the expert placement, also while experts move."""
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from dsv3.config import divisors
 from dsv3.config_files import DEMO
 from dsv3.distributed.mesh import Mesh
-from dsv3.engine.balance import moves
 from dsv3.engine.engine import follow
 from dsv3.engine.start import Started, start
 from dsv3.model.moe import MoE
@@ -17,20 +20,20 @@ from dsv3.parallel.expert_placement import Placement, read_layers
 from dsv3.parallel.physical_experts import PhysicalExperts
 from dsv3.parallel.token_rows import DispatchSettings
 from dsv3.request import Request, SamplingParams
-from dsv3.settings import EngineConfig
+from dsv3.settings import DispatchVariant, EngineConfig
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
-from tests.distributed.dispatch import meshes
+from tests.distributed.dispatch import VARIANTS, meshes
 from tests.distributed.layers import CONFIG, FORMAT, filled
-from tests.distributed.ranks import alone
+from tests.distributed.ranks import Check, alone
 
 PROMPTS = [[7] * 20, [50, 60, 70], [900 + i for i in range(33)]]
 TOKENS = 9
-CACHE = {"kv_cache_size": "1024tok", "max_seq_len": 128}
+CACHE = EngineConfig(kv_cache_size="1024tok", max_seq_len=128)
 
 
-def answers(mesh: Mesh, **settings: object) -> tuple[list[list[int]], Started]:
+def answers(mesh: Mesh, **settings: Any) -> tuple[list[list[int]], Started]:
     """Return greedy answers (on rank 0 only) and the engine that made them."""
-    started = start(DEMO, EngineConfig(**CACHE, **settings), mesh)
+    started = start(DEMO, replace(CACHE, **settings), mesh)
     found: dict[str, list[int]] = {}
     if started.engine is None:
         follow(started.runner, started.channel)
@@ -47,17 +50,18 @@ def answers(mesh: Mesh, **settings: object) -> tuple[list[list[int]], Started]:
     return [found[key] for key in sorted(found)], started
 
 
-def check_engine(mesh: Mesh, folder: str) -> None:
-    """The demo model with placements from a file and moved live; on four ranks with copies."""
+def compare_answers(mesh: Mesh, folder: str) -> None:
     assert mesh.layout.tp == 2
-    size, load, file = mesh.world.size, f"{folder}/load.json", f"{folder}/placement.json"
+    size = mesh.world.size
+    load = f"{folder}/load.json"
+    file = f"{folder}/placement.json"
     want, plain = answers(mesh)
     assert plain.runner.balancer is None and len(want) == (3 if mesh.world.rank == 0 else 0)
-    spare = {} if size == 2 else {"redundant_experts": size}
-    kept = {} if size == 2 else {"weights": "fp8"}
-    first = Placement.contiguous(plain.config, size, size if spare else 0)
+    num_copies = 0 if size == 2 else size
+    weights = "auto" if size == 2 else "fp8"
+    first = Placement.contiguous(plain.config, size, num_copies)
 
-    def check(placed: Placement | None = None, **settings: object) -> Started:
+    def check(placed: Placement | None = None, **settings: Any) -> Started:
         if placed is not None:
             if mesh.world.rank == 0:
                 placed.write(Path(file))
@@ -68,22 +72,26 @@ def check_engine(mesh: Mesh, folder: str) -> None:
         assert started.plan.weight_bytes == started.runner.weight_bytes, settings
         return started
 
-    assert check(record_expert_load=load, **spare).runner.balancer.placement.layers.keys() == {
-        1,
-        2,
-        3,
-    }
+    recorded = check(record_expert_load=load, redundant_experts=num_copies)
+    assert recorded.runner.balancer is not None
+    assert list(recorded.runner.balancer.placement.layers) == [1, 2, 3]
     check_loads(mesh, plain, load)
     mesh.world.all_reduce(torch.zeros(1))
     loads = read_layers(Path(load), ())[1]
     best = first.rebalanced(loads, plain.config.n_group, 1)
     assert best.imbalance(loads) < first.imbalance(loads)
-    check(best, **kept)
-    live = check(rebalance_every=3, record_expert_load=load, **spare, **kept)
+    check(best, weights=weights)
+    live = check(
+        rebalance_every=3,
+        record_expert_load=load,
+        redundant_experts=num_copies,
+        weights=weights,
+    )
     check_loads(mesh, plain, load)
+    assert live.runner.balancer is not None
     moved = live.runner.balancer.placement
     assert any((moved.layers[i] != first.layers[i]).any() for i in moved.layers)
-    check_weights(live, check(moved, **kept))
+    check_weights(live, check(moved, weights=weights))
 
 
 def check_loads(mesh: Mesh, plain: Started, load: str) -> None:
@@ -111,20 +119,17 @@ def moe_layers(started: Started) -> list[MoE]:
     return [m for m in started.runner.model.modules() if isinstance(m, MoE)]
 
 
-def check_layers(world: Mesh) -> None:
+def check_layer(world: Mesh, tp: int, form: DispatchVariant) -> None:
     """One layer, tokens of several dp groups: copies are used in turn, every token is counted."""
-    size, tokens = world.world.size, 11
+    size = world.world.size
     start = Placement.contiguous(CONFIG, size, 2 * size)
     rng = np.random.default_rng(0)
     shuffled = Placement(12, size, {1: rng.permutation(start.layers[1])})
-    for tp in (1, 2, 4):
-        for form in ("allreduce", "alltoall"):
-            if tp <= size:
-                with meshes(world, tp, size) as mesh:
-                    check_layer(mesh, shuffled, form, tokens)
+    with meshes(world, tp, size) as mesh:
+        compare_layer(mesh, shuffled, form, tokens=11)
 
 
-def check_layer(mesh: Mesh, placement: Placement, form: str, tokens: int) -> None:
+def compare_layer(mesh: Mesh, placement: Placement, form: DispatchVariant, tokens: int) -> None:
     prefix, settings = "model.layers.1.mlp.", DispatchSettings(variant=form)
     single = ExpertDispatch(alone(), CONFIG.n_routed_experts)
     side = SideStream(FORMAT.device)
@@ -153,17 +158,16 @@ def check_layer(mesh: Mesh, placement: Placement, form: str, tokens: int) -> Non
     assert used.max() - used[used > 0].min() <= 1 and (used > 0).sum() == min(6, copies)
 
 
-def check_all(mesh: Mesh, folder: str) -> None:
-    with torch.inference_mode():
-        check_layers(mesh)
-    with meshes(mesh, 2, mesh.world.size) as pairs:  # four ranks are two groups
-        check_engine(pairs, folder)
+def check_engine(world: Mesh, folder: str) -> None:
+    """The demo model with placements from a file and moved live; on four ranks with copies."""
+    with meshes(world, 2, world.world.size) as mesh:  # four ranks are two groups
+        compare_answers(mesh, folder)
 
 
-def check_moves() -> None:
-    """An expert is copied from the nearest rank that has it."""
-    old = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7]).numpy()
-    new = torch.tensor([1, 1, 3, 3, 0, 0, 2, 7, 4, 5, 6, 7]).numpy()
-    # Ranks of two experts, hosts of two ranks: 1, 3 and 0 are on the same host, 7 on another one.
-    assert moves(old, new, 6, 2) == [(1, 0), (3, 2), (4, 5), (11, 7)]
-    assert moves(old, old, 6, 2) == []
+def checks(size: int, folder: str) -> dict[str, Check]:
+    """Return the checks of a world by name; files of placements go into `folder`."""
+    found: dict[str, Check] = {"engine": partial(check_engine, folder=folder)}
+    for tp in divisors(size):
+        for variant in VARIANTS:
+            found[f"layer tp {tp} {variant}"] = partial(check_layer, tp=tp, form=variant)
+    return found

@@ -13,16 +13,31 @@ from dsv3.parallel.token_rows import (
 from dsv3_kernels import act_quant
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 from tests.distributed import dispatch
-from tests.distributed.ranks import run_ranks
+from tests.distributed.ranks import Check, Outcomes, alone, run_checks
+
+CHECKS = {size: dispatch.checks(size) for size in (2, 4, 8)}
 
 
-def test_one_rank() -> None:
-    dispatch.check_one_rank()
+@pytest.fixture(scope="module")
+def outcomes(request: pytest.FixtureRequest) -> Outcomes:
+    return run_checks(CHECKS[request.param], request.param)
 
 
-@pytest.mark.parametrize("world_size", [2, 4, 8])
-def test_ranks(world_size: int) -> None:
-    run_ranks(dispatch.check_all, world_size)
+@pytest.mark.parametrize(
+    ("outcomes", "check"),
+    [(size, check) for size, checks in CHECKS.items() for check in checks],
+    indirect=["outcomes"],
+    scope="module",
+)
+def test_several_ranks_give_the_results_of_one(outcomes: Outcomes, check: str) -> None:
+    outcomes.verify(check)
+
+
+@pytest.mark.parametrize(
+    "check", [dispatch.check_routings, dispatch.check_fixed, dispatch.check_moe]
+)
+def test_one_rank(check: Check) -> None:
+    check(alone())
 
 
 @pytest.mark.parametrize("ue8m0", [False, True])

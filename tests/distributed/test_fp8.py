@@ -8,6 +8,8 @@ import pytest
 from dsv3.distributed.mesh import Mesh
 from dsv3.engine.engine import follow
 from dsv3.engine.start import start
+from dsv3.model.moe import MoE
+from dsv3.model.transformer import DecoderLayer
 from dsv3.request import SamplingParams
 from dsv3.settings import EngineConfig
 from dsv3.text.chat import ChatFormat
@@ -24,6 +26,8 @@ def answer(mesh: Mesh) -> None:
     settings = EngineConfig(dtype="fp8", kv_cache_size="4096tok")
     started = start(ROOT / "checkpoints" / "demo-v3", settings, mesh)
     layer = started.runner.model.layers[-1]
+    assert isinstance(layer, DecoderLayer) and isinstance(layer.mlp, MoE)
+    assert layer.mlp.shared_experts is not None
     assert layer.self_attn.o_proj.quantizes
     # The one block of the shared expert is the first rank's.
     down = layer.mlp.shared_experts.down_proj
@@ -32,6 +36,7 @@ def answer(mesh: Mesh) -> None:
     if started.engine is None:
         follow(started.runner, started.channel)
         return
+    assert started.engine.tokenizer is not None
     chat = ChatFormat(started.engine.tokenizer, started.config.model_type)
     prompts = [chat.encode(chat.render(row["messages"])) for row in ROWS]
     done = answers(started, prompts, SamplingParams(max_tokens=48))

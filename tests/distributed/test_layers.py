@@ -3,14 +3,22 @@
 import pytest
 
 from tests.distributed import layers
-from tests.distributed.ranks import run_ranks
+from tests.distributed.ranks import Outcomes, RankFailure, run_checks
 
 
-@pytest.mark.parametrize("world_size", [3, 4])
-def test_layers(world_size: int) -> None:
-    run_ranks(layers.check_all, world_size)
+@pytest.fixture(scope="module", params=[3, 4])
+def outcomes(request: pytest.FixtureRequest) -> Outcomes:
+    return run_checks(layers.CHECKS, request.param)
 
 
-def test_a_failing_rank_fails_the_test() -> None:
-    with pytest.raises(Exception, match="rank 1 says no"):
-        run_ranks(layers.fail_on_rank_1, 2)
+@pytest.mark.parametrize("check", layers.CHECKS)
+def test_several_ranks_give_the_results_of_one(outcomes: Outcomes, check: str) -> None:
+    outcomes.verify(check)
+
+
+def test_a_failure_names_its_rank_and_hides_no_other_check() -> None:
+    checks = {"failing": layers.fail_on_rank_1, "mlp": layers.check_mlp}
+    outcomes = run_checks(checks, 2)
+    with pytest.raises(RankFailure, match=r"on rank 1 first:\n(.*\n)*RuntimeError: rank 1 says no"):
+        outcomes.verify("failing")
+    outcomes.verify("mlp")

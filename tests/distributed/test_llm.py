@@ -65,7 +65,7 @@ def test_a_closed_model_says_so(alone: dict[str, Any]) -> None:
     assert alone["closed"] == [f"this LLM is closed: {call} needs a new one" for call in calls]
 
 
-def test_two_ranks_answer_as_one_and_only_the_first_tells(
+def test_two_ranks_answer_as_one_and_only_the_first_returns_text(
     alone: dict[str, Any], tmp_path: Path
 ) -> None:
     first, second = results(tmp_path, torchrun(2))

@@ -1,17 +1,35 @@
 """Experts placed by file and moved live, over several ranks; the checks are in `placement.py`."""
 
-from pathlib import Path
-
+import numpy as np
 import pytest
 
+from dsv3.engine.balance import moves
 from tests.distributed import placement
-from tests.distributed.ranks import run_ranks
+from tests.distributed.ranks import Outcomes, run_checks
+
+CHECKS = {size: list(placement.checks(size, "")) for size in (2, 4)}
+
+
+@pytest.fixture(scope="module")
+def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    size: int = request.param
+    folder = tmp_path_factory.mktemp("placement")
+    return run_checks(placement.checks(size, str(folder)), size)
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "check"),
+    [(size, check) for size, checks in CHECKS.items() for check in checks],
+    indirect=["outcomes"],
+    scope="module",
+)
+def test_the_placement_changes_no_result(outcomes: Outcomes, check: str) -> None:
+    outcomes.verify(check)
 
 
 def test_an_expert_is_copied_from_the_nearest_rank() -> None:
-    placement.check_moves()
-
-
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_answers(world_size: int, tmp_path: Path) -> None:
-    run_ranks(placement.check_all, world_size, str(tmp_path))
+    old = np.array([0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7])
+    new = np.array([1, 1, 3, 3, 0, 0, 2, 7, 4, 5, 6, 7])
+    # Ranks of two experts, hosts of two ranks: 1, 3 and 0 are on the same host, 7 on another one.
+    assert moves(old, new, 6, 2) == [(1, 0), (3, 2), (4, 5), (11, 7)]
+    assert moves(old, old, 6, 2) == []

@@ -1,5 +1,7 @@
 """Decode steps on static buffers give the tokens that other batches give, over several steps."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -32,7 +34,7 @@ PROMPTS = (30, 7, 100, 1, 64)
 STEPS = 6
 
 
-def plan(context: list[int], new: list[list[int]], pages_each: int, **sampling: object) -> StepPlan:
+def plan(context: list[int], new: list[list[int]], pages_each: int, **sampling: Any) -> StepPlan:
     """Sequence b holds pages b * pages_each + 1 and on."""
     count, zeros = len(context), np.zeros(len(context), np.int32)
     lengths = np.array([len(n) for n in new], np.int32)
@@ -59,7 +61,7 @@ def plan(context: list[int], new: list[list[int]], pages_each: int, **sampling: 
     )
 
 
-def answers(runner: Runner, sampling: dict[str, object]) -> list[list[int]]:
+def answers(runner: Runner, sampling: dict[str, Any]) -> list[list[int]]:
     """Prefill, then decode: fed on the device, from the host, and with sequences leaving."""
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 2000, n).tolist() for n in sorted(PROMPTS)]
@@ -86,7 +88,7 @@ DRAWN = {
 }
 
 
-def static_is_as_other(mesh: Mesh, settings: EngineConfig) -> None:
+def check_static_steps(mesh: Mesh, settings: EngineConfig) -> None:
     started = start(DEMO, settings, mesh)
     limit = started.config.max_position_embeddings
     for sampling in ({}, DRAWN):
@@ -99,19 +101,21 @@ def static_is_as_other(mesh: Mesh, settings: EngineConfig) -> None:
         assert used == {(8, bool(sampling)), (4, bool(sampling))}
 
 
-@pytest.mark.parametrize("kv", ["tokens", "none", "naive"])
-def test_static_steps_of_one_rank(kv: str) -> None:
-    impl = {"attn_impl": "naive"} if kv == "naive" else {"kv_shard": kv}
-    static_is_as_other(alone(), EngineConfig(kv_cache_size="2048tok", **impl))
+CACHES = {
+    "tokens": EngineConfig(kv_cache_size="2048tok", kv_shard="tokens"),
+    "none": EngineConfig(kv_cache_size="2048tok", kv_shard="none"),
+    "naive": EngineConfig(kv_cache_size="2048tok", attn_impl="naive"),
+}
 
 
-def both_caches(mesh: Mesh) -> None:
-    for kv_shard in ("tokens", "none"):
-        static_is_as_other(mesh, EngineConfig(kv_cache_size="2048tok", kv_shard=kv_shard))
+@pytest.mark.parametrize("cache", CACHES)
+def test_static_steps_of_one_rank(cache: str) -> None:
+    check_static_steps(alone(), CACHES[cache])
 
 
-def test_static_steps_of_two_ranks() -> None:
-    run_ranks(both_caches, 2)
+@pytest.mark.parametrize("cache", ["tokens", "none"])
+def test_static_steps_of_two_ranks(cache: str) -> None:
+    run_ranks(check_static_steps, 2, settings=CACHES[cache])
 
 
 def test_padding_sees_and_writes_nothing() -> None:

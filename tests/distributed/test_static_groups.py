@@ -4,6 +4,10 @@ What runs here without a graph is what a graph holds; `tests/kernels/test_captur
 it that the host reads no device value meanwhile.
 """
 
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 
@@ -16,14 +20,23 @@ from dsv3.engine.start import Started, start
 from dsv3.engine.step_plan import StepPlan
 from dsv3.request import Request, SamplingParams
 from dsv3.settings import EngineConfig
-from tests.distributed.ranks import CPU, alone, run_ranks
+from tests.distributed.ranks import CPU, Check, Outcomes, alone, run_checks
 from tests.distributed.test_static import plan
 
 # Prompt and answer of each request; the first one is alone at the beginning, the last one at the
 # end, and in between the groups have unequal numbers of sequences.
 ASKED = ((30, 12), (7, 3), (100, 6), (1, 16), (64, 2), (3, 5), (9, 4))
-CACHE = {"kv_cache_size": "1024tok", "max_seq_len": 256}
+CACHE = EngineConfig(kv_cache_size="1024tok", max_seq_len=256)
 Answers = dict[str, list[int]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """Data-parallel groups, hosts, and settings that differ from `CACHE`."""
+
+    dp: int
+    hosts: int = 1
+    settings: dict[str, Any]
 
 
 def ask(engine: Engine) -> Answers:
@@ -31,8 +44,9 @@ def ask(engine: Engine) -> Answers:
     answers: Answers = {}
     requests = []
     for i, (prompt, answer) in enumerate(ASKED):
-        drawn = {"temperature": 0.8, "top_p": 0.9, "seed": i} if i % 2 else {}
-        params = SamplingParams(max_tokens=answer, ignore_eos=True, **drawn)
+        params = SamplingParams(max_tokens=answer, ignore_eos=True)
+        if i % 2:
+            params = replace(params, temperature=0.8, top_p=0.9, seed=i)
         ids = [(17 * i + 29 * j) % 1999 for j in range(prompt)]
         requests.append(Request(request_id=str(i), prompt_ids=ids, params=params))
     engine.add(requests[0])
@@ -49,7 +63,8 @@ def ask(engine: Engine) -> Answers:
 
 def watched(started: Started) -> list[tuple[Bucket, int]]:
     """Make a runner use static buffers; return a list that will hold its steps."""
-    runner, seen = started.runner, []
+    runner = started.runner
+    seen: list[tuple[Bucket, int]] = []
     steps = GraphRunner(runner.model, started.cache, runner.sampler)  # type: ignore[arg-type]
     run = steps.run
 
@@ -67,27 +82,27 @@ def regrouped(world: Mesh, dp: int, hosts: int = 1) -> Mesh:
     return make_mesh(layout, CPU, "gloo", False, [r * hosts // size for r in range(size)])
 
 
-def check_groups(world: Mesh, cases: list[tuple[int, int, dict[str, object]]], want: Answers):
-    for dp, hosts, settings in cases:
-        mesh = regrouped(world, dp, hosts)
-        assert (mesh.hosts.size > 1) == (hosts > 1)
-        started = start(DEMO, EngineConfig(**CACHE, **settings), mesh)
-        seen = watched(started)
-        if started.engine is None:
-            follow(started.runner, started.channel)
-        else:
-            assert ask(started.engine) == want, (dp, hosts, settings)
-        idle = sum(count == 0 for _, count in seen)
-        padded = sum(0 < count < bucket.rows for bucket, count in seen)
-        idle, padded = mesh.world.all_reduce(torch.tensor([idle, padded])).tolist()
-        assert len(seen) > 12 and idle > 0 and padded > 0, (dp, len(seen), idle, padded)
-        mesh.close()
+def check_groups(world: Mesh, case: Case, want: Answers) -> None:
+    """The groups of a layout answer as one rank does."""
+    mesh = regrouped(world, case.dp, case.hosts)
+    assert (mesh.hosts.size > 1) == (case.hosts > 1)
+    started = start(DEMO, replace(CACHE, **case.settings), mesh)
+    seen = watched(started)
+    if started.engine is None:
+        follow(started.runner, started.channel)
+    else:
+        assert ask(started.engine) == want
+    num_idle = sum(count == 0 for _, count in seen)
+    num_padded = sum(0 < count < bucket.rows for bucket, count in seen)
+    idle, padded = mesh.world.all_reduce(torch.tensor([num_idle, num_padded])).tolist()
+    assert len(seen) > 12 and idle > 0 and padded > 0, (len(seen), idle, padded)
+    mesh.close()
 
 
 def check_failure(world: Mesh, want: Answers) -> None:
     """A step that one rank cannot capture runs eagerly on all."""
     mesh = regrouped(world, 2)
-    started = start(DEMO, EngineConfig(**CACHE), mesh)
+    started = start(DEMO, CACHE, mesh)
     watched(started)
     steps = started.runner._static
     assert steps is not None
@@ -107,39 +122,66 @@ def check_failure(world: Mesh, want: Answers) -> None:
 
 @pytest.fixture(scope="module")
 def want() -> Answers:
-    started = start(DEMO, EngineConfig(**CACHE), alone())
+    started = start(DEMO, CACHE, alone())
     assert started.engine is not None
     return ask(started.engine)
 
 
-FORMS = ({"moe_dispatch": "allreduce"}, {"moe_dispatch": "alltoall", "pipeline_depth": 1})
-COPIES = {"redundant_experts": 4, "rebalance_every": 4}
+# Ranks -> name of the case -> layout and settings.
+CASES = {
+    2: {
+        "allreduce": Case(dp=2, settings={"moe_dispatch": "allreduce"}),
+        "alltoall": Case(dp=2, settings={"moe_dispatch": "alltoall", "pipeline_depth": 1}),
+    },
+    4: {
+        "4 groups, experts move": Case(
+            dp=4,
+            settings={"moe_dispatch": "alltoall", "redundant_experts": 4, "rebalance_every": 4},
+        ),
+        "4 groups on 2 hosts": Case(
+            dp=4, hosts=2, settings={"moe_dispatch": "alltoall", "pipeline_depth": 1}
+        ),
+        "2 groups": Case(dp=2, settings={"pipeline_depth": 1}),
+        "2 groups on 2 hosts": Case(
+            dp=2, hosts=2, settings={"moe_dispatch": "alltoall", "kv_shard": "none"}
+        ),
+    },
+}
 
 
-def test_two_groups(want: Answers) -> None:
-    run_ranks(check_groups, 2, [(2, 1, form) for form in FORMS], want)
+@pytest.fixture(scope="module")
+def outcomes(request: pytest.FixtureRequest, want: Answers) -> Outcomes:
+    size: int = request.param
+    checks: dict[str, Check] = {
+        name: partial(check_groups, case=case, want=want) for name, case in CASES[size].items()
+    }
+    if size == 2:
+        checks["capture fails"] = partial(check_failure, want=want)
+    return run_checks(checks, size)
 
 
-def test_what_one_rank_cannot_capture_no_rank_replays(want: Answers) -> None:
-    run_ranks(check_failure, 2, want)
+@pytest.mark.parametrize(
+    ("outcomes", "case"),
+    [(size, name) for size, cases in CASES.items() for name in cases],
+    indirect=["outcomes"],
+    scope="module",
+)
+def test_groups_answer_as_one_rank(outcomes: Outcomes, case: str) -> None:
+    outcomes.verify(case)
 
 
-def test_four_ranks(want: Answers) -> None:
-    """Groups of one and of two, on one host and on two, experts that move meanwhile."""
-    cases = [
-        (4, 1, {"moe_dispatch": "alltoall", **COPIES}),
-        (4, 2, {"moe_dispatch": "alltoall", "pipeline_depth": 1}),
-        (2, 1, {"pipeline_depth": 1}),
-        (2, 2, {"moe_dispatch": "alltoall", "kv_shard": "none"}),
-    ]
-    run_ranks(check_groups, 4, cases, want)
+@pytest.mark.parametrize("outcomes", [2], indirect=True, scope="module")
+def test_a_step_that_one_rank_cannot_capture_is_eager_on_all(outcomes: Outcomes) -> None:
+    outcomes.verify("capture fails")
 
 
 def test_all_groups_take_one_bucket() -> None:
-    """That of the fullest group and the longest sequence; none if any group does more."""
-    started = start(DEMO, EngineConfig(**CACHE), alone())
+    """The bucket fits the fullest group and the longest sequence; none if any group does more."""
+    started = start(DEMO, CACHE, alone())
     steps = GraphRunner(started.runner.model, started.cache, started.runner.sampler)  # type: ignore[arg-type]
-    few, far, idle = plan([3], [[1]], 1), plan([3] * 4 + [1200], [[1]] * 5, 20), StepPlan()
+    few = plan([3], [[1]], 1)
+    far = plan([3] * 4 + [1200], [[1]] * 5, 20)
+    idle = StepPlan()
     assert steps.bucket([few, idle]) == Bucket(1, 16, False)
     assert steps.bucket([idle, few, far]) == Bucket(8, 32, False)
     assert steps.bucket([idle, idle]) is None

@@ -9,6 +9,7 @@ RESULT.json: {name: {"answers": [...], "cached": [...], "stats": as --stats-file
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,7 +30,7 @@ def ask(engine: Engine, name: str, prompt: list[int]) -> Completion:
                 return out.completion
 
 
-def run_case(mesh: Mesh, job: dict, settings: dict) -> dict:
+def run_case(mesh: Mesh, job: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     started = start(Path(job["path"]), EngineConfig(**settings), mesh)
     answers, cached = [], []
     if started.engine is None:

@@ -5,32 +5,29 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsv3.config_files import DEMO
 from dsv3_kernels import Peers, fits_sum_norm, shared_bytes, sum_norm
 from dsv3_kernels.ops.sum_norm import MAX_ROWS, sum_norm_of_parts
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
-from tests.distributed.matrix import run_case
 from tests.distributed.ranks import CPU, alone, run_ranks
-from tests.kernels.peers import check_all, check_answers, check_sums, make_memory
+from tests.kernels.peers import check_all, check_answers, check_sums, make_memory, small_answers
 
 
 def test_all_ranks_get_the_bits_of_the_reference(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "no waiting", tmp_path / "one buffer"):
         make_memory(folder, 2)
-    run_ranks(check_all, 2, tmp_path)
+    run_ranks(check_all, 2, folder=tmp_path)
 
 
 def test_turns_may_overflow(tmp_path: Path) -> None:
     make_memory(tmp_path, 4, turn=2**31 - 3)
-    run_ranks(check_sums, 4, tmp_path)
+    run_ranks(check_sums, 4, folder=tmp_path)
 
 
-def test_a_model_says_the_same(tmp_path: Path) -> None:
-    job = DEMO, {"kv_cache_size": "1024tok"}, [[1, 2, 3]], 3
-    answers = run_case(alone(), *job)["answers"]
+def test_a_model_gives_the_same_answers(tmp_path: Path) -> None:
+    answers = small_answers(alone())
     make_memory(tmp_path, 2)
     greedy = {"greedy 0": answers["greedy 0"]}
-    run_ranks(check_answers, 2, tmp_path, job, greedy)
+    run_ranks(check_answers, 2, folder=tmp_path, want=greedy)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -101,7 +101,7 @@ def test_fused_fp8_experts(oracle: MAKE, world_size: int, tmp_path: Path) -> Non
         single, both = (all_logits(start_alone(p), made.prompts, 200) for p in (made.path, path))
         assert all(torch.equal(a, b) for a, b in zip(single, both, strict=True))
     else:
-        run_ranks(answer, world_size, path, made.prompts, want)
+        run_ranks(answer, world_size, path=path, prompts=made.prompts, want=want)
 
 
 def test_a_tied_head_that_is_stored_and_differs(
