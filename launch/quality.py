@@ -42,7 +42,9 @@ def accuracy(engine: Engine, path: str, model_type: str, longest: int) -> float:
     for i, line in enumerate(Path(path).read_text().splitlines(), start=1):
         try:
             row = json.loads(line)
-            messages, expected, num_tokens = row["messages"], row["expected"], row["n_tokens"]
+            messages = row["messages"]
+            expected = row["expected"]
+            num_tokens = row["n_tokens"]
         except (ValueError, KeyError, TypeError):
             rule = "must be an object with messages, expected and n_tokens"
             raise ConfigError(f"{path}: line {i} {rule}") from None

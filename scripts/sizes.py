@@ -69,7 +69,7 @@ def packages(files: dict[str, int]) -> dict[str, int]:
 
 def main() -> None:
     """Print the report."""
-    every = {}
+    every: dict[str, int] = {}
     for folder in _FOLDERS:
         files = count_lines(ROOT, folder)
         every |= files

@@ -116,14 +116,14 @@ def write_file(path: Path, tensors: Tensors) -> None:
 def write_hf(path: Path, config: ModelConfig, tensors: Tensors, files: int = 3) -> Path:
     """A Hugging Face directory; weights and their scales land in different files."""
     path.mkdir(parents=True, exist_ok=True)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for index in range(files):
         name = f"model-{index + 1:05d}-of-{files:05d}.safetensors"
         part = dict(list(tensors.items())[index::files])
         write_file(path / name, part)
         weight_map |= dict.fromkeys(part, name)
-    index = {"metadata": {}, "weight_map": weight_map}
-    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    contents = {"metadata": {}, "weight_map": weight_map}
+    (path / "model.safetensors.index.json").write_text(json.dumps(contents))
     (path / "config.json").write_text(json.dumps(hf_config_dict(config)))
     (path / "tokenizer.json").write_text("{}")
     return path

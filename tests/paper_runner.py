@@ -8,17 +8,19 @@ import random
 import zlib
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 
+from dsv3.cache.disk_index import DiskIndex
 from dsv3.cache.layout import NULL_PAGE, CacheLayout, Plane
 from dsv3.cache.pool import CachePool
 from dsv3.cache.tiers import PageKey, Tiers
 from dsv3.distributed.collectives import SingleRank
 from dsv3.engine.adjust import Adjustments
 from dsv3.engine.engine import Engine
+from dsv3.engine.runner import Runner
 from dsv3.engine.step_plan import (
     NO_TARGET,
     PlanChannel,
@@ -46,7 +48,8 @@ def next_token(tokens: Sequence[int], seed: int) -> int:
 
 def answer(request: Request) -> tuple[list[int], str]:
     """Return the tokens and finish reason that a request must get, whatever else is running."""
-    params, out = request.params, []
+    params = request.params
+    out: list[int] = []
     ends = set(params.stop_token_ids) | (set() if params.ignore_eos else {EOS})
     while len(out) < params.max_tokens:
         token = next_token([*request.prompt_ids, *out], params.seed)
@@ -132,10 +135,9 @@ class PaperRunner:
         num_host_pages: int = 0,
         disk: PaperDisk | None = None,
     ) -> None:
-        self.disk, self.tiers = (
-            disk,
-            Tiers(num_host_pages, layout.page_size, disk) if num_host_pages else None,
-        )
+        self.disk = disk
+        index = cast(DiskIndex | None, disk)
+        self.tiers = Tiers(num_host_pages, layout.page_size, index) if num_host_pages else None
         self.page_size, self.settings = layout.page_size, settings
         self.memory = np.full((num_pages, layout.page_size), -1)
         self.host = np.full((num_host_pages, layout.page_size), -1)
@@ -179,7 +181,10 @@ class PaperRunner:
             assert plan.position[m] == position
             seed = (int(plan.seed_high[m]) << 32) | (int(plan.seed_low[m]) & 0xFFFFFFFF)
             if seed == PENALIZED and plan.target[m] == NO_TARGET:
-                check_seen(adjust.select(np.array([m])), texts[seq][:position])
+                assert adjust is not None
+                selected = adjust.select(np.array([m]))
+                assert selected is not None
+                check_seen(selected, texts[seq][:position])
             guess = next_token(texts[seq][:position], seed)
             chosen.append(guess if plan.target[m] == NO_TARGET else int(plan.target[m]))
         self.last = chosen
@@ -225,7 +230,7 @@ class PaperWorld:
         results = [group.run(plan, width) for group, plan in zip(self.groups, plans, strict=True)]
         return StepResult(
             torch.cat([r.token_M for r in results]),
-            torch.cat([r.scores for r in results]),
+            torch.cat([r.scores for r in results if r.scores is not None]),
             fetched=results[0].fetched,  # only a single group has a disk
         )
 
@@ -243,7 +248,7 @@ def paper_world(
     max_seq_len: int = 10**6,
     num_host_pages: int = 0,
     disk: PaperDisk | None = None,
-    **settings: int,
+    **settings: Any,
 ) -> tuple[Engine, PaperWorld]:
     """Return an engine over groups of `num_pages` pages and `num_host_pages` of host memory."""
     config = EngineConfig(**settings)
@@ -252,13 +257,16 @@ def paper_world(
     groups = [
         PaperRunner(layout, num_pages + 1, config, num_host_pages, disk) for _ in range(num_groups)
     ]
-    world, channel, tiers = PaperWorld(groups), PlanChannel(SingleRank()), [g.tiers for g in groups]
-    return Engine(TINY, config, world, cache, channel, None, max_seq_len, tiers), world
+    world = PaperWorld(groups)
+    tiers = [group.tiers for group in groups]
+    runner = cast(Runner, world)
+    channel = PlanChannel(SingleRank())
+    return Engine(TINY, config, runner, cache, channel, None, max_seq_len, tiers), world
 
 
 def finish(engine: Engine, max_steps: int = 10_000) -> dict[str, Completion]:
     """Step until nothing is left; return the answers by request."""
-    done = {}
+    done: dict[str, Completion] = {}
     for _ in range(max_steps):
         if not engine.has_work():
             return done

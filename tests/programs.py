@@ -84,7 +84,9 @@ class Screen:
 
     def __init__(self) -> None:
         self._lines: list[list[str]] = [[]]  # of cells; a wide character has an empty one behind
-        self._row, self._column, self._rest = 0, 0, ""
+        self._row = 0
+        self._column = 0
+        self._rest = ""
 
     @property
     def text(self) -> str:
@@ -146,7 +148,10 @@ class AtTerminal:
         fcntl.ioctl(slave, termios.TIOCSWINSZ, b"\x28\0\x50\0\0\0\0\0")  # 40 lines of 80
         self._slave = slave  # stays open, so that the terminal outlives the program
         self._modes = termios.tcgetattr(slave)
-        self._at, self._screen, self.seen, self.raw = 0, Screen(), "", ""
+        self._at = 0
+        self._screen = Screen()
+        self.seen = ""
+        self.raw = ""
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.process = subprocess.Popen(
             command,

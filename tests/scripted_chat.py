@@ -4,7 +4,9 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
+from dsv3.engine.engine import Engine
 from dsv3.engine.metrics import Metrics
 from dsv3.request import Completion, Request, RequestOutput
 from dsv3.serve.chat import Chat
@@ -32,7 +34,9 @@ class ScriptedEngine:
         self.requests: list[Request] = []
         self.dropped: list[str] = []
         self.interrupted = False
-        self._answers, self._left, self._said = deque(answers), deque[str](), ""
+        self._answers = deque(answers)
+        self._left = deque[str]()
+        self._said = ""
 
     @property
     def prompts(self) -> list[str]:
@@ -58,7 +62,9 @@ class ScriptedEngine:
             return []
         request, text = self.requests[-1], self._left.popleft()
         if not self._said:
-            self.metrics.pages_used, self.metrics.pages_idle, self.metrics.pages_free = 1, 1, 6
+            self.metrics.pages_used = 1
+            self.metrics.pages_idle = 1
+            self.metrics.pages_free = 6
             self.metrics.prefill_tokens += 3
             self.metrics.reused_tokens += len(request.prompt_ids) - 3
         self._said += text
@@ -118,7 +124,7 @@ def talk(
     template: str | None = None,
     max_seq_len: int = 1000,
     on_full: OnFull = "drop",
-    **defaults: object,
+    **defaults: Any,
 ) -> tuple[ScriptedEngine, ListConsole]:
     """Have a chat; return what the engine heard and what the user saw."""
     tokenizer = Tokenizer.load(DEMO)
@@ -126,5 +132,5 @@ def talk(
     engine = ScriptedEngine(answers, max_seq_len)
     console = ListConsole(engine, lines)
     settings = replace(Defaults(flags=Sampling(temperature=0.0)), **defaults)
-    Chat(engine, ChatFormat(tokenizer), settings, console, on_full).run("demo")
+    Chat(cast(Engine, engine), ChatFormat(tokenizer), settings, console, on_full).run("demo")
     return engine, console

@@ -11,6 +11,8 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 from dsv3.engine.sampler import Sampler
 from dsv3.engine.step_result import StepResult
@@ -19,15 +21,17 @@ GENERATE = str(Path(__file__).resolve().parents[2] / "launch" / "generate.py")
 
 
 def main() -> None:
-    fault, bad_rank, bad_step = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    fault = sys.argv[1]
+    bad_rank = int(sys.argv[2])
+    bad_step = int(sys.argv[3])
     sys.argv = [GENERATE, *sys.argv[4:]]
     mark = Path(sys.argv[sys.argv.index("--input-file") + 1] + ".bad")
     sample, steps = Sampler.__call__, 0
 
-    def sample_badly(self: Sampler, *args: object) -> StepResult:
+    def sample_badly(self: Sampler, *args: Any) -> StepResult:
         nonlocal steps
         steps += 1
-        sampled = sample(self, *args)  # type: ignore[arg-type]
+        sampled = sample(self, *args)
         if steps == bad_step and not mark.exists():
             mark.touch()
             if fault.startswith("SIG"):
@@ -40,7 +44,7 @@ def main() -> None:
         return sampled
 
     if int(os.environ["RANK"]) == bad_rank:
-        Sampler.__call__ = sample_badly  # type: ignore[method-assign]
+        mock.patch.object(Sampler, "__call__", sample_badly).start()
     sys.path.insert(0, str(Path(GENERATE).parent))  # as Python does for a program
     runpy.run_path(GENERATE, run_name="__main__")
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+import convert as cli
 from dsv3.checkpoint.directory import INDEX, SINGLE
 from dsv3.checkpoint.source import open_source
 from dsv3.errors import CheckpointError
-from launch import convert as cli
 from tests.checkpoint_files import FP8, TINY, random_tensors, write_hf
 
 CONFIG = dataclasses.replace(TINY, quantization=FP8, num_nextn_predict_layers=1)

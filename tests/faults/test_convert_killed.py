@@ -159,7 +159,7 @@ def test_another_plan_after_a_kill_while_names_are_given(
 def test_an_unfinished_overwriting_leaves_the_old_checkpoint_in_use(
     hf: Path, out: Path, convert: Convert, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It verifies as before; only leftovers of the same conversion are removed."""
+    """The old checkpoint verifies as before; only leftovers of the same conversion go."""
     assert convert(hf, out, "--model-parallel", 2)[0] == 0
     first = contents(out)
     monkeypatch.setattr(conversion, "_last_file", lambda *args: 1 / 0)

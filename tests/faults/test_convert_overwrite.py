@@ -163,7 +163,7 @@ def test_no_side_file_is_written_into_the_source(
 def test_a_file_that_cannot_be_replaced_is_named(
     hf: Path, out: Path, convert: Convert, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As one that is mounted, or immutable."""
+    """For example a mounted or immutable file."""
     old_single_file(out)
     unlink = Path.unlink
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+import convert as cli
 from dsv3.checkpoint import convert as conversion
 from dsv3.checkpoint.journal import JOURNAL
-from launch import convert as cli
 from tests.checkpoint_files import TINY, write_sparse
 from tests.faults.converting import Convert, contents, looks_whole
 
@@ -80,7 +80,9 @@ def finished_tensors(folder: Path) -> int:
 def test_killed_twenty_times(hf: Path, tmp_path: Path, convert: Convert) -> None:
     """kill -9 at random moments, then the same command again: the same bytes, whenever."""
     assert convert(hf, tmp_path / "direct", "--model-parallel", 4)[0] == 0
-    want, rng, resumed = contents(tmp_path / "direct"), random.Random(0), 0
+    want = contents(tmp_path / "direct")
+    rng = random.Random(0)
+    resumed = 0
     target = tmp_path / "out"
     command = [sys.executable, "-c", SLOW, cli.__file__, "--hf-ckpt-path", str(hf)]
     command += ["--save-path", str(target), "--model-parallel", "4"]

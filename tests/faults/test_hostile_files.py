@@ -336,7 +336,9 @@ def test_names_from_files_reach_no_terminal_as_commands(tmp_path: Path, program:
     entry_of["weight_map"][name] = entry_of["weight_map"].pop(A)
     content(INDEX, json.dumps(entry_of))(tmp_path)
     (tmp_path / "in.txt").write_text("Hi\n")
-    checkpoint, rows, out = str(tmp_path), str(tmp_path / "in.txt"), str(tmp_path / "out")
+    checkpoint = str(tmp_path)
+    rows = str(tmp_path / "in.txt")
+    out = str(tmp_path / "out")
     commands = {
         "generate": [GENERATE, "--ckpt-path", checkpoint, "--input-file", rows],
         "convert": [CONVERT, "--hf-ckpt-path", checkpoint, "--save-path", out, "--to", "hf"],

@@ -8,6 +8,7 @@ import subprocess
 import time
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,9 @@ from tests.programs import (
     torchrun,
 )
 
-ROWS = [{"prompt": f"Story {i}:", "max_tokens": 4 + i % 20, "ignore_eos": True} for i in range(30)]
+ROWS: list[dict[str, Any]] = [
+    {"prompt": f"Story {i}:", "max_tokens": 4 + i % 20, "ignore_eos": True} for i in range(30)
+]
 
 
 def write_job(folder: Path) -> list[str]:

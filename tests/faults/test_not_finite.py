@@ -146,11 +146,11 @@ def test_the_library_says_so(overflowing: Path, caplog: pytest.LogCaptureFixture
 
 
 def test_a_chunk_that_overflows_is_not_reused(overflowing: Path) -> None:
-    """Others that begin alike come while a long prompt is computed chunk by chunk."""
+    """Prompts with the same beginning come while a long one is computed chunk by chunk."""
     bad = [9] * 10 + [BAD_TOKEN] + [9] * 150
     prompts = [[9] * 10 + [5, 6], [9] * 9 + [8], [9] * 10, [9] * 70, [9] * 5]
     params = SamplingParams(max_tokens=4, ignore_eos=True)
-    sizes = {"kv_cache_size": "2048tok", "max_batch_tokens": 64, "max_running": 8}
+    sizes: dict[str, Any] = {"kv_cache_size": "2048tok", "max_batch_tokens": 64, "max_running": 8}
     with LLM(overflowing, device="cpu", **sizes) as llm:
         wanted = llm.generate(prompts, params)
     with LLM(overflowing, device="cpu", **sizes) as llm:

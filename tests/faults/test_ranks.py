@@ -98,11 +98,11 @@ def test_a_faulty_rank_is_named_once(tmp_path: Path, jobs: Jobs) -> None:
     for fault, rank in FAULTS:
         folder = tmp_path / f"{fault}{rank}"
         folder.mkdir()
-        bad = [BAD_RANK, fault, str(rank), str(rng.randrange(2, 16))]
-        flags = ["--rank-timeout", "6", "--check-every", "4", "--log-dir", str(folder)]
-        out, stderr = str(folder / "out.jsonl"), folder / "stderr"
-        ranks = ["--standalone", "--nproc-per-node", "2"]
-        process = jobs.start(*agent(*ranks), *bad, *write_job(folder), out, *flags, stderr=stderr)
+        command = agent("--standalone", "--nproc-per-node", "2")
+        command += [BAD_RANK, fault, str(rank), str(rng.randrange(2, 16))]
+        command += [*write_job(folder), str(folder / "out.jsonl")]
+        command += ["--rank-timeout", "6", "--check-every", "4", "--log-dir", str(folder)]
+        process = jobs.start(*command, stderr=folder / "stderr")
         started.append((fault, folder, FAULTS[fault, rank], process))
     for fault, folder, wanted, process in started:
         process.wait(HANG_SECONDS)
@@ -134,11 +134,8 @@ def test_two_hosts_restart_from_their_own_files(tmp_path: Path, jobs: Jobs) -> N
     launches = host_agents("--max-restarts=1")
     agents = []
     for host, (launch, folder) in enumerate(zip(launches, folders, strict=True)):
-        command = [
-            *launch,
-            *[BAD_RANK, "SIGSTOP", "1", "12", *write_job(tmp_path), str(out)],
-            *["--ckpt-path", str(folder), "--rank-timeout", "6"],
-        ]
+        command = launch + [BAD_RANK, "SIGSTOP", "1", "12", *write_job(tmp_path), str(out)]
+        command += ["--ckpt-path", str(folder), "--rank-timeout", "6"]
         agents.append(jobs.start(*command, stderr=tmp_path / f"stderr{host}"))
     assert [process.wait(HANG_SECONDS) for process in agents] == [0, 0]
     found = errors(tmp_path / "stderr0")
@@ -151,14 +148,11 @@ def test_a_damaged_file_of_one_host_ends_all(tmp_path: Path, jobs: Jobs) -> None
     file = folders[1] / "model1-mp2.safetensors"
     with file.open("r+b") as damaged:
         damaged.truncate(100_000)
-    agents = [
-        jobs.start(
-            *launch,
-            *[GENERATE, *write_job(tmp_path), str(tmp_path / "out"), "--ckpt-path", str(folder)],
-            stderr=tmp_path / f"stderr{host}",
-        )
-        for host, (launch, folder) in enumerate(zip(host_agents(), folders, strict=True))
-    ]
+    agents = []
+    for host, (launch, folder) in enumerate(zip(host_agents(), folders, strict=True)):
+        command = launch + [GENERATE, *write_job(tmp_path), str(tmp_path / "out")]
+        command += ["--ckpt-path", str(folder)]
+        agents.append(jobs.start(*command, stderr=tmp_path / f"stderr{host}"))
     for process in agents:
         assert process.wait(HANG_SECONDS) == 1
     stderr_texts = [(tmp_path / f"stderr{host}").read_text() for host in (0, 1)]
@@ -179,8 +173,8 @@ def test_a_missing_host_is_named_in_a_hint(tmp_path: Path, jobs: Jobs) -> None:
     stderrs = [tmp_path / f"stderr{number}" for number in range(3)]
     started = [
         jobs.start(sys.executable, *job, stderr=stderrs[0], **address, **world),
-        jobs.start(*launch, *c10d, *job, stderr=stderrs[1]),
-        jobs.start(*launch, *static, *job, stderr=stderrs[2]),
+        jobs.start(*(launch + c10d + job), stderr=stderrs[1]),
+        jobs.start(*(launch + static + job), stderr=stderrs[2]),
     ]
     hints = ["for 1 of 2 ranks (1); ", "waiting for 1 of 2 nodes: ", "waiting for 1 of 2 nodes: "]
     for process, stderr, hint in zip(started, stderrs, hints, strict=True):

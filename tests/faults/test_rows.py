@@ -3,10 +3,11 @@
 import json
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+from dsv3.engine.engine import Engine
 from dsv3.errors import RequestError
 from dsv3.request import Completion, Request, RequestOutput
 from dsv3.serve.batch import run_batch
@@ -27,7 +28,9 @@ class EchoEngine:
     """Answers at once; refuses what does not fit, in the engine's words."""
 
     tokenizer: Tokenizer | None = TOKENIZER
-    max_seq_len, vocab_size, max_running = MAX_SEQ_LEN, VOCAB_SIZE, 4
+    max_seq_len = MAX_SEQ_LEN
+    vocab_size = VOCAB_SIZE
+    max_running = 4
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
@@ -213,7 +216,8 @@ def results(folder: Path, lines: list[bytes]) -> list[dict[str, Any]]:
     rows = BatchInput(folder / "in.jsonl", Defaults())
     with BatchJournal(folder / "out.jsonl") as journal:
         journal.resume(rows)
-        run_batch(EchoEngine(), rows, JournalSink(journal, TOKENIZER), ChatFormat(TOKENIZER))
+        sink = JournalSink(journal, TOKENIZER)
+        run_batch(cast(Engine, EchoEngine()), rows, sink, ChatFormat(TOKENIZER))
     return [json.loads(line) for line in (folder / "out.jsonl").read_bytes().splitlines()]
 
 

@@ -38,12 +38,27 @@ def test_an_installed_wheel_has_all_it_needs(tmp_path: Path) -> None:
         shutil.copytree(ROOT / name, source / name)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    build = [*pip, "wheel", *quiet, "--no-build-isolation", "-w", tmp_path, source]
+    build: list[str | Path] = [
+        *pip,
+        "wheel",
+        *quiet,
+        "--no-build-isolation",
+        "-w",
+        tmp_path,
+        source,
+    ]
     subprocess.run(build, check=True, cwd=tmp_path)
     (wheel,) = tmp_path.glob("dsv3-*.whl")
     site = tmp_path / "site"
     subprocess.run([*pip, "install", *quiet, "--target", site, wheel], check=True)
-    run = [sys.executable, "-P", "-c", CODE, site, ROOT / "checkpoints" / "demo-v3"]
+    run: list[str | Path] = [
+        sys.executable,
+        "-P",
+        "-c",
+        CODE,
+        site,
+        ROOT / "checkpoints" / "demo-v3",
+    ]
     done = subprocess.run(
         run, env={"PYTHONPATH": str(site)}, cwd=tmp_path, capture_output=True, text=True
     )

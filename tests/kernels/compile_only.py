@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,9 @@ def few_rows() -> None:
     bf16_gemm.kernel(x[:1], w, locks=make_locks(w))
     bf16_gemm.kernel(x[:64], w, torch.float32)
     bf16_gemm.kernel(x[:20, :100], w[:70, :100].contiguous())
-    w, scale, q = w.to(torch.float8_e4m3fn), torch.ones(5, 8), act_quant.kernel(x)
+    w = w.to(torch.float8_e4m3fn)
+    scale = torch.ones(5, 8)
+    q = act_quant.kernel(x)
     for rows in (1, 128):
         fp8_gemm.kernel(Quantized(q.q[:rows], q.scale[:rows]), w, scale, locks=make_locks(w))
     fp8_gemm.kernel(q, w, scale)
@@ -129,12 +131,15 @@ def experts(is_hopper: bool) -> None:
         for w in (gate_up, down)
     ]
     quantized = [act_quant.kernel(torch.zeros(m, k)) for m, k in ((3, 512), (6, 256))]
-    cases = [(quantized, fp8, rows) for rows in ((1, 64, 256) if is_hopper else (256,))]
+    few_and_many = (1, 64, 256) if is_hopper else (256,)
+    cases: list[tuple[Sequence[Tensor | Quantized], list[Stack], int]] = []
+    cases += [(quantized, fp8, rows) for rows in few_and_many]
     for dtype in (torch.bfloat16, torch.float32):
-        x = [torch.zeros(3, 512, dtype=dtype), torch.zeros(6, 256, dtype=dtype)]
-        cases += [(x, [Stack(w.to(dtype)) for w in (gate_up, down)], 256), (x, fp8, 256)]
+        plain = [torch.zeros(3, 512, dtype=dtype), torch.zeros(6, 256, dtype=dtype)]
+        stacks = [Stack(w.to(dtype)) for w in (gate_up, down)]
+        cases += [(plain, stacks, 256), (plain, fp8, 256)]
     if is_hopper:
-        cases += [(x, fp8, 1)]
+        cases.append((plain, fp8, 1))
     for x, w, rows in cases:
         grouped_gate_up.kernel(x[0], w[0], groups, rows)
         grouped_down.kernel(x[1], w[1], groups, rows, torch.bfloat16, torch.zeros(3, 2))
@@ -224,7 +229,7 @@ def absorption(page: torch.Tensor, pos: torch.Tensor, cache: torch.Tensor) -> No
 
 
 class NoDevice:
-    """What triton asks of a driver to compile."""
+    """The part of a driver that Triton needs to compile."""
 
     def __init__(self, capability: int) -> None:
         self._target = GPUTarget("cuda", capability, 32)

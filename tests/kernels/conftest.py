@@ -1,4 +1,5 @@
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _poisoned_memory():
+def _poisoned_memory() -> Iterator[None]:
     """Fill torch.empty with NaN, so that a value that was never written is seen."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(3).isnan().all() and torch.ones(2).new_empty(3).isnan().all()
@@ -28,7 +29,7 @@ def _poisoned_memory():
 
 
 @pytest.fixture(autouse=True)
-def _any_order(monkeypatch: pytest.MonkeyPatch):
+def _any_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the interpreter run a kernel's programs in some other order, as a GPU may."""
     if not HAS_TRITON:
         return

@@ -1,4 +1,4 @@
-"""What attention is, written for one query at a time in float64."""
+"""The definition of attention, for one query at a time in float64."""
 
 import math
 

@@ -138,7 +138,9 @@ def _not_compiled(_: JITFunction, key: object, *__: object) -> SimpleNamespace:
 @contextmanager
 def dry_gpu(compiles: bool = True) -> Iterator[Gpu]:
     """Let torch and triton find a GPU."""
-    make, move, start = torch.tensor, torch.Tensor.to, threading.Thread.run
+    make = torch.tensor
+    move = torch.Tensor.to
+    start = threading.Thread.run
     mode, graph = Everywhere(), torch.cuda.graph
 
     def tensor(data: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
@@ -146,7 +148,8 @@ def dry_gpu(compiles: bool = True) -> Iterator[Gpu]:
 
     def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         kwargs = {key: CUDA if is_cuda(value) else value for key, value in kwargs.items()}
-        return move(self, *(CUDA if is_cuda(value) else value for value in args), **kwargs)
+        moved: Any = (CUDA if is_cuda(value) else value for value in args)
+        return move(self, *moved, **kwargs)
 
     def run(self: threading.Thread) -> None:
         with mode:

@@ -19,7 +19,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tests.kernels.compile_only import stack_of
 
-CUDA, CPU, META = torch.device("cuda", 0), torch.device("cpu"), torch.device("meta")
+CUDA = torch.device("cuda", 0)
+CPU = torch.device("cpu")
+META = torch.device("meta")
 # Tensors of more values hold none.
 MOST_VALUES = 1 << 16
 MOST_SHARED, MOST_PROGRAMS = 227 << 10, (2**31 - 1, 65535, 65535)
@@ -72,7 +74,7 @@ class OnGpu(torch.Tensor):
             value = torch.full((), value, dtype=self.dtype, device=CUDA)
         super().__setitem__(index, value)
 
-    def cpu(self) -> torch.Tensor:
+    def cpu(self, memory_format: torch.memory_format = torch.preserve_format) -> torch.Tensor:
         return self.to(CPU)
 
     def tolist(self) -> Any:
@@ -81,11 +83,13 @@ class OnGpu(torch.Tensor):
     def record_stream(self, stream: object) -> None:
         pass
 
-    def __repr__(self) -> str:
+    def __repr__(self) -> str:  # type: ignore[override]  # of a private argument
         return f"OnGpu({tuple(self.shape)}, {self.dtype})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares it as no method of a class
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return gpu.compute(func, args, kwargs or {})
 
 
@@ -251,7 +255,7 @@ class Gpu:
 
 
 def is_cuda(value: object) -> bool:
-    """Tell a device of ours; what torch's C++ makes for our tensors it makes on `meta`."""
+    """Return True for a device of ours; torch's C++ makes its tensors for ours on `meta`."""
     named = isinstance(value, str) and value.startswith("cuda")
     return named or (isinstance(value, torch.device) and value.type in ("cuda", "meta"))
 

@@ -1,9 +1,15 @@
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 from dsv3_kernels import Rotation, apply_rope
 from dsv3_kernels.attention.absorb_query import absorb_query
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
+
+Op = Callable[..., Any]  # an operation or one of its implementations
 
 
 def operands(
@@ -14,7 +20,7 @@ def operands(
     R: int,
     dtype: torch.dtype = torch.float32,
     interleaved: bool = True,
-):
+) -> tuple[Tensor, Tensor, Rotation]:
     """Queries that stand in wider rows, W_UK as rows of a matrix that W_UV shares, and angles."""
     torch.manual_seed(0)
     q = torch.randn(T, H * (N + R) + 5).to(dtype)[:, 5:].unflatten(1, (H, N + R))
@@ -25,7 +31,7 @@ def operands(
 
 @pytest.mark.parametrize("absorb", [absorb_query.reference, absorb_query.kernel])
 @pytest.mark.parametrize("interleaved", [True, False])
-def test_definition(absorb, interleaved: bool) -> None:
+def test_definition(absorb: Op, interleaved: bool) -> None:
     q, w, rotation = operands(3, 2, 8, 16, 4, interleaved=interleaved)
     got = absorb(q, w, rotation)
     assert got.shape == (3, 2, 20)
@@ -38,7 +44,7 @@ def test_definition(absorb, interleaved: bool) -> None:
 @pytest.mark.parametrize(
     "shape", [(1, 3, 128, 512, 64), (17, 2, 24, 72, 12), (0, 2, 16, 16, 4), (33, 1, 100, 65, 6)]
 )
-def test_kernel(shape: tuple[int, ...]) -> None:
+def test_kernel(shape: tuple[int, int, int, int, int]) -> None:
     args = operands(*shape)
     got = absorb_query.kernel(*args)
     assert got.shape == (*shape[:2], shape[3] + shape[4])

@@ -8,6 +8,7 @@ from dsv3.cache.pool import CachePool
 from dsv3.engine.runner import BatchBuilder
 from dsv3.model.attention import MLA
 from dsv3.model.rotary import Rotary
+from dsv3.settings import CacheForm
 from dsv3_kernels import operation
 from dsv3_kernels.testing import assert_close
 from tests.distributed.layers import CONFIG, CPU, FORMAT, attention_plan, filled
@@ -22,7 +23,7 @@ STEPS = [
 
 
 @pytest.mark.parametrize(("form", "limit"), [("latent", 1), ("latent", 2), ("heads", 1)])
-def test_layer(form: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layer(form: CacheForm, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     where = alone()
     layer = filled(MLA(CONFIG, "model.layers.0.self_attn.", where.layout, where.tp, FORMAT), where)
     rotary = Rotary(CONFIG, CPU)

@@ -66,7 +66,7 @@ def test_rows_do_not_see_each_other() -> None:
 
 
 def test_rows_of_a_wider_tensor() -> None:
-    """What lies beside the columns is not read, nor what lies behind the rows."""
+    """Memory beside the columns and behind the rows is not read."""
     x, w = matrices(3, 70, 200)
     wide = torch.full((4, 264), torch.nan, dtype=BF16)
     wide[:3, :200] = x

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -26,6 +25,7 @@ from dsv3.model.transformer import Transformer
 from dsv3.parallel.expert_placement import Placement
 from dsv3.parallel.token_rows import FP8, DispatchSettings
 from dsv3.request import SamplingParams
+from dsv3.settings import CacheDtype, DispatchVariant
 from dsv3_kernels import operation
 
 interpreter = pytest.importorskip("triton.runtime.interpreter")
@@ -57,16 +57,18 @@ def no_host_reads() -> Iterator[None]:
 
     guards = {name: guard(getattr(Tensor, name)) for name in LOOKS}
     guards |= {n: guard(getattr(Tensor, n), True) for n in ("__getitem__", "__setitem__")}
-    with (
-        mock.patch.multiple(Tensor, **guards),
-        mock.patch.object(interpreter.GridExecutor, "__call__", launched),
-    ):
+    with pytest.MonkeyPatch.context() as patch:
+        for name, method in guards.items():
+            patch.setattr(Tensor, name, method)
+        patch.setattr(interpreter.GridExecutor, "__call__", launched)
         yield
 
 
 def step(drawn: bool) -> StepPlan:
     plan = StepPlan.greedy(
-        np.array([5, 9, 7], np.int32), np.array([3, 64, 9], np.int32), np.arange(1, 7).reshape(3, 2)
+        np.array([5, 9, 7], np.int32),
+        np.array([3, 64, 9], np.int32),
+        np.arange(1, 7, dtype=np.int32).reshape(3, 2),
     )
     if drawn:
         plan.temperature = np.array([0.5, 0.0, 1.0], np.float32)
@@ -101,7 +103,7 @@ def check_no_host_reads(
 
 @pytest.mark.parametrize(("weights", "cache"), [("fp8", "fp8"), ("bf16", "bf16")])
 def test_a_decode_step_reads_no_values_on_the_host(
-    weights: str, cache: str, monkeypatch: pytest.MonkeyPatch
+    weights: str, cache: CacheDtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(load_model_config(DEMO), num_attention_heads=2, vocab_size=300)
     shape = RankShape(config=config, world=2, layers=2, weights=weights, cache=cache)
@@ -113,12 +115,23 @@ def test_a_decode_step_reads_no_values_on_the_host(
         steps._feed[steps._feed > 0]
 
 
-def one_of_two_groups(form: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Rank:
+def one_of_two_groups(
+    form: DispatchVariant, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> Rank:
     """Return one of four ranks on two hosts that are not there, with copies of experts."""
     layout = ParallelConfig(world_size=4, rank=1, tp=2, dp=2)
     pair, one = StandIn(1, 2), SingleRank()
-    rest = {"dp": StandIn(0, 2), "host": StandIn(1, 2), "hosts": StandIn(0, 2)}
-    mesh = Mesh(layout, device, StandIn(1, 4), pair, one, 2, **rest)
+    mesh = Mesh(
+        layout,
+        device,
+        StandIn(1, 4),
+        pair,
+        one,
+        2,
+        dp=StandIn(0, 2),
+        host=StandIn(1, 2),
+        hosts=StandIn(0, 2),
+    )
     config = replace(load_model_config(DEMO), num_attention_heads=2, vocab_size=300)
     placement = Placement.contiguous(replace(config, num_hidden_layers=2), 4, 4)
     settings = DispatchSettings(form, FP8)
@@ -132,7 +145,7 @@ def one_of_two_groups(form: str, device: torch.device, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("form", ["allreduce", "alltoall"])
 def test_a_step_of_several_groups_reads_no_values_on_the_host(
-    form: str, monkeypatch: pytest.MonkeyPatch
+    form: DispatchVariant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """This rank's own group is idle."""
     rank = one_of_two_groups(form, CPU, monkeypatch)
@@ -144,6 +157,7 @@ def test_adjusting_logits_reads_no_values_on_the_host() -> None:
     params = SamplingParams(repetition_penalty=1.5, frequency_penalty=0.5, logit_bias={3: 1.0})
     rows = [AdjustedRow(m, m - 1, Adjuster(params, [1, 2]), [1, 2, 5]) for m in range(3)]
     adjust = Adjustments.unpack(pack_adjustments(rows), torch.tensor([5, 6]))
+    assert adjust is not None
     logits = torch.ones(3, 9)
     with no_host_reads():
         adjust.apply(logits)

@@ -31,21 +31,21 @@ def output_of(script: str, cache: Path, *args: str) -> list[str]:
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_compile(capability: int, tmp_path: Path) -> None:
     lines = [line.split() for line in output_of("compile_only.py", tmp_path, str(capability))]
-    compiled = [(name, *map(int, numbers)) for name, *numbers in lines]
-    assert len({name for name, *_ in compiled}) >= 22
+    compiled = [(line[0], [int(number) for number in line[1:]]) for line in lines]
+    assert len({name for name, _ in compiled}) >= 22
     # Shared memory of a program: what such GPUs have at least.
     limit = 227 << 10 if capability == 90 else 99 << 10
-    assert max(shared for _, shared, *_ in compiled) <= limit, compiled
+    assert max(numbers[0] for _, numbers in compiled) <= limit, compiled
     # The widest tiles keep a little in memory, between their loops; older units want operands in
     # registers, too.
     most = 384
-    assert max(stack for _, _, stack, *_ in compiled) <= most, compiled
+    assert max(numbers[1] for _, numbers in compiled) <= most, compiled
     if capability == 90:
         for kernel in ("_gate_up_kernel", "_down_kernel", "_router_logits_kernel"):
-            units = [wgmma for name, _, _, wgmma, *_ in compiled if name == kernel]
+            units = [numbers[2] for name, numbers in compiled if name == kernel]
             assert any(units) and not all(units), "float32 is multiplied without rounding"
-        assert any(each[4] for each in compiled if each[0] == "_down_kernel")
-    fences = [each[5:] for each in compiled if each[0] == "_sum_norm_kernel"]
+        assert any(numbers[3] for name, numbers in compiled if name == "_down_kernel")
+    fences = [numbers[4:] for name, numbers in compiled if name == "_sum_norm_kernel"]
     # One word to the peers, one wait for theirs, and every part read past the cache.
     assert [(release, acquire, loads > 0) for release, acquire, loads in fences] == 2 * [
         (1, 1, True)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -98,6 +98,7 @@ def test_what_a_gpu_refuses() -> None:
         x, host = torch.arange(4.0, device="cuda"), torch.ones(4)
         assert isinstance(x, OnGpu) and x.is_cuda and x.tolist() == [0, 1, 2, 3]
         large = torch.zeros(1 << 20, device="cuda") + 1
+        assert isinstance(large, OnGpu)
         assert large.held.is_meta and float(large.sum()) == 0.0
         with pytest.raises(AssertionError, match="and of the host's"):
             x + host
@@ -111,10 +112,10 @@ def test_what_a_gpu_refuses() -> None:
             torch.cuda.synchronize,
         ):
             refusal = pytest.raises(AssertionError, match="no CUDA graph can hold")
-            with refusal, torch.cuda.graph(Graph()):
+            with refusal, torch.cuda.graph(cast(torch.cuda.CUDAGraph, Graph())):
                 refused()
         graph = Graph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(cast(torch.cuda.CUDAGraph, graph)):
             y = (x + 1) * 2
         graph.replay()
         assert gpu.replays == 1 and y.shape == (4,)

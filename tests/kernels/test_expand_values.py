@@ -1,4 +1,6 @@
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ from dsv3_kernels.attention.merge_lse import merge_lse
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 
 both = pytest.mark.parametrize("expand", [expand_values.reference, expand_values.kernel])
+
+Op = Callable[..., Any]  # an operation or one of its implementations
 
 
 def operands(
@@ -27,7 +31,7 @@ def operands(
 
 
 @both
-def test_definition(expand) -> None:
+def test_definition(expand: Op) -> None:
     z, lse, w = operands(3, 4, 2, 16, 8)
     got, quantized = expand(z, lse, w)
     assert got.shape == (4, 16) and quantized is None
@@ -40,7 +44,7 @@ def test_definition(expand) -> None:
 @pytest.mark.parametrize(
     "shape", [(1, 1, 3, 512, 128), (2, 17, 2, 72, 24), (8, 0, 2, 16, 16), (5, 33, 1, 100, 65)]
 )
-def test_kernel(shape: tuple[int, ...]) -> None:
+def test_kernel(shape: tuple[int, int, int, int, int]) -> None:
     args = operands(*shape)
     got, want = expand_values.kernel(*args)[0], expand_values.reference(*args)[0]
     assert got.shape == want.shape
@@ -49,7 +53,7 @@ def test_kernel(shape: tuple[int, ...]) -> None:
 
 
 @both
-def test_one_part_needs_no_weight(expand) -> None:
+def test_one_part_needs_no_weight(expand: Op) -> None:
     z, lse, w = operands(1, 5, 2, 32, 16)
     lse[:], z[:] = 3.0, torch.randn(z.shape)
     want = expand_values.reference(z, lse, w)[0]

@@ -112,8 +112,9 @@ def test_rows_do_not_see_each_other() -> None:
 @pytest.mark.parametrize(("N", "K"), [(2112, 7168), (7168, 2048), (512, 7168), (100, 1024)])
 def test_on_a_gpu(N: int, K: int) -> None:
     """A row has the same bits however many there are. Run with TRITON_INTERPRET=0."""
-    x, w, scale = (t.cuda() if isinstance(t, Tensor) else t for t in matrices(2051, N, K))
-    x = Quantized(x.q.cuda(), x.scale.cuda())
+    x_host, w_host, scale_host = matrices(2051, N, K)
+    x = Quantized(x_host.q.cuda(), x_host.scale.cuda())
+    w, scale = w_host.cuda(), scale_host.cuda()
     want = fp8_gemm.reference(x, w, scale, torch.float32)
     rows: dict[bool, Tensor] = {}
     for M in (1, 8, 16, 17, 64, 128, 256, 1024, 2051):

@@ -30,6 +30,7 @@ def test_quantization_alone_and_fused(rows: int, ue8m0: bool) -> None:
     total, h, q = add_rmsnorm(x.cuda(), y.cuda(), weight.cuda(), 1e-6, True, ue8m0)
     assert_bitwise_equal("sum", total.cpu(), (x.float() + y).bfloat16())
     assert_close("norm", h.cpu(), rmsnorm(total.cpu(), weight, 1e-6), 2**-7)
+    assert q is not None
     check_quantized("add_rmsnorm", q, h, ue8m0)
     act = silu_mul(x.cuda())
     assert_close("silu_mul", act.cpu(), silu_mul(x), 2**-7)

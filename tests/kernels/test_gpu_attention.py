@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch import Tensor
 
 from dsv3_kernels import (
     EntryWrite,
@@ -93,17 +94,19 @@ def test_way_of_a_step_through_latent_space(dtype: torch.dtype, tokens: int) -> 
     want = absorb_query.reference(q, w[:, :128], rotation)
     assert_close("queries", absorbed.cpu().float(), want.float(), TOLERANCE[dtype])
     ranks = torch.stack([want.roll(i, -1) for i in range(8)])
-    parts, sent = [], []
+    on_cpu: list[Tensor] = []
+    on_gpu: list[Tensor] = []
     for shard in range(8):
         paging = Paging(64, 8, shard)
         cache, page = scatter([torch.randn(200, 576) for _ in range(tokens)], paging)
         pos = torch.arange(tokens)[:, None] + 2
-        for device, out in (("cpu", parts), ("cuda", sent)):
+        for device, out in (("cpu", on_cpu), ("cuda", on_gpu)):
             args = [t.to(device) for t in (ranks, cache.to(dtype), page, pos)]
             out.append(empty_parts(args[0], 512))
             tables = PageTables(args[2], args[3], paging)
             mla_decode_parts(args[0], args[1], tables, 0.05, out[-1])
-    parts, sent = torch.stack(parts)[:, 0], torch.stack(sent)[:, 0]
+    parts = torch.stack(on_cpu)[:, 0]
+    sent = torch.stack(on_gpu)[:, 0]
     for name, x, y in zip(("o", "lse"), open_parts(sent), open_parts(parts), strict=True):
         assert_close(name, x.cpu().float(), y.float(), TOLERANCE[dtype])
     back, quantized = expand_values(*open_parts(sent), w[:, 128:].cuda(), True)

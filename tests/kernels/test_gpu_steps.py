@@ -11,7 +11,7 @@ from dsv3.engine.cuda_graphs import GraphRunner
 from dsv3.engine.runner import BatchBuilder, Runner
 from dsv3.engine.start import start
 from dsv3.engine.step_plan import StepPlan
-from dsv3.settings import EngineConfig
+from dsv3.settings import DispatchVariant, EngineConfig
 from dsv3_kernels.testing import assert_bitwise_equal
 from tests.distributed.test_static_groups import Answers, ask
 from tests.kernels.test_captured_step import one_of_two_groups, step
@@ -24,7 +24,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("form", ["allreduce", "alltoall"])
 @torch.inference_mode()
-def test_one_of_several_groups(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_of_several_groups(form: DispatchVariant, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another step in between does not show, nor that the group was idle once."""
     device = torch.device("cuda")
     rank = one_of_two_groups(form, device, monkeypatch)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch import multiprocessing as mp
 
 from dsv3.distributed.one_shot_group import OneShotGroup, connect
-from dsv3_kernels import Peers, shared_bytes, sum_norm
+from dsv3_kernels import Peers, Quantized, shared_bytes, sum_norm
 from dsv3_kernels.gemm.act_quant import act_quant
 from dsv3_kernels.ops.sum_norm import MAX_ROWS, sum_norm_of_parts
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
@@ -34,7 +34,13 @@ def operands(step: int, ranks: int, device: torch.device) -> tuple[Tensor, list[
     return x.bfloat16(), [part.to(dtype) for part in parts], weight
 
 
-def check(got: tuple, x: Tensor, parts: list[Tensor], weight: Tensor, ue8m0: bool) -> None:
+def check(
+    got: tuple[Tensor, Tensor, Quantized | None],
+    x: Tensor,
+    parts: list[Tensor],
+    weight: Tensor,
+    ue8m0: bool,
+) -> None:
     want = sum_norm_of_parts(x, parts, weight, 1e-6)
     assert_bitwise_equal("sum", got[0], want[0])
     assert_close("norm", got[1], want[1], 2**-7)

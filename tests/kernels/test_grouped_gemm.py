@@ -50,7 +50,7 @@ CASES = [(kind, tile) for kind in TOLERANCE for tile in (TILES[1], TILES[4])]
 
 
 @pytest.mark.parametrize(("kind", "tile"), [*CASES, ("fp8", TILES[0]), ("fp8", TILES[6])], ids=str)
-def test_products(kind: str, tile, monkeypatch) -> None:
+def test_products(kind: str, tile: Tile, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     monkeypatch.setattr(grouped_gemm, "_tile", lambda *args: tile)
     groups = routed(9)
@@ -72,7 +72,7 @@ def test_products(kind: str, tile, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("kind", ["bf16", "bf16 fp8", "fp8"])
-def test_matrices_through_descriptors(kind: str, monkeypatch) -> None:
+def test_matrices_through_descriptors(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on Hopper; a tile may reach into the next expert's rows, or behind the last."""
     torch.manual_seed(6)
     monkeypatch.setattr(grouped_gemm, "_tile", lambda *args: TILES[6])
@@ -91,7 +91,9 @@ def test_matrices_through_descriptors(kind: str, monkeypatch) -> None:
 
 @pytest.mark.parametrize("kind", ["float32", "bf16"])
 @pytest.mark.parametrize(("hidden", "inner"), [(24, 10), (100, 72)])
-def test_ragged_matrices(kind: str, hidden: int, inner: int, monkeypatch) -> None:
+def test_ragged_matrices(
+    kind: str, hidden: int, inner: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Neither side need be a multiple of anything where matrices are float."""
     torch.manual_seed(1)
     groups = routed(5)
@@ -141,7 +143,7 @@ def whole_numbers(rows: int, cols: int, experts: int) -> tuple[Quantized, Stack]
     return Quantized(x, torch.rand(rows, cols // 128) + 0.5), Stack(w, scale)
 
 
-def test_a_row_depends_on_nothing_but_itself(monkeypatch) -> None:
+def test_a_row_depends_on_nothing_but_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not on the tile, its place in it, the other rows, or how many there are."""
     torch.manual_seed(3)
     x, w = whole_numbers(24, 256, 2)
@@ -155,6 +157,7 @@ def test_a_row_depends_on_nothing_but_itself(monkeypatch) -> None:
         for expert in (0, 1):
             row = int(groups.start_E[expert]) + 7
             one = Quantized(x.q[row : row + 1], x.scale[row : row + 1])
+            assert w.block_scale is not None
             mine = Stack(
                 w.weight[expert].expand(2, -1, -1).contiguous(), w.block_scale[[expert] * 2]
             )
@@ -163,7 +166,9 @@ def test_a_row_depends_on_nothing_but_itself(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("tile", [TILES[2], TILES[4], TILES[6]], ids=str)
-def test_the_quantized_bits_do_not_depend_on_the_tile(tile, monkeypatch) -> None:
+def test_the_quantized_bits_do_not_depend_on_the_tile(
+    tile: Tile, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Fused into a wide tile, or done by a second launch."""
     torch.manual_seed(4)
     x, w = whole_numbers(9, D, E)
@@ -181,8 +186,10 @@ def test_the_quantized_bits_do_not_depend_on_the_tile(tile, monkeypatch) -> None
 def test_nothing_to_do() -> None:
     groups = permute(torch.full((4, 2), -1), LocalExperts(0, E))
     w = stack(2 * F, D, "float32")
-    assert grouped_gate_up.kernel(torch.randn(4, D), w, groups, 1).shape == (8, F)
+    some = grouped_gate_up.kernel(torch.randn(4, D), w, groups, 1)
+    assert isinstance(some, Tensor) and some.shape == (8, F)
     groups = permute(torch.empty((0, 2), dtype=torch.int64), LocalExperts(0, E))
-    assert grouped_gate_up.kernel(torch.empty(0, D), w, groups, 1).shape == (0, F)
+    nothing = grouped_gate_up.kernel(torch.empty(0, D), w, groups, 1)
+    assert isinstance(nothing, Tensor) and nothing.shape == (0, F)
     none = grouped_down.kernel(torch.empty(0, D), w, groups, 1, torch.bfloat16)
     assert none.shape == (0, 2 * F) and none.dtype == torch.bfloat16

@@ -1,7 +1,10 @@
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from dsv3_kernels import PageTables, Paging, mha_decode
 from dsv3_kernels.attention.mha_decode import launch_mha_decode
@@ -11,20 +14,23 @@ from tests.kernels.paged import scatter
 
 H, X, V = 3, 12, 7
 PAGING = Paging(16)
+Op = Callable[..., Tensor]
 
 
-def make(lengths: list[int]):
+def make(lengths: list[int]) -> tuple[list[Tensor], tuple[Tensor, Tensor, Tensor]]:
     """Keys with values of each sequence, then queries, cache and page tables."""
     torch.manual_seed(0)
     kv = [torch.randn(n, H, X + V) for n in lengths]
     return kv, (torch.randn(len(lengths), H, X), *scatter([e.flatten(1) for e in kv], PAGING))
 
 
-def decode(q, cache, page, query_pos, op=mha_decode):
+def decode(
+    q: Tensor, cache: Tensor, page: Tensor, query_pos: Tensor, op: Op = mha_decode
+) -> Tensor:
     return op(q, cache, PageTables(page, query_pos[:, None], PAGING), 0.25)
 
 
-def by_kernel(q, cache, page, query_pos, split: int):
+def by_kernel(q: Tensor, cache: Tensor, page: Tensor, query_pos: Tensor, split: int) -> Tensor:
     return launch_mha_decode(q, cache, PageTables(page, query_pos[:, None], PAGING), 0.25, split)
 
 
@@ -78,12 +84,18 @@ def test_kernel(lengths: list[int]) -> None:
 
 def test_wide_tables_go_a_few_sequences_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = [3, 63, 130]
-    _, args = make(lengths)
-    args = *args, torch.tensor(lengths) - 1, 16
-    want, launches = by_kernel(*args), []
+    _, (q, cache, page) = make(lengths)
+    query_pos = torch.tensor(lengths) - 1
+    want = by_kernel(q, cache, page, query_pos, 16)
+    launches = []
     module = sys.modules["dsv3_kernels.attention.mha_decode"]
     monkeypatch.setattr(sys.modules["dsv3_kernels.attention._decode_tiles"], "_SPLIT_BYTES", 1)
     several = module.programs_for
-    monkeypatch.setattr(module, "programs_for", lambda *a: launches.append(a) or several(*a))
-    assert_bitwise_equal("one at a time", by_kernel(*args), want)
+
+    def counted(*args: Any) -> Any:
+        launches.append(args)
+        return several(*args)
+
+    monkeypatch.setattr(module, "programs_for", counted)
+    assert_bitwise_equal("one at a time", by_kernel(q, cache, page, query_pos, 16), want)
     assert len(launches) == len(lengths)

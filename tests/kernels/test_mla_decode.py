@@ -1,8 +1,11 @@
 import math
 import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
 
 from dsv3_kernels import (
     PageTables,
@@ -17,6 +20,7 @@ from dsv3_kernels import (
 from dsv3_kernels.attention._decode_tiles import Tile, split_for
 from dsv3_kernels.attention._mla_decode_kernel import launch_decode
 from dsv3_kernels.attention.mla_decode import launch_mla_decode
+from dsv3_kernels.attention.paging import Keys
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 from tests.kernels.definitions import attend
 from tests.kernels.paged import scatter
@@ -28,17 +32,37 @@ WHOLE = Paging(PAGE)
 TOLERANCE = 4e-6
 
 
-def make(lengths: list[int], queries: int, paging: Paging = WHOLE):
-    """Keys, then the arguments of `mla_decode`; the queries are the last positions."""
+class Arguments(NamedTuple):
+    """Arguments of `mla_decode`."""
+
+    q: Tensor
+    cache: Tensor
+    page: Tensor
+    query_pos: Tensor
+    paging: Paging
+    value_dim: int
+    scale: float
+
+
+def make(
+    lengths: list[int], queries: int, paging: Paging = WHOLE
+) -> tuple[list[Tensor], Arguments]:
+    """Return keys and the arguments of `mla_decode`; the queries are the last positions."""
     torch.manual_seed(0)
     keys = [torch.randn(n, C + R) for n in lengths]
     q = torch.randn(len(lengths), queries, H, C + R)
     query_pos = torch.tensor([[n - queries + i for i in range(queries)] for n in lengths])
-    return keys, (q, *scatter(keys, paging), query_pos, paging, C, 0.25)
+    cache, page = scatter(keys, paging)
+    return keys, Arguments(q, cache, page, query_pos, paging, C, 0.25)
 
 
-def decode(q, cache, page, query_pos, paging, value_dim, scale, keys=None, op=mla_decode):
-    return op(q, cache, PageTables(page, query_pos, paging, keys), value_dim, scale)
+def decode(
+    args: Arguments,
+    keys: Keys | None = None,
+    op: Callable[..., tuple[Tensor, Tensor]] = mla_decode,
+) -> tuple[Tensor, Tensor]:
+    tables = PageTables(args.page, args.query_pos, args.paging, keys)
+    return op(args.q, args.cache, tables, args.value_dim, args.scale)
 
 
 @pytest.mark.parametrize("queries", [1, 2, 5])
@@ -46,7 +70,7 @@ def test_mla_decode(queries: int) -> None:
     lengths = [5, 64, 33]
     keys, args = make(lengths, queries)
     q, query_pos = args[0], args[3]
-    o, lse = decode(*args)
+    o, lse = decode(args)
     assert o.dtype == lse.dtype == torch.float32 and o.shape == (3, queries, H, C)
     for b in range(len(lengths)):
         for i in range(queries):
@@ -61,10 +85,10 @@ def test_mla_decode(queries: int) -> None:
 def test_shards_merge_to_the_whole(shards: int) -> None:
     """Sequences shorter than the number of shards leave some without a key."""
     lengths = [1, 3, 40]
-    whole_o, whole_lse = decode(*make(lengths, 1)[1])
+    whole_o, whole_lse = decode(make(lengths, 1)[1])
     parts = []
     for shard in range(shards):
-        o, lse = decode(*make(lengths, 1, Paging(PAGE, shards, shard))[1])
+        o, lse = decode(make(lengths, 1, Paging(PAGE, shards, shard))[1])
         empty = torch.tensor([n <= shard for n in lengths])
         assert bool((lse[empty] == -math.inf).all()) and bool((o[empty] == 0).all())
         assert bool(lse[~empty].isfinite().all())
@@ -76,11 +100,12 @@ def test_shards_merge_to_the_whole(shards: int) -> None:
 
 @pytest.mark.parametrize("shards", [1, 4])
 def test_padding_queries_see_nothing(shards: int) -> None:
-    _, (q, cache, page, query_pos, *rest) = make([40, 17, 3], 2, Paging(PAGE, shards, 0))
-    want_o, want_lse = decode(q, cache, page, query_pos, *rest)
+    _, args = make([40, 17, 3], 2, Paging(PAGE, shards, 0))
+    query_pos = args.query_pos
+    want_o, want_lse = decode(args)
     query_pos[1], query_pos[2, 1] = -1, -1
-    page[1] = 0
-    o, lse = decode(q, cache, page, query_pos, *rest)
+    args.page[1] = 0
+    o, lse = decode(args)
     hidden = query_pos < 0
     assert bool((o[hidden] == 0).all()) and bool((lse[hidden] == -math.inf).all())
     assert_close("o", o[~hidden], want_o[~hidden], 1e-6)
@@ -92,24 +117,23 @@ def test_tables_spelled_out_before_are_the_same(shards: int) -> None:
     _, args = make([17, 30], 2, Paging(PAGE, shards, shards - 1))
     keys = args[4].keys(args[2], args[3], longest=30)
     assert keys.slot_BS.shape == (2, args[4].local_len(30))
-    for got, want in zip(decode(*args, keys), decode(*args), strict=True):
+    for got, want in zip(decode(args, keys), decode(args), strict=True):
         assert_close("spelled out", got, want, 1e-6)
 
 
 def test_many_sequences_go_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     _, args = make([5, 64, 33, 7, 1], 1)
-    whole = decode(*args)
+    whole = decode(args)
     monkeypatch.setattr(
         sys.modules["dsv3_kernels.attention.mla_decode"], "_SCORES", 80 * (C + R) * 2
     )
-    for got, want in zip(decode(*args), whole, strict=True):
+    for got, want in zip(decode(args), whole, strict=True):
         assert_bitwise_equal("two sequences at a time", got, want)
 
 
-def run(args, tile: Tile):
-    q, cache, page, query_pos, paging, value_dim, scale = args
-    tables = PageTables(page, query_pos, paging)
-    return launch_mla_decode(q, cache, tables, value_dim, scale, tile)
+def run(args: Arguments, tile: Tile) -> tuple[Tensor, Tensor]:
+    tables = PageTables(args.page, args.query_pos, args.paging)
+    return launch_mla_decode(args.q, args.cache, tables, args.value_dim, args.scale, tile)
 
 
 @pytest.mark.parametrize(
@@ -135,12 +159,10 @@ def test_kernel(
     for name, value in zip("HCR", (heads, *dims), strict=True):
         monkeypatch.setitem(globals(), name, value)
     for shard in {0, shards - 1}:
-        _, (q, cache, page, pos, paging, _, scale) = make(
-            lengths, queries, Paging(16, shards, shard)
-        )
-        pos[-1, -1] = -1 if queries > 1 else pos[-1, -1]
-        args = q, cache, page, pos, paging, dims[0], scale
-        (o, lse), (want_o, want_lse) = run(args, tile), decode(*args, op=mla_decode.reference)
+        _, args = make(lengths, queries, Paging(16, shards, shard))
+        if queries > 1:
+            args.query_pos[-1, -1] = -1
+        (o, lse), (want_o, want_lse) = run(args, tile), decode(args, op=mla_decode.reference)
         assert_close("o", o, want_o, TOLERANCE)
         assert_close("lse", lse, want_lse, TOLERANCE)
 
@@ -148,40 +170,42 @@ def test_kernel(
 @pytest.mark.parametrize("shards", [1, 4])
 def test_kernel_of_no_position(shards: int) -> None:
     """Padding, and sequences of which this rank holds nothing."""
-    _, (q, cache, page, pos, *rest) = make([3, 3, 40], 2, Paging(PAGE, shards, shards - 1))
-    pos[1], page[1] = -1, 0
-    args = q, cache, page, pos, *rest
+    _, args = make([3, 3, 40], 2, Paging(PAGE, shards, shards - 1))
+    args.query_pos[1] = -1
+    args.page[1] = 0
     o, lse = run(args, Tile(16, 16, 16, 4, 2))
-    want_o, want_lse = decode(*args, op=mla_decode.reference)
+    want_o, want_lse = decode(args, op=mla_decode.reference)
     assert bool((lse[1] == -math.inf).all()) and bool((o[1] == 0).all())
     assert_close("o", o, want_o, TOLERANCE)
     assert_close("lse", lse, want_lse, TOLERANCE)
 
 
 @pytest.mark.parametrize("dims", [(256, 16), (24, 8)])
-def test_kernel_reads_the_packed_form(dims: tuple[int, int], monkeypatch) -> None:
+def test_kernel_reads_the_packed_form(
+    dims: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, value in zip("CR", dims, strict=True):
         monkeypatch.setitem(globals(), name, value)
     lengths = [63, 5]
-    _, (q, cache, page, pos, paging, _, scale) = make(lengths, 1)
-    packed = pack_latent(cache.nan_to_num(0.5) * 3, C)
-    written = ~cache.isnan().any(1)
+    _, args = make(lengths, 1)
+    packed = pack_latent(args.cache.nan_to_num(0.5) * 3, C)
+    written = ~args.cache.isnan().any(1)
     packed[~written] = 0x7F  # NaN in all three parts
-    args = q, packed, page, pos, paging, C, scale
+    args = args._replace(cache=packed)
     (o, lse), (want_o, want_lse) = (
         run(args, Tile(16, 16, 32, 4, 2)),
-        decode(*args, op=mla_decode.reference),
+        decode(args, op=mla_decode.reference),
     )
     assert_close("o", o, want_o, TOLERANCE)
     assert_close("lse", lse, want_lse, TOLERANCE)
 
 
 def test_kernel_of_bfloat16() -> None:
-    _, (q, cache, *rest) = make([129, 40], 2)
-    args = q.bfloat16(), cache.bfloat16(), *rest
+    _, args = make([129, 40], 2)
+    args = args._replace(q=args.q.bfloat16(), cache=args.cache.bfloat16())
     (o, lse), (want_o, want_lse) = (
-        decode(*args, op=mla_decode.kernel),
-        decode(*args, op=mla_decode.reference),
+        decode(args, op=mla_decode.kernel),
+        decode(args, op=mla_decode.reference),
     )
     assert_close("o", o, want_o, TOLERANCE)
     assert_close("lse", lse, want_lse, TOLERANCE)
@@ -190,11 +214,15 @@ def test_kernel_of_bfloat16() -> None:
 def test_a_sequence_does_not_depend_on_the_batch() -> None:
     """Nor on the width of the tables, nor on the queries beside it."""
     tile = Tile(16, 16, 64, 4, 2)
-    _, (q, cache, page, pos, *rest) = make([129, 300, 1, 64], 2)
-    o, lse = run((q, cache, page, pos, *rest), tile)
+    _, args = make([129, 300, 1, 64], 2)
+    o, lse = run(args, tile)
     for b in range(4):
-        width = -(-(int(pos[b, 1]) + 1) // PAGE)
-        alone = run((q[b : b + 1], cache, page[b : b + 1, :width], pos[b : b + 1], *rest), tile)
+        width = -(-(int(args.query_pos[b, 1]) + 1) // PAGE)
+        row = slice(b, b + 1)
+        one = args._replace(
+            q=args.q[row], page=args.page[row, :width], query_pos=args.query_pos[row]
+        )
+        alone = run(one, tile)
         assert_bitwise_equal("o", alone[0], o[b : b + 1])
         assert_bitwise_equal("lse", alone[1], lse[b : b + 1])
 
@@ -224,7 +252,9 @@ def test_parts_are_the_same_in_another_order(ranks: int, queries: int, split: in
     o, lse = mla_decode.reference(together, cache, tables, C, 0.25)
     tile = Tile(16, 16, split, 4, 2)
 
-    def by_kernel(q, cache, tables, scale, parts):
+    def by_kernel(
+        q: Tensor, cache: Tensor, tables: PageTables, scale: float, parts: Tensor
+    ) -> None:
         launch_decode(q, cache, tables, scale, open_parts(parts), tile)
 
     for run_parts in (mla_decode_parts.reference, by_kernel):
@@ -243,7 +273,10 @@ def test_wide_tables_go_a_few_sequences_at_a_time(monkeypatch: pytest.MonkeyPatc
     tile, (_, args) = Tile(16, 16, 16, 4, 2), make([129, 3, 40, 17, 64], 2)
     splits = args[2].shape[1]  # a page each
     allowed = 2 * splits * 2 * H * C * 4
-    gathered, tables = torch.randn(3, 10, H, C + R), PageTables(*args[2:5])
+    gathered, tables = (
+        torch.randn(3, 10, H, C + R),
+        PageTables(args.page, args.query_pos, args.paging),
+    )
 
     def parts() -> tuple[torch.Tensor, torch.Tensor]:
         every = empty_parts(gathered, C)
@@ -255,8 +288,14 @@ def test_wide_tables_go_a_few_sequences_at_a_time(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(module, "_SPLIT_BYTES", allowed)  # of two sequences
     for block, expected in zip(parts(), wanted_parts, strict=True):
         assert_bitwise_equal("of three ranks' heads", block, expected)
-    sizes, empty = [], torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *s, **k: sizes.append(s) or empty(*s, **k))
+    empty = torch.empty
+    sizes: list[Any] = []
+
+    def recorded(*size: Any, **kwargs: Any) -> Tensor:
+        sizes.append(size)
+        return empty(*size, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", recorded)
     got = run(args, tile)
     held = [4 * math.prod(s) for s in sizes if s[:2] == (splits, 1)]
     assert len(held) == 3 and max(held) == allowed

@@ -1,14 +1,19 @@
 import sys
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from dsv3_kernels import KeysValues, merge_lse, mla_prefill, mla_prefill_packed
 from dsv3_kernels.attention._mla_prefill_kernel import Tile, launch_prefill
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 from tests.kernels.definitions import attend
+
+Op = Callable[..., Any]  # an operation or one of its implementations
 
 H, N, R, V = 3, 16, 8, 10
 X = N + R
@@ -17,11 +22,13 @@ X = N + R
 TILE = Tile(16, 16, 4, 1)
 
 
-def by_kernel(q, keys, first_key: int, first_query: int, scale: float):
+def by_kernel(
+    q: Tensor, keys: KeysValues, first_key: int, first_query: int, scale: float
+) -> tuple[Tensor, Tensor]:
     return launch_prefill(q, keys, None, len(q), first_query - first_key, scale, TILE)
 
 
-def keys_of(k, v) -> KeysValues:
+def keys_of(k: Tensor, v: Tensor) -> KeysValues:
     """Keys as the op takes them."""
     return KeysValues(k[..., :N], k[..., N:], v)
 
@@ -43,7 +50,7 @@ both = pytest.mark.parametrize("mla_prefill", [mla_prefill.reference, by_kernel]
     ],
 )
 def test_mla_prefill(
-    mla_prefill, queries: int, keys: int, first_query: int, first_key: int
+    mla_prefill: Op, queries: int, keys: int, first_query: int, first_key: int
 ) -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(queries, H, X), torch.randn(keys, H, X), torch.randn(keys, H, V)
@@ -58,17 +65,17 @@ def test_mla_prefill(
 
 
 @both
-def test_it_is_scaled_dot_product_attention(mla_prefill) -> None:
+def test_it_is_scaled_dot_product_attention(mla_prefill: Op) -> None:
     torch.manual_seed(1)
     q, k, v = torch.randn(129, H, X), torch.randn(129, H, X), torch.randn(129, H, V)
     want = F.scaled_dot_product_attention(
-        *(t.transpose(0, 1) for t in (q, k, v)), is_causal=True, scale=0.2
+        q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), is_causal=True, scale=0.2
     ).transpose(0, 1)
     assert_close("sdpa", mla_prefill(q, keys_of(k, v), 0, 0, 0.2)[0], want, 1e-5)
 
 
 @both
-def test_blocks_of_keys_merge_to_the_whole(mla_prefill) -> None:
+def test_blocks_of_keys_merge_to_the_whole(mla_prefill: Op) -> None:
     torch.manual_seed(2)
     q, k, v = torch.randn(20, H, X), torch.randn(70, H, X), torch.randn(70, H, V)
     want, want_lse = mla_prefill(q, keys_of(k, v), 0, 50, 0.3)

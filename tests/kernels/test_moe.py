@@ -1,3 +1,6 @@
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -5,11 +8,13 @@ from torch import Tensor
 from dsv3_kernels import LocalExperts, Stack, act_quant, experts, permute
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 
+Op = Callable[..., Any]  # an operation or one of its implementations
+
 T, D, F, E, K = 19, 24, 10, 8, 3
 
 
 @pytest.fixture(scope="module")
-def layer():
+def layer() -> tuple[Tensor, ...]:
     torch.manual_seed(0)
     ids = torch.stack([torch.randperm(E)[:K] for _ in range(T)])
     return torch.randn(T, D), ids, torch.rand(T, K), torch.randn(E, 2 * F, D), torch.randn(E, D, F)
@@ -28,7 +33,7 @@ def dense(layer: tuple[Tensor, ...], held: range) -> Tensor:
     return y
 
 
-def run(layer: tuple[Tensor, ...], held: range, form=experts) -> Tensor:
+def run(layer: tuple[Tensor, ...], held: range, form: Op = experts) -> Tensor:
     x, ids, weight, gate_up, down = layer
     part = slice(held.start, held.stop)
     return form(x, ids, weight, held.start, Stack(gate_up[part]), Stack(down[part]))
@@ -36,14 +41,14 @@ def run(layer: tuple[Tensor, ...], held: range, form=experts) -> Tensor:
 
 @pytest.mark.parametrize("form", [experts, experts.kernel])
 @pytest.mark.parametrize("held", [range(8), range(4), range(4, 8), range(6, 7)], ids=str)
-def test_local_experts(layer, held: range, form) -> None:
+def test_local_experts(layer: tuple[Tensor, ...], held: range, form: Op) -> None:
     got = run(layer, held, form)
     assert got.dtype == torch.float32
     assert_close("experts", got, dense(layer, held), 1e-5)
 
 
 @pytest.mark.parametrize("form", [experts, experts.kernel])
-def test_no_local_expert_hit(layer, form) -> None:
+def test_no_local_expert_hit(layer: tuple[Tensor, ...], form: Op) -> None:
     x, ids, weight, gate_up, down = layer
     never = gate_up * float("nan"), down * float("nan")
     for far in (torch.tensor([[0, 1, 7]]).expand(T, K), torch.full((T, K), -1)):
@@ -51,8 +56,8 @@ def test_no_local_expert_hit(layer, form) -> None:
     assert run((x[:0], ids[:0], weight[:0], *never), range(E), form).shape == (0, D)
 
 
-def test_rows_among_other_bytes(layer) -> None:
-    """As tokens of other ranks come: each with its choice behind it."""
+def test_rows_among_other_bytes(layer: tuple[Tensor, ...]) -> None:
+    """Tokens of other ranks come with their chosen experts behind them."""
     x, ids, weight, *matrices = layer
     parts = x, ids.int(), weight
     packed = torch.cat([part.view(torch.uint8) for part in parts], 1)
@@ -66,7 +71,7 @@ def test_rows_among_other_bytes(layer) -> None:
 
 @pytest.mark.parametrize("form", [experts, experts.kernel])
 @pytest.mark.parametrize("tokens", [1, 19, 63])
-def test_one_expert_for_all_tokens(layer, tokens: int, form) -> None:
+def test_one_expert_for_all_tokens(layer: tuple[Tensor, ...], tokens: int, form: Op) -> None:
     """Whatever the imbalance, nothing is dropped."""
     *_, gate_up, down = layer
     torch.manual_seed(1)
@@ -112,7 +117,7 @@ def test_tokens_do_not_see_each_other(quantized: bool) -> None:
     assert_bitwise_equal("slice", part, whole[some])
 
 
-def test_bfloat16(layer) -> None:
+def test_bfloat16(layer: tuple[Tensor, ...]) -> None:
     x, ids, weight, gate_up, down = (
         t.bfloat16() if t.dim() > 2 or t.shape == (T, D) else t for t in layer
     )
@@ -122,7 +127,7 @@ def test_bfloat16(layer) -> None:
 
 @pytest.mark.parametrize("form", [experts.reference, experts.kernel])
 @pytest.mark.parametrize("first", [3, 100])
-def test_what_else_is_summed_is_asked_for_last(form, first: int) -> None:
+def test_what_else_is_summed_is_asked_for_last(form: Op, first: int) -> None:
     x, ids, weight, gate_up, down = fp8_layer(5)
     shared = torch.randn(5, 256).bfloat16()
     alone = form(x, ids, weight, first, gate_up, down)

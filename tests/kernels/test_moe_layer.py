@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dsv3.model.moe import MoE
+from dsv3.model.transformer import DecoderLayer
 from dsv3_kernels import (
     Quantized,
     act_quant,
@@ -63,7 +64,9 @@ def test_layer(
 def test_without_quantized_input_it_is_quantized(oracle: "Callable[[str], Oracle]") -> None:
     """As rows come in that another rank sent."""
     model = start_alone(oracle("v3-fp8-whole").path, dtype="fp8").runner.model
-    layer, x = model.layers[-1].mlp, torch.randn(5, model.config.hidden_size).bfloat16()
+    last = model.layers[-1]
+    assert isinstance(last, DecoderLayer) and isinstance(last.mlp, MoE)
+    layer, x = last.mlp, torch.randn(5, model.config.hidden_size).bfloat16()
     with torch.inference_mode():
         ids, weight, _ = layer.router(x)
         got = layer.run_experts(x, ids, weight)

@@ -1,3 +1,6 @@
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
@@ -6,6 +9,8 @@ from dsv3_kernels.attention.norm_and_cache import norm_and_cache
 from dsv3_kernels.attention.rope_and_cache import rope_and_cache
 from dsv3_kernels.ops.rmsnorm import add_rmsnorm
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
+
+Op = Callable[..., Any]  # an operation or one of its implementations
 
 APART = {
     norm_and_cache.reference: (add_rmsnorm.reference, rope_and_cache.reference),
@@ -17,10 +22,14 @@ APART = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", ["wide", "packed", "none kept"])
 @pytest.mark.parametrize(("tokens", "A", "C", "R"), [(1, 1536, 512, 64), (5, 24, 192, 12)])
-def test_the_bits_of_two_launches(op, dtype, form: str, tokens: int, A: int, C: int, R: int):
+def test_the_bits_of_two_launches(
+    op: Op, dtype: torch.dtype, form: str, tokens: int, A: int, C: int, R: int
+) -> None:
     torch.manual_seed(0)
     wide = torch.randn(tokens, A + 4 + C + R).to(dtype)
-    x, kv, angle = wide[:, :A], wide[:, A + 4 :], torch.rand(tokens, R // 2) * 50
+    x = wide[:, :A]
+    kv = wide[:, A + 4 :]
+    angle = torch.rand(tokens, R // 2) * 50
     weight, quant = torch.rand(A) + 0.5, A % 128 == 0
     rotation = Rotation(angle.cos(), angle.sin(), form != "packed")
     entry = kv, torch.rand(C) + 0.5, 1e-6, rotation
@@ -57,4 +66,4 @@ def test_no_tokens() -> None:
         keep_from=0,
     )
     h, q, kept = norm_and_cache.kernel(wide[:, :128], torch.ones(128), True, False, write)
-    assert h.shape == q.q.shape == (0, 128) and kept.shape == (0, 72)
+    assert q is not None and h.shape == q.q.shape == (0, 128) and kept.shape == (0, 72)

@@ -1,9 +1,14 @@
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from dsv3_kernels import LocalExperts, masked_groups, permute, unpermute
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
+
+Op = Callable[..., Any]  # an operation or one of its implementations
 
 
 def routing(tokens: int, k: int, experts: int) -> Tensor:
@@ -25,11 +30,12 @@ CASES = {
 
 @pytest.mark.parametrize("form", [permute.reference, permute.kernel])
 @pytest.mark.parametrize("case", CASES)
-def test_permute(case: str, form) -> None:
+def test_permute(case: str, form: Op) -> None:
     ids, first, held = CASES[case]
     groups = form(ids, LocalExperts(first, held))
     flat = ids.flatten().tolist()
     entries = [i for e in range(first, first + held) for i, x in enumerate(flat) if x == e]
+    assert groups.entry_M is not None and groups.row_TK is not None
     assert groups.entry_M.tolist() == entries + [-1] * (len(flat) - len(entries))
     assert groups.row_TK.shape == ids.shape
     rows = {i: row for row, i in enumerate(entries)}
@@ -43,7 +49,7 @@ def test_permute(case: str, form) -> None:
 
 @pytest.mark.parametrize("form", [unpermute.reference, unpermute.kernel])
 @pytest.mark.parametrize(("tokens", "columns"), [(0, 8), (1, 7), (63, 130), (5, 1100)])
-def test_unpermute(tokens: int, columns: int, form) -> None:
+def test_unpermute(tokens: int, columns: int, form: Op) -> None:
     torch.manual_seed(0)
     ids = routing(tokens, 4, 12)
     rows = permute(ids, LocalExperts(3, 6)).row_TK
@@ -70,6 +76,7 @@ def test_there_and_back() -> None:
     torch.manual_seed(1)
     ids, x = routing(33, 3, 9), torch.randn(33, 5)
     groups = permute.kernel(ids, LocalExperts(0, 9))
+    assert groups.entry_M is not None and groups.row_TK is not None
     rows = x[groups.entry_M.long() // 3]
     weight = torch.tensor([0.5, 0.25, 0.25]).expand(33, 3)
     assert_bitwise_equal("rows", unpermute.kernel(rows, groups.row_TK, weight), x)

@@ -36,11 +36,12 @@ def test_add_and_quantize() -> None:
     total, h, q = add_rmsnorm(x, y, w, 1e-6, quant=True)
     assert_bitwise_equal("sum", total, x + y)
     assert_bitwise_equal("norm", h, rmsnorm(x + y, w, 1e-6))
+    assert q is not None
     assert_bitwise_equal("q", q.q, act_quant(h).q)
     assert_bitwise_equal("scale", q.scale, act_quant(h).scale)
     assert add_rmsnorm(x, None, w, 1e-6)[2] is None
     _, h, q = add_rmsnorm(x.bfloat16(), None, w, 1e-6, quant=True, ue8m0=True)
-    assert h.dtype == torch.bfloat16
+    assert q is not None and h.dtype == torch.bfloat16
     assert_bitwise_equal("of the rounded values", q.scale, act_quant(h, ue8m0=True).scale)
 
 
@@ -57,7 +58,8 @@ def test_triton(shape: tuple[int, ...], add: bool) -> None:
         want = add_rmsnorm.reference(x, y, w, 1e-6, quant, ue8m0)
         assert_bitwise_equal("sum", got[0], want[0])
         assert_close("norm", got[1], want[1], 1e-6)
-        if quant:
+        assert (got[2] is not None) == quant
+        if got[2] is not None:
             again = act_quant.reference(got[1], ue8m0)
             assert_bitwise_equal("q", got[2].q, again.q)
             assert_bitwise_equal("scale", got[2].scale, again.scale)
@@ -84,4 +86,5 @@ def test_triton_rows_do_not_see_each_other() -> None:
     whole = add_rmsnorm.kernel(x, y, w, 1e-6, True)
     part = add_rmsnorm.kernel(x[17:19], y[17:19], w, 1e-6, True)
     assert_bitwise_equal("slice", part[1], whole[1][17:19])
+    assert part[2] is not None and whole[2] is not None
     assert_bitwise_equal("q", part[2].q, whole[2].q[17:19])

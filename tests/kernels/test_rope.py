@@ -1,3 +1,6 @@
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -5,6 +8,8 @@ from torch import Tensor
 from dsv3_kernels import Rotation, apply_rope
 from dsv3_kernels.attention.rope import rotate
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
+
+Op = Callable[..., Any]  # an operation or one of its implementations
 
 
 def rotated(x: Tensor, angle: Tensor, interleaved: bool) -> Tensor:
@@ -52,7 +57,7 @@ def test_scores_depend_on_distance_only() -> None:
 @pytest.mark.parametrize("rotate", [rotate.reference, rotate.kernel])
 @pytest.mark.parametrize("interleaved", [True, False])
 @pytest.mark.parametrize("shape", [(1, 1, 16), (5, 20, 8), (3, 16, 64), (2, 3, 12)])
-def test_in_place(rotate, interleaved: bool, shape: tuple[int, int, int]) -> None:
+def test_in_place(rotate: Op, interleaved: bool, shape: tuple[int, int, int]) -> None:
     """The last part of longer rows; the part before it stays."""
     torch.manual_seed(2)
     (T, H, R), angle = shape, torch.rand(shape[0], shape[2] // 2) * 50

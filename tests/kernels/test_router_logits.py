@@ -1,8 +1,13 @@
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
 from dsv3_kernels.moe.router_logits import router_logits
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
+
+Op = Callable[..., Any]  # an operation or one of its implementations
 
 
 @pytest.mark.parametrize("form", [router_logits, router_logits.kernel])
@@ -10,7 +15,9 @@ from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 @pytest.mark.parametrize(
     ("tokens", "hidden", "experts"), [(1, 1024, 256), (63, 200, 72), (0, 64, 8), (300, 64, 8)]
 )
-def test_router_logits(tokens: int, hidden: int, experts: int, dtype: torch.dtype, form) -> None:
+def test_router_logits(
+    tokens: int, hidden: int, experts: int, dtype: torch.dtype, form: Op
+) -> None:
     torch.manual_seed(0)
     x, w = torch.randn(tokens, hidden).to(dtype), torch.randn(experts, hidden)
     got = form(x, w)
@@ -20,7 +27,7 @@ def test_router_logits(tokens: int, hidden: int, experts: int, dtype: torch.dtyp
 
 
 def test_the_sum_does_not_depend_on_the_tokens() -> None:
-    """Whether a program makes one part of it or all; exact sums within a part show the rest."""
+    """One program per part and one for all parts agree; sums within a part are exact."""
     torch.manual_seed(1)
     scale = torch.tensor([1.0, 2.0**-12, 2.0**13, 0.125]).repeat_interleave(128)
     x = torch.randint(-8, 9, (300, 512)) * scale

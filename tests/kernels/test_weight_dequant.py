@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import Tensor
 
 from dsv3_kernels import weight_dequant
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
@@ -9,7 +10,7 @@ ROWS, COLS = 576, 300
 
 
 @pytest.fixture(scope="module")
-def weight():
+def weight() -> tuple[Tensor, Tensor, Tensor]:
     """An FP8 weight, its scales, and every value multiplied by hand."""
     torch.manual_seed(0)
     w = torch.randn(ROWS, COLS).mul(20).to(torch.float8_e4m3fn)
@@ -32,7 +33,9 @@ def weight():
         ((5, 5), (0, 300)),  # nothing
     ],
 )
-def test_any_rectangle(weight, rows: tuple[int, int], cols: tuple[int, int]) -> None:
+def test_any_rectangle(
+    weight: tuple[Tensor, Tensor, Tensor], rows: tuple[int, int], cols: tuple[int, int]
+) -> None:
     w, scale, whole = weight
     covering = scale[rows[0] // 128 : -(-rows[1] // 128), cols[0] // 128 : -(-cols[1] // 128)]
     part = (slice(*rows), slice(*cols))
@@ -44,7 +47,7 @@ def test_any_rectangle(weight, rows: tuple[int, int], cols: tuple[int, int]) -> 
     assert_bitwise_equal("bf16", got, whole[part].bfloat16())
 
 
-def test_stacked_weights(weight) -> None:
+def test_stacked_weights(weight: tuple[Tensor, Tensor, Tensor]) -> None:
     w, scale, whole = weight
     got = weight_dequant(torch.stack((w, w)), torch.stack((scale, 2 * scale)), torch.float32)
     assert_bitwise_equal("stack", got, torch.stack((whole, 2 * whole)))

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from compile_only import NoDevice, pretend
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -23,7 +22,9 @@ from benchlib.rank_share import Rank, RankShape
 from dsv3.config_files import DEMO, load_model_config
 from dsv3.engine.runner import Runner
 from dsv3.engine.step_plan import StepPlan
+from dsv3.settings import CacheDtype
 from dsv3_kernels import weight_dequant
+from tests.kernels.compile_only import NoDevice, pretend
 
 Found = dict[tuple[Any, ...], set[tuple[str, ...]]]
 DECODE = [1, 2, 3, 8, 17]
@@ -48,7 +49,7 @@ def plan_of(query_len: list[int], context_len: list[int], draws: bool = False) -
     return plan
 
 
-def serve(weights: str, cache: str, world: int) -> None:
+def serve(weights: str, cache: CacheDtype, world: int) -> None:
     """Run steps of many sizes through the runner of the last rank."""
     config = replace(load_model_config(DEMO), num_attention_heads=4 * world)
     shape = RankShape(
@@ -81,15 +82,17 @@ def main() -> None:
 
     JITFunction._do_compile = record
     total = 0
-    for form in (("fp8", "fp8", 1), ("bf16", "bf16", 2)):
+    cases: list[tuple[CacheDtype, int]] = [("fp8", 1), ("bf16", 2)]
+    for dtype, world in cases:
         found.clear()
-        serve(*form)
+        serve(dtype, dtype, world)
         for rows in (1, 3, 16):
             w, scale = torch.zeros(rows, 256).to(torch.float8_e4m3fn), torch.ones(rows, 2)
             weight_dequant(w, scale, torch.bfloat16, block=(1, 128))
         for chosen, variants in found.items():
-            sets = [set(variant) for variant in variants]
-            differ = sorted(set.union(*sets) - set.intersection(*sets))
+            sets = [frozenset(variant) for variant in variants]
+            common = sets[0].intersection(*sets)
+            differ = sorted(sets[0].union(*sets) - common)
             if differ:
                 sys.stdout.write(f"{chosen[0]}: {', '.join(differ)}\n")
         total += len(found)

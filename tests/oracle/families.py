@@ -193,12 +193,13 @@ def make_oracle(family: str, folder: Path) -> Oracle:
     (folder / "plain").mkdir()
     save_file(plain, folder / "plain" / "model.safetensors", {"format": "pt"})
     _hf_config(config).save_pretrained(folder / "plain")
-    model, info = _model_class(config).from_pretrained(
+    loaded: Any = _model_class(config).from_pretrained(  # typed as if without the loading info
         folder / "plain",
         dtype=torch.float32,
         attn_implementation="eager",
         output_loading_info=True,
     )
+    model, info = loaded
     assert not any(info.values()), info
     vocab = config["vocab_size"]
     prompts = [torch.randint(2, vocab, (n,)).tolist() for n in PROMPT_LENGTHS]
@@ -214,7 +215,9 @@ def _hf_config(config: dict[str, Any]) -> transformers.PretrainedConfig:
     dense = config["first_k_dense_replace"]
     sparse = config["num_hidden_layers"] - dense
     plain["mlp_layer_types"] = ["dense"] * dense + ["sparse"] * sparse
-    return _model_class(config).config_class.from_dict(plain)
+    config_class = _model_class(config).config_class
+    assert config_class is not None
+    return config_class.from_dict(plain)
 
 
 @torch.no_grad()
@@ -229,7 +232,9 @@ def _draw_weights(model: PreTrainedModel, bias_mean: float, bias_spread: float) 
             p.normal_(0, gains.get(part, 1.0) / p.shape[-1] ** 0.5)
         elif "norm" in part or "norm" in name.split(".")[-2]:
             p.normal_(0.0 if name.endswith("bias") else 1.0, 0.3)
-    model.get_input_embeddings().weight.normal_(0, 1.0)
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, torch.nn.Embedding)
+    embedding.weight.normal_(0, 1.0)
 
 
 def _store(
@@ -260,7 +265,9 @@ def _is_quantized(name: str) -> bool:
 def _to_fp8(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize block by block, each of a magnitude of its own, so that no two scales are alike."""
     rows, cols = -(-x.shape[0] // 128), -(-x.shape[1] // 128)
-    q, plain, scale = torch.empty_like(x), torch.empty_like(x), torch.empty(rows, cols)
+    q = torch.empty_like(x)
+    plain = torch.empty_like(x)
+    scale = torch.empty(rows, cols)
     for i in range(rows):
         for j in range(cols):
             block = (slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128))
@@ -276,7 +283,7 @@ def _write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> 
     """Deal the tensors to three files: neighbours, a weight and its scales too, are torn apart."""
     folder.mkdir()
     files = 3
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for index in range(files):
         name = f"model-{index + 1:05d}-of-{files:05d}.safetensors"
         part = dict(list(tensors.items())[index::files])

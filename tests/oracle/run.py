@@ -1,6 +1,7 @@
 """Our model on one rank: its logits at every position, and its greedy answers."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from dsv3.settings import EngineConfig
 CPU = torch.device("cpu")
 
 
-def start_alone(path: Path, **settings: object) -> Started:
+def start_alone(path: Path, **settings: Any) -> Started:
     """Load a checkpoint in this process."""
     mesh = Mesh(ParallelConfig(), CPU, SingleRank(), SingleRank(), SingleRank(), 1)
     return start(path, EngineConfig(**{"kv_cache_size": "2048tok"} | settings), mesh)
@@ -62,6 +63,7 @@ def all_logits(
 def answers(started: Started, prompts: list[list[int]], params: SamplingParams) -> list[Completion]:
     """Run all prompts as one batch."""
     engine = started.engine
+    assert engine is not None
     for i, prompt in enumerate(prompts):
         engine.add(Request(request_id=str(i), prompt_ids=prompt, params=params))
     done = {}

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from tests.oracle.families import Oracle
 MAKE = Callable[[str], Oracle]
 
 
-def convert_to(path: Path, target: Path, world_size: int | None = None, **kwargs: object) -> Path:
+def convert_to(path: Path, target: Path, world_size: int | None = None, **kwargs: Any) -> Path:
     layout = None if world_size is None else ParallelConfig(world_size=world_size)
     with open_source(path) as source:
         convert(source, make_plan(source, layout, **kwargs), target, workers=2)

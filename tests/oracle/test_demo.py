@@ -23,6 +23,7 @@ ROWS = [
 def wrong_answers(**settings: object) -> list[str]:
     """Answer all rows as one batch; return what differs."""
     started = start_alone(DEMO, kv_cache_size="16384tok", **settings)
+    assert started.engine is not None and started.engine.tokenizer is not None
     chat = ChatFormat(started.engine.tokenizer, started.config.model_type)
     prompts = [chat.encode(chat.render(row["messages"])) for row in ROWS]
     got = answers(started, prompts, SamplingParams(max_tokens=96))

@@ -1,9 +1,11 @@
 """Random checkpoints of every family agree with Hugging Face transformers, in float32."""
 
 from collections.abc import Callable
+from typing import cast
 
 import pytest
 import torch
+from transformers import GenerationMixin
 
 from dsv3.errors import ConfigError, RequestError
 from dsv3.model import attention
@@ -83,7 +85,7 @@ def test_penalized_answers(oracle: MAKE, depth: int) -> None:
     settings = {"max_batch_tokens": 40, "max_running": 4, "pipeline_depth": depth}
     found = answers(start_alone(made.path, **settings), made.prompts, params)
     for prompt, done in zip(made.prompts, found, strict=True):
-        whole = made.model.generate(
+        whole = cast(GenerationMixin, made.model).generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
             max_new_tokens=24,
@@ -114,6 +116,7 @@ def test_probabilities(oracle: MAKE) -> None:
     ):
         text = [*prompt, *done.token_ids]
         want = made.logits(text).log_softmax(-1)
+        assert done.prompt_logprobs is not None and done.logprobs is not None
         assert [t.token_id for t in done.prompt_logprobs] == prompt[1:]
         for i, got in enumerate([*done.prompt_logprobs, *done.logprobs]):
             top = want[i].topk(len(got.top))

@@ -16,7 +16,7 @@ from dsv3.checkpoint.load import fp8_weights, load_weights
 from dsv3.checkpoint.source import open_source
 from dsv3.engine.setup import numerics_mode
 from dsv3.errors import ConfigError
-from dsv3.model.transformer import Transformer
+from dsv3.model.transformer import DecoderLayer, Transformer
 from dsv3.parallel.linear import Linear
 from dsv3.parallel.weights import WeightFormat
 from dsv3.settings import EngineConfig
@@ -108,7 +108,8 @@ def test_cut_blocks_run_dequantized(oracle: MAKE, caplog: pytest.LogCaptureFixtu
         started = start_alone(made.path, dtype="fp8")
     model = started.runner.model
     assert linears(model, True) == {"self_attn.o_proj"}
-    assert all(layer.self_attn.o_proj.ue8m0 for layer in model.layers)
+    layers = [module for module in model.modules() if isinstance(module, DecoderLayer)]
+    assert layers and all(layer.self_attn.o_proj.ue8m0 for layer in layers)
     (line,) = [r.getMessage() for r in caplog.records if "run dequantized" in r.getMessage()]
     assert "model.layers.mlp.experts.down_proj.weight" in line and "o_proj" not in line
     rms, _, _ = errors(

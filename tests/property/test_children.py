@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from dsv3.cache.children import Children, encode
 
 
-@dataclass(frozen=True)
-class Child:
+@dataclass
+class Leaf:
     tokens: bytes
 
 
@@ -26,11 +26,11 @@ TOKENS = st.lists(st.integers(0, 3), min_size=1, max_size=4).map(encode)
 
 @given(st.lists(st.tuples(st.booleans(), TOKENS), max_size=60))
 def test_children_equal_a_sorted_list(steps: list[tuple[bool, bytes]]) -> None:
-    expected: dict[bytes, Child] = {}
-    children = Children[Child]()
+    expected: dict[bytes, Leaf] = {}
+    children = Children[Leaf]()
     for is_new, tokens in steps:
         if is_new and tokens not in expected:
-            expected[tokens] = Child(tokens)
+            expected[tokens] = Leaf(tokens)
             children.add(expected[tokens])
         elif not is_new and expected:
             keys = sorted(expected)

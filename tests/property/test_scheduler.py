@@ -1,6 +1,7 @@
 """Any history of requests: nothing is lost, nothing is shared, everybody gets the right answer."""
 
 from collections import Counter
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -147,6 +148,7 @@ class History:
             part = self.streamed.get(name, [])
             assert tokens[: len(part)] == part
             if request.params.prompt_logprobs is not None:
+                assert got.prompt_logprobs is not None
                 scored = [t.token_id for t in got.prompt_logprobs]
                 assert scored == request.prompt_ids[1:]
 
@@ -165,7 +167,7 @@ class History:
     disk=st.booleans(),
 )
 def test_any_history(
-    events: list[tuple[str, object]],
+    events: list[tuple[str, Any]],
     num_groups: int,
     num_pages: int,
     page_size: int,
@@ -177,8 +179,9 @@ def test_any_history(
     disk: bool,
 ) -> None:
     num_host_pages *= reuse
-    limits = budget, running, depth, reuse, num_host_pages, disk
-    history = History(num_groups, num_pages, page_size, *limits)
+    history = History(
+        num_groups, num_pages, page_size, budget, running, depth, reuse, num_host_pages, disk
+    )
     for number, (kind, value) in enumerate(events):
         if kind == "add":
             history.add(str(number), value)

@@ -1,8 +1,11 @@
 """Biases and penalties agree with their plain definition, whatever is known of a row when."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from dsv3.engine.adjust import NOT_FED, AdjustedRow, Adjuster, Adjustments, pack_adjustments
 from dsv3.errors import RequestError
@@ -18,6 +21,18 @@ PARAMS = [
     SamplingParams(frequency_penalty=-1.0, repetition_penalty=1.1, logit_bias={0: -5, 36: 2.5}),
     SamplingParams(logit_bias={5: -100, 6: 0.5}),
 ]
+
+
+def adjuster(params: SamplingParams, prompt: list[int]) -> Adjuster:
+    made = Adjuster.of(params, prompt)
+    assert made is not None
+    return made
+
+
+def unpack(words: NDArray[np.int32], token_M: torch.Tensor) -> Adjustments:
+    made = Adjustments.unpack(words, token_M)
+    assert made is not None
+    return made
 
 
 def plain(logits: list[float], p: SamplingParams, prompt: list[int], out: list[int]) -> list[float]:
@@ -38,7 +53,7 @@ def plain(logits: list[float], p: SamplingParams, prompt: list[int], out: list[i
 def test_adjusted_logits(seed: int, in_flight: str) -> None:
     rng = np.random.default_rng(seed)
     prompts = [rng.integers(0, W, n).tolist() for n in (1, 5, 40, 9, 9, 3)]
-    adjusters = [Adjuster.of(p, prompt) for p, prompt in zip(PARAMS, prompts, strict=True)]
+    adjusters = [adjuster(p, prompt) for p, prompt in zip(PARAMS, prompts, strict=True)]
     texts = [list(prompt) for prompt in prompts]
     place = np.array([0, 2, 3, 5, 6, 8])  # rows between them are not adjusted
     for step in range(12):
@@ -52,7 +67,7 @@ def test_adjusted_logits(seed: int, in_flight: str) -> None:
             out = [*text[len(prompt) :], *([int(last[fed[k]])] if fed[k] >= 0 else [])]
             want[place[k]] = plain(want[place[k]], params, prompt, out)
             rows.append(AdjustedRow(int(place[k]), int(fed[k]), adjusters[k], text))
-        adjust = Adjustments.unpack(pack_adjustments(rows), torch.from_numpy(last))
+        adjust = unpack(pack_adjustments(rows), torch.from_numpy(last))
         adjust.apply(logits)
         assert torch.allclose(logits, torch.tensor(want), rtol=1e-5, atol=1e-5), step
         for k, text in enumerate(texts):
@@ -64,13 +79,13 @@ def test_a_part_of_the_rows_is_adjusted_as_the_whole() -> None:
     rng = np.random.default_rng(1)
     place = [1, 2, 4, 7, 8, 9]
     rows = [
-        AdjustedRow(m, 2 if m % 2 else NOT_FED, Adjuster.of(p, [1, 2, m]), [1, 2, m, 5, 5])
+        AdjustedRow(m, 2 if m % 2 else NOT_FED, adjuster(p, [1, 2, m]), [1, 2, m, 5, 5])
         for m, p in zip(place, PARAMS, strict=True)
     ]
     fed = torch.tensor([4, 4, 5])
     logits = torch.from_numpy(rng.normal(0, 3, (11, W)).astype(np.float32))
     whole = logits.clone()
-    adjust = Adjustments.unpack(pack_adjustments(rows), fed)
+    adjust = unpack(pack_adjustments(rows), fed)
     adjust.apply(whole)
     for index in ([1], [0, 3], [0, 1, 2, 3], [4, 7, 8, 9, 10], [10], list(range(11))):
         chosen = np.array(index)
@@ -81,7 +96,10 @@ def test_a_part_of_the_rows_is_adjusted_as_the_whole() -> None:
             some.apply(part)
         assert torch.equal(part, whole[index])
     # The first choice of a plan's rows, then of the rows of one rank.
-    twice = adjust.select(np.array([0, 2, 3, 4, 7])).select(np.array([3, 4]))
+    once = adjust.select(np.array([0, 2, 3, 4, 7]))
+    assert once is not None
+    twice = once.select(np.array([3, 4]))
+    assert twice is not None
     part = logits[[4, 7]].clone()
     twice.apply(part)
     assert torch.equal(part, whole[[4, 7]])
@@ -89,9 +107,9 @@ def test_a_part_of_the_rows_is_adjusted_as_the_whole() -> None:
 
 def test_a_row_that_failed_feeds_nothing() -> None:
     params = SamplingParams(frequency_penalty=1.0, repetition_penalty=2.0)
-    row = AdjustedRow(0, 0, Adjuster.of(params, [3]), [3])
+    row = AdjustedRow(0, 0, adjuster(params, [3]), [3])
     logits = torch.ones(1, W)
-    Adjustments.unpack(pack_adjustments([row]), torch.tensor([-1])).apply(logits)
+    unpack(pack_adjustments([row]), torch.tensor([-1])).apply(logits)
     assert logits[0, 3] == 0.5 and (logits[0] == 1).sum() == W - 1
 
 
@@ -108,10 +126,9 @@ def test_plans_hold_distinct_tokens_and_those_of_the_prompt_only_where_needed() 
         (SamplingParams(presence_penalty=1.0), 2),
         (SamplingParams(logit_bias={1: 1.0}), 0),
     ):
-        adjuster = Adjuster.of(params, prompt)
         text = [*prompt, 7, 8, 7]
-        words = pack_adjustments([AdjustedRow(0, NOT_FED, adjuster, text)])
-        adjust = Adjustments.unpack(words, torch.zeros(0, dtype=torch.int64))
+        words = pack_adjustments([AdjustedRow(0, NOT_FED, adjuster(params, prompt), text)])
+        adjust = unpack(words, torch.zeros(0, dtype=torch.int64))
         assert adjust.seen_2E.shape == (2, distinct)
 
 
@@ -148,7 +165,7 @@ def test_biases_beyond_the_vocabulary_are_refused() -> None:
         ),
     ],
 )
-def test_wrong_values_are_named(values: dict[str, object], error: str) -> None:
+def test_wrong_values_are_named(values: dict[str, Any], error: str) -> None:
     with pytest.raises(RequestError) as caught:
         SamplingParams(**values)
     assert str(caught.value) == error

@@ -5,10 +5,11 @@ import json
 import logging
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+from dsv3.engine.engine import Engine
 from dsv3.errors import MAX_LINE, OutputError, RequestError
 from dsv3.request import Completion, Request, RequestOutput
 from dsv3.serve.batch import BatchSummary, run_batch
@@ -89,7 +90,7 @@ def run(
 ) -> BatchSummary:
     with BatchJournal(out) as journal:
         journal.resume(rows)
-        return run_batch(engine, rows, JournalSink(journal, engine.tokenizer), chat)
+        return run_batch(cast(Engine, engine), rows, JournalSink(journal, engine.tokenizer), chat)
 
 
 def answers(out: Path) -> dict[str, Any]:
@@ -228,7 +229,7 @@ def test_text_comes_in_input_order(tmp_path: Path) -> None:
 
     out = io.StringIO()
     rows = BatchInput(path, Defaults(flags=Sampling(max_tokens=2)))
-    run_batch(Backwards(), rows, TextSink(out), CHAT)
+    run_batch(cast(Engine, Backwards()), rows, TextSink(out), CHAT)
     prompts = [line for line in out.getvalue().split("\n") if line.startswith("Prompt:")]
     assert prompts == ["Prompt: one", "Prompt: two", "Prompt: ", "Prompt: three"]
     blocks = out.getvalue().split("\n\n")
@@ -244,7 +245,12 @@ def test_text_comes_in_input_order(tmp_path: Path) -> None:
 def test_a_terminal_that_knows_no_unicode_gets_escapes(tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_text("胡\n")
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    run_batch(CountingEngine(), BatchInput(tmp_path / "in.txt", Defaults()), TextSink(out), CHAT)
+    run_batch(
+        cast(Engine, CountingEngine()),
+        BatchInput(tmp_path / "in.txt", Defaults()),
+        TextSink(out),
+        CHAT,
+    )
     assert out.buffer.getvalue().startswith(b"Prompt: \\u80e1\n")  # type: ignore[attr-defined]
 
 
@@ -266,7 +272,12 @@ def test_text_commands_no_terminal_and_is_unchanged_elsewhere(
     tmp_path: Path, stream: io.StringIO, shown: str
 ) -> None:
     (tmp_path / "in.txt").write_text("a\x1b[2J\tb\x9b\x00\u202e\n", newline="")
-    run_batch(CountingEngine(), BatchInput(tmp_path / "in.txt", Defaults()), TextSink(stream), CHAT)
+    run_batch(
+        cast(Engine, CountingEngine()),
+        BatchInput(tmp_path / "in.txt", Defaults()),
+        TextSink(stream),
+        CHAT,
+    )
     assert stream.getvalue().startswith(f"Prompt: {shown}\nCompletion: ")
 
 
@@ -305,7 +316,7 @@ def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:
     stream = Terminal()
     rows = write_rows(tmp_path / "in", [completion_row("a"), completion_row("b", n=0)])
     progress = Progress(rows.count(), 0, stream)
-    run_batch(CountingEngine(), rows, TextSink(io.StringIO()), CHAT, progress)
+    run_batch(cast(Engine, CountingEngine()), rows, TextSink(io.StringIO()), CHAT, progress)
     assert "2/2" in stream.getvalue()
     assert "tok/s, 1 failed" in stream.getvalue()
 

@@ -8,15 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import bench
 from benchlib.contest import EngineContender, RunResult, compete, median_of
 from benchlib.dialogue import Dialogue, dialogue
 from benchlib.host import host_time
 from benchlib.report import Report, machine
 from benchlib.throughput import throughput
 from benchlib.workload import BenchRequest, Lengths, draw_requests
+from dsv3.engine.engine import Engine
 from dsv3.errors import ConfigError, OutputError
 from dsv3.settings import EngineConfig
-from launch import bench
 from tests.checkpoint_files import TINY
 from tests.paper_runner import paper_engine
 
@@ -72,7 +73,9 @@ class Clockwork:
     """A contender with given run times."""
 
     def __init__(self, name: str, seconds: Sequence[float], log: list[tuple[str, int]]) -> None:
-        self.name, self._seconds, self._log = name, list(seconds), log
+        self.name = name
+        self._seconds = list(seconds)
+        self._log = log
 
     def reset(self) -> None:
         self._log.append((self.name, 0))
@@ -129,9 +132,9 @@ def test_the_engine_competes() -> None:
 
 
 def test_a_dialogue_computes_new_tokens_only() -> None:
-    engines = []
+    engines: list[Engine] = []
 
-    def make(reuse: bool):
+    def make(reuse: bool) -> Engine:
         engines.append(paper_engine(200, max_batch_tokens=500, prefix_reuse=reuse)[0])
         return engines[-1]
 

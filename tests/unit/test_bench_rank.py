@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from tests.distributed.ranks import CPU
 DEMO_CONFIG = load_model_config(DEMO)
 
 
-def shape(world: int = 2, rank: int = 1, **more: object) -> RankShape:
+def shape(world: int = 2, rank: int = 1, **more: Any) -> RankShape:
     plain = replace(DEMO_CONFIG, quantization=None)
     return RankShape(config=plain, world=world, rank=rank, weights="fp32", cache="fp32", **more)
 

@@ -7,23 +7,29 @@ from dsv3.cache.layout import CacheLayout
 from dsv3.cache.pool import CachePool
 from dsv3.config_files import load_model_config
 from dsv3.distributed.collectives import SingleRank
+from dsv3.settings import CacheDtype, CacheForm, KvShard
 from tests.checkpoint_files import TINY
 
 WORLDS = (1, 2, 3, 4, 8, 48)
 
 
-def layouts(form: str, kv_shard: str, tp: int, dtype: str = "bf16") -> list[CacheLayout]:
+FORMS: list[tuple[CacheForm, KvShard]] = [
+    ("latent", "tokens"),
+    ("latent", "none"),
+    ("heads", "tokens"),
+]
+
+
+def layouts(
+    form: CacheForm, kv_shard: KvShard, tp: int, dtype: CacheDtype = "bf16"
+) -> list[CacheLayout]:
     config = dataclasses.replace(TINY, num_attention_heads=48, n_routed_experts=48)
     return [CacheLayout.make(config, form, kv_shard, dtype, tp, r) for r in range(tp)]
 
 
 @pytest.mark.parametrize("tp", WORLDS)
 def test_page_size_is_the_same_for_all_layouts_and_ranks(tp: int) -> None:
-    all_layouts = [
-        layout
-        for form, shard in (("latent", "tokens"), ("latent", "none"), ("heads", "tokens"))
-        for layout in layouts(form, shard, tp)
-    ]
+    all_layouts = [layout for form, shard in FORMS for layout in layouts(form, shard, tp)]
     sizes = {layout.page_size for layout in all_layouts}
     assert len(sizes) == 1
     size = sizes.pop()
@@ -49,7 +55,11 @@ def test_bytes_per_rank_are_divided_by_tp(tp: int) -> None:
         assert pool.num_bytes == pool.planes[0].untyped_storage().nbytes()
         return pool.num_bytes / layout.page_size
 
-    for form, shard, parts in (("latent", "tokens", tp), ("heads", "tokens", tp)):
+    cases: list[tuple[CacheForm, KvShard, int]] = [
+        ("latent", "tokens", tp),
+        ("heads", "tokens", tp),
+    ]
+    for form, shard, parts in cases:
         whole = page_bytes(layouts(form, shard, 1)[0])
         assert [page_bytes(r) * parts for r in layouts(form, shard, tp)] == [whole] * tp
     whole = page_bytes(layouts("latent", "none", 1)[0])
@@ -77,7 +87,7 @@ def test_gather_returns_position_order() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
-def test_round_equals_write_and_gather(dtype: str) -> None:
+def test_round_equals_write_and_gather(dtype: CacheDtype) -> None:
     layout = layouts("latent", "none", 1, dtype)[0]
     pool = CachePool(layout, 2, torch.device("cpu"), SingleRank())
     cache, entry = pool.layer(0), torch.randn(5, layout.main.width)

@@ -1,7 +1,10 @@
 """The commands of a chat."""
 
+from typing import cast
+
 import pytest
 
+from dsv3.engine.engine import Engine
 from dsv3.request import RequestOutput
 from dsv3.serve.chat import Chat
 from dsv3.text.chat import ChatFormat
@@ -168,7 +171,8 @@ def test_a_stop_text_does_not_come_back_as_tokens() -> None:
 
     engine = Stopping([["Noted."], ["Yes."]])
     lines = ["/set stop END", "I am Anna.", "Really?"]
-    Chat(engine, ChatFormat(TOKENIZER), Defaults(), ListConsole(engine, lines)).run("demo")
+    console = ListConsole(engine, lines)
+    Chat(cast(Engine, engine), ChatFormat(TOKENIZER), Defaults(), console).run("demo")
     assert "END" not in engine.prompts[1]
 
 

@@ -1,9 +1,11 @@
 """The turns of a chat: requests, output, history and dropped turns."""
 
 from itertools import pairwise
+from typing import cast
 
 import pytest
 
+from dsv3.engine.engine import Engine
 from dsv3.request import RequestOutput
 from dsv3.serve.chat import Chat
 from dsv3.text.chat import ChatFormat
@@ -43,7 +45,10 @@ def test_the_tokens_of_an_answer_stay_those_that_the_model_chose() -> None:
 
     engine = Spelling([["Noted"], ["Yes."]])
     Chat(
-        engine, ChatFormat(TOKENIZER), Defaults(), ListConsole(engine, ["I am Anna.", "Really?"])
+        cast(Engine, engine),
+        ChatFormat(TOKENIZER),
+        Defaults(),
+        ListConsole(engine, ["I am Anna.", "Really?"]),
     ).run("demo")
     first, second = (request.prompt_ids for request in engine.requests)
     assert second[: len(first) + len(chosen)] == first + chosen
@@ -89,6 +94,7 @@ def test_control_tokens_that_users_type_are_text_and_stay_in_the_shared_prefix()
     engine, _ = talk([said, "Sure?"], [["Yes, <｜User｜> is."], ["Yes."]])
     first, second = (request.prompt_ids for request in engine.requests)
     user, end = (TOKENIZER.id_of(name) for name in ("<｜User｜>", "<｜end▁of▁sentence｜>"))
+    assert user is not None and end is not None
     assert (first.count(user), first.count(end)) == (1, 0)
     assert (second.count(user), second.count(end)) == (3, 1)  # one in the scripted engine's answer
     assert second[: len(first)] == first

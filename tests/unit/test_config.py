@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 
@@ -86,7 +87,7 @@ def test_attention_share_of_v3() -> None:
         ({"rope_scaling": {"factor": 4}}, "rope_scaling={'factor': 4} must be a RopeScaling"),
     ],
 )
-def test_bad_fields(change: dict[str, object], words: str) -> None:
+def test_bad_fields(change: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words.replace("(", r"\(")):
         dataclasses.replace(TINY, **change)
 
@@ -100,7 +101,7 @@ def numbers(kind: type) -> list[tuple[type, str, object]]:
 NUMBERS = numbers(ModelConfig) + numbers(RopeScaling)
 
 
-def with_value(kind: type, name: str, value: object) -> ModelConfig | RopeScaling:
+def with_value(kind: type, name: str, value: Any) -> ModelConfig | RopeScaling:
     if kind is ModelConfig:
         return dataclasses.replace(TINY, **{name: value})
     assert TINY.rope_scaling is not None
@@ -145,7 +146,7 @@ def test_whole_numbers_are_accepted_as_floats() -> None:
         ({"original_max_position_embeddings": 4096.0}, r"4096.0 must be a positive integer"),
     ],
 )
-def test_bad_yarn(change: dict[str, object], words: str) -> None:
+def test_bad_yarn(change: dict[str, Any], words: str) -> None:
     values = {"factor": 4.0, "original_max_position_embeddings": 4096} | change
     with pytest.raises(ConfigError, match=words):
         RopeScaling(**values)  # type: ignore[arg-type]

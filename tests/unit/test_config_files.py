@@ -167,7 +167,8 @@ def test_refused_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_model_config(tmp_path / "broken.json")
-    for nothing in ([], {}, 3):
+    contents: list[object] = [[], {}, 3]
+    for nothing in contents:
         with pytest.raises(ConfigError, match=r"not a mapping|has no fields"):
             load_model_config(write(tmp_path / "nothing.json", nothing))
     with pytest.raises(ConfigError, match=r"no preset of that name \(.*v3-671b"):

@@ -328,8 +328,10 @@ def test_configs_saved_by_transformers(
 ) -> None:
     rope: dict[str, Any] = {"type": "yarn", "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0}
     rope |= {"rope_theta": 5e4, "original_max_position_embeddings": 4096}
-    more = {} if spelling == "plain" else {spelling: rope}
-    saved = kind(num_experts_per_tok=6, num_hidden_layers=2, dtype="float32", **more)
+    fields: dict[str, Any] = {"num_experts_per_tok": 6, "num_hidden_layers": 2, "dtype": "float32"}
+    if spelling != "plain":
+        fields[spelling] = rope
+    saved = kind(**fields)
     saved.save_pretrained(tmp_path)
     config = load_model_config(tmp_path)
     assert config.warning == ""

@@ -14,12 +14,13 @@ from dsv3.cache import disk
 from dsv3.cache.disk import BAD, GOOD, UNIT, DiskFiles, UnitFormat, UnitShard
 from dsv3.cache.disk_index import DiskIndex
 from dsv3.cache.layout import CacheLayout
+from dsv3.settings import CacheDtype, CacheForm, KvShard
 from tests.checkpoint_files import TINY
 
 SMALL = dataclasses.replace(
     TINY, num_hidden_layers=2, kv_lora_rank=6, qk_rope_head_dim=2, qk_nope_head_dim=2, v_head_dim=2
 )
-KINDS = {
+KINDS: dict[str, tuple[CacheForm, KvShard, CacheDtype]] = {
     "sharded": ("latent", "tokens", "fp32"),
     "replicated": ("latent", "none", "bf16"),
     "fp8": ("latent", "tokens", "fp8"),

@@ -1,5 +1,6 @@
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -7,6 +8,11 @@ import pytest
 from dsv3.errors import ConfigError
 from dsv3.settings import EngineConfig
 from dsv3.sizes import CacheSize, Size
+
+
+def with_value(field: str, value: object) -> EngineConfig:
+    settings: dict[str, Any] = {field: value}
+    return EngineConfig(**settings)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +56,7 @@ def test_wrong_sizes_of_other_caches(text: str) -> None:
     for field, value in (("kv_host_cache", text), ("kv_disk_cache", f"dir:{text}")):
         error = f"{field}={text} is not a size; use bytes"
         with pytest.raises(ConfigError, match=re.escape(error)):
-            EngineConfig(**{field: value})
+            with_value(field, value)
 
 
 def test_a_share_refers_to_the_available_bytes() -> None:
@@ -78,7 +84,7 @@ def test_a_share_refers_to_the_available_bytes() -> None:
 )
 def test_refused(field: str, value: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        EngineConfig(**{field: value})
+        with_value(field, value)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +97,7 @@ def test_refused(field: str, value: object, message: str) -> None:
         ({"kv_disk_cache": "dir:1GiB", "prefix_reuse": False}, "prefix_reuse=False uses none"),
     ],
 )
-def test_refused_tiers(settings: dict[str, object], message: str) -> None:
+def test_refused_tiers(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         EngineConfig(**settings)
 
@@ -124,7 +130,7 @@ def test_copies_come_from_a_file_or_a_number() -> None:
     ],
 )
 def test_values_are_read_as_the_type_of_their_field(
-    given: dict[str, object], taken: dict[str, object]
+    given: dict[str, Any], taken: dict[str, Any]
 ) -> None:
     config = EngineConfig(**given)
     for name, value in taken.items():
@@ -149,5 +155,5 @@ def test_values_are_read_as_the_type_of_their_field(
 )
 def test_values_of_another_kind_are_refused_by_name(name: str, value: object, error: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        EngineConfig(**{name: value})
+        with_value(name, value)
     assert str(refused.value) == error

@@ -250,7 +250,16 @@ def test_replay_reads_ids_of_any_kind(tmp_path: Path) -> None:
 def test_replay_prints_one_object(tmp_path: Path) -> None:
     path = write_trace(tmp_path / "trace", request(1, 2, 3), request(1, 2, 4), request(1, 2, 3))
     report = tmp_path / "report.json"
-    command = [sys.executable, BENCH, "cache", path, "--capacity", "10", "--json", report]
+    command: list[str | Path] = [
+        sys.executable,
+        BENCH,
+        "cache",
+        path,
+        "--capacity",
+        "10",
+        "--json",
+        report,
+    ]
     subprocess.run(command, capture_output=True, check=True)
     rows = json.loads(report.read_text())["rows"]
     assert [row["policy"] for row in rows] == ["lru", "cost"]

@@ -3,7 +3,7 @@
 import pytest
 
 from dsv3.errors import ConfigError, RequestError
-from dsv3.request import Request, SamplingParams
+from dsv3.request import Completion, Request, SamplingParams
 from tests.paper_runner import PaperWorld, answer, finish, paper_world
 
 
@@ -16,7 +16,7 @@ def text(first: int, length: int) -> list[int]:
     return [(first + 7 * i) % 300 + 2 for i in range(length)]
 
 
-def check(done: dict, *requests: Request) -> None:
+def check(done: dict[str, Completion], *requests: Request) -> None:
     assert done.keys() == {r.request_id for r in requests}
     for r in requests:
         assert (done[r.request_id].token_ids, done[r.request_id].finish_reason) == answer(r)
@@ -75,7 +75,7 @@ def test_requests_about_one_text_go_where_it_is_computed(shared: int) -> None:
     engine, _ = paper_world(3, 600, max_batch_tokens=100, max_running=8)
     texts = [text(0, shared) + text(100 + i, 600) for i in range(3)]
     requests = [ask(f"{q} {i}", texts[i] + text(q, 5)) for i in range(3) for q in range(6)]
-    groups = {}
+    groups: dict[str, set[int]] = {}
     for r in requests:
         engine.add(r)
         groups.setdefault(r.request_id[2:], set()).add(engine._sequences[r.request_id].group)
@@ -148,7 +148,8 @@ def test_host_memory_is_each_groups_own() -> None:
             done = finish(engine)
             check(done, request)
             assert done[request.request_id].cached_tokens >= 16 * turn
-    tiers = [g.tiers for g in world.groups]
+    tiers = [g.tiers for g in world.groups if g.tiers is not None]
+    assert len(tiers) == len(world.groups)
     assert all(each.num_offloaded and each.num_restored for each in tiers)
     assert engine.metrics.offloads == tiers[0].num_offloaded + tiers[1].num_offloaded
     assert engine.metrics.host_hits == tiers[0].num_restored + tiers[1].num_restored

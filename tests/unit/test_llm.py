@@ -44,7 +44,7 @@ def llm() -> Iterator[LLM]:
     ],
 )
 def test_prompts_with_a_plain_meaning_are_taken(llm: LLM, prompts: Any, same: list[Any]) -> None:
-    got, want = llm.generate(prompts, SHORT), llm.generate(same, SamplingParams(**SHORT))
+    got, want = llm.generate(prompts, SHORT), llm.generate(same, SamplingParams.of(SHORT))
     assert [done.prompt_ids for done in got] == [done.prompt_ids for done in want]
     assert [done.token_ids for done in got] == [done.token_ids for done in want]
 
@@ -100,7 +100,7 @@ def test_params_are_for_all_or_one_for_each(llm: LLM) -> None:
 
 
 def test_a_stop_string_is_one_string(llm: LLM) -> None:
-    whole, cut = llm.chat([[USER], [USER]], [None, SamplingParams(stop="latent")])
+    whole, cut = llm.chat([[USER], [USER]], [None, SamplingParams.of({"stop": "latent"})])
     assert cut.text == whole.text.partition("latent")[0] != ""
 
 
@@ -162,7 +162,8 @@ def test_wrong_streams_are_refused(llm: LLM, arguments: Any, error: str) -> None
 
 def test_streams_are_of_prompts_and_conversations(llm: LLM) -> None:
     texts = ["", "", ""]
-    for number, piece in llm.streams([[USER], "1 + 1 ="], [SHORT, {"n": 2, **SHORT}]):
+    prompts: list[str | list[dict[str, str]]] = [[USER], "1 + 1 ="]
+    for number, piece in llm.streams(prompts, [SHORT, {"n": 2, **SHORT}]):
         texts[number] += piece
     wanted = [*llm.chat([USER], SHORT), *llm.generate("1 + 1 =", {"n": 2, **SHORT})]
     assert texts == [done.text for done in wanted]

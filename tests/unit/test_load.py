@@ -41,7 +41,7 @@ def value(tensors: Tensors, name: str) -> Tensor:
 
 def targets(module: torch.nn.Module) -> list[tuple[Target, Tensor]]:
     """Return every target with the values that its layer computes with."""
-    found = []
+    found: list[tuple[Target, Tensor]] = []
     for part in module.modules():
         if isinstance(part, Vector):
             found += [(t, part.weight) for t in part.targets()]
@@ -52,8 +52,11 @@ def targets(module: torch.nn.Module) -> list[tuple[Target, Tensor]]:
     return found
 
 
+Stored = tuple[Path, ModelConfig, dict[str, Tensor]]
+
+
 @pytest.fixture(scope="module", params=[TINY, QUANTIZED], ids=["bf16", "fp8"])
-def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Stored:
     """A checkpoint, its config, and what each of its weights stands for."""
     config, tensors = request.param, random_tensors(request.param)
     path = write_hf(tmp_path_factory.mktemp("load") / "hf", config, tensors)
@@ -63,7 +66,7 @@ def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.mark.parametrize("buffer", [pytest.param(700, marks=pytest.mark.slow), 1 << 20])
 @pytest.mark.parametrize("keep_fp8", [False, True])
 def test_every_rank_gets_its_slices(
-    stored: tuple[Path, ModelConfig, dict[str, Tensor]],
+    stored: Stored,
     monkeypatch: pytest.MonkeyPatch,
     keep_fp8: bool,
     buffer: int,
@@ -81,6 +84,7 @@ def test_every_rank_gets_its_slices(
             load.load_weights(source, model.targets(), layout)
             for target, held in targets(model):
                 region = shard_region(specs[target.name], layout)
+                assert region is not None
                 want = values[target.name][tuple(slice(*bounds) for bounds in region)]
                 assert_bitwise_equal(f"{target.name} on {rank}", held.detach(), want.contiguous())
 

@@ -17,7 +17,7 @@ from dsv3.config import ModelConfig, ParallelConfig
 from dsv3.config_files import PRESETS, load_model_config
 from dsv3.distributed.collectives import SingleRank
 from dsv3.distributed.mesh import Mesh
-from dsv3.engine.memory import free_memory, plan_memory, weight_bytes
+from dsv3.engine.memory import MemoryPlan, free_memory, plan_memory, weight_bytes
 from dsv3.errors import ConfigError
 from dsv3.model.transformer import Transformer
 from dsv3.parallel.weights import Matrix, WeightFormat
@@ -144,6 +144,7 @@ def test_fp8_products(tmp_path: Path) -> None:
                 assert got.quantizes == (got.weight.dtype == torch.float8_e4m3fn)
                 if got.quantizes and got.weight.numel():
                     kept.add((world_size, name.split(".", 3)[-1]))
+                assert isinstance(want, Matrix)
                 for e in range(len(got.names)):
                     assert_bitwise_equal(name, got.matrix(e), want.matrix(e))
     both = {"in_proj", "q_b_proj", "o_proj", "gate_up_proj", "down_proj"}
@@ -168,7 +169,9 @@ def test_keeping_fp8_takes_a_quarter() -> None:
     assert saved == experts - 4 * experts // 128**2
 
 
-def plan(settings: EngineConfig, free: int, tp: int = 1, weights: int = 10_000_000):
+def plan(
+    settings: EngineConfig, free: int, tp: int = 1, weights: int = 10_000_000
+) -> tuple[CacheLayout, MemoryPlan]:
     layout = CacheLayout.make(TINY, settings.cache_form, settings.kv_shard, "fp32", tp, 0)
     return layout, plan_memory(settings, layout, weights, 256, free, CPU)
 
@@ -218,7 +221,7 @@ def test_too_little(size: str, free: int) -> None:
         ("0.001%", "less than two pages (one is always kept): a page of 64 tokens takes 73,728"),
     ],
 )
-def test_less_than_a_page_is_told_with_the_way_to_give_tokens(size: str, words: str) -> None:
+def test_less_than_a_page_is_refused_with_the_way_to_give_tokens(size: str, words: str) -> None:
     with pytest.raises(ConfigError) as refused:
         plan(EngineConfig(kv_cache_size=size), 10**9)
     assert str(refused.value).startswith(f"kv_cache_size={size} is ")

@@ -67,7 +67,13 @@ def test_every_field_arrives() -> None:
 
 
 def test_harmless_fields_are_accepted() -> None:
-    body = {"stream": False, "presence_penalty": 0.0, "logit_bias": {}, "tools": [], "user": "u"}
+    body: dict[str, Any] = {
+        "stream": False,
+        "presence_penalty": 0.0,
+        "logit_bias": {},
+        "tools": [],
+        "user": "u",
+    }
     assert chat(metadata={"a": 1}, response_format={"type": "text"}, **body) == chat()
 
 
@@ -86,7 +92,9 @@ def test_logprobs_of_a_chat(asked: dict[str, Any], want: int | None) -> None:
 
 def test_whole_numbers_may_be_written_as_floats() -> None:
     names = ("max_tokens", "top_k", "seed", "n", "priority")
-    assert chat(**dict.fromkeys(names, 5.0)) == chat(**dict.fromkeys(names, 5))
+    floats: dict[str, Any] = dict.fromkeys(names, 5.0)
+    ints: dict[str, Any] = dict.fromkeys(names, 5)
+    assert chat(**floats) == chat(**ints)
     assert chat(logprobs=True, top_logprobs=2.0) == chat(logprobs=True, top_logprobs=2)
     assert chat(max_completion_tokens=5.0) == chat(max_completion_tokens=5)
     ids = complete(prompt=[5.0, 6], stop_token_ids=[7.0], logprobs=3.0)
@@ -94,7 +102,7 @@ def test_whole_numbers_may_be_written_as_floats() -> None:
     assert ids.digest() == complete(prompt=[5, 6], stop_token_ids=[7], logprobs=3).digest()
     for name in names:
         with pytest.raises(RequestError, match=f"{name}=10.5 must be a whole number from"):
-            chat(**{name: 10.5})
+            parse_request(CHAT, {"messages": HI, name: 10.5}, "row", NONE)
 
 
 def test_fields_that_say_the_same_go_together() -> None:
@@ -120,7 +128,10 @@ def test_body_goes_before_flag_before_model_before_format(name: str) -> None:
     def value(request: TextRequest) -> Any:
         return getattr(request.params, name)
 
-    flags, model = Sampling(**{name: other}), Sampling(**{name: third})
+    of_flags: dict[str, Any] = {name: other}
+    of_model: dict[str, Any] = {name: third}
+    flags = Sampling(**of_flags)
+    model = Sampling(**of_model)
     assert value(complete(Defaults(flags=flags, model=model), **{name: number})) == number
     assert value(complete(Defaults(flags=flags, model=model))) == other
     assert value(complete(Defaults(model=model))) == third
@@ -173,7 +184,7 @@ def test_generation_config() -> None:
     ],
 )
 def test_generation_config_with_wrong_values(
-    change: dict[str, object], words: str, tmp_path: Path
+    change: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "generation_config.json"
     file.write_text(json.dumps(change))
@@ -220,9 +231,14 @@ def test_digest_names_the_effective_request() -> None:
 def test_digest_of_older_versions_holds_where_newer_values_change_nothing() -> None:
     """Their result files resume."""
     older = "1e312adfbfc94682206e70e9289f7331", "a500c13ce0d9a46cede66ed9f4d610f8"
-    row = {"seed": 7, "n": 2, "temperature": 0.5, "top_k": 5, "stop": ["a"]}
+    row: dict[str, Any] = {"seed": 7, "n": 2, "temperature": 0.5, "top_k": 5, "stop": ["a"]}
     assert (chat().digest(), complete(**row).digest()) == older
-    neutral = {"min_p": 0, "repetition_penalty": 1, "presence_penalty": 0, "logit_bias": {}}
+    neutral: dict[str, Any] = {
+        "min_p": 0,
+        "repetition_penalty": 1,
+        "presence_penalty": 0,
+        "logit_bias": {},
+    }
     assert complete(**row, **neutral, frequency_penalty=0.0).digest() == older[1]
     newer = [
         complete(**row, min_p=0.1),

@@ -1,11 +1,14 @@
-"""What ranks agree on when pages come from disk at different times, and not to all of them."""
+"""Ranks agree on the pages fetched, although reads end at different times or fail on some."""
+
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from dsv3.cache.disk import BAD, GOOD, PENDING
+from dsv3.cache.disk import BAD, GOOD, PENDING, DiskFiles
+from dsv3.cache.host import HostPool
 from dsv3.distributed.collectives import SingleRank
 from dsv3.engine.page_mover import PageMover
 from dsv3.engine.step_plan import StepPlan
@@ -51,7 +54,9 @@ def test_a_read_is_finished_when_no_rank_reads_the_slot(
     mine: int, theirs: int, is_good: bool | None
 ) -> None:
     files = Files({7: mine, 3: GOOD})
-    mover = PageMover(None, files, Peers([[theirs, GOOD], [GOOD, GOOD]]))
+    mover = PageMover(
+        cast(HostPool, None), cast(DiskFiles, files), Peers([[theirs, GOOD], [GOOD, GOOD]])
+    )
     fetched = mover.before_copies(StepPlan(confirm_fetched=np.array([20, 7, 3], np.int32)))
     assert fetched == {3: True} | ({} if is_good is None else {7: is_good})
     assert files.reads == ({7: mine} if is_good is None else {})

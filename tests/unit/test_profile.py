@@ -40,7 +40,9 @@ class Slow(nn.Module):
 
     def __init__(self, hands: Hands, child: nn.Module | None = None) -> None:
         super().__init__()
-        self.tp, self.hands, self.child = SingleRank(), hands, child
+        self.tp = SingleRank()
+        self.hands = hands
+        self.child = child
 
     def forward(self, x: Tensor) -> Tensor:
         self.hands.go(SLOW)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import generate
 from dsv3.errors import ConfigError
-from launch import generate
 from program_files import check_files
 from tests.checkpoint_files import TINY, random_tensors, write_hf
 from tests.programs import ROOT
@@ -90,7 +90,7 @@ def test_closed_standard_streams(rows: Path, tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr == "error: standard output is closed; give --output-file for the answers\n"
     flags = f"--output-file {tmp_path / 'out'} --max-new-tokens 1 --debug"
-    done = subprocess.run(f"{job} {flags} <&- >&- 2>&-", shell=True, check=False)
+    done = subprocess.run(f"{job} {flags} <&- >&- 2>&-", shell=True, text=True, check=False)
     assert done.returncode == 0
     assert [line[:5] for line in (tmp_path / "out").read_text().splitlines()] == ['{"id"']
 

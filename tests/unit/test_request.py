@@ -1,7 +1,7 @@
 """Sampling parameters of scripts: read where the meaning is plain, else refused by name."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -102,4 +102,4 @@ def test_unknown_parameters_of_a_mapping_are_named() -> None:
     error = "params: unknown parameter 'max_new_tokens'; did you mean 'max_tokens'?"
     assert str(refused.value) == error
     with pytest.raises(RequestError, match=r"params: unknown parameters 'a', 5$"):
-        SamplingParams.of({"a": 1, 5: 2, "seed": 3})
+        SamplingParams.of(cast(dict[str, Any], {"a": 1, 5: 2, "seed": 3}))

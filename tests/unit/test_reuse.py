@@ -23,7 +23,10 @@ def test_ages_lie_in_their_bucket(age: int) -> None:
 def test_worth_is_the_best_of_all_plans(hazard: list[float]) -> None:
     worth = _worth(hazard)
     for start in range(len(hazard)):
-        gain, time, left, best = 0.0, 0.0, 1.0, 0.0
+        gain = 0.0
+        time = 0.0
+        left = 1.0
+        best = 0.0
         for k in range(start, len(hazard)):
             width = 2 ** ((k + 1) / 2) - 2 ** (k / 2)
             gain += left * hazard[k]

@@ -10,6 +10,7 @@ from benchlib.step_shape import StepShape
 from dsv3.config import ParallelConfig
 from dsv3.config_files import load_model_config
 from dsv3.errors import ConfigError
+from dsv3.settings import CacheForm
 from tests.checkpoint_files import TINY
 
 V3 = load_model_config("v3-671b")
@@ -135,7 +136,7 @@ def test_the_bound_of_an_operation() -> None:
 
 @pytest.mark.parametrize("form", ["latent", "heads"])
 @pytest.mark.parametrize("world", [1, 2])
-def test_every_family_has_a_floor(form: str, world: int) -> None:
+def test_every_family_has_a_floor(form: CacheForm, world: int) -> None:
     for name in ("v2-lite-16b", "v2-236b", "v3.2-671b", "kimi-k2-1t"):
         config = load_model_config(name)
         layout = ParallelConfig(world_size=world)

@@ -61,7 +61,7 @@ def build(plan: StepPlan, shards: int, shard: int, limit: int = 1) -> tuple[Batc
 def test_writes(step: list[tuple[int, int]], shards: int) -> None:
     plan = plan_of(step)
     rows = [(seq, c + i) for seq, (c, n) in enumerate(step) for i in range(n)]
-    written = []
+    written: list[tuple[int, int]] = []
     for shard in range(shards):
         batch, layout = build(plan, shards, shard)
         assert batch.token_T.tolist() == plan.token_ids.tolist()

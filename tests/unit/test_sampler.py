@@ -1,6 +1,7 @@
 """From hidden states to tokens on one rank; tests/distributed holds other worlds to this."""
 
 from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -12,10 +13,21 @@ from dsv3.engine import sampler
 from dsv3.engine.adjust import AdjustedRow, Adjuster, pack_adjustments
 from dsv3.engine.sampler import Sampler
 from dsv3.engine.step_plan import NO_TARGET, NOT_FINITE, StepPlan
+from dsv3.model.transformer import Transformer
 from dsv3.request import SamplingParams
 from dsv3_kernels import RowParams, sample
 
 W, D, T, M = 331, 16, 40, 60
+
+
+def adjuster(params: SamplingParams, prompt: list[int]) -> Adjuster:
+    made = Adjuster.of(params, prompt)
+    assert made is not None
+    return made
+
+
+def sampler_of(model: SimpleNamespace) -> Sampler:
+    return Sampler(cast(Transformer, model), SingleRank(), torch.device("cpu"))
 
 
 @pytest.fixture
@@ -57,7 +69,7 @@ def test_a_mixed_plan(
     monkeypatch.setattr(sampler, "_ROWS", rows_at_a_time)
     torch.manual_seed(1)
     hidden, plan = torch.randn(T, D), mixed_plan()
-    out = Sampler(model, SingleRank(), torch.device("cpu"))(hidden, plan).to_host()
+    out = sampler_of(model)(hidden, plan).to_host()
     assert out.top_token.shape == out.top_logprob.shape == (M, 20)
     for m in range(M):
         logits = hidden[plan.row[m]] @ model.head.T
@@ -77,7 +89,7 @@ def test_rows_that_are_not_finite_give_no_token_and_change_no_other(
 ) -> None:
     torch.manual_seed(1)
     hidden, plan = torch.randn(T, D), mixed_plan()
-    whole = Sampler(model, SingleRank(), torch.device("cpu"))(hidden, plan).to_host()
+    whole = sampler_of(model)(hidden, plan).to_host()
     bad = {3: torch.nan, 11: torch.inf, 25: -torch.inf}
 
     def logits(x: Tensor) -> Tensor:
@@ -87,7 +99,7 @@ def test_rows_that_are_not_finite_give_no_token_and_change_no_other(
         return found
 
     spoiled = SimpleNamespace(config=model.config, lm_head=model.lm_head, logits=logits)
-    out = Sampler(spoiled, SingleRank(), torch.device("cpu"))(hidden, plan).to_host()
+    out = sampler_of(spoiled)(hidden, plan).to_host()
     is_bad = np.isin(plan.row, list(bad))
     assert (out.token[is_bad] == NOT_FINITE).all() and is_bad.sum() >= 3
     assert np.array_equal(out.token[~is_bad], whole.token[~is_bad])
@@ -102,7 +114,7 @@ def test_adjusted_rows_report_the_probabilities_of_the_model(
     monkeypatch.setattr(sampler, "_ROWS", rows_at_a_time)
     torch.manual_seed(1)
     hidden, plan = torch.randn(T, D), mixed_plan()
-    how = Sampler(model, SingleRank(), torch.device("cpu"))
+    how = sampler_of(model)
     before = how(hidden, plan).to_host()
     fed = torch.tensor([int(before.token[0]), int(before.token[1])])
     params = SamplingParams(repetition_penalty=3.0, presence_penalty=1.5, logit_bias={7: 4.0})
@@ -110,7 +122,7 @@ def test_adjusted_rows_report_the_probabilities_of_the_model(
     prompt = before.token[rows].tolist()
     texts = [[*prompt, m] for m in range(len(rows))]
     adjusted = [
-        AdjustedRow(int(m), k % 3 - 1, Adjuster.of(params, prompt), text)
+        AdjustedRow(int(m), k % 3 - 1, adjuster(params, prompt), text)
         for k, (m, text) in enumerate(zip(rows, texts, strict=True))
     ]
     plan.adjust = pack_adjustments(adjusted)
@@ -167,11 +179,11 @@ def test_a_vocabulary_smaller_than_the_alternatives(model: SimpleNamespace) -> N
         top_p=np.ones(1, np.float32),
         min_p=np.zeros(1, np.float32),
     )
-    out = Sampler(model, SingleRank(), torch.device("cpu"))(torch.randn(1, D), plan).to_host()
+    out = sampler_of(model)(torch.randn(1, D), plan).to_host()
     assert sorted(out.top_token[0, :5].tolist()) == [0, 1, 2, 3, 4]
     assert np.exp(out.top_logprob[0, :5]).sum() == pytest.approx(1)
 
 
 def test_no_rows(model: SimpleNamespace) -> None:
-    out = Sampler(model, SingleRank(), torch.device("cpu"))(torch.randn(3, D), StepPlan()).to_host()
+    out = sampler_of(model)(torch.randn(3, D), StepPlan()).to_host()
     assert len(out.token) == 0

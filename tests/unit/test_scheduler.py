@@ -1,20 +1,22 @@
 """Scheduling decisions; `tests/paper_runner.py` executes and checks every plan."""
 
+from typing import Any
+
 import pytest
 
 from dsv3.cache.eviction import CostAware
 from dsv3.errors import ConfigError, RequestError
-from dsv3.request import Request, SamplingParams
+from dsv3.request import Completion, Request, SamplingParams
 from tests.paper_runner import EOS, answer, finish, next_token, paper_engine
 
 
-def ask(name: str, length: int, **params: object) -> Request:
+def ask(name: str, length: int, **params: Any) -> Request:
     base = {"max_tokens": 8, "ignore_eos": True} | params
     prompt = [(sum(map(ord, name)) + 7 * i) % 300 + 2 for i in range(length)]
     return Request(request_id=name, prompt_ids=prompt, params=SamplingParams(**base))
 
 
-def check(done: dict, *requests: Request) -> None:
+def check(done: dict[str, Completion], *requests: Request) -> None:
     assert done.keys() == {r.request_id for r in requests}
     for r in requests:
         assert (done[r.request_id].token_ids, done[r.request_id].finish_reason) == answer(r)
@@ -86,7 +88,7 @@ def test_only_what_is_admitted_first_counts_as_a_use(monkeypatch: pytest.MonkeyP
     hits = []
     count = CostAware.hit
 
-    def hit(policy: CostAware, *path: object) -> None:
+    def hit(policy: CostAware, *path: Any) -> None:
         hits.append(path)
         count(policy, *path)
 
@@ -110,7 +112,7 @@ def test_priority_goes_first() -> None:
     check(finish(engine), plain, urgent)
 
 
-def shared(name: str, length: int, own: int, **params: object) -> Request:
+def shared(name: str, length: int, own: int, **params: Any) -> Request:
     """Return a request whose first `length` tokens are the same for all of them."""
     tail = [(sum(map(ord, name)) + 11 * i) % 300 + 2 for i in range(own)]
     base = {"max_tokens": 4, "ignore_eos": True} | params
@@ -196,7 +198,8 @@ def test_a_scored_prompt_reuses_nothing() -> None:
     scored = shared("scored", 40, 0, prompt_logprobs=0)
     engine.add(scored)
     done = finish(engine)["scored"]
-    assert done.cached_tokens == 0 and len(done.prompt_logprobs) == 39
+    assert done.cached_tokens == 0
+    assert done.prompt_logprobs is not None and len(done.prompt_logprobs) == 39
 
 
 def test_prewarmed_prompts_stay() -> None:
@@ -295,11 +298,14 @@ def test_scored_prompts(budget: int) -> None:
     done = finish(engine)
     for r in (scored, both):
         got = done[r.request_id].prompt_logprobs
+        assert got is not None
         assert [t.token_id for t in got] == r.prompt_ids[1:]
         assert [t.logprob for t in got] == [-float(p) for p in range(1, len(r.prompt_ids))]
     assert done["scored"].logprobs is None
-    assert [t.token_id for t in done["both"].logprobs] == answer(both)[0]
-    assert [t.logprob for t in done["both"].logprobs] == [-6.0, -7.0]
+    logprobs = done["both"].logprobs
+    assert logprobs is not None
+    assert [t.token_id for t in logprobs] == answer(both)[0]
+    assert [t.logprob for t in logprobs] == [-6.0, -7.0]
 
 
 def test_seeds_reach_the_sampler_whole() -> None:

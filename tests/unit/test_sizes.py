@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from scripts.sizes import ROOT, count_lines, functions, main, packages
 
 SOURCE = '''"""What it is.
@@ -30,7 +32,7 @@ def test_no_function_is_too_long() -> None:
     assert len(files) > 40 and not long
 
 
-def test_counting(tmp_path: Path, capsys) -> None:
+def test_counting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     package = tmp_path / "pkg" / "package" / "inner"
     package.mkdir(parents=True)
     (tmp_path / "pkg" / "top.py").write_text("a = 1\n")

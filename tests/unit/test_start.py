@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal, cast
 
 import pytest
 import torch
@@ -24,13 +24,14 @@ def test_dtype_of_dispatched_tokens() -> None:
     """FP8 where they are multiplied in it by experts stored in it, or where the user says so."""
     wide, cpu = replace(TINY, hidden_size=256), torch.device("cpu")
     names = frozenset(["some"])
-    for asked, products, fp8_experts, travels in (
+    cases: list[tuple[Literal["auto", "bf16", "fp8"], bool, bool, torch.dtype | None]] = [
         ("auto", False, True, None),
         ("auto", True, True, FP8),
         ("auto", True, False, None),
         ("bf16", True, True, torch.bfloat16),
         ("fp8", False, False, FP8),
-    ):
+    ]
+    for asked, products, fp8_experts, travels in cases:
         settings = EngineConfig(dispatch_dtype=asked, moe_dispatch="alltoall")
         fmt = WeightFormat(torch.bfloat16, cpu, names, products, products)
         chosen = setup.dispatch_settings(settings, wide, fmt, fp8_experts)
@@ -41,16 +42,19 @@ def test_dtype_of_dispatched_tokens() -> None:
     with pytest.raises(ConfigError, match=r"dispatch_dtype=fp8 .* hidden_size=320 is no multiple"):
         setup.dispatch_settings(EngineConfig(dispatch_dtype="fp8"), TINY, ragged, True)
     with pytest.raises(ConfigError, match="dispatch_dtype=int8 is unknown"):
-        EngineConfig(dispatch_dtype="int8")
+        EngineConfig(**cast(dict[str, Any], {"dispatch_dtype": "int8"}))
     with pytest.raises(ConfigError, match="moe_dispatch=some is unknown"):
-        EngineConfig(moe_dispatch="some")
+        EngineConfig(**cast(dict[str, Any], {"moe_dispatch": "some"}))
 
 
 class Gpu:
     """The memory of a pretended device: every step takes some, graphs keep theirs."""
 
     def __init__(self) -> None:
-        self.allocated, self.reserved, self.peak, self.kept = 1000, 5000, 0, 0
+        self.allocated = 1000
+        self.reserved = 5000
+        self.peak = 0
+        self.kept = 0
         self.steps: list[StepPlan] = []
 
     def runner(self, *_: object, static: bool) -> Any:
@@ -72,8 +76,10 @@ class Gpu:
 def test_the_cache_leaves_what_the_largest_steps_take(
     static: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That of the fullest step, and what CUDA graphs keep if there are any."""
-    gpu, one, device = Gpu(), SingleRank(), torch.device("cuda")
+    """The measured memory is that of the fullest step and of CUDA graphs, if there are any."""
+    gpu = Gpu()
+    one = SingleRank()
+    device = torch.device("cuda")
     for name, value in (
         ("memory_allocated", lambda _: gpu.allocated),
         ("max_memory_allocated", lambda _: gpu.peak),

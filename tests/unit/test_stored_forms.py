@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,7 @@ def nested(name: str) -> str:
     ],
     ids=["no model.", "language_model.", "model.language_model.", "module.", "weight_scale"],
 )
-def test_other_names(spell, tmp_path: Path) -> None:
+def test_other_names(spell: Callable[[str], str], tmp_path: Path) -> None:
     tensors = random_tensors(CONFIG)
     spelled = {spell(name): tensor for name, tensor in tensors.items()}
     assert spelled.keys() != tensors.keys()
@@ -269,7 +270,7 @@ def test_scales_of_integers(tmp_path: Path) -> None:
 def test_rank_files_that_do_not_fit_together(tmp_path: Path) -> None:
     """DeepSeek's converter makes slices of one dtype, equal but in the dim that is split."""
     for rank, cols in enumerate((320, 319)):
-        head = {"head.weight": ("BF16", (4, cols), bytes(8 * cols))}
+        head: Tensors = {"head.weight": ("BF16", (4, cols), bytes(8 * cols))}
         write_file(tmp_path / f"model{rank}-mp2.safetensors", head)
     words = r"the rank files do not fit together: tensor lm_head.weight is .*320.*319"
     with pytest.raises(CheckpointError, match=words):

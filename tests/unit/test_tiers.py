@@ -11,7 +11,7 @@ from dsv3.cache.prefix import Match
 from dsv3.cache.prefix_hash import chain_hash, chain_hashes
 from dsv3.cache.tiers import Moves, PageKey, Tiers, extend_keys
 from dsv3.engine.step_plan import StepPlan
-from dsv3.request import Request, SamplingParams
+from dsv3.request import Completion, Request, SamplingParams
 from tests.paper_runner import PaperDisk, answer, finish, paper_engine
 
 PAGE = 4
@@ -63,7 +63,9 @@ def test_partial_pages_are_not_kept() -> None:
 
 
 def test_restoring() -> None:
-    tiers, tokens, pages = Tiers(4, PAGE), list(range(8)), PageAllocator(5)
+    tiers = Tiers(4, PAGE)
+    tokens = list(range(8))
+    pages = PageAllocator(5)
     evict(tiers, tokens)
     tiers.draw()
     match = tiers.extend(Match([], 3, partial_page=9), keys_of(tokens))
@@ -75,7 +77,9 @@ def test_restoring() -> None:
 
 
 def test_host_memory_evicts_the_least_recently_used_prefix_from_its_end() -> None:
-    tiers, old, new = Tiers(4, PAGE), list(range(8)), list(range(50, 58))
+    tiers = Tiers(4, PAGE)
+    old = list(range(8))
+    new = list(range(50, 58))
     for tokens in (old, new):
         evict(tiers, tokens)
         tiers.draw()
@@ -87,7 +91,9 @@ def test_host_memory_evicts_the_least_recently_used_prefix_from_its_end() -> Non
 
 
 def test_a_host_page_is_not_written_while_it_is_read() -> None:
-    tiers, old, new = Tiers(2, PAGE), list(range(8)), list(range(50, 62))
+    tiers = Tiers(2, PAGE)
+    old = list(range(8))
+    new = list(range(50, 62))
     evict(tiers, old)
     tiers.draw()
     tiers.hold(tiers.extend(Match([], 0), keys_of(old)).host_pages)
@@ -156,7 +162,7 @@ def test_waiting_for_the_disk(patience: float, monkeypatch: pytest.MonkeyPatch) 
     waiting, other = ask("waiting", 100), ask("other", 200, max_tokens=8)
     engine.add(waiting)
     engine.add(other)
-    done = {}
+    done: dict[str, Completion] = {}
     while "other" not in done:
         done |= {o.request_id: o.completion for o in engine.step() if o.completion is not None}
     assert done["other"].token_ids == answer(other)[0]

@@ -196,7 +196,7 @@ def test_usual_normalizers_and_post_processors_are_read(tmp_path: Path) -> None:
     assert ids[:100] == [1] * 100 and len(ids) > 102
 
 
-LEFT_BY_TRAINING = {
+LEFT_BY_TRAINING: dict[str, dict[str, Any]] = {
     "truncation": {
         "truncation": {
             "direction": "Right",

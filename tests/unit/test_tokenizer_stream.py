@@ -57,7 +57,9 @@ def test_bytes_are_decoded_alone_where_tokens_are_bytes() -> None:
 def test_pieces_join_to_the_decoding_of_all_tokens(
     kind: Kind, ids: list[int], data: st.DataObject
 ) -> None:
-    detokenizer, shown, at = kind(TOKENIZER), "", 0
+    detokenizer = kind(TOKENIZER)
+    shown = ""
+    at = 0
     while at < len(ids):
         num = data.draw(st.integers(1, 5))
         shown += detokenizer.push(ids[at : at + num])

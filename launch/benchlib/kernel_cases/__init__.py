@@ -52,7 +52,9 @@ def cases(small: bool = False) -> Iterator[Case]:
 
 def _elementwise(small: bool) -> Iterator[Case]:
     for T, dim in [(3, 256)] if small else [(1, D), (128, D), (4096, D)]:
-        values, quant, name = T * dim, T * dim * (1 + 4 / BLOCK), f"{T} x {dim}"
+        values = T * dim
+        quant = T * dim * (1 + 4 / BLOCK)
+        name = f"{T} x {dim}"
         pair = act_quant.kernel, act_quant.reference
         make = partial(_rows, T, dim)
         yield Case("act_quant", name, make, *pair, 2 * values + quant, tol=FP8_TOL)
