@@ -134,7 +134,7 @@ def test_two_hosts_restart_from_their_own_files(tmp_path: Path, jobs: Jobs) -> N
     launches = host_agents("--max-restarts=1")
     agents = []
     for host, (launch, folder) in enumerate(zip(launches, folders, strict=True)):
-        command = launch + [BAD_RANK, "SIGSTOP", "1", "12", *write_job(tmp_path), str(out)]
+        command = [*launch, BAD_RANK, "SIGSTOP", "1", "12", *write_job(tmp_path), str(out)]
         command += ["--ckpt-path", str(folder), "--rank-timeout", "6"]
         agents.append(jobs.start(*command, stderr=tmp_path / f"stderr{host}"))
     assert [process.wait(HANG_SECONDS) for process in agents] == [0, 0]
@@ -150,7 +150,7 @@ def test_a_damaged_file_of_one_host_ends_all(tmp_path: Path, jobs: Jobs) -> None
         damaged.truncate(100_000)
     agents = []
     for host, (launch, folder) in enumerate(zip(host_agents(), folders, strict=True)):
-        command = launch + [GENERATE, *write_job(tmp_path), str(tmp_path / "out")]
+        command = [*launch, GENERATE, *write_job(tmp_path), str(tmp_path / "out")]
         command += ["--ckpt-path", str(folder)]
         agents.append(jobs.start(*command, stderr=tmp_path / f"stderr{host}"))
     for process in agents:
