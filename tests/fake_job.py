@@ -3,6 +3,7 @@
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from benchlib.gpu_check.jobs import Job
 
@@ -31,7 +32,7 @@ for case in ("a", "b", "c"):
 """
 
 
-def fake(folder: Path, end: str, **more: object) -> Job:
+def fake(folder: Path, end: str, **more: Any) -> Job:
     rows = folder / f"{end}.jsonl"
     argv = (sys.executable, "-c", FAKE, str(rows), end)
     job = Job(end, argv, log=folder / f"{end}.log", cwd=folder, rows=rows)

@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -81,7 +82,7 @@ def check_connect(mesh: Mesh) -> None:
     """
     rank, size, agree = mesh.world.rank, mesh.world.size, one_shot_group._first_failed
     gpu, last = torch.device("cuda", 0), size - 1
-    cases = (
+    cases: tuple[tuple[str, type[OneShotOnPaper], dict[str, Any], int | None], ...] = (
         ("not asked", OneShotOnPaper, {"one_shot": False}, None),
         ("by host", OneShotOnPaper, {"via_host": True}, None),
         ("two hosts", OneShotOnPaper, {"ranks_on_host": 1}, None),

@@ -119,6 +119,7 @@ def routing() -> None:
     for num_local in (1, 256):
         groups = permute.kernel(ids, LocalExperts(0, num_local))
     y = torch.zeros(8, 512, dtype=torch.bfloat16)
+    assert groups.row_TK is not None
     unpermute.kernel(y, groups.row_TK, weight, torch.zeros(2, 512))
 
 

@@ -53,6 +53,7 @@ def test_unpermute(tokens: int, columns: int, form: Op) -> None:
     torch.manual_seed(0)
     ids = routing(tokens, 4, 12)
     rows = permute(ids, LocalExperts(3, 6)).row_TK
+    assert rows is not None
     weight = torch.rand(tokens, 4)
     y = torch.full((4 * tokens, columns), float("nan"))  # rows that are never written
     y[rows[rows >= 0].long()] = torch.randn(int((rows >= 0).sum()), columns)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import bench
 from benchlib.case_log import CaseLog, describe, read_results, spoils_device
 from benchlib.flags import share
 from benchlib.kernel_cases import Case
@@ -15,7 +16,6 @@ from benchlib.kernels import measure_cases, select_cases
 from benchlib.report import Report
 from benchlib.roofline import HARDWARE
 from dsv3.errors import ConfigError
-from launch import bench
 
 CPU = torch.device("cpu")
 HALF = Case(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,7 +43,7 @@ FACTS = Facts(
 )
 
 
-def make_setup(out: Path, **more: object) -> Setup:
+def make_setup(out: Path, **more: Any) -> Setup:
     for name in ("logs", "rows"):
         (out / name).mkdir()
     return replace(Setup(root=ROOT, out=out, python=sys.executable, facts=FACTS), **more)
