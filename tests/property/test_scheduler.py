@@ -108,7 +108,8 @@ class History:
             running, pages = scheduler.running, scheduler.pages
             assert all(seq.group == group for seq in (*running, *scheduler.waiting))
             owned = Counter(page for seq in running for page in seq.pages)
-            cached = [] if scheduler.tree is None else [page for page, _ in scheduler.tree]
+            tree = scheduler.tree
+            cached = [] if tree is None else [page for page, *_ in tree.deepest_first()]
             assert len(set(cached)) == len(cached)
             owned.update(cached)
             for page in range(1, self.num_pages + 1):

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ class CompilationError(Exception):
     """As Triton's: derived from Exception only."""
 
 
-def raising(error: Exception) -> Callable[..., torch.Tensor]:
+def raising(error: Exception) -> Callable[..., Any]:
     def kernel(*_: object) -> torch.Tensor:
         raise error
 

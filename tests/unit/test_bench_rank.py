@@ -104,15 +104,15 @@ def test_a_plan_reaches_the_usual_number_of_experts() -> None:
 
 def test_a_step_that_raises_costs_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measure, rows = rank_module.measure_step, tmp_path / "rows.jsonl"
-    errors = {"decode 2 at 8": ValueError("no such tile"), "decode 3 at 8": None}
+    errors: dict[str, Exception | None] = {"decode 2 at 8": ValueError("no such tile")}
 
-    def failing(rank: Rank, kind: StepKind, *more: object) -> StepResult:
+    def failing(rank: Rank, kind: StepKind, *more: Any) -> StepResult:
         if error := errors.get(kind.name):
             raise error
         return measure(rank, kind, *more)
 
     def report() -> Report:
-        sizes = {"batches": [1, 2, 3, 4], "context": 8, "prefill": 0, "steps": 1}
+        sizes: dict[str, Any] = {"batches": [1, 2, 3, 4], "context": 8, "prefill": 0, "steps": 1}
         return rank_report(shape(layers=2), CPU, HARDWARE["h100"], **sizes, log=CaseLog(rows))
 
     monkeypatch.setattr(rank_module, "measure_step", failing)

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,7 @@ def test_what_a_machine_can_run(tmp_path: Path) -> None:
 
 
 def part_of(end: str, is_timed: bool) -> Part:
-    def judge(_: Setup, results: list[JobResult], part: PartResult) -> None:
+    def judge(_: Setup, results: Sequence[JobResult], part: PartResult) -> None:
         judge_cases(results, part)
         part.tables["times"] = [{"kernel": "gemm", "us": 12.5}]
 
