@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from benchlib.case_log import read_results
-from benchlib.gpu_check.__main__ import make_out, read_budget, select_parts
+from benchlib.gpu_check.__main__ import make_out, out_folder, read_budget, select_parts
 from benchlib.gpu_check.check import PARTS, batches_of, rehearsal_notes, run_check
 from benchlib.gpu_check.demo_part import PROMPTS, Run, judge_answers, read_answers
 from benchlib.gpu_check.facts import Facts
@@ -108,15 +108,15 @@ def test_parts_are_selected() -> None:
 
 
 def test_results_of_another_check_are_kept(tmp_path: Path) -> None:
-    out = make_out(str(tmp_path / "a" / "b"))
-    assert make_out(str(out)) == out, "nothing has run"
-    (out / "rows" / "smoke.jsonl").write_text("{}\n")
-    with pytest.raises(ConfigError, match="has results of another check"):
-        make_out(str(out))
+    out = out_folder(str(tmp_path / "a" / "b"))
+    assert not out.parent.exists(), "nothing has run"
+    make_out(out)
+    with pytest.raises(ConfigError, match="is not empty; name a new directory"):
+        out_folder(str(out))
     (tmp_path / "file").write_text("")
     for wrong in (tmp_path / "file" / "out", Path("/proc/out")):
         with pytest.raises(ConfigError, match=f"OUT={wrong}: "):
-            make_out(str(wrong))
+            make_out(out_folder(str(wrong)))
 
 
 def test_what_a_machine_can_run(tmp_path: Path) -> None:
@@ -191,7 +191,9 @@ def test_wrong_usage_is_one_line(tmp_path: Path) -> None:
     for arguments, env, expected in (
         (["smok"], {}, "there is no part 'smok'; did you mean smoke?"),
         (["smoke"], {"BUDGET": "soon"}, "BUDGET='soon' is not a number"),
-        (["smoke"], {"OUT": "/proc/out"}, "OUT=/proc/out: "),
+        (["smoke"], {"OUT": str(ROOT)}, "is not empty; name a new directory"),
+        (["--rehearse", "smoke"], {"OUT": "/proc/out"}, "OUT=/proc/out: "),
+        (["smoke"], {"CUDA_VISIBLE_DEVICES": ""}, "torch finds no GPU; --rehearse runs every"),
         (["smoke"], {"PYTHON": "/bin/false"}, "is not Python 3.11 or newer"),
     ):
         done = run_program([program, *arguments], tmp_path, **env)

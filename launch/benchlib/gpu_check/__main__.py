@@ -27,7 +27,7 @@ _BUDGET = 560
 _REHEARSAL_BUDGET = 1800
 _LEAST_BUDGET = 10.0
 _EPILOG = """variables:
-  OUT     directory of the results, which must hold no older ones
+  OUT     directory of the results, a new or an empty one
           (default: gpu_check_results/DATE-TIME)
   BUDGET  seconds that the whole check may take (default: {budget}, in a rehearsal
           {rehearsal})
@@ -90,20 +90,21 @@ def read_budget(text: str) -> float:
     return float(text)
 
 
-def make_out(text: str) -> Path:
-    """Create and return the directory of the results.
-
-    Raises:
-        ConfigError: it cannot be written, or holds the results of another check.
-    """
+def out_folder(text: str) -> Path:
+    """Return the directory of the results; refuse one that has those of another check."""
     folder = Path(text or f"gpu_check_results/{time.strftime('%Y%m%d-%H%M%S')}").absolute()
     with os_errors_as(ConfigError, f"OUT={folder}"):
-        for name in ("logs", "rows"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-            if any((folder / name).iterdir()):
-                raise ConfigError(f"OUT={folder} has results of another check; name an empty one")
-        (folder / "summary.txt").write_text("the check has not ended\n")
+        if folder.exists() and any(folder.iterdir()):
+            raise ConfigError(f"OUT={folder} is not empty; name a new directory")
     return folder
+
+
+def make_out(folder: Path) -> None:
+    """Create the directory of the results."""
+    with os_errors_as(ConfigError, f"OUT={folder}"):
+        for name in ("logs", "rows"):
+            (folder / name).mkdir(parents=True)
+        (folder / "summary.txt").write_text("the check has not ended\n")
 
 
 def main() -> int:
@@ -112,7 +113,7 @@ def main() -> int:
     parts = select_parts(args.parts)
     default = _REHEARSAL_BUDGET if args.rehearse else _BUDGET
     budget = Budget(read_budget(os.environ.get("BUDGET") or str(default)))
-    out = make_out(os.environ.get("OUT", ""))
+    out = out_folder(os.environ.get("OUT", ""))
     print(f"results: {out}", flush=True)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
@@ -122,6 +123,7 @@ def main() -> int:
     print("\n".join(machine), flush=True)
     if not facts.gpus and not args.rehearse:
         raise ConfigError("torch finds no GPU; --rehearse runs every part without one")
+    make_out(out)
     setup = Setup(
         root=_ROOT,
         out=out,
