@@ -46,7 +46,7 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
     """Read the command line."""
     default = [f"  {_described(part)}" for part in PARTS if part.by_default]
     named = [f"  {_described(part)}" for part in PARTS if not part.by_default]
-    heading = "parts (largest number of seconds; all are run by default):"
+    heading = "parts, with their usual and their largest number of seconds on a data-centre GPU:"
     parts = "\n".join([heading, *default, "only by name:", *named])
     parser = Parser(
         prog="scripts/gpu_check.sh",
@@ -54,7 +54,9 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
         epilog=f"{parts}\n\n{_EPILOG.format(budget=_BUDGET, rehearsal=_REHEARSAL_BUDGET)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("parts", nargs="*", metavar="PART", help="parts to run (default: all)")
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help="parts to run (default: all but sanitize)"
+    )
     parser.add_argument(
         "--rehearse", action="store_true", help="run every part without a GPU; measures nothing"
     )
@@ -69,7 +71,7 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
 
 
 def _described(part: Part) -> str:
-    return f"{part.name:9} {part.limit:3.0f}  {part.about}"
+    return f"{part.name:9} {part.typical:4.0f} {part.limit:4.0f}  {part.about}"
 
 
 def select_parts(names: list[str]) -> list[Part]:
