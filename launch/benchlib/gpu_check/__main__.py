@@ -124,7 +124,8 @@ def main() -> int:
     machine = [*facts.lines, f"dsv3: {commit}, in {_ROOT}"]
     print("\n".join(machine), flush=True)
     if not facts.gpus and not args.rehearse:
-        raise ConfigError("torch finds no GPU; --rehearse runs every part without one")
+        hint = f" (there is driver {facts.driver}: does torch fit it?)" if facts.driver else ""
+        raise ConfigError(f"torch finds no GPU{hint}; --rehearse runs every part without one")
     make_out(out)
     setup = Setup(
         root=_ROOT,
