@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from benchlib.case_log import read_results
+from benchlib.case_log import CaseLog, read_results
+from benchlib.gpu_check import test_parts
 from benchlib.gpu_check.__main__ import make_out, out_folder, read_budget, select_parts
 from benchlib.gpu_check.check import PARTS, batches_of, rehearsal_notes, run_check
 from benchlib.gpu_check.demo_part import PROMPTS, Run, judge_answers, read_answers
@@ -28,6 +29,7 @@ from dsv3.errors import ConfigError
 from tests.fake_job import fake
 
 ROOT = Path(__file__).resolve().parents[2]
+PARTS_BY_NAME = {part.name: part for part in PARTS}
 FACTS = Facts(
     python="3.12.1",
     torch="2.11.0",
@@ -124,7 +126,7 @@ def test_what_a_machine_can_run(tmp_path: Path) -> None:
     assert setup.processes == 8 and not RANKS.lacks(setup)
     one = replace(setup, facts=replace(FACTS, gpus=("A10",), capability="8.6", free_gib=20.0))
     assert RANKS.lacks(one) == "needs two GPUs; there is 1" and one.processes == 2
-    overlap = next(part for part in PARTS if part.name == "overlap")
+    overlap = PARTS_BY_NAME["overlap"]
     assert overlap.lacks(one) == "needs compute capability 9.0" and not overlap.lacks(setup)
     shares = {part.name: part.make_jobs(setup) for part in PARTS if part.name in ("check", "tests")}
     assert [len(jobs) for jobs in shares.values()] == [8, 8]
@@ -134,6 +136,54 @@ def test_what_a_machine_can_run(tmp_path: Path) -> None:
     lines = FACTS.lines
     assert "H200, the first of 2, compute capability 9.0, 139.8 GiB" in lines[0]
     assert "driver 580.1" in lines[0] and "torch 2.11.0, CUDA 13.0, triton 3.6.0" in lines[1]
+
+
+def judge(part: Part, setup: Setup, rows: dict[str, list[dict[str, object]]]) -> PartResult:
+    """Return the result of a part whose jobs have written rows of passed cases."""
+    jobs = part.make_jobs(setup)
+    for job in jobs:
+        for row in rows[job.name]:
+            CaseLog(job.rows).end(str(row["case"]), figures=row)
+    result = PartResult(part.name)
+    part.judge(setup, [JobResult(job, code=0) for job in jobs], result)
+    return result
+
+
+def test_times_are_tables(tmp_path: Path) -> None:
+    """The rows are those that the programs write on a GPU."""
+    setup = make_setup(tmp_path)
+    table = [{"kernel": "_mla_decode", "launches": 4, "us each": 6.0, "us": 24.0, "share %": 100.0}]
+    step = {"case": "decode 8 at 1024", "launch us": 9.0, "experts hit": 7.2, "kernel table": table}
+    step |= {"kernels": 84, "busy ms": 0.7, "gaps ms": 0.1}
+    rows = {"rank_4_layers": [step | {"ms": 0.8}], "rank_1_layers": [step | {"ms": 0.2}]}
+    result = judge(PARTS_BY_NAME["rank"], setup, rows)
+    assert result.tables["steps"][0]["MoE layer us"] == pytest.approx(200)
+    assert result.tables["kernels of decode 8 at 1024"] == table
+    kernel = {"kernel": "act_quant", "shape": "1 x 7168", "us": 2.0, "GB/s": 7.0, "TFLOP/s": 0.0}
+    kernel |= {"case": "act_quant 1 x 7168", "% of roof": "in cache", "peer us": None}
+    timed = judge(PARTS_BY_NAME["kernels"], setup, {"kernels": [kernel]})
+    rates = {"case": "ceilings", "TB/s": 4.2, "bf16 TFLOP/s": 780.0, "fp8 TFLOP/s": 1450.0}
+    smoke = judge(PARTS_BY_NAME["smoke"], setup, {"smoke": [{"case": "kernels"}, rates]})
+    text = "\n".join(CheckReport([], {}, parts=[result, timed, smoke]).lines())
+    assert re.search(r"decode 8 at 1024 +200 +0\.8 +0\.2 +7\.2 +84 +0\.7 +0\.1 +9", text)
+    assert re.search(r"act_quant +1 x 7168 +2 +7 +0 +in cache", text)
+    assert re.search(r"TB/s +bf16 TFLOP/s +fp8 TFLOP/s\n +4\.2 +780 +", text)
+    poor = replace(setup, facts=replace(FACTS, missing=("jinja2",), compiler=""))
+    (tmp_path / "rows/smoke.jsonl").unlink()
+    smoke = judge(PARTS_BY_NAME["smoke"], poor, {"smoke": [rates]})
+    assert smoke.problems[0] == "not installed: jinja2" and "C compiler" in smoke.problems[1]
+
+
+def test_without_pytest_the_tests_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(test_parts, "_NEEDS", ("pytest", "no_such_package"))
+    setup = make_setup(tmp_path)
+    report = CheckReport([], {})
+    parts = [PARTS_BY_NAME["tests"], part_of("right", False)]
+    assert run_check(setup, parts, Budget(60), report) == 0
+    assert "tests: skipped: not installed: no_such_package (pip install" in capsys.readouterr().out
+    assert [part.status for part in report.parts] == ["skipped", "passed"]
 
 
 def part_of(end: str, is_timed: bool) -> Part:
@@ -192,7 +242,6 @@ def test_wrong_usage_is_one_line(tmp_path: Path) -> None:
         (["smok"], {}, "there is no part 'smok'; did you mean smoke?"),
         (["smoke"], {"BUDGET": "soon"}, "BUDGET='soon' is not a number"),
         (["smoke"], {"OUT": str(ROOT)}, "is not empty; name a new directory"),
-        (["--rehearse", "smoke"], {"OUT": "/proc/out"}, "OUT=/proc/out: "),
         (["smoke"], {"CUDA_VISIBLE_DEVICES": ""}, "torch finds no GPU; --rehearse runs every"),
         (["smoke"], {"PYTHON": "/bin/false"}, "is not Python 3.11 or newer"),
     ):

@@ -160,7 +160,8 @@ def judge_runs(
     answers = {run.name: read_answers(_file(setup, part.name, run.name, ".jsonl")) for run in done}
     judge_answers(done, answers, part)
     if len(done) < len(runs):
-        missing = f"{len(runs) - len(done)} runs have no answers to compare"
+        reason = "out of time: " if any(result.out_of_time for result in results) else ""
+        missing = f"{reason}{len(runs) - len(done)} runs have no answers to compare"
         part.summary = "; ".join(filter(None, [part.summary, missing]))
 
 
