@@ -138,6 +138,19 @@ def test_what_a_machine_can_run(tmp_path: Path) -> None:
     assert "driver 580.1" in lines[0] and "torch 2.11.0, CUDA 13.0, triton 3.6.0" in lines[1]
 
 
+def test_a_fault_of_the_check_costs_its_part(tmp_path: Path) -> None:
+    def unreadable(*_: object) -> None:
+        raise KeyError("us")
+
+    setup = make_setup(tmp_path)
+    report = CheckReport([], {})
+    parts = [replace(part_of("crash", True), judge=unreadable), part_of("right", True)]
+    assert run_check(setup, parts, Budget(60), report) == 1
+    assert [part.status for part in report.parts] == ["failed", "passed"]
+    assert report.parts[0].problems[0].endswith("cannot be read: KeyError: 'us'")
+    assert "unreadable" in (tmp_path / "logs/crash_judge.log").read_text()
+
+
 def judge(part: Part, setup: Setup, rows: dict[str, list[dict[str, object]]]) -> PartResult:
     """Return the result of a part whose jobs have written rows of passed cases."""
     jobs = part.make_jobs(setup)

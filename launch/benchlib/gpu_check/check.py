@@ -1,8 +1,10 @@
 """Runs the parts of a check in order, within a budget of seconds, and reports them."""
 
 import time
+import traceback
 from collections.abc import Sequence
 
+from benchlib.case_log import describe
 from benchlib.gpu_check.cli_part import CLI
 from benchlib.gpu_check.demo_part import DEMO
 from benchlib.gpu_check.jobs import Budget, JobResult, run_jobs
@@ -92,7 +94,13 @@ def _run_able(
     by_name = {end.job.name: end for end in ends}
     for part in parts:
         result = results[part.name]
-        part.judge(setup, [by_name[job.name] for job in jobs_by_part[part.name]], result)
+        part_ends = [by_name[job.name] for job in jobs_by_part[part.name]]
+        try:
+            part.judge(setup, part_ends, result)
+        except Exception as error:  # a fault of the check must not cost the other parts
+            log = setup.out / "logs" / f"{part.name}_judge.log"
+            log.write_text(traceback.format_exc())
+            result.fail(f"its results in rows/ and logs/ cannot be read: {describe(error)}")
         result.seconds = time.monotonic() - begin
         _say(budget, f"{part.name}: {result.status}: {result.summary}")
 
