@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from benchlib.case_log import CaseLog, read_results
-from benchlib.gpu_check import test_parts
+from benchlib.gpu_check import pytest_parts
 from benchlib.gpu_check.__main__ import make_out, out_folder, read_budget, select_parts
 from benchlib.gpu_check.check import PARTS, batches_of, rehearsal_notes, run_check
 from benchlib.gpu_check.demo_part import PROMPTS, Run, judge_answers, read_answers
@@ -22,9 +22,9 @@ from benchlib.gpu_check.facts import Facts
 from benchlib.gpu_check.jobs import Budget, JobResult
 from benchlib.gpu_check.kernel_parts import DECODE_FIRST
 from benchlib.gpu_check.parts import Part, Setup, judge_cases
+from benchlib.gpu_check.pytest_parts import GPU_TESTS
 from benchlib.gpu_check.ranks_part import RANKS
 from benchlib.gpu_check.report import CheckReport, PartResult
-from benchlib.gpu_check.test_parts import GPU_TESTS
 from dsv3.errors import ConfigError
 from tests.fake_job import fake
 
@@ -190,7 +190,7 @@ def test_times_are_tables(tmp_path: Path) -> None:
 def test_without_pytest_the_tests_are_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(test_parts, "_NEEDS", ("pytest", "no_such_package"))
+    monkeypatch.setattr(pytest_parts, "_NEEDS", ("pytest", "no_such_package"))
     setup = make_setup(tmp_path)
     report = CheckReport([], {})
     parts = [PARTS_BY_NAME["tests"], part_of("right", False)]

@@ -10,11 +10,11 @@ from benchlib.gpu_check.demo_part import DEMO
 from benchlib.gpu_check.jobs import Budget, JobResult, run_jobs
 from benchlib.gpu_check.kernel_parts import CHECK, KERNELS
 from benchlib.gpu_check.parts import Part, Setup
+from benchlib.gpu_check.pytest_parts import SANITIZE, TESTS
 from benchlib.gpu_check.rank_parts import OVERLAP, RANK, SHARD
 from benchlib.gpu_check.ranks_part import RANKS
 from benchlib.gpu_check.report import CheckReport, PartResult
 from benchlib.gpu_check.smoke_part import SMOKE
-from benchlib.gpu_check.test_parts import SANITIZE, TESTS
 
 # In the order of the check: results first, then times.
 PARTS = (SMOKE, TESTS, CHECK, DEMO, RANKS, RANK, KERNELS, CLI, OVERLAP, SHARD, SANITIZE)

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from benchlib.gpu_check.demo_part import Run, demo_jobs, judge_runs, references, torchrun
 from benchlib.gpu_check.jobs import Job, JobResult
 from benchlib.gpu_check.parts import Part, Setup, judge_cases
+from benchlib.gpu_check.pytest_parts import pytest_job
 from benchlib.gpu_check.report import PartResult
-from benchlib.gpu_check.test_parts import pytest_job
 
 _DTYPES = ("float32", "fp8")
 _MOST_RANKS = 8
