@@ -34,6 +34,6 @@ for case in ("a", "b", "c"):
 
 def fake(folder: Path, end: str, **more: Any) -> Job:
     rows = folder / f"{end}.jsonl"
-    argv = (sys.executable, "-c", FAKE, str(rows), end)
+    argv = (sys.executable, "-I", "-S", "-c", FAKE, str(rows), end)
     job = Job(end, argv, log=folder / f"{end}.log", cwd=folder, rows=rows)
     return replace(job, **more)
