@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+import pytest
+
 from benchlib.case_log import read_results
 from benchlib.gpu_check.jobs import Budget, Job, describe_exit, run_jobs
 from benchlib.gpu_check.parts import judge_cases
@@ -106,6 +108,7 @@ def test_last():
 """
 
 
+@pytest.mark.slow
 def test_tests_write_their_results(tmp_path: Path) -> None:
     """Each test costs itself at most; two shares have all tests between them."""
     (tmp_path / "test_some.py").write_text(TESTS)
