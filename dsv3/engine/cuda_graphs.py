@@ -27,6 +27,7 @@ from dsv3.errors import RankError
 from dsv3.model.batch import Batch, DecodeGroup
 from dsv3.model.transformer import Transformer
 from dsv3.parallel.expert_dispatch import StepTokens
+from dsv3_kernels import row_bucket
 
 log = logging.getLogger(__name__)
 
@@ -38,14 +39,6 @@ _FEWEST_PAGES = 16
 # Arrays of a step, one value a row.
 _FLOATS = ("temperature", "top_p", "min_p")
 _ARRAYS = ("token", "position", "slot", "seed", "answer", "top_k", *_FLOATS)
-
-
-def row_bucket(count: int) -> int:
-    """Return the padded number of rows: at most a quarter more than `count`, or up to three."""
-    if count <= 2:
-        return count
-    step = max(4, (1 << (count - 1).bit_length()) >> 3)
-    return -(-count // step) * step
 
 
 def most_rows(max_running: int, groups: int) -> int:

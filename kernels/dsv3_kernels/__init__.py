@@ -3,6 +3,7 @@
 Independent of models, ranks and requests. Shape letters: see `dsv3/__init__.py`.
 """
 
+from dsv3_kernels._gpu import row_bucket, row_buckets
 from dsv3_kernels._triton import overlap_launches
 from dsv3_kernels.attention.absorb_query import absorb_query
 from dsv3_kernels.attention.expand_values import expand_values
@@ -86,6 +87,8 @@ __all__ = [
     "route",
     "route_and_permute",
     "router_logits",
+    "row_bucket",
+    "row_buckets",
     "sample",
     "shared_bytes",
     "silu_mul",

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv3_kernels._gpu import gpu_of
+
 
 class _Absent:
     """Stand-in for a module: any attribute exists, any decorator returns the plain function."""
@@ -48,9 +50,14 @@ def overlap_launches(device: torch.device) -> None:
     Raises:
         ValueError: the device is no GPU of compute capability 9.0 or more.
     """
-    global _OVERLAPS
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
         raise ValueError("overlapping launches need a GPU of compute capability 9.0 or more")
+    compile_overlapping()
+
+
+def compile_overlapping() -> None:
+    """Compile kernels for overlapping launches in this process, whether it has a GPU or not."""
+    global _OVERLAPS
     _OVERLAPS = tl.constexpr(True)
 
 
@@ -77,22 +84,22 @@ def is_interpreted(x: Tensor) -> bool:
 
     Its `tl.dot` multiplies the bits of bfloat16 as integers, so kernels convert to float32 first.
     """
-    return not x.is_cuda
+    return gpu_of(x.device) is None
 
 
 def has_tma(x: Tensor) -> bool:
     """Return True on devices that load tiles through TMA descriptors (Hopper and later)."""
-    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    gpu = gpu_of(x.device)
+    return gpu is not None and gpu.capability >= (9, 0)
 
 
 def multiprocessors(x: Tensor) -> tuple[int, int]:
     """Return the number of multiprocessors of the device of `x`, and the shared bytes of each."""
-    if not x.is_cuda:
-        return 3, 228 << 10
-    gpu = torch.cuda.get_device_properties(x.device)
-    return gpu.multi_processor_count, gpu.shared_memory_per_multiprocessor
+    gpu = gpu_of(x.device)
+    return (3, 228 << 10) if gpu is None else (gpu.multiprocessors, gpu.shared_bytes)
 
 
 def is_hopper(x: Tensor) -> bool:
     """Return True if `x` is on a GPU of compute capability 9."""
-    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
+    gpu = gpu_of(x.device)
+    return gpu is not None and gpu.capability[0] == 9

@@ -13,6 +13,9 @@ from collections.abc import Callable
 from functools import update_wrapper
 from typing import Concatenate, Generic, ParamSpec, Protocol, TypeVar
 
+import torch
+
+from dsv3_kernels._gpu import gpu_of
 from dsv3_kernels._triton import HAS_TRITON
 
 
@@ -20,8 +23,8 @@ class OnDevice(Protocol):
     """A tensor, or a group of tensors on one device."""
 
     @property
-    def is_cuda(self) -> bool:
-        """True if the device is a GPU."""
+    def device(self) -> torch.device:
+        """The device."""
         ...
 
 
@@ -35,7 +38,7 @@ def use_triton(x: OnDevice) -> bool:
 
     The only place that decides: tests replace this function to run kernels in the interpreter.
     """
-    return HAS_TRITON and x.is_cuda
+    return HAS_TRITON and gpu_of(x.device) is not None
 
 
 class Operation(Generic[First, P, R]):

@@ -8,11 +8,11 @@ import torch
 
 from benchlib.experts_hit import experts_hit
 from benchlib.roofline import Hardware, Op, RooflineSetup, step_ops
-from benchlib.stand_in import stand_in_mesh
 from benchlib.step_shape import StepShape
 from dsv3.cache.layout import CacheLayout
 from dsv3.checkpoint.sharding import tensor_specs
 from dsv3.config import ModelConfig, ParallelConfig, divisors
+from dsv3.distributed.stand_in import stand_in_mesh
 from dsv3.engine.memory import plan_memory, weight_bytes
 from dsv3.errors import ConfigError
 from dsv3.parallel.weights import WeightFormat

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from benchlib.roofline import RooflineSetup, experts_hit
-from benchlib.stand_in import stand_in_mesh
 from dsv3.cache.layout import CacheLayout
 from dsv3.cache.pool import CachePool
 from dsv3.checkpoint.sharding import tensor_specs
 from dsv3.config import ModelConfig, ParallelConfig
+from dsv3.distributed.stand_in import stand_in_mesh
 from dsv3.engine.runner import Runner
 from dsv3.engine.step_plan import StepPlan
 from dsv3.errors import ConfigError

@@ -24,6 +24,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import dsv3_kernels  # noqa: F401 - all of its modules are looked through below
+from dsv3_kernels._gpu import Gpu
 from dsv3_kernels.attention._decode_tiles import tile_for as decode_tile
 from dsv3_kernels.attention._mla_prefill_kernel import launch_prefill
 from dsv3_kernels.attention._mla_prefill_kernel import tile_for as prefill_tile
@@ -247,15 +248,11 @@ class NoDevice:
 
 def pretend(capability: int, **more: Callable[[Tensor], Any]) -> None:
     """Let wrappers take tensors of the CPU for those of such a GPU."""
-    gpu: dict[str, Callable[[Tensor], Any]] = {
-        "is_native": lambda x: capability >= 89,
-        "is_interpreted": lambda x: False,
-        "has_tma": lambda x: capability >= 90,
-        "is_hopper": lambda x: capability == 90,
-        "multiprocessors": lambda x: (132, (228 if capability == 90 else 100) << 10),
-    }
+    shared = (228 if capability == 90 else 100) << 10
+    gpu = Gpu(divmod(capability, 10), multiprocessors=132, shared_bytes=shared)
+    answers = {"gpu_of": lambda device: gpu} | more
     for name, module in list(sys.modules.items()):
-        for function, answer in (gpu | more).items():
+        for function, answer in answers.items():
             if name.startswith("dsv3_kernels.") and hasattr(module, function):
                 setattr(module, function, answer)
 

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from benchlib import rank_share
 from benchlib.rank_share import Rank, RankShape
-from benchlib.stand_in import StandIn
 from dsv3.config import ParallelConfig
 from dsv3.config_files import DEMO, load_model_config
 from dsv3.distributed.collectives import SingleRank
 from dsv3.distributed.mesh import Mesh
+from dsv3.distributed.stand_in import StandIn
 from dsv3.engine.adjust import AdjustedRow, Adjuster, Adjustments, pack_adjustments
 from dsv3.engine.cuda_graphs import GraphRunner
 from dsv3.engine.runner import BatchBuilder, Runner

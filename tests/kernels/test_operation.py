@@ -31,7 +31,10 @@ def test_the_device_of_the_first_argument_decides(monkeypatch: pytest.MonkeyPatc
         return "reference", sign
 
     assert op(torch.ones(1), -1) == ("reference", -1)
-    gpu = SimpleNamespace(is_cuda=True)
+    gpu = SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(
+        operation, "gpu_of", lambda device: device if device.type == "cuda" else None
+    )
     assert op(gpu, sign=2) == ("kernel" if HAS_TRITON else "reference", 2)
     assert op.reference(gpu) == ("reference", 1) and op.kernel(torch.ones(1)) == ("kernel", 1)
     monkeypatch.setattr(operation, "use_triton", lambda x: True)

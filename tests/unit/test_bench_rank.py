@@ -16,9 +16,9 @@ from benchlib.rank_share import Rank, RankShape
 from benchlib.rank_steps import StepKind, StepResult
 from benchlib.report import Report
 from benchlib.roofline import HARDWARE, experts_hit
-from benchlib.stand_in import StandIn, stand_in_mesh
 from dsv3.config import ParallelConfig
 from dsv3.config_files import DEMO, load_model_config
+from dsv3.distributed.stand_in import StandIn, stand_in_mesh
 from dsv3.engine.memory import weight_bytes
 from dsv3.errors import ConfigError, RankError
 from dsv3.parallel.weights import Matrix, WeightFormat

@@ -17,13 +17,13 @@ import bench
 import generate
 import program
 from benchlib import plan
-from benchlib.stand_in import StandIn
 from dsv3 import llm
 from dsv3.config import ParallelConfig
 from dsv3.distributed import mesh, rendezvous
 from dsv3.distributed import store as store_module
 from dsv3.distributed.mesh import Mesh, join_world
 from dsv3.distributed.rendezvous import Hello, Peer, Roster
+from dsv3.distributed.stand_in import StandIn
 from dsv3.distributed.store import Backoff
 from dsv3.distributed.watchdog import Watchdog
 from dsv3.errors import ConfigError, RankError

@@ -76,6 +76,7 @@ _VARY = (
     "pages",
     "queries",
     "num_rows",
+    "shard",
 )
 
 
@@ -101,6 +102,7 @@ def _mla_decode_kernel(
     queries,
     num_rows,
     split_len,  # positions of a split, a multiple of 16
+    shard,
     scale_log2,
     H: tl.constexpr,
     HEADS: tl.constexpr,
@@ -112,7 +114,6 @@ def _mla_decode_kernel(
     R_PAD: tl.constexpr,
     PAGE: tl.constexpr,
     SHARDS: tl.constexpr,
-    SHARD: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     PACKED: tl.constexpr,
@@ -133,7 +134,7 @@ def _mla_decode_kernel(
     is_row = row < num_rows
     query_pos = tl.load(pos_ptr + b * queries + row // H, mask=is_row, other=-1).to(tl.int32)
     # Positions held here that any row of the program sees.
-    seen = (tl.max(query_pos, 0) + SHARDS - SHARD) // SHARDS
+    seen = (tl.max(query_pos, 0) + SHARDS - shard) // SHARDS
     needed = tl.maximum(1, tl.cdiv(seen, split_len))
     if tl.program_id(1) < needed:
         owner = row % H // HEADS
@@ -161,7 +162,7 @@ def _mla_decode_kernel(
                 rope = tl.load(rope_at, mask=held[:, None] & is_r[None, :], other=0.0).to(DTYPE)
                 score = tl.dot(q_c, tl.trans(latent), input_precision="ieee")
                 score_r = tl.dot(q_r, tl.trans(rope), input_precision="ieee")
-                is_seen = (at * SHARDS + SHARD)[None, :] <= query_pos[:, None]
+                is_seen = (at * SHARDS + shard)[None, :] <= query_pos[:, None]
                 score = score * scale_log2 + score_r * scale_log2
                 score = tl.where(is_seen, score, float("-inf"))
                 # Always true. Values assigned in an `if` hide from the compiler that these scores
@@ -296,6 +297,7 @@ def _launch_splits(
         queries=Q,
         num_rows=rows,
         split_len=tile.split,
+        shard=tables.paging.shard,
         scale_log2=scale * math.log2(math.e),
         H=P * heads,
         HEADS=heads,
@@ -307,7 +309,6 @@ def _launch_splits(
         R_PAD=max(16, triton.next_power_of_2(R)),
         PAGE=tables.paging.slots_per_page,
         SHARDS=tables.paging.shards,
-        SHARD=tables.paging.shard,
         ROWS=tile.rows,
         KEYS=tile.keys,
         PACKED=is_packed,

@@ -30,7 +30,7 @@ _LSE = "lse_stride_block", "lse_stride_row", "lse_stride_part"
 _OUT = "lse_out", "out_lse_stride_block", "out_lse_stride_row"
 
 
-@triton.jit(do_not_specialize=["pos_ptr", "num_parts", "block_rows", *_LSE, *_OUT])
+@triton.jit(do_not_specialize=["pos_ptr", "num_parts", "block_rows", "shard", *_LSE, *_OUT])
 def _merge_lse_kernel(
     o_part,
     lse_part,
@@ -39,6 +39,7 @@ def _merge_lse_kernel(
     pos_ptr,  # position of each query; read if BY_POSITION
     num_parts,  # not used if BY_POSITION
     split_len,  # positions of a part, a multiple of 16; used if BY_POSITION
+    shard,
     block_rows,  # rows per block; strides are given for blocks and for rows
     o_stride_block,
     o_stride_row,
@@ -53,7 +54,6 @@ def _merge_lse_kernel(
     HEADS: tl.constexpr,
     V: tl.constexpr,
     SHARDS: tl.constexpr,
-    SHARD: tl.constexpr,
     BY_POSITION: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -65,7 +65,7 @@ def _merge_lse_kernel(
     row = row % block_rows
     if BY_POSITION:
         pos = tl.load(pos_ptr + row // HEADS).to(tl.int32)
-        num_parts = ((pos + SHARDS - SHARD) // SHARDS + split_len - 1) // split_len
+        num_parts = ((pos + SHARDS - shard) // SHARDS + split_len - 1) // split_len
     o_row = o_part + block * o_stride_block + row * o_stride_row
     lse_row = lse_part + block * lse_stride_block + row * lse_stride_row
     part = tl.arange(0, PARTS).to(tl.int64)
@@ -118,6 +118,7 @@ def _launch(
             pos_ptr=query_pos,
             num_parts=N,
             split_len=split,
+            shard=paging.shard,
             block_rows=rows,
             o_stride_block=parts.o.stride(1),
             o_stride_row=parts.o.stride(2),
@@ -132,7 +133,6 @@ def _launch(
             HEADS=heads,
             V=V,
             SHARDS=paging.shards,
-            SHARD=paging.shard,
             BY_POSITION=split > 0,
             PARTS=_PARTS,
             BLOCK=block,

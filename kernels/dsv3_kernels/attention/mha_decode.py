@@ -19,7 +19,14 @@ _SPLIT, _KEYS = 512, 32
 
 
 @triton.jit(
-    do_not_specialize=["page_ptr", "pos_ptr", "pages", "o_stride_split", "lse_stride_split"]
+    do_not_specialize=[
+        "page_ptr",
+        "pos_ptr",
+        "pages",
+        "o_stride_split",
+        "lse_stride_split",
+        "shard",
+    ]
 )
 def _mha_decode_kernel(
     q_ptr,
@@ -33,6 +40,7 @@ def _mha_decode_kernel(
     o_stride_split,
     lse_stride_split,
     split_len,  # positions of a split, a multiple of 16
+    shard,
     scale_log2,
     H: tl.constexpr,
     X: tl.constexpr,
@@ -41,14 +49,13 @@ def _mha_decode_kernel(
     V_PAD: tl.constexpr,
     PAGE: tl.constexpr,
     SHARDS: tl.constexpr,
-    SHARD: tl.constexpr,
     KEYS: tl.constexpr,
 ):
     """Compute some splits of the positions held here, for a head of a sequence."""
     in_turn()
     head = tl.program_id(0)
     b = tl.program_id(2).to(tl.int64)
-    seen = (tl.load(pos_ptr + b).to(tl.int32) + SHARDS - SHARD) // SHARDS
+    seen = (tl.load(pos_ptr + b).to(tl.int32) + SHARDS - shard) // SHARDS
     needed = tl.maximum(1, tl.cdiv(seen, split_len))
     if tl.program_id(1) < needed:
         x = tl.arange(0, X_PAD)
@@ -124,6 +131,7 @@ def launch_mha_decode(
         o_stride_split=o.stride(0),
         lse_stride_split=lse.stride(0),
         split_len=split,
+        shard=tables.paging.shard,
         scale_log2=scale * math.log2(math.e),
         H=H,
         X=X,
@@ -132,7 +140,6 @@ def launch_mha_decode(
         V_PAD=triton.next_power_of_2(V),
         PAGE=tables.paging.slots_per_page,
         SHARDS=tables.paging.shards,
-        SHARD=tables.paging.shard,
         KEYS=_KEYS,
         num_warps=4,
         num_stages=2,

@@ -44,9 +44,9 @@ class EntryWrite:
     keep_from: int
 
     @property
-    def is_cuda(self) -> bool:
-        """True if the latents are on a GPU."""
-        return self.kv_TX.is_cuda
+    def device(self) -> torch.device:
+        """Device of the latents."""
+        return self.kv_TX.device
 
 
 @dataclass(frozen=True, slots=True)

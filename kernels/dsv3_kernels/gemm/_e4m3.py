@@ -8,6 +8,7 @@ with bias 7, three of mantissa; 0x7f and 0xff are NaN, there is no infinity.
 import torch
 from torch import Tensor
 
+from dsv3_kernels._gpu import gpu_of
 from dsv3_kernels._triton import tl, triton
 
 _NATIVE_FROM = (8, 9)
@@ -15,7 +16,8 @@ _NATIVE_FROM = (8, 9)
 
 def is_native(x: Tensor) -> bool:
     """Return True if Triton supports e4m3 on the device of `x`."""
-    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= _NATIVE_FROM
+    gpu = gpu_of(x.device)
+    return gpu is not None and gpu.capability >= _NATIVE_FROM
 
 
 def e4m3_view(x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsv3_kernels._gpu import row_bucket
 from dsv3_kernels._triton import in_turn, launch_options, multiprocessors, tl, triton
 
 # Rows of W per program.
@@ -85,7 +86,8 @@ class SplitK:
         56 KiB of W in flight. A multiprocessor has registers for three programs, or for two of 128
         rows.
         """
-        tiles, splits, m_tiles = self.grid(*y_MN.shape)
+        M, N = y_MN.shape
+        tiles, splits, m_tiles = self.grid(row_bucket(M), N)
         held = -(-tiles * splits * m_tiles // WANTED)
         most = 3 if self.rows <= 64 else 2
         room = multiprocessors(y_MN)[1] // (held if held <= most else 2) - _OTHER

@@ -33,9 +33,9 @@ class Quantized(NamedTuple):
     scale: Tensor
 
     @property
-    def is_cuda(self) -> bool:
-        """True if the values are on a GPU."""
-        return self.q.is_cuda
+    def device(self) -> torch.device:
+        """Device of the values."""
+        return self.q.device
 
     @classmethod
     def empty(cls, shape: torch.Size | tuple[int, ...], device: torch.device) -> "Quantized":

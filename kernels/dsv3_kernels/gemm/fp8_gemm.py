@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dsv3_kernels._triton import in_turn, launch_options, tl, triton
+from dsv3_kernels._gpu import gpu_of, row_bucket
+from dsv3_kernels._triton import in_turn, launch_options, multiprocessors, tl, triton
 from dsv3_kernels.gemm._e4m3 import e4m3_operand, e4m3_view, is_native
 from dsv3_kernels.gemm._split_k import ROWS, WANTED, SplitK, store_split
 from dsv3_kernels.gemm.act_quant import BLOCK, Quantized, dequantize
@@ -268,10 +269,7 @@ def launch_large(
     """Launch persistent programs; `tma` loads tiles through descriptors."""
     M, N = y.shape
     K = w_FD.shape[1]
-    programs = 2
-    if y.is_cuda:
-        device = torch.cuda.get_device_properties(y.device)
-        programs = device.multi_processor_count * tile.per_sm
+    programs = multiprocessors(y)[0] * tile.per_sm
     tiles = triton.cdiv(M, tile.BM) * triton.cdiv(N, tile.BN)
     other = tile.BN - 128
     _large_kernel[(min(tiles, programs),)](
@@ -321,12 +319,14 @@ def _launch_fp8_gemm(
     flat = Quantized(x.q.view(-1, K), x.scale.view(-1, K // BLOCK))
     if not y.numel():
         return y
-    if is_small(len(flat.q), N):
+    rows = row_bucket(len(flat.q))
+    if is_small(rows, N):
         _launch_small(flat, w_FD, scale_fd, y.view(-1, N), locks)
     else:
         # Of GPUs with TMA, only those for data centers have the shared memory that TILES need.
-        tma = y.is_cuda and torch.cuda.get_device_capability(y.device)[0] in (9, 10)
-        tile = tile_of(len(flat.q), N, TILES if tma else OLD_TILES)
+        gpu = gpu_of(y.device)
+        tma = gpu is not None and gpu.capability[0] in (9, 10)
+        tile = tile_of(rows, N, TILES if tma else OLD_TILES)
         launch_large(flat, w_FD, scale_fd, y.view(-1, N), tile, tma)
     return y
 

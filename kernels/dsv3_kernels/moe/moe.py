@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dsv3_kernels._gpu import row_bucket
 from dsv3_kernels.gemm.act_quant import Quantized, act_quant, dequantize
 from dsv3_kernels.moe.grouped_down import grouped_down
 from dsv3_kernels.moe.grouped_gate_up import grouped_gate_up
@@ -48,7 +49,8 @@ def _launch_experts(
     if groups is None:
         groups = permute.kernel(ids_TK.contiguous(), local)
     assert groups.row_TK is not None
-    rows = -(-ids_TK.numel() // (local.count * spread))
+    T, K = ids_TK.shape
+    rows = -(-row_bucket(T) * K // (local.count * spread))
     dtype = x.dtype if isinstance(x, Tensor) else torch.bfloat16
     h = grouped_gate_up.kernel(x, gate_up, groups, rows, ue8m0)
     y_MD = grouped_down.kernel(h, down, groups, rows, dtype, weight_TK)

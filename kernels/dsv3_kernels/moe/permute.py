@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsv3_kernels._gpu import row_bucket
 from dsv3_kernels._triton import in_turn, launch_options, tl, triton
 from dsv3_kernels.operation import operation
 
@@ -185,7 +186,7 @@ def _launch_permute(ids_TK: Tensor, local: LocalExperts) -> Groups:
     num_entries = ids_TK.numel()
     T, K = ids_TK.shape
     groups = empty_groups((T, K), local.count, ids_TK.device)
-    is_short = num_entries <= 1024
+    is_short = row_bucket(T) * K <= 1024
     _permute_kernel[(local.count + 1,)](
         ids=ids_TK,
         entries=groups.entry_M,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsv3_kernels._gpu import row_bucket
 from dsv3_kernels._triton import in_turn, launch_options, tl, triton
 from dsv3_kernels.moe.permute import Groups, LocalExperts, permute_last
 from dsv3_kernels.operation import operation
@@ -48,9 +49,9 @@ class RouterInput:
     position_T: Tensor | None = None
 
     @property
-    def is_cuda(self) -> bool:
-        """True if the logits are on a GPU."""
-        return self.logits_STE.is_cuda
+    def device(self) -> torch.device:
+        """Device of the logits."""
+        return self.logits_STE.device
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +246,7 @@ def launch_route(router: RouterInput, sort: EntrySort | None) -> tuple[Tensor, T
             G_PAD=triton.next_power_of_2(num_groups),
             M_PAD=triton.next_power_of_2(E // num_groups),
             K_PAD=triton.next_power_of_2(K),
-            SIZE=0 if sort is None else triton.next_power_of_2(T * K),
+            SIZE=0 if sort is None else triton.next_power_of_2(row_bucket(T) * K),
             ALONE=T == 1,
             num_warps=1,
             **launch_options(),

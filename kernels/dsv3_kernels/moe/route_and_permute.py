@@ -9,6 +9,7 @@ Bound by latency, of which a launch is a part.
 
 from torch import Tensor
 
+from dsv3_kernels._gpu import row_bucket
 from dsv3_kernels.moe.permute import Groups, LocalExperts, empty_groups, permute
 from dsv3_kernels.moe.route import EntrySort, RouterInput, launch_route, route
 from dsv3_kernels.operation import operation
@@ -23,7 +24,7 @@ def _launch_route_and_permute(
     """Launch one program per token; for many tokens launch `route` and `permute`."""
     T = router.logits_STE.shape[1]
     K = router.rule.num_experts_per_tok
-    if not 0 < T * K <= _FEW:
+    if not 0 < row_bucket(T) * K <= _FEW:
         ids_TK, weight_TK = route.kernel(router)
         return ids_TK, weight_TK, permute.kernel(ids_TK, local)
     groups = empty_groups((T, K), local.count, router.logits_STE.device)
