@@ -98,6 +98,9 @@ class EngineConfig:
         enforce_eager: launch each kernel of a decode step separately, without CUDA graphs.
         overlap_launches: launch each kernel while the previous one still runs (Hopper and later;
             not yet confirmed on a GPU).
+        compile_ahead: compile all kernels that steps can ask for before the first step, in parallel
+            processes, so that no step waits for the compiler: "on", "off", or "auto" (on CUDA).
+            What was compiled once is found in Triton's cache.
         check_every: steps between comparisons of the ranks' results; 0 compares nothing.
     """
 
@@ -148,6 +151,9 @@ class EngineConfig:
     enforce_eager: bool = _steps(False, "run without CUDA graphs")
     overlap_launches: bool = _steps(
         False, "launch kernels before the previous one ends (Hopper; not yet confirmed)"
+    )
+    compile_ahead: Literal["auto", "on", "off"] = _steps(
+        "auto", "compile all kernels before the first step (auto: on CUDA)"
     )
     check_every: int = _steps(64, "steps between comparisons of the ranks' results (0: never)")
 

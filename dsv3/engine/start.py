@@ -22,6 +22,7 @@ from dsv3.distributed.mesh import Mesh
 from dsv3.distributed.watchdog import RUN
 from dsv3.engine.agreement import agree_on_model
 from dsv3.engine.balance import Balancer
+from dsv3.engine.compile_ahead import compile_ahead
 from dsv3.engine.divergence import DivergenceCheck
 from dsv3.engine.engine import Engine
 from dsv3.engine.layer_check import LayerCheck
@@ -104,6 +105,9 @@ def start(
     with _phase(seconds, "load"):
         loaded = _load(path, settings, mesh, config, n_experts)
     setup, model = loaded.setup, loaded.model
+    mesh.watchdog.enter("compile")
+    with _phase(seconds, "compile"):
+        compile_ahead(setup, mesh)
     static = mesh.is_capturable and not settings.enforce_eager
     if mesh.device.type == "cuda" and not mesh.is_capturable and mesh.layout.rank == 0:
         log.info("no CUDA graphs: ranks that share a GPU exchange over Gloo")

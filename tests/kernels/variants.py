@@ -1,102 +1,150 @@
-"""Lists the variants of kernels that steps of many sizes would have Triton compile.
+"""Compares the variants of kernels that steps ask for with those that the engine lists.
 
-TRITON_INTERPRET=0 PYTHONPATH=.:launch python tests/kernels/variants.py
+TRITON_INTERPRET=0 PYTHONPATH=.:launch python tests/kernels/variants.py STEPS
 
-Triton compiles a kernel anew where a number becomes 1, or it or an address ceases to be a multiple
-of 16. For those that change while a model serves this would be a pause of seconds. Prints a line
-for each kernel and each choice of its constants that comes in more than one variant, then the
-number of such choices.
+Triton compiles a kernel anew for each choice of its constants, and where a number becomes 1, or it
+or an address ceases to be a multiple of 16. While a model serves this would be a pause of seconds.
+Runs random steps on a pretended GPU and prints a line for each variant that is not listed, then for
+each model the numbers of variants listed and asked for.
 """
 
 import sys
-from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
+from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from benchlib.rank_share import Rank, RankShape
+from benchlib.rank import Rank, RankShape
+from dsv3.cache.layout import CacheLayout
+from dsv3.checkpoint.sharding import tensor_specs
+from dsv3.config import ParallelConfig
 from dsv3.config_files import DEMO, load_model_config
+from dsv3.distributed.stand_in import stand_in_mesh
+from dsv3.engine.kernel_variants import list_variants
 from dsv3.engine.runner import Runner
+from dsv3.engine.setup import Setup, decode_limit
 from dsv3.engine.step_plan import StepPlan
-from dsv3.settings import CacheDtype
-from dsv3_kernels import weight_dequant
-from tests.kernels.compile_only import NoDevice, pretend
+from dsv3.parallel.token_rows import DispatchSettings
+from dsv3.parallel.weights import WeightFormat
+from dsv3.settings import EngineConfig
+from dsv3_kernels._gpu import Gpu, gpu_of
+from dsv3_kernels.variants import Variant
+from tests.kernels.compile_only import NoDevice
+from tests.kernels.dry_cuda import dry_gpu
+from tests.kernels.dry_gpu import CPU, CUDA
 
-Found = dict[tuple[Any, ...], set[tuple[str, ...]]]
-DECODE = [1, 2, 3, 8, 17]
-PREFILL = [
-    ([2], [0]),
-    ([5], [70]),
-    ([300], [0]),
-    ([77], [70]),
-    ([333], [130]),
-    ([1, 3, 50], [1100, 7, 9]),
-]
+GPU = Gpu((9, 0), multiprocessors=132, shared_bytes=228 << 10)
+LIMIT = 1900
+SETTINGS = EngineConfig(max_batch_tokens=700, max_running=40, max_seq_len=LIMIT)
+FORMS = (
+    RankShape(config=load_model_config(DEMO), world=1, weights="fp8", cache="fp8"),
+    RankShape(config=load_model_config(DEMO), world=2, rank=1, weights="bf16", cache="bf16"),
+)
 
 
-def plan_of(query_len: list[int], context_len: list[int], draws: bool = False) -> StepPlan:
-    new, context = np.array(query_len, np.int32), np.array(context_len, np.int32)
-    plan = StepPlan.greedy(new, context, np.ones((len(new), 1), np.int32))
-    plan.token_ids, plan.query_len = np.ones(new.sum(), np.int32), new
-    plan.page_count = -(-(context + new) // 64)
-    plan.pages, plan.row = np.ones(plan.page_count.sum(), np.int32), new.cumsum(dtype=np.int32) - 1
-    if draws:
+@contextmanager
+def asked_variants() -> Iterator[set[Variant]]:
+    """Collect the variants that launches on the pretended GPU ask for, instead of compiling."""
+    found: set[Variant] = set()
+    compiler = JITFunction._do_compile
+
+    def record(*, fn: Any, compile: dict[str, Any], **_: object) -> bool:
+        found.add(Variant(fn.module, fn.name, compile["specialization_data"]))
+        return True
+
+    def pretend(self: JITFunction, key: object, *about: object) -> SimpleNamespace:
+        compiler(self, key, *about)
+        return SimpleNamespace(hash=key, metadata=SimpleNamespace(shared=0), asm=None)
+
+    with (
+        mock.patch.object(JITFunction, "_do_compile", pretend),
+        mock.patch.object(knobs.runtime, "jit_cache_hook", record),
+    ):
+        yield found
+
+
+def setup_of(shape: RankShape) -> Setup:
+    """Return the setup of an engine that runs such a rank."""
+    config, layout = shape.cut, ParallelConfig(world_size=shape.world, rank=shape.rank)
+    fmt = WeightFormat(torch.bfloat16, CUDA)
+    if shape.weights == "fp8":
+        specs = tensor_specs(config)
+        names = frozenset(name for name, spec in specs.items() if spec.quantizable)
+        fmt = replace(fmt, fp8_names=names, fp8_products=True)
+    return Setup(
+        config=config,
+        settings=SETTINGS,
+        fmt=fmt,
+        layout=CacheLayout.make(
+            config, "latent", shape.kv_shard, shape.cache, layout.tp, layout.tp_rank
+        ),
+        context_limit=LIMIT,
+        placement=None,
+        dispatch=DispatchSettings(),
+        weight_bytes=0,
+    )
+
+
+def random_step(rng: np.random.Generator) -> StepPlan:
+    """Return a step of decoding sequences, of prompts, or of both."""
+    decodes = int(rng.integers(0, SETTINGS.max_running)) if rng.random() < 0.7 else 0
+    queries = [1] * decodes
+    left = SETTINGS.max_batch_tokens - decodes
+    while not queries or (rng.random() < 0.5 and left > 1 and len(queries) < 40):
+        queries.append(int(np.exp(rng.uniform(0, np.log(left)))))
+        left -= queries[-1]
+    queries.sort()  # as the scheduler orders them
+    longest = 1 + int(np.exp(rng.uniform(0, np.log(LIMIT - max(queries) - 1))))
+    contexts = rng.integers(0, longest, len(queries))
+    query_len, context = np.array(queries, np.int32), contexts.astype(np.int32)
+    rows = query_len.cumsum(dtype=np.int32) - 1
+    if rng.random() < 0.2:
+        rows = np.arange(query_len.sum(), dtype=np.int32)
+    zeros = np.zeros(len(rows), np.int32)
+    plan = StepPlan.greedy(zeros, zeros, zeros[:, None] + np.int32(1))
+    plan.token_ids, plan.row = np.zeros(query_len.sum(), np.int32), rows
+    plan.query_len, plan.context_len = query_len, context
+    plan.page_count = -(-(context + query_len) // 64)
+    plan.pages = np.ones(plan.page_count.sum(), np.int32)
+    if rng.random() < 0.5:
         plan.temperature = plan.temperature + 1
+    if len(rows) > len(query_len):
+        plan.target, plan.top_logprobs = zeros, zeros
     return plan
 
 
-def serve(weights: str, cache: CacheDtype, world: int) -> None:
-    """Run steps of many sizes through the runner of the last rank."""
-    config = replace(load_model_config(DEMO), num_attention_heads=4 * world)
-    shape = RankShape(
-        config=config, world=world, rank=world - 1, layers=2, weights=weights, cache=cache
-    )
-    rank = Rank(shape, torch.device("cpu"), 2048)
-    plans = [plan_of([1] * n, [7] * n, draws) for n in DECODE for draws in (False, True)]
-    for is_static in (True, False):
-        runner = Runner(rank.model, rank.cache, 4, static=is_static)
-        for plan in (*plans, *(plan_of(*sizes) for sizes in PREFILL)):
-            runner.run([plan])
+def serve(shape: RankShape, num_steps: int) -> set[Variant]:
+    """Run random steps of such a rank; return the variants they asked for."""
+    rank = Rank(shape, CUDA, 2048)
+    limit, rng = decode_limit(SETTINGS, shape.cut), np.random.default_rng(0)
+    runners = [Runner(rank.model, rank.cache, limit, static=is_static) for is_static in (0, 1)]
+    with asked_variants() as asked:
+        for i in range(num_steps):
+            runners[i % 2].run([random_step(rng)])
+    return asked
 
 
 def main() -> None:
     driver.set_active(NoDevice(90))
-    pretend(90, use_triton=lambda x: True)
-    found: Found = defaultdict(set)
-
-    def record(self: JITFunction, *about: Any) -> None:
-        _, signature, _, constants, options, attributes, _ = about
-        chosen, variant = [self.__name__, options.num_warps, options.num_stages], []
-        for i, param in enumerate(self.params):
-            kind = signature[param.name]
-            if param.is_constexpr:
-                chosen.append(str(constants[i,]))
-            else:
-                chosen.append(kind if kind.startswith("*") else "")
-                variant.append(f"{param.name} {kind} {attributes.get((i,), '')}")
-        found[tuple(chosen)].add(tuple(variant))
-
-    JITFunction._do_compile = record
-    total = 0
-    cases: list[tuple[CacheDtype, int]] = [("fp8", 1), ("bf16", 2)]
-    for dtype, world in cases:
-        found.clear()
-        serve(dtype, dtype, world)
-        for rows in (1, 3, 16):
-            w, scale = torch.zeros(rows, 256).to(torch.float8_e4m3fn), torch.ones(rows, 2)
-            weight_dequant(w, scale, torch.bfloat16, block=(1, 128))
-        for chosen, variants in found.items():
-            sets = [frozenset(variant) for variant in variants]
-            common = sets[0].intersection(*sets)
-            differ = sorted(sets[0].union(*sets) - common)
-            if differ:
-                sys.stdout.write(f"{chosen[0]}: {', '.join(differ)}\n")
-        total += len(found)
-    sys.stdout.write(f"{total}\n")
+    for form in FORMS:
+        heads = 4 * form.world
+        shape = replace(form, config=replace(form.config, num_attention_heads=heads), layers=2)
+        mesh = stand_in_mesh(ParallelConfig(world_size=shape.world, rank=shape.rank), CPU)
+        listed = list_variants(setup_of(shape), mesh, GPU)
+        with dry_gpu():
+            assert gpu_of(CUDA) == GPU
+            asked = serve(shape, int(sys.argv[1]))
+        for variant in sorted(asked - set(listed)):
+            sys.stdout.write(f"{variant.kernel}: {variant.specialization}\n")
+        sys.stdout.write(f"listed {len(listed)} asked {len(asked)}\n")
 
 
 if __name__ == "__main__":

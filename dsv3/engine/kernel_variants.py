@@ -1,0 +1,189 @@
+"""The variants of kernels that the steps of a model can ask for, listed without a GPU.
+
+Launches are chosen by padded numbers of rows (`row_bucket`), so a step of every padded size, of
+every kind, asks for all variants. The engine's own steps run here on the meta device, with one
+layer of each kind, and their launches are recorded.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from dsv3.cache.pool import CachePool
+from dsv3.distributed.collectives import Collectives, SingleRank
+from dsv3.distributed.mesh import Mesh
+from dsv3.distributed.stand_in import StandIn
+from dsv3.engine.cuda_graphs import most_rows
+from dsv3.engine.runner import Runner
+from dsv3.engine.setup import Setup, decode_limit
+from dsv3.engine.step_plan import StepPlan
+from dsv3.model.moe import MoE
+from dsv3.model.transformer import Transformer
+from dsv3_kernels import Peers, row_buckets
+from dsv3_kernels._gpu import Gpu
+from dsv3_kernels.variants import Variant, record_variants
+
+_META = torch.device("meta")
+# Contexts up to this length are expanded in products of few rows.
+_SHORT_CONTEXT = 64
+
+
+def list_variants(setup: Setup, mesh: Mesh, gpu: Gpu) -> list[Variant]:
+    """Return the variants that steps of this rank can ask `gpu` for, in the order of their steps.
+
+    Args:
+        setup: how the model runs.
+        mesh: this rank.
+        gpu: compiled for.
+    """
+    with record_variants(gpu) as found, torch.inference_mode():
+        _run_steps(setup, _without_peers(mesh))
+    return list(found)
+
+
+def _without_peers(mesh: Mesh) -> Mesh:
+    """Return a mesh on the meta device whose exchanges only have the shapes of the group's."""
+
+    def stand_in(group: Collectives) -> Collectives:
+        if group.size == 1:
+            return SingleRank()
+        alone = StandIn(group.rank, group.size)
+        if group.peers is not None:
+            addresses = torch.empty(group.size, dtype=torch.int64, device=_META)
+            alone.peers = Peers(addresses, group.peers.rank, group.peers.own)
+        return alone
+
+    return replace(
+        mesh,
+        device=_META,
+        world=stand_in(mesh.world),
+        tp=stand_in(mesh.tp),
+        control=SingleRank(),
+        dp=stand_in(mesh.dp),
+        host=stand_in(mesh.host),
+        hosts=stand_in(mesh.hosts),
+    )
+
+
+def _run_steps(setup: Setup, mesh: Mesh) -> None:
+    """Run steps of all kinds and padded sizes."""
+    config, settings, groups = setup.config, setup.settings, mesh.layout.dp
+    # Of all-to-all, whose sizes depend on values, only the experts' part launches kernels.
+    dispatch = replace(setup.dispatch, variant="allreduce")
+    model = Transformer(
+        config,
+        mesh,
+        replace(setup.fmt, device=_META),
+        dispatch,
+        settings.sp_min_tokens("cuda"),
+        setup.placement,
+    ).eval()
+    model.layers = nn.ModuleList(_distinct(model.layers))
+    cache = CachePool(setup.layout, len(model.layers), 2, _META, mesh.tp)
+    limit = decode_limit(settings, config)
+    eager = Runner(model, cache, limit)
+    for plan in _eager_steps(setup, limit):
+        eager.run([plan] * groups)
+    if not settings.enforce_eager:
+        static = Runner(model, cache, limit, static=True)
+        for plan in _static_steps(setup, groups):
+            static.run([plan] * groups)
+    if groups > 1:
+        for layer in model.layers:
+            if isinstance(layer.mlp, MoE):
+                _run_experts(layer.mlp, settings.max_batch_tokens * groups)
+
+
+def _distinct(layers: nn.ModuleList) -> list[nn.Module]:
+    """Return one layer of each kind: those whose weights differ in shape or format."""
+    kinds: dict[object, nn.Module] = {}
+    for layer in layers:
+        tensors = (*layer.parameters(), *layer.buffers())
+        kinds.setdefault(tuple((t.shape, t.dtype) for t in tensors), layer)
+    return list(kinds.values())
+
+
+def _static_steps(setup: Setup, groups: int) -> Iterator[StepPlan]:
+    """Yield steps in which every sequence decodes, by padded sizes."""
+    most = most_rows(setup.settings.max_running, groups)
+    yield from _decode_steps(setup, most)
+    for rows in row_buckets(most):
+        yield _plan(setup, [1] * rows, [setup.context_limit - 1] * rows)
+
+
+def _decode_steps(setup: Setup, most: int) -> Iterator[StepPlan]:
+    """Yield steps of one and of `most` sequences that decode, with short and long contexts."""
+    for rows in {1, most}:
+        for context in {0, setup.context_limit - 1}:
+            yield _plan(setup, [1] * rows, [context] * rows, draws=True)
+
+
+def _eager_steps(setup: Setup, limit: int) -> Iterator[StepPlan]:
+    """Yield steps of other kinds: a prompt, decoding sequences, both; some rows are scored.
+
+    Args:
+        setup: how the model runs.
+        limit: most new tokens of a sequence that attends straight to the cache.
+    """
+    longest, most = setup.context_limit, setup.settings.max_batch_tokens
+    yield from _decode_steps(setup, setup.settings.max_running)
+    for new in row_buckets(most):
+        new = min(new, most, longest)
+        for context in {0, longest - new}:
+            if context == 0 or new <= limit:
+                yield _plan(setup, [new], [context], is_scored=True)
+    new = min(limit + 1, most, longest)
+    for context in row_buckets(min(_SHORT_CONTEXT + 1, longest - new)):
+        if new > limit:
+            yield _plan(setup, [new], [context])
+    if 1 < new < most:
+        for context in {0, longest - 1}:
+            yield _plan(setup, [1, new], [context, 0])
+
+
+def _plan(
+    setup: Setup,
+    query_len: list[int],
+    context_len: list[int],
+    draws: bool = False,
+    is_scored: bool = False,
+) -> StepPlan:
+    """Return a step whose sequences are all in page 1: only shapes count.
+
+    Args:
+        setup: how the model runs.
+        query_len: new tokens of each sequence.
+        context_len: cached tokens of each sequence.
+        draws: tokens are drawn; otherwise the choice is greedy.
+        is_scored: the probabilities of all new tokens are asked for.
+    """
+    queries, contexts = np.array(query_len, np.int32), np.array(context_len, np.int32)
+    num_tokens = int(queries.sum())
+    num_rows = num_tokens if is_scored else len(queries)
+    zeros = np.zeros(num_rows, np.int32)
+    plan = StepPlan.greedy(zeros, zeros, zeros[:, None] + np.int32(1))
+    plan.token_ids = np.zeros(num_tokens, np.int32)
+    plan.query_len, plan.context_len = queries, contexts
+    plan.page_count = -(-(contexts + queries) // setup.layout.page_size)
+    plan.pages = np.ones(plan.page_count.sum(), np.int32)
+    plan.row = (np.arange(num_rows) if is_scored else queries.cumsum() - 1).astype(np.int32)
+    if draws:
+        plan.temperature = np.ones_like(plan.temperature)
+    if is_scored:
+        plan.target, plan.top_logprobs = zeros, zeros
+    return plan
+
+
+def _run_experts(moe: MoE, most: int) -> None:
+    """Run a layer's experts on padded numbers of rows, as an all-to-all may bring them."""
+    weight = moe.gate_up_proj
+    hidden, top_k = weight.weight.shape[-1], moe.top_k
+    for rows in row_buckets(most):
+        moe.run_experts(
+            torch.empty(rows, hidden, dtype=weight.dtype, device=_META),
+            torch.empty(rows, top_k, dtype=torch.int64, device=_META),
+            torch.empty(rows, top_k, dtype=torch.float32, device=_META),
+        )

@@ -1,0 +1,86 @@
+"""Kernels compiled at start-up: the part of the engine. `tests/kernels` compiles some."""
+
+import logging
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from dsv3.config import ParallelConfig
+from dsv3.distributed.stand_in import stand_in_mesh
+from dsv3.engine import compile_ahead as ahead
+from dsv3.settings import EngineConfig
+from dsv3_kernels._gpu import Gpu
+from dsv3_kernels.variants import CACHED, COMPILED, Variant
+
+MESH = stand_in_mesh(ParallelConfig(world_size=1), torch.device("cpu"))
+VARIANTS = [Variant("some.module", f"_kernel_{i}", '{"constant_vals": [16]}') for i in range(5)]
+
+
+def setup(wish: str) -> Any:
+    return SimpleNamespace(settings=EngineConfig(compile_ahead=wish))
+
+
+@pytest.mark.parametrize(("wish", "lines"), [("on", 1), ("auto", 0), ("off", 0)])
+def test_a_cpu_has_nothing_to_compile(
+    wish: str, lines: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    ahead.compile_ahead(setup(wish), MESH)
+    assert caplog.messages == lines * ["no kernels to compile: this device runs without them"]
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, replies: dict[Variant, str]) -> list[Variant]:
+    """Let this process find a GPU, and compilers that give these replies; return their work."""
+    asked: list[Variant] = []
+
+    def compile_variants(variants: list[Variant], *rest: Any) -> None:
+        asked.extend(variants)
+        for variant in variants:
+            rest[-1](variant, replies.get(variant, CACHED))
+
+    monkeypatch.setattr(ahead, "gpu_of", lambda _: Gpu((9, 0), 132, 228 << 10))
+    monkeypatch.setattr(ahead, "list_variants", lambda *_: VARIANTS)
+    monkeypatch.setattr(ahead, "compile_variants", compile_variants)
+    return asked
+
+
+def test_a_second_start_compiles_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    replies = dict.fromkeys(VARIANTS[:3], COMPILED) | {VARIANTS[3]: "PTXASError: no memory"}
+    asked = pretend(monkeypatch, replies)
+    ahead.compile_ahead(setup("auto"), MESH)
+    assert asked == VARIANTS
+    failed = "compiled when it is first used: _kernel_3 [16]: PTXASError: no memory"
+    assert caplog.messages == [failed, "compiled 3 of 5 kernels"]
+    caplog.clear()
+    pretend(monkeypatch, {})
+    ahead.compile_ahead(setup("on"), MESH)
+    assert not caplog.messages
+    ahead.compile_ahead(setup("off"), MESH)
+
+
+def test_ranks_of_a_host_share_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = []
+    for rank in range(2):
+        mesh = stand_in_mesh(ParallelConfig(world_size=2, rank=rank), torch.device("cpu"))
+        mesh = replace(mesh, host=mesh.world)
+        parts.append(ahead._share(VARIANTS, mesh))
+    assert sorted(parts[0] + parts[1]) == VARIANTS and len(parts[0]) == 3
+    lists = torch.tensor([[1], [2]])
+    monkeypatch.setattr(mesh.host, "all_gather", lambda _: lists)
+    assert ahead._share(VARIANTS, mesh) == VARIANTS, "lists that differ are not shared"
+
+
+def test_a_model_runs_without_a_list(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = pretend(monkeypatch, {})
+    monkeypatch.setattr(ahead, "list_variants", lambda *_: 1 // 0)
+    ahead.compile_ahead(setup("auto"), MESH)
+    assert not asked and len(caplog.messages) == 1
+    assert "when they are first used: ZeroDivisionError" in caplog.messages[0]
