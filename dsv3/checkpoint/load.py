@@ -51,6 +51,13 @@ def has_fp8_experts(source: Source) -> bool:
     return all(s.name in stored for s in specs if s.expert is not None and not s.mtp)
 
 
+def bf16_routers(source: Source) -> frozenset[str]:
+    """Return the names of the routers' weights that are stored in bfloat16."""
+    gates = (n for n in tensor_specs(source.config) if n.endswith(".mlp.gate.weight"))
+    stored = source.tensors
+    return frozenset(n for n in gates if n in stored and stored[n].dtype == "BF16")
+
+
 def load_weights(source: Source, targets: Iterable[Target], layout: ParallelConfig) -> None:
     """Read this rank's slice of every target.
 

@@ -48,6 +48,7 @@ class WeightFormat:
         fp8_names: weights to keep in FP8 if no edge cuts their blocks.
         fp8_products: multiply them by activations in FP8; this needs whole blocks of columns.
         ue8m0: the scales of those activations are powers of two.
+        bf16_vectors: `Vector` weights to keep in bfloat16.
     """
 
     dtype: torch.dtype
@@ -55,6 +56,7 @@ class WeightFormat:
     fp8_names: frozenset[str] = field(default_factory=frozenset)
     fp8_products: bool = False
     ue8m0: bool = False
+    bf16_vectors: frozenset[str] = field(default_factory=frozenset)
 
 
 class Matrix(nn.Module):
@@ -154,12 +156,13 @@ def _are_all_in(known: frozenset[str], names: list[list[str]]) -> bool:
 
 
 class Vector(nn.Module):
-    """A small replicated tensor (norms, router), kept in float32 for any stored dtype."""
+    """A small replicated tensor (norms, router), kept in float32 unless `fmt` says otherwise."""
 
     def __init__(self, name: str, shape: tuple[int, ...], fmt: WeightFormat) -> None:
         super().__init__()
         self.name = name
-        data = torch.empty(shape, dtype=torch.float32, device=fmt.device)
+        dtype = torch.bfloat16 if name in fmt.bf16_vectors else torch.float32
+        data = torch.empty(shape, dtype=dtype, device=fmt.device)
         self.weight = nn.Parameter(data, requires_grad=False)
 
     def targets(self) -> Iterator[Target]:

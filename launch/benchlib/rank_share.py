@@ -112,7 +112,12 @@ class Rank:
 
     def _make_model(self) -> Transformer:
         specs = tensor_specs(self.config)
-        weight_format = WeightFormat(_DTYPES[self.shape.weights], self.device)
+        routers = frozenset(name for name in specs if name.endswith(".mlp.gate.weight"))
+        weight_format = WeightFormat(
+            _DTYPES[self.shape.weights],
+            self.device,
+            bf16_vectors=frozenset() if self.shape.weights == "fp32" else routers,
+        )
         if self.shape.weights == "fp8" and self.config.quantization is not None:
             weight_format = replace(
                 weight_format,

@@ -109,7 +109,9 @@ def routing() -> None:
     """From hidden states to the rows of experts, and back."""
     rule = Routing("sigmoid", "noaux_tc", 8, 8, 4, True, 2.5)
     for tokens, dtype in ((1, torch.bfloat16), (300, torch.bfloat16), (2, torch.float32)):
-        logits = router_logits.kernel(torch.zeros(tokens, 512, dtype=dtype), torch.zeros(256, 512))
+        x = torch.zeros(tokens, 512, dtype=dtype)
+        logits = router_logits.kernel(x, torch.zeros(256, 512))
+        router_logits.kernel(x, torch.zeros(256, 512, dtype=torch.bfloat16))
     position = torch.zeros(1, dtype=torch.int64)
     route.kernel(RouterInput(torch.zeros(16, 1, 256), torch.zeros(256), rule, position))
     ids, weight = route.kernel(RouterInput(logits[:, :1].contiguous(), None, rule))

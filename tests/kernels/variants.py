@@ -22,7 +22,7 @@ from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from benchlib.rank import Rank, RankShape
+from benchlib.rank_share import Rank, RankShape
 from dsv3.cache.layout import CacheLayout
 from dsv3.checkpoint.sharding import tensor_specs
 from dsv3.config import ParallelConfig
@@ -74,9 +74,10 @@ def asked_variants() -> Iterator[set[Variant]]:
 def setup_of(shape: RankShape) -> Setup:
     """Return the setup of an engine that runs such a rank."""
     config, layout = shape.cut, ParallelConfig(world_size=shape.world, rank=shape.rank)
-    fmt = WeightFormat(torch.bfloat16, CUDA)
+    specs = tensor_specs(config)
+    routers = frozenset(name for name in specs if name.endswith(".mlp.gate.weight"))
+    fmt = WeightFormat(torch.bfloat16, CUDA, bf16_vectors=routers)
     if shape.weights == "fp8":
-        specs = tensor_specs(config)
         names = frozenset(name for name, spec in specs.items() if spec.quantizable)
         fmt = replace(fmt, fp8_names=names, fp8_products=True)
     return Setup(

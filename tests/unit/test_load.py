@@ -105,6 +105,24 @@ def test_bfloat16_values_are_loaded_unchanged(tmp_path: Path) -> None:
     assert not float32 & {"embed_tokens", "lm_head", "o_proj", "kv_b_proj", "down_proj"}
 
 
+@pytest.mark.parametrize("stored_as", ["BF16", "F32"])
+def test_a_router_stored_in_bfloat16_stays_so(stored_as: str, tmp_path: Path) -> None:
+    tensors, name = random_tensors(TINY), "model.layers.1.mlp.gate.weight"
+    want = value(tensors, name)
+    if stored_as == "F32":
+        tensors[name] = ("F32", tensors[name][1], want.numpy().tobytes())
+    with open_source(write_hf(tmp_path / "hf", TINY, tensors)) as source:
+        routers = load.bf16_routers(source)
+        mesh = Mesh(ParallelConfig(), CPU, SingleRank(), SingleRank(), SingleRank(), 1)
+        fmt = WeightFormat(torch.bfloat16, CPU, bf16_vectors=routers)
+        model = Transformer(TINY, mesh, fmt)
+        load.load_weights(source, model.targets(), mesh.layout)
+    assert routers == ({name} if stored_as == "BF16" else set())
+    held = next(weight for target, weight in targets(model) if target.name == name)
+    assert held.dtype == TYPES[stored_as]
+    assert_bitwise_equal(name, held.detach().float(), want)
+
+
 def test_several_groups_have_no_disk_cache(tmp_path: Path) -> None:
     path = write_hf(tmp_path / "hf", TINY, random_tensors(TINY))
     mesh = Mesh(

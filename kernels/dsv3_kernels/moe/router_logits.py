@@ -1,8 +1,9 @@
 """The router's product: the logits of all experts for every token, with float32 precision.
 
-Activations are bfloat16, weights float32: each weight is split into three bfloat16 numbers that add
-up to it, so matrix units can be used without losing bits of either. Float32 activations are
-multiplied without matrix units.
+Products of bfloat16 activations and weights are exact in float32. A float32 weight is split into
+three bfloat16 numbers that add up to it, so matrix units can be used without losing bits of either;
+weights that fit in bfloat16 give the same bits in both forms. Float32 activations are multiplied
+without matrix units.
 
 The sum over D is computed in fixed parts that are added in order, so a token's logits, and with
 them its experts, do not depend on the number of tokens. For few tokens every part has its own
@@ -26,11 +27,11 @@ _FEW = 256
 
 @triton.jit
 def _add_exact(acc, w, x, INTERPRETED: tl.constexpr):
-    """Add W x of float32 W and bfloat16 or float32 x."""
-    if x.dtype == tl.float32:
-        return tl.dot(w, x, acc, input_precision="ieee")
-    elif INTERPRETED:  # noqa: RET505 - its dot multiplies the bits of bfloat16 as integers
-        return tl.dot(w, x.to(tl.float32), acc, input_precision="ieee")
+    """Add W x of W and x in bfloat16 or float32."""
+    if x.dtype == tl.float32 or INTERPRETED:  # its dot multiplies the bits of bfloat16 as integers
+        return tl.dot(w.to(tl.float32), x.to(tl.float32), acc, input_precision="ieee")
+    elif w.dtype == tl.bfloat16:  # noqa: RET505 - Triton drops a constant condition's other branch
+        return tl.dot(w, x, acc)
     else:
         high = w.to(tl.bfloat16)
         rest = w - high.to(tl.float32)
@@ -88,7 +89,7 @@ def _launch_router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     T, D = x_TD.shape
     E = weight_ED.shape[0]
     assert x_TD.is_contiguous() and weight_ED.is_contiguous() and weight_ED.shape[1] == D
-    assert weight_ED.dtype == torch.float32 and x_TD.dtype in (torch.float32, torch.bfloat16)
+    assert {weight_ED.dtype, x_TD.dtype} <= {torch.float32, torch.bfloat16}
     apart = T <= _FEW
     logits = x_TD.new_empty((_PARTS if apart else 1, T, E), dtype=torch.float32)
     tokens = 16 if T <= 16 else 64
@@ -120,10 +121,10 @@ def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
 
     Args:
         x_TD: [T, D] bfloat16 or float32, contiguous.
-        weight_ED: [E, D] float32, contiguous.
+        weight_ED: [E, D] bfloat16 or float32, contiguous.
 
     Returns:
         logits_STE: [S, T, E] float32; the product is the sum over the first dimension, in order
             (computed by `route`). S depends on T, the sum does not. The reference has S = 1.
     """
-    return F.linear(x_TD.float(), weight_ED).unsqueeze(0)
+    return F.linear(x_TD.float(), weight_ED.float()).unsqueeze(0)
