@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from dsv3_kernels import act_quant
+from dsv3_kernels.gemm.act_quant import launch_act_quant
 from dsv3_kernels.testing import assert_bitwise_equal
 
 
@@ -52,3 +53,15 @@ def test_rows_do_not_see_each_other() -> None:
         whole, part = op(x), op(x[17:19])
         assert_bitwise_equal("q", part.q, whole.q[17:19])
         assert_bitwise_equal("scale", part.scale, whole.scale[17:19])
+
+
+def test_rows_of_no_group_are_left_alone() -> None:
+    torch.manual_seed(3)
+    x = torch.randn(40, 256)
+    start, count = torch.tensor([0, 5, 9], dtype=torch.int32), torch.tensor([5, 4, 12]).int()
+    got, want = launch_act_quant(x, False, start, count), act_quant.kernel(x)
+    assert_bitwise_equal("values", got.q[:21].view(torch.uint8), want.q[:21].view(torch.uint8))
+    assert_bitwise_equal("scales", got.scale[:21], want.scale[:21])
+    assert bool(got.scale[21:].isnan().all()), "as `torch.empty` left them"
+    none = launch_act_quant(x, False, start[:1], 0 * count[:1])
+    assert bool(none.scale.isnan().all())

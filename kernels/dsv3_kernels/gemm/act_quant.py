@@ -60,22 +60,49 @@ def quantize_block(x, UE8M0: tl.constexpr, NATIVE: tl.constexpr):
     return encode_e4m3(tl.div_rn(x, by_value), NATIVE), scale
 
 
-@triton.jit(do_not_specialize=["blocks"])
+@triton.jit(do_not_specialize=["blocks", "start_ptr", "count_ptr", "width"])
 def _act_quant_kernel(
-    x_ptr, q_ptr, scale_ptr, blocks, R: tl.constexpr, UE8M0: tl.constexpr, NATIVE: tl.constexpr
+    x_ptr,
+    q_ptr,
+    scale_ptr,
+    blocks,
+    start_ptr,
+    count_ptr,
+    width,
+    R: tl.constexpr,
+    LIMITED: tl.constexpr,
+    UE8M0: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):
-    """Quantize R blocks of 128, counted over all rows."""
+    """Quantize R blocks of 128, counted over all rows of `width` blocks.
+
+    If LIMITED, only the rows before start + count, two numbers on the device.
+    """
     in_turn()
-    rows = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
-    at = rows[:, None] * 128 + tl.arange(0, 128)[None, :]
-    mask = (rows < blocks)[:, None]
-    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    q, scale = quantize_block(x, UE8M0, NATIVE)
-    tl.store(q_ptr + at, q, mask=mask)
-    tl.store(scale_ptr + rows, scale, mask=rows < blocks)
+    if LIMITED:
+        blocks = (tl.load(start_ptr) + tl.load(count_ptr)).to(tl.int64) * width
+    first = tl.program_id(0).to(tl.int64) * R
+    if first < blocks:
+        rows = first + tl.arange(0, R)
+        at = rows[:, None] * 128 + tl.arange(0, 128)[None, :]
+        mask = (rows < blocks)[:, None]
+        x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        q, scale = quantize_block(x, UE8M0, NATIVE)
+        tl.store(q_ptr + at, q, mask=mask)
+        tl.store(scale_ptr + rows, scale, mask=rows < blocks)
 
 
-def _launch_act_quant(x_TD: Tensor, ue8m0: bool = False) -> Quantized:
+def launch_act_quant(
+    x_TD: Tensor, ue8m0: bool, start_E: Tensor | None = None, count_E: Tensor | None = None
+) -> Quantized:
+    """Launch `act_quant`; of sorted rows, only those of the E groups, and the rest is undefined.
+
+    Args:
+        x_TD: see `act_quant`.
+        ue8m0: see `act_quant`.
+        start_E: [E] int32 first row of each group, ascending; None for all rows.
+        count_E: [E] int32 rows of each group.
+    """
     assert x_TD.shape[-1] % BLOCK == 0, f"{x_TD.shape=}"
     x_TD = x_TD.contiguous()
     out = Quantized.empty(x_TD.shape, x_TD.device)
@@ -86,13 +113,21 @@ def _launch_act_quant(x_TD: Tensor, ue8m0: bool = False) -> Quantized:
             q_ptr=e4m3_view(out.q),
             scale_ptr=out.scale,
             blocks=blocks,
+            start_ptr=out.scale if start_E is None else start_E[-1:],
+            count_ptr=out.scale if count_E is None else count_E[-1:],
+            width=out.scale.shape[-1],
             R=_BLOCKS,
+            LIMITED=start_E is not None,
             UE8M0=ue8m0,
             NATIVE=is_native(x_TD),
             num_warps=2,
             **launch_options(),
         )
     return out
+
+
+def _launch_act_quant(x_TD: Tensor, ue8m0: bool = False) -> Quantized:
+    return launch_act_quant(x_TD, ue8m0)
 
 
 @operation(kernel=_launch_act_quant)

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from dsv3_kernels._triton import in_turn, launch_options, tl, triton
 from dsv3_kernels.gemm._e4m3 import e4m3_view
-from dsv3_kernels.gemm.act_quant import BLOCK, Quantized, act_quant, dequantize, quantize_block
+from dsv3_kernels.gemm.act_quant import (
+    BLOCK,
+    Quantized,
+    act_quant,
+    dequantize,
+    launch_act_quant,
+    quantize_block,
+)
 from dsv3_kernels.moe._grouped_tiles import multiply_few, multiply_many, place, row_tiles
 from dsv3_kernels.moe.grouped_gemm import Stack, launch_of, products
 from dsv3_kernels.moe.permute import Groups
@@ -148,7 +155,9 @@ def _launch_grouped_gate_up(
         )
     if out is not None:
         return out
-    return act_quant.kernel(h, ue8m0) if isinstance(x, Quantized) else h
+    if isinstance(x, Quantized):
+        return launch_act_quant(h, ue8m0, groups.start_E, groups.count_E)
+    return h
 
 
 @operation(kernel=_launch_grouped_gate_up)
