@@ -5,9 +5,11 @@ Gumbel noise g is computed from a counter, not drawn from a stream. So the choic
 the batch, the world size or earlier samples, and no two answers to one seed, nor answers to two
 seeds, share their noise. Ties go to the lowest id.
 
-In the kernel one program samples one row. It reads the row twice (from L2), and eight times more
-for each of top-k and top-p: the cut is found four bits of a float at a time, without sorting. Min-p
-is a floor under the scaled logits, compared as they are read.
+In the kernel one program samples one row. It reads the row twice (from L2), and twice more for each
+of top-k and top-p: a first pass finds a bound on the cut, a second one copies the few tokens beyond
+it, and the cut is found among them four bits of a float at a time, without sorting. (Rows so flat
+that these tokens are many are read eight times instead.) Min-p is a floor under the scaled logits,
+compared as they are read.
 """
 
 from dataclasses import dataclass
@@ -23,6 +25,8 @@ _ROUND = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 # Logits that a program of the kernel reads at a time.
 _BLOCK = 4096
+# Likeliest tokens of a row that are copied to find the cut; more are selected in the row itself.
+_NEAR = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,29 +129,41 @@ def _distance(row_ptr, ids, W, best, temperature, floor):
 
 
 @triton.jit
-def _cut(row_ptr, W, best, temperature, floor, limit, reach, BLOCK: tl.constexpr):
-    """Find the tokens of a row that may be kept, likeliest first, by their distances.
+def _before(scaled, distance, bound):
+    """Return the number of tokens at smaller distances than each of 16 bounds, and their mass."""
+    before = distance[:, None] < bound[None, :]
+    mass = tl.where(before, tl.exp(scaled)[:, None], 0.0)
+    return tl.sum(before.to(tl.int32), 0), tl.sum(mass, 0)
 
-    Returns:
-        The largest distance before which fewer than `limit` tokens lie, of less mass than `reach`;
-        the number and the mass of these tokens.
+
+@triton.jit
+def _select(
+    row_ptr, W, best, temperature, floor, limit, reach, RAW: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Do `_cut` in eight passes over a row, which find four bits of the distance each.
+
+    The row holds logits (RAW) or scaled logits.
     """
     j = tl.arange(0, 16)
     cut = tl.zeros((1,), tl.int32)
     before_count = tl.zeros((16,), tl.int32)
     before_mass = tl.zeros((16,), tl.float32)
     chosen = j == 0
-    for digit in range(8):  # of four bits, the highest first; that one has three
+    for digit in range(8):  # the highest first; that one has three bits
         bound = cut + (j << (28 - 4 * digit))
         is_bound = bound >= cut
         before_count = tl.zeros((16,), tl.int32)
         before_mass = tl.zeros((16,), tl.float32)
         for start in range(0, W, BLOCK):
-            ids = start + tl.arange(0, BLOCK)
-            scaled, distance = _distance(row_ptr, ids, W, best, temperature, floor)
-            before = distance[:, None] < bound[None, :]
-            before_count += tl.sum(before.to(tl.int32), 0)
-            before_mass += tl.sum(tl.where(before, tl.exp(scaled)[:, None], 0.0), 0)
+            at = start + tl.arange(0, BLOCK)
+            if RAW:
+                scaled, distance = _distance(row_ptr, at, W, best, temperature, floor)
+            else:
+                scaled = tl.load(row_ptr + at, mask=at < W, other=float("-inf"))
+                distance = scaled.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+            count, mass = _before(scaled, distance, bound)
+            before_count += count
+            before_mass += mass
         # Bounds grow, so those that fit come first.
         fits = is_bound & (before_count < limit) & (before_mass < reach)
         last = tl.sum(fits.to(tl.int32), 0) - 1
@@ -156,6 +172,63 @@ def _cut(row_ptr, W, best, temperature, floor, limit, reach, BLOCK: tl.constexpr
     count = tl.sum(tl.where(chosen, before_count, 0), 0)
     mass = tl.sum(tl.where(chosen, before_mass, 0.0), 0)
     return tl.sum(cut, 0), count, mass
+
+
+@triton.jit
+def _cut(
+    row_ptr,
+    near_ptr,
+    W,
+    best,
+    temperature,
+    floor,
+    limit,
+    reach,
+    NEAR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Find the tokens of a row that may be kept, likeliest first, by their distances.
+
+    One pass finds a distance that is not reached. If at most NEAR tokens are closer, a second pass
+    copies them to `near_ptr`, where they are selected; otherwise they are selected in the row.
+
+    Returns:
+        The largest distance before which fewer than `limit` tokens lie, of less mass than `reach`;
+        the number and the mass of these tokens.
+    """
+    j = tl.arange(0, 16)
+    # 0.5, 1.25, 2.25, 3.5, 5 ... 33.75, then infinity.
+    bound = tl.where(j < 15, (j + 1) * (j + 4) / 8.0, float("inf")).to(tl.int32, bitcast=True)
+    before_count = tl.zeros((16,), tl.int32)
+    before_mass = tl.zeros((16,), tl.float32)
+    for start in range(0, W, BLOCK):
+        ids = start + tl.arange(0, BLOCK)
+        scaled, distance = _distance(row_ptr, ids, W, best, temperature, floor)
+        count, mass = _before(scaled, distance, bound)
+        before_count += count
+        before_mass += mass
+    is_short = (before_count < limit) & (before_mass < reach)
+    first = tl.sum(is_short.to(tl.int32), 0)
+    end = tl.sum(tl.where(j == first, bound, 0), 0)
+    num_near = tl.sum(tl.where(j == first, before_count, 0), 0)
+    if (first < 16) & (num_near <= NEAR):
+        taken = num_near * 0
+        for start in range(0, W, BLOCK):
+            ids = start + tl.arange(0, BLOCK)
+            scaled, distance = _distance(row_ptr, ids, W, best, temperature, floor)
+            is_near = (distance < end).to(tl.int32)
+            at = taken + tl.cumsum(is_near, 0) - 1
+            tl.store(near_ptr + at, scaled, mask=is_near > 0)
+            taken += tl.sum(is_near, 0)
+        tl.debug_barrier()  # all threads' stores come before the loads
+        cut, count, mass = _select(
+            near_ptr, num_near, best, temperature, floor, limit, reach, False, BLOCK
+        )
+        # Sums of another order may round to just below `reach`.
+        cut = tl.minimum(cut, end)
+    else:
+        cut, count, mass = _select(row_ptr, W, best, temperature, floor, limit, reach, True, BLOCK)
+    return cut, count, mass
 
 
 @triton.jit
@@ -211,9 +284,11 @@ def _sample_kernel(
     seed_ptr,
     answer_ptr,
     position_ptr,
+    near_ptr,  # NEAR values for each row
     out_ptr,
     stride,
     W,
+    NEAR: tl.constexpr,
     BLOCK: tl.constexpr,
     CUT_BLOCK: tl.constexpr,
 ):
@@ -243,12 +318,14 @@ def _sample_kernel(
         if (top_k > 0) & (top_k < W):
             cut, count, mass = _cut(
                 row_ptr=row_ptr,
+                near_ptr=near_ptr + b * NEAR,
                 W=W,
                 best=best,
                 temperature=temperature,
                 floor=floor,
                 limit=top_k,
                 reach=total,
+                NEAR=NEAR,
                 BLOCK=CUT_BLOCK,
             )
             equals = top_k - count
@@ -259,12 +336,14 @@ def _sample_kernel(
             reach = top_p * total
             nearer, _, mass = _cut(
                 row_ptr=row_ptr,
+                near_ptr=near_ptr + b * NEAR,
                 W=W,
                 best=best,
                 temperature=temperature,
                 floor=floor,
                 limit=W + 1,
                 reach=reach,
+                NEAR=NEAR,
                 BLOCK=CUT_BLOCK,
             )
             needed = (reach - mass) / tl.exp(-nearer.to(tl.float32, bitcast=True))
@@ -294,11 +373,19 @@ def _sample_kernel(
     tl.store(out_ptr + b, chosen.to(tl.int64))
 
 
-def launch_sample(logits_BW: Tensor, params: RowParams, block: int) -> Tensor:
-    """Launch one program per row, which reads `block` logits at a time."""
+def launch_sample(logits_BW: Tensor, params: RowParams, block: int, near: int) -> Tensor:
+    """Launch one program per row.
+
+    Args:
+        logits_BW: see `sample`.
+        params: see `sample`.
+        block: logits that a program reads at a time.
+        near: see `_NEAR`.
+    """
     B, W = logits_BW.shape
     assert logits_BW.stride(1) == 1 and logits_BW.dtype == torch.float32, f"{logits_BW.stride()=}"
     out = torch.empty(B, dtype=torch.int64, device=logits_BW.device)
+    near_BN = logits_BW.new_empty(B, near)
     if B:
         _sample_kernel[(B,)](
             logits_ptr=logits_BW,
@@ -309,9 +396,11 @@ def launch_sample(logits_BW: Tensor, params: RowParams, block: int) -> Tensor:
             seed_ptr=params.seed_B.contiguous(),
             answer_ptr=params.answer_B.contiguous(),
             position_ptr=params.position_B.contiguous(),
+            near_ptr=near_BN,
             out_ptr=out,
             stride=logits_BW.stride(0),
             W=W,
+            NEAR=near,
             BLOCK=block,
             CUT_BLOCK=block // 2,
             num_warps=16,
@@ -321,7 +410,7 @@ def launch_sample(logits_BW: Tensor, params: RowParams, block: int) -> Tensor:
 
 
 def _launch_sample(logits_BW: Tensor, params: RowParams) -> Tensor:
-    return launch_sample(logits_BW, params, _BLOCK)
+    return launch_sample(logits_BW, params, _BLOCK, _NEAR)
 
 
 @operation(kernel=_launch_sample)
