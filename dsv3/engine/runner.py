@@ -1,7 +1,7 @@
 """Executes step plans on one rank: plan -> device batch -> model -> sampled tokens."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -104,8 +104,13 @@ class Runner:
         Returns:
             the results of all groups, one after the other; the same on every rank.
         """
-        with self._around(plans[self._mesh.layout.dp_rank]):
-            return self._run(plans)
+        try:
+            with self._around(plans[self._mesh.layout.dp_rank]):
+                return self._run(plans)
+        except Exception:
+            with suppress(RuntimeError):  # of a device that has failed
+                self.model.reset_locks()
+            raise
 
     @torch.inference_mode()
     def _run(self, plans: list[StepPlan]) -> StepResult:

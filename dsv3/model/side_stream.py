@@ -12,6 +12,10 @@ class SideStream:
     The work starts after all kernels launched before it, and the main stream waits for it before
     the result is used, so the streams may share memory. Only events order the streams, so a CUDA
     graph can capture them.
+
+    A weight's product runs on one stream within a step: its locks (`make_locks`) count the programs
+    of one launch, so launches that share them must follow one another. The two streams follow one
+    another at `start` and at the wait for the result, so the next step may use the other stream.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -10,12 +10,12 @@ from dsv3.distributed.mesh import Mesh
 from dsv3.model.attention import MLA
 from dsv3.model.batch import Batch
 from dsv3.model.indexer import Indexer
-from dsv3.model.moe import MoE, feed_forward
+from dsv3.model.moe import MoE, Router, feed_forward
 from dsv3.model.rotary import Rotary
 from dsv3.model.side_stream import SideStream
 from dsv3.parallel.expert_dispatch import ExpertDispatch, StepTokens
 from dsv3.parallel.expert_placement import Placement
-from dsv3.parallel.linear import VocabParallelEmbedding, VocabParallelHead
+from dsv3.parallel.linear import Linear, VocabParallelEmbedding, VocabParallelHead
 from dsv3.parallel.physical_experts import PhysicalExperts
 from dsv3.parallel.sequence_parallel import SequenceParallel
 from dsv3.parallel.token_rows import DispatchSettings
@@ -178,6 +178,15 @@ class Transformer(nn.Module):
     def logits(self, x_MD: Tensor) -> Tensor:
         """Return this rank's columns of the logits, [M, ceil(W / tp)] float32."""
         return self.lm_head(x_MD)
+
+    def reset_locks(self) -> None:
+        """Zero the counters of kernels that sum splits, as each launch expects and leaves them.
+
+        A kernel that was ended midway would leave one that makes all later sums wrong.
+        """
+        for module in self.modules():
+            if isinstance(module, Linear | VocabParallelHead | Router):
+                module.locks.zero_()
 
     @property
     def num_bytes(self) -> int:

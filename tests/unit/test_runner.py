@@ -7,10 +7,16 @@ import pytest
 import torch
 
 from dsv3.cache.layout import NULL_PAGE, CacheLayout, Plane
-from dsv3.engine.runner import BatchBuilder
+from dsv3.cache.pool import CachePool
+from dsv3.config import ParallelConfig
+from dsv3.distributed.stand_in import stand_in_mesh
+from dsv3.engine.runner import BatchBuilder, Runner
 from dsv3.engine.step_plan import StepPlan
 from dsv3.model.batch import Batch
+from dsv3.model.transformer import Transformer
+from dsv3.parallel.weights import WeightFormat
 from dsv3_kernels import Paging
+from tests.checkpoint_files import TINY
 
 CPU = torch.device("cpu")
 PAGE = 12
@@ -129,3 +135,24 @@ def test_short_sequences_are_not_padded_to_long_ones() -> None:
         assert (group.start, group.stop) == (a, b)
         assert group.keys is not None
         assert group.keys.slot_BS.shape == (b - a, contexts[b - 1] + 1)
+
+
+def test_a_step_that_fails_leaves_no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that ends midway leaves a counter that would make later sums wrong."""
+    mesh = stand_in_mesh(ParallelConfig(), CPU)
+    model = Transformer(TINY, mesh, WeightFormat(torch.float32, CPU))
+    locks = [m.locks for m in model.modules() if hasattr(m, "locks")]
+    assert len(locks) > 8 and not any(bool(lock.any()) for lock in locks)
+    layout = CacheLayout.make(TINY, "latent", "none", "fp32", 1, 0)
+    cache = CachePool(layout, TINY.num_hidden_layers, 2, CPU, mesh.tp)
+    runner = Runner(model, cache, 1)
+
+    def fail(*_: object) -> None:
+        for lock in locks:
+            lock.fill_(3)
+        raise RuntimeError("CUDA error")
+
+    monkeypatch.setattr(model, "forward", fail)
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        runner.run([plan_of([(0, 1)])])
+    assert not any(bool(lock.any()) for lock in locks)
