@@ -57,6 +57,7 @@ def meta_stands_for(gpu: Gpu) -> Iterator[None]:
         _STANDS_FOR.pop()
 
 
+@cache
 def row_bucket(count: int) -> int:
     """Return the padded number of rows: at most a quarter more than `count`, or up to three.
 

@@ -1,6 +1,7 @@
 """Tiling of decode attention: rows and keys per step, splits, programs."""
 
 from dataclasses import dataclass
+from functools import cache
 
 # Approximate programs per launch: eight for each multiprocessor.
 _PROGRAMS = 1024
@@ -45,6 +46,7 @@ class Tile:
     stages: int
 
 
+@cache
 def split_for(longest: int, others: int, held: int, multiprocessors: int) -> int:
     """Return the positions per split: at most `longest`, fewer if the GPU would be idle.
 
@@ -63,6 +65,7 @@ def split_for(longest: int, others: int, held: int, multiprocessors: int) -> int
     return split
 
 
+@cache
 def tile_for(rows: int, is_exact: bool, is_hopper: bool) -> Tile:
     """Return the tile for this many rows; the larger tiles fill a Hopper's shared memory."""
     if is_exact:

@@ -8,6 +8,7 @@ number of rows, so a row's result does not either.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -23,12 +24,28 @@ WANTED = 132
 _OTHER = 4096
 
 
+@cache
 def splits_of(N: int, blocks: int) -> int:
     """Return the number of splits of a row of W that has `blocks` blocks of 128 bytes."""
     tiles = -(-N // ROWS)
     # At least four blocks per split: by arithmetic, fewer take less time than the sum. With enough
     # tiles, one split saves the sum.
     return max(1, min(round(WANTED / tiles), blocks // 4, 16))
+
+
+@cache
+def _stages(programs: int, rows: int, blocks: int, shared_bytes: int) -> int:
+    """Return the number of blocks of K to hold in shared memory; by arithmetic.
+
+    With one more than a program multiplies, all loads are in flight at once; further ones would
+    only delay its start. Otherwise as many as fit while all programs run at once, up to eight:
+    56 KiB of W in flight. A multiprocessor has registers for three programs, or for two of 128
+    rows.
+    """
+    held = -(-programs // WANTED)
+    most = 3 if rows <= 64 else 2
+    room = shared_bytes // (held if held <= most else 2) - _OTHER
+    return max(2, min(8, blocks + 1, room // (128 * (ROWS + rows))))
 
 
 def make_locks(w_FD: Tensor) -> Tensor:
@@ -79,19 +96,11 @@ class SplitK:
         return triton.cdiv(N, ROWS), self.splits, triton.cdiv(M, self.rows)
 
     def stages(self, y_MN: Tensor) -> int:
-        """Return the number of blocks of K to hold in shared memory; by arithmetic.
-
-        With one more than a program multiplies, all loads are in flight at once; further ones would
-        only delay its start. Otherwise as many as fit while all programs run at once, up to eight:
-        56 KiB of W in flight. A multiprocessor has registers for three programs, or for two of 128
-        rows.
-        """
+        """Return the number of blocks of K to hold in shared memory."""
         M, N = y_MN.shape
         tiles, splits, m_tiles = self.grid(row_bucket(M), N)
-        held = -(-tiles * splits * m_tiles // WANTED)
-        most = 3 if self.rows <= 64 else 2
-        room = multiprocessors(y_MN)[1] // (held if held <= most else 2) - _OTHER
-        return max(2, min(8, self.blocks + 1, room // (128 * (ROWS + self.rows))))
+        programs = tiles * splits * m_tiles
+        return _stages(programs, self.rows, self.blocks, multiprocessors(y_MN)[1])
 
     def finish(self, y_MN: Tensor) -> None:
         """Sum the splits by a second launch if the programs of the product did not."""

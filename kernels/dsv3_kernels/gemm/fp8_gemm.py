@@ -16,6 +16,7 @@ is the same chain of additions, block after block. Between the two kernels only 
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -78,6 +79,7 @@ OLD_TILES = (
 )
 
 
+@cache
 def tile_of(M: int, N: int, tiles: tuple[Tile, ...] = TILES) -> Tile:
     """Return the tile with the least expected time."""
     return min(tiles, key=lambda tile: tile.seconds(M, N))

@@ -19,6 +19,7 @@ units.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -77,6 +78,7 @@ class Tile:
     per_sm: int
 
 
+@cache
 def _tile(kind: int, itemsize: int, gated: bool, rows: int) -> Tile:
     """Return the tile for a kind of numbers and the expected rows per expert.
 
