@@ -82,7 +82,7 @@ def _run_steps(setup: Setup, mesh: Mesh) -> None:
         setup.placement,
     ).eval()
     model.layers = nn.ModuleList(_distinct(model.layers))
-    cache = CachePool(setup.layout, len(model.layers), 2, _META, mesh.tp)
+    cache = CachePool(setup.layout, 2, _META, mesh.tp)
     limit = decode_limit(settings, config)
     eager = Runner(model, cache, limit)
     for plan in _eager_steps(setup, limit):

@@ -43,7 +43,9 @@ def test_the_sum_does_not_depend_on_the_tokens() -> None:
 
 @pytest.mark.parametrize("form", [router_logits.reference, router_logits.kernel])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bfloat16_weights_give_the_bits_of_float32(dtype: torch.dtype, form) -> None:
+def test_bfloat16_weights_give_the_bits_of_float32(
+    dtype: torch.dtype, form: Callable[..., torch.Tensor]
+) -> None:
     torch.manual_seed(2)
     x, w = torch.randn(17, 200).to(dtype), torch.randn(72, 200).bfloat16()
     assert_bitwise_equal("logits", form(x, w), form(x, w.float()))

@@ -126,7 +126,9 @@ def serve(shape: RankShape, num_steps: int) -> set[Variant]:
     """Run random steps of such a rank; return the variants they asked for."""
     rank = Rank(shape, CUDA, 2048)
     limit, rng = decode_limit(SETTINGS, shape.cut), np.random.default_rng(0)
-    runners = [Runner(rank.model, rank.cache, limit, static=is_static) for is_static in (0, 1)]
+    runners = [
+        Runner(rank.model, rank.cache, limit, static=is_static) for is_static in (False, True)
+    ]
     with asked_variants() as asked:
         for i in range(num_steps):
             runners[i % 2].run([random_step(rng)])

@@ -3,7 +3,7 @@
 import logging
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -19,13 +19,13 @@ MESH = stand_in_mesh(ParallelConfig(world_size=1), torch.device("cpu"))
 VARIANTS = [Variant("some.module", f"_kernel_{i}", '{"constant_vals": [16]}') for i in range(5)]
 
 
-def setup(wish: str) -> Any:
+def setup(wish: Literal["auto", "on", "off"]) -> Any:
     return SimpleNamespace(settings=EngineConfig(compile_ahead=wish))
 
 
 @pytest.mark.parametrize(("wish", "lines"), [("on", 1), ("auto", 0), ("off", 0)])
 def test_a_cpu_has_nothing_to_compile(
-    wish: str, lines: int, caplog: pytest.LogCaptureFixture
+    wish: Literal["auto", "on", "off"], lines: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     ahead.compile_ahead(setup(wish), MESH)
