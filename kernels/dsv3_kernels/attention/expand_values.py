@@ -10,7 +10,7 @@ latency: one launch instead of up to four.
 import torch
 from torch import Tensor
 
-from dsv3_kernels._triton import in_turn, is_interpreted, launch_options, tl, triton
+from dsv3_kernels._triton import in_turn, is_hopper, is_interpreted, launch_options, tl, triton
 from dsv3_kernels.attention.merge_lse import merge_lse
 from dsv3_kernels.gemm._e4m3 import e4m3_view, is_native
 from dsv3_kernels.gemm.act_quant import BLOCK, Quantized, act_quant, quantize_block
@@ -152,7 +152,8 @@ def _launch_expand_values(
             BC=32 if is_exact else 128,
             DTYPE=tl.float32 if is_exact else tl.bfloat16,
             num_warps=8,
-            num_stages=3,
+            # Eight ranks' parts in three stages take the shared memory that Hopper has.
+            num_stages=3 if is_hopper(z_PTHC) else 2,
             **launch_options(),
         )
     if quant and not is_fused:
