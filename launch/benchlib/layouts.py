@@ -84,7 +84,14 @@ def weights_of(config: ModelConfig, layout: ParallelConfig, plain: str, is_fp8: 
     quantized = (s.name for s in tensor_specs(config).values() if s.quantizable)
     dtype = torch.float32 if plain == "fp32" else torch.bfloat16
     meta = torch.device("meta")
-    fmt = WeightFormat(dtype, meta, frozenset(quantized if is_fp8 else ()))
+    # As checkpoints in these formats store them.
+    routers = (name for name in tensor_specs(config) if name.endswith(".mlp.gate.weight"))
+    fmt = WeightFormat(
+        dtype,
+        meta,
+        fp8_names=frozenset(quantized if is_fp8 else ()),
+        bf16_vectors=frozenset(routers if dtype == torch.bfloat16 else ()),
+    )
     return weight_bytes(config, stand_in_mesh(layout, meta), fmt)
 
 
