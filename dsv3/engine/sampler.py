@@ -7,7 +7,7 @@ rows, and the small results are gathered. Every rank returns the same.
 A row with a logit that is NaN or infinite gives no token: its result is `NOT_FINITE`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from dsv3.distributed.collectives import Collectives
 from dsv3.engine.adjust import Adjustments
 from dsv3.engine.step_plan import NO_TARGET, NOT_FINITE, StepPlan
 from dsv3.engine.step_result import StepResult
-from dsv3.engine.transfer import to_device
+from dsv3.engine.transfer import all_to_device
 from dsv3.model.transformer import Transformer
 from dsv3_kernels import RowParams, sample
 
@@ -42,16 +42,21 @@ class Choice(NamedTuple):
     position: Tensor
     target: Tensor
 
-    @classmethod
-    def of(cls, plan: StepPlan, index: NDArray[np.int64], device: torch.device) -> "Choice":
-        """Return the parameters of some of a plan's rows."""
+    @staticmethod
+    def arrays(plan: StepPlan, index: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return the parameters of some of a plan's rows: [5, M] int64 and [3, M] float32."""
         seed = plan.seed_high[index].astype(np.int64) << 32
         seed |= plan.seed_low[index].view(np.uint32)
         longs = (plan.top_k, plan.answer, plan.position, plan.target)
         longs_5M = np.stack((seed, *(a[index].astype(np.int64) for a in longs)))
         floats_3M = np.stack([a[index] for a in (plan.temperature, plan.top_p, plan.min_p)])
-        seed_M, top_k, answer, position, target = to_device(longs_5M, device)
-        temperature, top_p, min_p = to_device(floats_3M, device)
+        return longs_5M, floats_3M
+
+    @classmethod
+    def of(cls, longs_5M: Tensor, floats_3M: Tensor) -> "Choice":
+        """Return the parameters that `arrays` has written."""
+        seed_M, top_k, answer, position, target = longs_5M
+        temperature, top_p, min_p = floats_3M
         return cls(temperature, top_k, top_p, min_p, seed_M, answer, position, target)
 
     def row_params(self) -> RowParams:
@@ -101,7 +106,6 @@ class Sampler:
         """
         if width is None:
             width = int(plan.top_logprobs.max(initial=-1))
-        rows = to_device(plan.row.astype(np.int64), self._device)
         token_M = torch.zeros(len(plan.row), dtype=torch.int64, device=self._device)
         plain = (plan.temperature <= 0) & (plan.target == NO_TARGET) & (plan.top_logprobs < 0)
         adjust = Adjustments.unpack(plan.adjust, token_M if fed_M is None else fed_M)
@@ -114,15 +118,17 @@ class Sampler:
             where = np.flatnonzero(chosen)
             for start in range(0, len(where), _ROWS):
                 index = where[start : start + _ROWS]
-                at = to_device(index, self._device)
-                logits = self._model.logits(hidden_TD[rows[at]])
+                arrays = [index, plan.row[index].astype(np.int64)]
+                if chosen is not plain:
+                    arrays += Choice.arrays(plan, index)
+                at, row_M, *choice = all_to_device(arrays, self._device)
+                logits = self._model.logits(hidden_TD[row_M])
                 if chosen is plain:
                     token_M[at] = self.greedy(logits)
                     continue
                 columns = 1 if scores is None else 1 + scores.shape[1]
                 some = None if adjust is None else adjust.select(index)
-                choice = Choice.of(plan, index, self._device)
-                result = self.whole_rows(logits, choice, columns, some)
+                result = self.whole_rows(logits, Choice.of(*choice), columns, some)
                 token_M[at] = result[:, 0].long()
                 if scores is not None:
                     scores[at] = result[:, 1:]
