@@ -78,7 +78,8 @@ class EngineConfig:
         one_shot: make small sums over the GPUs of a host by one kernel in memory that they share;
             without it, and where they cannot share memory, by NCCL. Not yet confirmed on GPUs.
         max_seq_len: longest context, prompt and answer; 0 is the model's own limit.
-        max_batch_tokens: most new tokens of one step, in each data-parallel group.
+        max_batch_tokens: most new tokens of one step, in each data-parallel group. On CUDA, a step
+            of up to 256 runs as a CUDA graph.
         max_running: most running sequences, in each data-parallel group.
         dtype: numerics: "auto" (float32 on CPU, as the checkpoint on CUDA), "float32", "bfloat16"
             or "fp8": bfloat16 with FP8 weights multiplied by activations quantized per 128.
@@ -95,7 +96,7 @@ class EngineConfig:
         record_expert_load: file for the number of tokens of each expert; empty does not count.
         pipeline_depth: steps launched before the results of the last one are read: 0 or 1; -1 is 1
             on CUDA, where steps run asynchronously, and 0 on a CPU.
-        enforce_eager: launch each kernel of a decode step separately, without CUDA graphs.
+        enforce_eager: launch each kernel of a short step separately, without CUDA graphs.
         overlap_launches: launch each kernel while the previous one still runs (Hopper and later;
             not yet confirmed on a GPU).
         compile_ahead: compile all kernels that steps can ask for before the first step, in parallel

@@ -1,14 +1,17 @@
-"""Decode steps on buffers that never move, so that one CUDA graph holds a whole step.
+"""Short steps on buffers that never move, so that one CUDA graph holds a whole step.
 
-A step with one new token per sequence is padded to a bucket of sequences and pages. All
-data-parallel groups choose the same bucket without an exchange, because every rank has all plans.
-The inputs are written into one block of memory; everything from the embedding to the sampled tokens
-runs on it. On CUDA it is a graph, captured when the bucket is first used; elsewhere, in tests and
-benchmarks, the same function is called.
+Each new token is a row, with a page table of its own: the tokens of a short prompt are rows beside
+those of the sequences that decode, and see the entries that the step writes before it attends. So
+a step that also prefills reads every weight once, and costs the host one launch. The step is padded
+to a bucket of rows and pages. All data-parallel groups choose the same bucket without an exchange,
+because every rank has all plans. The inputs are written into one block of memory; everything from
+the embedding to the sampled tokens runs on it. On CUDA it is a graph, captured when the bucket is
+first used; elsewhere, in tests and benchmarks, the same function is called.
 """
 
 import logging
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +26,7 @@ from dsv3.distributed.collective_errors import collective_errors
 from dsv3.engine.sampler import Choice, Sampler
 from dsv3.engine.step_plan import NO_TARGET, StepPlan
 from dsv3.engine.step_result import StepResult
-from dsv3.errors import RankError
+from dsv3.errors import RankError, describe_error
 from dsv3.model.batch import Batch, DecodeGroup
 from dsv3.model.transformer import Transformer
 from dsv3.parallel.expert_dispatch import StepTokens
@@ -35,16 +38,36 @@ MAX_ROWS = 256
 # Most rows of all groups together. Every group's rows travel to all others, padding included;
 # larger steps run without graphs and send rows only to ranks that need them. Not measured on a GPU.
 MAX_GATHERED = 2048
+# Every token of a prompt reads the keys before it anew. Up to this number of keys that costs less
+# than a launch of every kernel: 150 MB a layer for V3, 50 us. Longer prompts keep the device busy
+# for longer than the host launches them. An estimate, not measured on a GPU.
+MAX_PROMPT_KEYS = 1 << 17
 _FEWEST_PAGES = 16
-# Arrays of a step, one value a row.
+_FEWEST_PROMPT_ROWS = 64
+# Arrays of a step. The first three have a value for each new token, the others for each result: its
+# row of the batch, the position that it predicts, and how it is sampled.
 _FLOATS = ("temperature", "top_p", "min_p")
-_ARRAYS = ("token", "position", "slot", "seed", "answer", "top_k", *_FLOATS)
+_ARRAYS = ("token", "position", "slot", "row", "predicted", "seed", "answer", "top_k", *_FLOATS)
 
 
-def most_rows(max_running: int, groups: int) -> int:
-    """Return the largest number of sequences of a group in a step on static buffers."""
-    counts = range(1, min(max_running, MAX_ROWS) + 1)
-    return max((n for n in counts if row_bucket(n) * groups <= MAX_GATHERED), default=1)
+def prompt_bucket(count: int) -> int:
+    """Return the padded number of rows of a step with prompts: a power of two.
+
+    Their lengths vary, so there are few sizes. Padding is cheap beside reading the weights.
+    """
+    return max(_FEWEST_PROMPT_ROWS, 1 << (count - 1).bit_length())
+
+
+def most_rows(max_tokens: int, groups: int) -> int:
+    """Return the most rows of a group in a step on static buffers, padding included.
+
+    Args:
+        max_tokens: most new tokens of a group in a step.
+        groups: data-parallel groups.
+    """
+    counts = range(1, min(max_tokens, MAX_ROWS) + 1)
+    sizes = {bucket(n) for n in counts for bucket in (row_bucket, prompt_bucket)}
+    return max((size for size in sizes if size * groups <= MAX_GATHERED), default=1)
 
 
 def page_bucket(count: int) -> int:
@@ -66,9 +89,29 @@ class Bucket:
     pages: int
     samples: bool
 
+    def __str__(self) -> str:
+        """Name the steps of the bucket in a log line."""
+        kind = "sampled" if self.samples else "greedy"
+        return f"{kind} steps of {self.rows} tokens and {self.pages} pages a sequence"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenTables:
+    """Where the new tokens of a plan are, and where their entries go.
+
+    Attributes:
+        position_T: positions in their sequences.
+        slot_T: slots of the new entries; -1 for entries of other ranks.
+        page_TG: pages of the tokens' sequences, as many as the longest needs.
+    """
+
+    position_T: NDArray[np.int64]
+    slot_T: NDArray[np.int64]
+    page_TG: NDArray[np.int32]
+
 
 class StaticBuffers:
-    """Input buffers of one bucket: arrays of rows (int64, or float64 as its bits) and page tables.
+    """Input buffers of one bucket: `_ARRAYS` (int64, or float64 as its bits) and page tables.
 
     The host has two copies of each: it writes one while the other may still be in transfer.
     """
@@ -86,7 +129,7 @@ class StaticBuffers:
         self._turn = 0
 
     @property
-    def page_BG(self) -> Tensor:
+    def page_TG(self) -> Tensor:
         """Page tables, [rows, pages] int32."""
         return self._device[1]
 
@@ -95,20 +138,22 @@ class StaticBuffers:
         values = self._device[0][_ARRAYS.index(name)]
         return values.view(torch.float64).float() if name in _FLOATS else values
 
-    def fill(self, table_BG: NDArray[np.int32], arrays: tuple[NDArray[Any], ...]) -> None:
+    def fill(self, page_TG: NDArray[np.int32], **arrays: NDArray[Any]) -> None:
         """Write a step's page tables and arrays, and send them; does not wait for the device.
 
-        Padding rows see no key, choose no expert and write nothing.
+        Rows that pad the step see no key, choose no expert and write nothing.
         """
         self._turn ^= 1
         if self._sent:
             self._sent[self._turn].synchronize()
         rows, table = (host.numpy() for host in self._hosts[self._turn])
-        count, width = table_BG.shape
-        table[:count, :width], table[:count, width:], table[count:] = table_BG, NULL_PAGE, NULL_PAGE
-        for name, row, values in zip(_ARRAYS, rows, arrays, strict=True):
+        count, width = page_TG.shape
+        table[:count, :width], table[:count, width:], table[count:] = page_TG, NULL_PAGE, NULL_PAGE
+        for name, row in zip(_ARRAYS, rows, strict=True):
+            values = arrays[name]
             target = row.view(np.float64) if name in _FLOATS else row
-            target[:count], target[count:] = values, -1 if name in ("position", "slot") else 0
+            target[: len(values)] = values
+            target[len(values) :] = -1 if name in ("position", "slot") else 0
         for device, host in zip(self._device, self._hosts[self._turn], strict=True):
             device.copy_(host, non_blocking=True)
         if self._sent:
@@ -116,7 +161,7 @@ class StaticBuffers:
 
 
 class GraphRunner:
-    """Runs the decode steps of one rank on static buffers.
+    """Runs the short steps of one rank on static buffers.
 
     Args:
         model, cache, sampler: of the rank.
@@ -135,68 +180,76 @@ class GraphRunner:
         self._inputs: dict[Bucket, StaticBuffers] = {}
         self._graphs: dict[Bucket, torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
-        # Kinds of steps, by `Bucket.samples`, that could not be captured.
-        self._failed: set[bool] = set()
+        self._failed: set[Bucket] = set()  # could not be captured
         self.seconds = 0.0
 
     def bucket(self, plans: list[StepPlan]) -> Bucket | None:
         """Return the bucket of a step; None if it must run eagerly.
 
-        A step runs eagerly if any group prefills, scores or reports log-probabilities, or has rows
-        with penalties or biases.
+        A step runs eagerly if it is too long, or if any group scores, reports log-probabilities, or
+        has rows with penalties or biases.
         """
-        count = longest = 0
-        samples = False
-        for plan in plans:
-            if not len(plan.token_ids) == len(plan.row) == len(plan.query_len):
-                return None
-            if len(plan.adjust):
-                return None
-            if (plan.target != NO_TARGET).any() or (plan.top_logprobs >= 0).any():
-                return None
-            if -int(plan.token_ids.min(initial=0)) > len(self._feed):
-                return None
-            count = max(count, len(plan.row))
-            longest = max(longest, int(plan.context_len.max(initial=0)))
-            samples |= bool((plan.temperature > 0).any())
-        rows = row_bucket(count)
-        if not 0 < count <= MAX_ROWS or rows * len(plans) > MAX_GATHERED or samples in self._failed:
+        if not all(self._is_plain(plan) for plan in plans):
             return None
-        return Bucket(rows, page_bucket(self._cache.layout.pages_for(longest + 1)), samples)
+        count = max(len(plan.token_ids) for plan in plans)
+        is_decode = all(len(plan.token_ids) == len(plan.query_len) for plan in plans)
+        rows = row_bucket(count) if is_decode else prompt_bucket(count)
+        if not 0 < count <= MAX_ROWS or rows * len(plans) > MAX_GATHERED:
+            return None
+        if max(_num_prompt_keys(plan) for plan in plans) > MAX_PROMPT_KEYS:
+            return None
+        longest = max(int((p.context_len + p.query_len).max(initial=1)) for p in plans)
+        samples = any((plan.temperature > 0).any() for plan in plans)
+        bucket = Bucket(rows, page_bucket(self._cache.layout.pages_for(longest)), samples)
+        return None if bucket in self._failed else bucket
+
+    def _is_plain(self, plan: StepPlan) -> bool:
+        """Return True if a group only samples or checks the last token of each sequence."""
+        return (
+            len(plan.row) == len(plan.query_len)
+            and not len(plan.adjust)
+            and bool((plan.target == NO_TARGET).all() and (plan.top_logprobs < 0).all())
+            and -int(plan.token_ids.min(initial=0)) <= len(self._feed)
+        )
 
     def feed(self, token_M: Tensor) -> None:
         """Take over the sampled tokens of a step that ran eagerly."""
         count = min(len(token_M), len(self._feed))
         self._feed[:count] = token_M[:count]
 
-    def run(
-        self,
-        bucket: Bucket,
-        plan: StepPlan,
-        table_BG: NDArray[np.int32],
-        slot_B: NDArray[np.int64],
-    ) -> StepResult | None:
+    def run(self, bucket: Bucket, plan: StepPlan, tables: TokenTables) -> StepResult:
         """Run a step. A collective.
 
         Args:
             bucket: the step's, from `bucket`.
             plan: of this rank's group, possibly empty.
-            table_BG: [B, G] pages of the sequences, as many as the longest needs.
-            slot_B: [B] slots of the new entries; -1 for entries of other ranks.
-
-        Returns:
-            the tokens; None if the step cannot be captured and did not run.
+            tables: of the plan's tokens.
         """
         inputs = self._inputs.get(bucket)
         if inputs is None:
             inputs = self._inputs[bucket] = StaticBuffers(bucket, self._device)
-        seed = plan.seed_high.astype(np.int64) << 32 | plan.seed_low.view(np.uint32)
-        longs = (plan.token_ids, plan.context_len, slot_B, seed, plan.answer, plan.top_k)
-        inputs.fill(table_BG, (*longs, plan.temperature, plan.top_p, plan.min_p))
-        if self._pool is None:
+        inputs.fill(
+            tables.page_TG,
+            token=plan.token_ids,
+            position=tables.position_T,
+            slot=tables.slot_T,
+            row=plan.row,
+            predicted=plan.position,
+            seed=plan.seed_high.astype(np.int64) << 32 | plan.seed_low.view(np.uint32),
+            answer=plan.answer,
+            top_k=plan.top_k,
+            temperature=plan.temperature,
+            top_p=plan.top_p,
+            min_p=plan.min_p,
+        )
+        graph = self._graphs.get(bucket)
+        if graph is not None:
+            graph.replay()
+        else:
+            # Also compiles the kernels that a capture needs, and opens connections.
             self._compute(bucket, inputs)
-        elif not self._replay(bucket, inputs):
-            return None
+            if self._pool is not None:
+                self._capture_on_all_ranks(bucket, inputs)
         # The next step overwrites the buffer.
         return StepResult(self._feed[: len(plan.row)].clone(), None)
 
@@ -212,45 +265,57 @@ class GraphRunner:
             own_slot=inputs.row("slot"),
             num_decode_rows=bucket.rows,
             tokens=tokens,
-            groups=[DecodeGroup(0, bucket.rows, inputs.page_BG, position_T[:, None])],
+            groups=[DecodeGroup(0, bucket.rows, inputs.page_TG, position_T[:, None])],
         )
-        logits_MW = self._model.logits(self._model(batch, self._cache))
+        hidden_TD = self._model(batch, self._cache)
+        logits_MW = self._model.logits(hidden_TD[inputs.row("row")])
         if bucket.samples:
-            names = ("temperature", "top_k", "top_p", "min_p", "seed", "answer")
+            names = ("temperature", "top_k", "top_p", "min_p", "seed", "answer", "predicted")
             arrays = [inputs.row(name) for name in names]
-            arrays += [position_T + 1, torch.full_like(position_T, NO_TARGET)]
+            arrays.append(torch.full_like(position_T, NO_TARGET))
             choice = Choice(*arrays)
             token_M = self._sampler.whole_rows(logits_MW, choice, 1)[:, 0].long()
         else:
             token_M = self._sampler.greedy(logits_MW)
         self._feed[: bucket.rows] = token_M
 
-    def _replay(self, bucket: Bucket, inputs: StaticBuffers) -> bool:
-        """Replay the bucket's graph, captured at its first use; False if it cannot be."""
-        if bucket not in self._graphs:
-            try:
-                with collective_errors(self._model.dispatch.mesh, "capturing", is_fatal=False):
-                    self._graphs[bucket] = self._capture(bucket, inputs)
-            except (RuntimeError, RankError) as error:
-                self._failed.add(bucket.samples)
-                log.warning("steps run without CUDA graphs: %s", str(error).split("\n")[0])
-                return False
-        self._graphs[bucket].replay()
-        return True
+    def _capture_on_all_ranks(self, bucket: Bucket, inputs: StaticBuffers) -> None:
+        """Capture the bucket's graph; if any rank fails, no rank has one. A collective.
+
+        A capture executes nothing, so no rank waits in an exchange that another one has not begun.
+        """
+        mesh = self._model.dispatch.mesh
+        try:
+            with collective_errors(mesh, "capturing", is_fatal=False):
+                self._graphs[bucket] = self._capture(bucket, inputs)
+        except (RuntimeError, RankError) as error:
+            self._graphs.pop(bucket, None)
+            self._failed.add(bucket)
+            if mesh.layout.rank == 0:
+                text = "%s run eagerly: their CUDA graph cannot be captured: %s"
+                log.warning(text, bucket, describe_error(error))
+            log.debug("the capture that failed:", exc_info=error)
 
     def _capture(self, bucket: Bucket, inputs: StaticBuffers) -> torch.cuda.CUDAGraph:
         begin = time.perf_counter()
-        fed = self._feed.clone()
-        side, main = torch.cuda.Stream(), torch.cuda.current_stream()
-        side.wait_stream(main)
-        # A first run compiles kernels and opens connections; it writes what a replay writes.
-        with torch.cuda.stream(side):
-            self._compute(bucket, inputs)
-        main.wait_stream(side)
-        self._feed.copy_(fed)
-        graph = torch.cuda.CUDAGraph()
+        graph, main = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         # Other threads (NCCL's) may use the device during the capture.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            self._compute(bucket, inputs)
+        capture = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
+        try:
+            with capture:
+                self._compute(bucket, inputs)
+        except BaseException:
+            # If the end of a capture raises, torch goes on with its stream and its memory.
+            torch.cuda.set_stream(main)
+            assert self._pool is not None
+            with suppress(RuntimeError):  # this torch has ended it
+                torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+            raise
         self.seconds += time.perf_counter() - begin
         return graph
+
+
+def _num_prompt_keys(plan: StepPlan) -> int:
+    """Return the keys that the tokens of sequences with several new ones attend to, at most."""
+    num_keys_B = plan.query_len.astype(np.int64) * (plan.context_len + plan.query_len)
+    return int(num_keys_B[plan.query_len > 1].sum())

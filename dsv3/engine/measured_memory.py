@@ -31,7 +31,7 @@ def measured_plan(
         setup: how the model runs.
         mesh: this rank.
         model: loaded.
-        static: decode steps run on static buffers, on CUDA as graphs.
+        static: short steps run on static buffers, on CUDA as graphs.
     """
     settings = setup.settings
     if mesh.device.type != "cuda" or not settings.cache_size.depends_on_memory:
@@ -49,7 +49,7 @@ def measured_plan(
     torch.cuda.empty_cache()
     if static:  # CUDA graphs share memory and keep it: the largest one's
         reserved = torch.cuda.memory_reserved(mesh.device)
-        most = most_rows(settings.max_running, num_groups)
+        most = most_rows(settings.max_batch_tokens, num_groups)
         runner.run([largest_step(most, setup.context_limit, page_size)] * num_groups)
         torch.cuda.empty_cache()
         peak += torch.cuda.memory_reserved(mesh.device) - reserved

@@ -15,14 +15,14 @@ from torch.nn import functional as F
 from dsv3.cache.layout import NULL_PAGE, CacheLayout
 from dsv3.cache.pool import CachePool
 from dsv3.engine.balance import Balancer
-from dsv3.engine.cuda_graphs import GraphRunner
+from dsv3.engine.cuda_graphs import GraphRunner, TokenTables
 from dsv3.engine.divergence import DivergenceCheck
 from dsv3.engine.layer_check import LayerCheck
 from dsv3.engine.page_mover import PageMover
 from dsv3.engine.sampler import Sampler
 from dsv3.engine.step_plan import StepPlan
 from dsv3.engine.step_result import StepResult
-from dsv3.engine.transfer import to_device
+from dsv3.engine.transfer import all_to_device, to_device
 from dsv3.model.batch import Batch, Chunk, DecodeGroup
 from dsv3.model.transformer import Transformer
 from dsv3.parallel.expert_dispatch import StepTokens
@@ -39,7 +39,7 @@ class Runner:
         decode_limit: sequences with at most this many new tokens attend straight to the cache;
             longer ones in expanded form.
         mover: moves pages between the cache's tiers; None without lower tiers.
-        static: run decode steps on static buffers; on CUDA as graphs.
+        static: run short steps on static buffers; on CUDA as graphs.
         check: compares digests over ranks; None compares nothing.
 
     Attributes:
@@ -104,48 +104,50 @@ class Runner:
         Returns:
             the results of all groups, one after the other; the same on every rank.
         """
-        try:
-            with self._around(plans[self._mesh.layout.dp_rank]):
+        with self._around(plans[self._mesh.layout.dp_rank]):
+            try:
                 return self._run(plans)
-        except Exception:
-            with suppress(RuntimeError):  # of a device that has failed
-                self.model.reset_locks()
-            raise
+            except BaseException:
+                with suppress(RuntimeError):  # the device has failed
+                    self.model.clear_locks()
+                raise
 
     @torch.inference_mode()
     def _run(self, plans: list[StepPlan]) -> StepResult:
         plan = plans[self._mesh.layout.dp_rank]
         fetched = self._move_pages(plan)
-        num_tokens = [len(each.token_ids) for each in plans]
-        if not any(num_tokens):
+        if not any(len(each.token_ids) for each in plans):
             return StepResult(self._last_token_M[:0], fetched=fetched)
         if self.balancer is not None:
             self.balancer.before_step()
-        builder = BatchBuilder(plan, self.cache.layout, self.device, self.decode_limit)
-        sampled = None
-        if self._static is not None and (bucket := self._static.bucket(plans)) is not None:
-            sampled = self._static.run(bucket, plan, *builder.decode_tables())
-        if sampled is None:
-            batch = builder.build()
-            batch.tokens = StepTokens(num_tokens)
-            if plan.token_ids.min(initial=0) < 0:
-                known = batch.token_T.clamp_min(0)
-                fed = self._last_token_M[(-1 - batch.token_T).clamp_min(0)]
-                fed = fed.clamp_min(0)  # NOT_FINITE; the result of such a sequence is ignored
-                batch.token_T = torch.where(batch.token_T < 0, fed, known)
-            width = max(int(each.top_logprobs.max(initial=-1)) for each in plans)
-            step = partial(self.model, batch, self.cache)
-            hidden_TD = step() if self.layer_check is None else self.layer_check.run(step)
-            sampled = self.sampler(hidden_TD, plan, width, self._last_token_M)
-            if self.layer_check is not None:
-                sampled = replace(sampled, bad_layer=self.layer_check.bad_layer)
-            if self._static is not None:
-                self._static.feed(sampled.token_M)
+        sampled = self._sample(plans, plan)
         self._last_token_M = sampled.token_M
         every = self._gather(sampled, [len(each.row) for each in plans])
         if self._check is not None:
             self._check.add(plans, every.token_M)
         return replace(every, fetched=fetched)
+
+    def _sample(self, plans: list[StepPlan], plan: StepPlan) -> StepResult:
+        """Run the model on `plan`, that of this rank's group, and choose tokens."""
+        builder = BatchBuilder(plan, self.cache.layout, self.device, self.decode_limit)
+        if self._static is not None and (bucket := self._static.bucket(plans)) is not None:
+            return self._static.run(bucket, plan, builder.token_tables())
+        batch = builder.build()
+        batch.tokens = StepTokens([len(each.token_ids) for each in plans])
+        if plan.token_ids.min(initial=0) < 0:
+            known = batch.token_T.clamp_min(0)
+            fed = self._last_token_M[(-1 - batch.token_T).clamp_min(0)]
+            fed = fed.clamp_min(0)  # NOT_FINITE; the result of such a sequence is ignored
+            batch.token_T = torch.where(batch.token_T < 0, fed, known)
+        width = max(int(each.top_logprobs.max(initial=-1)) for each in plans)
+        step = partial(self.model, batch, self.cache)
+        hidden_TD = step() if self.layer_check is None else self.layer_check.run(step)
+        sampled = self.sampler(hidden_TD, plan, width, self._last_token_M)
+        if self.layer_check is not None:
+            sampled = replace(sampled, bad_layer=self.layer_check.bad_layer)
+        if self._static is not None:
+            self._static.feed(sampled.token_M)
+        return sampled
 
     def _gather(self, mine: StepResult, num_rows: list[int]) -> StepResult:
         """Return the results of all groups, one after the other; each rank has its own group's."""
@@ -178,7 +180,7 @@ class Runner:
 
 
 class BatchBuilder:
-    """Turns a plan into a rank's batch; plain numpy on the host, then one copy per array."""
+    """Turns a plan into a rank's batch; plain numpy on the host, then one copy."""
 
     def __init__(
         self, plan: StepPlan, layout: CacheLayout, device: torch.device, decode_limit: int
@@ -188,44 +190,46 @@ class BatchBuilder:
         self._row_start = np.concatenate([[0], plan.query_len.cumsum()])
         self._page_start = np.concatenate([[0], plan.page_count.cumsum()])
 
-    def _tensor(self, values: NDArray[Any]) -> Tensor:
-        return to_device(values, self._device)
-
-    def _pages(self, seq: int) -> Longs:
-        pages = self._plan.pages[self._page_start[seq] : self._page_start[seq + 1]]
-        return pages.astype(np.int64)
-
     def build(self) -> Batch:
         """Return the batch."""
-        plan, layout = self._plan, self._layout
+        plan = self._plan
         num_seqs = len(plan.query_len)
-        row_seq = np.repeat(np.arange(num_seqs), plan.query_len)
-        in_seq = np.arange(len(row_seq)) - self._row_start[row_seq]
-        position = (plan.context_len[row_seq] + in_seq).astype(np.int64)
+        row_seq, position = self._positions()
         # The scheduler orders sequences by their new tokens, so the short ones are in front.
         num_short = int(np.searchsorted(plan.query_len, self._limit, side="right"))
-        batch = Batch(
-            token_T=self._tensor(plan.token_ids.astype(np.int64)),
-            position_T=self._tensor(position),
-            own_slot=self._tensor(self._own_slots(row_seq, position)),
-            num_decode_rows=int(self._row_start[num_short]),
+        num_decode_rows = int(self._row_start[num_short])
+        bounds, long_seqs = self._group_bounds(num_short), range(num_short, num_seqs)
+        arrays: list[NDArray[Any]] = [plan.token_ids.astype(np.int64), position]
+        arrays.append(self._own_slots(row_seq, position))
+        arrays.append((self._row_start[num_short:] - num_decode_rows).astype(np.int32))
+        for first, last in bounds:
+            arrays += self._group_arrays(first, last)
+        arrays += [self._context_pages(seq) for seq in long_seqs]
+        token_T, position_T, own_slot, start_L, *rest = all_to_device(arrays, self._device)
+        sent = iter(rest)
+        return Batch(
+            token_T=token_T,
+            position_T=position_T,
+            own_slot=own_slot,
+            num_decode_rows=num_decode_rows,
+            groups=[self._group(*each, next(sent), next(sent)) for each in bounds],
+            chunks=[self._chunk(seq, next(sent)) for seq in long_seqs],
+            chunk_start_L=start_L if long_seqs else None,
         )
-        batch.groups = [self._group(a, b) for a, b in self._group_bounds(num_short)]
-        start_L = (self._row_start[num_short:] - batch.num_decode_rows).astype(np.int32)
-        batch.chunk_start_L = self._tensor(start_L) if num_short < num_seqs else None
-        for seq in range(num_short, num_seqs):
-            context = int(plan.context_len[seq])
-            pages = self._pages(seq)[: layout.pages_for(context)]
-            start, stop = (int(i) for i in self._row_start[seq : seq + 2])
-            batch.chunks.append(Chunk(start, stop, context, self._tensor(pages)))
-        return batch
 
-    def decode_tables(self) -> tuple[NDArray[np.int32], Longs]:
-        """Return pages and slots of a step with one new token in every sequence."""
-        position = self._plan.context_len.astype(np.int64)
+    def token_tables(self) -> TokenTables:
+        """Return positions, slots and pages of every new token."""
+        row_seq, position = self._positions()
         width = self._layout.pages_for(int(position.max(initial=-1)) + 1)
-        count = len(position)
-        return self._page_table(0, count, width), self._own_slots(np.arange(count), position)
+        pages = self._page_table(0, len(self._plan.query_len), width)[row_seq]
+        return TokenTables(position, self._own_slots(row_seq, position), pages)
+
+    def _positions(self) -> tuple[Longs, Longs]:
+        """Return the sequence of every new token, and its position there."""
+        plan = self._plan
+        row_seq = np.repeat(np.arange(len(plan.query_len)), plan.query_len)
+        in_seq = np.arange(len(row_seq)) - self._row_start[row_seq]
+        return row_seq, (plan.context_len[row_seq] + in_seq).astype(np.int64)
 
     def _own_slots(self, row_seq: Longs, position: Longs) -> Longs:
         """Return the slots of the new entries; -1 for entries of other ranks."""
@@ -249,21 +253,39 @@ class BatchBuilder:
             start = seq
         return bounds
 
-    def _group(self, first: int, last: int) -> DecodeGroup:
-        plan, layout = self._plan, self._layout
-        queries = int(plan.query_len[first])
-        context = plan.context_len[first:last].astype(np.int64)
-        longest = int(context.max()) + queries
-        page_BG = self._tensor(self._page_table(first, last, layout.pages_for(longest)))
-        query_pos_BQ = self._tensor(context[:, None] + np.arange(queries))
-        on_cpu = self._device.type == "cpu"
+    def _longest(self, first: int, last: int) -> int:
+        """Return the positions of the longest of some sequences with as many new tokens."""
+        return int(self._plan.context_len[first:last].max() + self._plan.query_len[first])
+
+    def _group_arrays(self, first: int, last: int) -> tuple[NDArray[np.int32], Longs]:
+        """Return `page_BG` and `query_pos_BQ` of a decode group."""
+        width = self._layout.pages_for(self._longest(first, last))
+        context = self._plan.context_len[first:last].astype(np.int64)
+        query_pos_BQ = context[:, None] + np.arange(self._plan.query_len[first])
+        return self._page_table(first, last, width), query_pos_BQ
+
+    def _group(self, first: int, last: int, page_BG: Tensor, query_pos_BQ: Tensor) -> DecodeGroup:
+        keys = None
+        if self._device.type == "cpu":
+            longest = self._longest(first, last)
+            keys = self._layout.paging.keys(page_BG, query_pos_BQ, longest)
         return DecodeGroup(
             start=int(self._row_start[first]),
             stop=int(self._row_start[last]),
             page_BG=page_BG,
             query_pos_BQ=query_pos_BQ,
-            keys=layout.paging.keys(page_BG, query_pos_BQ, longest) if on_cpu else None,
+            keys=keys,
         )
+
+    def _context_pages(self, seq: int) -> Longs:
+        """Return the pages of a sequence's context."""
+        start = int(self._page_start[seq])
+        stop = start + self._layout.pages_for(int(self._plan.context_len[seq]))
+        return self._plan.pages[start:stop].astype(np.int64)
+
+    def _chunk(self, seq: int, page_G: Tensor) -> Chunk:
+        start, stop = (int(row) for row in self._row_start[seq : seq + 2])
+        return Chunk(start, stop, int(self._plan.context_len[seq]), page_G)
 
     def _page_table(self, first: int, last: int, width: int) -> NDArray[np.int32]:
         """Return the first `width` pages of some sequences, rows filled up with the null page."""

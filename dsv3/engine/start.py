@@ -220,16 +220,19 @@ def set_launches(overlap: bool, device: torch.device, name: str) -> None:
 def _warm_up(runner: Runner, static: bool, num_groups: int, seconds: dict[str, float]) -> None:
     """Run a first step; capture the graph of one sequence, others when they are needed."""
     with _phase(seconds, "warmup"):
-        runner.run([_one_sequence(2 if static else 1)] * num_groups)
+        runner.run([_one_token(is_scored=static)] * num_groups)
     if static:
         with _phase(seconds, "capture"):
-            runner.run([_one_sequence(1)] * num_groups)
+            for _ in range(2):  # the second one is a replay
+                runner.run([_one_token()] * num_groups)
 
 
-def _one_sequence(num_tokens: int) -> StepPlan:
-    """Return a step of a few tokens in page 1.
+def _one_token(is_scored: bool = False) -> StepPlan:
+    """Return a step of one token in page 1; a scored one runs eagerly.
 
     It opens the connections between ranks and the libraries' thread pools.
     """
-    zeros = np.zeros(num_tokens, np.int32)
-    return StepPlan.greedy(zeros, zeros[:1], zeros[:1, None] + np.int32(1))
+    zero = np.zeros(1, np.int32)
+    plan = StepPlan.greedy(zero, zero, zero[:, None] + np.int32(1))
+    plan.top_logprobs = zero - np.int32(not is_scored)
+    return plan

@@ -13,9 +13,8 @@ class SideStream:
     the result is used, so the streams may share memory. Only events order the streams, so a CUDA
     graph can capture them.
 
-    A weight's product runs on one stream within a step: its locks (`make_locks`) count the programs
-    of one launch, so launches that share them must follow one another. The two streams follow one
-    another at `start` and at the wait for the result, so the next step may use the other stream.
+    A weight's locks (`make_locks`) allow one launch at a time. So a weight that is used here may be
+    used on the main stream only before `start` or after the join.
     """
 
     def __init__(self, device: torch.device) -> None:

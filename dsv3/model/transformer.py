@@ -175,6 +175,12 @@ class Transformer(nn.Module):
                 layer(x_TD, tokens=tokens)
         return x_TD
 
+    def clear_locks(self) -> None:
+        """Zero the counters of the split products, as a kernel leaves them that ran to its end."""
+        for module in self.modules():
+            if isinstance(module, Linear | Router | VocabParallelHead):
+                module.locks.zero_()
+
     def logits(self, x_MD: Tensor) -> Tensor:
         """Return this rank's columns of the logits, [M, ceil(W / tp)] float32."""
         return self.lm_head(x_MD)

@@ -4,7 +4,8 @@ torchrun --standalone --nproc-per-node N tests/distributed/matrix.py JOB.json RE
 
 JOB.json: {"cases": {name: [kind, engine settings, data-parallel groups]},
 "paths": {kind: checkpoint directory}, "prompts": {kind: [...]}}.
-RESULT.json: {name: {"answers": {request: tokens}, "stats": as --stats-file}}.
+RESULT.json: {name: {"answers": {request: tokens}, "stats": as --stats-file,
+"static rows": sizes of the steps on static buffers}}.
 """
 
 import json
@@ -16,7 +17,9 @@ import torch
 
 from dsv3.config import ParallelConfig
 from dsv3.distributed.mesh import Mesh, join_world, make_mesh
+from dsv3.engine.cuda_graphs import GraphRunner
 from dsv3.engine.engine import Engine, follow
+from dsv3.engine.sampler import Sampler
 from dsv3.engine.start import start
 from dsv3.engine.stats import collect_stats
 from dsv3.request import Request, SamplingParams
@@ -89,15 +92,24 @@ def run_case(
     prompts: list[list[int]],
     max_tokens: int,
 ) -> dict[str, Any]:
-    """Run one case on all ranks; the answers are rank 0's."""
-    started = start(Path(path), EngineConfig(**settings), mesh)
-    answers = {}
+    """Run one case on all ranks; the answers are rank 0's.
+
+    With the setting `static`, short steps run on static buffers, as on CUDA.
+    """
+    config = EngineConfig(**{name: value for name, value in settings.items() if name != "static"})
+    started = start(Path(path), config, mesh)
+    answers, static = {}, None
+    if "static" in settings:
+        runner = started.runner
+        sampler = Sampler(runner.model, mesh.tp, mesh.device)
+        runner._static = static = GraphRunner(runner.model, started.cache, sampler)
     if started.engine is None:
         follow(started.runner, started.channel)
     else:
         answers = answer(started.engine, requests(prompts, max_tokens))
         started.engine.stop()
-    return {"answers": answers, "stats": collect_stats(started, {})}
+    sizes = [] if static is None else sorted({bucket.rows for bucket in static._inputs})
+    return {"answers": answers, "stats": collect_stats(started, {}), "static rows": sizes}
 
 
 def split(mesh: Mesh, dp: int) -> Mesh:

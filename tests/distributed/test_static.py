@@ -14,6 +14,7 @@ from dsv3.engine.adjust import NOT_FED, AdjustedRow, Adjuster, pack_adjustments
 from dsv3.engine.cuda_graphs import (
     _ARRAYS,
     MAX_GATHERED,
+    MAX_PROMPT_KEYS,
     MAX_ROWS,
     Bucket,
     GraphRunner,
@@ -24,14 +25,17 @@ from dsv3.engine.cuda_graphs import (
 )
 from dsv3.engine.measured_memory import largest_step
 from dsv3.engine.runner import Runner
+from dsv3.engine.setup import decode_limit
 from dsv3.engine.start import Started, start
 from dsv3.engine.step_plan import NO_TARGET, StepPlan
+from dsv3.model.moe import Router
+from dsv3.parallel.linear import Linear, VocabParallelHead
 from dsv3.request import SamplingParams
 from dsv3.settings import EngineConfig
 from tests.distributed.ranks import CPU, alone, run_ranks
 
 PROMPTS = (30, 7, 100, 1, 64)
-STEPS = 6
+STEPS, ARRIVES = 6, 4
 
 
 def plan(context: list[int], new: list[list[int]], pages_each: int, **sampling: Any) -> StepPlan:
@@ -62,7 +66,10 @@ def plan(context: list[int], new: list[list[int]], pages_each: int, **sampling: 
 
 
 def answers(runner: Runner, sampling: dict[str, Any]) -> list[list[int]]:
-    """Prefill, then decode: fed on the device, from the host, and with sequences leaving."""
+    """Prefill, then decode: fed on the device, from the host, and with sequences leaving.
+
+    A prompt comes in while others decode.
+    """
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 2000, n).tolist() for n in sorted(PROMPTS)]
     count = len(prompts)
@@ -71,11 +78,14 @@ def answers(runner: Runner, sampling: dict[str, Any]) -> list[list[int]]:
     context = [len(p) for p in prompts]
     for step in range(STEPS):
         # The last two sequences leave after two steps.
-        left = count if step < 2 else count - 2
-        fed = [[-1 - b] if step % 3 else [found[-1][b]] for b in range(left)]
-        some = {name: value[:left] for name, value in sampling.items()}  # type: ignore[index]
-        found.append(runner.run([plan(context[:left], fed, 3, **some)]).token_M.tolist())
-        context = [c + 1 for c in context]
+        if step == 2:
+            count, context = count - 2, context[: count - 2]
+        fed = [[-1 - b] if step % 3 else [found[-1][b]] for b in range(count)]
+        if step == ARRIVES:
+            count, context, fed = count + 1, [*context, 0], [*fed, [5, 9, 11] * 13]
+        some = {name: value[:count] for name, value in sampling.items()}  # type: ignore[index]
+        found.append(runner.run([plan(context, fed, 3, **some)]).token_M.tolist())
+        context = [c + len(new) for c, new in zip(context, fed, strict=True)]
     return found
 
 
@@ -90,7 +100,7 @@ DRAWN = {
 
 def check_static_steps(mesh: Mesh, settings: EngineConfig) -> None:
     started = start(DEMO, settings, mesh)
-    limit = started.config.max_position_embeddings
+    limit = decode_limit(settings, started.config)  # longer prompts in expanded form
     for sampling in ({}, DRAWN):
         eager = Runner(started.runner.model, started.cache, limit)
         static = Runner(started.runner.model, started.cache, limit, static=True)
@@ -98,7 +108,8 @@ def check_static_steps(mesh: Mesh, settings: EngineConfig) -> None:
         steps = static._static
         assert steps is not None
         used = {(b.rows, b.samples) for b in steps._inputs}
-        assert used == {(8, bool(sampling)), (4, bool(sampling))}
+        # All prompts, all sequences, what is left of them, a prompt beside it, and one more again.
+        assert used == {(rows, bool(sampling)) for rows in (256, 8, 4, 64)}
 
 
 CACHES = {
@@ -123,27 +134,29 @@ def test_padding_sees_and_writes_nothing() -> None:
     inputs = StaticBuffers(bucket, CPU)
     table = np.array([[5, 6], [7, 0], [9, 1]], np.int32)
     rows = (
-        *([11, -2, 13], [70, 3, 65], [100, -1, 102]),
-        *([1, -2, 3], [0, 7, 0], [0, 0, 4]),
+        *([11, -2, 13], [70, 3, 65], [100, -1, 102], [0, 2], [71, 66]),
+        *([1, -2], [0, 7], [0, 4]),
     )
     longs = [np.array(v) for v in rows]
-    floats = [np.array(v, np.float32) for v in ([0, 0.5, 1], [1, 0.9, 1], [0, 0, 0.5])]
+    floats = [np.array(v, np.float32) for v in ([0, 0.5], [1, 0.9], [0, 0.25])]
     for _ in range(3):
-        inputs.fill(table, (*longs, *floats))
+        inputs.fill(table, **dict(zip(_ARRAYS, (*longs, *floats), strict=True)))
         found = {name: inputs.row(name).tolist() for name in _ARRAYS}
         assert found == {
             "token": [11, -2, 13, 0],
             "position": [70, 3, 65, -1],
             "slot": [100, -1, 102, -1],
-            "seed": [1, -2, 3, 0],
+            "row": [0, 2, 0, 0],
+            "predicted": [71, 66, 0, 0],
+            "seed": [1, -2, 0, 0],
             "answer": [0, 7, 0, 0],
-            "top_k": [0, 0, 4, 0],
-            "temperature": [0, 0.5, 1, 0],
-            "top_p": [1, np.float32(0.9), 1, 0],
-            "min_p": [0, 0, 0.5, 0],
+            "top_k": [0, 4, 0, 0],
+            "temperature": [0, 0.5, 0, 0],
+            "top_p": [1, np.float32(0.9), 0, 0],
+            "min_p": [0, 0.25, 0, 0],
         }
-        assert inputs.page_BG[:, :2].tolist() == [[5, 6], [7, 0], [9, 1], [0, 0]]
-        assert not inputs.page_BG[:, 2:].any()
+        assert inputs.page_TG[:, :2].tolist() == [[5, 6], [7, 0], [9, 1], [0, 0]]
+        assert not inputs.page_TG[:, 2:].any()
 
 
 def test_steps_with_adjusted_rows_run_eagerly() -> None:
@@ -169,13 +182,19 @@ def started() -> Started:
     return start(DEMO, EngineConfig(kv_cache_size="2048tok"), alone())
 
 
-def test_what_is_not_a_decode_step(started: Started) -> None:
+def test_what_runs_eagerly(started: Started) -> None:
     runner = Runner(started.runner.model, started.cache, 1, static=True)
     steps = runner._static
     assert isinstance(steps, GraphRunner)
     assert steps.bucket([plan([3, 70], [[1], [2]], 2)]) == Bucket(2, 16, False)
     scored, likeliest = np.array([-1, 7], np.int32), np.array([-1, 0], np.int32)
-    assert steps.bucket([plan([3, 0], [[1], [2, 3]], 2)]) is None
+    assert steps.bucket([plan([3, 70], [[1], [2] * 63], 3)]) == Bucket(64, 16, False)
+    assert steps.bucket([plan([3, 0], [[1], [2] * 64], 1)]) == Bucket(128, 16, False)
+    assert steps.bucket([plan([0], [[2] * (MAX_ROWS + 1)], 5)]) is None
+    most = MAX_PROMPT_KEYS // 100 - 100
+    assert steps.bucket([plan([most], [[2] * 100], 20)]) == Bucket(128, 32, False)
+    assert steps.bucket([plan([most + 1], [[2] * 100], 20)]) is None
+    assert steps.bucket([plan([most + 1] * 200, [[2]] * 200, 20)]) == Bucket(224, 32, False)
     for name, values in (("target", scored), ("top_logprobs", likeliest)):
         other = plan([3, 70], [[1], [2]], 2)
         setattr(other, name, values)
@@ -185,6 +204,22 @@ def test_what_is_not_a_decode_step(started: Started) -> None:
     far = plan([3, 70], [[1], [-5000]], 2)
     assert steps.bucket([far]) is None
     assert torch.equal(steps._feed, torch.zeros_like(steps._feed))
+
+
+def test_a_step_that_raises_leaves_no_lock(
+    started: Started, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lock that is not zero would spoil all later sums of its weight."""
+    model = started.runner.model
+    modules = (m for m in model.modules() if isinstance(m, Linear | Router | VocabParallelHead))
+    locks = [module.locks for module in modules]
+    assert len(locks) > 4 * len(model.layers)
+    for each in locks:
+        each.fill_(1)
+    monkeypatch.setattr(model, "logits", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        started.runner.run([plan([3], [[1]], 1)])
+    assert not any(each.any() for each in locks)
 
 
 def test_the_largest_steps_are_what_the_memory_plan_measures(started: Started) -> None:
@@ -207,4 +242,5 @@ def test_the_largest_steps_are_what_the_memory_plan_measures(started: Started) -
     for groups in (1, 8, 12, 5000):
         most = most_rows(300, groups)
         fits = [row_bucket(n) * groups <= MAX_GATHERED and n <= MAX_ROWS for n in (most, most + 1)]
-        assert fits == [groups < 5000, False] and most_rows(3, groups) <= 3
+        assert fits == [groups < 5000, False]
+    assert [most_rows(3, groups) for groups in (1, 32, 33, 5000)] == [64, 64, 4, 1]

@@ -1,9 +1,10 @@
-"""Decode steps on static buffers in several data-parallel groups: one rank's answers, idle or not.
+"""Short steps on static buffers in several data-parallel groups: one rank's answers, idle or not.
 
 What runs here without a graph is what a graph holds; `tests/kernels/test_captured_step.py` sees to
 it that the host reads no device value meanwhile.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,7 +15,8 @@ import torch
 from dsv3.config import ParallelConfig
 from dsv3.config_files import DEMO
 from dsv3.distributed.mesh import Mesh, make_mesh
-from dsv3.engine.cuda_graphs import MAX_GATHERED, Bucket, GraphRunner
+from dsv3.engine import cuda_graphs
+from dsv3.engine.cuda_graphs import MAX_GATHERED, Bucket, GraphRunner, StaticBuffers
 from dsv3.engine.engine import Engine, follow
 from dsv3.engine.start import Started, start
 from dsv3.engine.step_plan import StepPlan
@@ -99,24 +101,45 @@ def check_groups(world: Mesh, case: Case, want: Answers) -> None:
     mesh.close()
 
 
+class Rerun:
+    """Stands for a graph: runs the step that it holds."""
+
+    def __init__(self, compute: Callable[[], None]) -> None:
+        self.compute, self.num_replays = compute, 0
+
+    def replay(self) -> None:
+        self.compute()
+        self.num_replays += 1
+
+
 def check_failure(world: Mesh, want: Answers) -> None:
-    """A step that one rank cannot capture runs eagerly on all."""
+    """Steps that one rank cannot capture run eagerly on all; later ones of other sizes do not."""
     mesh = regrouped(world, 2)
     started = start(DEMO, CACHE, mesh)
     watched(started)
-    steps = started.runner._static
+    steps, lines = started.runner._static, []
     assert steps is not None
 
-    def capture(*_: object) -> None:
-        if mesh.world.rank == 1:
-            raise RuntimeError("no room")
+    def capture(bucket: Bucket, inputs: StaticBuffers) -> Rerun:
+        if mesh.world.rank == 1 and bucket.rows == 1:
+            raise RuntimeError("no room\nat some line of torch")
+        return Rerun(partial(steps._compute, bucket, inputs))
 
     steps._pool, steps._capture = "a GPU's", capture  # type: ignore[assignment, method-assign]
-    if started.engine is None:
-        follow(started.runner, started.channel)
-    else:
-        assert ask(started.engine) == want
-    assert steps._failed == {False, True}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda_graphs.log, "warning", lambda text, *values: lines.append(text % values))
+        if started.engine is None:
+            follow(started.runner, started.channel)
+        else:
+            assert ask(started.engine) == want
+    assert {bucket.rows for bucket in steps._failed} == {1}
+    sizes = {bucket.rows for bucket in steps._graphs}
+    assert len(sizes) > 1 and 1 not in sizes, sizes
+    assert sum(graph.num_replays for graph in steps._graphs.values()) > 0  # type: ignore[attr-defined]
+    assert len(lines) == (0 if mesh.world.rank else len(steps._failed))
+    reason = "tokens and 16 pages a sequence run eagerly: their CUDA graph cannot be captured: "
+    assert all(f"{reason}rank 1: capturing: RuntimeError: no room" in line for line in lines)
+    assert not any("\n" in line for line in lines)
     mesh.close()
 
 
@@ -188,7 +211,8 @@ def test_all_groups_take_one_bucket() -> None:
     drawing = plan([3], [[1]], 1)
     drawing.temperature += 1
     assert steps.bucket([idle, few, drawing]) == Bucket(1, 16, True)
-    assert steps.bucket([few, plan([3], [[1, 2]], 1)]) is None
+    assert steps.bucket([few, plan([3], [[1, 2]], 1)]) == Bucket(64, 16, False)
+    assert steps.bucket([few, plan([3], [[1] * 300], 5)]) is None
     groups = MAX_GATHERED // 8
     assert steps.bucket([far] * groups) == Bucket(8, 32, False)
     assert steps.bucket([far] * (groups + 1)) is None

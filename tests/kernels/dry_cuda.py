@@ -25,15 +25,25 @@ class Graph:
         self._used: dict[int, tuple[StorageWeakRef, str]] = {}
         self._made: dict[int, torch.UntypedStorage] = {}
         self._size = 0
+        self._pool: object = None
+        self.is_invalid = False
 
-    def capture_begin(self, *_: Any, **__: Any) -> None:
+    def capture_begin(self, pool: object = None, **_: Any) -> None:
         assert gpu.capture is None, "captures do not nest"
-        gpu.capture = self
+        assert pool not in gpu.recording, f"{pool} is being recorded to"
+        gpu.capture, self._pool = self, pool
+        gpu.recording.add(pool)
 
     def capture_end(self) -> None:
-        """Forget the memory that was made: it stays the graph's."""
+        """Forget the memory that was made: it stays the graph's.
+
+        The end of an invalid capture raises, and leaves its pool as torch does.
+        """
         gpu.capture = None
         self._made.clear()
+        if self.is_invalid:
+            raise RuntimeError("operation failed due to a previous error during capture")
+        end_pool(0, self._pool)
 
     def add(self, inputs: list[Any], results: list[OnGpu]) -> None:
         self._size += 1
@@ -49,6 +59,13 @@ class Graph:
         gone = [name for storage, name in self._used.values() if storage.expired()]
         assert self._size and not gone, f"a graph of {self._size} operations; freed: {gone}"
         gpu.replays += 1
+
+
+def end_pool(_: int, pool: object) -> None:
+    """Stop allocating from a pool."""
+    if pool not in gpu.recording:
+        raise RuntimeError("not recording")
+    gpu.recording.remove(pool)
 
 
 class Stream:
@@ -95,16 +112,19 @@ class Everywhere(TorchDispatchMode):
 
 def _answers() -> dict[str, Any]:
     """Return what `torch.cuda` would ask a driver for."""
-    main = Stream()
-    streams = [main]
+    current = [Stream()]
 
-    @contextmanager
-    def stream(chosen: Stream | None) -> Iterator[None]:
-        streams.append(chosen or streams[-1])
-        try:
-            yield
-        finally:
-            streams.pop()
+    class OnStream:
+        """Like torch's, not left if the end of a capture raises."""
+
+        def __init__(self, chosen: Stream) -> None:
+            self._chosen = chosen
+
+        def __enter__(self) -> None:
+            self._before, current[0] = current[0], self._chosen
+
+        def __exit__(self, *_: object) -> None:
+            current[0] = self._before
 
     facts = SimpleNamespace(multi_processor_count=132, shared_memory_per_multiprocessor=228 << 10)
     return {
@@ -119,8 +139,9 @@ def _answers() -> dict[str, Any]:
         "get_device_capability": lambda _=None: (9, 0),
         "get_device_properties": lambda _=None: facts,
         "mem_get_info": lambda _=None: (79 << 30, 80 << 30),
-        "current_stream": lambda _=None: streams[-1],
-        "stream": stream,
+        "current_stream": lambda _=None: current[0],
+        "set_stream": lambda chosen: current.__setitem__(0, chosen),
+        "stream": OnStream,
         "synchronize": lambda _=None: gpu.wait("synchronize"),
         "empty_cache": lambda: gpu.wait("empty_cache"),
         "graph_pool_handle": lambda: (0, 1),
@@ -161,6 +182,8 @@ def dry_gpu(compiles: bool = True) -> Iterator[Gpu]:
             if hasattr(torch.cuda.graphs, name):
                 stack.enter_context(mock.patch.object(torch.cuda.graphs, name, answer))
         stack.enter_context(mock.patch.object(torch._C, "_host_emptyCache", create=True))
+        ending = mock.patch.object(torch._C, "_cuda_endAllocateToPool", end_pool, create=True)
+        stack.enter_context(ending)
         stack.enter_context(mock.patch.object(graph, "default_capture_stream", None))
         stack.enter_context(mock.patch.object(torch, "tensor", tensor))
         stack.enter_context(mock.patch.object(torch.Tensor, "to", to))

@@ -34,6 +34,10 @@ COPYING = {"copy_", "_to_copy", "to"}
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 
 
+class NotCapturable(RuntimeError):
+    """The host waits for the device during a capture, which is then invalid."""
+
+
 class OnGpu(torch.Tensor):
     """Says that it lies on a GPU.
 
@@ -102,6 +106,7 @@ class Gpu:
         launches: of each kernel.
         compiled: by their digests, names, bytes of shared memory and of a thread's stack.
         replays: of CUDA graphs.
+        recording: pools of memory that captures allocate from.
     """
 
     def __init__(self) -> None:
@@ -110,11 +115,14 @@ class Gpu:
         self.launches: Counter[str] = Counter()
         self.compiled: dict[str, tuple[str, int, int]] = {}
         self.replays = 0
+        self.recording: set[object] = set()
         self.pinned: set[int] = set()
 
     def wait(self, why: str) -> None:
         """Let the host wait, or do what a graph cannot hold for other reasons."""
-        assert self.capture is None, f"no CUDA graph can hold this: {why}"
+        if self.capture is not None:
+            self.capture.is_invalid = True
+            raise NotCapturable(f"no CUDA graph can hold this: {why}")
         frame = sys._getframe(1)
         while frame.f_back and any(s in frame.f_code.co_filename for s in ("/torch/", "/dry_")):
             frame = frame.f_back

@@ -3,7 +3,8 @@
     TRITON_INTERPRET=0 python tests/kernels/dry_run.py --compile launch/bench.py rank --layers 2
 
 The last line it prints is JSON: launches by kernel, bytes of shared memory and of stack of all that
-was compiled for it, replays of CUDA graphs, and where the host waited for the device.
+was compiled for it, replays of CUDA graphs, pools that captures still allocate from, and where the
+host waited for the device.
 """
 
 import json
@@ -22,7 +23,7 @@ def summary(gpu: Gpu) -> str:
     for name, shared, stack in gpu.compiled.values():
         compiled[name].append((shared, stack))
     facts = {"launches": gpu.launches, "compiled": compiled, "replays": gpu.replays}
-    return json.dumps(facts | {"waits": gpu.waits})
+    return json.dumps(facts | {"waits": gpu.waits, "recording": len(gpu.recording)})
 
 
 def main() -> None:

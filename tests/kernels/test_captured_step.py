@@ -89,10 +89,10 @@ def check_no_host_reads(
     with torch.inference_mode():
         for drawn in (False, True):
             plans = plans_of(drawn)
-            tables = BatchBuilder(plans[0], rank.cache.layout, CPU, 1).decode_tables()
+            tables = BatchBuilder(plans[0], rank.cache.layout, CPU, 1).token_tables()
             bucket = steps.bucket(plans)
             assert bucket is not None and bucket.rows == 4
-            steps.run(bucket, plans[0], *tables)
+            steps.run(bucket, plans[0], tables)
         monkeypatch.setattr(operation, "use_triton", lambda x: True)
         for bucket, inputs in steps._inputs.items():
             with no_host_reads():

@@ -8,10 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from dsv3.config_files import DEMO
+from dsv3.engine.transfer import all_to_device
 from dsv3_kernels._triton import HAS_TRITON
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
@@ -45,7 +48,7 @@ def dry_run(*command: object) -> dict[str, Any]:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "without CUDA graphs" not in done.stderr, done.stderr
+    assert "cannot be captured" not in done.stderr, done.stderr
     report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     assert report["replays"] > 0
     return report
@@ -71,7 +74,7 @@ def test_demo_in_fp8(tmp_path: Path) -> None:
         {"prompt": f"{name}. {story * 12}", "max_tokens": 3} for name in ("Ann", "Bob", "Cid")
     ]
     bodies += [bodies[0], {"prompt": "Hi", "temperature": 0.8, "top_p": 0.9, "max_tokens": 9}]
-    bodies += [{"prompt": story, "echo": True, "logprobs": 2, "max_tokens": 0}]
+    bodies += [{"prompt": story * 9, "echo": True, "logprobs": 2, "max_tokens": 0}]
     rows = tmp_path / "rows.jsonl"
     with rows.open("w") as file:
         for i, body in enumerate(bodies):
@@ -91,8 +94,13 @@ def test_demo_in_fp8(tmp_path: Path) -> None:
     assert waits_of_steps(report) == waits
 
 
+def test_a_failed_capture_costs_its_bucket_only() -> None:
+    report = dry_run("tests/kernels/failed_capture.py")
+    assert report["replays"] == 2 + 2 + 3 and not report["recording"]
+
+
 def test_what_a_gpu_refuses() -> None:
-    from tests.kernels.dry_cuda import Graph, dry_gpu
+    from tests.kernels.dry_cuda import Graph, dry_gpu, end_pool
     from tests.kernels.dry_gpu import OnGpu
 
     with dry_gpu() as gpu:
@@ -112,9 +120,10 @@ def test_what_a_gpu_refuses() -> None:
             partial(torch.tensor, [1.0], device="cuda"),
             torch.cuda.synchronize,
         ):
-            refusal = pytest.raises(AssertionError, match="no CUDA graph can hold")
+            refusal = pytest.raises(RuntimeError, match="previous error")
             with refusal, torch.cuda.graph(cast(torch.cuda.CUDAGraph, Graph())):
                 refused()
+            end_pool(0, None)
         graph = Graph()
         with torch.cuda.graph(cast(torch.cuda.CUDAGraph, graph)):
             y = (x + 1) * 2
@@ -123,3 +132,21 @@ def test_what_a_gpu_refuses() -> None:
         del x, refused
         with pytest.raises(AssertionError, match="freed"):
             graph.replay()
+
+
+def test_arrays_go_to_the_device_in_one_copy() -> None:
+    from tests.kernels.dry_cuda import dry_gpu
+
+    arrays: list[NDArray[Any]] = [
+        np.arange(3),
+        np.array([[1.5], [2.5]], np.float32),
+        np.zeros((0, 2)),
+        np.arange(6, dtype=np.int32).reshape(2, 3).T,
+    ]
+    with dry_gpu() as gpu:
+        before = gpu.waits.total()
+        sent = all_to_device(arrays, torch.device("cuda"))
+        assert gpu.waits.total() == before + 1
+        for got, values in zip(sent, arrays, strict=True):
+            assert got.is_cuda and got.dtype == torch.from_numpy(values).dtype
+            assert got.tolist() == values.tolist() and got.is_contiguous()

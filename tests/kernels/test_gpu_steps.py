@@ -14,6 +14,7 @@ from dsv3.engine.step_plan import StepPlan
 from dsv3.settings import DispatchVariant, EngineConfig
 from dsv3_kernels.testing import assert_bitwise_equal
 from tests.distributed.test_static_groups import Answers, ask
+from tests.kernels.failed_capture import check_failed_capture
 from tests.kernels.test_captured_step import one_of_two_groups, step
 
 pytestmark = [
@@ -34,13 +35,16 @@ def test_one_of_several_groups(form: DispatchVariant, monkeypatch: pytest.Monkey
     plain._pool = None
     for drawn in (False, True, False, True):
         for plan in (step(drawn), StepPlan(), step(drawn)):
-            tables = BatchBuilder(plan, rank.cache.layout, device, 1).decode_tables()
+            tables = BatchBuilder(plan, rank.cache.layout, device, 1).token_tables()
             bucket = graphs.bucket([plan, step(drawn)])
             assert bucket is not None
-            got, want = (steps.run(bucket, plan, *tables) for steps in (graphs, plain))
-            assert got is not None and want is not None, "not captured"
+            got, want = (steps.run(bucket, plan, tables) for steps in (graphs, plain))
             assert_bitwise_equal(form, got.token_M, want.token_M)
     assert len(graphs._graphs) == 2 and graphs.seconds > 0
+
+
+def test_a_failed_capture_costs_its_bucket_only() -> None:
+    check_failed_capture(torch.device("cuda"))
 
 
 def answers(device: str) -> Answers:
