@@ -4,6 +4,7 @@
     python launch/bench.py throughput --requests 64 --threads 1 --peer transformers
     python launch/bench.py chat --turns 8
     python launch/bench.py host --max-running 256
+    TRITON_INTERPRET=0 python launch/bench.py host --launches --config v3-671b
     python launch/bench.py rank --config v3-671b --world 8 --layers 4 --batch 1 8 128
     python launch/bench.py kernels --check
     python launch/bench.py plan --config v3-671b --hardware h200x8 --batch 128 --context 4096
@@ -33,6 +34,7 @@ from benchlib.dialogue import Dialogue, dialogue
 from benchlib.dispatch import dispatch_time
 from benchlib.flags import at_least
 from benchlib.host import host_time
+from benchlib.launches import launch_time
 from benchlib.peer import TransformersPeer
 from benchlib.replay import read_trace, replay
 from benchlib.report import Report, check_report, machine
@@ -127,6 +129,8 @@ def add_model_benchmarks(add: AddBenchmark) -> None:
     host.add_argument("--context", type=at_least(1), default=512, help="tokens of each prompt")
     host.add_argument("--steps", type=at_least(1), default=200, help="timed steps")
     host.add_argument("--text", action="store_true", help="also detokenize the answers")
+    text = "time the Python code around an eager step's launches instead"
+    host.add_argument("--launches", action="store_true", help=text)
     for command in (batch, talk, host):
         command.add_argument(
             "--threads", type=at_least(1), help="CPU threads of each rank (default: its share)"
@@ -238,10 +242,12 @@ def run_chat(args: argparse.Namespace, started: Started) -> Report:
 
 
 def run_host(args: argparse.Namespace) -> Report:
-    """Time the host's share of decode steps; no model is loaded and no ranks are joined."""
+    """Time the host's share of steps; no model is loaded and no ranks are joined."""
     checkpoint = locate_description(args.ckpt_path)
     tokenizer = Tokenizer.load(checkpoint) if args.text else None
     config = load_model_config(args.config or checkpoint)
+    if args.launches:
+        return launch_time(config, args.context, args.steps)
     return host_time(config, engine_config(args), tokenizer, args.context, args.steps)
 
 

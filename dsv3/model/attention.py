@@ -115,6 +115,9 @@ class MLA(nn.Module):
             quantized=False,
             must_be_finite=True,
         )
+        w_HYC = self.kv_b_proj.matrix().view(self.heads, -1, config.kv_lora_rank)
+        # W_UK [H, N, C] and W_UV [H, V, C] of the local heads: views, made once.
+        self._absorption = w_HYC.split([config.qk_nope_head_dim, config.v_head_dim], 1)
         values = config.num_attention_heads * config.v_head_dim
         self.o_proj = RowParallelLinear(prefix, "o_proj", hidden, values, layout, fmt)
 
@@ -191,12 +194,6 @@ class MLA(nn.Module):
         k_SHN, v_SHV = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)
         return KeysValues(k_SHN, k_SR[:, None].expand(-1, self.heads, -1), v_SHV)
 
-    def _absorption(self) -> tuple[Tensor, Tensor]:
-        """Return W_UK [H, N, C] and W_UV [H, V, C] of the local heads."""
-        c = self.config
-        w_HYC = self.kv_b_proj.matrix().view(self.heads, -1, c.kv_lora_rank)
-        return w_HYC[:, : c.qk_nope_head_dim], w_HYC[:, c.qk_nope_head_dim :]
-
     # Latent cache ---------------------------------------------------------------------------
 
     def _absorbed(
@@ -212,7 +209,7 @@ class MLA(nn.Module):
         Returns:
             [T, H * V] of the local heads, and that in FP8 if asked for.
         """
-        w_uk, w_uv = self._absorption()
+        w_uk, w_uv = self._absorption
         q_THX = absorb_query(q_THX, w_uk, rotation)
         if cache.layout.paging.shards == 1:
             z_THC = self._attend_groups(q_THX, batch, cache)

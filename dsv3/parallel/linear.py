@@ -56,11 +56,10 @@ class Linear(Matrix):
 
     def product(self, x: Quantized) -> Tensor:
         """Return [T, sum of rows] of FP8 activations."""
-        assert self.block_scale is not None
         return fp8_gemm(
             x,
             w_FD=self._weights[0],
-            scale_fd=self.block_scale[0],
+            scale_fd=self._scales[0],
             dtype=self.dtype,
             locks=self.locks,
         )

@@ -113,6 +113,7 @@ class Matrix(nn.Module):
             shape = (len(names), -(-sum(rows) // BLOCK), -(-cols // BLOCK))
             scale = torch.empty(shape, dtype=torch.float32, device=fmt.device)
         self.register_buffer("block_scale", scale, persistent=False)
+        self._scales = () if scale is None else scale.unbind()
 
     def targets(self) -> Iterator[Target]:
         """Yield a view for every part of every stacked matrix."""
@@ -129,9 +130,9 @@ class Matrix(nn.Module):
 
     def matrix(self, e: int = 0) -> Tensor:
         """Return matrix `e` in the compute dtype, [rows, cols]."""
-        if self.block_scale is None:
+        if not self._scales:
             return self._weights[e]
-        return weight_dequant(self._weights[e], self.block_scale[e], self.dtype)
+        return weight_dequant(self._weights[e], self._scales[e], self.dtype)
 
     def stack(self) -> Stack:
         """Return all matrices as the argument of `dsv3_kernels.experts`."""

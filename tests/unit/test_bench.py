@@ -12,12 +12,15 @@ import bench
 from benchlib.contest import EngineContender, RunResult, compete, median_of
 from benchlib.dialogue import Dialogue, dialogue
 from benchlib.host import host_time
+from benchlib.launches import launch_time
 from benchlib.report import Report, machine
 from benchlib.throughput import throughput
 from benchlib.workload import BenchRequest, Lengths, draw_requests
+from dsv3.config_files import load_model_config
 from dsv3.engine.engine import Engine
 from dsv3.errors import ConfigError, OutputError
 from dsv3.settings import EngineConfig
+from dsv3_kernels._triton import HAS_TRITON
 from tests.checkpoint_files import TINY
 from tests.paper_runner import paper_engine
 
@@ -152,6 +155,15 @@ def test_a_dialogue_computes_new_tokens_only() -> None:
     # Two engines to begin with, then one for each of three dialogues of both contenders.
     prefilled = [engine.metrics.prefill_tokens for engine in engines]
     assert prefilled[2:] == [43, 10 + 25 + 40 + 55] * 3
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+def test_launch_time() -> None:
+    """Nothing is computed, so a model of any size takes no memory."""
+    report = launch_time(load_model_config("v3-671b"), context=100, steps=1)
+    assert len(report.rows) == 3
+    assert all(15 < row["launches a layer"] < 25 for row in report.rows)
+    assert all(row["calls a layer"] > 10 * row["launches a layer"] for row in report.rows)
 
 
 def test_host_time() -> None:
