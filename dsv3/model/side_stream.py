@@ -41,3 +41,8 @@ class SideStream:
             return result
 
         return join
+
+    def finish(self) -> None:
+        """Let the main stream wait for all work that was started, joined or not."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)

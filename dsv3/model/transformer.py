@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 
 from dsv3.cache.pool import CachePool, LayerCache
@@ -137,9 +138,9 @@ class Transformer(nn.Module):
         vocab = config.vocab_size
         hidden = config.hidden_size
         self.embed_tokens = VocabParallelEmbedding(embed, vocab, hidden, mesh.layout, mesh.tp, fmt)
-        side = SideStream(fmt.device)
+        self.side = SideStream(fmt.device)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, i, mesh, fmt, self.dispatch, side)
+            DecoderLayer(config, i, mesh, fmt, self.dispatch, self.side)
             for i in range(config.num_hidden_layers)
         )
         self.norm = Vector("model.norm.weight", (hidden,), fmt)
@@ -175,8 +176,10 @@ class Transformer(nn.Module):
                 layer(x_TD, tokens=tokens)
         return x_TD
 
+    @torch.inference_mode()
     def clear_locks(self) -> None:
         """Zero the counters of the split products, as a kernel leaves them that ran to its end."""
+        self.side.finish()  # a kernel that still runs would count on
         for module in self.modules():
             if isinstance(module, Linear | Router | VocabParallelHead):
                 module.locks.zero_()
