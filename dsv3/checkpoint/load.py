@@ -76,6 +76,7 @@ def load_weights(source: Source, targets: Iterable[Target], layout: ParallelConf
         list(loads)  # raises the first failure and cancels the loads after it
 
 
+@torch.inference_mode()  # a thread does not inherit the mode in which a script makes its model
 def _load_target(source: Source, target: Target, spec: TensorSpec, layout: ParallelConfig) -> None:
     # Expert placement may put a routed expert on any rank, and on several.
     region = whole(spec.shape) if spec.split is Split.EXPERT else shard_region(spec, layout)

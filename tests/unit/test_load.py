@@ -13,6 +13,7 @@ from dsv3.checkpoint.names import scale_name
 from dsv3.checkpoint.sharding import shard_region, tensor_specs
 from dsv3.checkpoint.source import open_source
 from dsv3.config import ModelConfig, ParallelConfig
+from dsv3.config_files import DEMO
 from dsv3.distributed.collectives import SingleRank
 from dsv3.distributed.mesh import Mesh
 from dsv3.engine.start import start
@@ -22,6 +23,7 @@ from dsv3.parallel.weights import Matrix, Target, Vector, WeightFormat
 from dsv3.settings import EngineConfig
 from dsv3_kernels.testing import assert_bitwise_equal
 from tests.checkpoint_files import FP8, TINY, Tensors, random_tensors, write_hf
+from tests.distributed.ranks import alone
 
 CPU = torch.device("cpu")
 QUANTIZED = dataclasses.replace(TINY, quantization=FP8)
@@ -130,3 +132,12 @@ def test_several_groups_have_no_disk_cache(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match="kv_disk_cache serves one data-parallel"):
         start(path, EngineConfig(kv_disk_cache=f"{path}:1MiB"), mesh)
+
+
+def test_a_model_can_be_made_in_inference_mode() -> None:
+    settings = EngineConfig(kv_cache_size="128tok")
+    with torch.inference_mode():
+        inside = start(DEMO, settings, alone()).runner.model
+    outside = start(DEMO, settings, alone()).runner.model
+    for a, b in zip(inside.parameters(), outside.parameters(), strict=True):
+        assert torch.equal(a, b)
