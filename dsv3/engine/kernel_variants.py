@@ -107,8 +107,8 @@ def _distinct(layers: nn.ModuleList) -> list[nn.Module]:
 
 
 def _static_steps(setup: Setup, groups: int) -> Iterator[StepPlan]:
-    """Yield steps in which every sequence decodes, by padded sizes."""
-    most = most_rows(setup.settings.max_running, groups)
+    """Yield steps of one token per sequence, by padded sizes; prompts in graphs are such rows."""
+    most = most_rows(setup.settings.max_batch_tokens, groups)
     yield from _decode_steps(setup, most)
     for rows in row_buckets(most):
         yield _plan(setup, [1] * rows, [setup.context_limit - 1] * rows)

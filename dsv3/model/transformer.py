@@ -188,15 +188,6 @@ class Transformer(nn.Module):
         """Return this rank's columns of the logits, [M, ceil(W / tp)] float32."""
         return self.lm_head(x_MD)
 
-    def reset_locks(self) -> None:
-        """Zero the counters of kernels that sum splits, as each launch expects and leaves them.
-
-        A kernel that was ended midway would leave one that makes all later sums wrong.
-        """
-        for module in self.modules():
-            if isinstance(module, Linear | VocabParallelHead | Router):
-                module.locks.zero_()
-
     @property
     def num_bytes(self) -> int:
         """Bytes of this rank's weights, FP8 scales included."""
