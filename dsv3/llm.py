@@ -113,7 +113,15 @@ class LLM(AbstractContextManager["LLM"]):
             engine_config = _engine_config(settings)
         with ExitStack() as stack:
             common = EngineConfig.common(asdict(engine_config)) | {"rank_timeout": f"{seconds:g}"}
-            joined = join_world(device, tp, dp, seconds, common, one_shot=engine_config.one_shot)
+            joined = join_world(
+                device,
+                tp,
+                dp,
+                seconds,
+                common,
+                one_shot=engine_config.one_shot,
+                cpu_exchange=engine_config.cpu_exchange,
+            )
             mesh = stack.enter_context(joined)
             folder = locate_checkpoint(given, mesh)
             self._chat: AnyFormat | None = None

@@ -77,6 +77,7 @@ class EngineConfig:
             unchanged), "bf16" or "fp8".
         one_shot: make small sums over the GPUs of a host by one kernel in memory that they share;
             without it, and where they cannot share memory, by NCCL. Not yet confirmed on GPUs.
+        cpu_exchange: see `dsv3.distributed.mesh.join_world`.
         max_seq_len: longest context, prompt and answer; 0 is the model's own limit.
         max_batch_tokens: most new tokens of one step, in each data-parallel group. On CUDA, a step
             of up to 256 runs as a CUDA graph.
@@ -115,6 +116,9 @@ class EngineConfig:
     )
     one_shot: bool = _layout(
         False, "sum in memory that the GPUs of a host share (not yet confirmed)"
+    )
+    cpu_exchange: Literal["auto", "memory", "gloo"] = _layout(
+        "auto", "exchange of CPU ranks on one host: shared memory if possible, or Gloo"
     )
     sequence_parallel: int = _layout(
         -1, "split norms over tp from N tokens in a step on (0: never; -1: by device)", least=-1

@@ -327,6 +327,7 @@ def measure_model(args: argparse.Namespace) -> Report | None:
         args.rank_timeout,
         common_settings(args),
         one_shot=args.one_shot,
+        cpu_exchange=args.cpu_exchange,
     ) as mesh:
         tune_process(mesh, args.threads)
         config = load_model_config(args.config) if args.config else None

@@ -309,6 +309,7 @@ def main() -> int:
                 args.rank_timeout,
                 settings,
                 one_shot=args.one_shot,
+                cpu_exchange=args.cpu_exchange,
             ) as mesh,
             ExitStack() as files,
         ):

@@ -6,6 +6,7 @@ through memory that GPUs share; `SingleRank` is a group of one rank, without exc
 
 from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Callable
 from types import TracebackType
 
 import torch
@@ -49,22 +50,22 @@ class Pending:
         self,
         received: Tensor,
         device: torch.device,
-        work: dist.Work | None = None,
+        finish: Callable[[], object] | None = None,
         sent: Tensor | None = None,
         mark: ExchangeMark | None = None,
     ) -> None:
         self._received = received
         self._device = device
-        self._work = work
+        self._finish = finish
         self._sent = sent
         self._mark = mark or ExchangeMark()
 
     def wait(self) -> Tensor:
         """Return the received tensor. On CUDA only the current stream waits, not the host."""
         with self._mark:
-            if self._work is not None:
-                self._work.wait()
-            self._work = None
+            if self._finish is not None:
+                self._finish()
+            self._finish = None
             self._sent = None
             return self._received.to(self._device)
 
@@ -79,6 +80,7 @@ class Collectives(ABC):
             of a CUDA graph are not counted). For an all-reduce, the bytes that a ring sends.
         is_capturable: CUDA graphs can contain the exchanges.
         peers: memory that all ranks read and write; None without.
+        num_calls: exchanges begun so far, except by a group of one rank.
     """
 
     rank: int
@@ -86,11 +88,15 @@ class Collectives(ABC):
     sent: Counter[str]
     is_capturable: bool
     peers: Peers | None = None
+    num_calls: int = 0
 
     @property
     def in_exchange(self) -> bool:
         """True while this rank may wait for others in an exchange."""
         return False
+
+    def close(self) -> None:  # noqa: B027 - most forms have nothing to drop
+        """Drop what must not outlive the process group."""
 
     def sum_norm(
         self, x_TD: Tensor, y_TD: Tensor | None, w_D: Tensor, eps: float, quant: bool, ue8m0: bool
@@ -174,9 +180,6 @@ class ProcessGroup(Collectives):
         group: the ranks.
         via_host: exchange through host memory, for several ranks that share one GPU: they use Gloo,
             which has no all-to-all of CUDA tensors.
-
-    Attributes:
-        num_calls: exchanges begun so far.
     """
 
     def __init__(self, group: dist.ProcessGroup, via_host: bool = False) -> None:
@@ -186,7 +189,6 @@ class ProcessGroup(Collectives):
         self._via_host = via_host
         self.sent: Counter[str] = Counter()
         self.is_capturable = dist.get_backend(group) == "nccl"
-        self.num_calls = 0
         self._mark = ExchangeMark()
 
     @property
@@ -251,7 +253,7 @@ class ProcessGroup(Collectives):
             work = dist.all_to_all_single(
                 received, sent, receive, send, group=self.group, async_op=True
             )
-        return Pending(received, x.device, work, sent, self._mark)
+        return Pending(received, x.device, work.wait, sent, self._mark)
 
     def broadcast(self, x: Tensor) -> Tensor:
         with self._mark:

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from dsv3.config import ParallelConfig
-from dsv3.distributed.collectives import Collectives, ProcessGroup, SingleRank
+from dsv3.distributed.collectives import Collectives, SingleRank
+from dsv3.distributed.cpu_exchange import CPU_EXCHANGES, connect_cpu
 from dsv3.distributed.heartbeat import start_up_timeout
 from dsv3.distributed.launcher import (
     environment_local_rank,
@@ -90,8 +91,7 @@ class Mesh:
     def close(self) -> None:
         """Drop the references to all process groups, before they are destroyed."""
         for group in self.groups:
-            if isinstance(group, ProcessGroup):
-                group.close()
+            group.close()
 
     @property
     def is_capturable(self) -> bool:
@@ -124,6 +124,7 @@ def make_mesh(
     host_of_rank: Sequence[int],
     watchdog: Watchdog | None = None,
     one_shot: bool = False,
+    cpu_exchange: str = "auto",
 ) -> Mesh:
     """Make the groups of a world of several ranks, after the rendezvous. A collective.
 
@@ -135,14 +136,17 @@ def make_mesh(
         host_of_rank: see `Mesh`.
         watchdog: counts exchanges as progress.
         one_shot: see `connect`.
+        cpu_exchange: see `join_world`.
     """
     assert dist.group.WORLD is not None
     host_of_rank = tuple(host_of_rank)
     watchdog = watchdog or Watchdog()
     ranks_on_host = host_of_rank.count(host_of_rank[layout.rank])
 
-    def connected(group: dist.ProcessGroup) -> ProcessGroup:
+    def connected(group: dist.ProcessGroup, device: torch.device = device) -> Collectives:
         with watchdog.waiting():
+            if device.type == "cpu":
+                return connect_cpu(group, cpu_exchange, host_of_rank)
             return connect(
                 group, device, via_host=via_host, ranks_on_host=ranks_on_host, one_shot=one_shot
             )
@@ -150,7 +154,8 @@ def make_mesh(
     world = connected(dist.group.WORLD)
     control = world
     if backend == "nccl":
-        control = ProcessGroup(dist.new_group(backend="gloo", timeout=_IDLE))
+        gloo = dist.new_group(backend="gloo", timeout=_IDLE)
+        control = connected(gloo, torch.device("cpu"))
     kind = "cuda" if backend == "nccl" else "cpu"
 
     def grid(*axes: tuple[str, int]) -> list[Collectives]:
@@ -180,7 +185,7 @@ def make_mesh(
         host_of_rank=host_of_rank,
         watchdog=watchdog,
     )
-    groups = [group for group in mesh.groups if isinstance(group, ProcessGroup)]
+    groups = mesh.groups
     watchdog.counters.append(lambda: sum(group.num_calls for group in groups))
     watchdog.in_exchange = lambda: any(group.in_exchange for group in groups)
     return mesh
@@ -214,7 +219,7 @@ def _report_failure(hello: Hello) -> None:
 
 
 def _check_settings(
-    device: str, tp: int, dp: int, rank_timeout: float, name: SettingName
+    device: str, tp: int, dp: int, rank_timeout: float, name: SettingName, cpu_exchange: str
 ) -> ParallelConfig:
     """Return the layout.
 
@@ -226,6 +231,9 @@ def _check_settings(
     environment_local_rank()  # raises if it is invalid
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"{name('device')}={device} is unknown; use auto, cpu or cuda")
+    if cpu_exchange not in CPU_EXCHANGES:
+        words = ", ".join(CPU_EXCHANGES)
+        raise ConfigError(f"{name('cpu_exchange')}={cpu_exchange} is unknown; use one of {words}")
     if not _MIN_TIMEOUT <= rank_timeout <= _MAX_TIMEOUT:
         raise ConfigError(
             f"{name('rank_timeout')}={rank_timeout:g} must be at least {_MIN_TIMEOUT} seconds, "
@@ -249,6 +257,7 @@ def join_world(
     name: SettingName = argument,
     one_shot: bool = False,
     around: Callable[[Watchdog], AbstractContextManager[object]] = nullcontext,
+    cpu_exchange: str = "auto",
 ) -> Iterator[Mesh]:
     """Join the world for the duration of the block, and leave it in order at its end.
 
@@ -264,6 +273,8 @@ def join_world(
         one_shot: see `connect`.
         around: a program's context around its part in the job, in which its signal handlers call
             the watchdog; entered before the groups are made.
+        cpu_exchange: exchange of CPU tensors: "memory" within a host and Gloo between hosts; "gloo"
+            everywhere; "auto" as "memory", but Gloo where the ranks cannot share memory.
 
     Raises:
         ConfigError: the layout does not fit the world, there is no such device, or the ranks were
@@ -271,7 +282,7 @@ def join_world(
         RankError: the other ranks cannot be reached.
     """
     with before_joining():
-        layout = _check_settings(device, tp, dp, rank_timeout, name)
+        layout = _check_settings(device, tp, dp, rank_timeout, name, cpu_exchange)
     if tasks := unused_tasks():
         log.info("alone in a Slurm job of %d tasks: srun starts a rank for each", tasks)
     roster = None
@@ -288,7 +299,9 @@ def join_world(
     mesh = None
     try:
         with around(watchdog), watchdog.membership():
-            mesh = _enter_mesh(layout, device, roster, watchdog, one_shot)
+            mesh = _enter_mesh(
+                layout, device, roster, watchdog, one_shot=one_shot, cpu_exchange=cpu_exchange
+            )
             watchdog.enter(RUN, may_rest=True)
             yield mesh
     finally:
@@ -304,6 +317,7 @@ def _enter_mesh(
     roster: Roster | None,
     watchdog: Watchdog,
     one_shot: bool,
+    cpu_exchange: str,
 ) -> Mesh:
     """Choose this rank's device and make its groups."""
     rank = layout.rank
@@ -340,4 +354,5 @@ def _enter_mesh(
         host_of_rank=[distinct_hosts.index(host) for host in hosts],
         watchdog=watchdog,
         one_shot=one_shot,
+        cpu_exchange=cpu_exchange,
     )

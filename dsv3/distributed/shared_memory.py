@@ -1,0 +1,213 @@
+"""Exchanges of CPU tensors among ranks of one host, through memory that all of them map.
+
+Sums are added in rank order, so that all ranks get the same bits.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from dsv3.distributed.collectives import Collectives, ExchangeMark, Pending
+from dsv3.distributed.shared_rounds import Rounds
+from dsv3.distributed.shared_segment import BUFFER_BYTES
+
+_OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "uneven", "broadcast")
+# Among several ranks, from this size on each sums its own part only, and the others copy the sum.
+_SPLIT_BYTES = 16 << 10
+
+
+class MemoryGroup(Collectives):
+    """Exchanges through memory; all ranks are processes of this host."""
+
+    is_capturable = False
+
+    def __init__(self, rounds: Rounds) -> None:
+        self.rank = rounds.rank
+        self.size = rounds.size
+        self.sent: Counter[str] = Counter()
+        self._rounds = rounds
+        self._started: _StartedExchange | None = None
+        self._mark = ExchangeMark()
+
+    @property
+    def in_exchange(self) -> bool:
+        return self._mark.is_active
+
+    def _prepare(self, operation: str, x: Tensor, parts: float) -> None:
+        """Count an exchange that sends `parts` times the bytes of `x`, and finish the last one."""
+        self.sent[operation] += round(parts * x.nbytes)
+        self.num_calls += 1
+        if self._started is not None:
+            self._started.finish()
+            self._started = None
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        with self._mark:
+            self._prepare("all_reduce", x, 2 - 2 / self.size)
+            x = x.contiguous()
+            is_split = self.size > 2 and x.nbytes >= _SPLIT_BYTES
+            for _, part in _parts(x.view(-1), BUFFER_BYTES // x.itemsize):
+                self._sum_parts(part, x.nbytes) if is_split else self._sum(part, x.nbytes)
+            return x
+
+    def _sum(self, x: Tensor, num_bytes: int) -> None:
+        """Replace [n] by its sum over ranks; every rank adds all of it."""
+        buffers = self._rounds.begin(x.dtype)[:, : len(x)]
+        buffers[self.rank].copy_(x)
+        self._rounds.publish(_call("all_reduce", num_bytes))
+        self._rounds.receive_all()
+        _add(buffers, x)
+
+    def _sum_parts(self, x: Tensor, num_bytes: int) -> None:
+        """Replace [n] by its sum over ranks; every rank adds one part of it."""
+        call = _call("all_reduce", num_bytes)
+        buffers = self._rounds.begin(x.dtype)[:, : len(x)]
+        buffers[self.rank].copy_(x)
+        self._rounds.publish(call)
+        self._rounds.receive_all()
+        width = math.ceil(len(x) / self.size)
+        addends = buffers[:, self.rank * width : (self.rank + 1) * width]
+        sums = self._rounds.begin(x.dtype)
+        _add(addends, sums[self.rank, : addends.shape[1]])
+        self._rounds.publish(call)
+        self._rounds.receive_all()
+        for total, part in zip(sums, x.split(width), strict=False):
+            part.copy_(total[: len(part)])
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        with self._mark:
+            self._prepare("all_gather", x, self.size - 1)
+            gathered = x.new_empty((self.size, *x.shape))
+            rows = gathered.view(self.size, -1)
+            for start, part in _parts(x.reshape(-1), BUFFER_BYTES // x.itemsize):
+                buffers = self._rounds.begin(x.dtype)[:, : len(part)]
+                buffers[self.rank].copy_(part)
+                self._rounds.publish(_call("all_gather", x.nbytes))
+                self._rounds.receive_all()
+                rows[:, start : start + len(part)].copy_(buffers)
+            return gathered
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        with self._mark:
+            self._prepare("reduce_scatter", x, 1 - 1 / self.size)
+            total = x.new_empty((len(x) // self.size, *x.shape[1:]))
+            flat = total.view(-1)
+            for start, parts in self._swap("reduce_scatter", x):
+                _add(parts, flat[start : start + parts.shape[1]])
+            return total
+
+    def all_to_all(self, x: Tensor) -> Tensor:
+        with self._mark:
+            self._prepare("all_to_all", x, 1 - 1 / self.size)
+            received = x.new_empty(x.shape)
+            rows = received.view(self.size, -1)
+            for start, parts in self._swap("all_to_all", x):
+                rows[:, start : start + parts.shape[1]].copy_(parts)
+            return received
+
+    def _swap(self, operation: str, x: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Exchange `size` equal parts of `x`.
+
+        Yields:
+            index of an element of a part, and [size, n] elements from there, one row of each rank.
+        """
+        for start, part in _parts(x.reshape(self.size, -1), self._rounds.lane_len(x.dtype)):
+            lanes = self._rounds.begin_lanes(x.dtype)[:, :, : part.shape[1]]
+            lanes[self.rank].copy_(part)
+            self._rounds.publish(_call(operation, x.nbytes))
+            self._rounds.receive_all()
+            yield start, lanes[:, self.rank]
+
+    def start_exchange(self, x: Tensor, send: list[int], receive: list[int], name: str) -> Pending:
+        assert len(x) == sum(send) and send[self.rank] == receive[self.rank], f"{send=} {receive=}"
+        with self._mark:
+            self._prepare(name, x, 1 - send[self.rank] / max(1, len(x)))
+            received = x.new_empty((sum(receive), *x.shape[1:]))
+            started = _StartedExchange(self._rounds, x, send, received, receive)
+            self._started = started
+        return Pending(received, x.device, started.finish, x, self._mark)
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        with self._mark:
+            self._prepare("broadcast", x, self.size - 1 if self.rank == 0 else 0)
+            x = x.contiguous()
+            for _, part in _parts(x.view(-1), BUFFER_BYTES // x.itemsize):
+                buffer = self._rounds.begin(x.dtype)[0, : len(part)]
+                if self.rank == 0:
+                    buffer.copy_(part)
+                self._rounds.publish(_call("broadcast", x.nbytes))
+                if self.rank:
+                    self._rounds.receive(0)
+                    part.copy_(buffer)
+            return x
+
+
+class _StartedExchange:
+    """An all-to-all of uneven parts, of which the first round has been published.
+
+    Its rounds end before the group's next exchange begins, even if `Pending.wait` is called later.
+    """
+
+    def __init__(
+        self, rounds: Rounds, x: Tensor, send: list[int], received: Tensor, receive: list[int]
+    ) -> None:
+        row_len = math.prod(x.shape[1:])
+        self._rounds = rounds
+        self._sent = x.reshape(-1).split([count * row_len for count in send])
+        self._received = received.view(-1).split([count * row_len for count in receive])
+        self._received[rounds.rank].copy_(self._sent[rounds.rank])
+        self._others = [rank for rank in range(rounds.size) if rank != rounds.rank]
+        self._call = _call("uneven", row_len * x.itemsize)
+        self._longest = max(len(part) for part in self._sent)
+        self._is_finished = False
+        self._lanes = self._publish(0)
+
+    def _publish(self, start: int) -> Tensor:
+        """Publish elements of all parts from `start` on; return the round's lanes."""
+        dtype = self._received[0].dtype
+        lanes = self._rounds.begin_lanes(dtype)
+        for other in self._others:
+            part = self._sent[other][start : start + self._rounds.lane_len(dtype)]
+            lanes[self._rounds.rank, other, : len(part)].copy_(part)
+        self._rounds.publish(self._call, self._longest)
+        return lanes
+
+    def finish(self) -> None:
+        """Receive all parts. A second call does nothing."""
+        if self._is_finished:
+            return
+        self._is_finished = True
+        longest = max(self._longest, self._rounds.receive_all())
+        self._take(0)
+        for start in range(self._lanes.shape[2], longest, self._lanes.shape[2]):
+            self._lanes = self._publish(start)
+            self._rounds.receive_all()
+            self._take(start)
+
+    def _take(self, start: int) -> None:
+        """Copy the elements of a round from the lanes."""
+        for other in self._others:
+            part = self._received[other][start : start + self._lanes.shape[2]]
+            part.copy_(self._lanes[other, self._rounds.rank, : len(part)])
+
+
+def _call(operation: str, num_bytes: int) -> int:
+    """Return a number for an exchange, by which a rank in another one is detected."""
+    return num_bytes * len(_OPERATIONS) + _OPERATIONS.index(operation)
+
+
+def _parts(x: Tensor, length: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield parts of `x` along its last dim, with the index of the first element; at least one."""
+    for start in range(0, max(1, x.shape[-1]), length):
+        yield start, x[..., start : start + length]
+
+
+def _add(parts: Tensor, total: Tensor) -> None:
+    """Write the sum of [size, n] over the ranks, in their order, to [n]."""
+    first, second, *others = parts.unbind()
+    torch.add(first, second, out=total)
+    for other in others:
+        total.add_(other)

@@ -1,0 +1,107 @@
+"""Rounds of exchanges through a `SharedSegment`.
+
+In a round every rank writes into a buffer of its own, publishes it, waits until the others have
+published theirs, and reads them. A rank that publishes a round has read all buffers of the round
+before. With two buffers in turns, a rank may therefore overwrite one as soon as all others have
+published the round after it: a round takes one synchronization.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dsv3.distributed.shared_segment import BUFFER_BYTES, SharedSegment
+from dsv3.errors import RankError
+
+# Attempts, of about 0.2 us each, before a waiting rank sleeps.
+_NUM_SPINS = 200
+
+
+class Rounds:
+    """One rank's side of the rounds.
+
+    Args:
+        segment: mapped by all ranks of the group.
+        ranks: the group's ranks in the world, in order.
+        rank: of this process in the group.
+        is_crowded: the host has fewer cores than ranks; a waiting rank sleeps at once.
+    """
+
+    def __init__(
+        self, segment: SharedSegment, ranks: Sequence[int], rank: int, is_crowded: bool
+    ) -> None:
+        self.rank = rank
+        self.size = len(ranks)
+        self._ranks = ranks
+        self._others = [other for other in range(self.size) if other != rank]
+        self._segment = segment
+        self._num_spins = 0 if is_crowded else _NUM_SPINS
+        self._buffers: dict[torch.dtype, Sequence[Tensor]] = {}
+        self._lanes: dict[torch.dtype, Sequence[Tensor]] = {}
+        self._num_published = 0
+        self._num_seen = [0] * self.size  # rounds of each rank that this one has waited for
+
+    def begin(self, dtype: torch.dtype) -> Tensor:
+        """Return [size, n] the buffers of the next round, when this rank may write its own."""
+        self._wait_for_last()
+        if dtype not in self._buffers:
+            self._buffers[dtype] = self._segment.buffers.view(dtype).unbind(1)
+        return self._buffers[dtype][self._num_published % 2]
+
+    def begin_lanes(self, dtype: torch.dtype) -> Tensor:
+        """Return [size, size, n] buffers as `begin`, divided into lanes, one for each receiver."""
+        self._wait_for_last()
+        if dtype not in self._lanes:
+            length = self.lane_len(dtype)
+            buffers = self._segment.buffers.view(dtype)[:, :, : self.size * length]
+            self._lanes[dtype] = buffers.unflatten(2, (self.size, length)).unbind(1)
+        return self._lanes[dtype][self._num_published % 2]
+
+    def lane_len(self, dtype: torch.dtype) -> int:
+        """Return the elements of a lane."""
+        return BUFFER_BYTES // self.size // dtype.itemsize
+
+    def publish(self, call: int, longest: int = 0) -> None:
+        """Publish this rank's buffer.
+
+        Args:
+            call: a number for the exchange, the same on all ranks.
+            longest: the elements of this rank's longest part, in an uneven exchange.
+        """
+        record = self._segment.records[self.rank][self._num_published % 2]
+        record[0] = call
+        record[1] = longest
+        self._num_published += 1
+        self._segment.post()
+
+    def receive(self, other: int) -> int:
+        """Wait until another rank has published this round; return its longest part.
+
+        Raises:
+            RankError: it is in another exchange.
+        """
+        self._wait_for(other)
+        half = (self._num_published - 1) % 2
+        mine = self._segment.records[self.rank][half]
+        theirs = self._segment.records[other][half]
+        if mine[0] != theirs[0]:
+            raise RankError(
+                f"rank {self._ranks[self.rank]} is in another exchange than rank "
+                f"{self._ranks[other]}: all ranks must make the same calls"
+            )
+        return theirs[1]
+
+    def receive_all(self) -> int:
+        """Wait until all ranks have published this round; return the others' longest part."""
+        return max(self.receive(other) for other in self._others)
+
+    def _wait_for_last(self) -> None:
+        """Wait until all ranks have published the last round, and so read the one before."""
+        for other in self._others:
+            self._wait_for(other)
+
+    def _wait_for(self, other: int) -> None:
+        while self._num_seen[other] < self._num_published:
+            self._segment.wait(other, self._num_spins)
+            self._num_seen[other] += 1
