@@ -71,7 +71,9 @@ class Pending:
 
 
 class Collectives(ABC):
-    """Exchanges among the `size` ranks of one group. All ranks must make the same calls in order.
+    """Exchanges among the `size` ranks of one group.
+
+    All ranks must make the same calls in the same order, `Pending.wait` included.
 
     Attributes:
         rank: this rank's index in the group.
