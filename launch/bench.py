@@ -1,4 +1,4 @@
-"""Benchmarks: throughput, dialogues, host time, the prefix cache, kernels, layouts, experts.
+"""Benchmarks: throughput, dialogues, host time, the prefix cache, kernels, layouts, exchanges.
 
     torchrun --nproc-per-node 2 launch/bench.py throughput --requests 64
     python launch/bench.py throughput --requests 64 --threads 1 --peer transformers
@@ -11,6 +11,7 @@
     python launch/bench.py balance --load FILE --ranks 8 --redundant-experts 8 --save PLACEMENT
     python launch/bench.py cache TRACE --capacity 3000 10000
     torchrun --nproc-per-node 8 launch/bench.py dispatch --config v3-671b --inner 32 --dp 8
+    torchrun --nproc-per-node 2 launch/bench.py exchange
 
 Without --ckpt-path: the demo model.
 """
@@ -32,6 +33,7 @@ from benchlib.bound import Profile
 from benchlib.contest import Contender, EngineContender
 from benchlib.dialogue import Dialogue, dialogue
 from benchlib.dispatch import dispatch_time
+from benchlib.exchange import exchange_time
 from benchlib.flags import at_least
 from benchlib.host import host_time
 from benchlib.launches import launch_time
@@ -95,6 +97,7 @@ def parse_args() -> argparse.Namespace:
 
     add_model_benchmarks(add)
     add_dispatch_benchmark(add)
+    add_exchange_benchmark(add)
     add_cache_benchmark(add)
     for name, (_, text) in STANDALONE.items():
         commands.add_parser(name, help=text)
@@ -162,6 +165,20 @@ def add_dispatch_benchmark(add: AddBenchmark) -> None:
     )
     moe.add_argument("--dp", type=int, default=1, help="data-parallel groups")
     moe.add_argument("--repeats", type=at_least(1), default=9, help="timed runs of each variant")
+
+
+def add_exchange_benchmark(add: AddBenchmark) -> None:
+    """Add the benchmark of the exchanges between ranks."""
+    command = add("exchange", run_exchange, "latency and bandwidth of the exchanges between ranks")
+    command.add_argument(
+        "--bytes",
+        type=at_least(1),
+        nargs="+",
+        default=[1 << 10, 16 << 10, 256 << 10, 4 << 20],
+        help="sizes of the whole tensor",
+    )
+    command.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    command.add_argument("--repeats", type=at_least(1), default=9, help="timed runs of each")
 
 
 def add_cache_benchmark(add: AddBenchmark) -> None:
@@ -277,6 +294,17 @@ def run_dispatch(args: argparse.Namespace) -> Report | None:
         mesh.layout.check(config)
         report = dispatch_time(mesh, config, getattr(torch, args.dtype), args.tokens, args.repeats)
         report.setting |= {"config": args.config or "demo", "ranks": mesh.layout.world_size}
+        return report if mesh.layout.rank == 0 else None
+
+
+def run_exchange(args: argparse.Namespace) -> Report | None:
+    """Time the exchanges of all ranks; rank 0 returns the report."""
+    with join_world(args.device, name=flag) as mesh:
+        if mesh.world.size == 1:
+            raise ConfigError("exchange needs several ranks: torchrun --nproc-per-node 2 ...")
+        tune_process(mesh)
+        report = exchange_time(mesh, args.bytes, args.repeats)
+        report.setting = {"ranks": mesh.layout.world_size}
         return report if mesh.layout.rank == 0 else None
 
 

@@ -1,0 +1,111 @@
+"""Ranks that are killed or stopped at random moments within exchanges, in memory and over Gloo."""
+
+import multiprocessing
+import os
+import random
+import re
+import signal
+import time
+from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Event
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsv3.distributed.mesh import join_world
+from tests.faults.test_ranks import free_port
+from tests.programs import HANG_SECONDS
+
+TIMEOUT = 3.0  # seconds, the shortest --rank-timeout
+SHM = Path("/dev/shm")
+
+
+def exchange_for_ever(
+    rank: int, size: int, port: int, cpu_exchange: str, has_begun: list[Event], log: str
+) -> None:
+    """Run exchanges of all kinds and sizes, the same ones on all ranks."""
+    variables = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    os.environ["MASTER_ADDR"] = "localhost"
+    os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666), 2)
+    torch.set_num_threads(1)
+    rng = random.Random(port)
+    with join_world("cpu", rank_timeout=TIMEOUT, cpu_exchange=cpu_exchange) as mesh:
+        world = mesh.world
+        with mesh.watchdog.step():
+            while True:
+                x = torch.ones(size, rng.choice([1, 100, 10_000, 300_000]))
+                operation = rng.choice(["all_reduce", "all_gather", "all_to_all", "broadcast"])
+                pending = world.start_exchange(x, [1] * size, [1] * size, "exchange")
+                getattr(world, operation)(x)
+                pending.wait()
+                has_begun[rank].set()
+
+
+class World:
+    """Ranks that exchange without end, forked from a process that has imported everything."""
+
+    def __init__(self, size: int, cpu_exchange: str, log: Path) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.faults.test_exchanges"])
+        has_begun = [context.Event() for _ in range(size)]
+        port = free_port()
+        self.log = log
+        self.ranks: list[BaseProcess] = [
+            context.Process(
+                target=exchange_for_ever,
+                args=(rank, size, port, cpu_exchange, has_begun, str(log)),
+                daemon=True,
+            )
+            for rank in range(size)
+        ]
+        for process in self.ranks:
+            process.start()
+        assert all(each.wait(HANG_SECONDS) for each in has_begun), log.read_text()
+
+    def end(self) -> list[int | None]:
+        """Wait until all ranks have ended; return their exit codes."""
+        deadline = time.monotonic() + HANG_SECONDS
+        for process in self.ranks:
+            process.join(max(0.0, deadline - time.monotonic()))
+        codes = [process.exitcode for process in self.ranks]
+        for process in self.ranks:
+            process.kill()
+        return codes
+
+
+def disturb(size: int, cpu_exchange: str, log: Path, rng: random.Random) -> None:
+    """Kill or stop a rank at a random moment; all ranks must end, and name it."""
+    world = World(size, cpu_exchange, log)
+    rank, number = rng.randrange(size), rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP])
+    time.sleep(rng.uniform(0, 0.05))
+    os.kill(world.ranks[rank].pid or 0, number)
+    codes = world.end()
+    others = codes[:rank] + codes[rank + 1 :]
+    assert others == [3] * (size - 1), (codes, log.read_text())
+    assert codes[rank] == -signal.SIGKILL if number == signal.SIGKILL else codes[rank] is not None
+    errors = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
+    # A stopped rank ends when the first of the others has found that it is silent.
+    reason = "has died during" if number == signal.SIGKILL else "(has died during|is not heard of)"
+    # Rank 0 reports it, and one other rank, in case rank 0 cannot.
+    assert errors and all(re.search(f"rank {rank} on .* {reason}", line) for line in errors)
+
+
+def disturb_many(times: int, size: int, cpu_exchange: str, folder: Path) -> None:
+    before = set(SHM.iterdir())
+    rng = random.Random(size)
+    for number in range(times):
+        disturb(size, cpu_exchange, folder / f"{number}.log", rng)
+    left = {path for path in set(SHM.iterdir()) - before if not path.name.startswith("sem.mp-")}
+    assert not left
+
+
+@pytest.mark.parametrize(("size", "cpu_exchange"), [(2, "memory"), (4, "memory"), (3, "gloo")])
+def test_a_killed_or_stopped_rank_ends_all(size: int, cpu_exchange: str, tmp_path: Path) -> None:
+    disturb_many(4, size, cpu_exchange, tmp_path)
+
+
+@pytest.mark.slow
+def test_fifty_kills_leave_nothing(tmp_path: Path) -> None:
+    disturb_many(50, 2, "memory", tmp_path)
