@@ -182,6 +182,9 @@ class ProcessGroup(Collectives):
         group: the ranks.
         via_host: exchange through host memory, for several ranks that share one GPU: they use Gloo,
             which has no all-to-all of CUDA tensors.
+
+    Attributes:
+        backend: "nccl" or "gloo".
     """
 
     def __init__(self, group: dist.ProcessGroup, via_host: bool = False) -> None:
@@ -190,7 +193,8 @@ class ProcessGroup(Collectives):
         self.size = dist.get_world_size(group)
         self._via_host = via_host
         self.sent: Counter[str] = Counter()
-        self.is_capturable = dist.get_backend(group) == "nccl"
+        self.backend = str(dist.get_backend(group))
+        self.is_capturable = self.backend == "nccl"
         self._mark = ExchangeMark()
 
     @property
@@ -262,3 +266,9 @@ class ProcessGroup(Collectives):
             sent = self._prepare("broadcast", x, self.size - 1 if self.rank == 0 else 0)
             dist.broadcast(sent, group=self.group, group_src=0)
             return sent.to(x.device)
+
+
+def library_group() -> ProcessGroup:
+    """Return all ranks, as torch.distributed connects them, beside a faster form of the mesh."""
+    assert dist.group.WORLD is not None
+    return ProcessGroup(dist.group.WORLD)

@@ -8,12 +8,12 @@ from functools import partial
 from statistics import median
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from benchlib.report import Report, Row
-from dsv3.distributed.collectives import Collectives, OneShotGroup, ProcessGroup
+from dsv3.distributed.collectives import Collectives, library_group
 from dsv3.distributed.mesh import Mesh
+from dsv3.distributed.one_shot_group import OneShotGroup
 from dsv3.distributed.shared_memory import MemoryGroup
 
 log = logging.getLogger("dsv3")
@@ -54,9 +54,8 @@ def exchange_time(mesh: Mesh, sizes: Sequence[int], repeats: int) -> Report:
         sizes: bytes of the whole tensor: of the operand, or of the result of an all-gather.
         repeats: timed runs of each; forms take turns, and the report has their medians.
     """
-    assert dist.group.WORLD is not None
-    usual = ProcessGroup(dist.group.WORLD)
-    groups: dict[str, Collectives] = {str(dist.get_backend()): usual}
+    library = library_group()
+    groups: dict[str, Collectives] = {library.backend: library}
     if type(mesh.world) in _NAMES:
         groups = {_NAMES[type(mesh.world)]: mesh.world} | groups
     report = Report("exchange", x_label="bytes", y_label="us")
@@ -73,7 +72,7 @@ def exchange_time(mesh: Mesh, sizes: Sequence[int], repeats: int) -> Report:
         "us: of a call, on the slowest rank; GB/s: bytes that the busiest rank had to send, in "
         "that time; CPU us: mean of the ranks"
     )
-    usual.close()
+    library.close()
     return report
 
 
