@@ -14,8 +14,8 @@ from torch import Tensor
 from dsv3.distributed.shared_segment import BUFFER_BYTES, SharedSegment
 from dsv3.errors import RankError
 
-# Attempts, of about 0.2 us each, before a waiting rank sleeps: in the midst of a step the others are
-# seldom later, and waking up takes longer. Yielding the processor instead gained nothing.
+# Attempts, of about 0.2 us each, before a waiting rank sleeps: in the midst of a step the others
+# are seldom later, and waking up takes longer. Yielding the processor instead gained nothing.
 _NUM_SPINS = 2000
 
 
