@@ -47,8 +47,8 @@ def connect_cpu(
     except OSError as error:
         if cpu_exchange == "memory":
             refusal = ConfigError(
-                f"the ranks of a host cannot share memory ({error.strerror}); leave out "
-                "cpu_exchange=memory to exchange over Gloo"
+                f"the ranks of a host cannot share memory ({error.strerror}), as the CPU exchange "
+                "`memory` requires; use auto or gloo"
             )
             refusal.seen_by_all_ranks = len(ranks) == len(host_of_rank)
             refusal.reported_by_rank0 = refusal.seen_by_all_ranks and dist.get_rank() != 0

@@ -4,8 +4,11 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import signal
+import subprocess
 import time
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -13,40 +16,61 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsv3.distributed.mesh import join_world
+from dsv3.distributed.mesh import Mesh, join_world
 from tests.faults.test_ranks import free_port
-from tests.programs import HANG_SECONDS
+from tests.programs import GENERATE, HANG_SECONDS, our_lines, run, torchrun
 
 TIMEOUT = 3.0  # seconds, the shortest --rank-timeout
 SHM = Path("/dev/shm")
 
 
-def exchange_for_ever(
-    rank: int, size: int, port: int, cpu_exchange: str, has_begun: list[Event], log: str
-) -> None:
+Run = Callable[[Mesh, random.Random, Event], None]
+
+
+def exchange_for_ever(mesh: Mesh, rng: random.Random, has_begun: Event) -> None:
     """Run exchanges of all kinds and sizes, the same ones on all ranks."""
+    world, size = mesh.world, mesh.world.size
+    with mesh.watchdog.step():
+        while True:
+            x = torch.ones(size, rng.choice([1, 100, 10_000, 300_000]))
+            operation = rng.choice(["all_reduce", "all_gather", "all_to_all", "broadcast"])
+            pending = world.start_exchange(x, [1] * size, [1] * size, "exchange")
+            getattr(world, operation)(x)
+            pending.wait()
+            has_begun.set()
+
+
+def wait_for_rank_0(mesh: Mesh, rng: random.Random, has_begun: Event) -> None:
+    """Wait as the ranks of a chat do whose user types nothing."""
+    mesh.world.all_reduce(torch.ones(1))
+    has_begun.set()
+    if mesh.world.rank == 0:
+        time.sleep(HANG_SECONDS)
+    mesh.world.broadcast(torch.ones(1))
+
+
+def rank_main(
+    main: Run,
+    rank: int,
+    size: int,
+    port: int,
+    cpu_exchange: str,
+    has_begun: list[Event],
+    log: str,
+) -> None:
     variables = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in variables.items()})
     os.environ["MASTER_ADDR"] = "localhost"
     os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666), 2)
     torch.set_num_threads(1)
-    rng = random.Random(port)
     with join_world("cpu", rank_timeout=TIMEOUT, cpu_exchange=cpu_exchange) as mesh:
-        world = mesh.world
-        with mesh.watchdog.step():
-            while True:
-                x = torch.ones(size, rng.choice([1, 100, 10_000, 300_000]))
-                operation = rng.choice(["all_reduce", "all_gather", "all_to_all", "broadcast"])
-                pending = world.start_exchange(x, [1] * size, [1] * size, "exchange")
-                getattr(world, operation)(x)
-                pending.wait()
-                has_begun[rank].set()
+        main(mesh, random.Random(port), has_begun[rank])
 
 
 class World:
-    """Ranks that exchange without end, forked from a process that has imported everything."""
+    """Ranks that run a function, forked from a process that has imported everything."""
 
-    def __init__(self, size: int, cpu_exchange: str, log: Path) -> None:
+    def __init__(self, main: Run, size: int, cpu_exchange: str, log: Path) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tests.faults.test_exchanges"])
         has_begun = [context.Event() for _ in range(size)]
@@ -54,8 +78,8 @@ class World:
         self.log = log
         self.ranks: list[BaseProcess] = [
             context.Process(
-                target=exchange_for_ever,
-                args=(rank, size, port, cpu_exchange, has_begun, str(log)),
+                target=rank_main,
+                args=(main, rank, size, port, cpu_exchange, has_begun, str(log)),
                 daemon=True,
             )
             for rank in range(size)
@@ -70,14 +94,18 @@ class World:
         for process in self.ranks:
             process.join(max(0.0, deadline - time.monotonic()))
         codes = [process.exitcode for process in self.ranks]
+        self.kill()
+        return codes
+
+    def kill(self) -> None:
         for process in self.ranks:
             process.kill()
-        return codes
+            process.join()
 
 
 def disturb(size: int, cpu_exchange: str, log: Path, rng: random.Random) -> None:
     """Kill or stop a rank at a random moment; all ranks must end, and name it."""
-    world = World(size, cpu_exchange, log)
+    world = World(exchange_for_ever, size, cpu_exchange, log)
     rank, number = rng.randrange(size), rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP])
     time.sleep(rng.uniform(0, 0.05))
     os.kill(world.ranks[rank].pid or 0, number)
@@ -109,3 +137,47 @@ def test_a_killed_or_stopped_rank_ends_all(size: int, cpu_exchange: str, tmp_pat
 @pytest.mark.slow
 def test_fifty_kills_leave_nothing(tmp_path: Path) -> None:
     disturb_many(50, 2, "memory", tmp_path)
+
+
+def cpu_seconds(process: BaseProcess) -> float:
+    """Return the CPU time of a process so far."""
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.mark.parametrize("size", [2, 8])
+def test_waiting_ranks_use_no_processor(size: int, tmp_path: Path) -> None:
+    world = World(wait_for_rank_0, size, "memory", tmp_path / "log")
+    try:
+        time.sleep(1)  # the last ones may just have begun
+        before = sum(map(cpu_seconds, world.ranks))
+        time.sleep(2)
+        assert sum(map(cpu_seconds, world.ranks)) - before < 0.05 * size
+    finally:
+        world.kill()
+
+
+def limited(*flags: str) -> "subprocess.CompletedProcess[str]":
+    """Answer on two ranks that cannot have shared memory: files may not be longer than 4000."""
+    return run(
+        [*torchrun(2), GENERATE, "--prompt", "Hello", "--max-new-tokens", "3", *flags],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000)),
+    )
+
+
+def test_without_shared_memory_all_ranks_use_gloo() -> None:
+    usual = run([*torchrun(2), GENERATE, "--prompt", "Hello", "--max-new-tokens", "3"])
+    done = limited()
+    assert done.returncode == usual.returncode == 0, done.stderr
+    assert done.stdout == usual.stdout != ""
+    lines = [line for line in our_lines(done.stderr) if "Gloo" in line]
+    slow = "the ranks exchange over Gloo, which is slower: they cannot share memory"
+    assert lines == [f"{slow} (File too large)"]
+    assert "Gloo" not in usual.stderr
+
+    refused = limited("--cpu-exchange", "memory")
+    assert refused.returncode == 1 and "exitcode  : 2" in refused.stderr
+    assert [line for line in our_lines(refused.stderr) if "share memory" in line] == [
+        "error: the ranks of a host cannot share memory (File too large), as the CPU exchange "
+        "`memory` requires; use auto or gloo"
+    ]

@@ -87,8 +87,10 @@ def kill_after(rows: int, command: list[str], out: Path, rank: int) -> None:
         end(process)
 
 
-def test_a_job_killed_twice_has_every_row_once(job: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("cpu_exchange", ["memory", "gloo"])
+def test_a_job_killed_twice_has_every_row_once(tmp_path: Path, cpu_exchange: str) -> None:
     out = tmp_path / "out.jsonl"
+    job = [GENERATE, "--cpu-exchange", cpu_exchange, *write_job(tmp_path)]
     kill_after(1, [*torchrun(2), *job], out, rank=1)
     before = whole_lines(out)
     out.write_bytes(out.read_bytes()[:-7])  # torn, as by a power cut

@@ -92,7 +92,8 @@ def wait_for(stderr: Path, words: str) -> None:
         time.sleep(0.05)
 
 
-def test_a_faulty_rank_is_named_once(tmp_path: Path, jobs: Jobs) -> None:
+@pytest.mark.parametrize("cpu_exchange", ["memory", "gloo"])
+def test_a_faulty_rank_is_named_once(tmp_path: Path, jobs: Jobs, cpu_exchange: str) -> None:
     rng = random.Random(7)
     started = []
     for fault, rank in FAULTS:
@@ -102,6 +103,7 @@ def test_a_faulty_rank_is_named_once(tmp_path: Path, jobs: Jobs) -> None:
         command += [BAD_RANK, fault, str(rank), str(rng.randrange(2, 16))]
         command += [*write_job(folder), str(folder / "out.jsonl")]
         command += ["--rank-timeout", "6", "--check-every", "4", "--log-dir", str(folder)]
+        command += ["--cpu-exchange", cpu_exchange]
         process = jobs.start(*command, stderr=folder / "stderr")
         started.append((fault, folder, FAULTS[fault, rank], process))
     for fault, folder, wanted, process in started:
