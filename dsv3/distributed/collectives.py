@@ -1,7 +1,8 @@
 """Exchanges with other ranks: layers get a `Collectives` and never call `torch.distributed`.
 
 `ProcessGroup` exchanges over a torch.distributed group, `OneShotGroup` (`one_shot_group.py`) also
-through memory that GPUs share; `SingleRank` is a group of one rank, without exchanges.
+through memory that GPUs share, `MemoryGroup` (`shared_memory.py`) through host memory that ranks of
+one host share; `SingleRank` is a group of one rank, without exchanges.
 """
 
 from abc import ABC, abstractmethod
