@@ -6,6 +6,7 @@ Sums are added in rank order, so that all ranks get the same bits.
 import math
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -36,22 +37,27 @@ class MemoryGroup(Collectives):
     def in_exchange(self) -> bool:
         return self._mark.is_active
 
-    def _prepare(self, operation: str, x: Tensor, parts: float) -> None:
-        """Count an exchange that sends `parts` times the bytes of `x`, and finish the last one."""
-        self.sent[operation] += round(parts * x.nbytes)
-        self.num_calls += 1
-        if self._started is not None:
-            self._started.finish()
-            self._started = None
+    @contextmanager
+    def _exchange(self, operation: str, x: Tensor, parts: float) -> Iterator[None]:
+        """Count an exchange that sends `parts` times the bytes of `x`, and finish the last one.
+
+        In inference mode, so that results can be written whether the caller is in it or not.
+        """
+        with self._mark, torch.inference_mode():
+            self.sent[operation] += round(parts * x.nbytes)
+            self.num_calls += 1
+            if self._started is not None:
+                self._started.finish()
+                self._started = None
+            yield
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        with self._mark:
-            self._prepare("all_reduce", x, 2 - 2 / self.size)
-            x = x.contiguous()
+        x = x.contiguous()
+        with self._exchange("all_reduce", x, 2 - 2 / self.size):
             is_split = self.size > 2 and x.nbytes >= _SPLIT_BYTES
             for _, part in _parts(x.view(-1), BUFFER_BYTES // x.itemsize):
                 self._sum_parts(part, x.nbytes) if is_split else self._sum(part, x.nbytes)
-            return x
+        return x
 
     def _sum(self, x: Tensor, num_bytes: int) -> None:
         """Replace [n] by its sum over ranks; every rank adds all of it."""
@@ -78,9 +84,8 @@ class MemoryGroup(Collectives):
             part.copy_(total[: len(part)])
 
     def all_gather(self, x: Tensor) -> Tensor:
-        with self._mark:
-            self._prepare("all_gather", x, self.size - 1)
-            gathered = x.new_empty((self.size, *x.shape))
+        gathered = x.new_empty((self.size, *x.shape))
+        with self._exchange("all_gather", x, self.size - 1):
             rows = gathered.view(self.size, -1)
             for start, part in _parts(x.reshape(-1), BUFFER_BYTES // x.itemsize):
                 buffers = self._rounds.begin(x.dtype)[:, : len(part)]
@@ -88,25 +93,23 @@ class MemoryGroup(Collectives):
                 self._rounds.publish(_call("all_gather", x.nbytes))
                 self._rounds.receive_all()
                 rows[:, start : start + len(part)].copy_(buffers)
-            return gathered
+        return gathered
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
-        with self._mark:
-            self._prepare("reduce_scatter", x, 1 - 1 / self.size)
-            total = x.new_empty((len(x) // self.size, *x.shape[1:]))
+        total = x.new_empty((len(x) // self.size, *x.shape[1:]))
+        with self._exchange("reduce_scatter", x, 1 - 1 / self.size):
             flat = total.view(-1)
             for start, parts in self._swap("reduce_scatter", x):
                 _add(parts, flat[start : start + parts.shape[1]])
-            return total
+        return total
 
     def all_to_all(self, x: Tensor) -> Tensor:
-        with self._mark:
-            self._prepare("all_to_all", x, 1 - 1 / self.size)
-            received = x.new_empty(x.shape)
+        received = x.new_empty(x.shape)
+        with self._exchange("all_to_all", x, 1 - 1 / self.size):
             rows = received.view(self.size, -1)
             for start, parts in self._swap("all_to_all", x):
                 rows[:, start : start + parts.shape[1]].copy_(parts)
-            return received
+        return received
 
     def _swap(self, operation: str, x: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Exchange `size` equal parts of `x`.
@@ -123,17 +126,15 @@ class MemoryGroup(Collectives):
 
     def start_exchange(self, x: Tensor, send: list[int], receive: list[int], name: str) -> Pending:
         assert len(x) == sum(send) and send[self.rank] == receive[self.rank], f"{send=} {receive=}"
-        with self._mark:
-            self._prepare(name, x, 1 - send[self.rank] / max(1, len(x)))
-            received = x.new_empty((sum(receive), *x.shape[1:]))
+        received = x.new_empty((sum(receive), *x.shape[1:]))
+        with self._exchange(name, x, 1 - send[self.rank] / max(1, len(x))):
             started = _StartedExchange(self._rounds, x, send, received, receive)
             self._started = started
         return Pending(received, x.device, started.finish, x, self._mark)
 
     def broadcast(self, x: Tensor) -> Tensor:
-        with self._mark:
-            self._prepare("broadcast", x, self.size - 1 if self.rank == 0 else 0)
-            x = x.contiguous()
+        x = x.contiguous()
+        with self._exchange("broadcast", x, self.size - 1 if self.rank == 0 else 0):
             for _, part in _parts(x.view(-1), BUFFER_BYTES // x.itemsize):
                 buffer = self._rounds.begin(x.dtype)[0, : len(part)]
                 if self.rank == 0:
@@ -142,7 +143,7 @@ class MemoryGroup(Collectives):
                 if self.rank:
                     self._rounds.receive(0)
                     part.copy_(buffer)
-            return x
+        return x
 
 
 class _StartedExchange:
@@ -175,6 +176,7 @@ class _StartedExchange:
         self._rounds.publish(self._call, self._longest)
         return lanes
 
+    @torch.inference_mode()
     def finish(self) -> None:
         """Receive all parts. A second call does nothing."""
         if self._is_finished:

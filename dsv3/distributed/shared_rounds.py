@@ -20,7 +20,7 @@ _NUM_SPINS = 2000
 
 
 class Rounds:
-    """One rank's side of the rounds.
+    """One rank's side of the rounds. All calls are made in inference mode.
 
     Args:
         segment: mapped by all ranks of the group.

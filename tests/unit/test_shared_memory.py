@@ -209,6 +209,29 @@ def test_views_are_exchanged_in_their_own_order() -> None:
     assert_bitwise_equal("all to all", got[1], torch.cat([part[2:] for part in x]))
 
 
+@pytest.mark.parametrize("is_first_inside", [True, False])
+def test_inference_mode_may_change_between_calls(is_first_inside: bool) -> None:
+    """The buffers and the tensors may come from inside or outside of it."""
+    groups = make_groups(2)
+
+    def run(group: MemoryGroup) -> list[Tensor]:
+        results = []
+        for is_inside in (is_first_inside, not is_first_inside):
+            with torch.inference_mode(is_inside):
+                mine = torch.full((3,), 1.0 + group.rank)
+            for is_call_inside in (True, False):
+                with torch.inference_mode(is_call_inside):
+                    results.append(group.all_reduce(mine))
+                    results.append(group.broadcast(mine))
+                    results.append(group.all_gather(mine)[0])
+                    pending = group.start_exchange(mine[:2], [1, 1], [1, 1], "exchange")
+                with torch.inference_mode(not is_call_inside):
+                    results.append(pending.wait()[:1].expand(3))
+        return results
+
+    assert all(bool((x == y).all()) for x, y in zip(*on_all(groups, run), strict=True))
+
+
 def test_bytes_and_calls_are_counted() -> None:
     groups = make_groups(4)
 
