@@ -14,10 +14,6 @@ from torch import Tensor
 from dsv3.distributed.shared_segment import BUFFER_BYTES, SharedSegment
 from dsv3.errors import RankError
 
-# Attempts, of about 0.2 us each, before a waiting rank sleeps: in the midst of a step the others
-# are seldom later, and waking up takes longer. Yielding the processor instead gained nothing.
-_NUM_SPINS = 2000
-
 
 class Rounds:
     """One rank's side of the rounds. All calls are made in inference mode.
@@ -37,7 +33,7 @@ class Rounds:
         self._ranks = ranks
         self._others = [other for other in range(self.size) if other != rank]
         self._segment = segment
-        self._num_spins = 0 if is_crowded else _NUM_SPINS
+        self._is_crowded = is_crowded
         self._buffers: dict[torch.dtype, Sequence[Tensor]] = {}
         self._lanes: dict[torch.dtype, Sequence[Tensor]] = {}
         self._num_published = 0
@@ -104,5 +100,5 @@ class Rounds:
 
     def _wait_for(self, other: int) -> None:
         while self._num_seen[other] < self._num_published:
-            self._segment.wait(other, self._num_spins)
+            self._segment.wait(other, self._is_crowded)
             self._num_seen[other] += 1

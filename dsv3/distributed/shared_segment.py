@@ -18,6 +18,10 @@ BUFFER_BYTES = 512 << 10
 RECORD_WORDS = 8
 _WORD_BYTES = 8
 _LINE_BYTES = 64  # of a cache line, and at least of a semaphore: no two share one
+# Attempts before a waiting rank sleeps, 0.4 ms: waking up takes long, above all where other programs
+# want the core. Not more, because a rank on the same core cannot run before this one sleeps:
+# `sched_yield` does not let it, since Linux schedules sessions, such as torchrun's ranks, as groups.
+_NUM_SPINS = 2000
 _FILE_NAME = "dsv3 exchange"  # in /proc/PID/maps
 
 
@@ -53,7 +57,6 @@ class SharedSegment:
     """
 
     def __init__(self, descriptor: int, rank: int, size: int) -> None:
-        self._rank = rank
         self._area_bytes = _area_bytes(size)
         # Reserved here: memory that turns out to be missing at the first write kills the process.
         # Each rank reserves its own area, so that it is on the rank's own NUMA node.
@@ -95,17 +98,18 @@ class SharedSegment:
         for semaphore in self._posted:
             self._sem_post(semaphore)
 
-    def wait(self, rank: int, num_spins: int) -> None:
+    def wait(self, rank: int, is_crowded: bool) -> None:
         """Wait for a `post` of another rank that was not waited for.
 
-        Without end if the rank has died: the watchdog ends this process then.
+        At first without sleeping, because in the midst of a step the other rank is seldom late.
+        Without end if it has died: the watchdog ends this process then.
 
         Args:
             rank: the other rank.
-            num_spins: attempts before this process sleeps.
+            is_crowded: sleep at once, because another rank needs the core.
         """
         semaphore = self._awaited[rank]
-        for _ in range(num_spins):
+        for _ in range(0 if is_crowded else _NUM_SPINS):
             if not self._sem_trywait(semaphore):
                 return
         while self._sem_wait(semaphore):  # interrupted by a signal; Python runs its handler now
