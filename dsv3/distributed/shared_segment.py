@@ -18,9 +18,9 @@ BUFFER_BYTES = 512 << 10
 RECORD_WORDS = 8
 _WORD_BYTES = 8
 _LINE_BYTES = 64  # of a cache line, and at least of a semaphore: no two share one
-# Attempts before a waiting rank sleeps, 0.4 ms: waking up takes long, above all where other programs
-# want the core. Not more, because a rank on the same core cannot run before this one sleeps:
-# `sched_yield` does not let it, since Linux schedules sessions, such as torchrun's ranks, as groups.
+# Attempts before a waiting rank sleeps, 0.4 ms: waking up takes long, above all where other
+# programs want the core. Not more, because a rank on the same core cannot run before this one
+# sleeps: `sched_yield` does not let it, since Linux schedules the ranks' sessions as groups.
 _NUM_SPINS = 2000
 _FILE_NAME = "dsv3 exchange"  # in /proc/PID/maps
 
