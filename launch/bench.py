@@ -299,7 +299,7 @@ def run_dispatch(args: argparse.Namespace) -> Report | None:
 
 def run_exchange(args: argparse.Namespace) -> Report | None:
     """Time the exchanges of all ranks; rank 0 returns the report."""
-    with join_world(args.device, name=flag) as mesh:
+    with join_ranks(args.device) as mesh:
         if mesh.world.size == 1:
             raise ConfigError("exchange needs several ranks: torchrun --nproc-per-node 2 ...")
         tune_process(mesh)

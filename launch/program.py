@@ -151,10 +151,19 @@ def join_ranks(
     rank_timeout: float = 60.0,
     settings: Mapping[str, str] | None = None,
     one_shot: bool = False,
+    cpu_exchange: str = "auto",
 ) -> AbstractContextManager[Mesh]:
     """Return `join_world` for a program: errors name flags, and signals end the job in order."""
     return join_world(
-        device, tp, dp, rank_timeout, settings, flag, one_shot=one_shot, around=end_at_signals
+        device,
+        tp,
+        dp,
+        rank_timeout,
+        settings,
+        flag,
+        one_shot=one_shot,
+        cpu_exchange=cpu_exchange,
+        around=end_at_signals,
     )
 
 

@@ -4,8 +4,11 @@ Weights are random with seeds made from their names, so that no weight has to be
 """
 
 import dataclasses
+import errno
+import os
 import zlib
 from functools import partial
+from itertools import product
 from types import SimpleNamespace
 from typing import Any, TypeVar, cast
 
@@ -15,13 +18,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from benchlib.exchange import OPERATIONS, exchange_time
 from dsv3.cache.layout import CacheLayout
 from dsv3.cache.pool import CachePool
 from dsv3.checkpoint.region import whole as region_of
 from dsv3.checkpoint.sharding import shard_region, tensor_specs
 from dsv3.config import ModelConfig
+from dsv3.distributed import cpu_exchange
 from dsv3.distributed.collective_errors import collective_errors
+from dsv3.distributed.collectives import ProcessGroup, library_group
+from dsv3.distributed.cpu_exchange import connect_cpu
 from dsv3.distributed.mesh import Mesh
+from dsv3.distributed.shared_memory import MemoryGroup
 from dsv3.engine.runner import BatchBuilder
 from dsv3.engine.sampler import Sampler
 from dsv3.engine.step_plan import NO_TARGET, NOT_FINITE, PlanChannel, StepPlan, pack_plans
@@ -103,7 +111,7 @@ def check_collectives(mesh: Mesh) -> None:
 
 def check_in_exchange(mesh: Mesh) -> None:
     """A group is marked as in an exchange during the exchange only."""
-    group = mesh.world
+    group = library_group()
     all_reduce = dist.all_reduce
     states: list[bool] = []
 
@@ -115,6 +123,42 @@ def check_in_exchange(mesh: Mesh) -> None:
         patch.setattr(dist, "all_reduce", recorded)
         group.all_reduce(torch.ones(1))
     assert states == [True] and not group.in_exchange
+    group.close()
+
+
+def check_refused_memory(mesh: Mesh) -> None:
+    """If one rank has no memory, all exchange over Gloo, or raise where memory is demanded."""
+    rank, size = mesh.world.rank, mesh.world.size
+    lines: list[str] = []
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no memory here")
+
+    assert dist.group.WORLD is not None
+    for failing in (0, size - 1):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cpu_exchange.log, "warning", lambda *line: lines.append(line[1]))
+            if rank == failing:
+                patch.setattr(os, "posix_fallocate", refuse)
+            group = connect_cpu(dist.group.WORLD, "auto", [0] * size)
+            assert isinstance(group, ProcessGroup)
+            with pytest.raises(ConfigError, match="No space left on device"):
+                connect_cpu(dist.group.WORLD, "memory", [0] * size)
+            group.close()
+    assert lines == (["No space left on device"] * 2 if rank == 0 else [])
+    group = connect_cpu(dist.group.WORLD, "memory", range(size))
+    assert isinstance(group, ProcessGroup)  # each rank on a host of its own
+    group.close()
+
+
+def check_bench(mesh: Mesh) -> None:
+    """Every operation is timed in every form."""
+    report = exchange_time(mesh, [1000, 40_000], 1)
+    forms = {"memory", "gloo"} if isinstance(mesh.world, MemoryGroup) else {"gloo"}
+    found = {(row["operation"], row["form"], row["bytes"]) for row in report.rows}
+    sizes = {row["bytes"] for row in report.rows}
+    assert found == set(product(OPERATIONS, forms, sizes)) and len(sizes) == 2
+    assert all(row["us"] > 0 and row["GB/s"] > 0 for row in report.rows)
 
 
 def check_sequence_parallel(mesh: Mesh) -> None:
@@ -345,6 +389,8 @@ def sampler_plan(rows: int, vocab: int) -> StepPlan:
 CHECKS: dict[str, Check] = {
     "collectives": check_collectives,
     "in_exchange": check_in_exchange,
+    "refused_memory": check_refused_memory,
+    "bench": check_bench,
     "sequence_parallel": check_sequence_parallel,
     "one_shot": check_one_shot,
     "sum_norm": check_sum_norm,

@@ -38,13 +38,13 @@ class OneShotOnPaper(OneShotGroup):
         return shared.clone()
 
 
-def world_group(mesh: Mesh) -> dist.ProcessGroup:
-    assert isinstance(mesh.world, ProcessGroup) and mesh.world.group is not None
-    return mesh.world.group
+def world_group() -> dist.ProcessGroup:
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD
 
 
 def check_one_shot(mesh: Mesh) -> None:
-    group = OneShotOnPaper(world_group(mesh))
+    group = OneShotOnPaper(world_group())
     cases = [((3, 8), torch.bfloat16, 1), ((128, 1024), torch.float32, 1), ((5,), torch.float32, 0)]
     cases += [((129, 1024), torch.float32, 0), ((4, 4), torch.int64, 0)]
     for shape, dtype, calls in cases:
@@ -101,7 +101,7 @@ def check_connect(mesh: Mesh) -> None:
                 one_shot_group, "_first_failed", lambda group, _, failed: agree(group, CPU, failed)
             )
             how = {"via_host": False, "ranks_on_host": size, "one_shot": True} | other
-            found = connect(world_group(mesh), gpu, **how)
+            found = connect(world_group(), gpu, **how)
         assert isinstance(found, OneShotOnPaper) == (case == "shared"), case
         assert len(lines) == (rank == blamed), (case, lines)
         assert all("\n" not in line and "go on with NCCL" in line for line in lines)
@@ -123,7 +123,7 @@ def logged() -> Iterator[list[str]]:
 def check_sum_norm(mesh: Mesh) -> None:
     """One kernel for few rows, two for many: the same sums, and bytes are counted."""
     rank, size = mesh.world.rank, mesh.world.size
-    group = OneShotOnPaper(world_group(mesh))
+    group = OneShotOnPaper(world_group())
     with tempfile.TemporaryDirectory() as folder:
         make_memory(Path(folder), size)
         places = [folder]

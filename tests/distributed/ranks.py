@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import multiprocessing as mp
 
 from dsv3.config import ParallelConfig
-from dsv3.distributed.collectives import ProcessGroup, SingleRank
+from dsv3.distributed.collectives import SingleRank
+from dsv3.distributed.cpu_exchange import connect_cpu
 from dsv3.distributed.mesh import Mesh
 
 CPU = torch.device("cpu")
@@ -59,18 +60,21 @@ class Outcomes:
             )
 
 
-def run_checks(checks: Mapping[str, Check], world_size: int) -> Outcomes:
-    """Run every check in the same `world_size` processes over gloo.
+def run_checks(
+    checks: Mapping[str, Check], world_size: int, cpu_exchange: str = "memory"
+) -> Outcomes:
+    """Run every check in the same `world_size` processes.
 
-    Every check has process groups of its own, so a failure does not affect the next check: the rank
-    that fails closes its groups, and the others fail in their next exchange with it.
+    Every check has process groups of its own. Over Gloo a failure does not affect the next check:
+    the rank that fails closes its groups, and the others fail in their next exchange with it. In
+    memory they would wait for it, so the first failure ends all ranks.
     """
     with tempfile.TemporaryDirectory() as folder:
         # The fork server imports the modules that all ranks need once.
         multiprocessing.set_forkserver_preload(["dsv3.engine.start"])
         mp.start_processes(
             _rank_main,
-            args=(checks, world_size, Path(folder)),
+            args=(checks, world_size, cpu_exchange, Path(folder)),
             nprocs=world_size,
             start_method="forkserver",
         )
@@ -84,7 +88,9 @@ def run_ranks(check: Callable[..., None], world_size: int, **settings: object) -
     run_checks({name: partial(check, **settings)}, world_size).verify(name)
 
 
-def _rank_main(rank: int, checks: Mapping[str, Check], world_size: int, folder: Path) -> None:
+def _rank_main(
+    rank: int, checks: Mapping[str, Check], world_size: int, cpu_exchange: str, folder: Path
+) -> None:
     torch.set_num_threads(1)
     file_store = dist.FileStore(str(folder / "store"), world_size)
     layout = ParallelConfig(world_size=world_size, rank=rank)
@@ -95,8 +101,10 @@ def _rank_main(rank: int, checks: Mapping[str, Check], world_size: int, folder: 
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
         _wait_for_all(store, "start", layout)
         assert dist.group.WORLD is not None
-        group = ProcessGroup(dist.group.WORLD)
+        group = connect_cpu(dist.group.WORLD, cpu_exchange, [0] * world_size)
         outcome = _outcome(check, Mesh(layout, CPU, group, group, group, world_size))
+        if outcome is not None and cpu_exchange == "memory":
+            raise RankFailure(f"{name}: failed on rank {rank}:\n{outcome['traceback']}")
         if outcome is None:  # other ranks may still be in an exchange with this one
             _wait_for_all(store, "end", layout)
         group.close()

@@ -1,9 +1,6 @@
 """Verdicts on ranks that are silent, stuck, deserted, or wait for each other."""
 
-from typing import cast
-
 import torch
-import torch.distributed as dist
 
 from dsv3.distributed.collectives import ExchangeMark, Pending
 from dsv3.distributed.heartbeat import HeartbeatMonitor, Verdict
@@ -115,7 +112,7 @@ def test_waiting_for_a_pending_exchange_is_marked() -> None:
     mark = ExchangeMark()
     work = Work(mark)
     received = torch.ones(2)
-    pending = Pending(received, torch.device("cpu"), cast(dist.Work, work), None, mark)
+    pending = Pending(received, torch.device("cpu"), work.wait, None, mark)
     assert not mark.is_active
     assert torch.equal(pending.wait(), received)
     assert work.was_active and not mark.is_active
