@@ -57,6 +57,16 @@ def meta_stands_for(gpu: Gpu) -> Iterator[None]:
         _STANDS_FOR.pop()
 
 
+def cdiv(a: int, b: int) -> int:
+    """Return a / b, rounded up. Triton's own makes six Python calls, at every launch."""
+    return -(-a // b)
+
+
+def next_power_of_2(count: int) -> int:
+    """Return the smallest power of two of at least `count`; 1 for 0."""
+    return 1 << max(0, count - 1).bit_length()
+
+
 @cache
 def row_bucket(count: int) -> int:
     """Return the padded number of rows: at most a quarter more than `count`, or up to three.

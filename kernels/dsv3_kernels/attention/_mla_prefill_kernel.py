@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsv3_kernels._gpu import cdiv, next_power_of_2
 from dsv3_kernels._triton import in_turn, is_hopper, is_interpreted, launch_options, tl, triton
 from dsv3_kernels.attention.keys_values import KeysValues
 from dsv3_kernels.attention.parts import PartialOutputs
@@ -246,7 +247,7 @@ def launch_prefill(
     lse = o.new_empty(T, H)
     sequences = 1 if start_L is None else len(start_L) - 1
     if T:
-        _mla_prefill_kernel[(triton.cdiv(longest, tile.queries), H, sequences)](
+        _mla_prefill_kernel[(cdiv(longest, tile.queries), H, sequences)](
             q_ptr=q,
             n_ptr=keys.k_SHN,
             r_ptr=keys.k_SHR,
@@ -270,9 +271,9 @@ def launch_prefill(
             N=N,
             R=R,
             V=V,
-            N_PAD=max(16, triton.next_power_of_2(N)),
-            R_PAD=max(16, triton.next_power_of_2(R)),
-            V_PAD=max(16, triton.next_power_of_2(V)),
+            N_PAD=max(16, next_power_of_2(N)),
+            R_PAD=max(16, next_power_of_2(R)),
+            V_PAD=max(16, next_power_of_2(V)),
             QUERIES=tile.queries,
             KEYS=tile.keys,
             PACKED=start_L is not None,

@@ -8,6 +8,7 @@ Bound by reading W_UK (2 MB for 16 of V3's heads), and by latency: one launch in
 import torch
 from torch import Tensor
 
+from dsv3_kernels._gpu import cdiv, next_power_of_2
 from dsv3_kernels._triton import in_turn, is_interpreted, launch_options, tl, triton
 from dsv3_kernels.attention.rope import Rotation, apply_rope, rotate_pairs
 from dsv3_kernels.operation import operation
@@ -88,7 +89,7 @@ def _launch_absorb_query(q_THX: Tensor, w_uk_HNC: Tensor, rotation: Rotation) ->
     is_exact = q_THX.dtype == torch.float32 or is_interpreted(q_THX)
     columns = _EXACT_COLUMNS if is_exact else _COLUMNS
     if T:
-        _absorb_query_kernel[(H, triton.cdiv(C, columns) + 1, triton.cdiv(T, _TOKENS))](
+        _absorb_query_kernel[(H, cdiv(C, columns) + 1, cdiv(T, _TOKENS))](
             q_ptr=q_THX,
             w_ptr=w_uk_HNC,
             cos_ptr=rotation.cos_Tr,
@@ -103,8 +104,8 @@ def _launch_absorb_query(q_THX: Tensor, w_uk_HNC: Tensor, rotation: Rotation) ->
             N=N,
             C=C,
             HALF=half,
-            N_PAD=max(16, triton.next_power_of_2(N)),
-            HALF_PAD=triton.next_power_of_2(half),
+            N_PAD=max(16, next_power_of_2(N)),
+            HALF_PAD=next_power_of_2(half),
             BT=_TOKENS,
             BC=columns,
             INTERLEAVED=rotation.interleaved,

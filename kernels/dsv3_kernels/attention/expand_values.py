@@ -10,6 +10,7 @@ latency: one launch instead of up to four.
 import torch
 from torch import Tensor
 
+from dsv3_kernels._gpu import cdiv, next_power_of_2
 from dsv3_kernels._triton import in_turn, is_hopper, is_interpreted, launch_options, tl, triton
 from dsv3_kernels.attention.merge_lse import merge_lse
 from dsv3_kernels.gemm._e4m3 import e4m3_view, is_native
@@ -123,7 +124,7 @@ def _launch_expand_values(
     is_exact = w_uv_HVC.dtype == torch.float32 or is_interpreted(z_PTHC)
     lse = z_PTHC[..., 0] if lse_PTH is None else lse_PTH
     if T:
-        _expand_values_kernel[(H, triton.cdiv(T, _TOKENS))](
+        _expand_values_kernel[(H, cdiv(T, _TOKENS))](
             z_ptr=z_PTHC,
             lse_ptr=lse,
             w_ptr=w_uv_HVC,
@@ -142,7 +143,7 @@ def _launch_expand_values(
             H=H,
             V=V,
             C=C,
-            V_PAD=max(16, triton.next_power_of_2(V)),
+            V_PAD=max(16, next_power_of_2(V)),
             PARTS=P,
             MERGE=lse_PTH is not None,
             QUANT=is_fused,

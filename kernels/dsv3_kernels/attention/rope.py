@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsv3_kernels._gpu import cdiv, next_power_of_2
 from dsv3_kernels._triton import in_turn, launch_options, tl, triton
 from dsv3_kernels.operation import operation
 
@@ -114,7 +115,7 @@ def _launch_rotate(x_THR: Tensor, rotation: Rotation) -> None:
     rotation.check_contiguous()
     half = R // 2
     if T:
-        _rotate_kernel[(T, triton.cdiv(H, _HEADS))](
+        _rotate_kernel[(T, cdiv(H, _HEADS))](
             x_ptr=x_THR,
             cos_ptr=rotation.cos_Tr,
             sin_ptr=rotation.sin_Tr,
@@ -122,7 +123,7 @@ def _launch_rotate(x_THR: Tensor, rotation: Rotation) -> None:
             stride_h=x_THR.stride(1),
             H=H,
             HALF=half,
-            HALF_PAD=triton.next_power_of_2(half),
+            HALF_PAD=next_power_of_2(half),
             HEADS=_HEADS,
             INTERLEAVED=rotation.interleaved,
             num_warps=2,

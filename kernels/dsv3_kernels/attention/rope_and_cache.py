@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsv3_kernels._gpu import cdiv, next_power_of_2
 from dsv3_kernels._triton import in_turn, launch_options, tl, triton
 from dsv3_kernels.attention.kv_fp8 import BLOCK, pack_latent, packed_views, unpack_latent
 from dsv3_kernels.attention.rope import Rotation, apply_rope
@@ -207,7 +208,7 @@ def launch_entries(write: EntryWrite, norm: QueryNorm | None) -> Tensor:
         norm = QueryNorm(x_TA=kept, weight_A=kept, h_TA=kept, quantized=None, ue8m0=False)
         norm_blocks = 0
     else:
-        norm_blocks = triton.next_power_of_2(triton.cdiv(norm.x_TA.shape[1], BLOCK))
+        norm_blocks = next_power_of_2(cdiv(norm.x_TA.shape[1], BLOCK))
     if T:
         _rope_and_cache_kernel[(T, 2 if norm_blocks else 1)](
             kv_ptr=write.kv_TX,
@@ -234,8 +235,8 @@ def launch_entries(write: EntryWrite, norm: QueryNorm | None) -> Tensor:
             A=norm.x_TA.shape[1] if norm_blocks else 0,
             C=C,
             R=X - C,
-            C_PAD=triton.next_power_of_2(C),
-            HALF_PAD=triton.next_power_of_2((X - C) // 2),
+            C_PAD=next_power_of_2(C),
+            HALF_PAD=next_power_of_2((X - C) // 2),
             INTERLEAVED=write.rotation.interleaved,
             PACKED=is_packed,
             NATIVE=is_native(cache_SX),

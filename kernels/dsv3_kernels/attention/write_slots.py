@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from dsv3_kernels._gpu import cdiv, next_power_of_2
 from dsv3_kernels._triton import in_turn, launch_options, tl, triton
 from dsv3_kernels.operation import operation
 
@@ -25,9 +26,9 @@ def _launch_write_slots(cache_SY: Tensor, slot_T: Tensor, row_TY: Tensor) -> Non
     """Launch one program per row and block of its values."""
     assert cache_SY.stride(1) == row_TY.stride(1) == 1, f"{cache_SY.stride()}, {row_TY.stride()}"
     T, width = row_TY.shape
-    block = min(_BLOCK // cache_SY.element_size(), triton.next_power_of_2(width))
+    block = min(_BLOCK // cache_SY.element_size(), next_power_of_2(width))
     if T:
-        _write_slots_kernel[(T, triton.cdiv(width, block))](
+        _write_slots_kernel[(T, cdiv(width, block))](
             cache_SY=cache_SY,
             slot_T=slot_T,
             row_TY=row_TY,

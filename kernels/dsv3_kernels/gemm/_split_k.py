@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from dsv3_kernels._gpu import row_bucket
+from dsv3_kernels._gpu import cdiv, next_power_of_2, row_bucket
 from dsv3_kernels._triton import in_turn, launch_options, multiprocessors, tl, triton
 
 # Rows of W per program.
@@ -80,7 +80,7 @@ class SplitK:
     def of(y_MN: Tensor, blocks: int, most: int, locks: Tensor | None) -> "SplitK":
         """Return the grid over `blocks` blocks of K, with at most `most` rows per program."""
         M, N = y_MN.shape
-        rows = min(most, max(16, triton.next_power_of_2(M)))
+        rows = min(most, max(16, next_power_of_2(M)))
         splits = splits_of(N, blocks)
         each = -(-blocks // splits)
         shape = (splits, M, N) if splits > 1 else (0,)
@@ -93,7 +93,7 @@ class SplitK:
 
     def grid(self, M: int, N: int) -> tuple[int, int, int]:
         """Return the grid: tiles of W, splits, tiles of x."""
-        return triton.cdiv(N, ROWS), self.splits, triton.cdiv(M, self.rows)
+        return cdiv(N, ROWS), self.splits, cdiv(M, self.rows)
 
     def stages(self, y_MN: Tensor) -> int:
         """Return the number of blocks of K to hold in shared memory."""
@@ -106,7 +106,7 @@ class SplitK:
         """Sum the splits by a second launch if the programs of the product did not."""
         if self.splits > 1 and not self.locked:
             size = y_MN.numel()
-            _sum_parts_kernel[(triton.cdiv(size, 1024),)](
+            _sum_parts_kernel[(cdiv(size, 1024),)](
                 part_ptr=self.part,
                 y_ptr=y_MN,
                 size=size,

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dsv3_kernels._gpu import cdiv
 from dsv3_kernels._triton import in_turn, launch_options, tl, triton
 from dsv3_kernels.gemm._e4m3 import e4m3_view, encode_e4m3, is_native
 from dsv3_kernels.operation import operation
@@ -108,7 +109,7 @@ def launch_act_quant(
     out = Quantized.empty(x_TD.shape, x_TD.device)
     blocks = out.scale.numel()
     if blocks:
-        _act_quant_kernel[(triton.cdiv(blocks, _BLOCKS),)](
+        _act_quant_kernel[(cdiv(blocks, _BLOCKS),)](
             x_ptr=x_TD,
             q_ptr=e4m3_view(out.q),
             scale_ptr=out.scale,

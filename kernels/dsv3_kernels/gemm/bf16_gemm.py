@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dsv3_kernels._gpu import cdiv
 from dsv3_kernels._triton import in_turn, is_interpreted, launch_options, tl, triton
 from dsv3_kernels.gemm._split_k import ROWS, SplitK, store_split
 from dsv3_kernels.operation import operation
@@ -99,7 +100,7 @@ def _launch_bf16_gemm(
     if x_TD.stride(1) != 1:
         x_TD = x_TD.contiguous()
     y_TF = torch.empty((M, N), dtype=dtype, device=w_FD.device)
-    split = SplitK.of(y_TF, triton.cdiv(K, _STEP), FEW_ROWS, locks)
+    split = SplitK.of(y_TF, cdiv(K, _STEP), FEW_ROWS, locks)
     _bf16_gemm_kernel[split.grid(M, N)](
         x_ptr=x_TD,
         w_ptr=w_FD,

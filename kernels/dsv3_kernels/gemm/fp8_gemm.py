@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dsv3_kernels._gpu import gpu_of, row_bucket
+from dsv3_kernels._gpu import cdiv, gpu_of, row_bucket
 from dsv3_kernels._triton import in_turn, launch_options, multiprocessors, tl, triton
 from dsv3_kernels.gemm._e4m3 import e4m3_operand, e4m3_view, is_native
 from dsv3_kernels.gemm._split_k import ROWS, WANTED, SplitK, store_split
@@ -272,7 +272,7 @@ def launch_large(
     M, N = y.shape
     K = w_FD.shape[1]
     programs = multiprocessors(y)[0] * tile.per_sm
-    tiles = triton.cdiv(M, tile.BM) * triton.cdiv(N, tile.BN)
+    tiles = cdiv(M, tile.BM) * cdiv(N, tile.BN)
     other = tile.BN - 128
     _large_kernel[(min(tiles, programs),)](
         x=_tiles_of(x.q, tile.BM, tma),

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from dsv3_kernels._gpu import cdiv
 from dsv3_kernels._triton import in_turn, launch_options, tl, triton
 from dsv3_kernels.gemm._e4m3 import decode_e4m3, e4m3_view, is_native
 from dsv3_kernels.operation import operation
@@ -67,7 +68,7 @@ def _launch_weight_dequant(
     out = torch.empty(w_FD.shape, dtype=dtype, device=w_FD.device)
     if out.numel():
         stacked = out.numel() // (rows * cols)
-        grid = (triton.cdiv(rows, _ROWS), triton.cdiv(cols, _COLUMNS), stacked)
+        grid = (cdiv(rows, _ROWS), cdiv(cols, _COLUMNS), stacked)
         _weight_dequant_kernel[grid](
             w_ptr=e4m3_view(w_FD.contiguous()),
             scale_ptr=scale_fd.float().contiguous(),

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dsv3_kernels._triton import has_tma, is_interpreted, multiprocessors, triton
+from dsv3_kernels._gpu import cdiv, next_power_of_2
+from dsv3_kernels._triton import has_tma, is_interpreted, multiprocessors
 from dsv3_kernels.gemm._e4m3 import e4m3_view, is_native
 from dsv3_kernels.gemm.act_quant import BLOCK, Quantized
 from dsv3_kernels.gemm.weight_dequant import weight_dequant
@@ -146,7 +147,7 @@ class Launch:
             "KIND": self.kind,
             "TMA": self.uses_tma(),
             "INTERPRETED": is_interpreted(self.w),
-            "E_PAD": triton.next_power_of_2(len(self.w)),
+            "E_PAD": next_power_of_2(len(self.w)),
             "BLOCK_M": self.tile.rows,
             "BLOCK_N": self.tile.features,
             "BLOCK_K": BLOCK // self.x.element_size(),
@@ -158,7 +159,7 @@ class Launch:
         """Return the grid: all programs that run at once, at most one per possible tile."""
         most = num_rows // self.tile.rows + min(len(self.w), num_rows)
         held = multiprocessors(self.w)[0] * self.tile.per_sm
-        return (min(held, most * triton.cdiv(features, self.tile.features)),)
+        return (min(held, most * cdiv(features, self.tile.features)),)
 
 
 def launch_of(x: Tensor | Quantized, w: Stack, gated: bool, rows: int) -> Launch:

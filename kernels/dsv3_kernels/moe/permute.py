@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsv3_kernels._gpu import row_bucket
+from dsv3_kernels._gpu import cdiv, next_power_of_2, row_bucket
 from dsv3_kernels._triton import in_turn, launch_options, tl, triton
 from dsv3_kernels.operation import operation
 
@@ -271,9 +271,9 @@ def _launch_unpermute(
     D = y_MD.shape[1]
     assert y_MD.is_contiguous() and row_TK.is_contiguous(), f"{y_MD.stride()=}"
     y_TD = y_MD.new_empty((T, D), dtype=torch.float32)
-    block = min(1024, triton.next_power_of_2(D))
+    block = min(1024, next_power_of_2(D))
     if T:
-        _unpermute_kernel[(T, triton.cdiv(D, block))](
+        _unpermute_kernel[(T, cdiv(D, block))](
             y_rows=y_MD,
             rows=row_TK,
             weights=y_MD if weight_TK is None else weight_TK.contiguous(),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsv3_kernels._gpu import row_bucket
+from dsv3_kernels._gpu import next_power_of_2, row_bucket
 from dsv3_kernels._triton import in_turn, launch_options, tl, triton
 from dsv3_kernels.moe.permute import Groups, LocalExperts, permute_last
 from dsv3_kernels.operation import operation
@@ -243,10 +243,10 @@ def launch_route(router: RouterInput, sort: EntrySort | None) -> tuple[Tensor, T
             PADDED=position_T is not None,
             BEST_TWO=rule.topk_method == "noaux_tc",
             NORMALIZE=rule.norm_topk_prob,
-            G_PAD=triton.next_power_of_2(num_groups),
-            M_PAD=triton.next_power_of_2(E // num_groups),
-            K_PAD=triton.next_power_of_2(K),
-            SIZE=0 if sort is None else triton.next_power_of_2(row_bucket(T) * K),
+            G_PAD=next_power_of_2(num_groups),
+            M_PAD=next_power_of_2(E // num_groups),
+            K_PAD=next_power_of_2(K),
+            SIZE=0 if sort is None else next_power_of_2(row_bucket(T) * K),
             ALONE=T == 1,
             num_warps=1,
             **launch_options(),

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dsv3_kernels._gpu import cdiv
 from dsv3_kernels._triton import in_turn, is_interpreted, launch_options, tl, triton
 from dsv3_kernels.operation import operation
 
@@ -93,7 +94,7 @@ def _launch_router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     apart = T <= _FEW
     logits = x_TD.new_empty((_PARTS if apart else 1, T, E), dtype=torch.float32)
     tokens = 16 if T <= 16 else 64
-    grid = (triton.cdiv(E, 64), triton.cdiv(T, tokens), _PARTS if apart else 1)
+    grid = (cdiv(E, 64), cdiv(T, tokens), _PARTS if apart else 1)
     if T:
         _router_logits_kernel[grid](
             x=x_TD,

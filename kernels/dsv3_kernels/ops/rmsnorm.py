@@ -8,6 +8,7 @@ owns a row, so a row's result does not depend on other rows.
 import torch
 from torch import Tensor
 
+from dsv3_kernels._gpu import cdiv, next_power_of_2
 from dsv3_kernels._triton import in_turn, launch_options, tl, triton
 from dsv3_kernels.gemm._e4m3 import e4m3_view, is_native
 from dsv3_kernels.gemm.act_quant import BLOCK, Quantized, act_quant, quantize_block
@@ -105,7 +106,7 @@ def _launch_add_rmsnorm(
     sum_TD = x_TD if y_TD is None else torch.empty_like(h_TD)
     out = Quantized.empty(x_TD.shape, x_TD.device) if quant else None
     if len(rows):
-        blocks = triton.next_power_of_2(triton.cdiv(D, BLOCK))
+        blocks = next_power_of_2(cdiv(D, BLOCK))
         _rmsnorm_kernel[(len(rows),)](
             x_ptr=rows,
             y_ptr=h_TD if y_TD is None else y_TD.contiguous(),

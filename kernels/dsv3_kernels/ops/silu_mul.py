@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dsv3_kernels._gpu import cdiv
 from dsv3_kernels._triton import in_turn, launch_options, tl, triton
 from dsv3_kernels.gemm._e4m3 import e4m3_view, is_native
 from dsv3_kernels.gemm.act_quant import BLOCK, Quantized, act_quant, quantize_block
@@ -51,7 +52,7 @@ def _launch(gate_up_TF: Tensor, y_TF: Tensor | None, out: Quantized | None, ue8m
     width = gate_up_TF.shape[-1] // 2
     if not gate_up_TF.numel():
         return
-    grid = (gate_up_TF.numel() // (2 * width), triton.cdiv(width, _BLOCKS * BLOCK))
+    grid = (gate_up_TF.numel() // (2 * width), cdiv(width, _BLOCKS * BLOCK))
     _silu_mul_kernel[grid](
         x_ptr=gate_up_TF,
         y_ptr=gate_up_TF if y_TF is None else y_TF,

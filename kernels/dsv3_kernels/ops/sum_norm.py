@@ -34,6 +34,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dsv3_kernels._gpu import cdiv, next_power_of_2
 from dsv3_kernels._triton import HAS_TRITON, in_turn, launch_options, tl, triton
 from dsv3_kernels.gemm._e4m3 import e4m3_view, is_native
 from dsv3_kernels.gemm.act_quant import BLOCK, Quantized
@@ -222,7 +223,7 @@ def sum_norm(
     h_TD = torch.empty((T, D), dtype=x_TD.dtype, device=x_TD.device)
     sum_TD = torch.empty_like(h_TD)
     out = Quantized.empty(x_TD.shape, x_TD.device) if quant else None
-    blocks = triton.next_power_of_2(triton.cdiv(D, BLOCK))
+    blocks = next_power_of_2(cdiv(D, BLOCK))
     _sum_norm_kernel[(T,)](
         x_ptr=x_TD.contiguous(),
         y_ptr=y_TD.contiguous(),
@@ -237,7 +238,7 @@ def sum_norm(
         D=D,
         eps=eps,
         RANKS=ranks,
-        PEERS=triton.next_power_of_2(ranks),
+        PEERS=next_power_of_2(ranks),
         ROWS=MAX_ROWS,
         BUFFER=_BUFFER_BYTES,
         B=blocks,
