@@ -5,9 +5,9 @@ streams that are open. For each of these rank 0 pauses once: at the stream's end
 the next call begins; the other ranks follow its plans until a pause when they read a stream, or at
 the next call. Steps serve all unfinished requests, and outputs wait here until they are read.
 
-Python may raise KeyboardInterrupt at any statement. Within a step it leaves pages and requests half
-done, and between ranks it leaves the others in another exchange, so the session takes no further
-call then.
+Python may raise KeyboardInterrupt, or the exception of a script's signal handler, at any statement.
+Within a step any exception leaves pages and requests half done, and between ranks an interrupt
+leaves the others in another exchange, so the session takes no further call then.
 """
 
 import threading
@@ -31,7 +31,7 @@ class Session:
 
     Attributes:
         num_calls: calls that have begun.
-        is_interrupted: an interrupt was raised within a step or an exchange.
+        is_interrupted: an exception was raised within a step, or an interrupt within an exchange.
     """
 
     def __init__(self, started: Started) -> None:
@@ -63,12 +63,15 @@ class Session:
 
     @contextmanager
     def exchange(self, is_step: bool = False) -> Iterator[None]:
-        """Run a block that all ranks must run to its end; alone, only a step must end."""
+        """Run a block that all ranks must run to its end; alone, only a step must end.
+
+        Outside of a step, all ranks see an error alike, but not an interrupt.
+        """
         try:
             yield
         except BaseException as error:
-            is_shared = is_step or self._started.mesh.world.size > 1
-            if is_shared and not isinstance(error, Exception):
+            is_shared = self._started.mesh.world.size > 1
+            if is_step or (is_shared and not isinstance(error, Exception)):
                 self.is_interrupted = True
             raise
 
@@ -185,10 +188,9 @@ class Session:
                     return found
                 self._cancel_dropped()
                 with self.exchange(is_step=True):
-                    outputs = self._engine.step()
-                for output in outputs:
-                    if output.request_id in self._unread:
-                        self._unread[output.request_id].append(output)
+                    for output in self._engine.step():
+                        if output.request_id in self._unread:
+                            self._unread[output.request_id].append(output)
 
     def _take(self, request_id: str) -> list[RequestOutput]:
         outputs = self._unread[request_id]

@@ -223,6 +223,22 @@ def test_the_end_frees_the_model_though_the_script_keeps_it(fails: bool) -> None
         made.generate("a")
 
 
+@pytest.mark.parametrize("error", [TimeoutError, KeyboardInterrupt])
+def test_no_call_after_an_exception_within_a_step(error: type[BaseException]) -> None:
+    """A script's signal handler may raise anything; a step that is cut leaves pages half done."""
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    with LLM(max_seq_len=512, kv_cache_size="2048tok") as made:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(made._started.runner, "run", fail)
+            with pytest.raises(error):
+                made.generate("a")
+        with pytest.raises(Dsv3Error, match=r"^this LLM was interrupted within a step: generate"):
+            made.generate("a")
+
+
 def test_two_models_of_a_world_of_one_work_at_once(llm: LLM) -> None:
     with LLM(max_seq_len=512, kv_cache_size="2048tok") as other:
         pairs = list(zip(llm.stream([USER]), other.stream([USER]), strict=True))
