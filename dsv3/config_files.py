@@ -166,6 +166,10 @@ def _check_deepseek(data: Mapping[str, Any], where: str) -> None:
             check_value(ours.get(key, key), value, f"{where}: {key}")
     if data.get("dtype", "bf16") not in ("bf16", "fp8"):
         raise ConfigError(f"{where}: dtype={shown(data['dtype'])} must be 'bf16' or 'fp8'")
+    # null would be the family's default, and the family is chosen by this very field.
+    if data.get("score_func", "softmax") not in ("softmax", "sigmoid"):
+        given = shown(data["score_func"])
+        raise ConfigError(f"{where}: score_func={given} must be 'softmax' or 'sigmoid'")
 
 
 def _deepseek_rope(data: Mapping[str, Any], where: str) -> dict[str, Any]:

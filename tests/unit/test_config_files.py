@@ -88,6 +88,7 @@ def test_end_tokens_of_both_files(tmp_path: Path) -> None:
         ({"n_limited_groups": 9}, ": n_limited_groups=9 is more than n_expert_groups=8"),
         ({"n_activated_experts": 300}, ": n_activated_experts=300 is more than the 128 experts"),
         ({"score_func": ["sigmoid"]}, r"score_func=\['sigmoid'\]"),
+        ({"score_func": None}, ": score_func=None must be 'softmax' or 'sigmoid'"),
         ({"rope_factor": "40"}, ": rope_factor='40' must be"),
         ({"rope_factor": 1e9}, ": original_seq_len x rope_factor=.* must be"),
         ({"beta_slow": 0}, ": beta_slow=0 must be"),
