@@ -114,8 +114,9 @@ class SamplingParams:
         frequency_penalty: subtracted from a token's logit for each occurrence in the answer.
         presence_penalty: subtracted once from the logits of tokens in the answer.
         logit_bias: token -> added to its logit.
-        seed: seed of the random numbers; the same seed gives the same tokens in any batch, at any
-            world size.
+        seed: seed of the random numbers, which do not depend on the batch, the chunks or the world
+            size. In float32 on CPUs the tokens do not either; in bfloat16 and FP8 the logits may
+            differ in their last bits between batches.
         stop: one string or several that end the answer and are not part of it.
         stop_token_ids: one token or several that end the answer, besides the model's end tokens.
         ignore_eos: continue after the model's end tokens.

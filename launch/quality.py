@@ -2,8 +2,9 @@
 
     python launch/quality.py --eval EVAL.jsonl --tokens HELDOUT.npz --kv-dtype fp8
 
-EVAL has dialogues {messages, expected}; a greedy answer must match exactly. HELDOUT has `tokens`,
-`offsets` (starts of the texts) and `answer` (1 for tokens of answers). The output is one JSON line
+EVAL has dialogues {messages, expected, n_tokens}: a greedy answer must match `expected` exactly;
+`n_tokens` is the dialogue's number of tokens, for --longest. HELDOUT has `tokens`, `offsets`
+(starts of the texts) and `answer` (1 for tokens of answers). The output is one JSON line
 with accuracy, perplexity of all tokens and perplexity of answers. All engine flags are accepted.
 """
 

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from benchlib.case_log import CaseLog, read_results
-from benchlib.gpu_check import pytest_parts
 from benchlib.gpu_check.__main__ import make_out, out_folder, read_budget, select_parts
 from benchlib.gpu_check.check import PARTS, batches_of, rehearsal_notes, run_check
 from benchlib.gpu_check.demo_part import PROMPTS, Run, judge_answers, read_answers
@@ -187,16 +186,18 @@ def test_times_are_tables(tmp_path: Path) -> None:
     assert smoke.problems[0] == "not installed: jinja2" and "C compiler" in smoke.problems[1]
 
 
-def test_without_pytest_the_tests_are_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_without_pytest_the_check_is_incomplete(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(pytest_parts, "_NEEDS", ("pytest", "no_such_package"))
+    tests = PARTS_BY_NAME["tests"]
+    assert tests.needs == PARTS_BY_NAME["sanitize"].needs == ("pytest", "hypothesis")
     setup = make_setup(tmp_path)
     report = CheckReport([], {})
-    parts = [PARTS_BY_NAME["tests"], part_of("right", False)]
-    assert run_check(setup, parts, Budget(60), report) == 0
-    assert "tests: skipped: not installed: no_such_package (pip install" in capsys.readouterr().out
-    assert [part.status for part in report.parts] == ["skipped", "passed"]
+    parts = [replace(tests, needs=("pytest", "no_such_package")), part_of("right", False)]
+    assert run_check(setup, parts, Budget(60), report) == 1
+    line = "tests: incomplete: not installed: no_such_package (pip install no_such_package)"
+    assert line in capsys.readouterr().out
+    assert [part.status for part in report.parts] == ["incomplete", "passed"]
 
 
 def part_of(end: str, is_timed: bool) -> Part:

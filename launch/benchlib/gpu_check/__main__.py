@@ -39,7 +39,8 @@ results in OUT:
   logs/         output of every process
   rows/         a JSON line as each case begins, and one as it ends
 
-exit code: 0 all parts have passed, 1 a part has failed or was not finished, 2 wrong usage"""
+exit code: 0 all parts have passed, 1 a part has failed or is incomplete (out of time, or a package
+is not installed), 2 wrong usage or no GPU"""
 
 
 def parse_args(arguments: list[str]) -> argparse.Namespace:
@@ -58,7 +59,7 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
         "parts", nargs="*", metavar="PART", help="parts to run (default: all but sanitize)"
     )
     parser.add_argument(
-        "--rehearse", action="store_true", help="run every part without a GPU; measures nothing"
+        "--rehearse", action="store_true", help="run the same parts without a GPU; measures nothing"
     )
     parser.add_argument(
         "--one-shot", action="store_true", help="part ranks: also sums in memory that GPUs share"

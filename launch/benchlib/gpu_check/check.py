@@ -61,12 +61,16 @@ def run_parts(setup: Setup, parts: Sequence[Part], budget: Budget) -> list[PartR
     results = {part.name: PartResult(part.name) for part in parts}
     able = []
     for part in parts:
+        result = results[part.name]
         if reason := part.lacks(setup):
-            results[part.name].status = "skipped"
-            results[part.name].summary = reason
-            _say(budget, f"{part.name}: skipped: {reason}")
+            result.status = "skipped"
+        elif reason := part.missing():
+            result.leave_unfinished()
         else:
             able.append(part)
+            continue
+        result.summary = reason
+        _say(budget, f"{part.name}: {result.status}: {reason}")
     if able:
         _run_able(setup, able, budget, results)
     return list(results.values())

@@ -1,5 +1,6 @@
 """The parts of the check: the jobs of each, and how their results are judged."""
 
+import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ _MOST_PROCESSES = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """What the parts are made for.
+    """The run that the parts are made for.
 
     Attributes:
         root: the checkout.
@@ -117,7 +118,8 @@ class Part:
         is_timed: it measures times, so nothing else may run; others run side by side.
         by_default: it runs if no parts are named.
         unproven: what a rehearsal of it does not prove.
-        lacks: returns the reason why it cannot run here; empty if it can.
+        lacks: returns the reason why this machine cannot run it; empty if it can.
+        needs: packages that it imports; without one of them it is incomplete.
     """
 
     name: str
@@ -130,6 +132,12 @@ class Part:
     by_default: bool = True
     unproven: str = ""
     lacks: Callable[[Setup], str] = lambda _: ""
+    needs: tuple[str, ...] = ()
+
+    def missing(self) -> str:
+        """Return a line about the packages that are not installed; empty if all are."""
+        names = [name for name in self.needs if importlib.util.find_spec(name) is None]
+        return f"not installed: {', '.join(names)} (pip install {' '.join(names)})" if names else ""
 
 
 def judge_cases(results: Sequence[JobResult], part: PartResult) -> list[CaseResults]:

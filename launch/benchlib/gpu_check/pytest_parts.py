@@ -1,6 +1,5 @@
 """Parts `tests` and `sanitize`: the project's GPU tests, alone or under compute-sanitizer."""
 
-import importlib.util
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,11 +16,6 @@ _SANITIZED = ("tests/kernels/test_gpu.py",)
 _PLUGIN = "benchlib.gpu_check.pytest_plugin"
 _NEEDS = ("pytest", "hypothesis")
 _SANITIZER = Path("/usr/local/cuda/bin/compute-sanitizer")
-
-
-def _lacks_pytest(_setup: Setup) -> str:
-    missing = [name for name in _NEEDS if importlib.util.find_spec(name) is None]
-    return f"not installed: {', '.join(missing)} (pip install pytest hypothesis)" if missing else ""
 
 
 def pytest_job(
@@ -67,7 +61,7 @@ def _sanitizer() -> str:
 def _lacks_sanitizer(setup: Setup) -> str:
     if not setup.rehearse and not _sanitizer():
         return "compute-sanitizer is not installed (it is part of the CUDA toolkit)"
-    return _lacks_pytest(setup)
+    return ""
 
 
 def _sanitize_jobs(setup: Setup) -> list[Job]:
@@ -95,7 +89,7 @@ TESTS = Part(
     make_jobs=_test_jobs,
     judge=_judge,
     unproven="tests of two kernels ran in Triton's interpreter, none that needs a GPU",
-    lacks=_lacks_pytest,
+    needs=_NEEDS,
 )
 SANITIZE = Part(
     name="sanitize",
@@ -108,4 +102,5 @@ SANITIZE = Part(
     by_default=False,
     unproven="tests ran without compute-sanitizer",
     lacks=_lacks_sanitizer,
+    needs=_NEEDS,
 )

@@ -18,7 +18,8 @@ class PartResult:
 
     Attributes:
         name: the part.
-        status: incomplete if the time did not suffice to check everything.
+        status: incomplete if the time did not suffice to check everything, or a package is missing;
+            skipped if this machine cannot run it.
         summary: counts in one line, or the reason why it was skipped.
         problems: a line for each failure.
         tables: measured times by the title of their table; its rows have the same columns.
@@ -38,7 +39,7 @@ class PartResult:
         self.problems.append(problem)
 
     def leave_unfinished(self) -> None:
-        """Record that the time did not suffice."""
+        """Record that not everything was checked."""
         if self.status == "passed":
             self.status = "incomplete"
 
