@@ -182,7 +182,8 @@ class ModelConfig:
                 raise ConfigError(f"{name}={token_id} is outside vocab_size={self.vocab_size}")
 
     def _check_routing(self) -> None:
-        experts, groups = self.n_routed_experts, self.n_group
+        experts = self.n_routed_experts
+        groups = self.n_group
         layers = self.num_hidden_layers + self.num_nextn_predict_layers
         if layers * experts > _MAX_EXPERTS:
             raise ConfigError(
@@ -241,7 +242,8 @@ class ModelConfig:
     @property
     def active_params(self) -> int:
         """Number of weights that one token is multiplied with, without embedding and head."""
-        hidden, heads = self.hidden_size, self.num_attention_heads
+        hidden = self.hidden_size
+        heads = self.num_attention_heads
         queries = heads * self.qk_head_dim
         if self.q_lora_rank is None:
             attention = hidden * queries
@@ -349,7 +351,8 @@ class ParallelConfig:
 
     def check(self, model: ModelConfig) -> None:
         """Raise ConfigError if tp does not divide the heads, or world_size the experts."""
-        heads, experts = model.num_attention_heads, model.n_routed_experts
+        heads = model.num_attention_heads
+        experts = model.n_routed_experts
         for name, ranks, field, count in (
             ("tp", self.tp, "num_attention_heads", heads),
             ("world_size", self.ep, "n_routed_experts", experts),

@@ -226,7 +226,9 @@ def _plain_dtype(dtype: Any) -> Any:
 
 def _check_derived(data: Names, config: ModelConfig, where: str) -> None:
     """Raise ConfigError for stale derived values; head_dim has several meanings in use."""
-    heads, nope, rope = "num_attention_heads", "qk_nope_head_dim", "qk_rope_head_dim"
+    heads = "num_attention_heads"
+    nope = "qk_nope_head_dim"
+    rope = "qk_rope_head_dim"
     query = (f"{nope} + {rope}", config.qk_head_dim)
     average = (f"hidden_size / {heads}", config.hidden_size // config.num_attention_heads)
     value_dim = ("v_head_dim", config.v_head_dim)

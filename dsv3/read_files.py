@@ -178,7 +178,7 @@ def _damage_as(fault: str, kind: Kind) -> Iterator[None]:
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")
 
 
 def _finite(text: str) -> float:

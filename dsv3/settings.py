@@ -45,10 +45,11 @@ def allowed_words(setting: Field[Any]) -> tuple[str, ...]:
     return get_args(setting.type) if get_origin(setting.type) is Literal else ()
 
 
-_model, _layout, _experts, _cache, _steps = (
-    partial(_setting, group)
-    for group in ("model", "layout", "experts", "cache and attention", "steps")
-)
+_model = partial(_setting, "model")
+_layout = partial(_setting, "layout")
+_experts = partial(_setting, "experts")
+_cache = partial(_setting, "cache and attention")
+_steps = partial(_setting, "steps")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +137,7 @@ class EngineConfig:
     kv_dtype: Literal["auto", "fp32", "bf16", "fp8"] = _cache("auto", "format of the cache")
     kv_cache_size: str = _cache(
         "auto",
-        "auto, bytes per rank (4GiB; 4GB is 4 * 10^9), a share of the memory beside the weights "
+        "auto, bytes per rank (4GiB; 4GB is 4 * 10^9), a share of the memory left by the weights "
         "(90%%), tokens of a tp group (65536tok)",
     )
     kv_host_cache: str = _cache(

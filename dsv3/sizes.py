@@ -76,7 +76,7 @@ class CacheSize:
         if not size:
             raise ConfigError(
                 f"{name}={text} is not a size; use auto, {_SYNTAX}, a share of the memory "
-                "left beside the weights (90%) or tokens (65536tok)"
+                "left by the weights (90%) or tokens (65536tok)"
             )
         return cls(share=size.share) if size.share else cls(num_bytes=size.num_bytes)
 

@@ -150,7 +150,7 @@ def main() -> int:
         print_error(error)
         return error.exit_code if isinstance(error, Dsv3Error) else 2
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; run it again to resume", file=sys.stderr)
         return 130
     return 0
 
@@ -198,7 +198,8 @@ def locate(args: argparse.Namespace) -> Path:
         path = fetch(name, resolve(name), Download(say))
     repository = repository_folder(path)
     if repository is not None and args.save_path is not None:
-        cache, save_path = repository.parent.resolve(), args.save_path.resolve()
+        cache = repository.parent.resolve()
+        save_path = args.save_path.resolve()
         if cache in (save_path, *save_path.parents):
             raise ConfigError(f"--save-path={args.save_path}: in the cache of the hub, {cache}")
     return path
@@ -218,7 +219,7 @@ def read_layout(args: argparse.Namespace) -> ParallelConfig | None:
 
 
 def inputs(args: argparse.Namespace) -> list[Path]:
-    """Return the files that are read beside the checkpoint."""
+    """Return the files that are read in addition to the checkpoint."""
     path = Path(args.config or "")
     names = ("config.json", "generation_config.json")  # of a directory
     return [file for file in (path, *(path / name for name in names)) if file.is_file()]
@@ -278,7 +279,7 @@ def write(args: argparse.Namespace, source: Source, target: OutputDirectory) -> 
 
 
 def print_differences(target: OutputDirectory) -> None:
-    """Print the files beside the weights that differ from the source's."""
+    """Print the files other than weights that differ from the source's."""
     names = target.differing_files()
     if documents := [name for name in names if is_document(name)]:
         print_lines(f"kept in {target.folder}, other than in the source: {', '.join(documents)}")

@@ -316,7 +316,7 @@ def main() -> int:
             tune_process(mesh)
             return run(args, mesh, files, begin)
     except KeyboardInterrupt:
-        log.info("stopped%s", "; start again to go on from there" if args.output_file else "")
+        log.info("stopped%s", "; run it again to resume" if args.output_file else "")
         raise
 
 

@@ -116,12 +116,10 @@ def check_flags(args: argparse.Namespace) -> None:
     if len(given) > 1:
         raise ConfigError(f"give {given[0]} or {given[1]}, not both")
     if args.prompt is not None and len(args.prompt) > 1:
-        raise ConfigError("give --prompt once; an --input-file holds several, one a line")
+        raise ConfigError("give --prompt once; an --input-file holds several, one per line")
     if given != ["--input-file"] and (args.output_file or args.strict):
         flag = "--output-file" if args.output_file else "--strict"
-        raise ConfigError(
-            f"{flag} is for the rows of an --input-file (-: standard input); there is none"
-        )
+        raise ConfigError(f"{flag} requires --input-file (-: standard input)")
     check_required_flags(args)
 
 
@@ -132,11 +130,11 @@ def check_required_flags(args: argparse.Namespace) -> None:
     if args.metrics_port is not None:
         check_exporter(args.metrics_port)
     if args.overwrite and not args.output_file:
-        raise ConfigError("--overwrite starts an --output-file anew; there is none")
+        raise ConfigError("--overwrite requires --output-file")
     for name, value in (("--on-full", args.on_full), ("--no-history", args.no_history)):
         if value and not args.interactive:
             raise ConfigError(f"{name} is for a chat; add --interactive, or leave it out")
     if args.prompt_separator and not (args.input_file or args.prewarm):
-        raise ConfigError("--prompt-separator is for an --input-file or --prewarm; there is none")
+        raise ConfigError("--prompt-separator requires --input-file or --prewarm")
     if args.hardware != "measure" and not args.profile:
         raise ConfigError("--hardware gives the ceilings of --profile; add that, or leave it out")

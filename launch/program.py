@@ -45,7 +45,8 @@ class _Help(argparse.HelpFormatter):
     """Shows the default of every flag that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        value, text = action.default, action.help
+        value = action.default
+        text = action.help
         if isinstance(value, bool | None) or value in ("", argparse.SUPPRESS):
             return text
         if text is None or "(default" in text or not action.option_strings or action.const:
@@ -96,7 +97,9 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     text = "seconds after which a rank that hangs ends the job"
     layout.add_argument("--rank-timeout", type=float, default=60.0, help=text)
     for f in fields(EngineConfig):
-        name, text, flag = f.metadata["group"], f.metadata["about"], f.name.replace("_", "-")
+        name = f.metadata["group"]
+        text = f.metadata["about"]
+        flag = f.name.replace("_", "-")
         if name not in groups:
             groups[name] = parser.add_argument_group(name)
         if f.default is True:

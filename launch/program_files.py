@@ -17,7 +17,8 @@ _OF_CHECKPOINTS = re.compile(
     r".*\.(safetensors|index\.json|jinja|py|model|bin|pt|pth|gguf)"
     r"|(.*_)?(config|configuration|manifest|tokenizer|vocab|tokens|tokens_map|template)\.json"
 )
-_ENGINE_INPUTS, _ENGINE_OUTPUTS = ("--config", "--expert-placement"), ("--record-expert-load",)
+_ENGINE_INPUTS = ("--config", "--expert-placement")
+_ENGINE_OUTPUTS = ("--record-expert-load",)
 
 
 def log_file(folder: str | Path, rank: int) -> Path:

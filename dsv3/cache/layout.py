@@ -38,7 +38,7 @@ class Plane:
         value_dim: values that FP8 quantizes, the others stay in bf16: for "latent" those before the
             rotated key (C); else `width`.
         dtype: storage format: "fp32", "bf16" or "fp8" (with scales).
-        has_scales_apart: in FP8, the scales are a field of their own: all values of a page come
+        has_scales_apart: in FP8, the scales are a separate field: all values of a page come
             before all its scales. Else every entry is packed with its scales.
     """
 
@@ -101,7 +101,8 @@ class CacheLayout:
         page_size = math.lcm(_PAGE_UNIT, tp)
         if form == "heads":
             width = (config.num_attention_heads // tp) * (config.qk_head_dim + config.v_head_dim)
-            plane, paging = Plane(form, width, width, dtype), Paging(page_size)
+            plane = Plane(form, width, width, dtype)
+            paging = Paging(page_size)
         else:
             latent = config.kv_lora_rank
             plane = Plane(form, latent + config.qk_rope_head_dim, latent, dtype)

@@ -48,7 +48,8 @@ class _Layers:
 
 def check_sizes(source: Source) -> None:
     """Raise CheckpointError if a number of layers or experts, or a size, differs in the files."""
-    config, layers = source.config, _Layers.of(source)
+    config = source.config
+    layers = _Layers.of(source)
     if layers.plain:
         _check_layers(source, layers)
     elif layers.mtp:
@@ -69,7 +70,8 @@ def check_sizes(source: Source) -> None:
 
 def _check_layers(source: Source, layers: _Layers) -> None:
     config = source.config
-    num_layers, num_mtp = max(layers.plain) + 1, len(layers.mtp)
+    num_layers = max(layers.plain) + 1
+    num_mtp = len(layers.mtp)
     mtp = f"{num_mtp} for multi-token prediction"
     if num_layers != config.num_hidden_layers:
         names = ["num_hidden_layers"] + ["num_nextn_predict_layers"] * (num_mtp > 0)
@@ -127,7 +129,8 @@ def source_warnings(source: Source) -> Iterator[str]:
     If the config ties a stored head, a few rows are compared with the embedding; if only some rank
     files are present, rows of the first of them.
     """
-    declared, config = source.declared, source.config
+    declared = source.declared
+    config = source.config
     if declared.tie_word_embeddings and not config.tie_word_embeddings and _heads_differ(source):
         yield (
             f"{source.path}: tie_word_embeddings is true, but {HEAD} is stored and differs from "

@@ -76,7 +76,7 @@ def convert(
         workers: number of threads, each with a few buffers of some MiB.
         progress: called with the bytes of each finished tensor, from this thread.
         overwrite: replace an existing checkpoint.
-        inputs: files that are read beside the source; they are not replaced.
+        inputs: files that are read in addition to the source; they are not replaced.
 
     Raises:
         CheckpointError: the folder holds other files, or the disk is too small; a source file is

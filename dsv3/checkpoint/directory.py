@@ -126,7 +126,8 @@ def _adapter(file: Path) -> str:
     kind = base = None
     with suppress(CheckpointError):
         config = read_mapping(file, CheckpointError)
-        kind, base = config.get("peft_type"), config.get("base_model_name_or_path")
+        kind = config.get("peft_type")
+        base = config.get("base_model_name_or_path")
     adapter = "a LoRA adapter" if kind in (None, "LORA") else f"a {kind} adapter"
     for_base = f" for {base}" if isinstance(base, str) and base else ""
     return (

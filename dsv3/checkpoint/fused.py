@@ -79,7 +79,7 @@ def _check_shape(
     if is_scale and count > 1 and width % BLOCK:
         raise CheckpointError(
             f"{tensor.file}: tensor {name} has the scales of experts fused as transformers 5 does; "
-            f"moe_intermediate_size={width} is no multiple of {BLOCK}, so gate_proj and up_proj "
+            f"moe_intermediate_size={width} is not a multiple of {BLOCK}, so gate_proj and up_proj "
             "share blocks and cannot be separated; save the experts one by one"
         )
     wanted = (config.n_routed_experts, count * rows, cols)

@@ -41,7 +41,8 @@ def resolve(name: HubName) -> Revision:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RevisionNotFoundError
 
-    cache, api = HubCache.of(name), HfApi()
+    cache = HubCache.of(name)
+    api = HfApi()
     try:
         with _quiet():
             info = api.repo_info(name.repository, revision=name.revision, timeout=_ANSWER_SECONDS)
@@ -66,7 +67,8 @@ def fetch(name: HubName, revision: Revision, download: Download, has_weights: bo
         CheckpointError: there are no readable weights, the disk has too little space, or the
             download has failed; the same call resumes it.
     """
-    cache, commit = HubCache.of(name), revision.commit
+    cache = HubCache.of(name)
+    commit = revision.commit
     with _quiet():
         try:
             files = {} if revision.outage else _listing(name, commit)

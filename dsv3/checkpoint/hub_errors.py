@@ -52,9 +52,7 @@ def hub_reason(name: HubName, cache: Path, error: Exception) -> str:
             return f"the hub ({hub}) cannot be reached: {_text(causes[-1])}"
         if types & _CUT:
             reason = _text(cause)
-            return (
-                f"the connection to {hub} was cut ({reason}); the same command goes on from there"
-            )
+            return f"the connection to {hub} was cut ({reason}); run it again to resume"
         if isinstance(cause, OSError) and cause.errno:
             return _of_disk(cache, cause)
     return f"{hub} does not answer as a hub does ({type(error).__name__}: {_text(error)})"
@@ -103,10 +101,9 @@ def _of_answer(name: HubName, hub: str, error: Exception) -> str:
 
 def _of_disk(cache: Path, error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return (
-            f"the disk of {cache} is full; the same command goes on from there once space is free"
-        )
-    path, reason = error.filename or cache, error.strerror
+        return f"the disk of {cache} is full; free some space, then run it again to resume"
+    path = error.filename or cache
+    reason = error.strerror
     return f"{path}: cannot be written: {reason}; set HF_HOME to a directory that can be"
 
 

@@ -34,7 +34,7 @@ _ANSWER_SECONDS = 10.0
 _PARTIAL_CONTENT = 206  # HTTP status
 _MAX_FAILURES = 4  # in a row, without a byte received in between
 _FIRST_PAUSE_SECONDS = 0.25  # doubles with each failure
-# Files beside the weights, at the top of a repository.
+# Files other than weights, at the top of a repository.
 _BESIDE = re.compile(r".*\.json|.*\.jinja|tokenizer\.model|.*tiktoken.*\.model|.*\.tiktoken")
 _ETAG = re.compile(r"[0-9A-Za-z_-]{1,128}")  # used as a file name
 
@@ -71,7 +71,7 @@ class Download:
                 self.num_bytes = num_bytes
                 if shown.disable and time.monotonic() > reported_at + _LINE_SECONDS:
                     reported_at = time.monotonic()
-                    self.say(f"{name}: {in_units(num_bytes)} of {in_units(total)} are there")
+                    self.say(f"{name}: {in_units(num_bytes)} of {in_units(total)} downloaded")
 
             shown.initial = shown.n = self.num_bytes
             yield advance
@@ -89,7 +89,10 @@ class Fetcher:
     def __init__(
         self, name: HubName, commit: str, cache: HubCache, files: Mapping[str, RemoteFile]
     ) -> None:
-        self._name, self._commit, self._cache, self._files = name, commit, cache, files
+        self._name = name
+        self._commit = commit
+        self._cache = cache
+        self._files = files
         self._stopped = Event()
 
     def fetch(self, download: Download, has_weights: bool) -> None:

@@ -64,7 +64,8 @@ def read_digests(file: Path) -> IndexDigests | None:
     metadata = _read(file).get("metadata")
     if not isinstance(metadata, dict) or _DIGESTS not in metadata:
         return None
-    tensors, whole = metadata[_DIGESTS], metadata.get(DIGEST_KEY)
+    tensors = metadata[_DIGESTS]
+    whole = metadata.get(DIGEST_KEY)
     are_texts = isinstance(tensors, dict) and all(isinstance(d, str) for d in tensors.values())
     if not are_texts or not isinstance(whole, str):
         raise CheckpointError(f"{file}: its {_DIGESTS} are damaged; convert again")

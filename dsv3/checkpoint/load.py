@@ -2,7 +2,7 @@
 
 If a parameter has the stored dtype, bytes are read into it directly. Otherwise rows are converted
 or dequantized in a bounded buffer. So loading needs the memory of the rank's shard and of a few
-buffers, whatever the model's size.
+buffers, for models of any size.
 """
 
 from collections.abc import Iterable
@@ -47,7 +47,8 @@ def has_fp8_weights(source: Source) -> bool:
 
 def has_fp8_experts(source: Source) -> bool:
     """Return True if all routed experts of the main model are stored in FP8."""
-    specs, stored = tensor_specs(source.config).values(), fp8_weights(source)
+    specs = tensor_specs(source.config).values()
+    stored = fp8_weights(source)
     return all(s.name in stored for s in specs if s.expert is not None and not s.mtp)
 
 

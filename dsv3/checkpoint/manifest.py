@@ -139,7 +139,8 @@ def _record_json(record: TensorRecord) -> dict[str, Any]:
 
 
 def _record(item: Mapping[str, Any]) -> TensorRecord:
-    shape, digest = tuple(map(_size, item["shape"])), _text(item["digest"])
+    shape = tuple(map(_size, item["shape"]))
+    digest = _text(item["digest"])
     shards = tuple(
         Shard(_size(s[0]), whole(shape), digest)
         if len(s) == 1

@@ -145,7 +145,7 @@ def make_header(
 
     Args:
         tensors: (name, dtype, shape) of each tensor.
-        metadata: entries beside the "format" that loaders look for.
+        metadata: entries in addition to the "format" that loaders look for.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     starts: dict[str, int] = {}

@@ -54,7 +54,8 @@ class TensorSpec:
 @cache
 def tensor_specs(config: ModelConfig) -> Mapping[str, TensorSpec]:
     """Return all weights of the model in canonical order, with MTP and indexer, without scales."""
-    hidden, vocab = config.hidden_size, config.vocab_size
+    hidden = config.hidden_size
+    vocab = config.vocab_size
     specs = [TensorSpec("model.embed_tokens.weight", (vocab, hidden), Split.ROWS)]
     for layer in range(config.num_hidden_layers + config.num_nextn_predict_layers):
         mtp = layer >= config.num_hidden_layers
@@ -66,7 +67,8 @@ def tensor_specs(config: ModelConfig) -> Mapping[str, TensorSpec]:
 
 def _layer_specs(config: ModelConfig, layer: int, mtp: bool) -> Iterator[TensorSpec]:
     prefix = f"model.layers.{layer}."
-    hidden, vocab = config.hidden_size, config.vocab_size
+    hidden = config.hidden_size
+    vocab = config.vocab_size
     if mtp:
         yield TensorSpec(f"{prefix}embed_tokens.weight", (vocab, hidden), Split.ROWS)
         yield TensorSpec(f"{prefix}enorm.weight", (hidden,))
@@ -85,7 +87,8 @@ def _layer_specs(config: ModelConfig, layer: int, mtp: bool) -> Iterator[TensorS
 
 
 def _attention_specs(config: ModelConfig, prefix: str) -> Iterator[TensorSpec]:
-    hidden, heads = config.hidden_size, config.num_attention_heads
+    hidden = config.hidden_size
+    heads = config.num_attention_heads
     q_rank, kv_rank = config.q_lora_rank, config.kv_lora_rank
 
     def linear(name: str, rows: int, cols: int, split: Split = Split.NONE) -> TensorSpec:
@@ -113,7 +116,8 @@ def _attention_specs(config: ModelConfig, prefix: str) -> Iterator[TensorSpec]:
 
 
 def _moe_specs(config: ModelConfig, prefix: str) -> Iterator[TensorSpec]:
-    hidden, experts = config.hidden_size, config.n_routed_experts
+    hidden = config.hidden_size
+    experts = config.n_routed_experts
     yield TensorSpec(f"{prefix}gate.weight", (experts, hidden))
     if config.topk_method == "noaux_tc":
         yield TensorSpec(f"{prefix}gate.e_score_correction_bias", (experts,))

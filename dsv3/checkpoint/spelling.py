@@ -85,7 +85,8 @@ def _join(name: str, specs: Mapping[str, TensorSpec], parts: list[StoredTensor])
         pieces = tuple(Piece(one.file, one.entry.offset, whole(one.entry.shape)) for one in parts)
         return TensorInfo(name, first.dtype, first.shape, pieces)
     dim = 0 if spec.split is Split.ROWS else 1
-    joined, start = [], 0
+    joined = []
+    start = 0
     for one in parts:
         region = list(whole(one.entry.shape))
         region[dim] = (start, start + one.entry.shape[dim])

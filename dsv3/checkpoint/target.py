@@ -139,7 +139,7 @@ class OutputDirectory:
         )
 
     def check_space(self, record: JournalRecord) -> None:
-        """Raise CheckpointError if the disk is too small for all files beside existing ones."""
+        """Raise CheckpointError if the disk is too small for all files and the existing ones."""
         needed, free = self.disk_space(record)
         if needed <= free or self.is_written(record):
             return
@@ -195,7 +195,8 @@ class OutputDirectory:
         The order is safe for removal: a single weight file, which is readable without an index,
         comes before the index, and the index before the manifest, which readers prefer.
         """
-        index, manifest = self.folder / INDEX, self.folder / MANIFEST
+        index = self.folder / INDEX
+        manifest = self.folder / MANIFEST
         named = _named_by(index)
         if named is None and os.path.lexists(index):
             raise _in_the_way(index, "not the index of a checkpoint")

@@ -68,7 +68,8 @@ def refuse_unsupported(tensors: Iterable[StoredTensor]) -> None:
 
 
 def _form(tensor: StoredTensor) -> str | None:
-    name, dtype = tensor.name, tensor.entry.dtype
+    name = tensor.name
+    dtype = tensor.entry.dtype
     if name.endswith(_ENDS):
         if name.endswith(".weight_packed") and dtype == "U8":
             return _PACKED_FLOATS

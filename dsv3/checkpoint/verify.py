@@ -88,7 +88,8 @@ def verify_digests(source: Source, workers: int, progress: Progress = lambda _: 
 
 def _verify_index(source: Source, digests: IndexDigests, workers: int, progress: Progress) -> None:
     """Compare a Hugging Face directory with the digests in its index."""
-    found, index = source.tensors, source.path / INDEX
+    found = source.tensors
+    index = source.path / INDEX
     known = [
         (name, info.dtype, info.shape, digests.tensors.get(name, ""))
         for name, info in found.items()

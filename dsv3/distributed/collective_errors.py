@@ -64,9 +64,14 @@ def collective_errors(mesh: Mesh, stage: str, is_fatal: bool = True) -> Iterator
     shared: Dsv3Error = RankError(f"{mesh.watchdog.name_of(first)}: {text}")
     if first == 0:
         shared = _KINDS[int(reports[first, 0]) - 1](text)
-    shared.seen_by_all_ranks = True
-    shared.reported_by_rank0 = mesh.layout.rank != 0
-    raise shared from error
+    raise raised_everywhere(shared, mesh) from error
+
+
+def raised_everywhere(error: Dsv3Error, mesh: Mesh) -> Dsv3Error:
+    """Return an error that all ranks raise, marked so that rank 0 alone reports it."""
+    error.seen_by_all_ranks = True
+    error.reported_by_rank0 = mesh.layout.rank != 0
+    return error
 
 
 def _encode(error: Exception, text: str) -> Tensor:

@@ -52,7 +52,7 @@ def environment_rank() -> int:
     """Return this process's rank; 0 without a launcher.
 
     Raises:
-        ConfigError: the variable is no number below the number of ranks.
+        ConfigError: the variable is not a number below the number of ranks.
     """
     names = _names()
     rank = _number(names.rank, 0, 0)
@@ -69,7 +69,7 @@ def environment_world_size() -> int:
     """Return the number of ranks; 1 without a launcher.
 
     Raises:
-        ConfigError: the variable is no number.
+        ConfigError: the variable is not a number.
     """
     return _number(_names().world_size, 1, 1)
 
@@ -78,7 +78,7 @@ def environment_local_rank() -> int:
     """Return this process's index on its host; 0 without a launcher.
 
     Raises:
-        ConfigError: the variable is no number.
+        ConfigError: the variable is not a number.
     """
     return _number(_names().local_rank, 0, 0)
 
@@ -155,7 +155,7 @@ def _is_step() -> bool:
     """Return True if srun has started this process as a task of a step.
 
     A job's script and its shell, which run alone, have SLURM_PROCID and SLURM_NTASKS too. A shell
-    started as a step of its own has a terminal (`srun --pty`).
+    started as a separate step has a terminal (`srun --pty`).
     """
     if _SRUN.rank not in os.environ or "SLURM_PTY_PORT" in os.environ:
         return False

@@ -48,7 +48,9 @@ class Admission:
         is_coming: Callable[[Sequence, Match], bool],
         running: Iterable[Sequence] | None,
     ) -> None:
-        self._look_up, self._is_coming, self._never_waits = look_up, is_coming, running is None
+        self._look_up = look_up
+        self._is_coming = is_coming
+        self._never_waits = running is None
         # Running sequences whose prefixes are not all cached yet.
         self._prefilling = [seq for seq in running or () if seq.num_committed < seq.prompt_len]
         self._candidates: dict[Sequence, _Candidate] = {}

@@ -17,7 +17,7 @@ import torch
 from dsv3.checkpoint.identity import model_identity
 from dsv3.checkpoint.reader import Source
 from dsv3.config import ModelConfig
-from dsv3.distributed.collective_errors import collective_errors
+from dsv3.distributed.collective_errors import collective_errors, raised_everywhere
 from dsv3.distributed.mesh import Mesh
 from dsv3.distributed.rendezvous import Peer
 from dsv3.errors import ConfigError
@@ -38,8 +38,7 @@ def check_same(mesh: Mesh, facts: Mapping[str, str]) -> None:
                     f"the ranks do not load the same model: {name} is {first} on {name_of(0)} and "
                     f"{theirs[name]} on {name_of(rank)}"
                 )
-                error.seen_by_all_ranks, error.reported_by_rank0 = True, mesh.layout.rank != 0
-                raise error
+                raise raised_everywhere(error, mesh)
 
 
 def gather_texts(mesh: Mesh, text: str) -> list[str]:
@@ -81,7 +80,8 @@ def agree_on_model(mesh: Mesh, source: Source, placement_file: str, wants_identi
     places = gather_texts(mesh, place)
     sharers = [rank for rank, other in enumerate(places) if other == place]
     is_compared = len(sharers) < len(places) and not source.model_digest
-    part, placement = 0, ""
+    part = 0
+    placement = ""
     with collective_errors(mesh, "comparing the checkpoints of the ranks"):
         if placement_file:
             placement = hashlib.sha256(Path(placement_file).read_bytes()).hexdigest()

@@ -31,7 +31,8 @@ def moves(old_P: Longs, new_P: Longs, num_ranks: int, ranks_on_host: int) -> lis
 
     An expert comes from the rank itself, else from its host, else from any rank that has it.
     """
-    size, total = len(old_P) // num_ranks, len(old_P)
+    size = len(old_P) // num_ranks
+    total = len(old_P)
 
     def distance(to: int, at: int) -> tuple[bool, bool, int]:
         host = size * ranks_on_host
@@ -79,13 +80,17 @@ class Balancer:
         self, model: Transformer, mesh: Mesh, placement: Placement, settings: EngineConfig
     ) -> None:
         self.placement = placement
-        self._mesh, self._num_groups = mesh, model.config.n_group
-        self._every, self._file = settings.rebalance_every, settings.record_expert_load
+        self._mesh = mesh
+        self._num_groups = model.config.n_group
+        self._every = settings.rebalance_every
+        self._file = settings.record_expert_load
         self._physical_experts = list(model.dispatch.physical_experts.values())
         found = (module for module in model.modules() if isinstance(module, MoE))
         self._layers = dict(zip(placement.layers, found, strict=True))
         shape = len(self._physical_experts), placement.num_experts
-        self._total, self._recent, self._steps = np.zeros(shape, np.int64), np.zeros(shape), 0
+        self._total = np.zeros(shape, np.int64)
+        self._recent = np.zeros(shape)
+        self._steps = 0
         self._take_counts()  # drops the counts of the warm-up
 
     def before_step(self) -> None:
@@ -94,7 +99,8 @@ class Balancer:
         if not self._every or self._steps % self._every:
             return
         self._recent = _MEMORY * self._recent + self._count()
-        begin, old = time.perf_counter(), self.placement
+        begin = time.perf_counter()
+        old = self.placement
         loads = dict(zip(self._layers, self._recent, strict=True))
         new = old
         if self._mesh.layout.rank == 0:
@@ -135,8 +141,10 @@ class Balancer:
 
     def _move(self, layer: int, old_P: Longs) -> int:
         """Bring the experts of one layer to their new places; return the number of moved ones."""
-        world, size = self._mesh.world, self.placement.physical_per_rank
-        rank, module = world.rank, self._layers[layer]
+        world = self._mesh.world
+        size = self.placement.physical_per_rank
+        rank = world.rank
+        module = self._layers[layer]
         found = moves(old_P, self.placement.layers[layer], world.size, self._mesh.ranks_on_host)
         if not found:
             return 0

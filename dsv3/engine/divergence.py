@@ -15,7 +15,8 @@ class DivergenceCheck:
     """One rank's digests over all of its steps; every `every`-th waits for the device."""
 
     def __init__(self, mesh: Mesh, every: int) -> None:
-        self._mesh, self._every = mesh, every
+        self._mesh = mesh
+        self._every = every
         self._num_steps = self._plan_digest = 0
         self._token_digest = torch.zeros((), dtype=torch.int64, device=mesh.device)
 

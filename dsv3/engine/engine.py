@@ -32,7 +32,8 @@ from dsv3.text.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 # Seconds for writing the cache to disk at the end, and at an end by a signal.
-_SAVE_SECONDS, _HASTY_SAVE_SECONDS = 60.0, 4.0
+_SAVE_SECONDS = 60.0
+_HASTY_SAVE_SECONDS = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +71,15 @@ class Engine:
         max_seq_len: int,
         tiers: Ordered[Tiers | None] = (None,),
     ) -> None:
-        self.tokenizer, self._context_limit = tokenizer, max_seq_len
-        self.vocab_size, self.max_running = config.vocab_size, settings.max_running * len(tiers)
+        self.tokenizer = tokenizer
+        self._context_limit = max_seq_len
+        self.vocab_size = config.vocab_size
+        self.max_running = settings.max_running * len(tiers)
         self.metrics = Metrics()
         self._settings = settings
-        self._runner, self._layout, self._channel = runner, cache.layout, channel
+        self._runner = runner
+        self._layout = cache.layout
+        self._channel = channel
         self._eos = frozenset(config.eos_token_ids)
         if not self._eos and tokenizer is not None and tokenizer.eos_id is not None:
             # DeepSeek's own config files do not name the end token.
@@ -135,7 +140,8 @@ class Engine:
             )
         stream = None
         if self.tokenizer is not None:
-            prompt_ids, is_chat = request.prompt_ids, request.is_chat
+            prompt_ids = request.prompt_ids
+            is_chat = request.is_chat
             stream = TextStream(self.tokenizer, prompt_ids, params.stop, is_chat)
         seq = Sequence(request, self._num_added, time.monotonic(), stream)
         self._num_added += 1
@@ -163,7 +169,8 @@ class Engine:
         """
         if any(scheduler.tree is None for scheduler in self._schedulers):
             raise ConfigError("--prewarm keeps prefixes for reuse; drop --no-prefix-reuse")
-        all_room, params = self._room, SamplingParams(max_tokens=0)
+        all_room = self._room
+        params = SamplingParams(max_tokens=0)
         names = {}
         self._is_prewarming = True
         for group in range(len(self._schedulers)):
@@ -283,7 +290,8 @@ class Engine:
 
     def _measure(self, parts: list[ScheduledSeq], begin: float, planned_at: float) -> None:
         """Record the time of a step, and the state after it."""
-        m, now = self.metrics, time.monotonic()
+        m = self.metrics
+        now = time.monotonic()
         m.steps += 1
         m.run_seconds += now - begin
         # Without sending the plan, running it and waiting for the results.
@@ -321,7 +329,8 @@ class Engine:
     def _append(self, seq: Sequence, result: HostResult, row: int) -> RequestOutput:
         """Add a sampled token; finish the sequence if it was the last."""
         out = RequestOutput(request_id=seq.request.request_id)
-        token, params = int(result.token[row]), seq.request.params
+        token = int(result.token[row])
+        params = seq.request.params
         if seq.first_token_at is None:
             seq.first_token_at = self._now
             self.metrics.first_token_seconds.observe(self._now - seq.added_at)

@@ -1,4 +1,4 @@
-"""Settings that change nothing beside others, for this model or world: a warning for each."""
+"""Warnings about settings that have no effect with this model, world size or other settings."""
 
 from collections.abc import Iterator
 from dataclasses import fields

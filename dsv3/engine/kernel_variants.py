@@ -70,7 +70,9 @@ def _without_peers(mesh: Mesh) -> Mesh:
 
 def _run_steps(setup: Setup, mesh: Mesh) -> None:
     """Run steps of all kinds and padded sizes."""
-    config, settings, groups = setup.config, setup.settings, mesh.layout.dp
+    config = setup.config
+    settings = setup.settings
+    groups = mesh.layout.dp
     # Of all-to-all, whose sizes depend on values, only the experts' part launches kernels.
     dispatch = replace(setup.dispatch, variant="allreduce")
     model = Transformer(
@@ -128,7 +130,8 @@ def _eager_steps(setup: Setup, limit: int) -> Iterator[StepPlan]:
         setup: how the model runs.
         limit: most new tokens of a sequence that attends straight to the cache.
     """
-    longest, most = setup.context_limit, setup.settings.max_batch_tokens
+    longest = setup.context_limit
+    most = setup.settings.max_batch_tokens
     yield from _decode_steps(setup, setup.settings.max_running)
     for new in row_buckets(most):
         new = min(new, most, longest)
@@ -166,21 +169,24 @@ def _plan(
     zeros = np.zeros(num_rows, np.int32)
     plan = StepPlan.greedy(zeros, zeros, zeros[:, None] + np.int32(1))
     plan.token_ids = np.zeros(num_tokens, np.int32)
-    plan.query_len, plan.context_len = queries, contexts
+    plan.query_len = queries
+    plan.context_len = contexts
     plan.page_count = -(-(contexts + queries) // setup.layout.page_size)
     plan.pages = np.ones(plan.page_count.sum(), np.int32)
     plan.row = (np.arange(num_rows) if is_scored else queries.cumsum() - 1).astype(np.int32)
     if draws:
         plan.temperature = np.ones_like(plan.temperature)
     if is_scored:
-        plan.target, plan.top_logprobs = zeros, zeros
+        plan.target = zeros
+        plan.top_logprobs = zeros
     return plan
 
 
 def _run_experts(moe: MoE, most: int) -> None:
     """Run a layer's experts on padded numbers of rows, as an all-to-all may bring them."""
     weight = moe.gate_up_proj
-    hidden, top_k = weight.weight.shape[-1], moe.top_k
+    hidden = weight.weight.shape[-1]
+    top_k = moe.top_k
     for rows in row_buckets(most):
         moe.run_experts(
             torch.empty(rows, hidden, dtype=weight.dtype, device=_META),

@@ -7,7 +7,7 @@ from dsv3.checkpoint.hub import Revision, fetch, fetch_beside, resolve, snapshot
 from dsv3.checkpoint.hub_cache import hub_name
 from dsv3.checkpoint.hub_files import Download
 from dsv3.config_files import DEMO
-from dsv3.distributed.collective_errors import collective_errors
+from dsv3.distributed.collective_errors import collective_errors, raised_everywhere
 from dsv3.distributed.mesh import Mesh
 from dsv3.engine.agreement import gather_texts
 from dsv3.errors import ConfigError
@@ -25,7 +25,8 @@ def locate_checkpoint(given: str | Path | None, mesh: Mesh) -> Path:
         CheckpointError: it cannot be downloaded.
         ConfigError: ranks were given a name, others a directory.
     """
-    name, rank = hub_name(given), mesh.layout.rank
+    name = hub_name(given)
+    rank = mesh.layout.rank
     revision = Revision("")
     with collective_errors(mesh, "asking the hub"):
         if name is not None and rank == 0:
@@ -52,16 +53,13 @@ def _commit_of_first(mesh: Mesh, commit: str, is_name: bool) -> str:
     kinds = [text.split(" ")[0] for text in texts]
     for other, kind in enumerate(kinds):
         if kind != kinds[0]:
-            names, where = (
-                {"name": "a name on the hub", "path": "a directory"},
-                mesh.watchdog.name_of,
-            )
+            names = {"name": "a name on the hub", "path": "a directory"}
+            where = mesh.watchdog.name_of
             error = ConfigError(
                 f"the checkpoint is {names[kinds[0]]} on {where(0)} and {names[kind]} on "
                 f"{where(other)}; give the same on all"
             )
-            error.seen_by_all_ranks, error.reported_by_rank0 = True, mesh.layout.rank != 0
-            raise error
+            raise raised_everywhere(error, mesh)
     return texts[0].split(" ")[1]
 
 

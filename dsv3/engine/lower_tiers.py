@@ -45,7 +45,8 @@ def make_tiers(
     groups = range(mesh.layout.dp)
     if not num_host_pages:
         return None, [None for _ in groups]
-    host, page_size = HostPool(cache, num_host_pages), cache.layout.page_size
+    host = HostPool(cache, num_host_pages)
+    page_size = cache.layout.page_size
     if settings.disk_cache is None:
         tiers: list[Tiers | None] = [Tiers(num_host_pages, page_size) for _ in groups]
         return PageMover(host, None, mesh.control), tiers

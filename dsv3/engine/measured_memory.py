@@ -38,7 +38,8 @@ def measured_plan(
         return plan
     cache = CachePool(setup.layout, 2, mesh.device, mesh.tp)
     runner = Runner(model, cache, decode_limit(settings, model.config), static=static)
-    num_groups, page_size = mesh.layout.dp, setup.layout.page_size
+    num_groups = mesh.layout.dp
+    page_size = setup.layout.page_size
     before = torch.cuda.memory_allocated(mesh.device)
     torch.cuda.reset_peak_memory_stats(mesh.device)
     largest = largest_step(

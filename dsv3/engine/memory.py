@@ -15,8 +15,8 @@ from dsv3.parallel.expert_placement import Placement
 from dsv3.parallel.weights import WeightFormat
 from dsv3.settings import EngineConfig
 
-# Share of the memory beside the weights that `auto` gives to the cache. The rest is for activations
-# and for other programs.
+# Share of the memory left by the weights that `auto` gives to the cache. The rest is for
+# activations and for other programs.
 _CACHE_SHARE = {"cpu": 0.25, "cuda": 0.85}
 
 
@@ -111,9 +111,9 @@ def plan_memory(
 ) -> MemoryPlan:
     """Decide the cache's size.
 
-    `auto` takes the pages that the most running sequences could use, limited by the memory beside
-    weights and activations; while the bytes of activations are not measured (None), by a share of
-    the memory beside the weights. A share in the settings is one of the same memory.
+    `auto` takes the pages that `max_running` sequences of full length need, at most those that fit
+    the memory left by weights and activations. If activations are not measured yet (None), it takes
+    a fixed share of the memory left by the weights. A share in the settings is of the same memory.
 
     Args:
         settings: the sizes of the caches.
@@ -168,7 +168,8 @@ def _pages_asked(settings: EngineConfig, cache: CacheLayout, page_bytes: int, ro
     Raises:
         ConfigError: it is less than one page, though there is room for one.
     """
-    text, size = settings.kv_cache_size, settings.cache_size
+    text = settings.kv_cache_size
+    size = settings.cache_size
     if size.num_tokens is not None:
         return cache.pages_for(size.num_tokens)
     if size.share is None:

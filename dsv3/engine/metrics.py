@@ -31,7 +31,9 @@ class Histogram:
     __slots__ = ("_recent", "bounds", "counts", "total")
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
-        self.bounds, self.counts, self.total = bounds, [0] * (len(bounds) + 1), 0.0
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
         self._recent = deque[float](maxlen=_MOST_RECENT)
 
     def observe(self, value: float) -> None:
@@ -65,8 +67,10 @@ def _histogram(bounds: tuple[float, ...], about: str) -> Any:
     return field(default_factory=partial(Histogram, bounds), metadata=metadata)
 
 
-_counter, _gauge = partial(_number, "counter"), partial(_number, "gauge")
-_seconds, _counts = partial(_histogram, SECONDS), partial(_histogram, COUNTS)
+_counter = partial(_number, "counter")
+_gauge = partial(_number, "gauge")
+_seconds = partial(_histogram, SECONDS)
+_counts = partial(_histogram, COUNTS)
 
 
 @dataclass(slots=True)
@@ -111,7 +115,8 @@ class Metrics:
 
     def summary(self) -> str:
         """Return a two-line summary of the run."""
-        first, computed = self.first_token_seconds, self.prefill_tokens + self.decode_tokens
+        first = self.first_token_seconds
+        computed = self.prefill_tokens + self.decode_tokens
         tiers = f"; {self.host_hits:,} pages back from host memory, {self.disk_hits:,} from disk"
         return (
             f"{self.prefill_tokens:,} tokens prefilled, {self.reused_tokens:,} reused "

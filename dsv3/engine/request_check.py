@@ -12,7 +12,8 @@ def check_request(request: Request, vocab_size: int, context_limit: int) -> None
         vocab_size: tokens of the model.
         context_limit: longest context in tokens, prompt and answer.
     """
-    prompt, params = request.prompt_ids, request.params
+    prompt = request.prompt_ids
+    params = request.params
     if not prompt:
         raise RequestError("the prompt is empty; give at least one token")
     if min(prompt) < 0 or max(prompt) >= vocab_size:
@@ -21,7 +22,7 @@ def check_request(request: Request, vocab_size: int, context_limit: int) -> None
     for token in params.logit_bias:
         if not 0 <= token < vocab_size:
             raise RequestError(
-                f"logit_bias[{token}] is no token of this model (0 to {vocab_size - 1})"
+                f"logit_bias[{token}] is not a token of this model (0 to {vocab_size - 1})"
             )
     room = context_limit - len(prompt)
     if room < min(1, params.max_tokens):

@@ -1,4 +1,4 @@
-"""Which tokens run in the next step of one data-parallel group, and the pages that they need.
+"""Scheduler of one data-parallel group: the tokens of the next step, and the pages they need.
 
 Every step takes one token of each sequence that is generating, then fills the token budget with
 prompt chunks, then admits waiting requests. Pages are taken as sequences grow. When none is left,
@@ -29,7 +29,7 @@ from dsv3.settings import EngineConfig
 
 # Seconds that a request waits at most, all in all, for its prefix to come from disk.
 _DISK_PATIENCE = 10.0
-# Prompt tokens that a sequence counts as in its group's load: it takes part in many steps to come.
+# Load of one sequence, in prompt tokens: it takes part in many more steps.
 _SEQUENCE_LOAD = 64
 # Weight of the tokens that a group must compute itself, against the load ahead of them. An idle
 # group could begin at once with a prefix that another one is computing, but the work is done twice.
@@ -66,7 +66,9 @@ class Scheduler:
         metrics: Metrics,
         is_only: bool,
     ) -> None:
-        self._layout, self._metrics, self._is_only = layout, metrics, is_only
+        self._layout = layout
+        self._metrics = metrics
+        self._is_only = is_only
         self._max_batch_tokens = settings.max_batch_tokens
         self._max_running = settings.max_running
         self.pages = PageAllocator(num_pages)
@@ -126,7 +128,7 @@ class Scheduler:
 
     @property
     def num_free_places(self) -> int:
-        """Number of sequences that could run beside the running and waiting ones."""
+        """Number of sequences that could run in addition to the running and waiting ones."""
         return self._max_running - len(self.running) - len(self.waiting)
 
     def cost(self, seq: Sequence) -> tuple[int, int]:

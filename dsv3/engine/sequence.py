@@ -79,7 +79,8 @@ class Sequence:
 
     def __post_init__(self) -> None:
         """Start from the prompt."""
-        request, p = self.request, self.request.params
+        request = self.request
+        p = self.request.params
         self.token_ids = list(request.prompt_ids)
         self.adjuster = Adjuster.of(p, request.prompt_ids)
         self.choice = pack_choice(p, request.answer)
@@ -120,6 +121,8 @@ class Sequence:
 
     def rewind(self) -> None:
         """Reset the computed positions after a preemption; the tokens stay."""
-        self.pages, self.num_computed, self.num_committed = array("i"), 0, 0
+        self.pages = array("i")
+        self.num_computed = 0
+        self.num_committed = 0
         self.is_running = False
         self.num_preempted += 1

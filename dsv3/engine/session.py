@@ -35,7 +35,8 @@ class Session:
     """
 
     def __init__(self, started: Started) -> None:
-        self._started, self._engine = started, started.engine
+        self._started = started
+        self._engine = started.engine
         self.num_calls = self._num_pauses = 0
         self.is_interrupted = False
         self._is_closed = False
@@ -215,7 +216,8 @@ class OutputStream(Iterator[RequestOutput]):
     """
 
     def __init__(self, session: Session, request_ids: Sequence[str]) -> None:
-        self._session, self._unfinished = session, dict.fromkeys(request_ids)
+        self._session = session
+        self._unfinished = dict.fromkeys(request_ids)
         self._outputs: deque[RequestOutput] = deque()
         weakref.finalize(self, session.drop, tuple(request_ids)).atexit = False
 
@@ -236,7 +238,8 @@ class NoOutputs(Iterator[Any]):
     """The stream of another rank than 0: reading it helps rank 0 read its own."""
 
     def __init__(self, session: Session) -> None:
-        self._session, self._helped_in = session, 0
+        self._session = session
+        self._helped_in = 0
 
     def __next__(self) -> NoReturn:
         """Follow rank 0 until it has read a stream, once after every call."""

@@ -29,7 +29,7 @@ _CACHE_NAMES: dict[torch.dtype, CacheDtype] = {torch.float32: "fp32", torch.bflo
 
 @dataclass(frozen=True)
 class Setup:
-    """How a model runs on this rank.
+    """Decisions about a model on this rank: numerics, cache, dispatch.
 
     Attributes:
         config: the model.
@@ -199,7 +199,7 @@ def dispatch_settings(
     if settings.dispatch_dtype == "fp8" and not has_whole_blocks:
         raise ConfigError(
             f"{settings.given('dispatch_dtype')} has a scale per {BLOCK} values, "
-            f"hidden_size={config.hidden_size} is no multiple of them; use bf16"
+            f"hidden_size={config.hidden_size} is not a multiple of them; use bf16"
         )
     is_fp8 = fmt.fp8_products and has_whole_blocks and has_fp8_experts
     dtypes = {"auto": FP8 if is_fp8 else None, "bf16": torch.bfloat16, "fp8": FP8}

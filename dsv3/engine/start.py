@@ -104,7 +104,8 @@ def start(
     mesh.watchdog.enter("load")
     with _phase(seconds, "load"):
         loaded = _load(path, settings, mesh, config, n_experts)
-    setup, model = loaded.setup, loaded.model
+    setup = loaded.setup
+    model = loaded.model
     mesh.watchdog.enter("compile")
     with _phase(seconds, "compile"):
         compile_ahead(setup, mesh)

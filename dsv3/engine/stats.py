@@ -23,7 +23,9 @@ def collect_stats(started: Started, seconds: dict[str, float]) -> dict[str, Any]
         started: this rank.
         seconds: of the phases, in the order they ran.
     """
-    mesh, runner, cache = started.mesh, started.runner, started.cache
+    mesh = started.mesh
+    runner = started.runner
+    cache = started.cache
     mine = {
         "weight_bytes": runner.weight_bytes,
         "cache_bytes": cache.num_bytes,

@@ -92,23 +92,27 @@ class StepPlan:
 
     @classmethod
     def greedy(cls, token_ids: Ints, context_len: Ints, pages_BG: Ints) -> "StepPlan":
-        """Return a step that samples the likeliest token of sequences with as many new tokens."""
-        count, none = len(context_len), np.zeros(len(context_len), np.int32)
+        """Return a greedy step; all sequences have the same number of new tokens."""
+        count = len(context_len)
+        zeros_B = np.zeros(count, np.int32)
         new = len(token_ids) // count
         return cls(
             token_ids=token_ids,
-            query_len=none + np.int32(new),
+            query_len=np.full(count, new, np.int32),
             context_len=context_len,
-            page_count=none + np.int32(pages_BG.shape[1]),
+            page_count=np.full(count, pages_BG.shape[1], np.int32),
             pages=pages_BG.ravel(),
             row=np.arange(1, count + 1, dtype=np.int32) * new - 1,
             position=context_len + np.int32(new),
-            target=none + NO_TARGET,
-            top_logprobs=none - 1,
-            **dict.fromkeys(("top_k", "seed_low", "seed_high", "answer"), none),
-            temperature=none.astype(np.float32),
+            target=np.full(count, NO_TARGET, np.int32),
+            top_logprobs=np.full(count, -1, np.int32),
+            top_k=zeros_B,
+            seed_low=zeros_B,
+            seed_high=zeros_B,
+            answer=zeros_B,
+            temperature=np.zeros(count, np.float32),
             top_p=np.ones(count, np.float32),
-            min_p=none.astype(np.float32),
+            min_p=np.zeros(count, np.float32),
         )
 
     def pack(self) -> Ints:
@@ -120,7 +124,8 @@ class StepPlan:
     @classmethod
     def unpack(cls, words: Ints) -> "StepPlan":
         """Undo `pack`."""
-        plan, at = cls(), len(fields(cls))
+        plan = cls()
+        at = len(fields(cls))
         for f, length in zip(fields(cls), words[:at].tolist(), strict=True):
             setattr(plan, f.name, words[at : at + length].view(getattr(plan, f.name).dtype))
             at += length

@@ -24,7 +24,7 @@ SEPARATORS = ("line", "blank-line")
 # Ten times the text of the longest context; tokenizing a text takes 150 times its memory.
 MAX_ROW_BYTES = 16 << 20
 
-# Error codes of rows without an id of their own.
+# Error codes of rows without an id.
 NO_ID = "no_custom_id"
 REPEATED_ID = "repeated_custom_id"
 

@@ -30,7 +30,8 @@ class MetricsCollector:
 
         for figure in fields(self._metrics):
             value = getattr(self._metrics, figure.name)
-            name, about = f"dsv3_{figure.name}", figure.metadata["about"]
+            name = f"dsv3_{figure.name}"
+            about = figure.metadata["about"]
             if isinstance(value, Histogram):
                 buckets = _cumulative(value)
                 yield HistogramMetricFamily(name, about, buckets=buckets, sum_value=value.total)

@@ -159,7 +159,7 @@ class BatchJournal(contextlib.AbstractContextManager["BatchJournal"]):
         except OSError as error:
             with contextlib.suppress(OSError):
                 self._cut(self._size)
-            advice = "the rows written so far are safe, start again to go on from there"
+            advice = "the rows written so far are safe, run it again to resume"
             if not self._is_file:
                 advice = "a pipe or a terminal is not resumed, a file is"
             raise OutputError(f"{self._name}: cannot write ({error.strerror}); {advice}") from None
@@ -250,15 +250,15 @@ class BatchJournal(contextlib.AbstractContextManager["BatchJournal"]):
             return "its results are lost, start again to answer all rows"
         if now.endswith(_DELETED):  # /proc shows the path that the file was opened by
             now = "a hard link of that file"
-        return f"its results are in {now}; move it back and start again to go on from there"
+        return f"its results are in {now}; move it back, then run it again to resume"
 
     def _refuse_other_files(self) -> None:
         """Raise ConfigError if a file to overwrite does not begin with a result."""
         begin = os.pread(self._fd, len(LINE_START), 0) if self._is_file else b""
         if begin.strip() and not _is_begun(begin):
             raise ConfigError(
-                f"--output-file {self._path}: not a file of results, --overwrite empties no "
-                "other; choose another name, or remove it first"
+                f"--output-file {self._path}: not a file of results, which --overwrite does "
+                "not replace; choose another name, or remove it first"
             )
 
     def _scan(self) -> None:

@@ -84,7 +84,7 @@ def known_name(text: str) -> str:
         return name
     close = [n for n in NAMES if name and n.startswith(name)] or get_close_matches(name, NAMES)
     hint = f"did you mean {close[0]}?" if close else "/set shows all values"
-    raise RequestError(f"{text} is no value of a chat; {hint}")
+    raise RequestError(f"{text} is not a setting of a chat; {hint}")
 
 
 def split_setting(text: str) -> tuple[str, str]:

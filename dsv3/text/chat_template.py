@@ -1,4 +1,4 @@
-"""A checkpoint's chat template, rendered in a process of its own (`template_worker.py`)."""
+"""A checkpoint's chat template, rendered in a separate process (`template_worker.py`)."""
 
 import json
 import signal

@@ -140,7 +140,7 @@ def _prompt(value: Any) -> str | list[int]:
         try:
             ids.append(whole(None if isinstance(token_id, str) else token_id))
         except ValueError:
-            raise RequestError(f"prompt[{i}]={shown(token_id)} is no token id") from None
+            raise RequestError(f"prompt[{i}]={shown(token_id)} is not a token id") from None
     return ids
 
 

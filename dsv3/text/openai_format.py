@@ -219,7 +219,7 @@ def _logit_bias(fields: Fields) -> dict[int, float]:
     biases = fields.take("logit_bias", lambda v: isinstance(v, dict), "an object") or {}
     for key, bias in biases.items():
         if not re.fullmatch("0|[1-9][0-9]{0,8}", key):
-            raise RequestError(f"logit_bias has the field {show(key)}, which is no token id")
+            raise RequestError(f"logit_bias has the field {show(key)}, which is not a token id")
         if not _is_number(bias) or not -MAX_BIAS <= bias <= MAX_BIAS:
             raise RequestError(
                 f"logit_bias[{key}]={show(bias)} must be a number between -100 and 100"

@@ -102,7 +102,7 @@ def token_requests(
         for i, token_id in enumerate(ids):
             if not 0 <= token_id < vocab_size:
                 raise RequestError(
-                    f"{field}[{i}]={token_id} is no token of this model (0 to {vocab_size - 1})"
+                    f"{field}[{i}]={token_id} is not a token of this model (0 to {vocab_size - 1})"
                 )
     if request.limit_is_default:
         num_free = max(1, max_seq_len - len(prompt_ids))

@@ -1,4 +1,4 @@
-"""Bottleneck report of a step: each operation's measured time beside its roofline floor."""
+"""Bottleneck report of a step: each operation's measured time and its roofline floor."""
 
 from collections import defaultdict
 from collections.abc import Iterable

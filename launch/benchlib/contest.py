@@ -1,7 +1,7 @@
 """Compare engines in one run: contenders, their results, and the alternating runs.
 
 No machine is quite idle or unchanging, so contenders run A B A B, and medians are compared. CPU
-time is reported beside wall-clock time because other processes disturb it less.
+time is reported with wall-clock time because other processes disturb it less.
 """
 
 import logging

@@ -97,7 +97,8 @@ def weights_of(config: ModelConfig, layout: ParallelConfig, plain: str, is_fp8: 
 
 def memory(setup: RooflineSetup, hw: Hardware) -> tuple[int, int]:
     """Return the bytes of a rank's weights, and the positions that fit all caches beside them."""
-    config, place = setup.config, setup.layout
+    config = setup.config
+    place = setup.layout
     weights = weights_of(config, place, setup.plain, setup.weights == "fp8")
     cache = CacheLayout.make(config, setup.form, setup.kv_shard, setup.cache, place.tp, 0)
     settings = EngineConfig(max_running=_NO_LIMIT, max_batch_tokens=_NO_LIMIT)

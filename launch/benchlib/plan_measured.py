@@ -98,7 +98,7 @@ def fit(rows: np.ndarray) -> tuple[float, float]:
         rows: [3, steps]: floor in seconds, number of operations, measured seconds.
 
     Returns:
-        slowdown, at least 1, and launch, the seconds beside each operation, above 0.
+        slowdown, at least 1, and launch, the seconds added to each operation, above 0.
     """
     floor = rows[0] / rows[2]
     count = rows[1] / rows[2]
@@ -178,7 +178,7 @@ def check_steps(started: Started, hw: Hardware, dispatch: str) -> tuple[Report, 
     errors = [abs(row["error %"]) for row in report.rows[1::2]]
     report.notes = [
         f"the steps without an error were fitted: {1 / slowdown:.0%} of the measured rates, "
-        f"{1e6 * hw.launch:.3g} us beside every operation",
+        f"{1e6 * hw.launch:.3g} us added to every operation",
         f"error of the others: {median(errors):.0f} % in the median, {max(errors):.0f} % at most",
     ]
     return report, hw

@@ -184,7 +184,8 @@ class _Timed:
     """Proxy that records every method call as a child span of the caller."""
 
     def __init__(self, profiler: Profiler, inner: object) -> None:
-        self._profiler, self._inner = profiler, inner
+        self._profiler = profiler
+        self._inner = inner
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._inner, name)

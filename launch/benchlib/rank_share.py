@@ -84,7 +84,8 @@ class Rank:
         cached = CacheLayout.make(
             self.config, "latent", shape.kv_shard, shape.cache, layout.tp, layout.tp_rank
         )
-        pages, slots = positions // cached.page_size, cached.paging.slots_per_page
+        pages = positions // cached.page_size
+        slots = cached.paging.slots_per_page
         self.cache = CachePool(cached, pages + 1, device, self._mesh.tp)
         for layer in range(self.config.num_hidden_layers):  # a cache of zeros would cost less power
             page = torch.randn(slots, cached.main.width, device=device)

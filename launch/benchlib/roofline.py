@@ -176,7 +176,8 @@ def experts_hit(config: ModelConfig, ranks: int, tokens: int) -> tuple[float, fl
         ranks: number of ranks that share the experts.
         tokens: tokens of all ranks together.
     """
-    experts, chosen = config.n_routed_experts, config.num_experts_per_tok
+    experts = config.n_routed_experts
+    chosen = config.num_experts_per_tok
     missed = (1 - chosen / experts) ** tokens
     return experts / ranks * (1 - missed), tokens * chosen / ranks
 

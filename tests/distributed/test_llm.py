@@ -39,7 +39,7 @@ def test_a_script_gets_its_answers(alone: dict[str, Any]) -> None:
 def test_a_refused_prompt_is_named_and_harms_no_other_call(alone: dict[str, Any]) -> None:
     empty, unknown, long, params, number = alone["refusals"]
     assert empty == "prompts[1]: prompt is empty: it has no tokens"
-    assert unknown.startswith("prompt[1]=4000 is no token of this model")
+    assert unknown.startswith("prompt[1]=4000 is not a token of this model")
     assert "it may have 511" in long
     assert params == "1 params for 2 prompts"
     assert number == "a prompt is a text or token ids, not 5"

@@ -148,4 +148,8 @@ def test_interrupted(hub: Hub) -> None:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGINT)
     _, stderr = process.communicate(timeout=60)  # all of it would take minutes
-    assert process.returncode == 130 and "goes on from here" in stderr and "Traceback" not in stderr
+    assert (
+        process.returncode == 130
+        and "run it again to resume" in stderr
+        and "Traceback" not in stderr
+    )

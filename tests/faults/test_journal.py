@@ -140,7 +140,9 @@ def test_a_new_file_without_a_line_does_not_stay(tmp_path: Path) -> None:
 def test_overwrite_empties_results_only(tmp_path: Path, text: str) -> None:
     out = tmp_path / "out.jsonl"
     out.write_text(text)
-    with pytest.raises(ConfigError, match="not a file of results, --overwrite empties no other"):
+    with pytest.raises(
+        ConfigError, match="not a file of results, which --overwrite does not replace"
+    ):
         BatchJournal(out, overwrite=True)
     assert out.read_text() == text
 

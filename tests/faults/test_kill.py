@@ -110,7 +110,7 @@ def test_a_full_disk_ends_all_ranks_with_one_line(job: list[str], tmp_path: Path
     lines = our_lines(done.stderr)
     assert lines[-1] == (
         f"error: {out}: cannot write (File too large); the rows written so far are safe, "
-        "start again to go on from there"
+        "run it again to resume"
     )
     assert sum("error" in line for line in lines) == 1
     assert "exitcode  : 2" in done.stderr

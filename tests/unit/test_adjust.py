@@ -137,7 +137,7 @@ def test_biases_beyond_the_vocabulary_are_refused() -> None:
     for token in (-1, engine.vocab_size):
         params = SamplingParams(logit_bias={1: 2.0, token: 1.0})
         with pytest.raises(
-            RequestError, match=rf"^logit_bias\[{token}\] is no token of this model"
+            RequestError, match=rf"^logit_bias\[{token}\] is not a token of this model"
         ):
             engine.add(Request(request_id="a", prompt_ids=[5], params=params))
 

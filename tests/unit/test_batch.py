@@ -184,7 +184,7 @@ def test_a_bad_row_harms_no_other(tmp_path: Path) -> None:
         "long": "row 2: the prompt has 70 tokens, it may have 64",
         "bug": "row 3: internal error: KeyError: 'what no one foresaw'",
         "bad": 'row 4: temperature="hot" must be a number',
-        "outside": "row 5: prompt[1]=2048 is no token of this model (0 to 2047)",
+        "outside": "row 5: prompt[1]=2048 is not a token of this model (0 to 2047)",
     }
     status = {name: response["status_code"] for name, response in got.items()}
     assert status == dict.fromkeys(got, 400) | {"good": 200, "good too": 200, "bug": 500}

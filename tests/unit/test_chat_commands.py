@@ -118,10 +118,10 @@ def test_values_are_set_by_the_rules_of_rows() -> None:
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ("temperatur 1", "temperatur is no value of a chat; did you mean temperature?"),
-        ("temp 1", "temp is no value of a chat; did you mean temperature?"),
-        ("max_new_tokens 1", "max_new_tokens is no value of a chat; did you mean max_tokens?"),
-        ("xyz 1", "xyz is no value of a chat; /set shows all values"),
+        ("temperatur 1", "temperatur is not a setting of a chat; did you mean temperature?"),
+        ("temp 1", "temp is not a setting of a chat; did you mean temperature?"),
+        ("max_new_tokens 1", "max_new_tokens is not a setting of a chat; did you mean max_tokens?"),
+        ("xyz 1", "xyz is not a setting of a chat; /set shows all values"),
         ("temperature hot", 'temperature="hot" must be a number'),
         ("temperature NaN", "temperature=nan must be between 0 and 100"),
         ("temperature 101", "temperature=101 must be between 0 and 100"),

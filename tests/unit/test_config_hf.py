@@ -218,7 +218,7 @@ def test_contradicting_values(change: dict[str, Any], words: str, tmp_path: Path
         ({"hidden_size": None}, "hidden_size=None must be"),
         ({"hidden_size": "x" * 10**6}, "hidden_size='xxx"),
         ({"hidden_size": 10**400}, "hidden_size=1000"),
-        ({"rms_norm_eps": float("nan")}, "not JSON: NaN is no number"),
+        ({"rms_norm_eps": float("nan")}, "not JSON: NaN is not a number"),
         ({"rms_norm_eps": 0}, "rms_norm_eps=0 must be"),
         ({"rms_norm_eps": 1}, "rms_norm_eps=1 must be"),
         ({"rope_interleave": None}, "rope_interleave=None must be true or false"),

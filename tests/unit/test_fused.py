@@ -93,7 +93,7 @@ def test_scales_of_blocks_that_gate_and_up_share(tmp_path: Path) -> None:
     """200 rows each: the second of four blocks has rows of both."""
     config = dataclasses.replace(PLAIN, quantization=FP8)
     fused = fuse_experts(random_tensors(config), config)
-    words = r"gate_up_proj_scale_inv .* fused .* moe_intermediate_size=200 is no multiple of 128"
+    words = r"gate_up_proj_scale_inv .* fused .* moe_intermediate_size=200 is not a multiple of 128"
     refused(tmp_path, config, fused, words)
 
 

@@ -237,7 +237,7 @@ def test_a_licence_to_accept(hub: Hub) -> None:
 def test_lines_in_place_of_a_bar(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dsv3.checkpoint.hub_files._LINE_SECONDS", -1.0)
     lines = download()[1]
-    assert len(lines) > 1 and re.fullmatch(r"some/model: (.* .B) of \1 are there", lines[-1])
+    assert len(lines) > 1 and re.fullmatch(r"some/model: (.* .B) of \1 downloaded", lines[-1])
 
 
 def test_no_hub_but_a_web_page(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,7 +310,7 @@ def test_a_disk_that_refuses(hub: Hub, monkeypatch: pytest.MonkeyPatch, number: 
         raise OSError(number, os.strerror(number), "/the/file")
 
     monkeypatch.setattr("dsv3.checkpoint.hub_files.Fetcher._receive_once", fail)
-    full = "is full; the same command goes on"
+    full = "is full; free some space, then run it again to resume"
     text = (
         full if number == errno.ENOSPC else f"/the/file: cannot be written: {os.strerror(number)}"
     )

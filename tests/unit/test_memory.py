@@ -190,7 +190,7 @@ def test_the_cache_is_what_was_planned(tp: int, size: str) -> None:
 
 
 def test_auto_leaves_memory_for_others() -> None:
-    """A quarter of the memory beside the weights, on a CPU."""
+    """A quarter of the memory left by the weights, on a CPU."""
     page = 64 * 1152
     _, planned = plan(EngineConfig(), 10_000_000 + 100 * page)
     assert planned.num_pages == 25

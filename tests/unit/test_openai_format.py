@@ -175,7 +175,7 @@ def test_generation_config() -> None:
         ({"top_k": 50.0}, r"top_k=50\.0 is not an integer"),
         ({"max_new_tokens": "x" * 10**6}, "max_new_tokens='x.* is not an integer"),
         ({"max_new_tokens": 10**400}, r"max_new_tokens=10+\.\.\.0+ is not an integer"),
-        ({"temperature": float("nan")}, "not JSON: NaN is no number"),
+        ({"temperature": float("nan")}, "not JSON: NaN is not a number"),
         ({"top_p": 0}, "top_p=0 is not a number above 0"),
         ({"min_p": 1.5}, "min_p=1.5 is not a number from 0 to 1"),
         ({"repetition_penalty": 0}, "repetition_penalty=0 is not a number from 0.001"),
@@ -260,8 +260,8 @@ def test_digest_of_older_versions_holds_where_newer_values_change_nothing() -> N
         ({"frequency_penalty": 2.5}, "frequency_penalty=2.5 must be between -2 and 2"),
         ({"presence_penalty": True}, "presence_penalty=true must be a number"),
         ({"logit_bias": [1]}, "logit_bias=[1] must be an object"),
-        ({"logit_bias": {"a": 1}}, 'logit_bias has the field "a", which is no token id'),
-        ({"logit_bias": {"-1": 1}}, 'logit_bias has the field "-1", which is no token id'),
+        ({"logit_bias": {"a": 1}}, 'logit_bias has the field "a", which is not a token id'),
+        ({"logit_bias": {"-1": 1}}, 'logit_bias has the field "-1", which is not a token id'),
         ({"logit_bias": {"5": 101}}, "logit_bias[5]=101 must be a number between -100 and 100"),
         ({"logit_bias": {"5": None}}, "logit_bias[5]=null must be a number between -100 and 100"),
     ],
@@ -318,9 +318,9 @@ def test_token_ids_need_no_tokenizer_and_text_says_that_it_does() -> None:
 @pytest.mark.parametrize(
     ("body", "error"),
     [
-        ({"prompt": [5, 2048]}, "prompt[1]=2048 is no token of this model (0 to 2047)"),
-        ({"prompt": [-1]}, "prompt[0]=-1 is no token of this model (0 to 2047)"),
-        ({"stop_token_ids": [2**40]}, "stop_token_ids[0]=1099511627776 is no token of this"),
+        ({"prompt": [5, 2048]}, "prompt[1]=2048 is not a token of this model (0 to 2047)"),
+        ({"prompt": [-1]}, "prompt[0]=-1 is not a token of this model (0 to 2047)"),
+        ({"stop_token_ids": [2**40]}, "stop_token_ids[0]=1099511627776 is not a token of this"),
         ({"prompt": "a\udfff"}, "the text holds half of a surrogate pair (character 2)"),
     ],
 )

@@ -122,18 +122,18 @@ def test_flags_without_a_meaning_are_refused(parse: Parse, rows: Path, tmp_path:
     for flags, reason in (
         ((*text, "--prompt", "x"), "give --input-file or --prompt, not both"),
         (("--prompt", "x", "--prompt", "y"), "give --prompt once; an --input-file holds several"),
-        (("--output-file", tmp_path / "x"), "--output-file is for the rows of an --input-file"),
-        (("--prompt", "x", "--strict"), "--strict is for the rows of an --input-file"),
+        (("--output-file", tmp_path / "x"), "--output-file requires --input-file"),
+        (("--prompt", "x", "--strict"), "--strict requires --input-file"),
         (("--on-full", "stop"), "--on-full is for a chat; add --interactive, or leave it out"),
         ((*text, "--no-history"), "--no-history is for a chat; add --interactive"),
-        ((*text, "--overwrite"), "--overwrite starts an --output-file anew; there is none"),
+        ((*text, "--overwrite"), "--overwrite requires --output-file"),
         ((*text, "--hardware", "h100"), "--hardware gives the ceilings of --profile"),
         (("--input-file", "-", "--prewarm", "-"), "--prewarm=-: --input-file reads it already"),
         ((*text, *chat), "give --interactive or --input-file, not both"),
-        ((*chat, "--strict"), "--strict is for the rows"),
-        ((*chat, "--overwrite"), "--overwrite starts"),
-        ((*chat, "--prompt-separator", "line"), "is for an --input-file or --prewarm"),
-        ((*chat, "--output-file", tmp_path / "x"), "is for the rows of"),
+        ((*chat, "--strict"), "--strict requires --input-file"),
+        ((*chat, "--overwrite"), "--overwrite requires --output-file"),
+        ((*chat, "--prompt-separator", "line"), "requires --input-file or --prewarm"),
+        ((*chat, "--output-file", tmp_path / "x"), "requires --input-file"),
     ):
         with pytest.raises(ConfigError, match=reason):
             parse(*flags)

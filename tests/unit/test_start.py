@@ -39,7 +39,9 @@ def test_dtype_of_dispatched_tokens() -> None:
         assert chosen.groups == (TINY.n_group, TINY.topk_group)
     ragged = WeightFormat(torch.bfloat16, cpu, names, True)
     assert setup.dispatch_settings(EngineConfig(), TINY, ragged, True).dtype is None
-    with pytest.raises(ConfigError, match=r"dispatch_dtype=fp8 .* hidden_size=320 is no multiple"):
+    with pytest.raises(
+        ConfigError, match=r"dispatch_dtype=fp8 .* hidden_size=320 is not a multiple"
+    ):
         setup.dispatch_settings(EngineConfig(dispatch_dtype="fp8"), TINY, ragged, True)
     with pytest.raises(ConfigError, match="dispatch_dtype=int8 is unknown"):
         EngineConfig(**cast(dict[str, Any], {"dispatch_dtype": "int8"}))

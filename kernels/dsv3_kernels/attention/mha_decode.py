@@ -15,7 +15,8 @@ from dsv3_kernels.operation import operation
 # Values held at a time by the reference: 64 MiB of float32.
 _SCORES = 1 << 24
 # Positions per split of the kernel, and per step.
-_SPLIT, _KEYS = 512, 32
+_SPLIT = 512
+_KEYS = 32
 
 
 @triton.jit(

@@ -20,7 +20,7 @@ from dsv3_kernels._triton import in_turn, launch_options, multiprocessors, tl, t
 ROWS = 64
 # Programs that keep a large GPU's memory busy: one on each multiprocessor of Hopper.
 WANTED = 132
-# Bytes of shared memory per program beside its blocks, at most.
+# Bytes of shared memory per program in addition to its blocks, at most.
 _OTHER = 4096
 
 

@@ -199,7 +199,8 @@ def _large_kernel(
 ):
     """Compute tiles of BM x (128 + OTHER).
 
-    `x`, `w` and `w_other` (W again) are descriptors of tiles of as many rows (TMA) or pointers.
+    `x`, `w` and `w_other` (W again) are pointers or, with TMA, descriptors of tiles of BM, 128 and
+    OTHER rows.
     """
     in_turn()
     WIDTH: tl.constexpr = OTHER if OTHER > 0 else 64

@@ -57,7 +57,7 @@ def _gate_up_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Compute tiles of silu(gate) * up with BLOCK_N features, from as many of gate and up."""
+    """Compute tiles of BLOCK_N features of silu(gate) * up."""
     in_turn()
     tiles_E = row_tiles(counts, E, E_PAD, BLOCK_M, (F + BLOCK_N - 1) // BLOCK_N)
     blocks_f: tl.constexpr = (2 * F + 127) // 128

@@ -31,7 +31,7 @@ _NEAR = 8192
 
 @dataclass(frozen=True, slots=True)
 class RowParams:
-    """How the rows of `sample` are sampled.
+    """Sampling parameters of the rows of `sample`.
 
     Attributes:
         temperature_B: [B] float32; 0 is greedy.

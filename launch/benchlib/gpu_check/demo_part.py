@@ -1,4 +1,4 @@
-"""Part `demo`: answers of the demo model on the GPU beside those of the CPU."""
+"""Part `demo`: answers of the demo model on the GPU compared with those of the CPU."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -171,7 +171,7 @@ def _judge_demo(setup: Setup, results: Sequence[JobResult], part: PartResult) ->
 
 DEMO = Part(
     name="demo",
-    about="the demo model on the GPU beside the CPU: float32, bfloat16, fp8, graphs, two ranks",
+    about="the demo model on the GPU against the CPU: float32, bfloat16, fp8, graphs, two ranks",
     limit=240,
     typical=120,
     make_jobs=lambda setup: demo_jobs(setup, "demo", demo_runs(setup)),

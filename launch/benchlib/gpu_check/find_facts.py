@@ -16,7 +16,7 @@ import torch
 
 from benchlib.gpu_check.facts import Facts
 
-# Import names of the packages that a run needs, beside torch.
+# Import names of the packages that a run needs, besides torch.
 _NEEDED = (
     "triton",
     "safetensors",

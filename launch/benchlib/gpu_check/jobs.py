@@ -1,4 +1,4 @@
-"""Commands in processes of their own, within a time limit; a hang or a crash costs one case."""
+"""Commands in separate processes, within a time limit; a hang or a crash costs one case."""
 
 import os
 import shlex
@@ -172,7 +172,8 @@ class _Run:
         file = job.rows or job.log
         size = file.stat().st_size if file.exists() else 0
         if size != self._size:
-            self._size, self._grown = size, time.monotonic()
+            self._size = size
+            self._grown = time.monotonic()
         return time.monotonic() - self._grown > job.silence
 
     def _continues(self, hung: bool) -> bool:

@@ -1,4 +1,4 @@
-"""Parts `check` and `kernels`: each kernel beside its reference, then its time."""
+"""Parts `check` and `kernels`: each kernel against its reference, then its time."""
 
 from collections.abc import Sequence
 
@@ -53,7 +53,7 @@ def _judge_kernels(setup: Setup, results: Sequence[JobResult], part: PartResult)
 
 CHECK = Part(
     name="check",
-    about="every Triton kernel at DeepSeek-V3's shapes beside its torch reference",
+    about="every Triton kernel at DeepSeek-V3's shapes against its torch reference",
     limit=240,
     typical=120,
     make_jobs=_check_jobs,
@@ -62,7 +62,7 @@ CHECK = Part(
 )
 KERNELS = Part(
     name="kernels",
-    about="time of each kernel at DeepSeek-V3's shapes beside its roofline floor",
+    about="time of each kernel at DeepSeek-V3's shapes and its roofline floor",
     limit=150,
     typical=120,
     make_jobs=_kernel_jobs,

@@ -11,7 +11,7 @@ from benchlib.gpu_check.facts import Facts
 from benchlib.gpu_check.jobs import Job, JobResult
 from benchlib.gpu_check.report import PartResult
 
-# GPU memory of a process that checks kernels at the largest shapes, beside references in float32.
+# GPU memory of a process that checks kernels at the largest shapes, with references in float32.
 _PROCESS_GIB = 8.0
 _MOST_PROCESSES = 16
 

@@ -3,7 +3,7 @@
     pytest -p benchlib.gpu_check.pytest_plugin --case-log FILE --share 0/8
 
 Tests that have begun in FILE are not run again. After an error that spoils the CUDA context the
-process ends, so that later tests, which another process runs, fail for reasons of their own.
+process ends, so that later tests, which another process runs, fail for their own reasons.
 """
 
 import os

@@ -43,7 +43,7 @@ def check_kernels(device: torch.device) -> Row:
     step = Step(device)
     got, want = act_quant.kernel(step.x), act_quant.reference(step.x.cpu())
     assert_close("scale", got.scale.cpu(), want.scale, 1e-6)
-    if device.type == "cuda":  # the interpreter rounds FP8 values in a way of its own
+    if device.type == "cuda":  # the interpreter rounds FP8 values differently
         assert_bitwise_equal("act_quant", got.q.cpu().view(torch.uint8), want.q.view(torch.uint8))
     on_host = Quantized(got.q.cpu(), got.scale.cpu())
     product = fp8_gemm.reference(on_host, step.w.cpu(), step.scale.cpu(), torch.float32)

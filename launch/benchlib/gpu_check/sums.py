@@ -1,4 +1,4 @@
-"""Exchanges between ranks beside what they must give, and their times.
+"""Exchanges between ranks compared with their exact results, and their times.
 
     torchrun --nproc-per-node 2 -m benchlib.gpu_check.sums --rows FILE [--one-shot]
 

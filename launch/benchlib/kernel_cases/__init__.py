@@ -45,7 +45,8 @@ __all__ = ["Case", "cases", "check", "measure"]
 
 def cases(small: bool = False) -> Iterator[Case]:
     """Yield the cases of all kernels."""
-    products, attention = (gemm, few_rows, expert_products), (absorption, decode, latents, prefill)
+    products = (gemm, few_rows, expert_products)
+    attention = (absorption, decode, latents, prefill)
     for family in (_elementwise, *products, _routing, *attention, _sampling):
         yield from family(small)
 
@@ -137,9 +138,11 @@ def _routing(small: bool) -> Iterator[Case]:
             groups = permute.reference(*ids(d, T))
             return normal(T * K, 256 if small else D, device=d), groups.row_TK
 
-        name, sort = f"{T} x {K}", (permute.kernel, permute.reference)
+        name = f"{T} x {K}"
+        sort = (permute.kernel, permute.reference)
         yield Case("permute", name, ids, *sort, 16 * T * K, tol=0.0, view=_groups)
-        back, num_bytes = (unpermute.kernel, unpermute.reference), T * D * (2 * K * E // 256 + 4)
+        back = (unpermute.kernel, unpermute.reference)
+        num_bytes = T * D * (2 * K * E // 256 + 4)
         yield Case("unpermute", name, expert_rows, *back, num_bytes, tol=1e-5)
 
 
@@ -182,7 +185,8 @@ def _sampling(small: bool) -> Iterator[Case]:
         def operands(d: torch.device, B: int = B, W: int = W) -> Args:
             ones = torch.ones(B, device=d)
             longs = torch.arange(B, device=d)
-            logits, none = 3 * torch.randn(B, W, device=d), 0 * longs
+            logits = 3 * torch.randn(B, W, device=d)
+            none = 0 * longs
             params = RowParams(
                 temperature_B=ones,
                 top_k_B=none,

@@ -41,12 +41,14 @@ def decode(small: bool) -> Iterator[Case]:
     def parts(d: torch.device) -> Args:
         return torch.randn(8, B, H, dim, device=d), torch.randn(8, B, H, device=d)
 
-    name, pair = f"8 x {B} x {H} x {dim}", (merge_lse.kernel, merge_lse.reference)
+    name = f"8 x {B} x {H} x {dim}"
+    pair = (merge_lse.kernel, merge_lse.reference)
     yield Case("merge_lse", name, parts, *pair, 9 * B * H * dim * 4, tol=1e-5)
 
 
 def _mla_decode(batch: int, context: int, heads: int, packed: bool) -> Case:
-    pages, page_size = -(-context // 64), 64
+    pages = -(-context // 64)
+    page_size = 64
     width = C + 16 + 2 * R if packed else 2 * (C + R)
 
     def operands(d: torch.device) -> Args:
@@ -91,7 +93,8 @@ def absorption(small: bool) -> Iterator[Case]:
             return z, lse, normal(H, N + V, c, device=d)[:, N:], True
 
         moved = 2 * T * H * (N + C + 2 * R)
-        pair, flops = (absorb_query.kernel, absorb_query.reference), 2.0 * T * held
+        pair = (absorb_query.kernel, absorb_query.reference)
+        flops = 2.0 * T * held
         name = f"T {T}, H {H}"
         yield Case("absorb_query", name, queries, *pair, 2 * held + moved, flops, tol=1e-2)
         moved = T * H * (8 * part_bytes(C, 2) + 3 * V)

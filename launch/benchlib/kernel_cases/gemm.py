@@ -128,10 +128,12 @@ def expert_products(small: bool) -> Iterator[Case]:
         def downward(d: torch.device, rows: int = rows) -> Args:
             ids, weight = chosen(d, rows)
             groups = permute.reference(ids, LocalExperts(0, held))
-            h, stack = quantized(rows, inner, d), _stack(held, dim, inner, d)
+            h = quantized(rows, inner, d)
+            stack = _stack(held, dim, inner, d)
             return h, stack, groups, rows // held, torch.bfloat16, weight
 
-        name, moved = f"{held} experts, {each} tokens each", rows * (dim + 2 * inner + 4 * dim)
+        name = f"{held} experts, {each} tokens each"
+        moved = rows * (dim + 2 * inner + 4 * dim)
         yield Case(
             "experts", name, operands, experts.kernel, experts.reference,
             3 * held * matrix + moved, 6.0 * rows * matrix, "fp8", tol=2e-2,
