@@ -17,14 +17,15 @@ Without --ckpt-path: the demo model.
 """
 
 import argparse
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback out of the imports, which are slow
+if __name__ == "__main__":
+    from process import end_at_ctrl_c
+
+    end_at_ctrl_c()  # the imports below are slow
 
 import torch
 

@@ -19,7 +19,6 @@ of its own ranks; what every group needs is therefore written dp times (--dry-ru
 """
 
 import argparse
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,8 +27,10 @@ from functools import partial
 from pathlib import Path
 from typing import TextIO
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback out of the imports, which are slow
+if __name__ == "__main__":
+    from process import end_at_ctrl_c
+
+    end_at_ctrl_c()  # the imports below are slow
 
 from tqdm import tqdm
 

@@ -11,7 +11,6 @@ per line, or OpenAI Batch rows (JSONL). Without torchrun, the program runs on on
 import argparse
 import logging
 import os
-import signal
 import sys
 import time
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -20,8 +19,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback out of the imports, which are slow
+if __name__ == "__main__":
+    from process import end_at_ctrl_c
+
+    end_at_ctrl_c()  # the imports below are slow
 
 from common import tune_for_model, tune_process
 from dsv3.checkpoint.directory import check_directory

@@ -31,8 +31,14 @@ def prepare_process() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def end_at_ctrl_c() -> None:
+    """End the program silently at SIGINT, before `raise_at_ctrl_c`: no traceback from an import."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def raise_at_ctrl_c() -> None:
-    """Raise KeyboardInterrupt at SIGINT, which ends a program silently until this call.
+    """Raise KeyboardInterrupt at SIGINT, after `end_at_ctrl_c`.
 
     Where SIGINT is ignored, it stays so.
     """

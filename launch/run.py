@@ -13,8 +13,10 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback out of the imports, which are slow
+if __name__ == "__main__":
+    from process import end_at_ctrl_c
+
+    end_at_ctrl_c()  # the imports below are slow
 
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

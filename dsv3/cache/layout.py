@@ -19,13 +19,11 @@ from numpy.typing import NDArray
 
 from dsv3.config import ModelConfig
 from dsv3.settings import CacheDtype, CacheForm, KvShard
-from dsv3_kernels import Paging
+from dsv3_kernels import Paging, packed_bytes, scale_bytes
 
 # Page 0 is never allocated: its slots pad index rows and are never written.
 NULL_PAGE = 0
 _PAGE_UNIT = 64
-# Values that share a scale in the FP8 format.
-FP8_BLOCK = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +51,9 @@ class Plane:
         """Bytes of the fields of an entry; a page has each field of all its entries in one run."""
         if self.dtype != "fp8":
             return (self.width * (4 if self.dtype == "fp32" else 2),)
-        values = self.value_dim + 2 * (self.width - self.value_dim)
-        scales = 4 * -(-self.value_dim // FP8_BLOCK)
-        return (values, scales) if self.has_scales_apart else (values + scales,)
+        packed = packed_bytes(self.value_dim, self.width - self.value_dim)
+        scales = scale_bytes(self.value_dim)
+        return (packed - scales, scales) if self.has_scales_apart else (packed,)
 
     @property
     def entry_bytes(self) -> int:

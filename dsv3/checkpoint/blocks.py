@@ -10,10 +10,11 @@ from dsv3.checkpoint.digest import Digest
 from dsv3.checkpoint.manifest import MANIFEST
 from dsv3.checkpoint.names import scale_name
 from dsv3.checkpoint.plan import Cast, Job, Plan
-from dsv3.checkpoint.quantize import BF16_INFINITY, BLOCK, dequantize, from_bf16, quantize
+from dsv3.checkpoint.quantize import BF16_INFINITY, dequantize, from_bf16, quantize
 from dsv3.checkpoint.reader import Source
 from dsv3.checkpoint.safetensors_file import DTYPE_BYTES
 from dsv3.checkpoint.scales import read_scales
+from dsv3.checkpoint.sharding import BLOCK
 from dsv3.errors import CheckpointError
 
 # A block is read, digested and written while it is in a core's L2 cache, usually 1 MiB or more.

@@ -26,8 +26,9 @@ from dsv3.checkpoint.sharding import (
 )
 from dsv3.config import ParallelConfig
 from dsv3.errors import CheckpointError
-from dsv3.parallel.weights import BLOCK, FP8, Target
+from dsv3.parallel.weights import Target
 from dsv3_kernels import weight_dequant
+from dsv3_kernels.fp8_format import BLOCK, FP8
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, FP8_DTYPE: FP8}
 _BUFFER_BYTES = 16 << 20  # of each worker, for rows to convert

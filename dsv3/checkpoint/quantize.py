@@ -8,7 +8,8 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-BLOCK = 128
+from dsv3.checkpoint.sharding import BLOCK
+
 FP8_MAX = 448.0
 BF16_INFINITY = np.uint16(0x7F80)  # bits of infinity; all are also set in NaN
 _SMALLEST_NORMAL = 2.0**-6

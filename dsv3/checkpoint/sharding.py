@@ -18,7 +18,9 @@ from dsv3.config import ModelConfig, ParallelConfig, split_range
 FLOAT_DTYPES = ("F32", "BF16", "F16")
 FP8_DTYPE = "F8_E4M3"
 SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
-BLOCK = 128  # rows and columns that share a scale
+# Rows and columns that share a scale, as `dsv3_kernels.fp8_format` has it; the converter starts
+# without torch.
+BLOCK = 128
 
 
 class Split(Enum):

@@ -18,8 +18,9 @@ from dsv3.errors import ConfigError
 from dsv3.model.attention import absorb_limit
 from dsv3.parallel.expert_placement import Placement
 from dsv3.parallel.token_rows import DispatchSettings
-from dsv3.parallel.weights import BLOCK, FP8, WeightFormat
+from dsv3.parallel.weights import WeightFormat
 from dsv3.settings import CacheDtype, EngineConfig
+from dsv3_kernels.fp8_format import BLOCK, FP8
 
 log = logging.getLogger(__name__)
 

@@ -8,9 +8,7 @@ from torch import Tensor
 
 from dsv3.settings import DispatchVariant
 from dsv3_kernels import act_quant, weight_dequant
-
-FP8 = torch.float8_e4m3fn
-BLOCK = 128
+from dsv3_kernels.fp8_format import BLOCK, FP8
 
 
 class TokenRows(NamedTuple):

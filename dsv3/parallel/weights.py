@@ -16,9 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dsv3_kernels import Stack, weight_dequant
-
-FP8 = torch.float8_e4m3fn
-BLOCK = 128
+from dsv3_kernels.fp8_format import BLOCK, FP8
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dsv3_kernels._triton import overlap_launches
 from dsv3_kernels.attention.absorb_query import absorb_query
 from dsv3_kernels.attention.expand_values import expand_values
 from dsv3_kernels.attention.keys_values import KeysValues
-from dsv3_kernels.attention.kv_fp8 import pack_latent, packed_bytes, unpack_latent
+from dsv3_kernels.attention.kv_fp8 import pack_latent, packed_bytes, scale_bytes, unpack_latent
 from dsv3_kernels.attention.merge_lse import merge_lse
 from dsv3_kernels.attention.mha_decode import mha_decode
 from dsv3_kernels.attention.mla_decode import mla_decode
@@ -90,6 +90,7 @@ __all__ = [
     "row_bucket",
     "row_buckets",
     "sample",
+    "scale_bytes",
     "shared_bytes",
     "silu_mul",
     "silu_mul_quant",

@@ -93,6 +93,12 @@ def has_tma(x: Tensor) -> bool:
     return gpu is not None and gpu.capability >= (9, 0)
 
 
+def has_large_tma(x: Tensor) -> bool:
+    """Return True on GPUs for data centers that have TMA, and shared memory for large tiles."""
+    gpu = gpu_of(x.device)
+    return gpu is not None and gpu.capability[0] in (9, 10)
+
+
 def multiprocessors(x: Tensor) -> tuple[int, int]:
     """Return the number of multiprocessors of the device of `x`, and the shared bytes of each."""
     gpu = gpu_of(x.device)

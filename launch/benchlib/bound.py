@@ -11,8 +11,8 @@ from benchlib.report import Report
 from benchlib.roofline import Hardware, Op, RooflineSetup, step_ops
 from dsv3.engine.start import Started
 from dsv3.model.transformer import Transformer
-from dsv3.parallel.weights import FP8
 from dsv3.settings import KvShard
+from dsv3_kernels.fp8_format import FP8
 
 Floors = dict[str, list[tuple[Op, int]]]
 

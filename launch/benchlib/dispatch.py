@@ -15,8 +15,9 @@ from dsv3.distributed.mesh import Mesh
 from dsv3.model.moe import MoE
 from dsv3.model.side_stream import SideStream
 from dsv3.parallel.expert_dispatch import ExpertDispatch, StepTokens
-from dsv3.parallel.token_rows import FP8, DispatchSettings
+from dsv3.parallel.token_rows import DispatchSettings
 from dsv3.parallel.weights import WeightFormat
+from dsv3_kernels.fp8_format import FP8
 
 # The dispatch of each variant, and whether its shapes are static.
 Variants = dict[str, tuple[ExpertDispatch, bool]]

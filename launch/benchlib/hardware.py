@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 
-from benchlib.kernel_timing import FP8, matrix_peak, median_seconds, read_bandwidth
+from benchlib.kernel_timing import matrix_peak, median_seconds, read_bandwidth
 from benchlib.roofline import HARDWARE, Hardware
 from dsv3.config_fields import refuse_unknown
 from dsv3.distributed.collectives import Collectives, SingleRank
 from dsv3.errors import ConfigError
 from dsv3.files import Format
 from dsv3.read_files import read_mapping
+from dsv3_kernels.fp8_format import FP8
 
 # YAML with the measured fields of `Hardware`.
 HARDWARE_FILE = Format("measured figures of hardware", re.compile(rb"name: .*\nread: "))

@@ -19,8 +19,9 @@ from dsv3.errors import ConfigError
 from dsv3.model.attention import absorb_limit
 from dsv3.model.moe import MoE
 from dsv3.model.transformer import Transformer
-from dsv3.parallel.weights import FP8, WeightFormat
+from dsv3.parallel.weights import WeightFormat
 from dsv3.settings import CacheDtype, KvShard
+from dsv3_kernels.fp8_format import FP8
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 _PLANS = 10  # plans that are drawn for the usual number of experts

@@ -17,9 +17,9 @@ from dsv3.config import ModelConfig, ParallelConfig, split_range
 from dsv3.errors import ConfigError
 from dsv3.settings import CacheDtype, CacheForm, KvShard
 from dsv3_kernels.attention.parts import part_bytes
+from dsv3_kernels.fp8_format import BLOCK
 
 _ITEMSIZE = {"fp8": 1, "bf16": 2, "fp32": 4}
-_BLOCK = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -374,7 +374,7 @@ class _OpLister:
         if c.topk_method != "greedy" and c.n_group > 1:
             reached = min(reached, c.topk_group * max(1.0, ranks / c.n_group))
         rows = self.tokens / self.tp * reached * (ranks - 1) / ranks
-        scales = 4 * -(-c.hidden_size // _BLOCK) if self.setup.weights == "fp8" else 0
+        scales = 4 * -(-c.hidden_size // BLOCK) if self.setup.weights == "fp8" else 0
         row_bytes = c.hidden_size * self.weight_item + scales
         yield self.exchange("moe.dispatch", rows * row_bytes, ranks, 1.0)
         yield self.exchange("moe.combine", rows * c.hidden_size * self.item, ranks, 1.0)
@@ -382,7 +382,7 @@ class _OpLister:
 
 def _matrix_bytes(rows: float, cols: float, fmt: str) -> float:
     """Return the bytes of a matrix with its scales."""
-    scales = 4 * (rows / _BLOCK) * (cols / _BLOCK) if fmt == "fp8" else 0.0
+    scales = 4 * (rows / BLOCK) * (cols / BLOCK) if fmt == "fp8" else 0.0
     return rows * cols * _ITEMSIZE[fmt] + scales
 
 

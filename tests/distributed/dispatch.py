@@ -19,9 +19,10 @@ from dsv3.distributed.mesh import Mesh, make_mesh
 from dsv3.model.moe import MoE
 from dsv3.model.side_stream import SideStream
 from dsv3.parallel.expert_dispatch import ExpertDispatch, StepTokens
-from dsv3.parallel.token_rows import FP8, DispatchSettings, TokenRows
+from dsv3.parallel.token_rows import DispatchSettings, TokenRows
 from dsv3.settings import DispatchVariant
 from dsv3_kernels import act_quant, weight_dequant
+from dsv3_kernels.fp8_format import FP8
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 from tests.distributed.layers import CONFIG, FORMAT, filled
 from tests.distributed.ranks import CPU, Check, alone

@@ -23,10 +23,11 @@ from dsv3.engine.runner import BatchBuilder, Runner
 from dsv3.engine.step_plan import StepPlan
 from dsv3.model.transformer import Transformer
 from dsv3.parallel.expert_placement import Placement
-from dsv3.parallel.token_rows import FP8, DispatchSettings
+from dsv3.parallel.token_rows import DispatchSettings
 from dsv3.request import SamplingParams
 from dsv3.settings import CacheDtype, DispatchVariant
 from dsv3_kernels import operation
+from dsv3_kernels.fp8_format import FP8
 
 interpreter = pytest.importorskip("triton.runtime.interpreter")
 CPU = torch.device("cpu")

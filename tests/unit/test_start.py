@@ -14,9 +14,10 @@ from dsv3.distributed.mesh import Mesh
 from dsv3.engine import measured_memory, setup
 from dsv3.engine.step_plan import StepPlan
 from dsv3.errors import ConfigError
-from dsv3.parallel.token_rows import FP8, DispatchSettings
+from dsv3.parallel.token_rows import DispatchSettings
 from dsv3.parallel.weights import WeightFormat
 from dsv3.settings import EngineConfig
+from dsv3_kernels.fp8_format import FP8
 from tests.checkpoint_files import TINY
 
 

@@ -7,13 +7,19 @@ key stays bf16: it is small, and its errors would grow with position. Bound by b
 import torch
 from torch import Tensor
 
-BLOCK = 128
+from dsv3_kernels.fp8_format import BLOCK
+
 _MAX = 448.0
 
 
+def scale_bytes(value_dim: int) -> int:
+    """Return the bytes of the scales of an entry of C = `value_dim` quantized values."""
+    return 4 * -(-value_dim // BLOCK)
+
+
 def packed_bytes(value_dim: int, rope_dim: int) -> int:
-    """Return the bytes of an entry of C = `value_dim` and R = `rope_dim` values."""
-    return value_dim + 4 * -(-value_dim // BLOCK) + 2 * rope_dim
+    """Return the bytes of an entry of C = `value_dim` and R = `rope_dim` values with its scales."""
+    return value_dim + scale_bytes(value_dim) + 2 * rope_dim
 
 
 def pack_latent(entry_TX: Tensor, value_dim: int) -> Tensor:
@@ -57,5 +63,5 @@ def unpack_latent(packed_TY: Tensor, value_dim: int, dtype: torch.dtype) -> Tens
 
 def packed_views(packed_SY: Tensor, value_dim: int) -> tuple[Tensor, Tensor]:
     """Return views of packed entries: scales of the latents' blocks, and rotated keys."""
-    end = value_dim + 4 * -(-value_dim // BLOCK)
+    end = value_dim + scale_bytes(value_dim)
     return packed_SY[:, value_dim:end].view(torch.float32), packed_SY[:, end:].view(torch.bfloat16)

@@ -14,7 +14,8 @@ from dsv3_kernels.attention.rope_and_cache import (
     launch_entries,
     rope_and_cache,
 )
-from dsv3_kernels.gemm.act_quant import BLOCK, Quantized
+from dsv3_kernels.fp8_format import BLOCK
+from dsv3_kernels.gemm.act_quant import Quantized
 from dsv3_kernels.operation import operation
 from dsv3_kernels.ops.rmsnorm import add_rmsnorm
 

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from dsv3_kernels._gpu import cdiv, next_power_of_2
 from dsv3_kernels._triton import in_turn, launch_options, tl, triton
-from dsv3_kernels.attention.kv_fp8 import BLOCK, pack_latent, packed_views, unpack_latent
+from dsv3_kernels.attention.kv_fp8 import pack_latent, packed_views, unpack_latent
 from dsv3_kernels.attention.rope import Rotation, apply_rope
 from dsv3_kernels.attention.write_slots import write_slots
+from dsv3_kernels.fp8_format import BLOCK
 from dsv3_kernels.gemm._e4m3 import decode_e4m3, e4m3_view, is_native
 from dsv3_kernels.gemm.act_quant import Quantized, quantize_block
 from dsv3_kernels.operation import operation

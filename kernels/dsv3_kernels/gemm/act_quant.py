@@ -11,11 +11,10 @@ from torch import Tensor
 
 from dsv3_kernels._gpu import cdiv
 from dsv3_kernels._triton import in_turn, launch_options, tl, triton
+from dsv3_kernels.fp8_format import BLOCK, FP8
 from dsv3_kernels.gemm._e4m3 import e4m3_view, encode_e4m3, is_native
 from dsv3_kernels.operation import operation
 
-BLOCK = 128
-FP8 = torch.float8_e4m3fn
 _MAX = 448.0
 _MIN_AMAX = 1e-4
 # Blocks per program.

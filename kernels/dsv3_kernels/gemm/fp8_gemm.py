@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dsv3_kernels._gpu import cdiv, gpu_of, row_bucket
-from dsv3_kernels._triton import in_turn, launch_options, multiprocessors, tl, triton
+from dsv3_kernels._gpu import cdiv, row_bucket
+from dsv3_kernels._triton import has_large_tma, in_turn, launch_options, multiprocessors, tl, triton
+from dsv3_kernels.fp8_format import BLOCK
 from dsv3_kernels.gemm._e4m3 import e4m3_operand, e4m3_view, is_native
 from dsv3_kernels.gemm._split_k import ROWS, WANTED, SplitK, store_split
-from dsv3_kernels.gemm.act_quant import BLOCK, Quantized, dequantize
+from dsv3_kernels.gemm.act_quant import Quantized, dequantize
 from dsv3_kernels.gemm.weight_dequant import weight_dequant
 from dsv3_kernels.operation import operation
 
@@ -326,9 +327,7 @@ def _launch_fp8_gemm(
     if is_small(rows, N):
         _launch_small(flat, w_FD, scale_fd, y.view(-1, N), locks)
     else:
-        # Of GPUs with TMA, only those for data centers have the shared memory that TILES need.
-        gpu = gpu_of(y.device)
-        tma = gpu is not None and gpu.capability[0] in (9, 10)
+        tma = has_large_tma(y)
         tile = tile_of(rows, N, TILES if tma else OLD_TILES)
         launch_large(flat, w_FD, scale_fd, y.view(-1, N), tile, tma)
     return y

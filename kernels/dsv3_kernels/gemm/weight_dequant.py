@@ -5,10 +5,10 @@ from torch import Tensor
 
 from dsv3_kernels._gpu import cdiv
 from dsv3_kernels._triton import in_turn, launch_options, tl, triton
+from dsv3_kernels.fp8_format import BLOCK
 from dsv3_kernels.gemm._e4m3 import decode_e4m3, e4m3_view, is_native
 from dsv3_kernels.operation import operation
 
-BLOCK = 128
 # Rows and columns of a program.
 _ROWS, _COLUMNS = 16, 128
 

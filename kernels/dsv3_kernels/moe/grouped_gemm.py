@@ -28,8 +28,9 @@ from torch.nn import functional as F
 
 from dsv3_kernels._gpu import cdiv, next_power_of_2
 from dsv3_kernels._triton import has_tma, is_interpreted, multiprocessors
+from dsv3_kernels.fp8_format import BLOCK
 from dsv3_kernels.gemm._e4m3 import e4m3_view, is_native
-from dsv3_kernels.gemm.act_quant import BLOCK, Quantized
+from dsv3_kernels.gemm.act_quant import Quantized
 from dsv3_kernels.gemm.weight_dequant import weight_dequant
 from dsv3_kernels.moe.permute import Groups
 

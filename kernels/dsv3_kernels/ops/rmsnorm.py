@@ -10,8 +10,9 @@ from torch import Tensor
 
 from dsv3_kernels._gpu import cdiv, next_power_of_2
 from dsv3_kernels._triton import in_turn, launch_options, tl, triton
+from dsv3_kernels.fp8_format import BLOCK
 from dsv3_kernels.gemm._e4m3 import e4m3_view, is_native
-from dsv3_kernels.gemm.act_quant import BLOCK, Quantized, act_quant, quantize_block
+from dsv3_kernels.gemm.act_quant import Quantized, act_quant, quantize_block
 from dsv3_kernels.operation import operation
 
 

@@ -9,8 +9,9 @@ from torch.nn import functional as F
 
 from dsv3_kernels._gpu import cdiv
 from dsv3_kernels._triton import in_turn, launch_options, tl, triton
+from dsv3_kernels.fp8_format import BLOCK
 from dsv3_kernels.gemm._e4m3 import e4m3_view, is_native
-from dsv3_kernels.gemm.act_quant import BLOCK, Quantized, act_quant, quantize_block
+from dsv3_kernels.gemm.act_quant import Quantized, act_quant, quantize_block
 from dsv3_kernels.operation import operation
 
 # Blocks of 128 values per program.

@@ -36,8 +36,9 @@ from torch import Tensor
 
 from dsv3_kernels._gpu import cdiv, next_power_of_2
 from dsv3_kernels._triton import HAS_TRITON, in_turn, launch_options, tl, triton
+from dsv3_kernels.fp8_format import BLOCK
 from dsv3_kernels.gemm._e4m3 import e4m3_view, is_native
-from dsv3_kernels.gemm.act_quant import BLOCK, Quantized
+from dsv3_kernels.gemm.act_quant import Quantized
 from dsv3_kernels.ops.rmsnorm import add_rmsnorm, norm_row
 
 # Fewer than the multiprocessors of GPUs with links to others; the same on all ranks.

@@ -11,8 +11,10 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback out of the imports
+if __name__ == "__main__":
+    from process import end_at_ctrl_c
+
+    end_at_ctrl_c()  # the imports below are slow
 
 from benchlib.gpu_check.check import PARTS, run_check
 from benchlib.gpu_check.facts import ask_facts, commit_of

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from benchlib.kernel_cases.attention import absorption, decode, latents, prefill
 from benchlib.kernel_cases.case import (
-    BLOCK,
     FF,
     FP8_TOL,
     VOCAB,
@@ -28,6 +27,7 @@ from benchlib.kernel_cases.case import (
     scaled,
 )
 from benchlib.kernel_cases.gemm import expert_products, few_rows, gemm
+from dsv3_kernels.fp8_format import BLOCK
 from dsv3_kernels.gemm._split_k import make_locks
 from dsv3_kernels.gemm.act_quant import act_quant
 from dsv3_kernels.gemm.weight_dequant import weight_dequant

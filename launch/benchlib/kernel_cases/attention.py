@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchlib.kernel_cases.case import BLOCK, FP8_TOL, HEADS, QUERY, Args, C, Case, N, R, V, normal
+from benchlib.kernel_cases.case import FP8_TOL, HEADS, QUERY, Args, C, Case, N, R, V, normal
 from dsv3_kernels.attention.absorb_query import absorb_query
 from dsv3_kernels.attention.expand_values import expand_values
 from dsv3_kernels.attention.keys_values import KeysValues
@@ -21,6 +21,7 @@ from dsv3_kernels.attention.paging import PageTables, Paging
 from dsv3_kernels.attention.parts import empty_parts, open_parts, part_bytes
 from dsv3_kernels.attention.rope import Rotation
 from dsv3_kernels.attention.rope_and_cache import EntryWrite, rope_and_cache
+from dsv3_kernels.fp8_format import BLOCK
 
 
 def decode(small: bool) -> Iterator[Case]:

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from benchlib.case_log import spoils_device
-from benchlib.kernel_timing import FP8, copies_needed, median_seconds
+from benchlib.kernel_timing import copies_needed, median_seconds
+from dsv3_kernels.fp8_format import BLOCK, FP8
 from dsv3_kernels.gemm.act_quant import Quantized, act_quant
 from dsv3_kernels.testing import assert_close
 
 log = logging.getLogger(__name__)
 
 Args = tuple[Any, ...]
-BLOCK = 128
 D, FF, E, K, VOCAB = 7168, 2048, 32, 8, 129280
 HEADS, QUERY, C, R, N, V = 16, 1536, 512, 64, 128, 128
 BF16_TOL, FP8_TOL = 2**-7, 2**-3

@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchlib.kernel_cases.case import (
-    BLOCK,
     FF,
     FP8_TOL,
     Args,
@@ -18,6 +17,7 @@ from benchlib.kernel_cases.case import (
     quantized,
     scaled,
 )
+from dsv3_kernels.fp8_format import BLOCK
 from dsv3_kernels.gemm._split_k import make_locks
 from dsv3_kernels.gemm.act_quant import Quantized
 from dsv3_kernels.gemm.bf16_gemm import bf16_gemm
