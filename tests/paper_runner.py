@@ -61,7 +61,7 @@ def answer(request: Request) -> tuple[list[int], str]:
 
 def check_seen(row: Adjustments, text: list[int]) -> None:
     """Check that a plan's penalized tokens are those of the prompt and of the answer so far."""
-    fed, (token, uses) = row.rows_4K[1, 0], row.seen_2E.tolist()
+    fed, (token, uses) = row.fed[0], row.seen_2E.tolist()
     assert len(set(token)) == len(token)
     count = Counter(dict(zip(token, (n // 2 for n in uses), strict=True)))
     count.update([int(row.fed_M[fed])] if fed >= 0 else [])

@@ -70,8 +70,11 @@ def share_segment(group: dist.ProcessGroup) -> SharedSegment:
     Raises:
         OSError: on all ranks, the first or the highest error number of any rank.
     """
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
-    descriptor, segment, failure = -1, None, 0
+    rank = dist.get_rank(group)
+    size = dist.get_world_size(group)
+    descriptor = -1
+    segment = None
+    failure = 0
     handle = torch.zeros(len(SegmentHandle._fields), dtype=torch.int64)
     try:
         if rank == 0:

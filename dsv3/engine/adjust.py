@@ -40,13 +40,15 @@ class Adjuster:
 
     def __init__(self, params: SamplingParams, prompt_ids: list[int]) -> None:
         self.factors = params.repetition_penalty, params.frequency_penalty, params.presence_penalty
-        self.bias_token, self.bias = list(params.logit_bias), list(params.logit_bias.values())
+        self.bias_token = list(params.logit_bias)
+        self.bias = list(params.logit_bias.values())
         self._is_penalized = params.has_penalties
         self._num_counted = len(prompt_ids)
         # Penalties of the answer's tokens need none of the prompt.
         distinct = np.unique(prompt_ids).tolist() if params.repetition_penalty != 1 else []
         self._place = {token: i for i, token in enumerate(distinct)}
-        self._token, self._uses = array("i", distinct), array("i", [_IN_PROMPT] * len(distinct))
+        self._token = array("i", distinct)
+        self._uses = array("i", [_IN_PROMPT] * len(distinct))
 
     @classmethod
     def of(cls, params: SamplingParams, prompt_ids: list[int]) -> "Adjuster | None":
@@ -94,19 +96,17 @@ def pack_adjustments(rows: list[AdjustedRow]) -> Ints:
         return np.zeros(0, np.int32)
     adjusters = [row.adjuster for row in rows]
     seen = [row.adjuster.seen(row.token_ids) for row in rows]
-    rows_4K = [
-        [row.row for row in rows],
-        [row.fed for row in rows],
-        [len(tokens) // 4 for tokens, _ in seen],
-        [len(adjuster.bias) for adjuster in adjusters],
-    ]
+    row = [row.row for row in rows]
+    fed = [row.fed for row in rows]
+    num_seen = [len(tokens) // 4 for tokens, _ in seen]
+    num_biased = [len(adjuster.bias) for adjuster in adjusters]
     factors_3K = np.array([adjuster.factors for adjuster in adjusters], np.float32).T
     bias_token = np.array([t for adjuster in adjusters for t in adjuster.bias_token], np.int32)
     bias = np.array([b for adjuster in adjusters for b in adjuster.bias], np.float32)
     return np.concatenate(
         [
-            np.array([len(rows), sum(rows_4K[2])], np.int32),
-            np.array(rows_4K, np.int32).ravel(),
+            np.array([len(rows), sum(num_seen)], np.int32),
+            np.array([row, fed, num_seen, num_biased], np.int32).ravel(),
             factors_3K.ravel().view(np.int32),
             *(np.frombuffer(b"".join(words), np.int32) for words in zip(*seen, strict=True)),
             bias_token,
@@ -120,15 +120,20 @@ class Adjustments:
     """Adjusted rows of logits, [K] of them, ascending.
 
     Attributes:
-        rows_4K: of each its place among the logits; the row of the step before whose token is part
-            of the answer too, or NOT_FED; its entries in `seen_2E`; in `bias`.
+        row: their places among the logits.
+        fed: of each the row of the step before whose token is part of the answer too, or NOT_FED.
+        num_seen: of each its entries in `seen_2E`.
+        num_biased: of each its entries in `bias`.
         factors_3K: repetition, frequency and presence penalties.
         seen_2E: tokens that penalties concern, distinct in each row, and their uses.
         bias_token, bias: [N] tokens, and the numbers to add to their logits.
         fed_M: [M] tokens of the step before, on the device; negative where there is none.
     """
 
-    rows_4K: Ints
+    row: Ints
+    fed: Ints
+    num_seen: Ints
+    num_biased: Ints
     factors_3K: Floats
     seen_2E: Ints
     bias_token: Ints
@@ -145,37 +150,42 @@ class Adjustments:
         rows, factors, seen, bias_token, bias = np.split(
             words[2:], np.cumsum([4 * K, 3 * K, 2 * E, N])
         )
+        row, fed, num_seen, num_biased = rows.reshape(4, K)
         return cls(
-            rows.reshape(4, K),
-            factors.view(np.float32).reshape(3, K),
-            seen.reshape(2, E),
-            bias_token,
-            bias.view(np.float32),
-            fed_M,
+            row=row,
+            fed=fed,
+            num_seen=num_seen,
+            num_biased=num_biased,
+            factors_3K=factors.view(np.float32).reshape(3, K),
+            seen_2E=seen.reshape(2, E),
+            bias_token=bias_token,
+            bias=bias.view(np.float32),
+            fed_M=fed_M,
         )
 
     def select(self, index: Longs) -> "Adjustments | None":
         """Keep the rows in `index` (ascending), and number them by their places there."""
-        row, _, num_seen, num_biased = self.rows_4K
-        is_kept = np.isin(row, index)
+        is_kept = np.isin(self.row, index)
         if not is_kept.any():
             return None
-        rows_4K = self.rows_4K[:, is_kept]
-        rows_4K[0] = np.searchsorted(index, rows_4K[0])
-        is_seen, is_biased = np.repeat(is_kept, num_seen), np.repeat(is_kept, num_biased)
+        is_seen = np.repeat(is_kept, self.num_seen)
+        is_biased = np.repeat(is_kept, self.num_biased)
         return Adjustments(
-            rows_4K,
-            self.factors_3K[:, is_kept],
-            self.seen_2E[:, is_seen],
-            self.bias_token[is_biased],
-            self.bias[is_biased],
-            self.fed_M,
+            row=np.searchsorted(index, self.row[is_kept]).astype(np.int32),
+            fed=self.fed[is_kept],
+            num_seen=self.num_seen[is_kept],
+            num_biased=self.num_biased[is_kept],
+            factors_3K=self.factors_3K[:, is_kept],
+            seen_2E=self.seen_2E[:, is_seen],
+            bias_token=self.bias_token[is_biased],
+            bias=self.bias[is_biased],
+            fed_M=self.fed_M,
         )
 
     def apply(self, logits_BW: Tensor) -> None:
         """Adjust whole rows of logits in place; nothing here asks the device for anything."""
         if len(self.bias):
-            row_N = np.repeat(self.rows_4K[0], self.rows_4K[3])
+            row_N = np.repeat(self.row, self.num_biased)
             at = self._send(np.stack((row_N, self.bias_token)))
             logits_BW[tuple(at)] += to_device(self.bias, self.fed_M.device)
         if (self.factors_3K != [[1], [0], [0]]).any():
@@ -185,11 +195,12 @@ class Adjustments:
         return to_device(values.astype(np.int64), self.fed_M.device)
 
     def _penalize(self, logits_BW: Tensor) -> None:
-        row, fed, num_seen, _ = self.rows_4K
+        row = self.row
+        fed = self.fed
         factors_3K = to_device(self.factors_3K, self.fed_M.device)
         row_K, fed_K = self._send(np.stack((row, fed)))
         k_E, token_E, uses_E = self._send(
-            np.stack((np.repeat(np.arange(len(row), dtype=np.int32), num_seen), *self.seen_2E))
+            np.stack((np.repeat(np.arange(len(row), dtype=np.int32), self.num_seen), *self.seen_2E))
         )
         token_K = torch.full_like(fed_K, NOT_FED)
         if (fed != NOT_FED).any():

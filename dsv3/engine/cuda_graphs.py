@@ -148,7 +148,9 @@ class StaticBuffers:
             self._sent[self._turn].synchronize()
         rows, table = (host.numpy() for host in self._hosts[self._turn])
         count, width = page_TG.shape
-        table[:count, :width], table[:count, width:], table[count:] = page_TG, NULL_PAGE, NULL_PAGE
+        table[:count, :width] = page_TG
+        table[:count, width:] = NULL_PAGE
+        table[count:] = NULL_PAGE
         for name, row in zip(_ARRAYS, rows, strict=True):
             values = arrays[name]
             target = row.view(np.float64) if name in _FLOATS else row
@@ -174,7 +176,9 @@ class GraphRunner:
     def __init__(
         self, model: Transformer, cache: CachePool, sampler: Sampler, max_feed: int = 4096
     ) -> None:
-        self._model, self._cache, self._sampler = model, cache, sampler
+        self._model = model
+        self._cache = cache
+        self._sampler = sampler
         self._device = cache.device
         self._feed = torch.zeros(max_feed, dtype=torch.int64, device=self._device)
         self._inputs: dict[Bucket, StaticBuffers] = {}
@@ -255,7 +259,8 @@ class GraphRunner:
 
     def _compute(self, bucket: Bucket, inputs: StaticBuffers) -> None:
         """Run the step on the buffers; the host never waits for the device here."""
-        token_T, position_T = inputs.row("token"), inputs.row("position")
+        token_T = inputs.row("token")
+        position_T = inputs.row("position")
         num_groups = self._model.dispatch.mesh.layout.dp
         tokens = StepTokens([bucket.rows] * num_groups, is_static=True, position_T=position_T)
         fed_T = self._feed[(-1 - token_T).clamp_min(0)].clamp_min(0)  # a row may have failed
@@ -298,7 +303,8 @@ class GraphRunner:
 
     def _capture(self, bucket: Bucket, inputs: StaticBuffers) -> torch.cuda.CUDAGraph:
         begin = time.perf_counter()
-        graph, main = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        graph = torch.cuda.CUDAGraph()
+        main = torch.cuda.current_stream()
         # Other threads (NCCL's) may use the device during the capture.
         capture = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
         try:

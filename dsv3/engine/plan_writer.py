@@ -7,7 +7,7 @@ import numpy as np
 from dsv3.engine.adjust import NOT_FED, AdjustedRow, pack_adjustments
 from dsv3.engine.scheduled import ScheduledSeq, ScheduledStep
 from dsv3.engine.sequence import Sequence, pack_choice
-from dsv3.engine.step_plan import NO_TARGET, Ints, StepPlan, pack_pages
+from dsv3.engine.step_plan import CHOICE, NO_TARGET, Ints, StepPlan, pack_pages
 from dsv3.request import SamplingParams
 
 _GREEDY = pack_choice(SamplingParams())
@@ -140,14 +140,7 @@ class _ResultRows:
         plan.position = columns[1]
         plan.target = columns[2]
         plan.top_logprobs = columns[3]
-        words = np.frombuffer(b"".join(self._choices), np.int32).reshape(-1, 7)
-        choices = np.ascontiguousarray(words.T)
-        plan.top_k = choices[0]
-        plan.seed_low = choices[1]
-        plan.seed_high = choices[2]
-        plan.answer = choices[3]
-        floats = choices[4:].view(np.float32)
-        plan.temperature = floats[0]
-        plan.top_p = floats[1]
-        plan.min_p = floats[2]
+        choices = np.frombuffer(b"".join(self._choices), CHOICE)
+        for name in CHOICE.names or ():
+            setattr(plan, name, np.ascontiguousarray(choices[name]))
         plan.adjust = pack_adjustments(self._adjusted)

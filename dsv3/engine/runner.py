@@ -41,12 +41,12 @@ class Runner:
         mover: moves pages between the cache's tiers; None without lower tiers.
         static: run short steps on static buffers; on CUDA as graphs.
         check: compares digests over ranks; None compares nothing.
+        layer_check: finds layers whose output is not finite, in eager steps; None looks for none.
 
     Attributes:
         model, cache, decode_limit, device: as given.
         sampler: chooses tokens from the model's output.
         balancer: moves experts; None leaves them where they are.
-        layer_check: finds layers whose output is not finite, in eager steps; None looks for none.
     """
 
     def __init__(
@@ -57,11 +57,16 @@ class Runner:
         mover: PageMover | None = None,
         static: bool = False,
         check: DivergenceCheck | None = None,
+        layer_check: LayerCheck | None = None,
     ) -> None:
-        self.model, self.cache, self.decode_limit = model, cache, decode_limit
-        self._mesh, self._mover, self._check = model.dispatch.mesh, mover, check
+        self.model = model
+        self.cache = cache
+        self.decode_limit = decode_limit
+        self._mesh = model.dispatch.mesh
+        self._mover = mover
+        self._check = check
         self.balancer: Balancer | None = None
-        self.layer_check: LayerCheck | None = None
+        self._layer_check = layer_check
         self.device = cache.device
         sampler = Sampler(model, cache.tp, self.device)
         self.sampler: Callable[[Tensor, StepPlan, int, Tensor], StepResult] = sampler
@@ -96,10 +101,11 @@ class Runner:
 
     def run_eagerly(self, around: Callable[[StepPlan], AbstractContextManager[object]]) -> None:
         """Run every step from now on inside `around(plan)`, without static buffers or graphs."""
-        self._static, self._around = None, around
+        self._static = None
+        self._around = around
 
     def run(self, plans: list[StepPlan]) -> StepResult:
-        """Run one step: its group's plan, beside the other groups. A collective.
+        """Run the plan of this rank's group; all groups run their plans together. A collective.
 
         Returns:
             the results of all groups, one after the other; the same on every rank.
@@ -141,10 +147,10 @@ class Runner:
             batch.token_T = torch.where(batch.token_T < 0, fed, known)
         width = max(int(each.top_logprobs.max(initial=-1)) for each in plans)
         step = partial(self.model, batch, self.cache)
-        hidden_TD = step() if self.layer_check is None else self.layer_check.run(step)
+        hidden_TD = step() if self._layer_check is None else self._layer_check.run(step)
         sampled = self.sampler(hidden_TD, plan, width, self._last_token_M)
-        if self.layer_check is not None:
-            sampled = replace(sampled, bad_layer=self.layer_check.bad_layer)
+        if self._layer_check is not None:
+            sampled = replace(sampled, bad_layer=self._layer_check.bad_layer)
         if self._static is not None:
             self._static.feed(sampled.token_M)
         return sampled
@@ -185,7 +191,9 @@ class BatchBuilder:
     def __init__(
         self, plan: StepPlan, layout: CacheLayout, device: torch.device, decode_limit: int
     ) -> None:
-        self._plan, self._layout, self._device = plan, layout, device
+        self._plan = plan
+        self._layout = layout
+        self._device = device
         self._limit = decode_limit
         self._row_start = np.concatenate([[0], plan.query_len.cumsum()])
         self._page_start = np.concatenate([[0], plan.page_count.cumsum()])
@@ -198,7 +206,8 @@ class BatchBuilder:
         # The scheduler orders sequences by their new tokens, so the short ones are in front.
         num_short = int(np.searchsorted(plan.query_len, self._limit, side="right"))
         num_decode_rows = int(self._row_start[num_short])
-        bounds, long_seqs = self._group_bounds(num_short), range(num_short, num_seqs)
+        bounds = self._group_bounds(num_short)
+        long_seqs = range(num_short, num_seqs)
         arrays: list[NDArray[Any]] = [plan.token_ids.astype(np.int64), position]
         arrays.append(self._own_slots(row_seq, position))
         arrays.append((self._row_start[num_short:] - num_decode_rows).astype(np.int32))
@@ -243,7 +252,10 @@ class BatchBuilder:
 
         On a CPU also where padding them to one length would waste too much; kernels skip padding.
         """
-        plan, bounds, start, on_cpu = self._plan, [], 0, self._device.type == "cpu"
+        plan = self._plan
+        bounds = []
+        start = 0
+        on_cpu = self._device.type == "cpu"
         for seq in range(1, num_short + 1):
             if seq < num_short and plan.query_len[seq] == plan.query_len[start]:
                 wasteful = 2 * plan.context_len[start] + self._layout.page_size

@@ -85,7 +85,9 @@ class Sampler:
     """Chooses or scores the rows of a plan."""
 
     def __init__(self, model: Transformer, tp: Collectives, device: torch.device) -> None:
-        self._model, self._tp, self._device = model, tp, device
+        self._model = model
+        self._tp = tp
+        self._device = device
         self._vocab = model.config.vocab_size
 
     def __call__(
@@ -110,7 +112,7 @@ class Sampler:
         plain = (plan.temperature <= 0) & (plan.target == NO_TARGET) & (plan.top_logprobs < 0)
         adjust = Adjustments.unpack(plan.adjust, token_M if fed_M is None else fed_M)
         if adjust is not None:
-            plain[adjust.rows_4K[0]] = False
+            plain[adjust.row] = False
         scores = None
         if width >= 0:
             scores = token_M.new_zeros((len(plan.row), 1 + 2 * width), dtype=torch.float64)
@@ -159,7 +161,8 @@ class Sampler:
         Returns:
             [M, columns] float64: token, then the columns of `StepResult.scores`.
         """
-        size, count = self._tp.size, len(logits_MW)
+        size = self._tp.size
+        count = len(logits_MW)
         share = -(-count // size)
         padded = F.pad(logits_MW, (0, 0, 0, share * size - count))
         parts = self._tp.all_to_all(padded.view(size, share, -1))

@@ -8,16 +8,23 @@ import numpy as np
 from dsv3.cache.prefix import Match
 from dsv3.cache.tiers import PageKey
 from dsv3.engine.adjust import Adjuster
+from dsv3.engine.step_plan import CHOICE
 from dsv3.request import Request, SamplingParams, TokenLogprobs
 from dsv3.text.detokenize import TextStream
 
 
 def pack_choice(params: SamplingParams, answer: int = 0) -> bytes:
-    """Return the sampling parameters of a row as words of `StepPlan`."""
-    numbers = np.array([min(params.top_k, 2**31 - 1), 0, 0, answer], np.int32)
-    numbers[1:3] = np.array([params.seed], np.int64).view(np.int32)
-    floats = np.array([params.temperature, params.top_p, params.min_p], np.float32)
-    return numbers.tobytes() + floats.tobytes()
+    """Return the sampling parameters of a row as bytes of `CHOICE`."""
+    seed_low, seed_high = np.array([params.seed], np.int64).view(np.int32).tolist()
+    choice = np.zeros(1, CHOICE)
+    choice["top_k"] = min(params.top_k, 2**31 - 1)
+    choice["seed_low"] = seed_low
+    choice["seed_high"] = seed_high
+    choice["answer"] = answer
+    choice["temperature"] = params.temperature
+    choice["top_p"] = params.top_p
+    choice["min_p"] = params.min_p
+    return choice.tobytes()
 
 
 @dataclass(slots=True, eq=False)
@@ -45,8 +52,7 @@ class Sequence:
         expires: `time.monotonic()` at which it ends as it is.
         disk_wait_until: `time.monotonic()` until which it waits for its prefix from disk.
         adjuster: its biases and penalties; None if it has none.
-        choice: its sampling parameters as words of `StepPlan`: top_k, the halves of the seed,
-            answer, temperature, top_p, min_p.
+        choice: its sampling parameters as bytes of `CHOICE`.
         page_keys: names of its full pages in the cache's lower tiers, as far as asked for.
     """
 

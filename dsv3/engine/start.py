@@ -128,9 +128,9 @@ def start(
     )
     is_checked = settings.check_every and mesh.world.size > 1
     check = DivergenceCheck(mesh, settings.check_every) if is_checked else None
-    runner = Runner(model, cache, decode_limit(settings, model.config), mover, static, check)
-    if log.isEnabledFor(logging.DEBUG):
-        runner.layer_check = LayerCheck(model)
+    layer_check = LayerCheck(model) if log.isEnabledFor(logging.DEBUG) else None
+    limit = decode_limit(settings, model.config)
+    runner = Runner(model, cache, limit, mover, static, check, layer_check)
     channel = PlanChannel(mesh.control, mesh.watchdog)
     mesh.watchdog.enter("warm-up")
     _warm_up(runner, static, mesh.layout.dp, seconds)

@@ -27,6 +27,19 @@ NO_TARGET = -1
 NOT_FINITE = -1  # instead of a sampled or scored token whose logits are NaN or infinite
 _HASH_WORDS = 4
 
+# The sampling parameters of a row; the names are fields of `StepPlan`.
+CHOICE = np.dtype(
+    [
+        ("top_k", np.int32),
+        ("seed_low", np.int32),
+        ("seed_high", np.int32),
+        ("answer", np.int32),
+        ("temperature", np.float32),
+        ("top_p", np.float32),
+        ("min_p", np.float32),
+    ]
+)
+
 
 def _ints() -> Ints:
     return np.zeros(0, np.int32)

@@ -89,7 +89,8 @@ def _compare(
     num_rows = mesh.world.size * max(1, round(size / per_row))
     x = torch.ones(num_rows, _ROW_LEN, device=mesh.device)
     times: dict[str, list[tuple[float, float]]] = {form: [] for form in groups}
-    sent, num_calls = {}, {}
+    sent = {}
+    num_calls = {}
     for form, group in groups.items():
         run(group, x)
         before = group.sent.total()
@@ -124,7 +125,8 @@ def _compare(
 def _time(run: Callable[[], object], mesh: Mesh, num_calls: int) -> tuple[float, float]:
     """Return the seconds and the CPU seconds of a call; all ranks start together."""
     mesh.world.all_gather(torch.zeros(1, device=mesh.device)).sum().item()
-    cpu, begin = time.process_time(), time.perf_counter()
+    cpu = time.process_time()
+    begin = time.perf_counter()
     for _ in range(num_calls):
         run()
     if mesh.device.type == "cuda":

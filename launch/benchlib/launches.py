@@ -22,7 +22,8 @@ from dsv3_kernels._triton import HAS_TRITON
 
 _META = torch.device("meta")
 _RANKS = 8  # at most
-_FEW_LAYERS, _MANY_LAYERS = 2, 6
+_FEW_LAYERS = 2
+_MANY_LAYERS = 6
 
 
 def launch_time(config: ModelConfig, context: int, steps: int) -> Report:
@@ -97,7 +98,8 @@ def _no_launches() -> Iterator[list[object]]:
     def always(_: object) -> bool:
         return True
 
-    jit, interpreter = import_module("triton.runtime.jit"), "triton.runtime.interpreter"
+    jit = import_module("triton.runtime.jit")
+    interpreter = "triton.runtime.interpreter"
     with ExitStack() as stack:
         for patch in (
             mock.patch.object(jit.JITFunction, "run", launch),
