@@ -124,7 +124,7 @@ class Sampler:
                 if chosen is not plain:
                     arrays += Choice.arrays(plan, index)
                 at, row_M, *choice = all_to_device(arrays, self._device)
-                logits = self._model.logits(hidden_TD[row_M])
+                logits = self._model.logits(hidden_TD.index_select(0, row_M))
                 if chosen is plain:
                     token_M[at] = self.greedy(logits)
                     continue

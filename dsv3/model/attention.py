@@ -133,7 +133,7 @@ class MLA(nn.Module):
         c = self.config
         decode = batch.num_decode_rows
         split = self.first_rows, c.kv_lora_rank + c.qk_rope_head_dim
-        first, kv_TX = self.in_proj(x_TD, x_q).split(split, -1)
+        first, kv_TX = self.in_proj(x_TD, x_q).split_with_sizes(split, -1)
         if cache.layout.form == "heads":
             if c.q_lora_rank is not None:
                 first = self.q_b_proj(rmsnorm(first, self.q_a_layernorm.weight, _LATENT_NORM_EPS))

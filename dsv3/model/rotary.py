@@ -52,8 +52,7 @@ class Rotary:
     def __call__(self, position_T: Tensor) -> Rotation:
         """Return the rotations of tokens at these positions."""
         angle = position_T[:, None].float() * self._frequency
-        return Rotation(
-            cos_Tr=angle.cos() * self._mscale,
-            sin_Tr=angle.sin() * self._mscale,
-            interleaved=self._interleaved,
-        )
+        cos_Tr = angle.cos() * self._mscale
+        sin_Tr = angle.sin() * self._mscale
+        complex_Tr = None if angle.is_cuda else torch.complex(cos_Tr, sin_Tr)
+        return Rotation(cos_Tr, sin_Tr, self._interleaved, complex_Tr)

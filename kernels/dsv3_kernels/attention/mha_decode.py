@@ -172,17 +172,15 @@ def mha_decode(q_BHX: Tensor, cache_SY: Tensor, tables: PageTables, scale: float
     """
     B, H, X = q_BHX.shape
     keys = tables.expanded()
-    slot_BS = keys.slot_BS
-    query_pos_B = tables.query_pos_BQ[:, 0]
-    S = slot_BS.shape[1]
+    S = len(keys.key_pos_S)
     V = cache_SY.shape[1] // H - X
     out = torch.empty(B, H, V, dtype=torch.float32, device=q_BHX.device)
     step = max(1, _SCORES // max(1, S * cache_SY.shape[1]))
     for b in range(0, B, step):
         rows = slice(b, b + step)
-        kv = cache_SY.index_select(0, slot_BS[rows].flatten()).view(-1, S, H, X + V).float()
+        some = keys.sequences(b, b + step)
+        kv = cache_SY.index_select(0, some.slot_BS.flatten()).view(-1, S, H, X + V).float()
         score = torch.einsum("bhx,bshx->bhs", q_BHX[rows].float() * scale, kv[..., :X])
-        hidden = keys.key_pos_S > query_pos_B[rows, None]
-        p, _ = softmax_lse(score.masked_fill_(hidden.unsqueeze(1), float("-inf")))
+        p, _ = softmax_lse(score + some.mask_BQS)
         out[rows] = torch.einsum("bhs,bshv->bhv", p, kv[..., X:])
     return out

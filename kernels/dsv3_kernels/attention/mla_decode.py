@@ -16,12 +16,7 @@ _SCORES = 1 << 20
 
 
 def _attend(
-    q_BQHX: Tensor,
-    cache_SX: Tensor,
-    keys: Keys,
-    query_pos_BQ: Tensor,
-    value_dim: int,
-    scale: float,
+    q_BQHX: Tensor, cache_SX: Tensor, keys: Keys, value_dim: int, scale: float
 ) -> PartialOutputs:
     """Compute the reference of `mla_decode` for few sequences, with all keys in memory at once."""
     B, Q, H, _ = q_BQHX.shape
@@ -29,12 +24,11 @@ def _attend(
     if kv.dtype == torch.uint8:
         kv = unpack_latent(kv, value_dim, torch.float32)
     kv_BSX = kv.float().view(B, -1, kv.shape[-1])
-    q = q_BQHX.flatten(1, 2).float() * scale
-    score_BQHS = torch.bmm(q, kv_BSX.transpose(1, 2)).view(B, Q, H, -1)
-    hidden_BQS = keys.key_pos_S > query_pos_BQ.unsqueeze(2)
-    p, lse = softmax_lse(score_BQHS.masked_fill_(hidden_BQS.unsqueeze(2), float("-inf")))
-    out = torch.bmm(p.flatten(1, 2), kv_BSX[..., :value_dim])
-    return PartialOutputs(out.view(B, Q, H, -1), lse)
+    q = q_BQHX.flatten(1, 2).float()  # the Q * H queries of a sequence share its keys
+    mask = keys.mask_BQS if Q == 1 else keys.mask_BQS.repeat_interleave(H, 1)
+    p, lse = softmax_lse(torch.baddbmm(mask, q, kv_BSX.transpose(1, 2), alpha=scale))
+    out = torch.bmm(p, kv_BSX[..., :value_dim])
+    return PartialOutputs(out.view(B, Q, H, value_dim), lse.view(B, Q, H))
 
 
 def launch_mla_decode(
@@ -87,13 +81,11 @@ def mla_decode(
     width = len(keys.key_pos_S)
     step = max(1, _SCORES // max(1, width * max(Q * H, X)))
     if step >= B:
-        return _attend(q_BQHX, cache_SX, keys, tables.query_pos_BQ, value_dim, scale)
+        return _attend(q_BQHX, cache_SX, keys, value_dim, scale)
     parts = []
     for b in range(0, B, step):
-        some = slice(b, b + step)
-        some_keys = Keys(keys.slot_BS[some], keys.key_pos_S)
-        query_pos_BQ = tables.query_pos_BQ[some]
-        parts.append(_attend(q_BQHX[some], cache_SX, some_keys, query_pos_BQ, value_dim, scale))
+        some = keys.sequences(b, b + step)
+        parts.append(_attend(q_BQHX[b : b + step], cache_SX, some, value_dim, scale))
     return PartialOutputs(
         torch.cat([part.o for part in parts]), torch.cat([part.lse for part in parts])
     )

@@ -13,10 +13,16 @@ class Keys:
     Attributes:
         slot_BS: [B, S] int64 slots in order of position; 0 after a sequence's last query.
         key_pos_S: [S] int64 positions of the slots, the same for all sequences.
+        mask_BQS: [B, Q, S] float32, added to scores: 0 for the keys that a query sees, else -inf.
     """
 
     slot_BS: Tensor
     key_pos_S: Tensor
+    mask_BQS: Tensor
+
+    def sequences(self, start: int, stop: int) -> "Keys":
+        """Return the keys of sequences start to stop."""
+        return Keys(self.slot_BS[start:stop], self.key_pos_S, self.mask_BQS[start:stop])
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +65,13 @@ class Paging:
         key_pos_S = torch.arange(width, device=device) * self.shards + self.shard
         slot_P = torch.arange(self.slots_per_page, device=device)
         slot_BGP = page_BG[..., None].long() * self.slots_per_page + slot_P
-        is_padding_BS = key_pos_S > query_pos_BQ.amax(1, keepdim=True)
-        return Keys(slot_BGP.flatten(1)[:, :width].masked_fill(is_padding_BS, 0), key_pos_S)
+        is_later_BQS = key_pos_S > query_pos_BQ.unsqueeze(2)
+        mask_BQS = torch.zeros_like(is_later_BQS, dtype=torch.float32)
+        return Keys(
+            slot_BS=slot_BGP.flatten(1)[:, :width].masked_fill(is_later_BQS.all(1), 0),
+            key_pos_S=key_pos_S,
+            mask_BQS=mask_BQS.masked_fill_(is_later_BQS, float("-inf")),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,15 +20,25 @@ class Rotation:
         cos_Tr: [T, R / 2] float32 cosines of the angles.
         sin_Tr: [T, R / 2] float32 sines.
         interleaved: True if pair i is (x[2i], x[2i+1]), as MLA stores it; else (x[i], x[i + R/2]).
+        complex_Tr: on a CPU, cos + i sin, computed once for all layers; only the reference uses it.
     """
 
     cos_Tr: Tensor
     sin_Tr: Tensor
     interleaved: bool
+    complex_Tr: Tensor | None = None
 
     def tokens(self, start: int, stop: int | None = None) -> "Rotation":
         """Return the rotations of tokens start to stop."""
-        return Rotation(self.cos_Tr[start:stop], self.sin_Tr[start:stop], self.interleaved)
+        some = slice(start, stop)
+        complex_Tr = None if self.complex_Tr is None else self.complex_Tr[some]
+        return Rotation(self.cos_Tr[some], self.sin_Tr[some], self.interleaved, complex_Tr)
+
+    def as_complex(self) -> Tensor:
+        """Return cos + i sin, [T, R / 2] complex64."""
+        if self.complex_Tr is not None:
+            return self.complex_Tr
+        return torch.complex(self.cos_Tr, self.sin_Tr)
 
     def check_contiguous(self) -> None:
         """Assert that kernels can read the angles."""
@@ -48,15 +58,17 @@ def apply_rope(x_TR: Tensor, rotation: Rotation) -> Tensor:
     Source: RoFormer (arXiv 2104.09864), eq. 34; DeepSeek's checkpoints are interleaved.
     """
     x = x_TR.float()
+    if rotation.interleaved:  # a pair is a complex number, multiplied by cos + i sin
+        turn = rotation.as_complex()
+        if x.dim() == 3:
+            turn = turn[:, None]
+        turned = x.contiguous().view(torch.complex64) * turn
+        return turned.view(torch.float32).to(x_TR.dtype)
     cos = rotation.cos_Tr
     sin = rotation.sin_Tr
-    if x_TR.dim() == 3:
+    if x.dim() == 3:
         cos = cos[:, None]
         sin = sin[:, None]
-    if rotation.interleaved:  # a pair is a complex number, multiplied by cos + i sin
-        pair = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
-        pair = pair * torch.complex(cos, sin)
-        return torch.view_as_real(pair).flatten(-2).to(x_TR.dtype)
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), -1).to(x_TR.dtype)
 

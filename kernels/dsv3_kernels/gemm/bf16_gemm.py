@@ -154,10 +154,10 @@ def linear(
     """
     assert x_TD.dim() == 2, f"{x_TD.shape=}"
     dtype = dtype or w_FD.dtype
-    is_bf16 = w_FD.dtype == torch.bfloat16
-    is_few = 0 < len(x_TD) <= FEW_ROWS
-    if is_few and is_bf16 and w_FD.numel() and bf16_gemm.uses_triton(w_FD):
-        return bf16_gemm.kernel(x_TD, w_FD, dtype, locks)
-    if w_FD.is_cuda and is_bf16 and dtype == torch.float32:
-        return torch.mm(x_TD, w_FD.t(), out_dtype=dtype)
+    if w_FD.dtype == torch.bfloat16:
+        is_few = 0 < x_TD.shape[0] <= FEW_ROWS
+        if is_few and w_FD.numel() and bf16_gemm.uses_triton(w_FD):
+            return bf16_gemm.kernel(x_TD, w_FD, dtype, locks)
+        if w_FD.is_cuda and dtype == torch.float32:
+            return torch.mm(x_TD, w_FD.t(), out_dtype=dtype)
     return F.linear(x_TD, w_FD).to(dtype)

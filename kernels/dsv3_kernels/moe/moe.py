@@ -26,7 +26,7 @@ from dsv3_kernels.ops.silu_mul import silu_mul
 
 def _grouped_linear(x_MD: Tensor, counts: list[int], w: Stack) -> Tensor:
     """Return x W_e^T: the first counts[0] rows belong to expert 0, and so on."""
-    groups = enumerate(x_MD.split(counts))
+    groups = enumerate(x_MD.split_with_sizes(counts))
     return torch.cat([F.linear(x, w.matrix(e, x.dtype)) for e, x in groups if counts[e]])
 
 
@@ -94,19 +94,21 @@ def experts(
     """
     x_TD = dequantize(x)
     y_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
-    num_local = len(gate_up.weight)
+    num_local = gate_up.weight.shape[0]
     local = ids_TK.flatten() - first_expert
     order = local.argsort(stable=True)
     # Entries of other ranks' experts are sorted to the front and to the back.
     before, *counts, after = torch.bincount(
         local.clamp(-1, num_local) + 1, minlength=num_local + 2
     ).tolist()
-    order_M = order[before : len(order) - after]
-    if len(order_M):
+    num_rows = ids_TK.numel() - before - after
+    if num_rows:
+        order_M = order[before : before + num_rows]
         row_M = order_M // ids_TK.shape[1]
-        h_MF = silu_mul.reference(_grouped_linear(x_TD[row_M], counts, gate_up))
+        x_MD = x_TD.index_select(0, row_M)
+        h_MF = silu_mul.reference(_grouped_linear(x_MD, counts, gate_up))
         if isinstance(x, Quantized):
             h_MF = dequantize(act_quant.reference(h_MF, ue8m0))
-        y_MD = _grouped_linear(h_MF, counts, down).float() * weight_TK.flatten()[order_M, None]
-        y_TD.index_add_(0, row_M, y_MD)
+        weight_M1 = weight_TK.reshape(-1, 1).index_select(0, order_M)
+        y_TD.index_add_(0, row_M, _grouped_linear(h_MF, counts, down).float() * weight_M1)
     return y_TD if addend is None else y_TD.add_(addend())

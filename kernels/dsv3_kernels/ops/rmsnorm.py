@@ -174,6 +174,7 @@ def add_rmsnorm(
     Returns:
         x + y, rmsnorm(x + y), and `act_quant` of the norm or None.
     """
-    sum_TD = x_TD if y_TD is None else (x_TD.float() + y_TD.float()).to(x_TD.dtype)
+    # Of mixed dtypes a sum is in the wider one, float32; of bfloat16 it is rounded once.
+    sum_TD = x_TD if y_TD is None else (x_TD + y_TD).to(x_TD.dtype)
     h_TD = rmsnorm.reference(sum_TD, weight_D, eps)
     return sum_TD, h_TD, act_quant.reference(h_TD, ue8m0) if quant else None
