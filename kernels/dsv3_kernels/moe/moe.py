@@ -9,6 +9,7 @@ Bound by reading the weights of experts with tokens, up to about 64 tokens per e
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -94,16 +95,13 @@ def experts(
     """
     x_TD = dequantize(x)
     y_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
-    num_local = gate_up.weight.shape[0]
-    local = ids_TK.flatten() - first_expert
-    order = local.argsort(stable=True)
     # Entries of other ranks' experts are sorted to the front and to the back.
-    before, *counts, after = torch.bincount(
-        local.clamp(-1, num_local) + 1, minlength=num_local + 2
-    ).tolist()
-    num_rows = ids_TK.numel() - before - after
-    if num_rows:
-        order_M = order[before : before + num_rows]
+    id_M, order_M = ids_TK.flatten().sort(stable=True)
+    expert_E = torch.arange(gate_up.weight.shape[0] + 1, device=id_M.device) + first_expert
+    starts = torch.searchsorted(id_M, expert_E).tolist()
+    order_M = order_M[starts[0] : starts[-1]]
+    if starts[0] < starts[-1]:
+        counts = [stop - start for start, stop in pairwise(starts)]
         row_M = order_M // ids_TK.shape[1]
         x_MD = x_TD.index_select(0, row_M)
         h_MF = silu_mul.reference(_grouped_linear(x_MD, counts, gate_up))

@@ -96,7 +96,7 @@ def silu_mul(gate_up_TF: Tensor) -> Tensor:
         [..., F], same dtype.
     """
     gate, up = gate_up_TF.chunk(2, -1)
-    return (F.silu(gate.float()) * up.float()).to(gate_up_TF.dtype)
+    return (F.silu(gate.float()) * up).to(gate_up_TF.dtype)
 
 
 @operation(kernel=_launch_silu_mul_quant)
