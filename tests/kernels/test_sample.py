@@ -7,15 +7,8 @@ from torch import Tensor
 
 from dsv3_kernels import sample
 from dsv3_kernels._triton import tl, triton
-from dsv3_kernels.ops.sample import (
-    RowParams,
-    _keep_likeliest,
-    gumbel,
-    launch_sample,
-    philox,
-    to_uniform,
-    uniform_block,
-)
+from dsv3_kernels.ops.philox import gumbel, philox, to_uniform, uniform_block
+from dsv3_kernels.ops.sample import RowParams, _keep_likeliest, launch_sample
 from dsv3_kernels.testing import assert_bitwise_equal
 
 EULER = 0.5772156649
