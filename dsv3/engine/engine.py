@@ -24,7 +24,7 @@ from dsv3.engine.sequence import Sequence
 from dsv3.engine.step_plan import NOT_FINITE, PlanChannel, StepPlan
 from dsv3.engine.step_result import HostResult, StepResult
 from dsv3.errors import ConfigError, RequestError
-from dsv3.request import Completion, Request, RequestOutput, SamplingParams, TokenLogprobs
+from dsv3.request import Completion, Request, RequestOutput, SamplingParams
 from dsv3.settings import EngineConfig
 from dsv3.text.detokenize import TextStream
 from dsv3.text.tokenizer import Tokenizer
@@ -317,7 +317,7 @@ class Engine:
         self._schedulers[seq.group].commit(part)
         num_top = seq.request.params.prompt_logprobs or 0
         for row in range(part.first_row, part.last_row):
-            seq.prompt_logprobs.append(_token_logprobs(result, row, num_top))
+            seq.prompt_logprobs.append(result.logprobs_of(row, num_top))
         if not part.is_last:
             return None
         if not part.num_samples:
@@ -340,7 +340,7 @@ class Engine:
         seq.token_ids.append(token)
         out.new_token_ids.append(token)
         if params.logprobs is not None:
-            seq.logprobs.append(_token_logprobs(result, row, params.logprobs))
+            seq.logprobs.append(result.logprobs_of(row, params.logprobs))
         stopped = False
         if seq.stream is not None:
             out.new_text, stopped = seq.stream.push(token)
@@ -396,10 +396,3 @@ def follow(runner: Runner, channel: PlanChannel) -> None:
     while (plans := channel.receive()) is not None:
         with channel.watchdog.step():
             runner.run(plans)
-
-
-def _token_logprobs(result: HostResult, row: int, num_top: int) -> TokenLogprobs:
-    top_tokens = result.top_token[row, :num_top].tolist()
-    top_logprobs = result.top_logprob[row, :num_top].tolist()
-    alternatives = tuple(zip(top_tokens, top_logprobs, strict=True))
-    return TokenLogprobs(int(result.token[row]), float(result.logprob[row]), alternatives)

@@ -7,6 +7,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dsv3.request import TokenLogprobs
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -77,3 +79,10 @@ class HostResult:
     top_token: NDArray[np.int64]
     top_logprob: NDArray[np.float64]
     bad_layer: int | None = None
+
+    def logprobs_of(self, row: int, num_top: int) -> TokenLogprobs:
+        """Return the log-probability of a row's token, and the `num_top` likeliest tokens."""
+        top_tokens = self.top_token[row, :num_top].tolist()
+        top_logprobs = self.top_logprob[row, :num_top].tolist()
+        alternatives = tuple(zip(top_tokens, top_logprobs, strict=True))
+        return TokenLogprobs(int(self.token[row]), float(self.logprob[row]), alternatives)
