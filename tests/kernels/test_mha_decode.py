@@ -99,3 +99,25 @@ def test_wide_tables_go_a_few_sequences_at_a_time(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(module, "programs_for", counted)
     assert_bitwise_equal("one at a time", by_kernel(q, cache, page, query_pos, 16), want)
     assert len(launches) == len(lengths)
+
+
+def test_a_long_sequence_among_short_ones_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With bfloat16 splits become longer; the first parts of sequences follow their contexts."""
+    lengths = [3, 63, 700, 1, 40, 1]
+    _, (q, cache, page) = make(lengths)
+    args = q, cache.bfloat16().nan_to_num(0.5), page, torch.tensor(lengths) - 1
+    args = args[0].bfloat16(), *args[1:]
+    module, firsts = sys.modules["dsv3_kernels.attention.mha_decode"], []
+    merge = module.merge_splits
+
+    def merged(*given: Any) -> None:
+        firsts.append(given[1].tolist())
+        merge(*given)
+
+    monkeypatch.setattr(module, "merge_splits", merged)
+    tiles = sys.modules["dsv3_kernels.attention._decode_tiles"]
+    monkeypatch.setattr(tiles, "_SPLIT_BYTES", 4 * H * V * 30)
+    want = decode(*args, op=mha_decode.reference)
+    assert_close("one launch", by_kernel(*args, split=32), want, 2e-6)
+    # 808 positions over 24 spare parts: splits of 64.
+    assert firsts == [[0, 1, 2, 13, 14, 15, 16]]

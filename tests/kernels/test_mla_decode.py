@@ -17,7 +17,7 @@ from dsv3_kernels import (
     open_parts,
     pack_latent,
 )
-from dsv3_kernels.attention._decode_tiles import Tile, split_for
+from dsv3_kernels.attention._decode_tiles import _SPLIT_BYTES, Tile, pool_for, split_for
 from dsv3_kernels.attention._mla_decode_kernel import launch_decode
 from dsv3_kernels.attention.mla_decode import launch_mla_decode
 from dsv3_kernels.attention.paging import Keys
@@ -235,7 +235,7 @@ def test_how_many_programs_share_the_splits_does_not_matter(
     want = run(args, tile)
     monkeypatch.setattr(sys.modules["dsv3_kernels.attention._decode_tiles"], "_PROGRAMS", 2 * 4)
     for got, expected in zip(run(args, tile), want, strict=True):
-        assert_bitwise_equal("four programs, nine splits", got, expected)
+        assert_bitwise_equal("eight programs, ten parts", got, expected)
 
 
 @pytest.mark.parametrize("split", [64, 512])
@@ -297,10 +297,127 @@ def test_wide_tables_go_a_few_sequences_at_a_time(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(torch, "empty", recorded)
     got = run(args, tile)
-    held = [4 * math.prod(s) for s in sizes if s[:2] == (splits, 1)]
+    held = [4 * math.prod(s[0]) for s in sizes if isinstance(s[0], tuple)]
     assert len(held) == 3 and max(held) == allowed
     for block, expected in zip(got, want, strict=True):
         assert_bitwise_equal("two sequences at a time", block, expected)
+
+
+class Launches(NamedTuple):
+    """Launches of both kernels: the spare parts and the number of parts of each `mla_decode`."""
+
+    decode: list[tuple[int, int]]
+    merge: list[Tensor]
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
+    seen = Launches([], [])
+    module = sys.modules["dsv3_kernels.attention._mla_decode_kernel"]
+    launch, merge = module._launch_parts, module.merge_splits
+
+    def launched(*args: Any) -> None:
+        parts, tables, spare = args[4], args[2], args[7]
+        seen.decode.append((spare, parts.o.shape[1] // tables.query_pos_BQ.shape[1]))
+        launch(*args)
+
+    def merged(*args: Any) -> None:
+        seen.merge.append(args[1])
+        merge(*args)
+
+    monkeypatch.setattr(module, "_launch_parts", launched)
+    monkeypatch.setattr(module, "merge_splits", merged)
+    return seen
+
+
+LONG_AMONG_SHORT = [1, 40, 3, 200, 1, 17, 2, 5]
+
+
+def bfloat16_args(
+    lengths: list[int],
+    queries: int,
+    heads: int,
+    shards: int,
+    packed: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Arguments:
+    """Return arguments with a padding sequence and, of several queries, a padding query."""
+    for name, value in zip("HCR", (heads, 64, 16), strict=True):
+        monkeypatch.setitem(globals(), name, value)
+    _, args = make([max(n, queries) for n in lengths], queries, Paging(16, shards, shards - 1))
+    args.query_pos[1], args.page[1] = -1, 0
+    if queries > 1:
+        args.query_pos[2, -1] = -1
+    cache = args.cache.nan_to_num(0.5) * 2
+    cache = pack_latent(cache, C) if packed else cache.bfloat16()
+    return args._replace(q=args.q.bfloat16(), cache=cache)
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+@pytest.mark.parametrize(
+    ("queries", "heads", "packed"), [(1, 16, False), (1, 128, True), (3, 16, True), (2, 5, False)]
+)
+def test_a_long_sequence_among_short_ones_is_one_launch(
+    queries: int,
+    heads: int,
+    packed: bool,
+    shards: int,
+    launches: Launches,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The tables allow far more parts than fit, the contexts do not."""
+    args = bfloat16_args(LONG_AMONG_SHORT, queries, heads, shards, packed, monkeypatch)
+    allowed = 26
+    module = sys.modules["dsv3_kernels.attention._decode_tiles"]
+    monkeypatch.setattr(module, "_SPLIT_BYTES", allowed * queries * heads * C * 4)
+    tile = Tile(64 if heads == 128 else 16, 16, 16, 4, 2)
+    (o, lse), (want_o, want_lse) = run(args, tile), decode(args, op=mla_decode.reference)
+    assert_close("o", o, want_o, TOLERANCE)
+    assert_close("lse", lse, want_lse, TOLERANCE)
+    B = len(LONG_AMONG_SHORT)
+    assert launches.decode == [(allowed - B, allowed)]
+    # Each sequence has as many parts as its own positions here need, at least one.
+    held = [args.paging.local_len(int(last) + 1) for last in args.query_pos.amax(1)]
+    splits = [max(1, -(-n // 16)) for n in held]
+    assert B < sum(splits) <= allowed < B * max(splits)
+    (first_B,) = launches.merge
+    assert first_B.tolist() == [sum(splits[:b]) for b in range(B + 1)]
+
+
+def test_splits_are_longer_where_parts_would_not_fit(
+    launches: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = [300, 900, 1, 500]
+    args = bfloat16_args(lengths, 1, 4, 1, False, monkeypatch)
+    module = sys.modules["dsv3_kernels.attention._decode_tiles"]
+    monkeypatch.setattr(module, "_SPLIT_BYTES", 20 * 4 * C * 4)
+    got, want = run(args, Tile(16, 32, 16, 4, 2)), decode(args, op=mla_decode.reference)
+    for block, expected in zip(got, want, strict=True):
+        assert_close("longer splits", block, expected, TOLERANCE)
+    # 801 positions over 16 spare parts; the second sequence is padding.
+    assert launches.decode == [(16, 20)]
+    assert [first.tolist() for first in launches.merge] == [[0, 5, 6, 7, 15]]
+
+
+@pytest.mark.parametrize("fit", [1, 2, 3, 7, 20, 1000])
+@pytest.mark.parametrize("splits", [2, 9, 160])
+@pytest.mark.parametrize("sequences", [1, 4, 64])
+def test_parts_of_any_contexts_fit_the_pool(sequences: int, splits: int, fit: int) -> None:
+    values = _SPLIT_BYTES // (4 * fit)
+    fixed = pool_for(sequences, splits, values, is_fixed=True)
+    assert fixed.spare == 0 and fixed.parts == fixed.sequences * splits
+    assert fixed.sequences == 1 or fixed.parts <= fit
+    pool = pool_for(sequences, splits, values, is_fixed=False)
+    assert pool.parts <= max(2, fit) or pool.sequences == 1
+    if 2 * sequences <= fit:
+        assert pool.sequences == sequences, "one launch"
+    if pool.spare:
+        for long in range(pool.sequences + 1):
+            held = long * [512 * splits] + (pool.sequences - long) * [1]
+            split = 512 * max(1, -(-sum(held) // (512 * pool.spare)))
+            assert sum(-(-n // split) for n in held) <= pool.parts
+    else:
+        assert pool.parts == pool.sequences * splits
 
 
 def test_splits_are_short_where_a_gpu_would_be_idle() -> None:

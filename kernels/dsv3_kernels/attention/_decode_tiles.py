@@ -1,4 +1,4 @@
-"""Tiling of decode attention: rows and keys per step, splits, programs."""
+"""Tiling of decode attention: rows and keys per step, splits, programs, memory."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -11,21 +11,47 @@ _SPLIT_BYTES = 256 << 20
 _LEAST_SPLIT = 64
 
 
-def programs_for(splits: int, others: int) -> int:
-    """Return the number of programs that share a sequence's splits; no result depends on it.
+def programs_for(parts: int, tiles: int, sequences: int) -> int:
+    """Return the number of programs that share the parts of a tile; no result depends on it.
 
-    Tables may be far wider than contexts are long; then most programs would have an empty split if
-    each had only one.
+    Tables may be far wider than contexts are long; then most programs would have no part if there
+    were one for each part that the tables allow.
     """
-    return max(1, min(splits, _PROGRAMS // others))
+    return max(sequences, min(parts, _PROGRAMS // tiles))
 
 
-def sequences_for(splits: int, values: int) -> int:
-    """Return the number of sequences per launch, so that partial outputs take little memory.
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """Memory for the partial outputs of a launch.
 
-    No result depends on it. A split has `values` values of partial outputs.
+    Attributes:
+        sequences: most sequences of a launch.
+        parts: partial outputs.
+        spare: parts that are left when each sequence has one; 0 if the parts of any contexts fit.
     """
-    return max(1, _SPLIT_BYTES // (4 * splits * values))
+
+    sequences: int
+    parts: int
+    spare: int
+
+
+def pool_for(sequences: int, splits: int, values: int, is_fixed: bool) -> Pool:
+    """Return the memory for a launch, so that partial outputs take little.
+
+    Args:
+        sequences: to be computed.
+        splits: of a sequence as long as the tables allow, if no split is lengthened.
+        values: of a part.
+        is_fixed: splits are never lengthened; then a launch may hold fewer sequences.
+    """
+    fit = _SPLIT_BYTES // (4 * values)
+    if is_fixed or sequences * splits <= fit:
+        sequences = max(1, min(sequences, fit // splits))
+        return Pool(sequences, sequences * splits, spare=0)
+    # Two parts for each sequence on average, so that a long one among short ones has many.
+    sequences = max(1, min(sequences, fit // 2))
+    parts = max(fit, 2 * sequences)
+    return Pool(sequences, parts, spare=parts - sequences)
 
 
 @dataclass(frozen=True, slots=True)

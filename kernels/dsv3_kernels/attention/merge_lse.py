@@ -4,15 +4,12 @@ import torch
 from torch import Tensor
 
 from dsv3_kernels._triton import in_turn, launch_options, tl, triton
-from dsv3_kernels.attention.paging import PageTables, Paging
 from dsv3_kernels.attention.parts import PartialOutputs
 from dsv3_kernels.operation import operation
 
 # Parts that the kernel merges at a time. Constant, so that the order of a sum depends only on the
 # number of a row's parts.
 _PARTS = 32
-# Of calls that merge all parts.
-_ONE_RANK = Paging(page_size=1)
 
 
 def softmax_lse(score: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,17 +27,16 @@ _LSE = "lse_stride_block", "lse_stride_row", "lse_stride_part"
 _OUT = "lse_out", "out_lse_stride_block", "out_lse_stride_row"
 
 
-@triton.jit(do_not_specialize=["pos_ptr", "num_parts", "block_rows", "shard", *_LSE, *_OUT])
+@triton.jit(do_not_specialize=["first_ptr", "num_parts", "block_rows", "part_rows", *_LSE, *_OUT])
 def _merge_lse_kernel(
     o_part,
     lse_part,
     o_out,
     lse_out,
-    pos_ptr,  # position of each query; read if BY_POSITION
-    num_parts,  # not used if BY_POSITION
-    split_len,  # positions of a part, a multiple of 16; used if BY_POSITION
-    shard,
-    block_rows,  # rows per block; strides are given for blocks and for rows
+    first_ptr,  # number of each sequence's first part, and of all parts; read if NUMBERED
+    num_parts,  # not used if NUMBERED
+    block_rows,  # rows of the result per block; strides are given for blocks and for rows
+    part_rows,  # rows of a part per block
     o_stride_block,
     o_stride_row,
     o_stride_part,
@@ -51,10 +47,8 @@ def _merge_lse_kernel(
     out_stride_row,
     out_lse_stride_block,
     out_lse_stride_row,
-    HEADS: tl.constexpr,
     V: tl.constexpr,
-    SHARDS: tl.constexpr,
-    BY_POSITION: tl.constexpr,
+    NUMBERED: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -63,26 +57,30 @@ def _merge_lse_kernel(
     row = tl.program_id(0).to(tl.int64)
     block = row // block_rows
     row = row % block_rows
-    if BY_POSITION:
-        pos = tl.load(pos_ptr + row // HEADS).to(tl.int32)
-        num_parts = ((pos + SHARDS - shard) // SHARDS + split_len - 1) // split_len
-    o_row = o_part + block * o_stride_block + row * o_stride_row
-    lse_row = lse_part + block * lse_stride_block + row * lse_stride_row
+    first = tl.zeros((), tl.int64)
+    if NUMBERED:
+        first_at = first_ptr + row // part_rows
+        first = tl.load(first_at).to(tl.int64)
+        num_parts = (tl.load(first_at + 1) - first).to(tl.int32)
+    part_row = row % part_rows
+    o_row = o_part + block * o_stride_block + first * o_stride_part + part_row * o_stride_row
+    lse_row = lse_part + block * lse_stride_block
+    lse_row += first * lse_stride_part + part_row * lse_stride_row
     part = tl.arange(0, PARTS).to(tl.int64)
     top = tl.full((PARTS,), float("-inf"), tl.float32)
-    for first in range(0, num_parts, PARTS):
-        at = lse_row + (first + part) * lse_stride_part
-        top = tl.maximum(top, tl.load(at, mask=first + part < num_parts, other=float("-inf")))
+    for start in range(0, num_parts, PARTS):
+        at = lse_row + (start + part) * lse_stride_part
+        top = tl.maximum(top, tl.load(at, mask=start + part < num_parts, other=float("-inf")))
     best = tl.max(top, 0)
     shift = tl.where(best == float("-inf"), 0.0, best)
     v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.sum(tl.zeros((PARTS,), tl.float32), 0)
     acc = tl.zeros((BLOCK,), tl.float32)
-    for first in range(0, num_parts, PARTS):
-        held = first + part < num_parts
-        at = lse_row + (first + part) * lse_stride_part
+    for start in range(0, num_parts, PARTS):
+        held = start + part < num_parts
+        at = lse_row + (start + part) * lse_stride_part
         weight = tl.exp(tl.load(at, mask=held, other=float("-inf")) - shift)
-        o_at = o_row + ((first + part) * o_stride_part)[:, None] + v[None, :]
+        o_at = o_row + ((start + part) * o_stride_part)[:, None] + v[None, :]
         o = tl.load(o_at, mask=held[:, None] & (v < V)[None, :], other=0.0)
         acc += tl.sum(weight[:, None] * o, 0)
         total += tl.sum(weight, 0)
@@ -94,19 +92,16 @@ def _merge_lse_kernel(
         tl.store(at, best + tl.log(divisor))
 
 
-def _launch(
-    parts: PartialOutputs,
-    out: PartialOutputs,
-    query_pos: Tensor,
-    heads: int,
-    paging: Paging,
-    split: int,
-) -> None:
-    """Merge [N, blocks, rows, V] and [N, blocks, rows] over N into `out`.
+def _launch(parts: PartialOutputs, first_B: Tensor | None, out: PartialOutputs) -> None:
+    """Merge [N, blocks, part rows, V] and [N, blocks, part rows] into `out`.
 
-    If `split` is 0 all N parts are merged, and `query_pos`, `heads` and `paging` are not used.
+    Args:
+        parts: averages and log-sum-exp.
+        first_B: number of the first part of each sequence, and of all parts; None to merge all N.
+        out: [blocks, rows, V] and [blocks, rows]; each sequence has as many rows as a part.
     """
-    N, blocks, rows, V = parts.o.shape
+    N, blocks, part_rows, V = parts.o.shape
+    rows = out.o.shape[1]
     assert parts.o.stride(-1) == out.o.stride(-1) == 1, f"{parts.o.stride()=} {out.o.stride()=}"
     block = min(128, triton.next_power_of_2(V))
     if blocks * rows:
@@ -115,11 +110,10 @@ def _launch(
             lse_part=parts.lse,
             o_out=out.o,
             lse_out=out.lse,
-            pos_ptr=query_pos,
+            first_ptr=parts.lse if first_B is None else first_B,
             num_parts=N,
-            split_len=split,
-            shard=paging.shard,
             block_rows=rows,
+            part_rows=part_rows,
             o_stride_block=parts.o.stride(1),
             o_stride_row=parts.o.stride(2),
             o_stride_part=parts.o.stride(0),
@@ -130,10 +124,8 @@ def _launch(
             out_stride_row=out.o.stride(1),
             out_lse_stride_block=out.lse.stride(0),
             out_lse_stride_row=out.lse.stride(1),
-            HEADS=heads,
             V=V,
-            SHARDS=paging.shards,
-            BY_POSITION=split > 0,
+            NUMBERED=first_B is not None,
             PARTS=_PARTS,
             BLOCK=block,
             num_warps=2,
@@ -141,42 +133,30 @@ def _launch(
         )
 
 
-def merge_splits(
-    parts: PartialOutputs, tables: PageTables, split: int, out: PartialOutputs
-) -> None:
-    """Merge the partial outputs of each `split` positions held here, by the kernel.
+def merge_splits(parts: PartialOutputs, first_B: Tensor, queries: int, out: PartialOutputs) -> None:
+    """Merge the parts of each sequence, by the kernel.
 
-    Splits after a query's position are not read and may be uninitialized.
+    Parts after the last sequence's are not read and may be uninitialized.
 
     Args:
-        parts: o [N, P, T, H, V] and lse [N, P, T, H], float32, of T = B * Q queries.
-        tables: of the queries; positions contiguous.
-        split: positions per part.
-        out: o [P, T, H, V], any float dtype, and lse [P, T, H] float32, to be written; heads of
-            a token and tokens are contiguous.
+        parts: o [P, N * Q, H, V] and lse [P, N * Q, H], float32, of N parts.
+        first_B: [B + 1] int32 number of each sequence's first part, and of all parts.
+        queries: Q.
+        out: o [P, T, H, V], any float dtype, and lse [P, T, H] float32, to be written, T = B * Q;
+            heads of a token and tokens are contiguous.
     """
-    _launch(
-        parts=PartialOutputs(parts.o.flatten(2, 3), parts.lse.flatten(2, 3)),
-        out=PartialOutputs(out.o.flatten(1, 2), out.lse.flatten(1, 2)),
-        query_pos=tables.query_pos_BQ,
-        heads=parts.o.shape[3],
-        paging=tables.paging,
-        split=split,
-    )
+    by_part = (-1, queries)
+    o_NPRV = parts.o.unflatten(1, by_part).flatten(2, 3).transpose(0, 1)
+    lse_NPR = parts.lse.unflatten(1, by_part).flatten(2, 3).transpose(0, 1)
+    merged = PartialOutputs(out.o.flatten(1, 2), out.lse.flatten(1, 2))
+    _launch(PartialOutputs(o_NPRV, lse_NPR), first_B, merged)
 
 
 def _launch_merge_lse(o_NTHV: Tensor, lse_NTH: Tensor) -> PartialOutputs:
     """Launch a program per row and block of values."""
     o_THV = o_NTHV.new_empty(o_NTHV.shape[1:], dtype=torch.float32)
     out = PartialOutputs(o_THV, o_THV.new_empty(o_THV.shape[:-1]))
-    _launch(
-        parts=PartialOutputs(o_NTHV, lse_NTH),
-        out=out,
-        query_pos=lse_NTH,
-        heads=1,
-        paging=_ONE_RANK,
-        split=0,
-    )
+    _launch(PartialOutputs(o_NTHV, lse_NTH), None, out)
     return out
 
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from dsv3_kernels._triton import in_turn, launch_options, tl, triton
-from dsv3_kernels.attention._decode_tiles import programs_for, sequences_for
+from dsv3_kernels.attention._decode_tiles import pool_for, programs_for
+from dsv3_kernels.attention._numbered_parts import count_parts, find_part, split_length
 from dsv3_kernels.attention.merge_lse import merge_splits, softmax_lse
 from dsv3_kernels.attention.paging import PageTables
 from dsv3_kernels.attention.parts import PartialOutputs
@@ -23,9 +24,10 @@ _KEYS = 32
     do_not_specialize=[
         "page_ptr",
         "pos_ptr",
+        "first_ptr",
         "pages",
-        "o_stride_split",
-        "lse_stride_split",
+        "sequences",
+        "spare",
         "shard",
     ]
 )
@@ -36,11 +38,12 @@ def _mha_decode_kernel(
     pos_ptr,
     o_ptr,
     lse_ptr,
+    first_ptr,
     stride_slot,
     pages,
-    o_stride_split,
-    lse_stride_split,
-    split_len,  # positions of a split, a multiple of 16
+    sequences,
+    shortest,  # positions of the shortest split, a multiple of KEYS and 16
+    spare,  # see `Pool`
     shard,
     scale_log2,
     H: tl.constexpr,
@@ -52,86 +55,91 @@ def _mha_decode_kernel(
     SHARDS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Compute some splits of the positions held here, for a head of a sequence."""
+    """Compute some parts, for a head."""
     in_turn()
-    head = tl.program_id(0)
-    b = tl.program_id(2).to(tl.int64)
-    seen = (tl.load(pos_ptr + b).to(tl.int32) + SHARDS - shard) // SHARDS
-    needed = tl.maximum(1, tl.cdiv(seen, split_len))
-    if tl.program_id(1) < needed:
-        x = tl.arange(0, X_PAD)
-        v = tl.arange(0, V_PAD)
-        is_x = x < X
-        is_v = v < V
+    head = tl.program_id(0).to(tl.int64)
+    x = tl.arange(0, X_PAD)
+    v = tl.arange(0, V_PAD)
+    is_x = x < X
+    is_v = v < V
+    split_len = split_length(shortest, spare, sequences, pos_ptr, 1, shard, SHARDS)
+    num_parts = count_parts(sequences, split_len, pos_ptr, 1, shard, SHARDS)
+    tl.store(first_ptr + sequences, num_parts)
+    for part in range(tl.program_id(1), num_parts, tl.num_programs(1)):
+        b, number = find_part(part, sequences, split_len, pos_ptr, 1, shard, SHARDS)
+        tl.store(first_ptr + b, number)
+        b = b.to(tl.int64)
+        seen = (tl.load(pos_ptr + b).to(tl.int32) + SHARDS - shard) // SHARDS
         q = tl.load(q_ptr + (b * H + head) * X + x, mask=is_x, other=0.0).to(tl.float32)
-        for split in range(tl.program_id(1), needed, tl.num_programs(1)):
-            first = split * split_len
-            top = tl.full((1,), float("-inf"), tl.float32)
-            total = tl.zeros((1,), tl.float32)
-            acc = tl.zeros((V_PAD,), tl.float32)
-            for start in range(first, min(first + split_len, seen), KEYS):
-                at = start + tl.arange(0, KEYS)
-                held = at < seen
-                page = tl.load(page_ptr + b * pages + at // PAGE, mask=held, other=0).to(tl.int64)
-                entry = ((page * PAGE + at % PAGE) * stride_slot + head * (X + V))[:, None]
-                k_mask = held[:, None] & is_x[None, :]
-                v_mask = held[:, None] & is_v[None, :]
-                k = tl.load(cache_ptr + entry + x[None, :], mask=k_mask, other=0.0)
-                value = tl.load(cache_ptr + entry + X + v[None, :], mask=v_mask, other=0.0)
-                score = tl.sum(k.to(tl.float32) * q[None, :], 1) * scale_log2
-                score = tl.where(held, score, float("-inf"))
-                best = tl.maximum(top, tl.max(score, 0))  # finite: the first key is always seen
-                p = tl.exp2(score - best)
-                decay = tl.exp2(top - best)
-                total = total * decay + tl.sum(p, 0)
-                acc = acc * decay + tl.sum(p[:, None] * value.to(tl.float32), 0)
-                top = best
-            divisor = tl.where(total == 0.0, 1.0, total)
-            out = b * H + head
-            o_at = o_ptr + split * o_stride_split.to(tl.int64) + out * V
-            tl.store(o_at + v, acc / divisor, mask=is_v)
-            lse = (top + tl.log2(divisor)) * 0.6931471805599453
-            tl.store(lse_ptr + split * lse_stride_split + out + tl.arange(0, 1), lse)
+        first = (part - number) * split_len
+        top = tl.full((1,), float("-inf"), tl.float32)
+        total = tl.zeros((1,), tl.float32)
+        acc = tl.zeros((V_PAD,), tl.float32)
+        for start in range(first, min(first + split_len, seen), KEYS):
+            at = start + tl.arange(0, KEYS)
+            held = at < seen
+            page = tl.load(page_ptr + b * pages + at // PAGE, mask=held, other=0).to(tl.int64)
+            entry = ((page * PAGE + at % PAGE) * stride_slot + head * (X + V))[:, None]
+            k_mask = held[:, None] & is_x[None, :]
+            v_mask = held[:, None] & is_v[None, :]
+            k = tl.load(cache_ptr + entry + x[None, :], mask=k_mask, other=0.0)
+            value = tl.load(cache_ptr + entry + X + v[None, :], mask=v_mask, other=0.0)
+            score = tl.sum(k.to(tl.float32) * q[None, :], 1) * scale_log2
+            score = tl.where(held, score, float("-inf"))
+            best = tl.maximum(top, tl.max(score, 0))  # finite: the first key is always seen
+            p = tl.exp2(score - best)
+            decay = tl.exp2(top - best)
+            total = total * decay + tl.sum(p, 0)
+            acc = acc * decay + tl.sum(p[:, None] * value.to(tl.float32), 0)
+            top = best
+        divisor = tl.where(total == 0.0, 1.0, total)
+        out = part * H + head
+        tl.store(o_ptr + out * V + v, acc / divisor, mask=is_v)
+        lse = (top + tl.log2(divisor)) * 0.6931471805599453
+        tl.store(lse_ptr + out + tl.arange(0, 1), lse)
 
 
 def launch_mha_decode(
     q_BHX: Tensor, cache_SY: Tensor, tables: PageTables, scale: float, split: int
 ) -> Tensor:
-    """Launch a program per head, `split` positions and sequence; merge the splits.
+    """Launch programs for each head and part; merge the parts.
 
-    If the splits of all sequences take too much memory, groups of sequences are launched in turn.
+    Splits of bfloat16 become longer if the parts of all sequences take too much memory; otherwise
+    groups of sequences are launched in turn.
     """
     B, H, X = q_BHX.shape
     V = cache_SY.shape[1] // H - X
     assert cache_SY.stride(1) == 1, f"{cache_SY.stride()=}"
+    if not B:
+        return torch.empty(B, H, V, dtype=torch.float32, device=q_BHX.device)
     splits = triton.cdiv(tables.capacity, split)
-    step = sequences_for(splits, H * V)
-    if step < B and splits > 1:
-        groups = [
-            launch_mha_decode(
-                q_BHX[b : b + step], cache_SY, tables.sequences(b, b + step), scale, split
-            )
-            for b in range(0, B, step)
-        ]
+    pool = pool_for(B, splits, H * V, torch.float32 in (q_BHX.dtype, cache_SY.dtype))
+    if splits > 1 and pool.sequences < B:
+        groups = []
+        for b in range(0, B, pool.sequences):
+            stop = b + pool.sequences
+            some = tables.sequences(b, stop)
+            groups.append(launch_mha_decode(q_BHX[b:stop], cache_SY, some, scale, split))
         return torch.cat(groups)
     q_BHX = q_BHX.contiguous()
     tables = tables.contiguous()
-    o = torch.empty(splits, 1, B, H, V, dtype=torch.float32, device=q_BHX.device)
-    lse = o.new_empty(splits, 1, B, H)
-    if not B:
-        return o[0, 0]
-    _mha_decode_kernel[(H, programs_for(splits, H * B), B)](
+    num_parts = B if splits == 1 else pool.parts
+    o = torch.empty(1, num_parts, H, V, dtype=torch.float32, device=q_BHX.device)
+    lse = o.new_empty(1, num_parts, H)
+    first_B = torch.empty(B + 1, dtype=torch.int32, device=q_BHX.device)
+    _mha_decode_kernel[(H, programs_for(num_parts, H, B))](
         q_ptr=q_BHX,
         cache_ptr=cache_SY,
         page_ptr=tables.page_BG,
         pos_ptr=tables.query_pos_BQ,
         o_ptr=o,
         lse_ptr=lse,
+        first_ptr=first_B,
         stride_slot=cache_SY.stride(0),
         pages=tables.page_BG.shape[1],
-        o_stride_split=o.stride(0),
-        lse_stride_split=lse.stride(0),
-        split_len=split,
+        sequences=B,
+        shortest=split,
+        spare=0 if splits == 1 else pool.spare,
         shard=tables.paging.shard,
         scale_log2=scale * math.log2(math.e),
         H=H,
@@ -147,9 +155,9 @@ def launch_mha_decode(
         **launch_options(),
     )
     if splits == 1:
-        return o[0, 0]
-    out = PartialOutputs(torch.empty_like(o[0]), torch.empty_like(lse[0]))
-    merge_splits(PartialOutputs(o, lse), tables, split, out)
+        return o[0]
+    out = PartialOutputs(o.new_empty(1, B, H, V), lse.new_empty(1, B, H))
+    merge_splits(PartialOutputs(o, lse), first_B, 1, out)
     return out.o[0]
 
 
