@@ -93,10 +93,14 @@ class Progress:
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         self._bar.close()
-        for text in self._failed:
-            log.warning("compiled when it is first used: %s", text)
+        if self._failed and kind is None:  # an interrupt also ends the compiling processes
+            others = len(self._failed) - 1
+            more = f" (and {others} others; debug logging names them)" if others else ""
+            log.warning("compiled when it is first used: %s%s", self._failed[0], more)
+            for text in self._failed[1:]:
+                log.debug("compiled when it is first used: %s", text)
         if self._is_first and self.num_compiled:
             log.info("compiled %d of %d kernels", self.num_compiled, self.num_done)
 

@@ -15,10 +15,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass
 from importlib import import_module
 from queue import Empty, SimpleQueue
+from threading import Lock
 from types import SimpleNamespace
 from typing import Any
 
@@ -102,15 +103,50 @@ def record_variants(gpu: Gpu) -> Iterator[dict[Variant, None]]:
 
 
 class _Worker:
-    """A process that compiles variants one by one."""
+    """Compiles variants one by one in a process, and in another one after that has died."""
 
     def __init__(self, gpu: Gpu, overlap: bool) -> None:
-        major, minor = gpu.capability
+        self._arguments = [str(number) for number in (*gpu.capability, int(overlap))]
+        self._process: subprocess.Popen[str] | None = None
+        self._lock = Lock()
+        self._has_ended = False
+
+    def compile(self, variant: Variant) -> str:
+        """Return the reply to a variant."""
+        try:
+            process = self._running()
+        except OSError as error:
+            return f"no process for compiling starts: {error}"
+        assert process.stdin and process.stdout
+        with suppress(OSError, ValueError):  # it has ended, or `end` has closed its pipes
+            process.stdin.write(json.dumps(astuple(variant)) + "\n")
+            process.stdin.flush()
+            if reply := process.stdout.readline().rstrip("\n"):
+                return reply
+        return f"the compiling process ended with {process.wait()}"
+
+    def end(self) -> None:
+        """End the process; no other one starts."""
+        with self._lock:
+            self._has_ended = True
+            self._close()
+
+    def _running(self) -> subprocess.Popen[str]:
+        """Return the process; start one if there is none that runs."""
+        with self._lock:
+            if self._has_ended:
+                raise InterruptedError("the work has ended")
+            if self._process is None or self._process.poll() is not None:
+                self._close()
+                self._process = self._start()
+            return self._process
+
+    def _start(self) -> subprocess.Popen[str]:
         # Without a GPU in sight, no CUDA context can be made.
         apart = {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
         apart["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(major), str(minor), str(int(overlap))],
+        return subprocess.Popen(
+            [sys.executable, "-m", __name__, *self._arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -118,24 +154,16 @@ class _Worker:
             text=True,
         )
 
-    def compile(self, variant: Variant) -> str:
-        """Return the reply to a variant."""
-        assert self._process.stdin and self._process.stdout
-        try:
-            self._process.stdin.write(json.dumps(astuple(variant)) + "\n")
-            self._process.stdin.flush()
-        except OSError:
-            pass  # it has ended, as the missing reply shows
-        reply = self._process.stdout.readline().rstrip("\n")
-        return reply or f"the compiling process ended with {self._process.wait()}"
-
-    def end(self) -> None:
-        """End the process."""
+    def _close(self) -> None:
+        """End the process, if there is one, and close its pipes."""
+        if self._process is None:
+            return
         self._process.kill()
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
-                stream.close()
+                with suppress(OSError):  # of what a dead process has not read
+                    stream.close()
 
 
 def compile_variants(
@@ -146,6 +174,8 @@ def compile_variants(
     done: Callable[[Variant, str], None],
 ) -> None:
     """Compile the variants that are not in Triton's cache, in `num_processes` other processes.
+
+    A process that dies costs the variant that it had; another one takes its place.
 
     Args:
         variants: to be compiled, those that take longest first.

@@ -1,6 +1,7 @@
 """Kernels compiled at start-up: the part of the engine. `tests/kernels` compiles some."""
 
 import logging
+import subprocess
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from dsv3.distributed.stand_in import stand_in_mesh
 from dsv3.engine import compile_ahead as ahead
 from dsv3.settings import EngineConfig
 from dsv3_kernels._gpu import Gpu
-from dsv3_kernels.variants import CACHED, COMPILED, Variant
+from dsv3_kernels.variants import CACHED, COMPILED, Variant, compile_variants
 
 MESH = stand_in_mesh(ParallelConfig(world_size=1), torch.device("cpu"))
 VARIANTS = [Variant("some.module", f"_kernel_{i}", '{"constant_vals": [16]}') for i in range(5)]
@@ -62,6 +63,48 @@ def test_a_second_start_compiles_nothing(
     ahead.compile_ahead(setup("on"), MESH)
     assert not caplog.messages
     ahead.compile_ahead(setup("off"), MESH)
+
+
+def test_many_failures_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    pretend(monkeypatch, dict.fromkeys(VARIANTS, "PermissionError: /cache"))
+    ahead.compile_ahead(setup("on"), MESH)
+    (line,) = caplog.messages
+    assert "_kernel_0 [16]: PermissionError: /cache (and 4 others;" in line
+
+
+def test_an_interrupt_is_no_failure_of_kernels(caplog: pytest.LogCaptureFixture) -> None:
+    def interrupted() -> None:
+        with ahead.Progress(5, MESH) as progress:
+            progress.done(VARIANTS[0], "the compiling process ended with -2")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not caplog.messages
+
+
+# Processes that compile two variants, then die; that die at once; that cannot start.
+DYING = {
+    "later": (["bash", "-c", "for _ in 1 2; do read x; echo compiled; done; read x; exit 3"], 4),
+    "at once": (["bash", "-c", "exit 3"], 0),
+    "no start": (["/no/such/python"], 0),
+}
+
+
+@pytest.mark.parametrize("case", DYING)
+def test_processes_that_die_cost_their_variants(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    command, num_compiled = DYING[case]
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda _, **more: popen(command, **more))
+    replies: dict[Variant, str] = {}
+    compile_variants(VARIANTS, Gpu((9, 0), 132, 228 << 10), False, 1, replies.__setitem__)
+    failed = [text for text in replies.values() if text != COMPILED]
+    assert len(replies) == 5 and len(failed) == 5 - num_compiled
+    reason = "no process for compiling starts: " if case == "no start" else "ended with 3"
+    assert all(reason in text for text in failed), failed
 
 
 def test_ranks_of_a_host_share_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
