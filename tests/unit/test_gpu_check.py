@@ -255,6 +255,7 @@ def test_wrong_usage_is_one_line(tmp_path: Path) -> None:
     for arguments, env, expected in (
         (["smok"], {}, "there is no part 'smok'; did you mean smoke?"),
         (["smoke"], {"BUDGET": "soon"}, "BUDGET='soon' is not a number"),
+        (["tests", "--tests", "-k 'two"], {}, "--tests=-k 'two: No closing quotation"),
         (["smoke"], {"OUT": str(ROOT)}, "is not empty; name a new directory"),
         (["smoke"], {"CUDA_VISIBLE_DEVICES": ""}, "torch finds no GPU; --rehearse runs every"),
         (["smoke"], {"PYTHON": "/bin/false"}, "is not Python 3.11 or newer"),

@@ -95,6 +95,14 @@ def read_budget(text: str) -> float:
     return float(text)
 
 
+def read_tests(text: str | None) -> tuple[str, ...] | None:
+    """Return the arguments of the flag --tests."""
+    try:
+        return tuple(shlex.split(text)) if text else None
+    except ValueError as error:
+        raise ConfigError(f"--tests={text}: {error}") from None
+
+
 def out_folder(text: str) -> Path:
     """Return the directory of the results; refuse one that has those of another check."""
     folder = Path(text or f"gpu_check_results/{time.strftime('%Y%m%d-%H%M%S')}").absolute()
@@ -118,6 +126,7 @@ def main() -> int:
     parts = select_parts(args.parts)
     default = _REHEARSAL_BUDGET if args.rehearse else _BUDGET
     budget = Budget(read_budget(os.environ.get("BUDGET") or str(default)))
+    tests = read_tests(args.tests)
     out = out_folder(os.environ.get("OUT", ""))
     print(f"results: {out}", flush=True)
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -137,7 +146,7 @@ def main() -> int:
         facts=facts,
         rehearse=args.rehearse,
         one_shot=args.one_shot,
-        tests=tuple(shlex.split(args.tests)) if args.tests else None,
+        tests=tests,
     )
     report = CheckReport(machine, {"commit": commit, "facts": facts.to_row(), "args": sys.argv[1:]})
     return run_check(setup, parts, budget, report)
