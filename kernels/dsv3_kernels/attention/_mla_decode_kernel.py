@@ -21,6 +21,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from dsv3_kernels._gpu import cdiv, next_power_of_2
 from dsv3_kernels._triton import (
     in_turn,
     is_hopper,
@@ -228,7 +229,7 @@ def launch_decode(
         return
     if tile is None:
         tile = _best_tile(q_PTHX, rows, B, tables.capacity, is_exact)
-    splits = triton.cdiv(tables.capacity, tile.split)
+    splits = cdiv(tables.capacity, tile.split)
     pool = pool_for(B, splits, rows * C, is_fixed)
     if splits > 1 and pool.sequences < B:
         for b in range(0, B, pool.sequences):
@@ -254,7 +255,7 @@ def _best_tile(q_PTHX: Tensor, rows: int, sequences: int, capacity: int, is_exac
     tile = tile_for(rows, is_exact, is_hopper(q_PTHX))
     if is_exact:
         return tile
-    programs = triton.cdiv(rows, tile.rows) * sequences
+    programs = cdiv(rows, tile.rows) * sequences
     split = split_for(tile.split, programs, capacity, multiprocessors(q_PTHX)[0])
     return replace(tile, split=split)
 
@@ -275,7 +276,7 @@ def _launch_parts(
     P, T, heads, C = parts.o.shape
     R = q_PTHX.shape[-1] - C
     rows = Q * P * heads
-    tiles = triton.cdiv(rows, tile.rows)
+    tiles = cdiv(rows, tile.rows)
     is_packed = cache_SX.dtype == torch.uint8
     scale_Sc = cache_SX
     rope_SR = cache_SX[:, C:]
@@ -311,8 +312,8 @@ def _launch_parts(
         LSE_ROW=parts.lse.stride(2),
         C=C,
         R=R,
-        C_PAD=max(16, triton.next_power_of_2(C)),
-        R_PAD=max(16, triton.next_power_of_2(R)),
+        C_PAD=max(16, next_power_of_2(C)),
+        R_PAD=max(16, next_power_of_2(R)),
         PAGE=tables.paging.slots_per_page,
         SHARDS=tables.paging.shards,
         ROWS=tile.rows,

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from dsv3_kernels._gpu import cdiv, next_power_of_2
 from dsv3_kernels._triton import in_turn, launch_options, tl, triton
 from dsv3_kernels.attention.parts import PartialOutputs
 from dsv3_kernels.operation import operation
@@ -103,9 +104,9 @@ def _launch(parts: PartialOutputs, first_B: Tensor | None, out: PartialOutputs) 
     N, blocks, part_rows, V = parts.o.shape
     rows = out.o.shape[1]
     assert parts.o.stride(-1) == out.o.stride(-1) == 1, f"{parts.o.stride()=} {out.o.stride()=}"
-    block = min(128, triton.next_power_of_2(V))
+    block = min(128, next_power_of_2(V))
     if blocks * rows:
-        _merge_lse_kernel[(blocks * rows, triton.cdiv(V, block))](
+        _merge_lse_kernel[(blocks * rows, cdiv(V, block))](
             o_part=parts.o,
             lse_part=parts.lse,
             o_out=out.o,

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from dsv3_kernels._gpu import cdiv, next_power_of_2
 from dsv3_kernels._triton import in_turn, launch_options, tl, triton
 from dsv3_kernels.attention._decode_tiles import pool_for, programs_for
 from dsv3_kernels.attention._numbered_parts import count_parts, find_part, split_length
@@ -112,7 +113,7 @@ def launch_mha_decode(
     assert cache_SY.stride(1) == 1, f"{cache_SY.stride()=}"
     if not B:
         return torch.empty(B, H, V, dtype=torch.float32, device=q_BHX.device)
-    splits = triton.cdiv(tables.capacity, split)
+    splits = cdiv(tables.capacity, split)
     pool = pool_for(B, splits, H * V, torch.float32 in (q_BHX.dtype, cache_SY.dtype))
     if splits > 1 and pool.sequences < B:
         groups = []
@@ -145,8 +146,8 @@ def launch_mha_decode(
         H=H,
         X=X,
         V=V,
-        X_PAD=triton.next_power_of_2(X),
-        V_PAD=triton.next_power_of_2(V),
+        X_PAD=next_power_of_2(X),
+        V_PAD=next_power_of_2(V),
         PAGE=tables.paging.slots_per_page,
         SHARDS=tables.paging.shards,
         KEYS=_KEYS,
