@@ -97,7 +97,7 @@ class Progress:
         self._bar.close()
         if self._failed and kind is None:  # an interrupt also ends the compiling processes
             others = len(self._failed) - 1
-            more = f" (and {others} others; debug logging names them)" if others else ""
+            more = f" (and {others} more; debug logging names them)" if others else ""
             log.warning("compiled when it is first used: %s%s", self._failed[0], more)
             for text in self._failed[1:]:
                 log.debug("compiled when it is first used: %s", text)

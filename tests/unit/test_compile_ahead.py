@@ -72,7 +72,7 @@ def test_many_failures_are_one_line(
     pretend(monkeypatch, dict.fromkeys(VARIANTS, "PermissionError: /cache"))
     ahead.compile_ahead(setup("on"), MESH)
     (line,) = caplog.messages
-    assert "_kernel_0 [16]: PermissionError: /cache (and 4 others;" in line
+    assert "_kernel_0 [16]: PermissionError: /cache (and 4 more;" in line
 
 
 def test_an_interrupt_is_no_failure_of_kernels(caplog: pytest.LogCaptureFixture) -> None:
