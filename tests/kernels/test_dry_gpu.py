@@ -37,7 +37,7 @@ def dry_run(*command: object) -> dict[str, Any]:
     """Return the report; kernels are specialized for their arguments, but not compiled."""
     environment = os.environ | {
         "TRITON_INTERPRET": "0",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "launch")]),
     }
     done = subprocess.run(
         [sys.executable, ROOT / "tests/kernels/dry_run.py", *map(str, command)],
