@@ -59,12 +59,13 @@ def test_abandoned_conversion_gives_way(
 
 
 SLOW = """
-import runpy, sys, time
+import os, runpy, sys, time
 from dsv3.checkpoint import journal, writer
 put = writer.TensorWriter.put
 writer.TensorWriter.put = lambda *args: (time.sleep(0.004), put(*args))
 journal.COMMIT_BYTES = 50_000
 sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))  # as Python does for a program
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
@@ -114,6 +115,7 @@ from pathlib import Path
 os.pwrite = lambda descriptor, data, offset: len(data)
 sys.argv = sys.argv[1:]
 try:
+    sys.path.insert(0, os.path.dirname(sys.argv[0]))  # as Python does for a program
     runpy.run_path(sys.argv[0], run_name="__main__")
 finally:
     assert "torch" not in sys.modules
