@@ -1,5 +1,8 @@
 """Expert dispatch and combine over several ranks; the checks are in `dispatch.py`."""
 
+from collections.abc import Callable
+from functools import cache
+
 import pytest
 import torch
 
@@ -19,18 +22,18 @@ CHECKS = {size: dispatch.checks(size) for size in (2, 4, 8)}
 
 
 @pytest.fixture(scope="module")
-def outcomes(request: pytest.FixtureRequest) -> Outcomes:
-    return run_checks(CHECKS[request.param], request.param)
+def outcomes_of() -> Callable[[int], Outcomes]:
+    """The checks of a world size, run once."""
+    return cache(lambda size: run_checks(CHECKS[size], size))
 
 
 @pytest.mark.parametrize(
-    ("outcomes", "check"),
-    [(size, check) for size, checks in CHECKS.items() for check in checks],
-    indirect=["outcomes"],
-    scope="module",
+    ("size", "check"), [(size, check) for size, checks in CHECKS.items() for check in checks]
 )
-def test_several_ranks_give_the_results_of_one(outcomes: Outcomes, check: str) -> None:
-    outcomes.verify(check)
+def test_several_ranks_give_the_results_of_one(
+    outcomes_of: Callable[[int], Outcomes], size: int, check: str
+) -> None:
+    outcomes_of(size).verify(check)
 
 
 @pytest.mark.parametrize(

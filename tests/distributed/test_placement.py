@@ -1,5 +1,8 @@
 """Experts placed by file and moved live, over several ranks; the checks are in `placement.py`."""
 
+from collections.abc import Callable
+from functools import cache
+
 import numpy as np
 import pytest
 
@@ -11,20 +14,23 @@ CHECKS = {size: list(placement.checks(size, "")) for size in (2, 4)}
 
 
 @pytest.fixture(scope="module")
-def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    size: int = request.param
-    folder = tmp_path_factory.mktemp("placement")
-    return run_checks(placement.checks(size, str(folder)), size)
+def outcomes_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Outcomes]:
+    """The checks of a world size, run once."""
+
+    def run(size: int) -> Outcomes:
+        folder = tmp_path_factory.mktemp("placement")
+        return run_checks(placement.checks(size, str(folder)), size)
+
+    return cache(run)
 
 
 @pytest.mark.parametrize(
-    ("outcomes", "check"),
-    [(size, check) for size, checks in CHECKS.items() for check in checks],
-    indirect=["outcomes"],
-    scope="module",
+    ("size", "check"), [(size, check) for size, checks in CHECKS.items() for check in checks]
 )
-def test_the_placement_changes_no_result(outcomes: Outcomes, check: str) -> None:
-    outcomes.verify(check)
+def test_the_placement_changes_no_result(
+    outcomes_of: Callable[[int], Outcomes], size: int, check: str
+) -> None:
+    outcomes_of(size).verify(check)
 
 
 def test_an_expert_is_copied_from_the_nearest_rank() -> None:

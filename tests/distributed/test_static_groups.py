@@ -6,7 +6,7 @@ it that the host reads no device value meanwhile.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -173,29 +173,33 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def outcomes(request: pytest.FixtureRequest, want: Answers) -> Outcomes:
-    size: int = request.param
-    checks: dict[str, Check] = {
-        name: partial(check_groups, case=case, want=want) for name, case in CASES[size].items()
-    }
-    if size == 2:
-        checks["capture fails"] = partial(check_failure, want=want)
-    return run_checks(checks, size)
+def outcomes_of(want: Answers) -> Callable[[int], Outcomes]:
+    """The checks of a world size, run once."""
+
+    def run(size: int) -> Outcomes:
+        checks: dict[str, Check] = {
+            name: partial(check_groups, case=case, want=want) for name, case in CASES[size].items()
+        }
+        if size == 2:
+            checks["capture fails"] = partial(check_failure, want=want)
+        return run_checks(checks, size)
+
+    return cache(run)
 
 
 @pytest.mark.parametrize(
-    ("outcomes", "case"),
-    [(size, name) for size, cases in CASES.items() for name in cases],
-    indirect=["outcomes"],
-    scope="module",
+    ("size", "case"), [(size, name) for size, cases in CASES.items() for name in cases]
 )
-def test_groups_answer_as_one_rank(outcomes: Outcomes, case: str) -> None:
-    outcomes.verify(case)
+def test_groups_answer_as_one_rank(
+    outcomes_of: Callable[[int], Outcomes], size: int, case: str
+) -> None:
+    outcomes_of(size).verify(case)
 
 
-@pytest.mark.parametrize("outcomes", [2], indirect=True, scope="module")
-def test_a_step_that_one_rank_cannot_capture_is_eager_on_all(outcomes: Outcomes) -> None:
-    outcomes.verify("capture fails")
+def test_a_step_that_one_rank_cannot_capture_is_eager_on_all(
+    outcomes_of: Callable[[int], Outcomes],
+) -> None:
+    outcomes_of(2).verify("capture fails")
 
 
 def test_all_groups_take_one_bucket() -> None:
