@@ -5,6 +5,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -29,10 +31,22 @@ def output_of(script: str, cache: Path, *args: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, "Future[list[str]]"]]:
+    """Compile for both kinds of GPU at the same time: each takes a core for more than a minute."""
+    with ThreadPoolExecutor() as pool:
+        yield {
+            capability: pool.submit(
+                output_of, "compile_only.py", tmp_path_factory.mktemp("cache"), str(capability)
+            )
+            for capability in (80, 90)
+        }
+
+
 @pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 @pytest.mark.parametrize("capability", [80, 90])
-def test_kernels_compile(capability: int, tmp_path: Path) -> None:
-    lines = [line.split() for line in output_of("compile_only.py", tmp_path, str(capability))]
+def test_kernels_compile(capability: int, outputs: dict[int, "Future[list[str]]"]) -> None:
+    lines = [line.split() for line in outputs[capability].result()]
     compiled = [(line[0], [int(number) for number in line[1:]]) for line in lines]
     assert len({name for name, _ in compiled}) >= 22
     # Shared memory of a program: what such GPUs have at least.
