@@ -211,7 +211,7 @@ def before_joining() -> Iterator[None]:
 
 
 def _report_failure(hello: Hello) -> None:
-    """Tell the other ranks of an error; the roster raises it again, without its context."""
+    """Report an error to the other ranks; the roster raises it again, without its context."""
     try:
         gather_roster(hello, _REPORT_SECONDS)
     except ConfigError as error:

@@ -127,7 +127,7 @@ class Adjustments:
         factors_3K: repetition, frequency and presence penalties.
         seen_2E: tokens that penalties concern, distinct in each row, and their uses.
         bias_token, bias: [N] tokens, and the numbers to add to their logits.
-        fed_M: [M] tokens of the step before, on the device; negative where there is none.
+        fed_M: [M] tokens of the step before, on the device; negative if there is none.
     """
 
     row: Ints

@@ -233,11 +233,11 @@ class Engine:
         return self._channel.watchdog.task(name)
 
     def pause(self) -> None:
-        """Tell the other ranks to return from `follow`."""
+        """Let the other ranks return from `follow`."""
         self._channel.send(None)
 
     def stop(self) -> None:
-        """Save the cache to disk, if there is one, and tell the others to return from `follow`.
+        """Save the cache to disk, if there is one, and let the others return from `follow`.
 
         After a failed step nothing is saved: the other ranks may be anywhere, or gone.
         """

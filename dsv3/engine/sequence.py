@@ -38,7 +38,7 @@ class Sequence:
     Attributes:
         arrival: order of arrival; priority and arrival decide which sequence goes first.
         added_at, first_token_at: `time.monotonic()` at its arrival, and at its first token.
-        stream: turns tokens into text; None where there is no tokenizer.
+        stream: turns tokens into text; None without a tokenizer.
         group: the data-parallel group that computes it.
         num_uncached: tokens of its prompt that this group must compute, as far as was known when
             it came.

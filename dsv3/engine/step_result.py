@@ -22,8 +22,8 @@ class StepResult:
             with --debug only, and not in steps that are CUDA graphs.
         fetched: host pages that have come from disk on all ranks (True), or which some rank
             could not read (False).
-        sent: event after which a copy to the host is complete; None where there is nothing to wait
-            for.
+        sent: event after which a copy to the host is complete; None if no copy was
+            started.
     """
 
     token_M: Tensor

@@ -61,7 +61,7 @@ class _NoDriver:
         return self._target
 
     def get_current_device(self) -> "_NoDriver":
-        return self  # what is compiled for other devices is kept apart
+        return self  # Triton keeps the kernels of each device apart
 
     def get_current_stream(self, device: object) -> int:
         return 0

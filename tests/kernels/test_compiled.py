@@ -1,4 +1,4 @@
-"""Where there is a GPU, its tests run too, in a process in which kernels are compiled."""
+"""The GPU tests run too if there is a GPU, in a process that compiles kernels."""
 
 import os
 import subprocess

@@ -97,7 +97,7 @@ class History:
             self.streamed.setdefault(out.request_id, []).extend(out.new_token_ids)
             if out.completion is not None:
                 self.done[out.request_id] = out.completion
-        # As long as anybody is left, a step does something.
+        # While a request is unfinished, a step does some work.
         assert not busy or self.world.num_steps == before + 1 or in_flight
 
     def check_pages(self) -> None:

@@ -142,7 +142,7 @@ def test_every_operation_and_dtype(size: int) -> None:
 
 @pytest.mark.parametrize("size", [2, 3, 8])
 def test_uneven_exchanges(size: int) -> None:
-    """No rows at all, none for some ranks, and so many for one that it takes more rounds."""
+    """No rows at all, none for some ranks, and more for one than fit into a round."""
     groups = make_groups(size)
     rng = random.Random(size)
     many = 2 * BUFFER_BYTES // size // 64

@@ -24,8 +24,8 @@ def _check_jobs(setup: Setup) -> list[Job]:
     for i in range(setup.processes):
         name = f"check_{i}"
         rows = setup.rows_file(name)
-        flags = ("--check", "--share", f"{i}/{setup.processes}", "--rows", rows)
-        jobs.append(setup.job(name, *_BENCH, *flags, rows=rows, interpret=setup.rehearse))
+        command = [*_BENCH, "--check", "--share", f"{i}/{setup.processes}", "--rows", rows]
+        jobs.append(setup.job(name, *command, rows=rows, interpret=setup.rehearse))
     return jobs
 
 
@@ -38,8 +38,8 @@ def _kernel_jobs(setup: Setup) -> list[Job]:
     flags = ["--ops", *DECODE_FIRST]
     if setup.rehearse:
         flags = ["--check", "--ops", *_REHEARSED]
-    job = setup.job("kernels", *_BENCH, *flags, "--rows", rows, rows=rows, interpret=setup.rehearse)
-    return [job]
+    command = [*_BENCH, *flags, "--rows", rows]
+    return [setup.job("kernels", *command, rows=rows, interpret=setup.rehearse)]
 
 
 def _judge_kernels(setup: Setup, results: Sequence[JobResult], part: PartResult) -> None:

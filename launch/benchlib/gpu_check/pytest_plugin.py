@@ -76,8 +76,8 @@ class _Reporter:
 
 
 def _why(text: str) -> str:
-    """Return the lines of a traceback that tell the failure; the last lines if there are none."""
+    """Return the lines of a traceback that show the failure; the last lines if there are none."""
     lines = text.splitlines()
-    told = [line for line in lines if line.startswith(("E ", ">"))]
+    shown = [line for line in lines if line.startswith(("E ", ">"))]
     spoiling = [line for line in lines if spoils_device(line)]
-    return "\n".join((told or lines)[-_WHY_LINES:] + [l for l in spoiling[-1:] if l not in told])
+    return "\n".join((shown or lines)[-_WHY_LINES:] + [l for l in spoiling[-1:] if l not in shown])
