@@ -29,8 +29,8 @@ from dsv3.engine.engine import Engine
 from dsv3.engine.locate import locate_checkpoint
 from dsv3.engine.session import NoOutputs, Session
 from dsv3.engine.start import Started, start
-from dsv3.errors import ConfigError, Dsv3Error, RequestError
-from dsv3.request import Completion, Request, RequestOutput, SamplingParams
+from dsv3.errors import ConfigError, RequestError
+from dsv3.request import Completion, Request, SamplingParams
 from dsv3.setting_names import argument
 from dsv3.settings import EngineConfig
 from dsv3.text.chat import AnyFormat, ChatFormat, UnusableFormat
@@ -39,12 +39,12 @@ from dsv3.text.llm_format import (
     check_conversation_id,
     name_prompt,
     prompt_requests,
+    stream_pieces,
     stream_requests,
 )
 from dsv3.text.messages import Message
 from dsv3.text.text_request import TextRequest, encode_prompt, token_requests
 from dsv3.text.thoughts import (
-    AnswerParts,
     TextPiece,
     ThoughtStream,
     begins_in_thought,
@@ -341,36 +341,12 @@ class LLM(AbstractContextManager["LLM"]):
             return outputs
         numbers = {request.request_id: i for i, request in enumerate(requests)}
         thoughts = {r.request_id: self._thoughts(r) for r in requests if r.is_chat}
-        return _texts(outputs, numbers, thoughts, is_only)
+        return stream_pieces(outputs, numbers, thoughts, is_only)
 
     def _thoughts(self, request: Request) -> ThoughtStream:
         assert self._started.engine is not None
         tokenizer = self._started.engine.tokenizer
         return ThoughtStream(begins_in_thought(tokenizer, request.prompt_ids))
-
-
-def _texts(
-    outputs: Iterator[RequestOutput],
-    numbers: Mapping[str, int],
-    thoughts: Mapping[str, ThoughtStream],
-    is_only: bool,
-) -> Iterator[tuple[int, TextPiece]]:
-    for output in outputs:
-        number = numbers[output.request_id]
-        stream = thoughts.get(output.request_id)
-        if stream is None:
-            all_parts = [AnswerParts(answer=output.new_text)]
-        else:
-            all_parts = [stream.push(output.new_text)]
-            if output.completion is not None:
-                all_parts.append(stream.finish())
-        for parts in all_parts:
-            for text in parts.texts():
-                yield number, text
-        if output.completion is not None and output.completion.error:
-            if is_only:
-                raise Dsv3Error(output.completion.error)
-            log.warning("answer %d: %s", number, output.completion.error)
 
 
 def _flat(groups: list[list[Request]]) -> list[Request]:

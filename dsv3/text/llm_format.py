@@ -1,5 +1,6 @@
-"""Requests of the Python library: prompts or conversations in, checked `TextRequest`s out."""
+"""Requests of the Python library, checked, and the text of its streams."""
 
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -7,9 +8,12 @@ from typing import Any
 
 from dsv3.arguments import plain, truth, whole
 from dsv3.config_fields import shown
-from dsv3.errors import RequestError
-from dsv3.request import SamplingParams
+from dsv3.errors import Dsv3Error, RequestError
+from dsv3.request import RequestOutput, SamplingParams
 from dsv3.text.text_request import TextRequest
+from dsv3.text.thoughts import AnswerParts, TextPiece, ThoughtStream
+
+log = logging.getLogger(__name__)
 
 _EXAMPLE = 'such as {"role": "user", "content": "..."}'
 
@@ -198,3 +202,35 @@ def _is_number(value: Any) -> bool:
 
 def _is_message(value: Any) -> bool:
     return isinstance(value, Mapping)
+
+
+def stream_pieces(
+    outputs: Iterator[RequestOutput],
+    numbers: Mapping[str, int],
+    thoughts: Mapping[str, ThoughtStream],
+    is_only: bool,
+) -> Iterator[tuple[int, TextPiece]]:
+    """Yield the new text of each output with the number of its answer.
+
+    Args:
+        outputs: of the engine.
+        numbers: number of the answer, by request id.
+        thoughts: split an answer's thoughts from its text, by request id; others are not split.
+        is_only: there is one answer: its error is raised, not logged.
+    """
+    for output in outputs:
+        number = numbers[output.request_id]
+        stream = thoughts.get(output.request_id)
+        if stream is None:
+            all_parts = [AnswerParts(answer=output.new_text)]
+        else:
+            all_parts = [stream.push(output.new_text)]
+            if output.completion is not None:
+                all_parts.append(stream.finish())
+        for parts in all_parts:
+            for text in parts.texts():
+                yield number, text
+        if output.completion is not None and output.completion.error:
+            if is_only:
+                raise Dsv3Error(output.completion.error)
+            log.warning("answer %d: %s", number, output.completion.error)

@@ -108,7 +108,7 @@ def check_static_steps(mesh: Mesh, settings: EngineConfig) -> None:
         steps = static._static
         assert steps is not None
         used = {(b.rows, b.samples) for b in steps._inputs}
-        # All prompts; all sequences; the remaining ones; with one more prompt; and with its sequence.
+        # All prompts; all sequences; the remaining ones; these with one more prompt.
         assert used == {(rows, bool(sampling)) for rows in (256, 8, 4, 64)}
 
 
