@@ -59,7 +59,7 @@ def connect_cpu(
                 error.strerror,
             )
         return ProcessGroup(group)
-    num_ranks = host_of_rank.count(hosts.pop())
+    num_ranks = host_of_rank.count(host_of_rank[ranks[0]])
     num_cores = len(os.sched_getaffinity(0))
     return MemoryGroup(Rounds(segment, ranks, dist.get_rank(group), num_ranks > num_cores))
 
@@ -68,7 +68,7 @@ def share_segment(group: dist.ProcessGroup) -> SharedSegment:
     """Make a segment, and map it on all ranks of a group. A collective.
 
     Raises:
-        OSError: on all ranks, the first or the highest error number of any rank.
+        OSError: on all ranks, with the highest error number of any rank.
     """
     rank = dist.get_rank(group)
     size = dist.get_world_size(group)

@@ -58,8 +58,8 @@ class Mesh:
             would keep a core and a kernel of every rank busy.
         ranks_on_host: ranks of this host.
         dp: the ranks with the same tp rank in all tp groups.
-        host: the ranks of this host, if all hosts have the same number of several ranks; else this
-            rank alone.
+        host: the ranks of this host, if there are several dp groups and all hosts have the same
+            number of several ranks; else this rank alone. For the dispatch in two stages.
         hosts: the ranks with the same index on all hosts, under the same condition.
         host_of_rank: index of each rank's host; hosts are in the order of their first ranks.
         watchdog: of this job.

@@ -61,12 +61,15 @@ def _listed(setup: Setup, mesh: Mesh, gpu: Gpu) -> list[Variant]:
 def _share(variants: list[Variant], mesh: Mesh) -> list[Variant]:
     """Return the variants that this rank compiles.
 
-    The ranks of a host share the list if it is the same on all of them. A collective.
+    The ranks of a host that have the same list share it. A collective.
     """
     text = json.dumps([astuple(variant) for variant in variants])
     digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
-    digests = mesh.host.all_gather(torch.tensor([digest], device=mesh.device)).flatten().tolist()
-    return variants if len(set(digests)) > 1 else variants[mesh.host.rank :: mesh.host.size]
+    digests = mesh.world.all_gather(torch.tensor([digest], device=mesh.device)).flatten().tolist()
+    wants = list(zip(mesh.host_of_rank, digests, strict=True))
+    rank = mesh.layout.rank
+    sharing = [other for other, want in enumerate(wants) if want == wants[rank]]
+    return variants[sharing.index(rank) :: len(sharing)]
 
 
 def _cores(mesh: Mesh) -> int:
@@ -101,7 +104,7 @@ class Progress:
             log.warning("compiled when it is first used: %s%s", self._failed[0], more)
             for text in self._failed[1:]:
                 log.debug("compiled when it is first used: %s", text)
-        if self._is_first and self.num_compiled:
+        if self._is_first and self.num_compiled:  # of this rank's share
             log.info("compiled %d of %d kernels", self.num_compiled, self.num_done)
 
     def done(self, variant: Variant, reply: str) -> None:

@@ -30,7 +30,7 @@ from dsv3.errors import RankError, describe_error
 from dsv3.model.batch import Batch, DecodeGroup
 from dsv3.model.transformer import Transformer
 from dsv3.parallel.expert_dispatch import StepTokens
-from dsv3_kernels import row_bucket
+from dsv3_kernels import next_power_of_2, row_bucket
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def prompt_bucket(count: int) -> int:
 
     Their lengths vary, so there are few sizes. Padding is cheap beside reading the weights.
     """
-    return max(_FEWEST_PROMPT_ROWS, 1 << (count - 1).bit_length())
+    return max(_FEWEST_PROMPT_ROWS, next_power_of_2(count))
 
 
 def most_rows(max_tokens: int, groups: int) -> int:
@@ -72,7 +72,7 @@ def most_rows(max_tokens: int, groups: int) -> int:
 
 def page_bucket(count: int) -> int:
     """Return the padded number of pages of a row: a power of two."""
-    return max(_FEWEST_PAGES, 1 << (count - 1).bit_length())
+    return max(_FEWEST_PAGES, next_power_of_2(count))
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,12 +193,12 @@ class GraphRunner:
         A step runs eagerly if it is too long, or if any group scores, reports log-probabilities, or
         has rows with penalties or biases.
         """
-        if not all(self._is_plain(plan) for plan in plans):
-            return None
         count = max(len(plan.token_ids) for plan in plans)
+        if not 0 < count <= MAX_ROWS or not all(self._is_plain(plan) for plan in plans):
+            return None
         is_decode = all(len(plan.token_ids) == len(plan.query_len) for plan in plans)
         rows = row_bucket(count) if is_decode else prompt_bucket(count)
-        if not 0 < count <= MAX_ROWS or rows * len(plans) > MAX_GATHERED:
+        if rows * len(plans) > MAX_GATHERED:
             return None
         if max(_num_prompt_keys(plan) for plan in plans) > MAX_PROMPT_KEYS:
             return None
@@ -295,6 +295,7 @@ class GraphRunner:
                 self._graphs[bucket] = self._capture(bucket, inputs)
         except (RuntimeError, RankError) as error:
             self._graphs.pop(bucket, None)
+            self._inputs.pop(bucket, None)
             self._failed.add(bucket)
             if mesh.layout.rank == 0:
                 text = "%s run eagerly: their CUDA graph cannot be captured: %s"

@@ -3,7 +3,7 @@
 Independent of models, ranks and requests. Shape letters: see `dsv3/__init__.py`.
 """
 
-from dsv3_kernels._gpu import row_bucket, row_buckets
+from dsv3_kernels._gpu import next_power_of_2, row_bucket, row_buckets
 from dsv3_kernels._triton import overlap_launches
 from dsv3_kernels.attention.absorb_query import absorb_query
 from dsv3_kernels.attention.expand_values import expand_values
@@ -75,6 +75,7 @@ __all__ = [
     "mla_decode_parts",
     "mla_prefill",
     "mla_prefill_packed",
+    "next_power_of_2",
     "norm_and_cache",
     "open_parts",
     "overlap_launches",

@@ -21,7 +21,7 @@ log = logging.getLogger("dsv3")
 _NAMES = {MemoryGroup: "memory", OneShotGroup: "one-shot"}
 _LONGEST_SECONDS = 0.02  # of the calls that are timed together
 _MOST_CALLS = 200
-_ROW_LEN = 16  # elements; a tensor has at least one row for each rank
+_ROW_LEN = 16  # elements; a tensor has rows for an uneven exchange between all ranks
 
 Operation = Callable[[Collectives, Tensor], object]
 
@@ -30,6 +30,7 @@ def _exchange(group: Collectives, x: Tensor) -> Tensor:
     """Run an uneven all-to-all in which rank r gets r + 1 shares of every rank's rows."""
     shares = range(1, group.size + 1)
     share = len(x) // sum(shares)
+    assert share, f"{len(x)=} are too few rows for {group.size} ranks"
     send = [n * share for n in shares]
     receive = [send[group.rank]] * group.size
     return group.start_exchange(x[: sum(send)], send, receive, "uneven").wait()
@@ -86,7 +87,7 @@ def _compare(
 ) -> list[Row]:
     """Time one operation in all forms; return a row of each."""
     per_row = _ROW_LEN * mesh.world.size * torch.float32.itemsize
-    num_rows = mesh.world.size * max(1, round(size / per_row))
+    num_rows = mesh.world.size * max(mesh.world.size // 2 + 1, round(size / per_row))
     x = torch.ones(num_rows, _ROW_LEN, device=mesh.device)
     times: dict[str, list[tuple[float, float]]] = {form: [] for form in groups}
     sent = {}

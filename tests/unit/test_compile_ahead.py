@@ -111,11 +111,14 @@ def test_ranks_of_a_host_share_the_work(monkeypatch: pytest.MonkeyPatch) -> None
     parts = []
     for rank in range(2):
         mesh = stand_in_mesh(ParallelConfig(world_size=2, rank=rank), torch.device("cpu"))
-        mesh = replace(mesh, host=mesh.world)
+        mesh = replace(mesh, host_of_rank=(0, 0))
         parts.append(ahead._share(VARIANTS, mesh))
     assert sorted(parts[0] + parts[1]) == VARIANTS and len(parts[0]) == 3
-    lists = torch.tensor([[1], [2]])
-    monkeypatch.setattr(mesh.host, "all_gather", lambda _: lists)
+    elsewhere = replace(mesh, host_of_rank=(0, 1))
+    assert ahead._share(VARIANTS, elsewhere) == VARIANTS, "each host has a cache of its own"
+    gather = mesh.world.all_gather
+    others = torch.tensor([[1], [0]])  # rank 0 has another list
+    monkeypatch.setattr(mesh.world, "all_gather", lambda x: gather(x) + others)
     assert ahead._share(VARIANTS, mesh) == VARIANTS, "lists that differ are not shared"
 
 

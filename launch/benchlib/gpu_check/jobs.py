@@ -148,12 +148,16 @@ class _Run:
         self._size = -1
         self._grown = time.monotonic()
 
-    def goes_on(self, seconds_left: float) -> bool:
+    @property
+    def is_alive(self) -> bool:
+        """True while the process runs."""
+        return self._process.poll() is None
+
+    def goes_on(self) -> bool:
         """Look at the process; return False once the job has ended."""
-        code = self._process.poll()
-        if code is None and seconds_left <= 0:
-            self.end("out of time")
+        if self.result.cut:
             return False
+        code = self._process.poll()
         if code is None and not self._is_silent():
             return True
         hung = code is None
@@ -204,7 +208,10 @@ class _Run:
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(_GRACE)
         self.send(signal.SIGKILL)
-        self.result.code = self._process.wait()
+        try:
+            self.result.code = self._process.wait(_GRACE)
+        except subprocess.TimeoutExpired:  # it waits in a driver
+            reason = f"{reason or 'hung'}; it cannot be killed"
         self.result.cut = reason
         self.result.seconds = time.monotonic() - self._begin
 
@@ -237,8 +244,10 @@ def run_jobs(
                     job.name: JobResult(job, cut="not started: out of time") for job in waiting
                 }
                 waiting.clear()
+            if left <= 0:
+                _end_all([run for run in running if run.is_alive], "out of time")
             for run in list(running):
-                if not run.goes_on(left):
+                if not run.goes_on():
                     running.remove(run)
                     ended[run.result.job.name] = run.result
                     on_end(run.result)
@@ -252,7 +261,12 @@ def _ended_with_the_block(running: list[_Run]) -> Iterator[None]:
     try:
         yield
     finally:
-        for run in running:
-            run.send(signal.SIGTERM)
-        for run in running:
-            run.end("interrupted")
+        _end_all(running, "interrupted")
+
+
+def _end_all(runs: Sequence[_Run], reason: str) -> None:
+    """End jobs, which have the seconds of grace at the same time."""
+    for run in runs:
+        run.send(signal.SIGTERM)
+    for run in runs:
+        run.end(reason)
