@@ -99,19 +99,20 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     for f in fields(EngineConfig):
         name = f.metadata["group"]
         text = f.metadata["about"]
-        flag = f.name.replace("_", "-")
         if name not in groups:
             groups[name] = parser.add_argument_group(name)
         if f.default is True:
-            groups[name].add_argument(f"--no-{flag}", dest=f.name, action="store_false", help=text)
+            groups[name].add_argument(
+                flag(f"no_{f.name}"), dest=f.name, action="store_false", help=text
+            )
         elif f.default is False:
-            groups[name].add_argument(f"--{flag}", action="store_true", help=text)
+            groups[name].add_argument(flag(f.name), action="store_true", help=text)
         else:
             words = allowed_words(f)  # EngineConfig checks them
             metavar = f"{{{','.join(words)}}}" if words else None
             kind = str if words else f.type
             groups[name].add_argument(
-                f"--{flag}", type=kind, default=f.default, metavar=metavar, help=text
+                flag(f.name), type=kind, default=f.default, metavar=metavar, help=text
             )
     text = "measure the time of every operation and compare it with its roofline floor"
     parser.add_argument("--profile", action="store_true", help=text)

@@ -29,6 +29,7 @@ def run_check(setup: Setup, parts: Sequence[Part], budget: Budget, report: Check
         for batch in batches_of(parts):
             report.parts += run_parts(setup, batch, budget)
     except KeyboardInterrupt:
+        report.was_interrupted = True
         report.notes.append("interrupted: the parts that are not in the table have no result")
         raise
     finally:

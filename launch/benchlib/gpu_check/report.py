@@ -53,17 +53,20 @@ class CheckReport:
         setting: the same, by name.
         parts: results so far.
         notes: lines at the end.
+        was_interrupted: not all parts have a result.
     """
 
     machine: list[str]
     setting: Row
     parts: list[PartResult] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    was_interrupted: bool = False
 
     @property
     def exit_code(self) -> int:
         """0 if all parts have passed, otherwise 1."""
-        return int(any(part.status in ("failed", "incomplete") for part in self.parts))
+        is_bad = any(part.status in ("failed", "incomplete") for part in self.parts)
+        return int(is_bad or self.was_interrupted)
 
     def lines(self) -> list[str]:
         """Return the report as text; what matters most is at its end."""
