@@ -1,0 +1,1 @@
+"""The lightning indexer: index keys, their scores, and the selection of positions."""

@@ -1,0 +1,114 @@
+"""Index keys of one layer in the paged cache, and their FP8 form.
+
+In FP8 a page is planar: the e4m3 values of all its slots, then their scales, one float32 power of
+two each. The key is rotated by a Hadamard matrix first, which spreads its large values over all
+dimensions. Reading such a page as if every key were followed by its scale raises no error, and
+selects wrong positions; so all readers and writers take the views of this file.
+
+Source: DeepSeek-V3.2's inference code (rotation, powers of two), and the page layout of the index
+kernels in DeepGEMM.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsv3_kernels.fp8_format import FP8
+
+_MAX = 448.0
+_MIN_AMAX = 1e-4
+_SCALE_BYTES = 4
+
+
+def index_key_bytes(dim: int) -> int:
+    """Return the bytes of an index key of `dim` values and its scale in FP8."""
+    return dim + _SCALE_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class IndexCache:
+    """One layer's index keys on this rank.
+
+    Attributes:
+        slots: [slots, I] float32 or bfloat16; in FP8 [slots, I + 4] uint8, the memory of whole
+            pages, in which a row is not an entry.
+        slots_per_page: of this rank.
+    """
+
+    slots: Tensor
+    slots_per_page: int
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the keys."""
+        return self.slots.device
+
+    @property
+    def is_fp8(self) -> bool:
+        """True if the keys are rotated and in FP8."""
+        return self.slots.dtype == torch.uint8
+
+    @property
+    def dim(self) -> int:
+        """I, the values of a key."""
+        return self.slots.shape[1] - _SCALE_BYTES * self.is_fp8
+
+    def views(self) -> tuple[Tensor, Tensor]:
+        """Return the values [pages, P, I] uint8 and scales [pages, P] float32 of FP8 pages."""
+        page_GY = self.slots.view(-1, self.slots_per_page * self.slots.shape[1])
+        values, scales = page_GY.split(
+            [self.slots_per_page * self.dim, self.slots_per_page * _SCALE_BYTES], 1
+        )
+        return values.unflatten(1, (self.slots_per_page, self.dim)), scales.view(torch.float32)
+
+    def read(self, slot_S: Tensor) -> Tensor:
+        """Return the keys of some slots [S], in float32, [S, I]."""
+        if not self.is_fp8:
+            return self.slots[slot_S].float()
+        values, scales = self.views()
+        page, at = slot_S // self.slots_per_page, slot_S % self.slots_per_page
+        return values[page, at].view(FP8).float() * scales[page, at].unsqueeze(-1)
+
+    def write(self, slot_T: Tensor, key_TI: Tensor) -> None:
+        """Store keys, not yet rotated, in distinct slots; skip those with slot -1."""
+        is_own = slot_T >= 0
+        slot_T, key_TI = slot_T[is_own], key_TI[is_own]
+        if not self.is_fp8:
+            self.slots[slot_T] = key_TI.to(self.slots.dtype)
+            return
+        values, scales = self.views()
+        page, at = slot_T // self.slots_per_page, slot_T % self.slots_per_page
+        q_TI, scale_T = quantize_index(key_TI)
+        values[page, at] = q_TI.view(torch.uint8)
+        scales[page, at] = scale_T
+
+
+def hadamard(x_TI: Tensor) -> Tensor:
+    """Return x times the orthonormal Hadamard matrix, in the dtype of x; I is a power of two."""
+    size = x_TI.shape[-1]
+    x = x_TI.float()
+    step = 1
+    while step < size:
+        first, second = x.unflatten(-1, (-1, 2, step)).unbind(-2)
+        x = torch.stack((first + second, first - second), -2).flatten(-3)
+        step *= 2
+    return (x * size**-0.5).to(x_TI.dtype)
+
+
+def quantize_index(x_TI: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate vectors and quantize each with one scale, a power of two.
+
+    scale = max|x| / 448, at least 1e-4 / 448, rounded up to a power of two.
+
+    Args:
+        x_TI: [..., I], any float dtype; the rotated values are rounded to it.
+
+    Returns:
+        [..., I] float8_e4m3fn, and the scales [...] float32.
+    """
+    x = hadamard(x_TI).float()
+    scale = x.abs().amax(-1).clamp_min(_MIN_AMAX) / _MAX
+    # The next power of two: all mantissa bits carry into the exponent.
+    scale = ((scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
+    return (x / scale.unsqueeze(-1)).to(FP8), scale
