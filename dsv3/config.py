@@ -9,12 +9,24 @@ from dataclasses import dataclass, fields
 from typing import get_args
 
 from dsv3.config_fields import check_token_ids, check_value, shown
+from dsv3.config_indexer import FULL, check_indexer_types
 from dsv3.errors import ConfigError
 
-MODEL_TYPES = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2")
+MODEL_TYPES = (
+    *("deepseek_v2", "deepseek_v3", "deepseek_v32"),
+    *("kimi_k2", "glm_moe_dsa", "glm4_moe_lite"),
+)
 TORCH_DTYPES = ("bfloat16", "float32", "float16")
 ROUTING = {"greedy": "softmax", "group_limited_greedy": "softmax", "noaux_tc": "sigmoid"}
+SPARSE_TYPES = ("deepseek_v32", "glm_moe_dsa")
 _INDEX_FIELDS = ("index_n_heads", "index_head_dim", "index_topk")
+# The epsilon of the norms of both latents. The code published with DeepSeek's and Moonshot's
+# checkpoints builds these two norms with 1e-6 whatever rms_norm_eps says (modeling_deepseek.py;
+# transformers does the same, vLLM does not). GLM was trained with Megatron-Core, whose latent
+# attention passes its one epsilon, the rms_norm_eps of GLM's files, to them too
+# (multi_latent_attention.py: eps=config.layernorm_epsilon).
+_LATENT_NORM_EPS = 1e-6
+_LATENT_NORM_BY_CONFIG = ("glm_moe_dsa", "glm4_moe_lite")
 # Routed experts of all layers together, ten times Kimi-K2's; the limit bounds the time and memory
 # to list a model's tensors.
 _MAX_EXPERTS = 2**18
@@ -34,8 +46,8 @@ def check_family(model_type: object, prefix: str = "", hint: str = "") -> None:
     """Raise ConfigError for models of other families."""
     if model_type not in MODEL_TYPES:
         raise ConfigError(
-            f"{prefix}model_type={shown(model_type)}{hint} is not supported; only the DeepSeek "
-            f"V2/V3 family is ({', '.join(MODEL_TYPES)}), not other models or distills"
+            f"{prefix}model_type={shown(model_type)}{hint} is not supported; only models of "
+            f"DeepSeek's V2/V3 architecture are ({', '.join(MODEL_TYPES)}), not distills"
         )
 
 
@@ -101,14 +113,18 @@ class QuantizationConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """The shape of a DeepSeek-V2/V3-family model, with Hugging Face's field names.
+    """The shape of a model of DeepSeek's V2/V3 architecture, with Hugging Face's field names.
 
     Attributes:
         q_lora_rank: None if queries have no low-rank path (`q_proj`).
         rope_scaling: None for plain RoPE.
         rope_interleave: False if weights were permuted to half-split rotary order.
         bos_token_id, eos_token_ids: None and () leave them to the tokenizer.
-        index_n_heads, index_head_dim, index_topk: V3.2's sparse attention; None for other models.
+        index_n_heads, index_head_dim, index_topk: sparse attention (V3.2, GLM-5); None for other
+            models.
+        indexer_rope_interleave: True if the indexer's rotary order is interleaved (GLM-5).
+        indexer_types: "full" or "shared" for each layer, without MTP layers (GLM-5.2); None if all
+            are "full".
         quantization: None if weights are stored in `torch_dtype`.
         warning: a line for the user about the file, or empty; not a part of the model.
     """
@@ -148,6 +164,8 @@ class ModelConfig:
     index_n_heads: int | None = None
     index_head_dim: int | None = None
     index_topk: int | None = None
+    indexer_rope_interleave: bool = False
+    indexer_types: tuple[str, ...] | None = None
     quantization: QuantizationConfig | None = None
     torch_dtype: str = "bfloat16"
     warning: str = dataclasses.field(default="", compare=False, repr=False)
@@ -213,21 +231,30 @@ class ModelConfig:
             )
 
     def _check_indexer(self) -> None:
-        given = [name for name in _INDEX_FIELDS if getattr(self, name) is not None]
-        if self.model_type != "deepseek_v32":
+        names = (*_INDEX_FIELDS, "indexer_rope_interleave", "indexer_types")
+        given = [name for name in names if getattr(self, name)]
+        if self.model_type not in SPARSE_TYPES:
             if given:
-                raise ConfigError(f"{given[0]} belongs to deepseek_v32, not to {self.model_type}")
+                raise ConfigError(
+                    f"{given[0]} belongs to {' and '.join(SPARSE_TYPES)}, not to {self.model_type}"
+                )
             return
         for name in _INDEX_FIELDS:
             check_value(name, getattr(self, name), name)
         if self.q_lora_rank is None:
-            raise ConfigError("q_lora_rank is null, but deepseek_v32's indexer needs it")
+            raise ConfigError(f"q_lora_rank is null, but {self.model_type}'s indexer needs it")
         assert self.index_head_dim is not None
         if self.index_head_dim < self.qk_rope_head_dim:
             raise ConfigError(
                 f"index_head_dim={self.index_head_dim} is less than "
                 f"qk_rope_head_dim={self.qk_rope_head_dim}"
             )
+        if self.indexer_types is not None:
+            check_indexer_types(self.indexer_types, self.num_hidden_layers)
+            if self.model_type != "glm_moe_dsa":
+                raise ConfigError(
+                    f"shared indexer_types belong to glm_moe_dsa, not {self.model_type}"
+                )
 
     @property
     def qk_head_dim(self) -> int:
@@ -236,8 +263,14 @@ class ModelConfig:
 
     @property
     def has_indexer(self) -> bool:
-        """True if attention is sparse (V3.2)."""
+        """True if attention is sparse (V3.2, GLM-5)."""
         return self.index_topk is not None
+
+    @property
+    def latent_norm_eps(self) -> float:
+        """Epsilon of the norms of both latents, `q_a_layernorm` and `kv_a_layernorm`."""
+        by_config = self.model_type in _LATENT_NORM_BY_CONFIG
+        return self.rms_norm_eps if by_config else _LATENT_NORM_EPS
 
     @property
     def active_params(self) -> int:
@@ -295,6 +328,18 @@ class ModelConfig:
         if rope is None:
             return 1.0
         return yarn_mscale(rope.factor, rope.mscale) / yarn_mscale(rope.factor, rope.mscale_all_dim)
+
+    def indexer_kind(self, layer: int) -> str | None:
+        """Return how a layer selects keys; None if its attention is dense.
+
+        "full" layers have an indexer. "shared" ones have none, and attend to the keys that the last
+        full layer selected. MTP layers, which begin at num_hidden_layers, are full.
+        """
+        if not self.has_indexer:
+            return None
+        if self.indexer_types is None or layer >= self.num_hidden_layers:
+            return FULL
+        return self.indexer_types[layer]
 
     def is_moe_layer(self, layer: int) -> bool:
         """Return True if a layer has routed experts; MTP layers begin at num_hidden_layers."""

@@ -97,6 +97,7 @@ RULES = {
     "index_n_heads": _COUNT,
     "index_head_dim": _SIZE,
     "index_topk": _SIZE,
+    "indexer_rope_interleave": _TRUTH,
     "factor": _AT_LEAST_1,
     "original_max_position_embeddings": _SIZE,
     "beta_fast": _POSITIVE,

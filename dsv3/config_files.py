@@ -66,6 +66,13 @@ _DEEPSEEK_ROPE: dict[str, Any] = {
 }
 _DEEPSEEK_INDEX = {"index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048}
 _DEEPSEEK_OTHER = ("dtype", "scale_fmt", "max_batch_size", "max_seq_len")
+# Model classes of model types; the others have V3's.
+_ARCHITECTURES = {
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v32": "DeepseekV32ForCausalLM",
+    "glm_moe_dsa": "GlmMoeDsaForCausalLM",
+    "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
+}
 # Fields of ModelConfig that config.json represents differently.
 _NOT_OF_HF = ("eos_token_ids", "quantization", "rope_scaling", "warning")
 
@@ -190,8 +197,10 @@ def hf_config_dict(config: ModelConfig) -> dict[str, Any]:
         for key, value in dataclasses.asdict(config).items()
         if value is not None and key not in _NOT_OF_HF
     }
-    version = {"deepseek_v2": "V2", "deepseek_v32": "V32"}.get(config.model_type, "V3")
-    data["architectures"] = [f"Deepseek{version}ForCausalLM"]
+    if not config.has_indexer:
+        del data["indexer_rope_interleave"]
+    architecture = _ARCHITECTURES.get(config.model_type, "DeepseekV3ForCausalLM")
+    data["architectures"] = [architecture]
     data |= {"hidden_act": "silu", "attention_bias": False, "q_lora_rank": config.q_lora_rank}
     data["num_key_value_heads"] = config.num_attention_heads
     rope = config.rope_scaling

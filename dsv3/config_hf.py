@@ -23,6 +23,7 @@ from dsv3.config_fields import (
     listed,
     shown,
 )
+from dsv3.config_indexer import INDEXER_KEYS, read_indexer_types
 from dsv3.config_quantization import read_quantization
 from dsv3.config_rope import read_rope
 from dsv3.errors import ConfigError
@@ -30,7 +31,10 @@ from dsv3.errors import ConfigError
 Names = Mapping[str, Any]
 
 # Fields that are read by separate functions.
-_READ_APART = {"eos_token_ids", "quantization", "rope_scaling", "rope_theta", "torch_dtype"}
+_READ_APART = {
+    *("eos_token_ids", "indexer_types", "quantization"),
+    *("rope_scaling", "rope_theta", "torch_dtype"),
+}
 _FIELDS = [
     f.name
     for f in dataclasses.fields(ModelConfig)
@@ -53,9 +57,8 @@ _ONLY: Names = {
     "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
     "hidden_act": "silu",
-    "index_topk_freq": 1,
-    "indexer_rope_interleave": False,
     "mlp_bias": False,
+    "moe_router_dtype": "float32",
     "n_hash_layers": 0,
     "sliding_window": None,
     "swiglu_limit": None,
@@ -76,7 +79,8 @@ _IGNORED = set(
     begin_suppress_tokens chunk_size_feed_forward cross_attention_hidden_size
     decoder_start_token_id diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
     ep_size exponential_decay_length_penalty finetuning_task forced_bos_token_id
-    forced_eos_token_id id2label initializer_range is_decoder is_encoder_decoder label2id
+    forced_eos_token_id id2label index_share_for_mtp_iteration initializer_range is_decoder
+    is_encoder_decoder label2id
     length_penalty max_batch_size max_length max_seq_len min_length no_repeat_ngram_size
     num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states
     output_router_logits output_scores pad_token_id prefix pretraining_tp problem_type
@@ -86,7 +90,11 @@ _IGNORED = set(
     typical_p unsloth_fixed use_bfloat16 use_cache
     """.split()  # noqa: SIM905
 )
-_KNOWN = {*_FIELDS, *_OTHER_NAMES, *_ONLY, *_READ, *_IGNORED, *DEEPSEEK_ROPE_NAMES}
+_KNOWN = {
+    *(*_FIELDS, *_OTHER_NAMES, *_ONLY, *_READ, *_IGNORED),
+    *(*DEEPSEEK_ROPE_NAMES, *INDEXER_KEYS),
+}
+_GLM = ("glm_moe_dsa", "glm4_moe_lite")
 # Kinds of attention in transformers' `layer_types`, with the older name of V3.2's.
 _DENSE_LAYERS = ("full_attention",)
 _SPARSE_LAYERS = ("indexed_attention", "deepseek_sparse_attention")
@@ -140,6 +148,8 @@ def from_hf(data: Names, where: str, tensors_decide: bool = False) -> ModelConfi
     }
     if "first_k_dense_replace" not in fields and isinstance(data.get("mlp_layer_types"), list):
         fields["first_k_dense_replace"] = data["mlp_layer_types"].count("dense")
+    num_layers = fields.get("num_hidden_layers")
+    fields["indexer_types"] = read_indexer_types(data, num_layers, where)
     unknown = [key for key in data if key not in _KNOWN and not key.startswith("_")]
     check_required([*_REQUIRED, "n_group", "topk_group"], fields, unknown, where)
     unknown += [*rope.unknown, *quantization.unknown]
@@ -186,16 +196,20 @@ def _plain_fields(data: Names, where: str) -> dict[str, Any]:
 def _defaults(data: Names) -> dict[str, Any]:
     """Return default values of fields that are null or that some writers omit.
 
-    null means "no groups". Without the keys, V2 has no groups either; for V3, the published code
-    and transformers then use 8 and 4, so a file without them is ambiguous and gets no default.
+    null means "no groups". Without the keys, V2 and GLM have no groups either; for V3, the
+    published code and transformers then use 8 and 4, so a file without them is ambiguous and gets
+    no default. GLM-5's indexer is interleaved in transformers whatever the file says.
     """
-    v2 = data["model_type"] == "deepseek_v2"
-    groups = [name for name in ("n_group", "topk_group") if v2 or name in data]
+    kind = data["model_type"]
+    v2 = kind == "deepseek_v2"
+    never_grouped = v2 or kind in _GLM
+    groups = [name for name in ("n_group", "topk_group") if never_grouped or name in data]
     return dict.fromkeys(groups, 1) | {
         "scoring_func": "softmax" if v2 else "sigmoid",
         "topk_method": "greedy" if v2 else "noaux_tc",
         "num_nextn_predict_layers": 0,
         "n_shared_experts": 0,
+        "indexer_rope_interleave": kind == "glm_moe_dsa",
     }
 
 
@@ -231,11 +245,12 @@ def _check_derived(data: Names, config: ModelConfig, where: str) -> None:
     rope = "qk_rope_head_dim"
     query = (f"{nope} + {rope}", config.qk_head_dim)
     average = (f"hidden_size / {heads}", config.hidden_size // config.num_attention_heads)
+    nope_dim = (nope, config.qk_nope_head_dim)
     value_dim = ("v_head_dim", config.v_head_dim)
     for name, meanings in (
         ("num_key_value_heads", [(heads, config.num_attention_heads)]),
         ("qk_head_dim", [query]),
-        ("head_dim", [(rope, config.qk_rope_head_dim), query, value_dim, average]),
+        ("head_dim", [(rope, config.qk_rope_head_dim), nope_dim, query, value_dim, average]),
     ):
         value = data.get(name)
         fits = type(value) is int and value in [size for _, size in meanings]

@@ -77,7 +77,7 @@ def _layer_specs(config: ModelConfig, layer: int, mtp: bool) -> Iterator[TensorS
         yield TensorSpec(f"{prefix}hnorm.weight", (hidden,))
         yield TensorSpec(f"{prefix}eh_proj.weight", (hidden, 2 * hidden))
     yield TensorSpec(f"{prefix}input_layernorm.weight", (hidden,))
-    yield from _attention_specs(config, f"{prefix}self_attn.")
+    yield from _attention_specs(config, layer, f"{prefix}self_attn.")
     yield TensorSpec(f"{prefix}post_attention_layernorm.weight", (hidden,))
     if config.is_moe_layer(layer):
         yield from _moe_specs(config, f"{prefix}mlp.")
@@ -88,7 +88,7 @@ def _layer_specs(config: ModelConfig, layer: int, mtp: bool) -> Iterator[TensorS
         yield TensorSpec(f"{prefix}shared_head.head.weight", (vocab, hidden), Split.ROWS)
 
 
-def _attention_specs(config: ModelConfig, prefix: str) -> Iterator[TensorSpec]:
+def _attention_specs(config: ModelConfig, layer: int, prefix: str) -> Iterator[TensorSpec]:
     hidden = config.hidden_size
     heads = config.num_attention_heads
     q_rank, kv_rank = config.q_lora_rank, config.kv_lora_rank
@@ -107,8 +107,8 @@ def _attention_specs(config: ModelConfig, prefix: str) -> Iterator[TensorSpec]:
     kv_rows = heads * (config.qk_nope_head_dim + config.v_head_dim)
     yield linear("kv_b_proj", kv_rows, kv_rank, Split.ROWS)
     yield linear("o_proj", hidden, heads * config.v_head_dim, Split.COLS)
-    if config.index_n_heads is not None and config.index_head_dim is not None:
-        assert q_rank is not None
+    if config.indexer_kind(layer) == "full":
+        assert q_rank is not None and config.index_n_heads and config.index_head_dim
         index_heads, index_dim = config.index_n_heads, config.index_head_dim
         yield linear("indexer.wq_b", index_heads * index_dim, q_rank)
         yield linear("indexer.wk", index_dim, hidden)

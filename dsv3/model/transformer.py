@@ -47,7 +47,7 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = Vector(f"{prefix}input_layernorm.weight", shape, fmt)
         self.self_attn = MLA(config, f"{prefix}self_attn.", mesh.layout, mesh.tp, fmt)
         self.indexer: Indexer | None = None
-        if config.has_indexer:
+        if config.indexer_kind(layer) == "full":
             self.indexer = Indexer(config, f"{prefix}self_attn.indexer.", fmt)
         self.post_attention_layernorm = Vector(
             f"{prefix}post_attention_layernorm.weight", shape, fmt

@@ -68,8 +68,8 @@ def test_attention_share_of_v3() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model_type": "qwen2"}, "only the DeepSeek V2/V3 family"),
-        ({"model_type": ["deepseek_v3"]}, "only the DeepSeek V2/V3 family"),
+        ({"model_type": "qwen2"}, "only models of DeepSeek's V2/V3 architecture"),
+        ({"model_type": ["deepseek_v3"]}, "only models of DeepSeek's V2/V3 architecture"),
         ({"hidden_size": 0}, "hidden_size=0 must be a positive integer"),
         ({"qk_rope_head_dim": 15}, "qk_rope_head_dim=15 must be even"),
         ({"n_group": 3}, "n_group=3 does not divide n_routed_experts=8"),
@@ -77,7 +77,7 @@ def test_attention_share_of_v3() -> None:
         ({"num_experts_per_tok": 5}, "more than the 4 experts that routing can reach"),
         ({"scoring_func": "softmax"}, "noaux_tc' with scoring_func='softmax' is not supported"),
         ({"topk_method": ["greedy"]}, "with scoring_func='sigmoid' is not supported"),
-        ({"index_topk": 32}, "index_topk belongs to deepseek_v32"),
+        ({"index_topk": 32}, "index_topk belongs to deepseek_v32 and glm_moe_dsa, not to"),
         ({"model_type": "deepseek_v32"}, "index_n_heads=None must be a positive integer"),
         ({"torch_dtype": "int8"}, "torch_dtype='int8'"),
         ({"num_hidden_layers": 2**16}, f"n_routed_experts=8 .* more than {2**18} experts"),

@@ -170,7 +170,6 @@ def test_contradicting_values(change: dict[str, Any], words: str, tmp_path: Path
         ({"attention_bias": True}, "attention_bias=True is not supported; it must be False"),
         ({"attention_bias": 0}, "attention_bias=0 is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported; it must be 'silu'"),
-        ({"indexer_rope_interleave": True}, "indexer_rope_interleave=True is not supported"),
         ({"sliding_window": 4096}, "sliding_window=4096 is not supported; it must be absent"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
         ({"rope_scaling": "yarn"}, "rope_scaling='yarn' must be a mapping"),
