@@ -65,6 +65,9 @@ class EngineConfig:
             the cache.
         kv_dtype: format of the cache: "auto" (that of the activations), "fp32", "bf16" or "fp8"
             (latents in e4m3 with a scale per 128, rotated keys in bf16).
+        index_dtype: format of the index keys of sparse attention: "auto" (that of the cache, bf16
+            beside fp8), or "fp8": keys and queries are rotated by a Hadamard matrix and quantized,
+            as in DeepSeek's own inference code. Transformers does neither.
         kv_cache_size: see `CacheSize.parse`.
         kv_host_cache: bytes of host memory on each rank for pages evicted from the device, or a
             share of the host memory that is free for this rank.
@@ -135,6 +138,9 @@ class EngineConfig:
         "tokens", "split the cache by tokens over tp, or replicate it"
     )
     kv_dtype: Literal["auto", "fp32", "bf16", "fp8"] = _cache("auto", "format of the cache")
+    index_dtype: Literal["auto", "fp8"] = _cache(
+        "auto", "format of the keys of sparse attention's indexer"
+    )
     kv_cache_size: str = _cache(
         "auto",
         "auto, bytes per rank (4GiB; 4GB is 4 * 10^9), a share of the memory left by the weights "

@@ -252,7 +252,7 @@ def paper_world(
 ) -> tuple[Engine, PaperWorld]:
     """Return an engine over groups of `num_pages` pages and `num_host_pages` of host memory."""
     config = EngineConfig(**settings)
-    layout = CacheLayout((Plane("latent", 1, 1, "fp32"),), 1, Paging(page_size))
+    layout = CacheLayout((Plane("latent", 1, 1, (0,), "fp32"),), Paging(page_size))
     cache = CachePool(layout, num_pages + 1, CPU, SingleRank())
     groups = [
         PaperRunner(layout, num_pages + 1, config, num_host_pages, disk) for _ in range(num_groups)

@@ -99,7 +99,7 @@ class UnitFormat:
             layout: any rank's cache.
         """
         num_segments = UNIT
-        segment_bytes = layout.num_layers * layout.entry_bytes
+        segment_bytes = layout.position_bytes
         if layout.form == "heads":
             num_segments = config.num_attention_heads
             values_per_head = config.qk_head_dim + config.v_head_dim

@@ -5,9 +5,9 @@ sharded, rank r of tp stores the positions p of the page with p mod tp = r; with
 or nothing sharded, every rank has a slot for each position. So page tables, the allocator and
 prefix hashes are one host-side structure, the same for every rank and layout.
 
-A plane holds one kind of entry, a tensor of slots in every layer. All planes have the same pages
-and slots, so a page is moved and stored with all its planes, as `page_bytes` bytes: plane by plane,
-each [layers, slots of a page, entry].
+A plane holds one kind of entry, a tensor of slots in each of its layers. All planes have the same
+pages and slots, so a page is moved and stored with all its planes, as `page_bytes` bytes: plane by
+plane, each [layers of the plane, slots of a page, entry].
 """
 
 import math
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsv3.config import ModelConfig
+from dsv3.config_indexer import FULL
 from dsv3.settings import CacheDtype, CacheForm, KvShard
 from dsv3_kernels import Paging, packed_bytes, scale_bytes
 
@@ -31,10 +32,12 @@ class Plane:
     """Format of one kind of entry on one rank.
 
     Attributes:
-        name: "latent" (normalized latent + rotated key) or "heads" (expanded keys and values).
+        name: "latent" (normalized latent + rotated key), "heads" (expanded keys and values) or
+            "index" (keys of the indexer).
         width: values of an entry.
         value_dim: values that FP8 quantizes, the others stay in bf16: for "latent" those before the
             rotated key (C); else `width`.
+        layers: layers with such an entry, in order.
         dtype: storage format: "fp32", "bf16" or "fp8" (with scales).
         has_scales_apart: in FP8, the scales are a separate field: all values of a page come
             before all its scales. Else every entry is packed with its scales.
@@ -43,6 +46,7 @@ class Plane:
     name: str
     width: int
     value_dim: int
+    layers: tuple[int, ...]
     dtype: CacheDtype
     has_scales_apart: bool = False
 
@@ -66,14 +70,11 @@ class CacheLayout:
     """One rank's view of the cache.
 
     Attributes:
-        planes: the entries of a position in each layer; the first is the keys and values of
-            attention.
-        num_layers: layers with a cache.
+        planes: the entries of a position; the first is the keys and values of attention.
         paging: positions of a page, a multiple of 64 and of the shards, and those on this rank.
     """
 
     planes: tuple[Plane, ...]
-    num_layers: int
     paging: Paging
 
     @classmethod
@@ -85,6 +86,7 @@ class CacheLayout:
         dtype: CacheDtype,
         tp: int,
         tp_rank: int,
+        index_dtype: CacheDtype | None = None,
     ) -> "CacheLayout":
         """Return the layout of a model's cache on rank `tp_rank` of `tp`.
 
@@ -95,18 +97,27 @@ class CacheLayout:
             dtype: "fp32", "bf16" or "fp8".
             tp: ranks of the tensor-parallel group.
             tp_rank: this rank's index in it.
+            index_dtype: format of index keys; None for `dtype`, or "bf16" if that is "fp8".
         """
+        layers = tuple(range(config.num_hidden_layers))
         page_size = math.lcm(_PAGE_UNIT, tp)
         if form == "heads":
             width = (config.num_attention_heads // tp) * (config.qk_head_dim + config.v_head_dim)
-            plane = Plane(form, width, width, dtype)
+            plane = Plane(form, width, width, layers, dtype)
             paging = Paging(page_size)
         else:
             latent = config.kv_lora_rank
-            plane = Plane(form, latent + config.qk_rope_head_dim, latent, dtype)
+            plane = Plane(form, latent + config.qk_rope_head_dim, latent, layers, dtype)
             is_sharded = kv_shard == "tokens"
             paging = Paging(page_size, tp, tp_rank) if is_sharded else Paging(page_size)
-        return cls((plane,), config.num_hidden_layers, paging)
+        if config.index_head_dim is None:
+            return cls((plane,), paging)
+        if index_dtype is None:
+            index_dtype = "bf16" if dtype == "fp8" else dtype
+        dim = config.index_head_dim
+        indexed = tuple(i for i in layers if config.indexer_kind(i) == FULL)
+        index = Plane("index", dim, dim, indexed, index_dtype, has_scales_apart=True)
+        return cls((plane, index), paging)
 
     @property
     def main(self) -> Plane:
@@ -124,25 +135,25 @@ class CacheLayout:
         return self.paging.page_size
 
     @property
-    def entry_bytes(self) -> int:
-        """Bytes of a position in one layer, on a rank that stores it."""
-        return sum(plane.entry_bytes for plane in self.planes)
+    def position_bytes(self) -> int:
+        """Bytes of a position in all layers and planes, on a rank that stores it."""
+        return sum(len(plane.layers) * plane.entry_bytes for plane in self.planes)
 
     @property
     def page_bytes(self) -> int:
         """Bytes of a page on this rank, all layers and planes."""
-        return self.num_layers * self.paging.slots_per_page * self.entry_bytes
+        return self.paging.slots_per_page * self.position_bytes
 
     def fields(self, page: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
         """Yield views of the fields of a page [page_bytes]: [layers, slots of a page, bytes]."""
         slots = self.paging.slots_per_page
-        sizes = [self.num_layers * slots * plane.entry_bytes for plane in self.planes]
+        sizes = [len(plane.layers) * slots * plane.entry_bytes for plane in self.planes]
         planes = np.split(page, np.cumsum(sizes)[:-1])
         for plane, data in zip(self.planes, planes, strict=True):
-            by_layer = data.reshape(self.num_layers, -1)
+            by_layer = data.reshape(len(plane.layers), -1)
             ends = np.cumsum([slots * size for size in plane.field_bytes])[:-1]
             for field in np.split(by_layer, ends, axis=1):
-                yield field.reshape(self.num_layers, slots, -1)
+                yield field.reshape(len(plane.layers), slots, -1)
 
     def pages_for(self, num_tokens: int) -> int:
         """Return the pages that `num_tokens` positions of one sequence need."""

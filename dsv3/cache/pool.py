@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dsv3.cache.layout import CacheLayout, Plane
 from dsv3.distributed.collectives import Collectives
-from dsv3_kernels import pack_latent, unpack_latent, write_slots
+from dsv3_kernels import IndexCache, pack_latent, unpack_latent, write_slots
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.uint8}
 
@@ -17,7 +17,7 @@ class CachePool:
     """The slots of all planes and layers. The memory is zeroed: slots never written are finite.
 
     Attributes:
-        planes: a tensor per plane, [layers, num_pages * slots_per_page, width] in the storage
+        planes: a tensor per plane, [its layers, num_pages * slots_per_page, width] in the storage
             dtype. FP8 is stored as bytes: dtype uint8, width `entry_bytes`.
     """
 
@@ -28,13 +28,14 @@ class CachePool:
         self.num_pages = num_pages
         self.tp = tp
         self.planes = tuple(self._allocate(plane, device) for plane in layout.planes)
-        self._pages = [x.view(layout.num_layers, num_pages, -1) for x in self.planes]
+        self._pages = [x.view(len(x), num_pages, -1) for x in self.planes]
+        self._layers = [self._layer(i) for i in layout.main.layers]
 
     def _allocate(self, plane: Plane, device: torch.device) -> Tensor:
         dtype = _DTYPES[plane.dtype]
         num_slots = self.num_pages * self.layout.paging.slots_per_page
         width = plane.entry_bytes // dtype.itemsize
-        return _zeros((self.layout.num_layers, num_slots, width), dtype, device)
+        return _zeros((len(plane.layers), num_slots, width), dtype, device)
 
     @property
     def device(self) -> torch.device:
@@ -71,7 +72,15 @@ class CachePool:
 
     def layer(self, index: int) -> "LayerCache":
         """Return the cache of one layer, which shares this memory."""
-        return LayerCache(self.layout, tuple(plane[index] for plane in self.planes), self.tp)
+        return self._layers[index]
+
+    def _layer(self, index: int) -> "LayerCache":
+        slots = {
+            plane.name: x[plane.layers.index(index)]
+            for plane, x in zip(self.layout.planes, self.planes, strict=True)
+            if index in plane.layers
+        }
+        return LayerCache(self.layout, slots[self.layout.main.name], slots.get("index"), self.tp)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -87,11 +96,17 @@ class LayerCache:
 
     Attributes:
         slots: [slots, width] of the main plane; the methods read and write its entries.
+        index: the layer's index keys; None without an indexer.
     """
 
-    def __init__(self, layout: CacheLayout, planes: tuple[Tensor, ...], tp: Collectives) -> None:
+    def __init__(
+        self, layout: CacheLayout, slots: Tensor, index_slots: Tensor | None, tp: Collectives
+    ) -> None:
         self.layout = layout
-        self.slots = planes[0]
+        self.slots = slots
+        self.index: IndexCache | None = None
+        if index_slots is not None:
+            self.index = IndexCache(index_slots, layout.paging.slots_per_page)
         self._plane = layout.main
         self._tp = tp
 

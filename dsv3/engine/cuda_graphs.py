@@ -27,6 +27,7 @@ from dsv3.engine.sampler import Choice, Sampler
 from dsv3.engine.step_plan import NO_TARGET, StepPlan
 from dsv3.engine.step_result import StepResult
 from dsv3.errors import RankError, describe_error
+from dsv3.model.absorb_rule import AbsorbRule
 from dsv3.model.batch import Batch, DecodeGroup
 from dsv3.model.transformer import Transformer
 from dsv3.parallel.expert_dispatch import StepTokens
@@ -167,6 +168,7 @@ class GraphRunner:
 
     Args:
         model, cache, sampler: of the rank.
+        rule: of the keys that tokens attend to.
         max_feed: sampled rows that the next step can read its tokens from.
 
     Attributes:
@@ -174,11 +176,17 @@ class GraphRunner:
     """
 
     def __init__(
-        self, model: Transformer, cache: CachePool, sampler: Sampler, max_feed: int = 4096
+        self,
+        model: Transformer,
+        cache: CachePool,
+        sampler: Sampler,
+        rule: AbsorbRule,
+        max_feed: int = 4096,
     ) -> None:
         self._model = model
         self._cache = cache
         self._sampler = sampler
+        self._rule = rule
         self._device = cache.device
         self._feed = torch.zeros(max_feed, dtype=torch.int64, device=self._device)
         self._inputs: dict[Bucket, StaticBuffers] = {}
@@ -263,6 +271,14 @@ class GraphRunner:
         position_T = inputs.row("position")
         num_groups = self._model.dispatch.mesh.layout.dp
         tokens = StepTokens([bucket.rows] * num_groups, is_static=True, position_T=position_T)
+        capacity = bucket.pages * self._cache.layout.page_size
+        group = DecodeGroup(
+            start=0,
+            stop=bucket.rows,
+            page_BG=inputs.page_TG,
+            query_pos_BQ=position_T[:, None],
+            is_sparse=self._rule.selects(capacity),
+        )
         fed_T = self._feed[(-1 - token_T).clamp_min(0)].clamp_min(0)  # a row may have failed
         batch = Batch(
             token_T=torch.where(token_T < 0, fed_T, token_T),
@@ -270,7 +286,7 @@ class GraphRunner:
             own_slot=inputs.row("slot"),
             num_decode_rows=bucket.rows,
             tokens=tokens,
-            groups=[DecodeGroup(0, bucket.rows, inputs.page_TG, position_T[:, None])],
+            groups=[group],
         )
         hidden_TD = self._model(batch, self._cache)
         logits_MW = self._model.logits(hidden_TD[inputs.row("row")])

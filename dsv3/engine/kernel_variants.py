@@ -18,8 +18,9 @@ from dsv3.distributed.mesh import Mesh
 from dsv3.distributed.stand_in import StandIn
 from dsv3.engine.cuda_graphs import most_rows
 from dsv3.engine.runner import Runner
-from dsv3.engine.setup import Setup, decode_limit
+from dsv3.engine.setup import Setup
 from dsv3.engine.step_plan import StepPlan
+from dsv3.model.absorb_rule import AbsorbRule
 from dsv3.model.moe import MoE
 from dsv3.model.transformer import Transformer
 from dsv3_kernels import Peers, row_buckets
@@ -85,12 +86,12 @@ def _run_steps(setup: Setup, mesh: Mesh) -> None:
     ).eval()
     model.layers = nn.ModuleList(_distinct(model.layers))
     cache = CachePool(setup.layout, 2, _META, mesh.tp)
-    limit = decode_limit(settings, config)
-    eager = Runner(model, cache, limit)
-    for plan in _eager_steps(setup, limit):
+    rule = AbsorbRule.make(config, settings)
+    eager = Runner(model, cache, rule)
+    for plan in _eager_steps(setup, rule):
         eager.run([plan] * groups)
     if not settings.enforce_eager:
-        static = Runner(model, cache, limit, static=True)
+        static = Runner(model, cache, rule, static=True)
         for plan in _static_steps(setup, groups):
             static.run([plan] * groups)
     if groups > 1:
@@ -123,12 +124,12 @@ def _decode_steps(setup: Setup, most: int) -> Iterator[StepPlan]:
             yield _plan(setup, [1] * rows, [context] * rows, draws=True)
 
 
-def _eager_steps(setup: Setup, limit: int) -> Iterator[StepPlan]:
+def _eager_steps(setup: Setup, rule: AbsorbRule) -> Iterator[StepPlan]:
     """Yield steps of other kinds: a prompt, decoding sequences, both; some rows are scored.
 
     Args:
         setup: how the model runs.
-        limit: most new tokens of a sequence that attends straight to the cache.
+        rule: of the sequences that attend straight to the cache.
     """
     longest = setup.context_limit
     most = setup.settings.max_batch_tokens
@@ -136,11 +137,11 @@ def _eager_steps(setup: Setup, limit: int) -> Iterator[StepPlan]:
     for new in row_buckets(most):
         new = min(new, most, longest)
         for context in {0, longest - new}:
-            if context == 0 or new <= limit:
+            if context == 0 or rule.absorbs(new, context):
                 yield _plan(setup, [new], [context], is_scored=True)
-    new = min(limit + 1, most, longest)
+    new = min(rule.max_queries + 1, most, longest)
     for context in row_buckets(min(_SHORT_CONTEXT + 1, longest - new)):
-        if new > limit:
+        if not rule.absorbs(new, context):
             yield _plan(setup, [new], [context])
     if 1 < new < most:
         for context in {0, longest - 1}:

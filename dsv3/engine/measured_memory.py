@@ -10,8 +10,9 @@ from dsv3.distributed.mesh import Mesh
 from dsv3.engine.cuda_graphs import most_rows
 from dsv3.engine.memory import MemoryPlan, free_memory
 from dsv3.engine.runner import Runner
-from dsv3.engine.setup import Setup, decode_limit
+from dsv3.engine.setup import Setup
 from dsv3.engine.step_plan import StepPlan
+from dsv3.model.absorb_rule import AbsorbRule
 from dsv3.model.transformer import Transformer
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ def measured_plan(
     if mesh.device.type != "cuda" or not settings.cache_size.depends_on_memory:
         return plan
     cache = CachePool(setup.layout, 2, mesh.device, mesh.tp)
-    runner = Runner(model, cache, decode_limit(settings, model.config), static=static)
+    runner = Runner(model, cache, AbsorbRule.make(model.config, settings), static=static)
     num_groups = mesh.layout.dp
     page_size = setup.layout.page_size
     before = torch.cuda.memory_allocated(mesh.device)

@@ -23,6 +23,7 @@ from dsv3.engine.sampler import Sampler
 from dsv3.engine.step_plan import StepPlan
 from dsv3.engine.step_result import StepResult
 from dsv3.engine.transfer import all_to_device, to_device
+from dsv3.model.absorb_rule import AbsorbRule
 from dsv3.model.batch import Batch, Chunk, DecodeGroup
 from dsv3.model.transformer import Transformer
 from dsv3.parallel.expert_dispatch import StepTokens
@@ -36,15 +37,14 @@ class Runner:
     Args:
         model: this rank's shard, loaded.
         cache: this rank's cache.
-        decode_limit: sequences with at most this many new tokens attend straight to the cache;
-            longer ones in expanded form.
+        rule: of the sequences that attend straight to the cache; the others in expanded form.
         mover: moves pages between the cache's tiers; None without lower tiers.
         static: run short steps on static buffers; on CUDA as graphs.
         check: compares digests over ranks; None compares nothing.
         layer_check: finds layers whose output is not finite, in eager steps; None looks for none.
 
     Attributes:
-        model, cache, decode_limit, device: as given.
+        model, cache, rule, device: as given.
         sampler: chooses tokens from the model's output.
         balancer: moves experts; None leaves them where they are.
     """
@@ -53,7 +53,7 @@ class Runner:
         self,
         model: Transformer,
         cache: CachePool,
-        decode_limit: int,
+        rule: AbsorbRule,
         mover: PageMover | None = None,
         static: bool = False,
         check: DivergenceCheck | None = None,
@@ -61,7 +61,7 @@ class Runner:
     ) -> None:
         self.model = model
         self.cache = cache
-        self.decode_limit = decode_limit
+        self.rule = rule
         self._mesh = model.dispatch.mesh
         self._mover = mover
         self._check = check
@@ -70,7 +70,7 @@ class Runner:
         self.device = cache.device
         sampler = Sampler(model, cache.tp, self.device)
         self.sampler: Callable[[Tensor, StepPlan, int, Tensor], StepResult] = sampler
-        self._static = GraphRunner(model, cache, sampler) if static else None
+        self._static = GraphRunner(model, cache, sampler, rule) if static else None
         self._around: Callable[[StepPlan], AbstractContextManager[object]] = nullcontext
         self._last_token_M = torch.zeros(0, dtype=torch.int64, device=self.device)
 
@@ -135,7 +135,7 @@ class Runner:
 
     def _sample(self, plans: list[StepPlan], plan: StepPlan) -> StepResult:
         """Run the model on `plan`, that of this rank's group, and choose tokens."""
-        builder = BatchBuilder(plan, self.cache.layout, self.device, self.decode_limit)
+        builder = BatchBuilder(plan, self.cache.layout, self.device, self.rule)
         if self._static is not None and (bucket := self._static.bucket(plans)) is not None:
             return self._static.run(bucket, plan, builder.token_tables())
         batch = builder.build()
@@ -189,12 +189,12 @@ class BatchBuilder:
     """Turns a plan into a rank's batch; plain numpy on the host, then one copy."""
 
     def __init__(
-        self, plan: StepPlan, layout: CacheLayout, device: torch.device, decode_limit: int
+        self, plan: StepPlan, layout: CacheLayout, device: torch.device, rule: AbsorbRule
     ) -> None:
         self._plan = plan
         self._layout = layout
         self._device = device
-        self._limit = decode_limit
+        self._rule = rule
         self._row_start = np.concatenate([[0], plan.query_len.cumsum()])
         self._page_start = np.concatenate([[0], plan.page_count.cumsum()])
 
@@ -203,14 +203,15 @@ class BatchBuilder:
         plan = self._plan
         num_seqs = len(plan.query_len)
         row_seq, position = self._positions()
-        # The scheduler orders sequences by their new tokens, so the short ones are in front.
-        num_short = int(np.searchsorted(plan.query_len, self._limit, side="right"))
-        num_decode_rows = int(self._row_start[num_short])
-        bounds = self._group_bounds(num_short)
-        long_seqs = range(num_short, num_seqs)
+        # The scheduler puts the sequences in front that attend straight to the cache.
+        lengths = zip(plan.query_len.tolist(), plan.context_len.tolist(), strict=True)
+        num_absorbed = sum(self._rule.absorbs(*each) for each in lengths)
+        num_decode_rows = int(self._row_start[num_absorbed])
+        bounds = self._group_bounds(num_absorbed)
+        long_seqs = range(num_absorbed, num_seqs)
         arrays: list[NDArray[Any]] = [plan.token_ids.astype(np.int64), position]
         arrays.append(self._own_slots(row_seq, position))
-        arrays.append((self._row_start[num_short:] - num_decode_rows).astype(np.int32))
+        arrays.append((self._row_start[num_absorbed:] - num_decode_rows).astype(np.int32))
         for first, last in bounds:
             arrays += self._group_arrays(first, last)
         arrays += [self._context_pages(seq) for seq in long_seqs]
@@ -247,8 +248,8 @@ class BatchBuilder:
         slot = page * paging.slots_per_page + position % paging.page_size // paging.shards
         return np.where(position % paging.shards == paging.shard, slot, -1).astype(np.int64)
 
-    def _group_bounds(self, num_short: int) -> list[tuple[int, int]]:
-        """Split the short sequences where their new tokens differ.
+    def _group_bounds(self, num_absorbed: int) -> list[tuple[int, int]]:
+        """Split the sequences that attend to the cache where their new tokens differ.
 
         On a CPU also where padding them to one length would waste too much; kernels skip padding.
         """
@@ -256,8 +257,8 @@ class BatchBuilder:
         bounds = []
         start = 0
         on_cpu = self._device.type == "cpu"
-        for seq in range(1, num_short + 1):
-            if seq < num_short and plan.query_len[seq] == plan.query_len[start]:
+        for seq in range(1, num_absorbed + 1):
+            if seq < num_absorbed and plan.query_len[seq] == plan.query_len[start]:
                 wasteful = 2 * plan.context_len[start] + self._layout.page_size
                 if not on_cpu or plan.context_len[seq] <= wasteful:
                     continue
@@ -278,14 +279,16 @@ class BatchBuilder:
 
     def _group(self, first: int, last: int, page_BG: Tensor, query_pos_BQ: Tensor) -> DecodeGroup:
         keys = None
-        if self._device.type == "cpu":
-            longest = self._longest(first, last)
+        longest = self._longest(first, last)
+        is_sparse = self._rule.selects(longest)
+        if self._device.type == "cpu" and not is_sparse:
             keys = self._layout.paging.keys(page_BG, query_pos_BQ, longest)
         return DecodeGroup(
             start=int(self._row_start[first]),
             stop=int(self._row_start[last]),
             page_BG=page_BG,
             query_pos_BQ=query_pos_BQ,
+            is_sparse=is_sparse,
             keys=keys,
         )
 

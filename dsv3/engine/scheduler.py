@@ -25,6 +25,7 @@ from dsv3.engine.admission import Admission
 from dsv3.engine.metrics import Metrics
 from dsv3.engine.scheduled import ScheduledSeq, ScheduledStep
 from dsv3.engine.sequence import Sequence
+from dsv3.model.absorb_rule import AbsorbRule
 from dsv3.settings import EngineConfig
 
 # Seconds that a request waits at most, all in all, for its prefix to come from disk.
@@ -69,6 +70,7 @@ class Scheduler:
         self._layout = layout
         self._metrics = metrics
         self._is_only = is_only
+        self._rule = AbsorbRule.make(config, settings)
         self._max_batch_tokens = settings.max_batch_tokens
         self._max_running = settings.max_running
         self.pages = PageAllocator(num_pages)
@@ -176,10 +178,16 @@ class Scheduler:
                 budget -= count if left > 1 else 0
         if self.waiting and len(self.running) < self._max_running and not self._is_out_of_pages:
             self._admit(budget, step)
-        step.seqs.sort(key=lambda part: (part.num_tokens, part.seq.num_computed))
+        step.seqs.sort(key=self._place)
         if self.tiers is not None:
             step.moves = self.tiers.draw(is_idle=not step.seqs)
         return step
+
+    def _place(self, part: ScheduledSeq) -> tuple[bool, int, int]:
+        """Return the sort key of a sequence: first all that attend straight to the cache."""
+        num_cached = part.seq.num_computed
+        is_expanded = not self._rule.absorbs(part.num_tokens, num_cached)
+        return is_expanded, part.num_tokens, num_cached
 
     def commit(self, part: ScheduledSeq) -> None:
         """Count a sequence's new positions as computed, and offer them for reuse.

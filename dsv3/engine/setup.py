@@ -15,7 +15,6 @@ from dsv3.engine.balance import place_experts
 from dsv3.engine.ignored import ignored_settings
 from dsv3.engine.memory import MemoryPlan, free_memory, plan_memory, weight_bytes
 from dsv3.errors import ConfigError
-from dsv3.model.attention import absorb_limit
 from dsv3.parallel.expert_placement import Placement
 from dsv3.parallel.token_rows import DispatchSettings
 from dsv3.parallel.weights import WeightFormat
@@ -113,6 +112,7 @@ def decide(source: Source, settings: EngineConfig, mesh: Mesh, n_experts: int | 
             _CACHE_NAMES[fmt.dtype] if settings.kv_dtype == "auto" else settings.kv_dtype,
             mesh.layout.tp,
             mesh.layout.tp_rank,
+            None if settings.index_dtype == "auto" else settings.index_dtype,
         ),
         context_limit=context_limit(settings, config),
         placement=placement,
@@ -170,25 +170,13 @@ def weight_format(source: Source, settings: EngineConfig, mesh: Mesh) -> WeightF
 
 
 def context_limit(settings: EngineConfig, config: ModelConfig) -> int:
-    """Return the longest context: the user's, the model's, or the end of dense attention."""
+    """Return the longest context: the user's, or the model's."""
     limit = settings.max_seq_len or config.max_position_embeddings
     if limit > config.max_position_embeddings:
         raise ConfigError(
             f"{settings.given('max_seq_len')} exceeds max_position_embeddings="
             f"{config.max_position_embeddings} of the model"
         )
-    if config.index_topk is not None and limit > config.index_topk:
-        if settings.max_seq_len:
-            raise ConfigError(
-                f"{settings.given('max_seq_len')} exceeds index_topk={config.index_topk}: sparse "
-                "attention is not available yet, and below index_topk the model is exactly dense"
-            )
-        log.warning(
-            "context limited to index_topk=%d tokens: sparse attention is not available yet, "
-            "and up to there the model is exactly dense",
-            config.index_topk,
-        )
-        limit = config.index_topk
     return limit
 
 
@@ -211,12 +199,3 @@ def dispatch_settings(
         groups=(config.n_group, config.topk_group) if is_limited else (1, 1),
         ue8m0=fmt.ue8m0,
     )
-
-
-def decode_limit(settings: EngineConfig, config: ModelConfig) -> int:
-    """Return the most new tokens of a sequence that attends to the cache in absorbed form."""
-    if settings.attn_impl == "naive":
-        return 1
-    if settings.attn_impl == "absorb":
-        return config.max_position_embeddings
-    return absorb_limit(config)

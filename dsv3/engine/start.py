@@ -30,9 +30,10 @@ from dsv3.engine.lower_tiers import make_tiers
 from dsv3.engine.measured_memory import agree_on_pages, measured_plan
 from dsv3.engine.memory import MemoryPlan, free_memory
 from dsv3.engine.runner import Runner
-from dsv3.engine.setup import TORCH_DTYPES, Setup, decide, decode_limit, numerics_mode
+from dsv3.engine.setup import TORCH_DTYPES, Setup, decide, numerics_mode
 from dsv3.engine.step_plan import PlanChannel, StepPlan
 from dsv3.errors import ConfigError
+from dsv3.model.absorb_rule import AbsorbRule
 from dsv3.model.transformer import Transformer
 from dsv3.settings import EngineConfig
 from dsv3.text.tokenizer import Tokenizer
@@ -129,8 +130,8 @@ def start(
     is_checked = settings.check_every and mesh.world.size > 1
     check = DivergenceCheck(mesh, settings.check_every) if is_checked else None
     layer_check = LayerCheck(model) if log.isEnabledFor(logging.DEBUG) else None
-    limit = decode_limit(settings, model.config)
-    runner = Runner(model, cache, limit, mover, static, check, layer_check)
+    rule = AbsorbRule.make(model.config, settings)
+    runner = Runner(model, cache, rule, mover, static, check, layer_check)
     channel = PlanChannel(mesh.control, mesh.watchdog)
     mesh.watchdog.enter("warm-up")
     _warm_up(runner, static, mesh.layout.dp, seconds)

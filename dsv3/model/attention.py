@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from dsv3.cache.pool import LayerCache
 from dsv3.config import ModelConfig, ParallelConfig
+from dsv3.config_indexer import FULL
 from dsv3.distributed.collectives import Collectives
-from dsv3.model.batch import Batch, Chunk, DecodeGroup
+from dsv3.model.batch import Batch, Chunk
+from dsv3.model.indexer import Indexer, all_keys
 from dsv3.parallel.linear import ColumnParallelLinear, Linear, RowParallelLinear
 from dsv3.parallel.weights import Vector, WeightFormat
 from dsv3_kernels import (
@@ -47,26 +49,13 @@ from dsv3_kernels import (
     rotate,
 )
 
-# transformers and DeepSeek's own code use this value for the two inner norms, independent of the
-# config's rms_norm_eps.
-_LATENT_NORM_EPS = 1e-6
 # Cached positions gathered and expanded at a time; a multiple of every usual page size.
 _BLOCK = 2048
+# Rows of a sparse chunk that are absorbed at a time. V3's 128 heads take 75 MB in bfloat16.
+_ROWS = 512
 # Partial outputs of this number of blocks are kept, then merged. With 2,048 queries and V3's 128
 # heads, each takes 134 MB.
 _PARTS = 4
-
-
-def absorb_limit(config: ModelConfig) -> int:
-    """Return the number of query tokens of a sequence up to which absorption takes fewer FLOPs.
-
-    Per head and key, expansion costs C (N + V) once; absorption costs 2 C - N - V more per query.
-    """
-    extra = 2 * config.kv_lora_rank - config.qk_nope_head_dim - config.v_head_dim
-    if extra <= 0:
-        return 1
-    heads_dim = config.qk_nope_head_dim + config.v_head_dim
-    return max(1, config.kv_lora_rank * heads_dim // extra)
 
 
 class MLA(nn.Module):
@@ -75,12 +64,16 @@ class MLA(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
-        prefix: str,
+        layer: int,
         layout: ParallelConfig,
         tp: Collectives,
         fmt: WeightFormat,
     ) -> None:
         super().__init__()
+        prefix = f"model.layers.{layer}.self_attn."
+        self.indexer: Indexer | None = None
+        if config.indexer_kind(layer) == FULL:
+            self.indexer = Indexer(config, f"{prefix}indexer.", tp, fmt)
         self.config = config
         self.tp = tp
         self.heads = config.num_attention_heads // layout.tp
@@ -134,41 +127,49 @@ class MLA(nn.Module):
         decode = batch.num_decode_rows
         split = self.first_rows, c.kv_lora_rank + c.qk_rope_head_dim
         first, kv_TX = self.in_proj(x_TD, x_q).split_with_sizes(split, -1)
+        if self.indexer is not None:
+            assert cache.index is not None
+            self.indexer.write(x_TD, rotation, batch, cache.index, x_q)
         if cache.layout.form == "heads":
-            if c.q_lora_rank is not None:
-                first = self.q_b_proj(rmsnorm(first, self.q_a_layernorm.weight, _LATENT_NORM_EPS))
-            q_THX = first.view(-1, self.heads, c.qk_head_dim)
-            self._rotate(q_THX, rotation)
-            norm = self.kv_a_layernorm.weight
-            entry_TX = latent_entries(kv_TX, norm, _LATENT_NORM_EPS, rotation)
-            o_THV = self._naive(q_THX, entry_TX, batch, cache)
+            o_THV = self._naive(x_TD, first, kv_TX, rotation, batch, cache)
             return self.o_proj(o_THV.flatten(1))
         write = EntryWrite(
             kv_TX=kv_TX,
             weight_C=self.kv_a_layernorm.weight,
-            eps=_LATENT_NORM_EPS,
+            eps=c.latent_norm_eps,
             rotation=rotation,
             cache_SX=cache.slots,
             slot_T=batch.own_slot,
             keep_from=decode,
         )
-        q_THX, chunk_TX = self._queries(first, write)
+        c_TA, q_THX, chunk_TX = self._queries(first, write)
+        tables = self._select(x_TD, c_TA, rotation, batch, cache)
         if not batch.chunks:
             quant = self.o_proj.quantizes
-            o_TF, o_q = self._absorbed(q_THX, rotation, batch, cache, quant)
+            o_TF, o_q = self._absorbed(q_THX, rotation, tables, cache, quant)
             return self.o_proj(o_TF, o_q)
         q_decode, q_chunk = q_THX.tensor_split([decode])
         self._rotate(q_chunk, rotation.tokens(decode))
         o_TF = self._expanded(q_chunk, chunk_TX, batch, cache).flatten(1)
         if decode:
-            first_TF, _ = self._absorbed(q_decode, rotation.tokens(0, decode), batch, cache)
+            first_TF, _ = self._absorbed(q_decode, rotation.tokens(0, decode), tables, cache)
             o_TF = torch.cat((first_TF.to(o_TF.dtype), o_TF))
         return self.o_proj(o_TF)
 
-    def _queries(self, first: Tensor, write: EntryWrite) -> tuple[Tensor, Tensor]:
-        """Return projected queries [T, H, N + R], and the result of `rope_and_cache`."""
+    def _select(
+        self, x_TD: Tensor, c_TA: Tensor, rotation: Rotation, batch: Batch, cache: LayerCache
+    ) -> list[PageTables]:
+        """Return the keys that each decode group attends to."""
+        if self.indexer is not None:
+            batch.selected = self.indexer.select(x_TD, c_TA, rotation, batch, cache)
+        elif not batch.selected:
+            batch.selected = [all_keys(g, cache.layout) for g in batch.groups]
+        return batch.selected
+
+    def _queries(self, first: Tensor, write: EntryWrite) -> tuple[Tensor, Tensor, Tensor]:
+        """Return query latents, queries [T, H, N + R], and the result of `rope_and_cache`."""
         if self.config.q_lora_rank is None:
-            query = first
+            latent, query = first, first
             entry_TX = rope_and_cache(write)
         else:
             up = self.q_b_proj
@@ -180,7 +181,7 @@ class MLA(nn.Module):
                 write=write,
             )
             query = up(latent, latent_q)
-        return query.view(-1, self.heads, self.config.qk_head_dim), entry_TX
+        return latent, query.view(-1, self.heads, self.config.qk_head_dim), entry_TX
 
     def _rotate(self, q_THX: Tensor, rotation: Rotation) -> None:
         """Rotate queries in place."""
@@ -200,7 +201,7 @@ class MLA(nn.Module):
         self,
         q_THX: Tensor,
         rotation: Rotation,
-        batch: Batch,
+        tables: list[PageTables],
         cache: LayerCache,
         quant: bool = False,
     ) -> tuple[Tensor, Quantized | None]:
@@ -209,43 +210,65 @@ class MLA(nn.Module):
         Returns:
             [T, H * V] of the local heads, and that in FP8 if asked for.
         """
+        blocks = list(_row_blocks(tables))
+        if len(blocks) == 1:
+            return self._absorbed_block(q_THX, rotation, tables, cache, quant)
+        outs = []
+        start = 0
+        for block in blocks:
+            stop = start + sum(part.query_pos_BQ.numel() for part in block)
+            turn = rotation.tokens(start, stop)
+            outs.append(self._absorbed_block(q_THX[start:stop], turn, block, cache, False)[0])
+            start = stop
+        return torch.cat(outs), None
+
+    def _absorbed_block(
+        self,
+        q_THX: Tensor,
+        rotation: Rotation,
+        tables: list[PageTables],
+        cache: LayerCache,
+        quant: bool,
+    ) -> tuple[Tensor, Quantized | None]:
+        """Do `_absorbed` for all rows at once; `tables` are those of the rows, in order."""
         w_uk, w_uv = self._absorption
         q_THX = absorb_query(q_THX, w_uk, rotation)
         if cache.layout.paging.shards == 1:
-            z_THC = self._attend_groups(q_THX, batch, cache)
+            z_THC = self._attend_groups(q_THX, tables, cache)
             return expand_values(z_THC[None], None, w_uv, quant, self.o_proj.ue8m0)
         # From here on all ranks' heads, until every head's results are with its owner again.
         q_PTHX = self.tp.all_gather(q_THX)
         parts = empty_parts(q_PTHX, self.config.kv_lora_rank)
-        for g in batch.groups:
+        start = 0
+        for keys in tables:
+            stop = start + keys.query_pos_BQ.numel()
             mla_decode_parts(
-                q_PTHX[:, g.start : g.stop],
+                q_PTHX[:, start:stop],
                 cache_SX=cache.slots,
-                tables=self._tables(g, cache),
+                tables=keys,
                 scale=self.config.softmax_scale,
-                parts_PTHY=parts[:, g.start : g.stop],
+                parts_PTHY=parts[:, start:stop],
             )
+            start = stop
         z_PTHC, lse_PTH = open_parts(self.tp.all_to_all(parts))
         return expand_values(z_PTHC, lse_PTH, w_uv, quant, self.o_proj.ue8m0)
 
-    def _attend_groups(self, q_THX: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
+    def _attend_groups(self, q_THX: Tensor, tables: list[PageTables], cache: LayerCache) -> Tensor:
         """Attend to a cache that is not sharded; [T, H, C]."""
         outs = []
-        for g in batch.groups:
-            q_BQHX = q_THX[g.start : g.stop].unflatten(0, g.query_pos_BQ.shape)
+        start = 0
+        for keys in tables:
+            stop = start + keys.query_pos_BQ.numel()
             out = mla_decode(
-                q_BQHX,
+                q_THX[start:stop].unflatten(0, keys.query_pos_BQ.shape),
                 cache_SX=cache.slots,
-                tables=self._tables(g, cache),
+                tables=keys,
                 value_dim=self.config.kv_lora_rank,
                 scale=self.config.softmax_scale,
             )
             outs.append(out.o.flatten(0, 1))
+            start = stop
         return outs[0] if len(outs) == 1 else torch.cat(outs)
-
-    def _tables(self, g: DecodeGroup, cache: LayerCache) -> PageTables:
-        """Return the cached keys of a group."""
-        return PageTables(g.page_BG, g.query_pos_BQ, cache.layout.paging, g.keys)
 
     def _expanded(self, q_THX: Tensor, entry_TX: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
         """Attend from the chunks to themselves and to their contexts; [T, H, V] of their rows.
@@ -296,20 +319,35 @@ class MLA(nn.Module):
 
     # Cache of expanded heads ----------------------------------------------------------------
 
-    def _naive(self, q_THX: Tensor, entry_TX: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
+    def _naive(
+        self,
+        x_TD: Tensor,
+        first: Tensor,
+        kv_TX: Tensor,
+        rotation: Rotation,
+        batch: Batch,
+        cache: LayerCache,
+    ) -> Tensor:
+        """Attend to expanded keys and values, cached for the local heads; [T, H, V]."""
+        c = self.config
+        eps = c.latent_norm_eps
+        latent = first
+        if c.q_lora_rank is not None:
+            latent = rmsnorm(first, self.q_a_layernorm.weight, eps)
+            first = self.q_b_proj(latent)
+        q_THX = first.view(-1, self.heads, c.qk_head_dim)
+        self._rotate(q_THX, rotation)
+        entry_TX = latent_entries(kv_TX, self.kv_a_layernorm.weight, eps, rotation)
         new = self._expand(entry_TX)
         split = [x.shape[-1] for x in (new.k_SHN, new.k_SHR, new.v_SHV)]
         kv_THY = torch.cat((new.k_SHN, new.k_SHR, new.v_SHV), -1)
         cache.write(batch.own_slot, kv_THY.flatten(1))
-        scale = self.config.softmax_scale
+        scale = c.softmax_scale
         o_THV = torch.empty_like(new.v_SHV, dtype=torch.float32)
-        for g in batch.groups:
-            o_THV[g.start : g.stop] = mha_decode(
-                q_THX[g.start : g.stop],
-                cache_SY=cache.slots,
-                tables=self._tables(g, cache),
-                scale=scale,
-            )
+        tables = self._select(x_TD, latent, rotation, batch, cache)
+        for g, keys in zip(batch.groups, tables, strict=True):
+            rows = slice(g.start, g.stop)
+            o_THV[rows] = mha_decode(q_THX[rows], cache_SY=cache.slots, tables=keys, scale=scale)
         kv_THY = cache.round(kv_THY)
         for chunk in batch.chunks:
             rows = slice(chunk.start, chunk.stop)
@@ -324,3 +362,19 @@ class MLA(nn.Module):
             )
             o_THV[rows] = attended.o
         return o_THV
+
+
+def _row_blocks(tables: list[PageTables]) -> Iterator[list[PageTables]]:
+    """Yield the tables of about `_ROWS` rows at a time; those of a dense group stay together."""
+    block: list[PageTables] = []
+    num_rows = 0
+    for keys in tables:
+        is_selection = keys.query_pos_BQ.shape[1] == 1
+        for _, part in keys.blocks(_ROWS) if is_selection else [(slice(None), keys)]:
+            count = part.query_pos_BQ.numel()
+            if block and num_rows + count > _ROWS:
+                yield block
+                block, num_rows = [], 0
+            block.append(part)
+            num_rows += count
+    yield block

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from dsv3.parallel.expert_dispatch import StepTokens
-from dsv3_kernels import Keys
+from dsv3_kernels import Keys, PageTables
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,13 +16,15 @@ class DecodeGroup:
         start, stop: their B * Q rows of the batch.
         page_BG: [B, G] int32 pages of each sequence, padded with the null page.
         query_pos_BQ: [B, Q] int64 positions; -1 for rows that pad the batch.
-        keys: on a CPU, the expanded page tables, computed once for all layers.
+        is_sparse: each token attends to the keys that the indexer selects for it.
+        keys: on a CPU, the expanded page tables, computed once for all layers; None if `is_sparse`.
     """
 
     start: int
     stop: int
     page_BG: Tensor
     query_pos_BQ: Tensor
+    is_sparse: bool = False
     keys: Keys | None = None
 
 
@@ -56,6 +58,8 @@ class Batch:
         tokens: number of tokens of all dp groups.
         chunk_start_L: [L + 1] int32 first rows of the L chunks and the end of the last one,
             counted from the first chunk's; None without chunks.
+        selected: the keys of each group in the layer that selected them last; for the layers that
+            share its selection.
     """
 
     token_T: Tensor
@@ -66,3 +70,4 @@ class Batch:
     groups: list[DecodeGroup] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
     chunk_start_L: Tensor | None = None
+    selected: list[PageTables] = field(default_factory=list)

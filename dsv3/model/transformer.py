@@ -10,7 +10,6 @@ from dsv3.config import ModelConfig
 from dsv3.distributed.mesh import Mesh
 from dsv3.model.attention import MLA
 from dsv3.model.batch import Batch
-from dsv3.model.indexer import Indexer
 from dsv3.model.moe import MoE, Router, feed_forward
 from dsv3.model.rotary import Rotary
 from dsv3.model.side_stream import SideStream
@@ -45,10 +44,7 @@ class DecoderLayer(nn.Module):
         shape = (config.hidden_size,)
         self.eps = config.rms_norm_eps
         self.input_layernorm = Vector(f"{prefix}input_layernorm.weight", shape, fmt)
-        self.self_attn = MLA(config, f"{prefix}self_attn.", mesh.layout, mesh.tp, fmt)
-        self.indexer: Indexer | None = None
-        if config.indexer_kind(layer) == "full":
-            self.indexer = Indexer(config, f"{prefix}self_attn.indexer.", fmt)
+        self.self_attn = MLA(config, layer, mesh.layout, mesh.tp, fmt)
         self.post_attention_layernorm = Vector(
             f"{prefix}post_attention_layernorm.weight", shape, fmt
         )

@@ -25,6 +25,11 @@ from dsv3_kernels.gemm.act_quant import Quantized, act_quant
 from dsv3_kernels.gemm.bf16_gemm import linear
 from dsv3_kernels.gemm.fp8_gemm import fp8_gemm
 from dsv3_kernels.gemm.weight_dequant import weight_dequant
+from dsv3_kernels.index.index_cache import IndexCache
+from dsv3_kernels.index.index_key import IndexWrite, write_index_keys
+from dsv3_kernels.index.index_query import index_queries
+from dsv3_kernels.index.index_scores import index_scores
+from dsv3_kernels.index.top_k import candidate_positions, select_slots, top_candidates
 from dsv3_kernels.moe.grouped_down import grouped_down
 from dsv3_kernels.moe.grouped_gate_up import grouped_gate_up
 from dsv3_kernels.moe.grouped_gemm import Stack
@@ -41,6 +46,8 @@ from dsv3_kernels.ops.sum_norm import Peers, fits_sum_norm, shared_bytes, sum_no
 __all__ = [
     "EntryWrite",
     "Groups",
+    "IndexCache",
+    "IndexWrite",
     "Keys",
     "KeysValues",
     "LocalExperts",
@@ -58,6 +65,7 @@ __all__ = [
     "act_quant",
     "add_rmsnorm",
     "apply_rope",
+    "candidate_positions",
     "empty_parts",
     "expand_values",
     "experts",
@@ -65,6 +73,8 @@ __all__ = [
     "fp8_gemm",
     "grouped_down",
     "grouped_gate_up",
+    "index_queries",
+    "index_scores",
     "latent_entries",
     "linear",
     "make_locks",
@@ -92,12 +102,15 @@ __all__ = [
     "row_buckets",
     "sample",
     "scale_bytes",
+    "select_slots",
     "shared_bytes",
     "silu_mul",
     "silu_mul_quant",
     "sum_norm",
+    "top_candidates",
     "unpack_latent",
     "unpermute",
     "weight_dequant",
+    "write_index_keys",
     "write_slots",
 ]

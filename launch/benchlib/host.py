@@ -16,6 +16,7 @@ from dsv3.engine.engine import Engine
 from dsv3.engine.runner import BatchBuilder, Runner
 from dsv3.engine.step_plan import PlanChannel, StepPlan
 from dsv3.engine.step_result import StepResult
+from dsv3.model.absorb_rule import AbsorbRule
 from dsv3.request import Request, SamplingParams
 from dsv3.settings import EngineConfig
 from dsv3.text.tokenizer import Tokenizer
@@ -36,7 +37,7 @@ class NoModel:
         """Build the batch of the only dp group and return constant tokens."""
         start = time.perf_counter()
         (plan,) = plans
-        BatchBuilder(plan, self._layout, _CPU, decode_limit=1).build()
+        BatchBuilder(plan, self._layout, _CPU, AbsorbRule(max_queries=1)).build()
         sampled = StepResult(torch.full((len(plan.row),), 7), None)
         self.seconds += time.perf_counter() - start
         return sampled
@@ -60,7 +61,8 @@ def host_time(
     """
     count = settings.max_running
     layout = CacheLayout.make(config, "latent", "none", "fp32", 1, 0)
-    layout = replace(layout, num_layers=1)
+    planes = tuple(replace(plane, layers=(0,)) for plane in layout.planes)
+    layout = replace(layout, planes=planes)
     num_pages = count * (layout.pages_for(context + steps + 2) + 1)
     cache = CachePool(layout, num_pages + 1, _CPU, SingleRank())
     runner = NoModel(layout)

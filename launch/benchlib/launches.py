@@ -16,7 +16,7 @@ from benchlib.rank import Rank, RankShape
 from benchlib.report import Report
 from dsv3.config import ModelConfig
 from dsv3.errors import ConfigError
-from dsv3.model.attention import absorb_limit
+from dsv3.model.absorb_rule import absorb_limit
 from dsv3_kernels import operation
 from dsv3_kernels._triton import HAS_TRITON
 

@@ -175,7 +175,7 @@ def profile(runner: Runner) -> Profiler:
     for module in runner.model.modules():
         if isinstance(module, MoE):  # overlapping operations on a side stream cannot be timed
             profiler.replace(module, "side", SideStream(torch.device("cpu")))
-    limit = runner.decode_limit
+    limit = runner.rule.max_queries
     runner.run_eagerly(lambda plan: profiler.step(StepShape.of_plan(plan, limit)))
     return profiler
 

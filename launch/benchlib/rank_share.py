@@ -16,11 +16,11 @@ from dsv3.distributed.stand_in import stand_in_mesh
 from dsv3.engine.runner import Runner
 from dsv3.engine.step_plan import StepPlan
 from dsv3.errors import ConfigError
-from dsv3.model.attention import absorb_limit
+from dsv3.model.absorb_rule import AbsorbRule
 from dsv3.model.moe import MoE
 from dsv3.model.transformer import Transformer
 from dsv3.parallel.weights import WeightFormat
-from dsv3.settings import CacheDtype, KvShard
+from dsv3.settings import CacheDtype, EngineConfig, KvShard
 from dsv3_kernels.fp8_format import FP8
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
@@ -95,6 +95,7 @@ class Rank:
             slots_by_page = layer_cache.slots.view(pages + 1, -1)
             slots_by_page[1:] = slots_by_page[0]
         self._rng = np.random.default_rng(shape.seed)
+        self._rule = AbsorbRule.make(self.config, EngineConfig())
 
     @property
     def setup(self) -> RooflineSetup:
@@ -110,7 +111,7 @@ class Rank:
     def new_runner(self, eager: bool = False) -> Runner:
         """Return a new runner of the share."""
         static = self.device.type == "cuda" and not eager
-        return Runner(self.model, self.cache, absorb_limit(self.config), static=static)
+        return Runner(self.model, self.cache, self._rule, static=static)
 
     def _make_model(self) -> Transformer:
         specs = tensor_specs(self.config)
@@ -190,7 +191,7 @@ class Rank:
         for moe in self.model.modules():
             if isinstance(moe, MoE):
                 hooks.append(moe.router.register_forward_hook(partial(count, moe.local.first)))
-        Runner(self.model, self.cache, absorb_limit(self.config)).run([plan])
+        Runner(self.model, self.cache, self._rule).run([plan])
         for hook in hooks:
             hook.remove()
         experts, entries = np.mean(hits or [(0, 0)], axis=0)

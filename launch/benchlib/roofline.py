@@ -109,7 +109,7 @@ class RooflineSetup:
     @property
     def entry_bytes(self) -> int:
         """Bytes of a cached position in one layer, on a rank that holds it."""
-        return self._cached.entry_bytes
+        return self._cached.main.entry_bytes
 
     @property
     def _cached(self) -> CacheLayout:

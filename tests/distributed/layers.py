@@ -33,6 +33,7 @@ from dsv3.engine.runner import BatchBuilder
 from dsv3.engine.step_plan import PlanChannel, StepPlan, pack_plans
 from dsv3.errors import ConfigError, RankError
 from dsv3.model import attention
+from dsv3.model.absorb_rule import AbsorbRule
 from dsv3.model.attention import MLA
 from dsv3.model.moe import MLP, MoE
 from dsv3.model.rotary import Rotary
@@ -288,8 +289,7 @@ def check_attention(mesh: Mesh, form: CacheForm, kv_shard: KvShard, limit: int) 
 def compare_attention(mesh: Mesh, form: CacheForm, kv_shard: KvShard, limit: int) -> None:
     setups = []
     for tested in (mesh, alone()):
-        prefix = "model.layers.0.self_attn."
-        layer = filled(MLA(CONFIG, prefix, tested.layout, tested.tp, FORMAT), tested)
+        layer = filled(MLA(CONFIG, 0, tested.layout, tested.tp, FORMAT), tested)
         tp, tp_rank = tested.layout.tp, tested.layout.tp_rank
         layout = CacheLayout.make(CONFIG, form, kv_shard, "fp32", tp, tp_rank)
         pool = CachePool(layout, 60, CPU, tested.tp)
@@ -306,7 +306,7 @@ def compare_attention(mesh: Mesh, form: CacheForm, kv_shard: KvShard, limit: int
         results = []
         for tested, layer, pool in setups:
             plan = attention_plan(step, pool.layout)
-            batch = BatchBuilder(plan, pool.layout, CPU, limit).build()
+            batch = BatchBuilder(plan, pool.layout, CPU, AbsorbRule(limit)).build()
             part = layer(x, rotary(batch.position_T), batch, pool.layer(0))
             results.append(tested.tp.all_reduce(part))
         sharded_result, single_result = results

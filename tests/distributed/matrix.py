@@ -102,7 +102,7 @@ def run_case(
     if "static" in settings:
         runner = started.runner
         sampler = Sampler(runner.model, mesh.tp, mesh.device)
-        runner._static = static = GraphRunner(runner.model, started.cache, sampler)
+        runner._static = static = GraphRunner(runner.model, started.cache, sampler, runner.rule)
     if started.engine is None:
         follow(started.runner, started.channel)
     else:

@@ -25,9 +25,9 @@ from dsv3.engine.cuda_graphs import (
 )
 from dsv3.engine.measured_memory import largest_step
 from dsv3.engine.runner import Runner
-from dsv3.engine.setup import decode_limit
 from dsv3.engine.start import Started, start
 from dsv3.engine.step_plan import NO_TARGET, StepPlan
+from dsv3.model.absorb_rule import AbsorbRule
 from dsv3.model.moe import Router
 from dsv3.parallel.linear import Linear, VocabParallelHead
 from dsv3.request import SamplingParams
@@ -100,10 +100,10 @@ DRAWN = {
 
 def check_static_steps(mesh: Mesh, settings: EngineConfig) -> None:
     started = start(DEMO, settings, mesh)
-    limit = decode_limit(settings, started.config)  # longer prompts in expanded form
+    rule = started.runner.rule  # longer prompts in expanded form
     for sampling in ({}, DRAWN):
-        eager = Runner(started.runner.model, started.cache, limit)
-        static = Runner(started.runner.model, started.cache, limit, static=True)
+        eager = Runner(started.runner.model, started.cache, rule)
+        static = Runner(started.runner.model, started.cache, rule, static=True)
         assert answers(static, sampling) == answers(eager, sampling)
         steps = static._static
         assert steps is not None
@@ -161,7 +161,7 @@ def test_padding_sees_and_writes_nothing() -> None:
 
 def test_steps_with_adjusted_rows_run_eagerly() -> None:
     started = start(DEMO, EngineConfig(kv_cache_size="2048tok"), alone())
-    steps = Runner(started.runner.model, started.cache, 4, static=True)._static
+    steps = Runner(started.runner.model, started.cache, AbsorbRule(4), static=True)._static
     plain, adjusted = (plan([3], [[1]], 1) for _ in range(2))
     assert steps is not None and steps.bucket([plain, plain]) is not None
     row = AdjustedRow(0, NOT_FED, Adjuster(SamplingParams(presence_penalty=1.0), [1]), [1])
@@ -183,7 +183,7 @@ def started() -> Started:
 
 
 def test_what_runs_eagerly(started: Started) -> None:
-    runner = Runner(started.runner.model, started.cache, 1, static=True)
+    runner = Runner(started.runner.model, started.cache, AbsorbRule(1), static=True)
     steps = runner._static
     assert isinstance(steps, GraphRunner)
     assert steps.bucket([plan([3, 70], [[1], [2]], 2)]) == Bucket(2, 16, False)
@@ -226,7 +226,7 @@ def test_the_largest_steps_are_what_the_memory_plan_measures(started: Started) -
     """All in two pages: sequences that decode beside a prompt, and a decode step of one bucket."""
     layout = started.cache.layout
     cache = CachePool(layout, 2, CPU, started.mesh.tp)
-    runner = Runner(started.runner.model, cache, 1, static=True)
+    runner = Runner(started.runner.model, cache, AbsorbRule(1), static=True)
     steps = runner._static
     assert isinstance(steps, GraphRunner)
     full = largest_step(3, 1300, layout.page_size, 40)

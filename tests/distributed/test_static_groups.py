@@ -67,7 +67,7 @@ def watched(started: Started) -> list[tuple[Bucket, int]]:
     """Make a runner use static buffers; return a list that will hold its steps."""
     runner = started.runner
     seen: list[tuple[Bucket, int]] = []
-    steps = GraphRunner(runner.model, started.cache, runner.sampler)  # type: ignore[arg-type]
+    steps = GraphRunner(runner.model, started.cache, runner.sampler, runner.rule)  # type: ignore[arg-type]
     run = steps.run
 
     def recorded(bucket: Bucket, mine: StepPlan, *tables: object) -> object:
@@ -205,7 +205,8 @@ def test_a_step_that_one_rank_cannot_capture_is_eager_on_all(
 def test_all_groups_take_one_bucket() -> None:
     """The bucket fits the fullest group and the longest sequence; none if any group does more."""
     started = start(DEMO, CACHE, alone())
-    steps = GraphRunner(started.runner.model, started.cache, started.runner.sampler)  # type: ignore[arg-type]
+    runner = started.runner
+    steps = GraphRunner(runner.model, started.cache, runner.sampler, runner.rule)  # type: ignore[arg-type]
     few = plan([3], [[1]], 1)
     far = plan([3] * 4 + [1200], [[1]] * 5, 20)
     idle = StepPlan()

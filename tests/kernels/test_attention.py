@@ -6,6 +6,7 @@ import torch
 from dsv3.cache.layout import CacheLayout
 from dsv3.cache.pool import CachePool
 from dsv3.engine.runner import BatchBuilder
+from dsv3.model.absorb_rule import AbsorbRule
 from dsv3.model.attention import MLA
 from dsv3.model.rotary import Rotary
 from dsv3.settings import CacheForm
@@ -25,13 +26,13 @@ STEPS = [
 @pytest.mark.parametrize(("form", "limit"), [("latent", 1), ("latent", 2), ("heads", 1)])
 def test_layer(form: CacheForm, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     where = alone()
-    layer = filled(MLA(CONFIG, "model.layers.0.self_attn.", where.layout, where.tp, FORMAT), where)
+    layer = filled(MLA(CONFIG, 0, where.layout, where.tp, FORMAT), where)
     rotary = Rotary(CONFIG, CPU)
     layout = CacheLayout.make(CONFIG, form, "tokens", "fp32", 1, 0)
     pools = [CachePool(layout, 60, CPU, where.tp) for _ in range(2)]
     for step in STEPS:
         plan = attention_plan(step, layout)
-        batch = BatchBuilder(plan, layout, CPU, limit).build()
+        batch = BatchBuilder(plan, layout, CPU, AbsorbRule(limit)).build()
         x = torch.randn(len(plan.token_ids), CONFIG.hidden_size)
         outs = []
         for pool, by_kernel in zip(pools, (False, True), strict=True):

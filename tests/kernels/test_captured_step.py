@@ -21,6 +21,7 @@ from dsv3.engine.adjust import AdjustedRow, Adjuster, Adjustments, pack_adjustme
 from dsv3.engine.cuda_graphs import GraphRunner
 from dsv3.engine.runner import BatchBuilder, Runner
 from dsv3.engine.step_plan import StepPlan
+from dsv3.model.absorb_rule import AbsorbRule
 from dsv3.model.transformer import Transformer
 from dsv3.parallel.expert_placement import Placement
 from dsv3.parallel.token_rows import DispatchSettings
@@ -84,13 +85,13 @@ def check_no_host_reads(
 
     The first plan is that of the rank's own group.
     """
-    runner = Runner(rank.model, rank.cache, 1, static=True)
+    runner = Runner(rank.model, rank.cache, AbsorbRule(1), static=True)
     steps = runner._static
     assert steps is not None
     with torch.inference_mode():
         for drawn in (False, True):
             plans = plans_of(drawn)
-            tables = BatchBuilder(plans[0], rank.cache.layout, CPU, 1).token_tables()
+            tables = BatchBuilder(plans[0], rank.cache.layout, CPU, AbsorbRule(1)).token_tables()
             bucket = steps.bucket(plans)
             assert bucket is not None and bucket.rows == 4
             steps.run(bucket, plans[0], tables)

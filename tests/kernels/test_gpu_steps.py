@@ -11,6 +11,7 @@ from dsv3.engine.cuda_graphs import GraphRunner
 from dsv3.engine.runner import BatchBuilder, Runner
 from dsv3.engine.start import start
 from dsv3.engine.step_plan import StepPlan
+from dsv3.model.absorb_rule import AbsorbRule
 from dsv3.settings import DispatchVariant, EngineConfig
 from dsv3_kernels.testing import assert_bitwise_equal
 from tests.distributed.test_static_groups import Answers, ask
@@ -29,13 +30,13 @@ def test_one_of_several_groups(form: DispatchVariant, monkeypatch: pytest.Monkey
     """Another step in between does not show, nor that the group was idle once."""
     device = torch.device("cuda")
     rank = one_of_two_groups(form, device, monkeypatch)
-    graphs = Runner(rank.model, rank.cache, 1, static=True)._static
-    plain = Runner(rank.model, rank.cache, 1, static=True)._static
+    graphs = Runner(rank.model, rank.cache, AbsorbRule(1), static=True)._static
+    plain = Runner(rank.model, rank.cache, AbsorbRule(1), static=True)._static
     assert isinstance(graphs, GraphRunner) and isinstance(plain, GraphRunner)
     plain._pool = None
     for drawn in (False, True, False, True):
         for plan in (step(drawn), StepPlan(), step(drawn)):
-            tables = BatchBuilder(plan, rank.cache.layout, device, 1).token_tables()
+            tables = BatchBuilder(plan, rank.cache.layout, device, AbsorbRule(1)).token_tables()
             bucket = graphs.bucket([plan, step(drawn)])
             assert bucket is not None
             got, want = (steps.run(bucket, plan, tables) for steps in (graphs, plain))

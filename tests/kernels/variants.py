@@ -30,8 +30,9 @@ from dsv3.config_files import DEMO, load_model_config
 from dsv3.distributed.stand_in import stand_in_mesh
 from dsv3.engine.kernel_variants import list_variants
 from dsv3.engine.runner import Runner
-from dsv3.engine.setup import Setup, decode_limit
+from dsv3.engine.setup import Setup
 from dsv3.engine.step_plan import StepPlan
+from dsv3.model.absorb_rule import AbsorbRule
 from dsv3.parallel.token_rows import DispatchSettings
 from dsv3.parallel.weights import WeightFormat
 from dsv3.settings import EngineConfig
@@ -125,9 +126,9 @@ def random_step(rng: np.random.Generator) -> StepPlan:
 def serve(shape: RankShape, num_steps: int) -> set[Variant]:
     """Run random steps of such a rank; return the variants they asked for."""
     rank = Rank(shape, CUDA, 2048)
-    limit, rng = decode_limit(SETTINGS, shape.cut), np.random.default_rng(0)
+    rule, rng = AbsorbRule.make(shape.cut, SETTINGS), np.random.default_rng(0)
     runners = [
-        Runner(rank.model, rank.cache, limit, static=is_static) for is_static in (False, True)
+        Runner(rank.model, rank.cache, rule, static=is_static) for is_static in (False, True)
     ]
     with asked_variants() as asked:
         for i in range(num_steps):

@@ -1,5 +1,6 @@
 """Our model on one rank: its logits at every position, and its greedy answers."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def all_logits(
     """
     runner = started.runner
     model, cache = runner.model, runner.cache
-    limit = runner.decode_limit if limit is None else limit
+    rule = runner.rule if limit is None else replace(runner.rule, max_queries=limit)
     pages = cache.layout.pages_for(max(map(len, texts)))
     found: list[list[Tensor]] = [[] for _ in texts]
     for start_at in range(0, max(map(len, texts)), chunk):
@@ -53,7 +54,7 @@ def all_logits(
             ),
         )
         with torch.inference_mode():
-            batch = BatchBuilder(plan, cache.layout, CPU, limit).build()
+            batch = BatchBuilder(plan, cache.layout, CPU, rule).build()
             logits = model.logits(model(batch, cache))
         for (i, _), part in zip(step, logits.split([len(new) for _, new in step]), strict=True):
             found[i].append(part)

@@ -70,11 +70,11 @@ def test_published_sizes() -> None:
     """V3 has 70,272 bytes of bf16 latents per token in 61 layers; expanded heads 57 times that."""
     config = load_model_config("v3-671b")
     latent = CacheLayout.make(config, "latent", "tokens", "bf16", 8, 3)
-    assert latent.entry_bytes * config.num_hidden_layers == 70_272
+    assert latent.position_bytes == 70_272
     heads = CacheLayout.make(config, "heads", "tokens", "bf16", 8, 3)
-    assert heads.entry_bytes * config.num_hidden_layers == 624_640
+    assert heads.position_bytes == 624_640
     packed = CacheLayout.make(config, "latent", "tokens", "fp8", 8, 3)
-    assert packed.entry_bytes == 656
+    assert packed.main.entry_bytes == 656
 
 
 def test_gather_returns_position_order() -> None:

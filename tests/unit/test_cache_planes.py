@@ -22,9 +22,10 @@ from tests.checkpoint_files import TINY
 
 CPU = torch.device("cpu")
 INDEX_PLANES = [
-    Plane("index", 128, 128, "fp8", has_scales_apart=True),
-    Plane("index", 128, 128, "bf16"),
-    Plane("index", 128, 128, "fp32"),
+    Plane("index", 128, 128, (0, 1, 2), "fp8", has_scales_apart=True),
+    Plane("index", 128, 128, (0, 2), "fp8", has_scales_apart=True),
+    Plane("index", 128, 128, (0, 1, 2), "bf16"),
+    Plane("index", 128, 128, (0, 1, 2), "fp32"),
 ]
 WORLDS = [1, 4]
 
@@ -52,9 +53,7 @@ def random_pool(layout: CacheLayout, num_pages: int = 6) -> CachePool:
 def pages_of(pool: CachePool) -> Iterator[Tensor]:
     """The bytes of each plane by page, [pages, layers, ...]."""
     for plane in pool.planes:
-        yield (
-            plane.view(torch.uint8).view(pool.layout.num_layers, pool.num_pages, -1).transpose(0, 1)
-        )
+        yield (plane.view(torch.uint8).view(len(plane), pool.num_pages, -1).transpose(0, 1))
 
 
 def page_fields(pool: CachePool, page: int) -> Iterator[Tensor]:
@@ -73,8 +72,9 @@ def page_fields(pool: CachePool, page: int) -> Iterator[Tensor]:
 def test_bytes_count_all_planes(index_plane: Plane, tp: int) -> None:
     layout = two_planes(index_plane, tp, 0)
     assert index_plane.entry_bytes == {"fp8": 132, "bf16": 256, "fp32": 512}[index_plane.dtype]
-    assert layout.entry_bytes == (129 + 4 * 2 + 2 * 8) + index_plane.entry_bytes
-    assert layout.page_bytes == 3 * 64 // tp * layout.entry_bytes
+    indexed = len(index_plane.layers) * index_plane.entry_bytes
+    assert layout.position_bytes == 3 * (129 + 4 * 2 + 2 * 8) + indexed
+    assert layout.page_bytes == 64 // tp * layout.position_bytes
     assert random_pool(layout).num_bytes == 6 * layout.page_bytes
 
 

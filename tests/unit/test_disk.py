@@ -55,13 +55,13 @@ class Ranks:
     @staticmethod
     def page(layout: CacheLayout, rank: int, tp: int, seed: int) -> np.ndarray:
         """A rank's part of a page whose bytes depend on layer, position and index only."""
-        width = layout.entry_bytes * (tp if layout.form == "heads" else 1)
+        width = layout.main.entry_bytes * (tp if layout.form == "heads" else 1)
         shape = (SMALL.num_hidden_layers, layout.page_size, width)
         layer, position, byte = np.indices(shape)
         whole = np.random.default_rng(seed).integers(0, 256, 9973, np.uint8)
         whole = whole[(layer * 4001 + position * 1009 + byte * 7) % 9973]
         if layout.form == "heads":
-            return whole[..., rank * layout.entry_bytes : (rank + 1) * layout.entry_bytes]
+            return whole[..., rank * layout.main.entry_bytes : (rank + 1) * layout.main.entry_bytes]
         return whole[:, layout.paging.shard :: layout.paging.shards]
 
     def store(self) -> bool:

@@ -16,10 +16,10 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     "layout",
     [
-        CacheLayout((Plane("latent", 8, 6, "fp32"),), 3, Paging(64, 4, 1)),
-        CacheLayout((Plane("latent", 8, 6, "bf16"),), 3, Paging(64)),
-        CacheLayout((Plane("latent", 144, 128, "fp8"),), 3, Paging(64, 2, 0)),
-        CacheLayout((Plane("heads", 20, 20, "fp32"),), 3, Paging(64)),
+        CacheLayout((Plane("latent", 8, 6, (0, 1, 2), "fp32"),), Paging(64, 4, 1)),
+        CacheLayout((Plane("latent", 8, 6, (0, 1, 2), "bf16"),), Paging(64)),
+        CacheLayout((Plane("latent", 144, 128, (0, 1, 2), "fp8"),), Paging(64, 2, 0)),
+        CacheLayout((Plane("heads", 20, 20, (0, 1, 2), "fp32"),), Paging(64)),
     ],
     ids=lambda layout: f"{layout.form} {layout.main.dtype}",
 )

@@ -12,6 +12,7 @@ from dsv3.config import ParallelConfig
 from dsv3.distributed.stand_in import stand_in_mesh
 from dsv3.engine.runner import BatchBuilder, Runner
 from dsv3.engine.step_plan import StepPlan
+from dsv3.model.absorb_rule import AbsorbRule
 from dsv3.model.batch import Batch
 from dsv3.model.moe import Router
 from dsv3.model.transformer import Transformer
@@ -60,8 +61,8 @@ def stored(plan: StepPlan, layout: CacheLayout) -> dict[int, tuple[int, int]]:
 
 
 def build(plan: StepPlan, shards: int, shard: int, limit: int = 1) -> tuple[Batch, CacheLayout]:
-    layout = CacheLayout((Plane("latent", 1, 1, "fp32"),), 1, Paging(PAGE, shards, shard))
-    return BatchBuilder(plan, layout, CPU, limit).build(), layout
+    layout = CacheLayout((Plane("latent", 1, 1, (0,), "fp32"),), Paging(PAGE, shards, shard))
+    return BatchBuilder(plan, layout, CPU, AbsorbRule(limit)).build(), layout
 
 
 @pytest.mark.parametrize("step", STEPS, ids=str)
@@ -148,7 +149,7 @@ def test_a_step_that_fails_leaves_no_locks(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(locks) > 8 and not any(bool(lock.any()) for lock in locks)
     layout = CacheLayout.make(TINY, "latent", "none", "fp32", 1, 0)
     cache = CachePool(layout, 2, CPU, mesh.tp)
-    runner = Runner(model, cache, 1)
+    runner = Runner(model, cache, AbsorbRule(1))
 
     def fail(*_: object) -> None:
         for lock in locks:

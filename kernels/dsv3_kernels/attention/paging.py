@@ -1,5 +1,6 @@
 """Page tables: the cache slots of a sequence's positions on one rank."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -104,6 +105,31 @@ class PageTables:
     def sequences(self, start: int, stop: int) -> "PageTables":
         """Return the tables of sequences start to stop, without keys."""
         return PageTables(self.page_BG[start:stop], self.query_pos_BQ[start:stop], self.paging)
+
+    def blocks(self, num_rows: int) -> Iterator[tuple[slice, "PageTables"]]:
+        """Yield the tables of at most about `num_rows` queries each, with their rows of B * Q."""
+        B, Q = self.query_pos_BQ.shape
+        if num_rows >= B * Q:
+            yield slice(0, B * Q), self
+            return
+        step = max(1, num_rows // Q)
+        for b in range(0, B, step):
+            some = self.sequences(b, b + step)
+            if num_rows >= Q:
+                yield slice(b * Q, min(b + step, B) * Q), some
+                continue
+            for q in range(0, Q, num_rows):
+                pos_BQ = some.query_pos_BQ[:, q : q + num_rows]
+                rows = slice(b * Q + q, b * Q + q + pos_BQ.shape[1])
+                yield rows, PageTables(some.page_BG, pos_BQ, self.paging)
+
+    @classmethod
+    def stacked(cls, parts: "list[PageTables]") -> "PageTables":
+        """Return the tables of all sequences of several tables of one width."""
+        if len(parts) == 1:
+            return parts[0]
+        pages = torch.cat([part.page_BG for part in parts])
+        return cls(pages, torch.cat([part.query_pos_BQ for part in parts]), parts[0].paging)
 
     def expanded(self) -> Keys:
         """Return the slots and positions of the keys."""
