@@ -53,11 +53,15 @@ def has_fp8_experts(source: Source) -> bool:
     return all(s.name in stored for s in specs if s.expert is not None and not s.mtp)
 
 
-def bf16_routers(source: Source) -> frozenset[str]:
-    """Return the names of the routers' weights that are stored in bfloat16."""
-    gates = (n for n in tensor_specs(source.config) if n.endswith(".mlp.gate.weight"))
+def bf16_vectors(source: Source) -> frozenset[str]:
+    """Return the weights of products in float32 that are stored in bfloat16.
+
+    These are the routers, and the weights of the indexers' heads.
+    """
+    kinds = (".mlp.gate.weight", ".indexer.weights_proj.weight")
+    exact = (n for n in tensor_specs(source.config) if n.endswith(kinds))
     stored = source.tensors
-    return frozenset(n for n in gates if n in stored and stored[n].dtype == "BF16")
+    return frozenset(n for n in exact if n in stored and stored[n].dtype == "BF16")
 
 
 def load_weights(source: Source, targets: Iterable[Target], layout: ParallelConfig) -> None:

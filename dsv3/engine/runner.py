@@ -205,7 +205,9 @@ class BatchBuilder:
         row_seq, position = self._positions()
         # The scheduler puts the sequences in front that attend straight to the cache.
         lengths = zip(plan.query_len.tolist(), plan.context_len.tolist(), strict=True)
-        num_absorbed = sum(self._rule.absorbs(*each) for each in lengths)
+        absorbs = [self._rule.absorbs(*each) for each in lengths]
+        num_absorbed = sum(absorbs)
+        assert all(absorbs[:num_absorbed]), f"{plan.query_len=} {plan.context_len=}"
         num_decode_rows = int(self._row_start[num_absorbed])
         bounds = self._group_bounds(num_absorbed)
         long_seqs = range(num_absorbed, num_seqs)

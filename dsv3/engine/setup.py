@@ -7,7 +7,7 @@ import torch
 
 from dsv3.cache.layout import CacheLayout
 from dsv3.checkpoint.contradictions import source_warnings
-from dsv3.checkpoint.load import bf16_routers, fp8_weights, has_fp8_experts, has_fp8_weights
+from dsv3.checkpoint.load import bf16_vectors, fp8_weights, has_fp8_experts, has_fp8_weights
 from dsv3.checkpoint.reader import Source
 from dsv3.config import ModelConfig
 from dsv3.distributed.mesh import Mesh
@@ -154,7 +154,7 @@ def weight_format(source: Source, settings: EngineConfig, mesh: Mesh) -> WeightF
     mode = numerics_mode(settings, source, mesh.device.type)
     dtype = TORCH_DTYPES.get(mode, torch.bfloat16)
     # Their products with bfloat16 activations are exact in float32.
-    routers = bf16_routers(source) if dtype == torch.bfloat16 else frozenset()
+    vectors = bf16_vectors(source) if dtype == torch.bfloat16 else frozenset()
     if mode == "fp8":
         quantization = source.config.quantization
         return WeightFormat(
@@ -163,10 +163,10 @@ def weight_format(source: Source, settings: EngineConfig, mesh: Mesh) -> WeightF
             fp8_names=fp8_weights(source),
             fp8_products=True,
             ue8m0=quantization is not None and quantization.scale_fmt == "ue8m0",
-            bf16_vectors=routers,
+            bf16_vectors=vectors,
         )
     kept = fp8_weights(source) if settings.weights == "fp8" else frozenset()
-    return WeightFormat(dtype, mesh.device, kept, bf16_vectors=routers)
+    return WeightFormat(dtype, mesh.device, kept, bf16_vectors=vectors)
 
 
 def context_limit(settings: EngineConfig, config: ModelConfig) -> int:

@@ -99,11 +99,13 @@ V3_FP8 = V3 | {
     "q_lora_rank": 136,
     "quantization_config": FP8,
 }
+# With few heads, many products are all negative, and the scores of their positions all zero: ties,
+# of which transformers takes any.
 SPARSE = {
     "architectures": ["DeepseekV32ForCausalLM"],
     "model_type": "deepseek_v32",
     "index_head_dim": 32,
-    "index_n_heads": 4,
+    "index_n_heads": 16,
     "index_topk": 48,
 }
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -131,6 +133,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "v_head_dim": 32,
     },
     "v3.1-ue8m0": V3_FP8 | {"quantization_config": FP8 | {"scale_fmt": "ue8m0"}},
+    # Several pages of which a query attends to fewer positions than one has.
+    "v3.2-long": V3
+    | SPARSE
+    | {
+        "index_topk": 40,
+        "max_position_embeddings": 512,
+        "rope_scaling": YARN | {"factor": 16},
+    },
     "v3.2": V3_FP8 | SPARSE | {"quantization_config": FP8 | {"scale_fmt": "ue8m0"}},
     "kimi-k2": V3
     | {

@@ -40,9 +40,13 @@ def all_logits(
     pages = cache.layout.pages_for(max(map(len, texts)))
     found: list[list[Tensor]] = [[] for _ in texts]
     for start_at in range(0, max(map(len, texts)), chunk):
-        # Shorter sequences leave; the rest are ordered by their new tokens, as plans demand.
-        step = [(i, t[start_at : start_at + chunk]) for i, t in enumerate(texts)]
-        step = sorted((s for s in step if s[1]), key=lambda s: len(s[1]))
+        # Shorter sequences leave; the rest are ordered as plans demand: first those that attend
+        # straight to the cache, each kind by the number of new tokens.
+        parts = [(i, t[start_at : start_at + chunk]) for i, t in enumerate(texts)]
+        step = sorted(
+            (part for part in parts if part[1]),
+            key=lambda part: (not rule.absorbs(len(part[1]), start_at), len(part[1])),
+        )
         plan = StepPlan(
             token_ids=np.concatenate([np.array(new, np.int32) for _, new in step]),
             query_len=np.array([len(new) for _, new in step], np.int32),

@@ -7,7 +7,6 @@ import pytest
 import torch
 from transformers import GenerationMixin
 
-from dsv3.errors import ConfigError, RequestError
 from dsv3.model import attention
 from dsv3.request import SamplingParams
 from tests.oracle.families import CONFIGS, Oracle
@@ -16,7 +15,7 @@ from tests.oracle.run import all_logits, answers, start_alone
 # The demand is 2e-3 of the logits' standard deviation; float32 gives about 1e-5.
 TOLERANCE = 1e-4
 MAKE = Callable[[str], Oracle]
-DENSE = [family for family in CONFIGS if family not in ("v3.2", "v3-fp8-whole")]
+FAMILIES = [family for family in CONFIGS if family not in ("v3.2-long", "v3-fp8-whole")]
 
 
 def check_logits(got: list[torch.Tensor], oracle: Oracle, texts: list[list[int]]) -> None:
@@ -36,7 +35,7 @@ def check_logits(got: list[torch.Tensor], oracle: Oracle, texts: list[list[int]]
         ("auto", 1, None),
     ],
 )
-@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_logits(oracle: MAKE, family: str, attn_impl: str, chunk: int, limit: int | None) -> None:
     """At every position, prompts of all lengths together, whole, in chunks and one by one."""
     made = oracle(family)
@@ -71,7 +70,7 @@ def check_greedy(oracle: Oracle, prompts: list[list[int]], **settings: object) -
         assert done.token_ids == want.argmax(-1).tolist(), f"prompt of {len(prompt)} tokens"
 
 
-@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_answers(oracle: MAKE, family: str) -> None:
     made = oracle(family)
     check_greedy(made, made.prompts, max_batch_tokens=40, max_running=4)
@@ -99,7 +98,7 @@ def test_penalized_answers(oracle: MAKE, depth: int) -> None:
 
 def test_no_family_answers_the_same_thing_forever(oracle: MAKE) -> None:
     """A model that repeats one token would make the test above easy to pass."""
-    for family in DENSE:
+    for family in FAMILIES:
         made = oracle(family)
         started = start_alone(made.path)
         done = answers(started, made.prompts, SamplingParams(max_tokens=32, ignore_eos=True))
@@ -124,28 +123,3 @@ def test_probabilities(oracle: MAKE) -> None:
             assert got.logprob == pytest.approx(float(want[i, text[i + 1]]), abs=1e-3)
             assert [t for t, _ in got.top] == top.indices.tolist()
             assert [p for _, p in got.top] == pytest.approx(top.values.tolist(), abs=1e-3)
-
-
-def test_sparse_model_below_its_threshold(oracle: MAKE) -> None:
-    """V3.2 up to index_topk tokens: every key is chosen, so attention is dense."""
-    made = oracle("v3.2")
-    short = [p[:48] for p in made.prompts]
-    started = start_alone(made.path)
-    check_logits(all_logits(started, short, 16), made, short)
-    check_greedy(made, [p[:16] for p in made.prompts])
-
-
-def test_sparse_model_above_its_threshold(oracle: MAKE) -> None:
-    """There the published model drops keys, and dense attention would be wrong: refused."""
-    made = oracle("v3.2")
-    started = start_alone(made.path)
-    (dense,) = all_logits(started, made.prompts[-1:], 200)
-    want = made.logits(made.prompts[-1])
-    error = (dense - want).abs().amax(-1) / want.std()
-    assert error[:48].max() < TOLERANCE and error[48:].max() > 100 * TOLERANCE
-    with pytest.raises(RequestError, match="it may have 47"):
-        answers(started, [made.prompts[-1]], SamplingParams(max_tokens=1))
-    with pytest.raises(RequestError, match="max_tokens may be 8"):
-        answers(started, [made.prompts[-1][:40]], SamplingParams(max_tokens=9))
-    with pytest.raises(ConfigError, match="max_seq_len=49 exceeds index_topk=48"):
-        start_alone(made.path, max_seq_len=49)

@@ -114,7 +114,7 @@ def test_a_router_stored_in_bfloat16_stays_so(stored_as: str, tmp_path: Path) ->
     if stored_as == "F32":
         tensors[name] = ("F32", tensors[name][1], want.numpy().tobytes())
     with open_source(write_hf(tmp_path / "hf", TINY, tensors)) as source:
-        routers = load.bf16_routers(source)
+        routers = load.bf16_vectors(source)
         mesh = Mesh(ParallelConfig(), CPU, SingleRank(), SingleRank(), SingleRank(), 1)
         fmt = WeightFormat(torch.bfloat16, CPU, bf16_vectors=routers)
         model = Transformer(TINY, mesh, fmt)

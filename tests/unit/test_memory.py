@@ -83,7 +83,8 @@ def test_published_models(preset: str, world_size: int) -> None:
     for spec in tensor_specs(config).values():
         region = None if spec.mtp else shard_region(spec, layout)
         if region is not None:
-            is_float32 = len(region) == 1 or spec.name.endswith("mlp.gate.weight")
+            kinds = ("mlp.gate.weight", "weights_proj.weight")
+            is_float32 = len(region) == 1 or spec.name.endswith(kinds)
             elements["vectors" if is_float32 else "matrices"] += math.prod(region_shape(region))
     want = 2 * elements["matrices"] + 4 * elements["vectors"]
     assert planned(config, layout, WeightFormat(torch.bfloat16, CPU)) == want
