@@ -20,5 +20,7 @@ if [ $# != 0 ]; then
     exec .venv/bin/pytest "$@"
 fi
 echo "the whole suite: about 15 minutes on two cores (--quick: under two)" >&2
-# Two files at a time: a file's tests share what they start, and many of them wait for processes.
-exec .venv/bin/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# Two files at a time, in order: a file's tests share what they start, and many wait for processes.
+# The stacks of a test that hangs tell its name.
+exec .venv/bin/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder \
+    -o faulthandler_timeout=300
