@@ -14,6 +14,8 @@ from dsv3.checkpoint.sharding import (
     scale_shape,
     tensor_specs,
 )
+from dsv3.config import ModelConfig
+from dsv3.config_indexer import SHARED
 from dsv3.errors import CheckpointError
 
 _HEADS = "num_attention_heads"
@@ -76,16 +78,23 @@ def _check_known(source: Source, specs: Mapping[str, TensorSpec], name: str) -> 
 def _hint(source: Source, name: str) -> str:
     """Return the config field that excludes a tensor, where the name shows it."""
     config = source.config
-    if ".indexer." in name and not config.has_indexer:
-        return (
-            f": it belongs to deepseek_v32's sparse attention, the config says {config.model_type}"
-        )
+    if ".indexer." in name:
+        return _indexer_hint(config, name)
     if name.endswith(".e_score_correction_bias"):
         return f": the config says topk_method={config.topk_method}"
     if ".shared_experts." in name:
         return f": the config says n_shared_experts={config.n_shared_experts}"
     if name.endswith("_proj.bias"):
         return ": no model of the family has biases in its projections"
+    return ""
+
+
+def _indexer_hint(config: ModelConfig, name: str) -> str:
+    if not config.has_indexer:
+        return f": it belongs to sparse attention, the config says {config.model_type}"
+    layer = name.removeprefix("model.layers.").partition(".")[0]
+    if layer.isdecimal() and config.indexer_kind(int(layer)) == SHARED:
+        return f": the config says that layer {layer} shares an earlier layer's selection"
     return ""
 
 

@@ -6,6 +6,7 @@ with block scales in another shard, a router bias in float32. The expected logit
 stored values, FP8 dequantized, in float32.
 """
 
+import copy
 import json
 import zlib
 from dataclasses import dataclass
@@ -89,7 +90,7 @@ V2 = V3 | {
     "seq_aux": True,
 }
 # FP8 wants rows and columns above 128, ragged: kv_a has 128 + 16 rows, experts are 200 wide.
-V3_FP8 = V3 | {
+FP8_SIZES = {
     "hidden_size": 192,
     "intermediate_size": 320,
     "kv_lora_rank": 128,
@@ -99,6 +100,7 @@ V3_FP8 = V3 | {
     "q_lora_rank": 136,
     "quantization_config": FP8,
 }
+V3_FP8 = V3 | FP8_SIZES
 # With few heads, many products are all negative, and the scores of their positions all zero: ties,
 # of which transformers takes any.
 SPARSE = {
@@ -107,6 +109,28 @@ SPARSE = {
     "index_head_dim": 32,
     "index_n_heads": 16,
     "index_topk": 48,
+}
+# The spelling of transformers 5: the base is inside `rope_parameters`, and there is no YaRN. The
+# epsilon is large enough to tell the norms of the latents from the others.
+GLM = {name: value for name, value in V3.items() if name not in ("rope_scaling", "rope_theta")} | {
+    "eos_token_id": [1, 3, 4],
+    "n_group": 1,
+    "pad_token_id": 1,
+    "qk_head_dim": 40,
+    "rms_norm_eps": 1e-3,
+    "rope_parameters": {"rope_theta": 1000000, "rope_type": "default"},
+    "topk_group": 1,
+    "v_head_dim": 40,
+}
+GLM5 = GLM | {
+    "architectures": ["GlmMoeDsaForCausalLM"],
+    "model_type": "glm_moe_dsa",
+    "head_dim": 16,
+    "index_head_dim": 32,
+    "index_n_heads": 16,
+    "index_topk": 48,
+    "indexer_rope_interleave": True,
+    "moe_router_dtype": "float32",
 }
 CONFIGS: dict[str, dict[str, Any]] = {
     "v2-lite": V2
@@ -155,6 +179,49 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 2.827,
         "topk_group": 1,
     },
+    "glm-5": GLM5,
+    # Shared layers follow one another; FP8 as in V3.2.
+    "glm-5.2": GLM5
+    | FP8_SIZES
+    | {
+        "index_share_for_mtp_iteration": True,
+        "index_skip_topk_offset": 2,
+        "index_topk_freq": 3,
+        "index_topk_pattern": None,
+        "indexer_types": ["full", "full", "shared", "shared", "full", "shared"],
+        "num_hidden_layers": 6,
+    },
+    "glm-4.7-flash": GLM
+    | {
+        "architectures": ["Glm4MoeLiteForCausalLM"],
+        "model_type": "glm4_moe_lite",
+        "num_attention_heads": 10,
+        "num_key_value_heads": 10,
+        "partial_rotary_factor": 1.0,
+        "routed_scaling_factor": 1.8,
+    },
+    "kimi-k2.5": V3
+    | {
+        "n_group": 1,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 12,
+        "rms_norm_eps": 1e-3,
+        "rope_theta": 50000.0,
+        "routed_scaling_factor": 2.827,
+        "topk_group": 1,
+    },
+    "moonlight": V3
+    | {
+        "n_group": 1,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 6,
+        "q_lora_rank": None,
+        "rms_norm_eps": 1e-3,
+        "rope_scaling": None,
+        "rope_theta": 50000.0,
+        "routed_scaling_factor": 2.446,
+        "topk_group": 1,
+    },
     "unusual": V3
     | {
         "first_k_dense_replace": 0,
@@ -170,6 +237,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 # Mean and spread of the router's bias. V3.1's is far above the scores and must stay float32; with
 # v3-fp8's every biased score is negative, so that groups masked by 0 would win.
 BIAS = {"v3.1-ue8m0": (10.0, 0.2), "kimi-k2": (-0.3, 0.2), "v3-fp8": (-1.5, 0.2)}
+# Outer model type of a multi-modal model: its config has the text model's inside, its tensor names
+# have a prefix, and there are tensors of an image encoder.
+WRAPPED = {"kimi-k2.5": "kimi_k25"}
 PROMPT_LENGTHS = (1, 2, 7, 45, 90)
 
 
@@ -199,7 +269,10 @@ def make_oracle(family: str, folder: Path) -> Oracle:
     made.save_pretrained(folder / "names")
     names = load_file(folder / "names" / "model.safetensors")
     stored, plain = _store(names, config)
-    _write(folder / "hf", stored, config)
+    if family in WRAPPED:
+        _write(folder / "hf", *_wrap(stored, config, WRAPPED[family]))
+    else:
+        _write(folder / "hf", stored, config)
     (folder / "plain").mkdir()
     save_file(plain, folder / "plain" / "model.safetensors", {"format": "pt"})
     _hf_config(config).save_pretrained(folder / "plain")
@@ -211,9 +284,43 @@ def make_oracle(family: str, folder: Path) -> Oracle:
     )
     model, info = loaded
     assert not any(info.values()), info
+    _correct_epsilons(model, config)
     vocab = config["vocab_size"]
     prompts = [torch.randint(2, vocab, (n,)).tolist() for n in PROMPT_LENGTHS]
     return Oracle(folder / "hf", model.eval(), prompts)
+
+
+def _wrap(
+    tensors: dict[str, Tensor], config: dict[str, Any], model_type: str
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the checkpoint of a multi-modal model with this text model, as Kimi-K2.5's."""
+    wrapped = {f"language_model.{name}": x for name, x in tensors.items()}
+    wrapped |= {
+        "mm_projector.proj.0.weight": torch.ones(4, 4, dtype=torch.bfloat16),
+        "vision_tower.encoder.blocks.0.wqkv.weight": torch.ones(12, 4, dtype=torch.bfloat16),
+        "vision_tower.patch_embed.proj.weight": torch.ones(4, 3, 2, 2, dtype=torch.bfloat16),
+    }
+    outer = {
+        "architectures": ["KimiK25ForConditionalGeneration"],
+        "bos_token_id": config["bos_token_id"],
+        "eos_token_id": config["eos_token_id"],
+        "media_placeholder_token_id": 5,
+        "model_type": model_type,
+        "text_config": config,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "vision_config": {"patch_size": 2, "vt_hidden_size": 4, "vt_num_hidden_layers": 1},
+    }
+    return wrapped, outer
+
+
+def _correct_epsilons(model: PreTrainedModel, config: dict[str, Any]) -> None:
+    """Give the norms of the latents GLM's epsilon; transformers builds them with 1e-6."""
+    if config["model_type"].startswith("glm"):
+        for name, module in model.named_modules():
+            if name.endswith(("q_a_layernorm", "kv_a_layernorm")):
+                assert module.variance_epsilon == 1e-6
+                module.variance_epsilon = config["rms_norm_eps"]
 
 
 def _model_class(config: dict[str, Any]) -> type[PreTrainedModel]:
@@ -227,7 +334,7 @@ def _hf_config(config: dict[str, Any]) -> transformers.PretrainedConfig:
     plain["mlp_layer_types"] = ["dense"] * dense + ["sparse"] * sparse
     config_class = _model_class(config).config_class
     assert config_class is not None
-    return config_class.from_dict(plain)
+    return config_class.from_dict(copy.deepcopy(plain))  # which it adds keys to
 
 
 @torch.no_grad()
