@@ -14,9 +14,17 @@ from typing import Any
 from dsv3.errors import CheckpointError, ConfigError, RequestError
 from dsv3.read_files import read_text
 from dsv3.text.chat_template import ChatTemplate
-from dsv3.text.messages import ROLES, Message, Tools, check_message, map_strings
+from dsv3.text.messages import (
+    ROLES,
+    ChatInput,
+    Message,
+    Tools,
+    check_message,
+    map_strings,
+    parse_tool_calls,
+)
 from dsv3.text.ordinary_text import OrdinaryText
-from dsv3.text.published_formats import published_format
+from dsv3.text.published_formats import PublishedFormat, published_format
 from dsv3.text.thoughts import END_THINK, begins_in_thought
 from dsv3.text.tokenizer import Tokenizer
 from dsv3.text.tokenizer_errors import NoTokenizer
@@ -61,11 +69,12 @@ class ChatFormat:
             source = read_text(template, ConfigError)
             file = str(template)
         if source is None:
-            self._published, roles = published_format(model_type, name, tokenizer)
+            self._published: PublishedFormat | None = published_format(model_type, name, tokenizer)
             self._template = None
-            self._roles = set(roles)
+            self._roles = set(self._published.roles)
             self._knows_thoughts = False
         else:
+            self._published = None
             self._template = ChatTemplate(source, file)
             self._roles = {role for role in ROLES if re.search(f"['\"]{role}['\"]", source)}
             self._knows_thoughts = END_THINK in source
@@ -119,7 +128,7 @@ class ChatFormat:
             CheckpointError: it can render none; the error is that of the simplest.
         """
         if self._template is not None:
-            self._template.check([self._variables(probe, False) for probe in _PROBES])
+            self._template.check([self._variables(ChatInput(messages=p)) for p in _PROBES])
 
     def prompt_ids(self, messages: Sequence[Message], thinking: bool | None = None) -> list[int]:
         """Return the tokens of a conversation, up to the start of the model's answer."""
@@ -155,20 +164,36 @@ class ChatFormat:
         thinking: bool = False,
         tools: Tools | None = None,
         add_generation_prompt: bool = True,
+        schema: Any = None,
     ) -> str:
         """Return the text of a conversation, up to the start of the model's answer.
 
-        The template gets `thinking` under both names in use; it may use neither.
+        Args:
+            messages: in the OpenAI format.
+            thinking: let the model think; a template gets it under both names in use.
+            tools: that the model may call, in the OpenAI format.
+            add_generation_prompt: end with the start of the answer, where the format allows both.
+            schema: JSON schema that the answer has to follow.
+
+        Raises:
+            RequestError: the format has no place for one of them.
         """
         plain = [self._plain(f"messages[{i}]", message) for i, message in enumerate(messages)]
         if not plain:
             raise RequestError("messages is empty; give at least one message")
-        if self._template is None:
-            if tools or any("tool_calls" in message for message in plain):
-                raise RequestError("tools need a chat template, and this checkpoint ships none")
-            return self._published(plain, thinking, add_generation_prompt)
-        tools = map_strings(tools, self._ordinary.hide)
-        return self._template.render(self._variables(plain, thinking, tools, add_generation_prompt))
+        chat = ChatInput(
+            messages=plain,
+            thinking=thinking,
+            tools=map_strings(tools or (), self._ordinary.hide),
+            schema=map_strings(schema, self._ordinary.hide),
+            add_generation_prompt=add_generation_prompt,
+        )
+        if self._published is not None:
+            return _render_published(self._published, chat)
+        if schema is not None:
+            raise RequestError("this model's chat format has no place for a schema of the answer")
+        assert self._template is not None
+        return self._template.render(self._variables(chat))
 
     def encode(self, prompt: str) -> list[int]:
         """Encode a rendered conversation; only control tokens written by the format count."""
@@ -182,26 +207,23 @@ class ChatFormat:
         """Return an answer of the model as it appears in the next rendered prompt."""
         return self._ordinary.hide(text, in_answer=True)
 
-    def _variables(
-        self,
-        messages: Sequence[Message],
-        thinking: bool,
-        tools: Tools | None = None,
-        add_generation_prompt: bool = True,
-    ) -> dict[str, Any]:
+    def _variables(self, chat: ChatInput) -> dict[str, Any]:
         return {
-            "messages": messages,
-            "tools": tools,
+            "messages": chat.messages,
+            "tools": chat.tools or None,
             "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-            "thinking": thinking,
-            "enable_thinking": thinking,
+            "add_generation_prompt": chat.add_generation_prompt,
+            "thinking": chat.thinking,
+            "enable_thinking": chat.thinking,
         } | self._tokenizer.special_tokens
 
     def _plain(self, where: str, message: Any) -> dict[str, Any]:
         """Return a checked message in a template's form, with names of control tokens hidden."""
         plain = check_message(where, message)
         role = self._role(where, plain["role"])
+        if self._published is not None and self._published.has_tools and "tool_calls" in plain:
+            # Before names are hidden: in a JSON text, they may be spelt with escapes.
+            plain["tool_calls"] = parse_tool_calls(f"{where}.tool_calls", plain["tool_calls"])
         hidden: dict[str, Any] = map_strings(plain, self._ordinary.hide)
         hidden["role"] = role
         if role == "assistant" and plain["content"] is not None:
@@ -215,6 +237,15 @@ class ChatFormat:
         if role == "tool" and role not in self._roles:
             raise RequestError(f"{where}.role='tool' is unknown to this model's chat format")
         return role
+
+
+def _render_published(published: PublishedFormat, chat: ChatInput) -> str:
+    if not published.has_tools:
+        if chat.tools or any("tool_calls" in message for message in chat.messages):
+            raise RequestError("tools need a chat template, and this checkpoint ships none")
+        if chat.schema is not None:
+            raise RequestError("this model's chat format has no place for a schema of the answer")
+    return published.render(chat)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,8 @@
 """The messages of a conversation in the OpenAI format, checked field by field."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from dsv3.config_fields import shown
@@ -14,6 +16,25 @@ _FIELDS = {"role", "content", "name", "reasoning_content", "tool_calls", "tool_c
 _TEXTS = ("name", "reasoning_content", "tool_call_id")
 # Servers add these to the messages of their answers.
 _IGNORED = {"index"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatInput:
+    """The input of a chat format.
+
+    Attributes:
+        messages: checked messages of the conversation.
+        thinking: let the model think before it answers.
+        tools: tools that the model may call.
+        schema: JSON schema that the answer has to follow; None for free text.
+        add_generation_prompt: end the prompt with the start of the model's answer.
+    """
+
+    messages: Sequence[Message]
+    thinking: bool = False
+    tools: Tools = ()
+    schema: Any = None
+    add_generation_prompt: bool = True
 
 
 def check_message(where: str, message: Any) -> dict[str, Any]:
@@ -52,6 +73,34 @@ def check_message(where: str, message: Any) -> dict[str, Any]:
     else:
         raise RequestError(f"{where}.content is missing")
     return plain
+
+
+def parse_tool_calls(where: str, calls: Any) -> list[dict[str, Any]]:
+    """Return the tool calls of a message with their arguments as JSON objects.
+
+    Clients send arguments as JSON texts, in which escapes may spell any characters.
+
+    Raises:
+        RequestError: a call has no name, or its arguments are not a JSON object.
+    """
+    if not isinstance(calls, list | tuple):
+        raise RequestError(f"{where} must be a list of tool calls")
+    return [_parse_tool_call(f"{where}[{i}].function", call) for i, call in enumerate(calls)]
+
+
+def _parse_tool_call(where: str, call: Any) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise RequestError(f"{where} must be an object with name and arguments")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):
+            arguments = None
+    if not isinstance(arguments, Mapping):
+        raise RequestError(f"{where}.arguments must be a JSON object")
+    return {"function": {"name": function["name"], "arguments": dict(arguments)}}
 
 
 def map_strings(value: Any, change: Callable[[str], str]) -> Any:

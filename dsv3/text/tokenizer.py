@@ -25,7 +25,7 @@ from dsv3.text.tokenizer_limits import check_growth
 log = logging.getLogger(__name__)
 
 _CONFIG = "tokenizer_config.json"
-_MARK = re.compile(r"<.+>|\[.+\]", re.DOTALL)
+_MARK = re.compile(r"<.+>|\[.+\]|｜.+｜", re.DOTALL)
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>$")
 
 

@@ -252,6 +252,12 @@ def test_published_formats_refuse_tools(demo: Tokenizer) -> None:
         chat(demo, None, "deepseek_v3").render(SHORT, tools=[{"type": "function"}])
 
 
+@pytest.mark.parametrize("template", [None, RICH_TEMPLATE])
+def test_other_formats_refuse_a_schema(demo: Tokenizer, template: str | None) -> None:
+    with pytest.raises(RequestError, match="no place for a schema of the answer"):
+        chat(demo, template, "deepseek_v3").render(SHORT, schema={})
+
+
 SWITCHED = "{{ messages[-1].content }}{{ '<think>' if thinking else '</think>' }}"
 NO_THOUGHTS = "asking for thinking changes nothing: this model's chat format has no switch for it"
 ALWAYS = "thinking cannot be switched off: this model's chat format always thinks"
