@@ -31,6 +31,9 @@ from dsv3.text.tokenizer_errors import NoTokenizer
 
 log = logging.getLogger(__name__)
 
+# A template that loops over the items of arguments (GLM's) needs them as objects; others (V3.1's)
+# write them as the JSON text that clients send.
+_LOOPS_OVER_ITEMS = re.compile(r"\.items\(\)|\|\s*items\b")
 _QUESTION: list[Message] = [{"role": "user", "content": "Hello"}]
 # A template that can render none of these is unusable.
 _PROBES: tuple[list[Message], ...] = (
@@ -73,11 +76,13 @@ class ChatFormat:
             self._template = None
             self._roles = set(self._published.roles)
             self._knows_thoughts = False
+            self._parses_calls = self._published.has_tools
         else:
             self._published = None
             self._template = ChatTemplate(source, file)
             self._roles = {role for role in ROLES if re.search(f"['\"]{role}['\"]", source)}
             self._knows_thoughts = END_THINK in source
+            self._parses_calls = _LOOPS_OVER_ITEMS.search(source) is not None
 
     @classmethod
     def load_optional(
@@ -221,7 +226,7 @@ class ChatFormat:
         """Return a checked message in a template's form, with names of control tokens hidden."""
         plain = check_message(where, message)
         role = self._role(where, plain["role"])
-        if self._published is not None and self._published.has_tools and "tool_calls" in plain:
+        if self._parses_calls and "tool_calls" in plain:
             # Before names are hidden: in a JSON text, they may be spelt with escapes.
             plain["tool_calls"] = parse_tool_calls(f"{where}.tool_calls", plain["tool_calls"])
         hidden: dict[str, Any] = map_strings(plain, self._ordinary.hide)

@@ -100,7 +100,7 @@ def _parse_tool_call(where: str, call: Any) -> dict[str, Any]:
             arguments = None
     if not isinstance(arguments, Mapping):
         raise RequestError(f"{where}.arguments must be a JSON object")
-    return {"function": {"name": function["name"], "arguments": dict(arguments)}}
+    return {**call, "function": {**function, "arguments": dict(arguments)}}
 
 
 def map_strings(value: Any, change: Callable[[str], str]) -> Any:
