@@ -5,10 +5,10 @@ from collections.abc import Iterable
 
 import torch
 
-from benchlib.hardware import hardware
+from benchlib.hardware import Hardware, hardware
 from benchlib.profiler import Profiler, SpanTotal, profile
 from benchlib.report import Report
-from benchlib.roofline import Hardware, Op, RooflineSetup, step_ops
+from benchlib.roofline import Op, RooflineSetup, step_ops
 from dsv3.engine.start import Started
 from dsv3.model.transformer import Transformer
 from dsv3.settings import KvShard

@@ -2,14 +2,13 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from benchlib.kernel_timing import matrix_peak, median_seconds, read_bandwidth
-from benchlib.roofline import HARDWARE, Hardware
 from dsv3.config_fields import refuse_unknown
 from dsv3.distributed.collectives import Collectives, SingleRank
 from dsv3.errors import ConfigError
@@ -20,6 +19,48 @@ from dsv3_kernels.fp8_format import FP8
 # YAML with the measured fields of `Hardware`.
 HARDWARE_FILE = Format("measured figures of hardware", re.compile(rb"name: .*\nread: "))
 _SMALL, _LARGE = 1 << 10, 4 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hardware:
+    """Peak rates of one rank's device and links.
+
+    Attributes:
+        read: bytes per second from device memory.
+        fp8, bf16, fp32: matrix FLOPs per second.
+        link, link_latency: one-way bytes per second to ranks of the same host, and seconds of a
+            tiny exchange.
+        net, net_latency: the same to ranks of other hosts.
+        launch: seconds from one kernel to the next inside a CUDA graph.
+        memory: bytes of device memory.
+        ranks_per_host: devices of a host.
+    """
+
+    name: str
+    read: float
+    fp8: float
+    bf16: float
+    fp32: float
+    link: float = 450e9
+    link_latency: float = 5e-6
+    net: float = 50e9
+    net_latency: float = 20e-6
+    launch: float = 1e-6
+    memory: float = 80e9
+    ranks_per_host: int = 8
+
+
+# H100 80GB HBM3: read and matrix ceilings measured (torch 2.11, CUDA 13.0), of datasheet 3.35 TB/s,
+# 1979 and 989 TFLOP/s; fp32 is the datasheet's. NVLink 4 carries 450 GB/s each way, a one-shot
+# all-reduce of a few KiB over it takes about 5 us. Between hosts: one 400 Gbit/s port a device.
+_H100 = Hardware(name="h100", read=3.211e12, fp8=1473e12, bf16=785e12, fp32=67e12)
+HARDWARE = {
+    "h100": _H100,
+    # The datasheet's 4.8 TB/s at the H100's measured share of its own (95.8 %): not measured.
+    "h200": replace(_H100, name="h200", read=4.60e12, memory=141e9),
+    # H100 with other links: DeepSeek-V3 report, section 3.2.2 (160 GB/s NVLink, 50 GB/s IB).
+    "h800": replace(_H100, name="h800", link=160e9),
+}
 
 
 def hardware(

@@ -24,11 +24,11 @@ import torch
 from benchlib.bound import share_of_roof
 from benchlib.case_log import CaseLog, describe, spoils_device
 from benchlib.flags import Share, add_program_flags, share
-from benchlib.hardware import hardware
+from benchlib.hardware import Hardware, hardware
 from benchlib.interpreter import patch_interpreter
 from benchlib.kernel_cases import Case, cases, check, measure
 from benchlib.report import Report, Row, check_report, machine
-from benchlib.roofline import Hardware, Op
+from benchlib.roofline import Op
 from dsv3.engine.start import set_launches
 from dsv3.errors import ConfigError
 from program import Parser, set_up_logging

@@ -7,7 +7,8 @@ from functools import cache
 import torch
 
 from benchlib.experts_hit import experts_hit
-from benchlib.roofline import Hardware, Op, RooflineSetup, step_ops
+from benchlib.hardware import Hardware
+from benchlib.roofline import Op, RooflineSetup, step_ops
 from benchlib.step_shape import StepShape
 from dsv3.cache.layout import CacheLayout
 from dsv3.checkpoint.sharding import tensor_specs

@@ -11,10 +11,10 @@ import torch
 import yaml
 
 from benchlib.bound import weight_format
-from benchlib.hardware import HARDWARE_FILE, hardware
+from benchlib.hardware import HARDWARE_FILE, Hardware, hardware
 from benchlib.layouts import Layout
 from benchlib.report import Report, machine
-from benchlib.roofline import Hardware, RooflineSetup
+from benchlib.roofline import RooflineSetup
 from benchlib.step_shape import StepShape
 from common import tune_for_model, tune_process
 from dsv3.config_files import load_model_config

@@ -16,11 +16,10 @@ import torch
 
 from benchlib.case_log import CaseLog, describe, spoils_device
 from benchlib.flags import add_program_flags, at_least
-from benchlib.hardware import hardware
+from benchlib.hardware import Hardware, hardware
 from benchlib.rank_share import Rank, RankShape
 from benchlib.rank_steps import StepKind, measure_step
 from benchlib.report import Report, Row, check_report, machine
-from benchlib.roofline import Hardware
 from common import tune_process
 from dsv3.config_files import load_model_config
 from dsv3.engine.start import set_launches

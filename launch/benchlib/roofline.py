@@ -11,57 +11,17 @@ Source: the roofline model (Williams, Waterman, Patterson 2009).
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from benchlib.hardware import Hardware
 from benchlib.step_shape import StepShape
 from dsv3.cache.layout import CacheLayout
 from dsv3.config import ModelConfig, ParallelConfig, split_range
+from dsv3.config_indexer import FULL
 from dsv3.errors import ConfigError
 from dsv3.settings import CacheDtype, CacheForm, KvShard
 from dsv3_kernels.attention.parts import part_bytes
 from dsv3_kernels.fp8_format import BLOCK
 
 _ITEMSIZE = {"fp8": 1, "bf16": 2, "fp32": 4}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Hardware:
-    """Peak rates of one rank's device and links.
-
-    Attributes:
-        read: bytes per second from device memory.
-        fp8, bf16, fp32: matrix FLOPs per second.
-        link, link_latency: one-way bytes per second to ranks of the same host, and seconds of a
-            tiny exchange.
-        net, net_latency: the same to ranks of other hosts.
-        launch: seconds from one kernel to the next inside a CUDA graph.
-        memory: bytes of device memory.
-        ranks_per_host: devices of a host.
-    """
-
-    name: str
-    read: float
-    fp8: float
-    bf16: float
-    fp32: float
-    link: float = 450e9
-    link_latency: float = 5e-6
-    net: float = 50e9
-    net_latency: float = 20e-6
-    launch: float = 1e-6
-    memory: float = 80e9
-    ranks_per_host: int = 8
-
-
-# H100 80GB HBM3: read and matrix ceilings measured (torch 2.11, CUDA 13.0), of datasheet 3.35 TB/s,
-# 1979 and 989 TFLOP/s; fp32 is the datasheet's. NVLink 4 carries 450 GB/s each way, a one-shot
-# all-reduce of a few KiB over it takes about 5 us. Between hosts: one 400 Gbit/s port a device.
-_H100 = Hardware(name="h100", read=3.211e12, fp8=1473e12, bf16=785e12, fp32=67e12)
-HARDWARE = {
-    "h100": _H100,
-    # The datasheet's 4.8 TB/s at the H100's measured share of its own (95.8 %): not measured.
-    "h200": replace(_H100, name="h200", read=4.60e12, memory=141e9),
-    # H100 with other links: DeepSeek-V3 report, section 3.2.2 (160 GB/s NVLink, 50 GB/s IB).
-    "h800": replace(_H100, name="h800", link=160e9),
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +70,12 @@ class RooflineSetup:
     def entry_bytes(self) -> int:
         """Bytes of a cached position in one layer, on a rank that holds it."""
         return self._cached.main.entry_bytes
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of a cached index key, on a rank that holds it; bf16 beside an FP8 cache."""
+        kept = "bf16" if self.cache == "fp8" else self.cache
+        return (self.config.index_head_dim or 0) * _ITEMSIZE[kept]
 
     @property
     def _cached(self) -> CacheLayout:
@@ -231,6 +197,8 @@ class _OpLister:
         sums = 2 * layers - (moe if self.setup.layout.dp > 1 else 0)
         yield sums - 1, self.all_reduce("layers.sum_norm")  # the last one goes with the last norm
         yield layers, self.attention()
+        if c.has_indexer:
+            yield sum(c.indexer_kind(i) == FULL for i in range(layers)), self.indexer()
         if moe < layers:
             yield layers - moe, self.mlp("mlp", c.intermediate_size)
         if moe:
@@ -253,25 +221,55 @@ class _OpLister:
         moved = self.tokens * width * self.item
         written = self.tokens / s.shards * s.entry_bytes
         yield Op("self_attn.norm_and_cache", 0.0, 2 * moved + written)
-        if c.index_topk is not None and self.load.context > c.index_topk:
-            yield from self.indexer()
         if self.load.decode:
             yield from self.decode_heads() if s.form == "heads" else self.decode()
         if self.load.prefill:
-            yield from self.prefill()
+            yield from self.sparse_prefill() if self.selects(self.prompt_len) else self.prefill()
         yield self.linear("self_attn.o_proj", c.hidden_size, s.heads * c.v_head_dim)
 
+    @property
+    def prompt_len(self) -> float:
+        """Positions of a prompt after this step."""
+        return self.load.cached + self.load.prefill / self.load.prompts
+
+    def selects(self, longest: float) -> bool:
+        """Return True if queries of a sequence of this length attend to a selection."""
+        topk = self.config.index_topk
+        return topk is not None and longest > topk
+
     def indexer(self) -> Iterator[Op]:
-        """Yield V3.2's selection of positions; its cached keys are e4m3 with a scale."""
+        """Yield an indexer: the keys of all tokens, and the selection of long sequences."""
         c = self.config
+        s = self.setup
         load = self.load
-        assert c.index_n_heads and c.index_head_dim and c.q_lora_rank
+        assert c.index_n_heads and c.index_head_dim and c.index_topk and c.q_lora_rank
         width = c.index_n_heads * c.index_head_dim
-        yield self.linear("self_attn.indexer.wq_b", width, c.q_lora_rank)
         yield self.linear("self_attn.indexer.wk", c.index_head_dim, c.hidden_size)
-        seen = load.decode * load.context / self.setup.shards
-        flops = 2.0 * load.queries * seen * width
-        yield Op("self_attn.indexer.scores", flops, seen * (c.index_head_dim + 4), "fp8")
+        moved = self.tokens * (c.index_head_dim * self.item + s.index_bytes / s.shards)
+        yield Op("self_attn.indexer.write", 0.0, moved)
+        queries = keys = pairs = 0.0
+        if self.selects(longest := load.context + load.queries):
+            queries += load.decode * load.queries
+            keys += load.decode * longest
+            pairs += load.decode * load.queries * longest
+        if self.selects(self.prompt_len):
+            queries += load.prefill
+            keys += load.prompts * self.prompt_len
+            pairs += load.prefill * (load.cached + (load.prefill / load.prompts + 1) / 2)
+        if not queries:
+            return
+        yield self.linear("self_attn.indexer.wq_b", width, c.q_lora_rank, queries)
+        yield self.linear(
+            "self_attn.indexer.weights_proj", c.index_n_heads, c.hidden_size, queries, s.plain
+        )
+        scores = 4 * pairs / s.shards
+        read = keys / s.shards * s.index_bytes
+        flops = 2.0 * pairs / s.shards * width
+        yield Op("self_attn.indexer.scores", flops, read + scores, s.plain)
+        yield Op("self_attn.indexer.top_k", 0.0, scores)
+        if s.shards > 1:  # a score and a position per candidate
+            best = 8.0 * queries * c.index_topk
+            yield self.exchange("self_attn.indexer.all_gather", best, self.tp, self.tp - 1)
 
     def seen(self) -> float:
         """Return the number of this rank's positions that a sequence's queries attend to."""
@@ -317,6 +315,12 @@ class _OpLister:
         if s.shards > 1:
             yield self.exchange("self_attn.all_gather", sent, tp, tp - 1)
             yield self.exchange("self_attn.all_to_all", out, tp, 1 - 1 / tp)
+
+    def sparse_prefill(self) -> Iterator[Op]:
+        """Yield prefill attention to selections: each token is a query of its own, as in decode."""
+        rows = StepShape(decode=self.load.prefill, context=int(self.prompt_len))
+        lister = _OpLister(self.setup, rows)
+        yield from lister.decode_heads() if self.setup.form == "heads" else lister.decode()
 
     def prefill(self) -> Iterator[Op]:
         """Yield prefill attention in expanded form: each head has its own keys and values."""

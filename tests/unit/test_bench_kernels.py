@@ -12,10 +12,10 @@ import torch
 import bench
 from benchlib.case_log import CaseLog, describe, read_results, spoils_device
 from benchlib.flags import share
+from benchlib.hardware import HARDWARE
 from benchlib.kernel_cases import Case
 from benchlib.kernels import measure_cases, select_cases
 from benchlib.report import Report
-from benchlib.roofline import HARDWARE
 from dsv3.errors import ConfigError
 
 CPU = torch.device("cpu")

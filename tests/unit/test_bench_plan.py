@@ -9,8 +9,8 @@ import pytest
 
 from benchlib import balance, layouts, plan_measured
 from benchlib import plan as bench
-from benchlib.hardware import read_hardware
-from benchlib.roofline import HARDWARE, RooflineSetup
+from benchlib.hardware import HARDWARE, read_hardware
+from benchlib.roofline import RooflineSetup
 from benchlib.step_shape import StepShape
 from dsv3.config import ParallelConfig
 from dsv3.config_files import load_model_config

@@ -9,13 +9,13 @@ import torch
 
 from benchlib import rank as rank_module
 from benchlib.case_log import CaseLog, read_results
-from benchlib.hardware import hardware
+from benchlib.hardware import HARDWARE, hardware
 from benchlib.kernel_timing import KernelEvent, kernel_table
 from benchlib.rank import rank_report
 from benchlib.rank_share import Rank, RankShape
 from benchlib.rank_steps import StepKind, StepResult
 from benchlib.report import Report
-from benchlib.roofline import HARDWARE, experts_hit
+from benchlib.roofline import experts_hit
 from dsv3.config import ParallelConfig
 from dsv3.config_files import DEMO, load_model_config
 from dsv3.distributed.stand_in import StandIn, stand_in_mesh

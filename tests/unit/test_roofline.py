@@ -5,12 +5,13 @@ from dataclasses import replace
 import pytest
 
 from benchlib.experts_hit import experts_hit
-from benchlib.roofline import HARDWARE, Op, RooflineSetup, floor_seconds, step_ops
+from benchlib.hardware import HARDWARE
+from benchlib.roofline import Op, RooflineSetup, floor_seconds, step_ops
 from benchlib.step_shape import StepShape
 from dsv3.config import ParallelConfig
 from dsv3.config_files import load_model_config
 from dsv3.errors import ConfigError
-from dsv3.settings import CacheForm
+from dsv3.settings import CacheForm, KvShard
 from tests.checkpoint_files import TINY
 
 V3 = load_model_config("v3-671b")
@@ -134,10 +135,62 @@ def test_the_bound_of_an_operation() -> None:
     assert far.seconds(h100) == pytest.approx(9e-3 + 20e-6)
 
 
+V32 = load_model_config("v3.2-671b")
+
+
+@pytest.mark.parametrize("shards", ["tokens", "none"])
+def test_sparse_attention_reads_its_selection(shards: KvShard) -> None:
+    """Beyond index_topk only the index keys grow with the context."""
+    setup = RooflineSetup(config=V32, layout=EIGHT, kv_shard=shards)
+    short, long = (StepShape(decode=8, context=context) for context in (4096, 65536))
+    assert total(setup, short, "self_attn.mla_decode") == total(setup, long, "self_attn.mla_decode")
+    parts = 8 if shards == "tokens" else 1
+    flops, moved = total(setup, long, "self_attn.indexer.scores")
+    assert flops == pytest.approx(61 * 2 * 8 * 65537 * 64 * 128 / parts)
+    assert moved == pytest.approx(61 * 8 * 65537 * (128 * 2 + 4) / parts)
+    names = {op.name: op for op in step_ops(setup, long)}
+    assert ("self_attn.indexer.all_gather" in names) == (parts > 1)
+    if parts > 1:
+        assert names["self_attn.indexer.all_gather"].wire == 8 * 2048 * 8 * 7
+
+
+def test_short_contexts_are_dense_and_write_index_keys() -> None:
+    setup = RooflineSetup(config=V32, layout=ParallelConfig())
+    load = StepShape(decode=2, context=2047, prefill=100)
+    ops = {op.name.removeprefix("self_attn."): op for op in step_ops(setup, load)}
+    assert {name for name in ops if name.startswith("indexer")} == {"indexer.wk", "indexer.write"}
+    assert ops["indexer.write"].bytes == 102 * 128 * (2 + 2)
+    assert "mla_prefill" in ops and ops["indexer.wk"].count == 61
+
+
+def test_long_prompts_attend_to_selections() -> None:
+    """FLOPs of attention grow with the tokens, those of the scores with their square."""
+    setup = RooflineSetup(config=V32, layout=EIGHT, kv_shard="none")
+    short, long = StepShape(prefill=8192), StepShape(prefill=16384)
+    grown = [
+        total(setup, long, name)[0] / total(setup, short, name)[0]
+        for name in ("self_attn.mla_decode", "self_attn.indexer.scores")
+    ]
+    assert grown == [pytest.approx(2.0), pytest.approx(4.0, rel=1e-3)]
+    assert not any(op.name == "self_attn.mla_prefill" for op in step_ops(setup, long))
+
+
+def test_shared_layers_have_no_indexer() -> None:
+    load = StepShape(decode=4, context=65536)
+    counts = {}
+    for name in ("glm-5-744b", "glm-5.2-744b"):
+        setup = RooflineSetup(config=load_model_config(name), layout=EIGHT, weights="bf16")
+        ops = {op.name: op for op in step_ops(setup, load)}
+        counts[name] = {op.count for op in ops.values() if ".indexer." in op.name}
+        assert ops["self_attn.mla_decode"].count == 78
+    assert counts == {"glm-5-744b": {78}, "glm-5.2-744b": {21}}
+
+
 @pytest.mark.parametrize("form", ["latent", "heads"])
 @pytest.mark.parametrize("world", [1, 2])
 def test_every_family_has_a_floor(form: CacheForm, world: int) -> None:
-    for name in ("v2-lite-16b", "v2-236b", "v3.2-671b", "kimi-k2-1t"):
+    names = ("v2-lite-16b", "v2-236b", "v3.2-671b", "kimi-k2-1t", "moonlight-16b")
+    for name in (*names, "glm-5-744b", "glm-5.2-744b", "glm-4.7-flash-30b"):
         config = load_model_config(name)
         layout = ParallelConfig(world_size=world)
         setup = RooflineSetup(config=config, layout=layout, weights="bf16", form=form)

@@ -45,6 +45,23 @@ def test_v2_lite_parameters() -> None:
     assert not any(name.endswith("e_score_correction_bias") for name in specs)
 
 
+def test_glm_has_the_published_tensors() -> None:
+    """Listing of zai-org/GLM-5.2: MTP layer 78 has no copies of embedding and head."""
+    copies = ".78.embed_tokens.weight", ".78.shared_head.head.weight"
+    specs = tensor_specs(load_model_config("glm-5.2-744b")).values()
+    stored = [spec for spec in specs if not spec.name.endswith(copies)]
+    assert len(stored) == 59_585 and len(specs) == 59_587
+    num_bytes = sum(math.prod(spec.shape) for spec in stored) * 2
+    assert num_bytes / 1e9 == pytest.approx(1506.659, abs=2e-3)
+
+
+def test_kimi_has_the_published_tensors() -> None:
+    """Listing of moonshotai/Kimi-K2.5: int4 experts in three tensors, 335 of an image encoder."""
+    names = tensor_specs(load_model_config("kimi-k2.5-1t"))
+    num_experts = sum(".experts." in name for name in names)
+    assert len(names) + 2 * num_experts + 335 == 208_550
+
+
 @pytest.mark.parametrize(("world_size", "dp"), [(1, 1), (4, 1), (8, 1), (8, 2)])
 def test_shards_tile_every_tensor(world_size: int, dp: int) -> None:
     layouts = [ParallelConfig(world_size=world_size, rank=r, dp=dp) for r in range(world_size)]
