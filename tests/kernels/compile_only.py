@@ -88,6 +88,7 @@ def launches(capability: int) -> None:
     routing()
     experts(is_hopper)
     attention(is_hopper)
+    wide_heads(is_hopper)
 
 
 def few_rows() -> None:
@@ -209,14 +210,30 @@ def attention(is_hopper: bool) -> None:
     rotate.kernel(q[..., 128:], rotation)
     k_r, start = kv[:4, None, :64].expand(-1, 16, -1), torch.tensor([0, 1, 4], dtype=torch.int32)
     keys = KeysValues(q[..., :128], k_r, q[..., :128])
-    launch_prefill(q, keys, start, 3, 0, 0.1, prefill_tile(False, is_hopper))
+    launch_prefill(q, keys, start, 3, 0, 0.1, prefill_tile(False, is_hopper, 256))
     exact = KeysValues(keys.k_SHN.float(), keys.k_SHR.float(), keys.v_SHV.float())
-    launch_prefill(q.float(), exact, None, 4, 9, 0.1, prefill_tile(True, is_hopper))
+    launch_prefill(q.float(), exact, None, 4, 9, 0.1, prefill_tile(True, is_hopper, 256))
     mha_decode.kernel(q[:2], kv, PageTables(page, pos, Paging(64)), 0.1)
     merge_lse.kernel(torch.zeros(8, 4, 16, 513)[..., :-1], torch.zeros(8, 4, 16))
     zeros, ones = torch.zeros(2, dtype=torch.int64), torch.ones(2)
     params = RowParams(ones, zeros, ones, ones, zeros, zeros, zeros)
     sample.kernel(torch.zeros(2, 129280), params)
+
+
+def wide_heads(is_hopper: bool) -> None:
+    """The kernels that see whole heads, at GLM's shapes: 192 + 64 dims of keys, 256 of values."""
+    q, v = (torch.zeros(4, 8, 256, dtype=torch.bfloat16) for _ in range(2))
+    k_r, start = v[:, :1, :64].expand(-1, 8, -1), torch.tensor([0, 1, 4], dtype=torch.int32)
+    keys = KeysValues(q[..., :192], k_r, v)
+    launch_prefill(q, keys, start, 3, 0, 0.1, prefill_tile(False, is_hopper, 512))
+    exact = KeysValues(keys.k_SHN.float(), keys.k_SHR.float(), keys.v_SHV.float())
+    launch_prefill(q.float(), exact, None, 4, 9, 0.1, prefill_tile(True, is_hopper, 512))
+    page, pos = torch.zeros(2, 40, dtype=torch.int32), torch.zeros(2, 1, dtype=torch.int64)
+    kv = torch.zeros(64, 8 * 512, dtype=torch.bfloat16)
+    mha_decode.kernel(q[:2], kv, PageTables(page, pos, Paging(64)), 0.1)
+    w, trig = torch.zeros(8, 448, 512, dtype=torch.bfloat16), torch.zeros(2, 32)
+    latent = absorb_query.kernel(q[:2], w[:, :192], Rotation(trig, trig, True))
+    expand_values.kernel(latent[None, ..., :512].float(), None, w[:, 192:], True)
 
 
 def absorption(page: torch.Tensor, pos: torch.Tensor, cache: torch.Tensor) -> None:

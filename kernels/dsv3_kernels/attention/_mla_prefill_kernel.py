@@ -205,13 +205,17 @@ class Tile:
     stages: int
 
 
-def tile_for(is_exact: bool, is_hopper: bool) -> Tile:
-    """Return the best tile; the largest takes most of a Hopper's shared memory."""
+def tile_for(is_exact: bool, is_hopper: bool, width: int) -> Tile:
+    """Return the best tile for `width` padded values of a head's key and value together.
+
+    The largest take most of the shared memory. V3's heads have a width of 256, GLM's of 512.
+    """
+    is_wide = width > 256
     if is_exact:
-        return Tile(queries=32, keys=32, warps=8, stages=1)
+        return Tile(queries=32, keys=16 if is_wide else 32, warps=8, stages=1)
     if is_hopper:
-        return Tile(queries=128, keys=128, warps=8, stages=2)
-    return Tile(queries=64, keys=32, warps=4, stages=2)
+        return Tile(queries=128, keys=64 if is_wide else 128, warps=8, stages=2)
+    return Tile(queries=64, keys=32, warps=8 if is_wide else 4, stages=2)
 
 
 def launch_prefill(
@@ -242,7 +246,8 @@ def launch_prefill(
         assert t.shape[1] == H, f"{t.shape=} {H=}"
         assert t.stride(-1) == q.stride(-1) == 1, "last dimensions must be dense"
     is_exact = q.dtype == torch.float32 or is_interpreted(q)
-    tile = tile or tile_for(is_exact, is_hopper(q))
+    width = next_power_of_2(N) + next_power_of_2(V)
+    tile = tile or tile_for(is_exact, is_hopper(q), width)
     o = torch.empty(T, H, V, dtype=torch.float32, device=q.device)
     lse = o.new_empty(T, H)
     sequences = 1 if start_L is None else len(start_L) - 1
