@@ -73,9 +73,8 @@ class RooflineSetup:
 
     @property
     def index_bytes(self) -> int:
-        """Bytes of a cached index key, on a rank that holds it; bf16 beside an FP8 cache."""
-        kept = "bf16" if self.cache == "fp8" else self.cache
-        return (self.config.index_head_dim or 0) * _ITEMSIZE[kept]
+        """Bytes of a cached index key, on a rank that holds it; 0 without an indexer."""
+        return sum(plane.entry_bytes for plane in self._cached.planes[1:])
 
     @property
     def _cached(self) -> CacheLayout:

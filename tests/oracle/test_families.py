@@ -9,7 +9,8 @@ from transformers import GenerationMixin
 
 from dsv3.model import attention
 from dsv3.request import SamplingParams
-from tests.oracle.families import CONFIGS, Oracle
+from tests.oracle.families import Oracle
+from tests.oracle.family_configs import CONFIGS
 from tests.oracle.run import all_logits, answers, start_alone
 
 # The demand is 2e-3 of the logits' standard deviation; float32 gives about 1e-5.

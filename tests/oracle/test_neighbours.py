@@ -23,7 +23,8 @@ from dsv3.errors import CheckpointError
 from dsv3.request import SamplingParams
 from dsv3.settings import EngineConfig
 from tests.distributed.ranks import alone, run_ranks
-from tests.oracle.families import CONFIGS, Oracle
+from tests.oracle.families import Oracle
+from tests.oracle.family_configs import CONFIGS
 from tests.oracle.run import all_logits, answers, start_alone
 
 MAKE = Callable[[str], Oracle]
