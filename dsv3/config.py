@@ -341,6 +341,11 @@ class ModelConfig:
             return FULL
         return self.indexer_types[layer]
 
+    def first_layers(self, number: int) -> "ModelConfig":
+        """Return the model cut to its first layers."""
+        kinds = None if self.indexer_types is None else self.indexer_types[:number]
+        return dataclasses.replace(self, num_hidden_layers=number, indexer_types=kinds)
+
     def is_moe_layer(self, layer: int) -> bool:
         """Return True if a layer has routed experts; MTP layers begin at num_hidden_layers."""
         return layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0

@@ -59,7 +59,7 @@ class RankShape:
         if not self.layers or self.layers >= c.num_hidden_layers:
             return c
         dense = min(1, c.first_k_dense_replace)
-        return replace(c, num_hidden_layers=self.layers, first_k_dense_replace=dense)
+        return replace(c.first_layers(self.layers), first_k_dense_replace=dense)
 
 
 class Rank:

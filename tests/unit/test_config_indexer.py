@@ -93,6 +93,11 @@ def test_kinds_of_layers() -> None:
     assert TINY.indexer_kind(0) is None
 
 
+def test_the_first_layers() -> None:
+    assert SHARED.first_layers(3).indexer_types == KINDS[:3]
+    assert GLM.first_layers(3) == dataclasses.replace(GLM, num_hidden_layers=3)
+
+
 def test_shared_layers_have_no_indexer_tensors() -> None:
     found = {int(name.split(".")[2]) for name in tensor_specs(SHARED) if ".indexer." in name}
     assert found == {0, 1, 5, 6}

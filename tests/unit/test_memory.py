@@ -76,8 +76,9 @@ def held(model: Transformer) -> int:
 def test_published_models(preset: str, world_size: int) -> None:
     config = load_model_config(preset)
     # One layer with experts is like the next.
-    config = dataclasses.replace(config, num_hidden_layers=config.first_k_dense_replace + 1)
-    layout = ParallelConfig(world_size=world_size, rank=world_size - 1)
+    config = config.first_layers(config.first_k_dense_replace + 1)
+    tp = math.gcd(world_size, config.num_attention_heads)
+    layout = ParallelConfig(world_size=world_size, rank=world_size - 1, tp=tp, dp=world_size // tp)
     layout.check(config)
     elements = dict.fromkeys(("matrices", "vectors"), 0)
     for spec in tensor_specs(config).values():
