@@ -55,12 +55,16 @@ class IndexCache:
         return self.slots.shape[1] - _SCALE_BYTES * self.is_fp8
 
     def views(self) -> tuple[Tensor, Tensor]:
-        """Return the values [pages, P, I] uint8 and scales [pages, P] float32 of FP8 pages."""
-        page_GY = self.slots.view(-1, self.slots_per_page * self.slots.shape[1])
-        values, scales = page_GY.split(
-            [self.slots_per_page * self.dim, self.slots_per_page * _SCALE_BYTES], 1
-        )
-        return values.unflatten(1, (self.slots_per_page, self.dim)), scales.view(torch.float32)
+        """Return the values [pages, P, I] of all pages, and their scales [pages, P] float32.
+
+        The values are uint8 in FP8. Otherwise there are no scales: [pages, 0], of their dtype.
+        """
+        P, dim = self.slots_per_page, self.dim
+        page_GY = self.slots.view(-1, P * self.slots.shape[1])
+        values, scales = page_GY.split([P * dim, page_GY.shape[1] - P * dim], 1)
+        if self.is_fp8:
+            scales = scales.view(torch.float32)
+        return values.unflatten(1, (P, dim)), scales
 
     def read(self, slot_S: Tensor) -> Tensor:
         """Return the keys of some slots [S], in float32, [S, I]."""
@@ -84,16 +88,25 @@ class IndexCache:
         scales[page, at] = scale_T
 
 
+def stages_of(dim: int) -> int:
+    """Return the logarithm of `dim`, a power of two: the stages of a Hadamard rotation."""
+    stages = dim.bit_length() - 1
+    assert dim == 1 << stages, f"index keys of {dim} values, no power of two"
+    return stages
+
+
 def hadamard(x_TI: Tensor) -> Tensor:
-    """Return x times the orthonormal Hadamard matrix, in the dtype of x; I is a power of two."""
-    size = x_TI.shape[-1]
+    """Return x times the orthonormal Hadamard matrix, in the dtype of x; I is a power of two.
+
+    A stage adds and subtracts neighbours. It moves the lowest bit of each index to the top, so that
+    after all stages the bits are where they were.
+    """
+    dim = x_TI.shape[-1]
     x = x_TI.float()
-    step = 1
-    while step < size:
-        first, second = x.unflatten(-1, (-1, 2, step)).unbind(-2)
-        x = torch.stack((first + second, first - second), -2).flatten(-3)
-        step *= 2
-    return (x * size**-0.5).to(x_TI.dtype)
+    for _ in range(stages_of(dim)):
+        even, odd = x[..., ::2], x[..., 1::2]
+        x = torch.cat((even + odd, even - odd), -1)
+    return (x * dim**-0.5).to(x_TI.dtype)
 
 
 def quantize_index(x_TI: Tensor) -> tuple[Tensor, Tensor]:

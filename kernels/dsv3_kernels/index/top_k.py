@@ -4,16 +4,25 @@ A candidate is one int64: the score's bits, in an order that integers have too, 
 of the position. So the larger of two candidates has the higher score or, of equal scores, the lower
 position; no two candidates of a query are equal; and candidates of several ranks are merged by the
 selection that made them.
+
+In the kernels a row of up to 16,384 scores is selected by one program, which reads it once; longer
+rows by several programs, and a second launch merges their candidates.
 """
 
 import torch
 from torch import Tensor
 
 from dsv3_kernels.attention.paging import PageTables, Paging
+from dsv3_kernels.index._top_k_kernels import launch_select_slots, launch_top_candidates
+from dsv3_kernels.operation import operation
 
 # Smaller than all candidates; stands for a position that a query does not see.
 NO_CANDIDATE = -(1 << 63)
 _LOW = (1 << 32) - 1
+# Scores that a program selects from, and candidates that a program merges at most: 32 for each
+# thread of 16 and of 32 warps.
+_BLOCK = 1 << 14
+_MOST_MERGED = 1 << 15
 
 
 def candidate_positions(candidate_TK: Tensor) -> Tensor:
@@ -22,24 +31,32 @@ def candidate_positions(candidate_TK: Tensor) -> Tensor:
     return position.masked_fill(candidate_TK == NO_CANDIDATE, -1)
 
 
-def top_candidates(score_TS: Tensor, k: int, paging: Paging) -> Tensor:
+def _launch_top_candidates(score_TS: Tensor, k: int, tables: PageTables) -> Tensor:
+    return launch_top_candidates(score_TS, k, tables, _BLOCK, _MOST_MERGED)
+
+
+@operation(kernel=_launch_top_candidates)
+def top_candidates(score_TS: Tensor, k: int, tables: PageTables) -> Tensor:
     """Return the k best positions of each query among those that this rank stores.
 
     Args:
-        score_TS: [T, S] float32, from `index_scores`; -inf where a query does not see the key.
+        score_TS: [T, S] float32, from `index_scores`; those of positions that a query does not see
+            are not read.
         k: candidates wanted; if S is smaller, S.
-        paging: the position of column j is j * shards + shard.
+        tables: of the T queries, by sequences [B, Q].
 
     Returns:
         [T, min(k, S)] int64 in order of position, `NO_CANDIDATE` last.
     """
     S = score_TS.shape[1]
+    paging = tables.paging
     # 0 + -0 is 0: both zeros are equal scores, with different bits.
     bits_TS = (score_TS + 0.0).view(torch.int32)
     ordered_TS = (bits_TS ^ ((bits_TS >> 31) & 0x7FFFFFFF)).long()
     position_S = torch.arange(S, device=score_TS.device) * paging.shards + paging.shard
     candidate_TS = (ordered_TS << 32) | (_LOW - position_S)
-    candidate_TS.masked_fill_(score_TS == float("-inf"), NO_CANDIDATE)
+    is_later_TS = position_S > tables.query_pos_BQ.reshape(-1, 1)
+    candidate_TS.masked_fill_(is_later_TS, NO_CANDIDATE)
     return _by_position(candidate_TS.topk(min(k, S), sorted=False).values)
 
 
@@ -50,13 +67,20 @@ def _by_position(candidate_TK: Tensor) -> Tensor:
     return candidate_TK.gather(1, place_TK.argsort(1))
 
 
+def _launch_select_slots(candidate_PTK: Tensor, k: int, tables: PageTables) -> PageTables:
+    slot_TK, last_T = launch_select_slots(candidate_PTK, k, tables)
+    return PageTables(slot_TK, last_T[:, None], Paging(1))
+
+
+@operation(kernel=_launch_select_slots)
 def select_slots(candidate_PTK: Tensor, k: int, tables: PageTables) -> PageTables:
     """Merge the candidates of P ranks, and return the selected positions that this rank stores.
 
     A selection is a page table of pages of one slot, so attention reads it like any other.
 
     Args:
-        candidate_PTK: [P, T, K] int64, from `top_candidates` on each rank.
+        candidate_PTK: [P, T, K] int64, contiguous, from `top_candidates` on each of the ranks that
+            share the positions, in order of their shards; P = 1 for this rank's alone.
         k: positions that a query attends to.
         tables: of the T queries, by sequences [B, Q].
 
