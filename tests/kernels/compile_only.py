@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,11 @@ from dsv3_kernels.gemm.act_quant import Quantized, act_quant
 from dsv3_kernels.gemm.bf16_gemm import bf16_gemm
 from dsv3_kernels.gemm.fp8_gemm import OLD_TILES, TILES, fp8_gemm, launch_large
 from dsv3_kernels.gemm.weight_dequant import weight_dequant
+from dsv3_kernels.index.index_cache import IndexCache, index_key_bytes
+from dsv3_kernels.index.index_key import IndexWrite, write_index_keys
+from dsv3_kernels.index.index_query import index_queries
+from dsv3_kernels.index.index_scores import index_scores
+from dsv3_kernels.index.top_k import select_slots, top_candidates
 from dsv3_kernels.moe.grouped_down import grouped_down
 from dsv3_kernels.moe.grouped_gate_up import grouped_gate_up
 from dsv3_kernels.moe.grouped_gemm import Stack
@@ -89,6 +95,8 @@ def launches(capability: int) -> None:
     experts(is_hopper)
     attention(is_hopper)
     wide_heads(is_hopper)
+    index()
+    attention_to_selected(is_hopper)
 
 
 def few_rows() -> None:
@@ -248,6 +256,50 @@ def absorption(page: torch.Tensor, pos: torch.Tensor, cache: torch.Tensor) -> No
     tables = PageTables(page, pos, Paging(64, 8, 1))
     mla_decode_parts.kernel(q, cache, tables, 0.1, parts)
     expand_values.kernel(*open_parts(parts), w[:, 128:], True)
+
+
+def index() -> None:
+    """The lightning indexer at V3.2's shapes: all forms of its keys, long rows and short ones."""
+    tables = PageTables(
+        torch.zeros(1, 2560, dtype=torch.int32), torch.zeros(1, 3, dtype=torch.int64), Paging(64)
+    )
+    angle = torch.zeros(3, 32)
+    for form in (torch.uint8, torch.bfloat16, torch.float32):
+        is_fp8 = form == torch.uint8
+        dtype = torch.bfloat16 if is_fp8 else form
+        slots = torch.zeros(128, index_key_bytes(128) if is_fp8 else 128, dtype=form)
+        cache = IndexCache(slots, 64)
+        for interleaved in (False, True):
+            rotation = Rotation(angle, angle, interleaved)
+            key = torch.zeros(3, 640, dtype=dtype)[:, 512:]
+            slot = torch.zeros(3, dtype=torch.int64)
+            write = IndexWrite(key, torch.ones(128), torch.zeros(128), rotation, cache, slot)
+            write_index_keys.kernel(write)
+            q = torch.zeros(3, 64, 128, dtype=dtype)
+            q, weight = index_queries.kernel(q, torch.zeros(16, 3, 64), rotation, is_fp8)
+        scores = index_scores.kernel(q, weight, cache, tables)
+    candidates = top_candidates.kernel(scores, 2048, tables)
+    top_candidates.kernel(scores[:, :300], 2048, tables)
+    shards = PageTables(tables.page_BG, tables.query_pos_BQ, Paging(64, 8, 3))
+    select_slots.kernel(candidates[None].expand(8, -1, -1).contiguous(), 2048, shards)
+    select_slots.kernel(candidates[None], 2048, tables)
+
+
+def attention_to_selected(is_hopper: bool) -> None:
+    """Decode attention over selected slots, as pages of one slot, and for a chunk of a prompt."""
+    plain, packed = (
+        torch.zeros(64, 576, dtype=torch.bfloat16),
+        torch.zeros(64, packed_bytes(512, 64), dtype=torch.uint8),
+    )
+    for T in (1, 2048):
+        pos = torch.zeros(T, 1, dtype=torch.int64)
+        selected = PageTables(torch.zeros(T, 2048, dtype=torch.int32), pos, Paging(1))
+        for cache, heads in product((plain, packed, plain.float()), (16, 128)):
+            q = torch.zeros(T, 1, heads, 576, dtype=torch.bfloat16)
+            tile = decode_tile(heads, cache.dtype == torch.float32, is_hopper)
+            launch_mla_decode(q, cache, selected, 512, 0.1, tile)
+        kv = torch.zeros(64, 16 * 320, dtype=torch.bfloat16)
+        mha_decode.kernel(torch.zeros(T, 16, 192, dtype=torch.bfloat16), kv, selected, 0.1)
 
 
 class NoDevice:

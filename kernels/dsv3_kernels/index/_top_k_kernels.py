@@ -53,8 +53,10 @@ def _take_best(value, is_there, num, k):
     is_above = value > cut
     is_equal = is_there & (value == cut)
     spare = k - tl.sum(is_above.to(tl.int32), 0)
-    above = tl.cumsum(is_above.to(tl.int32), 0)
-    equal = tl.cumsum(is_equal.to(tl.int32), 0)
+    # Two counts of at most 32,768 in one sum: values above the bound, and equal ones.
+    before = tl.cumsum(is_above.to(tl.int32) + (is_equal.to(tl.int32) << 16), 0)
+    above = before & 0xFFFF
+    equal = (before >> 16) & 0xFFFF
     is_taken = is_above | (is_equal & (equal <= spare))
     return is_taken, above + tl.minimum(equal, spare) - 1
 
@@ -98,7 +100,7 @@ def _top_scores_kernel(
     if num > 0:
         j = first + tl.arange(0, BLOCK)
         is_there = j < seen
-        score = tl.load(score_ptr + t * stride + j, mask=is_there, other=0.0)
+        score = tl.load((score_ptr + t * stride) + j, mask=is_there, other=0.0)
         score = tl.where(score == 0.0, 0.0, score)  # both zeros are equal scores
         bits = score.to(tl.int32, bitcast=True)
         value = tl.where(is_there, bits ^ ((bits >> 31) & 0x7FFFFFFF), _NONE)
@@ -126,6 +128,7 @@ def _merge_parts_kernel(
     k,
     shard,
     SHARDS: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Select the k best candidates of `group` parts of a row, which are in order of position."""
@@ -137,14 +140,15 @@ def _merge_parts_kernel(
     num = 0
     if seen > first * span:
         e = tl.arange(0, BLOCK)
-        part = first + e // k
-        in_part = tl.minimum(tl.minimum(seen - part * span, span), k)
-        is_there = (e < group * k) & (e % k < in_part)
-        at = (t * parts + first) * k + e
-        value = tl.load(word_ptr + 2 * at + 1, mask=is_there, other=_NONE)
+        part = e // WIDTH
+        in_part = tl.minimum(tl.minimum(seen - (first + part) * span, span), k)
+        is_there = (part < group) & (e % WIDTH < in_part)
+        at = part * k + e % WIDTH
+        words = word_ptr + 2 * (t * parts + first) * k
+        value = tl.load(words + 2 * at + 1, mask=is_there, other=_NONE)
         num = tl.sum(is_there.to(tl.int32), 0)
         is_taken, place = _take_best(value, is_there, num, k)
-        candidate = tl.load(part_ptr + at, mask=is_taken)
+        candidate = tl.load(part_ptr + (t * parts + first) * k + at, mask=is_taken)
         tl.store(out + place, candidate, mask=is_taken)
     if tl.num_programs(1) == 1:
         _fill(out, _NO_CANDIDATE, num, k, 256)
@@ -167,15 +171,16 @@ def _select_slots_kernel(
     own,  # this rank's place among the ranks
     SLOTS: tl.constexpr,
     SHARDS: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
-    OWN: tl.constexpr,
 ):
     """Find the bound of a query's k best candidates; write the slots of this rank's."""
     in_turn()
     t = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, BLOCK)
-    is_e = e < ranks * width
-    word_at = word_ptr + 2 * (((e // width) * rows + t) * width + e % width)
+    rank = e // WIDTH
+    is_e = (rank < ranks) & (e % WIDTH < width)
+    word_at = (word_ptr + 2 * t * width) + 2 * (rank * rows * width + e % WIDTH)
     score = tl.load(word_at + 1, mask=is_e, other=_NONE)
     # The least score and position that are selected. A position is complemented, as in a candidate.
     cut = tl.full((1,), _NONE, tl.int32)
@@ -187,7 +192,7 @@ def _select_slots_kernel(
         if tl.sum(is_equal.to(tl.int32), 0) > spare:
             place = tl.load(word_at, mask=is_e & is_equal, other=_NONE)
             last = _kth_largest(place, spare)
-    j = tl.arange(0, OWN)
+    j = tl.arange(0, WIDTH)
     is_j = j < width
     own_at = word_ptr + 2 * ((own * rows + t) * width + j)
     own_score = tl.load(own_at + 1, mask=is_j, other=_NONE)
@@ -207,21 +212,18 @@ def _select_slots_kernel(
 
 
 def _warps_for(block: int) -> int:
-    """Return the warps that hold a block of int32 in registers, at most 32 for each thread."""
+    """Return the warps that hold a block of int32 in registers, 32 for each of their threads."""
     return min(32, max(4, block // 1024))
 
 
-def launch_top_candidates(
-    score_TS: Tensor, k: int, tables: PageTables, block: int, most_merged: int
-) -> Tensor:
-    """Launch `top_candidates` in parts of `block` scores.
+def launch_top_candidates(score_TS: Tensor, k: int, tables: PageTables, block: int) -> Tensor:
+    """Launch `top_candidates` in parts of `block` scores; merge as many candidates at a time.
 
     Args:
         score_TS: see `top_candidates`.
         k: see `top_candidates`.
         tables: see `top_candidates`.
         block: a power of two.
-        most_merged: candidates that a program merges at most, if two parts have no more.
     """
     T, S = score_TS.shape
     k = min(k, S)
@@ -232,7 +234,7 @@ def launch_top_candidates(
     found = torch.empty(T, parts, k, dtype=torch.int64, device=score_TS.device)
     if not T or not S:
         return found[:, 0]
-    block = min(block, max(16, next_power_of_2(S)))
+    size = min(block, max(16, next_power_of_2(S)))
     of_row = {"columns": S, "k": k, "shard": paging.shard, "SHARDS": paging.shards}
     _top_scores_kernel[(T, parts)](
         score_ptr=score_TS,
@@ -240,16 +242,17 @@ def launch_top_candidates(
         out_ptr=found,
         stride=score_TS.stride(0),
         **of_row,
-        BLOCK=block,
-        num_warps=_warps_for(block),
+        BLOCK=size,
+        num_warps=_warps_for(size),
         **launch_options(),
     )
     span = block
     while parts > 1:
-        group = min(parts, max(2, most_merged // k))
+        width = next_power_of_2(k)
+        group = min(parts, max(2, block // width))
         groups = cdiv(parts, group)
         merged = found.new_empty(T, groups, k)
-        size = next_power_of_2(group * k)
+        size = next_power_of_2(group) * width
         _merge_parts_kernel[(T, groups)](
             part_ptr=found,
             word_ptr=found.view(torch.int32),
@@ -259,6 +262,7 @@ def launch_top_candidates(
             group=group,
             span=span,
             **of_row,
+            WIDTH=width,
             BLOCK=size,
             num_warps=_warps_for(size),
             **launch_options(),
@@ -272,11 +276,13 @@ def launch_select_slots(candidate_PTK: Tensor, k: int, tables: PageTables) -> tu
     P, T, K = candidate_PTK.shape
     paging = tables.paging
     assert P in (1, paging.shards) and candidate_PTK.is_contiguous(), f"{P} ranks, {paging=}"
+    assert candidate_PTK.numel() < 1 << 30, f"{candidate_PTK.shape=}"
     tables = tables.contiguous()
     k = min(k, P * K)
     slot_TK = torch.empty(T, k, dtype=torch.int32, device=candidate_PTK.device)
     last_T = torch.empty(T, dtype=torch.int64, device=candidate_PTK.device)
-    size = next_power_of_2(P * K)
+    width = max(16, next_power_of_2(K))
+    size = next_power_of_2(P) * width
     if T:
         _select_slots_kernel[(T,)](
             word_ptr=candidate_PTK.view(torch.int32),
@@ -292,8 +298,8 @@ def launch_select_slots(candidate_PTK: Tensor, k: int, tables: PageTables) -> tu
             own=paging.shard if P > 1 else 0,
             SLOTS=paging.slots_per_page,
             SHARDS=paging.shards,
-            BLOCK=max(16, size),
-            OWN=max(16, next_power_of_2(K)),
+            WIDTH=width,
+            BLOCK=size,
             num_warps=_warps_for(size),
             **launch_options(),
         )

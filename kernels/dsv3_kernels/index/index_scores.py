@@ -90,28 +90,26 @@ def _index_scores_kernel(
     seen = (tl.max(pos, 0) + SHARDS - shard) // SHARDS
     h = tl.arange(0, HEADS)
     i = tl.arange(0, I)
-    is_h = h < H
+    # Heads and keys beyond the last repeat it, without weight, and without a place to be stored.
+    head = tl.minimum(h, H - 1)
     for start in range(tl.program_id(1) * KEYS, seen, tl.num_programs(1) * KEYS):
         at = start + tl.arange(0, KEYS)
-        held = at < seen
-        page = tl.load(page_ptr + b * pages + at // PAGE, mask=held, other=0).to(tl.int64)
-        key_at = value_ptr + (page * stride_page + at % PAGE * I)[:, None] + i[None, :]
-        key = tl.load(key_at, mask=held[:, None], other=0)
-        key = _operand(key, IS_FP8, NATIVE, DTYPE)
+        one = tl.minimum(at, seen - 1)
+        page = tl.load(page_ptr + b * pages + one // PAGE).to(tl.int64)
+        key_at = value_ptr + (page * stride_page + one % PAGE * I)[:, None] + i[None, :]
+        key = _operand(tl.load(key_at), IS_FP8, NATIVE, DTYPE)
         for q in range(first, min(first + QUERIES, queries)):
             row = b * queries + q
-            query_at = q_ptr + (row * H + h)[:, None] * I + i[None, :]
-            query = tl.load(query_at, mask=is_h[:, None], other=0)
-            query = _operand(query, IS_FP8, NATIVE, DTYPE)
+            query_at = q_ptr + (row * H + head)[:, None] * I + i[None, :]
+            query = _operand(tl.load(query_at), IS_FP8, NATIVE, DTYPE)
             product = tl.dot(key, tl.trans(query), input_precision="ieee")
-            weight = tl.load(weight_ptr + row * H + h, mask=is_h, other=0.0)
+            weight = tl.load(weight_ptr + row * H + h, mask=h < H, other=0.0)
             score = tl.sum(tl.maximum(product, 0.0) * weight[None, :], 1)
             if IS_FP8:
-                scale_at = scale_ptr + page * stride_page_scale + at % PAGE
-                score *= tl.load(scale_at, mask=held, other=0.0)
+                score *= tl.load(scale_ptr + page * stride_page_scale + one % PAGE)
             query_pos = tl.load(pos_ptr + row).to(tl.int32)
             score = tl.where(at * SHARDS + shard <= query_pos, score, float("-inf"))
-            tl.store(score_ptr + row * capacity + at, score, mask=held)
+            tl.store(score_ptr + row * capacity + at, score, mask=at < seen)
 
 
 def launch_index_scores(

@@ -19,10 +19,8 @@ from dsv3_kernels.operation import operation
 # Smaller than all candidates; stands for a position that a query does not see.
 NO_CANDIDATE = -(1 << 63)
 _LOW = (1 << 32) - 1
-# Scores that a program selects from, and candidates that a program merges at most: 32 for each
-# thread of 16 and of 32 warps.
+# Scores that a program of the kernel selects from, and candidates that it merges.
 _BLOCK = 1 << 14
-_MOST_MERGED = 1 << 15
 
 
 def candidate_positions(candidate_TK: Tensor) -> Tensor:
@@ -32,7 +30,7 @@ def candidate_positions(candidate_TK: Tensor) -> Tensor:
 
 
 def _launch_top_candidates(score_TS: Tensor, k: int, tables: PageTables) -> Tensor:
-    return launch_top_candidates(score_TS, k, tables, _BLOCK, _MOST_MERGED)
+    return launch_top_candidates(score_TS, k, tables, _BLOCK)
 
 
 @operation(kernel=_launch_top_candidates)
