@@ -17,9 +17,12 @@ from dsv3_kernels._gpu import cdiv, next_power_of_2
 from dsv3_kernels._triton import in_turn, launch_options, tl, triton
 from dsv3_kernels.attention.paging import PageTables
 
-# Least int32: stands for no score.
+# Smaller than all candidates; stands for a position that a query does not see.
+NO_CANDIDATE = -(1 << 63)
+
+_NO_CANDIDATE = tl.constexpr(NO_CANDIDATE)
+# Its upper half: stands for no score.
 _NONE = tl.constexpr(-(1 << 31))
-_NO_CANDIDATE = tl.constexpr(-(1 << 63))
 
 
 @triton.jit

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from dsv3_kernels.attention.paging import PageTables, Paging
-from dsv3_kernels.index._top_k_kernels import launch_select_slots, launch_top_candidates
+from dsv3_kernels.index._top_k_kernels import (
+    NO_CANDIDATE,
+    launch_select_slots,
+    launch_top_candidates,
+)
 from dsv3_kernels.operation import operation
 
-# Smaller than all candidates; stands for a position that a query does not see.
-NO_CANDIDATE = -(1 << 63)
 _LOW = (1 << 32) - 1
 # Scores that a program of the kernel selects from, and candidates that it merges.
 _BLOCK = 1 << 14
