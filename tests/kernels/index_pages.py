@@ -32,7 +32,7 @@ def scatter_keys(
     page_BG = torch.zeros(len(keys), max(sizes) + 2, dtype=torch.int32)
     for b, (key_SI, size) in enumerate(zip(keys, sizes, strict=True)):
         page_BG[b, :size] = torch.tensor([pages.pop() for _ in range(size)], dtype=torch.int32)
-        position = torch.arange(paging.shard, len(key_SI), paging.shards)
+        position = torch.arange(len(key_SI))[paging.shard :: paging.shards]
         in_page = position % paging.page_size // paging.shards
         slot = page_BG[b, position // paging.page_size] * paging.slots_per_page + in_page
         cache.write(slot, key_SI[position])

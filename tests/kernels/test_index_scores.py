@@ -113,12 +113,12 @@ def test_kernel(
 
 
 def test_scores_of_positions_that_are_not_seen_are_not_computed() -> None:
-    """Blocks after a sequence's last query keep the poison of their memory."""
+    """Memory after a sequence's last query keeps its poison."""
     _, args = make([40, 100], 2, 4, 32, Paging(16), torch.uint8)
     args.tables.query_pos_BQ[0] = -1
     score = by_kernel(args).unflatten(0, (2, 2))
     assert bool(score[0].isnan().all()), "a padding sequence costs no block"
-    assert bool(score[1, :, 112:].isnan().all()) and not bool(score[1, :, :112].isnan().any())
+    assert bool(score[1, :, 100:].isnan().all()) and not bool(score[1, :, :100].isnan().any())
     assert float(score[1, 0, 99]) == -math.inf, "the last key, which the first query does not see"
 
 
