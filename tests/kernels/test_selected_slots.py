@@ -156,9 +156,10 @@ def test_mla_decode_parts(form: torch.dtype, op: str) -> None:
     dtype = torch.float32 if form == torch.float32 else torch.bfloat16
     q = torch.randn(ranks, T, heads, C + R).to(dtype)
     for _, tables in select([90, 33], 3, 24, 2):
-        cache = make_cache(torch.randn(200, C + R), tables, form, op)
-        parts = empty_parts(q, C)
+        entries, parts = torch.randn(200, C + R), empty_parts(q, C)
+        cache = make_cache(entries, tables, form, op)
         getattr(mla_decode_parts, op)(q, cache, tables, SCALE, parts)
+        cache = make_cache(entries, tables, form, "reference")
         together = q.transpose(0, 1).reshape(T, 1, ranks * heads, C + R)
         want: PartialOutputs = mla_decode.reference(together, cache, tables, C, SCALE)
         got = open_parts(parts)

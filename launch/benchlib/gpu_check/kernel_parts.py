@@ -12,7 +12,9 @@ DECODE_FIRST = (
     *("fp8_gemm", "grouped_gate_up", "grouped_down", "mla_decode", "merge_lse"),
     *("absorb_query", "expand_values", "route_and_permute", "router_logits", "route", "permute"),
     *("unpermute", "add_rmsnorm", "act_quant", "silu_mul_quant", "norm_and_cache", "sum_norm"),
-    *("sample", "experts", "mla_prefill", "bf16_gemm", "rope_and_cache", "weight_dequant"),
+    *("sample", "index_scores", "top_candidates", "select_slots", "index_queries"),
+    *("write_index_keys", "experts", "mla_prefill", "bf16_gemm", "rope_and_cache"),
+    "weight_dequant",
 )
 _REHEARSED = ("act_quant", "permute")
 _COLUMNS = ("kernel", "shape", "us", "GB/s", "TFLOP/s", "% of roof")

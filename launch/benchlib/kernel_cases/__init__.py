@@ -27,6 +27,7 @@ from benchlib.kernel_cases.case import (
     scaled,
 )
 from benchlib.kernel_cases.gemm import expert_products, few_rows, gemm
+from benchlib.kernel_cases.index import index_inputs, selection
 from dsv3_kernels.fp8_format import BLOCK
 from dsv3_kernels.gemm._split_k import make_locks
 from dsv3_kernels.gemm.act_quant import act_quant
@@ -47,7 +48,8 @@ def cases(small: bool = False) -> Iterator[Case]:
     """Yield the cases of all kernels."""
     products = (gemm, few_rows, expert_products)
     attention = (absorption, decode, latents, prefill)
-    for family in (_elementwise, *products, _routing, *attention, _sampling):
+    index = (index_inputs, selection)
+    for family in (_elementwise, *products, _routing, *attention, *index, _sampling):
         yield from family(small)
 
 
