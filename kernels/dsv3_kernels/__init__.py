@@ -25,7 +25,7 @@ from dsv3_kernels.gemm.act_quant import Quantized, act_quant
 from dsv3_kernels.gemm.bf16_gemm import linear
 from dsv3_kernels.gemm.fp8_gemm import fp8_gemm
 from dsv3_kernels.gemm.weight_dequant import weight_dequant
-from dsv3_kernels.index.index_cache import IndexCache
+from dsv3_kernels.index.index_cache import IndexCache, index_key_bytes
 from dsv3_kernels.index.index_key import IndexWrite, write_index_keys
 from dsv3_kernels.index.index_query import index_queries
 from dsv3_kernels.index.index_scores import index_scores
@@ -73,6 +73,7 @@ __all__ = [
     "fp8_gemm",
     "grouped_down",
     "grouped_gate_up",
+    "index_key_bytes",
     "index_queries",
     "index_scores",
     "latent_entries",
