@@ -29,3 +29,9 @@ def test_splits_are_short_where_a_gpu_would_be_idle() -> None:
     assert (alone, many) == (64, 512)
     assert split_for(512, 1, 16384, 132) == 128 and split_for(1024, 2, 65536, 132) == 1024
     assert split_for(1024, 1, 10**6, 132) == 1024 and split_for(512, 1, 1, 132) == 64
+
+
+def test_short_sequences_that_keep_a_gpu_busy_are_not_split() -> None:
+    """2,048 selected slots of each of a prompt's queries; a decode step has too few of them."""
+    assert split_for(512, 2048, 2048, 132) == 2048 and split_for(512, 128, 2048, 132) == 512
+    assert split_for(512, 2048, 4096, 132) == 512, "longer ones are"

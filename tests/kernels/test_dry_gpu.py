@@ -37,7 +37,7 @@ def dry_run(*command: object) -> dict[str, Any]:
     """Return the report; kernels are specialized for their arguments, but not compiled."""
     environment = os.environ | {
         "TRITON_INTERPRET": "0",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "launch")]),
+        "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ("", "kernels", "launch")),
     }
     done = subprocess.run(
         [sys.executable, ROOT / "tests/kernels/dry_run.py", *map(str, command)],
@@ -97,6 +97,15 @@ def test_demo_in_fp8(tmp_path: Path) -> None:
 def test_a_failed_capture_costs_its_bucket_only() -> None:
     report = dry_run("tests/kernels/failed_capture.py")
     assert report["replays"] == 2 + 2 + 3 and not report["recording"]
+
+
+def test_the_indexer_is_captured() -> None:
+    report = dry_run("tests/kernels/captured_index.py")
+    assert report["replays"] == 3 and not report["recording"]
+    for kernel in ("_index_key", "_index_query", "_index_scores", "_top_scores", "_select_slots"):
+        assert report["launches"][f"{kernel}_kernel"] == 3 * 2
+    waits = {place.split(": ")[1] for place in report["waits"]}
+    assert waits == {"synchronize", "empty_cache"}, "of the captures' beginnings"
 
 
 def test_what_a_gpu_refuses() -> None:

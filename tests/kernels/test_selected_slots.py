@@ -1,6 +1,7 @@
 """Attention to selected positions: page tables of pages of one slot, in unselected poison."""
 
 import math
+import sys
 from typing import NamedTuple
 
 import pytest
@@ -139,9 +140,14 @@ def test_queries_without_a_selected_position(form: torch.dtype) -> None:
 
 
 @FORM
-def test_many_queries_of_a_prompt(form: torch.dtype) -> None:
-    """More sequences than are numbered at a time, short ones first."""
+@pytest.mark.parametrize("at_once", [32, 64])
+def test_many_queries_of_a_prompt(
+    at_once: int, form: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More sequences than are numbered at a time, and fewer, short ones first."""
     torch.manual_seed(2)
+    module = sys.modules["dsv3_kernels.attention._mla_decode_kernel"]
+    monkeypatch.setattr(module, "numbered_at_once", lambda sequences: at_once)
     (selection,) = select([40], 40, 24, 1)
     got, want = both(selection, form)
     assert_close("o", got.o, want.o, TOLERANCE)

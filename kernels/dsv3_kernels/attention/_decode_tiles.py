@@ -9,6 +9,9 @@ _PROGRAMS = 1024
 _SPLIT_BYTES = 256 << 20
 # Positions of the shortest split; by arithmetic, not measured.
 _LEAST_SPLIT = 64
+# Sequences of so many of the longest splits stay whole if there are so many programs for each
+# multiprocessor.
+_WHOLE, _BUSY = 4, 4
 
 
 def programs_for(parts: int, tiles: int, sequences: int) -> int:
@@ -18,6 +21,15 @@ def programs_for(parts: int, tiles: int, sequences: int) -> int:
     were one for each part that the tables allow.
     """
     return max(sequences, min(parts, _PROGRAMS // tiles))
+
+
+def numbered_at_once(sequences: int) -> int:
+    """Return the sequences whose parts a program counts at a time.
+
+    A warp's for a decode step; more for the queries of a prompt that attend to selected slots, each
+    a sequence of its own.
+    """
+    return 32 if sequences <= 256 else 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,17 +86,21 @@ class Tile:
 
 @cache
 def split_for(longest: int, others: int, held: int, multiprocessors: int) -> int:
-    """Return the positions per split: at most `longest`, fewer if the GPU would be idle.
+    """Return the positions per split: `longest`, or fewer if the GPU would be idle.
 
     Every program reads its positions at its multiprocessor's share of bandwidth, so a single
-    sequence should use half of the GPU. More splits cost the bytes of their partial outputs.
+    sequence should use half of the GPU. More splits cost the bytes of their partial outputs: short
+    sequences that keep a GPU busy without, as the queries of a prompt that attend to selected slots
+    do, are not split.
 
     Args:
-        longest: best length for many sequences.
+        longest: best length for many sequences that are longer.
         others: programs per split.
         held: positions that the tables could hold here.
         multiprocessors: of the GPU.
     """
+    if held <= _WHOLE * longest and others >= _BUSY * multiprocessors:
+        return _WHOLE * longest
     split = longest
     while split > _LEAST_SPLIT and others * -(-held // split) < multiprocessors // 2:
         split //= 2

@@ -31,7 +31,14 @@ from dsv3_kernels._triton import (
     tl,
     triton,
 )
-from dsv3_kernels.attention._decode_tiles import Tile, pool_for, programs_for, split_for, tile_for
+from dsv3_kernels.attention._decode_tiles import (
+    Tile,
+    numbered_at_once,
+    pool_for,
+    programs_for,
+    split_for,
+    tile_for,
+)
 from dsv3_kernels.attention._numbered_parts import count_parts, find_part, split_length
 from dsv3_kernels.attention.kv_fp8 import packed_views
 from dsv3_kernels.attention.merge_lse import merge_splits
@@ -116,6 +123,7 @@ def _mla_decode_kernel(
     SHARDS: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     PACKED: tl.constexpr,
     NATIVE: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -134,13 +142,13 @@ def _mla_decode_kernel(
     is_row = row < num_rows
     owner = row % H // HEADS
     owned = row // H * HEADS + row % HEADS
-    split_len = split_length(shortest, spare, sequences, pos_ptr, queries, shard, SHARDS)
-    num_parts = count_parts(sequences, split_len, pos_ptr, queries, shard, SHARDS)
+    split_len = split_length(shortest, spare, sequences, pos_ptr, queries, shard, SHARDS, AT_ONCE)
+    num_parts = count_parts(sequences, split_len, pos_ptr, queries, shard, SHARDS, AT_ONCE)
     tl.store(first_ptr + sequences, num_parts)
     step = tl.num_programs(1)
     # Values of the tile kept in registers over all parts would push out the accumulators.
     for part in tl.range(tl.program_id(1), num_parts, step, disable_licm=True):
-        b, first = find_part(part, sequences, split_len, pos_ptr, queries, shard, SHARDS)
+        b, first = find_part(part, sequences, split_len, pos_ptr, queries, shard, SHARDS, AT_ONCE)
         tl.store(first_ptr + b, first)
         b = b.to(tl.int64)
         query_pos = tl.load(pos_ptr + b * queries + row // H, mask=is_row, other=-1).to(tl.int32)
@@ -318,6 +326,7 @@ def _launch_parts(
         SHARDS=tables.paging.shards,
         ROWS=tile.rows,
         KEYS=tile.keys,
+        AT_ONCE=numbered_at_once(B),
         PACKED=is_packed,
         NATIVE=is_native(cache_SX),
         DTYPE=tl.float32 if is_exact else tl.bfloat16,

@@ -2,8 +2,8 @@
 
 A sequence has a part for each split of its positions held here, at least one. Parts are numbered
 sequence after sequence, so memory and programs follow the contexts, however wide the page tables
-are. Kernels count parts from the queries' positions, a warp's 32 sequences at a time: no data is
-prepared by the host, and a CUDA graph follows the contexts.
+are. Kernels count parts from the queries' positions, BLOCK sequences at a time (see
+`numbered_at_once`): no data is prepared by the host, and a CUDA graph follows the contexts.
 """
 
 from dsv3_kernels._triton import tl, triton
@@ -35,7 +35,7 @@ def split_length(
     queries,
     shard,
     SHARDS: tl.constexpr,
-    BLOCK: tl.constexpr = 32,
+    BLOCK: tl.constexpr,
 ):
     """Return the positions per split: a multiple of `shortest` with which all parts fit.
 
@@ -60,7 +60,7 @@ def count_parts(
     queries,
     shard,
     SHARDS: tl.constexpr,
-    BLOCK: tl.constexpr = 32,
+    BLOCK: tl.constexpr,
 ):
     """Return the number of parts of all sequences."""
     parts = tl.zeros((BLOCK,), tl.int32)
@@ -79,7 +79,7 @@ def find_part(
     queries,
     shard,
     SHARDS: tl.constexpr,
-    BLOCK: tl.constexpr = 32,
+    BLOCK: tl.constexpr,
 ):
     """Return the sequence of a part, and the number of its first part."""
     num_before = tl.zeros((BLOCK,), tl.int32)

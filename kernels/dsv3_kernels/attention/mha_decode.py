@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dsv3_kernels._gpu import cdiv, next_power_of_2
 from dsv3_kernels._triton import in_turn, launch_options, tl, triton
-from dsv3_kernels.attention._decode_tiles import pool_for, programs_for
+from dsv3_kernels.attention._decode_tiles import numbered_at_once, pool_for, programs_for
 from dsv3_kernels.attention._numbered_parts import count_parts, find_part, split_length
 from dsv3_kernels.attention.merge_lse import merge_splits, softmax_lse
 from dsv3_kernels.attention.paging import PageTables
@@ -55,6 +55,7 @@ def _mha_decode_kernel(
     PAGE: tl.constexpr,
     SHARDS: tl.constexpr,
     KEYS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
     """Compute some parts, for a head."""
     in_turn()
@@ -63,11 +64,11 @@ def _mha_decode_kernel(
     v = tl.arange(0, V_PAD)
     is_x = x < X
     is_v = v < V
-    split_len = split_length(shortest, spare, sequences, pos_ptr, 1, shard, SHARDS)
-    num_parts = count_parts(sequences, split_len, pos_ptr, 1, shard, SHARDS)
+    split_len = split_length(shortest, spare, sequences, pos_ptr, 1, shard, SHARDS, AT_ONCE)
+    num_parts = count_parts(sequences, split_len, pos_ptr, 1, shard, SHARDS, AT_ONCE)
     tl.store(first_ptr + sequences, num_parts)
     for part in range(tl.program_id(1), num_parts, tl.num_programs(1)):
-        b, number = find_part(part, sequences, split_len, pos_ptr, 1, shard, SHARDS)
+        b, number = find_part(part, sequences, split_len, pos_ptr, 1, shard, SHARDS, AT_ONCE)
         tl.store(first_ptr + b, number)
         b = b.to(tl.int64)
         seen = (tl.load(pos_ptr + b).to(tl.int32) + SHARDS - shard) // SHARDS
@@ -151,6 +152,7 @@ def launch_mha_decode(
         PAGE=tables.paging.slots_per_page,
         SHARDS=tables.paging.shards,
         KEYS=_KEYS,
+        AT_ONCE=numbered_at_once(B),
         num_warps=4,
         num_stages=2,
         **launch_options(),

@@ -126,6 +126,7 @@ def launch_index_scores(
     assert T == B * Q and q_THI.is_contiguous() and weight_TH.is_contiguous(), f"{q_THI.shape=}"
     assert dim == cache.dim and cache.is_fp8 == (q_THI.dtype == FP8), f"{q_THI.dtype=} {cache.dim=}"
     assert cache.slots.is_contiguous(), f"{cache.slots.stride()=}"
+    assert cache.slots_per_page == tables.paging.slots_per_page, f"{cache.slots_per_page=}"
     tables = tables.contiguous()
     values, scales = cache.views()
     score_TS = weight_TH.new_empty(T, tables.capacity)
