@@ -1,9 +1,9 @@
 """Kernels of exact top-k selection; see `top_k` for candidates and their order.
 
 A block of scores, in an order that integers have too, is held in registers. A bound on the k best
-is found bit by bit from the highest, by counting the scores that reach it; of scores equal to the
-bound those at the lowest positions are taken. Nothing is sorted: places in the result are numbers
-of taken scores that come before.
+is found bit by bit from the highest, by counting the scores that reach it, until just k do; of
+scores equal to the bound those at the lowest positions are taken. Nothing is sorted: places in the
+result are numbers of taken scores that come before. Where all scores are selected, none is counted.
 
 A row of more scores than a block is selected in parts, by several programs; the parts' candidates
 are merged in the same way. Parts after the last position that a query sees are neither read nor
@@ -26,15 +26,21 @@ _NONE = tl.constexpr(-(1 << 31))
 
 
 @triton.jit
-def _kth_largest(value, k):
-    """Return the k-th largest of a block of int32, [1]; at least k are no `_NONE`."""
-    cut = tl.full((1,), _NONE, tl.int32)
-    one = tl.full((1,), 1, tl.int32)
-    for bit in range(32):
-        trial = cut ^ (one << (31 - bit))
-        count = tl.sum((value >= trial).to(tl.int32), 0)
-        cut = tl.where(count >= k, trial, cut)
-    return cut
+def _bound(value, k):
+    """Return the highest bound that k of a block of int32 reach, or one that just k reach.
+
+    At least k are no `_NONE`.
+    """
+    bound = tl.full((), _NONE, tl.int32)
+    bit = tl.full((), _NONE, tl.int32)
+    count = tl.full((), -1, tl.int32)
+    while (bit != 0) & (count != k):
+        trial = bound ^ bit  # 0 at first: the sign's bit is set in `_NONE`
+        num = tl.sum((value >= trial).to(tl.int32), 0)
+        bound = tl.where(num >= k, trial, bound)
+        count = tl.where(num >= k, num, count)
+        bit = (bit >> 1) & 0x7FFFFFFF
+    return bound
 
 
 @triton.jit
@@ -50,9 +56,9 @@ def _take_best(value, is_there, num, k):
     Returns:
         [BLOCK] True for the chosen ones, and their numbers among them.
     """
-    cut = tl.full((1,), _NONE, tl.int32)
+    cut = tl.full((), _NONE, tl.int32)
     if num > k:
-        cut = _kth_largest(value, k)
+        cut = _bound(value, k)
     is_above = value > cut
     is_equal = is_there & (value == cut)
     spare = k - tl.sum(is_above.to(tl.int32), 0)
@@ -186,15 +192,15 @@ def _select_slots_kernel(
     word_at = (word_ptr + 2 * t * width) + 2 * (rank * rows * width + e % WIDTH)
     score = tl.load(word_at + 1, mask=is_e, other=_NONE)
     # The least score and position that are selected. A position is complemented, as in a candidate.
-    cut = tl.full((1,), _NONE, tl.int32)
-    last = tl.full((1,), _NONE, tl.int32)
+    cut = tl.full((), _NONE, tl.int32)
+    last = tl.full((), _NONE, tl.int32)
     if tl.sum((score != _NONE).to(tl.int32), 0) > k:
-        cut = _kth_largest(score, k)
+        cut = _bound(score, k)
         spare = k - tl.sum((score > cut).to(tl.int32), 0)
         is_equal = score == cut
         if tl.sum(is_equal.to(tl.int32), 0) > spare:
             place = tl.load(word_at, mask=is_e & is_equal, other=_NONE)
-            last = _kth_largest(place, spare)
+            last = _bound(place, spare)
     j = tl.arange(0, WIDTH)
     is_j = j < width
     own_at = word_ptr + 2 * ((own * rows + t) * width + j)
