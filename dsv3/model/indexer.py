@@ -134,7 +134,7 @@ class Indexer(nn.Module):
         found = []
         for some, part in tables.blocks(num_rows):
             score_TS = index_scores(q_THI[some], weight_TH[some], cache.index, part)
-            best_TK = top_candidates(score_TS, self.topk, part.paging)
+            best_TK = top_candidates(score_TS, self.topk, part)
             is_shared = part.paging.shards > 1
             best_PTK = self.tp.all_gather(best_TK) if is_shared else best_TK[None]
             found.append(select_slots(best_PTK, self.topk, part))
