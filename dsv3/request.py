@@ -91,6 +91,7 @@ _RULES = {
     "ignore_eos": _Rule(truth, "True or False"),
     "logprobs": _whole(0, MAX_LOGPROBS),
     "prompt_logprobs": _whole(0, MAX_LOGPROBS),
+    "speculative_tokens": _whole(0, _MOST),
 }
 
 
@@ -122,6 +123,8 @@ class SamplingParams:
         ignore_eos: continue after the model's end tokens.
         logprobs: number of likeliest alternatives reported per generated token; None reports none.
         prompt_logprobs: the same for the tokens of the prompt.
+        speculative_tokens: most tokens drafted ahead, within the engine's limit; None for this
+            limit. The answer does not depend on it.
     """
 
     n: int = 1
@@ -140,6 +143,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    speculative_tokens: int | None = None
 
     def __post_init__(self) -> None:
         """Convert each value to its field's type; None means the default.

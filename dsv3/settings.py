@@ -16,6 +16,7 @@ from dsv3.sizes import CacheSize, Size
 # rows to normalize outweigh two more launches (20 us a layer) from about 600 tokens on. With Gloo
 # there is no gain.
 _SPLIT_TOKENS = 1024
+MAX_DRAFTS = 8
 CacheForm = Literal["latent", "heads"]
 CacheDtype = Literal["fp32", "bf16", "fp8"]
 KvShard = Literal["tokens", "none"]
@@ -99,6 +100,11 @@ class EngineConfig:
         rebalance_every: steps between checks of the experts' loads, after which experts may move
             to other ranks; 0 never moves them.
         record_expert_load: file for the number of tokens of each expert; empty does not count.
+        speculative_tokens: drafts for each sequence and step, at most 8. The answer is what it is
+            without them; a step that verifies them takes longer, and may give more tokens. Steps
+            are not pipelined then.
+        speculative_method: "mtp": the MTP layer drafts; "ngram": the tokens after an earlier
+            occurrence of the text's last ones; "auto": "mtp" if the checkpoint has the layer.
         pipeline_depth: steps launched before the results of the last one are read: 0 or 1; -1 is 1
             on CUDA, where steps run asynchronously, and 0 on a CPU.
         enforce_eager: launch each kernel of a short step separately, without CUDA graphs.
@@ -157,6 +163,10 @@ class EngineConfig:
     eviction: Literal["cost", "lru"] = _cache("cost", "eviction policy of idle pages")
     max_batch_tokens: int = _steps(2048, "most new tokens of a step", least=1)
     max_running: int = _steps(64, "most running sequences", least=1)
+    speculative_tokens: int = _steps(0, "tokens drafted ahead and verified in one step (0: none)")
+    speculative_method: Literal["auto", "mtp", "ngram"] = _steps(
+        "auto", "drafts by the MTP layer, or from earlier occurrences in the text (auto: by layer)"
+    )
     pipeline_depth: int = _steps(
         -1, "steps launched before results are read: 0, 1 or -1 (by device)", least=-1
     )
@@ -180,6 +190,8 @@ class EngineConfig:
             )
         if self.pipeline_depth > 1:
             raise ConfigError(f"{self.given('pipeline_depth')} must be -1, 0 or 1")
+        if self.speculative_tokens > MAX_DRAFTS:
+            raise ConfigError(f"{self.given('speculative_tokens')} must be at most {MAX_DRAFTS}")
         if self.max_running > self.max_batch_tokens:
             raise ConfigError(
                 f"{self.given('max_running')} needs as many {self.named('max_batch_tokens')} "
@@ -279,4 +291,6 @@ class EngineConfig:
 
     def is_pipelined(self, device_type: str) -> bool:
         """Return True if a step is launched before the results of the last one are read."""
+        if self.speculative_tokens:  # the next step begins where this one's drafts were accepted
+            return False
         return self.pipeline_depth == 1 or (self.pipeline_depth < 0 and device_type == "cuda")

@@ -21,6 +21,7 @@ from dsv3.distributed.collectives import SingleRank
 from dsv3.engine.adjust import Adjustments
 from dsv3.engine.engine import Engine
 from dsv3.engine.runner import Runner
+from dsv3.engine.speculation import Speculation
 from dsv3.engine.step_plan import (
     NO_TARGET,
     PlanChannel,
@@ -190,7 +191,40 @@ class PaperRunner:
         self.last = chosen
         scores = torch.zeros(len(chosen), 1 + 2 * width, dtype=torch.float64)
         scores[:, 0] = -torch.from_numpy(plan.position)
-        return StepResult(torch.tensor(chosen, dtype=torch.int64), scores, fetched=fetched)
+        drafts = self.draft(plan, [texts[seq] for seq in row_seq], chosen)
+        tokens = torch.tensor(chosen, dtype=torch.int64)
+        return StepResult(tokens, scores, drafts, fetched=fetched)
+
+    def draft(
+        self, plan: StepPlan, text_of_row: list[list[int]], chosen: list[int]
+    ) -> torch.Tensor | None:
+        """Draft the right tokens, and now and then a wrong one."""
+        if not len(plan.num_drafts):
+            assert not len(plan.next_ids) and not len(plan.draft_row)
+            return None
+        assert len(plan.next_ids) == len(plan.token_ids)
+        (count,) = plan.num_drafts.tolist()
+        drafts = torch.zeros(len(plan.draft_row), count, dtype=torch.int64)
+        rows = zip(plan.draft_row, plan.draft_result, plan.draft_checked, strict=True)
+        for n, (row, result, checked) in enumerate(rows):
+            assert plan.row[result] == row and plan.next_ids[row] == -1 - result
+            accepted = 0
+            while (
+                accepted < checked
+                and plan.token_ids[row + 1 + accepted] == chosen[result + accepted]
+            ):
+                accepted += 1
+            assert (
+                plan.next_ids[row : row + checked + 1]
+                == -1 - np.arange(result, result + checked + 1)
+            ).all()
+            position = int(plan.position[result + accepted])
+            text = [*text_of_row[row][:position], chosen[result + accepted]]
+            seed = (int(plan.seed_high[result]) << 32) | (int(plan.seed_low[result]) & 0xFFFFFFFF)
+            for k in range(count):
+                drafts[n, k] = next_token(text, seed) + (sum(text) % 4 == 0)
+                text.append(int(drafts[n, k]))
+        return drafts
 
     def move_pages(self, plan: StepPlan) -> dict[int, bool]:
         """Offload, copy, restore: each is one whole, so the order within it does not matter."""
@@ -223,6 +257,10 @@ class PaperWorld:
         self.groups = groups
         self.num_steps = 0
 
+    def drafts(self, by_group: list[torch.Tensor | None]) -> torch.Tensor | None:
+        made = [drafts for drafts in by_group if drafts is not None]
+        return torch.cat(made) if made else None
+
     def run(self, plans: list[StepPlan]) -> StepResult:
         self.num_steps += 1
         plans = unpack_plans(pack_plans(plans))
@@ -231,6 +269,7 @@ class PaperWorld:
         return StepResult(
             torch.cat([r.token_M for r in results]),
             torch.cat([r.scores for r in results if r.scores is not None]),
+            self.drafts([r.draft_NK for r in results]),
             fetched=results[0].fetched,  # only a single group has a disk
         )
 
@@ -248,10 +287,12 @@ def paper_world(
     max_seq_len: int = 10**6,
     num_host_pages: int = 0,
     disk: PaperDisk | None = None,
+    num_drafts: int = 0,
     **settings: Any,
 ) -> tuple[Engine, PaperWorld]:
     """Return an engine over groups of `num_pages` pages and `num_host_pages` of host memory."""
-    config = EngineConfig(**settings)
+    speculation = Speculation(num_drafts, has_mtp=num_drafts > 0)
+    config = EngineConfig(speculative_tokens=num_drafts, **settings)
     layout = CacheLayout((Plane("latent", 1, 1, (0,), "fp32"),), Paging(page_size))
     cache = CachePool(layout, num_pages + 1, CPU, SingleRank())
     groups = [
@@ -261,7 +302,8 @@ def paper_world(
     tiers = [group.tiers for group in groups]
     runner = cast(Runner, world)
     channel = PlanChannel(SingleRank())
-    return Engine(TINY, config, runner, cache, channel, None, max_seq_len, tiers), world
+    engine = Engine(TINY, config, runner, cache, channel, None, max_seq_len, tiers, speculation)
+    return engine, world
 
 
 def finish(engine: Engine, max_steps: int = 10_000) -> dict[str, Completion]:

@@ -87,6 +87,7 @@ class CacheLayout:
         tp: int,
         tp_rank: int,
         index_dtype: CacheDtype | None = None,
+        has_mtp: bool = False,
     ) -> "CacheLayout":
         """Return the layout of a model's cache on rank `tp_rank` of `tp`.
 
@@ -98,8 +99,9 @@ class CacheLayout:
             tp: ranks of the tensor-parallel group.
             tp_rank: this rank's index in it.
             index_dtype: format of index keys; None for `dtype`, or "bf16" if that is "fp8".
+            has_mtp: one more layer, for drafts.
         """
-        layers = tuple(range(config.num_hidden_layers))
+        layers = tuple(range(config.num_hidden_layers + has_mtp))
         page_size = math.lcm(_PAGE_UNIT, tp)
         if form == "heads":
             width = (config.num_attention_heads // tp) * (config.qk_head_dim + config.v_head_dim)

@@ -23,8 +23,9 @@ from torch import Tensor
 from dsv3.cache.layout import NULL_PAGE
 from dsv3.cache.pool import CachePool
 from dsv3.distributed.collective_errors import collective_errors
+from dsv3.engine.drafts import Drafter, DraftRows
 from dsv3.engine.sampler import Choice, Sampler
-from dsv3.engine.step_plan import NO_TARGET, StepPlan
+from dsv3.engine.step_plan import NO_TARGET, StepPlan, num_drafts_of
 from dsv3.engine.step_result import StepResult
 from dsv3.errors import RankError, describe_error
 from dsv3.model.absorb_rule import AbsorbRule
@@ -45,10 +46,16 @@ MAX_GATHERED = 2048
 MAX_PROMPT_KEYS = 1 << 17
 _FEWEST_PAGES = 16
 _FEWEST_PROMPT_ROWS = 64
-# Arrays of a step. The first three have a value for each new token, the others for each result: its
-# row of the batch, the position that it predicts, and how it is sampled.
+# Arrays of a step. The first four have a value for each new token; the next ones for each result:
+# its row of the batch, the position that it predicts, and how it is sampled; the last three for
+# each drafted sequence (see `DraftRows`).
 _FLOATS = ("temperature", "top_p", "min_p")
-_ARRAYS = ("token", "position", "slot", "row", "predicted", "seed", "answer", "top_k", *_FLOATS)
+_ARRAYS = (
+    *("token", "position", "slot", "next"),
+    *("row", "predicted", "seed", "answer", "top_k", *_FLOATS),
+    *("draft_row", "draft_result", "draft_checked"),
+)
+_PADDED_BY_MINUS_1 = ("position", "slot", "draft_checked")
 
 
 def prompt_bucket(count: int) -> int:
@@ -84,11 +91,13 @@ class Bucket:
         rows, pages: sizes of the buffers.
         samples: tokens are sampled from whole rows of logits; otherwise the ranks' best logits are
             compared.
+        num_drafts: drafts made for each sequence.
     """
 
     rows: int
     pages: int
     samples: bool
+    num_drafts: int = 0
 
     def __str__(self) -> str:
         """Name the steps of the bucket in a log line."""
@@ -156,7 +165,7 @@ class StaticBuffers:
             values = arrays[name]
             target = row.view(np.float64) if name in _FLOATS else row
             target[: len(values)] = values
-            target[len(values) :] = -1 if name in ("position", "slot") else 0
+            target[len(values) :] = -1 if name in _PADDED_BY_MINUS_1 else 0
         for device, host in zip(self._device, self._hosts[self._turn], strict=True):
             device.copy_(host, non_blocking=True)
         if self._sent:
@@ -169,6 +178,7 @@ class GraphRunner:
     Args:
         model, cache, sampler: of the rank.
         rule: of the keys that tokens attend to.
+        drafter: drafts tokens at the end of each step; None drafts none.
         max_feed: sampled rows that the next step can read its tokens from.
 
     Attributes:
@@ -181,15 +191,18 @@ class GraphRunner:
         cache: CachePool,
         sampler: Sampler,
         rule: AbsorbRule,
+        drafter: Drafter | None = None,
         max_feed: int = 4096,
     ) -> None:
         self._model = model
         self._cache = cache
         self._sampler = sampler
         self._rule = rule
+        self._drafter = drafter
         self._device = cache.device
         self._feed = torch.zeros(max_feed, dtype=torch.int64, device=self._device)
         self._inputs: dict[Bucket, StaticBuffers] = {}
+        self._drafts: dict[Bucket, Tensor] = {}
         self._graphs: dict[Bucket, torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
         self._failed: set[Bucket] = set()  # could not be captured
@@ -204,21 +217,23 @@ class GraphRunner:
         count = max(len(plan.token_ids) for plan in plans)
         if not 0 < count <= MAX_ROWS or not all(self._is_plain(plan) for plan in plans):
             return None
-        is_decode = all(len(plan.token_ids) == len(plan.query_len) for plan in plans)
+        num_drafts = num_drafts_of(plans)
+        is_decode = all(plan.query_len.max(initial=1) <= 1 + num_drafts for plan in plans)
         rows = row_bucket(count) if is_decode else prompt_bucket(count)
         if rows * len(plans) > MAX_GATHERED:
             return None
-        if max(_num_prompt_keys(plan) for plan in plans) > MAX_PROMPT_KEYS:
+        if max(_num_prompt_keys(plan, 1 + num_drafts) for plan in plans) > MAX_PROMPT_KEYS:
             return None
         longest = max(int((p.context_len + p.query_len).max(initial=1)) for p in plans)
         samples = any((plan.temperature > 0).any() for plan in plans)
-        bucket = Bucket(rows, page_bucket(self._cache.layout.pages_for(longest)), samples)
+        pages = page_bucket(self._cache.layout.pages_for(longest + num_drafts))
+        bucket = Bucket(rows, pages, samples, num_drafts)
         return None if bucket in self._failed else bucket
 
     def _is_plain(self, plan: StepPlan) -> bool:
         """Return True if a group only samples or checks the last token of each sequence."""
         return (
-            len(plan.row) == len(plan.query_len)
+            len(plan.row) == len(plan.query_len) + plan.draft_checked.sum()
             and not len(plan.adjust)
             and bool((plan.target == NO_TARGET).all() and (plan.top_logprobs < 0).all())
             and -int(plan.token_ids.min(initial=0)) <= len(self._feed)
@@ -240,11 +255,14 @@ class GraphRunner:
         inputs = self._inputs.get(bucket)
         if inputs is None:
             inputs = self._inputs[bucket] = StaticBuffers(bucket, self._device)
+            shape = bucket.rows, bucket.num_drafts
+            self._drafts[bucket] = torch.zeros(shape, dtype=torch.int64, device=self._device)
         inputs.fill(
             tables.page_TG,
             token=plan.token_ids,
             position=tables.position_T,
             slot=tables.slot_T,
+            next=plan.next_ids,
             row=plan.row,
             predicted=plan.position,
             seed=plan.seed_high.astype(np.int64) << 32 | plan.seed_low.view(np.uint32),
@@ -253,6 +271,9 @@ class GraphRunner:
             temperature=plan.temperature,
             top_p=plan.top_p,
             min_p=plan.min_p,
+            draft_row=plan.draft_row,
+            draft_result=plan.draft_result,
+            draft_checked=plan.draft_checked,
         )
         graph = self._graphs.get(bucket)
         if graph is not None:
@@ -263,7 +284,10 @@ class GraphRunner:
             if self._pool is not None:
                 self._capture_on_all_ranks(bucket, inputs)
         # The next step overwrites the buffer.
-        return StepResult(self._feed[: len(plan.row)].clone(), None)
+        draft_NK = None
+        if self._drafter is not None:
+            draft_NK = self._drafts[bucket][: len(plan.draft_row)].clone()
+        return StepResult(self._feed[: len(plan.row)].clone(), None, draft_NK)
 
     def _compute(self, bucket: Bucket, inputs: StaticBuffers) -> None:
         """Run the step on the buffers; the host never waits for the device here."""
@@ -290,6 +314,7 @@ class GraphRunner:
         )
         hidden_TD = self._model(batch, self._cache)
         logits_MW = self._model.logits(hidden_TD[inputs.row("row")])
+        choice = None
         if bucket.samples:
             names = ("temperature", "top_k", "top_p", "min_p", "seed", "answer", "predicted")
             arrays = [inputs.row(name) for name in names]
@@ -299,6 +324,21 @@ class GraphRunner:
         else:
             token_M = self._sampler.greedy(logits_MW)
         self._feed[: bucket.rows] = token_M
+        if self._drafter is None:
+            return
+        row_N, result_N = inputs.row("draft_row"), inputs.row("draft_result")
+        rows = DraftRows(
+            next_T=inputs.row("next"),
+            row_N=row_N,
+            result_N=result_N,
+            checked_N=inputs.row("draft_checked"),
+            page_NG=inputs.page_TG[row_N],
+            choice=None if choice is None else Choice(*(array[result_N] for array in choice)),
+        )
+        per_group = [bucket.rows] * num_groups
+        self._drafts[bucket].copy_(
+            self._drafter(hidden_TD, token_M, batch, rows, bucket.num_drafts, per_group)
+        )
 
     def _capture_on_all_ranks(self, bucket: Bucket, inputs: StaticBuffers) -> None:
         """Capture the bucket's graph; if any rank fails, no rank has one. A collective.
@@ -312,6 +352,7 @@ class GraphRunner:
         except (RuntimeError, RankError) as error:
             self._graphs.pop(bucket, None)
             self._inputs.pop(bucket, None)
+            self._drafts.pop(bucket, None)
             self._failed.add(bucket)
             if mesh.layout.rank == 0:
                 text = "%s run eagerly: their CUDA graph cannot be captured: %s"
@@ -338,7 +379,7 @@ class GraphRunner:
         return graph
 
 
-def _num_prompt_keys(plan: StepPlan) -> int:
-    """Return the keys that the tokens of sequences with several new ones attend to, at most."""
+def _num_prompt_keys(plan: StepPlan, most: int) -> int:
+    """Return the keys that the tokens of sequences with over `most` new ones attend to, at most."""
     num_keys_B = plan.query_len.astype(np.int64) * (plan.context_len + plan.query_len)
-    return int(num_keys_B[plan.query_len > 1].sum())
+    return int(num_keys_B[plan.query_len > most].sum())

@@ -21,6 +21,7 @@ from dsv3.engine.runner import Runner
 from dsv3.engine.scheduled import ScheduledSeq, ScheduledStep
 from dsv3.engine.scheduler import Scheduler
 from dsv3.engine.sequence import Sequence
+from dsv3.engine.speculation import NO_DRAFTS, Speculation, count_matches
 from dsv3.engine.step_plan import NOT_FINITE, PlanChannel, StepPlan
 from dsv3.engine.step_result import HostResult, StepResult
 from dsv3.errors import ConfigError, RequestError
@@ -58,6 +59,7 @@ class Engine:
         max_seq_len: longest context a request may reach.
         tiers: the lower cache tiers of each data-parallel group; None keeps nothing outside the
             device.
+        speculation: how tokens are drafted.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Engine:
         tokenizer: Tokenizer | None,
         max_seq_len: int,
         tiers: Ordered[Tiers | None] = (None,),
+        speculation: Speculation = NO_DRAFTS,
     ) -> None:
         self.tokenizer = tokenizer
         self._context_limit = max_seq_len
@@ -85,8 +88,18 @@ class Engine:
             # DeepSeek's own config files do not name the end token.
             self._eos = frozenset({tokenizer.eos_id})
         is_only = len(tiers) == 1
+        self._speculation = speculation
         self._schedulers = [
-            Scheduler(config, cache.layout, cache.num_pages, settings, each, self.metrics, is_only)
+            Scheduler(
+                config,
+                cache.layout,
+                cache.num_pages,
+                settings,
+                each,
+                self.metrics,
+                is_only,
+                speculation,
+            )
             for each in tiers
         ]
         self._pipelined = settings.is_pipelined(cache.device.type)
@@ -212,7 +225,7 @@ class Engine:
         self._is_stepping = True
         outputs = self._expire(begin)
         steps = self._schedule()
-        plans = write_plans(steps, self._num_launched) if steps else []
+        plans = self._write_plans(steps) if steps else []
         planned_at = time.monotonic()
         launched = self._launch(steps, plans) if steps else None
         if self._pipelined:
@@ -254,7 +267,7 @@ class Engine:
                 if moves:
                     steps = [ScheduledStep() for _ in self._schedulers]
                     steps[group].moves = moves
-                    self._launch(steps, write_plans(steps, self._num_launched))
+                    self._launch(steps, self._write_plans(steps))
                 if time.monotonic() > deadline:
                     log.warning("the disk is slow: not all of the cache is saved")
                     break
@@ -276,6 +289,9 @@ class Engine:
             return []
         self._num_launched += any(step.seqs for step in steps)
         return steps
+
+    def _write_plans(self, steps: list[ScheduledStep]) -> list[StepPlan]:
+        return write_plans(steps, self._num_launched, self._speculation)
 
     def _launch(self, steps: list[ScheduledStep], plans: list[StepPlan]) -> _Launched:
         """Start a step on all ranks."""
@@ -306,29 +322,51 @@ class Engine:
         seq = part.seq
         if seq.is_done:
             return None
-        rows = slice(part.first_row, part.last_row + 1)
+        self._withdraw_rejected(part, result)
+        rows = slice(part.first_row, part.sampled_row + max(1, part.num_samples))
         if (result.token[rows] == NOT_FINITE).any():
             return self._fail(seq, number, result.bad_layer)
-        is_decode = part.num_tokens == 1 and part.start >= seq.prompt_len
+        is_decode = part.num_tokens == 1 + len(part.drafts) and part.start >= seq.prompt_len
         if is_decode:
-            self.metrics.decode_tokens += 1
+            self.metrics.decode_tokens += part.num_tokens
         else:
             self.metrics.prefill_tokens += part.num_tokens
         self._schedulers[seq.group].commit(part)
         num_top = seq.request.params.prompt_logprobs or 0
-        for row in range(part.first_row, part.last_row):
+        for row in range(part.first_row, part.sampled_row):
             seq.prompt_logprobs.append(result.logprobs_of(row, num_top))
         if not part.is_last:
             return None
+        out = RequestOutput(request_id=seq.request.request_id)
         if not part.num_samples:
-            return self._finish(seq, "length", RequestOutput(request_id=seq.request.request_id))
+            return self._finish(seq, "length", out)
         if seq.pending is not None and seq.pending[0] == number:
             seq.pending = None
-        return self._append(seq, result, part.last_row)
+        for row in range(part.sampled_row, part.sampled_row + part.num_samples):
+            self._append(seq, result, row, out)
+            if out.completion is not None:
+                return out
+        drafted = [] if part.draft_index < 0 else result.drafts[part.draft_index]
+        seq.drafts = self._speculation.next_drafts(seq, drafted)
+        return out
 
-    def _append(self, seq: Sequence, result: HostResult, row: int) -> RequestOutput:
-        """Add a sampled token; finish the sequence if it was the last."""
-        out = RequestOutput(request_id=seq.request.request_id)
+    def _withdraw_rejected(self, part: ScheduledSeq, result: HostResult) -> None:
+        """Shorten a sequence's part of a step to the accepted drafts, and count them."""
+        num_drafts = len(part.drafts)
+        if not num_drafts:
+            return
+        first = part.sampled_row
+        num_accepted = count_matches(part.drafts, result.token[first : first + num_drafts].tolist())
+        self.metrics.count_drafts(num_drafts, num_accepted)
+        num_rejected = num_drafts - num_accepted
+        part.drafts = part.drafts[:num_accepted]
+        part.num_tokens -= num_rejected
+        part.num_samples -= num_rejected
+        if part.seq.is_running and part.seq.num_preempted == part.num_preempted:
+            part.seq.num_computed -= num_rejected
+
+    def _append(self, seq: Sequence, result: HostResult, row: int, out: RequestOutput) -> None:
+        """Add a sampled token to the output; finish the sequence if it was the last."""
         token = int(result.token[row])
         params = seq.request.params
         if seq.first_token_at is None:
@@ -336,19 +374,20 @@ class Engine:
             self.metrics.first_token_seconds.observe(self._now - seq.added_at)
         is_end = token in params.stop_token_ids or (token in self._eos and not params.ignore_eos)
         if is_end:
-            return self._finish(seq, "stop", out)
+            self._finish(seq, "stop", out)
+            return
         seq.token_ids.append(token)
         out.new_token_ids.append(token)
         if params.logprobs is not None:
             seq.logprobs.append(result.logprobs_of(row, params.logprobs))
         stopped = False
         if seq.stream is not None:
-            out.new_text, stopped = seq.stream.push(token)
+            text, stopped = seq.stream.push(token)
+            out.new_text += text
         if stopped:
-            return self._finish(seq, "stop", out, flush=False)
-        if seq.num_generated >= params.max_tokens:
-            return self._finish(seq, "length", out)
-        return out
+            self._finish(seq, "stop", out, flush=False)
+        elif seq.num_generated >= params.max_tokens:
+            self._finish(seq, "length", out)
 
     def _fail(self, seq: Sequence, step: int, layer: int | None) -> RequestOutput:
         """End a sequence whose logits are not finite; the layer is known with --debug."""

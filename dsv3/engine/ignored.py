@@ -8,7 +8,12 @@ from dsv3.settings import EngineConfig
 
 _DEFAULTS = {field.name: field.default for field in fields(EngineConfig)}
 # Values that ask for the behavior of a single rank, or for none; they are never warned about.
-_HARMLESS = {"sequence_parallel": 0, "check_every": 0, "moe_dispatch": "allreduce"}
+_HARMLESS = {
+    "sequence_parallel": 0,
+    "check_every": 0,
+    "moe_dispatch": "allreduce",
+    "pipeline_depth": 0,
+}
 _OF_EXPERTS = ("expert_placement", "redundant_experts", "rebalance_every", "record_expert_load")
 
 
@@ -45,8 +50,22 @@ def _reasons(
     if layout.world_size == 1:
         yield "check_every", "there is one rank, and none to compare with"
         yield "rebalance_every", "there is one rank, which has all experts"
+    yield from _drafting_reasons(settings)
+    yield from _model_reasons(config, has_fp8)
+
+
+def _model_reasons(config: ModelConfig, has_fp8: bool) -> Iterator[tuple[str, str]]:
+    if not config.has_indexer:
+        yield "index_dtype", "the model has no indexer"
     if config.first_k_dense_replace >= config.num_hidden_layers:
         for name in _OF_EXPERTS:
             yield name, "the model has no routed experts"
     if not has_fp8:
         yield "weights", "the checkpoint has no FP8 weights to keep"
+
+
+def _drafting_reasons(settings: EngineConfig) -> Iterator[tuple[str, str]]:
+    if settings.speculative_tokens:
+        yield "pipeline_depth", "a step begins where the drafts of the one before were accepted"
+    else:
+        yield "speculative_method", f"{settings.given('speculative_tokens')} drafts nothing"

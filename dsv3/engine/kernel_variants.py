@@ -83,15 +83,17 @@ def _run_steps(setup: Setup, mesh: Mesh) -> None:
         dispatch,
         settings.sp_min_tokens("cuda"),
         setup.placement,
+        setup.speculation.has_mtp,
     ).eval()
     model.layers = nn.ModuleList(_distinct(model.layers))
     cache = CachePool(setup.layout, 2, _META, mesh.tp)
     rule = AbsorbRule.make(config, settings)
-    eager = Runner(model, cache, rule)
+    drafts = setup.speculation.has_mtp
+    eager = Runner(model, cache, rule, drafts=drafts)
     for plan in _eager_steps(setup, rule):
         eager.run([plan] * groups)
     if not settings.enforce_eager:
-        static = Runner(model, cache, rule, static=True)
+        static = Runner(model, cache, rule, static=True, drafts=drafts)
         for plan in _static_steps(setup, groups):
             static.run([plan] * groups)
     if groups > 1:
@@ -134,6 +136,13 @@ def _eager_steps(setup: Setup, rule: AbsorbRule) -> Iterator[StepPlan]:
     longest = setup.context_limit
     most = setup.settings.max_batch_tokens
     yield from _decode_steps(setup, setup.settings.max_running)
+    num_verified = 1 + setup.speculation.num_drafts
+    for context in {0, longest - num_verified}:
+        yield _plan(
+            setup,
+            [num_verified] * setup.settings.max_running,
+            [context] * setup.settings.max_running,
+        )
     for new in row_buckets(most):
         new = min(new, most, longest)
         for context in {0, longest - new}:
@@ -180,6 +189,12 @@ def _plan(
     if is_scored:
         plan.target = zeros
         plan.top_logprobs = zeros
+    elif setup.speculation.has_mtp:
+        plan.next_ids = plan.token_ids
+        plan.draft_row = plan.row
+        plan.draft_result = np.arange(num_rows, dtype=np.int32)
+        plan.draft_checked = zeros
+        plan.num_drafts = np.array([setup.speculation.num_drafts], np.int32)
     return plan
 
 

@@ -38,7 +38,9 @@ def measured_plan(
     if mesh.device.type != "cuda" or not settings.cache_size.depends_on_memory:
         return plan
     cache = CachePool(setup.layout, 2, mesh.device, mesh.tp)
-    runner = Runner(model, cache, AbsorbRule.make(model.config, settings), static=static)
+    rule = AbsorbRule.make(model.config, settings)
+    drafts = setup.speculation.has_mtp
+    runner = Runner(model, cache, rule, static=static, drafts=drafts)
     num_groups = mesh.layout.dp
     page_size = setup.layout.page_size
     before = torch.cuda.memory_allocated(mesh.device)

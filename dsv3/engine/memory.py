@@ -66,19 +66,28 @@ def _size(num_bytes: float) -> str:
 
 
 def weight_bytes(
-    config: ModelConfig, mesh: Mesh, fmt: WeightFormat, placement: Placement | None = None
+    config: ModelConfig,
+    mesh: Mesh,
+    fmt: WeightFormat,
+    placement: Placement | None = None,
+    has_mtp: bool = False,
 ) -> int:
     """Return the bytes of this rank's weights: those of a model on the meta device.
 
     Args:
-        config: the model; its MTP layers are not loaded.
+        config: the model.
         mesh: this rank.
         fmt: how weights are held.
         placement: which rank holds which experts; None for equal ranges.
+        has_mtp: the first MTP layer is loaded too.
     """
     meta = torch.device("meta")
     model = Transformer(
-        config, replace(mesh, device=meta), replace(fmt, device=meta), placement=placement
+        config,
+        replace(mesh, device=meta),
+        replace(fmt, device=meta),
+        placement=placement,
+        has_mtp=has_mtp,
     )
     return model.num_bytes
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from dsv3.settings import MAX_DRAFTS
+
 # Ten steps a decade, from 10 us to 1000 s.
 SECONDS = tuple(10 ** (exponent / 10) for exponent in range(-50, 31))
 COUNTS = tuple(2.0**exponent for exponent in range(18))
@@ -62,12 +64,18 @@ def _number(kind: str, about: str) -> Any:
     return field(default=0, metadata={"kind": kind, "about": about})
 
 
+def _list(kind: str, about: str) -> Any:
+    metadata = {"kind": kind, "about": about}
+    return field(default_factory=lambda: [0] * MAX_DRAFTS, metadata=metadata)
+
+
 def _histogram(bounds: tuple[float, ...], about: str) -> Any:
     metadata = {"kind": "histogram", "about": about}
     return field(default_factory=partial(Histogram, bounds), metadata=metadata)
 
 
 _counter = partial(_number, "counter")
+_counters = partial(_list, "counters")
 _gauge = partial(_number, "gauge")
 _seconds = partial(_histogram, SECONDS)
 _counts = partial(_histogram, COUNTS)
@@ -83,7 +91,9 @@ class Metrics:
         "tokens of prompts, and of answers that lost their pages, computed"
     )
     reused_tokens: int = _counter("tokens found in the cache instead")
-    decode_tokens: int = _counter("generated tokens computed, one at a time")
+    decode_tokens: int = _counter("generated tokens computed")
+    drafted_tokens: int = _counter("tokens drafted and verified")
+    accepted_tokens: int = _counter("drafts that were accepted")
     preemptions: int = _counter("times a running request lost its pages to an earlier one")
     evictions: int = _counter("cached pages dropped for want of room")
     offloads: int = _counter("evicted pages kept in host memory")
@@ -107,6 +117,24 @@ class Metrics:
     host_seconds: Histogram = _seconds("time of a step spent on planning and committing")
     step_sequences: Histogram = _counts("sequences in a step")
     step_tokens: Histogram = _counts("new tokens in a step")
+
+    accepted_drafts: Histogram = _counts("accepted drafts of a sequence in a step that had some")
+    drafted_at: list[int] = _counters("drafts verified at each place after the last known token")
+    accepted_at: list[int] = _counters("drafts accepted at each place after the last known token")
+
+    def count_drafts(self, num_drafts: int, num_accepted: int) -> None:
+        """Count the drafts of one sequence that a step has verified."""
+        self.drafted_tokens += num_drafts
+        self.accepted_tokens += num_accepted
+        self.accepted_drafts.observe(num_accepted)
+        for place in range(num_drafts):
+            self.drafted_at[place] += 1
+            self.accepted_at[place] += place < num_accepted
+
+    @property
+    def accepted_per_position(self) -> list[int]:
+        """Accepted drafts by their place after the last known token, as far as there were any."""
+        return self.accepted_at[: sum(count > 0 for count in self.drafted_at)]
 
     @property
     def hit_rate(self) -> float:

@@ -7,35 +7,46 @@ import numpy as np
 from dsv3.engine.adjust import NOT_FED, AdjustedRow, pack_adjustments
 from dsv3.engine.scheduled import ScheduledSeq, ScheduledStep
 from dsv3.engine.sequence import Sequence, pack_choice
+from dsv3.engine.speculation import Speculation
 from dsv3.engine.step_plan import CHOICE, NO_TARGET, Ints, StepPlan, pack_pages
 from dsv3.request import SamplingParams
 
 _GREEDY = pack_choice(SamplingParams())
 
 
-def write_plans(steps: list[ScheduledStep], number: int) -> list[StepPlan]:
+def write_plans(
+    steps: list[ScheduledStep], number: int, speculation: Speculation
+) -> list[StepPlan]:
     """Return the plans of step `number`, one for each group, and advance all sequences past it."""
     plans: list[StepPlan] = []
     for step in steps:
-        num_rows_before = sum(len(plan.row) for plan in plans)
-        plans.append(_write_plan(step, number, num_rows_before))
+        plans.append(_write_plan(step, number, plans, speculation))
     return plans
 
 
-def _write_plan(step: ScheduledStep, number: int, num_rows_before: int) -> StepPlan:
+def _write_plan(
+    step: ScheduledStep, number: int, before: list[StepPlan], speculation: Speculation
+) -> StepPlan:
     """Write one group's plan.
 
     Args:
         step: the group's part of the step.
         number: of the step.
-        num_rows_before: rows of other groups among the results, ahead of this group's.
+        before: plans of the groups whose results come first.
+        speculation: how tokens are drafted.
     """
     rows = _ResultRows()
+    drafting = _DraftingRows(speculation, sum(len(plan.draft_row) for plan in before))
+    num_rows_before = sum(len(plan.row) for plan in before)
     token_ids: list[int] = []
     contexts = [part.seq.num_computed for part in step.seqs]
     for part in step.seqs:
         part.first_row = num_rows_before + len(rows)
+        num_before = len(rows)
+        first_row = len(token_ids)
         _write_sequence(part, number, token_ids, rows)
+        if speculation.has_mtp:
+            drafting.add(part, first_row, num_before + part.num_scored)
     plan = StepPlan(
         copies=_pairs(step.copies),
         offload=_pairs(step.moves.offload),
@@ -50,6 +61,7 @@ def _write_plan(step: ScheduledStep, number: int, num_rows_before: int) -> StepP
         pages=np.frombuffer(b"".join(part.seq.pages for part in step.seqs), np.int32),
     )
     rows.fill(plan)
+    drafting.fill(plan)
     return plan
 
 
@@ -60,19 +72,22 @@ def _write_sequence(
     seq = part.seq
     part.start = seq.num_computed
     first_row = len(token_ids)
-    part.num_scored = rows.add_scored(seq, part.stop, first_row)
-    token_ids += seq.token_ids[part.start : part.stop]
+    stop = part.stop - len(part.drafts)
+    part.num_scored = rows.add_scored(seq, stop, first_row)
+    token_ids += seq.token_ids[part.start : stop]
     fed_row = NOT_FED
-    if part.stop > len(seq.token_ids):
+    if stop > len(seq.token_ids):
         assert seq.pending is not None and seq.pending[0] == number - 1, f"{seq.pending=}"
         fed_row = seq.pending[1]
         token_ids.append(-1 - fed_row)
     last_row = len(token_ids) - 1
+    token_ids += part.drafts
     if part.num_samples:
-        rows.add_sampled(seq, part.stop, last_row, fed_row)
+        for i in range(part.num_samples):
+            rows.add_sampled(seq, stop + i, last_row + i, fed_row)
         seq.pending = number, len(rows) - 1
     else:
-        rows.add_checked(part.stop, last_row)
+        rows.add_checked(stop, last_row)
     seq.num_computed = part.stop
 
 
@@ -83,6 +98,53 @@ def _ints(values: Iterable[int]) -> Ints:
 def _pairs(pairs: list[tuple[int, int]]) -> Ints:
     """Write all first elements, then all second ones."""
     return _ints([a for a, _ in pairs] + [b for _, b in pairs])
+
+
+class _DraftingRows:
+    """Collects the rows that the MTP layer continues.
+
+    Args:
+        speculation: how tokens are drafted.
+        num_before: drafted sequences of the groups before.
+    """
+
+    def __init__(self, speculation: Speculation, num_before: int) -> None:
+        self._speculation = speculation
+        self._num_before = num_before
+        self._next_ids: list[int] = []
+        # Row of the batch, result, drafts to verify.
+        self._rows: list[tuple[int, int, int]] = []
+
+    def add(self, part: ScheduledSeq, first_row: int, first_result: int) -> None:
+        """Add the tokens of a sequence that was written.
+
+        Args:
+            part: its part of the step.
+            first_row: its first row in the batch.
+            first_result: result of its last known token.
+        """
+        seq = part.seq
+        stop = part.stop - len(part.drafts)
+        self._next_ids += seq.token_ids[part.start + 1 : stop]
+        if stop < len(seq.token_ids):
+            self._next_ids.append(seq.token_ids[stop])
+        else:
+            self._next_ids += range(-1 - first_result, -2 - first_result - len(part.drafts), -1)
+        params = seq.request.params
+        is_last_token = seq.num_generated + 1 >= params.max_tokens
+        if part.num_samples and not is_last_token and self._speculation.limit(params):
+            part.draft_index = self._num_before + len(self._rows)
+            row = first_row + part.num_tokens - 1 - len(part.drafts)
+            self._rows.append((row, first_result, len(part.drafts)))
+
+    def fill(self, plan: StepPlan) -> None:
+        """Write the rows into a plan."""
+        if not self._speculation.has_mtp:
+            return
+        plan.next_ids = _ints(self._next_ids)
+        columns = np.array(self._rows, np.int32).reshape(-1, 3).T
+        plan.draft_row, plan.draft_result, plan.draft_checked = map(np.ascontiguousarray, columns)
+        plan.num_drafts = _ints([self._speculation.num_drafts])
 
 
 class _ResultRows:

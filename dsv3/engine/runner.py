@@ -17,10 +17,11 @@ from dsv3.cache.pool import CachePool
 from dsv3.engine.balance import Balancer
 from dsv3.engine.cuda_graphs import GraphRunner, TokenTables
 from dsv3.engine.divergence import DivergenceCheck
+from dsv3.engine.drafts import Drafter, DraftRows
 from dsv3.engine.layer_check import LayerCheck
 from dsv3.engine.page_mover import PageMover
 from dsv3.engine.sampler import Sampler
-from dsv3.engine.step_plan import StepPlan
+from dsv3.engine.step_plan import StepPlan, num_drafts_of
 from dsv3.engine.step_result import StepResult
 from dsv3.engine.transfer import all_to_device, to_device
 from dsv3.model.absorb_rule import AbsorbRule
@@ -42,6 +43,7 @@ class Runner:
         static: run short steps on static buffers; on CUDA as graphs.
         check: compares digests over ranks; None compares nothing.
         layer_check: finds layers whose output is not finite, in eager steps; None looks for none.
+        drafts: the model has an MTP layer, which drafts tokens.
 
     Attributes:
         model, cache, rule, device: as given.
@@ -58,6 +60,7 @@ class Runner:
         static: bool = False,
         check: DivergenceCheck | None = None,
         layer_check: LayerCheck | None = None,
+        drafts: bool = False,
     ) -> None:
         self.model = model
         self.cache = cache
@@ -70,7 +73,10 @@ class Runner:
         self.device = cache.device
         sampler = Sampler(model, cache.tp, self.device)
         self.sampler: Callable[[Tensor, StepPlan, int, Tensor], StepResult] = sampler
-        self._static = GraphRunner(model, cache, sampler, rule) if static else None
+        self._drafter = Drafter(model, cache, sampler, rule) if drafts else None
+        self._static = None
+        if static:
+            self._static = GraphRunner(model, cache, sampler, rule, self._drafter)
         self._around: Callable[[StepPlan], AbstractContextManager[object]] = nullcontext
         self._last_token_M = torch.zeros(0, dtype=torch.int64, device=self.device)
 
@@ -128,7 +134,7 @@ class Runner:
             self.balancer.before_step()
         sampled = self._sample(plans, plan)
         self._last_token_M = sampled.token_M
-        every = self._gather(sampled, [len(each.row) for each in plans])
+        every = self._gather(sampled, plans)
         if self._check is not None:
             self._check.add(plans, every.token_M)
         return replace(every, fetched=fetched)
@@ -151,23 +157,41 @@ class Runner:
         sampled = self.sampler(hidden_TD, plan, width, self._last_token_M)
         if self._layer_check is not None:
             sampled = replace(sampled, bad_layer=self._layer_check.bad_layer)
+        if self._drafter is not None:
+            draft_NK = self._drafter(
+                hidden_TD,
+                sampled.token_M,
+                batch,
+                builder.draft_rows(),
+                num_drafts_of(plans),
+                [len(each.draft_row) for each in plans],
+            )
+            sampled = replace(sampled, draft_NK=draft_NK)
         if self._static is not None:
             self._static.feed(sampled.token_M)
         return sampled
 
-    def _gather(self, mine: StepResult, num_rows: list[int]) -> StepResult:
+    def _gather(self, mine: StepResult, plans: list[StepPlan]) -> StepResult:
         """Return the results of all groups, one after the other; each rank has its own group's."""
-        longest = max(num_rows)
-        if len(num_rows) == 1 or not longest:
+        if len(plans) == 1:
             return mine
         packed = mine.token_M[:, None]
         if mine.scores is not None:
             packed = torch.cat((packed.double(), mine.scores), 1)  # ids are exact in float64
-        padded = F.pad(packed, (0, 0, 0, longest - len(packed)))
-        every = self._mesh.dp.all_gather(padded)
-        rows = torch.cat([part[:count] for part, count in zip(every, num_rows, strict=True)])
+        rows = self._gather_rows(packed, [len(each.row) for each in plans])
         scores = None if mine.scores is None else rows[:, 1:]
-        return StepResult(rows[:, 0].long(), scores, mine.bad_layer)
+        draft_NK = mine.draft_NK
+        if draft_NK is not None:
+            draft_NK = self._gather_rows(draft_NK, [len(each.draft_row) for each in plans])
+        return replace(mine, token_M=rows[:, 0].long(), scores=scores, draft_NK=draft_NK)
+
+    def _gather_rows(self, mine: Tensor, num_rows: list[int]) -> Tensor:
+        """Return the rows of all groups, one after the other."""
+        longest = max(num_rows)
+        if not longest or not mine.shape[1]:
+            return mine
+        every = self._mesh.dp.all_gather(F.pad(mine, (0, 0, 0, longest - len(mine))))
+        return torch.cat([part[:count] for part, count in zip(every, num_rows, strict=True)])
 
     def finish(self) -> None:
         """Write the experts' loads at the end of a run, if they are recorded. A collective."""
@@ -228,6 +252,14 @@ class BatchBuilder:
             chunks=[self._chunk(seq, next(sent)) for seq in long_seqs],
             chunk_start_L=start_L if long_seqs else None,
         )
+
+    def draft_rows(self) -> DraftRows:
+        """Return the rows that drafts continue."""
+        plan = self._plan
+        seq_N = np.searchsorted(self._row_start, plan.draft_row, side="right") - 1
+        width = int(plan.page_count[seq_N].max(initial=1))
+        pages = self._page_table(0, len(plan.query_len), width)[seq_N]
+        return DraftRows.of(plan, pages, self._device)
 
     def token_tables(self) -> TokenTables:
         """Return positions, slots and pages of every new token."""

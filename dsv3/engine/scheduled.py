@@ -14,10 +14,13 @@ class ScheduledSeq:
         seq: the sequence.
         num_tokens: new tokens that the step computes.
         is_last: the step computes all tokens that the sequence has so far.
+        drafts: the last of the new tokens, which are drafts to be verified.
         num_samples: rows that give next tokens; 0 where the last row is only checked: a row whose
             logits are not finite must not leave its cache entries to be reused.
         num_preempted: preemptions of the sequence before this step.
         num_scored: rows that score prompt tokens, ahead of the others. Set with the plan.
+        draft_index: its place among the drafted sequences of all groups; -1 without drafts to come.
+            Set with the plan.
         first_row: first row among the results of all groups. Set with the plan.
         start: position of the first new token. Set with the plan.
     """
@@ -27,16 +30,20 @@ class ScheduledSeq:
     is_last: bool
     num_samples: int
     num_preempted: int
+    drafts: list[int] = field(default_factory=list)
     num_scored: int = 0
+    draft_index: int = -1
     first_row: int = -1
     start: int = -1
 
     @classmethod
-    def of(cls, seq: Sequence, num_tokens: int) -> "ScheduledSeq":
-        """Schedule the next `num_tokens` tokens of a sequence."""
+    def of(cls, seq: Sequence, num_tokens: int, drafts: list[int] | None = None) -> "ScheduledSeq":
+        """Schedule the next `num_tokens` tokens of a sequence, and drafts after them."""
+        drafts = drafts or []
         is_last = seq.num_left == num_tokens
-        num_samples = 1 if is_last and seq.request.params.max_tokens > 0 else 0
-        return cls(seq, num_tokens, is_last, num_samples, seq.num_preempted)
+        num_samples = 1 + len(drafts) if is_last and seq.request.params.max_tokens > 0 else 0
+        num_new = num_tokens + len(drafts)
+        return cls(seq, num_new, is_last, num_samples, seq.num_preempted, drafts)
 
     @property
     def stop(self) -> int:
@@ -44,8 +51,8 @@ class ScheduledSeq:
         return self.start + self.num_tokens
 
     @property
-    def last_row(self) -> int:
-        """Row of the last new token among the results of all groups."""
+    def sampled_row(self) -> int:
+        """Row of the first sampled token among the results of all groups."""
         return self.first_row + self.num_scored
 
 

@@ -25,6 +25,7 @@ from dsv3.engine.admission import Admission
 from dsv3.engine.metrics import Metrics
 from dsv3.engine.scheduled import ScheduledSeq, ScheduledStep
 from dsv3.engine.sequence import Sequence
+from dsv3.engine.speculation import Speculation
 from dsv3.model.absorb_rule import AbsorbRule
 from dsv3.settings import EngineConfig
 
@@ -66,7 +67,9 @@ class Scheduler:
         tiers: Tiers | None,
         metrics: Metrics,
         is_only: bool,
+        speculation: Speculation,
     ) -> None:
+        self._speculation = speculation
         self._layout = layout
         self._metrics = metrics
         self._is_only = is_only
@@ -174,14 +177,27 @@ class Scheduler:
             left = seq.num_left
             count = left if left <= 1 else min(left, budget)
             if count > 0 and self._grow(seq, count):
-                step.seqs.append(ScheduledSeq.of(seq, count))
-                budget -= count if left > 1 else 0
+                drafts = self._drafts(seq, budget) if left == 1 else []
+                step.seqs.append(ScheduledSeq.of(seq, count, drafts))
+                budget -= count if left > 1 else len(drafts)
         if self.waiting and len(self.running) < self._max_running and not self._is_out_of_pages:
             self._admit(budget, step)
         step.seqs.sort(key=self._place)
         if self.tiers is not None:
             step.moves = self.tiers.draw(is_idle=not step.seqs)
         return step
+
+    def _drafts(self, seq: Sequence, budget: int) -> list[int]:
+        """Return the drafts to verify; none if their pages would cost other sequences theirs."""
+        num_left = seq.request.params.max_tokens - seq.num_generated
+        drafts = seq.drafts[: max(0, min(budget, num_left - 1))]
+        # The step also writes entries of the drafts that it makes.
+        num_new = 1 + len(drafts) + self._speculation.num_drafts * self._speculation.has_mtp
+        missing = self._layout.pages_for(seq.num_computed + num_new) - len(seq.pages)
+        if missing > 0 and self._make_room(missing):
+            seq.pages.extend(self.pages.allocate(missing))
+        room = len(seq.pages) * self._layout.page_size - seq.num_computed
+        return drafts[: room - 1]
 
     def _place(self, part: ScheduledSeq) -> tuple[bool, int, int]:
         """Return the sort key of a sequence: first all that attend straight to the cache."""

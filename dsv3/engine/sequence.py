@@ -8,6 +8,7 @@ import numpy as np
 from dsv3.cache.prefix import Match
 from dsv3.cache.tiers import PageKey
 from dsv3.engine.adjust import Adjuster
+from dsv3.engine.speculation import GramIndex
 from dsv3.engine.step_plan import CHOICE
 from dsv3.request import Request, SamplingParams, TokenLogprobs
 from dsv3.text.detokenize import TextStream
@@ -52,6 +53,8 @@ class Sequence:
         expires: `time.monotonic()` at which it ends as it is.
         disk_wait_until: `time.monotonic()` until which it waits for its prefix from disk.
         adjuster: its biases and penalties; None if it has none.
+        drafts: tokens drafted after `token_ids`, to be verified by the next step.
+        grams: earlier occurrences of its tokens, which drafts are taken from; None if they are not.
         choice: its sampling parameters as bytes of `CHOICE`.
         page_keys: names of its full pages in the cache's lower tiers, as far as asked for.
     """
@@ -81,6 +84,8 @@ class Sequence:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     adjuster: Adjuster | None = None
+    drafts: list[int] = field(default_factory=list)
+    grams: GramIndex | None = None
     choice: bytes = b""
 
     def __post_init__(self) -> None:
@@ -128,6 +133,7 @@ class Sequence:
     def rewind(self) -> None:
         """Reset the computed positions after a preemption; the tokens stay."""
         self.pages = array("i")
+        self.drafts = []
         self.num_computed = 0
         self.num_committed = 0
         self.is_running = False

@@ -14,6 +14,7 @@ from dsv3.distributed.mesh import Mesh
 from dsv3.engine.balance import place_experts
 from dsv3.engine.ignored import ignored_settings
 from dsv3.engine.memory import MemoryPlan, free_memory, plan_memory, weight_bytes
+from dsv3.engine.speculation import NO_DRAFTS, Speculation
 from dsv3.errors import ConfigError
 from dsv3.parallel.expert_placement import Placement
 from dsv3.parallel.token_rows import DispatchSettings
@@ -40,6 +41,7 @@ class Setup:
         placement: ranks of the experts; None for equal ranges.
         dispatch: how tokens reach their experts.
         weight_bytes: bytes of this rank's weights.
+        speculation: how tokens are drafted.
     """
 
     config: ModelConfig
@@ -50,6 +52,7 @@ class Setup:
     placement: Placement | None
     dispatch: DispatchSettings
     weight_bytes: int
+    speculation: Speculation = NO_DRAFTS
 
     def plan_memory(self, mesh: Mesh, free: int, activations: int | None = None) -> MemoryPlan:
         """Return the memory plan of this rank.
@@ -101,6 +104,7 @@ def decide(source: Source, settings: EngineConfig, mesh: Mesh, n_experts: int | 
     dispatch = dispatch_settings(settings, config, fmt, has_fp8_experts(source))
     if placement is not None:  # a group's experts may be anywhere
         dispatch = replace(dispatch, groups=(1, 1))
+    speculation = Speculation.decide(settings, source, placement)
     return Setup(
         config=config,
         settings=settings,
@@ -113,11 +117,13 @@ def decide(source: Source, settings: EngineConfig, mesh: Mesh, n_experts: int | 
             mesh.layout.tp,
             mesh.layout.tp_rank,
             None if settings.index_dtype == "auto" else settings.index_dtype,
+            speculation.has_mtp,
         ),
         context_limit=context_limit(settings, config),
         placement=placement,
         dispatch=dispatch,
-        weight_bytes=weight_bytes(config, mesh, fmt, placement),
+        weight_bytes=weight_bytes(config, mesh, fmt, placement, speculation.has_mtp),
+        speculation=speculation,
     )
 
 

@@ -131,7 +131,8 @@ def start(
     check = DivergenceCheck(mesh, settings.check_every) if is_checked else None
     layer_check = LayerCheck(model) if log.isEnabledFor(logging.DEBUG) else None
     rule = AbsorbRule.make(model.config, settings)
-    runner = Runner(model, cache, rule, mover, static, check, layer_check)
+    drafts = setup.speculation.has_mtp
+    runner = Runner(model, cache, rule, mover, static, check, layer_check, drafts)
     channel = PlanChannel(mesh.control, mesh.watchdog)
     mesh.watchdog.enter("warm-up")
     _warm_up(runner, static, mesh.layout.dp, seconds)
@@ -149,6 +150,7 @@ def start(
             loaded.tokenizer,
             setup.context_limit,
             tiers,
+            setup.speculation,
         )
     return Started(mesh, model.config, runner, channel, cache, plan, engine, seconds)
 
@@ -179,7 +181,13 @@ def _load(
         set_launches(settings.overlap_launches, mesh.device, settings.named("overlap_launches"))
         sp_min_tokens = settings.sp_min_tokens(mesh.device.type)
         model = Transformer(
-            source.config, mesh, setup.fmt, setup.dispatch, sp_min_tokens, setup.placement
+            source.config,
+            mesh,
+            setup.fmt,
+            setup.dispatch,
+            sp_min_tokens,
+            setup.placement,
+            setup.speculation.has_mtp,
         )
         _log_cut_weights(model)
         load_weights(source, model.eval().targets(), mesh.layout)

@@ -76,6 +76,13 @@ class StepPlan:
         temperature, top_k, top_p, min_p: [M] as in SamplingParams.
         seed_low, seed_high: [M] the two halves of the request's seed.
         answer: [M] as in Request.
+        next_ids: [T] the token after each new token, for the MTP layer; -1 - m is the token that
+            row m of this step samples. Empty without an MTP layer.
+        draft_row: [N] rows of the batch that drafts continue, one for each drafted sequence: the
+            first row that a token is sampled from.
+        draft_result: [N] rows of the results of those.
+        draft_checked: [N] drafts among the new tokens, behind `draft_row`.
+        num_drafts: [1] drafts to make for each sequence, or empty.
         adjust: biases and penalties, packed as `Adjustments`; empty if no row has any.
     """
 
@@ -98,6 +105,11 @@ class StepPlan:
     seed_low: Ints = field(default_factory=_ints)
     seed_high: Ints = field(default_factory=_ints)
     answer: Ints = field(default_factory=_ints)
+    next_ids: Ints = field(default_factory=_ints)
+    draft_row: Ints = field(default_factory=_ints)
+    draft_result: Ints = field(default_factory=_ints)
+    draft_checked: Ints = field(default_factory=_ints)
+    num_drafts: Ints = field(default_factory=_ints)
     adjust: Ints = field(default_factory=_ints)
     temperature: Floats = field(default_factory=_floats)
     top_p: Floats = field(default_factory=_floats)
@@ -143,6 +155,11 @@ class StepPlan:
             setattr(plan, f.name, words[at : at + length].view(getattr(plan, f.name).dtype))
             at += length
         return plan
+
+
+def num_drafts_of(plans: list[StepPlan]) -> int:
+    """Return the drafts that a step makes for each of its drafted sequences, in all groups."""
+    return max(int(plan.num_drafts.max(initial=0)) for plan in plans)
 
 
 def pack_pages(pages: list[tuple[int, PageKey]]) -> Ints:

@@ -18,6 +18,8 @@ class StepResult:
         token_M: [M] int64 sampled tokens or scored targets; NOT_FINITE where the logits are not.
         scores: [M, 1 + 2 L] float64: log-probability of the token, ids of the L likeliest tokens,
             their log-probabilities; None if no row asked for any.
+        draft_NK: [N, K] int64 drafts of the tokens after the last accepted one, by the order of the
+            plans; None if none were made.
         bad_layer: the first layer of this rank's group whose output is not finite; looked for
             with --debug only, and not in steps that are CUDA graphs.
         fetched: host pages that have come from disk on all ranks (True), or which some rank
@@ -28,6 +30,7 @@ class StepResult:
 
     token_M: Tensor
     scores: Tensor | None = None
+    draft_NK: Tensor | None = None
     bad_layer: int | None = None
     fetched: dict[int, bool] = field(default_factory=dict)
     sent: torch.cuda.Event | None = None
@@ -39,19 +42,21 @@ class StepResult:
         # Copies that nothing waits for go to pinned memory.
         token_M = self.token_M.to("cpu", non_blocking=True)
         scores = None if self.scores is None else self.scores.to("cpu", non_blocking=True)
+        draft_NK = None if self.draft_NK is None else self.draft_NK.to("cpu", non_blocking=True)
         sent = torch.cuda.current_stream().record_event()
-        return replace(self, token_M=token_M, scores=scores, sent=sent)
+        return replace(self, token_M=token_M, scores=scores, draft_NK=draft_NK, sent=sent)
 
     def to_host(self) -> "HostResult":
         """Wait for the step and return its results as arrays."""
         if self.sent is not None:
             self.sent.synchronize()
         token_M = self.token_M.cpu().numpy()
+        drafts = [] if self.draft_NK is None else self.draft_NK.tolist()
         if self.scores is None:
             no_logprob_M = np.zeros(len(token_M))
             no_top_ML = np.zeros((len(token_M), 0))
             no_ids_ML = no_top_ML.astype(np.int64)
-            return HostResult(token_M, no_logprob_M, no_ids_ML, no_top_ML, self.bad_layer)
+            return HostResult(token_M, no_logprob_M, no_ids_ML, no_top_ML, drafts, self.bad_layer)
         scores = self.scores.cpu().numpy()
         num_top = (scores.shape[1] - 1) // 2
         return HostResult(
@@ -59,6 +64,7 @@ class StepResult:
             logprob=scores[:, 0],
             top_token=scores[:, 1 : 1 + num_top].astype(np.int64),
             top_logprob=scores[:, 1 + num_top :],
+            drafts=drafts,
             bad_layer=self.bad_layer,
         )
 
@@ -71,6 +77,7 @@ class HostResult:
         token: [M] the sampled token, or the scored target; NOT_FINITE if there is neither.
         logprob: [M] its log-probability under the model; 0 where none was asked for.
         top_token, top_logprob: [M, L] the likeliest tokens, best first.
+        drafts: of each drafted sequence.
         bad_layer: see `StepResult`.
     """
 
@@ -78,6 +85,7 @@ class HostResult:
     logprob: NDArray[np.float64]
     top_token: NDArray[np.int64]
     top_logprob: NDArray[np.float64]
+    drafts: list[list[int]] = field(default_factory=list)
     bad_layer: int | None = None
 
     def logprobs_of(self, row: int, num_top: int) -> TokenLogprobs:

@@ -25,7 +25,7 @@ class AbsorbRule:
     def make(cls, config: ModelConfig, settings: EngineConfig) -> "AbsorbRule":
         """Return the rule for a model and its settings."""
         if settings.attn_impl == "naive":
-            limit = 1
+            limit = 1 + settings.speculative_tokens
         elif settings.attn_impl == "absorb":
             limit = config.max_position_embeddings
         else:

@@ -347,7 +347,9 @@ class MLA(nn.Module):
         tables = self._select(x_TD, latent, rotation, batch, cache)
         for g, keys in zip(batch.groups, tables, strict=True):
             rows = slice(g.start, g.stop)
-            o_THV[rows] = mha_decode(q_THX[rows], cache_SY=cache.slots, tables=keys, scale=scale)
+            o_THV[rows] = mha_decode(
+                q_THX[rows], cache_SY=cache.slots, tables=keys.by_query(), scale=scale
+            )
         kv_THY = cache.round(kv_THY)
         for chunk in batch.chunks:
             rows = slice(chunk.start, chunk.stop)

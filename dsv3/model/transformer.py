@@ -1,16 +1,17 @@
 """The decoder: embedding, layers, final norm, head, on a flat batch of tokens."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from dsv3.cache.pool import CachePool, LayerCache
+from dsv3.cache.pool import CachePool
 from dsv3.config import ModelConfig
 from dsv3.distributed.mesh import Mesh
-from dsv3.model.attention import MLA
 from dsv3.model.batch import Batch
-from dsv3.model.moe import MoE, Router, feed_forward
+from dsv3.model.decoder_layer import DecoderLayer
+from dsv3.model.moe import MoE, Router
+from dsv3.model.mtp import MTP
 from dsv3.model.rotary import Rotary
 from dsv3.model.side_stream import SideStream
 from dsv3.parallel.expert_dispatch import ExpertDispatch, StepTokens
@@ -20,84 +21,10 @@ from dsv3.parallel.physical_experts import PhysicalExperts
 from dsv3.parallel.sequence_parallel import SequenceParallel
 from dsv3.parallel.token_rows import DispatchSettings
 from dsv3.parallel.weights import Matrix, Target, Vector, WeightFormat
-from dsv3_kernels import Rotation
-
-
-class DecoderLayer(nn.Module):
-    """x += attention(norm(x)); x += feed_forward(norm(x)).
-
-    The last addition of a layer is done by the next layer, which sums over tp, adds, normalizes and
-    quantizes in one operation.
-    """
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        layer: int,
-        mesh: Mesh,
-        fmt: WeightFormat,
-        dispatch: ExpertDispatch,
-        side: SideStream,
-    ) -> None:
-        super().__init__()
-        prefix = f"model.layers.{layer}."
-        shape = (config.hidden_size,)
-        self.eps = config.rms_norm_eps
-        self.input_layernorm = Vector(f"{prefix}input_layernorm.weight", shape, fmt)
-        self.self_attn = MLA(config, layer, mesh.layout, mesh.tp, fmt)
-        self.post_attention_layernorm = Vector(
-            f"{prefix}post_attention_layernorm.weight", shape, fmt
-        )
-        self.mlp = feed_forward(config, layer, f"{prefix}mlp.", mesh.layout, fmt, dispatch, side)
-
-    def forward(
-        self,
-        x_TD: Tensor,
-        y_TD: Tensor | None,
-        rotation: Rotation,
-        batch: Batch,
-        cache: LayerCache,
-        rows: SequenceParallel,
-    ) -> tuple[Tensor, Tensor]:
-        """Run the layer.
-
-        Args:
-            x_TD: residual stream: all rows, or this rank's (see `SequenceParallel`).
-            y_TD: this rank's part of the previous layer's last summand, all rows; None for zero.
-            rotation: rotary embedding of the positions.
-            batch: the step.
-            cache: of this layer.
-            rows: distribution of the rows over tp.
-
-        Returns:
-            The new x_TD and y_TD.
-        """
-        in_proj = self.self_attn.in_proj
-        x_TD, h_TD, h_q = rows.sum_norm(
-            x_TD,
-            y_TD,
-            self.input_layernorm.weight,
-            self.eps,
-            quant=in_proj.quantizes,
-            ue8m0=in_proj.ue8m0,
-        )
-        y_TD = self.self_attn(h_TD, rotation, batch, cache, h_q)
-        gate_up_proj = self.mlp.gate_up_proj
-        x_TD, h_TD, h_q = rows.sum_norm(
-            x_TD,
-            y_TD,
-            self.post_attention_layernorm.weight,
-            self.eps,
-            quant=gate_up_proj.quantizes,
-            ue8m0=gate_up_proj.ue8m0,
-        )
-        if isinstance(self.mlp, MoE):
-            return x_TD, self.mlp(h_TD, h_q, batch.tokens)
-        return x_TD, self.mlp(h_TD, h_q)
 
 
 class Transformer(nn.Module):
-    """The main model on one rank. MTP layers are not loaded.
+    """The model on one rank.
 
     Args:
         config: the model.
@@ -107,6 +34,7 @@ class Transformer(nn.Module):
         sp_min_tokens: steps of at least this number of tokens split the residual stream over tp;
             0 never does.
         placement: of experts; None for equal ranges.
+        has_mtp: also load the first MTP layer, which drafts tokens.
     """
 
     def __init__(
@@ -117,6 +45,7 @@ class Transformer(nn.Module):
         settings: DispatchSettings | None = None,
         sp_min_tokens: int = 0,
         placement: Placement | None = None,
+        has_mtp: bool = False,
     ) -> None:
         super().__init__()
         num_physical = config.n_routed_experts if placement is None else placement.num_physical
@@ -144,6 +73,9 @@ class Transformer(nn.Module):
             embed if config.tie_word_embeddings else head, vocab, hidden, mesh.layout, fmt
         )
         self.rotary = Rotary(config, fmt.device)
+        self.mtp: MTP | None = None
+        if has_mtp:
+            self.mtp = MTP(config, mesh, fmt, self.dispatch, self.side)
 
     def forward(self, batch: Batch, cache: CachePool) -> Tensor:
         """Run the new tokens through all layers; return the normalized hidden states, [T, D].
@@ -152,7 +84,7 @@ class Transformer(nn.Module):
         the other groups.
         """
         if not len(batch.token_T):
-            return self._serve_others(batch.tokens)
+            return self._serve_others(self.layers, batch.tokens)
         count = len(batch.token_T)
         is_split = 0 < self.sp_min_tokens <= count and self.tp.size > 1
         rows = SequenceParallel(self.tp, count, is_split)
@@ -165,11 +97,27 @@ class Transformer(nn.Module):
         _, h_TD, _ = rows.sum_norm(x_TD, y_TD, self.norm.weight, eps, quant=False, ue8m0=False)
         return h_TD
 
-    def _serve_others(self, tokens: StepTokens) -> Tensor:
+    def draft(self, h_TD: Tensor, next_T: Tensor, batch: Batch, cache: CachePool) -> Tensor:
+        """Run tokens through the MTP layer; return its hidden states (see `MTP.forward`).
+
+        Args:
+            h_TD: hidden states of the tokens.
+            next_T: [T] int64 the tokens after them.
+            batch: the tokens.
+            cache: the cache, with an MTP layer.
+        """
+        assert self.mtp is not None
+        if not len(batch.token_T):
+            return self._serve_others([self.mtp.layer], batch.tokens)
+        e_TD = self.embed_tokens(next_T)
+        rotation = self.rotary(batch.position_T)
+        return self.mtp(h_TD, e_TD, rotation, batch, cache.layer(self.config.num_hidden_layers))
+
+    def _serve_others(self, layers: Iterable[nn.Module], tokens: StepTokens) -> Tensor:
         x_TD = self.embed_tokens.table.weight.new_empty(0, self.config.hidden_size)
-        for layer in self.modules():
-            if isinstance(layer, MoE):
-                layer(x_TD, tokens=tokens)
+        for layer in layers:
+            if isinstance(layer.mlp, MoE):
+                layer.mlp(x_TD, tokens=tokens)
         return x_TD
 
     @torch.inference_mode()

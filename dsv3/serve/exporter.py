@@ -35,6 +35,11 @@ class MetricsCollector:
             if isinstance(value, Histogram):
                 buckets = _cumulative(value)
                 yield HistogramMetricFamily(name, about, buckets=buckets, sum_value=value.total)
+            elif figure.metadata["kind"] == "counters":
+                family = CounterMetricFamily(name, about, labels=["place"])
+                for place, count in enumerate(value, 1):
+                    family.add_metric([str(place)], count)
+                yield family
             elif figure.metadata["kind"] == "counter":
                 yield CounterMetricFamily(name, about, value=value)
             else:

@@ -2,7 +2,8 @@
 
 Every field of a body is either supported or refused by name, except for the few below that do not
 affect the answer. Fields beyond OpenAI's: `top_k`, `min_p`, `repetition_penalty`, `ignore_eos`,
-`stop_token_ids`, `return_token_ids`, and `chat_template_kwargs` with `thinking`.
+`stop_token_ids`, `return_token_ids`, `speculative_tokens`, and `chat_template_kwargs` with
+`thinking`.
 """
 
 import json
@@ -70,6 +71,7 @@ def parse_request(url: str, body: Any, name: str, defaults: Defaults) -> TextReq
             ignore_eos=fields.truth("ignore_eos") or False,
             logprobs=logprobs,
             prompt_logprobs=logprobs if specific.get("echo") else None,
+            speculative_tokens=fields.integer("speculative_tokens", 0, 2**31 - 1),
         ),
         limit_is_default=requested.max_tokens is None,
         return_token_ids=fields.truth("return_token_ids") or False,

@@ -102,7 +102,8 @@ def run_case(
     if "static" in settings:
         runner = started.runner
         sampler = Sampler(runner.model, mesh.tp, mesh.device)
-        runner._static = static = GraphRunner(runner.model, started.cache, sampler, runner.rule)
+        steps = GraphRunner(runner.model, started.cache, sampler, runner.rule, runner._drafter)
+        runner._static = static = steps
     if started.engine is None:
         follow(started.runner, started.channel)
     else:

@@ -29,6 +29,7 @@ SMALL = CACHE | {"max_batch_tokens": 16, "max_running": 4}
 STATIC = SMALL | {"static": True}
 # Pages of running requests are taken away, and kept in host memory.
 SPARSE_CROWDED = {"kv_cache_size": "320tok", "max_batch_tokens": 64, "kv_host_cache": "1MiB"}
+NGRAM = {"speculative_method": "ngram"}
 # Name of the case -> checkpoint, settings. The first of each checkpoint is the plainest.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "fp8": ("v3-fp8", CACHE),
@@ -57,9 +58,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "sparse, replicated": ("v3.2-long", SMALL | {"kv_shard": "none", "prefix_reuse": False}),
     "sparse, small cache": ("v3.2-long", SPARSE_CROWDED),
     "sparse, static, small steps": ("v3.2-long", STATIC | {"pipeline_depth": 1}),
+    "sparse, drafts": ("v3.2-long", CACHE | {"speculative_tokens": 2}),
+    "sparse, drafts, crowded": ("v3.2-long", SPARSE_CROWDED | {"speculative_tokens": 3}),
+    "sparse, drafts, naive": ("v3.2-long", SMALL | {"attn_impl": "naive", "speculative_tokens": 1}),
+    "sparse, drafts, static": ("v3.2-long", STATIC | {"speculative_tokens": 2}),
     "sparse, static, naive": ("v3.2-long", STATIC | {"attn_impl": "naive"}),
     "demo": ("demo", CACHE),
     "demo, absorb": ("demo", CACHE | {"max_batch_tokens": 100, "attn_impl": "absorb"}),
+    "demo, drafts": ("demo", CACHE | {"speculative_tokens": 3, "max_batch_tokens": 100}),
+    "demo, drafts, replicated": ("demo", CACHE | {"speculative_tokens": 1, "kv_shard": "none"}),
+    "demo, repeated text": ("demo", CACHE | {"speculative_tokens": 4} | NGRAM),
     "demo, static": ("demo", STATIC | {"max_batch_tokens": 100}),
     "demo, naive, kept": ("demo", CACHE | {"attn_impl": "naive", "weights": "fp8"}),
 }
@@ -73,12 +81,14 @@ GROUPS: dict[int, dict[str, tuple[str, dict[str, Any]]]] = {
         "crowd": ("crowd", CROWDED | {"pipeline_depth": 1, "moe_dispatch": "alltoall"}),
         "fp8, static, small steps": ("v3-fp8", STATIC | {"moe_dispatch": "alltoall"}),
         "sparse": ("v3.2-long", CACHE),
+        "demo, drafts": ("converted", CACHE | {"speculative_tokens": 2}),
         "demo": ("converted", CACHE | {"sequence_parallel": 64, "moe_dispatch": "alltoall"}),
     },
     4: {
         "fp8, small steps": ("v3-fp8", SMALL),
         "fp8, static, small steps": ("v3-fp8", STATIC | {"pipeline_depth": 1}),
         "sparse, small steps": ("v3.2-long", SMALL | {"attn_impl": "absorb"}),
+        "sparse, drafts, static": ("v3.2-long", STATIC | {"speculative_tokens": 2}),
         "crowd": ("crowd", CROWDED | {"kv_host_cache": "1MiB"}),
     },
 }
@@ -86,7 +96,7 @@ CASES |= {
     f"{name}, in {groups}": case for groups, cases in GROUPS.items() for name, case in cases.items()
 }
 # Eight processes on two cores: a handful of steps.
-FEW = ("fp8", "fp8, naive", "lite, small steps", "sparse", "crowd, in 2")
+FEW = ("fp8", "fp8, naive", "lite, small steps", "sparse, drafts", "crowd, in 2")
 PLAINEST = {"v3-fp8": "fp8", "v2-lite": "lite", "demo": "demo", "crowd": "crowd"}
 PLAINEST["v3.2-long"] = "sparse"
 PLAINEST["converted"] = "demo"
@@ -195,7 +205,7 @@ def test_cache_bytes(run: Run, world_size: int) -> None:
         ranks, groups = result["stats"]["ranks"], groups_of(name)
         parts = 1 if "replicated" in name else world_size // groups
         assert [r["rank"] for r in ranks] == list(range(world_size))
-        if not name.startswith("sparse, naive") and not name.startswith("sparse, static, naive"):
+        if not (name.startswith("sparse") and "naive" in name):
             # Beside cached heads, every rank has all index keys.
             bytes_of = [r["cache_bytes"] * parts for r in ranks]
             assert bytes_of == [one["cache_bytes"]] * world_size, name
@@ -233,9 +243,22 @@ def test_static_steps_held_prompts(run: Run, world_size: int) -> None:
     In four groups, some group adjusts logits in nearly every step, which then runs eagerly.
     """
     cases = {n: result["static rows"] for n, result in run(world_size).items() if "static" in n}
-    assert len(cases) == 6 + (world_size > 1) + (world_size > 2)
+    assert len(cases) == 7 + (world_size > 1) + 2 * (world_size > 2)
     assert all(rows and rows[0] < 8 for rows in cases.values()), cases
     assert all(rows[-1] >= 64 for n, rows in cases.items() if groups_of(n) < 4), cases
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_drafts_were_accepted_and_rejected(run: Run, world_size: int) -> None:
+    """A trained model accepts drafts even after random prompts; a random one nearly none."""
+    for name, result in run(world_size).items():
+        tokens = result["stats"]["tokens"]
+        if "drafts" not in name and "repeated" not in name:
+            assert tokens["drafted"] == 0, name
+        elif name.startswith("demo, drafts"):
+            assert 0.1 * tokens["drafted"] < tokens["accepted"] < tokens["drafted"], name
+        else:
+            assert 0 <= tokens["accepted"] < 0.5 * tokens["drafted"], name
 
 
 def test_groups_share_the_experts_and_preempt(run: Run) -> None:

@@ -47,13 +47,16 @@ def make_oracle(family: str, folder: Path) -> Oracle:
     # transformers splits its fused experts and names the tensors as they are published.
     made.save_pretrained(folder / "names")
     names = load_file(folder / "names" / "model.safetensors")
+    if config.get("num_nextn_predict_layers"):
+        names |= _mtp_tensors(names, config)
     stored, plain = _store(names, config)
     if family in WRAPPED:
         _write(folder / "hf", *_wrap(stored, config, WRAPPED[family]))
     else:
         _write(folder / "hf", stored, config)
     (folder / "plain").mkdir()
-    save_file(plain, folder / "plain" / "model.safetensors", {"format": "pt"})
+    main = {n: x for n, x in plain.items() if f"layers.{config['num_hidden_layers']}." not in n}
+    save_file(main, folder / "plain" / "model.safetensors", {"format": "pt"})
     _hf_config(config).save_pretrained(folder / "plain")
     loaded: Any = _model_class(config).from_pretrained(  # typed as if without the loading info
         folder / "plain",
@@ -131,6 +134,25 @@ def _draw_weights(model: PreTrainedModel, bias_mean: float, bias_spread: float) 
     embedding = model.get_input_embeddings()
     assert isinstance(embedding, torch.nn.Embedding)
     embedding.weight.normal_(0, 1.0)
+
+
+def _mtp_tensors(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of an MTP layer: a decoder layer like the last one, and its own."""
+    count, hidden = config["num_hidden_layers"], config["hidden_size"]
+    last, prefix = f"model.layers.{count - 1}.", f"model.layers.{count}."
+    drawn = {
+        name.replace(last, prefix): x.flatten()[torch.randperm(x.numel())].view(x.shape)
+        for name, x in tensors.items()
+        if name.startswith(last)
+    }
+    for norm in ("enorm", "hnorm", "shared_head.norm"):
+        drawn[f"{prefix}{norm}.weight"] = torch.empty(hidden).normal_(1.0, 0.3)
+    eh_proj = torch.empty(hidden, 2 * hidden).normal_(0, (2 * hidden) ** -0.5)
+    return drawn | {
+        f"{prefix}eh_proj.weight": eh_proj,
+        f"{prefix}embed_tokens.weight": tensors["model.embed_tokens.weight"].clone(),
+        f"{prefix}shared_head.head.weight": tensors["lm_head.weight"].clone(),
+    }
 
 
 def _store(

@@ -146,6 +146,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     | {
         "index_topk": 40,
         "max_position_embeddings": 512,
+        "num_nextn_predict_layers": 1,
         "rope_scaling": YARN | {"factor": 16},
     },
     "v3.2": V3_FP8 | SPARSE | {"quantization_config": FP8 | {"scale_fmt": "ue8m0"}},

@@ -54,6 +54,7 @@ class History:
         reuse: bool,
         num_host_pages: int,
         disk: bool,
+        num_drafts: int,
     ) -> None:
         self.engine, self.world = paper_world(
             num_groups,
@@ -64,6 +65,7 @@ class History:
             pipeline_depth=depth,
             prefix_reuse=reuse,
             num_host_pages=num_host_pages,
+            num_drafts=num_drafts,
             disk=PaperDisk() if disk and num_host_pages and num_groups == 1 else None,
         )
         self.schedulers = self.engine._schedulers
@@ -166,6 +168,7 @@ class History:
     reuse=st.booleans(),
     num_host_pages=st.integers(0, 6),
     disk=st.booleans(),
+    num_drafts=st.integers(0, 3),
 )
 def test_any_history(
     events: list[tuple[str, Any]],
@@ -178,10 +181,20 @@ def test_any_history(
     reuse: bool,
     num_host_pages: int,
     disk: bool,
+    num_drafts: int,
 ) -> None:
     num_host_pages *= reuse
     history = History(
-        num_groups, num_pages, page_size, budget, running, depth, reuse, num_host_pages, disk
+        num_groups,
+        num_pages,
+        page_size,
+        budget,
+        running,
+        depth,
+        reuse,
+        num_host_pages,
+        disk,
+        num_drafts,
     )
     for number, (kind, value) in enumerate(events):
         if kind == "add":

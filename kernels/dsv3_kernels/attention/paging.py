@@ -52,6 +52,18 @@ class Paging:
         """Return the number of a sequence's first `num_tokens` positions on this rank."""
         return (num_tokens - self.shard + self.shards - 1) // self.shards
 
+    def slots(self, page_BG: Tensor, position_B: Tensor) -> Tensor:
+        """Return the slots of one position of each sequence, [B] int64.
+
+        They are -1 if another rank stores the position, and for positions below 0 or beyond the
+        tables.
+        """
+        page_B1 = (position_B // self.page_size).clamp(0, page_BG.shape[1] - 1)[:, None]
+        first_B = page_BG.gather(1, page_B1)[:, 0].long() * self.slots_per_page
+        slot_B = first_B + position_B % self.page_size // self.shards
+        is_known = (position_B >= 0) & (position_B < page_BG.shape[1] * self.page_size)
+        return slot_B.where(is_known & (position_B % self.shards == self.shard), -1)
+
     def keys(self, page_BG: Tensor, query_pos_BQ: Tensor, longest: int | None = None) -> Keys:
         """Expand page tables without synchronizing with the device.
 
@@ -122,6 +134,14 @@ class PageTables:
                 pos_BQ = some.query_pos_BQ[:, q : q + num_rows]
                 rows = slice(b * Q + q, b * Q + q + pos_BQ.shape[1])
                 yield rows, PageTables(some.page_BG, pos_BQ, self.paging)
+
+    def by_query(self) -> "PageTables":
+        """Return the tables of B * Q sequences of one query each."""
+        queries = self.query_pos_BQ.shape[1]
+        if queries == 1:
+            return self
+        page_BG = self.page_BG.repeat_interleave(queries, 0)
+        return PageTables(page_BG, self.query_pos_BQ.reshape(-1, 1), self.paging)
 
     @classmethod
     def stacked(cls, parts: "list[PageTables]") -> "PageTables":

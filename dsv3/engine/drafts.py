@@ -1,0 +1,170 @@
+"""Drafts of the next tokens by the MTP layer, on the device, at the end of each step.
+
+A step verifies the drafts of the step before: it samples a token at every drafted position, and
+accepts the drafts before the first one that is not the token sampled there. Tokens are sampled with
+random numbers that depend on seed and position only, so the answer is what it is without drafts.
+Drafts are sampled with the same numbers, which makes them equal more often.
+
+Then the MTP layer runs on all tokens of the step, so that its cache has an entry of every position,
+and from there, token by token, on the drafts. The entries of drafts and of rejected tokens are
+overwritten by the step that computes their positions, before any token attends to them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dsv3.cache.layout import CacheLayout
+from dsv3.cache.pool import CachePool
+from dsv3.engine.sampler import Choice, Sampler
+from dsv3.engine.step_plan import StepPlan
+from dsv3.engine.transfer import all_to_device
+from dsv3.model.absorb_rule import AbsorbRule
+from dsv3.model.batch import Batch, DecodeGroup
+from dsv3.model.transformer import Transformer
+from dsv3.parallel.expert_dispatch import StepTokens
+from dsv3.settings import MAX_DRAFTS
+
+
+@dataclass(frozen=True, slots=True)
+class DraftRows:
+    """The rows of a step that drafts continue; N sequences.
+
+    Attributes:
+        next_T: [T] int64 the token after each token of the step; -1 - m is the one that result m of
+            this step has sampled.
+        row_N: [N] int64 first row of each sequence that a token is sampled from.
+        result_N: [N] int64 the result of that row.
+        checked_N: [N] int64 drafts to verify: the rows after it hold them. -1 pads the arrays.
+        page_NG: [N, G] int32 pages of the sequences.
+        choice: how each sequence samples; None if all are greedy.
+    """
+
+    next_T: Tensor
+    row_N: Tensor
+    result_N: Tensor
+    checked_N: Tensor
+    page_NG: Tensor
+    choice: Choice | None
+
+    @classmethod
+    def of(cls, plan: StepPlan, page_NG: NDArray[np.int32], device: torch.device) -> "DraftRows":
+        """Return the rows that a plan names; `page_NG` has the pages of its drafted sequences."""
+        # Steps that are not an engine's, such as the first one, name no tokens.
+        next_ids = plan.next_ids if len(plan.next_ids) else np.zeros_like(plan.token_ids)
+        longs = (next_ids, plan.draft_row, plan.draft_result, plan.draft_checked)
+        arrays: list[NDArray[Any]] = [page_NG, *(array.astype(np.int64) for array in longs)]
+        index = plan.draft_result.astype(np.int64)
+        is_drawn = bool((plan.temperature[index] > 0).any())
+        if is_drawn:
+            arrays += Choice.arrays(plan, index)
+        page, next_T, row_N, result_N, checked_N, *choice = all_to_device(arrays, device)
+        drawn = Choice.of(*choice) if is_drawn else None
+        return cls(next_T, row_N, result_N, checked_N, page, drawn)
+
+
+class Drafter:
+    """Drafts tokens on one rank.
+
+    Args:
+        model: with an MTP layer.
+        cache: with its pages.
+        sampler: of the model.
+        rule: of the keys that tokens attend to.
+    """
+
+    def __init__(
+        self, model: Transformer, cache: CachePool, sampler: Sampler, rule: AbsorbRule
+    ) -> None:
+        self._model = model
+        self._cache = cache
+        self._sampler = sampler
+        self._rule = rule
+
+    def __call__(
+        self,
+        hidden_TD: Tensor,
+        token_M: Tensor,
+        batch: Batch,
+        rows: DraftRows,
+        num_drafts: int,
+        per_group: Sequence[int],
+    ) -> Tensor:
+        """Return the next drafts of each sequence, [N, num_drafts] int64. A collective.
+
+        Args:
+            hidden_TD: the model's hidden states.
+            token_M: the step's results.
+            batch: the step.
+            rows: the rows to continue.
+            num_drafts: drafts of a sequence; 0 only writes the entries of the step's tokens.
+            per_group: drafted sequences of every dp group.
+        """
+        sampled_T = token_M[(-1 - rows.next_T).clamp_min(0)] if len(token_M) else rows.next_T
+        next_T = torch.where(rows.next_T < 0, sampled_T, rows.next_T)
+        # Rows whose logits are not finite sample nothing.
+        h_TD = self._model.draft(hidden_TD, next_T.clamp_min(0), batch, self._cache)
+        if not num_drafts or not any(per_group):
+            return rows.row_N.new_zeros(len(rows.row_N), num_drafts)
+        row_N = rows.row_N + count_accepted(token_M, batch.token_T, rows)
+        position_N = batch.position_T[row_N].masked_fill(rows.checked_N < 0, -1)
+        h_ND = h_TD[row_N]
+        tokens = StepTokens(list(per_group), is_static=batch.tokens.is_static)
+        drafts: list[Tensor] = []
+        while True:
+            drafts.append(self._choose(h_ND, rows.choice, position_N + 2))
+            if len(drafts) == num_drafts:
+                return torch.stack(drafts, 1)
+            position_N = torch.where(position_N < 0, position_N, position_N + 1)
+            one_each = self._batch(drafts[-1], position_N, rows.page_NG, tokens)
+            h_ND = self._model.draft(h_ND, drafts[-1], one_each, self._cache)
+
+    def _choose(self, h_ND: Tensor, choice: Choice | None, position_N: Tensor) -> Tensor:
+        """Return the drafts for some positions, [N]."""
+        if not len(h_ND):
+            return position_N
+        logits_NW = self._model.logits(h_ND)
+        if choice is None:
+            return self._sampler.greedy(logits_NW).clamp_min(0)
+        drawn = self._sampler.whole_rows(logits_NW, choice._replace(position=position_N), 1)
+        return drawn[:, 0].long().clamp_min(0)
+
+    def _batch(
+        self, token_N: Tensor, position_N: Tensor, page_NG: Tensor, tokens: StepTokens
+    ) -> Batch:
+        """Return the batch of one draft of each sequence."""
+        layout = self._cache.layout
+        if tokens.is_static:
+            tokens = replace(tokens, position_T=position_N)
+        return Batch(
+            token_T=token_N,
+            position_T=position_N,
+            own_slot=layout.paging.slots(page_NG, position_N),
+            num_decode_rows=len(token_N),
+            tokens=tokens,
+            groups=[self._group(layout, position_N, page_NG)],
+        )
+
+    def _group(self, layout: CacheLayout, position_N: Tensor, page_NG: Tensor) -> DecodeGroup:
+        query_pos_BQ = position_N[:, None]
+        is_sparse = self._rule.selects(page_NG.shape[1] * layout.page_size)
+        keys = None
+        if position_N.device.type == "cpu" and len(position_N) and not is_sparse:
+            longest = min(int(position_N.max()) + 1, page_NG.shape[1] * layout.page_size)
+            keys = layout.paging.keys(page_NG, query_pos_BQ, longest)
+        return DecodeGroup(0, len(position_N), page_NG, query_pos_BQ, is_sparse, keys)
+
+
+def count_accepted(token_M: Tensor, token_T: Tensor, rows: DraftRows) -> Tensor:
+    """Return the number of drafts of each sequence that are the tokens sampled there, [N]."""
+    most = max(len(token_T) - 1, 0)
+    step = torch.arange(min(MAX_DRAFTS, most), device=token_T.device)
+    drafted_NK = token_T[(rows.row_N[:, None] + 1 + step).clamp_max(most)]
+    sampled_NK = token_M[(rows.result_N[:, None] + step).clamp_max(max(len(token_M) - 1, 0))]
+    is_same_NK = (drafted_NK == sampled_NK) & (step < rows.checked_N[:, None])
+    return is_same_NK.long().cumprod(1).sum(1)

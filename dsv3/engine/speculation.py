@@ -1,0 +1,128 @@
+"""Speculation: how many tokens are drafted for a sequence, and drafts from the text itself."""
+
+from collections.abc import Sequence as Ordered
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dsv3.checkpoint.reader import Source
+from dsv3.errors import ConfigError
+from dsv3.parallel.expert_placement import Placement
+from dsv3.request import SamplingParams
+from dsv3.settings import EngineConfig
+
+if TYPE_CHECKING:
+    from dsv3.engine.sequence import Sequence
+
+# Tokens that an earlier occurrence has in common with the end of a text, and the tokens of a text
+# that are searched.
+_GRAM = 3
+_MOST_KNOWN = 1 << 15
+
+
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """How tokens are drafted.
+
+    Attributes:
+        num_drafts: most drafts of a sequence in a step; 0 drafts nothing.
+        has_mtp: the MTP layer drafts; else earlier occurrences in the text do.
+    """
+
+    num_drafts: int = 0
+    has_mtp: bool = False
+
+    @classmethod
+    def decide(
+        cls, settings: EngineConfig, source: Source, placement: Placement | None
+    ) -> "Speculation":
+        """Return how a model's tokens are drafted.
+
+        Raises:
+            ConfigError: the MTP layer is asked for, and there is none, or it cannot be used.
+        """
+        count = settings.speculative_tokens
+        if not count or settings.speculative_method == "ngram":
+            return cls(count)
+        layer = source.config.num_hidden_layers
+        is_stored = f"model.layers.{layer}.eh_proj.weight" in source.tensors
+        method = settings.given("speculative_method")
+        if not is_stored:
+            if settings.speculative_method == "mtp":
+                name = f"model.layers.{layer}"
+                raise ConfigError(f"{source.path}: no MTP layer ({name}) for {method}")
+            return cls(count)
+        if placement is not None and placement.num_physical > source.config.n_routed_experts:
+            name = settings.named("speculative_method")
+            raise ConfigError(
+                f"the MTP layer has no redundant experts; use {name}=ngram, or no redundant experts"
+            )
+        return cls(count, has_mtp=True)
+
+    def next_drafts(self, seq: "Sequence", drafted: list[int]) -> list[int]:
+        """Return the drafts after a sequence's tokens, for its next step.
+
+        The MTP layer was trained to predict one token from the model's output. Its further drafts
+        are less certain than the continuation of an earlier occurrence.
+
+        Args:
+            seq: the sequence.
+            drafted: by the MTP layer; empty without one.
+        """
+        count = self.limit(seq.request.params)
+        if count <= 0 or (self.has_mtp and not drafted):
+            return []
+        first = drafted[:1]
+        seq.grams = seq.grams or GramIndex()
+        found = seq.grams.continuation(seq.token_ids, first, count - len(first))
+        return [*first, *found, *drafted[1 + len(found) :]][:count]
+
+    def limit(self, params: SamplingParams) -> int:
+        """Return the most drafts of a request's tokens in a step.
+
+        Penalties depend on the tokens before a position, of which drafts would be some.
+        """
+        if params.has_penalties:
+            return 0
+        if params.speculative_tokens is None:
+            return self.num_drafts
+        return min(self.num_drafts, params.speculative_tokens)
+
+
+NO_DRAFTS = Speculation()
+
+
+class GramIndex:
+    """Where the last tokens of a text have occurred in it before.
+
+    Source: prompt lookup decoding (Saxena 2023).
+    """
+
+    def __init__(self) -> None:
+        self._end: dict[tuple[int, ...], int] = {}
+        self._num_known = 0
+
+    def continuation(self, token_ids: list[int], drafts: list[int], count: int) -> list[int]:
+        """Return the tokens after the last earlier occurrence of the end of text and drafts.
+
+        Args:
+            token_ids: the text; it only grows from call to call.
+            drafts: tokens after it, as they are assumed.
+            count: most tokens wanted.
+        """
+        # The end of the text itself is no earlier occurrence.
+        first = max(self._num_known + 1, len(token_ids) - _MOST_KNOWN, _GRAM)
+        for end in range(first, len(token_ids)):
+            self._end[tuple(token_ids[end - _GRAM : end])] = end
+        self._num_known = max(self._num_known, len(token_ids) - 1)
+        found = self._end.get(tuple((token_ids[-_GRAM:] + drafts)[-_GRAM:]))
+        return [] if found is None else token_ids[found : found + count]
+
+
+def count_matches(drafts: Ordered[int], tokens: Ordered[int]) -> int:
+    """Return the number of drafts before the first one that differs from the sampled token."""
+    count = 0
+    for draft, token in zip(drafts, tokens, strict=False):
+        if draft != token:
+            break
+        count += 1
+    return count
