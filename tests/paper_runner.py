@@ -192,8 +192,8 @@ class PaperRunner:
         scores = torch.zeros(len(chosen), 1 + 2 * width, dtype=torch.float64)
         scores[:, 0] = -torch.from_numpy(plan.position)
         drafts = self.draft(plan, [texts[seq] for seq in row_seq], chosen)
-        tokens = torch.tensor(chosen, dtype=torch.int64)
-        return StepResult(tokens, scores, drafts, fetched=fetched)
+        token_M = torch.tensor(chosen, dtype=torch.int64)
+        return StepResult(token_M, scores, drafts, fetched=fetched)
 
     def draft(
         self, plan: StepPlan, text_of_row: list[list[int]], chosen: list[int]

@@ -31,6 +31,7 @@ def run(seed: int, depth: int, with_disk: bool, num_groups: int = 1) -> History:
         reuse=True,
         num_host_pages=draw.randrange(1, 24),
         disk=with_disk,
+        num_drafts=draw.randrange(3) if depth == 0 else 0,
     )
     shared = [draw.randrange(2, 300) for _ in range(9)]
     documents = [
