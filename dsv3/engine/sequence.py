@@ -8,7 +8,7 @@ import numpy as np
 from dsv3.cache.prefix import Match
 from dsv3.cache.tiers import PageKey
 from dsv3.engine.adjust import Adjuster
-from dsv3.engine.speculation import GramIndex
+from dsv3.engine.grams import GramIndex
 from dsv3.engine.step_plan import CHOICE
 from dsv3.request import Request, SamplingParams, TokenLogprobs
 from dsv3.text.detokenize import TextStream

@@ -2,21 +2,14 @@
 
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from dsv3.checkpoint.reader import Source
+from dsv3.engine.grams import GramIndex
+from dsv3.engine.sequence import Sequence
 from dsv3.errors import ConfigError
 from dsv3.parallel.expert_placement import Placement
 from dsv3.request import SamplingParams
 from dsv3.settings import EngineConfig
-
-if TYPE_CHECKING:
-    from dsv3.engine.sequence import Sequence
-
-# Tokens that an earlier occurrence has in common with the end of a text, and the tokens of a text
-# that are searched.
-_GRAM = 3
-_MOST_KNOWN = 1 << 15
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +51,7 @@ class Speculation:
             )
         return cls(count, has_mtp=True)
 
-    def next_drafts(self, seq: "Sequence", drafted: list[int]) -> list[int]:
+    def next_drafts(self, seq: Sequence, drafted: list[int]) -> list[int]:
         """Return the drafts after a sequence's tokens, for its next step.
 
         The MTP layer was trained to predict one token from the model's output. Its further drafts
@@ -89,33 +82,6 @@ class Speculation:
 
 
 NO_DRAFTS = Speculation()
-
-
-class GramIndex:
-    """Where the last tokens of a text have occurred in it before.
-
-    Source: prompt lookup decoding (Saxena 2023).
-    """
-
-    def __init__(self) -> None:
-        self._end: dict[tuple[int, ...], int] = {}
-        self._num_known = 0
-
-    def continuation(self, token_ids: list[int], drafts: list[int], count: int) -> list[int]:
-        """Return the tokens after the last earlier occurrence of the end of text and drafts.
-
-        Args:
-            token_ids: the text; it only grows from call to call.
-            drafts: tokens after it, as they are assumed.
-            count: most tokens wanted.
-        """
-        # The end of the text itself is no earlier occurrence.
-        first = max(self._num_known + 1, len(token_ids) - _MOST_KNOWN, _GRAM)
-        for end in range(first, len(token_ids)):
-            self._end[tuple(token_ids[end - _GRAM : end])] = end
-        self._num_known = max(self._num_known, len(token_ids) - 1)
-        found = self._end.get(tuple((token_ids[-_GRAM:] + drafts)[-_GRAM:]))
-        return [] if found is None else token_ids[found : found + count]
 
 
 def count_matches(drafts: Ordered[int], tokens: Ordered[int]) -> int:

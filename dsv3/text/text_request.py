@@ -58,6 +58,7 @@ class TextRequest:
             if content["params"][name] == default_params[name]:
                 del content["params"][name]
         content["n"] = content["params"].pop("n")
+        del content["params"]["speculative_tokens"]  # changes no answer
         content["thinking"] = bool(self.thinking)  # None was added later, and counts as False
         return digest(json.dumps(content, sort_keys=True, separators=(",", ":")))
 

@@ -17,7 +17,7 @@ from tests.paper_runner import finish, paper_engine
 
 def test_every_figure_is_explained() -> None:
     every = [figure.metadata for figure in fields(Metrics)]
-    assert {figure["kind"] for figure in every} == {"counter", "gauge", "histogram"}
+    assert {figure["kind"] for figure in every} == {"counter", "counters", "gauge", "histogram"}
     assert len({figure["about"] for figure in every}) == len(every)
 
 
@@ -45,7 +45,7 @@ def test_observations_beyond_the_buckets() -> None:
 def parse(text: str) -> dict[str, float]:
     """Read Prometheus's text format."""
     return {
-        s.name + (f"{{le={s.labels['le']}}}" if s.labels else ""): s.value
+        s.name + "".join(f"{{{name}={value}}}" for name, value in s.labels.items()): s.value
         for family in text_string_to_metric_families(text)
         for s in family.samples
     }
@@ -65,7 +65,13 @@ def test_prometheus_text() -> None:
     metrics.pages_free = 7
     for seconds in (0.002, 0.02, 5000.0):
         metrics.first_token_seconds.observe(seconds)
+    metrics.count_drafts(num_drafts=2, num_accepted=1)
     values = parse(served(metrics))
+    assert values["dsv3_drafted_tokens_total"] == 2 and values["dsv3_accepted_tokens_total"] == 1
+    assert (
+        values["dsv3_accepted_at_total{place=1}"] == values["dsv3_drafted_at_total{place=2}"] == 1
+    )
+    assert values["dsv3_accepted_at_total{place=2}"] == 0
     assert values["dsv3_steps_total"] == 3 and values["dsv3_run_seconds_total"] == 0.5
     assert values["dsv3_pages_free"] == 7
     assert values["dsv3_first_token_seconds_bucket{le=0.01}"] == 1

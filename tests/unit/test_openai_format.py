@@ -240,6 +240,7 @@ def test_digest_of_older_versions_holds_where_newer_values_change_nothing() -> N
         "logit_bias": {},
     }
     assert complete(**row, **neutral, frequency_penalty=0.0).digest() == older[1]
+    assert complete(**row, speculative_tokens=2).digest() == older[1]
     newer = [
         complete(**row, min_p=0.1),
         complete(**row, repetition_penalty=1.1),

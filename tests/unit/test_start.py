@@ -60,7 +60,7 @@ class Gpu:
         self.kept = 0
         self.steps: list[StepPlan] = []
 
-    def runner(self, *_: object, static: bool) -> Any:
+    def runner(self, *_: object, static: bool, drafts: bool) -> Any:
         def run(plans: list[StepPlan]) -> None:
             self.steps += plans[:1]
             is_decode = len(plans[0].row) == len(plans[0].query_len)
