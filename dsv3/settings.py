@@ -103,6 +103,8 @@ class EngineConfig:
         speculative_tokens: drafts for each sequence and step, at most 8. The answer is what it is
             without them; a step that verifies them takes longer, and may give more tokens. Steps
             are not pipelined then.
+        speculative_adaptive: draft up to that number, as many as give most tokens a second by the
+            times of steps and the drafts accepted so far.
         speculative_method: "mtp": the MTP layer drafts; "ngram": the tokens after an earlier
             occurrence of the text's last ones; "auto": "mtp" if the checkpoint has the layer.
         pipeline_depth: steps launched before the results of the last one are read: 0 or 1; -1 is 1
@@ -164,6 +166,9 @@ class EngineConfig:
     max_batch_tokens: int = _steps(2048, "most new tokens of a step", least=1)
     max_running: int = _steps(64, "most running sequences", least=1)
     speculative_tokens: int = _steps(0, "tokens drafted ahead and verified in one step (0: none)")
+    speculative_adaptive: bool = _steps(
+        False, "draft fewer tokens, or none, where measured steps say that more do not pay"
+    )
     speculative_method: Literal["auto", "mtp", "ngram"] = _steps(
         "auto", "drafts by the MTP layer, or from earlier occurrences in the text (auto: by layer)"
     )

@@ -6,6 +6,7 @@
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Sequence as Ordered
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from dsv3.cache.pool import CachePool
 from dsv3.cache.tiers import Tiers
 from dsv3.config import ModelConfig
+from dsv3.engine.draft_count import DraftCount
 from dsv3.engine.groups import choose_group, rebalance_waiting, update_gauges
 from dsv3.engine.metrics import Metrics
 from dsv3.engine.plan_writer import write_plans
@@ -89,6 +91,9 @@ class Engine:
             self._eos = frozenset({tokenizer.eos_id})
         is_only = len(tiers) == 1
         self._speculation = speculation
+        self._draft_count = DraftCount(speculation.num_drafts, settings.speculative_adaptive)
+        # Drafts of a sequence that the step before made, and that this step makes.
+        self._num_verified = self._num_drafts = 0
         self._schedulers = [
             Scheduler(
                 config,
@@ -291,7 +296,10 @@ class Engine:
         return steps
 
     def _write_plans(self, steps: list[ScheduledStep]) -> list[StepPlan]:
-        return write_plans(steps, self._num_launched, self._speculation)
+        num_sequences = max(len(step.seqs) for step in steps)
+        self._num_verified = self._num_drafts
+        self._num_drafts = self._draft_count.choose(num_sequences) if num_sequences else 0
+        return write_plans(steps, self._num_launched, self._speculation, self._num_drafts)
 
     def _launch(self, steps: list[ScheduledStep], plans: list[StepPlan]) -> _Launched:
         """Start a step on all ranks."""
@@ -316,6 +324,10 @@ class Engine:
         m.step_sequences.observe(len(parts))
         m.step_tokens.observe(sum(part.num_tokens for part in parts))
         update_gauges(self._schedulers, m)
+        decodes = all(part.start >= part.seq.prompt_len for part in parts)
+        if decodes and self._num_drafts == self._num_verified:
+            largest = max(Counter(part.seq.group for part in parts).values())
+            self._draft_count.measure(largest, self._num_drafts, now - begin)
 
     def _commit(self, part: ScheduledSeq, number: int, result: HostResult) -> RequestOutput | None:
         """Record a step's results for one sequence."""
@@ -347,7 +359,7 @@ class Engine:
             if out.completion is not None:
                 return out
         drafted = [] if part.draft_index < 0 else result.drafts[part.draft_index]
-        seq.drafts = self._speculation.next_drafts(seq, drafted)
+        seq.drafts = self._speculation.next_drafts(seq, drafted)[: self._num_drafts]
         return out
 
     def _withdraw_rejected(self, part: ScheduledSeq, result: HostResult) -> None:
@@ -358,6 +370,7 @@ class Engine:
         first = part.sampled_row
         num_accepted = count_matches(part.drafts, result.token[first : first + num_drafts].tolist())
         self.metrics.count_drafts(num_drafts, num_accepted)
+        self._draft_count.verified(num_drafts, num_accepted)
         num_rejected = num_drafts - num_accepted
         part.drafts = part.drafts[:num_accepted]
         part.num_tokens -= num_rejected

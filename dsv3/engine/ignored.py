@@ -68,4 +68,5 @@ def _drafting_reasons(settings: EngineConfig) -> Iterator[tuple[str, str]]:
     if settings.speculative_tokens:
         yield "pipeline_depth", "a step begins where the drafts of the one before were accepted"
     else:
-        yield "speculative_method", f"{settings.given('speculative_tokens')} drafts nothing"
+        for name in ("speculative_method", "speculative_adaptive"):
+            yield name, f"{settings.given('speculative_tokens')} drafts nothing"

@@ -15,29 +15,38 @@ _GREEDY = pack_choice(SamplingParams())
 
 
 def write_plans(
-    steps: list[ScheduledStep], number: int, speculation: Speculation
+    steps: list[ScheduledStep], number: int, speculation: Speculation, num_drafts: int
 ) -> list[StepPlan]:
-    """Return the plans of step `number`, one for each group, and advance all sequences past it."""
+    """Write a step, and advance all sequences past it.
+
+    Args:
+        steps: of each group.
+        number: of the step.
+        speculation: how tokens are drafted.
+        num_drafts: drafts to make for each sequence. Without any, the MTP layer does not run.
+
+    Returns:
+        a plan for each group.
+    """
     plans: list[StepPlan] = []
     for step in steps:
-        plans.append(_write_plan(step, number, plans, speculation))
+        drafting = _DraftingRows(speculation, num_drafts, sum(len(p.draft_row) for p in plans))
+        plans.append(_write_plan(step, number, sum(len(plan.row) for plan in plans), drafting))
     return plans
 
 
 def _write_plan(
-    step: ScheduledStep, number: int, before: list[StepPlan], speculation: Speculation
+    step: ScheduledStep, number: int, num_rows_before: int, drafting: "_DraftingRows"
 ) -> StepPlan:
     """Write one group's plan.
 
     Args:
         step: the group's part of the step.
         number: of the step.
-        before: plans of the groups whose results come first.
-        speculation: how tokens are drafted.
+        num_rows_before: rows of other groups among the results, ahead of this group's.
+        drafting: takes the rows that the MTP layer continues.
     """
     rows = _ResultRows()
-    drafting = _DraftingRows(speculation, sum(len(plan.draft_row) for plan in before))
-    num_rows_before = sum(len(plan.row) for plan in before)
     token_ids: list[int] = []
     contexts = [part.seq.num_computed for part in step.seqs]
     for part in step.seqs:
@@ -45,8 +54,7 @@ def _write_plan(
         num_before = len(rows)
         first_row = len(token_ids)
         _write_sequence(part, number, token_ids, rows)
-        if speculation.has_mtp:
-            drafting.add(part, first_row, num_before + part.num_scored)
+        drafting.add(part, first_row, num_before + part.num_scored)
     plan = StepPlan(
         copies=_pairs(step.copies),
         offload=_pairs(step.moves.offload),
@@ -105,11 +113,13 @@ class _DraftingRows:
 
     Args:
         speculation: how tokens are drafted.
+        num_drafts: drafts to make.
         num_before: drafted sequences of the groups before.
     """
 
-    def __init__(self, speculation: Speculation, num_before: int) -> None:
+    def __init__(self, speculation: Speculation, num_drafts: int, num_before: int) -> None:
         self._speculation = speculation
+        self._num_drafts = num_drafts
         self._num_before = num_before
         self._next_ids: list[int] = []
         # Row of the batch, result, drafts to verify.
@@ -124,27 +134,33 @@ class _DraftingRows:
             first_result: result of its last known token.
         """
         seq = part.seq
+        if not self._runs_mtp:
+            seq.num_undrafted += part.num_tokens
+            return
         stop = part.stop - len(part.drafts)
         self._next_ids += seq.token_ids[part.start + 1 : stop]
         if stop < len(seq.token_ids):
             self._next_ids.append(seq.token_ids[stop])
         else:
             self._next_ids += range(-1 - first_result, -2 - first_result - len(part.drafts), -1)
-        params = seq.request.params
-        is_last_token = seq.num_generated + 1 >= params.max_tokens
-        if part.num_samples and not is_last_token and self._speculation.limit(params):
+        is_last_token = seq.num_generated + 1 >= seq.request.params.max_tokens
+        if part.num_samples and not is_last_token and self._speculation.limit(seq):
             part.draft_index = self._num_before + len(self._rows)
             row = first_row + part.num_tokens - 1 - len(part.drafts)
             self._rows.append((row, first_result, len(part.drafts)))
 
     def fill(self, plan: StepPlan) -> None:
         """Write the rows into a plan."""
-        if not self._speculation.has_mtp:
+        if not self._runs_mtp:
             return
         plan.next_ids = _ints(self._next_ids)
         columns = np.array(self._rows, np.int32).reshape(-1, 3).T
         plan.draft_row, plan.draft_result, plan.draft_checked = map(np.ascontiguousarray, columns)
-        plan.num_drafts = _ints([self._speculation.num_drafts])
+        plan.num_drafts = _ints([self._num_drafts])
+
+    @property
+    def _runs_mtp(self) -> bool:
+        return self._speculation.has_mtp and self._num_drafts > 0
 
 
 class _ResultRows:

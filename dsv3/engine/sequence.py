@@ -54,6 +54,7 @@ class Sequence:
         disk_wait_until: `time.monotonic()` until which it waits for its prefix from disk.
         adjuster: its biases and penalties; None if it has none.
         drafts: tokens drafted after `token_ids`, to be verified by the next step.
+        num_undrafted: its computed tokens that have no entry in the MTP layer's cache.
         grams: earlier occurrences of its tokens, which drafts are taken from; None if they are not.
         choice: its sampling parameters as bytes of `CHOICE`.
         page_keys: names of its full pages in the cache's lower tiers, as far as asked for.
@@ -85,6 +86,7 @@ class Sequence:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     adjuster: Adjuster | None = None
     drafts: list[int] = field(default_factory=list)
+    num_undrafted: int = 0
     grams: GramIndex | None = None
     choice: bytes = b""
 
@@ -134,6 +136,7 @@ class Sequence:
         """Reset the computed positions after a preemption; the tokens stay."""
         self.pages = array("i")
         self.drafts = []
+        self.num_undrafted = 0
         self.num_computed = 0
         self.num_committed = 0
         self.is_running = False

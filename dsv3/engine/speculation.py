@@ -8,8 +8,10 @@ from dsv3.engine.grams import GramIndex
 from dsv3.engine.sequence import Sequence
 from dsv3.errors import ConfigError
 from dsv3.parallel.expert_placement import Placement
-from dsv3.request import SamplingParams
 from dsv3.settings import EngineConfig
+
+# Tokens without an entry in the MTP layer's cache beyond which a sequence is not drafted.
+_MOST_UNDRAFTED = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,7 @@ class Speculation:
             seq: the sequence.
             drafted: by the MTP layer; empty without one.
         """
-        count = self.limit(seq.request.params)
+        count = self.limit(seq)
         if count <= 0 or (self.has_mtp and not drafted):
             return []
         first = drafted[:1]
@@ -69,12 +71,13 @@ class Speculation:
         found = seq.grams.continuation(seq.token_ids, first, count - len(first))
         return [*first, *found, *drafted[1 + len(found) :]][:count]
 
-    def limit(self, params: SamplingParams) -> int:
-        """Return the most drafts of a request's tokens in a step.
+    def limit(self, seq: Sequence) -> int:
+        """Return the most drafts of a sequence in a step.
 
         Penalties depend on the tokens before a position, of which drafts would be some.
         """
-        if params.has_penalties:
+        params = seq.request.params
+        if params.has_penalties or seq.num_undrafted > _MOST_UNDRAFTED:
             return 0
         if params.speculative_tokens is None:
             return self.num_drafts
