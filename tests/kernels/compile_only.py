@@ -291,15 +291,17 @@ def attention_to_selected(is_hopper: bool) -> None:
         torch.zeros(64, 576, dtype=torch.bfloat16),
         torch.zeros(64, packed_bytes(512, 64), dtype=torch.uint8),
     )
-    for T in (1, 2048):
-        pos = torch.zeros(T, 1, dtype=torch.int64)
-        selected = PageTables(torch.zeros(T, 2048, dtype=torch.int32), pos, Paging(1))
-        for cache, heads in product((plain, packed, plain.float()), (16, 128)):
-            q = torch.zeros(T, 1, heads, 576, dtype=torch.bfloat16)
-            tile = decode_tile(heads, cache.dtype == torch.float32, is_hopper)
-            launch_mla_decode(q, cache, selected, 512, 0.1, tile)
-        kv = torch.zeros(64, 16 * 320, dtype=torch.bfloat16)
-        mha_decode.kernel(torch.zeros(T, 16, 192, dtype=torch.bfloat16), kv, selected, 0.1)
+    few_and_many = [
+        PageTables(torch.zeros(T, 2048, dtype=torch.int32), torch.zeros(T, 1).long(), Paging(1))
+        for T in (1, 2048)
+    ]
+    forms = [*product((plain, packed, plain.float()), (16, 128), few_and_many[1:])]
+    for cache, heads, selected in (*forms, (packed, 128, few_and_many[0])):
+        q = torch.zeros(len(selected.page_BG), 1, heads, 576, dtype=torch.bfloat16)
+        tile = decode_tile(heads, cache.dtype == torch.float32, is_hopper)
+        launch_mla_decode(q, cache, selected, 512, 0.1, tile)
+    kv = torch.zeros(64, 16 * 320, dtype=torch.bfloat16)
+    mha_decode.kernel(torch.zeros(2048, 16, 192, dtype=torch.bfloat16), kv, few_and_many[1], 0.1)
 
 
 class NoDevice:
