@@ -5,8 +5,8 @@ Sums are added in rank order, so that all ranks get the same bits.
 
 import math
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -37,23 +37,18 @@ class MemoryGroup(Collectives):
     def in_exchange(self) -> bool:
         return self._mark.is_active
 
-    @contextmanager
-    def _exchange(self, operation: str, x: Tensor, parts: float) -> Iterator[None]:
-        """Count an exchange that sends `parts` times the bytes of `x`, and finish the last one.
-
-        In inference mode, so that results can be written whether the caller is in it or not.
-        """
-        with self._mark, torch.inference_mode():
-            self.sent[operation] += round(parts * x.nbytes)
-            self.num_calls += 1
-            if self._started is not None:
-                self._started.finish()
-                self._started = None
-            yield
+    def _begin(self, operation: str, x: Tensor, parts: float) -> None:
+        """Count an exchange that sends `parts` times the bytes of `x`, and finish the last one."""
+        self.sent[operation] += round(parts * x.nbytes)
+        self.num_calls += 1
+        if self._started is not None:
+            self._started.finish()
+            self._started = None
 
     def all_reduce(self, x: Tensor) -> Tensor:
         x = x.contiguous()
-        with self._exchange("all_reduce", x, 2 - 2 / self.size):
+        with self._mark, _inference_mode():
+            self._begin("all_reduce", x, 2 - 2 / self.size)
             is_split = self.size > 2 and x.nbytes >= _SPLIT_BYTES
             for _, part in _parts(x.view(-1), BUFFER_BYTES // x.itemsize):
                 self._sum_parts(part, x.nbytes) if is_split else self._sum(part, x.nbytes)
@@ -61,7 +56,7 @@ class MemoryGroup(Collectives):
 
     def _sum(self, x: Tensor, num_bytes: int) -> None:
         """Replace [n] by its sum over ranks; every rank adds all of it."""
-        buffers = self._rounds.begin(x.dtype)[:, : len(x)]
+        buffers = self._rounds.begin(x.dtype)[:, : len(x)].unbind()
         buffers[self.rank].copy_(x)
         self._rounds.publish(_call("all_reduce", num_bytes))
         self._rounds.receive_all()
@@ -77,7 +72,7 @@ class MemoryGroup(Collectives):
         width = math.ceil(len(x) / self.size)
         addends = buffers[:, self.rank * width : (self.rank + 1) * width]
         sums = self._rounds.begin(x.dtype)
-        _add(addends, sums[self.rank, : addends.shape[1]])
+        _add(addends.unbind(), sums[self.rank, : addends.shape[1]])
         self._rounds.publish(call)
         self._rounds.receive_all()
         for total, part in zip(sums, x.split(width), strict=False):
@@ -85,30 +80,32 @@ class MemoryGroup(Collectives):
 
     def all_gather(self, x: Tensor) -> Tensor:
         gathered = x.new_empty((self.size, *x.shape))
-        with self._exchange("all_gather", x, self.size - 1):
+        with self._mark, _inference_mode():
+            self._begin("all_gather", x, self.size - 1)
             rows = gathered.view(self.size, -1)
             for start, part in _parts(x.reshape(-1), BUFFER_BYTES // x.itemsize):
                 buffers = self._rounds.begin(x.dtype)[:, : len(part)]
                 buffers[self.rank].copy_(part)
                 self._rounds.publish(_call("all_gather", x.nbytes))
                 self._rounds.receive_all()
-                rows[:, start : start + len(part)].copy_(buffers)
+                _columns(rows, start, len(part)).copy_(buffers)
         return gathered
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         total = x.new_empty((len(x) // self.size, *x.shape[1:]))
-        with self._exchange("reduce_scatter", x, 1 - 1 / self.size):
-            flat = total.view(-1)
+        with self._mark, _inference_mode():
+            self._begin("reduce_scatter", x, 1 - 1 / self.size)
             for start, parts in self._swap("reduce_scatter", x):
-                _add(parts, flat[start : start + parts.shape[1]])
+                _add(parts.unbind(), _columns(total.view(-1), start, parts.shape[1]))
         return total
 
     def all_to_all(self, x: Tensor) -> Tensor:
         received = x.new_empty(x.shape)
-        with self._exchange("all_to_all", x, 1 - 1 / self.size):
+        with self._mark, _inference_mode():
+            self._begin("all_to_all", x, 1 - 1 / self.size)
             rows = received.view(self.size, -1)
             for start, parts in self._swap("all_to_all", x):
-                rows[:, start : start + parts.shape[1]].copy_(parts)
+                _columns(rows, start, parts.shape[1]).copy_(parts)
         return received
 
     def _swap(self, operation: str, x: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -127,14 +124,16 @@ class MemoryGroup(Collectives):
     def start_exchange(self, x: Tensor, send: list[int], receive: list[int], name: str) -> Pending:
         assert len(x) == sum(send) and send[self.rank] == receive[self.rank], f"{send=} {receive=}"
         received = x.new_empty((sum(receive), *x.shape[1:]))
-        with self._exchange(name, x, 1 - send[self.rank] / max(1, len(x))):
+        with self._mark, _inference_mode():
+            self._begin(name, x, 1 - send[self.rank] / max(1, len(x)))
             started = _StartedExchange(self._rounds, x, send, received, receive)
             self._started = started
         return Pending(received, x.device, started.finish, x, self._mark)
 
     def broadcast(self, x: Tensor) -> Tensor:
         x = x.contiguous()
-        with self._exchange("broadcast", x, self.size - 1 if self.rank == 0 else 0):
+        with self._mark, _inference_mode():
+            self._begin("broadcast", x, self.size - 1 if self.rank == 0 else 0)
             for _, part in _parts(x.view(-1), BUFFER_BYTES // x.itemsize):
                 buffer = self._rounds.begin(x.dtype)[0, : len(part)]
                 if self.rank == 0:
@@ -204,12 +203,25 @@ def _call(operation: str, num_bytes: int) -> int:
 def _parts(x: Tensor, length: int) -> Iterator[tuple[int, Tensor]]:
     """Yield parts of `x` along its last dim, with the index of the first element; at least one."""
     for start in range(0, max(1, x.shape[-1]), length):
-        yield start, x[..., start : start + length]
+        yield start, _columns(x, start, min(length, x.shape[-1] - start))
 
 
-def _add(parts: Tensor, total: Tensor) -> None:
-    """Write the sum of [size, n] over the ranks, in their order, to [n]."""
-    first, second, *others = parts.unbind()
+def _columns(x: Tensor, start: int, count: int) -> Tensor:
+    """Return elements of `x` along its last dim."""
+    return x if count == x.shape[-1] else x[..., start : start + count]
+
+
+def _inference_mode() -> AbstractContextManager[None]:
+    """Return a context to write results in, whether the caller is in inference mode or not.
+
+    A step is in this mode, and entering it again takes as long as a small exchange.
+    """
+    return nullcontext() if torch.is_inference_mode_enabled() else torch.inference_mode()
+
+
+def _add(parts: Sequence[Tensor], total: Tensor) -> None:
+    """Write the sum of the ranks' [n], in their order, to [n]."""
+    first, second, *others = parts
     torch.add(first, second, out=total)
     for other in others:
         total.add_(other)
