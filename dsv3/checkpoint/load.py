@@ -93,7 +93,7 @@ def _load_target(source: Source, target: Target, spec: TensorSpec, layout: Paral
     stored = DTYPES[source.tensors[target.name].dtype]
     if stored == FP8:
         _load_fp8(source, target, region)
-    elif stored == target.dest.dtype and target.dest.device.type == "cpu":
+    elif stored == target.dest.dtype and _is_plain_memory(target.dest):
         source.read(target.name, region, _memory(target.dest))
     else:
         for rows, part in _row_blocks(region, stored.itemsize):
@@ -149,6 +149,11 @@ def _read(source: Source, name: str, region: Region, dtype: torch.dtype) -> Tens
     out = torch.empty(region_shape(region), dtype=dtype)
     source.read(name, region, _memory(out))
     return out
+
+
+def _is_plain_memory(tensor: Tensor) -> bool:
+    """Return True if a file can be read straight into the tensor."""
+    return tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.stride(-1) == 1
 
 
 def _memory(tensor: Tensor) -> memoryview:

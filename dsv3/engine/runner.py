@@ -28,6 +28,7 @@ from dsv3.model.absorb_rule import AbsorbRule
 from dsv3.model.batch import Batch, Chunk, DecodeGroup
 from dsv3.model.transformer import Transformer
 from dsv3.parallel.expert_dispatch import StepTokens
+from dsv3_kernels import StoredRows
 
 Longs = NDArray[np.int64]
 
@@ -251,6 +252,7 @@ class BatchBuilder:
             groups=[self._group(*each, next(sent), next(sent)) for each in bounds],
             chunks=[self._chunk(seq, next(sent)) for seq in long_seqs],
             chunk_start_L=start_L if long_seqs else None,
+            stored=StoredRows.of(own_slot) if self._device.type == "cpu" else None,
         )
 
     def draft_rows(self) -> DraftRows:
@@ -316,7 +318,9 @@ class BatchBuilder:
         longest = self._longest(first, last)
         is_sparse = self._rule.selects(longest)
         if self._device.type == "cpu" and not is_sparse:
-            keys = self._layout.paging.keys(page_BG, query_pos_BQ, longest)
+            paging = self._layout.paging
+            has_blind = int(self._plan.context_len[first:last].min()) < paging.shard
+            keys = paging.keys(page_BG, query_pos_BQ, longest, has_blind)
         return DecodeGroup(
             start=int(self._row_start[first]),
             stop=int(self._row_start[last]),

@@ -38,8 +38,8 @@ from dsv3_kernels import (
     latent_entries,
     merge_lse,
     mha_decode,
-    mla_decode,
     mla_decode_parts,
+    mla_decode_values,
     mla_prefill,
     mla_prefill_packed,
     norm_and_cache,
@@ -107,6 +107,7 @@ class MLA(nn.Module):
             fmt,
             quantized=False,
             must_be_finite=True,
+            by_rows=True,
         )
         w_HYC = self.kv_b_proj.matrix().view(self.heads, -1, config.kv_lora_rank)
         # W_UK [H, N, C] and W_UV [H, V, C] of the local heads: views, made once.
@@ -141,6 +142,7 @@ class MLA(nn.Module):
             cache_SX=cache.slots,
             slot_T=batch.own_slot,
             keep_from=decode,
+            stored=batch.stored,
         )
         c_TA, q_THX, chunk_TX = self._queries(first, write)
         tables = self._select(x_TD, c_TA, rotation, batch, cache)
@@ -259,14 +261,14 @@ class MLA(nn.Module):
         start = 0
         for keys in tables:
             stop = start + keys.query_pos_BQ.numel()
-            out = mla_decode(
+            o_BQHC = mla_decode_values(
                 q_THX[start:stop].unflatten(0, keys.query_pos_BQ.shape),
                 cache_SX=cache.slots,
                 tables=keys,
                 value_dim=self.config.kv_lora_rank,
                 scale=self.config.softmax_scale,
             )
-            outs.append(out.o.flatten(0, 1))
+            outs.append(o_BQHC.flatten(0, 1))
             start = stop
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 

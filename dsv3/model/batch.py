@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from dsv3.parallel.expert_dispatch import StepTokens
-from dsv3_kernels import Keys, PageTables
+from dsv3_kernels import Keys, PageTables, StoredRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +60,7 @@ class Batch:
             counted from the first chunk's; None without chunks.
         selected: the keys of each group in the layer that selected them last; for the layers that
             share its selection.
+        stored: on a CPU, the rows of `own_slot` with a slot, computed once for all layers.
     """
 
     token_T: Tensor
@@ -71,3 +72,4 @@ class Batch:
     chunks: list[Chunk] = field(default_factory=list)
     chunk_start_L: Tensor | None = None
     selected: list[PageTables] = field(default_factory=list)
+    stored: StoredRows | None = None

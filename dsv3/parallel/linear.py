@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from dsv3.config import ParallelConfig, split_range
 from dsv3.distributed.collectives import Collectives
 from dsv3.parallel.weights import Matrix, WeightFormat
-from dsv3_kernels import Quantized, act_quant, fp8_gemm, linear, make_locks
+from dsv3_kernels import Quantized, act_quant, as_dtype, fp8_gemm, linear, make_locks
 
 
 class Linear(Matrix):
@@ -23,7 +23,7 @@ class Linear(Matrix):
         parts: projection name -> rows on this rank.
         in_features: columns on this rank.
         fmt: dtype and device.
-        offset, quantized, must_be_finite: see `Matrix`.
+        offset, quantized, must_be_finite, by_rows: see `Matrix`.
     """
 
     def __init__(
@@ -36,6 +36,7 @@ class Linear(Matrix):
         offset: int = 0,
         quantized: bool = True,
         must_be_finite: bool = False,
+        by_rows: bool = False,
     ) -> None:
         super().__init__(
             [[f"{prefix}{part}.weight" for part in parts]],
@@ -45,13 +46,14 @@ class Linear(Matrix):
             offset=offset,
             quantized=quantized,
             must_be_finite=must_be_finite,
+            by_rows=by_rows,
         )
         self.locks = make_locks(self.weight[0])
 
     def forward(self, x_TD: Tensor, x_q: Quantized | None = None) -> Tensor:
         """Return [T, sum of rows]; `x_q` is x in FP8, if known."""
         if not self.quantizes:
-            return linear(x_TD.to(self.dtype), self.matrix(), locks=self.locks)
+            return linear(as_dtype(x_TD, self.dtype), self.matrix(), locks=self.locks)
         return self.product(act_quant(x_TD, self.ue8m0) if x_q is None else x_q)
 
     def product(self, x: Quantized) -> Tensor:
@@ -75,7 +77,7 @@ class ColumnParallelLinear(Linear):
         layout: parallel sizes and this rank's coordinates.
         fmt: dtype and device.
         unit: rows are split in multiples of this.
-        quantized, must_be_finite: see `Matrix`.
+        quantized, must_be_finite, by_rows: see `Matrix`.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class ColumnParallelLinear(Linear):
         *,
         quantized: bool = True,
         must_be_finite: bool = False,
+        by_rows: bool = False,
     ) -> None:
         bounds = {
             part: split_range(size, layout.tp, layout.tp_rank, unit) for part, size in parts.items()
@@ -102,6 +105,7 @@ class ColumnParallelLinear(Linear):
             offset=next(iter(bounds.values()))[0],
             quantized=quantized,
             must_be_finite=must_be_finite,
+            by_rows=by_rows,
         )
 
 
@@ -141,7 +145,7 @@ class VocabParallelEmbedding(nn.Module):
         super().__init__()
         self.start, stop = split_range(vocab, layout.tp, layout.tp_rank)
         self.rows = stop - self.start
-        self.table = Matrix([[name]], [self.rows], dim, fmt, quantized=False)
+        self.table = Matrix([[name]], [self.rows], dim, fmt, quantized=False, by_rows=True)
         self.tp = tp
 
     def forward(self, ids_T: Tensor) -> Tensor:

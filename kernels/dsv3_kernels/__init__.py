@@ -3,6 +3,7 @@
 Independent of models, ranks and requests. Shape letters: see `dsv3/__init__.py`.
 """
 
+from dsv3_kernels._cast import as_dtype
 from dsv3_kernels._gpu import next_power_of_2, row_bucket, row_buckets
 from dsv3_kernels._triton import overlap_launches
 from dsv3_kernels.attention.absorb_query import absorb_query
@@ -11,7 +12,7 @@ from dsv3_kernels.attention.keys_values import KeysValues
 from dsv3_kernels.attention.kv_fp8 import pack_latent, packed_bytes, scale_bytes, unpack_latent
 from dsv3_kernels.attention.merge_lse import merge_lse
 from dsv3_kernels.attention.mha_decode import mha_decode
-from dsv3_kernels.attention.mla_decode import mla_decode
+from dsv3_kernels.attention.mla_decode import mla_decode, mla_decode_values
 from dsv3_kernels.attention.mla_decode_parts import mla_decode_parts
 from dsv3_kernels.attention.mla_prefill import mla_prefill, mla_prefill_packed
 from dsv3_kernels.attention.norm_and_cache import norm_and_cache
@@ -19,7 +20,7 @@ from dsv3_kernels.attention.paging import Keys, PageTables, Paging
 from dsv3_kernels.attention.parts import PartialOutputs, empty_parts, open_parts
 from dsv3_kernels.attention.rope import Rotation, apply_rope, rotate
 from dsv3_kernels.attention.rope_and_cache import EntryWrite, latent_entries, rope_and_cache
-from dsv3_kernels.attention.write_slots import write_slots
+from dsv3_kernels.attention.write_slots import StoredRows, write_slots
 from dsv3_kernels.gemm._split_k import make_locks
 from dsv3_kernels.gemm.act_quant import Quantized, act_quant
 from dsv3_kernels.gemm.bf16_gemm import linear
@@ -61,10 +62,12 @@ __all__ = [
     "Routing",
     "RowParams",
     "Stack",
+    "StoredRows",
     "absorb_query",
     "act_quant",
     "add_rmsnorm",
     "apply_rope",
+    "as_dtype",
     "candidate_positions",
     "empty_parts",
     "expand_values",
@@ -84,6 +87,7 @@ __all__ = [
     "mha_decode",
     "mla_decode",
     "mla_decode_parts",
+    "mla_decode_values",
     "mla_prefill",
     "mla_prefill_packed",
     "next_power_of_2",

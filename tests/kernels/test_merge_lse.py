@@ -54,7 +54,7 @@ def test_large_scores_do_not_overflow(merge_lse: Op) -> None:
 
 def test_softmax_lse() -> None:
     score = torch.tensor([[500.0, 499.0, -math.inf], [-math.inf] * 3, [-500.0, -math.inf, -500.0]])
-    p, lse = softmax_lse(score.clone())
+    p, lse = softmax_lse(score.clone(), torch.tensor([False, True, False]))
     e = 1 / (1 + math.exp(-1))
     assert_close("p", p, torch.tensor([[e, 1 - e, 0], [0, 0, 0], [0.5, 0, 0.5]]), 1e-6)
     want = torch.tensor([500 + math.log1p(math.exp(-1)), -math.inf, -500 + math.log(2)])

@@ -17,6 +17,7 @@ from dsv3.distributed.collectives import SingleRank
 from dsv3.distributed.mesh import Mesh
 from dsv3.model.transformer import Transformer
 from dsv3.parallel.weights import WeightFormat
+from dsv3_kernels.testing import assert_bitwise_equal
 from tests.checkpoint_files import FP8, TINY, Tensors, random_tensors, write_hf
 
 CONFIG = dataclasses.replace(TINY, quantization=FP8)
@@ -55,7 +56,8 @@ def test_loading(dtype: str, keep: bool, tmp_path: Path) -> None:
             load_weights(source, model.targets(), mesh.layout)
             models.append(model)
     stored, wide = (dict(model.named_parameters()) for model in models)
-    assert all(torch.equal(stored[n].view(torch.uint8), wide[n].view(torch.uint8)) for n in wide)
+    for name in wide:
+        assert_bitwise_equal(name, stored[name], wide[name])
     for a, b in zip(*(model.modules() for model in models), strict=True):
         if getattr(b, "block_scale", None) is not None:
             assert torch.equal(a.block_scale, b.block_scale)

@@ -10,9 +10,10 @@ latency: one launch instead of up to four.
 import torch
 from torch import Tensor
 
+from dsv3_kernels._cast import as_dtype, as_float32
 from dsv3_kernels._gpu import cdiv, next_power_of_2
 from dsv3_kernels._triton import in_turn, is_hopper, is_interpreted, launch_options, tl, triton
-from dsv3_kernels.attention.merge_lse import merge_lse
+from dsv3_kernels.attention.merge_lse import merge_values
 from dsv3_kernels.fp8_format import BLOCK
 from dsv3_kernels.gemm._e4m3 import e4m3_view, is_native
 from dsv3_kernels.gemm.act_quant import Quantized, act_quant, quantize_block
@@ -186,7 +187,7 @@ def expand_values(
 
     Source: DeepSeek-V2 paper, section 2.1 and appendix C; merging as in `merge_lse`.
     """
-    z_THC = z_PTHC[0] if lse_PTH is None else merge_lse.reference(z_PTHC.float(), lse_PTH).o
-    z_HTC = z_THC.to(w_uv_HVC.dtype).transpose(0, 1)
+    z_THC = z_PTHC[0] if lse_PTH is None else merge_values(as_float32(z_PTHC), lse_PTH)
+    z_HTC = as_dtype(z_THC, w_uv_HVC.dtype).transpose(0, 1)
     o_TF = torch.bmm(z_HTC, w_uv_HVC.transpose(1, 2)).transpose(0, 1).flatten(1)
     return o_TF, act_quant.reference(o_TF, ue8m0) if quant else None

@@ -13,14 +13,30 @@ from dsv3_kernels.operation import operation
 _PARTS = 32
 
 
-def softmax_lse(score: Tensor) -> tuple[Tensor, Tensor]:
-    """Return softmax and log-sum-exp over the last dim; (0, -inf) for rows of only -inf."""
-    top = score.amax(-1)
-    has_none = top == float("-inf")
+def softmax(score: Tensor, is_empty: Tensor | None = None) -> Tensor:
+    """Return the softmax over the last dim.
+
+    Args:
+        score: [..., S] scores; -inf where a key is not seen.
+        is_empty: [...] True for rows of only -inf, whose result is 0; None if there are none.
+    """
     p = score.softmax(-1)
-    # The largest probability is exp(top - lse).
-    lse = (top - p.amax(-1).log()).masked_fill_(has_none, float("-inf"))
-    return p.masked_fill_(has_none.unsqueeze(-1), 0.0), lse
+    return p if is_empty is None else p.masked_fill_(is_empty.unsqueeze(-1), 0.0)
+
+
+def softmax_lse(score: Tensor, is_empty: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return `softmax` and the log-sum-exp over the last dim, -inf for empty rows."""
+    p = softmax(score, is_empty)
+    # The largest probability is exp(largest score - lse).
+    lse = score.amax(-1).sub_(p.amax(-1).log_())
+    return p, lse if is_empty is None else lse.masked_fill_(is_empty, float("-inf"))
+
+
+def merge_values(o_NTHV: Tensor, lse_NTH: Tensor) -> Tensor:
+    """Return the merged outputs of `merge_lse`, without their log-sum-exp."""
+    # Where no part has keys, the softmax of -inf alone is NaN.
+    weight_NTH = lse_NTH.softmax(0).nan_to_num_(0.0)
+    return (o_NTHV * weight_NTH.unsqueeze(-1)).sum(0)
 
 
 # Strides of values are specialized: if they allow it, 16 bytes are read at a time.
@@ -173,6 +189,4 @@ def merge_lse(o_NTHV: Tensor, lse_NTH: Tensor) -> PartialOutputs:
         o_THV: [T, H, V]; 0 without keys in any part.
         lse_TH: [T, H].
     """
-    weight_THN, lse_TH = softmax_lse(lse_NTH.movedim(0, -1))
-    o_THV = (o_NTHV * weight_THN.movedim(-1, 0).unsqueeze(-1)).sum(0)
-    return PartialOutputs(o_THV, lse_TH)
+    return PartialOutputs(merge_values(o_NTHV, lse_NTH), lse_NTH.logsumexp(0))

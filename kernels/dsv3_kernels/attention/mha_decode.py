@@ -9,7 +9,7 @@ from dsv3_kernels._gpu import cdiv, next_power_of_2
 from dsv3_kernels._triton import in_turn, launch_options, tl, triton
 from dsv3_kernels.attention._decode_tiles import numbered_at_once, pool_for, programs_for
 from dsv3_kernels.attention._numbered_parts import count_parts, find_part, split_length
-from dsv3_kernels.attention.merge_lse import merge_splits, softmax_lse
+from dsv3_kernels.attention.merge_lse import merge_splits, softmax
 from dsv3_kernels.attention.paging import PageTables
 from dsv3_kernels.attention.parts import PartialOutputs
 from dsv3_kernels.operation import operation
@@ -192,6 +192,6 @@ def mha_decode(q_BHX: Tensor, cache_SY: Tensor, tables: PageTables, scale: float
         some = keys.sequences(b, b + step)
         kv = cache_SY.index_select(0, some.slot_BS.flatten()).view(-1, S, H, X + V).float()
         score = torch.einsum("bhx,bshx->bhs", q_BHX[rows].float() * scale, kv[..., :X])
-        p, _ = softmax_lse(score + some.mask_BQS)
+        p = softmax(score + some.mask_BQS, some.is_blind_BQ)
         out[rows] = torch.einsum("bhs,bshv->bhv", p, kv[..., X:])
     return out

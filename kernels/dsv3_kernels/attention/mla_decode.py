@@ -3,10 +3,12 @@
 import torch
 from torch import Tensor
 
+from dsv3_kernels._cast import as_float32
+from dsv3_kernels._gpu import cdiv
 from dsv3_kernels.attention._decode_tiles import Tile
 from dsv3_kernels.attention._mla_decode_kernel import launch_decode
 from dsv3_kernels.attention.kv_fp8 import unpack_latent
-from dsv3_kernels.attention.merge_lse import softmax_lse
+from dsv3_kernels.attention.merge_lse import softmax, softmax_lse
 from dsv3_kernels.attention.paging import Keys, PageTables
 from dsv3_kernels.attention.parts import PartialOutputs
 from dsv3_kernels.operation import operation
@@ -16,19 +18,52 @@ _SCORES = 1 << 20
 
 
 def _attend(
-    q_BQHX: Tensor, cache_SX: Tensor, keys: Keys, value_dim: int, scale: float
-) -> PartialOutputs:
-    """Compute the reference of `mla_decode` for few sequences, with all keys in memory at once."""
+    q_BQHX: Tensor, cache_SX: Tensor, keys: Keys, value_dim: int, scale: float, with_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Compute the references for few sequences, with all keys in memory at once."""
     B, Q, H, _ = q_BQHX.shape
     kv = cache_SX.index_select(0, keys.slot_BS.flatten())
     if kv.dtype == torch.uint8:
         kv = unpack_latent(kv, value_dim, torch.float32)
-    kv_BSX = kv.float().view(B, -1, kv.shape[-1])
-    q = q_BQHX.flatten(1, 2).float()  # the Q * H queries of a sequence share its keys
-    mask = keys.mask_BQS if Q == 1 else keys.mask_BQS.repeat_interleave(H, 1)
-    p, lse = softmax_lse(torch.baddbmm(mask, q, kv_BSX.transpose(1, 2), alpha=scale))
-    out = torch.bmm(p, kv_BSX[..., :value_dim])
-    return PartialOutputs(out.view(B, Q, H, value_dim), lse.view(B, Q, H))
+    kv_BSX = as_float32(kv).view(B, -1, kv.shape[-1])
+    q = as_float32(q_BQHX.flatten(1, 2))  # the Q * H queries of a sequence share its keys
+    mask, is_blind = keys.mask_BQS, keys.is_blind_BQ
+    if Q > 1:
+        mask = mask.repeat_interleave(H, 1)
+        is_blind = None if is_blind is None else is_blind.repeat_interleave(H, 1)
+    score = torch.baddbmm(mask, q, kv_BSX.transpose(1, 2), alpha=scale)
+    lse = None
+    if with_lse:
+        p, lse = softmax_lse(score, is_blind)
+        lse = lse.view(B, Q, H)
+    else:
+        p = softmax(score, is_blind)
+    return torch.bmm(p, kv_BSX[..., :value_dim]).view(B, Q, H, value_dim), lse
+
+
+def _attend_in_parts(
+    q_BQHX: Tensor,
+    cache_SX: Tensor,
+    tables: PageTables,
+    value_dim: int,
+    scale: float,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Compute the references, a part of the sequences at a time."""
+    B, Q, H, X = q_BQHX.shape
+    keys = tables.expanded()
+    most = max(1, _SCORES // max(1, len(keys.key_pos_S) * max(Q * H, X)))
+    if most >= B:
+        return _attend(q_BQHX, cache_SX, keys, value_dim, scale, with_lse)
+    step = cdiv(B, cdiv(B, most))
+    outs, lses = [], []
+    for b in range(0, B, step):
+        some = keys.sequences(b, b + step)
+        o, lse = _attend(q_BQHX[b : b + step], cache_SX, some, value_dim, scale, with_lse)
+        outs.append(o)
+        if lse is not None:
+            lses.append(lse)
+    return torch.cat(outs), torch.cat(lses) if lses else None
 
 
 def launch_mla_decode(
@@ -76,16 +111,20 @@ def mla_decode(
 
     Source: DeepSeek-V2 paper, 2.1.2 and appendix C (absorption of W_UK and W_UV).
     """
-    B, Q, H, X = q_BQHX.shape
-    keys = tables.expanded()
-    width = len(keys.key_pos_S)
-    step = max(1, _SCORES // max(1, width * max(Q * H, X)))
-    if step >= B:
-        return _attend(q_BQHX, cache_SX, keys, value_dim, scale)
-    parts = []
-    for b in range(0, B, step):
-        some = keys.sequences(b, b + step)
-        parts.append(_attend(q_BQHX[b : b + step], cache_SX, some, value_dim, scale))
-    return PartialOutputs(
-        torch.cat([part.o for part in parts]), torch.cat([part.lse for part in parts])
-    )
+    o_BQHC, lse_BQH = _attend_in_parts(q_BQHX, cache_SX, tables, value_dim, scale, True)
+    assert lse_BQH is not None
+    return PartialOutputs(o_BQHC, lse_BQH)
+
+
+def _launch_mla_decode_values(
+    q_BQHX: Tensor, cache_SX: Tensor, tables: PageTables, value_dim: int, scale: float
+) -> Tensor:
+    return _launch_mla_decode(q_BQHX, cache_SX, tables, value_dim, scale).o
+
+
+@operation(kernel=_launch_mla_decode_values)
+def mla_decode_values(
+    q_BQHX: Tensor, cache_SX: Tensor, tables: PageTables, value_dim: int, scale: float
+) -> Tensor:
+    """Return the outputs of `mla_decode` alone, where no other rank has keys to merge."""
+    return _attend_in_parts(q_BQHX, cache_SX, tables, value_dim, scale, False)[0]

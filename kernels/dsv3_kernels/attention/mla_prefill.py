@@ -57,6 +57,7 @@ def mla_prefill(
     pos = torch.arange(max(first_key + S, first_query + Q), device=q.device)
     out = q.new_empty(Q, H, v.shape[-1])
     lse = q.new_empty(Q, H)
+    is_ahead = first_key > first_query  # then the first queries see no key
     step = max(1, _SCORES // (H * max(S, 1)))
     for i in range(0, Q, step):
         rows = slice(i, min(i + step, Q))
@@ -67,7 +68,7 @@ def mla_prefill(
             key_pos = pos[first_key:][:seen]
             query_pos = pos[first_query:][rows]
             score.masked_fill_(key_pos > query_pos[:, None], float("-inf"))
-        p, part = softmax_lse(score)
+        p, part = softmax_lse(score, (score == float("-inf")).all(-1) if is_ahead else None)
         out[rows] = torch.matmul(p, v[:, :seen]).transpose(0, 1)
         lse[rows] = part.transpose(0, 1)
     return PartialOutputs(out, lse)

@@ -15,15 +15,19 @@ class Keys:
         slot_BS: [B, S] int64 slots in order of position; 0 after a sequence's last query.
         key_pos_S: [S] int64 positions of the slots, the same for all sequences.
         mask_BQS: [B, Q, S] float32, added to scores: 0 for the keys that a query sees, else -inf.
+        is_blind_BQ: [B, Q] True for queries that see no key; None if there are none.
     """
 
     slot_BS: Tensor
     key_pos_S: Tensor
     mask_BQS: Tensor
+    is_blind_BQ: Tensor | None = None
 
     def sequences(self, start: int, stop: int) -> "Keys":
         """Return the keys of sequences start to stop."""
-        return Keys(self.slot_BS[start:stop], self.key_pos_S, self.mask_BQS[start:stop])
+        some = slice(start, stop)
+        is_blind_BQ = None if self.is_blind_BQ is None else self.is_blind_BQ[some]
+        return Keys(self.slot_BS[some], self.key_pos_S, self.mask_BQS[some], is_blind_BQ)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +68,20 @@ class Paging:
         is_known = (position_B >= 0) & (position_B < page_BG.shape[1] * self.page_size)
         return slot_B.where(is_known & (position_B % self.shards == self.shard), -1)
 
-    def keys(self, page_BG: Tensor, query_pos_BQ: Tensor, longest: int | None = None) -> Keys:
+    def keys(
+        self,
+        page_BG: Tensor,
+        query_pos_BQ: Tensor,
+        longest: int | None = None,
+        has_blind: bool = True,
+    ) -> Keys:
         """Expand page tables without synchronizing with the device.
 
         Args:
             page_BG: [B, G] pages of each sequence, padded with any valid page.
             query_pos_BQ: [B, Q] positions of the queries.
             longest: number of positions; None for the capacity of the tables.
+            has_blind: a query may see no key of this rank.
         """
         device = page_BG.device
         capacity = page_BG.shape[1] * self.slots_per_page
@@ -84,6 +95,7 @@ class Paging:
             slot_BS=slot_BGP.flatten(1)[:, :width].masked_fill(is_later_BQS.all(1), 0),
             key_pos_S=key_pos_S,
             mask_BQS=mask_BQS.masked_fill_(is_later_BQS, float("-inf")),
+            is_blind_BQ=is_later_BQS.all(2) if has_blind else None,
         )
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsv3_kernels._cast import as_dtype, as_float32
 from dsv3_kernels._gpu import cdiv, next_power_of_2
 from dsv3_kernels._triton import in_turn, launch_options, tl, triton
 from dsv3_kernels.operation import operation
@@ -57,20 +58,20 @@ def apply_rope(x_TR: Tensor, rotation: Rotation) -> Tensor:
 
     Source: RoFormer (arXiv 2104.09864), eq. 34; DeepSeek's checkpoints are interleaved.
     """
-    x = x_TR.float()
+    x = as_float32(x_TR)
     if rotation.interleaved:  # a pair is a complex number, multiplied by cos + i sin
         turn = rotation.as_complex()
         if x.dim() == 3:
             turn = turn[:, None]
         turned = x.contiguous().view(torch.complex64) * turn
-        return turned.view(torch.float32).to(x_TR.dtype)
+        return as_dtype(turned.view(torch.float32), x_TR.dtype)
     cos = rotation.cos_Tr
     sin = rotation.sin_Tr
     if x.dim() == 3:
         cos = cos[:, None]
         sin = sin[:, None]
     a, b = x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1).to(x_TR.dtype)
+    return as_dtype(torch.cat((a * cos - b * sin, a * sin + b * cos), -1), x_TR.dtype)
 
 
 @triton.jit

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsv3_kernels._cast import as_dtype
 from dsv3_kernels._gpu import cdiv, next_power_of_2
 from dsv3_kernels._triton import in_turn, launch_options, tl, triton
 from dsv3_kernels.attention.kv_fp8 import pack_latent, packed_views, unpack_latent
 from dsv3_kernels.attention.rope import Rotation, apply_rope
-from dsv3_kernels.attention.write_slots import write_slots
+from dsv3_kernels.attention.write_slots import StoredRows
 from dsv3_kernels.fp8_format import BLOCK
 from dsv3_kernels.gemm._e4m3 import decode_e4m3, e4m3_view, is_native
 from dsv3_kernels.gemm.act_quant import Quantized, quantize_block
@@ -35,6 +36,8 @@ class EntryWrite:
         cache_SX: [slots, C + R] or, packed FP8, [slots, packed_bytes] uint8; written in place.
         slot_T: [T] int64; -1 stores nothing.
         keep_from: first row whose entry is returned; T for none.
+        stored: on a CPU, the rows with a slot, computed once for all layers; only the reference
+            uses it.
     """
 
     kv_TX: Tensor
@@ -44,6 +47,7 @@ class EntryWrite:
     cache_SX: Tensor
     slot_T: Tensor
     keep_from: int
+    stored: StoredRows | None = None
 
     @property
     def device(self) -> torch.device:
@@ -265,10 +269,11 @@ def rope_and_cache(write: EntryWrite) -> Tensor:
     C = len(write.weight_C)
     dtype = write.kv_TX.dtype
     entry_TX = latent_entries(write.kv_TX, write.weight_C, write.eps, write.rotation)
+    rows = write.stored or StoredRows.of(write.slot_T)
     if write.cache_SX.dtype == torch.uint8:
         packed = pack_latent(entry_TX, C)
-        write_slots.reference(write.cache_SX, write.slot_T, packed)
+        rows.copy_to(write.cache_SX, packed)
         return unpack_latent(packed[write.keep_from :], C, dtype)
-    stored = entry_TX.to(write.cache_SX.dtype)
-    write_slots.reference(write.cache_SX, write.slot_T, stored)
-    return stored[write.keep_from :].to(dtype)
+    stored = as_dtype(entry_TX, write.cache_SX.dtype)
+    rows.copy_to(write.cache_SX, stored)
+    return as_dtype(stored[write.keep_from :], dtype)

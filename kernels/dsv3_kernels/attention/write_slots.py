@@ -1,7 +1,10 @@
 """Writing rows to cache slots. Bound by bytes: every row is read and written once."""
 
+from typing import NamedTuple
+
 from torch import Tensor
 
+from dsv3_kernels._cast import as_dtype
 from dsv3_kernels._gpu import cdiv, next_power_of_2
 from dsv3_kernels._triton import in_turn, launch_options, tl, triton
 from dsv3_kernels.operation import operation
@@ -40,6 +43,32 @@ def _launch_write_slots(cache_SY: Tensor, slot_T: Tensor, row_TY: Tensor) -> Non
         )
 
 
+class StoredRows(NamedTuple):
+    """The rows that have a slot.
+
+    Attributes:
+        row_N: [N] int64 rows; None for all.
+        slot_N: [N] int64 their slots.
+    """
+
+    row_N: Tensor | None
+    slot_N: Tensor
+
+    @classmethod
+    def of(cls, slot_T: Tensor) -> "StoredRows":
+        """Return the rows with a slot other than -1."""
+        row_N = (slot_T >= 0).nonzero()[:, 0]
+        if len(row_N) == len(slot_T):
+            return cls(None, slot_T)
+        return cls(row_N, slot_T[row_N])
+
+    def copy_to(self, cache_SY: Tensor, row_TY: Tensor) -> None:
+        """Store rows, cast to the cache's dtype, in their slots."""
+        if self.row_N is not None:
+            row_TY = row_TY.index_select(0, self.row_N)
+        cache_SY.index_copy_(0, self.slot_N, as_dtype(row_TY, cache_SY.dtype))
+
+
 @operation(kernel=_launch_write_slots)
 def write_slots(cache_SY: Tensor, slot_T: Tensor, row_TY: Tensor) -> None:
     """Store row t in slot slot_T[t], cast to the cache's dtype; skip rows with slot -1.
@@ -49,8 +78,4 @@ def write_slots(cache_SY: Tensor, slot_T: Tensor, row_TY: Tensor) -> None:
         slot_T: [T] int64, distinct except for -1.
         row_TY: [T, Y].
     """
-    if len(slot_T) and slot_T.min().item() < 0:
-        is_own = slot_T >= 0
-        slot_T = slot_T[is_own]
-        row_TY = row_TY[is_own]
-    cache_SY.index_copy_(0, slot_T, row_TY.to(cache_SY.dtype))
+    StoredRows.of(slot_T).copy_to(cache_SY, row_TY)

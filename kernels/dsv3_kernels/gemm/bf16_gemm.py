@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dsv3_kernels._cast import as_dtype
 from dsv3_kernels._gpu import cdiv
 from dsv3_kernels._triton import in_turn, is_interpreted, launch_options, tl, triton
 from dsv3_kernels.gemm._split_k import ROWS, SplitK, store_split
@@ -160,4 +161,4 @@ def linear(
             return bf16_gemm.kernel(x_TD, w_FD, dtype, locks)
         if w_FD.is_cuda and dtype == torch.float32:
             return torch.mm(x_TD, w_FD.t(), out_dtype=dtype)
-    return F.linear(x_TD, w_FD).to(dtype)
+    return as_dtype(F.linear(x_TD, w_FD), dtype)

@@ -11,10 +11,12 @@ Bound by reading the weights of experts with tokens, up to about 64 tokens per e
 from collections.abc import Callable
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dsv3_kernels._cast import as_float32
 from dsv3_kernels._gpu import row_bucket
 from dsv3_kernels.gemm.act_quant import Quantized, act_quant, dequantize
 from dsv3_kernels.moe.grouped_down import grouped_down
@@ -102,23 +104,28 @@ def experts(
         [T, D] float32; the sum over ranks is the layer's output.
     """
     x_TD = dequantize(x)
-    y_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
+    T, K = ids_TK.shape
+    # On the host, because a call of torch takes longer than sorting the entries of few tokens.
+    id_M = ids_TK.flatten().cpu().numpy()
     # Entries of other ranks' experts are sorted to the front and to the back.
-    id_M, order_M = ids_TK.flatten().sort(stable=True)
-    expert_E = torch.arange(gate_up.weight.shape[0] + 1, device=id_M.device) + first_expert
-    starts = torch.searchsorted(id_M, expert_E).tolist()
+    order_M = id_M.argsort(kind="stable")
+    expert_E = np.arange(gate_up.weight.shape[0] + 1) + first_expert
+    starts = id_M[order_M].searchsorted(expert_E).tolist()
     counts = [stop - start for start, stop in pairwise(starts)]
-    step = len(counts) if sum(counts) <= _FEW_ROWS else 1
+    num_rows = sum(counts)
+    # The experts' results in the order of the entries, 0 for other ranks' experts.
+    new = x_TD.new_empty if num_rows == T * K else x_TD.new_zeros
+    y_TKD = new((T, K, down.weight.shape[1]), dtype=torch.float32)
+    step = len(counts) if num_rows <= _FEW_ROWS else 1
     for e in range(0, len(counts), step):
-        if not sum(counts[e : e + step]):
+        if starts[e] == starts[e + step]:
             continue
-        entry_M = order_M[starts[e] : starts[e + step]]
-        row_M = entry_M // ids_TK.shape[1]
-        x_MD = x_TD.index_select(0, row_M)
+        entry_M = torch.from_numpy(order_M[starts[e] : starts[e + step]]).to(x_TD.device)
+        x_MD = x_TD.index_select(0, entry_M // K)
         h_MF = silu_mul.reference(_grouped_linear(x_MD, counts[e : e + step], gate_up, e))
         if isinstance(x, Quantized):
             h_MF = dequantize(act_quant.reference(h_MF, ue8m0))
-        y_MD = _grouped_linear(h_MF, counts[e : e + step], down, e).float()
-        weight_M1 = weight_TK.reshape(-1, 1).index_select(0, entry_M)
-        y_TD.index_add_(0, row_M, y_MD * weight_M1)
+        y_MD = _grouped_linear(h_MF, counts[e : e + step], down, e)
+        y_TKD.flatten(0, 1).index_copy_(0, entry_M, as_float32(y_MD))
+    y_TD = torch.bmm(weight_TK[:, None], y_TKD)[:, 0]
     return y_TD if addend is None else y_TD.add_(addend())

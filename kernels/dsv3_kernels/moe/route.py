@@ -69,9 +69,9 @@ class EntrySort:
     locks: Tensor
 
 
-def _largest(x: Tensor, k: int) -> Tensor:
-    """Return the indices of each row's k largest values, in order; ties go to the lowest index."""
-    return x.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+def _ranked(x: Tensor) -> Tensor:
+    """Return the indices of each row's values, largest first; ties go to the lowest index."""
+    return x.sort(dim=-1, descending=True, stable=True).indices
 
 
 def _limit_to_groups(choice_TE: Tensor, rule: Routing) -> Tensor:
@@ -84,9 +84,8 @@ def _limit_to_groups(choice_TE: Tensor, rule: Routing) -> Tensor:
         group_score = groups_TgE.topk(min(2, groups_TgE.shape[-1]), dim=-1).values.sum(-1)
     else:
         group_score = groups_TgE.amax(-1)
-    kept = _largest(group_score, rule.topk_group)
-    dropped = torch.ones_like(group_score, dtype=torch.bool).scatter_(1, kept, False)
-    return groups_TgE.masked_fill(dropped.unsqueeze(-1), float("-inf")).flatten(1)
+    dropped = _ranked(group_score)[:, rule.topk_group :, None].expand(-1, -1, groups_TgE.shape[2])
+    return groups_TgE.scatter(1, dropped, float("-inf")).flatten(1)
 
 
 @triton.jit
@@ -280,11 +279,11 @@ def route(router: RouterInput) -> tuple[Tensor, Tensor]:
     choice_TE = score_TE if router.bias_E is None else score_TE + router.bias_E
     if rule.is_grouped:
         choice_TE = _limit_to_groups(choice_TE, rule)
-    ids_TK = _largest(choice_TE, rule.num_experts_per_tok)
+    ids_TK = _ranked(choice_TE)[:, : rule.num_experts_per_tok]
     # The weights are the unbiased scores; never recovered as (biased - bias), which cancels.
     weight_TK = score_TE.gather(1, ids_TK)
     if rule.norm_topk_prob:
-        weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + 1e-20)
+        weight_TK.div_(weight_TK.sum(-1, keepdim=True).add_(1e-20))
     if router.position_T is not None:
         ids_TK = ids_TK.masked_fill(router.position_T[:, None] < 0, -1)
-    return ids_TK, weight_TK * rule.routed_scaling_factor
+    return ids_TK, weight_TK.mul_(rule.routed_scaling_factor)

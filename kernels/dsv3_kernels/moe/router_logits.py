@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dsv3_kernels._cast import as_float32
 from dsv3_kernels._gpu import cdiv
 from dsv3_kernels._triton import in_turn, is_interpreted, launch_options, tl, triton
 from dsv3_kernels.operation import operation
@@ -128,4 +129,4 @@ def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
         logits_STE: [S, T, E] float32; the product is the sum over the first dimension, in order
             (computed by `route`). S depends on T, the sum does not. The reference has S = 1.
     """
-    return F.linear(x_TD.float(), weight_ED.float()).unsqueeze(0)
+    return F.linear(as_float32(x_TD), as_float32(weight_ED)).unsqueeze(0)

@@ -8,6 +8,7 @@ owns a row, so a row's result does not depend on other rows.
 import torch
 from torch import Tensor
 
+from dsv3_kernels._cast import as_dtype, as_float32
 from dsv3_kernels._gpu import cdiv, next_power_of_2
 from dsv3_kernels._triton import in_turn, launch_options, tl, triton
 from dsv3_kernels.fp8_format import BLOCK
@@ -147,7 +148,9 @@ def rmsnorm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     Returns:
         Same shape and dtype as `x_TD`.
     """
-    return torch.rms_norm(x_TD.float(), weight_D.shape, weight_D, eps).to(x_TD.dtype)
+    x = as_float32(x_TD)
+    mean_square = x.square().mean(-1, keepdim=True)
+    return as_dtype((x * mean_square.add_(eps).rsqrt_()).mul_(weight_D), x_TD.dtype)
 
 
 @operation(kernel=_launch_add_rmsnorm)
@@ -175,6 +178,6 @@ def add_rmsnorm(
         x + y, rmsnorm(x + y), and `act_quant` of the norm or None.
     """
     # Of mixed dtypes a sum is in the wider one, float32; of bfloat16 it is rounded once.
-    sum_TD = x_TD if y_TD is None else (x_TD + y_TD).to(x_TD.dtype)
+    sum_TD = x_TD if y_TD is None else as_dtype(x_TD + y_TD, x_TD.dtype)
     h_TD = rmsnorm.reference(sum_TD, weight_D, eps)
     return sum_TD, h_TD, act_quant.reference(h_TD, ue8m0) if quant else None

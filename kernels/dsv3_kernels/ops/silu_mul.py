@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dsv3_kernels._cast import as_dtype, as_float32
 from dsv3_kernels._gpu import cdiv
 from dsv3_kernels._triton import in_turn, launch_options, tl, triton
 from dsv3_kernels.fp8_format import BLOCK
@@ -96,7 +97,7 @@ def silu_mul(gate_up_TF: Tensor) -> Tensor:
         [..., F], same dtype.
     """
     gate, up = gate_up_TF.chunk(2, -1)
-    return (F.silu(gate.float()) * up).to(gate_up_TF.dtype)
+    return as_dtype(F.silu(as_float32(gate)).mul_(up), gate_up_TF.dtype)
 
 
 @operation(kernel=_launch_silu_mul_quant)
