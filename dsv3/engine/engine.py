@@ -336,7 +336,7 @@ class Engine:
             return None
         self._withdraw_rejected(part, result)
         rows = slice(part.first_row, part.sampled_row + max(1, part.num_samples))
-        if (result.token[rows] == NOT_FINITE).any():
+        if not result.is_finite and (result.token[rows] == NOT_FINITE).any():
             return self._fail(seq, number, result.bad_layer)
         is_decode = part.num_tokens == 1 + len(part.drafts) and part.start >= seq.prompt_len
         if is_decode:

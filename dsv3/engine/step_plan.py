@@ -5,7 +5,7 @@ rank reads all sections for the sizes of the exchanges. Floats travel as their b
 """
 
 from dataclasses import dataclass, field, fields
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -41,12 +41,17 @@ CHOICE = np.dtype(
 )
 
 
+# Arrays without elements can be shared.
+_NO_INTS = np.zeros(0, np.int32)
+_NO_FLOATS = np.zeros(0, np.float32)
+
+
 def _ints() -> Ints:
-    return np.zeros(0, np.int32)
+    return _NO_INTS
 
 
 def _floats() -> Floats:
-    return np.zeros(0, np.float32)
+    return _NO_FLOATS
 
 
 @dataclass
@@ -142,19 +147,26 @@ class StepPlan:
 
     def pack(self) -> Ints:
         """Return all arrays as one int32 buffer: their lengths, then their words."""
-        arrays = [getattr(self, f.name) for f in fields(self)]
+        arrays = [getattr(self, name) for name in _DTYPES]
         lengths = np.array([len(a) for a in arrays], np.int32)
-        return np.concatenate([lengths, *(a.view(np.int32) for a in arrays)])
+        return np.frombuffer(b"".join(a.tobytes() for a in (lengths, *arrays)), np.int32)
 
     @classmethod
     def unpack(cls, words: Ints) -> "StepPlan":
         """Undo `pack`."""
-        plan = cls()
-        at = len(fields(cls))
-        for f, length in zip(fields(cls), words[:at].tolist(), strict=True):
-            setattr(plan, f.name, words[at : at + length].view(getattr(plan, f.name).dtype))
-            at += length
-        return plan
+        at = len(_DTYPES)
+        arrays: dict[str, Any] = {}
+        for (name, dtype), length in zip(_DTYPES.items(), words[:at].tolist(), strict=True):
+            if length:
+                arrays[name] = words[at : at + length].view(dtype)
+                at += length
+        return cls(**arrays)
+
+
+# Of the fields, in order.
+_DTYPES = {
+    f.name: np.float32 if f.default_factory is _floats else np.int32 for f in fields(StepPlan)
+}
 
 
 def num_drafts_of(plans: list[StepPlan]) -> int:
@@ -165,7 +177,7 @@ def num_drafts_of(plans: list[StepPlan]) -> int:
 def pack_pages(pages: list[tuple[int, PageKey]]) -> Ints:
     """Return (host page, key) pairs as words: their number, the host pages, the keys."""
     if not pages:
-        return _ints()
+        return _NO_INTS
     numbers = np.array([len(pages), *(host_page for host_page, _ in pages)], np.int32)
     keys = b"".join(unit for _, key in pages for unit in key)
     return np.concatenate([numbers, np.frombuffer(keys, np.int32)])

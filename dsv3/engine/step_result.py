@@ -1,12 +1,14 @@
 """Results of a step: sampled tokens and log-probabilities, on the device and on the host."""
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dsv3.engine.step_plan import NOT_FINITE
 from dsv3.request import TokenLogprobs
 
 
@@ -87,6 +89,11 @@ class HostResult:
     top_logprob: NDArray[np.float64]
     drafts: list[list[int]] = field(default_factory=list)
     bad_layer: int | None = None
+
+    @cached_property
+    def is_finite(self) -> bool:
+        """True if the logits of all rows are finite."""
+        return bool((self.token != NOT_FINITE).all())
 
     def logprobs_of(self, row: int, num_top: int) -> TokenLogprobs:
         """Return the log-probability of a row's token, and the `num_top` likeliest tokens."""

@@ -19,7 +19,8 @@ def to_device(values: NDArray[Any], device: torch.device) -> Tensor:
 def all_to_device(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tensor]:
     """Return several host arrays on the device, after one copy from one pinned block."""
     if device.type != "cuda":
-        return [torch.from_numpy(values).to(device) for values in arrays]
+        tensors = [torch.from_numpy(values) for values in arrays]
+        return tensors if device.type == "cpu" else [x.to(device) for x in tensors]
     ends = np.cumsum([-(-values.nbytes // _ALIGNMENT) * _ALIGNMENT for values in arrays])
     starts = [0, *ends[:-1].tolist()]
     block = torch.empty(int(ends[-1]), dtype=torch.uint8, pin_memory=True)
