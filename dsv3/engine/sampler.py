@@ -77,8 +77,9 @@ class Choice(NamedTuple):
 
 
 def _is_finite(logits_MW: Tensor) -> Tensor:
-    """Return [M] True where all logits of a row are finite; a sum is finite only then."""
-    return logits_MW.sum(-1).isfinite()
+    """Return [M] True where all logits of a row are finite: only then is a finite sum."""
+    sum_M = logits_MW.sum(-1)
+    return sum_M - sum_M == 0  # infinity minus infinity is NaN
 
 
 class Sampler:

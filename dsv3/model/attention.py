@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dsv3.cache.pool import LayerCache
 from dsv3.config import ModelConfig, ParallelConfig
@@ -24,6 +24,7 @@ from dsv3.distributed.collectives import Collectives
 from dsv3.model.batch import Batch, Chunk
 from dsv3.model.indexer import Indexer, all_keys
 from dsv3.parallel.linear import ColumnParallelLinear, Linear, RowParallelLinear
+from dsv3.parallel.module import Module
 from dsv3.parallel.weights import Vector, WeightFormat
 from dsv3_kernels import (
     EntryWrite,
@@ -58,7 +59,7 @@ _ROWS = 512
 _PARTS = 4
 
 
-class MLA(nn.Module):
+class MLA(Module):
     """Attention of one layer. Returns this rank's part of the output; the caller sums over tp."""
 
     def __init__(

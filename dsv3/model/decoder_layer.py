@@ -1,6 +1,6 @@
 """A layer of the decoder: attention and feed-forward part, each after a norm."""
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from dsv3.cache.pool import LayerCache
 from dsv3.config import ModelConfig
@@ -10,12 +10,13 @@ from dsv3.model.batch import Batch
 from dsv3.model.moe import MoE, feed_forward
 from dsv3.model.side_stream import SideStream
 from dsv3.parallel.expert_dispatch import ExpertDispatch
+from dsv3.parallel.module import Module
 from dsv3.parallel.sequence_parallel import SequenceParallel
 from dsv3.parallel.weights import Vector, WeightFormat
 from dsv3_kernels import Rotation
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Module):
     """x += attention(norm(x)); x += feed_forward(norm(x)).
 
     The last addition of a layer is done by the next layer, which sums over tp, adds, normalizes and

@@ -13,7 +13,7 @@ own of the best of all.
 Source: DeepSeek-V3.2 report, section 2.1.
 """
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from dsv3.cache.layout import CacheLayout
 from dsv3.cache.pool import LayerCache
@@ -21,6 +21,7 @@ from dsv3.config import ModelConfig
 from dsv3.distributed.collectives import Collectives
 from dsv3.model.batch import Batch, DecodeGroup
 from dsv3.parallel.linear import Linear
+from dsv3.parallel.module import Module
 from dsv3.parallel.weights import Vector, WeightFormat
 from dsv3_kernels import (
     IndexCache,
@@ -42,7 +43,7 @@ _SCORES = {"cpu": 1 << 21}
 _MANY_SCORES = 1 << 26
 
 
-class Indexer(nn.Module):
+class Indexer(Module):
     """The indexer of one layer, the same on all ranks.
 
     Args:

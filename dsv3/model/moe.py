@@ -8,12 +8,13 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dsv3.config import ModelConfig, ParallelConfig, split_range
 from dsv3.model.side_stream import SideStream
 from dsv3.parallel.expert_dispatch import ExpertDispatch, StepTokens
 from dsv3.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from dsv3.parallel.module import Module
 from dsv3.parallel.weights import Matrix, Vector, WeightFormat
 from dsv3_kernels import (
     Groups,
@@ -36,7 +37,7 @@ from dsv3_kernels import (
 _OVERLAP_TOKENS = 256
 
 
-class MLP(nn.Module):
+class MLP(Module):
     """W_down (silu(W_gate x) * W_up x), with `inner` split over tp in multiples of `unit`."""
 
     def __init__(
@@ -64,7 +65,7 @@ class MLP(nn.Module):
         return self.down_proj(silu_mul(gate_up_TF))
 
 
-class Router(nn.Module):
+class Router(Module):
     """Chooses experts for every token, in float32, with the same result on all tp ranks."""
 
     def __init__(self, config: ModelConfig, prefix: str, fmt: WeightFormat) -> None:
@@ -108,7 +109,7 @@ class Router(nn.Module):
         return route_and_permute(router, local, self.locks)
 
 
-class MoE(nn.Module):
+class MoE(Module):
     """Routed experts distributed over the world, shared experts split over tp.
 
     Each rank has an equal range of the experts, or of the physical experts of the placement.

@@ -13,7 +13,7 @@ Source: DeepSeek-V3 report, section 2.2, eq. 21.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dsv3.cache.pool import LayerCache
 from dsv3.config import ModelConfig
@@ -23,12 +23,13 @@ from dsv3.model.decoder_layer import DecoderLayer
 from dsv3.model.side_stream import SideStream
 from dsv3.parallel.expert_dispatch import ExpertDispatch
 from dsv3.parallel.linear import Linear
+from dsv3.parallel.module import Module
 from dsv3.parallel.sequence_parallel import SequenceParallel
 from dsv3.parallel.weights import Vector, WeightFormat
 from dsv3_kernels import Rotation, rmsnorm
 
 
-class MTP(nn.Module):
+class MTP(Module):
     """The first MTP layer of a model; further ones are not used."""
 
     def __init__(

@@ -17,13 +17,14 @@ from dsv3.model.side_stream import SideStream
 from dsv3.parallel.expert_dispatch import ExpertDispatch, StepTokens
 from dsv3.parallel.expert_placement import Placement
 from dsv3.parallel.linear import Linear, VocabParallelEmbedding, VocabParallelHead
+from dsv3.parallel.module import Module
 from dsv3.parallel.physical_experts import PhysicalExperts
 from dsv3.parallel.sequence_parallel import SequenceParallel
 from dsv3.parallel.token_rows import DispatchSettings
 from dsv3.parallel.weights import Matrix, Target, Vector, WeightFormat
 
 
-class Transformer(nn.Module):
+class Transformer(Module):
     """The model on one rank.
 
     Args:

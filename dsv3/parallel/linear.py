@@ -6,11 +6,12 @@ range contribute zero.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from dsv3.config import ParallelConfig, split_range
 from dsv3.distributed.collectives import Collectives
+from dsv3.parallel.module import Module
 from dsv3.parallel.weights import Matrix, WeightFormat
 from dsv3_kernels import Quantized, act_quant, as_dtype, fp8_gemm, linear, make_locks
 
@@ -130,7 +131,7 @@ class RowParallelLinear(Linear):
         super().__init__(prefix, {part: out_features}, stop - start, fmt, offset=start)
 
 
-class VocabParallelEmbedding(nn.Module):
+class VocabParallelEmbedding(Module):
     """Embedding rows split over tp."""
 
     def __init__(
@@ -162,7 +163,7 @@ class VocabParallelEmbedding(nn.Module):
         return self.tp.all_reduce(x_TD)
 
 
-class VocabParallelHead(nn.Module):
+class VocabParallelHead(Module):
     """LM head: this rank's columns of the logits.
 
     Every rank returns the same number of columns; if tp does not divide the vocabulary size, the

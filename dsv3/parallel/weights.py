@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from dsv3.parallel.module import Module
 from dsv3_kernels import Stack, experts, weight_dequant
 from dsv3_kernels.fp8_format import BLOCK, FP8
 
@@ -57,7 +58,7 @@ class WeightFormat:
     bf16_vectors: frozenset[str] = field(default_factory=frozenset)
 
 
-class Matrix(nn.Module):
+class Matrix(Module):
     """[rows, cols], or [E, rows, cols] for stacked experts, packed from named parts.
 
     Args:
@@ -172,7 +173,7 @@ def _are_all_in(known: frozenset[str], names: list[list[str]]) -> bool:
     return all(name in known for part in names for name in part)
 
 
-class Vector(nn.Module):
+class Vector(Module):
     """A small replicated tensor (norms, router), kept in float32 unless `fmt` says otherwise."""
 
     def __init__(self, name: str, shape: tuple[int, ...], fmt: WeightFormat) -> None:
