@@ -139,7 +139,7 @@ class Matrix(Module):
 
     def stack(self) -> Stack:
         """Return all matrices as the argument of `dsv3_kernels.experts`."""
-        return Stack(self.weight, self.block_scale)
+        return Stack(self.weight, self.block_scale, self._weights)
 
     def take(self, stacked: list[int]) -> list[Tensor]:
         """Return copies of the given stacked matrices and of their scales, as bytes."""

@@ -86,15 +86,15 @@ class Paging:
         device = page_BG.device
         capacity = page_BG.shape[1] * self.slots_per_page
         width = capacity if longest is None else max(1, self.local_len(longest))
-        key_pos_S = torch.arange(width, device=device) * self.shards + self.shard
+        stop = self.shard + width * self.shards
+        key_pos_S = torch.arange(self.shard, stop, self.shards, device=device)
         slot_P = torch.arange(self.slots_per_page, device=device)
         slot_BGP = page_BG[..., None].long() * self.slots_per_page + slot_P
         is_later_BQS = key_pos_S > query_pos_BQ.unsqueeze(2)
-        mask_BQS = torch.zeros_like(is_later_BQS, dtype=torch.float32)
         return Keys(
             slot_BS=slot_BGP.flatten(1)[:, :width].masked_fill(is_later_BQS.all(1), 0),
             key_pos_S=key_pos_S,
-            mask_BQS=mask_BQS.masked_fill_(is_later_BQS, float("-inf")),
+            mask_BQS=torch.where(is_later_BQS, float("-inf"), 0.0),
             is_blind_BQ=is_later_BQS.all(2) if has_blind else None,
         )
 

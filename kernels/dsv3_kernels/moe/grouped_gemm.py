@@ -41,16 +41,19 @@ class Stack(NamedTuple):
     Attributes:
         weight: [E, N, D], float or float8_e4m3fn.
         block_scale: [E, ceil(N / 128), ceil(D / 128)] float32 if the matrices are FP8, else None.
+        unbound: views of each matrix, if they are made already; only the references use them.
     """
 
     weight: Tensor
     block_scale: Tensor | None = None
+    unbound: tuple[Tensor, ...] = ()
 
     def matrix(self, e: int, dtype: torch.dtype) -> Tensor:
         """Return matrix `e`, [N, D], dequantized to `dtype` if it is FP8."""
+        matrix = self.unbound[e] if self.unbound else self.weight[e]
         if self.block_scale is None:
-            return self.weight[e]
-        return weight_dequant(self.weight[e], self.block_scale[e], dtype)
+            return matrix
+        return weight_dequant(matrix, self.block_scale[e], dtype)
 
 
 def products(x: Tensor, w: Stack, groups: Groups) -> Iterator[tuple[slice, Tensor]]:

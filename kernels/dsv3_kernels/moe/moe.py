@@ -9,6 +9,7 @@ Bound by reading the weights of experts with tokens, up to about 64 tokens per e
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -31,12 +32,19 @@ from dsv3_kernels.ops.silu_mul import silu_mul
 _FEW_ROWS = 1024
 
 
-def _grouped_linear(x_MD: Tensor, counts: list[int], w: Stack, first: int) -> Tensor:
-    """Return x W_e^T: the first counts[0] rows belong to expert `first`, and so on."""
+@dataclass(frozen=True, slots=True)
+class _Hit:
+    """An expert with rows: its index on this rank, and the number of rows."""
+
+    index: int
+    count: int
+
+
+def _grouped_linear(x_MD: Tensor, hit: list[_Hit], w: Stack) -> Tensor:
+    """Return x W_e^T: the first rows belong to the first expert, and so on."""
+    parts = x_MD.split_with_sizes([one.count for one in hit])
     products = [
-        F.linear(x, w.matrix(e, x.dtype))
-        for e, x in enumerate(x_MD.split_with_sizes(counts), first)
-        if x.shape[0]
+        F.linear(x, w.matrix(one.index, x.dtype)) for x, one in zip(parts, hit, strict=True)
     ]
     return products[0] if len(products) == 1 else torch.cat(products)
 
@@ -104,28 +112,29 @@ def experts(
         [T, D] float32; the sum over ranks is the layer's output.
     """
     x_TD = dequantize(x)
-    T, K = ids_TK.shape
+    y_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
+    weight_N = weight_TK.flatten()
     # On the host, because a call of torch takes longer than sorting the entries of few tokens.
-    id_M = ids_TK.flatten().cpu().numpy()
+    id_N = ids_TK.flatten().cpu().numpy()
     # Entries of other ranks' experts are sorted to the front and to the back.
-    order_M = id_M.argsort(kind="stable")
-    expert_E = np.arange(gate_up.weight.shape[0] + 1) + first_expert
-    starts = id_M[order_M].searchsorted(expert_E).tolist()
-    counts = [stop - start for start, stop in pairwise(starts)]
-    num_rows = sum(counts)
-    # The experts' results in the order of the entries, 0 for other ranks' experts.
-    new = x_TD.new_empty if num_rows == T * K else x_TD.new_zeros
-    y_TKD = new((T, K, down.weight.shape[1]), dtype=torch.float32)
-    step = len(counts) if num_rows <= _FEW_ROWS else 1
-    for e in range(0, len(counts), step):
-        if starts[e] == starts[e + step]:
-            continue
-        entry_M = torch.from_numpy(order_M[starts[e] : starts[e + step]]).to(x_TD.device)
-        x_MD = x_TD.index_select(0, entry_M // K)
-        h_MF = silu_mul.reference(_grouped_linear(x_MD, counts[e : e + step], gate_up, e))
+    order_N = id_N.argsort(kind="stable")
+    first_ids = np.arange(first_expert, first_expert + len(down.weight) + 1)
+    starts = id_N[order_N].searchsorted(first_ids).tolist()
+    hit = [
+        _Hit(e, stop - start) for e, (start, stop) in enumerate(pairwise(starts)) if start < stop
+    ]
+    is_few = 0 < starts[-1] - starts[0] <= _FEW_ROWS
+    stop = starts[0]
+    for some in [hit] if is_few else [[one] for one in hit]:
+        start, stop = stop, stop + sum(one.count for one in some)
+        entries = order_N[start:stop]
+        entry_M, row_M = (
+            torch.from_numpy(index).to(x_TD.device)
+            for index in (entries, entries // ids_TK.shape[1])
+        )
+        h_MF = silu_mul.reference(_grouped_linear(x_TD.index_select(0, row_M), some, gate_up))
         if isinstance(x, Quantized):
             h_MF = dequantize(act_quant.reference(h_MF, ue8m0))
-        y_MD = _grouped_linear(h_MF, counts[e : e + step], down, e)
-        y_TKD.flatten(0, 1).index_copy_(0, entry_M, as_float32(y_MD))
-    y_TD = torch.bmm(weight_TK[:, None], y_TKD)[:, 0]
+        y_MD = as_float32(_grouped_linear(h_MF, some, down))
+        y_TD.index_add_(0, row_M, y_MD.mul_(weight_N.index_select(0, entry_M).unsqueeze(1)))
     return y_TD if addend is None else y_TD.add_(addend())
