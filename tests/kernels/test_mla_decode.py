@@ -14,6 +14,7 @@ from dsv3_kernels import (
     merge_lse,
     mla_decode,
     mla_decode_parts,
+    mla_decode_values,
     open_parts,
     pack_latent,
 )
@@ -79,6 +80,18 @@ def test_mla_decode(queries: int) -> None:
                 want_o, want_lse = attend(q[b, i, h], seen, seen[:, :C], 0.25)
                 assert_close(f"o {b} {i} {h}", o[b, i, h], want_o, 1e-5)
                 assert_close(f"lse {b} {i} {h}", lse[b, i, h], torch.tensor(want_lse), 1e-5)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_values_alone(queries: int) -> None:
+    _, args = make([40, 17, 3], queries)
+    args.query_pos[1, -1] = -1
+    want, _ = decode(args, op=mla_decode.reference)
+    tables = PageTables(args.page, args.query_pos, args.paging)
+    for op in (mla_decode_values.reference, mla_decode_values.kernel):
+        o = op(args.q, args.cache, tables, args.value_dim, args.scale)
+        assert bool((o[1, -1] == 0).all())
+        assert_close("o", o, want, TOLERANCE)
 
 
 @pytest.mark.parametrize("shards", [2, 4, 8])

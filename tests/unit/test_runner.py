@@ -79,6 +79,10 @@ def test_writes(step: list[tuple[int, int]], shards: int) -> None:
         slots = stored(plan, layout)
         own = {rows[t]: s for t, s in enumerate(batch.own_slot.tolist()) if s >= 0}
         assert all(slots[s] == row for row, s in own.items())
+        assert batch.stored is not None
+        row_N = batch.stored.row_N
+        stored_rows = range(len(rows)) if row_N is None else row_N.tolist()
+        assert own == {rows[t]: s for t, s in zip(stored_rows, batch.stored.slot_N, strict=True)}
         written += own
     assert sorted(written) == sorted(rows)
 
@@ -96,6 +100,9 @@ def test_reads(step: list[tuple[int, int]], shards: int, limit: int) -> None:
             assert group.start == starts[seq]
             assert group.page_BG.dtype == torch.int32 and group.keys is not None
             key_pos = group.keys.key_pos_S
+            is_blind = group.keys.mask_BQS.isinf().all(2)
+            known = group.keys.is_blind_BQ
+            assert torch.equal(is_blind, torch.zeros_like(is_blind) if known is None else known)
             for table, slot, query_pos in zip(
                 group.page_BG, group.keys.slot_BS, group.query_pos_BQ, strict=True
             ):
