@@ -17,6 +17,8 @@ class StopChecker:
 
     def push(self, text: str) -> tuple[str, bool]:
         """Add text; return the text that is safe to show, and True if a stop string was found."""
+        if not self._stop:
+            return text, False
         text = self._pending + text
         matches = [(text.find(stop), len(stop)) for stop in self._stop if stop in text]
         if matches:
