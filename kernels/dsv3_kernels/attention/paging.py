@@ -164,5 +164,8 @@ class PageTables:
         return cls(pages, torch.cat([part.query_pos_BQ for part in parts]), parts[0].paging)
 
     def expanded(self) -> Keys:
-        """Return the slots and positions of the keys."""
-        return self.keys or self.paging.keys(self.page_BG, self.query_pos_BQ)
+        """Return the slots and positions of the keys, up to those of the last query."""
+        if self.keys is not None:
+            return self.keys
+        longest = int(self.query_pos_BQ.max()) + 1
+        return self.paging.keys(self.page_BG, self.query_pos_BQ, longest)

@@ -74,6 +74,13 @@ class IndexCache:
         page, at = slot_S // self.slots_per_page, slot_S % self.slots_per_page
         return values[page, at].view(FP8).float() * scales[page, at].unsqueeze(-1)
 
+    def read_pages(self, page_G: Tensor) -> Tensor:
+        """Return the keys of whole pages [G], in float32, [G * P, I]."""
+        values, scales = (x.index_select(0, page_G) for x in self.views())
+        if not self.is_fp8:
+            return values.flatten(0, 1).float()
+        return (values.view(FP8).float() * scales.unsqueeze(-1)).flatten(0, 1)
+
     def write(self, slot_T: Tensor, key_TI: Tensor) -> None:
         """Store keys, not yet rotated, in distinct slots; skip those with slot -1."""
         is_own = slot_T >= 0

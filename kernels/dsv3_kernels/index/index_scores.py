@@ -194,19 +194,21 @@ def index_scores(q_THI: Tensor, weight_TH: Tensor, cache: IndexCache, tables: Pa
     _, H, dim = q_THI.shape
     paging = tables.paging
     capacity = tables.capacity
-    slot_P = torch.arange(paging.slots_per_page, device=q_THI.device)
-    slot_BS = (tables.page_BG[..., None].long() * paging.slots_per_page + slot_P).flatten(1)
     key_pos_S = torch.arange(capacity, device=q_THI.device) * paging.shards + paging.shard
     q_BYI = q_THI.float().view(B, Q * H, dim)
     weight_BQH = weight_TH.view(B, Q, 1, H)
-    score_BQS = weight_TH.new_empty(B, Q, capacity)
-    step = max(1, _PRODUCTS // (Q * H))
-    for b in range(B):
-        seen = paging.local_len(int(tables.query_pos_BQ[b].max()) + 1)
+    score_BQS = weight_TH.new_full((B, Q, capacity), float("-inf"))
+    step = max(1, _PRODUCTS // (Q * H * paging.slots_per_page)) * paging.slots_per_page
+    for page_G, pos_Q, q_YI, weight_Q1H, score_QS in zip(
+        tables.page_BG.long(), tables.query_pos_BQ, q_BYI, weight_BQH, score_BQS, strict=True
+    ):
+        seen_by_all, seen = (paging.local_len(int(pos) + 1) for pos in torch.aminmax(pos_Q))
         for s in range(0, seen, step):
-            slots = slice(s, min(s + step, seen))
-            key_SI = cache.read(slot_BS[b, slots])
-            product_QHS = (q_BYI[b] @ key_SI.T).relu_().view(Q, H, -1)
-            torch.matmul(weight_BQH[b], product_QHS, out=score_BQS[b, :, slots].unsqueeze(1))
-    is_later_BQS = key_pos_S > tables.query_pos_BQ.unsqueeze(2)
-    return score_BQS.masked_fill_(is_later_BQS, float("-inf")).flatten(0, 1)
+            stop = min(s + step, seen)
+            pages = slice(s // paging.slots_per_page, -(-stop // paging.slots_per_page))
+            key_SI = cache.read_pages(page_G[pages])[: stop - s]
+            product_QHS = (q_YI @ key_SI.T).relu_().view(Q, H, -1)
+            torch.matmul(weight_Q1H, product_QHS, out=score_QS[:, s:stop].unsqueeze(1))
+        some_QS = score_QS[:, seen_by_all:seen]
+        some_QS.masked_fill_(key_pos_S[seen_by_all:seen] > pos_Q[:, None], float("-inf"))
+    return score_BQS.flatten(0, 1)

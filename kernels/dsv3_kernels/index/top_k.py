@@ -49,15 +49,29 @@ def top_candidates(score_TS: Tensor, k: int, tables: PageTables) -> Tensor:
         [T, min(k, S)] int64 in order of position, `NO_CANDIDATE` last.
     """
     S = score_TS.shape[1]
+    k = min(k, S)
     paging = tables.paging
+    last_T1 = tables.query_pos_BQ.reshape(-1, 1)
+    position_S = torch.arange(S, device=score_TS.device) * paging.shards + paging.shard
+    score_TS = score_TS.masked_fill(position_S > last_T1, float("-inf"))
+    best = score_TS.topk(k, sorted=False)
+    candidate_TK = _candidates(best.values, position_S[best.indices])
+    # `topk` may choose any of the scores that equal its lowest one.
+    lowest_T1 = best.values.amin(1, keepdim=True)
+    has_choice_T = (score_TS >= lowest_T1).sum(1, dtype=torch.int32) > k
+    if has_choice_T.any():
+        every_TS = _candidates(score_TS[has_choice_T], position_S)
+        candidate_TK[has_choice_T] = every_TS.topk(k, sorted=False).values
+    is_later_TK = candidate_positions(candidate_TK) > last_T1
+    return _by_position(candidate_TK.masked_fill_(is_later_TK, NO_CANDIDATE))
+
+
+def _candidates(score_TS: Tensor, position: Tensor) -> Tensor:
+    """Return scores with their positions as candidates; the positions are [T, S] or [S]."""
     # 0 + -0 is 0: both zeros are equal scores, with different bits.
     bits_TS = (score_TS + 0.0).view(torch.int32)
     ordered_TS = (bits_TS ^ ((bits_TS >> 31) & 0x7FFFFFFF)).long()
-    position_S = torch.arange(S, device=score_TS.device) * paging.shards + paging.shard
-    candidate_TS = (ordered_TS << 32) | (_LOW - position_S)
-    is_later_TS = position_S > tables.query_pos_BQ.reshape(-1, 1)
-    candidate_TS.masked_fill_(is_later_TS, NO_CANDIDATE)
-    return _by_position(candidate_TS.topk(min(k, S), sorted=False).values)
+    return (ordered_TS << 32) | (_LOW - position)
 
 
 def _by_position(candidate_TK: Tensor) -> Tensor:
@@ -92,17 +106,16 @@ def select_slots(candidate_PTK: Tensor, k: int, tables: PageTables) -> PageTable
     candidate_TM = candidate_PTK.transpose(0, 1).flatten(1)
     k = min(k, candidate_TM.shape[1])
     if len(candidate_PTK) > 1:
-        candidate_TM = _by_position(candidate_TM.topk(k, sorted=False).values)
+        candidate_TM = candidate_TM.topk(k, sorted=False).values
+        is_other_TK = candidate_positions(candidate_TM) % paging.shards != paging.shard
+        candidate_TM = _by_position(candidate_TM.masked_fill_(is_other_TK, NO_CANDIDATE))
     position_TK = candidate_positions(candidate_TM)
-    is_own_TK = (position_TK >= 0) & (position_TK % paging.shards == paging.shard)
-    # Own positions first, in their order.
-    order_TK = is_own_TK.logical_not().to(torch.int8).argsort(stable=True)
-    position_TK = position_TK.clamp_min(0).gather(1, order_TK)
+    num_T = (position_TK >= 0).sum(1)
+    position_TK.clamp_min_(0)
     page_TG = tables.page_BG.repeat_interleave(tables.query_pos_BQ.shape[1], 0)
     page_TK = page_TG.gather(1, position_TK // paging.page_size)
     in_page_TK = position_TK % paging.page_size // paging.shards
     slot_TK = page_TK * paging.slots_per_page + in_page_TK
-    num_T = is_own_TK.sum(1)
     is_padding_TK = torch.arange(k, device=num_T.device) >= num_T[:, None]
     slot_TK = slot_TK.masked_fill(is_padding_TK, 0).int()
     return PageTables(slot_TK, num_T[:, None] - 1, Paging(1))
