@@ -1,4 +1,4 @@
-"""Benchmarks: throughput, dialogues, host time, the prefix cache, kernels, layouts, exchanges.
+"""Benchmarks: throughput, dialogues, host time, long contexts, kernels, layouts, exchanges.
 
     torchrun --nproc-per-node 2 launch/bench.py throughput --requests 64
     python launch/bench.py throughput --requests 64 --threads 1 --peer transformers
@@ -6,6 +6,7 @@
     python launch/bench.py host --max-running 256
     TRITON_INTERPRET=0 python launch/bench.py host --launches --config v3-671b
     python launch/bench.py rank --config v3-671b --world 8 --layers 4 --batch 1 8 128
+    python launch/bench.py context --config v3.2-671b --lengths 4096 16384 65536
     python launch/bench.py kernels --check
     python launch/bench.py plan --config v3-671b --hardware h200x8 --batch 128 --context 4096
     python launch/bench.py balance --load FILE --ranks 8 --redundant-experts 8 --save PLACEMENT
@@ -29,7 +30,7 @@ if __name__ == "__main__":
 
 import torch
 
-from benchlib import balance, kernels, plan, rank
+from benchlib import balance, context, kernels, plan, rank
 from benchlib.bound import Profile
 from benchlib.contest import Contender, EngineContender
 from benchlib.dialogue import Dialogue, dialogue
@@ -67,6 +68,7 @@ from program import (
 # Benchmarks that parse their own flags: entry point and help text.
 STANDALONE = {
     "rank": (rank.main, "one rank's share of a large model, on one device"),
+    "context": (context.main, "an attention layer at long contexts, dense beside sparse"),
     "kernels": (kernels.main, "check every Triton kernel, then time it against its roofline"),
     "plan": (plan.main, "memory and step time of every layout, computed or measured here"),
     "balance": (balance.main, "load of the busiest rank before and after balancing experts"),

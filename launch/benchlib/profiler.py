@@ -23,6 +23,8 @@ from dsv3.engine.runner import Runner
 from dsv3.model.moe import MoE
 from dsv3.model.side_stream import SideStream
 
+# Keeps a GPU busy while the host launches a step.
+_HOLD_CYCLES = 200_000_000
 _LAYER = re.compile(r"^layers\.\d+(\.|$)")
 
 
@@ -66,6 +68,12 @@ class Clock:
     def seconds(self, begin: Any, end: Any) -> float:
         """Return the seconds between two timestamps, after `wait`."""
         return begin.elapsed_time(end) / 1e3 if self._on_gpu else end - begin
+
+
+def hold(device: torch.device) -> None:
+    """Let a GPU wait while the host launches a step, so that events show the device's time."""
+    if device.type == "cuda":
+        torch.cuda._sleep(_HOLD_CYCLES)
 
 
 class Profiler:

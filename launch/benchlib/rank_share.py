@@ -130,7 +130,7 @@ class Rank:
             )
         model = Transformer(self.config, self._mesh, weight_format)
         for target in model.targets():
-            _fill(target.dest, target.name)
+            fill_weight(target.dest, target.name)
             if target.scale is not None:
                 target.scale.fill_(target.dest.shape[1] ** -0.5)
         self._make_popular(model)
@@ -198,7 +198,7 @@ class Rank:
         return float(experts), float(entries)
 
 
-def _fill(weight: Tensor, name: str) -> None:
+def fill_weight(weight: Tensor, name: str) -> None:
     """Fill a weight with random values about as large as a trained model's.
 
     The embedding dominates the hidden states, so they differ between tokens in all layers, and so

@@ -12,15 +12,13 @@ import torch
 from benchlib.bound import bottleneck_report
 from benchlib.hardware import Hardware
 from benchlib.kernel_timing import busy_and_idle, kernel_events, kernel_table
-from benchlib.profiler import Clock, Profiler, profile
+from benchlib.profiler import Clock, Profiler, hold, profile
 from benchlib.rank_share import Rank
 from benchlib.report import Row
 from benchlib.roofline import floor_seconds, step_ops
 from dsv3.config import ModelConfig
 from dsv3.engine.step_plan import StepPlan
 
-# Keeps the device busy while the host launches a step, so that events show the device's time.
-_HOLD_CYCLES = 200_000_000
 _WARM_UP = 3  # steps that compile and capture
 
 
@@ -95,8 +93,7 @@ def profile_steps(rank: Rank, plan: StepPlan, steps: int) -> Profiler:
     for i in range(1 + min(steps, 5)):
         if i == 1:  # the first step compiles and warms up
             profiler.clear()
-        if rank.device.type == "cuda":
-            torch.cuda._sleep(_HOLD_CYCLES)
+        hold(rank.device)
         runner.run([plan])
     profiler.detach()
     return profiler
