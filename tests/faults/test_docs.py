@@ -20,6 +20,7 @@ NOT_RUN = {
     "--ckpt-path DIR": "a checkpoint of the reader's",
     "--hf-ckpt-path": "a checkpoint of the reader's",
     "v3-671b --world": "minutes, and many gigabytes",
+    "context --config v3.2-671b": "minutes, and gigabytes",
     "--peer transformers": "minutes",
     "scripts/": "installs",
     "source .venv": "installs",
