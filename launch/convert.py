@@ -82,6 +82,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--scale-fmt", choices=("ue8m0",), help="with --to fp8: round scales to powers of two")
     add("--config", metavar="FILE", help="config.json, DeepSeek's JSON, YAML or a preset's name")
+    add("--no-mtp", action="store_true", help="leave out the layers that draft tokens")
     add("--workers", type=int, default=default_workers(), help="threads (default: %(default)s)")
     add("--dry-run", action="store_true", help="print the files to write; write nothing")
     add("--verify", action="store_true", help="read the result back and compare every byte")
@@ -135,6 +136,7 @@ def _writing_flags(args: argparse.Namespace) -> dict[str, bool]:
         "--ep": args.ep is not None,
         "--scale-fmt": args.scale_fmt is not None,
         "--to": args.to != "layout",
+        "--no-mtp": args.no_mtp,
         "--dry-run": args.dry_run,
         "--overwrite": args.overwrite,
     }
@@ -179,7 +181,7 @@ def run(args: argparse.Namespace) -> None:
             return
         layout = read_layout(args)
         cast = {"bf16": Cast.BF16, "fp8": Cast.FP8}.get(args.to, Cast.NONE)
-        plan = make_plan(source, layout, cast, args.scale_fmt)
+        plan = make_plan(source, layout, cast, args.scale_fmt, keeps_mtp=not args.no_mtp)
         for line in source_warnings(source):
             print(f"warning: {line}", file=sys.stderr)
         target = OutputDirectory(args.save_path, source, plan, args.overwrite, inputs(args))

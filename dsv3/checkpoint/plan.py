@@ -123,6 +123,7 @@ def make_plan(
     layout: ParallelConfig | None,
     cast: Cast = Cast.NONE,
     scale_fmt: str | None = None,
+    keeps_mtp: bool = True,
 ) -> Plan:
     """Plan a conversion.
 
@@ -132,6 +133,7 @@ def make_plan(
             Face directory.
         cast: FP8 weights to BF16, or all weights that FP8 checkpoints quantize to FP8.
         scale_fmt: "ue8m0" makes the scales of a cast to FP8 powers of two.
+        keeps_mtp: also write the layers that draft tokens, if the source has any.
 
     Raises:
         CheckpointError: a tensor is missing, unknown or misshapen.
@@ -140,7 +142,7 @@ def make_plan(
     if layout is not None:
         layout.check(source.config)
     absent = check_tensors(source)
-    jobs = tuple(_jobs(source, cast))
+    jobs = tuple(_jobs(source, cast, keeps_mtp))
     if cast is not Cast.NONE and not any(job.cast is cast for job in jobs):
         has = "no FP8 weights" if cast is Cast.BF16 else "no weights that are not FP8 already"
         raise ConfigError(f"{source.path}: has {has}; nothing to cast")
@@ -165,10 +167,10 @@ def make_plan(
     )
 
 
-def _jobs(source: Source, cast: Cast) -> Iterator[Job]:
+def _jobs(source: Source, cast: Cast, keeps_mtp: bool) -> Iterator[Job]:
     """Yield the jobs in canonical order, scales after their weights."""
     for spec in tensor_specs(source.config).values():
-        if spec.name not in source.tensors:
+        if spec.name not in source.tensors or (spec.mtp and not keeps_mtp):
             continue
         scale = scale_name(spec.name)
         is_fp8 = source.tensors[spec.name].dtype == FP8_DTYPE

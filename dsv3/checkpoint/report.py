@@ -3,11 +3,12 @@
 from collections import Counter
 from collections.abc import Iterator
 
+from dsv3.checkpoint.names import weight_name
 from dsv3.checkpoint.plan import Cast, Plan
 from dsv3.checkpoint.reader import Source
 from dsv3.checkpoint.region import region_shape, whole
 from dsv3.checkpoint.safetensors_file import tensor_bytes
-from dsv3.checkpoint.sharding import FP8_DTYPE
+from dsv3.checkpoint.sharding import FP8_DTYPE, tensor_specs
 
 
 def in_units(num_bytes: float) -> str:
@@ -32,6 +33,7 @@ def describe(source: Source, plan: Plan, needed: int, free: int) -> Iterator[str
     for file in plan.files:
         yield f"      {file.name}: {_tensors(len(file.offsets), file.num_bytes)}"
     yield from _shared(plan)
+    yield from _drafting(source, plan)
     cast = [job.name for job in plan.jobs if job.cast is not Cast.NONE]
     if cast:
         to = "BF16" if plan.config.quantization is None else "FP8"
@@ -39,6 +41,21 @@ def describe(source: Source, plan: Plan, needed: int, free: int) -> Iterator[str
     if plan.absent:
         yield f"absent from the source: {len(plan.absent)} tensors ({plan.absent[0]}, ...)"
     yield f"disk: {in_units(needed)} needed, {in_units(free)} free"
+
+
+def _drafting(source: Source, plan: Plan) -> Iterator[str]:
+    """Yield a line about the weights of MTP layers."""
+    specs = tensor_specs(source.config)
+    sizes = [
+        info.num_bytes
+        for name, info in source.tensors.items()
+        if (spec := specs.get(weight_name(name) or name)) is not None and spec.mtp
+    ]
+    if not sizes:
+        return
+    is_kept = any(spec.mtp and spec.name in plan.tensors for spec in specs.values())
+    fate = "kept (--no-mtp leaves them out)" if is_kept else "left out"
+    yield f"mtp:  layers that draft tokens, {_tensors(len(sizes), sum(sizes))}: {fate}"
 
 
 def _shared(plan: Plan) -> Iterator[str]:
