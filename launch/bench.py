@@ -3,6 +3,7 @@
     torchrun --nproc-per-node 2 launch/bench.py throughput --requests 64
     python launch/bench.py throughput --requests 64 --threads 1 --peer transformers
     python launch/bench.py chat --turns 8
+    python launch/bench.py drafts --input-file ROWS.jsonl --speculative-tokens 3
     python launch/bench.py host --max-running 256
     TRITON_INTERPRET=0 python launch/bench.py host --launches --config v3-671b
     python launch/bench.py rank --config v3-671b --world 8 --layers 4 --batch 1 8 128
@@ -35,6 +36,7 @@ from benchlib.bound import Profile
 from benchlib.contest import Contender, EngineContender
 from benchlib.dialogue import Dialogue, dialogue
 from benchlib.dispatch import dispatch_time
+from benchlib.drafts import DraftContender, compare_drafts, read_conversations
 from benchlib.exchange import exchange_time
 from benchlib.flags import at_least
 from benchlib.host import host_time
@@ -51,6 +53,7 @@ from dsv3.distributed.launcher import environment_rank
 from dsv3.distributed.mesh import before_joining
 from dsv3.engine.engine import Engine, follow
 from dsv3.engine.locate import locate_checkpoint, locate_description
+from dsv3.engine.speculation import NO_DRAFTS, Speculation
 from dsv3.engine.start import Started, start
 from dsv3.errors import ConfigError
 from dsv3.settings import EngineConfig
@@ -122,6 +125,14 @@ def add_model_benchmarks(add: AddBenchmark) -> None:
     )
     batch.add_argument("--concurrency", type=at_least(1), default=64, help="most running requests")
     batch.add_argument("--seed", type=int, default=0, help="of the random requests (default: 0)")
+    drafts = add("drafts", run_drafts, "conversations, with drafts of the next tokens and without")
+    text = "rows with messages, as for generate.py"
+    drafts.add_argument("--input-file", type=Path, required=True, help=text)
+    drafts.add_argument("--answer-len", type=at_least(2), default=96, help="most tokens of answers")
+    drafts.add_argument(
+        "--concurrency", type=at_least(1), nargs="+", default=[1, 8, 32], help="running requests"
+    )
+    drafts.add_argument("--repeats", type=at_least(1), default=3, help="timed runs of each")
     talk = add("chat", run_chat, "dialogues of many turns, with and without prefix reuse")
     talk.add_argument("--turns", type=at_least(1), default=8, help="turns of a dialogue")
     talk.add_argument("--user-len", type=at_least(1), default=64, help="user tokens of each turn")
@@ -137,7 +148,7 @@ def add_model_benchmarks(add: AddBenchmark) -> None:
     host.add_argument("--text", action="store_true", help="also detokenize the answers")
     text = "time the Python code around an eager step's launches instead"
     host.add_argument("--launches", action="store_true", help=text)
-    for command in (batch, talk, host):
+    for command in (batch, drafts, talk, host):
         command.add_argument(
             "--threads", type=at_least(1), help="CPU threads of each rank (default: its share)"
         )
@@ -239,6 +250,30 @@ def run_throughput(args: argparse.Namespace, started: Started) -> Report:
     return report
 
 
+def run_drafts(args: argparse.Namespace, started: Started) -> Report:
+    """Compare numbers of drafts on conversations that end where the model ends them."""
+    most = started.speculation.num_drafts
+    if not most:
+        raise ConfigError("give --speculative-tokens, the most drafts to compare")
+    settings = engine_config(args)
+
+    def contender(count: int, is_adaptive: bool, concurrency: int) -> DraftContender:
+        own = replace(settings, max_running=concurrency, speculative_adaptive=is_adaptive)
+        speculation = replace(started.speculation, num_drafts=count)
+        if not count:
+            speculation = NO_DRAFTS
+        return DraftContender(count, is_adaptive, lambda: new_engine(started, own, speculation))
+
+    requests = read_conversations(args.input_file, args.ckpt_path, started, args.answer_len)
+    report = Report("drafts", x_label="drafts", y_label="answer tokens a second")
+    for concurrency in args.concurrency:
+        numbers = [(count, False) for count in range(most + 1)] + [(most, True)]
+        contenders = [contender(*number, concurrency) for number in numbers]
+        compare_drafts(report, contenders, requests, concurrency, args.repeats)
+    report.setting = {"input_file": args.input_file.name, "requests": len(requests)}
+    return report
+
+
 def run_chat(args: argparse.Namespace, started: Started) -> Report:
     """Compare the engine with prefix reuse, without it, and the peer on dialogues."""
     assert started.engine is not None
@@ -311,7 +346,9 @@ def run_exchange(args: argparse.Namespace) -> Report | None:
         return report if mesh.layout.rank == 0 else None
 
 
-def new_engine(started: Started, settings: EngineConfig) -> Engine:
+def new_engine(
+    started: Started, settings: EngineConfig, speculation: Speculation | None = None
+) -> Engine:
     """Return an engine with an empty cache and without tiers, on the loaded model."""
     assert started.engine is not None
     return Engine(
@@ -323,6 +360,7 @@ def new_engine(started: Started, settings: EngineConfig) -> Engine:
         started.engine.tokenizer,
         started.engine.max_seq_len,
         [None] * started.mesh.layout.dp,
+        started.speculation if speculation is None else speculation,
     )
 
 
@@ -337,8 +375,8 @@ def main() -> int:
     with before_joining():
         args = parse_args()
         set_up_logging(getattr(args, "debug", False), getattr(args, "log_dir", None))
-        check_report(args, inputs=("trace",))
-    if args.benchmark in ("throughput", "chat"):
+        check_report(args, inputs=("trace", "input_file"))
+    if args.benchmark in ("throughput", "drafts", "chat"):
         report = measure_model(args)
     else:
         report = args.measure(args)

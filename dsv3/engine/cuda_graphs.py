@@ -285,7 +285,7 @@ class GraphRunner:
                 self._capture_on_all_ranks(bucket, inputs)
         # The next step overwrites the buffer.
         draft_NK = None
-        if self._drafter is not None:
+        if bucket.num_drafts:
             draft_NK = self._drafts[bucket][: len(plan.draft_row)].clone()
         return StepResult(self._feed[: len(plan.row)].clone(), None, draft_NK)
 
@@ -324,7 +324,7 @@ class GraphRunner:
         else:
             token_M = self._sampler.greedy(logits_MW)
         self._feed[: bucket.rows] = token_M
-        if self._drafter is None:
+        if self._drafter is None or not bucket.num_drafts:
             return
         row_N, result_N = inputs.row("draft_row"), inputs.row("draft_result")
         rows = DraftRows(

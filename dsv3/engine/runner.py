@@ -158,13 +158,14 @@ class Runner:
         sampled = self.sampler(hidden_TD, plan, width, self._last_token_M)
         if self._layer_check is not None:
             sampled = replace(sampled, bad_layer=self._layer_check.bad_layer)
-        if self._drafter is not None:
+        num_drafts = num_drafts_of(plans)
+        if self._drafter is not None and num_drafts:
             draft_NK = self._drafter(
                 hidden_TD,
                 sampled.token_M,
                 batch,
                 builder.draft_rows(),
-                num_drafts_of(plans),
+                num_drafts,
                 [len(each.draft_row) for each in plans],
             )
             sampled = replace(sampled, draft_NK=draft_NK)

@@ -31,6 +31,7 @@ from dsv3.engine.measured_memory import agree_on_pages, measured_plan
 from dsv3.engine.memory import MemoryPlan, free_memory
 from dsv3.engine.runner import Runner
 from dsv3.engine.setup import TORCH_DTYPES, Setup, decide, numerics_mode
+from dsv3.engine.speculation import Speculation
 from dsv3.engine.step_plan import PlanChannel, StepPlan
 from dsv3.errors import ConfigError
 from dsv3.model.absorb_rule import AbsorbRule
@@ -49,6 +50,7 @@ class Started:
     Attributes:
         engine: on rank 0; None on the others, which call `follow(runner, channel)`.
         plan: the memory plan.
+        speculation: how tokens are drafted.
         seconds: of each start-up phase.
     """
 
@@ -59,6 +61,7 @@ class Started:
     cache: CachePool
     plan: MemoryPlan
     engine: Engine | None
+    speculation: Speculation
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -152,7 +155,9 @@ def start(
             tiers,
             setup.speculation,
         )
-    return Started(mesh, model.config, runner, channel, cache, plan, engine, seconds)
+    return Started(
+        mesh, model.config, runner, channel, cache, plan, engine, setup.speculation, seconds
+    )
 
 
 def _load(

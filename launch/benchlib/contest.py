@@ -59,10 +59,14 @@ class EngineContender:
     Args:
         name: label in the report.
         make_engine: returns a new engine with an empty cache.
+        ignore_eos: answers have full length.
     """
 
-    def __init__(self, name: str, make_engine: Callable[[], Engine]) -> None:
+    def __init__(
+        self, name: str, make_engine: Callable[[], Engine], ignore_eos: bool = True
+    ) -> None:
         self.name = name
+        self._ignore_eos = ignore_eos
         self._make_engine = make_engine
         self._engine = make_engine()
 
@@ -80,7 +84,7 @@ class EngineContender:
         cpu_start = time.process_time()
         start = time.perf_counter()
         for i, request in enumerate(requests):
-            params = SamplingParams(max_tokens=request.num_tokens, ignore_eos=True)
+            params = SamplingParams(max_tokens=request.num_tokens, ignore_eos=self._ignore_eos)
             engine.add(Request(request_id=str(i), prompt_ids=request.prompt_ids, params=params))
         while engine.has_work():
             outputs = engine.step()
