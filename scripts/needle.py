@@ -256,9 +256,16 @@ def draw(results: Results, args: argparse.Namespace) -> None:
     share = {(c.form, c.length, c.depth): c.found / c.of for c in results.cells}
     for axes, form in zip(maps[0], args.forms, strict=True):
         rows = [[100 * share[form, n, depth] for n in args.lengths] for depth in args.depths]
-        image = axes.imshow(rows, cmap="RdYlGn", vmin=0, vmax=100, aspect="auto")
+        image = axes.imshow(rows, cmap="RdYlGn", alpha=0.8, vmin=0, vmax=100, aspect="auto")
         axes.set_xticks(range(len(args.lengths)), [f"{n:,}" for n in args.lengths], rotation=45)
         axes.set_yticks(range(len(args.depths)), [f"{depth}" for depth in args.depths])
+        for y, row in enumerate(rows):
+            for x, percent in enumerate(row):
+                axes.text(x, y, f"{percent:.0f}", ha="center", va="center", fontsize=7)
+        axes.set_xticks([x - 0.5 for x in range(1, len(args.lengths))], minor=True)
+        axes.set_yticks([y - 0.5 for y in range(1, len(args.depths))], minor=True)
+        axes.grid(which="minor", color="white")
+        axes.tick_params(which="minor", length=0)
         axes.set(title=form, xlabel="context in tokens")
     maps[0][0].set_ylabel("depth of the code in %")
     figure.colorbar(image, ax=maps[0], label="codes found in %")
