@@ -25,6 +25,7 @@ def resident(field: str) -> int:
 
 def main() -> None:
     torch.set_num_threads(1)
+    torch.manual_seed(0)
     path, num_tokens = Path(sys.argv[1]), int(sys.argv[2])
     started = start_alone(path, kv_cache_size=f"{num_tokens + 64}tok", max_batch_tokens=512)
     prompt = torch.randint(2, 300, (num_tokens,)).tolist()
