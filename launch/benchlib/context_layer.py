@@ -28,7 +28,7 @@ from dsv3_kernels import PageTables
 
 # Entries that are drawn and written at a time.
 _BLOCK = 4096
-_OVER_CACHE = ("mla_decode", "mla_prefill", "mla_prefill_packed", "merge_lse")
+_OVER_CACHE = ("mla_decode_values", "mla_prefill", "mla_prefill_packed", "merge_lse")
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +184,7 @@ class ContextLayer:
 
             profiler.replace(owner, attribute, counted)
 
-        watch("attention", attention, "mla_decode", _entries)
+        watch("attention", attention, "mla_decode_values", _entries)
         watch("attention", self.cache, "gather", lambda _page_G, num_tokens, *_: num_tokens)
         watch("index", indexer, "index_scores", _entries)
         yield count
