@@ -1,15 +1,20 @@
 """The number of drafts of a step that gives most tokens a second, learnt while running.
 
 A step with k drafts of each sequence gives 1 + a_1 + a_1 a_2 + ... tokens of each, where a_j is the
-share of drafts accepted at place j if those before were. It takes longer than a step without: how
-much longer depends on the batch and the machine, so it is measured.
+share of drafts accepted at place j if those before were. It takes longer than a step without
+drafts, and with any, the MTP layer also runs on prompts. How much longer depends on the batch and
+the machine, so it is measured. The number goes up and down by one, so nothing that is far too slow
+is tried.
 """
 
 from collections import defaultdict
 
-# Steps of each kind that are measured first, and steps after which another number is tried again.
+# Steps of each kind that are measured before they are compared, and steps after which the next
+# larger number is tried again: the machine or the text may have changed.
 _TRIES = 4
-_AGAIN = 256
+_AGAIN = 512
+# Another number must be this much faster.
+_MARGIN = 1.05
 # Weight of the newest measurement in the averages.
 _NEWEST_SECONDS = 0.2
 _NEWEST_SHARE = 0.05
@@ -27,43 +32,66 @@ class DraftCount:
         self._most = most
         self._is_adaptive = is_adaptive
         self._share = [0.8] * most
-        # By the size class of the batch, and the number of drafts.
+        # By the size class of the batch, and by the number of drafts: seconds of a step for each
+        # sequence; of prompts: seconds of a token, without the MTP layer and with it.
         self._seconds: dict[tuple[int, int], float] = {}
+        self._prompt_seconds: dict[bool, float] = {}
         self._num_measured: dict[tuple[int, int], int] = defaultdict(int)
-        self._num_chosen = 0
+        self._best: dict[int, int] = defaultdict(int)
+        self._num_prompt = self._num_answer = self._num_chosen = 0
 
     def choose(self, num_sequences: int) -> int:
         """Return the number of drafts to make for the next step."""
         if not self._is_adaptive or not self._most:
             return self._most
         size = num_sequences.bit_length()
+        best = self._best[size]
+        more = min(best + 1, self._most)
         self._num_chosen += 1
-        for count in range(self._most, -1, -1):
+        if self._num_chosen % _AGAIN == 0:
+            self._num_measured[size, more] = 0
+        for count in (best, more):
             if self._num_measured[size, count] < _TRIES:
                 return count
-        best = max(range(self._most + 1), key=lambda count: self._speed(size, count))
-        if self._num_chosen % _AGAIN < _TRIES:  # the machine or the text may have changed
-            return best - 1 if best else 1
-        return best
+        if self._cost(size, best) > _MARGIN * self._cost(size, more):
+            self._best[size] = more
+        elif best and self._cost(size, best) > self._cost(size, best - 1):
+            self._best[size] = best - 1
+        return self._best[size]
 
-    def _speed(self, size: int, count: int) -> float:
-        """Return the expected tokens of a sequence a second."""
+    def _cost(self, size: int, count: int) -> float:
+        """Return the expected seconds of an answer's token, its share of the prompt included."""
         tokens = reach = 1.0
         for share in self._share[:count]:
             reach *= share
             tokens += reach
-        return tokens / self._seconds[size, count]
+        prompt = self._prompt_seconds.get(count > 0, self._prompt_seconds.get(False, 0.0))
+        num_prompt = self._num_prompt / max(1, self._num_answer)
+        return self._seconds[size, count] / tokens + num_prompt * prompt
 
     def measure(self, num_sequences: int, num_drafts: int, seconds: float) -> None:
         """Record the time of a step of decoding sequences, each with up to `num_drafts` drafts."""
         key = num_sequences.bit_length(), num_drafts
-        known = self._seconds.get(key, seconds)
-        # A step during which the machine did something else says little.
-        self._seconds[key] = known + _NEWEST_SECONDS * (min(seconds, 2 * known) - known)
+        self._seconds[key] = _averaged(self._seconds.get(key), seconds / num_sequences)
         self._num_measured[key] += 1
 
+    def measure_prompts(self, num_tokens: int, num_drafts: int, seconds: float) -> None:
+        """Record the time of a step with prompts."""
+        has_mtp = num_drafts > 0
+        known = self._prompt_seconds.get(has_mtp)
+        self._prompt_seconds[has_mtp] = _averaged(known, seconds / num_tokens)
+        self._num_prompt += num_tokens
+
     def verified(self, num_drafts: int, num_accepted: int) -> None:
-        """Record the drafts of a sequence."""
+        """Record the drafts of a sequence, perhaps none, and its tokens."""
+        self._num_answer += 1 + num_accepted
         for place in range(min(num_drafts, num_accepted + 1)):
             is_accepted = float(place < num_accepted)
             self._share[place] += _NEWEST_SHARE * (is_accepted - self._share[place])
+
+
+def _averaged(known: float | None, newest: float) -> float:
+    """Return the new average; a step during which the machine did something else says little."""
+    if known is None:
+        return newest
+    return known + _NEWEST_SECONDS * (min(newest, 2 * known) - known)

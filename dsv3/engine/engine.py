@@ -324,10 +324,18 @@ class Engine:
         m.step_sequences.observe(len(parts))
         m.step_tokens.observe(sum(part.num_tokens for part in parts))
         update_gauges(self._schedulers, m)
-        decodes = all(part.start >= part.seq.prompt_len for part in parts)
-        if decodes and self._num_drafts == self._num_verified:
+        self._measure_drafts(parts, now - begin)
+
+    def _measure_drafts(self, parts: list[ScheduledSeq], seconds: float) -> None:
+        """Record the time of a step by its kind; one in which the number changes is of no kind."""
+        if self._num_drafts != self._num_verified:
+            return
+        if all(part.start >= part.seq.prompt_len for part in parts):
             largest = max(Counter(part.seq.group for part in parts).values())
-            self._draft_count.measure(largest, self._num_drafts, now - begin)
+            self._draft_count.measure(largest, self._num_drafts, seconds)
+        else:
+            num_tokens = sum(part.num_tokens for part in parts)
+            self._draft_count.measure_prompts(num_tokens, self._num_drafts, seconds)
 
     def _commit(self, part: ScheduledSeq, number: int, result: HostResult) -> RequestOutput | None:
         """Record a step's results for one sequence."""
@@ -366,6 +374,7 @@ class Engine:
         """Shorten a sequence's part of a step to the accepted drafts, and count them."""
         num_drafts = len(part.drafts)
         if not num_drafts:
+            self._draft_count.verified(0, 0)
             return
         first = part.sampled_row
         num_accepted = count_matches(part.drafts, result.token[first : first + num_drafts].tolist())
