@@ -285,7 +285,9 @@ class Scheduler:
     def _offer_prefix(self, seq: Sequence) -> None:
         if self.tree is not None and seq.is_running:
             conversation = seq.request.conversation_id
-            self.tree.insert(seq.token_ids, seq.num_committed, seq.pages, conversation=conversation)
+            # Accepted drafts are committed before they are among the tokens.
+            num_known = min(seq.num_committed, len(seq.token_ids))
+            self.tree.insert(seq.token_ids, num_known, seq.pages, conversation=conversation)
 
     # Admission --------------------------------------------------------------------------------
 

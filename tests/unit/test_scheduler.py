@@ -83,6 +83,25 @@ def test_the_last_to_come_gives_way_and_resumes(depth: int) -> None:
     assert sorted(contexts[: 20 - 1]) == contexts[: 20 - 1]
 
 
+def test_a_page_is_reused_by_its_tokens_when_drafts_go_beyond_it() -> None:
+    """A step's drafts may end beyond a page whose last token it has just sampled."""
+    engine, runner = paper_engine(60, num_drafts=3)
+    prompt = ask("any", 6).prompt_ids
+    done: dict[str, Completion] = {}
+    requests: list[Request] = []
+    for max_tokens in (1, 2, 3, 4, 5, 12, 20, 20):
+        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+        requests.append(
+            Request(request_id=str(len(requests)), prompt_ids=prompt, params=params),
+        )
+        engine.add(requests[-1])
+        done |= finish(engine)
+    check(done, *requests)
+    again = [*prompt, *done["7"].token_ids[:-1]]
+    engine.add(Request(request_id="again", prompt_ids=again, params=SamplingParams(max_tokens=1)))
+    assert finish(engine)["again"].cached_tokens == len(again) - 1
+
+
 def test_only_what_is_admitted_first_counts_as_a_use(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither a request without room nor a resumed one counts as a reuse for the policy."""
     hits = []
