@@ -6,7 +6,6 @@
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Sequence as Ordered
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from dsv3.cache.pool import CachePool
 from dsv3.cache.tiers import Tiers
 from dsv3.config import ModelConfig
-from dsv3.engine.draft_count import DraftCount
+from dsv3.engine.drafting import Drafting
 from dsv3.engine.groups import choose_group, rebalance_waiting, update_gauges
 from dsv3.engine.metrics import Metrics
 from dsv3.engine.plan_writer import write_plans
@@ -23,11 +22,11 @@ from dsv3.engine.runner import Runner
 from dsv3.engine.scheduled import ScheduledSeq, ScheduledStep
 from dsv3.engine.scheduler import Scheduler
 from dsv3.engine.sequence import Sequence
-from dsv3.engine.speculation import NO_DRAFTS, Speculation, count_matches
+from dsv3.engine.speculation import NO_DRAFTS, Speculation
 from dsv3.engine.step_plan import NOT_FINITE, PlanChannel, StepPlan
 from dsv3.engine.step_result import HostResult, StepResult
 from dsv3.errors import ConfigError, RequestError
-from dsv3.request import Completion, Request, RequestOutput, SamplingParams
+from dsv3.request import Request, RequestOutput, SamplingParams
 from dsv3.settings import EngineConfig
 from dsv3.text.detokenize import TextStream
 from dsv3.text.tokenizer import Tokenizer
@@ -91,9 +90,7 @@ class Engine:
             self._eos = frozenset({tokenizer.eos_id})
         is_only = len(tiers) == 1
         self._speculation = speculation
-        self._draft_count = DraftCount(speculation.num_drafts, settings.speculative_adaptive)
-        # Drafts of a sequence that the step before made, and that this step makes.
-        self._num_verified = self._num_drafts = 0
+        self._drafting = Drafting(speculation, settings.speculative_adaptive, self.metrics)
         self._schedulers = [
             Scheduler(
                 config,
@@ -296,10 +293,9 @@ class Engine:
         return steps
 
     def _write_plans(self, steps: list[ScheduledStep]) -> list[StepPlan]:
-        num_sequences = max(len(step.seqs) for step in steps)
-        self._num_verified = self._num_drafts
-        self._num_drafts = self._draft_count.choose(num_sequences) if num_sequences else 0
-        return write_plans(steps, self._num_launched, self._speculation, self._num_drafts)
+        self._drafting.begin_step(max(len(step.seqs) for step in steps))
+        num_drafts = self._drafting.num_drafts
+        return write_plans(steps, self._num_launched, self._speculation, num_drafts)
 
     def _launch(self, steps: list[ScheduledStep], plans: list[StepPlan]) -> _Launched:
         """Start a step on all ranks."""
@@ -324,25 +320,14 @@ class Engine:
         m.step_sequences.observe(len(parts))
         m.step_tokens.observe(sum(part.num_tokens for part in parts))
         update_gauges(self._schedulers, m)
-        self._measure_drafts(parts, now - begin)
-
-    def _measure_drafts(self, parts: list[ScheduledSeq], seconds: float) -> None:
-        """Record the time of a step by its kind; one in which the number changes is of no kind."""
-        if self._num_drafts != self._num_verified:
-            return
-        if all(part.start >= part.seq.prompt_len for part in parts):
-            largest = max(Counter(part.seq.group for part in parts).values())
-            self._draft_count.measure(largest, self._num_drafts, seconds)
-        else:
-            num_tokens = sum(part.num_tokens for part in parts)
-            self._draft_count.measure_prompts(num_tokens, self._num_drafts, seconds)
+        self._drafting.measure(parts, now - begin)
 
     def _commit(self, part: ScheduledSeq, number: int, result: HostResult) -> RequestOutput | None:
         """Record a step's results for one sequence."""
         seq = part.seq
         if seq.is_done:
             return None
-        self._withdraw_rejected(part, result)
+        self._drafting.verify(part, result)
         rows = slice(part.first_row, part.sampled_row + max(1, part.num_samples))
         if not result.is_finite and (result.token[rows] == NOT_FINITE).any():
             return self._fail(seq, number, result.bad_layer)
@@ -366,26 +351,8 @@ class Engine:
             self._append(seq, result, row, out)
             if out.completion is not None:
                 return out
-        drafted = [] if part.draft_index < 0 else result.drafts[part.draft_index]
-        seq.drafts = self._speculation.next_drafts(seq, drafted)[: self._num_drafts]
+        seq.drafts = self._drafting.next_drafts(part, result)
         return out
-
-    def _withdraw_rejected(self, part: ScheduledSeq, result: HostResult) -> None:
-        """Shorten a sequence's part of a step to the accepted drafts, and count them."""
-        num_drafts = len(part.drafts)
-        if not num_drafts:
-            self._draft_count.verified(0, 0)
-            return
-        first = part.sampled_row
-        num_accepted = count_matches(part.drafts, result.token[first : first + num_drafts].tolist())
-        self.metrics.count_drafts(num_drafts, num_accepted)
-        self._draft_count.verified(num_drafts, num_accepted)
-        num_rejected = num_drafts - num_accepted
-        part.drafts = part.drafts[:num_accepted]
-        part.num_tokens -= num_rejected
-        part.num_samples -= num_rejected
-        if part.seq.is_running and part.seq.num_preempted == part.num_preempted:
-            part.seq.num_computed -= num_rejected
 
     def _append(self, seq: Sequence, result: HostResult, row: int, out: RequestOutput) -> None:
         """Add a sampled token to the output; finish the sequence if it was the last."""
@@ -430,19 +397,7 @@ class Engine:
     ) -> RequestOutput:
         if flush and seq.stream is not None:
             out.new_text += seq.stream.finish()
-        params = seq.request.params
-        out.completion = Completion(
-            request_id=seq.request.request_id,
-            prompt_ids=seq.request.prompt_ids,
-            token_ids=seq.token_ids[seq.prompt_len :],
-            text="" if seq.stream is None else seq.stream.text,
-            finish_reason=reason,
-            logprobs=None if params.logprobs is None else seq.logprobs,
-            prompt_logprobs=None if params.prompt_logprobs is None else seq.prompt_logprobs,
-            cached_tokens=seq.num_cached or 0,
-            error=error,
-            index=seq.request.answer,
-        )
+        out.completion = seq.completion(reason, error)
         del self._sequences[seq.request.request_id]
         self._schedulers[seq.group].remove(seq)
         self.metrics.requests += 1

@@ -10,7 +10,7 @@ from dsv3.cache.tiers import PageKey
 from dsv3.engine.adjust import Adjuster
 from dsv3.engine.grams import GramIndex
 from dsv3.engine.step_plan import CHOICE
-from dsv3.request import Request, SamplingParams, TokenLogprobs
+from dsv3.request import Completion, Request, SamplingParams, TokenLogprobs
 from dsv3.text.detokenize import TextStream
 
 
@@ -131,6 +131,23 @@ class Sequence:
         if self.request.params.prompt_logprobs is not None:
             return min(self.num_scored, len(self.token_ids) - 1)
         return len(self.token_ids) - 1
+
+    def completion(self, reason: str, error: str) -> Completion:
+        """Return the answer as it is; `reason` is why it ends, `error` is empty if it succeeded."""
+        request = self.request
+        params = request.params
+        return Completion(
+            request_id=request.request_id,
+            prompt_ids=request.prompt_ids,
+            token_ids=self.token_ids[self.prompt_len :],
+            text="" if self.stream is None else self.stream.text,
+            finish_reason=reason,
+            logprobs=None if params.logprobs is None else self.logprobs,
+            prompt_logprobs=None if params.prompt_logprobs is None else self.prompt_logprobs,
+            cached_tokens=self.num_cached or 0,
+            error=error,
+            index=request.answer,
+        )
 
     def rewind(self) -> None:
         """Reset the computed positions after a preemption; the tokens stay."""

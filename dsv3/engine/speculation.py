@@ -1,6 +1,5 @@
-"""Speculation: how many tokens are drafted for a sequence, and drafts from the text itself."""
+"""Speculation: where drafts come from, and how many a sequence may have."""
 
-from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
 
 from dsv3.checkpoint.reader import Source
@@ -10,7 +9,8 @@ from dsv3.errors import ConfigError
 from dsv3.parallel.expert_placement import Placement
 from dsv3.settings import EngineConfig
 
-# Tokens without an entry in the MTP layer's cache beyond which a sequence is not drafted.
+# A sequence is not drafted if more of its tokens have no entry in the MTP layer's cache (they were
+# computed by steps without drafts): the layer would guess from a text with a hole.
 _MOST_UNDRAFTED = 32
 
 
@@ -20,7 +20,7 @@ class Speculation:
 
     Attributes:
         num_drafts: most drafts of a sequence in a step; 0 drafts nothing.
-        has_mtp: the MTP layer drafts; else earlier occurrences in the text do.
+        has_mtp: the MTP layer makes the first draft; without it, all drafts come from the text.
     """
 
     num_drafts: int = 0
@@ -53,7 +53,7 @@ class Speculation:
             )
         return cls(count, has_mtp=True)
 
-    def next_drafts(self, seq: Sequence, drafted: list[int]) -> list[int]:
+    def next_drafts(self, seq: Sequence, by_mtp: list[int]) -> list[int]:
         """Return the drafts after a sequence's tokens, for its next step.
 
         The MTP layer was trained to predict one token from the model's output. Its further drafts
@@ -61,20 +61,22 @@ class Speculation:
 
         Args:
             seq: the sequence.
-            drafted: by the MTP layer; empty without one.
+            by_mtp: drafts of the MTP layer; empty if there is no layer, or if it made none.
         """
         count = self.limit(seq)
-        if count <= 0 or (self.has_mtp and not drafted):
+        if count <= 0 or (self.has_mtp and not by_mtp):
             return []
-        first = drafted[:1]
-        seq.grams = seq.grams or GramIndex()
+        if seq.grams is None:
+            seq.grams = GramIndex()
+        first = by_mtp[:1]
         found = seq.grams.continuation(seq.token_ids, first, count - len(first))
-        return [*first, *found, *drafted[1 + len(found) :]][:count]
+        return [*first, *found, *by_mtp[1 + len(found) :]][:count]
 
     def limit(self, seq: Sequence) -> int:
         """Return the most drafts of a sequence in a step.
 
-        Penalties depend on the tokens before a position, of which drafts would be some.
+        It is 0 with penalties: they change the logits of a position by the tokens before it, of
+        which drafts would be some.
         """
         params = seq.request.params
         if params.has_penalties or seq.num_undrafted > _MOST_UNDRAFTED:
@@ -85,13 +87,3 @@ class Speculation:
 
 
 NO_DRAFTS = Speculation()
-
-
-def count_matches(drafts: Ordered[int], tokens: Ordered[int]) -> int:
-    """Return the number of drafts before the first one that differs from the sampled token."""
-    count = 0
-    for draft, token in zip(drafts, tokens, strict=False):
-        if draft != token:
-            break
-        count += 1
-    return count
