@@ -17,7 +17,7 @@ from dsv3.engine.drafting import Drafting
 from dsv3.engine.groups import choose_group, rebalance_waiting, update_gauges
 from dsv3.engine.metrics import Metrics
 from dsv3.engine.plan_writer import write_plans
-from dsv3.engine.request_check import check_request
+from dsv3.engine.request_check import check_request, check_room
 from dsv3.engine.runner import Runner
 from dsv3.engine.scheduled import ScheduledSeq, ScheduledStep
 from dsv3.engine.scheduler import Scheduler
@@ -145,19 +145,11 @@ class Engine:
         params = request.params
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer; this checkpoint has none")
-        # The last token is never fed back, so it needs no place in the cache.
-        longest = len(request.prompt_ids) + max(0, params.max_tokens - 1)
-        if longest > self._room:
-            raise RequestError(
-                f"prompt of {len(request.prompt_ids)} tokens and max_tokens={params.max_tokens} "
-                f"need {longest} cached tokens, the cache holds {self._room}; "
-                f"raise {self._settings.named('kv_cache_size')} or lower max_tokens"
-            )
+        check_room(request, self._room, self._settings.named("kv_cache_size"))
         stream = None
         if self.tokenizer is not None:
             prompt_ids = request.prompt_ids
-            is_chat = request.is_chat
-            stream = TextStream(self.tokenizer, prompt_ids, params.stop, is_chat)
+            stream = TextStream(self.tokenizer, prompt_ids, params.stop, request.is_chat)
         seq = Sequence(request, self._num_added, time.monotonic(), stream)
         self._num_added += 1
         if request.deadline is not None:

@@ -1,6 +1,7 @@
 """Writes scheduled steps as `StepPlan`s, and records each sequence's rows of the results."""
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -50,11 +51,11 @@ def _write_plan(
     token_ids: list[int] = []
     contexts = [part.seq.num_computed for part in step.seqs]
     for part in step.seqs:
-        part.first_row = num_rows_before + len(rows)
-        num_before = len(rows)
+        first_result = len(rows)
         first_row = len(token_ids)
+        part.first_row = num_rows_before + first_result
         _write_sequence(part, number, token_ids, rows)
-        drafting.add(part, first_row, num_before + part.num_scored)
+        drafting.add(part, first_row, first_result + part.num_scored)
     plan = StepPlan(
         copies=_pairs(step.copies),
         offload=_pairs(step.moves.offload),
@@ -108,8 +109,16 @@ def _pairs(pairs: list[tuple[int, int]]) -> Ints:
     return _ints([a for a, _ in pairs] + [b for _, b in pairs])
 
 
+class _DraftingRow(NamedTuple):
+    """Where the drafts of a sequence begin; see `StepPlan.draft_row` and the fields after it."""
+
+    row: int
+    result: int
+    num_checked: int
+
+
 class _DraftingRows:
-    """Collects the rows that the MTP layer continues.
+    """Collects the tokens and rows that the MTP layer continues.
 
     Args:
         speculation: how tokens are drafted.
@@ -122,8 +131,7 @@ class _DraftingRows:
         self._num_drafts = num_drafts
         self._num_before = num_before
         self._next_ids: list[int] = []
-        # Row of the batch, result, drafts to verify.
-        self._rows: list[tuple[int, int, int]] = []
+        self._rows: list[_DraftingRow] = []
 
     def add(self, part: ScheduledSeq, first_row: int, first_result: int) -> None:
         """Add the tokens of a sequence that was written.
@@ -131,7 +139,7 @@ class _DraftingRows:
         Args:
             part: its part of the step.
             first_row: its first row in the batch.
-            first_result: result of its last known token.
+            first_result: result of its last token before the drafts, within the group.
         """
         seq = part.seq
         if not self._runs_mtp:
@@ -139,15 +147,15 @@ class _DraftingRows:
             return
         stop = part.stop - len(part.drafts)
         self._next_ids += seq.token_ids[part.start + 1 : stop]
-        if stop < len(seq.token_ids):
+        if stop < len(seq.token_ids):  # known, from a prompt or an earlier step
             self._next_ids.append(seq.token_ids[stop])
-        else:
-            self._next_ids += range(-1 - first_result, -2 - first_result - len(part.drafts), -1)
+        else:  # what this step samples at the last token and at the drafts
+            self._next_ids += (-1 - first_result - i for i in range(1 + len(part.drafts)))
         is_last_token = seq.num_generated + 1 >= seq.request.params.max_tokens
         if part.num_samples and not is_last_token and self._speculation.limit(seq):
             part.draft_index = self._num_before + len(self._rows)
             row = first_row + part.num_tokens - 1 - len(part.drafts)
-            self._rows.append((row, first_result, len(part.drafts)))
+            self._rows.append(_DraftingRow(row, first_result, len(part.drafts)))
 
     def fill(self, plan: StepPlan) -> None:
         """Write the rows into a plan."""
@@ -160,6 +168,7 @@ class _DraftingRows:
 
     @property
     def _runs_mtp(self) -> bool:
+        """True if the MTP layer runs in the step."""
         return self._speculation.has_mtp and self._num_drafts > 0
 
 

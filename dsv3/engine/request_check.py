@@ -1,4 +1,4 @@
-"""Checks of a request before it is queued: tokens of the vocabulary, and the context's length."""
+"""Checks of a request before it is queued: tokens of the vocabulary, length, room in the cache."""
 
 from dsv3.errors import RequestError
 from dsv3.request import Request
@@ -32,4 +32,23 @@ def check_request(request: Request, vocab_size: int, context_limit: int) -> None
         raise RequestError(
             f"prompt of {len(prompt)} tokens + max_tokens={params.max_tokens} exceed the "
             f"context of {context_limit}; max_tokens may be {room}"
+        )
+
+
+def check_room(request: Request, room: int, setting: str) -> None:
+    """Raise RequestError if a request needs more of the cache than there is.
+
+    Args:
+        request: the request.
+        room: positions that a group's cache has for requests.
+        setting: name of the cache's size in messages.
+    """
+    num_prompt = len(request.prompt_ids)
+    max_tokens = request.params.max_tokens
+    # The last token is never fed back, so it needs no place in the cache.
+    longest = num_prompt + max(0, max_tokens - 1)
+    if longest > room:
+        raise RequestError(
+            f"prompt of {num_prompt} tokens and max_tokens={max_tokens} need {longest} cached "
+            f"tokens, the cache holds {room}; raise {setting} or lower max_tokens"
         )

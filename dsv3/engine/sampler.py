@@ -45,10 +45,8 @@ class Choice(NamedTuple):
     @staticmethod
     def arrays(plan: StepPlan, index: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any]]:
         """Return the parameters of some of a plan's rows: [5, M] int64 and [3, M] float32."""
-        seed = plan.seed_high[index].astype(np.int64) << 32
-        seed |= plan.seed_low[index].view(np.uint32)
-        longs = (plan.top_k, plan.answer, plan.position, plan.target)
-        longs_5M = np.stack((seed, *(a[index].astype(np.int64) for a in longs)))
+        longs = (plan.seed, plan.top_k, plan.answer, plan.position, plan.target)
+        longs_5M = np.stack([a[index].astype(np.int64) for a in longs])
         floats_3M = np.stack([a[index] for a in (plan.temperature, plan.top_p, plan.min_p)])
         return longs_5M, floats_3M
 

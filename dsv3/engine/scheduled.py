@@ -15,8 +15,9 @@ class ScheduledSeq:
         num_tokens: new tokens that the step computes.
         is_last: the step computes all tokens that the sequence has so far.
         drafts: the last of the new tokens, which are drafts to be verified.
-        num_samples: rows that give next tokens; 0 where the last row is only checked: a row whose
-            logits are not finite must not leave its cache entries to be reused.
+        num_samples: rows that give next tokens, those of drafts included; 0 if the last row is only
+            checked: a row whose logits are not finite must not leave its cache entries to be
+            reused.
         num_preempted: preemptions of the sequence before this step.
         num_scored: rows that score prompt tokens, ahead of the others. Set with the plan.
         draft_index: its place among the drafted sequences of all groups; -1 without drafts to come.
@@ -61,7 +62,7 @@ class ScheduledStep:
     """One group's part of a step.
 
     Attributes:
-        seqs: sequences in the order that `StepPlan` demands: fewest new tokens first.
+        seqs: sequences in the order that `StepPlan` demands.
         copies: pages to copy first, (from, to): partial pages that are continued.
         moves: pages to move between the cache's tiers.
     """

@@ -49,6 +49,7 @@ class Scheduler:
         tiers: prefixes kept outside the device; None keeps none.
         metrics: counters that all groups share.
         is_only: there is no other group, so requests are not compared with those under way.
+        speculation: how tokens are drafted.
 
     Attributes:
         pages: the allocator.
@@ -179,6 +180,7 @@ class Scheduler:
             if count > 0 and self._grow(seq, count):
                 drafts = self._drafts(seq, budget) if left == 1 else []
                 step.seqs.append(ScheduledSeq.of(seq, count, drafts))
+                # The budget excludes the one token of a decoding sequence already.
                 budget -= count if left > 1 else len(drafts)
         if self.waiting and len(self.running) < self._max_running and not self._is_out_of_pages:
             self._admit(budget, step)
@@ -188,10 +190,13 @@ class Scheduler:
         return step
 
     def _drafts(self, seq: Sequence, budget: int) -> list[int]:
-        """Return the drafts to verify; none if their pages would cost other sequences theirs."""
+        """Return the drafts to verify, as many as find room in the budget and in pages.
+
+        Pages are allocated for them if some are free or idle; no sequence is preempted for drafts.
+        """
         num_left = seq.request.params.max_tokens - seq.num_generated
         drafts = seq.drafts[: max(0, min(budget, num_left - 1))]
-        # The step also writes entries of the drafts that it makes.
+        # The MTP layer also writes the entries of the drafts that it makes, where there is room.
         num_new = 1 + len(drafts) + self._speculation.num_drafts * self._speculation.has_mtp
         missing = self._layout.pages_for(seq.num_computed + num_new) - len(seq.pages)
         if missing > 0 and self._make_room(missing):

@@ -56,7 +56,10 @@ def _floats() -> Floats:
 
 @dataclass
 class StepPlan:
-    """One group's flat batch, perhaps empty. Sequences with a single new token come first.
+    """One group's flat batch, perhaps empty.
+
+    Sequences that attend straight to the cache come first (see `AbsorbRule`), and within both kinds
+    those with fewer new tokens.
 
     Attributes:
         copies: [2 N] pages to copy before anything is written: all sources, then all
@@ -70,7 +73,7 @@ class StepPlan:
             them they have read.
         token_ids: [T] new tokens of all sequences, one after the other; -1 - m is the token that
             row m of the previous step has sampled.
-        query_len: [B] new tokens of each sequence.
+        query_len: [B] new tokens of each sequence, drafts included.
         context_len: [B] positions already cached before this step.
         page_count: [B] pages of each sequence, covering context and new tokens.
         pages: their page tables, one after the other.
@@ -83,11 +86,11 @@ class StepPlan:
         answer: [M] as in Request.
         next_ids: [T] the token after each new token, for the MTP layer; -1 - m is the token that
             row m of this step samples. Empty without an MTP layer.
-        draft_row: [N] rows of the batch that drafts continue, one for each drafted sequence: the
-            first row that a token is sampled from.
-        draft_result: [N] rows of the results of those.
-        draft_checked: [N] drafts among the new tokens, behind `draft_row`.
-        num_drafts: [1] drafts to make for each sequence, or empty.
+        draft_row: [N] for each sequence that the MTP layer drafts, the row of the batch with its
+            last known token; the rows after it hold the drafts to verify.
+        draft_result: [N] the result of that row: m, an index of `row`.
+        draft_checked: [N] drafts to verify.
+        num_drafts: [1] drafts to make for each of the N sequences; empty if the layer does not run.
         adjust: biases and penalties, packed as `Adjustments`; empty if no row has any.
     """
 
@@ -144,6 +147,11 @@ class StepPlan:
             top_p=np.ones(count, np.float32),
             min_p=np.zeros(count, np.float32),
         )
+
+    @property
+    def seed(self) -> NDArray[np.int64]:
+        """Seeds of the requests, [M]."""
+        return self.seed_high.astype(np.int64) << 32 | self.seed_low.view(np.uint32)
 
     def pack(self) -> Ints:
         """Return all arrays as one int32 buffer: their lengths, then their words."""

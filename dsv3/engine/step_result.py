@@ -79,7 +79,7 @@ class HostResult:
         token: [M] the sampled token, or the scored target; NOT_FINITE if there is neither.
         logprob: [M] its log-probability under the model; 0 where none was asked for.
         top_token, top_logprob: [M, L] the likeliest tokens, best first.
-        drafts: of each drafted sequence.
+        drafts: K drafts of each drafted sequence; empty if none were made.
         bad_layer: see `StepResult`.
     """
 
