@@ -85,7 +85,7 @@ def test_the_last_to_come_gives_way_and_resumes(depth: int) -> None:
 
 def test_a_page_is_reused_by_its_tokens_when_drafts_go_beyond_it() -> None:
     """A step's drafts may end beyond a page whose last token it has just sampled."""
-    engine, runner = paper_engine(60, num_drafts=3)
+    engine, _ = paper_engine(60, num_drafts=3)
     prompt = ask("any", 6).prompt_ids
     done: dict[str, Completion] = {}
     requests: list[Request] = []
