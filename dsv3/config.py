@@ -123,6 +123,8 @@ class ModelConfig:
         index_n_heads, index_head_dim, index_topk: sparse attention (V3.2, GLM-5); None for other
             models.
         indexer_rope_interleave: True if the indexer's rotary order is interleaved (GLM-5).
+        index_share_for_mtp_iteration: further drafts attend to the keys that the first one selected
+            (GLM-5.2).
         indexer_types: "full" or "shared" for each layer, without MTP layers (GLM-5.2); None if all
             are "full".
         quantization: None if weights are stored in `torch_dtype`.
@@ -165,6 +167,7 @@ class ModelConfig:
     index_head_dim: int | None = None
     index_topk: int | None = None
     indexer_rope_interleave: bool = False
+    index_share_for_mtp_iteration: bool = False
     indexer_types: tuple[str, ...] | None = None
     quantization: QuantizationConfig | None = None
     torch_dtype: str = "bfloat16"
@@ -231,7 +234,8 @@ class ModelConfig:
             )
 
     def _check_indexer(self) -> None:
-        names = (*_INDEX_FIELDS, "indexer_rope_interleave", "indexer_types")
+        switches = ("indexer_rope_interleave", "index_share_for_mtp_iteration")
+        names = (*_INDEX_FIELDS, *switches, "indexer_types")
         given = [name for name in names if getattr(self, name)]
         if self.model_type not in SPARSE_TYPES:
             if given:

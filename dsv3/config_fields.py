@@ -98,6 +98,7 @@ RULES = {
     "index_head_dim": _SIZE,
     "index_topk": _SIZE,
     "indexer_rope_interleave": _TRUTH,
+    "index_share_for_mtp_iteration": _TRUTH,
     "factor": _AT_LEAST_1,
     "original_max_position_embeddings": _SIZE,
     "beta_fast": _POSITIVE,

@@ -199,6 +199,7 @@ def hf_config_dict(config: ModelConfig) -> dict[str, Any]:
     }
     if not config.has_indexer:
         del data["indexer_rope_interleave"]
+        del data["index_share_for_mtp_iteration"]
     architecture = _ARCHITECTURES.get(config.model_type, "DeepseekV3ForCausalLM")
     data["architectures"] = [architecture]
     data |= {"hidden_act": "silu", "attention_bias": False, "q_lora_rank": config.q_lora_rank}

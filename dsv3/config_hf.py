@@ -79,7 +79,7 @@ _IGNORED = set(
     begin_suppress_tokens chunk_size_feed_forward cross_attention_hidden_size
     decoder_start_token_id diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
     ep_size exponential_decay_length_penalty finetuning_task forced_bos_token_id
-    forced_eos_token_id id2label index_share_for_mtp_iteration initializer_range is_decoder
+    forced_eos_token_id id2label initializer_range is_decoder
     is_encoder_decoder label2id
     length_penalty max_batch_size max_length max_seq_len min_length no_repeat_ngram_size
     num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states
@@ -210,6 +210,7 @@ def _defaults(data: Names) -> dict[str, Any]:
         "num_nextn_predict_layers": 0,
         "n_shared_experts": 0,
         "indexer_rope_interleave": kind == "glm_moe_dsa",
+        "index_share_for_mtp_iteration": False,
     }
 
 

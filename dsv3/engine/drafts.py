@@ -29,6 +29,7 @@ from dsv3.model.batch import Batch, DecodeGroup
 from dsv3.model.transformer import Transformer
 from dsv3.parallel.expert_dispatch import StepTokens
 from dsv3.settings import MAX_DRAFTS
+from dsv3_kernels import PageTables
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +115,7 @@ class Drafter:
         row_N = rows.row_N + count_accepted(token_M, batch.token_T, rows)
         position_N = batch.position_T[row_N].masked_fill(rows.checked_N < 0, -1)
         h_ND = h_TD[row_N]
+        kept = self._selection(batch, row_N)
         tokens = StepTokens(list(per_group), is_static=batch.tokens.is_static)
         drafts: list[Tensor] = []
         while True:
@@ -122,6 +124,9 @@ class Drafter:
                 return torch.stack(drafts, 1)
             position_N = torch.where(position_N < 0, position_N, position_N + 1)
             one_each = self._batch(drafts[-1], position_N, rows.page_NG, tokens)
+            if kept is not None:
+                one_each.selected = [kept]
+                one_each.keeps_selected = True
             h_ND = self._model.draft(h_ND, drafts[-1], one_each, self._cache)
 
     def _choose(self, h_ND: Tensor, choice: Choice | None, position_N: Tensor) -> Tensor:
@@ -133,6 +138,19 @@ class Drafter:
             return self._sampler.greedy(logits_NW).clamp_min(0)
         drawn = self._sampler.whole_rows(logits_NW, choice._replace(position=position_N), 1)
         return drawn[:, 0].long().clamp_min(0)
+
+    def _selection(self, batch: Batch, row_N: Tensor) -> PageTables | None:
+        """Return the keys that the MTP layer has selected for some rows of a step.
+
+        None if further drafts select keys of their own: in most models, and after a step whose
+        context was short enough for some rows to attend to all keys.
+        """
+        is_shared = self._model.config.index_share_for_mtp_iteration
+        is_selected = not batch.chunks and all(g.is_sparse for g in batch.groups)
+        if not (is_shared and is_selected and len(row_N)):
+            return None
+        tables = PageTables.stacked(batch.selected)
+        return PageTables(tables.page_BG[row_N], tables.query_pos_BQ[row_N], tables.paging)
 
     def _batch(
         self, token_N: Tensor, position_N: Tensor, page_NG: Tensor, tokens: StepTokens

@@ -163,7 +163,7 @@ class MLA(Module):
         self, x_TD: Tensor, c_TA: Tensor, rotation: Rotation, batch: Batch, cache: LayerCache
     ) -> list[PageTables]:
         """Return the keys that each decode group attends to."""
-        if self.indexer is not None:
+        if self.indexer is not None and not batch.keeps_selected:
             batch.selected = self.indexer.select(x_TD, c_TA, rotation, batch, cache)
         elif not batch.selected:
             batch.selected = [all_keys(g, cache.layout) for g in batch.groups]

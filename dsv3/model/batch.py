@@ -60,6 +60,7 @@ class Batch:
             counted from the first chunk's; None without chunks.
         selected: the keys of each group in the layer that selected them last; for the layers that
             share its selection.
+        keeps_selected: layers with an indexer use `selected` too, and only write their index keys.
         stored: on a CPU, the rows of `own_slot` with a slot, computed once for all layers.
     """
 
@@ -72,4 +73,5 @@ class Batch:
     chunks: list[Chunk] = field(default_factory=list)
     chunk_start_L: Tensor | None = None
     selected: list[PageTables] = field(default_factory=list)
+    keeps_selected: bool = False
     stored: StoredRows | None = None

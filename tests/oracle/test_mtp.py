@@ -4,8 +4,12 @@ The layer is written here again, in float32, around one of transformers' decoder
 """
 
 import copy
+import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -121,6 +125,39 @@ def test_drafts(made: Oracle, monkeypatch: pytest.MonkeyPatch, length: int) -> N
     assert len(found) >= 3
     for ours, theirs in zip(found[:3], want, strict=True):
         assert (ours[0] - theirs).abs().max() < 1e-4 * theirs.std()
+
+
+@pytest.mark.parametrize("attn_impl", ["auto", "naive"])
+def test_further_drafts_keep_the_selection_where_the_config_says_so(
+    made: Oracle, tmp_path: Path, attn_impl: str
+) -> None:
+    """The first draft of a step selects keys, of the last accepted token; all write their own."""
+    torch.manual_seed(3)
+    prompt = torch.randint(2, 331, (100,)).tolist()
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
+    tokens, selections, written = [], [], []
+    for is_shared in (False, True):
+        folder = tmp_path / str(is_shared)
+        shutil.copytree(made.path, folder)
+        config = json.loads((folder / "config.json").read_text())
+        config["index_share_for_mtp_iteration"] = is_shared
+        (folder / "config.json").write_text(json.dumps(config))
+        started = start_alone(folder, attn_impl=attn_impl, speculative_tokens=3)
+        mtp = started.runner.model.mtp
+        assert mtp is not None and mtp.layer.self_attn.indexer is not None
+        indexer = mtp.layer.self_attn.indexer
+        select, write = indexer.select, indexer.write
+        with (
+            mock.patch.object(indexer, "select", side_effect=select) as selects,
+            mock.patch.object(indexer, "write", side_effect=write) as writes,
+        ):
+            (done,) = answers(started, [prompt], params)
+        tokens.append(done.token_ids)
+        selections.append(selects.call_count)
+        written.append(writes.call_count)
+    assert tokens[0] == tokens[1] and written[0] == written[1] == selections[0]
+    num_steps = selections[1]
+    assert selections[0] == 3 * num_steps - 2  # the last step drafts nothing
 
 
 DIALOGUE = [
