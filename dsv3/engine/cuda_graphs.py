@@ -13,18 +13,17 @@ import logging
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dsv3.cache.layout import NULL_PAGE
 from dsv3.cache.pool import CachePool
 from dsv3.distributed.collective_errors import collective_errors
-from dsv3.engine.drafts import Drafter, DraftRows
-from dsv3.engine.sampler import Choice, Sampler
+from dsv3.engine.drafts import Drafter
+from dsv3.engine.sampler import Sampler
+from dsv3.engine.static_buffers import StaticBuffers
 from dsv3.engine.step_plan import NO_TARGET, StepPlan, num_drafts_of
 from dsv3.engine.step_result import StepResult
 from dsv3.errors import RankError, describe_error
@@ -46,16 +45,6 @@ MAX_GATHERED = 2048
 MAX_PROMPT_KEYS = 1 << 17
 _FEWEST_PAGES = 16
 _FEWEST_PROMPT_ROWS = 64
-# Arrays of a step. The first four have a value for each new token; the next ones for each result:
-# its row of the batch, the position that it predicts, and how it is sampled; the last three for
-# each drafted sequence (see `DraftRows`).
-_FLOATS = ("temperature", "top_p", "min_p")
-_ARRAYS = (
-    *("token", "position", "slot", "next"),
-    *("row", "predicted", "seed", "answer", "top_k", *_FLOATS),
-    *("draft_row", "draft_result", "draft_checked"),
-)
-_PADDED_BY_MINUS_1 = ("position", "slot", "draft_checked")
 
 
 def prompt_bucket(count: int) -> int:
@@ -120,58 +109,6 @@ class TokenTables:
     page_TG: NDArray[np.int32]
 
 
-class StaticBuffers:
-    """Input buffers of one bucket: `_ARRAYS` (int64, or float64 as its bits) and page tables.
-
-    The host has two copies of each: it writes one while the other may still be in transfer.
-    """
-
-    def __init__(self, bucket: Bucket, device: torch.device) -> None:
-        shapes = (len(_ARRAYS), bucket.rows), (bucket.rows, bucket.pages)
-        kinds = tuple(zip(shapes, (torch.int64, torch.int32), strict=True))
-        on_gpu = device.type == "cuda"
-        self._hosts = [
-            [torch.zeros(shape, dtype=dtype, pin_memory=on_gpu) for shape, dtype in kinds]
-            for _ in range(2)
-        ]
-        self._sent = [torch.cuda.Event() for _ in range(2)] if on_gpu else []
-        self._device = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in kinds]
-        self._turn = 0
-
-    @property
-    def page_TG(self) -> Tensor:
-        """Page tables, [rows, pages] int32."""
-        return self._device[1]
-
-    def row(self, name: str) -> Tensor:
-        """Return an array, [rows] int64 or float32."""
-        values = self._device[0][_ARRAYS.index(name)]
-        return values.view(torch.float64).float() if name in _FLOATS else values
-
-    def fill(self, page_TG: NDArray[np.int32], **arrays: NDArray[Any]) -> None:
-        """Write a step's page tables and arrays, and send them; does not wait for the device.
-
-        Rows that pad the step see no key, choose no expert and write nothing.
-        """
-        self._turn ^= 1
-        if self._sent:
-            self._sent[self._turn].synchronize()
-        rows, table = (host.numpy() for host in self._hosts[self._turn])
-        count, width = page_TG.shape
-        table[:count, :width] = page_TG
-        table[:count, width:] = NULL_PAGE
-        table[count:] = NULL_PAGE
-        for name, row in zip(_ARRAYS, rows, strict=True):
-            values = arrays[name]
-            target = row.view(np.float64) if name in _FLOATS else row
-            target[: len(values)] = values
-            target[len(values) :] = -1 if name in _PADDED_BY_MINUS_1 else 0
-        for device, host in zip(self._device, self._hosts[self._turn], strict=True):
-            device.copy_(host, non_blocking=True)
-        if self._sent:
-            self._sent[self._turn].record()
-
-
 class GraphRunner:
     """Runs the short steps of one rank on static buffers.
 
@@ -199,6 +136,7 @@ class GraphRunner:
         self._sampler = sampler
         self._rule = rule
         self._drafter = drafter
+        self._num_groups = model.dispatch.mesh.layout.dp
         self._device = cache.device
         self._feed = torch.zeros(max_feed, dtype=torch.int64, device=self._device)
         self._inputs: dict[Bucket, StaticBuffers] = {}
@@ -254,7 +192,7 @@ class GraphRunner:
         """
         inputs = self._inputs.get(bucket)
         if inputs is None:
-            inputs = self._inputs[bucket] = StaticBuffers(bucket, self._device)
+            inputs = self._inputs[bucket] = StaticBuffers(bucket.rows, bucket.pages, self._device)
             shape = bucket.rows, bucket.num_drafts
             self._drafts[bucket] = torch.zeros(shape, dtype=torch.int64, device=self._device)
         inputs.fill(
@@ -265,7 +203,7 @@ class GraphRunner:
             next=plan.next_ids,
             row=plan.row,
             predicted=plan.position,
-            seed=plan.seed_high.astype(np.int64) << 32 | plan.seed_low.view(np.uint32),
+            seed=plan.seed,
             answer=plan.answer,
             top_k=plan.top_k,
             temperature=plan.temperature,
@@ -287,14 +225,30 @@ class GraphRunner:
         draft_NK = None
         if bucket.num_drafts:
             draft_NK = self._drafts[bucket][: len(plan.draft_row)].clone()
-        return StepResult(self._feed[: len(plan.row)].clone(), None, draft_NK)
+        return StepResult(self._feed[: len(plan.row)].clone(), draft_NK=draft_NK)
 
     def _compute(self, bucket: Bucket, inputs: StaticBuffers) -> None:
         """Run the step on the buffers; the host never waits for the device here."""
+        batch = self._batch(bucket, inputs)
+        hidden_TD = self._model(batch, self._cache)
+        logits_MW = self._model.logits(hidden_TD[inputs.row("row")])
+        choice = inputs.choice() if bucket.samples else None
+        if choice is None:
+            token_M = self._sampler.greedy(logits_MW)
+        else:
+            token_M = self._sampler.whole_rows(logits_MW, choice, 1)[:, 0].long()
+        self._feed[: bucket.rows] = token_M
+        if self._drafter is not None and bucket.num_drafts:
+            rows = inputs.draft_rows(choice)
+            per_group = [bucket.rows] * self._num_groups
+            drafts = self._drafter(hidden_TD, token_M, batch, rows, bucket.num_drafts, per_group)
+            self._drafts[bucket].copy_(drafts)
+
+    def _batch(self, bucket: Bucket, inputs: StaticBuffers) -> Batch:
+        """Return the batch of the buffers' tokens; each is a sequence of one query."""
         token_T = inputs.row("token")
         position_T = inputs.row("position")
-        num_groups = self._model.dispatch.mesh.layout.dp
-        tokens = StepTokens([bucket.rows] * num_groups, is_static=True, position_T=position_T)
+        per_group = [bucket.rows] * self._num_groups
         capacity = bucket.pages * self._cache.layout.page_size
         group = DecodeGroup(
             start=0,
@@ -304,40 +258,13 @@ class GraphRunner:
             is_sparse=self._rule.selects(capacity),
         )
         fed_T = self._feed[(-1 - token_T).clamp_min(0)].clamp_min(0)  # a row may have failed
-        batch = Batch(
+        return Batch(
             token_T=torch.where(token_T < 0, fed_T, token_T),
             position_T=position_T,
             own_slot=inputs.row("slot"),
             num_decode_rows=bucket.rows,
-            tokens=tokens,
+            tokens=StepTokens(per_group, is_static=True, position_T=position_T),
             groups=[group],
-        )
-        hidden_TD = self._model(batch, self._cache)
-        logits_MW = self._model.logits(hidden_TD[inputs.row("row")])
-        choice = None
-        if bucket.samples:
-            names = ("temperature", "top_k", "top_p", "min_p", "seed", "answer", "predicted")
-            arrays = [inputs.row(name) for name in names]
-            arrays.append(torch.full_like(position_T, NO_TARGET))
-            choice = Choice(*arrays)
-            token_M = self._sampler.whole_rows(logits_MW, choice, 1)[:, 0].long()
-        else:
-            token_M = self._sampler.greedy(logits_MW)
-        self._feed[: bucket.rows] = token_M
-        if self._drafter is None or not bucket.num_drafts:
-            return
-        row_N, result_N = inputs.row("draft_row"), inputs.row("draft_result")
-        rows = DraftRows(
-            next_T=inputs.row("next"),
-            row_N=row_N,
-            result_N=result_N,
-            checked_N=inputs.row("draft_checked"),
-            page_NG=inputs.page_TG[row_N],
-            choice=None if choice is None else Choice(*(array[result_N] for array in choice)),
-        )
-        per_group = [bucket.rows] * num_groups
-        self._drafts[bucket].copy_(
-            self._drafter(hidden_TD, token_M, batch, rows, bucket.num_drafts, per_group)
         )
 
     def _capture_on_all_ranks(self, bucket: Bucket, inputs: StaticBuffers) -> None:

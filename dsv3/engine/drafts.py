@@ -36,12 +36,13 @@ from dsv3_kernels import PageTables
 class DraftRows:
     """The rows of a step that drafts continue; N sequences.
 
+    The fields are those of `StepPlan`, on the device.
+
     Attributes:
-        next_T: [T] int64 the token after each token of the step; -1 - m is the one that result m of
-            this step has sampled.
-        row_N: [N] int64 first row of each sequence that a token is sampled from.
-        result_N: [N] int64 the result of that row.
-        checked_N: [N] int64 drafts to verify: the rows after it hold them. -1 pads the arrays.
+        next_T: [T] int64 `next_ids`: the token after each token of the step.
+        row_N: [N] int64 `draft_row`: row of each sequence's last token before the drafts.
+        result_N: [N] int64 `draft_result`: the result of that row.
+        checked_N: [N] int64 `draft_checked`: drafts to verify; -1 in rows that pad a graph's step.
         page_NG: [N, G] int32 pages of the sequences.
         choice: how each sequence samples; None if all are greedy.
     """
@@ -103,34 +104,38 @@ class Drafter:
             token_M: the step's results.
             batch: the step.
             rows: the rows to continue.
-            num_drafts: drafts of a sequence; 0 only writes the entries of the step's tokens.
+            num_drafts: drafts of a sequence, at least one.
             per_group: drafted sequences of every dp group.
         """
-        sampled_T = token_M[(-1 - rows.next_T).clamp_min(0)] if len(token_M) else rows.next_T
-        next_T = torch.where(rows.next_T < 0, sampled_T, rows.next_T)
-        # Rows whose logits are not finite sample nothing.
-        h_TD = self._model.draft(hidden_TD, next_T.clamp_min(0), batch, self._cache)
-        if not num_drafts or not any(per_group):
-            return rows.row_N.new_zeros(len(rows.row_N), num_drafts)
+        h_TD = self._model.draft(hidden_TD, _next_tokens(token_M, rows), batch, self._cache)
+        if not any(per_group):  # the step has only parts of prompts
+            return rows.row_N.new_zeros(0, num_drafts)
+        # Drafts continue from the last accepted token, at position p: its row of the MTP layer has
+        # read the token of p + 1, which was sampled, and predicts that of p + 2.
         row_N = rows.row_N + count_accepted(token_M, batch.token_T, rows)
         position_N = batch.position_T[row_N].masked_fill(rows.checked_N < 0, -1)
         h_ND = h_TD[row_N]
         kept = self._selection(batch, row_N)
         tokens = StepTokens(list(per_group), is_static=batch.tokens.is_static)
-        drafts: list[Tensor] = []
-        while True:
-            drafts.append(self._choose(h_ND, rows.choice, position_N + 2))
-            if len(drafts) == num_drafts:
-                return torch.stack(drafts, 1)
+        drafts = [self._choose(h_ND, rows.choice, position_N + 2)]
+        while len(drafts) < num_drafts:
             position_N = torch.where(position_N < 0, position_N, position_N + 1)
             one_each = self._batch(drafts[-1], position_N, rows.page_NG, tokens)
             if kept is not None:
                 one_each.selected = [kept]
                 one_each.keeps_selected = True
             h_ND = self._model.draft(h_ND, drafts[-1], one_each, self._cache)
+            drafts.append(self._choose(h_ND, rows.choice, position_N + 2))
+        return torch.stack(drafts, 1)
 
     def _choose(self, h_ND: Tensor, choice: Choice | None, position_N: Tensor) -> Tensor:
-        """Return the drafts for some positions, [N]."""
+        """Return a draft of each sequence, [N] int64.
+
+        Args:
+            h_ND: hidden states of the MTP layer.
+            choice: how each sequence samples; None if all are greedy.
+            position_N: positions of the drafts, which choose the random numbers.
+        """
         if not len(h_ND):
             return position_N
         logits_NW = self._model.logits(h_ND)
@@ -155,7 +160,14 @@ class Drafter:
     def _batch(
         self, token_N: Tensor, position_N: Tensor, page_NG: Tensor, tokens: StepTokens
     ) -> Batch:
-        """Return the batch of one draft of each sequence."""
+        """Return the batch that has one token of each sequence.
+
+        Args:
+            token_N: the drafts; the MTP layer is given their embeddings apart.
+            position_N: positions of the entries to write; -1 writes none and sees no key.
+            page_NG: pages of the sequences.
+            tokens: numbers of tokens of all dp groups.
+        """
         layout = self._cache.layout
         if tokens.is_static:
             tokens = replace(tokens, position_T=position_N)
@@ -178,8 +190,21 @@ class Drafter:
         return DecodeGroup(0, len(position_N), page_NG, query_pos_BQ, is_sparse, keys)
 
 
+def _next_tokens(token_M: Tensor, rows: DraftRows) -> Tensor:
+    """Return the token after each token of a step, [T]: known ones, and sampled ones."""
+    sampled_T = token_M[(-1 - rows.next_T).clamp_min(0)] if len(token_M) else rows.next_T
+    next_T = torch.where(rows.next_T < 0, sampled_T, rows.next_T)
+    return next_T.clamp_min(0)  # rows whose logits are not finite sample nothing
+
+
 def count_accepted(token_M: Tensor, token_T: Tensor, rows: DraftRows) -> Tensor:
-    """Return the number of drafts of each sequence that are the tokens sampled there, [N]."""
+    """Return the number of drafts of each sequence before the first one that differs, [N] int64.
+
+    Args:
+        token_M: [M] the step's results; a draft is compared with the result of the row before it.
+        token_T: [T] tokens of the step, drafts included.
+        rows: the sequences.
+    """
     most = max(len(token_T) - 1, 0)
     step = torch.arange(min(MAX_DRAFTS, most), device=token_T.device)
     drafted_NK = token_T[(rows.row_N[:, None] + 1 + step).clamp_max(most)]

@@ -12,13 +12,11 @@ from dsv3.config_files import DEMO
 from dsv3.distributed.mesh import Mesh
 from dsv3.engine.adjust import NOT_FED, AdjustedRow, Adjuster, pack_adjustments
 from dsv3.engine.cuda_graphs import (
-    _ARRAYS,
     MAX_GATHERED,
     MAX_PROMPT_KEYS,
     MAX_ROWS,
     Bucket,
     GraphRunner,
-    StaticBuffers,
     most_rows,
     page_bucket,
     row_bucket,
@@ -26,6 +24,7 @@ from dsv3.engine.cuda_graphs import (
 from dsv3.engine.measured_memory import largest_step
 from dsv3.engine.runner import Runner
 from dsv3.engine.start import Started, start
+from dsv3.engine.static_buffers import _ARRAYS, StaticBuffers
 from dsv3.engine.step_plan import NO_TARGET, StepPlan
 from dsv3.model.absorb_rule import AbsorbRule
 from dsv3.model.moe import Router
@@ -130,17 +129,27 @@ def test_static_steps_of_two_ranks(cache: str) -> None:
 
 
 def test_padding_sees_and_writes_nothing() -> None:
-    bucket = Bucket(rows=4, pages=16, samples=False)
-    inputs = StaticBuffers(bucket, CPU)
+    inputs = StaticBuffers(4, 16, CPU)
     table = np.array([[5, 6], [7, 0], [9, 1]], np.int32)
-    rows = (
-        *([11, -2, 13], [70, 3, 65], [100, -1, 102], [0, 2], [71, 66]),
-        *([1, -2], [0, 7], [0, 4]),
-    )
-    longs = [np.array(v) for v in rows]
-    floats = [np.array(v, np.float32) for v in ([0, 0.5], [1, 0.9], [0, 0.25])]
+    longs = {
+        "token": [11, -2, 13],
+        "position": [70, 3, 65],
+        "slot": [100, -1, 102],
+        "next": [-2, 13, -1],
+        "row": [0, 2],
+        "predicted": [71, 66],
+        "seed": [1, -2],
+        "answer": [0, 7],
+        "top_k": [0, 4],
+        "draft_row": [2],
+        "draft_result": [1],
+        "draft_checked": [0],
+    }
+    floats = {"temperature": [0, 0.5], "top_p": [1, 0.9], "min_p": [0, 0.25]}
+    arrays: dict[str, Any] = {name: np.array(v) for name, v in longs.items()}
+    arrays |= {name: np.array(v, np.float32) for name, v in floats.items()}
     for _ in range(3):
-        inputs.fill(table, **dict(zip(_ARRAYS, (*longs, *floats), strict=True)))
+        inputs.fill(table, **arrays)
         found = {name: inputs.row(name).tolist() for name in _ARRAYS}
         assert found == {
             "token": [11, -2, 13, 0],
@@ -154,6 +163,10 @@ def test_padding_sees_and_writes_nothing() -> None:
             "temperature": [0, 0.5, 0, 0],
             "top_p": [1, np.float32(0.9), 0, 0],
             "min_p": [0, 0.25, 0, 0],
+            "next": [-2, 13, -1, 0],
+            "draft_row": [2, 0, 0, 0],
+            "draft_result": [1, 0, 0, 0],
+            "draft_checked": [0, -1, -1, -1],
         }
         assert inputs.page_TG[:, :2].tolist() == [[5, 6], [7, 0], [9, 1], [0, 0]]
         assert not inputs.page_TG[:, 2:].any()

@@ -16,9 +16,10 @@ from dsv3.config import ParallelConfig
 from dsv3.config_files import DEMO
 from dsv3.distributed.mesh import Mesh, make_mesh
 from dsv3.engine import cuda_graphs
-from dsv3.engine.cuda_graphs import MAX_GATHERED, Bucket, GraphRunner, StaticBuffers
+from dsv3.engine.cuda_graphs import MAX_GATHERED, Bucket, GraphRunner
 from dsv3.engine.engine import Engine, follow
 from dsv3.engine.start import Started, start
+from dsv3.engine.static_buffers import StaticBuffers
 from dsv3.engine.step_plan import StepPlan
 from dsv3.request import Request, SamplingParams
 from dsv3.settings import EngineConfig
