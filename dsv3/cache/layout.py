@@ -99,7 +99,7 @@ class CacheLayout:
             tp: ranks of the tensor-parallel group.
             tp_rank: this rank's index in it.
             index_dtype: format of index keys; None for `dtype`, or "bf16" if that is "fp8".
-            has_mtp: one more layer, for drafts.
+            has_mtp: the MTP layer has a cache, too; it is the layer after the model's.
         """
         layers = tuple(range(config.num_hidden_layers + has_mtp))
         page_size = math.lcm(_PAGE_UNIT, tp)

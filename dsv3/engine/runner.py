@@ -44,7 +44,7 @@ class Runner:
         static: run short steps on static buffers; on CUDA as graphs.
         check: compares digests over ranks; None compares nothing.
         layer_check: finds layers whose output is not finite, in eager steps; None looks for none.
-        drafts: the model has an MTP layer, which drafts tokens.
+        drafts: the model has its MTP layer, which drafts tokens where plans ask for it.
 
     Attributes:
         model, cache, rule, device: as given.
@@ -148,10 +148,7 @@ class Runner:
         batch = builder.build()
         batch.tokens = StepTokens([len(each.token_ids) for each in plans])
         if plan.token_ids.min(initial=0) < 0:
-            known = batch.token_T.clamp_min(0)
-            fed = self._last_token_M[(-1 - batch.token_T).clamp_min(0)]
-            fed = fed.clamp_min(0)  # NOT_FINITE; the result of such a sequence is ignored
-            batch.token_T = torch.where(batch.token_T < 0, fed, known)
+            batch.token_T = self._fed(batch.token_T)
         width = max(int(each.top_logprobs.max(initial=-1)) for each in plans)
         step = partial(self.model, batch, self.cache)
         hidden_TD = step() if self._layer_check is None else self._layer_check.run(step)
@@ -172,6 +169,12 @@ class Runner:
         if self._static is not None:
             self._static.feed(sampled.token_M)
         return sampled
+
+    def _fed(self, token_T: Tensor) -> Tensor:
+        """Return tokens with those of -1 - m replaced by what row m of the last step sampled."""
+        fed_T = self._last_token_M[(-1 - token_T).clamp_min(0)]
+        fed_T = fed_T.clamp_min(0)  # NOT_FINITE; the result of such a sequence is ignored
+        return torch.where(token_T < 0, fed_T, token_T)
 
     def _gather(self, mine: StepResult, plans: list[StepPlan]) -> StepResult:
         """Return the results of all groups, one after the other; each rank has its own group's."""

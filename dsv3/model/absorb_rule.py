@@ -1,4 +1,4 @@
-"""Which sequences of a step attend to the cached entries themselves, and which expand them."""
+"""The form of attention of each sequence of a step: absorbed or expanded, dense or sparse."""
 
 from dataclasses import dataclass
 
@@ -12,10 +12,11 @@ class AbsorbRule:
 
     Attributes:
         max_queries: a sequence with at most this number of new tokens attends straight to the
-            cache.
-        index_topk: tokens that see more keys attend to this number of them, chosen by the indexer.
-            Each of them reads other entries, so there is nothing to expand once for all. None
-            without an indexer.
+            cached entries (absorbed); with more, they are expanded to keys and values once for all
+            its queries.
+        index_topk: a token that sees more keys than this attends to the `index_topk` keys that the
+            indexer selects for it. Each token selects others, so such sequences are never expanded.
+            None without an indexer.
     """
 
     max_queries: int
@@ -24,7 +25,7 @@ class AbsorbRule:
     @classmethod
     def make(cls, config: ModelConfig, settings: EngineConfig) -> "AbsorbRule":
         """Return the rule for a model and its settings."""
-        if settings.attn_impl == "naive":
+        if settings.attn_impl == "naive":  # decode steps only: a token and its drafts
             limit = 1 + settings.speculative_tokens
         elif settings.attn_impl == "absorb":
             limit = config.max_position_embeddings

@@ -8,11 +8,15 @@ Heads are split over tp. A latent cache may be sharded by positions: then every 
 heads' absorbed queries (all-gather), attends to its own positions, and sends the partial output of
 each head with its log-sum-exp to the head's rank (all-to-all), which merges them exactly.
 
+In sparse attention the indexer replaces the page tables of a group by those of its selection; the
+rest is absorbed attention.
+
 Source: DeepSeek-V2 paper (arXiv 2405.04434), section 2.1 and appendix C.
 """
 
 from collections.abc import Iterator
 from itertools import islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,6 +61,21 @@ _ROWS = 512
 # Partial outputs of this number of blocks are kept, then merged. With 2,048 queries and V3's 128
 # heads, each takes 134 MB.
 _PARTS = 4
+
+
+class _Queries(NamedTuple):
+    """The queries of a step, and its entries.
+
+    Attributes:
+        latent_TA: [T, A] normalized query latents, input of the indexer; undefined without a
+            low-rank path of queries, where no model has an indexer.
+        q_THX: [T, H, N + R] queries of the local heads, not yet rotated.
+        entry_TX: entries of the chunks' rows, see `rope_and_cache`.
+    """
+
+    latent_TA: Tensor
+    q_THX: Tensor
+    entry_TX: Tensor
 
 
 class MLA(Module):
@@ -146,7 +165,7 @@ class MLA(Module):
             stored=batch.stored,
         )
         c_TA, q_THX, chunk_TX = self._queries(first, write)
-        tables = self._select(x_TD, c_TA, rotation, batch, cache)
+        tables = self._keys(x_TD, c_TA, rotation, batch, cache)
         if not batch.chunks:
             quant = self.o_proj.quantizes
             o_TF, o_q = self._absorbed(q_THX, rotation, tables, cache, quant)
@@ -159,18 +178,21 @@ class MLA(Module):
             o_TF = torch.cat((first_TF.to(o_TF.dtype), o_TF))
         return self.o_proj(o_TF)
 
-    def _select(
+    def _keys(
         self, x_TD: Tensor, c_TA: Tensor, rotation: Rotation, batch: Batch, cache: LayerCache
     ) -> list[PageTables]:
-        """Return the keys that each decode group attends to."""
+        """Return the keys that each decode group attends to: selected here, or by a layer before.
+
+        A collective if the layer selects keys and positions are sharded.
+        """
         if self.indexer is not None and not batch.keeps_selected:
             batch.selected = self.indexer.select(x_TD, c_TA, rotation, batch, cache)
         elif not batch.selected:
             batch.selected = [all_keys(g, cache.layout) for g in batch.groups]
         return batch.selected
 
-    def _queries(self, first: Tensor, write: EntryWrite) -> tuple[Tensor, Tensor, Tensor]:
-        """Return query latents, queries [T, H, N + R], and the result of `rope_and_cache`."""
+    def _queries(self, first: Tensor, write: EntryWrite) -> _Queries:
+        """Project the queries, and write the entries of the step to the cache."""
         if self.config.q_lora_rank is None:
             latent, query = first, first
             entry_TX = rope_and_cache(write)
@@ -184,7 +206,8 @@ class MLA(Module):
                 write=write,
             )
             query = up(latent, latent_q)
-        return latent, query.view(-1, self.heads, self.config.qk_head_dim), entry_TX
+        q_THX = query.view(-1, self.heads, self.config.qk_head_dim)
+        return _Queries(latent, q_THX, entry_TX)
 
     def _rotate(self, q_THX: Tensor, rotation: Rotation) -> None:
         """Rotate queries in place."""
@@ -214,7 +237,7 @@ class MLA(Module):
             [T, H * V] of the local heads, and that in FP8 if asked for.
         """
         blocks = list(_row_blocks(tables))
-        if len(blocks) == 1:
+        if len(blocks) == 1:  # the usual decode step
             return self._absorbed_block(q_THX, rotation, tables, cache, quant)
         outs = []
         start = 0
@@ -347,7 +370,7 @@ class MLA(Module):
         cache.write(batch.own_slot, kv_THY.flatten(1))
         scale = c.softmax_scale
         o_THV = torch.empty_like(new.v_SHV, dtype=torch.float32)
-        tables = self._select(x_TD, latent, rotation, batch, cache)
+        tables = self._keys(x_TD, latent, rotation, batch, cache)
         for g, keys in zip(batch.groups, tables, strict=True):
             rows = slice(g.start, g.stop)
             o_THV[rows] = mha_decode(
@@ -370,12 +393,17 @@ class MLA(Module):
 
 
 def _row_blocks(tables: list[PageTables]) -> Iterator[list[PageTables]]:
-    """Yield the tables of about `_ROWS` rows at a time; those of a dense group stay together."""
+    """Yield the tables of about `_ROWS` rows at a time.
+
+    Only tables of one query per sequence, as selections are, are cut: the absorbed queries of a
+    long prompt would take too much memory. Other sequences are kept whole, because their queries
+    share the reads of their keys.
+    """
     block: list[PageTables] = []
     num_rows = 0
     for keys in tables:
-        is_selection = keys.query_pos_BQ.shape[1] == 1
-        for _, part in keys.blocks(_ROWS) if is_selection else [(slice(None), keys)]:
+        has_one_query = keys.query_pos_BQ.shape[1] == 1
+        for _, part in keys.blocks(_ROWS) if has_one_query else [(slice(None), keys)]:
             count = part.query_pos_BQ.numel()
             if block and num_rows + count > _ROWS:
                 yield block

@@ -16,7 +16,8 @@ class DecodeGroup:
         start, stop: their B * Q rows of the batch.
         page_BG: [B, G] int32 pages of each sequence, padded with the null page.
         query_pos_BQ: [B, Q] int64 positions; -1 for rows that pad the batch.
-        is_sparse: each token attends to the keys that the indexer selects for it.
+        is_sparse: the indexer selects the keys of each token; otherwise a token attends to all that
+            it sees.
         keys: on a CPU, the expanded page tables, computed once for all layers; None if `is_sparse`.
     """
 
@@ -58,8 +59,8 @@ class Batch:
         tokens: number of tokens of all dp groups.
         chunk_start_L: [L + 1] int32 first rows of the L chunks and the end of the last one,
             counted from the first chunk's; None without chunks.
-        selected: the keys of each group in the layer that selected them last; for the layers that
-            share its selection.
+        selected: the keys that each group attends to, set by the first layer and then by every
+            layer with an indexer; the others use it as it is.
         keeps_selected: layers with an indexer use `selected` too, and only write their index keys.
         stored: on a CPU, the rows of `own_slot` with a slot, computed once for all layers.
     """

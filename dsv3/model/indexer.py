@@ -39,8 +39,8 @@ from dsv3_kernels import (
 
 # Scores in memory at a time. On a CPU their 8 MiB and the candidates made of them nearly fit a
 # processor's cache; a GPU needs large launches.
-_SCORES = {"cpu": 1 << 21}
-_MANY_SCORES = 1 << 26
+_CPU_SCORES = 1 << 21
+_GPU_SCORES = 1 << 26
 
 
 class Indexer(Module):
@@ -64,7 +64,8 @@ class Indexer(Module):
         self.topk = config.index_topk
         self.interleaved = config.indexer_rope_interleave
         dim, hidden = config.index_head_dim, config.hidden_size
-        # Infinite scores would only change the choice of positions.
+        # Their infinities would not reach the output, where they would be noticed: they would only
+        # select other positions.
         self.wq_b = Linear(
             prefix, {"wq_b": self.heads * dim}, config.q_lora_rank, fmt, must_be_finite=True
         )
@@ -81,7 +82,7 @@ class Indexer(Module):
         cache: IndexCache,
         x_q: Quantized | None = None,
     ) -> None:
-        """Store the keys of all new tokens; later tokens may select them in any case.
+        """Store the keys of all new tokens, in steps without sparse groups too.
 
         Args:
             x_TD: normalized input of the layer.
@@ -123,7 +124,7 @@ class Indexer(Module):
     def _select(
         self, x_TD: Tensor, c_TA: Tensor, rotation: Rotation, g: DecodeGroup, cache: LayerCache
     ) -> PageTables:
-        """Return the selected keys of one group, as tables of sequences of one query."""
+        """Return the selected keys of a sparse group: tables of one-slot pages, one per query."""
         assert cache.index is not None
         rows = slice(g.start, g.stop)
         q_THI = self.wq_b(c_TA[rows]).unflatten(-1, (self.heads, -1))
@@ -131,20 +132,21 @@ class Indexer(Module):
         turn = self._turn(rotation.tokens(g.start, g.stop))
         q_THI, weight_TH = index_queries(q_THI, weight_STH, turn, cache.index.is_fp8)
         tables = all_keys(g, cache.layout)
-        num_rows = max(1, _SCORES.get(q_THI.device.type, _MANY_SCORES) // tables.capacity)
-        found = []
-        for some, part in tables.blocks(num_rows):
-            score_TS = index_scores(q_THI[some], weight_TH[some], cache.index, part)
-            best_TK = top_candidates(score_TS, self.topk, part)
-            is_shared = part.paging.shards > 1
-            best_PTK = self.tp.all_gather(best_TK) if is_shared else best_TK[None]
-            found.append(select_slots(best_PTK, self.topk, part))
-        return PageTables.stacked(found)
+        is_sharded = tables.paging.shards > 1
+        most_scores = _CPU_SCORES if q_THI.device.type == "cpu" else _GPU_SCORES
+        selections = []
+        for block, some in tables.blocks(max(1, most_scores // tables.capacity)):
+            score_TS = index_scores(q_THI[block], weight_TH[block], cache.index, some)
+            best_TK = top_candidates(score_TS, self.topk, some)
+            best_PTK = self.tp.all_gather(best_TK) if is_sharded else best_TK[None]
+            selections.append(select_slots(best_PTK, self.topk, some))
+        return PageTables.stacked(selections)
 
     def _turn(self, rotation: Rotation) -> Rotation:
-        """Return a rotation in the layout of the indexer: half-split, though MLA's is not.
+        """Return a rotation in the indexer's order of dimensions: V3.2's is half-split, MLA's not.
 
-        DeepSeek's first demo took the interleaved layout here too. Short contexts do not show it.
+        DeepSeek's first demo took the interleaved order here too. Answers to short contexts do not
+        show the mistake.
         """
         return Rotation(rotation.cos_Tr, rotation.sin_Tr, self.interleaved, rotation.complex_Tr)
 

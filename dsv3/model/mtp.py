@@ -3,8 +3,9 @@
     x_i = W_eh [enorm(embed(t_{i+1})) ; hnorm(h_i)], then a decoder layer with a cache of its own
 
 where h_i is the main model's output at position i, after its final norm. The head is the main
-model's. To predict further tokens the layer is applied again: the position becomes the next one,
-t the token predicted last, and h the layer's own normalized output.
+model's. So the layer's cache entry of position i depends on the token after it. To predict further
+tokens the layer is applied again: the position becomes the next one, t the token predicted last,
+and h the layer's own normalized output.
 
 The paper has the two halves of the concatenation the other way round; the published weights have
 the embedding first. Its embedding and head are copies of the main model's, and not loaded.
