@@ -12,7 +12,7 @@ Source: encoding/encoding_dsv32.py in the checkpoints of DeepSeek-V3.2.
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from dsv3.errors import RequestError
 from dsv3.text.messages import ChatInput, Tools
@@ -25,7 +25,7 @@ _DSML = "｜DSML｜"
 _CALLS, _END_CALLS = f"<{_DSML}function_calls>", f"</{_DSML}function_calls>"
 _INVOKE, _END_INVOKE = f"<{_DSML}invoke", f"</{_DSML}invoke>"
 _PARAMETER, _END_PARAMETER = f"<{_DSML}parameter", f"</{_DSML}parameter>"
-# What the model was trained to read about tools, to the letter.
+# The instructions about tools that the model was trained with, verbatim.
 _ABOUT_TOOLS = f"""## Tools
 
 You have access to a set of tools you can use to answer the user's question.
@@ -66,7 +66,12 @@ _ABOUT_SCHEMA = (
     "## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n"
 )
 
-_Numbered = tuple[int, Mapping[str, Any]]  # a message with its number in the conversation
+
+class _Numbered(NamedTuple):
+    """A message with its number in the conversation, for errors."""
+
+    number: int
+    message: Mapping[str, Any]
 
 
 def render_v32(chat: ChatInput) -> str:
@@ -101,21 +106,24 @@ def render_v32(chat: ChatInput) -> str:
 
 
 def _kept(chat: ChatInput) -> list[_Numbered]:
-    """Return the messages of the prompt, the first of them with room for tools and schema."""
-    messages: list[_Numbered] = list(enumerate(chat.messages))
+    """Return the messages of the prompt.
+
+    Tools and schema stand in the first one, so an empty system message is put before a question.
+    """
+    messages = [_Numbered(*each) for each in enumerate(chat.messages)]
     if chat.thinking:
         last = _last_question(messages)
-        messages = [m for m in messages if m[0] >= last or m[1]["role"] != "developer"]
-    has_room = bool(messages) and messages[0][1]["role"] in ("system", "developer")
+        messages = [m for m in messages if m.number >= last or m.message["role"] != "developer"]
+    has_room = bool(messages) and messages[0].message["role"] in ("system", "developer")
     if (chat.tools or chat.schema is not None) and not has_room:
-        messages.insert(0, (0, {"role": "system", "content": ""}))
+        messages.insert(0, _Numbered(0, {"role": "system", "content": ""}))
     return messages
 
 
 def _last_question(messages: list[_Numbered]) -> int:
     """Return the place of the last question; -1 if there is none."""
-    questions = [i for i, (_, m) in enumerate(messages) if m["role"] in ("user", "developer")]
-    return questions[-1] if questions else -1
+    roles = [m.message["role"] for m in messages]
+    return max((i for i, role in enumerate(roles) if role in ("user", "developer")), default=-1)
 
 
 def _instructions(chat: ChatInput) -> str:

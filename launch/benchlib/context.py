@@ -44,13 +44,11 @@ def context_report(
         index: format of the index keys.
         repeats: timed runs of each step and form.
     """
-    page = 64
-    longest = max(step.batch * (step.length + page) for step in steps)
-    layer = ContextLayer(config, device, cache, index, longest)
+    layer = ContextLayer(config, device, cache, index, steps)
     report = Report("context", "context in tokens", "attention and index in ms")
     for step in steps:
-        dense = layer.measure(step, False, repeats)
-        sparse = layer.measure(step, True, repeats)
+        dense = layer.measure(step, is_sparse=False, repeats=repeats)
+        sparse = layer.measure(step, is_sparse=True, repeats=repeats)
         report.rows += [_row(step, "dense", dense), _row(step, "sparse", sparse)]
         report.notes.append(_note(step, dense, sparse))
     for row in report.rows:

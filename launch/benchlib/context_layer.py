@@ -77,7 +77,7 @@ class ContextLayer:
         device: device to allocate it on; the activations are float32 on a CPU, else bfloat16.
         cache: format of the latents.
         index: format of the index keys.
-        positions: positions of all sequences that fit the cache.
+        steps: the steps to measure, whose sequences must fit the cache.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class ContextLayer:
         device: torch.device,
         cache: CacheDtype,
         index: CacheDtype,
-        positions: int,
+        steps: list[ContextStep],
     ) -> None:
         torch.manual_seed(0)
         self.config = config
@@ -101,30 +101,39 @@ class ContextLayer:
         cached = CacheLayout.make(config, "latent", "none", cache, 1, 0, index)
         planes = tuple(replace(plane, layers=(0,)) for plane in cached.planes)
         cached = replace(cached, planes=planes)
-        self.pool = CachePool(cached, cached.pages_for(positions) + 1, device, mesh.tp)
+        num_pages = max(step.batch * cached.pages_for(step.length) for step in steps)
+        self.pool = CachePool(cached, num_pages + 1, device, mesh.tp)
         self.cache = self.pool.layer(0)
-        assert self.cache.index is not None
-        for slot_T in torch.arange(cached.page_size, len(self.cache.slots)).split(_BLOCK):
-            slot_T = slot_T.to(device)
-            for target, width in (
-                (self.cache, cached.main.width),
-                (self.cache.index, self.cache.index.dim),
-            ):
-                target.write(slot_T, torch.randn(len(slot_T), width, device=device))
+        self._fill_cache()
         self._rotary = Rotary(config, device)
         self._rule = AbsorbRule.make(config, EngineConfig())
 
-    @torch.inference_mode()
-    def measure(self, step: ContextStep, sparse: bool, repeats: int) -> LayerCost:
-        """Return the median cost of a step; without `sparse`, of dense attention."""
+    def _fill_cache(self) -> None:
+        """Write random entries and index keys to all slots but those of the null page."""
         layout = self.pool.layout
-        pages = layout.pages_for(step.length)
-        plan = StepPlan.greedy(
+        assert self.cache.index is not None
+        for slot_T in torch.arange(layout.page_size, len(self.cache.slots)).split(_BLOCK):
+            slot_T = slot_T.to(self.device)
+            for target, width in (
+                (self.cache, layout.main.width),
+                (self.cache.index, self.cache.index.dim),
+            ):
+                target.write(slot_T, torch.randn(len(slot_T), width, device=self.device))
+
+    def _plan(self, step: ContextStep) -> StepPlan:
+        pages = self.pool.layout.pages_for(step.length)
+        return StepPlan.greedy(
             np.zeros(step.batch * step.new, np.int32),
             np.full(step.batch, step.context, np.int32),
             np.arange(1, 1 + step.batch * pages, dtype=np.int32).reshape(step.batch, -1),
         )
-        rule = self._rule if sparse else replace(self._rule, index_topk=None)
+
+    @torch.inference_mode()
+    def measure(self, step: ContextStep, is_sparse: bool, repeats: int) -> LayerCost:
+        """Return the median cost of a step, in sparse or in dense attention."""
+        layout = self.pool.layout
+        plan = self._plan(step)
+        rule = self._rule if is_sparse else replace(self._rule, index_topk=None)
         batch = BatchBuilder(plan, layout, self.device, rule).build()
         rotation = self._rotary(batch.position_T)
         x_TD = torch.randn(

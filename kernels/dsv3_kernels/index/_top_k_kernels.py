@@ -27,9 +27,9 @@ _NONE = tl.constexpr(-(1 << 31))
 
 @triton.jit
 def _bound(value, k):
-    """Return the highest bound that k of a block of int32 reach, or one that just k reach.
+    """Return a bound that k of a block of int32 reach: the highest one, or one that just k reach.
 
-    At least k are no `_NONE`.
+    At least k values must be other than `_NONE`.
     """
     bound = tl.full((), _NONE, tl.int32)
     bit = tl.full((), _NONE, tl.int32)
@@ -50,11 +50,11 @@ def _take_best(value, is_there, num, k):
     Args:
         value: [BLOCK] int32, `_NONE` where there is none.
         is_there: [BLOCK] True where there is a value.
-        num: how many there are; if they are fewer than k, all are chosen.
-        k: how many to choose.
+        num: number of values; if there are fewer than k, all are chosen.
+        k: number of values to choose.
 
     Returns:
-        [BLOCK] True for the chosen ones, and their numbers among them.
+        [BLOCK] True for chosen values, and the number of each among them, from 0 on.
     """
     cut = tl.full((), _NONE, tl.int32)
     if num > k:
@@ -72,7 +72,7 @@ def _take_best(value, is_there, num, k):
 
 @triton.jit
 def _seen_by(pos_ptr, t, columns, shard, SHARDS: tl.constexpr):
-    """Return the positions stored here that a query sees."""
+    """Return the number of positions on this rank that a query sees."""
     pos = tl.load(pos_ptr + t).to(tl.int32)
     return tl.minimum((pos + SHARDS - shard) // SHARDS, columns)
 
@@ -221,18 +221,18 @@ def _select_slots_kernel(
 
 
 def _warps_for(block: int) -> int:
-    """Return the warps that hold a block of int32 in registers, 32 for each of their threads."""
+    """Return the warps that hold a block of int32 in registers, 32 values in each thread."""
     return min(32, max(4, block // 1024))
 
 
 def launch_top_candidates(score_TS: Tensor, k: int, tables: PageTables, block: int) -> Tensor:
-    """Launch `top_candidates` in parts of `block` scores; merge as many candidates at a time.
+    """Launch `top_candidates`: select in parts of a row, then merge their candidates.
 
     Args:
         score_TS: see `top_candidates`.
         k: see `top_candidates`.
         tables: see `top_candidates`.
-        block: a power of two.
+        block: scores of a part, and about the candidates of a merge; a power of two.
     """
     T, S = score_TS.shape
     k = min(k, S)
@@ -281,7 +281,11 @@ def launch_top_candidates(score_TS: Tensor, k: int, tables: PageTables, block: i
 
 
 def launch_select_slots(candidate_PTK: Tensor, k: int, tables: PageTables) -> tuple[Tensor, Tensor]:
-    """Launch `select_slots`, a program per query; return the slots and the last numbers."""
+    """Launch `select_slots`, a program per query.
+
+    Returns:
+        The slots [T, k] int32, and the number of each query's slots less one, [T] int64.
+    """
     P, T, K = candidate_PTK.shape
     paging = tables.paging
     assert P in (1, paging.shards) and candidate_PTK.is_contiguous(), f"{P} ranks, {paging=}"

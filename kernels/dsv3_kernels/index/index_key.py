@@ -68,7 +68,7 @@ def _index_key_kernel(
     HALF: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     PAGE: tl.constexpr,
-    FP8: tl.constexpr,
+    IS_FP8: tl.constexpr,
     NATIVE: tl.constexpr,
     ROOT: tl.constexpr,
     STAGES: tl.constexpr,
@@ -93,7 +93,7 @@ def _index_key_kernel(
         page = slot // PAGE
         at = slot % PAGE
         value_at = value_ptr + page * stride_page + at * I + i
-        if FP8:
+        if IS_FP8:
             x = hadamard_rows(x.to(tl.float32), ROOT, STAGES).to(dtype).to(tl.float32)
             code, scale = quantize_block(x, True, NATIVE)
             tl.store(value_at, code.to(tl.uint8, bitcast=True))
@@ -127,7 +127,7 @@ def _launch_write_index_keys(write: IndexWrite) -> None:
             HALF=write.rotation.cos_Tr.shape[1],
             INTERLEAVED=write.rotation.interleaved,
             PAGE=cache.slots_per_page,
-            FP8=cache.is_fp8,
+            IS_FP8=cache.is_fp8,
             NATIVE=is_native(write.key_TI),
             ROOT=dim**-0.5,
             STAGES=stages_of(dim),

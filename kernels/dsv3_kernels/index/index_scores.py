@@ -35,14 +35,15 @@ _PROGRAMS = 4096
 
 
 @triton.jit
-def _operand(x, FP8: tl.constexpr, NATIVE: tl.constexpr, DTYPE: tl.constexpr):
+def _operand(x, IS_FP8: tl.constexpr, NATIVE: tl.constexpr, DTYPE: tl.constexpr):
     """Return a loaded block as `tl.dot` takes it."""
-    if FP8:
+    if IS_FP8:
         return e4m3_operand(x, NATIVE)
     else:  # noqa: RET505 - Triton drops a constant condition's other branch only so
         return x.to(DTYPE)
 
 
+# Arguments that change from step to step; no variant is compiled for their values.
 _VARY = (
     "weight_ptr",
     "page_ptr",
