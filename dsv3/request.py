@@ -247,9 +247,13 @@ class Completion:
 
 @dataclass(slots=True, kw_only=True)
 class RequestOutput:
-    """The tokens and text that one step added to a request; the last one has `completion`."""
+    """The tokens and text that one step added to a request; the last one has `completion`.
+
+    `new_logprobs` has an entry for each new token, if requested.
+    """
 
     request_id: str
     new_token_ids: list[int] = field(default_factory=list)
     new_text: str = ""
+    new_logprobs: list[TokenLogprobs] = field(default_factory=list)
     completion: Completion | None = None

@@ -27,7 +27,7 @@ if __name__ == "__main__":
 from common import tune_for_model, tune_process
 from dsv3.checkpoint.directory import check_directory
 from dsv3.checkpoint.hub_cache import model_name
-from dsv3.checkpoint.source import check_stored_form, declared_config
+from dsv3.checkpoint.source import check_stored_form
 from dsv3.config import ModelConfig
 from dsv3.config_files import DEMO, load_model_config
 from dsv3.distributed.collective_errors import collective_errors
@@ -51,9 +51,9 @@ from dsv3.serve.one_shot import Prompt, answer_prompt, read_prompt
 from dsv3.serve.progress import Progress
 from dsv3.serve.sinks import JournalSink, Sink, TextSink
 from dsv3.text.chat import AnyFormat, ChatFormat, UnusableFormat
-from dsv3.text.defaults import Defaults, Sampling
+from dsv3.text.defaults import Defaults
 from dsv3.text.text_request import digest
-from generate_flags import parse_args
+from generate_flags import chat_format_of, parse_args, request_defaults
 from program import (
     common_settings,
     engine_config,
@@ -88,9 +88,7 @@ def prepare_format(
     args: argparse.Namespace, checkpoint: Path, config: ModelConfig | None
 ) -> AnyFormat:
     """Return the checkpoint's format of conversations; raise if a chat needs one and has none."""
-    template = Path(args.chat_template) if args.chat_template else None
-    model_type = declared_config(checkpoint, config).model_type
-    chat_format = ChatFormat.of_directory(checkpoint, model_type, template)
+    chat_format = chat_format_of(args, checkpoint, config)
     if args.interactive and isinstance(chat_format, UnusableFormat):
         raise CheckpointError(chat_format.reason)
     return chat_format
@@ -115,22 +113,7 @@ def prepare(
     files: ExitStack,
 ) -> Task:
     """Open and check all files of a task before the model is loaded."""
-    defaults = Defaults(
-        flags=Sampling(
-            max_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            top_k=args.top_k,
-            min_p=args.min_p,
-            repetition_penalty=args.repetition_penalty,
-            frequency_penalty=args.frequency_penalty,
-            presence_penalty=args.presence_penalty,
-        ),
-        model=Sampling.of_checkpoint(checkpoint),
-        seed=args.seed or 0,
-        thinking=args.thinking,
-        system=args.system,
-    )
+    defaults = request_defaults(args, checkpoint)
     if sys.__stdout__ is None and not args.output_file:
         raise ConfigError("standard output is closed; give an --input-file and an --output-file")
     if args.stats_file:

@@ -1,10 +1,15 @@
-"""The flags of generate.py, and the checks of each against the others."""
+"""The flags of generate.py, the checks of each against the others, and the defaults they set."""
 
 import argparse
 import sys
+from pathlib import Path
 
+from dsv3.checkpoint.source import declared_config
+from dsv3.config import ModelConfig
 from dsv3.errors import ConfigError
 from dsv3.serve.exporter import check_exporter
+from dsv3.text.chat import AnyFormat, ChatFormat
+from dsv3.text.defaults import Defaults, Sampling
 from program import Parser, add_engine_flags
 from program_files import check_files
 
@@ -138,3 +143,33 @@ def check_required_flags(args: argparse.Namespace) -> None:
         raise ConfigError("--prompt-separator requires --input-file or --prewarm")
     if args.hardware != "measure" and not args.profile:
         raise ConfigError("--hardware gives the ceilings of --profile; add that, or leave it out")
+
+
+def request_defaults(args: argparse.Namespace, checkpoint: Path) -> Defaults:
+    """Return the defaults of requests, from the sampling flags and the checkpoint."""
+    flags = Sampling(
+        max_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        frequency_penalty=args.frequency_penalty,
+        presence_penalty=args.presence_penalty,
+    )
+    return Defaults(
+        flags=flags,
+        model=Sampling.of_checkpoint(checkpoint),
+        seed=args.seed or 0,
+        thinking=args.thinking,
+        system=args.system,
+    )
+
+
+def chat_format_of(
+    args: argparse.Namespace, checkpoint: Path, config: ModelConfig | None
+) -> AnyFormat:
+    """Return the checkpoint's format of conversations, or that of --chat-template."""
+    template = Path(args.chat_template) if args.chat_template else None
+    model_type = declared_config(checkpoint, config).model_type
+    return ChatFormat.of_directory(checkpoint, model_type, template)

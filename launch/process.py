@@ -9,8 +9,9 @@ import faulthandler
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -80,3 +81,31 @@ def end_at_signals(watchdog: "Watchdog") -> Iterator[None]:
             signal.set_wakeup_fd(-1)
         for number, handler in before.items():
             signal.signal(number, signal.SIG_IGN if watchdog.end_signal else handler)
+
+
+@contextmanager
+def drain_at_signals(drain: Callable[[], None]) -> Iterator[None]:
+    """Within `end_at_signals`, let SIGTERM and SIGINT call `drain` instead of ending the job.
+
+    Afterwards both are ignored if one has come: more of them must not change the exit code.
+    """
+    is_draining = False
+
+    def begin(number: int, frame: FrameType | None) -> None:
+        nonlocal is_draining
+        if not is_draining:
+            is_draining = True
+            drain()
+
+    before = {number: signal.getsignal(number) for number in _END_SIGNALS}
+    wakeup_fd = signal.set_wakeup_fd(-1)
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, begin)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_IGN if is_draining else handler)
+        if not is_draining:
+            signal.set_wakeup_fd(wakeup_fd, warn_on_full_buffer=False)

@@ -66,12 +66,15 @@ class Watchdog:
         end_signal: number of the signal that asked the job to end, or 0.
         counters: functions whose results grow while this rank makes progress.
         in_exchange: returns True while the main thread waits for other ranks in a collective.
+        before_end: called with the error, in the watchdog's thread, before it ends the process. It
+            has a second.
     """
 
     def __init__(self, rank: int = 0, roster: Roster | None = None, timeout: float = 60.0) -> None:
         self.end_signal = 0
         self.counters: list[Callable[[], int]] = []
         self.in_exchange: Callable[[], bool] = lambda: False
+        self.before_end: Callable[[str], None] = lambda error: None
         self._rank = rank
         self._timeout = timeout
         self._peers: Sequence[Peer] = roster.peers if roster else ()
@@ -409,4 +412,6 @@ class Watchdog:
         report_in_log(f"error: {text}", self.name_of(self._rank), with_stacks)
         if text:
             leave_report(f"error: {text}")
+        with suppress(Exception):
+            self.before_end(text)
         os._exit(code)

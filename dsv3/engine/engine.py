@@ -158,6 +158,10 @@ class Engine:
         seq.group = choose_group(self._schedulers, seq) if group is None else group
         self._schedulers[seq.group].add(seq)
 
+    def update_gauges(self) -> None:
+        """Bring the gauges of the metrics up to date, as every step does."""
+        update_gauges(self._schedulers, self.metrics)
+
     def cancel(self, request_id: str) -> None:
         """Drop a request without an answer; unknown ids are ignored."""
         seq = self._sequences.pop(request_id, None)
@@ -360,7 +364,8 @@ class Engine:
         seq.token_ids.append(token)
         out.new_token_ids.append(token)
         if params.logprobs is not None:
-            seq.logprobs.append(result.logprobs_of(row, params.logprobs))
+            out.new_logprobs.append(result.logprobs_of(row, params.logprobs))
+            seq.logprobs += out.new_logprobs
         stopped = False
         if seq.stream is not None:
             text, stopped = seq.stream.push(token)

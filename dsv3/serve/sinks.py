@@ -8,7 +8,7 @@ from dsv3.request import Completion
 from dsv3.serve.batch_file import Row, result_line
 from dsv3.serve.journal import BatchJournal
 from dsv3.serve.terminal import harmless, write_text
-from dsv3.text.openai_answer import error_body, response_body
+from dsv3.text.openai_answer import ResponseHead, error_body, response_body
 from dsv3.text.tokenizer import Tokenizer
 
 BAD_REQUEST = 400
@@ -37,9 +37,14 @@ class JournalSink:
     def answer(self, row: Row, completions: Sequence[Completion]) -> None:
         """Write the answers as a response with status 200."""
         assert row.request is not None
-        now = int(time.time())
-        body = response_body(row.request, completions, self._tokenizer, row.digest, now)
-        body["system_fingerprint"] = self._journal.fingerprint
+        head = ResponseHead(
+            name=row.digest,
+            created=int(time.time()),
+            model=row.request.model,
+            fingerprint=self._journal.fingerprint,
+        )
+        requests = [row.request] * len(completions)
+        body = response_body(head, requests, completions, self._tokenizer)
         self._journal.write(result_line(row, 200, body))
 
     def fail(self, row: Row, status: int, message: str, code: str | None) -> None:

@@ -1,52 +1,81 @@
 """Responses in the OpenAI format: a request and its completions in, a response body out."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from dsv3.request import Completion, TokenLogprobs
+from dsv3.text.answer_pieces import parse_answer
 from dsv3.text.detokenize import make_detokenizer
 from dsv3.text.text_request import TextRequest
-from dsv3.text.thoughts import begins_in_thought, split_answer
 from dsv3.text.tokenizer import Tokenizer
 
 LOWEST = -9999.0  # for minus infinity, which JSON does not have
 
 
+_KINDS = {401: "authentication_error", 429: "rate_limit_error"}
+# Reasons that OpenAI's format does not have.
+_REASONS = {"deadline": "length"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResponseHead:
+    """The fields that the response to a request begins with.
+
+    Attributes:
+        name: name of the response, in its `id`.
+        created: seconds since 1970.
+        model: name of the model.
+        fingerprint: of the model and its numerics; empty if unknown.
+    """
+
+    name: str
+    created: int
+    model: str
+    fingerprint: str = ""
+
+    def fields(self, is_chat: bool) -> dict[str, Any]:
+        """Return the fields."""
+        head = {
+            "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{self.name}",
+            "object": "chat.completion" if is_chat else "text_completion",
+            "created": self.created,
+            "model": self.model,
+        }
+        return head | ({"system_fingerprint": self.fingerprint} if self.fingerprint else {})
+
+
 def response_body(
-    request: TextRequest,
+    head: ResponseHead,
+    requests: Sequence[TextRequest],
     completions: Sequence[Completion],
     tokenizer: Tokenizer | None,
-    name: str,
-    created: int,
 ) -> dict[str, Any]:
-    """Return the response body of one request.
+    """Return the body of a response.
 
     Without a tokenizer, texts are empty and tokens are named by their ids.
 
     Args:
-        request: the request.
-        completions: its `n` answers.
+        head: the response's first fields.
+        requests: the request of each answer.
+        completions: the answers.
         tokenizer: decodes tokens.
-        name: name of the response, in its `id`.
-        created: seconds since 1970.
     """
-    is_chat = request.messages is not None
+    is_chat = requests[0].messages is not None
     choice = _chat_choice if is_chat else _text_choice
     choices = []
-    for i, completion in enumerate(completions):
+    for i, (request, completion) in enumerate(zip(requests, completions, strict=True)):
         entry = {"index": i, **choice(request, completion, tokenizer)}
         if request.return_token_ids:
             entry["token_ids"] = completion.token_ids
             entry["prompt_token_ids"] = completion.prompt_ids
         choices.append(entry)
-    return {
-        "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{name}",
-        "object": "chat.completion" if is_chat else "text_completion",
-        "created": created,
-        "model": request.model,
-        "choices": choices,
-        "usage": _usage(completions),
-    }
+    return head.fields(is_chat) | {"choices": choices, "usage": usage(requests, completions)}
+
+
+def finish_reason(reason: str) -> str:
+    """Return OpenAI's word for the reason of an answer's end."""
+    return _REASONS.get(reason, reason)
 
 
 def error_body(message: str, kind: str, code: str | None = None) -> dict[str, Any]:
@@ -54,31 +83,48 @@ def error_body(message: str, kind: str, code: str | None = None) -> dict[str, An
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 
-def _usage(completions: Sequence[Completion]) -> dict[str, Any]:
-    """Return the token counts; the prompt counts once for all answers."""
-    first = completions[0]
-    num_prompt = len(first.prompt_ids)
+def error_of(message: str, status: int, code: str | None = None) -> dict[str, Any]:
+    """Return the error body of a status; its `type` is that of OpenAI's API."""
+    kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return error_body(message, kind, code)
+
+
+def usage(requests: Sequence[TextRequest], completions: Sequence[Completion]) -> dict[str, Any]:
+    """Return the token counts; a prompt counts once for all its answers."""
+    prompts = {
+        id(request): completion
+        for request, completion in reversed(list(zip(requests, completions, strict=True)))
+    }
+    num_prompt = sum(len(completion.prompt_ids) for completion in prompts.values())
+    num_cached = sum(completion.cached_tokens for completion in prompts.values())
     num_generated = sum(len(completion.token_ids) for completion in completions)
     return {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_generated,
         "total_tokens": num_prompt + num_generated,
-        "prompt_tokens_details": {"cached_tokens": first.cached_tokens},
+        "prompt_tokens_details": {"cached_tokens": num_cached},
+        "prompt_cache_hit_tokens": num_cached,
+        "prompt_cache_miss_tokens": num_prompt - num_cached,
     }
 
 
 def _chat_choice(
     request: TextRequest, completion: Completion, tokenizer: Tokenizer | None
 ) -> dict[str, Any]:
-    split = split_answer(completion.text, begins_in_thought(tokenizer, completion.prompt_ids))
-    message = {"role": "assistant", "content": split.content}
-    if split.reasoning is not None:
-        message["reasoning_content"] = split.reasoning
+    answer = parse_answer(completion, tokenizer)
+    message: dict[str, Any] = {"role": "assistant", "content": answer.content}
+    if answer.reasoning is not None:
+        message |= {"reasoning_content": answer.reasoning, "reasoning": answer.reasoning}
     logprobs = None
     if request.params.logprobs is not None:
-        entries = completion.logprobs or []
-        logprobs = {"content": [_chat_logprob(entry, tokenizer) for entry in entries]}
-    return {"message": message, "logprobs": logprobs, "finish_reason": completion.finish_reason}
+        logprobs = chat_logprobs(completion.logprobs or [], tokenizer)
+    reason = finish_reason(answer.finish_reason)
+    return {"message": message, "logprobs": logprobs, "finish_reason": reason}
+
+
+def chat_logprobs(entries: Sequence[TokenLogprobs], tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Return the log-probabilities of a chat's tokens."""
+    return {"content": [_chat_logprob(entry, tokenizer) for entry in entries]}
 
 
 def _chat_logprob(token: TokenLogprobs, tokenizer: Tokenizer | None) -> dict[str, Any]:
@@ -105,26 +151,45 @@ def _text_choice(
     if request.params.logprobs is not None:
         logprobs = _text_logprobs(request, completion, tokenizer)
         logprobs["text_offset"] = [min(at, len(text)) for at in logprobs["text_offset"]]
-    return {"text": text, "logprobs": logprobs, "finish_reason": completion.finish_reason}
+    reason = finish_reason(completion.finish_reason)
+    return {"text": text, "logprobs": logprobs, "finish_reason": reason}
 
 
 def _text_logprobs(
     request: TextRequest, completion: Completion, tokenizer: Tokenizer | None
 ) -> dict[str, Any]:
-    """Return logprobs in the older format of parallel lists; a prompt's first token has none."""
+    """Return the log-probabilities of an answer, and of its prompt if that is echoed."""
     ids = completion.token_ids
     entries: list[TokenLogprobs | None] = [*(completion.logprobs or [])]
     if request.echo:
         ids = completion.prompt_ids + ids
         entries = [None, *(completion.prompt_logprobs or []), *entries]
-    top = None
-    if request.params.logprobs:
-        top = [entry and _by_text(entry.top, tokenizer) for entry in entries]
+    offsets = TextOffsets(tokenizer).push(ids)
+    return text_logprobs(ids, entries, bool(request.params.logprobs), offsets, tokenizer)
+
+
+def text_logprobs(
+    ids: Sequence[int],
+    entries: Sequence[TokenLogprobs | None],
+    has_top: bool,
+    offsets: Sequence[int],
+    tokenizer: Tokenizer | None,
+) -> dict[str, Any]:
+    """Return log-probabilities in the older format of parallel lists.
+
+    Args:
+        ids: the tokens.
+        entries: of each token; a prompt's first token has none.
+        has_top: report the likeliest alternatives.
+        offsets: of each token in the text.
+        tokenizer: decodes tokens.
+    """
+    top = [entry and _by_text(entry.top, tokenizer) for entry in entries] if has_top else None
     return {
         "tokens": [_token_name(token_id, tokenizer) for token_id in ids],
         "token_logprobs": [entry and max(entry.logprob, LOWEST) for entry in entries],
         "top_logprobs": top,
-        "text_offset": _text_offsets(ids, tokenizer),
+        "text_offset": list(offsets),
     }
 
 
@@ -136,17 +201,22 @@ def _by_text(top: Sequence[tuple[int, float]], tokenizer: Tokenizer | None) -> d
     return by_text
 
 
-def _text_offsets(ids: Sequence[int], tokenizer: Tokenizer | None) -> list[int]:
-    """Return the offset of each token in the text, in characters."""
-    if tokenizer is None:
-        return [0] * len(ids)
-    detokenizer = make_detokenizer(tokenizer)
-    offsets: list[int] = []
-    num_chars = 0
-    for token_id in ids:
-        offsets.append(num_chars)
-        num_chars += len(detokenizer.push((token_id,)))
-    return offsets
+class TextOffsets:
+    """Counts the offset of each token in a text, in characters."""
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self._detokenizer = None if tokenizer is None else make_detokenizer(tokenizer)
+        self._num_chars = 0
+
+    def push(self, ids: Sequence[int]) -> list[int]:
+        """Return the offsets of the next tokens; zeros without a tokenizer."""
+        if self._detokenizer is None:
+            return [0] * len(ids)
+        offsets: list[int] = []
+        for token_id in ids:
+            offsets.append(self._num_chars)
+            self._num_chars += len(self._detokenizer.push((token_id,)))
+        return offsets
 
 
 def _token_name(token_id: int, tokenizer: Tokenizer | None) -> str:

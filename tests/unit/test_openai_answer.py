@@ -6,7 +6,7 @@ import pytest
 
 from dsv3.request import Completion, TokenLogprobs
 from dsv3.text.defaults import Defaults
-from dsv3.text.openai_answer import LOWEST, response_body
+from dsv3.text.openai_answer import LOWEST, ResponseHead, response_body
 from dsv3.text.openai_format import CHAT, COMPLETIONS, parse_request
 from dsv3.text.text_request import TextRequest, encode_prompt
 from dsv3.text.tokenizer import Tokenizer
@@ -31,7 +31,8 @@ def scores(ids: list[int], top: tuple[tuple[int, float], ...] = ()) -> list[Toke
 
 
 def body(asked: TextRequest, *done: Completion, tokenizer: Tokenizer | None = TOKENIZER) -> Any:
-    return json.loads(json.dumps(response_body(asked, done, tokenizer, "abc", 17)))
+    head = ResponseHead(name="abc", created=17, model=asked.model)
+    return json.loads(json.dumps(response_body(head, [asked] * len(done), done, tokenizer)))
 
 
 def test_chat_answer() -> None:
@@ -59,6 +60,8 @@ def test_chat_answer() -> None:
         "completion_tokens": num_new,
         "total_tokens": num_prompt + num_new,
         "prompt_tokens_details": {"cached_tokens": 1},
+        "prompt_cache_hit_tokens": 1,
+        "prompt_cache_miss_tokens": num_prompt - 1,
     }
     assert (got["id"], got["object"], got["model"]) == ("chatcmpl-abc", "chat.completion", "m")
     assert got["created"] == 17

@@ -1,0 +1,149 @@
+"""The main loop of a server on rank 0: requests of other threads in, steps, outputs out.
+
+The engine belongs to the main thread. Other threads put commands into the inbox, which is emptied
+before each step; while there is nothing to do, the loop waits for a command.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+
+from dsv3.engine.engine import Engine
+from dsv3.errors import Dsv3Error, RequestError, describe_error
+from dsv3.request import Request, RequestOutput
+from dsv3.serve.answers import Answer, HttpError
+
+log = logging.getLogger(__name__)
+
+_FOREVER = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """Answer these requests: all of them, or none if one cannot be served."""
+
+    answer: Answer
+    requests: Sequence[Request]
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Stop requests; unknown and finished ones are ignored."""
+
+    request_ids: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """End the loop when no request is left, at the latest after `seconds`."""
+
+    seconds: float
+
+
+Command = Submit | Cancel | Drain
+Inbox = SimpleQueue[Command]
+Delivery = tuple[Answer, RequestOutput | HttpError]
+
+
+class EngineLoop:
+    """Runs the engine for the requests of an inbox.
+
+    Args:
+        engine: on rank 0.
+        inbox: commands of other threads.
+        deliver: takes all outputs of a step to the thread that reads them.
+    """
+
+    def __init__(
+        self, engine: Engine, inbox: Inbox, deliver: Callable[[list[Delivery]], None]
+    ) -> None:
+        self._engine = engine
+        self._inbox = inbox
+        self._deliver = deliver
+        self._answers: dict[str, Answer] = {}  # of the unfinished requests, by their ids
+        self._end: float | None = None
+
+    def run(self) -> None:
+        """Run until drained."""
+        while not self._is_over():
+            if not self._engine.has_work():
+                self._engine.update_gauges()
+                self._wait()
+            self._take_all()
+            if self._engine.has_work():
+                self._route(self._engine.step())
+        self._abandon()
+
+    def _is_over(self) -> bool:
+        if self._end is None:
+            return False
+        return not self._engine.num_unfinished or time.monotonic() >= self._end
+
+    def _wait(self) -> None:
+        """Wait for a command, and carry it out."""
+        try:
+            self._do(self._inbox.get(timeout=_FOREVER))
+        except Empty:
+            return
+
+    def _take_all(self) -> None:
+        while True:
+            try:
+                self._do(self._inbox.get_nowait())
+            except Empty:
+                return
+
+    def _do(self, command: Command) -> None:
+        match command:
+            case Submit():
+                self._submit(command)
+            case Cancel():
+                for request_id in command.request_ids:
+                    self._answers.pop(request_id, None)
+                    self._engine.cancel(request_id)
+            case Drain():
+                self._end = time.monotonic() + command.seconds
+
+    def _submit(self, command: Submit) -> None:
+        added: list[str] = []
+        try:
+            for request in command.requests:
+                self._engine.add(request)
+                added.append(request.request_id)
+        except Exception as error:  # of one request; the others go on
+            for request_id in added:
+                self._engine.cancel(request_id)
+            self._deliver([(command.answer, failure_of(error))])
+        else:
+            self._answers |= dict.fromkeys(added, command.answer)
+
+    def _route(self, outputs: list[RequestOutput]) -> None:
+        deliveries: list[Delivery] = []
+        for output in outputs:
+            answer = self._answers.get(output.request_id)
+            if output.completion is not None:
+                self._answers.pop(output.request_id, None)
+            if answer is not None:
+                deliveries.append((answer, output))
+        if deliveries:
+            self._deliver(deliveries)
+
+    def _abandon(self) -> None:
+        """Cancel the requests that are left when the time to drain is over."""
+        failure = HttpError("the server is stopping", 503)
+        deliveries: list[Delivery] = [(a, failure) for a in set(self._answers.values())]
+        for request_id in self._answers:
+            self._engine.cancel(request_id)
+        if deliveries:
+            self._deliver(deliveries)
+
+
+def failure_of(error: Exception) -> HttpError:
+    """Return the failure that a client is told of."""
+    if isinstance(error, RequestError):
+        return HttpError(str(error), 400)
+    if not isinstance(error, Dsv3Error):
+        log.error("a request failed", exc_info=error)
+    return HttpError(describe_error(error), 500)

@@ -1,0 +1,180 @@
+"""The HTTP application of a server: its endpoints, its key, its limits, its errors."""
+
+import hmac
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import Any
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from dsv3.errors import describe_error
+from dsv3.serve.answers import HttpError
+from dsv3.serve.exporter import MetricsCollector
+from dsv3.serve.front import Front, Status
+from dsv3.serve.jobs import JobMaker, openai_job
+from dsv3.serve.responses import AnswerResponse, retry_header
+from dsv3.text.openai_answer import error_of
+from dsv3.text.openai_format import CHAT, COMPLETIONS
+from dsv3.version import __version__
+
+log = logging.getLogger(__name__)
+
+_OPEN_PATHS = ("/", "/health")  # need no key: the page asks for it
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+def make_app(front: Front, keys: Sequence[str] = (), origins: Sequence[str] = ()) -> Starlette:
+    """Return the application.
+
+    Args:
+        front: the way to the engine.
+        keys: clients must send one of them; none means that anybody is served.
+        origins: web pages of these origins may use the server; "*" is all.
+    """
+    post: list[tuple[str, Handler]] = [
+        (url, partial(_answer, front, openai_job(url))) for url in (CHAT, COMPLETIONS)
+    ]
+    get: list[tuple[str, Handler]] = [
+        ("/health", partial(_health, front)),
+        ("/version", _version),
+        ("/v1/models", partial(_models, front)),
+        ("/v1/models/{name:path}", partial(_model, front)),
+        ("/metrics", partial(_metrics, front)),
+    ]
+    routes = [Route(path, handler, methods=["POST"]) for path, handler in post]
+    routes += [Route(path, handler, methods=["GET"]) for path, handler in get]
+    middleware = [Middleware(_KeyCheck, keys=keys)]
+    if origins:
+        cors = Middleware(
+            CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"]
+        )
+        middleware.insert(0, cors)
+    handlers: dict[Any, Any] = {
+        HttpError: _http_error,
+        HTTPException: _starlette_error,
+        Exception: _internal_error,
+    }
+    return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
+
+
+class _KeyCheck:
+    """Refuses requests without one of the keys, sent as OpenAI's or Anthropic's clients do."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+        self._app = app
+        self._keys = [key.encode() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in _OPEN_PATHS or self._has_key(scope):
+            await self._app(scope, receive, send)
+            return
+        message = "this server needs a key: Authorization: Bearer KEY, or x-api-key: KEY"
+        response = JSONResponse(error_of(message, 401, "invalid_api_key"), 401)
+        await response(scope, receive, send)
+
+    def _has_key(self, scope: Scope) -> bool:
+        headers = dict(scope["headers"])
+        scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
+        sent = [bearer.strip() if scheme.lower() == b"bearer" else b""]
+        sent.append(headers.get(b"x-api-key", b""))
+        # All of them are compared, each in constant time.
+        found = [hmac.compare_digest(key, one) for key in self._keys for one in sent]
+        return not self._keys or any(found)
+
+
+async def _answer(front: Front, make: JobMaker, request: Request) -> Response:
+    engine = front.engine
+    raw = await _body(request, front.limits.max_body_bytes)
+    job = await front.encoded(partial(make, front, engine, raw))
+    return AnswerResponse(front, job)
+
+
+async def _body(request: Request, limit: int) -> bytes:
+    """Return the body of a request.
+
+    Raises:
+        HttpError: it is too long, or not JSON by its headers. A web page may send other types to
+            any server without asking.
+    """
+    kind = request.headers.get("content-type", "application/json").split(";")[0].strip()
+    if kind.lower() != "application/json":
+        raise HttpError("the body must have Content-Type: application/json", 415)
+    too_long = HttpError(f"the body is longer than {limit} bytes", 413)
+    length = request.headers.get("content-length", "0")
+    if length.isdecimal() and int(length[:20]) > limit:
+        raise too_long
+    parts: list[bytes] = []
+    size = 0
+    async for part in request.stream():
+        size += len(part)
+        if size > limit:
+            raise too_long
+        parts.append(part)
+    return b"".join(parts)
+
+
+async def _health(front: Front, request: Request) -> Response:
+    running, waiting = front.counts()
+    state = {"status": front.status.value, "running": running, "waiting": waiting}
+    if front.reason:
+        state["error"] = front.reason
+    return JSONResponse(state, 200 if front.status is Status.READY else 503)
+
+
+async def _version(request: Request) -> Response:
+    return JSONResponse({"version": __version__})
+
+
+async def _models(front: Front, request: Request) -> Response:
+    return JSONResponse({"object": "list", "data": [_model_entry(front)]})
+
+
+async def _model(front: Front, request: Request) -> Response:
+    front.check_model(request.path_params["name"])
+    return JSONResponse(_model_entry(front))
+
+
+def _model_entry(front: Front) -> dict[str, Any]:
+    return {
+        "id": front.served.model,
+        "object": "model",
+        "created": front.created,
+        "owned_by": "dsv3",
+        "max_model_len": front.engine.max_seq_len,
+    }
+
+
+async def _metrics(front: Front, request: Request) -> Response:
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(MetricsCollector(front.engine.metrics))
+    return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HttpError)
+    body = error_of(error.message, error.status, error.code)
+    log.info("%s %d: %s", request.url.path, error.status, error.message)
+    return JSONResponse(body, error.status, retry_header(error))
+
+
+async def _starlette_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    return JSONResponse(error_of(message, error.status_code), error.status_code, error.headers)
+
+
+async def _internal_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=499)
+    log.error("%s", request.url.path, exc_info=error)
+    return JSONResponse(error_of(f"internal error: {describe_error(error)}", 500), 500)
