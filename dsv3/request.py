@@ -193,6 +193,8 @@ class Request:
         conversation_id: common to the requests of one conversation.
         is_chat: the prompt is a conversation: a thought may come before the answer, and stop
             strings end only the answer.
+        schema: JSON schema, as text, that the answer follows after its thought.
+        has_tools: the answer may call tools: its text keeps the marks of calls.
         deadline: seconds after `Engine.add` at which the answer is cut; None is no limit.
         answer: index among the answers to one prompt and seed; each has its own random numbers.
     """
@@ -203,6 +205,8 @@ class Request:
     priority: int = 0
     conversation_id: str | None = None
     is_chat: bool = False
+    schema: str | None = None
+    has_tools: bool = False
     deadline: float | None = None
     answer: int = 0
 

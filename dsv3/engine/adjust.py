@@ -2,7 +2,8 @@
 
 In this order: `logit_bias` is added; logits of tokens in the prompt or the answer are divided by
 the repetition penalty, or multiplied if negative; of tokens in the answer, the frequency penalty is
-subtracted once for each occurrence, and the presence penalty once.
+subtracted once for each occurrence, and the presence penalty once; last, logits of tokens that a
+mask does not allow become minus infinity.
 
 Rank 0 writes the tokens of such rows into the plan, so that the result depends on neither the world
 size nor the schedule. The token that a step in flight samples is known on the device only: it is
@@ -51,9 +52,11 @@ class Adjuster:
         self._uses = array("i", [_IN_PROMPT] * len(distinct))
 
     @classmethod
-    def of(cls, params: SamplingParams, prompt_ids: list[int]) -> "Adjuster | None":
+    def of(
+        cls, params: SamplingParams, prompt_ids: list[int], is_masked: bool = False
+    ) -> "Adjuster | None":
         """Return the adjuster of a request; None if its logits stay as they are."""
-        is_needed = params.has_penalties or params.logit_bias
+        is_needed = params.has_penalties or params.logit_bias or is_masked
         return cls(params, prompt_ids) if is_needed else None
 
     def seen(self, token_ids: list[int]) -> tuple[bytes, bytes]:
@@ -82,12 +85,14 @@ class AdjustedRow(NamedTuple):
         fed: result row of the previous step whose token is part of the answer too, or NOT_FED.
         adjuster: of its request.
         token_ids: the prompt and the answer so far.
+        mask: int32 words with a bit for each token, 1 where it is allowed; empty allows all.
     """
 
     row: int
     fed: int
     adjuster: Adjuster
     token_ids: list[int]
+    mask: bytes = b""
 
 
 def pack_adjustments(rows: list[AdjustedRow]) -> Ints:
@@ -100,17 +105,19 @@ def pack_adjustments(rows: list[AdjustedRow]) -> Ints:
     fed = [row.fed for row in rows]
     num_seen = [len(tokens) // 4 for tokens, _ in seen]
     num_biased = [len(adjuster.bias) for adjuster in adjusters]
+    is_masked = [bool(row.mask) for row in rows]
     factors_3K = np.array([adjuster.factors for adjuster in adjusters], np.float32).T
     bias_token = np.array([t for adjuster in adjusters for t in adjuster.bias_token], np.int32)
     bias = np.array([b for adjuster in adjusters for b in adjuster.bias], np.float32)
     return np.concatenate(
         [
             np.array([len(rows), sum(num_seen)], np.int32),
-            np.array([row, fed, num_seen, num_biased], np.int32).ravel(),
+            np.array([row, fed, num_seen, num_biased, is_masked], np.int32).ravel(),
             factors_3K.ravel().view(np.int32),
             *(np.frombuffer(b"".join(words), np.int32) for words in zip(*seen, strict=True)),
             bias_token,
             bias.view(np.int32),
+            np.frombuffer(b"".join(row.mask for row in rows), np.int32),
         ]
     )
 
@@ -124,9 +131,11 @@ class Adjustments:
         fed: of each the row of the step before whose token is part of the answer too, or NOT_FED.
         num_seen: of each its entries in `seen_2E`.
         num_biased: of each its entries in `bias`.
+        is_masked: of each 1 if it has a row of `masks_LX`, otherwise 0.
         factors_3K: repetition, frequency and presence penalties.
         seen_2E: tokens that penalties concern, distinct in each row, and their uses.
         bias_token, bias: [N] tokens, and the numbers to add to their logits.
+        masks_LX: words of 32 tokens, with a 1 for each that is allowed.
         fed_M: [M] tokens of the step before, on the device; negative if there is none.
     """
 
@@ -134,10 +143,12 @@ class Adjustments:
     fed: Ints
     num_seen: Ints
     num_biased: Ints
+    is_masked: Ints
     factors_3K: Floats
     seen_2E: Ints
     bias_token: Ints
     bias: Floats
+    masks_LX: Ints
     fed_M: Tensor
 
     @classmethod
@@ -146,20 +157,23 @@ class Adjustments:
         if not len(words):
             return None
         K, E = words[:2].tolist()
-        N = (len(words) - 2 - 7 * K - 2 * E) // 2
-        rows, factors, seen, bias_token, bias = np.split(
-            words[2:], np.cumsum([4 * K, 3 * K, 2 * E, N])
+        N = int(words[2 + 3 * K : 2 + 4 * K].sum())
+        rows, factors, seen, bias_token, bias, masks = np.split(
+            words[2:], np.cumsum([5 * K, 3 * K, 2 * E, N, N])
         )
-        row, fed, num_seen, num_biased = rows.reshape(4, K)
+        row, fed, num_seen, num_biased, is_masked = rows.reshape(5, K)
+        L = int(is_masked.sum())
         return cls(
             row=row,
             fed=fed,
             num_seen=num_seen,
             num_biased=num_biased,
+            is_masked=is_masked,
             factors_3K=factors.view(np.float32).reshape(3, K),
             seen_2E=seen.reshape(2, E),
             bias_token=bias_token,
             bias=bias.view(np.float32),
+            masks_LX=masks.reshape(L, len(masks) // max(1, L)),
             fed_M=fed_M,
         )
 
@@ -175,10 +189,12 @@ class Adjustments:
             fed=self.fed[is_kept],
             num_seen=self.num_seen[is_kept],
             num_biased=self.num_biased[is_kept],
+            is_masked=self.is_masked[is_kept],
             factors_3K=self.factors_3K[:, is_kept],
             seen_2E=self.seen_2E[:, is_seen],
             bias_token=self.bias_token[is_biased],
             bias=self.bias[is_biased],
+            masks_LX=self.masks_LX[is_kept[self.is_masked > 0]],
             fed_M=self.fed_M,
         )
 
@@ -190,6 +206,16 @@ class Adjustments:
             logits_BW[tuple(at)] += to_device(self.bias, self.fed_M.device)
         if (self.factors_3K != [[1], [0], [0]]).any():
             self._penalize(logits_BW)
+        if len(self.masks_LX):
+            self._forbid(logits_BW)
+
+    def _forbid(self, logits_BW: Tensor) -> None:
+        """Set the logits of tokens that masks do not allow to minus infinity."""
+        row_L = self._send(self.row[self.is_masked > 0])
+        words_LX = to_device(self.masks_LX, self.fed_M.device)
+        bit_32 = torch.arange(32, dtype=torch.int32, device=words_LX.device)
+        is_allowed_LW = (words_LX[:, :, None] >> bit_32 & 1).flatten(1)[:, : logits_BW.shape[1]]
+        logits_BW[row_L] = logits_BW[row_L].masked_fill(is_allowed_LW == 0, -torch.inf)
 
     def _send(self, values: Ints) -> Tensor:
         return to_device(values.astype(np.int64), self.fed_M.device)

@@ -14,6 +14,7 @@ from dsv3.cache.pool import CachePool
 from dsv3.cache.tiers import Tiers
 from dsv3.config import ModelConfig
 from dsv3.engine.drafting import Drafting
+from dsv3.engine.constraint import Grammars
 from dsv3.engine.groups import choose_group, rebalance_waiting, update_gauges
 from dsv3.engine.metrics import Metrics
 from dsv3.engine.plan_writer import write_plans
@@ -88,6 +89,7 @@ class Engine:
         if not self._eos and tokenizer is not None and tokenizer.eos_id is not None:
             # DeepSeek's own config files do not name the end token.
             self._eos = frozenset({tokenizer.eos_id})
+        self.grammars = Grammars(tokenizer, config.vocab_size, sorted(self._eos))
         is_only = len(tiers) == 1
         self._speculation = speculation
         self._drafting = Drafting(speculation, settings.speculative_adaptive, self.metrics)
@@ -149,8 +151,10 @@ class Engine:
         stream = None
         if self.tokenizer is not None:
             prompt_ids = request.prompt_ids
-            stream = TextStream(self.tokenizer, prompt_ids, params.stop, request.is_chat)
-        seq = Sequence(request, self._num_added, time.monotonic(), stream)
+            is_chat = request.is_chat
+            stream = TextStream(self.tokenizer, prompt_ids, params.stop, is_chat, request.has_tools)
+        constraint = self.grammars.constraint(request)
+        seq = Sequence(request, self._num_added, time.monotonic(), stream, constraint=constraint)
         self._num_added += 1
         if request.deadline is not None:
             seq.expires = seq.added_at + request.deadline
@@ -364,8 +368,9 @@ class Engine:
         seq.token_ids.append(token)
         out.new_token_ids.append(token)
         if params.logprobs is not None:
-            out.new_logprobs.append(result.logprobs_of(row, params.logprobs))
-            seq.logprobs += out.new_logprobs
+            logprobs = result.logprobs_of(row, params.logprobs)
+            seq.logprobs.append(logprobs)
+            out.new_logprobs.append(logprobs)
         stopped = False
         if seq.stream is not None:
             text, stopped = seq.stream.push(token)

@@ -92,12 +92,19 @@ def _write_sequence(
     last_row = len(token_ids) - 1
     token_ids += part.drafts
     if part.num_samples:
-        for i in range(part.num_samples):
-            rows.add_sampled(seq, stop + i, last_row + i, fed_row)
+        for i, mask in enumerate(_masks(part)):
+            rows.add_sampled(seq, stop + i, last_row + i, fed_row, mask)
         seq.pending = number, len(rows) - 1
     else:
         rows.add_checked(stop, last_row)
     seq.num_computed = part.stop
+
+
+def _masks(part: ScheduledSeq) -> list[bytes]:
+    """Return the masks of a sequence's sampled tokens; empty ones allow all tokens."""
+    if part.seq.constraint is None:
+        return [b""] * part.num_samples
+    return part.seq.constraint.masks(part.seq.token_ids, part.drafts)
 
 
 def _ints(values: Iterable[int]) -> Ints:
@@ -203,10 +210,13 @@ class _ResultRows:
             self._add(seq.choice, row, position + 1, seq.token_ids[position + 1], num_top)
         return max(0, last - first)
 
-    def add_sampled(self, seq: Sequence, position: int, row: int, fed_row: int) -> None:
+    def add_sampled(
+        self, seq: Sequence, position: int, row: int, fed_row: int, mask: bytes = b""
+    ) -> None:
         """Sample the token of `position`; the one before may come from row `fed_row` in flight."""
         if seq.adjuster is not None:
-            self._adjusted.append(AdjustedRow(len(self), fed_row, seq.adjuster, seq.token_ids))
+            adjusted = AdjustedRow(len(self), fed_row, seq.adjuster, seq.token_ids, mask)
+            self._adjusted.append(adjusted)
         self._add(seq.choice, row, position, NO_TARGET, seq.request.params.logprobs)
 
     def add_checked(self, position: int, row: int) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 from dsv3.cache.prefix import Match
 from dsv3.cache.tiers import PageKey
 from dsv3.engine.adjust import Adjuster
+from dsv3.engine.constraint import Constraint
 from dsv3.engine.grams import GramIndex
 from dsv3.engine.step_plan import CHOICE
 from dsv3.request import Completion, Request, SamplingParams, TokenLogprobs
@@ -52,7 +53,8 @@ class Sequence:
         times_skipped: later requests that were admitted before it.
         expires: `time.monotonic()` at which it ends as it is.
         disk_wait_until: `time.monotonic()` until which it waits for its prefix from disk.
-        adjuster: its biases and penalties; None if it has none.
+        adjuster: its biases and penalties; None if its logits stay as they are.
+        constraint: the tokens that may come next; None if all may.
         drafts: tokens drafted after `token_ids`, to be verified by the next step.
         num_undrafted: its computed tokens that have no entry in the MTP layer's cache.
         grams: earlier occurrences of its tokens, which drafts are taken from; None if they are not.
@@ -85,6 +87,7 @@ class Sequence:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     adjuster: Adjuster | None = None
+    constraint: Constraint | None = None
     drafts: list[int] = field(default_factory=list)
     num_undrafted: int = 0
     grams: GramIndex | None = None
@@ -95,7 +98,7 @@ class Sequence:
         request = self.request
         p = self.request.params
         self.token_ids = list(request.prompt_ids)
-        self.adjuster = Adjuster.of(p, request.prompt_ids)
+        self.adjuster = Adjuster.of(p, request.prompt_ids, is_masked=self.constraint is not None)
         self.choice = pack_choice(p, request.answer)
 
     @property
@@ -115,8 +118,13 @@ class Sequence:
 
     @property
     def num_left(self) -> int:
-        """Tokens that could be computed next; 0 when the step in flight may be the last."""
+        """Tokens that could be computed next.
+
+        0 when the step in flight may be the last, or the next one depends on its result.
+        """
         waiting = 0 if self.pending is None else 1
+        if waiting and self.constraint is not None:
+            return 0  # the mask of the next token depends on the one in flight
         if waiting and self.num_generated + waiting >= self.request.params.max_tokens:
             return 0
         return len(self.token_ids) + waiting - self.num_computed

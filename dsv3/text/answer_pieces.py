@@ -1,12 +1,17 @@
-"""The text of an answer, split into its thought and its content, piece by piece or at once."""
+"""The text of an answer, split into thought, content and calls of tools, by pieces or at once."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from dsv3.request import Completion, RequestOutput
+from dsv3.text.text_request import TextRequest
 from dsv3.text.thoughts import AnswerParts, ThoughtStream, begins_in_thought, split_answer
 from dsv3.text.tokenizer import Tokenizer
+from dsv3.text.tool_calls import CallArguments, CallBegin, Event, Text, ToolCall, ToolCallStream
+from dsv3.text.tools import CallForm
+
+TOOL_CALLS = "tool_calls"  # the finish reason of an answer with calls
 
 
 class Kind(Enum):
@@ -14,14 +19,17 @@ class Kind(Enum):
 
     REASONING = "reasoning"
     CONTENT = "content"
+    CALL = "call"
+    ARGUMENTS = "arguments"
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """New text of an answer; it is not empty."""
+    """A new piece of an answer: text that is not empty, or the begin of a call."""
 
     kind: Kind
-    text: str
+    text: str = ""
+    call: ToolCall | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +39,7 @@ class ParsedAnswer:
     reasoning: str | None
     content: str
     finish_reason: str
+    calls: list[ToolCall] = field(default_factory=list)
 
 
 class PieceStream:
@@ -39,12 +48,17 @@ class PieceStream:
     White space at the end of a thought is not part of it, as in `parse_answer`.
 
     Args:
+        request: of the answer.
         tokenizer: of the model.
         prompt_ids: the prompt, which may have opened a thought.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, prompt_ids: Sequence[int]) -> None:
+    def __init__(
+        self, request: TextRequest, tokenizer: Tokenizer | None, prompt_ids: Sequence[int]
+    ) -> None:
         self._thoughts = ThoughtStream(begins_in_thought(tokenizer, prompt_ids))
+        self._tools = _tool_stream(request, tokenizer)
+        self._is_single = request.tools is not None and not request.tools.is_parallel
         self._blank = ""  # white space that ends the thought, unless more of it follows
         self._has_thought_text = False
 
@@ -53,20 +67,71 @@ class PieceStream:
         parts = [self._thoughts.push(output.new_text)]
         if output.completion is not None:
             parts.append(self._thoughts.finish())
-        return [piece for part in parts for piece in self._pieces(part)]
+        pieces = [p for part in parts for p in self._pieces(part, output.new_token_ids)]
+        if output.completion is not None and self._tools is not None:
+            pieces += self._of_events(self._tools.finish())
+        return pieces
 
-    def _pieces(self, parts: AnswerParts) -> list[Piece]:
+    def finish_reason(self, reason: str) -> str:
+        """Return the reason of the answer's end, after the last output."""
+        return _with_calls(reason, [] if self._tools is None else self._tools.calls)
+
+    def _pieces(self, parts: AnswerParts, token_ids: Sequence[int]) -> list[Piece]:
         thought = self._blank + parts.thought
         if not self._has_thought_text:
             thought = thought.lstrip()
         shown = thought.rstrip()
         self._blank = thought[len(shown) :]
         self._has_thought_text |= bool(shown)
-        pieces = Piece(Kind.REASONING, shown), Piece(Kind.CONTENT, parts.answer)
-        return [piece for piece in pieces if piece.text]
+        pieces = [Piece(Kind.REASONING, shown)] if shown else []
+        if self._tools is not None:
+            return pieces + self._of_events(self._tools.push(parts.answer, token_ids))
+        return pieces + ([Piece(Kind.CONTENT, parts.answer)] if parts.answer else [])
+
+    def _of_events(self, events: list[Event]) -> list[Piece]:
+        pieces = []
+        for event in events:
+            match event:
+                case Text(text):
+                    pieces.append(Piece(Kind.CONTENT, text))
+                case CallBegin(call):
+                    pieces.append(Piece(Kind.CALL, "", call))
+                case CallArguments(call, text):
+                    pieces.append(Piece(Kind.ARGUMENTS, text, call))
+        return [p for p in pieces if not (self._is_single and p.call and p.call.index)]
 
 
-def parse_answer(completion: Completion, tokenizer: Tokenizer | None) -> ParsedAnswer:
-    """Return the parts of a complete answer in a conversation."""
+def parse_answer(
+    request: TextRequest, completion: Completion, tokenizer: Tokenizer | None
+) -> ParsedAnswer:
+    """Return the parts of a complete answer in a conversation; torn calls are text."""
     split = split_answer(completion.text, begins_in_thought(tokenizer, completion.prompt_ids))
-    return ParsedAnswer(split.reasoning, split.content, completion.finish_reason)
+    stream = _tool_stream(request, tokenizer)
+    if stream is None:
+        return ParsedAnswer(split.reasoning, split.content, completion.finish_reason)
+    events = stream.push(split.content, completion.token_ids) + stream.finish()
+    content = "".join(event.text for event in events if isinstance(event, Text))
+    torn = [call for call in stream.calls if not call.is_complete]
+    content += "".join(split.content[call.start : call.stop] for call in torn)
+    reason = _with_calls(completion.finish_reason, stream.calls)
+    calls = [call for call in stream.calls if call.is_complete]
+    if request.tools is not None and not request.tools.is_parallel:
+        calls = calls[:1]
+    return ParsedAnswer(split.reasoning, content, reason, calls)
+
+
+def _tool_stream(request: TextRequest, tokenizer: Tokenizer | None) -> ToolCallStream | None:
+    if request.tools is None:
+        return None
+    if request.tools.is_required:
+        return ToolCallStream(CallForm.FORCED, request.tools.names)
+    form = CallForm.of(tokenizer)
+    if form is None or tokenizer is None:
+        return None
+    return ToolCallStream(form, request.tools.names, tokenizer.id_of(form.marks[0]))
+
+
+def _with_calls(reason: str, calls: Sequence[ToolCall]) -> str:
+    """Return the finish reason of an answer with these calls."""
+    is_whole = bool(calls) and all(call.is_complete for call in calls)
+    return TOOL_CALLS if is_whole and reason == "stop" else reason

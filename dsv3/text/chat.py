@@ -28,6 +28,7 @@ from dsv3.text.published_formats import PublishedFormat, published_format
 from dsv3.text.thoughts import END_THINK, begins_in_thought
 from dsv3.text.tokenizer import Tokenizer
 from dsv3.text.tokenizer_errors import NoTokenizer
+from dsv3.text.tools import FENCE, CallForm, ToolUse, describe_tools
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ class ChatFormat:
             self._published: PublishedFormat | None = published_format(model_type, name, tokenizer)
             self._template = None
             self._roles = set(self._published.roles)
-            self._knows_thoughts = False
+            self._knows_thoughts = self._reads_tools = self._fences_calls = False
             self._parses_calls = self._published.has_tools
         else:
             self._published = None
@@ -83,6 +84,8 @@ class ChatFormat:
             self._roles = {role for role in ROLES if re.search(f"['\"]{role}['\"]", source)}
             self._knows_thoughts = END_THINK in source
             self._parses_calls = _LOOPS_OVER_ITEMS.search(source) is not None
+            self._reads_tools = re.search(r"\btools\b", source) is not None
+            self._fences_calls = FENCE in source
 
     @classmethod
     def load_optional(
@@ -135,9 +138,44 @@ class ChatFormat:
         if self._template is not None:
             self._template.check([self._variables(ChatInput(messages=p)) for p in _PROBES])
 
-    def prompt_ids(self, messages: Sequence[Message], thinking: bool | None = None) -> list[int]:
-        """Return the tokens of a conversation, up to the start of the model's answer."""
-        return self.encode(self.render(messages, bool(thinking)))
+    def prompt_ids(
+        self,
+        messages: Sequence[Message],
+        thinking: bool | None = None,
+        tools: ToolUse | None = None,
+        schema: Any = None,
+    ) -> list[int]:
+        """Return the tokens of a conversation, up to the start of the model's answer.
+
+        A schema, and tools that must be called, are enforced while the answer is generated: they
+        are left out of the prompt if the format has no place for them.
+
+        Raises:
+            RequestError: the messages or tools cannot be rendered.
+        """
+        given: Tools = ()
+        if tools is not None and (self._has_place_for_tools or not tools.is_required):
+            if not tools.is_required and CallForm.of(self._tokenizer) is None:
+                reason = "the calls of this model have no form that is known"
+                raise RequestError(f"tools: {reason}; use tool_choice=required")
+            given = tools.tools
+        schema = schema if self._has_place_for_schema else None
+        return self.encode(self.render(messages, bool(thinking), given, schema=schema))
+
+    @property
+    def _has_place_for_schema(self) -> bool:
+        return self._published is not None and self._published.has_tools
+
+    @property
+    def _has_place_for_tools(self) -> bool:
+        if self._published is not None:
+            return self._published.has_tools
+        return self._reads_tools or self._describes_tools
+
+    @property
+    def _describes_tools(self) -> bool:
+        """True if a system message tells the model about tools, since its template does not."""
+        return not self._reads_tools and CallForm.of(self._tokenizer) is CallForm.DEEPSEEK
 
     def thinking_remark(self, thinking: bool | None) -> str:
         """Return a remark if the format ignores `thinking`; each remark is returned only once.
@@ -186,10 +224,13 @@ class ChatFormat:
         plain = [self._plain(f"messages[{i}]", message) for i, message in enumerate(messages)]
         if not plain:
             raise RequestError("messages is empty; give at least one message")
+        hidden_tools = map_strings(tools or (), self._ordinary.hide)
+        if hidden_tools and self._template is not None and self._describes_tools:
+            plain = _with_system(plain, describe_tools(hidden_tools, self._fences_calls))
         chat = ChatInput(
             messages=plain,
             thinking=thinking,
-            tools=map_strings(tools or (), self._ordinary.hide),
+            tools=hidden_tools,
             schema=map_strings(schema, self._ordinary.hide),
             add_generation_prompt=add_generation_prompt,
         )
@@ -244,6 +285,16 @@ class ChatFormat:
         return role
 
 
+def _with_system(messages: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
+    """Return messages with a text at the end of the last system message, or of a new one."""
+    systems = [i for i, message in enumerate(messages) if message["role"] == "system"]
+    if not systems:
+        return [{"role": "system", "content": f"\n\n{text}"}, *messages]
+    last = messages[systems[-1]]
+    longer = {**last, "content": f"{last['content']}\n\n{text}"}
+    return [*messages[: systems[-1]], longer, *messages[systems[-1] + 1 :]]
+
+
 def _render_published(published: PublishedFormat, chat: ChatInput) -> str:
     if not published.has_tools:
         if chat.tools or any("tool_calls" in message for message in chat.messages):
@@ -263,7 +314,13 @@ class UnusableFormat:
 
     reason: str
 
-    def prompt_ids(self, messages: Sequence[Message], thinking: bool | None = None) -> list[int]:
+    def prompt_ids(
+        self,
+        messages: Sequence[Message],
+        thinking: bool | None = None,
+        tools: ToolUse | None = None,
+        schema: Any = None,
+    ) -> list[int]:
         """Raise CheckpointError with the reason."""
         raise CheckpointError(self.reason)
 

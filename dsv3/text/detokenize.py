@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dsv3.text.stop_strings import StopChecker
 from dsv3.text.thoughts import END_THINK, THINK, AnswerParts, ThoughtStream, begins_in_thought
 from dsv3.text.tokenizer import Tokenizer
+from dsv3.text.tools import CallForm
 
 REPLACEMENT = "\ufffd"  # the decoding of bytes that are not, or not yet, a character
 MAX_PARTIAL = 3  # most replacements for the first bytes of one character
@@ -115,6 +116,7 @@ class TextStream:
         stop: strings that end the answer.
         is_chat: the answer is of a conversation: its text keeps the marks of its thought, even
             if they are special tokens, and stop strings within the thought do not count.
+        has_tools: the text keeps the marks of calls of tools as well.
     """
 
     def __init__(
@@ -123,6 +125,7 @@ class TextStream:
         prompt_ids: Sequence[int],
         stop: tuple[str, ...] = (),
         is_chat: bool = False,
+        has_tools: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
         # A prompt that ends within a character cannot be context: the answer's text is then the
@@ -135,7 +138,9 @@ class TextStream:
         self._marks: dict[int, str] = {}
         if is_chat:
             self._thoughts = ThoughtStream(begins_in_thought(tokenizer, prompt_ids))
-            self._marks = _hidden_marks(tokenizer)
+            self._marks = _hidden_marks(tokenizer, (THINK, END_THINK))
+        form = CallForm.of(tokenizer) if has_tools else None
+        self._call_marks = {} if form is None else _hidden_marks(tokenizer, form.marks)
         self._parts: list[str] = []
 
     @property
@@ -162,12 +167,17 @@ class TextStream:
 
     def _decode(self, token_id: int) -> str:
         """Return the text that a token completes."""
-        mark = self._marks.get(token_id)
-        if mark is None or self._thoughts is None or mark not in self._thoughts.marks:
+        mark = self._call_marks.get(token_id) or self._think_mark(token_id)
+        if mark is None:
             return self._detokenizer.push((token_id,))
         text = self._detokenizer.finish() + mark
         self._detokenizer = make_detokenizer(self._tokenizer)
         return text
+
+    def _think_mark(self, token_id: int) -> str | None:
+        """Return the think mark of a token, where one is valid."""
+        mark = self._marks.get(token_id)
+        return mark if self._thoughts is not None and mark in self._thoughts.marks else None
 
     def _until_stop(self, text: str) -> tuple[str, bool]:
         """Return the text before a stop string, and True if there is one."""
@@ -180,7 +190,7 @@ class TextStream:
         return parts.before_answer + answer, is_stopped
 
 
-def _hidden_marks(tokenizer: Tokenizer) -> dict[int, str]:
-    """Return the think marks that are special tokens, which decoding omits."""
-    ids = {mark: tokenizer.id_of(mark) for mark in (THINK, END_THINK)}
+def _hidden_marks(tokenizer: Tokenizer, marks: Iterable[str]) -> dict[int, str]:
+    """Return the marks that are special tokens, which decoding omits."""
+    ids = {mark: tokenizer.id_of(mark) for mark in marks}
     return {i: mark for mark, i in ids.items() if i is not None and not tokenizer.decode([i])}

@@ -9,6 +9,7 @@ from dsv3.text.answer_pieces import parse_answer
 from dsv3.text.detokenize import make_detokenizer
 from dsv3.text.text_request import TextRequest
 from dsv3.text.tokenizer import Tokenizer
+from dsv3.text.tool_calls import ToolCall
 
 LOWEST = -9999.0  # for minus infinity, which JSON does not have
 
@@ -111,8 +112,13 @@ def usage(requests: Sequence[TextRequest], completions: Sequence[Completion]) ->
 def _chat_choice(
     request: TextRequest, completion: Completion, tokenizer: Tokenizer | None
 ) -> dict[str, Any]:
-    answer = parse_answer(completion, tokenizer)
+    answer = parse_answer(request, completion, tokenizer)
     message: dict[str, Any] = {"role": "assistant", "content": answer.content}
+    if answer.calls:
+        message["content"] = answer.content or None
+        message["tool_calls"] = [
+            {"id": c.call_id, "type": "function", "function": _function(c)} for c in answer.calls
+        ]
     if answer.reasoning is not None:
         message |= {"reasoning_content": answer.reasoning, "reasoning": answer.reasoning}
     logprobs = None
@@ -120,6 +126,10 @@ def _chat_choice(
         logprobs = chat_logprobs(completion.logprobs or [], tokenizer)
     reason = finish_reason(answer.finish_reason)
     return {"message": message, "logprobs": logprobs, "finish_reason": reason}
+
+
+def _function(call: ToolCall) -> dict[str, Any]:
+    return {"name": call.name, "arguments": call.arguments}
 
 
 def chat_logprobs(entries: Sequence[TokenLogprobs], tokenizer: Tokenizer | None) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 Every field of a body is either supported or refused by name, except for the few below that do not
 affect the answer. Fields beyond OpenAI's: `top_k`, `min_p`, `repetition_penalty`, `ignore_eos`,
-`stop_token_ids`, `return_token_ids`, `speculative_tokens`, and `chat_template_kwargs` with
-`thinking`.
+`stop_token_ids`, `return_token_ids`, `speculative_tokens`, `chat_template_kwargs` with `thinking`,
+and DeepSeek's `thinking` and `reasoning_effort`.
 """
 
 import json
@@ -11,10 +11,11 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dsv3.errors import RequestError
+from dsv3.errors import RequestError, shorten
 from dsv3.request import MAX_ANSWERS, MAX_BIAS, MAX_LOGPROBS, SamplingParams
 from dsv3.text.defaults import CHAT_DEFAULTS, COMPLETION_DEFAULTS, Defaults, Sampling
 from dsv3.text.text_request import TextRequest, digest
+from dsv3.text.tools import parse_tool_use
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
@@ -23,13 +24,11 @@ IGNORED = {"metadata", "prompt_cache_key", "safety_identifier", "service_tier", 
 # Unsupported fields, and their values that ask for nothing special.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
-    "parallel_tool_calls": (True, False),
-    "response_format": ({"type": "text"},),
     "stream": (False,),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
 }
+# Chat formats have a switch for thinking, not levels.
+_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra")
 
 
 def parse_request(url: str, body: Any, name: str, defaults: Defaults) -> TextRequest:
@@ -129,6 +128,11 @@ class Fields:
         """Take a text."""
         return self.take(name, lambda v: isinstance(v, str), "a text")
 
+    def refuse_rest(self, name: str) -> None:
+        """Raise RequestError if a field was not taken; `name` is that of the object."""
+        for field in self._remaining:
+            raise RequestError(f"{name}.{shorten(field)} is not supported")
+
     def remaining(self) -> dict[str, Any]:
         """Return the fields that were not taken."""
         return self._remaining
@@ -158,14 +162,84 @@ def _chat_fields(fields: Fields, defaults: Defaults) -> dict[str, Any]:
     top = fields.integer("top_logprobs", 0, MAX_LOGPROBS)
     if top and not logprobs:
         raise RequestError("top_logprobs needs logprobs=true")
+    tools = parse_tool_use(
+        fields.take("tools", lambda v: isinstance(v, list), "a list of tools"),
+        fields.take("tool_choice", lambda v: isinstance(v, str | dict), "a text or an object"),
+        fields.truth("parallel_tool_calls"),
+    )
+    schema = _schema(fields)
+    if schema is not None and tools is not None:
+        raise RequestError("response_format with tools is supported with tool_choice=none only")
     return {
         "messages": defaults.with_system(messages),
         "thinking": _thinking(fields, defaults),
         "logprobs": (top or 0) if logprobs else None,
+        "tools": tools,
+        "schema": schema,
     }
 
 
+def _schema(fields: Fields) -> Mapping[str, Any] | None:
+    """Parse `response_format`: return the JSON schema of the answer, or None for free text."""
+    given = fields.take("response_format", lambda v: isinstance(v, dict), "an object")
+    options = Fields(given or {"type": "text"})
+    kind = options.text("type")
+    schema: Mapping[str, Any] | None = None
+    if kind == "json_schema":
+        schema = _named_schema(options)
+    elif kind == "json_object":
+        schema = {"type": "object"}
+    elif kind != "text":
+        kinds = "text, json_object and json_schema"
+        raise RequestError(f"response_format.type={show(kind)} is not supported, only {kinds}")
+    options.refuse_rest("response_format")
+    return schema
+
+
+def _named_schema(options: Fields) -> Mapping[str, Any]:
+    given = options.take("json_schema", lambda v: isinstance(v, dict), "an object")
+    named = Fields(given or {})
+    named.text("name")
+    named.text("description")
+    named.truth("strict")  # the answer always follows the schema
+    schema: Mapping[str, Any] | None
+    schema = named.take("schema", lambda v: isinstance(v, dict), "a JSON schema")
+    if schema is None:
+        raise RequestError("response_format.json_schema.schema is missing")
+    named.refuse_rest("response_format.json_schema")
+    return schema
+
+
 def _thinking(fields: Fields, defaults: Defaults) -> bool | None:
+    """Return the switch for thinking, which clients write in several ways."""
+    switches = [_template_switch(fields), _deepseek_switch(fields), _effort(fields)]
+    given = {switch for switch in switches if switch is not None}
+    if len(given) > 1:
+        names = "chat_template_kwargs, thinking and reasoning_effort"
+        raise RequestError(f"{names} switch thinking both on and off: give one of them")
+    return given.pop() if given else defaults.thinking or None
+
+
+def _deepseek_switch(fields: Fields) -> bool | None:
+    """Parse DeepSeek's `thinking`."""
+    given = fields.take("thinking", lambda v: isinstance(v, dict), "an object")
+    if given is None:
+        return None
+    options = Fields(given)
+    kinds = {"enabled": True, "disabled": False}
+    kind = options.take("type", lambda v: isinstance(v, str) and v in kinds, " or ".join(kinds))
+    options.refuse_rest("thinking")
+    return kinds.get(kind)
+
+
+def _effort(fields: Fields) -> bool | None:
+    """Parse `reasoning_effort`."""
+    rule = f"one of {', '.join(_EFFORTS)}"
+    effort = fields.take("reasoning_effort", lambda v: v in _EFFORTS, rule)
+    return None if effort is None else effort != "none"
+
+
+def _template_switch(fields: Fields) -> bool | None:
     """Parse `chat_template_kwargs`; templates use two names for the switch."""
     options = fields.take("chat_template_kwargs", lambda v: isinstance(v, dict), "an object")
     switches = Fields(options or {})
@@ -173,11 +247,7 @@ def _thinking(fields: Fields, defaults: Defaults) -> bool | None:
     enable_thinking = switches.truth("enable_thinking")
     for name in switches.remaining():
         raise RequestError(f"chat_template_kwargs.{name} is not supported, only thinking")
-    if thinking is not None:
-        return thinking
-    if enable_thinking is not None:
-        return enable_thinking
-    return defaults.thinking or None
+    return enable_thinking if thinking is None else thinking
 
 
 def _completion_fields(fields: Fields) -> dict[str, Any]:

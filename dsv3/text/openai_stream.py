@@ -118,7 +118,7 @@ class _ChatChoice(_Choice):
         self, index: int, request: TextRequest, tokens: Request, tokenizer: Tokenizer | None
     ) -> None:
         super().__init__(index, request, tokens, tokenizer)
-        self._pieces = PieceStream(tokenizer, tokens.prompt_ids)
+        self._pieces = PieceStream(request, tokenizer, tokens.prompt_ids)
 
     def start(self) -> list[dict[str, Any]]:
         entry = self._entry({"delta": {"role": "assistant", "content": ""}}, None, None)
@@ -138,14 +138,23 @@ class _ChatChoice(_Choice):
         if entries:
             entries[0] |= {"logprobs": logprobs} | self._ids(output)
         if output.completion is not None:
-            entries[-1]["finish_reason"] = finish_reason(output.completion.finish_reason)
+            reason = self._pieces.finish_reason(output.completion.finish_reason)
+            entries[-1]["finish_reason"] = finish_reason(reason)
         return entries
 
 
 def _delta(piece: Piece) -> dict[str, Any]:
     if piece.kind is Kind.REASONING:
         return {"reasoning_content": piece.text, "reasoning": piece.text}
-    return {"content": piece.text}
+    if piece.call is None:
+        return {"content": piece.text}
+    call: dict[str, Any] = {"index": piece.call.index}
+    if piece.kind is Kind.CALL:
+        call |= {"id": piece.call.call_id, "type": "function"}
+        call["function"] = {"name": piece.call.name, "arguments": ""}
+    else:
+        call["function"] = {"arguments": piece.text}
+    return {"tool_calls": [call]}
 
 
 class _TextChoice(_Choice):

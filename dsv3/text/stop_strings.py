@@ -26,7 +26,7 @@ class StopChecker:
             self._pending = ""
             self.rest = text[start + length :]
             return text[:start], True
-        num_pending = max((_overlap(text, stop) for stop in self._stop), default=0)
+        num_pending = max((overlap(text, stop) for stop in self._stop), default=0)
         self._pending = text[len(text) - num_pending :]
         return text[: len(text) - num_pending], False
 
@@ -37,7 +37,7 @@ class StopChecker:
         return pending
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Return the length of the longest end of `text` that is a beginning of `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -10,6 +11,7 @@ from dsv3.errors import CheckpointError, RequestError
 from dsv3.request import Request, SamplingParams
 from dsv3.text.chat import AnyFormat
 from dsv3.text.tokenizer import Tokenizer
+from dsv3.text.tools import ToolUse
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +37,8 @@ class TextRequest:
         limit_is_default: max_tokens was not specified and is reduced to the rest of the context.
         echo: the answer's text begins with the prompt.
         return_token_ids: return the tokens of answer and prompt.
+        tools: tools that the model may or must call.
+        schema: JSON schema that the answer follows; None is free text.
         priority, conversation_id: as in `Request`.
         model: model name of the response.
     """
@@ -46,9 +50,18 @@ class TextRequest:
     thinking: bool | None = None
     echo: bool = False
     return_token_ids: bool = False
+    tools: ToolUse | None = None
+    schema: Mapping[str, Any] | None = None
     priority: int = 0
     conversation_id: str | None = None
     model: str = ""
+
+    def schema_text(self) -> str | None:
+        """Return the JSON schema that the answer has to follow, as text; None if it is free."""
+        schema = self.schema
+        if self.tools is not None and self.tools.is_required:
+            schema = self.tools.schema()
+        return None if schema is None else json.dumps(schema, ensure_ascii=False)
 
     def digest(self) -> str:
         """Return a digest of the request's content."""
@@ -60,6 +73,9 @@ class TextRequest:
         content["n"] = content["params"].pop("n")
         del content["params"]["speculative_tokens"]  # changes no answer
         content["thinking"] = bool(self.thinking)  # None was added later, and counts as False
+        for name in ("tools", "schema"):
+            if content[name] is None:
+                del content[name]
         return digest(json.dumps(content, sort_keys=True, separators=(",", ":")))
 
 
@@ -81,7 +97,7 @@ def encode_prompt(
     if request.messages is not None:
         if chat is None:
             raise CheckpointError("this checkpoint has no chat template: use /v1/completions")
-        ids = chat.prompt_ids(request.messages, request.thinking)
+        ids = chat.prompt_ids(request.messages, request.thinking, request.tools, request.schema)
         if remark := chat.thinking_remark(request.thinking):
             log.warning("%s", remark)
     elif isinstance(request.prompt, list):
@@ -117,6 +133,8 @@ def token_requests(
             conversation_id=request.conversation_id,
             answer=i,
             is_chat=request.messages is not None,
+            schema=request.schema_text(),
+            has_tools=request.tools is not None,
         )
         for i in range(params.n)
     ]

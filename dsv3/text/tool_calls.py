@@ -1,0 +1,304 @@
+r"""Calls of tools in the text of an answer, found while it is generated.
+
+The forms, with a call of `f`:
+
+    V3, R1   <calls><call>function<sep>f\n```json\n{...}\n```</call>\n<call>...</call></calls>
+    V3.1     <calls><call>f<sep>{...}</call></calls>
+    V3.2     <｜DSML｜function_calls>\n<｜DSML｜invoke name="f">\n
+             <｜DSML｜parameter name="x" string="true">...</｜DSML｜parameter>\n ...
+    Kimi-K2  <calls><call>functions.f:0<sep>{...}</call></calls>
+    forced   [{"name": "f", "arguments": {...}}]
+
+A call begins when the name of one of the request's tools has come; its arguments are passed on as
+they come. All else is text: calls of unknown tools, torn ones, and marks that the model has spelt
+in other tokens.
+"""
+
+import json
+import re
+import uuid
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+from dsv3.text.scanner import Scanner, Steps
+from dsv3.text.tools import (
+    CALL,
+    CALLS,
+    DSML,
+    END_CALL,
+    END_CALLS,
+    END_FENCE,
+    FENCE,
+    KIMI_CALL,
+    KIMI_CALLS,
+    KIMI_END_CALL,
+    KIMI_END_CALLS,
+    KIMI_SEP,
+    SEP,
+    CallForm,
+)
+
+_MAX_HEAD = 1024  # characters before the arguments of a call; more of them are text
+_KIMI_ID = re.compile(r"(?:functions\.)?(.+?)(?::\d+)?", re.DOTALL)
+_DSML_CALLS, _DSML_END_CALLS = f"<{DSML}function_calls>", f"</{DSML}function_calls>"
+_INVOKE, _END_INVOKE = f"<{DSML}invoke", f"</{DSML}invoke>"
+_PARAMETER, _END_PARAMETER = f"<{DSML}parameter", f"</{DSML}parameter>"
+_INVOKE_HEAD = re.compile(r'\s*name="([^"]*)"\s*')
+_PARAMETER_HEAD = re.compile(r'\s*name="([^"]*)"\s+string="(true|false)"\s*')
+_FORCED_HEAD = re.compile(r'\s*"name"\s*:\s*("[^"]*")\s*,\s*')
+_END_FENCED = (f"\n{END_FENCE}{END_CALL}", f"{END_FENCE}{END_CALL}", END_CALL)
+
+
+@dataclass(slots=True, kw_only=True)
+class ToolCall:
+    """A call of a tool.
+
+    Attributes:
+        index: place among the calls of the answer.
+        call_id: name of the call, unique in a conversation.
+        start, stop: its place in the text of the answer.
+        arguments: so far, as JSON text.
+        is_complete: the arguments are a JSON object, and the call was ended.
+    """
+
+    index: int
+    call_id: str
+    name: str
+    start: int
+    stop: int = 0
+    arguments: str = ""
+    is_complete: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Text of an answer outside of calls."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallBegin:
+    """The begin of a call."""
+
+    call: ToolCall
+
+
+@dataclass(frozen=True, slots=True)
+class CallArguments:
+    """More of the arguments of a call."""
+
+    call: ToolCall
+    text: str
+
+
+Event = Text | CallBegin | CallArguments
+
+
+class ToolCallStream:
+    """Splits the incremental text of an answer into text and calls.
+
+    Args:
+        form: of the calls.
+        names: of the tools that may be called.
+        mark_id: the token that begins calls; None if the form has none.
+
+    Attributes:
+        calls: all calls so far.
+    """
+
+    def __init__(self, form: CallForm, names: Collection[str], mark_id: int | None = None) -> None:
+        self.calls: list[ToolCall] = []
+        self._names = names
+        self._mark_id = mark_id
+        self._has_mark = mark_id is None
+        self._events: list[Event] = []
+        self._scan = Scanner()
+        self._start = 0  # of the call that is being parsed
+        # Line ends, and the mark that begins calls: text, unless a call follows.
+        self._pending = ""
+        self._parser = self._parse(form)
+
+    def push(self, text: str, token_ids: Iterable[int] = ()) -> list[Event]:
+        """Add text and the tokens that it came with; return the events that they complete."""
+        self._has_mark = self._has_mark or any(i == self._mark_id for i in token_ids)
+        self._scan.push(text)
+        return self._advance()
+
+    def finish(self) -> list[Event]:
+        """End the answer; return the events that were held back."""
+        self._scan.is_closed = True
+        return self._advance()
+
+    def _advance(self) -> list[Event]:
+        next(self._parser, None)
+        events, self._events = self._events, []
+        return events
+
+    def _parse(self, form: CallForm) -> Steps[None]:
+        while not (self._has_mark or self._scan.is_closed):
+            self._scan.pass_all(self._text)
+            yield
+        match form:
+            case CallForm.DEEPSEEK:
+                yield from self._sections(CALLS, END_CALLS, CALL, self._deepseek_call)
+            case CallForm.KIMI:
+                yield from self._sections(KIMI_CALLS, KIMI_END_CALLS, KIMI_CALL, self._kimi_call)
+            case CallForm.DSML:
+                yield from self._sections(_DSML_CALLS, _DSML_END_CALLS, _INVOKE, self._dsml_call)
+            case CallForm.FORCED:
+                yield from self._forced_calls()
+        yield from self._scan.until((), self._text)
+        if self._pending and not (self.calls and self._pending.isspace()):
+            self._events.append(Text(self._pending))
+
+    def _sections(
+        self, begin: str, end: str, call: str, parse_call: Callable[[], Steps[None]]
+    ) -> Steps[None]:
+        """Parse the calls between `begin` and `end`, and pass on the text around them."""
+        while (yield from self._scan.until((begin,), self._text)):
+            self._pending += begin
+            num_before = len(self.calls)
+            while mark := (yield from self._scan.next_of((call, end))):
+                if self._pending:
+                    self._pending += self._scan.skipped
+                if mark == end:
+                    self._text(end if len(self.calls) == num_before else "")
+                    break
+                self._start = self._scan.position - len(call)
+                yield from parse_call()
+
+    def _deepseek_call(self) -> Steps[None]:
+        name = head = yield from self._scan.collect(SEP, _MAX_HEAD)
+        if head is None:
+            self._text(CALL)
+            return
+        raw = f"{CALL}{head}{SEP}"
+        ends: tuple[str, ...] = (END_CALL,)
+        if head == "function":
+            name = yield from self._scan.collect(FENCE, _MAX_HEAD)
+            if name is None:
+                self._text(raw)
+                return
+            raw += f"{name}{FENCE}"
+            ends = _END_FENCED
+        yield from self._json_call((name or "").strip(), "", raw, ends)
+
+    def _kimi_call(self) -> Steps[None]:
+        head = yield from self._scan.collect(KIMI_SEP, _MAX_HEAD)
+        if head is None:
+            self._text(KIMI_CALL)
+            return
+        call_id = head.strip()
+        match = _KIMI_ID.fullmatch(call_id)
+        name = match[1] if match else ""
+        raw = f"{KIMI_CALL}{head}{KIMI_SEP}"
+        yield from self._json_call(name, call_id, raw, (KIMI_END_CALL,))
+
+    def _json_call(self, name: str, call_id: str, raw: str, ends: tuple[str, ...]) -> Steps[None]:
+        """Pass on the arguments of a call up to its end; `raw` is the text before them."""
+        call = self._begin(name, call_id)
+        if call is None:
+            yield from self._as_text(raw, ends)
+            return
+        if (yield from self._scan.until(ends, partial(self._add, call))):
+            self._end(call)
+
+    def _dsml_call(self) -> Steps[None]:
+        """Translate the parameters of a call into JSON as they come."""
+        head = yield from self._scan.collect(">", _MAX_HEAD)
+        match = _INVOKE_HEAD.fullmatch(head or "")
+        call = self._begin(match[1], "") if match else None
+        if call is None:
+            yield from self._as_text(
+                _INVOKE if head is None else f"{_INVOKE}{head}>", (_END_INVOKE,)
+            )
+            return
+        opening = "{"
+        while (mark := (yield from self._scan.next_of((_PARAMETER, _END_INVOKE)))) == _PARAMETER:
+            if not (yield from self._dsml_parameter(call, opening)):
+                return
+            opening = ", "
+        if mark == _END_INVOKE:
+            self._add(call, "{}" if opening == "{" else "}")
+            self._end(call)
+
+    def _dsml_parameter(self, call: ToolCall, opening: str) -> Steps[bool]:
+        """Pass on one parameter; return False if it is malformed or torn."""
+        match = _PARAMETER_HEAD.fullmatch((yield from self._scan.collect(">", _MAX_HEAD)) or "")
+        if match is None:
+            return False
+        is_text = match[2] == "true"
+        quote = '"' if is_text else ""
+        self._add(call, f"{opening}{_json(match[1])}: {quote}")
+
+        def add(text: str) -> None:
+            self._add(call, _json(text)[1:-1] if is_text else text)
+
+        if not (yield from self._scan.until((_END_PARAMETER,), add)):
+            return False
+        self._add(call, quote)
+        return True
+
+    def _forced_calls(self) -> Steps[None]:
+        mark = yield from self._scan.next_of(("[",))
+        self._pending += mark or ""
+        while mark in ("[", ","):
+            self._start = self._scan.position
+            head = yield from self._scan.collect('"arguments":', _MAX_HEAD)
+            match = _FORCED_HEAD.fullmatch((head or "").lstrip().removeprefix("{"))
+            call = self._begin(json.loads(match[1]), "") if match else None
+            if call is None:
+                self._text("" if head is None else f'{head}"arguments":')
+                return
+            if not (yield from self._scan.json_object(partial(self._add, call))):
+                return
+            yield from self._scan.next_of(("}",))
+            self._end(call)
+            mark = yield from self._scan.next_of((",", "]"))
+
+    def _as_text(self, raw: str, ends: tuple[str, ...]) -> Steps[None]:
+        """Pass on a malformed call as text, up to its end."""
+        self._text(raw)
+        self._text((yield from self._scan.until(ends, self._text)) or "")
+
+    def _begin(self, name: str, call_id: str) -> ToolCall | None:
+        """Begin a call; return None if there is no such tool."""
+        if name not in self._names:
+            return None
+        self._pending = ""
+        call = ToolCall(
+            index=len(self.calls),
+            call_id=call_id or f"call_{uuid.uuid4().hex[:24]}",
+            name=name,
+            start=self._start,
+        )
+        self.calls.append(call)
+        self._events.append(CallBegin(call))
+        return call
+
+    def _add(self, call: ToolCall, text: str) -> None:
+        text = text if call.arguments else text.lstrip()
+        if text:
+            call.arguments += text
+            self._events.append(CallArguments(call, text))
+        call.stop = self._scan.position
+
+    def _end(self, call: ToolCall) -> None:
+        call.stop = self._scan.position
+        try:
+            call.is_complete = isinstance(json.loads(call.arguments), dict)
+        except (ValueError, RecursionError):
+            call.is_complete = False
+
+    def _text(self, text: str) -> None:
+        text = self._pending + text
+        shown = text.rstrip("\n")
+        self._pending = text[len(shown) :]
+        if shown:
+            self._events.append(Text(shown))
+
+
+def _json(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)

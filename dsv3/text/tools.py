@@ -1,0 +1,183 @@
+"""Tools that a model may call: their description in a request, and in a prompt."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from dsv3.errors import RequestError, shorten
+from dsv3.text.tokenizer import Tokenizer
+
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+_CHOICES = ("auto", "none", "required")
+
+CALLS, END_CALLS = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
+CALL, END_CALL, SEP = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"
+FENCE, END_FENCE = "```json", "```"
+KIMI_CALLS, KIMI_END_CALLS = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
+KIMI_CALL, KIMI_END_CALL = "<|tool_call_begin|>", "<|tool_call_end|>"
+KIMI_SEP = "<|tool_call_argument_begin|>"
+DSML = "｜DSML｜"
+
+
+class CallForm(Enum):
+    """The form in which a model writes calls of tools.
+
+    FORCED is the form of answers that must be calls, which constrained decoding gives to any model:
+    a JSON list of objects with name and arguments.
+    """
+
+    DEEPSEEK = (CALLS, END_CALLS, CALL, END_CALL, SEP)
+    DSML = (DSML,)
+    KIMI = (KIMI_CALLS, KIMI_END_CALLS, KIMI_CALL, KIMI_END_CALL, KIMI_SEP)
+    FORCED = ()
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer | None) -> "CallForm | None":
+        """Return the form of a model, which its vocabulary shows; None if it has none."""
+        if tokenizer is None:
+            return None
+        forms = (cls.DSML, cls.DEEPSEEK, cls.KIMI)  # V3.2's vocabulary has DeepSeek's marks too
+        return next((f for f in forms if tokenizer.id_of(f.marks[0]) is not None), None)
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """Names of the tokens that this form is made of; the first one begins it."""
+        return self.value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolUse:
+    """The tools of a request.
+
+    Attributes:
+        tools: as in the OpenAI format.
+        is_required: the answer must be calls.
+        only: name of the only tool to call; None is any.
+        is_parallel: an answer may have several calls.
+    """
+
+    tools: tuple[Mapping[str, Any], ...]
+    is_required: bool = False
+    only: str | None = None
+    is_parallel: bool = True
+
+    @property
+    def names(self) -> set[str]:
+        """Names of all tools."""
+        return {tool["function"]["name"] for tool in self.tools}
+
+    def schema(self) -> dict[str, Any]:
+        """Return the JSON schema of an answer in the form FORCED."""
+        calls = [
+            {
+                "type": "object",
+                "properties": {
+                    "name": {"const": function["name"]},
+                    "arguments": function.get("parameters") or {"type": "object"},
+                },
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+            for function in (tool["function"] for tool in self.tools)
+            if self.only in (None, function["name"])
+        ]
+        schema: dict[str, Any] = {"type": "array", "items": {"anyOf": calls}, "minItems": 1}
+        return schema if self.is_parallel and self.only is None else schema | {"maxItems": 1}
+
+
+def parse_tool_use(tools: Any, choice: Any, parallel: bool | None) -> ToolUse | None:
+    """Return the tools of a request; None if it has none, or may call none.
+
+    Raises:
+        RequestError: the tools or the choice are malformed.
+    """
+    checked = tuple(_check_tool(f"tools[{i}]", tool) for i, tool in enumerate(tools or ()))
+    names = [tool["function"]["name"] for tool in checked]
+    if len(set(names)) < len(names):
+        raise RequestError("tools: two of them have the same name")
+    only = _chosen(choice)
+    if only is None and choice not in (None, *_CHOICES):
+        raise RequestError(
+            f"tool_choice={_shown(choice)} must be one of {', '.join(_CHOICES)}, or "
+            '{"type": "function", "function": {"name": ...}}'
+        )
+    if only is not None and only not in names:
+        raise RequestError(f"tool_choice: {_shown(only)} is not the name of one of the tools")
+    if choice == "required" and not checked:
+        raise RequestError("tool_choice=required needs tools")
+    if not checked or choice == "none":
+        return None
+    is_required = only is not None or choice == "required"
+    for tool in checked:
+        if tool["function"].get("strict") and not is_required:
+            raise RequestError(
+                "tools: strict=true is supported with tool_choice required or named only"
+            )
+    return ToolUse(
+        tools=checked, is_required=is_required, only=only, is_parallel=parallel is not False
+    )
+
+
+def describe_tools(tools: Sequence[Mapping[str, Any]], is_fenced: bool) -> str:
+    """Return the text about tools for V3, R1 and V3.1, whose templates leave it to the caller.
+
+    Names in it are yet to be hidden, and marks of calls must become tokens.
+
+    Args:
+        tools: in the OpenAI format.
+        is_fenced: calls are written as V3 and R1 do.
+
+    Source: model card of DeepSeek-V3.1.
+    """
+    text = "## Tools\nYou have access to the following tools:\n"
+    for tool in tools:
+        function = tool["function"]
+        parameters = json.dumps(function.get("parameters") or {}, ensure_ascii=False)
+        description = function.get("description") or ""
+        text += (
+            f"\n### {function['name']}\nDescription: {description}\n\nParameters: {parameters}\n"
+        )
+    head = f"function{SEP}tool_call_name\n{FENCE}\n" if is_fenced else f"tool_call_name{SEP}"
+    tail = f"\n{END_FENCE}" if is_fenced else ""
+    call = f"{CALL}{head}tool_call_arguments{tail}{END_CALL}"
+    between = "with newlines" if is_fenced else "directly without separators or spaces"
+    return (
+        f"{text}\nIMPORTANT: ALWAYS adhere to this exact format for tool use:\n"
+        f"{CALLS}{call}{{additional_tool_calls}}{END_CALLS}\n\nWhere:\n"
+        "- `tool_call_name` must be an exact match to one of the available tools\n"
+        "- `tool_call_arguments` must be valid JSON that strictly follows the tool's Parameters "
+        f"Schema\n- For multiple tool calls, chain them {between}"
+    )
+
+
+def _check_tool(where: str, tool: Any) -> Mapping[str, Any]:
+    function = tool.get("function") if isinstance(tool, dict) else None
+    if not isinstance(function, dict) or tool.get("type", "function") != "function":
+        raise RequestError(f'{where} must be like {{"type": "function", "function": {{...}}}}')
+    name = function.get("name")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        rule = "letters, digits, _, . and -, at most 128"
+        raise RequestError(f"{where}.function.name={_shown(name)} must be made of {rule}")
+    kinds = {"description": str, "parameters": dict, "strict": bool}
+    for field, value in function.items():
+        if field == "name" or value is None:
+            continue
+        if field not in kinds:
+            raise RequestError(f"{where}.function.{shorten(field)} is not supported")
+        if not isinstance(value, kinds[field]):
+            raise RequestError(f"{where}.function.{field}={_shown(value)} has a wrong type")
+    return {"type": "function", "function": {k: v for k, v in function.items() if v is not None}}
+
+
+def _chosen(choice: Any) -> str | None:
+    """Return the name of the tool that must be called; None if the choice names none."""
+    function = choice.get("function") if isinstance(choice, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) and choice.get("type") == "function" else None
+
+
+def _shown(value: Any) -> str:
+    return shorten(json.dumps(value))
