@@ -230,6 +230,7 @@ class Completion:
         reasoning: the thought, if `LLM.chat` has found one; otherwise None.
         index: index among the `n` answers to the prompt.
         finish_reason: "stop" (end token or stop string), "length", "deadline", or "error".
+        stop_string: the stop string that ended it; None if another reason did.
         error: the reason of a missing or incomplete answer; only with "error".
         logprobs: one entry per generated token, if requested.
         prompt_logprobs: one entry per prompt token except the first, if requested.
@@ -244,6 +245,7 @@ class Completion:
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
     cached_tokens: int = 0
+    stop_string: str | None = None
     error: str = ""
     reasoning: str | None = None
     index: int = 0

@@ -153,6 +153,7 @@ class Sequence:
             logprobs=None if params.logprobs is None else self.logprobs,
             prompt_logprobs=None if params.prompt_logprobs is None else self.prompt_logprobs,
             cached_tokens=self.num_cached or 0,
+            stop_string=None if self.stream is None else self.stream.stop_string,
             error=error,
             index=request.answer,
         )

@@ -17,7 +17,8 @@ from dsv3.read_files import parse_json_text
 from dsv3.serve.input_file import InputFile
 from dsv3.serve.row_form import holds_json
 from dsv3.text.defaults import LINE_DEFAULTS, Defaults
-from dsv3.text.openai_format import Fields, parse_request, plain_request, show
+from dsv3.text.openai_fields import Fields, show
+from dsv3.text.openai_format import parse_request, plain_request
 from dsv3.text.text_request import TextRequest, digest
 
 SEPARATORS = ("line", "blank-line")

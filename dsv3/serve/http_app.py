@@ -21,8 +21,18 @@ from dsv3.errors import describe_error
 from dsv3.serve.answers import HttpError
 from dsv3.serve.exporter import MetricsCollector
 from dsv3.serve.front import Front, Status
-from dsv3.serve.jobs import JobMaker, openai_job
+from dsv3.serve.jobs import (
+    BodyMaker,
+    JobMaker,
+    anthropic_job,
+    count_tokens,
+    detokenize,
+    openai_job,
+    tokenize,
+)
 from dsv3.serve.responses import AnswerResponse, retry_header
+from dsv3.text.anthropic_answer import anthropic_error
+from dsv3.text.anthropic_format import COUNT_TOKENS, MESSAGES
 from dsv3.text.openai_answer import error_of
 from dsv3.text.openai_format import CHAT, COMPLETIONS
 from dsv3.version import __version__
@@ -41,8 +51,11 @@ def make_app(front: Front, keys: Sequence[str] = (), origins: Sequence[str] = ()
         keys: clients must send one of them; none means that anybody is served.
         origins: web pages of these origins may use the server; "*" is all.
     """
+    jobs = {CHAT: openai_job(CHAT), COMPLETIONS: openai_job(COMPLETIONS), MESSAGES: anthropic_job}
+    bodies = {COUNT_TOKENS: count_tokens, "/tokenize": tokenize, "/detokenize": detokenize}
     post: list[tuple[str, Handler]] = [
-        (url, partial(_answer, front, openai_job(url))) for url in (CHAT, COMPLETIONS)
+        *((url, partial(_answer, front, make)) for url, make in jobs.items()),
+        *((url, partial(_reply, front, make)) for url, make in bodies.items()),
     ]
     get: list[tuple[str, Handler]] = [
         ("/health", partial(_health, front)),
@@ -79,7 +92,7 @@ class _KeyCheck:
             await self._app(scope, receive, send)
             return
         message = "this server needs a key: Authorization: Bearer KEY, or x-api-key: KEY"
-        response = JSONResponse(error_of(message, 401, "invalid_api_key"), 401)
+        response = JSONResponse(_error(scope["path"], message, 401, "invalid_api_key"), 401)
         await response(scope, receive, send)
 
     def _has_key(self, scope: Scope) -> bool:
@@ -97,6 +110,12 @@ async def _answer(front: Front, make: JobMaker, request: Request) -> Response:
     raw = await _body(request, front.limits.max_body_bytes)
     job = await front.encoded(partial(make, front, engine, raw))
     return AnswerResponse(front, job)
+
+
+async def _reply(front: Front, make: BodyMaker, request: Request) -> Response:
+    engine = front.engine
+    raw = await _body(request, front.limits.max_body_bytes)
+    return JSONResponse(await front.encoded(partial(make, front, engine, raw)))
 
 
 async def _body(request: Request, limit: int) -> bytes:
@@ -160,21 +179,30 @@ async def _metrics(front: Front, request: Request) -> Response:
     return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
 
+def _error(path: str, message: str, status: int, code: str | None = None) -> dict[str, Any]:
+    """Return the body of an error in the format of an endpoint."""
+    is_anthropic = path in (MESSAGES, COUNT_TOKENS)
+    return anthropic_error(message, status) if is_anthropic else error_of(message, status, code)
+
+
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HttpError)
-    body = error_of(error.message, error.status, error.code)
-    log.info("%s %d: %s", request.url.path, error.status, error.message)
+    path = request.url.path
+    log.info("%s %d: %s", path, error.status, error.message)
+    body = _error(path, error.message, error.status, error.code)
     return JSONResponse(body, error.status, retry_header(error))
 
 
 async def _starlette_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    message = f"{request.method} {request.url.path}: {error.detail}"
-    return JSONResponse(error_of(message, error.status_code), error.status_code, error.headers)
+    path = request.url.path
+    body = _error(path, f"{request.method} {path}: {error.detail}", error.status_code)
+    return JSONResponse(body, error.status_code, error.headers)
 
 
 async def _internal_error(request: Request, error: Exception) -> Response:
     if isinstance(error, ClientDisconnect):
         return Response(status_code=499)
-    log.error("%s", request.url.path, exc_info=error)
-    return JSONResponse(error_of(f"internal error: {describe_error(error)}", 500), 500)
+    path = request.url.path
+    log.error("%s", path, exc_info=error)
+    return JSONResponse(_error(path, f"internal error: {describe_error(error)}", 500), 500)

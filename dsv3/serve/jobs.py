@@ -6,12 +6,15 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from dsv3.engine.engine import Engine
-from dsv3.errors import RequestError
+from dsv3.errors import RequestError, shorten
 from dsv3.read_files import parse_json_text
 from dsv3.request import Completion, Request, RequestOutput
 from dsv3.serve.front import Front
+from dsv3.text.anthropic_answer import AnthropicWriter
+from dsv3.text.anthropic_format import openai_body
 from dsv3.text.openai_answer import ResponseHead
-from dsv3.text.openai_format import COMPLETIONS, Fields, parse_request
+from dsv3.text.openai_fields import Fields, is_whole
+from dsv3.text.openai_format import CHAT, COMPLETIONS, parse_request
 from dsv3.text.openai_stream import OpenAIWriter
 from dsv3.text.text_request import TextRequest, encode_prompt, token_requests
 
@@ -48,6 +51,7 @@ class Job:
 
 
 JobMaker = Callable[[Front, Engine, bytes], Job]
+BodyMaker = Callable[[Front, Engine, bytes], dict[str, Any]]
 
 
 def parse_body(raw: bytes) -> dict[str, Any]:
@@ -98,6 +102,67 @@ def openai_job(url: str) -> JobMaker:
         return Job([tokens for _, tokens in answers], writer, is_stream)
 
     return make
+
+
+def anthropic_job(front: Front, engine: Engine, raw: bytes) -> Job:
+    """Return the job of a request in the Anthropic format."""
+    fields = Fields(parse_body(raw))
+    is_stream = fields.truth("stream") or False
+    name = uuid.uuid4().hex[:24]
+    request = _anthropic_request(front, fields.remaining(), name, needs_limit=True)
+    ((_, tokens),) = encode_answers(front, engine, [request], name)
+    model = front.served.model
+    writer = AnthropicWriter(name, model, request, tokens, engine.tokenizer)
+    return Job([tokens], writer, is_stream)
+
+
+def _anthropic_request(
+    front: Front, body: dict[str, Any], name: str, needs_limit: bool
+) -> TextRequest:
+    chat = openai_body(body, needs_limit)
+    request = parse_request(CHAT, chat, name, front.served.defaults)
+    front.check_model(request.model)
+    return request
+
+
+def count_tokens(front: Front, engine: Engine, raw: bytes) -> dict[str, Any]:
+    """Return the number of tokens of a prompt in the Anthropic format."""
+    request = _anthropic_request(front, parse_body(raw), "", needs_limit=False)
+    ids = encode_prompt(request, engine.tokenizer, front.served.chat_format)
+    return {"input_tokens": len(ids)}
+
+
+def tokenize(front: Front, engine: Engine, raw: bytes) -> dict[str, Any]:
+    """Return the tokens of a prompt, or of a chat up to the start of its answer."""
+    fields = Fields(parse_body(raw))
+    with_special = fields.truth("add_special_tokens")
+    body = fields.remaining()
+    url = CHAT if "messages" in body else COMPLETIONS
+    if url == CHAT and with_special is not None:
+        raise RequestError("add_special_tokens is for a prompt; a chat has those of its format")
+    request = parse_request(url, body, "", front.served.defaults)
+    front.check_model(request.model)
+    if with_special is False and isinstance(request.prompt, str) and engine.tokenizer is not None:
+        ids = engine.tokenizer.encode(request.prompt, add_special_tokens=False)
+    else:
+        ids = encode_prompt(request, engine.tokenizer, front.served.chat_format)
+    return {"count": len(ids), "max_model_len": engine.max_seq_len, "tokens": ids}
+
+
+def detokenize(front: Front, engine: Engine, raw: bytes) -> dict[str, Any]:
+    """Return the text of tokens."""
+    fields = Fields(parse_body(raw))
+    front.check_model(fields.text("model") or "")
+    last = engine.vocab_size - 1
+    rule = f"a list of tokens from 0 to {last}"
+    ids = fields.take("tokens", lambda v: isinstance(v, list) and all(map(is_whole, v)), rule)
+    if ids is None or not all(0 <= i <= last for i in ids):
+        raise RequestError(f"tokens must be {rule}")
+    for name in fields.remaining():
+        raise RequestError(f"{shorten(name)} is not a supported field")
+    if engine.tokenizer is None:
+        raise RequestError("this checkpoint has no tokenizer")
+    return {"prompt": engine.tokenizer.decode(list(map(int, ids)), skip_special_tokens=False)}
 
 
 def encode_answers(

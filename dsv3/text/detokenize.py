@@ -148,6 +148,11 @@ class TextStream:
         """All text returned so far."""
         return "".join(self._parts)
 
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the answer; None if none has."""
+        return self._stop.found
+
     def push(self, token_id: int) -> tuple[str, bool]:
         """Add the next token; return the new text, and True if a stop string ends the answer."""
         new_text, is_stopped = self._until_stop(self._decode(token_id))

@@ -6,14 +6,14 @@ affect the answer. Fields beyond OpenAI's: `top_k`, `min_p`, `repetition_penalty
 and DeepSeek's `thinking` and `reasoning_effort`.
 """
 
-import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from dsv3.errors import RequestError, shorten
+from dsv3.errors import RequestError
 from dsv3.request import MAX_ANSWERS, MAX_BIAS, MAX_LOGPROBS, SamplingParams
 from dsv3.text.defaults import CHAT_DEFAULTS, COMPLETION_DEFAULTS, Defaults, Sampling
+from dsv3.text.openai_fields import Fields, is_number, is_whole, show
 from dsv3.text.text_request import TextRequest, digest
 from dsv3.text.tools import parse_tool_use
 
@@ -95,53 +95,6 @@ def plain_request(
         limit_is_default=True,
         thinking=defaults.thinking or None,
     )
-
-
-class Fields:
-    """The fields of an object, taken out one by one with type checks; null counts as absent."""
-
-    def __init__(self, fields: Mapping[str, Any]) -> None:
-        self._remaining = {name: value for name, value in fields.items() if value is not None}
-
-    def take(self, name: str, holds: Callable[[Any], bool], rule: str) -> Any:
-        """Remove a field and return its value; None if it is absent."""
-        value = self._remaining.pop(name, None)
-        if value is not None and not holds(value):
-            raise RequestError(f"{name}={show(value)} must be {rule}")
-        return value
-
-    def integer(self, name: str, least: int, most: int) -> int | None:
-        """Take a whole number, such as 10 or 10.0 (some languages have only floats)."""
-        rule = f"a whole number from {least} to {most}"
-        value = self.take(name, lambda v: _is_whole(v) and least <= v <= most, rule)
-        return None if value is None else int(value)
-
-    def number(self, name: str) -> float | None:
-        """Take a number; its range is checked by `SamplingParams`."""
-        return self.take(name, _is_number, "a number")
-
-    def truth(self, name: str) -> bool | None:
-        """Take a truth value."""
-        return self.take(name, lambda v: isinstance(v, bool), "true or false")
-
-    def text(self, name: str) -> str | None:
-        """Take a text."""
-        return self.take(name, lambda v: isinstance(v, str), "a text")
-
-    def refuse_rest(self, name: str) -> None:
-        """Raise RequestError if a field was not taken; `name` is that of the object."""
-        for field in self._remaining:
-            raise RequestError(f"{name}.{shorten(field)} is not supported")
-
-    def remaining(self) -> dict[str, Any]:
-        """Return the fields that were not taken."""
-        return self._remaining
-
-
-def show(value: Any) -> str:
-    """Return a value as JSON, shortened for a message."""
-    text = json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _refuse_unsupported(fields: Mapping[str, Any]) -> None:
@@ -292,7 +245,7 @@ def _logit_bias(fields: Fields) -> dict[int, float]:
     for key, bias in biases.items():
         if not re.fullmatch("0|[1-9][0-9]{0,8}", key):
             raise RequestError(f"logit_bias has the field {show(key)}, which is not a token id")
-        if not _is_number(bias) or not -MAX_BIAS <= bias <= MAX_BIAS:
+        if not is_number(bias) or not -MAX_BIAS <= bias <= MAX_BIAS:
             raise RequestError(
                 f"logit_bias[{key}]={show(bias)} must be a number between -100 and 100"
             )
@@ -308,20 +261,8 @@ def _seed_of(name: str, defaults: Defaults) -> int:
     return int(digest(f"{defaults.seed}:{name}")[:15], 16)
 
 
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return _is_integer(value) or isinstance(value, float)
-
-
-def _is_whole(value: Any) -> bool:
-    return _is_integer(value) or (isinstance(value, float) and value.is_integer())
-
-
 def _is_ids(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_whole, value))
+    return isinstance(value, list) and all(map(is_whole, value))
 
 
 def _is_prompt(value: Any) -> bool:

@@ -8,12 +8,14 @@ class StopChecker:
 
     Attributes:
         rest: the text after the stop string in the same push.
+        found: the stop string; None before it was found.
     """
 
     def __init__(self, stop: tuple[str, ...]) -> None:
         self._stop = stop
         self._pending = ""
         self.rest = ""
+        self.found: str | None = None
 
     def push(self, text: str) -> tuple[str, bool]:
         """Add text; return the text that is safe to show, and True if a stop string was found."""
@@ -23,6 +25,7 @@ class StopChecker:
         matches = [(text.find(stop), len(stop)) for stop in self._stop if stop in text]
         if matches:
             start, length = min(matches)
+            self.found = text[start : start + length]
             self._pending = ""
             self.rest = text[start + length :]
             return text[:start], True
