@@ -95,7 +95,11 @@ def serve(args: argparse.Namespace, front: Front | None, started: Started) -> No
                 prompts = prewarm_prompts(rows, engine.tokenizer, front.served.chat_format)
                 log.info("prewarmed: %d tokens are cached", engine.prewarm(prompts))
             log.info("ready: %s", front.served.model)
-            front.serve(engine)
+            layout = started.mesh.layout
+            front.serve(
+                engine,
+                {"tp": str(layout.tp), "dp": str(layout.dp), "kv_shard": args.kv_shard},
+            )
     except Exception as error:
         front.fail(describe_error(error))
         raise

@@ -15,6 +15,7 @@ class PageAllocator:
     Attributes:
         num_pages: pages that can be allocated: one less than the argument.
         num_idle: pages held by the prefix tree alone.
+        num_shared: pages held by several sequences.
         on_idle: called with a page whenever it becomes idle.
     """
 
@@ -24,7 +25,7 @@ class PageAllocator:
         self._holders = [0] * num_pages
         self._cached = bytearray(num_pages)
         self.num_pages = num_pages - 1
-        self.num_idle = 0
+        self.num_idle = self.num_shared = 0
         self.on_idle: Callable[[int], None] | None = None
 
     @property
@@ -51,11 +52,13 @@ class PageAllocator:
             if self._holders[page] == self._cached[page]:
                 self.num_idle -= 1
             self._holders[page] += 1
+            self.num_shared += self._holders[page] - self._cached[page] == 2
 
     def release(self, pages: Iterable[int]) -> None:
         """Drop one holder of each page; pages without holders become free."""
         for page in pages:
             assert self._holders[page] > self._cached[page], f"page {page} released twice"
+            self.num_shared -= self._holders[page] - self._cached[page] == 2
             self._holders[page] -= 1
             if self._holders[page] == 0:
                 self._free.append(page)
@@ -75,5 +78,6 @@ class PageAllocator:
         assert self._cached[page], f"page {page} is not in the prefix tree"
         if self._holders[page] == 1:
             self.num_idle -= 1
+            self._free.append(page)
         self._cached[page] = 0
-        self.release([page])
+        self._holders[page] -= 1

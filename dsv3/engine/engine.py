@@ -15,7 +15,13 @@ from dsv3.cache.tiers import Tiers
 from dsv3.config import ModelConfig
 from dsv3.engine.drafting import Drafting
 from dsv3.engine.constraint import Grammars
-from dsv3.engine.groups import choose_group, rebalance_waiting, update_gauges
+from dsv3.engine.groups import (
+    PageStates,
+    choose_group,
+    page_states,
+    rebalance_waiting,
+    update_gauges,
+)
 from dsv3.engine.metrics import Metrics
 from dsv3.engine.plan_writer import write_plans
 from dsv3.engine.request_check import check_request, check_room
@@ -165,6 +171,10 @@ class Engine:
     def update_gauges(self) -> None:
         """Bring the gauges of the metrics up to date, as every step does."""
         update_gauges(self._schedulers, self.metrics)
+
+    def page_states(self) -> list[PageStates]:
+        """Return the states of each group's pages; any thread may ask."""
+        return [page_states(scheduler) for scheduler in self._schedulers]
 
     def cancel(self, request_id: str) -> None:
         """Drop a request without an answer; unknown ids are ignored."""

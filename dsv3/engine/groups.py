@@ -5,6 +5,7 @@ requests of a full group move to one with free places.
 """
 
 from collections.abc import Sequence as Ordered
+from typing import NamedTuple
 
 from dsv3.engine.metrics import Metrics
 from dsv3.engine.scheduler import Scheduler
@@ -35,6 +36,31 @@ def rebalance_waiting(schedulers: Ordered[Scheduler]) -> None:
             seq = longest.pop_last_waiting()
             seq.group = group
             scheduler.add(seq)
+
+
+class PageStates(NamedTuple):
+    """Numbers of pages of a group's cache, which add up to all of them.
+
+    Attributes:
+        used: held by one sequence, or pinned.
+        shared: held by several sequences.
+        cached: held by none, and kept for reuse.
+        free: empty.
+    """
+
+    used: int
+    shared: int
+    cached: int
+    free: int
+
+
+def page_states(scheduler: Scheduler) -> PageStates:
+    """Return the states of a group's pages; any thread may ask."""
+    pages = scheduler.pages
+    free = pages.num_free
+    cached = pages.num_idle
+    shared = pages.num_shared
+    return PageStates(max(0, pages.num_pages - free - cached - shared), shared, cached, free)
 
 
 def update_gauges(schedulers: Ordered[Scheduler], metrics: Metrics) -> None:

@@ -1,12 +1,13 @@
 """HTTP server of an engine's metrics for Prometheus (needs the extra `metrics`)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from importlib import import_module
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
+from dsv3.engine.groups import PageStates
 from dsv3.engine.metrics import Histogram, Metrics
 from dsv3.errors import ConfigError
 
@@ -44,6 +45,33 @@ class MetricsCollector:
                 yield CounterMetricFamily(name, about, value=value)
             else:
                 yield GaugeMetricFamily(name, about, value=value)
+
+
+class CacheCollector:
+    """Collector of the layout, and of the pages of each data-parallel group's cache.
+
+    Args:
+        states: returns the states of each group's pages.
+        layout: names and values of the layout.
+    """
+
+    def __init__(self, states: Callable[[], list[PageStates]], layout: Mapping[str, str]) -> None:
+        self._states = states
+        self._layout = layout
+
+    def collect(self) -> "Iterator[Metric]":
+        """Yield the metrics."""
+        from prometheus_client.core import GaugeMetricFamily
+
+        layout = GaugeMetricFamily("dsv3_layout", "ranks and cache", labels=list(self._layout))
+        layout.add_metric(list(self._layout.values()), 1)
+        yield layout
+        about = "pages by state; each rank of a group holds its share of each page"
+        pages = GaugeMetricFamily("dsv3_group_pages", about, labels=["group", "state"])
+        for group, states in enumerate(self._states()):
+            for state, count in states._asdict().items():
+                pages.add_metric([str(group), state], count)
+        yield pages
 
 
 def _cumulative(histogram: Histogram) -> list[tuple[str, float]]:

@@ -7,7 +7,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,6 +68,7 @@ class Front:
         served: the model.
         limits: of requests.
         status, reason: state of the server, and the error if it has failed.
+        layout: names and values of the layout, for the metrics.
         created: seconds since 1970 at which the server was started.
         encoder: one thread in which prompts are written and encoded: formats of chats are not
             thread-safe, and the event loop goes on meanwhile.
@@ -79,6 +80,7 @@ class Front:
         self.status = Status.LOADING
         self.reason = ""
         self.created = int(time.time())
+        self.layout: Mapping[str, str] = {}
         self.encoder = ThreadPoolExecutor(1, "encoder")
         self._engine: Engine | None = None
         self._inbox: Inbox = SimpleQueue()
@@ -91,8 +93,9 @@ class Front:
         """Take the event loop of the HTTP server."""
         self._loop = loop
 
-    def serve(self, engine: Engine) -> None:
-        """Answer requests until drained."""
+    def serve(self, engine: Engine, layout: Mapping[str, str]) -> None:
+        """Answer requests until drained; `layout` is for the metrics."""
+        self.layout = layout
         self._engine = engine
         self.status = Status.READY
         EngineLoop(engine, self._inbox, self._deliver).run()

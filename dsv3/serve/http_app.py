@@ -4,6 +4,7 @@ import hmac
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
+from importlib import resources
 from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -13,13 +14,13 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dsv3.errors import describe_error
 from dsv3.serve.answers import HttpError
-from dsv3.serve.exporter import MetricsCollector
+from dsv3.serve.exporter import CacheCollector, MetricsCollector
 from dsv3.serve.front import Front, Status
 from dsv3.serve.jobs import (
     BodyMaker,
@@ -40,6 +41,11 @@ from dsv3.version import __version__
 log = logging.getLogger(__name__)
 
 _OPEN_PATHS = ("/", "/health")  # need no key: the page asks for it
+# The page talks to this server alone, and no other page may frame it.
+_PAGE_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
+)
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -58,6 +64,7 @@ def make_app(front: Front, keys: Sequence[str] = (), origins: Sequence[str] = ()
         *((url, partial(_reply, front, make)) for url, make in bodies.items()),
     ]
     get: list[tuple[str, Handler]] = [
+        ("/", _page),
         ("/health", partial(_health, front)),
         ("/version", _version),
         ("/v1/models", partial(_models, front)),
@@ -142,6 +149,11 @@ async def _body(request: Request, limit: int) -> bytes:
     return b"".join(parts)
 
 
+async def _page(request: Request) -> Response:
+    html = resources.files("dsv3.serve").joinpath("page.html").read_text(encoding="utf-8")
+    return HTMLResponse(html, headers={"Content-Security-Policy": _PAGE_POLICY})
+
+
 async def _health(front: Front, request: Request) -> Response:
     running, waiting = front.counts()
     state = {"status": front.status.value, "running": running, "waiting": waiting}
@@ -175,7 +187,9 @@ def _model_entry(front: Front) -> dict[str, Any]:
 
 async def _metrics(front: Front, request: Request) -> Response:
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(MetricsCollector(front.engine.metrics))
+    engine = front.engine
+    registry.register(MetricsCollector(engine.metrics))
+    registry.register(CacheCollector(engine.page_states, front.layout))
     return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
 
