@@ -8,6 +8,7 @@ is tried.
 """
 
 from collections import defaultdict
+from typing import NamedTuple
 
 # Steps of each kind that are measured before they are compared, and steps after which the next
 # larger number is tried again: the machine or the text may have changed.
@@ -18,6 +19,18 @@ _MARGIN = 1.05
 # Weight of the newest measurement in the averages.
 _NEWEST_SECONDS = 0.2
 _NEWEST_SHARE = 0.05
+
+
+class _StepKind(NamedTuple):
+    """Steps whose times are averaged.
+
+    Attributes:
+        size: bits of the number of sequences: batches of about the same size.
+        num_drafts: drafts of each sequence.
+    """
+
+    size: int
+    num_drafts: int
 
 
 class DraftCount:
@@ -31,13 +44,16 @@ class DraftCount:
     def __init__(self, most: int, is_adaptive: bool) -> None:
         self._most = most
         self._is_adaptive = is_adaptive
+        # Share of the drafts verified at each place that were accepted; a guess at first.
         self._share = [0.8] * most
-        # By the size class of the batch, and by the number of drafts: seconds of a step for each
-        # sequence; of prompts: seconds of a token, without the MTP layer and with it.
-        self._seconds: dict[tuple[int, int], float] = {}
+        # Seconds of a step for each sequence.
+        self._seconds: dict[_StepKind, float] = {}
+        self._num_measured: dict[_StepKind, int] = defaultdict(int)
+        # Seconds of a prompt's token, without the MTP layer (False) and with it.
         self._prompt_seconds: dict[bool, float] = {}
-        self._num_measured: dict[tuple[int, int], int] = defaultdict(int)
+        # The number that is used now, by size.
         self._best: dict[int, int] = defaultdict(int)
+        # Tokens of prompts and of answers so far, and calls of `choose`.
         self._num_prompt = self._num_answer = self._num_chosen = 0
 
     def choose(self, num_sequences: int) -> int:
@@ -49,9 +65,9 @@ class DraftCount:
         more = min(best + 1, self._most)
         self._num_chosen += 1
         if self._num_chosen % _AGAIN == 0:
-            self._num_measured[size, more] = 0
+            self._num_measured[_StepKind(size, more)] = 0
         for count in (best, more):
-            if self._num_measured[size, count] < _TRIES:
+            if self._num_measured[_StepKind(size, count)] < _TRIES:
                 return count
         if self._cost(size, best) > _MARGIN * self._cost(size, more):
             self._best[size] = more
@@ -61,19 +77,19 @@ class DraftCount:
 
     def _cost(self, size: int, count: int) -> float:
         """Return the expected seconds of an answer's token, its share of the prompt included."""
-        tokens = reach = 1.0
+        tokens = reach = 1.0  # drafts are accepted up to a place with the product of its shares
         for share in self._share[:count]:
             reach *= share
             tokens += reach
         prompt = self._prompt_seconds.get(count > 0, self._prompt_seconds.get(False, 0.0))
-        num_prompt = self._num_prompt / max(1, self._num_answer)
-        return self._seconds[size, count] / tokens + num_prompt * prompt
+        prompt_per_answer = self._num_prompt / max(1, self._num_answer)
+        return self._seconds[_StepKind(size, count)] / tokens + prompt_per_answer * prompt
 
     def measure(self, num_sequences: int, num_drafts: int, seconds: float) -> None:
         """Record the time of a step of decoding sequences, each with up to `num_drafts` drafts."""
-        key = num_sequences.bit_length(), num_drafts
-        self._seconds[key] = _averaged(self._seconds.get(key), seconds / num_sequences)
-        self._num_measured[key] += 1
+        kind = _StepKind(num_sequences.bit_length(), num_drafts)
+        self._seconds[kind] = _averaged(self._seconds.get(kind), seconds / num_sequences)
+        self._num_measured[kind] += 1
 
     def measure_prompts(self, num_tokens: int, num_drafts: int, seconds: float) -> None:
         """Record the time of a step with prompts."""
@@ -83,7 +99,7 @@ class DraftCount:
         self._num_prompt += num_tokens
 
     def verified(self, num_drafts: int, num_accepted: int) -> None:
-        """Record the drafts of a sequence, perhaps none, and its tokens."""
+        """Record a sequence's tokens of a step: its accepted drafts, and one more."""
         self._num_answer += 1 + num_accepted
         for place in range(min(num_drafts, num_accepted + 1)):
             is_accepted = float(place < num_accepted)
