@@ -355,7 +355,7 @@ class Engine:
         out = RequestOutput(request_id=seq.request.request_id)
         if not part.num_samples:
             return self._finish(seq, "length", out)
-        if seq.pending is not None and seq.pending[0] == number:
+        if seq.pending is not None and seq.pending.step == number:
             seq.pending = None
         for row in range(part.sampled_row, part.sampled_row + part.num_samples):
             self._append(seq, result, row, out)

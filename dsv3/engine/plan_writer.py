@@ -7,7 +7,7 @@ import numpy as np
 
 from dsv3.engine.adjust import NOT_FED, AdjustedRow, pack_adjustments
 from dsv3.engine.scheduled import ScheduledSeq, ScheduledStep
-from dsv3.engine.sequence import Sequence, pack_choice
+from dsv3.engine.sequence import PendingToken, Sequence, pack_choice
 from dsv3.engine.speculation import Speculation
 from dsv3.engine.step_plan import CHOICE, NO_TARGET, Ints, StepPlan, pack_pages
 from dsv3.request import SamplingParams
@@ -86,15 +86,15 @@ def _write_sequence(
     token_ids += seq.token_ids[part.start : stop]
     fed_row = NOT_FED
     if stop > len(seq.token_ids):
-        assert seq.pending is not None and seq.pending[0] == number - 1, f"{seq.pending=}"
-        fed_row = seq.pending[1]
+        assert seq.pending is not None and seq.pending.step == number - 1, f"{seq.pending=}"
+        fed_row = seq.pending.row
         token_ids.append(-1 - fed_row)
     last_row = len(token_ids) - 1
     token_ids += part.drafts
     if part.num_samples:
         for i, mask in enumerate(_masks(part)):
             rows.add_sampled(seq, stop + i, last_row + i, fed_row, mask)
-        seq.pending = number, len(rows) - 1
+        seq.pending = PendingToken(number, len(rows) - 1)
     else:
         rows.add_checked(stop, last_row)
     seq.num_computed = part.stop

@@ -1,9 +1,9 @@
 """Scheduler of one data-parallel group: the tokens of the next step, and the pages they need.
 
 Every step takes one token of each sequence that is generating, then fills the token budget with
-prompt chunks, then admits waiting requests. Pages are taken as sequences grow. When none is left,
-idle cached ones are evicted; after those, the running request that came last gives up its pages
-and resumes later, from the part of its prefix that is still cached.
+drafts and prompt chunks, then admits waiting requests. Pages are taken as sequences grow. When none
+is left, idle cached ones are evicted; after those, the running request that came last gives up its
+pages and resumes later, from the part of its prefix that is still cached.
 
 Rank 0 only; plain numbers, no tensors. The scheduler owns its group's pages, prefix tree and lower
 cache tiers. `groups` chooses among several schedulers.

@@ -2,6 +2,7 @@
 
 from array import array
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,13 +30,20 @@ def pack_choice(params: SamplingParams, answer: int = 0) -> bytes:
     return choice.tobytes()
 
 
+class PendingToken(NamedTuple):
+    """The row of a step in flight that samples a token; rows are counted in the group."""
+
+    step: int
+    row: int
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """State of one request between steps.
 
     Planning runs ahead of results by at most one step: `num_computed` counts the planned
-    tokens, `num_committed` those with results. `pending` is the (step, row) in flight that samples
-    the token after `token_ids`.
+    tokens, `num_committed` those with results. Drafts are planned tokens until a step rejects them;
+    while a sequence is drafted, no planning runs ahead.
 
     Attributes:
         arrival: order of arrival; priority and arrival decide which sequence goes first.
@@ -45,6 +53,7 @@ class Sequence:
         num_uncached: tokens of its prompt that this group must compute, as far as was known when
             it came.
         token_ids: the prompt, then the generated tokens.
+        pending: the token after `token_ids`, while it is in flight.
         pages: its page table, as the 32-bit words that plans are made of.
         match: its cached prefix when it was last looked up while waiting.
         num_cached: prompt tokens whose entries were found in the cache.
@@ -57,7 +66,7 @@ class Sequence:
         constraint: the tokens that may come next; None if all may.
         drafts: tokens drafted after `token_ids`, to be verified by the next step.
         num_undrafted: its computed tokens that have no entry in the MTP layer's cache.
-        grams: earlier occurrences of its tokens, which drafts are taken from; None if they are not.
+        grams: index of its tokens that drafts are taken from; None before the first draft.
         choice: its sampling parameters as bytes of `CHOICE`.
         page_keys: names of its full pages in the cache's lower tiers, as far as asked for.
     """
@@ -71,7 +80,7 @@ class Sequence:
     token_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_committed: int = 0
-    pending: tuple[int, int] | None = None
+    pending: PendingToken | None = None
     pages: "array[int]" = field(default_factory=lambda: array("i"))
     match: Match | None = None
     num_cached: int | None = None
