@@ -150,7 +150,8 @@ class _DraftingRows:
         """
         seq = part.seq
         if not self._runs_mtp:
-            seq.num_undrafted += part.num_tokens
+            if self._speculation.has_mtp:
+                seq.num_undrafted += part.num_tokens
             return
         stop = part.stop - len(part.drafts)
         self._next_ids += seq.token_ids[part.start + 1 : stop]

@@ -185,6 +185,17 @@ def test_a_trained_model_accepts_its_drafts() -> None:
     assert found[0] == found[1] == found[3] and len(found[0]) > 10
 
 
+def test_drafts_from_the_text_go_on_beyond_a_long_prompt() -> None:
+    """Without the MTP layer's cache no token lacks an entry in it."""
+    prompt = [0, 3, 50, 60, 70, 4] * 16 + [0, 3, 50, 60]
+    params = SamplingParams(max_tokens=60, ignore_eos=True)
+    plain = answers(start_alone(DEMO), [prompt], params)
+    started = start_alone(DEMO, speculative_tokens=4, **NGRAM)
+    found = answers(started, [prompt], params)
+    assert found[0].token_ids == plain[0].token_ids
+    assert started.engine is not None and started.engine.metrics.drafted_tokens > 10
+
+
 def test_sampled_answers_are_the_models_own(made: Oracle) -> None:
     """With drafts, tokens are the same for each seed, and their distribution is the model's."""
     torch.manual_seed(0)
