@@ -14,6 +14,7 @@
     python launch/bench.py cache TRACE --capacity 3000 10000
     torchrun --nproc-per-node 8 launch/bench.py dispatch --config v3-671b --inner 32 --dp 8
     torchrun --nproc-per-node 2 launch/bench.py exchange
+    python launch/bench.py serve --url http://127.0.0.1:8000 --concurrency 64
 
 Without --ckpt-path: the demo model.
 """
@@ -31,7 +32,7 @@ if __name__ == "__main__":
 
 import torch
 
-from benchlib import balance, context, kernels, plan, rank
+from benchlib import balance, context, kernels, plan, rank, serve
 from benchlib.bound import Profile
 from benchlib.contest import Contender, EngineContender
 from benchlib.dialogue import Dialogue, dialogue
@@ -74,6 +75,7 @@ STANDALONE = {
     "context": (context.main, "an attention layer at long contexts, dense beside sparse"),
     "kernels": (kernels.main, "check every Triton kernel, then time it against its roofline"),
     "plan": (plan.main, "memory and step time of every layout, computed or measured here"),
+    "serve": (serve.main, "load on a running server: latencies and throughput"),
     "balance": (balance.main, "load of the busiest rank before and after balancing experts"),
 }
 

@@ -182,6 +182,7 @@ def _model_entry(front: Front) -> dict[str, Any]:
         "created": front.created,
         "owned_by": "dsv3",
         "max_model_len": front.engine.max_seq_len,
+        "vocab_size": front.engine.vocab_size,
     }
 
 

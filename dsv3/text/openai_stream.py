@@ -131,9 +131,11 @@ class _ChatChoice(_Choice):
         logprobs = None
         if output.new_logprobs:
             logprobs = chat_logprobs(output.new_logprobs, self._tokenizer)
-            deltas = deltas or [{"content": ""}]
+        has_facts = output.new_logprobs or self._ids(output).get("token_ids")
         if output.completion is not None:
             deltas.append({})
+        elif has_facts and not deltas:  # of tokens whose text is yet to come
+            deltas.append({"content": ""})
         entries = [self._entry({"delta": delta}, None, None) for delta in deltas]
         if entries:
             entries[0] |= {"logprobs": logprobs} | self._ids(output)
@@ -175,7 +177,8 @@ class _TextChoice(_Choice):
             self._is_echo_due = False
             text = self._prompt_text() + text
         is_last = output.completion is not None
-        if not (text or is_last or output.new_logprobs):
+        has_facts = output.new_logprobs or self._ids(output).get("token_ids")
+        if not (text or is_last or has_facts):
             return []
         reason = None
         if output.completion is not None:
