@@ -1,0 +1,125 @@
+"""Answers that follow a JSON schema: masks on rank 0, and their effect on rows of logits."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dsv3.engine.adjust import AdjustedRow, Adjuster, Adjustments, pack_adjustments
+from dsv3.engine.constraint import Constraint, Grammars
+from dsv3.errors import RequestError
+from dsv3.request import Request, SamplingParams
+from dsv3.text.tokenizer import Tokenizer
+
+pytest.importorskip("llguidance", reason="schemas need llguidance: pip install llguidance")
+TOKENIZER = Tokenizer.load(Path(__file__).parents[2] / "checkpoints" / "demo-v3")
+VOCAB, EOS = 2050, 1  # two more rows of logits than tokens
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"type": "integer"}, "b": {"enum": ["x", "yy"]}},
+    "required": ["a", "b"],
+    "additionalProperties": False,
+}
+GRAMMARS = Grammars(TOKENIZER, VOCAB, [EOS])
+
+
+def constraint(schema: Any, prompt: str = "Hi", **more: Any) -> Constraint:
+    ids = TOKENIZER.encode(prompt, add_special_tokens=False)
+    params = SamplingParams(**more)
+    asked = Request(
+        request_id="r", prompt_ids=ids, params=params, schema=json.dumps(schema), is_chat=True
+    )
+    made = GRAMMARS.constraint(asked)
+    assert made is not None
+    return made
+
+
+def allowed(mask: bytes) -> set[int]:
+    bits = np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")
+    return set(np.flatnonzero(bits).tolist())
+
+
+def test_all_texts_that_the_masks_allow_follow_the_schema() -> None:
+    prompt = TOKENIZER.encode("Hi", add_special_tokens=False)
+    for seed in range(10):
+        draw = np.random.default_rng(seed)
+        made = constraint(SCHEMA)
+        ids: list[int] = []
+        while EOS not in ids:
+            (mask,) = made.masks(prompt + ids)
+            ids.append(int(draw.choice(sorted(allowed(mask)))))
+            assert len(ids) < 60
+        value = json.loads(TOKENIZER.decode(ids[:-1]))
+        assert list(value) == ["a", "b"]
+        assert abs(value["a"]) < 2**53 and value["b"] in ("x", "yy")
+
+
+def test_drafts_get_the_masks_of_their_places_and_leave_no_trace() -> None:
+    prompt = TOKENIZER.encode("Hi", add_special_tokens=False)
+    answer = TOKENIZER.encode_ordinary('{"a": 12, "b": "yy"}')
+    steps = constraint(SCHEMA)
+    want = [steps.masks(prompt + answer[:i])[0] for i in range(len(answer) + 1)]
+    drafting = constraint(SCHEMA)
+    for i in range(len(answer) - 3):
+        assert drafting.masks(prompt + answer[:i], answer[i : i + 3]) == want[i : i + 4]
+        wrong = drafting.masks(prompt + answer[:i], [answer[i], 3, 3])
+        assert wrong[:2] == want[i : i + 2] and len(wrong) == 4
+
+
+def test_a_thought_comes_before_the_schema() -> None:
+    prompt = TOKENIZER.encode("Hi<think>", add_special_tokens=False)
+    end = TOKENIZER.id_of("</think>")
+    assert end is not None
+    made = constraint(SCHEMA, "Hi<think>")
+    (mask,) = made.masks([*prompt, 60, 61])
+    assert EOS not in allowed(mask) and len(allowed(mask)) > 2000
+    masks = made.masks([*prompt, 60, 61], [62, end, 63])
+    assert len(allowed(masks[1])) > 2000
+    assert {TOKENIZER.token_text(i)[0] for i in allowed(masks[2])} == {"{"}
+    (mask,) = made.masks([*prompt, 60, 61, end])
+    assert mask == masks[2]
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [{"type": "no such type"}, {"not": {}}, {"$ref": "#/x"}, {"enum": []}, {"properties": 3}],
+)
+def test_a_schema_that_cannot_be_followed_is_refused(schema: Any) -> None:
+    with pytest.raises(RequestError, match="the JSON schema cannot be followed"):
+        constraint(schema)
+
+
+def test_ignore_eos_excludes_a_schema() -> None:
+    with pytest.raises(RequestError, match="ignore_eos"):
+        constraint(SCHEMA, ignore_eos=True)
+
+
+def test_masks_forbid_tokens_of_their_rows() -> None:
+    draw = np.random.default_rng(0)
+    width = 70
+    bits = draw.integers(0, 2, (2, 96)).astype(np.uint8)
+    masks = [np.packbits(row, bitorder="little").tobytes() for row in bits]
+    biased = Adjuster(SamplingParams(logit_bias={3: 5.0}), [])
+    plain = Adjuster(SamplingParams(), [])
+    rows = [
+        AdjustedRow(0, -1, plain, [], masks[0]),
+        AdjustedRow(2, -1, biased, []),
+        AdjustedRow(3, -1, biased, [], masks[1]),
+    ]
+    unpacked = Adjustments.unpack(pack_adjustments(rows), torch.zeros(4, dtype=torch.int64))
+    assert unpacked is not None
+    logits = torch.zeros(4, width)
+    unpacked.apply(logits)
+    want = torch.zeros(4, width)
+    want[2:, 3] = 5
+    for row, mask in ((0, bits[0]), (3, bits[1])):
+        want[row, torch.from_numpy(mask[:width] == 0)] = -torch.inf
+    assert torch.equal(logits, want)
+    some = unpacked.select(np.array([1, 3]))
+    assert some is not None
+    part = torch.zeros(2, width)
+    some.apply(part)
+    assert torch.equal(part, want[[1, 3]])
