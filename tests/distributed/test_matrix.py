@@ -257,6 +257,8 @@ def test_drafts_were_accepted_and_rejected(run: Run, world_size: int) -> None:
             assert tokens["drafted"] == 0, name
         elif name.startswith("demo, drafts"):
             assert 0.1 * tokens["drafted"] < tokens["accepted"] < tokens["drafted"], name
+        elif "repeated" in name:  # few, but a text that repeats itself goes on so
+            assert 0 < tokens["accepted"] <= tokens["drafted"], name
         else:
             assert 0 <= tokens["accepted"] < 0.5 * tokens["drafted"], name
 
