@@ -10,7 +10,7 @@ from benchlib.workload import BenchRequest
 from dsv3.engine.engine import Engine
 from dsv3.engine.metrics import Metrics
 from dsv3.engine.start import Started
-from dsv3.errors import ConfigError
+from dsv3.errors import ConfigError, describe_error
 from dsv3.text.chat import ChatFormat, UnusableFormat
 
 
@@ -42,11 +42,12 @@ def read_conversations(
     if isinstance(chat, UnusableFormat):
         raise ConfigError(f"{checkpoint}: no chat format for the conversations of {path}")
     requests = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        row = json.loads(line)
-        messages = row.get("body", row).get("messages")
-        if not messages:
-            raise ConfigError(f"{path}: row {number} has no messages")
+    for number, line in enumerate(_text(path).splitlines(), 1):
+        try:
+            row = json.loads(line)
+            messages = row.get("body", row)["messages"]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ConfigError(f"{path}: row {number} is no JSON with messages") from None
         ids = chat.prompt_ids(messages, None)
         if len(ids) + num_tokens <= started.engine.max_seq_len:
             requests.append(BenchRequest(ids, num_tokens))
@@ -93,3 +94,10 @@ def _ratio(
     plain: Sequence[RunResult], mine: Sequence[RunResult], figure: Callable[[RunResult], float]
 ) -> float:
     return median_of(plain, figure) / median_of(mine, figure)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: {describe_error(error)}") from None
