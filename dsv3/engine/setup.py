@@ -9,7 +9,7 @@ from dsv3.cache.layout import CacheLayout
 from dsv3.checkpoint.contradictions import source_warnings
 from dsv3.checkpoint.load import bf16_vectors, fp8_weights, has_fp8_experts, has_fp8_weights
 from dsv3.checkpoint.reader import Source
-from dsv3.config import ModelConfig
+from dsv3.config import ModelConfig, ParallelConfig
 from dsv3.distributed.mesh import Mesh
 from dsv3.engine.balance import place_experts
 from dsv3.engine.ignored import ignored_settings
@@ -88,12 +88,8 @@ def decide(source: Source, settings: EngineConfig, mesh: Mesh, n_experts: int | 
     """
     config = source.config
     mesh.layout.check(config)
-    if mesh.layout.dp > 1 and settings.disk_cache:
-        raise ConfigError(
-            f"{settings.named('kv_disk_cache')} serves one data-parallel group, "
-            f"dp={mesh.layout.dp} has more; use {settings.named('kv_host_cache')}, or "
-            f"{settings.named('dp')}=1"
-        )
+    if settings.disk_cache:
+        _check_disk_cache(settings, config, mesh.layout)
     if n_experts not in (None, config.n_routed_experts):
         name = settings.named("n_experts")
         raise ConfigError(f"{name}={n_experts} but the model has {config.n_routed_experts}")
@@ -125,6 +121,21 @@ def decide(source: Source, settings: EngineConfig, mesh: Mesh, n_experts: int | 
         weight_bytes=weight_bytes(config, mesh, fmt, placement, speculation.has_mtp),
         speculation=speculation,
     )
+
+
+def _check_disk_cache(settings: EngineConfig, config: ModelConfig, layout: ParallelConfig) -> None:
+    """Raise ConfigError if pages cannot be kept on disk."""
+    name = settings.named("kv_disk_cache")
+    if layout.dp > 1:
+        raise ConfigError(
+            f"{name} serves one data-parallel group, dp={layout.dp} has more; use "
+            f"{settings.named('kv_host_cache')}, or {settings.named('dp')}=1"
+        )
+    if config.has_indexer and settings.cache_form == "heads":
+        raise ConfigError(
+            f"{name} does not keep the indexer's keys beside heads ({settings.given('attn_impl')});"
+            f" use {settings.named('attn_impl')}=auto, or {settings.named('kv_host_cache')}"
+        )
 
 
 def _warn(source: Source, settings: EngineConfig, mesh: Mesh) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dsv3.errors import ConfigError
 from dsv3.model import indexer
 from dsv3.request import SamplingParams
 from dsv3_kernels import PageTables, candidate_positions, select_slots
@@ -164,3 +165,13 @@ def test_index_keys_in_fp8(made: Oracle, selected: list[Tensor], attn_impl: str)
         last = exact[-len(ours) :]
         assert torch.equal(ours.sum(1), last.sum(1))
         assert 0 < (ours & ~last).sum() < share * last.sum()
+
+
+def test_the_disk_cache_refuses_heads_with_index_keys(oracle: MAKE, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="attn_impl=naive"):
+        start_alone(
+            oracle("v3.2-long").path,
+            attn_impl="naive",
+            kv_disk_cache=f"{tmp_path}:1MiB",
+            kv_host_cache="1MiB",
+        )
