@@ -101,6 +101,11 @@ def decide(source: Source, settings: EngineConfig, mesh: Mesh, n_experts: int | 
     if placement is not None:  # a group's experts may be anywhere
         dispatch = replace(dispatch, groups=(1, 1))
     speculation = Speculation.decide(settings, source, placement)
+    if mesh.layout.rank == 0 and speculation.num_drafts:
+        maker = (
+            "by the MTP layer" if speculation.has_mtp else "from earlier occurrences in the text"
+        )
+        log.info("drafts: up to %d tokens a step, %s", speculation.num_drafts, maker)
     return Setup(
         config=config,
         settings=settings,
