@@ -219,5 +219,7 @@ async def _internal_error(request: Request, error: Exception) -> Response:
     if isinstance(error, ClientDisconnect):
         return Response(status_code=499)
     path = request.url.path
-    log.error("%s", path, exc_info=error)
-    return JSONResponse(_error(path, f"internal error: {describe_error(error)}", 500), 500)
+    reason = describe_error(error)
+    log.error("%s 500: %s", path, reason)
+    log.debug("%s", path, exc_info=error)
+    return JSONResponse(_error(path, f"internal error: {reason}", 500), 500)

@@ -89,8 +89,9 @@ def openai_job(url: str) -> JobMaker:
         ]
         front.check_model(requests[0].model)
         for request in requests if is_stream else ():
-            if request.echo and request.params.logprobs is not None:
-                raise RequestError("stream=true with echo and logprobs is not supported")
+            if request.params.prompt_logprobs is not None:
+                what = "prompt_logprobs" if request.list_prompt_logprobs else "echo and logprobs"
+                raise RequestError(f"stream=true with {what} is not supported")
         answers = encode_answers(front, engine, requests, name)
         head = ResponseHead(
             name=name,

@@ -70,8 +70,34 @@ def response_body(
         if request.return_token_ids:
             entry["token_ids"] = completion.token_ids
             entry["prompt_token_ids"] = completion.prompt_ids
+        if request.list_prompt_logprobs:
+            entry["prompt_logprobs"] = _prompt_logprobs(completion, tokenizer)
         choices.append(entry)
     return head.fields(is_chat) | {"choices": choices, "usage": usage(requests, completions)}
+
+
+def _prompt_logprobs(
+    completion: Completion, tokenizer: Tokenizer | None
+) -> list[dict[str, Any] | None]:
+    """Return the log-probabilities of a prompt in vLLM's form: by token id, first the own one.
+
+    The rank of a token that is not among the likeliest ones is unknown.
+    """
+    listed: list[dict[str, Any] | None] = [None]
+    for entry in completion.prompt_logprobs or ():
+        ranks = {token_id: rank for rank, (token_id, _) in enumerate(entry.top, 1)}
+        by_id = {entry.token_id: entry.logprob} | dict(entry.top)
+        listed.append(
+            {
+                str(token_id): {
+                    "logprob": max(logprob, LOWEST),
+                    "rank": ranks.get(token_id),
+                    "decoded_token": _token_name(token_id, tokenizer),
+                }
+                for token_id, logprob in by_id.items()
+            }
+        )
+    return listed
 
 
 def finish_reason(reason: str) -> str:

@@ -2,8 +2,8 @@
 
 Every field of a body is either supported or refused by name, except for the few below that do not
 affect the answer. Fields beyond OpenAI's: `top_k`, `min_p`, `repetition_penalty`, `ignore_eos`,
-`stop_token_ids`, `return_token_ids`, `speculative_tokens`, `chat_template_kwargs` with `thinking`,
-and DeepSeek's `thinking` and `reasoning_effort`.
+`stop_token_ids`, `return_token_ids`, `prompt_logprobs`, `speculative_tokens`,
+`chat_template_kwargs` with `thinking`, and DeepSeek's `thinking` and `reasoning_effort`.
 """
 
 import re
@@ -55,6 +55,9 @@ def parse_request(url: str, body: Any, name: str, defaults: Defaults) -> TextReq
         specific = _completion_fields(fields)
         sampling = defaults.sampling(requested, COMPLETION_DEFAULTS)
     logprobs = specific.pop("logprobs")
+    listed = fields.integer("prompt_logprobs", 0, MAX_LOGPROBS)
+    echoed = logprobs if specific.get("echo") else None
+    prompt_logprobs = echoed if listed is None else max(listed, echoed or 0)
     stop = fields.take("stop", _is_stop, "a text or a list of texts, none empty") or ()
     seed = fields.integer("seed", -(2**63), 2**63 - 1)
     request = TextRequest(
@@ -69,11 +72,12 @@ def parse_request(url: str, body: Any, name: str, defaults: Defaults) -> TextReq
             ),
             ignore_eos=fields.truth("ignore_eos") or False,
             logprobs=logprobs,
-            prompt_logprobs=logprobs if specific.get("echo") else None,
+            prompt_logprobs=prompt_logprobs,
             speculative_tokens=fields.integer("speculative_tokens", 0, 2**31 - 1),
         ),
         limit_is_default=requested.max_tokens is None,
         return_token_ids=fields.truth("return_token_ids") or False,
+        list_prompt_logprobs=listed is not None,
         priority=fields.integer("priority", -(2**31), 2**31 - 1) or 0,
         conversation_id=fields.text("conversation_id"),
         model=fields.text("model") or "",

@@ -37,6 +37,7 @@ class TextRequest:
         limit_is_default: max_tokens was not specified and is reduced to the rest of the context.
         echo: the answer's text begins with the prompt.
         return_token_ids: return the tokens of answer and prompt.
+        list_prompt_logprobs: return the log-probabilities of the prompt's tokens in a list.
         tools: tools that the model may or must call.
         schema: JSON schema that the answer follows; None is free text.
         priority, conversation_id: as in `Request`.
@@ -50,6 +51,7 @@ class TextRequest:
     thinking: bool | None = None
     echo: bool = False
     return_token_ids: bool = False
+    list_prompt_logprobs: bool = False
     tools: ToolUse | None = None
     schema: Mapping[str, Any] | None = None
     priority: int = 0
@@ -73,8 +75,8 @@ class TextRequest:
         content["n"] = content["params"].pop("n")
         del content["params"]["speculative_tokens"]  # changes no answer
         content["thinking"] = bool(self.thinking)  # None was added later, and counts as False
-        for name in ("tools", "schema"):
-            if content[name] is None:
+        for name in ("tools", "schema", "list_prompt_logprobs"):
+            if not content[name]:
                 del content[name]
         return digest(json.dumps(content, sort_keys=True, separators=(",", ":")))
 

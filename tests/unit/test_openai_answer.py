@@ -137,3 +137,22 @@ def test_without_a_tokenizer_tokens_are_named_by_their_ids(echo: bool) -> None:
     prompt = ["token_id:5", "token_id:6"] if echo else []
     assert choice["logprobs"]["tokens"] == [*prompt, "token_id:7"]
     assert choice["logprobs"]["top_logprobs"][-1] == {"token_id:8": -0.5}
+
+
+def test_prompt_logprobs_are_listed_by_token() -> None:
+    asked = parse_request(COMPLETIONS, {"prompt": "Hi", "prompt_logprobs": 1}, "row", Defaults())
+    assert (asked.params.prompt_logprobs, asked.params.logprobs) == (1, None)
+    done = completion("Hi you", "Ho")
+    done.prompt_logprobs = [
+        TokenLogprobs(i, -float("inf"), ((7, -0.5),)) for i in done.prompt_ids[1:]
+    ]
+    listed = body(asked, done)["choices"][0]["prompt_logprobs"]
+    assert listed[0] is None and len(listed) == len(done.prompt_ids)
+    own = str(done.prompt_ids[1])
+    assert list(listed[1]) == [own, "7"]
+    assert listed[1][own]["logprob"] == LOWEST and listed[1][own]["rank"] is None
+    assert listed[1]["7"] == {
+        "logprob": -0.5,
+        "rank": 1,
+        "decoded_token": TOKENIZER.token_text(7),
+    }

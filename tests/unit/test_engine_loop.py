@@ -1,0 +1,167 @@
+"""The main loop of a server: commands in, outputs out; answers that wait for their readers."""
+
+import asyncio
+from collections import deque
+from queue import SimpleQueue
+from typing import Any, cast
+
+import pytest
+
+from dsv3.engine.engine import Engine
+from dsv3.errors import RequestError
+from dsv3.request import Completion, Request, RequestOutput, SamplingParams
+from dsv3.serve.answers import MAX_UNREAD_TOKENS, Answer, HttpError
+from dsv3.serve.engine_loop import Cancel, Command, Delivery, Drain, EngineLoop, Submit
+from dsv3.serve.front import Front, Limits, Served
+from dsv3.text.defaults import Defaults
+
+
+def output(name: str, *ids: int, is_last: bool = False) -> RequestOutput:
+    done = None
+    if is_last:
+        done = Completion(
+            request_id=name, prompt_ids=[1], token_ids=[*ids], text="", finish_reason="stop"
+        )
+    text = "".join(map(str, ids))
+    return RequestOutput(request_id=name, new_token_ids=[*ids], new_text=text, completion=done)
+
+
+def request(name: str, num_tokens: int = 2) -> Request:
+    return Request(request_id=name, prompt_ids=[1], params=SamplingParams(max_tokens=num_tokens))
+
+
+class FakeEngine:
+    """Answers each request with the numbers from 0 on; refuses those of one token."""
+
+    max_running = 2
+
+    def __init__(self) -> None:
+        self.left: dict[str, deque[int]] = {}
+        self.cancelled: list[str] = []
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self.left)
+
+    def has_work(self) -> bool:
+        return bool(self.left)
+
+    def update_gauges(self) -> None:
+        pass
+
+    def add(self, request: Request) -> None:
+        if request.params.max_tokens == 1:
+            raise RequestError("one token is too few")
+        self.left[request.request_id] = deque(range(request.params.max_tokens))
+
+    def cancel(self, request_id: str) -> None:
+        self.cancelled.append(request_id)
+        self.left.pop(request_id, None)
+
+    def step(self) -> list[RequestOutput]:
+        outputs = []
+        for name, tokens in list(self.left.items()):
+            token = tokens.popleft()
+            outputs.append(output(name, token, is_last=not tokens))
+            if not tokens:
+                del self.left[name]
+        return outputs
+
+
+def run(*commands: Command) -> tuple[FakeEngine, list[Delivery]]:
+    """Carry out commands until drained."""
+    engine = FakeEngine()
+    inbox: SimpleQueue[Command] = SimpleQueue()
+    for command in commands:
+        inbox.put(command)
+    deliveries: list[Delivery] = []
+    EngineLoop(cast(Engine, engine), inbox, deliveries.extend).run()
+    return engine, deliveries
+
+
+def test_requests_are_answered_before_the_end() -> None:
+    answer = Answer(["a", "b"])
+    engine, deliveries = run(Submit(answer, [request("a"), request("b", 3)]), Drain(60))
+    assert not engine.left
+    assert [item.request_id for _, item in deliveries if isinstance(item, RequestOutput)] == [
+        *("a", "b", "a", "b", "b")
+    ]
+
+
+def test_all_answers_or_none() -> None:
+    answer = Answer(["a", "b"])
+    engine, deliveries = run(Submit(answer, [request("a"), request("b", 1)]), Drain(60))
+    ((to, failure),) = deliveries
+    assert to is answer and isinstance(failure, HttpError)
+    assert (failure.status, failure.message) == (400, "one token is too few")
+    assert engine.cancelled == ["a"]
+
+
+def test_cancelled_requests_get_no_more_outputs() -> None:
+    answer = Answer(["a"])
+    engine, deliveries = run(Submit(answer, [request("a", 50)]), Cancel(["a", "z"]), Drain(60))
+    assert not deliveries and engine.cancelled == ["a", "z"]
+
+
+def test_answers_fail_when_the_time_to_drain_is_over() -> None:
+    answer = Answer(["a"])
+    engine, deliveries = run(Submit(answer, [request("a", 10**6)]), Drain(0.05))
+    failure = deliveries[-1][1]
+    assert isinstance(failure, HttpError) and failure.status == 503
+    assert engine.cancelled == ["a"]
+
+
+def test_unread_outputs_are_joined() -> None:
+    async def main() -> None:
+        answer = Answer(["a", "b"])
+        for item in (output("a", 1), output("b", 5), output("a", 2), output("a", 3, is_last=True)):
+            answer.push(item)
+        first, second = await answer.read()
+        assert (first.new_token_ids, first.new_text) == ([1, 2, 3], "123")
+        assert first.completion is not None and second.new_token_ids == [5]
+        assert answer.unfinished == {"b"}
+        assert await answer.read(0.01) == []
+        answer.push(output("b", 6))
+        answer.push(HttpError("gone", 503))
+        assert [item.new_token_ids for item in await answer.read()] == [[6]]
+        with pytest.raises(HttpError, match="gone"):
+            await answer.read()
+
+    asyncio.run(main())
+
+
+def front(**limits: Any) -> Front:
+    served = Served(model="m", fingerprint="", chat_format=None, defaults=Defaults())
+    made = Front(served, Limits(**limits))
+    made._engine = cast(Engine, FakeEngine())
+    made.status = type(made.status).READY
+    return made
+
+
+def test_a_client_that_does_not_read_is_cut_off() -> None:
+    async def main() -> None:
+        made = front()
+        with made.answering([request("a")]) as answer:
+            made._receive([(answer, output("a", *range(MAX_UNREAD_TOKENS)))])
+            assert made._inbox.qsize() == 1
+            made._receive([(answer, output("a", 1))])
+            assert isinstance(made._inbox.get(), Submit)
+            assert made._inbox.get() == Cancel(("a",))
+
+    asyncio.run(main())
+
+
+def test_the_line_is_bounded_and_what_is_left_is_cancelled() -> None:
+    async def main() -> None:
+        made = front(max_waiting=1)
+        with made.answering([request("a"), request("b"), request("c")]):
+            with pytest.raises(HttpError) as refused, made.answering([request("d")]):
+                pass
+            assert (refused.value.status, refused.value.retry_after) == (429, 1)
+        made._inbox.get()
+        cancelled = made._inbox.get()
+        assert isinstance(cancelled, Cancel) and {*cancelled.request_ids} == {"a", "b", "c"}
+        with made.answering([request("d")]):
+            pass
+
+    asyncio.run(main())
