@@ -192,10 +192,13 @@ MALFORMED = {
     "stream": (chat(stream=True), "stream=true is not supported, only false"),
     "penalty": (chat(presence_penalty=2.5), "presence_penalty=2.5 must be between -2 and 2"),
     "logit_bias": (chat(logit_bias={"5": 101}), "logit_bias[5]=101"),
-    "tools": (chat(tools=[{"type": "function"}]), 'tools=[{"type": "function"}] is not supported'),
+    "tools": (
+        chat(tools=[{"type": "function"}]),
+        'tools[0] must be like {"type": "function", "function": {...}}',
+    ),
     "response_format": (
-        chat(response_format={"type": "json_object"}),
-        'response_format={"type": "json_object"} is not supported, only {"type": "text"}',
+        chat(response_format={"type": "yaml"}),
+        'response_format.type="yaml" is not supported, only text, json_object and json_schema',
     ),
     "unknown field": (chat(temprature=0), "temprature is not a supported field"),
     "template option": (
