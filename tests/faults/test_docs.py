@@ -22,6 +22,7 @@ NOT_RUN = {
     "v3-671b --world": "minutes, and many gigabytes",
     "context --config v3.2-671b": "minutes, and gigabytes",
     "--peer transformers": "minutes",
+    "bench.py drafts --input-file tests": "minutes",
     "scripts/": "installs",
     "source .venv": "installs",
 }
