@@ -1,5 +1,6 @@
 """A checkpoint's chat template, rendered in a separate process (`template_worker.py`)."""
 
+import gc
 import json
 import signal
 import socket
@@ -43,7 +44,7 @@ class ChatTemplate:
         if len(source) > _MAX_CHARS:
             raise CheckpointError(f"{name}: chat template: more than {_MAX_CHARS:,} characters")
         try:
-            make_environment().parse(source)  # evaluates nothing, unlike compilation
+            _parse(source)
         except TemplateSyntaxError as error:
             fault = f"{name}: chat template, line {error.lineno}: {error.message}"
             raise CheckpointError(fault) from None
@@ -109,6 +110,21 @@ class ChatTemplate:
         if answer is None:
             raise CheckpointError(f"{self._name}: the process of the chat template was ended")
         return answer
+
+
+def _parse(source: str) -> None:
+    """Parse a template, which evaluates nothing, unlike compilation.
+
+    Nesting may reach the limit of recursion; a garbage collection there would run finalizers of
+    unrelated objects, which would fail.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        make_environment().parse(source)
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class _Worker:
