@@ -10,6 +10,7 @@ from typing import get_args
 
 from dsv3.config_fields import check_token_ids, check_value, shown
 from dsv3.config_indexer import FULL, check_indexer_types
+from dsv3.config_integers import IntegerConfig
 from dsv3.errors import ConfigError
 
 MODEL_TYPES = (
@@ -111,6 +112,13 @@ class QuantizationConfig:
             raise ConfigError(f"scale_fmt={shown(self.scale_fmt)} must be 'ue8m0' or absent")
 
 
+_PARTS = {
+    "rope_scaling": RopeScaling,
+    "quantization": QuantizationConfig,
+    "integers": IntegerConfig,
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """The shape of a model of DeepSeek's V2/V3 architecture, with Hugging Face's field names.
@@ -170,6 +178,7 @@ class ModelConfig:
     index_share_for_mtp_iteration: bool = False
     indexer_types: tuple[str, ...] | None = None
     quantization: QuantizationConfig | None = None
+    integers: IntegerConfig | None = None
     torch_dtype: str = "bfloat16"
     warning: str = dataclasses.field(default="", compare=False, repr=False)
 
@@ -183,7 +192,7 @@ class ModelConfig:
     def _check_values(self) -> None:
         check_family(self.model_type)
         _check_fields(self)
-        for name, kind in (("rope_scaling", RopeScaling), ("quantization", QuantizationConfig)):
+        for name, kind in _PARTS.items():
             value = getattr(self, name)
             if value is not None and not isinstance(value, kind):
                 raise ConfigError(f"{name}={shown(value)} must be a {kind.__name__}")
@@ -311,10 +320,12 @@ class ModelConfig:
     def mlp_unit(self) -> int:
         """Unit in which the inner dims of dense MLPs and shared experts are split over tp.
 
-        It is a whole FP8 block in quantized models, since a cut block cannot be multiplied in FP8.
-        On 32 ranks, half of them hold a block of V3's shared expert, and the others nothing.
+        It is a whole FP8 block or group of integers in quantized models, since a cut one cannot be
+        multiplied as it is stored. On 32 ranks, half of them hold a block of V3's shared expert,
+        and the others nothing.
         """
-        return 1 if self.quantization is None else self.quantization.block[0]
+        block = 1 if self.quantization is None else self.quantization.block[0]
+        return block if self.integers is None else max(block, self.integers.unit)
 
     @property
     def softmax_scale(self) -> float:

@@ -74,7 +74,7 @@ _ARCHITECTURES = {
     "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
 }
 # Fields of ModelConfig that config.json represents differently.
-_NOT_OF_HF = ("eos_token_ids", "quantization", "rope_scaling", "warning")
+_NOT_OF_HF = ("eos_token_ids", "integers", "quantization", "rope_scaling", "warning")
 
 
 def load_model_config(
@@ -228,13 +228,23 @@ def hf_quantization_dict(quantization: QuantizationConfig) -> dict[str, Any]:
 
 
 def recast_config_dict(
-    data: Mapping[str, Any], quantization: QuantizationConfig | None
+    data: Mapping[str, Any],
+    quantization: QuantizationConfig | None,
+    integers: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return the `config.json` of the same model with weights cast to another type."""
+    """Return the `config.json` of the same model with weights cast to another type.
+
+    Args:
+        data: the file's contents.
+        quantization: of FP8 weights.
+        integers: the `quantization_config` of a model with integers, instead of one of FP8.
+    """
     stale = {*QUANTIZATION_KEYS, "scale_fmt"}
     if data.get("dtype") in ("bf16", "fp8"):  # of DeepSeek's inference fields
         stale.add("dtype")
     recast = {key: value for key, value in data.items() if key not in stale}
-    if quantization is not None:
+    if integers is not None:
+        recast["quantization_config"] = dict(integers)
+    elif quantization is not None:
         recast["quantization_config"] = hf_quantization_dict(quantization)
     return recast

@@ -32,7 +32,7 @@ Names = Mapping[str, Any]
 
 # Fields that are read by separate functions.
 _READ_APART = {
-    *("eos_token_ids", "indexer_types", "quantization"),
+    *("eos_token_ids", "indexer_types", "quantization", "integers"),
     *("rope_scaling", "rope_theta", "torch_dtype"),
 }
 _FIELDS = [
@@ -145,6 +145,7 @@ def from_hf(data: Names, where: str, tensors_decide: bool = False) -> ModelConfi
         "rope_theta": rope.theta,
         "rope_scaling": rope.scaling,
         "quantization": quantization.config,
+        "integers": quantization.integers,
     }
     if "first_k_dense_replace" not in fields and isinstance(data.get("mlp_layer_types"), list):
         fields["first_k_dense_replace"] = data["mlp_layer_types"].count("dense")

@@ -1,7 +1,7 @@
-"""Read the quantization of Hugging Face's `config.json`; only FP8 in blocks is supported.
+"""Read the quantization of Hugging Face's `config.json`: FP8 in blocks, or integers.
 
 `quant_method` is "fp8" in the published models and in files of transformers; "compressed-tensors"
-describes the same format, and others, with other keys.
+describes the same format and integers with other keys, "awq" describes integers.
 """
 
 from collections.abc import Mapping
@@ -10,6 +10,12 @@ from typing import Any
 
 from dsv3.config import QuantizationConfig
 from dsv3.config_fields import check_mapping, check_only, shown
+from dsv3.config_integers import (
+    IntegerConfig,
+    is_integer_group,
+    read_awq_config,
+    read_integer_config,
+)
 from dsv3.errors import ConfigError
 
 Names = Mapping[str, Any]
@@ -24,9 +30,9 @@ _QUANTIZATION_KNOWN = {
 }
 _BLOCK_WEIGHTS = {"type": "float", "num_bits": 8, "strategy": "block"}
 _BLOCKS = ([128, 128], "128x128")
+_METHODS = ("fp8", "compressed-tensors", "awq")
 _ONLY = (
-    "of compressed-tensors only FP8 with a scale per 128 x 128 block is supported (no int4 or "
-    "other packed weights)"
+    "of compressed-tensors only int8, int4, and FP8 with a scale per 128 x 128 block are supported"
 )
 
 
@@ -39,12 +45,14 @@ class Quantization:
     """Quantization of a file.
 
     Attributes:
-        config: None if the weights are not quantized, or the format is ignored.
+        config: of FP8 weights; None if there are none, or the format is ignored.
+        integers: of integer weights; None likewise.
         unknown: unknown keys.
         warning: why the quantization is ignored; otherwise empty.
     """
 
     config: QuantizationConfig | None = None
+    integers: IntegerConfig | None = None
     unknown: tuple[str, ...] = ()
     warning: str = ""
 
@@ -78,18 +86,19 @@ def _supported_quantization(data: Names, where: str) -> Quantization:
     for key in QUANTIZATION_KEYS:
         if data.get(key) is not None:
             given = check_mapping(data[key], f"{where}: {key}")
-            methods = ("fp8", "compressed-tensors")
-            if key != "quantization_config" or given.get("quant_method") not in methods:
+            if key != "quantization_config" or given.get("quant_method") not in _METHODS:
                 raise UnsupportedQuantizationError(
                     f"{where}: {key}: weights with {_described(given)} are not supported; only "
-                    "block-scaled fp8 is (no int4 or other packed weights)"
+                    "block-scaled fp8, compressed-tensors and awq are"
                 )
     if data.get("quantization_config") is None:
         return Quantization()
     given = data["quantization_config"]
     name = f"{where}: quantization_config"
     if given["quant_method"] == "compressed-tensors":
-        return Quantization(_compressed_tensors(given, name))
+        return _compressed_tensors(given, name)
+    if given["quant_method"] == "awq":
+        return Quantization(integers=read_awq_config(given, name))
     check_only(given, _QUANTIZATION_ONLY, f"{name}.")
     block = given.get("weight_block_size")
     scale_fmt = given.get("scale_fmt")
@@ -111,7 +120,7 @@ def _supported_quantization(data: Names, where: str) -> Quantization:
             f"scale_fmt={shown(scale_fmt)}; correct or remove one of them"
         )
     unknown = [f"quantization_config.{key}" for key in given if key not in _QUANTIZATION_KNOWN]
-    return Quantization(config, tuple(unknown))
+    return Quantization(config, unknown=tuple(unknown))
 
 
 def _described(quantization: Names) -> str:
@@ -122,7 +131,7 @@ def _described(quantization: Names) -> str:
     return (", ".join(given) or "no quant_method") + (" (MLX)" if is_mlx else "")
 
 
-def _compressed_tensors(data: Mapping[str, Any], where: str) -> QuantizationConfig:
+def _compressed_tensors(data: Mapping[str, Any], where: str) -> Quantization:
     """Return the quantization of a config with quant_method "compressed-tensors".
 
     Its FP8_BLOCK format is that of the published models, with scales named `weight_scale`.
@@ -145,15 +154,25 @@ def _compressed_tensors(data: Mapping[str, Any], where: str) -> QuantizationConf
         raise ConfigError(
             f"{where}: config_groups={shown(groups)} lists no groups of weights; {_ONLY}"
         )
-    for name, group in groups.items():
+    has_integers = any(is_integer_group(group) for group in groups.values())
+    blocks = {name: group for name, group in groups.items() if not is_integer_group(group)}
+    for name, group in blocks.items():
         full = f"{where}: config_groups.{name}"
         weights = group.get("weights") if isinstance(group, dict) else None
         if not isinstance(weights, dict):
             raise ConfigError(f"{full} has no weights; {_ONLY}")
+        if weights.get("type", "int") == "int":
+            bits = shown(weights.get("num_bits"))
+            raise UnsupportedQuantizationError(
+                f"{full}.weights.num_bits={bits} is not supported; {_ONLY}"
+            )
         wrong = [key for key, value in _BLOCK_WEIGHTS.items() if weights.get(key) != value]
         if weights.get("block_structure") not in _BLOCKS:
             wrong.append("block_structure")
         if wrong:
             value = f"{full}.weights.{wrong[0]}={shown(weights.get(wrong[0]))}"
             raise UnsupportedQuantizationError(f"{value} is not supported; {_ONLY}")
-    return QuantizationConfig()
+    return Quantization(
+        QuantizationConfig() if blocks else None,
+        read_integer_config(data, where) if has_integers else None,
+    )

@@ -5,13 +5,19 @@
     convert.py --hf-ckpt-path DIR --save-path OUT --to hf                 Hugging Face again
     convert.py --hf-ckpt-path DIR --save-path OUT --to bf16               FP8 weights to BF16
     convert.py --hf-ckpt-path DIR --save-path OUT --to fp8                BF16 weights to FP8
+    convert.py --hf-ckpt-path DIR --save-path OUT --to int8               ... to int8, a scale a row
+    convert.py --hf-ckpt-path DIR --save-path OUT --to int4               ... to int4, of 32 columns
     convert.py --hf-ckpt-path OUT --verify                                check against its digests
 
 DIR may be a Hugging Face directory, one that this program made for any number of ranks, or one
 that DeepSeek's convert.py made (give --config then); or a name on the Hugging Face hub, such as
-deepseek-ai/DeepSeek-V2-Lite, which is downloaded into the hub's cache first. `--to bf16` and
-`--to fp8` write a Hugging Face directory, or rank files where a layout is given. An
+deepseek-ai/DeepSeek-V2-Lite, which is downloaded into the hub's cache first. The casts (`--to`
+bf16, fp8, int8, int4) write a Hugging Face directory, or rank files where a layout is given. An
 interrupted conversion resumes when the same command is given again.
+
+int8 and int4 are the packed format of compressed-tensors, which vLLM, SGLang and transformers read.
+Router, norms, embeddings, heads, kv_b_proj and the weights of the indexers' heads stay as they are
+(FP8 ones become BF16); an MTP layer's copies of embedding and head are left out.
 
 A layout is tp ranks times dp data-parallel groups: dense layers are split over tp, routed experts
 over all ranks. A rank's file holds all that the rank needs, so that a host may have just the files
@@ -21,7 +27,7 @@ of its own ranks; what every group needs is therefore written dp times (--dry-ru
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -40,7 +46,8 @@ from dsv3.checkpoint.directory import check_directory
 from dsv3.checkpoint.hub import fetch, resolve
 from dsv3.checkpoint.hub_cache import hub_name, repository_folder
 from dsv3.checkpoint.hub_files import Download
-from dsv3.checkpoint.plan import Cast, make_plan
+from dsv3.checkpoint.jobs import Cast, uniform_kinds
+from dsv3.checkpoint.plan import make_plan
 from dsv3.checkpoint.reader import Source
 from dsv3.checkpoint.report import describe, in_units
 from dsv3.checkpoint.side_files import has_tokenizer, is_document
@@ -50,6 +57,7 @@ from dsv3.checkpoint.verify import check_kinds, verify_against, verify_digests
 from dsv3.checkpoint.workers import default_workers
 from dsv3.config import ParallelConfig
 from dsv3.config_files import load_model_config
+from dsv3.config_integers import IntegerKind
 from dsv3.errors import (
     ConfigError,
     Dsv3Error,
@@ -58,6 +66,16 @@ from dsv3.errors import (
     printable,
 )
 from process import open_closed_streams, raise_at_ctrl_c
+
+_GROUP = 32  # columns that share a scale in int4
+_CASTS = {
+    "layout": Cast.NONE,
+    "hf": Cast.NONE,
+    "bf16": Cast.BF16,
+    "fp8": Cast.FP8,
+    "int8": Cast.INTEGERS,
+    "int4": Cast.INTEGERS,
+}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -76,11 +94,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--n-experts", type=int, metavar="E", help="expected routed experts of the checkpoint")
     add(
         "--to",
-        choices=("layout", "hf", "bf16", "fp8"),
+        choices=("layout", "hf", "bf16", "fp8", "int8", "int4"),
         default="layout",
         help="rank files (default), a Hugging Face directory, or weights cast to another type",
     )
     add("--scale-fmt", choices=("ue8m0",), help="with --to fp8: round scales to powers of two")
+    add("--group-size", type=int, choices=(32, 64, 128), help=f"with --to int4 (default: {_GROUP})")
     add("--config", metavar="FILE", help="config.json, DeepSeek's JSON, YAML or a preset's name")
     add("--no-mtp", action="store_true", help="leave out the layers that draft tokens")
     add("--workers", type=int, default=default_workers(), help="threads (default: %(default)s)")
@@ -118,11 +137,13 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error("--model-parallel N is --tp N; give --tp, --dp and --ep without it")
     has_layout = has_layout or args.model_parallel is not None
     if args.to == "layout" and not has_layout:
-        parser.error("give --model-parallel N, or --tp T --dp D, or --to hf|bf16|fp8")
+        parser.error("give --model-parallel N, or --tp T --dp D, or --to hf|bf16|fp8|int8|int4")
     if args.to == "hf" and has_layout:
         parser.error("--to hf writes one whole checkpoint; leave --model-parallel out, --tp, --dp")
     if args.scale_fmt and args.to != "fp8":
         parser.error("--scale-fmt goes with --to fp8")
+    if args.group_size and args.to != "int4":
+        parser.error("--group-size goes with --to int4")
     if args.save_path.resolve() == Path(args.hf_ckpt_path).resolve():
         parser.error("--save-path must not be the directory that is read")
 
@@ -135,6 +156,7 @@ def _writing_flags(args: argparse.Namespace) -> dict[str, bool]:
         "--dp": args.dp is not None,
         "--ep": args.ep is not None,
         "--scale-fmt": args.scale_fmt is not None,
+        "--group-size": args.group_size is not None,
         "--to": args.to != "layout",
         "--no-mtp": args.no_mtp,
         "--dry-run": args.dry_run,
@@ -180,8 +202,14 @@ def run(args: argparse.Namespace) -> None:
             print_lines(f"verified: {source.path} matches the digests of {digests}")
             return
         layout = read_layout(args)
-        cast = {"bf16": Cast.BF16, "fp8": Cast.FP8}.get(args.to, Cast.NONE)
-        plan = make_plan(source, layout, cast, args.scale_fmt, keeps_mtp=not args.no_mtp)
+        plan = make_plan(
+            source,
+            layout,
+            _CASTS[args.to],
+            args.scale_fmt,
+            keeps_mtp=not args.no_mtp,
+            integers=read_kinds(args, source),
+        )
         for line in source_warnings(source):
             print(f"warning: {line}", file=sys.stderr)
         target = OutputDirectory(args.save_path, source, plan, args.overwrite, inputs(args))
@@ -219,6 +247,15 @@ def read_layout(args: argparse.Namespace) -> ParallelConfig | None:
     if args.ep not in (None, tp * dp):
         raise ConfigError(f"--ep={args.ep} must be tp={tp} x dp={dp} = {tp * dp}, or left out")
     return ParallelConfig(world_size=tp * dp, tp=tp, dp=dp)
+
+
+def read_kinds(args: argparse.Namespace, source: Source) -> Mapping[str, IntegerKind]:
+    """Return the weights to cast to integers, with their kinds."""
+    if args.to == "int8":
+        return uniform_kinds(source, 8, 0)
+    if args.to == "int4":
+        return uniform_kinds(source, 4, args.group_size or _GROUP)
+    return {}
 
 
 def inputs(args: argparse.Namespace) -> list[Path]:

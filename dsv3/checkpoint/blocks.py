@@ -7,14 +7,24 @@ import numpy as np
 import numpy.typing as npt
 
 from dsv3.checkpoint.digest import Digest
+from dsv3.checkpoint.integer_values import pack, quantize_rows, read_integers
+from dsv3.checkpoint.integers import Layout
+from dsv3.checkpoint.jobs import Cast, Job
 from dsv3.checkpoint.manifest import MANIFEST
 from dsv3.checkpoint.names import scale_name
-from dsv3.checkpoint.plan import Cast, Job, Plan
-from dsv3.checkpoint.quantize import BF16_INFINITY, dequantize, from_bf16, quantize
+from dsv3.checkpoint.plan import Plan
+from dsv3.checkpoint.quantize import (
+    BF16_INFINITY,
+    F32,
+    dequantize,
+    from_bf16,
+    quantize,
+    to_bf16,
+)
 from dsv3.checkpoint.reader import Source
 from dsv3.checkpoint.safetensors_file import DTYPE_BYTES
 from dsv3.checkpoint.scales import read_scales
-from dsv3.checkpoint.sharding import BLOCK
+from dsv3.checkpoint.sharding import BLOCK, FP8_DTYPE, tensor_specs
 from dsv3.errors import CheckpointError
 
 # A block is read, digested and written while it is in a core's L2 cache, usually 1 MiB or more.
@@ -28,6 +38,7 @@ class BlockReader:
 
     def __init__(self, source: Source, plan: Plan) -> None:
         self._source = source
+        self._specs = tensor_specs(source.config)
         quantization = plan.config.quantization
         self._scale_fmt = quantization.scale_fmt if quantization else None
         self._local = threading.local()
@@ -39,33 +50,76 @@ class BlockReader:
         """
         if job.cast is Cast.NONE:
             yield from ((job.name, row, block) for row, block in self._rows(job.name, 1))
+        elif job.cast is Cast.BF16 and job.stored is None:
+            for row, out_FD in self._dequantized(job.name):
+                yield job.name, row, out_FD.view(np.uint8)
         elif job.cast is Cast.BF16:
-            yield from self._dequantized(job)
+            for row, x_FD in self._values(job):
+                yield job.name, row, to_bf16(x_FD).view(np.uint8)
+        elif job.cast is Cast.FP8:
+            weight, scale = job.outputs
+            for row, x_FD in self._values(job):
+                w_FD, scale_fd = quantize(x_FD, self._scale_fmt)
+                yield weight, row, w_FD
+                yield scale, row // BLOCK, scale_fd.view(np.uint8)
         else:
-            yield from self._quantized(job)
+            yield from self._integers(job)
 
-    def _dequantized(self, job: Job) -> Iterator[tuple[str, int, Bytes]]:
-        scale = scale_name(job.name)
-        for row, w_FD in self._rows(job.name, BLOCK):
-            first, last = row // BLOCK, -(-(row + len(w_FD)) // BLOCK)
-            cols = (0, self._source.tensors[scale].shape[1])
-            scale_fd = read_scales(self._source, job.name, ((first, last), cols))
-            out_FD = dequantize(w_FD, scale_fd)
-            self._check_finite(job.name, (out_FD & BF16_INFINITY) != BF16_INFINITY)
-            yield job.name, row, out_FD.view(np.uint8)
+    def _integers(self, job: Job) -> Iterator[tuple[str, int, Bytes]]:
+        assert job.form is not None
+        packed, scale, shape = job.outputs
+        for row, x_FD in self._values(job):
+            q_FD, scale_Fg = quantize_rows(x_FD, job.form.bits, job.form.group)
+            yield packed, row, pack(q_FD, job.form.bits)
+            yield scale, row, scale_Fg.view(np.uint8)
+        yield shape, 0, np.array([self._specs[job.name].shape], "<i8").view(np.uint8)
 
-    def _quantized(self, job: Job) -> Iterator[tuple[str, int, Bytes]]:
+    def _values(self, job: Job) -> Iterator[tuple[int, F32]]:
+        """Yield (first row, values) of a weight; blocks have a multiple of 128 rows."""
+        if job.stored is not None:
+            yield from self._values_of_integers(job)
+            return
         dtype = self._source.tensors[job.name].dtype
-        weight, scale = job.outputs
+        if dtype == FP8_DTYPE:
+            yield from ((row, from_bf16(out_FD)) for row, out_FD in self._dequantized(job.name))
+            return
         for row, block in self._rows(job.name, BLOCK):
             if dtype == "BF16":
                 x_FD = from_bf16(block.view(np.uint16))
             else:
                 x_FD = block.view({"F32": np.float32, "F16": np.float16}[dtype]).astype(np.float32)
             self._check_finite(job.name, np.isfinite(x_FD))
-            w_FD, scale_fd = quantize(x_FD, self._scale_fmt)
-            yield weight, row, w_FD
-            yield scale, row // BLOCK, scale_fd.view(np.uint8)
+            yield row, x_FD
+
+    def _values_of_integers(self, job: Job) -> Iterator[tuple[int, F32]]:
+        assert job.stored is not None
+        for name in job.stored.names(job.name):
+            if self._source.tensors[name].digest:
+                for _ in self._rows(name, 1):  # checks the digest
+                    pass
+        rows, cols = self._specs[job.name].shape
+        count = max(1, BLOCK_BYTES // (cols * BLOCK)) * BLOCK
+        if job.stored.layout is Layout.AWQ:
+            count = rows  # it stores columns as rows, so that a few rows take reading everything
+        for row in range(0, rows, count):
+            region = ((row, min(row + count, rows)), (0, cols))
+            integers = read_integers(
+                self._source, job.name, self._specs[job.name].shape, job.stored, region
+            )
+            x_FD = integers.values()
+            self._check_finite(job.stored.names(job.name)[0], np.isfinite(x_FD))
+            yield row, x_FD
+
+    def _dequantized(self, name: str) -> Iterator[tuple[int, npt.NDArray[np.uint16]]]:
+        """Yield (first row, BF16 values) of an FP8 weight."""
+        scale = scale_name(name)
+        for row, w_FD in self._rows(name, BLOCK):
+            first, last = row // BLOCK, -(-(row + len(w_FD)) // BLOCK)
+            cols = (0, self._source.tensors[scale].shape[1])
+            scale_fd = read_scales(self._source, name, ((first, last), cols))
+            out_FD = dequantize(w_FD, scale_fd)
+            self._check_finite(name, (out_FD & BF16_INFINITY) != BF16_INFINITY)
+            yield row, out_FD
 
     def _check_finite(self, name: str, is_finite: npt.NDArray[np.bool_]) -> None:
         """Raise CheckpointError for NaN and infinity, which a cast cannot represent."""

@@ -4,8 +4,10 @@ import math
 from collections.abc import Mapping
 
 from dsv3.checkpoint.contradictions import check_sizes
+from dsv3.checkpoint.integers import IntegerForm, check_integers, integer_form
 from dsv3.checkpoint.names import scale_name, weight_name
 from dsv3.checkpoint.reader import Source, TensorInfo
+from dsv3.checkpoint.scales import stated_kind
 from dsv3.checkpoint.sharding import (
     FLOAT_DTYPES,
     FP8_DTYPE,
@@ -46,10 +48,7 @@ def check_tensors(source: Source) -> tuple[str, ...]:
     specs = tensor_specs(source.config)
     for name in source.tensors:
         _check_known(source, specs, name)
-    for spec in specs.values():
-        if spec.name in source.tensors:
-            _check_weight(source, spec)
-    absent = tuple(name for name in specs if name not in source.tensors)
+    absent = tuple(spec.name for spec in specs.values() if not _check_weight(source, spec))
     for name in absent:
         if not _may_be_absent(source, specs[name]):
             raise CheckpointError(f"{source.path}: tensor {name} is missing")
@@ -69,8 +68,24 @@ def _may_be_absent(source: Source, spec: TensorSpec) -> bool:
 
 def _check_known(source: Source, specs: Mapping[str, TensorSpec], name: str) -> None:
     weight = weight_name(name)
-    if name in specs or (weight in specs and weight in source.tensors):
+    if name in specs:
         return
+    if weight is not None and weight in specs:
+        form = integer_form(source.tensors, weight, specs[weight].shape)
+        names = (scale_name(weight),) if form is None else form.names(weight)
+        if name in names and (form is not None or weight in source.tensors):
+            return
+        if form is not None:
+            raise CheckpointError(
+                f"{source.file_of(name)}: tensor {name} is stored in addition to {names[0]}; only "
+                f"{', '.join(names)} belong to an int{form.bits} weight"
+            )
+    if weight is not None and weight in source.tensors and weight in specs:
+        kind = source.tensors[weight].dtype
+        raise CheckpointError(
+            f"{source.file_of(name)}: tensor {name} is not part of this model: {weight} is stored, "
+            f"too, as {kind}"
+        )
     hint = ": it scales a weight that is absent" if weight in specs else _hint(source, name)
     raise CheckpointError(f"{source.file_of(name)}: tensor {name} is not part of this model{hint}")
 
@@ -98,8 +113,35 @@ def _indexer_hint(config: ModelConfig, name: str) -> str:
     return ""
 
 
-def _check_weight(source: Source, spec: TensorSpec) -> None:
-    info = source.tensors[spec.name]
+def _check_weight(source: Source, spec: TensorSpec) -> bool:
+    """Check the tensors of a weight; return False if it is absent."""
+    form = integer_form(source.tensors, spec.name, spec.shape)
+    if form is not None:
+        check_integers(source, spec.name, spec.shape, form, spec.quantizable)
+        _check_kind(source, spec, form)
+        return True
+    if spec.name not in source.tensors:
+        return False
+    _check_plain_weight(source, spec, source.tensors[spec.name])
+    return True
+
+
+def _check_kind(source: Source, spec: TensorSpec, form: IntegerForm) -> None:
+    """Raise CheckpointError if the config has no such integers."""
+    declared = source.declared.integers
+    if declared is None:
+        return
+    kind = stated_kind(form, spec.shape[1], declared.kinds)
+    if kind not in declared.kinds:
+        name = form.names(spec.name)[0]
+        raise CheckpointError(
+            f"{source.file_of(name)}: tensor {name} has {kind}, but quantization_config says "
+            f"{' or '.join(map(str, declared.kinds))}; correct it"
+        )
+
+
+def _check_plain_weight(source: Source, spec: TensorSpec, info: TensorInfo) -> None:
+    """Check a weight in floats or FP8."""
     file = source.file_of(spec.name)
     scale = scale_name(spec.name)
     _check_shape(source, info, spec.shape)

@@ -86,8 +86,8 @@ def _check_kind(source: Source, layer: int, is_sparse: bool) -> None:
     """Raise CheckpointError if only one of files and config has routed experts in a layer."""
     if is_sparse == source.config.is_moe_layer(layer):
         return
-    dense = f"model.layers.{layer}.mlp.gate_proj.weight"
-    if not is_sparse and dense not in source.tensors:
+    dense = f"model.layers.{layer}.mlp.gate_proj."
+    if not is_sparse and not any(name.startswith(dense) for name in source.tensors):
         return  # reported as a missing tensor
     have = "routed experts" if is_sparse else "no routed experts"
     raise _contradiction(
@@ -146,6 +146,7 @@ def source_warnings(source: Source) -> Iterator[str]:
             f"{source.path}: the config has no quantization_config, but FP8 weights with a scale "
             "per 128 x 128 block are stored; they are read as FP8"
         )
+    yield from _integer_warnings(source)
     if unused_adapter(source.path) is not None:
         yield (
             f"{source.path}: {unused_adapter(source.path)} is not applied; if the weights do "
@@ -155,6 +156,20 @@ def source_warnings(source: Source) -> Iterator[str]:
         yield (
             f"{source.path}: the tensors of an image encoder ({source.num_unused}) are ignored; "
             "only text prompts are supported"
+        )
+
+
+def _integer_warnings(source: Source) -> Iterator[str]:
+    declared, stored = source.declared.integers, source.config.integers
+    if declared is not None and stored is None:
+        yield (
+            f"{source.path}: quantization_config is stale: no weight is stored as integers; the "
+            "weights are used as they are stored"
+        )
+    if declared is None and stored is not None:
+        yield (
+            f"{source.path}: the config has no quantization_config of integers, but integer "
+            "weights are stored; they are read as such"
         )
 
 

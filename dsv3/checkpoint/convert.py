@@ -16,9 +16,10 @@ from pathlib import Path
 from dsv3.checkpoint.blocks import BlockReader
 from dsv3.checkpoint.identity import model_digest
 from dsv3.checkpoint.index import IndexDigests, index_json
+from dsv3.checkpoint.jobs import Job
 from dsv3.checkpoint.journal import ConversionJournal, JournalRecord
 from dsv3.checkpoint.manifest import FileRecord, Manifest, Shard, TensorRecord
-from dsv3.checkpoint.plan import Job, Plan
+from dsv3.checkpoint.plan import Plan
 from dsv3.checkpoint.reader import Source
 from dsv3.checkpoint.side_files import write_content
 from dsv3.checkpoint.target import OutputDirectory, Survey

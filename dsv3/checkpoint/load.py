@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dsv3.checkpoint.integer_values import read_integers
+from dsv3.checkpoint.integers import IntegerForm, Layout, integer_form
 from dsv3.checkpoint.names import scale_name
 from dsv3.checkpoint.reader import Source
 from dsv3.checkpoint.region import Region, region_shape, whole
@@ -90,6 +92,10 @@ def _load_target(source: Source, target: Target, spec: TensorSpec, layout: Paral
     assert region_shape(region) == tuple(target.dest.shape), f"{target.name} {region=}"
     if not target.dest.numel():
         return
+    form = integer_form(source.tensors, target.name, spec.shape)
+    if form is not None:
+        _load_integers(source, target, spec, form, region)
+        return
     stored = DTYPES[source.tensors[target.name].dtype]
     if stored == FP8:
         _load_fp8(source, target, region)
@@ -131,6 +137,19 @@ def _load_fp8(source: Source, target: Target, region: Region) -> None:
         offset = part[0][0] % BLOCK
         weight = weight_dequant(stored, scale[first:last], target.dest.dtype, offset, col_offset)
         target.dest[rows].copy_(weight)
+
+
+def _load_integers(
+    source: Source, target: Target, spec: TensorSpec, form: IntegerForm, region: Region
+) -> None:
+    """Dequantize integer rows to the target's dtype."""
+    # AWQ stores columns of W as rows, so a block of its rows would read everything.
+    blocks = [(slice(None), region)] if form.layout is Layout.AWQ else _row_blocks(region, 4)
+    for rows, part in blocks:
+        integers = read_integers(source, target.name, spec.shape, form, part)
+        scale = torch.from_numpy(integers.scale_Fg)
+        _check_finite(source, form.names(target.name)[0], scale)
+        target.dest[rows].copy_(torch.from_numpy(integers.values()))
 
 
 def _row_blocks(region: Region, itemsize: int) -> Iterable[tuple[slice, Region]]:

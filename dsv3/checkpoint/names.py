@@ -5,7 +5,12 @@ prefix `model.`.
 """
 
 _SCALE = ".weight_scale_inv"
-_COMPRESSED_SCALE = ".weight_scale"  # the spelling of compressed-tensors, with the same meaning
+# Suffixes of tensors that belong to a weight: FP8 scales, and those of integer weights.
+_PARTS = (
+    *(_SCALE, ".weight_scale", ".weight_packed", ".weight_shape"),
+    *(".qweight", ".qzeros", ".scales"),
+)
+_COMPRESSED_SCALE = ".weight_scale"  # the spelling of compressed-tensors
 # Prefixes of multi-modal models, and in state dicts of data-parallel (DDP) and compiled modules.
 _WRAPPERS = ("model", "language_model", "module", "_orig_mod")
 _OF_THE_MODEL = ("layers", "embed_tokens", "norm", "lm_head")
@@ -39,9 +44,15 @@ def scale_name(weight: str) -> str:
     return weight.removesuffix(".weight") + _SCALE
 
 
-def weight_name(scale: str) -> str | None:
-    """Return the name of the weight that a scale tensor belongs to; None for other tensors."""
-    return scale.removesuffix(_SCALE) + ".weight" if scale.endswith(_SCALE) else None
+def is_fp8_scale(name: str) -> bool:
+    """Return True for a tensor of inverse block scales."""
+    return name.endswith(_SCALE)
+
+
+def weight_name(part: str) -> str | None:
+    """Return the name of the weight that a scale or packed tensor belongs to; else None."""
+    suffix = next((suffix for suffix in _PARTS if part.endswith(suffix)), None)
+    return None if suffix is None else part.removesuffix(suffix) + ".weight"
 
 
 def is_rotary_table(name: str) -> bool:
@@ -65,8 +76,11 @@ def is_unused(name: str) -> bool:
 
 def plain_name(name: str) -> str:
     """Return Hugging Face's name of a tensor whose prefix is missing or a wrapper's."""
-    if not name.startswith("model.layers."):
-        name = _without_wrappers(name)
+    return name if name.startswith("model.layers.") else _without_wrappers(name)
+
+
+def fp8_scale_name(name: str) -> str:
+    """Return our name of block scales that compressed-tensors named; other names unchanged."""
     if name.endswith(_COMPRESSED_SCALE):
         return name.removesuffix(_COMPRESSED_SCALE) + _SCALE
     return name

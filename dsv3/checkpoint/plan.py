@@ -7,35 +7,28 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from enum import Enum
 from itertools import zip_longest
 
 from dsv3.checkpoint.check import check_tensors
+from dsv3.checkpoint.jobs import Cast, Job, Kinds, copies, first_tensor, make_jobs, output_kinds
 from dsv3.checkpoint.manifest import DIGEST_KEY, rank_file
-from dsv3.checkpoint.names import scale_name
 from dsv3.checkpoint.reader import Source
 from dsv3.checkpoint.region import Region, region_shape, whole
 from dsv3.checkpoint.safetensors_file import make_header, tensor_bytes
-from dsv3.checkpoint.sharding import (
-    FP8_DTYPE,
-    scale_shape,
-    tensor_region,
-    tensor_specs,
-)
+from dsv3.checkpoint.sharding import tensor_region, tensor_specs
 from dsv3.config import ModelConfig, ParallelConfig, QuantizationConfig
+from dsv3.config_integers import IntegerConfig, IntegerKind
 from dsv3.errors import ConfigError
 
 HF_FILE_BYTES = 5_000_000_000  # the size at which Hugging Face splits files
 _NO_DIGEST = "0" * 64
 _LARGE = 64 << 20
-
-
-class Cast(Enum):
-    """The type that weights are cast to; NONE keeps the stored type."""
-
-    NONE = "none"
-    BF16 = "bf16"
-    FP8 = "fp8"
+# Weights that a cast needs at least one of.
+_CASTABLE = {
+    Cast.BF16: "FP8 or integer weights",
+    Cast.FP8: "weights that are not FP8 already",
+    Cast.INTEGERS: "weights to be cast to these integers",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,15 +66,6 @@ class OutputFile:
     def signed(self, model_digest: str) -> bytes:
         """Return the header with the model's digest in place of zeros (rank files hold one)."""
         return self.prefix.replace(_NO_DIGEST.encode(), model_digest.encode(), 1)
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One tensor to read and cast, and the names of the output tensors it becomes."""
-
-    name: str
-    cast: Cast
-    outputs: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -124,6 +108,7 @@ def make_plan(
     cast: Cast = Cast.NONE,
     scale_fmt: str | None = None,
     keeps_mtp: bool = True,
+    integers: Mapping[str, IntegerKind] | None = None,
 ) -> Plan:
     """Plan a conversion.
 
@@ -131,9 +116,11 @@ def make_plan(
         source: an open checkpoint; it is checked against its config first.
         layout: the ranks to write files for (its own `rank` is ignored); None writes a Hugging
             Face directory.
-        cast: FP8 weights to BF16, or all weights that FP8 checkpoints quantize to FP8.
+        cast: quantized weights to BF16, all weights that FP8 checkpoints quantize to FP8, or those
+            in `integers` to integers.
         scale_fmt: "ue8m0" makes the scales of a cast to FP8 powers of two.
         keeps_mtp: also write the layers that draft tokens, if the source has any.
+        integers: the weights to cast to integers, and the kind of each.
 
     Raises:
         CheckpointError: a tensor is missing, unknown or misshapen.
@@ -142,69 +129,58 @@ def make_plan(
     if layout is not None:
         layout.check(source.config)
     absent = check_tensors(source)
-    jobs = tuple(_jobs(source, cast, keeps_mtp))
+    jobs = tuple(make_jobs(source, cast, integers or {}, keeps_mtp))
     if cast is not Cast.NONE and not any(job.cast is cast for job in jobs):
-        has = "no FP8 weights" if cast is Cast.BF16 else "no weights that are not FP8 already"
-        raise ConfigError(f"{source.path}: has {has}; nothing to cast")
-    kinds = _output_kinds(source, jobs)
+        raise ConfigError(f"{source.path}: has no {_CASTABLE[cast]}; nothing to cast")
+    kinds = output_kinds(source, jobs)
     if layout is None:
         files, tensors = _lay_out(kinds, _hf_files(kinds), {})
     else:
         contents = _rank_files(source, layout, kinds)
         files, tensors = _lay_out(kinds, contents, {DIGEST_KEY: _NO_DIGEST})
-    quantization = source.config.quantization
-    if cast is not Cast.NONE:
-        quantization = QuantizationConfig(scale_fmt=scale_fmt) if cast is Cast.FP8 else None
-    config = dataclasses.replace(source.config, quantization=quantization)
+    written = {output for job in jobs for output in job.outputs}
+    config = _output_config(source, cast, scale_fmt, integers or {})
     return Plan(
         layout=layout,
         config=config,
         files=files,
         tensors=tensors,
         jobs=_reading_order(source, jobs, tensors),
-        absent=absent,
+        absent=(*absent, *_left_out(source, written)),
         id=_plan_id(source, config, files),
     )
 
 
-def _jobs(source: Source, cast: Cast, keeps_mtp: bool) -> Iterator[Job]:
-    """Yield the jobs in canonical order, scales after their weights."""
-    for spec in tensor_specs(source.config).values():
-        if spec.name not in source.tensors or (spec.mtp and not keeps_mtp):
-            continue
-        scale = scale_name(spec.name)
-        is_fp8 = source.tensors[spec.name].dtype == FP8_DTYPE
-        if is_fp8 and cast is Cast.BF16:
-            yield Job(spec.name, Cast.BF16, (spec.name,))
-        elif spec.quantizable and not is_fp8 and cast is Cast.FP8:
-            yield Job(spec.name, Cast.FP8, (spec.name, scale))
-        else:
-            yield Job(spec.name, Cast.NONE, (spec.name,))
-            if is_fp8:
-                yield Job(scale, Cast.NONE, (scale,))
+def _output_config(
+    source: Source, cast: Cast, scale_fmt: str | None, integers: Mapping[str, IntegerKind]
+) -> ModelConfig:
+    """Return the config of the model as it will be stored."""
+    if cast is Cast.NONE:
+        return source.config
+    kept = None
+    if cast is Cast.INTEGERS:
+        kinds = tuple(dict.fromkeys(integers.values()))
+        kept = IntegerConfig(method="compressed-tensors", kinds=kinds)
+    quantization = QuantizationConfig(scale_fmt=scale_fmt) if cast is Cast.FP8 else None
+    return dataclasses.replace(source.config, quantization=quantization, integers=kept)
 
 
-Kinds = dict[str, tuple[str, tuple[int, ...]]]
+def _left_out(source: Source, written: set[str]) -> Iterator[str]:
+    """Yield the stored copies of embedding and head that are not written, of layers that are."""
+    for name in copies(source):
+        layer = ".".join(name.split(".")[:3])
+        if name not in written and f"{layer}.eh_proj.weight" in written:
+            yield name
+
+
 Files = Iterator[tuple[str, dict[str, Region]]]  # file names, and the region of each tensor in it
-
-
-def _output_kinds(source: Source, jobs: tuple[Job, ...]) -> Kinds:
-    """Return type and shape of every output tensor, in canonical order."""
-    kinds: Kinds = {}
-    for job in jobs:
-        info = source.tensors[job.name]
-        dtype = {Cast.NONE: info.dtype, Cast.BF16: "BF16", Cast.FP8: FP8_DTYPE}[job.cast]
-        kinds[job.name] = dtype, info.shape
-        if job.cast is Cast.FP8:
-            kinds[job.outputs[1]] = "F32", scale_shape(info.shape)
-    return kinds
 
 
 def _rank_files(source: Source, layout: ParallelConfig, kinds: Kinds) -> Files:
     specs = tensor_specs(source.config)
     for rank in range(layout.world_size):
         place = dataclasses.replace(layout, rank=rank)
-        regions = {name: tensor_region(specs, name, place) for name in kinds}
+        regions = {n: tensor_region(specs, n, kind[1], place) for n, kind in kinds.items()}
         present = {name: region for name, region in regions.items() if region is not None}
         yield rank_file(rank, layout.world_size), present
 
@@ -249,7 +225,7 @@ def _reading_order(
     """
 
     def key(job: Job) -> tuple[int, str, int]:
-        info = source.tensors[job.name]
+        info = first_tensor(source, job)
         large = info.num_bytes if info.num_bytes >= _LARGE else 0
         return -large, str(info.pieces[0].file), info.pieces[0].offset
 

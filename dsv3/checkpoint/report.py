@@ -3,12 +3,15 @@
 from collections import Counter
 from collections.abc import Iterator
 
+from dsv3.checkpoint.jobs import Cast
 from dsv3.checkpoint.names import weight_name
-from dsv3.checkpoint.plan import Cast, Plan
+from dsv3.checkpoint.plan import Plan
 from dsv3.checkpoint.reader import Source
 from dsv3.checkpoint.region import region_shape, whole
 from dsv3.checkpoint.safetensors_file import tensor_bytes
 from dsv3.checkpoint.sharding import FP8_DTYPE, tensor_specs
+
+_TYPES = {Cast.BF16: "BF16", Cast.FP8: "FP8", Cast.INTEGERS: "integers"}
 
 
 def in_units(num_bytes: float) -> str:
@@ -34,10 +37,10 @@ def describe(source: Source, plan: Plan, needed: int, free: int) -> Iterator[str
         yield f"      {file.name}: {_tensors(len(file.offsets), file.num_bytes)}"
     yield from _shared(plan)
     yield from _drafting(source, plan)
-    cast = [job.name for job in plan.jobs if job.cast is not Cast.NONE]
-    if cast:
-        to = "BF16" if plan.config.quantization is None else "FP8"
-        yield f"cast to {to}: {len(cast)} weights ({cast[0]}, ...)"
+    for cast in (Cast.BF16, Cast.FP8, Cast.INTEGERS):
+        names = [job.name for job in plan.jobs if job.cast is cast]
+        if names:
+            yield f"cast to {_TYPES[cast]}: {len(names)} weights ({names[0]}, ...)"
     if plan.absent:
         yield f"absent from the source: {len(plan.absent)} tensors ({plan.absent[0]}, ...)"
     yield f"disk: {in_units(needed)} needed, {in_units(free)} free"

@@ -1,16 +1,18 @@
-"""Block scales of FP8 weights, in dtypes whose values float32 holds exactly."""
+"""Scales of FP8 and integer weights, in dtypes whose values float32 holds exactly."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import numpy.typing as npt
 
+from dsv3.checkpoint.integers import IntegerForm, Layout, integer_form
 from dsv3.checkpoint.names import scale_name
 from dsv3.checkpoint.quantize import F32, from_bf16
 from dsv3.checkpoint.reader import Source, TensorInfo
 from dsv3.checkpoint.region import Region, region_shape
-from dsv3.checkpoint.sharding import FP8_DTYPE
-from dsv3.config import QuantizationConfig
+from dsv3.checkpoint.sharding import FP8_DTYPE, tensor_specs
+from dsv3.config import ModelConfig, QuantizationConfig
+from dsv3.config_integers import IntegerConfig, IntegerKind
 
 
 def read_scales(source: Source, weight: str, region: Region) -> F32:
@@ -23,10 +25,10 @@ def read_scales(source: Source, weight: str, region: Region) -> F32:
     """
     name = scale_name(weight)
     stored = np.frombuffer(source.read(name, region), np.uint8)
-    return _widen(stored, source.tensors[name].dtype).reshape(region_shape(region))
+    return widen(stored, source.tensors[name].dtype).reshape(region_shape(region))
 
 
-def _widen(stored: npt.NDArray[np.uint8], dtype: str) -> F32:
+def widen(stored: npt.NDArray[np.uint8], dtype: str) -> F32:
     """Return stored scales as float32, exactly; U8 is E8M0 from writers without that type."""
     if dtype in ("F8_E8M0", "U8"):
         return _powers_of_two(stored)
@@ -54,3 +56,28 @@ def stored_quantization(
         return declared if scales else None
     is_ue8m0 = all(scale is not None and scale.dtype == "F8_E8M0" for scale in scales)
     return QuantizationConfig(scale_fmt="ue8m0" if is_ue8m0 else None)
+
+
+def stored_integers(
+    declared: ModelConfig, tensors: Mapping[str, TensorInfo]
+) -> IntegerConfig | None:
+    """Return the kinds of integers of the stored weights; None if there are none."""
+    stated = () if declared.integers is None else declared.integers.kinds
+    kinds: dict[IntegerKind, None] = {}
+    method = "compressed-tensors"
+    for spec in tensor_specs(declared).values():
+        form = integer_form(tensors, spec.name, spec.shape) if spec.quantizable else None
+        if form is not None:
+            kinds[stated_kind(form, spec.shape[1], stated)] = None
+            method = "awq" if form.layout is Layout.AWQ else method
+    return IntegerConfig(method=method, kinds=tuple(kinds)) if kinds else None
+
+
+def stated_kind(form: IntegerForm, cols: int, stated: Collection[IntegerKind]) -> IntegerKind:
+    """Return the kind of a weight of `cols` columns, as one of `stated` if it is one of them.
+
+    A group of all columns is a whole row, too.
+    """
+    kind = IntegerKind(form.bits, form.group)
+    row = IntegerKind(form.bits, 0)
+    return row if form.group == cols and kind not in stated else kind

@@ -11,7 +11,8 @@ from enum import Enum
 from functools import cache
 from types import MappingProxyType
 
-from dsv3.checkpoint.names import weight_name
+from dsv3.checkpoint.integers import integer_part_region
+from dsv3.checkpoint.names import is_fp8_scale, weight_name
 from dsv3.checkpoint.region import Region, whole
 from dsv3.config import ModelConfig, ParallelConfig, split_range
 
@@ -174,12 +175,19 @@ def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def tensor_region(
-    specs: Mapping[str, TensorSpec], name: str, layout: ParallelConfig
+    specs: Mapping[str, TensorSpec], name: str, shape: tuple[int, ...], layout: ParallelConfig
 ) -> Region | None:
-    """Return a rank's slice of a weight or of its scales, by name; see `shard_region`."""
+    """Return a rank's slice of a stored tensor of `shape`, by name; see `shard_region`.
+
+    The tensor is a weight, its FP8 scales, or one of the tensors of an integer weight.
+    """
     if name in specs:
         return shard_region(specs[name], layout)
     weight = weight_name(name)
     assert weight is not None, name
     region = shard_region(specs[weight], layout)
-    return None if region is None else scale_region(region)
+    if region is None:
+        return None
+    if is_fp8_scale(name):
+        return scale_region(region)
+    return integer_part_region(name, shape, specs[weight].shape, region)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dsv3.checkpoint.integer_config import integer_config
 from dsv3.checkpoint.manifest import MANIFEST
 from dsv3.checkpoint.plan import Plan
 from dsv3.config_files import hf_config_dict, recast_config_dict
@@ -50,22 +51,26 @@ def side_files(source: Path, plan: Plan) -> Mapping[str, Content]:
     """
     files: dict[str, Content] = {str(path.relative_to(source)): path for path in _files(source)}
     config = source / "config.json"
+    integers = None if plan.config.integers is None else integer_config(plan)
     if not config.is_file():
-        files["config.json"] = _json(hf_config_dict(plan.config))
+        data = hf_config_dict(plan.config)
+        files["config.json"] = _json(recast_config_dict(data, plan.config.quantization, integers))
         return files
     stated = read_mapping(config, CheckpointError)
     data = dict(text_part(stated, str(config)))
     if plan.is_cast or data != stated or not _describes_quantization(data, plan):
-        files["config.json"] = _json(recast_config_dict(data, plan.config.quantization))
+        files["config.json"] = _json(recast_config_dict(data, plan.config.quantization, integers))
     return files
 
 
 def _describes_quantization(data: dict[str, Any], plan: Plan) -> bool:
     """Return True if config.json describes the quantization of the weights to be written."""
     stated = [data[key] for key in QUANTIZATION_KEYS if data.get(key) is not None]
-    if plan.config.quantization is None or not stated:
-        return plan.config.quantization is None and not stated
-    return isinstance(stated[0], dict) and stated[0].get("quant_method") == "fp8"
+    methods = [part.method for part in (plan.config.integers,) if part is not None]
+    methods = methods or ["fp8"] * (plan.config.quantization is not None)
+    if not methods or not stated:
+        return not methods and not stated
+    return isinstance(stated[0], dict) and stated[0].get("quant_method") in methods
 
 
 def side_folders(source: Path) -> list[Path]:

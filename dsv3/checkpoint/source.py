@@ -15,7 +15,7 @@ from dsv3.checkpoint.names import is_vision
 from dsv3.checkpoint.reader import Piece, Source, TensorInfo
 from dsv3.checkpoint.region import region_shape
 from dsv3.checkpoint.safetensors_file import read_header
-from dsv3.checkpoint.scales import stored_quantization
+from dsv3.checkpoint.scales import stored_integers, stored_quantization
 from dsv3.checkpoint.spelling import HEAD, deepseek_tensors, hugging_face_tensors
 from dsv3.checkpoint.stored import StoredFiles, read_stored
 from dsv3.checkpoint.unsupported import refuse_unsupported
@@ -99,6 +99,7 @@ def _config_of_stored(declared: ModelConfig, tensors: dict[str, TensorInfo]) -> 
         declared,
         tie_word_embeddings=declared.tie_word_embeddings and HEAD not in tensors,
         quantization=stored_quantization(declared.quantization, tensors),
+        integers=stored_integers(declared, tensors),
     )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from dsv3.checkpoint.fused import split_experts
 from dsv3.checkpoint.names import (
+    fp8_scale_name,
     from_deepseek,
     is_rotary_table,
     is_vision,
@@ -28,10 +29,12 @@ def hugging_face_tensors(
     Raises:
         CheckpointError: a tensor is stored twice, or fused experts contradict the config.
     """
+    stored = list(stored)
+    integers = _integer_weights(stored)
     tensors: dict[str, TensorInfo] = {}
     origin: dict[str, StoredTensor] = {}
     for one in stored:
-        for info in _presented(one, config):
+        for info in _presented(one, config, integers):
             other = origin.setdefault(info.name, one)
             if other is not one:
                 raise CheckpointError(
@@ -45,10 +48,24 @@ def hugging_face_tensors(
     return tensors
 
 
-def _presented(one: StoredTensor, config: ModelConfig) -> Iterator[TensorInfo]:
+def _integer_weights(stored: Iterable[StoredTensor]) -> frozenset[str]:
+    """Return the weights stored as integers by compressed-tensors, whose scales keep their names.
+
+    FP8 weights have scales of the same spelling, which become `weight_scale_inv`.
+    """
+    packed = (one.name for one in stored if one.name.endswith(".weight_packed"))
+    plain = (one.name for one in stored if one.entry.dtype == "I8" and one.name.endswith(".weight"))
+    return frozenset([*(name.removesuffix("_packed") for name in packed), *plain])
+
+
+def _presented(
+    one: StoredTensor, config: ModelConfig, integers: frozenset[str]
+) -> Iterator[TensorInfo]:
     if is_rotary_table(one.name) or is_vision(one.name):
         return
     name = plain_name(one.name)
+    if weight_name(one.name) not in integers:
+        name = fp8_scale_name(name)
     is_fused = False
     for info in split_experts(one, name, config):
         is_fused = True

@@ -15,12 +15,9 @@ _NAMES = {
     ".SCB": "bitsandbytes INT8 weights",
     ".weight_scale_2": "packed NVFP4 weights",
     ".weight_global_scale": "packed NVFP4 weights",
-    ".weight_packed": "packed int4 weights (compressed-tensors)",
-    ".weight_shape": "packed int4 weights (compressed-tensors)",
+    ".weight_zero_point": "asymmetric integer weights (compressed-tensors)",
+    ".weight_g_idx": "integer weights in permuted order (compressed-tensors)",
     ".g_idx": "packed GPTQ weights",
-    ".qzeros": "packed AWQ or GPTQ weights",
-    ".qweight": "packed AWQ or GPTQ weights",
-    ".scales": "packed weights (MLX 4-bit)",
     ".biases": "packed weights (MLX 4-bit)",
     "_proj_blocks": "packed MXFP4 weights",
     ".W_q": "packed HQQ weights",
@@ -37,7 +34,6 @@ _ENDS = tuple(_NAMES)
 _DTYPES = {
     "U32": "packed weights (MLX 4-bit)",
     "I32": "packed integer weights",
-    "I8": "INT8 weights",
     "U8": "packed 4-bit weights",
     "F4": "packed 4-bit weights",
     "F6_E2M3": "6-bit weights",
@@ -47,6 +43,7 @@ _DTYPES = {
     "F8_E5M2FNUZ": "FP8 weights of the fnuz form",
 }
 _LORA = "LoRA adapters that are not merged into the weights"
+_FUSED_INTEGERS = "INT8 weights of fused experts"
 _PACKED_FLOATS = "packed 4-bit weights (NVFP4 or MXFP4)"
 
 
@@ -57,13 +54,13 @@ def refuse_unsupported(tensors: Iterable[StoredTensor]) -> None:
         form = _form(tensor)
         if form is not None and not is_unused(tensor.name):
             shown.setdefault(form, tensor)
-    for form in (_LORA, *_NAMES.values(), _PACKED_FLOATS, *_DTYPES.values()):
+    for form in (_LORA, *_NAMES.values(), _PACKED_FLOATS, _FUSED_INTEGERS, *_DTYPES.values()):
         if form in shown:
             tensor = shown[form]
             raise CheckpointError(
                 f"{tensor.file}: {form} are not supported (tensor {tensor.name} is "
-                f"{tensor.entry.dtype}); use the model in BF16, F16, F32, or in FP8 (e4m3) with a "
-                "scale per 128 x 128 block"
+                f"{tensor.entry.dtype}); use the model in BF16, F16, F32, in FP8 (e4m3) with a "
+                "scale per 128 x 128 block, or in int8 or int4 of compressed-tensors or AWQ"
             )
 
 
@@ -71,9 +68,11 @@ def _form(tensor: StoredTensor) -> str | None:
     name = tensor.name
     dtype = tensor.entry.dtype
     if name.endswith(_ENDS):
-        if name.endswith(".weight_packed") and dtype == "U8":
-            return _PACKED_FLOATS
         return next(form for end, form in _NAMES.items() if name.endswith(end))
     if ".lora_" in name:
         return _LORA
+    if name.endswith(".weight_packed") and dtype == "U8":
+        return _PACKED_FLOATS
+    if dtype == "I8" and name.endswith("_proj"):
+        return _FUSED_INTEGERS
     return _DTYPES.get(dtype) if name.endswith((".weight", "_proj")) else None

@@ -17,8 +17,9 @@ from dsv3.checkpoint.directory import INDEX
 from dsv3.checkpoint.hub_cache import blob_digest
 from dsv3.checkpoint.identity import model_digest
 from dsv3.checkpoint.index import IndexDigests, read_digests
+from dsv3.checkpoint.jobs import Job
 from dsv3.checkpoint.manifest import MANIFEST, read_manifest
-from dsv3.checkpoint.plan import Job, Plan
+from dsv3.checkpoint.plan import Plan
 from dsv3.checkpoint.reader import Piece, Source, TensorInfo
 from dsv3.checkpoint.region import whole
 from dsv3.checkpoint.workers import run_jobs

@@ -13,9 +13,10 @@ import torch
 
 from dsv3 import LLM, SamplingParams
 from dsv3.checkpoint.convert import convert
+from dsv3.checkpoint.jobs import Cast
 from dsv3.checkpoint.load import load_weights
 from dsv3.checkpoint.names import scale_name
-from dsv3.checkpoint.plan import Cast, make_plan
+from dsv3.checkpoint.plan import make_plan
 from dsv3.checkpoint.sharding import tensor_specs
 from dsv3.checkpoint.source import open_source
 from dsv3.config import ParallelConfig, QuantizationConfig

@@ -10,7 +10,8 @@ import torch
 import transformers
 
 from dsv3.checkpoint.convert import convert
-from dsv3.checkpoint.plan import Cast, make_plan
+from dsv3.checkpoint.jobs import Cast
+from dsv3.checkpoint.plan import make_plan
 from dsv3.checkpoint.source import open_source
 from dsv3.config import ParallelConfig
 from tests.oracle.families import Oracle

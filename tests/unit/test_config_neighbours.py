@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 
-from dsv3.checkpoint.source import open_source
 from dsv3.config import ModelConfig
 from dsv3.config_files import hf_config_dict, load_model_config
-from dsv3.config_quantization import UnsupportedQuantizationError
-from dsv3.errors import CheckpointError, ConfigError
-from tests.checkpoint_files import TINY, Tensors, random_tensors, write_hf
+from dsv3.config_integers import IntegerConfig, IntegerKind
+from dsv3.errors import ConfigError
+from tests.checkpoint_files import TINY
 
 # The keys of the published files that the presets do not have.
 GLM_52: dict[str, Any] = {
@@ -93,37 +92,19 @@ def test_kimi_k25(model_type: str, tmp_path: Path) -> None:
     assert config.latent_norm_eps == preset.latent_norm_eps == 1e-6
 
 
-def test_int4_experts_are_refused_by_name(tmp_path: Path) -> None:
-    """By the config alone, and by the tensors where these decide."""
+def test_int4_experts_are_read_by_the_config(tmp_path: Path) -> None:
     text = hf_config_dict(TINY) | {"quantization_config": INT4}
-    both = wrapped(text, quantization_config=INT4)
     for data in (
         text,
-        both,
+        wrapped(text, quantization_config=INT4),
         wrapped(text),
         wrapped(hf_config_dict(TINY), quantization_config=INT4),
     ):
-        with pytest.raises(UnsupportedQuantizationError, match=r"type='int'.* \(no int4 or other"):
-            read(tmp_path, data)
-        assert "the stored tensors decide" in read(tmp_path, data, tensors_decide=True).warning
-    tensors: Tensors = {}
-    for name, tensor in random_tensors(TINY).items():
-        prefix = f"language_model.{name.removesuffix('.weight')}"
-        if ".experts." in name:
-            tensors[f"{prefix}.weight_packed"] = "I32", (1, 1), b"\0" * 4
-            tensors[f"{prefix}.weight_scale"] = "BF16", (1, 1), b"\0" * 2
-            tensors[f"{prefix}.weight_shape"] = "I32", (2,), b"\0" * 8
-        else:
-            tensors[f"language_model.{name}"] = tensor
-    folder = tmp_path / "kimi"
-    write_hf(folder, TINY, tensors)
-    (folder / "config.json").write_text(json.dumps(both))
-    words = (
-        r"packed int4 weights \(compressed-tensors\) are not supported \(tensor language_model\."
-    )
-    with pytest.raises(CheckpointError, match=words) as caught:
-        open_source(folder)
-    assert "\n" not in str(caught.value)
+        config = read(tmp_path, data)
+        assert config.integers == IntegerConfig(
+            method="compressed-tensors", kinds=(IntegerKind(bits=4, group=32),)
+        )
+        assert config.quantization is None and not config.warning
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ import pytest
 from dsv3.checkpoint.check import check_tensors
 from dsv3.checkpoint.contradictions import source_warnings
 from dsv3.checkpoint.convert import convert
+from dsv3.checkpoint.jobs import Cast
 from dsv3.checkpoint.load import has_fp8_experts, has_fp8_weights
-from dsv3.checkpoint.plan import Cast, make_plan
+from dsv3.checkpoint.plan import make_plan
 from dsv3.checkpoint.source import open_source
 from dsv3.config import ModelConfig, ParallelConfig
 from dsv3.config_files import load_model_config
@@ -244,9 +245,10 @@ def test_blocks_of_compressed_tensors(tmp_path: Path) -> None:
         assert make_plan(source, None, Cast.BF16).config.quantization is None
 
 
-INT4 = compressed(type="int", num_bits=4, strategy="group")
+FP4 = compressed(type="float", num_bits=4, strategy="group")
 UNSUPPORTED = [
-    (INT4, "weights.type='int' is not supported"),
+    (FP4, "weights.num_bits=4 is not supported"),
+    (compressed(type="int", num_bits=3), "weights.num_bits=3 is not supported"),
     (compressed(strategy="channel"), "group_0.weights.strategy='channel' is not supported"),
     (compressed(block_structure=[1, 128]), "weights.block_structure=[1, 128] is not supported"),
     ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "quant_method='bitsandbytes'"),
@@ -292,7 +294,7 @@ def test_unsupported_quantization_that_is_stale(
 
 def test_unsupported_quantization_over_fp8_blocks(tmp_path: Path) -> None:
     """The stored form decides here, too."""
-    describe(tmp_path / "hf", TINY, random_tensors(QUANTIZED), INT4)
+    describe(tmp_path / "hf", TINY, random_tensors(QUANTIZED), FP4)
     with open_source(tmp_path / "hf") as source:
         check_tensors(source)
         assert source.config.quantization == FP8

@@ -26,6 +26,7 @@ LEVELS = {
 }
 SHARED = {"dsv3", "dsv3.config", "dsv3.config_files", "dsv3.errors", "dsv3.request"}
 SHARED |= {"dsv3.config_fields", "dsv3.config_hf", "dsv3.config_indexer", "dsv3.config_rope"}
+SHARED |= {"dsv3.config_integers"}
 SHARED |= {"dsv3.config_quantization", "dsv3.files", "dsv3.read_files", "dsv3.version"}
 SHARED |= {"dsv3.arguments", "dsv3.setting_names", "dsv3.settings", "dsv3.sizes", "dsv3.streams"}
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from dsv3.checkpoint.convert import convert
+from dsv3.checkpoint.jobs import Cast
 from dsv3.checkpoint.load import fp8_weights, load_weights
-from dsv3.checkpoint.plan import Cast, make_plan
+from dsv3.checkpoint.plan import make_plan
 from dsv3.checkpoint.scales import read_scales
 from dsv3.checkpoint.source import open_source
 from dsv3.config import ParallelConfig

@@ -127,8 +127,8 @@ def test_a_share_of_a_converted_directory(tmp_path: Path) -> None:
     with open_source(tmp_path / "mp2", is_share=True) as source:
         check_tensors(source)
         specs, own = tensor_specs(CONFIG), dataclasses.replace(layout, rank=1)
-        for name in source.tensors:
-            region = tensor_region(specs, name, own)
+        for name, info in source.tensors.items():
+            region = tensor_region(specs, name, info.shape, own)
             if region is not None:
                 source.read(name, region)
         with pytest.raises(CheckpointError, match=f"{lost}: missing, and this rank reads it"):
