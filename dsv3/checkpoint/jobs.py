@@ -88,9 +88,8 @@ def make_jobs(
         integers: kinds of the weights to cast to integers.
         keeps_mtp: include the layers that draft tokens.
     """
-    left_out = {
-        name for name in copies(source) if cast is Cast.INTEGERS and _is_equal(source, name)
-    }
+    originals = copies(source) if cast is Cast.INTEGERS else {}
+    left_out = {name for name, original in originals.items() if _is_equal(source, name, original)}
     for spec in tensor_specs(source.config).values():
         stored = integer_form(source.tensors, spec.name, spec.shape)
         if stored is None and spec.name not in source.tensors:

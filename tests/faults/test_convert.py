@@ -133,9 +133,9 @@ def fault_distill(hf: Path) -> str:
     return "model_type='qwen2' (Qwen2ForCausalLM) is not supported"
 
 
-def fault_int4(hf: Path) -> str:
+def fault_groups(hf: Path) -> str:
     fault_config(hf, quantization_config={"quant_method": "compressed-tensors"})
-    return "no int4"
+    return "config_groups=None lists no groups of weights"
 
 
 FAULTS = [
@@ -146,7 +146,7 @@ FAULTS = [
     fault_wrong_shape,
     fault_unknown_tensor,
     fault_distill,
-    fault_int4,
+    fault_groups,
 ]
 
 
