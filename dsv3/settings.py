@@ -89,8 +89,10 @@ class EngineConfig:
         max_running: most running sequences, in each data-parallel group.
         dtype: numerics: "auto" (float32 on CPU, as the checkpoint on CUDA), "float32", "bfloat16"
             or "fp8": bfloat16 with FP8 weights multiplied by activations quantized per 128.
-        weights: "auto" holds weights in the activations' dtype; "fp8" keeps stored FP8 tensors and
-            dequantizes them at every use (fp8 numerics keep them anyway).
+        weights: quantized weights that are held as they are stored, if no shard cuts their blocks
+            or groups: "fp8" (dequantized at every use; fp8 numerics keep them anyway), "int8",
+            "int4", "stored" (all), or "auto": int8 and int4, but none with dtype float32, since a
+            CPU multiplies integers by bfloat16. The others get the activations' dtype.
         sequence_parallel: steps of at least this number of tokens split the residual stream over
             tp; 0 never does, -1 depends on the device.
         prefix_reuse: keep computed prefixes and reuse them.
@@ -119,7 +121,9 @@ class EngineConfig:
     """
 
     dtype: Literal["auto", "float32", "bfloat16", "fp8"] = _model("auto", "numerics")
-    weights: Literal["auto", "fp8"] = _model("auto", "fp8 keeps stored FP8 weights")
+    weights: Literal["auto", "stored", "fp8", "int8", "int4"] = _model(
+        "auto", "quantized weights that are held as they are stored"
+    )
     moe_dispatch: Literal["auto", "allreduce", "alltoall"] = _layout(
         "auto", "dispatch of tokens to experts"
     )

@@ -5,14 +5,14 @@ or dequantized in a bounded buffer. So loading needs the memory of the rank's sh
 buffers, for models of any size.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dsv3.checkpoint.integer_values import read_integers
+from dsv3.checkpoint.integer_values import pack, read_integers
 from dsv3.checkpoint.integers import IntegerForm, Layout, integer_form
 from dsv3.checkpoint.names import scale_name
 from dsv3.checkpoint.reader import Source
@@ -28,7 +28,7 @@ from dsv3.checkpoint.sharding import (
 )
 from dsv3.config import ParallelConfig
 from dsv3.errors import CheckpointError
-from dsv3.parallel.weights import Target
+from dsv3.parallel.weights import KeptIntegers, Target
 from dsv3_kernels import weight_dequant
 from dsv3_kernels.fp8_format import BLOCK, FP8
 
@@ -53,6 +53,31 @@ def has_fp8_experts(source: Source) -> bool:
     specs = tensor_specs(source.config).values()
     stored = fp8_weights(source)
     return all(s.name in stored for s in specs if s.expert is not None and not s.mtp)
+
+
+def integer_weights(
+    source: Source, widths: Collection[int], exact: bool
+) -> dict[str, KeptIntegers]:
+    """Return the weights that can be held as stored integers, and how.
+
+    AWQ's have zeros, which products do not take; they are dequantized.
+
+    Args:
+        source: the checkpoint.
+        widths: bits of the integers to hold.
+        exact: hold only weights whose scales bfloat16 holds exactly, in float32.
+    """
+    kept = {}
+    for spec in tensor_specs(source.config).values() if widths else ():
+        form = integer_form(source.tensors, spec.name, spec.shape)
+        if form is None or form.layout is Layout.AWQ or form.bits not in widths:
+            continue
+        is_bf16 = source.tensors[form.names(spec.name)[1]].dtype == "BF16"
+        if is_bf16 or not exact:
+            scale = torch.bfloat16 if is_bf16 and not exact else torch.float32
+            group = 0 if form.group == spec.shape[1] else form.group
+            kept[spec.name] = KeptIntegers(form.bits, group, scale)
+    return kept
 
 
 def bf16_vectors(source: Source) -> frozenset[str]:
@@ -89,7 +114,9 @@ def _load_target(source: Source, target: Target, spec: TensorSpec, layout: Paral
     # Expert placement may put a routed expert on any rank, and on several.
     region = whole(spec.shape) if spec.split is Split.EXPERT else shard_region(spec, layout)
     assert region is not None, f"rank {layout.rank} has no part of {target.name}"
-    assert region_shape(region) == tuple(target.dest.shape), f"{target.name} {region=}"
+    held = target.dest.shape
+    cols = held[-1] * (2 if target.dest.dtype == torch.uint8 else 1)  # two int4 values a byte
+    assert region_shape(region) == (*held[:-1], cols), f"{target.name} {region=}"
     if not target.dest.numel():
         return
     form = integer_form(source.tensors, target.name, spec.shape)
@@ -142,14 +169,21 @@ def _load_fp8(source: Source, target: Target, region: Region) -> None:
 def _load_integers(
     source: Source, target: Target, spec: TensorSpec, form: IntegerForm, region: Region
 ) -> None:
-    """Dequantize integer rows to the target's dtype."""
+    """Load integer rows with their scales, or dequantize them to the target's dtype."""
     # AWQ stores columns of W as rows, so a block of its rows would read everything.
     blocks = [(slice(None), region)] if form.layout is Layout.AWQ else _row_blocks(region, 4)
     for rows, part in blocks:
         integers = read_integers(source, target.name, spec.shape, form, part)
         scale = torch.from_numpy(integers.scale_Fg)
         _check_finite(source, form.names(target.name)[0], scale)
-        target.dest[rows].copy_(torch.from_numpy(integers.values()))
+        if target.scale is None:
+            target.dest[rows].copy_(torch.from_numpy(integers.values()))
+            continue
+        assert integers.zero_Fg is None and not integers.offset, f"{target.name} {region=}"
+        q_FD = integers.q_FD
+        held = pack(q_FD, 4) if target.dest.dtype == torch.uint8 else np.ascontiguousarray(q_FD)
+        target.dest[rows].copy_(torch.from_numpy(held))
+        target.scale[rows].copy_(scale)
 
 
 def _row_blocks(region: Region, itemsize: int) -> Iterable[tuple[slice, Region]]:

@@ -60,8 +60,8 @@ def _model_reasons(config: ModelConfig, has_fp8: bool) -> Iterator[tuple[str, st
     if config.first_k_dense_replace >= config.num_hidden_layers:
         for name in _OF_EXPERTS:
             yield name, "the model has no routed experts"
-    if not has_fp8:
-        yield "weights", "the checkpoint has no FP8 weights to keep"
+    if not has_fp8 and config.integers is None:
+        yield "weights", "the checkpoint has no quantized weights to keep"
 
 
 def _drafting_reasons(settings: EngineConfig) -> Iterator[tuple[str, str]]:

@@ -33,6 +33,7 @@ class MemoryPlan:
         host_pages: pages of the host cache.
         activation_bytes: measured need of the largest steps, CUDA graphs included; 0 if it was not
             measured.
+        kept: quantized formats that weights are held in.
     """
 
     weight_bytes: int
@@ -42,6 +43,7 @@ class MemoryPlan:
     free_bytes: int
     host_pages: int = 0
     activation_bytes: int = 0
+    kept: tuple[str, ...] = ()
 
     def describe(self) -> str:
         """Return the budget in one line."""
@@ -49,8 +51,9 @@ class MemoryPlan:
         kept = self.host_pages * self.cache_tokens // self.num_pages
         host = f", host cache {_size(kept * self.bytes_per_token)} ({kept:,} tokens)"
         steps = f", steps {_size(self.activation_bytes)}" if self.activation_bytes else ""
+        formats = f" ({', '.join(self.kept)})" if self.kept else ""
         return (
-            f"memory per rank: weights {_size(self.weight_bytes)}, "
+            f"memory per rank: weights {_size(self.weight_bytes)}{formats}, "
             f"cache {_size(cache)} ({self.bytes_per_token:,.0f} bytes a token; "
             f"{self.cache_tokens:,} tokens fit in the group)"
             f"{host if kept else ''}{steps}, free {_size(self.free_bytes)}"

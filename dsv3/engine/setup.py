@@ -7,7 +7,13 @@ import torch
 
 from dsv3.cache.layout import CacheLayout
 from dsv3.checkpoint.contradictions import source_warnings
-from dsv3.checkpoint.load import bf16_vectors, fp8_weights, has_fp8_experts, has_fp8_weights
+from dsv3.checkpoint.load import (
+    bf16_vectors,
+    fp8_weights,
+    has_fp8_experts,
+    has_fp8_weights,
+    integer_weights,
+)
 from dsv3.checkpoint.reader import Source
 from dsv3.config import ModelConfig, ParallelConfig
 from dsv3.distributed.mesh import Mesh
@@ -20,6 +26,7 @@ from dsv3.parallel.expert_placement import Placement
 from dsv3.parallel.token_rows import DispatchSettings
 from dsv3.parallel.weights import WeightFormat
 from dsv3.settings import CacheDtype, EngineConfig
+from dsv3_kernels import int_gemm
 from dsv3_kernels.fp8_format import BLOCK, FP8
 
 log = logging.getLogger(__name__)
@@ -62,7 +69,7 @@ class Setup:
             free: bytes that it may use on its device.
             activations: bytes that the largest steps need, if they were measured.
         """
-        return plan_memory(
+        plan = plan_memory(
             self.settings,
             self.layout,
             self.weight_bytes,
@@ -72,6 +79,7 @@ class Setup:
             activations,
             host_free=free_memory(torch.device("cpu"), mesh.ranks_on_host),
         )
+        return replace(plan, kept=self.fmt.kept)
 
 
 def decide(source: Source, settings: EngineConfig, mesh: Mesh, n_experts: int | None) -> Setup:
@@ -172,7 +180,7 @@ def numerics_mode(settings: EngineConfig, source: Source, device: str) -> str:
 
 
 def weight_format(source: Source, settings: EngineConfig, mesh: Mesh) -> WeightFormat:
-    """Return the format that weights are held in, and the names of those kept in FP8."""
+    """Return the format that weights are held in, with the names of those kept quantized."""
     mode = numerics_mode(settings, source, mesh.device.type)
     dtype = TORCH_DTYPES.get(mode, torch.bfloat16)
     # Their products with bfloat16 activations are exact in float32.
@@ -187,8 +195,24 @@ def weight_format(source: Source, settings: EngineConfig, mesh: Mesh) -> WeightF
             ue8m0=quantization is not None and quantization.scale_fmt == "ue8m0",
             bf16_vectors=vectors,
         )
-    kept = fp8_weights(source) if settings.weights == "fp8" else frozenset()
-    return WeightFormat(dtype, mesh.device, kept, bf16_vectors=vectors)
+    kept = fp8_weights(source) if settings.weights in ("fp8", "stored") else frozenset()
+    on_cpu = not int_gemm.uses_triton(mesh)
+    widths = _kept_widths(settings, dtype) if on_cpu else ()
+    return WeightFormat(
+        dtype,
+        mesh.device,
+        fp8_names=kept,
+        bf16_vectors=vectors,
+        integers=integer_weights(source, widths, exact=on_cpu),
+        cpu_products=on_cpu,
+    )
+
+
+def _kept_widths(settings: EngineConfig, dtype: torch.dtype) -> tuple[int, ...]:
+    """Return the bits of the integer weights that are held as they are stored."""
+    if settings.weights == "auto":
+        return () if dtype == torch.float32 else (4, 8)
+    return {"stored": (4, 8), "int8": (8,), "int4": (4,)}.get(settings.weights, ())
 
 
 def context_limit(settings: EngineConfig, config: ModelConfig) -> int:

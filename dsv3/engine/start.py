@@ -196,6 +196,7 @@ def _load(
         )
         _log_cut_weights(model)
         load_weights(source, model.eval().targets(), mesh.layout)
+        model.pack_weights()
         tokenizer = Tokenizer.load_optional(path) if rank == 0 else None
     return _Loaded(setup, plan, model, tokenizer, identity)
 
@@ -216,10 +217,10 @@ def _phase(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 def _log_cut_weights(model: Transformer) -> None:
-    """Name the kinds of weights that are stored in FP8 and cannot be held so on this rank."""
+    """Name the kinds of weights that are stored quantized and cannot be held so on this rank."""
     kinds = sorted({re.sub(r"\.\d+", "", name) for name in model.cut_names})
     if kinds:
-        log.info("FP8 weights whose shards cut blocks run dequantized: %s", ", ".join(kinds))
+        log.info("quantized weights that run dequantized on this rank: %s", ", ".join(kinds))
 
 
 def set_launches(overlap: bool, device: torch.device, name: str) -> None:

@@ -141,9 +141,16 @@ class Transformer(Module):
 
     @property
     def cut_names(self) -> set[str]:
-        """Weights stored in FP8 but kept in the compute dtype: an edge cuts their blocks."""
+        """Weights stored quantized but kept in the compute dtype: an edge cuts a block or group."""
         cut = (m.names for m in self.modules() if isinstance(m, Matrix) and m.is_cut)
         return {name for stacked in cut for parts in stacked for name in parts}
+
+    @torch.inference_mode()
+    def pack_weights(self) -> None:
+        """Arrange loaded integer weights for the products of the device."""
+        for module in self.modules():
+            if isinstance(module, Matrix):
+                module.pack()
 
     def targets(self) -> Iterator[Target]:
         """Yield the targets of all weights, for the loader."""

@@ -13,7 +13,7 @@ from dsv3.config import ParallelConfig, split_range
 from dsv3.distributed.collectives import Collectives
 from dsv3.parallel.module import Module
 from dsv3.parallel.weights import Matrix, WeightFormat
-from dsv3_kernels import Quantized, act_quant, as_dtype, fp8_gemm, linear, make_locks
+from dsv3_kernels import Quantized, act_quant, as_dtype, fp8_gemm, int_linear, linear, make_locks
 
 
 class Linear(Matrix):
@@ -24,7 +24,7 @@ class Linear(Matrix):
         parts: projection name -> rows on this rank.
         in_features: columns on this rank.
         fmt: dtype and device.
-        offset, quantized, must_be_finite, by_rows: see `Matrix`.
+        row_offset, col_offset, quantized, must_be_finite, by_rows: see `Matrix`.
     """
 
     def __init__(
@@ -34,7 +34,8 @@ class Linear(Matrix):
         in_features: int,
         fmt: WeightFormat,
         *,
-        offset: int = 0,
+        row_offset: int = 0,
+        col_offset: int = 0,
         quantized: bool = True,
         must_be_finite: bool = False,
         by_rows: bool = False,
@@ -44,7 +45,8 @@ class Linear(Matrix):
             list(parts.values()),
             in_features,
             fmt,
-            offset=offset,
+            row_offset=row_offset,
+            col_offset=col_offset,
             quantized=quantized,
             must_be_finite=must_be_finite,
             by_rows=by_rows,
@@ -53,6 +55,8 @@ class Linear(Matrix):
 
     def forward(self, x_TD: Tensor, x_q: Quantized | None = None) -> Tensor:
         """Return [T, sum of rows]; `x_q` is x in FP8, if known."""
+        if self.group:
+            return int_linear(as_dtype(x_TD, self.dtype), self.integers(), self.locks)
         if not self.quantizes:
             return linear(as_dtype(x_TD, self.dtype), self.matrix(), locks=self.locks)
         return self.product(act_quant(x_TD, self.ue8m0) if x_q is None else x_q)
@@ -103,7 +107,7 @@ class ColumnParallelLinear(Linear):
             {part: stop - start for part, (start, stop) in bounds.items()},
             in_features,
             fmt,
-            offset=next(iter(bounds.values()))[0],
+            row_offset=next(iter(bounds.values()))[0],
             quantized=quantized,
             must_be_finite=must_be_finite,
             by_rows=by_rows,
@@ -128,7 +132,7 @@ class RowParallelLinear(Linear):
         unit: int = 1,
     ) -> None:
         start, stop = split_range(in_features, layout.tp, layout.tp_rank, unit)
-        super().__init__(prefix, {part: out_features}, stop - start, fmt, offset=start)
+        super().__init__(prefix, {part: out_features}, stop - start, fmt, col_offset=start)
 
 
 class VocabParallelEmbedding(Module):

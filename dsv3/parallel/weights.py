@@ -4,19 +4,29 @@ The layer that builds a matrix declares its packing (`{"q_a_proj": 1536, "kv_a_p
 576}`) and whether it may be kept in FP8. The loader iterates over `targets()` and fills the memory
 in place; the memory plan builds the model on torch's meta device and adds up its bytes.
 
-A matrix is kept in the compute dtype or, if the checkpoint stores FP8 and the user keeps it, as
-e4m3 with one scale per 128 x 128 block. If the edge of this rank's slice or of a packed part cuts a
-block, the matrix is kept in the compute dtype and the loader dequantizes it.
+A matrix is kept in the compute dtype or, if the checkpoint stores it quantized and the user keeps
+it, as e4m3 with one scale per 128 x 128 block, or as integers with one scale per group of columns.
+If the edge of this rank's slice or of a packed part cuts a block or a group, the matrix is kept in
+the compute dtype and the loader dequantizes it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dsv3.parallel.module import Module
-from dsv3_kernels import Stack, experts, weight_dequant
+from dsv3_kernels import (
+    Integers,
+    Stack,
+    experts,
+    has_cpu_product,
+    int_dequant,
+    pack_for_cpu,
+    weight_dequant,
+)
 from dsv3_kernels.fp8_format import BLOCK, FP8
 
 
@@ -27,7 +37,7 @@ class Target:
     Attributes:
         name: of the tensor.
         dest: view of a parameter.
-        scale: view of the block scales if `dest` is FP8; None if the loader dequantizes.
+        scale: view of the scales if `dest` is FP8 or integers; None if the loader dequantizes.
         must_be_finite: loading refuses infinities, because they would not show in the logits.
     """
 
@@ -35,6 +45,20 @@ class Target:
     dest: Tensor
     scale: Tensor | None = None
     must_be_finite: bool = False
+
+
+class KeptIntegers(NamedTuple):
+    """How an integer weight is held.
+
+    Attributes:
+        bits: 4 or 8.
+        group: columns that share a scale; 0 for a whole row.
+        scale: dtype of the scales.
+    """
+
+    bits: int
+    group: int
+    scale: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -48,6 +72,9 @@ class WeightFormat:
         fp8_products: multiply them by activations in FP8; this needs whole blocks of columns.
         ue8m0: the scales of those activations are powers of two.
         bf16_vectors: `Vector` weights to keep in bfloat16.
+        integers: weights to keep as integers if no edge cuts their groups.
+        cpu_products: integers are multiplied by torch's products on CPUs, and are kept only where
+            there is one.
     """
 
     dtype: torch.dtype
@@ -56,6 +83,34 @@ class WeightFormat:
     fp8_products: bool = False
     ue8m0: bool = False
     bf16_vectors: frozenset[str] = field(default_factory=frozenset)
+    integers: Mapping[str, KeptIntegers] = field(default_factory=dict)
+    cpu_products: bool = False
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The quantized formats that weights are held in."""
+        kinds = {f"int{kind.bits}" for kind in self.integers.values()}
+        return (*(["fp8"] if self.fp8_names else []), *sorted(kinds))
+
+    def kept_integers(self, names: list[list[str]], rows: int, cols: int) -> KeptIntegers | None:
+        """Return how a matrix of these weights is held as integers; None if it is not.
+
+        Args:
+            names: checkpoint names of the parts, one list per stacked matrix.
+            rows: rows of all parts.
+            cols: columns.
+        """
+        kinds = {self.integers.get(name) for parts in names for name in parts}
+        kind = kinds.pop() if len(kinds) == 1 else None
+        if kind is None or not rows or not cols:
+            return None
+        group = kind.group or cols
+        is_whole = cols % group == 0 and (cols % 2 == 0 or kind.bits == 8)
+        if not is_whole or (kind.group and kind.group % 32):
+            return None
+        if self.cpu_products and not has_cpu_product(kind.bits, group, rows, cols):
+            return None
+        return kind
 
 
 class Matrix(Module):
@@ -66,15 +121,17 @@ class Matrix(Module):
         rows: rows of each part, in order.
         cols: columns.
         fmt: dtype and device.
-        offset: first row or column of the parts in their checkpoint tensors.
-        quantized: may be kept in FP8, if `fmt` keeps all of its parts in FP8.
+        row_offset, col_offset: first row and column of the parts in their checkpoint tensors.
+        quantized: may be kept quantized, if `fmt` keeps all of its parts so.
         must_be_finite: see `Target`.
         by_rows: rows stay contiguous: they are looked up, or slices of them are multiplied by.
 
     Attributes:
-        block_scale: [E, ceil(rows / 128), ceil(cols / 128)] float32 of a matrix kept in FP8.
+        block_scale: [E, ceil(rows / 128), ceil(cols / 128)] float32 of a matrix kept in FP8;
+            [E, rows, groups] of integers.
+        group: columns that share a scale of integers; 0 if the matrix is not kept so.
         quantizes: the product is in FP8, so its input is best produced in FP8.
-        is_cut: the matrix would be kept in FP8 if no edge cut its blocks.
+        is_cut: the matrix would be kept quantized if no edge cut its blocks or groups.
     """
 
     block_scale: Tensor | None
@@ -86,7 +143,8 @@ class Matrix(Module):
         cols: int,
         fmt: WeightFormat,
         *,
-        offset: int = 0,
+        row_offset: int = 0,
+        col_offset: int = 0,
         quantized: bool = True,
         must_be_finite: bool = False,
         by_rows: bool = False,
@@ -98,14 +156,25 @@ class Matrix(Module):
         self.rows = rows
         self._must_be_finite = must_be_finite
         is_kept = quantized and bool(names) and _are_all_in(fmt.fp8_names, names)
-        is_whole = not any(edge % BLOCK for edge in (offset, *rows[:-1]))
+        is_whole = not any(edge % BLOCK for edge in (row_offset, col_offset, *rows[:-1]))
         if fmt.fp8_products:
             is_whole = is_whole and cols > 0 and cols % BLOCK == 0
         is_fp8 = is_kept and is_whole
-        self.is_cut = is_kept and not is_whole
+        integers = fmt.kept_integers(names, sum(rows), cols) if quantized else None
+        if integers is not None and integers.group and col_offset % integers.group:
+            integers = None
+        is_stored_so = quantized and bool(names) and all(n in fmt.integers for n in names[0])
+        self.is_cut = (is_kept and not is_whole) or (is_stored_so and integers is None)
+        self.group = 0 if integers is None else integers.group or cols
+        self._packed = False
+        self._for_cpu = fmt.cpu_products
         self.quantizes = is_fp8 and fmt.fp8_products
         shape = (len(names), sum(rows), cols)
-        if is_fp8 or by_rows:
+        scale_shape, scale_dtype = (0, 0, 0), torch.float32
+        if integers is not None:
+            data = _empty_integers(shape, integers, fmt.device)
+            scale_shape, scale_dtype = (*shape[:2], cols // self.group), integers.scale
+        elif is_fp8 or by_rows:
             data = torch.empty(shape, dtype=FP8 if is_fp8 else fmt.dtype, device=fmt.device)
         else:
             data = _empty_factor(shape, fmt)
@@ -114,7 +183,8 @@ class Matrix(Module):
         scale = None
         if is_fp8:
             scale_shape = (len(names), -(-sum(rows) // BLOCK), -(-cols // BLOCK))
-            scale = torch.empty(scale_shape, dtype=torch.float32, device=fmt.device)
+        if is_fp8 or integers is not None:
+            scale = torch.empty(scale_shape, dtype=scale_dtype, device=fmt.device)
         self.register_buffer("block_scale", scale, persistent=False)
         self._scales = () if scale is None else scale.unbind()
 
@@ -125,7 +195,9 @@ class Matrix(Module):
             for name, rows in zip(parts, self.rows, strict=True):
                 dest = self.weight[e, start : start + rows].detach()
                 scale = None
-                if self.block_scale is not None:
+                if self.group and self.block_scale is not None:
+                    scale = self.block_scale[e, start : start + rows]
+                elif self.block_scale is not None:
                     blocks = slice(start // BLOCK, -(-(start + rows) // BLOCK))
                     scale = self.block_scale[e, blocks]
                 yield Target(name, dest, scale, self._must_be_finite)
@@ -135,11 +207,24 @@ class Matrix(Module):
         """Return matrix `e` in the compute dtype, [rows, cols]."""
         if not self._scales:
             return self._weights[e]
+        if self.group:
+            return int_dequant(self.integers(e), self.dtype)
         return weight_dequant(self._weights[e], self._scales[e], self.dtype)
+
+    def integers(self, e: int = 0) -> Integers:
+        """Return matrix `e` of a matrix kept as integers."""
+        return Integers(self._weights[e], self._scales[e], self.group, self._packed)
+
+    def pack(self) -> None:
+        """Arrange loaded integers for the products of a CPU."""
+        if self._for_cpu and self.group and not self._packed:
+            for e in range(len(self.names)):
+                pack_for_cpu(self.integers(e))
+            self._packed = True
 
     def stack(self) -> Stack:
         """Return all matrices as the argument of `dsv3_kernels.experts`."""
-        return Stack(self.weight, self.block_scale, self._weights)
+        return Stack(self.weight, self.block_scale, self._weights, self.group, self._packed)
 
     def take(self, stacked: list[int]) -> list[Tensor]:
         """Return copies of the given stacked matrices and of their scales, as bytes."""
@@ -154,6 +239,14 @@ class Matrix(Module):
         """Return views of weights and scales as bytes, because Gloo does not support FP8."""
         tensors = (*self.parameters(), *self.buffers())
         return [(t if t.is_contiguous() else t.mT).view(torch.uint8) for t in tensors]
+
+
+def _empty_integers(
+    shape: tuple[int, int, int], integers: KeptIntegers, device: torch.device
+) -> Tensor:
+    if integers.bits == 8:
+        return torch.empty(shape, dtype=torch.int8, device=device)
+    return torch.empty((*shape[:2], shape[2] // 2), dtype=torch.uint8, device=device)
 
 
 def _empty_factor(shape: tuple[int, int, int], fmt: WeightFormat) -> Tensor:

@@ -25,6 +25,8 @@ from dsv3_kernels.gemm._split_k import make_locks
 from dsv3_kernels.gemm.act_quant import Quantized, act_quant
 from dsv3_kernels.gemm.bf16_gemm import linear
 from dsv3_kernels.gemm.fp8_gemm import fp8_gemm
+from dsv3_kernels.gemm.int_gemm import int_gemm, int_linear
+from dsv3_kernels.gemm.integers import Integers, has_cpu_product, int_dequant, pack_for_cpu
 from dsv3_kernels.gemm.weight_dequant import weight_dequant
 from dsv3_kernels.index.index_cache import IndexCache, index_key_bytes
 from dsv3_kernels.index.index_key import IndexWrite, write_index_keys
@@ -49,6 +51,7 @@ __all__ = [
     "Groups",
     "IndexCache",
     "IndexWrite",
+    "Integers",
     "Keys",
     "KeysValues",
     "LocalExperts",
@@ -76,9 +79,13 @@ __all__ = [
     "fp8_gemm",
     "grouped_down",
     "grouped_gate_up",
+    "has_cpu_product",
     "index_key_bytes",
     "index_queries",
     "index_scores",
+    "int_dequant",
+    "int_gemm",
+    "int_linear",
     "latent_entries",
     "linear",
     "make_locks",
@@ -94,6 +101,7 @@ __all__ = [
     "norm_and_cache",
     "open_parts",
     "overlap_launches",
+    "pack_for_cpu",
     "pack_latent",
     "packed_bytes",
     "permute",

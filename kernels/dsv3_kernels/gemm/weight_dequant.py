@@ -6,7 +6,7 @@ from torch import Tensor
 from dsv3_kernels._gpu import cdiv
 from dsv3_kernels._triton import in_turn, launch_options, tl, triton
 from dsv3_kernels.fp8_format import BLOCK
-from dsv3_kernels.gemm._e4m3 import decode_e4m3, e4m3_view, is_native
+from dsv3_kernels.gemm._e4m3 import decode_e4m3, e4m3_floats, e4m3_view, is_native
 from dsv3_kernels.operation import operation
 
 # Rows and columns of a program.
@@ -116,4 +116,4 @@ def weight_dequant(
     """
     rows, cols = w_FD.shape[-2:]
     by_row = _expand(scale_fd.float(), -2, rows, row_offset, block[0])
-    return (w_FD.float() * _expand(by_row, -1, cols, col_offset, block[1])).to(dtype)
+    return (e4m3_floats(w_FD) * _expand(by_row, -1, cols, col_offset, block[1])).to(dtype)

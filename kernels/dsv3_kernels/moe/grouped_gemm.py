@@ -31,6 +31,8 @@ from dsv3_kernels._triton import has_tma, is_interpreted, multiprocessors
 from dsv3_kernels.fp8_format import BLOCK
 from dsv3_kernels.gemm._e4m3 import e4m3_view, is_native
 from dsv3_kernels.gemm.act_quant import Quantized
+from dsv3_kernels.gemm.int_gemm import int_linear
+from dsv3_kernels.gemm.integers import Integers
 from dsv3_kernels.gemm.weight_dequant import weight_dequant
 from dsv3_kernels.moe.permute import Groups
 
@@ -39,14 +41,30 @@ class Stack(NamedTuple):
     """The matrices of the local experts.
 
     Attributes:
-        weight: [E, N, D], float or float8_e4m3fn.
-        block_scale: [E, ceil(N / 128), ceil(D / 128)] float32 if the matrices are FP8, else None.
+        weight: [E, N, D], float or float8_e4m3fn; of integers, as `Integers.q`.
+        block_scale: [E, ceil(N / 128), ceil(D / 128)] float32 if the matrices are FP8; of integers,
+            [E, N, groups], as `Integers.scale`; else None.
         unbound: views of each matrix, if they are made already; only the references use them.
+        group: columns that share a scale of integers; 0 for other matrices.
+        packed: see `Integers`.
     """
 
     weight: Tensor
     block_scale: Tensor | None = None
     unbound: tuple[Tensor, ...] = ()
+    group: int = 0
+    packed: bool = False
+
+    def integers(self, e: int) -> Integers:
+        """Return matrix `e` of a stack of integers."""
+        assert self.block_scale is not None
+        return Integers(self.weight[e], self.block_scale[e], self.group, self.packed)
+
+    def product(self, e: int, x: Tensor) -> Tensor:
+        """Return x W_e^T in the dtype of `x`."""
+        if self.group:
+            return int_linear(x, self.integers(e))
+        return F.linear(x, self.matrix(e, x.dtype))
 
     def matrix(self, e: int, dtype: torch.dtype) -> Tensor:
         """Return matrix `e`, [N, D], dequantized to `dtype` if it is FP8."""
@@ -62,7 +80,7 @@ def products(x: Tensor, w: Stack, groups: Groups) -> Iterator[tuple[slice, Tenso
     for e, (start, count) in enumerate(zip(starts, counts, strict=True)):
         if count:
             rows = slice(start, start + count)
-            yield rows, F.linear(x[rows], w.matrix(e, x.dtype))
+            yield rows, w.product(e, x[rows])
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,6 @@ from itertools import pairwise
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from dsv3_kernels._cast import as_float32
 from dsv3_kernels._gpu import row_bucket
@@ -43,9 +42,7 @@ class _Hit:
 def _grouped_linear(x_MD: Tensor, hit: list[_Hit], w: Stack) -> Tensor:
     """Return x W_e^T: the first rows belong to the first expert, and so on."""
     parts = x_MD.split_with_sizes([one.count for one in hit])
-    products = [
-        F.linear(x, w.matrix(one.index, x.dtype)) for x, one in zip(parts, hit, strict=True)
-    ]
+    products = [w.product(one.index, x) for x, one in zip(parts, hit, strict=True)]
     return products[0] if len(products) == 1 else torch.cat(products)
 
 

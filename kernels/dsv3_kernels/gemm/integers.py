@@ -1,0 +1,175 @@
+"""Matrices of integers of 4 or 8 bits with a scale per group of columns of each row.
+
+    w[n, k] = q[n, k] * scale[n, k // group]
+
+int8 values are stored as such; of int4, a byte holds two values plus 8, the first in its low bits
+(the order of compressed-tensors). On CPUs, torch's own products want int4 in another order:
+`pack_for_cpu` rearranges a matrix in place.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dsv3_kernels._gpu import cdiv
+from dsv3_kernels._triton import in_turn, launch_options, tl, triton
+from dsv3_kernels.operation import operation
+
+# Rows and columns of a program.
+_ROWS, _COLUMNS = 16, 128
+# Most rows of x that torch multiplies by int8 as they are; for more, a dequantized matrix is
+# faster (measured on AVX-512: 1.4 times at 16 rows with bfloat16).
+_FEW_ROWS = 8
+_CPU_GROUPS = (32, 64, 128, 256)
+
+
+class Integers(NamedTuple):
+    """A matrix of integers, or a stack of matrices.
+
+    Attributes:
+        q: [..., N, D] int8, or [..., N, D / 2] uint8.
+        scale: [..., N, groups], any float dtype.
+        group: columns that share a scale.
+        packed: True after `pack_for_cpu`.
+    """
+
+    q: Tensor
+    scale: Tensor
+    group: int
+    packed: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the matrix."""
+        return self.q.device
+
+    @property
+    def bits(self) -> int:
+        """4 or 8."""
+        return 4 if self.q.dtype == torch.uint8 else 8
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the matrix."""
+        return self.q.shape[-2], self.q.shape[-1] * 8 // self.bits
+
+
+def has_cpu_product(bits: int, group: int, rows: int, cols: int) -> bool:
+    """Return True if torch multiplies such a matrix on a CPU.
+
+    Of int8 it takes one scale per row, and ends the process for columns that are not a multiple of
+    a vector register's.
+    """
+    if bits == 8:
+        return group >= cols and cols > 0 and cols % 32 == 0
+    return group in _CPU_GROUPS and cols % group == 0 and rows % 16 == 0
+
+
+def pack_for_cpu(w: Integers) -> Integers:
+    """Rearrange an int4 matrix with float32 scales in place for torch's product on CPUs.
+
+    The memory of a float32 scale then holds a bfloat16 scale and a zero; the scales must be exact
+    in bfloat16. int8 stays as it is.
+    """
+    if w.bits == 8:
+        return w._replace(packed=True)
+    rows, cols = w.shape
+    q_ND = torch.stack((w.q & 15, w.q >> 4), -1).view(rows, cols).int()
+    w.q.copy_(torch.ops.aten._convert_weight_to_int4pack_for_cpu(q_ND, 1).view_as(w.q))
+    assert w.scale.dtype == torch.float32 and w.scale.is_contiguous(), f"{w.scale.dtype=}"
+    scale_gN = w.scale.t().to(torch.bfloat16)
+    pairs = w.scale.view(torch.bfloat16).view(cols // w.group, rows, 2)
+    pairs[..., 0] = scale_gN
+    pairs[..., 1] = 0
+    return w._replace(packed=True)
+
+
+def cpu_product(x_TD: Tensor, w: Integers) -> Tensor:
+    """Return x W^T by torch's product of bfloat16 rows, which sums in float32.
+
+    Args:
+        x_TD: [T, D] of any float dtype; rounded to bfloat16 for the products of few rows.
+        w: for which `has_cpu_product` is True, after `pack_for_cpu`.
+    """
+    rows, cols = w.shape
+    if not len(x_TD):
+        return x_TD.new_empty((0, rows))
+    if w.bits == 4:
+        pairs = w.scale.view(torch.bfloat16).view(cols // w.group, rows, 2)
+        x = x_TD.to(torch.bfloat16).contiguous()
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, w.q, w.group, pairs)
+    elif len(x_TD) <= _FEW_ROWS:
+        x = x_TD.to(torch.bfloat16).contiguous()
+        y = torch.ops.aten._weight_int8pack_mm(x, w.q, w.scale.view(-1).to(torch.bfloat16))
+    else:
+        return F.linear(x_TD, int_dequant.reference(w._replace(packed=False), x_TD.dtype))
+    return y.to(x_TD.dtype)
+
+
+@triton.jit
+def load_integers(q_ptr, row, col, mask, D, BITS: tl.constexpr):
+    """Load integers of rows and columns of a matrix of D columns as float32."""
+    if BITS == 8:
+        return tl.load(q_ptr + row * D + col, mask=mask, other=0).to(tl.float32)
+    else:  # noqa: RET505 - Triton drops a constant condition's other branch only so
+        byte = tl.load(q_ptr + row * (D // 2) + col // 2, mask=mask, other=0).to(tl.int32)
+        return ((byte >> (col % 2 * 4)) & 15).to(tl.float32) - 8.0
+
+
+@triton.jit
+def _dequant_kernel(
+    q_ptr,
+    scale_ptr,
+    out_ptr,
+    rows,
+    cols,
+    groups,
+    group,
+    BITS: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+):
+    """Dequantize R rows and C columns."""
+    in_turn()
+    row = tl.program_id(0) * R + tl.arange(0, R).to(tl.int64)[:, None]
+    col = tl.program_id(1) * C + tl.arange(0, C)[None, :]
+    mask = (row < rows) & (col < cols)
+    q = load_integers(q_ptr, row, col, mask, cols, BITS)
+    scale = tl.load(scale_ptr + row * groups + col // group, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * cols + col, (q * scale).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def _launch_int_dequant(w: Integers, dtype: torch.dtype) -> Tensor:
+    rows, cols = w.shape
+    stacked = w.q.numel() // max(1, w.q.shape[-2] * w.q.shape[-1]) * rows
+    out = torch.empty((*w.q.shape[:-1], cols), dtype=dtype, device=w.device)
+    if out.numel():
+        _dequant_kernel[(cdiv(stacked, _ROWS), cdiv(cols, _COLUMNS))](
+            q_ptr=w.q.contiguous(),
+            scale_ptr=w.scale.contiguous(),
+            out_ptr=out,
+            rows=stacked,
+            cols=cols,
+            groups=w.scale.shape[-1],
+            group=w.group,
+            BITS=w.bits,
+            R=_ROWS,
+            C=_COLUMNS,
+            **launch_options(),
+        )
+    return out
+
+
+@operation(kernel=_launch_int_dequant)
+def int_dequant(w: Integers, dtype: torch.dtype) -> Tensor:
+    """Return q * scale of its group, [..., N, D] in `dtype`; not of a matrix packed for CPUs."""
+    assert not w.packed
+    q = w.q
+    if w.bits == 4:
+        q = torch.stack((q & 15, q >> 4), -1).flatten(-2).to(torch.int8) - 8
+    if w.scale.shape[-1] == 1:
+        return (q * w.scale.float()).to(dtype)
+    scale = w.scale.float().repeat_interleave(w.group, -1)
+    return (q * scale[..., : q.shape[-1]]).to(dtype)
