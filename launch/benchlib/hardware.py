@@ -58,6 +58,11 @@ HARDWARE = {
     "h100": _H100,
     # The datasheet's 4.8 TB/s at the H100's measured share of its own (95.8 %): not measured.
     "h200": replace(_H100, name="h200", read=4.60e12, memory=141e9),
+    # Datasheet: 2.039 TB/s, 312 TFLOP/s at the H100's measured shares of its own, no FP8, NVLink 3
+    # with 300 GB/s each way, 200 Gbit/s a device between hosts. Not measured.
+    "a100": Hardware(
+        name="a100", read=1.95e12, fp8=247e12, bf16=247e12, fp32=19.5e12, link=300e9, net=25e9
+    ),
     # H100 with other links: DeepSeek-V3 report, section 3.2.2 (160 GB/s NVLink, 50 GB/s IB).
     "h800": replace(_H100, name="h800", link=160e9),
 }

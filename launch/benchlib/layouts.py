@@ -8,6 +8,7 @@ import torch
 
 from benchlib.experts_hit import experts_hit
 from benchlib.hardware import Hardware
+from benchlib.integers import integer_names
 from benchlib.roofline import Op, RooflineSetup, step_ops
 from benchlib.step_shape import StepShape
 from dsv3.cache.layout import CacheLayout
@@ -80,18 +81,19 @@ def layouts(model: RooflineSetup, ranks: int) -> Iterator[Layout]:
 
 
 @cache
-def weights_of(config: ModelConfig, layout: ParallelConfig, plain: str, is_fp8: bool) -> int:
-    """Return the bytes of a rank's weights."""
+def weights_of(config: ModelConfig, layout: ParallelConfig, weights: str) -> int:
+    """Return the bytes of a rank's weights in a format."""
     quantized = (s.name for s in tensor_specs(config).values() if s.quantizable)
-    dtype = torch.float32 if plain == "fp32" else torch.bfloat16
+    dtype = torch.float32 if weights == "fp32" else torch.bfloat16
     meta = torch.device("meta")
     # As checkpoints in these formats store them.
     routers = (name for name in tensor_specs(config) if name.endswith(".mlp.gate.weight"))
     fmt = WeightFormat(
         dtype,
         meta,
-        fp8_names=frozenset(quantized if is_fp8 else ()),
+        fp8_names=frozenset(quantized if weights == "fp8" else ()),
         bf16_vectors=frozenset(routers if dtype == torch.bfloat16 else ()),
+        integers=integer_names(config, weights, on_cpu=False),
     )
     return weight_bytes(config, stand_in_mesh(layout, meta), fmt)
 
@@ -100,7 +102,7 @@ def memory(setup: RooflineSetup, hw: Hardware) -> tuple[int, int]:
     """Return the bytes of a rank's weights, and the positions that fit all caches beside them."""
     config = setup.config
     place = setup.layout
-    weights = weights_of(config, place, setup.plain, setup.weights == "fp8")
+    weights = weights_of(config, place, setup.weights)
     cache = CacheLayout.make(config, setup.form, setup.kv_shard, setup.cache, place.tp, 0)
     settings = EngineConfig(max_running=_NO_LIMIT, max_batch_tokens=_NO_LIMIT)
     max_seq_len = config.max_position_embeddings

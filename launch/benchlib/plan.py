@@ -1,6 +1,7 @@
 """Compare the layouts of a model: memory and step time, computed or measured on this machine.
 
     python launch/bench.py plan --config v3-671b --hardware h200x8 --batch 128 --context 4096
+    python launch/bench.py plan --config v3-671b --hardware a100x8 --weights int4
     python launch/bench.py plan --config v3-671b --hardware FILE.yaml --figure link=2e11
     torchrun --nproc-per-node 2 launch/bench.py plan --measure --save-hardware FILE.yaml
 
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from benchlib.flags import at_least
 from benchlib.hardware import HARDWARE_FILE, Hardware, read_hardware
+from benchlib.integers import INTEGERS
 from benchlib.layouts import Layout, layouts, memory
 from benchlib.plan_measured import measured_plan
 from benchlib.report import Report, Row, check_report
@@ -38,6 +40,7 @@ def computed_plan(args: argparse.Namespace) -> Report:
     ceilings, ranks = read_hardware(args.hardware, dict(args.figure))
     weights = "fp8" if config.quantization and args.dtype in ("auto", "fp8") else "bf16"
     weights = "fp32" if args.dtype == "float32" else weights
+    weights = args.weights if args.weights in INTEGERS else weights
     cache = args.kv_dtype
     if cache == "auto":
         cache = "fp32" if weights == "fp32" else "bf16"

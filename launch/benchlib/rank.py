@@ -152,7 +152,7 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--weights",
         default="auto",
-        choices=["auto", "fp8", "bf16", "fp32"],
+        choices=["auto", "fp8", "int8", "int4", "bf16", "fp32"],
         help="format of the weights; auto is the stored format",
     )
     parser.add_argument(

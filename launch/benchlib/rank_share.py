@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchlib.integers import integer_names
 from benchlib.roofline import RooflineSetup, experts_hit
 from dsv3.cache.layout import CacheLayout
 from dsv3.cache.pool import CachePool
@@ -23,7 +24,7 @@ from dsv3.parallel.weights import WeightFormat
 from dsv3.settings import CacheDtype, EngineConfig, KvShard
 from dsv3_kernels.fp8_format import FP8
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+_DTYPES = {"fp32": torch.float32}  # of activations; bfloat16 with other weights
 _PLANS = 10  # plans that are drawn for the usual number of experts
 _NEAR = 0.05  # share of that number by which a plan may differ from it
 _ALL_HIT = 0.95  # share of the local experts from which on plans do not differ
@@ -36,7 +37,8 @@ class RankShape:
     Attributes:
         world: number of ranks.
         layers: number of first layers to keep, at most one of them dense; 0 keeps all.
-        weights, cache: "fp8", "bf16" or "fp32".
+        weights: "fp8", "int8", "int4", "bf16" or "fp32".
+        cache: "fp8", "bf16" or "fp32".
         moves: exchanges write their bytes to memory; otherwise they cost next to nothing.
         skew: Zipf exponent of the experts' popularity; 0 is uniform.
     """
@@ -116,9 +118,12 @@ class Rank:
     def _make_model(self) -> Transformer:
         specs = tensor_specs(self.config)
         routers = frozenset(name for name in specs if name.endswith(".mlp.gate.weight"))
+        on_cpu = self.device.type == "cpu"
         weight_format = WeightFormat(
-            _DTYPES[self.shape.weights],
+            _DTYPES.get(self.shape.weights, torch.bfloat16),
             self.device,
+            integers=integer_names(self.config, self.shape.weights, on_cpu),
+            cpu_products=on_cpu,
             bf16_vectors=frozenset() if self.shape.weights == "fp32" else routers,
         )
         if self.shape.weights == "fp8" and self.config.quantization is not None:
@@ -132,7 +137,9 @@ class Rank:
         for target in model.targets():
             fill_weight(target.dest, target.name)
             if target.scale is not None:
-                target.scale.fill_(target.dest.shape[1] ** -0.5)
+                largest = {torch.int8: 64.0, torch.uint8: 4.0}.get(target.dest.dtype, 1.0)
+                target.scale.fill_(target.dest.shape[1] ** -0.5 / largest)
+        model.pack_weights()
         self._make_popular(model)
         return model.eval()
 
@@ -204,7 +211,9 @@ def fill_weight(weight: Tensor, name: str) -> None:
     The embedding dominates the hidden states, so they differ between tokens in all layers, and so
     do the experts that tokens are routed to.
     """
-    if weight.dtype == FP8:
+    if weight.dtype in (torch.int8, torch.uint8):
+        weight.view(torch.uint8).random_(0, 256)
+    elif weight.dtype == FP8:
         weight.view(torch.uint8).random_(0, 256).bitwise_and_(0xBF)  # no exponent above 2, no NaN
     elif weight.dim() == 1:
         weight.fill_(1.0)

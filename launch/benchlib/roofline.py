@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from benchlib.hardware import Hardware
+from benchlib.integers import INTEGERS
 from benchlib.step_shape import StepShape
 from dsv3.cache.layout import CacheLayout
 from dsv3.config import ModelConfig, ParallelConfig, split_range
@@ -21,7 +22,7 @@ from dsv3.settings import CacheDtype, CacheForm, KvShard
 from dsv3_kernels.attention.parts import part_bytes
 from dsv3_kernels.fp8_format import BLOCK
 
-_ITEMSIZE = {"fp8": 1, "bf16": 2, "fp32": 4}
+_ITEMSIZE = {"fp8": 1, "int8": 1, "int4": 0.5, "bf16": 2, "fp32": 4}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +32,8 @@ class RooflineSetup:
     Attributes:
         config: the model.
         layout: this rank's place in tp and dp; it determines the exchanges.
-        weights: "fp8", "bf16" or "fp32": format of the matrices that FP8 checkpoints quantize.
+        weights: "fp8", "int8", "int4", "bf16" or "fp32": format of the matrices that quantized
+            checkpoints quantize. Integers are multiplied by bfloat16.
         cache: "bf16", "fp8" or "fp32": format of the cache.
         form: "latent" or "heads": contents of the cache.
         kv_shard: "tokens" splits a latent cache's positions over tp, "none" replicates it.
@@ -55,6 +57,11 @@ class RooflineSetup:
     def plain(self) -> str:
         """Format of activations, and of weights that FP8 checkpoints do not quantize."""
         return "fp32" if self.weights == "fp32" else "bf16"
+
+    @property
+    def absorbed(self) -> str:
+        """Format of `kv_b_proj`, which integer checkpoints do not quantize."""
+        return self.plain if self.weights in INTEGERS else self.weights
 
     @property
     def shards(self) -> int:
@@ -106,7 +113,7 @@ class Op:
     span: int = 0
 
     def _parts(self, hw: Hardware) -> dict[str, float]:
-        peak = {"fp8": hw.fp8, "bf16": hw.bf16, "fp32": hw.fp32}[self.dtype]
+        peak = {"fp8": hw.fp8, "fp32": hw.fp32}.get(self.dtype, hw.bf16)
         parts = {"bytes": self.bytes / hw.read, "flops": self.flops / peak}
         if self.span > 1:
             is_near = self.span <= hw.ranks_per_host
@@ -156,8 +163,8 @@ class _OpLister:
         self.config = setup.config
         self.tokens = load.tokens
         self.tp = setup.layout.tp
-        self.item = _ITEMSIZE[setup.plain]
-        self.weight_item = _ITEMSIZE[setup.weights]
+        self.item = 4 if setup.plain == "fp32" else 2
+        self.input_item = 1 if setup.weights == "fp8" else self.item
 
     def local(self, size: int, unit: int = 1) -> int:
         """Return this rank's share of a size that is split over tp, in whole units."""
@@ -170,7 +177,9 @@ class _OpLister:
         """Return the product of tokens (default: all) with a [rows, cols] matrix."""
         fmt = fmt or self.setup.weights
         tokens = self.tokens if tokens is None else tokens
-        moved = tokens * (cols * _ITEMSIZE[fmt] + rows * self.item)
+        moved = tokens * (
+            cols * (_ITEMSIZE["fp8"] if fmt == "fp8" else self.item) + rows * self.item
+        )
         return Op(name, 2 * tokens * rows * cols, _matrix_bytes(rows, cols, fmt) + moved, fmt)
 
     def exchange(self, name: str, num_bytes: float, span: int, sent: float) -> Op:
@@ -305,7 +314,7 @@ class _OpLister:
             ("expand_values", c.v_head_dim, out + value_bytes),
         ):
             op = self.linear(f"self_attn.{name}", s.heads * dim, value, queries)
-            read = _matrix_bytes(s.heads * dim, value, s.weights)
+            read = _matrix_bytes(s.heads * dim, value, s.absorbed)
             yield replace(op, bytes=read + moved, dtype=s.plain)
         cached = load.decode * self.seen() * s.entry_bytes
         moved = sent * s.shards + out + cached
@@ -354,7 +363,7 @@ class _OpLister:
         s = self.setup
         D = c.hidden_size
         F = c.moe_intermediate_size
-        item = self.weight_item
+        item = self.input_item
         yield self.linear("moe.router", c.n_routed_experts, D, fmt=s.plain)
         if s.layout.dp > 1:
             yield from self.dispatch()
@@ -378,7 +387,7 @@ class _OpLister:
             reached = min(reached, c.topk_group * max(1.0, ranks / c.n_group))
         rows = self.tokens / self.tp * reached * (ranks - 1) / ranks
         scales = 4 * -(-c.hidden_size // BLOCK) if self.setup.weights == "fp8" else 0
-        row_bytes = c.hidden_size * self.weight_item + scales
+        row_bytes = c.hidden_size * self.input_item + scales
         yield self.exchange("moe.dispatch", rows * row_bytes, ranks, 1.0)
         yield self.exchange("moe.combine", rows * c.hidden_size * self.item, ranks, 1.0)
 
@@ -386,6 +395,8 @@ class _OpLister:
 def _matrix_bytes(rows: float, cols: float, fmt: str) -> float:
     """Return the bytes of a matrix with its scales."""
     scales = 4 * (rows / BLOCK) * (cols / BLOCK) if fmt == "fp8" else 0.0
+    if fmt in INTEGERS:
+        scales = 2 * rows * (cols / INTEGERS[fmt].group if INTEGERS[fmt].group else 1)
     return rows * cols * _ITEMSIZE[fmt] + scales
 
 

@@ -80,7 +80,7 @@ def test_hardware(tmp_path: Path) -> None:
     assert (ranks, hardware.bf16) == (4, 5e14)
     for text, figures, fault in (
         ("h1000", {}, "--hardware=h1000 is no file and none of h100x8"),
-        ("b300x8", {}, "none of h100x8, h200x8, h800x8"),
+        ("b300x8", {}, "none of h100x8, h200x8, a100x8, h800x8"),
         ("h100x8", {"raed": 1.0}, "unknown field 'raed'; did you mean 'read'"),
         ("h100x8", {"link": 0.0}, "link must be a number above 0"),
         ("h100x0", {}, "ranks must be a number above 0"),
