@@ -7,6 +7,7 @@
     convert.py --hf-ckpt-path DIR --save-path OUT --to fp8                BF16 weights to FP8
     convert.py --hf-ckpt-path DIR --save-path OUT --to int8               ... to int8, a scale a row
     convert.py --hf-ckpt-path DIR --save-path OUT --to int4               ... to int4, of 32 columns
+    convert.py --hf-ckpt-path DIR --save-path OUT --to mixed --bits 4.5 --sensitivity FILE
     convert.py --hf-ckpt-path OUT --verify                                check against its digests
 
 DIR may be a Hugging Face directory, one that this program made for any number of ranks, or one
@@ -47,6 +48,7 @@ from dsv3.checkpoint.hub import fetch, resolve
 from dsv3.checkpoint.hub_cache import hub_name, repository_folder
 from dsv3.checkpoint.hub_files import Download
 from dsv3.checkpoint.jobs import Cast, uniform_kinds
+from dsv3.checkpoint.mixed import mixed_kinds
 from dsv3.checkpoint.plan import make_plan
 from dsv3.checkpoint.reader import Source
 from dsv3.checkpoint.report import describe, in_units
@@ -75,6 +77,7 @@ _CASTS = {
     "fp8": Cast.FP8,
     "int8": Cast.INTEGERS,
     "int4": Cast.INTEGERS,
+    "mixed": Cast.INTEGERS,
 }
 
 
@@ -94,12 +97,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--n-experts", type=int, metavar="E", help="expected routed experts of the checkpoint")
     add(
         "--to",
-        choices=("layout", "hf", "bf16", "fp8", "int8", "int4"),
+        choices=("layout", "hf", "bf16", "fp8", "int8", "int4", "mixed"),
         default="layout",
         help="rank files (default), a Hugging Face directory, or weights cast to another type",
     )
     add("--scale-fmt", choices=("ue8m0",), help="with --to fp8: round scales to powers of two")
     add("--group-size", type=int, choices=(32, 64, 128), help=f"with --to int4 (default: {_GROUP})")
+    add("--bits", type=float, help="with --to mixed: most bits per weight, scales included")
+    add("--sensitivity", metavar="FILE", help="with --to mixed: result of scripts/sensitivity.py")
     add("--config", metavar="FILE", help="config.json, DeepSeek's JSON, YAML or a preset's name")
     add("--no-mtp", action="store_true", help="leave out the layers that draft tokens")
     add("--workers", type=int, default=default_workers(), help="threads (default: %(default)s)")
@@ -137,15 +142,23 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error("--model-parallel N is --tp N; give --tp, --dp and --ep without it")
     has_layout = has_layout or args.model_parallel is not None
     if args.to == "layout" and not has_layout:
-        parser.error("give --model-parallel N, or --tp T --dp D, or --to hf|bf16|fp8|int8|int4")
+        parser.error("give --model-parallel N, or --tp T --dp D, or --to hf|bf16|...")
     if args.to == "hf" and has_layout:
         parser.error("--to hf writes one whole checkpoint; leave --model-parallel out, --tp, --dp")
     if args.scale_fmt and args.to != "fp8":
         parser.error("--scale-fmt goes with --to fp8")
-    if args.group_size and args.to != "int4":
-        parser.error("--group-size goes with --to int4")
+    _check_integers(parser, args)
     if args.save_path.resolve() == Path(args.hf_ckpt_path).resolve():
         parser.error("--save-path must not be the directory that is read")
+
+
+def _check_integers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit with an error for flags that do not go with the type of integers."""
+    if args.group_size and args.to != "int4":
+        parser.error("--group-size goes with --to int4")
+    is_mixed = args.to == "mixed"
+    if is_mixed != (args.bits is not None) or is_mixed != (args.sensitivity is not None):
+        parser.error("--to mixed, --bits B and --sensitivity FILE go together")
 
 
 def _writing_flags(args: argparse.Namespace) -> dict[str, bool]:
@@ -157,6 +170,8 @@ def _writing_flags(args: argparse.Namespace) -> dict[str, bool]:
         "--ep": args.ep is not None,
         "--scale-fmt": args.scale_fmt is not None,
         "--group-size": args.group_size is not None,
+        "--bits": args.bits is not None,
+        "--sensitivity": args.sensitivity is not None,
         "--to": args.to != "layout",
         "--no-mtp": args.no_mtp,
         "--dry-run": args.dry_run,
@@ -255,6 +270,8 @@ def read_kinds(args: argparse.Namespace, source: Source) -> Mapping[str, Integer
         return uniform_kinds(source, 8, 0)
     if args.to == "int4":
         return uniform_kinds(source, 4, args.group_size or _GROUP)
+    if args.to == "mixed":
+        return mixed_kinds(source, args.bits, Path(args.sensitivity))
     return {}
 
 

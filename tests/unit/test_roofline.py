@@ -201,7 +201,7 @@ def test_every_family_has_a_floor(form: CacheForm, world: int) -> None:
 
 
 def test_setups_are_checked() -> None:
-    with pytest.raises(ConfigError, match="weights='int3' must be one of fp8, int8, int4, bf16, fp32"):
+    with pytest.raises(ConfigError, match="weights='int3' must be one of fp8, int8, int4"):
         RooflineSetup(config=V3, layout=EIGHT, weights="int3")
     with pytest.raises(ConfigError, match="does not divide"):
         RooflineSetup(config=TINY, layout=ParallelConfig(world_size=7))
