@@ -48,6 +48,8 @@ from dsv3_kernels.gemm._split_k import make_locks
 from dsv3_kernels.gemm.act_quant import Quantized, act_quant
 from dsv3_kernels.gemm.bf16_gemm import bf16_gemm
 from dsv3_kernels.gemm.fp8_gemm import OLD_TILES, TILES, fp8_gemm, launch_large
+from dsv3_kernels.gemm.int_gemm import int_gemm
+from dsv3_kernels.gemm.integers import Integers, int_dequant
 from dsv3_kernels.gemm.weight_dequant import weight_dequant
 from dsv3_kernels.index.index_cache import IndexCache, index_key_bytes
 from dsv3_kernels.index.index_key import IndexWrite, write_index_keys
@@ -99,12 +101,24 @@ def launches(capability: int) -> None:
     attention_to_selected(is_hopper)
 
 
+def integers() -> None:
+    """int8 with a scale per row, int4 in groups of 32 and 128; K split and not."""
+    x = torch.zeros(64, 1024, dtype=torch.bfloat16)
+    for bits, group in ((8, 1024), (4, 32), (4, 128)):
+        q = torch.zeros(576, 1024 * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8)
+        w = Integers(q, torch.ones(576, 1024 // group, dtype=torch.bfloat16), group)
+        int_dequant.kernel(w, torch.bfloat16)
+        int_gemm.kernel(x[:1], w, torch.bfloat16, make_locks(q))
+        int_gemm.kernel(x, w, torch.bfloat16)
+
+
 def few_rows() -> None:
     """One row, as many as a program takes, more, odd ones of a wider tensor; K split and not."""
     w, x = (torch.zeros(n, 1024, dtype=torch.bfloat16) for n in (576, 128))
     bf16_gemm.kernel(x[:1], w, locks=make_locks(w))
     bf16_gemm.kernel(x[:64], w, torch.float32)
     bf16_gemm.kernel(x[:20, :100], w[:70, :100].contiguous())
+    integers()
     w = w.to(torch.float8_e4m3fn)
     scale = torch.ones(5, 8)
     q = act_quant.kernel(x)
