@@ -73,7 +73,7 @@ def test_a_share_refers_to_the_available_bytes() -> None:
         ("kv_shard", "heads", "kv_shard=heads is unknown; use one of tokens, none"),
         ("kv_dtype", "int4", "kv_dtype=int4"),
         ("dtype", "float16", "dtype=float16"),
-        ("weights", "int8", "weights=int8"),
+        ("weights", "int2", "weights=int2"),
         ("redundant_experts", -1, "redundant_experts=-1 must be at least 0"),
         ("rebalance_every", -1, "rebalance_every=-1 must be at least 0"),
         ("max_seq_len", -1, "max_seq_len=-1 must be at least 0"),
