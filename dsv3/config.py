@@ -5,12 +5,12 @@ Field names are those of Hugging Face's `config.json`. Files are read by `dsv3.c
 
 import dataclasses
 import math
-from dataclasses import dataclass, fields
-from typing import get_args
+from dataclasses import dataclass
 
-from dsv3.config_fields import check_token_ids, check_value, shown
+from dsv3.config_fields import check_fields, check_token_ids, check_value, shown
 from dsv3.config_indexer import FULL, check_indexer_types
 from dsv3.config_integers import IntegerConfig
+from dsv3.config_rope import RopeScaling, yarn_mscale
 from dsv3.errors import ConfigError
 
 MODEL_TYPES = (
@@ -31,16 +31,6 @@ _LATENT_NORM_BY_CONFIG = ("glm_moe_dsa", "glm4_moe_lite")
 # Routed experts of all layers together, ten times Kimi-K2's; the limit bounds the time and memory
 # to list a model's tensors.
 _MAX_EXPERTS = 2**18
-
-
-def _check_fields(config: "ModelConfig | RopeScaling", prefix: str = "") -> None:
-    """Raise ConfigError for wrong types and values out of range; convert ints in float fields."""
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if value is not None or type(None) not in get_args(f.type):
-            check_value(f.name, value, prefix + f.name)
-        if f.type is float:
-            object.__setattr__(config, f.name, float(value))
 
 
 def check_family(model_type: object, prefix: str = "", hint: str = "") -> None:
@@ -64,32 +54,6 @@ def split_range(size: int, parts: int, index: int, unit: int = 1) -> tuple[int, 
     """
     chunk = -(-size // (parts * unit)) * unit
     return min(index * chunk, size), min((index + 1) * chunk, size)
-
-
-def yarn_mscale(factor: float, mscale: float) -> float:
-    """Return 0.1 * mscale * ln(factor) + 1; 1 if the context is not extended."""
-    return 1.0 if factor <= 1.0 else 0.1 * mscale * math.log(factor) + 1.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RopeScaling:
-    """YaRN parameters, which extend rotary frequencies beyond the original context length."""
-
-    factor: float
-    original_max_position_embeddings: int
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float = 1.0
-    mscale_all_dim: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Raise ConfigError for invalid YaRN parameters."""
-        _check_fields(self, "rope_scaling.")
-        if self.beta_fast < self.beta_slow:
-            raise ConfigError(
-                f"rope_scaling.beta_fast={self.beta_fast} must be at least "
-                f"beta_slow={self.beta_slow}"
-            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,7 +155,7 @@ class ModelConfig:
 
     def _check_values(self) -> None:
         check_family(self.model_type)
-        _check_fields(self)
+        check_fields(self)
         for name, kind in _PARTS.items():
             value = getattr(self, name)
             if value is not None and not isinstance(value, kind):

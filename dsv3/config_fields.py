@@ -4,8 +4,8 @@ import difflib
 import math
 import reprlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, get_args
 
 from dsv3.errors import ConfigError
 
@@ -129,6 +129,20 @@ DEEPSEEK_ROPE_NAMES = {
     "beta_slow": "beta_slow",
     "mscale": "mscale_all_dim",
 }
+
+
+def check_fields(config: Any, prefix: str = "") -> None:
+    """Check the fields of a frozen dataclass; convert ints in float fields.
+
+    Raises:
+        ConfigError: a field has a wrong type, or a value out of range.
+    """
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if value is not None or type(None) not in get_args(f.type):
+            check_value(f.name, value, prefix + f.name)
+        if f.type is float:
+            object.__setattr__(config, f.name, float(value))
 
 
 def check_value(field: str, value: object, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Read the rotary embedding of Hugging Face's `config.json`, in all its spellings."""
+"""Parameters of the rotary embedding, read from all spellings of Hugging Face's `config.json`."""
 
 import dataclasses
 import math
@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dsv3.config import RopeScaling, yarn_mscale
 from dsv3.config_fields import (
     DEEPSEEK_ROPE_NAMES,
     agreed,
+    check_fields,
     check_mapping,
     check_only,
     check_required,
@@ -19,6 +19,33 @@ from dsv3.config_fields import (
 from dsv3.errors import ConfigError
 
 Names = Mapping[str, Any]
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """Return 0.1 * mscale * ln(factor) + 1; 1 if the context is not extended."""
+    return 1.0 if factor <= 1.0 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeScaling:
+    """YaRN parameters, which extend rotary frequencies beyond the original context length."""
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for invalid YaRN parameters."""
+        check_fields(self, "rope_scaling.")
+        if self.beta_fast < self.beta_slow:
+            raise ConfigError(
+                f"rope_scaling.beta_fast={self.beta_fast} must be at least "
+                f"beta_slow={self.beta_slow}"
+            )
+
 
 _ROPE_ONLY: Names = {"partial_rotary_factor": 1}
 _YARN_ONLY: Names = {

@@ -8,8 +8,9 @@ import numpy as np
 from dsv3.checkpoint.names import FROM_DEEPSEEK, scale_name
 from dsv3.checkpoint.safetensors_file import make_header
 from dsv3.checkpoint.sharding import scale_shape, tensor_specs
-from dsv3.config import ModelConfig, QuantizationConfig, RopeScaling
+from dsv3.config import ModelConfig, QuantizationConfig
 from dsv3.config_files import hf_config_dict
+from dsv3.config_rope import RopeScaling
 
 # Small, but with every irregularity: FP8 blocks cut by shards (200 wide experts, 96 rows of
 # kv_b a head), ragged last blocks (kv_a 144 rows, hidden 320), a vocabulary that 8 does not divide.

@@ -9,7 +9,8 @@ import math
 import torch
 from torch import Tensor
 
-from dsv3.config import ModelConfig, RopeScaling
+from dsv3.config import ModelConfig
+from dsv3.config_rope import RopeScaling
 from dsv3_kernels import Rotation
 
 

@@ -11,11 +11,11 @@ from dsv3.config import (
     ModelConfig,
     ParallelConfig,
     QuantizationConfig,
-    RopeScaling,
     split_range,
 )
 from dsv3.config_fields import RULES
 from dsv3.config_files import load_model_config
+from dsv3.config_rope import RopeScaling
 from dsv3.errors import ConfigError
 from tests.checkpoint_files import TINY
 
