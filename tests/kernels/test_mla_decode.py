@@ -1,7 +1,5 @@
 import math
 import sys
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -20,57 +18,17 @@ from dsv3_kernels import (
 )
 from dsv3_kernels.attention._decode_tiles import Tile
 from dsv3_kernels.attention._mla_decode_kernel import launch_decode
-from dsv3_kernels.attention.mla_decode import launch_mla_decode
-from dsv3_kernels.attention.paging import Keys
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
+from tests.kernels.decode_arguments import PAGE, TOLERANCE, C, Dims, H, R, decode, make, run
 from tests.kernels.definitions import attend
-from tests.kernels.paged import scatter
-
-H, C, R, PAGE = 3, 16, 8, 16
-WHOLE = Paging(PAGE)
-
-# float32 in another order of summation: 2.2e-6 on one processor, below 2e-6 on others.
-TOLERANCE = 4e-6
-
-
-class Arguments(NamedTuple):
-    """Arguments of `mla_decode`."""
-
-    q: Tensor
-    cache: Tensor
-    page: Tensor
-    query_pos: Tensor
-    paging: Paging
-    value_dim: int
-    scale: float
-
-
-def make(
-    lengths: list[int], queries: int, paging: Paging = WHOLE
-) -> tuple[list[Tensor], Arguments]:
-    """Return keys and the arguments of `mla_decode`; the queries are the last positions."""
-    torch.manual_seed(0)
-    keys = [torch.randn(n, C + R) for n in lengths]
-    q = torch.randn(len(lengths), queries, H, C + R)
-    query_pos = torch.tensor([[n - queries + i for i in range(queries)] for n in lengths])
-    cache, page = scatter(keys, paging)
-    return keys, Arguments(q, cache, page, query_pos, paging, C, 0.25)
-
-
-def decode(
-    args: Arguments,
-    keys: Keys | None = None,
-    op: Callable[..., tuple[Tensor, Tensor]] = mla_decode,
-) -> tuple[Tensor, Tensor]:
-    tables = PageTables(args.page, args.query_pos, args.paging, keys)
-    return op(args.q, args.cache, tables, args.value_dim, args.scale)
 
 
 @pytest.mark.parametrize("queries", [1, 2, 5])
 def test_mla_decode(queries: int) -> None:
     lengths = [5, 64, 33]
     keys, args = make(lengths, queries)
-    q, query_pos = args[0], args[3]
+    q = args.q
+    query_pos = args.query_pos
     o, lse = decode(args)
     assert o.dtype == lse.dtype == torch.float32 and o.shape == (3, queries, H, C)
     for b in range(len(lengths)):
@@ -116,7 +74,8 @@ def test_padding_queries_see_nothing(shards: int) -> None:
     _, args = make([40, 17, 3], 2, Paging(PAGE, shards, 0))
     query_pos = args.query_pos
     want_o, want_lse = decode(args)
-    query_pos[1], query_pos[2, 1] = -1, -1
+    query_pos[1] = -1
+    query_pos[2, 1] = -1
     args.page[1] = 0
     o, lse = decode(args)
     hidden = query_pos < 0
@@ -128,8 +87,8 @@ def test_padding_queries_see_nothing(shards: int) -> None:
 @pytest.mark.parametrize("shards", [1, 4])
 def test_tables_spelled_out_before_are_the_same(shards: int) -> None:
     _, args = make([17, 30], 2, Paging(PAGE, shards, shards - 1))
-    keys = args[4].keys(args[2], args[3], longest=30)
-    assert keys.slot_BS.shape == (2, args[4].local_len(30))
+    keys = args.paging.keys(args.page, args.query_pos, longest=30)
+    assert keys.slot_BS.shape == (2, args.paging.local_len(30))
     for got, want in zip(decode(args, keys), decode(args), strict=True):
         assert_close("spelled out", got, want, 1e-6)
 
@@ -142,11 +101,6 @@ def test_many_sequences_go_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     for got, want in zip(decode(args), whole, strict=True):
         assert_bitwise_equal("two sequences at a time", got, want)
-
-
-def run(args: Arguments, tile: Tile) -> tuple[Tensor, Tensor]:
-    tables = PageTables(args.page, args.query_pos, args.paging)
-    return launch_mla_decode(args.q, args.cache, tables, args.value_dim, args.scale, tile)
 
 
 @pytest.mark.parametrize(
@@ -167,15 +121,13 @@ def test_kernel(
     dims: tuple[int, int],
     tile: Tile,
     shards: int,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name, value in zip("HCR", (heads, *dims), strict=True):
-        monkeypatch.setitem(globals(), name, value)
     for shard in {0, shards - 1}:
-        _, args = make(lengths, queries, Paging(16, shards, shard))
+        _, args = make(lengths, queries, Paging(16, shards, shard), Dims(heads, *dims))
         if queries > 1:
             args.query_pos[-1, -1] = -1
-        (o, lse), (want_o, want_lse) = run(args, tile), decode(args, op=mla_decode.reference)
+        o, lse = run(args, tile)
+        want_o, want_lse = decode(args, op=mla_decode.reference)
         assert_close("o", o, want_o, TOLERANCE)
         assert_close("lse", lse, want_lse, TOLERANCE)
 
@@ -194,21 +146,14 @@ def test_kernel_of_no_position(shards: int) -> None:
 
 
 @pytest.mark.parametrize("dims", [(256, 16), (24, 8)])
-def test_kernel_reads_the_packed_form(
-    dims: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in zip("CR", dims, strict=True):
-        monkeypatch.setitem(globals(), name, value)
-    lengths = [63, 5]
-    _, args = make(lengths, 1)
-    packed = pack_latent(args.cache.nan_to_num(0.5) * 3, C)
+def test_kernel_reads_the_packed_form(dims: tuple[int, int]) -> None:
+    _, args = make([63, 5], 1, dims=Dims(3, *dims))
+    packed = pack_latent(args.cache.nan_to_num(0.5) * 3, dims[0])
     written = ~args.cache.isnan().any(1)
     packed[~written] = 0x7F  # NaN in all three parts
     args = args._replace(cache=packed)
-    (o, lse), (want_o, want_lse) = (
-        run(args, Tile(16, 16, 32, 4, 2)),
-        decode(args, op=mla_decode.reference),
-    )
+    o, lse = run(args, Tile(16, 16, 32, 4, 2))
+    want_o, want_lse = decode(args, op=mla_decode.reference)
     assert_close("o", o, want_o, TOLERANCE)
     assert_close("lse", lse, want_lse, TOLERANCE)
 
@@ -216,10 +161,8 @@ def test_kernel_reads_the_packed_form(
 def test_kernel_of_bfloat16() -> None:
     _, args = make([129, 40], 2)
     args = args._replace(q=args.q.bfloat16(), cache=args.cache.bfloat16())
-    (o, lse), (want_o, want_lse) = (
-        decode(args, op=mla_decode.kernel),
-        decode(args, op=mla_decode.reference),
-    )
+    o, lse = decode(args, op=mla_decode.kernel)
+    want_o, want_lse = decode(args, op=mla_decode.reference)
     assert_close("o", o, want_o, TOLERANCE)
     assert_close("lse", lse, want_lse, TOLERANCE)
 
@@ -256,9 +199,11 @@ def test_how_many_programs_share_the_splits_does_not_matter(
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_parts_are_the_same_in_another_order(ranks: int, queries: int, split: int) -> None:
     """Queries as gathered from ranks, among those of other sequences; results as sent back."""
-    lengths, heads = [129, 3, 40], 2
-    _, (_, cache, page, pos, *_) = make(lengths, queries, Paging(PAGE, 2, 1))
-    T, tables = 3 * queries, PageTables(page, pos, Paging(PAGE, 2, 1))
+    heads = 2
+    _, args = make([129, 3, 40], queries, Paging(PAGE, 2, 1))
+    cache = args.cache
+    T = 3 * queries
+    tables = PageTables(args.page, args.query_pos, args.paging)
     gathered = torch.randn(ranks, T + 2, heads, C + R)
     q = gathered[:, 1 : T + 1]
     together = q.transpose(0, 1).reshape(3, queries, ranks * heads, C + R)
@@ -279,134 +224,3 @@ def test_parts_are_the_same_in_another_order(ranks: int, queries: int, split: in
             own = slice(p * heads, (p + 1) * heads)
             assert_close("o", got_o[p, 1:-1], o[:, :, own].flatten(0, 1), TOLERANCE)
             assert_close("lse", got_lse[p, 1:-1], lse[:, :, own].flatten(0, 1), TOLERANCE)
-
-
-def test_wide_tables_go_a_few_sequences_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Results of splits take no more memory than they may; a sequence's depend on none of it."""
-    tile, (_, args) = Tile(16, 16, 16, 4, 2), make([129, 3, 40, 17, 64], 2)
-    splits = args[2].shape[1]  # a page each
-    allowed = 2 * splits * 2 * H * C * 4
-    gathered, tables = (
-        torch.randn(3, 10, H, C + R),
-        PageTables(args.page, args.query_pos, args.paging),
-    )
-
-    def parts() -> tuple[torch.Tensor, torch.Tensor]:
-        every = empty_parts(gathered, C)
-        launch_decode(gathered, args[1], tables, 0.25, open_parts(every), tile)
-        return open_parts(every)
-
-    want, wanted_parts = run(args, tile), parts()
-    module = sys.modules["dsv3_kernels.attention._decode_tiles"]
-    monkeypatch.setattr(module, "_SPLIT_BYTES", allowed)  # of two sequences
-    for block, expected in zip(parts(), wanted_parts, strict=True):
-        assert_bitwise_equal("of three ranks' heads", block, expected)
-    empty = torch.empty
-    sizes: list[Any] = []
-
-    def recorded(*size: Any, **kwargs: Any) -> Tensor:
-        sizes.append(size)
-        return empty(*size, **kwargs)
-
-    monkeypatch.setattr(torch, "empty", recorded)
-    got = run(args, tile)
-    held = [4 * math.prod(s[0]) for s in sizes if isinstance(s[0], tuple)]
-    assert len(held) == 3 and max(held) == allowed
-    for block, expected in zip(got, want, strict=True):
-        assert_bitwise_equal("two sequences at a time", block, expected)
-
-
-class Launches(NamedTuple):
-    """Launches of both kernels: the spare parts and the number of parts of each `mla_decode`."""
-
-    decode: list[tuple[int, int]]
-    merge: list[Tensor]
-
-
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
-    seen = Launches([], [])
-    module = sys.modules["dsv3_kernels.attention._mla_decode_kernel"]
-    launch, merge = module._launch_parts, module.merge_splits
-
-    def launched(*args: Any) -> None:
-        parts, tables, spare = args[4], args[2], args[7]
-        seen.decode.append((spare, parts.o.shape[1] // tables.query_pos_BQ.shape[1]))
-        launch(*args)
-
-    def merged(*args: Any) -> None:
-        seen.merge.append(args[1])
-        merge(*args)
-
-    monkeypatch.setattr(module, "_launch_parts", launched)
-    monkeypatch.setattr(module, "merge_splits", merged)
-    return seen
-
-
-LONG_AMONG_SHORT = [1, 40, 3, 200, 1, 17, 2, 5]
-
-
-def bfloat16_args(
-    lengths: list[int],
-    queries: int,
-    heads: int,
-    shards: int,
-    packed: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Arguments:
-    """Return arguments with a padding sequence and, of several queries, a padding query."""
-    for name, value in zip("HCR", (heads, 64, 16), strict=True):
-        monkeypatch.setitem(globals(), name, value)
-    _, args = make([max(n, queries) for n in lengths], queries, Paging(16, shards, shards - 1))
-    args.query_pos[1], args.page[1] = -1, 0
-    if queries > 1:
-        args.query_pos[2, -1] = -1
-    cache = args.cache.nan_to_num(0.5) * 2
-    cache = pack_latent(cache, C) if packed else cache.bfloat16()
-    return args._replace(q=args.q.bfloat16(), cache=cache)
-
-
-@pytest.mark.parametrize("shards", [1, 4])
-@pytest.mark.parametrize(
-    ("queries", "heads", "packed"), [(1, 16, False), (1, 128, True), (3, 16, True), (2, 5, False)]
-)
-def test_a_long_sequence_among_short_ones_is_one_launch(
-    queries: int,
-    heads: int,
-    packed: bool,
-    shards: int,
-    launches: Launches,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The tables allow far more parts than fit, the contexts do not."""
-    args = bfloat16_args(LONG_AMONG_SHORT, queries, heads, shards, packed, monkeypatch)
-    allowed = 26
-    module = sys.modules["dsv3_kernels.attention._decode_tiles"]
-    monkeypatch.setattr(module, "_SPLIT_BYTES", allowed * queries * heads * C * 4)
-    tile = Tile(64 if heads == 128 else 16, 16, 16, 4, 2)
-    (o, lse), (want_o, want_lse) = run(args, tile), decode(args, op=mla_decode.reference)
-    assert_close("o", o, want_o, TOLERANCE)
-    assert_close("lse", lse, want_lse, TOLERANCE)
-    B = len(LONG_AMONG_SHORT)
-    assert launches.decode == [(allowed - B, allowed)]
-    # Each sequence has as many parts as its own positions here need, at least one.
-    held = [args.paging.local_len(int(last) + 1) for last in args.query_pos.amax(1)]
-    splits = [max(1, -(-n // 16)) for n in held]
-    assert B < sum(splits) <= allowed < B * max(splits)
-    (first_B,) = launches.merge
-    assert first_B.tolist() == [sum(splits[:b]) for b in range(B + 1)]
-
-
-def test_splits_are_longer_where_parts_would_not_fit(
-    launches: Launches, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lengths = [300, 900, 1, 500]
-    args = bfloat16_args(lengths, 1, 4, 1, False, monkeypatch)
-    module = sys.modules["dsv3_kernels.attention._decode_tiles"]
-    monkeypatch.setattr(module, "_SPLIT_BYTES", 20 * 4 * C * 4)
-    got, want = run(args, Tile(16, 32, 16, 4, 2)), decode(args, op=mla_decode.reference)
-    for block, expected in zip(got, want, strict=True):
-        assert_close("longer splits", block, expected, TOLERANCE)
-    # 801 positions over 16 spare parts; the second sequence is padding.
-    assert launches.decode == [(16, 20)]
-    assert [first.tolist() for first in launches.merge] == [[0, 5, 6, 7, 15]]
