@@ -87,7 +87,7 @@ def serve(args: argparse.Namespace, front: Front | None, started: Started) -> No
         with drain_at_signals(lambda: None):  # rank 0 drains, and then lets the others go
             follow(started.runner, started.channel)
         return
-    started.mesh.watchdog.before_end = front.fail
+    started.mesh.watchdog.job_end.before_end = front.fail
     try:
         with drain_at_signals(lambda: front.drain(args.drain_seconds)):
             if args.prewarm:

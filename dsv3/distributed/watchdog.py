@@ -9,10 +9,6 @@ rank 0. While a rank waits for its user, between steps or for input, there is no
 A rank that has left the job in order takes part in no further exchange: if another rank waits in
 an exchange then, the job is ended as well.
 
-A process is ended by `os._exit`, in a user's script too: the main thread may be in an exchange that
-never ends. Gloo's exchanges raise when a peer has died, but not when it is stopped or hangs, and
-aborting the process group (`ProcessGroupGloo.abort`, torch 2.13) does not free a waiting thread.
-
 No signal handler is installed here: those of a program call `request_end` (launch/process.py).
 """
 
@@ -26,13 +22,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
-from dsv3.distributed.failure_report import is_lost, leave_report, reason_of, report_in_log
+from dsv3.distributed.failure_report import is_lost, reason_of
 from dsv3.distributed.heartbeat import LONGEST_TICK, HeartbeatMonitor, start_up_timeout
+from dsv3.distributed.job_end import JobEnd
 from dsv3.distributed.peer_links import PeerLinks
 from dsv3.distributed.rendezvous import Peer, Roster
-from dsv3.errors import Interrupted, RankError, one_line
+from dsv3.errors import Interrupted, RankError
 
 log = logging.getLogger(__name__)
 
@@ -41,14 +38,6 @@ _STOP_SECONDS = 6.0  # for all ranks to end after a signal
 _GRACE_SECONDS = 3.0  # for all ranks to leave the job after one has left it early
 _CAUSE_SECONDS = 2.0  # for another rank to report the cause of a lost connection
 RUN = "run"  # the stage after start-up
-
-
-class _ScheduledExit(NamedTuple):
-    """The end of this process: when (monotonic seconds), why, and its exit code."""
-
-    at: float
-    reason: str
-    code: int
 
 
 class Watchdog:
@@ -66,19 +55,18 @@ class Watchdog:
         end_signal: number of the signal that asked the job to end, or 0.
         counters: functions whose results grow while this rank makes progress.
         in_exchange: returns True while the main thread waits for other ranks in a collective.
-        before_end: called with the error, in the watchdog's thread, before it ends the process. It
-            has a second.
+        job_end: how this process is ended.
     """
 
     def __init__(self, rank: int = 0, roster: Roster | None = None, timeout: float = 60.0) -> None:
         self.end_signal = 0
         self.counters: list[Callable[[], int]] = []
         self.in_exchange: Callable[[], bool] = lambda: False
-        self.before_end: Callable[[str], None] = lambda error: None
         self._rank = rank
         self._timeout = timeout
         self._peers: Sequence[Peer] = roster.peers if roster else ()
         self._links = PeerLinks(roster.links if roster else {})
+        self.job_end = JobEnd(rank, self._peers, self._links)
         self._monitor = HeartbeatMonitor(rank, self._links, timeout, self.name_of)
         # State of the main thread.
         self._stage = "start-up"
@@ -93,7 +81,6 @@ class Watchdog:
         # State of the thread.
         self._is_heartbeat_due = False
         self._has_sent_signal = False
-        self._exit: _ScheduledExit | None = None
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def name_of(self, *ranks: int) -> str:
@@ -195,7 +182,7 @@ class Watchdog:
         """Close the groups after `leave`, within the timeout of a stuck rank."""
         seconds = self._timeout
         text = f"{self.name_of(self._rank)} is stuck in closing its connections for {seconds:.0f} s"
-        timer = threading.Timer(seconds, self._end, (text, True))
+        timer = threading.Timer(seconds, self.job_end.run, (text, True))
         timer.daemon = True
         timer.start()
         try:
@@ -275,9 +262,7 @@ class Watchdog:
 
     def _schedule_exit(self, reason: str, seconds: float, code: int = 3) -> None:
         """End this rank after `seconds`, unless it has left by then."""
-        at = time.monotonic() + seconds
-        if self._exit is None or at < self._exit.at:
-            self._exit = _ScheduledExit(at, reason, code)
+        self.job_end.schedule(reason, seconds, code)
         self._wake()
 
     # The thread.
@@ -302,8 +287,7 @@ class Watchdog:
 
     def _listen(self, selector: selectors.BaseSelector, until: float) -> None:
         """Read messages from peers, wake-ups from the main thread, and signals."""
-        if self._exit is not None:
-            until = min(until, self._exit.at)
+        until = min(until, self.job_end.at)
         ready = {key.fd for key, _ in selector.select(max(0.0, until - time.monotonic()))}
         # Closed connections before signals: torchrun ends the other ranks when one has died.
         for rank in self._links:
@@ -316,8 +300,7 @@ class Watchdog:
             self._has_sent_signal = True
             self._links.send("signal", self.end_signal)
             self._schedule_exit("", _STOP_SECONDS, 128 + self.end_signal)
-        if self._exit is not None and time.monotonic() >= self._exit.at:
-            self._end(self._exit.reason, code=self._exit.code)
+        self.job_end.run_if_due()
 
     def _receive(self, rank: int) -> bool:
         """Handle the messages of a rank; return False if its connection is closed."""
@@ -329,7 +312,7 @@ class Watchdog:
             self._handle(rank, "left", None)
         elif not is_open and not beat.has_left:
             name = self.name_of(rank)
-            self._end(f"{name} has died during {beat.stage} (killed, or out of memory)")
+            self.job_end.run(f"{name} has died during {beat.stage} (killed, or out of memory)")
         return is_open
 
     def _handle(self, rank: int, kind: str, value: Any) -> None:
@@ -341,7 +324,7 @@ class Watchdog:
         elif kind == "failure":
             self._schedule_exit(*value)
         elif kind == "end":
-            self._end(value[0], value[1], is_reported=True)
+            self.job_end.run(value[0], value[1], is_reported=True)
         elif kind == "signal":
             is_new = not self.end_signal
             self.end_signal = value
@@ -350,7 +333,9 @@ class Watchdog:
         elif kind == "left":
             beat.has_left = True
             if self.end_signal and self._rank and not self._is_leaving:
-                self._end("", code=128 + self.end_signal)  # the main thread may wait for rank 0
+                self.job_end.run(
+                    "", code=128 + self.end_signal
+                )  # the main thread may wait for rank 0
 
     def _send_heartbeat(self) -> None:
         self._is_heartbeat_due = False
@@ -383,35 +368,4 @@ class Watchdog:
                 os.write(2, f"waiting for {self.name_of(*slow)}: {self._stage}\n".encode())
         verdict = self._monitor.verdict(elapsed, self._is_leaving)
         if verdict is not None:
-            self._end(verdict.reason, verdict.with_stacks)
-
-    def _end(
-        self, text: str, with_stacks: bool = False, is_reported: bool = False, code: int = 3
-    ) -> NoReturn:
-        """End this rank and the others.
-
-        Args:
-            text: the error; empty after a signal. Rank 0 prints it, and one other rank of each
-                host, in case rank 0 cannot.
-            with_stacks: write the stacks of all threads to the log.
-            is_reported: another rank has sent the error to all ranks.
-            code: exit code.
-        """
-        # Writing may block, for example on a paused terminal.
-        threading.Timer(_CAUSE_SECONDS, os._exit, (code,)).start()
-        text = one_line(text)
-        own = self._peers[self._rank]
-        local = [peer for peer in self._peers if (peer.host, peer.boot) == (own.host, own.boot)]
-        if text and not is_reported:
-            self._links.send("end", [text, with_stacks])
-            if self._rank in (0, *[peer.rank for peer in local if peer.rank][:1]):
-                os.write(2, f"error: {text}\n".encode())
-        for peer in local:  # torchrun would wait half a minute for a stopped process to end
-            with suppress(OSError):
-                os.kill(peer.pid, signal.SIGCONT)
-        report_in_log(f"error: {text}", self.name_of(self._rank), with_stacks)
-        if text:
-            leave_report(f"error: {text}")
-        with suppress(Exception):
-            self.before_end(text)
-        os._exit(code)
+            self.job_end.run(verdict.reason, verdict.with_stacks)
