@@ -34,30 +34,24 @@ import torch
 
 from benchlib import balance, context, kernels, plan, rank, serve
 from benchlib.bound import Profile
-from benchlib.contest import Contender, EngineContender
-from benchlib.dialogue import Dialogue, dialogue
 from benchlib.dispatch import dispatch_time
-from benchlib.drafts import DraftContender, compare_drafts, read_conversations
 from benchlib.exchange import exchange_time
 from benchlib.flags import at_least
 from benchlib.host import host_time
 from benchlib.launches import launch_time
-from benchlib.peer import TransformersPeer
+from benchlib.loaded_model import run_chat, run_drafts, run_throughput
 from benchlib.replay import read_trace, replay
 from benchlib.report import Report, check_report, machine
-from benchlib.throughput import throughput
-from benchlib.workload import Lengths, draw_requests
+from benchlib.workload import Lengths
 from common import tune_for_model, tune_process
 from dsv3.cache.eviction import POLICIES
 from dsv3.config_files import DEMO, load_model_config
 from dsv3.distributed.launcher import environment_rank
 from dsv3.distributed.mesh import before_joining
-from dsv3.engine.engine import Engine, follow
+from dsv3.engine.engine import follow
 from dsv3.engine.locate import locate_checkpoint, locate_description
-from dsv3.engine.speculation import NO_DRAFTS, Speculation
-from dsv3.engine.start import Started, start
+from dsv3.engine.start import start
 from dsv3.errors import ConfigError
-from dsv3.settings import EngineConfig
 from dsv3.text.tokenizer import Tokenizer
 from program import (
     Parser,
@@ -225,79 +219,6 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ConfigError("--hardware gives the ceilings of --profile; add that, or leave it out")
 
 
-def run_throughput(args: argparse.Namespace, started: Started) -> Report:
-    """Compare the engine with the peer's static batches on random requests."""
-    assert started.engine is not None
-    settings = replace(engine_config(args), max_running=args.concurrency)
-    least = args.prompt_len.least + args.answer_len.least
-    if least > started.engine.max_seq_len:
-        raise ConfigError(
-            f"--prompt-len={args.prompt_len} and --answer-len={args.answer_len} need {least} "
-            f"tokens, the context has {started.engine.max_seq_len}"
-        )
-    requests = draw_requests(
-        args.requests,
-        args.prompt_len,
-        args.answer_len,
-        started.config.vocab_size,
-        started.engine.max_seq_len,
-        args.seed,
-    )
-    contenders: list[Contender] = [EngineContender("dsv3", lambda: new_engine(started, settings))]
-    if args.peer:
-        contenders.append(TransformersPeer(args.ckpt_path, args.concurrency, started.config))
-    report = throughput(contenders, requests, args.repeats)
-    flags = ("requests", "prompt_len", "answer_len", "concurrency", "seed")
-    report.setting = {name: str(getattr(args, name)) for name in flags}
-    return report
-
-
-def run_drafts(args: argparse.Namespace, started: Started) -> Report:
-    """Compare numbers of drafts on conversations that end where the model ends them."""
-    most = started.speculation.num_drafts
-    if not most:
-        raise ConfigError("give --speculative-tokens, the most drafts to compare")
-    settings = engine_config(args)
-
-    def contender(count: int, is_adaptive: bool, concurrency: int) -> DraftContender:
-        own = replace(settings, max_running=concurrency, speculative_adaptive=is_adaptive)
-        speculation = replace(started.speculation, num_drafts=count)
-        if not count:
-            speculation = NO_DRAFTS
-        return DraftContender(count, is_adaptive, lambda: new_engine(started, own, speculation))
-
-    requests = read_conversations(args.input_file, args.ckpt_path, started, args.answer_len)
-    report = Report("drafts", x_label="drafts", y_label="answer tokens a second")
-    for concurrency in args.concurrency:
-        numbers = [(count, False) for count in range(most + 1)] + [(most, True)]
-        contenders = [contender(*number, concurrency) for number in numbers]
-        compare_drafts(report, contenders, requests, concurrency, args.repeats)
-    report.setting = {"input_file": args.input_file.name, "requests": len(requests)}
-    return report
-
-
-def run_chat(args: argparse.Namespace, started: Started) -> Report:
-    """Compare the engine with prefix reuse, without it, and the peer on dialogues."""
-    assert started.engine is not None
-    settings = engine_config(args)
-    shape = Dialogue(args.turns, args.user_len, args.answer_len)
-    if shape.num_tokens > started.engine.max_seq_len:
-        raise ConfigError(
-            f"a dialogue of {shape.num_tokens} tokens does not fit the context of "
-            f"{started.engine.max_seq_len}; use fewer --turns"
-        )
-    no_reuse = replace(settings, prefix_reuse=False)
-    contenders: list[Contender] = [
-        EngineContender("reuse", lambda: new_engine(started, settings)),
-        EngineContender("no reuse", lambda: new_engine(started, no_reuse)),
-    ]
-    if args.peer:
-        contenders.append(TransformersPeer(args.ckpt_path, 1, started.config))
-    report = dialogue(contenders, shape, started.config.vocab_size, args.repeats)
-    report.setting = {name: getattr(args, name) for name in ("turns", "user_len", "answer_len")}
-    return report
-
-
 def run_host(args: argparse.Namespace) -> Report:
     """Time the host's share of steps; no model is loaded and no ranks are joined."""
     checkpoint = locate_description(args.ckpt_path)
@@ -346,24 +267,6 @@ def run_exchange(args: argparse.Namespace) -> Report | None:
         report = exchange_time(mesh, args.bytes, args.repeats)
         report.setting = {"ranks": mesh.layout.world_size}
         return report if mesh.layout.rank == 0 else None
-
-
-def new_engine(
-    started: Started, settings: EngineConfig, speculation: Speculation | None = None
-) -> Engine:
-    """Return an engine with an empty cache and without tiers, on the loaded model."""
-    assert started.engine is not None
-    return Engine(
-        started.config,
-        settings,
-        started.runner,
-        started.cache,
-        started.channel,
-        started.engine.tokenizer,
-        started.engine.max_seq_len,
-        [None] * started.mesh.layout.dp,
-        started.speculation if speculation is None else speculation,
-    )
 
 
 def main() -> int:

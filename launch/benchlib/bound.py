@@ -6,9 +6,10 @@ from collections.abc import Iterable
 import torch
 
 from benchlib.hardware import Hardware, hardware
+from benchlib.operation import Op
 from benchlib.profiler import Profiler, SpanTotal, profile
 from benchlib.report import Report
-from benchlib.roofline import Op, RooflineSetup, step_ops
+from benchlib.roofline import RooflineSetup, step_ops
 from dsv3.engine.start import Started
 from dsv3.model.transformer import Transformer
 from dsv3.settings import KvShard

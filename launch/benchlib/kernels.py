@@ -27,8 +27,8 @@ from benchlib.flags import Share, add_program_flags, share
 from benchlib.hardware import Hardware, hardware
 from benchlib.interpreter import patch_interpreter
 from benchlib.kernel_cases import Case, cases, check, measure
+from benchlib.operation import Op
 from benchlib.report import Report, Row, check_report, machine
-from benchlib.roofline import Op
 from dsv3.engine.start import set_launches
 from dsv3.errors import ConfigError
 from program import Parser, set_up_logging

@@ -9,7 +9,8 @@ import torch
 from benchlib.experts_hit import experts_hit
 from benchlib.hardware import Hardware
 from benchlib.integers import integer_names
-from benchlib.roofline import Op, RooflineSetup, step_ops
+from benchlib.operation import Op
+from benchlib.roofline import RooflineSetup, step_ops
 from benchlib.step_shape import StepShape
 from dsv3.cache.layout import CacheLayout
 from dsv3.checkpoint.sharding import tensor_specs

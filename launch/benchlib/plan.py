@@ -18,9 +18,10 @@ from benchlib.flags import at_least
 from benchlib.hardware import HARDWARE_FILE, Hardware, read_hardware
 from benchlib.integers import INTEGERS
 from benchlib.layouts import Layout, layouts, memory
+from benchlib.operation import Op
 from benchlib.plan_measured import measured_plan
 from benchlib.report import Report, Row, check_report
-from benchlib.roofline import Op, RooflineSetup
+from benchlib.roofline import RooflineSetup
 from benchlib.step_shape import StepShape
 from dsv3.config import ParallelConfig
 from dsv3.config_files import load_model_config

@@ -12,10 +12,11 @@ import torch
 from benchlib.bound import bottleneck_report
 from benchlib.hardware import Hardware
 from benchlib.kernel_timing import busy_and_idle, kernel_events, kernel_table
+from benchlib.operation import floor_seconds
 from benchlib.profiler import Clock, Profiler, hold, profile
 from benchlib.rank_share import Rank
 from benchlib.report import Row
-from benchlib.roofline import floor_seconds, step_ops
+from benchlib.roofline import step_ops
 from dsv3.config import ModelConfig
 from dsv3.engine.step_plan import StepPlan
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from benchlib.bound import Profile, assign_ops, share_of_roof
 from benchlib.hardware import HARDWARE, hardware
+from benchlib.operation import Op
 from benchlib.profiler import Profiler
-from benchlib.roofline import Op
 from benchlib.step_shape import StepShape
 from dsv3.config_files import DEMO
 from dsv3.distributed.collectives import SingleRank

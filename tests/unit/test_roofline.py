@@ -6,7 +6,8 @@ import pytest
 
 from benchlib.experts_hit import experts_hit
 from benchlib.hardware import HARDWARE
-from benchlib.roofline import Op, RooflineSetup, floor_seconds, step_ops
+from benchlib.operation import Op, floor_seconds
+from benchlib.roofline import RooflineSetup, step_ops
 from benchlib.step_shape import StepShape
 from dsv3.config import ParallelConfig
 from dsv3.config_files import load_model_config
