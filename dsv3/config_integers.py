@@ -90,7 +90,8 @@ def read_integer_group(group: Names, where: str) -> IntegerKind:
                 f"{where}.input_activations={shown(activations)} must be a mapping or absent"
             )
         check_only(activations, _ACTIVATIONS, f"{where}.input_activations.")
-    strategy, size = weights.get("strategy"), weights.get("group_size")
+    strategy = weights.get("strategy")
+    size = weights.get("group_size")
     if strategy == "channel" and size in (None, -1):
         return IntegerKind(weights["num_bits"], 0)
     if strategy == "group":

@@ -26,7 +26,8 @@ def parse_args() -> argparse.Namespace:
     add_engine_flags(parser)
     args = parser.parse_args()
     check_flags(args)
-    inputs, outputs = ("--input-file", "--prewarm"), ("--output-file", "--stats-file")
+    inputs = ("--input-file", "--prewarm")
+    outputs = ("--output-file", "--stats-file")
     check_files(args, inputs, outputs, prints=not args.output_file)
     for name in ("stats_file", "record_expert_load"):
         if getattr(args, name) == "-":

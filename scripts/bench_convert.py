@@ -124,7 +124,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int)
     parser.add_argument("--reference", type=Path, metavar="FILE", help="DeepSeek's convert.py")
     args = parser.parse_args()
-    source, target = args.folder / "source", args.folder / "target"
+    source = args.folder / "source"
+    target = args.folder / "target"
     if args.folder.exists():  # the directory is removed at the end with all its contents
         sys.exit(f"--folder={args.folder} is there already; name a new one on the disk to measure")
     try:

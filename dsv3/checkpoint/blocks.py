@@ -114,7 +114,8 @@ class BlockReader:
         """Yield (first row, BF16 values) of an FP8 weight."""
         scale = scale_name(name)
         for row, w_FD in self._rows(name, BLOCK):
-            first, last = row // BLOCK, -(-(row + len(w_FD)) // BLOCK)
+            first = row // BLOCK
+            last = -(-(row + len(w_FD)) // BLOCK)
             cols = (0, self._source.tensors[scale].shape[1])
             scale_fd = read_scales(self._source, name, ((first, last), cols))
             out_FD = dequantize(w_FD, scale_fd)

@@ -160,7 +160,8 @@ def source_warnings(source: Source) -> Iterator[str]:
 
 
 def _integer_warnings(source: Source) -> Iterator[str]:
-    declared, stored = source.declared.integers, source.config.integers
+    declared = source.declared.integers
+    stored = source.config.integers
     if declared is not None and stored is None:
         yield (
             f"{source.path}: quantization_config is stale: no weight is stored as integers; the "
@@ -174,7 +175,8 @@ def _integer_warnings(source: Source) -> Iterator[str]:
 
 
 def _heads_differ(source: Source) -> bool:
-    embed, head = source.tensors[EMBED], source.tensors[HEAD]
+    embed = source.tensors[EMBED]
+    head = source.tensors[HEAD]
     if (embed.dtype, embed.shape) != (head.dtype, head.shape):
         return True
     (start, stop), *cols = embed.pieces[0].region  # rows in a file that is present

@@ -60,7 +60,8 @@ def split_experts(tensor: StoredTensor, name: str, config: ModelConfig) -> Itera
 
 def _shape(config: ModelConfig, projection: str, is_scale: bool) -> tuple[int, int]:
     """Return the shape of one projection of one expert, or of its scales."""
-    rows, cols = config.moe_intermediate_size, config.hidden_size
+    rows = config.moe_intermediate_size
+    cols = config.hidden_size
     if projection == "down_proj":
         rows, cols = cols, rows
     scale_rows, scale_cols = scale_shape((rows, cols))

@@ -147,7 +147,8 @@ def integer_part_region(
     if name.endswith(".weight_shape"):
         return whole(shape)
     if name.endswith(Layout.AWQ.value):
-        weight_shape, region = weight_shape[::-1], region[::-1]
+        weight_shape = weight_shape[::-1]
+        region = region[::-1]
     parts = []
     for size, total, (start, stop) in zip(shape, weight_shape, region, strict=True):
         unit = max(1, total // max(1, size))

@@ -157,7 +157,8 @@ def _is_equal(source: Source, name: str, original: str) -> bool:
 
     Nothing reads the copies: drafts use the model's own. They are a tenth of a small model's bytes.
     """
-    info, other = source.tensors[name], source.tensors[original]
+    info = source.tensors[name]
+    other = source.tensors[original]
     if (info.dtype, info.shape) != (other.dtype, other.shape):
         return False
     rows, cols = info.shape

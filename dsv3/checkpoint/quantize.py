@@ -22,7 +22,8 @@ U16 = npt.NDArray[np.uint16]
 def fp8_values() -> F32:
     """Return the 256 values of e4m3fn (no infinities, one NaN of each sign)."""
     codes = np.arange(128)
-    exponent, mantissa = codes >> 3, codes & 7
+    exponent = codes >> 3
+    mantissa = codes & 7
     values = np.where(
         exponent > 0,
         (1 + mantissa / 8) * np.exp2(exponent - 7.0),

@@ -151,7 +151,8 @@ def make_header(
     starts: dict[str, int] = {}
     end = 0
     for name, dtype, shape in sorted(tensors, key=lambda tensor: -DTYPE_BYTES[tensor[1]]):
-        start, end = end, end + tensor_bytes(dtype, shape)
+        start = end
+        end = end + tensor_bytes(dtype, shape)
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
         starts[name] = start
     text = json.dumps(header, separators=(",", ":")).encode()

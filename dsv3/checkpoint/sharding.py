@@ -92,7 +92,8 @@ def _layer_specs(config: ModelConfig, layer: int, mtp: bool) -> Iterator[TensorS
 def _attention_specs(config: ModelConfig, layer: int, prefix: str) -> Iterator[TensorSpec]:
     hidden = config.hidden_size
     heads = config.num_attention_heads
-    q_rank, kv_rank = config.q_lora_rank, config.kv_lora_rank
+    q_rank = config.q_lora_rank
+    kv_rank = config.kv_lora_rank
 
     def linear(name: str, rows: int, cols: int, split: Split = Split.NONE) -> TensorSpec:
         return TensorSpec(f"{prefix}{name}.weight", (rows, cols), split, quantizable=True)
@@ -110,7 +111,8 @@ def _attention_specs(config: ModelConfig, layer: int, prefix: str) -> Iterator[T
     yield linear("o_proj", hidden, heads * config.v_head_dim, Split.COLS)
     if config.indexer_kind(layer) == "full":
         assert q_rank is not None and config.index_n_heads and config.index_head_dim
-        index_heads, index_dim = config.index_n_heads, config.index_head_dim
+        index_heads = config.index_n_heads
+        index_dim = config.index_head_dim
         yield linear("indexer.wq_b", index_heads * index_dim, q_rank)
         yield linear("indexer.wk", index_dim, hidden)
         yield TensorSpec(f"{prefix}indexer.k_norm.weight", (index_dim,))

@@ -18,7 +18,8 @@ from dsv3.checkpoint.stored import StoredTensor
 from dsv3.config import ModelConfig
 from dsv3.errors import CheckpointError
 
-EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBED = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 
 
 def hugging_face_tensors(

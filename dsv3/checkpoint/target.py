@@ -150,7 +150,8 @@ class OutputDirectory:
                 f"; the checkpoint that is there, {in_units(there)}, only goes when the new one is "
                 "complete: choose another disk, or remove it by hand"
             )
-        wanted, has = in_units(needed), in_units(free)
+        wanted = in_units(needed)
+        has = in_units(free)
         raise CheckpointError(f"{self.folder}: {wanted} are needed, the disk has {has} free{hint}")
 
     def disk_space(self, record: JournalRecord) -> tuple[int, int]:

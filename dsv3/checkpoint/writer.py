@@ -96,7 +96,8 @@ class TensorWriter:
         """Write the rows that begin at `row`; blocks must arrive in row order."""
         self._digests[self._whole].update(block.data.cast("B"))
         for box, slices in self._slices.items():
-            start, stop = max(row, box.row), min(row + len(block), box.row_stop)
+            start = max(row, box.row)
+            stop = min(row + len(block), box.row_stop)
             if start >= stop or box.is_empty:
                 continue
             rows = np.ascontiguousarray(block[start - row : stop - row, box.col : box.col_stop])

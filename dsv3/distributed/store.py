@@ -90,7 +90,8 @@ def open_store(backoff: Backoff) -> dist.Store:
 
     May never return: torch waits without a limit for a server that is stopped or is not a store.
     """
-    host, port = backoff.address.host, backoff.address.port
+    host = backoff.address.host
+    port = backoff.address.port
     while True:
         with suppress(OSError, RuntimeError):
             is_server = backoff.is_server and _is_free(port)

@@ -60,7 +60,8 @@ class Admission:
 
         Only sequences of the best priority compete; one that was skipped too often wins.
         """
-        best, longest = None, -1
+        best = None
+        longest = -1
         for seq in islice(waiting, _WINDOW):
             if best is not None and seq.request.priority != best.request.priority:
                 break
@@ -70,7 +71,8 @@ class Admission:
             if seq.times_skipped >= _MAX_SKIPPED:
                 return seq
             if candidate.match.num_tokens > longest:
-                best, longest = seq, candidate.match.num_tokens
+                best = seq
+                longest = candidate.match.num_tokens
         return best
 
     def admitted(self, seq: Sequence, waiting: list[Sequence]) -> None:

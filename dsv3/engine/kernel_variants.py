@@ -173,7 +173,8 @@ def _plan(
         draws: tokens are drawn; otherwise the choice is greedy.
         is_scored: the probabilities of all new tokens are asked for.
     """
-    queries, contexts = np.array(query_len, np.int32), np.array(context_len, np.int32)
+    queries = np.array(query_len, np.int32)
+    contexts = np.array(context_len, np.int32)
     num_tokens = int(queries.sum())
     num_rows = num_tokens if is_scored else len(queries)
     zeros = np.zeros(num_rows, np.int32)

@@ -93,7 +93,8 @@ class StaticBuffers:
 
     def draft_rows(self, choice: Choice | None) -> DraftRows:
         """Return the rows that drafts continue; `choice` is that of all results, if any draws."""
-        row_N, result_N = self.row("draft_row"), self.row("draft_result")
+        row_N = self.row("draft_row")
+        result_N = self.row("draft_result")
         return DraftRows(
             next_T=self.row("next"),
             row_N=row_N,

@@ -194,7 +194,8 @@ class MLA(Module):
     def _queries(self, first: Tensor, write: EntryWrite) -> _Queries:
         """Project the queries, and write the entries of the step to the cache."""
         if self.config.q_lora_rank is None:
-            latent, query = first, first
+            latent = first
+            query = first
             entry_TX = rope_and_cache(write)
         else:
             up = self.q_b_proj
@@ -328,7 +329,8 @@ class MLA(Module):
 
     def _parts(self, q_QHX: Tensor, chunk: Chunk, cache: LayerCache) -> Iterator[PartialOutputs]:
         """Attend from a chunk to its cached context, block by block."""
-        context, dtype = chunk.context_len, q_QHX.dtype
+        context = chunk.context_len
+        dtype = q_QHX.dtype
         pages_per_block = max(1, _BLOCK // cache.layout.page_size)
         for first_page in range(0, cache.layout.pages_for(context), pages_per_block):
             first = first_page * cache.layout.page_size
@@ -407,7 +409,8 @@ def _row_blocks(tables: list[PageTables]) -> Iterator[list[PageTables]]:
             count = part.query_pos_BQ.numel()
             if block and num_rows + count > _ROWS:
                 yield block
-                block, num_rows = [], 0
+                block = []
+                num_rows = 0
             block.append(part)
             num_rows += count
     yield block

@@ -63,7 +63,8 @@ class Indexer(Module):
         self.heads = config.index_n_heads
         self.topk = config.index_topk
         self.interleaved = config.indexer_rope_interleave
-        dim, hidden = config.index_head_dim, config.hidden_size
+        dim = config.index_head_dim
+        hidden = config.hidden_size
         # Their infinities would not reach the output, where they would be noticed: they would only
         # select other positions.
         self.wq_b = Linear(

@@ -41,8 +41,11 @@ Enter sends a message; Alt-Enter, or Esc and then Enter, begins a new line.
 {BLOCK_HELP}
 Ctrl-C stops an answer and drops text typed ahead. Arrow keys bring back
 earlier messages, also of earlier chats (--no-history keeps none)."""
-_DIM, _PLAIN = "\x1b[2m", "\x1b[22m"
-_PASTE_ON, _PASTE_OFF = "\x1b[?2004h", "\x1b[?2004l"  # bracketed paste
+_DIM = "\x1b[2m"
+_PLAIN = "\x1b[22m"
+# Bracketed paste.
+_PASTE_ON = "\x1b[?2004h"
+_PASTE_OFF = "\x1b[?2004l"
 # No bold or dimmed text, lines wrap, the cursor is visible, no bracketed paste.
 _RESTORED = f"\x1b[0m\x1b[?7h\x1b[?25h{_PASTE_OFF}"
 

@@ -12,7 +12,8 @@ from typing import Any
 from dsv3.errors import RequestError, shorten
 from dsv3.text.openai_fields import Fields, show
 
-MESSAGES, COUNT_TOKENS = "/v1/messages", "/v1/messages/count_tokens"
+MESSAGES = "/v1/messages"
+COUNT_TOKENS = "/v1/messages/count_tokens"
 
 # Fields that do not affect the answer. Chat formats decide themselves which old thoughts they keep.
 _IGNORED = ("cache_control", "context_management", "metadata", "service_tier")

@@ -19,12 +19,17 @@ from dsv3.text.messages import ChatInput, Tools
 from dsv3.text.thoughts import END_THINK, THINK
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
-USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
+BOS = "<｜begin▁of▁sentence｜>"
+EOS = "<｜end▁of▁sentence｜>"
+USER = "<｜User｜>"
+ASSISTANT = "<｜Assistant｜>"
 _DSML = "｜DSML｜"
-_CALLS, _END_CALLS = f"<{_DSML}function_calls>", f"</{_DSML}function_calls>"
-_INVOKE, _END_INVOKE = f"<{_DSML}invoke", f"</{_DSML}invoke>"
-_PARAMETER, _END_PARAMETER = f"<{_DSML}parameter", f"</{_DSML}parameter>"
+_CALLS = f"<{_DSML}function_calls>"
+_END_CALLS = f"</{_DSML}function_calls>"
+_INVOKE = f"<{_DSML}invoke"
+_END_INVOKE = f"</{_DSML}invoke>"
+_PARAMETER = f"<{_DSML}parameter"
+_END_PARAMETER = f"</{_DSML}parameter>"
 # The instructions about tools that the model was trained with, verbatim.
 _ABOUT_TOOLS = f"""## Tools
 
@@ -186,7 +191,8 @@ class _Results:
                 f"messages[{self._last}] is result {self._added} of {self._expected} tool calls; "
                 "give the results of all of them, one after another"
             )
-        self._expected, self._added = calls, 0
+        self._expected = calls
+        self._added = 0
 
     def add(self, number: int, content: str, mark: str) -> str:
         """Return the text of the next result; after the last one, the answer starts with `mark`."""

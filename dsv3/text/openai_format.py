@@ -17,7 +17,8 @@ from dsv3.text.openai_fields import Fields, is_number, is_whole, show
 from dsv3.text.text_request import TextRequest, digest
 from dsv3.text.tools import parse_tool_use
 
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
 
 # Fields that do not affect the answer.
 IGNORED = {"metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"}

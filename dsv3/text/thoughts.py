@@ -10,7 +10,8 @@ from enum import Enum
 from dsv3.text.stop_strings import StopChecker
 from dsv3.text.tokenizer import Tokenizer
 
-THINK, END_THINK = "<think>", "</think>"
+THINK = "<think>"
+END_THINK = "</think>"
 
 _TAIL = 8  # tokens at the end of a prompt that may contain a mark and white space after it
 

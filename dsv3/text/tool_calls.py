@@ -41,9 +41,12 @@ from dsv3.text.tools import (
 
 _MAX_HEAD = 1024  # characters before the arguments of a call; more of them are text
 _KIMI_ID = re.compile(r"(?:functions\.)?(.+?)(?::\d+)?", re.DOTALL)
-_DSML_CALLS, _DSML_END_CALLS = f"<{DSML}function_calls>", f"</{DSML}function_calls>"
-_INVOKE, _END_INVOKE = f"<{DSML}invoke", f"</{DSML}invoke>"
-_PARAMETER, _END_PARAMETER = f"<{DSML}parameter", f"</{DSML}parameter>"
+_DSML_CALLS = f"<{DSML}function_calls>"
+_DSML_END_CALLS = f"</{DSML}function_calls>"
+_INVOKE = f"<{DSML}invoke"
+_END_INVOKE = f"</{DSML}invoke>"
+_PARAMETER = f"<{DSML}parameter"
+_END_PARAMETER = f"</{DSML}parameter>"
 _INVOKE_HEAD = re.compile(r'\s*name="([^"]*)"\s*')
 _PARAMETER_HEAD = re.compile(r'\s*name="([^"]*)"\s+string="(true|false)"\s*')
 _FORCED_HEAD = re.compile(r'\s*"name"\s*:\s*("[^"]*")\s*,\s*')
@@ -133,7 +136,8 @@ class ToolCallStream:
 
     def _advance(self) -> list[Event]:
         next(self._parser, None)
-        events, self._events = self._events, []
+        events = self._events
+        self._events = []
         return events
 
     def _parse(self, form: CallForm) -> Steps[None]:

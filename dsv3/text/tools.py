@@ -13,11 +13,17 @@ from dsv3.text.tokenizer import Tokenizer
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 _CHOICES = ("auto", "none", "required")
 
-CALLS, END_CALLS = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
-CALL, END_CALL, SEP = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"
-FENCE, END_FENCE = "```json", "```"
-KIMI_CALLS, KIMI_END_CALLS = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
-KIMI_CALL, KIMI_END_CALL = "<|tool_call_begin|>", "<|tool_call_end|>"
+CALLS = "<｜tool▁calls▁begin｜>"
+END_CALLS = "<｜tool▁calls▁end｜>"
+CALL = "<｜tool▁call▁begin｜>"
+END_CALL = "<｜tool▁call▁end｜>"
+SEP = "<｜tool▁sep｜>"
+FENCE = "```json"
+END_FENCE = "```"
+KIMI_CALLS = "<|tool_calls_section_begin|>"
+KIMI_END_CALLS = "<|tool_calls_section_end|>"
+KIMI_CALL = "<|tool_call_begin|>"
+KIMI_END_CALL = "<|tool_call_end|>"
 KIMI_SEP = "<|tool_call_argument_begin|>"
 DSML = "｜DSML｜"
 

@@ -8,7 +8,8 @@ from torch import Tensor
 def assert_close(name: str, got: Tensor, want: Tensor, tol: float) -> None:
     """Raise unless |got - want| <= tol * max|want| everywhere; non-finite values must coincide."""
     assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, want {tuple(want.shape)}"
-    got, want = got.double(), want.double()
+    got = got.double()
+    want = want.double()
     finite = torch.isfinite(want)
     same = torch.where(finite, torch.isfinite(got), got.nan_to_num(7.0) == want.nan_to_num(7.0))
     assert bool(same.all()), f"{name}: non-finite values differ at {(~same).nonzero()[0].tolist()}"

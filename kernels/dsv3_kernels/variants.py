@@ -26,7 +26,8 @@ from typing import Any
 from dsv3_kernels._gpu import Gpu, meta_stands_for
 from dsv3_kernels._triton import compile_overlapping
 
-COMPILED, CACHED = "compiled", "cached"
+COMPILED = "compiled"
+CACHED = "cached"
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -91,7 +92,8 @@ def record_variants(gpu: Gpu) -> Iterator[dict[Variant, None]]:
         fn.jit_function.device_caches[instead][0][key] = nothing
         return True  # do not compile
 
-    previous, hook = driver.active, knobs.runtime.jit_cache_hook
+    previous = driver.active
+    hook = knobs.runtime.jit_cache_hook
     driver.set_active(instead)
     knobs.runtime.jit_cache_hook = record
     try:

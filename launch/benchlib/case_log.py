@@ -16,7 +16,9 @@ from benchlib.table import Row
 from dsv3.errors import OutputError, one_line, os_errors_as
 from dsv3.files import Format, NamedFile, check_output
 
-PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
+PASSED = "passed"
+FAILED = "failed"
+SKIPPED = "skipped"
 
 _FORMAT = Format("rows of cases", re.compile(rb'\{"(begin|case)":'))
 # After one of these errors every later call of the process on the device fails.

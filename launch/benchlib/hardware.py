@@ -18,7 +18,8 @@ from dsv3_kernels.fp8_format import FP8
 
 # YAML with the measured fields of `Hardware`.
 HARDWARE_FILE = Format("measured figures of hardware", re.compile(rb"name: .*\nread: "))
-_SMALL, _LARGE = 1 << 10, 4 << 20
+_SMALL = 1 << 10
+_LARGE = 4 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

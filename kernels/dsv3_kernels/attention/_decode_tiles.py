@@ -11,7 +11,8 @@ _SPLIT_BYTES = 256 << 20
 _LEAST_SPLIT = 64
 # Sequences of so many of the longest splits stay whole if there are so many programs for each
 # multiprocessor.
-_WHOLE, _BUSY = 4, 4
+_WHOLE = 4
+_BUSY = 4
 
 
 def programs_for(parts: int, tiles: int, sequences: int) -> int:

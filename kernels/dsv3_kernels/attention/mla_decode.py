@@ -27,7 +27,8 @@ def _attend(
         kv = unpack_latent(kv, value_dim, torch.float32)
     kv_BSX = as_float32(kv).view(B, -1, kv.shape[-1])
     q = as_float32(q_BQHX.flatten(1, 2))  # the Q * H queries of a sequence share its keys
-    mask, is_blind = keys.mask_BQS, keys.is_blind_BQ
+    mask = keys.mask_BQS
+    is_blind = keys.is_blind_BQ
     if Q > 1:
         mask = mask.repeat_interleave(H, 1)
         is_blind = None if is_blind is None else is_blind.repeat_interleave(H, 1)
@@ -56,7 +57,8 @@ def _attend_in_parts(
     if most >= B:
         return _attend(q_BQHX, cache_SX, keys, value_dim, scale, with_lse)
     step = cdiv(B, cdiv(B, most))
-    outs, lses = [], []
+    outs = []
+    lses = []
     for b in range(0, B, step):
         some = keys.sequences(b, b + step)
         o, lse = _attend(q_BQHX[b : b + step], cache_SX, some, value_dim, scale, with_lse)

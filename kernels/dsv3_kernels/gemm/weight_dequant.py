@@ -10,7 +10,8 @@ from dsv3_kernels.gemm._e4m3 import decode_e4m3, e4m3_floats, e4m3_view, is_nati
 from dsv3_kernels.operation import operation
 
 # Rows and columns of a program.
-_ROWS, _COLUMNS = 16, 128
+_ROWS = 16
+_COLUMNS = 128
 
 
 def _expand(scale: Tensor, dim: int, size: int, offset: int, block: int) -> Tensor:

@@ -276,7 +276,9 @@ def launch_top_candidates(score_TS: Tensor, k: int, tables: PageTables, block: i
             num_warps=_warps_for(size),
             **launch_options(),
         )
-        found, parts, span = merged, groups, span * group
+        found = merged
+        parts = groups
+        span = span * group
     return found[:, 0]
 
 

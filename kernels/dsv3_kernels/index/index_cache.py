@@ -59,7 +59,8 @@ class IndexCache:
 
         The values are uint8 in FP8. Otherwise there are no scales: [pages, 0], of their dtype.
         """
-        P, dim = self.slots_per_page, self.dim
+        P = self.slots_per_page
+        dim = self.dim
         page_GY = self.slots.view(-1, P * self.slots.shape[1])
         values, scales = page_GY.split([P * dim, page_GY.shape[1] - P * dim], 1)
         if self.is_fp8:
@@ -71,7 +72,8 @@ class IndexCache:
         if not self.is_fp8:
             return self.slots[slot_S].float()
         values, scales = self.views()
-        page, at = slot_S // self.slots_per_page, slot_S % self.slots_per_page
+        page = slot_S // self.slots_per_page
+        at = slot_S % self.slots_per_page
         return values[page, at].view(FP8).float() * scales[page, at].unsqueeze(-1)
 
     def read_pages(self, page_G: Tensor) -> Tensor:
@@ -84,12 +86,14 @@ class IndexCache:
     def write(self, slot_T: Tensor, key_TI: Tensor) -> None:
         """Store keys, not yet rotated, in distinct slots; skip those with slot -1."""
         is_own = slot_T >= 0
-        slot_T, key_TI = slot_T[is_own], key_TI[is_own]
+        slot_T = slot_T[is_own]
+        key_TI = key_TI[is_own]
         if not self.is_fp8:
             self.slots[slot_T] = key_TI.to(self.slots.dtype)
             return
         values, scales = self.views()
-        page, at = slot_T // self.slots_per_page, slot_T % self.slots_per_page
+        page = slot_T // self.slots_per_page
+        at = slot_T % self.slots_per_page
         q_TI, scale_T = quantize_index(key_TI)
         values[page, at] = q_TI.view(torch.uint8)
         scales[page, at] = scale_T
@@ -111,7 +115,8 @@ def hadamard(x_TI: Tensor) -> Tensor:
     dim = x_TI.shape[-1]
     x = x_TI.float()
     for _ in range(stages_of(dim)):
-        even, odd = x[..., ::2], x[..., 1::2]
+        even = x[..., ::2]
+        odd = x[..., 1::2]
         x = torch.cat((even + odd, even - odd), -1)
     return (x * dim**-0.5).to(x_TI.dtype)
 

@@ -123,7 +123,8 @@ def experts(
     is_few = 0 < starts[-1] - starts[0] <= _FEW_ROWS
     stop = starts[0]
     for some in [hit] if is_few else [[one] for one in hit]:
-        start, stop = stop, stop + sum(one.count for one in some)
+        start = stop
+        stop = stop + sum(one.count for one in some)
         entries = order_N[start:stop]
         entry_M, row_M = (
             torch.from_numpy(index).to(x_TD.device)

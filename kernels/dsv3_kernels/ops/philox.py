@@ -41,7 +41,10 @@ def philox(seed_B: Tensor, position_B: Tensor, answer_B: Tensor, block_W: Tensor
     for _ in range(10):
         high0, low0 = _mul(_ROUND[0], c0)
         high1, low1 = _mul(_ROUND[1], c2)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        c0 = high1 ^ c1 ^ k0
+        c1 = low1
+        c2 = high0 ^ c3 ^ k1
+        c3 = low0
         k0 = (k0 + _WEYL[0]) & _MASK
         k1 = (k1 + _WEYL[1]) & _MASK
     return torch.stack((c0, c1, c2, c3), -1)

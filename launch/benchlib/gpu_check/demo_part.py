@@ -130,7 +130,8 @@ def judge_answers(
     num_same = 0
     others = [run for run in runs if run.name != run.reference]
     for run in others:
-        want, got = answers[run.reference], answers[run.name]
+        want = answers[run.reference]
+        got = answers[run.name]
         different = [key for key in want if got.get(key) != want[key]]
         num_same += len(want) - len(different)
         allowed = 0 if run.dtype == "float32" else len(want) // 4

@@ -10,7 +10,8 @@ from benchlib.gpu_check.report import PartResult
 from benchlib.table import Row
 
 # The time of a MoE layer is the difference of these two, whose first layer is dense.
-_LAYERS, _DENSE = 4, 1
+_LAYERS = 4
+_DENSE = 1
 _DRY_RUN = "tests/kernels/dry_run.py"
 _SILENCE = 180.0  # the first step compiles its kernels
 _UNPROVEN = "steps went to a GPU that does not exist: no kernel ran and no time is real"

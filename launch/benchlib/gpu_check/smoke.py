@@ -41,7 +41,8 @@ class Step:
 def check_kernels(device: torch.device) -> Row:
     """Compare both kernels with their references on the CPU."""
     step = Step(device)
-    got, want = act_quant.kernel(step.x), act_quant.reference(step.x.cpu())
+    got = act_quant.kernel(step.x)
+    want = act_quant.reference(step.x.cpu())
     assert_close("scale", got.scale.cpu(), want.scale, 1e-6)
     if device.type == "cuda":  # the interpreter rounds FP8 values differently
         assert_bitwise_equal("act_quant", got.q.cpu().view(torch.uint8), want.q.view(torch.uint8))

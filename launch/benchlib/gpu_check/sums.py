@@ -64,7 +64,8 @@ def check_gather(group: Collectives, parts: list[Tensor], device: torch.device) 
 
 def check_all_to_all(group: Collectives, parts: list[Tensor], device: torch.device) -> None:
     """Raise if an all-to-all does not give what was sent: rank i sends part i + r to rank r."""
-    size, rank = group.size, group.rank
+    size = group.size
+    rank = group.rank
     sent = torch.stack([parts[(rank + to) % size] for to in range(size)])
     want = torch.stack([parts[(source + rank) % size] for source in range(size)])
     assert_bitwise_equal("received", group.all_to_all(sent.to(device)).cpu(), want)

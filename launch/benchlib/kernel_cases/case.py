@@ -18,9 +18,19 @@ from dsv3_kernels.testing import assert_close
 log = logging.getLogger(__name__)
 
 Args = tuple[Any, ...]
-D, FF, E, K, VOCAB = 7168, 2048, 32, 8, 129280
-HEADS, QUERY, C, R, N, V = 16, 1536, 512, 64, 128, 128
-BF16_TOL, FP8_TOL = 2**-7, 2**-3
+D = 7168
+FF = 2048
+E = 32
+K = 8
+VOCAB = 129280
+HEADS = 16
+QUERY = 1536
+C = 512
+R = 64
+N = 128
+V = 128
+BF16_TOL = 2**-7
+FP8_TOL = 2**-3
 _BUDGET = 1.0  # seconds of a case's timed calls
 
 

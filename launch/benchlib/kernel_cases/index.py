@@ -17,7 +17,9 @@ from dsv3_kernels.index.index_query import index_queries
 from dsv3_kernels.index.index_scores import index_scores
 from dsv3_kernels.index.top_k import select_slots, top_candidates
 
-_INDEX_HEADS, _DIM, _TOP = 64, 128, 2048
+_INDEX_HEADS = 64
+_DIM = 128
+_TOP = 2048
 _PAGE = 64
 
 
@@ -41,7 +43,8 @@ def index_inputs(small: bool) -> Iterator[Case]:
             rotation: Callable[..., Rotation] = rotation,
         ) -> Args:
             cache = _cache(_pages_of(T), is_fp8, d)
-            key, weight = normal(T, _DIM, device=d), torch.rand(_DIM, device=d) + 0.5
+            key = normal(T, _DIM, device=d)
+            weight = torch.rand(_DIM, device=d) + 0.5
             slot = torch.arange(T, device=d)
             return (IndexWrite(key, weight, weight - 1, rotation(d), cache, slot),)
 
