@@ -26,7 +26,7 @@ from dsv3.config_files import DEMO, load_model_config
 from dsv3.distributed.collective_errors import collective_errors
 from dsv3.distributed.launcher import environment_rank
 from dsv3.distributed.mesh import Mesh, before_joining
-from dsv3.engine.engine import follow
+from dsv3.engine.engine import HASTY_SAVE_SECONDS, follow
 from dsv3.engine.locate import locate_checkpoint
 from dsv3.engine.start import Started, identify, start
 from dsv3.errors import describe_error
@@ -104,7 +104,7 @@ def serve(args: argparse.Namespace, front: Front | None, started: Started) -> No
         front.fail(describe_error(error))
         raise
     finally:
-        engine.stop()
+        engine.stop(max(HASTY_SAVE_SECONDS, front.drain_seconds_left))
     log.info("stopped\n%s", engine.metrics.summary())
 
 
@@ -125,7 +125,7 @@ def run(
             front = prepare(args, checkpoint, settings, mesh, config)
             open_server(args, front, listener, stack)
             host, port = listener.getsockname()[:2]
-            log.info("listening on http://%s:%d", host, port)
+            log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
     begin = time.perf_counter()
     started = start(checkpoint, settings, mesh, config, args.n_experts)
     tune_for_model(started.config, mesh)

@@ -41,11 +41,11 @@ def add_server_flags(group: argparse._ArgumentGroup) -> None:
     add("--api-key", action="append", help="a key that clients must send; may be given repeatedly")
     add("--api-key-file", help="file of such keys, one per line")
     add("--cors", action="append", metavar="ORIGIN", help="let web pages of this origin in; * all")
-    text = "answers in line beyond those that run; more are refused with status 429"
+    text = "queued completions beyond the running ones; more are refused with status 429"
     add("--max-waiting", type=int, default=1024, help=text)
     add("--max-body-bytes", type=int, default=16 << 20, help="longest body of a request")
     add("--request-seconds", type=float, help="cut answers after this time (default: never)")
-    text = "after SIGTERM, wait this long for open answers (torchrun kills after 30 seconds)"
+    text = "after SIGTERM, time for open answers and for saving the cache (torchrun kills after 30)"
     add("--drain-seconds", type=float, default=20.0, help=text)
     add("--prewarm", help="file of prompts to compute first and keep in the cache")
 

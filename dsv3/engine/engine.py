@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 # Seconds for writing the cache to disk at the end, and at an end by a signal.
 _SAVE_SECONDS = 60.0
-_HASTY_SAVE_SECONDS = 4.0
+HASTY_SAVE_SECONDS = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,19 +261,23 @@ class Engine:
         """Let the other ranks return from `follow`."""
         self._channel.send(None)
 
-    def stop(self) -> None:
+    def stop(self, save_seconds: float | None = None) -> None:
         """Save the cache to disk, if there is one, and let the others return from `follow`.
 
         After a failed step nothing is saved: the other ranks may be anywhere, or gone.
+
+        Args:
+            save_seconds: time for saving; None allows a minute, or seconds after a signal.
         """
+        if save_seconds is None:
+            is_asked = self._channel.watchdog.end_signal
+            save_seconds = HASTY_SAVE_SECONDS if is_asked else _SAVE_SECONDS
         if not self._is_stepping:
             with self._channel.watchdog.task("saving the cache"):
-                self._save()
+                self._save(time.monotonic() + save_seconds)
         self.pause()
 
-    def _save(self) -> None:
-        is_asked = self._channel.watchdog.end_signal
-        deadline = time.monotonic() + (_HASTY_SAVE_SECONDS if is_asked else _SAVE_SECONDS)
+    def _save(self, deadline: float) -> None:
         for group, scheduler in enumerate(self._schedulers):
             for moves in scheduler.save():
                 if moves:
@@ -377,6 +381,7 @@ class Engine:
             return
         seq.token_ids.append(token)
         out.new_token_ids.append(token)
+        self.metrics.answer_tokens += 1
         if params.logprobs is not None:
             logprobs = result.logprobs_of(row, params.logprobs)
             seq.logprobs.append(logprobs)

@@ -91,7 +91,8 @@ class Metrics:
         "tokens of prompts, and of answers that lost their pages, computed"
     )
     reused_tokens: int = _counter("tokens found in the cache instead")
-    decode_tokens: int = _counter("generated tokens computed")
+    decode_tokens: int = _counter("generated tokens computed, with rejected drafts")
+    answer_tokens: int = _counter("tokens of answers")
     drafted_tokens: int = _counter("tokens drafted and verified")
     accepted_tokens: int = _counter("drafts that were accepted")
     preemptions: int = _counter("times a running request lost its pages to an earlier one")

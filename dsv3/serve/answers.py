@@ -1,4 +1,4 @@
-"""Answers on their way from the engine's thread to the clients' connections.
+"""Outputs between the engine's thread and the clients' connections.
 
 An `Answer` belongs to the event loop's thread. Outputs that nobody has read yet are joined, so that
 a connection that lags behind gets fewer and longer pieces, and a client that reads nothing costs no
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from dsv3.request import RequestOutput
 
-MAX_UNREAD_TOKENS = 8192
+MAX_UNREAD_TOKENS = 8192  # of each of its completions
 
 
 class HttpError(Exception):
@@ -61,10 +61,10 @@ class Answer:
                 self.unfinished.discard(item.request_id)
         self._changed.set()
 
-    @property
-    def num_unread(self) -> int:
-        """Tokens that the connection has not taken."""
-        return sum(len(output.new_token_ids) for output in self._unread.values())
+    def num_unread(self, request_id: str) -> int:
+        """Return the number of a request's tokens that the connection has not taken."""
+        output = self._unread.get(request_id)
+        return 0 if output is None else len(output.new_token_ids)
 
     async def read(self, seconds: float | None = None) -> list[RequestOutput]:
         """Return new outputs; none if there are none within some seconds.

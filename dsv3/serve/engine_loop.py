@@ -145,5 +145,6 @@ def failure_of(error: Exception) -> HttpError:
     if isinstance(error, RequestError):
         return HttpError(str(error), 400)
     if not isinstance(error, Dsv3Error):
+        log.error("a request failed: %s", describe_error(error))
         log.debug("a request failed", exc_info=error)
     return HttpError(describe_error(error), 500)

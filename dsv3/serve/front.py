@@ -1,4 +1,4 @@
-"""The part of a server that HTTP requests meet: its state, its limits, the way to the engine.
+"""State and limits of a server, and the way of HTTP requests to the engine.
 
 All methods run in the event loop's thread, except where they say otherwise.
 """
@@ -18,7 +18,7 @@ from typing import Any
 
 from dsv3.engine.engine import Engine
 from dsv3.errors import CheckpointError, RequestError
-from dsv3.request import Request, RequestOutput
+from dsv3.request import Request
 from dsv3.serve.answers import MAX_UNREAD_TOKENS, Answer, HttpError
 from dsv3.serve.engine_loop import Cancel, Delivery, Drain, EngineLoop, Inbox, Submit
 from dsv3.text.chat import AnyFormat
@@ -41,7 +41,7 @@ class Limits:
     """Limits of a server.
 
     Attributes:
-        max_waiting: answers in line beyond those that run; more requests are refused (429).
+        max_waiting: queued completions beyond the running ones; more are refused (429).
         max_body_bytes: longest body of a request.
         request_seconds: time after which an answer is cut; None is no limit.
     """
@@ -53,7 +53,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
-    """What a server serves: a model under a name, with defaults of its requests."""
+    """A model under a name, with the defaults of its requests."""
 
     model: str
     fingerprint: str
@@ -86,6 +86,8 @@ class Front:
         self._inbox: Inbox = SimpleQueue()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._open: set[Answer] = set()
+        self._num_preparing = 0
+        self._drain_until = 0.0
 
     # Called by the main thread.
 
@@ -102,11 +104,17 @@ class Front:
 
     def drain(self, seconds: float) -> None:
         """Accept no more requests, and end `serve`. May be called by a signal handler."""
+        self._drain_until = time.monotonic() + seconds
         self.status = Status.DRAINING
         self._inbox.put(Drain(seconds))
 
+    @property
+    def drain_seconds_left(self) -> float:
+        """Seconds that are left of the time to drain; 0 if there are none."""
+        return max(0.0, self._drain_until - time.monotonic())
+
     def fail(self, reason: str, seconds: float = 1.0) -> None:
-        """Tell all clients that the server has failed; wait until they know, or some seconds.
+        """Send an error to all clients; wait until it is sent, but at most some seconds.
 
         Called by any thread but the event loop's.
         """
@@ -115,10 +123,10 @@ class Front:
         until = time.monotonic() + seconds
         if self._loop is None:
             return
-        told = Event()
+        pushed = Event()
         with _closed_loop_ignored():
-            self._loop.call_soon_threadsafe(self._fail_all, told)
-            told.wait(seconds)
+            self._loop.call_soon_threadsafe(self._fail_all, pushed)
+            pushed.wait(seconds)
         while self._open and time.monotonic() < until:
             time.sleep(0.01)
 
@@ -129,29 +137,45 @@ class Front:
 
     # Called by the event loop's thread.
 
-    def _fail_all(self, told: Event) -> None:
+    def _fail_all(self, pushed: Event) -> None:
         for answer in self._open:
             answer.push(HttpError(self.reason, 503))
-        told.set()
+        pushed.set()
 
     def _receive(self, deliveries: list[Delivery]) -> None:
         for answer, item in deliveries:
             answer.push(item)
-            if isinstance(item, RequestOutput) and answer.num_unread > MAX_UNREAD_TOKENS:
+            if isinstance(item, HttpError):
+                continue
+            if answer.num_unread(item.request_id) > MAX_UNREAD_TOKENS:
                 self._inbox.put(Cancel(tuple(answer.unfinished)))
                 answer.push(HttpError("the client does not read its answer", 503))
 
     @property
     def engine(self) -> Engine:
-        """The engine.
+        """The engine, for new requests.
 
         Raises:
             HttpError: the server is not ready.
         """
-        if self.status is not Status.READY or self._engine is None:
-            reason = f"the server is {self.status.value}"
-            raise HttpError(f"{reason}: {self.reason}" if self.reason else reason, 503, None, 5)
+        if self.status is not Status.READY:
+            raise self._unready()
+        return self.loaded_engine
+
+    @property
+    def loaded_engine(self) -> Engine:
+        """The engine, also while the server drains.
+
+        Raises:
+            HttpError: the model is not loaded, or the server has failed.
+        """
+        if self._engine is None or self.status is Status.FAILED:
+            raise self._unready()
         return self._engine
+
+    def _unready(self) -> HttpError:
+        reason = f"the server is {self.status.value}"
+        return HttpError(f"{reason}: {self.reason}" if self.reason else reason, 503, None, 5)
 
     def now(self) -> int:
         """Return the seconds since 1970."""
@@ -179,20 +203,44 @@ class Front:
             raise HttpError("the body is nested too deeply", 400) from None
 
     @contextmanager
-    def answering(self, requests: Sequence[Request]) -> Iterator[Answer]:
-        """Submit requests; those that are unfinished at the end of the block are cancelled.
+    def preparing(self) -> Iterator[None]:
+        """Count a request while its body is read and encoded.
 
         Raises:
             HttpError: too many requests are waiting.
         """
-        engine = self.engine
-        num_open = sum(len(answer.unfinished) for answer in self._open)
-        if num_open + len(requests) > engine.max_running + self.limits.max_waiting:
-            raise HttpError(f"{num_open} answers are in line; try again later", 429, None, 1)
+        self._check_room(1)
+        self._num_preparing += 1
+        try:
+            yield
+        finally:
+            self._num_preparing -= 1
+
+    def _check_room(self, number: int) -> None:
+        """Raise HttpError if the queue has no room for a number of completions."""
+        room = self.engine.max_running + self.limits.max_waiting
+        if number > room:
+            message = f"{number} completions are more than the {room} that may run and wait"
+            raise HttpError(message, 400)
+        num_open = self._num_preparing + sum(len(answer.unfinished) for answer in self._open)
+        if num_open + number > room:
+            raise HttpError(f"{num_open} completions are queued; try again later", 429, None, 1)
+
+    @contextmanager
+    def answering(self, requests: Sequence[Request]) -> Iterator[Answer]:
+        """Submit requests; those that are unfinished at the end of the block are cancelled.
+
+        Raises:
+            HttpError: too many requests are waiting, or the server has begun to drain.
+        """
+        self._check_room(len(requests))
         answer = Answer(request.request_id for request in requests)
         self._open.add(answer)
         self._inbox.put(Submit(answer, requests))
         try:
+            # The main thread may have stopped to read the inbox before the requests were in it.
+            if self.status is not Status.READY:
+                raise self._unready()
             yield answer
         finally:
             self._open.discard(answer)

@@ -2,10 +2,11 @@
 
 import hmac
 import logging
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from importlib import resources
-from typing import Any
+from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
@@ -18,6 +19,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from dsv3.engine.engine import Engine
 from dsv3.errors import describe_error
 from dsv3.serve.answers import HttpError
 from dsv3.serve.exporter import CacheCollector, MetricsCollector
@@ -31,7 +33,7 @@ from dsv3.serve.jobs import (
     openai_job,
     tokenize,
 )
-from dsv3.serve.responses import AnswerResponse, retry_header
+from dsv3.serve.responses import CLIENT_GONE, AnswerResponse, retry_header, unless_gone
 from dsv3.text.anthropic_answer import anthropic_error
 from dsv3.text.anthropic_format import COUNT_TOKENS, MESSAGES
 from dsv3.text.openai_answer import error_of
@@ -46,6 +48,7 @@ _PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
 )
+T = TypeVar("T")
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -54,7 +57,7 @@ def make_app(front: Front, keys: Sequence[str] = (), origins: Sequence[str] = ()
 
     Args:
         front: the way to the engine.
-        keys: clients must send one of them; none means that anybody is served.
+        keys: clients must send one of them; without any, all clients are served.
         origins: web pages of these origins may use the server; "*" is all.
     """
     jobs = {CHAT: openai_job(CHAT), COMPLETIONS: openai_job(COMPLETIONS), MESSAGES: anthropic_job}
@@ -82,6 +85,7 @@ def make_app(front: Front, keys: Sequence[str] = (), origins: Sequence[str] = ()
     handlers: dict[Any, Any] = {
         HttpError: _http_error,
         HTTPException: _starlette_error,
+        ClientDisconnect: _client_gone,
         Exception: _internal_error,
     }
     return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
@@ -113,26 +117,31 @@ class _KeyCheck:
 
 
 async def _answer(front: Front, make: JobMaker, request: Request) -> Response:
-    engine = front.engine
-    raw = await _body(request, front.limits.max_body_bytes)
-    job = await front.encoded(partial(make, front, engine, raw))
-    return AnswerResponse(front, job)
+    begin = time.monotonic()
+    job = await _prepared(front, make, request)
+    return AnswerResponse(front, job, begin)
 
 
 async def _reply(front: Front, make: BodyMaker, request: Request) -> Response:
-    engine = front.engine
-    raw = await _body(request, front.limits.max_body_bytes)
-    return JSONResponse(await front.encoded(partial(make, front, engine, raw)))
+    return JSONResponse(await _prepared(front, make, request))
+
+
+async def _prepared(front: Front, make: Callable[[Front, Engine, bytes], T], request: Request) -> T:
+    """Return the result of `make` for the body of a request."""
+    with front.preparing():
+        raw = await _body(request, front.limits.max_body_bytes)
+        job = front.encoded(partial(make, front, front.engine, raw))
+        return await unless_gone(job, request.receive)
 
 
 async def _body(request: Request, limit: int) -> bytes:
     """Return the body of a request.
 
     Raises:
-        HttpError: it is too long, or not JSON by its headers. A web page may send other types to
-            any server without asking.
+        HttpError: it is too long, or not JSON by its headers. A web page may send other types, or
+            none, to any server without asking.
     """
-    kind = request.headers.get("content-type", "application/json").split(";")[0].strip()
+    kind = request.headers.get("content-type", "").split(";")[0].strip()
     if kind.lower() != "application/json":
         raise HttpError("the body must have Content-Type: application/json", 415)
     too_long = HttpError(f"the body is longer than {limit} bytes", 413)
@@ -181,14 +190,14 @@ def _model_entry(front: Front) -> dict[str, Any]:
         "object": "model",
         "created": front.created,
         "owned_by": "dsv3",
-        "max_model_len": front.engine.max_seq_len,
-        "vocab_size": front.engine.vocab_size,
+        "max_model_len": front.loaded_engine.max_seq_len,
+        "vocab_size": front.loaded_engine.vocab_size,
     }
 
 
 async def _metrics(front: Front, request: Request) -> Response:
     registry = CollectorRegistry(auto_describe=False)
-    engine = front.engine
+    engine = front.loaded_engine
     registry.register(MetricsCollector(engine.metrics))
     registry.register(CacheCollector(engine.page_states, front.layout))
     return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
@@ -215,9 +224,12 @@ async def _starlette_error(request: Request, error: Exception) -> Response:
     return JSONResponse(body, error.status_code, error.headers)
 
 
+async def _client_gone(request: Request, error: Exception) -> Response:
+    log.info("%s %d: the client disconnected", request.url.path, CLIENT_GONE)
+    return Response(status_code=CLIENT_GONE)
+
+
 async def _internal_error(request: Request, error: Exception) -> Response:
-    if isinstance(error, ClientDisconnect):
-        return Response(status_code=499)
     path = request.url.path
     reason = describe_error(error)
     log.error("%s 500: %s", path, reason)

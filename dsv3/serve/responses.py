@@ -3,9 +3,12 @@
 import asyncio
 import logging
 import time
+from collections.abc import Coroutine
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
@@ -19,19 +22,21 @@ log = logging.getLogger(__name__)
 KEEP_ALIVE_SECONDS = 10.0
 _KEEP_ALIVE = b": keep-alive\n\n"
 _SEND_SECONDS = 60.0  # for a client to make room for more of a response
-_CLIENT_GONE = 499
+CLIENT_GONE = 499
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
 class _Record:
-    """The facts of the access log."""
+    """A line of the access log; tokens are those of all completions, seconds are since arrival."""
 
     path: str
     name: str
     num_prompt: int
+    begin: float
     num_cached: int = 0
     num_generated: int = 0
-    begin: float = field(default_factory=time.monotonic)
     first: float | None = None
     reasons: list[str] = field(default_factory=list)
 
@@ -65,25 +70,30 @@ class AnswerResponse(Response):
     Args:
         front: the way to the engine.
         job: the request.
+        begin: monotonic seconds of its arrival.
     """
 
-    def __init__(self, front: Front, job: Job) -> None:
+    def __init__(self, front: Front, job: Job, begin: float) -> None:
         super().__init__()
         self._front = front
         self._job = job
+        self._begin = begin
         self._is_started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         job = self._job
-        record = _Record(scope["path"], job.writer.response_id, len(job.requests[0].prompt_ids))
+        num_prompt = sum(len(request.prompt_ids) for request in job.requests)
+        record = _Record(scope["path"], job.writer.response_id, num_prompt, self._begin)
         try:
             with self._front.answering(job.requests) as answer:
                 if job.is_stream:
                     work = self._stream(answer, record, send)
                 else:
                     work = self._whole(answer, record, scope, receive, send)
-                is_complete = await _unless_gone(work, receive)
-            record.log(200 if is_complete else _CLIENT_GONE)
+                await unless_gone(work, receive)
+            record.log(200)
+        except ClientDisconnect as error:
+            record.log(CLIENT_GONE, str(error))
         except HttpError as error:
             record.log(error.status, error.message)
             await self._refuse(error, scope, receive, send)
@@ -142,7 +152,8 @@ class AnswerResponse(Response):
         writer = self._job.writer
         body = writer.error(error.message, error.status, error.code)
         if self._is_started:
-            await _send(_in_time(send), writer.event(body).encode(), is_last=True)
+            with suppress(ClientDisconnect):
+                await _send(_in_time(send), writer.event(body).encode(), is_last=True)
         else:
             await JSONResponse(body, error.status, retry_header(error))(scope, receive, send)
 
@@ -171,21 +182,24 @@ def _in_time(send: Send) -> Send:
             async with asyncio.timeout(_SEND_SECONDS):
                 await send(message)
         except TimeoutError:
-            raise HttpError("the client does not read its answer", 503) from None
+            raise ClientDisconnect("the client does not read its answer") from None
 
     return limited
 
 
-async def _unless_gone(work: Any, receive: Receive) -> bool:
-    """Await `work`, but stop it when the client disconnects; return True if it was completed."""
+async def unless_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T:
+    """Return the result of `work`; stop it when the client disconnects.
+
+    Raises:
+        ClientDisconnect: the client has disconnected.
+    """
     working = asyncio.create_task(work)
     gone = asyncio.create_task(_disconnected(receive))
     try:
         await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            return False
-        await working
-        return True
+            raise ClientDisconnect("the client disconnected")
+        return await working
     finally:
         for task in (working, gone):
             task.cancel()

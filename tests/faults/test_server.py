@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -159,6 +160,14 @@ def test_malformed_bodies_are_the_clients_fault(server: Server, path: str) -> No
     server.wait_until(lambda: is_idle(server))
 
 
+def test_an_upload_that_breaks_off_is_one_line(server: Server) -> None:
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", server.port)) as link:
+        link.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+    server.wait_until(lambda: "499: the client disconnected" in server.log)
+    assert "Traceback" not in server.log
+
+
 def test_requests_beyond_the_limits_are_refused() -> None:
     flags = ["--api-key", "k", "--max-body-bytes", "2000", "--max-waiting", "0"]
     flags += ["--max-running", "1", "--request-seconds", "2"]
@@ -171,7 +180,10 @@ def test_requests_beyond_the_limits_are_refused() -> None:
         assert server.post(CHAT, long, key)[0] == 413
         kind = {"Content-Type": "text/plain"}
         assert server.send("POST", CHAT, {"messages": QUESTION}, headers=key | kind)[0] == 415
+        kind = {"Content-Type": ""}  # as a page of another site can send
+        assert server.send("POST", CHAT, {"messages": QUESTION}, headers=key | kind)[0] == 415
         assert server.send("DELETE", CHAT, headers=key)[0] == 405
+        assert server.post(CHAT, {"messages": QUESTION, "n": 2}, key)[0] == 400
         with ThreadPoolExecutor(1) as pool:
             cut = pool.submit(server.post, CHAT, LONG, key)
             server.wait_until(lambda: server.health()[1]["running"])
@@ -211,6 +223,7 @@ def test_sigterm_lets_answers_finish() -> None:
         server.process.send_signal(signal.SIGTERM)
         server.wait_until(lambda: server.health()[0] == 503)
         assert server.post(CHAT, {"messages": QUESTION})[0] == 503
+        assert server.metric("dsv3_running") == 1
         last = [choice for event in events for choice in event["choices"]][-1]
         assert last["finish_reason"] == "length"
         server.process.wait(HANG_SECONDS)

@@ -12,7 +12,7 @@ from dsv3.errors import RequestError
 from dsv3.request import Completion, Request, RequestOutput, SamplingParams
 from dsv3.serve.answers import MAX_UNREAD_TOKENS, Answer, HttpError
 from dsv3.serve.engine_loop import Cancel, Command, Delivery, Drain, EngineLoop, Submit
-from dsv3.serve.front import Front, Limits, Served
+from dsv3.serve.front import Front, Limits, Served, Status
 from dsv3.text.defaults import Defaults
 
 
@@ -143,6 +143,7 @@ def test_a_client_that_does_not_read_is_cut_off() -> None:
         made = front()
         with made.answering([request("a")]) as answer:
             made._receive([(answer, output("a", *range(MAX_UNREAD_TOKENS)))])
+            made._receive([(answer, output("b", *range(MAX_UNREAD_TOKENS)))])
             assert made._inbox.qsize() == 1
             made._receive([(answer, output("a", 1))])
             assert isinstance(made._inbox.get(), Submit)
@@ -158,10 +159,39 @@ def test_the_line_is_bounded_and_what_is_left_is_cancelled() -> None:
             with pytest.raises(HttpError) as refused, made.answering([request("d")]):
                 pass
             assert (refused.value.status, refused.value.retry_after) == (429, 1)
+            with pytest.raises(HttpError) as refused, made.preparing():
+                pass
+            assert refused.value.status == 429
+        with pytest.raises(HttpError) as refused, made.answering([request(n) for n in "abcd"]):
+            pass
+        assert refused.value.status == 400, "never accepted, so not to be tried again"
         made._inbox.get()
         cancelled = made._inbox.get()
         assert isinstance(cancelled, Cancel) and {*cancelled.request_ids} == {"a", "b", "c"}
-        with made.answering([request("d")]):
-            pass
+        full = pytest.raises(HttpError, match="queued")
+        with made.answering([request("d")]), made.preparing(), made.preparing(), full:
+            made.preparing().__enter__()
 
     asyncio.run(main())
+
+
+def test_requests_that_come_while_the_server_begins_to_drain_are_refused() -> None:
+    """The main thread may not read the inbox any more."""
+
+    class Late(SimpleQueue[Command]):
+        def put(self, item: Command, block: bool = True, timeout: float | None = None) -> None:
+            made.status = Status.DRAINING
+            super().put(item)
+
+    made = front()
+    made._inbox = Late()
+
+    async def main() -> None:
+        with pytest.raises(HttpError) as refused, made.answering([request("a")]):
+            pass
+        assert refused.value.status == 503
+
+    asyncio.run(main())
+    made._inbox.get()
+    assert made._inbox.get() == Cancel(("a",))
+    assert made.loaded_engine is not None  # for its metrics
