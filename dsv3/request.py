@@ -232,6 +232,7 @@ class Completion:
         finish_reason: "stop" (end token or stop string), "length", "deadline", or "error".
         stop_string: the stop string that ended it; None if another reason did.
         error: the reason of a missing or incomplete answer; only with "error".
+        is_refused: the error is the request's, and comes again if it is repeated.
         logprobs: one entry per generated token, if requested.
         prompt_logprobs: one entry per prompt token except the first, if requested.
         cached_tokens: prompt tokens whose cache entries were reused instead of computed.
@@ -247,6 +248,7 @@ class Completion:
     cached_tokens: int = 0
     stop_string: str | None = None
     error: str = ""
+    is_refused: bool = False
     reasoning: str | None = None
     index: int = 0
 

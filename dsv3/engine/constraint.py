@@ -20,6 +20,9 @@ from dsv3.text.thoughts import END_THINK, begins_in_thought
 from dsv3.text.tokenizer import Tokenizer
 
 _MAX_GRAMMARS = 256  # kept for later requests
+# Bounds for the time of compiling a schema (about a second) and of its first mask (0.1 s); each is
+# far above published schemas. A row of the parser has an item or more for each optional property.
+_LIMITS = {"initial_lexer_fuel": 200_000, "max_grammar_size": 50_000, "max_items_in_row": 50_000}
 _WORD_BITS = 32
 # As Python writes JSON, and so most of what models have read. Free white space would let a model
 # go on with it for ever.
@@ -44,6 +47,9 @@ class Constraint:
         num_before: tokens of the prompt.
         after: the token after which the grammar begins, since the answer begins with a thought; no
             end token comes before it. None if it begins at once.
+
+    Attributes:
+        error: the reason that the grammar gave up, in which case only an end token may come.
     """
 
     def __init__(
@@ -59,6 +65,7 @@ class Constraint:
         self._eos_ids = list(eos_ids)
         self._num_seen = num_before
         self._after = after
+        self.error = ""
 
     def masks(self, token_ids: Sequence[int], drafts: Sequence[int] = ()) -> list[bytes]:
         """Return the masks of the next token, and of the one after each draft, as int32 words.
@@ -95,9 +102,11 @@ class Constraint:
         if self._after is not None:
             return self._all_but_end().tobytes()
         words = np.frombuffer(self._matcher.compute_bitmask(), np.int32)[: self._num_words]
-        if not words.any():  # the grammar gave up, at a limit of its size
-            return (~self._all_but_end()).tobytes()
-        return words.tobytes()
+        if words.any() and not self._matcher.is_error():
+            return words.tobytes()
+        reason = _given_up(self._matcher) or "no token may come next"
+        self.error = f"the JSON schema cannot be followed to its end: {reason}"
+        return (~self._all_but_end()).tobytes()
 
     def _all_but_end(self) -> "np.ndarray[Any, np.dtype[np.int32]]":
         bits = np.ones(self._num_words * _WORD_BITS, np.uint8)
@@ -123,7 +132,8 @@ class Grammars:
         self._matchers: OrderedDict[str, Any] = OrderedDict()  # by schema, the latest last
         self._library: Any = None
         self._vocabulary: Any = None
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of the matchers
+        self._load_lock = threading.Lock()
 
     def constraint(self, request: Request) -> Constraint | None:
         """Return the constraint of a request; None if its answer is free.
@@ -145,29 +155,37 @@ class Grammars:
         return Constraint(matcher, self._vocab_size, self._eos_ids, num_before, after)
 
     def _matcher(self, schema: str) -> Any:
-        """Return a new matcher at the start of a schema's grammar."""
+        """Return a new matcher at the start of a schema's grammar.
+
+        A thread that compiles does not keep others from the grammars that are there.
+        """
         with self._lock:
             matcher = self._matchers.get(schema)
-            if matcher is None:
-                matcher = self._compile(schema)
-                self._matchers[schema] = matcher
-                if len(self._matchers) > _MAX_GRAMMARS:
-                    self._matchers.popitem(last=False)
+        if matcher is None:
+            matcher = self._compile(schema)
+        with self._lock:
+            self._matchers[schema] = matcher
             self._matchers.move_to_end(schema)
+            if len(self._matchers) > _MAX_GRAMMARS:
+                self._matchers.popitem(last=False)
             return matcher.deep_copy()
 
     def _compile(self, schema: str) -> Any:
-        if self._library is None:
-            self._load()
+        with self._load_lock:
+            if self._library is None:
+                self._load()
         try:
             bounded = json.dumps(_bounded(json.loads(schema)))
             grammar = self._library.LLMatcher.grammar_from_json_schema(bounded, overrides=_STYLE)
-            matcher = self._library.LLMatcher(self._vocabulary, grammar, log_level=0)
-            error = matcher.get_error()
+            limits = self._library.LLParserLimits(**_LIMITS, verbose_errors=False)
+            matcher = self._library.LLMatcher(self._vocabulary, grammar, log_level=0, limits=limits)
+            if not matcher.is_error():
+                matcher.compute_bitmask()  # patterns are compiled at their first use
+            error = _given_up(matcher)
         except ValueError as raised:
-            error = str(raised)
+            error = shorten(str(raised), 200)
         if error:
-            raise RequestError(f"the JSON schema cannot be followed: {shorten(error, 200)}")
+            raise RequestError(f"the JSON schema cannot be followed: {error}")
         return matcher
 
     def _load(self) -> None:
@@ -180,6 +198,11 @@ class Grammars:
         wrapper = library.TokenizerWrapper(_Vocabulary(self._tokenizer, self._vocab_size))
         self._vocabulary = library.LLTokenizer(wrapper, eos_token=self._eos_ids)
         self._library = library
+
+
+def _given_up(matcher: Any) -> str:
+    """Return the reason that a matcher has stopped with; empty if it goes on."""
+    return shorten(str(matcher.get_error() or "").split("\n")[0], 200)
 
 
 def _bounded(schema: Any) -> Any:

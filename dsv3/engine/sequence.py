@@ -153,6 +153,7 @@ class Sequence:
         """Return the answer as it is; `reason` is why it ends, `error` is empty if it succeeded."""
         request = self.request
         params = request.params
+        constraint = self.constraint
         return Completion(
             request_id=request.request_id,
             prompt_ids=request.prompt_ids,
@@ -164,6 +165,7 @@ class Sequence:
             cached_tokens=self.num_cached or 0,
             stop_string=None if self.stream is None else self.stream.stop_string,
             error=error,
+            is_refused=bool(error) and constraint is not None and error == constraint.error,
             index=request.answer,
         )
 

@@ -159,8 +159,11 @@ class _Batch:
         if len(done) < len(completions):
             return
         del self.unfinished[name]
-        if errors := [completion.error for completion in done if completion.error]:
-            self._fail(row, SERVER_ERROR, errors[0], None)
+        if errors := [completion for completion in done if completion.error]:
+            if errors[0].is_refused:
+                self._fail_for(row, RequestError(errors[0].error))
+            else:
+                self._fail(row, SERVER_ERROR, errors[0].error, None)
             return
         try:
             self.sink.answer(row, done)

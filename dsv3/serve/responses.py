@@ -166,7 +166,7 @@ def retry_header(error: HttpError) -> dict[str, str]:
 def _checked(completion: Completion) -> Completion:
     """Return a completion; raise HttpError if it is an error."""
     if completion.error:
-        raise HttpError(completion.error, 500)
+        raise HttpError(completion.error, 400 if completion.is_refused else 500)
     return completion
 
 

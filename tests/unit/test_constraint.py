@@ -1,6 +1,8 @@
 """Answers that follow a JSON schema: masks on rank 0, and their effect on rows of logits."""
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,64 @@ def test_a_thought_comes_before_the_schema() -> None:
 def test_a_schema_that_cannot_be_followed_is_refused(schema: Any) -> None:
     with pytest.raises(RequestError, match="the JSON schema cannot be followed"):
         constraint(schema)
+
+
+def optional_texts(number: int) -> dict[str, Any]:
+    return {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(number)}}
+
+
+def test_a_schema_that_takes_long_is_refused() -> None:
+    with pytest.raises(RequestError, match=r"the JSON schema cannot be followed: .* too big"):
+        constraint(optional_texts(10_000))
+
+
+def test_a_large_schema_is_followed() -> None:
+    prompt = TOKENIZER.encode("Hi", add_special_tokens=False)
+    made = constraint(optional_texts(1000))
+    (mask,) = made.masks([*prompt, *TOKENIZER.encode_ordinary('{"p998": "x", ')])
+    assert {TOKENIZER.token_text(i)[0] for i in allowed(mask)} == {'"'} and not made.error
+
+
+@pytest.mark.parametrize("pattern", ["^(((a{30}){30}){30}){30}$", "^a{1000000000}$"])
+def test_a_grammar_that_gives_up_says_so(pattern: str) -> None:
+    prompt = TOKENIZER.encode("Hi", add_special_tokens=False)
+    made = constraint({"type": "string", "pattern": pattern})
+    assert EOS not in allowed(made.masks(prompt)[0]) and not made.error
+    quote = TOKENIZER.encode_ordinary('"')
+    assert allowed(made.masks([*prompt, *quote])[0]) == {EOS}
+    assert "the JSON schema cannot be followed to its end: lexer error" in made.error
+
+
+def test_a_schema_that_compiles_does_not_keep_others_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    grammars = Grammars(TOKENIZER, VOCAB, [EOS])
+    compiles = grammars._compile
+    slow = json.dumps({"const": "slow"})
+    begun, may_end = threading.Event(), threading.Event()
+
+    def compile_slowly(schema: str) -> Any:
+        if schema == slow:
+            begun.set()
+            assert may_end.wait(60)
+        return compiles(schema)
+
+    monkeypatch.setattr(grammars, "_compile", compile_slowly)
+
+    def ask(schema: str) -> Constraint | None:
+        params = SamplingParams()
+        return grammars.constraint(
+            Request(request_id="r", prompt_ids=[60], params=params, schema=schema)
+        )
+
+    with ThreadPoolExecutor(2) as pool:
+        waiting = pool.submit(ask, slow)
+        assert begun.wait(60)
+        try:
+            assert pool.submit(ask, json.dumps(SCHEMA)).result(60) is not None
+        finally:
+            may_end.set()
+        assert waiting.result(60) is not None
 
 
 def test_ignore_eos_excludes_a_schema() -> None:
