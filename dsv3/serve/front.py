@@ -26,6 +26,8 @@ from dsv3.text.defaults import Defaults
 
 log = logging.getLogger(__name__)
 
+_ENCODERS = 4
+
 
 class Status(Enum):
     """The state of a server, as `/health` reports it."""
@@ -70,8 +72,8 @@ class Front:
         status, reason: state of the server, and the error if it has failed.
         layout: names and values of the layout, for the metrics.
         created: seconds since 1970 at which the server was started.
-        encoder: one thread in which prompts are written and encoded: formats of chats are not
-            thread-safe, and the event loop goes on meanwhile.
+        encoder: threads in which prompts are written and encoded, and schemas compiled, while the
+            event loop goes on; a long one does not hold up the others.
     """
 
     def __init__(self, served: Served, limits: Limits) -> None:
@@ -81,7 +83,7 @@ class Front:
         self.reason = ""
         self.created = int(time.time())
         self.layout: Mapping[str, str] = {}
-        self.encoder = ThreadPoolExecutor(1, "encoder")
+        self.encoder = ThreadPoolExecutor(_ENCODERS, "encoder")
         self._engine: Engine | None = None
         self._inbox: Inbox = SimpleQueue()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -189,7 +191,7 @@ class Front:
         return metrics.running, metrics.waiting
 
     async def encoded(self, job: Callable[[], Any]) -> Any:
-        """Run a job in the encoder's thread; its errors are the client's.
+        """Run a job in one of the encoder's threads; its errors are the client's.
 
         Raises:
             HttpError: the request cannot be served.

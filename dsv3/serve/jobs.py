@@ -196,8 +196,11 @@ def _usage_option(fields: Fields, is_stream: bool) -> bool:
 
 def _one_prompt_each(url: str, body: dict[str, Any]) -> list[dict[str, Any]]:
     """Return a body for each prompt of a list of prompts."""
-    prompt = body.get("prompt")
-    is_several = url == COMPLETIONS and isinstance(prompt, list) and len(prompt) > 1
-    if not is_several or not all(isinstance(item, str | list) for item in prompt or ()):
+    prompts = body.get("prompt")
+    if url != COMPLETIONS or not isinstance(prompts, list) or len(prompts) < 2:
         return [body]
-    return [body | {"prompt": item} for item in prompt or ()]
+    if not all(isinstance(prompt, str | list) for prompt in prompts):
+        return [body]
+    if len(prompts) > MAX_ANSWERS:
+        raise RequestError(f"more than {MAX_ANSWERS} prompts; send them in several requests")
+    return [body | {"prompt": prompt} for prompt in prompts]

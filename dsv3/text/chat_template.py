@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import weakref
 from contextlib import suppress
 from io import BufferedReader
@@ -27,6 +28,8 @@ _TEMPLATE_FAULTS = ("damaged", "exceeded")  # kinds of replies that do not depen
 class ChatTemplate:
     """A Jinja template; its process starts with the first rendering and ends with this object.
 
+    Any thread may render; one waits for the other.
+
     Args:
         source: the template.
         name: file of the template, for messages.
@@ -39,6 +42,7 @@ class ChatTemplate:
         self._source = source
         self._name = name
         self._worker: _Worker | None = None
+        self._lock = threading.Lock()  # of the process
         self._is_tried = False
         self._fault = ""
         if len(source) > _MAX_CHARS:
@@ -103,10 +107,12 @@ class ChatTemplate:
             line = json.dumps(variables).encode() + b"\n"
         except (TypeError, ValueError, RecursionError) as error:
             raise RequestError(f"messages must be made of JSON values: {error}") from None
-        if self._worker is None or self._worker.is_closed:
-            with os_errors_as(CheckpointError, f"{self._name}: no process for the chat template"):
-                self._worker = _Worker(self._source)
-        answer = self._worker.answer(line)
+        with self._lock:
+            if self._worker is None or self._worker.is_closed:
+                fault = f"{self._name}: no process for the chat template"
+                with os_errors_as(CheckpointError, fault):
+                    self._worker = _Worker(self._source)
+            answer = self._worker.answer(line)
         if answer is None:
             raise CheckpointError(f"{self._name}: the process of the chat template was ended")
         return answer

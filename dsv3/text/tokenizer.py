@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 _CONFIG = "tokenizer_config.json"
 _MARK = re.compile(r"<.+>|\[.+\]|｜.+｜", re.DOTALL)
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>$")
+# Longer texts are encoded by the library's function for many, the only one that lets other threads
+# of the interpreter run: the streams of a server go on while a long prompt is encoded.
+_LONG_TEXT = 4096
 
 
 class Tokenizer:
@@ -163,7 +166,7 @@ class _BytePairs:
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Encode `text`; names of special tokens in it become those tokens."""
         with rust_errors_as(f"{self._path}: cannot encode this text"):
-            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            return _ids(self._tokenizer, text, add_special_tokens)
 
     def control_tokens(self) -> list[str]:
         """Return the names of added tokens that are special or look like marks (`<...>`).
@@ -176,7 +179,7 @@ class _BytePairs:
     def encode_ordinary(self, text: str) -> list[int]:
         """Encode `text` without control tokens: their names are ordinary text."""
         with rust_errors_as(f"{self._path}: cannot encode this text"):
-            return self._ordinary.encode(text, add_special_tokens=False).ids
+            return _ids(self._ordinary, text, False)
 
     @cached_property
     def _ordinary(self) -> tokenizers.Tokenizer:
@@ -216,6 +219,12 @@ class _BytePairs:
 
 
 Vocabulary = _BytePairs | TiktokenVocabulary
+
+
+def _ids(tokenizer: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+    if len(text) < _LONG_TEXT:
+        return tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+    return tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
 
 def _check_characters(text: str) -> None:

@@ -4,6 +4,7 @@ import gc
 import os
 import re
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +128,13 @@ def test_a_process_that_is_killed_is_replaced_and_none_is_left_behind() -> None:
     del template
     gc.collect()
     assert _workers() == others
+
+
+def test_threads_get_their_own_texts() -> None:
+    template = ChatTemplate("{{ messages[0].content }}", "t")
+
+    def render(number: int) -> str:
+        return template.render({"messages": [{"content": str(number)}], "tools": None})
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(render, range(200))) == [str(number) for number in range(200)]

@@ -311,3 +311,10 @@ def test_only_the_library_is_listened_to() -> None:
 def test_half_a_surrogate_pair_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(RequestError, match=r"half of a surrogate pair \(character 3\)"):
         tokenizer.encode("ab\ud83d", add_special_tokens=False)
+
+
+def test_long_texts_have_the_tokens_of_the_library(tokenizer: Tokenizer) -> None:
+    library = tokenizers.Tokenizer.from_file(str(DEMO / "tokenizer.json"))
+    text = "What is MLA? <think>胡萝卜 🙂 naïve\n\t" * 400
+    ids = tokenizer.encode(text, add_special_tokens=True)
+    assert ids == library.encode(text).ids and len(ids) > 4096
