@@ -10,6 +10,7 @@ RESULT.json: {name: {"answers": {request: tokens}, "stats": as --stats-file,
 
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ FILTERS: tuple[dict[str, Any], ...] = (
     {"frequency_penalty": -1.0, "repetition_penalty": 1.2, "logit_bias": {5: 100.0}, "logprobs": 2},
     {"temperature": 0.7, "top_p": 0.9, "top_k": 40, "min_p": 0.01, "logit_bias": {11: -100.0}},
 )
+
+SCHEMA = json.dumps({"type": "array", "items": {"enum": ["yes", "no", 1.5]}, "minItems": 3})
 
 
 def requests(prompts: list[list[int]], max_tokens: int) -> list[Request]:
@@ -61,6 +64,16 @@ def requests(prompts: list[list[int]], max_tokens: int) -> list[Request]:
         found.append(Request(request_id=name, prompt_ids=prompt, params=params, answer=i % 2))
     scoring = SamplingParams(max_tokens=0, prompt_logprobs=3)
     found.append(Request(request_id="scored", prompt_ids=prompts[-1], params=scoring))
+    return found
+
+
+def constrained(prompts: list[list[int]], max_tokens: int) -> list[Request]:
+    """Ask for answers that follow a JSON schema, greedy and sampled."""
+    found = []
+    for i, prompt in enumerate(prompts):
+        params = SamplingParams(max_tokens=max_tokens, temperature=1.5 * (i % 2), seed=i)
+        name = f"constrained {i}"
+        found.append(Request(request_id=name, prompt_ids=prompt, params=params, schema=SCHEMA))
     return found
 
 
@@ -107,7 +120,10 @@ def run_case(
     if started.engine is None:
         follow(started.runner, started.channel)
     else:
-        answers = answer(started.engine, requests(prompts, max_tokens))
+        asked = requests(prompts, max_tokens)
+        if started.engine.tokenizer is not None and find_spec("llguidance") is not None:
+            asked += constrained(prompts, max_tokens)
+        answers = answer(started.engine, asked)
         started.engine.stop()
     sizes = [] if static is None else sorted({bucket.rows for bucket in static._inputs})
     return {"answers": answers, "stats": collect_stats(started, {}), "static rows": sizes}
