@@ -86,17 +86,25 @@ class AnswerResponse(Response):
         record = _Record(scope["path"], job.writer.response_id, num_prompt, self._begin)
         try:
             with self._front.answering(job.requests) as answer:
-                if job.is_stream:
-                    work = self._stream(answer, record, send)
-                else:
-                    work = self._whole(answer, record, scope, receive, send)
-                await unless_gone(work, receive)
+                # Errors are sent within the block: a process that ends waits for open answers.
+                await self._respond(answer, record, scope, receive, send)
+        except HttpError as error:
+            await self._refuse(error, record, scope, receive, send)
+
+    async def _respond(
+        self, answer: Answer, record: _Record, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        if self._job.is_stream:
+            work = self._stream(answer, record, send)
+        else:
+            work = self._whole(answer, record, scope, receive, send)
+        try:
+            await unless_gone(work, receive)
             record.log(200)
         except ClientDisconnect as error:
             record.log(CLIENT_GONE, str(error))
         except HttpError as error:
-            record.log(error.status, error.message)
-            await self._refuse(error, scope, receive, send)
+            await self._refuse(error, record, scope, receive, send)
 
     async def _whole(
         self, answer: Answer, record: _Record, scope: Scope, receive: Receive, send: Send
@@ -147,8 +155,11 @@ class AnswerResponse(Response):
         if text := "".join(map(writer.event, writer.start())):
             await _send(send, text.encode())
 
-    async def _refuse(self, error: HttpError, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _refuse(
+        self, error: HttpError, record: _Record, scope: Scope, receive: Receive, send: Send
+    ) -> None:
         """Send an error as a response, or as the last event of a stream."""
+        record.log(error.status, error.message)
         writer = self._job.writer
         body = writer.error(error.message, error.status, error.code)
         if self._is_started:
