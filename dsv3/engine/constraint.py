@@ -35,6 +35,7 @@ _MAX_INTEGER = 2**53 - 1
 _BOUNDS = {"minimum": -_MAX_INTEGER, "maximum": _MAX_INTEGER}
 _BOUNDING = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "enum", "const"}
 _DATA = {"const", "enum", "default", "examples"}  # their values are no schemas
+_NAMED = {"properties", "patternProperties", "$defs", "definitions"}  # schemas by any names
 
 
 class Constraint:
@@ -211,10 +212,16 @@ def _bounded(schema: Any) -> Any:
         return [_bounded(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    inner = {k: value if k in _DATA else _bounded(value) for k, value in schema.items()}
-    if schema.get("type") == "integer" and not _BOUNDING & schema.keys():
-        return inner | _BOUNDS
-    return inner
+    bounded: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key in _NAMED and isinstance(value, dict):
+            bounded[key] = {name: _bounded(inner) for name, inner in value.items()}
+        else:
+            bounded[key] = value if key in _DATA else _bounded(value)
+    kind = schema.get("type")
+    kinds = kind if isinstance(kind, list) else [kind]
+    is_whole = "integer" in kinds and "number" not in kinds
+    return bounded | _BOUNDS if is_whole and not _BOUNDING & schema.keys() else bounded
 
 
 class _Vocabulary:

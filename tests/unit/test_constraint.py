@@ -110,6 +110,23 @@ def test_a_large_schema_is_followed() -> None:
     assert {TOKENIZER.token_text(i)[0] for i in allowed(mask)} == {'"'} and not made.error
 
 
+@pytest.mark.parametrize(
+    ("schema", "text"),
+    [
+        ({"type": "integer"}, ""),
+        ({"type": ["null", "integer"]}, ""),
+        ({"type": "object", "properties": {"enum": {"type": "integer"}}}, '{"enum": '),
+        ({"$defs": {"default": {"type": "integer"}}, "$ref": "#/$defs/default"}, ""),
+    ],
+)
+def test_integers_end_within_those_of_a_double(schema: Any, text: str) -> None:
+    made = constraint(schema)
+    prompt = TOKENIZER.encode("Hi", add_special_tokens=False)
+    ids = [*prompt, *TOKENIZER.encode_ordinary(text + "9007199254740991")]
+    (mask,) = made.masks(ids)
+    assert not any(TOKENIZER.token_text(i)[0].isdigit() for i in allowed(mask) - {EOS})
+
+
 @pytest.mark.parametrize("pattern", ["^(((a{30}){30}){30}){30}$", "^a{1000000000}$"])
 def test_a_grammar_that_gives_up_says_so(pattern: str) -> None:
     prompt = TOKENIZER.encode("Hi", add_special_tokens=False)
