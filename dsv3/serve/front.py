@@ -101,8 +101,10 @@ class Front:
         """Answer requests until drained; `layout` is for the metrics."""
         self.layout = layout
         self._engine = engine
-        self.status = Status.READY
+        if self.status is Status.LOADING:  # a signal may have come before
+            self.status = Status.READY
         EngineLoop(engine, self._inbox, self._deliver).run()
+        self._end_all(HttpError("the server is stopping", 503))  # requests that came too late
 
     def drain(self, seconds: float) -> None:
         """Accept no more requests, and end `serve`. May be called by a signal handler."""
@@ -122,12 +124,16 @@ class Front:
         """
         self.reason = reason
         self.status = Status.FAILED
-        until = time.monotonic() + seconds
+        self._end_all(HttpError(reason, 503), seconds)
+
+    def _end_all(self, failure: HttpError, seconds: float = 1.0) -> None:
+        """End all open answers with a failure; wait until they are sent, or some seconds."""
         if self._loop is None:
             return
+        until = time.monotonic() + seconds
         pushed = Event()
         with _closed_loop_ignored():
-            self._loop.call_soon_threadsafe(self._fail_all, pushed)
+            self._loop.call_soon_threadsafe(self._fail_all, failure, pushed)
             pushed.wait(seconds)
         while self._open and time.monotonic() < until:
             time.sleep(0.01)
@@ -139,9 +145,9 @@ class Front:
 
     # Called by the event loop's thread.
 
-    def _fail_all(self, pushed: Event) -> None:
+    def _fail_all(self, failure: HttpError, pushed: Event) -> None:
         for answer in self._open:
-            answer.push(HttpError(self.reason, 503))
+            answer.push(failure)
         pushed.set()
 
     def _receive(self, deliveries: list[Delivery]) -> None:
@@ -233,16 +239,13 @@ class Front:
         """Submit requests; those that are unfinished at the end of the block are cancelled.
 
         Raises:
-            HttpError: too many requests are waiting, or the server has begun to drain.
+            HttpError: too many requests are waiting.
         """
         self._check_room(len(requests))
         answer = Answer(request.request_id for request in requests)
         self._open.add(answer)
         self._inbox.put(Submit(answer, requests))
         try:
-            # The main thread may have stopped to read the inbox before the requests were in it.
-            if self.status is not Status.READY:
-                raise self._unready()
             yield answer
         finally:
             self._open.discard(answer)

@@ -1,5 +1,6 @@
 """The HTTP application of a server: its endpoints, its key, its limits, its errors."""
 
+import asyncio
 import hmac
 import logging
 import time
@@ -20,7 +21,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dsv3.engine.engine import Engine
-from dsv3.errors import describe_error
+from dsv3.errors import describe_error, shorten
 from dsv3.serve.answers import HttpError
 from dsv3.serve.exporter import CacheCollector, MetricsCollector
 from dsv3.serve.front import Front, Status
@@ -52,7 +53,7 @@ T = TypeVar("T")
 Handler = Callable[[Request], Awaitable[Response]]
 
 
-def make_app(front: Front, keys: Sequence[str] = (), origins: Sequence[str] = ()) -> Starlette:
+def make_app(front: Front, keys: Sequence[str] = (), origins: Sequence[str] = ()) -> ASGIApp:
     """Return the application.
 
     Args:
@@ -88,7 +89,19 @@ def make_app(front: Front, keys: Sequence[str] = (), origins: Sequence[str] = ()
         ClientDisconnect: _client_gone,
         Exception: _internal_error,
     }
-    return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
+    app = Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
+    return partial(_reported, app)
+
+
+async def _reported(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    """Run an application, and log its errors in one line, as uvicorn does not."""
+    try:
+        await app(scope, receive, send)
+    except asyncio.CancelledError:  # the server has ended, and this connection was slow to
+        log.info("%s: cut off", shorten(scope.get("path", "")))
+    except Exception as error:
+        log.error("%s 500: %s", shorten(scope.get("path", "")), describe_error(error))
+        log.debug("%s", scope.get("path"), exc_info=error)
 
 
 class _KeyCheck:
@@ -211,7 +224,7 @@ def _error(path: str, message: str, status: int, code: str | None = None) -> dic
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HttpError)
-    path = request.url.path
+    path = shorten(request.url.path)
     log.info("%s %d: %s", path, error.status, error.message)
     body = _error(path, error.message, error.status, error.code)
     return JSONResponse(body, error.status, retry_header(error))
@@ -219,8 +232,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 async def _starlette_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    path = request.url.path
-    body = _error(path, f"{request.method} {path}: {error.detail}", error.status_code)
+    path = shorten(request.url.path)
+    body = _error(path, f"{shorten(request.method)} {path}: {error.detail}", error.status_code)
     return JSONResponse(body, error.status_code, error.headers)
 
 
@@ -230,8 +243,5 @@ async def _client_gone(request: Request, error: Exception) -> Response:
 
 
 async def _internal_error(request: Request, error: Exception) -> Response:
-    path = request.url.path
-    reason = describe_error(error)
-    log.error("%s 500: %s", path, reason)
-    log.debug("%s", path, exc_info=error)
-    return JSONResponse(_error(path, f"internal error: {reason}", 500), 500)
+    message = f"internal error: {describe_error(error)}"
+    return JSONResponse(_error(request.url.path, message, 500), 500)

@@ -13,6 +13,7 @@ from dsv3.errors import ConfigError
 
 _BACKLOG = 2048
 _CLOSE_SECONDS = 2  # for connections to end after the last answer
+_UNREAD_SECONDS = 60  # after which a connection ends whose client reads nothing
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -27,6 +28,9 @@ def listen(host: str, port: int) -> socket.socket:
         )[0]
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; connections inherit it
+            milliseconds = 1000 * _UNREAD_SECONDS
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
         listener.bind(address)
         listener.listen(_BACKLOG)
     except (OSError, OverflowError) as error:
@@ -49,6 +53,7 @@ class HttpServer:
     def __init__(self, app: ASGIApp, listener: socket.socket) -> None:
         config = uvicorn.Config(
             app,
+            interface="asgi3",
             log_config=None,
             log_level="warning",
             access_log=False,

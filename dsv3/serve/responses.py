@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 KEEP_ALIVE_SECONDS = 10.0
 _KEEP_ALIVE = b": keep-alive\n\n"
-_SEND_SECONDS = 60.0  # for a client to make room for more of a response
+_SEND_SECONDS = 30.0  # for a client to make room for more of a response
 CLIENT_GONE = 499
 
 T = TypeVar("T")
@@ -45,7 +45,8 @@ class _Record:
             self.first = time.monotonic() - self.begin
         self.num_generated += len(output.new_token_ids)
         if output.completion is not None:
-            self.num_cached += output.completion.cached_tokens
+            if output.completion.index == 0:  # the answers to a prompt have it in common
+                self.num_cached += output.completion.cached_tokens
             self.reasons.append(output.completion.finish_reason)
 
     def log(self, status: int, error: str = "") -> None:
@@ -117,12 +118,11 @@ class AnswerResponse(Response):
                     done[output.request_id] = _checked(output.completion)
         completions = [done[request.request_id] for request in self._job.requests]
         body = self._job.writer.whole(completions)
-        await JSONResponse(body)(scope, receive, _in_time(send))
+        await JSONResponse(body)(scope, receive, send)
 
     async def _stream(self, answer: Answer, record: _Record, send: Send) -> None:
         """Send events as tokens come; errors before the first ones have a status of their own."""
         writer = self._job.writer
-        send = _in_time(send)
         num_done = 0
         while num_done < len(self._job.requests):
             outputs = await answer.read(KEEP_ALIVE_SECONDS)
@@ -186,7 +186,7 @@ async def _send(send: Send, data: bytes, is_last: bool = False) -> None:
 
 
 def _in_time(send: Send) -> Send:
-    """Return `send` with a limit: a client that reads nothing is treated as gone."""
+    """Return `send` with a limit of time, after which it raises `_UnreadError`."""
 
     async def limited(message: Any) -> None:
         try:

@@ -1,8 +1,9 @@
 """The main loop of a server: commands in, outputs out; answers that wait for their readers."""
 
 import asyncio
+import threading
 from collections import deque
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, cast
 
 import pytest
@@ -12,7 +13,7 @@ from dsv3.errors import RequestError
 from dsv3.request import Completion, Request, RequestOutput, SamplingParams
 from dsv3.serve.answers import MAX_UNREAD_TOKENS, Answer, HttpError
 from dsv3.serve.engine_loop import Cancel, Command, Delivery, Drain, EngineLoop, Submit
-from dsv3.serve.front import Front, Limits, Served, Status
+from dsv3.serve.front import Front, Limits, Served
 from dsv3.text.defaults import Defaults
 
 
@@ -175,23 +176,45 @@ def test_the_line_is_bounded_and_what_is_left_is_cancelled() -> None:
     asyncio.run(main())
 
 
-def test_requests_that_come_while_the_server_begins_to_drain_are_refused() -> None:
-    """The main thread may not read the inbox any more."""
+def test_a_signal_before_the_model_is_ready_still_drains() -> None:
+    made = front()
+    made.status = type(made.status).LOADING
+    made.drain(60)
+    made.serve(cast(Engine, FakeEngine()), {})
+    assert made.status.value == "draining"
+
+
+def test_a_request_that_comes_after_the_last_step_is_told_that_the_server_stops() -> None:
+    made = front()
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    made.attach(loop)
+    is_in_line = threading.Event()
+
+    async def ask() -> str:
+        with made.answering([request("late")]) as answer:
+            is_in_line.set()
+            with pytest.raises(HttpError) as failed:
+                await answer.read()
+        return failed.value.message
 
     class Late(SimpleQueue[Command]):
-        def put(self, item: Command, block: bool = True, timeout: float | None = None) -> None:
-            made.status = Status.DRAINING
-            super().put(item)
+        """An inbox whose reader does not come to the last command."""
 
-    made = front()
+        def get(self, *args: Any, **more: Any) -> Command:
+            assert is_in_line.wait(60)
+            return Drain(0)
+
+        def get_nowait(self) -> Command:
+            raise Empty
+
     made._inbox = Late()
-
-    async def main() -> None:
-        with pytest.raises(HttpError) as refused, made.answering([request("a")]):
-            pass
-        assert refused.value.status == 503
-
-    asyncio.run(main())
-    made._inbox.get()
-    assert made._inbox.get() == Cancel(("a",))
-    assert made.loaded_engine is not None  # for its metrics
+    try:
+        asked = asyncio.run_coroutine_threadsafe(ask(), loop)
+        made.serve(cast(Engine, FakeEngine()), {})
+        assert asked.result(60) == "the server is stopping"
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
