@@ -109,7 +109,8 @@ class Front:
     def drain(self, seconds: float) -> None:
         """Accept no more requests, and end `serve`. May be called by a signal handler."""
         self._drain_until = time.monotonic() + seconds
-        self.status = Status.DRAINING
+        if self.status is not Status.FAILED:  # torchrun ends all ranks when one has failed
+            self.status = Status.DRAINING
         self._inbox.put(Drain(seconds))
 
     @property

@@ -184,6 +184,13 @@ def test_a_signal_before_the_model_is_ready_still_drains() -> None:
     assert made.status.value == "draining"
 
 
+def test_a_signal_does_not_hide_a_failure() -> None:
+    made = front()
+    made.fail("rank 1 has died")
+    made.drain(60)
+    assert (made.status.value, made.reason) == ("failed", "rank 1 has died")
+
+
 def test_a_request_that_comes_after_the_last_step_is_told_that_the_server_stops() -> None:
     made = front()
     loop = asyncio.new_event_loop()
