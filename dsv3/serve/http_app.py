@@ -73,6 +73,7 @@ def make_app(front: Front, keys: Sequence[str] = (), origins: Sequence[str] = ()
         ("/version", _version),
         ("/v1/models", partial(_models, front)),
         ("/v1/models/{name:path}", partial(_model, front)),
+        ("/tokenizer_info", partial(_tokenizer_info, front)),
         ("/metrics", partial(_metrics, front)),
     ]
     routes = [Route(path, handler, methods=["POST"]) for path, handler in post]
@@ -206,6 +207,14 @@ def _model_entry(front: Front) -> dict[str, Any]:
         "max_model_len": front.loaded_engine.max_seq_len,
         "vocab_size": front.loaded_engine.vocab_size,
     }
+
+
+async def _tokenizer_info(front: Front, request: Request) -> Response:
+    """Return what a client needs to tokenize with the server, in vLLM's form."""
+    tokenizer = front.engine.tokenizer
+    if tokenizer is None:
+        raise HttpError("this checkpoint has no tokenizer", 404)
+    return JSONResponse(tokenizer.special_tokens | {"chat_template": tokenizer.chat_template})
 
 
 async def _metrics(front: Front, request: Request) -> Response:

@@ -3,11 +3,11 @@
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -194,25 +194,33 @@ def test_requests_beyond_the_limits_are_refused() -> None:
         assert answer["usage"]["completion_tokens"] < LONG["max_tokens"]  # type: ignore[operator]
 
 
-def test_a_killed_rank_ends_all_answers() -> None:
-    with Server() as server:
-        found: list[str] = []
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_dead_rank_ends_all_answers(sent: signal.Signals) -> None:
+    with Server("--rank-timeout", "3") as server:
 
-        def read() -> None:
-            events = list(server.stream(CHAT, LONG))
-            found.append(events[-1].get("error", {}).get("message", ""))
+        def ask(number: int) -> str:
+            body = LONG | {"seed": number}
+            match number % 3:
+                case 0:
+                    return str(list(server.stream(CHAT, body))[-1].get("error"))
+                case 1:
+                    status, answer = server.post(CHAT, body)
+                    return f"{status} {answer}"
+            body = {"messages": QUESTION, "max_tokens": 4000, "temperature": 2.0, "top_k": 0}
+            return str(list(server.stream(MESSAGES, body))[-1])
 
-        readers = [threading.Thread(target=read) for _ in range(4)]
-        for reader in readers:
-            reader.start()
-        server.wait_until(lambda: server.health()[1]["running"] == 4)
-        os.kill(ranks_of(server.process.pid)[1], signal.SIGKILL)
-        for reader in readers:
-            reader.join(HANG_SECONDS)
-        assert len(found) == 4
-        assert all("rank 1" in message for message in found), found
+        with ThreadPoolExecutor(9) as pool:
+            answers = pool.map(ask, range(9))
+            server.wait_until(lambda: server.health()[1]["running"] >= 6)
+            os.kill(ranks_of(server.process.pid)[1], sent)
+            found = list(answers)
+        for number, text in enumerate(found):
+            if number % 3 < 2 or "message_stop" not in text:  # that one had ended before
+                assert "rank 1" in text, text
+        assert all(text.startswith("503 ") for text in found[1::3])
         assert server.process.wait(HANG_SECONDS) == 1  # torchrun's code
         assert "error: rank 1" in server.log
+        assert re.search(r"rank *: 0 .*?exitcode *: 3 ", server.log, re.DOTALL)
 
 
 def test_sigterm_lets_answers_finish() -> None:

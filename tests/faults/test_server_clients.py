@@ -1,11 +1,17 @@
-"""Real clients of the server: the packages openai and anthropic."""
+"""Real clients of the server: the packages openai and anthropic, and lm-eval."""
 
+import asyncio
+import importlib
 import json
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from dsv3.config_files import DEMO
+from dsv3.llm import LLM
+from dsv3.request import SamplingParams
+from dsv3.text.tokenizer import Tokenizer
 from tests.server import Server
 
 openai = pytest.importorskip("openai", reason="needs the client: pip install openai")
@@ -138,3 +144,61 @@ def test_anthropic_calls_of_tools(claude: Any) -> None:
     ]  # fmt: skip
     with pytest.raises(anthropic.BadRequestError, match="role='tool' is unknown to this model"):
         claude.messages.create(**asked | {"messages": history})
+
+
+def test_lm_eval_scores_as_the_engine_does(server: Server) -> None:
+    """local-completions with tokens of the server, of which it asks for the log-likelihoods."""
+    completions = pytest.importorskip("lm_eval.models.openai_completions", reason="needs lm-eval")
+    instance = importlib.import_module("lm_eval.api.instance").Instance
+    model = completions.LocalCompletionsAPI(
+        model="demo-v3",
+        base_url=f"http://127.0.0.1:{server.port}/v1/completions",
+        tokenizer_backend="remote",
+        max_length=512,
+        num_concurrent=4,
+    )
+    asked = [
+        ("The code is", " 123"),
+        ("The code is", " 123"),
+        ("a<｜User｜> 胡萝卜", " 🙂 </think>"),
+    ]
+    found = model.loglikelihood([instance("loglikelihood", {}, each, 0) for each in asked])
+    tokenizer = Tokenizer.load(DEMO)
+    pairs = [(len(tokenizer.encode(a, False)), tokenizer.encode(a + b, False)) for a, b in asked]
+    with LLM(DEMO) as llm:
+        scored = llm.generate(
+            [ids for _, ids in pairs], SamplingParams(max_tokens=0, prompt_logprobs=1)
+        )
+    for (start, _), (got, is_greedy), one in zip(pairs, found, scored, strict=True):
+        assert one.prompt_logprobs is not None
+        entries = one.prompt_logprobs[start - 1 :]
+        assert abs(sum(entry.logprob for entry in entries) - got) < 1e-4
+        assert is_greedy == all(entry.top[0][0] == entry.token_id for entry in entries)
+    until = {"until": [","], "max_gen_toks": 8, "temperature": 0}
+    prompt = "My name is Ada"
+    (text,) = model.generate_until([instance("generate_until", {}, (prompt, until), 0)])
+    body = {"prompt": prompt, "max_tokens": 8, "temperature": 0, "stop": [","]}
+    assert text == server.post("/v1/completions", body)[1]["choices"][0]["text"]
+
+
+def test_many_clients_at_once(server: Server) -> None:
+    async def ask() -> list[str]:
+        url = f"http://127.0.0.1:{server.port}"
+        async with (
+            openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="k", max_retries=0) as gpt,
+            anthropic.AsyncAnthropic(base_url=url, api_key="k", max_retries=0) as claude,
+        ):
+
+            async def one(number: int) -> str:
+                asked = {"model": "demo-v3", "messages": TALK, "max_tokens": 32}
+                if number % 2:
+                    answer = await claude.messages.create(**asked, extra_body={"temperature": 0})
+                    return str(answer.content[0].text)
+                chunks = await gpt.chat.completions.create(**asked, temperature=0, stream=True)
+                return "".join(
+                    [c.choices[0].delta.content or "" async for c in chunks if c.choices]
+                )
+
+            return await asyncio.gather(*map(one, range(32)))
+
+    assert asyncio.run(ask()) == [WANT] * 32
