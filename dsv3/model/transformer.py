@@ -136,7 +136,10 @@ class Transformer(Module):
     @property
     def num_bytes(self) -> int:
         """Bytes of this rank's weights, FP8 scales included."""
-        tensors = (*self.parameters(), *self.buffers())
+        tensors = [*self.parameters(), *self.buffers()]
+        for module in self.modules():
+            if isinstance(module, Matrix):
+                tensors += module.blocked
         return sum(t.numel() * t.element_size() for t in tensors)
 
     @property
@@ -147,7 +150,7 @@ class Transformer(Module):
 
     @torch.inference_mode()
     def pack_weights(self) -> None:
-        """Arrange loaded integer weights for the products of the device."""
+        """Arrange loaded weights for the products of the device."""
         for module in self.modules():
             if isinstance(module, Matrix):
                 module.pack()

@@ -22,9 +22,11 @@ from dsv3_kernels import (
     Integers,
     Stack,
     experts,
+    has_blocked_product,
     has_cpu_product,
     int_dequant,
     pack_for_cpu,
+    to_blocked,
     weight_dequant,
 )
 from dsv3_kernels.fp8_format import BLOCK, FP8
@@ -135,6 +137,7 @@ class Matrix(Module):
     """
 
     block_scale: Tensor | None
+    _weights: tuple[Tensor, ...]
 
     def __init__(
         self,
@@ -168,6 +171,7 @@ class Matrix(Module):
         self.group = 0 if integers is None else integers.group or cols
         self._packed = False
         self._for_cpu = fmt.cpu_products
+        self._is_factor = not by_rows
         self.quantizes = is_fp8 and fmt.fp8_products
         shape = (len(names), sum(rows), cols)
         scale_shape, scale_dtype = (0, 0, 0), torch.float32
@@ -178,8 +182,7 @@ class Matrix(Module):
             data = torch.empty(shape, dtype=FP8 if is_fp8 else fmt.dtype, device=fmt.device)
         else:
             data = _empty_factor(shape, fmt)
-        self.weight = nn.Parameter(data, requires_grad=False)
-        self._weights = self.weight.unbind()  # views, made once instead of at every use
+        self._set_weight(data)
         scale = None
         if is_fp8:
             scale_shape = (len(names), -(-sum(rows) // BLOCK), -(-cols // BLOCK))
@@ -188,8 +191,15 @@ class Matrix(Module):
         self.register_buffer("block_scale", scale, persistent=False)
         self._scales = () if scale is None else scale.unbind()
 
+    @property
+    def blocked(self) -> tuple[Tensor, ...]:
+        """The matrices if they are blocked for a CPU (see `pack`); `weight` is empty then."""
+        return self._weights if self._weights and self._weights[0].is_mkldnn else ()
+
     def targets(self) -> Iterator[Target]:
-        """Yield a view for every part of every stacked matrix."""
+        """Yield a view for every part of every stacked matrix; undo `pack` of plain matrices."""
+        if self.blocked:
+            self._set_weight(torch.stack([w.to_dense() for w in self.blocked]))
         for e, parts in enumerate(self.names):
             start = 0
             for name, rows in zip(parts, self.rows, strict=True):
@@ -204,7 +214,7 @@ class Matrix(Module):
                 start += rows
 
     def matrix(self, e: int = 0) -> Tensor:
-        """Return matrix `e` in the compute dtype, [rows, cols]."""
+        """Return matrix `e` in the compute dtype, [rows, cols]; for `linear` only, after `pack`."""
         if not self._scales:
             return self._weights[e]
         if self.group:
@@ -216,11 +226,21 @@ class Matrix(Module):
         return Integers(self._weights[e], self._scales[e], self.group, self._packed)
 
     def pack(self) -> None:
-        """Arrange loaded integers for the products of a CPU."""
-        if self._for_cpu and self.group and not self._packed:
+        """Arrange a loaded matrix for the products of a CPU."""
+        if not self._for_cpu or self._packed or self.blocked:
+            return
+        if self.group:
             for e in range(len(self.names)):
                 pack_for_cpu(self.integers(e))
             self._packed = True
+        elif self._is_factor and has_blocked_product(self.weight):
+            blocked = tuple(to_blocked(w) for w in self._weights)
+            self._set_weight(self.weight.new_empty((len(blocked), 0, 0)))
+            self._weights = blocked
+
+    def _set_weight(self, weight: Tensor) -> None:
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self._weights = self.weight.unbind()  # views, made once instead of at every use
 
     def stack(self) -> Stack:
         """Return all matrices as the argument of `dsv3_kernels.experts`."""
@@ -228,10 +248,21 @@ class Matrix(Module):
 
     def take(self, stacked: list[int]) -> list[Tensor]:
         """Return copies of the given stacked matrices and of their scales, as bytes."""
+        if self.blocked:
+            plain = torch.empty((len(stacked), *self.blocked[0].shape), dtype=self.dtype)
+            for to, e in enumerate(stacked):
+                plain[to] = self.blocked[e].to_dense()
+            return [plain.view(torch.uint8)]
         return [t[stacked] for t in self._bytes()]
 
     def put(self, stacked: list[int], values: list[Tensor]) -> None:
         """Overwrite the given stacked matrices with the result of another rank's `take`."""
+        if self.blocked:
+            blocked = list(self.blocked)
+            for e, value in zip(stacked, values[0], strict=True):
+                blocked[e] = to_blocked(value.view(self.dtype))
+            self._weights = tuple(blocked)
+            return
         for t, value in zip(self._bytes(), values, strict=True):
             t[stacked] = value
 

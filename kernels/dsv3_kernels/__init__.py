@@ -24,6 +24,7 @@ from dsv3_kernels.attention.write_slots import StoredRows, write_slots
 from dsv3_kernels.gemm._split_k import make_locks
 from dsv3_kernels.gemm.act_quant import Quantized, act_quant
 from dsv3_kernels.gemm.bf16_gemm import linear
+from dsv3_kernels.gemm.blocked import has_blocked_product, to_blocked
 from dsv3_kernels.gemm.fp8_gemm import fp8_gemm
 from dsv3_kernels.gemm.int_gemm import int_gemm, int_linear
 from dsv3_kernels.gemm.integers import Integers, has_cpu_product, int_dequant, pack_for_cpu
@@ -79,6 +80,7 @@ __all__ = [
     "fp8_gemm",
     "grouped_down",
     "grouped_gate_up",
+    "has_blocked_product",
     "has_cpu_product",
     "index_key_bytes",
     "index_queries",
@@ -120,6 +122,7 @@ __all__ = [
     "silu_mul",
     "silu_mul_quant",
     "sum_norm",
+    "to_blocked",
     "top_candidates",
     "unpack_latent",
     "unpermute",

@@ -24,13 +24,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from dsv3_kernels._gpu import cdiv, next_power_of_2
 from dsv3_kernels._triton import has_tma, is_interpreted, multiprocessors
 from dsv3_kernels.fp8_format import BLOCK
 from dsv3_kernels.gemm._e4m3 import e4m3_view, is_native
 from dsv3_kernels.gemm.act_quant import Quantized
+from dsv3_kernels.gemm.bf16_gemm import linear
 from dsv3_kernels.gemm.int_gemm import int_linear
 from dsv3_kernels.gemm.integers import Integers
 from dsv3_kernels.gemm.weight_dequant import weight_dequant
@@ -44,7 +44,8 @@ class Stack(NamedTuple):
         weight: [E, N, D], float or float8_e4m3fn; of integers, as `Integers.q`.
         block_scale: [E, ceil(N / 128), ceil(D / 128)] float32 if the matrices are FP8; of integers,
             [E, N, groups], as `Integers.scale`; else None.
-        unbound: views of each matrix, if they are made already; only the references use them.
+        unbound: views of each matrix, if they are made already, or from `to_blocked`; only the
+            references use them.
         group: columns that share a scale of integers; 0 for other matrices.
         packed: see `Integers`.
     """
@@ -64,10 +65,10 @@ class Stack(NamedTuple):
         """Return x W_e^T in the dtype of `x`."""
         if self.group:
             return int_linear(x, self.integers(e))
-        return F.linear(x, self.matrix(e, x.dtype))
+        return linear(x, self.matrix(e, x.dtype))
 
     def matrix(self, e: int, dtype: torch.dtype) -> Tensor:
-        """Return matrix `e`, [N, D], dequantized to `dtype` if it is FP8."""
+        """Return matrix `e`, [N, D], dequantized to `dtype` if it is FP8; it may be blocked."""
         matrix = self.unbound[e] if self.unbound else self.weight[e]
         if self.block_scale is None:
             return matrix
