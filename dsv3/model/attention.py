@@ -131,9 +131,17 @@ class MLA(Module):
         )
         w_HYC = self.kv_b_proj.matrix().view(self.heads, -1, config.kv_lora_rank)
         # W_UK [H, N, C] and W_UV [H, V, C] of the local heads: views, made once.
-        self._absorption = w_HYC.split([config.qk_nope_head_dim, config.v_head_dim], 1)
+        w_uk, w_uv = w_HYC.split([config.qk_nope_head_dim, config.v_head_dim], 1)
+        self._absorption = w_uk, w_uv
+        self._for_cpu = fmt.cpu_products
         values = config.num_attention_heads * config.v_head_dim
         self.o_proj = RowParallelLinear(prefix, "o_proj", hidden, values, layout, fmt)
+
+    def pack(self) -> None:
+        """Arrange the loaded W_UK and W_UV for a CPU, whose bfloat16 products would copy them."""
+        w_uk, w_uv = self._absorption
+        if self._for_cpu and w_uk.dtype == torch.bfloat16:
+            self._absorption = w_uk.contiguous(), w_uv.mT.contiguous().mT
 
     def forward(
         self,

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from dsv3.cache.pool import CachePool
 from dsv3.config import ModelConfig
 from dsv3.distributed.mesh import Mesh
+from dsv3.model.attention import MLA
 from dsv3.model.batch import Batch
 from dsv3.model.decoder_layer import DecoderLayer
 from dsv3.model.moe import MoE, Router
@@ -152,7 +153,7 @@ class Transformer(Module):
     def pack_weights(self) -> None:
         """Arrange loaded weights for the products of the device."""
         for module in self.modules():
-            if isinstance(module, Matrix):
+            if isinstance(module, Matrix | MLA):
                 module.pack()
 
     def targets(self) -> Iterator[Target]:

@@ -21,9 +21,6 @@ from dsv3_kernels.operation import operation
 
 # Tokens per program; constant, so a token's result does not depend on the number of tokens.
 _TOKENS = 16
-# Up to this number of tokens, torch's product of bfloat16 with W_UV first is faster on a CPU: it
-# does not copy W_UV. Measured on AVX-512 with bfloat16 units.
-_W_FIRST_TOKENS = 16
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -191,10 +188,6 @@ def expand_values(
     Source: DeepSeek-V2 paper, section 2.1 and appendix C; merging as in `merge_lse`.
     """
     z_THC = z_PTHC[0] if lse_PTH is None else merge_values(as_float32(z_PTHC), lse_PTH)
-    z_THC = as_dtype(z_THC, w_uv_HVC.dtype)
-    if w_uv_HVC.dtype == torch.bfloat16 and len(z_THC) <= _W_FIRST_TOKENS:
-        o_TF = torch.bmm(w_uv_HVC, z_THC.permute(1, 2, 0)).permute(2, 0, 1).flatten(1)
-    else:
-        z_HTC = z_THC.transpose(0, 1)
-        o_TF = torch.bmm(z_HTC, w_uv_HVC.transpose(1, 2)).transpose(0, 1).flatten(1)
+    z_HTC = as_dtype(z_THC, w_uv_HVC.dtype).transpose(0, 1)
+    o_TF = torch.bmm(z_HTC, w_uv_HVC.transpose(1, 2)).transpose(0, 1).flatten(1)
     return o_TF, act_quant.reference(o_TF, ue8m0) if quant else None

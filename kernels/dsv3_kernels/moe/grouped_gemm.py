@@ -59,7 +59,8 @@ class Stack(NamedTuple):
     def integers(self, e: int) -> Integers:
         """Return matrix `e` of a stack of integers."""
         assert self.block_scale is not None
-        return Integers(self.weight[e], self.block_scale[e], self.group, self.packed)
+        q = self.unbound[e] if self.unbound else self.weight[e]
+        return Integers(q, self.block_scale[e], self.group, self.packed)
 
     def product(self, e: int, x: Tensor) -> Tensor:
         """Return x W_e^T in the dtype of `x`."""
