@@ -138,6 +138,7 @@ class Matrix(Module):
 
     block_scale: Tensor | None
     _weights: tuple[Tensor, ...]
+    _scales: tuple[Tensor, ...]
 
     def __init__(
         self,
@@ -230,8 +231,8 @@ class Matrix(Module):
         if not self._for_cpu or self._packed or self.blocked:
             return
         if self.group:
-            for e in range(len(self.names)):
-                pack_for_cpu(self.integers(e))
+            packed = [pack_for_cpu(self.integers(e)) for e in range(len(self.names))]
+            self._scales = tuple(w.scale for w in packed)
             self._packed = True
         elif self._is_factor and has_blocked_product(self.weight):
             blocked = tuple(to_blocked(w) for w in self._weights)
@@ -244,7 +245,14 @@ class Matrix(Module):
 
     def stack(self) -> Stack:
         """Return all matrices as the argument of `dsv3_kernels.experts`."""
-        return Stack(self.weight, self.block_scale, self._weights, self.group, self._packed)
+        return Stack(
+            weight=self.weight,
+            block_scale=self.block_scale,
+            unbound=self._weights,
+            group=self.group,
+            packed=self._packed,
+            scales=self._scales,
+        )
 
     def take(self, stacked: list[int]) -> list[Tensor]:
         """Return copies of the given stacked matrices and of their scales, as bytes."""

@@ -148,9 +148,9 @@ def int_linear(x_TD: Tensor, w: Integers, locks: Tensor | None = None) -> Tensor
     Few rows go to `int_gemm` on a GPU; many rows meet a dequantized matrix. On a CPU, torch
     multiplies what it can (`has_cpu_product`).
     """
+    if w.packed:
+        return cpu_product(x_TD, w)
     rows, cols = w.shape
     if 0 < len(x_TD) <= FEW_ROWS and rows and cols and int_gemm.uses_triton(x_TD):
         return int_gemm.kernel(x_TD, w, x_TD.dtype, locks)
-    if w.packed:
-        return cpu_product(x_TD, w)
     return F.linear(x_TD, int_dequant(w, x_TD.dtype))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dsv3_kernels._cast import as_dtype
 from dsv3_kernels._gpu import cdiv
 from dsv3_kernels._triton import in_turn, launch_options, tl, triton
 from dsv3_kernels.operation import operation
@@ -30,7 +31,7 @@ class Integers(NamedTuple):
 
     Attributes:
         q: [..., N, D] int8, or [..., N, D / 2] uint8.
-        scale: [..., N, groups], any float dtype.
+        scale: [..., N, groups], any float dtype; see `pack_for_cpu`.
         group: columns that share a scale.
         packed: True after `pack_for_cpu`.
     """
@@ -68,44 +69,48 @@ def has_cpu_product(bits: int, group: int, rows: int, cols: int) -> bool:
 
 
 def pack_for_cpu(w: Integers) -> Integers:
-    """Rearrange an int4 matrix with float32 scales in place for torch's product on CPUs.
+    """Rearrange a matrix with float32 scales in place for torch's product on CPUs.
 
-    The memory of a float32 scale then holds a bfloat16 scale and a zero; the scales must be exact
-    in bfloat16. int8 stays as it is.
+    The memory of the scales then holds bfloat16 scales, of int4 with a zero each; the scales must
+    be exact in bfloat16.
+
+    Returns:
+        The matrix, with a view of its scales as the product takes them.
     """
-    if w.bits == 8:
-        return w._replace(packed=True)
+    assert w.scale.dtype == torch.float32 and w.scale.is_contiguous(), f"{w.scale.dtype=}"
     rows, cols = w.shape
+    memory = w.scale.view(-1).view(torch.bfloat16)
+    if w.bits == 8:
+        scale = memory[:rows]
+        scale.copy_(w.scale.view(-1).to(torch.bfloat16))
+        return w._replace(scale=scale, packed=True)
     q_ND = torch.stack((w.q & 15, w.q >> 4), -1).view(rows, cols).int()
     w.q.copy_(torch.ops.aten._convert_weight_to_int4pack_for_cpu(q_ND, 1).view_as(w.q))
-    assert w.scale.dtype == torch.float32 and w.scale.is_contiguous(), f"{w.scale.dtype=}"
     scale_gN = w.scale.t().to(torch.bfloat16)
-    pairs = w.scale.view(torch.bfloat16).view(cols // w.group, rows, 2)
+    pairs = memory.view(cols // w.group, rows, 2)
     pairs[..., 0] = scale_gN
     pairs[..., 1] = 0
-    return w._replace(packed=True)
+    return w._replace(scale=pairs, packed=True)
 
 
 def cpu_product(x_TD: Tensor, w: Integers) -> Tensor:
     """Return x W^T by torch's product of bfloat16 rows, which sums in float32.
 
     Args:
-        x_TD: [T, D] of any float dtype; rounded to bfloat16 for the products of few rows.
+        x_TD: [T, D] of any float dtype; rounded to bfloat16 for int4 and for few rows.
         w: for which `has_cpu_product` is True, after `pack_for_cpu`.
     """
-    rows, cols = w.shape
-    if not len(x_TD):
-        return x_TD.new_empty((0, rows))
-    if w.bits == 4:
-        pairs = w.scale.view(torch.bfloat16).view(cols // w.group, rows, 2)
-        x = x_TD.to(torch.bfloat16).contiguous()
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, w.q, w.group, pairs)
-    elif len(x_TD) <= _FEW_ROWS:
-        x = x_TD.to(torch.bfloat16).contiguous()
-        y = torch.ops.aten._weight_int8pack_mm(x, w.q, w.scale.view(-1).to(torch.bfloat16))
+    num_rows = x_TD.shape[0]
+    if not num_rows:
+        return x_TD.new_empty((0, w.q.shape[0]))
+    x = as_dtype(x_TD, torch.bfloat16).contiguous()
+    if w.q.dtype == torch.uint8:
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, w.q, w.group, w.scale)
+    elif num_rows <= _FEW_ROWS:
+        y = torch.ops.aten._weight_int8pack_mm(x, w.q, w.scale)
     else:
-        y = F.linear(x_TD, w.q.to(x_TD.dtype)).mul_(w.scale.view(-1))
-    return y.to(x_TD.dtype)
+        y = F.linear(x_TD, w.q.to(x_TD.dtype)).mul_(w.scale)
+    return as_dtype(y, x_TD.dtype)
 
 
 @triton.jit

@@ -48,6 +48,7 @@ class Stack(NamedTuple):
             references use them.
         group: columns that share a scale of integers; 0 for other matrices.
         packed: see `Integers`.
+        scales: views of each matrix's scales, if they are made already; needed if `packed`.
     """
 
     weight: Tensor
@@ -55,12 +56,14 @@ class Stack(NamedTuple):
     unbound: tuple[Tensor, ...] = ()
     group: int = 0
     packed: bool = False
+    scales: tuple[Tensor, ...] = ()
 
     def integers(self, e: int) -> Integers:
         """Return matrix `e` of a stack of integers."""
         assert self.block_scale is not None
         q = self.unbound[e] if self.unbound else self.weight[e]
-        return Integers(q, self.block_scale[e], self.group, self.packed)
+        scale = self.scales[e] if self.scales else self.block_scale[e]
+        return Integers(q, scale, self.group, self.packed)
 
     def product(self, e: int, x: Tensor) -> Tensor:
         """Return x W_e^T in the dtype of `x`."""
