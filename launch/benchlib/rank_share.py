@@ -16,7 +16,6 @@ from dsv3.config import ModelConfig, ParallelConfig
 from dsv3.distributed.stand_in import stand_in_mesh
 from dsv3.engine.runner import Runner
 from dsv3.engine.step_plan import StepPlan
-from dsv3.errors import ConfigError
 from dsv3.model.absorb_rule import AbsorbRule
 from dsv3.model.moe import MoE
 from dsv3.model.transformer import Transformer
@@ -79,8 +78,6 @@ class Rank:
         self.device = device
         layout = ParallelConfig(world_size=shape.world, rank=shape.rank)
         layout.check(self.config)
-        if shape.weights == "fp8" and self.config.quantization is None:
-            raise ConfigError("--weights=fp8 but the model is not stored in FP8; use bf16")
         torch.manual_seed(shape.seed)
         self._mesh = stand_in_mesh(layout, device, shape.moves)
         self.model = self._make_model()
@@ -126,19 +123,20 @@ class Rank:
             cpu_products=on_cpu,
             bf16_vectors=frozenset() if self.shape.weights == "fp32" else routers,
         )
-        if self.shape.weights == "fp8" and self.config.quantization is not None:
+        if self.shape.weights == "fp8":
+            quantization = self.config.quantization
             weight_format = replace(
                 weight_format,
                 fp8_names=frozenset(name for name, spec in specs.items() if spec.quantizable),
-                fp8_products=True,
-                ue8m0=self.config.quantization.scale_fmt == "ue8m0",
+                fp8_products=not on_cpu,
+                ue8m0=quantization is not None and quantization.scale_fmt == "ue8m0",
             )
         model = Transformer(self.config, self._mesh, weight_format)
         for target in model.targets():
             fill_weight(target.dest, target.name)
             if target.scale is not None:
                 largest = {torch.int8: 64.0, torch.uint8: 4.0}.get(target.dest.dtype, 1.0)
-                target.scale.fill_(target.dest.shape[1] ** -0.5 / largest)
+                target.scale.fill_(max(1, target.dest.shape[1]) ** -0.5 / largest)
         model.pack_weights()
         self._make_popular(model)
         return model.eval()
@@ -211,8 +209,10 @@ def fill_weight(weight: Tensor, name: str) -> None:
     The embedding dominates the hidden states, so they differ between tokens in all layers, and so
     do the experts that tokens are routed to.
     """
-    if weight.dtype in (torch.int8, torch.uint8):
-        weight.view(torch.uint8).random_(0, 256)
+    if weight.dtype == torch.int8:
+        weight.random_(-127, 128)
+    elif weight.dtype == torch.uint8:  # two values of -7 to 7: a mean would make experts alike
+        weight.copy_(torch.empty_like(weight).random_(1, 16) + 16 * weight.random_(1, 16))
     elif weight.dtype == FP8:
         weight.view(torch.uint8).random_(0, 256).bitwise_and_(0xBF)  # no exponent above 2, no NaN
     elif weight.dim() == 1:

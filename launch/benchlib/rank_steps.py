@@ -123,14 +123,19 @@ def measure_step(
     profiler.shapes = Counter({shape: profiler.steps})
     local = replace(ceilings, link=math.inf, net=math.inf, link_latency=0.0, net_latency=0.0)
     rows = bottleneck_report(profiler, rank.setup, local).rows
-    floor = floor_seconds(step_ops(rank.setup, shape), local)
+    ops = step_ops(rank.setup, shape)
+    floor = floor_seconds(ops, local)
+    tokens = kind.batch * kind.new
+    token_mb = sum(op.count * op.bytes for op in ops) / tokens / 1e6
     figures: Row = {"ms": 1e3 * seconds, "floor ms": 1e3 * floor, "launch us": 1e6 * launch}
+    figures |= {"tokens/s": tokens / seconds, "MB a token": token_mb}
     figures |= {"experts hit": hits[0], "entries": hits[1]}
     note = (
         f"{kind.name}: {1e3 * seconds:.4g} ms a step, floor {1e3 * floor:.4g} ms "
         f"({100 * floor / seconds:.3g} % of the roof), launched in {1e6 * launch:,.0f} us; its "
         f"operations one by one {1e3 * profiler.step_seconds / profiler.steps:.4g} ms; "
-        f"{hits[0]:.1f} local experts hit by {hits[1]:.1f} entries"
+        f"{hits[0]:.1f} local experts hit by {hits[1]:.1f} entries; "
+        f"{tokens / seconds:.4g} tokens/s, {token_mb:,.4g} MB read and written a token"
     )
     events = kernel_events(lambda: served.run([plan])) if on_gpu else []
     if events:

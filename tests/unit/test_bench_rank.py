@@ -22,7 +22,6 @@ from dsv3.distributed.stand_in import StandIn, stand_in_mesh
 from dsv3.engine.memory import weight_bytes
 from dsv3.errors import ConfigError, RankError
 from dsv3.parallel.weights import Matrix, Vector, WeightFormat
-from tests.checkpoint_files import TINY
 from tests.distributed.ranks import CPU
 
 DEMO_CONFIG = load_model_config(DEMO)
@@ -55,7 +54,7 @@ def test_the_share_is_that_of_the_rank() -> None:
         assert any("experts.0." in n or "experts.15." in n for n in names)
         vectors = {m.name for m in made.model.modules() if isinstance(m, Vector)}
         routers = frozenset(name for name in vectors if name.endswith(".mlp.gate.weight"))
-        fmt = WeightFormat(torch.bfloat16, CPU, names, fp8_products=True, bf16_vectors=routers)
+        fmt = WeightFormat(torch.bfloat16, CPU, names, bf16_vectors=routers)
         assert made.model.num_bytes == weight_bytes(whole, stand_in_mesh(layout, CPU), fmt)
         assert all(torch.isfinite(p.float()).all() for p in made.model.parameters())
     first = [p.clone() for p in Rank(shape(seed=1), CPU, 64).model.parameters()]
@@ -145,8 +144,8 @@ def test_kernels_are_added_up_by_name() -> None:
 
 
 def test_no_such_rank() -> None:
-    with pytest.raises(ConfigError, match="--weights=fp8 but the model is not stored in FP8"):
-        Rank(replace(shape(), config=TINY, weights="fp8"), CPU, 64)
+    made = Rank(replace(shape(), weights="fp8"), CPU, 64)  # of a model that is stored in bfloat16
+    assert any(p.dtype == torch.float8_e4m3fn for p in made.model.parameters())
     with pytest.raises(ConfigError, match="does not divide"):
         Rank(shape(world=3, rank=0), CPU, 64)
     assert hardware("h800", CPU).link == 160e9
