@@ -28,14 +28,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dsv3.checkpoint.integer_values import quantize_rows
+from dsv3.checkpoint.load import load_weights
 from dsv3.checkpoint.mixed import KINDS, fitting, sites
 from dsv3.checkpoint.quantize import from_bf16
+from dsv3.checkpoint.reader import Source
+from dsv3.checkpoint.region import whole as whole_region
+from dsv3.checkpoint.sharding import shard_region, tensor_specs
+from dsv3.checkpoint.source import open_source
+from dsv3.config import ParallelConfig
 from dsv3.config_integers import IntegerKind
 from dsv3.engine.locate import locate_checkpoint
 from dsv3.engine.start import Started, identify, start
 from dsv3.engine.step_plan import StepPlan
 from dsv3.errors import ConfigError
 from dsv3.files import Format, NamedFile, check_output, write_output
+from dsv3.parallel.weights import Target
 from dsv3.read_files import read_mapping
 from program import Parser, add_engine_flags, engine_config, join_ranks, run_program
 
@@ -81,14 +88,26 @@ class Output:
 
 
 @contextmanager
-def quantized(started: Started, names: set[str], kind: IntegerKind) -> Iterator[None]:
-    """Quantize this rank's part of some weights; restore them after the block."""
+def quantized(
+    started: Started, source: Source, names: set[str], kind: IntegerKind
+) -> Iterator[None]:
+    """Quantize this rank's part of some weights; restore them after the block.
+
+    A scale may cover columns of several ranks, so each rank rounds the whole weight.
+    """
+    specs = tensor_specs(started.config)
     kept = []
     with torch.inference_mode():
         for target in started.runner.model.targets():
             if target.name in names and target.dest.numel():
                 kept.append((target.dest, target.dest.clone()))
-                target.dest.copy_(rounded(target.dest, kind))
+                spec = specs[target.name]
+                # A copy of another rank's expert (`--redundant-experts`) is whole.
+                region = shard_region(spec, started.mesh.layout) or whole_region(spec.shape)
+                whole = torch.empty(spec.shape)
+                load_weights(source, [Target(target.name, whole)], ParallelConfig())
+                (first, last), (left, right) = region
+                target.dest.copy_(rounded(whole, kind)[first:last, left:right])
     yield
     with torch.inference_mode():
         for weight, values in kept:
@@ -96,8 +115,8 @@ def quantized(started: Started, names: set[str], kind: IntegerKind) -> Iterator[
 
 
 def rounded(weight: Tensor, kind: IntegerKind) -> Tensor:
-    """Return the values that a weight has after rounding to integers."""
-    x = np.ascontiguousarray(weight.float().cpu().numpy())
+    """Return the values that a float32 weight has after rounding to integers."""
+    x = weight.numpy()
     cols = x.shape[1]
     group = fitting(kind, cols).group if cols % 32 == 0 else 0
     q, scale = quantize_rows(x, kind.bits, group or cols)
@@ -129,7 +148,7 @@ def divergence(want: list[Tensor], output: Output) -> float:
 
 
 def measure(
-    started: Started, output: Output, file: Path, setting: dict[str, object]
+    started: Started, source: Source, output: Output, file: Path, setting: dict[str, object]
 ) -> dict[str, dict[str, float]]:
     """Measure the losses that the file lacks; write it after each."""
     rank = started.mesh.layout.rank
@@ -150,7 +169,7 @@ def measure(
     todo = [(s, k) for s in weights for k in KINDS if k not in results.get(s, {})]
     want = list(output.log_probs())
     for site, name in tqdm(todo, "measure", disable=rank > 0 or None):
-        with quantized(started, weights[site], KINDS[name]):
+        with quantized(started, source, weights[site], KINDS[name]):
             loss = divergence(want, output)
         results.setdefault(site, {})[name] = loss
         if rank == 0:
@@ -212,7 +231,8 @@ def main() -> int:
             "model": identify(path, settings, mesh, None),
             "texts": [len(text) for text in texts],
         }
-        results = measure(started, Output(started, texts), args.json, setting)
+        with open_source(path) as source:
+            results = measure(started, source, Output(started, texts), args.json, setting)
         if args.plot and mesh.layout.rank == 0:
             draw(results, args.plot)
     return 0
