@@ -37,7 +37,8 @@ def values(w: Integers) -> Tensor:
             if w.bits == 8:
                 q = int(w.q[n, k])
             else:
-                q = (int(w.q[n, k // 2]) >> (4 * (k % 2)) & 15) - 8
+                zero = 8 if w.zero is None else int(w.zero[n, k // w.group])
+                q = (int(w.q[n, k // 2]) >> (4 * (k % 2)) & 15) - zero
             out[n, k] = q * float(w.scale[n, k // w.group])
     return out
 

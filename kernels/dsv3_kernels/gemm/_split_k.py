@@ -34,18 +34,21 @@ def splits_of(N: int, blocks: int) -> int:
 
 
 @cache
-def _stages(programs: int, rows: int, blocks: int, shared_bytes: int) -> int:
+def _stages(
+    programs: int, rows: int, blocks: int, shared_bytes: int, w_bytes: int, x_bytes: int
+) -> int:
     """Return the number of blocks of K to hold in shared memory; by arithmetic.
 
     With one more than a program multiplies, all loads are in flight at once; further ones would
-    only delay its start. Otherwise as many as fit while all programs run at once, up to eight:
-    56 KiB of W in flight. A multiprocessor has registers for three programs, or for two of 128
-    rows.
+    only delay its start. Otherwise as many as fit while all programs run at once, up to eight of
+    128 bytes: 56 KiB of W in flight, or sixteen smaller ones. A multiprocessor has registers for
+    three programs, or for two of 128 rows.
     """
     held = -(-programs // WANTED)
     most = 3 if rows <= 64 else 2
     room = shared_bytes // (held if held <= most else 2) - _OTHER
-    return max(2, min(8, blocks + 1, room // (128 * (ROWS + rows))))
+    fitting = room // (w_bytes * ROWS + x_bytes * rows)
+    return max(2, min(8 if w_bytes == 128 else 16, blocks + 1, fitting))
 
 
 def make_locks(w_FD: Tensor) -> Tensor:
@@ -95,12 +98,19 @@ class SplitK:
         """Return the grid: tiles of W, splits, tiles of x."""
         return cdiv(N, ROWS), self.splits, cdiv(M, self.rows)
 
-    def stages(self, y_MN: Tensor) -> int:
-        """Return the number of blocks of K to hold in shared memory."""
+    def stages(self, y_MN: Tensor, w_bytes: int = 128, x_bytes: int = 128) -> int:
+        """Return the number of blocks of K to hold in shared memory.
+
+        Args:
+            y_MN: the result.
+            w_bytes: bytes of a block in a row of W.
+            x_bytes: bytes of a block in a row of x.
+        """
         M, N = y_MN.shape
         tiles, splits, m_tiles = self.grid(row_bucket(M), N)
         programs = tiles * splits * m_tiles
-        return _stages(programs, self.rows, self.blocks, multiprocessors(y_MN)[1])
+        shared_bytes = multiprocessors(y_MN)[1]
+        return _stages(programs, self.rows, self.blocks, shared_bytes, w_bytes, x_bytes)
 
     def finish(self, y_MN: Tensor) -> None:
         """Sum the splits by a second launch if the programs of the product did not."""

@@ -22,11 +22,11 @@ _BLOCKS = 8
 
 
 class Quantized(NamedTuple):
-    """Activations in FP8: x is about q * scale.
+    """Activations in FP8, or in int8 (`int8_quant`): x is about q * scale.
 
     Attributes:
-        q: [..., D] float8_e4m3fn.
-        scale: [..., D / 128] float32.
+        q: [..., D] float8_e4m3fn or int8.
+        scale: [..., D / 128] float32; of int8, [..., 1].
     """
 
     q: Tensor
@@ -39,7 +39,7 @@ class Quantized(NamedTuple):
 
     @classmethod
     def empty(cls, shape: torch.Size | tuple[int, ...], device: torch.device) -> "Quantized":
-        """Return uninitialized memory for activations of this shape."""
+        """Return uninitialized memory for FP8 activations of this shape."""
         blocks = (*shape[:-1], shape[-1] // BLOCK)
         return cls(
             torch.empty(shape, dtype=FP8, device=device),
@@ -153,4 +153,5 @@ def dequantize(x: Tensor | Quantized) -> Tensor:
     """Return q * scale in float32; a tensor is returned unchanged."""
     if isinstance(x, Tensor):
         return x
-    return (x.q.float().unflatten(-1, (-1, BLOCK)) * x.scale.unsqueeze(-1)).flatten(-2)
+    blocks = x.q.float().unflatten(-1, (x.scale.shape[-1], -1))
+    return (blocks * x.scale.unsqueeze(-1)).flatten(-2)

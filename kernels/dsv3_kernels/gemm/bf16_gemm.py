@@ -24,7 +24,7 @@ _STEP = 64
 
 
 @triton.jit
-def _load_step(at, left, EVEN: tl.constexpr):
+def load_step(at, left, EVEN: tl.constexpr):
     """Load a step of rows that have `left` columns left, at least one."""
     if EVEN:
         return tl.load(at)
@@ -70,8 +70,8 @@ def _bf16_gemm_kernel(
     first = split * blocks // SPLITS
     last = (split + 1) * blocks // SPLITS
     for b in tl.range(first, last, num_stages=STAGES):
-        w = _load_step(w_at + b * BK, K - b * BK, EVEN)
-        x = _load_step(x_at + b * BK, K - b * BK, EVEN)
+        w = load_step(w_at + b * BK, K - b * BK, EVEN)
+        x = load_step(x_at + b * BK, K - b * BK, EVEN)
         if INTERPRETED:  # its dot multiplies the bits of bfloat16 as integers
             w = w.to(tl.float32)
             x = x.to(tl.float32)

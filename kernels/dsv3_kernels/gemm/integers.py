@@ -3,8 +3,8 @@
     w[n, k] = q[n, k] * scale[n, k // group]
 
 int8 values are stored as such; of int4, a byte holds two values plus 8, the first in its low bits
-(the order of compressed-tensors). On CPUs, torch's own products want int4 in another order:
-`pack_for_cpu` rearranges a matrix in place.
+(the order of compressed-tensors). Instead of 8 a group may have a zero of its own (AWQ). On CPUs,
+torch's own products want int4 in another order: `pack_for_cpu` rearranges a matrix in place.
 """
 
 from typing import NamedTuple
@@ -34,12 +34,14 @@ class Integers(NamedTuple):
         scale: [..., N, groups], any float dtype; see `pack_for_cpu`.
         group: columns that share a scale.
         packed: True after `pack_for_cpu`.
+        zero: [..., N, groups] uint8, what is added to the values of int4; None for 8.
     """
 
     q: Tensor
     scale: Tensor
     group: int
     packed: bool = False
+    zero: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -114,35 +116,46 @@ def cpu_product(x_TD: Tensor, w: Integers) -> Tensor:
 
 
 @triton.jit
-def load_integers(q_ptr, row, col, mask, D, BITS: tl.constexpr):
-    """Load integers of rows and columns of a matrix of D columns as float32."""
+def _load_integers(q_ptr, row, first, rows, cols, BITS: tl.constexpr, C: tl.constexpr):
+    """Load C integers of each row from column `first` on, as float32; of int4 without its zero."""
+    BYTES: tl.constexpr = C * BITS // 8
+    row_bytes = cols * BITS // 8
+    at = first * BITS // 8 + tl.arange(0, BYTES)[None, :]
+    q = tl.load(q_ptr + row * row_bytes + at, mask=(row < rows) & (at < row_bytes), other=0)
     if BITS == 8:
-        return tl.load(q_ptr + row * D + col, mask=mask, other=0).to(tl.float32)
+        return q.to(tl.float32)
     else:  # noqa: RET505 - Triton drops a constant condition's other branch only so
-        byte = tl.load(q_ptr + row * (D // 2) + col // 2, mask=mask, other=0).to(tl.int32)
-        return ((byte >> (col % 2 * 4)) & 15).to(tl.float32) - 8.0
+        return tl.interleave(q & 15, q >> 4).to(tl.float32)
 
 
 @triton.jit
 def _dequant_kernel(
     q_ptr,
     scale_ptr,
+    zero_ptr,
     out_ptr,
     rows,
     cols,
     groups,
     group,
     BITS: tl.constexpr,
+    ZEROS: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
 ):
     """Dequantize R rows and C columns."""
     in_turn()
     row = tl.program_id(0) * R + tl.arange(0, R).to(tl.int64)[:, None]
-    col = tl.program_id(1) * C + tl.arange(0, C)[None, :]
+    first = tl.program_id(1) * C
+    col = first + tl.arange(0, C)[None, :]
     mask = (row < rows) & (col < cols)
-    q = load_integers(q_ptr, row, col, mask, cols, BITS)
-    scale = tl.load(scale_ptr + row * groups + col // group, mask=mask, other=0.0).to(tl.float32)
+    q = _load_integers(q_ptr, row, first, rows, cols, BITS, C)
+    of_group = row * groups + col // group
+    if ZEROS:
+        q -= tl.load(zero_ptr + of_group, mask=mask, other=0).to(tl.float32)
+    elif BITS == 4:
+        q -= 8.0
+    scale = tl.load(scale_ptr + of_group, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + row * cols + col, (q * scale).to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -154,12 +167,14 @@ def _launch_int_dequant(w: Integers, dtype: torch.dtype) -> Tensor:
         _dequant_kernel[(cdiv(stacked, _ROWS), cdiv(cols, _COLUMNS))](
             q_ptr=w.q.contiguous(),
             scale_ptr=w.scale.contiguous(),
+            zero_ptr=w.scale if w.zero is None else w.zero.contiguous(),
             out_ptr=out,
             rows=stacked,
             cols=cols,
             groups=w.scale.shape[-1],
             group=w.group,
             BITS=w.bits,
+            ZEROS=w.zero is not None,
             R=_ROWS,
             C=_COLUMNS,
             **launch_options(),
@@ -169,12 +184,17 @@ def _launch_int_dequant(w: Integers, dtype: torch.dtype) -> Tensor:
 
 @operation(kernel=_launch_int_dequant)
 def int_dequant(w: Integers, dtype: torch.dtype) -> Tensor:
-    """Return q * scale of its group, [..., N, D] in `dtype`; not of a matrix packed for CPUs."""
+    """Return (q - zero) * scale of its group, [..., N, D] in `dtype`; not of a packed matrix."""
     assert not w.packed
     q = w.q
     if w.bits == 4:
-        q = torch.stack((q & 15, q >> 4), -1).flatten(-2).to(torch.int8) - 8
-    if w.scale.shape[-1] == 1:
-        return (q * w.scale.float()).to(dtype)
-    scale = w.scale.float().repeat_interleave(w.group, -1)
-    return (q * scale[..., : q.shape[-1]]).to(dtype)
+        zero = 8 if w.zero is None else _by_column(w.zero.to(torch.int8), w)
+        q = torch.stack((q & 15, q >> 4), -1).flatten(-2).to(torch.int8) - zero
+    return (q * _by_column(w.scale.float(), w)).to(dtype)
+
+
+def _by_column(by_group: Tensor, w: Integers) -> Tensor:
+    """Return a value for every column, or one that is broadcast to all."""
+    if by_group.shape[-1] == 1:
+        return by_group
+    return by_group.repeat_interleave(w.group, -1)[..., : w.shape[1]]

@@ -5,6 +5,7 @@ Tiles of few rows are W x^T, tiles of many rows x W^T; `grouped_gemm` explains w
 
 from dsv3_kernels._triton import tl, triton
 from dsv3_kernels.gemm._e4m3 import decode_e4m3
+from dsv3_kernels.gemm._int_product import int_product
 
 
 @triton.jit
@@ -34,6 +35,15 @@ def place(tile, tiles_E, counts, starts, E_PAD: tl.constexpr, BLOCK_M: tl.conste
 
 
 @triton.jit
+def scales_of(N: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr):
+    """Return the number of scales of a matrix: of its blocks, or if GROUP > 0 of its groups."""
+    if GROUP > 0:
+        return N * (D // GROUP)
+    else:  # noqa: RET505 - Triton drops a constant condition's other branch only so
+        return (N + 127) // 128 * ((D + 127) // 128)
+
+
+@triton.jit
 def _accumulate(
     acc,
     x,
@@ -47,7 +57,8 @@ def _accumulate(
     """Add the product of a step along D: [features, rows] if SWAPPED, else [rows, features].
 
     KIND: 0 float, 1 float rows and FP8 matrices, 2 both FP8; 3 and 4 are 1 and 2 with FP8 passed
-    as bytes.
+    as bytes; 7 both int8, summed in int32 without their scales. (5 and 6, float rows and matrices
+    of int8 and int4, are multiplied by `multiply_integers`.)
     """
     if KIND == 3 or KIND == 4:
         w = decode_e4m3(w)
@@ -56,7 +67,7 @@ def _accumulate(
     if KIND == 4:  # float16 holds every e4m3 value
         w = w.to(tl.float16)
         x = decode_e4m3(x).to(tl.float16)
-    if INTERPRETED and KIND != 4:  # its dot multiplies the bits of bfloat16 as integers
+    if INTERPRETED and KIND < 4:  # its dot multiplies the bits of bfloat16 as integers
         w = w.to(tl.float32)
         x = x.to(tl.float32)
     if KIND == 2 or KIND == 4:
@@ -64,6 +75,8 @@ def _accumulate(
             acc += tl.dot(w, x) * (w_scale * row_scale[None, :])
         else:
             acc += tl.dot(x, w) * (w_scale * row_scale[:, None])
+    elif KIND == 7:
+        acc = tl.dot(x, w, acc)
     elif SWAPPED:
         acc = tl.dot(w, x, acc, input_precision="ieee")
     else:
@@ -186,11 +199,12 @@ def multiply_many(
     With TMA `w` is a descriptor of tiles, else a pointer; the expert begins at row `first_row`.
     """
     EVEN_D: tl.constexpr = D % BLOCK_K == 0
+    IN_BLOCKS: tl.constexpr = KIND > 0 and KIND != 7
     d: tl.constexpr = (D + 127) // 128
     k = tl.arange(0, BLOCK_K)
     x_at = x + rows[:, None] * D + k[None, :]
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.int32 if KIND == 7 else tl.float32)
+    up = tl.zeros([BLOCK_M, BLOCK_N], tl.int32 if KIND == 7 else tl.float32)
     for first in range(0, D, BLOCK_K):
         x_tile = _load_tile(x_at, (k < D - first)[None, :], True, EVEN_D)
         x_at += BLOCK_K
@@ -198,7 +212,7 @@ def multiply_many(
         if KIND == 2 or KIND == 4:
             row_scale = tl.load(x_scale + rows * d + first // 128)
         at = w_scale + first // 128
-        scale = tl.load(at + low // 128 * d) if KIND > 0 else 1.0
+        scale = tl.load(at + low // 128 * d) if IN_BLOCKS else 1.0
         w_tile = _load_matrix(
             w=w,
             row=first_row + low,
@@ -220,7 +234,7 @@ def multiply_many(
             INTERPRETED=INTERPRETED,
         )
         if GATED:
-            scale = tl.load(at + (N + low) // 128 * d) if KIND > 0 else 1.0
+            scale = tl.load(at + (N + low) // 128 * d) if IN_BLOCKS else 1.0
             w_tile = _load_matrix(
                 w=w,
                 row=first_row + N + low,
@@ -241,4 +255,68 @@ def multiply_many(
                 SWAPPED=False,
                 INTERPRETED=INTERPRETED,
             )
+    if KIND == 7:
+        row_scale = tl.load(x_scale + rows)
+        acc = _scale_sums(acc, row_scale, w_scale, low, N, BLOCK_N)
+        up = _scale_sums(up, row_scale, w_scale + N, low, N, BLOCK_N) if GATED else up
     return acc, up
+
+
+@triton.jit
+def _scale_sums(acc, row_scale, w_scale, low, N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Return int32 sums times the scales of their row and feature, in float32."""
+    feature = low + tl.arange(0, BLOCK_N)
+    scale = tl.load(w_scale + feature, mask=feature < N, other=0.0).to(tl.float32)
+    return acc.to(tl.float32) * row_scale[:, None] * scale[None, :]
+
+
+@triton.jit
+def multiply_integers(
+    x,
+    w,
+    w_scale,
+    w_zero,
+    rows,
+    low,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    GATED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    ZEROS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Return x W^T, [rows, features], of float rows and a matrix of integers: operands swapped.
+
+    If GATED, the features of gate and then the same of up, as in `multiply_few`. Features beyond
+    the last repeat it.
+    """
+    FEATURES: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
+    i = tl.arange(0, FEATURES)
+    feature = tl.minimum(low + i % BLOCK_N, N - 1) + tl.where(i >= BLOCK_N, N, 0)
+    acc = int_product(
+        x_ptr=x,
+        w_ptr=w,
+        scale_ptr=w_scale,
+        zero_ptr=w_zero,
+        x_row=rows,
+        w_row=feature.to(tl.int64),
+        first=0,
+        last=(D + BLOCK_K - 1) // BLOCK_K,
+        K=D,
+        x_stride=D,
+        group=GROUP,
+        BITS=4 if KIND == 6 else 8,
+        ZEROS=ZEROS,
+        BM=BLOCK_M,
+        BN=FEATURES,
+        BK=BLOCK_K,
+        EVEN=D % BLOCK_K == 0,
+        INTERPRETED=INTERPRETED,
+        STAGES=STAGES,
+    )
+    return tl.trans(acc)

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from dsv3_kernels._triton import in_turn, launch_options, tl, triton
 from dsv3_kernels.gemm.act_quant import Quantized, dequantize
-from dsv3_kernels.moe._grouped_tiles import multiply_few, multiply_many, place, row_tiles
+from dsv3_kernels.moe._grouped_tiles import (
+    multiply_few,
+    multiply_integers,
+    multiply_many,
+    place,
+    row_tiles,
+    scales_of,
+)
 from dsv3_kernels.moe.grouped_gemm import Stack, launch_of, products
 from dsv3_kernels.moe.permute import Groups
 from dsv3_kernels.operation import operation
@@ -22,6 +29,7 @@ def _down_kernel(
     h_scale,
     w,
     w_scale,
+    w_zero,
     y,
     entries,
     weights,
@@ -32,28 +40,49 @@ def _down_kernel(
     F: tl.constexpr,
     WEIGHTED: tl.constexpr,
     KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    ZEROS: tl.constexpr,
     TMA: tl.constexpr,
     INTERPRETED: tl.constexpr,
     E_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Compute tiles of the second product; every row is multiplied by its entry's weight."""
     in_turn()
     tiles_E = row_tiles(counts, E, E_PAD, BLOCK_M, (D + BLOCK_N - 1) // BLOCK_N)
-    blocks_d: tl.constexpr = (D + 127) // 128
-    blocks_f: tl.constexpr = (F + 127) // 128
     for tile in range(tl.program_id(0), tl.sum(tiles_E, 0), tl.num_programs(0)):
         e, block, row, real = place(tile, tiles_E, counts, starts, E_PAD, BLOCK_M)
         low = block * BLOCK_N
-        at_scale = w_scale + e * blocks_d * blocks_f
-        if BLOCK_M < 64:
+        first_scale = e * scales_of(D, F, GROUP)
+        if KIND == 5 or KIND == 6:
+            acc = multiply_integers(
+                x=h,
+                w=w + e * D * (F // 2 if KIND == 6 else F),
+                w_scale=w_scale + first_scale,
+                w_zero=w_zero + first_scale,
+                rows=row,
+                low=low,
+                N=D,
+                D=F,
+                GATED=False,
+                BLOCK_M=BLOCK_M,
+                BLOCK_N=BLOCK_N,
+                BLOCK_K=BLOCK_K,
+                KIND=KIND,
+                GROUP=GROUP,
+                ZEROS=ZEROS,
+                INTERPRETED=INTERPRETED,
+                STAGES=STAGES,
+            )
+        elif BLOCK_M < 64:
             acc = multiply_few(
                 x=h,
                 x_scale=h_scale,
                 w=w + e * D * F,
-                w_scale=at_scale,
+                w_scale=w_scale + first_scale,
                 rows=row,
                 low=low,
                 N=D,
@@ -70,7 +99,7 @@ def _down_kernel(
                 x=h,
                 x_scale=h_scale,
                 w=w,
-                w_scale=at_scale,
+                w_scale=w_scale + first_scale,
                 rows=row,
                 first_row=e * D,
                 low=low,
@@ -100,7 +129,7 @@ def _launch_grouped_down(
     weight_TK: Tensor | None = None,
 ) -> Tensor:
     launch = launch_of(h, w, False, rows)
-    num_experts, hidden, inner = w.weight.shape
+    num_experts, hidden = w.weight.shape[:2]
     assert weight_TK is None or groups.entry_M is not None
     num_rows = len(launch.x)
     y_MD = torch.empty((num_rows, hidden), dtype=dtype, device=launch.x.device)
@@ -110,6 +139,7 @@ def _launch_grouped_down(
             h_scale=launch.x_scale,
             w=launch.matrices(),
             w_scale=launch.w_scale,
+            w_zero=launch.w_zero,
             y=y_MD,
             entries=groups.count_E if groups.entry_M is None else groups.entry_M,
             weights=launch.x_scale if weight_TK is None else weight_TK.contiguous(),
@@ -117,7 +147,7 @@ def _launch_grouped_down(
             counts=groups.count_E,
             E=num_experts,
             D=hidden,
-            F=inner,
+            F=launch.x.shape[1],
             WEIGHTED=weight_TK is not None,
             **launch.constants(),
             **launch_options(),
@@ -137,7 +167,7 @@ def grouped_down(
     """Return W_down h of every row's expert, times the weight of its entry.
 
     Args:
-        h: [M, F], float or quantized 1x128.
+        h: [M, F], float, or quantized as the matrices are.
         w: [E, D, F]; if both are FP8, F must be a multiple of 128.
         groups: the rows of each expert.
         rows: expected rows per expert; affects only the speed. Not used by the reference.

@@ -13,12 +13,19 @@ from dsv3_kernels.gemm._e4m3 import e4m3_view
 from dsv3_kernels.gemm.act_quant import (
     BLOCK,
     Quantized,
-    act_quant,
     dequantize,
     launch_act_quant,
     quantize_block,
 )
-from dsv3_kernels.moe._grouped_tiles import multiply_few, multiply_many, place, row_tiles
+from dsv3_kernels.gemm.int8_quant import launch_int8_quant, requantize
+from dsv3_kernels.moe._grouped_tiles import (
+    multiply_few,
+    multiply_integers,
+    multiply_many,
+    place,
+    row_tiles,
+    scales_of,
+)
 from dsv3_kernels.moe.grouped_gemm import Stack, launch_of, products
 from dsv3_kernels.moe.permute import Groups
 from dsv3_kernels.operation import operation
@@ -33,11 +40,18 @@ def _sorted_rows(x_TD: Tensor, groups: Groups) -> Tensor:
 
 
 @triton.jit
+def _halves(both, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Return the columns of gate and of up, [BLOCK_M, BLOCK_N] each."""
+    return tl.split(tl.permute(tl.reshape(both, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
+
+
+@triton.jit
 def _gate_up_kernel(
     x,
     x_scale,
     w,
     w_scale,
+    w_zero,
     h,
     h_scale,
     entries,
@@ -48,6 +62,8 @@ def _gate_up_kernel(
     D: tl.constexpr,
     TOP_K: tl.constexpr,
     KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    ZEROS: tl.constexpr,
     TMA: tl.constexpr,
     QUANT: tl.constexpr,
     UE8M0: tl.constexpr,
@@ -56,25 +72,45 @@ def _gate_up_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Compute tiles of BLOCK_N features of silu(gate) * up."""
     in_turn()
     tiles_E = row_tiles(counts, E, E_PAD, BLOCK_M, (F + BLOCK_N - 1) // BLOCK_N)
-    blocks_f: tl.constexpr = (2 * F + 127) // 128
-    blocks_d: tl.constexpr = (D + 127) // 128
     for tile in range(tl.program_id(0), tl.sum(tiles_E, 0), tl.num_programs(0)):
         e, block, row, real = place(tile, tiles_E, counts, starts, E_PAD, BLOCK_M)
         low = block * BLOCK_N
         token = row
         if TOP_K > 0:
             token = (tl.load(entries + row) // TOP_K).to(tl.int64)
-        at_scale = w_scale + e * blocks_f * blocks_d
-        if BLOCK_M < 64:
+        first_scale = e * scales_of(2 * F, D, GROUP)
+        if KIND == 5 or KIND == 6:
+            both = multiply_integers(
+                x=x,
+                w=w + e * 2 * F * (D // 2 if KIND == 6 else D),
+                w_scale=w_scale + first_scale,
+                w_zero=w_zero + first_scale,
+                rows=token,
+                low=low,
+                N=F,
+                D=D,
+                GATED=True,
+                BLOCK_M=BLOCK_M,
+                BLOCK_N=BLOCK_N,
+                BLOCK_K=BLOCK_K,
+                KIND=KIND,
+                GROUP=GROUP,
+                ZEROS=ZEROS,
+                INTERPRETED=INTERPRETED,
+                STAGES=STAGES,
+            )
+            gate, up = _halves(both, BLOCK_M, BLOCK_N)
+        elif BLOCK_M < 64:
             both = multiply_few(
                 x=x,
                 x_scale=x_scale,
                 w=w + e * 2 * F * D,
-                w_scale=at_scale,
+                w_scale=w_scale + first_scale,
                 rows=token,
                 low=low,
                 N=F,
@@ -86,14 +122,13 @@ def _gate_up_kernel(
                 KIND=KIND,
                 INTERPRETED=INTERPRETED,
             )
-            both = tl.permute(tl.reshape(both, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1))
-            gate, up = tl.split(both)
+            gate, up = _halves(both, BLOCK_M, BLOCK_N)
         else:
             gate, up = multiply_many(
                 x=x,
                 x_scale=x_scale,
                 w=w,
-                w_scale=at_scale,
+                w_scale=w_scale + first_scale,
                 rows=token,
                 first_row=e * 2 * F,
                 low=low,
@@ -122,14 +157,14 @@ def _gate_up_kernel(
 def _launch_grouped_gate_up(
     x: Tensor | Quantized, w: Stack, groups: Groups, rows: int, ue8m0: bool = False
 ) -> Tensor | Quantized:
-    """Launch the gated product; a second launch quantizes if tiles are narrower than a block."""
+    """Launch the gated product; a second launch quantizes if tiles do not hold whole scales."""
     launch = launch_of(x, w, True, rows)
     num_experts = len(w.weight)
     inner = w.weight.shape[1] // 2
-    assert w.block_scale is None or inner % BLOCK == 0, f"{inner=}"
+    assert w.block_scale is None or w.group or inner % BLOCK == 0, f"{inner=}"
     top_k = 0 if groups.row_TK is None else groups.row_TK.shape[1]
     num_rows = len(launch.x) * max(1, top_k)
-    fused = isinstance(x, Quantized) and launch.tile.features == BLOCK
+    fused = isinstance(x, Quantized) and not w.group and launch.tile.features == BLOCK
     dtype = x.dtype if isinstance(x, Tensor) else torch.float32
     out = Quantized.empty((num_rows, inner), launch.x.device) if fused else None
     h = e4m3_view(out.q) if out else launch.x.new_empty((num_rows, inner), dtype=dtype)
@@ -139,6 +174,7 @@ def _launch_grouped_gate_up(
             x_scale=launch.x_scale,
             w=launch.matrices(),
             w_scale=launch.w_scale,
+            w_zero=launch.w_zero,
             h=h,
             h_scale=out.scale if out else h,
             entries=groups.count_E if groups.entry_M is None else groups.entry_M,
@@ -156,6 +192,8 @@ def _launch_grouped_gate_up(
     if out is not None:
         return out
     if isinstance(x, Quantized):
+        if w.group:
+            return launch_int8_quant(h, groups.start_E, groups.count_E)
         return launch_act_quant(h, ue8m0, groups.start_E, groups.count_E)
     return h
 
@@ -168,7 +206,7 @@ def grouped_gate_up(
 
     Args:
         x: [T, D] if `groups` are sorted entries (row m is token entry_M[m] // K), else [M, D];
-            float, or quantized 1x128 (then the matrices are FP8).
+            float, or quantized as the matrices are: both FP8, or both int8 with a scale per row.
         w: [E, 2F, D], the gate in the first half; if FP8, F (and D if rows are quantized) must be
             multiples of 128.
         groups: the rows of each expert.
@@ -183,4 +221,4 @@ def grouped_gate_up(
     h_MF = x_MD.new_zeros((len(x_MD), w.weight.shape[1] // 2))
     for expert_rows, gate_up in products(x_MD, w, groups):
         h_MF[expert_rows] = silu_mul.reference(gate_up)
-    return h_MF if isinstance(x, Tensor) else act_quant.reference(h_MF, ue8m0)
+    return h_MF if isinstance(x, Tensor) else requantize(h_MF, x, ue8m0)

@@ -9,9 +9,11 @@ of sums of 128 bytes along D, so a row's result does not depend on other rows. (
 unswapped chains give the same bits if matrix units treat both operands alike;
 `tests/kernels/test_gpu_experts.py` asserts it on a GPU.)
 
-Three kinds of numbers: float (one dtype, float32 sums; float32 without TF32), float rows with FP8
-matrices (dequantized in registers, as by `weight_dequant`), and FP8 rows quantized 1x128 with FP8
-matrices (partial sums of 128, scaled and added in float32).
+The numbers are float (one dtype, float32 sums; float32 without TF32), float rows with FP8 matrices
+(dequantized in registers, as by `weight_dequant`), FP8 rows quantized 1x128 with FP8 matrices
+(partial sums of 128, scaled and added in float32), float rows with matrices of int8 or int4
+(`gemm/_int_product.py`; W x^T for any number of rows), and int8 rows with int8 matrices that have a
+scale per row (summed in int32).
 
 Bound by reading the matrices of experts with rows, up to about 64 rows per expert, then by matrix
 units.
@@ -29,6 +31,7 @@ from dsv3_kernels._gpu import cdiv, next_power_of_2
 from dsv3_kernels._triton import has_tma, is_interpreted, multiprocessors
 from dsv3_kernels.fp8_format import BLOCK
 from dsv3_kernels.gemm._e4m3 import e4m3_view, is_native
+from dsv3_kernels.gemm._int_product import step_of
 from dsv3_kernels.gemm.act_quant import Quantized
 from dsv3_kernels.gemm.bf16_gemm import linear
 from dsv3_kernels.gemm.int_gemm import int_linear
@@ -49,6 +52,7 @@ class Stack(NamedTuple):
         group: columns that share a scale of integers; 0 for other matrices.
         packed: see `Integers`.
         scales: views of each matrix's scales, if they are made already; needed if `packed`.
+        zero: [E, N, groups], as `Integers.zero`.
     """
 
     weight: Tensor
@@ -57,13 +61,15 @@ class Stack(NamedTuple):
     group: int = 0
     packed: bool = False
     scales: tuple[Tensor, ...] = ()
+    zero: Tensor | None = None
 
     def integers(self, e: int) -> Integers:
         """Return matrix `e` of a stack of integers."""
         assert self.block_scale is not None
         q = self.unbound[e] if self.unbound else self.weight[e]
         scale = self.scales[e] if self.scales else self.block_scale[e]
-        return Integers(q, scale, self.group, self.packed)
+        zero = None if self.zero is None else self.zero[e]
+        return Integers(q, scale, self.group, self.packed, zero)
 
     def product(self, e: int, x: Tensor) -> Tensor:
         """Return x W_e^T in the dtype of `x`."""
@@ -113,6 +119,8 @@ def _tile(kind: int, itemsize: int, gated: bool, rows: int) -> Tile:
     A step along D takes 128 bytes of a row for any tile, so the choice does not change the result.
     Compiled for Hopper, no tile spills more than a few registers.
     """
+    if kind == 7:  # has no tiles of few rows
+        rows = max(rows, 64)
     if itemsize == 4 or kind == 4:  # no matrix unit, or bytes decoded in registers
         features = 64 if itemsize == 1 and not gated else 32
         if rows <= 16:
@@ -122,9 +130,12 @@ def _tile(kind: int, itemsize: int, gated: bool, rows: int) -> Tile:
         return Tile(rows=16, features=32 if gated else 64, warps=4, stages=6, per_sm=2)
     if rows <= 24:
         return Tile(rows=32, features=32 if gated else 64, warps=4, stages=5, per_sm=2)
+    is_narrow = kind in (5, 6)  # integers become floats in registers
     if rows <= 64:
-        return Tile(rows=64, features=64 if gated else 128, warps=4, stages=4, per_sm=2)
-    return Tile(rows=128, features=128, warps=8, stages=4, per_sm=1)
+        features = 64 if gated else 128
+        width = features // 2 if is_narrow else features
+        return Tile(rows=64, features=width, warps=4, stages=4, per_sm=2)
+    return Tile(rows=128, features=64 if gated and is_narrow else 128, warps=8, stages=4, per_sm=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,22 +145,30 @@ class Launch:
     Attributes:
         x, x_scale: rows as kernels take them (FP8 possibly as bytes), and their scales.
         w, w_scale: the same for the matrices.
+        w_zero: zeros of int4; not read unless `has_zeros`.
         kind: kind of numbers; see `_grouped_tiles._accumulate`.
         gated: True if the matrices are gate and up.
         tile: of the result.
+        step: columns that are multiplied at a time.
+        group: columns that share a scale of integers; else 0.
+        has_zeros: groups have a zero.
     """
 
     x: Tensor
     x_scale: Tensor
     w: Tensor
     w_scale: Tensor
+    w_zero: Tensor
     kind: int
     gated: bool
     tile: Tile
+    step: int
+    group: int = 0
+    has_zeros: bool = False
 
     def uses_tma(self) -> bool:
         """Return True if tiles of W are loaded through TMA: many rows, on Hopper or later."""
-        if self.tile.rows < 64 or self.x.element_size() == 4:
+        if self.tile.rows < 64 or self.x.element_size() == 4 or self.kind in (5, 6):
             return False
         if self.gated and self.kind == 2 and self.tile.features == BLOCK:
             return False  # too few registers: the loop would spill
@@ -162,24 +181,33 @@ class Launch:
             return self.w
         from triton.tools.tensor_descriptor import TensorDescriptor
 
-        shape = [self.tile.features, BLOCK // self.x.element_size()]
+        shape = [self.tile.features, self.step]
         return TensorDescriptor.from_tensor(self.w.flatten(0, 1), shape)
 
     def constants(self) -> dict[str, int]:
         """Return the kernel's compile-time arguments and launch options."""
         # Shared memory per program, without scales and reserved bytes.
         room = multiprocessors(self.w)[1] // self.tile.per_sm - 5120
-        step = BLOCK * (self.tile.rows + self.tile.features * (2 if self.gated else 1))
+        features = self.tile.features * (2 if self.gated else 1)
+        w_bytes, most = BLOCK, self.tile.stages
+        if self.group:
+            w_bytes = self.step * self.w.shape[2] // self.x.shape[1]
+            most = min(16, most * BLOCK // w_bytes)
+        step_bytes = self.step * self.x.element_size() * self.tile.rows + w_bytes * features
+        stages = max(2, min(most, room // step_bytes))
         return {
             "KIND": self.kind,
+            "GROUP": self.group,
+            "ZEROS": self.has_zeros,
             "TMA": self.uses_tma(),
             "INTERPRETED": is_interpreted(self.w),
             "E_PAD": next_power_of_2(len(self.w)),
             "BLOCK_M": self.tile.rows,
             "BLOCK_N": self.tile.features,
-            "BLOCK_K": BLOCK // self.x.element_size(),
+            "BLOCK_K": self.step,
+            "STAGES": stages,
             "num_warps": self.tile.warps,
-            "num_stages": max(2, min(self.tile.stages, room // step)),
+            "num_stages": stages,
         }
 
     def grid(self, features: int, num_rows: int) -> tuple[int]:
@@ -191,6 +219,8 @@ class Launch:
 
 def launch_of(x: Tensor | Quantized, w: Stack, gated: bool, rows: int) -> Launch:
     """Return the launch of the product of `x` and `w` for `rows` expected rows per expert."""
+    if w.group:
+        return _launch_of_integers(x, w, gated, rows)
     native = is_native(w.weight)
     weight = e4m3_view(w.weight) if w.block_scale is not None else w.weight
     w_scale = weight if w.block_scale is None else w.block_scale
@@ -205,5 +235,41 @@ def launch_of(x: Tensor | Quantized, w: Stack, gated: bool, rows: int) -> Launch
         assert w.block_scale is not None or weight.dtype == x.dtype, f"{x.dtype=} {weight.dtype=}"
         fp8_kind = 1 if native else 3
         kind = 0 if w.block_scale is None else fp8_kind
-    tile = _tile(kind, x_rows.element_size(), gated, rows)
-    return Launch(x_rows, x_scale, weight, w_scale, kind, gated, tile)
+    itemsize = x_rows.element_size()
+    return Launch(
+        x=x_rows,
+        x_scale=x_scale,
+        w=weight,
+        w_scale=w_scale,
+        w_zero=w_scale,
+        kind=kind,
+        gated=gated,
+        tile=_tile(kind, itemsize, gated, rows),
+        step=BLOCK // itemsize,
+    )
+
+
+def _launch_of_integers(x: Tensor | Quantized, w: Stack, gated: bool, rows: int) -> Launch:
+    weight, scale = w.weight, w.block_scale
+    bits = w.integers(0).bits
+    is_quantized = isinstance(x, Quantized)
+    x_rows = x.q if isinstance(x, Quantized) else x
+    itemsize, cols = x_rows.element_size(), x_rows.shape[1]
+    assert scale is not None and weight.shape[2] * 8 == cols * bits, f"{x_rows.shape=} {w.group=}"
+    assert all(t.is_contiguous() for t in (x_rows, weight, scale)), f"{weight.stride()=}"
+    assert not is_quantized or (bits == 8 and w.group >= cols), f"{bits=} {w.group=}"
+    float_kind = 5 if bits == 8 else 6
+    kind = 7 if is_quantized else float_kind
+    return Launch(
+        x=x_rows,
+        x_scale=x.scale if isinstance(x, Quantized) else x,
+        w=weight,
+        w_scale=scale,
+        w_zero=scale if w.zero is None else w.zero,
+        kind=kind,
+        gated=gated,
+        tile=_tile(kind, itemsize, gated, rows),
+        step=BLOCK if is_quantized else step_of(w.group, cols, itemsize),
+        group=w.group,
+        has_zeros=w.zero is not None,
+    )

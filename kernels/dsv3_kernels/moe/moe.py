@@ -18,7 +18,8 @@ from torch import Tensor
 
 from dsv3_kernels._cast import as_float32
 from dsv3_kernels._gpu import row_bucket
-from dsv3_kernels.gemm.act_quant import Quantized, act_quant, dequantize
+from dsv3_kernels.gemm.act_quant import Quantized, dequantize
+from dsv3_kernels.gemm.int8_quant import requantize
 from dsv3_kernels.moe.grouped_down import grouped_down
 from dsv3_kernels.moe.grouped_gate_up import grouped_gate_up
 from dsv3_kernels.moe.grouped_gemm import Stack
@@ -90,13 +91,14 @@ def experts(
     """Return this rank's part of sum_k weight_k * expert_k(x).
 
     Args:
-        x: [T, D] hidden states, float or quantized 1x128. If quantized, the products are in FP8
-            (both matrices are FP8, D and F multiples of 128), and so are the rows between them.
+        x: [T, D] hidden states, float or quantized. If in FP8, so are the products (both matrices
+            are FP8, D and F multiples of 128) and the rows between them; if in int8, both matrices
+            are int8 with a scale per row.
         ids_TK: [T, K] int64 global expert ids; -1 and ids of other ranks' experts are skipped.
         weight_TK: [T, K] float32.
         first_expert: global id of this rank's first expert.
-        gate_up: [E, 2F, D] of the local experts, in the dtype of `x` or FP8 (then F is a multiple
-            of 128).
+        gate_up: [E, 2F, D] of the local experts: in the dtype of `x`, FP8 (then F is a multiple of
+            128), or integers.
         down: [E, D, F].
         ue8m0: round the scales of activations up to powers of two.
         addend: returns [T, D], any float dtype, to be added. Called last, so the tensor may be
@@ -132,7 +134,7 @@ def experts(
         )
         h_MF = silu_mul.reference(_grouped_linear(x_TD.index_select(0, row_M), some, gate_up))
         if isinstance(x, Quantized):
-            h_MF = dequantize(act_quant.reference(h_MF, ue8m0))
+            h_MF = dequantize(requantize(h_MF, x, ue8m0))
         y_MD = as_float32(_grouped_linear(h_MF, some, down))
         y_TD.index_add_(0, row_M, y_MD.mul_(weight_N.index_select(0, entry_M).unsqueeze(1)))
     return y_TD if addend is None else y_TD.add_(addend())
