@@ -87,8 +87,10 @@ class EngineConfig:
         max_batch_tokens: most new tokens of one step, in each data-parallel group. On CUDA, a step
             of up to 256 runs as a CUDA graph.
         max_running: most running sequences, in each data-parallel group.
-        dtype: numerics: "auto" (float32 on CPU, as the checkpoint on CUDA), "float32", "bfloat16"
-            or "fp8": bfloat16 with FP8 weights multiplied by activations quantized per 128.
+        dtype: numerics: "auto" (float32 on CPU, as the checkpoint on CUDA), "float32", "bfloat16",
+            "fp8": bfloat16 with FP8 weights multiplied by activations quantized per 128, or
+            "int8": bfloat16 with int8 weights that have a scale per row multiplied by activations
+            quantized per token, where more than 64 tokens meet.
         weights: quantized weights that are held as they are stored, if no shard cuts their blocks
             or groups: "fp8" (dequantized at every use; fp8 numerics keep them anyway), "int8",
             "int4", "stored" (all), or "auto": int8 and int4, but none with dtype float32, since a
@@ -120,7 +122,7 @@ class EngineConfig:
         check_every: steps between comparisons of the ranks' results; 0 compares nothing.
     """
 
-    dtype: Literal["auto", "float32", "bfloat16", "fp8"] = _model("auto", "numerics")
+    dtype: Literal["auto", "float32", "bfloat16", "fp8", "int8"] = _model("auto", "numerics")
     weights: Literal["auto", "stored", "fp8", "int8", "int4"] = _model(
         "auto", "quantized weights that are held as they are stored"
     )

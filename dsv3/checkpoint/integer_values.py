@@ -66,7 +66,7 @@ def read_integers(
         region: of the weight.
     """
     names = form.names(weight)
-    scale = names[2] if form.layout is Layout.AWQ else names[1]
+    scale = form.scale_name(weight)
     scale_Fg = widen(_read(source, scale, shape, region), source.tensors[scale].dtype)
     stored = _read(source, names[0], shape, region)
     zero_Fg = None

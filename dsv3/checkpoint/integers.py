@@ -53,6 +53,10 @@ class IntegerForm:
         stem = weight.removesuffix(".weight")
         return tuple(stem + suffix for suffix in self.layout.value)
 
+    def scale_name(self, weight: str) -> str:
+        """Return the name of a weight's scales."""
+        return self.names(weight)[2 if self.layout is Layout.AWQ else 1]
+
     def kinds(self, shape: tuple[int, ...]) -> tuple[tuple[tuple[str, ...], tuple[int, ...]], ...]:
         """Return the possible dtypes, and the shape, of each tensor of a weight of `shape`."""
         rows, cols = shape

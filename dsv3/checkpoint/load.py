@@ -60,24 +60,30 @@ def integer_weights(
 ) -> dict[str, KeptIntegers]:
     """Return the weights that can be held as stored integers, and how.
 
-    AWQ's have zeros, which products do not take; they are dequantized.
-
     Args:
         source: the checkpoint.
         widths: bits of the integers to hold.
-        exact: hold only weights whose scales bfloat16 holds exactly, in float32.
+        exact: for products of a CPU: hold only weights without zeros, whose scales bfloat16 holds
+            exactly, in float32.
     """
     kept = {}
     for spec in tensor_specs(source.config).values() if widths else ():
         form = integer_form(source.tensors, spec.name, spec.shape)
-        if form is None or form.layout is Layout.AWQ or form.bits not in widths:
+        if form is None or form.bits not in widths:
             continue
-        is_bf16 = source.tensors[form.names(spec.name)[1]].dtype == "BF16"
-        if is_bf16 or not exact:
+        has_zeros = form.layout is Layout.AWQ
+        is_bf16 = source.tensors[form.scale_name(spec.name)].dtype == "BF16"
+        if not exact or (is_bf16 and not has_zeros):
             scale = torch.bfloat16 if is_bf16 and not exact else torch.float32
             group = 0 if form.group == spec.shape[1] else form.group
-            kept[spec.name] = KeptIntegers(form.bits, group, scale)
+            kept[spec.name] = KeptIntegers(form.bits, group, scale, has_zeros)
     return kept
+
+
+def has_int8_rows(source: Source) -> bool:
+    """Return True if any weight is stored in int8 with a scale per row."""
+    kept = integer_weights(source, (8,), exact=False).values()
+    return any(not kind.group for kind in kept)
 
 
 def bf16_vectors(source: Source) -> frozenset[str]:
@@ -179,8 +185,12 @@ def _load_integers(
         if target.scale is None:
             target.dest[rows].copy_(torch.from_numpy(integers.values()))
             continue
-        assert integers.zero_Fg is None and not integers.offset, f"{target.name} {region=}"
+        assert not integers.offset, f"{target.name} {region=}"
         q_FD = integers.q_FD
+        if integers.zero_Fg is not None:
+            assert target.zero is not None, target.name
+            target.zero[rows].copy_(torch.from_numpy(integers.zero_Fg))
+            q_FD = q_FD - np.int8(8)  # `pack` adds it
         held = pack(q_FD, 4) if target.dest.dtype == torch.uint8 else np.ascontiguousarray(q_FD)
         target.dest[rows].copy_(torch.from_numpy(held))
         target.scale[rows].copy_(scale)

@@ -99,7 +99,7 @@ def _run_steps(setup: Setup, mesh: Mesh) -> None:
     if groups > 1:
         for layer in model.layers:
             if isinstance(layer.mlp, MoE):
-                _run_experts(layer.mlp, settings.max_batch_tokens * groups)
+                _run_experts(layer.mlp, config.hidden_size, settings.max_batch_tokens * groups)
 
 
 def _distinct(layers: nn.ModuleList) -> list[nn.Module]:
@@ -199,10 +199,9 @@ def _plan(
     return plan
 
 
-def _run_experts(moe: MoE, most: int) -> None:
+def _run_experts(moe: MoE, hidden: int, most: int) -> None:
     """Run a layer's experts on padded numbers of rows, as an all-to-all may bring them."""
     weight = moe.gate_up_proj
-    hidden = weight.weight.shape[-1]
     top_k = moe.top_k
     for rows in row_buckets(most):
         moe.run_experts(

@@ -12,6 +12,7 @@ from dsv3.checkpoint.load import (
     fp8_weights,
     has_fp8_experts,
     has_fp8_weights,
+    has_int8_rows,
     integer_weights,
 )
 from dsv3.checkpoint.reader import Source
@@ -162,7 +163,10 @@ def _warn(source: Source, settings: EngineConfig, mesh: Mesh) -> None:
 
 
 def numerics_mode(settings: EngineConfig, source: Source, device: str) -> str:
-    """Return float32, bfloat16 or fp8; `auto` is float32 on a CPU, the stored format on CUDA."""
+    """Return float32, bfloat16, fp8 or int8.
+
+    `auto` is float32 on a CPU, on CUDA the stored format, and bfloat16 for integers.
+    """
     config = source.config
     stored = "fp8" if has_fp8_weights(source) else "bfloat16"
     if settings.dtype == "fp8" and stored != "fp8":
@@ -171,6 +175,12 @@ def numerics_mode(settings: EngineConfig, source: Source, device: str) -> str:
         raise ConfigError(
             f"{settings.given('dtype')} multiplies FP8 weights and the checkpoint has none{stale}; "
             f"make some with convert.py --to fp8, or use {settings.named('dtype')}=bfloat16"
+        )
+    if settings.dtype == "int8" and not has_int8_rows(source):
+        raise ConfigError(
+            f"{settings.given('dtype')} multiplies int8 weights with a scale per row and the "
+            f"checkpoint has none; make some with convert.py --to int8, or use "
+            f"{settings.named('dtype')}=bfloat16"
         )
     if settings.dtype != "auto":
         return settings.dtype
@@ -183,27 +193,22 @@ def weight_format(source: Source, settings: EngineConfig, mesh: Mesh) -> WeightF
     """Return the format that weights are held in, with the names of those kept quantized."""
     mode = numerics_mode(settings, source, mesh.device.type)
     dtype = TORCH_DTYPES.get(mode, torch.bfloat16)
-    # Their products with bfloat16 activations are exact in float32.
-    vectors = bf16_vectors(source) if dtype == torch.bfloat16 else frozenset()
-    if mode == "fp8":
-        quantization = source.config.quantization
-        return WeightFormat(
-            dtype,
-            mesh.device,
-            fp8_names=fp8_weights(source),
-            fp8_products=True,
-            ue8m0=quantization is not None and quantization.scale_fmt == "ue8m0",
-            bf16_vectors=vectors,
-        )
-    kept = fp8_weights(source) if settings.weights in ("fp8", "stored") else frozenset()
+    keeps_fp8 = mode == "fp8" or settings.weights in ("fp8", "stored")
+    quantization = source.config.quantization
     on_cpu = not int_gemm.uses_triton(mesh)
-    widths = _kept_widths(settings, dtype) if on_cpu else ()
+    widths = _kept_widths(settings, dtype)
+    if mode == "int8":
+        widths = tuple({8, *widths})
     return WeightFormat(
         dtype,
         mesh.device,
-        fp8_names=kept,
-        bf16_vectors=vectors,
+        fp8_names=fp8_weights(source) if keeps_fp8 else frozenset(),
+        fp8_products=mode == "fp8",
+        ue8m0=mode == "fp8" and quantization is not None and quantization.scale_fmt == "ue8m0",
+        # Their products with bfloat16 activations are exact in float32.
+        bf16_vectors=bf16_vectors(source) if dtype == torch.bfloat16 else frozenset(),
         integers=integer_weights(source, widths, exact=on_cpu),
+        int8_products=mode == "int8",
         cpu_products=on_cpu,
     )
 

@@ -120,7 +120,9 @@ def start(
         plan = measured_plan(loaded.plan, setup, mesh, model, static)
         num_pages, num_host_pages = agree_on_pages(mesh, plan)
         cache = CachePool(setup.layout, num_pages + 1, mesh.device, mesh.tp)
-    products = "fp8 products" if setup.fmt.fp8_products else settings.weights
+    products: str = settings.weights
+    if setup.fmt.fp8_products or setup.fmt.int8_products:
+        products = f"{setup.fmt.numerics} products"
     mover, tiers = make_tiers(
         mesh,
         settings,

@@ -24,12 +24,14 @@ from dsv3_kernels import (
     Routing,
     act_quant,
     experts,
+    int8_quant,
     make_locks,
     route,
     route_and_permute,
     router_logits,
     silu_mul,
     silu_mul_quant,
+    takes_int8_rows,
 )
 
 # Up to this number of tokens the shared experts run in parallel with the routed experts: larger
@@ -142,6 +144,7 @@ class MoE(Module):
         self.gate_up_proj = Matrix(gate_up_names, [inner, inner], hidden, fmt)
         down_names = [[f"{p}down_proj.weight"] for p in prefixes]
         self.down_proj = Matrix(down_names, [hidden], inner, fmt)
+        self._int8_rows = self.gate_up_proj.int8_rows and self.down_proj.int8_rows
         self.shared_experts: MLP | None = None
         if config.n_shared_experts:
             self.shared_experts = MLP(
@@ -207,16 +210,22 @@ class MoE(Module):
             groups: `permute` of the ids, if known.
         """
         ue8m0 = self.gate_up_proj.ue8m0
+        gate_up, down = self.gate_up_proj.stack(), self.down_proj.stack()
         x: Tensor | Quantized = x_MD
-        if self.gate_up_proj.quantizes:
+        # Rows between the products are quantized as those before them.
+        if self.gate_up_proj.quantizes and self.down_proj.quantizes:
             x = act_quant(x_MD, ue8m0) if x_q is None else x_q
+        elif self._int8_rows and takes_int8_rows(len(x_MD)):
+            x = int8_quant(x_MD)
+            # A CPU's own product rounds to bfloat16; int8 lies in memory as for other products.
+            gate_up, down = gate_up._replace(packed=False), down._replace(packed=False)
         return experts(
             x,
             ids_TK=ids_MK,
             weight_TK=weight_MK,
             first_expert=self.local.first,
-            gate_up=self.gate_up_proj.stack(),
-            down=self.down_proj.stack(),
+            gate_up=gate_up,
+            down=down,
             ue8m0=ue8m0,
             addend=addend,
             spread=self.spread,

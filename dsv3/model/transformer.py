@@ -59,7 +59,7 @@ class Transformer(Module):
         self.config = config
         self.tp = mesh.tp
         self.sp_min_tokens = sp_min_tokens
-        self.numerics = "fp8" if fmt.fp8_products else str(fmt.dtype).removeprefix("torch.")
+        self.numerics = fmt.numerics
         embed = "model.embed_tokens.weight"
         head = "lm_head.weight"
         vocab = config.vocab_size

@@ -56,7 +56,8 @@ class Linear(Matrix):
     def forward(self, x_TD: Tensor, x_q: Quantized | None = None) -> Tensor:
         """Return [T, sum of rows]; `x_q` is x in FP8, if known."""
         if self.group:
-            return int_linear(as_dtype(x_TD, self.dtype), self.integers(), self.locks)
+            x_TD = as_dtype(x_TD, self.dtype)
+            return int_linear(x_TD, self.integers(), self.locks, self.int8_rows)
         if not self.quantizes:
             return linear(as_dtype(x_TD, self.dtype), self.matrix(), locks=self.locks)
         return self.product(act_quant(x_TD, self.ue8m0) if x_q is None else x_q)

@@ -40,12 +40,14 @@ class Target:
         name: of the tensor.
         dest: view of a parameter.
         scale: view of the scales if `dest` is FP8 or integers; None if the loader dequantizes.
+        zero: view of the zeros of int4's groups, if they have some.
         must_be_finite: loading refuses infinities, because they would not show in the logits.
     """
 
     name: str
     dest: Tensor
     scale: Tensor | None = None
+    zero: Tensor | None = None
     must_be_finite: bool = False
 
 
@@ -56,11 +58,13 @@ class KeptIntegers(NamedTuple):
         bits: 4 or 8.
         group: columns that share a scale; 0 for a whole row.
         scale: dtype of the scales.
+        has_zeros: each group has a zero, too.
     """
 
     bits: int
     group: int
     scale: torch.dtype
+    has_zeros: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,8 @@ class WeightFormat:
         ue8m0: the scales of those activations are powers of two.
         bf16_vectors: `Vector` weights to keep in bfloat16.
         integers: weights to keep as integers if no edge cuts their groups.
+        int8_products: multiply int8 weights with a scale per row by many activations in int8; this
+            needs whole blocks of columns.
         cpu_products: integers are multiplied by torch's products on CPUs, and are kept only where
             there is one.
     """
@@ -86,7 +92,14 @@ class WeightFormat:
     ue8m0: bool = False
     bf16_vectors: frozenset[str] = field(default_factory=frozenset)
     integers: Mapping[str, KeptIntegers] = field(default_factory=dict)
+    int8_products: bool = False
     cpu_products: bool = False
+
+    @property
+    def numerics(self) -> str:
+        """Float32, bfloat16, fp8 or int8, as in the settings."""
+        products = "int8" if self.int8_products else str(self.dtype).removeprefix("torch.")
+        return "fp8" if self.fp8_products else products
 
     @property
     def kept(self) -> tuple[str, ...]:
@@ -132,13 +145,16 @@ class Matrix(Module):
         block_scale: [E, ceil(rows / 128), ceil(cols / 128)] float32 of a matrix kept in FP8;
             [E, rows, groups] of integers.
         group: columns that share a scale of integers; 0 if the matrix is not kept so.
+        block_zero: [E, rows, groups] uint8 of integers with zeros.
         quantizes: the product is in FP8, so its input is best produced in FP8.
+        int8_rows: products with many rows are in int8.
         is_cut: the matrix would be kept quantized if no edge cut its blocks or groups.
     """
 
     block_scale: Tensor | None
     _weights: tuple[Tensor, ...]
     _scales: tuple[Tensor, ...]
+    block_zero: Tensor | None
 
     def __init__(
         self,
@@ -170,6 +186,9 @@ class Matrix(Module):
         is_stored_so = quantized and bool(names) and all(n in fmt.integers for n in names[0])
         self.is_cut = (is_kept and not is_whole) or (is_stored_so and integers is None)
         self.group = 0 if integers is None else integers.group or cols
+        is_whole_row = self.group == cols and cols > 0 and cols % BLOCK == 0
+        is_int8 = integers is not None and integers.bits == 8
+        self.int8_rows = fmt.int8_products and is_int8 and is_whole_row
         self._packed = False
         self._for_cpu = fmt.cpu_products
         self._is_factor = not by_rows
@@ -191,6 +210,10 @@ class Matrix(Module):
             scale = torch.empty(scale_shape, dtype=scale_dtype, device=fmt.device)
         self.register_buffer("block_scale", scale, persistent=False)
         self._scales = () if scale is None else scale.unbind()
+        zero = None
+        if integers is not None and integers.has_zeros:
+            zero = torch.empty(scale_shape, dtype=torch.uint8, device=fmt.device)
+        self.register_buffer("block_zero", zero, persistent=False)
 
     @property
     def blocked(self) -> tuple[Tensor, ...]:
@@ -205,13 +228,15 @@ class Matrix(Module):
             start = 0
             for name, rows in zip(parts, self.rows, strict=True):
                 dest = self.weight[e, start : start + rows].detach()
-                scale = None
+                scale = zero = None
                 if self.group and self.block_scale is not None:
                     scale = self.block_scale[e, start : start + rows]
+                    if self.block_zero is not None:
+                        zero = self.block_zero[e, start : start + rows]
                 elif self.block_scale is not None:
                     blocks = slice(start // BLOCK, -(-(start + rows) // BLOCK))
                     scale = self.block_scale[e, blocks]
-                yield Target(name, dest, scale, self._must_be_finite)
+                yield Target(name, dest, scale, zero, self._must_be_finite)
                 start += rows
 
     def matrix(self, e: int = 0) -> Tensor:
@@ -224,7 +249,8 @@ class Matrix(Module):
 
     def integers(self, e: int = 0) -> Integers:
         """Return matrix `e` of a matrix kept as integers."""
-        return Integers(self._weights[e], self._scales[e], self.group, self._packed)
+        zero = None if self.block_zero is None else self.block_zero[e]
+        return Integers(self._weights[e], self._scales[e], self.group, self._packed, zero)
 
     def pack(self) -> None:
         """Arrange a loaded matrix for the products of a CPU."""
@@ -252,6 +278,7 @@ class Matrix(Module):
             group=self.group,
             packed=self._packed,
             scales=self._scales,
+            zero=self.block_zero,
         )
 
     def take(self, stacked: list[int]) -> list[Tensor]:

@@ -26,7 +26,9 @@ from dsv3_kernels.gemm.act_quant import Quantized, act_quant
 from dsv3_kernels.gemm.bf16_gemm import linear
 from dsv3_kernels.gemm.blocked import has_blocked_product, to_blocked
 from dsv3_kernels.gemm.fp8_gemm import fp8_gemm
-from dsv3_kernels.gemm.int_gemm import int_gemm, int_linear
+from dsv3_kernels.gemm.int8_gemm import int8_gemm
+from dsv3_kernels.gemm.int8_quant import int8_quant
+from dsv3_kernels.gemm.int_gemm import int_gemm, int_linear, takes_int8_rows
 from dsv3_kernels.gemm.integers import Integers, has_cpu_product, int_dequant, pack_for_cpu
 from dsv3_kernels.gemm.weight_dequant import weight_dequant
 from dsv3_kernels.index.index_cache import IndexCache, index_key_bytes
@@ -85,6 +87,8 @@ __all__ = [
     "index_key_bytes",
     "index_queries",
     "index_scores",
+    "int8_gemm",
+    "int8_quant",
     "int_dequant",
     "int_gemm",
     "int_linear",
@@ -122,6 +126,7 @@ __all__ = [
     "silu_mul",
     "silu_mul_quant",
     "sum_norm",
+    "takes_int8_rows",
     "to_blocked",
     "top_candidates",
     "unpack_latent",

@@ -48,9 +48,6 @@ from dsv3_kernels.gemm._split_k import make_locks
 from dsv3_kernels.gemm.act_quant import Quantized, act_quant
 from dsv3_kernels.gemm.bf16_gemm import bf16_gemm
 from dsv3_kernels.gemm.fp8_gemm import OLD_TILES, TILES, fp8_gemm, launch_large
-from dsv3_kernels.gemm.int8_quant import int8_quant
-from dsv3_kernels.gemm.int_gemm import int_gemm
-from dsv3_kernels.gemm.integers import int_dequant
 from dsv3_kernels.gemm.weight_dequant import weight_dequant
 from dsv3_kernels.index.index_cache import IndexCache, index_key_bytes
 from dsv3_kernels.index.index_key import IndexWrite, write_index_keys
@@ -68,6 +65,7 @@ from dsv3_kernels.ops.rmsnorm import add_rmsnorm
 from dsv3_kernels.ops.sample import RowParams, sample
 from dsv3_kernels.ops.silu_mul import silu_mul_quant
 from dsv3_kernels.ops.sum_norm import Peers, sum_norm
+from tests.kernels.integer_launches import integer_launches
 
 # Hopper's matrix units, tiles through TMA, words to and from other GPUs, loads past the cache.
 MARKS = (
@@ -96,46 +94,11 @@ def launches(capability: int) -> None:
         launch_large(q, w, scale, y, tile, tma=is_hopper)
     routing()
     experts(is_hopper)
-    integer_experts()
+    integer_launches(is_hopper)
     attention(is_hopper)
     wide_heads(is_hopper)
     index()
     attention_to_selected(is_hopper)
-
-
-def integer_stack(rows: int, cols: int, bits: int, group: int, zeros: bool = False) -> Stack:
-    """Return the matrices of four experts."""
-    q = torch.zeros(4, rows, cols * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8)
-    scale = torch.ones(4, rows, cols // group, dtype=torch.bfloat16)
-    return Stack(q, scale, (), group, zero=scale.to(torch.uint8) if zeros else None)
-
-
-def integers() -> None:
-    """int8 with a scale per row, int4 in groups of 32 and of 128 (with zeros); K split and not."""
-    x = torch.zeros(64, 1024, dtype=torch.bfloat16)
-    for bits, group, zeros in ((8, 1024, False), (4, 32, False), (4, 128, True)):
-        w = integer_stack(576, 1024, bits, group, zeros).integers(0)
-        int_dequant.kernel(w, torch.bfloat16)
-        int_gemm.kernel(x[:1], w, torch.bfloat16, make_locks(w.q))
-        int_gemm.kernel(x, w, torch.bfloat16)
-    int_gemm.kernel(x[:3].float(), w, torch.float32)
-
-
-def integer_experts() -> None:
-    """Both products of float rows, few and many, with integers, and of int8 rows with int8."""
-    groups = permute.kernel(torch.zeros(3, 2, dtype=torch.int64), LocalExperts(0, 4))
-    x, h = torch.zeros(3, 512, dtype=torch.bfloat16), torch.zeros(6, 256, dtype=torch.bfloat16)
-    forms = ((8, 0, False), (4, 32, False), (4, 128, True))
-    cases: list[tuple[Tensor | Quantized, Tensor | Quantized, tuple[int, int, bool], int]] = []
-    cases += [(x, h, form, rows) for form in forms for rows in (1, 256)]
-    cases += [(x, h, forms[2], rows) for rows in (24, 64)]
-    cases += [(x.float(), h.float(), forms[1], rows) for rows in (1, 256)]
-    cases += [(int8_quant.kernel(x), int8_quant.kernel(h), forms[0], rows) for rows in (1, 256)]
-    for x_rows, h_rows, (bits, group, zeros), rows in cases:
-        gate_up = integer_stack(512, 512, bits, group or 512, zeros)
-        down = integer_stack(512, 256, bits, group or 256, zeros)
-        grouped_gate_up.kernel(x_rows, gate_up, groups, rows)
-        grouped_down.kernel(h_rows, down, groups, rows, torch.bfloat16, torch.zeros(3, 2))
 
 
 def few_rows() -> None:
@@ -144,7 +107,6 @@ def few_rows() -> None:
     bf16_gemm.kernel(x[:1], w, locks=make_locks(w))
     bf16_gemm.kernel(x[:64], w, torch.float32)
     bf16_gemm.kernel(x[:20, :100], w[:70, :100].contiguous())
-    integers()
     w = w.to(torch.float8_e4m3fn)
     scale = torch.ones(5, 8)
     q = act_quant.kernel(x)

@@ -22,6 +22,7 @@ from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from benchlib.integers import integer_names
 from benchlib.rank_share import Rank, RankShape
 from dsv3.cache.layout import CacheLayout
 from dsv3.checkpoint.sharding import tensor_specs
@@ -48,6 +49,8 @@ SETTINGS = EngineConfig(max_batch_tokens=700, max_running=40, max_seq_len=LIMIT)
 FORMS = (
     RankShape(config=load_model_config(DEMO), world=1, weights="fp8", cache="fp8"),
     RankShape(config=load_model_config(DEMO), world=2, rank=1, weights="bf16", cache="bf16"),
+    RankShape(config=load_model_config(DEMO), world=1, weights="int8", cache="bf16"),
+    RankShape(config=load_model_config(DEMO), world=2, rank=1, weights="int4", cache="bf16"),
 )
 
 
@@ -77,7 +80,8 @@ def setup_of(shape: RankShape) -> Setup:
     config, layout = shape.cut, ParallelConfig(world_size=shape.world, rank=shape.rank)
     specs = tensor_specs(config)
     routers = frozenset(name for name in specs if name.endswith(".mlp.gate.weight"))
-    fmt = WeightFormat(torch.bfloat16, CUDA, bf16_vectors=routers)
+    integers = integer_names(config, shape.weights, on_cpu=False)
+    fmt = WeightFormat(torch.bfloat16, CUDA, bf16_vectors=routers, integers=integers)
     if shape.weights == "fp8":
         names = frozenset(name for name, spec in specs.items() if spec.quantizable)
         fmt = replace(fmt, fp8_names=names, fp8_products=True)

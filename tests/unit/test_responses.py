@@ -97,7 +97,7 @@ def test_a_stream_that_is_not_read_is_cancelled(
     async def main() -> None:
         front = make_front()
         job = Job([request(0), request(1)], FakeWriter(), is_stream=True)
-        response = AnswerResponse(front, job)
+        response = AnswerResponse(front, job, 0.0)
         answering = asyncio.create_task(response({"path": "/p"}, connected, send))
         await asyncio.sleep(0)
         submitted(front).push(output(0))
@@ -126,7 +126,7 @@ def test_comments_keep_a_stream_alive_before_its_first_token(
     async def main() -> None:
         front = make_front()
         job = Job([request(0), request(1)], FakeWriter(), is_stream=True)
-        answering = asyncio.create_task(AnswerResponse(front, job)({"path": "/p"}, connected, send))
+        answering = asyncio.create_task(AnswerResponse(front, job, 0.0)({"path": "/p"}, connected, send))
         await asyncio.wait_for(is_alive.wait(), 60)
         answer = submitted(front)
         for number in range(2):

@@ -10,6 +10,8 @@ distributes over programs. **Many rows** (`_large_kernel`; prefill): bound by FL
 programs visit the tiles in an order that keeps operands in L2; on Hopper tiles are loaded through
 TMA descriptors.
 
+`int8_gemm` launches the second one with integers.
+
 Within a kernel a row's result depends neither on the number of rows nor on the tile: every element
 is the same chain of additions, block after block. Between the two kernels only the order differs
 (few rows: split by split, then the splits), so results agree to float32 rounding, not bit by bit.
@@ -180,6 +182,25 @@ def _columns(n_tile, OTHER: tl.constexpr):
         return n_tile * (128 + OTHER), n_tile * (128 + OTHER) + 128
 
 
+@triton.jit
+def _add_step(acc, a, c, x_scale, w_scale_at, NATIVE: tl.constexpr):
+    """Add a c^T of a step: of int8 to exact sums, of FP8 times the scales of its block."""
+    if acc.dtype == tl.int32:
+        return tl.dot(a, tl.trans(c), acc)
+    else:  # noqa: RET505 - Triton drops a constant condition's other branch only so
+        scale = x_scale * tl.load(w_scale_at)
+        product = tl.dot(e4m3_operand(a, NATIVE), tl.trans(e4m3_operand(c, NATIVE)))
+        return acc + product * scale[:, None]
+
+
+@triton.jit
+def _scale_sums(acc, row_scale, w_scale_ptr, col, N):
+    """Return exact sums of int8 times the scales of their row and column, in float32."""
+    n = tl.minimum(col + tl.arange(0, acc.shape[1]), N - 1)
+    scale = tl.load(w_scale_ptr + n).to(tl.float32)
+    return acc.to(tl.float32) * row_scale[:, None] * scale[None, :]
+
+
 @triton.jit(do_not_specialize=["M"])
 def _large_kernel(
     x,
@@ -194,6 +215,7 @@ def _large_kernel(
     BM: tl.constexpr,
     OTHER: tl.constexpr,
     GROUP: tl.constexpr,
+    INT8: tl.constexpr,
     TMA: tl.constexpr,
     NATIVE: tl.constexpr,
     STAGES: tl.constexpr,
@@ -201,11 +223,13 @@ def _large_kernel(
     """Compute tiles of BM x (128 + OTHER).
 
     `x`, `w` and `w_other` (W again) are pointers or, with TMA, descriptors of tiles of BM, 128 and
-    OTHER rows.
+    OTHER rows. They hold e4m3 with scales of blocks or, if INT8, integers with a scale per row.
     """
     in_turn()
     WIDTH: tl.constexpr = OTHER if OTHER > 0 else 64
+    SUMS: tl.constexpr = tl.int32 if INT8 else tl.float32
     blocks = K // 128
+    scales = 1 if INT8 else blocks
     m_tiles = tl.cdiv(M, BM)
     n_tiles = tl.cdiv(N, 128 + OTHER)
     for tile in tl.range(tl.program_id(0), m_tiles * n_tiles, tl.num_programs(0)):
@@ -215,23 +239,25 @@ def _large_kernel(
         inside = tile - group * GROUP * n_tiles
         row = (group * GROUP + inside % height) * BM
         col, other_col = _columns(inside // height, OTHER)
-        x_scale_at = x_scale_ptr + row.to(tl.int64) * blocks
-        x_scale_row = tl.minimum(tl.arange(0, BM), M - row - 1) * blocks
+        x_scale_at = x_scale_ptr + row.to(tl.int64) * scales
+        x_scale_row = tl.minimum(tl.arange(0, BM), M - row - 1) * scales
         # A product beyond the last row of W reads the scales of the last block.
         w_scale_at = w_scale_ptr + tl.minimum(col, N - 1) // 128 * blocks
         other_at = w_scale_ptr + tl.minimum(other_col, N - 1) // 128 * blocks
-        acc = tl.zeros((BM, 128), tl.float32)
-        other = tl.zeros((BM, WIDTH), tl.float32)
+        acc = tl.zeros((BM, 128), SUMS)
+        other = tl.zeros((BM, WIDTH), SUMS)
         for b in tl.range(0, blocks, num_stages=STAGES):
-            x_scale = tl.load(x_scale_at + x_scale_row + b)
-            a = e4m3_operand(_load_tile(x, row, b * 128, M, K, BM, TMA), NATIVE)
-            c = e4m3_operand(_load_tile(w, col, b * 128, N, K, 128, TMA), NATIVE)
-            scale = x_scale * tl.load(w_scale_at + b)
-            acc += tl.dot(a, tl.trans(c)) * scale[:, None]
+            x_scale = 1.0 if INT8 else tl.load(x_scale_at + x_scale_row + b)
+            a = _load_tile(x, row, b * 128, M, K, BM, TMA)
+            c = _load_tile(w, col, b * 128, N, K, 128, TMA)
+            acc = _add_step(acc, a, c, x_scale, w_scale_at + b, NATIVE)
             if OTHER > 0:
-                c = e4m3_operand(_load_tile(w_other, other_col, b * 128, N, K, OTHER, TMA), NATIVE)
-                scale = x_scale * tl.load(other_at + b)
-                other += tl.dot(a, tl.trans(c)) * scale[:, None]
+                c = _load_tile(w_other, other_col, b * 128, N, K, OTHER, TMA)
+                other = _add_step(other, a, c, x_scale, other_at + b, NATIVE)
+        if INT8:
+            x_scale = tl.load(x_scale_at + x_scale_row)
+            acc = _scale_sums(acc, x_scale, w_scale_ptr, col, N)
+            other = _scale_sums(other, x_scale, w_scale_ptr, other_col, N)
         _store_tile(y_ptr, acc, row, col, M, N, BM, 128)
         if OTHER > 0:
             _store_tile(y_ptr, other, row, other_col, M, N, BM, OTHER)
@@ -270,7 +296,16 @@ def _launch_small(
 def launch_large(
     x: Quantized, w_FD: Tensor, scale_fd: Tensor, y: Tensor, tile: Tile, tma: bool
 ) -> None:
-    """Launch persistent programs; `tma` loads tiles through descriptors."""
+    """Launch persistent programs.
+
+    Args:
+        x: [M, D], FP8, or int8 with a scale per row.
+        w_FD: [F, D] of the same format, D a multiple of 128.
+        scale_fd: of blocks of W; of int8, of rows.
+        y: [M, F], the result.
+        tile: of the result.
+        tma: load tiles through descriptors.
+    """
     M, N = y.shape
     K = w_FD.shape[1]
     programs = multiprocessors(y)[0] * tile.per_sm
@@ -289,6 +324,7 @@ def launch_large(
         BM=tile.BM,
         OTHER=other,
         GROUP=8,
+        INT8=w_FD.dtype == torch.int8,
         TMA=tma,
         NATIVE=is_native(y),
         STAGES=tile.stages,
@@ -297,9 +333,16 @@ def launch_large(
     )
 
 
+def multiply_many_rows(x: Quantized, w_FD: Tensor, scale_fd: Tensor, y: Tensor) -> None:
+    """Launch persistent programs with the tile for these rows; see `launch_large`."""
+    tma = has_large_tma(y)
+    tile = tile_of(row_bucket(len(y)), y.shape[1], TILES if tma else OLD_TILES)
+    launch_large(x, w_FD, scale_fd, y, tile, tma)
+
+
 def _tiles_of(matrix: Tensor, rows: int, tma: bool) -> Any:
     """Return a descriptor of tiles of `rows` x 128, or the matrix itself."""
-    view = e4m3_view(matrix)
+    view = matrix if matrix.dtype == torch.int8 else e4m3_view(matrix)
     if not tma:
         return view
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -327,9 +370,7 @@ def _launch_fp8_gemm(
     if is_small(rows, N):
         _launch_small(flat, w_FD, scale_fd, y.view(-1, N), locks)
     else:
-        tma = has_large_tma(y)
-        tile = tile_of(rows, N, TILES if tma else OLD_TILES)
-        launch_large(flat, w_FD, scale_fd, y.view(-1, N), tile, tma)
+        multiply_many_rows(flat, w_FD, scale_fd, y.view(-1, N))
     return y
 
 

@@ -13,6 +13,8 @@ from dsv3_kernels._gpu import cdiv
 from dsv3_kernels._triton import in_turn, is_interpreted, launch_options, tl, triton
 from dsv3_kernels.gemm._int_product import int_product, step_of
 from dsv3_kernels.gemm._split_k import ROWS, SplitK, store_split
+from dsv3_kernels.gemm.int8_gemm import int8_gemm
+from dsv3_kernels.gemm.int8_quant import int8_quant
 from dsv3_kernels.gemm.integers import Integers, cpu_product, int_dequant
 from dsv3_kernels.operation import operation
 
@@ -145,15 +147,27 @@ def int_gemm(x_TD: Tensor, w: Integers, dtype: torch.dtype, locks: Tensor | None
     return F.linear(x_TD.float(), int_dequant.reference(w, torch.float32)).to(dtype)
 
 
-def int_linear(x_TD: Tensor, w: Integers, locks: Tensor | None = None) -> Tensor:
+def takes_int8_rows(rows: int) -> bool:
+    """Return True if products in int8 numerics quantize this number of rows of x: many.
+
+    Few rows are bound by reading the matrix, and keep their precision.
+    """
+    return rows > FEW_ROWS
+
+
+def int_linear(
+    x_TD: Tensor, w: Integers, locks: Tensor | None = None, int8_rows: bool = False
+) -> Tensor:
     """Return x W^T in the dtype of `x_TD`.
 
-    Few rows go to `int_gemm` on a GPU; many rows meet a dequantized matrix. On a CPU, torch
-    multiplies what it can (`has_cpu_product`).
+    Few rows go to `int_gemm` on a GPU; many rows meet a dequantized matrix or, if `int8_rows`, are
+    quantized (`takes_int8_rows`). On a CPU, torch multiplies what it can (`has_cpu_product`).
     """
     if w.packed:
         return cpu_product(x_TD, w)
     rows, cols = w.shape
+    if int8_rows and takes_int8_rows(len(x_TD)):
+        return int8_gemm(int8_quant(x_TD), w, x_TD.dtype)
     if 0 < len(x_TD) <= FEW_ROWS and rows and cols and int_gemm.uses_triton(x_TD):
         return int_gemm.kernel(x_TD, w, x_TD.dtype, locks)
     return F.linear(x_TD, int_dequant(w, x_TD.dtype))
