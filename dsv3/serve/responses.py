@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class _Record:
-    """A line of the access log; tokens are those of all completions, seconds are since arrival."""
+    """A line of the access log; each prompt counts once, seconds are since arrival."""
 
     path: str
     name: str
@@ -83,7 +83,7 @@ class AnswerResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         job = self._job
-        num_prompt = sum(len(request.prompt_ids) for request in job.requests)
+        num_prompt = sum(len(r.prompt_ids) for r in job.requests if r.answer == 0)
         record = _Record(scope["path"], job.writer.response_id, num_prompt, self._begin)
         try:
             with self._front.answering(job.requests) as answer:
@@ -95,6 +95,7 @@ class AnswerResponse(Response):
     async def _respond(
         self, answer: Answer, record: _Record, scope: Scope, receive: Receive, send: Send
     ) -> None:
+        send = _in_time(send)
         if self._job.is_stream:
             work = self._stream(answer, record, send)
         else:
@@ -164,7 +165,7 @@ class AnswerResponse(Response):
         body = writer.error(error.message, error.status, error.code)
         if self._is_started:
             with suppress(ClientDisconnect):
-                await _send(_in_time(send), writer.event(body).encode(), is_last=True)
+                await _send(send, writer.event(body).encode(), is_last=True)
         else:
             await JSONResponse(body, error.status, retry_header(error))(scope, receive, send)
 
@@ -186,7 +187,7 @@ async def _send(send: Send, data: bytes, is_last: bool = False) -> None:
 
 
 def _in_time(send: Send) -> Send:
-    """Return `send` with a limit of time, after which it raises `_UnreadError`."""
+    """Return `send` with a limit of time, after which the client counts as gone."""
 
     async def limited(message: Any) -> None:
         try:

@@ -126,7 +126,9 @@ def test_comments_keep_a_stream_alive_before_its_first_token(
     async def main() -> None:
         front = make_front()
         job = Job([request(0), request(1)], FakeWriter(), is_stream=True)
-        answering = asyncio.create_task(AnswerResponse(front, job, 0.0)({"path": "/p"}, connected, send))
+        answering = asyncio.create_task(
+            AnswerResponse(front, job, 0.0)({"path": "/p"}, connected, send)
+        )
         await asyncio.wait_for(is_alive.wait(), 60)
         answer = submitted(front)
         for number in range(2):
