@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -224,24 +225,28 @@ class BatchBuilder:
         self._layout = layout
         self._device = device
         self._rule = rule
-        self._row_start = np.concatenate([[0], plan.query_len.cumsum()])
-        self._page_start = np.concatenate([[0], plan.page_count.cumsum()])
+        # As lists too: of the few values of a short step, numpy's calls take longer than Python's.
+        self._query_lens = plan.query_len.tolist()
+        self._context_lens = plan.context_len.tolist()
+        self._row_starts = list(accumulate(self._query_lens, initial=0))
+        self._row_start = np.array(self._row_starts)
+        self._page_start = np.array(list(accumulate(plan.page_count.tolist(), initial=0)))
 
     def build(self) -> Batch:
         """Return the batch."""
         plan = self._plan
-        num_seqs = len(plan.query_len)
+        num_seqs = len(self._query_lens)
         row_seq, position = self._positions()
         # The scheduler puts the sequences in front that attend straight to the cache.
-        lengths = zip(plan.query_len.tolist(), plan.context_len.tolist(), strict=True)
+        lengths = zip(self._query_lens, self._context_lens, strict=True)
         absorbs = [self._rule.absorbs(*each) for each in lengths]
         num_absorbed = sum(absorbs)
         assert all(absorbs[:num_absorbed]), f"{plan.query_len=} {plan.context_len=}"
-        num_decode_rows = int(self._row_start[num_absorbed])
+        num_decode_rows = self._row_starts[num_absorbed]
         bounds = self._group_bounds(num_absorbed)
         long_seqs = range(num_absorbed, num_seqs)
-        arrays: list[NDArray[Any]] = [plan.token_ids.astype(np.int64), position]
-        arrays.append(self._own_slots(row_seq, position))
+        slots = self._own_slots(row_seq, position)
+        arrays: list[NDArray[Any]] = [plan.token_ids.astype(np.int64), position, slots]
         arrays.append((self._row_start[num_absorbed:] - num_decode_rows).astype(np.int32))
         for first, last in bounds:
             arrays += self._group_arrays(first, last)
@@ -256,7 +261,7 @@ class BatchBuilder:
             groups=[self._group(*each, next(sent), next(sent)) for each in bounds],
             chunks=[self._chunk(seq, next(sent)) for seq in long_seqs],
             chunk_start_L=start_L if long_seqs else None,
-            stored=StoredRows.of(own_slot) if self._device.type == "cpu" else None,
+            stored=self._stored_rows(own_slot) if self._device.type == "cpu" else None,
         )
 
     def draft_rows(self) -> DraftRows:
@@ -288,19 +293,26 @@ class BatchBuilder:
         slot = page * paging.slots_per_page + position % paging.page_size // paging.shards
         return np.where(position % paging.shards == paging.shard, slot, -1).astype(np.int64)
 
+    def _stored_rows(self, own_slot: Tensor) -> StoredRows:
+        """Return the rows with a slot: all of them where one rank stores all positions."""
+        if self._layout.paging.shards == 1:
+            return StoredRows(None, own_slot)
+        return StoredRows.of(own_slot)
+
     def _group_bounds(self, num_absorbed: int) -> list[tuple[int, int]]:
         """Split the sequences that attend to the cache where their new tokens differ.
 
         On a CPU also where padding them to one length would waste too much; kernels skip padding.
         """
-        plan = self._plan
+        query_lens = self._query_lens
+        context_lens = self._context_lens
         bounds = []
         start = 0
         on_cpu = self._device.type == "cpu"
         for seq in range(1, num_absorbed + 1):
-            if seq < num_absorbed and plan.query_len[seq] == plan.query_len[start]:
-                wasteful = 2 * plan.context_len[start] + self._layout.page_size
-                if not on_cpu or plan.context_len[seq] <= wasteful:
+            if seq < num_absorbed and query_lens[seq] == query_lens[start]:
+                wasteful = 2 * context_lens[start] + self._layout.page_size
+                if not on_cpu or context_lens[seq] <= wasteful:
                     continue
             bounds.append((start, seq))
             start = seq
@@ -308,13 +320,13 @@ class BatchBuilder:
 
     def _longest(self, first: int, last: int) -> int:
         """Return the positions of the longest of some sequences with as many new tokens."""
-        return int(self._plan.context_len[first:last].max() + self._plan.query_len[first])
+        return max(self._context_lens[first:last]) + self._query_lens[first]
 
     def _group_arrays(self, first: int, last: int) -> tuple[NDArray[np.int32], Longs]:
         """Return `page_BG` and `query_pos_BQ` of a decode group."""
         width = self._layout.pages_for(self._longest(first, last))
         context = self._plan.context_len[first:last].astype(np.int64)
-        query_pos_BQ = context[:, None] + np.arange(self._plan.query_len[first])
+        query_pos_BQ = context[:, None] + np.arange(self._query_lens[first])
         return self._page_table(first, last, width), query_pos_BQ
 
     def _group(self, first: int, last: int, page_BG: Tensor, query_pos_BQ: Tensor) -> DecodeGroup:
@@ -323,11 +335,11 @@ class BatchBuilder:
         is_sparse = self._rule.selects(longest)
         if self._device.type == "cpu" and not is_sparse:
             paging = self._layout.paging
-            has_blind = int(self._plan.context_len[first:last].min()) < paging.shard
+            has_blind = min(self._context_lens[first:last]) < paging.shard
             keys = paging.keys(page_BG, query_pos_BQ, longest, has_blind)
         return DecodeGroup(
-            start=int(self._row_start[first]),
-            stop=int(self._row_start[last]),
+            start=self._row_starts[first],
+            stop=self._row_starts[last],
             page_BG=page_BG,
             query_pos_BQ=query_pos_BQ,
             is_sparse=is_sparse,
@@ -337,12 +349,13 @@ class BatchBuilder:
     def _context_pages(self, seq: int) -> Longs:
         """Return the pages of a sequence's context."""
         start = int(self._page_start[seq])
-        stop = start + self._layout.pages_for(int(self._plan.context_len[seq]))
+        stop = start + self._layout.pages_for(self._context_lens[seq])
         return self._plan.pages[start:stop].astype(np.int64)
 
     def _chunk(self, seq: int, page_G: Tensor) -> Chunk:
-        start, stop = (int(row) for row in self._row_start[seq : seq + 2])
-        return Chunk(start, stop, int(self._plan.context_len[seq]), page_G)
+        return Chunk(
+            self._row_starts[seq], self._row_starts[seq + 1], self._context_lens[seq], page_G
+        )
 
     def _page_table(self, first: int, last: int, width: int) -> NDArray[np.int32]:
         """Return the first `width` pages of some sequences, rows filled up with the null page."""

@@ -107,14 +107,15 @@ class Sampler:
         """
         if width is None:
             width = int(plan.top_logprobs.max(initial=-1))
-        token_M = torch.zeros(len(plan.row), dtype=torch.int64, device=self._device)
         plain = (plan.temperature <= 0) & (plan.target == NO_TARGET) & (plan.top_logprobs < 0)
+        is_usual = width < 0 and len(plain) <= _ROWS and not len(plan.adjust)
+        if is_usual and plain.all():  # in fewer calls
+            row_M = to_device(plan.row.astype(np.int64), self._device)
+            return StepResult(self.greedy(self._model.logits(hidden_TD.index_select(0, row_M))))
+        token_M = torch.zeros(len(plan.row), dtype=torch.int64, device=self._device)
         adjust = Adjustments.unpack(plan.adjust, token_M if fed_M is None else fed_M)
         if adjust is not None:
             plain[adjust.row] = False
-        if width < 0 and len(plain) <= _ROWS and plain.all():  # the usual step, in fewer calls
-            row_M = to_device(plan.row.astype(np.int64), self._device)
-            return StepResult(self.greedy(self._model.logits(hidden_TD.index_select(0, row_M))))
         scores = None
         if width >= 0:
             scores = token_M.new_zeros((len(plan.row), 1 + 2 * width), dtype=torch.float64)

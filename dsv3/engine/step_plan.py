@@ -179,7 +179,7 @@ _DTYPES = {
 
 def num_drafts_of(plans: list[StepPlan]) -> int:
     """Return the drafts that a step makes for each of its drafted sequences, in all groups."""
-    return max(int(plan.num_drafts.max(initial=0)) for plan in plans)
+    return max((int(plan.num_drafts[0]) for plan in plans if len(plan.num_drafts)), default=0)
 
 
 def pack_pages(pages: list[tuple[int, PageKey]]) -> Ints:
