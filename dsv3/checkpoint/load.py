@@ -185,7 +185,8 @@ def _load_integers(
         if target.scale is None:
             target.dest[rows].copy_(torch.from_numpy(integers.values()))
             continue
-        assert not integers.offset, f"{target.name} {region=}"
+        whole_groups = integers.scale_Fg.shape[1] == 1 or not integers.offset
+        assert whole_groups, f"{target.name} {region=}"
         q_FD = integers.q_FD
         if integers.zero_Fg is not None:
             assert target.zero is not None, target.name
