@@ -26,7 +26,7 @@ from benchlib.kernel_cases.case import (
     normal,
     scaled,
 )
-from benchlib.kernel_cases.gemm import expert_products, few_rows, gemm
+from benchlib.kernel_cases.gemm import expert_products, few_rows, gemm, integers
 from benchlib.kernel_cases.index import index_inputs, selection
 from dsv3_kernels.fp8_format import BLOCK
 from dsv3_kernels.gemm._split_k import make_locks
@@ -46,7 +46,7 @@ __all__ = ["Case", "cases", "check", "measure"]
 
 def cases(small: bool = False) -> Iterator[Case]:
     """Yield the cases of all kernels."""
-    products = (gemm, few_rows, expert_products)
+    products = (gemm, few_rows, integers, expert_products)
     attention = (absorption, decode, latents, prefill)
     index = (index_inputs, selection)
     for family in (_elementwise, *products, _routing, *attention, *index, _sampling):

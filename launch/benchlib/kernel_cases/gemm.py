@@ -22,6 +22,10 @@ from dsv3_kernels.gemm._split_k import make_locks
 from dsv3_kernels.gemm.act_quant import Quantized
 from dsv3_kernels.gemm.bf16_gemm import bf16_gemm
 from dsv3_kernels.gemm.fp8_gemm import fp8_gemm
+from dsv3_kernels.gemm.int8_gemm import int8_gemm
+from dsv3_kernels.gemm.int8_quant import int8_quant
+from dsv3_kernels.gemm.int_gemm import int_gemm
+from dsv3_kernels.gemm.integers import Integers
 from dsv3_kernels.moe.grouped_down import grouped_down
 from dsv3_kernels.moe.grouped_gate_up import grouped_gate_up
 from dsv3_kernels.moe.grouped_gemm import Stack
@@ -95,6 +99,57 @@ def few_rows(small: bool) -> Iterator[Case]:
                 2.0 * M * F_out * dim,
                 peer=lambda x, w, _dtype, _locks: F.linear(x, w),
             )
+
+
+def integers(small: bool) -> Iterator[Case]:
+    """Yield products of few bfloat16 rows with a matrix of integers, and of many int8 rows."""
+    for name, F_out, dim in [("ragged", 72, 256)] if small else BF16_MATRICES:
+        for bits, group in ((8, dim), (4, 32), (4, 128)):
+            for M in (1, 33) if small else (1, 16, 64):
+
+                def operands(
+                    d: torch.device,
+                    M: int = M,
+                    F_out: int = F_out,
+                    dim: int = dim,
+                    bits: int = bits,
+                    group: int = group,
+                ) -> Args:
+                    w = _integers(F_out, dim, bits, group, d)
+                    return normal(M, dim, device=d), w, torch.bfloat16, make_locks(w.q)
+
+                yield Case(
+                    "int_gemm",
+                    f"int{bits}/{group} {name} {F_out} x {dim}, M {M}",
+                    operands,
+                    int_gemm.kernel,
+                    int_gemm.reference,
+                    F_out * dim * bits / 8 + 2 * M * (dim + F_out),
+                    2.0 * M * F_out * dim,
+                )
+        for M in (70,) if small else (128, 1024, 4096):
+
+            def quantized_rows(
+                d: torch.device, M: int = M, F_out: int = F_out, dim: int = dim
+            ) -> Args:
+                x = int8_quant.reference(normal(M, dim, device=d))
+                return x, _integers(F_out, dim, 8, dim, d), torch.bfloat16
+
+            yield Case(
+                "int8_gemm",
+                f"{name} {F_out} x {dim}, M {M}",
+                quantized_rows,
+                int8_gemm.kernel,
+                int8_gemm.reference,
+                F_out * dim + M * (dim + 2 * F_out),
+                2.0 * M * F_out * dim,
+            )
+
+
+def _integers(rows: int, cols: int, bits: int, group: int, device: torch.device) -> Integers:
+    q = torch.randint(0, 256, (rows, cols * bits // 8), dtype=torch.uint8, device=device)
+    scale = torch.rand(rows, cols // group, device=device) * cols**-0.5 / 2 ** (bits - 2)
+    return Integers(q if bits == 4 else q.view(torch.int8), scale.bfloat16(), group)
 
 
 def _block_scaled_mm(
