@@ -209,7 +209,7 @@ def weight_format(source: Source, settings: EngineConfig, mesh: Mesh) -> WeightF
         bf16_vectors=bf16_vectors(source) if dtype == torch.bfloat16 else frozenset(),
         integers=integer_weights(source, widths, exact=on_cpu),
         int8_products=mode == "int8",
-        cpu_products=on_cpu,
+        cpu_products=on_cpu and mode != "int8",  # these round activations to bfloat16
     )
 
 

@@ -210,22 +210,19 @@ class MoE(Module):
             groups: `permute` of the ids, if known.
         """
         ue8m0 = self.gate_up_proj.ue8m0
-        gate_up, down = self.gate_up_proj.stack(), self.down_proj.stack()
         x: Tensor | Quantized = x_MD
         # Rows between the products are quantized as those before them.
         if self.gate_up_proj.quantizes and self.down_proj.quantizes:
             x = act_quant(x_MD, ue8m0) if x_q is None else x_q
         elif self._int8_rows and takes_int8_rows(len(x_MD)):
             x = int8_quant(x_MD)
-            # A CPU's own product rounds to bfloat16; int8 lies in memory as for other products.
-            gate_up, down = gate_up._replace(packed=False), down._replace(packed=False)
         return experts(
             x,
             ids_TK=ids_MK,
             weight_TK=weight_MK,
             first_expert=self.local.first,
-            gate_up=gate_up,
-            down=down,
+            gate_up=self.gate_up_proj.stack(),
+            down=self.down_proj.stack(),
             ue8m0=ue8m0,
             addend=addend,
             spread=self.spread,

@@ -149,7 +149,7 @@ def test_values_are_read_as_the_type_of_their_field(
         ("enforce_eager", 1, "enforce_eager=1 must be True or False"),
         ("kv_cache_size", 1.5, "kv_cache_size=1.5 must be a text"),
         ("kv_host_cache", False, "kv_host_cache=False must be a text"),
-        ("dtype", b"fp8", "dtype=b'fp8' must be a text: one of auto, float32, bfloat16, fp8"),
+        ("dtype", b"fp8", "dtype=b'fp8' must be a text: one of auto, float32, bfloat16, fp8, int8"),
         ("eviction", ["lru"], "eviction=['lru'] must be a text: one of cost, lru"),
     ],
 )

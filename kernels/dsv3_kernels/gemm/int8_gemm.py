@@ -36,5 +36,4 @@ def int8_gemm(x: Quantized, w: Integers, dtype: torch.dtype) -> Tensor:
         w: [F, D] int8 with a scale per row.
         dtype: of the result: bfloat16 or float32.
     """
-    matrix = int_dequant.reference(w._replace(packed=False), torch.float32)
-    return F.linear(dequantize(x), matrix).to(dtype)
+    return F.linear(dequantize(x), int_dequant.reference(w, torch.float32)).to(dtype)
