@@ -5,10 +5,12 @@
 
 The loss is the mean KL divergence of the model's output from that without quantization, in nats per
 token of the texts (`tokens` and `offsets`, as launch/quality.py reads them). All ranks run the
-runner that serves requests. The JSON file is written after every measurement; a run with the same
-model and file goes on where the last one ended. `convert.py --to mixed` reads it.
+runner that serves requests. Rank 0 writes the JSON file after every measurement; a run with the
+same model and file goes on where the last one ended. `convert.py --to mixed` reads it.
 """
 
+import argparse
+import hashlib
 import importlib
 import importlib.util
 import json
@@ -16,6 +18,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
@@ -28,32 +31,35 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dsv3.checkpoint.integer_values import quantize_rows
-from dsv3.checkpoint.load import load_weights
-from dsv3.checkpoint.mixed import KINDS, fitting, sites
+from dsv3.checkpoint.mixed import KINDS, Losses, fitting, read_losses, sites
 from dsv3.checkpoint.quantize import from_bf16
-from dsv3.checkpoint.reader import Source
-from dsv3.checkpoint.region import whole as whole_region
-from dsv3.checkpoint.sharding import shard_region, tensor_specs
-from dsv3.checkpoint.source import open_source
-from dsv3.config import ParallelConfig
+from dsv3.checkpoint.sharding import Split, TensorSpec, tensor_specs
+from dsv3.config import split_range
+from dsv3.config_files import load_model_config
 from dsv3.config_integers import IntegerKind
+from dsv3.distributed.collective_errors import collective_errors
+from dsv3.distributed.mesh import Mesh, before_joining
+from dsv3.engine.agreement import gather_texts
 from dsv3.engine.locate import locate_checkpoint
 from dsv3.engine.start import Started, identify, start
 from dsv3.engine.step_plan import StepPlan
 from dsv3.errors import ConfigError
 from dsv3.files import Format, NamedFile, check_output, write_output
-from dsv3.parallel.weights import Target
 from dsv3.read_files import read_mapping
-from program import Parser, add_engine_flags, engine_config, join_ranks, run_program
+from program import (
+    Parser,
+    add_engine_flags,
+    common_settings,
+    engine_config,
+    join_ranks,
+    run_program,
+    set_up_logging,
+)
 
 _JSON = Format("the results of sensitivity.py", re.compile(rb'\{\s*"sensitivity":'))
 _PLOT = Format(
     "a picture that matplotlib drew", re.compile(rb"(?is)(\x89PNG|<\?xml|%!PS).*matplotlib")
 )
-
-
-Losses = dict[str, dict[str, float]]
-"""Nats per token by site and kind."""
 
 
 class Output:
@@ -87,36 +93,80 @@ class Output:
         hook.remove()
 
 
-@contextmanager
-def quantized(
-    started: Started, source: Source, names: set[str], kind: IntegerKind
-) -> Iterator[None]:
-    """Quantize this rank's part of some weights; restore them after the block.
+@dataclass(frozen=True)
+class Weight:
+    """This rank's part of a weight.
 
-    A scale may cover columns of several ranks, so each rank rounds the whole weight.
+    Attributes:
+        spec: of the whole weight.
+        part: view of the parameter.
     """
-    specs = tensor_specs(started.config)
-    kept = []
-    with torch.inference_mode():
+
+    spec: TensorSpec
+    part: Tensor
+
+
+class Weights:
+    """The weights that may be integers, by site."""
+
+    def __init__(self, started: Started) -> None:
+        self._tp = started.mesh.tp
+        specs = tensor_specs(started.config)
+        found = {
+            site: {spec.name for spec in of_site}
+            for site, of_site in sites(started.config).items()
+            if not of_site[0].mtp
+        }
+        self._by_site: dict[str, list[Weight]] = {site: [] for site in found}
         for target in started.runner.model.targets():
-            if target.name in names and target.dest.numel():
-                kept.append((target.dest, target.dest.clone()))
-                spec = specs[target.name]
-                # A copy of another rank's expert (`--redundant-experts`) is whole.
-                region = shard_region(spec, started.mesh.layout) or whole_region(spec.shape)
-                whole = torch.empty(spec.shape)
-                load_weights(source, [Target(target.name, whole)], ParallelConfig())
-                (first, last), (left, right) = region
-                target.dest.copy_(rounded(whole, kind)[first:last, left:right])
-    yield
-    with torch.inference_mode():
-        for weight, values in kept:
-            weight.copy_(values)
+            site = next((site for site, names in found.items() if target.name in names), None)
+            if site is None:
+                continue
+            if target.scale is not None:
+                raise ConfigError(
+                    f"{target.name} is held in {target.dest.dtype}; the loss of quantizing is "
+                    "measured from floating point: give --weights auto and --dtype bfloat16"
+                )
+            self._by_site[site].append(Weight(specs[target.name], target.dest))
+
+    def sites(self) -> list[str]:
+        """Return the sites, in the order of the layers."""
+        return list(self._by_site)
+
+    @contextmanager
+    def quantized(self, site: str, kind: IntegerKind) -> Iterator[None]:
+        """Quantize the weights of a site; restore them after the block. A collective."""
+        weights = self._by_site[site]
+        with torch.inference_mode():
+            kept = [weight.part.clone() for weight in weights]
+            for weight in weights:
+                self._quantize(weight, kind)
+        yield
+        with torch.inference_mode():
+            for weight, values in zip(weights, kept, strict=True):
+                weight.part.copy_(values)
+
+    def _quantize(self, weight: Weight, kind: IntegerKind) -> None:
+        """Round this rank's part as in a whole weight, whose rows and groups shards may cut."""
+        if weight.spec.split is not Split.COLS:
+            if weight.part.numel():
+                weight.part.copy_(rounded(weight.part, kind))
+            return
+        cols = weight.spec.shape[1]
+        bounds = [
+            split_range(cols, self._tp.size, i, weight.spec.unit) for i in range(self._tp.size)
+        ]
+        padded = weight.part.new_zeros(weight.spec.shape[0], max(b - a for a, b in bounds))
+        padded[:, : weight.part.shape[1]] = weight.part
+        parts = self._tp.all_gather(padded)
+        whole = torch.cat([part[:, : b - a] for part, (a, b) in zip(parts, bounds, strict=True)], 1)
+        first, stop = bounds[self._tp.rank]
+        weight.part.copy_(rounded(whole, kind)[:, first:stop])
 
 
 def rounded(weight: Tensor, kind: IntegerKind) -> Tensor:
-    """Return the values that a float32 weight has after rounding to integers."""
-    x = weight.numpy()
+    """Return the values that a weight has after rounding to integers."""
+    x = np.ascontiguousarray(weight.float().cpu().numpy())
     cols = x.shape[1]
     group = fitting(kind, cols).group if cols % 32 == 0 else 0
     q, scale = quantize_rows(x, kind.bits, group or cols)
@@ -138,43 +188,52 @@ def read_texts(path: str, longest: int, most: int) -> list[np.ndarray]:
     return texts
 
 
+def digests(texts: list[np.ndarray]) -> list[str]:
+    """Return a short name of each text."""
+    return [hashlib.sha256(text.tobytes()).hexdigest()[:16] for text in texts]
+
+
 def divergence(want: list[Tensor], output: Output) -> float:
-    """Return the mean KL divergence of the output from `want`."""
-    sums = [
-        (p.exp() * (p - q)).sum(-1).double().sum().item()
-        for p, q in zip(want, output.log_probs(), strict=True)
-    ]
-    return max(0.0, sum(sums) / sum(len(p) for p in want))
+    """Return the mean KL divergence of the output from `want`, which is on the CPU."""
+    total = 0.0
+    for p, q in zip(want, output.log_probs(), strict=True):
+        expected = p.to(q.device)
+        total += (expected.exp() * (expected - q)).sum(-1).double().sum().item()
+    return max(0.0, total / sum(len(p) for p in want))
 
 
-def measure(
-    started: Started, source: Source, output: Output, file: Path, setting: dict[str, object]
-) -> dict[str, dict[str, float]]:
-    """Measure the losses that the file lacks; write it after each."""
+def read_results(file: Path, setting: dict[str, object], mesh: Mesh) -> Losses:
+    """Return the losses measured so far, on every rank as rank 0 reads them. A collective."""
+    text = "{}"
+    with collective_errors(mesh, "reading the results"):
+        if mesh.layout.rank == 0 and file.exists():
+            data = read_mapping(file)
+            if any(data.get(name) != value for name, value in setting.items()):
+                raise ConfigError(
+                    f"--json={file}: measured with another model or other flags; remove it"
+                )
+            text = json.dumps(read_losses(file, is_complete=False))
+    results: Losses = json.loads(gather_texts(mesh, text)[0])
+    return results
+
+
+def measure(started: Started, output: Output, file: Path, setting: dict[str, object]) -> Losses:
+    """Measure the losses that the file lacks; rank 0 writes it after each."""
     rank = started.mesh.layout.rank
     named = NamedFile("--json", file)
-    results: Losses = {}
-    if file.exists():
-        data = read_mapping(file)
-        if any(data.get(name) != value for name, value in setting.items()):
-            raise ConfigError(
-                f"--json={file}: measured with another model or other flags; remove it"
-            )
-        results = data["sensitivity"]
-    weights = {
-        site: {spec.name for spec in specs}
-        for site, specs in sites(started.config).items()
-        if not specs[0].mtp
-    }
-    todo = [(s, k) for s in weights for k in KINDS if k not in results.get(s, {})]
-    want = list(output.log_probs())
+    results = read_results(file, setting, started.mesh)
+    weights = Weights(started)
+    todo = [(s, k) for s in weights.sites() for k in KINDS if k not in results.get(s, {})]
+    # On the CPU: the memory plan of the device has no room for texts x vocabulary.
+    want = [p.cpu() for p in output.log_probs()] if todo else []
     for site, name in tqdm(todo, "measure", disable=rank > 0 or None):
-        with quantized(started, source, weights[site], KINDS[name]):
+        with weights.quantized(site, KINDS[name]):
             loss = divergence(want, output)
         results.setdefault(site, {})[name] = loss
-        if rank == 0:
-            text = json.dumps({"sensitivity": results} | setting, indent=1)
-            write_output(named, _JSON, text + "\n")
+        with collective_errors(started.mesh, "writing the results"):
+            if rank == 0:
+                text = json.dumps({"sensitivity": results} | setting, indent=1)
+                write_output(named, _JSON, text + "\n")
     return results
 
 
@@ -205,8 +264,8 @@ def draw(results: Losses, file: Path) -> None:
     write_output(NamedFile("--plot", file), _PLOT, picture.getvalue())
 
 
-def main() -> int:
-    """Measure, write and draw according to the flags."""
+def parse_args() -> argparse.Namespace:
+    """Return the flags, checked without the other ranks."""
     parser = Parser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--tokens", required=True, help="texts, npz (see launch/quality.py)")
     parser.add_argument("--json", type=Path, required=True, help="file of the results")
@@ -215,27 +274,52 @@ def main() -> int:
     parser.add_argument("--most", type=int, default=8192, help="tokens of all texts together")
     add_engine_flags(parser)
     args = parser.parse_args()
+    if args.dp != 1:
+        raise ConfigError(f"--dp={args.dp}: the output is measured in one group; leave it out")
+    if args.profile:
+        raise ConfigError("--profile: steps are not timed here; leave it out")
+    for name in ("longest", "most"):
+        if getattr(args, name) < 2:
+            raise ConfigError(f"--{name}={getattr(args, name)} must be at least 2")
     check_output(NamedFile("--json", args.json), _JSON)
     if args.plot:
         check_output(NamedFile("--plot", args.plot), _PLOT)
         if importlib.util.find_spec("matplotlib") is None:
             raise ConfigError("--plot needs matplotlib: pip install matplotlib")
-    texts = read_texts(args.tokens, args.longest, args.most)
-    with join_ranks("cpu" if args.device == "auto" else args.device) as mesh:
-        settings = engine_config(args)
-        path = locate_checkpoint(args.ckpt_path, mesh)
-        started = start(path, settings, mesh)
-        if mesh.layout.dp > 1:
-            raise ConfigError("--dp: the output is measured in one group; leave it out")
-        setting: dict[str, object] = {
-            "model": identify(path, settings, mesh, None),
-            "texts": [len(text) for text in texts],
-        }
-        with open_source(path) as source:
-            results = measure(started, source, Output(started, texts), args.json, setting)
+    return args
+
+
+def run(args: argparse.Namespace, mesh: Mesh) -> int:
+    """Load the model, measure and draw; called on every rank."""
+    settings = engine_config(args)
+    path = locate_checkpoint(args.ckpt_path, mesh)
+    with collective_errors(mesh, "reading the texts"):
+        config = load_model_config(args.config) if args.config else None
+        texts = read_texts(args.tokens, args.longest, args.most)
+    started = start(path, settings, mesh, config, args.n_experts)
+    setting: dict[str, object] = {
+        "model": identify(path, settings, mesh, config),
+        "texts": digests(texts),
+    }
+    with collective_errors(mesh, "measuring"):
+        results = measure(started, Output(started, texts), args.json, setting)
         if args.plot and mesh.layout.rank == 0:
             draw(results, args.plot)
     return 0
+
+
+def main() -> int:
+    """Measure, write and draw according to the flags."""
+    with before_joining():
+        args = parse_args()
+        set_up_logging(args.debug, args.log_dir)
+    device = "cpu" if args.device == "auto" else args.device
+    exchange = args.cpu_exchange
+    settings = common_settings(args)
+    with join_ranks(
+        device, args.tp, args.dp, args.rank_timeout, settings, cpu_exchange=exchange
+    ) as mesh:
+        return run(args, mesh)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ KINDS = {
     "int4-32": IntegerKind(4, 32),
     "int8": IntegerKind(8, 0),
 }
+Losses = dict[str, dict[str, float]]
+"""Nats per token by site and kind."""
 _PLAIN_BITS = 16
 _SCALE_BITS = 16
 _NAME = re.compile(r"model\.layers\.(\d+)\.(.*)\.weight")
@@ -145,23 +147,32 @@ def _choices(
     yield _Choice(None, sum(bits_of(spec, None) for spec in specs), 0.0)
 
 
-def read_losses(file: Path) -> dict[str, dict[str, float]]:
+def read_losses(file: Path, is_complete: bool = True) -> Losses:
     """Read the loss of each kind at each site.
+
+    Args:
+        file: written by `scripts/sensitivity.py`.
+        is_complete: every site must have the loss of every kind.
 
     Raises:
         ConfigError: a value is missing or no number.
     """
     data: Mapping[str, Any] = read_mapping(file)
-    losses: dict[str, dict[str, float]] = {}
+    losses: Losses = {}
     for site, values in check_mapping(data.get("sensitivity"), f"{file}: sensitivity").items():
         given = check_mapping(values, f"{file}: sensitivity: {site}")
-        for name in KINDS:
-            value = given.get(name)
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if value is None or not is_number or not 0 <= value < float("inf"):
-                raise ConfigError(
-                    f"{file}: sensitivity: {site}: {name}={shown(value)} must be a number of at "
-                    "least 0; an interrupted measurement goes on when its command is given again"
-                )
-        losses[site] = {name: float(given[name]) for name in KINDS}
+        names = [name for name in KINDS if is_complete or name in given]
+        losses[site] = {
+            name: _loss(given.get(name), f"{file}: sensitivity: {site}: {name}") for name in names
+        }
     return losses
+
+
+def _loss(value: Any, name: str) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 <= value < float("inf"):
+        raise ConfigError(
+            f"{name}={shown(value)} must be a number of at least 0; an interrupted measurement "
+            "goes on when its command is given again"
+        )
+    return float(value)

@@ -208,7 +208,10 @@ def identify(path: Path, settings: EngineConfig, mesh: Mesh, config: ModelConfig
     with open_source(path, config, is_share=True, name=settings.named) as source:
         check_tensors(source)
         mode = numerics_mode(settings, source, mesh.device.type)
-        return model_fingerprint(source, str(TORCH_DTYPES.get(mode, mode)))
+        numerics = str(TORCH_DTYPES.get(mode, mode))
+        if source.config.integers is not None:  # products of held integers round activations
+            numerics += f" {settings.weights}"
+        return model_fingerprint(source, numerics)
 
 
 @contextmanager
