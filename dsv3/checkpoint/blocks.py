@@ -7,8 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dsv3.checkpoint.digest import Digest
-from dsv3.checkpoint.integer_values import pack, quantize_rows, read_integers
-from dsv3.checkpoint.integers import Layout
+from dsv3.checkpoint.integer_values import IntegerRows, pack, quantize_rows, read_integers
+from dsv3.checkpoint.integers import IntegerForm, Layout
 from dsv3.checkpoint.jobs import Cast, Job
 from dsv3.checkpoint.manifest import MANIFEST
 from dsv3.checkpoint.names import scale_name
@@ -68,16 +68,30 @@ class BlockReader:
     def _integers(self, job: Job) -> Iterator[tuple[str, int, Bytes]]:
         assert job.form is not None
         packed, scale, shape = job.outputs
+        if job.is_repacked:
+            assert job.stored is not None
+            for row, integers in self._integer_rows(job, job.stored):
+                yield packed, row, pack(integers.q_FD, job.form.bits)
+            for row, block in self._rows(job.stored.scale_name(job.name), 1):
+                yield scale, row, block
+            yield shape, 0, self._shape(job)
+            return
         for row, x_FD in self._values(job):
             q_FD, scale_Fg = quantize_rows(x_FD, job.form.bits, job.form.group)
             yield packed, row, pack(q_FD, job.form.bits)
             yield scale, row, scale_Fg.view(np.uint8)
-        yield shape, 0, np.array([self._specs[job.name].shape], "<i8").view(np.uint8)
+        yield shape, 0, self._shape(job)
+
+    def _shape(self, job: Job) -> Bytes:
+        return np.array([self._specs[job.name].shape], "<i8").view(np.uint8)
 
     def _values(self, job: Job) -> Iterator[tuple[int, F32]]:
         """Yield (first row, values) of a weight; blocks have a multiple of 128 rows."""
         if job.stored is not None:
-            yield from self._values_of_integers(job)
+            for row, integers in self._integer_rows(job, job.stored):
+                x_FD = integers.values()
+                self._check_finite(job.stored.scale_name(job.name), np.isfinite(x_FD))
+                yield row, x_FD
             return
         dtype = self._source.tensors[job.name].dtype
         if dtype == FP8_DTYPE:
@@ -91,24 +105,24 @@ class BlockReader:
             self._check_finite(job.name, np.isfinite(x_FD))
             yield row, x_FD
 
-    def _values_of_integers(self, job: Job) -> Iterator[tuple[int, F32]]:
-        assert job.stored is not None
-        for name in job.stored.names(job.name):
+    def _integer_rows(self, job: Job, stored: IntegerForm) -> Iterator[tuple[int, IntegerRows]]:
+        """Yield (first row, integers) of a stored integer weight; digests are checked first."""
+        names = stored.names(job.name)
+        for name in names:
             if self._source.tensors[name].digest:
                 for _ in self._rows(name, 1):  # checks the digest
                     pass
         rows, cols = self._specs[job.name].shape
         count = max(1, BLOCK_BYTES // (cols * BLOCK)) * BLOCK
-        if job.stored.layout is Layout.AWQ:
+        if stored.layout is Layout.AWQ:
             count = rows  # it stores columns as rows, so that a few rows take reading everything
         for row in range(0, rows, count):
             region = ((row, min(row + count, rows)), (0, cols))
             integers = read_integers(
-                self._source, job.name, self._specs[job.name].shape, job.stored, region
+                self._source, job.name, self._specs[job.name].shape, stored, region
             )
-            x_FD = integers.values()
-            self._check_finite(job.stored.names(job.name)[0], np.isfinite(x_FD))
-            yield row, x_FD
+            self._check_finite(stored.scale_name(job.name), np.isfinite(integers.scale_Fg))
+            yield row, integers
 
     def _dequantized(self, name: str) -> Iterator[tuple[int, npt.NDArray[np.uint16]]]:
         """Yield (first row, BF16 values) of an FP8 weight."""

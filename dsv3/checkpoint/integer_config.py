@@ -9,8 +9,11 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from dsv3.checkpoint.integers import IntegerForm, Layout, integer_form
 from dsv3.checkpoint.names import weight_name
 from dsv3.checkpoint.plan import Plan
+from dsv3.checkpoint.reader import TensorInfo
+from dsv3.checkpoint.scales import stated_kind
 from dsv3.checkpoint.sharding import tensor_specs
 from dsv3.config_integers import IntegerKind
 
@@ -23,9 +26,13 @@ def integer_config(plan: Plan) -> dict[str, Any]:
     """Return the `quantization_config` that describes the integer weights of a plan."""
     integers = plan.config.integers
     assert integers is not None
-    if integers.method == "awq":
-        return _awq_config(integers.kinds[0])
-    by_module = {_module(name): kind for name, kind in _kinds_of(plan)}
+    by_module: dict[str, IntegerKind] = {}
+    layouts: set[Layout] = set()
+    for weight, form in _forms(plan):
+        by_module[_module(weight)] = stated_kind(
+            form, tensor_specs(plan.config)[weight].shape[1], integers.kinds
+        )
+        layouts.add(form.layout)
     ignored = [
         _module(name)
         for name, output in plan.tensors.items()
@@ -34,6 +41,8 @@ def integer_config(plan: Plan) -> dict[str, Any]:
         and not name.endswith(_NOT_A_MODULE)
         and _module(name) not in by_module
     ]
+    if Layout.AWQ in layouts:
+        return _awq_config(integers.kinds[0], ignored, by_module)
     groups: dict[str, Any] = {}
     for number, kind in enumerate(integers.kinds):
         modules = [module for module, own in by_module.items() if own == kind]
@@ -47,7 +56,7 @@ def integer_config(plan: Plan) -> dict[str, Any]:
         }
     return {
         "config_groups": groups,
-        "format": "pack-quantized",
+        "format": "int-quantized" if layouts == {Layout.PLAIN} else "pack-quantized",
         "global_compression_ratio": None,
         "ignore": list(_patterns(ignored, by_module)),
         "kv_cache_scheme": None,
@@ -56,20 +65,16 @@ def integer_config(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _kinds_of(plan: Plan) -> Iterator[tuple[str, IntegerKind]]:
-    """Yield the weights that a plan stores as packed integers, and their kinds."""
-    assert plan.config.integers is not None
-    specs = tensor_specs(plan.config)
-    stated = plan.config.integers.kinds
-    for name, output in plan.tensors.items():
-        weight = weight_name(name)
-        if weight is None or not name.endswith(".weight_packed"):
-            continue
-        cols = specs[weight].shape[1]
-        group = cols // plan.tensors[f"{name.removesuffix('_packed')}_scale"].shape[1]
-        bits = 32 * output.shape[1] // cols
-        is_row = group == cols and IntegerKind(bits, 0) in stated
-        yield weight, IntegerKind(bits, 0 if is_row else group)
+def _forms(plan: Plan) -> Iterator[tuple[str, IntegerForm]]:
+    """Yield the weights that a plan stores as integers, and their forms."""
+    tensors = {
+        name: TensorInfo(name, output.dtype, output.shape, ())
+        for name, output in plan.tensors.items()
+    }
+    for spec in tensor_specs(plan.config).values():
+        form = integer_form(tensors, spec.name, spec.shape)
+        if form is not None:
+            yield spec.name, form
 
 
 def _module(weight: str) -> str:
@@ -108,10 +113,17 @@ def _weights(kind: IntegerKind) -> dict[str, Any]:
     }
 
 
-def _awq_config(kind: IntegerKind) -> dict[str, Any]:
+def _awq_config(
+    kind: IntegerKind, ignored: Iterable[str], modules: Iterable[str]
+) -> dict[str, Any]:
+    names = list(modules)
     return {
         "bits": kind.bits,
         "group_size": kind.group or -1,
+        # Programs ignore a module if its name contains one of these.
+        "modules_to_not_convert": [
+            name for name in ignored if not any(name in module for module in names)
+        ],
         "quant_method": "awq",
         "version": "gemm",
         "zero_point": True,

@@ -54,7 +54,7 @@ class IntegerForm:
         return tuple(stem + suffix for suffix in self.layout.value)
 
     def scale_name(self, weight: str) -> str:
-        """Return the name of a weight's scales."""
+        """Return the name of the tensor of a weight's scales."""
         return self.names(weight)[2 if self.layout is Layout.AWQ else 1]
 
     def kinds(self, shape: tuple[int, ...]) -> tuple[tuple[tuple[str, ...], tuple[int, ...]], ...]:

@@ -52,6 +52,13 @@ class Job:
     stored: IntegerForm | None = None
     form: IntegerForm | None = None
 
+    @property
+    def is_repacked(self) -> bool:
+        """True if the stored integers and scales are written as they are, in another layout."""
+        if self.stored is None or self.form is None or self.stored.layout is not Layout.PLAIN:
+            return False
+        return (self.stored.bits, self.stored.group) == (self.form.bits, self.form.group)
+
 
 def may_be_integers(spec: TensorSpec) -> bool:
     """Return True if conversions to integers include a weight.
@@ -84,7 +91,7 @@ def make_jobs(
     Args:
         source: a checked checkpoint.
         cast: BF16 and FP8 apply to all quantized weights and to all that may be FP8; INTEGERS to
-            the weights in `integers`, and FP8 weights that are not become BF16.
+            the weights in `integers`; other quantized weights become BF16.
         integers: kinds of the weights to cast to integers.
         keeps_mtp: include the layers that draft tokens.
     """
@@ -101,7 +108,7 @@ def make_jobs(
         form = None if kind is None else _form(kind, spec)
         if form is not None and form != stored:
             yield Job(spec.name, Cast.INTEGERS, form.names(spec.name), stored, form)
-        elif (is_fp8 and cast in (Cast.BF16, Cast.INTEGERS)) or (stored and cast is Cast.BF16):
+        elif (is_fp8 or stored) and form is None and cast in (Cast.BF16, Cast.INTEGERS):
             yield Job(spec.name, Cast.BF16, (spec.name,), stored)
         elif spec.quantizable and not is_fp8 and cast is Cast.FP8:
             yield Job(spec.name, Cast.FP8, (spec.name, scale_name(spec.name)), stored)
@@ -127,6 +134,10 @@ def output_kinds(source: Source, jobs: tuple[Job, ...]) -> Kinds:
             written = job.form.kinds(specs[job.name].shape)
             for name, (dtypes, shape) in zip(job.outputs, written, strict=True):
                 kinds[name] = dtypes[0], shape
+            if job.is_repacked:
+                assert job.stored is not None
+                scale = source.tensors[job.stored.scale_name(job.name)]
+                kinds[job.outputs[1]] = scale.dtype, scale.shape
         else:
             shape = specs[job.name].shape
             kinds[job.name] = "BF16" if job.cast is Cast.BF16 else FP8_DTYPE, shape

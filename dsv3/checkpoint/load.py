@@ -181,7 +181,7 @@ def _load_integers(
     for rows, part in blocks:
         integers = read_integers(source, target.name, spec.shape, form, part)
         scale = torch.from_numpy(integers.scale_Fg)
-        _check_finite(source, form.names(target.name)[0], scale)
+        _check_finite(source, form.scale_name(target.name), scale)
         if target.scale is None:
             target.dest[rows].copy_(torch.from_numpy(integers.values()))
             continue

@@ -51,15 +51,21 @@ def side_files(source: Path, plan: Plan) -> Mapping[str, Content]:
     """
     files: dict[str, Content] = {str(path.relative_to(source)): path for path in _files(source)}
     config = source / "config.json"
-    integers = None if plan.config.integers is None else integer_config(plan)
     if not config.is_file():
         data = hf_config_dict(plan.config)
+        integers = None if plan.config.integers is None else integer_config(plan)
         files["config.json"] = _json(recast_config_dict(data, plan.config.quantization, integers))
         return files
     stated = read_mapping(config, CheckpointError)
     data = dict(text_part(stated, str(config)))
-    if plan.is_cast or data != stated or not _describes_quantization(data, plan):
-        files["config.json"] = _json(recast_config_dict(data, plan.config.quantization, integers))
+    is_described = not plan.is_cast and _describes_quantization(data, plan)
+    if data == stated and is_described:
+        return files
+    if plan.config.integers is not None:
+        integers = data["quantization_config"] if is_described else integer_config(plan)
+        files["config.json"] = _json(recast_config_dict(data, None, integers))
+    else:
+        files["config.json"] = _json(recast_config_dict(data, plan.config.quantization))
     return files
 
 
