@@ -133,6 +133,8 @@ def read_awq_config(data: Names, where: str) -> IntegerConfig:
     if data.get("bits", data.get("w_bit")) is None:
         raise ConfigError(f"{where}: bits is missing; AWQ weights have 4")
     check_only(stated, _AWQ, f"{where}.")
+    if data.get("modules_to_not_convert") is not None:
+        _check_texts(data["modules_to_not_convert"], f"{where}.modules_to_not_convert")
     size = data.get("group_size", data.get("q_group_size"))
     group = 0 if size == -1 else _group_size(size, f"{where}.group_size")
     return IntegerConfig(method="awq", kinds=(IntegerKind(4, group),))

@@ -7,7 +7,13 @@ import numpy as np
 import numpy.typing as npt
 
 from dsv3.checkpoint.digest import Digest
-from dsv3.checkpoint.integer_values import IntegerRows, pack, quantize_rows, read_integers
+from dsv3.checkpoint.integer_values import (
+    IntegerRows,
+    check_stated_shape,
+    pack,
+    quantize_rows,
+    read_integers,
+)
 from dsv3.checkpoint.integers import IntegerForm, Layout
 from dsv3.checkpoint.jobs import Cast, Job
 from dsv3.checkpoint.manifest import MANIFEST
@@ -107,8 +113,8 @@ class BlockReader:
 
     def _integer_rows(self, job: Job, stored: IntegerForm) -> Iterator[tuple[int, IntegerRows]]:
         """Yield (first row, integers) of a stored integer weight; digests are checked first."""
-        names = stored.names(job.name)
-        for name in names:
+        check_stated_shape(self._source, job.name, self._specs[job.name].shape, stored)
+        for name in stored.names(job.name):
             if self._source.tensors[name].digest:
                 for _ in self._rows(name, 1):  # checks the digest
                     pass

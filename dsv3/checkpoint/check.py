@@ -86,7 +86,8 @@ def _check_known(source: Source, specs: Mapping[str, TensorSpec], name: str) -> 
             f"{source.file_of(name)}: tensor {name} is not part of this model: {weight} is stored, "
             f"too, as {kind}"
         )
-    hint = ": it scales a weight that is absent" if weight in specs else _hint(source, name)
+    absent = f": the weight that it belongs to, {weight}, is absent; fetch the files again"
+    hint = absent if weight in specs else _hint(source, name)
     raise CheckpointError(f"{source.file_of(name)}: tensor {name} is not part of this model{hint}")
 
 

@@ -167,6 +167,11 @@ def _integer_warnings(source: Source) -> Iterator[str]:
             f"{source.path}: quantization_config is stale: no weight is stored as integers; the "
             "weights are used as they are stored"
         )
+    if declared is not None and stored is not None and declared.method != stored.method:
+        yield (
+            f"{source.path}: quantization_config says quant_method={declared.method}, but the "
+            f"weights are stored as {stored.method} names them; they are read as stored"
+        )
     if declared is None and stored is not None:
         yield (
             f"{source.path}: the config has no quantization_config of integers, but integer "

@@ -10,6 +10,7 @@ from dsv3.checkpoint.quantize import F32, from_bf16, to_bf16
 from dsv3.checkpoint.reader import Source
 from dsv3.checkpoint.region import Region, region_shape
 from dsv3.checkpoint.scales import widen
+from dsv3.errors import CheckpointError
 
 I8 = npt.NDArray[np.int8]
 U8 = npt.NDArray[np.uint8]
@@ -81,6 +82,22 @@ def read_integers(
         q_FD = stored.view(np.int8)
     offset = region[1][0] % form.group
     return IntegerRows(q_FD, scale_Fg, zero_Fg, form.group, offset)
+
+
+def check_stated_shape(
+    source: Source, weight: str, shape: tuple[int, ...], form: IntegerForm
+) -> None:
+    """Raise CheckpointError if the stored `weight_shape` of a weight is not its shape."""
+    if form.layout is not Layout.PACKED:
+        return
+    name = form.names(weight)[2]
+    width = np.int64 if source.tensors[name].dtype == "I64" else np.int32
+    stated = np.frombuffer(source.read(name), width).tolist()
+    if stated != list(shape):
+        raise CheckpointError(
+            f"{source.file_of(name)}: tensor {name} says {stated}, but the weight is "
+            f"{list(shape)}; export it again"
+        )
 
 
 def _read(source: Source, name: str, shape: tuple[int, ...], region: Region) -> U8:

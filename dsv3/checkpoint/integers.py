@@ -118,10 +118,13 @@ def check_integers(
             f"{file}: tensor {present}: the {size} {dim} of {weight} are not a multiple of the "
             f"{unit} integers in an int32"
         )
+    for name in names:
+        if name not in source.tensors:
+            raise CheckpointError(
+                f"{file}: tensor {present} is stored, but {name} is missing; fetch the files again"
+            )
     for name, (dtypes, wanted) in zip(names, form.kinds(shape), strict=True):
-        info = source.tensors.get(name)
-        if info is None:
-            raise CheckpointError(f"{file}: tensor {present} is stored, but {name} is missing")
+        info = source.tensors[name]
         if info.shape != wanted:
             raise CheckpointError(
                 f"{source.file_of(name)}: tensor {name} is {list(info.shape)}; for a weight of "

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsv3.checkpoint.integer_values import pack, read_integers
+from dsv3.checkpoint.integer_values import check_stated_shape, pack, read_integers
 from dsv3.checkpoint.integers import IntegerForm, Layout, integer_form
 from dsv3.checkpoint.names import scale_name
 from dsv3.checkpoint.reader import Source
@@ -177,6 +177,7 @@ def _load_integers(
 ) -> None:
     """Load integer rows with their scales, or dequantize them to the target's dtype."""
     # AWQ stores columns of W as rows, so a block of its rows would read everything.
+    check_stated_shape(source, target.name, spec.shape, form)
     blocks = [(slice(None), region)] if form.layout is Layout.AWQ else _row_blocks(region, 4)
     for rows, part in blocks:
         integers = read_integers(source, target.name, spec.shape, form, part)

@@ -54,9 +54,10 @@ def _integer_weights(stored: Iterable[StoredTensor]) -> frozenset[str]:
 
     FP8 weights have scales of the same spelling, which become `weight_scale_inv`.
     """
-    packed = (one.name for one in stored if one.name.endswith(".weight_packed"))
+    ends = (".weight_packed", ".weight_shape")
+    packed = (one.name.rpartition("_")[0] for one in stored if one.name.endswith(ends))
     plain = (one.name for one in stored if one.entry.dtype == "I8" and one.name.endswith(".weight"))
-    return frozenset([*(name.removesuffix("_packed") for name in packed), *plain])
+    return frozenset([*packed, *plain])
 
 
 def _presented(

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from dsv3.checkpoint.check import check_tensors
 from dsv3.checkpoint.contradictions import source_warnings
@@ -13,6 +14,7 @@ from dsv3.checkpoint.convert import convert
 from dsv3.checkpoint.integer_values import read_integers
 from dsv3.checkpoint.integers import Layout, integer_form
 from dsv3.checkpoint.jobs import Cast, uniform_kinds
+from dsv3.checkpoint.load import load_weights
 from dsv3.checkpoint.plan import make_plan
 from dsv3.checkpoint.quantize import from_bf16
 from dsv3.checkpoint.reader import Source
@@ -20,8 +22,13 @@ from dsv3.checkpoint.region import whole
 from dsv3.checkpoint.sharding import tensor_specs
 from dsv3.checkpoint.source import open_source
 from dsv3.checkpoint.verify import verify_against
+from dsv3.config import ParallelConfig
 from dsv3.config_files import load_model_config
+from dsv3.distributed.collectives import SingleRank
+from dsv3.distributed.mesh import Mesh
 from dsv3.errors import CheckpointError
+from dsv3.model.transformer import Transformer
+from dsv3.parallel.weights import WeightFormat
 from tests.checkpoint_files import Tensors, write_hf
 from tests.integer_files import MODEL, integer_checkpoint, quantization
 
@@ -145,3 +152,32 @@ def test_the_name_of_scales_that_are_not_finite(form: str, tmp_path: Path) -> No
         plan = make_plan(source, None, Cast.BF16)
         with pytest.raises(CheckpointError, match=rf"tensor {name} cannot be cast: .*NaN"):
             convert(source, plan, tmp_path / "q", workers=1)
+
+
+def test_a_stated_shape_that_is_wrong(tmp_path: Path) -> None:
+    path, tensors, _ = integer_checkpoint(tmp_path / "hf", "int4-32")
+    name = f"{DOWN}.weight_shape"
+    tensors[name] = "I64", (2,), np.array([192, 320]).tobytes()
+    with_config(path, tensors, "int4-32")
+    words = rf"tensor {name} says \[192, 320\], but the weight is \[320, 192\]; export it again"
+    with open_source(path) as source:
+        with pytest.raises(CheckpointError, match=words):
+            convert(source, make_plan(source, None, Cast.BF16), tmp_path / "q", workers=1)
+        layout = ParallelConfig()
+        mesh = Mesh(layout, torch.device("cpu"), SingleRank(), SingleRank(), SingleRank(), 1)
+        model = Transformer(source.config, mesh, WeightFormat(torch.float32, mesh.device))
+        with pytest.raises(CheckpointError, match=words):
+            load_weights(source, model.targets(), layout)
+
+
+@pytest.mark.parametrize(("form", "other"), [("awq", "int4-32"), ("int4-32", "awq")])
+def test_the_config_of_another_format_is_a_warning(form: str, other: str, tmp_path: Path) -> None:
+    path, tensors, _ = integer_checkpoint(tmp_path / "hf", form)
+    with_config(path, tensors, other)
+    with open_source(path) as source:
+        assert not check_tensors(source)
+        (line,) = source_warnings(source)
+        assert "they are read as stored" in line
+        convert(source, make_plan(source, None), tmp_path / "out", workers=1)
+    with open_source(tmp_path / "out") as source:
+        assert not list(source_warnings(source))

@@ -206,12 +206,35 @@ FAULTS = [
         "is not part of this model: .*gate.weight is stored, too, as BF16",
     ),
     ({f"{DOWN}.weight_scale": ("BF16", (320, 3), bytes(1920))}, "has int4 with group_size=64, but"),
+    (
+        {f"{DOWN}.weight_packed": None},
+        r"down_proj\.weight_s[a-z]+ is not part of this model: the weight that it belongs to",
+    ),
+    ({f"{DOWN}.weight_scale": ("BF16", (320, 6, 1), bytes(3840))}, r"\[320, 6, 1\]; for a weight"),
+    ({f"{DOWN}.weight_scale": ("BF16", (320, 0), b"")}, r"\[320, 0\]; for a weight of"),
+    ({f"{DOWN}.weight_scale": ("BF16", (), bytes(2))}, r"weight_scale is \[\]; for a weight of"),
+    (
+        {f"{DOWN}.weight": ("BF16", (320, 192), bytes(122880))},
+        "is not part of this model: .*down_proj.weight is stored, too, as BF16",
+    ),
+]
+AWQ_FAULTS = [
+    ({f"{DOWN}.qzeros": None}, "qweight is stored, but .*down_proj.qzeros is missing"),
+    ({f"{DOWN}.scales": None}, "qweight is stored, but .*down_proj.scales is missing"),
+    ({f"{DOWN}.qweight": None}, "the weight that it belongs to, .*down_proj.weight, is absent"),
+    (
+        {f"{DOWN}.qweight": ("I32", (320, 24), bytes(30720))},
+        r"qweight is \[320, 24\]; for a weight",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("change", "words"), FAULTS)
-def test_faults_of_tensors(change: dict[str, Any], words: str, tmp_path: Path) -> None:
-    path, tensors, _ = integer_checkpoint(tmp_path / "hf", "int4-32")
+@pytest.mark.parametrize(
+    ("form", "change", "words"),
+    [*(("int4-32", *fault) for fault in FAULTS), *(("awq", *fault) for fault in AWQ_FAULTS)],
+)
+def test_faults_of_tensors(form: str, change: dict[str, Any], words: str, tmp_path: Path) -> None:
+    path, tensors, _ = integer_checkpoint(tmp_path / "hf", form)
     changed = {name: t for name, t in {**tensors, **change}.items() if t is not None}
     config = (path / "config.json").read_text()
     write_hf(path, MODEL, changed)
@@ -252,6 +275,10 @@ CONFIGS = [
     (quantization("awq") | {"group_size": "128"}, "group_size='128' must be"),
     (quantization("awq") | {"version": "gemv"}, "version='gemv' is not supported"),
     (quantization("awq") | {"zero_point": False}, "zero_point=False is not supported"),
+    (
+        quantization("awq") | {"modules_to_not_convert": 3},
+        "modules_to_not_convert=3 must be a list",
+    ),
 ]
 
 
