@@ -30,9 +30,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dsv3.checkpoint.fp8_values import from_bf16
 from dsv3.checkpoint.integer_values import quantize_rows
 from dsv3.checkpoint.mixed import KINDS, Losses, fitting, read_losses, sites
-from dsv3.checkpoint.quantize import from_bf16
 from dsv3.checkpoint.sharding import Split, TensorSpec, tensor_specs
 from dsv3.config import split_range
 from dsv3.config_files import load_model_config

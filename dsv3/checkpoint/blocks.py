@@ -7,6 +7,14 @@ import numpy as np
 import numpy.typing as npt
 
 from dsv3.checkpoint.digest import Digest
+from dsv3.checkpoint.fp8_values import (
+    BF16_INFINITY,
+    F32,
+    dequantize,
+    from_bf16,
+    quantize,
+    to_bf16,
+)
 from dsv3.checkpoint.integer_values import (
     IntegerRows,
     check_stated_shape,
@@ -19,14 +27,6 @@ from dsv3.checkpoint.jobs import Cast, Job
 from dsv3.checkpoint.manifest import MANIFEST
 from dsv3.checkpoint.names import scale_name
 from dsv3.checkpoint.plan import Plan
-from dsv3.checkpoint.quantize import (
-    BF16_INFINITY,
-    F32,
-    dequantize,
-    from_bf16,
-    quantize,
-    to_bf16,
-)
 from dsv3.checkpoint.reader import Source
 from dsv3.checkpoint.safetensors_file import DTYPE_BYTES
 from dsv3.checkpoint.scales import read_scales

@@ -7,7 +7,6 @@ from dsv3.checkpoint.contradictions import check_sizes
 from dsv3.checkpoint.integers import IntegerForm, check_integers, integer_form
 from dsv3.checkpoint.names import scale_name, weight_name
 from dsv3.checkpoint.reader import Source, TensorInfo
-from dsv3.checkpoint.scales import stated_kind
 from dsv3.checkpoint.sharding import (
     FLOAT_DTYPES,
     FP8_DTYPE,
@@ -16,6 +15,7 @@ from dsv3.checkpoint.sharding import (
     scale_shape,
     tensor_specs,
 )
+from dsv3.checkpoint.stored_quantization import stated_kind
 from dsv3.config import ModelConfig
 from dsv3.config_indexer import SHARED
 from dsv3.errors import CheckpointError

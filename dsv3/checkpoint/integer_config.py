@@ -13,8 +13,8 @@ from dsv3.checkpoint.integers import IntegerForm, Layout, integer_form
 from dsv3.checkpoint.names import weight_name
 from dsv3.checkpoint.plan import Plan
 from dsv3.checkpoint.reader import TensorInfo
-from dsv3.checkpoint.scales import stated_kind
 from dsv3.checkpoint.sharding import tensor_specs
+from dsv3.checkpoint.stored_quantization import stated_kind
 from dsv3.config_integers import IntegerKind
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")

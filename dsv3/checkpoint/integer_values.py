@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from dsv3.checkpoint.fp8_values import F32, from_bf16, to_bf16
 from dsv3.checkpoint.integers import IntegerForm, Layout, integer_part_region
-from dsv3.checkpoint.quantize import F32, from_bf16, to_bf16
 from dsv3.checkpoint.reader import Source
 from dsv3.checkpoint.region import Region, region_shape
 from dsv3.checkpoint.scales import widen

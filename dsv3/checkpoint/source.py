@@ -15,9 +15,9 @@ from dsv3.checkpoint.names import is_vision
 from dsv3.checkpoint.reader import Piece, Source, TensorInfo
 from dsv3.checkpoint.region import region_shape
 from dsv3.checkpoint.safetensors_file import read_header
-from dsv3.checkpoint.scales import stored_integers, stored_quantization
 from dsv3.checkpoint.spelling import HEAD, deepseek_tensors, hugging_face_tensors
 from dsv3.checkpoint.stored import StoredFiles, read_stored
+from dsv3.checkpoint.stored_quantization import stored_integers, stored_quantization
 from dsv3.checkpoint.unsupported import refuse_unsupported
 from dsv3.config import ModelConfig
 from dsv3.config_files import load_model_config

@@ -11,12 +11,12 @@ import torch
 from dsv3.checkpoint.check import check_tensors
 from dsv3.checkpoint.contradictions import source_warnings
 from dsv3.checkpoint.convert import convert
+from dsv3.checkpoint.fp8_values import from_bf16
 from dsv3.checkpoint.integer_values import read_integers
 from dsv3.checkpoint.integers import Layout, integer_form
 from dsv3.checkpoint.jobs import Cast, uniform_kinds
 from dsv3.checkpoint.load import load_weights
 from dsv3.checkpoint.plan import make_plan
-from dsv3.checkpoint.quantize import from_bf16
 from dsv3.checkpoint.reader import Source
 from dsv3.checkpoint.region import whole
 from dsv3.checkpoint.sharding import tensor_specs

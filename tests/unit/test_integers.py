@@ -13,12 +13,12 @@ import torch
 from dsv3.checkpoint.check import check_tensors
 from dsv3.checkpoint.contradictions import source_warnings
 from dsv3.checkpoint.convert import convert
+from dsv3.checkpoint.fp8_values import from_bf16
 from dsv3.checkpoint.integer_values import pack, quantize_rows, read_integers, unpack
 from dsv3.checkpoint.integers import integer_form
 from dsv3.checkpoint.jobs import Cast, uniform_kinds
 from dsv3.checkpoint.load import load_weights
 from dsv3.checkpoint.plan import make_plan
-from dsv3.checkpoint.quantize import from_bf16
 from dsv3.checkpoint.sharding import shard_region, tensor_specs
 from dsv3.checkpoint.source import open_source
 from dsv3.checkpoint.verify import verify_against

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dsv3.checkpoint.quantize import (
+from dsv3.checkpoint.fp8_values import (
     dequantize,
     fp8_values,
     from_bf16,
