@@ -133,5 +133,5 @@ def _tool_stream(request: TextRequest, tokenizer: Tokenizer | None) -> ToolCallS
 
 def _with_calls(reason: str, calls: Sequence[ToolCall]) -> str:
     """Return the finish reason of an answer with these calls."""
-    is_whole = bool(calls) and all(call.is_complete for call in calls)
-    return TOOL_CALLS if is_whole and reason == "stop" else reason
+    has_calls = any(call.is_complete for call in calls)
+    return TOOL_CALLS if has_calls and reason == "stop" else reason

@@ -68,7 +68,12 @@ class AnthropicWriter:
 
     def start(self) -> list[dict[str, Any]]:
         """Return the event before the first output."""
-        usage = {"input_tokens": len(self._prompt_ids), "output_tokens": 0}
+        usage = {  # how many are cached is known with the last output
+            "input_tokens": len(self._prompt_ids),
+            "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": 0,
+            "output_tokens": 0,
+        }
         return [{"type": "message_start", "message": self._message([], None, None, usage)}]
 
     def push(self, output: RequestOutput) -> list[dict[str, Any]]:

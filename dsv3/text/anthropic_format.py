@@ -16,6 +16,12 @@ MESSAGES = "/v1/messages"
 COUNT_TOKENS = "/v1/messages/count_tokens"
 
 # Fields that do not affect the answer. Chat formats decide themselves which old thoughts they keep.
+_BLOCK_FIELDS = {
+    "text": {"text", "citations"},
+    "thinking": {"thinking", "signature"},
+    "tool_use": {"id", "name", "input"},
+    "tool_result": {"tool_use_id", "content", "is_error"},
+}
 _IGNORED = ("cache_control", "context_management", "metadata", "service_tier")
 _SAME = ("model", "max_tokens", "temperature", "top_p", "top_k")
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
@@ -82,6 +88,10 @@ def _messages(where: str, message: Any) -> list[dict[str, Any]]:
 def _block(where: str, block: Any) -> dict[str, Any]:
     if not isinstance(block, dict) or not isinstance(block.get("type"), str):
         raise RequestError(f'{where} must be an object like {{"type": "text", ...}}')
+    known = _BLOCK_FIELDS.get(block["type"], block.keys())  # other types are refused by their users
+    for name in block.keys() - known - {"type", "cache_control"}:
+        if block[name] is not None:
+            raise RequestError(f"{where}.{shorten(name)} is not supported")
     return block
 
 
@@ -94,8 +104,10 @@ def _question(where: str, blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if block["type"] == "text":
             texts.append(_field(here, block, "text", str))
         elif block["type"] == "tool_result":
-            content = block.get("content") or ""
-            result = {"role": "tool", "content": _texts(f"{here}.content", content)}
+            text = _texts(f"{here}.content", block.get("content") or "")
+            if block.get("is_error"):  # formats of chats have no field for it
+                text = f"Error: {text}"
+            result = {"role": "tool", "content": text}
             result["tool_call_id"] = _field(here, block, "tool_use_id", str)
             messages.append(result)
         else:

@@ -28,6 +28,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "stream": (False,),
     "suffix": ("",),
 }
+# The engine looks for each of them after each token.
+_MAX_STOPS = 64
+_STOP_CHARS = 1024
+_STOP_RULE = f"a text of 1 to {_STOP_CHARS} characters or a list of up to {_MAX_STOPS} such texts"
+_STOP_IDS_RULE = f"a list of up to {_MAX_STOPS} ids"
 # Chat formats have a switch for thinking, not levels.
 _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra")
 
@@ -59,7 +64,7 @@ def parse_request(url: str, body: Any, name: str, defaults: Defaults) -> TextReq
     listed = fields.integer("prompt_logprobs", 0, MAX_LOGPROBS)
     echoed = logprobs if specific.get("echo") else None
     prompt_logprobs = echoed if listed is None else max(listed, echoed or 0)
-    stop = fields.take("stop", _is_stop, "a text or a list of texts, none empty") or ()
+    stop = fields.take("stop", _is_stop, _STOP_RULE) or ()
     seed = fields.integer("seed", -(2**63), 2**63 - 1)
     request = TextRequest(
         params=SamplingParams(
@@ -69,7 +74,7 @@ def parse_request(url: str, body: Any, name: str, defaults: Defaults) -> TextReq
             seed=_seed_of(name, defaults) if seed is None else seed,
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             stop_token_ids=tuple(
-                map(int, fields.take("stop_token_ids", _is_ids, "a list of ids") or ())
+                map(int, fields.take("stop_token_ids", _is_stop_ids, _STOP_IDS_RULE) or ())
             ),
             ignore_eos=fields.truth("ignore_eos") or False,
             logprobs=logprobs,
@@ -276,4 +281,9 @@ def _is_prompt(value: Any) -> bool:
 
 def _is_stop(value: Any) -> bool:
     texts = value if isinstance(value, list) else [value]
-    return all(isinstance(text, str) and text for text in texts)
+    are_texts = all(isinstance(text, str) and 0 < len(text) <= _STOP_CHARS for text in texts)
+    return are_texts and len(texts) <= _MAX_STOPS
+
+
+def _is_stop_ids(value: Any) -> bool:
+    return _is_ids(value) and len(value) <= _MAX_STOPS

@@ -77,21 +77,42 @@ class ToolUse:
 
     def schema(self) -> dict[str, Any]:
         """Return the JSON schema of an answer in the form FORCED."""
-        calls = [
-            {
+        calls = []
+        definitions = {}
+        for tool in self.tools:
+            name = tool["function"]["name"]
+            if self.only not in (None, name):
+                continue
+            pointer = f"#/$defs/{name}"
+            parameters = {"type": "object"} | (tool["function"].get("parameters") or {})
+            definitions[name] = _with_root(parameters, pointer)
+            call = {
                 "type": "object",
-                "properties": {
-                    "name": {"const": function["name"]},
-                    "arguments": function.get("parameters") or {"type": "object"},
-                },
+                "properties": {"name": {"const": name}, "arguments": {"$ref": pointer}},
                 "required": ["name", "arguments"],
                 "additionalProperties": False,
             }
-            for function in (tool["function"] for tool in self.tools)
-            if self.only in (None, function["name"])
-        ]
-        schema: dict[str, Any] = {"type": "array", "items": {"anyOf": calls}, "minItems": 1}
+            calls.append(call)
+        schema: dict[str, Any] = {
+            "type": "array",
+            "items": {"anyOf": calls},
+            "minItems": 1,
+            "$defs": definitions,
+        }
         return schema if self.is_parallel and self.only is None else schema | {"maxItems": 1}
+
+
+def _with_root(schema: Any, pointer: str) -> Any:
+    """Return a schema whose references are relative to the place that `pointer` names."""
+    if isinstance(schema, list):
+        return [_with_root(item, pointer) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {key: _with_root(value, pointer) for key, value in schema.items()}
+    target = schema.get("$ref")
+    if isinstance(target, str) and target.startswith("#"):
+        moved["$ref"] = pointer + target[1:]
+    return moved
 
 
 def parse_tool_use(tools: Any, choice: Any, parallel: bool | None) -> ToolUse | None:
@@ -175,6 +196,8 @@ def _check_tool(where: str, tool: Any) -> Mapping[str, Any]:
             raise RequestError(f"{where}.function.{shorten(field)} is not supported")
         if not isinstance(value, kinds[field]):
             raise RequestError(f"{where}.function.{field}={_shown(value)} has a wrong type")
+    if (function.get("parameters") or {}).get("type", "object") != "object":
+        raise RequestError(f'{where}.function.parameters.type must be "object"')
     return {"type": "function", "function": {k: v for k, v in function.items() if v is not None}}
 
 

@@ -175,10 +175,16 @@ MALFORMED = {
     "n huge": (chat(n=10**6), "n=1000000 must be a whole number from 1 to 128"),
     "seed a text": (chat(seed="x"), 'seed="x" must be a whole number from -9223372036854775808'),
     "seed beyond 64 bits": (chat(seed=2**63), "seed=9223372036854775808 must be a whole number"),
-    "stop empty": (chat(stop=""), 'stop="" must be a text or a list of texts, none empty'),
-    "stop a number": (chat(stop=5), "stop=5 must be a text or a list of texts"),
-    "stop of numbers": (chat(stop=["a", 5]), 'stop=["a", 5] must be a text or a list of texts'),
-    "stop ids texts": (chat(stop_token_ids=["a"]), 'stop_token_ids=["a"] must be a list of ids'),
+    "stop empty": (
+        chat(stop=""),
+        'stop="" must be a text of 1 to 1024 characters',
+    ),
+    "stop a number": (chat(stop=5), "stop=5 must be a text of 1 to 1024 characters"),
+    "stop of numbers": (chat(stop=["a", 5]), 'stop=["a", 5] must be a text of 1 to 1024 characters'),
+    "stop ids texts": (
+        chat(stop_token_ids=["a"]),
+        'stop_token_ids=["a"] must be a list of up to 64 ids',
+    ),
     "stop id too high": (
         chat(stop_token_ids=[2048]),
         "stop_token_ids[0]=2048 is not a token of this",

@@ -129,8 +129,14 @@ def test_values_are_set_by_the_rules_of_rows() -> None:
         ("max_tokens 5.5", "max_tokens=5.5 must be a whole number from 0 to 2147483647"),
         ("top_p 0", "top_p=0 must be above 0 and at most 1"),
         ("stop ['a']", None),
-        ('stop ["a", 5]', 'stop=["a", 5] must be a text or a list of texts, none empty'),
-        ('stop ""', 'stop="" must be a text or a list of texts, none empty'),
+        (
+            'stop ["a", 5]',
+            'stop=["a", 5] must be a text of 1 to 1024 characters',
+        ),
+        (
+            'stop ""',
+            'stop="" must be a text of 1 to 1024 characters',
+        ),
         ("seed " + "9" * 20, f"seed={'9' * 20} must be a whole number from -92"),
         ("thinking perhaps", 'thinking="perhaps" must be true or false'),
     ],

@@ -15,6 +15,7 @@ from dsv3.engine.constraint import Constraint, Grammars
 from dsv3.errors import RequestError
 from dsv3.request import Request, SamplingParams
 from dsv3.text.tokenizer import Tokenizer
+from dsv3.text.tools import ToolUse
 
 pytest.importorskip("llguidance", reason="schemas need llguidance: pip install llguidance")
 TOKENIZER = Tokenizer.load(Path(__file__).parents[2] / "checkpoints" / "demo-v3")
@@ -167,6 +168,27 @@ def test_a_schema_that_compiles_does_not_keep_others_waiting(
         finally:
             may_end.set()
         assert waiting.result(60) is not None
+
+
+def test_references_within_the_parameters_of_a_tool() -> None:
+    """As Pydantic writes nested models, with one that refers to itself."""
+    place = {"type": "object", "properties": {"city": {"enum": ["Lima"]}}, "required": ["city"]}
+    place["properties"]["near"] = {"$ref": "#/$defs/Place"}  # type: ignore[index]
+    parameters = {
+        "properties": {"at": {"$ref": "#/$defs/Place"}},
+        "required": ["at"],
+        "$defs": {"Place": place | {"additionalProperties": False}},
+    }
+    tools = [{"function": {"name": name, "parameters": parameters}} for name in ("f", "g.h")]
+    schema = ToolUse(tools=tuple(tools), is_required=True).schema()
+    arguments = {"at": {"city": "Lima", "near": {"city": "Lima"}}}
+    prompt = TOKENIZER.encode("Hi", add_special_tokens=False)
+    for value, is_right in ((arguments, True), ({"at": {"city": "Rome"}}, False), ([1], False)):
+        text = json.dumps([{"name": "g.h", "arguments": value}])
+        ids = [*TOKENIZER.encode_ordinary(text), EOS]
+        made = constraint(schema)
+        follows = all(ids[i] in allowed(made.masks(prompt + ids[:i])[0]) for i in range(len(ids)))
+        assert follows == is_right, text
 
 
 def test_ignore_eos_excludes_a_schema() -> None:

@@ -72,6 +72,10 @@ def test_choices_are_read() -> None:
         ({"tool_choice": "required"}, "needs tools"),
         ({"tools": [{**TOOL, "function": {"name": "f", "strict": True}}]}, "strict"),
         ({"tools": [{**TOOL, "function": {"name": "f", "colour": 1}}]}, "colour"),
+        (
+            {"tools": [{**TOOL, "function": {"name": "f", "parameters": {"type": "array"}}}]},
+            'parameters.type must be "object"',
+        ),
         ({"tools": [TOOL], "response_format": {"type": "json_object"}}, "response_format"),
         ({"response_format": {"type": "yaml"}}, "response_format.type"),
         ({"response_format": {"type": "json_schema"}}, "schema is missing"),

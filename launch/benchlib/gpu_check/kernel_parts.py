@@ -14,7 +14,7 @@ DECODE_FIRST = (
     *("unpermute", "add_rmsnorm", "act_quant", "silu_mul_quant", "norm_and_cache", "sum_norm"),
     *("sample", "index_scores", "top_candidates", "select_slots", "index_queries"),
     *("write_index_keys", "experts", "mla_prefill", "bf16_gemm", "rope_and_cache"),
-    "weight_dequant",
+    *("weight_dequant", "int_gemm", "int8_gemm"),
 )
 _REHEARSED = ("act_quant", "permute")
 _COLUMNS = ("kernel", "shape", "us", "GB/s", "TFLOP/s", "% of roof")
