@@ -180,7 +180,10 @@ MALFORMED = {
         'stop="" must be a text of 1 to 1024 characters',
     ),
     "stop a number": (chat(stop=5), "stop=5 must be a text of 1 to 1024 characters"),
-    "stop of numbers": (chat(stop=["a", 5]), 'stop=["a", 5] must be a text of 1 to 1024 characters'),
+    "stop of numbers": (
+        chat(stop=["a", 5]),
+        'stop=["a", 5] must be a text of 1 to 1024 characters',
+    ),
     "stop ids texts": (
         chat(stop_token_ids=["a"]),
         'stop_token_ids=["a"] must be a list of up to 64 ids',
