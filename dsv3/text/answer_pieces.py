@@ -1,5 +1,6 @@
 """The text of an answer, split into thought, content and calls of tools, by pieces or at once."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -12,6 +13,8 @@ from dsv3.text.tool_calls import CallArguments, CallBegin, Event, Text, ToolCall
 from dsv3.text.tools import CallForm
 
 TOOL_CALLS = "tool_calls"  # the finish reason of an answer with calls
+# Of the events of streams; `json.dumps` with this option makes an encoder at each call.
+encode_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
 class Kind(Enum):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dsv3.request import Completion, Request, RequestOutput
-from dsv3.text.answer_pieces import TOOL_CALLS, Kind, Piece, PieceStream, parse_answer
+from dsv3.text.answer_pieces import TOOL_CALLS, Kind, Piece, PieceStream, encode_json, parse_answer
 from dsv3.text.text_request import TextRequest
 from dsv3.text.tokenizer import Tokenizer
 
@@ -111,7 +111,7 @@ class AnthropicWriter:
 
     def event(self, data: dict[str, Any]) -> str:
         """Return the text of an event in a stream."""
-        return f"event: {data['type']}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n"
+        return f"event: {data['type']}\ndata: {encode_json(data)}\n\n"
 
     def error(self, message: str, status: int, code: str | None = None) -> dict[str, Any]:
         """Return the body of an error; this format has no codes."""

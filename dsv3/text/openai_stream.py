@@ -1,11 +1,10 @@
 """Responses in the OpenAI format, whole or as a stream of chunks while the engine runs."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from dsv3.request import Completion, Request, RequestOutput
-from dsv3.text.answer_pieces import Kind, Piece, PieceStream
+from dsv3.text.answer_pieces import Kind, Piece, PieceStream, encode_json
 from dsv3.text.openai_answer import (
     ResponseHead,
     TextOffsets,
@@ -83,7 +82,7 @@ class OpenAIWriter:
 
     def event(self, data: dict[str, Any]) -> str:
         """Return the text of a chunk in a stream."""
-        return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+        return f"data: {encode_json(data)}\n\n"
 
     def error(self, message: str, status: int, code: str | None = None) -> dict[str, Any]:
         """Return the body of an error."""
