@@ -28,12 +28,11 @@ _WORD_BITS = 32
 # go on with it for ever.
 _STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
-
-# Integers without bounds get those of a double's exact ones, which all readers of JSON take: a
-# model may write digits without end.
+# Unbounded integers are limited to +-(2^53 - 1), the range that every JSON reader represents
+# exactly; otherwise a model may write digits without end.
 _MAX_INTEGER = 2**53 - 1
-_BOUNDS = {"minimum": -_MAX_INTEGER, "maximum": _MAX_INTEGER}
-_BOUNDING = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "enum", "const"}
+_LOWER = ("minimum", "exclusiveMinimum")
+_UPPER = ("maximum", "exclusiveMaximum")
 _DATA = {"const", "enum", "default", "examples"}  # their values are no schemas
 _NAMED = {"properties", "patternProperties", "$defs", "definitions"}  # schemas by any names
 
@@ -218,10 +217,28 @@ def _bounded(schema: Any) -> Any:
             bounded[key] = {name: _bounded(inner) for name, inner in value.items()}
         else:
             bounded[key] = value if key in _DATA else _bounded(value)
+    return bounded | _integer_bounds(schema)
+
+
+def _integer_bounds(schema: dict[str, Any]) -> dict[str, int]:
+    """Return the bounds that the integers of a schema lack."""
     kind = schema.get("type")
     kinds = kind if isinstance(kind, list) else [kind]
-    is_whole = "integer" in kinds and "number" not in kinds
-    return bounded | _BOUNDS if is_whole and not _BOUNDING & schema.keys() else bounded
+    if "integer" not in kinds or "number" in kinds or not {"enum", "const"}.isdisjoint(schema):
+        return {}
+    bounds = {}
+    # A bound beyond the range leaves the other side open.
+    least = [schema[name] for name in _LOWER if name in schema]
+    most = [schema[name] for name in _UPPER if name in schema]
+    if not least and not any(_is_beyond(bound) for bound in most):
+        bounds["minimum"] = -_MAX_INTEGER
+    if not most and not any(_is_beyond(bound) for bound in least):
+        bounds["maximum"] = _MAX_INTEGER
+    return bounds
+
+
+def _is_beyond(bound: Any) -> bool:
+    return isinstance(bound, int | float) and abs(bound) > _MAX_INTEGER
 
 
 class _Vocabulary:

@@ -118,6 +118,8 @@ def test_a_large_schema_is_followed() -> None:
         ({"type": ["null", "integer"]}, ""),
         ({"type": "object", "properties": {"enum": {"type": "integer"}}}, '{"enum": '),
         ({"$defs": {"default": {"type": "integer"}}, "$ref": "#/$defs/default"}, ""),
+        ({"type": "integer", "minimum": 0}, ""),
+        ({"type": "integer", "exclusiveMaximum": 0}, "-"),
     ],
 )
 def test_integers_end_within_those_of_a_double(schema: Any, text: str) -> None:
@@ -126,6 +128,13 @@ def test_integers_end_within_those_of_a_double(schema: Any, text: str) -> None:
     ids = [*prompt, *TOKENIZER.encode_ordinary(text + "9007199254740991")]
     (mask,) = made.masks(ids)
     assert not any(TOKENIZER.token_text(i)[0].isdigit() for i in allowed(mask) - {EOS})
+
+
+def test_integers_may_be_beyond_those_of_a_double_if_the_schema_says_so() -> None:
+    made = constraint({"type": "integer", "minimum": 10**16})
+    prompt = TOKENIZER.encode("Hi", add_special_tokens=False)
+    (mask,) = made.masks([*prompt, *TOKENIZER.encode_ordinary(str(10**17))])
+    assert EOS in allowed(mask)
 
 
 @pytest.mark.parametrize("pattern", ["^(((a{30}){30}){30}){30}$", "^a{1000000000}$"])
