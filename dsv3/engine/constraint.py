@@ -13,11 +13,14 @@ from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dsv3.errors import RequestError, shorten
 from dsv3.request import Request
 from dsv3.text.thoughts import END_THINK, begins_in_thought
 from dsv3.text.tokenizer import Tokenizer
+
+Words = NDArray[np.int32]
 
 _MAX_GRAMMARS = 256  # kept for later requests
 # Bounds for the time of compiling a schema (about a second) and of its first mask (0.1 s); each is
@@ -49,7 +52,8 @@ class Constraint:
             end token comes before it. None if it begins at once.
 
     Attributes:
-        error: the reason that the grammar gave up, in which case only an end token may come.
+        error: after `finish`, the reason that the grammar gave up; empty if the model ended the
+            answer.
     """
 
     def __init__(
@@ -60,11 +64,13 @@ class Constraint:
         num_before: int,
         after: int | None,
     ) -> None:
-        self._matcher = matcher
+        self._start = matcher
+        self._matcher = matcher.deep_copy()
         self._num_words = -(-vocab_size // _WORD_BITS)
         self._eos_ids = list(eos_ids)
         self._num_seen = num_before
         self._after = after
+        self._num_free = num_before  # tokens before the grammar
         self.error = ""
 
     def masks(self, token_ids: Sequence[int], drafts: Sequence[int] = ()) -> list[bytes]:
@@ -74,9 +80,7 @@ class Constraint:
             token_ids: the prompt and the answer so far; it only grows from call to call.
             drafts: tokens that may come next.
         """
-        for token_id in token_ids[self._num_seen :]:
-            self._consume(token_id)
-        self._num_seen = len(token_ids)
+        self._follow(token_ids)
         after = self._after
         masks = [self._mask()]
         num_consumed = 0
@@ -87,10 +91,25 @@ class Constraint:
             self._consume(draft)
             num_consumed += was_in_grammar
             masks.append(self._mask())
-        if num_consumed:
-            self._matcher.rollback(num_consumed)
         self._after = after
+        if num_consumed:
+            self._take_back(num_consumed, token_ids)
         return masks + masks[-1:] * (1 + len(drafts) - len(masks))
+
+    def finish(self, token_ids: Sequence[int]) -> str:
+        """Return `error` of an answer that an end token ended after `token_ids`."""
+        self._follow(token_ids)
+        if self._after is None and self._allowed() is None:
+            reason = _given_up(self._matcher) or "no token may come next"
+            self.error = f"the JSON schema cannot be followed to its end: {reason}"
+        return self.error
+
+    def _follow(self, token_ids: Sequence[int]) -> None:
+        for place in range(self._num_seen, len(token_ids)):
+            if self._after is not None:
+                self._num_free = place + 1
+            self._consume(token_ids[place])
+        self._num_seen = len(token_ids)
 
     def _consume(self, token_id: int) -> None:
         if self._after is None:
@@ -98,17 +117,28 @@ class Constraint:
         elif token_id == self._after:
             self._after = None
 
+    def _take_back(self, num_tokens: int, token_ids: Sequence[int]) -> None:
+        """Undo the last tokens in the grammar, so that it has read `token_ids` only."""
+        if not self._matcher.is_error():
+            self._matcher.rollback(num_tokens)
+            return
+        # It gave up at a draft, which no rollback undoes.
+        self._matcher = self._start.deep_copy()
+        if self._after is None:
+            self._matcher.consume_tokens(token_ids[self._num_free :])
+
     def _mask(self) -> bytes:
         if self._after is not None:
             return self._all_but_end().tobytes()
-        words = np.frombuffer(self._matcher.compute_bitmask(), np.int32)[: self._num_words]
-        if words.any() and not self._matcher.is_error():
-            return words.tobytes()
-        reason = _given_up(self._matcher) or "no token may come next"
-        self.error = f"the JSON schema cannot be followed to its end: {reason}"
-        return (~self._all_but_end()).tobytes()
+        words = self._allowed()
+        return (~self._all_but_end() if words is None else words).tobytes()
 
-    def _all_but_end(self) -> "np.ndarray[Any, np.dtype[np.int32]]":
+    def _allowed(self) -> Words | None:
+        """Return the mask of the grammar; None if it has given up."""
+        words = np.frombuffer(self._matcher.compute_bitmask(), np.int32)[: self._num_words]
+        return words if words.any() and not self._matcher.is_error() else None
+
+    def _all_but_end(self) -> Words:
         bits = np.ones(self._num_words * _WORD_BITS, np.uint8)
         bits[self._eos_ids] = 0
         return np.packbits(bits, bitorder="little").view(np.int32)

@@ -377,7 +377,7 @@ class Engine:
             self.metrics.first_token_seconds.observe(self._now - seq.added_at)
         is_end = token in params.stop_token_ids or (token in self._eos and not params.ignore_eos)
         if is_end:
-            error = "" if seq.constraint is None else seq.constraint.error
+            error = "" if seq.constraint is None else seq.constraint.finish(seq.token_ids)
             self._finish(seq, "error" if error else "stop", out, error=error)
             return
         seq.token_ids.append(token)

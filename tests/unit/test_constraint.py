@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from dsv3.engine import constraint as constraint_module
 from dsv3.engine.adjust import AdjustedRow, Adjuster, Adjustments, pack_adjustments
 from dsv3.engine.constraint import Constraint, Grammars
 from dsv3.errors import RequestError
@@ -29,13 +30,15 @@ SCHEMA = {
 GRAMMARS = Grammars(TOKENIZER, VOCAB, [EOS])
 
 
-def constraint(schema: Any, prompt: str = "Hi", **more: Any) -> Constraint:
+def constraint(
+    schema: Any, prompt: str = "Hi", grammars: Grammars = GRAMMARS, **more: Any
+) -> Constraint:
     ids = TOKENIZER.encode(prompt, add_special_tokens=False)
     params = SamplingParams(**more)
     asked = Request(
         request_id="r", prompt_ids=ids, params=params, schema=json.dumps(schema), is_chat=True
     )
-    made = GRAMMARS.constraint(asked)
+    made = grammars.constraint(asked)
     assert made is not None
     return made
 
@@ -144,7 +147,36 @@ def test_a_grammar_that_gives_up_says_so(pattern: str) -> None:
     assert EOS not in allowed(made.masks(prompt)[0]) and not made.error
     quote = TOKENIZER.encode_ordinary('"')
     assert allowed(made.masks([*prompt, *quote])[0]) == {EOS}
-    assert "the JSON schema cannot be followed to its end: lexer error" in made.error
+    error = made.finish([*prompt, *quote])
+    assert "the JSON schema cannot be followed to its end: lexer error" in error == made.error
+
+
+@pytest.mark.parametrize("thought", [[], ["</think>"]])
+def test_a_grammar_that_gives_up_at_a_draft_goes_on(
+    thought: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(constraint_module._LIMITS, "max_items_in_row", 50)
+    grammars = Grammars(TOKENIZER, VOCAB, [EOS])
+    wide = {f"p{i}": {"type": "boolean"} for i in range(300)}
+    inner = {"type": "object", "properties": wide, "additionalProperties": False}
+    outer = {"type": "object", "properties": {"k": inner}, "required": ["k"]}
+    schema = {"type": "array", "items": {"anyOf": [{"enum": ["yes", "no"]}, outer]}}
+    start = "Hi<think>" if thought else "Hi"
+    prompt = TOKENIZER.encode(start, add_special_tokens=False)
+    end = [TOKENIZER.id_of(mark) or 0 for mark in thought]
+    answer = TOKENIZER.encode_ordinary('["yes", "no"]')
+    drafts = [*end, *TOKENIZER.encode_ordinary('[{"k": {"p1": true')]
+    plain = constraint(schema, start, grammars)
+    drafting = constraint(schema, start, grammars)
+    masks = drafting.masks(prompt, drafts)
+    assert allowed(masks[-1]) == {EOS}, "the drafts are too few for the grammar to give up"
+    ids = [*prompt, *end]
+    for token in answer:
+        want = plain.masks(ids)
+        assert drafting.masks(ids, drafts[len(end) + 1 :])[:1] == want
+        ids.append(token)
+    assert drafting.masks(ids) == plain.masks(ids)
+    assert not drafting.finish(ids)
 
 
 def test_a_schema_that_compiles_does_not_keep_others_waiting(
