@@ -23,6 +23,7 @@ NOT_RUN = {
     "context --config v3.2-671b": "minutes, and gigabytes",
     "--peer transformers": "minutes",
     "bench.py drafts --input-file tests": "minutes",
+    "bench.py rank --device cpu": "a minute, and gigabytes",
     "scripts/": "installs",
     "source .venv": "installs",
 }

@@ -35,6 +35,12 @@ CPU = torch.device("cpu")
 LOOKS = ("item", "tolist", "cpu", "nonzero", "unique", "numpy", "__bool__", "__int__", "__float__")
 
 
+@pytest.fixture(autouse=True)
+def plain_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep weights as on a GPU: these models are made on a CPU, but kernels multiply by them."""
+    monkeypatch.setattr(Transformer, "pack_weights", lambda self: None)
+
+
 @contextmanager
 def no_host_reads() -> Iterator[None]:
     """Refuse calls that wait for the device, outside of the kernels themselves."""

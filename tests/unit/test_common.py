@@ -48,7 +48,9 @@ def test_threads_that_a_model_keeps_busy(
 def test_the_library_leaves_the_process_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "as under torchrun")
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    before = torch.get_num_threads(), gc.get_freeze_count(), dict(os.environ)
+    before = torch.get_num_threads(), dict(os.environ)
+    num_frozen = gc.get_freeze_count()
     with LLM(max_seq_len=512) as llm:
         llm.generate("Hi", {"max_tokens": 2})
-        assert (torch.get_num_threads(), gc.get_freeze_count(), dict(os.environ)) == before
+        assert (torch.get_num_threads(), dict(os.environ)) == before
+        assert gc.get_freeze_count() <= num_frozen  # what earlier tests have frozen may be freed
