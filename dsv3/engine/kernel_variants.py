@@ -120,9 +120,9 @@ def _static_steps(setup: Setup, groups: int) -> Iterator[StepPlan]:
 
 
 def _decode_steps(setup: Setup, most: int) -> Iterator[StepPlan]:
-    """Yield steps of one and of `most` sequences that decode, with short and long contexts."""
+    """Yield steps of one and of `most` sequences that decode."""
     for rows in {1, most}:
-        for context in {0, setup.context_limit - 1}:
+        for context in _contexts(setup, 1):
             yield _plan(setup, [1] * rows, [context] * rows, draws=True)
 
 
@@ -137,7 +137,7 @@ def _eager_steps(setup: Setup, rule: AbsorbRule) -> Iterator[StepPlan]:
     most = setup.settings.max_batch_tokens
     yield from _decode_steps(setup, setup.settings.max_running)
     num_verified = 1 + setup.speculation.num_drafts
-    for context in {0, longest - num_verified}:
+    for context in _contexts(setup, num_verified):
         yield _plan(
             setup,
             [num_verified] * setup.settings.max_running,
@@ -145,7 +145,7 @@ def _eager_steps(setup: Setup, rule: AbsorbRule) -> Iterator[StepPlan]:
         )
     for new in row_buckets(most):
         new = min(new, most, longest)
-        for context in {0, longest - new}:
+        for context in _contexts(setup, new):
             if context == 0 or rule.absorbs(new, context):
                 yield _plan(setup, [new], [context], is_scored=True)
     new = min(rule.max_queries + 1, most, longest)
@@ -153,8 +153,21 @@ def _eager_steps(setup: Setup, rule: AbsorbRule) -> Iterator[StepPlan]:
         if not rule.absorbs(new, context):
             yield _plan(setup, [new], [context])
     if 1 < new < most:
-        for context in {0, longest - 1}:
+        for context in _contexts(setup, 1):
             yield _plan(setup, [1, new], [context, 0])
+
+
+def _contexts(setup: Setup, new: int) -> set[int]:
+    """Return numbers of cached tokens before `new` ones: none, and the most that are possible.
+
+    In sparse attention also the most with which new tokens and drafts attend to all keys.
+    """
+    longest = setup.context_limit - new
+    topk = setup.config.index_topk
+    if topk is None:
+        return {0, longest}
+    longest_dense = topk - new - setup.speculation.num_drafts
+    return {0, min(max(0, longest_dense), longest), longest}
 
 
 def _plan(

@@ -11,7 +11,7 @@ each model the numbers of variants listed and asked for.
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -23,20 +23,24 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from benchlib.integers import integer_names
-from benchlib.rank_share import Rank, RankShape
+from benchlib.rank_share import RankShape
 from dsv3.cache.layout import CacheLayout
+from dsv3.cache.pool import CachePool
 from dsv3.checkpoint.sharding import tensor_specs
 from dsv3.config import ParallelConfig
 from dsv3.config_files import DEMO, load_model_config
+from dsv3.distributed.mesh import Mesh
 from dsv3.distributed.stand_in import stand_in_mesh
 from dsv3.engine.kernel_variants import list_variants
 from dsv3.engine.runner import Runner
 from dsv3.engine.setup import Setup
-from dsv3.engine.step_plan import StepPlan
+from dsv3.engine.speculation import Speculation
+from dsv3.engine.step_plan import Ints, StepPlan
 from dsv3.model.absorb_rule import AbsorbRule
+from dsv3.model.transformer import Transformer
 from dsv3.parallel.token_rows import DispatchSettings
 from dsv3.parallel.weights import WeightFormat
-from dsv3.settings import EngineConfig
+from dsv3.settings import CacheDtype, EngineConfig
 from dsv3_kernels._gpu import Gpu, gpu_of
 from dsv3_kernels.variants import Variant
 from tests.kernels.compile_only import NoDevice
@@ -46,11 +50,38 @@ from tests.kernels.dry_gpu import CPU, CUDA
 GPU = Gpu((9, 0), multiprocessors=132, shared_bytes=228 << 10)
 LIMIT = 1900
 SETTINGS = EngineConfig(max_batch_tokens=700, max_running=40, max_seq_len=LIMIT)
+DENSE = load_model_config(DEMO)
+# A kernel of the indexer has blocks of 64 heads, and keys of 64 or 128 dimensions.
+SPARSE = replace(
+    DENSE, model_type="deepseek_v32", index_n_heads=64, index_head_dim=128, index_topk=256
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Form:
+    """A model and how it runs.
+
+    Attributes:
+        shape: the share of a rank.
+        index: format of the keys of sparse attention; None without an indexer.
+        num_drafts: drafts by the MTP layer.
+    """
+
+    shape: RankShape
+    index: CacheDtype | None = None
+    num_drafts: int = 0
+
+
 FORMS = (
-    RankShape(config=load_model_config(DEMO), world=1, weights="fp8", cache="fp8"),
-    RankShape(config=load_model_config(DEMO), world=2, rank=1, weights="bf16", cache="bf16"),
-    RankShape(config=load_model_config(DEMO), world=1, weights="int8", cache="bf16"),
-    RankShape(config=load_model_config(DEMO), world=2, rank=1, weights="int4", cache="bf16"),
+    Form(shape=RankShape(config=DENSE, world=1, weights="fp8", cache="fp8")),
+    Form(shape=RankShape(config=DENSE, world=2, rank=1, weights="bf16", cache="bf16")),
+    Form(shape=RankShape(config=DENSE, world=1, weights="int8", cache="bf16")),
+    Form(shape=RankShape(config=DENSE, world=2, rank=1, weights="int4", cache="bf16")),
+    Form(shape=RankShape(config=DENSE, world=1, weights="bf16", cache="bf16"), num_drafts=1),
+    Form(shape=RankShape(config=DENSE, world=2, rank=1, weights="fp8", cache="fp8"), num_drafts=3),
+    Form(shape=RankShape(config=SPARSE, world=1, weights="fp8", cache="fp8"), index="fp8"),
+    Form(shape=RankShape(config=SPARSE, world=2, rank=1, weights="bf16"), index="bf16"),
+    Form(shape=RankShape(config=SPARSE, world=2, rank=1), index="fp8", num_drafts=2),
 )
 
 
@@ -75,8 +106,9 @@ def asked_variants() -> Iterator[set[Variant]]:
         yield found
 
 
-def setup_of(shape: RankShape) -> Setup:
+def setup_of(form: Form) -> Setup:
     """Return the setup of an engine that runs such a rank."""
+    shape = form.shape
     config, layout = shape.cut, ParallelConfig(world_size=shape.world, rank=shape.rank)
     specs = tensor_specs(config)
     routers = frozenset(name for name in specs if name.endswith(".mlp.gate.weight"))
@@ -85,71 +117,116 @@ def setup_of(shape: RankShape) -> Setup:
     if shape.weights == "fp8":
         names = frozenset(name for name, spec in specs.items() if spec.quantizable)
         fmt = replace(fmt, fp8_names=names, fp8_products=True)
+    has_mtp = form.num_drafts > 0
     return Setup(
         config=config,
         settings=SETTINGS,
         fmt=fmt,
         layout=CacheLayout.make(
-            config, "latent", shape.kv_shard, shape.cache, layout.tp, layout.tp_rank
+            config,
+            "latent",
+            shape.kv_shard,
+            shape.cache,
+            layout.tp,
+            layout.tp_rank,
+            form.index,
+            has_mtp,
         ),
         context_limit=LIMIT,
         placement=None,
         dispatch=DispatchSettings(),
         weight_bytes=0,
+        speculation=Speculation(form.num_drafts, has_mtp),
     )
 
 
-def random_step(rng: np.random.Generator) -> StepPlan:
-    """Return a step of decoding sequences, of prompts, or of both."""
+def random_step(rng: np.random.Generator, rule: AbsorbRule, num_drafts: int) -> StepPlan:
+    """Return a step of decoding sequences, of prompts, or of both, as the scheduler orders them.
+
+    A decoding sequence verifies up to `num_drafts` drafts.
+    """
     decodes = int(rng.integers(0, SETTINGS.max_running)) if rng.random() < 0.7 else 0
-    queries = [1] * decodes
-    left = SETTINGS.max_batch_tokens - decodes
+    checked = rng.integers(0, num_drafts + 1, decodes).tolist()
+    queries = [1 + count for count in checked]
+    left = SETTINGS.max_batch_tokens - sum(queries)
     while not queries or (rng.random() < 0.5 and left > 1 and len(queries) < 40):
         queries.append(int(np.exp(rng.uniform(0, np.log(left)))))
+        checked.append(0)
         left -= queries[-1]
-    queries.sort()  # as the scheduler orders them
-    longest = 1 + int(np.exp(rng.uniform(0, np.log(LIMIT - max(queries) - 1))))
-    contexts = rng.integers(0, longest, len(queries))
-    query_len, context = np.array(queries, np.int32), contexts.astype(np.int32)
-    rows = query_len.cumsum(dtype=np.int32) - 1
-    if rng.random() < 0.2:
-        rows = np.arange(query_len.sum(), dtype=np.int32)
+    longest = 1 + int(np.exp(rng.uniform(0, np.log(LIMIT - max(queries) - num_drafts - 1))))
+    contexts = rng.integers(0, longest, len(queries)).tolist()
+
+    def place(i: int) -> tuple[bool, int, int]:
+        return not rule.absorbs(queries[i], contexts[i]), queries[i], contexts[i]
+
+    order = sorted(range(len(queries)), key=place)
+    query_len = np.array(queries, np.int32)[order]
+    checked_B = np.array(checked, np.int32)[order]
+    context_len = np.array(contexts, np.int32)[order]
+    last_row = query_len.cumsum(dtype=np.int32) - 1 - checked_B
+    rows = np.arange(query_len.sum(), dtype=np.int32)
+    is_scored = rng.random() < 0.2
+    if not is_scored:
+        seq_of_row = np.repeat(np.arange(len(query_len)), query_len)
+        rows = rows[rows >= last_row[seq_of_row]]
     zeros = np.zeros(len(rows), np.int32)
     plan = StepPlan.greedy(zeros, zeros, zeros[:, None] + np.int32(1))
-    plan.token_ids, plan.row = np.zeros(query_len.sum(), np.int32), rows
-    plan.query_len, plan.context_len = query_len, context
-    plan.page_count = -(-(context + query_len) // 64)
+    plan.token_ids = np.zeros(query_len.sum(), np.int32)
+    plan.row = rows
+    plan.query_len = query_len
+    plan.context_len = context_len
+    plan.page_count = -(-(context_len + query_len + num_drafts) // 64)
     plan.pages = np.ones(plan.page_count.sum(), np.int32)
     if rng.random() < 0.5:
         plan.temperature = plan.temperature + 1
-    if len(rows) > len(query_len):
-        plan.target, plan.top_logprobs = zeros, zeros
+    if is_scored:
+        plan.target = zeros
+        plan.top_logprobs = zeros
+    if num_drafts:
+        is_drafted = rng.random(len(queries)) < 0.8
+        add_drafts(plan, last_row[is_drafted], checked_B[is_drafted], num_drafts)
     return plan
 
 
-def serve(shape: RankShape, num_steps: int) -> set[Variant]:
+def add_drafts(plan: StepPlan, last_row: Ints, num_checked: Ints, num_drafts: int) -> None:
+    """Let a step draft tokens after those in some rows, each before drafts that it verifies."""
+    plan.next_ids = plan.token_ids
+    plan.draft_row = last_row
+    plan.draft_result = np.searchsorted(plan.row, last_row).astype(np.int32)
+    plan.draft_checked = num_checked
+    plan.num_drafts = np.array([num_drafts], np.int32)
+
+
+def serve(setup: Setup, mesh: Mesh, num_steps: int) -> set[Variant]:
     """Run random steps of such a rank; return the variants they asked for."""
-    rank = Rank(shape, CUDA, 2048)
-    rule, rng = AbsorbRule.make(shape.cut, SETTINGS), np.random.default_rng(0)
+    has_mtp = setup.speculation.has_mtp
+    model = Transformer(setup.config, mesh, setup.fmt, setup.dispatch, has_mtp=has_mtp)
+    model.pack_weights()
+    cache = CachePool(setup.layout, 2048 // setup.layout.page_size, CUDA, mesh.tp)
+    rule = AbsorbRule.make(setup.config, SETTINGS)
+    rng = np.random.default_rng(0)
     runners = [
-        Runner(rank.model, rank.cache, rule, static=is_static) for is_static in (False, True)
+        Runner(model.eval(), cache, rule, static=is_static, drafts=has_mtp)
+        for is_static in (False, True)
     ]
     with asked_variants() as asked:
         for i in range(num_steps):
-            runners[i % 2].run([random_step(rng)])
+            runners[i % 2].run([random_step(rng, rule, setup.speculation.num_drafts)])
     return asked
 
 
 def main() -> None:
     driver.set_active(NoDevice(90))
     for form in FORMS:
-        heads = 4 * form.world
-        shape = replace(form, config=replace(form.config, num_attention_heads=heads), layers=2)
-        mesh = stand_in_mesh(ParallelConfig(world_size=shape.world, rank=shape.rank), CPU)
-        listed = list_variants(setup_of(shape), mesh, GPU)
+        shape = form.shape
+        heads = 4 * shape.world
+        cut = replace(shape, config=replace(shape.config, num_attention_heads=heads), layers=2)
+        layout = ParallelConfig(world_size=shape.world, rank=shape.rank)
+        setup = setup_of(replace(form, shape=cut))
+        listed = list_variants(setup, stand_in_mesh(layout, CPU), GPU)
         with dry_gpu():
             assert gpu_of(CUDA) == GPU
-            asked = serve(shape, int(sys.argv[1]))
+            asked = serve(setup, stand_in_mesh(layout, CUDA), int(sys.argv[1]))
         for variant in sorted(asked - set(listed)):
             sys.stdout.write(f"{variant.kernel}: {variant.specialization}\n")
         sys.stdout.write(f"listed {len(listed)} asked {len(asked)}\n")
