@@ -21,6 +21,7 @@ from dsv3.text.messages import (
     Tools,
     check_message,
     map_strings,
+    order_results,
     parse_tool_calls,
 )
 from dsv3.text.ordinary_text import OrdinaryText
@@ -224,6 +225,7 @@ class ChatFormat:
         plain = [self._plain(f"messages[{i}]", message) for i, message in enumerate(messages)]
         if not plain:
             raise RequestError("messages is empty; give at least one message")
+        plain = order_results(plain)
         hidden_tools = map_strings(tools or (), self._ordinary.hide)
         if hidden_tools and self._template is not None and self._describes_tools:
             plain = _with_system(plain, describe_tools(hidden_tools, self._fences_calls))

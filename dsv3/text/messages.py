@@ -103,6 +103,35 @@ def _parse_tool_call(where: str, call: Any) -> dict[str, Any]:
     return {**call, "function": {**function, "arguments": dict(arguments)}}
 
 
+def order_results(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages in which the results of tool calls come in the order of the calls.
+
+    Clients send them in any order, with the ids of the calls. Most formats write no ids, so that a
+    model takes the first result for that of the first call.
+    """
+    ordered = list(messages)
+    for i, message in enumerate(messages):
+        calls = message.get("tool_calls")
+        if isinstance(calls, list):
+            stop = i + 1
+            while stop < len(messages) and messages[stop]["role"] == "tool":
+                stop += 1
+            ordered[i + 1 : stop] = _in_order(messages[i + 1 : stop], calls)
+    return ordered
+
+
+def _in_order(results: Sequence[dict[str, Any]], calls: list[Any]) -> Sequence[dict[str, Any]]:
+    """Return the results of calls in their order; as they are if any has no call's id."""
+    places: dict[str, int] = {}
+    for place, call in enumerate(calls):
+        call_id = call.get("id") if isinstance(call, Mapping) else None
+        if isinstance(call_id, str):
+            places.setdefault(call_id, place)
+    if any(result.get("tool_call_id") not in places for result in results):
+        return results
+    return sorted(results, key=lambda result: places[result["tool_call_id"]])
+
+
 def map_strings(value: Any, change: Callable[[str], str]) -> Any:
     """Return a JSON value with `change` applied to all strings, including keys of objects.
 

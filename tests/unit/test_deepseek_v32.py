@@ -205,6 +205,21 @@ def test_conversations_that_do_not_fit_together(messages: Messages, words: str) 
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
 
 
+def test_results_come_in_the_order_of_their_calls() -> None:
+    asked = calls("{}", "{}", "{}")
+    for call, name in zip(asked["tool_calls"], "abc", strict=True):
+        call["id"] = name
+    answered = [{**result(f"of {name}"), "tool_call_id": name} for name in "cab"]
+    prompt = FORMAT.render([user("2"), asked, *answered, user("3"), asked, *answered])
+    assert prompt.count(results("of a", "of b", "of c")) == 2
+    unknown = [{**answered[0], "tool_call_id": "d"}, *answered[1:]]
+    prompt = FORMAT.render([user("2"), asked, *unknown])
+    assert results("of c", "of a", "of b") in prompt, "nothing says which call has the first one"
+    nameless = [result(text) for text in "zyx"]
+    del nameless[1]["tool_call_id"]
+    assert results("z", "y", "x") in FORMAT.render([user("2"), asked, *nameless])
+
+
 def test_a_malformed_tool() -> None:
     with pytest.raises(RequestError, match=r"tools\[1\] must be an object like"):
         FORMAT.render([user("2")], tools=[TOOL, {"name": "f"}])
