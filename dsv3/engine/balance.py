@@ -85,7 +85,7 @@ class Balancer:
         self._every = settings.rebalance_every
         self._file = settings.record_expert_load
         self._physical_experts = list(model.dispatch.physical_experts.values())
-        found = (module for module in model.modules() if isinstance(module, MoE))
+        found = (module for module in model.layers.modules() if isinstance(module, MoE))
         self._layers = dict(zip(placement.layers, found, strict=True))
         shape = len(self._physical_experts), placement.num_experts
         self._total = np.zeros(shape, np.int64)

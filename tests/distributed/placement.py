@@ -92,6 +92,8 @@ def compare_answers(mesh: Mesh, folder: str) -> None:
     moved = live.runner.balancer.placement
     assert any((moved.layers[i] != first.layers[i]).any() for i in moved.layers)
     check_weights(live, check(moved, weights=weights))
+    if not num_copies:  # the MTP layer's experts stay where they are, and have no copies
+        check(moved, rebalance_every=2, record_expert_load=load, speculative_tokens=2)
 
 
 def check_loads(mesh: Mesh, plain: Started, load: str) -> None:
