@@ -104,9 +104,9 @@ class EngineConfig:
         rebalance_every: steps between checks of the experts' loads, after which experts may move
             to other ranks; 0 never moves them.
         record_expert_load: file for the number of tokens of each expert; empty does not count.
-        speculative_tokens: drafts for each sequence and step, at most 8. The answer is what it is
-            without them; a step that verifies them takes longer, and may give more tokens. Steps
-            are not pipelined then, and requests with penalties are not drafted.
+        speculative_tokens: drafts for each sequence and step, at most 8. They do not
+            change the answer; a step that verifies them takes longer, and may give more tokens.
+            Steps are not pipelined then, and requests with penalties are not drafted.
         speculative_adaptive: draft up to that number, as many as give most tokens a second by the
             times of steps and the drafts accepted so far.
         speculative_method: "mtp": the MTP layer drafts; "ngram": the tokens after an earlier

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Lint, types and tests; installs dsv3 with its test tools into .venv first.
 #
-#   scripts/test.sh                              the whole suite: about 15 minutes on two cores
+#   scripts/test.sh                              the whole suite: about 20 minutes on two cores
 #   scripts/test.sh --quick [pytest arguments]   under two minutes: one process, no kernels
 #   scripts/test.sh PYTEST_ARGUMENTS             the tests that they select, one at a time
 set -euo pipefail
@@ -20,7 +20,7 @@ if [ $# != 0 ]; then
     exec .venv/bin/pytest "$@"
 fi
 echo "the whole suite: about 15 minutes on two cores (--quick: under two)" >&2
-# Two files at a time, in order: a file's tests share what they start, and many wait for processes.
-# The stacks of a test that hangs tell its name.
+# Two files at a time, in order: a file's tests share their processes, and many only wait.
+# The stacks of a test that hangs show its name.
 exec .venv/bin/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder \
     -o faulthandler_timeout=300

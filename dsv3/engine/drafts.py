@@ -2,7 +2,7 @@
 
 A step verifies the drafts of the step before: it samples a token at every drafted position, and
 accepts the drafts before the first one that is not the token sampled there. Tokens are sampled with
-random numbers that depend on seed and position only, so the answer is what it is without drafts.
+random numbers that depend on seed and position only, so drafts do not change the answer.
 Drafts are sampled with the same numbers, which makes them equal more often.
 
 Then the MTP layer runs on all tokens of the step, so that its cache has an entry of every position,

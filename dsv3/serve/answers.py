@@ -1,6 +1,6 @@
 """Outputs between the engine's thread and the clients' connections.
 
-An `Answer` belongs to the event loop's thread. Outputs that nobody has read yet are joined, so that
+An `Answer` belongs to the event loop's thread. Unread outputs are joined, so that
 a connection that lags behind gets fewer and longer pieces, and a client that reads nothing costs no
 more than its tokens.
 """

@@ -141,7 +141,7 @@ class EngineLoop:
 
 
 def failure_of(error: Exception) -> HttpError:
-    """Return the failure that a client is told of."""
+    """Return the HTTP error for a failed request."""
     if isinstance(error, RequestError):
         return HttpError(str(error), 400)
     if not isinstance(error, Dsv3Error):

@@ -262,7 +262,7 @@ class Front:
 
 @contextmanager
 def _closed_loop_ignored() -> Iterator[None]:
-    """Ignore the error of a call to an event loop that has ended: nobody waits any more."""
+    """Ignore the error of a call to an event loop that has ended, and with it all connections."""
     try:
         yield
     except RuntimeError:

@@ -33,9 +33,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--url", default="http://127.0.0.1:8000", help="address of the server")
     add("--api-key", default="", help="key of the server")
     load = parser.add_mutually_exclusive_group()
-    text = f"closed loop: so many requests are open all the time (default: {_CONCURRENCY})"
+    text = f"closed loop: number of requests that are open all the time (default: {_CONCURRENCY})"
     load.add_argument("--concurrency", type=at_least(1), help=text)
-    text = "open loop: requests at random times (Poisson), so many a second on average"
+    text = "open loop: requests at random times (Poisson); their average number a second"
     load.add_argument("--rate", type=float, help=text)
     text = "open loop: JSON Lines with timestamp (ms), input_length, output_length and hash_ids"
     load.add_argument("--trace", type=Path, help=text)

@@ -9,8 +9,8 @@ _PROGRAMS = 1024
 _SPLIT_BYTES = 256 << 20
 # Positions of the shortest split; by arithmetic, not measured.
 _LEAST_SPLIT = 64
-# Sequences of so many of the longest splits stay whole if there are so many programs for each
-# multiprocessor.
+# Sequences of up to _WHOLE of the longest splits are not split further if each multiprocessor has
+# _BUSY programs or more.
 _WHOLE = 4
 _BUSY = 4
 

@@ -160,8 +160,9 @@ def int_linear(
 ) -> Tensor:
     """Return x W^T in the dtype of `x_TD`.
 
-    Few rows go to `int_gemm` on a GPU; many rows meet a dequantized matrix or, if `int8_rows`, are
-    quantized (`takes_int8_rows`). On a CPU, torch multiplies what it can (`has_cpu_product`).
+    On a GPU, few rows go to `int_gemm`; many rows are multiplied by the dequantized matrix or, if
+    `int8_rows`, quantized (`takes_int8_rows`). A matrix that is packed for a CPU goes to torch's
+    product (`has_cpu_product`).
     """
     if w.packed:
         return cpu_product(x_TD, w)

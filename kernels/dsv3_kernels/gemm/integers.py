@@ -34,7 +34,7 @@ class Integers(NamedTuple):
         scale: [..., N, groups], any float dtype; see `pack_for_cpu`.
         group: columns that share a scale.
         packed: True after `pack_for_cpu`.
-        zero: [..., N, groups] uint8, what is added to the values of int4; None for 8.
+        zero: [..., N, groups] uint8, added to the values of int4; None for 8.
     """
 
     q: Tensor
