@@ -6,7 +6,7 @@ before each step; while there is nothing to do, the loop waits for a command.
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
@@ -14,6 +14,7 @@ from dsv3.engine.engine import Engine
 from dsv3.errors import Dsv3Error, RequestError, describe_error
 from dsv3.request import Request, RequestOutput
 from dsv3.serve.answers import Answer, HttpError
+from dsv3.serve.outbox import Deliver, Outbox
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,6 @@ class Drain:
 
 Command = Submit | Cancel | Drain
 Inbox = SimpleQueue[Command]
-Delivery = tuple[Answer, RequestOutput | HttpError]
 
 
 class EngineLoop:
@@ -53,15 +53,13 @@ class EngineLoop:
     Args:
         engine: on rank 0.
         inbox: commands of other threads.
-        deliver: takes all outputs of a step to the thread that reads them.
+        deliver: takes outputs to the thread that reads them.
     """
 
-    def __init__(
-        self, engine: Engine, inbox: Inbox, deliver: Callable[[list[Delivery]], None]
-    ) -> None:
+    def __init__(self, engine: Engine, inbox: Inbox, deliver: Deliver) -> None:
         self._engine = engine
         self._inbox = inbox
-        self._deliver = deliver
+        self._outbox = Outbox(deliver)
         self._answers: dict[str, Answer] = {}  # of the unfinished requests, by their ids
         self._end: float | None = None
 
@@ -101,7 +99,8 @@ class EngineLoop:
                 self._submit(command)
             case Cancel():
                 for request_id in command.request_ids:
-                    self._answers.pop(request_id, None)
+                    if answer := self._answers.pop(request_id, None):
+                        self._outbox.drop(answer)
                     self._engine.cancel(request_id)
             case Drain():
                 self._end = time.monotonic() + command.seconds
@@ -115,29 +114,24 @@ class EngineLoop:
         except Exception as error:  # of one request; the others go on
             for request_id in added:
                 self._engine.cancel(request_id)
-            self._deliver([(command.answer, failure_of(error))])
+            self._outbox.fail({command.answer}, failure_of(error))
         else:
             self._answers |= dict.fromkeys(added, command.answer)
 
     def _route(self, outputs: list[RequestOutput]) -> None:
-        deliveries: list[Delivery] = []
         for output in outputs:
-            answer = self._answers.get(output.request_id)
+            if answer := self._answers.get(output.request_id):
+                self._outbox.add(answer, output)
             if output.completion is not None:
                 self._answers.pop(output.request_id, None)
-            if answer is not None:
-                deliveries.append((answer, output))
-        if deliveries:
-            self._deliver(deliveries)
+        self._outbox.send_due(len(self._answers))
 
     def _abandon(self) -> None:
         """Cancel the requests that are left when the time to drain is over."""
-        failure = HttpError("the server is stopping", 503)
-        deliveries: list[Delivery] = [(a, failure) for a in set(self._answers.values())]
         for request_id in self._answers:
             self._engine.cancel(request_id)
-        if deliveries:
-            self._deliver(deliveries)
+        open_answers = set(self._answers.values())
+        self._outbox.fail(open_answers, HttpError("the server is stopping", 503))
 
 
 def failure_of(error: Exception) -> HttpError:

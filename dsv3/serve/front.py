@@ -20,7 +20,8 @@ from dsv3.engine.engine import Engine
 from dsv3.errors import CheckpointError, RequestError
 from dsv3.request import Request
 from dsv3.serve.answers import MAX_UNREAD_TOKENS, Answer, HttpError
-from dsv3.serve.engine_loop import Cancel, Delivery, Drain, EngineLoop, Inbox, Submit
+from dsv3.serve.engine_loop import Cancel, Drain, EngineLoop, Inbox, Submit
+from dsv3.serve.outbox import Delivery
 from dsv3.text.chat import AnyFormat
 from dsv3.text.defaults import Defaults
 

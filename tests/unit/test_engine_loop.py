@@ -12,8 +12,9 @@ from dsv3.engine.engine import Engine
 from dsv3.errors import RequestError
 from dsv3.request import Completion, Request, RequestOutput, SamplingParams
 from dsv3.serve.answers import MAX_UNREAD_TOKENS, Answer, HttpError
-from dsv3.serve.engine_loop import Cancel, Command, Delivery, Drain, EngineLoop, Submit
+from dsv3.serve.engine_loop import Cancel, Command, Drain, EngineLoop, Submit
 from dsv3.serve.front import Front, Limits, Served
+from dsv3.serve.outbox import Delivery, Outbox
 from dsv3.text.defaults import Defaults
 
 
@@ -110,6 +111,48 @@ def test_answers_fail_when_the_time_to_drain_is_over() -> None:
     failure = deliveries[-1][1]
     assert isinstance(failure, HttpError) and failure.status == 503
     assert engine.cancelled == ["a"]
+
+
+def outputs_at(times: list[float], num_streams: int, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Return the tokens of each delivery of an answer with one token a step."""
+    sent: list[list[Delivery]] = []
+    box = Outbox(sent.append)
+    answer = Answer(["a"])
+    for token, now in enumerate(times):
+        monkeypatch.setattr("time.monotonic", lambda now=now: now)
+        box.add(answer, output("a", token, is_last=token == len(times) - 1))
+        box.send_due(num_streams)
+    return [
+        [i for _, item in delivery if isinstance(item, RequestOutput) for i in item.new_token_ids]
+        for delivery in sent
+    ]
+
+
+def test_many_streams_get_their_tokens_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = [100 + i / 32 for i in range(8)]
+    assert outputs_at(steps, 1, monkeypatch) == [[0], [1], [2], [3], [4], [5], [6], [7]]
+    assert outputs_at(steps, 20, monkeypatch) == [[0], [1, 2], [3, 4], [5, 6], [7]]
+    # The first and the last ones never wait; no stream waits for longer than 0.1 s.
+    assert outputs_at(steps, 10**6, monkeypatch) == [[0], [1, 2, 3, 4], [5, 6, 7]]
+
+
+def test_a_last_output_does_not_take_others_along() -> None:
+    sent: list[list[Delivery]] = []
+    box = Outbox(sent.append)
+    first, second = Answer(["a"]), Answer(["b"])
+    for item in (output("a", 1), output("b", 1)):
+        box.add(first if item.request_id == "a" else second, item)
+    box.send_due(10**6)
+    box.add(first, output("a", 2, is_last=True))
+    box.add(second, output("b", 2))
+    box.send_due(10**6)
+    assert [(answer is first) for answer, _ in sent[-1]] == [True]
+    box.add(second, output("b", 3))
+    box.fail({second}, HttpError("gone", 503))
+    assert [getattr(item, "new_token_ids", "gone") for _, item in sent[-2] + sent[-1]] == [
+        *([2], [3], "gone")
+    ]
+    box.drop(second)
 
 
 def test_unread_outputs_are_joined() -> None:

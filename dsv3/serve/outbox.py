@@ -1,0 +1,66 @@
+"""Outputs on their way from the engine's thread to the event loop's.
+
+Each event of a stream takes the interpreter from the engine: the event loop must be woken, write
+the event and send it. Few streams get each token at once; the tokens of many streams are handed
+over together after some steps. The first and the last outputs of an answer never wait.
+"""
+
+import time
+from collections.abc import Callable
+from weakref import WeakSet
+
+from dsv3.request import RequestOutput
+from dsv3.serve.answers import Answer, HttpError
+
+_EVENTS_PER_SECOND = 500  # of all streams together
+_MAX_SECONDS = 0.1  # between two events of a stream
+
+Delivery = tuple[Answer, RequestOutput | HttpError]
+Deliver = Callable[[list[Delivery]], None]
+
+
+class Outbox:
+    """Collects the outputs of steps, and hands them over when they are due.
+
+    Args:
+        deliver: takes outputs to the event loop.
+    """
+
+    def __init__(self, deliver: Deliver) -> None:
+        self._deliver = deliver
+        self._outputs: dict[Answer, list[RequestOutput]] = {}
+        self._urgent: set[Answer] = set()
+        self._begun: WeakSet[Answer] = WeakSet()
+        self._emptied_at = 0.0
+
+    def add(self, answer: Answer, output: RequestOutput) -> None:
+        """Add an output of an answer."""
+        self._outputs.setdefault(answer, []).append(output)
+        if output.completion is not None or answer not in self._begun:
+            self._urgent.add(answer)
+            self._begun.add(answer)
+
+    def drop(self, answer: Answer) -> None:
+        """Forget the outputs of an answer whose client is gone."""
+        self._outputs.pop(answer, None)
+        self._urgent.discard(answer)
+
+    def fail(self, answers: set[Answer], failure: HttpError) -> None:
+        """Hand over all outputs, and end answers with a failure."""
+        self._hand_over(set(self._outputs))
+        if answers:
+            self._deliver([(answer, failure) for answer in answers])
+
+    def send_due(self, num_streams: int) -> None:
+        """Hand over what is due after a step, with a number of streams that go on."""
+        now = time.monotonic()
+        if now >= self._emptied_at + min(_MAX_SECONDS, num_streams / _EVENTS_PER_SECOND):
+            self._emptied_at = now
+            self._urgent.update(self._outputs)
+        self._hand_over(self._urgent)
+        self._urgent.clear()
+
+    def _hand_over(self, answers: set[Answer]) -> None:
+        deliveries: list[Delivery] = [(a, o) for a in answers for o in self._outputs.pop(a)]
+        if deliveries:
+            self._deliver(deliveries)
