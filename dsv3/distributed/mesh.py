@@ -6,6 +6,7 @@ of one), runs the rendezvous, chooses device and backend, and makes the groups.
 
 import logging
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -305,9 +306,12 @@ def join_world(
             watchdog.enter(RUN, may_rest=True)
             yield mesh
     finally:
-        if roster and mesh:
+        if roster and dist.is_initialized():
             with watchdog.closing():
-                mesh.close()
+                if mesh is not None:
+                    mesh.close()
+                elif error := sys.exception():  # its frames refer to groups
+                    traceback.clear_frames(error.__traceback__)
                 dist.destroy_process_group()
 
 

@@ -157,17 +157,31 @@ def test_waiting_ranks_use_no_processor(size: int, tmp_path: Path) -> None:
         world.kill()
 
 
-def limited(*flags: str) -> "subprocess.CompletedProcess[str]":
-    """Answer on two ranks that cannot have shared memory: files may not be longer than 4000."""
+def limited(*command: str) -> "subprocess.CompletedProcess[str]":
+    """Run two ranks that cannot have shared memory: files may not be longer than 4000."""
     return run(
-        [*torchrun(2), GENERATE, "--prompt", "Hello", "--max-new-tokens", "3", *flags],
+        [*torchrun(2), *command],
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000)),
     )
 
 
+HELLO = (GENERATE, "--prompt", "Hello", "--max-new-tokens", "3")
+JOIN_TWICE = """
+import sys
+from dsv3.distributed.mesh import join_world
+from dsv3.errors import ConfigError
+for exchange in ("memory", "gloo"):
+    try:
+        with join_world("cpu", cpu_exchange=exchange) as mesh:
+            sys.stdout.write(f"{mesh.world.size} ranks\\n")
+    except ConfigError:
+        sys.stdout.write("refused\\n")
+"""
+
+
 def test_without_shared_memory_all_ranks_use_gloo() -> None:
-    usual = run([*torchrun(2), GENERATE, "--prompt", "Hello", "--max-new-tokens", "3"])
-    done = limited()
+    usual = run([*torchrun(2), *HELLO])
+    done = limited(*HELLO)
     assert done.returncode == usual.returncode == 0, done.stderr
     assert done.stdout == usual.stdout != ""
     lines = [line for line in our_lines(done.stderr) if "Gloo" in line]
@@ -175,9 +189,18 @@ def test_without_shared_memory_all_ranks_use_gloo() -> None:
     assert lines == [f"{slow} (File too large)"]
     assert "Gloo" not in usual.stderr
 
-    refused = limited("--cpu-exchange", "memory")
+    refused = limited(*HELLO, "--cpu-exchange", "memory")
     assert refused.returncode == 1 and "exitcode  : 2" in refused.stderr
     assert [line for line in our_lines(refused.stderr) if "share memory" in line] == [
         "error: the ranks of a host cannot share memory (File too large), as the CPU exchange "
         "`memory` requires; use auto or gloo"
     ]
+
+
+def test_a_world_that_was_refused_leaves_no_groups(tmp_path: Path) -> None:
+    """Gloo would abort the process at its exit, now and then."""
+    script = tmp_path / "join.py"
+    script.write_text(JOIN_TWICE)
+    done = limited(str(script))
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == ["2 ranks", "2 ranks", "refused", "refused"]
