@@ -19,7 +19,7 @@ fi
 if [ $# != 0 ]; then
     exec .venv/bin/pytest "$@"
 fi
-echo "the whole suite: about 15 minutes on two cores (--quick: under two)" >&2
+echo "the whole suite: about 20 minutes on two cores (--quick: under two)" >&2
 # Two files at a time, in order: a file's tests share their processes, and many only wait.
 # The stacks of a test that hangs show its name.
 exec .venv/bin/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder \
