@@ -8,11 +8,11 @@ import logging
 import time
 from collections.abc import Sequence as Ordered
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 
 from dsv3.cache.pool import CachePool
 from dsv3.cache.tiers import Tiers
 from dsv3.config import ModelConfig
+from dsv3.engine.commit import Committer, LaunchedStep
 from dsv3.engine.constraint import Grammars
 from dsv3.engine.drafting import Drafting
 from dsv3.engine.groups import (
@@ -30,8 +30,7 @@ from dsv3.engine.scheduled import ScheduledSeq, ScheduledStep
 from dsv3.engine.scheduler import Scheduler
 from dsv3.engine.sequence import Sequence
 from dsv3.engine.speculation import NO_DRAFTS, Speculation
-from dsv3.engine.step_plan import NOT_FINITE, PlanChannel, StepPlan
-from dsv3.engine.step_result import HostResult, StepResult
+from dsv3.engine.step_plan import PlanChannel, StepPlan
 from dsv3.errors import ConfigError, RequestError
 from dsv3.request import Request, RequestOutput, SamplingParams
 from dsv3.settings import EngineConfig
@@ -43,15 +42,6 @@ log = logging.getLogger(__name__)
 # Seconds for writing the cache to disk at the end, and at an end by a signal.
 _SAVE_SECONDS = 60.0
 HASTY_SAVE_SECONDS = 4.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Launched:
-    """A step whose results have not been committed."""
-
-    number: int
-    parts: list[ScheduledSeq]
-    result: StepResult
 
 
 class Engine:
@@ -91,11 +81,11 @@ class Engine:
         self._runner = runner
         self._layout = cache.layout
         self._channel = channel
-        self._eos = frozenset(config.eos_token_ids)
-        if not self._eos and tokenizer is not None and tokenizer.eos_id is not None:
+        eos_ids = frozenset(config.eos_token_ids)
+        if not eos_ids and tokenizer is not None and tokenizer.eos_id is not None:
             # DeepSeek's own config files do not name the end token.
-            self._eos = frozenset({tokenizer.eos_id})
-        self.grammars = Grammars(tokenizer, config.vocab_size, sorted(self._eos))
+            eos_ids = frozenset({tokenizer.eos_id})
+        self.grammars = Grammars(tokenizer, config.vocab_size, sorted(eos_ids))
         is_only = len(tiers) == 1
         self._speculation = speculation
         self._drafting = Drafting(speculation, settings.speculative_adaptive, self.metrics)
@@ -113,11 +103,13 @@ class Engine:
             for each in tiers
         ]
         self._pipelined = settings.is_pipelined(cache.device.type)
-        self._in_flight: _Launched | None = None
+        self._in_flight: LaunchedStep | None = None
         self._is_stepping = self._is_prewarming = False
         self._sequences: dict[str, Sequence] = {}
+        self._committer = Committer(
+            self._sequences, self._schedulers, self._drafting, self.metrics, eos_ids
+        )
         self._num_added = self._num_launched = 0
-        self._now = time.monotonic()
         self.max_seq_len = min(max_seq_len, self._room)
 
     @property
@@ -244,12 +236,9 @@ class Engine:
             launched, self._in_flight = self._in_flight, launched
         if launched is not None and launched.parts:
             result = launched.result.to_host()
-            self._now = time.monotonic()
-            for part in launched.parts:
-                out = self._commit(part, launched.number, result)
-                if out is not None:
-                    outputs.append(out)
-            self._measure(launched.parts, begin, planned_at)
+            received_at = time.monotonic()
+            outputs += self._committer.commit(launched, result, received_at)
+            self._measure(launched.parts, begin, planned_at, received_at)
         self._is_stepping = False
         return outputs
 
@@ -291,10 +280,7 @@ class Engine:
 
     def _expire(self, now: float) -> list[RequestOutput]:
         expired = [s for s in self._sequences.values() if s.expires and s.expires <= now]
-        return [
-            self._finish(seq, "deadline", RequestOutput(request_id=seq.request.request_id))
-            for seq in expired
-        ]
+        return [self._committer.expire(seq, now) for seq in expired]
 
     def _schedule(self) -> list[ScheduledStep]:
         """Return the next step's work, one part for each group; empty if there is nothing to do."""
@@ -311,7 +297,7 @@ class Engine:
         num_drafts = self._drafting.num_drafts
         return write_plans(steps, self._num_launched, self._speculation, num_drafts)
 
-    def _launch(self, steps: list[ScheduledStep], plans: list[StepPlan]) -> _Launched:
+    def _launch(self, steps: list[ScheduledStep], plans: list[StepPlan]) -> LaunchedStep:
         """Start a step on all ranks."""
         self._channel.send(plans)
         result = self._runner.run(plans)
@@ -320,109 +306,23 @@ class Engine:
             assert tiers is not None
             tiers.confirm_fetched(result.fetched)
         parts = [part for step in steps for part in step.seqs]
-        return _Launched(self._num_launched, parts, result.send())
+        return LaunchedStep(self._num_launched, parts, result.send())
 
-    def _measure(self, parts: list[ScheduledSeq], begin: float, planned_at: float) -> None:
+    def _measure(
+        self, parts: list[ScheduledSeq], begin: float, planned_at: float, received_at: float
+    ) -> None:
         """Record the time of a step, and the state after it."""
         m = self.metrics
         now = time.monotonic()
         m.steps += 1
         m.run_seconds += now - begin
         # Without sending the plan, running it and waiting for the results.
-        m.host_seconds.observe(planned_at - begin + now - self._now)
+        m.host_seconds.observe(planned_at - begin + now - received_at)
         m.sent_bytes = self._runner.sent_bytes
         m.step_sequences.observe(len(parts))
         m.step_tokens.observe(sum(part.num_tokens for part in parts))
         update_gauges(self._schedulers, m)
         self._drafting.measure(parts, now - begin)
-
-    def _commit(self, part: ScheduledSeq, number: int, result: HostResult) -> RequestOutput | None:
-        """Record a step's results for one sequence."""
-        seq = part.seq
-        if seq.is_done:
-            return None
-        self._drafting.verify(part, result)
-        rows = slice(part.first_row, part.sampled_row + max(1, part.num_samples))
-        if not result.is_finite and (result.token[rows] == NOT_FINITE).any():
-            return self._fail(seq, number, result.bad_layer)
-        is_decode = part.num_tokens == 1 + len(part.drafts) and part.start >= seq.prompt_len
-        if is_decode:
-            self.metrics.decode_tokens += part.num_tokens
-        else:
-            self.metrics.prefill_tokens += part.num_tokens
-        self._schedulers[seq.group].commit(part)
-        num_top = seq.request.params.prompt_logprobs or 0
-        for row in range(part.first_row, part.sampled_row):
-            seq.prompt_logprobs.append(result.logprobs_of(row, num_top))
-        if not part.is_last:
-            return None
-        out = RequestOutput(request_id=seq.request.request_id)
-        if not part.num_samples:
-            return self._finish(seq, "length", out)
-        if seq.pending is not None and seq.pending.step == number:
-            seq.pending = None
-        for row in range(part.sampled_row, part.sampled_row + part.num_samples):
-            self._append(seq, result, row, out)
-            if out.completion is not None:
-                return out
-        seq.drafts = self._drafting.next_drafts(part, result)
-        return out
-
-    def _append(self, seq: Sequence, result: HostResult, row: int, out: RequestOutput) -> None:
-        """Add a sampled token to the output; finish the sequence if it was the last."""
-        token = int(result.token[row])
-        params = seq.request.params
-        if seq.first_token_at is None:
-            seq.first_token_at = self._now
-            self.metrics.first_token_seconds.observe(self._now - seq.added_at)
-        is_end = token in params.stop_token_ids or (token in self._eos and not params.ignore_eos)
-        if is_end:
-            error = "" if seq.constraint is None else seq.constraint.finish(seq.token_ids)
-            self._finish(seq, "error" if error else "stop", out, error=error)
-            return
-        seq.token_ids.append(token)
-        out.new_token_ids.append(token)
-        self.metrics.answer_tokens += 1
-        if params.logprobs is not None:
-            logprobs = result.logprobs_of(row, params.logprobs)
-            seq.logprobs.append(logprobs)
-            out.new_logprobs.append(logprobs)
-        stopped = False
-        if seq.stream is not None:
-            text, stopped = seq.stream.push(token)
-            out.new_text += text
-        if stopped:
-            self._finish(seq, "stop", out, flush=False)
-        elif seq.num_generated >= params.max_tokens:
-            self._finish(seq, "length", out)
-
-    def _fail(self, seq: Sequence, step: int, layer: int | None) -> RequestOutput:
-        """End a sequence whose logits are not finite; the layer is known with --debug."""
-        where = "" if layer is None else f" (step {step}, from layer {layer} on)"
-        error = f"the model's logits are not finite{where}: a weight or an activation overflowed"
-        log.debug("%s: %s", seq.request.request_id, error)
-        self._schedulers[seq.group].withdraw(seq)
-        out = RequestOutput(request_id=seq.request.request_id)
-        return self._finish(seq, "error", out, error=error)
-
-    def _finish(
-        self,
-        seq: Sequence,
-        reason: str,
-        out: RequestOutput,
-        flush: bool = True,
-        error: str = "",
-    ) -> RequestOutput:
-        if flush and seq.stream is not None:
-            out.new_text += seq.stream.finish()
-        out.completion = seq.completion(reason, error)
-        del self._sequences[seq.request.request_id]
-        self._schedulers[seq.group].remove(seq)
-        self.metrics.requests += 1
-        if seq.first_token_at is not None and seq.num_generated > 1:
-            seconds = self._now - seq.first_token_at
-            self.metrics.token_seconds.observe(seconds / (seq.num_generated - 1))
-        return out
 
 
 def follow(runner: Runner, channel: PlanChannel) -> None:
