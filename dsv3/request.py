@@ -183,6 +183,19 @@ class SamplingParams:
         return penalties != (1.0, 0.0, 0.0)
 
 
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """The language of an answer, after its thought.
+
+    Attributes:
+        lark: in llguidance's dialect of Lark; tokens are named by their ids.
+        subject: where it comes from, for errors: "the JSON schema".
+    """
+
+    lark: str
+    subject: str = "the grammar"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """A request for one answer to a prompt.
@@ -193,7 +206,7 @@ class Request:
         conversation_id: common to the requests of one conversation.
         is_chat: the prompt is a conversation: a thought may come before the answer, and stop
             strings end only the answer.
-        schema: JSON schema, as text, that the answer follows after its thought.
+        grammar: that the answer follows after its thought; None if it is free.
         has_tools: the answer may call tools: its text keeps the marks of calls.
         deadline: seconds after `Engine.add` at which the answer is cut; None is no limit.
         answer: index among the answers to one prompt and seed; each has its own random numbers.
@@ -205,7 +218,7 @@ class Request:
     priority: int = 0
     conversation_id: str | None = None
     is_chat: bool = False
-    schema: str | None = None
+    grammar: Grammar | None = None
     has_tools: bool = False
     deadline: float | None = None
     answer: int = 0

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dsv3.engine.masks import forbid
 from dsv3.engine.transfer import to_device
 from dsv3.request import SamplingParams
 
@@ -85,7 +86,7 @@ class AdjustedRow(NamedTuple):
         fed: result row of the previous step whose token is part of the answer too, or NOT_FED.
         adjuster: of its request.
         token_ids: the prompt and the answer so far.
-        mask: int32 words with a bit for each token, 1 where it is allowed; empty allows all.
+        mask: the bytes of a mask (`masks.py`); empty allows all tokens.
     """
 
     row: int
@@ -135,7 +136,7 @@ class Adjustments:
         factors_3K: repetition, frequency and presence penalties.
         seen_2E: tokens that penalties concern, distinct in each row, and their uses.
         bias_token, bias: [N] tokens, and the numbers to add to their logits.
-        masks_LX: words of 32 tokens, with a 1 for each that is allowed.
+        masks_LX: words of masks.
         fed_M: [M] tokens of the step before, on the device; negative if there is none.
     """
 
@@ -213,9 +214,7 @@ class Adjustments:
         """Set the logits of tokens that masks do not allow to minus infinity."""
         row_L = self._send(self.row[self.is_masked > 0])
         words_LX = to_device(self.masks_LX, self.fed_M.device)
-        bit_32 = torch.arange(32, dtype=torch.int32, device=words_LX.device)
-        is_allowed_LW = (words_LX[:, :, None] >> bit_32 & 1).flatten(1)[:, : logits_BW.shape[1]]
-        logits_BW[row_L] = logits_BW[row_L].masked_fill(is_allowed_LW == 0, -torch.inf)
+        logits_BW[row_L] = forbid(logits_BW[row_L], words_LX)
 
     def _send(self, values: Ints) -> Tensor:
         return to_device(values.astype(np.int64), self.fed_M.device)

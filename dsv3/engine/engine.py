@@ -13,8 +13,8 @@ from dsv3.cache.pool import CachePool
 from dsv3.cache.tiers import Tiers
 from dsv3.config import ModelConfig
 from dsv3.engine.commit import Committer, LaunchedStep
-from dsv3.engine.constraint import Grammars
 from dsv3.engine.drafting import Drafting
+from dsv3.engine.grammars import Grammars
 from dsv3.engine.groups import (
     PageStates,
     choose_group,

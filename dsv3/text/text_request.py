@@ -10,6 +10,7 @@ from typing import Any
 from dsv3.errors import CheckpointError, RequestError
 from dsv3.request import Request, SamplingParams
 from dsv3.text.chat import AnyFormat
+from dsv3.text.grammar import answer_grammar
 from dsv3.text.tokenizer import Tokenizer
 from dsv3.text.tools import ToolUse
 
@@ -39,7 +40,7 @@ class TextRequest:
         return_token_ids: return the tokens of answer and prompt.
         list_prompt_logprobs: return the log-probabilities of the prompt's tokens in a list.
         tools: tools that the model may or must call.
-        schema: JSON schema that the answer follows; None is free text.
+        schema: JSON schema that the answer follows if it is no call; None is free text.
         priority, conversation_id: as in `Request`.
         model: model name of the response.
     """
@@ -57,13 +58,6 @@ class TextRequest:
     priority: int = 0
     conversation_id: str | None = None
     model: str = ""
-
-    def schema_text(self) -> str | None:
-        """Return the JSON schema that the answer has to follow, as text; None if it is free."""
-        schema = self.schema
-        if self.tools is not None and self.tools.is_required:
-            schema = self.tools.schema()
-        return None if schema is None else json.dumps(schema, ensure_ascii=False)
 
     def digest(self) -> str:
         """Return a digest of the request's content."""
@@ -113,7 +107,11 @@ def encode_prompt(
 
 
 def token_requests(
-    request: TextRequest, prompt_ids: list[int], name: str, max_seq_len: int, vocab_size: int
+    request: TextRequest,
+    prompt_ids: list[int],
+    name: str,
+    max_seq_len: int,
+    vocab_size: int,
 ) -> list[Request]:
     """Return the engine's requests, `name/0` and on, one per answer."""
     params = request.params
@@ -126,6 +124,7 @@ def token_requests(
     if request.limit_is_default:
         num_free = max(1, max_seq_len - len(prompt_ids))
         params = replace(params, max_tokens=min(params.max_tokens, num_free))
+    grammar = answer_grammar(request.tools, request.schema)
     return [
         Request(
             request_id=f"{name}/{i}",
@@ -135,7 +134,7 @@ def token_requests(
             conversation_id=request.conversation_id,
             answer=i,
             is_chat=request.messages is not None,
-            schema=request.schema_text(),
+            grammar=grammar,
             has_tools=request.tools is not None,
         )
         for i in range(params.n)

@@ -8,6 +8,7 @@ from enum import Enum
 from typing import Any
 
 from dsv3.errors import RequestError, shorten
+from dsv3.text.json_schema import with_root
 from dsv3.text.tokenizer import Tokenizer
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
@@ -45,8 +46,11 @@ class CallForm(Enum):
         """Return the form of a model, which its vocabulary shows; None if it has none."""
         if tokenizer is None:
             return None
-        forms = (cls.DSML, cls.DEEPSEEK, cls.KIMI)  # V3.2's vocabulary has DeepSeek's marks too
-        return next((f for f in forms if tokenizer.id_of(f.marks[0]) is not None), None)
+        # V3.2's vocabulary has DeepSeek's marks too.
+        for form in (cls.DSML, cls.DEEPSEEK, cls.KIMI):
+            if all(tokenizer.id_of(mark) is not None for mark in form.marks):
+                return form
+        return None
 
     @property
     def marks(self) -> tuple[str, ...]:
@@ -84,8 +88,7 @@ class ToolUse:
             if self.only not in (None, name):
                 continue
             pointer = f"#/$defs/{name}"
-            parameters = {"type": "object"} | (tool["function"].get("parameters") or {})
-            definitions[name] = _with_root(parameters, pointer)
+            definitions[name] = with_root(arguments_schema(tool["function"]), pointer)
             call = {
                 "type": "object",
                 "properties": {"name": {"const": name}, "arguments": {"$ref": pointer}},
@@ -102,17 +105,9 @@ class ToolUse:
         return schema if self.is_parallel and self.only is None else schema | {"maxItems": 1}
 
 
-def _with_root(schema: Any, pointer: str) -> Any:
-    """Return a schema whose references are relative to the place that `pointer` names."""
-    if isinstance(schema, list):
-        return [_with_root(item, pointer) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    moved = {key: _with_root(value, pointer) for key, value in schema.items()}
-    target = schema.get("$ref")
-    if isinstance(target, str) and target.startswith("#"):
-        moved["$ref"] = pointer + target[1:]
-    return moved
+def arguments_schema(function: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the JSON schema of the arguments of a tool."""
+    return {"type": "object"} | (function.get("parameters") or {})
 
 
 def parse_tool_use(tools: Any, choice: Any, parallel: bool | None) -> ToolUse | None:

@@ -25,6 +25,7 @@ from dsv3.engine.start import start
 from dsv3.engine.stats import collect_stats
 from dsv3.request import Request, SamplingParams
 from dsv3.settings import EngineConfig
+from dsv3.text.grammar import answer_grammar
 
 # Penalties, biases and floors, in greedy and in sampled answers.
 FILTERS: tuple[dict[str, Any], ...] = (
@@ -36,7 +37,7 @@ FILTERS: tuple[dict[str, Any], ...] = (
     {"temperature": 0.7, "top_p": 0.9, "top_k": 40, "min_p": 0.01, "logit_bias": {11: -100.0}},
 )
 
-SCHEMA = json.dumps({"type": "array", "items": {"enum": ["yes", "no", 1.5]}, "minItems": 3})
+SCHEMA = {"type": "array", "items": {"enum": ["yes", "no", 1.5]}, "minItems": 3}
 
 
 def requests(prompts: list[list[int]], max_tokens: int) -> list[Request]:
@@ -70,10 +71,11 @@ def requests(prompts: list[list[int]], max_tokens: int) -> list[Request]:
 def constrained(prompts: list[list[int]], max_tokens: int) -> list[Request]:
     """Ask for answers that follow a JSON schema, greedy and sampled."""
     found = []
+    grammar = answer_grammar(None, SCHEMA)
     for i, prompt in enumerate(prompts):
         params = SamplingParams(max_tokens=max_tokens, temperature=1.5 * (i % 2), seed=i)
         name = f"constrained {i}"
-        found.append(Request(request_id=name, prompt_ids=prompt, params=params, schema=SCHEMA))
+        found.append(Request(request_id=name, prompt_ids=prompt, params=params, grammar=grammar))
     return found
 
 

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from dsv3.engine import constraint as constraint_module
+from dsv3.engine import grammars as grammars_module
 from dsv3.engine.adjust import AdjustedRow, Adjuster, Adjustments, pack_adjustments
-from dsv3.engine.constraint import Constraint, Grammars
+from dsv3.engine.constraint import Constraint
+from dsv3.engine.grammars import Grammars
 from dsv3.errors import RequestError
-from dsv3.request import Request, SamplingParams
+from dsv3.request import Grammar, Request, SamplingParams
+from dsv3.text.grammar import answer_grammar
 from dsv3.text.tokenizer import Tokenizer
 from dsv3.text.tools import ToolUse
 
@@ -35,9 +37,8 @@ def constraint(
 ) -> Constraint:
     ids = TOKENIZER.encode(prompt, add_special_tokens=False)
     params = SamplingParams(**more)
-    asked = Request(
-        request_id="r", prompt_ids=ids, params=params, schema=json.dumps(schema), is_chat=True
-    )
+    grammar = answer_grammar(None, schema)
+    asked = Request(request_id="r", prompt_ids=ids, params=params, grammar=grammar, is_chat=True)
     made = grammars.constraint(asked)
     assert made is not None
     return made
@@ -155,7 +156,7 @@ def test_a_grammar_that_gives_up_says_so(pattern: str) -> None:
 def test_a_grammar_that_gives_up_at_a_draft_goes_on(
     thought: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(constraint_module._LIMITS, "max_items_in_row", 50)
+    monkeypatch.setitem(grammars_module._LIMITS, "max_items_in_row", 50)
     grammars = Grammars(TOKENIZER, VOCAB, [EOS])
     wide = {f"p{i}": {"type": "boolean"} for i in range(300)}
     inner = {"type": "object", "properties": wide, "additionalProperties": False}
@@ -184,28 +185,28 @@ def test_a_schema_that_compiles_does_not_keep_others_waiting(
 ) -> None:
     grammars = Grammars(TOKENIZER, VOCAB, [EOS])
     compiles = grammars._compile
-    slow = json.dumps({"const": "slow"})
+    slow, quick = Grammar('start: "slow"'), Grammar('start: "quick"')
     begun, may_end = threading.Event(), threading.Event()
 
-    def compile_slowly(schema: str) -> Any:
-        if schema == slow:
+    def compile_slowly(grammar: Grammar) -> Any:
+        if grammar == slow:
             begun.set()
             assert may_end.wait(60)
-        return compiles(schema)
+        return compiles(grammar)
 
     monkeypatch.setattr(grammars, "_compile", compile_slowly)
 
-    def ask(schema: str) -> Constraint | None:
+    def ask(grammar: Grammar) -> Constraint | None:
         params = SamplingParams()
         return grammars.constraint(
-            Request(request_id="r", prompt_ids=[60], params=params, schema=schema)
+            Request(request_id="r", prompt_ids=[60], params=params, grammar=grammar)
         )
 
     with ThreadPoolExecutor(2) as pool:
         waiting = pool.submit(ask, slow)
         assert begun.wait(60)
         try:
-            assert pool.submit(ask, json.dumps(SCHEMA)).result(60) is not None
+            assert pool.submit(ask, quick).result(60) is not None
         finally:
             may_end.set()
         assert waiting.result(60) is not None

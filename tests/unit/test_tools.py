@@ -1,6 +1,5 @@
 """Tools of requests: their checks, their place in prompts, answers with calls."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +123,7 @@ def test_a_model_without_a_form_of_calls_takes_forced_ones_only() -> None:
         encode_prompt(request(tools=[TOOL]), tokenizer, chat)
     forced = request(tools=[TOOL], tool_choice="required")
     assert encode_prompt(forced, tokenizer, chat) == encode_prompt(request(), tokenizer, chat)
-    assert json.loads(forced.schema_text() or "")["type"] == "array"
+    assert forced.tools is not None and forced.tools.schema()["type"] == "array"
 
 
 @pytest.mark.parametrize("is_special", [False, True])

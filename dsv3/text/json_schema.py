@@ -1,0 +1,72 @@
+"""JSON schemas as parts of a grammar, in llguidance's dialect of Lark."""
+
+import json
+from typing import Any
+
+# As Python writes JSON, and so most of what models have read. Free white space would let a model
+# go on with it for ever.
+_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+# Unbounded integers are limited to +-(2^53 - 1), the range that every JSON reader represents
+# exactly; otherwise a model may write digits without end.
+_MAX_INTEGER = 2**53 - 1
+_LOWER = ("minimum", "exclusiveMinimum")
+_UPPER = ("maximum", "exclusiveMaximum")
+_DATA = {"const", "enum", "default", "examples"}  # their values are no schemas
+_NAMED = {"properties", "patternProperties", "$defs", "definitions"}  # schemas by any names
+
+
+def json_rule(schema: Any) -> str:
+    """Return the expression of a JSON value that follows a schema."""
+    bounded = _bounded(schema)
+    styled = {"x-guidance": _STYLE} if bounded is True else bounded | {"x-guidance": _STYLE}
+    return f"%json {json.dumps(styled, ensure_ascii=False)}"
+
+
+def with_root(schema: Any, pointer: str) -> Any:
+    """Return a schema whose references are relative to the place that `pointer` names."""
+    if isinstance(schema, list):
+        return [with_root(item, pointer) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {key: with_root(value, pointer) for key, value in schema.items()}
+    target = schema.get("$ref")
+    if isinstance(target, str) and target.startswith("#"):
+        moved["$ref"] = pointer + target[1:]
+    return moved
+
+
+def _bounded(schema: Any) -> Any:
+    """Return a JSON schema with bounds for all integers."""
+    if isinstance(schema, list):
+        return [_bounded(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    bounded: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key in _NAMED and isinstance(value, dict):
+            bounded[key] = {name: _bounded(inner) for name, inner in value.items()}
+        else:
+            bounded[key] = value if key in _DATA else _bounded(value)
+    return bounded | _integer_bounds(schema)
+
+
+def _integer_bounds(schema: dict[str, Any]) -> dict[str, int]:
+    """Return the bounds that the integers of a schema lack."""
+    kind = schema.get("type")
+    kinds = kind if isinstance(kind, list) else [kind]
+    if "integer" not in kinds or "number" in kinds or not {"enum", "const"}.isdisjoint(schema):
+        return {}
+    bounds = {}
+    # A bound beyond the range leaves the other side open.
+    least = [schema[name] for name in _LOWER if name in schema]
+    most = [schema[name] for name in _UPPER if name in schema]
+    if not least and not any(_is_beyond(bound) for bound in most):
+        bounds["minimum"] = -_MAX_INTEGER
+    if not most and not any(_is_beyond(bound) for bound in least):
+        bounds["maximum"] = _MAX_INTEGER
+    return bounds
+
+
+def _is_beyond(bound: Any) -> bool:
+    return isinstance(bound, int | float) and abs(bound) > _MAX_INTEGER
