@@ -135,7 +135,12 @@ class _Batch:
             with self.engine.task(f"writing the prompt of row {row.number}"):
                 ids = encode_prompt(row.request, self.engine.tokenizer, self.chat)
             requests = token_requests(
-                row.request, ids, name, self.engine.max_seq_len, self.engine.vocab_size
+                row.request,
+                ids,
+                name,
+                self.engine.tokenizer,
+                self.engine.max_seq_len,
+                self.engine.vocab_size,
             )
             for request in requests:
                 self.engine.add(request)

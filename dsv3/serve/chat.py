@@ -216,6 +216,7 @@ class Chat:
             text_request,
             prompt.ids,
             f"{self._name}.{question.number}",
+            self.engine.tokenizer,
             self.engine.max_seq_len,
             self.engine.vocab_size,
         )[0]

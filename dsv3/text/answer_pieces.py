@@ -127,11 +127,11 @@ def _tool_stream(request: TextRequest, tokenizer: Tokenizer | None) -> ToolCallS
     if request.tools is None:
         return None
     if request.tools.is_required:
-        return ToolCallStream(CallForm.FORCED, request.tools.names)
+        return ToolCallStream(CallForm.FORCED, request.tools)
     form = CallForm.of(tokenizer)
     if form is None or tokenizer is None:
         return None
-    return ToolCallStream(form, request.tools.names, tokenizer.id_of(form.marks[0]))
+    return ToolCallStream(form, request.tools, tokenizer.id_of(form.marks[0]))
 
 
 def _with_calls(reason: str, calls: Sequence[ToolCall]) -> str:

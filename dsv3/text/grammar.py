@@ -1,18 +1,41 @@
-"""The grammar of an answer: JSON by a schema, or calls of tools in the form FORCED."""
+"""The grammar of an answer: JSON by a schema, or calls of tools with free text before them.
+
+An answer is free as long as nothing is demanded of it. Tools with `strict: true` demand that the
+arguments of their calls follow their schemas; the calls have the form that the model was trained
+with, and the text before them is free. Tools that must be called have the form FORCED.
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
 from dsv3.request import Grammar
+from dsv3.text.call_grammar import calls_lark
 from dsv3.text.json_schema import json_rule
-from dsv3.text.tools import ToolUse
+from dsv3.text.tokenizer import Tokenizer
+from dsv3.text.tools import CallForm, ToolUse
 
 _SCHEMA = "the JSON schema"
 _TOOLS = "the schema of a tool"
 
 
-def answer_grammar(tools: ToolUse | None, schema: Mapping[str, Any] | None) -> Grammar | None:
-    """Return the grammar of an answer with tools, or with a schema; None if it is free."""
+def answer_grammar(
+    tools: ToolUse | None, schema: Mapping[str, Any] | None, tokenizer: Tokenizer | None
+) -> Grammar | None:
+    """Return the grammar of an answer; None if it is free.
+
+    Args:
+        tools: that the model may or must call.
+        schema: JSON schema that the answer follows if it is no call.
+        tokenizer: of the model, whose vocabulary shows the form of its calls.
+
+    Raises:
+        RequestError: a strict tool has a schema that calls in this form cannot be held to.
+    """
     if tools is not None and tools.is_required:
-        return Grammar(f"start: {json_rule(tools.schema())}", _TOOLS)
-    return None if schema is None else Grammar(f"start: {json_rule(schema)}", _SCHEMA)
+        return Grammar(lark=f"start: {json_rule(tools.schema())}", subject=_TOOLS)
+    if tools is None or (schema is None and not tools.has_strict):
+        return None if schema is None else Grammar(f"start: {json_rule(schema)}", _SCHEMA)
+    form = CallForm.of(tokenizer)
+    assert form is not None and tokenizer is not None, "the prompt was made with the tools"
+    subject = _TOOLS if schema is None else f"{_SCHEMA} or {_TOOLS}"
+    return Grammar(calls_lark(form, tools, schema, tokenizer), subject)

@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+KINDS = ("string", "null", "boolean", "number", "array", "object")
 # As Python writes JSON, and so most of what models have read. Free white space would let a model
 # go on with it for ever.
 _STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -34,6 +35,53 @@ def with_root(schema: Any, pointer: str) -> Any:
     if isinstance(target, str) and target.startswith("#"):
         moved["$ref"] = pointer + target[1:]
     return moved
+
+
+def target_of(reference: Any, root: Any) -> Any:
+    """Return the schema that a reference into a schema names; None if there is none."""
+    keys = reference.split("/") if isinstance(reference, str) else []
+    value = root
+    for key in keys[1:]:
+        value = value.get(key.replace("~1", "/").replace("~0", "~"))
+        if not isinstance(value, dict):
+            return None
+    return value if keys[:1] == ["#"] else None
+
+
+def kinds_of(schema: Any, root: Any, seen: set[str] | None = None) -> set[str]:
+    """Return the types of JSON that a schema may allow; all of them if that is not clear.
+
+    Args:
+        schema: the schema.
+        root: schema to which its references are relative.
+        seen: references that were followed before; they allow nothing more.
+    """
+    seen = set() if seen is None else seen
+    if not isinstance(schema, dict):
+        return set(KINDS)
+    reference = schema.get("$ref")
+    if isinstance(reference, str):
+        if reference in seen:
+            return set()
+        seen.add(reference)
+        return kinds_of(target_of(reference, root), root, seen)
+    several = schema.get("anyOf", schema.get("oneOf"))
+    if isinstance(several, list) and several:
+        return set.union(*(kinds_of(one, root, seen) for one in several))
+    values = [schema["const"]] if "const" in schema else schema.get("enum")
+    if isinstance(values, list):
+        return {kind_of(value) for value in values}
+    given = schema.get("type", KINDS)
+    kinds = given if isinstance(given, list | tuple) else [given]
+    return set(kinds if all(isinstance(kind, str) for kind in kinds) else KINDS)
+
+
+def kind_of(value: Any) -> str:
+    """Return the type of a JSON value."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else "boolean"
+    kinds: dict[type, str] = {str: "string", list: "array", dict: "object"}
+    return kinds.get(type(value), "number")
 
 
 def _bounded(schema: Any) -> Any:

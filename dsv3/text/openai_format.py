@@ -130,15 +130,12 @@ def _chat_fields(fields: Fields, defaults: Defaults) -> dict[str, Any]:
         fields.take("tool_choice", lambda v: isinstance(v, str | dict), "a text or an object"),
         fields.truth("parallel_tool_calls"),
     )
-    schema = _schema(fields)
-    if schema is not None and tools is not None:
-        raise RequestError("response_format with tools is supported with tool_choice=none only")
     return {
         "messages": defaults.with_system(messages),
         "thinking": _thinking(fields, defaults),
         "logprobs": (top or 0) if logprobs else None,
         "tools": tools,
-        "schema": schema,
+        "schema": _schema(fields),
     }
 
 

@@ -110,6 +110,7 @@ def token_requests(
     request: TextRequest,
     prompt_ids: list[int],
     name: str,
+    tokenizer: Tokenizer | None,
     max_seq_len: int,
     vocab_size: int,
 ) -> list[Request]:
@@ -124,7 +125,7 @@ def token_requests(
     if request.limit_is_default:
         num_free = max(1, max_seq_len - len(prompt_ids))
         params = replace(params, max_tokens=min(params.max_tokens, num_free))
-    grammar = answer_grammar(request.tools, request.schema)
+    grammar = answer_grammar(request.tools, request.schema, tokenizer)
     return [
         Request(
             request_id=f"{name}/{i}",

@@ -7,6 +7,7 @@ The forms, with a call of `f`:
     V3.2     <｜DSML｜function_calls>\n<｜DSML｜invoke name="f">\n
              <｜DSML｜parameter name="x" string="true">...</｜DSML｜parameter>\n ...
     Kimi-K2  <calls><call>functions.f:0<sep>{...}</call></calls>
+    GLM      <call>f<key>x</key><value>...</value>...</call><call>...</call>
     forced   [{"name": "f", "arguments": {...}}]
 
 A call begins when the name of one of the request's tools has come; its arguments are passed on as
@@ -17,7 +18,7 @@ in other tokens.
 import json
 import re
 import uuid
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -30,6 +31,12 @@ from dsv3.text.tools import (
     END_CALLS,
     END_FENCE,
     FENCE,
+    GLM_CALL,
+    GLM_END_CALL,
+    GLM_END_KEY,
+    GLM_END_VALUE,
+    GLM_KEY,
+    GLM_VALUE,
     KIMI_CALL,
     KIMI_CALLS,
     KIMI_END_CALL,
@@ -37,6 +44,7 @@ from dsv3.text.tools import (
     KIMI_SEP,
     SEP,
     CallForm,
+    ToolUse,
 )
 
 _MAX_HEAD = 1024  # characters before the arguments of a call; more of them are text
@@ -104,16 +112,17 @@ class ToolCallStream:
 
     Args:
         form: of the calls.
-        names: of the tools that may be called.
+        tools: that may be called.
         mark_id: the token that begins calls; None if the form has none.
 
     Attributes:
         calls: all calls so far.
     """
 
-    def __init__(self, form: CallForm, names: Collection[str], mark_id: int | None = None) -> None:
+    def __init__(self, form: CallForm, tools: ToolUse, mark_id: int | None = None) -> None:
         self.calls: list[ToolCall] = []
-        self._names = names
+        self._tools = tools
+        self._names = tools.names
         self._mark_id = mark_id
         self._has_mark = mark_id is None
         self._events: list[Event] = []
@@ -151,6 +160,9 @@ class ToolCallStream:
                 yield from self._sections(KIMI_CALLS, KIMI_END_CALLS, KIMI_CALL, self._kimi_call)
             case CallForm.DSML:
                 yield from self._sections(_DSML_CALLS, _DSML_END_CALLS, _INVOKE, self._dsml_call)
+            case CallForm.GLM:
+                while (yield from self._scan.until((GLM_CALL,), self._text)):
+                    yield from self._glm_call()
             case CallForm.FORCED:
                 yield from self._forced_calls()
         yield from self._scan.until((), self._text)
@@ -244,6 +256,52 @@ class ToolCallStream:
             return False
         self._add(call, quote)
         return True
+
+    def _glm_call(self) -> Steps[None]:
+        self._start = self._scan.position - len(GLM_CALL)
+        head: list[str] = []
+        mark = yield from self._scan.until((GLM_KEY, GLM_END_CALL), head.append)
+        name = "".join(head)
+        call = self._begin(name.strip(), "") if mark else None
+        if call is None:
+            self._text(f"{GLM_CALL}{name}{mark or ''}")
+            if mark == GLM_KEY:
+                yield from self._as_text("", (GLM_END_CALL,))
+            return
+        opening = "{"
+        while mark == GLM_KEY:
+            key = yield from self._scan.collect(GLM_END_KEY, _MAX_HEAD)
+            if key is None or not (yield from self._scan.next_of((GLM_VALUE,))):
+                return
+            self._add(call, f"{opening}{_json(key.strip())}: ")
+            if not (yield from self._glm_value(call, key.strip())):
+                return
+            opening = ", "
+            mark = yield from self._scan.next_of((GLM_KEY, GLM_END_CALL))
+        if mark == GLM_END_CALL:
+            self._add(call, "{}" if opening == "{" else "}")
+            self._end(call)
+
+    def _glm_value(self, call: ToolCall, parameter: str) -> Steps[bool]:
+        """Pass on a value, which is a text or JSON by its type; return False if it is torn."""
+        kinds = self._tools.kinds(call.name, parameter)
+        if kinds == {"string"}:
+            self._add(call, '"')
+            is_whole = yield from self._scan.until(
+                (GLM_END_VALUE,), lambda text: self._add(call, _json(text)[1:-1])
+            )
+            self._add(call, '"' if is_whole else "")
+            return is_whole is not None
+        parts: list[str] = []
+        is_whole = yield from self._scan.until((GLM_END_VALUE,), parts.append)
+        text = "".join(parts)
+        try:
+            is_text = "string" in kinds and isinstance(json.loads(text), str)
+        except (ValueError, RecursionError):
+            is_text = True
+        if is_whole:
+            self._add(call, _json(text) if is_text else text.strip())
+        return is_whole is not None
 
     def _forced_calls(self) -> Steps[None]:
         mark = yield from self._scan.next_of(("[",))

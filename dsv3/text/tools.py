@@ -8,7 +8,7 @@ from enum import Enum
 from typing import Any
 
 from dsv3.errors import RequestError, shorten
-from dsv3.text.json_schema import with_root
+from dsv3.text.json_schema import kinds_of, with_root
 from dsv3.text.tokenizer import Tokenizer
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
@@ -26,6 +26,12 @@ KIMI_END_CALLS = "<|tool_calls_section_end|>"
 KIMI_CALL = "<|tool_call_begin|>"
 KIMI_END_CALL = "<|tool_call_end|>"
 KIMI_SEP = "<|tool_call_argument_begin|>"
+GLM_CALL = "<tool_call>"
+GLM_END_CALL = "</tool_call>"
+GLM_KEY = "<arg_key>"
+GLM_END_KEY = "</arg_key>"
+GLM_VALUE = "<arg_value>"
+GLM_END_VALUE = "</arg_value>"
 DSML = "｜DSML｜"
 
 
@@ -39,6 +45,7 @@ class CallForm(Enum):
     DEEPSEEK = (CALLS, END_CALLS, CALL, END_CALL, SEP)
     DSML = (DSML,)
     KIMI = (KIMI_CALLS, KIMI_END_CALLS, KIMI_CALL, KIMI_END_CALL, KIMI_SEP)
+    GLM = (GLM_CALL, GLM_END_CALL, GLM_KEY, GLM_END_KEY, GLM_VALUE, GLM_END_VALUE)
     FORCED = ()
 
     @classmethod
@@ -47,7 +54,7 @@ class CallForm(Enum):
         if tokenizer is None:
             return None
         # V3.2's vocabulary has DeepSeek's marks too.
-        for form in (cls.DSML, cls.DEEPSEEK, cls.KIMI):
+        for form in (cls.DSML, cls.DEEPSEEK, cls.KIMI, cls.GLM):
             if all(tokenizer.id_of(mark) is not None for mark in form.marks):
                 return form
         return None
@@ -77,14 +84,26 @@ class ToolUse:
     @property
     def names(self) -> set[str]:
         """Names of all tools."""
-        return {tool["function"]["name"] for tool in self.tools}
+        return {_name(tool) for tool in self.tools}
+
+    @property
+    def has_strict(self) -> bool:
+        """True if the arguments of a tool must follow its schema."""
+        return any(tool["function"].get("strict") for tool in self.tools)
+
+    def kinds(self, name: str, parameter: str) -> set[str]:
+        """Return the types of JSON that a parameter of a tool may have."""
+        schemas = (arguments_schema(tool["function"]) for tool in self.tools if _name(tool) == name)
+        root = next(schemas, {})
+        properties = root.get("properties")
+        return kinds_of(properties.get(parameter) if isinstance(properties, dict) else None, root)
 
     def schema(self) -> dict[str, Any]:
         """Return the JSON schema of an answer in the form FORCED."""
         calls = []
         definitions = {}
         for tool in self.tools:
-            name = tool["function"]["name"]
+            name = _name(tool)
             if self.only not in (None, name):
                 continue
             pointer = f"#/$defs/{name}"
@@ -117,7 +136,7 @@ def parse_tool_use(tools: Any, choice: Any, parallel: bool | None) -> ToolUse | 
         RequestError: the tools or the choice are malformed.
     """
     checked = tuple(_check_tool(f"tools[{i}]", tool) for i, tool in enumerate(tools or ()))
-    names = [tool["function"]["name"] for tool in checked]
+    names = [_name(tool) for tool in checked]
     if len(set(names)) < len(names):
         raise RequestError("tools: two of them have the same name")
     only = _chosen(choice)
@@ -133,11 +152,6 @@ def parse_tool_use(tools: Any, choice: Any, parallel: bool | None) -> ToolUse | 
     if not checked or choice == "none":
         return None
     is_required = only is not None or choice == "required"
-    for tool in checked:
-        if tool["function"].get("strict") and not is_required:
-            raise RequestError(
-                "tools: strict=true is supported with tool_choice required or named only"
-            )
     return ToolUse(
         tools=checked, is_required=is_required, only=only, is_parallel=parallel is not False
     )
@@ -173,6 +187,11 @@ def describe_tools(tools: Sequence[Mapping[str, Any]], is_fenced: bool) -> str:
         "- `tool_call_arguments` must be valid JSON that strictly follows the tool's Parameters "
         f"Schema\n- For multiple tool calls, chain them {between}"
     )
+
+
+def _name(tool: Mapping[str, Any]) -> str:
+    name: str = tool["function"]["name"]
+    return name
 
 
 def _check_tool(where: str, tool: Any) -> Mapping[str, Any]:

@@ -26,6 +26,7 @@ from dsv3.engine.stats import collect_stats
 from dsv3.request import Request, SamplingParams
 from dsv3.settings import EngineConfig
 from dsv3.text.grammar import answer_grammar
+from dsv3.text.tools import CallForm, ToolUse
 
 # Penalties, biases and floors, in greedy and in sampled answers.
 FILTERS: tuple[dict[str, Any], ...] = (
@@ -37,6 +38,21 @@ FILTERS: tuple[dict[str, Any], ...] = (
     {"temperature": 0.7, "top_p": 0.9, "top_k": 40, "min_p": 0.01, "logit_bias": {11: -100.0}},
 )
 
+STRICT = ToolUse(
+    tools=(
+        {
+            "type": "function",
+            "function": {
+                "name": "f",
+                "strict": True,
+                "parameters": {
+                    "properties": {"x": {"enum": ["yes", "no", 1.5]}, "y": {"type": "string"}},
+                    "required": ["x", "y"],
+                },
+            },
+        },
+    )
+)
 SCHEMA = {"type": "array", "items": {"enum": ["yes", "no", 1.5]}, "minItems": 3}
 
 
@@ -71,11 +87,35 @@ def requests(prompts: list[list[int]], max_tokens: int) -> list[Request]:
 def constrained(prompts: list[list[int]], max_tokens: int) -> list[Request]:
     """Ask for answers that follow a JSON schema, greedy and sampled."""
     found = []
-    grammar = answer_grammar(None, SCHEMA)
+    grammar = answer_grammar(None, SCHEMA, None)
     for i, prompt in enumerate(prompts):
         params = SamplingParams(max_tokens=max_tokens, temperature=1.5 * (i % 2), seed=i)
         name = f"constrained {i}"
         found.append(Request(request_id=name, prompt_ids=prompt, params=params, grammar=grammar))
+    return found
+
+
+def calling(engine: Engine, prompts: list[list[int]], max_tokens: int) -> list[Request]:
+    """Ask for calls of a strict tool, which a bias begins, if the model has a form of calls."""
+    form = CallForm.of(engine.tokenizer)
+    if engine.tokenizer is None or form is None:
+        return []
+    found = []
+    grammar = answer_grammar(STRICT, None, engine.tokenizer)
+    bias = {engine.tokenizer.id_of(form.marks[0]) or 0: 100.0}
+    for i, prompt in enumerate(prompts):
+        params = SamplingParams(
+            max_tokens=max_tokens, temperature=1.5 * (i % 2), seed=i, logit_bias=bias
+        )
+        request = Request(
+            request_id=f"calling {i}",
+            prompt_ids=prompt,
+            params=params,
+            grammar=grammar,
+            is_chat=True,
+            has_tools=True,
+        )
+        found.append(request)
     return found
 
 
@@ -125,6 +165,7 @@ def run_case(
         asked = requests(prompts, max_tokens)
         if started.engine.tokenizer is not None and find_spec("llguidance") is not None:
             asked += constrained(prompts, max_tokens)
+            asked += calling(started.engine, prompts, max_tokens)
         answers = answer(started.engine, asked)
         started.engine.stop()
     sizes = [] if static is None else sorted({bucket.rows for bucket in static._inputs})

@@ -20,7 +20,8 @@ from dsv3.checkpoint.convert import convert
 from dsv3.checkpoint.plan import make_plan
 from dsv3.checkpoint.source import open_source
 from dsv3.config import ParallelConfig
-from dsv3.config_files import DEMO
+from dsv3.text.tools import CALL, CALLS, SEP, CallForm
+from tests.call_marks import copy_demo, marked_tokenizer
 from tests.oracle.families import Oracle
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,8 +120,9 @@ def run(oracle: Callable[[str], Oracle], tmp_path_factory: pytest.TempPathFactor
     """Return a function from a world size to its results, run once."""
     folder = tmp_path_factory.mktemp("matrix")
     paths = {family: str(oracle(family).path) for family in ("v3-fp8", "v2-lite", "v3.2-long")}
-    paths |= {"demo": str(DEMO), "crowd": paths["v3-fp8"], "converted": str(folder / "tp2dp2")}
-    with open_source(DEMO) as source:
+    demo = copy_demo(folder / "demo", CallForm.DEEPSEEK.marks)
+    paths |= {"demo": str(demo), "crowd": paths["v3-fp8"], "converted": str(folder / "tp2dp2")}
+    with open_source(demo) as source:
         plan = make_plan(source, ParallelConfig(world_size=4, tp=2, dp=2))
         convert(source, plan, folder / "tp2dp2", workers=2)
     draw = random.Random(0)
@@ -180,6 +182,16 @@ def test_the_answers_say_something(run: Run) -> None:
         answers = {k: v for k, v in answers if k.startswith(("greedy", "sampled"))}
         different = {tuple(tokens) for tokens in answers.values()}
         assert len(different) >= len(answers) - 1, name
+
+
+def test_calls_of_strict_tools_have_their_form(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("llguidance", reason="schemas need llguidance: pip install llguidance")
+    demo = marked_tokenizer(tmp_path / "demo", CallForm.DEEPSEEK.marks)
+    answers = run(1)["demo"]["answers"]
+    for i in range(3):
+        text = demo.decode(answers[f"calling {i}"], skip_special_tokens=False)
+        begin = f'{CALLS}{CALL}f{SEP}{{"x": '
+        assert text.startswith(tuple(f"{begin}{x}, " for x in ('"yes"', '"no"', "1.5"))), text
 
 
 def test_penalties_and_biases_are_felt(run: Run) -> None:

@@ -37,7 +37,7 @@ def constraint(
 ) -> Constraint:
     ids = TOKENIZER.encode(prompt, add_special_tokens=False)
     params = SamplingParams(**more)
-    grammar = answer_grammar(None, schema)
+    grammar = answer_grammar(None, schema, None)
     asked = Request(request_id="r", prompt_ids=ids, params=params, grammar=grammar, is_chat=True)
     made = grammars.constraint(asked)
     assert made is not None

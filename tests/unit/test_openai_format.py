@@ -275,7 +275,7 @@ def test_wrong_penalties_are_named(body: dict[str, Any], error: str) -> None:
 
 def tokens(request: TextRequest, max_seq_len: int = 100) -> list[Any]:
     ids = encode_prompt(request, TOKENIZER, CHAT_FORMAT)
-    return token_requests(request, ids, "row", max_seq_len, VOCAB_SIZE)
+    return token_requests(request, ids, "row", TOKENIZER, max_seq_len, VOCAB_SIZE)
 
 
 def test_prompts_become_tokens() -> None:

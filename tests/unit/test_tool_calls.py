@@ -2,6 +2,7 @@
 
 import json
 import random
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ from dsv3.text.tools import (
     KIMI_SEP,
     SEP,
     CallForm,
+    ToolUse,
 )
 
 F, G = f'{CALL}f{SEP}{{"x": [1, "a}}"]}}{END_CALL}', f"{CALL}g{SEP}{{}}{END_CALL}"
@@ -42,19 +44,35 @@ KIMI = (
     f"{KIMI_CALL}functions.g:1{KIMI_SEP}{{}}{KIMI_END_CALL}{KIMI_END_CALLS}"
 )
 FORCED = '[{"name": "f", "arguments": {"x": [1, "a}"]}}, {"name": "g", "arguments": {}}]'
+GLM = (
+    'Wait.\n<tool_call>f<arg_key>x</arg_key><arg_value>[1, "a}"]</arg_value></tool_call>\n'
+    "<tool_call>g</tool_call>"
+)
 FORMS = {
     "v3.1": (CallForm.DEEPSEEK, V31),
     "v3": (CallForm.DEEPSEEK, V3),
     "v3.2": (CallForm.DSML, V32),
     "kimi": (CallForm.KIMI, KIMI),
+    "glm": (CallForm.GLM, GLM),
     "forced": (CallForm.FORCED, FORCED),
 }
+PARAMETERS = {
+    "properties": {
+        "text": {"anyOf": [{"$ref": "#/$defs/word"}, {"enum": ["5"]}]},
+        "number": {"type": ["integer", "null"]},
+        "either": {"type": ["string", "integer"]},
+    },
+    "$defs": {"word": {"type": "string"}},
+}
+TOOLS = ToolUse(
+    tools=tuple({"function": {"name": name, "parameters": PARAMETERS}} for name in "fg")
+)
 
 
 def parse(form: CallForm, text: str, seed: int = 0) -> tuple[str, ToolCallStream]:
     """Return the text outside of calls; pieces are of random lengths, seed 0 is one piece."""
     draw = random.Random(seed)
-    stream = ToolCallStream(form, {"f", "g"})
+    stream = ToolCallStream(form, TOOLS)
     events = []
     at = 0
     while at < len(text):
@@ -100,9 +118,32 @@ def test_calls_of_unknown_tools_are_text(name: str) -> None:
     text = text.replace('"f"', '"h"').replace('"g"', '"h"').replace(".f:", ".h:")
     text = text.replace(".g:", ".h:").replace(f"f{SEP}", f"h{SEP}").replace(f"g{SEP}", f"h{SEP}")
     text = text.replace("f\n`", "h\n`").replace("g\n`", "h\n`")
+    text = text.replace("call>f<", "call>h<").replace("call>g<", "call>h<")
     rest, stream = parse(form, text, 3)
     assert not stream.calls
     assert "".join(rest.split()) == "".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "want"),
+    [
+        ("text", 'say "hi"\n <b>', 'say "hi"\n <b>'),
+        ("text", "5", "5"),
+        ("number", "5", 5),
+        ("number", "null", None),
+        ("either", "5", 5),
+        ("either", '"5"', '"5"'),
+        ("either", "five", "five"),
+        ("other", "[1]", [1]),
+        ("other", "[1", "[1"),
+        ("other", "", ""),
+    ],
+)
+def test_values_of_glm_have_the_types_of_their_parameters(name: str, value: str, want: Any) -> None:
+    text = f"<tool_call>f\n<arg_key>{name}</arg_key>\n<arg_value>{value}</arg_value>\n</tool_call>"
+    for seed in range(10):
+        _, stream = parse(CallForm.GLM, text, seed)
+        assert json.loads(stream.calls[0].arguments) == {name: want}
 
 
 def test_parameters_of_text_are_written_as_json() -> None:
@@ -125,13 +166,13 @@ def test_arguments_that_are_no_object_are_incomplete() -> None:
 
 
 def test_marks_that_are_spelt_in_other_tokens_are_text() -> None:
-    stream = ToolCallStream(CallForm.DEEPSEEK, {"f"}, mark_id=7)
+    stream = ToolCallStream(CallForm.DEEPSEEK, TOOLS, mark_id=7)
     events = stream.push(V31, [1, 2, 3]) + stream.finish()
     assert "".join(event.text for event in events if isinstance(event, Text)) == V31
-    marked = ToolCallStream(CallForm.DEEPSEEK, {"f"}, mark_id=7)
+    marked = ToolCallStream(CallForm.DEEPSEEK, TOOLS, mark_id=7)
     marked.push(V31, [1, 7, 3])
     marked.finish()
-    assert [call.name for call in marked.calls] == ["f"]
+    assert [call.name for call in marked.calls] == ["f", "g"]
 
 
 def test_the_ids_of_kimi_are_kept() -> None:

@@ -1,0 +1,217 @@
+"""Grammars of answers that may call tools in the form that a model was trained with.
+
+Calls end an answer. Arguments of strict tools follow the schemas of the tools, those of the others
+are free. The marks of calls are tokens, which no text can spell. The forms are shown in
+`dsv3.text.tool_calls`.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from dsv3.text.json_schema import json_rule
+from dsv3.text.parameter_grammar import Parameter, parameters_of
+from dsv3.text.thoughts import END_THINK, THINK
+from dsv3.text.tokenizer import Tokenizer
+from dsv3.text.tools import (
+    CALL,
+    CALLS,
+    DSML,
+    END_CALL,
+    END_CALLS,
+    END_FENCE,
+    FENCE,
+    GLM_CALL,
+    GLM_END_CALL,
+    GLM_END_KEY,
+    GLM_END_VALUE,
+    GLM_KEY,
+    GLM_VALUE,
+    KIMI_CALL,
+    KIMI_CALLS,
+    KIMI_END_CALL,
+    KIMI_END_CALLS,
+    KIMI_SEP,
+    SEP,
+    CallForm,
+    ToolUse,
+    arguments_schema,
+)
+
+_ANY = r"(?s:.*)"
+_BLANKS = r"\n{0,2}"
+_ANY_PARAMETER = r'name="[^"<>\n]+" string="(true|false)">'
+_TERMINALS = [r"TEXT: /(?s:.+)/", r"BLANK: /\n{1,2}/", r"INDEX: /[0-9]{1,4}/"]
+
+
+def calls_lark(
+    form: CallForm, tools: ToolUse, schema: Mapping[str, Any] | None, tokenizer: Tokenizer
+) -> str:
+    """Return the grammar of an answer that is free text, or JSON by a schema, or calls of tools.
+
+    Args:
+        form: of the calls.
+        tools: that may be called.
+        schema: None is free text, which may also come before calls.
+        tokenizer: has the marks as tokens.
+
+    Raises:
+        RequestError: a strict tool has a schema that calls in this form cannot be held to.
+    """
+    writer = _Writer(tools, tokenizer, is_free=schema is None)
+    other = "TEXT?" if schema is None else f"BLANK? {json_rule(schema)}"
+    writer.rule("start", f"{writer.thought()} ({other} | {writer.calls(form)})")
+    return "\n".join(writer.rules + _TERMINALS)
+
+
+class _Writer:
+    """Writes rules.
+
+    Args:
+        tools: that may be called.
+        tokenizer: has the marks as tokens.
+        is_free: free text may come before calls.
+
+    Attributes:
+        rules: written so far.
+    """
+
+    def __init__(self, tools: ToolUse, tokenizer: Tokenizer, is_free: bool) -> None:
+        self.rules: list[str] = []
+        self._tools = tools
+        self._tokenizer = tokenizer
+        self._is_free = is_free
+
+    def rule(self, name: str, expression: str) -> str:
+        """Add a rule; return its name."""
+        self.rules.append(f"{name}: {expression}")
+        return name
+
+    def thought(self) -> str:
+        """Return the expression of a thought that an answer may begin with."""
+        if not {THINK, END_THINK} <= set(self._tokenizer.control_tokens):
+            return ""  # a part of the text
+        return f"({self._mark(THINK)} TEXT? {self._mark(END_THINK)} BLANK?)?"
+
+    def calls(self, form: CallForm) -> str:
+        """Return the expression of the calls of an answer, and of the text before them."""
+        before = "TEXT?" if self._is_free else "BLANK?"
+        match form:
+            case CallForm.DEEPSEEK:
+                # V3's template leaves out the end of a section with one call.
+                call = self._several(self._deepseek_call())
+                return f"{before} {self._mark(CALLS)} {call} {self._mark(END_CALLS)}?"
+            case CallForm.KIMI:
+                call = self._several(self._kimi_call())
+                return f"{before} {self._mark(KIMI_CALLS)} {call} {self._mark(KIMI_END_CALLS)}"
+            case CallForm.GLM:
+                return f"{before} {self._several(self._glm_call())}"
+            case CallForm.DSML:
+                before = self._new("BEGIN", f"/{_ANY if self._is_free else _BLANKS}</")
+                call = self._several(self._dsml_call())
+                tag = f'{self._mark(DSML)} "function_calls>'
+                return f'{before} {tag}\\n" {call} "</" {tag}"'
+        raise AssertionError(f"{form}: its calls follow a JSON schema")
+
+    def _deepseek_call(self) -> str:
+        plain, fenced = [], []
+        for function in self._functions():
+            name = function["name"]
+            arguments = self._arguments(function)
+            plain.append(f"{_text(name)} {self._mark(SEP)} {arguments or 'TEXT?'}")
+            # A free text goes on to the mark after it, so that its end is part of it.
+            block = f'{arguments} "\\n{END_FENCE}"' if arguments else rf"/{_ANY}\n{END_FENCE}/"
+            head = _text(f"{name}\n{FENCE}\n")
+            fenced.append(f"{head} {block}")
+        older = f'"function" {self._mark(SEP)} ({_either(fenced)})'
+        head = f"{self._mark(CALL)} ({_either(plain)} | {older})"
+        return self._new("call", f"{head} {self._mark(END_CALL)}")
+
+    def _kimi_call(self) -> str:
+        calls = []
+        for function in self._functions():
+            name = _text(f"functions.{function['name']}:")
+            calls.append(
+                f"{name} INDEX {self._mark(KIMI_SEP)} {self._arguments(function) or 'TEXT?'}"
+            )
+        mark, end = self._mark(KIMI_CALL), self._mark(KIMI_END_CALL)
+        return self._new("call", f"{mark} ({_either(calls)}) {end}")
+
+    def _dsml_call(self) -> str:
+        dsml = self._mark(DSML)
+        any_parameter = self._new("ANY", rf"/parameter {_ANY_PARAMETER}{_ANY}<\//")
+        calls = []
+        for function in self._functions():
+            parameters = f'("<" {dsml} {any_parameter} {dsml} "parameter>\\n")*'
+            if function.get("strict"):
+                parameters = self._each(function, self._dsml_parameter)
+            head = _text(f'invoke name="{function["name"]}">\n')
+            calls.append(f"{head} {parameters}")
+        end = f'"</" {dsml} "invoke>\\n"'
+        return self._new("call", f'"<" {dsml} ({_either(calls)}) {end}')
+
+    def _dsml_parameter(self, parameter: Parameter) -> str:
+        dsml = self._mark(DSML)
+        head = f'parameter name="{parameter.name}" string='
+        values = []
+        if parameter.texts:
+            text = self._new("VALUE", f'({_either(parameter.texts)}) "</"')
+            values.append(_text(f'{head}"true">') + f" {text}")
+        if parameter.schema is not None:
+            values.append(_text(f'{head}"false">') + f' {json_rule(parameter.schema)} "</"')
+        return f'"<" {dsml} ({_either(values)}) {dsml} "parameter>\\n"'
+
+    def _glm_call(self) -> str:
+        any_parameter = self._glm_pair("TEXT", "TEXT?")
+        calls = []
+        for function in self._functions():
+            parameters = f"({any_parameter})*"
+            if function.get("strict"):
+                parameters = self._each(function, self._glm_parameter)
+            calls.append(f"{_text(function['name'])} BLANK? {parameters}")
+        mark, end = self._mark(GLM_CALL), self._mark(GLM_END_CALL)
+        return self._new("call", f"{mark} ({_either(calls)}) {end}")
+
+    def _glm_parameter(self, parameter: Parameter) -> str:
+        values = [json_rule(parameter.schema)] if parameter.schema is not None else []
+        if parameter.texts:
+            values.append(self._new("VALUE", _either(parameter.texts)))
+        return self._glm_pair(_text(parameter.name), f"({_either(values)})")
+
+    def _glm_pair(self, key: str, value: str) -> str:
+        key = f"{self._mark(GLM_KEY)} {key} {self._mark(GLM_END_KEY)}"
+        return f"{key} BLANK? {self._mark(GLM_VALUE)} {value} {self._mark(GLM_END_VALUE)} BLANK?"
+
+    def _each(self, function: Mapping[str, Any], write: Callable[[Parameter], str]) -> str:
+        """Return the expression of a strict tool's parameters, in the order of its schema."""
+        parts = []
+        for parameter in parameters_of(function):
+            pair = self._new("pair", write(parameter))
+            parts.append(pair if parameter.is_required else f"{pair}?")
+        return " ".join(parts)
+
+    def _arguments(self, function: Mapping[str, Any]) -> str:
+        """Return the rule of a strict tool's arguments in JSON; empty if the tool is not."""
+        if not function.get("strict"):
+            return ""
+        return self._new("arguments", json_rule(arguments_schema(function)))
+
+    def _several(self, call: str) -> str:
+        return f"{call} (BLANK? {call})*" if self._tools.is_parallel else call
+
+    def _functions(self) -> list[Mapping[str, Any]]:
+        return [tool["function"] for tool in self._tools.tools]
+
+    def _new(self, kind: str, expression: str) -> str:
+        return self.rule(f"{kind}{len(self.rules)}", expression)
+
+    def _mark(self, name: str) -> str:
+        return f"<[{self._tokenizer.id_of(name)}]>"
+
+
+def _either(expressions: Iterable[str]) -> str:
+    return " | ".join(expressions)
+
+
+def _text(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)

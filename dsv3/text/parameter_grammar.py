@@ -1,0 +1,202 @@
+"""Parameters of strict tools, in forms of calls that write each by itself and texts as they are.
+
+In JSON, a string is part of its schema's language. These forms write it without quotes, so the
+schema of a parameter is split: into Lark terminals of the texts that it allows, and a schema of its
+other values, which are JSON.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dsv3.errors import RequestError, shorten
+from dsv3.text.json_schema import KINDS, target_of, with_root
+from dsv3.text.openai_fields import is_whole
+
+_LONGEST = 1 << 20  # characters; longer limits are none
+_LONGEST_PATTERN = 1000
+_ANY = r"(?s:.*)"
+_UNIONS = ("anyOf", "oneOf")
+_REMARKS = {"title", "description", "default", "examples", "deprecated", "$comment"}
+_OF_TEXTS = {"minLength", "maxLength", "pattern"}
+_OF_OBJECTS = {"type", "properties", "required", "additionalProperties", "$defs", "definitions"}
+_OF_OTHERS = {
+    *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
+    *("items", "prefixItems", "minItems", "maxItems", "uniqueItems"),
+    *("properties", "required", "additionalProperties"),
+}
+_ROOT = "#/$defs/parameters"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parameter:
+    """A parameter of a tool.
+
+    Attributes:
+        texts: Lark terminals of the texts that are allowed; none allows no text.
+        schema: JSON schema of the other values; None allows none.
+    """
+
+    name: str
+    is_required: bool
+    texts: tuple[str, ...]
+    schema: Any
+
+
+def parameters_of(function: Mapping[str, Any]) -> Iterator[Parameter]:
+    """Return the parameters of a strict tool, in the order of its schema.
+
+    Raises:
+        RequestError: calls cannot be held to its schema.
+    """
+    root = function.get("parameters") or {}
+    for key in root.keys() - _OF_OBJECTS - _REMARKS - {"$schema"}:
+        raise _unsupported(function["name"], f"parameters.{shorten(key)}")
+    properties = root.get("properties") or {}
+    required = root.get("required") or []
+    if not isinstance(properties, dict) or not isinstance(required, list):
+        raise _unsupported(function["name"], "malformed properties or required")
+    if not all(isinstance(name, str) and name in properties for name in required):
+        raise _unsupported(function["name"], "a required parameter that is not in properties")
+    for name, schema in properties.items():
+        if not re.fullmatch(r'[^"<>\n]+', name):
+            raise _unsupported(function["name"], f"the parameter name {shorten(json.dumps(name))}")
+        where = f"{function['name']}, parameter {shorten(name)}"
+        split = _Split(where, root)
+        split.add(schema)
+        if not split.texts and split.schema() is None:
+            raise _unsupported(where, "a schema that allows no value")
+        yield Parameter(
+            name=name,
+            is_required=name in required,
+            texts=tuple(split.texts),
+            schema=split.schema(),
+        )
+
+
+def _unsupported(where: str, what: str) -> RequestError:
+    return RequestError(
+        f"tools: strict=true of {where}: {what} is not supported in this model's form of calls"
+    )
+
+
+class _Split:
+    """Collects what the parts of a parameter's schema allow.
+
+    Args:
+        where: the parameter, for errors.
+        root: schema of all parameters, to which references are relative.
+
+    Attributes:
+        texts: Lark terminals of texts.
+    """
+
+    def __init__(self, where: str, root: Mapping[str, Any]) -> None:
+        self.texts: list[str] = []
+        self._where = where
+        self._root = root
+        self._others: list[Any] = []
+        self._seen: set[str] = set()
+
+    def schema(self) -> Any:
+        """Return the schema of values other than texts; None if there are none."""
+        if not self._others:
+            return None
+        joined = {"anyOf": with_root(self._others, _ROOT)}
+        if '"$ref"' not in json.dumps(joined):
+            return joined
+        return joined | {"$defs": {"parameters": with_root(self._root, _ROOT)}}
+
+    def add(self, schema: Any) -> None:
+        """Add the values that a schema allows."""
+        if schema is True:
+            schema = {}
+        if not isinstance(schema, dict):
+            raise _unsupported(self._where, shorten(json.dumps(schema)))
+        rules = {key: value for key, value in schema.items() if key not in _REMARKS}
+        several = next((rules[key] for key in _UNIONS if rules.keys() == {key}), None)
+        if rules.keys() == {"allOf"} and isinstance(rules["allOf"], list):
+            several = rules["allOf"] if len(rules["allOf"]) == 1 else None
+        if rules.keys() == {"$ref"}:
+            reference = rules["$ref"]
+            target = target_of(reference, self._root)
+            if target is None:
+                raise _unsupported(self._where, f"$ref={shorten(json.dumps(reference))}")
+            if reference not in self._seen:  # what it allows is added once, also within itself
+                self._seen.add(reference)
+                self.add(target)
+        elif isinstance(several, list):
+            for one in several:
+                self.add(one)
+        elif "enum" in rules or "const" in rules:
+            self._add_values(rules)
+        else:
+            self._add_types(rules)
+
+    def _add_values(self, rules: dict[str, Any]) -> None:
+        values = rules["enum"] if "enum" in rules else [rules["const"]]
+        kinds = _kinds(rules)
+        if rules.keys() - {"enum", "const", "type"} or not isinstance(values, list):
+            raise _unsupported(self._where, "more than enum, const and type in one schema")
+        if "string" in kinds:
+            self.texts += [_literal(value) for value in values if isinstance(value, str)]
+        others = [value for value in values if not isinstance(value, str)]
+        kinds = [kind for kind in kinds if kind != "string"]
+        if others and kinds:
+            self._others.append({"enum": others, "type": kinds})
+
+    def _add_types(self, rules: dict[str, Any]) -> None:
+        kinds = _kinds(rules)
+        if "string" in kinds:
+            for key in rules.keys() - _OF_TEXTS - _OF_OTHERS - {"type"}:
+                raise _unsupported(self._where, shorten(key))
+            self.texts.append(self._terminal(rules))
+        others = [kind for kind in kinds if kind != "string"]
+        if others:
+            rest = {key: value for key, value in rules.items() if key not in _OF_TEXTS}
+            self._others.append(rest | {"type": others})
+
+    def _terminal(self, rules: dict[str, Any]) -> str:
+        """Return the terminal of the texts that the rules for strings allow."""
+        parts = []
+        if "pattern" in rules:
+            parts.append(self._matching(rules["pattern"]))
+        lengths = [rules.get("minLength", 0), rules.get("maxLength", _LONGEST)]
+        if not all(map(is_whole, lengths)):
+            raise _unsupported(self._where, "a length that is no integer")
+        least, most = (min(max(0, int(length)), _LONGEST) for length in lengths)
+        if not parts or least or most < _LONGEST:
+            parts.append(f"/(?s:.{{{least},{'' if most == _LONGEST else most}}})/")
+        return f"({' & '.join(parts)})"
+
+    def _matching(self, pattern: Any) -> str:
+        """Return the terminal of the texts in which a pattern is found."""
+        is_short = isinstance(pattern, str) and len(pattern) <= _LONGEST_PATTERN
+        found = (
+            re.fullmatch(r"(\^?)((?:\\.|[^\\])*?)(\$?)", pattern, re.DOTALL) if is_short else None
+        )
+        if found is None or _has_alternatives(pattern):
+            raise _unsupported(self._where, f"pattern={shorten(json.dumps(pattern))}")
+        begin, body, end = found.groups()
+        body = re.sub(r"\\.|/", lambda part: r"\/" if part[0] == "/" else part[0], body)
+        body = body.replace("\n", r"\n")
+        return f"/{'' if begin else _ANY}{body}{'' if end else _ANY}/"
+
+
+def _kinds(rules: Mapping[str, Any]) -> list[Any]:
+    kinds = rules.get("type", list(KINDS))
+    return kinds if isinstance(kinds, list) else [kinds]
+
+
+def _literal(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _has_alternatives(pattern: str) -> bool:
+    """Return True if a pattern has alternatives outside of groups: each has anchors of its own."""
+    outside = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", "", pattern, flags=re.DOTALL)
+    while (inner := re.sub(r"\([^()]*\)", "", outside)) != outside:
+        outside = inner
+    return "|" in outside
