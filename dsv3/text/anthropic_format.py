@@ -48,6 +48,8 @@ def openai_body(body: Mapping[str, Any], needs_limit: bool = True) -> dict[str, 
     chat["messages"] = _system(fields)
     for i, message in enumerate(given):
         chat["messages"] += _messages(f"messages[{i}]", message)
+    if chat["messages"][-1:] and _is_begun(chat["messages"][-1]):
+        chat["continue_final_message"] = True
     chat["stop"] = fields.take("stop_sequences", lambda v: isinstance(v, list), "a list") or None
     config = Fields(fields.take("output_config", lambda v: isinstance(v, dict), "an object") or {})
     chat["response_format"] = _response_format(config)
@@ -58,6 +60,11 @@ def openai_body(body: Mapping[str, Any], needs_limit: bool = True) -> dict[str, 
     for name in fields.remaining():
         raise RequestError(f"{shorten(name)} is not a supported field")
     return {name: value for name, value in chat.items() if value is not None}
+
+
+def _is_begun(message: dict[str, Any]) -> bool:
+    """Return True if the last message is the text of an answer, which the model goes on with."""
+    return message["role"] == "assistant" and "tool_calls" not in message
 
 
 def _system(fields: Fields) -> list[dict[str, Any]]:

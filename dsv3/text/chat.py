@@ -18,6 +18,7 @@ from dsv3.text.messages import (
     ROLES,
     ChatInput,
     Message,
+    PromptEnd,
     Tools,
     check_message,
     map_strings,
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 # A template that loops over the items of arguments (GLM's) needs them as objects; others (V3.1's)
 # write them as the JSON text that clients send.
 _LOOPS_OVER_ITEMS = re.compile(r"\.items\(\)|\|\s*items\b")
+_CUT = "\U0010fffc"  # at the end of an answer that is continued
 _QUESTION: list[Message] = [{"role": "user", "content": "Hello"}]
 # A template that can render none of these is unusable.
 _PROBES: tuple[list[Message], ...] = (
@@ -145,8 +147,9 @@ class ChatFormat:
         thinking: bool | None = None,
         tools: ToolUse | None = None,
         schema: Any = None,
+        end: PromptEnd = PromptEnd.ANSWER,
     ) -> list[int]:
-        """Return the tokens of a conversation, up to the start of the model's answer.
+        """Return the tokens of a conversation, by default up to the start of the model's answer.
 
         A schema, and tools that must be called, are enforced while the answer is generated: they
         are left out of the prompt if the format has no place for them.
@@ -161,7 +164,7 @@ class ChatFormat:
                 raise RequestError(f"tools: {reason}; use tool_choice=required")
             given = tools.tools
         schema = schema if self._has_place_for_schema else None
-        return self.encode(self.render(messages, bool(thinking), given, schema=schema))
+        return self.encode(self.render(messages, bool(thinking), given, end, schema))
 
     @property
     def _has_place_for_schema(self) -> bool:
@@ -207,16 +210,16 @@ class ChatFormat:
         messages: Sequence[Message],
         thinking: bool = False,
         tools: Tools | None = None,
-        add_generation_prompt: bool = True,
+        end: PromptEnd = PromptEnd.ANSWER,
         schema: Any = None,
     ) -> str:
-        """Return the text of a conversation, up to the start of the model's answer.
+        """Return the text of a conversation, by default up to the start of the model's answer.
 
         Args:
             messages: in the OpenAI format.
             thinking: let the model think; a template gets it under both names in use.
             tools: that the model may call, in the OpenAI format.
-            add_generation_prompt: end with the start of the answer, where the format allows both.
+            end: of the text, where the format allows it.
             schema: JSON schema that the answer has to follow.
 
         Raises:
@@ -225,6 +228,8 @@ class ChatFormat:
         plain = [self._plain(f"messages[{i}]", message) for i, message in enumerate(messages)]
         if not plain:
             raise RequestError("messages is empty; give at least one message")
+        if end is PromptEnd.CONTINUED:
+            plain[-1] = _with_cut(plain[-1])
         plain = order_results(plain)
         hidden_tools = map_strings(tools or (), self._ordinary.hide)
         if hidden_tools and self._template is not None and self._describes_tools:
@@ -234,14 +239,16 @@ class ChatFormat:
             thinking=thinking,
             tools=hidden_tools,
             schema=map_strings(schema, self._ordinary.hide),
-            add_generation_prompt=add_generation_prompt,
+            add_generation_prompt=end is PromptEnd.ANSWER,
         )
         if self._published is not None:
-            return _render_published(self._published, chat)
-        if schema is not None:
+            text = _render_published(self._published, chat)
+        elif schema is not None:
             raise RequestError("this model's chat format has no place for a schema of the answer")
-        assert self._template is not None
-        return self._template.render(self._variables(chat))
+        else:
+            assert self._template is not None
+            text = self._template.render(self._variables(chat))
+        return _before_cut(text) if end is PromptEnd.CONTINUED else text
 
     def encode(self, prompt: str) -> list[int]:
         """Encode a rendered conversation; only control tokens written by the format count."""
@@ -287,6 +294,22 @@ class ChatFormat:
         return role
 
 
+def _with_cut(message: dict[str, Any]) -> dict[str, Any]:
+    """Return an answer with a private character at its end, which no template trims."""
+    if message["role"] != "assistant" or not message["content"] or "tool_calls" in message:
+        raise RequestError(
+            "only an answer can be continued: the last message must be the text of one"
+        )
+    return {**message, "content": message["content"] + _CUT}
+
+
+def _before_cut(text: str) -> str:
+    before, cut, _ = text.rpartition(_CUT)
+    if not cut:
+        raise RequestError("this model's chat format leaves out the answer that is to be continued")
+    return before
+
+
 def _with_system(messages: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
     """Return messages with a text at the end of the last system message, or of a new one."""
     systems = [i for i, message in enumerate(messages) if message["role"] == "system"]
@@ -322,6 +345,7 @@ class UnusableFormat:
         thinking: bool | None = None,
         tools: ToolUse | None = None,
         schema: Any = None,
+        end: PromptEnd = PromptEnd.ANSWER,
     ) -> list[int]:
         """Raise CheckpointError with the reason."""
         raise CheckpointError(self.reason)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from dsv3.config_fields import shown
@@ -16,6 +17,19 @@ _FIELDS = {"role", "content", "name", "reasoning_content", "tool_calls", "tool_c
 _TEXTS = ("name", "reasoning_content", "tool_call_id")
 # Servers add these to the messages of their answers.
 _IGNORED = {"index"}
+
+
+class PromptEnd(Enum):
+    """The end of a prompt.
+
+    ANSWER: the start of the model's answer. MESSAGE: the end of the last message, as it is written
+    in a history. CONTINUED: the last message, an answer of the model without its end, so that the
+    model goes on with it.
+    """
+
+    ANSWER = "answer"
+    MESSAGE = "message"
+    CONTINUED = "continued"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

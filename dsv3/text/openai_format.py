@@ -3,7 +3,8 @@
 Every field of a body is either supported or refused by name, except for the few below that do not
 affect the answer. Fields beyond OpenAI's: `top_k`, `min_p`, `repetition_penalty`, `ignore_eos`,
 `stop_token_ids`, `return_token_ids`, `prompt_logprobs`, `speculative_tokens`,
-`chat_template_kwargs` with `thinking`, and DeepSeek's `thinking` and `reasoning_effort`.
+`chat_template_kwargs` with `thinking`, `add_generation_prompt`, `continue_final_message`, and
+DeepSeek's `thinking`, `reasoning_effort` and `prefix` of the last message.
 """
 
 import re
@@ -13,6 +14,7 @@ from typing import Any
 from dsv3.errors import RequestError
 from dsv3.request import MAX_ANSWERS, MAX_BIAS, MAX_LOGPROBS, SamplingParams
 from dsv3.text.defaults import CHAT_DEFAULTS, COMPLETION_DEFAULTS, Defaults, Sampling
+from dsv3.text.messages import PromptEnd
 from dsv3.text.openai_fields import Fields, is_number, is_whole, show
 from dsv3.text.text_request import TextRequest, digest
 from dsv3.text.tools import parse_tool_use
@@ -130,13 +132,40 @@ def _chat_fields(fields: Fields, defaults: Defaults) -> dict[str, Any]:
         fields.take("tool_choice", lambda v: isinstance(v, str | dict), "a text or an object"),
         fields.truth("parallel_tool_calls"),
     )
+    schema = _schema(fields)
+    end = _end(fields, messages)
+    is_constrained = schema is not None or (tools is not None and tools.is_required)
+    if end is PromptEnd.CONTINUED and is_constrained:
+        raise RequestError("an answer that is continued excludes response_format and forced tools")
     return {
-        "messages": defaults.with_system(messages),
+        "messages": defaults.with_system(_without_prefix(messages)),
+        "end": end,
         "thinking": _thinking(fields, defaults),
         "logprobs": (top or 0) if logprobs else None,
         "tools": tools,
-        "schema": _schema(fields),
+        "schema": schema,
     }
+
+
+def _end(fields: Fields, messages: list[Any]) -> PromptEnd:
+    """Return the end of the prompt, by vLLM's switches or DeepSeek's flag of the last message."""
+    starts = fields.truth("add_generation_prompt")
+    continues = fields.truth("continue_final_message")
+    last = messages[-1] if messages else None
+    has_prefix = isinstance(last, dict) and last.get("prefix") is True
+    if continues and starts:
+        raise RequestError("continue_final_message=true excludes add_generation_prompt=true")
+    if continues or has_prefix:
+        return PromptEnd.CONTINUED
+    return PromptEnd.MESSAGE if starts is False else PromptEnd.ANSWER
+
+
+def _without_prefix(messages: list[Any]) -> list[Any]:
+    """Return messages without DeepSeek's flag of the last one."""
+    last = messages[-1] if messages else None
+    if not isinstance(last, dict) or last.get("prefix") is not True:
+        return messages
+    return [*messages[:-1], {name: value for name, value in last.items() if name != "prefix"}]
 
 
 def _schema(fields: Fields) -> Mapping[str, Any] | None:

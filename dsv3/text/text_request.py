@@ -11,6 +11,7 @@ from dsv3.errors import CheckpointError, RequestError
 from dsv3.request import Request, SamplingParams
 from dsv3.text.chat import AnyFormat
 from dsv3.text.grammar import answer_grammar
+from dsv3.text.messages import PromptEnd
 from dsv3.text.tokenizer import Tokenizer
 from dsv3.text.tools import ToolUse
 
@@ -35,6 +36,7 @@ class TextRequest:
         messages, prompt: the input, one of the two.
         params: parameters of all `n` answers.
         thinking: let the model think first; None if not specified.
+        end: of the prompt of messages.
         limit_is_default: max_tokens was not specified and is reduced to the rest of the context.
         echo: the answer's text begins with the prompt.
         return_token_ids: return the tokens of answer and prompt.
@@ -50,6 +52,7 @@ class TextRequest:
     params: SamplingParams
     limit_is_default: bool = False
     thinking: bool | None = None
+    end: PromptEnd = PromptEnd.ANSWER
     echo: bool = False
     return_token_ids: bool = False
     list_prompt_logprobs: bool = False
@@ -69,7 +72,8 @@ class TextRequest:
         content["n"] = content["params"].pop("n")
         del content["params"]["speculative_tokens"]  # changes no answer
         content["thinking"] = bool(self.thinking)  # None was added later, and counts as False
-        for name in ("tools", "schema", "list_prompt_logprobs"):
+        content["end"] = "" if self.end is PromptEnd.ANSWER else self.end.value
+        for name in ("tools", "schema", "list_prompt_logprobs", "end"):
             if not content[name]:
                 del content[name]
         return digest(json.dumps(content, sort_keys=True, separators=(",", ":")))
@@ -93,7 +97,9 @@ def encode_prompt(
     if request.messages is not None:
         if chat is None:
             raise CheckpointError("this checkpoint has no chat template: use /v1/completions")
-        ids = chat.prompt_ids(request.messages, request.thinking, request.tools, request.schema)
+        ids = chat.prompt_ids(
+            request.messages, request.thinking, request.tools, request.schema, request.end
+        )
         if remark := chat.thinking_remark(request.thinking):
             log.warning("%s", remark)
     elif isinstance(request.prompt, list):

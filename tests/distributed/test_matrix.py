@@ -190,8 +190,8 @@ def test_calls_of_strict_tools_have_their_form(run: Run, tmp_path: Path) -> None
     answers = run(1)["demo"]["answers"]
     for i in range(3):
         text = demo.decode(answers[f"calling {i}"], skip_special_tokens=False)
-        begin = f'{CALLS}{CALL}f{SEP}{{"x": '
-        assert text.startswith(tuple(f"{begin}{x}, " for x in ('"yes"', '"no"', "1.5"))), text
+        begins = (f'f{SEP}{{"x": ', f"function{SEP}f\n```")
+        assert text.startswith(tuple(f"{CALLS}{CALL}{begin}" for begin in begins)), text
 
 
 def test_penalties_and_biases_are_felt(run: Run) -> None:

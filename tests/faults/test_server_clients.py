@@ -121,6 +121,21 @@ def test_messages_of_anthropic(claude: Any) -> None:
         claude.messages.create(messages=[picture], **greedy)
 
 
+def test_clients_continue_an_answer(gpt: Any, claude: Any) -> None:
+    begun = [*TALK, {"role": "assistant", "content": WANT[:8]}]
+    prefix = [*TALK, {"role": "assistant", "content": WANT[:8], "prefix": True}]
+    greedy: dict[str, Any] = {"model": "demo-v3", "max_tokens": 32}
+    message = claude.messages.create(messages=begun, **greedy, extra_body={"temperature": 0})
+    continued = {"add_generation_prompt": False, "continue_final_message": True}
+    by_vllm = gpt.chat.completions.create(
+        messages=begun, temperature=0, **greedy, extra_body=continued
+    )
+    by_deepseek = gpt.chat.completions.create(messages=prefix, temperature=0, **greedy)
+    texts = [message.content[0].text]
+    texts += [answer.choices[0].message.content for answer in (by_vllm, by_deepseek)]
+    assert texts == [WANT[8:]] * 3
+
+
 def test_anthropic_calls_of_tools(claude: Any) -> None:
     asked: dict[str, Any] = {
         "model": "demo-v3",

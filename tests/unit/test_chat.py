@@ -6,6 +6,7 @@ import pytest
 from dsv3.errors import CheckpointError, RequestError
 from dsv3.request import SamplingParams
 from dsv3.text.chat import ChatFormat, UnusableFormat
+from dsv3.text.messages import PromptEnd
 from dsv3.text.text_request import TextRequest, encode_prompt
 from dsv3.text.tokenizer import Tokenizer
 
@@ -135,11 +136,59 @@ def test_published_formats(
     assert chat(demo, None, model_type, name).render(messages, thinking) == want
 
 
+BEGUN = {"role": "assistant", "content": [{"type": "text", "text": " So <｜User｜> is "}]}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "thinking", "want"),
+    [
+        ("deepseek_v2", "DeepSeek-V2-Chat", False, f"{BOS}User: Hi\n\nAssistant:  So "),
+        ("deepseek_v3", "DeepSeek-V3", False, f"{BOS}{U}Hi{A} So "),
+        ("deepseek_v3", "DeepSeek-R1", False, f"{BOS}{U}Hi{A} So "),
+        ("deepseek_v3", "DeepSeek-V3.1", True, f"{BOS}{U}Hi{A}</think> So "),
+        ("deepseek_v32", "DeepSeek-V3.2", True, f"{BOS}{U}Hi{A}<think></think> So "),
+        ("template", "", False, f"{BOS}{U}Hi{A}So "),
+    ],
+)
+def test_an_answer_is_continued_without_its_end(
+    demo: Tokenizer, model_type: str, name: str, thinking: bool, want: str
+) -> None:
+    """The template trims messages; the end of the text stays, and names in it are text."""
+    template = None
+    if model_type == "template":
+        template = (
+            "{{ bos_token }}{% for m in messages %}{{ {'user': '<｜User｜>', "
+            "'assistant': '<｜Assistant｜>'}[m.role] + m.content.strip() }}{% endfor %}"
+            "{{ eos_token }}"
+        )
+    format_ = chat(demo, template, model_type, name)
+    ids = format_.prompt_ids([*SHORT, BEGUN], thinking, end=PromptEnd.CONTINUED)
+    text = demo.decode(ids, skip_special_tokens=False)
+    assert text == f"{want}<｜User｜> is "
+    assert ids.count(demo.id_of(U) or 0) == want.count(U)
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        SHORT[0],
+        {"role": "assistant", "content": ""},
+        {"role": "assistant", "content": "A", "tool_calls": [{"id": "x"}]},
+    ],
+)
+def test_only_the_text_of_an_answer_is_continued(demo: Tokenizer, last: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match="only an answer can be continued"):
+        chat(demo, None, "deepseek_v3").prompt_ids([*SHORT, last], end=PromptEnd.CONTINUED)
+    dropping = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}assistant"
+    with pytest.raises(RequestError, match="leaves out the answer"):
+        chat(demo, dropping).prompt_ids([*SHORT, BEGUN], end=PromptEnd.CONTINUED)
+
+
 @pytest.mark.parametrize("model_type", ["deepseek_v2", "deepseek_v3"])
 def test_without_generation_prompt_the_conversation_just_ends(
     demo: Tokenizer, model_type: str
 ) -> None:
-    text = chat(demo, None, model_type).render(LONG[:3], add_generation_prompt=False)
+    text = chat(demo, None, model_type).render(LONG[:3], end=PromptEnd.MESSAGE)
     assert text.endswith("2" + EOS)
 
 
@@ -165,7 +214,8 @@ def test_same_text_as_transformers(
         enable_thinking=thinking,
     )
     ours = chat(demo, source)
-    got = ours.render(messages, thinking, tools, add_generation_prompt)
+    end = PromptEnd.ANSWER if add_generation_prompt else PromptEnd.MESSAGE
+    got = ours.render(messages, thinking, tools, end)
     assert got == want
     assert ours.encode(got) == theirs(want, add_special_tokens=False)["input_ids"]
 
@@ -303,7 +353,7 @@ def test_generation_tags_are_ignored(demo: Tokenizer) -> None:
     )
     want = theirs.apply_chat_template(LONG, chat_template=source, tokenize=False)
     assert "2<｜end▁of▁sentence｜>" in want
-    assert chat(demo, source).render(LONG, add_generation_prompt=False) == want
+    assert chat(demo, source).render(LONG, end=PromptEnd.MESSAGE) == want
 
 
 def test_a_template_is_tried_with_several_conversations(demo: Tokenizer) -> None:

@@ -7,6 +7,7 @@ import pytest
 from dsv3.errors import CheckpointError, RequestError
 from dsv3.text.chat import ChatFormat
 from dsv3.text.defaults import LINE_DEFAULTS, NO_TOKEN_LIMIT, Defaults, Sampling
+from dsv3.text.messages import PromptEnd
 from dsv3.text.openai_format import CHAT, COMPLETIONS, parse_request, plain_request
 from dsv3.text.text_request import TextRequest, encode_prompt, token_requests
 from dsv3.text.tokenizer import Tokenizer
@@ -276,6 +277,42 @@ def test_wrong_penalties_are_named(body: dict[str, Any], error: str) -> None:
 def tokens(request: TextRequest, max_seq_len: int = 100) -> list[Any]:
     ids = encode_prompt(request, TOKENIZER, CHAT_FORMAT)
     return token_requests(request, ids, "row", TOKENIZER, max_seq_len, VOCAB_SIZE)
+
+
+BEGUN = {"role": "assistant", "content": "Ye"}
+
+
+@pytest.mark.parametrize(
+    ("body", "last", "end"),
+    [
+        ({}, {}, PromptEnd.ANSWER),
+        ({"add_generation_prompt": True}, {"prefix": False}, PromptEnd.ANSWER),
+        ({"add_generation_prompt": False}, {}, PromptEnd.MESSAGE),
+        ({"add_generation_prompt": False, "continue_final_message": True}, {}, PromptEnd.CONTINUED),
+        ({"continue_final_message": True}, {}, PromptEnd.CONTINUED),
+        ({}, {"prefix": True}, PromptEnd.CONTINUED),
+    ],
+)
+def test_the_end_of_a_prompt(body: dict[str, Any], last: dict[str, Any], end: PromptEnd) -> None:
+    hi = {"role": "user", "content": "Hi"}
+    request = chat(messages=[hi, BEGUN | last], **body)
+    assert request.end is end
+    begin = [0, 3, *TOKENIZER.encode("Hi", False), 4, *TOKENIZER.encode("Ye", False)]
+    after = {PromptEnd.ANSWER: [1, 4], PromptEnd.MESSAGE: [1], PromptEnd.CONTINUED: []}
+    assert tokens(request)[0].prompt_ids == begin + after[end]
+    assert (request.digest() == chat(messages=[hi, BEGUN]).digest()) == (not last and not body)
+
+
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        ({"continue_final_message": True, "add_generation_prompt": True}, "excludes add_gener"),
+        ({"continue_final_message": True, "response_format": {"type": "json_object"}}, "excludes"),
+    ],
+)
+def test_answers_that_cannot_be_continued(body: dict[str, Any], error: str) -> None:
+    with pytest.raises(RequestError, match=error):
+        chat(messages=[BEGUN], **body)
 
 
 def test_prompts_become_tokens() -> None:
