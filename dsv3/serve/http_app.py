@@ -194,7 +194,10 @@ async def _models(front: Front, request: Request) -> Response:
 
 
 async def _model(front: Front, request: Request) -> Response:
-    front.check_model(request.path_params["name"])
+    name = request.path_params["name"]
+    if not name:  # "/v1/models/"
+        return await _models(front, request)
+    front.check_model(name)
     return JSONResponse(_model_entry(front))
 
 
