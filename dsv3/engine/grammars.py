@@ -87,7 +87,11 @@ class Grammars:
                 self._load()
         matchers = self._library.LLMatcher
         limits = self._library.LLParserLimits(**_LIMITS, verbose_errors=False)
-        lark = matchers.grammar_from_lark(grammar.lark)
+        try:
+            lark = matchers.grammar_from_lark(grammar.lark)
+        except UnicodeEncodeError:
+            reason = "it holds half of a surrogate pair, which is not a character"
+            raise RequestError(f"{grammar.subject} cannot be followed: {reason}") from None
         matcher = matchers(self._vocabulary, lark, log_level=0, limits=limits)
         if not matcher.is_error():
             matcher.compute_bitmask()  # patterns are compiled at their first use

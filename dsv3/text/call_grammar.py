@@ -39,6 +39,7 @@ from dsv3.text.tools import (
 )
 
 _ANY = r"(?s:.*)"
+_LIKE_JSON = rf'true|false|null|"{_ANY}|-?[0-9]{_ANY}|[\[{{]{_ANY}'
 _BLANKS = r"\n{0,2}"
 _ANY_PARAMETER = r'name="[^"<>\n]+" string="(true|false)">'
 _TERMINALS = [r"TEXT: /(?s:.+)/", r"BLANK: /\n{1,2}/", r"INDEX: /[0-9]{1,4}/"]
@@ -173,9 +174,13 @@ class _Writer:
         return self._new("call", f"{mark} ({_either(calls)}) {end}")
 
     def _glm_parameter(self, parameter: Parameter) -> str:
-        values = [json_rule(parameter.schema)] if parameter.schema is not None else []
+        values = []
+        texts = _either(parameter.texts)
+        if parameter.schema is not None:
+            values.append(json_rule(parameter.schema))
+            texts = f"({texts}) & ~/{_LIKE_JSON}/"  # it would be taken for another value
         if parameter.texts:
-            values.append(self._new("VALUE", _either(parameter.texts)))
+            values.append(self._new("VALUE", texts))
         return self._glm_pair(_text(parameter.name), f"({_either(values)})")
 
     def _glm_pair(self, key: str, value: str) -> str:

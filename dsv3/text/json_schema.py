@@ -80,8 +80,14 @@ def kind_of(value: Any) -> str:
     """Return the type of a JSON value."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else "boolean"
-    kinds: dict[type, str] = {str: "string", list: "array", dict: "object"}
+    kinds: dict[type, str] = {str: "string", list: "array", dict: "object", int: "integer"}
     return kinds.get(type(value), "number")
+
+
+def is_of(value: Any, kinds: set[str]) -> bool:
+    """Return True if a JSON value has one of some types."""
+    kind = kind_of(value)
+    return kind in kinds or (kind == "integer" and "number" in kinds)
 
 
 def _bounded(schema: Any) -> Any:

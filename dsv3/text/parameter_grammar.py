@@ -27,6 +27,9 @@ _OF_OTHERS = {
     *("items", "prefixItems", "minItems", "maxItems", "uniqueItems"),
     *("properties", "required", "additionalProperties"),
 }
+# Parts of a pattern that Lark writes otherwise; in schemas, \d and \w are ASCII.
+_IN_LARK = {"/": r"\/", "\n": r"\n", r"\d": "[0-9]", r"\D": "[^0-9]"}
+_IN_LARK |= {r"\w": "[0-9A-Za-z_]", r"\W": "[^0-9A-Za-z_]"}
 _ROOT = "#/$defs/parameters"
 
 
@@ -180,8 +183,7 @@ class _Split:
         if found is None or _has_alternatives(pattern):
             raise _unsupported(self._where, f"pattern={shorten(json.dumps(pattern))}")
         begin, body, end = found.groups()
-        body = re.sub(r"\\.|/", lambda part: r"\/" if part[0] == "/" else part[0], body)
-        body = body.replace("\n", r"\n")
+        body = "".join(_IN_LARK.get(part, part) for part in re.findall(r"(?s)\\.|.", body))
         return f"/{'' if begin else _ANY}{body}{'' if end else _ANY}/"
 
 

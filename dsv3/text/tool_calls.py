@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
+from dsv3.read_files import parse_json_text
+from dsv3.text.json_schema import is_of
 from dsv3.text.scanner import Scanner, Steps
 from dsv3.text.tools import (
     CALL,
@@ -296,7 +298,8 @@ class ToolCallStream:
         is_whole = yield from self._scan.until((GLM_END_VALUE,), parts.append)
         text = "".join(parts)
         try:
-            is_text = "string" in kinds and isinstance(json.loads(text), str)
+            value = parse_json_text(text)
+            is_text = "string" in kinds and not is_of(value, kinds - {"string"})
         except (ValueError, RecursionError):
             is_text = True
         if is_whole:

@@ -290,6 +290,8 @@ def test_schemas_that_texts_cannot_be_held_to_are_refused_by_name(
         ("^a/b", "a/bc", "xa/b"),
         (r"c\$$", "abc$", "c$d"),
         (r"^\d{2}\/x$", "12/x", "1/x"),
+        (r"^\d$", "7", "７"),
+        (r"^[\w/]+$", "a_/1", "é"),
         ("^(a|b)$", "b", "ab"),
         ("[|]", "a|b", "ab"),
     ],

@@ -92,7 +92,15 @@ def test_a_thought_comes_before_the_schema() -> None:
 
 @pytest.mark.parametrize(
     "schema",
-    [{"type": "no such type"}, {"not": {}}, {"$ref": "#/x"}, {"enum": []}, {"properties": 3}],
+    [
+        {"type": "no such type"},
+        {"not": {}},
+        {"$ref": "#/x"},
+        {"enum": []},
+        {"properties": 3},
+        {"const": "\ud800"},
+        {"\ud800": 1},
+    ],
 )
 def test_a_schema_that_cannot_be_followed_is_refused(schema: Any) -> None:
     with pytest.raises(RequestError, match="the JSON schema cannot be followed"):
