@@ -1,7 +1,9 @@
 """A server whose model has a form of calls: strict tools, with the clients that people use."""
 
+import copy
 import importlib
 import json
+import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 
 from dsv3.text.tools import CallForm
 from tests.call_marks import copy_demo
+from tests.odd_bodies import ODD, mutated
 from tests.server import CHAT, QUESTION, Server
 
 pytest.importorskip("llguidance", reason="schemas need llguidance: pip install llguidance")
@@ -25,6 +28,11 @@ PARAMETERS = {
     "additionalProperties": False,
 }
 TOOL = {"type": "function", "function": {"name": "look", "strict": True, "parameters": PARAMETERS}}
+KEYWORDS = (
+    *("type", "properties", "required", "additionalProperties", "items", "enum", "const", "anyOf"),
+    *("oneOf", "allOf", "$ref", "$defs", "pattern", "format", "minLength", "maxLength", "minimum"),
+    *("maxItems", "not", "if", "x-guidance", "description", "a"),
+)
 # The bias makes the model call: it was not trained to.
 ASKED: dict[str, Any] = {
     "model": "demo",
@@ -88,6 +96,30 @@ def test_an_answer_may_be_json_instead(server: Server) -> None:
             assert bool(choice["message"].get("tool_calls")) == is_call
             if not is_call:
                 assert set(json.loads(choice["message"]["content"])) <= {"a", "b"}
+
+
+def odd_schema(draw: random.Random, depth: int = 0) -> Any:
+    """Return something like a JSON schema, mostly a wrong one."""
+    if depth > 3 or draw.random() < 0.3:
+        return copy.deepcopy(
+            draw.choice((*ODD, "string", "#", "#/$defs/d", "^a|b$", "(", [1, "a"]))
+        )
+    names = draw.choices(KEYWORDS, k=draw.randint(0, 4))
+    return {name: odd_schema(draw, depth + 1) for name in names}
+
+
+def test_strict_tools_of_any_schema_are_answered_or_refused(server: Server) -> None:
+    draw = random.Random(0)
+    for number in range(300):
+        body = copy.deepcopy(ASKED) | {"max_tokens": 8, "stream": number % 2 == 0}
+        body["tools"][0]["function"]["parameters"] = odd_schema(draw)
+        raw = json.dumps(body).encode() if number % 3 else mutated(ASKED | {"max_tokens": 8}, draw)
+        status, text = server.send("POST", CHAT, raw=raw)
+        assert status in (200, 400, 404), (raw, text[:300])
+        assert "server_error" not in text, (raw, text[-300:])
+    server.wait_until(
+        lambda: server.metric("dsv3_running") == server.metric("dsv3_pages_used") == 0
+    )
 
 
 def test_anthropic_calls_of_strict_tools(server: Server) -> None:

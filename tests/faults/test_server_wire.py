@@ -1,6 +1,5 @@
 """A server under malformed HTTP, and under bodies that are almost right."""
 
-import copy
 import json
 import random
 import re
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.odd_bodies import mutated
 from tests.programs import HANG_SECONDS
 from tests.server import CHAT, QUESTION, Server
 
@@ -25,6 +25,9 @@ SCHEMA: dict[str, Any] = {
 TOOL = {"type": "function", "function": {"name": "look", "parameters": SCHEMA}}
 CHOICE = {"type": "function", "function": {"name": "look"}}
 FORM = {"type": "json_schema", "json_schema": {"name": "n", "strict": True, "schema": SCHEMA}}
+STRICT = {"type": "function", "function": {"name": "s", "strict": True, "parameters": SCHEMA}}
+BEGUN = {"role": "assistant", "content": "A"}
+CONTINUED = {"continue_final_message": True, "add_generation_prompt": False}
 PARTS = [{"type": "text", "text": "Hi"}]
 TALK = [
     {"role": "system", "content": "s"},
@@ -41,10 +44,14 @@ VALID: list[tuple[str, dict[str, Any]]] = [
     (CHAT, {"messages": QUESTION, "max_tokens": 2, "response_format": FORM}),
     (CHAT, {"messages": QUESTION, "max_tokens": 2, "tools": [TOOL], "tool_choice": CHOICE}),
     (CHAT, {"messages": QUESTION, "max_completion_tokens": 2, "thinking": {"type": "enabled"}}),
+    (CHAT, {"messages": QUESTION, "max_tokens": 2, "tools": [STRICT], "tool_choice": "required"}),
+    (CHAT, {"messages": [*QUESTION, BEGUN | {"prefix": True}], "max_tokens": 2}),
+    (CHAT, {"messages": [*QUESTION, BEGUN], "max_tokens": 2} | CONTINUED),
     (COMPLETIONS, {"prompt": ["a", [5, 6]], "max_tokens": 2, "echo": True, "logprobs": 3, "n": 2}),
     (COMPLETIONS, {"prompt": "What is", "max_tokens": 1, "priority": 1, "user": "u"} | STREAM),
     (MESSAGES, {"messages": [{"role": "user", "content": PARTS}], "max_tokens": 2, "system": "s"}),
     (MESSAGES, {"messages": QUESTION, "max_tokens": 2, "stream": True, "stop_sequences": ["q"]}),
+    (MESSAGES, {"messages": [*QUESTION, BEGUN], "max_tokens": 2, "output_config": {}}),
     (COUNT, {"messages": QUESTION, "thinking": {"type": "enabled", "budget_tokens": 1024}}),
     ("/tokenize", {"prompt": "Hi", "add_special_tokens": False}),
     ("/detokenize", {"tokens": [5, 6, 7], "model": "demo-v3"}),
@@ -61,55 +68,6 @@ def server() -> Iterator[Server]:
 
 def is_idle(server: Server) -> bool:
     return server.metric("dsv3_running") == server.metric("dsv3_pages_used") == 0
-
-
-def nested(depth: int) -> Any:
-    value: Any = 1
-    for _ in range(depth):
-        value = {"a": [value]}
-    return value
-
-
-ODD: tuple[Any, ...] = (
-    *(None, True, False, -1, 0, 1, 2, 0.5, 10**30, 2**31, 2**63, 1e308, float("nan")),
-    *("", "x", "\ud800", "\x00", "<｜User｜>", "</think>", "x" * 300, "9" * 5000),
-    *("auto", "none", "required", "text", "json_object", "user", "tool", "\r\n\r\ndata: {}"),
-    *([], {}, [[]], [None], [{}], {"": {}}, {"type": "text"}, ["a"] * 200, [1.5], {"\ud800": 1}),
-    *(nested(20), nested(90)),
-)
-
-
-def places(value: Any) -> list[tuple[Any, Any]]:
-    """Return each container in a value with each of its keys."""
-    found: list[tuple[Any, Any]] = []
-    left = [value]
-    while left:
-        container = left.pop()
-        if isinstance(container, dict | list):
-            keys = range(len(container)) if isinstance(container, list) else container
-            found += [(container, key) for key in keys]
-            left += [container[key] for key in keys]
-    return found
-
-
-def mutated(body: dict[str, Any], draw: random.Random) -> bytes:
-    """Return a body with one to three values replaced, dropped, added or wrapped, or torn."""
-    body = copy.deepcopy(body)
-    for _ in range(draw.choice((1, 1, 1, 2, 3))):
-        container, key = draw.choice(places(body) or [(body, "model")])
-        match draw.choice(("replace", "replace", "drop", "add", "wrap")):
-            case "drop" if key in container or isinstance(container, list):
-                del container[key]
-            case "add" if isinstance(container, dict):
-                container[draw.choice(("zz", "stream", "type", "n", "strict"))] = draw.choice(ODD)
-            case "wrap" if isinstance(container, list):
-                container[key] = [container[key]]
-            case _:
-                container[key] = copy.deepcopy(draw.choice(ODD))
-    data = json.dumps(body).encode()
-    if draw.random() < 0.1:
-        data = json.dumps(body, ensure_ascii=False).encode("utf-8", "surrogatepass")
-    return data[: draw.randint(0, len(data))] if draw.random() < 0.05 else data
 
 
 @pytest.mark.parametrize("number", range(len(VALID)))
