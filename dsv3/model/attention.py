@@ -15,7 +15,6 @@ Source: DeepSeek-V2 paper (arXiv 2405.04434), section 2.1 and appendix C.
 """
 
 from collections.abc import Iterator
-from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -25,7 +24,8 @@ from dsv3.cache.pool import LayerCache
 from dsv3.config import ModelConfig, ParallelConfig
 from dsv3.config_indexer import FULL
 from dsv3.distributed.collectives import Collectives
-from dsv3.model.batch import Batch, Chunk
+from dsv3.model.batch import Batch
+from dsv3.model.chunk_attention import attend_chunks
 from dsv3.model.indexer import Indexer, all_keys
 from dsv3.parallel.linear import ColumnParallelLinear, Linear, RowParallelLinear
 from dsv3.parallel.module import Module
@@ -34,19 +34,16 @@ from dsv3_kernels import (
     EntryWrite,
     KeysValues,
     PageTables,
-    PartialOutputs,
     Quantized,
     Rotation,
     absorb_query,
     empty_parts,
     expand_values,
     latent_entries,
-    merge_lse,
     mha_decode,
     mla_decode_parts,
     mla_decode_values,
     mla_prefill,
-    mla_prefill_packed,
     norm_and_cache,
     open_parts,
     rmsnorm,
@@ -54,13 +51,8 @@ from dsv3_kernels import (
     rotate,
 )
 
-# Cached positions gathered and expanded at a time; a multiple of every usual page size.
-_BLOCK = 2048
 # Rows of a sparse chunk that are absorbed at a time. V3's 128 heads take 75 MB in bfloat16.
 _ROWS = 512
-# Partial outputs of this number of blocks are kept, then merged. With 2,048 queries and V3's 128
-# heads, each takes 134 MB.
-_PARTS = 4
 
 
 class _Queries(NamedTuple):
@@ -180,7 +172,9 @@ class MLA(Module):
             return self.o_proj(o_TF, o_q)
         q_decode, q_chunk = q_THX.tensor_split([decode])
         self._rotate(q_chunk, rotation.tokens(decode))
-        o_TF = self._expanded(q_chunk, chunk_TX, batch, cache).flatten(1)
+        o_TF = attend_chunks(
+            q_chunk, chunk_TX, self._expand, batch, cache, c.softmax_scale
+        ).flatten(1)
         if decode:
             first_TF, _ = self._absorbed(q_decode, rotation.tokens(0, decode), tables, cache)
             o_TF = torch.cat((first_TF.to(o_TF.dtype), o_TF))
@@ -304,54 +298,6 @@ class MLA(Module):
             outs.append(o_BQHC.flatten(0, 1))
             start = stop
         return outs[0] if len(outs) == 1 else torch.cat(outs)
-
-    def _expanded(self, q_THX: Tensor, entry_TX: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
-        """Attend from the chunks to themselves and to their contexts; [T, H, V] of their rows.
-
-        A chunk's keys come as the cache will return them (`entry_TX`), so that its output does not
-        depend on where chunks were cut.
-        """
-        assert batch.chunk_start_L is not None
-        longest = max(chunk.stop - chunk.start for chunk in batch.chunks)
-        attended = mla_prefill_packed(
-            q_THX,
-            keys=self._expand(entry_TX),
-            start_L=batch.chunk_start_L,
-            longest=longest,
-            scale=self.config.softmax_scale,
-        )
-        for chunk in batch.chunks:
-            if chunk.context_len:
-                rows = slice(
-                    chunk.start - batch.num_decode_rows, chunk.stop - batch.num_decode_rows
-                )
-                merged = PartialOutputs(attended.o[rows], attended.lse[rows])
-                parts = self._parts(q_THX[rows], chunk, cache)
-                while some := list(islice(parts, _PARTS)):
-                    some.append(merged)
-                    o_NTHV = torch.stack([part.o for part in some])
-                    lse_NTH = torch.stack([part.lse for part in some])
-                    merged = merge_lse(o_NTHV, lse_NTH)
-                attended.o[rows] = merged.o
-        return attended.o
-
-    def _parts(self, q_QHX: Tensor, chunk: Chunk, cache: LayerCache) -> Iterator[PartialOutputs]:
-        """Attend from a chunk to its cached context, block by block."""
-        context = chunk.context_len
-        dtype = q_QHX.dtype
-        pages_per_block = max(1, _BLOCK // cache.layout.page_size)
-        for first_page in range(0, cache.layout.pages_for(context), pages_per_block):
-            first = first_page * cache.layout.page_size
-            page_G = chunk.page_G[first_page : first_page + pages_per_block]
-            length = min(context - first, len(page_G) * cache.layout.page_size)
-            keys = self._expand(cache.gather(page_G, length, dtype))
-            yield mla_prefill(
-                q_QHX,
-                keys=keys,
-                first_key=first,
-                first_query=context,
-                scale=self.config.softmax_scale,
-            )
 
     # Cache of expanded heads ----------------------------------------------------------------
 

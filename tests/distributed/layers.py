@@ -32,7 +32,7 @@ from dsv3.distributed.shared_memory import MemoryGroup
 from dsv3.engine.runner import BatchBuilder
 from dsv3.engine.step_plan import PlanChannel, StepPlan, pack_plans
 from dsv3.errors import ConfigError, RankError
-from dsv3.model import attention
+from dsv3.model import chunk_attention
 from dsv3.model.absorb_rule import AbsorbRule
 from dsv3.model.attention import MLA
 from dsv3.model.moe import MLP, MoE
@@ -282,7 +282,7 @@ def check_attention(mesh: Mesh, form: CacheForm, kv_shard: KvShard, limit: int) 
         limit: largest number of new tokens of a sequence that attend to latents.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "_BLOCK", 64)  # contexts of several blocks, merged
+        patch.setattr(chunk_attention, "_BLOCK", 64)  # contexts of several blocks, merged
         compare_attention(mesh, form, kv_shard, limit)
 
 

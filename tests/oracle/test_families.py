@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import GenerationMixin
 
-from dsv3.model import attention
+from dsv3.model import chunk_attention
 from dsv3.request import SamplingParams
 from tests.oracle.families import Oracle
 from tests.oracle.family_configs import CONFIGS
@@ -48,7 +48,7 @@ def test_logits(oracle: MAKE, family: str, attn_impl: str, chunk: int, limit: in
 def test_long_contexts_are_expanded_block_by_block(
     oracle: MAKE, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
-    monkeypatch.setattr(attention, "_BLOCK", block)
+    monkeypatch.setattr(chunk_attention, "_BLOCK", block)
     made = oracle("v3-bf16")
     started = start_alone(made.path)
     check_logits(all_logits(started, made.prompts, 9, limit=1), made, made.prompts)
