@@ -68,7 +68,8 @@ class Committer:
         if seq.is_done:
             return None
         self._drafting.verify(part, result)
-        rows = slice(part.first_row, part.sampled_row + max(1, part.num_samples))
+        sampled_row = part.sampled_row
+        rows = slice(part.first_row, sampled_row + max(1, part.num_samples))
         if not result.is_finite and (result.token[rows] == NOT_FINITE).any():
             return self._fail(seq, number, result.bad_layer)
         is_decode = part.num_tokens == 1 + len(part.drafts) and part.start >= seq.prompt_len
@@ -78,7 +79,7 @@ class Committer:
             self._metrics.prefill_tokens += part.num_tokens
         self._schedulers[seq.group].commit(part)
         num_top = seq.request.params.prompt_logprobs or 0
-        for row in range(part.first_row, part.sampled_row):
+        for row in range(part.first_row, sampled_row):
             seq.prompt_logprobs.append(result.logprobs_of(row, num_top))
         if not part.is_last:
             return None
@@ -87,7 +88,7 @@ class Committer:
             return self._finish(seq, "length", out)
         if seq.pending is not None and seq.pending.step == number:
             seq.pending = None
-        for row in range(part.sampled_row, part.sampled_row + part.num_samples):
+        for row in range(sampled_row, sampled_row + part.num_samples):
             self._append(seq, result, row, out)
             if out.completion is not None:
                 return out

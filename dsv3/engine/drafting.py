@@ -37,6 +37,8 @@ class Drafting:
 
     def verify(self, part: ScheduledSeq, result: HostResult) -> None:
         """Shorten a sequence's part of a step to the accepted drafts."""
+        if not self._speculation.num_drafts:
+            return
         num_drafts = len(part.drafts)
         if not num_drafts:
             self._count.verified(0, 0)
@@ -55,6 +57,8 @@ class Drafting:
 
     def next_drafts(self, part: ScheduledSeq, result: HostResult) -> list[int]:
         """Return the drafts that a sequence's next step verifies."""
+        if not self.num_drafts:
+            return []
         by_mtp = [] if part.draft_index < 0 else result.drafts[part.draft_index]
         return self._speculation.next_drafts(part.seq, by_mtp)[: self.num_drafts]
 

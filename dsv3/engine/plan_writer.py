@@ -55,7 +55,8 @@ def _write_plan(
         first_row = len(token_ids)
         part.first_row = num_rows_before + first_result
         _write_sequence(part, number, token_ids, rows)
-        drafting.add(part, first_row, first_result + part.num_scored)
+        if drafting.has_mtp:
+            drafting.add(part, first_row, first_result + part.num_scored)
     plan = StepPlan(
         copies=_pairs(step.copies),
         offload=_pairs(step.moves.offload),
@@ -82,7 +83,8 @@ def _write_sequence(
     part.start = seq.num_computed
     first_row = len(token_ids)
     stop = part.stop - len(part.drafts)
-    part.num_scored = rows.add_scored(seq, stop, first_row)
+    if seq.request.params.prompt_logprobs is not None:
+        part.num_scored = rows.add_scored(seq, stop, first_row)
     token_ids += seq.token_ids[part.start : stop]
     fed_row = NOT_FED
     if stop > len(seq.token_ids):
@@ -131,17 +133,21 @@ class _DraftingRows:
         speculation: how tokens are drafted.
         num_drafts: drafts to make.
         num_before: drafted sequences of the groups before.
+
+    Attributes:
+        has_mtp: the model has its MTP layer.
     """
 
     def __init__(self, speculation: Speculation, num_drafts: int, num_before: int) -> None:
         self._speculation = speculation
+        self.has_mtp = speculation.has_mtp
         self._num_drafts = num_drafts
         self._num_before = num_before
         self._next_ids: list[int] = []
         self._rows: list[_DraftingRow] = []
 
     def add(self, part: ScheduledSeq, first_row: int, first_result: int) -> None:
-        """Add the tokens of a sequence that was written.
+        """Add the tokens of a sequence that was written, if there is an MTP layer.
 
         Args:
             part: its part of the step.
@@ -150,8 +156,7 @@ class _DraftingRows:
         """
         seq = part.seq
         if not self._runs_mtp:
-            if self._speculation.has_mtp:
-                seq.num_undrafted += part.num_tokens
+            seq.num_undrafted += part.num_tokens
             return
         stop = part.stop - len(part.drafts)
         self._next_ids += seq.token_ids[part.start + 1 : stop]
@@ -177,7 +182,7 @@ class _DraftingRows:
     @property
     def _runs_mtp(self) -> bool:
         """True if the MTP layer runs in the step."""
-        return self._speculation.has_mtp and self._num_drafts > 0
+        return self.has_mtp and self._num_drafts > 0
 
 
 class _ResultRows:
@@ -201,8 +206,6 @@ class _ResultRows:
             first_row: row of its first new token in the batch.
         """
         num_top = seq.request.params.prompt_logprobs
-        if num_top is None:
-            return 0
         first = max(seq.num_computed, seq.num_scored)
         last = min(stop, seq.prompt_len - 1)
         seq.num_scored = max(seq.num_scored, last)

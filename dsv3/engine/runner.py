@@ -335,8 +335,10 @@ class BatchBuilder:
         is_sparse = self._rule.selects(longest)
         if self._device.type == "cpu" and not is_sparse:
             paging = self._layout.paging
-            has_blind = min(self._context_lens[first:last]) < paging.shard
-            keys = paging.keys(page_BG, query_pos_BQ, longest, has_blind)
+            shortest = min(self._context_lens[first:last])
+            has_blind = shortest < paging.shard
+            has_masked = has_blind or shortest + 1 < longest
+            keys = paging.keys(page_BG, query_pos_BQ, longest, has_blind, has_masked)
         return DecodeGroup(
             start=self._row_starts[first],
             stop=self._row_starts[last],

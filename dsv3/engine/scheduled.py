@@ -1,5 +1,6 @@
 """A scheduler's choice for a step; the plan writer adds the rows of the results."""
 
+from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
 
 from dsv3.cache.tiers import Moves
@@ -31,17 +32,17 @@ class ScheduledSeq:
     is_last: bool
     num_samples: int
     num_preempted: int
-    drafts: list[int] = field(default_factory=list)
+    drafts: Ordered[int] = ()
     num_scored: int = 0
     draft_index: int = -1
     first_row: int = -1
     start: int = -1
 
     @classmethod
-    def of(cls, seq: Sequence, num_tokens: int, drafts: list[int] | None = None) -> "ScheduledSeq":
+    def of(
+        cls, seq: Sequence, num_tokens: int, is_last: bool, drafts: Ordered[int] = ()
+    ) -> "ScheduledSeq":
         """Schedule the next `num_tokens` tokens of a sequence, and drafts after them."""
-        drafts = drafts or []
-        is_last = seq.num_left == num_tokens
         num_samples = 1 + len(drafts) if is_last and seq.request.params.max_tokens > 0 else 0
         num_new = num_tokens + len(drafts)
         return cls(seq, num_new, is_last, num_samples, seq.num_preempted, drafts)

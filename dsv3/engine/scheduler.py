@@ -71,6 +71,7 @@ class Scheduler:
         speculation: Speculation,
     ) -> None:
         self._speculation = speculation
+        self._has_drafts = speculation.num_drafts > 0
         self._layout = layout
         self._metrics = metrics
         self._is_only = is_only
@@ -178,8 +179,8 @@ class Scheduler:
             left = seq.num_left
             count = left if left <= 1 else min(left, budget)
             if count > 0 and self._grow(seq, count):
-                drafts = self._drafts(seq, budget) if left == 1 else []
-                step.seqs.append(ScheduledSeq.of(seq, count, drafts))
+                drafts = self._drafts(seq, budget) if left == 1 and self._has_drafts else ()
+                step.seqs.append(ScheduledSeq.of(seq, count, count == left, drafts))
                 # The budget excludes the one token of a decoding sequence already.
                 budget -= count if left > 1 else len(drafts)
         if self.waiting and len(self.running) < self._max_running and not self._is_out_of_pages:
@@ -312,10 +313,11 @@ class Scheduler:
             self._num_waiting_tokens -= seq.num_uncached
             insort(self.running, seq, key=lambda s: s.order)
             seq.is_running = True
-            count = min(seq.num_left, budget)
+            left = seq.num_left
+            count = min(left, budget)
             grown = self._grow(seq, count)
             assert grown, "room was made for the whole prompt"
-            step.seqs.append(ScheduledSeq.of(seq, count))
+            step.seqs.append(ScheduledSeq.of(seq, count, count == left))
             budget -= count
 
     def _match(self, seq: Sequence) -> Match:

@@ -89,6 +89,9 @@ class MLA(Module):
         self.config = config
         self.tp = tp
         self.heads = config.num_attention_heads // layout.tp
+        # Computed from other fields of the config.
+        self.scale = config.softmax_scale
+        self.eps = config.latent_norm_eps
         hidden = config.hidden_size
         query = config.num_attention_heads * config.qk_head_dim
         latent = config.kv_lora_rank + config.qk_rope_head_dim
@@ -157,7 +160,7 @@ class MLA(Module):
         write = EntryWrite(
             kv_TX=kv_TX,
             weight_C=self.kv_a_layernorm.weight,
-            eps=c.latent_norm_eps,
+            eps=self.eps,
             rotation=rotation,
             cache_SX=cache.slots,
             slot_T=batch.own_slot,
@@ -172,9 +175,7 @@ class MLA(Module):
             return self.o_proj(o_TF, o_q)
         q_decode, q_chunk = q_THX.tensor_split([decode])
         self._rotate(q_chunk, rotation.tokens(decode))
-        o_TF = attend_chunks(
-            q_chunk, chunk_TX, self._expand, batch, cache, c.softmax_scale
-        ).flatten(1)
+        o_TF = attend_chunks(q_chunk, chunk_TX, self._expand, batch, cache, self.scale).flatten(1)
         if decode:
             first_TF, _ = self._absorbed(q_decode, rotation.tokens(0, decode), tables, cache)
             o_TF = torch.cat((first_TF.to(o_TF.dtype), o_TF))
@@ -239,12 +240,11 @@ class MLA(Module):
         Returns:
             [T, H * V] of the local heads, and that in FP8 if asked for.
         """
-        blocks = list(_row_blocks(tables))
-        if len(blocks) == 1:  # the usual decode step
+        if len(q_THX) <= _ROWS:  # the usual decode step
             return self._absorbed_block(q_THX, rotation, tables, cache, quant)
         outs = []
         start = 0
-        for block in blocks:
+        for block in _row_blocks(tables):
             stop = start + sum(part.query_pos_BQ.numel() for part in block)
             turn = rotation.tokens(start, stop)
             outs.append(self._absorbed_block(q_THX[start:stop], turn, block, cache, False)[0])
@@ -275,7 +275,7 @@ class MLA(Module):
                 q_PTHX[:, start:stop],
                 cache_SX=cache.slots,
                 tables=keys,
-                scale=self.config.softmax_scale,
+                scale=self.scale,
                 parts_PTHY=parts[:, start:stop],
             )
             start = stop
@@ -293,7 +293,7 @@ class MLA(Module):
                 cache_SX=cache.slots,
                 tables=keys,
                 value_dim=self.config.kv_lora_rank,
-                scale=self.config.softmax_scale,
+                scale=self.scale,
             )
             outs.append(o_BQHC.flatten(0, 1))
             start = stop
@@ -312,7 +312,7 @@ class MLA(Module):
     ) -> Tensor:
         """Attend to expanded keys and values, cached for the local heads; [T, H, V]."""
         c = self.config
-        eps = c.latent_norm_eps
+        eps = self.eps
         latent = first
         if c.q_lora_rank is not None:
             latent = rmsnorm(first, self.q_a_layernorm.weight, eps)
@@ -324,7 +324,7 @@ class MLA(Module):
         split = [x.shape[-1] for x in (new.k_SHN, new.k_SHR, new.v_SHV)]
         kv_THY = torch.cat((new.k_SHN, new.k_SHR, new.v_SHV), -1)
         cache.write(batch.own_slot, kv_THY.flatten(1))
-        scale = c.softmax_scale
+        scale = self.scale
         o_THV = torch.empty_like(new.v_SHV, dtype=torch.float32)
         tables = self._keys(x_TD, latent, rotation, batch, cache)
         for g, keys in zip(batch.groups, tables, strict=True):

@@ -100,7 +100,11 @@ def test_reads(step: list[tuple[int, int]], shards: int, limit: int) -> None:
             assert group.start == starts[seq]
             assert group.page_BG.dtype == torch.int32 and group.keys is not None
             key_pos = group.keys.key_pos_S
-            is_blind = group.keys.mask_BQS.isinf().all(2)
+            is_later = key_pos > group.query_pos_BQ.unsqueeze(2)
+            mask = group.keys.mask_BQS
+            masked = torch.zeros_like(is_later) if mask is None else mask.isinf()
+            assert torch.equal(masked, is_later)
+            is_blind = is_later.all(2)
             known = group.keys.is_blind_BQ
             assert torch.equal(is_blind, torch.zeros_like(is_blind) if known is None else known)
             for table, slot, query_pos in zip(

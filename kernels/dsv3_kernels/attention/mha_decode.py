@@ -192,6 +192,8 @@ def mha_decode(q_BHX: Tensor, cache_SY: Tensor, tables: PageTables, scale: float
         some = keys.sequences(b, b + step)
         kv = cache_SY.index_select(0, some.slot_BS.flatten()).view(-1, S, H, X + V).float()
         score = torch.einsum("bhx,bshx->bhs", q_BHX[rows].float() * scale, kv[..., :X])
-        p = softmax(score + some.mask_BQS, some.is_blind_BQ)
+        if some.mask_BQS is not None:
+            score.add_(some.mask_BQS)
+        p = softmax(score, some.is_blind_BQ)
         out[rows] = torch.einsum("bhs,bshv->bhv", p, kv[..., X:])
     return out

@@ -22,17 +22,15 @@ def _attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Compute the references for few sequences, with all keys in memory at once."""
     B, Q, H, _ = q_BQHX.shape
+    scaled = as_float32(q_BQHX.flatten(1, 2)) * scale  # a sequence's Q * H queries share its keys
     kv = cache_SX.index_select(0, keys.slot_BS.flatten())
     if kv.dtype == torch.uint8:
         kv = unpack_latent(kv, value_dim, torch.float32)
     kv_BSX = as_float32(kv).view(B, -1, kv.shape[-1])
-    q = as_float32(q_BQHX.flatten(1, 2))  # the Q * H queries of a sequence share its keys
-    mask = keys.mask_BQS
-    is_blind = keys.is_blind_BQ
-    if Q > 1:
-        mask = mask.repeat_interleave(H, 1)
-        is_blind = None if is_blind is None else is_blind.repeat_interleave(H, 1)
-    score = torch.baddbmm(mask, q, kv_BSX.transpose(1, 2), alpha=scale)
+    score = torch.bmm(scaled, kv_BSX.transpose(1, 2))
+    if keys.mask_BQS is not None:
+        score.add_(_per_head(keys.mask_BQS, H))
+    is_blind = None if keys.is_blind_BQ is None else _per_head(keys.is_blind_BQ, H)
     lse = None
     if with_lse:
         p, lse = softmax_lse(score, is_blind)
@@ -40,6 +38,11 @@ def _attend(
     else:
         p = softmax(score, is_blind)
     return torch.bmm(p, kv_BSX[..., :value_dim]).view(B, Q, H, value_dim), lse
+
+
+def _per_head(x_BQ: Tensor, num_heads: int) -> Tensor:
+    """Repeat values of queries for all heads, as [B, Q * H, ...]; one query's are broadcast."""
+    return x_BQ if x_BQ.shape[1] == 1 else x_BQ.repeat_interleave(num_heads, 1)
 
 
 def _attend_in_parts(

@@ -4,7 +4,8 @@ Bound by FLOPs. A key is given in two parts, the head's expanded part and the ro
 heads may share, so no copy has to join them.
 """
 
-from itertools import pairwise
+from collections.abc import Iterator
+from itertools import groupby, pairwise
 
 import torch
 from torch import Tensor
@@ -17,6 +18,40 @@ from dsv3_kernels.operation import operation
 
 # Scores in memory at a time in the reference: 1 MiB of float32, which fit a processor's cache.
 _SCORES = 1 << 18
+
+
+def _attend(
+    q_LQHX: Tensor, keys: KeysValues, L: int, first_key: int, first_query: int, scale: float
+) -> PartialOutputs:
+    """Compute the references for L sequences of one length, whose keys follow one another."""
+    k_LHSX = torch.cat([_by_sequence(x, L) for x in (keys.k_SHN, keys.k_SHR)], -1).float()
+    v_LHSV = _by_sequence(keys.v_SHV, L).float()
+    _, H, S, _ = k_LHSX.shape
+    Q = q_LQHX.shape[1]
+    q_LHQX = q_LQHX.float().transpose(1, 2) * scale
+    pos = torch.arange(max(first_key + S, first_query + Q), device=q_LQHX.device)
+    out = v_LHSV.new_empty(L, Q, H, v_LHSV.shape[-1])
+    lse = out.new_empty(L, Q, H)
+    is_ahead = first_key > first_query  # then the first queries see no key
+    step = max(1, _SCORES // (L * H * max(S, 1)))
+    for i in range(0, Q, step):
+        rows = slice(i, min(i + step, Q))
+        # No query of these rows sees a key after the last of them.
+        seen = max(1, min(S, first_query + rows.stop - first_key))
+        score = torch.matmul(q_LHQX[:, :, rows], k_LHSX[:, :, :seen].mT)
+        if first_key + seen - 1 > first_query + i:
+            key_pos = pos[first_key:][:seen]
+            query_pos = pos[first_query:][rows]
+            score.masked_fill_(key_pos > query_pos[:, None], float("-inf"))
+        p, part = softmax_lse(score, (score == float("-inf")).all(-1) if is_ahead else None)
+        out[:, rows] = torch.matmul(p, v_LHSV[:, :, :seen]).transpose(1, 2)
+        lse[:, rows] = part.transpose(1, 2)
+    return PartialOutputs(out, lse)
+
+
+def _by_sequence(x_SHY: Tensor, L: int) -> Tensor:
+    """Return rows of L sequences of one length as [L, H, S, Y]."""
+    return x_SHY.unflatten(0, (L, -1)).transpose(1, 2)
 
 
 def _launch_mla_prefill(
@@ -50,28 +85,8 @@ def mla_prefill(
         o_QHV: [Q, H, V] float32.
         lse_QH: [Q, H] float32; -inf for a query without keys.
     """
-    k_SHX = torch.cat((keys.k_SHN, keys.k_SHR), -1)
-    q, k, v = (t.float().transpose(0, 1) for t in (q_QHX, k_SHX, keys.v_SHV))
-    H, Q, _ = q.shape
-    S = k.shape[1]
-    pos = torch.arange(max(first_key + S, first_query + Q), device=q.device)
-    out = q.new_empty(Q, H, v.shape[-1])
-    lse = q.new_empty(Q, H)
-    is_ahead = first_key > first_query  # then the first queries see no key
-    step = max(1, _SCORES // (H * max(S, 1)))
-    for i in range(0, Q, step):
-        rows = slice(i, min(i + step, Q))
-        # No query of these rows sees a key after the last of them.
-        seen = max(1, min(S, first_query + rows.stop - first_key))
-        score = torch.matmul(q[:, rows] * scale, k[:, :seen].transpose(1, 2))
-        if first_key + seen - 1 > first_query + i:
-            key_pos = pos[first_key:][:seen]
-            query_pos = pos[first_query:][rows]
-            score.masked_fill_(key_pos > query_pos[:, None], float("-inf"))
-        p, part = softmax_lse(score, (score == float("-inf")).all(-1) if is_ahead else None)
-        out[rows] = torch.matmul(p, v[:, :seen]).transpose(0, 1)
-        lse[rows] = part.transpose(0, 1)
-    return PartialOutputs(out, lse)
+    o_LQHV, lse_LQH = _attend(q_QHX[None], keys, 1, first_key, first_query, scale)
+    return PartialOutputs(o_LQHV[0], lse_LQH[0])
 
 
 def _launch_mla_prefill_packed(
@@ -100,11 +115,33 @@ def mla_prefill_packed(
         lse_TH: [T, H] float32.
     """
     parts = [
-        mla_prefill.reference(q_THX[a:b], keys.rows(a, b), 0, 0, scale)
-        for a, b in pairwise(start_L.tolist())
+        _attend(
+            q_THX[start:stop].unflatten(0, (count, -1)),
+            keys.rows(start, stop),
+            L=count,
+            first_key=0,
+            first_query=0,
+            scale=scale,
+        )
+        for start, stop, count in _equal_runs(start_L.tolist(), q_THX.shape[1])
     ]
-    if len(parts) == 1:
-        return parts[0]
     return PartialOutputs(
-        torch.cat([part.o for part in parts]), torch.cat([part.lse for part in parts])
+        torch.cat([part.o.flatten(0, 1) for part in parts]),
+        torch.cat([part.lse.flatten(0, 1) for part in parts]),
     )
+
+
+def _equal_runs(starts: list[int], num_heads: int) -> Iterator[tuple[int, int, int]]:
+    """Yield the first row, the last row + 1 and the number of neighbours of one length.
+
+    As many at a time as have all their scores in memory.
+    """
+    lengths = [stop - start for start, stop in pairwise(starts)]
+    start = starts[0]
+    for length, run in groupby(lengths):
+        most = max(1, _SCORES // max(1, num_heads * length * length))
+        count = len(list(run))
+        for first in range(0, count, most):
+            some = min(most, count - first)
+            yield start, start + some * length, some
+            start += some * length

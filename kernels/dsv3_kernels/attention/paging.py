@@ -14,20 +14,22 @@ class Keys:
     Attributes:
         slot_BS: [B, S] int64 slots in order of position; 0 after a sequence's last query.
         key_pos_S: [S] int64 positions of the slots, the same for all sequences.
-        mask_BQS: [B, Q, S] float32, added to scores: 0 for the keys that a query sees, else -inf.
+        mask_BQS: [B, Q, S] float32, added to scores: 0 for the keys that a query sees, else -inf;
+            None if every query sees all keys.
         is_blind_BQ: [B, Q] True for queries that see no key; None if there are none.
     """
 
     slot_BS: Tensor
     key_pos_S: Tensor
-    mask_BQS: Tensor
+    mask_BQS: Tensor | None = None
     is_blind_BQ: Tensor | None = None
 
     def sequences(self, start: int, stop: int) -> "Keys":
         """Return the keys of sequences start to stop."""
         some = slice(start, stop)
+        mask_BQS = None if self.mask_BQS is None else self.mask_BQS[some]
         is_blind_BQ = None if self.is_blind_BQ is None else self.is_blind_BQ[some]
-        return Keys(self.slot_BS[some], self.key_pos_S, self.mask_BQS[some], is_blind_BQ)
+        return Keys(self.slot_BS[some], self.key_pos_S, mask_BQS, is_blind_BQ)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,7 @@ class Paging:
         query_pos_BQ: Tensor,
         longest: int | None = None,
         has_blind: bool = True,
+        has_masked: bool = True,
     ) -> Keys:
         """Expand page tables without synchronizing with the device.
 
@@ -82,6 +85,7 @@ class Paging:
             query_pos_BQ: [B, Q] positions of the queries.
             longest: number of positions; None for the capacity of the tables.
             has_blind: a query may see no key of this rank.
+            has_masked: a query may not see a key that another one sees, or none.
         """
         device = page_BG.device
         capacity = page_BG.shape[1] * self.slots_per_page
@@ -90,9 +94,12 @@ class Paging:
         key_pos_S = torch.arange(self.shard, stop, self.shards, device=device)
         slot_P = torch.arange(self.slots_per_page, device=device)
         slot_BGP = page_BG[..., None].long() * self.slots_per_page + slot_P
+        slot_BS = slot_BGP.flatten(1)[:, :width]
+        if not has_masked:
+            return Keys(slot_BS, key_pos_S)
         is_later_BQS = key_pos_S > query_pos_BQ.unsqueeze(2)
         return Keys(
-            slot_BS=slot_BGP.flatten(1)[:, :width].masked_fill(is_later_BQS.all(1), 0),
+            slot_BS=slot_BS.masked_fill(is_later_BQS.all(1), 0),
             key_pos_S=key_pos_S,
             mask_BQS=torch.where(is_later_BQS, float("-inf"), 0.0),
             is_blind_BQ=is_later_BQS.all(2) if has_blind else None,

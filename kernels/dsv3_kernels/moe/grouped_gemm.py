@@ -77,6 +77,19 @@ class Stack(NamedTuple):
             return int_linear(x, self.integers(e))
         return linear(x, self.matrix(e, x.dtype))
 
+    @property
+    def num_features(self) -> int:
+        """Features N of a product."""
+        return (self.unbound or self.weight)[0].shape[0]
+
+    def multiply(self, e: int, x: Tensor, out: Tensor) -> None:
+        """Write x W_e^T."""
+        matrix = self.unbound[e] if self.unbound else self.weight[e]
+        if self.block_scale is None and matrix.dtype == out.dtype and not matrix.is_mkldnn:
+            torch.mm(x, matrix.t(), out=out)
+        else:
+            out.copy_(self.product(e, x))
+
     def matrix(self, e: int, dtype: torch.dtype) -> Tensor:
         """Return matrix `e`, [N, D], dequantized to `dtype` if it is FP8; it may be blocked."""
         matrix = self.unbound[e] if self.unbound else self.weight[e]

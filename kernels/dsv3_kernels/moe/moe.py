@@ -9,14 +9,13 @@ Bound by reading the weights of experts with tokens, up to about 64 tokens per e
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dsv3_kernels._cast import as_float32
 from dsv3_kernels._gpu import row_bucket
 from dsv3_kernels.gemm.act_quant import Quantized, dequantize
 from dsv3_kernels.gemm.int8_quant import requantize
@@ -30,21 +29,60 @@ from dsv3_kernels.ops.silu_mul import silu_mul
 # Rows that the reference computes for all experts together, in few calls; more rows are computed
 # expert by expert, so that they stay in a processor's cache: 1 MiB of float32 at width 256.
 _FEW_ROWS = 1024
+_SUM = 0  # mode of `torch.embedding_bag`
 
 
-@dataclass(frozen=True, slots=True)
-class _Hit:
-    """An expert with rows: its index on this rank, and the number of rows."""
+class _Expert(NamedTuple):
+    """An expert with rows: its index on this rank, and its rows."""
 
     index: int
-    count: int
+    start: int
+    stop: int
 
 
-def _grouped_linear(x_MD: Tensor, hit: list[_Hit], w: Stack) -> Tensor:
-    """Return x W_e^T: the first rows belong to the first expert, and so on."""
-    parts = x_MD.split_with_sizes([one.count for one in hit])
-    products = [w.product(one.index, x) for x, one in zip(parts, hit, strict=True)]
-    return products[0] if len(products) == 1 else torch.cat(products)
+class _SortedRows(NamedTuple):
+    """The entries of local experts, sorted by expert; other entries share one row after them.
+
+    Sorted on the host, because a call of torch takes longer than sorting the entries of few tokens.
+
+    Attributes:
+        token_M: [M] int64 token of each row.
+        row_N: [T * K] int64 row of each entry, M for those of other ranks' experts.
+        start_T: [T] int64 first entry of each token.
+        experts: those with rows, in order.
+    """
+
+    token_M: Tensor
+    row_N: Tensor
+    start_T: Tensor
+    experts: list[_Expert]
+
+    @classmethod
+    def of(cls, ids_TK: Tensor, first_expert: int, num_experts: int) -> "_SortedRows":
+        """Sort entries."""
+        T, K = ids_TK.shape
+        id_N = ids_TK.flatten().cpu().numpy()
+        # Entries of other ranks' experts are sorted to the front and to the back.
+        order_N = id_N.argsort(kind="stable")
+        first_ids = np.arange(first_expert, first_expert + num_experts + 1)
+        edges = id_N[order_N].searchsorted(first_ids)
+        entry_M = order_N[edges[0] : edges[-1]]
+        row_N = np.full(T * K, len(entry_M))
+        row_N[entry_M] = np.arange(len(entry_M))
+        bounds = pairwise((edges - edges[0]).tolist())
+        experts = [
+            _Expert(e, start, stop) for e, (start, stop) in enumerate(bounds) if start < stop
+        ]
+        indices = entry_M // K, row_N, np.arange(0, T * K, K)
+        return cls(*(torch.as_tensor(i, device=ids_TK.device) for i in indices), experts)
+
+
+def _multiply(x_MD: Tensor, experts: list[_Expert], w: Stack, out_MF: Tensor) -> None:
+    """Write x W_e^T of the rows of these experts."""
+    first = experts[0].start
+    for expert, start, stop in experts:
+        rows = slice(start - first, stop - first)
+        w.multiply(expert, x_MD[rows], out_MF[rows])
 
 
 def _launch_experts(
@@ -111,30 +149,20 @@ def experts(
         [T, D] float32; the sum over ranks is the layer's output.
     """
     x_TD = dequantize(x)
-    y_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
-    weight_N = weight_TK.flatten()
-    # On the host, because a call of torch takes longer than sorting the entries of few tokens.
-    id_N = ids_TK.flatten().cpu().numpy()
-    # Entries of other ranks' experts are sorted to the front and to the back.
-    order_N = id_N.argsort(kind="stable")
-    first_ids = np.arange(first_expert, first_expert + len(down.weight) + 1)
-    starts = id_N[order_N].searchsorted(first_ids).tolist()
-    hit = [
-        _Hit(e, stop - start) for e, (start, stop) in enumerate(pairwise(starts)) if start < stop
-    ]
-    is_few = 0 < starts[-1] - starts[0] <= _FEW_ROWS
-    stop = starts[0]
-    for some in [hit] if is_few else [[one] for one in hit]:
-        start = stop
-        stop = stop + sum(one.count for one in some)
-        entries = order_N[start:stop]
-        entry_M, row_M = (
-            torch.from_numpy(index).to(x_TD.device)
-            for index in (entries, entries // ids_TK.shape[1])
-        )
-        h_MF = silu_mul.reference(_grouped_linear(x_TD.index_select(0, row_M), some, gate_up))
+    token_M, row_N, start_T, hit = _SortedRows.of(ids_TK, first_expert, len(down.weight))
+    num_rows = token_M.numel()
+    y_MD = x_TD.new_empty((num_rows + 1, x_TD.shape[1]), dtype=torch.float32)
+    if num_rows < row_N.numel():
+        y_MD[num_rows] = 0.0
+    for some in [hit] if 0 < num_rows <= _FEW_ROWS else [[one] for one in hit]:
+        rows = slice(some[0].start, some[-1].stop)
+        x_MD = x_TD.index_select(0, token_M[rows])
+        gate_up_MF = x_MD.new_empty((len(x_MD), gate_up.num_features))
+        _multiply(x_MD, some, gate_up, gate_up_MF)
+        h_MF = silu_mul.reference(gate_up_MF)
         if isinstance(x, Quantized):
             h_MF = dequantize(requantize(h_MF, x, ue8m0))
-        y_MD = as_float32(_grouped_linear(h_MF, some, down))
-        y_TD.index_add_(0, row_M, y_MD.mul_(weight_N.index_select(0, entry_M).unsqueeze(1)))
+        _multiply(h_MF, some, down, y_MD[rows])
+    weight_N = weight_TK.flatten()
+    y_TD = torch.embedding_bag(y_MD, row_N, start_T, mode=_SUM, per_sample_weights=weight_N)[0]
     return y_TD if addend is None else y_TD.add_(addend())

@@ -149,8 +149,9 @@ def rmsnorm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         Same shape and dtype as `x_TD`.
     """
     x = as_float32(x_TD)
-    mean_square = x.square().mean(-1, keepdim=True)
-    return as_dtype((x * mean_square.add_(eps).rsqrt_()).mul_(weight_D), x_TD.dtype)
+    square_T1 = torch.linalg.vecdot(x, x).unsqueeze(-1)
+    scale_T1 = square_T1.div_(x.shape[-1]).add_(eps).rsqrt_()
+    return as_dtype((x * scale_T1).mul_(weight_D), x_TD.dtype)
 
 
 @operation(kernel=_launch_add_rmsnorm)
