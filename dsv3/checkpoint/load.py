@@ -28,7 +28,8 @@ from dsv3.checkpoint.sharding import (
 )
 from dsv3.config import ParallelConfig
 from dsv3.errors import CheckpointError
-from dsv3.parallel.weights import KeptIntegers, Target
+from dsv3.parallel.weight_format import KeptIntegers
+from dsv3.parallel.weights import Target
 from dsv3_kernels import weight_dequant
 from dsv3_kernels.fp8_format import BLOCK, FP8
 

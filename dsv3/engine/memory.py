@@ -12,7 +12,7 @@ from dsv3.distributed.mesh import Mesh
 from dsv3.errors import ConfigError
 from dsv3.model.transformer import Transformer
 from dsv3.parallel.expert_placement import Placement
-from dsv3.parallel.weights import WeightFormat
+from dsv3.parallel.weight_format import WeightFormat
 from dsv3.settings import EngineConfig
 
 # Share of the memory left by the weights that `auto` gives to the cache. The rest is for

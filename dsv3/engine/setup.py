@@ -25,7 +25,7 @@ from dsv3.engine.speculation import NO_DRAFTS, Speculation
 from dsv3.errors import ConfigError
 from dsv3.parallel.expert_placement import Placement
 from dsv3.parallel.token_rows import DispatchSettings
-from dsv3.parallel.weights import WeightFormat
+from dsv3.parallel.weight_format import WeightFormat
 from dsv3.settings import CacheDtype, EngineConfig
 from dsv3_kernels import int_gemm
 from dsv3_kernels.fp8_format import BLOCK, FP8

@@ -29,7 +29,8 @@ from dsv3.model.chunk_attention import attend_chunks
 from dsv3.model.indexer import Indexer, all_keys
 from dsv3.parallel.linear import ColumnParallelLinear, Linear, RowParallelLinear
 from dsv3.parallel.module import Module
-from dsv3.parallel.weights import Vector, WeightFormat
+from dsv3.parallel.weight_format import WeightFormat
+from dsv3.parallel.weights import Vector
 from dsv3_kernels import (
     EntryWrite,
     KeysValues,

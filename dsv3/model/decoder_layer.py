@@ -12,7 +12,8 @@ from dsv3.model.side_stream import SideStream
 from dsv3.parallel.expert_dispatch import ExpertDispatch
 from dsv3.parallel.module import Module
 from dsv3.parallel.sequence_parallel import SequenceParallel
-from dsv3.parallel.weights import Vector, WeightFormat
+from dsv3.parallel.weight_format import WeightFormat
+from dsv3.parallel.weights import Vector
 from dsv3_kernels import Rotation
 
 

@@ -22,7 +22,8 @@ from dsv3.distributed.collectives import Collectives
 from dsv3.model.batch import Batch, DecodeGroup
 from dsv3.parallel.linear import Linear
 from dsv3.parallel.module import Module
-from dsv3.parallel.weights import Vector, WeightFormat
+from dsv3.parallel.weight_format import WeightFormat
+from dsv3.parallel.weights import Vector
 from dsv3_kernels import (
     IndexCache,
     IndexWrite,

@@ -15,7 +15,8 @@ from dsv3.model.side_stream import SideStream
 from dsv3.parallel.expert_dispatch import ExpertDispatch, StepTokens
 from dsv3.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from dsv3.parallel.module import Module
-from dsv3.parallel.weights import Matrix, Vector, WeightFormat
+from dsv3.parallel.weight_format import WeightFormat
+from dsv3.parallel.weights import Matrix, Vector
 from dsv3_kernels import (
     Groups,
     LocalExperts,
@@ -63,7 +64,7 @@ class MLP(Module):
             return torch.zeros_like(x_TD)
         gate_up_TF = self.gate_up_proj(x_TD, x_q)
         if self.down_proj.quantizes:
-            return self.down_proj.product(silu_mul_quant(gate_up_TF, self.down_proj.ue8m0))
+            return self.down_proj(silu_mul_quant(gate_up_TF, self.down_proj.ue8m0))
         return self.down_proj(silu_mul(gate_up_TF))
 
 

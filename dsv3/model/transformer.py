@@ -21,8 +21,10 @@ from dsv3.parallel.linear import Linear, VocabParallelEmbedding, VocabParallelHe
 from dsv3.parallel.module import Module
 from dsv3.parallel.physical_experts import PhysicalExperts
 from dsv3.parallel.sequence_parallel import SequenceParallel
+from dsv3.parallel.storage import Storage
 from dsv3.parallel.token_rows import DispatchSettings
-from dsv3.parallel.weights import Matrix, Target, Vector, WeightFormat
+from dsv3.parallel.weight_format import WeightFormat
+from dsv3.parallel.weights import Matrix, Target, Vector
 
 
 class Transformer(Module):
@@ -137,11 +139,14 @@ class Transformer(Module):
     @property
     def num_bytes(self) -> int:
         """Bytes of this rank's weights, FP8 scales included."""
-        tensors = [*self.parameters(), *self.buffers()]
+        total = 0
         for module in self.modules():
-            if isinstance(module, Matrix):
-                tensors += module.blocked
-        return sum(t.numel() * t.element_size() for t in tensors)
+            if isinstance(module, Storage):
+                total += module.num_bytes
+            else:
+                own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+                total += sum(t.numel() * t.element_size() for t in own)
+        return total
 
     @property
     def cut_names(self) -> set[str]:

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from dsv3.config import ParallelConfig, split_range
 from dsv3.distributed.collectives import Collectives
 from dsv3.parallel.module import Module
-from dsv3.parallel.weights import Matrix, WeightFormat
-from dsv3_kernels import Quantized, act_quant, as_dtype, fp8_gemm, int_linear, linear, make_locks
+from dsv3.parallel.weight_format import WeightFormat
+from dsv3.parallel.weights import Matrix
+from dsv3_kernels import Quantized, make_locks
 
 
 class Linear(Matrix):
@@ -53,24 +54,14 @@ class Linear(Matrix):
         )
         self.locks = make_locks(self.weight[0])
 
-    def forward(self, x_TD: Tensor, x_q: Quantized | None = None) -> Tensor:
-        """Return [T, sum of rows]; `x_q` is x in FP8, if known."""
-        if self.group:
-            x_TD = as_dtype(x_TD, self.dtype)
-            return int_linear(x_TD, self.integers(), self.locks, self.int8_rows)
-        if not self.quantizes:
-            return linear(as_dtype(x_TD, self.dtype), self.matrix(), locks=self.locks)
-        return self.product(act_quant(x_TD, self.ue8m0) if x_q is None else x_q)
+    def forward(self, x_TD: Tensor | Quantized, x_q: Quantized | None = None) -> Tensor:
+        """Return [T, sum of rows].
 
-    def product(self, x: Quantized) -> Tensor:
-        """Return [T, sum of rows] of FP8 activations."""
-        return fp8_gemm(
-            x,
-            w_FD=self._weights[0],
-            scale_fd=self._scales[0],
-            dtype=self.dtype,
-            locks=self.locks,
-        )
+        Args:
+            x_TD: activations; may be in FP8 alone if `quantizes`.
+            x_q: x in FP8, if known.
+        """
+        return self.multiply(x_q if self.quantizes and x_q is not None else x_TD, self.locks)
 
 
 class ColumnParallelLinear(Linear):
@@ -186,7 +177,7 @@ class VocabParallelHead(Module):
 
     def forward(self, x_MD: Tensor) -> Tensor:
         """Return [M, ceil(W / tp)] float32 logits of ids start, start + 1, ..."""
-        logits = linear(x_MD, self.table.matrix(), dtype=torch.float32, locks=self.locks)
+        logits = self.table.multiply(x_MD, self.locks, torch.float32)
         missing = self.width - logits.shape[1]
         if missing:
             logits = F.pad(logits, (0, missing), value=float("-inf"))

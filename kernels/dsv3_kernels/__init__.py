@@ -24,12 +24,13 @@ from dsv3_kernels.attention.write_slots import StoredRows, write_slots
 from dsv3_kernels.gemm._split_k import make_locks
 from dsv3_kernels.gemm.act_quant import Quantized, act_quant
 from dsv3_kernels.gemm.bf16_gemm import linear
-from dsv3_kernels.gemm.blocked import has_blocked_product, to_blocked
+from dsv3_kernels.gemm.blocked import blocked_linear, has_blocked_product, to_blocked
 from dsv3_kernels.gemm.fp8_gemm import fp8_gemm
 from dsv3_kernels.gemm.int8_gemm import int8_gemm
 from dsv3_kernels.gemm.int8_quant import int8_quant
 from dsv3_kernels.gemm.int_gemm import int_gemm, int_linear, takes_int8_rows
-from dsv3_kernels.gemm.integers import Integers, has_cpu_product, int_dequant, pack_for_cpu
+from dsv3_kernels.gemm.integers import Integers, int_dequant
+from dsv3_kernels.gemm.packed import PackedIntegers, cpu_product, has_cpu_product, pack_for_cpu
 from dsv3_kernels.gemm.weight_dequant import weight_dequant
 from dsv3_kernels.index.index_cache import IndexCache, index_key_bytes
 from dsv3_kernels.index.index_key import IndexWrite, write_index_keys
@@ -58,6 +59,7 @@ __all__ = [
     "Keys",
     "KeysValues",
     "LocalExperts",
+    "PackedIntegers",
     "PageTables",
     "Paging",
     "PartialOutputs",
@@ -74,7 +76,9 @@ __all__ = [
     "add_rmsnorm",
     "apply_rope",
     "as_dtype",
+    "blocked_linear",
     "candidate_positions",
+    "cpu_product",
     "empty_parts",
     "expand_values",
     "experts",

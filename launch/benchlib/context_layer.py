@@ -22,7 +22,7 @@ from dsv3.model import attention, indexer
 from dsv3.model.absorb_rule import AbsorbRule
 from dsv3.model.attention import MLA
 from dsv3.model.rotary import Rotary
-from dsv3.parallel.weights import WeightFormat
+from dsv3.parallel.weight_format import WeightFormat
 from dsv3.settings import CacheDtype, EngineConfig
 from dsv3_kernels import PageTables
 

@@ -16,7 +16,7 @@ from dsv3.model.moe import MoE
 from dsv3.model.side_stream import SideStream
 from dsv3.parallel.expert_dispatch import ExpertDispatch, StepTokens
 from dsv3.parallel.token_rows import DispatchSettings
-from dsv3.parallel.weights import WeightFormat
+from dsv3.parallel.weight_format import WeightFormat
 from dsv3_kernels.fp8_format import FP8
 
 # The dispatch of each variant, and whether its shapes are static.

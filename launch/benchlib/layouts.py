@@ -18,7 +18,7 @@ from dsv3.config import ModelConfig, ParallelConfig, divisors
 from dsv3.distributed.stand_in import stand_in_mesh
 from dsv3.engine.memory import plan_memory, weight_bytes
 from dsv3.errors import ConfigError
-from dsv3.parallel.weights import WeightFormat
+from dsv3.parallel.weight_format import WeightFormat
 from dsv3.settings import EngineConfig
 
 _NO_LIMIT = 1_000_000  # sequences and tokens of a step

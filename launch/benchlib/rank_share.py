@@ -19,7 +19,7 @@ from dsv3.engine.step_plan import StepPlan
 from dsv3.model.absorb_rule import AbsorbRule
 from dsv3.model.moe import MoE
 from dsv3.model.transformer import Transformer
-from dsv3.parallel.weights import WeightFormat
+from dsv3.parallel.weight_format import WeightFormat
 from dsv3.settings import CacheDtype, EngineConfig, KvShard
 from dsv3_kernels.fp8_format import FP8
 

@@ -41,7 +41,8 @@ from dsv3.model.side_stream import SideStream
 from dsv3.parallel.expert_dispatch import ExpertDispatch
 from dsv3.parallel.linear import VocabParallelEmbedding, VocabParallelHead
 from dsv3.parallel.sequence_parallel import SequenceParallel
-from dsv3.parallel.weights import Matrix, Vector, WeightFormat
+from dsv3.parallel.weight_format import WeightFormat
+from dsv3.parallel.weights import Matrix, Vector
 from dsv3.settings import CacheForm, KvShard
 from dsv3_kernels import add_rmsnorm
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close

@@ -21,7 +21,8 @@ from dsv3.checkpoint.sharding import tensor_specs
 from dsv3.checkpoint.source import open_source
 from dsv3.config import ParallelConfig, QuantizationConfig
 from dsv3.errors import CheckpointError, Dsv3Error
-from dsv3.parallel.weights import Matrix, Vector, WeightFormat
+from dsv3.parallel.weight_format import WeightFormat
+from dsv3.parallel.weights import Matrix, Vector
 from tests.checkpoint_files import FP8, TINY, Tensors, random_tensors, write_hf
 from tests.programs import ALONE, GENERATE, run, torchrun
 

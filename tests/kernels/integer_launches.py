@@ -26,7 +26,7 @@ def integer_stack(rows: int, cols: int, bits: int, group: int, zeros: bool = Fal
     """Return the matrices of four experts."""
     q = torch.zeros(4, rows, cols * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8)
     scale = torch.ones(4, rows, cols // group, dtype=torch.bfloat16)
-    return Stack(q, scale, (), group, zero=scale.to(torch.uint8) if zeros else None)
+    return Stack(q, scale, group, scale.to(torch.uint8) if zeros else None)
 
 
 def integers() -> None:

@@ -1,12 +1,18 @@
 import pytest
 import torch
 
-from dsv3.parallel.weights import Matrix, WeightFormat
-from dsv3_kernels import has_blocked_product, linear
+from dsv3.parallel.storage import BlockedFloats
+from dsv3.parallel.weight_format import WeightFormat
+from dsv3.parallel.weights import Matrix
+from dsv3_kernels import has_blocked_product, make_locks
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
+
+
+def is_blocked(matrix: Matrix) -> bool:
+    return isinstance(matrix.storage, BlockedFloats)
 
 
 def packed(
@@ -27,13 +33,18 @@ def packed(
 @pytest.mark.parametrize(("rows", "cols"), [(96, 64), (7, 33), (130, 200)])
 def test_products_of_packed_matrices(rows: int, cols: int, T: int) -> None:
     matrix, plain = packed(2, rows, cols)
-    assert bool(matrix.blocked) == has_blocked_product(plain[0])
+    assert is_blocked(matrix) == has_blocked_product(plain[0])
     for e in range(2):
         x = torch.randn(T, 2 * cols)[:, :cols].to(BF16)
-        for y in (linear(x, matrix.matrix(e)), matrix.stack().product(e, x)):
-            assert y.shape == (T, rows) and y.dtype == BF16
-            if T:
-                assert_close("y", y, x.double() @ plain[e].double().T, 2**-7)
+        y = matrix.stack().product(e, x)
+        assert y.shape == (T, rows) and y.dtype == BF16
+        if T:
+            assert_close("y", y, x.double() @ plain[e].double().T, 2**-7)
+    x = torch.randn(T, cols)
+    y = matrix.multiply(x, make_locks(plain[0]), torch.float32)
+    assert y.shape == (T, rows) and y.dtype == torch.float32
+    if T:
+        assert_close("first", y, x.to(BF16).double() @ plain[0].double().T, 2**-7)
 
 
 def test_packed_matrices_are_moved_and_unpacked() -> None:
@@ -47,12 +58,12 @@ def test_packed_matrices_are_moved_and_unpacked() -> None:
         assert_close("product", mine.stack().product(e, x), x.double() @ w.double().T, 2**-7)
     for target, w in zip(mine.targets(), (plain[0], theirs[0], plain[2], theirs[2]), strict=True):
         assert_bitwise_equal("unpacked", target.dest, w)
-    assert not mine.blocked
+    assert not is_blocked(mine)
 
 
 def test_only_factors_in_bfloat16_are_packed() -> None:
-    assert not packed(1, 32, 64, torch.float32)[0].blocked
+    assert not is_blocked(packed(1, 32, 64, torch.float32)[0])
     fmt = WeightFormat(BF16, CPU, cpu_products=True)
     looked_up = Matrix([["e"]], [32], 64, fmt, by_rows=True)
     looked_up.pack()
-    assert not looked_up.blocked and looked_up.weight.shape == (1, 32, 64)
+    assert not is_blocked(looked_up) and looked_up.weight.shape == (1, 32, 64)

@@ -35,7 +35,7 @@ def stack(count: int, rows: int, cols: int, bits: int, group: int, zeros: bool) 
     zero = torch.randint(0, 16, shape, dtype=torch.uint8, device="cuda") if zeros else None
     q_shape = (count, rows, cols * bits // 8)
     q = torch.randint(0, 256, q_shape, dtype=torch.uint8, device="cuda")
-    return Stack(q if bits == 4 else q.view(torch.int8), scale, (), group, zero=zero)
+    return Stack(q if bits == 4 else q.view(torch.int8), scale, group, zero)
 
 
 def matrix(rows: int, cols: int, bits: int, group: int, zeros: bool) -> Integers:

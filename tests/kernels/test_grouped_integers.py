@@ -34,7 +34,7 @@ def stack(rows: int, cols: int, bits: int, group: int, zeros: bool = False) -> S
     scale = torch.rand(E, rows, groups).add(0.5).mul(cols**-0.5 / 2 ** (bits - 2)).to(BF16)
     zero = torch.randint(0, 16, (E, rows, groups), dtype=torch.uint8) if zeros else None
     q = torch.randint(0, 256, (E, rows, cols * bits // 8), dtype=torch.uint8)
-    return Stack(q if bits == 4 else q.view(torch.int8), scale, (), group or cols, zero=zero)
+    return Stack(q if bits == 4 else q.view(torch.int8), scale, group or cols, zero)
 
 
 def exact(w: Stack) -> Tensor:

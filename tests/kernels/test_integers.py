@@ -6,10 +6,10 @@ from torch import Tensor
 
 from dsv3_kernels import (
     Integers,
+    cpu_product,
     has_cpu_product,
     int_dequant,
     int_gemm,
-    int_linear,
     make_locks,
     pack_for_cpu,
 )
@@ -73,7 +73,7 @@ def test_products_of_a_cpu(
     want_FD = values(w)
     packed = pack_for_cpu(w)
     x = torch.randn(T, cols).to(dtype)
-    got = int_linear(x, packed)
+    got = cpu_product(x, packed)
     assert got.dtype == dtype and got.shape == (T, rows)
     if T:
         assert_close("y", got, x.double() @ want_FD.T, 2**-7)

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from torch import nn
 
 from dsv3.model.moe import MoE
 from dsv3.model.transformer import DecoderLayer
+from dsv3.parallel.storage import Floats
 from dsv3_kernels import (
     Quantized,
     act_quant,
@@ -57,7 +57,8 @@ def test_layer(
             for op in OPERATIONS:
                 monkeypatch.setattr(op, "reference", op.kernel)
             for matrix in (layer.gate_up_proj, layer.down_proj):  # as on a GPU
-                matrix.weight = nn.Parameter(matrix.weight.contiguous(), requires_grad=False)
+                if isinstance(matrix.storage, Floats):
+                    matrix.storage = Floats(matrix.weight.contiguous())
         with torch.inference_mode():
             outs.append(layer(x, x_q))
     # With FP8 products rows are added up in bfloat16.

@@ -39,7 +39,7 @@ from dsv3.engine.step_plan import Ints, StepPlan
 from dsv3.model.absorb_rule import AbsorbRule
 from dsv3.model.transformer import Transformer
 from dsv3.parallel.token_rows import DispatchSettings
-from dsv3.parallel.weights import WeightFormat
+from dsv3.parallel.weight_format import WeightFormat
 from dsv3.settings import CacheDtype, EngineConfig
 from dsv3_kernels._gpu import Gpu, gpu_of
 from dsv3_kernels.variants import Variant

@@ -18,7 +18,7 @@ from dsv3.engine.setup import numerics_mode
 from dsv3.errors import ConfigError
 from dsv3.model.transformer import DecoderLayer, Transformer
 from dsv3.parallel.linear import Linear
-from dsv3.parallel.weights import WeightFormat
+from dsv3.parallel.weight_format import WeightFormat
 from dsv3.settings import EngineConfig
 from tests.oracle.families import Oracle
 from tests.oracle.run import all_logits, start_alone

@@ -21,7 +21,8 @@ from dsv3.config_files import DEMO, load_model_config
 from dsv3.distributed.stand_in import StandIn, stand_in_mesh
 from dsv3.engine.memory import weight_bytes
 from dsv3.errors import ConfigError, RankError
-from dsv3.parallel.weights import Matrix, Vector, WeightFormat
+from dsv3.parallel.weight_format import WeightFormat
+from dsv3.parallel.weights import Matrix, Vector
 from tests.distributed.ranks import CPU
 
 DEMO_CONFIG = load_model_config(DEMO)

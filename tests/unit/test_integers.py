@@ -28,7 +28,7 @@ from dsv3.distributed.collectives import SingleRank
 from dsv3.distributed.mesh import Mesh
 from dsv3.errors import CheckpointError, ConfigError
 from dsv3.model.transformer import Transformer
-from dsv3.parallel.weights import WeightFormat
+from dsv3.parallel.weight_format import WeightFormat
 from tests.checkpoint_files import Tensors, random_tensors, write_hf
 from tests.integer_files import FORMS, MODEL, integer_checkpoint, quantization
 

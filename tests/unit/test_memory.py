@@ -20,7 +20,8 @@ from dsv3.distributed.mesh import Mesh
 from dsv3.engine.memory import MemoryPlan, free_memory, plan_memory, weight_bytes
 from dsv3.errors import ConfigError
 from dsv3.model.transformer import Transformer
-from dsv3.parallel.weights import Matrix, WeightFormat
+from dsv3.parallel.weight_format import WeightFormat
+from dsv3.parallel.weights import Matrix
 from dsv3.settings import EngineConfig
 from dsv3_kernels.testing import assert_bitwise_equal
 from tests.checkpoint_files import FP8, TINY, random_tensors, write_hf

@@ -17,7 +17,7 @@ from dsv3.model.batch import Batch
 from dsv3.model.moe import Router
 from dsv3.model.transformer import Transformer
 from dsv3.parallel.linear import Linear, VocabParallelHead
-from dsv3.parallel.weights import WeightFormat
+from dsv3.parallel.weight_format import WeightFormat
 from dsv3_kernels import Paging
 from tests.checkpoint_files import TINY
 

@@ -17,7 +17,7 @@ from dsv3.config import ParallelConfig
 from dsv3.distributed.collectives import SingleRank
 from dsv3.distributed.mesh import Mesh
 from dsv3.model.transformer import Transformer
-from dsv3.parallel.weights import WeightFormat
+from dsv3.parallel.weight_format import WeightFormat
 from dsv3_kernels.testing import assert_bitwise_equal
 from tests.checkpoint_files import FP8, TINY, Tensors, random_tensors, write_hf
 

@@ -15,7 +15,7 @@ from dsv3.engine import measured_memory, setup
 from dsv3.engine.step_plan import StepPlan
 from dsv3.errors import ConfigError
 from dsv3.parallel.token_rows import DispatchSettings
-from dsv3.parallel.weights import WeightFormat
+from dsv3.parallel.weight_format import WeightFormat
 from dsv3.settings import EngineConfig
 from dsv3_kernels.fp8_format import FP8
 from tests.checkpoint_files import TINY

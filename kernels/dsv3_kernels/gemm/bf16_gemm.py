@@ -14,7 +14,6 @@ from dsv3_kernels._cast import as_dtype
 from dsv3_kernels._gpu import cdiv
 from dsv3_kernels._triton import in_turn, is_interpreted, launch_options, tl, triton
 from dsv3_kernels.gemm._split_k import ROWS, SplitK, store_split
-from dsv3_kernels.gemm.blocked import blocked_linear
 from dsv3_kernels.operation import operation
 
 # The kernel is used up to this many rows of x, which one tile holds. By arithmetic, unmeasured.
@@ -150,14 +149,12 @@ def linear(
 
     Args:
         x_TD: [T, D] of the dtype of W.
-        w_FD: [F, D], contiguous, or from `to_blocked`.
+        w_FD: [F, D], contiguous.
         dtype: of the result, by default that of W; with float32 a GPU does not round to bfloat16.
         locks: `make_locks(w_FD)`: saves a launch where K is split.
     """
     assert x_TD.dim() == 2, f"{x_TD.shape=}"
     dtype = dtype or w_FD.dtype
-    if w_FD.is_mkldnn:
-        return as_dtype(blocked_linear(x_TD, w_FD), dtype)
     if w_FD.dtype == torch.bfloat16:
         is_few = 0 < x_TD.shape[0] <= FEW_ROWS
         if is_few and w_FD.numel() and bf16_gemm.uses_triton(w_FD):

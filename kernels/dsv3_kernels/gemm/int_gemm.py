@@ -2,7 +2,7 @@
 
 Bound by reading W, which `_split_k` distributes over programs as in `bf16_gemm`; `_int_product` has
 the loop. Many rows are bound by matrix units: `int_linear` dequantizes the matrix and gives them to
-cuBLAS. On a CPU `int_linear` takes torch's own products.
+cuBLAS.
 """
 
 import torch
@@ -15,7 +15,7 @@ from dsv3_kernels.gemm._int_product import int_product, step_of
 from dsv3_kernels.gemm._split_k import ROWS, SplitK, store_split
 from dsv3_kernels.gemm.int8_gemm import int8_gemm
 from dsv3_kernels.gemm.int8_quant import int8_quant
-from dsv3_kernels.gemm.integers import Integers, cpu_product, int_dequant
+from dsv3_kernels.gemm.integers import Integers, int_dequant
 from dsv3_kernels.operation import operation
 
 # The kernel is used up to this many rows of x, which one tile holds. By arithmetic, unmeasured.
@@ -161,11 +161,8 @@ def int_linear(
     """Return x W^T in the dtype of `x_TD`.
 
     On a GPU, few rows go to `int_gemm`; many rows are multiplied by the dequantized matrix or, if
-    `int8_rows`, quantized (`takes_int8_rows`). A matrix that is packed for a CPU goes to torch's
-    product (`has_cpu_product`).
+    `int8_rows`, quantized (`takes_int8_rows`).
     """
-    if w.packed:
-        return cpu_product(x_TD, w)
     rows, cols = w.shape
     if int8_rows and takes_int8_rows(len(x_TD)):
         return int8_gemm(int8_quant(x_TD), w, x_TD.dtype)

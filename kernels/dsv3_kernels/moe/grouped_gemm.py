@@ -19,10 +19,10 @@ Bound by reading the matrices of experts with rows, up to about 64 rows per expe
 units.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,39 +40,36 @@ from dsv3_kernels.gemm.weight_dequant import weight_dequant
 from dsv3_kernels.moe.permute import Groups
 
 
-class Stack(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Stack:
     """The matrices of the local experts.
 
     Attributes:
         weight: [E, N, D], float or float8_e4m3fn; of integers, as `Integers.q`.
         block_scale: [E, ceil(N / 128), ceil(D / 128)] float32 if the matrices are FP8; of integers,
             [E, N, groups], as `Integers.scale`; else None.
-        unbound: views of each matrix, if they are made already, or from `to_blocked`; only the
-            references use them.
         group: columns that share a scale of integers; 0 for other matrices.
-        packed: see `Integers`.
-        scales: views of each matrix's scales, if they are made already; needed if `packed`.
         zero: [E, N, groups], as `Integers.zero`.
+        product_of: returns `product`, for references alone: matrices may then have any form. By
+            default it follows from the other attributes.
     """
 
     weight: Tensor
     block_scale: Tensor | None = None
-    unbound: tuple[Tensor, ...] = ()
     group: int = 0
-    packed: bool = False
-    scales: tuple[Tensor, ...] = ()
     zero: Tensor | None = None
+    product_of: Callable[[int, Tensor], Tensor] | None = None
 
     def integers(self, e: int) -> Integers:
         """Return matrix `e` of a stack of integers."""
         assert self.block_scale is not None
-        q = self.unbound[e] if self.unbound else self.weight[e]
-        scale = self.scales[e] if self.scales else self.block_scale[e]
         zero = None if self.zero is None else self.zero[e]
-        return Integers(q, scale, self.group, self.packed, zero)
+        return Integers(self.weight[e], self.block_scale[e], self.group, zero)
 
     def product(self, e: int, x: Tensor) -> Tensor:
         """Return x W_e^T in the dtype of `x`."""
+        if self.product_of is not None:
+            return self.product_of(e, x)
         if self.group:
             return int_linear(x, self.integers(e))
         return linear(x, self.matrix(e, x.dtype))
@@ -91,11 +88,10 @@ class Stack(NamedTuple):
             out.copy_(self.product(e, x))
 
     def matrix(self, e: int, dtype: torch.dtype) -> Tensor:
-        """Return matrix `e`, [N, D], dequantized to `dtype` if it is FP8; it may be blocked."""
-        matrix = self.unbound[e] if self.unbound else self.weight[e]
+        """Return matrix `e`, [N, D], dequantized to `dtype` if it is FP8."""
         if self.block_scale is None:
-            return matrix
-        return weight_dequant(matrix, self.block_scale[e], dtype)
+            return self.weight[e]
+        return weight_dequant(self.weight[e], self.block_scale[e], dtype)
 
 
 def products(x: Tensor, w: Stack, groups: Groups) -> Iterator[tuple[slice, Tensor]]:
