@@ -205,8 +205,10 @@ def weight_format(source: Source, settings: EngineConfig, mesh: Mesh) -> WeightF
         fp8_names=fp8_weights(source) if keeps_fp8 else frozenset(),
         fp8_products=mode == "fp8",
         ue8m0=mode == "fp8" and quantization is not None and quantization.scale_fmt == "ue8m0",
-        # Their products with bfloat16 activations are exact in float32.
-        bf16_vectors=bf16_vectors(source) if dtype == torch.bfloat16 else frozenset(),
+        # Their products with bfloat16 activations are exact in float32; a CPU casts to it first.
+        bf16_vectors=bf16_vectors(source)
+        if dtype == torch.bfloat16 and not on_cpu
+        else frozenset(),
         integers=integer_weights(source, widths, exact=on_cpu),
         int8_products=mode == "int8",
         cpu_products=on_cpu and mode != "int8",  # these round activations to bfloat16

@@ -121,7 +121,7 @@ class Rank:
             self.device,
             integers=integer_names(self.config, self.shape.weights, on_cpu),
             cpu_products=on_cpu,
-            bf16_vectors=frozenset() if self.shape.weights == "fp32" else routers,
+            bf16_vectors=frozenset() if on_cpu or self.shape.weights == "fp32" else routers,
         )
         if self.shape.weights == "fp8":
             quantization = self.config.quantization

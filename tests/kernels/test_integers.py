@@ -60,10 +60,10 @@ def test_dequantization(bits: int, rows: int, cols: int, group: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
-@pytest.mark.parametrize("T", [0, 1, 3, 8, 9, 40])
+@pytest.mark.parametrize("T", [0, 1, 3, 8, 9, 40, 161])
 @pytest.mark.parametrize(
     ("bits", "rows", "cols", "group"),
-    [(8, 7, 32, 0), (8, 64, 96, 0), (4, 16, 64, 32), (4, 80, 256, 128), (4, 112, 64, 64)],
+    [(8, 7, 32, 0), (8, 64, 96, 0), (4, 16, 64, 32), (4, 80, 256, 128), (4, 320, 64, 32)],
 )
 def test_products_of_a_cpu(
     bits: int, rows: int, cols: int, group: int, T: int, dtype: torch.dtype

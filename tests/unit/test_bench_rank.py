@@ -22,7 +22,7 @@ from dsv3.distributed.stand_in import StandIn, stand_in_mesh
 from dsv3.engine.memory import weight_bytes
 from dsv3.errors import ConfigError, RankError
 from dsv3.parallel.weight_format import WeightFormat
-from dsv3.parallel.weights import Matrix, Vector
+from dsv3.parallel.weights import Matrix
 from tests.distributed.ranks import CPU
 
 DEMO_CONFIG = load_model_config(DEMO)
@@ -53,9 +53,7 @@ def test_the_share_is_that_of_the_rank() -> None:
         in_fp8 = [m for m in matrices if m.weight.dtype == torch.float8_e4m3fn]
         names = frozenset(n for m in in_fp8 for part in m.names for n in part)
         assert any("experts.0." in n or "experts.15." in n for n in names)
-        vectors = {m.name for m in made.model.modules() if isinstance(m, Vector)}
-        routers = frozenset(name for name in vectors if name.endswith(".mlp.gate.weight"))
-        fmt = WeightFormat(torch.bfloat16, CPU, names, bf16_vectors=routers)
+        fmt = WeightFormat(torch.bfloat16, CPU, names)
         assert made.model.num_bytes == weight_bytes(whole, stand_in_mesh(layout, CPU), fmt)
         assert all(torch.isfinite(p.float()).all() for p in made.model.parameters())
     first = [p.clone() for p in Rank(shape(seed=1), CPU, 64).model.parameters()]

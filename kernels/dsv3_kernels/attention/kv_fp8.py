@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dsv3_kernels.fp8_format import BLOCK
+from dsv3_kernels.gemm._e4m3 import e4m3_floats
 
 _MAX = 448.0
 
@@ -54,7 +55,7 @@ def unpack_latent(packed_TY: Tensor, value_dim: int, dtype: torch.dtype) -> Tens
     q, scale, key = packed_TY.split(
         [value_dim, 4 * blocks, packed_TY.shape[-1] - value_dim - 4 * blocks], -1
     )
-    q_TC = q.contiguous().view(torch.float8_e4m3fn).float()
+    q_TC = e4m3_floats(q.contiguous().view(torch.float8_e4m3fn))
     scale_Tc = scale.contiguous().view(torch.float32)
     k_TR = key.contiguous().view(torch.bfloat16)
     by_value = scale_Tc.repeat_interleave(BLOCK, -1)[..., :value_dim]

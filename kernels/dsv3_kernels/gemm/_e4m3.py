@@ -72,7 +72,7 @@ def e4m3_operand(x, NATIVE: tl.constexpr):
 
 
 def e4m3_floats(w: Tensor) -> Tensor:
-    """Return float8_e4m3fn values as float32.
+    """Return float8_e4m3fn values as new float32 values.
 
     On a CPU, by operations on bits: sign, exponent and mantissa are where bfloat16 has them, and
     2^120 is the difference of the exponents' biases. It is exact, and takes a 24th of the time of

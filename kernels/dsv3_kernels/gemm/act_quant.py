@@ -12,7 +12,7 @@ from torch import Tensor
 from dsv3_kernels._gpu import cdiv
 from dsv3_kernels._triton import in_turn, launch_options, tl, triton
 from dsv3_kernels.fp8_format import BLOCK, FP8
-from dsv3_kernels.gemm._e4m3 import e4m3_view, encode_e4m3, is_native
+from dsv3_kernels.gemm._e4m3 import e4m3_floats, e4m3_view, encode_e4m3, is_native
 from dsv3_kernels.operation import operation
 
 _MAX = 448.0
@@ -153,5 +153,6 @@ def dequantize(x: Tensor | Quantized) -> Tensor:
     """Return q * scale in float32; a tensor is returned unchanged."""
     if isinstance(x, Tensor):
         return x
-    blocks = x.q.float().unflatten(-1, (x.scale.shape[-1], -1))
+    q = e4m3_floats(x.q) if x.q.dtype == FP8 else x.q.float()
+    blocks = q.unflatten(-1, (x.scale.shape[-1], -1))
     return (blocks * x.scale.unsqueeze(-1)).flatten(-2)

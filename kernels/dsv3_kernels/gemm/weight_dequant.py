@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from dsv3_kernels._cast import as_dtype, as_float32
 from dsv3_kernels._gpu import cdiv
 from dsv3_kernels._triton import in_turn, launch_options, tl, triton
 from dsv3_kernels.fp8_format import BLOCK
@@ -116,5 +117,10 @@ def weight_dequant(
     Source: deepseek-ai/DeepSeek-V3 README_WEIGHTS.md.
     """
     rows, cols = w_FD.shape[-2:]
-    by_row = _expand(scale_fd.float(), -2, rows, row_offset, block[0])
-    return (e4m3_floats(w_FD) * _expand(by_row, -1, cols, col_offset, block[1])).to(dtype)
+    w = e4m3_floats(w_FD)
+    scale = _expand(as_float32(scale_fd), -2, rows, row_offset, block[0])
+    if col_offset or cols % block[1]:
+        w.mul_(_expand(scale, -1, cols, col_offset, block[1]))
+    elif w.numel():  # whole blocks need no scale of every value
+        w.unflatten(-1, (-1, block[1])).mul_(scale.unsqueeze(-1))
+    return as_dtype(w, dtype)

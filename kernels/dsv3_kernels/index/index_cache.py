@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dsv3_kernels.fp8_format import FP8
+from dsv3_kernels.gemm._e4m3 import e4m3_floats
 
 _MAX = 448.0
 _MIN_AMAX = 1e-4
@@ -74,14 +75,14 @@ class IndexCache:
         values, scales = self.views()
         page = slot_S // self.slots_per_page
         at = slot_S % self.slots_per_page
-        return values[page, at].view(FP8).float() * scales[page, at].unsqueeze(-1)
+        return e4m3_floats(values[page, at].view(FP8)) * scales[page, at].unsqueeze(-1)
 
     def read_pages(self, page_G: Tensor) -> Tensor:
         """Return the keys of whole pages [G], in float32, [G * P, I]."""
         values, scales = (x.index_select(0, page_G) for x in self.views())
         if not self.is_fp8:
             return values.flatten(0, 1).float()
-        return (values.view(FP8).float() * scales.unsqueeze(-1)).flatten(0, 1)
+        return (e4m3_floats(values.view(FP8)) * scales.unsqueeze(-1)).flatten(0, 1)
 
     def write(self, slot_T: Tensor, key_TI: Tensor) -> None:
         """Store keys, not yet rotated, in distinct slots; skip those with slot -1."""
