@@ -96,31 +96,34 @@ def _supported_quantization(data: Names, where: str) -> Quantization:
     given = data["quantization_config"]
     name = f"{where}: quantization_config"
     if given["quant_method"] == "compressed-tensors":
-        return _compressed_tensors(given, name)
+        return _compressed_tensors(data, where)
     if given["quant_method"] == "awq":
         return Quantization(integers=read_awq_config(given, name))
     check_only(given, _QUANTIZATION_ONLY, f"{name}.")
     block = given.get("weight_block_size")
-    scale_fmt = given.get("scale_fmt")
     if block is None:
         raise UnsupportedQuantizationError(
             f"{name}: without weight_block_size, FP8 weights have a scale per tensor, which is "
             "not supported; only one per 128 x 128 block is"
         )
-    block = tuple(block) if isinstance(block, list) else block
-    scale_fmt = None if scale_fmt == "float" else scale_fmt
-    try:
-        config = QuantizationConfig(block=block, scale_fmt=scale_fmt)
-    except ConfigError as error:
-        raise ConfigError(f"{name}.{error}") from None
-    outer_scale_fmt = data.get("scale_fmt")
-    if outer_scale_fmt not in (None, scale_fmt):
-        raise ConfigError(
-            f"{where}: scale_fmt={shown(outer_scale_fmt)}, but quantization_config says "
-            f"scale_fmt={shown(scale_fmt)}; correct or remove one of them"
-        )
+    config = _blocks(data, where, tuple(block) if isinstance(block, list) else block)
     unknown = [f"quantization_config.{key}" for key in given if key not in _QUANTIZATION_KNOWN]
     return Quantization(config, unknown=tuple(unknown))
+
+
+def _blocks(data: Names, where: str, block: Any = (128, 128)) -> QuantizationConfig:
+    """Return the quantization of FP8 weights with scales of a file's `scale_fmt`."""
+    scale_fmt = data["quantization_config"].get("scale_fmt")
+    scale_fmt = None if scale_fmt == "float" else scale_fmt
+    if data.get("scale_fmt") not in (None, scale_fmt):
+        raise ConfigError(
+            f"{where}: scale_fmt={shown(data['scale_fmt'])}, but quantization_config says "
+            f"scale_fmt={shown(scale_fmt)}; correct or remove one of them"
+        )
+    try:
+        return QuantizationConfig(block=block, scale_fmt=scale_fmt)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: quantization_config.{error}") from None
 
 
 def _described(quantization: Names) -> str:
@@ -131,19 +134,22 @@ def _described(quantization: Names) -> str:
     return (", ".join(given) or "no quant_method") + (" (MLX)" if is_mlx else "")
 
 
-def _compressed_tensors(data: Mapping[str, Any], where: str) -> Quantization:
+def _compressed_tensors(file: Names, path: str) -> Quantization:
     """Return the quantization of a config with quant_method "compressed-tensors".
 
-    Its FP8_BLOCK format is that of the published models, with scales named `weight_scale`.
+    Its FP8_BLOCK format is that of the published models, with scales named `weight_scale`. The
+    converter adds `scale_fmt`, as the published models have it.
 
     Args:
-        data: the quantization_config.
-        where: prefix of errors.
+        file: contents of the file.
+        path: of the file, for errors.
 
     Raises:
         UnsupportedQuantizationError: a group of weights is quantized differently.
         ConfigError: activations have to be rotated, or no group of weights is described.
     """
+    data = file["quantization_config"]
+    where = f"{path}: quantization_config"
     if data.get("transform_config"):
         raise ConfigError(
             f"{where}: transform_config={shown(data['transform_config'])} is not supported: "
@@ -173,6 +179,6 @@ def _compressed_tensors(data: Mapping[str, Any], where: str) -> Quantization:
             value = f"{full}.weights.{wrong[0]}={shown(weights.get(wrong[0]))}"
             raise UnsupportedQuantizationError(f"{value} is not supported; {_ONLY}")
     return Quantization(
-        QuantizationConfig() if blocks else None,
+        _blocks(file, path) if blocks else None,
         read_integer_config(data, where) if has_integers else None,
     )

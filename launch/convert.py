@@ -18,7 +18,8 @@ interrupted conversion resumes when the same command is given again.
 
 int8 and int4 are the packed format of compressed-tensors, which vLLM, SGLang and transformers read.
 Router, norms, embeddings, heads, kv_b_proj and the weights of the indexers' heads stay as they are
-(FP8 ones become BF16); an MTP layer's copies of embedding and head are left out.
+(FP8 ones become BF16); an MTP layer's copies of embedding and head are left out. mixed keeps FP8
+weights in FP8, unless the budget makes integers of them.
 
 A layout is tp ranks times dp data-parallel groups: dense layers are split over tp, routed experts
 over all ranks. A rank's file holds all that the rank needs, so that a host may have just the files
@@ -77,7 +78,7 @@ _CASTS = {
     "fp8": Cast.FP8,
     "int8": Cast.INTEGERS,
     "int4": Cast.INTEGERS,
-    "mixed": Cast.INTEGERS,
+    "mixed": Cast.MIXED,
 }
 
 
@@ -159,6 +160,8 @@ def _check_integers(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     is_mixed = args.to == "mixed"
     if is_mixed != (args.bits is not None) or is_mixed != (args.sensitivity is not None):
         parser.error("--to mixed, --bits B and --sensitivity FILE go together")
+    if is_mixed and not 0 < args.bits < float("inf"):
+        parser.error(f"--bits={args.bits:g} must be a number of bits, such as 4.5")
 
 
 def _writing_flags(args: argparse.Namespace) -> dict[str, bool]:
@@ -271,7 +274,7 @@ def read_kinds(args: argparse.Namespace, source: Source) -> Mapping[str, Integer
     if args.to == "int4":
         return uniform_kinds(source, 4, args.group_size or _GROUP)
     if args.to == "mixed":
-        return mixed_kinds(source, args.bits, Path(args.sensitivity))
+        return mixed_kinds(source, args.bits, Path(args.sensitivity), not args.no_mtp)
     return {}
 
 

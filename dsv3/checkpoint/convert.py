@@ -224,7 +224,10 @@ def _write_tensors(
 def _index(plan: Plan, finished: Mapping[str, Digests]) -> str:
     digests = {name: finished[name][0] for name in plan.tensors}
     kinds = ((name, out.dtype, out.shape, digests[name]) for name, out in plan.tensors.items())
-    files = {name: plan.files[out.slices[0].file].name for name, out in plan.tensors.items()}
+    files = {
+        plan.stored_name(name): plan.files[out.slices[0].file].name
+        for name, out in plan.tensors.items()
+    }
     total_size = sum(output.num_bytes for output in plan.tensors.values())
     return index_json(files, total_size, IndexDigests(digests, model_digest(kinds)))
 

@@ -26,12 +26,18 @@ _COPIES = {
 
 
 class Cast(Enum):
-    """The type that weights are cast to; NONE keeps the stored type."""
+    """The type that weights are cast to; NONE keeps the stored type, MIXED keeps FP8."""
 
     NONE = "none"
     BF16 = "bf16"
     FP8 = "fp8"
     INTEGERS = "integers"
+    MIXED = "mixed"
+
+    @property
+    def of_jobs(self) -> "Cast":
+        """The type that weights are cast to one by one."""
+        return Cast.INTEGERS if self is Cast.MIXED else self
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +96,13 @@ def make_jobs(
 
     Args:
         source: a checked checkpoint.
-        cast: BF16 and FP8 apply to all quantized weights and to all that may be FP8; INTEGERS to
-            the weights in `integers`; other quantized weights become BF16.
+        cast: BF16 and FP8 apply to all quantized weights and to all that may be FP8; INTEGERS and
+            MIXED to the weights in `integers`. Other weights of integers become BF16, and those of
+            FP8 do with INTEGERS.
         integers: kinds of the weights to cast to integers.
         keeps_mtp: include the layers that draft tokens.
     """
-    originals = copies(source) if cast is Cast.INTEGERS else {}
+    originals = copies(source) if cast.of_jobs is Cast.INTEGERS else {}
     left_out = {name for name, original in originals.items() if _is_equal(source, name, original)}
     for spec in tensor_specs(source.config).values():
         stored = integer_form(source.tensors, spec.name, spec.shape)
@@ -108,7 +115,7 @@ def make_jobs(
         form = None if kind is None else _form(kind, spec)
         if form is not None and form != stored:
             yield Job(spec.name, Cast.INTEGERS, form.names(spec.name), stored, form)
-        elif (is_fp8 or stored) and form is None and cast in (Cast.BF16, Cast.INTEGERS):
+        elif form is None and _becomes_bf16(cast, is_fp8, stored is not None):
             yield Job(spec.name, Cast.BF16, (spec.name,), stored)
         elif spec.quantizable and not is_fp8 and cast is Cast.FP8:
             yield Job(spec.name, Cast.FP8, (spec.name, scale_name(spec.name)), stored)
@@ -116,6 +123,13 @@ def make_jobs(
             names = (spec.name, scale_name(spec.name)) if is_fp8 else (spec.name,)
             for name in names if stored is None else stored.names(spec.name):
                 yield Job(name, Cast.NONE, (name,))
+
+
+def _becomes_bf16(cast: Cast, is_fp8: bool, is_integer: bool) -> bool:
+    """Return True if a weight that is not cast to integers becomes BF16."""
+    if cast is Cast.MIXED:
+        return is_integer
+    return cast in (Cast.BF16, Cast.INTEGERS) and (is_fp8 or is_integer)
 
 
 def _form(kind: IntegerKind, spec: TensorSpec) -> IntegerForm:

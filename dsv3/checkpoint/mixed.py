@@ -1,18 +1,22 @@
 """Mixed precision: the kind of integers of each weight, by measured sensitivity under a budget.
 
-A site is a projection of a layer; its weights (all experts, and parts that one product reads) get
-the same kind. `scripts/sensitivity.py` measures the loss of each kind at each site. Beginning with
-the smallest kind everywhere, the upgrade with the most loss saved per added bit is taken while it
-fits the budget.
+A site is a projection of a layer, with all experts and the parts that one product reads.
+`scripts/sensitivity.py` measures the loss of each kind at each site. All weights of a site get the
+same kind, and so do all routed experts of a layer, because vLLM has one kind for them. Beginning
+with the smallest kind everywhere, the upgrade with the most loss saved per added bit is taken while
+it fits the budget. The last one is the weight as it is stored, in FP8 or BF16.
 """
 
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsv3.checkpoint.integers import integer_form
 from dsv3.checkpoint.jobs import may_be_integers
+from dsv3.checkpoint.names import scale_name
 from dsv3.checkpoint.reader import Source
 from dsv3.checkpoint.sharding import TensorSpec, tensor_specs
 from dsv3.config import ModelConfig
@@ -21,7 +25,7 @@ from dsv3.config_integers import IntegerKind
 from dsv3.errors import ConfigError
 from dsv3.read_files import read_mapping
 
-# By ascending size. A site that gets none of them stays in BF16.
+# A weight that gets none of them stays as it is stored.
 KINDS = {
     "int4-128": IntegerKind(4, 128),
     "int4-32": IntegerKind(4, 32),
@@ -66,85 +70,120 @@ def fitting(kind: IntegerKind, cols: int) -> IntegerKind:
     return kind._replace(group=next(g for g in groups if not g or cols % g == 0))
 
 
-def bits_of(spec: TensorSpec, kind: IntegerKind | None) -> int:
-    """Return the bits of a weight with its scales; of BF16 for None."""
+def bits_of(source: Source, spec: TensorSpec, kind: IntegerKind | None) -> int:
+    """Return the bits of a weight with its scales; of the stored one for None.
+
+    Weights stored as integers become BF16 if they get no kind.
+    """
     rows, cols = spec.shape
-    if kind is None:
+    if kind is not None:
+        return rows * cols * kind.bits + rows * (cols // (kind.group or cols)) * _SCALE_BITS
+    if integer_form(source.tensors, spec.name, spec.shape) is not None:
         return rows * cols * _PLAIN_BITS
-    kind = fitting(kind, cols)
-    return rows * cols * kind.bits + rows * (cols // (kind.group or cols)) * _SCALE_BITS
+    names = (spec.name, scale_name(spec.name))
+    return 8 * sum(source.tensors[name].num_bytes for name in names if name in source.tensors)
 
 
 @dataclass(frozen=True, slots=True)
 class _Choice:
-    """A kind at a site, with its size and loss."""
+    """A kind for weights, with their size and loss; None for the stored weights."""
 
     kind: IntegerKind | None
     bits: int
     loss: float
 
 
-def mixed_kinds(source: Source, bits: float, file: Path) -> dict[str, IntegerKind]:
-    """Return the kinds of the weights of mixed precision.
+@dataclass(frozen=True, slots=True)
+class _Unit:
+    """Weights that get the same kind, and the choices for them, by ascending size."""
+
+    specs: list[TensorSpec]
+    choices: list[_Choice]
+
+
+def mixed_kinds(
+    source: Source, bits: float, file: Path, keeps_mtp: bool = True
+) -> dict[str, IntegerKind]:
+    """Return the kinds of the weights that become integers in mixed precision.
 
     Args:
         source: the checkpoint.
         bits: most bits per weight, scales included, of the weights that may be integers.
         file: written by `scripts/sensitivity.py`.
+        keeps_mtp: the layers that draft tokens are converted, too.
 
     Raises:
         ConfigError: the file is malformed or of another model, or the budget is too small.
     """
-    losses = read_losses(file)
-    weights = sites(source.config)
-    options = {site: list(_choices(specs, losses, site, file)) for site, specs in weights.items()}
-    num_values = sum(s.shape[0] * s.shape[1] for specs in weights.values() for s in specs)
+    units = _units(source, read_losses(file), file, keeps_mtp)
+    num_values = sum(math.prod(spec.shape) for unit in units for spec in unit.specs)
     budget = bits * num_values
-    chosen = dict.fromkeys(options, 0)
-    used = sum(choices[0].bits for choices in options.values())
+    chosen = [unit.choices[0] for unit in units]
+    used = sum(choice.bits for choice in chosen)
     if used > budget:
         raise ConfigError(
             f"--bits={bits:g}: the smallest integers take {used / num_values:.3f} bits per weight; "
             "give at least that"
         )
-    while (best := _best_upgrade(options, chosen, budget - used)) is not None:
-        site, index = best
-        used += options[site][index].bits - options[site][chosen[site]].bits
-        chosen[site] = index
-    kinds: dict[str, IntegerKind] = {}
-    for site, specs in weights.items():
-        kind = options[site][chosen[site]].kind
-        if kind is not None:
-            kinds |= {spec.name: fitting(kind, spec.shape[1]) for spec in specs}
-    return kinds
+    while (best := _best_upgrade(units, chosen, budget - used)) is not None:
+        index, choice = best
+        used += choice.bits - chosen[index].bits
+        chosen[index] = choice
+    return {
+        spec.name: choice.kind
+        for unit, choice in zip(units, chosen, strict=True)
+        for spec in unit.specs
+        if choice.kind is not None
+    }
 
 
 def _best_upgrade(
-    options: Mapping[str, list[_Choice]], chosen: Mapping[str, int], room: float
-) -> tuple[str, int] | None:
-    """Return the site and choice that save most loss per added bit and fit; None if none does."""
+    units: list[_Unit], chosen: list[_Choice], room: float
+) -> tuple[int, _Choice] | None:
+    """Return the unit and choice that save most loss per added bit and fit; None if none does."""
     best, best_rate = None, 0.0
-    for site, choices in options.items():
-        now = choices[chosen[site]]
-        for index in range(chosen[site] + 1, len(choices)):
-            added = choices[index].bits - now.bits
-            rate = (now.loss - choices[index].loss) / max(1, added)
+    for index, now in enumerate(chosen):
+        for choice in units[index].choices:
+            added = choice.bits - now.bits
+            rate = (now.loss - choice.loss) / max(1, added)
             if added <= room and rate > best_rate:
-                best, best_rate = (site, index), rate
+                best, best_rate = (index, choice), rate
     return best
 
 
-def _choices(
-    specs: list[TensorSpec], losses: Mapping[str, Mapping[str, float]], site: str, file: Path
-) -> Iterator[_Choice]:
-    """Yield the choices of a site, by ascending size; the loss of layers for drafts is 0."""
-    measured = losses.get(site)
-    if measured is None and not specs[0].mtp:
-        raise ConfigError(f"{file}: no loss of {site}; measure it for this model")
-    for name, kind in KINDS.items():
-        loss = 0.0 if measured is None else measured[name]
-        yield _Choice(kind, sum(bits_of(spec, kind) for spec in specs), loss)
-    yield _Choice(None, sum(bits_of(spec, None) for spec in specs), 0.0)
+def _units(
+    source: Source, losses: Mapping[str, Mapping[str, float]], file: Path, keeps_mtp: bool
+) -> list[_Unit]:
+    """Return the weights to convert with the choices for them; drafts cost no loss."""
+    by_unit: dict[str, dict[str, list[TensorSpec]]] = {}
+    for site, specs in sites(source.config).items():
+        stored = [spec for spec in specs if _is_stored(source, spec)]
+        if stored and (keeps_mtp or not stored[0].mtp):
+            if site not in losses and not stored[0].mtp:
+                raise ConfigError(f"{file}: no loss of {site}; measure it for this model")
+            by_unit.setdefault(_unit_of(site), {})[site] = stored
+    units = []
+    for by_site in by_unit.values():
+        specs = [spec for specs in by_site.values() for spec in specs]
+        cols = math.gcd(*(spec.shape[1] for spec in specs))
+        choices = [_Choice(None, sum(bits_of(source, spec, None) for spec in specs), 0.0)]
+        for name, kind in KINDS.items():
+            fit = fitting(kind, cols)
+            loss = sum(losses[site][name] for site in by_site if site in losses)
+            choices.append(_Choice(fit, sum(bits_of(source, spec, fit) for spec in specs), loss))
+        units.append(_Unit(specs, sorted(choices, key=lambda choice: choice.bits)))
+    return units
+
+
+def _unit_of(site: str) -> str:
+    """Return the site without its projection for routed experts: vLLM has one kind for all."""
+    layer, experts, _ = site.partition(" mlp.experts.")
+    return layer + experts
+
+
+def _is_stored(source: Source, spec: TensorSpec) -> bool:
+    is_plain = spec.name in source.tensors
+    return is_plain or integer_form(source.tensors, spec.name, spec.shape) is not None
 
 
 def read_losses(file: Path, is_complete: bool = True) -> Losses:

@@ -86,6 +86,13 @@ def fp8_scale_name(name: str) -> str:
     return name
 
 
+def compressed_name(name: str) -> str:
+    """Return compressed-tensors' name of our block scales; other names unchanged."""
+    if is_fp8_scale(name):
+        return name.removesuffix(_SCALE) + _COMPRESSED_SCALE
+    return name
+
+
 def _without_wrappers(name: str) -> str:
     parts = name.split(".")
     first = 0

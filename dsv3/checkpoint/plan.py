@@ -5,17 +5,18 @@ A plan follows from names, types and shapes alone; no tensor is read to make one
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 
 from dsv3.checkpoint.check import check_tensors
 from dsv3.checkpoint.jobs import Cast, Job, Kinds, copies, first_tensor, make_jobs, output_kinds
 from dsv3.checkpoint.manifest import DIGEST_KEY, rank_file
+from dsv3.checkpoint.names import compressed_name
 from dsv3.checkpoint.reader import Source
 from dsv3.checkpoint.region import Region, region_shape, whole
 from dsv3.checkpoint.safetensors_file import make_header, tensor_bytes
-from dsv3.checkpoint.sharding import tensor_region, tensor_specs
+from dsv3.checkpoint.sharding import FP8_DTYPE, tensor_region, tensor_specs
 from dsv3.config import ModelConfig, ParallelConfig, QuantizationConfig
 from dsv3.config_integers import IntegerConfig, IntegerKind
 from dsv3.errors import ConfigError
@@ -28,6 +29,7 @@ _CASTABLE = {
     Cast.BF16: "FP8 or integer weights",
     Cast.FP8: "weights that are not FP8 already",
     Cast.INTEGERS: "weights to be cast to these integers",
+    Cast.MIXED: "weights to be cast to integers within this budget",
 }
 
 
@@ -56,7 +58,10 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class OutputFile:
-    """A file to write: its header (`prefix`), and the offset of each tensor's slice."""
+    """A file to write: its header (`prefix`), and the offset of each tensor's slice.
+
+    The header has the names of `Plan.stored_name`, `offsets` has ours.
+    """
 
     name: str
     prefix: bytes
@@ -101,6 +106,10 @@ class Plan:
         """True if any weight changes its type."""
         return any(job.cast is not Cast.NONE for job in self.jobs)
 
+    def stored_name(self, name: str) -> str:
+        """Return the name of a tensor in the output files."""
+        return _spelling(self.layout, self.config)(name)
+
 
 def make_plan(
     source: Source,
@@ -117,7 +126,7 @@ def make_plan(
         layout: the ranks to write files for (its own `rank` is ignored); None writes a Hugging
             Face directory.
         cast: quantized weights to BF16, all weights that FP8 checkpoints quantize to FP8, or those
-            in `integers` to integers.
+            in `integers` to integers and the others to BF16, or to what they are (MIXED).
         scale_fmt: "ue8m0" makes the scales of a cast to FP8 powers of two.
         keeps_mtp: also write the layers that draft tokens, if the source has any.
         integers: the weights to cast to integers, and the kind of each.
@@ -130,16 +139,16 @@ def make_plan(
         layout.check(source.config)
     absent = check_tensors(source)
     jobs = tuple(make_jobs(source, cast, integers or {}, keeps_mtp))
-    if cast is not Cast.NONE and not any(job.cast is cast for job in jobs):
+    if cast is not Cast.NONE and not any(job.cast is cast.of_jobs for job in jobs):
         raise ConfigError(f"{source.path}: has no {_CASTABLE[cast]}; nothing to cast")
     kinds = output_kinds(source, jobs)
+    config = _output_config(source, cast, scale_fmt, integers or {}, kinds)
     if layout is None:
-        files, tensors = _lay_out(kinds, _hf_files(kinds), {})
+        files, tensors = _lay_out(kinds, _hf_files(kinds), {}, _spelling(layout, config))
     else:
         contents = _rank_files(source, layout, kinds)
         files, tensors = _lay_out(kinds, contents, {DIGEST_KEY: _NO_DIGEST})
     written = {output for job in jobs for output in job.outputs}
-    config = _output_config(source, cast, scale_fmt, integers or {})
     return Plan(
         layout=layout,
         config=config,
@@ -152,17 +161,34 @@ def make_plan(
 
 
 def _output_config(
-    source: Source, cast: Cast, scale_fmt: str | None, integers: Mapping[str, IntegerKind]
+    source: Source,
+    cast: Cast,
+    scale_fmt: str | None,
+    integers: Mapping[str, IntegerKind],
+    kinds: Kinds,
 ) -> ModelConfig:
     """Return the config of the model as it will be stored."""
     if cast is Cast.NONE:
         return source.config
     kept = None
-    if cast is Cast.INTEGERS:
-        kinds = tuple(dict.fromkeys(integers.values()))
-        kept = IntegerConfig(method="compressed-tensors", kinds=kinds)
+    if cast.of_jobs is Cast.INTEGERS:
+        distinct = tuple(dict.fromkeys(integers.values()))
+        kept = IntegerConfig(method="compressed-tensors", kinds=distinct)
     quantization = QuantizationConfig(scale_fmt=scale_fmt) if cast is Cast.FP8 else None
+    if cast is Cast.MIXED and any(dtype == FP8_DTYPE for dtype, _ in kinds.values()):
+        quantization = source.config.quantization
     return dataclasses.replace(source.config, quantization=quantization, integers=kept)
+
+
+def _spelling(layout: ParallelConfig | None, config: ModelConfig) -> Callable[[str], str]:
+    """Return the function that gives tensors their names in files.
+
+    A Hugging Face directory with FP8 beside integers is one of compressed-tensors, which has its
+    own name for block scales.
+    """
+    method = None if config.integers is None else config.integers.method
+    is_mixed = method == "compressed-tensors" and config.quantization is not None
+    return compressed_name if layout is None and is_mixed else str
 
 
 def _left_out(source: Source, written: set[str]) -> Iterator[str]:
@@ -200,14 +226,22 @@ def _hf_files(kinds: Kinds) -> Files:
 
 
 def _lay_out(
-    kinds: Kinds, contents: Files, metadata: Mapping[str, str]
+    kinds: Kinds,
+    contents: Files,
+    metadata: Mapping[str, str],
+    spell: Callable[[str], str] = str,
 ) -> tuple[tuple[OutputFile, ...], dict[str, Output]]:
-    """Return the files with their headers, and the slices of each tensor."""
+    """Return the files with their headers, and the slices of each tensor.
+
+    `spell` gives tensors their names in the files.
+    """
     files: list[OutputFile] = []
     slices: dict[str, list[OutputSlice]] = {name: [] for name in kinds}
     for index, (file, regions) in enumerate(contents):
-        parts = [(name, kinds[name][0], region_shape(region)) for name, region in regions.items()]
-        prefix, offsets = make_header(parts, metadata)
+        names = {spell(name): name for name in regions}
+        parts = [(spelled, kinds[n][0], region_shape(regions[n])) for spelled, n in names.items()]
+        prefix, starts = make_header(parts, metadata)
+        offsets = {names[spelled]: start for spelled, start in starts.items()}
         size = len(prefix) + sum(tensor_bytes(dtype, shape) for _, dtype, shape in parts)
         files.append(OutputFile(file, prefix, offsets, size))
         for name, offset in offsets.items():
