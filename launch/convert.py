@@ -106,6 +106,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--group-size", type=int, choices=(32, 64, 128), help=f"with --to int4 (default: {_GROUP})")
     add("--bits", type=float, help="with --to mixed: most bits per weight, scales included")
     add("--sensitivity", metavar="FILE", help="with --to mixed: result of scripts/sensitivity.py")
+    text = "with --to mixed: routed experts differ between layers (not for transformers)"
+    add("--experts-by-layer", action="store_true", help=text)
     add("--config", metavar="FILE", help="config.json, DeepSeek's JSON, YAML or a preset's name")
     add("--no-mtp", action="store_true", help="leave out the layers that draft tokens")
     add("--workers", type=int, default=default_workers(), help="threads (default: %(default)s)")
@@ -160,6 +162,8 @@ def _check_integers(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     is_mixed = args.to == "mixed"
     if is_mixed != (args.bits is not None) or is_mixed != (args.sensitivity is not None):
         parser.error("--to mixed, --bits B and --sensitivity FILE go together")
+    if args.experts_by_layer and not is_mixed:
+        parser.error("--experts-by-layer goes with --to mixed")
     if is_mixed and not 0 < args.bits < float("inf"):
         parser.error(f"--bits={args.bits:g} must be a number of bits, such as 4.5")
 
@@ -175,6 +179,7 @@ def _writing_flags(args: argparse.Namespace) -> dict[str, bool]:
         "--group-size": args.group_size is not None,
         "--bits": args.bits is not None,
         "--sensitivity": args.sensitivity is not None,
+        "--experts-by-layer": args.experts_by_layer,
         "--to": args.to != "layout",
         "--no-mtp": args.no_mtp,
         "--dry-run": args.dry_run,
@@ -274,7 +279,8 @@ def read_kinds(args: argparse.Namespace, source: Source) -> Mapping[str, Integer
     if args.to == "int4":
         return uniform_kinds(source, 4, args.group_size or _GROUP)
     if args.to == "mixed":
-        return mixed_kinds(source, args.bits, Path(args.sensitivity), not args.no_mtp)
+        file = Path(args.sensitivity)
+        return mixed_kinds(source, args.bits, file, not args.no_mtp, args.experts_by_layer)
     return {}
 
 

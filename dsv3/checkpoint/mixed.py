@@ -2,9 +2,10 @@
 
 A site is a projection of a layer, with all experts and the parts that one product reads.
 `scripts/sensitivity.py` measures the loss of each kind at each site. All weights of a site get the
-same kind, and so do all routed experts of a layer, because vLLM has one kind for them. Beginning
-with the smallest kind everywhere, the upgrade with the most loss saved per added bit is taken while
-it fits the budget. The last one is the weight as it is stored, in FP8 or BF16.
+same kind, and so do all routed experts: transformers reads all of them as one kind, and vLLM and
+SGLang those of a layer. Beginning with the smallest kind everywhere, the upgrade with the most loss
+saved per added bit is taken while it fits the budget. The last one is the weight as it is stored,
+in FP8 or BF16.
 """
 
 import math
@@ -102,7 +103,11 @@ class _Unit:
 
 
 def mixed_kinds(
-    source: Source, bits: float, file: Path, keeps_mtp: bool = True
+    source: Source,
+    bits: float,
+    file: Path,
+    keeps_mtp: bool = True,
+    experts_by_layer: bool = False,
 ) -> dict[str, IntegerKind]:
     """Return the kinds of the weights that become integers in mixed precision.
 
@@ -111,11 +116,12 @@ def mixed_kinds(
         bits: most bits per weight, scales included, of the weights that may be integers.
         file: written by `scripts/sensitivity.py`.
         keeps_mtp: the layers that draft tokens are converted, too.
+        experts_by_layer: the routed experts of each layer get a kind of their own.
 
     Raises:
         ConfigError: the file is malformed or of another model, or the budget is too small.
     """
-    units = _units(source, read_losses(file), file, keeps_mtp)
+    units = _units(source, read_losses(file), file, keeps_mtp, experts_by_layer)
     num_values = sum(math.prod(spec.shape) for unit in units for spec in unit.specs)
     budget = bits * num_values
     chosen = [unit.choices[0] for unit in units]
@@ -152,7 +158,7 @@ def _best_upgrade(
 
 
 def _units(
-    source: Source, losses: Mapping[str, Mapping[str, float]], file: Path, keeps_mtp: bool
+    source: Source, losses: Losses, file: Path, keeps_mtp: bool, experts_by_layer: bool
 ) -> list[_Unit]:
     """Return the weights to convert with the choices for them; drafts cost no loss."""
     by_unit: dict[str, dict[str, list[TensorSpec]]] = {}
@@ -161,7 +167,8 @@ def _units(
         if stored and (keeps_mtp or not stored[0].mtp):
             if site not in losses and not stored[0].mtp:
                 raise ConfigError(f"{file}: no loss of {site}; measure it for this model")
-            by_unit.setdefault(_unit_of(site), {})[site] = stored
+            name = _unit_of(site, experts_by_layer or stored[0].mtp)
+            by_unit.setdefault(name, {})[site] = stored
     units = []
     for by_site in by_unit.values():
         specs = [spec for specs in by_site.values() for spec in specs]
@@ -175,10 +182,10 @@ def _units(
     return units
 
 
-def _unit_of(site: str) -> str:
-    """Return the site without its projection for routed experts: vLLM has one kind for all."""
+def _unit_of(site: str, by_layer: bool) -> str:
+    """Return the site; for routed experts, without projection, and without layer if not wanted."""
     layer, experts, _ = site.partition(" mlp.experts.")
-    return layer + experts
+    return layer + experts if by_layer or not experts else experts
 
 
 def _is_stored(source: Source, spec: TensorSpec) -> bool:

@@ -85,16 +85,30 @@ def test_the_budget_goes_where_it_saves_most(tmp_path: Path) -> None:
             mixed_kinds(source, 4, file)
 
 
-def test_the_routed_experts_of_a_layer_get_one_kind(tmp_path: Path) -> None:
-    """In vLLM they have one; its groups fit the columns of all projections, here 256 and 192."""
-    model = dataclasses.replace(MODEL, moe_intermediate_size=192)
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_kinds_of_routed_experts(by_layer: bool, tmp_path: Path) -> None:
+    """One for all projections, whose groups fit 256 and 192 columns, and for all layers or each."""
+    model = dataclasses.replace(
+        MODEL, moe_intermediate_size=192, num_hidden_layers=3, num_nextn_predict_layers=1
+    )
     path = write_hf(tmp_path / "hf", model, random_tensors(model))
-    losses = measured({"1 mlp.experts.down_proj": FRAGILE}, model)
+    losses = measured({"2 mlp.experts.down_proj": FRAGILE}, model)
+    small, fine, wide = IntegerKind(4, 64), IntegerKind(4, 32), IntegerKind(8, 0)
+    wanted = {4.3: (small, small), 4.4: (fine, fine), 8.05: (wide, wide)}
+    if by_layer:
+        wanted = {4.22: (small, small), 4.34: (small, fine), 5.5: (fine, wide)}
     with open_source(path) as source:
-        for bits, want in ((4.28, IntegerKind(4, 64)), (5.0, IntegerKind(4, 32)), (8.05, (8, 0))):
-            kinds = mixed_kinds(source, bits, write(tmp_path / "s.json", losses))
-            routed = {kind for name, kind in kinds.items() if ".mlp.experts." in name}
-            assert routed == {want}
+        for bits, (first, second) in wanted.items():
+            kinds = mixed_kinds(
+                source,
+                bits,
+                write(tmp_path / "s.json", losses),
+                experts_by_layer=by_layer,
+            )
+            for layer, want in ((1, first), (2, second), (3, small)):
+                prefix = f"model.layers.{layer}.mlp.experts."
+                found = {kind for name, kind in kinds.items() if name.startswith(prefix)}
+                assert found == {want}, (bits, layer)
             assert bits_per_weight(source, kinds) <= bits
 
 
