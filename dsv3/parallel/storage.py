@@ -90,6 +90,10 @@ class Storage(Module, ABC):
     def product(self, e: int, x_TD: Tensor) -> Tensor:
         """Return x W^T of matrix `e` in the dtype of `x_TD`: the compute dtype, or dequantized."""
 
+    def multiply(self, e: int, x_TD: Tensor, out_TF: Tensor) -> None:
+        """Write `product` to `out_TF`, of any float dtype."""
+        out_TF.copy_(self.product(e, x_TD))
+
     def linear(self, x_TD: Tensor | Quantized, locks: Tensor, dtype: torch.dtype) -> Tensor:
         """Return x W^T of the first matrix.
 
@@ -103,7 +107,7 @@ class Storage(Module, ABC):
 
     def stack(self) -> Stack:
         """Return all matrices as the argument of `dsv3_kernels.experts`."""
-        return Stack(self.weight, product_of=self.product)
+        return Stack(self.weight, multiplier=self.multiply)
 
     def for_cpu(self) -> "Storage":
         """Return the loaded matrices in the form of a CPU's products; this one may be lost."""
@@ -181,6 +185,14 @@ class Floats(LoadableStorage):
         """Return x W^T."""
         return linear(x_TD, self._each[e])
 
+    def multiply(self, e: int, x_TD: Tensor, out_TF: Tensor) -> None:
+        """Write x W^T."""
+        w_FD = self._each[e]
+        if x_TD.dtype == w_FD.dtype == out_TF.dtype:
+            torch.mm(x_TD, w_FD.t(), out=out_TF)
+        else:
+            out_TF.copy_(self.product(e, x_TD))
+
     def linear(self, x_TD: Tensor | Quantized, locks: Tensor, dtype: torch.dtype) -> Tensor:
         """Return x W^T; of few bfloat16 rows on a GPU rounded once."""
         assert isinstance(x_TD, Tensor)
@@ -192,10 +204,10 @@ class Floats(LoadableStorage):
 
 
 class BlockedFloats(Storage):
-    """bfloat16 matrices in the layout of a CPU's products; `weight` is empty."""
+    """bfloat16 matrices in the layout of a CPU's products; `weight` has no columns."""
 
     def __init__(self, weight: Tensor) -> None:
-        super().__init__(weight.new_empty((len(weight), 0, 0)), weight.dtype)
+        super().__init__(weight[:, :, :0].clone(), weight.dtype)
         self._blocked = [to_blocked(w) for w in weight]
 
     def product(self, e: int, x_TD: Tensor) -> Tensor:
@@ -253,7 +265,7 @@ class Fp8Blocks(LoadableStorage):
 
     def stack(self) -> Stack:
         """Return all matrices as the argument of `experts`."""
-        return Stack(self.weight, self.block_scale, product_of=self.product)
+        return Stack(self.weight, self.block_scale, multiplier=self.multiply)
 
 
 class Fp8Products(Fp8Blocks):
@@ -349,7 +361,7 @@ class IntegerGroups(LoadableStorage):
 
     def stack(self) -> Stack:
         """Return all matrices as the argument of `experts`."""
-        return Stack(self.weight, self.block_scale, self.group, self.block_zero, self.product)
+        return Stack(self.weight, self.block_scale, self.group, self.block_zero, self.multiply)
 
     def for_cpu(self) -> "PackedIntegers":
         """Rearrange the matrices in place."""

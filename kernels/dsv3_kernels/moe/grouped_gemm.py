@@ -50,7 +50,7 @@ class Stack:
             [E, N, groups], as `Integers.scale`; else None.
         group: columns that share a scale of integers; 0 for other matrices.
         zero: [E, N, groups], as `Integers.zero`.
-        product_of: returns `product`, for references alone: matrices may then have any form. By
+        multiplier: does `multiply`, for references alone: matrices may then have any form. By
             default it follows from the other attributes.
     """
 
@@ -58,7 +58,12 @@ class Stack:
     block_scale: Tensor | None = None
     group: int = 0
     zero: Tensor | None = None
-    product_of: Callable[[int, Tensor], Tensor] | None = None
+    multiplier: Callable[[int, Tensor, Tensor], None] | None = None
+
+    @property
+    def num_features(self) -> int:
+        """Features N of a product."""
+        return self.weight.shape[1]
 
     def integers(self, e: int) -> Integers:
         """Return matrix `e` of a stack of integers."""
@@ -66,26 +71,20 @@ class Stack:
         zero = None if self.zero is None else self.zero[e]
         return Integers(self.weight[e], self.block_scale[e], self.group, zero)
 
+    def multiply(self, e: int, x: Tensor, out: Tensor) -> None:
+        """Write x W_e^T to `out`, of any float dtype."""
+        if self.multiplier is not None:
+            self.multiplier(e, x, out)
+        elif self.group:
+            out.copy_(int_linear(x, self.integers(e)))
+        else:
+            out.copy_(linear(x, self.matrix(e, x.dtype)))
+
     def product(self, e: int, x: Tensor) -> Tensor:
         """Return x W_e^T in the dtype of `x`."""
-        if self.product_of is not None:
-            return self.product_of(e, x)
-        if self.group:
-            return int_linear(x, self.integers(e))
-        return linear(x, self.matrix(e, x.dtype))
-
-    @property
-    def num_features(self) -> int:
-        """Features N of a product."""
-        return (self.unbound or self.weight)[0].shape[0]
-
-    def multiply(self, e: int, x: Tensor, out: Tensor) -> None:
-        """Write x W_e^T."""
-        matrix = self.unbound[e] if self.unbound else self.weight[e]
-        if self.block_scale is None and matrix.dtype == out.dtype and not matrix.is_mkldnn:
-            torch.mm(x, matrix.t(), out=out)
-        else:
-            out.copy_(self.product(e, x))
+        out = x.new_empty((len(x), self.num_features))
+        self.multiply(e, x, out)
+        return out
 
     def matrix(self, e: int, dtype: torch.dtype) -> Tensor:
         """Return matrix `e`, [N, D], dequantized to `dtype` if it is FP8."""

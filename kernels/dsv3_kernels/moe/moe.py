@@ -33,9 +33,9 @@ _SUM = 0  # mode of `torch.embedding_bag`
 
 
 class _Expert(NamedTuple):
-    """An expert with rows: its index on this rank, and its rows."""
+    """An expert with rows: its number on this rank, and its rows."""
 
-    index: int
+    number: int
     start: int
     stop: int
 
@@ -73,8 +73,9 @@ class _SortedRows(NamedTuple):
         experts = [
             _Expert(e, start, stop) for e, (start, stop) in enumerate(bounds) if start < stop
         ]
-        indices = entry_M // K, row_N, np.arange(0, T * K, K)
-        return cls(*(torch.as_tensor(i, device=ids_TK.device) for i in indices), experts)
+        token_M, start_T = entry_M // K, np.arange(0, T * K, K)
+        on_device = [torch.as_tensor(i, device=ids_TK.device) for i in (token_M, row_N, start_T)]
+        return cls(on_device[0], on_device[1], on_device[2], experts)
 
 
 def _multiply(x_MD: Tensor, experts: list[_Expert], w: Stack, out_MF: Tensor) -> None:
