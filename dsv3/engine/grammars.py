@@ -15,9 +15,10 @@ from dsv3.text.tokenizer import Tokenizer
 from dsv3.text.tools import CallForm
 
 _MAX_GRAMMARS = 256  # kept for later requests
-# Bounds for the time of compiling a schema (about a second) and of its first mask (0.1 s); each is
-# far above published schemas. A row of the parser has an item or more for each optional property.
-_LIMITS = {"initial_lexer_fuel": 200_000, "max_grammar_size": 50_000, "max_items_in_row": 50_000}
+# Bounds for the time of compiling a grammar (about a second) and of its first mask (0.1 s); each is
+# far above published schemas and 128 strict tools, as many as OpenAI takes. A row of the parser has
+# an item or more for each optional property.
+_LIMITS = {"initial_lexer_fuel": 1_000_000, "max_grammar_size": 50_000, "max_items_in_row": 50_000}
 
 
 class Grammars:

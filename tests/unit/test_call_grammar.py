@@ -309,6 +309,16 @@ def test_texts_match_patterns(
             assert follows(tokenizer_of(form), asked, text) == is_right, text
 
 
+@pytest.mark.parametrize("name", FORMS)
+def test_a_hundred_strict_tools(name: str, tokenizer_of: Callable[[CallForm], Tokenizer]) -> None:
+    """As many as OpenAI takes, all with the same parameters."""
+    form, write, _, begin, end = FORMS[name]
+    functions = [{"name": f"f{i}", "strict": True, "parameters": PARAMETERS} for i in range(128)]
+    asked = ask(tools=[{"type": "function", "function": function} for function in functions])
+    assert follows(tokenizer_of(form), asked, begin + write("f127", RIGHT) + end)
+    assert not follows(tokenizer_of(form), asked, begin + write("f128", RIGHT) + end)
+
+
 @pytest.mark.parametrize("form", [CallForm.DSML, CallForm.GLM])
 def test_schemas_with_many_paths_take_no_time(
     form: CallForm, tokenizer_of: Callable[[CallForm], Tokenizer]
