@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from dsv3.distributed.collectives import Collectives, ExchangeMark, Pending
-from dsv3.distributed.shared_rounds import Rounds
+from dsv3.distributed.shared_rounds import Lanes, Rounds
 from dsv3.distributed.shared_segment import BUFFER_BYTES
 
 _OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "uneven", "broadcast")
 # Among several ranks, from this size on each sums its own part only, and the others copy the sum.
 _SPLIT_BYTES = 16 << 10
+_NO_CONTEXT = nullcontext()
 
 
 class MemoryGroup(Collectives):
@@ -56,7 +57,7 @@ class MemoryGroup(Collectives):
 
     def _sum(self, x: Tensor, num_bytes: int) -> None:
         """Replace [n] by its sum over ranks; every rank adds all of it."""
-        buffers = self._rounds.begin(x.dtype)[:, : len(x)].unbind()
+        buffers = self._rounds.begin(x.dtype, x.shape[0])
         buffers[self.rank].copy_(x)
         self._rounds.publish(_call("all_reduce", num_bytes))
         self._rounds.receive_all()
@@ -65,31 +66,35 @@ class MemoryGroup(Collectives):
     def _sum_parts(self, x: Tensor, num_bytes: int) -> None:
         """Replace [n] by its sum over ranks; every rank adds one part of it."""
         call = _call("all_reduce", num_bytes)
-        buffers = self._rounds.begin(x.dtype)[:, : len(x)]
+        buffers = self._rounds.begin(x.dtype, len(x))
         buffers[self.rank].copy_(x)
         self._rounds.publish(call)
         self._rounds.receive_all()
         width = math.ceil(len(x) / self.size)
-        addends = buffers[:, self.rank * width : (self.rank + 1) * width]
-        sums = self._rounds.begin(x.dtype)
-        _add(addends.unbind(), sums[self.rank, : addends.shape[1]])
+        addends = [buffer[self.rank * width : (self.rank + 1) * width] for buffer in buffers]
+        sums = self._rounds.begin(x.dtype, width)
+        _add(addends, sums[self.rank][: len(addends[0])])
         self._rounds.publish(call)
         self._rounds.receive_all()
         for total, part in zip(sums, x.split(width), strict=False):
             part.copy_(total[: len(part)])
 
     def all_gather(self, x: Tensor) -> Tensor:
-        gathered = x.new_empty((self.size, *x.shape))
-        with self._mark, _inference_mode():
+        with self._mark:
             self._begin("all_gather", x, self.size - 1)
-            rows = gathered.view(self.size, -1)
-            for start, part in _parts(x.reshape(-1), BUFFER_BYTES // x.itemsize):
-                buffers = self._rounds.begin(x.dtype)[:, : len(part)]
-                buffers[self.rank].copy_(part)
-                self._rounds.publish(_call("all_gather", x.nbytes))
-                self._rounds.receive_all()
-                _columns(rows, start, len(part)).copy_(buffers)
-        return gathered
+            gathered = [
+                self._gather(part, x.nbytes)
+                for _, part in _parts(x.reshape(-1), BUFFER_BYTES // x.itemsize)
+            ]
+            return _joined(gathered).view(self.size, *x.shape)
+
+    def _gather(self, x: Tensor, num_bytes: int) -> Tensor:
+        """Return [size, n] of the ranks' [n]."""
+        buffers = self._rounds.begin(x.dtype, x.shape[0])
+        buffers[self.rank].copy_(x)
+        self._rounds.publish(_call("all_gather", num_bytes))
+        self._rounds.receive_all()
+        return torch.stack(list(buffers))
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         total = x.new_empty((len(x) // self.size, *x.shape[1:]))
@@ -100,26 +105,24 @@ class MemoryGroup(Collectives):
         return total
 
     def all_to_all(self, x: Tensor) -> Tensor:
-        received = x.new_empty(x.shape)
-        with self._mark, _inference_mode():
+        with self._mark:
             self._begin("all_to_all", x, 1 - 1 / self.size)
-            rows = received.view(self.size, -1)
-            for start, parts in self._swap("all_to_all", x):
-                _columns(rows, start, parts.shape[1]).copy_(parts)
-        return received
+            received = [parts.clone() for _, parts in self._swap("all_to_all", x)]
+            return _joined(received).view(x.shape)
 
     def _swap(self, operation: str, x: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Exchange `size` equal parts of `x`.
 
         Yields:
-            index of an element of a part, and [size, n] elements from there, one row of each rank.
+            index of an element of a part, and [size, n] elements from there, one row of each rank;
+            valid until the next.
         """
         for start, part in _parts(x.reshape(self.size, -1), self._rounds.lane_len(x.dtype)):
-            lanes = self._rounds.begin_lanes(x.dtype)[:, :, : part.shape[1]]
-            lanes[self.rank].copy_(part)
+            lanes = self._rounds.begin_lanes(x.dtype, part.shape[1])
+            lanes.sent.copy_(part)
             self._rounds.publish(_call(operation, x.nbytes))
             self._rounds.receive_all()
-            yield start, lanes[:, self.rank]
+            yield start, lanes.received
 
     def start_exchange(self, x: Tensor, send: list[int], receive: list[int], name: str) -> Pending:
         assert len(x) == sum(send) and send[self.rank] == receive[self.rank], f"{send=} {receive=}"
@@ -135,7 +138,7 @@ class MemoryGroup(Collectives):
         with self._mark, _inference_mode():
             self._begin("broadcast", x, self.size - 1 if self.rank == 0 else 0)
             for _, part in _parts(x.view(-1), BUFFER_BYTES // x.itemsize):
-                buffer = self._rounds.begin(x.dtype)[0, : len(part)]
+                buffer = self._rounds.begin(x.dtype, len(part))[0]
                 if self.rank == 0:
                     buffer.copy_(part)
                 self._rounds.publish(_call("broadcast", x.nbytes))
@@ -163,15 +166,16 @@ class _StartedExchange:
         self._call = _call("uneven", row_len * x.itemsize)
         self._longest = max(len(part) for part in self._sent)
         self._is_finished = False
+        self._lane_len = rounds.lane_len(received.dtype)
         self._lanes = self._publish(0)
 
-    def _publish(self, start: int) -> Tensor:
+    def _publish(self, start: int) -> Lanes:
         """Publish elements of all parts from `start` on; return the round's lanes."""
         dtype = self._received[0].dtype
-        lanes = self._rounds.begin_lanes(dtype)
+        lanes = self._rounds.begin_lanes(dtype, self._lane_len)
         for other in self._others:
-            part = self._sent[other][start : start + self._rounds.lane_len(dtype)]
-            lanes[self._rounds.rank, other, : len(part)].copy_(part)
+            part = self._sent[other][start : start + self._lane_len]
+            lanes.sent[other, : len(part)].copy_(part)
         self._rounds.publish(self._call, self._longest)
         return lanes
 
@@ -183,7 +187,7 @@ class _StartedExchange:
         self._is_finished = True
         longest = max(self._longest, self._rounds.receive_all())
         self._take(0)
-        for start in range(self._lanes.shape[2], longest, self._lanes.shape[2]):
+        for start in range(self._lane_len, longest, self._lane_len):
             self._lanes = self._publish(start)
             self._rounds.receive_all()
             self._take(start)
@@ -191,8 +195,8 @@ class _StartedExchange:
     def _take(self, start: int) -> None:
         """Copy the elements of a round from the lanes."""
         for other in self._others:
-            part = self._received[other][start : start + self._lanes.shape[2]]
-            part.copy_(self._lanes[other, self._rounds.rank, : len(part)])
+            part = self._received[other][start : start + self._lane_len]
+            part.copy_(self._lanes.received[other, : len(part)])
 
 
 def _call(operation: str, num_bytes: int) -> int:
@@ -200,10 +204,17 @@ def _call(operation: str, num_bytes: int) -> int:
     return num_bytes * len(_OPERATIONS) + _OPERATIONS.index(operation)
 
 
-def _parts(x: Tensor, length: int) -> Iterator[tuple[int, Tensor]]:
-    """Yield parts of `x` along its last dim, with the index of the first element; at least one."""
-    for start in range(0, max(1, x.shape[-1]), length):
-        yield start, _columns(x, start, min(length, x.shape[-1] - start))
+def _parts(x: Tensor, length: int) -> Sequence[tuple[int, Tensor]]:
+    """Return parts of `x` along its last dim, with the index of the first element; at least one."""
+    count = x.shape[-1]
+    if count <= length:
+        return ((0, x),)
+    return [(at, _columns(x, at, min(length, count - at))) for at in range(0, count, length)]
+
+
+def _joined(rows: Sequence[Tensor]) -> Tensor:
+    """Return the tensors, joined along dim 1."""
+    return rows[0] if len(rows) == 1 else torch.cat(list(rows), 1)
 
 
 def _columns(x: Tensor, start: int, count: int) -> Tensor:
@@ -212,16 +223,15 @@ def _columns(x: Tensor, start: int, count: int) -> Tensor:
 
 
 def _inference_mode() -> AbstractContextManager[None]:
-    """Return a context to write results in, whether the caller is in inference mode or not.
+    """Return a context to write into a caller's tensor, in inference mode or not.
 
     A step is in this mode, and entering it again takes as long as a small exchange.
     """
-    return nullcontext() if torch.is_inference_mode_enabled() else torch.inference_mode()
+    return _NO_CONTEXT if torch.is_inference_mode_enabled() else torch.inference_mode()
 
 
 def _add(parts: Sequence[Tensor], total: Tensor) -> None:
     """Write the sum of the ranks' [n], in their order, to [n]."""
-    first, second, *others = parts
-    torch.add(first, second, out=total)
-    for other in others:
+    torch.add(parts[0], parts[1], out=total)
+    for other in parts[2:]:
         total.add_(other)

@@ -7,6 +7,7 @@ published the round after it: a round takes one synchronization.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,9 +15,26 @@ from torch import Tensor
 from dsv3.distributed.shared_segment import BUFFER_BYTES, SharedSegment
 from dsv3.errors import RankError
 
+_MOST_VIEWS = 256
+
+_Key = TypeVar("_Key")
+_Views = TypeVar("_Views")
+
+
+class Lanes(NamedTuple):
+    """Parts of buffers, one for each other rank.
+
+    Attributes:
+        sent: [size, n] of this rank's buffer, by receiver.
+        received: [size, n] for this rank, by sender.
+    """
+
+    sent: Tensor
+    received: Tensor
+
 
 class Rounds:
-    """One rank's side of the rounds. All calls are made in inference mode.
+    """One rank's side of the rounds.
 
     Args:
         segment: mapped by all ranks of the group.
@@ -34,26 +52,33 @@ class Rounds:
         self._others = [other for other in range(self.size) if other != rank]
         self._segment = segment
         self._is_crowded = is_crowded
-        self._buffers: dict[torch.dtype, Sequence[Tensor]] = {}
-        self._lanes: dict[torch.dtype, Sequence[Tensor]] = {}
+        # Of both halves, by dtype and length: making views takes longer than a small exchange.
+        self._buffers: dict[tuple[torch.dtype, int], Sequence[Sequence[Tensor]]] = {}
+        self._lanes: dict[tuple[torch.dtype, int], Sequence[Lanes]] = {}
         self._num_published = 0
         self._num_seen = [0] * self.size  # rounds of each rank that this one has waited for
 
-    def begin(self, dtype: torch.dtype) -> Tensor:
-        """Return [size, n] the buffers of the next round, when this rank may write its own."""
+    def begin(self, dtype: torch.dtype, length: int) -> Sequence[Tensor]:
+        """Return each rank's [length] of the next round, when this rank may write its own."""
         self._wait_for_last()
-        if dtype not in self._buffers:
-            self._buffers[dtype] = self._segment.buffers.view(dtype).unbind(1)
-        return self._buffers[dtype][self._num_published % 2]
+        views = self._buffers.get((dtype, length))
+        if views is None:
+            halves = self._segment.buffers.view(dtype)[..., :length].unbind(1)
+            views = [half.unbind() for half in halves]
+            _remember(self._buffers, (dtype, length), views)
+        return views[self._num_published % 2]
 
-    def begin_lanes(self, dtype: torch.dtype) -> Tensor:
-        """Return [size, size, n] buffers as `begin`, divided into lanes, one for each receiver."""
+    def begin_lanes(self, dtype: torch.dtype, length: int) -> "Lanes":
+        """Return the lanes of the next round as `begin`: its buffers, divided among receivers."""
         self._wait_for_last()
-        if dtype not in self._lanes:
-            length = self.lane_len(dtype)
-            buffers = self._segment.buffers.view(dtype)[:, :, : self.size * length]
-            self._lanes[dtype] = buffers.unflatten(2, (self.size, length)).unbind(1)
-        return self._lanes[dtype][self._num_published % 2]
+        views = self._lanes.get((dtype, length))
+        if views is None:
+            lane_len = self.lane_len(dtype)
+            buffers = self._segment.buffers.view(dtype)[..., : self.size * lane_len]
+            halves = buffers.unflatten(2, (self.size, lane_len))[..., :length].unbind(1)
+            views = [Lanes(half[self.rank], half[:, self.rank]) for half in halves]
+            _remember(self._lanes, (dtype, length), views)
+        return views[self._num_published % 2]
 
     def lane_len(self, dtype: torch.dtype) -> int:
         """Return the elements of a lane."""
@@ -91,14 +116,25 @@ class Rounds:
 
     def receive_all(self) -> int:
         """Wait until all ranks have published this round; return the others' longest part."""
-        return max(self.receive(other) for other in self._others)
+        longest = 0
+        for other in self._others:
+            longest = max(longest, self.receive(other))
+        return longest
 
     def _wait_for_last(self) -> None:
         """Wait until all ranks have published the last round, and so read the one before."""
         for other in self._others:
-            self._wait_for(other)
+            if self._num_seen[other] < self._num_published:
+                self._wait_for(other)
 
     def _wait_for(self, other: int) -> None:
         while self._num_seen[other] < self._num_published:
             self._segment.wait(other, self._is_crowded)
             self._num_seen[other] += 1
+
+
+def _remember(known: dict[_Key, _Views], key: _Key, views: _Views) -> None:
+    """Add views that may be needed again; of all lengths, some at most."""
+    if len(known) == _MOST_VIEWS:
+        known.clear()
+    known[key] = views

@@ -67,23 +67,25 @@ class _SortedRows(NamedTuple):
         first_ids = np.arange(first_expert, first_expert + num_experts + 1)
         edges = id_N[order_N].searchsorted(first_ids)
         entry_M = order_N[edges[0] : edges[-1]]
-        row_N = np.full(T * K, len(entry_M))
-        row_N[entry_M] = np.arange(len(entry_M))
+        row_of_entry = np.full(T * K, len(entry_M))
+        row_of_entry[entry_M] = np.arange(len(entry_M))
         bounds = pairwise((edges - edges[0]).tolist())
         experts = [
             _Expert(e, start, stop) for e, (start, stop) in enumerate(bounds) if start < stop
         ]
-        token_M, start_T = entry_M // K, np.arange(0, T * K, K)
-        on_device = [torch.as_tensor(i, device=ids_TK.device) for i in (token_M, row_N, start_T)]
-        return cls(on_device[0], on_device[1], on_device[2], experts)
+        token_M, row_N, start_T = (
+            torch.as_tensor(index, device=ids_TK.device)
+            for index in (entry_M // K, row_of_entry, np.arange(0, T * K, K))
+        )
+        return cls(token_M, row_N, start_T, experts)
 
 
 def _multiply(x_MD: Tensor, experts: list[_Expert], w: Stack, out_MF: Tensor) -> None:
     """Write x W_e^T of the rows of these experts."""
     first = experts[0].start
-    for expert, start, stop in experts:
+    for number, start, stop in experts:
         rows = slice(start - first, stop - first)
-        w.multiply(expert, x_MD[rows], out_MF[rows])
+        w.multiply(number, x_MD[rows], out_MF[rows])
 
 
 def _launch_experts(
