@@ -24,6 +24,7 @@ from dsv3.engine.step_plan import StepPlan
 from dsv3.model.absorb_rule import AbsorbRule
 from dsv3.model.transformer import Transformer
 from dsv3.parallel.expert_placement import Placement
+from dsv3.parallel.storage import IntegerGroups
 from dsv3.parallel.token_rows import DispatchSettings
 from dsv3.request import SamplingParams
 from dsv3.settings import CacheDtype, DispatchVariant
@@ -109,13 +110,17 @@ def check_no_host_reads(
     return steps
 
 
-@pytest.mark.parametrize(("weights", "cache"), [("fp8", "fp8"), ("bf16", "bf16")])
+@pytest.mark.parametrize(
+    ("weights", "cache"), [("fp8", "fp8"), ("bf16", "bf16"), ("int8", "bf16"), ("int4", "fp8")]
+)
 def test_a_decode_step_reads_no_values_on_the_host(
     weights: str, cache: CacheDtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(load_model_config(DEMO), num_attention_heads=2, vocab_size=300)
     shape = RankShape(config=config, world=2, layers=2, weights=weights, cache=cache)
     rank = Rank(shape, CPU, 512)
+    storages = [m for m in rank.model.modules() if isinstance(m, IntegerGroups)]
+    assert (len(storages) >= 4) == weights.startswith("int")
     steps = check_no_host_reads(rank, lambda drawn: [step(drawn)], monkeypatch)
     with no_host_reads(), pytest.raises(AssertionError, match="looks at values: item"):
         steps._feed.sum().item()

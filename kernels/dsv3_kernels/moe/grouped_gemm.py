@@ -121,11 +121,12 @@ class Tile:
 
 
 @cache
-def _tile(kind: int, itemsize: int, gated: bool, rows: int) -> Tile:
+def _tile(kind: int, itemsize: int, gated: bool, rows: int, is_hopper: bool = True) -> Tile:
     """Return the tile for a kind of numbers and the expected rows per expert.
 
     A step along D takes 128 bytes of a row for any tile, so the choice does not change the result.
-    Compiled for Hopper, no tile spills more than a few registers.
+    Compiled for Hopper, no tile spills more than a few registers, and none of integers spills any.
+    Before Hopper operands take registers, too, so sums of int8 get a tile half as wide.
     """
     if kind == 7:  # has no tiles of few rows
         rows = max(rows, 64)
@@ -143,6 +144,7 @@ def _tile(kind: int, itemsize: int, gated: bool, rows: int) -> Tile:
         features = 64 if gated else 128
         width = features // 2 if is_narrow else features
         return Tile(rows=64, features=width, warps=4, stages=4, per_sm=2)
+    is_narrow = is_narrow or (kind == 7 and not is_hopper)
     return Tile(rows=128, features=64 if gated and is_narrow else 128, warps=8, stages=4, per_sm=1)
 
 
@@ -276,7 +278,7 @@ def _launch_of_integers(x: Tensor | Quantized, w: Stack, gated: bool, rows: int)
         w_zero=scale if w.zero is None else w.zero,
         kind=kind,
         gated=gated,
-        tile=_tile(kind, itemsize, gated, rows),
+        tile=_tile(kind, itemsize, gated, rows, has_tma(weight)),
         step=BLOCK if is_quantized else step_of(w.group, cols, itemsize),
         group=w.group,
         has_zeros=w.zero is not None,
