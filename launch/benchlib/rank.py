@@ -17,6 +17,7 @@ import torch
 from benchlib.case_log import CaseLog, describe, spoils_device
 from benchlib.flags import add_program_flags, at_least
 from benchlib.hardware import Hardware, hardware
+from benchlib.rank_formats import formats_report
 from benchlib.rank_share import Rank, RankShape
 from benchlib.rank_steps import StepKind, measure_step
 from benchlib.report import Report, Row, check_report, machine
@@ -103,8 +104,8 @@ def _setting(rank: Rank, ceilings: Hardware) -> Row:
     }
 
 
-def shape_of(args: argparse.Namespace, on_cpu: bool) -> RankShape:
-    """Return the share that the flags select."""
+def shape_of(args: argparse.Namespace, given: str, on_cpu: bool) -> RankShape:
+    """Return the share that the flags select, with weights in the given format."""
     config = load_model_config(args.config)
     if not 0 <= args.rank < args.world:
         raise ConfigError(f"--rank={args.rank} is not in 0..{args.world - 1}")
@@ -117,7 +118,7 @@ def shape_of(args: argparse.Namespace, on_cpu: bool) -> RankShape:
         world=args.world,
         rank=args.rank,
         layers=0 if args.layers == "all" else int(args.layers),
-        weights=weights if args.weights == "auto" else args.weights,
+        weights=weights if given == "auto" else given,
         cache=plain if args.kv_dtype == "auto" else args.kv_dtype,
         kv_shard=args.kv_shard,
         moves=not args.no_comm,
@@ -151,9 +152,10 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--weights",
-        default="auto",
+        nargs="+",
+        default=["auto"],
         choices=["auto", "fp8", "int8", "int4", "bf16", "fp32"],
-        help="format of the weights; auto is the stored format",
+        help="format of the weights; auto is the stored format; several on a CPU: steps in turns",
     )
     parser.add_argument(
         "--kv-dtype",
@@ -204,18 +206,28 @@ def main(arguments: list[str]) -> int:
     with join_ranks(args.device) as mesh:
         tune_process(mesh, args.threads)
         set_launches(args.overlap_launches, mesh.device, "--overlap-launches")
-        shape = shape_of(args, mesh.device.type == "cpu")
-        report = rank_report(
-            shape,
-            mesh.device,
-            hardware(args.hardware, mesh.device, fp32=shape.weights == "fp32"),
-            batches=args.batch,
-            context=args.context,
-            prefill=args.prefill,
-            steps=args.steps,
-            eager=args.enforce_eager,
-            log=log,
-        )
+        on_cpu = mesh.device.type == "cpu"
+        shape, *others = (shape_of(args, weights, on_cpu) for weights in args.weights)
+        if others:
+            if not on_cpu or args.prefill or args.rows:
+                raise ConfigError(
+                    "--weights with several formats measures decode steps of a CPU; "
+                    "without --device cpu, with --prefill or --rows give one format"
+                )
+            shapes = [shape, *others]
+            report = formats_report(shapes, mesh.device, args.batch, args.context, args.steps)
+        else:
+            report = rank_report(
+                shape,
+                mesh.device,
+                hardware(args.hardware, mesh.device, fp32=shape.weights == "fp32"),
+                batches=args.batch,
+                context=args.context,
+                prefill=args.prefill,
+                steps=args.steps,
+                eager=args.enforce_eager,
+                log=log,
+            )
         report.setting |= machine(1) | {"overlapping launches": args.overlap_launches}
     report.publish(args.json)
     report.raise_failures("steps failed")

@@ -12,6 +12,7 @@ from benchlib.case_log import CaseLog, read_results
 from benchlib.hardware import HARDWARE, hardware
 from benchlib.kernel_timing import KernelEvent, kernel_table
 from benchlib.rank import rank_report
+from benchlib.rank_formats import formats_report
 from benchlib.rank_share import Rank, RankShape
 from benchlib.rank_steps import StepKind, StepResult
 from benchlib.report import Report
@@ -148,3 +149,25 @@ def test_no_such_rank() -> None:
     with pytest.raises(ConfigError, match="does not divide"):
         Rank(shape(world=3, rank=0), CPU, 64)
     assert hardware("h800", CPU).link == 160e9
+
+
+def test_formats_are_measured_in_turns() -> None:
+    shapes = [replace(shape(), weights=weights) for weights in ("fp32", "bf16", "fp8", "int4")]
+    report = formats_report(shapes, CPU, [1, 3], 64, steps=2)
+    assert [(row["batch"], row["weights"]) for row in report.rows] == [
+        (batch, weights) for batch in (1, 3) for weights in ("fp32", "bf16", "fp8", "int4")
+    ]
+    for row in report.rows:
+        assert row["tokens/s"] == pytest.approx(1e3 * row["batch"] / row["ms"])
+        assert (row["best ms"] <= row["ms"] and row["weights"] != "fp32") or row["x"] == 1
+    sizes = [row["GiB"] for row in report.rows[:4]]
+    assert sizes[0] > sizes[1] > sizes[2] > sizes[3]
+
+
+def test_several_formats_are_measured_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--config", str(DEMO), "--world", "1", "--layers", "2", "--device", "cpu"]
+    flags += ["--batch", "1", "--context", "64", "--steps", "1", "--weights", "fp32", "int8"]
+    assert rank_module.main(flags) == 0
+    assert "CPU x" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="give one format"):
+        rank_module.main([*flags, "--prefill", "64"])
