@@ -8,9 +8,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dsv3.checkpoint.jobs import uniform_kinds
+from dsv3.checkpoint.reader import Source
 from dsv3.checkpoint.sharding import tensor_specs
 from dsv3.config import ModelConfig
 from dsv3.config_files import hf_config_dict
+from dsv3.config_integers import IntegerKind
 from tests.checkpoint_files import TINY, Tensors, random_tensors, write_hf
 
 F32 = npt.NDArray[np.float32]
@@ -107,6 +110,18 @@ def quantization(form: str) -> dict[str, Any]:
         "config_groups": {"group_0": group},
         "ignore": ["lm_head"],
     }
+
+
+def mixed_kinds_by_hand(source: Source) -> dict[str, IntegerKind]:
+    """Return int8 for shared experts, int4 for routed experts and the attention of some layers.
+
+    Of an FP8 checkpoint, the others stay in FP8. Ranks cut the groups of 128 of o_proj.
+    """
+    kinds = uniform_kinds(source, 4, 32)
+    kinds |= {name: IntegerKind(8, 0) for name in kinds if ".shared_experts." in name}
+    outputs = {name for name in uniform_kinds(source, 4, 128) if ".o_proj." in name}
+    kinds |= dict.fromkeys(outputs, IntegerKind(4, 128))
+    return {name: kind for name, kind in kinds.items() if ".layers.2.self_attn." not in name}
 
 
 def integer_checkpoint(

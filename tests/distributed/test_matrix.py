@@ -17,11 +17,13 @@ from typing import Any
 import pytest
 
 from dsv3.checkpoint.convert import convert
+from dsv3.checkpoint.jobs import Cast
 from dsv3.checkpoint.plan import make_plan
 from dsv3.checkpoint.source import open_source
 from dsv3.config import ParallelConfig
 from dsv3.text.tools import CALL, CALLS, SEP, CallForm
 from tests.call_marks import copy_demo, marked_tokenizer
+from tests.integer_files import mixed_kinds_by_hand
 from tests.oracle.families import Oracle
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,6 +72,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "demo, drafts, replicated": ("demo", CACHE | {"speculative_tokens": 1, "kv_shard": "none"}),
     "demo, repeated text": ("demo", CACHE | {"speculative_tokens": 4} | NGRAM),
     "demo, static": ("demo", STATIC | {"max_batch_tokens": 100}),
+    "mixed": ("mixed", CACHE),
+    "mixed, small steps": ("mixed", SMALL | {"attn_impl": "absorb"}),
+    "mixed, naive, kept": ("mixed", CACHE | {"attn_impl": "naive", "weights": "fp8"}),
     "demo, naive, kept": ("demo", CACHE | {"attn_impl": "naive", "weights": "fp8"}),
 }
 # So small that a running request gives way to another one.
@@ -82,6 +87,7 @@ GROUPS: dict[int, dict[str, tuple[str, dict[str, Any]]]] = {
         "crowd": ("crowd", CROWDED | {"pipeline_depth": 1, "moe_dispatch": "alltoall"}),
         "fp8, static, small steps": ("v3-fp8", STATIC | {"moe_dispatch": "alltoall"}),
         "sparse": ("v3.2-long", CACHE),
+        "mixed, small steps": ("mixed, converted", SMALL | {"moe_dispatch": "alltoall"}),
         "demo, drafts": ("converted", CACHE | {"speculative_tokens": 2}),
         "demo": ("converted", CACHE | {"sequence_parallel": 64, "moe_dispatch": "alltoall"}),
     },
@@ -101,6 +107,8 @@ FEW = ("fp8", "fp8, naive", "lite, small steps", "sparse, drafts", "crowd, in 2"
 PLAINEST = {"v3-fp8": "fp8", "v2-lite": "lite", "demo": "demo", "crowd": "crowd"}
 PLAINEST["v3.2-long"] = "sparse"
 PLAINEST["converted"] = "demo"
+# int8, int4 and FP8; tests/oracle/test_integer_values.py compares such a one with transformers.
+PLAINEST |= dict.fromkeys(("mixed", "mixed, converted"), "mixed")
 # Contexts shorter than the number of ranks, one that crosses a page, one of two pages.
 LENGTHS = {"v3-fp8": (1, 2, 3, 7, 60, 100), "v2-lite": (1, 5, 90), "demo": (2, 3, 640)}
 LENGTHS["crowd"] = (54, 54, 54, 54, 60, 60)
@@ -125,12 +133,19 @@ def run(oracle: Callable[[str], Oracle], tmp_path_factory: pytest.TempPathFactor
     with open_source(demo) as source:
         plan = make_plan(source, ParallelConfig(world_size=4, tp=2, dp=2))
         convert(source, plan, folder / "tp2dp2", workers=2)
+    paths |= {name: str(folder / name) for name in ("mixed", "mixed, converted")}
+    with open_source(oracle("v3-fp8").path) as source:
+        kinds = mixed_kinds_by_hand(source)
+        for name, layout in (("mixed", None), ("mixed, converted", ParallelConfig(world_size=8))):
+            plan = make_plan(source, layout, Cast.MIXED, integers=kinds)
+            convert(source, plan, folder / name, workers=2)
     draw = random.Random(0)
     prompts = {
         name: [[draw.randrange(2, VOCABULARY[name]) for _ in range(n)] for n in lengths]
         for name, lengths in LENGTHS.items()
     }
     prompts["converted"] = prompts["demo"]
+    prompts["mixed"] = prompts["mixed, converted"] = prompts["v3-fp8"]
 
     @cache
     def run(world_size: int) -> dict[str, Any]:

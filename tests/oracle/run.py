@@ -11,6 +11,7 @@ from torch import Tensor
 from dsv3.config import ParallelConfig
 from dsv3.distributed.collectives import SingleRank
 from dsv3.distributed.mesh import Mesh
+from dsv3.engine.engine import follow
 from dsv3.engine.runner import BatchBuilder
 from dsv3.engine.start import Started, start
 from dsv3.engine.step_plan import StepPlan
@@ -77,3 +78,25 @@ def answers(started: Started, prompts: list[list[int]], params: SamplingParams) 
             if out.completion is not None:
                 done[out.request_id] = out.completion
     return [done[str(i)] for i in range(len(prompts))]
+
+
+def score(mesh: Mesh, paths: list[Path], prompts: list[list[int]], want: list[list[float]]) -> None:
+    """Check the log-probabilities of the prompts' tokens; this module loads fast in new processes.
+
+    Args:
+        mesh: this rank.
+        paths: checkpoints to score them with.
+        prompts: token ids.
+        want: log-probabilities of all tokens but each first.
+    """
+    for path in paths:
+        started = start(path, EngineConfig(kv_cache_size="2048tok"), mesh)
+        if started.engine is None:
+            follow(started.runner, started.channel)
+            continue
+        scores = answers(started, prompts, SamplingParams(max_tokens=0, prompt_logprobs=0))
+        started.engine.stop()
+        for done, expected in zip(scores, want, strict=True):
+            found = torch.tensor([t.logprob for t in done.prompt_logprobs or []])
+            assert len(found) == len(expected)
+            assert torch.allclose(found, torch.tensor(expected), rtol=0, atol=5e-4), path
