@@ -1,3 +1,5 @@
+from unittest import mock
+
 import pytest
 import torch
 
@@ -5,6 +7,7 @@ from dsv3.parallel.storage import BlockedFloats
 from dsv3.parallel.weight_format import WeightFormat
 from dsv3.parallel.weights import Matrix
 from dsv3_kernels import has_blocked_product, make_locks
+from dsv3_kernels.gemm import blocked
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 
 CPU = torch.device("cpu")
@@ -67,3 +70,18 @@ def test_only_factors_in_bfloat16_are_packed() -> None:
     looked_up = Matrix([["e"]], [32], 64, fmt, by_rows=True)
     looked_up.pack()
     assert not is_blocked(looked_up) and looked_up.weight.shape == (1, 32, 64)
+
+
+@pytest.mark.parametrize("T", [1, 2])
+def test_large_matrices_stay_plain_with_amx(T: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocked, "_LARGE", 130 * 200)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    product = mock.Mock(wraps=torch.mv)
+    monkeypatch.setattr(torch, "mv", product)
+    matrix, plain = packed(1, 130, 200)
+    assert not is_blocked(matrix)
+    x = torch.randn(T, 200).to(BF16)
+    y = matrix.multiply(x, make_locks(plain[0]), torch.float32)
+    assert product.call_count == (T == 1) and y.dtype == torch.float32
+    assert_close("y", y, x.double() @ plain[0].double().T, 2**-7)
+    assert is_blocked(packed(3, 130, 199)[0]) == has_blocked_product(plain[0][:, :199])

@@ -14,6 +14,7 @@ from dsv3_kernels._cast import as_dtype
 from dsv3_kernels._gpu import cdiv
 from dsv3_kernels._triton import in_turn, is_interpreted, launch_options, tl, triton
 from dsv3_kernels.gemm._split_k import ROWS, SplitK, store_split
+from dsv3_kernels.gemm.blocked import has_vector_product
 from dsv3_kernels.operation import operation
 
 # The kernel is used up to this many rows of x, which one tile holds. By arithmetic, unmeasured.
@@ -161,4 +162,6 @@ def linear(
             return bf16_gemm.kernel(x_TD, w_FD, dtype, locks)
         if w_FD.is_cuda and dtype == torch.float32:
             return torch.mm(x_TD, w_FD.t(), out_dtype=dtype)
+        if len(x_TD) == 1 and w_FD.device.type == "cpu" and has_vector_product(w_FD):
+            return as_dtype(torch.mv(w_FD, x_TD[0]).unsqueeze(0), dtype)
     return as_dtype(F.linear(x_TD, w_FD), dtype)
