@@ -186,7 +186,7 @@ def _columns(n_tile, OTHER: tl.constexpr):
 def _add_step(acc, a, c, x_scale, w_scale_at, NATIVE: tl.constexpr):
     """Add a c^T of a step: of int8 to exact sums, of FP8 times the scales of its block."""
     if acc.dtype == tl.int32:
-        return tl.dot(a, tl.trans(c), acc)
+        return tl.dot(a, tl.trans(c), acc, out_dtype=tl.int32)  # Triton 3.6 does not infer it
     else:  # noqa: RET505 - Triton drops a constant condition's other branch only so
         scale = x_scale * tl.load(w_scale_at)
         product = tl.dot(e4m3_operand(a, NATIVE), tl.trans(e4m3_operand(c, NATIVE)))

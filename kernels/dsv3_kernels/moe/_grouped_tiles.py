@@ -76,7 +76,7 @@ def _accumulate(
         else:
             acc += tl.dot(x, w) * (w_scale * row_scale[:, None])
     elif KIND == 7:
-        acc = tl.dot(x, w, acc)
+        acc = tl.dot(x, w, acc, out_dtype=tl.int32)
     elif SWAPPED:
         acc = tl.dot(w, x, acc, input_precision="ieee")
     else:
