@@ -73,23 +73,13 @@ def read_integer_group(group: Names, where: str) -> IntegerKind:
     """
     weights = group["weights"]
     check_only(weights, _WEIGHTS, f"{where}.weights.")
-    _check_texts(group.get("targets"), f"{where}.targets")
-    if group.get("format") not in _FORMATS:
-        raise ConfigError(f"{where}.format={shown(group['format'])} must be one of {_FORMATS[1:]}")
+    check_group(group, where, _FORMATS)
     if weights.get("actorder") not in _ACTORDERS:
         raise ConfigError(
             f"{where}.weights.actorder={shown(weights['actorder'])} is not supported: columns are "
             "stored in another order than the activations'"
         )
-    if group.get("output_activations") is not None:
-        raise ConfigError(f"{where}.output_activations is not supported: outputs are not quantized")
-    activations = group.get("input_activations")
-    if activations is not None:
-        if not isinstance(activations, dict):
-            raise ConfigError(
-                f"{where}.input_activations={shown(activations)} must be a mapping or absent"
-            )
-        check_only(activations, _ACTIVATIONS, f"{where}.input_activations.")
+    check_only(group.get("input_activations") or {}, _ACTIVATIONS, f"{where}.input_activations.")
     strategy = weights.get("strategy")
     size = weights.get("group_size")
     if strategy == "channel" and size in (None, -1):
@@ -100,6 +90,20 @@ def read_integer_group(group: Names, where: str) -> IntegerKind:
         f"{where}.weights.strategy={shown(strategy)} with group_size={shown(size)} is not "
         "supported; only 'channel' and 'group' (then with a group_size) are"
     )
+
+
+def check_group(group: Names, where: str, formats: tuple[str | None, ...]) -> None:
+    """Raise ConfigError if a field is wrong that groups of all kinds have."""
+    _check_texts(group.get("targets"), f"{where}.targets")
+    if group.get("format") not in formats:
+        raise ConfigError(f"{where}.format={shown(group['format'])} must be one of {formats[1:]}")
+    if group.get("output_activations") is not None:
+        raise ConfigError(f"{where}.output_activations is not supported: outputs are not quantized")
+    activations = group.get("input_activations")
+    if not isinstance(activations, dict | None):
+        raise ConfigError(
+            f"{where}.input_activations={shown(activations)} must be a mapping or absent"
+        )
 
 
 def read_integer_config(data: Names, where: str) -> IntegerConfig:

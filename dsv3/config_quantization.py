@@ -12,6 +12,7 @@ from dsv3.config import QuantizationConfig
 from dsv3.config_fields import check_mapping, check_only, shown
 from dsv3.config_integers import (
     IntegerConfig,
+    check_group,
     is_integer_group,
     read_awq_config,
     read_integer_config,
@@ -28,6 +29,7 @@ _QUANTIZATION_KNOWN = {
     *("dequantize", "ignored_layers", "modules_to_convert", "modules_to_not_convert"),
     *("quant_method", "scale_fmt", "weight_block_size"),
 }
+_BLOCK_FORMATS = (None, "float-quantized", "naive-quantized")
 _BLOCK_WEIGHTS = {"type": "float", "num_bits": 8, "strategy": "block"}
 _BLOCKS = ([128, 128], "128x128")
 _METHODS = ("fp8", "compressed-tensors", "awq")
@@ -178,6 +180,7 @@ def _compressed_tensors(file: Names, path: str) -> Quantization:
         if wrong:
             value = f"{full}.weights.{wrong[0]}={shown(weights.get(wrong[0]))}"
             raise UnsupportedQuantizationError(f"{value} is not supported; {_ONLY}")
+        check_group(group, full, _BLOCK_FORMATS)
     return Quantization(
         _blocks(file, path) if blocks else None,
         read_integer_config(data, where) if has_integers else None,

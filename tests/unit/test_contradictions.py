@@ -245,6 +245,25 @@ def test_blocks_of_compressed_tensors(tmp_path: Path) -> None:
         assert make_plan(source, None, Cast.BF16).config.quantization is None
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"targets": "Linear"}, "group_0.targets='Linear' must be a list of names"),
+        ({"targets": None}, "group_0.targets=None must be a list of names"),
+        ({"format": "pack-quantized"}, "group_0.format='pack-quantized' must be one of"),
+        ({"input_activations": 8}, "group_0.input_activations=8 must be a mapping or absent"),
+        ({"output_activations": {}}, "group_0.output_activations is not supported"),
+    ],
+)
+def test_malformed_groups_of_blocks(change: dict[str, Any], words: str, tmp_path: Path) -> None:
+    config = compressed()
+    config["config_groups"]["group_0"] |= change
+    file = describe(tmp_path, TINY, random_tensors(TINY), config)
+    with pytest.raises(ConfigError, match=re.escape(words)) as caught:
+        load_model_config(file)
+    assert "\n" not in str(caught.value)
+
+
 FP4 = compressed(type="float", num_bits=4, strategy="group")
 UNSUPPORTED = [
     (FP4, "weights.num_bits=4 is not supported"),
