@@ -28,6 +28,8 @@ INTERRUPT = "^C"  # among the pieces of an answer: here the user presses it
 class ScriptedEngine:
     """Answers with given pieces of text, one per step."""
 
+    tokenizer = None  # no grammar is asked for
+
     def __init__(self, answers: Sequence[Sequence[str]], max_seq_len: int = 1000) -> None:
         self.max_seq_len, self.vocab_size = max_seq_len, VOCAB_SIZE
         self.cache_tokens, self.metrics = 4096, Metrics()

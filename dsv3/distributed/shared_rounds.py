@@ -63,8 +63,9 @@ class Rounds:
         self._wait_for_last()
         views = self._buffers.get((dtype, length))
         if views is None:
-            halves = self._segment.buffers.view(dtype)[..., :length].unbind(1)
-            views = [half.unbind() for half in halves]
+            with torch.inference_mode(False):  # they are written to in any mode
+                halves = self._segment.buffers.view(dtype)[..., :length].unbind(1)
+                views = [half.unbind() for half in halves]
             _remember(self._buffers, (dtype, length), views)
         return views[self._num_published % 2]
 
@@ -74,9 +75,10 @@ class Rounds:
         views = self._lanes.get((dtype, length))
         if views is None:
             lane_len = self.lane_len(dtype)
-            buffers = self._segment.buffers.view(dtype)[..., : self.size * lane_len]
-            halves = buffers.unflatten(2, (self.size, lane_len))[..., :length].unbind(1)
-            views = [Lanes(half[self.rank], half[:, self.rank]) for half in halves]
+            with torch.inference_mode(False):
+                buffers = self._segment.buffers.view(dtype)[..., : self.size * lane_len]
+                halves = buffers.unflatten(2, (self.size, lane_len))[..., :length].unbind(1)
+                views = [Lanes(half[self.rank], half[:, self.rank]) for half in halves]
             _remember(self._lanes, (dtype, length), views)
         return views[self._num_published % 2]
 
