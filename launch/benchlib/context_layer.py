@@ -18,7 +18,7 @@ from dsv3.config import ModelConfig, ParallelConfig
 from dsv3.distributed.stand_in import stand_in_mesh
 from dsv3.engine.runner import BatchBuilder
 from dsv3.engine.step_plan import StepPlan
-from dsv3.model import attention, indexer
+from dsv3.model import attention, chunk_attention, indexer
 from dsv3.model.absorb_rule import AbsorbRule
 from dsv3.model.attention import MLA
 from dsv3.model.rotary import Rotary
@@ -28,7 +28,12 @@ from dsv3_kernels import PageTables
 
 # Entries that are drawn and written at a time.
 _BLOCK = 4096
-_OVER_CACHE = ("mla_decode_values", "mla_prefill", "mla_prefill_packed", "merge_lse")
+_OVER_CACHE = (
+    (attention, "mla_decode_values"),
+    (chunk_attention, "mla_prefill"),
+    (chunk_attention, "mla_prefill_packed"),
+    (chunk_attention, "merge_lse"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,8 +176,8 @@ class ContextLayer:
             timed = profiler.wrap(name, getattr(owner, attribute))
             profiler.replace(owner, attribute, timed)
 
-        for function in _OVER_CACHE:
-            time("attention", attention, function)
+        for module, function in _OVER_CACHE:
+            time("attention", module, function)
         time("attention", self.cache, "gather")
         time("attention", self.layer.kv_b_proj, "forward")
         time("index", self.layer.indexer, "write")
