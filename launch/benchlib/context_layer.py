@@ -30,6 +30,7 @@ from dsv3_kernels import PageTables
 _BLOCK = 4096
 _OVER_CACHE = (
     (attention, "mla_decode_values"),
+    (attention, "mla_prefill"),
     (chunk_attention, "mla_prefill"),
     (chunk_attention, "mla_prefill_packed"),
     (chunk_attention, "merge_lse"),
