@@ -63,7 +63,7 @@ def apply_rope(x_TR: Tensor, rotation: Rotation) -> Tensor:
         turn = rotation.as_complex()
         if x.dim() == 3:
             turn = turn[:, None]
-        turned = x.view(torch.complex64) * turn
+        turned = x.contiguous().view(torch.complex64) * turn
         return as_dtype(turned.view(torch.float32), x_TR.dtype)
     cos = rotation.cos_Tr
     sin = rotation.sin_Tr
