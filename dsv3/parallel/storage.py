@@ -42,6 +42,8 @@ from dsv3_kernels import (
 from dsv3_kernels import PackedIntegers as PackedMatrix
 from dsv3_kernels.fp8_format import BLOCK, FP8
 
+_LARGE = 1 << 20  # values of a matrix that no processor keeps in its nearer caches
+
 
 class Views(NamedTuple):
     """Memory for rows of one matrix: values, and scales and zeros if the form has them."""
@@ -164,11 +166,12 @@ class Floats(LoadableStorage):
         """Allocate [E, rows, cols].
 
         On a CPU W^T is contiguous if W is float32: a product with few rows of x takes up to two
-        thirds less time, with 64 rows a quarter. Kernels need W itself contiguous, and so does a
-        matrix that is used `by_rows`.
+        thirds less time, with 64 rows a sixth. Only of one or two rows by a large, wide W it takes
+        more, a third. Kernels need W itself contiguous, and so does a matrix used `by_rows`.
         """
         count, rows, cols = shape
-        is_plain = fmt.device.type != "cpu" or fmt.dtype != torch.float32
+        is_wide = rows < cols and rows * cols > _LARGE
+        is_plain = fmt.device.type != "cpu" or fmt.dtype != torch.float32 or is_wide
         if by_rows or is_plain or experts.uses_triton(fmt):
             return cls(torch.empty(shape, dtype=fmt.dtype, device=fmt.device))
         return cls(torch.empty((count, cols, rows), dtype=fmt.dtype, device=fmt.device).mT)
