@@ -20,7 +20,7 @@ class StandIn(Collectives):
     def __init__(self, rank: int, size: int, moves: bool = True) -> None:
         self.rank = rank
         self.size = size
-        self._moves = moves and size > 1  # a single rank has nobody to exchange with
+        self._moves = moves and size > 1  # a single rank exchanges nothing
         self.is_capturable = True
         self.sent: Counter[str] = Counter()
 

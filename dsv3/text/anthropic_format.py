@@ -63,7 +63,7 @@ def openai_body(body: Mapping[str, Any], needs_limit: bool = True) -> dict[str, 
 
 
 def _is_begun(message: dict[str, Any]) -> bool:
-    """Return True if the last message is the text of an answer, which the model goes on with."""
+    """Return True if the last message is the text of an answer, which the model continues."""
     return message["role"] == "assistant" and "tool_calls" not in message
 
 

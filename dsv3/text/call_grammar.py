@@ -57,7 +57,7 @@ def calls_lark(
         tokenizer: has the marks as tokens.
 
     Raises:
-        RequestError: a strict tool has a schema that calls in this form cannot be held to.
+        RequestError: calls in this form cannot be constrained to the schema of a strict tool.
     """
     writer = _Writer(tools, tokenizer, is_free=schema is None)
     other = "TEXT?" if schema is None else f"BLANK? {json_rule(schema)}"

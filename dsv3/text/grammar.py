@@ -29,7 +29,7 @@ def answer_grammar(
         tokenizer: of the model, whose vocabulary shows the form of its calls.
 
     Raises:
-        RequestError: a strict tool has a schema that calls in this form cannot be held to.
+        RequestError: calls in this form cannot be constrained to the schema of a strict tool.
     """
     if tools is not None and tools.is_required:
         return Grammar(lark=f"start: {json_rule(tools.schema())}", subject=_TOOLS)

@@ -24,7 +24,7 @@ class PromptEnd(Enum):
 
     ANSWER: the start of the model's answer. MESSAGE: the end of the last message, as it is written
     in a history. CONTINUED: the last message, an answer of the model without its end, so that the
-    model goes on with it.
+    model continues it.
     """
 
     ANSWER = "answer"

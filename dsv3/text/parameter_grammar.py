@@ -52,7 +52,7 @@ def parameters_of(function: Mapping[str, Any]) -> Iterator[Parameter]:
     """Return the parameters of a strict tool, in the order of its schema.
 
     Raises:
-        RequestError: calls cannot be held to its schema.
+        RequestError: calls cannot be constrained to its schema.
     """
     root = function.get("parameters") or {}
     for key in root.keys() - _OF_OBJECTS - _REMARKS - {"$schema"}:
