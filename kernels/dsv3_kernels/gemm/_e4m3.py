@@ -12,7 +12,7 @@ from dsv3_kernels._gpu import gpu_of
 from dsv3_kernels._triton import tl, triton
 
 _NATIVE_FROM = (8, 9)
-_SIGN_AND_VALUE = 0x87F0 - (1 << 16)  # as int16: bits of bfloat16 that come from e4m3
+_SIGN_AND_VALUE = 0xBF80 - (1 << 16)  # as int16: bits of float16 that come from e4m3
 
 
 def is_native(x: Tensor) -> bool:
@@ -74,14 +74,16 @@ def e4m3_operand(x, NATIVE: tl.constexpr):
 def e4m3_floats(w: Tensor) -> Tensor:
     """Return float8_e4m3fn values as new float32 values.
 
-    On a CPU, by operations on bits: sign, exponent and mantissa are where bfloat16 has them, and
-    2^120 is the difference of the exponents' biases. It is exact, and takes a 24th of the time of
-    torch's conversion, which goes value by value. NaN, which has no such bits, is left to torch.
+    On a CPU, by operations on bits: sign, exponent and mantissa are where float16 has them, and
+    2^8 is the difference of the exponents' biases. It is exact, and takes a fifth of the time of
+    torch's conversion, which goes value by value. (float16, because small values are subnormal
+    there: converting these is fast, while arithmetic on subnormal floats is very slow.) NaN, which
+    has no such bits, is left to torch.
     """
     if w.device.type != "cpu" or not w.numel():
         return w.float()
     codes = w.view(torch.int8)
     if (codes & 0x7F).max() == 0x7F:
         return w.float()
-    bits = codes.to(torch.int16).bitwise_left_shift_(4).bitwise_and_(_SIGN_AND_VALUE)
-    return bits.view(torch.bfloat16).float().mul_(2.0**120)
+    bits = codes.to(torch.int16).bitwise_left_shift_(7).bitwise_and_(_SIGN_AND_VALUE)
+    return bits.view(torch.float16).float().mul_(2.0**8)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dsv3_kernels._cast import as_dtype, as_float32
+from dsv3_kernels._cast import as_float32
 from dsv3_kernels._gpu import cdiv
 from dsv3_kernels._triton import in_turn, launch_options, tl, triton
 from dsv3_kernels.fp8_format import BLOCK
@@ -13,6 +13,8 @@ from dsv3_kernels.operation import operation
 # Rows and columns of a program.
 _ROWS = 16
 _COLUMNS = 128
+# Values of a matrix that the reference decodes at a time: they stay in a processor's cache.
+_VALUES = 1 << 18
 
 
 def _expand(scale: Tensor, dim: int, size: int, offset: int, block: int) -> Tensor:
@@ -117,10 +119,16 @@ def weight_dequant(
     Source: deepseek-ai/DeepSeek-V3 README_WEIGHTS.md.
     """
     rows, cols = w_FD.shape[-2:]
-    w = e4m3_floats(w_FD)
-    scale = _expand(as_float32(scale_fd), -2, rows, row_offset, block[0])
-    if col_offset or cols % block[1]:
-        w.mul_(_expand(scale, -1, cols, col_offset, block[1]))
-    elif w.numel():  # whole blocks need no scale of every value
-        w.unflatten(-1, (-1, block[1])).mul_(scale.unsqueeze(-1))
-    return as_dtype(w, dtype)
+    scale_Fd = _expand(as_float32(scale_fd), -2, rows, row_offset, block[0])
+    out_FD = torch.empty(w_FD.shape, dtype=dtype, device=w_FD.device)
+    step = max(1, _VALUES // max(1, cols))
+    for first in range(0, rows, step):
+        part = ..., slice(first, first + step), slice(None)
+        w = e4m3_floats(w_FD[part])
+        scale = scale_Fd[part]
+        if col_offset or cols % block[1]:
+            w.mul_(_expand(scale, -1, cols, col_offset, block[1]))
+        elif w.numel():  # whole blocks need no scale of every value
+            w.unflatten(-1, (-1, block[1])).mul_(scale.unsqueeze(-1))
+        out_FD[part] = w
+    return out_FD
