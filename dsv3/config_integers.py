@@ -27,6 +27,10 @@ class IntegerKind(NamedTuple):
     bits: int
     group: int
 
+    def of_rows(self, cols: int) -> "IntegerKind":
+        """Return the kind with a group of all `cols` columns as that of a whole row."""
+        return IntegerKind(self.bits, 0) if self.group == cols else self
+
     def __str__(self) -> str:
         """Return the kind in words, for messages."""
         return f"int{self.bits} with {f'group_size={self.group}' if self.group else 'whole rows'}"

@@ -77,14 +77,14 @@ class BlockReader:
         if job.is_repacked:
             assert job.stored is not None
             for row, integers in self._integer_rows(job, job.stored):
-                yield packed, row, pack(integers.q_FD, job.form.bits)
+                yield packed, row, pack(integers.q_FD, job.form.kind.bits)
             for row, block in self._rows(job.stored.scale_name(job.name), 1):
                 yield scale, row, block
             yield shape, 0, self._shape(job)
             return
         for row, x_FD in self._values(job):
-            q_FD, scale_Fg = quantize_rows(x_FD, job.form.bits, job.form.group)
-            yield packed, row, pack(q_FD, job.form.bits)
+            q_FD, scale_Fg = quantize_rows(x_FD, job.form.kind.bits, job.form.kind.group)
+            yield packed, row, pack(q_FD, job.form.kind.bits)
             yield scale, row, scale_Fg.view(np.uint8)
         yield shape, 0, self._shape(job)
 

@@ -78,7 +78,7 @@ def _check_known(source: Source, specs: Mapping[str, TensorSpec], name: str) -> 
         if form is not None:
             raise CheckpointError(
                 f"{source.file_of(name)}: tensor {name} is stored in addition to {names[0]}; only "
-                f"{', '.join(names)} belong to an int{form.bits} weight"
+                f"{', '.join(names)} belong to an int{form.kind.bits} weight"
             )
     if weight is not None and weight in source.tensors and weight in specs:
         kind = source.tensors[weight].dtype

@@ -76,12 +76,12 @@ def read_integers(
         q_FD = _awq_rows(stored, region)
         zero_Fg = _awq_rows(_read(source, names[1], shape, region), region)
     elif form.layout is Layout.PACKED:
-        first = region[1][0] % (32 // form.bits)
-        q_FD = unpack(stored, form.bits)[:, first : first + region_shape(region)[1]]
+        first = region[1][0] % (32 // form.kind.bits)
+        q_FD = unpack(stored, form.kind.bits)[:, first : first + region_shape(region)[1]]
     else:
         q_FD = stored.view(np.int8)
-    offset = region[1][0] % form.group
-    return IntegerRows(q_FD, scale_Fg, zero_Fg, form.group, offset)
+    offset = region[1][0] % form.kind.group
+    return IntegerRows(q_FD, scale_Fg, zero_Fg, form.kind.group, offset)
 
 
 def check_stated_shape(

@@ -21,6 +21,7 @@ from enum import Enum
 
 from dsv3.checkpoint.reader import Source, TensorInfo
 from dsv3.checkpoint.region import Region, whole
+from dsv3.config_integers import IntegerKind
 from dsv3.errors import CheckpointError
 
 INTEGER_SCALES = ("BF16", "F16", "F32")
@@ -39,13 +40,11 @@ class IntegerForm:
     """How one weight is stored.
 
     Attributes:
-        bits: 4 or 8.
-        group: columns that share a scale.
+        kind: width, and columns that share a scale, also for a whole row.
         layout: of its tensors.
     """
 
-    bits: int
-    group: int
+    kind: IntegerKind
     layout: Layout
 
     def names(self, weight: str) -> tuple[str, ...]:
@@ -60,11 +59,11 @@ class IntegerForm:
     def kinds(self, shape: tuple[int, ...]) -> tuple[tuple[tuple[str, ...], tuple[int, ...]], ...]:
         """Return the possible dtypes, and the shape, of each tensor of a weight of `shape`."""
         rows, cols = shape
-        groups = cols // self.group
+        groups = cols // self.kind.group
         if self.layout is Layout.PLAIN:
             return (("I8",), (rows, cols)), (INTEGER_SCALES, (rows, groups))
         if self.layout is Layout.PACKED:
-            packed = ("I32",), (rows, cols * self.bits // 32)
+            packed = ("I32",), (rows, cols * self.kind.bits // 32)
             return packed, (INTEGER_SCALES, (rows, groups)), (("I64", "I32"), (2,))
         integers = ("I32",), (cols, rows // 8)
         return integers, (("I32",), (groups, rows // 8)), (INTEGER_SCALES, (groups, rows))
@@ -83,13 +82,15 @@ def integer_form(
     if (info := tensors.get(weight)) is not None:
         if info.dtype != "I8":
             return None
-        return IntegerForm(8, _group(tensors, f"{stem}.weight_scale", 1, shape[1]), Layout.PLAIN)
+        group = _group(tensors, f"{stem}.weight_scale", 1, shape[1])
+        return IntegerForm(IntegerKind(8, group), Layout.PLAIN)
     if (info := tensors.get(f"{stem}.weight_packed")) is not None:
         group = _group(tensors, f"{stem}.weight_scale", 1, shape[1])
         bits = 8 if len(info.shape) == 2 and info.shape[1] * 4 == shape[1] else 4
-        return IntegerForm(bits, group, Layout.PACKED)
+        return IntegerForm(IntegerKind(bits, group), Layout.PACKED)
     if f"{stem}.qweight" in tensors:
-        return IntegerForm(4, _group(tensors, f"{stem}.scales", 0, shape[1]), Layout.AWQ)
+        group = _group(tensors, f"{stem}.scales", 0, shape[1])
+        return IntegerForm(IntegerKind(4, group), Layout.AWQ)
     return None
 
 
@@ -111,7 +112,7 @@ def check_integers(
         raise CheckpointError(
             f"{file}: tensor {present} has integers; of this weight only BF16, F16 and F32 are read"
         )
-    unit = {Layout.PLAIN: 1, Layout.PACKED: 32 // form.bits, Layout.AWQ: 8}[form.layout]
+    unit = {Layout.PLAIN: 1, Layout.PACKED: 32 // form.kind.bits, Layout.AWQ: 8}[form.layout]
     dim, size = ("rows", shape[0]) if form.layout is Layout.AWQ else ("columns", shape[1])
     if size % unit:
         raise CheckpointError(
@@ -128,8 +129,8 @@ def check_integers(
         if info.shape != wanted:
             raise CheckpointError(
                 f"{source.file_of(name)}: tensor {name} is {list(info.shape)}; for a weight of "
-                f"{list(shape)} in int{form.bits}, with a scale per {form.group} columns, it is "
-                f"{list(wanted)} ({math.prod(wanted)} values)"
+                f"{list(shape)} in int{form.kind.bits} with a scale per {form.kind.group} columns "
+                f"it is {list(wanted)} ({math.prod(wanted)} values)"
             )
         if info.dtype not in dtypes:
             raise CheckpointError(

@@ -63,7 +63,7 @@ class Job:
         """True if the stored integers and scales are written as they are, in another layout."""
         if self.stored is None or self.form is None or self.stored.layout is not Layout.PLAIN:
             return False
-        return (self.stored.bits, self.stored.group) == (self.form.bits, self.form.group)
+        return self.stored.kind == self.form.kind
 
 
 def may_be_integers(spec: TensorSpec) -> bool:
@@ -133,7 +133,7 @@ def _becomes_bf16(cast: Cast, is_fp8: bool, is_integer: bool) -> bool:
 
 
 def _form(kind: IntegerKind, spec: TensorSpec) -> IntegerForm:
-    return IntegerForm(kind.bits, kind.group or spec.shape[1], Layout.PACKED)
+    return IntegerForm(IntegerKind(kind.bits, kind.group or spec.shape[1]), Layout.PACKED)
 
 
 def output_kinds(source: Source, jobs: tuple[Job, ...]) -> Kinds:

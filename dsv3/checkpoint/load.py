@@ -70,21 +70,20 @@ def integer_weights(
     kept = {}
     for spec in tensor_specs(source.config).values() if widths else ():
         form = integer_form(source.tensors, spec.name, spec.shape)
-        if form is None or form.bits not in widths:
+        if form is None or form.kind.bits not in widths:
             continue
         has_zeros = form.layout is Layout.AWQ
         is_bf16 = source.tensors[form.scale_name(spec.name)].dtype == "BF16"
         if not exact or (is_bf16 and not has_zeros):
             scale = torch.bfloat16 if is_bf16 and not exact else torch.float32
-            group = 0 if form.group == spec.shape[1] else form.group
-            kept[spec.name] = KeptIntegers(form.bits, group, scale, has_zeros)
+            kept[spec.name] = KeptIntegers(form.kind.of_rows(spec.shape[1]), scale, has_zeros)
     return kept
 
 
 def has_int8_rows(source: Source) -> bool:
     """Return True if any weight is stored in int8 with a scale per row."""
     kept = integer_weights(source, (8,), exact=False).values()
-    return any(not kind.group for kind in kept)
+    return any(not each.kind.group for each in kept)
 
 
 def bf16_vectors(source: Source) -> frozenset[str]:

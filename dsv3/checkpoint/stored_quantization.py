@@ -45,6 +45,4 @@ def stated_kind(form: IntegerForm, cols: int, stated: Collection[IntegerKind]) -
 
     A group of all columns is a whole row, too.
     """
-    kind = IntegerKind(form.bits, form.group)
-    row = IntegerKind(form.bits, 0)
-    return row if form.group == cols and kind not in stated else kind
+    return form.kind if form.kind in stated else form.kind.of_rows(cols)

@@ -323,10 +323,11 @@ class IntegerGroups(LoadableStorage):
 
     @classmethod
     def empty(
-        cls, shape: tuple[int, int, int], kind: KeptIntegers, fmt: WeightFormat
+        cls, shape: tuple[int, int, int], kept: KeptIntegers, fmt: WeightFormat
     ) -> "IntegerGroups":
         """Allocate [E, rows, cols] values, two in a byte for int4, and [E, rows, groups] scales."""
         count, rows, cols = shape
+        kind = kept.kind
         group = kind.group or cols
         value_dtype = torch.int8 if kind.bits == 8 else torch.uint8
         q_shape = (count, rows, cols * kind.bits // 8)
@@ -334,9 +335,9 @@ class IntegerGroups(LoadableStorage):
         is_by_row = kind.bits == 8 and group == cols and cols % BLOCK == 0
         return cls(
             torch.empty(q_shape, dtype=value_dtype, device=fmt.device),
-            torch.empty(scale_shape, dtype=kind.scale, device=fmt.device),
+            torch.empty(scale_shape, dtype=kept.scale, device=fmt.device),
             torch.empty(scale_shape, dtype=torch.uint8, device=fmt.device)
-            if kind.has_zeros
+            if kept.has_zeros
             else None,
             group,
             fmt.dtype,

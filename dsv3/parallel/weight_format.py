@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from dsv3.config_integers import IntegerKind
 from dsv3_kernels import has_cpu_product
 from dsv3_kernels.fp8_format import BLOCK
 
@@ -14,14 +15,12 @@ class KeptIntegers(NamedTuple):
     """How an integer weight is held.
 
     Attributes:
-        bits: 4 or 8.
-        group: columns that share a scale; 0 for a whole row.
+        kind: width, and columns that share a scale.
         scale: dtype of the scales.
         has_zeros: each group has a zero, too.
     """
 
-    bits: int
-    group: int
+    kind: IntegerKind
     scale: torch.dtype
     has_zeros: bool = False
 
@@ -63,7 +62,7 @@ class WeightFormat:
     @property
     def kept(self) -> tuple[str, ...]:
         """The quantized formats that weights are held in."""
-        kinds = {f"int{kind.bits}" for kind in self.integers.values()}
+        kinds = {f"int{kept.kind.bits}" for kept in self.integers.values()}
         return (*(["fp8"] if self.fp8_names else []), *sorted(kinds))
 
     def kept_integers(
@@ -78,16 +77,17 @@ class WeightFormat:
             col_offset: first column in the checkpoint tensors.
         """
         kinds = {self.integers.get(name) for parts in names for name in parts}
-        kind = kinds.pop() if len(kinds) == 1 else None
-        if kind is None or not rows or not cols:
+        kept = kinds.pop() if len(kinds) == 1 else None
+        if kept is None or not rows or not cols:
             return None
+        kind = kept.kind
         group = kind.group or cols
         is_whole = cols % group == 0 and (cols % 2 == 0 or kind.bits == 8)
         if not is_whole or (kind.group and (kind.group % 32 or col_offset % kind.group)):
             return None
         if self.cpu_products and not has_cpu_product(kind.bits, group, rows, cols):
             return None
-        return kind
+        return kept
 
     def keeps_fp8(self, names: list[list[str]], cols: int) -> bool:
         """Return True if these weights are held in FP8 where no edge cuts their blocks."""

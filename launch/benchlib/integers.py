@@ -5,9 +5,13 @@ import torch
 from dsv3.checkpoint.jobs import may_be_integers
 from dsv3.checkpoint.sharding import tensor_specs
 from dsv3.config import ModelConfig
+from dsv3.config_integers import IntegerKind
 from dsv3.parallel.weight_format import KeptIntegers
 
-INTEGERS = {"int8": KeptIntegers(8, 0, torch.bfloat16), "int4": KeptIntegers(4, 32, torch.bfloat16)}
+INTEGERS = {
+    "int8": KeptIntegers(IntegerKind(8, 0), torch.bfloat16),
+    "int4": KeptIntegers(IntegerKind(4, 32), torch.bfloat16),
+}
 
 
 def integer_names(config: ModelConfig, weights: str, on_cpu: bool) -> dict[str, KeptIntegers]:

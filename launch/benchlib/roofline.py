@@ -349,7 +349,7 @@ def _matrix_bytes(rows: float, cols: float, fmt: str) -> float:
     """Return the bytes of a matrix with its scales."""
     scales = 4 * (rows / BLOCK) * (cols / BLOCK) if fmt == "fp8" else 0.0
     if fmt in INTEGERS:
-        scales = 2 * rows * (cols / INTEGERS[fmt].group if INTEGERS[fmt].group else 1)
+        scales = 2 * rows * (cols / INTEGERS[fmt].kind.group if INTEGERS[fmt].kind.group else 1)
     return rows * cols * _ITEMSIZE[fmt] + scales
 
 
