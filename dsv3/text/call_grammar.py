@@ -2,41 +2,19 @@
 
 Calls end an answer. Arguments of strict tools follow the schemas of the tools, those of the others
 are free. The marks of calls are tokens, which no text can spell. The forms are shown in
-`dsv3.text.tool_calls`.
+`dsv3.text.call_marks`.
 """
 
 import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from dsv3.text.call_marks import DEEPSEEK, DSML, END_FENCE, FENCE, GLM, KIMI
 from dsv3.text.json_schema import json_rule
 from dsv3.text.parameter_grammar import Parameter, parameters_of
 from dsv3.text.thoughts import END_THINK, THINK
 from dsv3.text.tokenizer import Tokenizer
-from dsv3.text.tools import (
-    CALL,
-    CALLS,
-    DSML,
-    END_CALL,
-    END_CALLS,
-    END_FENCE,
-    FENCE,
-    GLM_CALL,
-    GLM_END_CALL,
-    GLM_END_KEY,
-    GLM_END_VALUE,
-    GLM_KEY,
-    GLM_VALUE,
-    KIMI_CALL,
-    KIMI_CALLS,
-    KIMI_END_CALL,
-    KIMI_END_CALLS,
-    KIMI_SEP,
-    SEP,
-    CallForm,
-    ToolUse,
-    arguments_schema,
-)
+from dsv3.text.tools import CallForm, ToolUse, arguments_schema
 
 _ANY = r"(?s:.*)"
 _LIKE_JSON = rf'true|false|null|"{_ANY}|-?[0-9]{_ANY}|[\[{{]{_ANY}'
@@ -101,10 +79,11 @@ class _Writer:
             case CallForm.DEEPSEEK:
                 # V3's template leaves out the end of a section with one call.
                 call = self._several(self._deepseek_call())
-                return f"{before} {self._mark(CALLS)} {call} {self._mark(END_CALLS)}?"
+                end = self._mark(DEEPSEEK.end_calls)
+                return f"{before} {self._mark(DEEPSEEK.calls)} {call} {end}?"
             case CallForm.KIMI:
                 call = self._several(self._kimi_call())
-                return f"{before} {self._mark(KIMI_CALLS)} {call} {self._mark(KIMI_END_CALLS)}"
+                return f"{before} {self._mark(KIMI.calls)} {call} {self._mark(KIMI.end_calls)}"
             case CallForm.GLM:
                 return f"{before} {self._several(self._glm_call())}"
             case CallForm.DSML:
@@ -119,23 +98,23 @@ class _Writer:
         for function in self._functions():
             name = function["name"]
             arguments = self._arguments(function)
-            plain.append(f"{_text(name)} {self._mark(SEP)} {arguments or 'TEXT?'}")
+            plain.append(f"{_text(name)} {self._mark(DEEPSEEK.sep)} {arguments or 'TEXT?'}")
             # A free text goes on to the mark after it, so that its end is part of it.
             block = f'{arguments} "\\n{END_FENCE}"' if arguments else rf"/{_ANY}\n{END_FENCE}/"
             head = _text(f"{name}\n{FENCE}\n")
             fenced.append(f"{head} {block}")
-        older = f'"function" {self._mark(SEP)} ({_either(fenced)})'
-        head = f"{self._mark(CALL)} ({_either(plain)} | {older})"
-        return self._new("call", f"{head} {self._mark(END_CALL)}")
+        older = f'"function" {self._mark(DEEPSEEK.sep)} ({_either(fenced)})'
+        head = f"{self._mark(DEEPSEEK.call)} ({_either(plain)} | {older})"
+        return self._new("call", f"{head} {self._mark(DEEPSEEK.end_call)}")
 
     def _kimi_call(self) -> str:
         calls = []
         for function in self._functions():
             name = _text(f"functions.{function['name']}:")
             calls.append(
-                f"{name} INDEX {self._mark(KIMI_SEP)} {self._arguments(function) or 'TEXT?'}"
+                f"{name} INDEX {self._mark(KIMI.sep)} {self._arguments(function) or 'TEXT?'}"
             )
-        mark, end = self._mark(KIMI_CALL), self._mark(KIMI_END_CALL)
+        mark, end = self._mark(KIMI.call), self._mark(KIMI.end_call)
         return self._new("call", f"{mark} ({_either(calls)}) {end}")
 
     def _dsml_call(self) -> str:
@@ -170,7 +149,7 @@ class _Writer:
             if function.get("strict"):
                 parameters = self._each(function, self._glm_parameter)
             calls.append(f"{_text(function['name'])} BLANK? {parameters}")
-        mark, end = self._mark(GLM_CALL), self._mark(GLM_END_CALL)
+        mark, end = self._mark(GLM.call), self._mark(GLM.end_call)
         return self._new("call", f"{mark} ({_either(calls)}) {end}")
 
     def _glm_parameter(self, parameter: Parameter) -> str:
@@ -184,8 +163,8 @@ class _Writer:
         return self._glm_pair(_text(parameter.name), f"({_either(values)})")
 
     def _glm_pair(self, key: str, value: str) -> str:
-        key = f"{self._mark(GLM_KEY)} {key} {self._mark(GLM_END_KEY)}"
-        return f"{key} BLANK? {self._mark(GLM_VALUE)} {value} {self._mark(GLM_END_VALUE)} BLANK?"
+        key = f"{self._mark(GLM.key)} {key} {self._mark(GLM.end_key)}"
+        return f"{key} BLANK? {self._mark(GLM.value)} {value} {self._mark(GLM.end_value)} BLANK?"
 
     def _each(self, function: Mapping[str, Any], write: Callable[[Parameter], str]) -> str:
         """Return the expression of a strict tool's parameters, in the order of its schema."""

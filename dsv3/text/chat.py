@@ -13,6 +13,7 @@ from typing import Any
 
 from dsv3.errors import CheckpointError, ConfigError, RequestError
 from dsv3.read_files import read_text
+from dsv3.text.call_marks import FENCE
 from dsv3.text.chat_template import ChatTemplate
 from dsv3.text.messages import (
     ROLES,
@@ -30,7 +31,7 @@ from dsv3.text.published_formats import PublishedFormat, published_format
 from dsv3.text.thoughts import END_THINK, begins_in_thought
 from dsv3.text.tokenizer import Tokenizer
 from dsv3.text.tokenizer_errors import NoTokenizer
-from dsv3.text.tools import FENCE, CallForm, ToolUse, describe_tools
+from dsv3.text.tools import CallForm, ToolUse, describe_tools
 
 log = logging.getLogger(__name__)
 

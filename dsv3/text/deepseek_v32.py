@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from dsv3.errors import RequestError
+from dsv3.text.call_marks import DSML_TAGS
 from dsv3.text.messages import ChatInput, Tools
 from dsv3.text.thoughts import END_THINK, THINK
 
@@ -23,13 +24,7 @@ BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
 USER = "<｜User｜>"
 ASSISTANT = "<｜Assistant｜>"
-_DSML = "｜DSML｜"
-_CALLS = f"<{_DSML}function_calls>"
-_END_CALLS = f"</{_DSML}function_calls>"
-_INVOKE = f"<{_DSML}invoke"
-_END_INVOKE = f"</{_DSML}invoke>"
-_PARAMETER = f"<{_DSML}parameter"
-_END_PARAMETER = f"</{_DSML}parameter>"
+_CALLS, _END_CALLS, _INVOKE, _END_INVOKE, _PARAMETER, _END_PARAMETER = DSML_TAGS
 # The instructions about tools that the model was trained with, verbatim.
 _ABOUT_TOOLS = f"""## Tools
 

@@ -1,14 +1,4 @@
-r"""Calls of tools in the text of an answer, found while it is generated.
-
-The forms, with a call of `f`:
-
-    V3, R1   <calls><call>function<sep>f\n```json\n{...}\n```</call>\n<call>...</call></calls>
-    V3.1     <calls><call>f<sep>{...}</call></calls>
-    V3.2     <｜DSML｜function_calls>\n<｜DSML｜invoke name="f">\n
-             <｜DSML｜parameter name="x" string="true">...</｜DSML｜parameter>\n ...
-    Kimi-K2  <calls><call>functions.f:0<sep>{...}</call></calls>
-    GLM      <call>f<key>x</key><value>...</value>...</call><call>...</call>
-    forced   [{"name": "f", "arguments": {...}}]
+"""Calls of tools in the text of an answer, found while it is generated.
 
 A call begins when the name of one of the request's tools has come; its arguments are passed on as
 they come. All else is text: calls of unknown tools, torn ones, and marks that the model has spelt
@@ -23,44 +13,26 @@ from dataclasses import dataclass
 from functools import partial
 
 from dsv3.read_files import parse_json_text
-from dsv3.text.json_schema import is_of
-from dsv3.text.scanner import Scanner, Steps
-from dsv3.text.tools import (
-    CALL,
-    CALLS,
-    DSML,
-    END_CALL,
-    END_CALLS,
+from dsv3.text.call_marks import (
+    DEEPSEEK,
+    DSML_TAGS,
     END_FENCE,
     FENCE,
-    GLM_CALL,
-    GLM_END_CALL,
-    GLM_END_KEY,
-    GLM_END_VALUE,
-    GLM_KEY,
-    GLM_VALUE,
-    KIMI_CALL,
-    KIMI_CALLS,
-    KIMI_END_CALL,
-    KIMI_END_CALLS,
-    KIMI_SEP,
-    SEP,
-    CallForm,
-    ToolUse,
+    GLM,
+    KIMI,
+    SectionMarks,
+    Tags,
 )
+from dsv3.text.json_schema import is_of
+from dsv3.text.scanner import Scanner, Steps
+from dsv3.text.tools import CallForm, ToolUse
 
 _MAX_HEAD = 1024  # characters before the arguments of a call; more of them are text
 _KIMI_ID = re.compile(r"(?:functions\.)?(.+?)(?::\d+)?", re.DOTALL)
-_DSML_CALLS = f"<{DSML}function_calls>"
-_DSML_END_CALLS = f"</{DSML}function_calls>"
-_INVOKE = f"<{DSML}invoke"
-_END_INVOKE = f"</{DSML}invoke>"
-_PARAMETER = f"<{DSML}parameter"
-_END_PARAMETER = f"</{DSML}parameter>"
 _INVOKE_HEAD = re.compile(r'\s*name="([^"]*)"\s*')
 _PARAMETER_HEAD = re.compile(r'\s*name="([^"]*)"\s+string="(true|false)"\s*')
 _FORCED_HEAD = re.compile(r'\s*"name"\s*:\s*("[^"]*")\s*,\s*')
-_END_FENCED = (f"\n{END_FENCE}{END_CALL}", f"{END_FENCE}{END_CALL}", END_CALL)
+_END_FENCED = tuple(f"{fence}{DEEPSEEK.end_call}" for fence in (f"\n{END_FENCE}", END_FENCE, ""))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -157,13 +129,13 @@ class ToolCallStream:
             yield
         match form:
             case CallForm.DEEPSEEK:
-                yield from self._sections(CALLS, END_CALLS, CALL, self._deepseek_call)
+                yield from self._sections(DEEPSEEK, self._deepseek_call)
             case CallForm.KIMI:
-                yield from self._sections(KIMI_CALLS, KIMI_END_CALLS, KIMI_CALL, self._kimi_call)
+                yield from self._sections(KIMI, self._kimi_call)
             case CallForm.DSML:
-                yield from self._sections(_DSML_CALLS, _DSML_END_CALLS, _INVOKE, self._dsml_call)
+                yield from self._sections(DSML_TAGS, self._dsml_call)
             case CallForm.GLM:
-                while (yield from self._scan.until((GLM_CALL,), self._text)):
+                while (yield from self._scan.until((GLM.call,), self._text)):
                     yield from self._glm_call()
             case CallForm.FORCED:
                 yield from self._forced_calls()
@@ -172,28 +144,28 @@ class ToolCallStream:
             self._events.append(Text(self._pending))
 
     def _sections(
-        self, begin: str, end: str, call: str, parse_call: Callable[[], Steps[None]]
+        self, marks: SectionMarks | Tags, parse_call: Callable[[], Steps[None]]
     ) -> Steps[None]:
-        """Parse the calls between `begin` and `end`, and pass on the text around them."""
-        while (yield from self._scan.until((begin,), self._text)):
-            self._pending += begin
+        """Parse sections of calls, and pass on the text around them."""
+        while (yield from self._scan.until((marks.calls,), self._text)):
+            self._pending += marks.calls
             num_before = len(self.calls)
-            while mark := (yield from self._scan.next_of((call, end))):
+            while mark := (yield from self._scan.next_of((marks.call, marks.end_calls))):
                 if self._pending:
                     self._pending += self._scan.skipped
-                if mark == end:
-                    self._text(end if len(self.calls) == num_before else "")
+                if mark == marks.end_calls:
+                    self._text(mark if len(self.calls) == num_before else "")
                     break
-                self._start = self._scan.position - len(call)
+                self._start = self._scan.position - len(mark)
                 yield from parse_call()
 
     def _deepseek_call(self) -> Steps[None]:
-        name = head = yield from self._scan.collect(SEP, _MAX_HEAD)
+        name = head = yield from self._scan.collect(DEEPSEEK.sep, _MAX_HEAD)
         if head is None:
-            self._text(CALL)
+            self._text(DEEPSEEK.call)
             return
-        raw = f"{CALL}{head}{SEP}"
-        ends: tuple[str, ...] = (END_CALL,)
+        raw = f"{DEEPSEEK.call}{head}{DEEPSEEK.sep}"
+        ends: tuple[str, ...] = (DEEPSEEK.end_call,)
         if head == "function":
             name = yield from self._scan.collect(FENCE, _MAX_HEAD)
             if name is None:
@@ -204,15 +176,15 @@ class ToolCallStream:
         yield from self._json_call((name or "").strip(), "", raw, ends)
 
     def _kimi_call(self) -> Steps[None]:
-        head = yield from self._scan.collect(KIMI_SEP, _MAX_HEAD)
+        head = yield from self._scan.collect(KIMI.sep, _MAX_HEAD)
         if head is None:
-            self._text(KIMI_CALL)
+            self._text(KIMI.call)
             return
         call_id = head.strip()
         match = _KIMI_ID.fullmatch(call_id)
         name = match[1] if match else ""
-        raw = f"{KIMI_CALL}{head}{KIMI_SEP}"
-        yield from self._json_call(name, call_id, raw, (KIMI_END_CALL,))
+        raw = f"{KIMI.call}{head}{KIMI.sep}"
+        yield from self._json_call(name, call_id, raw, (KIMI.end_call,))
 
     def _json_call(self, name: str, call_id: str, raw: str, ends: tuple[str, ...]) -> Steps[None]:
         """Pass on the arguments of a call up to its end; `raw` is the text before them."""
@@ -229,16 +201,16 @@ class ToolCallStream:
         match = _INVOKE_HEAD.fullmatch(head or "")
         call = self._begin(match[1], "") if match else None
         if call is None:
-            yield from self._as_text(
-                _INVOKE if head is None else f"{_INVOKE}{head}>", (_END_INVOKE,)
-            )
+            raw = DSML_TAGS.call if head is None else f"{DSML_TAGS.call}{head}>"
+            yield from self._as_text(raw, (DSML_TAGS.end_call,))
             return
         opening = "{"
-        while (mark := (yield from self._scan.next_of((_PARAMETER, _END_INVOKE)))) == _PARAMETER:
+        marks = DSML_TAGS.parameter, DSML_TAGS.end_call
+        while (mark := (yield from self._scan.next_of(marks))) == DSML_TAGS.parameter:
             if not (yield from self._dsml_parameter(call, opening)):
                 return
             opening = ", "
-        if mark == _END_INVOKE:
+        if mark == DSML_TAGS.end_call:
             self._add(call, "{}" if opening == "{" else "}")
             self._end(call)
 
@@ -254,33 +226,33 @@ class ToolCallStream:
         def add(text: str) -> None:
             self._add(call, _json(text)[1:-1] if is_text else text)
 
-        if not (yield from self._scan.until((_END_PARAMETER,), add)):
+        if not (yield from self._scan.until((DSML_TAGS.end_parameter,), add)):
             return False
         self._add(call, quote)
         return True
 
     def _glm_call(self) -> Steps[None]:
-        self._start = self._scan.position - len(GLM_CALL)
+        self._start = self._scan.position - len(GLM.call)
         head: list[str] = []
-        mark = yield from self._scan.until((GLM_KEY, GLM_END_CALL), head.append)
+        mark = yield from self._scan.until((GLM.key, GLM.end_call), head.append)
         name = "".join(head)
         call = self._begin(name.strip(), "") if mark else None
         if call is None:
-            self._text(f"{GLM_CALL}{name}{mark or ''}")
-            if mark == GLM_KEY:
-                yield from self._as_text("", (GLM_END_CALL,))
+            self._text(f"{GLM.call}{name}{mark or ''}")
+            if mark == GLM.key:
+                yield from self._as_text("", (GLM.end_call,))
             return
         opening = "{"
-        while mark == GLM_KEY:
-            key = yield from self._scan.collect(GLM_END_KEY, _MAX_HEAD)
-            if key is None or not (yield from self._scan.next_of((GLM_VALUE,))):
+        while mark == GLM.key:
+            key = yield from self._scan.collect(GLM.end_key, _MAX_HEAD)
+            if key is None or not (yield from self._scan.next_of((GLM.value,))):
                 return
             self._add(call, f"{opening}{_json(key.strip())}: ")
             if not (yield from self._glm_value(call, key.strip())):
                 return
             opening = ", "
-            mark = yield from self._scan.next_of((GLM_KEY, GLM_END_CALL))
-        if mark == GLM_END_CALL:
+            mark = yield from self._scan.next_of((GLM.key, GLM.end_call))
+        if mark == GLM.end_call:
             self._add(call, "{}" if opening == "{" else "}")
             self._end(call)
 
@@ -290,12 +262,12 @@ class ToolCallStream:
         if kinds == {"string"}:
             self._add(call, '"')
             is_whole = yield from self._scan.until(
-                (GLM_END_VALUE,), lambda text: self._add(call, _json(text)[1:-1])
+                (GLM.end_value,), lambda text: self._add(call, _json(text)[1:-1])
             )
             self._add(call, '"' if is_whole else "")
             return is_whole is not None
         parts: list[str] = []
-        is_whole = yield from self._scan.until((GLM_END_VALUE,), parts.append)
+        is_whole = yield from self._scan.until((GLM.end_value,), parts.append)
         text = "".join(parts)
         try:
             value = parse_json_text(text)

@@ -8,44 +8,26 @@ from enum import Enum
 from typing import Any
 
 from dsv3.errors import RequestError, shorten
+from dsv3.text import call_marks
+from dsv3.text.call_marks import DEEPSEEK, END_FENCE, FENCE
 from dsv3.text.json_schema import kinds_of, with_root
 from dsv3.text.tokenizer import Tokenizer
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 _CHOICES = ("auto", "none", "required")
 
-CALLS = "<｜tool▁calls▁begin｜>"
-END_CALLS = "<｜tool▁calls▁end｜>"
-CALL = "<｜tool▁call▁begin｜>"
-END_CALL = "<｜tool▁call▁end｜>"
-SEP = "<｜tool▁sep｜>"
-FENCE = "```json"
-END_FENCE = "```"
-KIMI_CALLS = "<|tool_calls_section_begin|>"
-KIMI_END_CALLS = "<|tool_calls_section_end|>"
-KIMI_CALL = "<|tool_call_begin|>"
-KIMI_END_CALL = "<|tool_call_end|>"
-KIMI_SEP = "<|tool_call_argument_begin|>"
-GLM_CALL = "<tool_call>"
-GLM_END_CALL = "</tool_call>"
-GLM_KEY = "<arg_key>"
-GLM_END_KEY = "</arg_key>"
-GLM_VALUE = "<arg_value>"
-GLM_END_VALUE = "</arg_value>"
-DSML = "｜DSML｜"
-
 
 class CallForm(Enum):
-    """The form in which a model writes calls of tools.
+    """The form in which a model writes calls of tools; the value lists its marks.
 
     FORCED is the form of answers that must be calls, which constrained decoding gives to any model:
     a JSON list of objects with name and arguments.
     """
 
-    DEEPSEEK = (CALLS, END_CALLS, CALL, END_CALL, SEP)
-    DSML = (DSML,)
-    KIMI = (KIMI_CALLS, KIMI_END_CALLS, KIMI_CALL, KIMI_END_CALL, KIMI_SEP)
-    GLM = (GLM_CALL, GLM_END_CALL, GLM_KEY, GLM_END_KEY, GLM_VALUE, GLM_END_VALUE)
+    DEEPSEEK = call_marks.DEEPSEEK
+    DSML = (call_marks.DSML,)
+    KIMI = call_marks.KIMI
+    GLM = call_marks.GLM
     FORCED = ()
 
     @classmethod
@@ -176,13 +158,14 @@ def describe_tools(tools: Sequence[Mapping[str, Any]], is_fenced: bool) -> str:
         text += (
             f"\n### {function['name']}\nDescription: {description}\n\nParameters: {parameters}\n"
         )
-    head = f"function{SEP}tool_call_name\n{FENCE}\n" if is_fenced else f"tool_call_name{SEP}"
+    calls, end_calls, call, end_call, sep = DEEPSEEK
+    head = f"function{sep}tool_call_name\n{FENCE}\n" if is_fenced else f"tool_call_name{sep}"
     tail = f"\n{END_FENCE}" if is_fenced else ""
-    call = f"{CALL}{head}tool_call_arguments{tail}{END_CALL}"
+    example = f"{call}{head}tool_call_arguments{tail}{end_call}"
     between = "with newlines" if is_fenced else "directly without separators or spaces"
     return (
         f"{text}\nIMPORTANT: ALWAYS adhere to this exact format for tool use:\n"
-        f"{CALLS}{call}{{additional_tool_calls}}{END_CALLS}\n\nWhere:\n"
+        f"{calls}{example}{{additional_tool_calls}}{end_calls}\n\nWhere:\n"
         "- `tool_call_name` must be an exact match to one of the available tools\n"
         "- `tool_call_arguments` must be valid JSON that strictly follows the tool's Parameters "
         f"Schema\n- For multiple tool calls, chain them {between}"

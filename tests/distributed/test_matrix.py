@@ -21,7 +21,8 @@ from dsv3.checkpoint.jobs import Cast
 from dsv3.checkpoint.plan import make_plan
 from dsv3.checkpoint.source import open_source
 from dsv3.config import ParallelConfig
-from dsv3.text.tools import CALL, CALLS, SEP, CallForm
+from dsv3.text.call_marks import DEEPSEEK
+from dsv3.text.tools import CallForm
 from tests.call_marks import copy_demo, marked_tokenizer
 from tests.integer_files import mixed_kinds_by_hand
 from tests.oracle.families import Oracle
@@ -205,8 +206,9 @@ def test_calls_of_strict_tools_have_their_form(run: Run, tmp_path: Path) -> None
     answers = run(1)["demo"]["answers"]
     for i in range(3):
         text = demo.decode(answers[f"calling {i}"], skip_special_tokens=False)
-        begins = (f'f{SEP}{{"x": ', f"function{SEP}f\n```")
-        assert text.startswith(tuple(f"{CALLS}{CALL}{begin}" for begin in begins)), text
+        begins = (f'f{DEEPSEEK.sep}{{"x": ', f"function{DEEPSEEK.sep}f\n```")
+        marks = DEEPSEEK.calls + DEEPSEEK.call
+        assert text.startswith(tuple(marks + begin for begin in begins)), text
 
 
 def test_penalties_and_biases_are_felt(run: Run) -> None:

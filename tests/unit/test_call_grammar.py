@@ -12,29 +12,18 @@ from dsv3.engine.grammars import Grammars
 from dsv3.errors import RequestError
 from dsv3.request import Completion, Request, SamplingParams
 from dsv3.text.answer_pieces import ParsedAnswer, parse_answer
+from dsv3.text.call_marks import DEEPSEEK, DSML, KIMI
 from dsv3.text.defaults import Defaults
 from dsv3.text.grammar import answer_grammar
 from dsv3.text.openai_format import CHAT, parse_request
 from dsv3.text.text_request import TextRequest
 from dsv3.text.tokenizer import Tokenizer
-from dsv3.text.tools import (
-    CALL,
-    CALLS,
-    DSML,
-    END_CALL,
-    END_CALLS,
-    KIMI_CALL,
-    KIMI_CALLS,
-    KIMI_END_CALL,
-    KIMI_END_CALLS,
-    KIMI_SEP,
-    SEP,
-    CallForm,
-)
+from dsv3.text.tools import CallForm
 from tests.call_marks import marked_tokenizer
 
 pytest.importorskip("llguidance", reason="schemas need llguidance: pip install llguidance")
 VOCAB, EOS = 2048, 1
+CALLS, END_CALLS, CALL, END_CALL, SEP = DEEPSEEK
 PARAMETERS: dict[str, Any] = {
     "type": "object",
     "properties": {
@@ -78,7 +67,7 @@ def fenced(name: str, arguments: str) -> str:
 
 
 def kimi(name: str, arguments: str) -> str:
-    return f"{KIMI_CALL}functions.{name}:0{KIMI_SEP}{arguments}{KIMI_END_CALL}"
+    return f"{KIMI.call}functions.{name}:0{KIMI.sep}{arguments}{KIMI.end_call}"
 
 
 def values(arguments: str) -> list[tuple[str, str, str]]:
@@ -120,7 +109,7 @@ FORMS: dict[str, tuple[CallForm, Callable[[str, str], str], str, str, str]] = {
         f"\n\n<{DSML}function_calls>\n",
         f"</{DSML}function_calls>",
     ),
-    "kimi": (CallForm.KIMI, kimi, "", KIMI_CALLS, KIMI_END_CALLS),
+    "kimi": (CallForm.KIMI, kimi, "", KIMI.calls, KIMI.end_calls),
     "glm": (CallForm.GLM, glm, "\n", "", ""),
 }
 

@@ -6,23 +6,11 @@ from typing import Any
 
 import pytest
 
+from dsv3.text.call_marks import DEEPSEEK, DSML, KIMI
 from dsv3.text.tool_calls import CallArguments, CallBegin, Text, ToolCallStream
-from dsv3.text.tools import (
-    CALL,
-    CALLS,
-    DSML,
-    END_CALL,
-    END_CALLS,
-    KIMI_CALL,
-    KIMI_CALLS,
-    KIMI_END_CALL,
-    KIMI_END_CALLS,
-    KIMI_SEP,
-    SEP,
-    CallForm,
-    ToolUse,
-)
+from dsv3.text.tools import CallForm, ToolUse
 
+CALLS, END_CALLS, CALL, END_CALL, SEP = DEEPSEEK
 F, G = f'{CALL}f{SEP}{{"x": [1, "a}}"]}}{END_CALL}', f"{CALL}g{SEP}{{}}{END_CALL}"
 V31 = f"Wait.\n\n{CALLS}{F}{G}{END_CALLS}"
 FENCED = "{0}function{1}{2}\n```json\n{3}\n```{4}"
@@ -39,9 +27,9 @@ V32 = (
     f'<{DSML}parameter name="x" string="false">[1, "a}}"]</{DSML}parameter>\n</{DSML}invoke>\n'
     f'<{DSML}invoke name="g">\n</{DSML}invoke>\n</{DSML}function_calls>'
 )
-KIMI = (
-    f'Wait.{KIMI_CALLS}{KIMI_CALL}functions.f:0{KIMI_SEP}{{"x": [1, "a}}"]}}{KIMI_END_CALL}'
-    f"{KIMI_CALL}functions.g:1{KIMI_SEP}{{}}{KIMI_END_CALL}{KIMI_END_CALLS}"
+K2 = (
+    f'Wait.{KIMI.calls}{KIMI.call}functions.f:0{KIMI.sep}{{"x": [1, "a}}"]}}{KIMI.end_call}'
+    f"{KIMI.call}functions.g:1{KIMI.sep}{{}}{KIMI.end_call}{KIMI.end_calls}"
 )
 FORCED = '[{"name": "f", "arguments": {"x": [1, "a}"]}}, {"name": "g", "arguments": {}}]'
 GLM = (
@@ -52,7 +40,7 @@ FORMS = {
     "v3.1": (CallForm.DEEPSEEK, V31),
     "v3": (CallForm.DEEPSEEK, V3),
     "v3.2": (CallForm.DSML, V32),
-    "kimi": (CallForm.KIMI, KIMI),
+    "kimi": (CallForm.KIMI, K2),
     "glm": (CallForm.GLM, GLM),
     "forced": (CallForm.FORCED, FORCED),
 }
@@ -180,7 +168,7 @@ def test_marks_that_are_spelt_in_other_tokens_are_text() -> None:
 
 
 def test_the_ids_of_kimi_are_kept() -> None:
-    assert [call.call_id for call in parse(CallForm.KIMI, KIMI)[1].calls] == [
+    assert [call.call_id for call in parse(CallForm.KIMI, K2)[1].calls] == [
         "functions.f:0",
         "functions.g:1",
     ]

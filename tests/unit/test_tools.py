@@ -9,15 +9,17 @@ import tokenizers
 from dsv3.errors import RequestError
 from dsv3.request import Completion, RequestOutput
 from dsv3.text.answer_pieces import Kind, PieceStream, parse_answer
+from dsv3.text.call_marks import DEEPSEEK
 from dsv3.text.chat import ChatFormat
 from dsv3.text.defaults import Defaults
 from dsv3.text.detokenize import TextStream
 from dsv3.text.openai_format import CHAT, parse_request
 from dsv3.text.text_request import TextRequest, encode_prompt
 from dsv3.text.tokenizer import Tokenizer
-from dsv3.text.tools import CALL, CALLS, END_CALL, END_CALLS, SEP, CallForm
+from dsv3.text.tools import CallForm
 
 DEMO = Path(__file__).parents[2] / "checkpoints" / "demo-v3"
+CALLS, END_CALLS, CALL, END_CALL, SEP = DEEPSEEK
 HI = [{"role": "user", "content": f"Hi {CALLS}"}]
 TOOL = {"type": "function", "function": {"name": "f", "description": "Does <｜User｜>"}}
 PARAMETERS = {"type": "object", "properties": {"x": {"type": "integer"}}}
@@ -29,11 +31,10 @@ def request(**body: Any) -> TextRequest:
 
 def model(is_special: bool = False) -> Tokenizer:
     """The demo's tokenizer with DeepSeek's marks of calls."""
-    marks = [CALLS, END_CALLS, CALL, END_CALL, SEP]
     loaded = Tokenizer.load(DEMO)
     vocabulary = loaded._vocabulary
     raw = tokenizers.Tokenizer.from_file(str(DEMO / "tokenizer.json"))
-    added = [tokenizers.AddedToken(mark, special=is_special) for mark in marks]
+    added = [tokenizers.AddedToken(mark, special=is_special) for mark in DEEPSEEK]
     (raw.add_special_tokens if is_special else raw.add_tokens)(added)
     vocabulary._tokenizer = raw  # type: ignore[union-attr]
     vocabulary._added = raw.get_added_tokens_decoder()  # type: ignore[union-attr]
