@@ -47,7 +47,8 @@ class Outbox:
 
     def fail(self, answers: set[Answer], failure: HttpError) -> None:
         """Hand over all outputs, and end answers with a failure."""
-        self._hand_over(set(self._outputs))
+        self._urgent.update(self._outputs)
+        self._hand_over_urgent()
         if answers:
             self._deliver([(answer, failure) for answer in answers])
 
@@ -57,10 +58,10 @@ class Outbox:
         if now >= self._emptied_at + min(_MAX_SECONDS, num_streams / _EVENTS_PER_SECOND):
             self._emptied_at = now
             self._urgent.update(self._outputs)
-        self._hand_over(self._urgent)
-        self._urgent.clear()
+        self._hand_over_urgent()
 
-    def _hand_over(self, answers: set[Answer]) -> None:
-        deliveries: list[Delivery] = [(a, o) for a in answers for o in self._outputs.pop(a)]
+    def _hand_over_urgent(self) -> None:
+        deliveries: list[Delivery] = [(a, o) for a in self._urgent for o in self._outputs.pop(a)]
+        self._urgent.clear()
         if deliveries:
             self._deliver(deliveries)

@@ -155,6 +155,15 @@ def test_a_last_output_does_not_take_others_along() -> None:
     box.drop(second)
 
 
+def test_outputs_that_a_failure_has_taken_along_are_not_due_again() -> None:
+    sent: list[list[Delivery]] = []
+    box = Outbox(sent.append)
+    box.add(Answer(["a"]), output("a", 1))  # the first one, which does not wait
+    box.fail(set(), HttpError("gone", 503))
+    box.send_due(1)
+    assert len(sent) == 1
+
+
 def test_unread_outputs_are_joined() -> None:
     async def main() -> None:
         answer = Answer(["a", "b"])
