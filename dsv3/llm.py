@@ -330,9 +330,7 @@ class LLM(AbstractContextManager["LLM"]):
         self._num_requests += 1
         ids = encode_prompt(text_request, engine.tokenizer, self._chat)
         name = f"llm-{self._num_requests}"
-        requests = token_requests(
-            text_request, ids, name, engine.tokenizer, engine.max_seq_len, engine.vocab_size
-        )
+        requests = token_requests(text_request, ids, name, engine)
         self._session.add(requests)
         return requests
 

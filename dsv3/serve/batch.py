@@ -134,14 +134,7 @@ class _Batch:
         try:
             with self.engine.task(f"writing the prompt of row {row.number}"):
                 ids = encode_prompt(row.request, self.engine.tokenizer, self.chat)
-            requests = token_requests(
-                row.request,
-                ids,
-                name,
-                self.engine.tokenizer,
-                self.engine.max_seq_len,
-                self.engine.vocab_size,
-            )
+            requests = token_requests(row.request, ids, name, self.engine)
             for request in requests:
                 self.engine.add(request)
         except Exception as error:  # an error of one row must not stop the others

@@ -212,14 +212,8 @@ class Chat:
     def _request(self, question: Question, prompt: RenderedPrompt) -> Request:
         """Return the engine's request for the answer to a message."""
         text_request = self._settings.request([], f"chat-{question.key}")
-        request = token_requests(
-            text_request,
-            prompt.ids,
-            f"{self._name}.{question.number}",
-            self.engine.tokenizer,
-            self.engine.max_seq_len,
-            self.engine.vocab_size,
-        )[0]
+        name = f"{self._name}.{question.number}"
+        request = token_requests(text_request, prompt.ids, name, self.engine)[0]
         return replace(request, conversation_id=self._name, answer=question.attempt)
 
     def _stream(self, request: Request) -> _Answer:

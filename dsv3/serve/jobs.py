@@ -175,9 +175,7 @@ def encode_answers(
     answers: list[tuple[TextRequest, Request]] = []
     for i, request in enumerate(requests):
         ids = encode_prompt(request, engine.tokenizer, front.served.chat_format)
-        made = token_requests(
-            request, ids, f"{name}-{i}", engine.tokenizer, engine.max_seq_len, engine.vocab_size
-        )
+        made = token_requests(request, ids, f"{name}-{i}", engine)
         engine.grammars.constraint(made[0])  # compiled here, so that the engine need not wait
         deadline = front.limits.request_seconds
         answers += [(request, replace(tokens, deadline=deadline)) for tokens in made]

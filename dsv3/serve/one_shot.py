@@ -86,9 +86,7 @@ def answer_prompt(
     request = _request(prompt, chat, defaults)
     try:
         ids = encode_prompt(request, engine.tokenizer, chat)
-        token_request = token_requests(
-            request, ids, _NAME, engine.tokenizer, engine.max_seq_len, engine.vocab_size
-        )[0]
+        token_request = token_requests(request, ids, _NAME, engine)[0]
         engine.add(token_request)
     except (RequestError, CheckpointError) as error:
         raise ConfigError(f"{prompt.source}: {error}") from None

@@ -5,7 +5,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from dsv3.errors import CheckpointError, RequestError
 from dsv3.request import Request, SamplingParams
@@ -112,26 +112,43 @@ def encode_prompt(
     return ids
 
 
+class ServedModel(Protocol):
+    """The facts about a model that requests depend on; the engine has them."""
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """None if the checkpoint has none."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are smaller than this."""
+
+    @property
+    def max_seq_len(self) -> int:
+        """Most tokens of a prompt and its answer."""
+
+
 def token_requests(
-    request: TextRequest,
-    prompt_ids: list[int],
-    name: str,
-    tokenizer: Tokenizer | None,
-    max_seq_len: int,
-    vocab_size: int,
+    request: TextRequest, prompt_ids: list[int], name: str, model: ServedModel
 ) -> list[Request]:
-    """Return the engine's requests, `name/0` and on, one per answer."""
+    """Return the engine's requests, `name/0` and on, one per answer.
+
+    Raises:
+        RequestError: a token is not one of the model's, or the model's form of calls cannot be
+            constrained to the schema of a strict tool.
+    """
     params = request.params
     for field, ids in (("prompt", prompt_ids), ("stop_token_ids", params.stop_token_ids)):
         for i, token_id in enumerate(ids):
-            if not 0 <= token_id < vocab_size:
+            if not 0 <= token_id < model.vocab_size:
+                last = model.vocab_size - 1
                 raise RequestError(
-                    f"{field}[{i}]={token_id} is not a token of this model (0 to {vocab_size - 1})"
+                    f"{field}[{i}]={token_id} is not a token of this model (0 to {last})"
                 )
     if request.limit_is_default:
-        num_free = max(1, max_seq_len - len(prompt_ids))
+        num_free = max(1, model.max_seq_len - len(prompt_ids))
         params = replace(params, max_tokens=min(params.max_tokens, num_free))
-    grammar = answer_grammar(request.tools, request.schema, tokenizer)
+    grammar = answer_grammar(request.tools, request.schema, model.tokenizer)
     return [
         Request(
             request_id=f"{name}/{i}",

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -276,7 +277,8 @@ def test_wrong_penalties_are_named(body: dict[str, Any], error: str) -> None:
 
 def tokens(request: TextRequest, max_seq_len: int = 100) -> list[Any]:
     ids = encode_prompt(request, TOKENIZER, CHAT_FORMAT)
-    return token_requests(request, ids, "row", TOKENIZER, max_seq_len, VOCAB_SIZE)
+    model = SimpleNamespace(tokenizer=TOKENIZER, vocab_size=VOCAB_SIZE, max_seq_len=max_seq_len)
+    return token_requests(request, ids, "row", model)
 
 
 BEGUN = {"role": "assistant", "content": "Ye"}
