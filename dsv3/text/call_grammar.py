@@ -5,19 +5,17 @@ are free. The marks of calls are tokens, which no text can spell. The forms are 
 `dsv3.text.call_marks`.
 """
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from dsv3.text.call_marks import DEEPSEEK, DSML, END_FENCE, FENCE, GLM, KIMI
 from dsv3.text.json_schema import json_rule
-from dsv3.text.parameter_grammar import Parameter, parameters_of
+from dsv3.text.parameter_grammar import ANY, Parameter, literal, parameters_of
 from dsv3.text.thoughts import END_THINK, THINK
 from dsv3.text.tokenizer import Tokenizer
 from dsv3.text.tools import CallForm, ToolUse, arguments_schema
 
-_ANY = r"(?s:.*)"
-_LIKE_JSON = rf'true|false|null|"{_ANY}|-?[0-9]{_ANY}|[\[{{]{_ANY}'
+_LIKE_JSON = rf'true|false|null|"{ANY}|-?[0-9]{ANY}|[\[{{]{ANY}'
 _BLANKS = r"\n{0,2}"
 _ANY_PARAMETER = r'name="[^"<>\n]+" string="(true|false)">'
 _TERMINALS = [r"TEXT: /(?s:.+)/", r"BLANK: /\n{1,2}/", r"INDEX: /[0-9]{1,4}/"]
@@ -87,7 +85,7 @@ class _Writer:
             case CallForm.GLM:
                 return f"{before} {self._several(self._glm_call())}"
             case CallForm.DSML:
-                before = self._new("BEGIN", f"/{_ANY if self._is_free else _BLANKS}</")
+                before = self._new("BEGIN", f"/{ANY if self._is_free else _BLANKS}</")
                 call = self._several(self._dsml_call())
                 tag = f'{self._mark(DSML)} "function_calls>'
                 return f'{before} {tag}\\n" {call} "</" {tag}"'
@@ -98,10 +96,10 @@ class _Writer:
         for function in self._functions():
             name = function["name"]
             arguments = self._arguments(function)
-            plain.append(f"{_text(name)} {self._mark(DEEPSEEK.sep)} {arguments or 'TEXT?'}")
+            plain.append(f"{literal(name)} {self._mark(DEEPSEEK.sep)} {arguments or 'TEXT?'}")
             # A free text goes on to the mark after it, so that its end is part of it.
-            block = f'{arguments} "\\n{END_FENCE}"' if arguments else rf"/{_ANY}\n{END_FENCE}/"
-            head = _text(f"{name}\n{FENCE}\n")
+            block = f'{arguments} "\\n{END_FENCE}"' if arguments else rf"/{ANY}\n{END_FENCE}/"
+            head = literal(f"{name}\n{FENCE}\n")
             fenced.append(f"{head} {block}")
         older = f'"function" {self._mark(DEEPSEEK.sep)} ({_either(fenced)})'
         head = f"{self._mark(DEEPSEEK.call)} ({_either(plain)} | {older})"
@@ -110,7 +108,7 @@ class _Writer:
     def _kimi_call(self) -> str:
         calls = []
         for function in self._functions():
-            name = _text(f"functions.{function['name']}:")
+            name = literal(f"functions.{function['name']}:")
             calls.append(
                 f"{name} INDEX {self._mark(KIMI.sep)} {self._arguments(function) or 'TEXT?'}"
             )
@@ -119,13 +117,13 @@ class _Writer:
 
     def _dsml_call(self) -> str:
         dsml = self._mark(DSML)
-        any_parameter = self._new("ANY", rf"/parameter {_ANY_PARAMETER}{_ANY}<\//")
+        any_parameter = self._new("ANY", rf"/parameter {_ANY_PARAMETER}{ANY}<\//")
         calls = []
         for function in self._functions():
             parameters = f'("<" {dsml} {any_parameter} {dsml} "parameter>\\n")*'
             if function.get("strict"):
                 parameters = self._each(function, self._dsml_parameter)
-            head = _text(f'invoke name="{function["name"]}">\n')
+            head = literal(f'invoke name="{function["name"]}">\n')
             calls.append(f"{head} {parameters}")
         end = f'"</" {dsml} "invoke>\\n"'
         return self._new("call", f'"<" {dsml} ({_either(calls)}) {end}')
@@ -136,9 +134,9 @@ class _Writer:
         values = []
         if parameter.texts:
             text = self._new("VALUE", f'({_either(parameter.texts)}) "</"')
-            values.append(_text(f'{head}"true">') + f" {text}")
+            values.append(literal(f'{head}"true">') + f" {text}")
         if parameter.schema is not None:
-            values.append(_text(f'{head}"false">') + f' {json_rule(parameter.schema)} "</"')
+            values.append(literal(f'{head}"false">') + f' {json_rule(parameter.schema)} "</"')
         return f'"<" {dsml} ({_either(values)}) {dsml} "parameter>\\n"'
 
     def _glm_call(self) -> str:
@@ -148,7 +146,7 @@ class _Writer:
             parameters = f"({any_parameter})*"
             if function.get("strict"):
                 parameters = self._each(function, self._glm_parameter)
-            calls.append(f"{_text(function['name'])} BLANK? {parameters}")
+            calls.append(f"{literal(function['name'])} BLANK? {parameters}")
         mark, end = self._mark(GLM.call), self._mark(GLM.end_call)
         return self._new("call", f"{mark} ({_either(calls)}) {end}")
 
@@ -160,7 +158,7 @@ class _Writer:
             texts = f"({texts}) & ~/{_LIKE_JSON}/"  # it would be taken for another value
         if parameter.texts:
             values.append(self._new("VALUE", texts))
-        return self._glm_pair(_text(parameter.name), f"({_either(values)})")
+        return self._glm_pair(literal(parameter.name), f"({_either(values)})")
 
     def _glm_pair(self, key: str, value: str) -> str:
         key = f"{self._mark(GLM.key)} {key} {self._mark(GLM.end_key)}"
@@ -195,7 +193,3 @@ class _Writer:
 
 def _either(expressions: Iterable[str]) -> str:
     return " | ".join(expressions)
-
-
-def _text(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)

@@ -17,7 +17,7 @@ from dsv3.text.openai_fields import is_whole
 
 _LONGEST = 1 << 20  # characters; longer limits are none
 _LONGEST_PATTERN = 1000
-_ANY = r"(?s:.*)"
+ANY = r"(?s:.*)"  # in a terminal: any text
 _UNIONS = ("anyOf", "oneOf")
 _REMARKS = {"title", "description", "default", "examples", "deprecated", "$comment"}
 _OF_TEXTS = {"minLength", "maxLength", "pattern"}
@@ -144,7 +144,7 @@ class _Split:
         if rules.keys() - {"enum", "const", "type"} or not isinstance(values, list):
             raise _unsupported(self._where, "more than enum, const and type in one schema")
         if "string" in kinds:
-            self.texts += [_literal(value) for value in values if isinstance(value, str)]
+            self.texts += [literal(value) for value in values if isinstance(value, str)]
         others = [value for value in values if not isinstance(value, str)]
         kinds = [kind for kind in kinds if kind != "string"]
         if others and kinds:
@@ -184,7 +184,7 @@ class _Split:
             raise _unsupported(self._where, f"pattern={shorten(json.dumps(pattern))}")
         begin, body, end = found.groups()
         body = "".join(_IN_LARK.get(part, part) for part in re.findall(r"(?s)\\.|.", body))
-        return f"/{'' if begin else _ANY}{body}{'' if end else _ANY}/"
+        return f"/{'' if begin else ANY}{body}{'' if end else ANY}/"
 
 
 def _kinds(rules: Mapping[str, Any]) -> list[Any]:
@@ -192,7 +192,8 @@ def _kinds(rules: Mapping[str, Any]) -> list[Any]:
     return kinds if isinstance(kinds, list) else [kinds]
 
 
-def _literal(text: str) -> str:
+def literal(text: str) -> str:
+    """Return the terminal of one text."""
     return json.dumps(text, ensure_ascii=False)
 
 
