@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dsv3.distributed.collectives import Collectives, ExchangeMark, Pending
-from dsv3.distributed.shared_rounds import Lanes, Rounds
+from dsv3.distributed.shared_rounds import PeerBuffers, Rounds
 from dsv3.distributed.shared_segment import BUFFER_BYTES
 
 _OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "uneven", "broadcast")
@@ -117,12 +117,12 @@ class MemoryGroup(Collectives):
             index of an element of a part, and [size, n] elements from there, one row of each rank;
             valid until the next.
         """
-        for start, part in _parts(x.reshape(self.size, -1), self._rounds.lane_len(x.dtype)):
-            lanes = self._rounds.begin_lanes(x.dtype, part.shape[1])
-            lanes.sent.copy_(part)
+        for start, part in _parts(x.reshape(self.size, -1), self._rounds.peer_len(x.dtype)):
+            buffers = self._rounds.begin_by_peer(x.dtype, part.shape[1])
+            buffers.sent.copy_(part)
             self._rounds.publish(_call(operation, x.nbytes))
             self._rounds.receive_all()
-            yield start, lanes.received
+            yield start, buffers.received
 
     def start_exchange(self, x: Tensor, send: list[int], receive: list[int], name: str) -> Pending:
         assert len(x) == sum(send) and send[self.rank] == receive[self.rank], f"{send=} {receive=}"
@@ -166,18 +166,18 @@ class _StartedExchange:
         self._call = _call("uneven", row_len * x.itemsize)
         self._longest = max(len(part) for part in self._sent)
         self._is_finished = False
-        self._lane_len = rounds.lane_len(received.dtype)
-        self._lanes = self._publish(0)
+        self._peer_len = rounds.peer_len(received.dtype)
+        self._buffers = self._publish(0)
 
-    def _publish(self, start: int) -> Lanes:
-        """Publish elements of all parts from `start` on; return the round's lanes."""
+    def _publish(self, start: int) -> PeerBuffers:
+        """Publish elements of all parts from `start` on; return the round's buffers."""
         dtype = self._received[0].dtype
-        lanes = self._rounds.begin_lanes(dtype, self._lane_len)
+        buffers = self._rounds.begin_by_peer(dtype, self._peer_len)
         for other in self._others:
-            part = self._sent[other][start : start + self._lane_len]
-            lanes.sent[other, : len(part)].copy_(part)
+            part = self._sent[other][start : start + self._peer_len]
+            buffers.sent[other, : len(part)].copy_(part)
         self._rounds.publish(self._call, self._longest)
-        return lanes
+        return buffers
 
     @torch.inference_mode()
     def finish(self) -> None:
@@ -187,16 +187,16 @@ class _StartedExchange:
         self._is_finished = True
         longest = max(self._longest, self._rounds.receive_all())
         self._take(0)
-        for start in range(self._lane_len, longest, self._lane_len):
-            self._lanes = self._publish(start)
+        for start in range(self._peer_len, longest, self._peer_len):
+            self._buffers = self._publish(start)
             self._rounds.receive_all()
             self._take(start)
 
     def _take(self, start: int) -> None:
-        """Copy the elements of a round from the lanes."""
+        """Copy the elements of a round from its buffers."""
         for other in self._others:
-            part = self._received[other][start : start + self._lane_len]
-            part.copy_(self._lanes.received[other, : len(part)])
+            part = self._received[other][start : start + self._peer_len]
+            part.copy_(self._buffers.received[other, : len(part)])
 
 
 def _call(operation: str, num_bytes: int) -> int:

@@ -21,8 +21,8 @@ _Key = TypeVar("_Key")
 _Views = TypeVar("_Views")
 
 
-class Lanes(NamedTuple):
-    """Parts of buffers, one for each other rank.
+class PeerBuffers(NamedTuple):
+    """The buffers of a round, divided among the ranks.
 
     Attributes:
         sent: [size, n] of this rank's buffer, by receiver.
@@ -54,7 +54,7 @@ class Rounds:
         self._is_crowded = is_crowded
         # Of both halves, by dtype and length: making views takes longer than a small exchange.
         self._buffers: dict[tuple[torch.dtype, int], Sequence[Sequence[Tensor]]] = {}
-        self._lanes: dict[tuple[torch.dtype, int], Sequence[Lanes]] = {}
+        self._by_peer: dict[tuple[torch.dtype, int], Sequence[PeerBuffers]] = {}
         self._num_published = 0
         self._num_seen = [0] * self.size  # rounds of each rank that this one has waited for
 
@@ -69,21 +69,21 @@ class Rounds:
             _remember(self._buffers, (dtype, length), views)
         return views[self._num_published % 2]
 
-    def begin_lanes(self, dtype: torch.dtype, length: int) -> "Lanes":
-        """Return the lanes of the next round as `begin`: its buffers, divided among receivers."""
+    def begin_by_peer(self, dtype: torch.dtype, length: int) -> PeerBuffers:
+        """Return the buffers of the next round as `begin`, divided among the receivers."""
         self._wait_for_last()
-        views = self._lanes.get((dtype, length))
+        views = self._by_peer.get((dtype, length))
         if views is None:
-            lane_len = self.lane_len(dtype)
+            peer_len = self.peer_len(dtype)
             with torch.inference_mode(False):
-                buffers = self._segment.buffers.view(dtype)[..., : self.size * lane_len]
-                halves = buffers.unflatten(2, (self.size, lane_len))[..., :length].unbind(1)
-                views = [Lanes(half[self.rank], half[:, self.rank]) for half in halves]
-            _remember(self._lanes, (dtype, length), views)
+                buffers = self._segment.buffers.view(dtype)[..., : self.size * peer_len]
+                halves = buffers.unflatten(2, (self.size, peer_len))[..., :length].unbind(1)
+                views = [PeerBuffers(half[self.rank], half[:, self.rank]) for half in halves]
+            _remember(self._by_peer, (dtype, length), views)
         return views[self._num_published % 2]
 
-    def lane_len(self, dtype: torch.dtype) -> int:
-        """Return the elements of a lane."""
+    def peer_len(self, dtype: torch.dtype) -> int:
+        """Return the elements of a buffer for each rank."""
         return BUFFER_BYTES // self.size // dtype.itemsize
 
     def publish(self, call: int, longest: int = 0) -> None:

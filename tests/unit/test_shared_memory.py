@@ -129,8 +129,8 @@ def check_uneven(
 def test_every_operation_and_dtype(size: int) -> None:
     """Elements of zero, one and several rounds; sums that are split over the ranks and not."""
     groups = make_groups(size)
-    lane = BUFFER_BYTES // size
-    for seed, num_bytes in enumerate((0, 24, lane, lane + 8, 3 * lane)):
+    peer_bytes = BUFFER_BYTES // size
+    for seed, num_bytes in enumerate((0, 24, peer_bytes, peer_bytes + 8, 3 * peer_bytes)):
         for dtype in DTYPES:
             n = num_bytes // dtype.itemsize
             for operation in ("all_gather", "all_to_all", "broadcast"):
