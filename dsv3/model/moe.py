@@ -145,7 +145,7 @@ class MoE(Module):
         self.gate_up_proj = Matrix(gate_up_names, [inner, inner], hidden, fmt)
         down_names = [[f"{p}down_proj.weight"] for p in prefixes]
         self.down_proj = Matrix(down_names, [hidden], inner, fmt)
-        self._int8_rows = self.gate_up_proj.int8_rows and self.down_proj.int8_rows
+        self._int8_products = self.gate_up_proj.int8_products and self.down_proj.int8_products
         self.shared_experts: MLP | None = None
         if config.n_shared_experts:
             self.shared_experts = MLP(
@@ -215,7 +215,7 @@ class MoE(Module):
         # Rows between the products are quantized as those before them.
         if self.gate_up_proj.quantizes and self.down_proj.quantizes:
             x = act_quant(x_MD, ue8m0) if x_q is None else x_q
-        elif self._int8_rows and takes_int8_rows(len(x_MD)):
+        elif self._int8_products and takes_int8_rows(len(x_MD)):
             x = int8_quant(x_MD)
         return experts(
             x,

@@ -14,7 +14,7 @@ matrices are `Floats`, and the loader dequantizes them.
 """
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -63,12 +63,12 @@ class Storage(Module, ABC):
         dtype: compute dtype.
         is_quantized: the matrices are held as the checkpoint stores them, quantized.
         quantizes: products are in FP8, so the input is best produced in FP8.
-        int8_rows: products with many rows are in int8.
+        int8_products: products with many rows are in int8.
     """
 
     is_quantized = False
     quantizes = False
-    int8_rows = False
+    int8_products = False
     block_scale: Tensor | None
     block_zero: Tensor | None
 
@@ -246,7 +246,7 @@ class Fp8Blocks(LoadableStorage):
     block_scale: Tensor
 
     @classmethod
-    def empty(cls, shape: tuple[int, int, int], fmt: WeightFormat) -> "Fp8Blocks":
+    def empty(cls, shape: tuple[int, int, int], fmt: WeightFormat) -> Self:
         """Allocate [E, rows, cols] and [E, ceil(rows / 128), ceil(cols / 128)] float32 scales."""
         count, rows, cols = shape
         scale_shape = (count, -(-rows // BLOCK), -(-cols // BLOCK))
@@ -278,10 +278,9 @@ class Fp8Products(Fp8Blocks):
     ue8m0 = False
 
     @classmethod
-    def empty(cls, shape: tuple[int, int, int], fmt: WeightFormat) -> "Fp8Products":
+    def empty(cls, shape: tuple[int, int, int], fmt: WeightFormat) -> Self:
         """Allocate as `Fp8Blocks`."""
         made = super().empty(shape, fmt)
-        assert isinstance(made, Fp8Products)
         made.ue8m0 = fmt.ue8m0
         return made
 
@@ -316,7 +315,7 @@ class IntegerGroups(LoadableStorage):
     ) -> None:
         super().__init__(q, dtype, scale, zero)
         self.group = group
-        self.int8_rows = int8_products
+        self.int8_products = int8_products
         zeros = [None] * len(q) if zero is None else zero.unbind()
         parts = zip(self._each, self._scales, zeros, strict=True)
         self._integers = [Integers(w, scales, group, z) for w, scales, z in parts]
@@ -358,10 +357,10 @@ class IntegerGroups(LoadableStorage):
         return int_linear(x_TD, self._integers[e])
 
     def linear(self, x_TD: Tensor | Quantized, locks: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return x W^T; many rows are quantized if `int8_rows`."""
+        """Return x W^T; many rows are quantized if `int8_products`."""
         assert isinstance(x_TD, Tensor)
         x = as_dtype(x_TD, self.dtype)
-        return as_dtype(int_linear(x, self._integers[0], locks, self.int8_rows), dtype)
+        return as_dtype(int_linear(x, self._integers[0], locks, self.int8_products), dtype)
 
     def stack(self) -> Stack:
         """Return all matrices as the argument of `experts`."""

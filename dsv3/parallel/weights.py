@@ -101,9 +101,9 @@ class Matrix(Module):
         return self.storage.quantizes
 
     @property
-    def int8_rows(self) -> bool:
+    def int8_products(self) -> bool:
         """Products with many rows are in int8."""
-        return self.storage.int8_rows
+        return self.storage.int8_products
 
     def targets(self) -> Iterator[Target]:
         """Yield a view for every part of every stacked matrix; undo `pack` of plain matrices."""
@@ -112,7 +112,7 @@ class Matrix(Module):
             start = 0
             for name, rows in zip(parts, self.rows, strict=True):
                 views = storage.views(e, slice(start, start + rows))
-                yield Target(name, *views, must_be_finite=self._must_be_finite)
+                yield Target(name, views.dest, views.scale, views.zero, self._must_be_finite)
                 start += rows
 
     def matrix(self, e: int = 0) -> Tensor:

@@ -127,7 +127,7 @@ def test_logits_of_int8_products(demo_in_int8: Path, monkeypatch: pytest.MonkeyP
         layout = ParallelConfig(world_size=1)
         exact = model_of(source, layout, kept(source))
         model = model_of(source, layout, kept(source, int8_products=True))
-        assert any(m.int8_rows for m in matrices(model).values())
+        assert any(m.int8_products for m in matrices(model).values())
         assert_bitwise_equal("few rows", logits_of(model, 5), logits_of(exact, 5))
         many, wanted = logits_of(model, 70), logits_of(exact, 70)
         assert not torch.equal(many, wanted)
