@@ -16,9 +16,9 @@ from dsv3_kernels import KeysValues, PartialOutputs, merge_lse, mla_prefill, mla
 
 # Cached positions gathered and expanded at a time; a multiple of every usual page size.
 _BLOCK = 2048
-# Partial outputs of this number of blocks are kept, then merged. With 2,048 queries and V3's 128
-# heads, each takes 134 MB.
-_PARTS = 4
+# Blocks whose partial outputs are kept, then merged. With 2,048 queries and V3's 128 heads, each
+# takes 134 MB.
+_MERGED_BLOCKS = 4
 
 # Entries [S, C + R] -> keys and values of the local heads.
 Expand = Callable[[Tensor], KeysValues]
@@ -27,16 +27,21 @@ Expand = Callable[[Tensor], KeysValues]
 def attend_chunks(
     q_THX: Tensor, entry_TX: Tensor, expand: Expand, batch: Batch, cache: LayerCache, scale: float
 ) -> Tensor:
-    """Attend from the rows of all chunks; [T, H, V] of these rows. Of contexts a collective.
+    """Attend from the rows of all chunks.
+
+    A collective if a chunk has a cached context.
 
     Args:
-        q_THX: rotated queries of the chunks' rows.
-        entry_TX: their entries as the cache will return them, so that the output does not depend
-            on where chunks were cut.
+        q_THX: [T, H, N + R] rotated queries of the chunks' rows.
+        entry_TX: [T, C + R] their entries as the cache will return them, so that the output does
+            not depend on where chunks were cut.
         expand: see `Expand`.
         batch: the step.
         cache: of this layer.
         scale: multiplies the scores.
+
+    Returns:
+        [T, H, V] the outputs of these rows.
     """
     assert batch.chunk_start_L is not None
     attended = mla_prefill_packed(
@@ -51,7 +56,7 @@ def attend_chunks(
             rows = slice(chunk.start - batch.num_decode_rows, chunk.stop - batch.num_decode_rows)
             merged = PartialOutputs(attended.o[rows], attended.lse[rows])
             parts = _context_parts(q_THX[rows], chunk, expand, cache, scale)
-            while some := list(islice(parts, _PARTS)):
+            while some := list(islice(parts, _MERGED_BLOCKS)):
                 some.append(merged)
                 o_NTHV = torch.stack([part.o for part in some])
                 lse_NTH = torch.stack([part.lse for part in some])
