@@ -42,7 +42,7 @@ class Constraint:
         self._all_but_end = all_but(eos_ids, vocab_size)
         self._num_seen = num_before
         self._after = after
-        self._num_free = num_before  # tokens before the grammar
+        self._num_outside = num_before  # tokens before the grammar begins
         self.error = ""
 
     def masks(self, token_ids: Sequence[int], drafts: Sequence[int] = ()) -> list[bytes]:
@@ -72,14 +72,14 @@ class Constraint:
         """Return `error` of an answer that an end token ended after `token_ids`."""
         self._follow(token_ids)
         if self._after is None and self._allowed() is None:
-            reason = given_up(self._matcher) or "no token may come next"
+            reason = error_of(self._matcher) or "no token may come next"
             self.error = f"{self._subject} cannot be followed to its end: {reason}"
         return self.error
 
     def _follow(self, token_ids: Sequence[int]) -> None:
         for place in range(self._num_seen, len(token_ids)):
             if self._after is not None:
-                self._num_free = place + 1
+                self._num_outside = place + 1
             self._consume(token_ids[place])
         self._num_seen = len(token_ids)
 
@@ -97,7 +97,7 @@ class Constraint:
         # It gave up at a draft, which no rollback undoes.
         self._matcher = self._start.deep_copy()
         if self._after is None:
-            self._matcher.consume_tokens(token_ids[self._num_free :])
+            self._matcher.consume_tokens(token_ids[self._num_outside :])
 
     def _mask(self) -> bytes:
         if self._after is not None:
@@ -111,6 +111,6 @@ class Constraint:
         return words if words.any() and not self._matcher.is_error() else None
 
 
-def given_up(matcher: Any) -> str:
-    """Return the reason that a matcher has stopped with; empty if it goes on."""
+def error_of(matcher: Any) -> str:
+    """Return the reason that a matcher has given up; empty if it has not."""
     return shorten(str(matcher.get_error() or "").split("\n")[0], 200)

@@ -58,6 +58,14 @@ class Engine:
         tiers: the lower cache tiers of each data-parallel group; None keeps nothing outside the
             device.
         speculation: how tokens are drafted.
+
+    Attributes:
+        tokenizer: of the model, or None.
+        vocab_size: logits of a row.
+        max_seq_len: longest context of a request that the cache has room for, in tokens.
+        max_running: most sequences that run at once, in all groups.
+        metrics: counts and times so far.
+        grammars: compiled grammars of answers.
     """
 
     def __init__(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from dsv3.engine.constraint import Constraint, given_up
+from dsv3.engine.constraint import Constraint, error_of
 from dsv3.errors import RequestError
 from dsv3.request import Grammar, Request
 from dsv3.text.thoughts import END_THINK, begins_in_thought
@@ -96,7 +96,7 @@ class Grammars:
         matcher = matchers(self._vocabulary, lark, log_level=0, limits=limits)
         if not matcher.is_error():
             matcher.compute_bitmask()  # patterns are compiled at their first use
-        if error := given_up(matcher):
+        if error := error_of(matcher):
             raise RequestError(f"{grammar.subject} cannot be followed: {error}")
         return matcher
 
