@@ -56,7 +56,7 @@ class IntegerForm:
         """Return the name of the tensor of a weight's scales."""
         return self.names(weight)[2 if self.layout is Layout.AWQ else 1]
 
-    def kinds(self, shape: tuple[int, ...]) -> tuple[tuple[tuple[str, ...], tuple[int, ...]], ...]:
+    def types(self, shape: tuple[int, ...]) -> tuple[tuple[tuple[str, ...], tuple[int, ...]], ...]:
         """Return the possible dtypes, and the shape, of each tensor of a weight of `shape`."""
         rows, cols = shape
         groups = cols // self.kind.group
@@ -124,7 +124,7 @@ def check_integers(
             raise CheckpointError(
                 f"{file}: tensor {present} is stored, but {name} is missing; fetch the files again"
             )
-    for name, (dtypes, wanted) in zip(names, form.kinds(shape), strict=True):
+    for name, (dtypes, wanted) in zip(names, form.types(shape), strict=True):
         info = source.tensors[name]
         if info.shape != wanted:
             raise CheckpointError(

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from dsv3.checkpoint.integers import IntegerForm, Layout, integer_form
 from dsv3.checkpoint.names import scale_name
@@ -15,14 +16,22 @@ from dsv3.checkpoint.sharding import (
 )
 from dsv3.config_integers import IntegerKind
 
-Kinds = dict[str, tuple[str, tuple[int, ...]]]
-"""Type and shape of each output tensor, in canonical order."""
-
 _COMPARED_BYTES = 4 << 20
 _COPIES = {
     ".embed_tokens.weight": "model.embed_tokens.weight",
     ".shared_head.head.weight": "lm_head.weight",
 }
+
+
+class TensorType(NamedTuple):
+    """Type and shape of a tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+TensorTypes = dict[str, TensorType]
+"""Of each output tensor, in canonical order."""
 
 
 class Cast(Enum):
@@ -136,28 +145,28 @@ def _form(kind: IntegerKind, spec: TensorSpec) -> IntegerForm:
     return IntegerForm(IntegerKind(kind.bits, kind.group or spec.shape[1]), Layout.PACKED)
 
 
-def output_kinds(source: Source, jobs: tuple[Job, ...]) -> Kinds:
+def output_types(source: Source, jobs: tuple[Job, ...]) -> TensorTypes:
     """Return type and shape of every output tensor, in canonical order."""
     specs = tensor_specs(source.config)
-    kinds: Kinds = {}
+    types: TensorTypes = {}
     for job in jobs:
         if job.cast is Cast.NONE:
             info = source.tensors[job.name]
-            kinds[job.name] = info.dtype, info.shape
+            types[job.name] = TensorType(info.dtype, info.shape)
         elif job.form is not None:
-            written = job.form.kinds(specs[job.name].shape)
+            written = job.form.types(specs[job.name].shape)
             for name, (dtypes, shape) in zip(job.outputs, written, strict=True):
-                kinds[name] = dtypes[0], shape
+                types[name] = TensorType(dtypes[0], shape)
             if job.is_repacked:
                 assert job.stored is not None
                 scale = source.tensors[job.stored.scale_name(job.name)]
-                kinds[job.outputs[1]] = scale.dtype, scale.shape
+                types[job.outputs[1]] = TensorType(scale.dtype, scale.shape)
         else:
             shape = specs[job.name].shape
-            kinds[job.name] = "BF16" if job.cast is Cast.BF16 else FP8_DTYPE, shape
+            types[job.name] = TensorType("BF16" if job.cast is Cast.BF16 else FP8_DTYPE, shape)
             if job.cast is Cast.FP8:
-                kinds[job.outputs[1]] = "F32", scale_shape(shape)
-    return kinds
+                types[job.outputs[1]] = TensorType("F32", scale_shape(shape))
+    return types
 
 
 def first_tensor(source: Source, job: Job) -> TensorInfo:

@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 from dsv3.checkpoint.check import check_tensors
-from dsv3.checkpoint.jobs import Cast, Job, Kinds, copies, first_tensor, make_jobs, output_kinds
+from dsv3.checkpoint.jobs import (
+    Cast,
+    Job,
+    TensorTypes,
+    copies,
+    first_tensor,
+    make_jobs,
+    output_types,
+)
 from dsv3.checkpoint.manifest import DIGEST_KEY, rank_file
 from dsv3.checkpoint.names import compressed_name
 from dsv3.checkpoint.reader import Source
@@ -141,13 +149,13 @@ def make_plan(
     jobs = tuple(make_jobs(source, cast, integers or {}, keeps_mtp))
     if cast is not Cast.NONE and not any(job.cast is cast.of_jobs for job in jobs):
         raise ConfigError(f"{source.path}: has no {_CASTABLE[cast]}; nothing to cast")
-    kinds = output_kinds(source, jobs)
-    config = _output_config(source, cast, scale_fmt, integers or {}, kinds)
+    types = output_types(source, jobs)
+    config = _output_config(source, cast, scale_fmt, integers or {}, types)
     if layout is None:
-        files, tensors = _lay_out(kinds, _hf_files(kinds), {}, _spelling(layout, config))
+        files, tensors = _lay_out(types, _hf_files(types), {}, _spelling(layout, config))
     else:
-        contents = _rank_files(source, layout, kinds)
-        files, tensors = _lay_out(kinds, contents, {DIGEST_KEY: _NO_DIGEST})
+        contents = _rank_files(source, layout, types)
+        files, tensors = _lay_out(types, contents, {DIGEST_KEY: _NO_DIGEST})
     written = {output for job in jobs for output in job.outputs}
     return Plan(
         layout=layout,
@@ -165,7 +173,7 @@ def _output_config(
     cast: Cast,
     scale_fmt: str | None,
     integers: Mapping[str, IntegerKind],
-    kinds: Kinds,
+    types: TensorTypes,
 ) -> ModelConfig:
     """Return the config of the model as it will be stored."""
     if cast is Cast.NONE:
@@ -175,7 +183,7 @@ def _output_config(
         distinct = tuple(dict.fromkeys(integers.values()))
         kept = IntegerConfig(method="compressed-tensors", kinds=distinct)
     quantization = QuantizationConfig(scale_fmt=scale_fmt) if cast is Cast.FP8 else None
-    if cast is Cast.MIXED and any(dtype == FP8_DTYPE for dtype, _ in kinds.values()):
+    if cast is Cast.MIXED and any(each.dtype == FP8_DTYPE for each in types.values()):
         quantization = source.config.quantization
     return dataclasses.replace(source.config, quantization=quantization, integers=kept)
 
@@ -202,31 +210,31 @@ def _left_out(source: Source, written: set[str]) -> Iterator[str]:
 Files = Iterator[tuple[str, dict[str, Region]]]  # file names, and the region of each tensor in it
 
 
-def _rank_files(source: Source, layout: ParallelConfig, kinds: Kinds) -> Files:
+def _rank_files(source: Source, layout: ParallelConfig, types: TensorTypes) -> Files:
     specs = tensor_specs(source.config)
     for rank in range(layout.world_size):
         place = dataclasses.replace(layout, rank=rank)
-        regions = {n: tensor_region(specs, n, kind[1], place) for n, kind in kinds.items()}
+        regions = {n: tensor_region(specs, n, each.shape, place) for n, each in types.items()}
         present = {name: region for name, region in regions.items() if region is not None}
         yield rank_file(rank, layout.world_size), present
 
 
-def _hf_files(kinds: Kinds) -> Files:
+def _hf_files(types: TensorTypes) -> Files:
     groups: list[dict[str, Region]] = [{}]
     num_free = HF_FILE_BYTES
-    for name, kind in kinds.items():
-        size = tensor_bytes(*kind)
+    for name, (dtype, shape) in types.items():
+        size = tensor_bytes(dtype, shape)
         if groups[-1] and size > num_free:
             groups.append({})
             num_free = HF_FILE_BYTES
-        groups[-1][name] = whole(kind[1])
+        groups[-1][name] = whole(shape)
         num_free -= size
     for index, group in enumerate(groups, 1):
         yield f"model-{index:05d}-of-{len(groups):05d}.safetensors", group
 
 
 def _lay_out(
-    kinds: Kinds,
+    types: TensorTypes,
     contents: Files,
     metadata: Mapping[str, str],
     spell: Callable[[str], str] = str,
@@ -236,17 +244,21 @@ def _lay_out(
     `spell` gives tensors their names in the files.
     """
     files: list[OutputFile] = []
-    slices: dict[str, list[OutputSlice]] = {name: [] for name in kinds}
+    slices: dict[str, list[OutputSlice]] = {name: [] for name in types}
     for index, (file, regions) in enumerate(contents):
         names = {spell(name): name for name in regions}
-        parts = [(spelled, kinds[n][0], region_shape(regions[n])) for spelled, n in names.items()]
+        parts = [
+            (spelled, types[n].dtype, region_shape(regions[n])) for spelled, n in names.items()
+        ]
         prefix, starts = make_header(parts, metadata)
         offsets = {names[spelled]: start for spelled, start in starts.items()}
         size = len(prefix) + sum(tensor_bytes(dtype, shape) for _, dtype, shape in parts)
         files.append(OutputFile(file, prefix, offsets, size))
         for name, offset in offsets.items():
             slices[name].append(OutputSlice(index, regions[name], offset))
-    return tuple(files), {name: Output(*kinds[name], tuple(slices[name])) for name in kinds}
+    return tuple(files), {
+        name: Output(each.dtype, each.shape, tuple(slices[name])) for name, each in types.items()
+    }
 
 
 def _reading_order(
