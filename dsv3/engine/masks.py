@@ -16,7 +16,7 @@ _WORD_BITS = 32
 
 
 def num_words(vocab_size: int) -> int:
-    """Return the words of a mask."""
+    """Return the number of words of a mask."""
     return -(-vocab_size // _WORD_BITS)
 
 
@@ -28,7 +28,12 @@ def all_but(token_ids: Sequence[int], vocab_size: int) -> Words:
 
 
 def forbid(logits_LW: Tensor, words_LX: Tensor) -> Tensor:
-    """Return logits with minus infinity for the tokens that the mask of their row forbids."""
+    """Return logits with minus infinity for the tokens that the mask of their row forbids.
+
+    Args:
+        logits_LW: [L, W] the rows that have a mask.
+        words_LX: [L, `num_words(W)`] int32 masks of these rows.
+    """
     bit_32 = torch.arange(_WORD_BITS, dtype=torch.int32, device=words_LX.device)
     is_allowed_LW = (words_LX[:, :, None] >> bit_32 & 1).flatten(1)[:, : logits_LW.shape[1]]
     return logits_LW.masked_fill(is_allowed_LW == 0, -torch.inf)
