@@ -5,12 +5,12 @@ multiplies by them, and moves matrices between ranks. The form follows from what
 stores, what the user keeps, and the edges of this rank's slice: if one cuts a block or a group, the
 matrices are `Floats`, and the loader dequantizes them.
 
-    Floats           the compute dtype
-    Fp8Blocks        e4m3 with a scale per 128 x 128 block, dequantized for products
-    Fp8Products      the same, multiplied in FP8
-    IntegerGroups    integers of 8 or 4 bits with a scale per group of columns
-    BlockedFloats    bfloat16 in the layout of a CPU's products (`for_cpu`)
-    PackedIntegers   integers in the layout of a CPU's products (`for_cpu`)
+    Floats               the compute dtype
+    Fp8Blocks            e4m3 with a scale per 128 x 128 block, dequantized for products
+    Fp8Products          the same, multiplied in FP8
+    IntegerGroups        integers of 8 or 4 bits with a scale per group of columns
+    BlockedFloats        bfloat16 in the layout of a CPU's products (`for_cpu`)
+    PackedIntegerGroups  integers in the layout of a CPU's products (`for_cpu`)
 """
 
 from abc import ABC, abstractmethod
@@ -23,6 +23,7 @@ from dsv3.parallel.module import Module
 from dsv3.parallel.weight_format import KeptIntegers, WeightFormat
 from dsv3_kernels import (
     Integers,
+    PackedIntegers,
     Quantized,
     Stack,
     act_quant,
@@ -39,7 +40,6 @@ from dsv3_kernels import (
     to_blocked,
     weight_dequant,
 )
-from dsv3_kernels import PackedIntegers as PackedMatrix
 from dsv3_kernels.fp8_format import BLOCK, FP8
 
 _LARGE = 1 << 20  # values of a matrix that no processor keeps in its nearer caches
@@ -366,19 +366,19 @@ class IntegerGroups(LoadableStorage):
         """Return all matrices as the argument of `experts`."""
         return Stack(self.weight, self.block_scale, self.group, self.block_zero, self.multiply)
 
-    def for_cpu(self) -> "PackedIntegers":
+    def for_cpu(self) -> "PackedIntegerGroups":
         """Rearrange the matrices in place."""
-        return PackedIntegers(self)
+        return PackedIntegerGroups(self)
 
 
-class PackedIntegers(Storage):
+class PackedIntegerGroups(Storage):
     """Integers in the layout of a CPU's products, in the memory of a loaded storage."""
 
     is_quantized = True
 
     def __init__(self, loaded: IntegerGroups) -> None:
         super().__init__(loaded.weight.detach(), loaded.dtype, loaded.block_scale)
-        self._packed: list[PackedMatrix] = [pack_for_cpu(w) for w in loaded._integers]
+        self._packed: list[PackedIntegers] = [pack_for_cpu(w) for w in loaded._integers]
 
     def product(self, e: int, x_TD: Tensor) -> Tensor:
         """Return x W^T."""
