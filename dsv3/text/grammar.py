@@ -32,10 +32,12 @@ def answer_grammar(
         RequestError: calls in this form cannot be constrained to the schema of a strict tool.
     """
     if tools is not None and tools.is_required:
-        return Grammar(lark=f"start: {json_rule(tools.schema())}", subject=_TOOLS)
+        return Grammar(lark=f"start: {json_rule(tools.forced_schema())}", subject=_TOOLS)
     if tools is None or (schema is None and not tools.has_strict):
-        return None if schema is None else Grammar(f"start: {json_rule(schema)}", _SCHEMA)
+        if schema is None:
+            return None
+        return Grammar(lark=f"start: {json_rule(schema)}", subject=_SCHEMA)
     form = CallForm.of(tokenizer)
     assert form is not None and tokenizer is not None, "the prompt was made with the tools"
     subject = _TOOLS if schema is None else f"{_SCHEMA} or {_TOOLS}"
-    return Grammar(calls_lark(form, tools, schema, tokenizer), subject)
+    return Grammar(lark=calls_lark(form, tools, schema, tokenizer), subject=subject)

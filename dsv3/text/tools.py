@@ -80,7 +80,7 @@ class ToolUse:
         properties = root.get("properties")
         return kinds_of(properties.get(parameter) if isinstance(properties, dict) else None, root)
 
-    def schema(self) -> dict[str, Any]:
+    def forced_schema(self) -> dict[str, Any]:
         """Return the JSON schema of an answer in the form FORCED."""
         calls = []
         definitions = {}

@@ -230,7 +230,7 @@ def test_references_within_the_parameters_of_a_tool() -> None:
         "$defs": {"Place": place | {"additionalProperties": False}},
     }
     tools = [{"function": {"name": name, "parameters": parameters}} for name in ("f", "g.h")]
-    schema = ToolUse(tools=tuple(tools), is_required=True).schema()
+    schema = ToolUse(tools=tuple(tools), is_required=True).forced_schema()
     arguments = {"at": {"city": "Lima", "near": {"city": "Lima"}}}
     prompt = TOKENIZER.encode("Hi", add_special_tokens=False)
     for value, is_right in ((arguments, True), ({"at": {"city": "Rome"}}, False), ([1], False)):

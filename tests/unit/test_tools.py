@@ -56,7 +56,7 @@ def test_choices_are_read() -> None:
     named = {"type": "function", "function": {"name": "f"}}
     tools = request(tools=[TOOL], tool_choice=named).tools
     assert tools is not None and tools.only == "f" and tools.is_required
-    schema = tools.schema()
+    schema = tools.forced_schema()
     assert (schema["minItems"], schema["maxItems"]) == (1, 1)
 
 
@@ -123,7 +123,7 @@ def test_a_model_without_a_form_of_calls_takes_forced_ones_only() -> None:
         encode_prompt(request(tools=[TOOL]), tokenizer, chat)
     forced = request(tools=[TOOL], tool_choice="required")
     assert encode_prompt(forced, tokenizer, chat) == encode_prompt(request(), tokenizer, chat)
-    assert forced.tools is not None and forced.tools.schema()["type"] == "array"
+    assert forced.tools is not None and forced.tools.forced_schema()["type"] == "array"
 
 
 @pytest.mark.parametrize("is_special", [False, True])
