@@ -15,7 +15,15 @@ from dsv3.text.thoughts import END_THINK, THINK
 from dsv3.text.tokenizer import Tokenizer
 from dsv3.text.tools import CallForm, ToolUse, arguments_schema
 
-_LIKE_JSON = rf'true|false|null|"{ANY}|-?[0-9]{ANY}|[\[{{]{ANY}'
+_INTEGER = "-?(0|[1-9][0-9]*)"
+_JSON = {  # at least the texts that are JSON of a type
+    "null": "null",
+    "boolean": "true|false",
+    "integer": _INTEGER,
+    "number": rf"{_INTEGER}(\.[0-9]+)?([eE][+-]?[0-9]+)?",
+    "array": rf"\[{ANY}\]",
+    "object": rf"\{{{ANY}\}}",
+}
 _BLANKS = r"\n{0,2}"
 _ANY_PARAMETER = r'name="[^"<>\n]+" string="(true|false)">'
 _TERMINALS = [r"TEXT: /(?s:.+)/", r"BLANK: /\n{1,2}/", r"INDEX: /[0-9]{1,4}/"]
@@ -155,7 +163,8 @@ class _Writer:
         texts = _either(parameter.texts)
         if parameter.schema is not None:
             values.append(json_rule(parameter.schema))
-            texts = f"({texts}) & ~/{_LIKE_JSON}/"  # it would be taken for another value
+            others = _either(text for kind, text in _JSON.items() if kind in parameter.kinds)
+            texts = f"({texts}) & ~/{others}/"  # it would be taken for another value
         if parameter.texts:
             values.append(self._new("VALUE", texts))
         return self._glm_pair(literal(parameter.name), f"({_either(values)})")

@@ -65,15 +65,21 @@ def kinds_of(schema: Any, root: Any, seen: set[str] | None = None) -> set[str]:
             return set()
         seen.add(reference)
         return kinds_of(target_of(reference, root), root, seen)
-    several = schema.get("anyOf", schema.get("oneOf"))
+    both = schema.get("allOf")
+    several = both if _is_one(both) else schema.get("anyOf", schema.get("oneOf"))
     if isinstance(several, list) and several:
         return set.union(*(kinds_of(one, root, seen) for one in several))
-    values = [schema["const"]] if "const" in schema else schema.get("enum")
-    if isinstance(values, list):
-        return {kind_of(value) for value in values}
     given = schema.get("type", KINDS)
     kinds = given if isinstance(given, list | tuple) else [given]
-    return set(kinds if all(isinstance(kind, str) for kind in kinds) else KINDS)
+    kinds = set(kinds if all(isinstance(kind, str) for kind in kinds) else KINDS)
+    values = [schema["const"]] if "const" in schema else schema.get("enum")
+    if isinstance(values, list):
+        return {kind_of(value) for value in values if is_of(value, kinds)}
+    return kinds
+
+
+def _is_one(schemas: Any) -> bool:
+    return isinstance(schemas, list) and len(schemas) == 1
 
 
 def kind_of(value: Any) -> str:

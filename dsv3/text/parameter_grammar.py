@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsv3.errors import RequestError, shorten
-from dsv3.text.json_schema import KINDS, target_of, with_root
+from dsv3.text.json_schema import KINDS, kinds_of, target_of, with_root
 from dsv3.text.openai_fields import is_whole
 
 _LONGEST = 1 << 20  # characters; longer limits are none
@@ -40,12 +40,14 @@ class Parameter:
     Attributes:
         texts: Lark terminals of the texts that are allowed; none allows no text.
         schema: JSON schema of the other values; None allows none.
+        kinds: types of JSON of all these values.
     """
 
     name: str
     is_required: bool
     texts: tuple[str, ...]
     schema: Any
+    kinds: set[str]
 
 
 def parameters_of(function: Mapping[str, Any]) -> Iterator[Parameter]:
@@ -64,7 +66,7 @@ def parameters_of(function: Mapping[str, Any]) -> Iterator[Parameter]:
     if not all(isinstance(name, str) and name in properties for name in required):
         raise _unsupported(function["name"], "a required parameter that is not in properties")
     for name, schema in properties.items():
-        if not re.fullmatch(r'[^"<>\n]+', name):
+        if not re.fullmatch(r'[^"<>\n]+', name) or name != name.strip():
             raise _unsupported(function["name"], f"the parameter name {shorten(json.dumps(name))}")
         where = f"{function['name']}, parameter {shorten(name)}"
         split = _Split(where, root)
@@ -76,6 +78,7 @@ def parameters_of(function: Mapping[str, Any]) -> Iterator[Parameter]:
             is_required=name in required,
             texts=tuple(split.texts),
             schema=split.schema(),
+            kinds=kinds_of(schema, root),
         )
 
 
@@ -141,8 +144,9 @@ class _Split:
     def _add_values(self, rules: dict[str, Any]) -> None:
         values = rules["enum"] if "enum" in rules else [rules["const"]]
         kinds = _kinds(rules)
-        if rules.keys() - {"enum", "const", "type"} or not isinstance(values, list):
-            raise _unsupported(self._where, "more than enum, const and type in one schema")
+        known = {"enum" if "enum" in rules else "const", "type"}
+        if rules.keys() - known or not isinstance(values, list):
+            raise _unsupported(self._where, "more than type and one of enum and const in a schema")
         if "string" in kinds:
             self.texts += [literal(value) for value in values if isinstance(value, str)]
         others = [value for value in values if not isinstance(value, str)]
@@ -184,7 +188,7 @@ class _Split:
             raise _unsupported(self._where, f"pattern={shorten(json.dumps(pattern))}")
         begin, body, end = found.groups()
         body = "".join(_IN_LARK.get(part, part) for part in re.findall(r"(?s)\\.|.", body))
-        return f"/{'' if begin else ANY}{body}{'' if end else ANY}/"
+        return f"/{'' if begin else ANY}(?:{body}){'' if end else ANY}/"
 
 
 def _kinds(rules: Mapping[str, Any]) -> list[Any]:

@@ -271,7 +271,8 @@ class ToolCallStream:
         text = "".join(parts)
         try:
             value = parse_json_text(text)
-            is_text = "string" in kinds and not is_of(value, kinds - {"string"})
+            is_json = is_of(value, kinds - {"string"}) and text == text.strip()
+            is_text = "string" in kinds and not is_json
         except (ValueError, RecursionError):
             is_text = True
         if is_whole:

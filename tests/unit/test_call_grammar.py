@@ -258,6 +258,8 @@ def test_all_calls_that_the_masks_allow_are_valid(
         ({"properties": {"a": False}}, "false"),
         ({"properties": {"a": {"type": "string", "minLength": "x"}}}, "a length"),
         ({"properties": {'a"': {}}}, "parameter name"),
+        ({"properties": {" a": {}}}, "parameter name"),
+        ({"properties": {"a": {"enum": ["x", "y"], "const": "x"}}}, "one of enum and const"),
         ({"required": ["b"]}, "a required parameter"),
         ({"required": [{}]}, "a required parameter"),
     ],
@@ -296,6 +298,50 @@ def test_texts_match_patterns(
         for value, is_right in ((right, True), (wrong, False)):
             text = begin + write("f", json.dumps({"a": value})) + end
             assert follows(tokenizer_of(form), asked, text) == is_right, text
+
+
+@pytest.mark.parametrize(
+    ("schema", "value", "is_right"),
+    [
+        ({"type": ["string", "null"]}, "2024-01-01", True),
+        ({"type": ["string", "null"]}, "[5] and {", True),
+        ({"type": ["string", "null"]}, "5", True),
+        ({"type": ["string", "null"]}, " null", True),
+        ({"type": ["string", "integer"]}, "5x", True),
+        ({"type": ["string", "integer"]}, "05", True),
+        ({"type": ["string", "integer"]}, "5.0", True),
+        ({"type": ["string", "number"]}, '"5"', True),
+        ({"enum": ["1", None]}, "1", True),
+        ({"enum": ["1", 1], "type": "string"}, "1", True),
+        ({"allOf": [{"type": "string"}]}, "5", True),
+        ({"anyOf": [{"type": "string"}, {"type": "integer", "minimum": 5}]}, " 3", True),
+        ({"anyOf": [{"type": "string"}, {"type": "integer", "minimum": 5}]}, "3", False),
+        ({"anyOf": [{"type": "string"}, {"type": "number", "maximum": 5}]}, "1e5", False),
+        ({"anyOf": [{"type": "string"}, {"type": "array", "maxItems": 0}]}, "[1]", False),
+    ],
+)
+def test_texts_of_glm_are_free_unless_they_are_other_values(
+    schema: dict[str, Any],
+    value: str,
+    is_right: bool,
+    tokenizer_of: Callable[[CallForm], Tokenizer],
+) -> None:
+    tokenizer = tokenizer_of(CallForm.GLM)
+    parameters = {"properties": {"a": schema}, "required": ["a"]}
+    function = {"name": "f", "strict": True, "parameters": parameters}
+    asked = ask(tools=[{"type": "function", "function": function}])
+    text = glm("f", json.dumps({"a": value}))
+    assert follows(tokenizer, asked, text) == is_right
+    (call,) = parsed(tokenizer, asked, tokenizer.encode(text, add_special_tokens=False)).calls
+    assert (json.loads(call.arguments) == {"a": value}) == is_right
+
+
+def test_broken_patterns_are_refused(tokenizer_of: Callable[[CallForm], Tokenizer]) -> None:
+    parameters = {"properties": {"a": {"type": "string", "pattern": "*a"}}}
+    function = {"name": "f", "strict": True, "parameters": parameters}
+    asked = ask(tools=[{"type": "function", "function": function}])
+    with pytest.raises(RequestError, match="cannot be followed"):
+        follows(tokenizer_of(CallForm.DSML), asked, "")
 
 
 @pytest.mark.parametrize("name", FORMS)
