@@ -153,8 +153,11 @@ def _end(fields: Fields, messages: list[Any]) -> PromptEnd:
     continues = fields.truth("continue_final_message")
     last = messages[-1] if messages else None
     has_prefix = isinstance(last, dict) and last.get("prefix") is True
-    if continues and starts:
-        raise RequestError("continue_final_message=true excludes add_generation_prompt=true")
+    if has_prefix and continues is False:
+        raise RequestError("prefix=true excludes continue_final_message=false")
+    if starts and (continues or has_prefix):
+        name = "continue_final_message" if continues else "prefix"
+        raise RequestError(f"{name}=true excludes add_generation_prompt=true")
     if continues or has_prefix:
         return PromptEnd.CONTINUED
     return PromptEnd.MESSAGE if starts is False else PromptEnd.ANSWER

@@ -317,6 +317,14 @@ def test_answers_that_cannot_be_continued(body: dict[str, Any], error: str) -> N
         chat(messages=[BEGUN], **body)
 
 
+@pytest.mark.parametrize(
+    "body", [{"add_generation_prompt": True}, {"continue_final_message": False}]
+)
+def test_a_prefix_excludes_switches_against_it(body: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match="prefix=true excludes"):
+        chat(messages=[BEGUN | {"prefix": True}], **body)
+
+
 def test_prompts_become_tokens() -> None:
     assert tokens(chat())[0].prompt_ids == [0, 3, *TOKENIZER.encode("Hi", False), 4]
     assert tokens(complete())[0].prompt_ids == TOKENIZER.encode("Hi", False)
