@@ -10,6 +10,7 @@ in FP8 or BF16.
 
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,7 +217,7 @@ def read_losses(file: Path, is_complete: bool = True) -> Losses:
 
 def _loss(value: Any, name: str) -> float:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 <= value < float("inf"):
+    if not is_number or not 0 <= value <= sys.float_info.max:
         raise ConfigError(
             f"{name}={shown(value)} must be a number of at least 0; an interrupted measurement "
             "goes on when its command is given again"

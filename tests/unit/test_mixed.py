@@ -244,6 +244,7 @@ def test_a_mixed_checkpoint_describes_itself(tmp_path: Path) -> None:
         ),
         (measured({"0 self_attn.o_proj": {"int4-128": -1.0}}), "int4-128=-1.0 must be a number"),
         (measured({"0 self_attn.o_proj": {"int4-128": True}}), "int4-128=True must be a number"),
+        (measured({"0 self_attn.o_proj": {"int4-128": 10**400}}), "int4-128=1.* must be a number"),
     ],
 )
 def test_malformed_files(data: dict[str, Any], words: str, tmp_path: Path) -> None:
