@@ -67,3 +67,10 @@ def test_other_blocks() -> None:
     assert_bitwise_equal("blocks of 2 x 4", got, want)
     got = weight_dequant.kernel(w, scale, torch.float32, 0, 1, (2, 4))
     assert_bitwise_equal("triton", got, want)
+
+
+@pytest.mark.parametrize("cols", [256, 300])
+def test_too_few_scales_are_refused(cols: int) -> None:
+    w = torch.zeros(128, cols).to(torch.float8_e4m3fn)
+    with pytest.raises(RuntimeError, match=r"narrow|length"):
+        weight_dequant(w, torch.ones(1, 1), torch.float32)

@@ -129,6 +129,7 @@ def weight_dequant(
         if col_offset or cols % block[1]:
             w.mul_(_expand(scale, -1, cols, col_offset, block[1]))
         elif w.numel():  # whole blocks need no scale of every value
-            w.unflatten(-1, (-1, block[1])).mul_(scale.unsqueeze(-1))
+            blocks = w.unflatten(-1, (-1, block[1]))
+            blocks.mul_(scale.narrow(-1, 0, blocks.shape[-2]).unsqueeze(-1))
         out_FD[part] = w
     return out_FD
