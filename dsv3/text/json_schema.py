@@ -70,8 +70,8 @@ def kinds_of(schema: Any, root: Any, seen: set[str] | None = None) -> set[str]:
     if isinstance(several, list) and several:
         return set.union(*(kinds_of(one, root, seen) for one in several))
     given = schema.get("type", KINDS)
-    kinds = given if isinstance(given, list | tuple) else [given]
-    kinds = set(kinds if all(isinstance(kind, str) for kind in kinds) else KINDS)
+    types = given if isinstance(given, list | tuple) else [given]
+    kinds = set(types if all(isinstance(kind, str) for kind in types) else KINDS)
     values = [schema["const"]] if "const" in schema else schema.get("enum")
     if isinstance(values, list):
         return {kind_of(value) for value in values if is_of(value, kinds)}
