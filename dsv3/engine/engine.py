@@ -137,6 +137,11 @@ class Engine:
         """Requests waiting or running."""
         return len(self._sequences)
 
+    @property
+    def computes_prompts(self) -> bool:
+        """True if the next step is likely to compute a prompt or part of one, and to take long."""
+        return any(scheduler.computes_prompts for scheduler in self._schedulers)
+
     def has_work(self) -> bool:
         """Return True if a step would do anything."""
         return bool(self._sequences) or self._in_flight is not None

@@ -134,6 +134,12 @@ class Scheduler:
         return self._is_out_of_pages or len(self.running) >= self._max_running
 
     @property
+    def computes_prompts(self) -> bool:
+        """True if the next step is likely to compute a prompt or part of one, and to take long."""
+        admits = bool(self.waiting) and not self.is_full
+        return admits or any(seq.num_left > 1 for seq in self.running)
+
+    @property
     def num_free_places(self) -> int:
         """Number of sequences that could run in addition to the running and waiting ones."""
         return self._max_running - len(self.running) - len(self.waiting)

@@ -71,8 +71,19 @@ class EngineLoop:
                 self._wait()
             self._take_all()
             if self._engine.has_work():
-                self._route(self._engine.step())
+                self._step()
         self._abandon()
+
+    def _step(self) -> None:
+        """Run a step; outputs are handed over before it if it may be long."""
+        if self._engine.computes_prompts:
+            self._outbox.send_all()
+        try:
+            outputs = self._engine.step()
+        except BaseException:
+            self._outbox.send_all()  # the tokens of the steps before
+            raise
+        self._route(outputs)
 
     def _is_over(self) -> bool:
         if self._end is None:
@@ -124,7 +135,7 @@ class EngineLoop:
                 self._outbox.add(answer, output)
             if output.completion is not None:
                 self._answers.pop(output.request_id, None)
-        self._outbox.send_due(len(self._answers))
+        self._outbox.send_due()
 
     def _abandon(self) -> None:
         """Cancel the requests that are left when the time to drain is over."""

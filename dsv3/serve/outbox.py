@@ -2,12 +2,12 @@
 
 Each event of a stream takes the interpreter from the engine: the event loop must be woken, write
 the event and send it. Few streams get each token at once; the tokens of many streams are handed
-over together after some steps. The first and the last outputs of an answer never wait.
+over together after some steps. The first and the last outputs of a request never wait.
 """
 
 import time
 from collections.abc import Callable
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 from dsv3.request import RequestOutput
 from dsv3.serve.answers import Answer, HttpError
@@ -30,15 +30,16 @@ class Outbox:
         self._deliver = deliver
         self._outputs: dict[Answer, list[RequestOutput]] = {}
         self._urgent: set[Answer] = set()
-        self._begun: WeakSet[Answer] = WeakSet()
+        self._begun: WeakKeyDictionary[Answer, set[str]] = WeakKeyDictionary()  # request ids
         self._emptied_at = 0.0
 
     def add(self, answer: Answer, output: RequestOutput) -> None:
         """Add an output of an answer."""
         self._outputs.setdefault(answer, []).append(output)
-        if output.completion is not None or answer not in self._begun:
+        begun = self._begun.setdefault(answer, set())
+        if output.completion is not None or output.request_id not in begun:
             self._urgent.add(answer)
-            self._begun.add(answer)
+            begun.add(output.request_id)
 
     def drop(self, answer: Answer) -> None:
         """Forget the outputs of an answer whose client is gone."""
@@ -47,17 +48,22 @@ class Outbox:
 
     def fail(self, answers: set[Answer], failure: HttpError) -> None:
         """Hand over all outputs, and end answers with a failure."""
-        self._urgent.update(self._outputs)
-        self._hand_over_urgent()
+        self.send_all()
         if answers:
             self._deliver([(answer, failure) for answer in answers])
 
-    def send_due(self, num_streams: int) -> None:
-        """Hand over what is due after a step, with a number of streams that go on."""
-        now = time.monotonic()
-        if now >= self._emptied_at + min(_MAX_SECONDS, num_streams / _EVENTS_PER_SECOND):
-            self._emptied_at = now
-            self._urgent.update(self._outputs)
+    def send_due(self) -> None:
+        """Hand over what is due after a step."""
+        interval = min(_MAX_SECONDS, len(self._outputs) / _EVENTS_PER_SECOND)
+        if time.monotonic() >= self._emptied_at + interval:
+            self.send_all()
+        else:
+            self._hand_over_urgent()
+
+    def send_all(self) -> None:
+        """Hand over all outputs."""
+        self._emptied_at = time.monotonic()
+        self._urgent.update(self._outputs)
         self._hand_over_urgent()
 
     def _hand_over_urgent(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 
 from dsv3.engine.engine import Engine
-from dsv3.errors import RequestError
+from dsv3.errors import RankError, RequestError
 from dsv3.request import Completion, Request, RequestOutput, SamplingParams
 from dsv3.serve.answers import MAX_UNREAD_TOKENS, Answer, HttpError
 from dsv3.serve.engine_loop import Cancel, Command, Drain, EngineLoop, Submit
@@ -37,8 +37,11 @@ class FakeEngine:
 
     max_running = 2
 
-    def __init__(self) -> None:
+    def __init__(self, last_step: int | None = None) -> None:
         self.left: dict[str, deque[int]] = {}
+        self.steps = 0
+        self.last_step = last_step  # fails
+        self.computes_prompts = False
         self.cancelled: list[str] = []
 
     @property
@@ -61,6 +64,9 @@ class FakeEngine:
         self.left.pop(request_id, None)
 
     def step(self) -> list[RequestOutput]:
+        self.steps += 1
+        if self.steps == self.last_step:
+            raise RankError("a rank is gone")
         outputs = []
         for name, tokens in list(self.left.items()):
             token = tokens.popleft()
@@ -113,19 +119,60 @@ def test_answers_fail_when_the_time_to_drain_is_over() -> None:
     assert engine.cancelled == ["a"]
 
 
+def tokens_of(name: str, deliveries: list[Delivery]) -> list[int]:
+    """Return the tokens of a request."""
+    items = [item for _, item in deliveries if isinstance(item, RequestOutput)]
+    return [i for item in items if item.request_id == name for i in item.new_token_ids]
+
+
 def outputs_at(times: list[float], num_streams: int, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Return the tokens of each delivery of an answer with one token a step."""
+    """Return the tokens of each delivery of one of several answers with one token a step."""
     sent: list[list[Delivery]] = []
     box = Outbox(sent.append)
-    answer = Answer(["a"])
+    answers = {str(i): Answer([str(i)]) for i in range(num_streams)}
     for token, now in enumerate(times):
         monkeypatch.setattr("time.monotonic", lambda now=now: now)
-        box.add(answer, output("a", token, is_last=token == len(times) - 1))
-        box.send_due(num_streams)
-    return [
-        [i for _, item in delivery if isinstance(item, RequestOutput) for i in item.new_token_ids]
-        for delivery in sent
-    ]
+        for name, answer in answers.items():
+            box.add(answer, output(name, token, is_last=token == len(times) - 1))
+        box.send_due()
+    return [tokens_of("0", delivery) for delivery in sent]
+
+
+def held(engine: FakeEngine, num_streams: int = 200) -> list[list[Delivery]]:
+    """Run three steps of many streams and whatever comes then; return the deliveries."""
+    inbox: SimpleQueue[Command] = SimpleQueue()
+    for i in range(num_streams):
+        inbox.put(Submit(Answer([f"{i}"]), [request(f"{i}", 5)]))
+    sent: list[list[Delivery]] = []
+    loop = EngineLoop(cast(Engine, engine), inbox, sent.append)
+    with pytest.raises(RankError):
+        loop.run()
+    return sent
+
+
+def test_a_step_that_fails_hands_over_the_tokens_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.monotonic", lambda: 100.0)  # no time passes
+    sent = held(FakeEngine(last_step=4))
+    assert [tokens_of("7", delivery) for delivery in sent] == [[0], [1, 2]]
+
+
+def test_tokens_do_not_wait_for_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.monotonic", lambda: 100.0)
+    engine = FakeEngine(last_step=4)
+    engine.computes_prompts = True
+    assert [tokens_of("7", delivery) for delivery in held(engine)] == [[0], [1], [2]]
+
+
+def test_the_first_token_of_each_choice_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.monotonic", lambda: 100.0)
+    sent: list[list[Delivery]] = []
+    box = Outbox(sent.append)
+    answers = {str(i): Answer([f"{i}a", f"{i}b"]) for i in range(200)}
+    for choice in "ab":
+        for name, answer in answers.items():
+            box.add(answer, output(f"{name}{choice}", 1))
+        box.send_due()
+    assert tokens_of("7a", sent[0]) == tokens_of("7b", sent[1]) == [1]
 
 
 def test_many_streams_get_their_tokens_together(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,19 +180,20 @@ def test_many_streams_get_their_tokens_together(monkeypatch: pytest.MonkeyPatch)
     assert outputs_at(steps, 1, monkeypatch) == [[0], [1], [2], [3], [4], [5], [6], [7]]
     assert outputs_at(steps, 20, monkeypatch) == [[0], [1, 2], [3, 4], [5, 6], [7]]
     # The first and the last ones never wait; no stream waits for longer than 0.1 s.
-    assert outputs_at(steps, 10**6, monkeypatch) == [[0], [1, 2, 3, 4], [5, 6, 7]]
+    assert outputs_at(steps, 200, monkeypatch) == [[0], [1, 2, 3, 4], [5, 6, 7]]
 
 
-def test_a_last_output_does_not_take_others_along() -> None:
+def test_a_last_output_does_not_take_others_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.monotonic", lambda: 100.0)  # no time passes
     sent: list[list[Delivery]] = []
     box = Outbox(sent.append)
     first, second = Answer(["a"]), Answer(["b"])
     for item in (output("a", 1), output("b", 1)):
         box.add(first if item.request_id == "a" else second, item)
-    box.send_due(10**6)
+    box.send_due()
     box.add(first, output("a", 2, is_last=True))
     box.add(second, output("b", 2))
-    box.send_due(10**6)
+    box.send_due()
     assert [(answer is first) for answer, _ in sent[-1]] == [True]
     box.add(second, output("b", 3))
     box.fail({second}, HttpError("gone", 503))
@@ -160,7 +208,7 @@ def test_outputs_that_a_failure_has_taken_along_are_not_due_again() -> None:
     box = Outbox(sent.append)
     box.add(Answer(["a"]), output("a", 1))  # the first one, which does not wait
     box.fail(set(), HttpError("gone", 503))
-    box.send_due(1)
+    box.send_due()
     assert len(sent) == 1
 
 
