@@ -51,7 +51,6 @@ def test_one_prompt_one_answer_and_nothing_else(program: str) -> None:
     [
         ([], "", "nothing to answer: give --prompt TEXT, --interactive or --input-file"),
         ([], ROW, "these are rows of a batch; give --input-file - to answer them"),
-        ([], f"[{ROW}, {ROW}]", "these are rows of a batch"),
         ([], "x" * (17 << 20), "the prompt on standard input: longer than 16 MiB"),
         (["--prompt", " "], "", "--prompt is empty"),
         (["--prompt", "word " * 20_000], "", "--prompt: the prompt has"),

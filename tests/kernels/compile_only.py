@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +196,7 @@ def attention(is_hopper: bool) -> None:
     slot = torch.zeros(4, dtype=torch.int64)
     rotation = Rotation(torch.zeros(4, 32), torch.zeros(4, 32), True)
     plain, kv = (torch.zeros(64, width, dtype=torch.bfloat16) for width in (576, 16 * 320))
-    forms = (plain, 16), (packed, 16), (plain, 32), (plain, 128), (packed, 128), (plain.float(), 16)
+    forms = (plain, 32), (packed, 128), (plain.float(), 16)  # others: `attention_to_selected`
     for cache, heads in forms:
         q = torch.zeros(2, 1, heads, 576, dtype=torch.bfloat16)
         tile = decode_tile(heads, cache.dtype == torch.float32, is_hopper)
@@ -221,8 +220,6 @@ def attention(is_hopper: bool) -> None:
     k_r, start = kv[:4, None, :64].expand(-1, 16, -1), torch.tensor([0, 1, 4], dtype=torch.int32)
     keys = KeysValues(q[..., :128], k_r, q[..., :128])
     launch_prefill(q, keys, start, 3, 0, 0.1, prefill_tile(False, is_hopper, 256))
-    exact = KeysValues(keys.k_SHN.float(), keys.k_SHR.float(), keys.v_SHV.float())
-    launch_prefill(q.float(), exact, None, 4, 9, 0.1, prefill_tile(True, is_hopper, 256))
     mha_decode.kernel(q[:2], kv, PageTables(page, pos, Paging(64)), 0.1)
     merge_lse.kernel(torch.zeros(8, 4, 16, 513)[..., :-1], torch.zeros(8, 4, 16))
     zeros, ones = torch.zeros(2, dtype=torch.int64), torch.ones(2)
@@ -297,8 +294,9 @@ def attention_to_selected(is_hopper: bool) -> None:
         PageTables(torch.zeros(T, 2048, dtype=torch.int32), torch.zeros(T, 1).long(), Paging(1))
         for T in (1, 2048)
     ]
-    forms = [*product((plain, packed, plain.float()), (16, 128), few_and_many[1:])]
-    for cache, heads, selected in (*forms, (packed, 128, few_and_many[0])):
+    few, many = few_and_many
+    forms = (plain, 16, many), (plain, 128, many), (packed, 16, many), (plain.float(), 128, many)
+    for cache, heads, selected in (*forms, (packed, 128, few)):
         q = torch.zeros(len(selected.page_BG), 1, heads, 576, dtype=torch.bfloat16)
         tile = decode_tile(heads, cache.dtype == torch.float32, is_hopper)
         launch_mla_decode(q, cache, selected, 512, 0.1, tile)
