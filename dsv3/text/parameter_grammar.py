@@ -71,14 +71,16 @@ def parameters_of(function: Mapping[str, Any]) -> Iterator[Parameter]:
         where = f"{function['name']}, parameter {shorten(name)}"
         split = _Split(where, root)
         split.add(schema)
-        if not split.texts and split.schema() is None:
+        kinds = kinds_of(schema, root)
+        others = split.schema() if kinds - {"string"} else None
+        if not split.texts and others is None:
             raise _unsupported(where, "a schema that allows no value")
         yield Parameter(
             name=name,
             is_required=name in required,
             texts=tuple(split.texts),
-            schema=split.schema(),
-            kinds=kinds_of(schema, root),
+            schema=others,
+            kinds=kinds,
         )
 
 

@@ -318,6 +318,7 @@ def test_texts_match_patterns(
         ({"anyOf": [{"type": "string"}, {"type": "integer", "minimum": 5}]}, "3", False),
         ({"anyOf": [{"type": "string"}, {"type": "number", "maximum": 5}]}, "1e5", False),
         ({"anyOf": [{"type": "string"}, {"type": "array", "maxItems": 0}]}, "[1]", False),
+        ({"anyOf": [{"type": "string"}, {"type": "boolean", "enum": [1]}]}, "true", True),
     ],
 )
 def test_texts_of_glm_are_free_unless_they_are_other_values(
