@@ -59,8 +59,8 @@ def parameters_of(function: Mapping[str, Any]) -> Iterator[Parameter]:
     root = function.get("parameters") or {}
     for key in root.keys() - _OF_OBJECTS - _REMARKS - {"$schema"}:
         raise _unsupported(function["name"], f"parameters.{shorten(key)}")
-    properties = root.get("properties") or {}
-    required = root.get("required") or []
+    properties = root.get("properties", {})
+    required = root.get("required", [])
     if not isinstance(properties, dict) or not isinstance(required, list):
         raise _unsupported(function["name"], "malformed properties or required")
     if not all(isinstance(name, str) and name in properties for name in required):

@@ -260,11 +260,12 @@ def test_all_calls_that_the_masks_allow_are_valid(
         ({"properties": {'a"': {}}}, "parameter name"),
         ({"properties": {" a": {}}}, "parameter name"),
         ({"properties": {"a": {"enum": ["x", "y"], "const": "x"}}}, "one of enum and const"),
+        ({"properties": []}, "malformed properties"),
         ({"required": ["b"]}, "a required parameter"),
         ({"required": [{}]}, "a required parameter"),
     ],
 )
-def test_schemas_that_texts_cannot_be_held_to_are_refused_by_name(
+def test_schemas_that_texts_cannot_follow_are_refused_by_name(
     schema: dict[str, Any], message: str, tokenizer_of: Callable[[CallForm], Tokenizer]
 ) -> None:
     function = {"name": "f", "strict": True, "parameters": schema}
