@@ -8,6 +8,7 @@ import pty
 import re
 import select
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -37,6 +38,11 @@ def environment() -> dict[str, str]:
     usual = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     own = {"OMP_NUM_THREADS": "1", "TERM": "xterm"}
     return usual | own | {"XDG_STATE_HOME": os.devnull}  # not the state of who runs the tests
+
+
+def free_port() -> int:
+    with socket.create_server(("localhost", 0)) as server:
+        return int(server.getsockname()[1])
 
 
 def run(command: list[str], stdin: str = "", **more: object) -> "subprocess.CompletedProcess[str]":

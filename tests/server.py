@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
-from tests.programs import HANG_SECONDS, ROOT, end, environment, torchrun
+from tests.programs import ALONE, HANG_SECONDS, ROOT, end, environment, torchrun
 
 SERVE = str(ROOT / "launch" / "serve.py")
 CHAT = "/v1/chat/completions"
@@ -20,14 +20,15 @@ QUESTION = [{"role": "user", "content": "What is MLA?"}]
 
 
 class Server:
-    """A server on two ranks."""
+    """A server."""
 
     def __init__(self, *flags: str, ranks: int = 2) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the server)
-        command = [*torchrun(ranks), SERVE, "--port", str(self.port), *flags]
+        launch = ALONE if ranks == 1 else torchrun(ranks)
+        command = [*launch, SERVE, "--port", str(self.port), *flags]
         self.process = subprocess.Popen(
             command, stdout=self._log, stderr=self._log, env=environment(), cwd=ROOT
         )

@@ -2,7 +2,6 @@
 
 import faulthandler
 import json
-import multiprocessing
 import tempfile
 import time
 import traceback
@@ -20,6 +19,7 @@ from dsv3.config import ParallelConfig
 from dsv3.distributed.collectives import SingleRank
 from dsv3.distributed.cpu_exchange import connect_cpu
 from dsv3.distributed.mesh import Mesh
+from tests.forked import fork_server
 
 CPU = torch.device("cpu")
 _CHECK_SECONDS = 300  # a rank that takes longer hangs: it prints its stack and exits
@@ -70,8 +70,7 @@ def run_checks(
     memory they would wait for it, so the first failure ends all ranks.
     """
     with tempfile.TemporaryDirectory() as folder:
-        # The fork server imports the modules that all ranks need once.
-        multiprocessing.set_forkserver_preload(["dsv3.engine.start"])
+        fork_server()
         mp.start_processes(
             _rank_main,
             args=(checks, world_size, cpu_exchange, Path(folder)),

@@ -9,19 +9,19 @@ from typing import Any
 import pytest
 
 import dsv3
-from tests.programs import ALONE, run, torchrun
+from tests.forked import run_forked
 
 SCRIPT = str(Path(__file__).with_name("llm_script.py"))
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return results(tmp_path_factory.mktemp("alone"), ALONE)[0]
+    return results(tmp_path_factory.mktemp("alone"))[0]
 
 
-def results(folder: Path, how: list[str]) -> list[dict[str, Any]]:
+def results(folder: Path, num_ranks: int = 1) -> list[dict[str, Any]]:
     """Return what each rank got."""
-    done = run([*how, SCRIPT, str(folder)])
+    done = run_forked([SCRIPT, str(folder)], num_ranks=num_ranks)
     assert done.returncode == 0, done.stderr
     return [json.loads(file.read_text()) for file in sorted(folder.iterdir())]
 
@@ -68,7 +68,7 @@ def test_a_closed_model_says_so(alone: dict[str, Any]) -> None:
 def test_two_ranks_answer_as_one_and_only_the_first_returns_text(
     alone: dict[str, Any], tmp_path: Path
 ) -> None:
-    first, second = results(tmp_path, torchrun(2))
+    first, second = results(tmp_path, 2)
     at_once = first["at once"]
     assert at_once.startswith("torch.distributed is in use in this process: close the LLM")
     assert alone["at once"] == ""  # a world of one can have several

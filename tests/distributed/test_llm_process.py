@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.faults.test_ranks import free_port
-from tests.programs import ALONE, HANG_SECONDS, environment, our_lines, run, torchrun
+from tests.programs import ALONE, HANG_SECONDS, environment, free_port, our_lines, run, torchrun
 
 SCRIPT = str(Path(__file__).with_name("process_script.py"))
 INTERRUPTED = 128 + signal.SIGINT

@@ -8,7 +8,7 @@ import pytest
 
 from dsv3.config_files import DEMO
 from dsv3.text.tokenizer import Tokenizer
-from tests.programs import ALONE, run, torchrun
+from tests.forked import run_forked
 
 SCRIPT = str(Path(__file__).with_name("thoughts_script.py"))
 TEMPLATE = (
@@ -17,16 +17,16 @@ TEMPLATE = (
 )
 
 
-def results(folder: Path, how: list[str]) -> tuple[list[Any], str]:
+def results(folder: Path, num_ranks: int = 1) -> tuple[list[Any], str]:
     (folder / "t.jinja").write_text(TEMPLATE)
-    done = run([*how, SCRIPT, str(folder)])
+    done = run_forked([SCRIPT, str(folder)], num_ranks=num_ranks)
     assert done.returncode == 0, done.stderr
     return [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))], done.stderr
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
-    (got,), stderr = results(tmp_path_factory.mktemp("alone"), ALONE)
+    (got,), stderr = results(tmp_path_factory.mktemp("alone"))
     return got, stderr
 
 
@@ -58,6 +58,6 @@ def test_a_message_is_text_and_a_wish_without_effect_is_mentioned_once(
 
 
 def test_two_ranks_think_as_one(alone: tuple[dict[str, Any], str], tmp_path: Path) -> None:
-    (first, second), _ = results(tmp_path, torchrun(2))
+    (first, second), _ = results(tmp_path, 2)
     assert first == alone[0]
     assert second["whole"] == [] and second["answer"] == ""

@@ -5,10 +5,7 @@ on one rank, which tests/oracle compares with transformers. All of it is float32
 """
 
 import json
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -24,6 +21,7 @@ from dsv3.config import ParallelConfig
 from dsv3.text.call_marks import DEEPSEEK
 from dsv3.text.tools import CallForm
 from tests.call_marks import copy_demo, marked_tokenizer
+from tests.forked import run_forked
 from tests.integer_files import mixed_kinds_by_hand
 from tests.oracle.families import Oracle
 
@@ -160,17 +158,8 @@ def run(oracle: Callable[[str], Oracle], tmp_path_factory: pytest.TempPathFactor
         }
         job_file, result = folder / f"job{world_size}.json", folder / f"result{world_size}.json"
         job_file.write_text(json.dumps(job))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(world_size), str(ROOT / "tests/distributed/matrix.py")]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [*command, str(job_file), str(result)],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        script = str(Path(__file__).with_name("matrix.py"))
+        done = run_forked([script, str(job_file), str(result)], num_ranks=world_size, seconds=1800)
         assert done.returncode == 0, done.stderr[-8000:]
         return json.loads(result.read_text())
 

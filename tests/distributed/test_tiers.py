@@ -4,16 +4,14 @@ Four ranks write a directory, which one, two and eight ranks then read, each in 
 """
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
 from dsv3.config_files import DEMO
+from tests.forked import run_forked
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTH, NUM_PROMPTS, FULL = 200, 2, 192
@@ -37,16 +35,8 @@ def run(folder: Path, world_size: int, cases: dict[str, dict[str, Any]]) -> Worl
     job = {"path": str(DEMO), "prompts": prompts, "cases": cases}
     job_file, result = folder / f"job{world_size}.json", folder / f"result{world_size}.json"
     job_file.write_text(json.dumps(job))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(world_size), str(ROOT / "tests/distributed/tiers.py")]
-    done = subprocess.run(
-        [*command, str(job_file), str(result)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    script = str(Path(__file__).with_name("tiers.py"))
+    done = run_forked([script, str(job_file), str(result)], num_ranks=world_size, seconds=1800)
     assert done.returncode == 0, done.stderr[-8000:]
     return World(json.loads(result.read_text()), done.stderr)
 

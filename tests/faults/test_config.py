@@ -9,7 +9,8 @@ import pytest
 
 from dsv3.config_files import DEMO
 from tests.faults.converting import Convert
-from tests.programs import ALONE, GENERATE, our_lines, run, torchrun
+from tests.forked import run_forked
+from tests.programs import GENERATE, our_lines
 
 UNKNOWN = "config.json: keys without a meaning here are ignored: 'future_key', 'other_key'"
 
@@ -37,7 +38,7 @@ def test_faults_are_one_line(
     assert code == 2
     rows = tmp_path / "rows.txt"
     rows.write_text("hello\n")
-    done = run([*ALONE, GENERATE, "--ckpt-path", str(folder), "--input-file", str(rows)])
+    done = run_forked([GENERATE, "--ckpt-path", str(folder), "--input-file", str(rows)])
     assert done.returncode == 2
     for text in (err, done.stderr):
         (line,) = text.splitlines()
@@ -50,8 +51,7 @@ def test_unknown_keys_are_one_warning(ranks: int, tmp_path: Path) -> None:
     rows, output = tmp_path / "rows.txt", tmp_path / "out.jsonl"
     rows.write_text("hello\n")
     files = ["--input-file", str(rows), "--output-file", str(output)]
-    command = ALONE if ranks == 1 else torchrun(ranks)
-    done = run([*command, GENERATE, "--ckpt-path", str(folder), *files])
+    done = run_forked([GENERATE, "--ckpt-path", str(folder), *files], num_ranks=ranks)
     assert done.returncode == 0, done.stderr
     lines = [line for line in our_lines(done.stderr) if "ignored" in line]
     assert lines == [UNKNOWN]

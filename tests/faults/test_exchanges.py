@@ -1,6 +1,5 @@
 """Ranks that are killed or stopped at random moments within exchanges, in memory and over Gloo."""
 
-import multiprocessing
 import os
 import random
 import re
@@ -17,8 +16,8 @@ import pytest
 import torch
 
 from dsv3.distributed.mesh import Mesh, join_world
-from tests.faults.test_ranks import free_port
-from tests.programs import GENERATE, HANG_SECONDS, our_lines, run, torchrun
+from tests.forked import fork_server, run_forked
+from tests.programs import GENERATE, HANG_SECONDS, free_port, our_lines, run, torchrun
 
 TIMEOUT = 3.0  # seconds, the shortest --rank-timeout
 SHM = Path("/dev/shm")
@@ -71,8 +70,7 @@ class World:
     """Ranks that run a function, forked from a process that has imported everything."""
 
     def __init__(self, main: Run, size: int, cpu_exchange: str, log: Path) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.faults.test_exchanges"])
+        context = fork_server()
         has_begun = [context.Event() for _ in range(size)]
         port = free_port()
         self.log = log
@@ -180,7 +178,7 @@ for exchange in ("memory", "gloo"):
 
 
 def test_without_shared_memory_all_ranks_use_gloo() -> None:
-    usual = run([*torchrun(2), *HELLO])
+    usual = run_forked([*HELLO], num_ranks=2)
     done = limited(*HELLO)
     assert done.returncode == usual.returncode == 0, done.stderr
     assert done.stdout == usual.stdout != ""

@@ -14,7 +14,8 @@ import pytest
 from dsv3.checkpoint.directory import INDEX
 from dsv3.config_files import DEMO
 from dsv3.errors import MAX_LINE, one_line
-from tests.programs import ALONE, GENERATE, HANG_SECONDS, ROOT, environment, run
+from tests.forked import run_forked
+from tests.programs import GENERATE, HANG_SECONDS, ROOT, environment
 
 WEIGHTS = "model-00001-of-00002.safetensors"
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -322,7 +323,7 @@ def test_unusual_but_valid_headers_are_read(tmp_path: Path) -> None:
     header(lambda entries: entries.update(__metadata__=None))(tmp_path)
     another("model.extra.weight", [0, 2**40])(tmp_path)
     script = str(Path(__file__).with_name("open_checkpoint.py"))
-    done = run([sys.executable, script, str(tmp_path)])
+    done = run_forked([script, str(tmp_path)])
     assert done.stdout == '""\n', done.stderr
 
 
@@ -343,7 +344,7 @@ def test_names_from_files_reach_no_terminal_as_commands(tmp_path: Path, program:
         "generate": [GENERATE, "--ckpt-path", checkpoint, "--input-file", rows],
         "convert": [CONVERT, "--hf-ckpt-path", checkpoint, "--save-path", out, "--to", "hf"],
     }
-    done = run([*ALONE, *commands[program]])
+    done = run_forked([*commands[program]])
     (line,) = done.stderr.splitlines()
     assert done.returncode == 2
     assert line.startswith("error: ") and "\\x1b]0;title\\x07" in line

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from dsv3 import LLM, SamplingParams
+from tests.forked import run_forked
 from tests.programs import (
     GENERATE,
     HANG_SECONDS,
@@ -96,7 +97,7 @@ def test_a_job_killed_twice_has_every_row_once(tmp_path: Path, cpu_exchange: str
     out.write_bytes(out.read_bytes()[:-7])  # torn, as by a power cut
     kill_after(5, [*torchrun(2), *job], out, rank=0)
     assert set(before[:-1]) <= set(whole_lines(out))
-    assert run([*torchrun(2), *job, str(out)]).returncode == 0
+    assert run_forked([*job, str(out)], num_ranks=2).returncode == 0
     assert answers(out) == undisturbed()
 
 

@@ -24,7 +24,8 @@ from dsv3.errors import CheckpointError, Dsv3Error
 from dsv3.parallel.weight_format import WeightFormat
 from dsv3.parallel.weights import Matrix, Vector
 from tests.checkpoint_files import FP8, TINY, Tensors, random_tensors, write_hf
-from tests.programs import ALONE, GENERATE, run, torchrun
+from tests.forked import run_forked
+from tests.programs import GENERATE
 
 BAD_TOKEN, OVERFLOW = 330, "the model's logits are not finite"
 EMBEDDING = "model.embed_tokens.weight"
@@ -68,7 +69,7 @@ def overflowing(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(folder, spoiled(random_tensors(TINY), EMBEDDING, INFINITY, at))
 
 
-def responses(path: Path, folder: Path, launch: list[str], *flags: str) -> dict[str, Any]:
+def responses(path: Path, folder: Path, num_ranks: int, *flags: str) -> dict[str, Any]:
     """Answer every prompt in every way; return the responses, and "stderr" and "code"."""
     rows, out = folder / "rows.jsonl", folder / "out.jsonl"
     common = {"max_tokens": 5, "ignore_eos": True, "return_token_ids": True, "temperature": 0}
@@ -80,7 +81,7 @@ def responses(path: Path, folder: Path, launch: list[str], *flags: str) -> dict[
                 file.write(json.dumps(row) + "\n")
     job = ["--ckpt-path", str(path), "--input-file", str(rows), "--output-file", str(out)]
     sizes = ["--kv-cache-size", "2048tok", "--max-batch-tokens", "80", "--max-running", "8"]
-    done = run([*launch, GENERATE, *job, *sizes, "--strict", *flags])
+    done = run_forked([GENERATE, *job, *sizes, "--strict", *flags], num_ranks=num_ranks)
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     got = {line["custom_id"]: line["response"] for line in lines}
     assert len(got) == len(lines) == len(KINDS) * len(PROMPTS)
@@ -92,7 +93,7 @@ def right(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The responses where nothing overflows."""
     folder = tmp_path_factory.mktemp("finite")
     path = write(folder / "model", random_tensors(TINY))
-    got = responses(path, folder, ALONE)
+    got = responses(path, folder, 1)
     assert got["code"] == 0
     return got
 
@@ -102,22 +103,22 @@ def tokens(response: dict[str, Any]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("launch", "flags"),
+    ("num_ranks", "flags"),
     [
-        (ALONE, ()),
-        (ALONE, ("--attn-impl", "naive", "--pipeline-depth", "1")),
-        (torchrun(2), ("--attn-impl", "absorb")),
-        (torchrun(2), ("--dp", "2", "--moe-dispatch", "alltoall")),
+        (1, ()),
+        (1, ("--attn-impl", "naive", "--pipeline-depth", "1")),
+        (2, ("--attn-impl", "absorb")),
+        (2, ("--dp", "2", "--moe-dispatch", "alltoall")),
     ],
 )
 def test_a_row_that_overflows_fails_and_harms_no_other(
     overflowing: Path,
     right: dict[str, Any],
     tmp_path: Path,
-    launch: list[str],
+    num_ranks: int,
     flags: tuple[str, ...],
 ) -> None:
-    got = responses(overflowing, tmp_path, launch, *flags)
+    got = responses(overflowing, tmp_path, num_ranks, *flags)
     assert "20 rows: 10 answered, 10 failed" in got["stderr"]
     for kind in KINDS:
         for name in PROMPTS:
@@ -131,7 +132,7 @@ def test_a_row_that_overflows_fails_and_harms_no_other(
 
 
 def test_debug_names_step_and_layer(overflowing: Path, tmp_path: Path) -> None:
-    got = responses(overflowing, tmp_path, ALONE, "--debug")
+    got = responses(overflowing, tmp_path, 1, "--debug")
     message = got["overflow, greedy"]["body"]["error"]["message"]
     assert f"{OVERFLOW} (step 1, from layer 0 on)" in message
 
@@ -212,7 +213,7 @@ def test_a_prompt_that_overflows_is_not_prewarmed(overflowing: Path, tmp_path: P
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     files = ["--input-file", str(file), "--prewarm", str(file), "--kv-cache-size", "2048tok"]
-    done = run([*ALONE, GENERATE, "--ckpt-path", str(overflowing), *files])
+    done = run_forked([GENERATE, "--ckpt-path", str(overflowing), *files])
     assert done.returncode == 2
     assert f"error: --prewarm, prompt 2: {OVERFLOW}" in done.stderr
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.test_kill import answers, undisturbed, whole_lines, write_job
+from tests.forked import run_forked
 from tests.programs import (
     ALONE,
     GENERATE,
@@ -19,7 +20,6 @@ from tests.programs import (
     environment,
     our_lines,
     ranks_of,
-    run,
     torchrun,
 )
 
@@ -43,7 +43,7 @@ def test_a_failed_start_leaves_old_results(job: list[str], tmp_path: Path) -> No
         (["--metrics-port", "70000"], "--metrics-port=70000 cannot be listened on"),
         (["--log-dir", str(tmp_path / "logs")], "rank0.log: a link"),
     ):
-        done = run([*ALONE, *job, str(out), "--overwrite", *flags])
+        done = run_forked([*job, str(out), "--overwrite", *flags])
         assert done.returncode == 2
         assert reason in our_lines(done.stderr)[-1]
         assert out.read_text() == old
@@ -97,17 +97,17 @@ def test_results_that_are_taken_away_are_an_error(
 
 
 def test_devices_and_pipes_take_results(job: list[str]) -> None:
-    piped = run([*ALONE, *job, "/dev/stdout"])
+    piped = run_forked([*job, "/dev/stdout"])
     assert piped.returncode == 0
     lines = [json.loads(line) for line in piped.stdout.splitlines()]
     found = {line["custom_id"]: line["response"]["body"]["choices"][0]["text"] for line in lines}
     assert found == undisturbed()
-    assert run([*ALONE, *job, "/dev/null", "--stats-file", "/dev/null"]).returncode == 0
+    assert run_forked([*job, "/dev/null", "--stats-file", "/dev/null"]).returncode == 0
 
 
 def test_flags_that_change_nothing_are_said(job: list[str]) -> None:
     flags = ["--prompt-separator", "blank-line", "--temperature", "0", "--top-k", "5"]
-    done = run([*ALONE, *job, "/dev/null", *flags, "--seed", "1", "--sequence-parallel", "9"])
+    done = run_forked([*job, "/dev/null", *flags, "--seed", "1", "--sequence-parallel", "9"])
     assert done.returncode == 0
     for said in (
         "--prompt-separator changes nothing: the input is JSONL",

@@ -19,7 +19,16 @@ from dsv3.checkpoint.source import open_source
 from dsv3.config import ParallelConfig
 from dsv3.config_files import DEMO
 from tests.faults.test_kill import answers, undisturbed, whole_lines, write_job
-from tests.programs import GENERATE, HANG_SECONDS, ROOT, end, environment, our_lines, ranks_of
+from tests.programs import (
+    GENERATE,
+    HANG_SECONDS,
+    ROOT,
+    end,
+    environment,
+    free_port,
+    our_lines,
+    ranks_of,
+)
 
 BAD_RANK = str(Path(__file__).with_name("bad_rank.py"))
 SILENT = r"is not heard of for \d s \(stopped, or its host cannot be reached\)"
@@ -74,11 +83,6 @@ def host_agents(*flags: str) -> list[list[str]]:
         renamed = ["unshare", "--uts", "sh", "-c", 'hostname localhost; exec "$@"', "sh"]
         return [agents[0], [*renamed, *agents[1]]]
     return agents
-
-
-def free_port() -> int:
-    with socket.create_server(("localhost", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 def errors(stderr: Path) -> list[str]:

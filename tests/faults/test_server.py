@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from tests.programs import GENERATE, HANG_SECONDS, ranks_of, run, torchrun
+from tests.forked import run_forked
+from tests.programs import GENERATE, HANG_SECONDS, ranks_of
 from tests.server import CHAT, QUESTION, SERVE, Server
 
 pytestmark = pytest.mark.slow
@@ -52,7 +53,7 @@ def test_streams_equal_the_batch_file(server: Server, tmp_path: Path) -> None:
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     files = ["--input-file", str(tmp_path / "rows.jsonl"), "--output-file", str(tmp_path / "out")]
-    done = run([*torchrun(2), GENERATE, *files])
+    done = run_forked([GENERATE, *files], num_ranks=2)
     assert done.returncode == 0, done.stderr
     want = {}
     for line in (tmp_path / "out").read_text().splitlines():
@@ -241,10 +242,9 @@ def test_sigterm_lets_answers_finish() -> None:
 
 def test_one_rank_ends_with_zero_after_sigint() -> None:
     with Server("--drain-seconds", "0.2", ranks=1) as alone:
-        pid = ranks_of(alone.process.pid)[0]
         events = alone.stream(CHAT, LONG)
         next(events)
-        os.kill(pid, signal.SIGINT)
+        alone.process.send_signal(signal.SIGINT)
         assert list(events)[-1]["error"]["message"] == "the server is stopping"
         assert alone.process.wait(HANG_SECONDS) == 0
 

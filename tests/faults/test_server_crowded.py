@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.programs import GENERATE, HANG_SECONDS, run, torchrun
+from tests.forked import run_forked
+from tests.programs import GENERATE, HANG_SECONDS
 from tests.server import CHAT, QUESTION, Server
 
 pytestmark = pytest.mark.slow
@@ -106,7 +107,7 @@ def test_64_streams_equal_the_batch_file_of_one_rank(server: Server, tmp_path: P
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     files = ["--input-file", str(tmp_path / "rows.jsonl"), "--output-file", str(tmp_path / "out")]
-    done = run([*torchrun(1), GENERATE, *files])
+    done = run_forked([GENERATE, *files])
     assert done.returncode == 0, done.stderr
     want = {}
     for line in (tmp_path / "out").read_text().splitlines():

@@ -3,12 +3,12 @@
 import json
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.programs import ALONE, GENERATE, HANG_SECONDS, environment, our_lines, run, torchrun
+from tests.forked import run_forked
+from tests.programs import ALONE, GENERATE, HANG_SECONDS, environment, our_lines, torchrun
 
 ANSWER = "MLA is multi-head latent attention; it caches one small latent vector per token."
 ROW = json.dumps(
@@ -35,12 +35,11 @@ def shell(script: str, **names: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
-@pytest.mark.parametrize("program", ["generate", "on_two"])
-def test_one_prompt_one_answer_and_nothing_else(program: str) -> None:
+def test_one_prompt_one_answer_and_nothing_else() -> None:
     """From the command line, and from a pipe, which rank 0 reads."""
     done = shell(
-        f"{program} --prompt 'What is MLA?' --temperature 0\necho $?\n"
-        f"echo 'What is MLA?' | {program} --temperature 0"
+        "generate --prompt 'What is MLA?' --temperature 0\necho $?\n"
+        "echo 'What is MLA?' | on_two --temperature 0"
     )
     assert done.stdout == f"{ANSWER}\n0\n{ANSWER}\n"
     assert done.returncode == 0, done.stderr
@@ -58,7 +57,7 @@ def test_one_prompt_one_answer_and_nothing_else(program: str) -> None:
     ],
 )
 def test_prompts_that_cannot_be_answered(flags: list[str], stdin: str, reason: str) -> None:
-    done = run([*ALONE, GENERATE, *SMALL, *flags], stdin)
+    done = run_forked([GENERATE, *SMALL, *flags], stdin)
     assert done.returncode == 2
     assert reason in our_lines(done.stderr)[-1]
     assert done.stdout == ""
@@ -81,9 +80,9 @@ def test_rows_and_results_go_through_pipes(tmp_path: Path) -> None:
 
 
 def test_a_batch_from_a_pipe_is_resumed(tmp_path: Path) -> None:
-    job = [*ALONE, GENERATE, *SMALL, "--input-file", "-", "--output-file", str(tmp_path / "out")]
-    assert run(job, f"{ROW}\n").returncode == 0
-    again = run(job, f"{ROW}\nWhat?\n")
+    job = [GENERATE, *SMALL, "--input-file", "-", "--output-file", str(tmp_path / "out")]
+    assert run_forked(job, f"{ROW}\n").returncode == 0
+    again = run_forked(job, f"{ROW}\nWhat?\n")
     assert "2 rows: 1 answered, 1 failed" in again.stderr
     assert "1 were done before" in again.stderr
     assert len((tmp_path / "out").read_text().splitlines()) == 2
@@ -91,10 +90,10 @@ def test_a_batch_from_a_pipe_is_resumed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("strict", [[], ["--strict"]])
 def test_a_batch_without_an_answer_ends_with_1(strict: list[str]) -> None:
-    job = [*ALONE, GENERATE, *SMALL, "--input-file", "-", *strict]
-    assert run(job, '{"custom_id": "a"}\n{"custom_id": "b"}\n').returncode == 1
-    assert run(job, f'{{"custom_id": "b"}}\n{ROW}\n').returncode == len(strict)
-    assert run(job, "").returncode == 0
+    job = [GENERATE, *SMALL, "--input-file", "-", *strict]
+    assert run_forked(job, '{"custom_id": "a"}\n{"custom_id": "b"}\n').returncode == 1
+    assert run_forked(job, f'{{"custom_id": "b"}}\n{ROW}\n').returncode == len(strict)
+    assert run_forked(job, "").returncode == 0
 
 
 def test_a_pipe_that_nothing_reads_is_one_line() -> None:
@@ -121,20 +120,13 @@ def test_prewarm_names_its_file_and_row(tmp_path: Path) -> None:
         (bad, f"--prewarm {bad}, row 2: byte 1 (0xff) is not UTF-8"),
         (tmp_path / "none", f"--prewarm {tmp_path}/none: No such file or directory"),
     ):
-        done = run([*ALONE, GENERATE, *SMALL, "--prompt", "Hi", "--prewarm", str(name)])
+        done = run_forked([GENERATE, *SMALL, "--prompt", "Hi", "--prewarm", str(name)])
         assert done.returncode == 2
         assert reason in our_lines(done.stderr)[-1]
 
 
 def test_a_job_that_is_restarted_reads_no_pipe_again() -> None:
-    restarted = environment() | {"TORCHELASTIC_RESTART_COUNT": "1"}
-    done = subprocess.run(
-        [sys.executable, GENERATE, *SMALL, "--input-file", "-"],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        env=restarted,
-        timeout=HANG_SECONDS,
-    )
+    command = [GENERATE, *SMALL, "--input-file", "-"]
+    done = run_forked(command, TORCHELASTIC_RESTART_COUNT="1")
     assert done.returncode == 2
     assert "the attempt before this one has read it; give a file" in done.stderr

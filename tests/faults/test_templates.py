@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from dsv3.config_files import DEMO
-from tests.programs import ALONE, GENERATE, run
+from tests.forked import run_forked
+from tests.programs import GENERATE
 
 BROKEN = "{{ bos_token }}\n{% for m in messages %}\n{{ m.content + suffix }}{% endfor %}"
 REASON = "chat template: line 3: 'suffix' is undefined"
@@ -32,7 +33,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def generate(checkpoint: Path, *flags: str) -> tuple[int, str, str]:
-    done = run([*ALONE, GENERATE, "--ckpt-path", str(checkpoint), *flags])
+    done = run_forked([GENERATE, "--ckpt-path", str(checkpoint), *flags])
     return done.returncode, done.stdout, done.stderr
 
 

@@ -6,7 +6,8 @@ import pytest
 
 from tests.checkpoint_files import TINY, write_file, write_hf
 from tests.faults.converting import Convert
-from tests.programs import ALONE, GENERATE, our_lines, run
+from tests.forked import run_forked
+from tests.programs import GENERATE, our_lines
 
 CHAT, BATCH = ["--interactive"], ["--input-file", "nowhere.txt"]
 
@@ -22,7 +23,7 @@ def adapter(path: Path) -> Path:
 def test_generate(what: list[str], tmp_path: Path) -> None:
     """Also before an unknown preset."""
     path = adapter(tmp_path / "lora")
-    done = run([*ALONE, GENERATE, "--ckpt-path", str(path), "--config", "no-preset", *what])
+    done = run_forked([GENERATE, "--ckpt-path", str(path), "--config", "no-preset", *what])
     assert done.returncode == 2
     (line,) = our_lines(done.stderr)
     assert line.startswith(f"error: {path}: a LoRA adapter, not a model; merge it")
@@ -40,7 +41,7 @@ def test_a_form_that_is_not_read(tmp_path: Path, convert: Convert) -> None:
     name = "model.layers.0.mlp.down_proj.weight"
     path = write_hf(tmp_path / "mlx", TINY, {name: ("U32", (2, 3), bytes(24))})
     (path / "tokenizer.json").unlink()
-    done = run([*ALONE, GENERATE, "--ckpt-path", str(path), *CHAT])
+    done = run_forked([GENERATE, "--ckpt-path", str(path), *CHAT])
     (line,) = our_lines(done.stderr)
     code, _, err = convert(path, tmp_path / "out", "--to", "hf")
     assert done.returncode == code == 2 and err.splitlines() == [line]

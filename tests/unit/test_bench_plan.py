@@ -16,6 +16,7 @@ from dsv3.config import ParallelConfig
 from dsv3.config_files import load_model_config
 from dsv3.errors import ConfigError
 from tests import programs
+from tests.forked import run_forked
 
 V3 = RooflineSetup(config=load_model_config("v3-671b"), layout=ParallelConfig())
 H200 = HARDWARE["h200"]
@@ -179,8 +180,8 @@ def test_balance(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_both_are_benchmarks() -> None:
-    done = programs.run([*programs.ALONE, "launch/bench.py", "balance", "--ranks", "3"])
+    done = run_forked(["launch/bench.py", "balance", "--ranks", "3"])
     assert done.returncode == 2
     assert programs.our_lines(done.stderr) == ["error: 3 ranks must divide n_routed_experts=16"]
-    done = programs.run([*programs.ALONE, "launch/bench.py", "plan", "--help"])
+    done = run_forked(["launch/bench.py", "plan", "--help"])
     assert done.returncode == 0 and "--save-hardware" in done.stdout

@@ -20,7 +20,8 @@ from dsv3.distributed.mesh import Mesh
 from dsv3.errors import ConfigError
 from scripts import sensitivity
 from tests.checkpoint_files import TINY, random_tensors, write_hf
-from tests.programs import ALONE, ROOT, environment, run, torchrun
+from tests.forked import run_forked
+from tests.programs import ALONE, ROOT, environment
 
 SCRIPT = str(ROOT / "scripts" / "sensitivity.py")
 SITES = ("0 self_attn.o_proj", "1 mlp.experts.down_proj")
@@ -120,21 +121,24 @@ def losses(file: Path) -> dict[str, Any]:
 def test_losses_do_not_depend_on_ranks_and_kills(tiny: list[str], tmp_path: Path) -> None:
     whole, two, resumed = (tmp_path / f"{name}.json" for name in ("whole", "two", "resumed"))
     logs = tmp_path / "logs"
-    done = run([*ALONE, SCRIPT, *tiny, "--json", str(whole)])
+    done = run_forked([SCRIPT, *tiny, "--json", str(whole)])
     assert done.returncode == 0, done.stderr
     want = losses(whole)
     assert set(want) == {site for site, specs in sites(TINY).items() if not specs[0].mtp}
     assert all(set(kinds) == set(KINDS) for kinds in want.values())
     assert all(kinds["int8"] < kinds["int4-32"] for kinds in want.values())
 
-    done = run([*torchrun(2), SCRIPT, *tiny, "--json", str(two), "--log-dir", str(logs)])
+    command = [SCRIPT, *tiny, "--json", str(two), "--log-dir", str(logs)]
+    done = run_forked(command, num_ranks=2)
     assert done.returncode == 0, done.stderr
     assert len(list(logs.iterdir())) == 2
     for site, kinds in losses(two).items():
         assert kinds == pytest.approx(want[site], rel=0.05, abs=1e-6), site
 
-    command = [*ALONE, SCRIPT, *tiny, "--json", str(resumed)]
-    program = subprocess.Popen(command, env=environment(), cwd=ROOT, stderr=subprocess.DEVNULL)
+    command = [SCRIPT, *tiny, "--json", str(resumed)]
+    program = subprocess.Popen(
+        [*ALONE, *command], env=environment(), cwd=ROOT, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 60
     while not resumed.exists() and program.poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -144,7 +148,7 @@ def test_losses_do_not_depend_on_ranks_and_kills(tiny: list[str], tmp_path: Path
     first = next(iter(want))
     data["sensitivity"].setdefault(first, {})["int8"] = 7.0  # a resumed run does not measure it
     resumed.write_text(json.dumps(data))
-    done = run(command)
+    done = run_forked(command)
     assert done.returncode == 0, done.stderr
     got = losses(resumed)
     assert got[first].pop("int8") == 7.0
