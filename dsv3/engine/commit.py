@@ -72,7 +72,7 @@ class Committer:
         rows = slice(part.first_row, sampled_row + max(1, part.num_samples))
         if not result.is_finite and (result.token[rows] == NOT_FINITE).any():
             return self._fail(seq, number, result.bad_layer)
-        is_decode = part.num_tokens == 1 + len(part.drafts) and part.start >= seq.prompt_len
+        is_decode = part.num_known == 1 and part.start >= seq.prompt_len
         if is_decode:
             self._metrics.decode_tokens += part.num_tokens
         else:

@@ -139,8 +139,10 @@ class Engine:
 
     @property
     def computes_prompts(self) -> bool:
-        """True if the next step is likely to compute a prompt or part of one, and to take long."""
-        return any(scheduler.computes_prompts for scheduler in self._schedulers)
+        """True if `step` is likely to compute a prompt or part of one, or to wait for its end."""
+        in_flight = [] if self._in_flight is None else self._in_flight.parts
+        is_waiting = any(part.num_known > 1 for part in in_flight)
+        return is_waiting or any(scheduler.computes_prompts for scheduler in self._schedulers)
 
     def has_work(self) -> bool:
         """Return True if a step would do anything."""

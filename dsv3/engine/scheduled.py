@@ -48,6 +48,11 @@ class ScheduledSeq:
         return cls(seq, num_new, is_last, num_samples, seq.num_preempted, drafts)
 
     @property
+    def num_known(self) -> int:
+        """New tokens that are not drafts; more than one are of a prompt, or of a resumed text."""
+        return self.num_tokens - len(self.drafts)
+
+    @property
     def stop(self) -> int:
         """Positions of the sequence that are computed after the step."""
         return self.start + self.num_tokens

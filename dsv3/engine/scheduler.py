@@ -135,7 +135,7 @@ class Scheduler:
 
     @property
     def computes_prompts(self) -> bool:
-        """True if the next step is likely to compute a prompt or part of one, and to take long."""
+        """True if the next step is likely to compute a prompt or part of one."""
         admits = bool(self.waiting) and not self.is_full
         return admits or any(seq.num_left > 1 for seq in self.running)
 

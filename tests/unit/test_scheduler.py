@@ -1,5 +1,6 @@
 """Scheduling decisions; `tests/paper_runner.py` executes and checks every plan."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -46,6 +47,24 @@ def test_decoding_goes_on_while_a_long_prompt_comes_in() -> None:
         engine.step()
         assert runner.plans[-1].query_len.tolist() == [1, 15]
     check(finish(engine), ask("short", 2, max_tokens=12), ask("long", 150))
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_step_that_computes_a_prompt_is_announced(depth: int) -> None:
+    """With a pipeline, so is the step after it, which waits for the prompt's results."""
+    engine, runner = paper_engine(100, max_batch_tokens=16, max_running=4, pipeline_depth=depth)
+    engine.add(ask("short", 2, max_tokens=12))
+    for _ in range(3):
+        engine.step()
+    engine.add(ask("long", 30))
+    computes, announced = [False], []
+    for _ in range(6):
+        announced.append(engine.computes_prompts)
+        engine.step()
+        computes.append(bool(runner.plans[-1].query_len.max() > 1))
+    assert computes == [False, True, True, False, False, False, False]
+    want = [a or b for a, b in pairwise(computes)] if depth else computes[1:]
+    assert announced == want
 
 
 def test_sequences_join_and_leave_between_steps() -> None:
