@@ -13,7 +13,6 @@ from typing import Any
 
 from dsv3.errors import RequestError, shorten
 from dsv3.text.json_schema import KINDS, kinds_of, target_of, with_root
-from dsv3.text.openai_fields import is_whole
 
 _LONGEST = 1 << 20  # characters; longer limits are none
 _LONGEST_PATTERN = 1000
@@ -173,9 +172,9 @@ class _Split:
         if "pattern" in rules:
             parts.append(self._matching(rules["pattern"]))
         lengths = [rules.get("minLength", 0), rules.get("maxLength", _LONGEST)]
-        if not all(map(is_whole, lengths)):
-            raise _unsupported(self._where, "a length that is no integer")
-        least, most = (min(max(0, int(length)), _LONGEST) for length in lengths)
+        if not all(type(length) is int and length >= 0 for length in lengths):
+            raise _unsupported(self._where, "a length that is no integer from 0 on")
+        least, most = (min(length, _LONGEST) for length in lengths)
         if not parts or least or most < _LONGEST:
             parts.append(f"/(?s:.{{{least},{'' if most == _LONGEST else most}}})/")
         return f"({' & '.join(parts)})"

@@ -338,6 +338,18 @@ def test_texts_of_glm_are_free_unless_they_are_other_values(
     assert (json.loads(call.arguments) == {"a": value}) == is_right
 
 
+@pytest.mark.parametrize("name", FORMS)
+def test_lengths_are_refused_alike_in_every_form(
+    name: str, tokenizer_of: Callable[[CallForm], Tokenizer]
+) -> None:
+    for rule in ({"minLength": 1.0}, {"maxLength": 2.0}, {"minLength": -1}, {"minLength": True}):
+        parameters = {"properties": {"a": {"type": "string"} | rule}}
+        function = {"name": "f", "strict": True, "parameters": parameters}
+        asked = ask(tools=[{"type": "function", "function": function}])
+        with pytest.raises(RequestError, match="integer"):
+            follows(tokenizer_of(FORMS[name][0]), asked, "")
+
+
 def test_broken_patterns_are_refused(tokenizer_of: Callable[[CallForm], Tokenizer]) -> None:
     parameters = {"properties": {"a": {"type": "string", "pattern": "*a"}}}
     function = {"name": "f", "strict": True, "parameters": parameters}
