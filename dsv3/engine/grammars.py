@@ -42,6 +42,14 @@ class Grammars:
         self._lock = threading.Lock()  # of the matchers
         self._load_lock = threading.Lock()
 
+    def prepare(self, request: Request) -> None:
+        """Compile the grammar of a request, if it has one, so that `constraint` need not.
+
+        Raises:
+            RequestError: its grammar cannot be followed.
+        """
+        self.constraint(request)
+
     def constraint(self, request: Request) -> Constraint | None:
         """Return the constraint of a request; None if its answer is free.
 

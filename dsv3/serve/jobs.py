@@ -176,7 +176,7 @@ def encode_answers(
     for i, request in enumerate(requests):
         ids = encode_prompt(request, engine.tokenizer, front.served.chat_format)
         made = token_requests(request, ids, f"{name}-{i}", engine)
-        engine.grammars.constraint(made[0])  # compiled here, so that the engine need not wait
+        engine.grammars.prepare(made[0])
         deadline = front.limits.request_seconds
         answers += [(request, replace(tokens, deadline=deadline)) for tokens in made]
     return answers
