@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from dsv3.text.call_marks import DEEPSEEK, DSML, END_FENCE, FENCE, GLM, KIMI
-from dsv3.text.json_schema import json_rule
+from dsv3.text.json_schema import json_expression
 from dsv3.text.parameter_grammar import ANY, Parameter, literal, parameters_of
 from dsv3.text.thoughts import END_THINK, THINK
 from dsv3.text.tokenizer import Tokenizer
@@ -44,7 +44,7 @@ def calls_lark(
         RequestError: calls in this form cannot be constrained to the schema of a strict tool.
     """
     writer = _Writer(tools, tokenizer, is_free=schema is None)
-    other = "TEXT?" if schema is None else f"BLANK? {json_rule(schema)}"
+    other = "TEXT?" if schema is None else f"BLANK? {json_expression(schema)}"
     writer.rule("start", f"{writer.thought()} ({other} | {writer.calls(form)})")
     return "\n".join(writer.rules + _TERMINALS)
 
@@ -144,7 +144,7 @@ class _Writer:
             text = self._new("VALUE", f'({_either(parameter.texts)}) "</"')
             values.append(literal(f'{head}"true">') + f" {text}")
         if parameter.schema is not None:
-            values.append(literal(f'{head}"false">') + f' {json_rule(parameter.schema)} "</"')
+            values.append(literal(f'{head}"false">') + f' {json_expression(parameter.schema)} "</"')
         return f'"<" {dsml} ({_either(values)}) {dsml} "parameter>\\n"'
 
     def _glm_call(self) -> str:
@@ -162,8 +162,8 @@ class _Writer:
         values = []
         texts = _either(parameter.texts)
         if parameter.schema is not None:
-            values.append(json_rule(parameter.schema))
-            others = _either(text for kind, text in _JSON.items() if kind in parameter.kinds)
+            values.append(json_expression(parameter.schema))
+            others = _either(text for name, text in _JSON.items() if name in parameter.types)
             texts = f"({texts}) & ~/{others}/"  # it would be taken for another value
         if parameter.texts:
             values.append(self._new("VALUE", texts))
@@ -182,10 +182,10 @@ class _Writer:
         return " ".join(parts)
 
     def _arguments(self, function: Mapping[str, Any]) -> str:
-        """Return the rule of a strict tool's arguments in JSON; empty if the tool is not."""
+        """Return the rule of a tool's arguments in JSON; empty if the tool is not strict."""
         if not function.get("strict"):
             return ""
-        return self._new("arguments", json_rule(arguments_schema(function)))
+        return self._new("arguments", json_expression(arguments_schema(function)))
 
     def _several(self, call: str) -> str:
         return f"{call} (BLANK? {call})*" if self._tools.is_parallel else call
@@ -193,8 +193,9 @@ class _Writer:
     def _functions(self) -> list[Mapping[str, Any]]:
         return [tool["function"] for tool in self._tools.tools]
 
-    def _new(self, kind: str, expression: str) -> str:
-        return self.rule(f"{kind}{len(self.rules)}", expression)
+    def _new(self, prefix: str, expression: str) -> str:
+        """Add a rule under a new name; return the name."""
+        return self.rule(f"{prefix}{len(self.rules)}", expression)
 
     def _mark(self, name: str) -> str:
         return f"<[{self._tokenizer.id_of(name)}]>"

@@ -10,7 +10,7 @@ from typing import Any
 
 from dsv3.request import Grammar
 from dsv3.text.call_grammar import calls_lark
-from dsv3.text.json_schema import json_rule
+from dsv3.text.json_schema import json_expression
 from dsv3.text.tokenizer import Tokenizer
 from dsv3.text.tools import CallForm, ToolUse
 
@@ -32,11 +32,11 @@ def answer_grammar(
         RequestError: calls in this form cannot be constrained to the schema of a strict tool.
     """
     if tools is not None and tools.is_required:
-        return Grammar(lark=f"start: {json_rule(tools.forced_schema())}", subject=_TOOLS)
+        return Grammar(lark=f"start: {json_expression(tools.forced_schema())}", subject=_TOOLS)
     if tools is None or (schema is None and not tools.has_strict):
         if schema is None:
             return None
-        return Grammar(lark=f"start: {json_rule(schema)}", subject=_SCHEMA)
+        return Grammar(lark=f"start: {json_expression(schema)}", subject=_SCHEMA)
     form = CallForm.of(tokenizer)
     assert form is not None and tokenizer is not None, "the prompt was made with the tools"
     subject = _TOOLS if schema is None else f"{_SCHEMA} or {_TOOLS}"

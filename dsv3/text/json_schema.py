@@ -1,9 +1,10 @@
 """JSON schemas as parts of a grammar, in llguidance's dialect of Lark."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
-KINDS = ("string", "null", "boolean", "number", "array", "object")
+TYPES = ("string", "null", "boolean", "number", "array", "object")
 # As Python writes JSON, and so most of what models have read. Free white space would let a model
 # go on with it for ever.
 _STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -17,7 +18,7 @@ _DATA = {"const", "enum", "default", "examples"}  # their values are no schemas
 _NAMED = {"properties", "patternProperties", "$defs", "definitions"}  # schemas by any names
 
 
-def json_rule(schema: Any) -> str:
+def json_expression(schema: Any) -> str:
     """Return the expression of a JSON value that follows a schema."""
     bounded = _bounded(schema)
     styled = {"x-guidance": _STYLE} if bounded is True else bounded | {"x-guidance": _STYLE}
@@ -48,8 +49,8 @@ def target_of(reference: Any, root: Any) -> Any:
     return value if keys[:1] == ["#"] else None
 
 
-def kinds_of(schema: Any, root: Any, seen: set[str] | None = None) -> set[str]:
-    """Return the types of JSON that a schema may allow; all of them if that is not clear.
+def types_of(schema: Any, root: Any, seen: set[str] | None = None) -> set[str]:
+    """Return the JSON types that a schema may allow; all of them if that is not clear.
 
     Args:
         schema: the schema.
@@ -58,42 +59,47 @@ def kinds_of(schema: Any, root: Any, seen: set[str] | None = None) -> set[str]:
     """
     seen = set() if seen is None else seen
     if not isinstance(schema, dict):
-        return set(KINDS)
+        return set(TYPES)
     reference = schema.get("$ref")
     if isinstance(reference, str):
         if reference in seen:
             return set()
         seen.add(reference)
-        return kinds_of(target_of(reference, root), root, seen)
+        return types_of(target_of(reference, root), root, seen)
     both = schema.get("allOf")
     several = both if _is_one(both) else schema.get("anyOf", schema.get("oneOf"))
     if isinstance(several, list) and several:
-        return set.union(*(kinds_of(one, root, seen) for one in several))
-    given = schema.get("type", KINDS)
-    types = given if isinstance(given, list | tuple) else [given]
-    kinds = set(types if all(isinstance(kind, str) for kind in types) else KINDS)
+        return set.union(*(types_of(one, root, seen) for one in several))
+    stated = stated_types(schema)
+    types = set(stated if all(isinstance(one, str) for one in stated) else TYPES)
     values = [schema["const"]] if "const" in schema else schema.get("enum")
     if isinstance(values, list):
-        return {kind_of(value) for value in values if is_of(value, kinds)}
-    return kinds
+        return {_type_of(value) for value in values if has_type(value, types)}
+    return types
+
+
+def stated_types(schema: Mapping[str, Any]) -> list[Any]:
+    """Return the types that a schema states by `type`; all types if it states none."""
+    stated = schema.get("type", list(TYPES))
+    return stated if isinstance(stated, list) else [stated]
 
 
 def _is_one(schemas: Any) -> bool:
     return isinstance(schemas, list) and len(schemas) == 1
 
 
-def kind_of(value: Any) -> str:
+def _type_of(value: Any) -> str:
     """Return the type of a JSON value."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else "boolean"
-    kinds: dict[type, str] = {str: "string", list: "array", dict: "object", int: "integer"}
-    return kinds.get(type(value), "number")
+    names: dict[type, str] = {str: "string", list: "array", dict: "object", int: "integer"}
+    return names.get(type(value), "number")
 
 
-def is_of(value: Any, kinds: set[str]) -> bool:
+def has_type(value: Any, types: set[str]) -> bool:
     """Return True if a JSON value has one of some types."""
-    kind = kind_of(value)
-    return kind in kinds or (kind == "integer" and "number" in kinds)
+    own = _type_of(value)
+    return own in types or (own == "integer" and "number" in types)
 
 
 def _bounded(schema: Any) -> Any:
@@ -113,9 +119,8 @@ def _bounded(schema: Any) -> Any:
 
 def _integer_bounds(schema: dict[str, Any]) -> dict[str, int]:
     """Return the bounds that the integers of a schema lack."""
-    kind = schema.get("type")
-    kinds = kind if isinstance(kind, list) else [kind]
-    if "integer" not in kinds or "number" in kinds or not {"enum", "const"}.isdisjoint(schema):
+    types = stated_types(schema)
+    if "integer" not in types or "number" in types or not {"enum", "const"}.isdisjoint(schema):
         return {}
     bounds = {}
     # A bound beyond the range leaves the other side open.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsv3.errors import RequestError, shorten
-from dsv3.text.json_schema import KINDS, kinds_of, target_of, with_root
+from dsv3.text.json_schema import stated_types, target_of, types_of, with_root
 
 _LONGEST = 1 << 20  # characters; longer limits are none
 _LONGEST_PATTERN = 1000
@@ -39,14 +39,14 @@ class Parameter:
     Attributes:
         texts: Lark terminals of the texts that are allowed; none allows no text.
         schema: JSON schema of the other values; None allows none.
-        kinds: types of JSON of all these values.
+        types: JSON types of all these values.
     """
 
     name: str
     is_required: bool
     texts: tuple[str, ...]
     schema: Any
-    kinds: set[str]
+    types: set[str]
 
 
 def parameters_of(function: Mapping[str, Any]) -> Iterator[Parameter]:
@@ -68,18 +68,18 @@ def parameters_of(function: Mapping[str, Any]) -> Iterator[Parameter]:
         if not re.fullmatch(r'[^"<>\n]+', name) or name != name.strip():
             raise _unsupported(function["name"], f"the parameter name {shorten(json.dumps(name))}")
         where = f"{function['name']}, parameter {shorten(name)}"
-        split = _Split(where, root)
-        split.add(schema)
-        kinds = kinds_of(schema, root)
-        others = split.schema() if kinds - {"string"} else None
-        if not split.texts and others is None:
+        allowed = _AllowedValues(where, root)
+        allowed.add_schema(schema)
+        types = types_of(schema, root)
+        others = allowed.schema_of_others() if types - {"string"} else None
+        if not allowed.texts and others is None:
             raise _unsupported(where, "a schema that allows no value")
         yield Parameter(
             name=name,
             is_required=name in required,
-            texts=tuple(split.texts),
+            texts=tuple(allowed.texts),
             schema=others,
-            kinds=kinds,
+            types=types,
         )
 
 
@@ -89,8 +89,8 @@ def _unsupported(where: str, what: str) -> RequestError:
     )
 
 
-class _Split:
-    """Collects what the parts of a parameter's schema allow.
+class _AllowedValues:
+    """Collects the values that a parameter's schema allows: texts, and others.
 
     Args:
         where: the parameter, for errors.
@@ -107,7 +107,7 @@ class _Split:
         self._others: list[Any] = []
         self._seen: set[str] = set()
 
-    def schema(self) -> Any:
+    def schema_of_others(self) -> Any:
         """Return the schema of values other than texts; None if there are none."""
         if not self._others:
             return None
@@ -116,7 +116,7 @@ class _Split:
             return joined
         return joined | {"$defs": {"parameters": with_root(self._root, _ROOT)}}
 
-    def add(self, schema: Any) -> None:
+    def add_schema(self, schema: Any) -> None:
         """Add the values that a schema allows."""
         if schema is True:
             schema = {}
@@ -133,38 +133,40 @@ class _Split:
                 raise _unsupported(self._where, f"$ref={shorten(json.dumps(reference))}")
             if reference not in self._seen:  # what it allows is added once, also within itself
                 self._seen.add(reference)
-                self.add(target)
+                self.add_schema(target)
         elif isinstance(several, list):
             for one in several:
-                self.add(one)
+                self.add_schema(one)
         elif "enum" in rules or "const" in rules:
-            self._add_values(rules)
+            self._add_listed(rules)
         else:
             self._add_types(rules)
 
-    def _add_values(self, rules: dict[str, Any]) -> None:
+    def _add_listed(self, rules: dict[str, Any]) -> None:
+        """Add the values that a schema lists."""
         values = rules["enum"] if "enum" in rules else [rules["const"]]
-        kinds = _kinds(rules)
+        types = stated_types(rules)
         known = {"enum" if "enum" in rules else "const", "type"}
         if rules.keys() - known or not isinstance(values, list):
             raise _unsupported(self._where, "more than type and one of enum and const in a schema")
-        if "string" in kinds:
+        if "string" in types:
             self.texts += [literal(value) for value in values if isinstance(value, str)]
         others = [value for value in values if not isinstance(value, str)]
-        kinds = [kind for kind in kinds if kind != "string"]
-        if others and kinds:
-            self._others.append({"enum": others, "type": kinds})
+        other_types = [name for name in types if name != "string"]
+        if others and other_types:
+            self._others.append({"enum": others, "type": other_types})
 
     def _add_types(self, rules: dict[str, Any]) -> None:
-        kinds = _kinds(rules)
-        if "string" in kinds:
+        """Add the values of a schema's types."""
+        types = stated_types(rules)
+        if "string" in types:
             for key in rules.keys() - _OF_TEXTS - _OF_OTHERS - {"type"}:
                 raise _unsupported(self._where, shorten(key))
             self.texts.append(self._terminal(rules))
-        others = [kind for kind in kinds if kind != "string"]
-        if others:
+        other_types = [name for name in types if name != "string"]
+        if other_types:
             rest = {key: value for key, value in rules.items() if key not in _OF_TEXTS}
-            self._others.append(rest | {"type": others})
+            self._others.append(rest | {"type": other_types})
 
     def _terminal(self, rules: dict[str, Any]) -> str:
         """Return the terminal of the texts that the rules for strings allow."""
@@ -190,11 +192,6 @@ class _Split:
         begin, body, end = found.groups()
         body = "".join(_IN_LARK.get(part, part) for part in re.findall(r"(?s)\\.|.", body))
         return f"/{'' if begin else ANY}(?:{body}){'' if end else ANY}/"
-
-
-def _kinds(rules: Mapping[str, Any]) -> list[Any]:
-    kinds = rules.get("type", list(KINDS))
-    return kinds if isinstance(kinds, list) else [kinds]
 
 
 def literal(text: str) -> str:

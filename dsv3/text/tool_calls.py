@@ -23,7 +23,7 @@ from dsv3.text.call_marks import (
     SectionMarks,
     Tags,
 )
-from dsv3.text.json_schema import is_of
+from dsv3.text.json_schema import has_type
 from dsv3.text.scanner import Scanner, Steps
 from dsv3.text.tools import CallForm, ToolUse
 
@@ -258,8 +258,8 @@ class ToolCallStream:
 
     def _glm_value(self, call: ToolCall, parameter: str) -> Steps[bool]:
         """Pass on a value, which is a text or JSON by its type; return False if it is torn."""
-        kinds = self._tools.kinds(call.name, parameter)
-        if kinds == {"string"}:
+        types = self._tools.types(call.name, parameter)
+        if types == {"string"}:
             self._add(call, '"')
             is_whole = yield from self._scan.until(
                 (GLM.end_value,), lambda text: self._add(call, _json(text)[1:-1])
@@ -271,8 +271,8 @@ class ToolCallStream:
         text = "".join(parts)
         try:
             value = parse_json_text(text)
-            is_json = is_of(value, kinds - {"string"}) and text == text.strip()
-            is_text = "string" in kinds and not is_json
+            is_json = has_type(value, types - {"string"}) and text == text.strip()
+            is_text = "string" in types and not is_json
         except (ValueError, RecursionError):
             is_text = True
         if is_whole:

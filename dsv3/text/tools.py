@@ -10,7 +10,7 @@ from typing import Any
 from dsv3.errors import RequestError, shorten
 from dsv3.text import call_marks
 from dsv3.text.call_marks import DEEPSEEK, END_FENCE, FENCE
-from dsv3.text.json_schema import kinds_of, with_root
+from dsv3.text.json_schema import types_of, with_root
 from dsv3.text.tokenizer import Tokenizer
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
@@ -73,12 +73,12 @@ class ToolUse:
         """True if the arguments of a tool must follow its schema."""
         return any(tool["function"].get("strict") for tool in self.tools)
 
-    def kinds(self, name: str, parameter: str) -> set[str]:
-        """Return the types of JSON that a parameter of a tool may have."""
+    def types(self, name: str, parameter: str) -> set[str]:
+        """Return the JSON types that a parameter of a tool may have."""
         schemas = (arguments_schema(tool["function"]) for tool in self.tools if _name(tool) == name)
         root = next(schemas, {})
         properties = root.get("properties")
-        return kinds_of(properties.get(parameter) if isinstance(properties, dict) else None, root)
+        return types_of(properties.get(parameter) if isinstance(properties, dict) else None, root)
 
     def forced_schema(self) -> dict[str, Any]:
         """Return the JSON schema of an answer in the form FORCED."""
@@ -185,13 +185,13 @@ def _check_tool(where: str, tool: Any) -> Mapping[str, Any]:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         rule = "letters, digits, _, . and -, at most 128"
         raise RequestError(f"{where}.function.name={_shown(name)} must be made of {rule}")
-    kinds = {"description": str, "parameters": dict, "strict": bool}
+    types = {"description": str, "parameters": dict, "strict": bool}
     for field, value in function.items():
         if field == "name" or value is None:
             continue
-        if field not in kinds:
+        if field not in types:
             raise RequestError(f"{where}.function.{shorten(field)} is not supported")
-        if not isinstance(value, kinds[field]):
+        if not isinstance(value, types[field]):
             raise RequestError(f"{where}.function.{field}={_shown(value)} has a wrong type")
     if (function.get("parameters") or {}).get("type", "object") != "object":
         raise RequestError(f'{where}.function.parameters.type must be "object"')

@@ -380,7 +380,7 @@ def test_schemas_with_many_paths_take_no_time(
     parameters = {"properties": {"a": {"$ref": "#/$defs/d0"}}, "$defs": definitions}
     function = {"name": "f", "strict": True, "parameters": parameters}
     asked = ask(tools=[{"type": "function", "function": function}])
-    assert asked.tools is not None and asked.tools.kinds("f", "a") == {"string"}
+    assert asked.tools is not None and asked.tools.types("f", "a") == {"string"}
     assert answer_grammar(asked.tools, None, tokenizer_of(form)) is not None
 
 
