@@ -28,9 +28,9 @@ ALL = [*GOOD, *BAD, row("e", "last")]
 def result(row: Row, status: int = 200) -> bytes:
     """Return the result line of a row; a row that cannot be read gets its error."""
     if row.request is None:
-        return result_line(row, 400, error_body(f"row {row.number}: {row.error}", "x", row.code))
+        return result_line(row, 400, error_body(f"row {row.number}: {row.error}", 400, row.code))
     if status != 200:
-        return result_line(row, status, error_body("of ours", "server_error", None))
+        return result_line(row, status, error_body("of ours", status))
     return result_line(row, 200, {"text": f"answer\n to {row.custom_id} 胡"})
 
 

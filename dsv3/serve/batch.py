@@ -10,12 +10,15 @@ from dsv3.errors import CheckpointError, ConfigError, Dsv3Error, OutputError, Re
 from dsv3.request import Completion, Request, RequestOutput
 from dsv3.serve.batch_file import BatchInput, Row
 from dsv3.serve.progress import Progress
-from dsv3.serve.sinks import BAD_REQUEST, SERVER_ERROR, Sink
+from dsv3.serve.sinks import Sink
 from dsv3.text.chat import AnyFormat
 from dsv3.text.text_request import encode_prompt, token_requests
 from dsv3.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
+
+_BAD_REQUEST = 400
+_SERVER_ERROR = 500
 
 
 @dataclass(slots=True, kw_only=True)
@@ -127,7 +130,7 @@ class _Batch:
     def _start(self, row: Row) -> None:
         self.sink.begin(row)
         if row.request is None:
-            self._fail(row, BAD_REQUEST, row.error or "", row.code)
+            self._fail(row, _BAD_REQUEST, row.error or "", row.code)
             return
         name = str(row.number)
         requests: list[Request] = []
@@ -161,7 +164,7 @@ class _Batch:
             if errors[0].is_refused:
                 self._fail_for(row, RequestError(errors[0].error))
             else:
-                self._fail(row, SERVER_ERROR, errors[0].error, None)
+                self._fail(row, _SERVER_ERROR, errors[0].error, None)
             return
         try:
             self.sink.answer(row, done)
@@ -174,13 +177,13 @@ class _Batch:
 
     def _fail_for(self, row: Row, error: Exception) -> None:
         if isinstance(error, RequestError):
-            self._fail(row, BAD_REQUEST, str(error), "invalid_request")
+            self._fail(row, _BAD_REQUEST, str(error), "invalid_request")
         elif isinstance(error, Dsv3Error):
-            self._fail(row, SERVER_ERROR, str(error), None)
+            self._fail(row, _SERVER_ERROR, str(error), None)
         else:
             log.debug("row %d: internal error", row.number, exc_info=error)
             message = f"internal error: {type(error).__name__}: {error}"
-            self._fail(row, SERVER_ERROR, message, None)
+            self._fail(row, _SERVER_ERROR, message, None)
 
     def _fail(self, row: Row, status: int, message: str, code: str | None) -> None:
         message = one_line(f"row {row.number}: {message}")

@@ -99,23 +99,22 @@ class BatchInput:
 
     def __iter__(self) -> Iterator[Row]:
         numbers: dict[str, int] = {}  # of the rows seen, by id
-        for number, raw, is_json in self._records():
-            yield _read_row(number, raw, is_json, self.defaults, numbers)
+        for number, raw in self._records():
+            yield _read_row(number, raw, self.is_jsonl, self.defaults, numbers)
 
     def count(self) -> int:
         """Return the number of rows, without parsing them."""
         return sum(1 for _ in self._records())
 
-    def _records(self) -> Iterator[tuple[int, bytes, bool]]:
-        """Yield the line number and bytes of each row, and True if it is JSON."""
+    def _records(self) -> Iterator[tuple[int, bytes]]:
+        """Yield the line number and the bytes of each row."""
         with self.source.open() as file:
             by_blank = groupby(_lines(file), key=lambda entry: not entry[1].strip())
             for group in (group for is_blank, group in by_blank if not is_blank):
                 if self.is_jsonl or self.separator == "line":
-                    yield from ((number, line, self.is_jsonl) for number, line in group)
+                    yield from group
                 else:
-                    number, text = _join(group)
-                    yield number, text, False
+                    yield _join(group)
 
 
 def result_line(row: Row, status: int, body: dict[str, Any]) -> bytes:

@@ -187,10 +187,6 @@ class Front:
         reason = f"the server is {self.status.value}"
         return HttpError(f"{reason}: {self.reason}" if self.reason else reason, 503, None, 5)
 
-    def now(self) -> int:
-        """Return the seconds since 1970."""
-        return int(time.time())
-
     def counts(self) -> tuple[int, int]:
         """Return the running and the waiting requests."""
         if self._engine is None:

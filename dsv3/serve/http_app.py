@@ -37,7 +37,7 @@ from dsv3.serve.jobs import (
 from dsv3.serve.responses import CLIENT_GONE, AnswerResponse, retry_header, unless_gone
 from dsv3.text.anthropic_answer import anthropic_error
 from dsv3.text.anthropic_format import COUNT_TOKENS, MESSAGES
-from dsv3.text.openai_answer import error_of
+from dsv3.text.openai_answer import error_body
 from dsv3.text.openai_format import CHAT, COMPLETIONS
 from dsv3.version import __version__
 
@@ -231,7 +231,7 @@ async def _metrics(front: Front, request: Request) -> Response:
 def _error(path: str, message: str, status: int, code: str | None = None) -> dict[str, Any]:
     """Return the body of an error in the format of an endpoint."""
     is_anthropic = path in (MESSAGES, COUNT_TOKENS)
-    return anthropic_error(message, status) if is_anthropic else error_of(message, status, code)
+    return anthropic_error(message, status) if is_anthropic else error_body(message, status, code)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

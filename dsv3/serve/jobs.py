@@ -1,5 +1,6 @@
 """Bodies of requests: from their bytes to the engine's requests and the writer of the response."""
 
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -95,7 +96,7 @@ def openai_job(url: str) -> JobMaker:
         answers = encode_answers(front, engine, requests, name)
         head = ResponseHead(
             name=name,
-            created=front.now(),
+            created=int(time.time()),
             model=front.served.model,
             fingerprint=front.served.fingerprint,
         )

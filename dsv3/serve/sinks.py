@@ -11,9 +11,6 @@ from dsv3.serve.terminal import harmless, write_text
 from dsv3.text.openai_answer import ResponseHead, error_body, response_body
 from dsv3.text.tokenizer import Tokenizer
 
-BAD_REQUEST = 400
-SERVER_ERROR = 500
-
 
 class JournalSink:
     """Writes one result line per row into a journal.
@@ -49,8 +46,7 @@ class JournalSink:
 
     def fail(self, row: Row, status: int, message: str, code: str | None) -> None:
         """Write the error as a response with its status."""
-        kind = "invalid_request_error" if status < SERVER_ERROR else "server_error"
-        self._journal.write(result_line(row, status, error_body(message, kind, code)))
+        self._journal.write(result_line(row, status, error_body(message, status, code)))
 
     def finish(self) -> None:
         """Sync all results to disk."""

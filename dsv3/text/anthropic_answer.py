@@ -15,7 +15,7 @@ _STOP_REASONS = {
     "deadline": "max_tokens",
     TOOL_CALLS: "tool_use",
 }
-_KINDS = {
+_ERROR_TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
     404: "not_found_error",
@@ -31,8 +31,9 @@ _EMPTY_BLOCKS: dict[Kind, dict[str, Any]] = {
 
 def anthropic_error(message: str, status: int) -> dict[str, Any]:
     """Return the body of an error."""
-    kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "api_error")
-    return {"type": "error", "error": {"type": kind, "message": message}}
+    fallback = "invalid_request_error" if status < 500 else "api_error"
+    error_type = _ERROR_TYPES.get(status, fallback)
+    return {"type": "error", "error": {"type": error_type, "message": message}}
 
 
 class AnthropicWriter:

@@ -19,7 +19,6 @@ from dsv3.text.call_marks import DSML_TAGS
 from dsv3.text.messages import ChatInput, Tools
 from dsv3.text.thoughts import END_THINK, THINK
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
 USER = "<｜User｜>"

@@ -12,9 +12,7 @@ from dsv3.text.tokenizer import Tokenizer
 from dsv3.text.tool_calls import ToolCall
 
 LOWEST = -9999.0  # for minus infinity, which JSON does not have
-
-
-_KINDS = {401: "authentication_error", 429: "rate_limit_error"}
+_ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 # Reasons that OpenAI's format does not have.
 _REASONS = {"deadline": "length"}
 
@@ -105,15 +103,11 @@ def finish_reason(reason: str) -> str:
     return _REASONS.get(reason, reason)
 
 
-def error_body(message: str, kind: str, code: str | None = None) -> dict[str, Any]:
-    """Return an error body; `kind` is OpenAI's `type`."""
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
-
-
-def error_of(message: str, status: int, code: str | None = None) -> dict[str, Any]:
-    """Return the error body of a status; its `type` is that of OpenAI's API."""
-    kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return error_body(message, kind, code)
+def error_body(message: str, status: int, code: str | None = None) -> dict[str, Any]:
+    """Return the body of an error; its `type` is that of OpenAI's API for the status."""
+    fallback = "invalid_request_error" if status < 500 else "server_error"
+    error_type = _ERROR_TYPES.get(status, fallback)
+    return {"error": {"message": message, "type": error_type, "param": None, "code": code}}
 
 
 def usage(requests: Sequence[TextRequest], completions: Sequence[Completion]) -> dict[str, Any]:

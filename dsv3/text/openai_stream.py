@@ -9,7 +9,7 @@ from dsv3.text.openai_answer import (
     ResponseHead,
     TextOffsets,
     chat_logprobs,
-    error_of,
+    error_body,
     finish_reason,
     response_body,
     text_logprobs,
@@ -86,7 +86,7 @@ class OpenAIWriter:
 
     def error(self, message: str, status: int, code: str | None = None) -> dict[str, Any]:
         """Return the body of an error."""
-        return error_of(message, status, code)
+        return error_body(message, status, code)
 
     def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
         usage_field = {"usage": None} if self._with_usage else {}

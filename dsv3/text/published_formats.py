@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from dsv3.errors import CheckpointError
-from dsv3.text.deepseek_v32 import ASSISTANT, BOS, EOS, ROLES, USER, render_v32
-from dsv3.text.messages import ChatInput
+from dsv3.text.deepseek_v32 import ASSISTANT, BOS, EOS, USER, render_v32
+from dsv3.text.messages import ROLES, ChatInput
 from dsv3.text.thoughts import END_THINK, THINK
 from dsv3.text.tokenizer import Tokenizer
 
