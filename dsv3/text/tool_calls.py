@@ -204,32 +204,23 @@ class ToolCallStream:
             raw = DSML_TAGS.call if head is None else f"{DSML_TAGS.call}{head}>"
             yield from self._as_text(raw, (DSML_TAGS.end_call,))
             return
-        opening = "{"
         marks = DSML_TAGS.parameter, DSML_TAGS.end_call
-        while (mark := (yield from self._scan.next_of(marks))) == DSML_TAGS.parameter:
-            if not (yield from self._dsml_parameter(call, opening)):
-                return
-            opening = ", "
-        if mark == DSML_TAGS.end_call:
-            self._add(call, "{}" if opening == "{" else "}")
-            self._end(call)
+        mark = yield from self._scan.next_of(marks)
+        while mark == DSML_TAGS.parameter:
+            is_whole = yield from self._dsml_parameter(call)
+            mark = (yield from self._scan.next_of(marks)) if is_whole else None
+        yield from self._end_pairs(call, mark, DSML_TAGS.end_call)
 
-    def _dsml_parameter(self, call: ToolCall, opening: str) -> Steps[bool]:
-        """Pass on one parameter; return False if it is malformed or torn."""
+    def _dsml_parameter(self, call: ToolCall) -> Steps[bool]:
+        """Pass on one parameter; return False if it is malformed."""
         match = _PARAMETER_HEAD.fullmatch((yield from self._scan.collect(">", _MAX_HEAD)) or "")
         if match is None:
             return False
-        is_text = match[2] == "true"
-        quote = '"' if is_text else ""
-        self._add(call, f"{opening}{_json(match[1])}: {quote}")
-
-        def add(text: str) -> None:
-            self._add(call, _json(text)[1:-1] if is_text else text)
-
-        if not (yield from self._scan.until((DSML_TAGS.end_parameter,), add)):
-            return False
-        self._add(call, quote)
-        return True
+        if match[2] == "true":
+            return (yield from self._text_value(call, match[1], DSML_TAGS.end_parameter))
+        self._add_name(call, match[1])
+        add = partial(self._add, call)
+        return (yield from self._scan.until((DSML_TAGS.end_parameter,), add)) is not None
 
     def _glm_call(self) -> Steps[None]:
         self._start = self._scan.position - len(GLM.call)
@@ -242,32 +233,25 @@ class ToolCallStream:
             if mark == GLM.key:
                 yield from self._as_text("", (GLM.end_call,))
             return
-        opening = "{"
         while mark == GLM.key:
-            key = yield from self._scan.collect(GLM.end_key, _MAX_HEAD)
-            if key is None or not (yield from self._scan.next_of((GLM.value,))):
-                return
-            self._add(call, f"{opening}{_json(key.strip())}: ")
-            if not (yield from self._glm_value(call, key.strip())):
-                return
-            opening = ", "
-            mark = yield from self._scan.next_of((GLM.key, GLM.end_call))
-        if mark == GLM.end_call:
-            self._add(call, "{}" if opening == "{" else "}")
-            self._end(call)
+            is_whole = yield from self._glm_parameter(call)
+            marks = GLM.key, GLM.end_call
+            mark = (yield from self._scan.next_of(marks)) if is_whole else None
+        yield from self._end_pairs(call, mark, GLM.end_call)
 
-    def _glm_value(self, call: ToolCall, parameter: str) -> Steps[bool]:
-        """Pass on a value, which is a text or JSON by its type; return False if it is torn."""
-        types = self._tools.types(call.name, parameter)
+    def _glm_parameter(self, call: ToolCall) -> Steps[bool]:
+        """Pass on a parameter, a text or JSON by its type; return False if it is malformed."""
+        key = yield from self._scan.collect(GLM.end_key, _MAX_HEAD)
+        if key is None or not (yield from self._scan.next_of((GLM.value,))):
+            return False
+        name = key.strip()
+        types = self._tools.types(call.name, name)
         if types == {"string"}:
-            self._add(call, '"')
-            is_whole = yield from self._scan.until(
-                (GLM.end_value,), lambda text: self._add(call, _json(text)[1:-1])
-            )
-            self._add(call, '"' if is_whole else "")
-            return is_whole is not None
+            return (yield from self._text_value(call, name, GLM.end_value))
+        self._add_name(call, name)
         parts: list[str] = []
-        is_whole = yield from self._scan.until((GLM.end_value,), parts.append)
+        if not (yield from self._scan.until((GLM.end_value,), parts.append)):
+            return False
         text = "".join(parts)
         try:
             value = parse_json_text(text)
@@ -275,9 +259,33 @@ class ToolCallStream:
             is_text = "string" in types and not is_json
         except (ValueError, RecursionError):
             is_text = True
-        if is_whole:
-            self._add(call, _json(text) if is_text else text.strip())
-        return is_whole is not None
+        self._add(call, _json(text) if is_text else text.strip())
+        return True
+
+    def _text_value(self, call: ToolCall, name: str, end: str) -> Steps[bool]:
+        """Pass on a parameter that is a text up to a mark; return False if it is torn."""
+        self._add_name(call, name, quote='"')
+        add = partial(self._add, call)
+        if not (yield from self._scan.until((end,), lambda text: add(_json(text)[1:-1]))):
+            return False
+        self._add(call, '"')
+        return True
+
+    def _add_name(self, call: ToolCall, name: str, quote: str = "") -> None:
+        """Add the name of the next parameter."""
+        self._add(call, f"{', ' if call.arguments else '{'}{_json(name)}: {quote}")
+
+    def _end_pairs(self, call: ToolCall, mark: str | None, end: str) -> Steps[None]:
+        """End a call after its last parameter, at the mark `end`.
+
+        If another mark came, the call is malformed or torn: the text up to its end belongs to it.
+        """
+        if mark == end:
+            self._add(call, "}" if call.arguments else "{}")
+            self._end(call)
+            return
+        yield from self._scan.until((end,), lambda text: None)
+        call.stop = self._scan.position
 
     def _forced_calls(self) -> Steps[None]:
         mark = yield from self._scan.next_of(("[",))

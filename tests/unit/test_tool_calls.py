@@ -98,6 +98,24 @@ def test_torn_calls_are_text_or_incomplete(name: str) -> None:
             assert rest == text[:stop]
         for call in stream.calls:
             assert call.is_complete or call is stream.calls[-1]
+        if stream.calls and not stream.calls[-1].is_complete:
+            assert (rest, stream.calls[-1].stop) == (text[: len(rest)], stop)
+            assert rest in ("", "Wait."), "no part of the call"
+
+
+@pytest.mark.parametrize(
+    ("form", "call"),
+    [
+        (CallForm.DSML, f'<{DSML}invoke name="f">\n1</{DSML}invoke>'),
+        (CallForm.DSML, f'<{DSML}invoke name="f"><{DSML}parameter x>1</{DSML}invoke>'),
+        (CallForm.GLM, "<tool_call>f<arg_key>x</arg_key>1</tool_call>"),
+    ],
+)
+def test_malformed_calls_are_incomplete(form: CallForm, call: str) -> None:
+    begin = f"<{DSML}function_calls>" if form is CallForm.DSML else ""
+    rest, stream = parse(form, f"Wait.{begin}{call}\n{call}Bye", 3)
+    assert rest == "Wait.Bye"
+    assert [(c.stop - c.start, c.is_complete) for c in stream.calls] == [(len(call), False)] * 2
 
 
 @pytest.mark.parametrize("name", FORMS)
