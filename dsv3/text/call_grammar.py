@@ -125,13 +125,12 @@ class _Writer:
 
     def _dsml_call(self) -> str:
         dsml = self._mark(DSML)
-        any_parameter = self._new("ANY", rf"/parameter {_ANY_PARAMETER}{ANY}<\//")
+        any_value = self._new("ANY", rf"/parameter {_ANY_PARAMETER}{ANY}<\//")
+        any_parameter = f'"<" {dsml} {any_value} {dsml} "parameter>\\n"'
         calls = []
         for function in self._functions():
-            parameters = f'("<" {dsml} {any_parameter} {dsml} "parameter>\\n")*'
-            if function.get("strict"):
-                parameters = self._each(function, self._dsml_parameter)
             head = literal(f'invoke name="{function["name"]}">\n')
+            parameters = self._parameters(function, any_parameter, self._dsml_parameter)
             calls.append(f"{head} {parameters}")
         end = f'"</" {dsml} "invoke>\\n"'
         return self._new("call", f'"<" {dsml} ({_either(calls)}) {end}')
@@ -151,9 +150,7 @@ class _Writer:
         any_parameter = self._glm_pair("TEXT", "TEXT?")
         calls = []
         for function in self._functions():
-            parameters = f"({any_parameter})*"
-            if function.get("strict"):
-                parameters = self._each(function, self._glm_parameter)
+            parameters = self._parameters(function, any_parameter, self._glm_parameter)
             calls.append(f"{literal(function['name'])} BLANK? {parameters}")
         mark, end = self._mark(GLM.call), self._mark(GLM.end_call)
         return self._new("call", f"{mark} ({_either(calls)}) {end}")
@@ -173,13 +170,23 @@ class _Writer:
         key = f"{self._mark(GLM.key)} {key} {self._mark(GLM.end_key)}"
         return f"{key} BLANK? {self._mark(GLM.value)} {value} {self._mark(GLM.end_value)} BLANK?"
 
-    def _each(self, function: Mapping[str, Any], write: Callable[[Parameter], str]) -> str:
-        """Return the expression of a strict tool's parameters, in the order of its schema."""
-        parts = []
+    def _parameters(
+        self, function: Mapping[str, Any], any_parameter: str, write: Callable[[Parameter], str]
+    ) -> str:
+        """Return the expression of a tool's parameters; a strict tool's are in its schema's order.
+
+        Args:
+            function: the tool.
+            any_parameter: expression of a parameter of a tool that is not strict.
+            write: returns the expression of a parameter of a strict tool.
+        """
+        if not function.get("strict"):
+            return f"({any_parameter})*"
+        rules = []
         for parameter in parameters_of(function):
-            pair = self._new("pair", write(parameter))
-            parts.append(pair if parameter.is_required else f"{pair}?")
-        return " ".join(parts)
+            rule = self._new("parameter", write(parameter))
+            rules.append(rule if parameter.is_required else f"{rule}?")
+        return " ".join(rules)
 
     def _arguments(self, function: Mapping[str, Any]) -> str:
         """Return the rule of a tool's arguments in JSON; empty if the tool is not strict."""
