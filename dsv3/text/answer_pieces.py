@@ -3,13 +3,12 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 
 from dsv3.request import Completion, RequestOutput
 from dsv3.text.text_request import TextRequest
 from dsv3.text.thoughts import AnswerParts, ThoughtStream, begins_in_thought, split_answer
 from dsv3.text.tokenizer import Tokenizer
-from dsv3.text.tool_calls import CallArguments, CallBegin, Event, Text, ToolCall, ToolCallStream
+from dsv3.text.tool_calls import Event, Text, ToolCall, ToolCallStream
 from dsv3.text.tools import CallForm
 
 TOOL_CALLS = "tool_calls"  # the finish reason of an answer with calls
@@ -17,22 +16,14 @@ TOOL_CALLS = "tool_calls"  # the finish reason of an answer with calls
 encode_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
-class Kind(Enum):
-    """The kind of a piece of an answer."""
-
-    REASONING = "reasoning"
-    CONTENT = "content"
-    CALL = "call"
-    ARGUMENTS = "arguments"
-
-
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """A new piece of an answer: text that is not empty, or the begin of a call."""
+class Thought:
+    """Text of the thought before an answer."""
 
-    kind: Kind
-    text: str = ""
-    call: ToolCall | None = None
+    text: str
+
+
+Piece = Thought | Event
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +63,7 @@ class PieceStream:
             parts.append(self._thoughts.finish())
         pieces = [p for part in parts for p in self._pieces(part, output.new_token_ids)]
         if output.completion is not None and self._tools is not None:
-            pieces += self._of_events(self._tools.finish())
+            pieces += self._shown(self._tools.finish())
         return pieces
 
     def finish_reason(self, reason: str) -> str:
@@ -86,22 +77,16 @@ class PieceStream:
         shown = thought.rstrip()
         self._blank = thought[len(shown) :]
         self._has_thought_text |= bool(shown)
-        pieces = [Piece(Kind.REASONING, shown)] if shown else []
+        pieces: list[Piece] = [Thought(shown)] if shown else []
         if self._tools is not None:
-            return pieces + self._of_events(self._tools.push(parts.answer, token_ids))
-        return pieces + ([Piece(Kind.CONTENT, parts.answer)] if parts.answer else [])
+            return pieces + self._shown(self._tools.push(parts.answer, token_ids))
+        return pieces + ([Text(parts.answer)] if parts.answer else [])
 
-    def _of_events(self, events: list[Event]) -> list[Piece]:
-        pieces = []
-        for event in events:
-            match event:
-                case Text(text):
-                    pieces.append(Piece(Kind.CONTENT, text))
-                case CallBegin(call):
-                    pieces.append(Piece(Kind.CALL, "", call))
-                case CallArguments(call, text):
-                    pieces.append(Piece(Kind.ARGUMENTS, text, call))
-        return [p for p in pieces if not (self._is_single and p.call and p.call.index)]
+    def _shown(self, events: list[Event]) -> list[Event]:
+        """Return the events that the request allows: only the first call may be wanted."""
+        if not self._is_single:
+            return events
+        return [event for event in events if isinstance(event, Text) or not event.call.index]
 
 
 def parse_answer(

@@ -5,9 +5,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from dsv3.request import Completion, Request, RequestOutput
-from dsv3.text.answer_pieces import TOOL_CALLS, Kind, Piece, PieceStream, encode_json, parse_answer
+from dsv3.text.answer_pieces import (
+    TOOL_CALLS,
+    Piece,
+    PieceStream,
+    Thought,
+    encode_json,
+    parse_answer,
+)
 from dsv3.text.text_request import TextRequest
 from dsv3.text.tokenizer import Tokenizer
+from dsv3.text.tool_calls import CallArguments, CallBegin, Text
 
 _STOP_REASONS = {
     "stop": "end_turn",
@@ -23,10 +31,8 @@ _ERROR_TYPES = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
-_EMPTY_BLOCKS: dict[Kind, dict[str, Any]] = {
-    Kind.REASONING: {"type": "thinking", "thinking": "", "signature": ""},
-    Kind.CONTENT: {"type": "text", "text": ""},
-}
+_EMPTY_THOUGHT = {"type": "thinking", "thinking": "", "signature": ""}
+_EMPTY_TEXT = {"type": "text", "text": ""}
 
 
 def anthropic_error(message: str, status: int) -> dict[str, Any]:
@@ -64,7 +70,7 @@ class AnthropicWriter:
         self._tokenizer = tokenizer
         self._pieces = PieceStream(request, tokenizer, tokens.prompt_ids)
         self._completion: Completion | None = None
-        self._block: Kind | None = None  # the open one
+        self._block: str | None = None  # type of the open block
         self._num_blocks = 0
 
     def start(self) -> list[dict[str, Any]]:
@@ -100,9 +106,9 @@ class AnthropicWriter:
         answer = parse_answer(self._request, done, self._tokenizer)
         content: list[dict[str, Any]] = []
         if answer.reasoning:
-            content.append(_EMPTY_BLOCKS[Kind.REASONING] | {"thinking": answer.reasoning})
+            content.append(_EMPTY_THOUGHT | {"thinking": answer.reasoning})
         if answer.content:
-            content.append({"type": "text", "text": answer.content})
+            content.append(_EMPTY_TEXT | {"text": answer.content})
         content += [
             {"type": "tool_use", "id": c.call_id, "name": c.name, "input": json.loads(c.arguments)}
             for c in answer.calls
@@ -133,27 +139,30 @@ class AnthropicWriter:
         }
 
     def _events(self, piece: Piece) -> list[dict[str, Any]]:
-        """Return the events of a piece: a new kind of piece begins a new block."""
-        match piece.kind:
-            case Kind.REASONING:
-                delta = {"type": "thinking_delta", "thinking": piece.text}
-            case Kind.CONTENT:
-                delta = {"type": "text_delta", "text": piece.text}
-            case Kind.CALL:
-                assert piece.call is not None
-                call = {"id": piece.call.call_id, "name": piece.call.name, "input": {}}
-                return self._open(piece.kind, {"type": "tool_use", **call})
-            case Kind.ARGUMENTS:
-                delta = {"type": "input_json_delta", "partial_json": piece.text}
-        events = []
-        if piece.kind in _EMPTY_BLOCKS and piece.kind is not self._block:
-            events = self._open(piece.kind, _EMPTY_BLOCKS[piece.kind])
-        index = self._num_blocks - 1
-        return [*events, {"type": "content_block_delta", "index": index, "delta": delta}]
+        """Return the events of a piece; each thought, text and call is a block of its own."""
+        match piece:
+            case Thought(text):
+                delta = {"type": "thinking_delta", "thinking": text}
+                return [*self._within(_EMPTY_THOUGHT), self._delta(delta)]
+            case Text(text):
+                delta = {"type": "text_delta", "text": text}
+                return [*self._within(_EMPTY_TEXT), self._delta(delta)]
+            case CallBegin(call):
+                block = {"type": "tool_use", "id": call.call_id, "name": call.name, "input": {}}
+                return self._open(block)
+            case CallArguments(_, text):
+                return [self._delta({"type": "input_json_delta", "partial_json": text})]
 
-    def _open(self, kind: Kind, block: dict[str, Any]) -> list[dict[str, Any]]:
+    def _delta(self, delta: dict[str, str]) -> dict[str, Any]:
+        return {"type": "content_block_delta", "index": self._num_blocks - 1, "delta": delta}
+
+    def _within(self, block: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return the events that open a block, unless one of its type is open."""
+        return [] if self._block == block["type"] else self._open(block)
+
+    def _open(self, block: dict[str, Any]) -> list[dict[str, Any]]:
         events = self._close()
-        self._block = kind
+        self._block = block["type"]
         index = self._num_blocks
         self._num_blocks += 1
         return [*events, {"type": "content_block_start", "index": index, "content_block": block}]

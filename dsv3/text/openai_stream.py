@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dsv3.request import Completion, Request, RequestOutput
-from dsv3.text.answer_pieces import Kind, Piece, PieceStream, encode_json
+from dsv3.text.answer_pieces import Piece, PieceStream, Thought, encode_json
 from dsv3.text.openai_answer import (
     ResponseHead,
     TextOffsets,
@@ -17,6 +17,7 @@ from dsv3.text.openai_answer import (
 )
 from dsv3.text.text_request import TextRequest
 from dsv3.text.tokenizer import Tokenizer
+from dsv3.text.tool_calls import CallArguments, CallBegin, Text
 
 _CHUNKS = {True: "chat.completion.chunk", False: "text_completion"}
 
@@ -145,17 +146,16 @@ class _ChatChoice(_Choice):
 
 
 def _delta(piece: Piece) -> dict[str, Any]:
-    if piece.kind is Kind.REASONING:
-        return {"reasoning_content": piece.text, "reasoning": piece.text}
-    if piece.call is None:
-        return {"content": piece.text}
-    call: dict[str, Any] = {"index": piece.call.index}
-    if piece.kind is Kind.CALL:
-        call |= {"id": piece.call.call_id, "type": "function"}
-        call["function"] = {"name": piece.call.name, "arguments": ""}
-    else:
-        call["function"] = {"arguments": piece.text}
-    return {"tool_calls": [call]}
+    match piece:
+        case Thought(text):
+            return {"reasoning_content": text, "reasoning": text}
+        case Text(text):
+            return {"content": text}
+        case CallBegin(call):
+            begin = {"index": call.index, "id": call.call_id, "type": "function"}
+            return {"tool_calls": [begin | {"function": {"name": call.name, "arguments": ""}}]}
+        case CallArguments(call, text):
+            return {"tool_calls": [{"index": call.index, "function": {"arguments": text}}]}
 
 
 class _TextChoice(_Choice):

@@ -8,7 +8,7 @@ import tokenizers
 
 from dsv3.errors import RequestError
 from dsv3.request import Completion, RequestOutput
-from dsv3.text.answer_pieces import Kind, PieceStream, parse_answer
+from dsv3.text.answer_pieces import PieceStream, parse_answer
 from dsv3.text.call_marks import DEEPSEEK
 from dsv3.text.chat import ChatFormat
 from dsv3.text.defaults import Defaults
@@ -16,6 +16,7 @@ from dsv3.text.detokenize import TextStream
 from dsv3.text.openai_format import CHAT, parse_request
 from dsv3.text.text_request import TextRequest, encode_prompt
 from dsv3.text.tokenizer import Tokenizer
+from dsv3.text.tool_calls import CallArguments, Text
 from dsv3.text.tools import CallForm
 
 DEMO = Path(__file__).parents[2] / "checkpoints" / "demo-v3"
@@ -149,8 +150,8 @@ def test_calls_come_from_tokens(is_special: bool) -> None:
     ]
     outputs[-1].completion = done
     found = [piece for output in outputs for piece in pieces.push(output)]
-    assert "".join(piece.text for piece in found if piece.kind is Kind.CONTENT) == "Yes."
-    assert "".join(p.text for p in found if p.kind is Kind.ARGUMENTS) == '{"x": 1}'
+    assert "".join(piece.text for piece in found if isinstance(piece, Text)) == "Yes."
+    assert "".join(p.text for p in found if isinstance(p, CallArguments)) == '{"x": 1}'
     assert pieces.finish_reason("stop") == "tool_calls"
 
 
