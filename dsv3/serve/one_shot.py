@@ -122,9 +122,7 @@ def _stream(engine: Engine, thoughts: ThoughtStream) -> Completion:
     is_line_ended = True
     while True:
         for output in engine.step():
-            all_parts = [thoughts.push(output.new_text)]
-            if output.completion is not None:
-                all_parts.append(thoughts.finish())
+            all_parts = thoughts.push_output(output)
             thought = "".join(parts.thought for parts in all_parts)
             text = "".join(parts.answer for parts in all_parts)
             if thought:

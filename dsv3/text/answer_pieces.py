@@ -58,10 +58,8 @@ class PieceStream:
 
     def push(self, output: RequestOutput) -> list[Piece]:
         """Return the pieces of an output's text; after the last output, all that is pending."""
-        parts = [self._thoughts.push(output.new_text)]
-        if output.completion is not None:
-            parts.append(self._thoughts.finish())
-        pieces = [p for part in parts for p in self._pieces(part, output.new_token_ids)]
+        all_parts = self._thoughts.push_output(output)
+        pieces = [p for parts in all_parts for p in self._pieces(parts, output.new_token_ids)]
         if output.completion is not None and self._tools is not None:
             pieces += self._shown(self._tools.finish())
         return pieces

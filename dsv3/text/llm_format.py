@@ -221,13 +221,8 @@ def stream_pieces(
     for output in outputs:
         number = numbers[output.request_id]
         stream = thoughts.get(output.request_id)
-        if stream is None:
-            all_parts = [AnswerParts(answer=output.new_text)]
-        else:
-            all_parts = [stream.push(output.new_text)]
-            if output.completion is not None:
-                all_parts.append(stream.finish())
-        for parts in all_parts:
+        plain = [AnswerParts(answer=output.new_text)]
+        for parts in plain if stream is None else stream.push_output(output):
             for text in parts.texts():
                 yield number, text
         if output.completion is not None and output.completion.error:

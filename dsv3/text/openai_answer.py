@@ -174,15 +174,22 @@ def _text_choice(
 ) -> dict[str, Any]:
     text = completion.text
     logprobs = None
-    if request.echo and isinstance(request.prompt, str):
-        text = request.prompt + text
-    elif request.echo and tokenizer is not None:
-        text = tokenizer.decode(completion.prompt_ids) + text
+    if request.echo:
+        text = echoed_prompt(request, completion.prompt_ids, tokenizer) + text
     if request.params.logprobs is not None:
         logprobs = _text_logprobs(request, completion, tokenizer)
         logprobs["text_offset"] = [min(at, len(text)) for at in logprobs["text_offset"]]
     reason = finish_reason(completion.finish_reason)
     return {"text": text, "logprobs": logprobs, "finish_reason": reason}
+
+
+def echoed_prompt(
+    request: TextRequest, prompt_ids: Sequence[int], tokenizer: Tokenizer | None
+) -> str:
+    """Return the text of a prompt that an answer begins with; empty without a tokenizer."""
+    if isinstance(request.prompt, str):
+        return request.prompt
+    return "" if tokenizer is None else tokenizer.decode(prompt_ids)
 
 
 def _text_logprobs(

@@ -9,6 +9,7 @@ from dsv3.text.openai_answer import (
     ResponseHead,
     TextOffsets,
     chat_logprobs,
+    echoed_prompt,
     error_body,
     finish_reason,
     response_body,
@@ -174,7 +175,7 @@ class _TextChoice(_Choice):
         text = output.new_text
         if self._is_echo_due:
             self._is_echo_due = False
-            text = self._prompt_text() + text
+            text = echoed_prompt(self._request, self._prompt_ids, self._tokenizer) + text
         is_last = output.completion is not None
         has_facts = output.new_logprobs or self._ids(output).get("token_ids")
         if not (text or is_last or has_facts):
@@ -192,8 +193,3 @@ class _TextChoice(_Choice):
         has_top = bool(self._request.params.logprobs)
         offsets = self._offsets.push(ids)
         return text_logprobs(ids, output.new_logprobs, has_top, offsets, self._tokenizer)
-
-    def _prompt_text(self) -> str:
-        if isinstance(self._request.prompt, str):
-            return self._request.prompt
-        return "" if self._tokenizer is None else self._tokenizer.decode(self._prompt_ids)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from dsv3.request import RequestOutput
 from dsv3.text.stop_strings import StopChecker
 from dsv3.text.tokenizer import Tokenizer
 
@@ -104,6 +105,11 @@ class ThoughtStream:
         thought, text = self._think(text)
         closing, text = self._close(text)
         return AnswerParts(opening, thought, closing, text)
+
+    def push_output(self, output: RequestOutput) -> list[AnswerParts]:
+        """Add the text of an output; after the last one, pending text is returned as well."""
+        parts = [self.push(output.new_text)]
+        return parts if output.completion is None else [*parts, self.finish()]
 
     def finish(self) -> AnswerParts:
         """Return the pending text."""
