@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from dsv3.errors import ConfigError, OutputError, os_errors_as
 from dsv3.files import is_at, lock, replacing
@@ -271,8 +272,8 @@ class BatchJournal(contextlib.AbstractContextManager["BatchJournal"]):
                 start = stop
 
     def _scan_line(self, number: int, raw: bytes, position: Range) -> None:
-        parsed = _read_line(raw)
-        if parsed is None:
+        result = _read_line(raw)
+        if result is None:
             if not _is_begun(raw):
                 raise ConfigError(
                     f"--output-file {self._path}, line {number}: not a line of results; "
@@ -280,16 +281,16 @@ class BatchJournal(contextlib.AbstractContextManager["BatchJournal"]):
                 )
             self._dropped.append(position)  # an incomplete line
             return
-        key, digest, status, model = parsed
-        if self.fingerprint and model not in ("", self.fingerprint):
+        if self.fingerprint and result.fingerprint not in ("", self.fingerprint):
             raise ConfigError(
                 f"--output-file {self._path}, line {number}: an answer of another model or dtype "
-                f"({model}, this one is {self.fingerprint}); {_REMEDY}"
+                f"({result.fingerprint}, this one is {self.fingerprint}); {_REMEDY}"
             )
-        if status >= 500 or key in self._done:
+        if result.status >= 500 or result.key in self._done:
             self._dropped.append(position)
         else:
-            self._done[key] = _Line(_short(digest), position if status >= 400 else None)
+            failed_at = position if result.status >= 400 else None
+            self._done[result.key] = _Line(_short(result.digest), failed_at)
 
     def _drop_changed(self, key: RowKey, line: _Line, reason: str) -> None:
         if line.failed_at is None:
@@ -344,8 +345,17 @@ def _is_begun(line: bytes) -> bool:
     return LINE_START.startswith(line[: len(LINE_START)].rstrip(b"\0"))
 
 
-def _read_line(raw: bytes) -> tuple[RowKey, str, int, str] | None:
-    """Return key, digest, status and model of a result line; None for other or incomplete lines."""
+class _Result(NamedTuple):
+    """The fields of a result line that matter to later runs."""
+
+    key: RowKey
+    digest: str
+    status: int
+    fingerprint: str
+
+
+def _read_line(raw: bytes) -> _Result | None:
+    """Return the fields of a result line; None for other or incomplete lines."""
     try:
         line = json.loads(raw)
         custom_id = line["custom_id"]
@@ -354,8 +364,8 @@ def _read_line(raw: bytes) -> tuple[RowKey, str, int, str] | None:
         status = response["status_code"]
         _short(digest)  # raises for a damaged digest
         code = response["body"]["error"]["code"] if status >= 400 else None
-        model = response["body"].get("system_fingerprint", "")
-        return row_key(custom_id, digest, code), digest, status, model
+        fingerprint = response["body"].get("system_fingerprint", "")
+        return _Result(row_key(custom_id, digest, code), digest, status, fingerprint)
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return None
 

@@ -11,7 +11,7 @@ import weakref
 from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateSyntaxError
 
@@ -23,6 +23,13 @@ _MAX_CHARS = 1 << 18  # of a template; published templates have up to 30,000
 _WAIT_SECONDS = 60.0  # for a reply; longer than CPU_SECONDS, since a busy machine may delay it
 _QUESTION = {"messages": [{"role": "user", "content": "Hello"}], "tools": None}
 _TEMPLATE_FAULTS = ("damaged", "exceeded")  # kinds of replies that do not depend on the messages
+
+
+class _Reply(NamedTuple):
+    """A reply of the process; its kinds are explained in `template_worker.py`."""
+
+    kind: str
+    text: str
 
 
 class ChatTemplate:
@@ -64,14 +71,14 @@ class ChatTemplate:
         """
         reason = ""
         for variables in probes:
-            kind, text = self._ask(variables)
-            if kind == "text":
+            reply = self._ask(variables)
+            if reply.kind == "text":
                 self._is_tried = True
                 return
-            reason = reason or " ".join(text.split())
-            if kind in _TEMPLATE_FAULTS:
+            reason = reason or " ".join(reply.text.split())
+            if reply.kind in _TEMPLATE_FAULTS:
                 self._is_tried = True
-                self._fault = text
+                self._fault = reply.text
                 break
         raise CheckpointError(f"{self._name}: chat template: {reason}")
 
@@ -83,22 +90,22 @@ class ChatTemplate:
             CheckpointError: the template is damaged, or exceeds a limit with a simple question.
         """
         if not self._is_tried:
-            kind, text = self._ask(variables | _QUESTION)
+            reply = self._ask(variables | _QUESTION)
             self._is_tried = True
-            if kind in _TEMPLATE_FAULTS:
-                self._fault = text
+            if reply.kind in _TEMPLATE_FAULTS:
+                self._fault = reply.text
         if self._fault:  # so that a batch does not run into the time limit at every row
             raise CheckpointError(f"{self._name}: chat template: {self._fault}")
-        kind, text = self._ask(variables)
-        if kind == "exceeded":
-            raise RequestError(f"{self._name}: chat template: with these messages, {text}")
-        if kind == "refused":
-            reason = " ".join(text.split())
+        reply = self._ask(variables)
+        if reply.kind == "exceeded":
+            raise RequestError(f"{self._name}: chat template: with these messages, {reply.text}")
+        if reply.kind != "text":
+            reason = " ".join(reply.text.split())
             raise RequestError(f"the chat template refuses these messages: {reason}")
-        return text
+        return reply.text
 
-    def _ask(self, variables: dict[str, Any]) -> tuple[str, str]:
-        """Return the kind and the text of the process's reply.
+    def _ask(self, variables: dict[str, Any]) -> _Reply:
+        """Return the process's reply.
 
         Raises:
             CheckpointError: the process cannot be started, or was ended from outside.
@@ -157,11 +164,11 @@ class _Worker:
         """True if the process has ended."""
         return not self._close.alive
 
-    def answer(self, line: bytes) -> tuple[str, str] | None:
+    def answer(self, line: bytes) -> _Reply | None:
         """Send a line to the process and return its reply; end the process if none is in time.
 
         Returns:
-            the kind and the text of the reply; None if the process was ended from outside.
+            the reply; None if the process was ended from outside.
         """
         reply = b""
         try:
@@ -174,9 +181,9 @@ class _Worker:
                 self._close()
         if reply.endswith(b"\n"):
             ((kind, text),) = json.loads(reply).items()
-            return kind, text
+            return _Reply(kind, text)
         if self._process.returncode == -signal.SIGXCPU:
-            return "exceeded", f"no end within {CPU_SECONDS} seconds of processor time"
+            return _Reply("exceeded", f"no end within {CPU_SECONDS} seconds of processor time")
         return None
 
 
