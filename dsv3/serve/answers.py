@@ -1,8 +1,7 @@
 """Outputs between the engine's thread and the clients' connections.
 
-An `Answer` belongs to the event loop's thread. Unread outputs are joined, so that
-a connection that lags behind gets fewer and longer pieces, and a client that reads nothing costs no
-more than its tokens.
+An `Answer` belongs to the event loop's thread. Unread outputs are joined, so that a slow connection
+gets fewer and longer pieces, and a client that reads nothing costs no more memory than its tokens.
 """
 
 import asyncio
@@ -14,7 +13,7 @@ MAX_UNREAD_TOKENS = 8192  # of each of its completions
 
 
 class HttpError(Exception):
-    """The reason that a request gets no answer.
+    """An error response to a request.
 
     Attributes:
         message: in one line.
@@ -37,7 +36,7 @@ class Answer:
     """The outputs of one HTTP request's answers.
 
     Attributes:
-        unfinished: ids of the requests whose last output has not come.
+        unfinished: ids of the requests that have not got their last output.
     """
 
     def __init__(self, request_ids: Iterable[str]) -> None:
@@ -67,7 +66,7 @@ class Answer:
         return 0 if output is None else len(output.new_token_ids)
 
     async def read(self, seconds: float | None = None) -> list[RequestOutput]:
-        """Return new outputs; none if there are none within some seconds.
+        """Return new outputs; an empty list if none arrive within `seconds`.
 
         Raises:
             HttpError: the requests have failed.

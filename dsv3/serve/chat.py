@@ -196,9 +196,9 @@ class Chat:
             num_tokens = answer.prompt_len + answer.num_tokens
             self._talk.turns = [*kept, Turn(question, reply, num_tokens)]
         elif len(self._talk.turns) > len(kept):
-            remark += "; the answer before stays"
+            remark += "; the previous answer is kept"
         else:
-            remark += "; without an answer the question is forgotten, too"
+            remark += "; the question is forgotten, since it has no answer"
         self.console.end_answer(remark)
 
     def _drop(self, number: int) -> None:

@@ -86,7 +86,7 @@ class Terminal:
     def __enter__(self) -> Self:
         logging.getLogger("asyncio").setLevel(logging.INFO)  # --debug is not about event loops
         self._modes = termios.tcgetattr(self._in)
-        self._guard = _guard(self._in)
+        self._restorer = _start_restorer(self._in)
         modes = termios.tcgetattr(self._in)
         off = os.fpathconf(self._in, "PC_VDISABLE").to_bytes(1, sys.byteorder)
         modes[0] &= ~(termios.ICRNL | termios.INLCR | termios.IGNCR)
@@ -103,9 +103,9 @@ class Terminal:
         with contextlib.suppress(OutputError, termios.error):  # the terminal may be closed
             write(self._out, _RESTORED)
             termios.tcsetattr(self._in, termios.TCSADRAIN, self._modes)
-        if self._guard is not None:
-            self._guard.kill()
-            self._guard.communicate()
+        if self._restorer is not None:
+            self._restorer.kill()
+            self._restorer.communicate()
 
     def read(self) -> str | None:
         """Read a message; Ctrl-C drops the text, Ctrl-D in an empty message ends the chat."""
@@ -336,7 +336,7 @@ def _wakeup_fd_kept() -> Iterator[None]:
         signal.set_wakeup_fd(fd, warn_on_full_buffer=False)
 
 
-def _guard(terminal: int) -> subprocess.Popen[bytes] | None:
+def _start_restorer(terminal: int) -> subprocess.Popen[bytes] | None:
     """Start a process that restores the terminal's modes if this process dies without doing so.
 
     It waits for the end of a pipe from this process, which closes however this process ends.

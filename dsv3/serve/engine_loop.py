@@ -1,4 +1,4 @@
-"""The main loop of a server on rank 0: requests of other threads in, steps, outputs out.
+"""The main loop of a server on rank 0: it takes requests, runs steps and delivers outputs.
 
 The engine belongs to the main thread. Other threads put commands into the inbox, which is emptied
 before each step; while there is nothing to do, the loop waits for a command.
@@ -53,7 +53,7 @@ class EngineLoop:
     Args:
         engine: on rank 0.
         inbox: commands of other threads.
-        deliver: takes outputs to the thread that reads them.
+        deliver: passes outputs to the event loop's thread.
     """
 
     def __init__(self, engine: Engine, inbox: Inbox, deliver: Deliver) -> None:
@@ -75,7 +75,7 @@ class EngineLoop:
         self._abandon()
 
     def _step(self) -> None:
-        """Run a step; outputs are handed over before it if it may be long."""
+        """Run a step; if it may be long, deliver all outputs before it."""
         if self._engine.computes_prompts:
             self._outbox.send_all()
         try:
@@ -122,7 +122,7 @@ class EngineLoop:
             for request in command.requests:
                 self._engine.add(request)
                 added.append(request.request_id)
-        except Exception as error:  # of one request; the others go on
+        except Exception as error:  # one bad request must not stop the others
             for request_id in added:
                 self._engine.cancel(request_id)
             self._outbox.fail({command.answer}, failure_of(error))

@@ -1,4 +1,4 @@
-"""State and limits of a server, and the way of HTTP requests to the engine.
+"""State and limits of a server, which passes HTTP requests to the engine and back.
 
 All methods run in the event loop's thread, except where they say otherwise.
 """
@@ -65,7 +65,7 @@ class Served:
 
 
 class Front:
-    """State of a server, and the way of a request to the engine and back.
+    """State of a server, and the path of a request to the engine and back.
 
     Attributes:
         served: the model.
@@ -73,8 +73,8 @@ class Front:
         status, reason: state of the server, and the error if it has failed.
         layout: names and values of the layout, for the metrics.
         created: seconds since 1970 at which the server was started.
-        encoder: threads in which prompts are written and encoded, and schemas compiled, while the
-            event loop goes on; a long one does not hold up the others.
+        encoder: threads that render and encode prompts and compile schemas, beside the event loop;
+            a long prompt does not delay the others.
     """
 
     def __init__(self, served: Served, limits: Limits) -> None:
@@ -105,7 +105,7 @@ class Front:
         if self.status is Status.LOADING:  # a signal may have come before
             self.status = Status.READY
         EngineLoop(engine, self._inbox, self._deliver).run()
-        self._end_all(HttpError("the server is stopping", 503))  # requests that came too late
+        self._end_all(HttpError("the server is stopping", 503))  # submitted after the last step
 
     def drain(self, seconds: float) -> None:
         """Accept no more requests, and end `serve`. May be called by a signal handler."""
@@ -122,7 +122,7 @@ class Front:
     def fail(self, reason: str, seconds: float = 1.0) -> None:
         """Send an error to all clients; wait until it is sent, but at most some seconds.
 
-        Called by any thread but the event loop's.
+        May be called by any thread except the event loop's.
         """
         self.reason = reason
         self.status = Status.FAILED
@@ -234,7 +234,7 @@ class Front:
 
     @contextmanager
     def answering(self, requests: Sequence[Request]) -> Iterator[Answer]:
-        """Submit requests; those that are unfinished at the end of the block are cancelled.
+        """Submit requests; at the end of the block, unfinished ones are cancelled.
 
         Raises:
             HttpError: too many requests are waiting.

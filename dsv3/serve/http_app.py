@@ -57,7 +57,7 @@ def make_app(front: Front, keys: Sequence[str] = (), origins: Sequence[str] = ()
     """Return the application.
 
     Args:
-        front: the way to the engine.
+        front: passes requests to the engine.
         keys: clients must send one of them; without any, all clients are served.
         origins: web pages of these origins may use the server; "*" is all.
     """

@@ -1,4 +1,4 @@
-"""An HTTP server in a thread of its own, beside the engine in the main thread."""
+"""An HTTP server in a separate thread, beside the engine in the main thread."""
 
 import asyncio
 import socket
@@ -13,7 +13,7 @@ from dsv3.errors import ConfigError
 
 _BACKLOG = 2048
 _CLOSE_SECONDS = 2  # for connections to end after the last answer
-_UNREAD_SECONDS = 60  # after which a connection ends whose client reads nothing
+_UNREAD_SECONDS = 60  # timeout of a connection whose client reads nothing
 
 
 def listen(host: str, port: int) -> socket.socket:

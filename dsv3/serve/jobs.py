@@ -1,4 +1,4 @@
-"""Bodies of requests: from their bytes to the engine's requests and the writer of the response."""
+"""Converts bodies of requests to the engine's requests and the writer of the response."""
 
 import time
 import uuid
@@ -59,7 +59,7 @@ def parse_body(raw: bytes) -> dict[str, Any]:
     """Return the JSON object of a body.
 
     Raises:
-        RequestError: it is none.
+        RequestError: the body is not a JSON object.
     """
     try:
         body = parse_json_text(raw.decode())

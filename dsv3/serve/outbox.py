@@ -1,8 +1,8 @@
-"""Outputs on their way from the engine's thread to the event loop's.
+"""Outputs in transit from the engine's thread to the event loop's.
 
-Each event of a stream takes the interpreter from the engine: the event loop must be woken, write
-the event and send it. Few streams get each token at once; the tokens of many streams are handed
-over together after some steps. The first and the last outputs of a request never wait.
+Each event of a stream takes interpreter time from the engine: the event loop wakes up, writes the
+event and sends it. With few streams, each token is delivered at once; with many, the tokens of
+several steps are delivered together. The first and the last outputs of a request never wait.
 """
 
 import time
@@ -20,10 +20,10 @@ Deliver = Callable[[list[Delivery]], None]
 
 
 class Outbox:
-    """Collects the outputs of steps, and hands them over when they are due.
+    """Collects the outputs of steps, and delivers them when they are due.
 
     Args:
-        deliver: takes outputs to the event loop.
+        deliver: passes outputs to the event loop.
     """
 
     def __init__(self, deliver: Deliver) -> None:
@@ -42,31 +42,31 @@ class Outbox:
             begun.add(output.request_id)
 
     def drop(self, answer: Answer) -> None:
-        """Forget the outputs of an answer whose client is gone."""
+        """Forget the outputs of a cancelled answer."""
         self._outputs.pop(answer, None)
         self._urgent.discard(answer)
 
     def fail(self, answers: set[Answer], failure: HttpError) -> None:
-        """Hand over all outputs, and end answers with a failure."""
+        """Deliver all outputs, and end answers with a failure."""
         self.send_all()
         if answers:
             self._deliver([(answer, failure) for answer in answers])
 
     def send_due(self) -> None:
-        """Hand over what is due after a step."""
+        """Deliver the outputs that are due after a step."""
         interval = min(_MAX_SECONDS, len(self._outputs) / _EVENTS_PER_SECOND)
         if time.monotonic() >= self._emptied_at + interval:
             self.send_all()
         else:
-            self._hand_over_urgent()
+            self._send_urgent()
 
     def send_all(self) -> None:
-        """Hand over all outputs."""
+        """Deliver all outputs."""
         self._emptied_at = time.monotonic()
         self._urgent.update(self._outputs)
-        self._hand_over_urgent()
+        self._send_urgent()
 
-    def _hand_over_urgent(self) -> None:
+    def _send_urgent(self) -> None:
         deliveries: list[Delivery] = [(a, o) for a in self._urgent for o in self._outputs.pop(a)]
         self._urgent.clear()
         if deliveries:

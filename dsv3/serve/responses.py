@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 KEEP_ALIVE_SECONDS = 10.0
 _KEEP_ALIVE = b": keep-alive\n\n"
-_SEND_SECONDS = 30.0  # for a client to make room for more of a response
+_SEND_SECONDS = 30.0  # timeout for a client to receive a part of a response
 CLIENT_GONE = 499
 
 T = TypeVar("T")
@@ -69,7 +69,7 @@ class AnswerResponse(Response):
     """Answers a job; a client that disconnects cancels it.
 
     Args:
-        front: the way to the engine.
+        front: passes the request to the engine.
         job: the request.
         begin: monotonic seconds of its arrival.
     """
@@ -122,7 +122,7 @@ class AnswerResponse(Response):
         await JSONResponse(body)(scope, receive, send)
 
     async def _stream(self, answer: Answer, record: _Record, send: Send) -> None:
-        """Send events as tokens come; errors before the first ones have a status of their own."""
+        """Send events as tokens arrive; an error before the first one has its own HTTP status."""
         writer = self._job.writer
         num_done = 0
         while num_done < len(self._job.requests):
@@ -171,7 +171,7 @@ class AnswerResponse(Response):
 
 
 def retry_header(error: HttpError) -> dict[str, str]:
-    """Return the header that tells a client when to try again."""
+    """Return the `Retry-After` header of an error; empty if the client should not try again."""
     return {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
 
 
@@ -187,7 +187,7 @@ async def _send(send: Send, data: bytes, is_last: bool = False) -> None:
 
 
 def _in_time(send: Send) -> Send:
-    """Return `send` with a limit of time, after which the client counts as gone."""
+    """Return `send` with a timeout, after which the client counts as disconnected."""
 
     async def limited(message: Any) -> None:
         try:

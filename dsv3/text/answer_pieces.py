@@ -81,7 +81,7 @@ class PieceStream:
         return pieces + ([Text(parts.answer)] if parts.answer else [])
 
     def _shown(self, events: list[Event]) -> list[Event]:
-        """Return the events that the request allows: only the first call may be wanted."""
+        """Return the events that the request allows: without parallel calls, only one call."""
         if not self._is_single:
             return events
         return [event for event in events if isinstance(event, Text) or not event.call.index]

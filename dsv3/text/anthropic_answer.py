@@ -75,7 +75,7 @@ class AnthropicWriter:
 
     def start(self) -> list[dict[str, Any]]:
         """Return the event before the first output."""
-        usage = {  # how many are cached is known with the last output
+        usage = {  # the number of cached ones is known with the last output
             "input_tokens": len(self._prompt_ids),
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": 0,
@@ -182,7 +182,7 @@ def _stop(reason: str, completion: Completion) -> tuple[str, str | None]:
 
 
 def _usage(completion: Completion) -> dict[str, int]:
-    """Return the token counts; in this format, cached tokens are no input tokens."""
+    """Return the token counts; in this format, cached tokens do not count as input tokens."""
     return {
         "input_tokens": len(completion.prompt_ids) - completion.cached_tokens,
         "cache_creation_input_tokens": 0,

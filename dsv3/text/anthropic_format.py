@@ -95,7 +95,7 @@ def _messages(where: str, message: Any) -> list[dict[str, Any]]:
 def _block(where: str, block: Any) -> dict[str, Any]:
     if not isinstance(block, dict) or not isinstance(block.get("type"), str):
         raise RequestError(f'{where} must be an object like {{"type": "text", ...}}')
-    known = _BLOCK_FIELDS.get(block["type"], block.keys())  # other types are refused by their users
+    known = _BLOCK_FIELDS.get(block["type"], block.keys())  # other types are refused by the callers
     for name in block.keys() - known - {"type", "cache_control"}:
         if block[name] is not None:
             raise RequestError(f"{where}.{shorten(name)} is not supported")
@@ -112,7 +112,7 @@ def _question(where: str, blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
             texts.append(_field(here, block, "text", str))
         elif block["type"] == "tool_result":
             text = _texts(f"{here}.content", block.get("content") or "")
-            if block.get("is_error"):  # formats of chats have no field for it
+            if block.get("is_error"):  # chat formats have no field for it
                 text = f"Error: {text}"
             result = {"role": "tool", "content": text}
             result["tool_call_id"] = _field(here, block, "tool_use_id", str)
@@ -137,7 +137,7 @@ def _answer(where: str, blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
             case "thinking":
                 thoughts.append(_field(here, block, "thinking", str))
             case "redacted_thinking":
-                pass  # not one of ours
+                pass  # only Anthropic's models can read it
             case "tool_use":
                 arguments = json.dumps(_field(here, block, "input", dict), ensure_ascii=False)
                 function = {"name": _field(here, block, "name", str), "arguments": arguments}
@@ -230,7 +230,7 @@ def _response_format(config: Fields) -> dict[str, Any] | None:
 
 
 def _thinking(fields: Fields, effort: str | None) -> dict[str, Any]:
-    """Return DeepSeek's switch for thinking; a budget of tokens is no more than a hint."""
+    """Return DeepSeek's switch for thinking; a budget of tokens has no effect."""
     thinking = fields.take("thinking", lambda v: isinstance(v, dict), "an object")
     chat: dict[str, Any] = {"reasoning_effort": effort}
     if thinking is not None:

@@ -1,7 +1,7 @@
 """Grammars of answers that may call tools in the form that a model was trained with.
 
-Calls end an answer. Arguments of strict tools follow the schemas of the tools, those of the others
-are free. The marks of calls are tokens, which no text can spell. The forms are shown in
+An answer ends after its calls. Arguments of strict tools follow the schemas of the tools, those of
+other tools are free. The marks of calls are tokens, which no text contains. The forms are shown in
 `dsv3.text.call_marks`.
 """
 
@@ -16,7 +16,7 @@ from dsv3.text.tokenizer import Tokenizer
 from dsv3.text.tools import CallForm, ToolUse, arguments_schema
 
 _INTEGER = "-?(0|[1-9][0-9]*)"
-_JSON = {  # at least the texts that are JSON of a type
+_JSON = {  # these match at least all JSON texts of a type
     "null": "null",
     "boolean": "true|false",
     "integer": _INTEGER,
@@ -105,7 +105,7 @@ class _Writer:
             name = function["name"]
             arguments = self._arguments(function)
             plain.append(f"{literal(name)} {self._mark(DEEPSEEK.sep)} {arguments or 'TEXT?'}")
-            # A free text goes on to the mark after it, so that its end is part of it.
+            # Free text extends to the next mark, so its pattern includes the end of the fence.
             block = f'{arguments} "\\n{END_FENCE}"' if arguments else rf"/{ANY}\n{END_FENCE}/"
             head = literal(f"{name}\n{FENCE}\n")
             fenced.append(f"{head} {block}")
@@ -161,7 +161,7 @@ class _Writer:
         if parameter.schema is not None:
             values.append(json_expression(parameter.schema))
             others = _either(text for name, text in _JSON.items() if name in parameter.types)
-            texts = f"({texts}) & ~/{others}/"  # it would be taken for another value
+            texts = f"({texts}) & ~/{others}/"  # it would be parsed as another value
         if parameter.texts:
             values.append(self._new("VALUE", texts))
         return self._glm_pair(literal(parameter.name), f"({_either(values)})")

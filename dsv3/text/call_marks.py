@@ -1,4 +1,4 @@
-r"""Marks of the calls of tools, in the forms that models write them.
+r"""Marks of tool calls, in the forms of different models.
 
 A call of `f` in each form, where `<calls>`, `<call>` and so on stand for the marks:
 
@@ -38,7 +38,7 @@ class PairMarks(NamedTuple):
 
 
 class Tags(NamedTuple):
-    """Tags of calls in DSML; `call` and `parameter` go on with attributes and ">"."""
+    """Tags of calls in DSML; attributes and ">" follow `call` and `parameter`."""
 
     calls: str
     end_calls: str

@@ -278,7 +278,7 @@ class ChatFormat:
         plain = check_message(where, message)
         role = self._role(where, plain["role"])
         if self._parses_calls and "tool_calls" in plain:
-            # Before names are hidden: in a JSON text, they may be spelt with escapes.
+            # Before names are hidden: in a JSON text, they may be written with escapes.
             plain["tool_calls"] = parse_tool_calls(f"{where}.tool_calls", plain["tool_calls"])
         hidden: dict[str, Any] = map_strings(plain, self._ordinary.hide)
         hidden["role"] = role

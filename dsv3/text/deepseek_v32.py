@@ -5,7 +5,7 @@
 A question is followed by the start of its answer: `<think>` if the model is to think about the last
 question, otherwise `</think>`. Thoughts about earlier questions are dropped, and so are earlier
 `developer` messages if the model thinks. Thoughts between the tool calls of the last question are
-kept. Tools and the schema of the answer stand in the first message.
+kept. Tools and the schema of the answer are in the first message.
 
 Source: encoding/encoding_dsv32.py in the checkpoints of DeepSeek-V3.2.
 """
@@ -107,7 +107,7 @@ def render_v32(chat: ChatInput) -> str:
 def _kept(chat: ChatInput) -> list[_Numbered]:
     """Return the messages of the prompt.
 
-    Tools and schema stand in the first one, so an empty system message is put before a question.
+    Tools and schema are in the first one, so an empty system message is put before a question.
     """
     messages = [_Numbered(*each) for each in enumerate(chat.messages)]
     if chat.thinking:

@@ -1,8 +1,8 @@
 """The grammar of an answer: JSON by a schema, or calls of tools with free text before them.
 
-An answer is free as long as nothing is demanded of it. Tools with `strict: true` demand that the
-arguments of their calls follow their schemas; the calls have the form that the model was trained
-with, and the text before them is free. Tools that must be called have the form FORCED.
+Other answers are free. Arguments of tools with `strict: true` follow their schemas; the calls have
+the form that the model was trained with, and the text before them is free. Calls that are required
+have the form FORCED.
 """
 
 from collections.abc import Mapping

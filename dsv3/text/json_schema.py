@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 TYPES = ("string", "null", "boolean", "number", "array", "object")
-# As Python writes JSON, and so most of what models have read. Free white space would let a model
-# go on with it for ever.
+# As Python writes JSON, and thus most JSON that models were trained with. If white space were free,
+# a model could write it without end.
 _STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 # Unbounded integers are limited to +-(2^53 - 1), the range that every JSON reader represents
@@ -14,7 +14,7 @@ _STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator":
 _MAX_INTEGER = 2**53 - 1
 _LOWER = ("minimum", "exclusiveMinimum")
 _UPPER = ("maximum", "exclusiveMaximum")
-_DATA = {"const", "enum", "default", "examples"}  # their values are no schemas
+_DATA = {"const", "enum", "default", "examples"}  # their values are not schemas
 _NAMED = {"properties", "patternProperties", "$defs", "definitions"}  # schemas by any names
 
 

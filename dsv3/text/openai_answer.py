@@ -77,7 +77,7 @@ def response_body(
 def _prompt_logprobs(
     completion: Completion, tokenizer: Tokenizer | None
 ) -> list[dict[str, Any] | None]:
-    """Return the log-probabilities of a prompt in vLLM's form: by token id, first the own one.
+    """Return the log-probabilities of a prompt in vLLM's form: by token id, the prompt's own first.
 
     The rank of a token that is not among the likeliest ones is unknown.
     """

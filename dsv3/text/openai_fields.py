@@ -59,7 +59,7 @@ def _is_integer(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Return True for a number; truth values are none."""
+    """Return True for a number; truth values are not numbers."""
     return _is_integer(value) or isinstance(value, float)
 
 

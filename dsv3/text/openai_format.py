@@ -24,7 +24,7 @@ COMPLETIONS = "/v1/completions"
 
 # Fields that do not affect the answer.
 IGNORED = {"metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"}
-# Unsupported fields, and their values that ask for nothing special.
+# Unsupported fields, and their values that have no effect.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "stream": (False,),

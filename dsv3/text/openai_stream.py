@@ -135,7 +135,7 @@ class _ChatChoice(_Choice):
         has_facts = output.new_logprobs or self._ids(output).get("token_ids")
         if output.completion is not None:
             deltas.append({})
-        elif has_facts and not deltas:  # of tokens whose text is yet to come
+        elif has_facts and not deltas:  # of tokens without a text so far
             deltas.append({"content": ""})
         entries = [self._entry({"delta": delta}, None, None) for delta in deltas]
         if entries:

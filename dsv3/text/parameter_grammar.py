@@ -1,8 +1,7 @@
-"""Parameters of strict tools, in forms of calls that write each by itself and texts as they are.
+"""Parameters of strict tools, in the forms of calls that write them one by one.
 
-In JSON, a string is part of its schema's language. These forms write it without quotes, so the
-schema of a parameter is split: into Lark terminals of the texts that it allows, and a schema of its
-other values, which are JSON.
+These forms write strings without quotes, other values as JSON. So the schema of a parameter is
+split: into Lark terminals of the texts that it allows, and a JSON schema of its other values.
 """
 
 import json
@@ -14,7 +13,7 @@ from typing import Any
 from dsv3.errors import RequestError, shorten
 from dsv3.text.json_schema import stated_types, target_of, types_of, with_root
 
-_LONGEST = 1 << 20  # characters; longer limits are none
+_LONGEST = 1 << 20  # characters; higher limits count as none
 _LONGEST_PATTERN = 1000
 ANY = r"(?s:.*)"  # in a terminal: any text
 _UNIONS = ("anyOf", "oneOf")
@@ -131,7 +130,7 @@ class _AllowedValues:
             target = target_of(reference, self._root)
             if target is None:
                 raise _unsupported(self._where, f"$ref={shorten(json.dumps(reference))}")
-            if reference not in self._seen:  # what it allows is added once, also within itself
+            if reference not in self._seen:  # each one is followed once, also if it is recursive
                 self._seen.add(reference)
                 self.add_schema(target)
         elif isinstance(several, list):

@@ -1,8 +1,8 @@
 """Calls of tools in the text of an answer, found while it is generated.
 
-A call begins when the name of one of the request's tools has come; its arguments are passed on as
-they come. All else is text: calls of unknown tools, torn ones, and marks that the model has spelt
-in other tokens.
+A call begins when the name of one of the request's tools is complete; its arguments are passed on
+as they arrive. All else is text: calls of unknown tools, torn ones, and marks that the model has
+written in other tokens.
 """
 
 import json
@@ -41,7 +41,7 @@ class ToolCall:
 
     Attributes:
         index: place among the calls of the answer.
-        call_id: name of the call, unique in a conversation.
+        call_id: id of the call, unique in a conversation.
         start, stop: its place in the text of the answer.
         arguments: so far, as JSON text.
         is_complete: the arguments are a JSON object, and the call was ended.
@@ -65,7 +65,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class CallBegin:
-    """The begin of a call."""
+    """The beginning of a call."""
 
     call: ToolCall
 
@@ -107,13 +107,13 @@ class ToolCallStream:
         self._parser = self._parse(form)
 
     def push(self, text: str, token_ids: Iterable[int] = ()) -> list[Event]:
-        """Add text and the tokens that it came with; return the events that they complete."""
+        """Add text and its tokens; return the events that are complete."""
         self._has_mark = self._has_mark or any(i == self._mark_id for i in token_ids)
         self._scan.push(text)
         return self._advance()
 
     def finish(self) -> list[Event]:
-        """End the answer; return the events that were held back."""
+        """End the answer; return the events that were pending."""
         self._scan.is_closed = True
         return self._advance()
 
@@ -196,7 +196,7 @@ class ToolCallStream:
             self._end(call)
 
     def _dsml_call(self) -> Steps[None]:
-        """Translate the parameters of a call into JSON as they come."""
+        """Translate the parameters of a call into JSON as they arrive."""
         head = yield from self._scan.collect(">", _MAX_HEAD)
         match = _INVOKE_HEAD.fullmatch(head or "")
         call = self._begin(match[1], "") if match else None
@@ -278,7 +278,7 @@ class ToolCallStream:
     def _end_pairs(self, call: ToolCall, mark: str | None, end: str) -> Steps[None]:
         """End a call after its last parameter, at the mark `end`.
 
-        If another mark came, the call is malformed or torn: the text up to its end belongs to it.
+        Without that mark the call is malformed or torn, and includes the text up to its end.
         """
         if mark == end:
             self._add(call, "}" if call.arguments else "{}")

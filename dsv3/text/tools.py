@@ -140,12 +140,11 @@ def parse_tool_use(tools: Any, choice: Any, parallel: bool | None) -> ToolUse | 
 
 
 def describe_tools(tools: Sequence[Mapping[str, Any]], is_fenced: bool) -> str:
-    """Return the text about tools for V3, R1 and V3.1, whose templates leave it to the caller.
-
-    Names in it are yet to be hidden, and marks of calls must become tokens.
+    """Return the text about tools for V3, R1 and V3.1, whose templates do not contain it.
 
     Args:
-        tools: in the OpenAI format.
+        tools: in the OpenAI format, with names of control tokens hidden: in the text, only marks of
+            calls are control tokens.
         is_fenced: calls are written as V3 and R1 do.
 
     Source: model card of DeepSeek-V3.1.

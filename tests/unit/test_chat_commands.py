@@ -67,8 +67,8 @@ def test_regenerate_answers_a_question_whose_answer_was_stopped() -> None:
     assert engine.prompts[1] == engine.prompts[2] == engine.prompts[3]
     assert "Anna.<｜end" in engine.prompts[4]
     assert [text for text in console.shown if text.startswith("stopped")] == [
-        "stopped; without an answer the question is forgotten, too",
-        "stopped; the answer before stays",
+        "stopped; the question is forgotten, since it has no answer",
+        "stopped; the previous answer is kept",
     ]
 
 

@@ -65,7 +65,7 @@ def test_ctrl_c_keeps_the_partial_answer() -> None:
 def test_a_question_without_an_answer_is_forgotten(answer: list[str]) -> None:
     engine, console = talk(["Tell!", "Who am I?"], [answer, ["You."]], THINKS, thinking=True)
     assert "Tell!" not in engine.prompts[1]
-    assert "stopped; without an answer the question is forgotten, too" in console.shown
+    assert "stopped; the question is forgotten, since it has no answer" in console.shown
 
 
 def test_thoughts_are_shown_apart_and_not_said_again() -> None:
