@@ -112,7 +112,7 @@ class AnswerResponse(Response):
         self, answer: Answer, record: _Record, scope: Scope, receive: Receive, send: Send
     ) -> None:
         done: dict[str, Completion] = {}
-        while answer.unfinished or len(done) < len(self._job.requests):
+        while len(done) < len(self._job.requests):
             for output in await answer.read():
                 record.add(output)
                 if output.completion is not None:

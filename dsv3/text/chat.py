@@ -180,7 +180,9 @@ class ChatFormat:
     @property
     def _describes_tools(self) -> bool:
         """True if a system message tells the model about tools, since its template does not."""
-        return not self._reads_tools and CallForm.of(self._tokenizer) is CallForm.DEEPSEEK
+        if self._template is None or self._reads_tools:
+            return False
+        return CallForm.of(self._tokenizer) is CallForm.DEEPSEEK
 
     def thinking_remark(self, thinking: bool | None) -> str:
         """Return a remark if the format ignores `thinking`; each remark is returned only once.
@@ -233,7 +235,7 @@ class ChatFormat:
             plain[-1] = _with_cut(plain[-1])
         plain = order_results(plain)
         hidden_tools = map_strings(tools or (), self._ordinary.hide)
-        if hidden_tools and self._template is not None and self._describes_tools:
+        if hidden_tools and self._describes_tools:
             plain = _with_system(plain, describe_tools(hidden_tools, self._fences_calls))
         chat = ChatInput(
             messages=plain,

@@ -12,6 +12,7 @@ from typing import Any
 
 from dsv3.errors import RequestError, shorten
 from dsv3.text.json_schema import stated_types, target_of, types_of, with_root
+from dsv3.text.openai_fields import show
 
 _LONGEST = 1 << 20  # characters; higher limits count as none
 _LONGEST_PATTERN = 1000
@@ -65,7 +66,7 @@ def parameters_of(function: Mapping[str, Any]) -> Iterator[Parameter]:
         raise _unsupported(function["name"], "a required parameter that is not in properties")
     for name, schema in properties.items():
         if not re.fullmatch(r'[^"<>\n]+', name) or name != name.strip():
-            raise _unsupported(function["name"], f"the parameter name {shorten(json.dumps(name))}")
+            raise _unsupported(function["name"], f"the parameter name {show(name)}")
         where = f"{function['name']}, parameter {shorten(name)}"
         allowed = _AllowedValues(where, root)
         allowed.add_schema(schema)
@@ -120,7 +121,7 @@ class _AllowedValues:
         if schema is True:
             schema = {}
         if not isinstance(schema, dict):
-            raise _unsupported(self._where, shorten(json.dumps(schema)))
+            raise _unsupported(self._where, show(schema))
         rules = {key: value for key, value in schema.items() if key not in _REMARKS}
         several = next((rules[key] for key in _UNIONS if rules.keys() == {key}), None)
         if rules.keys() == {"allOf"} and isinstance(rules["allOf"], list):
@@ -129,7 +130,7 @@ class _AllowedValues:
             reference = rules["$ref"]
             target = target_of(reference, self._root)
             if target is None:
-                raise _unsupported(self._where, f"$ref={shorten(json.dumps(reference))}")
+                raise _unsupported(self._where, f"$ref={show(reference)}")
             if reference not in self._seen:  # each one is followed once, also if it is recursive
                 self._seen.add(reference)
                 self.add_schema(target)
@@ -187,7 +188,7 @@ class _AllowedValues:
             re.fullmatch(r"(\^?)((?:\\.|[^\\])*?)(\$?)", pattern, re.DOTALL) if is_short else None
         )
         if found is None or _has_alternatives(pattern):
-            raise _unsupported(self._where, f"pattern={shorten(json.dumps(pattern))}")
+            raise _unsupported(self._where, f"pattern={show(pattern)}")
         begin, body, end = found.groups()
         body = "".join(_IN_LARK.get(part, part) for part in re.findall(r"(?s)\\.|.", body))
         return f"/{'' if begin else ANY}(?:{body}){'' if end else ANY}/"

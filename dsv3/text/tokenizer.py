@@ -65,7 +65,8 @@ class Tokenizer:
         """Read the tokenizer of a checkpoint directory."""
         folder = Path(folder)
         config = _read_optional(folder / _CONFIG)
-        return cls(_vocabulary(folder, config), config, *_chat_template(folder, config))
+        template, file = _chat_template(folder, config)
+        return cls(_vocabulary(folder, config), config, template, file)
 
     @classmethod
     def load_optional(cls, folder: str | Path) -> "Tokenizer | None":

@@ -11,6 +11,7 @@ from dsv3.errors import RequestError, shorten
 from dsv3.text import call_marks
 from dsv3.text.call_marks import DEEPSEEK, END_FENCE, FENCE
 from dsv3.text.json_schema import types_of, with_root
+from dsv3.text.openai_fields import show
 from dsv3.text.tokenizer import Tokenizer
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
@@ -124,11 +125,11 @@ def parse_tool_use(tools: Any, choice: Any, parallel: bool | None) -> ToolUse | 
     only = _chosen(choice)
     if only is None and choice not in (None, *_CHOICES):
         raise RequestError(
-            f"tool_choice={_shown(choice)} must be one of {', '.join(_CHOICES)}, or "
+            f"tool_choice={show(choice)} must be one of {', '.join(_CHOICES)}, or "
             '{"type": "function", "function": {"name": ...}}'
         )
     if only is not None and only not in names:
-        raise RequestError(f"tool_choice: {_shown(only)} is not the name of one of the tools")
+        raise RequestError(f"tool_choice: {show(only)} is not the name of one of the tools")
     if choice == "required" and not checked:
         raise RequestError("tool_choice=required needs tools")
     if not checked or choice == "none":
@@ -183,7 +184,7 @@ def _check_tool(where: str, tool: Any) -> Mapping[str, Any]:
     name = function.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         rule = "letters, digits, _, . and -, at most 128"
-        raise RequestError(f"{where}.function.name={_shown(name)} must be made of {rule}")
+        raise RequestError(f"{where}.function.name={show(name)} must be made of {rule}")
     types = {"description": str, "parameters": dict, "strict": bool}
     for field, value in function.items():
         if field == "name" or value is None:
@@ -191,7 +192,7 @@ def _check_tool(where: str, tool: Any) -> Mapping[str, Any]:
         if field not in types:
             raise RequestError(f"{where}.function.{shorten(field)} is not supported")
         if not isinstance(value, types[field]):
-            raise RequestError(f"{where}.function.{field}={_shown(value)} has a wrong type")
+            raise RequestError(f"{where}.function.{field}={show(value)} has a wrong type")
     if (function.get("parameters") or {}).get("type", "object") != "object":
         raise RequestError(f'{where}.function.parameters.type must be "object"')
     return {"type": "function", "function": {k: v for k, v in function.items() if v is not None}}
@@ -202,7 +203,3 @@ def _chosen(choice: Any) -> str | None:
     function = choice.get("function") if isinstance(choice, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
     return name if isinstance(name, str) and choice.get("type") == "function" else None
-
-
-def _shown(value: Any) -> str:
-    return shorten(json.dumps(value))
