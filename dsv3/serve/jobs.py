@@ -17,7 +17,7 @@ from dsv3.text.openai_answer import ResponseHead
 from dsv3.text.openai_fields import Fields, is_whole
 from dsv3.text.openai_format import CHAT, COMPLETIONS, parse_request
 from dsv3.text.openai_stream import OpenAIWriter
-from dsv3.text.text_request import TextRequest, encode_prompt, token_requests
+from dsv3.text.text_request import EncodedRequest, TextRequest, encode_prompt, token_requests
 
 MAX_ANSWERS = 1024  # to all prompts of a request
 
@@ -93,15 +93,15 @@ def openai_job(url: str) -> JobMaker:
             if request.params.prompt_logprobs is not None:
                 what = "prompt_logprobs" if request.list_prompt_logprobs else "echo and logprobs"
                 raise RequestError(f"stream=true with {what} is not supported")
-        answers = encode_answers(front, engine, requests, name)
+        encoded = encode_answers(front, engine, requests, name)
         head = ResponseHead(
             name=name,
             created=int(time.time()),
             model=front.served.model,
             fingerprint=front.served.fingerprint,
         )
-        writer = OpenAIWriter(head, answers, engine.tokenizer, with_usage)
-        return Job([tokens for _, tokens in answers], writer, is_stream)
+        writer = OpenAIWriter(head, encoded, engine.tokenizer, with_usage)
+        return Job([each.tokens for each in encoded], writer, is_stream)
 
     return make
 
@@ -112,10 +112,9 @@ def anthropic_job(front: Front, engine: Engine, raw: bytes) -> Job:
     is_stream = fields.truth("stream") or False
     name = uuid.uuid4().hex[:24]
     request = _anthropic_request(front, fields.remaining(), name, needs_limit=True)
-    ((_, tokens),) = encode_answers(front, engine, [request], name)
-    model = front.served.model
-    writer = AnthropicWriter(name, model, request, tokens, engine.tokenizer)
-    return Job([tokens], writer, is_stream)
+    (encoded,) = encode_answers(front, engine, [request], name)
+    writer = AnthropicWriter(name, front.served.model, encoded, engine.tokenizer)
+    return Job([encoded.tokens], writer, is_stream)
 
 
 def _anthropic_request(
@@ -169,18 +168,18 @@ def detokenize(front: Front, engine: Engine, raw: bytes) -> dict[str, Any]:
 
 def encode_answers(
     front: Front, engine: Engine, requests: Sequence[TextRequest], name: str
-) -> list[tuple[TextRequest, Request]]:
-    """Return the engine's requests, each with the request that it answers."""
+) -> list[EncodedRequest]:
+    """Return the requests of all answers."""
     if sum(request.params.n for request in requests) > MAX_ANSWERS:
         raise RequestError(f"more than {MAX_ANSWERS} answers; ask for them in several requests")
-    answers: list[tuple[TextRequest, Request]] = []
+    encoded: list[EncodedRequest] = []
     for i, request in enumerate(requests):
         ids = encode_prompt(request, engine.tokenizer, front.served.chat_format)
         made = token_requests(request, ids, f"{name}-{i}", engine)
         engine.grammars.prepare(made[0])
         deadline = front.limits.request_seconds
-        answers += [(request, replace(tokens, deadline=deadline)) for tokens in made]
-    return answers
+        encoded += [EncodedRequest(request, replace(one, deadline=deadline)) for one in made]
+    return encoded
 
 
 def _usage_option(fields: Fields, is_stream: bool) -> bool:

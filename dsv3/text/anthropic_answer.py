@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from dsv3.request import Completion, Request, RequestOutput
+from dsv3.request import Completion, RequestOutput
 from dsv3.text.answer_pieces import (
     TOOL_CALLS,
     Piece,
@@ -13,7 +13,7 @@ from dsv3.text.answer_pieces import (
     encode_json,
     parse_answer,
 )
-from dsv3.text.text_request import TextRequest
+from dsv3.text.text_request import EncodedRequest
 from dsv3.text.tokenizer import Tokenizer
 from dsv3.text.tool_calls import CallArguments, CallBegin, Text
 
@@ -49,26 +49,20 @@ class AnthropicWriter:
         name: name of the response, in its `id`.
         model: name of the model.
         request: the request.
-        tokens: the same for the engine.
         tokenizer: of the model.
     """
 
     end = ""
 
     def __init__(
-        self,
-        name: str,
-        model: str,
-        request: TextRequest,
-        tokens: Request,
-        tokenizer: Tokenizer | None,
+        self, name: str, model: str, request: EncodedRequest, tokenizer: Tokenizer | None
     ) -> None:
         self.response_id = f"msg_{name}"
         self._model = model
-        self._request = request
-        self._prompt_ids = tokens.prompt_ids
+        self._request = request.text
+        self._prompt_ids = request.tokens.prompt_ids
         self._tokenizer = tokenizer
-        self._pieces = PieceStream(request, tokenizer, tokens.prompt_ids)
+        self._pieces = PieceStream(request.text, tokenizer, self._prompt_ids)
         self._completion: Completion | None = None
         self._block: str | None = None  # type of the open block
         self._num_blocks = 0

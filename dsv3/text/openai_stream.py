@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from dsv3.request import Completion, Request, RequestOutput
+from dsv3.request import Completion, RequestOutput
 from dsv3.text.answer_pieces import Piece, PieceStream, Thought, encode_json
 from dsv3.text.openai_answer import (
     ResponseHead,
@@ -16,7 +16,7 @@ from dsv3.text.openai_answer import (
     text_logprobs,
     usage,
 )
-from dsv3.text.text_request import TextRequest
+from dsv3.text.text_request import EncodedRequest
 from dsv3.text.tokenizer import Tokenizer
 from dsv3.text.tool_calls import CallArguments, CallBegin, Text
 
@@ -28,7 +28,7 @@ class OpenAIWriter:
 
     Args:
         head: the fields that all chunks have in common.
-        answers: each answer's request as text and in tokens, in the order of the choices.
+        requests: the request of each answer, in the order of the choices.
         tokenizer: decodes tokens.
         with_usage: end a stream with a chunk of token counts.
 
@@ -42,22 +42,22 @@ class OpenAIWriter:
     def __init__(
         self,
         head: ResponseHead,
-        answers: Sequence[tuple[TextRequest, Request]],
+        requests: Sequence[EncodedRequest],
         tokenizer: Tokenizer | None,
         with_usage: bool = False,
     ) -> None:
-        is_chat = answers[0][0].messages is not None
+        is_chat = requests[0].text.messages is not None
         self.response_id = head.fields(is_chat)["id"]
         self._head = head
         self._fields = head.fields(is_chat) | {"object": _CHUNKS[is_chat]}
         self._with_usage = with_usage
-        self._requests = [request for request, _ in answers]
+        self._requests = [request.text for request in requests]
         self._tokenizer = tokenizer
         self._completions: dict[int, Completion] = {}
         kind = _ChatChoice if is_chat else _TextChoice
         self._choices = {
-            tokens.request_id: kind(i, request, tokens, tokenizer)
-            for i, (request, tokens) in enumerate(answers)
+            request.tokens.request_id: kind(i, request, tokenizer)
+            for i, request in enumerate(requests)
         }
 
     def start(self) -> list[dict[str, Any]]:
@@ -98,12 +98,10 @@ class OpenAIWriter:
 class _Choice:
     """The chunks of one answer."""
 
-    def __init__(
-        self, index: int, request: TextRequest, tokens: Request, tokenizer: Tokenizer | None
-    ) -> None:
+    def __init__(self, index: int, request: EncodedRequest, tokenizer: Tokenizer | None) -> None:
         self.index = index
-        self._request = request
-        self._prompt_ids = tokens.prompt_ids
+        self._request = request.text
+        self._prompt_ids = request.tokens.prompt_ids
         self._tokenizer = tokenizer
 
     def _entry(self, content: dict[str, Any], logprobs: Any, reason: str | None) -> dict[str, Any]:
@@ -115,11 +113,9 @@ class _Choice:
 
 
 class _ChatChoice(_Choice):
-    def __init__(
-        self, index: int, request: TextRequest, tokens: Request, tokenizer: Tokenizer | None
-    ) -> None:
-        super().__init__(index, request, tokens, tokenizer)
-        self._pieces = PieceStream(request, tokenizer, tokens.prompt_ids)
+    def __init__(self, index: int, request: EncodedRequest, tokenizer: Tokenizer | None) -> None:
+        super().__init__(index, request, tokenizer)
+        self._pieces = PieceStream(self._request, tokenizer, self._prompt_ids)
 
     def start(self) -> list[dict[str, Any]]:
         entry = self._entry({"delta": {"role": "assistant", "content": ""}}, None, None)
@@ -160,12 +156,10 @@ def _delta(piece: Piece) -> dict[str, Any]:
 
 
 class _TextChoice(_Choice):
-    def __init__(
-        self, index: int, request: TextRequest, tokens: Request, tokenizer: Tokenizer | None
-    ) -> None:
-        super().__init__(index, request, tokens, tokenizer)
-        self._has_logprobs = request.params.logprobs is not None
-        self._is_echo_due = request.echo
+    def __init__(self, index: int, request: EncodedRequest, tokenizer: Tokenizer | None) -> None:
+        super().__init__(index, request, tokenizer)
+        self._has_logprobs = self._request.params.logprobs is not None
+        self._is_echo_due = self._request.echo
         self._offsets = TextOffsets(tokenizer)
 
     def start(self) -> list[dict[str, Any]]:

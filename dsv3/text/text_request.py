@@ -5,7 +5,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from dsv3.errors import CheckpointError, RequestError
 from dsv3.request import Request, SamplingParams
@@ -77,6 +77,13 @@ class TextRequest:
             if not content[name]:
                 del content[name]
         return digest(json.dumps(content, sort_keys=True, separators=(",", ":")))
+
+
+class EncodedRequest(NamedTuple):
+    """The request of one answer, as text and in tokens."""
+
+    text: TextRequest
+    tokens: Request
 
 
 def digest(data: str | bytes) -> str:
