@@ -28,6 +28,7 @@ from dsv3.text.defaults import Defaults
 log = logging.getLogger(__name__)
 
 _ENCODERS = 4
+_FAIL_SECONDS = 1.0  # to send failures to clients
 
 
 class Status(Enum):
@@ -119,24 +120,24 @@ class Front:
         """Seconds that are left of the time to drain; 0 if there are none."""
         return max(0.0, self._drain_until - time.monotonic())
 
-    def fail(self, reason: str, seconds: float = 1.0) -> None:
-        """Send an error to all clients; wait until it is sent, but at most some seconds.
+    def fail(self, reason: str) -> None:
+        """Send an error to all clients; wait until it is sent, but not longer than a second.
 
         May be called by any thread except the event loop's.
         """
         self.reason = reason
         self.status = Status.FAILED
-        self._end_all(HttpError(reason, 503), seconds)
+        self._end_all(HttpError(reason, 503))
 
-    def _end_all(self, failure: HttpError, seconds: float = 1.0) -> None:
-        """End all open answers with a failure; wait until they are sent, or some seconds."""
+    def _end_all(self, failure: HttpError) -> None:
+        """End all open answers with a failure; wait until they are sent, or a second."""
         if self._loop is None:
             return
-        until = time.monotonic() + seconds
+        until = time.monotonic() + _FAIL_SECONDS
         pushed = Event()
         with _closed_loop_ignored():
             self._loop.call_soon_threadsafe(self._fail_all, failure, pushed)
-            pushed.wait(seconds)
+            pushed.wait(_FAIL_SECONDS)
         while self._open and time.monotonic() < until:
             time.sleep(0.01)
 

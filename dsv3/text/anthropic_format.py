@@ -28,7 +28,7 @@ _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 _THINKING = {"enabled": "enabled", "adaptive": "enabled", "disabled": "disabled"}
 
 
-def openai_body(body: Mapping[str, Any], needs_limit: bool = True) -> dict[str, Any]:
+def openai_body(body: Mapping[str, Any], needs_limit: bool) -> dict[str, Any]:
     """Return the body of a chat in the OpenAI format.
 
     Args:
