@@ -1,4 +1,5 @@
 import math
+import mmap
 from collections.abc import Callable
 from typing import Any
 
@@ -90,3 +91,16 @@ def test_a_token_does_not_depend_on_the_others() -> None:
         one = slice(t, t + 1)
         alone = expand_values.kernel(z[:, one], lse[:, one], w)[0]
         assert_bitwise_equal("alone", alone, whole[one])
+
+
+def test_parts_whose_offsets_take_more_than_32_bits() -> None:
+    """Only the pages of memory that hold them are touched; an offset that wraps around reads 0."""
+    C, far = 16, 2**31
+    memory = mmap.mmap(-1, 2 * (2 * far + C), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    every = torch.frombuffer(memory, dtype=torch.bfloat16)[far:]
+    z = every.as_strided((3, 1, 1, C), (far // 2, C, C, 1))
+    _, lse, w = operands(3, 1, 1, C, 16)
+    z.copy_(torch.randn(z.shape))
+    lse[:] = torch.randn(3, 1, 1)
+    got = expand_values.kernel(z, lse, w)[0]
+    assert_close("values", got, expand_values.reference(z, lse, w)[0], 1e-5)

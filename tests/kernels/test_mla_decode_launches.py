@@ -146,3 +146,20 @@ def test_splits_are_longer_where_parts_would_not_fit(
     # 801 positions over 16 spare parts; the second sequence is padding.
     assert launches.decode == [(16, 20)]
     assert [first.tolist() for first in launches.merge] == [[0, 5, 6, 7, 15]]
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_queries_beyond_32_bits_are_launched_in_turn(
+    splits: int, launches: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a launch, offsets of a sequence's queries and outputs take 32 bits."""
+    _, args = make([40, 33], 5)
+    tile = Tile(16, 16, 48 // splits, 4, 2)
+    want = run(args, tile)
+    assert len(launches.decode) == 1
+    module = sys.modules["dsv3_kernels.attention._mla_decode_kernel"]
+    monkeypatch.setattr(module, "_MOST_VALUES", 2 * H * (C + R) + 1)
+    got = run(args, tile)
+    assert len(launches.decode) == 1 + 2 * 3, "two queries of a sequence at a time"
+    for block, expected in zip(got, want, strict=True):
+        assert_bitwise_equal("in turn", block, expected)

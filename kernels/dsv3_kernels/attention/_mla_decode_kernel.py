@@ -46,6 +46,9 @@ from dsv3_kernels.attention.paging import PageTables
 from dsv3_kernels.attention.parts import PartialOutputs
 from dsv3_kernels.gemm._e4m3 import decode_e4m3, is_native
 
+# Values of a sequence's queries, or of their outputs: the kernel counts them in 32 bits.
+_MOST_VALUES = 2**31 - 1
+
 
 @triton.jit
 def _as_numbers(
@@ -199,7 +202,7 @@ def _mla_decode_kernel(
         o_at = o_ptr + own * O_ROW + at[:, None] + c[None, :]
         o = (acc / divisor[:, None]).to(o_ptr.dtype.element_ty)
         tl.store(o_at, o, mask=is_row[:, None] & is_c[None, :])
-        at = owner * lse_stride_owner + (own + owned) * LSE_ROW
+        at = owner.to(tl.int64) * lse_stride_owner + (own + owned) * LSE_ROW
         tl.store(lse_ptr + at, (top + tl.log2(divisor)) * 0.6931471805599453, mask=is_row)
 
 
@@ -214,7 +217,8 @@ def launch_decode(
     """Launch programs for each tile of rows and part; merge the parts into `out`.
 
     Where splits have a fixed length, groups of sequences are launched in turn if the parts of all
-    could take too much memory; otherwise splits become longer.
+    could take too much memory; otherwise splits become longer. Queries of a sequence are launched
+    in turn beyond `_MOST_VALUES`.
 
     Args:
         q_PTHX: [P, T, heads, C + R] queries of P ranks' heads, T = B * Q.
@@ -239,12 +243,14 @@ def launch_decode(
         tile = _best_tile(q_PTHX, rows, B, tables.capacity, is_exact)
     splits = cdiv(tables.capacity, tile.split)
     pool = pool_for(B, splits, rows * C, is_fixed)
-    if splits > 1 and pool.sequences < B:
-        for b in range(0, B, pool.sequences):
-            stop = b + pool.sequences
-            t = slice(b * Q, stop * Q)
-            some = PartialOutputs(out.o[:, t], out.lse[:, t])
-            launch_decode(q_PTHX[:, t], cache_SX, tables.sequences(b, stop), scale, some, tile)
+    most = B * Q if splits == 1 else pool.sequences * Q
+    most_of_one = _MOST_VALUES // (heads * max(q_PTHX.shape[3], out.o.stride(2)))
+    if most_of_one < Q:
+        most = most_of_one
+    if most < B * Q:
+        for t, some in tables.blocks(most):
+            of_some = PartialOutputs(out.o[:, t], out.lse[:, t])
+            launch_decode(q_PTHX[:, t], cache_SX, some, scale, of_some, tile)
         return
     tables = tables.contiguous()
     first_B = torch.empty(B + 1, dtype=torch.int32, device=q_PTHX.device)

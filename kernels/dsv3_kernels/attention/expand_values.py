@@ -61,6 +61,8 @@ def _expand_values_kernel(
     is_t = t < T
     v = tl.arange(0, V_PAD)
     c = tl.arange(0, BC)
+    z_stride_p = tl.cast(z_stride_p, tl.int64)
+    lse_stride_p = tl.cast(lse_stride_p, tl.int64)
     lse_row = lse_ptr + row * lse_stride_t + h * lse_stride_h
     shift = tl.zeros((BT,), tl.float32)
     total = tl.zeros((BT,), tl.float32) + 1.0
