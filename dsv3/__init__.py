@@ -3,15 +3,21 @@
 Tensor names have shape letters as suffixes (`q_THN` is [T, H, N]; the letter is the same for
 sharded and unsharded dimensions):
 
-    B sequences            T tokens of the step (packed)   S cached positions
-    D hidden               H heads                         A q_lora_rank
-    C kv_lora_rank         N qk_nope_head_dim              R qk_rope_head_dim
-    V v_head_dim           E experts                       K experts per token
-    F expert hidden        M dispatched rows               G pages
-    P positions in a page  W vocabulary                    X a cache entry (C + R)
+    B sequences             T tokens of the step (packed)   S cached positions
+    D hidden                H heads                         A q_lora_rank
+    C kv_lora_rank          N qk_nope_head_dim              R qk_rope_head_dim
+    V v_head_dim            E experts                       K top k: experts or positions
+    F expert hidden         M dispatched rows               G pages
+    P positions in a page   W vocabulary                    I index_head_dim
+    Q queries per sequence  L packed prompt chunks
+    X two of these joined: C + R of a cache entry, N + R of a query
+    Y a row of any other width
+
+Where a letter means something else, the docstring says so: partial outputs and partial sums are
+counted by N, S or, one of each rank, by P; a matrix product has M rows, N columns and sums over K.
 
 A lower-case letter counts the 128-wide quantization blocks of that dimension: `w_FD` has
-`scale_fd`.
+`scale_fd`. But `r` counts the pairs of a rotation (R / 2), and `g` groups of columns or experts.
 """
 
 from importlib import import_module

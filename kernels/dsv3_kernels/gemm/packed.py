@@ -110,12 +110,15 @@ def _multiply_unpacked(x_TD: Tensor, w: PackedIntegers) -> Tensor:
     num_columns, half_D = w.q.shape
     y_TF = x_TD.new_empty((len(x_TD), num_columns))
     blocks = w.q.view(num_columns // _BLOCK, 2 * half_D, _BLOCK // 2)
-    scales = (
-        w.scale[..., 0].unflatten(1, (-1, 1, _BLOCK)).transpose(0, 1)
-    )  # [blocks, groups, 1, 64]
-    parts = zip(blocks.split(_AT_ONCE), scales.split(_AT_ONCE), strict=True)
-    for y_TR, (q, scale) in zip(y_TF.split(_BLOCK * _AT_ONCE, 1), parts, strict=True):
-        w_BDR = torch.cat((q & 15, q >> 4), -1).to(torch.bfloat16).sub_(8)
-        w_BDR.unflatten(1, (-1, w.group)).mul_(scale)
-        y_TR.copy_(x_TD @ w_BDR.transpose(0, 1).flatten(1))
+    scales = w.scale[..., 0].unflatten(1, (-1, 1, _BLOCK)).transpose(0, 1)  # of a block: [g, 1, 64]
+    parts = zip(
+        y_TF.split(_BLOCK * _AT_ONCE, 1),
+        blocks.split(_AT_ONCE),
+        scales.split(_AT_ONCE),
+        strict=True,
+    )
+    for y, q, scale in parts:
+        w_block = torch.cat((q & 15, q >> 4), -1).to(torch.bfloat16).sub_(8)  # [blocks, D, 64]
+        w_block.unflatten(1, (-1, w.group)).mul_(scale)
+        y.copy_(x_TD @ w_block.transpose(0, 1).flatten(1))
     return y_TF
