@@ -1,10 +1,11 @@
 """Tiles of the experts' products inside kernels: their number, position and multiplication.
 
-Tiles of few rows are W x^T, tiles of many rows x W^T; `grouped_gemm` explains why.
+Tiles of few rows are W x^T, tiles of many rows x W^T; `grouped_gemm` explains why. The constants
+FP8, BITS, QUANTIZED and NATIVE say which numbers are multiplied; see `grouped_gemm.Numbers`.
 """
 
 from dsv3_kernels._triton import tl, triton
-from dsv3_kernels.gemm._e4m3 import decode_e4m3
+from dsv3_kernels.gemm._e4m3 import decode_e4m3, e4m3_operand
 from dsv3_kernels.gemm._int_product import int_product
 
 
@@ -50,37 +51,36 @@ def _accumulate(
     w,
     w_scale,
     row_scale,
-    KIND: tl.constexpr,
+    FP8: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+    NATIVE: tl.constexpr,
     SWAPPED: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """Add the product of a step along D: [features, rows] if SWAPPED, else [rows, features].
 
-    KIND: 0 float, 1 float rows and FP8 matrices, 2 both FP8; 3 and 4 are 1 and 2 with FP8 passed
-    as bytes; 7 both int8, summed in int32 without their scales. (5 and 6, float rows and matrices
-    of int8 and int4, are multiplied by `multiply_integers`.)
+    Sums of int8 (int32 in `acc`) are exact, so their scales come later (`_scale_sums`).
     """
-    if KIND == 3 or KIND == 4:
-        w = decode_e4m3(w)
-    if KIND == 1 or KIND == 3:
-        w = (w.to(tl.float32) * w_scale).to(x.dtype)
-    if KIND == 4:  # float16 holds every e4m3 value
-        w = w.to(tl.float16)
-        x = decode_e4m3(x).to(tl.float16)
-    if INTERPRETED and KIND < 4:  # its dot multiplies the bits of bfloat16 as integers
-        w = w.to(tl.float32)
-        x = x.to(tl.float32)
-    if KIND == 2 or KIND == 4:
+    if FP8 and QUANTIZED:
+        w = e4m3_operand(w, NATIVE)
+        x = e4m3_operand(x, NATIVE)
         if SWAPPED:
             acc += tl.dot(w, x) * (w_scale * row_scale[None, :])
         else:
             acc += tl.dot(x, w) * (w_scale * row_scale[:, None])
-    elif KIND == 7:
+    elif QUANTIZED:
         acc = tl.dot(x, w, acc, out_dtype=tl.int32)
-    elif SWAPPED:
-        acc = tl.dot(w, x, acc, input_precision="ieee")
     else:
-        acc = tl.dot(x, w, acc, input_precision="ieee")
+        if FP8:
+            w = w.to(tl.float32) if NATIVE else decode_e4m3(w)
+            w = (w * w_scale).to(x.dtype)
+        if INTERPRETED:  # its dot multiplies the bits of bfloat16 as integers
+            w = w.to(tl.float32)
+            x = x.to(tl.float32)
+        if SWAPPED:
+            acc = tl.dot(w, x, acc, input_precision="ieee")
+        else:
+            acc = tl.dot(x, w, acc, input_precision="ieee")
     return acc
 
 
@@ -127,7 +127,9 @@ def multiply_few(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    KIND: tl.constexpr,
+    FP8: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+    NATIVE: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """Return x W^T, [rows, features], for few rows: operands swapped.
@@ -137,7 +139,6 @@ def multiply_few(
     """
     FEATURES: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
     EVEN_D: tl.constexpr = D % BLOCK_K == 0
-    SCALED: tl.constexpr = KIND > 0
     d: tl.constexpr = (D + 127) // 128
     i = tl.arange(0, FEATURES)
     is_up = (i >= BLOCK_N)[:, None]
@@ -153,12 +154,12 @@ def multiply_few(
         w_tile = _load_tile(w_at, inside[None, :], present, EVEN_D and N % BLOCK_N == 0)
         scale = 1.0
         row_scale = rows
-        if SCALED:
+        if FP8:
             at = w_scale + first // 128
             scale = tl.load(at + low // 128 * d)
             if GATED:
                 scale = tl.where(is_up, tl.load(at + (N + low) // 128 * d), scale)
-        if KIND == 2 or KIND == 4:
+        if QUANTIZED:
             row_scale = tl.load(x_scale + rows * d + first // 128)
         acc = _accumulate(
             acc=acc,
@@ -166,7 +167,9 @@ def multiply_few(
             w=w_tile,
             w_scale=scale,
             row_scale=row_scale,
-            KIND=KIND,
+            FP8=FP8,
+            QUANTIZED=QUANTIZED,
+            NATIVE=NATIVE,
             SWAPPED=True,
             INTERPRETED=INTERPRETED,
         )
@@ -190,7 +193,9 @@ def multiply_many(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    KIND: tl.constexpr,
+    FP8: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+    NATIVE: tl.constexpr,
     TMA: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
@@ -199,20 +204,20 @@ def multiply_many(
     With TMA `w` is a descriptor of tiles, else a pointer; the expert begins at row `first_row`.
     """
     EVEN_D: tl.constexpr = D % BLOCK_K == 0
-    IN_BLOCKS: tl.constexpr = KIND > 0 and KIND != 7
+    SUMS: tl.constexpr = tl.int32 if QUANTIZED and not FP8 else tl.float32
     d: tl.constexpr = (D + 127) // 128
     k = tl.arange(0, BLOCK_K)
     x_at = x + rows[:, None] * D + k[None, :]
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.int32 if KIND == 7 else tl.float32)
-    up = tl.zeros([BLOCK_M, BLOCK_N], tl.int32 if KIND == 7 else tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], SUMS)
+    up = tl.zeros([BLOCK_M, BLOCK_N], SUMS)
     for first in range(0, D, BLOCK_K):
         x_tile = _load_tile(x_at, (k < D - first)[None, :], True, EVEN_D)
         x_at += BLOCK_K
         row_scale = rows
-        if KIND == 2 or KIND == 4:
+        if FP8 and QUANTIZED:
             row_scale = tl.load(x_scale + rows * d + first // 128)
         at = w_scale + first // 128
-        scale = tl.load(at + low // 128 * d) if IN_BLOCKS else 1.0
+        scale = tl.load(at + low // 128 * d) if FP8 else 1.0
         w_tile = _load_matrix(
             w=w,
             row=first_row + low,
@@ -229,12 +234,14 @@ def multiply_many(
             w=w_tile,
             w_scale=scale,
             row_scale=row_scale,
-            KIND=KIND,
+            FP8=FP8,
+            QUANTIZED=QUANTIZED,
+            NATIVE=NATIVE,
             SWAPPED=False,
             INTERPRETED=INTERPRETED,
         )
         if GATED:
-            scale = tl.load(at + (N + low) // 128 * d) if IN_BLOCKS else 1.0
+            scale = tl.load(at + (N + low) // 128 * d) if FP8 else 1.0
             w_tile = _load_matrix(
                 w=w,
                 row=first_row + N + low,
@@ -251,11 +258,13 @@ def multiply_many(
                 w=w_tile,
                 w_scale=scale,
                 row_scale=row_scale,
-                KIND=KIND,
+                FP8=FP8,
+                QUANTIZED=QUANTIZED,
+                NATIVE=NATIVE,
                 SWAPPED=False,
                 INTERPRETED=INTERPRETED,
             )
-    if KIND == 7:
+    if QUANTIZED and not FP8:
         row_scale = tl.load(x_scale + rows)
         acc = _scale_sums(acc, row_scale, w_scale, low, N, BLOCK_N)
         up = _scale_sums(up, row_scale, w_scale + N, low, N, BLOCK_N) if GATED else up
@@ -284,7 +293,7 @@ def multiply_integers(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    KIND: tl.constexpr,
+    BITS: tl.constexpr,
     GROUP: tl.constexpr,
     ZEROS: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -310,7 +319,7 @@ def multiply_integers(
         K=D,
         x_stride=D,
         group=GROUP,
-        BITS=4 if KIND == 6 else 8,
+        BITS=BITS,
         ZEROS=ZEROS,
         BM=BLOCK_M,
         BN=FEATURES,

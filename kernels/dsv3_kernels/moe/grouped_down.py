@@ -39,7 +39,10 @@ def _down_kernel(
     D: tl.constexpr,
     F: tl.constexpr,
     WEIGHTED: tl.constexpr,
-    KIND: tl.constexpr,
+    FP8: tl.constexpr,
+    BITS: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+    NATIVE: tl.constexpr,
     GROUP: tl.constexpr,
     ZEROS: tl.constexpr,
     TMA: tl.constexpr,
@@ -57,10 +60,10 @@ def _down_kernel(
         e, block, row, real = place(tile, tiles_E, counts, starts, E_PAD, BLOCK_M)
         low = block * BLOCK_N
         first_scale = e * scales_of(D, F, GROUP)
-        if KIND == 5 or KIND == 6:
+        if BITS > 0 and not QUANTIZED:
             acc = multiply_integers(
                 x=h,
-                w=w + e * D * (F // 2 if KIND == 6 else F),
+                w=w + e * D * (F * BITS // 8),
                 w_scale=w_scale + first_scale,
                 w_zero=w_zero + first_scale,
                 rows=row,
@@ -71,7 +74,7 @@ def _down_kernel(
                 BLOCK_M=BLOCK_M,
                 BLOCK_N=BLOCK_N,
                 BLOCK_K=BLOCK_K,
-                KIND=KIND,
+                BITS=BITS,
                 GROUP=GROUP,
                 ZEROS=ZEROS,
                 INTERPRETED=INTERPRETED,
@@ -91,7 +94,9 @@ def _down_kernel(
                 BLOCK_M=BLOCK_M,
                 BLOCK_N=BLOCK_N,
                 BLOCK_K=BLOCK_K,
-                KIND=KIND,
+                FP8=FP8,
+                QUANTIZED=QUANTIZED,
+                NATIVE=NATIVE,
                 INTERPRETED=INTERPRETED,
             )
         else:
@@ -109,7 +114,9 @@ def _down_kernel(
                 BLOCK_M=BLOCK_M,
                 BLOCK_N=BLOCK_N,
                 BLOCK_K=BLOCK_K,
-                KIND=KIND,
+                FP8=FP8,
+                QUANTIZED=QUANTIZED,
+                NATIVE=NATIVE,
                 TMA=TMA,
                 INTERPRETED=INTERPRETED,
             )

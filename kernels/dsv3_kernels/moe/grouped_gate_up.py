@@ -61,7 +61,10 @@ def _gate_up_kernel(
     F: tl.constexpr,
     D: tl.constexpr,
     TOP_K: tl.constexpr,
-    KIND: tl.constexpr,
+    FP8: tl.constexpr,
+    BITS: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+    NATIVE: tl.constexpr,
     GROUP: tl.constexpr,
     ZEROS: tl.constexpr,
     TMA: tl.constexpr,
@@ -84,10 +87,10 @@ def _gate_up_kernel(
         if TOP_K > 0:
             token = (tl.load(entries + row) // TOP_K).to(tl.int64)
         first_scale = e * scales_of(2 * F, D, GROUP)
-        if KIND == 5 or KIND == 6:
+        if BITS > 0 and not QUANTIZED:
             both = multiply_integers(
                 x=x,
-                w=w + e * 2 * F * (D // 2 if KIND == 6 else D),
+                w=w + e * 2 * F * (D * BITS // 8),
                 w_scale=w_scale + first_scale,
                 w_zero=w_zero + first_scale,
                 rows=token,
@@ -98,7 +101,7 @@ def _gate_up_kernel(
                 BLOCK_M=BLOCK_M,
                 BLOCK_N=BLOCK_N,
                 BLOCK_K=BLOCK_K,
-                KIND=KIND,
+                BITS=BITS,
                 GROUP=GROUP,
                 ZEROS=ZEROS,
                 INTERPRETED=INTERPRETED,
@@ -119,7 +122,9 @@ def _gate_up_kernel(
                 BLOCK_M=BLOCK_M,
                 BLOCK_N=BLOCK_N,
                 BLOCK_K=BLOCK_K,
-                KIND=KIND,
+                FP8=FP8,
+                QUANTIZED=QUANTIZED,
+                NATIVE=NATIVE,
                 INTERPRETED=INTERPRETED,
             )
             gate, up = _halves(both, BLOCK_M, BLOCK_N)
@@ -138,7 +143,9 @@ def _gate_up_kernel(
                 BLOCK_M=BLOCK_M,
                 BLOCK_N=BLOCK_N,
                 BLOCK_K=BLOCK_K,
-                KIND=KIND,
+                FP8=FP8,
+                QUANTIZED=QUANTIZED,
+                NATIVE=NATIVE,
                 TMA=TMA,
                 INTERPRETED=INTERPRETED,
             )
@@ -147,7 +154,7 @@ def _gate_up_kernel(
         at = row[:, None] * F + feature[None, :]
         mask = real[:, None] & (feature < F)[None, :]
         if QUANT:
-            quantized, scale = quantize_block(value, UE8M0, KIND == 2)
+            quantized, scale = quantize_block(value, UE8M0, NATIVE)
             tl.store(h + at, quantized, mask=mask)
             tl.store(h_scale + row * (F // 128) + low // 128, scale, mask=real)
         else:

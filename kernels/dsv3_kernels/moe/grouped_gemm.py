@@ -120,18 +120,44 @@ class Tile:
     per_sm: int
 
 
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """The types of the numbers in a product.
+
+    Attributes:
+        itemsize: bytes of an element of the rows.
+        fp8: the matrices are FP8.
+        bits: 4 or 8 if the matrices are integers, else 0.
+        quantized: the rows are quantized like the matrices, to FP8 or int8; else they are float.
+        native: Triton has e4m3 on the GPU; else FP8 is passed as bytes.
+    """
+
+    itemsize: int
+    fp8: bool
+    bits: int
+    quantized: bool
+    native: bool
+
+    @property
+    def dequantizes_integers(self) -> bool:
+        """True if matrices of integers are multiplied by float rows (`multiply_integers`)."""
+        return self.bits > 0 and not self.quantized
+
+
 @cache
-def _tile(kind: int, itemsize: int, gated: bool, rows: int, is_hopper: bool = True) -> Tile:
-    """Return the tile for a kind of numbers and the expected rows per expert.
+def _tile(numbers: Numbers, gated: bool, rows: int, is_hopper: bool) -> Tile:
+    """Return the tile for types of numbers and the expected rows per expert.
 
     A step along D takes 128 bytes of a row for any tile, so the choice does not change the result.
     Compiled for Hopper, no tile spills more than a few registers, and none of integers spills any.
     Before Hopper operands take registers, too, so sums of int8 get a tile half as wide.
     """
-    if kind == 7:  # has no tiles of few rows
+    is_int8 = numbers.bits > 0 and numbers.quantized
+    is_decoded = numbers.fp8 and numbers.quantized and not numbers.native
+    if is_int8:  # has no tiles of few rows
         rows = max(rows, 64)
-    if itemsize == 4 or kind == 4:  # no matrix unit, or bytes decoded in registers
-        features = 64 if itemsize == 1 and not gated else 32
+    if numbers.itemsize == 4 or is_decoded:  # no matrix unit, or bytes decoded in registers
+        features = 64 if is_decoded and not gated else 32
         if rows <= 16:
             return Tile(rows=16, features=features, warps=4, stages=3, per_sm=2)
         return Tile(rows=64, features=features, warps=8, stages=3, per_sm=2)
@@ -139,12 +165,12 @@ def _tile(kind: int, itemsize: int, gated: bool, rows: int, is_hopper: bool = Tr
         return Tile(rows=16, features=32 if gated else 64, warps=4, stages=6, per_sm=2)
     if rows <= 24:
         return Tile(rows=32, features=32 if gated else 64, warps=4, stages=5, per_sm=2)
-    is_narrow = kind in (5, 6)  # integers become floats in registers
+    is_narrow = numbers.dequantizes_integers  # in registers
     if rows <= 64:
         features = 64 if gated else 128
         width = features // 2 if is_narrow else features
         return Tile(rows=64, features=width, warps=4, stages=4, per_sm=2)
-    is_narrow = is_narrow or (kind == 7 and not is_hopper)
+    is_narrow = is_narrow or (is_int8 and not is_hopper)
     return Tile(rows=128, features=64 if gated and is_narrow else 128, warps=8, stages=4, per_sm=1)
 
 
@@ -156,7 +182,7 @@ class Launch:
         x, x_scale: rows as kernels take them (FP8 possibly as bytes), and their scales.
         w, w_scale: the same for the matrices.
         w_zero: zeros of int4; not read unless `has_zeros`.
-        kind: kind of numbers; see `_grouped_tiles._accumulate`.
+        numbers: types of the numbers.
         gated: True if the matrices are gate and up.
         tile: of the result.
         step: columns that are multiplied at a time.
@@ -169,7 +195,7 @@ class Launch:
     w: Tensor
     w_scale: Tensor
     w_zero: Tensor
-    kind: int
+    numbers: Numbers
     gated: bool
     tile: Tile
     step: int
@@ -178,9 +204,11 @@ class Launch:
 
     def uses_tma(self) -> bool:
         """Return True if tiles of W are loaded through TMA: many rows, on Hopper or later."""
-        if self.tile.rows < 64 or self.x.element_size() == 4 or self.kind in (5, 6):
+        numbers = self.numbers
+        if self.tile.rows < 64 or numbers.itemsize == 4 or numbers.dequantizes_integers:
             return False
-        if self.gated and self.kind == 2 and self.tile.features == BLOCK:
+        is_fp8 = numbers.fp8 and numbers.quantized
+        if self.gated and is_fp8 and self.tile.features == BLOCK:
             return False  # too few registers: the loop would spill
         row_bytes = self.w.shape[2] * self.w.element_size()
         return row_bytes % 16 == 0 and self.w.data_ptr() % 16 == 0 and has_tma(self.w)
@@ -206,7 +234,10 @@ class Launch:
         step_bytes = self.step * self.x.element_size() * self.tile.rows + w_bytes * features
         stages = max(2, min(most, room // step_bytes))
         return {
-            "KIND": self.kind,
+            "FP8": self.numbers.fp8,
+            "BITS": self.numbers.bits,
+            "QUANTIZED": self.numbers.quantized,
+            "NATIVE": self.numbers.native,
             "GROUP": self.group,
             "ZEROS": self.has_zeros,
             "TMA": self.uses_tma(),
@@ -231,7 +262,6 @@ def launch_of(x: Tensor | Quantized, w: Stack, gated: bool, rows: int) -> Launch
     """Return the launch of the product of `x` and `w` for `rows` expected rows per expert."""
     if w.group:
         return _launch_of_integers(x, w, gated, rows)
-    native = is_native(w.weight)
     weight = e4m3_view(w.weight) if w.block_scale is not None else w.weight
     w_scale = weight if w.block_scale is None else w.block_scale
     x_rows = x if isinstance(x, Tensor) else e4m3_view(x.q)
@@ -240,22 +270,25 @@ def launch_of(x: Tensor | Quantized, w: Stack, gated: bool, rows: int) -> Launch
     assert all(t.is_contiguous() for t in (x_rows, x_scale, weight, w_scale)), f"{weight.stride()=}"
     if isinstance(x, Quantized):
         assert w.block_scale is not None and x_rows.shape[1] % BLOCK == 0, f"{x_rows.shape=}"
-        kind = 2 if native else 4
     else:
         assert w.block_scale is not None or weight.dtype == x.dtype, f"{x.dtype=} {weight.dtype=}"
-        fp8_kind = 1 if native else 3
-        kind = 0 if w.block_scale is None else fp8_kind
-    itemsize = x_rows.element_size()
+    numbers = Numbers(
+        itemsize=x_rows.element_size(),
+        fp8=w.block_scale is not None,
+        bits=0,
+        quantized=isinstance(x, Quantized),
+        native=is_native(weight),
+    )
     return Launch(
         x=x_rows,
         x_scale=x_scale,
         w=weight,
         w_scale=w_scale,
         w_zero=w_scale,
-        kind=kind,
+        numbers=numbers,
         gated=gated,
-        tile=_tile(kind, itemsize, gated, rows),
-        step=BLOCK // itemsize,
+        tile=_tile(numbers, gated, rows, has_tma(weight)),
+        step=BLOCK // numbers.itemsize,
     )
 
 
@@ -268,17 +301,22 @@ def _launch_of_integers(x: Tensor | Quantized, w: Stack, gated: bool, rows: int)
     assert scale is not None and weight.shape[2] * 8 == cols * bits, f"{x_rows.shape=} {w.group=}"
     assert all(t.is_contiguous() for t in (x_rows, weight, scale)), f"{weight.stride()=}"
     assert not is_quantized or (bits == 8 and w.group >= cols), f"{bits=} {w.group=}"
-    float_kind = 5 if bits == 8 else 6
-    kind = 7 if is_quantized else float_kind
+    numbers = Numbers(
+        itemsize=itemsize,
+        fp8=False,
+        bits=bits,
+        quantized=is_quantized,
+        native=is_native(weight),
+    )
     return Launch(
         x=x_rows,
         x_scale=x.scale if isinstance(x, Quantized) else x,
         w=weight,
         w_scale=scale,
         w_zero=scale if w.zero is None else w.zero,
-        kind=kind,
+        numbers=numbers,
         gated=gated,
-        tile=_tile(kind, itemsize, gated, rows, has_tma(weight)),
+        tile=_tile(numbers, gated, rows, has_tma(weight)),
         step=BLOCK if is_quantized else step_of(w.group, cols, itemsize),
         group=w.group,
         has_zeros=w.zero is not None,
