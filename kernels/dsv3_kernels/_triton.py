@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv3_kernels._gpu import gpu_of
+from dsv3_kernels._gpu import Gpu, gpu_of
 
 
 class _Absent:
@@ -87,25 +87,25 @@ def is_interpreted(x: Tensor) -> bool:
     return gpu_of(x.device) is None
 
 
+# Stands for a GPU in the interpreter: so small that a persistent program computes several tiles.
+_INTERPRETER = Gpu(capability=(0, 0), multiprocessors=3, shared_bytes=228 << 10)
+
+
+def launch_gpu(x: Tensor) -> Gpu:
+    """Return the GPU that launches on `x` are chosen for."""
+    return gpu_of(x.device) or _INTERPRETER
+
+
 def has_tma(x: Tensor) -> bool:
     """Return True on devices that load tiles through TMA descriptors (Hopper and later)."""
-    gpu = gpu_of(x.device)
-    return gpu is not None and gpu.capability >= (9, 0)
+    return launch_gpu(x).capability >= (9, 0)
 
 
 def has_large_tma(x: Tensor) -> bool:
     """Return True on GPUs for data centers that have TMA, and shared memory for large tiles."""
-    gpu = gpu_of(x.device)
-    return gpu is not None and gpu.capability[0] in (9, 10)
-
-
-def multiprocessors(x: Tensor) -> tuple[int, int]:
-    """Return the number of multiprocessors of the device of `x`, and the shared bytes of each."""
-    gpu = gpu_of(x.device)
-    return (3, 228 << 10) if gpu is None else (gpu.multiprocessors, gpu.shared_bytes)
+    return launch_gpu(x).capability[0] in (9, 10)
 
 
 def is_hopper(x: Tensor) -> bool:
     """Return True if `x` is on a GPU of compute capability 9."""
-    gpu = gpu_of(x.device)
-    return gpu is not None and gpu.capability[0] == 9
+    return launch_gpu(x).capability[0] == 9

@@ -26,8 +26,8 @@ from dsv3_kernels._triton import (
     in_turn,
     is_hopper,
     is_interpreted,
+    launch_gpu,
     launch_options,
-    multiprocessors,
     tl,
     triton,
 )
@@ -270,7 +270,7 @@ def _best_tile(q_PTHX: Tensor, rows: int, sequences: int, capacity: int, is_exac
     if is_exact:
         return tile
     programs = cdiv(rows, tile.rows) * sequences
-    split = split_for(tile.split, programs, capacity, multiprocessors(q_PTHX)[0])
+    split = split_for(tile.split, programs, capacity, launch_gpu(q_PTHX).multiprocessors)
     return replace(tile, split=split)
 
 

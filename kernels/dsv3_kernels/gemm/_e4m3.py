@@ -8,8 +8,7 @@ with bias 7, three of mantissa; 0x7f and 0xff are NaN, there is no infinity.
 import torch
 from torch import Tensor
 
-from dsv3_kernels._gpu import gpu_of
-from dsv3_kernels._triton import tl, triton
+from dsv3_kernels._triton import launch_gpu, tl, triton
 
 _NATIVE_FROM = (8, 9)
 _SIGN_AND_VALUE = 0xBF80 - (1 << 16)  # as int16: bits of float16 that come from e4m3
@@ -17,8 +16,7 @@ _SIGN_AND_VALUE = 0xBF80 - (1 << 16)  # as int16: bits of float16 that come from
 
 def is_native(x: Tensor) -> bool:
     """Return True if Triton supports e4m3 on the device of `x`."""
-    gpu = gpu_of(x.device)
-    return gpu is not None and gpu.capability >= _NATIVE_FROM
+    return launch_gpu(x).capability >= _NATIVE_FROM
 
 
 def e4m3_view(x: Tensor) -> Tensor:

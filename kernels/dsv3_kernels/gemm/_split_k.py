@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dsv3_kernels._gpu import cdiv, next_power_of_2, row_bucket
-from dsv3_kernels._triton import in_turn, launch_options, multiprocessors, tl, triton
+from dsv3_kernels._triton import in_turn, launch_gpu, launch_options, tl, triton
 
 # Rows of W per program.
 ROWS = 64
@@ -109,7 +109,7 @@ class SplitK:
         M, N = y_MN.shape
         tiles, splits, m_tiles = self.grid(row_bucket(M), N)
         programs = tiles * splits * m_tiles
-        shared_bytes = multiprocessors(y_MN)[1]
+        shared_bytes = launch_gpu(y_MN).shared_bytes
         return _stages(programs, self.rows, self.blocks, shared_bytes, w_bytes, x_bytes)
 
     def finish(self, y_MN: Tensor) -> None:

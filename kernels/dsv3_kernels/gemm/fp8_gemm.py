@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dsv3_kernels._gpu import cdiv, row_bucket
-from dsv3_kernels._triton import has_large_tma, in_turn, launch_options, multiprocessors, tl, triton
+from dsv3_kernels._triton import has_large_tma, in_turn, launch_gpu, launch_options, tl, triton
 from dsv3_kernels.fp8_format import BLOCK
 from dsv3_kernels.gemm._e4m3 import e4m3_operand, e4m3_view, is_native
 from dsv3_kernels.gemm._split_k import ROWS, WANTED, SplitK, store_split
@@ -308,7 +308,7 @@ def launch_large(
     """
     M, N = y.shape
     K = w_FD.shape[1]
-    programs = multiprocessors(y)[0] * tile.per_sm
+    programs = launch_gpu(y).multiprocessors * tile.per_sm
     tiles = cdiv(M, tile.BM) * cdiv(N, tile.BN)
     other = tile.BN - 128
     _large_kernel[(min(tiles, programs),)](

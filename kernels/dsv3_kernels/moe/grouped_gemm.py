@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from dsv3_kernels._gpu import cdiv, next_power_of_2
-from dsv3_kernels._triton import has_tma, is_interpreted, multiprocessors
+from dsv3_kernels._triton import has_tma, is_interpreted, launch_gpu
 from dsv3_kernels.fp8_format import BLOCK
 from dsv3_kernels.gemm._e4m3 import e4m3_view, is_native
 from dsv3_kernels.gemm._int_product import step_of
@@ -225,7 +225,7 @@ class Launch:
     def constants(self) -> dict[str, int]:
         """Return the kernel's compile-time arguments and launch options."""
         # Shared memory per program, without scales and reserved bytes.
-        room = multiprocessors(self.w)[1] // self.tile.per_sm - 5120
+        room = launch_gpu(self.w).shared_bytes // self.tile.per_sm - 5120
         features = self.tile.features * (2 if self.gated else 1)
         w_bytes, most = BLOCK, self.tile.stages
         if self.group:
@@ -254,8 +254,8 @@ class Launch:
     def grid(self, features: int, num_rows: int) -> tuple[int]:
         """Return the grid: all programs that run at once, at most one per possible tile."""
         most = num_rows // self.tile.rows + min(len(self.w), num_rows)
-        held = multiprocessors(self.w)[0] * self.tile.per_sm
-        return (min(held, most * cdiv(features, self.tile.features)),)
+        programs = launch_gpu(self.w).multiprocessors * self.tile.per_sm
+        return (min(programs, most * cdiv(features, self.tile.features)),)
 
 
 def launch_of(x: Tensor | Quantized, w: Stack, gated: bool, rows: int) -> Launch:
