@@ -7,15 +7,14 @@ key stays bf16: it is small, and its errors would grow with position. Bound by b
 import torch
 from torch import Tensor
 
-from dsv3_kernels.fp8_format import BLOCK
+from dsv3_kernels._gpu import cdiv
+from dsv3_kernels.fp8_format import BLOCK, FP8, quantize
 from dsv3_kernels.gemm._e4m3 import e4m3_floats
-
-_MAX = 448.0
 
 
 def scale_bytes(value_dim: int) -> int:
     """Return the bytes of the scales of an entry of C = `value_dim` quantized values."""
-    return 4 * -(-value_dim // BLOCK)
+    return 4 * cdiv(value_dim, BLOCK)
 
 
 def packed_bytes(value_dim: int, rope_dim: int) -> int:
@@ -24,9 +23,7 @@ def packed_bytes(value_dim: int, rope_dim: int) -> int:
 
 
 def pack_latent(entry_TX: Tensor, value_dim: int) -> Tensor:
-    """Quantize cache entries.
-
-    scale = max|x| / 448 per block of 128 latents, at least 1e-4 / 448; q = x / scale.
+    """Quantize cache entries, with a scale for each block of 128 latents.
 
     Args:
         entry_TX: [..., C + R] float: latent, then rotated key.
@@ -37,13 +34,10 @@ def pack_latent(entry_TX: Tensor, value_dim: int) -> Tensor:
     """
     x_TC = entry_TX[..., :value_dim].float()
     k_TR = entry_TX[..., value_dim:]
-    blocks = -(-value_dim // BLOCK)
+    blocks = cdiv(value_dim, BLOCK)
     padded = torch.nn.functional.pad(x_TC, (0, blocks * BLOCK - value_dim))
-    # An all-zero block gets the scale of a tiny one, not 0 / 0.
-    scale_Tc = padded.unflatten(-1, (blocks, BLOCK)).abs().amax(-1).clamp_min(1e-4) / _MAX
-    by_value = scale_Tc.repeat_interleave(BLOCK, -1)[..., :value_dim]
-    q_TC = (x_TC / by_value).clamp(-_MAX, _MAX).to(torch.float8_e4m3fn)
-    parts = (q_TC, scale_Tc, k_TR.to(torch.bfloat16))
+    q, scale_Tc = quantize(padded.unflatten(-1, (blocks, BLOCK)))
+    parts = (q.flatten(-2)[..., :value_dim], scale_Tc, k_TR.to(torch.bfloat16))
     # A reduction over no rows leaves strides that `contiguous` keeps and `view` refuses.
     dense = [part.clone(memory_format=torch.contiguous_format) for part in parts]
     return torch.cat([part.view(torch.uint8) for part in dense], -1)
@@ -51,11 +45,9 @@ def pack_latent(entry_TX: Tensor, value_dim: int) -> Tensor:
 
 def unpack_latent(packed_TY: Tensor, value_dim: int, dtype: torch.dtype) -> Tensor:
     """Dequantize packed cache entries; [..., C + R] in `dtype`."""
-    blocks = -(-value_dim // BLOCK)
-    q, scale, key = packed_TY.split(
-        [value_dim, 4 * blocks, packed_TY.shape[-1] - value_dim - 4 * blocks], -1
-    )
-    q_TC = e4m3_floats(q.contiguous().view(torch.float8_e4m3fn))
+    end = value_dim + scale_bytes(value_dim)
+    q, scale, key = packed_TY.tensor_split([value_dim, end], -1)
+    q_TC = e4m3_floats(q.contiguous().view(FP8))
     scale_Tc = scale.contiguous().view(torch.float32)
     k_TR = key.contiguous().view(torch.bfloat16)
     by_value = scale_Tc.repeat_interleave(BLOCK, -1)[..., :value_dim]

@@ -1,1 +1,1 @@
-"""Matrix products, and the FP8 format of their operands."""
+"""Matrix products, and the quantization of their operands."""

@@ -11,12 +11,10 @@ from torch import Tensor
 
 from dsv3_kernels._gpu import cdiv
 from dsv3_kernels._triton import in_turn, launch_options, tl, triton
-from dsv3_kernels.fp8_format import BLOCK, FP8
+from dsv3_kernels.fp8_format import BLOCK, FP8, quantize
 from dsv3_kernels.gemm._e4m3 import e4m3_floats, e4m3_view, encode_e4m3, is_native
 from dsv3_kernels.operation import operation
 
-_MAX = 448.0
-_MIN_AMAX = 1e-4
 # Blocks per program.
 _BLOCKS = 8
 
@@ -49,8 +47,7 @@ class Quantized(NamedTuple):
 
 @triton.jit
 def quantize_block(x, UE8M0: tl.constexpr, NATIVE: tl.constexpr):
-    """Quantize rows of float32 `x` [R, 128]: return e4m3 (see `encode_e4m3`) and scales [R]."""
-    # An all-zero block gets the scale of a tiny one, not 0 / 0.
+    """Do `fp8_format.quantize` for `x` [R, 128]: return e4m3 (see `encode_e4m3`), scales [R]."""
     amax = tl.maximum(tl.max(tl.abs(x), 1), 1e-4)
     scale = tl.div_rn(amax, 448.0)
     if UE8M0:
@@ -95,7 +92,7 @@ def _act_quant_kernel(
 def launch_act_quant(
     x_TD: Tensor, ue8m0: bool, start_E: Tensor | None = None, count_E: Tensor | None = None
 ) -> Quantized:
-    """Launch `act_quant`; of sorted rows, only those of the E groups, and the rest is undefined.
+    """Launch `act_quant`, of sorted rows for those of E groups only; others stay undefined.
 
     Args:
         x_TD: see `act_quant`.
@@ -142,11 +139,8 @@ def act_quant(x_TD: Tensor, ue8m0: bool = False) -> Quantized:
 
     Source: DeepSeek-V3 report, section 3.3.2.
     """
-    x = x_TD.float().unflatten(-1, (-1, BLOCK))
-    scale = x.abs().amax(-1).clamp_min(_MIN_AMAX) / _MAX
-    if ue8m0:  # the next power of two: all mantissa bits carry into the exponent
-        scale = ((scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
-    return Quantized((x / scale.unsqueeze(-1)).to(FP8).flatten(-2), scale)
+    q, scale = quantize(x_TD.float().unflatten(-1, (-1, BLOCK)), ue8m0)
+    return Quantized(q.flatten(-2), scale)
 
 
 def dequantize(x: Tensor | Quantized) -> Tensor:

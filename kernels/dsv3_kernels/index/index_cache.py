@@ -14,11 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsv3_kernels.fp8_format import FP8
+from dsv3_kernels.fp8_format import FP8, quantize
 from dsv3_kernels.gemm._e4m3 import e4m3_floats
 
-_MAX = 448.0
-_MIN_AMAX = 1e-4
 _SCALE_BYTES = 4
 
 
@@ -125,16 +123,10 @@ def hadamard(x_TI: Tensor) -> Tensor:
 def quantize_index(x_TI: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate vectors and quantize each with one scale, a power of two.
 
-    scale = max|x| / 448, at least 1e-4 / 448, rounded up to a power of two.
-
     Args:
         x_TI: [..., I], any float dtype; the rotated values are rounded to it.
 
     Returns:
         [..., I] float8_e4m3fn, and the scales [...] float32.
     """
-    x = hadamard(x_TI).float()
-    scale = x.abs().amax(-1).clamp_min(_MIN_AMAX) / _MAX
-    # The next power of two: all mantissa bits carry into the exponent.
-    scale = ((scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
-    return (x / scale.unsqueeze(-1)).to(FP8), scale
+    return quantize(hadamard(x_TI).float(), ue8m0=True)
