@@ -15,7 +15,7 @@ class Gpu:
     Attributes:
         capability: compute capability.
         multiprocessors: number of multiprocessors.
-        shared_bytes: shared memory of each.
+        shared_bytes: shared memory of each, in bytes.
     """
 
     capability: tuple[int, int]
@@ -40,7 +40,7 @@ def _properties(device: torch.device) -> Gpu:
 def gpu_of(device: torch.device) -> Gpu | None:
     """Return the GPU `device`; None for a CPU, where kernels are interpreted.
 
-    A driver is asked once for each GPU.
+    The driver is queried once per GPU.
     """
     if device.type == "cuda":
         return _properties(device)
@@ -69,14 +69,14 @@ def next_power_of_2(count: int) -> int:
 
 @cache
 def row_bucket(count: int) -> int:
-    """Return the padded number of rows: at most a quarter more than `count`, or up to three.
+    """Return the padded number of rows: at most a quarter more than `count`, or three more.
 
     Launches are chosen by padded numbers, so that the kernels' variants can be listed.
     """
     if count <= 2:
         return count
-    step = max(4, (1 << (count - 1).bit_length()) >> 3)
-    return -(-count // step) * step
+    step = max(4, next_power_of_2(count) // 8)
+    return cdiv(count, step) * step
 
 
 def row_buckets(most: int) -> list[int]:

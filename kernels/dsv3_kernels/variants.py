@@ -72,7 +72,7 @@ class _NoDriver:
 def record_variants(gpu: Gpu) -> Iterator[dict[Variant, None]]:
     """Collect the variants that launches with tensors on the meta device ask `gpu` for, in order.
 
-    Nothing is compiled and nothing runs; other launches must not be made meanwhile.
+    Nothing is compiled and nothing runs. No other kernels may be launched within the block.
     """
     from triton import knobs
     from triton.runtime import driver
@@ -105,7 +105,7 @@ def record_variants(gpu: Gpu) -> Iterator[dict[Variant, None]]:
 
 
 class _Worker:
-    """Compiles variants one by one in a process, and in another one after that has died."""
+    """A process that compiles variants one by one; restarted if it dies."""
 
     def __init__(self, gpu: Gpu, overlap: bool) -> None:
         self._arguments = [str(number) for number in (*gpu.capability, int(overlap))]
@@ -120,7 +120,7 @@ class _Worker:
         except OSError as error:
             return f"no process for compiling starts: {error}"
         assert process.stdin and process.stdout
-        with suppress(OSError, ValueError):  # it has ended, or `end` has closed its pipes
+        with suppress(OSError, ValueError):  # the process died, or `end` has closed its pipes
             process.stdin.write(json.dumps(astuple(variant)) + "\n")
             process.stdin.flush()
             if reply := process.stdout.readline().rstrip("\n"):
@@ -128,13 +128,13 @@ class _Worker:
         return f"the compiling process ended with {process.wait()}"
 
     def end(self) -> None:
-        """End the process; no other one starts."""
+        """End the process for good."""
         with self._lock:
             self._has_ended = True
             self._close()
 
     def _running(self) -> subprocess.Popen[str]:
-        """Return the process; start one if there is none that runs."""
+        """Return the running process; start one if there is none."""
         with self._lock:
             if self._has_ended:
                 raise InterruptedError("the work has ended")
@@ -144,15 +144,15 @@ class _Worker:
             return self._process
 
     def _start(self) -> subprocess.Popen[str]:
-        # Without a GPU in sight, no CUDA context can be made.
-        apart = {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
-        apart["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+        # Without a visible GPU, no CUDA context can be made.
+        changed = {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
+        changed["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
         return subprocess.Popen(
             [sys.executable, "-m", __name__, *self._arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env=os.environ | apart,
+            env=os.environ | changed,
             text=True,
         )
 
@@ -164,7 +164,7 @@ class _Worker:
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
-                with suppress(OSError):  # of what a dead process has not read
+                with suppress(OSError):  # flushing input that a dead process has not read
                     stream.close()
 
 
@@ -177,14 +177,14 @@ def compile_variants(
 ) -> None:
     """Compile the variants that are not in Triton's cache, in `num_processes` other processes.
 
-    A process that dies costs the variant that it had; another one takes its place.
+    If a process dies, its variant gets an error and a new process compiles the remaining ones.
 
     Args:
-        variants: to be compiled, those that take longest first.
-        gpu: compiled for.
-        overlap: launches overlap.
-        num_processes: compiling at the same time.
-        done: called for every variant with `COMPILED`, `CACHED` or an error; from other threads.
+        variants: compiled in this order; the slowest should come first.
+        gpu: the GPU to compile for.
+        overlap: compile for overlapping launches.
+        num_processes: processes that compile at the same time.
+        done: called for every variant with `COMPILED`, `CACHED` or an error, from other threads.
     """
     left: SimpleQueue[Variant] = SimpleQueue()
     for variant in variants:
@@ -226,7 +226,7 @@ def _reply(variant: Variant) -> str:
     try:
         kernel = getattr(import_module(variant.module), variant.kernel)
         kernel.preload(variant.specialization)
-    except Exception as error:  # of any kind: the process goes on with other variants
+    except Exception as error:  # any type: the process goes on with other variants
         return f"{type(error).__name__}: {error}".split("\n")[0]
     return CACHED if all(was_cached) else COMPILED
 

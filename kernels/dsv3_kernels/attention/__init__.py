@@ -1,1 +1,1 @@
-"""Attention over the cache and over a prompt, and the entries on their way into the cache."""
+"""Attention over the cache and over a prompt, and writes of cache entries."""

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from functools import cache
 
+from dsv3_kernels._gpu import cdiv
+
 # Approximate programs per launch: eight for each multiprocessor.
 _PROGRAMS = 1024
 # Bytes of partial outputs at a time: for 128 heads and 1,024 splits, two per program.
@@ -25,10 +27,10 @@ def programs_for(parts: int, tiles: int, sequences: int) -> int:
 
 
 def numbered_at_once(sequences: int) -> int:
-    """Return the sequences whose parts a program counts at a time.
+    """Return the number of sequences whose parts a program counts at a time.
 
-    A warp's for a decode step; more for the queries of a prompt that attend to selected slots, each
-    a sequence of its own.
+    One for each thread of a warp in a decode step; more for the queries of a prompt that attend to
+    selected slots, since each of them is a sequence of its own.
     """
     return 32 if sequences <= 256 else 512
 
@@ -49,13 +51,13 @@ class Pool:
 
 
 def pool_for(sequences: int, splits: int, values: int, is_fixed: bool) -> Pool:
-    """Return the memory for a launch, so that partial outputs take little.
+    """Return the memory for the partial outputs of a launch: about `_SPLIT_BYTES` at most.
 
     Args:
-        sequences: to be computed.
-        splits: of a sequence as long as the tables allow, if no split is lengthened.
-        values: of a part.
-        is_fixed: splits are never lengthened; then a launch may hold fewer sequences.
+        sequences: sequences to be computed.
+        splits: splits of a sequence as long as the tables allow, if no split is lengthened.
+        values: values of a part.
+        is_fixed: splits are never lengthened; instead a launch may compute fewer sequences.
     """
     fit = _SPLIT_BYTES // (4 * values)
     if is_fixed or sequences * splits <= fit:
@@ -90,20 +92,20 @@ def split_for(longest: int, others: int, held: int, multiprocessors: int) -> int
     """Return the positions per split: `longest`, or fewer if the GPU would be idle.
 
     Every program reads its positions at its multiprocessor's share of bandwidth, so a single
-    sequence should use half of the GPU. More splits cost the bytes of their partial outputs: short
-    sequences that keep a GPU busy without, as the queries of a prompt that attend to selected slots
-    do, are not split.
+    sequence should use half of the GPU. More splits cost the bytes of their partial outputs, so
+    short sequences that are enough to keep a GPU busy are not split (for example, the queries of a
+    prompt that attend to selected slots).
 
     Args:
-        longest: best length for many sequences that are longer.
-        others: programs per split.
-        held: positions that the tables could hold here.
-        multiprocessors: of the GPU.
+        longest: best length for many long sequences.
+        others: programs that each split adds.
+        held: positions per sequence that the tables could hold on this rank.
+        multiprocessors: number of multiprocessors of the GPU.
     """
     if held <= _WHOLE * longest and others >= _BUSY * multiprocessors:
         return _WHOLE * longest
     split = longest
-    while split > _LEAST_SPLIT and others * -(-held // split) < multiprocessors // 2:
+    while split > _LEAST_SPLIT and others * cdiv(held, split) < multiprocessors // 2:
         split //= 2
     return split
 

@@ -2,7 +2,7 @@
 
 All heads and new tokens of a sequence share its keys, so they are the rows of one tile: the cache
 is read once for up to 16, 32 or 64 rows. A program computes one tile of one sequence over a split
-of the positions held here, then another; splits are merged in order. In float32 splits have a fixed
+of this rank's positions, then another; splits are merged in order. In float32 splits have a fixed
 length, so a sequence's result does not depend on the rest of the batch; otherwise they are shorter
 if there are too few to keep a GPU busy and longer if their results would take too much memory,
 which changes only roundings.
@@ -131,7 +131,7 @@ def _mla_decode_kernel(
     NATIVE: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Compute ROWS of a sequence's Q * H queries over a split of the positions held here.
+    """Compute ROWS of a sequence's Q * H queries over a split of this rank's positions.
 
     The H heads belong to ranks, HEADS each; the queries of one rank are contiguous. Writes the
     number of each sequence's first part, and the number of all parts.
@@ -149,13 +149,13 @@ def _mla_decode_kernel(
     num_parts = count_parts(sequences, split_len, pos_ptr, queries, shard, SHARDS, AT_ONCE)
     tl.store(first_ptr + sequences, num_parts)
     step = tl.num_programs(1)
-    # Values of the tile kept in registers over all parts would push out the accumulators.
+    # Values of the tile kept in registers over all parts would displace the accumulators.
     for part in tl.range(tl.program_id(1), num_parts, step, disable_licm=True):
         b, first = find_part(part, sequences, split_len, pos_ptr, queries, shard, SHARDS, AT_ONCE)
         tl.store(first_ptr + b, first)
         b = b.to(tl.int64)
         query_pos = tl.load(pos_ptr + b * queries + row // H, mask=is_row, other=-1).to(tl.int32)
-        # Positions held here that any row of the program sees; maybe none of this split.
+        # Positions of this rank that any row of the program sees; maybe none of this split.
         seen = (tl.max(query_pos, 0) + SHARDS - shard) // SHARDS
         split = part - first
         q_at = owner.to(tl.int64) * q_stride_owner + owned * (C + R)

@@ -1,6 +1,6 @@
 """Numbering of the partial outputs of decode attention.
 
-A sequence has a part for each split of its positions held here, at least one. Parts are numbered
+A sequence has a part for each split of its positions on this rank, at least one. Parts are numbered
 sequence after sequence, so memory and programs follow the contexts, however wide the page tables
 are. Kernels count parts from the queries' positions, BLOCK sequences at a time (see
 `numbered_at_once`): no data is prepared by the host, and a CUDA graph follows the contexts.
@@ -11,7 +11,7 @@ from dsv3_kernels._triton import tl, triton
 
 @triton.jit
 def _held_by(b, end, pos_ptr, queries, shard, SHARDS: tl.constexpr):
-    """Return the positions held here that queries of sequences `b` see; 0 from `end` on."""
+    """Return the number of this rank's positions that sequences `b` see; 0 from `end` on."""
     last = tl.full(b.shape, -1, tl.int32)
     for q in range(queries):
         pos = tl.load(pos_ptr + b * queries + q, mask=b < end, other=-1)

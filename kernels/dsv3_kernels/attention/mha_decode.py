@@ -14,7 +14,7 @@ from dsv3_kernels.attention.paging import PageTables
 from dsv3_kernels.attention.parts import PartialOutputs
 from dsv3_kernels.operation import operation
 
-# Values held at a time by the reference: 64 MiB of float32.
+# Values in memory at a time in the reference: 64 MiB of float32.
 _SCORES = 1 << 24
 # Positions per split of the kernel, and per step.
 _SPLIT = 512

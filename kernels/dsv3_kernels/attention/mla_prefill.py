@@ -134,7 +134,7 @@ def mla_prefill_packed(
 def _equal_runs(starts: list[int], num_heads: int) -> Iterator[tuple[int, int, int]]:
     """Yield the first row, the last row + 1 and the number of neighbours of one length.
 
-    As many at a time as have all their scores in memory.
+    Their number is limited, so that all their scores fit in `_SCORES`.
     """
     lengths = [stop - start for start, stop in pairwise(starts)]
     start = starts[0]

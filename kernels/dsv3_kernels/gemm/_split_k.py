@@ -27,7 +27,7 @@ _OTHER = 4096
 @cache
 def splits_of(N: int, blocks: int) -> int:
     """Return the number of splits of a row of W that has `blocks` blocks of 128 bytes."""
-    tiles = -(-N // ROWS)
+    tiles = cdiv(N, ROWS)
     # At least four blocks per split: by arithmetic, fewer take less time than the sum. With enough
     # tiles, one split saves the sum.
     return max(1, min(round(WANTED / tiles), blocks // 4, 16))
@@ -44,9 +44,9 @@ def _stages(
     128 bytes: 56 KiB of W in flight, or sixteen smaller ones. A multiprocessor has registers for
     three programs, or for two of 128 rows.
     """
-    held = -(-programs // WANTED)
+    per_sm = cdiv(programs, WANTED)
     most = 3 if rows <= 64 else 2
-    room = shared_bytes // (held if held <= most else 2) - _OTHER
+    room = shared_bytes // (per_sm if per_sm <= most else 2) - _OTHER
     fitting = room // (w_bytes * ROWS + x_bytes * rows)
     return max(2, min(8 if w_bytes == 128 else 16, blocks + 1, fitting))
 
@@ -56,7 +56,7 @@ def make_locks(w_FD: Tensor) -> Tensor:
 
     They belong to one weight; launches that share them must follow one another.
     """
-    return torch.zeros(-(-w_FD.shape[-2] // ROWS), dtype=torch.int32, device=w_FD.device)
+    return torch.zeros(cdiv(w_FD.shape[-2], ROWS), dtype=torch.int32, device=w_FD.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ class SplitK:
         M, N = y_MN.shape
         rows = min(most, max(16, next_power_of_2(M)))
         splits = splits_of(N, blocks)
-        each = -(-blocks // splits)
+        each = cdiv(blocks, splits)
         shape = (splits, M, N) if splits > 1 else (0,)
         part = torch.empty(shape, dtype=torch.float32, device=y_MN.device)
         # One program reads all splits of its tile: up to 128 KiB, by arithmetic, this is faster
@@ -152,7 +152,7 @@ def store_split(
         if LOCKED:
             # All threads' stores come before the count, the count before the loads.
             tl.debug_barrier()
-            lock_at = lock_ptr + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+            lock_at = lock_ptr + tl.program_id(0)  # x is one tile
             if tl.atomic_add(lock_at, 1, sem="acq_rel") == SPLITS - 1:
                 total = tl.zeros((BM, BN), tl.float32)
                 for s in range(SPLITS):

@@ -62,8 +62,8 @@ class Tile:
 
     def seconds(self, M: int, N: int) -> float:
         """Return the time of a product, in arbitrary units: rounds of tiles times a tile's time."""
-        tiles = -(-M // self.BM) * -(-N // self.BN)
-        return -(-tiles // WANTED) * self.BM * self.BN / self.speed
+        tiles = cdiv(M, self.BM) * cdiv(N, self.BN)
+        return cdiv(tiles, WANTED) * self.BM * self.BN / self.speed
 
 
 # Two products of 128 x 128 at a time read L2 least (255 registers, none spilled in the loop). Tiles
@@ -359,7 +359,7 @@ def _launch_fp8_gemm(
 ) -> Tensor:
     N, K = w_FD.shape
     assert K % BLOCK == 0 and x.q.shape[-1] == K, f"{x.q.shape=} {w_FD.shape=}"
-    assert scale_fd.shape == (-(-N // BLOCK), K // BLOCK), f"{w_FD.shape=} {scale_fd.shape=}"
+    assert scale_fd.shape == (cdiv(N, BLOCK), K // BLOCK), f"{w_FD.shape=} {scale_fd.shape=}"
     for t in (x.q, x.scale, w_FD, scale_fd):
         assert t.is_contiguous(), f"{t.shape=} {t.stride()=}"
     y = torch.empty((*x.q.shape[:-1], N), dtype=dtype, device=w_FD.device)

@@ -40,7 +40,7 @@ def _int8_quant_kernel(
 def launch_int8_quant(
     x_TD: Tensor, start_E: Tensor | None = None, count_E: Tensor | None = None
 ) -> Quantized:
-    """Launch `int8_quant`; of sorted rows, only those of the E groups, and the rest is undefined.
+    """Launch `int8_quant`, of sorted rows for those of E groups only; others stay undefined.
 
     Args:
         x_TD: see `int8_quant`.

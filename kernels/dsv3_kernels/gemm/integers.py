@@ -26,7 +26,7 @@ class Integers(NamedTuple):
         q: [..., N, D] int8, or [..., N, D / 2] uint8.
         scale: [..., N, groups], any float dtype.
         group: columns that share a scale.
-        zero: [..., N, groups] uint8, added to the values of int4; None for 8.
+        zero: [..., N, groups] uint8: the stored int4 that stands for 0; None for 8.
     """
 
     q: Tensor

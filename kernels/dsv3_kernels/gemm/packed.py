@@ -13,15 +13,15 @@ from torch.nn import functional as F
 from dsv3_kernels._cast import as_dtype
 from dsv3_kernels.gemm.integers import Integers
 
-# Most rows of x that torch multiplies by int8 as they are; for more, a product with the integers
+# Up to this many rows of x go to torch's product with int8. For more, a product with the integers
 # in the dtype of x is faster (measured on AVX-512: 1.3 times at 16 rows with bfloat16).
 _FEW_ROWS = 8
-# Rows of x from which on it takes less time to make int4 bfloat16 first: torch's product does so
-# again for every four rows (measured on AVX-512: 2,048 rows take a seventh of the time).
+# From this many rows of x on, it is faster to convert int4 to bfloat16 first: torch's product does
+# so again for every four rows (measured on AVX-512: 2,048 rows take a seventh of the time).
 _MANY_ROWS = 160
 _GROUPS = (32, 64, 128, 256)
 _BLOCK = 64  # rows of a block of int4
-_AT_ONCE = 4  # blocks that are made bfloat16 at a time, to stay in a processor's cache
+_AT_ONCE = 4  # blocks that are converted at a time, to stay in a processor's cache
 
 
 class PackedIntegers(NamedTuple):
@@ -41,8 +41,8 @@ class PackedIntegers(NamedTuple):
 def has_cpu_product(bits: int, group: int, rows: int, cols: int) -> bool:
     """Return True if torch multiplies such a matrix on a CPU.
 
-    Of int8 it takes one scale per row, and ends the process for columns that are not a multiple of
-    a vector register's.
+    For int8 it takes one scale per row, and crashes the process if the columns do not fill whole
+    vector registers.
     """
     if bits == 8:
         return group >= cols and cols > 0 and cols % 32 == 0
@@ -103,7 +103,7 @@ def _has_blocks() -> bool:
 
 
 def _multiply_unpacked(x_TD: Tensor, w: PackedIntegers) -> Tensor:
-    """Return x W^T of int4 made bfloat16, some blocks of 64 rows at a time.
+    """Return x W^T of int4 converted to bfloat16, some blocks of 64 rows at a time.
 
     A block holds, column by column, 32 bytes: row i in the low bits, row i + 32 in the high ones.
     """

@@ -206,7 +206,7 @@ def index_scores(q_THI: Tensor, weight_TH: Tensor, cache: IndexCache, tables: Pa
         seen_by_all, seen = (paging.local_len(int(pos) + 1) for pos in torch.aminmax(pos_Q))
         for s in range(0, seen, step):
             stop = min(s + step, seen)
-            pages = slice(s // paging.slots_per_page, -(-stop // paging.slots_per_page))
+            pages = slice(s // paging.slots_per_page, cdiv(stop, paging.slots_per_page))
             key_SI = cache.read_pages(page_G[pages])[: stop - s]
             product_QHS = (q_YI @ key_SI.T).relu_().view(Q, H, -1)
             torch.matmul(weight_Q1H, product_QHS, out=score_QS[:, s:stop].unsqueeze(1))

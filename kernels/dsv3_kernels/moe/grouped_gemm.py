@@ -50,8 +50,8 @@ class Stack:
             [E, N, groups], as `Integers.scale`; else None.
         group: columns that share a scale of integers; 0 for other matrices.
         zero: [E, N, groups], as `Integers.zero`.
-        multiplier: does `multiply`, for references alone: matrices may then have any form. By
-            default it follows from the other attributes.
+        multiplier: implements `multiply` for the references, with matrices in any form. By default
+            the matrices above are multiplied.
     """
 
     weight: Tensor

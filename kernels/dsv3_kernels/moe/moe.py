@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsv3_kernels._gpu import row_bucket
+from dsv3_kernels._gpu import cdiv, row_bucket
 from dsv3_kernels.gemm.act_quant import Quantized, dequantize
 from dsv3_kernels.gemm.int8_quant import requantize
 from dsv3_kernels.moe.grouped_down import grouped_down
@@ -100,7 +100,7 @@ def _launch_experts(
     spread: int = 1,
     groups: Groups | None = None,
 ) -> Tensor:
-    """Launch the kernels; weighted rows are held in the dtype of `x`, or in bfloat16."""
+    """Launch the kernels; weighted rows have the dtype of `x`, or bfloat16 if it is quantized."""
     local = LocalExperts(first_expert, len(gate_up.weight))
     if isinstance(x, Tensor):
         x = x.contiguous()  # rows of a received buffer may be strided
@@ -108,7 +108,7 @@ def _launch_experts(
         groups = permute.kernel(ids_TK.contiguous(), local)
     assert groups.row_TK is not None
     T, K = ids_TK.shape
-    rows = -(-row_bucket(T) * K // (local.count * spread))
+    rows = cdiv(row_bucket(T) * K, local.count * spread)
     dtype = x.dtype if isinstance(x, Tensor) else torch.bfloat16
     h = grouped_gate_up.kernel(x, gate_up, groups, rows, ue8m0)
     y_MD = grouped_down.kernel(h, down, groups, rows, dtype, weight_TK)

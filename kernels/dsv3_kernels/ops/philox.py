@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from dsv3_kernels._gpu import cdiv
 from dsv3_kernels._triton import tl, triton
 
 _MASK = 0xFFFFFFFF
@@ -11,7 +12,7 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
 def _mul(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the high and low 32 bits of a * b, all held in int64 without overflow."""
+    """Return the high and low 32 bits of a * b; all numbers are int64, none overflows."""
     low = (b & 0xFFFF) * a
     high = (b >> 16) * a
     total = high + (low >> 16)
@@ -57,7 +58,7 @@ def to_uniform(words: Tensor) -> Tensor:
 
 def gumbel(seed_B: Tensor, position_B: Tensor, answer_B: Tensor, vocab: int) -> Tensor:
     """Return standard Gumbel noise for ids 0 .. vocab - 1, [B, vocab] float32."""
-    blocks = torch.arange(-(-vocab // 4), device=seed_B.device)
+    blocks = torch.arange(cdiv(vocab, 4), device=seed_B.device)
     words = philox(seed_B, position_B, answer_B, blocks).flatten(1)[:, :vocab]
     return -torch.log(-torch.log(to_uniform(words)))
 

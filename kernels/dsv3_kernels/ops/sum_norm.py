@@ -15,7 +15,8 @@ in rank order, so that all ranks compute the same bits. Why this is correct:
 * A peer may be one turn ahead, not two: no turn ends without this rank's flag of that turn. So a
   flag that is ahead counts as set, and odd and even turns use different buffers. One is written
   again two turns later, when the flags of the turn between show that all ranks have read it.
-* Buffers do not depend on the rows or dtype of a launch; a row left out is some turns behind.
+* A row's buffers do not depend on the number of rows or the dtype of a launch. The count of a row
+  that a launch leaves out falls behind, on all ranks alike.
 * A flag is set by a release of system scope after a barrier of the program, which covers the stores
   of all its threads; flags are read by acquires of system scope, with a barrier after them. Parts
   are read by volatile loads, which bypass the first level cache: this cache does not see the writes
