@@ -41,7 +41,7 @@ from dsv3_kernels.moe.grouped_down import grouped_down
 from dsv3_kernels.moe.grouped_gate_up import grouped_gate_up
 from dsv3_kernels.moe.grouped_gemm import Stack
 from dsv3_kernels.moe.moe import experts
-from dsv3_kernels.moe.permute import Groups, LocalExperts, masked_groups, permute, unpermute
+from dsv3_kernels.moe.permute import Groups, LocalExperts, permute, unpermute
 from dsv3_kernels.moe.route import RouterInput, Routing, route
 from dsv3_kernels.moe.route_and_permute import route_and_permute
 from dsv3_kernels.moe.router_logits import router_logits
@@ -99,7 +99,6 @@ __all__ = [
     "latent_entries",
     "linear",
     "make_locks",
-    "masked_groups",
     "merge_lse",
     "mha_decode",
     "mla_decode",

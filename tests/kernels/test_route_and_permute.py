@@ -78,7 +78,7 @@ def test_the_program_that_ends_last_sorts() -> None:
     *_, groups = route_and_permute.kernel(router, local, locks)
     assert int(locks[0]) == 3, "all have come, but one is still waited for"
     sorted_M = permute.reference(route.reference(router)[0], local).entry_M
-    assert groups is not None and groups.entry_M is not None and sorted_M is not None
+    assert groups is not None
     assert not torch.equal(groups.entry_M, sorted_M)
 
 

@@ -137,7 +137,6 @@ def _launch_grouped_down(
 ) -> Tensor:
     launch = launch_of(h, w, False, rows)
     num_experts, hidden = w.weight.shape[:2]
-    assert weight_TK is None or groups.entry_M is not None
     num_rows = len(launch.x)
     y_MD = torch.empty((num_rows, hidden), dtype=dtype, device=launch.x.device)
     if num_rows:
@@ -148,7 +147,7 @@ def _launch_grouped_down(
             w_scale=launch.w_scale,
             w_zero=launch.w_zero,
             y=y_MD,
-            entries=groups.count_E if groups.entry_M is None else groups.entry_M,
+            entries=groups.entry_M,
             weights=launch.x_scale if weight_TK is None else weight_TK.contiguous(),
             starts=groups.start_E,
             counts=groups.count_E,
@@ -189,6 +188,5 @@ def grouped_down(
     for expert_rows, product in products(h_MF, w, groups):
         y_MD[expert_rows] = product.float()
     if weight_TK is not None:
-        assert groups.entry_M is not None
         y_MD *= weight_TK.flatten()[groups.entry_M.clamp_min(0), None]
     return y_MD.to(dtype)

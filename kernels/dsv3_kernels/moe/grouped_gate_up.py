@@ -9,14 +9,9 @@ import torch
 from torch import Tensor
 
 from dsv3_kernels._triton import in_turn, launch_options, tl, triton
+from dsv3_kernels.fp8_format import BLOCK
 from dsv3_kernels.gemm._e4m3 import e4m3_view
-from dsv3_kernels.gemm.act_quant import (
-    BLOCK,
-    Quantized,
-    dequantize,
-    launch_act_quant,
-    quantize_block,
-)
+from dsv3_kernels.gemm.act_quant import Quantized, dequantize, launch_act_quant, quantize_block
 from dsv3_kernels.gemm.int8_quant import launch_int8_quant, requantize
 from dsv3_kernels.moe._grouped_tiles import (
     multiply_few,
@@ -30,13 +25,6 @@ from dsv3_kernels.moe.grouped_gemm import Stack, launch_of, products
 from dsv3_kernels.moe.permute import Groups
 from dsv3_kernels.operation import operation
 from dsv3_kernels.ops.silu_mul import silu_mul
-
-
-def _sorted_rows(x_TD: Tensor, groups: Groups) -> Tensor:
-    """Return the hidden state of every row's token; rows of no expert repeat the first token's."""
-    if groups.entry_M is None or groups.row_TK is None or not len(x_TD):
-        return x_TD
-    return x_TD[groups.entry_M.clamp_min(0) // groups.row_TK.shape[1]]
 
 
 @triton.jit
@@ -83,9 +71,7 @@ def _gate_up_kernel(
     for tile in range(tl.program_id(0), tl.sum(tiles_E, 0), tl.num_programs(0)):
         e, block, row, real = place(tile, tiles_E, counts, starts, E_PAD, BLOCK_M)
         low = block * BLOCK_N
-        token = row
-        if TOP_K > 0:
-            token = (tl.load(entries + row) // TOP_K).to(tl.int64)
+        token = (tl.load(entries + row) // TOP_K).to(tl.int64)
         first_scale = e * scales_of(2 * F, D, GROUP)
         if BITS > 0 and not QUANTIZED:
             both = multiply_integers(
@@ -169,8 +155,7 @@ def _launch_grouped_gate_up(
     num_experts = len(w.weight)
     inner = w.weight.shape[1] // 2
     assert w.block_scale is None or w.group or inner % BLOCK == 0, f"{inner=}"
-    top_k = 0 if groups.row_TK is None else groups.row_TK.shape[1]
-    num_rows = len(launch.x) * max(1, top_k)
+    num_rows = len(groups.entry_M)
     fused = isinstance(x, Quantized) and not w.group and launch.tile.features == BLOCK
     dtype = x.dtype if isinstance(x, Tensor) else torch.float32
     out = Quantized.empty((num_rows, inner), launch.x.device) if fused else None
@@ -184,13 +169,13 @@ def _launch_grouped_gate_up(
             w_zero=launch.w_zero,
             h=h,
             h_scale=out.scale if out else h,
-            entries=groups.count_E if groups.entry_M is None else groups.entry_M,
+            entries=groups.entry_M,
             starts=groups.start_E,
             counts=groups.count_E,
             E=num_experts,
             F=inner,
             D=launch.x.shape[1],
-            TOP_K=top_k,
+            TOP_K=groups.row_TK.shape[1],
             QUANT=fused,
             UE8M0=ue8m0,
             **launch.constants(),
@@ -212,8 +197,8 @@ def grouped_gate_up(
     """Return silu(W_gate x) * (W_up x) of every row's expert.
 
     Args:
-        x: [T, D] if `groups` are sorted entries (row m is token entry_M[m] // K), else [M, D];
-            float, or quantized as the matrices are: both FP8, or both int8 with a scale per row.
+        x: [T, D] hidden states (row m is token entry_M[m] // K): float, or quantized as the
+            matrices are: both FP8, or both int8 with a scale per row.
         w: [E, 2F, D], the gate in the first half; if FP8, F (and D if rows are quantized) must be
             multiples of 128.
         groups: the rows of each expert.
@@ -224,7 +209,8 @@ def grouped_gate_up(
         h_MF: [M, F], of the dtype of `x`, quantized from float32 if `x` is; rows of no expert are
             undefined (0 from the reference).
     """
-    x_MD = _sorted_rows(dequantize(x), groups)
+    # Rows of no expert repeat the first token's.
+    x_MD = dequantize(x)[groups.entry_M.clamp_min(0) // groups.row_TK.shape[1]]
     h_MF = x_MD.new_zeros((len(x_MD), w.weight.shape[1] // 2))
     for expert_rows, gate_up in products(x_MD, w, groups):
         h_MF[expert_rows] = silu_mul.reference(gate_up)

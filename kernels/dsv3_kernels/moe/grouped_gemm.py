@@ -1,8 +1,8 @@
 """Products of rows with the matrices of their experts, for `grouped_gate_up` and `grouped_down`.
 
-Rows are sorted by expert, or each expert has a box of equal capacity (`permute.Groups`). Programs
-of a persistent grid compute the tiles that follow from the counts on the device: experts without
-rows cost nothing, and the host needs no counts. For few rows operands are swapped (a tile is
+Rows are sorted by expert (`permute.Groups`). Programs of a persistent grid compute the tiles that
+follow from the counts on the device: experts without rows cost nothing, and the host needs no
+counts. For few rows operands are swapped (a tile is
 W x^T): matrix units need at least 64 rows of the first operand and 16 of the second. Tiles of many
 rows are x W^T, with W loaded through TMA if available. In either case an element is the same chain
 of sums of 128 bytes along D, so a row's result does not depend on other rows. (Swapped and

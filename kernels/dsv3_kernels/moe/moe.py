@@ -106,14 +106,13 @@ def _launch_experts(
         x = x.contiguous()  # rows of a received buffer may be strided
     if groups is None:
         groups = permute.kernel(ids_TK.contiguous(), local)
-    assert groups.row_TK is not None
     T, K = ids_TK.shape
     rows = cdiv(row_bucket(T) * K, local.count * spread)
     dtype = x.dtype if isinstance(x, Tensor) else torch.bfloat16
     h = grouped_gate_up.kernel(x, gate_up, groups, rows, ue8m0)
     y_MD = grouped_down.kernel(h, down, groups, rows, dtype, weight_TK)
     addend_TD = None if addend is None else addend()
-    return unpermute.kernel(y_MD, groups.row_TK, None, addend_TD)
+    return unpermute.kernel(y_MD, groups.row_TK, addend_TD)
 
 
 @operation(kernel=_launch_experts)

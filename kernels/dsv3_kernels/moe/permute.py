@@ -38,21 +38,14 @@ class Groups:
     Attributes:
         start_E: [E] int32 first row of each expert.
         count_E: [E] int32 rows of each expert.
-        entry_M: [M] int32 t * K + k of each row, -1 after the last row; None if rows are not
-            sorted entries (`masked_groups`).
-        row_TK: [T, K] int32 row of each entry, -1 if its expert is on another rank; None as above.
+        entry_M: [M] int32 t * K + k of each row, -1 after the last row.
+        row_TK: [T, K] int32 row of each entry, -1 if its expert is on another rank.
     """
 
     start_E: Tensor
     count_E: Tensor
-    entry_M: Tensor | None = None
-    row_TK: Tensor | None = None
-
-
-def masked_groups(count_E: Tensor, capacity: int) -> Groups:
-    """Return the groups of rows laid out as [E, capacity], the first count_E of each valid."""
-    start_E = torch.arange(len(count_E), dtype=torch.int32, device=count_E.device) * capacity
-    return Groups(start_E, count_E.to(torch.int32))
+    entry_M: Tensor
+    row_TK: Tensor
 
 
 @triton.jit(do_not_specialize=["first_expert", "num_entries"])
@@ -233,12 +226,10 @@ def permute(ids_TK: Tensor, local: LocalExperts) -> Groups:
 def _unpermute_kernel(
     y_rows,
     rows,
-    weights,
     addend,
     y,
     D,
     K: tl.constexpr,
-    WEIGHTED: tl.constexpr,
     ADD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -251,8 +242,6 @@ def _unpermute_kernel(
         row = tl.load(rows + token * K + k).to(tl.int64)
         mask = column < tl.where(row >= 0, D, 0)
         part = tl.load(y_rows + row * D + column, mask=mask, other=0.0).to(tl.float32)
-        if WEIGHTED:
-            part *= tl.load(weights + token * K + k)
         total += tl.where(row >= 0, part, 0.0)
     at = token * D + column
     if ADD:
@@ -260,12 +249,7 @@ def _unpermute_kernel(
     tl.store(y + at, total, mask=column < D)
 
 
-def _launch_unpermute(
-    y_MD: Tensor,
-    row_TK: Tensor,
-    weight_TK: Tensor | None = None,
-    addend_TD: Tensor | None = None,
-) -> Tensor:
+def _launch_unpermute(y_MD: Tensor, row_TK: Tensor, addend_TD: Tensor | None = None) -> Tensor:
     """Launch one program per token and 1024 columns."""
     T, K = row_TK.shape
     D = y_MD.shape[1]
@@ -276,12 +260,10 @@ def _launch_unpermute(
         _unpermute_kernel[(T, cdiv(D, block))](
             y_rows=y_MD,
             rows=row_TK,
-            weights=y_MD if weight_TK is None else weight_TK.contiguous(),
             addend=y_MD if addend_TD is None else addend_TD.contiguous(),
             y=y_TD,
             D=D,
             K=K,
-            WEIGHTED=weight_TK is not None,
             ADD=addend_TD is not None,
             BLOCK=block,
             **launch_options(),
@@ -290,26 +272,19 @@ def _launch_unpermute(
 
 
 @operation(kernel=_launch_unpermute)
-def unpermute(
-    y_MD: Tensor,
-    row_TK: Tensor,
-    weight_TK: Tensor | None = None,
-    addend_TD: Tensor | None = None,
-) -> Tensor:
+def unpermute(y_MD: Tensor, row_TK: Tensor, addend_TD: Tensor | None = None) -> Tensor:
     """Sum every token's rows in float32, in the order of k, then add `addend_TD`.
 
     Args:
         y_MD: [M, D] rows as `permute` ordered them, any float dtype, contiguous.
         row_TK: [T, K] int32 row of each entry, -1 for none.
-        weight_TK: [T, K] float32 factor of each entry, or None for no factor.
         addend_TD: [T, D], any float dtype, added last; None for nothing.
 
     Returns:
         [T, D] float32; `addend_TD` or 0 for a token without rows.
     """
     y_TD = y_MD.new_zeros((row_TK.shape[0], y_MD.shape[1]), dtype=torch.float32)
-    for k, row_T in enumerate(row_TK.long().unbind(1)):
+    for row_T in row_TK.long().unbind(1):
         is_row_T = row_T >= 0
-        part = y_MD[row_T[is_row_T]].float()
-        y_TD[is_row_T] += part if weight_TK is None else part * weight_TK[is_row_T, k, None]
+        y_TD[is_row_T] += y_MD[row_T[is_row_T]].float()
     return y_TD if addend_TD is None else y_TD.add_(addend_TD)
