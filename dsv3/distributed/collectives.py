@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsv3_kernels import Peers, Quantized, add_rmsnorm, fits_sum_norm, sum_norm
+from dsv3_kernels import NormedSum, Peers, add_rmsnorm, fits_sum_norm, sum_norm
 
 # torch 2.13 renamed these functions and warns about the old names.
 _all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -103,7 +103,7 @@ class Collectives(ABC):
 
     def sum_norm(
         self, x_TD: Tensor, y_TD: Tensor | None, w_D: Tensor, eps: float, quant: bool, ue8m0: bool
-    ) -> tuple[Tensor, Tensor, Quantized | None]:
+    ) -> NormedSum:
         """Return `add_rmsnorm` of x and the sum of y over ranks; `y_TD` may be overwritten."""
         if self.peers and y_TD is not None and fits_sum_norm(y_TD):
             self.sent["all_reduce"] += (self.size - 1) * y_TD.nbytes

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dsv3.distributed.collectives import Collectives
-from dsv3_kernels import Quantized, add_rmsnorm
+from dsv3_kernels import NormedSum, add_rmsnorm
 
 
 class SequenceParallel:
@@ -46,7 +46,7 @@ class SequenceParallel:
 
     def sum_norm(
         self, x_SD: Tensor, y_TD: Tensor | None, w_D: Tensor, eps: float, quant: bool, ue8m0: bool
-    ) -> tuple[Tensor, Tensor, Quantized | None]:
+    ) -> NormedSum:
         """Add the sum of y over ranks to x, and normalize. A collective.
 
         Args:
@@ -65,4 +65,4 @@ class SequenceParallel:
             return self._tp.sum_norm(x_SD, y_TD, w_D, eps, quant, ue8m0)
         y_SD = None if y_TD is None else self._tp.reduce_scatter(self._padded(y_TD))
         x_SD, h_SD, _ = add_rmsnorm(x_SD, y_SD, w_D, eps)
-        return x_SD, self.gather(h_SD), None
+        return NormedSum(x_SD, self.gather(h_SD), None)

@@ -45,7 +45,7 @@ from dsv3_kernels.moe.permute import Groups, LocalExperts, permute, unpermute
 from dsv3_kernels.moe.route import RouterInput, Routing, route
 from dsv3_kernels.moe.route_and_permute import route_and_permute
 from dsv3_kernels.moe.router_logits import router_logits
-from dsv3_kernels.ops.rmsnorm import add_rmsnorm, rmsnorm
+from dsv3_kernels.ops.rmsnorm import NormedSum, add_rmsnorm, rmsnorm
 from dsv3_kernels.ops.sample import RowParams, sample
 from dsv3_kernels.ops.silu_mul import silu_mul, silu_mul_quant
 from dsv3_kernels.ops.sum_norm import Peers, fits_sum_norm, shared_bytes, sum_norm
@@ -59,6 +59,7 @@ __all__ = [
     "Keys",
     "KeysValues",
     "LocalExperts",
+    "NormedSum",
     "PackedIntegers",
     "PageTables",
     "Paging",

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch import multiprocessing as mp
 
 from dsv3.distributed.one_shot_group import OneShotGroup, connect
-from dsv3_kernels import Peers, Quantized, shared_bytes, sum_norm
+from dsv3_kernels import NormedSum, Peers, shared_bytes, sum_norm
 from dsv3_kernels.gemm.act_quant import act_quant
 from dsv3_kernels.ops.sum_norm import MAX_ROWS, sum_norm_of_parts
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
@@ -35,7 +35,7 @@ def operands(step: int, ranks: int, device: torch.device) -> tuple[Tensor, list[
 
 
 def check(
-    got: tuple[Tensor, Tensor, Quantized | None],
+    got: NormedSum,
     x: Tensor,
     parts: list[Tensor],
     weight: Tensor,

@@ -5,6 +5,8 @@ pass over the data instead of three. Bound by bytes: every value is read and wri
 owns a row, so a row's result does not depend on other rows.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,20 @@ from dsv3_kernels.fp8_format import BLOCK
 from dsv3_kernels.gemm._e4m3 import e4m3_view, is_native
 from dsv3_kernels.gemm.act_quant import Quantized, act_quant, quantize_block
 from dsv3_kernels.operation import operation
+
+
+class NormedSum(NamedTuple):
+    """The residual stream after an addition, and its norm.
+
+    Attributes:
+        total: [..., D] the sum, rounded to the dtype of the residual stream.
+        norm: [..., D] the RMS norm of the sum, of the same dtype.
+        quantized: `act_quant` of the norm, or None.
+    """
+
+    total: Tensor
+    norm: Tensor
+    quantized: Quantized | None
 
 
 @triton.jit
@@ -98,7 +114,7 @@ def _launch_add_rmsnorm(
     eps: float,
     quant: bool = False,
     ue8m0: bool = False,
-) -> tuple[Tensor, Tensor, Quantized | None]:
+) -> NormedSum:
     D = x_TD.shape[-1]
     rows = x_TD.reshape(-1, D)
     if rows.stride(-1) != 1:
@@ -128,12 +144,11 @@ def _launch_add_rmsnorm(
             num_warps=min(8, max(1, blocks // 4)),
             **launch_options(),
         )
-    return sum_TD, h_TD, out
+    return NormedSum(sum_TD, h_TD, out)
 
 
 def _launch_rmsnorm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    _, h_TD, _ = _launch_add_rmsnorm(x_TD, None, weight_D, eps)
-    return h_TD
+    return _launch_add_rmsnorm(x_TD, None, weight_D, eps).norm
 
 
 @operation(kernel=_launch_rmsnorm)
@@ -162,10 +177,8 @@ def add_rmsnorm(
     eps: float,
     quant: bool = False,
     ue8m0: bool = False,
-) -> tuple[Tensor, Tensor, Quantized | None]:
-    """Add to the residual stream, normalize the sum, and quantize the result if `quant`.
-
-    The sum is rounded to the dtype of the residual stream before it is normalized.
+) -> NormedSum:
+    """Add to the residual stream, normalize the rounded sum, and quantize the norm if `quant`.
 
     Args:
         x_TD: [..., D] residual stream, any float dtype.
@@ -174,11 +187,8 @@ def add_rmsnorm(
         eps: added to the mean square.
         quant: also return the norm in FP8; D must be a multiple of 128.
         ue8m0: round the FP8 scales up to powers of two.
-
-    Returns:
-        x + y, rmsnorm(x + y), and `act_quant` of the norm or None.
     """
     # Of mixed dtypes a sum is in the wider one, float32; of bfloat16 it is rounded once.
     sum_TD = x_TD if y_TD is None else as_dtype(x_TD + y_TD, x_TD.dtype)
     h_TD = rmsnorm.reference(sum_TD, weight_D, eps)
-    return sum_TD, h_TD, act_quant.reference(h_TD, ue8m0) if quant else None
+    return NormedSum(sum_TD, h_TD, act_quant.reference(h_TD, ue8m0) if quant else None)

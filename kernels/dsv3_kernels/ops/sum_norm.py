@@ -40,7 +40,7 @@ from dsv3_kernels._triton import HAS_TRITON, in_turn, launch_options, tl, triton
 from dsv3_kernels.fp8_format import BLOCK
 from dsv3_kernels.gemm._e4m3 import e4m3_view, is_native
 from dsv3_kernels.gemm.act_quant import Quantized
-from dsv3_kernels.ops.rmsnorm import add_rmsnorm, norm_row
+from dsv3_kernels.ops.rmsnorm import NormedSum, add_rmsnorm, norm_row
 
 # Fewer than the multiprocessors of GPUs with links to others; the same on all ranks.
 MAX_ROWS = 48
@@ -88,7 +88,7 @@ def sum_norm_of_parts(
     eps: float,
     quant: bool = False,
     ue8m0: bool = False,
-) -> tuple[Tensor, Tensor, Quantized | None]:
+) -> NormedSum:
     """Define `sum_norm`: the parts of all ranks are added in float32, in rank order."""
     total_TD = parts[0].float()
     for y_TD in parts[1:]:
@@ -201,7 +201,7 @@ def sum_norm(
     peers: Peers,
     quant: bool = False,
     ue8m0: bool = False,
-) -> tuple[Tensor, Tensor, Quantized | None]:
+) -> NormedSum:
     """Do `add_rmsnorm` with the sum of `y_TD` over ranks.
 
     A collective of GPUs; `sum_norm_of_parts` is its reference.
@@ -216,7 +216,7 @@ def sum_norm(
         ue8m0: with scales that are powers of two.
 
     Returns:
-        The sum, its norm, and `act_quant` of the norm or None; the same on all ranks.
+        The same bits on all ranks.
     """
     assert fits_sum_norm(y_TD) and x_TD.shape == y_TD.shape, f"{x_TD.shape=} {y_TD.shape=}"
     T, D = x_TD.shape
@@ -251,4 +251,4 @@ def sum_norm(
         num_warps=min(16, max(1, blocks // 4)),
         **launch_options(),
     )
-    return sum_TD, h_TD, out
+    return NormedSum(sum_TD, h_TD, out)
