@@ -41,7 +41,7 @@ from dsv3_kernels.attention._decode_tiles import (
 )
 from dsv3_kernels.attention._numbered_parts import count_parts, find_part, split_length
 from dsv3_kernels.attention.kv_fp8 import packed_views
-from dsv3_kernels.attention.merge_lse import merge_splits
+from dsv3_kernels.attention.merge_lse import log_sum_exp, merge_splits
 from dsv3_kernels.attention.paging import PageTables
 from dsv3_kernels.attention.parts import PartialOutputs
 from dsv3_kernels.gemm._e4m3 import decode_e4m3, is_native
@@ -203,7 +203,7 @@ def _mla_decode_kernel(
         o = (acc / divisor[:, None]).to(o_ptr.dtype.element_ty)
         tl.store(o_at, o, mask=is_row[:, None] & is_c[None, :])
         at = owner.to(tl.int64) * lse_stride_owner + (own + owned) * LSE_ROW
-        tl.store(lse_ptr + at, (top + tl.log2(divisor)) * 0.6931471805599453, mask=is_row)
+        tl.store(lse_ptr + at, log_sum_exp(top, divisor), mask=is_row)
 
 
 def launch_decode(

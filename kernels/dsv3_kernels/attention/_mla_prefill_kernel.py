@@ -9,6 +9,7 @@ from torch import Tensor
 from dsv3_kernels._gpu import cdiv, next_power_of_2
 from dsv3_kernels._triton import in_turn, is_hopper, is_interpreted, launch_options, tl, triton
 from dsv3_kernels.attention.keys_values import KeysValues
+from dsv3_kernels.attention.merge_lse import log_sum_exp
 from dsv3_kernels.attention.parts import PartialOutputs
 
 
@@ -186,7 +187,7 @@ def _mla_prefill_kernel(
         out = (first + row) * H + head
         o_at = o_ptr + (out * V)[:, None] + v[None, :]
         tl.store(o_at, acc / divisor[:, None], mask=is_row[:, None] & is_v[None, :])
-        tl.store(lse_ptr + out, (top + tl.log2(divisor)) * 0.6931471805599453, mask=is_row)
+        tl.store(lse_ptr + out, log_sum_exp(top, divisor), mask=is_row)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,12 @@ from dsv3_kernels.operation import operation
 _PARTS = 32
 
 
+@triton.jit
+def log_sum_exp(top, divisor):
+    """Return the natural log-sum-exp of scores in base 2: their maximum, the sum of 2^(s - top)."""
+    return (top + tl.log2(divisor)) * 0.6931471805599453
+
+
 def softmax(score: Tensor, is_empty: Tensor | None = None) -> Tensor:
     """Return the softmax over the last dim.
 

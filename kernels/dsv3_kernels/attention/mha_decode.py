@@ -9,7 +9,7 @@ from dsv3_kernels._gpu import cdiv, next_power_of_2
 from dsv3_kernels._triton import in_turn, launch_options, tl, triton
 from dsv3_kernels.attention._decode_tiles import numbered_at_once, pool_for, programs_for
 from dsv3_kernels.attention._numbered_parts import count_parts, find_part, split_length
-from dsv3_kernels.attention.merge_lse import merge_splits, softmax
+from dsv3_kernels.attention.merge_lse import log_sum_exp, merge_splits, softmax
 from dsv3_kernels.attention.paging import PageTables
 from dsv3_kernels.attention.parts import PartialOutputs
 from dsv3_kernels.operation import operation
@@ -97,8 +97,7 @@ def _mha_decode_kernel(
         divisor = tl.where(total == 0.0, 1.0, total)
         out = part * H + head
         tl.store(o_ptr + out * V + v, acc / divisor, mask=is_v)
-        lse = (top + tl.log2(divisor)) * 0.6931471805599453
-        tl.store(lse_ptr + out + tl.arange(0, 1), lse)
+        tl.store(lse_ptr + out + tl.arange(0, 1), log_sum_exp(top, divisor))
 
 
 def launch_mha_decode(

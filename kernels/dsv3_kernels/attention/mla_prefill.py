@@ -6,6 +6,7 @@ heads may share, so no copy has to join them.
 
 from collections.abc import Iterator
 from itertools import groupby, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -116,14 +117,14 @@ def mla_prefill_packed(
     """
     parts = [
         _attend(
-            q_THX[start:stop].unflatten(0, (count, -1)),
-            keys.rows(start, stop),
-            L=count,
+            q_THX[run.start : run.stop].unflatten(0, (run.count, -1)),
+            keys.rows(run.start, run.stop),
+            L=run.count,
             first_key=0,
             first_query=0,
             scale=scale,
         )
-        for start, stop, count in _equal_runs(start_L.tolist(), q_THX.shape[1])
+        for run in _equal_runs(start_L.tolist(), q_THX.shape[1])
     ]
     return PartialOutputs(
         torch.cat([part.o.flatten(0, 1) for part in parts]),
@@ -131,11 +132,16 @@ def mla_prefill_packed(
     )
 
 
-def _equal_runs(starts: list[int], num_heads: int) -> Iterator[tuple[int, int, int]]:
-    """Yield the first row, the last row + 1 and the number of neighbours of one length.
+class _Run(NamedTuple):
+    """Rows start .. stop - 1: `count` sequences of one length, one after the other."""
 
-    Their number is limited, so that all their scores fit in `_SCORES`.
-    """
+    start: int
+    stop: int
+    count: int
+
+
+def _equal_runs(starts: list[int], num_heads: int) -> Iterator[_Run]:
+    """Yield runs of sequences of one length, with at most `_SCORES` scores each if possible."""
     lengths = [stop - start for start, stop in pairwise(starts)]
     start = starts[0]
     for length, run in groupby(lengths):
@@ -143,5 +149,5 @@ def _equal_runs(starts: list[int], num_heads: int) -> Iterator[tuple[int, int, i
         count = len(list(run))
         for first in range(0, count, most):
             some = min(most, count - first)
-            yield start, start + some * length, some
+            yield _Run(start, start + some * length, some)
             start += some * length
