@@ -1,6 +1,6 @@
 import pytest
 
-from dsv3_kernels.attention._decode_tiles import _SPLIT_BYTES, pool_for, split_for
+from dsv3_kernels.attention._decode_tiles import _SPLIT_BYTES, pool_for, programs_for, split_for
 
 
 @pytest.mark.parametrize("fit", [1, 2, 3, 7, 20, 1000])
@@ -35,3 +35,9 @@ def test_short_sequences_that_keep_a_gpu_busy_are_not_split() -> None:
     """2,048 selected slots of each of a prompt's queries; a decode step has too few of them."""
     assert split_for(512, 2048, 2048, 132) == 2048 and split_for(512, 128, 2048, 132) == 512
     assert split_for(512, 2048, 4096, 132) == 512, "longer ones are"
+
+
+def test_programs_of_many_sequences_fit_a_grid() -> None:
+    """As of the queries of a prompt of 70,000 tokens that attend to selected slots."""
+    assert programs_for(70_000, 1, 70_000) == 65_535
+    assert programs_for(9, 4, 3) == 9 and programs_for(10**6, 4, 300) == 300

@@ -7,6 +7,8 @@ from dsv3_kernels._gpu import cdiv
 
 # Approximate programs per launch: eight for each multiprocessor.
 _PROGRAMS = 1024
+# CUDA's limit for a grid's second dimension.
+_MOST_PROGRAMS = 65535
 # Bytes of partial outputs at a time: for 128 heads and 1,024 splits, two per program.
 _SPLIT_BYTES = 256 << 20
 # Positions of the shortest split; by arithmetic, not measured.
@@ -23,7 +25,7 @@ def programs_for(parts: int, tiles: int, sequences: int) -> int:
     Tables may be far wider than contexts are long; then most programs would have no part if there
     were one for each part that the tables allow.
     """
-    return max(sequences, min(parts, _PROGRAMS // tiles))
+    return min(_MOST_PROGRAMS, max(sequences, min(parts, _PROGRAMS // tiles)))
 
 
 def numbered_at_once(sequences: int) -> int:

@@ -2,12 +2,11 @@
 
 Rows are sorted by expert (`permute.Groups`). Programs of a persistent grid compute the tiles that
 follow from the counts on the device: experts without rows cost nothing, and the host needs no
-counts. For few rows operands are swapped (a tile is
-W x^T): matrix units need at least 64 rows of the first operand and 16 of the second. Tiles of many
-rows are x W^T, with W loaded through TMA if available. In either case an element is the same chain
-of sums of 128 bytes along D, so a row's result does not depend on other rows. (Swapped and
-unswapped chains give the same bits if matrix units treat both operands alike;
-`tests/kernels/test_gpu_experts.py` asserts it on a GPU.)
+counts. For few rows operands are swapped (a tile is W x^T): matrix units need at least 64 rows of
+the first operand and 16 of the second. Tiles of many rows are x W^T, with W loaded through TMA if
+available. In either case an element is the same chain of sums of 128 bytes along D, so a row's
+result does not depend on other rows. (Swapped and unswapped chains give the same bits if matrix
+units treat both operands alike; `tests/kernels/test_gpu_experts.py` asserts it on a GPU.)
 
 The numbers are float (one dtype, float32 sums; float32 without TF32), float rows with FP8 matrices
 (dequantized in registers, as by `weight_dequant`), FP8 rows quantized 1x128 with FP8 matrices
