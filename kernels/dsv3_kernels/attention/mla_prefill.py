@@ -117,9 +117,9 @@ def mla_prefill_packed(
     """
     parts = [
         _attend(
-            q_THX[run.start : run.stop].unflatten(0, (run.count, -1)),
+            q_THX[run.start : run.stop].unflatten(0, (run.num_sequences, -1)),
             keys.rows(run.start, run.stop),
-            L=run.count,
+            L=run.num_sequences,
             first_key=0,
             first_query=0,
             scale=scale,
@@ -133,11 +133,11 @@ def mla_prefill_packed(
 
 
 class _Run(NamedTuple):
-    """Rows start .. stop - 1: `count` sequences of one length, one after the other."""
+    """Rows start .. stop - 1: `num_sequences` of one length, one after the other."""
 
     start: int
     stop: int
-    count: int
+    num_sequences: int
 
 
 def _equal_runs(starts: list[int], num_heads: int) -> Iterator[_Run]:
