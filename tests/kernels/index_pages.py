@@ -19,12 +19,6 @@ def empty_cache(pages: int, dim: int, form: torch.dtype, slots_per_page: int) ->
     return IndexCache(memory[3 * slots_per_page :], slots_per_page)
 
 
-def stored_keys(cache: IndexCache) -> Tensor:
-    """Return the keys of all slots, in float32, [slots, I]."""
-    pages = len(cache.slots) // cache.slots_per_page
-    return cache.read_pages(torch.arange(pages, device=cache.device))
-
-
 def scatter_keys(
     keys: list[Tensor], query_pos_BQ: Tensor, paging: Paging, form: torch.dtype
 ) -> tuple[IndexCache, PageTables]:

@@ -66,6 +66,15 @@ class IndexCache:
             scales = scales.view(torch.float32)
         return values.unflatten(1, (P, dim)), scales
 
+    def read(self, slot_S: Tensor) -> Tensor:
+        """Return the keys of some slots [S], in float32, [S, I]."""
+        if not self.is_fp8:
+            return self.slots[slot_S].float()
+        values, scales = self.views()
+        page = slot_S // self.slots_per_page
+        at = slot_S % self.slots_per_page
+        return e4m3_floats(values[page, at].view(FP8)) * scales[page, at].unsqueeze(-1)
+
     def read_pages(self, page_G: Tensor) -> Tensor:
         """Return the keys of whole pages [G], in float32, [G * P, I]."""
         values, scales = (x.index_select(0, page_G) for x in self.views())
