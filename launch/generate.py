@@ -54,13 +54,7 @@ from dsv3.text.chat import AnyFormat, ChatFormat, UnusableFormat
 from dsv3.text.defaults import Defaults
 from dsv3.text.text_request import digest
 from generate_flags import chat_format_of, parse_args, request_defaults
-from program import (
-    common_settings,
-    engine_config,
-    join_ranks,
-    run_program,
-    set_up_logging,
-)
+from program import engine_config, join_engine_ranks, run_program, set_up_logging
 
 if TYPE_CHECKING:
     from benchlib.bound import Profile
@@ -283,20 +277,8 @@ def main() -> int:
         args = parse_args()
         set_up_logging(args.debug, args.log_dir)
     begin = time.perf_counter()
-    settings = common_settings(args)
     try:
-        with (
-            join_ranks(
-                args.device,
-                args.tp,
-                args.dp,
-                args.rank_timeout,
-                settings,
-                one_shot=args.one_shot,
-                cpu_exchange=args.cpu_exchange,
-            ) as mesh,
-            ExitStack() as files,
-        ):
+        with join_engine_ranks(args) as mesh, ExitStack() as files:
             tune_process(mesh)
             return run(args, mesh, files, begin)
     except KeyboardInterrupt:

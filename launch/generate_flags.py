@@ -10,7 +10,7 @@ from dsv3.errors import ConfigError
 from dsv3.serve.exporter import check_exporter
 from dsv3.text.chat import AnyFormat, ChatFormat
 from dsv3.text.defaults import Defaults, Sampling
-from program import Parser, add_engine_flags
+from program import Parser, add_engine_flags, add_profile_flags, check_profile_flags
 from program_files import check_files
 
 
@@ -24,6 +24,7 @@ def parse_args() -> argparse.Namespace:
         )
     )
     add_engine_flags(parser)
+    add_profile_flags(parser)
     args = parser.parse_args()
     check_flags(args)
     inputs = ("--input-file", "--prewarm")
@@ -142,8 +143,7 @@ def check_required_flags(args: argparse.Namespace) -> None:
             raise ConfigError(f"{name} is for a chat; add --interactive, or leave it out")
     if args.prompt_separator and not (args.input_file or args.prewarm):
         raise ConfigError("--prompt-separator requires --input-file or --prewarm")
-    if args.hardware != "measure" and not args.profile:
-        raise ConfigError("--hardware gives the ceilings of --profile; add that, or leave it out")
+    check_profile_flags(args)
 
 
 def request_defaults(args: argparse.Namespace, checkpoint: Path) -> Defaults:

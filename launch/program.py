@@ -9,7 +9,7 @@ import stat
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import fields
 from difflib import get_close_matches
@@ -114,12 +114,22 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
             groups[name].add_argument(
                 flag(f.name), type=kind, default=f.default, metavar=metavar, help=text
             )
-    text = "measure the time of every operation and compare it with its roofline floor"
-    parser.add_argument("--profile", action="store_true", help=text)
-    text = "ceilings of --profile: measure, h100, h200 or h800"
-    parser.add_argument("--hardware", default="measure", help=text)
     parser.add_argument("--log-dir", metavar="DIR", help="also log here, a file for every rank")
     parser.add_argument("--debug", action="store_true", help="log more; tracebacks with errors")
+
+
+def add_profile_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of programs that can measure their steps."""
+    text = "measure the time of every operation and compare it with its roofline floor"
+    parser.add_argument("--profile", action="store_true", help=text)
+    text = "ceilings of --profile: measure (on this machine), or a device's name, such as h100"
+    parser.add_argument("--hardware", default="measure", help=text)
+
+
+def check_profile_flags(args: argparse.Namespace) -> None:
+    """Raise ConfigError if ceilings are given that nothing is compared with."""
+    if args.hardware != "measure" and not args.profile:
+        raise ConfigError("--hardware gives the ceilings of --profile; add that, or leave it out")
 
 
 class _Flags(EngineConfig):
@@ -142,32 +152,33 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
     return _Flags(**{f.name: getattr(args, f.name) for f in fields(EngineConfig)})
 
 
-def common_settings(args: argparse.Namespace) -> dict[str, str]:
-    """Return the settings that must be the same on all ranks, with their values as text."""
-    same = {name: str(getattr(args, name)) for name in ("profile", "rank_timeout")}
-    return EngineConfig.common(vars(args)) | same
-
-
 def join_ranks(
-    device: str,
-    tp: int = 0,
-    dp: int = 1,
-    rank_timeout: float = 60.0,
-    settings: Mapping[str, str] | None = None,
-    one_shot: bool = False,
-    cpu_exchange: str = "auto",
+    device: str, tp: int = 0, dp: int = 1, one_shot: bool = False, **settings: Any
 ) -> AbstractContextManager[Mesh]:
     """Return `join_world` for a program: errors name flags, and signals end the job in order."""
     return join_world(
-        device,
-        tp,
-        dp,
-        rank_timeout,
-        settings,
-        flag,
-        one_shot=one_shot,
-        cpu_exchange=cpu_exchange,
-        around=end_at_signals,
+        device, tp, dp, name=flag, one_shot=one_shot, around=end_at_signals, **settings
+    )
+
+
+def join_engine_ranks(
+    args: argparse.Namespace, device: str | None = None
+) -> AbstractContextManager[Mesh]:
+    """Return `join_ranks` with the flags of `add_engine_flags`, most of which ranks must share.
+
+    Args:
+        args: the flags.
+        device: replaces that of the flags.
+    """
+    same = {name: str(getattr(args, name, None)) for name in ("profile", "rank_timeout")}
+    return join_ranks(
+        device or args.device,
+        args.tp,
+        args.dp,
+        args.one_shot,
+        rank_timeout=args.rank_timeout,
+        settings=EngineConfig.common(vars(args)) | same,
+        cpu_exchange=args.cpu_exchange,
     )
 
 

@@ -36,7 +36,7 @@ from dsv3.serve.front import Front, Limits, Served
 from dsv3.settings import EngineConfig
 from generate_flags import chat_format_of, request_defaults
 from process import drain_at_signals
-from program import common_settings, engine_config, join_ranks, run_program, set_up_logging
+from program import engine_config, join_engine_ranks, run_program, set_up_logging
 from serve_flags import api_keys, parse_args
 
 if TYPE_CHECKING:
@@ -151,17 +151,7 @@ def main() -> int:
             args = parse_args()
             set_up_logging(args.debug, args.log_dir)
             listener = open_port(args, stack)
-        mesh = stack.enter_context(
-            join_ranks(
-                args.device,
-                args.tp,
-                args.dp,
-                args.rank_timeout,
-                common_settings(args),
-                one_shot=args.one_shot,
-                cpu_exchange=args.cpu_exchange,
-            )
-        )
+        mesh = stack.enter_context(join_engine_ranks(args))
         tune_process(mesh)
         return run(args, mesh, listener, stack)
 

@@ -64,8 +64,6 @@ def check_flags(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not value >= limit:
             raise ConfigError(f"--{name.replace('_', '-')}={value} must be at least {limit}")
-    if args.profile:
-        raise ConfigError("--profile is for generate.py and bench.py; leave it out")
 
 
 def api_keys(args: argparse.Namespace) -> list[str]:

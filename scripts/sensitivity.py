@@ -49,9 +49,8 @@ from dsv3.read_files import read_mapping
 from program import (
     Parser,
     add_engine_flags,
-    common_settings,
     engine_config,
-    join_ranks,
+    join_engine_ranks,
     run_program,
     set_up_logging,
 )
@@ -276,8 +275,6 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.dp != 1:
         raise ConfigError(f"--dp={args.dp}: the output is measured in one group; leave it out")
-    if args.profile:
-        raise ConfigError("--profile: steps are not timed here; leave it out")
     for name in ("longest", "most"):
         if getattr(args, name) < 2:
             raise ConfigError(f"--{name}={getattr(args, name)} must be at least 2")
@@ -313,12 +310,7 @@ def main() -> int:
     with before_joining():
         args = parse_args()
         set_up_logging(args.debug, args.log_dir)
-    device = "cpu" if args.device == "auto" else args.device
-    exchange = args.cpu_exchange
-    settings = common_settings(args)
-    with join_ranks(
-        device, args.tp, args.dp, args.rank_timeout, settings, cpu_exchange=exchange
-    ) as mesh:
+    with join_engine_ranks(args, "cpu" if args.device == "auto" else args.device) as mesh:
         return run(args, mesh)
 
 

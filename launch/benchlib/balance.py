@@ -12,17 +12,18 @@ from pathlib import Path
 
 import numpy as np
 
-from benchlib.flags import add_program_flags, at_least
-from benchlib.report import Report, check_report
+from benchlib.flags import at_least
+from benchlib.report import Report
 from dsv3.config_files import DEMO, load_model_config
 from dsv3.errors import ConfigError
 from dsv3.files import NamedFile, check_output
 from dsv3.parallel.expert_placement import Placement, layers_format, read_layers
-from program import Parser, set_up_logging
 
 
-def balance(args: argparse.Namespace) -> Report:
+def run(args: argparse.Namespace) -> Report:
     """Compare equal ranges of experts with balanced ones."""
+    if args.save:
+        check_output(NamedFile("--save", args.save), layers_format(["num_experts", "num_ranks"]))
     config = load_model_config(args.config or DEMO)
     contiguous = Placement.contiguous(config, args.ranks)
     if args.load:
@@ -58,9 +59,8 @@ def balance(args: argparse.Namespace) -> Report:
     return report
 
 
-def parse_args(arguments: list[str]) -> argparse.Namespace:
-    """Read the command line."""
-    parser = Parser(prog="bench.py balance", description=(__doc__ or "").split("\n")[0])
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this benchmark."""
     parser.add_argument("--load", type=Path, help="a file that --record-expert-load has written")
     parser.add_argument("--config", help="model to place (default: the demo model)")
     parser.add_argument("--skew", type=float, default=1.0, help="Zipf exponent of synthetic loads")
@@ -76,17 +76,3 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
         "--redundant-experts", type=int, default=0, help="extra copies in a layer (default: 0)"
     )
     parser.add_argument("--save", type=Path, help="file to write the placement to")
-    add_program_flags(parser)
-    return parser.parse_args(arguments)
-
-
-def main(arguments: list[str]) -> int:
-    """Compute a balanced placement and print the report."""
-    args = parse_args(arguments)
-    check_report(args, inputs=("--load",), outputs=("--save",))
-    if args.save:
-        check_output(NamedFile("--save", args.save), layers_format(["num_experts", "num_ranks"]))
-    set_up_logging(args.debug)
-    report = balance(args)
-    report.publish(args.json)
-    return 0

@@ -11,19 +11,18 @@ the cache entries and index keys in the page tables that attention and scoring w
 import argparse
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from benchlib.context_layer import ContextLayer, ContextStep, LayerCost
-from benchlib.flags import add_program_flags, at_least
-from benchlib.report import Report, Row, check_report, machine
+from benchlib.flags import at_least
+from benchlib.report import Report, Row
 from common import tune_process
 from dsv3.config import ModelConfig
 from dsv3.config_files import load_model_config
 from dsv3.errors import ConfigError
 from dsv3.settings import CacheDtype
-from program import Parser, join_ranks, set_up_logging
+from program import join_ranks
 
 
 def context_report(
@@ -119,9 +118,8 @@ def config_of(args: argparse.Namespace) -> ModelConfig:
     return replace(config, num_attention_heads=heads, quantization=None)
 
 
-def parse_args(arguments: list[str]) -> argparse.Namespace:
-    """Read the command line."""
-    parser = Parser(prog="bench.py context", description=(__doc__ or "").split("\n")[0])
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this benchmark."""
     add = parser.add_argument
     add("--config", default="v3.2-671b", help="a preset's name or a config file")
     add(
@@ -144,16 +142,10 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
     add("--repeats", type=at_least(1), default=3, help="timed runs of each step and form")
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--threads", type=at_least(1), help="CPU threads (default: all)")
-    add("--plot", type=Path, help="file to write a plot to (PNG, SVG, PDF)")
-    add_program_flags(parser)
-    return parser.parse_args(arguments)
 
 
-def main(arguments: list[str]) -> int:
-    """Measure the layer and print the report."""
-    args = parse_args(arguments)
-    check_report(args)
-    set_up_logging(args.debug)
+def run(args: argparse.Namespace) -> Report:
+    """Measure the layer."""
     with join_ranks(args.device) as mesh:
         tune_process(mesh, args.threads)
         plain: CacheDtype = "fp32" if mesh.device.type == "cpu" else "bf16"
@@ -165,6 +157,5 @@ def main(arguments: list[str]) -> int:
             index=plain if args.index_dtype == "auto" else args.index_dtype,
             repeats=args.repeats,
         )
-        report.setting |= machine(1) | {"model": args.config}
-    report.publish(args.json, args.plot)
-    return 0
+        report.setting["model"] = args.config
+        return report

@@ -1,5 +1,6 @@
 """Time and exchanged bytes of a MoE layer over several ranks, by dispatch variant and tokens."""
 
+import argparse
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -9,15 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchlib.flags import at_least
 from benchlib.report import Report, Row
+from common import tune_process
 from dsv3.config import ModelConfig
-from dsv3.distributed.mesh import Mesh
+from dsv3.config_files import DEMO, load_model_config
+from dsv3.distributed.mesh import Mesh, before_joining
 from dsv3.model.moe import MoE
 from dsv3.model.side_stream import SideStream
 from dsv3.parallel.expert_dispatch import ExpertDispatch, StepTokens
 from dsv3.parallel.token_rows import DispatchSettings
 from dsv3.parallel.weight_format import WeightFormat
 from dsv3_kernels.fp8_format import FP8
+from program import join_ranks
 
 # The dispatch of each variant, and whether its shapes are static.
 Variants = dict[str, tuple[ExpertDispatch, bool]]
@@ -31,6 +36,35 @@ _VARIANTS = (
 )
 # Columns of sent bytes, and the counters that each one adds up.
 _PURPOSES = {"out": ("dispatch", "all_gather"), "back": ("combine",), "sum": ("all_reduce",)}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this benchmark."""
+    add = parser.add_argument
+    text = "tokens of each dp group"
+    add("--tokens", type=at_least(1), nargs="+", default=[1, 8, 64, 512], help=text)
+    add("--config", help="model whose layer to build (default: the demo model)")
+    add("--inner", type=at_least(1), help="width of an expert, to fit the memory")
+    text = "of weights and activations"
+    add("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help=text)
+    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--tp", type=int, default=0, help="tensor-parallel ranks (default: ranks / dp)")
+    add("--dp", type=int, default=1, help="data-parallel groups")
+    add("--repeats", type=at_least(1), default=9, help="timed runs of each variant")
+
+
+def run(args: argparse.Namespace) -> Report | None:
+    """Time one MoE layer on all ranks; rank 0 returns the report."""
+    with before_joining():
+        config = load_model_config(args.config or DEMO)
+    if args.inner:
+        config = replace(config, moe_intermediate_size=args.inner)
+    with join_ranks(args.device, args.tp, args.dp) as mesh:
+        tune_process(mesh)
+        mesh.layout.check(config)
+        report = dispatch_time(mesh, config, getattr(torch, args.dtype), args.tokens, args.repeats)
+        report.setting |= {"config": args.config or "demo", "ranks": mesh.layout.world_size}
+        return report if mesh.layout.rank == 0 else None
 
 
 @torch.inference_mode()

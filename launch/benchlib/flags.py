@@ -4,8 +4,10 @@ import argparse
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
+
+from benchlib.workload import Lengths
+from dsv3.errors import ConfigError
 
 _Item = TypeVar("_Item")
 
@@ -41,7 +43,19 @@ def at_least(least: int) -> Callable[[str], int]:
     return number
 
 
-def add_program_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the common flags of benchmarks that do not have the engine's flags."""
-    parser.add_argument("--json", type=Path, help="file to write the result to")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+def lengths(text: str) -> Lengths:
+    """Parse a distribution of lengths."""
+    try:
+        return Lengths.parse(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def add_request_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of random requests."""
+    add = parser.add_argument
+    add("--requests", type=at_least(1), default=64, help="number of requests")
+    forms = "N, uniform:LOW:HIGH or lognormal:MEDIAN:SIGMA"
+    add("--prompt-len", type=lengths, default="32", help=f"tokens of prompts: {forms}")
+    add("--answer-len", type=lengths, default="32", help=f"tokens of answers: {forms}")
+    add("--seed", type=int, default=0, help="of the random requests (default: 0)")

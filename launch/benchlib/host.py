@@ -1,5 +1,6 @@
 """Host time of a step: scheduling and committing many sequences, without a model."""
 
+import argparse
 import time
 from dataclasses import replace
 from typing import cast
@@ -7,19 +8,25 @@ from typing import cast
 import numpy as np
 import torch
 
+from benchlib.flags import at_least
+from benchlib.launches import launch_time
 from benchlib.report import Report
 from dsv3.cache.layout import CacheLayout
 from dsv3.cache.pool import CachePool
 from dsv3.config import ModelConfig
+from dsv3.config_files import load_model_config
 from dsv3.distributed.collectives import SingleRank
 from dsv3.engine.engine import Engine
+from dsv3.engine.locate import locate_description
 from dsv3.engine.runner import BatchBuilder, Runner
 from dsv3.engine.step_plan import PlanChannel, StepPlan
 from dsv3.engine.step_result import StepResult
+from dsv3.errors import ConfigError
 from dsv3.model.absorb_rule import AbsorbRule
 from dsv3.request import Request, SamplingParams
 from dsv3.settings import EngineConfig
 from dsv3.text.tokenizer import Tokenizer
+from program import engine_config
 
 _CPU = torch.device("cpu")
 
@@ -41,6 +48,28 @@ class NoModel:
         sampled = StepResult(torch.full((len(plan.row),), 7), None)
         self.seconds += time.perf_counter() - start
         return sampled
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this benchmark."""
+    add = parser.add_argument
+    add("--context", type=at_least(1), default=512, help="tokens of each prompt")
+    add("--steps", type=at_least(1), default=200, help="timed steps")
+    add("--text", action="store_true", help="also detokenize the answers")
+    text = "time the Python code around an eager step's launches instead"
+    add("--launches", action="store_true", help=text)
+
+
+def run(args: argparse.Namespace) -> Report:
+    """Time the host's share of steps; no model is loaded and no ranks are joined."""
+    if args.tp or args.dp > 1:
+        raise ConfigError("host runs no model on no ranks; leave --tp and --dp out")
+    checkpoint = locate_description(args.ckpt_path)
+    tokenizer = Tokenizer.load(checkpoint) if args.text else None
+    config = load_model_config(args.config or checkpoint)
+    if args.launches:
+        return launch_time(config, args.context, args.steps)
+    return host_time(config, engine_config(args), tokenizer, args.context, args.steps)
 
 
 def host_time(

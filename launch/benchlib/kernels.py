@@ -23,15 +23,14 @@ import torch
 
 from benchlib.bound import share_of_roof
 from benchlib.case_log import CaseLog, describe, spoils_device
-from benchlib.flags import Share, add_program_flags, share
+from benchlib.flags import Share, share
 from benchlib.hardware import Hardware, hardware
 from benchlib.interpreter import patch_interpreter
 from benchlib.kernel_cases import Case, cases, check, measure
 from benchlib.operation import Op
-from benchlib.report import Report, Row, check_report, machine
+from benchlib.report import Report, Row
 from dsv3.engine.start import set_launches
 from dsv3.errors import ConfigError
-from program import Parser, set_up_logging
 
 log = logging.getLogger("dsv3")
 
@@ -39,9 +38,8 @@ RIGHT = "right"
 _FIGURES = ("us", "GB/s", "TFLOP/s", "floor us", "% of roof", "peer us", "x peer")
 
 
-def parse_args(arguments: list[str]) -> argparse.Namespace:
-    """Read the command line."""
-    parser = Parser(prog="bench.py kernels", description=(__doc__ or "").split("\n")[0])
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this benchmark."""
     parser.add_argument("--ops", nargs="+", help="names of kernels, in this order (default: all)")
     parser.add_argument(
         "--share", type=share, default=Share(0, 1), help="I/N: every N-th case from number I on"
@@ -66,11 +64,9 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
         default="measure",
         help="ceilings: measure (on this machine), or the name of a device, such as h100",
     )
-    add_program_flags(parser)
-    return parser.parse_args(arguments)
 
 
-def compare_and_time(args: argparse.Namespace) -> Report:
+def run(args: argparse.Namespace) -> Report:
     """Check each kernel and time the correct ones; rows of wrong kernels have the difference."""
     on_gpu = torch.cuda.is_available()
     if not on_gpu and not args.check:
@@ -181,15 +177,3 @@ def _timed(case: Case, device: torch.device, ceilings: Hardware) -> Row:
         "peer us": None if peer_seconds is None else 1e6 * peer_seconds,
         "x peer": None if peer_seconds is None else peer_seconds / seconds,
     }
-
-
-def main(arguments: list[str]) -> int:
-    """Check and time the kernels and print the report; wrong kernels are an error."""
-    args = parse_args(arguments)
-    check_report(args, outputs=("--rows",))
-    set_up_logging(args.debug)
-    report = compare_and_time(args)
-    report.setting |= machine(1)
-    report.publish(args.json)
-    report.raise_failures("kernels failed and have no times")
-    return 0

@@ -1,21 +1,104 @@
 """Benchmarks of a loaded model: random requests, conversations with drafts, dialogues."""
 
 import argparse
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
+from benchlib.bound import Profile
 from benchlib.contest import Contender, EngineContender
 from benchlib.dialogue import Dialogue, dialogue
 from benchlib.drafts import DraftContender, compare_drafts, read_conversations
+from benchlib.flags import add_request_flags, at_least
 from benchlib.peer import TransformersPeer
 from benchlib.report import Report
 from benchlib.throughput import throughput
 from benchlib.workload import draw_requests
-from dsv3.engine.engine import Engine
+from common import tune_for_model, tune_process
+from dsv3.config_files import load_model_config
+from dsv3.distributed.mesh import before_joining
+from dsv3.engine.engine import Engine, follow
+from dsv3.engine.locate import locate_checkpoint
 from dsv3.engine.speculation import NO_DRAFTS, Speculation
-from dsv3.engine.start import Started
+from dsv3.engine.start import Started, start
 from dsv3.errors import ConfigError
 from dsv3.settings import EngineConfig
-from program import engine_config
+from program import (
+    add_profile_flags,
+    check_profile_flags,
+    engine_config,
+    join_engine_ranks,
+)
+
+
+def add_throughput_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of an offline batch."""
+    add_request_flags(parser)
+    text = "most running requests"
+    parser.add_argument("--concurrency", type=at_least(1), default=64, help=text)
+    _add_peer_flags(parser)
+
+
+def add_drafts_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of conversations with drafts."""
+    add = parser.add_argument
+    text = "rows with messages, as for generate.py"
+    add("--input-file", type=Path, required=True, help=text)
+    add("--answer-len", type=at_least(2), default=96, help="most tokens of answers")
+    text = "running requests"
+    add("--concurrency", type=at_least(1), nargs="+", default=[1, 8, 32], help=text)
+    add("--repeats", type=at_least(1), default=3, help="timed runs of each")
+    _add_common_flags(parser)
+
+
+def add_chat_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of dialogues."""
+    add = parser.add_argument
+    add("--turns", type=at_least(1), default=8, help="turns of a dialogue")
+    add("--user-len", type=at_least(1), default=64, help="user tokens of each turn")
+    add("--answer-len", type=at_least(1), default=32, help="tokens of each answer")
+    _add_peer_flags(parser)
+
+
+def _add_peer_flags(parser: argparse.ArgumentParser) -> None:
+    text = "also measure this library, alternating"
+    parser.add_argument("--peer", choices=["transformers"], help=text)
+    parser.add_argument("--repeats", type=at_least(1), default=5, help="timed runs of each")
+    _add_common_flags(parser)
+
+
+def _add_common_flags(parser: argparse.ArgumentParser) -> None:
+    text = "CPU threads of each rank (default: its share)"
+    parser.add_argument("--threads", type=at_least(1), help=text)
+    add_profile_flags(parser)
+
+
+def measure(
+    run: Callable[[argparse.Namespace, Started], Report], args: argparse.Namespace
+) -> Report | None:
+    """Load the model on all ranks and measure it with `run`; rank 0 returns the report."""
+    with before_joining():
+        check_profile_flags(args)
+    with join_engine_ranks(args) as mesh:
+        tune_process(mesh, args.threads)
+        config = load_model_config(args.config) if args.config else None
+        args.ckpt_path = locate_checkpoint(args.ckpt_path, mesh)
+        started = start(args.ckpt_path, engine_config(args), mesh, config, args.n_experts)
+        tune_for_model(started.config, mesh, args.threads)
+        profile = Profile(args.hardware, started) if args.profile else None
+        if started.engine is None:
+            follow(started.runner, started.channel)
+            started.runner.finish()
+            return None
+        try:
+            report = run(args, started)
+        finally:
+            started.engine.stop()
+        started.runner.finish()
+        if profile is not None:
+            report.notes.append(f"\n{profile.report()}")
+        report.setting["ranks"] = mesh.layout.world_size
+        return report
 
 
 def run_throughput(args: argparse.Namespace, started: Started) -> Report:

@@ -20,20 +20,20 @@ from benchlib.integers import INTEGERS
 from benchlib.layouts import Layout, layouts, memory
 from benchlib.operation import Op
 from benchlib.plan_measured import measured_plan
-from benchlib.report import Report, Row, check_report
+from benchlib.report import Report, Row
 from benchlib.roofline import RooflineSetup
 from benchlib.step_shape import StepShape
 from dsv3.config import ParallelConfig
 from dsv3.config_files import load_model_config
+from dsv3.distributed.launcher import environment_world_size
 from dsv3.engine.locate import locate_description
 from dsv3.errors import ConfigError
 from dsv3.files import NamedFile, check_output
-from program import Parser, add_engine_flags, set_up_logging
 
 
-def computed_plan(args: argparse.Namespace) -> Report:
+def _computed_plan(args: argparse.Namespace) -> Report:
     """Compare all layouts from hardware figures alone; no model is loaded."""
-    if args.hardware == "measure":
+    if args.hardware is None:
         raise ConfigError("give --hardware (h200x8, h800x16, FILE), or --measure this machine")
     if args.save_hardware:
         raise ConfigError("--save-hardware writes the figures of --measure; give both or neither")
@@ -142,9 +142,10 @@ def figure(text: str) -> tuple[str, float]:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=NUMBER") from None
 
 
-def parse_args(arguments: list[str]) -> argparse.Namespace:
-    """Read the command line."""
-    parser = Parser(prog="bench.py plan", description=(__doc__ or "").split("\n")[0])
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this benchmark."""
+    text = "h200x8, h800x16, or a YAML file with the figures of a device (default: --measure)"
+    parser.add_argument("--hardware", help=text)
     parser.add_argument(
         "--figure",
         type=figure,
@@ -176,21 +177,16 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--save-hardware", type=Path, help="file to write measured figures to")
     parser.add_argument(
-        "--threads", type=at_least(0), help="CPU threads of each rank (default: its share)"
+        "--threads", type=at_least(1), help="CPU threads of each rank (default: its share)"
     )
-    parser.add_argument("--json", type=Path, help="file to write the result to")
-    add_engine_flags(parser)
-    return parser.parse_args(arguments)
 
 
-def main(arguments: list[str]) -> int:
-    """Compare the layouts and print the report."""
-    args = parse_args(arguments)
-    check_report(args, inputs=("--hardware",), outputs=("--save-hardware",))
+def run(args: argparse.Namespace) -> Report | None:
+    """Compare the layouts; only rank 0 returns the report."""
     if args.save_hardware:
         check_output(NamedFile("--save-hardware", args.save_hardware), HARDWARE_FILE)
-    set_up_logging(args.debug)
-    report = measured_plan(args) if args.measure else computed_plan(args)
-    if report is not None:
-        report.publish(args.json)
-    return 0
+    if args.measure:
+        return measured_plan(args)
+    if environment_world_size() > 1:
+        raise ConfigError("only plan --measure runs on several ranks; start it without torchrun")
+    return _computed_plan(args)

@@ -13,7 +13,7 @@ import yaml
 from benchlib.bound import weight_format
 from benchlib.hardware import HARDWARE_FILE, Hardware, hardware
 from benchlib.layouts import Layout
-from benchlib.report import Report, machine
+from benchlib.report import Report
 from benchlib.roofline import RooflineSetup
 from benchlib.step_shape import StepShape
 from common import tune_for_model, tune_process
@@ -24,7 +24,7 @@ from dsv3.engine.start import Started, start
 from dsv3.engine.step_plan import StepPlan
 from dsv3.errors import ConfigError
 from dsv3.files import NamedFile, write_output
-from program import engine_config, join_ranks
+from program import engine_config, join_engine_ranks
 
 _REPEATS = 30
 # Steps to measure: sequences, new tokens of each, positions before them. Every other one is used to
@@ -63,9 +63,9 @@ def least_seconds(run: Callable[[], object], device: torch.device, alone: bool) 
 
 def measured_plan(args: argparse.Namespace) -> Report | None:
     """Measure the machine and compare predicted with measured steps; rank 0 returns the report."""
-    if args.hardware != "measure" or args.figure:
+    if args.hardware is not None or args.figure:
         raise ConfigError("--measure finds its own figures; leave --hardware and --figure out")
-    with join_ranks(args.device, args.tp, args.dp, one_shot=args.one_shot) as mesh:
+    with join_engine_ranks(args) as mesh:
         tune_process(mesh, args.threads)
         config = load_model_config(args.config) if args.config else None
         checkpoint = locate_checkpoint(args.ckpt_path, mesh)
@@ -87,7 +87,7 @@ def measured_plan(args: argparse.Namespace) -> Report | None:
             file = NamedFile("--save-hardware", args.save_hardware)
             write_output(file, HARDWARE_FILE, yaml.safe_dump(figures, sort_keys=False))
         report.setting = {name: f"{getattr(ceilings, name):.3g}" for name in MEASURED}
-        report.setting |= machine(mesh.layout.world_size)
+        report.setting["ranks"] = mesh.layout.world_size
         return report
 
 

@@ -15,18 +15,18 @@ from pathlib import Path
 import torch
 
 from benchlib.case_log import CaseLog, describe, spoils_device
-from benchlib.flags import add_program_flags, at_least
+from benchlib.flags import at_least
 from benchlib.hardware import Hardware, hardware
 from benchlib.rank_formats import formats_report
 from benchlib.rank_share import Rank, RankShape
 from benchlib.rank_steps import StepKind, measure_step
-from benchlib.report import Report, Row, check_report, machine
+from benchlib.report import Report, Row
 from common import tune_process
 from dsv3.config_files import load_model_config
 from dsv3.engine.start import set_launches
 from dsv3.errors import ConfigError
 from dsv3.settings import CacheDtype
-from program import Parser, join_ranks, set_up_logging
+from program import join_ranks
 
 _log = logging.getLogger("dsv3")
 
@@ -127,9 +127,8 @@ def shape_of(args: argparse.Namespace, given: str, on_cpu: bool) -> RankShape:
     )
 
 
-def parse_args(arguments: list[str]) -> argparse.Namespace:
-    """Read the command line."""
-    parser = Parser(prog="bench.py rank", description=(__doc__ or "").split("\n")[0])
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this benchmark."""
     parser.add_argument("--config", default="v3-671b", help="a preset's name or a config file")
     parser.add_argument("--world", type=at_least(1), default=8, help="number of ranks")
     parser.add_argument("--rank", type=int, default=0, help="rank to measure (default: 0)")
@@ -193,15 +192,10 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
         help="file to write each step to, as it is measured; its steps are not measured again",
     )
     parser.add_argument("--threads", type=at_least(1), help="CPU threads (default: all)")
-    add_program_flags(parser)
-    return parser.parse_args(arguments)
 
 
-def main(arguments: list[str]) -> int:
-    """Allocate the share, measure its steps and print the report."""
-    args = parse_args(arguments)
-    check_report(args, outputs=("--rows",))
-    set_up_logging(args.debug)
+def run(args: argparse.Namespace) -> Report:
+    """Allocate the share, and measure its steps."""
     log = CaseLog(args.rows, "--rows")
     with join_ranks(args.device) as mesh:
         tune_process(mesh, args.threads)
@@ -228,7 +222,5 @@ def main(arguments: list[str]) -> int:
                 eager=args.enforce_eager,
                 log=log,
             )
-        report.setting |= machine(1) | {"overlapping launches": args.overlap_launches}
-    report.publish(args.json)
-    report.raise_failures("steps failed")
-    return 0
+        report.setting["overlapping launches"] = args.overlap_launches
+        return report

@@ -6,11 +6,14 @@ cache count as hits, then all blocks of the request are cached, then blocks are 
 capacity.
 """
 
+import argparse
 import json
 from collections.abc import Hashable, Iterable
 from pathlib import Path
 
-from dsv3.cache.eviction import make_policy
+from benchlib.flags import at_least
+from benchlib.report import Report
+from dsv3.cache.eviction import POLICIES, make_policy
 from dsv3.cache.pages import PageAllocator
 from dsv3.cache.prefix import PrefixTree
 from dsv3.errors import ConfigError
@@ -58,3 +61,37 @@ def replay(requests: Iterable[list[int]], capacity: int, policy: str) -> dict[st
         "evictions": tree.num_evicted,
         "hit_rate": num_hits / max(1, num_blocks),
     }
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this benchmark."""
+    parser.add_argument("trace", type=Path, help="JSON Lines with hash_ids")
+    parser.add_argument(
+        "--capacity",
+        type=at_least(0),
+        nargs="+",
+        default=[1000, 3000, 10000, 30000],
+        help="blocks that the cache holds",
+    )
+    parser.add_argument(
+        "--policy",
+        nargs="+",
+        choices=POLICIES,
+        default=["lru", "cost"],
+        help="eviction policies",
+    )
+
+
+def run(args: argparse.Namespace) -> Report:
+    """Replay the trace with every policy at every capacity."""
+    if not args.trace.is_file():
+        raise ConfigError(f"{args.trace} is not a file")
+    requests = read_trace(args.trace)
+    report = Report("cache", x_label="capacity in blocks", y_label="hit rate in %")
+    for policy in args.policy:
+        rates = [100 * replay(requests, size, policy)["hit_rate"] for size in args.capacity]
+        for capacity, rate in zip(args.capacity, rates, strict=True):
+            report.rows.append({"policy": policy, "capacity": capacity, "hit rate %": rate})
+        report.series[policy] = (args.capacity, rates)
+    report.setting = {"trace": str(args.trace)}
+    return report

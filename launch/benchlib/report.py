@@ -64,10 +64,10 @@ class Report:
         if plot_file:
             self.plot(plot_file)
 
-    def raise_failures(self, prefix: str) -> None:
+    def raise_failures(self) -> None:
         """Raise RankError that names the failures, if there are any."""
         if self.failures:
-            raise RankError(f"{prefix}: {'; '.join(self.failures)}")
+            raise RankError(f"failed, without figures: {'; '.join(self.failures)}")
 
     def write_json(self, path: Path) -> None:
         """Write the report as one JSON object."""

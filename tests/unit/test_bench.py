@@ -1,7 +1,6 @@
 """Benchmarks measure what they say, on paper: workloads, contests, dialogues, reports."""
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -203,9 +202,7 @@ def test_reports(tmp_path: Path) -> None:
     assert (tmp_path / "notes.json").read_text() == '{"mine": 1}'
 
 
-def test_files_are_checked_before_anything_is_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_are_checked_before_anything_is_measured(tmp_path: Path) -> None:
     trace = tmp_path / "trace.jsonl"
     trace.write_text("")
     (tmp_path / "notes.json").write_text("mine")
@@ -214,19 +211,36 @@ def test_files_are_checked_before_anything_is_measured(
         (tmp_path / "notes.json", "another file is there"),
         (tmp_path / "no" / "report.json", "there is no such directory"),
     ):
-        monkeypatch.setattr(sys, "argv", ["bench.py", "cache", str(trace), "--json", str(path)])
         with pytest.raises(ConfigError, match=reason):
-            bench.main()
+            bench.main(["cache", str(trace), "--json", str(path)])
     assert (tmp_path / "notes.json").read_text() == "mine"
 
 
-@pytest.mark.parametrize("flags", [["--profile"], ["--tp", "2"], ["--hardware", "h100"]])
-def test_flags_that_a_benchmark_does_not_use(
-    flags: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["bench.py", "host", *flags])
-    with pytest.raises(ConfigError, match="leave"):
-        bench.main()
+@pytest.mark.parametrize(
+    ("command", "fault"),
+    [
+        ("host --profile", "unrecognized arguments: --profile"),
+        ("host --tp 2", "leave --tp and --dp out"),
+        ("throughput --hardware h100", "--hardware gives the ceilings of --profile"),
+        ("serve --rate 0", "--rate=0.0 must be above 0"),
+        ("serve --prompt-len 0", "no distribution of lengths"),
+    ],
+)
+def test_flags_that_a_benchmark_does_not_use(command: str, fault: str) -> None:
+    with pytest.raises(ConfigError, match=fault):
+        bench.main(command.split())
+
+
+def test_one_rank_is_not_measured_on_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "environment_world_size", lambda: 2)
+    for name, benchmark in bench.BENCHMARKS.items():
+        if benchmark.has_ranks:
+            continue
+        needed = ["trace"] if name == "cache" else []
+        with pytest.raises(ConfigError, match=f"^{name} runs on one rank; start it with python"):
+            bench.main([name, *needed])
+    on_ranks = {name for name, benchmark in bench.BENCHMARKS.items() if benchmark.has_ranks}
+    assert on_ranks == {"throughput", "drafts", "chat", "dispatch", "exchange", "plan"}
 
 
 def test_pictures(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchlib import context
+import bench
 from benchlib.context import context_report
 from benchlib.context_layer import ContextStep
 from dsv3.config import ModelConfig
@@ -67,7 +67,7 @@ def test_in_fp8_entries_are_smaller() -> None:
 def test_the_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config, out = config_file(tmp_path, SPARSE), tmp_path / "out.json"
     flags = f"--config {config} --lengths 60 120 --batch 2 --chunk 4 --heads 4 --repeats 1"
-    assert context.main([*flags.split(), "--json", str(out)]) == 0
+    assert bench.main(["context", *flags.split(), "--json", str(out)]) == 0
     report = json.loads(out.read_text())
     assert report["setting"]["heads"] == 4 and len(report["rows"]) == 8
     assert "prefill 4 at 120: dense attention takes" in capsys.readouterr().out
@@ -83,9 +83,9 @@ def test_the_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 )
 def test_wrong_flags(tmp_path: Path, flags: str, fault: str) -> None:
     with pytest.raises(ConfigError, match=fault):
-        context.main(["--config", str(config_file(tmp_path, SPARSE)), *flags.split()])
+        bench.main(["context", "--config", str(config_file(tmp_path, SPARSE)), *flags.split()])
 
 
 def test_a_model_without_an_indexer(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has no indexer"):
-        context.main(["--config", str(config_file(tmp_path, TINY))])
+        bench.main(["context", "--config", str(config_file(tmp_path, TINY))])

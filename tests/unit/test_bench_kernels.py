@@ -146,7 +146,6 @@ def test_rows_of_another_program_are_not_continued(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["3/3", "1", "-1/2", "a/b", "1/0"])
-def test_no_share(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["bench.py", "kernels", "--share", text])
+def test_no_share(text: str) -> None:
     with pytest.raises(ConfigError, match=r"--share: .*is not I/N|expected one argument"):
-        bench.main()
+        bench.main(["kernels", "--share", text])

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import bench
 from benchlib import balance, layouts, plan_measured
-from benchlib import plan as bench
 from benchlib.hardware import HARDWARE, read_hardware
+from benchlib.plan import rank_layouts
 from benchlib.roofline import RooflineSetup
 from benchlib.step_shape import StepShape
 from dsv3.config import ParallelConfig
@@ -98,7 +99,7 @@ def test_ranking() -> None:
         config=load_model_config("v2-lite-16b"), layout=ParallelConfig(), weights="bf16"
     )
     small = replace(H200, memory=16e9)
-    report = bench.rank_layouts(lite, 8, small, 64, 20000, 256)
+    report = rank_layouts(lite, 8, small, 64, 20000, 256)
     fits = [row["fits"] for row in report.rows]
     assert fits == sorted(fits, reverse=True) and {"yes", "no"} == set(fits)
     times = [row["decode ms"] for row in report.rows if row["fits"] == "yes"]
@@ -106,11 +107,11 @@ def test_ranking() -> None:
     best = report.rows[0]
     assert report.notes[0].startswith(f"fastest that fits: --tp {best['tp']} --dp {best['dp']} ")
     assert "moe.experts.gate_up" in report.notes[1] and "(bytes)" in report.notes[1]
-    report = bench.rank_layouts(lite, 8, replace(small, memory=1e9), 1, 100, 0)
+    report = rank_layouts(lite, 8, replace(small, memory=1e9), 1, 100, 0)
     assert report.notes[0].startswith("nothing fits; fastest: --tp ")
     assert report.rows[0]["prefill ms"] is None and len(report.notes) == 3
     with pytest.raises(ConfigError, match="3 ranks: no tp x dp splits"):
-        bench.rank_layouts(lite, 3, H200, 1, 1, 1)
+        rank_layouts(lite, 3, H200, 1, 1, 1)
 
 
 @pytest.mark.slow
@@ -120,7 +121,7 @@ def test_measured_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     report, figures = tmp_path / "report.json", tmp_path / "here.yaml"
     asked = ("--kv-cache-size", "1024tok", "--threads", "1", "--json", str(report))
     saved = ("--save-hardware", str(figures))
-    assert bench.main(["--measure", *asked, *saved]) == 0
+    assert bench.main(["plan", "--measure", *asked, *saved]) == 0
     rows = json.loads(report.read_text())["rows"]
     assert [row["step"] for row in rows] == ["1 x 1 after 10", "4 x 1 after 64", "1 x 64 after 0"]
     assert all(row["measured ms"] > 0 and row["floor ms"] > 0 for row in rows)
@@ -130,7 +131,7 @@ def test_measured_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     hardware, ranks = read_hardware(str(figures), {})
     assert ranks == 1 and 0 < hardware.read <= 1e12
     paper = ("--hardware", str(figures), "--batch", "2", "--context", "64", "--dtype", "float32")
-    assert bench.main([*paper, "--json", str(report)]) == 0
+    assert bench.main(["plan", *paper, "--json", str(report)]) == 0
     assert json.loads(report.read_text())["setting"]["weights"] == "fp32"
 
 
@@ -148,7 +149,7 @@ def test_measured_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 )
 def test_wrong_commands(command: tuple[str, ...], fault: str) -> None:
     with pytest.raises(ConfigError, match=fault):
-        bench.main([*command])
+        bench.main(["plan", *command])
 
 
 def test_fit() -> None:
@@ -162,7 +163,7 @@ def test_fit() -> None:
 def test_balance(tmp_path: Path) -> None:
     report, file = tmp_path / "report.json", tmp_path / "placement.json"
     command = ("--ranks", "4", "--redundant-experts", "4", "--json", str(report))
-    assert balance.main([*command, "--save", str(file)]) == 0
+    assert bench.main(["balance", *command, "--save", str(file)]) == 0
     before, after = json.loads(report.read_text())["rows"]
     assert 1 <= after["max/mean load"] < before["max/mean load"] <= 4
     assert (before["experts a rank"], after["experts a rank"]) == (4, 5)
@@ -171,11 +172,11 @@ def test_balance(tmp_path: Path) -> None:
     loads = tmp_path / "loads.json"
     layers = {str(i): list(range(16)) for i in (1, 2, 3)}
     loads.write_text(json.dumps({"num_experts": 16, "layers": layers}))
-    assert balance.main([*command, "--load", str(loads)]) == 0
+    assert bench.main(["balance", *command, "--load", str(loads)]) == 0
     before, after = json.loads(report.read_text())["rows"]
     assert before["max/mean load"] == pytest.approx((12 + 13 + 14 + 15) / 30)
     with pytest.raises(ConfigError, match="of another model"):
-        balance.main([*command, "--load", str(loads), "--config", "v2-lite-16b"])
+        bench.main(["balance", *command, "--load", str(loads), "--config", "v2-lite-16b"])
 
 
 @pytest.mark.slow

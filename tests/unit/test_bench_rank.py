@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+import bench
 from benchlib import rank as rank_module
 from benchlib.case_log import CaseLog, read_results
 from benchlib.hardware import HARDWARE, hardware
@@ -120,8 +121,10 @@ def test_a_step_that_raises_costs_its_rows(tmp_path: Path, monkeypatch: pytest.M
     first = report()
     assert {row["step"] for row in first.rows} == {f"decode {b} at 8" for b in (1, 3, 4)}
     assert first.failures == ["decode 2 at 8: ValueError: no such tile"]
-    with pytest.raises(RankError, match="steps failed: decode 2 at 8: ValueError: no such tile"):
-        first.raise_failures("steps failed")
+    with pytest.raises(
+        RankError, match="failed, without figures: decode 2 at 8: ValueError: no such tile"
+    ):
+        first.raise_failures()
     results = read_results(rows)
     assert [row["result"] for row in results.rows] == ["passed", "failed", "passed", "passed"]
     assert results.rows[0]["ms"] > 0 and results.rows[0]["kernel table"] == []
@@ -167,7 +170,7 @@ def test_formats_are_measured_in_turns() -> None:
 def test_several_formats_are_measured_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--config", str(DEMO), "--world", "1", "--layers", "2", "--device", "cpu"]
     flags += ["--batch", "1", "--context", "64", "--steps", "1", "--weights", "fp32", "int8"]
-    assert rank_module.main(flags) == 0
+    assert bench.main(["rank", *flags]) == 0
     assert "CPU x" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="give one format"):
-        rank_module.main([*flags, "--prefill", "64"])
+        bench.main(["rank", *flags, "--prefill", "64"])

@@ -16,7 +16,6 @@ import torch.distributed as dist
 import bench
 import generate
 import program
-from benchlib import plan
 from dsv3 import llm
 from dsv3.config import ParallelConfig
 from dsv3.distributed import mesh, rendezvous
@@ -259,7 +258,7 @@ def test_one_shot_sums_are_asked_for(is_asked: bool, monkeypatch: pytest.MonkeyP
 
     for module in (llm, program):
         monkeypatch.setattr(module, "join_world", join)
-    for module in (generate, bench, plan):
+    for module in (generate, bench):
         monkeypatch.setattr(module, "set_up_logging", lambda *_: None)
     flags = ["--one-shot"] if is_asked else []
     calls: tuple[tuple[list[str], Callable[[], object]], ...] = (

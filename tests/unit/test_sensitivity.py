@@ -172,7 +172,7 @@ def other(path: Path) -> None:
     ("more", "prepare", "words"),
     [
         (("--dp", "2"), no_change, "--dp=2: the output is measured in one group"),
-        (("--profile",), no_change, "--profile: steps are not timed"),
+        (("--profile",), no_change, "unrecognized arguments: --profile"),
         (("--longest", "1"), no_change, "--longest=1 must be at least 2"),
         (("--most", "0"), no_change, "--most=0 must be at least 2"),
         (("--n-experts", "7"), no_change, "7"),
