@@ -15,22 +15,41 @@ from pathlib import Path
 
 import numpy as np
 
+from dsv3.config_files import load_model_config
+from dsv3.distributed.launcher import environment_world_size
 from dsv3.engine.engine import Engine
 from dsv3.engine.locate import locate_checkpoint
 from dsv3.engine.start import start
-from dsv3.errors import ConfigError
+from dsv3.errors import ConfigError, Dsv3Error
+from dsv3.read_files import read_text
 from dsv3.request import Completion, Request, SamplingParams
 from dsv3.text.chat import ChatFormat
-from program import Parser, add_engine_flags, engine_config, join_ranks, run_program
+from program import (
+    Parser,
+    add_engine_flags,
+    engine_config,
+    join_engine_ranks,
+    run_program,
+    set_up_logging,
+)
+
+_MOST_BYTES = 1 << 30  # of a file of dialogues
 
 
 def finish(engine: Engine) -> dict[str, Completion]:
-    """Run the engine until all requests are answered; return the completions by request id."""
+    """Run the engine until all requests are answered; return the completions by request id.
+
+    Raises:
+        Dsv3Error: a request could not be answered, such as one that the cache does not hold.
+    """
     completions: dict[str, Completion] = {}
     while engine.has_work():
         for output in engine.step():
-            if output.completion is not None:
-                completions[output.request_id] = output.completion
+            if output.completion is None:
+                continue
+            if output.completion.error:
+                raise Dsv3Error(f"request {output.request_id}: {output.completion.error}")
+            completions[output.request_id] = output.completion
     return completions
 
 
@@ -40,7 +59,7 @@ def accuracy(engine: Engine, path: str, model_type: str, longest: int) -> float:
         raise ConfigError("--eval needs a checkpoint with a tokenizer")
     chat = ChatFormat(engine.tokenizer, model_type)
     rows = []
-    for i, line in enumerate(Path(path).read_text().splitlines(), start=1):
+    for i, line in enumerate(read_text(Path(path), limit=_MOST_BYTES).splitlines(), start=1):
         try:
             row = json.loads(line)
             messages = row["messages"]
@@ -85,11 +104,16 @@ def main() -> int:
     parser.add_argument("--tokens", help="texts to score, npz")
     add_engine_flags(parser)
     args = parser.parse_args()
+    set_up_logging(args.debug, args.log_dir)
     if not (args.eval or args.tokens):
         raise ConfigError("nothing to measure: give --eval FILE, --tokens FILE, or both")
-    with join_ranks("cpu" if args.device == "auto" else args.device) as mesh:
-        started = start(locate_checkpoint(args.ckpt_path, mesh), engine_config(args), mesh)
-        assert started.engine is not None, "run it on one rank"
+    if environment_world_size() > 1:
+        raise ConfigError("quality.py runs on one rank; start it with python, not with torchrun")
+    with join_engine_ranks(args, "cpu" if args.device == "auto" else args.device) as mesh:
+        config = load_model_config(args.config) if args.config else None
+        checkpoint = locate_checkpoint(args.ckpt_path, mesh)
+        started = start(checkpoint, engine_config(args), mesh, config, args.n_experts)
+        assert started.engine is not None  # there is one rank
         result: dict[str, object] = {"dtype": args.dtype, "kv_dtype": args.kv_dtype}
         if args.eval:
             model_type = started.config.model_type
