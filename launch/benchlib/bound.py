@@ -12,7 +12,6 @@ from benchlib.report import Report
 from benchlib.roofline import RooflineSetup, step_ops
 from dsv3.engine.start import Started
 from dsv3.model.transformer import Transformer
-from dsv3.settings import KvShard
 from dsv3_kernels.fp8_format import FP8
 
 Floors = dict[str, list[tuple[Op, int]]]
@@ -22,19 +21,10 @@ class Profile:
     """Measurement of a program run with --profile. Constructing one is a collective."""
 
     def __init__(self, name: str, started: Started) -> None:
+        self._setup = setup_of(started)
         mesh = started.mesh
-        cached = started.cache.layout
-        weights = weight_format(started.runner.model)
-        self._hardware = hardware(name, mesh.device, mesh.tp, fp32=weights == "fp32")
-        kv_shard: KvShard = "tokens" if cached.paging.shards > 1 else "none"
-        self._setup = RooflineSetup(
-            config=started.config,
-            layout=mesh.layout,
-            weights=weights,
-            cache=cached.main.dtype,
-            form=cached.form,
-            kv_shard=kv_shard,
-        )
+        fp32 = self._setup.weights == "fp32"
+        self._hardware = hardware(name, mesh.device, mesh.tp, fp32=fp32)
         self._profiler = profile(started.runner)
 
     def report(self, run_seconds: float | None = None) -> Report:
@@ -42,10 +32,25 @@ class Profile:
         return bottleneck_report(self._profiler, self._setup, self._hardware, run_seconds)
 
 
+def setup_of(started: Started) -> RooflineSetup:
+    """Return the setup of a model that runs."""
+    cached = started.cache.layout
+    return RooflineSetup(
+        config=started.config,
+        layout=started.mesh.layout,
+        weights=weight_format(started.runner.model),
+        cache=cached.main.dtype,
+        form=cached.form,
+        kv_shard="tokens" if cached.paging.shards > 1 else "none",
+    )
+
+
 def weight_format(model: Transformer) -> str:
-    """Return the storage format of the matrices: "fp8", "bf16" or "fp32"."""
-    if any(p.dtype == FP8 for p in model.parameters()):
-        return "fp8"
+    """Return the storage format of the matrices, as in `RooflineSetup`; of several, the first."""
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    for dtype, name in ((FP8, "fp8"), (torch.int8, "int8"), (torch.uint8, "int4")):
+        if dtype in dtypes:
+            return name
     plain = model.embed_tokens.table.weight.dtype
     return "fp32" if plain == torch.float32 else "bf16"
 

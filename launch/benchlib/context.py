@@ -14,9 +14,10 @@ from dataclasses import replace
 
 import torch
 
-from benchlib.context_layer import ContextLayer, ContextStep, LayerCost
+from benchlib.context_layer import ContextLayer, LayerCost
 from benchlib.flags import at_least
 from benchlib.report import Report, Row
+from benchlib.step_shape import StepKind
 from common import tune_process
 from dsv3.config import ModelConfig
 from dsv3.config_files import load_model_config
@@ -28,7 +29,7 @@ from program import join_ranks
 def context_report(
     config: ModelConfig,
     device: torch.device,
-    steps: list[ContextStep],
+    steps: list[StepKind],
     cache: CacheDtype,
     index: CacheDtype,
     repeats: int,
@@ -64,7 +65,7 @@ def context_report(
     return report
 
 
-def _row(step: ContextStep, form: str, cost: LayerCost) -> Row:
+def _row(step: StepKind, form: str, cost: LayerCost) -> Row:
     return {
         "step": step.name,
         "context": step.length,
@@ -77,7 +78,7 @@ def _row(step: ContextStep, form: str, cost: LayerCost) -> Row:
     }
 
 
-def _note(step: ContextStep, dense: LayerCost, sparse: LayerCost) -> str:
+def _note(step: StepKind, dense: LayerCost, sparse: LayerCost) -> str:
     time = (dense.attention + dense.index) / (sparse.attention + sparse.index)
     read = (sparse.attention_bytes + sparse.index_bytes) / (dense.attention_bytes or 1)
     return (
@@ -86,7 +87,7 @@ def _note(step: ContextStep, dense: LayerCost, sparse: LayerCost) -> str:
     )
 
 
-def steps_of(args: argparse.Namespace) -> Iterator[ContextStep]:
+def steps_of(args: argparse.Namespace) -> Iterator[StepKind]:
     """Yield the steps that the flags ask for, by kind.
 
     Raises:
@@ -94,11 +95,11 @@ def steps_of(args: argparse.Namespace) -> Iterator[ContextStep]:
     """
     for batch in args.batch:
         for length in args.lengths:
-            yield ContextStep(batch, length - 1, 1)
+            yield StepKind(batch, length - 1, 1)
     for length in args.lengths if args.chunk else []:
         if args.chunk > length:
             raise ConfigError(f"--chunk={args.chunk} is longer than --lengths={length}")
-        yield ContextStep(1, length - args.chunk, args.chunk)
+        yield StepKind(1, length - args.chunk, args.chunk)
 
 
 def config_of(args: argparse.Namespace) -> ModelConfig:

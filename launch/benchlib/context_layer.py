@@ -11,13 +11,12 @@ import torch
 
 from benchlib.profiler import Profiler, SpanTotal, hold
 from benchlib.rank_share import fill_weight
-from benchlib.step_shape import StepShape
+from benchlib.step_shape import StepKind, StepShape
 from dsv3.cache.layout import CacheLayout
 from dsv3.cache.pool import CachePool
 from dsv3.config import ModelConfig, ParallelConfig
 from dsv3.distributed.stand_in import stand_in_mesh
 from dsv3.engine.runner import BatchBuilder
-from dsv3.engine.step_plan import StepPlan
 from dsv3.model import attention, chunk_attention, indexer
 from dsv3.model.absorb_rule import AbsorbRule
 from dsv3.model.attention import MLA
@@ -35,25 +34,6 @@ _OVER_CACHE = (
     (chunk_attention, "mla_prefill_packed"),
     (chunk_attention, "merge_lse"),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class ContextStep:
-    """A step: sequences with `context` cached tokens, which get `new` tokens each."""
-
-    batch: int
-    context: int
-    new: int
-
-    @property
-    def name(self) -> str:
-        """Name of its kind in reports."""
-        return f"decode {self.batch}" if self.new == 1 else f"prefill {self.new}"
-
-    @property
-    def length(self) -> int:
-        """Tokens of each sequence after the step."""
-        return self.context + self.new
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +72,7 @@ class ContextLayer:
         device: torch.device,
         cache: CacheDtype,
         index: CacheDtype,
-        steps: list[ContextStep],
+        steps: list[StepKind],
     ) -> None:
         torch.manual_seed(0)
         self.config = config
@@ -126,19 +106,11 @@ class ContextLayer:
             ):
                 target.write(slot_T, torch.randn(len(slot_T), width, device=self.device))
 
-    def _plan(self, step: ContextStep) -> StepPlan:
-        pages = self.pool.layout.pages_for(step.length)
-        return StepPlan.greedy(
-            np.zeros(step.batch * step.new, np.int32),
-            np.full(step.batch, step.context, np.int32),
-            np.arange(1, 1 + step.batch * pages, dtype=np.int32).reshape(step.batch, -1),
-        )
-
     @torch.inference_mode()
-    def measure(self, step: ContextStep, is_sparse: bool, repeats: int) -> LayerCost:
+    def measure(self, step: StepKind, is_sparse: bool, repeats: int) -> LayerCost:
         """Return the median cost of a step, in sparse or in dense attention."""
         layout = self.pool.layout
-        plan = self._plan(step)
+        plan = step.plan(np.zeros(step.num_tokens, np.int32), layout.page_size)
         rule = self._rule if is_sparse else replace(self._rule, index_topk=None)
         batch = BatchBuilder(plan, layout, self.device, rule).build()
         rotation = self._rotary(batch.position_T)

@@ -1,46 +1,42 @@
-"""Expected number of a rank's experts that the tokens of a step reach, by simulated routing."""
+"""Use of a rank's experts in a step whose tokens choose all experts equally often."""
 
 from functools import lru_cache
 
 import numpy as np
 
-from benchlib import roofline
+from benchlib.step_shape import ExpertHits
 from dsv3.config import ModelConfig
 
-_TRIALS = 64
+_TRIALS = 1024  # of few tokens
+_MOST_DRAWN = 4096  # tokens
 
 
-def experts_hit(
-    config: ModelConfig, ranks: int, tokens: int, skew: float = 0.0, busiest: bool = False
-) -> tuple[float, float]:
-    """Return the number of a rank's experts that tokens reach, and the rows routed to them.
+def mean_hits(config: ModelConfig, ranks: int, tokens: int) -> ExpertHits:
+    """Return the mean use of a rank's experts.
 
     Args:
-        config: the model; its expert groups limit the experts of a token.
+        config: the model.
         ranks: number of ranks that share the experts.
-        tokens: tokens of the step, all ranks together.
-        skew: Zipf exponent of the experts' popularity; 0 is uniform.
-        busiest: return the figures of the busiest rank instead of the mean.
+        tokens: tokens of all ranks together.
     """
-    if not busiest and not skew:
-        return roofline.experts_hit(config, ranks, tokens)
-    return _simulate_hits(config, ranks, min(tokens, 4096), skew, busiest, tokens)
+    experts = config.n_routed_experts
+    chosen = config.num_experts_per_tok
+    missed = (1 - chosen / experts) ** tokens
+    return ExpertHits(experts / ranks * (1 - missed), tokens * chosen / ranks)
 
 
 @lru_cache
-def _simulate_hits(
-    config: ModelConfig, ranks: int, drawn: int, skew: float, busiest: bool, tokens: int
-) -> tuple[float, float]:
-    """Draw scores for every token and expert; average over trials."""
+def busiest_hits(config: ModelConfig, ranks: int, tokens: int) -> ExpertHits:
+    """Return the use of the busiest rank's experts, by simulated routing within expert groups."""
     rng = np.random.default_rng(0)
+    drawn = min(tokens, _MOST_DRAWN)
     experts = config.n_routed_experts
     groups = config.n_group
-    bonus = -skew * np.log(rng.permutation(experts) + 1.0)
-    trials = max(1, min(_TRIALS, 4096 // max(1, drawn)))
-    hits: list[np.ndarray] = []
-    rows: list[np.ndarray] = []
+    trials = max(1, min(_TRIALS, _MOST_DRAWN // max(1, drawn)))
+    hits: list[int] = []
+    rows: list[int] = []
     for _ in range(trials):
-        score = rng.gumbel(size=(drawn, experts)) + bonus
+        score = rng.gumbel(size=(drawn, experts))
         if config.topk_method != "greedy" and groups > 1:
             by_group = score.reshape(drawn, groups, -1)
             best = np.sort(by_group, -1)[..., -2:].sum(-1)
@@ -50,8 +46,7 @@ def _simulate_hits(
             score = (by_group + mask[..., None]).reshape(drawn, -1)
         ids = np.argpartition(score, -config.num_experts_per_tok)[:, -config.num_experts_per_tok :]
         counts = np.bincount(ids.ravel(), minlength=experts).reshape(ranks, -1)
-        hits.append((counts > 0).sum(1))
-        rows.append(counts.sum(1))
-    reduce = np.max if busiest else np.mean
+        hits.append((counts > 0).sum(1).max())
+        rows.append(counts.sum(1).max())
     scale = tokens / max(1, drawn)
-    return float(np.mean(reduce(hits, axis=1))), scale * float(np.mean(reduce(rows, axis=1)))
+    return ExpertHits(float(np.mean(hits)), scale * float(np.mean(rows)))

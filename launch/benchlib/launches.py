@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchlib.rank import Rank, RankShape
+from benchlib.rank_share import Rank, RankShape
 from benchlib.report import Report
+from benchlib.step_shape import StepKind
 from dsv3.config import ModelConfig
 from dsv3.errors import ConfigError
 from dsv3.model.absorb_rule import absorb_limit
@@ -41,19 +42,19 @@ def launch_time(config: ModelConfig, context: int, steps: int) -> Report:
         raise ConfigError("--launches needs Triton; without a GPU, set TRITON_INTERPRET=0")
     limit = absorb_limit(config)
     report = Report("launches")
-    for name, shape in {
-        "decode 8": (8, context, 1),
-        f"prompt of {limit}, absorbed": (1, 0, limit),
-        f"prompt of {limit + 1}, expanded": (1, 0, limit + 1),
+    for name, step in {
+        "decode 8": StepKind(8, context, 1),
+        f"prompt of {limit}, absorbed": StepKind(1, 0, limit),
+        f"prompt of {limit + 1}, expanded": StepKind(1, 0, limit + 1),
     }.items():
-        few, many = (_cost(config, n, shape, steps) for n in (_FEW_LAYERS, _MANY_LAYERS))
-        layer = (many - few) / (_MANY_LAYERS - _FEW_LAYERS)
+        few, many = (_cost(config, n, step, steps) for n in (_FEW_LAYERS, _MANY_LAYERS))
+        seconds, launched, calls = ((many - few) / (_MANY_LAYERS - _FEW_LAYERS)).tolist()
         report.rows.append(
             {
                 "eager step": name,
-                "launches a layer": float(layer[1]),
-                "calls a layer": float(layer[2]),
-                "us a layer": 1e6 * layer[0],
+                "launches a layer": launched,
+                "calls a layer": calls,
+                "us a layer": 1e6 * seconds,
             }
         )
     report.notes.append(
@@ -63,20 +64,17 @@ def launch_time(config: ModelConfig, context: int, steps: int) -> Report:
     return report
 
 
-def _cost(
-    config: ModelConfig, layers: int, shape: tuple[int, int, int], steps: int
-) -> NDArray[np.float64]:
+def _cost(config: ModelConfig, layers: int, step: StepKind, steps: int) -> NDArray[np.float64]:
     """Return the CPU seconds of the fastest step, its launches, and its calls of functions."""
     world = math.gcd(_RANKS, config.num_attention_heads)
     weights = "bf16" if config.quantization is None else "fp8"
     share = RankShape(config=config, world=world, layers=layers, weights=weights, moves=False)
-    batch, cached, new = shape
     seconds = []
     with _no_launches() as launched:
-        rank = Rank(share, _META, batch * (cached + new + 2 * 64 * world))
+        rank = Rank(share, _META, step.batch * (step.length + 2 * 64 * world))
         runner = rank.new_runner(eager=True)
         for _ in range(steps):
-            plan = rank.plan(batch, cached, new)
+            plan = rank.plan(step)
             begin = time.process_time()
             runner.run([plan])
             seconds.append(time.process_time() - begin)

@@ -6,7 +6,7 @@ from functools import cache
 
 import torch
 
-from benchlib.experts_hit import experts_hit
+from benchlib.experts_hit import busiest_hits
 from benchlib.hardware import Hardware
 from benchlib.integers import integer_names
 from benchlib.operation import Op
@@ -42,8 +42,8 @@ class Layout:
         The operations are those of the rank with the most experts hit.
         """
         place = self.setup.layout
-        hit = experts_hit(self.setup.config, place.ep, load.tokens * place.dp, busiest=True)
-        ops = step_ops(self.setup, replace(load, hit=hit))
+        hits = busiest_hits(self.setup.config, place.ep, load.tokens * place.dp)
+        ops = step_ops(self.setup, replace(load, hits=hits))
         return [self._as_dispatched(op, load.tokens) for op in ops]
 
     def seconds(self, load: StepShape, hw: Hardware) -> float:

@@ -10,12 +10,11 @@ import numpy as np
 import torch
 import yaml
 
-from benchlib.bound import weight_format
+from benchlib.bound import setup_of
 from benchlib.hardware import HARDWARE_FILE, Hardware, hardware
 from benchlib.layouts import Layout
 from benchlib.report import Report
-from benchlib.roofline import RooflineSetup
-from benchlib.step_shape import StepShape
+from benchlib.step_shape import StepKind, StepShape
 from common import tune_for_model, tune_process
 from dsv3.config_files import load_model_config
 from dsv3.engine.engine import follow
@@ -27,18 +26,17 @@ from dsv3.files import NamedFile, write_output
 from program import engine_config, join_engine_ranks
 
 _REPEATS = 30
-# Steps to measure: sequences, new tokens of each, positions before them. Every other one is used to
-# fit the rates, the others to check the prediction.
+# Steps to measure. Every other one is used to fit the rates, the others to check the prediction.
 CHECKED = (
-    (1, 1, 64),
-    (2, 1, 64),
-    (8, 1, 64),
-    (64, 1, 64),
-    (32, 1, 256),
-    (8, 1, 1000),
-    (1, 64, 0),
-    (1, 256, 0),
-    (1, 1000, 0),
+    StepKind(1, 64, 1),
+    StepKind(2, 64, 1),
+    StepKind(8, 64, 1),
+    StepKind(64, 64, 1),
+    StepKind(32, 256, 1),
+    StepKind(8, 1000, 1),
+    StepKind(1, 0, 64),
+    StepKind(1, 0, 256),
+    StepKind(1, 0, 1000),
 )
 RATES = ("read", "fp8", "bf16", "fp32", "link", "net")
 MEASURED = ("read", "fp32", "bf16", "link", "link_latency")
@@ -121,40 +119,26 @@ def check_steps(started: Started, hw: Hardware, dispatch: str) -> tuple[Report, 
     Returns:
         the report, and the hardware with the fitted rates.
     """
-    cache = started.cache.layout
-    setup = RooflineSetup(
-        config=started.config,
-        layout=started.mesh.layout,
-        weights=weight_format(started.runner.model),
-        cache=cache.main.dtype,
-        form=cache.form,
-        kv_shard="tokens" if cache.paging.shards > 1 else "none",
-    )
-    layout = Layout(setup, dispatch)
+    layout = Layout(setup_of(started), dispatch)
+    page_size = started.cache.layout.page_size
     shapes: list[StepShape] = []
     measured: list[float] = []
-    for batch, count, context in CHECKED:
-        pages = -(-(context + count) // cache.page_size)
-        if batch * pages > started.cache.num_usable_pages:
+    for kind in CHECKED:
+        plan = kind.plan(np.zeros(kind.num_tokens, np.int32), page_size)
+        if len(plan.pages) > started.cache.num_usable_pages:
             raise ConfigError(
                 "the cache is too small for these steps; give --kv-cache-size 16384tok"
             )
-        page_table = np.arange(1, 1 + batch * pages, dtype=np.int32).reshape(batch, -1)
-        token_ids = np.zeros(batch * count, np.int32)
-        context_len = np.full(batch, context, np.int32)
-        plans = [StepPlan.greedy(token_ids, context_len, page_table)] * setup.layout.dp
+        plans = [plan] * started.mesh.layout.dp
 
         def step(plans: list[StepPlan] = plans) -> None:
             started.channel.send(plans)
             started.runner.run(plans).to_host()
 
-        is_decode = count == 1
         shapes.append(
-            StepShape(
-                decode=batch if is_decode else 0,
-                context=context,
-                prefill=0 if is_decode else batch * count,
-            )
+            StepShape(decode=kind.batch, context=kind.context)
+            if kind.is_decode
+            else StepShape(prefill=kind.num_tokens)
         )
         measured.append(least_seconds(step, started.mesh.device, started.mesh.world.size == 1))
     floors = [layout.seconds(shape, replace(hw, launch=0.0)) for shape in shapes]
@@ -163,12 +147,12 @@ def check_steps(started: Started, hw: Hardware, dispatch: str) -> tuple[Report, 
     rates = {name: getattr(hw, name) / slowdown for name in RATES}
     hw = replace(hw, launch=launch, **rates)
     report = Report("plan --measure")
-    for i, (batch, count, context) in enumerate(CHECKED):
+    for i, kind in enumerate(CHECKED):
         predicted = layout.seconds(shapes[i], hw)
         is_predicted = i % 2 == 1
         report.rows.append(
             {
-                "step": f"{batch} x {count} after {context}",
+                "step": f"{kind.batch} x {kind.new} after {kind.context}",
                 "floor ms": 1e3 * floors[i],
                 "predicted ms": 1e3 * predicted if is_predicted else None,
                 "measured ms": 1e3 * measured[i],

@@ -19,8 +19,9 @@ from benchlib.flags import at_least
 from benchlib.hardware import Hardware, hardware
 from benchlib.rank_formats import formats_report
 from benchlib.rank_share import Rank, RankShape
-from benchlib.rank_steps import StepKind, measure_step
+from benchlib.rank_steps import measure_step
 from benchlib.report import Report, Row
+from benchlib.step_shape import StepKind
 from common import tune_process
 from dsv3.config_files import load_model_config
 from dsv3.engine.start import set_launches
@@ -61,31 +62,32 @@ def rank_report(
     page = 2 * max(64, shape.world)
     rank = Rank(shape, device, max([b * (context + page) for b in batches] + [prefill + page]))
     report = Report("rank", setting=_setting(rank, ceilings))
-    kinds = [StepKind(f"decode {b} at {context}", b, context, 1) for b in batches]
-    kinds += [StepKind(f"prefill {prefill}", 1, 0, prefill)] if prefill else []
+    kinds = {f"decode {b} at {context}": StepKind(b, context, 1) for b in batches}
+    if prefill:
+        kinds[f"prefill {prefill}"] = StepKind(1, 0, prefill)
     log = log or CaseLog(None)
-    for kind in kinds:
-        if kind.name in log.begun:
-            report.notes.append(f"{kind.name} is in --rows and was not measured")
+    for name, kind in kinds.items():
+        if name in log.begun:
+            report.notes.append(f"{name} is in --rows and was not measured")
             continue
-        _log.info("%s", kind.name)
-        log.begin(kind.name)
+        _log.info("%s", name)
+        log.begin(name)
         try:
-            result = measure_step(rank, kind, ceilings, steps, eager)
+            result = measure_step(rank, name, kind, ceilings, steps, eager)
         except Exception as error:  # Triton's compilers and drivers raise errors of many kinds
-            _log.debug("%s", kind.name, exc_info=True)
+            _log.debug("%s", name, exc_info=True)
             why = describe(error)
-            log.end(kind.name, why)
-            report.failures.append(f"{kind.name}: {why}")
+            log.end(name, why)
+            report.failures.append(f"{name}: {why}")
             if spoils_device(why):
                 report.notes.append("after this error the process cannot use the GPU: stopped")
                 break
             continue
-        log.end(kind.name, figures=result.figures | {"kernel table": result.kernels})
+        log.end(name, figures=result.figures | {"kernel table": result.kernels})
         report.rows += result.rows
         report.notes += result.notes
         if result.kernels:
-            report.tables[f"kernels of a step, {kind.name}"] = result.kernels
+            report.tables[f"kernels of a step, {name}"] = result.kernels
     return report
 
 

@@ -12,6 +12,7 @@ import torch
 
 from benchlib.rank_share import Rank, RankShape
 from benchlib.report import Report, Row
+from benchlib.step_shape import StepKind
 from dsv3.engine.runner import Runner
 from dsv3.engine.step_plan import StepPlan
 
@@ -34,7 +35,7 @@ def formats_report(
     ranks = [Rank(shape, device, positions) for shape in shapes]
     report = Report("rank", setting={"layers": ranks[0].config.num_hidden_layers, "steps": steps})
     for batch in batches:
-        plans = [rank.usual_plan(batch, context, 1)[0] for rank in ranks]
+        plans = [rank.usual_plan(StepKind(batch, context, 1)).plan for rank in ranks]
         runners = [rank.new_runner() for rank in ranks]
         seconds, busy = _time_in_turns(runners, plans, steps)
         for i, rank in enumerate(ranks):

@@ -7,8 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchlib.experts_hit import mean_hits
 from benchlib.integers import integer_names
-from benchlib.roofline import RooflineSetup, experts_hit
+from benchlib.roofline import RooflineSetup
+from benchlib.step_shape import ExpertHits, StepKind
 from dsv3.cache.layout import CacheLayout
 from dsv3.cache.pool import CachePool
 from dsv3.checkpoint.sharding import tensor_specs
@@ -61,6 +63,14 @@ class RankShape:
             return c
         dense = min(1, c.first_k_dense_replace)
         return replace(c.first_layers(self.layers), first_k_dense_replace=dense)
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnPlan:
+    """A plan, and the use of the rank's experts in it."""
+
+    plan: StepPlan
+    hits: ExpertHits
 
 
 class Rank:
@@ -149,42 +159,39 @@ class Rank:
                 popularity_rank = torch.randperm(len(bias), device=bias.device) + 1.0
                 bias.copy_(-0.1 * self.shape.skew * popularity_rank.log())
 
-    def plan(self, batch: int, context: int, new: int) -> StepPlan:
-        """Return a step in which sequences of `context` positions get `new` random tokens each.
+    def plan(self, step: StepKind) -> StepPlan:
+        """Return a plan of the step with random tokens.
 
-        Tokens are from this rank's part of the vocabulary; others would be embedded as zeros.
+        They are from this rank's part of the vocabulary; others would be embedded as zeros.
         """
-        pages = self.cache.layout.pages_for(context + new)
-        pages_BG = np.arange(1, 1 + batch * pages, dtype=np.int32).reshape(batch, pages)
         embed = self.model.embed_tokens
-        tokens = embed.start + self._rng.integers(0, embed.rows, batch * new)
-        return StepPlan.greedy(tokens.astype(np.int32), np.full(batch, context, np.int32), pages_BG)
+        tokens = embed.start + self._rng.integers(0, embed.rows, step.num_tokens)
+        return step.plan(tokens.astype(np.int32), self.cache.layout.page_size)
 
-    def usual_plan(
-        self, batch: int, context: int, new: int
-    ) -> tuple[StepPlan, tuple[float, float]]:
-        """Return the plan, of several, that reaches local experts most as usual, and its hits.
+    def usual_plan(self, step: StepKind) -> DrawnPlan:
+        """Return the plan, of several, whose use of the local experts is nearest to the mean.
 
         The tokens of one plan may reach none of the rank's experts, or twice as many as they do on
         average, and the time of a MoE layer follows that number.
         """
         num_local = self.config.n_routed_experts // self.shape.world
-        usual, _ = experts_hit(self.config, self.shape.world, batch * new)
+        usual = mean_hits(self.config, self.shape.world, step.num_tokens).experts
         has_moe = any(isinstance(module, MoE) for module in self.model.modules())
         depends = has_moe and not self.shape.skew and usual < _ALL_HIT * num_local
         best = None
         for _ in range(_PLANS if depends else 1):
-            plan = self.plan(batch, context, new)
-            hits = self.count_hits(plan)
-            if best is None or abs(hits[0] - usual) < abs(best[1][0] - usual):
-                best = plan, hits
-            if abs(hits[0] - usual) < _NEAR * usual:
+            plan = self.plan(step)
+            drawn = DrawnPlan(plan, self.count_hits(plan))
+            distance = abs(drawn.hits.experts - usual)
+            if best is None or distance < abs(best.hits.experts - usual):
+                best = drawn
+            if distance < _NEAR * usual:
                 break
         assert best is not None
         return best
 
-    def count_hits(self, plan: StepPlan) -> tuple[float, float]:
-        """Run a step; return local experts hit and rows routed to them, mean of the MoE layers."""
+    def count_hits(self, plan: StepPlan) -> ExpertHits:
+        """Run a step; return the use of the local experts, mean of the MoE layers."""
         num_local = self.config.n_routed_experts // self.shape.world
         hits: list[tuple[int, int]] = []
         hooks = []
@@ -199,8 +206,7 @@ class Rank:
         Runner(self.model, self.cache, self._rule).run([plan])
         for hook in hooks:
             hook.remove()
-        experts, entries = np.mean(hits or [(0, 0)], axis=0)
-        return float(experts), float(entries)
+        return ExpertHits(*np.mean(hits or [(0, 0)], axis=0).tolist())
 
 
 def fill_weight(weight: Tensor, name: str) -> None:

@@ -17,27 +17,11 @@ from benchlib.profiler import Clock, Profiler, hold, profile
 from benchlib.rank_share import Rank
 from benchlib.report import Row
 from benchlib.roofline import step_ops
+from benchlib.step_shape import StepKind
 from dsv3.config import ModelConfig
 from dsv3.engine.step_plan import StepPlan
 
 _WARM_UP = 3  # steps that compile and capture
-
-
-@dataclass(frozen=True, slots=True)
-class StepKind:
-    """A kind of step.
-
-    Attributes:
-        name: its name in reports.
-        batch: sequences.
-        context: cached tokens of each.
-        new: new tokens of each.
-    """
-
-    name: str
-    batch: int
-    context: int
-    new: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,40 +85,42 @@ def profile_steps(rank: Rank, plan: StepPlan, steps: int) -> Profiler:
 
 
 def measure_step(
-    rank: Rank, kind: StepKind, ceilings: Hardware, steps: int, eager: bool
+    rank: Rank, name: str, kind: StepKind, ceilings: Hardware, steps: int, eager: bool
 ) -> StepResult:
     """Measure one kind of step: as it is served, operation by operation, and kernel by kernel.
 
     Args:
         rank: the share.
+        name: the step in reports.
         kind: the step.
         ceilings: peak rates of the device; exchanges only count the bytes that stand-ins move.
         steps: number of timed steps.
         eager: run without CUDA graphs.
     """
-    plan, hits = rank.usual_plan(kind.batch, kind.context, kind.new)
+    drawn = rank.usual_plan(kind)
+    plan, hits = drawn.plan, drawn.hits
     served = rank.new_runner(eager)
     on_gpu = rank.device.type == "cuda"
     profiler = profile_steps(rank, plan, steps)
     # Several in a row, as in serving: the host launches one while the device runs another.
     ready = [[plan] for _ in range(4 if on_gpu else 1)]
     seconds, launch = time_steps(served.run, ready, rank.device, steps)
-    shape = replace(next(iter(profiler.shapes)), hit=hits)
+    shape = replace(next(iter(profiler.shapes)), hits=hits)
     profiler.shapes = Counter({shape: profiler.steps})
     local = replace(ceilings, link=math.inf, net=math.inf, link_latency=0.0, net_latency=0.0)
     rows = bottleneck_report(profiler, rank.setup, local).rows
     ops = step_ops(rank.setup, shape)
     floor = floor_seconds(ops, local)
-    tokens = kind.batch * kind.new
+    tokens = kind.num_tokens
     token_mb = sum(op.count * op.bytes for op in ops) / tokens / 1e6
     figures: Row = {"ms": 1e3 * seconds, "floor ms": 1e3 * floor, "launch us": 1e6 * launch}
     figures |= {"tokens/s": tokens / seconds, "MB a token": token_mb}
-    figures |= {"experts hit": hits[0], "entries": hits[1]}
+    figures |= {"experts hit": hits.experts, "entries": hits.rows}
     note = (
-        f"{kind.name}: {1e3 * seconds:.4g} ms a step, floor {1e3 * floor:.4g} ms "
+        f"{name}: {1e3 * seconds:.4g} ms a step, floor {1e3 * floor:.4g} ms "
         f"({100 * floor / seconds:.3g} % of the roof), launched in {1e6 * launch:,.0f} us; its "
         f"operations one by one {1e3 * profiler.step_seconds / profiler.steps:.4g} ms; "
-        f"{hits[0]:.1f} local experts hit by {hits[1]:.1f} entries; "
+        f"{hits.experts:.1f} local experts hit by {hits.rows:.1f} entries; "
         f"{tokens / seconds:.4g} tokens/s, {token_mb:,.4g} MB read and written a token"
     )
     events = kernel_events(lambda: served.run([plan])) if on_gpu else []
@@ -147,8 +133,8 @@ def measure_step(
     if factor != 1:
         layers = rank.shape.config.num_hidden_layers
         all_ms = 1e3 * seconds * factor
-        notes.append(f"{kind.name}, all {layers} layers at the same rates: {all_ms:.4g} ms")
-    rows = [{"step": kind.name, **row} for row in rows]
+        notes.append(f"{name}, all {layers} layers at the same rates: {all_ms:.4g} ms")
+    rows = [{"step": name, **row} for row in rows]
     return StepResult(rows, notes, figures, kernel_table(events))
 
 

@@ -11,6 +11,7 @@ Source: the roofline model (Williams, Waterman, Patterson 2009).
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from benchlib.experts_hit import mean_hits
 from benchlib.integers import INTEGERS
 from benchlib.operation import Op
 from benchlib.step_shape import StepShape
@@ -89,22 +90,6 @@ class RooflineSetup:
         return CacheLayout.make(
             self.config, self.form, self.kv_shard, self.cache, place.tp, place.tp_rank
         )
-
-
-def experts_hit(config: ModelConfig, ranks: int, tokens: int) -> tuple[float, float]:
-    """Return the mean number of a rank's experts that tokens reach, and the rows routed to them.
-
-    Experts are taken to be chosen independently and equally often.
-
-    Args:
-        config: the model.
-        ranks: number of ranks that share the experts.
-        tokens: tokens of all ranks together.
-    """
-    experts = config.n_routed_experts
-    chosen = config.num_experts_per_tok
-    missed = (1 - chosen / experts) ** tokens
-    return experts / ranks * (1 - missed), tokens * chosen / ranks
 
 
 class _OpLister:
@@ -320,10 +305,11 @@ class _OpLister:
         yield self.linear("moe.router", c.n_routed_experts, D, fmt=s.plain)
         if s.layout.dp > 1:
             yield from self.dispatch()
-        hit, rows = load.hit or experts_hit(c, s.layout.ep, self.tokens * s.layout.dp)
+        hits = load.hits or mean_hits(c, s.layout.ep, self.tokens * s.layout.dp)
+        rows = hits.rows
         for name, parts, out in (("gate_up", 2, F * item), ("down", 1, D * self.item)):
             moved = rows * ((D if parts == 2 else F) * item + out)
-            read = hit * parts * _matrix_bytes(F, D, s.weights)
+            read = hits.experts * parts * _matrix_bytes(F, D, s.weights)
             yield Op(f"moe.experts.{name}", 2.0 * parts * rows * D * F, read + moved, s.weights)
         if c.n_shared_experts:
             yield from self.mlp("moe.shared_experts", c.shared_intermediate_size)

@@ -2,7 +2,57 @@
 
 from dataclasses import dataclass
 
-from dsv3.engine.step_plan import StepPlan
+import numpy as np
+
+from dsv3.engine.step_plan import Ints, StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertHits:
+    """The use of one rank's experts in a step of a layer.
+
+    Attributes:
+        experts: experts that tokens reach.
+        rows: rows routed to them.
+    """
+
+    experts: float
+    rows: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepKind:
+    """A step in which sequences of `context` cached tokens get `new` tokens each."""
+
+    batch: int
+    context: int
+    new: int
+
+    @property
+    def name(self) -> str:
+        """The step in reports, without its context."""
+        return f"decode {self.batch}" if self.is_decode else f"prefill {self.new}"
+
+    @property
+    def is_decode(self) -> bool:
+        """True if each sequence gets one token."""
+        return self.new == 1
+
+    @property
+    def num_tokens(self) -> int:
+        """New tokens of all sequences."""
+        return self.batch * self.new
+
+    @property
+    def length(self) -> int:
+        """Tokens of each sequence after the step."""
+        return self.context + self.new
+
+    def plan(self, token_ids: Ints, page_size: int) -> StepPlan:
+        """Return a greedy plan of the step, whose sequences fill the pages from the first one."""
+        pages = -(-self.length // page_size)
+        pages_BG = np.arange(1, 1 + self.batch * pages, dtype=np.int32).reshape(self.batch, pages)
+        return StepPlan.greedy(token_ids, np.full(self.batch, self.context, np.int32), pages_BG)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -13,7 +63,7 @@ class StepShape:
         decode: decoding sequences; each adds `queries` tokens to `context` cached positions.
         prefill: new tokens of all `prompts` prompts; each has `cached` positions before them.
         rows: rows of logits; None means all decode tokens and one row per prompt.
-        hit: number of local experts reached and rows routed to them, if counted.
+        hits: use of the rank's experts; None means the mean of random routing.
     """
 
     decode: int = 0
@@ -23,7 +73,7 @@ class StepShape:
     prompts: int = 1
     cached: int = 0
     rows: int | None = None
-    hit: tuple[float, float] | None = None
+    hits: ExpertHits | None = None
 
     @property
     def tokens(self) -> int:

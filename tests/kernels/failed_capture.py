@@ -6,7 +6,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from benchlib.rank import Rank, RankShape
+from benchlib.rank_share import Rank, RankShape
+from benchlib.step_shape import StepKind
 from dsv3.config_files import DEMO, load_model_config
 from dsv3.engine import cuda_graphs
 from dsv3.engine.cuda_graphs import GraphRunner
@@ -34,7 +35,7 @@ def check_failed_capture(device: torch.device) -> None:
     Sampler.greedy = looking  # type: ignore[method-assign]
     try:
         for rows in (1, BAD_ROWS, 4, BAD_ROWS, 1):
-            plan = rank.plan(rows, 100, 1)
+            plan = rank.plan(StepKind(rows, 100, 1))
             tokens = [runner.run([plan]).token_M.tolist() for _ in range(3)]
             assert tokens[0] == tokens[1] == tokens[2], "eager, eager or captured, captured"
             assert torch.cuda.current_stream() == main

@@ -8,7 +8,7 @@ import pytest
 
 import bench
 from benchlib.context import context_report
-from benchlib.context_layer import ContextStep
+from benchlib.step_shape import StepKind
 from dsv3.config import ModelConfig
 from dsv3.config_files import hf_config_dict
 from dsv3.errors import ConfigError
@@ -22,8 +22,8 @@ SPARSE = dataclasses.replace(
 LENGTHS = (40, 200, 700)
 ENTRY, KEY = (128 + 16) * 4, 32 * 4
 STEPS = [
-    *(ContextStep(batch, length - 1, 1) for batch in (1, 3) for length in LENGTHS),
-    *(ContextStep(1, length - new, new) for new in (8, 199) for length in LENGTHS if length > new),
+    *(StepKind(batch, length - 1, 1) for batch in (1, 3) for length in LENGTHS),
+    *(StepKind(1, length - new, new) for new in (8, 199) for length in LENGTHS if length > new),
 ]
 
 
@@ -59,7 +59,7 @@ def test_bytes_are_those_of_what_is_read() -> None:
 
 
 def test_in_fp8_entries_are_smaller() -> None:
-    (_, sparse) = context_report(SPARSE, CPU, [ContextStep(1, 99, 1)], "fp8", "fp8", 1).rows
+    (_, sparse) = context_report(SPARSE, CPU, [StepKind(1, 99, 1)], "fp8", "fp8", 1).rows
     assert sparse["attention MB read"] * 1e6 == pytest.approx(48 * packed_bytes(128, 16))
     assert sparse["index MB read"] * 1e6 == pytest.approx(100 * (32 + 4))
 

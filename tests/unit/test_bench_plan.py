@@ -12,7 +12,7 @@ from benchlib import balance, layouts, plan_measured
 from benchlib.hardware import HARDWARE, read_hardware
 from benchlib.plan import rank_layouts
 from benchlib.roofline import RooflineSetup
-from benchlib.step_shape import StepShape
+from benchlib.step_shape import StepKind, StepShape
 from dsv3.config import ParallelConfig
 from dsv3.config_files import load_model_config
 from dsv3.errors import ConfigError
@@ -117,7 +117,8 @@ def test_ranking() -> None:
 @pytest.mark.slow
 def test_measured_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Few small steps: the errors of predicted times are reported."""
-    monkeypatch.setattr(plan_measured, "CHECKED", ((1, 1, 10), (4, 1, 64), (1, 64, 0)))
+    kinds = StepKind(1, 10, 1), StepKind(4, 64, 1), StepKind(1, 0, 64)
+    monkeypatch.setattr(plan_measured, "CHECKED", kinds)
     report, figures = tmp_path / "report.json", tmp_path / "here.yaml"
     asked = ("--kv-cache-size", "1024tok", "--threads", "1", "--json", str(report))
     saved = ("--save-hardware", str(figures))

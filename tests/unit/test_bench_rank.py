@@ -9,15 +9,17 @@ import torch
 
 import bench
 from benchlib import rank as rank_module
+from benchlib.bound import weight_format
 from benchlib.case_log import CaseLog, read_results
+from benchlib.experts_hit import mean_hits
 from benchlib.hardware import HARDWARE, hardware
 from benchlib.kernel_timing import KernelEvent, kernel_table
 from benchlib.rank import rank_report
 from benchlib.rank_formats import formats_report
 from benchlib.rank_share import Rank, RankShape
-from benchlib.rank_steps import StepKind, StepResult
+from benchlib.rank_steps import StepResult
 from benchlib.report import Report
-from benchlib.roofline import experts_hit
+from benchlib.step_shape import StepKind
 from dsv3.config import ParallelConfig
 from dsv3.config_files import DEMO, load_model_config
 from dsv3.distributed.stand_in import StandIn, stand_in_mesh
@@ -86,32 +88,32 @@ def test_a_rank_is_measured(kv_shard: str) -> None:
 
 def test_experts_are_hit_evenly_unless_some_are_popular() -> None:
     ranks = [Rank(shape(rank=r, skew=s, seed=3), CPU, 64 * 64) for s in (0, 20) for r in (0, 1)]
-    hits = [rank.count_hits(rank.plan(batch=64, context=0, new=1)) for rank in ranks]
+    hits = [rank.count_hits(rank.plan(StepKind(64, 0, 1))) for rank in ranks]
     entries = 64 * DEMO_CONFIG.num_experts_per_tok
-    assert sum(rows for _, rows in hits[:2]) == pytest.approx(entries, rel=0.1)
-    assert hits[0][1] == pytest.approx(entries / 2, rel=0.25)
-    assert hits[2][0] + hits[3][0] < hits[0][0] + hits[1][0]
+    assert hits[0].rows + hits[1].rows == pytest.approx(entries, rel=0.1)
+    assert hits[0].rows == pytest.approx(entries / 2, rel=0.25)
+    assert hits[2].experts + hits[3].experts < hits[0].experts + hits[1].experts
 
 
 def test_a_plan_reaches_the_usual_number_of_experts() -> None:
     rank = Rank(shape(seed=3), CPU, 64 * 64)
-    usual, _ = experts_hit(DEMO_CONFIG, 2, 2)
-    drawn = [rank.count_hits(rank.plan(2, 8, 1))[0] for _ in range(10)]
-    chosen = [rank.usual_plan(2, 8, 1)[1][0] for _ in range(5)]
+    step = StepKind(2, 8, 1)
+    usual = mean_hits(DEMO_CONFIG, 2, 2).experts
+    drawn = [rank.count_hits(rank.plan(step)).experts for _ in range(10)]
+    chosen = [rank.usual_plan(step) for _ in range(6)]
     spread = max(abs(hits - usual) for hits in drawn)
-    assert max(abs(hits - usual) for hits in chosen) < spread
-    plan, hits = rank.usual_plan(2, 8, 1)
-    assert rank.count_hits(plan) == hits
+    assert max(abs(each.hits.experts - usual) for each in chosen) < spread
+    assert rank.count_hits(chosen[-1].plan) == chosen[-1].hits
 
 
 def test_a_step_that_raises_costs_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measure, rows = rank_module.measure_step, tmp_path / "rows.jsonl"
     errors: dict[str, Exception | None] = {"decode 2 at 8": ValueError("no such tile")}
 
-    def failing(rank: Rank, kind: StepKind, *more: Any) -> StepResult:
-        if error := errors.get(kind.name):
+    def failing(rank: Rank, name: str, *more: Any) -> StepResult:
+        if error := errors.get(name):
             raise error
-        return measure(rank, kind, *more)
+        return measure(rank, name, *more)
 
     def report() -> Report:
         sizes: dict[str, Any] = {"batches": [1, 2, 3, 4], "context": 8, "prefill": 0, "steps": 1}
@@ -152,6 +154,12 @@ def test_no_such_rank() -> None:
     with pytest.raises(ConfigError, match="does not divide"):
         Rank(shape(world=3, rank=0), CPU, 64)
     assert hardware("h800", CPU).link == 160e9
+
+
+@pytest.mark.parametrize("weights", ["fp32", "bf16", "fp8", "int8", "int4"])
+def test_the_format_of_a_model_is_found_in_its_weights(weights: str) -> None:
+    made = Rank(replace(shape(layers=2), weights=weights), CPU, 64)
+    assert weight_format(made.model) == weights
 
 
 def test_formats_are_measured_in_turns() -> None:

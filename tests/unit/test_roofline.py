@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from benchlib.experts_hit import experts_hit
+from benchlib.experts_hit import busiest_hits, mean_hits
 from benchlib.hardware import HARDWARE
 from benchlib.operation import Op, floor_seconds
 from benchlib.roofline import RooflineSetup, step_ops
-from benchlib.step_shape import StepShape
+from benchlib.step_shape import ExpertHits, StepShape
 from dsv3.config import ParallelConfig
 from dsv3.config_files import load_model_config
 from dsv3.errors import ConfigError
@@ -22,7 +22,7 @@ REPLICATED = RooflineSetup(config=V3, layout=EIGHT, kv_shard="none")
 
 def at_its_busiest(load: StepShape) -> StepShape:
     """The load of the rank on which most experts are hit."""
-    return replace(load, hit=experts_hit(V3, 8, load.tokens, busiest=True))
+    return replace(load, hits=busiest_hits(V3, 8, load.tokens))
 
 
 def without_links(setup: RooflineSetup, load: StepShape, hardware: str) -> float:
@@ -114,14 +114,11 @@ def test_data_parallel_groups_exchange_tokens() -> None:
 
 
 def test_experts_hit() -> None:
-    assert experts_hit(V3, 8, 1) == (1.0, 1.0)
-    mean, rows = experts_hit(V3, 8, 8)
-    most, most_rows = experts_hit(V3, 8, 8, busiest=True)
-    assert (round(mean, 1), rows) == (7.2, 8.0)
-    assert most == pytest.approx(11.4, abs=0.3) and most_rows > rows
-    few, _ = experts_hit(V3, 8, 64, skew=1.0)
-    assert few < experts_hit(V3, 8, 64)[0]
-    assert experts_hit(V3, 1, 10_000, skew=1.0)[1] == pytest.approx(80_000)
+    assert mean_hits(V3, 8, 1) == ExpertHits(experts=1.0, rows=1.0)
+    mean, most = mean_hits(V3, 8, 8), busiest_hits(V3, 8, 8)
+    assert (round(mean.experts, 1), mean.rows) == (7.2, 8.0)
+    assert most.experts == pytest.approx(11.4, abs=0.3) and most.rows > mean.rows
+    assert busiest_hits(V3, 1, 10_000).rows == pytest.approx(80_000)
 
 
 def test_the_bound_of_an_operation() -> None:
