@@ -11,10 +11,7 @@ where the last one ended. On several hosts all ranks must be able to read it.
 """
 
 import argparse
-import importlib
-import importlib.util
 import json
-import os
 import random
 import re
 import sys
@@ -22,23 +19,24 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "launch"))
 
 from dsv3 import LLM
 from dsv3.config import ModelConfig
 from dsv3.config_files import load_model_config
+from dsv3.distributed.launcher import environment_rank
 from dsv3.errors import ConfigError
 from dsv3.files import Format, NamedFile, check_output, write_output
 from dsv3.read_files import read_mapping
 from dsv3.text.chat import AnyFormat, ChatFormat
 from dsv3.text.messages import Message
+from picture import check_picture, pyplot, write_picture
+from program import Parser, run_program
 
 _JSON = Format("the results of needle.py", re.compile(rb'\{\s*"needle":'))
-_PLOT = Format(
-    "a picture that matplotlib drew", re.compile(rb"(?is)(\x89PNG|<\?xml|%!PS).*matplotlib")
-)
 _FP8 = {"kv_dtype": "fp8", "index_dtype": "fp8"}
 # Settings of each form of attention; models without an indexer have the first and the last one.
 FORMS: dict[str, dict[str, Any]] = {"dense": {}, "sparse": {}, "fp8": _FP8}
@@ -242,10 +240,7 @@ def measure(args: argparse.Namespace, config: ModelConfig, results: Results) -> 
 
 def draw(results: Results, args: argparse.Namespace) -> None:
     """Draw a heat map for each form, side by side."""
-    matplotlib = importlib.import_module("matplotlib")
-    matplotlib.use("agg")
-    plots = importlib.import_module("matplotlib.pyplot")
-    figure, maps = plots.subplots(
+    figure, maps = pyplot().subplots(
         1,
         len(args.forms),
         figsize=(1.5 + 2.8 * len(args.forms), 3),
@@ -270,14 +265,12 @@ def draw(results: Results, args: argparse.Namespace) -> None:
     maps[0][0].set_ylabel("depth of the code in %")
     figure.colorbar(image, ax=maps[0], label="codes found in %")
     figure.suptitle(f"{args.ckpt_path.resolve().name}: {args.texts} texts a square", fontsize=9)
-    picture = BytesIO()
-    figure.savefig(picture, format=args.plot.suffix[1:] or "png", dpi=80)
-    write_output(NamedFile("--plot", args.plot), _PLOT, picture.getvalue())
+    write_picture(figure, args.plot, dpi=80)
 
 
 def parse_args() -> argparse.Namespace:
-    """Read the command line; a wrong flag raises ConfigError or exits."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    """Read the command line."""
+    parser = Parser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--ckpt-path", type=Path, required=True, help="a checkpoint directory")
     add = parser.add_argument
     add("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192], help="tokens")
@@ -292,10 +285,7 @@ def parse_args() -> argparse.Namespace:
     add("--plot", type=Path, help="file for the picture (PNG, SVG, PDF)")
     add("--debug", action="store_true", help="show where an error was raised")
     args = parser.parse_args()
-    if args.plot:
-        if importlib.util.find_spec("matplotlib") is None:
-            raise ConfigError("--plot: matplotlib is not installed; pip install matplotlib")
-        check_output(NamedFile("--plot", args.plot), _PLOT)
+    check_picture(args.plot)
     return args
 
 
@@ -316,13 +306,10 @@ def main() -> int:
     }
     results = Results(args.json, setting)
     measure(args, config, results)
-    if args.plot and not int(os.environ.get("RANK", "0")):
+    if args.plot and environment_rank() == 0:
         draw(results, args)
     return 0
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "launch"))
-    from program import run_program
-
     run_program(main)

@@ -11,15 +11,12 @@ same model and file goes on where the last one ended. `convert.py --to mixed` re
 
 import argparse
 import hashlib
-import importlib
-import importlib.util
 import json
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 
@@ -46,6 +43,7 @@ from dsv3.engine.step_plan import StepPlan
 from dsv3.errors import ConfigError
 from dsv3.files import Format, NamedFile, check_output, write_output
 from dsv3.read_files import read_mapping
+from picture import check_picture, pyplot, write_picture
 from program import (
     Parser,
     add_engine_flags,
@@ -56,9 +54,6 @@ from program import (
 )
 
 _JSON = Format("the results of sensitivity.py", re.compile(rb'\{\s*"sensitivity":'))
-_PLOT = Format(
-    "a picture that matplotlib drew", re.compile(rb"(?is)(\x89PNG|<\?xml|%!PS).*matplotlib")
-)
 
 
 class Output:
@@ -238,12 +233,9 @@ def measure(started: Started, output: Output, file: Path, setting: dict[str, obj
 
 def draw(results: Losses, file: Path) -> None:
     """Write the heat map: layers x projections, for each kind."""
-    matplotlib = importlib.import_module("matplotlib")
-    matplotlib.use("Agg")
-    plots = importlib.import_module("matplotlib.pyplot")
     layers = sorted({int(site.split()[0]) for site in results})
     projections = list(dict.fromkeys(site.split()[1] for site in results))
-    figure, axes = plots.subplots(
+    figure, axes = pyplot().subplots(
         1, len(KINDS), figsize=(2 + 0.45 * len(projections) * len(KINDS), 3 + 0.2 * len(layers))
     )
     for axis, name in zip(axes, KINDS, strict=True):
@@ -257,10 +249,8 @@ def draw(results: Losses, file: Path) -> None:
         axis.set_yticks(range(len(layers)), layers)
         axis.set_ylabel("layer")
         figure.colorbar(image, ax=axis, label="log10 of nats per token")
-    picture = BytesIO()
     figure.tight_layout()
-    figure.savefig(picture, format=file.suffix[1:] or "png", dpi=80)
-    write_output(NamedFile("--plot", file), _PLOT, picture.getvalue())
+    write_picture(figure, file, dpi=80)
 
 
 def parse_args() -> argparse.Namespace:
@@ -279,10 +269,7 @@ def parse_args() -> argparse.Namespace:
         if getattr(args, name) < 2:
             raise ConfigError(f"--{name}={getattr(args, name)} must be at least 2")
     check_output(NamedFile("--json", args.json), _JSON)
-    if args.plot:
-        check_output(NamedFile("--plot", args.plot), _PLOT)
-        if importlib.util.find_spec("matplotlib") is None:
-            raise ConfigError("--plot needs matplotlib: pip install matplotlib")
+    check_picture(args.plot)
     return args
 
 

@@ -1,8 +1,6 @@
 """The report of a benchmark: a table, a JSON file, a plot."""
 
 import argparse
-import importlib
-import importlib.util
 import json
 import os
 import platform
@@ -10,21 +8,18 @@ import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchlib.table import Row, cell, table_lines
-from dsv3.errors import ConfigError, OutputError, RankError
+from dsv3.errors import RankError
 from dsv3.files import Format, NamedFile, check_output, write_output
+from picture import check_picture, pyplot, write_picture
 from program_files import check_files
 
 _JSON = Format("the report of a benchmark", re.compile(rb'\{\s*"benchmark":'))
-_PLOT = Format(
-    "a picture that matplotlib drew", re.compile(rb"(?is)(\x89PNG|<\?xml|%!PS).*matplotlib")
-)
 
 
 @dataclass(slots=True)
@@ -79,9 +74,7 @@ class Report:
 
     def plot(self, path: Path) -> None:
         """Draw the series."""
-        matplotlib = importlib.import_module("matplotlib")
-        matplotlib.use("agg")
-        figure, axes = importlib.import_module("matplotlib.pyplot").subplots(layout="constrained")
+        figure, axes = pyplot().subplots(layout="constrained")
         for name, (xs, ys) in self.series.items():
             if len(xs) == 1:
                 axes.bar_label(axes.bar(xs, ys, label=name), fmt=cell)
@@ -94,12 +87,7 @@ class Report:
         figure.suptitle(self.benchmark)
         axes.set_title(setting, fontsize=7)
         axes.legend()
-        image = BytesIO()
-        try:
-            figure.savefig(image, format=path.suffix[1:] or "png")
-        except ValueError as error:
-            raise OutputError(f"--plot={path}: cannot be written: {error}") from None
-        write_output(NamedFile("--plot", path), _PLOT, image.getvalue())
+        write_picture(figure, path, dpi=100)
 
 
 def check_report(
@@ -113,13 +101,9 @@ def check_report(
         outputs: other flags that name files to write.
     """
     check_files(args, inputs, ("--json", "--plot", *outputs))
-    plot_file = getattr(args, "plot", None)
     if args.json:
         check_output(NamedFile("--json", args.json), _JSON)
-    if plot_file:
-        if importlib.util.find_spec("matplotlib") is None:
-            raise ConfigError("--plot: matplotlib is not installed; pip install matplotlib")
-        check_output(NamedFile("--plot", plot_file), _PLOT)
+    check_picture(getattr(args, "plot", None))
 
 
 def machine(world_size: int) -> Row:
