@@ -68,6 +68,7 @@ from dsv3.errors import (
     describe_error,
     printable,
 )
+from dsv3.setting_names import flag
 from process import open_closed_streams, raise_at_ctrl_c
 
 _GROUP = 32  # columns that share a scale in int4
@@ -80,6 +81,13 @@ _CASTS = {
     "int4": Cast.INTEGERS,
     "mixed": Cast.MIXED,
 }
+
+
+# Flags that mean nothing without --save-path.
+_WRITING = (
+    *("model_parallel", "tp", "dp", "ep", "scale_fmt", "group_size", "bits", "sensitivity"),
+    *("experts_by_layer", "to", "no_mtp", "dry_run", "overwrite"),
+)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -98,7 +106,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--n-experts", type=int, metavar="E", help="expected routed experts of the checkpoint")
     add(
         "--to",
-        choices=("layout", "hf", "bf16", "fp8", "int8", "int4", "mixed"),
+        choices=tuple(_CASTS),
         default="layout",
         help="rank files (default), a Hugging Face directory, or weights cast to another type",
     )
@@ -124,11 +132,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def _check_values(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse empty texts, as of variables that are not set, and numbers below 1."""
     for name, value in vars(args).items():
-        flag = f"--{name.replace('_', '-')}"
         if value == "":
-            parser.error(f"{flag} is empty; give a value, or leave it out")
+            parser.error(f"{flag(name)} is empty; give a value, or leave it out")
         if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-            parser.error(f"{flag} must be at least 1")
+            parser.error(f"{flag(name)} must be at least 1")
     args.save_path = None if args.save_path is None else Path(args.save_path)
 
 
@@ -137,8 +144,9 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     if args.save_path is None:
         if not args.verify:
             parser.error("give --save-path (or --verify alone, to check a converted directory)")
-        if useless := [flag for flag, is_given in _writing_flags(args).items() if is_given]:
-            parser.error(f"{useless[0]} is for writing; give --save-path, or leave it out")
+        for name in _WRITING:
+            if getattr(args, name) != parser.get_default(name):
+                parser.error(f"{flag(name)} is for writing; give --save-path, or leave it out")
         return
     has_layout = [args.tp, args.dp, args.ep] != [None] * 3
     if args.model_parallel is not None and has_layout:
@@ -166,25 +174,6 @@ def _check_integers(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error("--experts-by-layer goes with --to mixed")
     if is_mixed and not 0 < args.bits < float("inf"):
         parser.error(f"--bits={args.bits:g} must be a number of bits, such as 4.5")
-
-
-def _writing_flags(args: argparse.Namespace) -> dict[str, bool]:
-    """Return the flags of writing, and True for each that was given."""
-    return {
-        "--model-parallel": args.model_parallel is not None,
-        "--tp": args.tp is not None,
-        "--dp": args.dp is not None,
-        "--ep": args.ep is not None,
-        "--scale-fmt": args.scale_fmt is not None,
-        "--group-size": args.group_size is not None,
-        "--bits": args.bits is not None,
-        "--sensitivity": args.sensitivity is not None,
-        "--experts-by-layer": args.experts_by_layer,
-        "--to": args.to != "layout",
-        "--no-mtp": args.no_mtp,
-        "--dry-run": args.dry_run,
-        "--overwrite": args.overwrite,
-    }
 
 
 def main() -> int:

@@ -50,6 +50,7 @@ from dsv3.serve.journal import BatchJournal
 from dsv3.serve.one_shot import Prompt, answer_prompt, read_prompt
 from dsv3.serve.progress import Progress
 from dsv3.serve.sinks import JournalSink, Sink, TextSink
+from dsv3.setting_names import flag
 from dsv3.text.chat import AnyFormat, ChatFormat, UnusableFormat
 from dsv3.text.defaults import Defaults
 from dsv3.text.text_request import digest
@@ -120,35 +121,29 @@ def prepare(
     if args.input_file:
         rows = BatchInput(Path(args.input_file), defaults, separator, "--input-file")
     warn_of_unused_flags(args, [batch for batch in (prewarm, rows) if batch is not None])
-    if rows is None:
-        prompt = None
-        if not args.interactive:
-            prompt = Prompt(args.prompt[0]) if args.prompt else read_prompt()
-        return Task(
-            defaults,
-            chat_format,
-            prompt,
-            prewarm=prewarm,
-            metrics_port=args.metrics_port,
-            metrics_host=args.metrics_host,
-            on_full=args.on_full or "drop",
-            history=InputHistory(None if args.no_history else history_path()),
-        )
-    check_conversations(rows, chat_format)
-    journal = None
-    if args.output_file:
-        if args.chat_template:  # results of another template must not be resumed
-            model += f"-{digest(read_bytes(Path(args.chat_template)))[:8]}"
-        journal = files.enter_context(open_journal(Path(args.output_file), args.overwrite, model))
-        journal.resume(rows)
+    prompt = journal = None
+    if rows is not None:
+        check_conversations(rows, chat_format)
+        if args.output_file:
+            if args.chat_template:  # results of another template must not be resumed
+                model += f"-{digest(read_bytes(Path(args.chat_template)))[:8]}"
+            output = open_journal(Path(args.output_file), args.overwrite, model)
+            journal = files.enter_context(output)
+            journal.resume(rows)
+    elif not args.interactive:
+        prompt = Prompt(args.prompt[0]) if args.prompt else read_prompt()
+    keeps_history = args.interactive and not args.no_history
     return Task(
         defaults,
         chat_format,
-        rows=rows,
-        prewarm=prewarm,
-        journal=journal,
+        prompt,
+        rows,
+        prewarm,
+        journal,
         metrics_port=args.metrics_port,
         metrics_host=args.metrics_host,
+        on_full=args.on_full or "drop",
+        history=InputHistory(history_path() if keeps_history else None),
     )
 
 
@@ -165,7 +160,7 @@ def warn_of_unused_flags(args: argparse.Namespace, inputs: list[BatchInput]) -> 
         log.warning("--prompt-separator changes nothing: the input is JSONL, a row a line")
     names = [name for name in ("top_p", "top_k", "seed") if getattr(args, name) is not None]
     if args.temperature == 0 and names:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in names)
+        flags = ", ".join(map(flag, names))
         log.warning("%s: only for rows with a temperature, --temperature 0 is greedy", flags)
 
 

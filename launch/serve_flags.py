@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dsv3.errors import ConfigError
 from dsv3.read_files import read_text
+from dsv3.setting_names import flag
 from generate_flags import add_sampling_flags
 from program import Parser, add_engine_flags
 
@@ -63,7 +64,7 @@ def check_flags(args: argparse.Namespace) -> None:
     for name, limit in least.items():
         value = getattr(args, name)
         if value is not None and not value >= limit:
-            raise ConfigError(f"--{name.replace('_', '-')}={value} must be at least {limit}")
+            raise ConfigError(f"{flag(name)}={value} must be at least {limit}")
 
 
 def api_keys(args: argparse.Namespace) -> list[str]:

@@ -1,7 +1,7 @@
-# Sourced by demo.sh and test.sh: creates .venv next to pyproject.toml and installs dsv3 into it.
+# Sourced by demo.sh, serve.sh and test.sh: creates .venv next to pyproject.toml and installs dsv3 into it.
 # Does nothing if dsv3 is installed and pyproject.toml has not changed since.
 #
-#   install_dsv3 EXTRAS     e.g. install_dsv3 "" or install_dsv3 "[test]"
+#   install_dsv3 EXTRAS     e.g. install_dsv3 "[test]"
 
 TORCH=2.13.0
 
