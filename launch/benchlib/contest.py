@@ -60,6 +60,9 @@ class EngineContender:
         name: label in the report.
         make_engine: returns a new engine with an empty cache.
         ignore_eos: answers have full length.
+
+    Attributes:
+        engine: the engine of the last run, or of the next one after `reset`.
     """
 
     def __init__(
@@ -68,15 +71,15 @@ class EngineContender:
         self.name = name
         self._ignore_eos = ignore_eos
         self._make_engine = make_engine
-        self._engine = make_engine()
+        self.engine = make_engine()
 
     def reset(self) -> None:
         """Replace the engine by one with an empty cache."""
-        self._engine = self._make_engine()
+        self.engine = self._make_engine()
 
     def run(self, requests: Sequence[BenchRequest]) -> RunResult:
         """Add all requests to the engine at once; its limits decide how many run together."""
-        engine = self._engine
+        engine = self.engine
         result = RunResult(answers=[[] for _ in requests])
         host_before = engine.metrics.host_seconds.total
         steps_before = engine.metrics.steps

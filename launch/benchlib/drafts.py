@@ -7,30 +7,12 @@ from pathlib import Path
 from benchlib.contest import EngineContender, RunResult, compete, median_of
 from benchlib.report import Report
 from benchlib.workload import BenchRequest
-from dsv3.engine.engine import Engine
-from dsv3.engine.metrics import Metrics
 from dsv3.engine.start import Started
-from dsv3.errors import ConfigError, describe_error
+from dsv3.errors import ConfigError
+from dsv3.read_files import read_text
 from dsv3.text.chat import ChatFormat, UnusableFormat
 
-
-class DraftContender(EngineContender):
-    """An engine with a number of drafts; it keeps the figures of its last run.
-
-    Args:
-        count: drafts of a sequence.
-        is_adaptive: up to that number, as measured steps say.
-        make_engine: returns a new engine with an empty cache.
-    """
-
-    def __init__(self, count: int, is_adaptive: bool, make_engine: Callable[[], Engine]) -> None:
-        name = f"up to {count} drafts" if is_adaptive else f"{count} drafts"
-        super().__init__(name, make_engine, ignore_eos=False)
-
-    @property
-    def metrics(self) -> Metrics:
-        """Figures of the last run."""
-        return self._engine.metrics
+_MOST_BYTES = 1 << 30  # of a file of conversations
 
 
 def read_conversations(
@@ -42,7 +24,7 @@ def read_conversations(
     if isinstance(chat, UnusableFormat):
         raise ConfigError(f"{checkpoint}: no chat format for the conversations of {path}")
     requests = []
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path, limit=_MOST_BYTES).splitlines(), 1):
         try:
             row = json.loads(line)
             messages = row.get("body", row)["messages"]
@@ -56,7 +38,7 @@ def read_conversations(
 
 def compare_drafts(
     report: Report,
-    contenders: Sequence[DraftContender],
+    contenders: Sequence[EngineContender],
     requests: Sequence[BenchRequest],
     concurrency: int,
     repeats: int,
@@ -67,7 +49,7 @@ def compare_drafts(
     speeds: list[float] = []
     for contender in contenders:
         mine = runs[contender.name]
-        m = contender.metrics
+        m = contender.engine.metrics
         num_parts = m.decode_tokens - m.accepted_tokens  # a sequence's decoding steps
         places = zip(m.accepted_at, m.drafted_at, strict=True)
         shares = [f"{accepted / drafted:.2f}" for accepted, drafted in places if drafted]
@@ -96,10 +78,3 @@ def _ratio(
     plain: Sequence[RunResult], mine: Sequence[RunResult], figure: Callable[[RunResult], float]
 ) -> float:
     return median_of(plain, figure) / median_of(mine, figure)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: {describe_error(error)}") from None

@@ -8,17 +8,15 @@ import torch
 
 from benchlib.experts_hit import busiest_hits
 from benchlib.hardware import Hardware
-from benchlib.integers import integer_names
 from benchlib.operation import Op
+from benchlib.random_weights import random_format
 from benchlib.roofline import RooflineSetup, step_ops
 from benchlib.step_shape import StepShape
 from dsv3.cache.layout import CacheLayout
-from dsv3.checkpoint.sharding import tensor_specs
 from dsv3.config import ModelConfig, ParallelConfig, divisors
 from dsv3.distributed.stand_in import stand_in_mesh
 from dsv3.engine.memory import plan_memory, weight_bytes
 from dsv3.errors import ConfigError
-from dsv3.parallel.weight_format import WeightFormat
 from dsv3.settings import EngineConfig
 
 _NO_LIMIT = 1_000_000  # sequences and tokens of a step
@@ -84,18 +82,8 @@ def layouts(model: RooflineSetup, ranks: int) -> Iterator[Layout]:
 @cache
 def weights_of(config: ModelConfig, layout: ParallelConfig, weights: str) -> int:
     """Return the bytes of a rank's weights in a format."""
-    quantized = (s.name for s in tensor_specs(config).values() if s.quantizable)
-    dtype = torch.float32 if weights == "fp32" else torch.bfloat16
     meta = torch.device("meta")
-    # As checkpoints in these formats store them.
-    routers = (name for name in tensor_specs(config) if name.endswith(".mlp.gate.weight"))
-    fmt = WeightFormat(
-        dtype,
-        meta,
-        fp8_names=frozenset(quantized if weights == "fp8" else ()),
-        bf16_vectors=frozenset(routers if dtype == torch.bfloat16 else ()),
-        integers=integer_names(config, weights, on_cpu=False),
-    )
+    fmt = random_format(config, weights, meta)
     return weight_bytes(config, stand_in_mesh(layout, meta), fmt)
 
 

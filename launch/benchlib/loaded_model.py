@@ -3,12 +3,13 @@
 import argparse
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from benchlib.bound import Profile
 from benchlib.contest import Contender, EngineContender
 from benchlib.dialogue import Dialogue, dialogue
-from benchlib.drafts import DraftContender, compare_drafts, read_conversations
+from benchlib.drafts import compare_drafts, read_conversations
 from benchlib.flags import add_request_flags, at_least
 from benchlib.peer import TransformersPeer
 from benchlib.report import Report
@@ -119,7 +120,7 @@ def run_throughput(args: argparse.Namespace, started: Started) -> Report:
         started.engine.max_seq_len,
         args.seed,
     )
-    contenders: list[Contender] = [EngineContender("dsv3", lambda: _new_engine(started, settings))]
+    contenders: list[Contender] = [EngineContender("dsv3", partial(_new_engine, started, settings))]
     if args.peer:
         contenders.append(TransformersPeer(args.ckpt_path, args.concurrency, started.config))
     report = throughput(contenders, requests, args.repeats)
@@ -135,18 +136,18 @@ def run_drafts(args: argparse.Namespace, started: Started) -> Report:
         raise ConfigError("give --speculative-tokens, the most drafts to compare")
     settings = engine_config(args)
 
-    def contender(count: int, is_adaptive: bool, concurrency: int) -> DraftContender:
+    def contender(count: int, is_adaptive: bool, concurrency: int) -> EngineContender:
         own = replace(settings, max_running=concurrency, speculative_adaptive=is_adaptive)
-        speculation = replace(started.speculation, num_drafts=count)
-        if not count:
-            speculation = NO_DRAFTS
-        return DraftContender(count, is_adaptive, lambda: _new_engine(started, own, speculation))
+        speculation = replace(started.speculation, num_drafts=count) if count else NO_DRAFTS
+        name = f"up to {count} drafts" if is_adaptive else f"{count} drafts"
+        make = partial(_new_engine, started, own, speculation)
+        return EngineContender(name, make, ignore_eos=False)
 
     requests = read_conversations(args.input_file, args.ckpt_path, started, args.answer_len)
     report = Report("drafts", x_label="drafts", y_label="answer tokens a second")
     for concurrency in args.concurrency:
-        numbers = [(count, False) for count in range(most + 1)] + [(most, True)]
-        contenders = [contender(*number, concurrency) for number in numbers]
+        contenders = [contender(count, False, concurrency) for count in range(most + 1)]
+        contenders.append(contender(most, True, concurrency))
         compare_drafts(report, contenders, requests, concurrency, args.repeats)
     report.setting = {"input_file": args.input_file.name, "requests": len(requests)}
     return report
@@ -164,8 +165,8 @@ def run_chat(args: argparse.Namespace, started: Started) -> Report:
         )
     no_reuse = replace(settings, prefix_reuse=False)
     contenders: list[Contender] = [
-        EngineContender("reuse", lambda: _new_engine(started, settings)),
-        EngineContender("no reuse", lambda: _new_engine(started, no_reuse)),
+        EngineContender("reuse", partial(_new_engine, started, settings)),
+        EngineContender("no reuse", partial(_new_engine, started, no_reuse)),
     ]
     if args.peer:
         contenders.append(TransformersPeer(args.ckpt_path, 1, started.config))

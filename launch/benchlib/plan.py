@@ -16,10 +16,10 @@ from pathlib import Path
 
 from benchlib.flags import at_least
 from benchlib.hardware import HARDWARE_FILE, Hardware, read_hardware
-from benchlib.integers import INTEGERS
 from benchlib.layouts import Layout, layouts, memory
 from benchlib.operation import Op
 from benchlib.plan_measured import measured_plan
+from benchlib.random_weights import INTEGERS
 from benchlib.report import Report, Row
 from benchlib.roofline import RooflineSetup
 from benchlib.step_shape import StepShape

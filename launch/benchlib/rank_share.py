@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from benchlib.experts_hit import mean_hits
-from benchlib.integers import integer_names
+from benchlib.random_weights import random_format
 from benchlib.roofline import RooflineSetup
 from benchlib.step_shape import ExpertHits, StepKind
 from dsv3.cache.layout import CacheLayout
 from dsv3.cache.pool import CachePool
-from dsv3.checkpoint.sharding import tensor_specs
 from dsv3.config import ModelConfig, ParallelConfig
 from dsv3.distributed.stand_in import stand_in_mesh
 from dsv3.engine.runner import Runner
@@ -21,11 +20,9 @@ from dsv3.engine.step_plan import StepPlan
 from dsv3.model.absorb_rule import AbsorbRule
 from dsv3.model.moe import MoE
 from dsv3.model.transformer import Transformer
-from dsv3.parallel.weight_format import WeightFormat
 from dsv3.settings import CacheDtype, EngineConfig, KvShard
 from dsv3_kernels.fp8_format import FP8
 
-_DTYPES = {"fp32": torch.float32}  # of activations; bfloat16 with other weights
 _PLANS = 10  # plans that are drawn for the usual number of experts
 _NEAR = 0.05  # share of that number by which a plan may differ from it
 _ALL_HIT = 0.95  # share of the local experts from which on plans do not differ
@@ -123,24 +120,7 @@ class Rank:
         return Runner(self.model, self.cache, self._rule, static=static)
 
     def _make_model(self) -> Transformer:
-        specs = tensor_specs(self.config)
-        routers = frozenset(name for name in specs if name.endswith(".mlp.gate.weight"))
-        on_cpu = self.device.type == "cpu"
-        weight_format = WeightFormat(
-            _DTYPES.get(self.shape.weights, torch.bfloat16),
-            self.device,
-            integers=integer_names(self.config, self.shape.weights, on_cpu),
-            cpu_products=on_cpu,
-            bf16_vectors=frozenset() if on_cpu or self.shape.weights == "fp32" else routers,
-        )
-        if self.shape.weights == "fp8":
-            quantization = self.config.quantization
-            weight_format = replace(
-                weight_format,
-                fp8_names=frozenset(name for name, spec in specs.items() if spec.quantizable),
-                fp8_products=not on_cpu,
-                ue8m0=quantization is not None and quantization.scale_fmt == "ue8m0",
-            )
+        weight_format = random_format(self.config, self.shape.weights, self.device)
         model = Transformer(self.config, self._mesh, weight_format)
         for target in model.targets():
             fill_weight(target.dest, target.name)

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from benchlib.experts_hit import mean_hits
-from benchlib.integers import INTEGERS
 from benchlib.operation import Op
+from benchlib.random_weights import INTEGERS
 from benchlib.step_shape import StepShape
 from dsv3.cache.layout import CacheLayout
 from dsv3.config import ModelConfig, ParallelConfig, split_range

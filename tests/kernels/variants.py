@@ -22,7 +22,7 @@ from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from benchlib.integers import integer_names
+from benchlib.random_weights import integer_names
 from benchlib.rank_share import RankShape
 from dsv3.cache.layout import CacheLayout
 from dsv3.cache.pool import CachePool
