@@ -58,25 +58,21 @@ def _elementwise(small: bool) -> Iterator[Case]:
         values = T * dim
         quant = T * dim * (1 + 4 / BLOCK)
         name = f"{T} x {dim}"
-        pair = act_quant.kernel, act_quant.reference
         make = partial(_rows, T, dim)
-        yield Case("act_quant", name, make, *pair, 2 * values + quant, tol=FP8_TOL)
+        yield Case.of(act_quant, name, make, 2 * values + quant, tol=FP8_TOL)
 
         def operands(d: torch.device, T: int = T, dim: int = dim) -> Args:
             x, y = (normal(T, dim, device=d) for _ in range(2))
             return x, y, torch.rand(dim, device=d) + 0.5, 1e-6, True
 
-        norm = add_rmsnorm.kernel, add_rmsnorm.reference
-        yield Case("add_rmsnorm", name, operands, *norm, 8 * values + quant, tol=FP8_TOL)
-        silu = silu_mul_quant.kernel, silu_mul_quant.reference
+        yield Case.of(add_rmsnorm, name, operands, 8 * values + quant, tol=FP8_TOL)
         make = partial(_rows, T, 2 * dim)
-        yield Case("silu_mul_quant", name, make, *silu, 4 * values + quant, tol=FP8_TOL)
+        yield Case.of(silu_mul_quant, name, make, 4 * values + quant, tol=FP8_TOL)
     for T, dim in [(3, 256)] if small else [(1, D), (32, D)]:
         yield _sum_norm(T, dim)
     for rows, cols in [(100, 200)] if small else [(D, FF), (4096, D)]:
         make = partial(_matrix, rows, cols)
-        dequant = weight_dequant.kernel, weight_dequant.reference
-        yield Case("weight_dequant", f"{rows} x {cols}", make, *dequant, 3 * rows * cols)
+        yield Case.of(weight_dequant, f"{rows} x {cols}", make, 3 * rows * cols)
 
 
 def _sum_norm(T: int, dim: int) -> Case:
@@ -116,8 +112,7 @@ def _routing(small: bool) -> Iterator[Case]:
             return (RouterInput(torch.randn(2, T, 256, device=d), bias, rule),)
 
         num_bytes = T * (8 * 256 + 12 * K)
-        pair = route.kernel, route.reference
-        yield Case("route", f"{T} x 256", logits, *pair, num_bytes, tol=1e-5, view=_sorted)
+        yield Case.of(route, f"{T} x 256", logits, num_bytes, tol=1e-5, view=_sorted)
 
         if T <= 16:
             yield _route_and_permute(T, rule)
@@ -126,11 +121,15 @@ def _routing(small: bool) -> Iterator[Case]:
             dim = 256 if small else D
             return normal(T, dim, device=d), normal(256, dim, device=d)
 
-        yield Case(
-            "router_logits", f"{T} x 256", hidden, router_logits.kernel, router_logits.reference,
-            2 * 256 * D + T * (2 * D + 4 * 256), 2.0 * T * 256 * D, tol=1e-4,
+        yield Case.of(
+            router_logits,
+            f"{T} x 256",
+            hidden,
+            2 * 256 * D + T * (2 * D + 4 * 256),
+            2.0 * T * 256 * D,
+            tol=1e-4,
             view=lambda parts: parts.sum(0),
-        )  # fmt: skip
+        )
     for T in (5,) if small else (8, 128, 4096):
 
         def ids(d: torch.device, T: int = T) -> Args:
@@ -141,11 +140,9 @@ def _routing(small: bool) -> Iterator[Case]:
             return normal(T * K, 256 if small else D, device=d), groups.row_TK
 
         name = f"{T} x {K}"
-        sort = (permute.kernel, permute.reference)
-        yield Case("permute", name, ids, *sort, 16 * T * K, tol=0.0, view=_groups)
-        back = (unpermute.kernel, unpermute.reference)
+        yield Case.of(permute, name, ids, 16 * T * K, tol=0.0, view=_groups)
         num_bytes = T * D * (2 * K * E // 256 + 4)
-        yield Case("unpermute", name, expert_rows, *back, num_bytes, tol=1e-5)
+        yield Case.of(unpermute, name, expert_rows, num_bytes, tol=1e-5)
 
 
 def _route_and_permute(T: int, rule: Routing) -> Case:
@@ -200,5 +197,4 @@ def _sampling(small: bool) -> Iterator[Case]:
             )
             return logits, params
 
-        pair = sample.kernel, sample.reference
-        yield Case("sample", f"{B} x {W}", operands, *pair, 4 * B * W, tol=0.0)
+        yield Case.of(sample, f"{B} x {W}", operands, 4 * B * W, tol=0.0)

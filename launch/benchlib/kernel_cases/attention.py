@@ -43,8 +43,7 @@ def decode(small: bool) -> Iterator[Case]:
         return torch.randn(8, B, H, dim, device=d), torch.randn(8, B, H, device=d)
 
     name = f"8 x {B} x {H} x {dim}"
-    pair = (merge_lse.kernel, merge_lse.reference)
-    yield Case("merge_lse", name, parts, *pair, 9 * B * H * dim * 4, tol=1e-5)
+    yield Case.of(merge_lse, name, parts, 9 * B * H * dim * 4, tol=1e-5)
 
 
 def _mla_decode(batch: int, context: int, heads: int, packed: bool) -> Case:
@@ -62,12 +61,10 @@ def _mla_decode(batch: int, context: int, heads: int, packed: bool) -> Case:
         tables = PageTables(table, position, Paging(page_size))
         return q, entries, tables, C, (N + R) ** -0.5
 
-    return Case(
-        "mla_decode",
+    return Case.of(
+        mla_decode,
         f"B {batch}, S {context}, H {heads}, {'fp8' if packed else 'bf16'} cache",
         operands,
-        mla_decode.kernel,
-        mla_decode.reference,
         batch * context * width + batch * heads * (2 * (C + R) + 4 * C),
         2.0 * batch * heads * context * (2 * C + R),
         tol=1e-2,
@@ -94,14 +91,12 @@ def absorption(small: bool) -> Iterator[Case]:
             return z, lse, normal(H, N + V, c, device=d)[:, N:], True
 
         moved = 2 * T * H * (N + C + 2 * R)
-        pair = (absorb_query.kernel, absorb_query.reference)
         flops = 2.0 * T * held
         name = f"T {T}, H {H}"
-        yield Case("absorb_query", name, queries, *pair, 2 * held + moved, flops, tol=1e-2)
+        yield Case.of(absorb_query, name, queries, 2 * held + moved, flops, tol=1e-2)
         moved = T * H * (8 * part_bytes(C, 2) + 3 * V)
-        back = expand_values.kernel, expand_values.reference
         name = f"8 x {T}, H {H}"
-        yield Case("expand_values", name, parts, *back, 2 * held + moved, flops, tol=FP8_TOL)
+        yield Case.of(expand_values, name, parts, 2 * held + moved, flops, tol=FP8_TOL)
 
 
 def latents(small: bool) -> Iterator[Case]:
@@ -181,12 +176,10 @@ def prefill(small: bool) -> Iterator[Case]:
             value = normal(S, H, V, device=d)
             return q, KeysValues(k, rope.expand(-1, H, -1), value), 0, 0, (N + R) ** -0.5
 
-        yield Case(
-            "mla_prefill",
+        yield Case.of(
+            mla_prefill,
             f"S {S}, H {H}",
             operands,
-            mla_prefill.kernel,
-            mla_prefill.reference,
             2 * S * H * (2 * N + R + 2 * V),
             1.0 * S * S * H * (N + R + V),
             tol=1e-2,

@@ -13,6 +13,7 @@ from benchlib.case_log import spoils_device
 from benchlib.kernel_timing import copies_needed, median_seconds
 from dsv3_kernels.fp8_format import BLOCK, FP8
 from dsv3_kernels.gemm.act_quant import Quantized, act_quant
+from dsv3_kernels.operation import Operation
 from dsv3_kernels.testing import assert_close
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,23 @@ class Case:
     tol: float = BF16_TOL
     peer: Callable[..., Any] | None = None
     view: Callable[[Any], Any] = lambda result: result
+
+    @classmethod
+    def of(
+        cls,
+        operation: Operation[Any, ..., Any],
+        shape: str,
+        make: Callable[[torch.device], Args],
+        bytes: float,
+        flops: float = 0.0,
+        dtype: str = "bf16",
+        **more: Any,
+    ) -> "Case":
+        """Return the case of an operation whose results need no preparation."""
+        name = operation.reference.__name__
+        return cls(
+            name, shape, make, operation.kernel, operation.reference, bytes, flops, dtype, **more
+        )
 
 
 def check(case: Case, device: torch.device) -> str:

@@ -67,12 +67,10 @@ def gemm(small: bool) -> Iterator[Case]:
                 w, scale = scaled(F_out, dim, d)
                 return quantized(M, dim, d), w, scale, torch.bfloat16, make_locks(w)
 
-            yield Case(
-                "fp8_gemm",
+            yield Case.of(
+                fp8_gemm,
                 f"{name} {F_out} x {dim}, M {M}",
                 operands,
-                fp8_gemm.kernel,
-                fp8_gemm.reference,
                 F_out * dim + M * (dim + 2 * F_out),
                 2.0 * M * F_out * dim,
                 "fp8",
@@ -89,12 +87,10 @@ def few_rows(small: bool) -> Iterator[Case]:
                 w = normal(F_out, dim, device=d)
                 return normal(M, dim, device=d), w, torch.bfloat16, make_locks(w)
 
-            yield Case(
-                "bf16_gemm",
+            yield Case.of(
+                bf16_gemm,
                 f"{name} {F_out} x {dim}, M {M}",
                 operands,
-                bf16_gemm.kernel,
-                bf16_gemm.reference,
                 2 * (F_out * dim + M * (dim + F_out)),
                 2.0 * M * F_out * dim,
                 peer=lambda x, w, _dtype, _locks: F.linear(x, w),
@@ -118,12 +114,10 @@ def integers(small: bool) -> Iterator[Case]:
                     w = _integers(F_out, dim, bits, group, d)
                     return normal(M, dim, device=d), w, torch.bfloat16, make_locks(w.q)
 
-                yield Case(
-                    "int_gemm",
+                yield Case.of(
+                    int_gemm,
                     f"int{bits}/{group} {name} {F_out} x {dim}, M {M}",
                     operands,
-                    int_gemm.kernel,
-                    int_gemm.reference,
                     F_out * dim * bits / 8 + 2 * M * (dim + F_out),
                     2.0 * M * F_out * dim,
                 )
@@ -135,12 +129,10 @@ def integers(small: bool) -> Iterator[Case]:
                 x = int8_quant.reference(normal(M, dim, device=d))
                 return x, _integers(F_out, dim, 8, dim, d), torch.bfloat16
 
-            yield Case(
-                "int8_gemm",
+            yield Case.of(
+                int8_gemm,
                 f"{name} {F_out} x {dim}, M {M}",
                 quantized_rows,
-                int8_gemm.kernel,
-                int8_gemm.reference,
                 F_out * dim + M * (dim + 2 * F_out),
                 2.0 * M * F_out * dim,
             )
@@ -172,8 +164,9 @@ def expert_products(small: bool) -> Iterator[Case]:
             return ids, torch.rand(rows // 2, 2, device=d)
 
         def operands(d: torch.device, rows: int = rows) -> Args:
-            stacks = _stack(held, 2 * inner, dim, d), _stack(held, dim, inner, d)
-            return quantized(rows // 2, dim, d), *chosen(d, rows), 0, *stacks
+            ids, weight = chosen(d, rows)
+            up = _stack(held, 2 * inner, dim, d)
+            return quantized(rows // 2, dim, d), ids, weight, 0, up, _stack(held, dim, inner, d)
 
         def gate_up(d: torch.device, rows: int = rows) -> Args:
             groups = permute.reference(chosen(d, rows)[0], LocalExperts(0, held))
@@ -189,20 +182,32 @@ def expert_products(small: bool) -> Iterator[Case]:
 
         name = f"{held} experts, {each} tokens each"
         moved = rows * (dim + 2 * inner + 4 * dim)
-        yield Case(
-            "experts", name, operands, experts.kernel, experts.reference,
-            3 * held * matrix + moved, 6.0 * rows * matrix, "fp8", tol=2e-2,
-        )  # fmt: skip
-        yield Case(
-            "grouped_gate_up", name, gate_up, grouped_gate_up.kernel,
-            grouped_gate_up.reference,
-            2 * held * matrix + rows * (dim + inner), 4.0 * rows * matrix, "fp8", tol=FP8_TOL,
-        )  # fmt: skip
-        yield Case(
-            "grouped_down", name, downward, grouped_down.kernel,
-            grouped_down.reference,
-            held * matrix + rows * (inner + 2 * dim), 2.0 * rows * matrix, "fp8",
-        )  # fmt: skip
+        yield Case.of(
+            experts,
+            name,
+            operands,
+            3 * held * matrix + moved,
+            6.0 * rows * matrix,
+            "fp8",
+            tol=2e-2,
+        )
+        yield Case.of(
+            grouped_gate_up,
+            name,
+            gate_up,
+            2 * held * matrix + rows * (dim + inner),
+            4.0 * rows * matrix,
+            "fp8",
+            tol=FP8_TOL,
+        )
+        yield Case.of(
+            grouped_down,
+            name,
+            downward,
+            held * matrix + rows * (inner + 2 * dim),
+            2.0 * rows * matrix,
+            "fp8",
+        )
 
 
 def _stack(held: int, rows: int, cols: int, device: torch.device) -> Stack:

@@ -70,9 +70,8 @@ def index_inputs(small: bool) -> Iterator[Case]:
             tol=FP8_TOL,
         )
         moved = T * _INDEX_HEADS * (2 * _DIM + width + 16 * 4)
-        pair = (index_queries.kernel, index_queries.reference)
         view = _scaled_queries
-        yield Case("index_queries", name, queries, *pair, moved, tol=FP8_TOL, view=view)
+        yield Case.of(index_queries, name, queries, moved, tol=FP8_TOL, view=view)
 
 
 def _cache(pages: int, is_fp8: bool, device: torch.device) -> IndexCache:
@@ -173,14 +172,11 @@ def _top_k(T: int, context: int, k: int) -> Iterator[Case]:
         return torch.stack(found), k, ranks[-1]
 
     name = f"T {T}, S {context}, k {k}"
-    pair = (top_candidates.kernel, top_candidates.reference)
-    yield Case("top_candidates", name, scores, *pair, T * (4 * context + 8 * k), tol=0.0)
-    merge = (select_slots.kernel, select_slots.reference)
-    yield Case(
-        "select_slots",
+    yield Case.of(top_candidates, name, scores, T * (4 * context + 8 * k), tol=0.0)
+    yield Case.of(
+        select_slots,
         f"8 x {name}",
         candidates,
-        *merge,
         T * (8 * 8 * k + 4 * k),
         tol=0.0,
         view=lambda selected: (selected.page_BG, selected.query_pos_BQ),
@@ -199,12 +195,10 @@ def _attention(T: int, heads: int, k: int, is_packed: bool) -> Case:
         tables = PageTables(slot_TK, torch.full((T, 1), k - 1, device=d), Paging(1))
         return normal(T, 1, heads, C + R, device=d), cache, tables, C, (N + R) ** -0.5
 
-    return Case(
-        "mla_decode",
+    return Case.of(
+        mla_decode,
         f"B {T}, {k} selected slots, H {heads}, {'fp8' if is_packed else 'bf16'} cache",
         operands,
-        mla_decode.kernel,
-        mla_decode.reference,
         min(T * k, slots) * width + T * heads * (2 * (C + R) + 4 * C),
         2.0 * T * heads * k * (2 * C + R),
         tol=1e-2,
