@@ -74,7 +74,7 @@ def keep_freed_memory() -> None:
 
 
 def limit_threads(config: ModelConfig, mesh: Mesh) -> None:
-    """Use no more threads than a small model's products keep busy, unless the user chose.
+    """Use no more threads than a small model's products keep busy, unless OMP_NUM_THREADS is set.
 
     Every operation ends when its last thread does. Where other programs want the cores too, a
     second thread made decoding the demo model 16 times slower.

@@ -22,8 +22,8 @@ Router, norms, embeddings, heads, kv_b_proj and the weights of the indexers' hea
 weights in FP8, unless the budget makes integers of them.
 
 A layout is tp ranks times dp data-parallel groups: dense layers are split over tp, routed experts
-over all ranks. A rank's file holds all that the rank needs, so that a host may have just the files
-of its own ranks; what every group needs is therefore written dp times (--dry-run shows the bytes).
+over all ranks. A rank's file holds all that the rank needs, so that a host needs only the files
+of its own ranks; dense layers are therefore written dp times (--dry-run shows the bytes).
 """
 
 import argparse

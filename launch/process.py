@@ -28,7 +28,7 @@ def prepare_process() -> None:
     if hasattr(signal, "SIGUSR1"):
         faulthandler.register(signal.SIGUSR1)  # writes the stacks of all threads
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
-        # If torchrun is killed, a rank that goes on would keep its GPU and the terminal.
+        # If torchrun is killed, a rank that survives it would keep its GPU and the terminal.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

@@ -1,4 +1,4 @@
-"""torchrun wrapper that logs which hosts it is waiting for.
+"""torchrun that prints how many nodes are missing while it waits for them.
 
     python launch/run.py --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d \
         --rdzv-endpoint HOST:PORT launch/generate.py --ckpt-path DIR --interactive

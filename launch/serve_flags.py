@@ -41,7 +41,12 @@ def add_server_flags(group: argparse._ArgumentGroup) -> None:
     add("--served-model-name", help="name of the model (default: that of the checkpoint)")
     add("--api-key", action="append", help="a key that clients must send; may be given repeatedly")
     add("--api-key-file", help="file of such keys, one per line")
-    add("--cors", action="append", metavar="ORIGIN", help="let web pages of this origin in; * all")
+    add(
+        "--cors",
+        action="append",
+        metavar="ORIGIN",
+        help="origin of web pages that may send requests; * is all",
+    )
     text = "queued completions beyond the running ones; more are refused with status 429"
     add("--max-waiting", type=int, default=1024, help=text)
     add("--max-body-bytes", type=int, default=16 << 20, help="longest body of a request")

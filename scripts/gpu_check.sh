@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Is this machine's GPU right, and how fast? Checks and measures it with what is installed; installs
-# nothing. Without a GPU, --rehearse runs every part.
+# Is this machine's GPU right, and how fast? Checks and measures it with the installed packages;
+# installs nothing. Without a GPU, --rehearse runs every part.
 #
 #   scripts/gpu_check.sh [--rehearse] [PART...]     --help lists the parts
 #   OUT=results BUDGET=300 scripts/gpu_check.sh smoke tests

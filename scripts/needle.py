@@ -6,8 +6,8 @@
 A text of sentences from templates hides one code at a depth of 0 (its beginning) to 100 percent;
 the model is asked for the code. Models with an indexer answer three times: with dense attention
 (index_topk is set to the longest context), with sparse attention, and with the cache and the index
-keys in FP8. The JSON file is written after every length; a run with the same flags and file goes on
-where the last one ended. On several hosts all ranks must be able to read it.
+keys in FP8. The JSON file is written after every length; a run with the same flags and file adds
+the missing lengths. On several hosts all ranks must be able to read it.
 """
 
 import argparse
@@ -281,7 +281,7 @@ def parse_args() -> argparse.Namespace:
     add("--tp", type=int, default=0, help="tensor-parallel ranks (default: all)")
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--dtype", default="auto", help="numerics: auto, float32, bfloat16 or fp8")
-    add("--json", type=Path, help="file for the results; a second run goes on with it")
+    add("--json", type=Path, help="file for the results; a second run adds missing ones")
     add("--plot", type=Path, help="file for the picture (PNG, SVG, PDF)")
     add("--debug", action="store_true", help="show where an error was raised")
     args = parser.parse_args()

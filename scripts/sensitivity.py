@@ -6,7 +6,7 @@
 The loss is the mean KL divergence of the model's output from that without quantization, in nats per
 token of the texts (`tokens` and `offsets`, as launch/quality.py reads them). All ranks run the
 runner that serves requests. Rank 0 writes the JSON file after every measurement; a run with the
-same model and file goes on where the last one ended. `convert.py --to mixed` reads it.
+same model and file measures only the losses that are missing. `convert.py --to mixed` reads it.
 """
 
 import argparse
@@ -118,7 +118,7 @@ class Weights:
                 continue
             if target.scale is not None:
                 raise ConfigError(
-                    f"{target.name} is held in {target.dest.dtype}; the loss of quantizing is "
+                    f"{target.name} is stored in {target.dest.dtype}; the loss of quantizing is "
                     "measured from floating point: give --weights auto and --dtype bfloat16"
                 )
             self._by_site[site].append(Weight(specs[target.name], target.dest))

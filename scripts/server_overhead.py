@@ -1,4 +1,4 @@
-"""Compare the tokens per second of a server's answers with those of a batch file, in one run.
+"""Compare a server's tokens per second with a batch file's, in one run.
 
     python scripts/server_overhead.py [--requests 64] [--turns 5] [--ranks 1]
 

@@ -1,7 +1,7 @@
 """JSON Lines that a program writes as each of its cases begins and ends.
 
 Rows of finished cases survive the end of the process, the last line names the case that ended it,
-and the next process goes on with the cases that have not begun.
+and the next process runs the cases that have not begun.
 """
 
 import json
@@ -34,7 +34,7 @@ def spoils_device(text: str) -> bool:
 
 
 def describe(error: Exception) -> str:
-    """Return an error of any library in one line: its type and text, a difference as it is."""
+    """Return an error of any library as one line: its type and text; of a difference, the text."""
     text = str(error).strip()
     is_difference = isinstance(error, AssertionError) and text
     return one_line(text if is_difference else f"{type(error).__name__}: {text}")

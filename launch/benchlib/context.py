@@ -3,8 +3,8 @@
     python launch/bench.py context --config v3.2-671b --lengths 4096 16384 65536
     python launch/bench.py context --heads 16 --batch 1 8 --chunk 256 --kv-dtype fp8
 
-The layer has the model's shapes and random weights, its cache random entries. Dense attention is
-that of the same layer: the indexer still writes its keys, but selects nothing. Bytes are those of
+The layer has the model's shapes and random weights, its cache random entries. Dense attention runs
+in the same layer: the indexer still writes its keys, but selects nothing. Bytes are those of
 the cache entries and index keys in the page tables that attention and scoring were given.
 """
 
@@ -39,7 +39,7 @@ def context_report(
     Args:
         config: the model; it has an indexer.
         device: device to measure on.
-        steps: the steps; those of one name make a curve.
+        steps: the steps; steps of one name make a curve.
         cache: format of the latents.
         index: format of the index keys.
         repeats: timed runs of each step and form.
@@ -88,7 +88,7 @@ def _note(step: StepKind, dense: LayerCost, sparse: LayerCost) -> str:
 
 
 def steps_of(args: argparse.Namespace) -> Iterator[StepKind]:
-    """Yield the steps that the flags ask for, by kind.
+    """Yield the steps of the flags, by kind.
 
     Raises:
         ConfigError: a chunk is longer than a context.
@@ -103,7 +103,7 @@ def steps_of(args: argparse.Namespace) -> Iterator[StepKind]:
 
 
 def config_of(args: argparse.Namespace) -> ModelConfig:
-    """Return the model with the heads that the flags ask for.
+    """Return the model of the flags, with as many heads as they keep.
 
     Raises:
         ConfigError: it has no indexer, or fewer heads.

@@ -95,7 +95,7 @@ class ContextLayer:
         self._rule = AbsorbRule.make(config, EngineConfig())
 
     def _fill_cache(self) -> None:
-        """Write random entries and index keys to all slots but those of the null page."""
+        """Write random entries and index keys to all slots except the null page's."""
         layout = self.pool.layout
         assert self.cache.index is not None
         for slot_T in torch.arange(layout.page_size, len(self.cache.slots)).split(_BLOCK):
@@ -158,7 +158,7 @@ class ContextLayer:
 
     @contextmanager
     def _reads(self) -> Iterator[dict[str, int]]:
-        """Count entries that attention and index read: those of the page tables that they get."""
+        """Count the entries that attention and index read, by the page tables that they get."""
         count = {"attention": 0, "index": 0}
         profiler = Profiler(self.device)
 

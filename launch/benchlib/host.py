@@ -63,7 +63,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Report:
     """Time the host's share of steps; no model is loaded and no ranks are joined."""
     if args.tp or args.dp > 1:
-        raise ConfigError("host runs no model on no ranks; leave --tp and --dp out")
+        raise ConfigError("host runs no model, so there is no layout; leave --tp and --dp out")
     checkpoint = locate_description(args.ckpt_path)
     tokenizer = Tokenizer.load(checkpoint) if args.text else None
     config = load_model_config(args.config or checkpoint)

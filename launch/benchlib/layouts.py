@@ -37,7 +37,7 @@ class Layout:
     def ops(self, load: StepShape) -> list[Op]:
         """Return the operations of a step that has this load in every dp group.
 
-        The operations are those of the rank with the most experts hit.
+        Their rank is the one with the most experts hit.
         """
         place = self.setup.layout
         hits = busiest_hits(self.setup.config, place.ep, load.tokens * place.dp)

@@ -52,7 +52,7 @@ class TransformersPeer:
         self._model.generation_config.pad_token_id = 0
 
     def reset(self) -> None:
-        """Do nothing: no state is kept between runs."""
+        """Do nothing; no state is kept between runs."""
 
     def run(self, requests: Sequence[BenchRequest]) -> RunResult:
         """Answer the requests batch by batch."""

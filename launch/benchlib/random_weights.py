@@ -47,7 +47,7 @@ def integer_names(config: ModelConfig, weights: str, on_cpu: bool) -> dict[str, 
     Args:
         config: the model.
         weights: format of the weights.
-        on_cpu: scales are held as products on CPUs need them.
+        on_cpu: scales are float32, as products on CPUs need them.
     """
     kind = INTEGERS.get(weights)
     if kind is None:

@@ -1,7 +1,7 @@
 """Decode steps of one rank's share with weights in several formats, in turns in one process.
 
 Steps in turns meet the same load of a shared machine, so their ratios hold where the times of
-separate runs do not. All shares are held at the same time.
+separate runs do not. All shares are in memory at the same time.
 """
 
 import statistics

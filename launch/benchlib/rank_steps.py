@@ -31,7 +31,7 @@ class StepResult:
     Attributes:
         rows: a row for each operation.
         notes: lines about the step.
-        figures: the step's figures by name; those of kernels only on a GPU.
+        figures: the step's figures by name; figures of kernels only on a GPU.
         kernels: a row for each kernel of a step as served; none on a CPU.
     """
 

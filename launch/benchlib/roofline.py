@@ -93,7 +93,7 @@ class RooflineSetup:
 
 
 class _OpLister:
-    """Lister of the operations of one step; sizes are those of this rank."""
+    """Lister of the operations of one step, with the sizes of this rank's shards."""
 
     def __init__(self, setup: RooflineSetup, load: StepShape) -> None:
         self.setup = setup

@@ -78,7 +78,7 @@ def _described(part: Part) -> str:
 
 
 def select_parts(names: list[str]) -> list[Part]:
-    """Return the parts that are named, in the order of the check; those by default if none is."""
+    """Return the named parts in the order of the check; without names, the default parts."""
     known = {part.name: part for part in PARTS}
     for name in names:
         if name not in known:
@@ -104,7 +104,7 @@ def read_tests(text: str | None) -> tuple[str, ...] | None:
 
 
 def out_folder(text: str) -> Path:
-    """Return the directory of the results; refuse one that has those of another check."""
+    """Return the directory of the results; refuse a directory that is not empty."""
     folder = Path(text or f"gpu_check_results/{time.strftime('%Y%m%d-%H%M%S')}").absolute()
     with os_errors_as(ConfigError, f"OUT={folder}"):
         if folder.exists() and any(folder.iterdir()):

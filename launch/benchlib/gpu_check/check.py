@@ -52,7 +52,7 @@ def batches_of(parts: Sequence[Part]) -> list[list[Part]]:
 
 
 def rehearsal_notes(parts: Sequence[Part]) -> list[str]:
-    """Return what a rehearsal of the parts does not prove."""
+    """Return a line for each part about the gaps of its rehearsal."""
     lines = [f"- {part.name}: {part.unproven}" for part in parts if part.unproven]
     return ["This was a rehearsal without a GPU. It does not prove that a GPU is right:", *lines]
 

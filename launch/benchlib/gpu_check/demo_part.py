@@ -85,7 +85,7 @@ def _slug(name: str) -> str:
 
 
 def demo_jobs(setup: Setup, part: str, runs: Sequence[Run]) -> list[Job]:
-    """Return the jobs of runs; their prompts and answers lie in a directory of the part."""
+    """Return the jobs of runs; prompts and answers are in a directory of the part."""
     folder = setup.out / part
     folder.mkdir(exist_ok=True)
     rows = folder / "prompts.jsonl"
@@ -150,7 +150,7 @@ def judge_answers(
 def judge_runs(
     setup: Setup, runs: Sequence[Run], results: Sequence[JobResult], part: PartResult
 ) -> None:
-    """Judge runs by their ends and by their answers; those without answers are not compared."""
+    """Judge runs by exit codes and answers; runs without answers are not compared."""
     by_name = dict(zip((run.name for run in runs), results, strict=True))
     for name, result in by_name.items():
         if result.out_of_time:

@@ -1,4 +1,4 @@
-"""Facts about the machine and its GPUs; the process that asks for them does not import torch."""
+"""Facts about the machine and its GPUs, found by another process: this one never opens a GPU."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ class Facts:
         gpus: names of its GPUs.
         capability: compute capability of the first one, as "9.0"; empty without a GPU.
         memory_gib, free_gib: memory of the first GPU.
-        missing: packages that a run needs and that are not there.
+        missing: packages that a run needs and that are not installed.
         compiler: the C compiler that Triton calls for its launchers; empty if there is none.
         cores: CPU cores that this process may use.
     """
@@ -69,7 +69,7 @@ class Facts:
 
 
 def ask_facts(root: Path) -> Facts:
-    """Return the facts, found by another process: this one never opens a GPU.
+    """Return the facts that `find_facts` prints.
 
     Raises:
         ConfigError: torch is missing or cannot be imported.

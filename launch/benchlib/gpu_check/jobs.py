@@ -73,7 +73,7 @@ class Job:
 
 @dataclass(slots=True)
 class JobResult:
-    """The end of a job.
+    """The result of a job.
 
     Attributes:
         code: exit code of the last process, negative for a signal; None if none was started.
@@ -153,8 +153,8 @@ class _Run:
         """True while the process runs."""
         return self._process.poll() is None
 
-    def goes_on(self) -> bool:
-        """Look at the process; return False once the job has ended."""
+    def poll(self) -> bool:
+        """Return True while the job runs; start another process for the cases that are left."""
         if self.result.cut:
             return False
         code = self._process.poll()
@@ -165,7 +165,7 @@ class _Run:
             self.end("")
         self.result.code = self._process.returncode
         self.result.seconds = time.monotonic() - self._begin
-        if self._continues(hung):
+        if self._can_continue(hung):
             self._start()
             return True
         return False
@@ -180,8 +180,8 @@ class _Run:
             self._grown = time.monotonic()
         return time.monotonic() - self._grown > job.silence
 
-    def _continues(self, hung: bool) -> bool:
-        """Record the case that has ended the process; return True if others can go on."""
+    def _can_continue(self, hung: bool) -> bool:
+        """Record the case that ended the process; return True if other cases can still run."""
         job = self.result.job
         cut = f"hung: no output for {job.silence:.0f} s" if hung else ""
         found = CaseResults()
@@ -222,7 +222,7 @@ def run_jobs(
     at_once: int,
     on_end: Callable[[JobResult], None] = lambda _: None,
 ) -> list[JobResult]:
-    """Run jobs, at most `at_once` at the same time; return their ends in the order of the jobs.
+    """Run jobs, at most `at_once` at the same time; return their results in the same order.
 
     Args:
         jobs: the commands, in the order in which they start.
@@ -247,7 +247,7 @@ def run_jobs(
             if left <= 0:
                 _end_all([run for run in running if run.is_alive], "out of time")
             for run in list(running):
-                if not run.goes_on():
+                if not run.poll():
                     running.remove(run)
                     ended[run.result.job.name] = run.result
                     on_end(run.result)
@@ -257,7 +257,7 @@ def run_jobs(
 
 @contextmanager
 def _ended_with_the_block(running: list[_Run]) -> Iterator[None]:
-    """End what still runs when the block is left, as by Ctrl-C."""
+    """End the jobs that still run when the block is left, as by Ctrl-C."""
     try:
         yield
     finally:
@@ -265,7 +265,7 @@ def _ended_with_the_block(running: list[_Run]) -> Iterator[None]:
 
 
 def _end_all(runs: Sequence[_Run], reason: str) -> None:
-    """End jobs, which have the seconds of grace at the same time."""
+    """End jobs; all of them share one period of grace."""
     for run in runs:
         run.send(signal.SIGTERM)
     for run in runs:

@@ -110,14 +110,14 @@ class Part:
 
     Attributes:
         name: its name on the command line.
-        about: what it runs, in one line.
+        about: help text, one line.
         limit: seconds that it may take at most.
         typical: seconds that it takes on a data-centre GPU, an estimate.
         make_jobs: returns its jobs.
-        judge: fills in the result from the ends of the jobs.
+        judge: fills in the part's result from the results of its jobs.
         is_timed: it measures times, so nothing else may run; others run side by side.
         by_default: it runs if no parts are named.
-        unproven: what a rehearsal of it does not prove.
+        unproven: the gap of its rehearsal, one line.
         lacks: returns the reason why this machine cannot run it; empty if it can.
         needs: packages that it imports; without one of them it is incomplete.
     """
@@ -143,7 +143,7 @@ class Part:
 def judge_cases(results: Sequence[JobResult], part: PartResult) -> list[CaseResults]:
     """Count the cases of jobs that have case logs; return the cases of each job.
 
-    Cases that did not fit the time make the part incomplete.
+    Cases that were not reached in time make the part incomplete.
     """
     counts = dict.fromkeys((PASSED, FAILED, SKIPPED), 0)
     unfinished: list[str] = []

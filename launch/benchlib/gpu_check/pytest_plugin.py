@@ -31,11 +31,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class _Reporter:
-    """Writes the lines."""
+    """Writes the lines of tests, and selects the tests of this share."""
 
     def __init__(self, log: CaseLog) -> None:
         self._log = log
-        self._figures: dict[str, float] = {}
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(

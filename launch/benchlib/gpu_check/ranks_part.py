@@ -23,7 +23,7 @@ def ranks_runs(setup: Setup) -> list[Run]:
 
 
 def _num_ranks(setup: Setup) -> int:
-    """Return the largest power of two that the GPUs suffice for; the demo model splits so."""
+    """Return the largest power of two up to the number of GPUs, as the demo model needs."""
     count = 2
     while not setup.rehearse and 2 * count <= min(len(setup.facts.gpus), _MOST_RANKS):
         count *= 2

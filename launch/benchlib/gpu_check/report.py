@@ -18,12 +18,12 @@ class PartResult:
 
     Attributes:
         name: the part.
-        status: incomplete if the time did not suffice to check everything, or a package is missing;
+        status: incomplete if time ran out before all cases had run, or a package is missing;
             skipped if this machine cannot run it.
         summary: counts in one line, or the reason why it was skipped.
         problems: a line for each failure.
         tables: measured times by the title of their table; its rows have the same columns.
-        seconds: time it took, side by side with other parts perhaps.
+        seconds: wall-clock time, which parts that run side by side share.
     """
 
     name: str
@@ -69,7 +69,7 @@ class CheckReport:
         return int(is_bad or self.was_interrupted)
 
     def lines(self) -> list[str]:
-        """Return the report as text; what matters most is at its end."""
+        """Return the report as text; problems come last, where a terminal shows them."""
         lines = list(self.machine)
         for part in self.parts:
             for title, rows in part.tables.items():

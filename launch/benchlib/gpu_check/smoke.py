@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchlib.case_log import CaseLog, Row, describe, spoils_device
+from benchlib.case_log import CaseLog, describe, spoils_device
 from benchlib.hardware import hardware
 from benchlib.interpreter import patch_interpreter
+from benchlib.table import Row
 from dsv3_kernels import Quantized, act_quant, fp8_gemm, make_locks
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
 
@@ -93,7 +94,7 @@ def main(rows: Path) -> int:
         figures: Row = {}
         try:
             figures = run(device)
-        except Exception as error:  # of Triton's compilers, of drivers
+        except Exception as error:  # Triton's compilers and drivers raise errors of many kinds
             why = describe(error)
             num_failed += 1
         log.end(name, why, figures)

@@ -1,4 +1,4 @@
-"""Part `smoke`: missing packages, a kernel, a CUDA graph, the ceilings."""
+"""Part `smoke`: missing packages, two kernels, a CUDA graph, the ceilings."""
 
 from collections.abc import Sequence
 

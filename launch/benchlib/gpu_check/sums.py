@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 -m benchlib.gpu_check.sums --rows FILE [--one-shot]
 
 Over NCCL on GPUs, over Gloo on CPUs. Every rank makes all ranks' operands from the same seed. A
-wrong result on any rank ends the program; the next run goes on with the next case.
+wrong result on any rank ends the program; the next run continues with the next case.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def check_sum(group: Collectives, parts: list[Tensor], device: torch.device) -> 
 
 
 def check_sum_norm(group: Collectives, parts: list[Tensor], device: torch.device) -> None:
-    """Raise if a sum that is added to the stream and normalized is wrong."""
+    """Raise if an all-reduce fused with the residual and its norm is wrong."""
     weight = torch.full((_HIDDEN,), 0.5, device=device)
     want = torch.stack([*parts, parts[0]]).float().sum(0)
     y = parts[group.rank].to(device, copy=True)
@@ -63,7 +63,7 @@ def check_gather(group: Collectives, parts: list[Tensor], device: torch.device) 
 
 
 def check_all_to_all(group: Collectives, parts: list[Tensor], device: torch.device) -> None:
-    """Raise if an all-to-all does not give what was sent: rank i sends part i + r to rank r."""
+    """Raise if an all-to-all changes a tensor: rank i sends operand i + r to rank r."""
     size = group.size
     rank = group.rank
     sent = torch.stack([parts[(rank + to) % size] for to in range(size)])
