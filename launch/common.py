@@ -1,5 +1,6 @@
-"""Settings of the whole process. They belong to programs: the library never changes them."""
+"""Settings of the whole process, which programs change and the library never does."""
 
+import argparse
 import ctypes
 import gc
 import os
@@ -9,7 +10,11 @@ from pathlib import Path
 import torch
 
 from dsv3.config import ModelConfig
+from dsv3.config_files import load_model_config
 from dsv3.distributed.mesh import Mesh
+from dsv3.engine.locate import locate_checkpoint
+from dsv3.engine.start import Started, start
+from program import engine_config
 
 # Of glibc's <malloc.h>.
 _M_TRIM_THRESHOLD = -1
@@ -41,6 +46,17 @@ def tune_for_model(config: ModelConfig, mesh: Mesh, num_threads: int | None = No
     if num_threads is None:
         limit_threads(config, mesh)
     gc.freeze()  # objects that exist now stay: the garbage collector need not visit them again
+
+
+def start_model(args: argparse.Namespace, mesh: Mesh) -> Started:
+    """Start the model of the engine's flags in a process that is tuned for it. A collective."""
+    num_threads = getattr(args, "threads", None)
+    tune_process(mesh, num_threads)
+    config = load_model_config(args.config) if args.config else None
+    checkpoint = locate_checkpoint(args.ckpt_path, mesh)
+    started = start(checkpoint, engine_config(args), mesh, config, args.n_experts)
+    tune_for_model(started.config, mesh, num_threads)
+    return started
 
 
 def share_of_cores(ranks_on_host: int) -> int:

@@ -15,11 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dsv3.config_files import load_model_config
+from common import start_model
 from dsv3.distributed.launcher import environment_world_size
 from dsv3.engine.engine import Engine
-from dsv3.engine.locate import locate_checkpoint
-from dsv3.engine.start import start
 from dsv3.errors import ConfigError, Dsv3Error
 from dsv3.read_files import read_text
 from dsv3.request import Completion, Request, SamplingParams
@@ -27,7 +25,6 @@ from dsv3.text.chat import ChatFormat
 from program import (
     Parser,
     add_engine_flags,
-    engine_config,
     join_engine_ranks,
     run_program,
     set_up_logging,
@@ -110,9 +107,7 @@ def main() -> int:
     if environment_world_size() > 1:
         raise ConfigError("quality.py runs on one rank; start it with python, not with torchrun")
     with join_engine_ranks(args, "cpu" if args.device == "auto" else args.device) as mesh:
-        config = load_model_config(args.config) if args.config else None
-        checkpoint = locate_checkpoint(args.ckpt_path, mesh)
-        started = start(checkpoint, engine_config(args), mesh, config, args.n_experts)
+        started = start_model(args, mesh)
         assert started.engine is not None  # there is one rank
         result: dict[str, object] = {"dtype": args.dtype, "kv_dtype": args.kv_dtype}
         if args.eval:

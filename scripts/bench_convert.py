@@ -29,7 +29,21 @@ from dsv3.config import ModelConfig
 from dsv3.config_files import hf_config_dict, load_model_config
 
 CONVERT = Path(__file__).resolve().parents[1] / "launch" / "convert.py"
-Tensor = tuple[str, str, tuple[int, ...]]
+Tensor = tuple[str, str, tuple[int, ...]]  # name, dtype and shape, as `make_header` takes them
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Run:
+    """One run of a command: its seconds, those of the sync after it, and its peak bytes."""
+
+    command: float
+    sync: float
+    peak: int
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the command and the sync."""
+        return self.command + self.sync
 
 
 def synthetic_config(experts: int) -> ModelConfig:
@@ -79,8 +93,8 @@ def write_checkpoint(folder: Path, config: ModelConfig, file_bytes: float) -> in
     return sum(file.stat().st_size for file in folder.iterdir())
 
 
-def timed(command: list[str]) -> tuple[float, float, int]:
-    """Run a command, then sync; return the seconds of both, and the command's peak memory."""
+def timed(command: list[str]) -> Run:
+    """Run a command, then sync."""
     start = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     assert process.stderr is not None
@@ -91,7 +105,7 @@ def timed(command: list[str]) -> tuple[float, float, int]:
         sys.exit(f"{' '.join(command)}: exit {process.returncode}: {errors.strip()}")
     end = time.monotonic()
     os.sync()
-    return end - start, time.monotonic() - end, usage.ru_maxrss * 1024
+    return Run(end - start, time.monotonic() - end, usage.ru_maxrss * 1024)
 
 
 def commands_to_compare(
@@ -140,21 +154,21 @@ def main() -> None:
 
 def compare(commands: dict[str, list[str]], target: Path, size: int, rounds: int) -> None:
     """Print a line for each command."""
-    runs: dict[str, list[tuple[float, float, int]]] = {name: [] for name in commands}
+    runs: dict[str, list[Run]] = {name: [] for name in commands}
     for _ in range(rounds):
         for name, command in commands.items():
             runs[name].append(timed(command))
             shutil.rmtree(target)
             os.sync()
-    base = statistics.median(run + sync for run, sync, _ in runs["cp -r"])
+    base = statistics.median(run.seconds for run in runs["cp -r"])
     print("            seconds  run + sync   GB/s   x cp -r   peak MiB")
     for name, results in runs.items():
-        run, sync, _ = sorted(results, key=lambda r: r[0] + r[1])[len(results) // 2]
-        peak = max(peak for _, _, peak in results)
-        total = statistics.median(run + sync for run, sync, _ in results)
+        middle = sorted(results, key=lambda run: run.seconds)[len(results) // 2]
+        peak = max(run.peak for run in results)
+        total = statistics.median(run.seconds for run in results)
         print(
-            f"{name:11} {total:7.2f}  {run:5.2f} {sync:5.2f} {size / 1e9 / total:7.2f} "
-            f"{base / total:8.2f} {peak / 2**20:10.0f}"
+            f"{name:11} {total:7.2f}  {middle.command:5.2f} {middle.sync:5.2f} "
+            f"{size / 1e9 / total:7.2f} {base / total:8.2f} {peak / 2**20:10.0f}"
         )
 
 

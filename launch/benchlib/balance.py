@@ -61,18 +61,14 @@ def run(args: argparse.Namespace) -> Report:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this benchmark."""
-    parser.add_argument("--load", type=Path, help="a file that --record-expert-load has written")
-    parser.add_argument("--config", help="model to place (default: the demo model)")
-    parser.add_argument("--skew", type=float, default=1.0, help="Zipf exponent of synthetic loads")
-    parser.add_argument("--seed", type=int, default=0, help="of synthetic loads (default: 0)")
-    parser.add_argument("--ranks", type=at_least(1), default=8, help="number of ranks")
-    parser.add_argument(
-        "--nodes",
-        type=at_least(1),
-        default=1,
-        help="number of hosts; each expert group stays on one",
-    )
-    parser.add_argument(
-        "--redundant-experts", type=int, default=0, help="extra copies in a layer (default: 0)"
-    )
-    parser.add_argument("--save", type=Path, help="file to write the placement to")
+    add = parser.add_argument
+    add("--load", type=Path, help="a file that --record-expert-load has written")
+    add("--config", help="model to place (default: the demo model)")
+    add("--skew", type=float, default=1.0, help="Zipf exponent of synthetic loads")
+    add("--seed", type=int, default=0, help="of synthetic loads (default: 0)")
+    add("--ranks", type=at_least(1), default=8, help="number of ranks")
+    text = "number of hosts; each expert group stays on one"
+    add("--nodes", type=at_least(1), default=1, help=text)
+    text = "extra copies in a layer (default: 0)"
+    add("--redundant-experts", type=int, default=0, help=text)
+    add("--save", type=Path, help="file to write the placement to")

@@ -4,6 +4,7 @@ import argparse
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import TypeVar
 
 from benchlib.workload import Lengths
@@ -41,6 +42,12 @@ def at_least(least: int) -> Callable[[str], int]:
         return int(text)
 
     return number
+
+
+def close_name(name: str, known: Sequence[str]) -> str:
+    """Return the end of an error about an unknown name: the nearest one, or all."""
+    close = get_close_matches(name, known)
+    return f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
 
 
 def lengths(text: str) -> Lengths:

@@ -16,14 +16,13 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
 
 import torch
 
 from benchlib.bound import share_of_roof
 from benchlib.case_log import CaseLog, describe, spoils_device
-from benchlib.flags import Share, share
+from benchlib.flags import Share, close_name, share
 from benchlib.hardware import Hardware, hardware
 from benchlib.interpreter import patch_interpreter
 from benchlib.kernel_cases import Case, cases, check, measure
@@ -40,30 +39,18 @@ _FIGURES = ("us", "GB/s", "TFLOP/s", "floor us", "% of roof", "peer us", "x peer
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this benchmark."""
-    parser.add_argument("--ops", nargs="+", help="names of kernels, in this order (default: all)")
-    parser.add_argument(
-        "--share", type=share, default=Share(0, 1), help="I/N: every N-th case from number I on"
-    )
-    parser.add_argument(
-        "--rows",
-        type=Path,
-        help="file to write each row to, as it is made; its cases are not run again",
-    )
-    parser.add_argument(
-        "--check",
-        action="store_true",
-        help="compare results only; without a GPU, in Triton's interpreter",
-    )
-    parser.add_argument(
-        "--overlap-launches",
-        action="store_true",
-        help="launch each kernel before the previous one ends",
-    )
-    parser.add_argument(
-        "--hardware",
-        default="measure",
-        help="ceilings: measure (on this machine), or the name of a device, such as h100",
-    )
+    add = parser.add_argument
+    add("--ops", nargs="+", help="names of kernels, in this order (default: all)")
+    text = "I/N: every N-th case from number I on"
+    add("--share", type=share, default=Share(0, 1), help=text)
+    text = "file to write each row to, as it is made; its cases are not run again"
+    add("--rows", type=Path, help=text)
+    text = "compare results only; without a GPU, in Triton's interpreter"
+    add("--check", action="store_true", help=text)
+    text = "launch each kernel before the previous one ends"
+    add("--overlap-launches", action="store_true", help=text)
+    text = "ceilings: measure (on this machine), or the name of a device, such as h100"
+    add("--hardware", default="measure", help=text)
 
 
 def run(args: argparse.Namespace) -> Report:
@@ -100,9 +87,7 @@ def select_cases(ops: Sequence[str] | None, small: bool) -> list[Case]:
         return every
     for op in ops:
         if op not in names:
-            close = get_close_matches(op, names)
-            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(names))}"
-            raise ConfigError(f"--ops={op}: no such kernel; {hint}")
+            raise ConfigError(f"--ops={op}: no such kernel; {close_name(op, sorted(names))}")
     return [case for op in dict.fromkeys(ops) for case in every if case.op == op]
 
 

@@ -15,13 +15,12 @@ from benchlib.peer import TransformersPeer
 from benchlib.report import Report
 from benchlib.throughput import throughput
 from benchlib.workload import draw_requests
-from common import tune_for_model, tune_process
-from dsv3.config_files import load_model_config
+from common import start_model
 from dsv3.distributed.mesh import before_joining
 from dsv3.engine.engine import Engine, follow
 from dsv3.engine.locate import locate_checkpoint
 from dsv3.engine.speculation import NO_DRAFTS, Speculation
-from dsv3.engine.start import Started, start
+from dsv3.engine.start import Started
 from dsv3.errors import ConfigError
 from dsv3.settings import EngineConfig
 from program import (
@@ -81,11 +80,8 @@ def measure(
     with before_joining():
         check_profile_flags(args)
     with join_engine_ranks(args) as mesh:
-        tune_process(mesh, args.threads)
-        config = load_model_config(args.config) if args.config else None
         args.ckpt_path = locate_checkpoint(args.ckpt_path, mesh)
-        started = start(args.ckpt_path, engine_config(args), mesh, config, args.n_experts)
-        tune_for_model(started.config, mesh, args.threads)
+        started = start_model(args, mesh)
         profile = Profile(args.hardware, started) if args.profile else None
         if started.engine is None:
             follow(started.runner, started.channel)

@@ -144,41 +144,20 @@ def figure(text: str) -> tuple[str, float]:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this benchmark."""
+    add = parser.add_argument
     text = "h200x8, h800x16, or a YAML file with the figures of a device (default: --measure)"
-    parser.add_argument("--hardware", help=text)
-    parser.add_argument(
-        "--figure",
-        type=figure,
-        nargs="+",
-        default=[],
-        metavar="NAME=N",
-        help="replace figures of --hardware, such as link=2e11",
-    )
-    parser.add_argument(
-        "--batch",
-        type=at_least(0),
-        default=128,
-        help="decoding sequences, all dp groups together",
-    )
-    parser.add_argument(
-        "--context",
-        type=at_least(0),
-        default=4096,
-        help="cached positions of each sequence",
-    )
-    parser.add_argument(
-        "--prefill",
-        type=at_least(0),
-        default=8192,
-        help="tokens of a prefill step, all dp groups together",
-    )
-    parser.add_argument(
-        "--measure", action="store_true", help="compare predicted with measured steps, here"
-    )
-    parser.add_argument("--save-hardware", type=Path, help="file to write measured figures to")
-    parser.add_argument(
-        "--threads", type=at_least(1), help="CPU threads of each rank (default: its share)"
-    )
+    add("--hardware", help=text)
+    text = "replace figures of --hardware, such as link=2e11"
+    add("--figure", type=figure, nargs="+", default=[], metavar="NAME=N", help=text)
+    text = "decoding sequences, all dp groups together"
+    add("--batch", type=at_least(0), default=128, help=text)
+    text = "cached positions of each sequence"
+    add("--context", type=at_least(0), default=4096, help=text)
+    text = "tokens of a prefill step, all dp groups together"
+    add("--prefill", type=at_least(0), default=8192, help=text)
+    add("--measure", action="store_true", help="compare predicted with measured steps, here")
+    add("--save-hardware", type=Path, help="file to write measured figures to")
+    add("--threads", type=at_least(1), help="CPU threads of each rank (default: its share)")
 
 
 def run(args: argparse.Namespace) -> Report | None:

@@ -15,15 +15,13 @@ from benchlib.hardware import HARDWARE_FILE, Hardware, hardware
 from benchlib.layouts import Layout
 from benchlib.report import Report
 from benchlib.step_shape import StepKind, StepShape
-from common import tune_for_model, tune_process
-from dsv3.config_files import load_model_config
+from common import start_model
 from dsv3.engine.engine import follow
-from dsv3.engine.locate import locate_checkpoint
-from dsv3.engine.start import Started, start
+from dsv3.engine.start import Started
 from dsv3.engine.step_plan import StepPlan
 from dsv3.errors import ConfigError
 from dsv3.files import NamedFile, write_output
-from program import engine_config, join_engine_ranks
+from program import join_engine_ranks
 
 _REPEATS = 30
 # Steps to measure. Every other one is used to fit the rates, the others to check the prediction.
@@ -64,11 +62,7 @@ def measured_plan(args: argparse.Namespace) -> Report | None:
     if args.hardware is not None or args.figure:
         raise ConfigError("--measure finds its own figures; leave --hardware and --figure out")
     with join_engine_ranks(args) as mesh:
-        tune_process(mesh, args.threads)
-        config = load_model_config(args.config) if args.config else None
-        checkpoint = locate_checkpoint(args.ckpt_path, mesh)
-        started = start(checkpoint, engine_config(args), mesh, config, args.n_experts)
-        tune_for_model(started.config, mesh, args.threads)
+        started = start_model(args, mesh)
         free_bytes = float(started.plan.free_bytes)
         ceilings = hardware("measure", mesh.device, mesh.world, free_bytes, fp32=True)
         ceilings = replace(ceilings, ranks_per_host=mesh.ranks_on_host)

@@ -101,7 +101,6 @@ def _setting(rank: Rank, ceilings: Hardware) -> Row:
         "weights": f"{shape.weights} {model_gib:.4g} GiB",
         "cache": f"{shape.cache} {cache_gib:.4g} GiB, {shape.kv_shard}",
         "exchanges": "moved locally" if shape.moves else "left out",
-        "skew": shape.skew,
         "ceilings": ceilings.name,
     }
 
@@ -124,76 +123,41 @@ def shape_of(args: argparse.Namespace, given: str, on_cpu: bool) -> RankShape:
         cache=plain if args.kv_dtype == "auto" else args.kv_dtype,
         kv_shard=args.kv_shard,
         moves=not args.no_comm,
-        skew=args.skew,
         seed=args.seed,
     )
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this benchmark."""
-    parser.add_argument("--config", default="v3-671b", help="a preset's name or a config file")
-    parser.add_argument("--world", type=at_least(1), default=8, help="number of ranks")
-    parser.add_argument("--rank", type=int, default=0, help="rank to measure (default: 0)")
-    parser.add_argument("--layers", default="4", help="N: one dense and N - 1 MoE layers; or all")
-    parser.add_argument(
-        "--batch",
-        type=at_least(1),
-        nargs="+",
-        default=[1, 8, 128],
-        help="sequences of a decode step",
-    )
-    parser.add_argument(
-        "--context",
-        type=at_least(1),
-        default=1024,
-        help="cached tokens of each sequence",
-    )
-    parser.add_argument(
-        "--prefill", type=int, default=0, help="also measure a prompt of N tokens (default: none)"
-    )
-    parser.add_argument(
-        "--weights",
-        nargs="+",
-        default=["auto"],
-        choices=["auto", "fp8", "int8", "int4", "bf16", "fp32"],
-        help="format of the weights; auto is the stored format; several on a CPU: steps in turns",
-    )
-    parser.add_argument(
-        "--kv-dtype",
-        default="auto",
-        choices=["auto", "fp8", "bf16", "fp32"],
-        help="format of the cache; auto is bf16, on a CPU fp32",
-    )
-    parser.add_argument(
-        "--kv-shard",
-        default="none",
-        choices=["none", "tokens"],
-        help="split the cache's positions over tp, or replicate them",
-    )
-    parser.add_argument(
-        "--skew", type=float, default=0.0, help="Zipf exponent of the experts (default: 0, uniform)"
-    )
-    parser.add_argument("--no-comm", action="store_true", help="skip exchanges")
-    parser.add_argument("--steps", type=at_least(1), default=20, help="timed steps of each kind")
-    parser.add_argument("--seed", type=int, default=0, help="of the random weights (default: 0)")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument(
-        "--hardware",
-        default="measure",
-        help="ceilings: measure (on this device), or the name of a device, such as h100",
-    )
-    parser.add_argument("--enforce-eager", action="store_true", help="run without CUDA graphs")
-    parser.add_argument(
-        "--overlap-launches",
-        action="store_true",
-        help="launch each kernel before the previous one ends",
-    )
-    parser.add_argument(
-        "--rows",
-        type=Path,
-        help="file to write each step to, as it is measured; its steps are not measured again",
-    )
-    parser.add_argument("--threads", type=at_least(1), help="CPU threads (default: all)")
+    add = parser.add_argument
+    add("--config", default="v3-671b", help="a preset's name or a config file")
+    add("--world", type=at_least(1), default=8, help="number of ranks")
+    add("--rank", type=int, default=0, help="rank to measure (default: 0)")
+    add("--layers", default="4", help="N: one dense and N - 1 MoE layers; or all")
+    text = "sequences of a decode step"
+    add("--batch", type=at_least(1), nargs="+", default=[1, 8, 128], help=text)
+    add("--context", type=at_least(1), default=1024, help="cached tokens of each sequence")
+    text = "also measure a prompt of N tokens (default: none)"
+    add("--prefill", type=int, default=0, metavar="N", help=text)
+    text = "format of the weights; auto is the stored format; several on a CPU: steps in turns"
+    formats = ["auto", "fp8", "int8", "int4", "bf16", "fp32"]
+    add("--weights", nargs="+", default=["auto"], choices=formats, help=text)
+    text = "format of the cache; auto is bf16, on a CPU fp32"
+    add("--kv-dtype", default="auto", choices=["auto", "fp8", "bf16", "fp32"], help=text)
+    text = "split the cache's positions over tp, or replicate them"
+    add("--kv-shard", default="none", choices=["none", "tokens"], help=text)
+    add("--no-comm", action="store_true", help="skip exchanges")
+    add("--steps", type=at_least(1), default=20, help="timed steps of each kind")
+    add("--seed", type=int, default=0, help="of the random weights (default: 0)")
+    add("--device", default="auto", help="auto, cpu or cuda")
+    text = "ceilings: measure (on this device), or the name of a device, such as h100"
+    add("--hardware", default="measure", help=text)
+    add("--enforce-eager", action="store_true", help="run without CUDA graphs")
+    text = "launch each kernel before the previous one ends"
+    add("--overlap-launches", action="store_true", help=text)
+    text = "file to write each step to, as it is measured; its steps are not measured again"
+    add("--rows", type=Path, help=text)
+    add("--threads", type=at_least(1), help="CPU threads (default: all)")
 
 
 def run(args: argparse.Namespace) -> Report:

@@ -38,7 +38,6 @@ class RankShape:
         weights: "fp8", "int8", "int4", "bf16" or "fp32".
         cache: "fp8", "bf16" or "fp32".
         moves: exchanges write their bytes to memory; otherwise they cost next to nothing.
-        skew: Zipf exponent of the experts' popularity; 0 is uniform.
     """
 
     config: ModelConfig
@@ -49,7 +48,6 @@ class RankShape:
     cache: CacheDtype = "bf16"
     kv_shard: KvShard = "tokens"
     moves: bool = True
-    skew: float = 0.0
     seed: int = 0
 
     @property
@@ -128,16 +126,7 @@ class Rank:
                 largest = {torch.int8: 64.0, torch.uint8: 4.0}.get(target.dest.dtype, 1.0)
                 target.scale.fill_(max(1, target.dest.shape[1]) ** -0.5 / largest)
         model.pack_weights()
-        self._make_popular(model)
         return model.eval()
-
-    def _make_popular(self, model: Transformer) -> None:
-        """Bias the routers so that the experts' popularity follows `shape.skew`."""
-        for module in model.modules():
-            if isinstance(module, MoE) and module.router.bias is not None:
-                bias = module.router.bias.weight
-                popularity_rank = torch.randperm(len(bias), device=bias.device) + 1.0
-                bias.copy_(-0.1 * self.shape.skew * popularity_rank.log())
 
     def plan(self, step: StepKind) -> StepPlan:
         """Return a plan of the step with random tokens.
@@ -157,7 +146,7 @@ class Rank:
         num_local = self.config.n_routed_experts // self.shape.world
         usual = mean_hits(self.config, self.shape.world, step.num_tokens).experts
         has_moe = any(isinstance(module, MoE) for module in self.model.modules())
-        depends = has_moe and not self.shape.skew and usual < _ALL_HIT * num_local
+        depends = has_moe and usual < _ALL_HIT * num_local
         best = None
         for _ in range(_PLANS if depends else 1):
             plan = self.plan(step)
@@ -201,8 +190,8 @@ def fill_weight(weight: Tensor, name: str) -> None:
         weight.copy_(torch.empty_like(weight).random_(1, 16) + 16 * weight.random_(1, 16))
     elif weight.dtype == FP8:
         weight.view(torch.uint8).random_(0, 256).bitwise_and_(0xBF)  # no exponent above 2, no NaN
-    elif weight.dim() == 1:
-        weight.fill_(1.0)
+    elif weight.dim() == 1:  # a router's bias of 0 makes no expert popular
+        weight.fill_(0.0 if name.endswith("e_score_correction_bias") else 1.0)
     elif "embed_tokens" in name:
         weight.normal_()
     elif weight.numel():

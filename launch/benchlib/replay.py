@@ -65,21 +65,13 @@ def replay(requests: Iterable[list[int]], capacity: int, policy: str) -> dict[st
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this benchmark."""
-    parser.add_argument("trace", type=Path, help="JSON Lines with hash_ids")
-    parser.add_argument(
-        "--capacity",
-        type=at_least(0),
-        nargs="+",
-        default=[1000, 3000, 10000, 30000],
-        help="blocks that the cache holds",
-    )
-    parser.add_argument(
-        "--policy",
-        nargs="+",
-        choices=POLICIES,
-        default=["lru", "cost"],
-        help="eviction policies",
-    )
+    add = parser.add_argument
+    add("trace", type=Path, help="JSON Lines with hash_ids")
+    capacities = [1000, 3000, 10000, 30000]
+    text = "blocks that the cache holds"
+    add("--capacity", type=at_least(0), nargs="+", default=capacities, help=text)
+    text = "eviction policies"
+    add("--policy", nargs="+", choices=POLICIES, default=["lru", "cost"], help=text)
 
 
 def run(args: argparse.Namespace) -> Report:

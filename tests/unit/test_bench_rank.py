@@ -86,13 +86,12 @@ def test_a_rank_is_measured(kv_shard: str) -> None:
     assert "all 4 layers at the same rates" in report.notes[1]
 
 
-def test_experts_are_hit_evenly_unless_some_are_popular() -> None:
-    ranks = [Rank(shape(rank=r, skew=s, seed=3), CPU, 64 * 64) for s in (0, 20) for r in (0, 1)]
+def test_experts_are_hit_evenly() -> None:
+    ranks = [Rank(shape(rank=r, seed=3), CPU, 64 * 64) for r in (0, 1)]
     hits = [rank.count_hits(rank.plan(StepKind(64, 0, 1))) for rank in ranks]
     entries = 64 * DEMO_CONFIG.num_experts_per_tok
     assert hits[0].rows + hits[1].rows == pytest.approx(entries, rel=0.1)
     assert hits[0].rows == pytest.approx(entries / 2, rel=0.25)
-    assert hits[2].experts + hits[3].experts < hits[0].experts + hits[1].experts
 
 
 def test_a_plan_reaches_the_usual_number_of_experts() -> None:

@@ -6,7 +6,6 @@ import shlex
 import signal
 import sys
 import time
-from difflib import get_close_matches
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -16,6 +15,7 @@ if __name__ == "__main__":
 
     end_at_ctrl_c()  # the imports below are slow
 
+from benchlib.flags import close_name
 from benchlib.gpu_check.check import PARTS, run_check
 from benchlib.gpu_check.facts import ask_facts, commit_of
 from benchlib.gpu_check.jobs import Budget
@@ -79,12 +79,10 @@ def _described(part: Part) -> str:
 
 def select_parts(names: list[str]) -> list[Part]:
     """Return the named parts in the order of the check; without names, the default parts."""
-    known = {part.name: part for part in PARTS}
+    known = [part.name for part in PARTS]
     for name in names:
         if name not in known:
-            close = get_close_matches(name, known)
-            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
-            raise ConfigError(f"there is no part {name!r}; {hint}")
+            raise ConfigError(f"there is no part {name!r}; {close_name(name, known)}")
     return [p for p in PARTS if p.name in names or (p.by_default and not names)]
 
 

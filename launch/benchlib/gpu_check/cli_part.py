@@ -29,10 +29,7 @@ def _cli_jobs(setup: Setup) -> list[Job]:
 
 def _judge_cli(_setup: Setup, results: Sequence[JobResult], part: PartResult) -> None:
     for result in results:
-        if result.out_of_time:
-            part.leave_unfinished()
-        elif result.fault:
-            part.fail(f"{result.job.name}: {result.fault}")
+        part.add_end(result.job.name, result.fault, result.out_of_time)
     done = sum(not result.fault for result in results)
     part.summary = f"{done} of {len(results)} programs ended with exit code 0"
 

@@ -153,10 +153,7 @@ def judge_runs(
     """Judge runs by exit codes and answers; runs without answers are not compared."""
     by_name = dict(zip((run.name for run in runs), results, strict=True))
     for name, result in by_name.items():
-        if result.out_of_time:
-            part.leave_unfinished()
-        elif result.fault:
-            part.fail(f"{name}: {result.fault}")
+        part.add_end(name, result.fault, result.out_of_time)
     done = [run for run in runs if not by_name[run.name].fault and not by_name[run.reference].fault]
     answers = {run.name: read_answers(_file(setup, part.name, run.name, ".jsonl")) for run in done}
     judge_answers(done, answers, part)

@@ -38,6 +38,13 @@ class PartResult:
         self.status = "failed"
         self.problems.append(problem)
 
+    def add_end(self, name: str, fault: str, out_of_time: bool) -> None:
+        """Record the end of a process that has no case log."""
+        if out_of_time:
+            self.leave_unfinished()
+        elif fault:
+            self.fail(f"{name}: {fault}")
+
     def leave_unfinished(self) -> None:
         """Record that not everything was checked."""
         if self.status == "passed":
