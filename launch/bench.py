@@ -194,7 +194,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_report(args, benchmark.inputs, benchmark.outputs)
     report = benchmark.run(args)
     if report is not None:
-        report.setting |= machine(report.setting.get("ranks", 1))
+        if not report.is_computed:
+            report.setting |= machine(report.setting.get("ranks", 1))
         report.publish(args.json, getattr(args, "plot", None))
         report.raise_failures()
     return 0

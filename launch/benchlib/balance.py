@@ -34,7 +34,8 @@ def run(args: argparse.Namespace) -> Report:
         rng = np.random.default_rng(args.seed)
         popularity = 1e6 / np.arange(1, 1 + contiguous.num_experts) ** args.skew
         loads = {layer: rng.permutation(popularity).astype(np.int64) for layer in contiguous.layers}
-    report = Report("balance", x_label="experts", y_label="busiest rank's load / mean")
+    label = "busiest rank's load / mean"
+    report = Report("balance", x_label="experts", y_label=label, is_computed=True)
     with_copies = Placement.contiguous(config, args.ranks, args.redundant_experts)
     balanced = with_copies.rebalanced(loads, config.n_group, args.nodes)
     moved = sum(int((balanced.layers[i] != with_copies.layers[i]).sum()) for i in loads)

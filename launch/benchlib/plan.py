@@ -50,6 +50,7 @@ def _computed_plan(args: argparse.Namespace) -> Report:
     flags = ("hardware", "batch", "context", "prefill")
     report.setting = {name: getattr(args, name) for name in flags}
     report.setting |= {"weights": weights, "cache": cache}
+    report.is_computed = True
     return report
 
 

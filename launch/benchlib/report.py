@@ -33,6 +33,7 @@ class Report:
         failures: a line for each case that could not be measured.
         series: name -> (xs, ys), the curves of the plot; a series of one point is a bar.
         setting: flags and machine that the figures depend on.
+        is_computed: the figures do not depend on this machine.
     """
 
     benchmark: str
@@ -44,6 +45,7 @@ class Report:
     failures: list[str] = field(default_factory=list)
     series: dict[str, tuple[Sequence[Any], Sequence[float]]] = field(default_factory=dict)
     setting: Row = field(default_factory=dict)
+    is_computed: bool = False
 
     def __str__(self) -> str:
         lines = [_described(self.setting), "", *table_lines(self.rows)]

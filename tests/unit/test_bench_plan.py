@@ -133,7 +133,8 @@ def test_measured_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert ranks == 1 and 0 < hardware.read <= 1e12
     paper = ("--hardware", str(figures), "--batch", "2", "--context", "64", "--dtype", "float32")
     assert bench.main(["plan", *paper, "--json", str(report)]) == 0
-    assert json.loads(report.read_text())["setting"]["weights"] == "fp32"
+    setting = json.loads(report.read_text())["setting"]
+    assert setting["weights"] == "fp32" and "threads" not in setting
 
 
 @pytest.mark.parametrize(
@@ -165,7 +166,9 @@ def test_balance(tmp_path: Path) -> None:
     report, file = tmp_path / "report.json", tmp_path / "placement.json"
     command = ("--ranks", "4", "--redundant-experts", "4", "--json", str(report))
     assert bench.main(["balance", *command, "--save", str(file)]) == 0
-    before, after = json.loads(report.read_text())["rows"]
+    result = json.loads(report.read_text())
+    assert result["setting"]["ranks"] == "4" and "threads" not in result["setting"]
+    before, after = result["rows"]
     assert 1 <= after["max/mean load"] < before["max/mean load"] <= 4
     assert (before["experts a rank"], after["experts a rank"]) == (4, 5)
     placement = balance.Placement.read(file)
