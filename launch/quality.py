@@ -37,7 +37,7 @@ def finish(engine: Engine) -> dict[str, Completion]:
     """Run the engine until all requests are answered; return the completions by request id.
 
     Raises:
-        Dsv3Error: a request could not be answered, such as one that the cache does not hold.
+        Dsv3Error: a request could not be answered, such as one whose logits are not finite.
     """
     completions: dict[str, Completion] = {}
     while engine.has_work():
