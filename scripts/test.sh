@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Lint, types and tests; installs dsv3 with its test tools into .venv first.
 #
-#   scripts/test.sh                              the whole suite: 20 to 30 minutes on two cores
+#   scripts/test.sh                              the whole suite: half an hour on two cores
 #   scripts/test.sh --quick [pytest arguments]   under two minutes: one process, no kernels
 #   scripts/test.sh PYTEST_ARGUMENTS             the tests that they select, one at a time
 set -euo pipefail
@@ -19,7 +19,7 @@ fi
 if [ $# != 0 ]; then
     exec .venv/bin/pytest "$@"
 fi
-echo "the whole suite: 20 to 30 minutes on two cores (--quick: under two)" >&2
+echo "the whole suite: half an hour on two cores (--quick: under two)" >&2
 # Two files at a time, in order: a file's tests share their processes, and many only wait.
 # The stacks of a test that hangs show its name.
 exec .venv/bin/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder \

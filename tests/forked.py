@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 from tests.programs import HANG_SECONDS, ROOT, environment, free_port
 
-_PRELOADED = "generate"  # imports nearly all that any program needs
+# They import nearly all that programs, and functions of tests on several ranks, need.
+_PRELOADED = ["generate", "pytest", "tests.forked"]
 
 
 class Streams(NamedTuple):
@@ -62,7 +63,7 @@ class Forked:
 def fork_server() -> multiprocessing.context.ForkServerContext:
     """Return the context of the server that all tests share."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([_PRELOADED])
+    context.set_forkserver_preload(_PRELOADED)
     return context
 
 

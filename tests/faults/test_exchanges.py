@@ -146,11 +146,15 @@ def cpu_seconds(process: BaseProcess) -> float:
 @pytest.mark.parametrize("size", [2, 8])
 def test_waiting_ranks_use_no_processor(size: int, tmp_path: Path) -> None:
     world = World(wait_for_rank_0, size, "memory", tmp_path / "log")
-    try:
-        time.sleep(1)  # the last ones may just have begun
+
+    def used() -> float:
         before = sum(map(cpu_seconds, world.ranks))
         time.sleep(2)
-        assert sum(map(cpu_seconds, world.ranks)) - before < 0.05 * size
+        return sum(map(cpu_seconds, world.ranks)) - before
+
+    try:
+        # Only their start may take longer, on a busy machine.
+        assert any(used() < 0.05 * size for _ in range(5))
     finally:
         world.kill()
 
