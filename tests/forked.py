@@ -50,7 +50,7 @@ class Forked:
         ]
 
     def finish(self, seconds: float = HANG_SECONDS) -> CompletedProcess[str]:
-        """Wait until the program ends; kill it after so many seconds."""
+        """Wait until the program ends; kill it if it takes longer than `seconds`."""
         self.process.join(seconds)
         self.process.kill()
         self.process.join()
@@ -86,7 +86,8 @@ def run_forked(
     ]
     done = [rank.finish(seconds) for rank in ranks]
     code = next((each.returncode for each in done if each.returncode), 0)
-    stdout, stderr = ("".join(getattr(d, name) for d in done) for name in ("stdout", "stderr"))
+    stdout = "".join(each.stdout for each in done)
+    stderr = "".join(each.stderr for each in done)
     return CompletedProcess(command, code, stdout, stderr)
 
 
