@@ -21,6 +21,9 @@ class PeerLinks:
     def register(self, selector: selectors.BaseSelector, timeout: float) -> None:
         """Add all connections to a selector; sending and receiving block for `timeout` seconds."""
         for link in self._links.values():
+            # Otherwise a rank's last message waits until its heartbeat is acknowledged, and is lost
+            # if the rank ends before.
+            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             link.settimeout(timeout)
             selector.register(link, selectors.EVENT_READ)
 

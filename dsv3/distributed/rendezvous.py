@@ -127,11 +127,7 @@ def gather_roster(hello: Hello, timeout: float) -> Roster:
 
     def run() -> None:
         try:
-            store = open_store(backoff)
-            if rank:
-                roster.set_result(_join_roster(store, hello, backoff))
-            else:
-                roster.set_result(_RosterServer(store, hello, backoff).roster())
+            roster.set_result(_make_roster(hello, backoff))
         except BaseException as error:
             roster.set_exception(error)
 
@@ -143,6 +139,18 @@ def gather_roster(hello: Hello, timeout: float) -> Roster:
         # Not raised: the interpreter aborts at exit if the thread is still within the store.
         os.write(2, f"error: {backoff.error()}\n".encode())
         os._exit(RankError.exit_code)
+
+
+def _make_roster(hello: Hello, backoff: Backoff) -> Roster:
+    """Join the roster, on rank 0 as its server; connect again if the store's process ends."""
+    while True:
+        store = open_store(backoff)
+        with suppress(dist.DistNetworkError):
+            if hello.peer.rank:
+                return _join_roster(store, hello, backoff)
+            return _RosterServer(store, hello, backoff).roster()
+        backoff.end_soon()
+        backoff.wait()
 
 
 class _RosterServer:

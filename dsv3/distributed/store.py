@@ -20,6 +20,9 @@ EXTRA_SECONDS = 5.0
 # Until a warning names the missing ranks, and between further warnings.
 _HINT_SECONDS = 5.0
 _REPEAT_SECONDS = 60.0
+# Stores that this process hosts, by port. They exist until it ends: a rank that joins again, as a
+# script does that makes several LLMs one after another, may still be connected to the old one.
+_hosted: dict[int, dist.TCPStore] = {}
 
 
 class Backoff:
@@ -86,7 +89,7 @@ class Backoff:
 
 
 def open_store(backoff: Backoff) -> dist.Store:
-    """Connect to the store of torchrun or of rank 0; on rank 0 without torchrun, create it.
+    """Connect to the store of torchrun or of rank 0; on rank 0 without torchrun, host it.
 
     May never return: torch waits without a limit for a server that is stopped or is not a store.
     """
@@ -94,13 +97,13 @@ def open_store(backoff: Backoff) -> dist.Store:
     port = backoff.address.port
     while True:
         with suppress(OSError, RuntimeError):
-            is_server = backoff.is_server and _is_free(port)
+            is_server = backoff.is_server and port not in _hosted and _is_free(port)
             # Connect here first: if torch cannot connect, it writes stacks to standard error.
             if is_server:
                 socket.getaddrinfo(host, port)
             else:
                 socket.create_connection((host, port), timeout=_HINT_SECONDS).close()
-            return dist.TCPStore(
+            store = dist.TCPStore(
                 host,
                 port,
                 world_size=None,
@@ -109,6 +112,9 @@ def open_store(backoff: Backoff) -> dist.Store:
                 wait_for_workers=False,
                 multi_tenant=True,
             )
+            if is_server:
+                _hosted[port] = store
+            return store
         backoff.wait()
 
 

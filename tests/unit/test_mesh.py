@@ -26,6 +26,7 @@ from dsv3.distributed.stand_in import StandIn
 from dsv3.distributed.store import Backoff
 from dsv3.distributed.watchdog import Watchdog
 from dsv3.errors import ConfigError, RankError
+from tests.programs import free_port
 
 
 def test_impossible_settings_are_refused_before_the_rendezvous() -> None:
@@ -115,6 +116,42 @@ def test_rendezvous_in_any_order_and_with_strangers(store: dist.Store) -> None:
             stranger.close()
     assert [[peer.rank for peer in roster.peers] for roster in rosters] == [[0, 1, 2, 3]] * 4
     assert [sorted(roster.links) for roster in rosters] == [[0], [1, 2, 3], [0], [0]]
+
+
+@pytest.fixture
+def port(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Return a port at which nothing listens, where the ranks are to meet without torchrun."""
+    port = free_port()
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    monkeypatch.setattr(store_module, "EXTRA_SECONDS", 60.0)
+    monkeypatch.setattr(store_module, "_hosted", {})
+    return port
+
+
+def gather(rank: int, failure: str = "") -> Roster:
+    return rendezvous.gather_roster(Hello(Peer(rank, "node", "boot", 1, ""), 2, {}, failure), 60.0)
+
+
+def test_a_rank_connects_again_if_its_store_ends(port: int) -> None:
+    earlier = dist.TCPStore("localhost", port, is_master=True, wait_for_workers=False)
+    with ThreadPoolExecutor() as pool:
+        second = pool.submit(gather, 1)
+        time.sleep(1.0)
+        del earlier
+        first = pool.submit(gather, 0)
+        assert [len(roster.result().peers) for roster in (first, second)] == [2, 2]
+
+
+def test_the_store_of_rank_0_outlives_the_rendezvous(port: int) -> None:
+    """The other ranks of a script that makes several LLMs may still be connected to it."""
+    with ThreadPoolExecutor() as pool:
+        refused = [pool.submit(gather, 0, "wrong"), pool.submit(gather, 1, "wrong")]
+        assert [type(roster.exception()) for roster in refused] == [ConfigError] * 2
+        client = dist.TCPStore("localhost", port, is_master=False, wait_for_workers=False)
+        rosters = [pool.submit(gather, rank) for rank in (0, 1)]
+        assert [len(roster.result().peers) for roster in rosters] == [2, 2]
+    assert client.check([rendezvous._ADDRESS])
 
 
 def test_a_rank_that_dies_during_rendezvous_is_named(store: dist.Store) -> None:
