@@ -49,6 +49,7 @@ PARAMETERS = {
         "text": {"anyOf": [{"$ref": "#/$defs/word"}, {"enum": ["5"]}]},
         "number": {"type": ["integer", "null"]},
         "either": {"type": ["string", "integer"]},
+        "year": {"type": "string", "anyOf": [{"maxLength": 4}, {"format": "date"}]},
     },
     "$defs": {"word": {"type": "string"}},
 }
@@ -135,6 +136,7 @@ def test_calls_of_unknown_tools_are_text(name: str) -> None:
     [
         ("text", 'say "hi"\n <b>', 'say "hi"\n <b>'),
         ("text", "5", "5"),
+        ("year", "2026", "2026"),
         ("number", "5", 5),
         ("number", "null", None),
         ("either", "5", 5),
