@@ -16,6 +16,7 @@ from dsv3.request import Completion, RequestOutput
 from dsv3.serve.answers import Answer, HttpError
 from dsv3.serve.front import Front
 from dsv3.serve.jobs import Job
+from dsv3.text.answer_pieces import encode_json
 
 log = logging.getLogger(__name__)
 
@@ -118,8 +119,9 @@ class AnswerResponse(Response):
                 if output.completion is not None:
                     done[output.request_id] = _checked(output.completion)
         completions = [done[request.request_id] for request in self._job.requests]
-        body = self._job.writer.whole(completions)
-        await JSONResponse(body)(scope, receive, send)
+        # The arguments of a call may hold half of a surrogate pair, which only an escape can write.
+        body = encode_json(self._job.writer.whole(completions)).encode("utf-8", "backslashreplace")
+        await Response(body, media_type="application/json")(scope, receive, send)
 
     async def _stream(self, answer: Answer, record: _Record, send: Send) -> None:
         """Send events as tokens arrive; an error before the first one has its own HTTP status."""

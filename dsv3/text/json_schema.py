@@ -68,7 +68,7 @@ def types_of(schema: Any, root: Any, seen: set[str] | None = None) -> set[str]:
         return types_of(target_of(reference, root), root, seen)
     both = schema.get("allOf")
     several = both if _is_one(both) else schema.get("anyOf", schema.get("oneOf"))
-    if isinstance(several, list) and several:
+    if isinstance(several, list) and several and "type" not in schema:
         return set.union(*(types_of(one, root, seen) for one in several))
     stated = stated_types(schema)
     types = set(stated if all(isinstance(one, str) for one in stated) else TYPES)

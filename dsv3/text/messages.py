@@ -109,7 +109,7 @@ def _parse_tool_call(where: str, call: Any) -> dict[str, Any]:
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
+            arguments = json.loads(arguments or "{}")  # clients that join a stream may have ""
         except (ValueError, RecursionError):
             arguments = None
     if not isinstance(arguments, Mapping):

@@ -177,6 +177,8 @@ class _AllowedValues:
         if not all(type(length) is int and length >= 0 for length in lengths):
             raise _unsupported(self._where, "a length that is no integer from 0 on")
         least, most = (min(length, _LONGEST) for length in lengths)
+        if least > most:
+            raise _unsupported(self._where, "minLength above maxLength")
         if not parts or least or most < _LONGEST:
             parts.append(f"/(?s:.{{{least},{'' if most == _LONGEST else most}}})/")
         return f"({' & '.join(parts)})"

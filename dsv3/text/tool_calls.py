@@ -31,7 +31,7 @@ _MAX_HEAD = 1024  # characters before the arguments of a call; more of them are 
 _KIMI_ID = re.compile(r"(?:functions\.)?(.+?)(?::\d+)?", re.DOTALL)
 _INVOKE_HEAD = re.compile(r'\s*name="([^"]*)"\s*')
 _PARAMETER_HEAD = re.compile(r'\s*name="([^"]*)"\s+string="(true|false)"\s*')
-_FORCED_HEAD = re.compile(r'\s*"name"\s*:\s*("[^"]*")\s*,\s*')
+_FORCED_HEAD = re.compile(r'\s*"name"\s*:\s*"([^"]*)"\s*,\s*')
 _END_FENCED = tuple(f"{fence}{DEEPSEEK.end_call}" for fence in (f"\n{END_FENCE}", END_FENCE, ""))
 
 
@@ -294,7 +294,7 @@ class ToolCallStream:
             self._start = self._scan.position
             head = yield from self._scan.collect('"arguments":', _MAX_HEAD)
             match = _FORCED_HEAD.fullmatch((head or "").lstrip().removeprefix("{"))
-            call = self._begin(json.loads(match[1]), "") if match else None
+            call = self._begin(match[1], "") if match else None
             if call is None:
                 self._text("" if head is None else f'{head}"arguments":')
                 return
@@ -334,7 +334,9 @@ class ToolCallStream:
     def _end(self, call: ToolCall) -> None:
         call.stop = self._scan.position
         try:
-            call.is_complete = isinstance(json.loads(call.arguments), dict)
+            arguments = json.loads(call.arguments)
+            json.dumps(arguments, allow_nan=False)  # raises for numbers that JSON does not have
+            call.is_complete = isinstance(arguments, dict)
         except (ValueError, RecursionError):
             call.is_complete = False
 

@@ -91,6 +91,9 @@ def test_the_bits_of_every_tile(form: tuple[int, int, bool]) -> None:
     torch.manual_seed(3)
     w, h = stack(E, D, F, *form), torch.randn(600, F, device="cuda").to(BF16)
     groups = permute(torch.randint(0, E, (300, 2), device="cuda"), LocalExperts(0, E))
-    results = [grouped_down.kernel(h, w, groups, rows, torch.float32) for rows in (1, 20, 64, 256)]
+    weight = torch.rand(300, 2, device="cuda")
+    results = [
+        grouped_down.kernel(h, w, groups, rows, torch.float32, weight) for rows in (1, 20, 64, 256)
+    ]
     for got in results:
         assert_bitwise_equal("y", got, results[0])

@@ -43,6 +43,11 @@ def rows_of(groups: Groups) -> Tensor:
     return torch.cat([torch.arange(start, start + count) for start, count in pairs])
 
 
+def unweighted(groups: Groups) -> Tensor:
+    """Return weights of 1 for all entries."""
+    return torch.ones(groups.row_TK.shape, device=groups.row_TK.device)
+
+
 TOLERANCE = {"float32": 1e-6, "float32 fp8": 1e-6, "bf16": 0.02, "bf16 fp8": 0.02, "fp8": 1e-6}
 
 
@@ -81,11 +86,11 @@ def test_matrices_through_descriptors(kind: str, monkeypatch: pytest.MonkeyPatch
     x, gate_up = activations(9, D, kind), stack(2 * F, D, kind)
     h, down = activations(27, F, kind), stack(200, F, kind)
     pointers = grouped_gate_up.kernel(x, gate_up, groups, 1)
-    pointers_y = grouped_down.kernel(h, down, groups, 1, torch.float32)
+    pointers_y = grouped_down.kernel(h, down, groups, 1, torch.float32, unweighted(groups))
     monkeypatch.setattr(Launch, "uses_tma", lambda self: True)
     got = grouped_gate_up.kernel(x, gate_up, groups, 1)
     assert_bitwise_equal("h", dequantize(got)[rows], dequantize(pointers)[rows])
-    got = grouped_down.kernel(h, down, groups, 1, torch.float32)
+    got = grouped_down.kernel(h, down, groups, 1, torch.float32, unweighted(groups))
     assert_bitwise_equal("y", got[rows], pointers_y[rows])
 
 
@@ -108,8 +113,8 @@ def test_ragged_matrices(
         monkeypatch.setattr(grouped_gemm, "_tile", lambda *args, tile=tile: tile)
         h = grouped_gate_up.kernel(x, gate_up, groups, 1)
         assert_close("h", h[rows], want[rows], TOLERANCE[kind])
-        y = grouped_down.kernel(want, down, groups, 1, torch.float32)
-        want_y = grouped_down.reference(want, down, groups, 1, torch.float32)
+        y = grouped_down.kernel(want, down, groups, 1, torch.float32, unweighted(groups))
+        want_y = grouped_down.reference(want, down, groups, 1, torch.float32, unweighted(groups))
         assert_close("y", y[rows], want_y[rows], TOLERANCE[kind])
 
 
@@ -127,8 +132,8 @@ def test_rows_of_no_expert_are_not_read(kind: str) -> None:
         h.scale[unused] = float("nan")
     else:
         h[unused] = float("nan")
-    y = grouped_down.kernel(h, down, groups, 3, torch.float32)
-    want = grouped_down.reference(h, down, groups, 1, torch.float32)
+    y = grouped_down.kernel(h, down, groups, 3, torch.float32, unweighted(groups))
+    want = grouped_down.reference(h, down, groups, 1, torch.float32, unweighted(groups))
     assert_close("y", y[rows], want[rows], 1e-6)
 
 
@@ -148,7 +153,7 @@ def test_a_row_depends_on_nothing_but_itself(monkeypatch: pytest.MonkeyPatch) ->
     results = []
     for tile in (TILES[0], TILES[2], TILES[4], TILES[6]):
         monkeypatch.setattr(grouped_gemm, "_tile", lambda *args, tile=tile: tile)
-        results.append(grouped_down.kernel(x, w, groups, 1, torch.float32))
+        results.append(grouped_down.kernel(x, w, groups, 1, torch.float32, unweighted(groups)))
         assert_bitwise_equal(f"{tile}", results[-1], results[0])
         alone = permute(torch.zeros(1, 1, dtype=torch.int64), LocalExperts(0, 2))
         for expert in (0, 1):
@@ -158,7 +163,7 @@ def test_a_row_depends_on_nothing_but_itself(monkeypatch: pytest.MonkeyPatch) ->
             mine = Stack(
                 w.weight[expert].expand(2, -1, -1).contiguous(), w.block_scale[[expert] * 2]
             )
-            got = grouped_down.kernel(one, mine, alone, 1, torch.float32)
+            got = grouped_down.kernel(one, mine, alone, 1, torch.float32, unweighted(alone))
             assert_bitwise_equal("alone", got, results[0][row : row + 1])
 
 
@@ -188,5 +193,5 @@ def test_nothing_to_do() -> None:
     groups = permute(torch.empty((0, 2), dtype=torch.int64), LocalExperts(0, E))
     nothing = grouped_gate_up.kernel(torch.empty(0, D), w, groups, 1)
     assert isinstance(nothing, Tensor) and nothing.shape == (0, F)
-    none = grouped_down.kernel(torch.empty(0, D), w, groups, 1, torch.bfloat16)
+    none = grouped_down.kernel(torch.empty(0, D), w, groups, 1, torch.bfloat16, unweighted(groups))
     assert none.shape == (0, 2 * F) and none.dtype == torch.bfloat16

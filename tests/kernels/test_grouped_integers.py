@@ -13,7 +13,7 @@ from dsv3_kernels.moe.grouped_gate_up import grouped_gate_up
 from dsv3_kernels.moe.grouped_gemm import Stack, Tile
 from dsv3_kernels.moe.permute import LocalExperts, permute
 from dsv3_kernels.testing import assert_bitwise_equal, assert_close
-from tests.kernels.test_grouped_gemm import TILES, routed, rows_of
+from tests.kernels.test_grouped_gemm import TILES, routed, rows_of, unweighted
 from tests.kernels.test_integers import values
 
 E = 6
@@ -83,7 +83,7 @@ def test_definition(bits: int, group: int, zeros: bool) -> None:
     matrix_of_row = exact(w).repeat_interleave(groups.count_E, 0)
     want = torch.einsum("mk,mnk->mn", h[rows].double(), matrix_of_row)
     for product in (grouped_down.reference, grouped_down.kernel):
-        assert_close("y", product(h, w, groups, 1, FP32)[rows], want, 1e-5)
+        assert_close("y", product(h, w, groups, 1, FP32, unweighted(groups))[rows], want, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
@@ -107,12 +107,13 @@ def test_a_row_depends_on_nothing_but_itself(monkeypatch: pytest.MonkeyPatch) ->
     results = []
     for tile in (TILES[0], TILES[2], TILES[4], TILES[6]):
         monkeypatch.setattr(grouped_gemm, "_tile", lambda *args, tile=tile: tile)
-        results.append(grouped_down.kernel(x, w, groups, 1, FP32))
+        results.append(grouped_down.kernel(x, w, groups, 1, FP32, unweighted(groups)))
         assert_bitwise_equal(f"{tile}", results[-1], results[0])
     row = int(groups.start_E[1]) + 7
     alone = permute(torch.ones(1, 1, dtype=torch.int64), LocalExperts(0, E))
     one = x[row : row + 1]
-    assert_bitwise_equal("alone", grouped_down.kernel(one, w, alone, 1, FP32)[0], results[0][row])
+    got = grouped_down.kernel(one, w, alone, 1, FP32, unweighted(alone))
+    assert_bitwise_equal("alone", got[0], results[0][row])
 
 
 @pytest.mark.parametrize("tile", [TILES[3], TILES[4], TILES[6]], ids=str)
@@ -133,7 +134,7 @@ def test_int8_rows(hidden: int, inner: int, tile: Tile, monkeypatch: pytest.Monk
     # A value may be one step off where its float32 lies at the edge of two.
     assert (h.q[rows].int() - want.q[rows].int()).abs().max() <= 1
     assert_close("h", dequantize(h)[rows], dequantize(want)[rows], 0.01)
-    y = grouped_down.kernel(want, down, groups, 1, FP32, torch.ones(9, 3))
+    y = grouped_down.kernel(want, down, groups, 1, FP32, unweighted(groups))
     sums = torch.einsum("mk,enk->emn", want.q.double(), down.weight.double())
     assert down.block_scale is not None
     for e, (start, count) in enumerate(
@@ -142,7 +143,7 @@ def test_int8_rows(hidden: int, inner: int, tile: Tile, monkeypatch: pytest.Monk
         mine = slice(start, start + count)
         exact_y = sums[e, mine] * want.scale[mine] * down.block_scale[e, :, 0].double()
         assert_close("y", y[mine], exact_y, 1e-6)
-    want_y = grouped_down.reference(want, down, groups, 1, FP32, torch.ones(9, 3))
+    want_y = grouped_down.reference(want, down, groups, 1, FP32, unweighted(groups))
     assert_close("reference", y[rows], want_y[rows], 1e-5)
 
 

@@ -257,6 +257,7 @@ def test_all_calls_that_the_masks_allow_are_valid(
         ({"properties": {"a": {"enum": []}}}, "allows no value"),
         ({"properties": {"a": False}}, "false"),
         ({"properties": {"a": {"type": "string", "minLength": "x"}}}, "a length"),
+        ({"properties": {"a": {"minLength": 3, "maxLength": 2}}}, "minLength above maxLength"),
         ({"properties": {'a"': {}}}, "parameter name"),
         ({"properties": {" a": {}}}, "parameter name"),
         ({"properties": {"a": {"enum": ["x", "y"], "const": "x"}}}, "one of enum and const"),

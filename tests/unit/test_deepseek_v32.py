@@ -123,6 +123,10 @@ def test_arguments_are_typed() -> None:
     assert FORMAT.render([user("2"), calls("{}")]).endswith(called(""))
 
 
+def test_a_call_without_arguments() -> None:
+    assert FORMAT.render([user("2"), calls("")]) == FORMAT.render([user("2"), calls("{}")])
+
+
 def test_the_text_about_tools_is_the_trained_one() -> None:
     tools = [{"type": "function", "function": {"name": "f"}}]
     prompt = FORMAT.render([{"role": "system", "content": "Hi."}, user("2")], tools=tools)

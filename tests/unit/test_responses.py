@@ -1,8 +1,10 @@
 """Responses to clients that read slowly, or not at all, and the line of the log."""
 
 import asyncio
+import json
 import logging
 from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 
@@ -138,3 +140,24 @@ def test_comments_keep_a_stream_alive_before_its_first_token(
     asyncio.run(main())
     assert b"".join(sent).replace(b": keep-alive\n\n", b"") == b"xxend"
     assert "200 r: in 3 (2 cached), out 2" in caplog.text
+
+
+def test_half_of_a_surrogate_pair_is_written_as_an_escape() -> None:
+    sent: list[bytes] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message.get("body", b""))
+
+    async def main() -> None:
+        front, writer = make_front(), Mock(response_id="r")
+        writer.whole.return_value = {"input": "胡\ud83d"}
+        job = Job([request(0)], writer, is_stream=False)
+        answering = asyncio.create_task(
+            AnswerResponse(front, job, 0.0)({"type": "http", "path": "/p"}, connected, send)
+        )
+        await asyncio.sleep(0)
+        submitted(front).push(output(0))
+        await answering
+
+    asyncio.run(main())
+    assert json.loads(b"".join(sent)) == {"input": "胡\ud83d"}

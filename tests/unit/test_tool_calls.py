@@ -49,6 +49,7 @@ PARAMETERS = {
         "text": {"anyOf": [{"$ref": "#/$defs/word"}, {"enum": ["5"]}]},
         "number": {"type": ["integer", "null"]},
         "either": {"type": ["string", "integer"]},
+        "year": {"type": "string", "anyOf": [{"maxLength": 4}, {"format": "date"}]},
     },
     "$defs": {"word": {"type": "string"}},
 }
@@ -135,6 +136,7 @@ def test_calls_of_unknown_tools_are_text(name: str) -> None:
     [
         ("text", 'say "hi"\n <b>', 'say "hi"\n <b>'),
         ("text", "5", "5"),
+        ("year", "2026", "2026"),
         ("number", "5", 5),
         ("number", "null", None),
         ("either", "5", 5),
@@ -170,9 +172,15 @@ def test_parameters_of_text_are_written_as_json() -> None:
 
 
 def test_arguments_that_are_no_object_are_incomplete() -> None:
-    for arguments in ("[1]", "{1}", '{"a": 1', "nonsense"):
+    numbers = '{"a": NaN}', '{"a": [1e999]}'
+    for arguments in ("[1]", "{1}", '{"a": 1', "nonsense", *numbers):
         _, stream = parse(CallForm.DEEPSEEK, f"{CALLS}{CALL}f{SEP}{arguments}{END_CALL}{END_CALLS}")
         assert [call.is_complete for call in stream.calls] == [False]
+
+
+def test_a_forced_call_of_no_name_is_text() -> None:
+    text = '[{"name": "\\x", "arguments": {}}]'
+    assert parse(CallForm.FORCED, text)[0] == text
 
 
 def test_marks_that_are_spelt_in_other_tokens_are_text() -> None:

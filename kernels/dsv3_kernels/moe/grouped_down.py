@@ -38,7 +38,6 @@ def _down_kernel(
     E,
     D: tl.constexpr,
     F: tl.constexpr,
-    WEIGHTED: tl.constexpr,
     FP8: tl.constexpr,
     BITS: tl.constexpr,
     QUANTIZED: tl.constexpr,
@@ -120,8 +119,7 @@ def _down_kernel(
                 TMA=TMA,
                 INTERPRETED=INTERPRETED,
             )
-        if WEIGHTED:
-            acc *= tl.load(weights + tl.load(entries + row))[:, None]
+        acc *= tl.load(weights + tl.load(entries + row))[:, None]
         feature = low + tl.arange(0, BLOCK_N)
         mask = real[:, None] & (feature < D)[None, :]
         tl.store(y + row[:, None] * D + feature[None, :], acc, mask=mask)
@@ -133,7 +131,7 @@ def _launch_grouped_down(
     groups: Groups,
     rows: int,
     dtype: torch.dtype,
-    weight_TK: Tensor | None = None,
+    weight_TK: Tensor,
 ) -> Tensor:
     launch = launch_of(h, w, False, rows)
     num_experts, hidden = w.weight.shape[:2]
@@ -148,13 +146,12 @@ def _launch_grouped_down(
             w_zero=launch.w_zero,
             y=y_MD,
             entries=groups.entry_M,
-            weights=launch.x_scale if weight_TK is None else weight_TK.contiguous(),
+            weights=weight_TK.contiguous(),
             starts=groups.start_E,
             counts=groups.count_E,
             E=num_experts,
             D=hidden,
             F=launch.x.shape[1],
-            WEIGHTED=weight_TK is not None,
             **launch.constants(),
             **launch_options(),
         )
@@ -168,7 +165,7 @@ def grouped_down(
     groups: Groups,
     rows: int,
     dtype: torch.dtype,
-    weight_TK: Tensor | None = None,
+    weight_TK: Tensor,
 ) -> Tensor:
     """Return W_down h of every row's expert, times the weight of its entry.
 
@@ -178,7 +175,7 @@ def grouped_down(
         groups: the rows of each expert.
         rows: expected rows per expert; affects only the speed. Not used by the reference.
         dtype: of the result.
-        weight_TK: [T, K] float32, or None for no factor.
+        weight_TK: [T, K] float32.
 
     Returns:
         y_MD: [M, D]; rows of no expert are undefined (0 from the reference).
@@ -187,6 +184,5 @@ def grouped_down(
     y_MD = h_MF.new_zeros((len(h_MF), w.weight.shape[1]), dtype=torch.float32)
     for expert_rows, product in products(h_MF, w, groups):
         y_MD[expert_rows] = product.float()
-    if weight_TK is not None:
-        y_MD *= weight_TK.flatten()[groups.entry_M.clamp_min(0), None]
+    y_MD *= weight_TK.flatten()[groups.entry_M.clamp_min(0), None]
     return y_MD.to(dtype)
