@@ -1,6 +1,7 @@
 """Programs in forks of one process."""
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import forkserver
 from pathlib import Path
@@ -15,12 +16,12 @@ def test_exit_codes_are_right_while_other_threads_start_programs(
 ) -> None:
     script = tmp_path / "exit.py"
     script.write_text("raise SystemExit(3)")
-    has_begun, may_read = threading.Event(), threading.Event()
+    has_begun = threading.Event()
     read = forkserver.read_signed
 
     def read_late(descriptor: int) -> int:
         has_begun.set()
-        may_read.wait(1.0)
+        time.sleep(1.0)
         return int(read(descriptor))
 
     with ThreadPoolExecutor() as pool:
