@@ -7,11 +7,13 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from dsv3.errors import ConfigError, OutputError
+from dsv3.errors import ConfigError
 from dsv3.files import Format, NamedFile, check_output, write_output
 
 _FORMAT = Format(
-    "a picture that matplotlib drew", re.compile(rb"(?is)(\x89PNG|<\?xml|%!PS).*matplotlib")
+    "a picture that matplotlib drew",
+    # A PDF has the name at its end, but a line of bytes that only matplotlib writes.
+    re.compile(rb"(?is)(\x89PNG|<\?xml|%!PS).*matplotlib|%PDF-1\.\d\n%\xac\xdc \xab\xba\n"),
 )
 
 
@@ -21,6 +23,9 @@ def check_picture(file: Path | None) -> None:
         return
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("--plot: matplotlib is not installed; pip install matplotlib")
+    canvas = importlib.import_module("matplotlib.backend_bases").FigureCanvasBase
+    if _kind(file) not in canvas.get_supported_filetypes():
+        raise ConfigError(f"--plot={file}: no format of pictures; use .png, .svg or .pdf")
     check_output(NamedFile("--plot", file), _FORMAT)
 
 
@@ -33,8 +38,10 @@ def pyplot() -> Any:
 def write_picture(figure: Any, file: Path, dpi: int) -> None:
     """Write a figure in the format of the file's suffix."""
     picture = BytesIO()
-    try:
-        figure.savefig(picture, format=file.suffix[1:] or "png", dpi=dpi)
-    except ValueError as error:
-        raise OutputError(f"--plot={file}: cannot be written: {error}") from None
+    figure.savefig(picture, format=_kind(file), dpi=dpi)
     write_output(NamedFile("--plot", file), _FORMAT, picture.getvalue())
+
+
+def _kind(file: Path) -> str:
+    """Return the format of a picture, by the file's name."""
+    return file.suffix[1:].lower() or "png"

@@ -17,6 +17,7 @@ import numpy as np
 
 from common import start_model
 from dsv3.distributed.launcher import environment_world_size
+from dsv3.distributed.mesh import before_joining
 from dsv3.engine.engine import Engine
 from dsv3.errors import ConfigError, Dsv3Error
 from dsv3.read_files import read_text
@@ -100,12 +101,15 @@ def main() -> int:
     parser.add_argument("--longest", type=int, default=10**9, help="skip longer dialogues")
     parser.add_argument("--tokens", help="texts to score, npz")
     add_engine_flags(parser)
-    args = parser.parse_args()
-    set_up_logging(args.debug, args.log_dir)
-    if not (args.eval or args.tokens):
-        raise ConfigError("nothing to measure: give --eval FILE, --tokens FILE, or both")
-    if environment_world_size() > 1:
-        raise ConfigError("quality.py runs on one rank; start it with python, not with torchrun")
+    with before_joining():
+        args = parser.parse_args()
+        set_up_logging(args.debug, args.log_dir)
+        if not (args.eval or args.tokens):
+            raise ConfigError("nothing to measure: give --eval FILE, --tokens FILE, or both")
+        if environment_world_size() > 1:
+            raise ConfigError(
+                "quality.py runs on one rank; start it with python, not with torchrun"
+            )
     with join_engine_ranks(args, "cpu" if args.device == "auto" else args.device) as mesh:
         started = start_model(args, mesh)
         assert started.engine is not None  # there is one rank

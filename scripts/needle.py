@@ -28,6 +28,7 @@ from dsv3 import LLM
 from dsv3.config import ModelConfig
 from dsv3.config_files import load_model_config
 from dsv3.distributed.launcher import environment_rank
+from dsv3.distributed.mesh import before_joining
 from dsv3.errors import ConfigError
 from dsv3.files import Format, NamedFile, check_output, write_output
 from dsv3.read_files import read_mapping
@@ -291,20 +292,21 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     """Fill the heat map, and draw it."""
-    args = parse_args()
-    config = load_model_config(args.ckpt_path)
-    has_indexer = config.index_topk is not None
-    args.forms = args.forms or [form for form in FORMS if has_indexer or form != "sparse"]
-    if "sparse" in args.forms and not has_indexer:
-        raise ConfigError("--forms=sparse, but the model has no indexer; leave it out")
-    setting = {
-        "checkpoint": args.ckpt_path.resolve().name,
-        "depths": args.depths,
-        "texts": args.texts,
-        "seed": args.seed,
-        "dtype": args.dtype,
-    }
-    results = Results(args.json, setting)
+    with before_joining():
+        args = parse_args()
+        config = load_model_config(args.ckpt_path)
+        has_indexer = config.index_topk is not None
+        args.forms = args.forms or [form for form in FORMS if has_indexer or form != "sparse"]
+        if "sparse" in args.forms and not has_indexer:
+            raise ConfigError("--forms=sparse, but the model has no indexer; leave it out")
+        setting = {
+            "checkpoint": args.ckpt_path.resolve().name,
+            "depths": args.depths,
+            "texts": args.texts,
+            "seed": args.seed,
+            "dtype": args.dtype,
+        }
+        results = Results(args.json, setting)
     measure(args, config, results)
     if args.plot and environment_rank() == 0:
         draw(results, args)

@@ -8,8 +8,9 @@ import multiprocessing
 import os
 import runpy
 import sys
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import NamedTuple
@@ -18,6 +19,9 @@ from tests.programs import HANG_SECONDS, ROOT, environment, free_port
 
 # They import nearly all that programs, and functions of tests on several ranks, need.
 _PRELOADED = ["generate", "pytest", "tests.forked"]
+# A process that starts looks for others that have ended. Only one thread can read an exit code: a
+# second one would take the process for one that lost its fork server.
+_process_lock = threading.Lock()
 
 
 class Streams(NamedTuple):
@@ -40,7 +44,8 @@ class Forked:
         streams = Streams(read_stdin, write_stdout, write_stderr)
         arguments = (command, environment() | variables, streams)
         self.process = context.Process(target=_main, args=arguments)
-        self.process.start()
+        with _process_lock:
+            self.process.start()
         for end in streams:
             end.close()
         self._pool = ThreadPoolExecutor(3)
@@ -51,9 +56,11 @@ class Forked:
 
     def finish(self, seconds: float = HANG_SECONDS) -> CompletedProcess[str]:
         """Wait until the program ends; kill it if it takes longer than `seconds`."""
-        self.process.join(seconds)
-        self.process.kill()
-        self.process.join()
+        has_ended = wait([self.process.sentinel], seconds)
+        with _process_lock:
+            if not has_ended:
+                self.process.kill()
+            self.process.join()
         stdout, stderr = (text.result() for text in self._texts)
         self._pool.shutdown()
         assert self.process.exitcode is not None

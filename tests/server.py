@@ -4,7 +4,6 @@ import contextlib
 import http.client
 import json
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -12,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
-from tests.programs import ALONE, HANG_SECONDS, ROOT, end, environment, torchrun
+from tests.programs import ALONE, HANG_SECONDS, ROOT, end, environment, free_port, torchrun
 
 SERVE = str(ROOT / "launch" / "serve.py")
 CHAT = "/v1/chat/completions"
@@ -23,9 +22,7 @@ class Server:
     """A server."""
 
     def __init__(self, *flags: str, ranks: int = 2) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the server)
         launch = ALONE if ranks == 1 else torchrun(ranks)
         command = [*launch, SERVE, "--port", str(self.port), *flags]

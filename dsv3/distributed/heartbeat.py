@@ -171,7 +171,7 @@ class HeartbeatMonitor:
         if not all(beat.is_waiting for beat in present.values()):
             return None
         stalled = min(beat.stalled for beat in present.values())
-        if stalled <= self._timeout:
+        if stalled <= max(self._timeout, *(beat.limit for beat in present.values())):
             return None
         return Verdict(
             f"all ranks wait for each other for {stalled:.0f} s, in different exchanges: they "

@@ -1,24 +1,18 @@
 """Ranks meet as well if srun or mpirun has started them."""
 
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.programs import GENERATE, HANG_SECONDS, ROOT, environment
+from tests.programs import GENERATE, HANG_SECONDS, ROOT, environment, free_port
 
 SRUN = {
     "SLURM_STEP_ID": "0",
     "SLURM_STEP_NUM_TASKS": "2",
     "SLURM_STEP_NODELIST": "localhost",
 }
-
-
-def free_port() -> int:
-    with socket.create_server(("localhost", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 def place(launcher: str, rank: int, port: int) -> dict[str, str]:

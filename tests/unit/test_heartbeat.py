@@ -76,6 +76,16 @@ def test_ranks_that_all_wait_for_each_other() -> None:
     assert found.startswith("all ranks wait for each other for 12 s, in different exchanges")
 
 
+def test_start_up_in_which_all_ranks_wait_has_its_own_limit() -> None:
+    """Connecting is a wait on all ranks at once, and slow on a busy machine."""
+    watched = monitor()
+    for seconds in (12, 24, 36):
+        for _ in range(6):
+            beat(watched, 0, 1, 2, limit=30.0)
+            found = reason(watched, 2.0)
+        assert found.startswith("all ranks wait for each other") == (seconds > 30)
+
+
 def test_a_rank_that_waits_for_one_that_has_left() -> None:
     watched = monitor()
     watched.heartbeats[2].has_left = True

@@ -15,6 +15,8 @@ from dsv3.text.chat import AnyFormat, ChatFormat
 from scripts import needle
 from scripts.needle import Cell, Results, draw_questions, with_dense_attention
 from tests.checkpoint_files import TINY, random_tensors, write_hf
+from tests.forked import run_forked
+from tests.programs import our_lines
 
 SPARSE = dataclasses.replace(
     TINY, model_type="deepseek_v32", index_n_heads=4, index_head_dim=32, index_topk=16
@@ -127,3 +129,11 @@ def test_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "other").write_text("a text")
     with pytest.raises(ConfigError, match="--plot="):
         run(monkeypatch, flags, "--plot", str(tmp_path / "other"))
+
+
+def test_a_wrong_flag_is_one_line_of_all_ranks() -> None:
+    done = run_forked([needle.__file__, *FLAGS.split(), "--forms", "sparse"], num_ranks=2)
+    assert done.returncode == 2
+    assert our_lines(done.stderr) == [
+        "error: --forms=sparse, but the model has no indexer; leave it out"
+    ]

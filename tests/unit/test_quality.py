@@ -10,6 +10,8 @@ import pytest
 import quality
 from dsv3.errors import ConfigError, Dsv3Error
 from dsv3.request import Completion
+from tests.forked import run_forked
+from tests.programs import our_lines
 
 
 def texts(path: Path, *lengths: int) -> str:
@@ -63,3 +65,11 @@ def test_several_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quality, "environment_world_size", lambda: 2)
     with pytest.raises(ConfigError, match="runs on one rank; start it with python"):
         run(monkeypatch, "--tokens", "texts.npz")
+
+
+def test_several_ranks_are_refused_once() -> None:
+    done = run_forked([quality.__file__, "--tokens", "texts.npz"], num_ranks=2)
+    assert done.returncode == 2
+    assert our_lines(done.stderr) == [
+        "error: quality.py runs on one rank; start it with python, not with torchrun"
+    ]
