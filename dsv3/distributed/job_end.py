@@ -50,6 +50,12 @@ class JobEnd:
         self._schedule = _Schedule(math.inf, "", 0)  # replaced whole: two threads use it
 
     @property
+    def prints_errors(self) -> bool:
+        """True on rank 0, and on one other rank of each host, in case rank 0 cannot."""
+        others = [peer.rank for peer in self._local_peers() if peer.rank]
+        return self._rank in (0, *others[:1])
+
+    @property
     def at(self) -> float:
         """Monotonic seconds of the scheduled end; infinite if there is none."""
         return self._schedule.at
@@ -76,26 +82,28 @@ class JobEnd:
         """End this rank and the others.
 
         Args:
-            text: the error; empty after a signal. Rank 0 prints it, and one other rank of each
-                host, in case rank 0 cannot.
+            text: the error; empty after a signal.
             with_stacks: write the stacks of all threads to the log.
             is_reported: another rank has sent the error to all ranks.
             code: exit code.
         """
         threading.Timer(_WRITE_SECONDS, os._exit, (code,)).start()
         text = one_line(text)
-        own = self._peers[self._rank]
-        local = [peer for peer in self._peers if (peer.host, peer.boot) == (own.host, own.boot)]
         if text and not is_reported:
             self._links.send("end", [text, with_stacks])
-            if self._rank in (0, *[peer.rank for peer in local if peer.rank][:1]):
+            if self.prints_errors:
                 os.write(2, f"error: {text}\n".encode())
-        for peer in local:  # torchrun would wait half a minute for a stopped process to end
-            with suppress(OSError):
+        for peer in self._local_peers():
+            with suppress(OSError):  # torchrun would wait half a minute for a stopped process
                 os.kill(peer.pid, signal.SIGCONT)
-        report_in_log(f"error: {text}", str(own), with_stacks)
+        report_in_log(f"error: {text}", str(self._peers[self._rank]), with_stacks)
         if text:
             leave_report(f"error: {text}")
         with suppress(Exception):
             self.before_end(text)
         os._exit(code)
+
+    def _local_peers(self) -> list[Peer]:
+        """Return the ranks of this host."""
+        hosts = [(peer.host, peer.boot) for peer in self._peers]
+        return [self._peers[i] for i, host in enumerate(hosts) if host == hosts[self._rank]]
