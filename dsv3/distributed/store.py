@@ -7,6 +7,7 @@ import time
 from collections.abc import Collection
 from contextlib import suppress
 from datetime import timedelta
+from functools import cache
 
 import torch.distributed as dist
 
@@ -20,9 +21,6 @@ EXTRA_SECONDS = 5.0
 # Until a warning names the missing ranks, and between further warnings.
 _HINT_SECONDS = 5.0
 _REPEAT_SECONDS = 60.0
-# Stores that this process hosts, by port. They exist until it ends: a rank that joins again, as a
-# script does that makes several LLMs one after another, may still be connected to the old one.
-_hosted: dict[int, dist.TCPStore] = {}
 
 
 class Backoff:
@@ -97,25 +95,35 @@ def open_store(backoff: Backoff) -> dist.Store:
     port = backoff.address.port
     while True:
         with suppress(OSError, RuntimeError):
-            is_server = backoff.is_server and port not in _hosted and _is_free(port)
             # Connect here first: if torch cannot connect, it writes stacks to standard error.
-            if is_server:
+            if backoff.is_server and _is_free(port):
                 socket.getaddrinfo(host, port)
-            else:
-                socket.create_connection((host, port), timeout=_HINT_SECONDS).close()
-            store = dist.TCPStore(
-                host,
-                port,
-                world_size=None,
-                is_master=is_server,
-                timeout=timedelta(seconds=_HINT_SECONDS),
-                wait_for_workers=False,
-                multi_tenant=True,
-            )
-            if is_server:
-                _hosted[port] = store
-            return store
+                return _host_store(host, port)
+            socket.create_connection((host, port), timeout=_HINT_SECONDS).close()
+            return _make_store(host, port, is_server=False)
         backoff.wait()
+
+
+@cache
+def _host_store(host: str, port: int) -> dist.TCPStore:
+    """Host a store until this process ends.
+
+    A rank that joins again, as in a script that makes several LLMs one after another, may still be
+    connected to the store of the time before.
+    """
+    return _make_store(host, port, is_server=True)
+
+
+def _make_store(host: str, port: int, is_server: bool) -> dist.TCPStore:
+    return dist.TCPStore(
+        host,
+        port,
+        world_size=None,
+        is_master=is_server,
+        timeout=timedelta(seconds=_HINT_SECONDS),
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
 
 
 def _is_free(port: int) -> bool:

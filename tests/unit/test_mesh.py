@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -119,14 +119,14 @@ def test_rendezvous_in_any_order_and_with_strangers(store: dist.Store) -> None:
 
 
 @pytest.fixture
-def port(monkeypatch: pytest.MonkeyPatch) -> int:
+def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """Return a port at which nothing listens, where the ranks are to meet without torchrun."""
     port = free_port()
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", str(port))
     monkeypatch.setattr(store_module, "EXTRA_SECONDS", 60.0)
-    monkeypatch.setattr(store_module, "_hosted", {})
-    return port
+    yield port
+    store_module._host_store.cache_clear()
 
 
 def gather(rank: int, failure: str = "") -> Roster:
