@@ -86,7 +86,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> dist.Store:
     monkeypatch.setenv("MASTER_PORT", "29500")
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setattr(rendezvous, "_HELLO_SECONDS", 0.2)
-    monkeypatch.setattr(store_module, "EXTRA_SECONDS", 0.5)
+    monkeypatch.setattr(store_module, "EXTRA_SECONDS", 2.0)
     store = dist.HashStore()
     store.set(rendezvous._ADDRESS, "1 old")  # of an earlier attempt; nothing listens there
     return store
