@@ -12,7 +12,7 @@ from dsv3.files import Format, NamedFile, check_output, write_output
 
 _FORMAT = Format(
     "a picture that matplotlib drew",
-    # A PDF has the name at its end, but a line of bytes that only matplotlib writes.
+    # In a PDF the name comes last, after bytes of any kind; this second line is matplotlib's own.
     re.compile(rb"(?is)(\x89PNG|<\?xml|%!PS).*matplotlib|%PDF-1\.\d\n%\xac\xdc \xab\xba\n"),
 )
 

@@ -108,8 +108,8 @@ def open_store(backoff: Backoff) -> dist.Store:
 def _host_store(host: str, port: int) -> dist.TCPStore:
     """Host a store until this process ends.
 
-    A rank that joins again, as in a script that makes several LLMs one after another, may still be
-    connected to the store of the time before.
+    A script may make several LLMs, one after another: when rank 0 has left the first one's
+    rendezvous, other ranks may still be connected to its store.
     """
     return _make_store(host, port, is_server=True)
 

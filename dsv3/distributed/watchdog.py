@@ -67,7 +67,7 @@ class Watchdog:
         self._peers: Sequence[Peer] = roster.peers if roster else ()
         self._links = PeerLinks(roster.links if roster else {})
         self.job_end = JobEnd(rank, self._peers, self._links)
-        # The rank that prints the error is the first to find that rank 0 is silent.
+        # If rank 0 is silent, the rank that prints the error ends the job first.
         patience = timeout if self.job_end.prints_errors else timeout + LONGEST_TICK
         self._monitor = HeartbeatMonitor(rank, self._links, patience, self.name_of)
         # State of the main thread.
@@ -326,7 +326,8 @@ class Watchdog:
         elif kind == "failure":
             self._schedule_exit(*value)
         elif kind == "end":
-            self._links.send("end", value)  # by way of rank 0, to the ranks that have no link
+            if self._rank == 0:  # the other ranks have no connections to each other
+                self._links.send("end", value)
             self.job_end.run(value[0], value[1], is_reported=True)
         elif kind == "signal":
             is_new = not self.end_signal

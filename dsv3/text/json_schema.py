@@ -52,6 +52,8 @@ def target_of(reference: Any, root: Any) -> Any:
 def types_of(schema: Any, root: Any, seen: set[str] | None = None) -> set[str]:
     """Return the JSON types that a schema may allow; all of them if that is not clear.
 
+    A stated `type` is not narrowed by alternatives beside it.
+
     Args:
         schema: the schema.
         root: schema to which its references are relative.

@@ -179,7 +179,8 @@ def test_answers(run: Run, world_size: int) -> None:
             if request == "scored":
                 assert tokens == pytest.approx(want, abs=1e-3), name
             else:
-                assert tokens == want[: MAX_TOKENS[world_size]], (name, request)
+                length = MAX_TOKENS[world_size]
+                assert tokens == want[:length] and len(tokens) == length, (name, request)
 
 
 def test_the_answers_say_something(run: Run) -> None:
