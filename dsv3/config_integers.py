@@ -50,7 +50,7 @@ class IntegerConfig:
 
     @property
     def unit(self) -> int:
-        """Columns that a shard keeps together: a group, and what products on a CPU need."""
+        """Columns that a shard keeps together: a group, and a block of products on a CPU."""
         return max(32, *(kind.group for kind in self.kinds))
 
 

@@ -118,7 +118,7 @@ class EngineConfig:
             not yet confirmed on a GPU).
         compile_ahead: compile all kernels that steps can ask for before the first step, in parallel
             processes, so that no step waits for the compiler: "on", "off", or "auto" (on CUDA).
-            What was compiled once is found in Triton's cache.
+            Triton's cache keeps compiled kernels.
         check_every: steps between comparisons of the ranks' results; 0 compares nothing.
     """
 

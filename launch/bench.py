@@ -56,7 +56,7 @@ class Benchmark:
     """One benchmark.
 
     Attributes:
-        about: what it measures.
+        about: the quantities that it measures.
         add_flags: adds its own flags.
         run: measures; returns None on ranks without a report.
         has_engine: it has the engine's flags, too.

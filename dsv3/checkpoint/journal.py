@@ -36,8 +36,8 @@ class JournalRecord:
             names.
         replaces: files of another checkpoint to remove before the new files are renamed.
         finished: tensors on disk, with their digests.
-        is_written: all files are complete under temporary names; what remains is to remove
-            replaced files and to rename the new ones.
+        is_written: all files are complete under temporary names; replaced files are still to be
+            removed, and the new ones renamed.
     """
 
     plan: str = ""

@@ -134,7 +134,7 @@ def make_plan(
         layout: the ranks to write files for (its own `rank` is ignored); None writes a Hugging
             Face directory.
         cast: quantized weights to BF16, all weights that FP8 checkpoints quantize to FP8, or those
-            in `integers` to integers and the others to BF16, or to what they are (MIXED).
+            in `integers` to integers and the others to BF16 or to their own type (MIXED).
         scale_fmt: "ue8m0" makes the scales of a cast to FP8 powers of two.
         keeps_mtp: also write the layers that draft tokens, if the source has any.
         integers: the weights to cast to integers, and the kind of each.

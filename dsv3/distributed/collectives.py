@@ -99,7 +99,7 @@ class Collectives(ABC):
         return False
 
     def close(self) -> None:  # noqa: B027 - most forms have nothing to drop
-        """Drop what must not outlive the process group."""
+        """Release resources that must not outlive the process group."""
 
     def sum_norm(
         self, x_TD: Tensor, y_TD: Tensor | None, w_D: Tensor, eps: float, quant: bool, ue8m0: bool

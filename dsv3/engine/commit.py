@@ -63,7 +63,7 @@ class Committer:
         return self._finish(seq, "deadline", RequestOutput(request_id=seq.request.request_id))
 
     def _commit(self, part: ScheduledSeq, number: int, result: HostResult) -> RequestOutput | None:
-        """Record the results of one sequence; return what they add to its answer."""
+        """Record the results of one sequence; return its next output."""
         seq = part.seq
         if seq.is_done:
             return None

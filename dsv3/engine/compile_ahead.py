@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 def compile_ahead(setup: Setup, mesh: Mesh) -> None:
     """Compile all kernels that steps can ask for and that Triton's cache does not have.
 
-    The ranks of a host share the work. What fails here is compiled when it is first used.
+    The ranks of a host share the work. A kernel that fails here is compiled at its first use.
     A collective.
     """
     wish = setup.settings.compile_ahead

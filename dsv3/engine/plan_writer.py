@@ -162,7 +162,7 @@ class _DraftingRows:
         self._next_ids += seq.token_ids[part.start + 1 : stop]
         if stop < len(seq.token_ids):  # known, from a prompt or an earlier step
             self._next_ids.append(seq.token_ids[stop])
-        else:  # what this step samples at the last token and at the drafts
+        else:  # results of this step, at the last token and at the drafts
             self._next_ids += (-1 - first_result - i for i in range(1 + len(part.drafts)))
         is_last_token = seq.num_generated + 1 >= seq.request.params.max_tokens
         if part.num_samples and not is_last_token and self._speculation.limit(seq):

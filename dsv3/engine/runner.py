@@ -172,7 +172,7 @@ class Runner:
         return sampled
 
     def _fed(self, token_T: Tensor) -> Tensor:
-        """Return tokens with those of -1 - m replaced by what row m of the last step sampled."""
+        """Return tokens in which -1 - m is replaced by the result of row m of the last step."""
         fed_T = self._last_token_M[(-1 - token_T).clamp_min(0)]
         fed_T = fed_T.clamp_min(0)  # NOT_FINITE; the result of such a sequence is ignored
         return torch.where(token_T < 0, fed_T, token_T)

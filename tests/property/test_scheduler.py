@@ -1,4 +1,4 @@
-"""Any history of requests: nothing is lost, nothing is shared, everybody gets the right answer."""
+"""Any history of requests: nothing is lost, nothing is shared, every request gets its answer."""
 
 from collections import Counter
 from typing import Any

@@ -97,7 +97,7 @@ def glm(name: str, arguments: str) -> str:
     return f"{text}</tool_call>"
 
 
-# The form, how a call is written, what is between calls, and around all of them.
+# The form, and the texts of a call, between calls and around all calls.
 FORMS: dict[str, tuple[CallForm, Callable[[str, str], str], str, str, str]] = {
     "v3.1": (CallForm.DEEPSEEK, deepseek, "", CALLS, END_CALLS),
     "v3": (CallForm.DEEPSEEK, fenced, "\n", CALLS, END_CALLS),

@@ -93,7 +93,7 @@ def test_the_demo_model_finds_codes(
         (form, n, depth) for form in ("dense", "fp8") for n in (160, 256) for depth in (0, 100)
     ]
     assert all(cell.found == cell.of == 1 for cell in cells)
-    # The next run computes what is missing: here the longest context in both forms.
+    # The next run computes the missing cells: the longest context in both forms.
     stored["cells"] = [cell for cell in stored["cells"] if cell["length"] == 160]
     file.write_text(json.dumps(stored))
     assert run(monkeypatch, FLAGS, "--json", str(file)) == 0
